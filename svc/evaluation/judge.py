@@ -28,7 +28,7 @@ was asked, is it complete without being longer than it must be. The order in whi
 with one word and nothing else: A, B, or TIE if neither is better."""
 
 
-class Verdict(StrEnum):
+class Preference(StrEnum):
     """Which answer of a pair is better."""
 
     FIRST = "first"
@@ -36,8 +36,8 @@ class Verdict(StrEnum):
     TIE = "tie"
 
 
-_OPPOSITE = {Verdict.FIRST: Verdict.SECOND, Verdict.SECOND: Verdict.FIRST, Verdict.TIE: Verdict.TIE}
-_POINTS = {Verdict.FIRST: 0.0, Verdict.TIE: 0.5, Verdict.SECOND: 1.0}
+_OPPOSITE = {Preference.FIRST: Preference.SECOND, Preference.SECOND: Preference.FIRST, Preference.TIE: Preference.TIE}
+_POINTS = {Preference.FIRST: 0.0, Preference.TIE: 0.5, Preference.SECOND: 1.0}
 
 
 class JudgeReport(BaseModel):
@@ -60,7 +60,7 @@ class JudgeReport(BaseModel):
     unread: int
     win_rate: Estimate
     agreement: Estimate
-    verdicts: tuple[tuple[Verdict, ...], ...]
+    verdicts: tuple[tuple[Preference, ...], ...]
 
 
 async def judge_answers(
@@ -92,7 +92,7 @@ async def judge_answers(
     with counting(title, len(first)) as advance:
         async with endpoint.chat() as chat:
 
-            async def compare(example: ChatExample, one: str, other: str) -> tuple[Verdict, ...]:
+            async def compare(example: ChatExample, one: str, other: str) -> tuple[Preference, ...]:
                 async with pairs:
                     verdicts = await _compare(chat, example, one, other)
                 advance()
@@ -109,15 +109,15 @@ async def judge_answers(
     return _report(endpoint, verdicts)
 
 
-async def _compare(chat: Chat, example: ChatExample, first: str, second: str) -> tuple[Verdict, ...]:
+async def _compare(chat: Chat, example: ChatExample, first: str, second: str) -> tuple[Preference, ...]:
     """Return the verdicts of both orders, both in the pair's own; empty if one of them cannot be read."""
     if first.strip() == second.strip():
-        return Verdict.TIE, Verdict.TIE
+        return Preference.TIE, Preference.TIE
     shown, turned = await _ask(chat, example, first, second), await _ask(chat, example, second, first)
     return (shown, _OPPOSITE[turned]) if shown and turned else ()
 
 
-async def _ask(chat: Chat, example: ChatExample, first: str, second: str) -> Verdict | None:
+async def _ask(chat: Chat, example: ChatExample, first: str, second: str) -> Preference | None:
     conversation = "\n\n".join(f"[{message.role}]\n{message.content}" for message in example.prompt)
     parts = {"Conversation": conversation, "A right answer": example.answer, "Answer A": first, "Answer B": second}
     question = "\n\n".join(f"# {title}\n\n{text}" for title, text in parts.items())
@@ -125,14 +125,14 @@ async def _ask(chat: Chat, example: ChatExample, first: str, second: str) -> Ver
     return _read_verdict((await chat.complete(turns)).text)
 
 
-def _read_verdict(text: str) -> Verdict | None:
+def _read_verdict(text: str) -> Preference | None:
     """The one word of an answer, or the last one of an answer that explains itself: "a" is an article there."""
     found = _LAST_WORD.fullmatch(text.strip(" \n*_\"'").upper()) or _LAST_WORD.search(text)
-    named = {"A": Verdict.FIRST, "B": Verdict.SECOND, "TIE": Verdict.TIE}
+    named = {"A": Preference.FIRST, "B": Preference.SECOND, "TIE": Preference.TIE}
     return named[found[1]] if found else None
 
 
-def _report(endpoint: Endpoint, verdicts: Sequence[tuple[Verdict, ...]]) -> JudgeReport:
+def _report(endpoint: Endpoint, verdicts: Sequence[tuple[Preference, ...]]) -> JudgeReport:
     read = [both for both in verdicts if both]
     unread = len(verdicts) - len(read)
     if not read or unread > _UNREAD * len(verdicts):

@@ -39,7 +39,7 @@ class MetricRow:
     changes: dict[str, Estimate]
 
 
-class Outcome(StrEnum):
+class Direction(StrEnum):
     """What the interval of a change says."""
 
     BETTER = "better"
@@ -49,7 +49,7 @@ class Outcome(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class ModelComparison:
     """One model beside another, by the primary metric.
 
     Attributes:
@@ -58,7 +58,7 @@ class Verdict:
 
     model: str
     other: str
-    outcome: Outcome
+    outcome: Direction
     value: Estimate
     before: Estimate
     change: Estimate | None
@@ -97,7 +97,7 @@ class Judged:
         return tuple(rows)
 
     @cached_property
-    def verdicts(self) -> tuple[Verdict, ...]:
+    def verdicts(self) -> tuple[ModelComparison, ...]:
         """Each format beside the base, then GPTQ beside merged."""
         formats = [model for model in self.evaluations if model != BASE]
         pairs = [(format, BASE) for format in formats if BASE in self.evaluations]
@@ -105,16 +105,16 @@ class Judged:
             pairs.append((Format.GPTQ.value, Format.MERGED.value))
         return tuple(self._verdict(model, other) for model, other in pairs)
 
-    def _verdict(self, model: str, other: str) -> Verdict:
+    def _verdict(self, model: str, other: str) -> ModelComparison:
         primary = self.rows[0]
         value, before = primary.estimates[model], primary.estimates[other]
         change = self.change(primary.name, other, model)
         low, high = (change.low, change.high) if change else (value.low - before.high, value.high - before.low)
         if low <= 0 <= high:
-            outcome = Outcome.OPEN
+            outcome = Direction.OPEN
         else:
-            outcome = Outcome.BETTER if (low > 0) == (primary.better is Better.HIGHER) else Outcome.WORSE
-        return Verdict(model, other, outcome, value, before, change)
+            outcome = Direction.BETTER if (low > 0) == (primary.better is Better.HIGHER) else Direction.WORSE
+        return ModelComparison(model, other, outcome, value, before, change)
 
     def change(self, metric: str, before: str, after: str) -> Estimate | None:
         """What a metric of one model has more than of another, example by example; None where that cannot be told."""

@@ -13,7 +13,7 @@ import yaml
 from svc.engine.probes import EngineFacts
 from svc.evaluation.estimate import Estimate
 from svc.registry.manifest import Manifest
-from svc.report.judged import BASE, SIDE_BY_SIDE, WORST, Outcome, Verdict
+from svc.report.judged import BASE, SIDE_BY_SIDE, WORST, Direction, ModelComparison
 from svc.report.plots.curve import plot_learning_rate, plot_loss
 from svc.report.plots.data import plot_labels, plot_lengths
 from svc.report.plots.metrics import plot_numbers, plot_shares
@@ -43,7 +43,7 @@ def report_page(report: Report) -> str:
     )
 
 
-def say_verdict(verdict: Verdict, metric: str) -> str:
+def say_verdict(verdict: ModelComparison, metric: str) -> str:
     """A verdict as a sentence.
 
     Args:
@@ -51,7 +51,7 @@ def say_verdict(verdict: Verdict, metric: str) -> str:
     """
     model = f"the {verdict.model} model"
     other = "its base" if verdict.other == BASE else f"the {verdict.other} model"
-    if verdict.outcome is Outcome.OPEN:
+    if verdict.outcome is Direction.OPEN:
         said = f"No difference beyond doubt between {model} and {other}"
     else:
         said = f"{model.capitalize()} is {verdict.outcome} than {other}"

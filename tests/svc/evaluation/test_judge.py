@@ -8,7 +8,7 @@ from svc.dataset.schema.example import ChatExample
 from svc.errors import JudgeError, SettingsError
 from svc.evaluation import endpoint as endpoint_module
 from svc.evaluation.endpoint import Endpoint
-from svc.evaluation.judge import JudgeReport, Verdict, judge_answers
+from svc.evaluation.judge import JudgeReport, Preference, judge_answers
 from tests.svc.chats import chat
 from tests.svc.evaluation.judge_server import JudgeServer, judge_server
 
@@ -38,7 +38,7 @@ async def test_a_judge_with_an_opinion_has_the_same_in_both_orders() -> None:
         report = await judge(PAIRS, endpoint(server))
     assert (report.pairs, report.unread) == (6, 0)
     assert (report.win_rate.value, report.agreement.value) == (1.0, 1.0)
-    assert report.verdicts == ((Verdict.SECOND, Verdict.SECOND),) * 6
+    assert report.verdicts == ((Preference.SECOND, Preference.SECOND),) * 6
     assert len(server.requests) == 12
 
 
@@ -65,7 +65,7 @@ async def test_every_figure_has_its_interval() -> None:
 async def test_equal_answers_are_a_tie_that_is_not_asked() -> None:
     with judge_server(prefer_good) as server:
         report = await judge([(chat(), "same", " same\n"), PAIRS[0]], endpoint(server))
-    assert report.verdicts[0] == (Verdict.TIE, Verdict.TIE)
+    assert report.verdicts[0] == (Preference.TIE, Preference.TIE)
     assert len(server.requests) == 2
 
 
@@ -91,12 +91,13 @@ async def test_where_data_goes_is_said_before_it_does(capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize(
-    "text", ["A", " a.", "**A**", "a", "The second is longer, so B at first sight. On reflection:\n\nA", "Verdict: A"]
+    "text",
+    ["A", " a.", "**A**", "a", "The second is longer, so B at first sight. On reflection:\n\nA", "Verdict: A"],
 )
 async def test_a_verdict_is_read_in_whatever_way_it_is_written(text: str) -> None:
     with judge_server(lambda first, second: text) as server:
         report = await judge(PAIRS[:1], endpoint(server))
-    assert report.verdicts[0][0] is Verdict.FIRST
+    assert report.verdicts[0][0] is Preference.FIRST
 
 
 @pytest.mark.parametrize("text", ["", "B is a better answer", "Both are good.", "C", "neither", "Answer: Apple"])

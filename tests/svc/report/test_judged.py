@@ -6,7 +6,7 @@ import pytest
 
 from svc.dataset.schema.example import ChatExample
 from svc.evaluation.metrics.metric import Answered
-from svc.report.judged import BASE, Judged, Outcome
+from svc.report.judged import BASE, Direction, Judged
 from tests.svc.chats import chat
 from tests.svc.report.judged_versions import evaluation
 
@@ -37,9 +37,9 @@ def right(examples: Sequence[ChatExample], count: int) -> list[str]:
 
 @pytest.mark.parametrize(
     ("base", "merged", "outcome"),
-    [(10, 50, Outcome.BETTER), (50, 10, Outcome.WORSE), (30, 31, Outcome.OPEN)],
+    [(10, 50, Direction.BETTER), (50, 10, Direction.WORSE), (30, 31, Direction.OPEN)],
 )
-def test_a_verdict_is_what_the_interval_of_the_change_says(base: int, merged: int, outcome: Outcome) -> None:
+def test_a_verdict_is_what_the_interval_of_the_change_says(base: int, merged: int, outcome: Direction) -> None:
     found = judged(LABELS, {BASE: right(LABELS, base), "merged": right(LABELS, merged)})
     [verdict] = found.verdicts
     assert (verdict.model, verdict.other, verdict.outcome) == ("merged", BASE, outcome)
@@ -68,8 +68,10 @@ def test_every_metric_has_its_change_example_by_example() -> None:
         assert changes[row.name] == pytest.approx(difference, abs=1e-9)
 
 
-@pytest.mark.parametrize(("base", "outcome"), [(0, Outcome.BETTER), (20, Outcome.OPEN)])
-def test_intervals_must_not_touch_when_the_changes_of_single_examples_are_unknown(base: int, outcome: Outcome) -> None:
+@pytest.mark.parametrize(("base", "outcome"), [(0, Direction.BETTER), (20, Direction.OPEN)])
+def test_intervals_must_not_touch_when_the_changes_of_single_examples_are_unknown(
+    base: int, outcome: Direction
+) -> None:
     found = judged(LABELS, {BASE: right(LABELS, base), "merged": right(LABELS, 24)}, kept=["merged"])
     [verdict] = found.verdicts
     assert (verdict.outcome, verdict.change) == (outcome, None)
@@ -91,7 +93,7 @@ def test_lower_is_better_where_the_metric_says_so() -> None:
     }
     reports = {model: one.report.model_copy(update={"primary": "perplexity"}) for model, one in made.items()}
     [verdict] = Judged(LABELS, reports, {model: one.results for model, one in made.items()}).verdicts
-    assert verdict.outcome is Outcome.BETTER
+    assert verdict.outcome is Direction.BETTER
 
 
 def test_the_change_of_macro_f1_is_that_of_its_metric() -> None:

@@ -15,7 +15,7 @@ from svc.evaluation.diagnosis.finding import Advice, Finding, FindingKind
 from svc.evaluation.estimate import Estimate
 from svc.evaluation.forgetting import Forgetting
 from svc.registry.manifest import Manifest
-from svc.report.judged import BASE, Outcome, Verdict
+from svc.report.judged import BASE, Direction, ModelComparison
 from svc.report.page import duration, report_page, say_verdict
 from svc.report.report import gather_report
 from tests.svc.chats import chat
@@ -248,14 +248,17 @@ def test_an_example_has_the_answers_of_all_models(versions: JudgedVersions) -> N
 @pytest.mark.parametrize(
     ("verdict", "said"),
     [
-        (("merged", BASE, Outcome.BETTER), "The merged model is better than its base: accuracy 0.500 [0.400, 0.600]"),
-        (("gptq", "merged", Outcome.WORSE), "The gptq model is worse than the merged model: accuracy"),
-        (("gptq", "merged", Outcome.OPEN), "No difference beyond doubt between the gptq model and the merged model: "),
+        (("merged", BASE, Direction.BETTER), "The merged model is better than its base: accuracy 0.500 [0.400, 0.600]"),
+        (("gptq", "merged", Direction.WORSE), "The gptq model is worse than the merged model: accuracy"),
+        (
+            ("gptq", "merged", Direction.OPEN),
+            "No difference beyond doubt between the gptq model and the merged model",
+        ),
     ],
 )
-def test_a_verdict_is_a_sentence(verdict: tuple[str, str, Outcome], said: str) -> None:
+def test_a_verdict_is_a_sentence(verdict: tuple[str, str, Direction], said: str) -> None:
     estimate, change = Estimate(value=0.5, low=0.4, high=0.6), Estimate(value=-0.1, low=-0.2, high=0.0)
-    sentence = say_verdict(Verdict(*verdict, estimate, estimate, change), "accuracy")
+    sentence = say_verdict(ModelComparison(*verdict, estimate, estimate, change), "accuracy")
     assert sentence.startswith(said)
     assert sentence.endswith("a change of −0.100 [−0.200, +0.000].")  # noqa: RUF001 - the sign is meant
 
