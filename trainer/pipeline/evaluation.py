@@ -18,7 +18,7 @@ from svc.engine.capabilities import Capabilities
 from svc.engine.model_facts import read_model_facts
 from svc.engine.probes import engine_facts
 from svc.evaluation.cache import EvaluationCache
-from svc.evaluation.evaluator import EvaluationReport, judge
+from svc.evaluation.evaluator import Evaluation, EvaluationReport, judge
 from svc.evaluation.general.general_set import MAX_TOKENS, GeneralSet
 from svc.evaluation.metrics.choose import choose_metrics, try_on_references
 from svc.evaluation.metrics.metric import Metric
@@ -171,10 +171,10 @@ class RunEvaluation:
         judged = judge(self.heldout[: len(found.results)], found.results, found.evaluation.seconds, self.metrics)
         return found.model_copy(update={"evaluation": judged.report, "results": judged.results})
 
-    def judge_base(self, found: Evaluated) -> EvaluationReport:
-        """Return the report of the base, judged again by the metrics."""
+    def judge_base(self, found: Evaluated) -> Evaluation:
+        """Return the base's report and results, judged again by the metrics."""
         results = found.base_results
-        return judge(self.heldout[: len(results)], results, found.base.seconds, self.metrics).report
+        return judge(self.heldout[: len(results)], results, found.base.seconds, self.metrics)
 
     def _keep(
         self, revision: str, model: Path, results: Sequence[ExampleResult], general: Sequence[ExampleResult]

@@ -19,6 +19,7 @@ from svc.dataset.schema.tokenized_example import write_tokenized
 from svc.dataset.summary import DATA_SUMMARY_FILE, summarize_data
 from svc.engine.capabilities import NumberType
 from svc.errors import IntegrityError, TrainingError
+from svc.evaluation.evaluator import Evaluation
 from svc.evaluation.forgetting import Forgetting, tracked
 from svc.evaluation.judge import JudgeReport
 from svc.evaluation.metrics.metric import Metric
@@ -109,6 +110,11 @@ class Registration:
     def evaluated(self) -> Evaluated | None:
         """What base and merged model answered; None where they were not asked."""
         return self.evaluation.evaluated
+
+    @cached_property
+    def base_evaluation(self) -> Evaluation | None:
+        """The base's answers, judged; None where it was not asked."""
+        return self.evaluation.judge_base(self.evaluated) if self.evaluated else None
 
     @cached_property
     def qualified(self) -> dict[Format, Qualified]:
@@ -255,7 +261,7 @@ class Registration:
             ),
             heldout=record_file(folder, folder / HELDOUT_FILE),
             reference=record_files(folder, folder / REFERENCE_FOLDER),
-            base_evaluation=self.evaluation.judge_base(self.evaluated) if self.evaluated else None,
+            base_evaluation=self.base_evaluation.report if self.base_evaluation else None,
             formats=self._format_records(folder),
             libraries=_library_versions(),
             failed=failed,
@@ -286,8 +292,8 @@ class Registration:
         folder.mkdir()
         if self.report is not None:
             (folder / PARITY_PAGE).write_text(parity_page(self.recipe.name, self.report), "utf-8")
-        if self.evaluated:
-            write_results(folder / BASE_RESULTS_FILE, self.evaluated.base_results)
+        if self.base_evaluation:
+            write_results(folder / BASE_RESULTS_FILE, self.base_evaluation.results)
         for format, qualified in self.qualified.items():
             write_results(folder / results_file(format), qualified.results)
         write_primary_metric(folder, self.primary)

@@ -90,6 +90,13 @@ def test_the_version_keeps_what_its_base_answered(make: Make) -> None:
     assert known == asked, "what was found in the cache is not what was answered"
 
 
+def test_the_bases_answers_have_scores_of_the_recipes_metrics(make: Make) -> None:
+    pipeline = make(evaluate={"metrics": ["chrf"]})
+    version = pipeline.train_version()
+    results = pipeline.registry.base_results(version), pipeline.registry.results(version, Format.MERGED)
+    assert {tuple(result.scores) for found in results for result in found} == {("chrf",)}
+
+
 def test_where_the_base_is_not_asked_it_has_no_answers(make: Make) -> None:
     pipeline = make(formats=["gptq"])
     version = pipeline.train_version()
