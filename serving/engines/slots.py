@@ -5,6 +5,7 @@ The rest of the server reaches processes, the machine's memory and its device th
 
 import asyncio
 from collections.abc import Callable, Collection, Mapping
+from itertools import chain
 from pathlib import Path
 
 from serving.engines.served_model import ServedModel, served_model
@@ -55,12 +56,12 @@ class EngineSlots:
         end_engine(state_folder(self.settings.home, number))
 
     def shortage(self, engines: Mapping[Target, int]) -> str | None:
-        """Return why there is no memory for so many more engines with each version; None if there is. Reads the disk.
+        """Return what memory is missing for so many more engines of each version; None if it suffices. Reads the disk.
 
         Raises:
             NotFoundError, RefusedError, IntegrityError: see serving.engines.served_model; so does `capabilities`.
         """
-        return shortage([spec for target, count in engines.items() for spec in [self._spec_for(target)] * count])
+        return shortage([*chain.from_iterable([self._spec_for(target)] * count for target, count in engines.items())])
 
     def capabilities(self, target: Target) -> EngineCapabilities:
         """Return what an engine that starts with a version can do; reads the disk."""

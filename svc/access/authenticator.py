@@ -158,7 +158,7 @@ class Authenticator:
         key_id = grant.principal.key_id if grant else key_id_of(secret)
         if key_id is None:
             raise InvalidKeyError(
-                KeyFault.MALFORMED, "this is no key of this service", expected="all of what `svc keys create` has shown"
+                KeyFault.MALFORMED, "the key is malformed", expected="the whole secret that `svc keys create` printed"
             )
         if self._looked_at is None or self._clock() - self._looked_at > _STALE_S:
             raise KeysUnavailableError("keys cannot be checked now", todo="send the request again later")

@@ -148,7 +148,7 @@ def _check(name: str | None, models: frozenset[str] | None, expires_at: datetime
 
 
 def key_row(key: Key) -> dict[str, Any]:
-    """Return a key as JSON without any hash: for machines, and for whoever administers a server from elsewhere."""
+    """Return a key as JSON without any hash: for machines, and for the administration API."""
     principal, now = key.principal, datetime.now(UTC)
     rotating = key.previous_until is not None and key.previous_until > now
     return {

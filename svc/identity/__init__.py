@@ -1,1 +1,1 @@
-"""Who does something: keys with their scopes and limits, their secrets, and whoever the audit log names."""
+"""Identities: keys with their scopes and limits, their secrets, and the actors that the audit log names."""

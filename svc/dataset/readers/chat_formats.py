@@ -68,7 +68,7 @@ class _Turns:
         self.fields.append((role_place or place, place))
 
     def add_system(self, value: dict[str, Any]) -> None:
-        """Add the system prompt that stands beside the turns, if there is one."""
+        """Add the system prompt, if the row has one apart from its turns."""
         if not _absent(value.get("system")):
             self.add("system", value["system"], "system")
 
@@ -145,7 +145,7 @@ def _own_fields(example: ChatExample) -> tuple[ChatExample, tuple[str, ...]]:
 
 
 def _read_chat(value: dict[str, Any]) -> tuple[ChatExample, tuple[str, ...]]:
-    """Read turns that need no change; a system prompt may stand beside them, as in Anthropic's API."""
+    """Read turns that need no change; the row may have a system prompt apart from them, as in Anthropic's API."""
     system, turns = value.get("system"), value["messages"]
     if _absent(system) or not isinstance(turns, list):
         return _own_fields(parse_example(value))

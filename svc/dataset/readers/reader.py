@@ -116,7 +116,7 @@ def write_examples(path: Path, examples: Iterable[ChatExample]) -> None:
 
 
 def _refuse(path: Path, line: Line, error: RowError, bad_lines: BadLines | None) -> None:
-    todo = f"run `svc data check {path}` for all problems, and mend or drop those lines; or train with --skip-bad"
+    todo = f"run `svc data check {path}` for all problems, and fix or remove those lines; or train with --skip-bad"
     if error.code is Code.UNREADABLE:  # not a bad line: nobody knows how many examples are missing
         todo = error.todo
     elif bad_lines is not None:

@@ -18,7 +18,7 @@ class Nll(SetMetric):
     better = Better.LOWER
     unit = Unit.NUMBER
     in_tokens = True
-    watched_by = "exact_match"  # beside it monitoring watches the log-likelihood in any case
+    watched_by = "exact_match"  # monitoring always watches the log-likelihood too
 
     def statistic(self, answered: Answered) -> Statistic:
         return weighted_mean([result.nll for result in answered.results], token_weights(answered.results))

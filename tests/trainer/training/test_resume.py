@@ -416,8 +416,9 @@ def test_a_signal_while_the_trained_weights_are_checked_interrupts_the_run(
     tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def after_training(state: TrainerState) -> int | None:
-        signalling = lambda trainer: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
-        monkeypatch.setattr(trainer_module.ResumableTrainer, "check_finite", signalling)
+        monkeypatch.setattr(
+            trainer_module.ResumableTrainer, "check_finite", lambda trainer: os.kill(os.getpid(), signal.SIGTERM)
+        )
         return best_step(state)
 
     monkeypatch.setattr(sft, "best_step", after_training)
