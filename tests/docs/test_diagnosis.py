@@ -56,6 +56,11 @@ def test_every_fault_has_its_section_with_what_to_change(kind: FindingKind) -> N
         (FindingKind.OVERFITTING, f"{FEWEST_MEASURED} measured examples"),
         (FindingKind.TOO_LITTLE_DATA, f"Fewer than {heldout_rules.FEW_EXAMPLES} training examples"),
         (FindingKind.TOO_LITTLE_DATA, f"fewer than {heldout_rules.MANY_EXAMPLES:,}"),
+        (
+            FindingKind.TOO_LITTLE_DATA,
+            f"{heldout_rules.GAP_OF_MANY_EPOCHS:g} times it from {heldout_rules.MANY_EPOCHS} epochs",
+        ),
+        (FindingKind.LABEL_NOISE, f"at most {label_rules.STILL_LEARNING:.0%} of its level at the end"),
         (FindingKind.LABEL_NOISE, f"{label_rules.FEWEST_ASKED} or more held-out answers"),
         (FindingKind.LABEL_NOISE, f"of {label_rules.LEARNT:g} or more"),
         (FindingKind.LABEL_NOISE, f"More than {label_rules.WRONG:.0%} of the surest third"),

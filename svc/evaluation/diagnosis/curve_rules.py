@@ -15,9 +15,9 @@ ABOVE_START = 0.1
 """Of the loss before the first step; a smaller rise is not worth another run."""
 GIVEN_BACK = 0.25
 """Of what was gained: a loss that gives back so much was thrown off, not shaken by hard batches."""
-UNFINISHED_SHARE, HELDOUT_SHARE = 0.18, 0.12
+UNFINISHED_SHARE, HELDOUT_SHARE = 0.2, 0.12
 """Of the whole fall of the training loss, and of held-out loss, in the last third of the learning. A loss that
-approaches its end exponentially, and has a share of 0.18 there, is four fifths of the way to it."""
+approaches its end exponentially, and has a share of 0.2 there, is three quarters of the way to it."""
 LATE_SURE = 2.0
 """Standard errors by which the late fall exceeds chance: of held-out loss over the same examples, where measured,
 else of the training loss. One comparison is made, so that fewer are enough than for pairs of windows."""

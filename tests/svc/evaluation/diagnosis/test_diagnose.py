@@ -329,6 +329,23 @@ def test_a_model_that_has_not_learnt_its_task_says_nothing_of_the_labels() -> No
     assert kinds(simulate(WELL, 0, results=results, answers=LABELS)) == []
 
 
+@pytest.mark.parametrize(("shape", "found"), [(WELL, [FindingKind.LABEL_NOISE]), (falling(3, 0.05, 5), [])])
+def test_sure_wrong_answers_are_noise_only_when_the_training_loss_no_longer_falls(
+    shape: Shape, found: list[FindingKind]
+) -> None:
+    results = answered(200, 0, right=lambda place: 0.98 - 0.6 * place, noise=0.2)
+    assert kinds(simulate(shape, 0, results=results, answers=LABELS)) == found
+
+
+@pytest.mark.parametrize(("epochs", "found"), [(9.0, []), (10.0, [FindingKind.TOO_LITTLE_DATA])])
+def test_a_smaller_gap_between_training_and_heldout_loss_is_enough_from_ten_epochs_on(
+    epochs: float, found: list[FindingKind]
+) -> None:
+    settings = replace(SETTINGS, epochs=epochs)
+    shape, heldout = falling(3, 0.2, 12), falling(3, 0.38, 12)
+    assert kinds(simulate(shape, 0, heldout=heldout, train_examples=120, settings=settings, measured=400)) == found
+
+
 def test_of_a_run_without_a_curve_only_the_rest_is_said() -> None:
     run = replace(simulate(WELL, 0), curve=(), train_examples=20)
     assert kinds(run) == [FindingKind.TOO_LITTLE_DATA]
