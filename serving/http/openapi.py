@@ -10,9 +10,17 @@ from functools import cache
 from importlib.metadata import version
 from typing import Any
 
+from pydantic import BaseModel
+
+from serving.http.administration import (
+    CreateKeyRequest,
+    PromoteRequest,
+    RevokeKeyRequest,
+    RollbackRequest,
+    RotateKeyRequest,
+)
 from serving.http.errors import ANTHROPIC_TYPES
 from serving.http.feedback import FeedbackRequest
-from serving.http.openapi_administration import REFUSED, SWAP_PARAMETERS, posts
 from serving.protocols.error_code import ErrorCode
 from serving.protocols.route import ANTHROPIC_PATHS, Route, TokenRoute
 from serving.protocols.unsupported_fields import MOST_ANSWERS
@@ -126,57 +134,71 @@ _KEY_HEADERS: Json = {
 _MODEL_NAME: Json = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
 _NO_MODEL = {404: "no loaded version answers to the name", 503: "nothing is loaded yet", **_DEFECT}
 
+_CHANGES: dict[str, tuple[str, type[BaseModel]]] = {
+    "/svc/promote": ("Wish for a version in production", PromoteRequest),
+    "/svc/rollback": ("Wish for the version of before", RollbackRequest),
+    "/svc/keys": ("Make a key; its secret is in this answer alone", CreateKeyRequest),
+    "/svc/keys/rotate": ("Give a key another secret", RotateKeyRequest),
+    "/svc/keys/revoke": ("End a key", RevokeKeyRequest),
+}
+_CHANGE_REFUSED = {
+    **_BAD_BODY,
+    400: "the body is not what it must be",
+    404: "there is no such version, model or key",
+    409: "another change came first, or this one is not made",
+    **_DEFECT,
+}
+
 
 @cache
 def openapi_document() -> Json:
-    """The document, as JSON values; made once, and not to be changed."""
-    feedback = FeedbackRequest.model_json_schema(ref_template=f"{_SCHEMAS}{{model}}")
-    schemas = {
-        "Error": _ERROR,
-        "MessagesError": _MESSAGES_ERROR,
-        "Model": _MODEL,
-        "FeedbackRequest": feedback,
-        **feedback.pop("$defs"),
-    }
-    for _, _, referred in posts().values():
-        schemas |= referred
+    """Return the document, as JSON values; made once, and not to be changed."""
+    schemas = {"Error": _ERROR, "MessagesError": _MESSAGES_ERROR, "Model": _MODEL}
+    schemas["FeedbackRequest"] = _schema(FeedbackRequest, schemas)
+    requests = {route.value: _completion(route) for route in Route}
+    requests |= {route.value: _token_count(route) for route in TokenRoute}
     return {
         "openapi": "3.1.0",
         "info": {"title": "tuneserve", "version": version("tuneserve")},
-        "paths": {
-            **{route.value: {"post": _completion(route)} for route in Route},
-            **{route.value: {"post": _token_count(route)} for route in TokenRoute},
-            **_small_paths(),
-            **_administration(),
-        },
+        "paths": {**requests, **_small_paths(), **_administration(schemas)},
         "components": {"schemas": schemas, "securitySchemes": _KEY_HEADERS},
         "security": [{}, *({name: []} for name in _KEY_HEADERS)],  # none, where there are no keys
     }
 
 
+def _schema(kind: type[BaseModel], schemas: Json) -> Json:
+    """Return the schema of a body; those that it refers to are added to `schemas`."""
+    schema = kind.model_json_schema(ref_template=f"{_SCHEMAS}{{model}}")
+    schemas |= schema.pop("$defs", {})
+    return schema
+
+
 def _completion(route: Route) -> Json:
     summary, required, properties = _REQUESTS[route]
-    body = {**_OBJECT, "required": required, "properties": {**_COMMON, **properties}}
     answers = {JSON: {"schema": _OBJECT}, "text/event-stream": {}}
-    errors = _errors({**_BAD_BODY, **_ENGINE, **_DEFECT}, route)
-    return {
-        "operationId": route.name.lower(),
-        "summary": f"{summary}; with `stream` as server-sent events",
-        "requestBody": {"required": True, "content": {JSON: {"schema": body}}},
-        "responses": {"200": _answer("the engine's answer", answers), **errors},
-    }
+    summary = f"{summary}; with `stream` as server-sent events"
+    return _engine_request(route, summary, required, {**_COMMON, **properties}, answers)
 
 
 def _token_count(route: TokenRoute) -> Json:
     summary, required, properties = _TOKEN_REQUESTS[route]
-    body = {**_OBJECT, "required": required, "properties": {"model": _COMMON["model"], **properties}}
-    errors = _errors({**_BAD_BODY, **_ENGINE, **_DEFECT}, route)
-    return {
+    return _engine_request(route, summary, required, {"model": _COMMON["model"], **properties}, _json(_OBJECT))
+
+
+def _engine_request(
+    route: Route | TokenRoute, summary: str, required: list[str], properties: Json, answers: Json
+) -> Json:
+    body = {**_OBJECT, "required": required, "properties": properties}
+    operation = {
         "operationId": route.name.lower(),
         "summary": summary,
-        "requestBody": {"required": True, "content": {JSON: {"schema": body}}},
-        "responses": {"200": _answer("the engine's answer", _json(_OBJECT)), **errors},
+        "requestBody": {"required": True, "content": _json(body)},
+        "responses": {
+            "200": _answer("the engine's answer", answers),
+            **_errors({**_BAD_BODY, **_ENGINE, **_DEFECT}, route),
+        },
     }
+    return {"post": operation}
 
 
 def _small_paths() -> Json:
@@ -212,21 +234,23 @@ def _small_paths() -> Json:
     }
 
 
-def _administration() -> Json:
+def _administration(schemas: Json) -> Json:
     paths: Json = {
         path: {
             "post": {
-                **_operation(summary, _json(_OBJECT), REFUSED),
-                "requestBody": {"required": True, "content": _json(schema)},
+                **_operation(summary, _json(_OBJECT), _CHANGE_REFUSED),
+                "requestBody": {"required": True, "content": _json(_schema(kind, schemas))},
             }
         }
-        for path, (summary, schema, _) in posts().items()
+        for path, (summary, kind) in _CHANGES.items()
     }
     paths["/svc/keys"]["get"] = _operation("All keys, without secrets", _json(_OBJECT), _DEFECT)
     swap = _operation(
         "The last swap of a model, or that of a generation", _json(_OBJECT), {**_DEFECT, 400: "no number"}
     )
-    paths["/svc/swaps/{name}"] = {"get": {**swap, "parameters": SWAP_PARAMETERS}}
+    generation = {"type": "integer", "minimum": 1, "maximum": 999_999_999}
+    swap["parameters"] = [_MODEL_NAME, {"name": "generation", "in": "query", "schema": generation}]
+    paths["/svc/swaps/{name}"] = {"get": swap}
     return paths
 
 
@@ -279,9 +303,8 @@ _ERROR: Json = {
     "properties": {"error": _error(["invalid_request_error", "rate_limit_error", "server_error"])},
 }
 _MESSAGES_ERROR: Json = {
-    "type": "object",
+    **_ERROR,
     "required": ["type", "error"],
-    "additionalProperties": False,
     "properties": {
         "type": {"const": "error"},
         "error": _error(["invalid_request_error", "api_error", *ANTHROPIC_TYPES.values()]),
