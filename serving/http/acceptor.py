@@ -11,8 +11,8 @@ import ssl
 from collections.abc import Callable
 
 from serving.http.address_limit import AddressLimit
+from serving.http.connections import ClientProtocol
 from serving.http.warning_limit import WarningLimit
-from svc.end_signal import EndSignal
 
 log = logging.getLogger(__name__)
 log.addFilter(WarningLimit())
@@ -21,23 +21,12 @@ _BACKLOG = 2048
 _PAUSE_S = 1.0
 
 
-class AcceptedProtocol(asyncio.BaseProtocol):
-    """Protocol of a connection that was accepted.
-
-    Attributes:
-        lost: ends with the connection.
-    """
-
-    lost: EndSignal
-
-
 class Acceptor:
     """Gives the connections that come to a listener to protocols; further ones than there may be are closed.
 
     Args:
         make_protocol: a new protocol.
-        count: connections that have a protocol.
-        most: at once, with those in their handshake.
+        most: connections at once, with those in their handshake.
         address_limit: for the connections of one address, with those in their handshake.
         context: of TLS; None for plain connections.
         handshake_s: longest time for a handshake, seconds.
@@ -46,9 +35,8 @@ class Acceptor:
     def __init__(
         self,
         listener: socket.socket,
-        make_protocol: Callable[[], AcceptedProtocol],
+        make_protocol: Callable[[], ClientProtocol],
         *,
-        count: Callable[[], int],
         most: int,
         address_limit: AddressLimit,
         context: ssl.SSLContext | None,
@@ -56,88 +44,73 @@ class Acceptor:
     ) -> None:
         self._listener = listener
         self._make_protocol = make_protocol
-        self._count = count
         self._most = most
         self._address_limit = address_limit
         self._context = context
         self._handshake_s = handshake_s if context else None
-        self._beginning: set[asyncio.Task[None]] = set()
-        self._accepting: asyncio.Task[None] | None = None
+        self._open = 0
+        self._handshakes: set[asyncio.Task[None]] = set()
+        self._pause: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
-        """Accepts from now on."""
+        """Accept from now on."""
         self._listener.setblocking(False)
         self._listener.listen(_BACKLOG)
-        self._accepting = asyncio.create_task(self._run())
+        self._resume()
 
-    async def pause(self, patience_s: float) -> None:
-        """Accepts no more; what has been accepted comes to its protocol.
+    async def stop(self, patience_s: float) -> None:
+        """Accept no more; connections that were accepted come to their protocols.
 
         Args:
             patience_s: longest wait for handshakes.
         """
-        if self._accepting is not None:
-            self._accepting.cancel()
-        if self._beginning:
-            await asyncio.wait(self._beginning, timeout=patience_s)
-
-    def close(self) -> None:
-        """Accepts no more, and ends handshakes."""
-        for task in (self._accepting, *self._beginning):
-            if task is not None:
+        asyncio.get_running_loop().remove_reader(self._listener)
+        if self._pause is not None:
+            self._pause.cancel()
+        if self._handshakes:
+            _, late = await asyncio.wait(self._handshakes, timeout=patience_s)
+            for task in late:
                 task.cancel()
 
-    async def wait_closed(self) -> None:
-        """Returns when nothing runs any more."""
-        tasks = {task for task in (self._accepting, *self._beginning) if task is not None}
-        if tasks:
-            await asyncio.wait(tasks)
+    def _resume(self) -> None:
+        asyncio.get_running_loop().add_reader(self._listener, self._accept)
 
-    async def _run(self) -> None:
-        while True:
-            # Waits first and accepts then: who ends `loop.sock_accept` may lose a connection that it has accepted.
-            await self._connection_waits()
-            try:
-                accepted, peer = self._listener.accept()
-            except (ConnectionAbortedError, BlockingIOError):  # its client has gone, or another process took it
-                continue
-            except OSError:  # no descriptors, no memory
-                log.exception("no connection can be accepted; trying again in %g s", _PAUSE_S)
-                await asyncio.sleep(_PAUSE_S)
-                continue
-            address = peer[0] if isinstance(peer, tuple) else None  # None through a unix socket
-            if not self._enter(address):
-                accepted.close()
-                await asyncio.sleep(0)
-                continue
-            accepted.setblocking(False)
-            task = asyncio.create_task(self._begin(accepted, address))
-            self._beginning.add(task)
-            task.add_done_callback(self._beginning.discard)
-
-    async def _connection_waits(self) -> None:
-        loop = asyncio.get_running_loop()
-        waits = loop.create_future()
-        loop.add_reader(self._listener, lambda: None if waits.done() else waits.set_result(None))
+    def _accept(self) -> None:
         try:
-            await waits
-        finally:
+            accepted, peer = self._listener.accept()
+        except (ConnectionAbortedError, BlockingIOError):  # its client has gone, or another process took it
+            return
+        except OSError:  # no descriptors, no memory
+            log.exception("no connection can be accepted; trying again in %g s", _PAUSE_S)
+            loop = asyncio.get_running_loop()
             loop.remove_reader(self._listener)
+            self._pause = loop.call_later(_PAUSE_S, self._resume)
+            return
+        address = peer[0] if isinstance(peer, tuple) else None  # None through a unix socket
+        if not self._enter(address):
+            accepted.close()
+            return
+        accepted.setblocking(False)
+        task = asyncio.create_task(self._begin(accepted, address))
+        self._handshakes.add(task)
+        task.add_done_callback(self._handshakes.discard)
 
     def _enter(self, address: str | None) -> bool:
         """Count a connection until `_leave`; return False, and count nothing, if it is one too many."""
-        if self._count() + len(self._beginning) >= self._most:
+        if self._open >= self._most:
             return False
-        if address is None or self._address_limit.enter(address):
-            return True
-        log.warning(
-            "%s holds %d connections, further ones are closed: serve.max_connections_per_address",
-            address,
-            self._address_limit.most,
-        )
-        return False
+        if address is not None and not self._address_limit.enter(address):
+            log.warning(
+                "%s holds %d connections, further ones are closed: serve.max_connections_per_address",
+                address,
+                self._address_limit.most,
+            )
+            return False
+        self._open += 1
+        return True
 
     def _leave(self, address: str | None) -> None:
+        self._open -= 1
         if address is not None:
             self._address_limit.leave(address)
 
@@ -153,4 +126,4 @@ class Acceptor:
             self._leave(address)
             raise
         else:
-            protocol.lost.listen(lambda: self._leave(address))
+            protocol.connection.lost.listen(lambda: self._leave(address))

@@ -15,9 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Engine as Store
 from starlette.responses import JSONResponse, Response
 
-from serving.http.authentication import principal_of
 from serving.http.body import ClientGoneError
 from serving.http.json_body import Body, read_json
+from serving.http.request_state import request_state
 from serving.rollout.version_changes import VersionChange, VersionChanges
 from serving.telemetry.metrics import CLIENT_GONE_STATUS
 from svc.access.keyring import IssuedKey, Keyring, key_row
@@ -230,7 +230,7 @@ async def _read(request: Request, kind: type[Body], expected: str) -> Body:
 
 def _actor(request: Request) -> Actor:
     """Whoever has the key; through the socket in the home the user whose socket it is."""
-    principal = principal_of(request.scope)
+    principal = request_state(request.scope).principal
     if principal is None:
         return Actor.local()
     return Actor.of(principal, request.client.host[:64] if request.client else "")

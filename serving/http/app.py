@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.admission.errors import EngineUnavailableError
 from serving.http.administration import Administration
-from serving.http.authentication import Authentication, AuthenticationMiddleware, principal_of
+from serving.http.authentication import Authentication, AuthenticationMiddleware
 from serving.http.errors import install_handlers
 from serving.http.feedback import FeedbackIntake
 from serving.http.host import AllowedHosts
@@ -26,6 +26,7 @@ from serving.http.inference import Gateway
 from serving.http.middleware import RequestMiddleware
 from serving.http.models import add_models
 from serving.http.openapi import openapi_document
+from serving.http.request_state import request_state
 from serving.http.token_counts import TokenCounts
 from serving.protocols.route import Route, TokenRoute
 from serving.telemetry.engine_metrics import EngineMetrics
@@ -122,7 +123,7 @@ def _add_operations(
 
     @app.get("/svc/status")
     async def show_status(request: Request) -> JSONResponse:
-        principal = principal_of(request.scope)
+        principal = request_state(request.scope).principal
         # It reads the store, and no stream waits for that.
         found = await asyncio.to_thread(status)
         return JSONResponse(

@@ -1,24 +1,21 @@
 """Who sends a request, and whether they may: before anything else of it is looked at, its body least of all.
 
 Keys are demanded as soon as there is one, and always for what changes the service. What comes through the socket in the
-home needs none: only who owns the home can open it. Puts `principal` into the state of the scope, None where no key was
-needed, and `key_ended`: a signal that ends with an error when the key is right no more, so that what runs with it ends.
+home needs none: only who owns the home can open it.
 """
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
 from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as Connection
 
-from serving.http.connections import THROUGH_SOCKET
 from serving.http.failed_keys import FailedKeys
-from serving.http.headers import headers_of
-from serving.http.peer import peer_of
+from serving.http.request_state import RequestState, request_state
 from serving.protocols.route import Route, TokenRoute
 from svc.access.authenticator import Authenticator, Grant, InvalidKeyError, KeyFault
-from svc.identity.principal import Principal, Scope
+from svc.identity.principal import Scope
 
 log = logging.getLogger(__name__)
 
@@ -34,29 +31,6 @@ _SCOPES: Final = {
 _MODEL = "/v1/models/"
 _ADMINISTRATION = "/svc/"
 _BEARER = b"bearer "
-
-
-def principal_of(connection: Connection) -> Principal | None:
-    """Who sent a request that was let in; None where no key was needed, who may do everything.
-
-    Raises:
-        KeyError: nobody has looked; nothing is answered then.
-    """
-    principal: Principal | None = connection["state"]["principal"]
-    return principal
-
-
-def caller_of(connection: Connection) -> str:
-    """Return the key or, without one, the peer that a request counts for; empty through a unix socket.
-
-    Raises:
-        KeyError: see `principal_of`.
-    """
-    principal = principal_of(connection)
-    if principal is not None:
-        return principal.key_id
-    peer = connection.get("client")
-    return peer_of(peer[0]) if peer else ""
 
 
 class Authentication:
@@ -80,17 +54,17 @@ class Authentication:
         """Follows the store, and ends what runs with a key that is right no more, until it is cancelled."""
         await self._authenticator.follow()
 
-    def needs_key(self, connection: Connection) -> bool:
-        """Whether a request must come with a key."""
-        if connection["state"].get(THROUGH_SOCKET):
+    def needs_key(self, state: RequestState, path: str) -> bool:
+        """Return whether a request must come with a key."""
+        if state.connection.through_socket:
             return False
         if self._keys_needed or not self._authenticator.empty:
             return True
         # The first key is made on the machine, by its owner: others are there, too.
-        return _needed_scope(connection["path"]) is Scope.ADMIN
+        return _needed_scope(path) is Scope.ADMIN
 
-    def admit(self, connection: Connection) -> Grant:
-        """Who sends a request that must come with a key.
+    def admit(self, state: RequestState, path: str) -> Grant:
+        """Return what a request's key grants.
 
         Raises:
             InvalidKeyError: there is no key, or it is not right.
@@ -99,21 +73,17 @@ class Authentication:
             PermissionDeniedError: the key is not for this.
         """
         try:
-            grant = self._authenticator.grant(_secret(connection))
+            grant = self._authenticator.grant(_secret(state.headers))
         except InvalidKeyError as error:
-            self._count(error.fault, connection)
+            self._on_failure(error.fault)
+            if self._failed.add(state.address):
+                sender = state.address or "here"
+                log.warning("many wrong keys from %s, the last one %s; more are answered 429", sender, error.fault)
             raise
-        needed = _needed_scope(connection["path"])
+        needed = _needed_scope(path)
         if needed is not None:
             grant.principal.require(needed)
         return grant
-
-    def _count(self, fault: KeyFault, connection: Connection) -> None:
-        self._on_failure(fault)
-        peer = connection.get("client")
-        address = peer[0] if peer else ""
-        if self._failed.add(address):
-            log.warning("many wrong keys from %s, the last one %s; more are answered 429", address or "here", fault)
 
 
 class AuthenticationMiddleware:
@@ -125,12 +95,12 @@ class AuthenticationMiddleware:
 
     def __call__(self, scope: Connection, receive: Receive, send: Send) -> Awaitable[None]:
         if scope["type"] == "http":
-            state = scope["state"]
-            if not self._authentication.needs_key(scope):
-                state["principal"] = None
-            elif scope["path"] not in _OPEN:
-                grant = self._authentication.admit(scope)
-                state["principal"], state["key_ended"] = grant.principal, grant.ended
+            state, path = request_state(scope), scope["path"]
+            if not self._authentication.needs_key(state, path):
+                state.admitted = True
+            elif path not in _OPEN:
+                state.grant = self._authentication.admit(state, path)
+                state.admitted = True
         return self._app(scope, receive, send)
 
 
@@ -144,9 +114,8 @@ def _needed_scope(path: str) -> Scope | None:
     return Scope.ADMIN if path.startswith(_ADMINISTRATION) else None
 
 
-def _secret(connection: Connection) -> str | None:
+def _secret(headers: Mapping[bytes, bytes]) -> str | None:
     """From where OpenAI's clients put it, else Anthropic's."""
-    headers = headers_of(connection)
     bearer = headers.get(b"authorization", b"")
     if bearer[: len(_BEARER)].lower() == _BEARER:
         return bearer[len(_BEARER) :].strip().decode("latin-1")

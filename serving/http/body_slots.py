@@ -4,7 +4,8 @@ One that has come with its headers is here already, and needs no place.
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from serving.admission.errors import OverloadedError
 
@@ -23,16 +24,12 @@ class BodySlots:
         self._doing = doing
         self._reading: Counter[str] = Counter()
 
-    def reading(self, peer: str) -> "BodySlot":
-        """A body comes in during the body of the `with`; entering raises OverloadedError where too many do already.
+    @contextmanager
+    def reading(self, peer: str) -> Iterator[None]:
+        """Take a place for the body of the `with`.
 
         Args:
             peer: key or address that it comes from.
-        """
-        return BodySlot(self, peer)
-
-    def enter(self, peer: str) -> None:
-        """Takes a place until `leave`.
 
         Raises:
             OverloadedError: so many come in already; they may never end.
@@ -44,23 +41,9 @@ class BodySlots:
                 todo="send the request again later",
             )
         self._reading[peer] += 1
-
-    def leave(self, peer: str) -> None:
-        """Gives the place back."""
-        self._reading[peer] -= 1
-        if not self._reading[peer]:
-            del self._reading[peer]
-
-
-@dataclass(slots=True)
-class BodySlot:
-    """A place for the body of a `with`. A class, since a generator costs several times as much in every request."""
-
-    slots: BodySlots
-    peer: str
-
-    def __enter__(self) -> None:
-        self.slots.enter(self.peer)
-
-    def __exit__(self, *_: object) -> None:
-        self.slots.leave(self.peer)
+        try:
+            yield
+        finally:
+            self._reading[peer] -= 1
+            if not self._reading[peer]:
+                del self._reading[peer]

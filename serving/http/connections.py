@@ -1,19 +1,20 @@
 """Connections of clients: as many as there are file descriptors for, and none that sends no request or reads nothing.
 
-uvicorn accepts whatever comes, waits for a first request without end and for headers of any size, and closes a
-connection only once its client has read what was sent. Where descriptors run out, the server could not reach its
-engines any more.
+uvicorn waits for a first request without end and for headers of any size, and closes a connection only once its client
+has read what was sent. Where descriptors run out, the server could not reach its engines any more. Here are the limits,
+built on what asyncio calls and on the application's own requests, and on one part of uvicorn: its parser is replaced.
 """
 
 import asyncio
 import resource
 import socket
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, cast
 
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from serving.http.direct_answer import offer_direct_answer
 from serving.http.request_parser import RequestParser
 from svc.end_signal import EndSignal
 
@@ -21,14 +22,7 @@ REQUEST_DEADLINE_S = 15.0
 """From a connection, or its last answer, to the end of the next request's headers."""
 LAST_REQUEST_S = 1.0
 """When the server ends, a request that is on its way on an open connection has so long to arrive, and is answered."""
-MOST_HEAD_BYTES = 64 * 1024
-"""Of one request's headers, and what one read may bring beyond."""
-ABORT = "abort"
-"""Key in the state of a scope: a function that ends its connection at once, whatever was not read yet."""
-LOST = "lost"
-"""Key in the state of a scope: an EndSignal that ends with its connection."""
-THROUGH_SOCKET = "through_socket"
-"""Key in the state of a scope: the connection came through a unix socket, which only its owner can open."""
+_STATE_KEY = "connection"
 _OWN_DESCRIPTORS = 512
 """For the store, logs, the registry and what the server asks its engines itself."""
 _MOST = 8192
@@ -36,7 +30,7 @@ _MOST = 8192
 
 
 def raise_descriptor_limit() -> int:
-    """Lets this process open as many files as it may.
+    """Let this process open as many files as it may.
 
     Returns:
         How many connections of clients there is room for: each may have one to an engine.
@@ -47,101 +41,126 @@ def raise_descriptor_limit() -> int:
     return max(1, min(_MOST, room))
 
 
-def limited_protocol(deadline_s: float = REQUEST_DEADLINE_S) -> type[asyncio.Protocol]:
-    """uvicorn's protocol with limits.
+def _nothing() -> None:
+    """The default of a connection's callbacks."""
+
+
+@dataclass(slots=True)
+class Connection:
+    """A client's connection as its requests see it. Without a server, as in tests, it is never lost and never slow.
+
+    Attributes:
+        through_socket: it came through a unix socket, which only its owner can open.
+        is_writable: it takes more without a wait. A connection that was lost takes and forgets everything.
+        lost: ends with the connection.
+        abort: ends it immediately, whatever was not read yet.
+        on_request, on_answered: called when a request begins, and when its answer is complete.
+    """
+
+    through_socket: bool = False
+    is_writable: bool = True
+    lost: EndSignal = field(default_factory=EndSignal)
+    abort: Callable[[], None] = _nothing
+    on_request: Callable[[], None] = _nothing
+    on_answered: Callable[[], None] = _nothing
+
+
+def connection_of(scope: Scope) -> Connection:
+    """Return the connection that a request came on."""
+    return scope.get("state", {}).get(_STATE_KEY) or Connection()
+
+
+def watched(app: ASGIApp) -> ASGIApp:
+    """Return the application, telling each connection when its requests begin and are answered."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        connection = connection_of(scope)
+        connection.on_request()
+        try:
+            await app(scope, receive, send)
+        finally:
+            connection.on_answered()
+
+    return answer
+
+
+class ClientProtocol(HttpToolsProtocol):
+    """uvicorn's protocol with limits, for an application that is `watched`.
 
     Args:
         deadline_s: see REQUEST_DEADLINE_S.
+
+    Attributes:
+        connection: given to each request.
     """
 
-    class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
-        _deadline: asyncio.TimerHandle | None = None
-        _head_bytes = 0
-        _ending = False
-        app_state: dict[str, Any]
+    def __init__(
+        self,
+        config: Any,
+        server_state: Any,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+        deadline_s: float = REQUEST_DEADLINE_S,
+    ) -> None:
+        self.connection = Connection(on_request=self._begin_request, on_answered=self._await_request)
+        super().__init__(config, server_state, {**app_state, _STATE_KEY: self.connection}, _loop)
+        self.parser = RequestParser(self)
+        self._deadline_s = deadline_s
+        self._waiting_since: float | None = None  # None while a request is answered
+        self._timer: asyncio.TimerHandle | None = None
+        self._ending = False
 
-        def __init__(self, *args: Any, **named: Any) -> None:
-            super().__init__(*args, **named)
-            self.lost = EndSignal()
-            if isinstance(self, HttpToolsProtocol):
-                self.parser = RequestParser(self)
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin to wait for the first request."""
+        self._client = cast(asyncio.Transport, transport)  # uvloop's are no subclass of it
+        connected = transport.get_extra_info("socket")
+        self.connection.through_socket = connected is not None and connected.family == socket.AF_UNIX
+        self.connection.abort = self._client.abort
+        super().connection_made(self._client)
+        self._await_request()
+        self._check()
 
-        def connection_made(self, transport: asyncio.Transport) -> None:
-            connected = transport.get_extra_info("socket")
-            through_socket = connected is not None and connected.family == socket.AF_UNIX
-            self.app_state = {
-                **self.app_state,
-                ABORT: transport.abort,
-                LOST: self.lost,
-                THROUGH_SOCKET: through_socket,
-            }
-            super().connection_made(transport)
-            self._await_request()
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Tell the request that runs."""
+        if self._timer is not None:
+            self._timer.cancel()
+        super().connection_lost(exc)
+        self.connection.is_writable = True
+        self.connection.lost.end()
 
-        def data_received(self, data: bytes) -> None:
-            before = self.cycle
-            is_head = before is None or not before.more_body  # also of a request that waits behind one that is answered
-            super().data_received(data)
-            if self._ending and self._in_request:
-                self.cycle.keep_alive = False
-            self._head_bytes = self._head_bytes + len(data) if is_head and self.cycle is before else 0
-            if self._head_bytes > MOST_HEAD_BYTES:
-                self.transport.abort()
-                return
-            if self._deadline is None and not self._in_request:  # uvicorn closes what stays idle between requests
-                self._await_request()
+    def pause_writing(self) -> None:
+        """Remember that the client reads slowly."""
+        self.connection.is_writable = False
+        super().pause_writing()
 
-        def connection_lost(self, exc: Exception | None) -> None:
-            if self._deadline is not None:
-                self._deadline.cancel()
-            super().connection_lost(exc)
-            self.lost.end()
+    def resume_writing(self) -> None:
+        """Remember that the client has read enough."""
+        self.connection.is_writable = True
+        super().resume_writing()
 
-        def shutdown(self) -> None:
-            self._ending = True
-            if self._in_request:
-                super().shutdown()
-                return
-            asyncio.get_running_loop().call_later(LAST_REQUEST_S, self._end_idle)
+    def shutdown(self) -> None:
+        """End after the request that runs, or after one that arrives within LAST_REQUEST_S."""
+        self._ending = True
+        if self._waiting_since is None:
+            super().shutdown()
+        else:
+            asyncio.get_running_loop().call_later(LAST_REQUEST_S, super().shutdown)
 
-        def _end_idle(self) -> None:
-            if not self.transport.is_closing():
-                super().shutdown()
+    def _begin_request(self) -> None:
+        self._waiting_since = None
+        if self._ending:
+            super().shutdown()  # this answer is the last one, and says so
 
-        def timeout_keep_alive_handler(self) -> None:
-            super().timeout_keep_alive_handler()
-            self._abort_later()
+    def _await_request(self) -> None:
+        self._waiting_since = asyncio.get_running_loop().time()
 
-        def on_headers_complete(self) -> None:
-            if not self.parser.ignores_head:
-                super().on_headers_complete()
-
-        def on_message_complete(self) -> None:
-            if not self.parser.ignores_head:
-                super().on_message_complete()
-
-        def _unsupported_upgrade_warning(self) -> None:
-            """Log nothing: uvicorn advises to install a library for websockets."""
-
-        def _start_asgi_task(self, cycle: Any, app: Any) -> None:
-            offer_direct_answer(cycle)
-            super()._start_asgi_task(cycle, app)
-
-        @property
-        def _in_request(self) -> bool:
-            return self.cycle is not None and not self.cycle.response_complete
-
-        def _await_request(self) -> None:
-            self._deadline = asyncio.get_running_loop().call_later(deadline_s, self._check, self.cycle)
-
-        def _check(self, before: object) -> None:
-            self._deadline = None
-            if self.cycle is before and not self.transport.is_closing():
-                self.transport.close()
-                self._abort_later()
-
-        def _abort_later(self) -> None:
-            """A closed connection stays until its client has read the rest."""
-            self._deadline = asyncio.get_running_loop().call_later(deadline_s, self.transport.abort)
-
-    return LimitedProtocol
+    def _check(self) -> None:
+        """Close the connection when its client sends no request. One timer serves all requests of a connection."""
+        loop, left_s = asyncio.get_running_loop(), self._deadline_s
+        if self._waiting_since is not None:
+            left_s = self._waiting_since + self._deadline_s - loop.time()
+        if left_s > 0:
+            self._timer = loop.call_later(left_s, self._check)
+            return
+        self._client.close()  # it stays open until its client has read the rest
+        self._timer = loop.call_later(self._deadline_s, self._client.abort)

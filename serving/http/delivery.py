@@ -7,16 +7,14 @@ task that empties it, are for those that do not. Knows nothing of engines or of 
 """
 
 import asyncio
-from collections import deque
+from contextlib import nullcontext
 from types import TracebackType
 from typing import Self
 
-from starlette.types import Scope, Send
+from starlette.types import Send
 
 from serving.admission.errors import OverloadedError
-from serving.http.authentication import caller_of
-from serving.http.direct_answer import DirectAnswer, direct_answer
-from serving.http.header_lines import HeaderLines, headers_in
+from serving.http.connections import Connection
 from svc.errors import SvcError
 
 PART_BYTES = 64 * 1024
@@ -44,6 +42,9 @@ class AnswerBuffers:
             slowly leave room for the others.
         max_answer_bytes: of one answer.
         client_timeout_s: longest time for a client to take a part, seconds.
+
+    Attributes:
+        used: bytes that wait now.
     """
 
     def __init__(
@@ -56,7 +57,6 @@ class AnswerBuffers:
         self._held: dict[str, int] = {}
         self._freed = asyncio.Event()
         self.used = 0
-        """Bytes that wait now."""
 
     def held_by(self, caller: str) -> int:
         """Return how many bytes wait for one caller."""
@@ -83,7 +83,7 @@ class AnswerBuffers:
         self._freed.set()
 
     async def freed(self) -> None:
-        """Returns when room was given back since."""
+        """Wait until room has been given back."""
         self._freed.clear()
         await self._freed.wait()
 
@@ -94,30 +94,25 @@ class Delivery:
     Where the body raised, the answer is not ended: `send_last` does that, or nobody.
 
     Args:
-        send: the connection.
-        timeout_s: longest time for a part to find its way, seconds.
-        direct: the shorter way to it, for what it takes at once; None where there is none.
+        send: ASGI's.
+        connection: what `send` writes to.
         caller: whose share of the buffers it takes.
 
     Attributes:
         begun: the head of the answer was given.
     """
 
-    def __init__(
-        self, send: Send, buffers: AnswerBuffers, timeout_s: float, direct: DirectAnswer | None, caller: str
-    ) -> None:
+    def __init__(self, send: Send, buffers: AnswerBuffers, connection: Connection, caller: str) -> None:
         self._send = send
-        self._direct = direct
         self._buffers = buffers
-        self._timeout_s = timeout_s
+        self._connection = connection
         self._caller = caller
-        self._headers: HeaderLines | None = None
-        self._length: int | None = None
-        self._parts: deque[bytes] = deque()
-        self._held = 0
-        self._filled: asyncio.Event | None = None  # there is one where the connection does not take what comes
-        self._ended = self._whole = False
-        self._sending: asyncio.Task[None] | None = None
+        self._headers: list[tuple[bytes, bytes]] | None = None  # until they are sent
+        self._waiting = bytearray()
+        self._held = 0  # what waits, is reserved, or is being sent
+        self._filled = asyncio.Event()
+        self._ended = False
+        self._sending: asyncio.Task[None] | None = None  # once the connection has not taken what came
         self.begun = False
 
     @property
@@ -131,35 +126,29 @@ class Delivery:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Waits for the client.
+        """Wait for the client.
 
         Raises:
             ClientSlowError: it took too little.
         """
-        whole = error is None
         try:
             if self._sending is not None:
                 if isinstance(error, asyncio.CancelledError):
                     self._sending.cancel()
-                self._ended, self._whole = True, whole
-                self._fill()
+                self._ended = True
+                self._filled.set()
                 await self._sending
-            elif whole and self.begun:
-                await self._end()
+            if error is None and self.begun:
+                await self._send_waiting(end=True)
         finally:
             self._buffers.free(self._held, self._caller)  # what will not be sent any more; it stays `pending`
 
-    def start(self, headers: HeaderLines, *, length: int | None = None) -> None:
-        """The head of a good answer; it goes out with the first part.
-
-        Args:
-            headers: without its length.
-            length: of a whole answer, bytes; None for a stream.
-        """
-        self._headers, self._length, self.begun = headers, length, True
+    def start(self, headers: list[tuple[bytes, bytes]]) -> None:
+        """Give the head of a good answer; it goes out with the first part."""
+        self._headers, self.begun = headers, True
 
     def reserve(self, size: int) -> None:
-        """Takes room for a part of a whole answer, which is `put` when it is complete.
+        """Take room for a part of a whole answer, which is `put` when it is complete.
 
         Raises:
             AnswerTooLargeError: the answer is larger than one may be.
@@ -181,19 +170,27 @@ class Delivery:
         self._held -= size
         self._buffers.free(size, self._caller)
 
+    def put(self, data: bytes) -> None:
+        """Add a part that has room: it was reserved."""
+        self._waiting += data
+        self._filled.set()
+
     async def put_event(self, data: bytes) -> None:
-        """Adds a part of a stream, after a wait where there is no room for it.
+        """Add a part of a stream, after a wait where there is no room for it.
 
         Raises:
             AnswerTooLargeError: it alone is larger than an answer may be.
             ClientSlowError: the client was cut off.
         """
-        if self.put_at_once(data):
+        if self._connection.is_writable and not self._held and len(data) <= PART_BYTES:
+            if self._headers is not None:
+                await self._send_head(self._headers)
+            await self._send({"type": "http.response.body", "body": data, "more_body": True})
             return
         if len(data) > self._buffers.max_answer_bytes:
             raise _too_large(len(data), self._buffers.max_answer_bytes)
         if self._sending is None:
-            self._sending = asyncio.create_task(self._run(asyncio.Event()))
+            self._sending = asyncio.create_task(self._run())
         self._check()
         while not self._buffers.take(len(data), self._held, self._caller):
             await self._buffers.freed()
@@ -201,107 +198,51 @@ class Delivery:
         self._held += len(data)
         self.put(data)
 
-    def put_at_once(self, data: bytes) -> bool:
-        """Hands a part of a stream to the connection, if that takes it without a wait; whether it did."""
-        direct = self._direct
-        if direct is None or self._held or len(data) > PART_BYTES:
-            return False
-        if self._headers is None:
-            return direct.write(data)
-        if not direct.is_writable:
-            return False
-        headers, self._headers = self._headers, None
-        direct.begin(headers, data)
-        return True
-
-    def put(self, data: bytes) -> None:
-        """Adds a part that has room: it was reserved."""
-        self._parts.append(data)
-        self._fill()
-
     async def send_last(self, data: bytes) -> None:
-        """Ends an answer that broke, once the `async with` was left.
+        """End an answer that broke, once the `async with` was left.
 
         Raises:
             ClientSlowError: the client took too little.
         """
-        try:
-            await self._send_part(data, more=False)
-        except TimeoutError as error:
-            raise ClientSlowError from error
+        await self._send_part(data, more=False)
 
     def _check(self) -> None:
         if self._sending is not None and self._sending.done():
             self._sending.result()
 
-    def _fill(self) -> None:
-        if self._filled is not None:
-            self._filled.set()
-
-    async def _end(self) -> None:
-        """What there is of a whole answer, and the end."""
-        direct, held = self._direct, self._held
-        if direct is None or held > PART_BYTES or not direct.is_writable:
-            self._ended = self._whole = True
-            await self._run(asyncio.Event())
-        elif self._headers is None:
-            direct.end()
-        else:
-            headers, self._headers, self._held = self._headers, None, 0
-            direct.write_whole(headers, b"".join(self._parts))
-            self._buffers.free(held, self._caller)
-
-    async def _run(self, filled: asyncio.Event) -> None:
-        self._filled = filled
-        filled.set()
+    async def _run(self) -> None:
         try:
-            while not (self._ended and not self._parts):
-                await filled.wait()
-                filled.clear()
-                while self._parts:
-                    await self._send_next()
-            if self._whole and self.begun:
-                await self._send_part(b"", more=False)
-        except TimeoutError as error:
-            raise ClientSlowError from error
+            await self._send_waiting()
+            while not self._ended:
+                await self._filled.wait()
+                self._filled.clear()
+                await self._send_waiting()
         finally:
             self._buffers.free(0, self._caller)  # wakes a `put_event` that waits for room
 
-    async def _send_next(self) -> None:
-        """What waits, up to a part's size: many small events make one write."""
-        some = [self._parts.popleft()]
-        size = len(some[0])
-        while self._parts and size + len(self._parts[0]) <= PART_BYTES:
-            some.append(self._parts.popleft())
-            size += len(some[-1])
-        data = some[0] if len(some) == 1 else b"".join(some)
-        for start in range(0, size, PART_BYTES):
-            part = data[start : start + PART_BYTES]
-            await self._send_part(part, more=True)
-            self._held -= len(part)
-            self._buffers.free(len(part), self._caller)
+    async def _send_waiting(self, *, end: bool = False) -> None:
+        """Send what waits, in parts: many small events make one write. The last part may be the end of the answer."""
+        more = bool(self._waiting) or end
+        while more:
+            part = bytes(self._waiting[:PART_BYTES])
+            del self._waiting[:PART_BYTES]
+            more = bool(self._waiting)
+            await self._send_part(part, more=more or not end)
+            self.give_back(len(part))
 
     async def _send_part(self, data: bytes, *, more: bool) -> None:
-        async with asyncio.timeout(self._timeout_s):
-            await self._pass_on(data, more=more)
+        waiting = nullcontext() if self._connection.is_writable else asyncio.timeout(self._buffers.client_timeout_s)
+        try:
+            async with waiting:
+                if self._headers is not None:
+                    await self._send_head(self._headers)
+                await self._send({"type": "http.response.body", "body": data, "more_body": more})
+        except TimeoutError as error:
+            raise ClientSlowError from error
 
-    async def _pass_on(self, data: bytes, *, more: bool) -> None:
-        if self._headers is not None:
-            headers = headers_in(self._headers)
-            if self._length is not None:
-                headers.append((b"content-length", b"%d" % self._length))
-            self._headers = None
-            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
-        await self._send({"type": "http.response.body", "body": data, "more_body": more})
-
-
-def delivery_of(scope: Scope, send: Send, buffers: AnswerBuffers) -> Delivery:
-    """The delivery of the answer to a request.
-
-    Args:
-        scope: its connection, which may have a shorter way to it, and whose caller was let in.
-    """
-    return Delivery(send, buffers, buffers.client_timeout_s, direct_answer(scope), caller_of(scope))
+    async def _send_head(self, headers: list[tuple[bytes, bytes]]) -> None:
+        self._headers = None
+        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
 
 
 def _too_large(size: int, most: int) -> AnswerTooLargeError:

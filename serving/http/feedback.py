@@ -15,9 +15,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from serving.admission.errors import OverloadedError
-from serving.http.authentication import principal_of
 from serving.http.body import ClientGoneError
 from serving.http.json_body import read_json
+from serving.http.request_state import request_state
 from serving.telemetry.metrics import CLIENT_GONE_STATUS
 from serving.telemetry.request_log import RequestLog
 from svc.errors import NotFoundError, SvcError
@@ -86,7 +86,7 @@ class FeedbackIntake:
         self._at_once += 1
         try:
             given = await read_json(request, FeedbackRequest, max_bytes=MAX_BODY_BYTES, expected=_EXAMPLE)
-            principal = principal_of(request.scope)
+            principal = request_state(request.scope).principal
             key_id = None if principal is None or principal.may(Scope.ADMIN) else principal.key_id
             kept = await asyncio.get_running_loop().run_in_executor(self._threads, self._keep, given, key_id)
         except ClientGoneError:

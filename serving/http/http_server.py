@@ -5,14 +5,13 @@ import logging
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, cast
 
 import uvicorn
 from starlette.types import ASGIApp
 
-from serving.http.acceptor import AcceptedProtocol, Acceptor
+from serving.http.acceptor import Acceptor
 from serving.http.address_limit import AddressLimit
-from serving.http.connections import REQUEST_DEADLINE_S, limited_protocol
+from serving.http.connections import REQUEST_DEADLINE_S, ClientProtocol, watched
 from serving.http.tls import Certificate
 from serving.http.warning_limit import WarningLimit
 
@@ -28,59 +27,60 @@ class HttpServer(uvicorn.Server):
     Args:
         most: connections at once.
         address_limit: for those of one address.
+        certificate: None for plain HTTP.
+        deadline_s: see serving.http.connections.
     """
 
-    def __init__(self, config: uvicorn.Config, most: int, address_limit: AddressLimit) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        most: int,
+        address_limit: AddressLimit,
+        certificate: Certificate | None,
+        deadline_s: float,
+    ) -> None:
         super().__init__(config)
         self._most = most
         self._address_limit = address_limit
+        self._certificate = certificate
+        self._deadline_s = deadline_s
         self._acceptors: list[Acceptor] = []
-        self._ending = asyncio.Event()
+        self._stopping = asyncio.Event()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Captures none."""
+        """Capture none."""
         yield
 
     def stop(self) -> None:
-        """Ends `serve`; running answers may end."""
+        """End `serve`; running answers may end."""
         self.should_exit = True
-        self._ending.set()
+        self._stopping.set()
 
     async def main_loop(self) -> None:
-        """Keeps the date of answers right until it is told to stop; uvicorn's looks ten times a second for that."""
+        """Keep the date of answers right; uvicorn's own loop also looks ten times a second whether to stop."""
         while not await self.on_tick(0):
             with suppress(TimeoutError):
-                async with asyncio.timeout(_DATE_S):
-                    await self._ending.wait()
+                await asyncio.wait_for(self._stopping.wait(), _DATE_S)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn's, with a limit on connections."""
         await super().startup(sockets=[])
-        config, state = self.config, self.server_state
-
-        def protocol() -> AcceptedProtocol:
-            make: Any = config.http_protocol_class
-            made = make(config=config, server_state=state, app_state=self.lifespan.state)
-            return cast(AcceptedProtocol, made)
-
         for listener in sockets or ():
             acceptor = Acceptor(
                 listener,
-                protocol,
-                count=lambda: len(state.connections),
+                lambda: ClientProtocol(self.config, self.server_state, {}, deadline_s=self._deadline_s),
                 most=self._most,
                 address_limit=self._address_limit,
-                context=config.ssl,
+                context=self._certificate.context if self._certificate else None,
                 handshake_s=REQUEST_DEADLINE_S,
             )
             acceptor.start()
             self._acceptors.append(acceptor)
-            self.servers.append(cast(asyncio.Server, acceptor))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn's; no connection that was accepted is lost."""
-        await asyncio.gather(*(acceptor.pause(_HANDSHAKE_GRACE_S) for acceptor in self._acceptors))
+        await asyncio.gather(*(acceptor.stop(_HANDSHAKE_GRACE_S) for acceptor in self._acceptors))
         await super().shutdown(sockets=sockets)
 
 
@@ -94,7 +94,7 @@ def http_server(
     deadline_s: float = REQUEST_DEADLINE_S,
     idle_s: int = 5,
 ) -> HttpServer:
-    """What answers on one listener.
+    """Return a server for one listener.
 
     Args:
         most: connections at once.
@@ -105,8 +105,8 @@ def http_server(
         idle_s: so long a connection may be idle between two requests.
     """
     config = uvicorn.Config(
-        app,
-        http=limited_protocol(deadline_s),
+        watched(app),
+        http=ClientProtocol,
         ws="none",  # its handshake would pass all our layers, and its path with the query would be logged
         lifespan="off",
         log_config=None,
@@ -119,5 +119,4 @@ def http_server(
     )
     logging.getLogger("uvicorn.error").addFilter(_WARNING_LIMIT)
     config.load()
-    config.ssl = certificate.context if certificate else None
-    return HttpServer(config, most, AddressLimit(most_per_address or most, proxies))
+    return HttpServer(config, most, AddressLimit(most_per_address or most, proxies), certificate, deadline_s)

@@ -11,7 +11,8 @@ a client does not take at once waits for it in a buffer (serving.http.delivery),
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -19,10 +20,9 @@ from serving.admission.errors import EngineUnavailableError
 from serving.admission.rate_limiter import RateLimiter
 from serving.engines.balancer import Lease
 from serving.engines.transport import EngineCall, EngineUnreachableError
-from serving.http.authentication import caller_of, principal_of
-from serving.http.body import ClientGoneError, body_here, read_body
-from serving.http.body_slots import BodySlot, BodySlots
-from serving.http.delivery import AnswerBuffers, ClientSlowError, delivery_of
+from serving.http.body import ClientGoneError, read_body
+from serving.http.body_slots import BodySlots
+from serving.http.delivery import AnswerBuffers, ClientSlowError, Delivery
 from serving.http.disconnect import cut_off, while_connected
 from serving.http.error_answer import answer_error
 from serving.http.errors import ApiError, api_error
@@ -30,6 +30,7 @@ from serving.http.event_stream import EventStream
 from serving.http.key_account import KeyAccount
 from serving.http.models import require_model
 from serving.http.request_account import RequestAccount
+from serving.http.request_state import request_state
 from serving.protocols.error_code import ErrorCode
 from serving.protocols.request import CompletionRequest, parse_request
 from serving.protocols.route import Route
@@ -45,10 +46,11 @@ from svc.settings import RequestLimits, ServeSettings
 BeginTrace = Callable[[Sequence[tuple[bytes, bytes]]], RequestTrace]
 
 
+@dataclass(slots=True, kw_only=True)
 class Gateway:
     """Forwards completions to engines.
 
-    Args:
+    Attributes:
         router: finds the backend for a request.
         body_slots: how many requests may come in at once.
         metrics: counts.
@@ -60,37 +62,27 @@ class Gateway:
         usage: counts what keys use.
         begin_trace: places a request in its trace, by its headers; None where there are no traces.
         clock: monotonic time, seconds.
+        adapter_slots, production_slots: how many requests may wait for adapters, and for those in production.
     """
 
-    def __init__(
-        self,
-        *,
-        router: Router,
-        body_slots: BodySlots,
-        metrics: GatewayMetrics,
-        request_log: RequestLog,
-        settings: ServeSettings,
-        request_limits: RequestLimits,
-        buffers: AnswerBuffers,
-        limiter: RateLimiter,
-        usage: UsageMeter,
-        begin_trace: BeginTrace | None = None,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        self.router = router
-        self.body_slots = body_slots
-        most = max(1, settings.max_queued)
+    router: Router
+    body_slots: BodySlots
+    metrics: GatewayMetrics
+    request_log: RequestLog
+    settings: ServeSettings
+    request_limits: RequestLimits
+    buffers: AnswerBuffers
+    limiter: RateLimiter
+    usage: UsageMeter
+    begin_trace: BeginTrace | None = None
+    clock: Callable[[], float] = time.perf_counter
+    adapter_slots: BodySlots = field(init=False)
+    production_slots: BodySlots = field(init=False)
+
+    def __post_init__(self) -> None:
+        most = max(1, self.settings.max_queued)
         self.adapter_slots = BodySlots(most, "waiting for adapters")
         self.production_slots = BodySlots(most, "waiting for the adapter of the version in production")
-        self.metrics = metrics
-        self.request_log = request_log
-        self.settings = settings
-        self.request_limits = request_limits
-        self.clock = clock
-        self.buffers = buffers
-        self.limiter = limiter
-        self.usage = usage
-        self.begin_trace = begin_trace
 
     def endpoint(self, route: Route) -> ASGIApp:
         """The ASGI application for one path."""
@@ -116,12 +108,13 @@ class Exchange:
         self._route = route
         self._format = wire_format(route)
         self._scope = scope
-        self._principal = principal_of(scope)
+        self._state = request_state(scope)
+        self._principal = self._state.principal
         self._asgi_send = send
-        self._delivery = delivery_of(scope, send, gateway.buffers)
+        self._delivery = Delivery(send, gateway.buffers, self._state.connection, self._state.caller)
         self.account = RequestAccount(
             route,
-            scope["state"],
+            self._state,
             metrics=gateway.metrics,
             request_log=gateway.request_log,
             key=KeyAccount(self._principal, gateway.limiter, gateway.usage, gateway.metrics),
@@ -133,23 +126,20 @@ class Exchange:
         """Answers, with an error where it must be."""
         settings, account = self._gateway.settings, self.account
         try:
-            body = body_here(self._scope, max_bytes=settings.max_body_bytes)
-            if body is None:
-                peer = self._scope.get("client")
-                with self._gateway.body_slots.reading(peer[0] if peer else ""):
-                    body = await read_body(self._scope, receive, max_bytes=settings.max_body_bytes)
+            slot = self._gateway.body_slots.reading(self._state.address)
+            body = await read_body(self._state.headers, receive, max_bytes=settings.max_body_bytes, slot=slot)
             account.body_read(len(body))
             account.key.reserve_request()
             request = parse_request(body, self._route, self._gateway.request_limits)
             account.parsed(request)
             del body
-            await while_connected(self._scope, receive, self._answer(request))
+            await while_connected(self._state, self._answer(request))
         except ClientGoneError:
             if not self._delivered:
                 account.failed(ErrorCode.CLIENT_GONE)
         except ClientSlowError:
             account.failed(ErrorCode.CLIENT_SLOW)
-            await cut_off(self._scope, receive)
+            await cut_off(self._state.connection, receive)
         except asyncio.CancelledError:
             if not self._delivered:
                 account.failed(ErrorCode.ENGINE_DIED)  # the server ends, and with it the engine
@@ -164,10 +154,11 @@ class Exchange:
         require_model(self._gateway.router, self._principal, request.model)
         to = self._gateway.router.find(request.model, request.who)
         await to.backend.check(to.model)
-        self._scope["state"]["version"] = (served := to.backend.names.served) and served.version
+        served = to.backend.names.served
+        self._state.version = served.version if served else None
         # Delivered outside admission: the engine is done with it, and a client that reads slowly keeps no place.
         self.account.work = work = request.work(to.backend.context)
-        self._scope["state"]["reservation"] = self.account.key.reserve(request, work, self.account.model)
+        self._state.reservation = self.account.key.reserve(request, work, self.account.model)
         began = self._gateway.clock()
         async with (
             self._delivery,
@@ -181,12 +172,12 @@ class Exchange:
             except EngineUnreachableError as error:
                 await self._forward_to_another(to, engine, request, error)
 
-    def _waiting_for_adapter(self, to: Destination) -> BodySlot:
+    def _waiting_for_adapter(self, to: Destination) -> AbstractContextManager[None]:
         """A place among the requests that wait for adapters; those of versions in production have their own."""
         names, gateway = to.backend.names, self._gateway
         in_production = names.served is not None and names.resolve(to.model) in (None, names.served.version)
         slots = gateway.production_slots if in_production else gateway.adapter_slots
-        return slots.reading(caller_of(self._scope))
+        return slots.reading(self._state.caller)
 
     async def _forward_to_another(
         self, to: Destination, engine: Lease, request: CompletionRequest, refused: EngineUnreachableError
@@ -207,34 +198,23 @@ class Exchange:
         call = EngineCall(engine.http, self._route.value, payload, account.request_id, lines, engine.show)
         async with call as answer:
             if answer.is_event_stream:
-                between_tokens = self._gateway.metrics.between_tokens(engine.served)
-                usage = request.wants_usage
                 stream = EventStream(
                     account,
                     self._delivery,
                     self._format,
                     self._begin,
-                    between_tokens,
-                    wants_usage=usage,
-                    show=engine.show,
+                    self._gateway.metrics.between_tokens(engine.served),
+                    request.wants_usage,
+                    engine.show,
                 )
                 await stream.forward(answer)
             else:
                 await self._take_whole(answer, engine)
 
     async def _take_whole(self, answer: EngineAnswer, engine: Lease) -> None:
-        parts: list[bytes] = []
-        while part := answer.take_some() or await answer.read_some():
-            self._delivery.reserve(len(part))
-            parts.append(part)
-            if answer.is_taken:
-                break
         account = self.account
+        body = await read_whole(answer, engine, self._delivery)
         account.heard()
-        body = parts[0] if len(parts) == 1 else b"".join(parts)
-        if engine.show is not None:
-            size, body = len(body), engine.show(body)
-            self._delivery.give_back(size - len(body))
         account.keep(body)
         if reason := self._format.finish_reason(body):
             account.finished(reason)
@@ -245,14 +225,12 @@ class Exchange:
         self._delivery.put(body)
 
     def _begin(self, content_type: str, length: int | None = None) -> None:
-        """Begins a good answer."""
-        caching = b"cache-control: no-cache\r\n" if length is None else b""
-        headers = b"content-type: %b\r\nx-svc-overhead-ms: %.2f\r\n%b" % (
-            content_type.encode("latin-1"),
-            self.account.begin() * 1000,
-            caching,
+        """Begin a good answer."""
+        framing = (b"cache-control", b"no-cache") if length is None else (b"content-length", b"%d" % length)
+        overhead = b"%.2f" % (self.account.begin() * 1000)
+        self._delivery.start(
+            [(b"content-type", content_type.encode("latin-1")), (b"x-svc-overhead-ms", overhead), framing]
         )
-        self._delivery.start(headers, length=length)
 
     async def _fail(self, error: ApiError, receive: Receive) -> None:
         """Answers with an error; within a stream with an event, and without the one that ends a good answer."""
@@ -264,9 +242,27 @@ class Exchange:
         try:
             await self._delivery.send_last(self._format.error_event(error.body(self._route)))
         except ClientSlowError:
-            await cut_off(self._scope, receive)
+            await cut_off(self._state.connection, receive)
 
     @property
     def _delivered(self) -> bool:
         """All of the answer was handed over: OpenAI's client closes the connection once it reads the last event."""
         return self.account.complete and not self._delivery.pending
+
+
+async def read_whole(answer: EngineAnswer, engine: Lease, delivery: Delivery) -> bytes:
+    """Return the body of an engine's answer, for which the delivery has room.
+
+    Raises:
+        AnswerTooLargeError, OverloadedError: there is no room.
+    """
+    parts: list[bytes] = []
+    while part := await answer.read_some():
+        delivery.reserve(len(part))
+        parts.append(part)
+    body = b"".join(parts)
+    if engine.show is None:
+        return body
+    shown = engine.show(body)
+    delivery.give_back(len(body) - len(shown))
+    return shown

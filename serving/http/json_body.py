@@ -6,6 +6,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
 from serving.http.body import read_body
+from serving.http.request_state import request_state
 from serving.model_names import SHOWN_CHARS
 from serving.protocols.request import InvalidJsonError, InvalidRequestError
 
@@ -22,7 +23,7 @@ async def read_json(request: Request, kind: type[Body], *, max_bytes: int, expec
         InvalidJsonError, InvalidRequestError: it is not what it must be.
         MediaTypeError, BodyTooLargeError, BodyTimeoutError, ClientGoneError: see `read_body`.
     """
-    body = await read_body(request.scope, request.receive, max_bytes=max_bytes)
+    body = await read_body(request_state(request.scope).headers, request.receive, max_bytes=max_bytes)
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:

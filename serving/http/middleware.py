@@ -3,30 +3,24 @@ key's limits, and no exception gets past it.
 
 A request's id is the server's own, since feedback finds an answer by it and a client may use an id twice. The client's
 is kept beside it, and returned. A version is told to whom it may be. Pure ASGI, because the framework's middleware
-would sit between a stream and its client. Puts `request_id` and `client_request_id` into the state of the scope; what
-answers a completion puts `version` there, and `reservation`, by which it is told what is left of limits.
+would sit between a stream and its client.
 """
 
 import os
 import re
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.admission.rate_limiter import RateLimiter, Reservation
-from serving.http.connections import THROUGH_SOCKET
-from serving.http.direct_answer import direct_answer
+from serving.admission.rate_limiter import RateLimiter
+from serving.http.connections import connection_of
 from serving.http.errors import api_error
-from serving.http.header_lines import HeaderLines, headers_in
-from serving.http.headers import headers_of
 from serving.http.host import AllowedHosts
 from serving.http.rate_limit_headers import rate_limit_headers
+from serving.http.request_state import STATE_KEY, RequestState
 from serving.router import Router
 from svc.identity.key_secret import hide_secrets
-from svc.identity.principal import Principal
-from svc.version import VersionId
 
 _CLIENT_HEADERS = (b"x-client-request-id", b"x-request-id")
 _CLIENT_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")  # fit for a log line
@@ -62,54 +56,52 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started, state = self._clock(), scope.setdefault("state", {})
-        state["request_id"] = request_id = f"req-{self._random.take()}"
-        ids = b"x-request-id: %b\r\n" % request_id.encode("ascii")
-        if given := _client_request_id(scope):
-            state["client_request_id"] = given.decode("ascii")
-            ids += b"x-client-request-id: %b\r\n" % given
+        started, client = self._clock(), scope.get("client")
+        headers = dict(reversed(scope["headers"]))
+        state = RequestState(
+            request_id=f"req-{self._random.take()}",
+            headers=headers,
+            address=client[0] if client else "",
+            connection=connection_of(scope),
+            client_request_id=_client_request_id(headers),
+        )
+        scope.setdefault("state", {})[STATE_KEY] = state
         begun = False
-
-        def headers() -> HeaderLines:
-            return ids + self._headers(scope, started)
 
         async def send_with_headers(message: Message) -> None:
             nonlocal begun
             if message["type"] == "http.response.start":
                 begun = True
-                message = {**message, "headers": [*message.get("headers", ()), *headers_in(headers())]}
+                own = self._headers(state, scope["path"], self._clock() - started)
+                message = {**message, "headers": [*message.get("headers", ()), *own]}
             await send(message)
 
-        direct = direct_answer(scope)
-        if direct is not None:
-            direct.common_headers = headers
         try:
-            if not state.get(THROUGH_SOCKET):  # no page can open it
-                self._hosts.check(scope)
+            if not state.connection.through_socket:  # no page can open it
+                self._hosts.check(headers.get(b"host", b""))
             await self._app(scope, receive, send_with_headers)
         except Exception as error:
-            if begun or (direct is not None and direct.begun):
+            if begun:
                 raise  # the server in front logs it and cuts the connection: the client sees that it is not complete
             await api_error(error).response(scope["path"])(scope, receive, send_with_headers)
 
-    def _headers(self, scope: Scope, started: float) -> HeaderLines:
-        """What all answers have beside their ids."""
-        state = scope["state"]
-        lines = b"openai-processing-ms: %d\r\n" % ((self._clock() - started) * 1000)
-        if version := self._shown_version(state):
-            lines += b"x-model-version: %b\r\n" % str(version).encode("ascii")
-        if principal := state.get("principal"):
-            reservation: Reservation | None = state.get("reservation")
-            left = reservation.allowances() if reservation else self._limiter.allowances(principal)
-            lines += rate_limit_headers(left, scope["path"])
-        return lines
-
-    def _shown_version(self, state: Mapping[str, Any]) -> VersionId | None:
-        version = state.get("version") or self._router.only_version
-        if version is None or "principal" not in state:  # nobody knows who asks, or they need not say it
-            return None
-        principal: Principal | None = state["principal"]
-        return version if principal is None or principal.may_ask(version.name) else None
+    def _headers(self, state: RequestState, path: str, seconds: float) -> list[tuple[bytes, bytes]]:
+        """Return what all answers have."""
+        headers = [
+            (b"x-request-id", state.request_id.encode("ascii")),
+            (b"openai-processing-ms", b"%d" % (seconds * 1000)),
+        ]
+        if state.client_request_id:
+            headers.append((b"x-client-request-id", state.client_request_id.encode("ascii")))
+        if not state.admitted:  # nobody knows who asks, or they need not say it
+            return headers
+        principal, version = state.principal, state.version or self._router.only_version
+        if version and (principal is None or principal.may_ask(version.name)):
+            headers.append((b"x-model-version", str(version).encode("ascii")))
+        if principal:
+            left = state.reservation.allowances() if state.reservation else self._limiter.allowances(principal)
+            headers += rate_limit_headers(left, path)
+        return headers
 
 
 class _Randomness:
@@ -128,16 +120,12 @@ class _Randomness:
         return taken
 
 
-def _client_request_id(scope: Scope) -> bytes | None:
-    headers = headers_of(scope)
+def _client_request_id(headers: Mapping[bytes, bytes]) -> str | None:
+    """Return the client's own id; an id with a secret in it is neither kept nor returned."""
     for name in _CLIENT_HEADERS:
         value = headers.get(name)
-        if value is not None and _CLIENT_ID.fullmatch(value) and not _has_secret(value):
-            return value
+        if value is not None and _CLIENT_ID.fullmatch(value):
+            text = value.decode("ascii")
+            if hide_secrets(text) == text:
+                return text
     return None
-
-
-def _has_secret(value: bytes) -> bool:
-    """The id is kept and returned, and a secret is neither."""
-    text = value.decode("ascii")
-    return hide_secrets(text) != text

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse
 
-from serving.http.authentication import principal_of
+from serving.http.request_state import request_state
 from serving.model_names import SHOWN_CHARS, ModelNotFoundError
 from serving.router import Backend, Router
 from svc.errors import SvcError
@@ -50,14 +50,14 @@ def add_models(app: FastAPI, router: Router) -> None:
         return {"id": name, "object": "model", "created": backend.names.since, "owned_by": OWNER}
 
     async def found(request: Request, name: str) -> Backend:
-        require_model(router, principal_of(request.scope), name)
+        require_model(router, request_state(request.scope).principal, name)
         to = router.find(name)
         await to.backend.check(to.model)
         return to.backend
 
     @app.get("/v1/models")
     async def list_models(request: Request) -> JSONResponse:
-        principal = principal_of(request.scope)
+        principal = request_state(request.scope).principal
         asked = [each for each in router.backends if principal is None or principal.may_ask(each.names.name)]
         listed = [model(name, backend) for backend in asked for name in backend.names.all()]
         return JSONResponse({"object": "list", "data": listed})

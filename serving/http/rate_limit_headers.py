@@ -9,36 +9,49 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 
 from serving.admission.rate_limiter import Allowance, Limit
-from serving.http.header_lines import HeaderLines
 from serving.protocols.route import ANTHROPIC_PATHS
 
 _REQUESTS = Limit.REQUESTS_PER_MINUTE
 _TOKENS = (Limit.TOKENS_IN_PER_MINUTE, Limit.TOKENS_OUT_PER_MINUTE, Limit.TOKENS_PER_DAY)
 
 
-def rate_limit_headers(allowances: Mapping[Limit, Allowance], path: str, now: datetime | None = None) -> HeaderLines:
-    """The headers of an answer; for limits that there are.
+def rate_limit_headers(
+    allowances: Mapping[Limit, Allowance], path: str, now: datetime | None = None
+) -> list[tuple[bytes, bytes]]:
+    """Return the headers of an answer, for the limits that a key has.
 
     Args:
         path: of the request.
         now: the time.
     """
-    if not allowances:
-        return b""
     requests, tokens = allowances.get(_REQUESTS), _tightest(allowances)
-    lines = _openai(b"requests", requests) if requests else b""
-    if tokens:
-        lines += _openai(b"tokens", tokens)
-    if path in ANTHROPIC_PATHS:
-        now = now or datetime.now(UTC)
-        shown = {
-            b"requests": requests,
-            b"tokens": tokens,
-            b"input-tokens": allowances.get(Limit.TOKENS_IN_PER_MINUTE),
-            b"output-tokens": allowances.get(Limit.TOKENS_OUT_PER_MINUTE),
-        }
-        lines += b"".join(_anthropic(name, allowance, now) for name, allowance in shown.items() if allowance)
-    return lines
+    headers: list[tuple[bytes, bytes]] = []
+    for name, allowance in ((b"requests", requests), (b"tokens", tokens)):
+        if allowance:
+            headers += [
+                (b"x-ratelimit-limit-" + name, b"%d" % allowance.limit),
+                (b"x-ratelimit-remaining-" + name, b"%d" % allowance.remaining),
+                (b"x-ratelimit-reset-" + name, duration(allowance.reset_s).encode()),
+            ]
+    if path not in ANTHROPIC_PATHS:
+        return headers
+    now = now or datetime.now(UTC)
+    shown = {
+        b"requests": requests,
+        b"tokens": tokens,
+        b"input-tokens": allowances.get(Limit.TOKENS_IN_PER_MINUTE),
+        b"output-tokens": allowances.get(Limit.TOKENS_OUT_PER_MINUTE),
+    }
+    for name, allowance in shown.items():
+        if allowance:
+            whole = now + timedelta(seconds=math.ceil(allowance.reset_s))
+            prefix = b"anthropic-ratelimit-" + name
+            headers += [
+                (prefix + b"-limit", b"%d" % allowance.limit),
+                (prefix + b"-remaining", b"%d" % allowance.remaining),
+                (prefix + b"-reset", whole.strftime("%Y-%m-%dT%H:%M:%SZ").encode()),
+            ]
+    return headers
 
 
 def duration(seconds: float) -> str:
@@ -54,33 +67,5 @@ def duration(seconds: float) -> str:
 
 
 def _tightest(allowances: Mapping[Limit, Allowance]) -> Allowance | None:
-    tightest, least = None, math.inf
-    for limit in _TOKENS:
-        allowance = allowances.get(limit)
-        if allowance and (left := allowance.remaining / (allowance.limit or 1)) < least:
-            tightest, least = allowance, left
-    return tightest
-
-
-def _openai(name: bytes, allowance: Allowance) -> HeaderLines:
-    return b"x-ratelimit-limit-%b: %d\r\nx-ratelimit-remaining-%b: %d\r\nx-ratelimit-reset-%b: %b\r\n" % (
-        name,
-        allowance.limit,
-        name,
-        allowance.remaining,
-        name,
-        duration(allowance.reset_s).encode(),
-    )
-
-
-def _anthropic(name: bytes, allowance: Allowance, now: datetime) -> HeaderLines:
-    whole = (now + timedelta(seconds=math.ceil(allowance.reset_s))).strftime("%Y-%m-%dT%H:%M:%SZ").encode()
-    prefix = b"anthropic-ratelimit-%b" % name
-    return b"%b-limit: %d\r\n%b-remaining: %d\r\n%b-reset: %b\r\n" % (
-        prefix,
-        allowance.limit,
-        prefix,
-        allowance.remaining,
-        prefix,
-        whole,
-    )
+    limits = [allowances[limit] for limit in _TOKENS if limit in allowances]
+    return min(limits, key=lambda allowance: allowance.remaining / (allowance.limit or 1), default=None)

@@ -5,12 +5,12 @@ Knows nothing of connections, neither the client's nor the engine's.
 """
 
 import math
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any
 
 from serving.engines.token_pace import TokenPace
 from serving.http.key_account import KeyAccount
+from serving.http.request_state import RequestState
 from serving.protocols.error_code import ErrorCode
 from serving.protocols.outcome import outcome_of
 from serving.protocols.request import CompletionRequest
@@ -28,7 +28,7 @@ class RequestAccount:
     """Of one request, from its arrival to its end.
 
     Args:
-        state: of its ASGI scope: names the request, and hears which version answers it.
+        state: names the request, and hears which version answers it.
         metrics: counts it.
         request_log: takes its row.
         key: what it takes of its key's limits; settled at the end.
@@ -46,7 +46,7 @@ class RequestAccount:
     def __init__(
         self,
         route: Route,
-        state: MutableMapping[str, Any],
+        state: RequestState,
         *,
         metrics: GatewayMetrics,
         request_log: RequestLog,
@@ -83,8 +83,7 @@ class RequestAccount:
     @property
     def request_id(self) -> str:
         """Ours, not the client's."""
-        request_id: str = self._state["request_id"]
-        return request_id
+        return self._state.request_id
 
     def elapsed(self) -> float:
         """Seconds since the request was read."""
@@ -108,7 +107,7 @@ class RequestAccount:
     def served_by(self, target: Target, pace: TokenPace) -> None:
         """This version is asked now, on an engine of this pace."""
         self._served, self._pace = target, pace
-        self._state["version"] = target.version
+        self._state.version = target.version
         self._asked = self._clock()
 
     def heard(self) -> None:
@@ -184,7 +183,7 @@ class RequestAccount:
         self.key.settle(served, self._reason, usage, computed=self._computed)
         record = RequestRecord(
             request_id=self.request_id,
-            client_request_id=self._state.get("client_request_id"),
+            client_request_id=self._state.client_request_id,
             started_at=self._arrived,
             model=served.version.name if served else self.model,
             version=served.version if served else None,

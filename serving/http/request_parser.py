@@ -1,4 +1,4 @@
-"""Parses requests and ignores offers of another protocol (`Upgrade: h2c`), as RFC 9110 section 7.8 allows.
+"""Parses requests, limits their heads, and ignores offers of another protocol (`Upgrade: h2c`), see RFC 9110, 7.8.
 
 Java's HttpClient and `curl --http2` send such offers. httptools stops at the head of the request and skips the body,
 whose bytes would be parsed as the next request. So the head is parsed a second time, without its `Upgrade` header; the
@@ -6,53 +6,102 @@ first time, no request begins.
 """
 
 from array import array
+from typing import Protocol
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+MAX_HEAD_BYTES = 64 * 1024
+"""Of one request's head or trailer, and what one read may bring beyond."""
+
+
+class Requests(Protocol):
+    """What httptools calls."""
+
+    def on_message_begin(self) -> None: ...
+    def on_url(self, url: bytes) -> None: ...
+    def on_header(self, name: bytes, value: bytes) -> None: ...
+    def on_headers_complete(self) -> None: ...
+    def on_body(self, body: bytes) -> None: ...
+    def on_message_complete(self) -> None: ...
 
 
 class RequestParser(httptools.HttpRequestParser):
-    """Parser of one connection.
+    """Parser of one connection, between httptools and the receiver of its requests."""
 
-    Args:
-        protocol: receives the requests. Its callbacks return early while the parser `ignores_head`.
-    """
-
-    def __init__(self, protocol: HttpToolsProtocol) -> None:
-        self._protocol = protocol
+    def __init__(self, requests: Requests) -> None:
+        self._requests = requests
+        self._head_bytes = 0
+        self._url = b""
+        self._headers: list[tuple[bytes, bytes]] = []
         self._reset()
-
-    @property
-    def ignores_head(self) -> bool:
-        """Whether the current head offers another protocol and is parsed again without the offer."""
-        return self.should_upgrade() and self.get_method() != b"CONNECT"
 
     def feed_data(self, data: "bytes | bytearray | memoryview | array[int]") -> None:
         """Parse what was received.
 
         Raises:
-            httptools.HttpParserError: the request is malformed.
-            httptools.HttpParserUpgrade: behind a CONNECT request.
+            httptools.HttpParserError: the request is malformed, or its head is too large.
         """
+        self._head_bytes += len(data)
         while True:
             try:
                 super().feed_data(data)
             except httptools.HttpParserUpgrade as stop:
-                if not self.ignores_head:
-                    raise
+                if not self._ignores_head:
+                    return  # what follows a CONNECT request is not HTTP
                 data = memoryview(data)[stop.args[0] :]
                 head = self._head_without_offer()
                 self._reset()
                 super().feed_data(head)
             else:
-                return
+                break
+        if self._head_bytes > MAX_HEAD_BYTES:
+            raise httptools.HttpParserError("the head is too large")
+
+    @property
+    def _ignores_head(self) -> bool:
+        """Whether the current head offers another protocol and is parsed again without the offer."""
+        return self.should_upgrade() and self.get_method() != b"CONNECT"
+
+    def _head_without_offer(self) -> bytes:
+        start = b"%b %b HTTP/%b" % (self.get_method(), self._url, self.get_http_version().encode("ascii"))
+        lines = [b"%b: %b" % (name, value) for name, value in self._headers if name.lower() != b"upgrade"]
+        return b"\r\n".join((start, *lines, b"", b""))
 
     def _reset(self) -> None:
         """Expect the first request of a connection: behind one with `Connection: close` nothing is parsed."""
-        super().__init__(self._protocol)
+        super().__init__(self)
         self.set_dangerous_leniencies(lenient_data_after_close=True)  # as in uvicorn's own
 
-    def _head_without_offer(self) -> bytes:
-        start = b"%b %b HTTP/%b" % (self.get_method(), self._protocol.url, self.get_http_version().encode("ascii"))
-        lines = [b"%b: %b" % (name, value) for name, value in self._protocol.headers if name != b"upgrade"]
-        return b"\r\n".join((start, *lines, b"", b""))
+    # What httptools calls.
+
+    def on_message_begin(self) -> None:
+        """Begin a head."""
+        self._url, self._headers = b"", []
+        self._requests.on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        """Keep a part of the target."""
+        self._url += url
+        self._requests.on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Keep a header."""
+        self._headers.append((name, value))
+        self._requests.on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """Begin the request."""
+        self._head_bytes = 0
+        if not self._ignores_head:
+            self._requests.on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Pass a part of the body on."""
+        self._head_bytes = 0
+        self._requests.on_body(body)
+
+    def on_message_complete(self) -> None:
+        """End the request."""
+        self._head_bytes = 0
+        if not self._ignores_head:
+            self._requests.on_message_complete()

@@ -10,21 +10,19 @@ from dataclasses import dataclass
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.admission.rate_limiter import Reservation
-from serving.engines.balancer import Lease
 from serving.engines.transport import EngineCall
-from serving.http.authentication import caller_of, principal_of
 from serving.http.body import ClientGoneError, read_body
 from serving.http.body_slots import BodySlots
-from serving.http.delivery import ClientSlowError, Delivery, delivery_of
+from serving.http.delivery import ClientSlowError, Delivery
 from serving.http.disconnect import cut_off, while_connected
 from serving.http.error_answer import answer_error
 from serving.http.errors import api_error
-from serving.http.inference import Gateway
+from serving.http.inference import Gateway, read_whole
 from serving.http.models import require_model
+from serving.http.request_state import RequestState, request_state
 from serving.protocols.error_code import CLIENT_FAULTS
 from serving.protocols.request import CompletionRequest, parse_request
 from serving.protocols.route import Route, TokenRoute
-from svc.engine.vllm.connection_pool import EngineAnswer
 
 MOST_AT_ONCE = 16
 _CHECKED_AS = {TokenRoute.COUNT_TOKENS: Route.MESSAGES, TokenRoute.TOKENIZE: Route.CHAT_COMPLETIONS}
@@ -51,23 +49,23 @@ class _Endpoint:
     route: TokenRoute
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        gateway = self.counts.gateway
-        settings, principal = gateway.settings, principal_of(scope)
+        gateway, state = self.counts.gateway, request_state(scope)
+        max_bytes, slot = gateway.settings.max_body_bytes, gateway.body_slots.reading(state.address)
+        principal = state.principal
         reservation: Reservation | None = None
         refused = False
-        delivery = delivery_of(scope, send, gateway.buffers)
+        delivery = Delivery(send, gateway.buffers, state.connection, state.caller)
         try:
-            with gateway.body_slots.reading(_peer(scope)):
-                body = await read_body(scope, receive, max_bytes=settings.max_body_bytes)
+            body = await read_body(state.headers, receive, max_bytes=max_bytes, slot=slot)
             if principal is not None:
                 reservation = gateway.limiter.reserve_request(principal)
             request = parse_request(body, _CHECKED_AS[self.route], gateway.request_limits)
             del body
-            await while_connected(scope, receive, self._answer(request, scope, delivery))
+            await while_connected(state, self._answer(request, state, delivery))
         except ClientGoneError:
             return
         except ClientSlowError:
-            await cut_off(scope, receive)
+            await cut_off(state.connection, receive)
         except Exception as error:
             if delivery.begun:
                 raise
@@ -80,37 +78,19 @@ class _Endpoint:
             elif reservation is not None:
                 reservation.release()
 
-    async def _answer(self, request: CompletionRequest, scope: Scope, delivery: Delivery) -> None:
-        principal = principal_of(scope)
-        require_model(self.counts.gateway.router, principal, request.model)
-        to = self.counts.gateway.router.find(request.model, request.who)
+    async def _answer(self, request: CompletionRequest, state: RequestState, delivery: Delivery) -> None:
+        router = self.counts.gateway.router
+        require_model(router, state.principal, request.model)
+        to = router.find(request.model, request.who)
         await to.backend.check(to.model)
         async with delivery:  # a client that reads slowly keeps no place
-            with self.counts.slots.reading(caller_of(scope)):
+            with self.counts.slots.reading(state.caller):
                 async with to.backend.lease(to.model) as engine:
-                    await self._count(engine, request, scope, delivery)
-
-    async def _count(self, engine: Lease, request: CompletionRequest, scope: Scope, delivery: Delivery) -> None:
-        scope["state"]["version"] = engine.served.version
-        payload = request.payload(engine.engine_model)
-        request_id = scope["state"]["request_id"]
-        async with EngineCall(engine.http, self.route.value, payload, request_id, show=engine.show) as answer:
-            await _deliver(answer, engine, delivery)
-
-
-async def _deliver(answer: EngineAnswer, engine: Lease, delivery: Delivery) -> None:
-    parts: list[bytes] = []
-    while part := await answer.read_some():
-        delivery.reserve(len(part))
-        parts.append(part)
-    body = b"".join(parts)
-    if engine.show is not None:
-        size, body = len(body), engine.show(body)
-        delivery.give_back(size - len(body))
-    delivery.start(b"content-type: application/json\r\n", length=len(body))
-    delivery.put(body)
-
-
-def _peer(scope: Scope) -> str:
-    peer = scope.get("client")
-    return str(peer[0]) if peer else ""
+                    state.version = engine.served.version
+                    payload = request.payload(engine.engine_model)
+                    async with EngineCall(
+                        engine.http, self.route.value, payload, state.request_id, show=engine.show
+                    ) as answer:
+                        body = await read_whole(answer, engine, delivery)
+                    delivery.start([(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))])
+                    delivery.put(body)

@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Mapping
 
-from starlette.types import Scope
-
 from serving.http.authentication import Authentication
+from serving.http.request_state import RequestState
 from svc.access.authenticator import Authenticator, Grant, KeyFault
 from svc.identity.principal import Limits, Principal
 from svc.identity.principal import Scope as Permission
@@ -27,17 +26,17 @@ class KnownCallers(Authentication):
         super().__init__(authenticator, on_failure=on_failure)
         self._principals = principals
 
-    def needs_key(self, connection: Scope) -> bool:
+    def needs_key(self, state: RequestState, path: str) -> bool:
         """Whether there is one, or must be."""
-        return self._caller(connection) is not None or super().needs_key(connection)
+        return self._caller(state) is not None or super().needs_key(state, path)
 
-    def admit(self, connection: Scope) -> Grant:
+    def admit(self, state: RequestState, path: str) -> Grant:
         """Who it is."""
-        caller = self._caller(connection)
-        return Grant(caller) if caller else super().admit(connection)
+        caller = self._caller(state)
+        return Grant(caller) if caller else super().admit(state, path)
 
-    def _caller(self, connection: Scope) -> Principal | None:
-        headers = dict(connection.get("headers", ()))
+    def _caller(self, state: RequestState) -> Principal | None:
+        headers = state.headers
         secret = headers.get(b"authorization", b"").removeprefix(b"Bearer ") or headers.get(b"x-api-key", b"")
         return self._principals.get(secret.decode())
 

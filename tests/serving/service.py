@@ -20,7 +20,7 @@ from serving.assembly import GatewayParts, assemble_gateway
 from serving.engines.balancer import Lease
 from serving.engines.token_pace import TokenPace
 from serving.http.authentication import Authentication
-from serving.http.connections import THROUGH_SOCKET, limited_protocol
+from serving.http.connections import ClientProtocol, watched
 from serving.http.delivery import AnswerBuffers
 from serving.model_names import ModelNames
 from serving.rollout.version_changes import VersionChanges
@@ -127,12 +127,12 @@ async def connections(socket: Path, *, silence_s: float) -> AsyncIterator[Engine
         yield engine
 
 
-class _ClientsProtocol(limited_protocol()):  # type: ignore[misc]
+class _ClientsProtocol(ClientProtocol):
     """As `svc serve` has it for clients, who do not come through the socket in the home."""
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        self.app_state[THROUGH_SOCKET] = False
+        self.connection.through_socket = False
 
 
 class Service:
@@ -254,7 +254,7 @@ class Service:
         socket = self.folder / "gateway.sock"
         transport = socket_transport(socket, max_connections=None)
         async with (
-            running(self.app, socket, _ClientsProtocol),
+            running(watched(self.app), socket, _ClientsProtocol),
             httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=20) as client,
         ):
             yield client

@@ -17,6 +17,7 @@ from starlette.types import Message
 from serving.http.authentication import Authentication
 from serving.http.failed_keys import MOST_A_MINUTE
 from serving.http.inference import _Endpoint
+from serving.http.request_state import STATE_KEY, RequestState
 from serving.protocols.route import Route
 from svc.access.authenticator import InvalidKeyError, KeyFault
 from svc.access.keyring import Keyring
@@ -331,9 +332,9 @@ async def test_a_rotation_without_grace_ends_what_runs_with_the_old_secret(servi
 async def test_where_keys_are_needed_nobody_is_let_in_before_there_is_one(service: KeyedService) -> None:
     """As of a server that others can reach, whose store was lost."""
     authentication = Authentication(service.authenticator, keys_needed=True, on_failure=lambda fault: None)
-    assert authentication.needs_key({"state": {}, "path": "/metrics"})
+    assert authentication.needs_key(RequestState("req-1", {}), "/metrics")
     with pytest.raises(InvalidKeyError):
-        authentication.admit({"state": {}, "headers": [], "path": "/metrics"})
+        authentication.admit(RequestState("req-1", {}), "/metrics")
 
 
 async def test_the_row_of_a_request_has_the_id_of_its_key(service: KeyedService, store: Store) -> None:
@@ -350,8 +351,10 @@ async def test_a_request_that_nobody_looked_at_is_not_answered(service: KeyedSer
     """As an endpoint that was mounted past the layer."""
     endpoints = [getattr(route, "endpoint", None) for route in service.app.framework.router.routes]
     endpoint = next(each for each in endpoints if isinstance(each, _Endpoint))
+    with pytest.raises(RuntimeError):
+        await endpoint({"type": "http", "state": {STATE_KEY: RequestState("req-1", {})}}, _unused, _unused)
     with pytest.raises(KeyError):
-        await endpoint({"type": "http", "state": {}, "headers": []}, _unused, _unused)
+        await endpoint({"type": "http", "state": {}}, _unused, _unused)
 
 
 async def _unused(*_: object) -> Any:

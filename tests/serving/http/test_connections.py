@@ -8,11 +8,10 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from serving.http import connections
-from serving.http.connections import ABORT, MOST_HEAD_BYTES, raise_descriptor_limit
+from serving.http.connections import connection_of, raise_descriptor_limit
 from serving.http.http_server import http_server
+from serving.http.request_parser import MAX_HEAD_BYTES
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +38,7 @@ async def cutting_app(scope: Any, receive: Any, send: Any) -> None:
     """Begins a large answer, and then ends the connection."""
     await send({"type": "http.response.start", "status": 200, "headers": []})
     await send({"type": "http.response.body", "body": b"x" * LARGE, "more_body": True})
-    scope["state"][ABORT]()
+    connection_of(scope).abort()
     while (await receive())["type"] != "http.disconnect":
         pass
 
@@ -66,13 +65,6 @@ async def serving(most: int, app: Any = slow_app, deadline_s: float = DEADLINE_S
                 await writer.wait_closed()
         server.stop()
         await task
-
-
-@pytest.fixture(params=["the fastest", "h11"], autouse=True)
-def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """uvicorn takes httptools where that is installed."""
-    if request.param == "h11":
-        monkeypatch.setattr(connections, "AutoHTTPProtocol", H11Protocol)
 
 
 async def ended(reader: asyncio.StreamReader) -> bool:
@@ -163,7 +155,7 @@ async def test_headers_without_end_are_cut_off(name: bytes) -> None:
             writer.write(begun + b"GET / HTTP/1.1\r\nhost: x\r\n")
             sent = 0
             with suppress(ConnectionError):
-                while sent < 8 * MOST_HEAD_BYTES:
+                while sent < 8 * MAX_HEAD_BYTES:
                     line = name.replace(b"%d", b"%d" % sent) + b"\r\n"
                     writer.write(line)
                     sent += len(line)
@@ -172,6 +164,20 @@ async def test_headers_without_end_are_cut_off(name: bytes) -> None:
         other, asking = await connect()
         asking.write(ASK)
         assert await other.readexactly(15) == b"HTTP/1.1 200 OK"
+
+
+CHUNKED = b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize("begun", [b"GET / HTTP/1.1\r\n", CHUNKED + b"0\r\n"], ids=["headers", "trailers"])
+async def test_the_answer_is_400_when_headers_are_too_large(begun: bytes) -> None:
+    async with serving(most=2, deadline_s=30) as connect:
+        reader, writer = await connect()
+        writer.write(begun + b"x: ")
+        for _ in range(2):  # what one read brings beyond does not count
+            await asyncio.sleep(0.05)
+            writer.write(b"y" * MAX_HEAD_BYTES)
+        assert await reader.readexactly(12) == b"HTTP/1.1 400"
 
 
 async def cut(reader: asyncio.StreamReader) -> bool:
@@ -185,10 +191,10 @@ async def cut(reader: asyncio.StreamReader) -> bool:
 async def test_a_large_body_is_no_head() -> None:
     async with serving(most=2, app=large_body_app) as connect:
         reader, writer = await connect()
-        size = 16 * MOST_HEAD_BYTES
+        size = 16 * MAX_HEAD_BYTES
         writer.write(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % size)
         for _ in range(16):
-            writer.write(b"x" * MOST_HEAD_BYTES)
+            writer.write(b"x" * MAX_HEAD_BYTES)
             await writer.drain()
         assert await reader.readexactly(15) == b"HTTP/1.1 401 Un"
 

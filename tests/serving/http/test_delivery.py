@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,23 +11,20 @@ from starlette.types import Message
 
 from serving.admission.errors import OverloadedError
 from serving.http.delivery import PART_BYTES, AnswerBuffers, Delivery
-from serving.http.direct_answer import DirectAnswer
-from serving.http.header_lines import HeaderLines, headers_in
 
-HEADERS = b"content-type: text/plain\r\n"
-HEAD: Message = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/plain")]}
+HEADERS = [(b"content-type", b"text/plain")]
+HEAD: Message = {"type": "http.response.start", "status": 200, "headers": HEADERS}
 
 
-class Connection(DirectAnswer):
-    """Takes messages, and what is written directly as the messages that would say the same. For as long as it is not
-    writable, each message keeps its sender waiting for a turn of the loop.
+class Client:
+    """A client's connection that keeps the messages it gets.
 
     Args:
-        writable: what it says each time when it is asked, at last always yes.
+        writable: what it says each time when it is asked, at last always yes. While it says no, a message keeps its
+            sender waiting for a turn of the loop.
     """
 
-    def __init__(self, writable: Iterator[bool]) -> None:
-        super().__init__(None)
+    def __init__(self, writable: Iterator[bool] = iter(())) -> None:  # noqa: B008 - it is empty
         self._answers = writable
         self._writable = True
         self.messages: list[Message] = []
@@ -41,42 +39,13 @@ class Connection(DirectAnswer):
             await asyncio.sleep(0)
         self.messages.append(message)
 
-    def write_whole(self, headers: HeaderLines, body: bytes) -> None:
-        self._begin(headers, length=len(body))
-        self._put(body, more=False)
-
-    def begin(self, headers: HeaderLines, part: bytes) -> None:
-        self._begin(headers)
-        self._put(part)
-
-    def write(self, part: bytes) -> bool:
-        assert part  # an empty chunk would end the answer
-        if not self.is_writable:
-            return False
-        self._put(part)
-        return True
-
-    def end(self) -> None:
-        self._put(b"", more=False)
-
-    def _begin(self, headers: HeaderLines, length: int | None = None) -> None:
-        assert not self.messages
-        found = headers_in(headers)
-        if length is not None:
-            found.append((b"content-length", b"%d" % length))
-        self.messages.append({**HEAD, "headers": found})
-
-    def _put(self, body: bytes, *, more: bool = True) -> None:
-        assert self.messages
-        self.messages.append({"type": "http.response.body", "body": body, "more_body": more})
-
     @property
     def body(self) -> bytes:
         return b"".join(message["body"] for message in self.messages[1:])
 
 
-def delivery(connection: Connection, buffers: AnswerBuffers, caller: str = "one") -> Delivery:
-    return Delivery(connection.send, buffers, 5, connection, caller)
+def delivery(client: Any, buffers: AnswerBuffers, caller: str = "one") -> Delivery:
+    return Delivery(client.send, buffers, client, caller)
 
 
 @pytest.fixture
@@ -90,7 +59,7 @@ SIZES = st.sampled_from([1, 10, PART_BYTES, PART_BYTES + 1])
 @given(st.lists(SIZES, min_size=1, max_size=8), st.lists(st.booleans(), max_size=12))
 def test_a_stream_comes_whole_and_in_order(sizes: Sequence[int], writable: Sequence[bool]) -> None:
     async def pass_on() -> None:
-        connection = Connection(iter(writable))
+        connection = Client(iter(writable))
         buffers = AnswerBuffers(max_bytes=4 * PART_BYTES, max_answer_bytes=3 * PART_BYTES)
         events = [bytes([number]) * size for number, size in enumerate(sizes)]
         async with delivery(connection, buffers) as given:
@@ -110,13 +79,13 @@ def test_a_stream_comes_whole_and_in_order(sizes: Sequence[int], writable: Seque
 @pytest.mark.parametrize("writable", [True, False])
 @pytest.mark.parametrize("size", [10, PART_BYTES + 1])
 async def test_a_whole_answer_comes_whole(buffers: AnswerBuffers, size: int, writable: bool) -> None:
-    connection = Connection(iter([writable] * 9))
+    connection = Client(iter([writable] * 9))
     async with delivery(connection, buffers) as given:
         given.reserve(size)
-        given.start(HEADERS, length=size)
+        given.start(HEADERS)
         given.put(b"x" * size)
         assert connection.messages == []  # what the body still holds is given back first
-    assert connection.messages[0]["headers"] == [*HEAD["headers"], (b"content-length", b"%d" % size)]
+    assert connection.messages[0] == HEAD
     assert connection.body == b"x" * size
     assert connection.messages[-1]["more_body"] is False
     assert (buffers.used, given.pending) == (0, False)
@@ -126,18 +95,18 @@ async def test_a_whole_answer_comes_whole(buffers: AnswerBuffers, size: int, wri
 async def test_nothing_is_pending_when_an_answer_became_shorter_than_what_was_reserved(
     buffers: AnswerBuffers, writable: bool
 ) -> None:
-    connection = Connection(iter([writable] * 9))
+    connection = Client(iter([writable] * 9))
     async with delivery(connection, buffers) as given:
         given.reserve(PART_BYTES + 9)
         given.give_back(4)
-        given.start(HEADERS, length=PART_BYTES + 5)
+        given.start(HEADERS)
         given.put(b"x" * (PART_BYTES + 5))
     assert connection.body == b"x" * (PART_BYTES + 5)
     assert (buffers.used, given.pending) == (0, False)
 
 
 async def test_a_connection_that_takes_what_comes_gets_it_at_once(buffers: AnswerBuffers) -> None:
-    connection, tasks = Connection(iter(())), len(asyncio.all_tasks())
+    connection, tasks = Client(), len(asyncio.all_tasks())
     async with delivery(connection, buffers) as given:
         given.start(HEADERS)
         await given.put_event(b"one")
@@ -145,7 +114,7 @@ async def test_a_connection_that_takes_what_comes_gets_it_at_once(buffers: Answe
 
 
 async def test_what_comes_behind_something_that_waits_waits_too(buffers: AnswerBuffers) -> None:
-    connection = Connection(iter([False]))
+    connection = Client(iter([False]))
     async with delivery(connection, buffers) as given:
         given.start(HEADERS)
         await given.put_event(b"one")
@@ -155,7 +124,7 @@ async def test_what_comes_behind_something_that_waits_waits_too(buffers: AnswerB
 
 
 async def test_an_answer_that_breaks_is_not_ended_and_keeps_no_room(buffers: AnswerBuffers) -> None:
-    connection = Connection(iter(()))
+    connection = Client()
 
     async def break_off() -> None:
         async with delivery(connection, buffers) as given:
@@ -168,17 +137,10 @@ async def test_an_answer_that_breaks_is_not_ended_and_keeps_no_room(buffers: Ans
     assert (connection.messages, buffers.used) == ([], 0)
 
 
-async def test_a_server_without_direct_answers_gets_messages(buffers: AnswerBuffers) -> None:
-    connection = Connection(iter(()))
-    async with Delivery(connection.send, buffers, 5, None, "one") as given:
-        given.start(HEADERS)
-        await given.put_event(b"one")
-    assert connection.messages[0] == HEAD
-    assert (connection.body, connection.messages[-1]["more_body"]) == (b"one", False)
-
-
 class SlowClient:
     """Takes nothing until it may."""
+
+    is_writable = False
 
     def __init__(self) -> None:
         self.may_take = asyncio.Event()
@@ -195,7 +157,7 @@ async def test_a_stream_waits_for_its_client_when_its_caller_holds_half_of_all()
     read: list[bytes] = []
 
     async def stream(caller: str) -> None:
-        async with Delivery(client.send, buffers, 5, None, caller) as given:
+        async with delivery(client, buffers, caller) as given:
             given.start(HEADERS)
             for event in events[:1] if caller == "other" else events:
                 await given.put_event(event)
@@ -215,7 +177,7 @@ async def test_a_stream_waits_for_its_client_when_its_caller_holds_half_of_all()
 
 async def test_a_whole_answer_is_refused_when_its_caller_holds_half_of_all() -> None:
     buffers = AnswerBuffers(max_bytes=4 * PART_BYTES, max_answer_bytes=PART_BYTES)
-    connection = Connection(iter(()))
+    connection = Client()
 
     def reserve(caller: str) -> Delivery:
         made = delivery(connection, buffers, caller)
@@ -229,10 +191,10 @@ async def test_a_whole_answer_is_refused_when_its_caller_holds_half_of_all() -> 
 
 
 async def test_the_largest_answer_has_room_when_it_is_more_than_half_of_all(buffers: AnswerBuffers) -> None:
-    connection = Connection(iter(()))
+    connection = Client()
     async with delivery(connection, buffers) as given:
         given.reserve(3 * PART_BYTES)
-        given.start(HEADERS, length=3 * PART_BYTES)
+        given.start(HEADERS)
         given.put(bytes(3 * PART_BYTES))
     assert (len(connection.body), buffers.used) == (3 * PART_BYTES, 0)
 

@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Engine as Store
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from serving.http import connections
 from tests.serving.http.keyed_service import KeyedService
-from tests.serving.http.test_direct_answer import connected
+from tests.serving.http.raw_connection import connected
 from tests.serving.service import Service
 
 pytestmark = pytest.mark.slow
@@ -23,12 +21,6 @@ HANDSHAKE = (
     "sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
 )
 MALFORMED = b"GET /v1?token=SECRET HTTP/1.1\r\nno header\r\n\r\n"
-
-
-@pytest.fixture(params=["httptools", "h11"], autouse=True)
-def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "h11":
-        monkeypatch.setattr(connections, "AutoHTTPProtocol", H11Protocol)
 
 
 async def shake_hands(app: Any, path: str, host: str = "localhost") -> tuple[int, Any]:

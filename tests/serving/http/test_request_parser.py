@@ -11,7 +11,7 @@ import pytest
 from starlette.types import Receive, Scope, Send
 
 from serving.http.body import read_body
-from tests.serving.http.test_direct_answer import connected
+from tests.serving.http.raw_connection import connected
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +39,7 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
     """Answers with the method, the target and, of a POST, the body."""
     body = b""
     if scope["method"] == "POST":
-        body = await read_body(scope, receive, max_bytes=2**20, timeout_s=2)
+        body = await read_body(dict(scope["headers"]), receive, max_bytes=2**20, timeout_s=2)
     answer = b"%b %b?%b %b" % (scope["method"].encode(), scope["raw_path"], scope["query_string"], body)
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(answer))]})
     await send({"type": "http.response.body", "body": answer})

@@ -6,16 +6,16 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import datetime
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from serving.http import connections
 from serving.http import http_server as http_server_module
-from serving.http.acceptor import AcceptedProtocol, Acceptor
+from serving.http.acceptor import Acceptor
 from serving.http.address_limit import AddressLimit
+from serving.http.connections import Connection as ServedConnection
 from serving.http.http_server import HttpServer, http_server
-from svc.end_signal import EndSignal
 
 LAST_REQUEST_S = 0.4
 ASK = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
@@ -99,9 +99,9 @@ async def test_answers_carry_the_date_of_now() -> None:
 async def test_a_connection_has_a_protocol_or_still_waits_in_the_listener(ticks: int) -> None:
     made = []
 
-    class Noting(AcceptedProtocol):
+    class Noting(asyncio.Protocol):
         def __init__(self) -> None:
-            self.lost = EndSignal()
+            self.connection = ServedConnection()
 
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
             made.append(transport)
@@ -110,8 +110,7 @@ async def test_a_connection_has_a_protocol_or_still_waits_in_the_listener(ticks:
         listener.bind(("127.0.0.1", 0))
         acceptor = Acceptor(
             listener,
-            Noting,
-            count=lambda: 0,
+            cast(Any, Noting),
             most=8,
             address_limit=AddressLimit(8),
             context=None,
@@ -122,11 +121,9 @@ async def test_a_connection_has_a_protocol_or_still_waits_in_the_listener(ticks:
         client.connect(listener.getsockname())
         for _ in range(ticks):
             await asyncio.sleep(0)
-        await acceptor.pause(1.0)
+        await acceptor.stop(1.0)
         if not made:
             listener.accept()[0].close()  # raises where none waits
-        acceptor.close()
-        await acceptor.wait_closed()
         for transport in made:
             transport.close()
         await asyncio.sleep(0)

@@ -1,0 +1,73 @@
+"""What the layers know of one request: one object in the state of its ASGI scope.
+
+The outermost layer (serving.http.middleware) puts it there, authentication admits the request, and the endpoint adds
+what the outermost layer says in the headers of the answer.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from starlette.types import Scope
+
+from serving.admission.rate_limiter import Reservation
+from serving.http.connections import Connection
+from serving.http.peer import peer_of
+from svc.access.authenticator import Grant
+from svc.identity.principal import Principal
+from svc.version import VersionId
+
+STATE_KEY: Final = "request"
+
+
+@dataclass(slots=True)
+class RequestState:
+    """State of one request.
+
+    Attributes:
+        request_id: the server's own.
+        headers: by their names in lower case; of two of a name the first.
+        address: the client's; empty through a unix socket.
+        client_request_id: the client's own, if it sent one that is kept.
+        admitted: authentication has let the request in.
+        grant: of its key; None if no key was needed.
+        version: the version that answers.
+        reservation: what the request holds of its key's limits.
+    """
+
+    request_id: str
+    headers: Mapping[bytes, bytes]
+    address: str = ""
+    connection: Connection = field(default_factory=Connection)
+    client_request_id: str | None = None
+    admitted: bool = False
+    grant: Grant | None = None
+    version: VersionId | None = None
+    reservation: Reservation | None = None
+
+    @property
+    def principal(self) -> Principal | None:
+        """Sender of an admitted request; None if no key was needed, for a sender who may do everything.
+
+        Raises:
+            RuntimeError: the request was not admitted; it is not answered then.
+        """
+        if not self.admitted:
+            raise RuntimeError("the request has not passed authentication")
+        return self.grant.principal if self.grant else None
+
+    @property
+    def caller(self) -> str:
+        """Key or, without one, the peer that an admitted request counts for; empty through a unix socket."""
+        principal = self.principal
+        return principal.key_id if principal else peer_of(self.address)
+
+
+def request_state(scope: Scope) -> RequestState:
+    """Return the state of a request.
+
+    Raises:
+        KeyError: the request has not passed the outermost layer; it is not answered then.
+    """
+    state: RequestState = scope["state"][STATE_KEY]
+    return state

@@ -1,0 +1,25 @@
+"""One connection to a server of an application, for tests that write and read its bytes."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from serving.http.http_server import http_server
+
+
+@asynccontextmanager
+async def connected(app: Any) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """One connection to a server of an application."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = http_server(app, 4, idle_s=1)
+        task = asyncio.create_task(server.serve(sockets=[listener]))
+        while not server.started:
+            await asyncio.sleep(0.01)
+        reader, writer = await asyncio.open_connection(*listener.getsockname())
+        yield reader, writer
+        writer.close()
+        server.stop()
+        await task
