@@ -6,7 +6,6 @@ nothing of versions, nor of what a request or an answer says.
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
 from typing import cast
 
 _MOST_WAITING_BYTES = 256 * 1024
@@ -38,10 +37,6 @@ class SilenceError(ConnectionFailedError):
     """No byte came for too long."""
 
 
-Consumer = Callable[[bytes], bool]
-"""Takes a part of a body; says whether it takes more at once."""
-
-
 class EngineConnection(asyncio.Protocol):
     """Sends a request, and has its answer until the next request.
 
@@ -68,7 +63,6 @@ class EngineConnection(asyncio.Protocol):
         self._parser_errors = (HttpParserError, HttpParserUpgrade)
         self._transport: asyncio.Transport  # from `connection_made` on
         self._waiter: asyncio.Future[None] | None = None
-        self._consume: Consumer | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._error: ConnectionFailedError | None = None  # once there is one, the connection is closed for good
         self._heard = self.idle_since = 0.0
@@ -81,8 +75,7 @@ class EngineConnection(asyncio.Protocol):
         self._has_head = self._has_length = False
         self.status = 0
         self.content_type = ""
-        self.answered = self.complete = self._full = False
-        self._raised: Exception | None = None
+        self.answered = self.complete = False
 
     @property
     def is_closed(self) -> bool:
@@ -120,50 +113,10 @@ class EngineConnection(asyncio.Protocol):
             if self.complete:
                 return b""
             await self._more()
-        return self.take_some()
-
-    def take_some(self) -> bytes:
-        """What has come of the body, up to about 64 KiB; nothing where nothing has come since."""
-        if not self._parts:
-            return b""
         taken = self._next()
         if self._paused and not self._parts:
             self._read_on()
         return taken
-
-    @property
-    def is_taken(self) -> bool:
-        """All of the body has come and was taken."""
-        return self.complete and not self._parts
-
-    async def pass_to(self, consume: Consumer) -> bool:
-        """Gives the body to somebody as it comes, within the callback that brings it: no task has to be woken for it.
-
-        Args:
-            consume: takes what has come; says whether it takes more at once.
-
-        Returns:
-            Whether that was all. Otherwise it took no more at once, and there may be more.
-
-        Raises:
-            BrokenConnectionError, SilenceError: the rest will not come. Otherwise what `consume` raises.
-        """
-        while True:
-            if self._parts:
-                if not consume(await self.read_some()):
-                    return False
-            elif self.complete:
-                return True
-            else:
-                self._consume, self._full = consume, False
-                try:
-                    await self._more()
-                finally:
-                    self._consume = None
-                if self._raised is not None:
-                    raise self._raised
-                if self._full:
-                    return False
 
     def release(self) -> bool:
         """Ends the work on an answer; whether the connection can take the next request. It is closed where not."""
@@ -201,17 +154,6 @@ class EngineConnection(asyncio.Protocol):
         self._heard = self._loop.time()
         self._waiter = waiter = self._loop.create_future()
         return waiter
-
-    def _consumed(self, consume: Consumer) -> bool:
-        """Gives what has come to who waits for it; whether there is no reason to wake anybody."""
-        while self._parts:
-            try:
-                self._full = not consume(self._next())
-            except Exception as error:  # noqa: BLE001 - it is raised to who waits
-                self._raised = error
-            if self._full or self._raised is not None:
-                return False
-        return True
 
     def _wake(self) -> None:
         waiter, self._waiter = self._waiter, None
@@ -269,8 +211,6 @@ class EngineConnection(asyncio.Protocol):
             return
         if self._stray_bytes > _MOST_STRAY_BYTES:
             self._fail(MalformedAnswerError(f"over {_MOST_STRAY_BYTES} bytes of the answer are no part of its body"))
-            return
-        if self._consume is not None and self._parts and self._consumed(self._consume) and not self.complete:
             return
         if self._waiting_bytes > _MOST_WAITING_BYTES and not self._paused:
             self._paused = True

@@ -14,7 +14,6 @@ from typing import Self
 
 from svc.engine.vllm.connection import (
     BrokenConnectionError,
-    Consumer,
     EngineConnection,
     MalformedAnswerError,
     UnreachableError,
@@ -222,19 +221,6 @@ class EngineAnswer:
             BrokenConnectionError, SilenceError: the rest will not come.
         """
         return self._connection.read_some()
-
-    def take_some(self) -> bytes:
-        """See `EngineConnection.take_some`."""
-        return self._connection.take_some()
-
-    @property
-    def is_taken(self) -> bool:
-        """See `EngineConnection.is_taken`."""
-        return self._connection.is_taken
-
-    def pass_to(self, consume: Consumer) -> Coroutine[object, object, bool]:
-        """See `EngineConnection.pass_to`."""
-        return self._connection.pass_to(consume)
 
     async def read(self) -> bytes:
         """The rest of the body; raises as `read_some`."""

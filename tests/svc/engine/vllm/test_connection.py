@@ -1,7 +1,6 @@
 """Whatever an engine does with a request, its answer is whole or an error, and nothing stays."""
 
 import asyncio
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ from svc.engine.vllm.connection import (
     SilenceError,
     UnreachableError,
 )
-from svc.engine.vllm.connection_pool import EngineConnections
 from tests.svc.engine.raw_server import ANSWER, LAST_CHUNK, STREAM, Peer, chunk, say, silence
 from tests.svc.engine.vllm.raw_engine import ask, engine, until_closed
 
@@ -224,104 +222,3 @@ async def answer_of(pieces: list[bytes]) -> bytes:
 def test_all_that_can_go_wrong_is_one_kind() -> None:
     for kind in (UnreachableError, BrokenConnectionError, MalformedAnswerError, SilenceError):
         assert issubclass(kind, ConnectionFailedError)
-
-
-class TestPassingOn:
-    """A body that is given to somebody within the callback that reads it."""
-
-    async def test_each_part_is_given_as_it_comes(self, socket: Path) -> None:
-        taken: list[bytes] = []
-        more = asyncio.Event()
-
-        async def reply(peer: Peer) -> None:
-            await peer.say(STREAM + chunk(b"one"))
-            await more.wait()
-            await peer.say(chunk(b"two") + LAST_CHUNK)
-
-        def take(part: bytes) -> bool:
-            taken.append(part)
-            more.set()
-            return True
-
-        async with engine(socket, reply) as (pool, server):
-            async with pool.post("/", b"", "1") as answer:
-                assert await answer.pass_to(take)
-            assert taken == [b"one", b"two"]
-            assert await ask(pool) == b"onetwo"
-        assert len(server.peers) == 1  # it is whole, and its connection was kept
-
-    @given(sizes=st.lists(st.sampled_from([1, 1000, 70_000]), min_size=1, max_size=8), full=st.lists(st.booleans()))
-    def test_who_takes_no_more_at_once_loses_nothing(self, sizes: list[int], full: list[bool]) -> None:
-        parts = [bytes([number]) * size for number, size in enumerate(sizes)]
-        rounds = iter(full)
-        taken: list[bytes] = []
-
-        def take(part: bytes) -> bool:
-            taken.append(part)
-            return not next(rounds, False)
-
-        async def run() -> None:
-            with tempfile.TemporaryDirectory(prefix="svc") as folder:
-                reply = say(STREAM + b"".join(map(chunk, parts)) + LAST_CHUNK)
-                async with (
-                    engine(Path(folder) / "engine.sock", reply) as (pool, _),
-                    pool.post("/", b"", "1") as answer,
-                    asyncio.timeout(10),
-                ):
-                    while not await answer.pass_to(take):
-                        await asyncio.sleep(0)
-
-        asyncio.run(run())
-        assert b"".join(taken) == b"".join(parts)
-
-    async def test_what_the_taker_raises_is_raised_and_ends_the_connection(self, socket: Path) -> None:
-        def take(part: bytes) -> bool:
-            raise ZeroDivisionError
-
-        async def pass_on(pool: EngineConnections) -> None:
-            async with pool.post("/", b"", "1") as answer:
-                await answer.pass_to(take)
-
-        async def reply(peer: Peer) -> None:
-            await peer.say(STREAM)
-            await asyncio.sleep(0.01)
-            await peer.say(chunk(b"one"))
-            await asyncio.sleep(60)
-
-        async with engine(socket, reply) as (pool, server):
-            with pytest.raises(ZeroDivisionError):
-                await pass_on(pool)
-            await until_closed(server)
-
-    async def test_a_body_that_breaks_off_is_an_error_after_what_came(self, socket: Path) -> None:
-        taken: list[bytes] = []
-
-        async def reply(peer: Peer) -> None:
-            await peer.say(STREAM + chunk(b"one"))
-            peer.hang_up()
-
-        def take(part: bytes) -> bool:
-            taken.append(part)
-            return True
-
-        async def pass_on(pool: EngineConnections) -> None:
-            async with pool.post("/", b"", "1") as answer:
-                await answer.pass_to(take)
-
-        async with engine(socket, reply) as (pool, _):
-            with pytest.raises(BrokenConnectionError):
-                await pass_on(pool)
-        assert taken == [b"one"]
-
-    async def test_silence_in_the_middle_is_one(self, socket: Path) -> None:
-        async def reply(peer: Peer) -> None:
-            await peer.say(STREAM + chunk(b"one"))
-            await asyncio.sleep(60)
-
-        async def pass_on(pool: EngineConnections) -> None:
-            async with pool.post("/", b"", "1") as answer:
-                await answer.pass_to(lambda part: True)
-
-        async with engine(socket, reply, silence_s=0.2) as (pool, _):
-            with pytest.raises(SilenceError):
-                await pass_on(pool)
