@@ -1,7 +1,7 @@
 """Reads the body of a request: as JSON by its type, no larger than it may be, and within its time."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 from starlette.types import Receive
@@ -34,12 +34,12 @@ async def read_body(
     *,
     max_bytes: int,
     timeout_s: float = BODY_TIMEOUT_S,
-    slot: AbstractContextManager[None] = nullcontext(),  # noqa: B008 - it has no state
+    slot: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> bytes:
     """Return the body of a request; its size is checked before and while it is read.
 
     Args:
-        slot: entered while the rest of a body is read that comes in parts.
+        slot: its `with` is entered while the rest of a body is read that comes in parts.
 
     Raises:
         MediaTypeError: not `application/json`. A web page elsewhere can send any other type to a local port without
@@ -57,7 +57,7 @@ async def read_body(
             body, more = await _receive_part(receive)
             _check_size(len(body), max_bytes)
             if more:
-                with slot:
+                with slot():
                     return await _receive_rest(body, receive, max_bytes)
             return body
     except TimeoutError as error:

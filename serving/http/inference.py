@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -126,7 +127,7 @@ class Exchange:
         """Answers, with an error where it must be."""
         settings, account = self._gateway.settings, self.account
         try:
-            slot = self._gateway.body_slots.reading(self._state.address)
+            slot = partial(self._gateway.body_slots.reading, self._state.address)
             body = await read_body(self._state.headers, receive, max_bytes=settings.max_body_bytes, slot=slot)
             account.body_read(len(body))
             account.key.reserve_request()

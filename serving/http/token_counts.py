@@ -6,6 +6,7 @@ They keep its processors busy all the same: so many are answered at once, and ha
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -50,7 +51,7 @@ class _Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         gateway, state = self.counts.gateway, request_state(scope)
-        max_bytes, slot = gateway.settings.max_body_bytes, gateway.body_slots.reading(state.address)
+        max_bytes, slot = gateway.settings.max_body_bytes, partial(gateway.body_slots.reading, state.address)
         principal = state.principal
         reservation: Reservation | None = None
         refused = False

@@ -90,5 +90,5 @@ class Slot:
 @pytest.mark.parametrize(("parts", "entered"), [([b"{}"], 0), ([b"{", b"}"], 1)], ids=["whole", "in parts"])
 async def test_a_body_takes_a_slot_when_it_comes_in_parts(parts: Sequence[bytes], entered: int) -> None:
     slot = Slot()
-    assert await read_body(headers(), receiving(*parts), max_bytes=3, slot=slot) == b"{}"
+    assert await read_body(headers(), receiving(*parts), max_bytes=3, slot=lambda: slot) == b"{}"
     assert slot.entered == entered
