@@ -20,11 +20,11 @@ from pathlib import Path
 import click
 
 from svc.dataset.schema.example import ChatExample, Message, Role
-from svc.engine.capabilities import NumberType
+from svc.engine.device import NumberType
 from svc.errors import TrainingError
-from svc.evaluation.diagnosis.diagnose import diagnose
-from svc.evaluation.diagnosis.finding import FindingKind
+from svc.evaluation.finding import FindingKind
 from svc.terminal import counting, output, print_json
+from trainer.diagnosis.diagnose import diagnose
 from trainer.training.sft import train_model
 from trainer.training.summary import TrainingData
 

@@ -18,11 +18,11 @@ import click
 
 from svc.dataset.readers.reader import read_examples
 from svc.dataset.schema.example import ChatExample
-from svc.engine.capabilities import NumberType, read_capabilities
+from svc.engine.device import NumberType, read_capabilities
 from svc.errors import TrainingError
-from svc.evaluation.diagnosis.diagnose import diagnose
 from svc.settings import load_settings
 from svc.terminal import output, print_json
+from trainer.diagnosis.diagnose import diagnose
 
 TASK = Path(__file__).parents[1] / "examples" / "debian-triage"
 ENDED = "ended"

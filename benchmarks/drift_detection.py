@@ -27,8 +27,8 @@ from monitoring.drift.signals import input_tests
 from monitoring.drift.two_sample.alpha_spending import FALSE_ALARMS_PER_REQUEST, SIGNAL_SHARES, WINDOWS, Signal, Window
 from monitoring.drift.two_sample.univariate import compare_numbers, number_stability
 from svc.dataset.readers.reader import read_examples
+from svc.drift_reference.text_embedding import fit_text_space
 from svc.terminal import counting, output
-from svc.text_embedding import fit_text_space
 
 ROOT = Path(__file__).parents[1]
 TASK = ROOT / "examples" / "debian-triage"

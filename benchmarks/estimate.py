@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 import click
 
 from svc.dataset.readers.reader import read_examples
-from svc.engine.capabilities import Capabilities, NumberType, read_capabilities
+from svc.engine.device import DeviceCapabilities, NumberType, read_capabilities
 from svc.engine.machine import read_machine
 from svc.settings import load_settings
 from svc.terminal import counting, output, print_json, quiet_libraries
@@ -124,7 +124,7 @@ def main(steps: int, batches: tuple[int, ...], methods: tuple[Method, ...], as_j
         _show(found, capabilities, device)
 
 
-def _show(found: Sequence[Compared], capabilities: Capabilities, device: ComputeDevice) -> None:
+def _show(found: Sequence[Compared], capabilities: DeviceCapabilities, device: ComputeDevice) -> None:
     from rich.table import Table
 
     output.print(f"{device.label} ({capabilities.training_reason}), {device.speed / 1e9:.0f} GFLOP/s in products")

@@ -19,7 +19,7 @@ import click
 
 from svc.dataset.readers.reader import read_examples
 from svc.dataset.schema.example import ChatExample
-from svc.engine.capabilities import NumberType, read_capabilities
+from svc.engine.device import NumberType, read_capabilities
 from svc.settings import load_settings
 from svc.terminal import console, output, print_json, quiet_libraries
 from trainer.recipe.file import load_recipe

@@ -24,7 +24,7 @@ import httpx
 
 from benchmarks.interval import interval
 from serving.rollout.initial_state import choose_desired
-from svc.engine.capabilities import ask_capabilities, read_capabilities
+from svc.engine.device import ask_capabilities, read_capabilities
 from svc.engine.vllm.folders import socket_folder, state_folder
 from svc.engine.vllm.launch import EngineSpec, command, environment
 from svc.errors import EngineError

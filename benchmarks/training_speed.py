@@ -29,7 +29,7 @@ from benchmarks.interval import interval
 from benchmarks.matrix_share import needed_flops, read_shape
 from svc.dataset.readers.reader import read_examples
 from svc.dataset.schema.example import ChatExample
-from svc.engine.capabilities import NumberType, read_capabilities
+from svc.engine.device import NumberType, read_capabilities
 from svc.settings import load_settings
 from svc.terminal import counting, output, print_json
 from trainer.estimate.batches import plan_batches

@@ -28,7 +28,7 @@ from examples.service import Terminated, serving, svc, svc_json
 from examples.tamper import alter_weights, replace_weights
 from svc.dataset.readers.reader import read_examples
 from svc.errors import SvcError
-from svc.lock import lock_holder
+from svc.files.lock import lock_holder
 from svc.registry.registry import Registry
 from svc.registry.render import evaluation_table
 from svc.remote.server_url import LOCK_FILE

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from svc.child_process import in_child_process
-from svc.engine.capabilities import NumberType, read_capabilities
+from svc.engine.device import NumberType, read_capabilities
 from trainer.estimate.devices import measure_matrix_speed
 
 _TOKENS, _WIDTH, _HEIGHT = 1_000, 576, 1_536

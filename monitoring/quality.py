@@ -4,7 +4,7 @@ The same weights on the same kind of engine give the same figures but for roundi
 traffic, it is a fault of serving: other weights, a broken kernel, a cache that answers for another version.
 
 Another kind of engine than that of the registration rounds otherwise. There the first run is what later ones are held
-against, and what it is worth is not judged here: the probes have been (serving/engines/verification.py).
+against, and what it is worth is not judged here: the probes have been (serving/replicas/verification.py).
 
 A change of the log-likelihood is called when its mean is beyond what rounding explains, and large enough to matter; a
 change of the primary metric when an exact test of its scores finds it, example by example. Each at one false alarm in

@@ -12,8 +12,6 @@ from sqlalchemy import Engine as Store
 from serving.admission.rate_limiter import RateLimiter
 from serving.deployment_builder import DeploymentBuilder
 from serving.deployments import Deployments, OnFailure, OnReady
-from serving.engines.places import EnginePlaces
-from serving.engines.slots import EngineSlots, MakeSlots
 from serving.http.administration import Administration
 from serving.http.app import Application, build_app
 from serving.http.authentication import Authentication
@@ -21,6 +19,8 @@ from serving.http.body_slots import BodySlots
 from serving.http.delivery import AnswerBuffers
 from serving.http.feedback import FeedbackIntake
 from serving.http.inference import Gateway
+from serving.replicas.places import EnginePlaces
+from serving.replicas.slots import EngineSlots, MakeSlots
 from serving.rollout.version_changes import VersionChanges
 from serving.router import Router
 from serving.telemetry.deployment_metrics import DeploymentInstruments
@@ -32,7 +32,7 @@ from serving.telemetry.request_log import RequestLog
 from serving.telemetry.usage_writer import UsageWriter
 from svc.access.authenticator import Authenticator
 from svc.access.usage_meter import UsageMeter
-from svc.engine.capabilities import Capabilities
+from svc.engine.device import DeviceCapabilities
 from svc.errors import EngineError
 from svc.registry.registry import Registry
 from svc.remote.listening import is_loopback
@@ -67,7 +67,7 @@ def assemble(
     settings: Settings,
     registry: Registry,
     store: Store,
-    capabilities: Capabilities,
+    capabilities: DeviceCapabilities,
     authenticator: Authenticator,
     *,
     make_slots: MakeSlots,

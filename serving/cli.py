@@ -12,8 +12,8 @@ import click
 from serving.client.promotion import Administration, LocalAdministration, follow, read_served
 from serving.rollout.version_changes import VersionChange
 from svc.errors import RefusedError, ServerNotRunningError
+from svc.files.lock import lock_holder
 from svc.invocation import json_option, reason_option, remote_of, settings_of
-from svc.lock import lock_holder
 from svc.registry.registry import Registry
 from svc.remote.server_url import LOCK_FILE
 from svc.settings import Settings
@@ -64,9 +64,9 @@ def serve(
 
     from serving import server
     from serving.rollout.initial_state import choose_deployments
-    from svc.engine.capabilities import read_capabilities
+    from serving.service_manager import ServiceManager, inherited_listener
+    from svc.engine.device import read_capabilities
     from svc.engine.vllm.startup_phase import EnginePhase
-    from svc.service_manager import ServiceManager, inherited_listener
     from svc.store.database import open_database
     from svc.store.keys import keys_revision
     from svc.terminal import advancing, console, quiet_libraries

@@ -13,12 +13,12 @@ from serving.admission.admission import Admission
 from serving.admission.party import Party
 from serving.background.holdout import HoldoutRuns
 from serving.background.scoring import LiveScores
-from serving.engines.admitted_lease import AdmittedLease
-from serving.engines.balancer import Balancer, Lease
-from serving.engines.engine_adapters import EngineAdapters
-from serving.engines.pool import EnginePool
-from serving.engines.removed_adapters import RemovedAdapters
 from serving.model_names import ModelNames
+from serving.replicas.admitted_lease import AdmittedLease
+from serving.replicas.balancer import Balancer, Lease
+from serving.replicas.engine_adapters import EngineAdapters
+from serving.replicas.pool import EnginePool
+from serving.replicas.removed_adapters import RemovedAdapters
 from serving.rollout.idling import Idling
 from serving.rollout.production_alias import ProductionAlias
 from serving.rollout.reconciler import Reconciler
@@ -58,11 +58,11 @@ class Deployment:
         return self.names.name
 
     def check(self, model: str) -> Coroutine[object, object, None]:
-        """Raises where a name means nothing; see serving.engines.balancer.Balancer.check."""
+        """Raises where a name means nothing; see serving.replicas.balancer.Balancer.check."""
         return self.balancer.check(model)  # no coroutine of its own, which each request would pay for
 
     def lease(self, model: str, *, without: Lease | None = None) -> AbstractAsyncContextManager[Lease]:
-        """An engine for the body; see serving.engines.balancer.Balancer.lease."""
+        """An engine for the body; see serving.replicas.balancer.Balancer.lease."""
         return self.balancer.lease(model, without=without)
 
     def admitted(

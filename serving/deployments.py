@@ -19,7 +19,7 @@ from sqlalchemy import Engine as Store
 from sqlalchemy.exc import SQLAlchemyError
 
 from serving.deployment import Deployment
-from serving.engines.places import EnginePlaces
+from serving.replicas.places import EnginePlaces
 from serving.router import Router, Share
 from svc.errors import EngineError, NotFoundError, SvcError
 from svc.store.deployments import deployed_names, remove_deployment

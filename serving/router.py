@@ -13,8 +13,8 @@ from typing import NamedTuple, Protocol
 
 from serving.admission.admission import Admission
 from serving.admission.party import Party
-from serving.engines.balancer import Lease
 from serving.model_names import SHOWN_CHARS, ModelNames, ModelNotFoundError
+from serving.replicas.balancer import Lease
 from svc.version import VersionId
 
 _HASH_BYTES = 8
@@ -39,7 +39,7 @@ class Backend(Protocol):
         """Raises where a name means nothing, also where only the registry knows that."""
 
     def lease(self, model: str, *, without: Lease | None = None) -> AbstractAsyncContextManager[Lease]:
-        """An engine for the body; see serving.engines.balancer.Balancer.lease."""
+        """An engine for the body; see serving.replicas.balancer.Balancer.lease."""
 
     def admitted(
         self, model: str, tokens: int, party: Party, waiting: Callable[[], AbstractContextManager[None]]

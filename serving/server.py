@@ -17,19 +17,19 @@ from sqlalchemy import Engine as Store
 
 from serving.assembly import Parts, assemble
 from serving.deployments import OnFailure, OnReady
-from serving.engines.slots import EngineSlots, MakeSlots
 from serving.http.connections import raise_descriptor_limit
 from serving.http.http_server import HttpServer, http_server
 from serving.http.tls import Certificate
+from serving.replicas.slots import EngineSlots, MakeSlots
+from serving.service_manager import ServiceManager
 from svc.access.authenticator import Authenticator
-from svc.engine.capabilities import Capabilities
+from svc.engine.device import DeviceCapabilities
 from svc.engine.vllm.folders import runtime_folder
 from svc.errors import SettingsError, SvcError
-from svc.lock import hold_lock
+from svc.files.lock import hold_lock
 from svc.registry.registry import Registry
 from svc.remote.listening import address_family, http_url, is_loopback, listen_error
 from svc.remote.server_url import LOCK_FILE
-from svc.service_manager import ServiceManager
 from svc.settings import ServeSettings, Settings
 from svc.store.desired import Desired
 from svc.version import Target
@@ -148,7 +148,7 @@ async def serve(
     wanted: Sequence[Desired],
     claim: Claim,
     *,
-    capabilities: Capabilities,
+    capabilities: DeviceCapabilities,
     on_phase: Callable[[str], None],
     on_ready: OnReady,
     on_failure: OnFailure,

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from svc.disk import close_to_others
+from svc.files.disk import close_to_others
 from svc.remote.server_url import ServerAddress
 from svc.settings import Settings, load_settings
 

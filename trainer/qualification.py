@@ -19,9 +19,9 @@ from svc.engine.probes import EngineFacts, Probe, check_probes, choose_sequences
 from svc.engine.vllm.client import EngineClient
 from svc.engine.vllm.startup_phase import EnginePhase
 from svc.evaluation.answer_limit import answer_limits
-from svc.evaluation.estimate import Estimate, mean
 from svc.evaluation.evaluator import Evaluation, EvaluationReport, ask_examples, evaluate
 from svc.evaluation.general.general_set import MAX_TOKENS
+from svc.evaluation.intervals import Interval, mean
 from svc.evaluation.quiet_machine import measure_quietly
 from svc.evaluation.results import ExampleResult
 from svc.evaluation.throughput import STREAMS, decoding_speed, first_token_seconds
@@ -202,14 +202,14 @@ class Qualifier:
         return seconds
 
     async def _read(
-        self, engine: Engine, prompts: Sequence[Sequence[int]], load_seconds: Estimate | None, loading_share: float
+        self, engine: Engine, prompts: Sequence[Sequence[int]], load_seconds: Interval | None, loading_share: float
     ) -> EngineReading:
         """Read the engine; `loading_share` is the share of the processors that others used during the loads."""
         client = engine.client
         asked = [await client.prompt_tokens(example.prompt, example.tools) for example in self.judged]
         pairs = enumerate(zip(asked, self._tokenized, strict=True))
 
-        async def answers() -> tuple[Estimate, dict[int, Estimate]]:
+        async def answers() -> tuple[Interval, dict[int, Interval]]:
             first = await first_token_seconds(client, max(prompts, key=len))
             return first, {streams: await decoding_speed(client, prompts, streams) for streams in (1, STREAMS)}
 

@@ -11,7 +11,7 @@ import click
 from benchmarks.gateway.upstream import MODEL
 from svc.dataset.readers.reader import write_examples
 from svc.dataset.schema.example import ChatExample, Message, Role
-from svc.engine.capabilities import read_capabilities
+from svc.engine.device import read_capabilities
 from svc.registry.files import record_file, record_files
 from svc.registry.manifest import BaseRecord, DataRecord, FormatRecord, Manifest
 from svc.registry.registry import HELDOUT_FILE, Registry

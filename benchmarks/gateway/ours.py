@@ -49,5 +49,5 @@ class UpstreamEngine(EngineProcess):
 
 if __name__ == "__main__":
     upstream = Path(sys.argv.pop(1))
-    with patch("serving.engines.slots.EngineProcess", partial(UpstreamEngine, upstream)):
+    with patch("serving.replicas.slots.EngineProcess", partial(UpstreamEngine, upstream)):
         main()

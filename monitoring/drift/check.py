@@ -19,11 +19,11 @@ from monitoring.drift.report import Moved, SignalReport, Status, new_examples
 from monitoring.drift.streams import (
     MEMORY,
     AnswerStream,
-    Comparison,
     Items,
     PromptStream,
     RatingStream,
     Stream,
+    StreamComparison,
     StreamState,
 )
 from monitoring.drift.two_sample.alpha_spending import BURST, REQUESTS_PER_DAY, Signal
@@ -123,7 +123,7 @@ class _Advance:
             return SignalReport(signal, Status.OFF, self._stream.off)
         if reference is None:
             return SignalReport(signal, Status.WAITING, "there is nothing to compare with yet: too few ratings")
-        comparison = Comparison.of(self._stream, reference, self._target)
+        comparison = StreamComparison.of(self._stream, reference, self._target)
         detector = comparison.detector
         if not detector.windows:
             return SignalReport(signal, Status.OFF, f"there are too few examples to compare with: {reference.size}")
@@ -150,7 +150,7 @@ class _Advance:
             newest_at=items.times[-1] if items.times else None,
         )
 
-    def _take(self, comparison: Comparison) -> Items:
+    def _take(self, comparison: StreamComparison) -> Items:
         state = self._state
         items = self._stream.read(state, int(state.allowance))
         watch, events = comparison.detector.advance(state.watch, items.sample, items.new)
@@ -172,7 +172,7 @@ class _Advance:
         )
         return items
 
-    def _called(self, alarm: Alarm, comparison: Comparison, items: Items, stop: int) -> DriftAlarm:
+    def _called(self, alarm: Alarm, comparison: StreamComparison, items: Items, stop: int) -> DriftAlarm:
         start = stop - alarm.size
         live = items.sample.part(start, stop)
         lines = {line.name: line for line in comparison.lines(live, alarm.position)}

@@ -29,7 +29,7 @@ def drift(ctx: click.Context, model: str, as_json: bool) -> None:
     from monitoring.drift.production import read_drift
     from monitoring.drift.reference import read_prompt
     from monitoring.drift.render import Example, drift_json, drift_screen
-    from svc.lock import hold_lock
+    from svc.files.lock import hold_lock
     from svc.registry.registry import Registry
     from svc.store.answered import texts_of
     from svc.store.database import open_database

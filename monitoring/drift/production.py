@@ -9,7 +9,7 @@ from monitoring.drift.report import SignalReport
 from monitoring.drift.two_sample.alpha_spending import Signal
 from monitoring.quality import QualityReport, read_quality
 from svc.errors import BusyError
-from svc.lock import hold_lock
+from svc.files.lock import hold_lock
 from svc.registry.registry import Registry
 from svc.settings import Settings
 from svc.store.database import open_database

@@ -109,7 +109,7 @@ class Stream(Protocol):
 
 
 @dataclass(frozen=True)
-class Comparison:
+class StreamComparison:
     """A stream's reference, and the tests against it, made once for a check."""
 
     reference: Sample
@@ -117,7 +117,7 @@ class Comparison:
     detector: Detector
 
     @classmethod
-    def of(cls, stream: Stream, reference: Sample, target: Target) -> "Comparison":
+    def of(cls, stream: Stream, reference: Sample, target: Target) -> "StreamComparison":
         """The comparison of a stream of one version with its reference."""
         tests = stream.tests(reference)
         seed = (target.version.number, list(Signal).index(stream.signal))

@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 from svc.errors import IntegrityError, RegistryError
 from svc.registry.registry import Registry
 from svc.registry.tracking import HELDOUT_LOSS, LOSS, RunFigures
-from svc.training_runs import TrainingRun, find_training_runs
+from svc.registry.training_runs import TrainingRun, find_training_runs
 
 log = logging.getLogger(__name__)
 

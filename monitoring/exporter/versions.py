@@ -8,8 +8,8 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from svc.errors import IntegrityError, NotFoundError
-from svc.evaluation.estimate import Estimate
 from svc.evaluation.evaluator import EvaluationReport
+from svc.evaluation.intervals import Interval
 from svc.registry.manifest import Manifest
 from svc.registry.registry import Registry
 from svc.version import VersionId
@@ -92,7 +92,7 @@ def _families() -> tuple[GaugeMetricFamily, ...]:
     return tuple(GaugeMetricFamily(name, text, labels=labels) for name, (text, labels) in documentation.items())
 
 
-def _figures(report: EvaluationReport) -> dict[str, Estimate]:
+def _figures(report: EvaluationReport) -> dict[str, Interval]:
     """Without those that were not measured."""
     figures = {"exact_match": report.exact_match, "valid_json": report.valid_json, "nll": report.nll}
     figures |= {name: figure.estimate for name, figure in report.figures.items()}

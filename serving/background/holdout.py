@@ -18,8 +18,8 @@ from sqlalchemy import Engine as Store
 from sqlalchemy.exc import SQLAlchemyError
 
 from serving.background.scheduler import BackgroundScheduler, SupersededError
-from serving.engines.pool import EnginePool
-from serving.engines.replica import LoadedWeights
+from serving.replicas.pool import EnginePool
+from serving.replicas.replica import LoadedWeights
 from serving.telemetry.deployment_metrics import DeploymentMetrics
 from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.tokenized_example import TokenizedExample

@@ -13,8 +13,8 @@ from typing import TypeVar
 
 from serving.admission.admission import Admission
 from serving.admission.background_slot import BackgroundSlotEndedError
-from serving.engines.pool import EnginePool
-from serving.engines.replica import LoadedWeights
+from serving.replicas.pool import EnginePool
+from serving.replicas.replica import LoadedWeights
 from svc.engine.state import EngineState
 from svc.engine.vllm.client import EngineClient
 from svc.errors import EngineError

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from serving.http.request_parser import RequestParser
-from svc.end_signal import EndSignal
+from svc.one_shot_event import OneShotEvent
 
 REQUEST_DEADLINE_S = 15.0
 """From a connection, or its last answer, to the end of the next request's headers."""
@@ -59,7 +59,7 @@ class Connection:
 
     through_socket: bool = False
     is_writable: bool = True
-    lost: EndSignal = field(default_factory=EndSignal)
+    lost: OneShotEvent = field(default_factory=OneShotEvent)
     abort: Callable[[], None] = _nothing
     on_request: Callable[[], None] = _nothing
     on_answered: Callable[[], None] = _nothing

@@ -25,15 +25,6 @@ from serving.admission.errors import (
     RateLimitedError,
     TooManyTokensError,
 )
-from serving.engines.balancer import AdapterFailedError
-from serving.engines.transport import (
-    ContextLengthError,
-    EngineBusyError,
-    EngineDiedError,
-    EngineFailedError,
-    EngineRefusedError,
-    EngineSilentError,
-)
 from serving.http import body
 from serving.http.administration import (
     ChangeConflictError,
@@ -50,6 +41,15 @@ from serving.model_names import SHOWN_CHARS, ModelNotFoundError
 from serving.protocols import request
 from serving.protocols.error_code import ErrorCode
 from serving.protocols.route import ANTHROPIC_PATHS
+from serving.replicas.balancer import AdapterFailedError
+from serving.replicas.transport import (
+    ContextLengthError,
+    EngineBusyError,
+    EngineDiedError,
+    EngineFailedError,
+    EngineRefusedError,
+    EngineSilentError,
+)
 from svc.access.authenticator import KeysUnavailableError
 from svc.errors import AuthenticationError, PermissionDeniedError, SvcError
 from svc.identity.key_secret import hide_secrets

@@ -6,11 +6,11 @@ The chunk with token counts, which the engine is always asked for, goes to those
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from serving.engines.transport import EngineDiedError, refusal
 from serving.http.delivery import Delivery
 from serving.http.request_account import RequestAccount
 from serving.protocols.server_sent_events import EventSplitter
 from serving.protocols.wire_formats import TOKEN, WireFormat
+from serving.replicas.transport import EngineDiedError, refusal
 from svc.engine.vllm.connection_pool import EngineAnswer
 from svc.errors import EngineError
 
@@ -23,7 +23,7 @@ class EventStream:
         begin: begins the answer to the client, with this content type.
         between_tokens: observes the seconds between two tokens.
         wants_usage: the client asked for the chunk with token counts.
-        show: rewrites each event first; see serving.engines.balancer.Lease.
+        show: rewrites each event first; see serving.replicas.balancer.Lease.
     """
 
     account: RequestAccount

@@ -19,8 +19,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.admission.errors import EngineUnavailableError
 from serving.admission.rate_limiter import RateLimiter
-from serving.engines.balancer import Lease
-from serving.engines.transport import EngineCall, EngineUnreachableError
 from serving.http.body import ClientGoneError, read_body
 from serving.http.body_slots import BodySlots
 from serving.http.delivery import AnswerBuffers, ClientSlowError, Delivery
@@ -36,6 +34,8 @@ from serving.protocols.error_code import ErrorCode
 from serving.protocols.request import CompletionRequest, parse_request
 from serving.protocols.route import Route
 from serving.protocols.wire_formats import wire_format
+from serving.replicas.balancer import Lease
+from serving.replicas.transport import EngineCall, EngineUnreachableError
 from serving.router import Destination, Router
 from serving.telemetry.metrics import UNKNOWN_MODEL, GatewayMetrics
 from serving.telemetry.request_log import RequestLog

@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable
 from datetime import UTC, datetime
 
-from serving.engines.token_pace import TokenPace
 from serving.http.key_account import KeyAccount
 from serving.http.request_state import RequestState
 from serving.protocols.error_code import ErrorCode
@@ -16,6 +15,7 @@ from serving.protocols.outcome import outcome_of
 from serving.protocols.request import CompletionRequest
 from serving.protocols.route import Route
 from serving.protocols.wire_formats import Usage
+from serving.replicas.token_pace import TokenPace
 from serving.telemetry.content import Content
 from serving.telemetry.metrics import CLIENT_GONE_STATUS, UNKNOWN_MODEL, GatewayMetrics
 from serving.telemetry.request_log import RequestLog

@@ -11,7 +11,6 @@ from functools import partial
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.admission.rate_limiter import Reservation
-from serving.engines.transport import EngineCall
 from serving.http.body import ClientGoneError, read_body
 from serving.http.body_slots import BodySlots
 from serving.http.delivery import ClientSlowError, Delivery
@@ -24,6 +23,7 @@ from serving.http.request_state import RequestState, request_state
 from serving.protocols.error_code import CLIENT_FAULTS
 from serving.protocols.request import CompletionRequest, parse_request
 from serving.protocols.route import Route, TokenRoute
+from serving.replicas.transport import EngineCall
 
 MOST_AT_ONCE = 16
 _CHECKED_AS = {TokenRoute.COUNT_TOKENS: Route.MESSAGES, TokenRoute.TOKENIZE: Route.CHAT_COMPLETIONS}

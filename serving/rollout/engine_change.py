@@ -18,10 +18,10 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 from serving.admission.admission import Admission
-from serving.engines.pool import EnginePool
-from serving.engines.replica import Replica
-from serving.engines.verification import Verification
 from serving.model_names import ModelNames
+from serving.replicas.pool import EnginePool
+from serving.replicas.replica import Replica
+from serving.replicas.verification import Verification
 from serving.rollout.cancellation import Cancellation, SupersededError
 from serving.rollout.swap_plan import Report, SwapPlanner
 from svc.engine.state import EngineState

@@ -11,8 +11,8 @@ from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 
 from serving.admission.admission import Admission
-from serving.engines.pool import EnginePool
-from serving.engines.replica import Replica
+from serving.replicas.pool import EnginePool
+from serving.replicas.replica import Replica
 from serving.rollout.reviver import start_engine
 from serving.telemetry.deployment_metrics import DeploymentMetrics
 from svc.engine.state import EngineState

@@ -14,9 +14,9 @@ from functools import partial
 from sqlalchemy import Engine as Store
 from sqlalchemy.exc import SQLAlchemyError
 
-from serving.engines.pool import EnginePool
-from serving.engines.slots import EngineSlots
 from serving.model_names import ModelNames
+from serving.replicas.pool import EnginePool
+from serving.replicas.slots import EngineSlots
 from serving.rollout.cancellation import Cancellation, SupersededError
 from serving.rollout.journal import Journal
 from serving.rollout.production_alias import ProductionAlias

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
 
-from svc.engine.capabilities import Capabilities
+from svc.engine.device import DeviceCapabilities
 from svc.settings import EngineSettings
 
 
 def add_machine_metrics(
-    registry: CollectorRegistry, home: Path, capabilities: Capabilities, settings: EngineSettings
+    registry: CollectorRegistry, home: Path, capabilities: DeviceCapabilities, settings: EngineSettings
 ) -> None:
     """Registers them; the disk is asked at each scrape.
 

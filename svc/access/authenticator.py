@@ -19,10 +19,10 @@ from enum import StrEnum
 from sqlalchemy import Engine as Store
 from sqlalchemy.exc import SQLAlchemyError
 
-from svc.end_signal import EndSignal
 from svc.errors import AuthenticationError, SvcError
 from svc.identity.key_secret import hash_secret, is_hash_of, key_id_of
 from svc.identity.principal import Principal
+from svc.one_shot_event import OneShotEvent
 from svc.store.keys import Key, keys_revision, read_keys
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class Grant:
     """
 
     principal: Principal
-    ended: EndSignal = field(default_factory=EndSignal, repr=False)
+    ended: OneShotEvent = field(default_factory=OneShotEvent, repr=False)
 
 
 class Authenticator:

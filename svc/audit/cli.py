@@ -139,7 +139,7 @@ def forget(
         raise click.UsageError("say one of --user, --key and --before")
     from svc.store.audit import Action, AuditEntry, record_event
     from svc.store.database import open_database
-    from svc.store.forgetting import count_requests, forget_requests
+    from svc.store.erasure import count_requests, forget_requests
 
     store = open_database(settings_of(ctx).home)
     which, subject = _which(store, user, key, before)
@@ -165,7 +165,7 @@ def _which(
     store: "Store", user: str | None, key: str | None, before: datetime | None
 ) -> tuple["ColumnElement[bool]", str]:
     """The requests, and what the audit log calls them: of a user no more than the hash, which was kept before."""
-    from svc.store import forgetting
+    from svc.store import erasure as forgetting
     from svc.store.keys import find_key
     from svc.store.requests import hash_user
 

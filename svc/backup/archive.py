@@ -16,8 +16,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from svc.disk import write_whole
 from svc.errors import IntegrityError, NotFoundError
+from svc.files.disk import write_whole
 from svc.registry.files import FileRecord
 from svc.registry.manifest import MANIFEST_FILE
 from svc.version import VersionId

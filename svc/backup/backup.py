@@ -14,9 +14,9 @@ from pathlib import Path
 
 from svc.backup.archive import OTHER_FILES, STORE_FILE, TRACKING_FILE, Archive, Snapshot
 from svc.backup.copying import Progress, copy_database, copy_file, copy_version, files_of, is_copied, no_progress
-from svc.disk import is_full
 from svc.errors import DiskSpaceError, IntegrityError, NotFoundError
-from svc.lock import hold_lock
+from svc.files.disk import is_full
+from svc.files.lock import hold_lock
 from svc.registry.files import record_files
 from svc.registry.housekeeping import protected
 from svc.registry.manifest import Manifest

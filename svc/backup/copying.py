@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager, closing, contextmanager
 from functools import partial
 from pathlib import Path
 
-from svc.disk import sync_folder
 from svc.errors import IntegrityError
+from svc.files.disk import sync_folder
 from svc.registry.files import FileRecord, verify_files
 from svc.registry.manifest import MANIFEST_FILE, Manifest, read_manifest
 

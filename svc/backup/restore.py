@@ -12,9 +12,9 @@ from pathlib import Path
 from svc.backup.archive import OTHER_FILES, STORE_FILE, TRACKING_FILE, Archive, Snapshot
 from svc.backup.copying import Progress, copy_file, copy_version, files_of, is_copied, no_progress
 from svc.backup.restored_keys import RestoredKeys, settle_keys
-from svc.disk import sync_folder, write_whole
 from svc.errors import IntegrityError, SettingsError
-from svc.lock import hold_lock
+from svc.files.disk import sync_folder, write_whole
+from svc.files.lock import hold_lock
 from svc.registry.files import verify_files
 from svc.registry.manifest import read_manifest
 from svc.remote.server_url import LOCK_FILE

@@ -14,7 +14,7 @@ from svc.dataset.checks.labels import FEW_ANSWERS, few_labels, find_label
 from svc.dataset.schema.example import ChatExample
 from svc.dataset.split import group_near_duplicates, near_leaks
 from svc.dataset.text.plain_text import normal
-from svc.json_file import read_record
+from svc.files.json_file import read_record
 
 DATA_SUMMARY_FILE = "data_summary.json"
 """In a version's reference folder."""

@@ -10,8 +10,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from svc.chat_template import TemplateValue, read_template_kwargs
-from svc.model_folder import weight_files
+from svc.model_folder.chat_template import TemplateValue, read_template_kwargs
+from svc.model_folder.weight_files import weight_files
 
 _BYTES_PER_VALUE = 2
 """vLLM keeps keys and values in the numbers in which it computes: 16 bits, unless it is told to take float32."""
@@ -62,7 +62,7 @@ def read_model_facts(folder: Path) -> ModelFacts:
     """Reads them; a config that is not there or damaged is the engine's to complain about.
 
     Raises:
-        IntegrityError: see svc.chat_template.read_template_kwargs.
+        IntegrityError: see svc.model_folder.chat_template.read_template_kwargs.
     """
     weights = sum(file.stat().st_size for file in weight_files(folder) if file.is_file())
     try:

@@ -18,9 +18,9 @@ from typing import IO, Any
 
 import psutil
 
-from svc.disk import write_whole
 from svc.errors import EngineError
-from svc.lock import is_locked, locked_file
+from svc.files.disk import write_whole
+from svc.files.lock import is_locked, locked_file
 
 LOCK_FILE = "engine.lock"
 RECORD_FILE = "engine.json"

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from svc.engine.capabilities import Capabilities
+from svc.engine.device import DeviceCapabilities
 from svc.engine.model_facts import read_model_facts
 from svc.engine.vllm.client import EngineClient
 from svc.engine.vllm.number_type import choose_dtype, choose_gptq_kernel
@@ -80,7 +80,7 @@ class Probe(BaseModel):
         return self
 
 
-def engine_facts(settings: EngineSettings, capabilities: Capabilities, model: Path) -> EngineFacts:
+def engine_facts(settings: EngineSettings, capabilities: DeviceCapabilities, model: Path) -> EngineFacts:
     """The facts of an engine that is started with these settings on this device.
 
     Args:

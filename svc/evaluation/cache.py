@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from svc.dataset.fingerprint import fingerprint
 from svc.dataset.schema.example import ChatExample
-from svc.disk import write_whole
 from svc.evaluation.results import ExampleResult
+from svc.files.disk import write_whole
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict
 from svc.dataset.schema.example import ChatExample
 from svc.errors import DataError
 from svc.evaluation.edit_distance import edit_distance
-from svc.evaluation.estimate import Estimate
 from svc.evaluation.evaluator import judge
+from svc.evaluation.intervals import Interval
 from svc.evaluation.metrics.metric import Answered, Better, Metric, Unit
 from svc.evaluation.metrics.text import ExactMatch
 from svc.evaluation.metrics.tokens import CutOff, Nll
@@ -51,9 +51,9 @@ class MetricComparison(_Part):
     title: str
     better: Better
     unit: Unit
-    first: Estimate
-    second: Estimate
-    difference: Estimate
+    first: Interval
+    second: Interval
+    difference: Interval
     verdict: Verdict
 
 
@@ -91,7 +91,7 @@ class DifferentAnswers(_Part):
     edits: int
 
 
-class Comparison(_Part):
+class VersionComparison(_Part):
     """The second model against the first.
 
     Attributes:
@@ -121,7 +121,7 @@ def compare(
     metrics: Sequence[Metric],
     *,
     no_tokens: str = "",
-) -> Comparison:
+) -> VersionComparison:
     """Compares two models' results.
 
     Args:
@@ -143,7 +143,7 @@ def compare(
     judged = [metric for metric in metrics if metric in usable]
     one, other = (Answered(examples, judge(examples, results, 0.0, judged).results) for results in (first, second))
     gains, by = _gains(primary, one, other)
-    return Comparison(
+    return VersionComparison(
         examples=len(examples),
         primary=primary.name,
         metrics={metric.name: _by_metric(metric, one, other) for metric in dict.fromkeys((primary, *usable))},
@@ -170,7 +170,7 @@ def _by_metric(metric: Metric, one: Answered, other: Answered) -> MetricComparis
     )
 
 
-def _verdict(difference: Estimate, better: Better, differing: int) -> Verdict:
+def _verdict(difference: Interval, better: Better, differing: int) -> Verdict:
     if difference.low <= 0 <= difference.high or differing < _FEWEST_DIFFERENT:
         return Verdict.UNDECIDED
     if better is Better.NEITHER:

@@ -19,7 +19,7 @@ from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.vllm.client import Answer, EngineClient
 from svc.errors import EngineError
-from svc.evaluation.estimate import Estimate, proportion
+from svc.evaluation.intervals import Interval, proportion
 from svc.evaluation.metrics.choose import choose_metrics
 from svc.evaluation.metrics.json_answers import is_json
 from svc.evaluation.metrics.metric import Answered, Better, Metric, Unit
@@ -44,12 +44,12 @@ class MetricReport(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     title: str
-    estimate: Estimate
+    estimate: Interval
     better: Better
     unit: Unit
 
     @classmethod
-    def of(cls, metric: Metric, estimate: Estimate) -> "MetricReport":
+    def of(cls, metric: Metric, estimate: Interval) -> "MetricReport":
         """Return the report of a metric with this figure."""
         return cls(title=metric.title, estimate=estimate, better=metric.better, unit=metric.unit)
 
@@ -72,10 +72,10 @@ class EvaluationReport(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     examples: int
-    exact_match: Estimate
-    valid_json: Estimate | None
-    cut_off: Estimate
-    nll: Estimate
+    exact_match: Interval
+    valid_json: Interval | None
+    cut_off: Interval
+    nll: Interval
     hits: tuple[bool, ...]
     seconds: float
     metrics: dict[str, MetricReport]

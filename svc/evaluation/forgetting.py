@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pydantic import BaseModel, ConfigDict
 
 from svc.evaluation.comparison import compare
-from svc.evaluation.estimate import Estimate
 from svc.evaluation.general.contains import Contains
 from svc.evaluation.general.general_set import GeneralSet
+from svc.evaluation.intervals import Interval
 from svc.evaluation.metrics.tokens import Nll
 from svc.evaluation.results import ExampleResult
 
@@ -30,12 +30,12 @@ class Forgetting(BaseModel):
     questions: str
     fingerprint: str
     examples: int
-    before: Estimate
-    after: Estimate
-    difference: Estimate
-    nll_before: Estimate
-    nll_after: Estimate
-    nll_difference: Estimate
+    before: Interval
+    after: Interval
+    difference: Interval
+    nll_before: Interval
+    nll_after: Interval
+    nll_difference: Interval
     lost: int
     gained: int
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from svc.dataset.schema.example import ChatExample
 from svc.errors import EngineError, JudgeError
 from svc.evaluation.endpoint import CONCURRENCY, Chat, Endpoint, all_or_none
-from svc.evaluation.estimate import Estimate, mean, proportion
+from svc.evaluation.intervals import Interval, mean, proportion
 from svc.terminal import console, counting
 
 _UNREAD = 0.1
@@ -58,8 +58,8 @@ class JudgeReport(BaseModel):
     model: str
     pairs: int
     unread: int
-    win_rate: Estimate
-    agreement: Estimate
+    win_rate: Interval
+    agreement: Interval
     verdicts: tuple[tuple[Preference, ...], ...]
 
 

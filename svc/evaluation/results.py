@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from svc.json_file import read_records
+from svc.files.json_file import read_records
 
 
 class ExampleResult(BaseModel):

@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 
 from svc.engine.vllm.client import EngineClient
-from svc.evaluation.estimate import Estimate, mean
+from svc.evaluation.intervals import Interval, mean
 
 STREAMS = 8
 """So many at once are what a format's speed is told for."""
@@ -13,7 +13,7 @@ TOKENS = 16
 REPEATS = 3
 
 
-async def first_token_seconds(client: EngineClient, prompt: Sequence[int]) -> Estimate:
+async def first_token_seconds(client: EngineClient, prompt: Sequence[int]) -> Interval:
     """From a prompt that is in no cache to its first token, three times, alone.
 
     Args:
@@ -28,7 +28,7 @@ async def first_token_seconds(client: EngineClient, prompt: Sequence[int]) -> Es
     return mean(seconds)
 
 
-async def decoding_speed(client: EngineClient, prompts: Sequence[Sequence[int]], streams: int) -> Estimate:
+async def decoding_speed(client: EngineClient, prompts: Sequence[Sequence[int]], streams: int) -> Interval:
     """Generated tokens a second, three times 16 a stream, of prompts that are in the cache.
 
     Args:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from svc.json_file import read_records
+from svc.files.json_file import read_records
 
 TRAINING_CURVE_FILE = "training.jsonl"
 """In a version's reference folder."""

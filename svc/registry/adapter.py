@@ -8,9 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from svc.chat_template import TemplateValue, choose_template_kwargs, pin_date, read_chat_template
 from svc.errors import NotFoundError, RefusedError
-from svc.json_file import read_json_object
+from svc.files.json_file import read_json_object
+from svc.model_folder.chat_template import (
+    TemplateValue,
+    choose_template_kwargs,
+    pin_date,
+    read_chat_template,
+)
 from svc.registry.registry import Registry
 from svc.version import Format, VersionId
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from svc.errors import IntegrityError
-from svc.model_folder import weight_files
+from svc.model_folder.weight_files import weight_files
 
 _AT_ONCE = 2**24  # bytes
 

@@ -12,10 +12,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from svc.chat_template import TemplateKwargs, read_chat_template, read_template_kwargs
 from svc.errors import IntegrityError
-from svc.json_file import read_json_object
-from svc.model_folder import TOKENIZER_FILES
+from svc.files.json_file import read_json_object
+from svc.model_folder.chat_template import TemplateKwargs, read_chat_template, read_template_kwargs
+from svc.model_folder.weight_files import TOKENIZER_FILES
 from svc.registry.files import hash_tensor, read_headers, record_file
 
 # Said by the library that wrote the file, not by the model.

@@ -17,11 +17,11 @@ from pathlib import Path
 from sqlalchemy import Engine as Store
 
 from svc.errors import BusyError, IntegrityError, NotFoundError
-from svc.lock import hold_lock, lock_holder
+from svc.files.lock import hold_lock, lock_holder
 from svc.registry.registry import Registry
+from svc.registry.training_runs import RUN_LOCK, RUNS_FOLDER, SWEEPS_FOLDER
 from svc.store.desired import desired_names, read_desired
 from svc.store.swaps import find_swap
-from svc.training_runs import RUN_LOCK, RUNS_FOLDER, SWEEPS_FOLDER
 from svc.version import Format, VersionId
 
 log = logging.getLogger(__name__)

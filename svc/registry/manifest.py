@@ -7,13 +7,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from svc.disk import write_whole
 from svc.engine.probes import MAX_PROBES, Probe
 from svc.errors import IntegrityError
-from svc.evaluation.diagnosis.finding import Finding
 from svc.evaluation.evaluator import EvaluationReport
+from svc.evaluation.finding import Finding
 from svc.evaluation.forgetting import Forgetting
 from svc.evaluation.judge import JudgeReport
+from svc.files.disk import write_whole
 from svc.registry.files import FileRecord
 from svc.registry.parity import ParityReport
 from svc.version import NAME_PATTERN, Format, VersionId

@@ -9,7 +9,7 @@ from statistics import fmean
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from svc.evaluation.estimate import Estimate
+from svc.evaluation.intervals import Interval
 from svc.version import Format
 
 
@@ -80,9 +80,9 @@ class Speed(_Record):
         others_share: of the machine's processors, used by other processes while this was measured.
     """
 
-    load_seconds: Estimate | None
-    first_token_seconds: Estimate
-    tokens_per_second: dict[int, Estimate]
+    load_seconds: Interval | None
+    first_token_seconds: Interval
+    tokens_per_second: dict[int, Interval]
     memory_bytes: int | None
     others_share: float
 

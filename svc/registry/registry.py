@@ -19,9 +19,9 @@ from svc.dataset.prompt_hashes import NO_PROMPTS, TRAINED_PROMPTS_FILE, PromptHa
 from svc.dataset.readers.reader import read_examples
 from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.tokenized_example import TokenizedExample, read_tokenized
-from svc.disk import sync_folder
 from svc.errors import IntegrityError, NotFoundError
 from svc.evaluation.results import ExampleResult, read_results
+from svc.files.disk import sync_folder
 from svc.registry.files import verify_files
 from svc.registry.manifest import MANIFEST_FILE, FormatRecord, Manifest, read_manifest, write_manifest
 from svc.registry.tracking import Tracking

@@ -6,7 +6,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from svc.engine.machine import read_machine
-from svc.json_file import read_record
+from svc.files.json_file import read_record
 
 RUN_RECORD_FILE = "run.json"
 """In a version's reference folder."""

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svc.errors import ServerNotRunningError, SettingsError
+from svc.files.lock import lock_holder
 from svc.identity.key_file import read_key
-from svc.lock import lock_holder
 from svc.remote.listening import is_loopback
 from svc.settings import Settings
 

@@ -6,8 +6,8 @@ from enum import StrEnum
 from functools import cached_property
 
 from svc.dataset.schema.example import ChatExample
-from svc.evaluation.estimate import Estimate, paired_difference
 from svc.evaluation.evaluator import EvaluationReport
+from svc.evaluation.intervals import Interval, paired_difference
 from svc.evaluation.metrics.labels import MacroF1
 from svc.evaluation.metrics.metric import Answered, Better, Metric, Unit
 from svc.evaluation.metrics.tokens import CutOff, Nll, Perplexity
@@ -35,8 +35,8 @@ class MetricRow:
     title: str
     unit: Unit
     better: Better
-    estimates: dict[str, Estimate]
-    changes: dict[str, Estimate]
+    estimates: dict[str, Interval]
+    changes: dict[str, Interval]
 
 
 class Direction(StrEnum):
@@ -59,9 +59,9 @@ class ModelComparison:
     model: str
     other: str
     outcome: Direction
-    value: Estimate
-    before: Estimate
-    change: Estimate | None
+    value: Interval
+    before: Interval
+    change: Interval | None
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Judged:
             outcome = Direction.BETTER if (low > 0) == (primary.better is Better.HIGHER) else Direction.WORSE
         return ModelComparison(model, other, outcome, value, before, change)
 
-    def change(self, metric: str, before: str, after: str) -> Estimate | None:
+    def change(self, metric: str, before: str, after: str) -> Interval | None:
         """What a metric of one model has more than of another, example by example; None where that cannot be told."""
         first, second = self.results.get(before), self.results.get(after)
         if not first or not second:

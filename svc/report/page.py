@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from svc.engine.probes import EngineFacts
-from svc.evaluation.estimate import Estimate
+from svc.evaluation.intervals import Interval
 from svc.registry.manifest import Manifest
 from svc.report.judged import BASE, SIDE_BY_SIDE, WORST, Direction, ModelComparison
 from svc.report.plots.curve import plot_learning_rate, plot_loss
@@ -59,7 +59,7 @@ def say_verdict(verdict: ModelComparison, metric: str) -> str:
     return f"{said}: {metric} {verdict.value} against {verdict.before}{change}."
 
 
-def signed(change: Estimate) -> str:
+def signed(change: Interval) -> str:
     """A change with its interval, each with its sign."""
     return minus(f"{change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}]")
 

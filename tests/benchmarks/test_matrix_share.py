@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.matrix_share import Shape, needed_flops, read_shape
-from svc.engine.capabilities import NumberType
+from svc.engine.device import NumberType
 from tests.trainer.conftest import make_example, make_model, make_recipe
 from trainer.data.chat_template import load_tokenizer, stop_tokens, tokenize_examples
 from trainer.data.length_grouped_sampler import LengthGroupedSampler

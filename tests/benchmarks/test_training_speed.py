@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.training_speed import SAME, Contestant, Run, Task, summary, train
-from svc.engine.capabilities import NumberType
+from svc.engine.device import NumberType
 from tests.trainer.conftest import make_example, make_model, make_recipe
 
 pytestmark = pytest.mark.slow

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from serving import service_manager
 from serving.http.http_server import _GRACE_S
-from svc import service_manager
 from svc.cli import COMMANDS
 from svc.errors import NotFoundError, SettingsError
 from svc.settings import Settings, load_settings

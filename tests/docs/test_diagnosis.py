@@ -5,9 +5,9 @@ import re
 import pytest
 
 from docs.generate import FOLDER
-from svc.evaluation.diagnosis import curve_rules, heldout_rules, label_rules
-from svc.evaluation.diagnosis.finding import FindingKind
-from svc.evaluation.diagnosis.window import FEW_STEPS, FEWEST_MEASURED
+from svc.evaluation.finding import FindingKind
+from trainer.diagnosis import curve_rules, heldout_rules, label_rules
+from trainer.diagnosis.window import FEW_STEPS, FEWEST_MEASURED
 
 PAGE = (FOLDER / "diagnosis.md").read_text("utf-8")
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from svc.chat_template import choose_template_kwargs, write_template_kwargs
 from svc.dataset.schema.example import ChatExample, parse_example
-from svc.engine.capabilities import read_capabilities
+from svc.engine.device import read_capabilities
 from svc.engine.vllm.folders import runtime_folder
 from svc.engine.vllm.launch import EngineSpec
 from svc.engine.vllm.process import EngineProcess
+from svc.model_folder.chat_template import choose_template_kwargs, write_template_kwargs
 from svc.settings import EngineSettings, Settings
 from tests.e2e.tiny_model import build_tiny_model
 from trainer.data.chat_template import load_tokenizer, stop_tokens, tokenize_examples

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from svc.engine.capabilities import read_capabilities
+from svc.engine.device import read_capabilities
 from svc.engine.vllm.folders import runtime_folder
 from svc.engine.vllm.launch import EngineSpec
 from svc.engine.vllm.process import EngineProcess

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from examples.service import svc, svc_json
-from svc.chat_template import read_chat_template
-from svc.model_folder import weight_files
+from svc.model_folder.chat_template import read_chat_template
+from svc.model_folder.weight_files import weight_files
 
 pytestmark = [pytest.mark.matrix]
 

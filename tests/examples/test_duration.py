@@ -1,7 +1,7 @@
 """What the demo says of its length follows from what was measured."""
 
 from examples.duration import MachineSpeed
-from svc.engine.capabilities import NumberType
+from svc.engine.device import NumberType
 
 
 def minutes(speed: float, import_s: float) -> float:

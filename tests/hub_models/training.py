@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svc.dataset.schema.example import ChatExample, Message, Role
-from svc.engine.capabilities import NumberType
+from svc.engine.device import NumberType
 from svc.settings import EngineSettings, Settings
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ EXAMPLES = [
 
 def train_and_merge(base: Path, folder: Path) -> Path:
     """Check a base, train LoRA on it for two steps, and return the merged model's folder."""
-    from svc.engine.capabilities import read_capabilities
+    from svc.engine.device import read_capabilities
     from trainer.base_model.checks import check_folder
     from trainer.export.merge import merge_adapter
     from trainer.pipeline.preflight import check_base
@@ -68,7 +68,7 @@ def _logits(folder: Path) -> "torch.Tensor":
     import torch
     from transformers import AutoModelForCausalLM
 
-    from svc.chat_template import choose_template_kwargs
+    from svc.model_folder.chat_template import choose_template_kwargs
     from trainer.data.chat_template import tokenize_as_trained
 
     (row,) = tokenize_as_trained(folder, EXAMPLES[:1], choose_template_kwargs(folder, None))

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from svc.lock import hold_lock
+from svc.files.lock import hold_lock
 from svc.remote.server_url import LOCK_FILE
 from tests.command_line import Svc
 

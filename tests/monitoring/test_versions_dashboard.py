@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from svc.evaluation.estimate import Estimate, proportion
+from svc.evaluation.intervals import Interval, proportion
 from tests.monitoring.panel_queries import panel_queries
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +50,7 @@ def counted(count: int) -> str:
     return f"0+{count / HOUR}x{HOUR}"
 
 
-def ends(estimate: Estimate) -> tuple[float, float, float]:
+def ends(estimate: Interval) -> tuple[float, float, float]:
     return estimate.value, estimate.low, estimate.high
 
 

@@ -59,7 +59,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.rollout.reconciler._POLL_S", 0.02)
     monkeypatch.setattr("serving.rollout.reconciler._STORE_PAUSE_S", 0.01)
     monkeypatch.setattr("serving.rollout.production_alias._RETRY_S", 0.01)
-    monkeypatch.setattr("serving.engines.engine_watch._HEALTH_S", 0.05)
+    monkeypatch.setattr("serving.replicas.engine_watch._HEALTH_S", 0.05)
     monkeypatch.setattr("serving.client.promotion._POLL_S", 0.01)
     monkeypatch.setattr("serving.background.holdout._POLL_S", 0.02)
     monkeypatch.setattr("serving.background.holdout._PAUSE_S", 0.01)

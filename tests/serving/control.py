@@ -13,8 +13,8 @@ import httpx
 from prometheus_client import CollectorRegistry
 
 from serving.deployment_builder import DeploymentBuilder
-from serving.engines.places import EnginePlaces
-from serving.engines.replica import Replica
+from serving.replicas.places import EnginePlaces
+from serving.replicas.replica import Replica
 from serving.telemetry.deployment_metrics import DeploymentInstruments
 from serving.telemetry.metrics import GatewayMetrics
 from svc.access.authenticator import Authenticator

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from serving.engines.served_model import ServedModel
-from serving.engines.slots import EngineSlots, Served
-from svc.engine.capabilities import Capabilities
+from serving.replicas.served_model import ServedModel
+from serving.replicas.slots import EngineSlots, Served
+from svc.engine.device import DeviceCapabilities
 from svc.engine.engine import LastingEngine
 from svc.engine.engine_capabilities import EngineCapabilities
 from svc.engine.probes import EngineFacts
@@ -97,7 +97,7 @@ class ParkSlots(EngineSlots):
     """The engines of a park, for one server: the only part of it that is not as `svc serve` has it."""
 
     def __init__(
-        self, park: EnginePark, settings: Settings, registry: Registry, capabilities: Capabilities, served: Served
+        self, park: EnginePark, settings: Settings, registry: Registry, capabilities: DeviceCapabilities, served: Served
     ) -> None:
         super().__init__(settings, registry, capabilities, served)
         self._park = park

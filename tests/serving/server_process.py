@@ -4,9 +4,9 @@ import os
 import sys
 from pathlib import Path
 
-from serving.engines.slots import EngineSlots
+from serving.replicas.slots import EngineSlots
 from svc import cli
-from svc.engine import capabilities
+from svc.engine import device as capabilities
 from svc.engine.model_facts import ModelFacts
 from svc.engine.vllm import launch, process
 from svc.engine.vllm.launch import EngineSpec

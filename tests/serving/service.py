@@ -17,12 +17,12 @@ from serving.admission.errors import EngineUnavailableError
 from serving.admission.party import Party
 from serving.admission.rate_limiter import RateLimiter
 from serving.assembly import GatewayParts, assemble_gateway
-from serving.engines.balancer import Lease
-from serving.engines.token_pace import TokenPace
 from serving.http.authentication import Authentication
 from serving.http.connections import ClientProtocol, watched
 from serving.http.delivery import AnswerBuffers
 from serving.model_names import ModelNames
+from serving.replicas.balancer import Lease
+from serving.replicas.token_pace import TokenPace
 from serving.rollout.version_changes import VersionChanges
 from serving.router import Backend, Router, Share
 from serving.telemetry.deployment_metrics import DeploymentInstruments, DeploymentMetrics

@@ -26,7 +26,7 @@ GONE = (404, "model_not_found")
 
 @pytest.fixture(autouse=True)
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serving.engines.removed_adapters._POLL_S", 0.01)
+    monkeypatch.setattr("serving.replicas.removed_adapters._POLL_S", 0.01)
 
 
 @pytest.fixture

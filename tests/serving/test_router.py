@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from serving.admission.admission import Admission
 from serving.admission.errors import EngineUnavailableError
-from serving.engines.balancer import Lease
 from serving.model_names import ModelNames, ModelNotFoundError
+from serving.replicas.balancer import Lease
 from serving.router import Router, Share
 from svc.version import Format, Target, VersionId
 from tests.serving.service import OneBackend

@@ -13,8 +13,8 @@ from svc.dataset.prompt_hashes import NO_PROMPTS, TRAINED_PROMPTS_FILE, write_pr
 from svc.dataset.readers.reader import write_examples
 from svc.dataset.schema.tokenized_example import write_tokenized
 from svc.engine.probes import EngineFacts, Probe
-from svc.evaluation.estimate import Estimate, proportion
 from svc.evaluation.evaluator import EvaluationReport
+from svc.evaluation.intervals import Interval, proportion
 from svc.evaluation.results import ExampleResult, write_results
 from svc.registry.adapter import CONFIG_FILE
 from svc.registry.files import record_file, record_files
@@ -172,7 +172,7 @@ def _adapter(registry: Registry, version: Path, said: Mapping[str, Any]) -> Form
 def _manifest(
     version: VersionId, folder: Path, formats: dict[Format, FormatRecord], failed: tuple[str, ...]
 ) -> Manifest:
-    estimate = Estimate(value=0.5, low=0.4, high=0.6)
+    estimate = Interval(value=0.5, low=0.4, high=0.6)
     report = EvaluationReport(
         examples=1,
         exact_match=estimate,

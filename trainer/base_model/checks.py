@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from svc.errors import BaseModelError, IntegrityError
-from svc.model_folder import TOKENIZER_FILES, WEIGHTS_INDEX, weight_files
+from svc.model_folder.weight_files import TOKENIZER_FILES, WEIGHTS_INDEX, weight_files
 
 _WEIGHTS = "model.safetensors"
 _FLOATS = {"bfloat16", "float16", "float32"}

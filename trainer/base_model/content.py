@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from svc.chat_template import pin_date, read_chat_template
-from svc.json_file import read_json_object
-from svc.model_folder import weight_files
+from svc.files.json_file import read_json_object
+from svc.model_folder.chat_template import pin_date, read_chat_template
+from svc.model_folder.weight_files import weight_files
 from svc.terminal import waiting
 
 CONFIG_FILE, TEMPLATE_FILE = "config.json", "chat_template.jinja"

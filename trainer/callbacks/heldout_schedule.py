@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import TrainerState
 
-from svc.evaluation.diagnosis.window import FEW_STEPS, FEWEST_STEPS
+from trainer.diagnosis.window import FEW_STEPS, FEWEST_STEPS
 from trainer.recipe.sections import Stopping
 
 _MEASUREMENTS = 10  # in a run whose recipe asks for some, and does not say how often

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import httpx
 
-from svc.chat_template import TemplateKwargs
 from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.tokenized_example import TokenizedExample
-from svc.engine.capabilities import Capabilities
+from svc.engine.device import DeviceCapabilities
 from svc.engine.engine import Engine
 from svc.engine.model_facts import read_model_facts
 from svc.engine.probes import engine_facts
@@ -20,6 +19,7 @@ from svc.evaluation.cache import EvaluationCache, find_results, results_by_examp
 from svc.evaluation.endpoint import Endpoint, ask_endpoint
 from svc.evaluation.evaluator import ask_examples
 from svc.evaluation.results import ExampleResult
+from svc.model_folder.chat_template import TemplateKwargs
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.registry import Registry
 from svc.settings import Settings
@@ -63,7 +63,7 @@ class Interview:
     """
 
     settings: Settings
-    capabilities: Capabilities
+    capabilities: DeviceCapabilities
     registry: Registry
     launch: LaunchModel
     examples: Sequence[ChatExample]

@@ -7,12 +7,12 @@ from functools import partial
 
 import httpx
 
-from svc.engine.capabilities import Capabilities, read_capabilities
-from svc.evaluation.comparison import Comparison, compare
+from svc.engine.device import DeviceCapabilities, read_capabilities
+from svc.evaluation.comparison import VersionComparison, compare
 from svc.evaluation.endpoint import Endpoint
 from svc.evaluation.judge import JudgeReport, judge_answers
 from svc.evaluation.metrics.choose import choose_metrics, try_on_references
-from svc.lock import hold_lock
+from svc.files.lock import hold_lock
 from svc.registry.fingerprint import tokenizer_fingerprint
 from svc.registry.registry import Registry
 from svc.settings import Settings
@@ -35,7 +35,7 @@ class Compared:
     models: Sequence[Model]
     questions: Questions
     answers: Sequence[Answers]
-    comparison: Comparison
+    comparison: VersionComparison
     judge: JudgeReport | None = None
 
 
@@ -44,7 +44,7 @@ def compare_models(
     wanted: Wanted,
     *,
     registry: Registry | None = None,
-    capabilities: Capabilities | None = None,
+    capabilities: DeviceCapabilities | None = None,
     launch: LaunchModel | None = None,
     tokenize: Tokenize = tokenize_as_trained,
     transport: httpx.AsyncBaseTransport | None = None,

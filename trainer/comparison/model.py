@@ -3,9 +3,9 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from svc.chat_template import TemplateKwargs, choose_template_kwargs, read_template_kwargs
 from svc.errors import NotFoundError
 from svc.evaluation.endpoint import Endpoint
+from svc.model_folder.chat_template import TemplateKwargs, choose_template_kwargs, read_template_kwargs
 from svc.registry.manifest import Manifest
 from svc.registry.registry import Registry
 from svc.settings import Settings

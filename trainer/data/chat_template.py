@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from svc.chat_template import TemplateKwargs, pin_date
 from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.errors import BaseModelError, DataError
-from svc.json_file import read_json_object
+from svc.files.json_file import read_json_object
+from svc.model_folder.chat_template import TemplateKwargs, pin_date
 from svc.terminal import counting
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def tokenize_examples(
 
     Args:
         stops: ids of the tokens that end an answer.
-        template_kwargs: what the template is given, see svc.chat_template.choose_template_kwargs.
+        template_kwargs: what the template is given, see svc.model_folder.chat_template.choose_template_kwargs.
 
     Raises:
         DataError: the template refuses an example, as some do with a system turn, or what would be learnt is not the

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from svc.chat_template import choose_template_kwargs
 from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.tokenized_example import TokenizedExample
-from svc.model_folder import TOKENIZER_FILES
+from svc.model_folder.chat_template import choose_template_kwargs
+from svc.model_folder.weight_files import TOKENIZER_FILES
 from trainer.data.chat_template import IGNORED, tokenize_as_trained, training_row
 from trainer.recipe.sections import Recipe, TooLong
 

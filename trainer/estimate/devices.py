@@ -17,10 +17,10 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from svc.disk import write_whole
-from svc.engine.capabilities import Capabilities, NumberType, read_capabilities
+from svc.engine.device import DeviceCapabilities, NumberType, read_capabilities
 from svc.engine.machine import Machine, read_machine
 from svc.errors import SettingsError
+from svc.files.disk import write_whole
 from svc.settings import Device
 from svc.terminal import waiting
 from trainer.recipe.sections import AdapterType, Method, Quantization, Recipe
@@ -161,7 +161,7 @@ def choose_devices(names: Sequence[str], home: Path) -> list[ComputeDevice]:
     ]
 
 
-def this_machine(capabilities: Capabilities, machine: Machine, home: Path) -> ComputeDevice:
+def this_machine(capabilities: DeviceCapabilities, machine: Machine, home: Path) -> ComputeDevice:
     """Where `svc train` would run.
 
     Args:
@@ -194,7 +194,7 @@ def this_machine(capabilities: Capabilities, machine: Machine, home: Path) -> Co
     )
 
 
-def measured_speed(capabilities: Capabilities, number_type: NumberType, home: Path) -> float:
+def measured_speed(capabilities: DeviceCapabilities, number_type: NumberType, home: Path) -> float:
     """Of bare matrix products here: as it was measured before, or by measuring now, a second or two."""
     cores = len(os.sched_getaffinity(0))
     identity = f"{capabilities.model_dump_json()}{number_type}{cores}"

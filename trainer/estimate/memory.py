@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 
-from svc.engine.capabilities import NumberType
+from svc.engine.device import NumberType
 from trainer.estimate.batches import Batch
 from trainer.estimate.model_shape import ModelShape
 from trainer.recipe.sections import AdapterType, Optimizer, Quantization, Recipe

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from math import prod
 
-from svc.engine.capabilities import NumberType
+from svc.engine.device import NumberType
 from svc.engine.vllm.headroom import ENGINE_OVERHEAD
 from trainer.estimate.batches import Workload
 from trainer.estimate.devices import ComputeDevice

@@ -20,12 +20,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
-from svc.chat_template import choose_template_kwargs
 from svc.child_process import in_child_process
 from svc.dataset.schema.example import ChatExample
-from svc.engine.capabilities import NumberType
+from svc.engine.device import NumberType
 from svc.errors import RecipeError, TrainingError
-from svc.json_file import read_json_object
+from svc.files.json_file import read_json_object
+from svc.model_folder.chat_template import choose_template_kwargs
 from svc.registry.files import read_headers
 from svc.terminal import counting, waiting
 from trainer.base_model.content import CONFIG_FILE

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from svc.errors import TrainingError
-from svc.json_file import read_json_object
+from svc.files.json_file import read_json_object
 from svc.registry.files import read_headers
 from trainer.base_model.content import CONFIG_FILE, copy_shipped_files
 

@@ -13,7 +13,7 @@ from typing import BinaryIO
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 
-from svc.model_folder import WEIGHTS_INDEX
+from svc.model_folder.weight_files import WEIGHTS_INDEX
 
 _LARGEST_FILE = "5GB"
 _NAMES = {torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}

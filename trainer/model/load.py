@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from svc.engine.capabilities import NumberType
+from svc.engine.device import NumberType
 from svc.errors import BaseModelError
 from trainer.model.acceleration import Attention
 from trainer.model.attention import attention_implementation

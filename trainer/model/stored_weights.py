@@ -26,7 +26,7 @@ from transformers.core_model_loading import (
 )
 
 from svc.errors import IntegrityError
-from svc.model_folder import weight_files
+from svc.model_folder.weight_files import weight_files
 from trainer.model.layer_shapes import empty_model
 
 Tensors = dict[str, torch.Tensor]

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from svc.model_folder import weight_files
+from svc.model_folder.weight_files import weight_files
 
 MOST_OFF = 0.45
 """Length of a layer's change as a share of its weights'. Measured: 0.12 of tiny models, 0.24 of SmolLM2's worst layer

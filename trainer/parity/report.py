@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from svc.dataset.schema.tokenized_example import TokenizedExample
-from svc.engine.capabilities import NumberType
+from svc.engine.device import NumberType
 from svc.evaluation.token_scores import Scores
 from svc.registry.parity import Differences, ParityCheck, ParityReport
 from svc.terminal import waiting

@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from svc.dataset.schema.tokenized_example import TokenizedExample
-from svc.engine.capabilities import NumberType
+from svc.engine.device import NumberType
 from svc.evaluation.token_scores import Scores, TokenScore
 from svc.registry.files import read_headers
 from trainer.model.attention import attention_implementation

@@ -4,12 +4,12 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from svc.dataset.schema.example import ChatExample, normal_prompt
-from svc.evaluation.diagnosis.diagnose import diagnose
-from svc.evaluation.diagnosis.finding import Finding
-from svc.evaluation.diagnosis.training_run import TrainingRun, TrainingSettings
-from svc.evaluation.estimate import Estimate
+from svc.evaluation.finding import Finding
+from svc.evaluation.intervals import Interval
 from svc.evaluation.training_curve import TrainingPoint
 from svc.version import Format
+from trainer.diagnosis.diagnose import diagnose
+from trainer.diagnosis.training_run import TrainingRun, TrainingSettings
 from trainer.pipeline.examples import Examples
 from trainer.qualification import Qualified
 from trainer.recipe.sections import Recipe
@@ -20,7 +20,7 @@ def diagnose_training(
     examples: Examples,
     curve: Sequence[TrainingPoint],
     qualified: Mapping[Format, Qualified],
-    general_change: Estimate | None = None,
+    general_change: Interval | None = None,
 ) -> tuple[Finding, ...]:
     """What is wrong with a training.
 

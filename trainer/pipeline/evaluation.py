@@ -11,10 +11,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from svc.chat_template import TemplateKwargs
 from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.tokenized_example import TokenizedExample
-from svc.engine.capabilities import Capabilities
+from svc.engine.device import DeviceCapabilities
 from svc.engine.model_facts import read_model_facts
 from svc.engine.probes import engine_facts
 from svc.evaluation.cache import EvaluationCache
@@ -24,6 +23,7 @@ from svc.evaluation.metrics.choose import choose_metrics, try_on_references
 from svc.evaluation.metrics.metric import Metric
 from svc.evaluation.results import ExampleResult
 from svc.evaluation.token_scores import choose_examples
+from svc.model_folder.chat_template import TemplateKwargs
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.settings import Settings
 from svc.terminal import console
@@ -71,7 +71,7 @@ class RunEvaluation:
     """
 
     settings: Settings
-    capabilities: Capabilities
+    capabilities: DeviceCapabilities
     base: Base
     run: Run
     heldout: Sequence[ChatExample]

@@ -3,16 +3,16 @@
 import json
 from pathlib import Path
 
-from svc.chat_template import TemplateKwargs
-from svc.engine.capabilities import Capabilities
+from svc.engine.device import DeviceCapabilities
 from svc.engine.probes import engine_facts
 from svc.evaluation.cache import EvaluationCache
+from svc.model_folder.chat_template import TemplateKwargs
 from svc.settings import Settings
 
 
 def evaluation_cache(
     settings: Settings,
-    capabilities: Capabilities,
+    capabilities: DeviceCapabilities,
     revision: str,
     model: Path,
     *,

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from svc.chat_template import TemplateKwargs
-from svc.engine.capabilities import Capabilities
+from svc.engine.device import DeviceCapabilities
 from svc.engine.vllm.engine_args import given
 from svc.engine.vllm.folders import runtime_folder
 from svc.engine.vllm.launch import EngineSpec
 from svc.engine.vllm.process import EngineProcess
 from svc.evaluation.evaluator import CONCURRENCY
+from svc.model_folder.chat_template import TemplateKwargs
 from svc.settings import Settings
 from svc.store.scores import MOST_TOKENS
 
@@ -19,7 +19,7 @@ def evaluation_engine(
     model: Path,
     *,
     settings: Settings,
-    capabilities: Capabilities,
+    capabilities: DeviceCapabilities,
     run: Path,
     name: str,
     template_kwargs: TemplateKwargs,

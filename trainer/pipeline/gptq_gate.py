@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from svc.dataset.schema.example import ChatExample
 from svc.errors import TrainingError
-from svc.evaluation.estimate import paired_difference
+from svc.evaluation.intervals import paired_difference
 from svc.evaluation.metrics.metric import Answered, Better, Metric, Unit
 from svc.evaluation.results import token_weights
 from trainer.qualification import Qualified

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from svc.engine.capabilities import Capabilities, NumberType
+from svc.engine.device import DeviceCapabilities, NumberType
 from svc.engine.model_facts import ModelFacts
 from svc.engine.vllm.number_type import choose_dtype, explain_gptq_kernel
 from svc.settings import EngineSettings
@@ -10,7 +10,7 @@ from svc.terminal import console
 from svc.version import Format
 
 
-def say_number_types(able: Capabilities, engine: EngineSettings, formats: Sequence[Format]) -> None:
+def say_number_types(able: DeviceCapabilities, engine: EngineSettings, formats: Sequence[Format]) -> None:
     """What was chosen for this device, and why.
 
     Args:

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from svc.engine.capabilities import Capabilities
+from svc.engine.device import DeviceCapabilities
 from svc.engine.vllm.model_check import model_check
 from svc.errors import BaseModelError
 from svc.registry.files import hash_tensor, read_headers
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
-def check_base(base: Path, recipe: Recipe, capabilities: Capabilities, engine: EngineSettings) -> None:
+def check_base(base: Path, recipe: Recipe, capabilities: DeviceCapabilities, engine: EngineSettings) -> None:
     """Check a base for all that the recipe asks for.
 
     Args:

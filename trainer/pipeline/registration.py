@@ -12,12 +12,13 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from svc.dataset.drift_sample import DRIFT_SAMPLE_FILE, draw_drift_sample
 from svc.dataset.prompt_hashes import TRAINED_PROMPTS_FILE, hash_prompts, write_prompt_hashes
 from svc.dataset.readers.reader import write_examples
 from svc.dataset.schema.tokenized_example import write_tokenized
 from svc.dataset.summary import DATA_SUMMARY_FILE, summarize_data
-from svc.engine.capabilities import NumberType
+from svc.drift_reference.drift_sample import DRIFT_SAMPLE_FILE, draw_drift_sample
+from svc.drift_reference.text_embedding import TEXT_SPACE_FILE, fit_text_space, save_text_space
+from svc.engine.device import NumberType
 from svc.errors import IntegrityError, TrainingError
 from svc.evaluation.evaluator import Evaluation
 from svc.evaluation.forgetting import Forgetting, tracked
@@ -44,7 +45,6 @@ from svc.registry.run_record import RUN_RECORD_FILE, MachineRecord, RunRecord
 from svc.report.page import report_page
 from svc.report.report import gather_report
 from svc.terminal import console
-from svc.text_embedding import TEXT_SPACE_FILE, fit_text_space, save_text_space
 from svc.version import Format, VersionId
 from trainer.base_model.resolve import Base
 from trainer.pipeline.diagnosis import diagnose_training

@@ -12,8 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from svc.disk import write_whole
 from svc.errors import RecipeError
+from svc.files.disk import write_whole
 from trainer.recipe.sections import ReportTo
 
 _OFFLINE = {"offline", "disabled", "dryrun"}

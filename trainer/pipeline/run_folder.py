@@ -15,9 +15,9 @@ from typing import TypeVar
 
 from pydantic import TypeAdapter
 
-from svc.disk import sync_files, write_whole
 from svc.errors import DiskSpaceError, IntegrityError
-from svc.json_file import read_json_object
+from svc.files.disk import sync_files, write_whole
+from svc.files.json_file import read_json_object
 from trainer.base_model.resolve import Base
 from trainer.pipeline.examples import Examples
 from trainer.pipeline.stage_key import StageKeys, stage_keys

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from svc.disk import is_full, write_whole
 from svc.errors import DiskSpaceError, InterruptedRunError, SvcError, TrainingError
+from svc.files.disk import is_full, write_whole
 from svc.terminal import console
 from trainer.model.release_memory import release_memory
 from trainer.pipeline.run_folder import Run

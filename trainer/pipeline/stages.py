@@ -14,11 +14,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from svc.chat_template import choose_template_kwargs, write_template_kwargs
-from svc.engine.capabilities import Capabilities, read_capabilities
+from svc.engine.device import DeviceCapabilities, read_capabilities
 from svc.evaluation.judge import JudgeReport
-from svc.lock import hold_lock
-from svc.model_folder import weight_files
+from svc.files.lock import hold_lock
+from svc.model_folder.chat_template import choose_template_kwargs, write_template_kwargs
+from svc.model_folder.weight_files import weight_files
 from svc.registry.housekeeping import size_on_disk
 from svc.registry.parity import ParityReport
 from svc.registry.registry import Registry
@@ -65,7 +65,7 @@ class Pipeline:
     """
 
     settings: Settings
-    capabilities: Capabilities
+    capabilities: DeviceCapabilities
     registry: Registry
     recipe: Recipe
     base: Base

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from svc.disk import write_whole
+from svc.files.disk import write_whole
 
 
 class TrackedRun(BaseModel):

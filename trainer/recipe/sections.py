@@ -22,10 +22,10 @@ from pydantic import (
     model_validator,
 )
 
-from svc.chat_template import TemplateValue
 from svc.dataset.readers.source import HUB_PREFIX
 from svc.evaluation.metrics.choose import MetricOptions
 from svc.evaluation.metrics.function import FunctionSpec
+from svc.model_folder.chat_template import TemplateValue
 from svc.version import NAME_PATTERN, Format
 from trainer.recipe.targets import Targets
 

@@ -83,9 +83,9 @@ def _open_workplace(
         InsufficientMemoryError: a training cannot fit.
         DiskSpaceError: the disk has too little space for the version.
     """
-    from svc.engine.capabilities import read_capabilities
+    from svc.engine.device import read_capabilities
     from svc.registry.registry import Registry
-    from svc.training_runs import SWEEPS_FOLDER
+    from svc.registry.training_runs import SWEEPS_FOLDER
     from trainer.pipeline.estimate import estimate_here
     from trainer.pipeline.examples import read_run_examples
     from trainer.pipeline.find_base import find_base

@@ -12,9 +12,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 
-from svc.disk import write_whole
 from svc.errors import DataError, TrainingError
-from svc.evaluation.estimate import Estimate, bootstrap
+from svc.evaluation.intervals import Interval, bootstrap
+from svc.files.disk import write_whole
 from svc.terminal import console, output
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ _MIN_GAIN = 0.02
 """Of the loss with all examples: a smaller gain is little."""
 
 
-class Verdict(StrEnum):
+class Benefit(StrEnum):
     """What twice the data would bring."""
 
     WORTH = "worth it"
@@ -52,7 +52,7 @@ class Point(_Result):
     """A training on a part of the data, with its held-out loss in nats per answer token."""
 
     examples: int
-    loss: Estimate
+    loss: Interval
     steps: int
     seconds: float
 
@@ -81,11 +81,11 @@ class LearningCurve(_Result):
     """
 
     points: tuple[Point, ...]
-    base: Estimate
+    base: Interval
     law: PowerLaw | None = None
-    doubled: Estimate | None = None
-    gain: Estimate | None = None
-    verdict: Verdict = Verdict.UNKNOWN
+    doubled: Interval | None = None
+    gain: Interval | None = None
+    verdict: Benefit = Benefit.UNKNOWN
     sentence: str
 
 
@@ -158,7 +158,7 @@ def fit(examples: "Floats", losses: "Floats") -> "Floats":
 
 
 def extrapolate(
-    points: Sequence[Point], each: Sequence[Sequence[float]], tokens: Sequence[int], base: Estimate
+    points: Sequence[Point], each: Sequence[Sequence[float]], tokens: Sequence[int], base: Interval
 ) -> LearningCurve:
     """Return what follows from trainings on parts of the data.
 
@@ -186,11 +186,11 @@ def extrapolate(
     now, doubled_size = sizes[-1], 2 * sizes[-1]
     doubled = bootstrap(len(weights), lambda drawn: fitted(drawn, doubled_size))
     gain = bootstrap(len(weights), lambda drawn: fitted(drawn, now) - fitted(drawn, doubled_size))
-    verdict, threshold = Verdict.UNKNOWN, _MIN_GAIN * losses[-1]
+    verdict, threshold = Benefit.UNKNOWN, _MIN_GAIN * losses[-1]
     if gain.low >= threshold:
-        verdict = Verdict.WORTH
+        verdict = Benefit.WORTH
     elif gain.high < threshold:
-        verdict = Verdict.LITTLE
+        verdict = Benefit.LITTLE
     sentence = (
         f"Twice the data would lower held-out loss by about {gain.value:.3f} (95 % {gain.low:.3f} to {gain.high:.3f}), "
         f"from {losses[-1]:.3f} to {doubled.value:.3f}: {verdict}."

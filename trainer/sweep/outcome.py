@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from svc.errors import TrainingError
-from svc.evaluation.estimate import Estimate, paired_difference
+from svc.evaluation.intervals import Interval, paired_difference
 from svc.evaluation.training_curve import TrainingPoint
 
 
@@ -36,13 +36,13 @@ class Summary(BaseModel):
 
     values: dict[str, Any]
     status: Status
-    loss: Estimate | None = None
+    loss: Interval | None = None
     steps: int = 0
     seconds: float = 0.0
     why: str | None = None
 
 
-class Outcome(Summary):
+class TrialOutcome(Summary):
     """Result of a trial.
 
     Attributes:
@@ -76,7 +76,7 @@ class Outcome(Summary):
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class TrialComparison:
     """Compares trials on the same held-out examples.
 
     Attributes:
@@ -85,16 +85,16 @@ class Comparison:
 
     tokens: tuple[int, ...]
 
-    def difference(self, first: Outcome, second: Outcome) -> Estimate:
+    def difference(self, first: TrialOutcome, second: TrialOutcome) -> Interval:
         """Return the held-out loss of the second minus that of the first, example by example."""
         return paired_difference(first.heldout_each, second.heldout_each, self.tokens)
 
-    def distinct(self, first: Outcome, second: Outcome) -> bool:
+    def distinct(self, first: TrialOutcome, second: TrialOutcome) -> bool:
         """Return whether the two differ beyond chance."""
         difference = self.difference(first, second)
         return difference.low > 0 or difference.high < 0
 
-    def choose(self, outcomes: Sequence[Outcome]) -> Outcome:
+    def choose(self, outcomes: Sequence[TrialOutcome]) -> TrialOutcome:
         """Return the first outcome that cannot be told apart from the best one.
 
         Args:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from svc.evaluation.estimate import Estimate
+from svc.evaluation.intervals import Interval
 from trainer.sweep.learning_curve import LearningCurve
 from trainer.sweep.search import EPOCHS, RANK, RATE, Phase
 from trainer.sweep.sweep import Line, SweepResult
@@ -63,7 +63,7 @@ def _order(value: object) -> tuple[float, str]:
     return (value, "") if isinstance(value, int | float) else (float("inf"), str(value))
 
 
-def _mark(axis: "Axes", place: float | str, loss: Estimate | None, colour: str) -> None:
+def _mark(axis: "Axes", place: float | str, loss: Interval | None, colour: str) -> None:
     if loss:
         interval = [[max(0.0, loss.value - loss.low)], [max(0.0, loss.high - loss.value)]]
         axis.errorbar([place], [loss.value], interval, fmt="o", color=colour, capsize=3)

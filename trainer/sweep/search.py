@@ -21,7 +21,7 @@ from optuna.trial import TrialState
 from svc.terminal import console
 from trainer.recipe.sections import AdapterType, Between, Recipe
 from trainer.recipe.targets import Targets
-from trainer.sweep.outcome import Comparison, Outcome
+from trainer.sweep.outcome import TrialComparison, TrialOutcome
 from trainer.sweep.values import Values, describe, with_values
 from trainer.sweep.workplace import Watch
 
@@ -66,13 +66,13 @@ class Search:
     """
 
     recipe: Recipe
-    comparison: Comparison
-    run_trial: Callable[[Values, Watch], Outcome]
+    comparison: TrialComparison
+    run_trial: Callable[[Values, Watch], TrialOutcome]
     storage: str | BaseStorage
-    tried: list[tuple[Phase, Outcome]] = field(default_factory=list)
+    tried: list[tuple[Phase, TrialOutcome]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def run(self) -> Outcome:
+    def run(self) -> TrialOutcome:
         """Make all trials and return the winner. The first is the recipe as it is, which is never pruned.
 
         Raises:
@@ -87,7 +87,7 @@ class Search:
             best = sorted(self._trials(Phase.SPACE, {}, sweep.space, sweep.trials), key=lambda trial: trial.mean)[:1]
         return self.comparison.choose([as_it_is, *best])
 
-    def _phases(self, as_it_is: Outcome) -> Outcome:
+    def _phases(self, as_it_is: TrialOutcome) -> TrialOutcome:
         ranks = possible_ranks(self.recipe)
         best = self._learning_rate(as_it_is)
         if ranks:
@@ -98,14 +98,14 @@ class Search:
             best = self._dropout(self._targets(best, ranks[-1]))
         return best
 
-    def _learning_rate(self, as_it_is: Outcome) -> Outcome:
+    def _learning_rate(self, as_it_is: TrialOutcome) -> TrialOutcome:
         """Try learning rates from the recipe's own outwards, and higher ones while the highest is chosen."""
         rates, own = learning_rates(self.recipe), self.recipe.learning_rate
         top = rates[-1]
         order = [*sorted(rates, key=lambda rate: abs(math.log(rate / own))), 2 * top, 4 * top]
-        trials: list[Outcome] = []
+        trials: list[TrialOutcome] = []
 
-        def choose() -> Outcome:
+        def choose() -> TrialOutcome:
             # No rate is cheaper than another: after the recipe's own, the best is preferred.
             return self.comparison.choose([*trials[:1], *sorted(trials[1:], key=lambda trial: trial.mean)])
 
@@ -118,11 +118,11 @@ class Search:
                 break
         return choose() if trials else as_it_is
 
-    def _epochs(self, best: Outcome) -> Outcome:
+    def _epochs(self, best: TrialOutcome) -> TrialOutcome:
         """Try one epoch, and each further one while the one before has lowered held-out loss."""
         own = None if self.recipe.train.steps else self.recipe.train.epochs
         lengths = sorted({*_EPOCHS, own or 1.0})
-        trials: list[Outcome] = []
+        trials: list[TrialOutcome] = []
         for trial in self._trials(Phase.EPOCHS, best.values, {EPOCHS: lengths}):
             trials.append(trial)
             if len(trials) > 1 and trial.mean >= trials[-2].mean:
@@ -130,7 +130,7 @@ class Search:
         trials.sort(key=lambda trial: trial.values[EPOCHS] != own)  # of the others, the shortest stays first
         return self.comparison.choose(trials or [best])
 
-    def _targets(self, best: Outcome, largest: int) -> Outcome:
+    def _targets(self, best: TrialOutcome, largest: int) -> TrialOutcome:
         """Try an adapter on all linear layers if the largest rank was needed and the recipe has fewer targets."""
         if self.recipe.adapter.targets is Targets.ALL_LINEAR:
             return best
@@ -141,7 +141,7 @@ class Search:
         trials = self._trials(Phase.TARGETS, best.values, {TARGETS: [Targets.ALL_LINEAR.value]})
         return self.comparison.choose([best, *trials])
 
-    def _dropout(self, best: Outcome) -> Outcome:
+    def _dropout(self, best: TrialOutcome) -> TrialOutcome:
         """Try dropout if the best or the longest training overfits."""
         longest = [best, *(trial for phase, trial in self.tried if phase is Phase.EPOCHS)][-1]
         if not (best.overfits or longest.overfits):
@@ -151,7 +151,7 @@ class Search:
         trials = self._trials(Phase.DROPOUT, {**longest.values, **targets}, {DROPOUT: _DROPOUTS})
         return self.comparison.choose([best, *trials])
 
-    def _trials(self, phase: Phase, fixed: Values, space: Space, most: int | None = None) -> Iterator[Outcome]:
+    def _trials(self, phase: Phase, fixed: Values, space: Space, most: int | None = None) -> Iterator[TrialOutcome]:
         """Make the trials of a phase, one after the other, until `sweep.seconds` are over.
 
         Args:

@@ -8,11 +8,11 @@ from pydantic import BaseModel, ConfigDict
 from rich.markup import escape
 from rich.table import Table
 
-from svc.disk import write_whole
-from svc.evaluation.estimate import Estimate
+from svc.evaluation.intervals import Interval
+from svc.files.disk import write_whole
 from svc.terminal import console, output
 from trainer.recipe.sections import Between, Recipe
-from trainer.sweep.outcome import Comparison, Outcome, Summary
+from trainer.sweep.outcome import Summary, TrialComparison, TrialOutcome
 from trainer.sweep.search import Phase, Search
 from trainer.sweep.values import Values, describe, with_values
 from trainer.sweep.workplace import Workplace
@@ -28,7 +28,7 @@ class Line(Summary):
     """
 
     phase: Phase
-    difference: Estimate | None
+    difference: Interval | None
 
 
 class SweepResult(BaseModel):
@@ -48,11 +48,11 @@ class SweepResult(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     winner: Values
-    loss: Estimate
-    base: Estimate
-    recipe: Estimate | None
+    loss: Interval
+    base: Interval
+    recipe: Interval | None
     runner_up: Values | None
-    difference: Estimate | None
+    difference: Interval | None
     warning: str | None
     seconds: float
     heldout: int
@@ -73,7 +73,7 @@ def run_sweep(place: Workplace) -> SweepResult:
     console.print(f"  held-out loss of the base: {base}, {len(place.data.judged)} examples")
     studies = place.folder.absolute() / "study.db"
     studies.unlink(missing_ok=True)  # made again from the outcomes of trials, so that a kill leaves none half done
-    search = Search(place.recipe, Comparison(place.answer_lengths), place.run_trial, f"sqlite:///{studies}")
+    search = Search(place.recipe, TrialComparison(place.answer_lengths), place.run_trial, f"sqlite:///{studies}")
     result = summarize(search, search.run(), base)
     write_whole(place.folder / RESULT_FILE, result.model_dump_json(indent=1).encode("utf-8"))
     write_whole(place.folder / WINNER_FILE, recipe_text(with_values(place.recipe, result.winner)).encode("utf-8"))
@@ -87,7 +87,7 @@ def _check_space(recipe: Recipe) -> None:
             with_values(recipe, {key: value})
 
 
-def summarize(search: Search, winner: Outcome, base: Estimate) -> SweepResult:
+def summarize(search: Search, winner: TrialOutcome, base: Interval) -> SweepResult:
     """Return the result of a search."""
     compare, trials = search.comparison, [trial for _, trial in search.tried]
     others = [trial for trial in trials if trial.loss and trial.key != winner.key]

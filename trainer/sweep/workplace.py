@@ -20,17 +20,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svc.chat_template import choose_template_kwargs
 from svc.dataset.schema.tokenized_example import TokenizedExample
-from svc.disk import write_whole
-from svc.engine.capabilities import NumberType
+from svc.engine.device import NumberType
 from svc.errors import InterruptedRunError, TrainingError
-from svc.evaluation.estimate import Estimate, mean
-from svc.json_file import read_json_object
-from svc.lock import hold_lock
+from svc.evaluation.intervals import Interval, mean
+from svc.files.disk import write_whole
+from svc.files.json_file import read_json_object
+from svc.files.lock import hold_lock
+from svc.model_folder.chat_template import choose_template_kwargs
 from svc.registry.tracking import HELDOUT_LOSS, PARENT, RUN_NAME, Tracking
+from svc.registry.training_runs import RUN_LOCK
 from svc.terminal import console
-from svc.training_runs import RUN_LOCK
 from trainer.base_model.resolve import Base
 from trainer.model.release_memory import release_memory
 from trainer.pipeline.examples import Examples
@@ -38,7 +38,7 @@ from trainer.pipeline.stage_key import stage_keys
 from trainer.pipeline.tracked_run import tracked_run
 from trainer.recipe.sections import Recipe
 from trainer.recipe.stage import Stage
-from trainer.sweep.outcome import Outcome, Status
+from trainer.sweep.outcome import Status, TrialOutcome
 from trainer.sweep.values import Values, describe, training_key, with_values
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class Workplace:
         """Number of answer tokens of each judged example."""
         return tuple(sum(end - start for start, end in row.learnt) for row in self.data.judged)
 
-    def base_loss(self) -> Estimate:
+    def base_loss(self) -> Interval:
         """Return the held-out loss of the base, which is measured once."""
         from trainer.training.trial import untrained_losses
 
@@ -133,7 +133,7 @@ class Workplace:
             write_whole(path, json.dumps({"heldout_each": each}).encode("utf-8"))
         return mean(read_json_object(path)["heldout_each"], self.answer_lengths)
 
-    def run_trial(self, values: Values, watch: Watch, train: Sequence[TokenizedExample] | None = None) -> Outcome:
+    def run_trial(self, values: Values, watch: Watch, train: Sequence[TokenizedExample] | None = None) -> TrialOutcome:
         """Train, or return the outcome of an earlier training.
 
         Args:
@@ -148,7 +148,7 @@ class Workplace:
         key = training_key(recipe) + ("" if train is None else f"-{len(train)}")
         path = self.folder / "trials" / key / "outcome.json"
         if path.is_file():
-            known = Outcome.model_validate_json(path.read_bytes())
+            known = TrialOutcome.model_validate_json(path.read_bytes())
             return known.model_copy(update={"values": dict(values)})  # another phase may name the same values otherwise
         name = describe(values) if train is None else f"{len(train)} examples"
         run_id = self._run_id(path.parent, name, {PARENT: self._parent, "tuneserve.trial": key})
@@ -157,7 +157,7 @@ class Workplace:
         started = time.monotonic()
         result = self._train(train or self.data.train, recipe, path.parent, run_id, watch)
         seconds = round(time.monotonic() - started, 1)
-        outcome = Outcome(key=key, values=dict(values), seconds=seconds, **result)
+        outcome = TrialOutcome(key=key, values=dict(values), seconds=seconds, **result)
         figures = {"trial_seconds": seconds}
         if loss := outcome.loss:
             figures["trial_heldout_loss"] = loss.value

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from trl.trainer.sft_config import SFTConfig
 
-from svc.engine.capabilities import NumberType
+from svc.engine.device import NumberType
 from trainer.model.acceleration import Acceleration, choose_acceleration, machine_facts
 from trainer.recipe.sections import Recipe, Train
 from trainer.training.optimizer import check_optimizer, choose_optimizer

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from svc.disk import is_full, sync_files, sync_folder, write_whole
 from svc.errors import DiskSpaceError, IntegrityError
+from svc.files.disk import is_full, sync_files, sync_folder, write_whole
 from svc.registry.files import FileRecord, record_files, verify_files
 
 log = logging.getLogger(__name__)

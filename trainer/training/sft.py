@@ -17,10 +17,10 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerState, set_seed
 
-from svc.chat_template import choose_template_kwargs
 from svc.dataset.schema.tokenized_example import TokenizedExample
-from svc.engine.capabilities import NumberType
+from svc.engine.device import NumberType
 from svc.errors import InterruptedRunError
+from svc.model_folder.chat_template import choose_template_kwargs
 from svc.terminal import console, waiting
 from trainer.callbacks.checkpoint_schedule import CheckpointSchedule
 from trainer.callbacks.divergence import DivergenceWatch

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from svc.engine.capabilities import NumberType
+from svc.engine.device import NumberType
 from svc.errors import IntegrityError
 from trainer.callbacks.divergence import diverged
 from trainer.callbacks.early_stopping import best_step

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from svc.dataset.schema.tokenized_example import TokenizedExample
-from svc.engine.capabilities import NumberType
+from svc.engine.device import NumberType
 from svc.errors import InterruptedRunError
 from svc.evaluation.training_curve import TrainingPoint
 from trainer.callbacks.heldout_schedule import HeldoutCurve, HeldoutSchedule

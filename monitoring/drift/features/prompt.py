@@ -9,7 +9,7 @@ from zlib import crc32
 import numpy as np
 
 from monitoring.drift.features.sample import Sample
-from svc.text_embedding import WORD, TextSpace
+from svc.drift_reference.text_embedding import WORD, TextSpace
 
 _WORD = re.compile(WORD)
 _SYMBOL = re.compile(r"[^\w\s]")

@@ -6,10 +6,10 @@ leaves out.
 
 from pathlib import Path
 
-from svc.chat_template import choose_template_kwargs
 from svc.dataset.problem.problem import Code, RowError
 from svc.dataset.schema.example import ChatExample
 from svc.errors import DataError
+from svc.model_folder.chat_template import choose_template_kwargs
 
 
 class BaseTokenizer:

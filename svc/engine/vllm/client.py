@@ -24,7 +24,7 @@ import httpx
 from svc.dataset.schema.example import Message
 from svc.engine.vllm.error_text import told_error
 from svc.errors import EngineError
-from svc.model_folder import weight_files
+from svc.model_folder.weight_files import weight_files
 
 _RESET_PAUSE_S = 0.05
 _CONNECTIONS = 100  # at once; further requests wait

@@ -15,8 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from svc.chat_template import TemplateKwargs
-from svc.engine.capabilities import CPU_LIMITS, Capabilities
+from svc.engine.device import CPU_LIMITS, DeviceCapabilities
 from svc.engine.engine_capabilities import EngineCapabilities
 from svc.engine.machine import read_machine
 from svc.engine.model_facts import ModelFacts, read_model_facts
@@ -27,6 +26,7 @@ from svc.engine.vllm.environment import inherited_environment
 from svc.engine.vllm.lora import RUNTIME_VARIABLE, LoraSlots, lora_choices
 from svc.engine.vllm.number_type import choose_dtype, choose_gptq_kernel
 from svc.engine.vllm.plugin import EMPTY_TOKENS_VARIABLE, INT4_LINEAR_VARIABLE, LORA_VARIABLE, QUIET_VARIABLE
+from svc.model_folder.chat_template import TemplateKwargs
 from svc.settings import Device, EngineSettings, GptqKernel
 
 SOCKET_FILE = "engine.sock"
@@ -67,7 +67,7 @@ class EngineSpec:
     state: Path
     log: Path
     cache: Path
-    capabilities: Capabilities
+    capabilities: DeviceCapabilities
     settings: EngineSettings = field(default_factory=EngineSettings)
     template_kwargs: TemplateKwargs | None = None
     lora: LoraSlots | None = None

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from svc.engine.capabilities import installed_vllm
+from svc.engine.device import installed_vllm
 from svc.engine.vllm.environment import inherited_environment
 from svc.engine.vllm.launch import HUGGING_FACE_FORMAT
 from svc.errors import BaseModelError, EngineError

@@ -1,6 +1,6 @@
 """In which numbers an engine computes, whose kernel multiplies by 4-bit weights, and what weights take so."""
 
-from svc.engine.capabilities import Capabilities, NumberType
+from svc.engine.device import DeviceCapabilities, NumberType
 from svc.engine.model_facts import ModelFacts
 from svc.engine.vllm.choice import AUTO, Choice, Origin, as_argument
 from svc.engine.vllm.engine_args import given
@@ -17,7 +17,7 @@ _VLLM_KERNELS = "CPUWNA16LinearKernel,ZentorchWNA16LinearKernel"
 where the package zentorch is installed; both are asked before a plugin's."""
 
 
-def choose_dtype(settings: EngineSettings, capabilities: Capabilities, model: ModelFacts) -> Choice:
+def choose_dtype(settings: EngineSettings, capabilities: DeviceCapabilities, model: ModelFacts) -> Choice:
     """In which numbers an engine computes: as the model is stored, unless the device is slow in them.
 
     Raises:
@@ -60,7 +60,9 @@ def _check_gptq_dtype(value: str, kernel: GptqKernel | None, own: str | None) ->
     )
 
 
-def choose_gptq_kernel(settings: EngineSettings, capabilities: Capabilities, model: ModelFacts) -> GptqKernel | None:
+def choose_gptq_kernel(
+    settings: EngineSettings, capabilities: DeviceCapabilities, model: ModelFacts
+) -> GptqKernel | None:
     """Whose kernel multiplies by 4-bit weights; None for a model that has none.
 
     Raises:
@@ -69,7 +71,7 @@ def choose_gptq_kernel(settings: EngineSettings, capabilities: Capabilities, mod
     return capabilities.gptq_kernel(settings) if model.quantization == GPTQ else None
 
 
-def explain_gptq_kernel(settings: EngineSettings, capabilities: Capabilities) -> Choice:
+def explain_gptq_kernel(settings: EngineSettings, capabilities: DeviceCapabilities) -> Choice:
     """Whose kernel multiplies by 4-bit weights, and why.
 
     Raises:

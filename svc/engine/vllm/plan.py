@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from svc.engine.capabilities import Capabilities
+from svc.engine.device import DeviceCapabilities
 from svc.engine.machine import Machine
 from svc.engine.model_facts import ModelFacts
 from svc.engine.vllm.choice import AUTO, Choice, Origin, Value, as_argument
@@ -71,7 +71,7 @@ class EnginePlan:
 
 def plan_engine(
     settings: EngineSettings,
-    capabilities: Capabilities,
+    capabilities: DeviceCapabilities,
     machine: Machine,
     model: ModelFacts,
     cache: Path,
@@ -96,7 +96,7 @@ class _Planner:
     def __init__(
         self,
         settings: EngineSettings,
-        capabilities: Capabilities,
+        capabilities: DeviceCapabilities,
         machine: Machine,
         model: ModelFacts,
         cache: Path,

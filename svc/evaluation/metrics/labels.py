@@ -4,7 +4,7 @@ import numpy as np
 
 from svc.dataset.checks.labels import find_label
 from svc.dataset.text.plain_text import normal
-from svc.evaluation.estimate import Floats, Statistic
+from svc.evaluation.intervals import Floats, Statistic
 from svc.evaluation.metrics.metric import Answered, AnswerMetric, SetMetric
 
 

@@ -12,7 +12,7 @@ from enum import StrEnum
 
 from svc.dataset.schema.example import ChatExample
 from svc.errors import RecipeError
-from svc.evaluation.estimate import Estimate, Statistic, bootstrap, mean_or_proportion, paired_difference
+from svc.evaluation.intervals import Interval, Statistic, bootstrap, mean_or_proportion, paired_difference
 from svc.evaluation.results import ExampleResult
 
 
@@ -99,11 +99,11 @@ class Metric(ABC):
         """Return the scores that the results have stored."""
         return [result.scores[self.name] for result in answered.results]
 
-    def estimate(self, answered: Answered) -> Estimate:
+    def estimate(self, answered: Answered) -> Interval:
         """Return the figure of all examples, whose results have their scores."""
         return mean_or_proportion(self.stored_scores(answered))
 
-    def difference(self, before: Answered, after: Answered) -> Estimate:
+    def difference(self, before: Answered, after: Answered) -> Interval:
         """Return the figure of the second minus that of the first, example by example.
 
         Args:
@@ -135,10 +135,10 @@ class SetMetric(Metric):
     def score(self, answered: Answered) -> list[float]:
         return []
 
-    def estimate(self, answered: Answered) -> Estimate:
+    def estimate(self, answered: Answered) -> Interval:
         return bootstrap(len(answered.results), self.statistic(answered))
 
-    def difference(self, before: Answered, after: Answered) -> Estimate:
+    def difference(self, before: Answered, after: Answered) -> Interval:
         first, second = self.statistic(before), self.statistic(after)
         return bootstrap(len(before.results), lambda drawn: second(drawn) - first(drawn))
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from svc.evaluation.estimate import Floats, Statistic, weighted_mean
+from svc.evaluation.intervals import Floats, Statistic, weighted_mean
 from svc.evaluation.metrics.metric import Answered, Better, Metric, SetMetric, Unit
 from svc.evaluation.results import token_weights
 

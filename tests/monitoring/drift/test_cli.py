@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import Engine as Store
 
 from monitoring.drift.check import LOCK_FILE
-from svc.lock import hold_lock
+from svc.files.lock import hold_lock
 from svc.registry.registry import Registry
 from svc.remote.server_url import LOCK_FILE as SERVER_LOCK
 from svc.store.desired import change_desired

@@ -7,11 +7,11 @@ import pytest
 
 from benchmarks.drift_detection import METHODS, alarms
 from monitoring.drift.features.prompt import Prompt, PromptSampler
-from svc.dataset.drift_sample import draw_drift_sample
 from svc.dataset.readers.reader import read_examples
 from svc.dataset.schema.example import ChatExample
 from svc.dataset.split import split_heldout
-from svc.text_embedding import fit_text_space
+from svc.drift_reference.drift_sample import draw_drift_sample
+from svc.drift_reference.text_embedding import fit_text_space
 from tests.monitoring.drift.traffic import TASK, prompts
 from tests.svc.chats import chat
 

@@ -10,9 +10,10 @@ from tempfile import TemporaryDirectory
 from sqlalchemy import Engine as Store
 from sqlalchemy import select, update
 
-from svc.dataset.drift_sample import DRIFT_SAMPLE_FILE
 from svc.dataset.readers.reader import read_examples, write_examples
 from svc.dataset.schema.example import ChatExample, Message, Role
+from svc.drift_reference.drift_sample import DRIFT_SAMPLE_FILE
+from svc.drift_reference.text_embedding import TEXT_SPACE_FILE, fit_text_space, save_text_space
 from svc.engine.probes import Probe
 from svc.evaluation.results import ExampleResult, write_results
 from svc.registry.files import record_files
@@ -21,7 +22,6 @@ from svc.registry.registry import HELDOUT_FILE, REFERENCE_FOLDER, Registry, resu
 from svc.store.feedback import Feedback, Rating, keep_feedback
 from svc.store.requests import Outcome, RequestRecord, add_requests
 from svc.store.tables import FeedbackRow, RequestRow
-from svc.text_embedding import TEXT_SPACE_FILE, fit_text_space, save_text_space
 from svc.version import Format, Target, VersionId
 from tests.docs.pages import ROOT
 from tests.serving.versions import FACTS, AliasBook

@@ -17,8 +17,8 @@ from sqlalchemy import Engine as Store
 from monitoring.exporter.app import exporting
 from monitoring.exporter.server_page import ServerPage
 from svc.errors import BusyError, ServerNotRunningError, SettingsError
+from svc.files.lock import hold_lock
 from svc.identity.key_secret import new_secret
-from svc.lock import hold_lock
 from svc.registry.registry import Registry
 from svc.remote.server_url import LOCK_FILE, ServerAddress
 from tests.monitoring.exporter.tracked_runs import RUN, TrackedRuns

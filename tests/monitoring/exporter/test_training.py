@@ -9,10 +9,10 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from monitoring.exporter.training import TrainingMetrics
-from svc.lock import hold_lock
+from svc.files.lock import hold_lock
 from svc.registry.registry import Registry
 from svc.registry.tracking import Tracking
-from svc.training_runs import RUN_LOCK, RUNS_FOLDER
+from svc.registry.training_runs import RUN_LOCK, RUNS_FOLDER
 from tests.monitoring.exporter.tracked_runs import RUN, TrackedRuns, run_figures
 
 Read = Callable[..., float | None]

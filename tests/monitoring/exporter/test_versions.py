@@ -7,8 +7,8 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from monitoring.exporter.versions import SHOWN_VERSIONS, VersionMetrics
-from svc.evaluation.estimate import mean, proportion
 from svc.evaluation.evaluator import EvaluationReport, MetricReport
+from svc.evaluation.intervals import mean, proportion
 from svc.evaluation.metrics.metric import Better, Unit
 from svc.registry.manifest import Manifest, write_manifest
 from svc.registry.registry import Registry

@@ -11,7 +11,7 @@ from sqlalchemy.exc import OperationalError
 from serving.client.promotion import LocalAdministration, follow, read_served
 from serving.rollout.version_changes import VersionChange
 from svc.errors import BusyError, NotFoundError, ServerNotRunningError
-from svc.lock import hold_lock
+from svc.files.lock import hold_lock
 from svc.remote.server_url import LOCK_FILE, server_address
 from svc.store.desired import Desired, change_desired, read_desired
 from svc.store.swaps import SwapKind, SwapOutcome, SwapResult, begin_swap, end_swap, find_swap

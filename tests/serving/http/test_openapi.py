@@ -21,14 +21,14 @@ from schemathesis.specs.openapi.checks import (
 from sqlalchemy import Engine as Store
 
 from serving.admission.admission import Admission
-from serving.engines.balancer import Lease
-from serving.engines.token_pace import TokenPace
 from serving.http.authentication import Authentication
 from serving.http.errors import _SHAPES
 from serving.http.openapi import openapi_document
 from serving.model_names import ModelNames
 from serving.protocols.error_code import ErrorCode
 from serving.protocols.route import Route
+from serving.replicas.balancer import Lease
+from serving.replicas.token_pace import TokenPace
 from serving.telemetry.metrics import GatewayMetrics
 from svc.access.authenticator import Authenticator
 from svc.access.keyring import Keyring

@@ -73,7 +73,7 @@ async def test_another_format_needs_a_second_engine(control: Control) -> None:
 async def test_a_replaced_engine_that_cannot_be_ended_is_tried_again(
     control: Control, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("serving.engines.retirement._RETRY_S", 0.01)
+    monkeypatch.setattr("serving.replicas.retirement._RETRY_S", 0.01)
     async with control.run():
         (old,) = control.park.engines
         stop, faults = old.stop, [OSError("busy")]

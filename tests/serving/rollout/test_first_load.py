@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from serving.engines.verification import Verification
+from serving.replicas.verification import Verification
 from svc.engine.state import EngineState
 from svc.settings import SwapChoice
 from svc.store.retaken_probes import find_retaken_probes
@@ -107,7 +107,7 @@ async def test_where_the_store_cannot_say_no_engine_is_touched(
         raise OperationalError("SELECT", {}, Exception("disk I/O error"))
 
     async with elsewhere().run() as control:
-        monkeypatch.setattr("serving.engines.verification.find_retaken_probes", away)
+        monkeypatch.setattr("serving.replicas.verification.find_retaken_probes", away)
         swap = await control.reconciler.swap.run(target(1), target(2), lambda step: None)
         assert swap.outcome is SwapOutcome.REFUSED
         assert (control.state, len(control.park.engines), reloads(control)) == (EngineState.READY, 1, 0)

@@ -226,7 +226,7 @@ async def test_an_engine_stays_in_service_when_an_error_quotes_a_text_about_its_
 
 
 async def test_an_engine_that_answers_no_more_is_replaced(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serving.engines.engine_watch._UNHEALTHY_S", 0.1)
+    monkeypatch.setattr("serving.replicas.engine_watch._UNHEALTHY_S", 0.1)
     first = control.park.engines[0]
     assert first._server is not None
     first._server.kill()

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager, suppress
 
 import pytest
 
-from serving.engines.replica import Replica
+from serving.replicas.replica import Replica
 from svc.engine.state import EngineState
 from svc.engine.vllm.client import Health
 from svc.errors import BusyError, EngineError

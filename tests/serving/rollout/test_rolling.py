@@ -77,7 +77,7 @@ async def test_requests_go_to_the_engine_in_which_the_fewest_run(control: Contro
 async def test_one_that_died_unnoticed_before_its_turn_starts_again_with_the_new_version(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serving.engines.engine_watch._HEALTH_S", 60.0)
+    monkeypatch.setattr("serving.replicas.engine_watch._HEALTH_S", 60.0)
     async with control.run():
         await both_ready(control)
         wish = control.wish(2)

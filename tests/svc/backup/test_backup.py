@@ -10,7 +10,7 @@ import pytest
 from svc.backup.archive import Archive
 from svc.backup.backup import Backup
 from svc.errors import BusyError, DiskSpaceError, IntegrityError
-from svc.lock import hold_lock
+from svc.files.lock import hold_lock
 from svc.registry.housekeeping import remove_version
 from svc.registry.registry import Registry
 from svc.settings import Settings

@@ -7,7 +7,7 @@ import pytest
 from svc.backup.archive import Archive
 from svc.backup.restore import Restore
 from svc.errors import BusyError, IntegrityError, NotFoundError, SettingsError
-from svc.lock import hold_lock
+from svc.files.lock import hold_lock
 from svc.registry.registry import Registry
 from svc.settings import Settings
 from svc.version import Format

@@ -1,9 +1,9 @@
 """Devices of each kind, as torch and vLLM would tell of them."""
 
-from svc.engine.capabilities import Capabilities, TorchGpu
+from svc.engine.device import DeviceCapabilities, TorchGpu
 from svc.settings import Device
 
-AVX512 = Capabilities(
+AVX512 = DeviceCapabilities(
     instruction_set="x86_64-avx512_bf16",
     cpu_bfloat16=True,
     gpu=None,

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from svc.engine.capabilities import Capabilities
+from svc.engine.device import DeviceCapabilities
 from svc.engine.probes import (
     MAX_PROBES,
     MAX_TOKENS,
@@ -181,7 +181,7 @@ def test_a_probe_that_proves_nothing_cannot_be_made(change: dict[str, object]) -
 
 
 def facts_of(
-    folder: Path, capabilities: Capabilities = AVX512, config: Mapping[str, Any] | None = None, **settings: Any
+    folder: Path, capabilities: DeviceCapabilities = AVX512, config: Mapping[str, Any] | None = None, **settings: Any
 ) -> EngineFacts:
     (folder / "config.json").write_text(json.dumps({"dtype": "bfloat16"} | dict(config or {})))
     return engine_facts(EngineSettings(**settings), capabilities, folder)

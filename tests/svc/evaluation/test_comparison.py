@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from svc.dataset.schema.example import ChatExample
 from svc.errors import DataError
-from svc.evaluation.comparison import SHOWN, Comparison, Verdict, compare
-from svc.evaluation.estimate import proportion
+from svc.evaluation.comparison import SHOWN, Verdict, VersionComparison, compare
+from svc.evaluation.intervals import proportion
 from svc.evaluation.metrics.choose import MetricOptions, choose_metrics
 from svc.evaluation.metrics.labels import Accuracy, MacroF1
 from svc.evaluation.metrics.metric import Answered
@@ -48,7 +48,9 @@ def pairs(given: Sequence[tuple[str, str, str, float, float]]) -> tuple[list[Cha
     return examples, Answered(examples, first), Answered(examples, second)
 
 
-def against(first: Sequence[str], second: Sequence[str], reference: str = "net", **options: object) -> Comparison:
+def against(
+    first: Sequence[str], second: Sequence[str], reference: str = "net", **options: object
+) -> VersionComparison:
     """By exact match, of models that find all references equally likely."""
     examples, one, other = pairs([(reference, a, b, 1.0, 1.0) for a, b in zip(first, second, strict=True)])
     return compare(examples, one.results, other.results, [ExactMatch(), Perplexity()], **options)  # type: ignore[arg-type]

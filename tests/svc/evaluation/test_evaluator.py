@@ -12,8 +12,8 @@ from svc.dataset.schema.example import ChatExample, Message, Role
 from svc.engine.vllm.client import EngineClient
 from svc.errors import EngineError, RecipeError
 from svc.evaluation.answer_limit import answer_limits
-from svc.evaluation.estimate import proportion
 from svc.evaluation.evaluator import Evaluation, ask_example, evaluate, judge, score
+from svc.evaluation.intervals import proportion
 from svc.evaluation.metrics.metric import Answered
 from svc.evaluation.metrics.text import ExactMatch
 from svc.evaluation.results import ExampleResult

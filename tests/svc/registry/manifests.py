@@ -4,8 +4,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from svc.evaluation.estimate import Estimate, mean, proportion
 from svc.evaluation.evaluator import EvaluationReport, MetricReport
+from svc.evaluation.intervals import Interval, mean, proportion
 from svc.evaluation.metrics.text import ExactMatch
 from svc.evaluation.results import ExampleResult
 from svc.registry.files import record_file, record_files
@@ -14,7 +14,7 @@ from svc.registry.registry import HELDOUT_FILE, REFERENCE_FOLDER
 from svc.version import Format, VersionId
 
 
-def exact_match_metrics(estimate: Estimate) -> dict[str, MetricReport]:
+def exact_match_metrics(estimate: Interval) -> dict[str, MetricReport]:
     """Return the metrics of a report that has exact match alone."""
     return {
         ExactMatch.name: MetricReport(

@@ -1,10 +1,10 @@
 """Parity reports, without a model."""
 
-from svc.evaluation.estimate import Estimate
+from svc.evaluation.intervals import Interval
 from svc.registry.parity import Differences, ParityCheck, ParityReport, Speed
 from svc.version import Format
 
-_ONE = Estimate(value=1.0, low=0.9, high=1.1)
+_ONE = Interval(value=1.0, low=0.9, high=1.1)
 SPEED = Speed(
     load_seconds=_ONE,
     first_token_seconds=_ONE,

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from svc.chat_template import TEMPLATE_KWARGS_FILE
 from svc.errors import IntegrityError, NotFoundError, RefusedError
+from svc.model_folder.chat_template import TEMPLATE_KWARGS_FILE
 from svc.registry.adapter import CONFIG_FILE, adapter_refusal, read_adapter
 from svc.registry.registry import Registry
 from svc.version import Format, VersionId

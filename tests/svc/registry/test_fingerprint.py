@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svc.chat_template import write_template_kwargs
 from svc.errors import IntegrityError
+from svc.model_folder.chat_template import write_template_kwargs
 from svc.registry.fingerprint import compatibility_fingerprint, normal_quantization, tokenizer_fingerprint
 from tests.svc.json_values import json_values
 from tests.svc.registry.model_folder import GPTQ, TEMPLATE, write_model

@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import Engine as Store
 
 from svc.errors import BusyError, NotFoundError, RegistryError
-from svc.lock import hold_lock
+from svc.files.lock import hold_lock
 from svc.registry import housekeeping
 from svc.registry.housekeeping import find_reclaimable, reclaim, remove_version
 from svc.registry.manifest import BaseRecord, Manifest

@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from svc.dataset.schema.example import ChatExample
-from svc.evaluation.diagnosis.finding import Advice, Finding, FindingKind
-from svc.evaluation.estimate import Estimate
+from svc.evaluation.finding import Advice, Finding, FindingKind
 from svc.evaluation.forgetting import Forgetting
+from svc.evaluation.intervals import Interval
 from svc.registry.manifest import Manifest
 from svc.report.judged import BASE, Direction, ModelComparison
 from svc.report.page import duration, report_page, say_verdict
@@ -79,7 +79,7 @@ NOISE = Finding(
     advice=Advice(key="data.train", value="drop line 7"),
     rule="one prompt, one answer",
 )
-_SHARE = Estimate(value=0.5, low=0.4, high=0.6)
+_SHARE = Interval(value=0.5, low=0.4, high=0.6)
 FORGETTING = Forgetting(
     questions="general.jsonl",
     fingerprint="f",
@@ -257,7 +257,7 @@ def test_an_example_has_the_answers_of_all_models(versions: JudgedVersions) -> N
     ],
 )
 def test_a_verdict_is_a_sentence(verdict: tuple[str, str, Direction], said: str) -> None:
-    estimate, change = Estimate(value=0.5, low=0.4, high=0.6), Estimate(value=-0.1, low=-0.2, high=0.0)
+    estimate, change = Interval(value=0.5, low=0.4, high=0.6), Interval(value=-0.1, low=-0.2, high=0.0)
     sentence = say_verdict(ModelComparison(*verdict, estimate, estimate, change), "accuracy")
     assert sentence.startswith(said)
     assert sentence.endswith("a change of −0.100 [−0.200, +0.000].")  # noqa: RUF001 - the sign is meant

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from svc.dataset.schema.example import ChatExample
-from svc.engine.capabilities import NumberType
+from svc.engine.device import NumberType
 from svc.errors import InterruptedRunError
 from tests.trainer.conftest import make_recipe
 from tests.trainer.without_clock import without_clock

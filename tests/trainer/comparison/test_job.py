@@ -8,7 +8,6 @@ from typing import Any
 import httpx
 import pytest
 
-from svc.chat_template import TemplateKwargs
 from svc.dataset.prompt_hashes import TRAINED_PROMPTS_FILE, hash_prompts, write_prompt_hashes
 from svc.dataset.readers.reader import write_examples
 from svc.dataset.schema.example import ChatExample
@@ -16,7 +15,8 @@ from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.probes import EngineFacts, engine_facts
 from svc.errors import BusyError, DataError, EngineError, NotFoundError
 from svc.evaluation.endpoint import Endpoint
-from svc.lock import hold_lock
+from svc.files.lock import hold_lock
+from svc.model_folder.chat_template import TemplateKwargs
 from svc.registry.files import record_files
 from svc.registry.manifest import write_manifest
 from svc.registry.registry import REFERENCE_FOLDER, Registry

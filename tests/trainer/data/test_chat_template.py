@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from svc.chat_template import TemplateKwargs, choose_template_kwargs
 from svc.dataset.schema.example import parse_example
 from svc.errors import DataError
+from svc.model_folder.chat_template import TemplateKwargs, choose_template_kwargs
 from tests.trainer.conftest import make_tokenizer
 from trainer.data.chat_template import tokenize_examples
 

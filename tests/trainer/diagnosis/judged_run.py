@@ -8,12 +8,12 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from svc.dataset.schema.example import ChatExample
-from svc.engine.capabilities import NumberType
-from svc.evaluation.diagnosis.training_run import TrainingRun, TrainingSettings
+from svc.engine.device import NumberType
 from svc.evaluation.evaluator import judge
 from svc.evaluation.results import ExampleResult
 from tests.trainer.conftest import make_recipe
 from trainer.data.chat_template import load_tokenizer, stop_tokens, tokenize_examples
+from trainer.diagnosis.training_run import TrainingRun, TrainingSettings
 from trainer.training.sft import train_model
 from trainer.training.summary import TrainingData
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from svc.dataset.schema.example import ChatExample, Message, Role
-from svc.engine.capabilities import NumberType
+from svc.engine.device import NumberType
 from tests.trainer.conftest import make_model, make_recipe
 from trainer.training.sft import train_model
 from trainer.training.summary import TrainingData

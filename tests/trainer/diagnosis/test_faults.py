@@ -11,10 +11,10 @@ import pytest
 
 from svc.dataset.schema.example import ChatExample
 from svc.errors import TrainingError
-from svc.evaluation.diagnosis.diagnose import diagnose
-from svc.evaluation.diagnosis.finding import Finding, FindingKind
+from svc.evaluation.finding import Finding, FindingKind
 from tests.trainer.diagnosis.judged_run import train_and_judge
 from tests.trainer.diagnosis.letter_task import colours, mislabel, questions, train_base
+from trainer.diagnosis.diagnose import diagnose
 
 pytestmark = pytest.mark.matrix
 

@@ -3,7 +3,7 @@
 from functools import cache
 from pathlib import Path
 
-from svc.engine.capabilities import NumberType
+from svc.engine.device import NumberType
 from trainer.estimate.batches import Batch, Workload
 from trainer.estimate.devices import CPU_UTILIZATION, ComputeDevice
 from trainer.estimate.model_shape import ModelShape, read_model_shape

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from svc.engine.capabilities import Capabilities, NumberType
+from svc.engine.device import DeviceCapabilities, NumberType
 from svc.errors import SettingsError
 from svc.settings import Device
 from trainer.estimate import devices
 from trainer.estimate.devices import choose_devices, measured_speed, read_devices
 
-ABLE = Capabilities(
+ABLE = DeviceCapabilities(
     instruction_set="x86_64-avx2", cpu_bfloat16=False, gpu=None, vllm="0.32", engine_device=Device.CPU, vllm_gptq=False
 )
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from svc.engine.capabilities import NumberType
+from svc.engine.device import NumberType
 from tests.trainer.conftest import make_recipe
 from tests.trainer.estimate.configs import even_workload, published
 from trainer.estimate.advice import advise, as_text, changed_recipe

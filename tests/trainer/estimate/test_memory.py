@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from svc.engine.capabilities import NumberType
+from svc.engine.device import NumberType
 from tests.trainer.conftest import make_recipe
 from tests.trainer.estimate.configs import even_workload, published
 from trainer.estimate.batches import Batch

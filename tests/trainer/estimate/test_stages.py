@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from svc.engine.capabilities import NumberType
+from svc.engine.device import NumberType
 from tests.trainer.conftest import make_recipe
 from tests.trainer.estimate.configs import cpu_device, even_workload, published
 from trainer.estimate.devices import ComputeDevice, read_devices

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from svc.dataset.schema.example import ChatExample
-from svc.engine.capabilities import NumberType
+from svc.engine.device import NumberType
 from svc.errors import RecipeError, TrainingError
 from svc.registry.files import read_headers
 from tests.trainer.conftest import make_example, make_model, make_recipe, make_tokenizer

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from svc.dataset.schema.example import ChatExample
-from svc.engine.capabilities import NumberType
+from svc.engine.device import NumberType
 from svc.errors import TrainingError
 from tests.trainer.conftest import make_recipe, make_tokenizer
 from trainer.export.quantized_files import join_fused_layers

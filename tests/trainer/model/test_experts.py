@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from svc.dataset.schema.example import ChatExample
-from svc.engine.capabilities import NumberType
+from svc.engine.device import NumberType
 from svc.errors import RecipeError, TrainingError
 from tests.trainer.conftest import losses_of, make_recipe, make_tokenizer
 from trainer.export.merge import merge_adapter

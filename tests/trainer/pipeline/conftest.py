@@ -9,7 +9,7 @@ import pytest
 
 from svc.dataset.fingerprint import fingerprint
 from svc.dataset.schema.example import ChatExample
-from svc.engine.capabilities import Capabilities
+from svc.engine.device import DeviceCapabilities
 from svc.registry.registry import Registry
 from svc.registry.tracking import Tracking
 from svc.settings import Device, EngineSettings, Settings
@@ -60,7 +60,7 @@ def make(tmp_path: Path, tracking: Tracking, stages: Stages, engines: Engines) -
 
     def make(
         heldout: tuple[ChatExample, ...] | None = None,
-        capabilities: Capabilities = AVX512,
+        capabilities: DeviceCapabilities = AVX512,
         engine: EngineSettings = settings.engine,
         **sections: Any,
     ) -> Pipeline:

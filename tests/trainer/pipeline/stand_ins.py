@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from svc.engine.capabilities import NumberType
+from svc.engine.device import NumberType
 from svc.errors import RecipeError
 from svc.evaluation.training_curve import TrainingPoint
 from svc.registry.parity import ParityReport

@@ -8,15 +8,15 @@ import pytest
 
 from svc.dataset.fingerprint import fingerprint
 from svc.dataset.schema.example import ChatExample
-from svc.evaluation.diagnosis.finding import FindingKind
-from svc.evaluation.estimate import Estimate
 from svc.evaluation.evaluator import judge
+from svc.evaluation.finding import FindingKind
+from svc.evaluation.intervals import Interval
 from svc.evaluation.metrics.text import ExactMatch
 from svc.registry.render import print_version
 from svc.version import Format
-from tests.svc.evaluation.diagnosis.simulated_run import Shape, answered, falling, simulate
 from tests.svc.registry.parity import SPEED
 from tests.trainer.conftest import make_example, make_recipe
+from tests.trainer.diagnosis.simulated_run import Shape, answered, falling, simulate
 from tests.trainer.engines import Engines
 from tests.trainer.pipeline.stand_ins import Make
 from trainer.pipeline.diagnosis import count_contradictions, diagnose_training
@@ -63,7 +63,7 @@ def test_only_answers_that_were_asked_are_compared_when_a_limit_leaves_some_out(
 
 def test_every_advice_names_a_key_of_the_recipe() -> None:
     keys = recipe_keys()
-    lost = Estimate(value=-0.1, low=-0.2, high=-0.05)
+    lost = Interval(value=-0.1, low=-0.2, high=-0.05)
     for shape in (lambda share: 2 + share, falling(3, 0.1, 0.5), WELL):
         curve = simulate(shape, 0, heldout=lambda share: 1 + share).curve
         for finding in diagnose_training(make_recipe(), examples(MANY[:40]), curve, {}, lost):

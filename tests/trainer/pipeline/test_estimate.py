@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.estimate import MEMORY, Case, measure
-from svc.engine.capabilities import NumberType
+from svc.engine.device import NumberType
 from svc.settings import load_settings
 from tests.trainer.conftest import make_recipe
 from tests.trainer.estimate.configs import cpu_device, even_workload, published

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from svc.errors import TrainingError
-from svc.evaluation.estimate import Estimate, paired_difference, proportion
 from svc.evaluation.forgetting import Forgetting
 from svc.evaluation.general.general_set import GeneralSet
+from svc.evaluation.intervals import Interval, paired_difference, proportion
 from svc.version import Format
 from tests.trainer.conftest import make_example
 from tests.trainer.engines import Engines
@@ -19,7 +19,7 @@ from trainer.pipeline.forgetting import check_forgetting
 from trainer.pipeline.stages import Pipeline
 from trainer.recipe.sections import Evaluate
 
-NONE = Estimate(value=0.0, low=0.0, high=0.0)
+NONE = Interval(value=0.0, low=0.0, high=0.0)
 
 
 def questions(*right: str) -> GeneralSet:

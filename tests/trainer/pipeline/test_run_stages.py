@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from svc.child_process import in_child_process
 from svc.errors import TrainingError
-from svc.json_file import read_json_object
+from svc.files.json_file import read_json_object
 from svc.registry.files import read_headers
 from tests.trainer.pipeline.stand_ins import Make, Stages
 from trainer.pipeline import stages as stages_module

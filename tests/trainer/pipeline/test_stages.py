@@ -2,11 +2,11 @@
 
 import pytest
 
-from svc.engine.capabilities import Capabilities, NumberType
+from svc.engine.device import DeviceCapabilities, NumberType
 from svc.errors import BusyError, DataError, EngineError, InterruptedRunError, RecipeError
-from svc.lock import hold_lock
+from svc.files.lock import hold_lock
+from svc.registry.training_runs import find_training_runs
 from svc.settings import Device, EngineSettings, GptqKernel
-from svc.training_runs import find_training_runs
 from svc.version import Format, VersionId
 from tests.serving.engine_double import tokenized
 from tests.svc.engine.devices import AVX2, AVX512
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize(("capabilities", "number_type"), [(AVX512, NumberType.BFLOAT16), (AVX2, NumberType.FLOAT32)])
 def test_training_and_quantizing_compute_in_numbers_that_are_fast_here(
-    make: Make, stages: Stages, capabilities: Capabilities, number_type: NumberType
+    make: Make, stages: Stages, capabilities: DeviceCapabilities, number_type: NumberType
 ) -> None:
     make(capabilities=capabilities).train_version()
     assert stages.number_types == [number_type, number_type]

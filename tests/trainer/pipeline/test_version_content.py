@@ -4,19 +4,19 @@ from pathlib import Path
 
 import pytest
 
-from svc.chat_template import read_template_kwargs
-from svc.dataset.drift_sample import DRIFT_SAMPLE_FILE, draw_drift_sample
 from svc.dataset.prompt_hashes import hash_prompts
 from svc.dataset.readers.reader import read_examples
 from svc.dataset.summary import DATA_SUMMARY_FILE, read_data_summary, summarize_data
+from svc.drift_reference.drift_sample import DRIFT_SAMPLE_FILE, draw_drift_sample
+from svc.drift_reference.text_embedding import TEXT_SPACE_FILE, load_text_space
 from svc.errors import InterruptedRunError, NotFoundError
 from svc.evaluation.training_curve import TRAINING_CURVE_FILE, read_training_curve
+from svc.model_folder.chat_template import read_template_kwargs
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.registry import Registry
 from svc.registry.run_record import RUN_RECORD_FILE, MachineRecord, read_run_record
 from svc.report.page import report_page
 from svc.report.report import gather_report
-from svc.text_embedding import TEXT_SPACE_FILE, load_text_space
 from svc.version import Format
 from tests.trainer.conftest import make_example
 from tests.trainer.engines import Engines

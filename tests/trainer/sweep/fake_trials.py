@@ -6,9 +6,9 @@ from typing import Any
 
 from optuna import TrialPruned
 
-from svc.evaluation.estimate import mean
+from svc.evaluation.intervals import mean
 from trainer.recipe.sections import Recipe
-from trainer.sweep.outcome import Outcome, Status
+from trainer.sweep.outcome import Status, TrialOutcome
 from trainer.sweep.values import Values, training_key, with_values
 from trainer.sweep.workplace import Watch
 
@@ -21,11 +21,11 @@ Landscape = Callable[[Recipe], float]
 
 def outcome(
     loss: float, key: str = "", values: Values | None = None, each: Sequence[float] | None = None, **more: Any
-) -> Outcome:
+) -> TrialOutcome:
     """A complete one, which is as much worse than another on every example, unless `each` says otherwise."""
     losses = tuple(each) if each else tuple(level + loss for level in LEVELS)
     complete = {"status": Status.COMPLETE, "loss": mean(losses), "heldout_each": losses, "steps": 3, "seconds": 1.0}
-    return Outcome(**{"key": key, "values": dict(values or {}), **complete, **more})
+    return TrialOutcome(**{"key": key, "values": dict(values or {}), **complete, **more})
 
 
 @dataclass
@@ -43,9 +43,9 @@ class FakeTrials:
     made: list[dict[str, Any]] = field(default_factory=list)
     broken: Mapping[int, BaseException] = field(default_factory=dict)
     diverges: Callable[[Recipe], bool] = lambda recipe: False
-    known: dict[str, Outcome] = field(default_factory=dict)
+    known: dict[str, TrialOutcome] = field(default_factory=dict)
 
-    def run(self, values: Values, watch: Watch) -> Outcome:
+    def run(self, values: Values, watch: Watch) -> TrialOutcome:
         """Makes a trial, or finds it."""
         recipe = with_values(self.recipe, values)
         key = training_key(recipe)
@@ -53,11 +53,11 @@ class FakeTrials:
             self.known[key] = self._train(recipe, key, values, watch)
         return self.known[key].model_copy(update={"values": dict(values)})
 
-    def _train(self, recipe: Recipe, key: str, values: Values, watch: Watch) -> Outcome:
+    def _train(self, recipe: Recipe, key: str, values: Values, watch: Watch) -> TrialOutcome:
         self.made.append(dict(values))
         loss = self.landscape(recipe)
         if self.diverges(recipe):
-            return Outcome(key=key, values=dict(values), status=Status.FAIL, why="the loss is nan")
+            return TrialOutcome(key=key, values=dict(values), status=Status.FAIL, why="the loss is nan")
         watched: dict[int, float] = {}
         try:
             for step in (1, 2):
@@ -68,5 +68,5 @@ class FakeTrials:
                     if step == 1 and (broken := self.broken.get(len(self.made))):
                         raise broken
         except TrialPruned as pruned:
-            return Outcome(key=key, values=dict(values), status=Status.PRUNED, why=str(pruned), watched=watched)
+            return TrialOutcome(key=key, values=dict(values), status=Status.PRUNED, why=str(pruned), watched=watched)
         return outcome(loss, key, values, watched=watched)

@@ -13,7 +13,7 @@ import pytest
 from mlflow import MlflowClient
 
 from svc.dataset.readers.reader import write_examples
-from svc.engine import capabilities
+from svc.engine import device as capabilities
 from svc.errors import InterruptedRunError, TrainingError
 from svc.registry.registry import Registry
 from svc.registry.tracking import Tracking

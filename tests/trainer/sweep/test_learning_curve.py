@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svc.evaluation.estimate import Estimate, mean
-from trainer.sweep.learning_curve import LearningCurve, Point, Verdict, extrapolate, fit, nested_subsets
+from svc.evaluation.intervals import Interval, mean
+from trainer.sweep.learning_curve import Benefit, LearningCurve, Point, extrapolate, fit, nested_subsets
 
 SIZES = (100, 250, 500, 1000)
-BASE = Estimate(value=3, low=3, high=3)
+BASE = Interval(value=3, low=3, high=3)
 
 
 def curve_of(losses: tuple[float, ...], noise: float = 0.0, sizes: tuple[int, ...] = SIZES) -> LearningCurve:
@@ -42,18 +42,18 @@ def test_the_gain_of_twice_the_data_is_foretold() -> None:
     true = 5 * 1000**-0.5 - 5 * 2000**-0.5
     assert curve.gain.low <= true <= curve.gain.high
     assert curve.gain.value == pytest.approx(true, rel=0.1)
-    assert curve.verdict is Verdict.WORTH
+    assert curve.verdict is Benefit.WORTH
     assert curve.sentence.startswith("Twice the data would lower held-out loss by about 0.04")
 
 
 def test_a_curve_that_has_ended_promises_little() -> None:
     curve = curve_of(tuple(1.0 + 1e3 * size**-2.0 for size in SIZES), noise=0.001)
-    assert curve.verdict is Verdict.LITTLE
+    assert curve.verdict is Benefit.LITTLE
 
 
 def test_what_noise_hides_cannot_be_told() -> None:
     curve = curve_of(tuple(0.2 + 2 * size**-0.3 for size in SIZES), noise=0.4)
-    assert curve.verdict is Verdict.UNKNOWN
+    assert curve.verdict is Benefit.UNKNOWN
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_what_noise_hides_cannot_be_told() -> None:
 )
 def test_what_is_no_power_law_is_said_to_be_none(losses: tuple[float, ...], why: str) -> None:
     curve = curve_of(losses)
-    assert curve.verdict is Verdict.UNKNOWN
+    assert curve.verdict is Benefit.UNKNOWN
     assert (curve.gain, curve.doubled, curve.law) == (None, None, None)
     assert why in curve.sentence
 

@@ -4,9 +4,9 @@ import pytest
 
 from svc.evaluation.training_curve import TrainingPoint
 from tests.trainer.sweep.fake_trials import LEVELS, TOKENS, outcome
-from trainer.sweep.outcome import Comparison, Outcome, Status
+from trainer.sweep.outcome import Status, TrialComparison, TrialOutcome
 
-COMPARISON = Comparison(TOKENS)
+COMPARISON = TrialComparison(TOKENS)
 NOISY = tuple(level + shift for level, shift in zip(LEVELS, (0.3, -0.4, 0.2, -0.3, 0.4, -0.3, 0.2, -0.2), strict=True))
 """As good as the plain one within chance, and a little better in the mean."""
 
@@ -23,15 +23,15 @@ def test_a_small_difference_on_every_example_is_no_chance() -> None:
 
 
 def test_what_was_not_completed_is_never_taken() -> None:
-    pruned = Outcome(key="pruned", values={}, status=Status.PRUNED)
+    pruned = TrialOutcome(key="pruned", values={}, status=Status.PRUNED)
     assert COMPARISON.choose([pruned, outcome(1, "complete")]).key == "complete"
 
 
 def test_long_answers_count_by_their_tokens() -> None:
     """The second is better on the one long answer only."""
     first, second = outcome(0), outcome(0, each=(LEVELS[0] - 0.1, *(level + 0.05 for level in LEVELS[1:])))
-    assert Comparison(TOKENS).difference(first, second).value > 0
-    assert Comparison((100, *TOKENS[1:])).difference(first, second).value < 0
+    assert TrialComparison(TOKENS).difference(first, second).value > 0
+    assert TrialComparison((100, *TOKENS[1:])).difference(first, second).value < 0
 
 
 def point(step: int, loss: float, *heldout: float) -> TrainingPoint:

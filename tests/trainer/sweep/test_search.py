@@ -11,7 +11,7 @@ from svc.errors import TrainingError
 from tests.trainer.conftest import make_recipe
 from tests.trainer.sweep.fake_trials import TOKENS, FakeTrials, Landscape
 from trainer.recipe.sections import Recipe
-from trainer.sweep.outcome import Comparison, Outcome, Status
+from trainer.sweep.outcome import Status, TrialComparison, TrialOutcome
 from trainer.sweep.search import DROPOUT, EPOCHS, RANK, RATE, STEPS, TARGETS, Phase, Search
 
 
@@ -28,17 +28,17 @@ class Sweep:
         self.search = self._fresh()
 
     def _fresh(self) -> Search:
-        return Search(self.trials.recipe, Comparison(TOKENS), self.trials.run, InMemoryStorage())
+        return Search(self.trials.recipe, TrialComparison(TOKENS), self.trials.run, InMemoryStorage())
 
-    def run(self) -> Outcome:
+    def run(self) -> TrialOutcome:
         return self.search.run()
 
-    def again(self) -> Outcome:
+    def again(self) -> TrialOutcome:
         """As the same command in a new process."""
         self.search = self._fresh()
         return self.search.run()
 
-    def of(self, phase: Phase) -> list[Outcome]:
+    def of(self, phase: Phase) -> list[TrialOutcome]:
         return [trial for tried_in, trial in self.search.tried if tried_in is phase]
 
 
@@ -134,7 +134,7 @@ def test_no_more_targets_are_tried_where_rank_did_not_matter(make: Make) -> None
 
 def test_dropout_is_tried_where_it_overfits(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = make(lambda recipe: 1.0 - recipe.adapter.dropout)
-    monkeypatch.setattr(Outcome, "overfits", property(lambda self: True))
+    monkeypatch.setattr(TrialOutcome, "overfits", property(lambda self: True))
     assert sweep.run().values[DROPOUT] == 0.1
 
 

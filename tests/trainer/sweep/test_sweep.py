@@ -5,24 +5,26 @@ from typing import Any
 
 import pytest
 
-from svc.evaluation.estimate import Estimate
+from svc.evaluation.intervals import Interval
 from svc.yaml_text import parse_yaml
 from tests.trainer.conftest import make_recipe
 from tests.trainer.sweep.fake_trials import LEVELS, TOKENS, FakeTrials, outcome
 from trainer.recipe.file import load_recipe
-from trainer.sweep.outcome import Comparison, Outcome, Status
+from trainer.sweep.outcome import Status, TrialComparison, TrialOutcome
 from trainer.sweep.picture import draw_sweep
 from trainer.sweep.search import RANK, RATE, Phase, Search
 from trainer.sweep.sweep import SweepResult, print_sweep, recipe_text, settings_of_winner, summarize
 from trainer.sweep.values import describe, training_key, with_values
 
-BASE = Estimate(value=3, low=2, high=4)
+BASE = Interval(value=3, low=2, high=4)
 
 
-def result_of(winner: Outcome, *others: Outcome) -> SweepResult:
+def result_of(winner: TrialOutcome, *others: TrialOutcome) -> SweepResult:
     tried = [(Phase.LEARNING_RATE, trial) for trial in (winner, *others)]
     recipe = make_recipe()
-    return summarize(Search(recipe, Comparison(TOKENS), FakeTrials(recipe, lambda _: 0).run, "", tried), winner, BASE)
+    return summarize(
+        Search(recipe, TrialComparison(TOKENS), FakeTrials(recipe, lambda _: 0).run, "", tried), winner, BASE
+    )
 
 
 def test_a_winner_that_is_better_beyond_chance_has_no_warning() -> None:
@@ -65,7 +67,7 @@ def test_the_runner_up_is_the_best_of_the_others() -> None:
 def test_the_table_shows_every_trial_and_why_some_were_given_up(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pruned = Outcome(key="c", values={RATE: 1e-5}, status=Status.PRUNED, why="at step 4, where it had 2.000")
+    pruned = TrialOutcome(key="c", values={RATE: 1e-5}, status=Status.PRUNED, why="at step 4, where it had 2.000")
     result = result_of(outcome(0, "a", {RATE: 1e-4}), outcome(0.5, "b", {RATE: 5e-4}), pruned)
     print_sweep(result, tmp_path, tmp_path / "trials.svg")
     shown = capsys.readouterr().out
@@ -83,7 +85,7 @@ def test_a_picture_is_the_same_file_each_time(tmp_path: Path) -> None:
 def test_a_picture_shows_an_own_space_of_numbers_and_null(tmp_path: Path) -> None:
     recipe = make_recipe()
     trials = [outcome(loss, str(loss), {RANK: rank}) for loss, rank in ((0, None), (1, 8), (2, 4))]
-    search = Search(recipe, Comparison(TOKENS), FakeTrials(recipe, lambda _: 0).run, "")
+    search = Search(recipe, TrialComparison(TOKENS), FakeTrials(recipe, lambda _: 0).run, "")
     search.tried += [(Phase.SPACE, trial) for trial in trials]
     assert b"adapter.rank" in draw_sweep(summarize(search, trials[0], BASE), tmp_path / "one.svg").read_bytes()
 

@@ -8,7 +8,7 @@ import pytest
 from optuna import TrialPruned
 
 from svc.dataset.schema.tokenized_example import TokenizedExample
-from svc.engine.capabilities import NumberType
+from svc.engine.device import NumberType
 from svc.errors import InterruptedRunError
 from svc.registry.tracking import Tracking
 from tests.trainer.conftest import make_recipe

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from svc.dataset.schema.example import ChatExample
-from svc.engine.capabilities import NumberType
+from svc.engine.device import NumberType
 from svc.errors import TrainingError
 from tests.trainer.conftest import losses_of, make_recipe
 from trainer.export.merge import merge_adapter, unused_modules

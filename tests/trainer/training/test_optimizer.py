@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.training_args import OptimizerNames
 
 from svc.dataset.schema.example import ChatExample
-from svc.engine.capabilities import NumberType
+from svc.engine.device import NumberType
 from svc.errors import RecipeError
 from tests.trainer.conftest import losses_of, make_recipe
 from tests.trainer.training.test_resume import train_in, train_until

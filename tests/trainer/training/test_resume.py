@@ -17,7 +17,7 @@ from transformers.trainer import Accelerator
 
 from svc.dataset.readers.reader import write_examples
 from svc.dataset.schema.example import ChatExample
-from svc.engine.capabilities import NumberType
+from svc.engine.device import NumberType
 from svc.errors import InterruptedRunError
 from tests.trainer.conftest import losses_of, make_recipe
 from tests.trainer.without_clock import without_clock
@@ -319,7 +319,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from svc.dataset.readers.reader import read_examples
-from svc.engine.capabilities import NumberType
+from svc.engine.device import NumberType
 from tests.trainer.training.test_resume import recipe
 from trainer.training.sft import train_model
 from trainer.training.summary import TrainingData

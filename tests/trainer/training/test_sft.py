@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from svc.dataset.schema.example import ChatExample, parse_example
-from svc.engine.capabilities import NumberType
+from svc.engine.device import NumberType
 from svc.errors import BaseModelError, DataError, TrainingError
 from tests.trainer.conftest import CHAT_TEMPLATE, losses_of, make_example, make_recipe, make_tokenizer
 from trainer.data.chat_template import IGNORED, load_tokenizer, stop_tokens, tokenize_examples, training_row

@@ -10,7 +10,7 @@ import pytest
 
 from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.tokenized_example import TokenizedExample
-from svc.engine.capabilities import NumberType
+from svc.engine.device import NumberType
 from svc.errors import InterruptedRunError
 from tests.trainer.conftest import make_recipe
 from trainer.callbacks.loss_log import HELDOUT_LOSS

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from monitoring.drift.features.prompt import Prompt, PromptFeature, PromptSampler, language
 from monitoring.drift.features.sample import Sample
 from monitoring.drift.two_sample.univariate import compare_categories
-from svc.text_embedding import fit_text_space
+from svc.drift_reference.text_embedding import fit_text_space
 
 SYSTEM = "You sort parcels."
 TRAINING = ["Where is my parcel?", "When does the parcel come?", "I want my money back", "The parcel is broken"]

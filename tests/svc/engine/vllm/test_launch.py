@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from svc.chat_template import write_template_kwargs
 from svc.engine.vllm.choice import Origin
 from svc.engine.vllm.launch import EngineSpec, command, entry_module, environment, launch_digest
 from svc.engine.vllm.lora import LoraSlots
 from svc.engine.vllm.plugin import INT4_LINEAR_VARIABLE, QUIET_VARIABLE
+from svc.model_folder.chat_template import write_template_kwargs
 from svc.settings import Device, EngineSettings, GptqKernel
 from tests.svc.engine.devices import AVX2, AVX512
 

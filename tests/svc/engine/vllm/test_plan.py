@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svc.engine.capabilities import Capabilities
+from svc.engine.device import DeviceCapabilities
 from svc.engine.machine import Gpu, Machine
 from svc.engine.model_facts import ModelFacts
 from svc.engine.vllm.choice import Origin
@@ -40,7 +40,7 @@ def plan(
     machine: Machine = HOST,
     model: ModelFacts = MODEL,
     args: tuple[str, ...] = (),
-    capabilities: Capabilities | None = None,
+    capabilities: DeviceCapabilities | None = None,
     engines: int = 1,
     **settings: Any,
 ) -> EnginePlan:
@@ -384,7 +384,7 @@ GPTQ = replace(MODEL, quantization="gptq", group_size=64)
 
 
 @pytest.mark.parametrize("able", [AVX2, AVX512_ALONE])
-def test_without_16_bits_that_are_fast_merged_weights_are_served_in_float32(able: Capabilities) -> None:
+def test_without_16_bits_that_are_fast_merged_weights_are_served_in_float32(able: DeviceCapabilities) -> None:
     made = plan(capabilities=able)
     assert origin_and_value(made, "dtype") == (Origin.MACHINE, "float32")
     assert made.arguments[made.arguments.index("--dtype") + 1] == "float32"
@@ -412,7 +412,7 @@ def test_without_a_kernel_of_vllms_gptq_is_served_by_pytorchs_in_bfloat16() -> N
 
 
 @pytest.mark.parametrize(("device", "capabilities"), [(CPU, AVX512), (GPU, HOPPER)])
-def test_where_vllm_has_a_kernel_nothing_is_added(device: Device, capabilities: Capabilities) -> None:
+def test_where_vllm_has_a_kernel_nothing_is_added(device: Device, capabilities: DeviceCapabilities) -> None:
     made = plan(device, model=GPTQ, capabilities=capabilities)
     assert origin_and_value(made, "gptq_kernel") == (Origin.MACHINE, "vllm")
     assert origin_and_value(made, "dtype") == (Origin.MODEL, "bfloat16")
@@ -450,7 +450,7 @@ def test_a_person_decides_on_the_number_type() -> None:
     ],
 )
 def test_a_number_type_with_which_vllm_would_not_start_is_refused_for_gptq(
-    capabilities: Capabilities, value: str, own: str | None, taken: bool
+    capabilities: DeviceCapabilities, value: str, own: str | None, taken: bool
 ) -> None:
     with nullcontext() if taken else pytest.raises(EngineError, match=f"--dtype {value} in engine.args"):
         plan(capabilities=capabilities, model=replace(GPTQ, dtype=own), args=("--dtype", value))

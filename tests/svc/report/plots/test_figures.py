@@ -6,7 +6,7 @@ import re
 import pytest
 
 from svc.dataset.summary import summarize_data
-from svc.evaluation.estimate import Estimate
+from svc.evaluation.intervals import Interval
 from svc.evaluation.metrics.metric import Better, Unit
 from svc.evaluation.training_curve import TrainingPoint
 from svc.report.judged import BASE, MetricRow
@@ -26,7 +26,7 @@ def label_of(svg: str | None) -> str:
 
 def row(name: str, value: float, unit: Unit = Unit.SHARE, better: Better = Better.HIGHER) -> MetricRow:
     """A metric of two models."""
-    estimate = Estimate(value=value, low=value * 0.9, high=value * 1.1)
+    estimate = Interval(value=value, low=value * 0.9, high=value * 1.1)
     return MetricRow(name, name, unit, better, {BASE: estimate, "gptq": estimate}, {})
 
 

@@ -1,0 +1,78 @@
+"""An engine for a request that admission lets run; the adapter that it needs is loaded before it takes a place.
+
+A request that waits for an adapter would keep others from an engine that has nothing to do. Knows nothing of HTTP.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
+from types import TracebackType
+
+from serving.admission.admission import Admission
+from serving.admission.errors import EngineUnavailableError
+from serving.admission.party import Party
+from serving.replicas.balancer import Lease, Leasing
+
+
+class AdmittedLease:
+    """A place in admission and an engine, for the body of an `async with`.
+
+    Which engine answers, and with which version, is settled once the request has its place: a request that was queued
+    through a swap gets the new version. Where the adapter is not loaded then, because the engine was asleep, went away
+    or came with the swap, the request gives its place back, has the adapter loaded and is admitted again.
+
+    Args:
+        tokens, party: see Admission.enter.
+        waiting: bounds how many requests wait for adapters; entered for the wait only.
+
+    Entering raises what `Admission.enter` and `Balancer.lease` do, and what `waiting` does.
+    """
+
+    __slots__ = ("_admission", "_leasing", "_party", "_tokens", "_waiting")
+
+    def __init__(
+        self,
+        admission: Admission,
+        leasing: Leasing,
+        tokens: int,
+        party: Party,
+        waiting: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self._admission = admission
+        self._leasing = leasing
+        self._tokens = tokens
+        self._party = party
+        self._waiting = waiting
+
+    async def __aenter__(self) -> Lease:
+        try:
+            waited = self._leasing.lacks_adapter()
+            if waited:
+                await self._bring()
+            while True:
+                await self._admission.enter(self._tokens, self._party, may_wait=waited)
+                try:
+                    lease = self._leasing.enter()
+                except BaseException:
+                    self._admission.leave(self._tokens)
+                    raise
+                if lease is not None:
+                    return lease
+                self._admission.leave(self._tokens)
+                waited = True
+                await self._bring()
+        except BaseException:
+            self._leasing.drop()
+            raise
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            await self._leasing.__aexit__(kind, error, trace)
+        finally:
+            self._admission.leave(self._tokens)
+
+    async def _bring(self) -> None:
+        # Without an engine, admission knows whether to wait for another one.
+        with self._waiting(), self._admission.preparing(), suppress(EngineUnavailableError):
+            await self._leasing.bring()

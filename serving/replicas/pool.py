@@ -1,0 +1,285 @@
+"""The engines behind one model name: which of them take requests, which is being changed, which ends.
+
+Who takes requests is who is ready; admission is told when that becomes nobody. Knows neither HTTP nor what a version is
+made of, and decides about no engine's fate: that is the reconciler's.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+
+from serving.admission.admission import Admission
+from serving.model_names import ModelNames
+from serving.replicas.places import EnginePlaces
+from serving.replicas.replica import NO_WEIGHTS, LoadedWeights, Replica
+from serving.replicas.retirement import Retirement
+from serving.telemetry.deployment_metrics import DeploymentMetrics
+from serving.telemetry.engine_metrics import EngineSource
+from svc.engine.state import EngineState
+from svc.engine.vllm.plan import EnginePlan
+from svc.version import Format, Target
+
+log = logging.getLogger(__name__)
+
+_CHANGING = {EngineState.DRAINING, EngineState.SWAPPING}
+_ASKED_FOR = _CHANGING | {EngineState.IDLE}
+_READY = EngineState.READY  # looked up for each request, which takes long before Python 3.12
+_DOWN = {EngineState.FAILED, EngineState.STOPPED}
+
+
+class EnginePool:
+    """A fixed number of members, and now and then an engine that comes to take a member's place, or that was replaced.
+
+    Args:
+        make: a replica from its number and what shall hear its changes.
+        places: the numbers that engines may have.
+        size: how many members, from `fill` on.
+        retire_timeout_s: how long a replaced engine is kept for the requests that run in it.
+
+    Attributes:
+        members: they take requests when they are ready.
+        retirement: ends those that are no members any more.
+        restarts: starts after a death.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[int, Callable[[Replica], None]], Replica],
+        *,
+        places: EnginePlaces,
+        size: int,
+        admission: Admission,
+        names: ModelNames,
+        metrics: DeploymentMetrics,
+        retire_timeout_s: float,
+    ) -> None:
+        self._make = make
+        self._places = places
+        self._size = size
+        self._admission = admission
+        self._names = names
+        self._metrics = metrics
+        self._others: list[Replica] = []
+        self._watches: dict[Replica, asyncio.Task[None]] = {}
+        self._changed = asyncio.Event()
+        self._primary: Replica | None = None
+        self.retirement = Retirement(self.drop, timeout_s=retire_timeout_s)
+        self.restarts = 0
+        self.members: list[Replica] = []
+
+    @property
+    def all(self) -> list[Replica]:
+        """Members, and those that come or go."""
+        return [*self.members, *self._others]
+
+    @property
+    def ready(self) -> list[Replica]:
+        """Members that take requests."""
+        return [member for member in self.members if member.state is _READY]
+
+    @property
+    def alive(self) -> list[Replica]:
+        """Members that have an engine and are not known to be dead."""
+        return [member for member in self.members if member.has_engine and member.state not in _DOWN]
+
+    @property
+    def starting(self) -> int:
+        """How many engines start now, and have yet to take their memory."""
+        return sum(engine.state is EngineState.STARTING for engine in self.all)
+
+    @property
+    def has_others(self) -> bool:
+        """Whether there are engines that are no members."""
+        return bool(self._others)
+
+    @property
+    def primary(self) -> Replica | None:
+        """The first that takes requests: the server's own requests go there."""
+        return next(iter(self.ready), None)
+
+    @property
+    def weights(self) -> LoadedWeights:
+        """What the primary holds; where none takes requests, what the first member held last."""
+        first = self.primary or next(iter(self.members), None)
+        return first.weights if first else NO_WEIGHTS
+
+    @property
+    def plan(self) -> EnginePlan | None:
+        """How the first member was started; None where none was."""
+        return next((member.plan for member in self.members), None)
+
+    @property
+    def state(self) -> EngineState:
+        """Of the engines together: the best that one of them is in."""
+        states = {member.state for member in self.members}
+        order = (EngineState.READY, EngineState.SWAPPING, EngineState.DRAINING, EngineState.STARTING)
+        least = self.members[0].state if self.members else EngineState.STOPPED
+        return next((state for state in order if state in states), least)
+
+    def _on_adapter(self, seconds: float | None) -> None:
+        loaded = [engine.adapters.loaded for engine in self.all if engine.adapters]
+        self._metrics.adapters_loaded(sum(map(len, loaded)))
+        if seconds is not None:
+            self._metrics.adapter_loaded(seconds)
+        self._show_loaded()
+
+    def _show_loaded(self) -> None:
+        """Shows which versions resolve: held by an engine, or loaded as adapters; and how many are unverified."""
+        self._metrics.unverified({version for engine in self.all for version in engine.unverified})
+        ready = self.ready
+        drained = [member for member in self.members if member.state is EngineState.DRAINING]
+        if ready:
+            held = {engine.target for engine in [*ready, *drained] if engine.target}
+            loaded = [adapter for engine in ready if engine.adapters for adapter in engine.adapters.loaded]
+            self._names.set_loaded(held | {Target(adapter.version, Format.ADAPTER) for adapter in loaded})
+
+    def sources(self) -> list[EngineSource]:
+        """The engines whose metrics can be asked for, those that were replaced among them."""
+        engines = [(engine, engine.target) for engine in self.all]
+        return [EngineSource(engine.client, served, engine.replica) for engine, served in engines if served]
+
+    def _made(self, number: int) -> Replica:
+        engine = self._make(number, self._on_change)
+        engine.on_adapter = self._on_adapter
+        return engine
+
+    def fill(self) -> None:
+        """Makes the members that there are not yet, unstarted."""
+        while len(self.members) < self._size:
+            self.members.append(self._made(self._places.take()))
+        if self.ready:
+            self._show()
+
+    def add(self) -> Replica:
+        """A new engine, unstarted, to `replace` a member with, or to `drop`."""
+        engine = self._made(self._places.take())
+        self._others.append(engine)
+        return engine
+
+    async def drop(self, engine: Replica) -> None:
+        """Ends an engine that is no member."""
+        await engine.stop()
+        self._others.remove(engine)
+        self._places.give_back(engine.replica)
+        self._show()
+
+    def replace(self, old: Replica, new: Replica) -> None:
+        """Puts a ready engine in a member's place, between two requests; the old one ends after its last request."""
+        self._others.remove(new)
+        self.members[self.members.index(old)] = new
+        self._others.append(old)
+        old.enter(EngineState.RETIRING)
+        self._on_change(new)
+        self.retirement.after_requests(old)
+
+    async def adopt(self, target: Target, on_first: Callable[[], None]) -> bool:
+        """Makes members of the engines with a version that an earlier server left running.
+
+        Args:
+            on_first: called once there is one, and before it takes requests: others are adopted beside them.
+
+        Returns:
+            Whether there was one. Those that failed the verification were ended.
+        """
+        for number in await self._places.orphans():
+            if len(self.members) == self._size:
+                break
+            engine = self._made(self._places.take(number))
+            self._others.append(engine)  # where `stop` finds it, should this be cut off
+            try:
+                adopted = await engine.adopt(target)
+            except Exception:
+                self._others.remove(engine)
+                self._places.give_back(number)
+                raise
+            self._others.remove(engine)
+            if adopted:
+                if not self.members:
+                    on_first()
+                self.members.append(engine)
+                self._show()
+            else:
+                self._places.give_back(number)
+        return bool(self.members)
+
+    @property
+    def down(self) -> list[Replica]:
+        """Members that have no engine that works: it died, or was never started."""
+        return [member for member in self.members if member.state in _DOWN]
+
+    @asynccontextmanager
+    async def held(self, engine: Replica) -> AsyncIterator[None]:
+        """In the body nobody else starts, changes or ends the engine."""
+        try:
+            async with engine.lock:
+                yield
+        finally:
+            self._changed.set()  # it may be down, and nobody's any more
+
+    async def changed(self, timeout_s: float | None) -> None:
+        """Returns when an engine has changed its state since the last return, or after so many seconds."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._changed.wait()
+        self._changed.clear()
+
+    def count_restart(self) -> None:
+        """Counts a start after a death."""
+        self.restarts += 1
+        self._metrics.engine_restarted()
+
+    async def stop(self, *, leave: bool = False) -> None:
+        """Ends all engines.
+
+        Args:
+            leave: those that are ready go on without us, for a server that starts later.
+        """
+        for task in self._watches.values():
+            task.cancel()
+        await self.retirement.cut_off()
+        ready = {engine for engine in self.all if leave and engine.state is EngineState.READY}
+        await asyncio.gather(*(engine.leave() if engine in ready else engine.stop() for engine in self.all))
+        for engine in self.all:
+            self._places.give_back(engine.replica)
+
+    def _on_change(self, engine: Replica) -> None:
+        watch = self._watches.pop(engine, None)
+        if watch is not None:
+            watch.cancel()
+        if engine.state is EngineState.READY:
+            self._watches[engine] = asyncio.create_task(self._watch(engine))
+        self._changed.set()
+        self._show()
+
+    async def _watch(self, engine: Replica) -> None:
+        try:
+            why = await engine.watch.died()
+        except Exception as error:  # what cannot be watched must not be trusted
+            log.exception("replica %d cannot be watched", engine.replica)
+            why = repr(error)
+        log.error("replica %d died: %s", engine.replica, why)
+        engine.why = why
+        engine.enter(EngineState.FAILED)
+
+    def _show(self) -> None:
+        """Shows to admission, names and metrics what has changed."""
+        self._metrics.engine_states([engine.state for engine in self.all])
+        ready = self.ready
+        self._show_loaded()
+        if ready:
+            self._admission.available()
+        else:
+            self._admission.unavailable(_why_none({member.state for member in self.members}))
+        if self.primary is not self._primary:
+            self._primary = self.primary
+            self._admission.background_slot.end()
+
+
+def _why_none(states: set[EngineState]) -> str | None:
+    """Why no engine takes requests, for clients; None where the last one is being changed, or comes when asked."""
+    if states & _ASKED_FOR:
+        return None
+    if EngineState.STARTING in states:
+        return "the engine is starting"
+    return f"the engine has {EngineState.FAILED if EngineState.FAILED in states else EngineState.STOPPED}"

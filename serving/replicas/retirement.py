@@ -1,0 +1,87 @@
+"""Ends engines that nobody wants any more, beside all else: after their last request, or in the middle of a start."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+from serving.replicas.replica import Replica
+
+log = logging.getLogger(__name__)
+
+_RETRY_S = 30.0
+
+
+class Retirement:
+    """Where engines go that are no members of a pool, or not any more.
+
+    Args:
+        drop: ends an engine.
+        timeout_s: how long one is kept for the requests that run in it.
+    """
+
+    def __init__(self, drop: Callable[[Replica], Awaitable[None]], *, timeout_s: float) -> None:
+        self._drop = drop
+        self._timeout_s = timeout_s
+        self._endings: set[asyncio.Task[None]] = set()
+        self._cut_starts: set[asyncio.Task[Any]] = set()
+
+    @property
+    def under_way(self) -> bool:
+        """Whether engines have yet to end."""
+        return bool(self._endings)
+
+    def after_requests(self, engine: Replica) -> None:
+        """Ends an engine that was replaced, when nothing runs in it any more."""
+        self._later(self._end_drained(engine))
+
+    def after_start(self, engine: Replica, starting: asyncio.Task[Any]) -> None:
+        """Ends an engine while it starts, which takes seconds: not in the caller's time.
+
+        Args:
+            starting: its start.
+        """
+        starting.cancel()
+        self._cut_starts.add(starting)
+        starting.add_done_callback(self._forget_start)
+        self._later(self._end_started(starting, engine))
+
+    async def cut_off(self) -> None:
+        """Stops to care: whoever calls ends all engines. Returns when starts that were cut off have ended theirs."""
+        for task in self._endings:
+            task.cancel()
+        if self._cut_starts:  # they end their engines themselves
+            await asyncio.wait(self._cut_starts)
+
+    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._endings.add(task)
+        task.add_done_callback(self._endings.discard)
+
+    def _forget_start(self, start: asyncio.Task[Any]) -> None:
+        self._cut_starts.discard(start)
+        if not start.cancelled() and start.exception():
+            log.info("a start that nobody waits for failed", exc_info=start.exception())
+
+    async def _end_drained(self, engine: Replica) -> None:
+        try:
+            await engine.drained(self._timeout_s)
+        except TimeoutError:
+            log.warning(
+                "replica %d: %d requests are cut off after %g s", engine.replica, engine.running, self._timeout_s
+            )
+        await self._end(engine)
+
+    async def _end_started(self, starting: asyncio.Task[Any], engine: Replica) -> None:
+        await asyncio.wait({starting})  # which is not cancelled with us: it ends its engine
+        await self._end(engine)
+
+    async def _end(self, engine: Replica) -> None:
+        while True:
+            try:
+                await self._drop(engine)
+            except Exception:  # it may run still, and so its number stays taken
+                log.exception("replica %d cannot be ended; trying again in %g s", engine.replica, _RETRY_S)
+                await asyncio.sleep(_RETRY_S)
+            else:
+                return

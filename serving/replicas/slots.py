@@ -1,0 +1,100 @@
+"""The engines of one home: their processes and folders, by number, and what this machine can start.
+
+The rest of the server reaches processes, the machine's memory and its device through here alone.
+"""
+
+import asyncio
+from collections.abc import Callable, Collection, Mapping
+from itertools import chain
+from pathlib import Path
+
+from serving.replicas.served_model import ServedModel, served_model
+from svc.engine.device import DeviceCapabilities
+from svc.engine.engine import LastingEngine
+from svc.engine.engine_capabilities import EngineCapabilities
+from svc.engine.orphans import end_engine
+from svc.engine.probes import EngineFacts, engine_facts
+from svc.engine.vllm.folders import socket_folder, state_folder, state_folders
+from svc.engine.vllm.headroom import shortage
+from svc.engine.vllm.launch import EngineSpec
+from svc.engine.vllm.process import EngineProcess
+from svc.registry.registry import Registry
+from svc.settings import Settings
+from svc.version import Target
+
+Served = Callable[[], Collection[str]]
+MakeSlots = Callable[[Settings, Registry, DeviceCapabilities, Served], "EngineSlots"]
+
+
+class EngineSlots:
+    """The engines of one home, by number.
+
+    Args:
+        served: the models that are served, or shall be once their engines have started: they share the machine.
+
+    Attributes:
+        turn: held while an engine starts: engines on one device start one after the other.
+    """
+
+    def __init__(
+        self, settings: Settings, registry: Registry, capabilities: DeviceCapabilities, served: Served
+    ) -> None:
+        self.settings = settings
+        self._registry = registry
+        self._capabilities = capabilities
+        self._served = served
+        self.turn = asyncio.Lock()
+
+    def engine(self, number: int, name: str, model: ServedModel) -> LastingEngine:
+        """An unstarted engine for a model."""
+        return EngineProcess(self.spec(number, name, model), silence_s=self.settings.serve.request_timeout_s)
+
+    def numbers(self) -> list[int]:
+        """Engines that an earlier server may have left running; reads the disk."""
+        return list(state_folders(self.settings.home))
+
+    def end(self, number: int) -> None:
+        """Ends one of them; takes some seconds."""
+        end_engine(state_folder(self.settings.home, number))
+
+    def shortage(self, engines: Mapping[Target, int]) -> str | None:
+        """Return what memory is missing for so many more engines of each version; None if it suffices. Reads the disk.
+
+        Raises:
+            NotFoundError, RefusedError, IntegrityError: see serving.replicas.served_model; so does `capabilities`.
+        """
+        return shortage([*chain.from_iterable([self._spec_for(target)] * count for target, count in engines.items())])
+
+    def capabilities(self, target: Target) -> EngineCapabilities:
+        """Return what an engine that starts with a version can do; reads the disk."""
+        return self._spec_for(target).engine_capabilities
+
+    def facts(self, name: str, folder: Path) -> EngineFacts:
+        """Return the kind of engine that serves a model folder under a name."""
+        return engine_facts(self.settings.engine_for(name), self._capabilities, folder)
+
+    def _spec_for(self, target: Target) -> EngineSpec:
+        name = target.version.name
+        return self.spec(0, name, served_model(self._registry, target, self.settings.adapters))
+
+    def spec(self, number: int, name: str, model: ServedModel) -> EngineSpec:
+        """How an engine for a model is started.
+
+        Args:
+            name: what it calls its model.
+        """
+        home, served = self.settings.home, {*self._served(), name}
+        return EngineSpec(
+            model=model.folder,
+            served_name=name,
+            runtime=socket_folder(home, number),
+            state=state_folder(home, number),
+            log=home / "logs" / f"engine-{number}.log",
+            cache=home / "cache" / "vllm",
+            capabilities=self._capabilities,
+            settings=self.settings.engine_for(name),
+            template_kwargs=model.template_kwargs,
+            lora=model.lora,
+            engines=sum(self.settings.engine_for(each).replicas for each in served),
+            idles=self.settings.idle_s_of(name) is not None,
+        )

@@ -1,0 +1,108 @@
+"""Figures with intervals; no figure is given without its uncertainty."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+Floats = NDArray[np.float64]
+_RESAMPLES = 2000
+_AT_ONCE = 1_000_000
+"""Places drawn in one go: with 100,000 examples all of them would take gigabytes."""
+
+Statistic = Callable[[Floats], Floats]
+"""From how often each example was drawn, one row a resample, to one value a resample."""
+
+
+class Interval(BaseModel):
+    """A value with its 95 % interval."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def proportion(hits: int, total: int) -> Interval:
+    """Share of hits with Wilson's score interval, which stays right near 0 and 1 (Wilson 1927).
+
+    Raises:
+        ValueError: nothing was counted.
+    """
+    if not 0 <= hits <= total or total == 0:
+        raise ValueError(f"{hits} hits of {total}")
+    from scipy.stats import binomtest
+
+    interval = binomtest(hits, total).proportion_ci(confidence_level=0.95, method="wilson")
+    return Interval(value=hits / total, low=float(interval.low), high=float(interval.high))
+
+
+def mean(values: Sequence[float], weights: Sequence[float] | None = None) -> Interval:
+    """Mean with its bootstrap interval.
+
+    Args:
+        weights: of the values, not all 0; what is drawn anew is a value with its weight. None: all count the same.
+
+    Raises:
+        ValueError: no values.
+    """
+    return bootstrap(len(values), weighted_mean(values, weights))
+
+
+def weighted_mean(values: Sequence[float], weights: Sequence[float] | None = None) -> Statistic:
+    """The mean of values as a statistic of how often each was drawn."""
+    weight = np.ones(len(values)) if weights is None else np.array(weights, dtype=float)
+    weighted = np.array(values, dtype=float) * weight
+
+    def statistic(drawn: Floats) -> Floats:
+        return np.asarray(drawn @ weighted / (drawn @ weight))
+
+    return statistic
+
+
+def paired_difference(
+    first: Sequence[float], second: Sequence[float], weights: Sequence[float] | None = None
+) -> Interval:
+    """Mean of second minus first, example by example, with its interval: what both find hard cancels out.
+
+    Args:
+        weights: of the examples; None: all count the same.
+    """
+    return mean([after - before for before, after in zip(first, second, strict=True)], weights)
+
+
+def bootstrap(examples: int, statistic: Statistic) -> Interval:
+    """A statistic of all examples with its percentile interval (seeded: equal values, equal interval).
+
+    What is drawn is how often each example counts, so that a statistic of thousands of resamples is a matrix product.
+
+    Raises:
+        ValueError: no examples.
+    """
+    if not examples:
+        raise ValueError("no values")
+    generator = np.random.default_rng(0)
+    rows = max(1, _AT_ONCE // examples)
+    drawn = []
+    for start in range(0, _RESAMPLES, rows):
+        count = min(rows, _RESAMPLES - start)
+        places = generator.integers(0, examples, (count, examples)) + examples * np.arange(count)[:, None]
+        counts = np.bincount(places.ravel(), minlength=count * examples).reshape(count, examples)
+        drawn.append(statistic(counts.astype(float)))
+    resampled = np.sort(np.concatenate(drawn))
+    edge = round(_RESAMPLES * 0.025)
+    value = float(statistic(np.ones((1, examples)))[0])
+    return Interval(value=value, low=float(resampled[edge]), high=float(resampled[-edge - 1]))
+
+
+def mean_or_proportion(values: Sequence[float]) -> Interval:
+    """Return the mean with the interval that fits its values: Wilson's if all of them are 0 or 1."""
+    if values and set(values) <= {0, 1}:
+        return proportion(round(math.fsum(values)), len(values))
+    return mean(values)

@@ -1,0 +1,1 @@
+"""Files on disk: space, JSON, locks."""

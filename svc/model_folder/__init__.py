@@ -1,0 +1,1 @@
+"""A folder with a model, as the hub publishes it."""

@@ -1,0 +1,36 @@
+"""Which files of a model folder transformers and vLLM read: its weights and its tokenizer.
+
+A folder from the hub often holds more: the same weights in the publisher's own format (`consolidated.safetensors`,
+`original/`), its parameters (`params.json`), pictures. None of that counts here.
+"""
+
+from pathlib import Path
+
+from svc.errors import IntegrityError
+from svc.files.json_file import read_json_object
+
+WEIGHTS_INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""Each of them alone is a tokenizer."""
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files with the weights, sorted by name: those that the index names, else all.
+
+    Files that the index names are returned whether they exist or not.
+
+    Raises:
+        IntegrityError: the index cannot be read, or names a file outside the folder.
+    """
+    index = folder / WEIGHTS_INDEX
+    if not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    weight_map = read_json_object(index).get("weight_map")
+    names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+    if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+        raise IntegrityError(
+            f"{index} does not name the files of the weights",
+            expected='{"weight_map": {"TENSOR": "FILE", ...}}, all files beside the index',
+            todo="download the model again",
+        )
+    return [folder / name for name in sorted(names)]

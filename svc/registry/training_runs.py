@@ -1,0 +1,50 @@
+"""The training runs of a home as others than the trainer see them: whose they are, and which somebody works on.
+
+    $SVC_HOME/runs/NAME-KEY/   lock  mlflow.json
+
+A run is worked on while its lock is held: from its first stage to its last, however long a step takes, and no longer
+than its process lives. Knows nothing of stages, and nothing of runs in other homes.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from svc.files.json_file import read_json_object
+from svc.files.lock import is_locked
+from svc.version import NAME_PATTERN
+
+RUNS_FOLDER, SWEEPS_FOLDER, RUN_LOCK = "runs", "sweeps", "lock"
+_TRACKING_FILE = "mlflow.json"
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingRun:
+    """One run's folder.
+
+    Attributes:
+        name: of the model.
+        running: a process works on it.
+        tracking_run: its run in MLflow; None before it has one, and of a run that nobody works on.
+    """
+
+    name: str
+    running: bool
+    tracking_run: str | None = None
+
+
+def find_training_runs(home: Path) -> Iterator[TrainingRun]:
+    """All runs that were not removed.
+
+    Raises:
+        OSError: a lock cannot be looked at.
+        IntegrityError: a file of a run that is worked on is damaged.
+    """
+    for lock in sorted((home / RUNS_FOLDER).glob(f"*/{RUN_LOCK}")):
+        name, _, _ = lock.parent.name.rpartition("-")
+        if not re.fullmatch(NAME_PATTERN, name):  # it is being removed
+            continue
+        running = is_locked(lock)
+        tracked = read_json_object(lock.with_name(_TRACKING_FILE), default={}) if running else {}
+        yield TrainingRun(name, running, tracked.get("run_id"))

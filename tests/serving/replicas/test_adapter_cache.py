@@ -1,0 +1,404 @@
+"""The adapters of an engine: which come, which go, and what those hear who wait."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serving.admission.errors import EngineUnavailableError, QueueTimeoutError
+from serving.replicas.adapter_cache import AdapterCache, Checked, LoadedAdapter
+from svc.errors import EngineError, NotFoundError
+from svc.version import VersionId
+
+
+def version(number: int) -> VersionId:
+    return VersionId("tuned", number)
+
+
+class Shelf:
+    """An engine that keeps adapters, and checks that its rules are kept.
+
+    Attributes:
+        holds: versions by the names under which they are loaded.
+        failing: versions that do not load.
+        unknown: versions that there are not.
+        stuck: so many of the next unloads fail.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.holds: dict[str, VersionId] = {}
+        self.names: list[str] = []
+        self.loads: Counter[VersionId] = Counter()
+        self.failing: set[VersionId] = set()
+        self.unknown: set[VersionId] = set()
+        self.stuck = 0
+        self.users: Counter[str] = Counter()
+        self.gate: asyncio.Event | None = None
+
+    async def check(self, version: VersionId) -> None:
+        if version in self.unknown:
+            raise NotFoundError(f"there is no {version}")
+
+    async def load(self, version: VersionId, name: str) -> Checked:
+        assert name not in self.names, "a name was used again"
+        self.names.append(name)
+        self.loads[version] += 1
+        self.holds[name] = version
+        assert len(self.holds) <= self.most, "more are loaded than may be"
+        await (self.gate.wait() if self.gate else asyncio.sleep(0))
+        if version in self.failing:
+            raise EngineError("no adapter")
+        return Checked("passed")
+
+    async def unload(self, name: str) -> None:
+        assert not self.users[name], "one in use was unloaded"
+        await asyncio.sleep(0)
+        if self.stuck:
+            self.stuck -= 1
+            raise EngineError("busy")
+        self.holds.pop(name, None)
+
+    @asynccontextmanager
+    async def using(
+        self, cache: AdapterCache, number: int, *, for_operator: bool = False
+    ) -> AsyncIterator[LoadedAdapter]:
+        async with cache.use(version(number), for_operator=for_operator) as loaded:
+            assert self.holds.get(loaded.name) == version(number), "not what was asked for"
+            self.users[loaded.name] += 1
+            try:
+                yield loaded
+            finally:
+                assert self.holds.get(loaded.name) == version(number), "it went while it was used"
+                self.users[loaded.name] -= 1
+
+
+def cache_of(shelf: Shelf, **arguments: Any) -> AdapterCache:
+    return AdapterCache(shelf, **{"max_loaded": shelf.most, "patience_s": 5.0} | arguments)
+
+
+async def use(shelf: Shelf, cache: AdapterCache, number: int, turns: int = 1, *, for_operator: bool = False) -> str:
+    async with shelf.using(cache, number, for_operator=for_operator) as loaded:
+        for _ in range(turns):
+            await asyncio.sleep(0)
+    return loaded.name
+
+
+async def turns(condition: Callable[[], object]) -> None:
+    """Until something is so."""
+    async with asyncio.timeout(2):
+        while not condition():
+            await asyncio.sleep(0)
+
+
+async def test_one_is_loaded_at_its_first_use_alone() -> None:
+    shelf = Shelf(2)
+    cache = cache_of(shelf)
+    names = {await use(shelf, cache, 1) for _ in range(3)}
+    assert (len(names), shelf.loads[version(1)]) == (1, 1)
+    assert [loaded.version for loaded in cache.loaded] == [version(1)]
+
+
+async def test_fifty_who_ask_at_once_have_it_loaded_once() -> None:
+    shelf = Shelf(2)
+    cache = cache_of(shelf)
+    names = await asyncio.gather(*(use(shelf, cache, 1) for _ in range(50)))
+    assert (len(set(names)), shelf.loads[version(1)]) == (1, 1)
+
+
+async def test_the_least_recently_used_one_goes() -> None:
+    shelf = Shelf(2)
+    cache = cache_of(shelf)
+    for number in (1, 2, 1, 3):
+        await use(shelf, cache, number)
+    assert [loaded.version for loaded in cache.loaded] == [version(1), version(3)]
+
+
+async def test_hundreds_are_served_by_few_places() -> None:
+    shelf = Shelf(4)
+    cache = cache_of(shelf)
+    for number in range(1, 201):
+        await use(shelf, cache, number)
+    assert (len(shelf.names), len(shelf.holds)) == (200, 4)
+
+
+async def test_one_that_comes_again_has_another_name() -> None:
+    shelf = Shelf(1)
+    cache = cache_of(shelf)
+    first, _, again = [await use(shelf, cache, number) for number in (1, 2, 1)]
+    assert first != again and first.startswith("tuned@1#")
+
+
+async def test_names_differ_from_those_of_an_earlier_server() -> None:
+    first, second = Shelf(1), Shelf(1)
+    assert await use(first, cache_of(first), 1) != await use(second, cache_of(second), 1)
+
+
+async def test_who_finds_all_in_use_waits_for_the_first_that_is_not() -> None:
+    shelf = Shelf(1)
+    cache = cache_of(shelf)
+    async with shelf.using(cache, 1):
+        waiting = asyncio.create_task(use(shelf, cache, 2))
+        await asyncio.sleep(0.01)
+        assert not waiting.done()
+    await waiting
+
+
+async def test_one_that_is_always_asked_for_keeps_no_other_from_coming() -> None:
+    shelf = Shelf(1)
+    cache = cache_of(shelf)
+    going = True
+
+    async def ask_on() -> None:
+        while going:
+            await use(shelf, cache, 1, turns=3)
+
+    popular = [asyncio.create_task(ask_on()) for _ in range(4)]
+    await turns(lambda: shelf.users.total() == 4)
+    async with asyncio.timeout(2):
+        await use(shelf, cache, 2)
+    going = False
+    await asyncio.gather(*popular)
+
+
+async def test_the_version_in_production_takes_requests_when_others_wait_for_a_place() -> None:
+    shelf = Shelf(2)
+    cache = cache_of(shelf)
+    async with shelf.using(cache, 1, for_operator=True), shelf.using(cache, 2):
+        waiting = [asyncio.create_task(use(shelf, cache, number)) for number in (3, 4)]
+        await turns(lambda: len(cache._waiting) == 2)
+        assert (cache.is_ready(version(1)), cache.is_ready(version(1), for_operator=True)) == (False, True)
+        await use(shelf, cache, 1, for_operator=True)
+        taken = cache.take(version(1), for_operator=True)
+        assert taken and cache.take(version(2)) is None
+        taken.leave()
+    await asyncio.gather(*waiting)
+
+
+async def test_the_version_in_production_comes_first_when_it_was_replaced() -> None:
+    shelf = Shelf(2)
+    cache = cache_of(shelf)
+    async with shelf.using(cache, 2), shelf.using(cache, 3):
+        waiting = [asyncio.create_task(use(shelf, cache, number)) for number in (4, 5)]
+        await turns(lambda: len(cache._waiting) == 2)
+        waiting.append(asyncio.create_task(use(shelf, cache, 1, for_operator=True)))
+        await turns(lambda: len(cache._waiting) == 3)
+    await asyncio.gather(*waiting)
+    assert shelf.names[2].startswith("tuned@1#")
+
+
+@pytest.mark.parametrize("most", [1, 2])
+async def test_another_version_gets_a_place_when_production_is_asked_for_all_the_time(most: int) -> None:
+    shelf = Shelf(most)
+    cache = cache_of(shelf)
+    going = True
+
+    async def ask_on() -> None:
+        while going:
+            await use(shelf, cache, 1, turns=3, for_operator=True)
+
+    popular = [asyncio.create_task(ask_on()) for _ in range(4)]
+    await turns(lambda: shelf.users.total() == 4)
+    async with asyncio.timeout(2):
+        await use(shelf, cache, 2)
+        await use(shelf, cache, 3)
+    going = False
+    await asyncio.gather(*popular)
+
+
+async def test_nothing_is_taken_without_a_wait_when_it_is_not_loaded_yet() -> None:
+    shelf = Shelf(1)
+    shelf.gate = asyncio.Event()
+    cache = cache_of(shelf)
+    first = asyncio.create_task(use(shelf, cache, 1))
+    await turns(lambda: shelf.names)
+    assert (cache.take(version(1)), cache.take(version(2))) == (None, None)
+    shelf.gate.set()
+    await first
+    taken = cache.take(version(1))
+    assert taken and taken.adapter.version == version(1)
+    taken.leave()
+
+
+async def test_who_waits_too_long_is_told_so() -> None:
+    shelf = Shelf(1)
+    cache = cache_of(shelf, patience_s=0.02)
+    async with shelf.using(cache, 1):
+        with pytest.raises(QueueTimeoutError, match=r"waited 0.02 s for a place for the adapter of tuned@2"):
+            await use(shelf, cache, 2)
+        await use(shelf, cache, 1)  # takes requests again: nobody waits any more
+
+
+async def test_a_load_that_fails_is_told_to_all_who_wait_and_not_remembered() -> None:
+    shelf = Shelf(2)
+    cache = cache_of(shelf)
+    shelf.failing = {version(1)}
+    found = await asyncio.gather(*(use(shelf, cache, 1) for _ in range(5)), return_exceptions=True)
+    assert all(isinstance(error, EngineError) for error in found)
+    assert (shelf.loads[version(1)], shelf.holds, cache.loaded) == (1, {}, [])
+    shelf.failing.clear()
+    await use(shelf, cache, 1)
+    assert shelf.loads[version(1)] == 2
+
+
+async def test_a_version_that_there_is_not_takes_no_place() -> None:
+    shelf = Shelf(1)
+    cache = cache_of(shelf)
+    await use(shelf, cache, 1)
+    shelf.unknown = {version(2)}
+    with pytest.raises(NotFoundError):
+        await use(shelf, cache, 2)
+    assert cache.has(version(1))
+
+
+async def test_who_leaves_while_it_loads_leaves_it_to_the_next() -> None:
+    shelf = Shelf(1)
+    shelf.gate = asyncio.Event()
+    cache = cache_of(shelf)
+    first = asyncio.create_task(use(shelf, cache, 1))
+    await turns(lambda: shelf.names)
+    first.cancel()
+    await asyncio.wait({first})
+    second = asyncio.create_task(use(shelf, cache, 1))
+    shelf.gate.set()
+    await second
+    assert shelf.loads[version(1)] == 1
+
+
+async def test_what_cannot_be_unloaded_keeps_another_from_coming_until_it_can() -> None:
+    shelf = Shelf(1)
+    cache = cache_of(shelf)
+    await use(shelf, cache, 1)
+    shelf.stuck = 1
+    with pytest.raises(EngineError, match="busy"):
+        await use(shelf, cache, 2)
+    await use(shelf, cache, 2)
+    assert list(shelf.holds.values()) == [version(2)]
+
+
+async def test_an_engine_that_ends_is_told_to_all_who_wait() -> None:
+    shelf = Shelf(1)
+    shelf.gate = asyncio.Event()
+    cache = cache_of(shelf)
+    asking = [asyncio.create_task(use(shelf, cache, number)) for number in (1, 1, 2)]
+    await turns(lambda: shelf.names)
+    cache.close()
+    found = await asyncio.gather(*asking, return_exceptions=True)
+    assert [type(error) for error in found] == [EngineUnavailableError] * 3
+    with pytest.raises(EngineUnavailableError):
+        await use(shelf, cache, 1)
+    assert cache.loaded == []
+
+
+async def test_one_whose_version_was_removed_goes_at_once_where_nobody_uses_it() -> None:
+    shelf, told = Shelf(2), list[float | None]()
+    cache = cache_of(shelf, on_change=told.append)
+    await use(shelf, cache, 1)
+    await asyncio.sleep(0)
+    cache.drop(version(1))
+    assert (cache.loaded, cache.has(version(1)), told[-1]) == ([], False, None)
+    await turns(lambda: not shelf.holds)
+
+
+async def test_who_uses_one_that_is_removed_keeps_it_and_its_place_to_the_end() -> None:
+    shelf = Shelf(1)
+    cache = cache_of(shelf)
+    async with shelf.using(cache, 1):
+        cache.drop(version(1))
+        assert cache.loaded == []
+        waiting = asyncio.create_task(use(shelf, cache, 2))
+        await asyncio.sleep(0.01)
+        assert list(shelf.holds.values()) == [version(1)]
+    await waiting
+    assert list(shelf.holds.values()) == [version(2)]
+
+
+async def test_who_asks_for_one_that_was_removed_is_told_so_also_while_others_use_it() -> None:
+    shelf = Shelf(1)
+    cache = cache_of(shelf)
+    async with shelf.using(cache, 1):
+        cache.drop(version(1))
+        shelf.unknown = {version(1)}
+        with pytest.raises(NotFoundError):
+            await use(shelf, cache, 1)
+
+
+async def test_one_whose_removal_was_given_up_serves_on() -> None:
+    shelf = Shelf(2)
+    cache = cache_of(shelf)
+    async with shelf.using(cache, 1) as before:
+        cache.drop(version(1))
+        assert await use(shelf, cache, 1) == before.name
+        assert cache.has(version(1))
+    assert [loaded.version for loaded in cache.loaded] == [version(1)]
+
+
+async def test_to_drop_what_is_not_loaded_does_nothing() -> None:
+    shelf = Shelf(1)
+    cache = cache_of(shelf)
+    await use(shelf, cache, 1)
+    cache.drop(version(2))
+    assert cache.has(version(1))
+
+
+async def test_what_comes_and_goes_is_told() -> None:
+    shelf, told = Shelf(1), list[float | None]()
+    cache = cache_of(shelf, on_change=told.append)
+    for number in (1, 2):
+        await use(shelf, cache, number)
+    await asyncio.sleep(0)
+    assert [seconds is None for seconds in told] == [False, True, False]
+
+
+@settings(max_examples=3 * settings().max_examples, deadline=None)
+@given(
+    most=st.integers(1, 4),
+    asked=st.lists(
+        st.tuples(st.integers(1, 6), st.integers(0, 6), st.integers(0, 8), st.booleans(), st.booleans()), max_size=40
+    ),
+    failing=st.sets(st.integers(1, 6), max_size=2),
+    dropped=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 12)), max_size=6),
+    stuck=st.integers(0, 2),
+)
+def test_whatever_is_asked_in_whatever_order_the_rules_are_kept(
+    most: int,
+    asked: list[tuple[int, int, int, bool, bool]],
+    failing: set[int],
+    dropped: list[tuple[int, int]],
+    stuck: int,
+) -> None:
+    """The shelf checks them: never more than may be, none that is used goes, no name twice, the right one answers."""
+
+    async def run() -> None:
+        shelf = Shelf(most)
+        shelf.failing, shelf.stuck = {version(number) for number in failing}, stuck
+        cache = cache_of(shelf, patience_s=30.0)
+
+        async def ask(number: int, before: int, during: int, leaves: bool, for_operator: bool) -> None:
+            for _ in range(before):
+                await asyncio.sleep(0)
+            asking = asyncio.create_task(use(shelf, cache, number, turns=during, for_operator=for_operator))
+            if leaves:
+                for _ in range(during):
+                    await asyncio.sleep(0)
+                asking.cancel()
+            with suppress(EngineError, asyncio.CancelledError):
+                await asking
+
+        async def drop(number: int, before: int) -> None:
+            for _ in range(before):
+                await asyncio.sleep(0)
+            cache.drop(version(number))
+
+        async with asyncio.timeout(10):
+            await asyncio.gather(*(ask(*one) for one in asked), *(drop(*one) for one in dropped))
+            await turns(lambda: not cache._tasks)
+        assert not cache._waiting and all(not slot.users for slot in cache._slots.values())
+        assert not any(slot.closing or slot.dropped for slot in cache._slots.values())
+
+    asyncio.run(run())

@@ -1,0 +1,65 @@
+"""A silent front is dead only if it does not work either, or works for too long."""
+
+import asyncio
+from collections.abc import Awaitable
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+
+from serving.replicas.engine_watch import EngineWatch
+from svc.engine.engine import LastingEngine
+from svc.engine.vllm.client import Health
+
+LIVES_S, PATIENCE_S = 0.6, 0.1
+
+
+class SilentEngine:
+    """Answers no health check.
+
+    Attributes:
+        share: of a processor that its front uses.
+    """
+
+    def __init__(self, share: float | None) -> None:
+        self.share = share
+        self.client = SimpleNamespace(health=self._health)
+        self._began = asyncio.get_running_loop().time()
+
+    def front_s(self) -> float | None:
+        """Return what its front has used, seconds."""
+        return None if self.share is None else self.share * (asyncio.get_running_loop().time() - self._began)
+
+    async def wait(self) -> int | None:
+        """Return never: it does not end."""
+        await asyncio.Event().wait()
+        return None
+
+    async def _health(self) -> Health:
+        return Health.BAD
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.replicas.engine_watch._HEALTH_S", 0.02)
+    monkeypatch.setattr("serving.replicas.engine_watch._UNHEALTHY_S", PATIENCE_S)
+    monkeypatch.setattr("serving.replicas.engine_watch._BUSY_S", LIVES_S)
+
+
+async def seconds_until_death(share: float | None) -> float:
+    engine = SilentEngine(share)
+    watch = EngineWatch(lambda: cast(LastingEngine, engine))
+    began = asyncio.get_running_loop().time()
+    async with asyncio.timeout(5):
+        assert "no answer to health checks" in await cast(Awaitable[str], watch.died())
+    return asyncio.get_running_loop().time() - began
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, None])
+async def test_an_engine_is_dead_soon_when_its_front_neither_answers_nor_works(share: float | None) -> None:
+    assert PATIENCE_S <= await seconds_until_death(share) < LIVES_S
+
+
+@pytest.mark.parametrize("share", [0.2, 1.0])
+async def test_an_engine_is_left_in_peace_for_a_while_when_its_front_works(share: float) -> None:
+    assert await seconds_until_death(share) >= LIVES_S

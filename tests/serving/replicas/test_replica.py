@@ -1,0 +1,257 @@
+"""One engine: verified before anybody reaches it, and never left behind."""
+
+import asyncio
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from serving.admission.errors import EngineUnavailableError
+from serving.replicas.replica import NO_WEIGHTS, Replica
+from serving.replicas.transport import EngineDiedError
+from svc.engine.state import EngineState
+from svc.engine.vllm.client import Health
+from svc.errors import EngineError, IntegrityError, NotFoundError, ProbeError
+from svc.store.swaps import SwapOutcome
+from tests.serving.control import Control, Make, until
+from tests.serving.engine_park import KILLED
+from tests.serving.versions import NAME, make_version, target
+
+
+@pytest.fixture
+def replica(make: Make) -> Replica:
+    """One that runs no engine yet."""
+    return make().replica
+
+
+async def test_an_engine_that_was_proven_is_ready(make: Make) -> None:
+    control = make()
+    await control.replica.start(target(1))
+    assert (control.state, control.admission.unavailable_reason) == (EngineState.READY, None)
+    assert control.double.calls == ["/v1/completions"]
+    await control.replica.stop()
+
+
+async def test_nobody_is_admitted_before_the_proof(make: Make) -> None:
+    control = make()
+    reasons = list[str | None]()
+    control.park.prepare = lambda double: setattr(
+        double, "on_call", lambda path: reasons.append(control.admission.unavailable_reason)
+    )
+    await control.replica.start(target(1))
+    assert reasons == ["the engine is starting"]
+    await control.replica.stop()
+
+
+async def test_an_engine_with_other_weights_is_ended(make: Make) -> None:
+    control = make()
+    make_version(control.registry, 4, probes_of="/elsewhere")
+    with pytest.raises(ProbeError):
+        await control.replica.start(target(4))
+    assert (control.state, control.park.alive, control.replica.has_engine) == (EngineState.FAILED, 0, False)
+
+
+async def test_an_engine_that_does_not_start_is_ended(make: Make) -> None:
+    control = make()
+    control.park.failing_starts = 1
+    with pytest.raises(EngineError, match="no memory"):
+        await control.replica.start(target(1))
+    assert (control.state, control.park.alive) == (EngineState.FAILED, 0)
+    assert control.admission.unavailable_reason == "the engine has failed"
+
+
+@pytest.mark.parametrize("start_delay_s", [0, 10])
+async def test_an_engine_of_altered_files_is_ended_and_never_admits(make: Make, start_delay_s: float) -> None:
+    control = make()
+    control.park.start_delay_s = start_delay_s
+    (control.registry.folder(target(1).version) / "merged" / "config.json").write_text("{}")
+    async with asyncio.timeout(5):
+        with pytest.raises(IntegrityError):
+            await control.replica.start(target(1))
+    assert (control.state, control.park.alive) == (EngineState.FAILED, 0)
+    assert control.replica.weights is NO_WEIGHTS
+
+
+async def test_altered_files_are_what_is_told_where_they_kept_the_engine_from_starting(make: Make) -> None:
+    control = make()
+    control.park.failing_starts = 1
+    (control.registry.folder(target(1).version) / "merged" / "config.json").write_text("{}")
+    with pytest.raises(IntegrityError):
+        await control.replica.start(target(1))
+    assert control.park.alive == 0
+
+
+async def test_a_version_that_does_not_exist_starts_no_engine(make: Make) -> None:
+    control = make()
+    with pytest.raises(NotFoundError):
+        await control.replica.start(target(9))
+    assert control.park.engines == []
+
+
+async def test_a_start_ends_the_engine_before(make: Make) -> None:
+    control = make()
+    await control.replica.start(target(1))
+    await control.replica.start(target(2))
+    assert [engine.alive for engine in control.park.engines] == [False, True]
+    await control.replica.stop()
+
+
+async def test_a_start_that_is_cancelled_leaves_no_engine(make: Make) -> None:
+    control = make()
+    control.park.start_delay_s = 10
+    starting = asyncio.create_task(control.replica.start(target(1)))
+    await until(lambda: control.park.alive)
+    starting.cancel()
+    await asyncio.wait({starting})
+    assert starting.cancelled()
+    assert (control.park.alive, control.state) == (0, EngineState.FAILED)
+
+
+async def test_an_engine_whose_stop_is_cancelled_is_ended_by_the_next_stop(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control = make()
+    await control.replica.start(target(1))
+    engine = control.park.engines[0]
+    stop = engine.stop
+    monkeypatch.setattr(engine, "stop", lambda: asyncio.sleep(10))
+    stopping = asyncio.create_task(control.replica.stop())
+    await asyncio.sleep(0.01)
+    stopping.cancel()
+    await asyncio.wait({stopping})
+    monkeypatch.setattr(engine, "stop", stop)
+    await control.replica.stop()
+    assert control.park.alive == 0
+
+
+async def test_a_death_is_told_with_its_exit_code(control: Control) -> None:
+    died = asyncio.create_task(control.replica.watch.died())
+    await asyncio.sleep(0.01)
+    control.park.engines[0].kill()
+    assert str(KILLED) in await died
+
+
+async def test_silence_is_a_death_after_its_time(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def silent() -> Health:
+        return Health.BAD
+
+    monkeypatch.setattr("serving.replicas.engine_watch._UNHEALTHY_S", 0.2)
+    control = make()
+    await control.replica.start(target(1))
+    monkeypatch.setattr(control.replica.client, "health", silent)
+    async with asyncio.timeout(2):
+        assert "no answer to health checks" in await control.replica.watch.died()
+    await control.replica.stop()
+
+
+@pytest.mark.parametrize("health_s", [0.05, 60.0], ids=["at the next check", "at once, where a request found it"])
+async def test_an_engine_that_says_its_core_is_dead_is_believed(
+    control: Control, monkeypatch: pytest.MonkeyPatch, health_s: float
+) -> None:
+    monkeypatch.setattr("serving.replicas.engine_watch._HEALTH_S", health_s)
+    died = asyncio.create_task(control.replica.watch.died())
+    await asyncio.sleep(0.01)
+    control.park.engines[0].double.dead = True
+    if health_s > 1:
+        control.replica.watch.suspect()
+    async with asyncio.timeout(2):
+        await died
+    assert control.replica.state is not EngineState.READY
+
+
+async def test_one_that_a_request_found_dead_takes_no_other_until_it_was_asked(
+    control: Control, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = asyncio.Event()
+
+    async def late() -> Health:
+        await asked.wait()
+        return Health.GOOD
+
+    monkeypatch.setattr(control.replica.client, "health", late)
+    with suppress(EngineDiedError):
+        async with control.balancer.lease(NAME):
+            raise EngineDiedError("gone")
+    with pytest.raises(EngineUnavailableError):
+        async with control.balancer.lease(NAME):
+            pass
+    asked.set()
+    async with asyncio.timeout(2):
+        while control.replica.watch.suspected:
+            await asyncio.sleep(0.01)
+    async with control.balancer.lease(NAME):
+        pass
+
+
+async def test_a_reload_that_a_dead_core_never_answers_is_given_up(
+    control: Control, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's front then waits for that answer itself, and does not end."""
+    monkeypatch.setattr("serving.replicas.engine_watch._HEALTH_S", 0.05)
+    double = control.park.engines[0].double
+    double.reload_delay_s = 3600
+    control.replica.enter(EngineState.SWAPPING)
+    reloading = asyncio.create_task(control.replica.reload(Path("/models/tuned/2")))
+    await until(lambda: "/collective_rpc" in double.calls)
+    double.dead = True
+    async with asyncio.timeout(2):
+        with pytest.raises(EngineError, match="takes no connection"):
+            await reloading
+
+
+async def test_an_engine_that_we_cannot_ask_is_not_taken_for_dead(
+    control: Control, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def unknown() -> Health:
+        return Health.UNKNOWN
+
+    monkeypatch.setattr("serving.replicas.engine_watch._UNHEALTHY_S", 0.1)
+    monkeypatch.setattr(control.replica.client, "health", unknown)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.5):
+            await control.replica.watch.died()
+
+
+async def test_where_no_engine_runs_there_is_none_to_ask(replica: Replica) -> None:
+    with pytest.raises(RuntimeError):
+        _ = replica.client
+
+
+async def test_only_ready_admits(make: Make) -> None:
+    control = make()
+    admits = {}
+    for state in EngineState:
+        control.replica.enter(EngineState.STOPPED)
+        control.replica.enter(state)
+        admits[state] = control.admission.unavailable_reason is None
+    assert [state for state, admitted in admits.items() if admitted] == [EngineState.READY]
+
+
+async def test_the_state_is_in_the_metrics(make: Make) -> None:
+    control = make()
+    control.replica.enter(EngineState.DRAINING)
+    shown = {state: control.sample("svc_engine_state", model=NAME, state=state) for state in EngineState}
+    assert shown == {state: float(state is EngineState.DRAINING) for state in EngineState}
+
+
+async def test_every_load_that_was_proven_is_another_one(control: Control) -> None:
+    loads = [control.replica.weights]
+    await control.promote(2)
+    loads.append(control.replica.weights)
+    make_version(control.registry, 4, probes_of="/elsewhere")
+    await control.promote(4)
+    loads.append(control.replica.weights)
+    control.park.engines[0].kill()
+    await until(lambda: control.replica.weights not in loads)
+    loads.append(control.replica.weights)
+    assert len(set(loads)) == 4
+    assert [load.fresh for load in loads] == [True, False, False, True]
+
+
+async def test_a_swap_that_touched_no_weights_is_no_load(make: Make) -> None:
+    async with make(drain_timeout_s=0.05).run() as control:
+        control.park.room = "full"
+        load = control.replica.weights
+        with control.replica.occupied():
+            assert (await control.promote(2)).outcome is SwapOutcome.REFUSED
+        assert (control.state, control.replica.weights) == (EngineState.READY, load)

@@ -1,0 +1,146 @@
+"""What a version must show before a client may reach it."""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from serving.replicas.verification import UnknownProbesError, Verification
+from svc.engine.probes import EngineFacts
+from svc.errors import IntegrityError, ProbeError
+from svc.store.retaken_probes import find_retaken_probes
+from svc.version import Format, Target
+from tests.serving.control import Control, Make
+from tests.serving.engine_double import EngineDouble
+from tests.serving.versions import FACTS, OTHER_FACTS, make_version, target
+
+
+def kind_of(facts: EngineFacts) -> Callable[[Path], EngineFacts]:
+    """One kind of engine for every folder."""
+    return lambda folder: facts
+
+
+@pytest.fixture
+async def elsewhere(make: Make) -> AsyncIterator[Control]:
+    """Version 1 on an engine of another kind than the one that qualified it, which rounds a little otherwise."""
+    control = make(facts=OTHER_FACTS)
+
+    def prepare(double: EngineDouble) -> None:
+        double.probe_noise = 0.01
+
+    control.park.prepare = prepare
+    async with control.run():
+        yield control
+
+
+async def test_sound_files_give_their_folder(make: Make) -> None:
+    control = make()
+    folder = await Verification(control.registry, control.store, kind_of(FACTS)).files(target(1))
+    assert folder == control.registry.folder(target(1).version) / "merged"
+
+
+async def test_hashing_keeps_no_thread_of_the_default_executor_when_it_takes_long(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The status and every read of the store run there."""
+    control, free = make(), threading.Event()
+    monkeypatch.setattr(control.registry, "verify", lambda version, format: free.wait(5))
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(max_workers=1))
+    verification = Verification(control.registry, control.store, kind_of(FACTS))
+    hashing = [asyncio.create_task(verification.files(target(number))) for number in (1, 2, 3)]
+    try:
+        await asyncio.sleep(0.05)
+        async with asyncio.timeout(1):
+            await asyncio.to_thread(time.sleep, 0)
+    finally:
+        free.set()
+    await asyncio.gather(*hashing)
+
+
+async def test_an_altered_file_is_an_error(make: Make) -> None:
+    control = make()
+    (control.registry.folder(target(1).version) / "merged" / "tokenizer.json").write_text('{"a": 1}')
+    with pytest.raises(IntegrityError, match="was changed after registration"):
+        await Verification(control.registry, control.store, kind_of(FACTS)).files(target(1))
+
+
+async def test_a_difference_within_the_tolerance_passes(control: Control) -> None:
+    control.double.probe_noise = 0.0009
+    verification = Verification(control.registry, control.store, kind_of(FACTS))
+    found = await verification.probes(control.park.engines[-1], target(1), fresh=False)
+    assert found.verified and found.found.startswith("1 probes passed")
+
+
+async def test_a_difference_beyond_the_tolerance_is_an_error(control: Control) -> None:
+    control.double.probe_noise = 0.0011
+    with pytest.raises(ProbeError):
+        await Verification(control.registry, control.store, kind_of(FACTS)).probes(
+            control.park.engines[-1], target(1), fresh=True
+        )
+
+
+async def test_the_probes_of_another_version_are_an_error(control: Control) -> None:
+    with pytest.raises(ProbeError):
+        await Verification(control.registry, control.store, kind_of(FACTS)).probes(
+            control.park.engines[-1], target(2), fresh=True
+        )
+
+
+async def test_probes_are_taken_again_on_another_kind_of_engine_and_kept(elsewhere: Control) -> None:
+    kept = find_retaken_probes(elsewhere.store, target(1), OTHER_FACTS)
+    assert kept is not None
+    assert [probe.engine for probe in kept] == [OTHER_FACTS]
+    assert find_retaken_probes(elsewhere.store, target(1), FACTS) is None
+
+
+async def test_kept_probes_are_checked_the_next_time(elsewhere: Control) -> None:
+    verification = Verification(elsewhere.registry, elsewhere.store, kind_of(OTHER_FACTS))
+    found = await verification.probes(elsewhere.park.engines[-1], target(1), fresh=False)
+    assert "probes passed" in found.found
+    elsewhere.double.probe_noise = 0.02
+    with pytest.raises(ProbeError):
+        await verification.probes(elsewhere.park.engines[-1], target(1), fresh=False)
+
+
+async def test_an_engine_that_was_not_started_with_a_version_gives_it_no_probes(elsewhere: Control) -> None:
+    """However little its weights differ: a load in place that did nothing would be taken for the version."""
+    sibling = make_version(elsewhere.registry, 4, probes_of=elsewhere.double.weights)
+    verification = Verification(elsewhere.registry, elsewhere.store, kind_of(OTHER_FACTS))
+    wanted = Target(sibling, Format.MERGED)
+    with pytest.raises(UnknownProbesError, match="was not started with it"):
+        await verification.probes(elsewhere.park.engines[-1], wanted, fresh=False)
+    assert find_retaken_probes(elsewhere.store, wanted, OTHER_FACTS) is None
+
+
+@pytest.mark.parametrize(("number", "known"), [(1, True), (2, False)])
+async def test_where_probes_are_not_known_yet_it_can_be_asked_before(
+    elsewhere: Control, number: int, known: bool
+) -> None:
+    verification = Verification(elsewhere.registry, elsewhere.store, kind_of(OTHER_FACTS))
+    assert await verification.has_probes(target(number)) is known
+
+
+async def test_probes_that_are_taken_again_are_not_those_of_other_weights(elsewhere: Control) -> None:
+    verification = Verification(elsewhere.registry, elsewhere.store, kind_of(OTHER_FACTS))
+    with pytest.raises(ProbeError, match="not the version's weights"):
+        await verification.probes(elsewhere.park.engines[-1], target(2), fresh=True)
+    assert find_retaken_probes(elsewhere.store, target(2), OTHER_FACTS) is None
+
+
+async def test_numbers_that_are_none_are_not_kept(elsewhere: Control) -> None:
+    elsewhere.double.probe_noise = float("nan")
+    verification = Verification(elsewhere.registry, elsewhere.store, kind_of(OTHER_FACTS))
+    with pytest.raises(ProbeError):
+        await verification.probes(elsewhere.park.engines[-1], target(2), fresh=True)
+
+
+async def test_a_version_without_probes_proves_nothing(control: Control) -> None:
+    make_version(control.registry, 4, probes=False)
+    with pytest.raises(ProbeError, match="no probes"):
+        await Verification(control.registry, control.store, kind_of(FACTS)).probes(
+            control.park.engines[-1], target(4), fresh=True
+        )

@@ -1,0 +1,110 @@
+"""What a service manager passes on is taken if it is what it must be, and what is told arrives."""
+
+import asyncio
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from serving import service_manager
+from serving.service_manager import ServiceManager, inherited_listener
+from svc.errors import SettingsError
+
+
+@pytest.fixture
+def passed(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """A TCP socket where the manager puts its own."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(service_manager, "_FIRST_DESCRIPTOR", os.dup(listener.fileno()))
+        yield listener
+        with suppress(OSError):
+            os.close(service_manager._FIRST_DESCRIPTOR)
+
+
+def variables(**changed: str) -> dict[str, str]:
+    return {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1", "LISTEN_FDNAMES": "http"} | changed
+
+
+def test_the_socket_is_taken_and_passed_on_to_nobody(passed: socket.socket) -> None:
+    passed.listen()
+    given = variables() | {"HOME": "/"}
+    found = inherited_listener(given)
+    assert found is not None
+    with found:
+        assert found.getsockname() == passed.getsockname()
+        assert not found.get_inheritable()
+    assert given == {"HOME": "/"}
+
+
+@pytest.mark.parametrize("given", [{}, variables(LISTEN_PID="1")], ids=["none", "of another process"])
+def test_where_none_was_passed_there_is_none(given: dict[str, str]) -> None:
+    assert inherited_listener(given) is None
+
+
+@pytest.mark.parametrize("count", ["0", "2", "many"])
+def test_one_socket_is_expected(count: str) -> None:
+    with pytest.raises(SettingsError, match=f"LISTEN_FDS={count}"):
+        inherited_listener(variables(LISTEN_FDS=count))
+
+
+def test_a_socket_that_does_not_listen_is_refused(passed: socket.socket) -> None:
+    with pytest.raises(SettingsError, match="does not listen"):
+        inherited_listener(variables())
+
+
+def test_a_unix_socket_is_refused_because_who_comes_through_one_needs_no_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        listener.listen()
+        monkeypatch.setattr(service_manager, "_FIRST_DESCRIPTOR", listener.fileno())
+        with pytest.raises(SettingsError, match="not TCP"):
+            inherited_listener(variables())
+
+
+def test_a_descriptor_that_is_no_socket_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (tmp_path / "file").open("wb") as file:
+        monkeypatch.setattr(service_manager, "_FIRST_DESCRIPTOR", file.fileno())
+        with pytest.raises(SettingsError, match="passed no socket"):
+            inherited_listener(variables())
+
+
+@pytest.fixture
+def notices(tmp_path: Path) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notices:
+        notices.bind(str(tmp_path / "notify"))
+        notices.settimeout(3)
+        yield notices
+
+
+def test_what_is_told_arrives(notices: socket.socket) -> None:
+    given = {"NOTIFY_SOCKET": notices.getsockname(), "HOME": "/"}
+    manager = ServiceManager.of(given)
+    manager.ready("serving tickets@1")
+    assert notices.recv(4096) == b"READY=1\nSTATUS=serving tickets@1"
+    manager.stopping()
+    assert notices.recv(4096) == b"STOPPING=1"
+    assert given == {"HOME": "/"}
+
+
+async def test_a_watched_process_shows_signs_of_life_often_enough(notices: socket.socket) -> None:
+    watchdog_s = 0.3
+    given = {"NOTIFY_SOCKET": notices.getsockname(), "WATCHDOG_USEC": f"{watchdog_s * 1e6:.0f}"}
+    beating = asyncio.create_task(ServiceManager.of(given).run())
+    for _ in range(3):
+        told = await asyncio.wait_for(asyncio.to_thread(notices.recv, 4096), watchdog_s)
+        assert b"WATCHDOG=1" in told.splitlines()
+    beating.cancel()
+
+
+def test_a_manager_that_has_gone_ends_nothing(tmp_path: Path) -> None:
+    ServiceManager(str(tmp_path / "gone")).stopping()
+
+
+def test_without_a_manager_nothing_is_told() -> None:
+    ServiceManager.of({}).ready("serving")

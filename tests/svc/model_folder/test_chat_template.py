@@ -1,0 +1,27 @@
+"""A chat template writes the same prompt on every day."""
+
+from importlib.resources import files
+
+import pytest
+
+from svc.model_folder.chat_template import pin_date
+
+SMOLLM3 = """{%- set today = strftime_now("%d %B %Y") -%}{{- "Today Date: " ~ today ~ "\\n" -}}"""
+
+
+@pytest.mark.parametrize(
+    ("template", "pinned"),
+    [
+        (SMOLLM3, SMOLLM3.replace('strftime_now("%d %B %Y")', '"26 July 2024"')),
+        ("{{ strftime_now( '%Y-%m-%d' ) }}", '{{ "2024-07-26" }}'),
+        ("{{ messages }}", "{{ messages }}"),
+    ],
+)
+def test_todays_date_becomes_a_fixed_one(template: str, pinned: str) -> None:
+    assert pin_date(template) == pinned
+
+
+def test_a_template_that_is_given_its_date_stays_as_it_is() -> None:
+    template = files("trl.chat_templates").joinpath("llama3_2.jinja").read_text("utf-8")
+    assert "strftime_now" in template
+    assert pin_date(template) == template

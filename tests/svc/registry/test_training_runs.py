@@ -1,0 +1,62 @@
+"""Which runs are worked on: by their locks, whatever else is in their folders."""
+
+from pathlib import Path
+
+import pytest
+
+from svc.files.lock import hold_lock
+from svc.registry.training_runs import TrainingRun, find_training_runs
+from tests.svc.chats import chat
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run of `tiny` that was interrupted before it had a run in MLflow."""
+    folder = tmp_path / "runs" / "tiny-0123456789ab"
+    folder.mkdir(parents=True)
+    (folder / "lock").write_text('{"pid": 1}')
+    return folder
+
+
+def test_a_home_in_which_nothing_was_trained_has_no_runs(tmp_path: Path) -> None:
+    assert list(find_training_runs(tmp_path)) == []
+
+
+def test_a_run_whose_lock_is_held_is_worked_on(folder: Path, tmp_path: Path) -> None:
+    with hold_lock(folder / "lock", "a run"):
+        assert list(find_training_runs(tmp_path)) == [TrainingRun("tiny", running=True)]
+
+
+def test_a_run_whose_lock_nobody_holds_is_not(folder: Path, tmp_path: Path) -> None:
+    assert list(find_training_runs(tmp_path)) == [TrainingRun("tiny", running=False)]
+
+
+def test_a_name_may_have_hyphens(folder: Path, tmp_path: Path) -> None:
+    folder.rename(folder.with_name("tiny-quick-0123456789ab"))
+    assert [run.name for run in find_training_runs(tmp_path)] == ["tiny-quick"]
+
+
+def test_a_run_that_is_being_removed_is_none(folder: Path, tmp_path: Path) -> None:
+    folder.rename(folder.with_name(".removed-tiny-0123456789ab"))
+    assert list(find_training_runs(tmp_path)) == []
+
+
+def test_the_runs_are_those_that_the_trainer_makes(tmp_path: Path) -> None:
+    """Their files are spelt out there, because what all share knows nothing of the trainer."""
+    from trainer.base_model.resolve import Base
+    from trainer.pipeline.examples import Examples
+    from trainer.pipeline.run_folder import Run
+    from trainer.pipeline.tracked_run import TrackedRun
+    from trainer.recipe.sections import Recipe
+
+    recipe = Recipe.model_validate({"name": "tiny", "base": "./base", "data": {"train": "train.jsonl"}})
+    examples = (chat("question"),)
+    run = Run.of(
+        tmp_path / "runs",
+        recipe,
+        Base(tmp_path, "./base", None, "sha256:0"),
+        Examples(examples, examples, "sha256:1", "sha256:2", examples),
+    )
+    with hold_lock(run.lock, "a run"):
+        run.tracking.write_text(TrackedRun(run_id="abc").model_dump_json())
+        assert list(find_training_runs(tmp_path)) == [TrainingRun("tiny", running=True, tracking_run="abc")]

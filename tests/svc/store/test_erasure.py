@@ -1,0 +1,92 @@
+"""What is to be forgotten goes, all of it and nothing else."""
+
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from sqlalchemy import ColumnElement, func, select
+from sqlalchemy import Engine as Store
+from sqlalchemy.orm import Session
+
+from svc.store import requests
+from svc.store.erasure import Forgotten, before, count_requests, forget_requests, of_key, of_user
+from svc.store.feedback import Feedback, Rating, keep_feedback
+from svc.store.requests import add_requests, hash_user
+from svc.store.tables import FeedbackRow
+from tests.svc.store.test_requests import NOON, RECORD, kept
+
+MARK = "my mother's maiden name"
+MINE = RECORD._replace(request_id="mine", key_id="abcd0123", user_hash=hash_user("a@b.de"), prompt=MARK, answer="so?")
+OTHERS = RECORD._replace(
+    request_id="other", key_id="other000", user_hash=hash_user("c@d.de"), started_at=NOON + timedelta(days=1)
+)
+NOBODYS = OTHERS._replace(request_id="nobody", key_id=None, user_hash=None)
+
+
+@pytest.fixture(params=[of_user("a@b.de"), of_key("abcd0123"), before(NOON + timedelta(hours=1))])
+def which(request: pytest.FixtureRequest) -> ColumnElement[bool]:
+    """What means the first request alone."""
+    found: ColumnElement[bool] = request.param
+    return found
+
+
+@pytest.fixture
+def three(store: Store) -> Store:
+    """A store with one request to forget, with feedback, and two to keep."""
+    add_requests(store, [MINE, OTHERS, NOBODYS])
+    for request_id in ("mine", "other"):
+        keep_feedback(store, request_id, Feedback(Rating.BAD, correction=MARK if request_id == "mine" else None))
+    return store
+
+
+def test_what_is_meant_goes_with_its_feedback_and_the_rest_stays(three: Store, which: ColumnElement[bool]) -> None:
+    assert forget_requests(three, which) == Forgotten(requests=1, contents=1, feedback=1)
+    assert kept(three) == ["other", "nobody"]
+    with Session(three) as session:
+        assert session.scalar(select(func.count()).select_from(FeedbackRow)) == 1
+
+
+def test_what_would_go_is_counted_and_stays(three: Store, which: ColumnElement[bool]) -> None:
+    assert count_requests(three, which) == Forgotten(1, 1, 1)
+    assert len(kept(three)) == 3
+
+
+def test_where_there_is_nothing_nothing_goes(three: Store) -> None:
+    assert forget_requests(three, of_key("nobody00")) == Forgotten(0, 0, 0)
+    assert len(kept(three)) == 3
+
+
+def test_many_go_in_several_transactions(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requests, "_DELETED_TOGETHER", 3)
+    add_requests(store, [MINE._replace(request_id=str(number)) for number in range(10)])
+    assert forget_requests(store, of_key("abcd0123")).requests == 10
+    assert kept(store) == []
+
+
+def in_files(home: Path, text: str) -> bool:
+    """Whether a text can be read in the files of the database."""
+    return any(text.encode() in path.read_bytes() for path in home.glob("svc.db*"))
+
+
+def test_its_text_is_in_no_file_of_the_database_either(three: Store, tmp_path: Path) -> None:
+    assert in_files(tmp_path / "home", MARK)
+    forget_requests(three, of_key("abcd0123"))
+    assert not in_files(tmp_path / "home", MARK)
+
+
+def test_nobody_can_read_who_a_user_is(three: Store, tmp_path: Path) -> None:
+    assert not in_files(tmp_path / "home", "a@b.de")
+
+
+@pytest.mark.parametrize("change", [str.upper, lambda user: user + " ", lambda user: user[:-1]])
+def test_another_user_is_another_one(change: Callable[[str], str]) -> None:
+    assert hash_user(change("a@b.de")) != hash_user("a@b.de")
+
+
+def test_any_name_of_a_user_has_a_hash() -> None:
+    assert len({hash_user(user) for user in ("", "\ud800", "x" * 10_000, "é")}) == 4
+
+
+def test_the_hash_of_a_user_counts_for_the_size() -> None:
+    assert MINE.bytes - MINE._replace(user_hash=None).bytes == 32

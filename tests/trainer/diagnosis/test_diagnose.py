@@ -1,0 +1,355 @@
+"""Each fault is found in a run that was simulated to have it, and next to none in healthy ones."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from svc.evaluation.evaluator import EvaluationReport
+from svc.evaluation.finding import Finding, FindingKind
+from svc.evaluation.intervals import Interval, proportion
+from tests.svc.registry.manifests import exact_match_metrics
+from tests.trainer.diagnosis.simulated_run import SETTINGS, Shape, answered, falling, simulate
+from trainer.diagnosis.diagnose import diagnose
+
+LABELS = ["a", "b", "c", "d"] * 50
+
+
+def kinds(run: Any) -> list[FindingKind]:
+    return [finding.kind for finding in diagnose(run)]
+
+
+def evaluation(hits: int, asked: int, nll: float = 0.2) -> EvaluationReport:
+    return EvaluationReport(
+        examples=asked,
+        exact_match=proportion(hits, asked),
+        valid_json=None,
+        cut_off=proportion(0, asked),
+        nll=Interval(value=nll, low=nll * 0.9, high=nll * 1.1),
+        hits=(True,) * hits + (False,) * (asked - hits),
+        seconds=1.0,
+        metrics=exact_match_metrics(proportion(hits, asked)),
+        primary="exact_match",
+    )
+
+
+def healthy(seed: int) -> Any:
+    """A run as they come: short or long, with large or small batches, of an easy or a hard task."""
+    random = np.random.default_rng([seed, 1])
+    start, speed = random.uniform(1, 4), random.uniform(5, 40)
+    end = start * random.uniform(0.02, 0.4)
+    gap = random.uniform(1.0, 1.5)
+    return simulate(
+        falling(start, end, speed),
+        seed,
+        steps=int(random.integers(20, 400)),
+        noise=random.uniform(0.05, 0.6),
+        heldout=falling(start, gap * end, speed),
+        measured=int(random.choice([8, 16, 64])),
+        spread=random.uniform(0.3, 1.0),
+        evaluation=evaluation(150, 200, nll=gap * end),
+        results=answered(200, seed, right=lambda place: 0.98 - 0.6 * place),
+        answers=LABELS,
+    )
+
+
+@pytest.mark.slow
+def test_of_six_hundred_healthy_runs_fewer_than_one_in_fifty_are_called_faulty() -> None:
+    false = {seed: found for seed in range(600) if (found := kinds(healthy(seed)))}
+    assert len(false) < 12, false
+
+
+def found_in(runs: int, kind: FindingKind, make: Any) -> int:
+    return sum(kind in kinds(make(seed)) for seed in range(runs))
+
+
+FAULTS = [
+    (FindingKind.DIVERGENCE, lambda seed: simulate(lambda share: 2.0 + 0.8 * share, seed)),
+    (FindingKind.LEARNING_RATE_HIGH, lambda seed: simulate(lambda share: 2.0 if 0.3 < share < 0.6 else 0.7, seed)),
+    (FindingKind.LEARNING_RATE_HIGH, lambda seed: simulate(lambda share: 1.0 + 3 * share * (1 - share), seed)),
+    (FindingKind.UNDERFITTING, lambda seed: simulate(falling(3, 0.1, 0.5), seed)),
+    (
+        FindingKind.LEARNING_RATE_LOW,
+        lambda seed: simulate(falling(3, 0.1, 0.5), seed, settings=replace(SETTINGS, learning_rate=1e-5)),
+    ),
+    (
+        FindingKind.LEARNING_RATE_LOW,
+        lambda seed: simulate(lambda share: 3.0, seed, settings=replace(SETTINGS, learning_rate=1e-6)),
+    ),
+    (
+        FindingKind.OVERFITTING,
+        lambda seed: simulate(falling(3, 0.1, 5), seed, heldout=lambda share: falling(3, 1, 15)(share) + 0.4 * share),
+    ),
+    (
+        FindingKind.TOO_LITTLE_DATA,
+        lambda seed: simulate(
+            falling(3, 0.02, 10), seed, heldout=falling(3, 0.5, 10), train_examples=120, evaluation=evaluation(90, 200)
+        ),
+    ),
+    (
+        FindingKind.LABEL_NOISE,
+        lambda seed: simulate(
+            falling(3, 0.3, 10),
+            seed,
+            results=answered(200, seed, right=lambda place: 0.98 - 0.6 * place, noise=0.2),
+            answers=LABELS,
+        ),
+    ),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "make"), FAULTS, ids=lambda value: str(value) if isinstance(value, str) else None)
+def test_a_fault_is_found_in_nine_of_ten_runs_that_have_it(kind: FindingKind, make: Any) -> None:
+    assert found_in(100, kind, make) >= 90
+
+
+def only(run: Any) -> Finding:
+    (finding,) = diagnose(run)
+    return finding
+
+
+WELL = falling(3, 0.2, 12)
+
+
+def test_advice_names_the_key_its_value_and_another() -> None:
+    finding = only(simulate(lambda share: 2.0 + 0.8 * share, 0))
+    assert str(finding.advice) == "train.learning_rate from 0.0005 to 0.0002"
+    assert "the training loss rose from " in finding.what
+    assert "3 standard errors" in finding.rule
+
+
+def test_a_run_that_overfits_is_told_the_epoch_of_its_lowest_loss() -> None:
+    settings = replace(SETTINGS, epochs=10.0)
+    run = simulate(
+        falling(3, 0.1, 5), 0, heldout=lambda share: 1 + abs(share - 0.36), settings=settings, train_examples=5000
+    )
+    assert str(only(run).advice) == "train.epochs from 10 to 2"
+
+
+def short(seed: int, *, heldout: bool) -> Any:
+    """A run that has learnt nearly all, of few steps with noisy losses, whose held-out set is small or not measured."""
+    random = np.random.default_rng([seed, 2])
+    steps, speed = int(random.integers(20, 60)), random.uniform(4, 8)
+    run = simulate(falling(2, 0.8, speed), seed, steps=steps, noise=0.4, measured=8, spread=2.0)
+    return run if heldout else unmeasured(run)
+
+
+def unmeasured(run: Any) -> Any:
+    """The same run without held-out losses."""
+    nothing = {"heldout_loss": None, "heldout_each": ()}
+    return replace(run, curve=[point.model_copy(update=nothing) for point in run.curve if point.step])
+
+
+@pytest.mark.parametrize("heldout", [True, False])
+def test_few_short_healthy_runs_are_called_underfitted_when_losses_are_noisy(heldout: bool) -> None:
+    false = sum(FindingKind.UNDERFITTING in kinds(short(seed, heldout=heldout)) for seed in range(300))
+    assert false <= 6
+
+
+def test_a_run_of_so_many_steps_is_told_steps() -> None:
+    settings = replace(SETTINGS, steps=100)
+    run = simulate(falling(3, 0.1, 5), 0, heldout=lambda share: 1 + abs(share - 0.36), settings=settings)
+    assert str(only(run).advice) == "train.steps from 100 to 20"
+
+
+def test_a_run_that_keeps_its_best_weights_is_not_overfitted() -> None:
+    settings = replace(SETTINGS, keeps_best=True)
+    run = simulate(falling(3, 0.1, 5), 0, heldout=lambda share: 1 + abs(share - 0.36), settings=settings)
+    assert kinds(run) == []
+
+
+def test_below_fifty_examples_there_is_too_little_data_whatever_the_curve() -> None:
+    finding = only(simulate(WELL, 0, train_examples=49))
+    assert finding.kind is FindingKind.TOO_LITTLE_DATA
+    assert str(finding.advice) == "data.train from 49 examples to 196 examples"
+    limited = replace(SETTINGS, limit=49)
+    assert str(only(simulate(WELL, 0, train_examples=49, settings=limited)).advice) == "data.limit from 49 to 196"
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        ({"evaluate_limit": 30}, "evaluate.limit from 30 to 97"),
+        ({"heldout_share": 0.05}, "data.heldout_share from 0.05 to 0.16"),
+        ({}, "data.heldout from 30 examples to 97 examples"),
+    ],
+)
+def test_a_held_out_set_that_is_too_small_is_told_how_large_it_must_be(settings: dict[str, Any], advice: str) -> None:
+    run = simulate(WELL, 0, evaluation=evaluation(15, 30), settings=replace(SETTINGS, **settings))
+    assert only(run).kind is FindingKind.HELDOUT_TOO_SMALL
+    assert str(only(run).advice) == advice
+
+
+@pytest.mark.parametrize(("hits", "asked"), [(60, 120), (29, 30), (0, 30)])
+def test_an_interval_that_is_narrow_enough_is_none(hits: int, asked: int) -> None:
+    if (hits, asked) == (29, 30):
+        assert kinds(simulate(WELL, 0, evaluation=evaluation(29, 30))) == []
+    else:
+        assert kinds(simulate(WELL, 0, evaluation=evaluation(hits, asked))) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "forgotten"),
+    [(-0.1, -0.15, -0.05, True), (-0.1, -0.25, 0.05, False), (-0.01, -0.015, -0.005, False), (0.1, 0.05, 0.15, False)],
+)
+def test_what_is_forgotten_beyond_doubt_is_told(value: float, low: float, high: float, forgotten: bool) -> None:
+    run = simulate(WELL, 0, general_change=Interval(value=value, low=low, high=high))
+    assert (kinds(run) == [FindingKind.FORGETTING]) is forgotten
+
+
+def test_who_mixes_general_examples_in_is_told_to_mix_in_more() -> None:
+    lost = Interval(value=-0.1, low=-0.15, high=-0.05)
+    assert only(simulate(WELL, 0, general_change=lost)).advice.key == "data.general"
+    mixed = simulate(WELL, 0, general_change=lost, settings=replace(SETTINGS, general_share=0.1))
+    assert str(only(mixed).advice) == "data.general_share from 0.1 to 0.2"
+
+
+@pytest.mark.parametrize(("cut", "told"), [(0, False), (2, False), (3, True), (100, True)])
+def test_cut_answers_are_told_when_they_are_more_than_two_percent(cut: int, told: bool) -> None:
+    run = simulate(WELL, 0, cut_off={"merged": proportion(0, 100), "gptq": proportion(cut, 100)})
+    assert (kinds(run) == [FindingKind.ANSWERS_CUT_OFF]) is told
+
+
+def test_only_formats_above_the_threshold_are_named_when_answers_are_cut() -> None:
+    finding = only(simulate(WELL, 0, cut_off={"merged": proportion(1, 100), "gptq": proportion(5, 100)}))
+    assert finding.what.endswith(": 0.050 [0.022, 0.112] of gptq")
+    assert "2%" in finding.rule
+
+
+def test_the_limit_is_to_be_raised_when_a_recipe_fixed_it() -> None:
+    cut = {"merged": proportion(5, 100)}
+    fixed = only(simulate(WELL, 0, cut_off=cut, settings=replace(SETTINGS, max_answer_tokens=64)))
+    assert str(fixed.advice).startswith("evaluate.max_tokens from 64 to 128, or null")
+    by_reference = only(simulate(WELL, 0, cut_off=cut))
+    assert by_reference.advice.key == "data.train"
+    assert "train.epochs" in by_reference.advice.value
+
+
+def test_examples_that_contradict_each_other_are_noise() -> None:
+    run = simulate(WELL, 0, contradictions=40, answers=LABELS)
+    assert only(run).kind is FindingKind.LABEL_NOISE
+    assert "40 of 1200 training examples" in only(run).what
+    assert kinds(simulate(WELL, 0, contradictions=20, answers=LABELS)) == []
+
+
+def predicted(gain: float, shape: Shape = WELL, **more: Any) -> Any:
+    """A run whose model knows this much more of an answer than how frequent its label is, nats."""
+    results = answered(200, 0, right=lambda place: 0.3)
+    nll = math.log(4) - gain
+    return simulate(shape, 0, results=[one.model_copy(update={"nll": nll}) for one in results], answers=LABELS, **more)
+
+
+def test_labels_are_noise_when_the_prompts_tell_the_model_nothing_of_them() -> None:
+    assert only(predicted(0.0)).kind is FindingKind.LABEL_NOISE
+    assert "tell the model nothing" in only(predicted(-0.3)).what
+
+
+def test_the_rate_is_blamed_when_it_is_far_above_the_default_and_nothing_is_learnt() -> None:
+    fast = replace(SETTINGS, learning_rate=1.5e-2)
+    assert str(only(replace(predicted(0.0), settings=fast)).advice) == "train.learning_rate from 0.015 to 0.0005"
+
+
+@pytest.mark.parametrize("gain", [0.0, 0.15])
+def test_more_steps_are_advised_when_labels_are_hardly_learnt_and_the_loss_still_falls(gain: float) -> None:
+    finding = only(predicted(gain, falling(3, 0.2, 5.5)))
+    assert finding.kind is FindingKind.UNDERFITTING
+    assert "of the labels" in finding.what
+
+
+def test_a_short_run_that_learnt_nothing_of_its_labels_is_told_to_train_longer() -> None:
+    run = predicted(0.0)
+    assert kinds(replace(run, curve=run.curve[:30])) == [FindingKind.UNDERFITTING]
+
+
+def form_first(share: float) -> float:
+    """A loss that falls at once for the form of an answer, and slowly for its label."""
+    return 2.5 * math.exp(-12 * share) + 0.4 - 0.2 * share
+
+
+def settled(share: float) -> float:
+    return 2.5 * math.exp(-12 * share) + 0.2
+
+
+def test_a_short_run_is_told_to_train_longer_when_half_of_the_labels_is_unknown_and_heldout_loss_still_falls() -> None:
+    finding = only(predicted(0.4, form_first, steps=30))
+    assert finding.kind is FindingKind.UNDERFITTING
+    assert "tell the model only a part of the labels" in finding.what
+    assert "held-out loss fell" in finding.rule
+
+
+def test_a_short_run_has_no_finding_when_most_of_the_labels_is_known() -> None:
+    assert kinds(predicted(0.8, form_first, steps=30)) == []
+
+
+def test_a_longer_run_has_no_finding_when_heldout_loss_falls_as_slowly() -> None:
+    assert kinds(predicted(0.4, form_first, steps=50)) == []
+
+
+def test_a_short_run_on_a_hard_task_has_no_finding_when_heldout_loss_has_settled() -> None:
+    assert kinds(predicted(0.4, settled, steps=30)) == []
+
+
+def test_what_is_learnt_by_heart_does_not_count_as_learning_when_heldout_loss_has_settled() -> None:
+    assert kinds(predicted(0.4, form_first, steps=30, heldout=settled)) == []
+
+
+def test_the_training_loss_decides_when_heldout_loss_of_a_short_run_was_not_measured() -> None:
+    falling_late, done = (predicted(0.4, shape, steps=40, noise=0.05) for shape in (form_first, settled))
+    assert "of the labels" in only(unmeasured(falling_late)).what
+    assert kinds(unmeasured(done)) == []
+
+
+def test_few_short_runs_on_hard_tasks_are_called_underfitted_when_they_are_done() -> None:
+    """The labels are half unknown whatever the training."""
+    draw = np.random.default_rng(3)
+    made = (simulate(settled, seed, steps=int(draw.integers(20, 50)), measured=20) for seed in range(300))
+    hard = predicted(0.4)
+    false = sum(bool(kinds(replace(run, results=hard.results, answers=hard.answers))) for run in made)
+    assert false <= 6
+
+
+def test_the_rate_is_blamed_when_it_is_far_above_the_default_and_the_run_was_not_done() -> None:
+    run = simulate(falling(3, 0.1, 0.5), 1, settings=replace(SETTINGS, learning_rate=1.5e-2))
+    assert str(only(run).advice) == "train.learning_rate from 0.015 to 0.0005"
+
+
+def test_labels_are_not_called_noise_when_a_hard_task_is_partly_learnt() -> None:
+    assert kinds(predicted(0.2)) == []
+
+
+def test_several_answers_to_one_prompt_are_no_noise_where_answers_are_free_text() -> None:
+    assert kinds(simulate(WELL, 0, contradictions=600, answers=[f"text {place}" for place in range(200)])) == []
+
+
+def test_a_model_that_has_not_learnt_its_task_says_nothing_of_the_labels() -> None:
+    results = answered(200, 0, right=lambda place: 0.6 - 0.3 * place)
+    assert kinds(simulate(WELL, 0, results=results, answers=LABELS)) == []
+
+
+@pytest.mark.parametrize(("shape", "found"), [(WELL, [FindingKind.LABEL_NOISE]), (falling(3, 0.05, 5), [])])
+def test_sure_wrong_answers_are_noise_only_when_the_training_loss_no_longer_falls(
+    shape: Shape, found: list[FindingKind]
+) -> None:
+    results = answered(200, 0, right=lambda place: 0.98 - 0.6 * place, noise=0.2)
+    assert kinds(simulate(shape, 0, results=results, answers=LABELS)) == found
+
+
+@pytest.mark.parametrize(("epochs", "found"), [(9.0, []), (10.0, [FindingKind.TOO_LITTLE_DATA])])
+def test_a_smaller_gap_between_training_and_heldout_loss_is_enough_from_ten_epochs_on(
+    epochs: float, found: list[FindingKind]
+) -> None:
+    settings = replace(SETTINGS, epochs=epochs)
+    shape, heldout = falling(3, 0.2, 12), falling(3, 0.38, 12)
+    assert kinds(simulate(shape, 0, heldout=heldout, train_examples=120, settings=settings, measured=400)) == found
+
+
+def test_of_a_run_without_a_curve_only_the_rest_is_said() -> None:
+    run = replace(simulate(WELL, 0), curve=(), train_examples=20)
+    assert kinds(run) == [FindingKind.TOO_LITTLE_DATA]
+
+
+def test_of_a_few_steps_nothing_is_said() -> None:
+    assert kinds(simulate(lambda share: 1 + share, 0, steps=19)) == []

@@ -1,0 +1,185 @@
+"""What the curve of the training loss shows: divergence, a learning rate too high or too low, underfitting."""
+
+import math
+from itertools import accumulate
+from statistics import fmean, stdev
+
+from svc.evaluation.finding import Advice, Finding, FindingKind
+from trainer.diagnosis.training_run import TrainingRun, TrainingSettings
+from trainer.diagnosis.window import Window, start_of, taken, width, window_of, windows
+
+SURE = 3.0
+"""Standard errors from which on a difference of windows is none by chance. Many pairs of windows are looked at, so a
+difference must be large as well."""
+ABOVE_START = 0.1
+"""Of the loss before the first step; a smaller rise is not worth another run."""
+GIVEN_BACK = 0.25
+"""Of what was gained: a loss that gives back so much was thrown off, not shaken by hard batches."""
+UNFINISHED_SHARE, HELDOUT_SHARE = 0.2, 0.12
+"""Of the whole fall of the training loss, and of held-out loss, in the last third of the learning. A loss that
+approaches its end exponentially, and has a share of 0.2 there, is three quarters of the way to it."""
+LATE_SURE = 2.0
+"""Standard errors by which the late fall exceeds chance: of held-out loss over the same examples, where measured,
+else of the training loss. One comparison is made, so that fewer are enough than for pairs of windows."""
+USUAL_TIMES = 3.0
+"""Times the usual rate, from which on the rate is to blame: neighbouring rates of a search differ by as much."""
+
+
+def find_divergence(run: TrainingRun) -> Finding | None:
+    """The loss ends above where it began."""
+    found = windows(run.curve)
+    if not found:
+        return None
+    starts = (start_of(run.curve), found[0])
+    start = next((one for one in starts if _is_above(found[-1], one, ABOVE_START * one.mean)), None)
+    if start is None:
+        return None
+    return Finding(
+        kind=FindingKind.DIVERGENCE,
+        what=f"the training loss rose from {start.mean:.3f} at the start to {found[-1].mean:.3f} at the end",
+        advice=_slower(run.settings),
+        rule=f"the mean loss of the last tenth of the steps is above that of the first, or before the first step, by "
+        f"more than {SURE:g} standard errors and {ABOVE_START:.0%}",
+    )
+
+
+def find_high_rate(run: TrainingRun) -> Finding | None:
+    """The loss jumps up on its way down: above where it began, or far above where it had come to."""
+    found = windows(run.curve)
+    if not found or find_divergence(run):
+        return None
+    start = start_of(run.curve)
+    lowest, worst = max(_pairs([start, *found]), key=lambda pair: pair[1].mean - pair[0].mean)
+    if not _is_above(worst, lowest, max(ABOVE_START * start.mean, GIVEN_BACK * (start.mean - lowest.mean))):
+        return None
+    return Finding(
+        kind=FindingKind.LEARNING_RATE_HIGH,
+        what=f"the training loss rose from {lowest.mean:.3f} at step {lowest.step} to {worst.mean:.3f} at step "
+        f"{worst.step} before it fell to {found[-1].mean:.3f}",
+        advice=_slower(run.settings),
+        rule=f"the mean loss of a tenth of the steps is above that of an earlier tenth or the loss before the first "
+        f"step, by more than {SURE:g} standard errors, {ABOVE_START:.0%} of the latter and {GIVEN_BACK:.0%} of what "
+        "was gained",
+    )
+
+
+def find_low_rate(run: TrainingRun) -> Finding | None:
+    """It was still learning at the end, or had not begun, at a rate far below the usual one."""
+    settings = run.settings
+    if settings.learning_rate * USUAL_TIMES > settings.usual_learning_rate:
+        return None
+    found = windows(run.curve)
+    if not found:
+        return None
+    fall, error = found[0].above(found[-1])
+    flat = fall <= SURE * error
+    if not flat and not _unfinished(run):
+        return None
+    where = f"from {found[0].mean:.3f} at the start to {found[-1].mean:.3f} at the end"
+    return Finding(
+        kind=FindingKind.LEARNING_RATE_LOW,
+        what=f"the training loss hardly fell: {where}" if flat else f"the training loss fell {where}, and was not done",
+        advice=Advice(
+            key="train.learning_rate",
+            before=f"{settings.learning_rate:g}",
+            value=f"{settings.usual_learning_rate:g}",
+        ),
+        rule=f"the rate is at most a third of the method's default, and the last third of the learning brought more "
+        f"than {UNFINISHED_SHARE:.0%} of the fall, or nothing fell",
+    )
+
+
+def find_underfitting(run: TrainingRun) -> Finding | None:
+    """It was still learning at the end, at a usual rate."""
+    if run.settings.learning_rate * USUAL_TIMES <= run.settings.usual_learning_rate or not (ends := _unfinished(run)):
+        return None
+    first, two_thirds, last = ends
+    return not_learnt(
+        run.settings,
+        f"the training loss was still falling when the run ended: {first.mean:.3f} at the start, "
+        f"{two_thirds.mean:.3f} after two thirds of the learning, {last.mean:.3f} at the end",
+        f"the last third of the learning, by the sum of the learning rates, brought more than "
+        f"{UNFINISHED_SHARE:.0%} of the fall of the training loss and more than {HELDOUT_SHARE:.0%} of that of "
+        "held-out loss",
+    )
+
+
+def not_learnt(settings: TrainingSettings, what: str, rule: str) -> Finding:
+    """Return the finding that a run had too few steps, or if its rate is far above the default, that the rate is."""
+    if settings.learning_rate >= USUAL_TIMES * settings.usual_learning_rate:
+        return Finding(
+            kind=FindingKind.LEARNING_RATE_HIGH,
+            what=what,
+            advice=Advice(
+                key="train.learning_rate",
+                before=f"{settings.learning_rate:g}",
+                value=f"{settings.usual_learning_rate:g}",
+            ),
+            rule=f"the rate is at least {USUAL_TIMES:g} times the method's default, and {rule}",
+        )
+    if settings.steps is not None:
+        advice = Advice(key="train.steps", before=str(settings.steps), value=str(2 * settings.steps))
+    else:
+        advice = Advice(key="train.epochs", before=f"{settings.epochs:g}", value=f"{2 * settings.epochs:g}")
+    return Finding(kind=FindingKind.UNDERFITTING, what=what, advice=advice, rule=rule)
+
+
+def late_windows(run: TrainingRun) -> tuple[Window, Window, Window] | None:
+    """Return the windows at the start, after two thirds of the learning, and at the end; None if the run is too short.
+
+    Learning is the sum of the learning rates, not the number of steps: a rate that falls to 0 slows every run down.
+    """
+    steps = taken(run.curve)
+    if not windows(run.curve):
+        return None
+    size = width(len(steps))
+    sums = list(accumulate(point.learning_rate or 0.0 for point in steps))
+    end = next(place for place, total in enumerate(sums, start=1) if total >= sums[-1] * 2 / 3)
+    if not 2 * size <= end <= len(steps) - size:
+        return None
+    first, second, last = (window_of(steps[at - size : at]) for at in (size, end, len(steps)))
+    return first, second, last
+
+
+def _unfinished(run: TrainingRun) -> tuple[Window, Window, Window] | None:
+    """Return these windows if too much of the fall came after the second."""
+    found = late_windows(run)
+    if not found or find_high_rate(run):  # what was thrown off falls for as long as it comes back
+        return None
+    first, second, last = found
+    fall, error = first.above(last)
+    late, late_error = second.above(last)
+    if fall <= SURE * error or late <= UNFINISHED_SHARE * fall:
+        return None
+    heldout = _late_heldout(run, second.step)
+    sure = late > LATE_SURE * late_error if heldout is None else heldout
+    return found if sure else None
+
+
+def _late_heldout(run: TrainingRun, step: int) -> bool | None:
+    """Return whether much of the fall of held-out loss came after a step; None if not measured before and after."""
+    found = [point for point in run.curve if len(point.heldout_each) > 1]
+    measured = [point for point in found if len(point.heldout_each) == len(found[-1].heldout_each)]
+    before = [point for point in measured if point.step <= step]
+    if len(before) < 2 or measured[0].step > 0 or measured[-1].step <= step:
+        return None
+    examples = zip(before[0].heldout_each, before[-1].heldout_each, measured[-1].heldout_each, strict=True)
+    excess = [middle - end - HELDOUT_SHARE * (start - end) for start, middle, end in examples]
+    return fmean(excess) > LATE_SURE * stdev(excess) / math.sqrt(len(excess))
+
+
+def _pairs(found: list[Window]) -> list[tuple[Window, Window]]:
+    """Each window with the lowest up to it."""
+    return [(min(found[: place + 1], key=lambda one: one.mean), window) for place, window in enumerate(found)]
+
+
+def _is_above(window: Window, other: Window, least: float) -> bool:
+    """Whether its mean is above another's by this, and beyond chance."""
+    difference, error = window.above(other)
+    return difference > max(SURE * error, least)
+
+
+def _slower(settings: TrainingSettings) -> Advice:
+    """As a run that is ended for it is told: trainer.callbacks.divergence."""
+    rate = settings.learning_rate
+    return Advice(key="train.learning_rate", before=f"{rate:g}", value=f"{rate / 3:.1g}")

@@ -1,0 +1,52 @@
+"""All rules on one run: pure functions of its numbers, so that one run has one diagnosis."""
+
+from svc.evaluation.finding import Advice, Finding, FindingKind
+from trainer.diagnosis.curve_rules import (
+    find_divergence,
+    find_high_rate,
+    find_low_rate,
+    find_underfitting,
+)
+from trainer.diagnosis.heldout_rules import (
+    find_cut_answers,
+    find_overfitting,
+    find_small_heldout,
+    find_too_little_data,
+)
+from trainer.diagnosis.label_rules import find_label_noise
+from trainer.diagnosis.training_run import TrainingRun
+
+FORGOTTEN = 0.02
+"""Of a score between 0 and 1: less is not worth another run."""
+_RULES = (find_divergence, find_high_rate, find_low_rate, find_overfitting, find_too_little_data)
+
+
+def diagnose(run: TrainingRun) -> tuple[Finding, ...]:
+    """What is wrong with a run; nothing for a healthy one."""
+    found = [finding for rule in _RULES if (finding := rule(run))]
+    # What is learnt by heart still falls, and each of the others makes a model unsure, or sure of too much.
+    for rule in (find_underfitting, find_label_noise):
+        if not found and (finding := rule(run)):
+            found.append(finding)
+    return (
+        *found,
+        *(finding for rule in (find_forgetting, find_small_heldout, find_cut_answers) if (finding := rule(run))),
+    )
+
+
+def find_forgetting(run: TrainingRun) -> Finding | None:
+    """What the base could do is lost."""
+    change, share = run.general_change, run.settings.general_share
+    if change is None or change.high >= 0 or change.value > -FORGOTTEN:
+        return None
+    advice = (
+        Advice(key="data.general", value="examples of other tasks, a tenth of all by data.general_share")
+        if share is None
+        else Advice(key="data.general_share", before=f"{share:g}", value=f"{min(0.5, 2 * share):g}")
+    )
+    return Finding(
+        kind=FindingKind.FORGETTING,
+        what=f"the score on general tasks changed by {change}",
+        advice=advice,
+        rule=f"the 95 % interval of the change lies below 0, and the score fell by more than {FORGOTTEN:g}",
+    )

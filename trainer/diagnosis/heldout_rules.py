@@ -1,0 +1,178 @@
+"""What the held-out set shows: overfitting, too little data, that it is too small to tell, and cut answers."""
+
+import math
+from statistics import fmean, stdev
+
+from svc.evaluation.finding import Advice, Finding, FindingKind
+from svc.evaluation.training_curve import TrainingPoint
+from trainer.diagnosis.training_run import TrainingRun, TrainingSettings
+from trainer.diagnosis.window import measured_points, start_of, taken, width, window_of, windows
+
+FALSE_ALARMS = 0.05
+"""Share of healthy runs in which the paired test alone may find a rise; shared out between the measurements."""
+RISE = 0.1
+"""Of the lowest held-out loss: a smaller rise is not worth another run."""
+FEW_EXAMPLES = 50
+"""OpenAI's guide to fine-tuning sees clear improvements from 50 to 100 examples on."""
+MANY_EXAMPLES = 1000
+GAP, GAP_OF_MANY_EPOCHS, MANY_EPOCHS = 2.0, 1.5, 10
+"""Times the training loss: what was learnt by heart beside what was learnt. From so many epochs on, the second: a model
+that has seen an example ten times may know it by heart, so that a smaller gap is enough. Of 20 runs of 20 epochs on 60
+examples 16 were found by the first and 18 by the second (benchmarks.diagnosis, seeds 3000 to 3019)."""
+WIDEST = 0.2
+"""Of an interval of exact match: with a wider one, a version that is ten points worse looks the same."""
+
+CUT_OFF = 0.02
+"""Share of answers that ended at their limit: fewer barely move a figure."""
+
+
+def find_overfitting(run: TrainingRun) -> Finding | None:
+    """Held-out loss rose since its lowest point while the training loss went on falling."""
+    measured = measured_points(run.curve)
+    if run.settings.keeps_best or len(measured) < 2:
+        return None
+    lowest, last = min(measured, key=lambda point: point.heldout_loss or 0.0), measured[-1]
+    rise = [after - before for before, after in zip(lowest.heldout_each, last.heldout_each, strict=True)]
+    mean_rise = fmean(rise)
+    if lowest is last or mean_rise <= RISE * fmean(lowest.heldout_each) or not _fell_between(run, lowest, last):
+        return None
+    error = stdev(rise) / math.sqrt(len(rise))
+    if mean_rise <= _critical(len(rise), len(measured) - 1) * error:
+        return None
+    return Finding(
+        kind=FindingKind.OVERFITTING,
+        what=f"held-out loss rose from {lowest.heldout_loss:.3f} at epoch {lowest.epoch:.1f} to "
+        f"{last.heldout_loss:.3f} at the end, by {mean_rise:.3f} [±{2 * error:.3f}] on the same {len(rise)} examples, "
+        "while the training loss fell",
+        advice=_stop_earlier(run.settings, lowest),
+        rule=f"held-out loss rose by more than {RISE:.0%} since its lowest point, which chance does in less than one "
+        f"of {1 / FALSE_ALARMS:.0f} runs (paired t-test over the examples, Bonferroni over the measurements), and the "
+        "training loss fell",
+    )
+
+
+def find_too_little_data(run: TrainingRun) -> Finding | None:
+    """Few examples, learnt by heart."""
+    settings, count = run.settings, run.train_examples
+    if count < FEW_EXAMPLES:
+        what = f"{count} training examples"
+    elif count < MANY_EXAMPLES and (gap := _gap(run)) and gap[1] > _least_gap(run) * gap[0]:
+        what = (
+            f"{count} training examples were learnt by heart: their loss is {gap[0]:.3f} at the end, that of held-out "
+            f"examples at least {gap[1]:.3f}"
+        )
+    else:
+        return None
+    wanted = max(2 * FEW_EXAMPLES, 4 * count)
+    limited = settings.limit is not None and count >= settings.limit
+    return Finding(
+        kind=FindingKind.TOO_LITTLE_DATA,
+        what=what,
+        advice=Advice(
+            key="data.limit" if limited else "data.train",
+            before=str(count) if limited else f"{count} examples",
+            value=str(wanted) if limited else f"{wanted} examples",
+        ),
+        rule=f"fewer than {FEW_EXAMPLES} training examples; or fewer than {MANY_EXAMPLES}, several epochs, and "
+        f"a held-out loss whose 95 % interval begins above {GAP:g} times the training loss at the end, or "
+        f"{GAP_OF_MANY_EPOCHS:g} times from {MANY_EPOCHS} epochs on",
+    )
+
+
+def find_small_heldout(run: TrainingRun) -> Finding | None:
+    """The figures are too uncertain to compare versions by."""
+    if run.evaluation is None:
+        return None
+    match, asked, settings = run.evaluation.exact_match, run.evaluation.examples, run.settings
+    if match.high - match.low <= WIDEST:
+        return None
+    # Where the interval is wide because few were asked, so is the estimate of its width: half is the worst case.
+    wanted = math.ceil((2 * 1.96 * 0.5 / WIDEST) ** 2)
+    if settings.evaluate_limit is not None and settings.evaluate_limit <= asked:
+        advice = Advice(key="evaluate.limit", before=str(settings.evaluate_limit), value=str(wanted))
+    elif settings.heldout_share is not None:
+        share = min(0.3, settings.heldout_share * wanted / asked)
+        advice = Advice(key="data.heldout_share", before=f"{settings.heldout_share:g}", value=f"{share:.2g}")
+    else:
+        advice = Advice(key="data.heldout", before=f"{asked} examples", value=f"{wanted} examples")
+    return Finding(
+        kind=FindingKind.HELDOUT_TOO_SMALL,
+        what=f"{asked} held-out examples cannot tell good from worse: exact match is {match}",
+        advice=advice,
+        rule=f"the 95 % interval of exact match is wider than {WIDEST:g}",
+    )
+
+
+def find_cut_answers(run: TrainingRun) -> Finding | None:
+    """Return a finding if more than `CUT_OFF` of a format's answers ended at their limit of tokens."""
+    cut = {format: share for format, share in run.cut_off.items() if share.value > CUT_OFF}
+    if not cut:
+        return None
+    fixed = run.settings.max_answer_tokens
+    if fixed is None:
+        advice = Advice(
+            key="data.train",
+            value="read the cut answers (`svc report`): if they go on after the reference, check that every training "
+            "answer is complete, then train longer (train.epochs); if they repeat themselves, train longer or with a "
+            "lower train.learning_rate; if they are right so far, set evaluate.max_tokens to more tokens",
+        )
+    else:
+        advice = Advice(
+            key="evaluate.max_tokens",
+            before=str(fixed),
+            value=f"{2 * fixed}, or null for a limit by each reference; if as many are cut then, the model does not "
+            "end its answers",
+        )
+    shares = ", ".join(f"{share} of {format}" for format, share in cut.items())
+    return Finding(
+        kind=FindingKind.ANSWERS_CUT_OFF,
+        what=f"held-out answers ended at their limit of tokens, as a share of all answers: {shares}",
+        advice=advice,
+        rule=f"more than {CUT_OFF:.0%} of the held-out answers of a format ended at their limit",
+    )
+
+
+def _critical(examples: int, comparisons: int) -> float:
+    from scipy.stats import t
+
+    return float(t.isf(FALSE_ALARMS / comparisons, examples - 1))
+
+
+def _fell_between(run: TrainingRun, lowest: TrainingPoint, last: TrainingPoint) -> bool:
+    """Whether the training loss around the end is below that around the lowest point, and below that of the base."""
+    steps = taken(run.curve)
+    size = width(len(steps))
+    until = [point for point in steps if point.step <= max(lowest.step, size)][-size:]
+    after = [point for point in steps if point.step <= last.step][-size:]
+    if min(len(until), len(after)) < 2:
+        return False
+    return window_of(after).mean < min(window_of(until).mean, start_of(run.curve).mean)
+
+
+def _stop_earlier(settings: TrainingSettings, lowest: TrainingPoint) -> Advice:
+    if lowest.step == 0:
+        return Advice(key="stopping.keep_best", before="false", value="true")
+    if settings.steps is not None:
+        return Advice(key="train.steps", before=str(settings.steps), value=str(lowest.step))
+    return Advice(key="train.epochs", before=f"{settings.epochs:g}", value=f"{lowest.epoch:.2g}")
+
+
+def _least_gap(run: TrainingRun) -> float:
+    return GAP_OF_MANY_EPOCHS if run.curve[-1].epoch >= MANY_EPOCHS else GAP
+
+
+def _gap(run: TrainingRun) -> tuple[float, float] | None:
+    """Training loss at the end, and the least that held-out loss is, both nats a token; None in the first epoch.
+
+    Until an example has come twice its training loss is a held-out one.
+    """
+    found = windows(run.curve)
+    if not found or run.curve[-1].epoch <= 1.0:
+        return None
+    if run.evaluation is not None:
+        return found[-1].mean, run.evaluation.nll.low
+    measured = measured_points(run.curve)
+    if not measured:
+        return None
+    each = measured[-1].heldout_each
+    return found[-1].mean, fmean(each) - 2 * stdev(each) / math.sqrt(len(each))

@@ -1,0 +1,153 @@
+"""What the answers show of the labels: that some are wrong, or were not learnt."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from statistics import fmean, stdev
+
+from svc.evaluation.finding import Advice, Finding, FindingKind
+from svc.evaluation.intervals import proportion
+from svc.evaluation.results import ExampleResult
+from trainer.diagnosis.curve_rules import USUAL_TIMES, late_windows, not_learnt
+from trainer.diagnosis.training_run import TrainingRun
+from trainer.diagnosis.window import FEW_STEPS, measured_points, taken
+
+MOST_LABELS = 50
+"""Different answers; with more the task is not one of labels. As `svc data check` has it."""
+FEWEST_ASKED = 60
+"""Held-out examples, so that a third of them are twenty."""
+WRONG = 0.06
+"""Share of the surest third of the answers. Of the section task 2 to 4 % are wrong there, and 25 to 35 % in all."""
+LEARNT, SURE = 0.7, 0.88
+"""Mean probability of the surest third, and of the surest sixth. A model below the first has not learnt its task. Where
+labels are right some examples are easy, and the model is surer of them than the second: 0.96 on the section task. Wrong
+labels that were drawn at random stand at easy examples too, and a model that has learnt their share is as unsure."""
+STILL_LEARNING = 0.3
+"""Of the training loss at the end: what it fell by in the last third of the learning of a model that was not done. Such
+a model is unsure of right labels too. Of 300 healthy runs, 5 had label noise without this limit and 1 has it
+(benchmarks.diagnosis, seeds 3000 to 3299); of 60 runs with a fifth of wrong labels, 19 and 15."""
+CONTRADICTED = 0.02
+GAINED = 0.05
+"""Share of the entropy of the labels that the prompts explain: below it, the model has learnt only how frequent each
+label is."""
+HARDLY_GAINED, STILL_FALLING, LATE_SURE = 0.15, 0.15, 1.5
+"""The same share of a model that has hardly begun, and what the training loss then falls by in the last third of the
+learning if more steps would help: as a share of its level at the end, and in standard errors. With labels that nothing
+explains it falls by 7 % at most (docs/diagnosis.md)."""
+PARTLY_GAINED, HELDOUT_FALLING, HELDOUT_SURE = 0.5, 0.05, 2.0
+"""The same share of a model that has learnt a part in a short run, and the fall of held-out loss in the second half of
+the steps from which on more steps would help: as a share of its level at the end, and in standard errors over the same
+examples."""
+
+
+def find_label_noise(run: TrainingRun) -> Finding | None:
+    """The answers that the model is surest of are often not the reference, or the examples contradict each other."""
+    if not _are_labels(run.answers):
+        return None
+    if run.train_examples and run.contradictions / run.train_examples > CONTRADICTED:
+        return _finding(
+            f"{run.contradictions} of {run.train_examples} training examples have the prompt of another one, "
+            "and another answer"
+        )
+    if len(run.results) < FEWEST_ASKED:
+        return None
+    if run.learns_one_turn and (finding := _find_unlearnt(run)):
+        return finding
+    ordered = sorted(run.results, key=probability, reverse=True)
+    third, sixth = ordered[: len(ordered) // 3], ordered[: len(ordered) // 6]
+    wrong = proportion(sum(not one.hit for one in third), len(third))
+    sure, surest = (fmean(map(probability, part)) for part in (third, sixth))
+    if wrong.low <= WRONG or sure < LEARNT or surest > SURE or _falls_late(run, STILL_LEARNING):
+        return None
+    return _finding(
+        f"of the {len(third)} held-out answers that the model is surest of (mean probability {sure:.2f}), "
+        f"{wrong.value:.0%} [{wrong.low:.0%}, {wrong.high:.0%}] are not the reference"
+    )
+
+
+def _find_unlearnt(run: TrainingRun) -> Finding | None:
+    """Return why the labels were not learnt, if they were not: a rate too high, too few steps, or wrong labels."""
+    counts, asked = Counter(run.answers), len(run.answers)
+    surprise = [-math.log(counts[answer] / asked) for answer in run.answers]
+    gain = [known - one.nll * one.scored for known, one in zip(surprise, run.results, strict=True)]
+    entropy, mean = fmean(surprise), fmean(gain)
+    nothing = mean + 2 * stdev(gain) / math.sqrt(asked) <= GAINED * entropy
+    amount = "nothing" if nothing else "little" if mean <= HARDLY_GAINED * entropy else "only a part"
+    what = (
+        f"the prompts tell the model {amount} of the labels: its loss on {asked} held-out "
+        f"answers is {entropy - mean:.3f} nats an answer, and {entropy:.3f} if each label is as probable as it is "
+        "frequent"
+    )
+    settings, steps = run.settings, len(taken(run.curve))
+    too_fast = settings.learning_rate >= USUAL_TIMES * settings.usual_learning_rate
+    short = 0 < steps < FEW_STEPS
+    unfinished = short or _falls_late(run, STILL_FALLING, LATE_SURE)
+    if mean <= HARDLY_GAINED * entropy and (unfinished or (nothing and too_fast)):
+        return not_learnt(
+            settings,
+            what,
+            f"the prompts explain at most {HARDLY_GAINED:.0%} of the entropy of the labels, in fewer than {FEW_STEPS} "
+            f"steps, or with a training loss that in the last third of the learning fell by more than "
+            f"{STILL_FALLING:.0%} of what it was at the end, and by {LATE_SURE:g} standard errors",
+        )
+    if short and mean <= PARTLY_GAINED * entropy and _still_falls(run):
+        return not_learnt(
+            settings,
+            what,
+            f"the prompts explain at most {PARTLY_GAINED:.0%} of the entropy of the labels, in fewer than {FEW_STEPS} "
+            f"steps, in the second half of which held-out loss fell by more than {HELDOUT_FALLING:.0%} of what it was "
+            f"at the end, and by {HELDOUT_SURE:g} standard errors",
+        )
+    return _finding(what) if nothing else None
+
+
+def _still_falls(run: TrainingRun) -> bool:
+    """Return whether held-out loss fell in the second half of the steps; where it was not measured, the training loss.
+
+    The training loss comes second: what is learnt by heart lowers it as well.
+    """
+    measured = measured_points(run.curve)
+    middle = [point for point in measured if 0 < 2 * point.step <= measured[-1].step + 1]
+    if not middle:
+        return _falls_late(run, STILL_FALLING, LATE_SURE)
+    end = measured[-1].heldout_each
+    fall = [before - after for before, after in zip(middle[-1].heldout_each, end, strict=True)]
+    error = stdev(fall) / math.sqrt(len(fall))
+    return fmean(fall) > max(HELDOUT_FALLING * fmean(end), HELDOUT_SURE * error)
+
+
+def _falls_late(run: TrainingRun, share: float, errors: float = 0.0) -> bool:
+    """Return whether the training loss fell in the last third of the learning.
+
+    Args:
+        share: of its level at the end, by which it fell at least.
+        errors: standard errors by which it fell at least.
+    """
+    if not (found := late_windows(run)):
+        return False
+    _, second, last = found
+    late, error = second.above(last)
+    return late > max(share * last.mean, errors * error)
+
+
+def probability(result: ExampleResult) -> float:
+    """That the model gives its whole answer; 0 for an empty one."""
+    return 0.0 if result.logprob is None else math.exp(result.logprob * result.tokens)
+
+
+def _are_labels(answers: Sequence[str]) -> bool:
+    return 1 < len(set(answers)) <= min(MOST_LABELS, len(answers) // 2)
+
+
+def _finding(what: str) -> Finding:
+    return Finding(
+        kind=FindingKind.LABEL_NOISE,
+        what=what,
+        advice=Advice(key="data.train", value="correct or drop wrong labels: see `svc data check`"),
+        rule=f"answers are labels, the run has none of the faults above; of {FEWEST_ASKED} or more held-out answers "
+        f"the surest third has a mean probability of {LEARNT:g} or more, and beyond doubt more than {WRONG:.0%} of it "
+        f"are wrong, the surest sixth has one below {SURE:g}, and the training loss fell by at most "
+        f"{STILL_LEARNING:.0%} of its end in the last third of the learning; or the prompts explain beyond doubt at "
+        f"most {GAINED:.0%} of the entropy of the labels; or more than {CONTRADICTED:.0%} of the training "
+        "examples contradict another",
+    )
