@@ -200,7 +200,7 @@ def _machine_share(task: Task) -> tuple[float, float]:
 
     tokenizer = load_tokenizer(task.base)
     rows = tokenize_examples(tokenizer, task.examples, stop_tokens(task.base, tokenizer), {})
-    batches = plan_batches(rows, task.recipe)
+    batches = plan_batches(rows, task.recipe.train)
     form = ModelForm(task.number_type, task.recipe.base_quantization, task.recipe.adapter_type is None)
     model = load_model(task.base, form)
     shape = read_shape(add_adapter(model, task.recipe, count_steps(len(rows), task.recipe.train)))

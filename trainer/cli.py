@@ -73,7 +73,7 @@ def train(
 
     made = quick_trial(loaded, examples) if quick else (loaded, examples)
     expected = estimate_here(*made, settings, anyway=anyway)
-    base = find_base(loaded, settings)
+    base = find_base(loaded.base, settings)
     pipeline = open_pipeline(settings, registry, *made, base, register_failed=register_failed, expected=expected)
     manifest = registry.manifest(pipeline.train_version())
     if quick:
@@ -124,7 +124,7 @@ def _foretell(recipe: "Recipe", run: "Run") -> None:
     from trainer.recipe.stage import Stage
     from trainer.training.summary import TrainingSummary
 
-    seconds = whole_run_seconds(recipe, run.load(Stage.TRAIN, TrainingSummary))
+    seconds = whole_run_seconds(recipe.train, run.load(Stage.TRAIN, TrainingSummary))
     console.print("the set-up works")
     if seconds is not None:
         console.print(f"without --quick, training itself will take about {seconds / 60:.0f} min here")

@@ -64,7 +64,7 @@ def test_batches_are_those_of_the_trainers_order(tiny_base: Path) -> None:
     lengths = [len(row.input_ids) for row in rows]
     recipe = make_recipe(train={"batch_size": 5})
     order = list(LengthGroupedSampler(lengths, 5, recipe.train.seed))
-    batches = plan_batches(rows, recipe)
+    batches = plan_batches(rows, recipe.train)
     assert [batch.rows for batch in batches] == [5, 5, 2]
     assert [batch.length for batch in batches] == [
         max(lengths[index] for index in order[start : start + 5]) for start in (0, 5, 10)

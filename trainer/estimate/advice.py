@@ -13,7 +13,7 @@ from trainer.estimate.batches import Workload, shortened, with_batch_size
 from trainer.estimate.devices import ComputeDevice
 from trainer.estimate.estimate import memory_on
 from trainer.estimate.model_shape import ModelShape
-from trainer.recipe.sections import Optimizer, Recipe
+from trainer.recipe.sections import Optimizer, Recipe, Train
 
 _FEWEST_RANKS, _SHORTEST = 8, 256
 
@@ -35,9 +35,9 @@ def advise(recipe: Recipe, shape: ModelShape, workload: Workload, device: Comput
         if "method" in step:  # an adapter's moments are small whatever they are stored in
             changes.pop("train.optimizer", None)
         changes = changes | step
-        smallest = changes | _batch(recipe, 1)
+        smallest = changes | _batch(recipe.train, 1)
         if fits(smallest):
-            return next(found for size in _sizes(recipe) if fits(found := changes | _batch(recipe, size)))
+            return next(found for size in _sizes(recipe.train) if fits(found := changes | _batch(recipe.train, size)))
     return None
 
 
@@ -72,16 +72,16 @@ def _steps(recipe: Recipe, device: ComputeDevice) -> Iterator[Changes]:
         yield {"train.max_length": longest, "train.too_long": "drop"}
 
 
-def _sizes(recipe: Recipe) -> list[int]:
+def _sizes(train: Train) -> list[int]:
     """Batches of which the same number of steps can be made, the largest first."""
-    size = recipe.train.batch_size
+    size = train.batch_size
     return [one for one in range(size, 0, -1) if size % one == 0]
 
 
-def _batch(recipe: Recipe, size: int) -> Changes:
-    if size == recipe.train.batch_size:
+def _batch(train: Train, size: int) -> Changes:
+    if size == train.batch_size:
         return {}
-    accumulation = recipe.train.gradient_accumulation * recipe.train.batch_size // size
+    accumulation = train.gradient_accumulation * train.batch_size // size
     return {"train.batch_size": size, "train.gradient_accumulation": accumulation}
 
 

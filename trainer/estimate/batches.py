@@ -18,7 +18,7 @@ from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.model_folder.chat_template import choose_template_kwargs
 from svc.model_folder.weight_files import TOKENIZER_FILES
 from trainer.data.chat_template import IGNORED, tokenize_as_trained, training_row
-from trainer.recipe.sections import Recipe, TooLong
+from trainer.recipe.sections import Recipe, TooLong, Train
 
 CHARACTERS_A_TOKEN = 4.2
 _TURN = 5
@@ -90,7 +90,7 @@ def read_workload(examples: Sequence[ChatExample], recipe: Recipe, folder: Path)
         largest = Batch(train.batch_size, train.max_length, 0, math.ceil(learnt))
         batches, in_epoch = (largest,), max(1, math.ceil(tokens / train.max_length)) / train.batch_size
     else:
-        batches, in_epoch = tuple(plan_batches(rows, recipe)), math.ceil(len(examples) / train.batch_size)
+        batches, in_epoch = tuple(plan_batches(rows, train)), math.ceil(len(examples) / train.batch_size)
         if len(rows) == len(examples):
             largest = max(batches, key=lambda batch: batch.computed)
         else:  # a sample says nothing of the largest batch: it is that of the longest examples
@@ -122,12 +122,12 @@ def unshared(workload: Workload) -> Workload:
     return replace(workload, batches=batches, largest=replace(workload.largest, shared=0))
 
 
-def plan_batches(rows: Sequence[TokenizedExample], recipe: Recipe) -> list[Batch]:
+def plan_batches(rows: Sequence[TokenizedExample], train: Train) -> list[Batch]:
     """The batches of our trainer's first epoch, of its steps where none are accumulated."""
     from trainer.data.length_grouped_sampler import LengthGroupedSampler
 
-    size, step = recipe.train.batch_size, recipe.train.batch_size * recipe.train.gradient_accumulation
-    order = list(LengthGroupedSampler([len(row.input_ids) for row in rows], step, recipe.train.seed))
+    size, step = train.batch_size, train.batch_size * train.gradient_accumulation
+    order = list(LengthGroupedSampler([len(row.input_ids) for row in rows], step, train.seed))
     return [
         measure_batch([rows[index] for index in order[start : start + size]]) for start in range(0, len(order), size)
     ]

@@ -17,7 +17,6 @@ from trainer.estimate.devices import ComputeDevice
 from trainer.estimate.memory import BFLOAT16, FLOAT32, PROCESS, Training, moment_bytes, number_size
 from trainer.estimate.model_shape import ModelShape
 from trainer.export.gptq import calibration_type
-from trainer.recipe.sections import Recipe
 from trainer.recipe.stage import Stage, choose_stages
 
 _GPTQ_BYTES, _GROUP_BYTES = 0.5, 2.5
@@ -86,7 +85,7 @@ def stage_memory(
             case Stage.QUANTIZE:
                 need = _quantize(training, workload.tokens / workload.examples)
             case Stage.QUALIFY:
-                need = _engine(training, gptq_bytes(recipe, shape), served_length)
+                need = _engine(training, gptq_bytes(recipe.quantize.group_size, shape), served_length)
             case Stage.PARITY:
                 need = _parity(training, device.memory)
             case _:
@@ -95,10 +94,10 @@ def stage_memory(
     return tuple(needs)
 
 
-def gptq_bytes(recipe: Recipe, shape: ModelShape) -> float:
+def gptq_bytes(group_size: int, shape: ModelShape) -> float:
     """Return the size of the quantized model."""
     quantized = shape.linear_weights + shape.expert_weights
-    size = _GPTQ_BYTES + _GROUP_BYTES / recipe.quantize.group_size
+    size = _GPTQ_BYTES + _GROUP_BYTES / group_size
     return size * quantized + BFLOAT16 * (shape.parameters - quantized)
 
 
@@ -172,7 +171,7 @@ def _quantize(training: Training, example_tokens: float) -> tuple[Need, Need]:
     widest = max((inputs for inputs, _ in shape.linear.values()), default=0)
     rounding = FLOAT32 * (_MATRIX_COPIES * shape.largest_layer + _HESSIAN_COPIES * widest**2)
     work = layer + rounding + _HIDDEN_COPIES * size * shape.hidden * recipe.quantize.samples * example_tokens
-    written = gptq_bytes(recipe, shape)
+    written = gptq_bytes(recipe.quantize.group_size, shape)
     process = PROCESS + _GPTQMODEL + embeddings
     ram = process + (work if training.cpu else layer)
     peak = Need(device=0.0 if training.cpu else embeddings + work, ram=ram, disk=2 * written)

@@ -25,7 +25,7 @@ def estimate_devices(recipe: Recipe, examples: Examples, settings: Settings, nam
         SvcError: a name, the base's config or an example is wrong.
     """
     devices = choose_devices(names, settings.home)  # a wrong name is told before anything is read
-    folder = find_config(recipe, settings)
+    folder = find_config(recipe.base, settings)
     shape = read_model_shape(folder, recipe.adapter.targets)
     workload = read_workload(examples.train, recipe, folder)
     return estimate_recipe(recipe, shape, workload, devices, settings.engine.max_model_len)

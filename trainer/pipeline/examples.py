@@ -68,7 +68,7 @@ def read_run_examples(
     readable = read(data.train, minimum=2 if heldout else 3, kept_back=heldout if bad_lines else ())
     given = (*readable, *heldout)
     if heldout:
-        _tell_learnt(recipe, heldout, learnt)
+        _tell_learnt(recipe.name, heldout, learnt)
     else:
         readable, heldout = _split(recipe, readable, learnt)
     if recipe.evaluate.limit:
@@ -139,11 +139,11 @@ def _split(
     return split.train, split.heldout
 
 
-def _tell_learnt(recipe: Recipe, heldout: list[ChatExample], learnt: PromptHashes) -> None:
+def _tell_learnt(name: str, heldout: list[ChatExample], learnt: PromptHashes) -> None:
     """A held-out file stays as it is: whoever wrote it may want to ask just these."""
     if count := int(np.isin(hash_prompts(heldout), learnt).sum()):
         console.print(
-            f"[yellow]{count} of {len(heldout)} held-out prompts were learnt by an earlier version of {recipe.name}: "
+            f"[yellow]{count} of {len(heldout)} held-out prompts were learnt by an earlier version of {name}: "
             "its figures, and those of a version that continues it, are too good on them[/yellow]"
         )
 

@@ -8,36 +8,35 @@ from svc.registry.registry import Registry
 from svc.settings import Settings
 from svc.version import Format, VersionId
 from trainer.base_model.resolve import Base, resolve_base, resolve_config
-from trainer.recipe.sections import Recipe
 
 
-def find_base(recipe: Recipe, settings: Settings) -> Base:
-    """The base model of a recipe: a registered version's merged weights, or whatever `resolve_base` knows.
+def find_base(name: str, settings: Settings) -> Base:
+    """Return the base model that a recipe names: a registered version's merged weights, or what `resolve_base` knows.
 
     Raises:
         BaseModelError: there is no such base.
         NotFoundError: there is no such version.
     """
-    if "@" not in recipe.base or Path(recipe.base).exists():
-        return resolve_base(recipe.base, settings.base_cache)
-    version = VersionId.parse(recipe.base)
+    if "@" not in name or Path(name).exists():
+        return resolve_base(name, settings.base_cache)
+    version = VersionId.parse(name)
     registry = Registry.of(settings)
     manifest = registry.manifest(version)
     registry.verify(version, Format.MERGED)
     folder = registry.artifact(version, Format.MERGED)
-    return Base(folder, recipe.base, manifest.base.licence, merged_revision(manifest))
+    return Base(folder, name, manifest.base.licence, merged_revision(manifest))
 
 
-def find_config(recipe: Recipe, settings: Settings) -> Path:
-    """A folder with the config.json of a recipe's base; weights are neither fetched nor read.
+def find_config(name: str, settings: Settings) -> Path:
+    """A folder with the config.json of a base model; weights are neither fetched nor read.
 
     Raises:
         BaseModelError: there is no such base.
         NotFoundError: there is no such version.
     """
-    if "@" in recipe.base and not Path(recipe.base).exists():
-        return Registry.of(settings).artifact(VersionId.parse(recipe.base), Format.MERGED)
-    return resolve_config(recipe.base, settings.base_cache)
+    if "@" in name and not Path(name).exists():
+        return Registry.of(settings).artifact(VersionId.parse(name), Format.MERGED)
+    return resolve_config(name, settings.base_cache)
 
 
 def merged_revision(manifest: Manifest) -> str:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from svc.dataset.fingerprint import fingerprint
 from trainer.pipeline.examples import Examples
-from trainer.recipe.sections import Recipe
+from trainer.recipe.sections import Recipe, Train
 from trainer.training.summary import TrainingSummary
 
 _SHARE = 0.1
@@ -41,14 +41,14 @@ def quick_trial(recipe: Recipe, examples: Examples) -> tuple[Recipe, Examples]:
     return Recipe.model_validate(content), cut
 
 
-def whole_run_seconds(recipe: Recipe, trial: TrainingSummary) -> float | None:
+def whole_run_seconds(train: Train, trial: TrainingSummary) -> float | None:
     """How long the optimizer will run in the whole run, from its speed in the trial; None where no step told that.
 
     Args:
-        recipe: the whole run's.
+        train: the whole run's.
         trial: what the trial's training said.
     """
     if trial.tokens_per_second == 0:  # it was cut off after its last step
         return None
-    whole = recipe.train.steps or trial.steps * recipe.train.epochs / _SHARE
+    whole = train.steps or trial.steps * train.epochs / _SHARE
     return trial.tokens / trial.tokens_per_second * whole / trial.steps

@@ -7,14 +7,13 @@ import pytest
 from svc.errors import BaseModelError, IntegrityError, NotFoundError
 from svc.settings import Settings
 from svc.version import Format
-from tests.trainer.conftest import make_recipe
 from trainer.pipeline.find_base import find_base
 from trainer.pipeline.stages import Pipeline
 
 
 def test_a_registered_version_is_a_base(pipeline: Pipeline) -> None:
     version = pipeline.train_version()
-    base = find_base(make_recipe(base=str(version)), pipeline.settings)
+    base = find_base(str(version), pipeline.settings)
     assert base.folder == pipeline.registry.artifact(version, Format.MERGED)
     assert (base.origin, base.licence) == (str(version), "Apache-2.0")
     assert base.revision.startswith("sha256:")
@@ -26,15 +25,15 @@ def test_a_registered_version_that_was_altered_is_no_base(pipeline: Pipeline) ->
     weights.chmod(0o644)
     weights.write_bytes(b"other")
     with pytest.raises(IntegrityError, match=r"model\.safetensors was changed"):
-        find_base(make_recipe(base=str(version)), pipeline.settings)
+        find_base(str(version), pipeline.settings)
 
 
 @pytest.mark.parametrize("base", ["nobody@1", "nobody@production", "@"])
 def test_a_version_that_is_not_there_is_no_base(tmp_path: Path, base: str) -> None:
     with pytest.raises(NotFoundError):
-        find_base(make_recipe(base=base), Settings(home=tmp_path))
+        find_base(base, Settings(home=tmp_path))
 
 
 def test_an_unknown_base_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BaseModelError, match="unknown base model 'no-such-model'"):
-        find_base(make_recipe(base="no-such-model"), Settings(home=tmp_path, base_cache=tmp_path))
+        find_base("no-such-model", Settings(home=tmp_path, base_cache=tmp_path))

@@ -50,15 +50,15 @@ def test_few_examples_leave_two() -> None:
 @pytest.mark.parametrize(("train", "seconds"), [({"epochs": 3}, 600.0), ({"steps": 50}, 100.0)])
 def test_the_whole_run_is_foretold(train: dict[str, int], seconds: float) -> None:
     trial = TrainingSummary(10, 100, 5.0, 20.0)
-    assert whole_run_seconds(make_recipe(train=train), trial) == seconds
+    assert whole_run_seconds(make_recipe(train=train).train, trial) == seconds
 
 
 def test_it_is_foretold_from_the_speed_of_a_trial_that_was_cut_off() -> None:
     """The seconds are those of its last process alone."""
     trial = TrainingSummary(10, 100, 5.0, 2.0)
-    assert whole_run_seconds(make_recipe(train={"epochs": 3}), trial) == 600.0
+    assert whole_run_seconds(make_recipe(train={"epochs": 3}).train, trial) == 600.0
 
 
 def test_a_trial_without_a_step_of_its_own_foretells_nothing() -> None:
     trial = TrainingSummary(10, 100, 0.0, 0.1)
-    assert whole_run_seconds(make_recipe(), trial) is None
+    assert whole_run_seconds(make_recipe().train, trial) is None
