@@ -64,7 +64,7 @@ def serve(
 
     from serving import server
     from serving.rollout.initial_state import choose_deployments
-    from serving.service_manager import ServiceManager, inherited_listener
+    from serving.systemd_notify import ServiceManager, inherited_listener
     from svc.engine.device import read_capabilities
     from svc.engine.vllm.startup_phase import EnginePhase
     from svc.store.database import open_database

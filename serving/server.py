@@ -21,7 +21,7 @@ from serving.http.connections import raise_descriptor_limit
 from serving.http.http_server import HttpServer, http_server
 from serving.http.tls import Certificate
 from serving.replicas.slots import EngineSlots, MakeSlots
-from serving.service_manager import ServiceManager
+from serving.systemd_notify import ServiceManager
 from svc.access.authenticator import Authenticator
 from svc.engine.device import DeviceCapabilities
 from svc.engine.vllm.folders import runtime_folder

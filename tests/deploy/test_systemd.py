@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from serving import service_manager
+from serving import systemd_notify
 from serving.http.http_server import _GRACE_S
 from svc.cli import COMMANDS
 from svc.errors import NotFoundError, SettingsError
@@ -74,8 +74,8 @@ def test_a_stop_waits_for_running_answers() -> None:
 def test_a_start_and_a_watchdog_wait_longer_than_the_server_is_silent() -> None:
     service = unit("tuneserve.service")["Service"]
     assert service["Type"] == "notify"
-    assert int(service["WatchdogSec"]) > 3 * service_manager._BEAT_S
-    assert int(service["TimeoutStartSec"]) >= service_manager._PATIENCE_S
+    assert int(service["WatchdogSec"]) > 3 * systemd_notify._BEAT_S
+    assert int(service["TimeoutStartSec"]) >= systemd_notify._PATIENCE_S
 
 
 def test_what_fails_the_next_time_too_is_not_tried_again() -> None:

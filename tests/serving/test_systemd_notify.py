@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from serving import service_manager
-from serving.service_manager import ServiceManager, inherited_listener
+from serving import systemd_notify
+from serving.systemd_notify import ServiceManager, inherited_listener
 from svc.errors import SettingsError
 
 
@@ -19,10 +19,10 @@ def passed(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
     """A TCP socket where the manager puts its own."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        monkeypatch.setattr(service_manager, "_FIRST_DESCRIPTOR", os.dup(listener.fileno()))
+        monkeypatch.setattr(systemd_notify, "_FIRST_DESCRIPTOR", os.dup(listener.fileno()))
         yield listener
         with suppress(OSError):
-            os.close(service_manager._FIRST_DESCRIPTOR)
+            os.close(systemd_notify._FIRST_DESCRIPTOR)
 
 
 def variables(**changed: str) -> dict[str, str]:
@@ -62,14 +62,14 @@ def test_a_unix_socket_is_refused_because_who_comes_through_one_needs_no_key(
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "socket"))
         listener.listen()
-        monkeypatch.setattr(service_manager, "_FIRST_DESCRIPTOR", listener.fileno())
+        monkeypatch.setattr(systemd_notify, "_FIRST_DESCRIPTOR", listener.fileno())
         with pytest.raises(SettingsError, match="not TCP"):
             inherited_listener(variables())
 
 
 def test_a_descriptor_that_is_no_socket_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with (tmp_path / "file").open("wb") as file:
-        monkeypatch.setattr(service_manager, "_FIRST_DESCRIPTOR", file.fileno())
+        monkeypatch.setattr(systemd_notify, "_FIRST_DESCRIPTOR", file.fileno())
         with pytest.raises(SettingsError, match="passed no socket"):
             inherited_listener(variables())
 
