@@ -39,6 +39,10 @@ from svc.remote.listening import is_loopback
 from svc.settings import Settings, TelemetrySettings
 from svc.version import Target
 
+MAX_BUFFERED_BYTES = 256 * 2**20
+"""Of all answers together that wait for clients to read them: sixteen of the largest, in a small part of the memory of
+a machine that runs an engine."""
+
 if TYPE_CHECKING:
     from serving.telemetry.traces.traces import Traces
 
@@ -115,7 +119,7 @@ def assemble(
         metrics,
         authentication,
         limiter=RateLimiter(),
-        buffers=AnswerBuffers(max_bytes=settings.serve.max_buffered_bytes),
+        buffers=AnswerBuffers(max_bytes=MAX_BUFFERED_BYTES),
         changes=VersionChanges(registry, store, deployments.served),
         sources=lambda: [source for each in deployments.all for source in each.pool.sources()],
         status=deployments.status,

@@ -103,7 +103,7 @@ class DeploymentBuilder:
         limits = self.settings.serve
         return Admission(
             max_running=limits.max_running,
-            max_tokens=limits.max_running_tokens or limits.max_running * engine.max_model_len,
+            max_tokens=limits.max_running * engine.max_model_len,
             max_queued=limits.max_queued,
             queue_timeout_s=limits.queue_timeout_s,
             wake_timeout_s=engine.start_timeout_s,
@@ -135,7 +135,6 @@ class DeploymentBuilder:
             admission=admission,
             names=names,
             metrics=metrics,
-            retire_timeout_s=self.settings.serve.retire_timeout_s,
         )
 
     def _swap(self, pool: EnginePool, verification: Verification, admission: Admission, names: ModelNames) -> Swap:
@@ -155,7 +154,6 @@ class DeploymentBuilder:
             admission=admission,
             names=names,
             drain_timeout_s=limits.drain_timeout_s,
-            retire_timeout_s=limits.retire_timeout_s,
         )
         return Swap(planner=planner, engine_change=engine_change, pool=pool, admission=admission, names=names)
 

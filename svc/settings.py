@@ -79,7 +79,6 @@ class EngineSettings(_Section):
 
     device: Device = Field(Device.AUTO, description="cpu, cuda, or auto: what the installed vLLM is built for")
     max_model_len: int = Field(2048, ge=16, description="context length, tokens; never more than the model's own")
-    eager: bool | None = Field(None, description="skip compilation; default: true on the CPU, false on a GPU")
     kv_cache_gib: float | None = Field(
         None, gt=0, description="key-value cache on the CPU, GiB; default: what can be used, in half of the free memory"
     )
@@ -146,13 +145,10 @@ class ServeSettings(_Section):
     )
     max_body_bytes: int = Field(4 * 2**20, ge=1024, description="largest request body, bytes")
     max_running: int = Field(
-        256, ge=1, description="requests in the engine at once; one more is answered 429, or waits if it has a key"
-    )
-    max_running_tokens: int | None = Field(
-        None,
+        256,
         ge=1,
-        description="tokens that the answers of running requests may have together, n times max_tokens each; one more "
-        "is answered 429, or waits if it has a key; default: max_running times engine.max_model_len",
+        description="requests in the engine at once, whose answers may have so many times engine.max_model_len tokens "
+        "together; one more is answered 429, or waits if it has a key",
     )
     max_queued: int = Field(
         256,
@@ -166,15 +162,6 @@ class ServeSettings(_Section):
     )
     swap: SwapChoice = Field(
         SwapChoice.AUTO, description="auto: in place where the version fits; bluegreen: always by a second engine"
-    )
-    retire_timeout_s: float = Field(
-        3600.0, gt=0, description="a replaced engine is kept so long for the requests that run in it, seconds"
-    )
-    max_buffered_bytes: int = Field(
-        256 * 2**20,
-        ge=64 * 1024,
-        description="most of all answers together that waits for clients to read it, bytes; half of it, and always one "
-        "answer, for one key, or one address without a key",
     )
     idle_s: float | None = Field(
         None,
@@ -269,9 +256,6 @@ class HoldoutSettings(_Section):
 
     every_hours: float = Field(6.0, ge=0, description="time from one run of the held-out set to the next; 0: no runs")
     requests_per_minute: float = Field(60.0, gt=0, description="fastest pace, held-out examples and scores together")
-    patience_s: float = Field(
-        30.0, ge=0, description="one waits so long for a moment without other requests, then runs beside them, seconds"
-    )
     scored_per_hour: int = Field(200, ge=0, description="live answers that are scored, the newest first; 0: none")
     run_functions: bool = Field(
         False,

@@ -44,7 +44,7 @@ _PAUSE_S = 60.0
 """After a defect, and where the store takes no row."""
 _NEVER = "holdout.every_hours is 0"
 MOST_EXAMPLES = 200
-"""In one run. Each may wait `holdout.patience_s`: at 30 s, 200 take less than two hours, and scores get their turn."""
+"""In one run. Each may wait scheduler.PATIENCE_S, 30 s: 200 take less than two hours, and scores get their turn."""
 
 
 class HoldoutState(StrEnum):

@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 ID_PREFIX = "holdout-"
+PATIENCE_S = 30.0
+"""A background request waits so long for a moment without other requests, then runs beside them. 200 held-out examples
+take less than two hours so, a third of the six hours from one run to the next."""
 _POLL_S = 1.0
 _MOST_DEATHS = 3
 _DEATHS_WITHIN_S = 24 * 3600.0
@@ -76,7 +79,7 @@ class BackgroundScheduler:
             while True:
                 await asyncio.sleep(max(0.0, self._next_at - time.monotonic()))
                 try:
-                    async with self._admission.background_slot.take(self._settings.patience_s):
+                    async with self._admission.background_slot.take(PATIENCE_S):
                         primary = self._pool.primary
                         if primary is None or primary.weights != weights or self.off:
                             raise SupersededError

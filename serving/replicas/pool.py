@@ -35,7 +35,6 @@ class EnginePool:
         make: a replica from its number and what shall hear its changes.
         places: the numbers that engines may have.
         size: how many members, from `fill` on.
-        retire_timeout_s: how long a replaced engine is kept for the requests that run in it.
 
     Attributes:
         members: they take requests when they are ready.
@@ -52,7 +51,6 @@ class EnginePool:
         admission: Admission,
         names: ModelNames,
         metrics: DeploymentMetrics,
-        retire_timeout_s: float,
     ) -> None:
         self._make = make
         self._places = places
@@ -64,7 +62,7 @@ class EnginePool:
         self._watches: dict[Replica, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
         self._primary: Replica | None = None
-        self.retirement = Retirement(self.drop, timeout_s=retire_timeout_s)
+        self.retirement = Retirement(self.drop)
         self.restarts = 0
         self.members: list[Replica] = []
 

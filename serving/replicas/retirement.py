@@ -9,6 +9,9 @@ from serving.replicas.replica import Replica
 
 log = logging.getLogger(__name__)
 
+RETIRE_TIMEOUT_S = 3600.0
+"""Longest time for which a replaced engine is kept for its running requests: longer than any answer takes. Its memory
+is in use until then."""
 _RETRY_S = 30.0
 
 
@@ -17,12 +20,10 @@ class Retirement:
 
     Args:
         drop: ends an engine.
-        timeout_s: how long one is kept for the requests that run in it.
     """
 
-    def __init__(self, drop: Callable[[Replica], Awaitable[None]], *, timeout_s: float) -> None:
+    def __init__(self, drop: Callable[[Replica], Awaitable[None]]) -> None:
         self._drop = drop
-        self._timeout_s = timeout_s
         self._endings: set[asyncio.Task[None]] = set()
         self._cut_starts: set[asyncio.Task[Any]] = set()
 
@@ -65,10 +66,10 @@ class Retirement:
 
     async def _end_drained(self, engine: Replica) -> None:
         try:
-            await engine.drained(self._timeout_s)
+            await engine.drained(RETIRE_TIMEOUT_S)
         except TimeoutError:
             log.warning(
-                "replica %d: %d requests are cut off after %g s", engine.replica, engine.running, self._timeout_s
+                "replica %d: %d requests are cut off after %g s", engine.replica, engine.running, RETIRE_TIMEOUT_S
             )
         await self._end(engine)
 

@@ -21,6 +21,7 @@ from serving.admission.admission import Admission
 from serving.model_names import ModelNames
 from serving.replicas.pool import EnginePool
 from serving.replicas.replica import Replica
+from serving.replicas.retirement import RETIRE_TIMEOUT_S
 from serving.replicas.verification import Verification
 from serving.rollout.cancellation import Cancellation, SupersededError
 from serving.rollout.swap_plan import Report, SwapPlanner
@@ -71,7 +72,6 @@ class EngineChange:
 
     Args:
         drain_timeout_s: longest wait for the requests that run in an engine, in place.
-        retire_timeout_s: the same for an engine that must be replaced while others take the requests.
     """
 
     def __init__(
@@ -83,7 +83,6 @@ class EngineChange:
         admission: Admission,
         names: ModelNames,
         drain_timeout_s: float,
-        retire_timeout_s: float,
     ) -> None:
         self._planner = planner
         self._verification = verification
@@ -91,7 +90,6 @@ class EngineChange:
         self._admission = admission
         self._names = names
         self._drain_timeout_s = drain_timeout_s
-        self._retire_timeout_s = retire_timeout_s
 
     async def run(self, change: SwapInProgress, engine: Replica) -> Result:
         """One engine, in place or by another that takes its place."""
@@ -294,8 +292,8 @@ class EngineChange:
             return SwapOutcome.RESTORED if await self._start_before(change, engine) else SwapOutcome.FAILED
 
     async def _end_requests(self, engine: Replica) -> None:
-        """Returns when nothing runs, or after `retire_timeout_s`; after `drain_timeout_s` where requests are queued."""
-        deadline, queueing = time.monotonic() + self._retire_timeout_s, False
+        """Return when nothing runs, or after RETIRE_TIMEOUT_S; after `drain_timeout_s` where requests are queued."""
+        deadline, queueing = time.monotonic() + RETIRE_TIMEOUT_S, False
         while engine.running and time.monotonic() < deadline:
             if not queueing and not self._pool.ready:
                 queueing, deadline = True, min(deadline, time.monotonic() + self._drain_timeout_s)

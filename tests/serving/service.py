@@ -16,7 +16,7 @@ from serving.admission.admission import Admission
 from serving.admission.errors import EngineUnavailableError
 from serving.admission.party import Party
 from serving.admission.rate_limiter import RateLimiter
-from serving.assembly import GatewayParts, assemble_gateway
+from serving.assembly import MAX_BUFFERED_BYTES, GatewayParts, assemble_gateway
 from serving.http.authentication import Authentication
 from serving.http.connections import ClientProtocol, watched
 from serving.http.delivery import AnswerBuffers
@@ -102,7 +102,7 @@ def gateway(
         metrics,
         authentication,
         limiter=limiter or RateLimiter(),
-        buffers=buffers or AnswerBuffers(max_bytes=settings.serve.max_buffered_bytes),
+        buffers=buffers or AnswerBuffers(max_bytes=MAX_BUFFERED_BYTES),
         changes=VersionChanges(Registry(settings.home / "models", AliasBook()), store, dict),
         sources=sources,
         status=status,
@@ -171,7 +171,7 @@ class Service:
         limits = ServeSettings(**settings)
         self.admission = Admission(
             max_running=limits.max_running,
-            max_tokens=limits.max_running_tokens or limits.max_running * CONTEXT,
+            max_tokens=limits.max_running * CONTEXT,
             max_queued=limits.max_queued,
             queue_timeout_s=limits.queue_timeout_s,
         )
@@ -181,7 +181,7 @@ class Service:
         DeploymentMetrics(DeploymentInstruments(self.registry), NAME).watch_admission(
             lambda: self.admission.running, lambda: self.admission.queued
         )
-        self.gateway_buffers = buffers or AnswerBuffers(max_bytes=limits.max_buffered_bytes)
+        self.gateway_buffers = buffers or AnswerBuffers(max_bytes=MAX_BUFFERED_BYTES)
         store = store or create_engine("sqlite://")
         self.authenticator = Authenticator(store)
         self.authentication = KnownCallers(

@@ -142,7 +142,7 @@ async def test_a_second_key_gets_its_turn_in_order_when_the_first_floods(make: M
 
 @pytest.mark.parametrize("swap", [SwapChoice.AUTO, SwapChoice.BLUEGREEN])
 async def test_no_request_is_lost_when_a_swap_comes_while_they_wait_for_adapters(make: Make, swap: SwapChoice) -> None:
-    control = made(make, swap=swap, adapters=AdapterSettings(max_loaded=3), retire_timeout_s=5.0)
+    control = made(make, swap=swap, adapters=AdapterSettings(max_loaded=3))
     async with control.run(), control.client() as client:
         first = control.double
         await occupied(control, client)

@@ -159,8 +159,6 @@ class _Planner:
         if given_flag(self._args, "enforce-eager") is not None:
             return Choice(name, eager, Origin.ARGS, variables=variables)
         arguments = ("--enforce-eager",) if eager else ()
-        if self._settings.eager is not None:
-            return Choice(name, eager, Origin.SETTING, "", arguments, variables)
         reason = "on a CPU, compiling costs a minute and gains a quarter" if self._cpu else "a GPU gains by compiling"
         return Choice(name, eager, Origin.MACHINE, reason, arguments, variables)
 
@@ -309,9 +307,8 @@ class _Planner:
 
 
 def is_eager(settings: EngineSettings, device: Device) -> bool:
-    """Whether compilation is skipped: by `engine.args`, else by the setting, else on the CPU."""
+    """Return whether compilation is skipped: as `engine.args` say, else on the CPU."""
     said = given_flag(settings.args, "enforce-eager")
-    said = settings.eager if said is None else said
     return device is Device.CPU if said is None else said
 
 

@@ -41,7 +41,7 @@ from tests.serving.versions import FACTS, HELDOUT, MAX_TOKENS, NAME, RESULT, mak
 
 pytestmark = pytest.mark.slow
 
-FAST: dict[str, Any] = {"requests_per_minute": 1e6, "patience_s": 5.0}
+FAST: dict[str, Any] = {"requests_per_minute": 1e6}
 
 
 def runs_of(control: Control, **settings: Any) -> HoldoutRuns:
@@ -294,12 +294,13 @@ async def test_a_death_in_the_middle_drops_the_run_and_begins_another(make: Make
 
 
 @pytest.mark.slow
-async def test_a_run_under_load_is_whole_and_costs_no_request(make: Make) -> None:
+async def test_a_run_under_load_is_whole_and_costs_no_request(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.background.scheduler.PATIENCE_S", 0.02)
     control = make(answered=3)
     control.park.prepare = lambda double: setattr(double, "token_delay_s", 0.002)
     async with (
         control.run(),
-        running(runs_of(control, patience_s=0.02)),
+        running(runs_of(control)),
         control.client() as client,
         Load(client).run() as load,
     ):

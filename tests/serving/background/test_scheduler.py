@@ -21,7 +21,7 @@ PROMPT = [Message(Role.USER, "one two three")]
 
 
 def questions(control: Control, **settings: float) -> BackgroundScheduler:
-    fast = {"requests_per_minute": 1e6, "patience_s": 5.0} | settings
+    fast = {"requests_per_minute": 1e6} | settings
     return BackgroundScheduler(control.admission, control.pool, HoldoutSettings.model_validate(fast))
 
 
@@ -94,13 +94,16 @@ async def test_a_swap_waits_for_no_answer_and_ends_the_question(control: Control
         await asking
 
 
-async def test_a_swap_that_is_given_up_leaves_the_question_to_be_put_again(make: Make) -> None:
+async def test_a_swap_that_is_given_up_leaves_the_question_to_be_put_again(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.background.scheduler.PATIENCE_S", 0.0)
     async with make(drain_timeout_s=0.2).run() as control, control.client() as client:
         control.park.room = "full"
         control.double.token_delay_s = 0.2
         running = asyncio.create_task(ask(client, stream=False))
         await until(lambda: control.double.running)
-        asking = asyncio.create_task(questions(control, patience_s=0.0).ask(control.replica.weights, put))
+        asking = asyncio.create_task(questions(control).ask(control.replica.weights, put))
         await until(lambda: control.double.running == 2)
         assert (await control.promote(2)).outcome is SwapOutcome.REFUSED
         assert (await asking).text == "1.0 1.1 "

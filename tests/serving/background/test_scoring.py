@@ -40,7 +40,7 @@ KEPT = RECORD._replace(
     prompt=json.dumps(PROMPT),
     answer="an answer",
 )
-FAST: dict[str, Any] = {"requests_per_minute": 1e6, "patience_s": 5.0, "scored_per_hour": 10**9}
+FAST: dict[str, Any] = {"requests_per_minute": 1e6, "scored_per_hour": 10**9}
 
 
 def kept(*, minutes_ago: float = 1, **fields: Any) -> RequestRecord:

@@ -509,7 +509,7 @@ class TestLargeAnswers:
 
     @pytest.mark.parametrize("asked", [{"n": 1024}, {"n": 2, "max_tokens": 2_000}], ids=["no limit", "a limit"])
     async def test_more_tokens_than_may_ever_run(self, socket_folder: Path, asked: dict[str, int]) -> None:
-        async with Service(socket_folder, max_running_tokens=3_000).run() as service, service.client() as client:
+        async with Service(socket_folder, max_running=1).run() as service, service.client() as client:
             answer = await client.post(CHAT_PATH, json={**CHAT, **asked})
             assert (answer.status_code, error_of(answer)["code"]) == (400, "too_many_tokens")
             assert service.double.requests == []

@@ -30,7 +30,7 @@ def test_the_kind_of_an_engine_follows_its_models_settings_when_they_differ(
     tmp_path: Path, name: str, mode: str
 ) -> None:
     (tmp_path / "config.json").write_text("{}")
-    assert slots_of(tmp_path, engine={"eager": False}).facts(name, tmp_path).mode == mode
+    assert slots_of(tmp_path, engine={"args": ["--no-enforce-eager"]}).facts(name, tmp_path).mode == mode
 
 
 def test_memory_is_checked_for_each_engine_of_each_version_when_several_are_to_start(

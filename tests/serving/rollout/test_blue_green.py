@@ -165,8 +165,11 @@ async def test_where_both_engines_are_gone_the_version_before_comes_back(control
         await control.serves(target(1))
 
 
-async def test_a_replaced_engine_ends_at_last_whatever_still_runs_in_it(make: Make) -> None:
-    control = make(swap=SwapChoice.BLUEGREEN, retire_timeout_s=0.1)
+async def test_a_replaced_engine_ends_at_last_whatever_still_runs_in_it(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.replicas.retirement.RETIRE_TIMEOUT_S", 0.1)
+    control = make(swap=SwapChoice.BLUEGREEN)
     async with control.run(), control.client() as client:
         control.double.token_delay_s = 60
         endless = asyncio.create_task(ask(client, stream=True))

@@ -191,7 +191,7 @@ GPTQ: dict[str, Any] = {"quantization_config": {"quant_method": "gptq", "bits": 
 
 
 def test_facts_tell_compiled_from_eager(tmp_path: Path) -> None:
-    eager, compiled = (facts_of(tmp_path, eager=value) for value in (True, False))
+    eager, compiled = (facts_of(tmp_path, args=(value,)) for value in ("--enforce-eager", "--no-enforce-eager"))
     assert eager != compiled
     assert eager == facts_of(tmp_path)
 

@@ -165,18 +165,18 @@ def test_further_arguments_come_last_so_that_they_win(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "eager", "expected"),
+    ("device", "arguments", "expected"),
     [
-        (Device.CPU, None, True),
-        (Device.CUDA, None, False),
-        (Device.CPU, False, False),
-        (Device.CUDA, True, True),
+        (Device.CPU, (), True),
+        (Device.CUDA, (), False),
+        (Device.CPU, ("--no-enforce-eager",), False),
+        (Device.CUDA, ("--enforce-eager",), True),
     ],
 )
 def test_compilation_is_skipped_on_the_cpu_unless_said_otherwise(
-    tmp_path: Path, device: Device, eager: bool | None, expected: bool
+    tmp_path: Path, device: Device, arguments: tuple[str, ...], expected: bool
 ) -> None:
-    made = spec(tmp_path, device=device, eager=eager)
+    made = spec(tmp_path, device=device, args=arguments)
     assert ("--enforce-eager" in command(made)) is expected
     assert ("TORCHDYNAMO_DISABLE" in environment(made)) is expected
 
@@ -221,12 +221,6 @@ def test_one_engine_has_one_plan_whatever_the_machine_does_meanwhile(
 
 def test_a_load_format_in_the_arguments_is_not_passed_twice(tmp_path: Path) -> None:
     assert command(spec(tmp_path, args=("--load_format=dummy",))).count("--load-format") == 0
-
-
-@pytest.mark.parametrize(("argument", "eager"), [("--enforce-eager", True), ("--no-enforce-eager", False)])
-def test_arguments_decide_on_compilation_before_the_setting(tmp_path: Path, argument: str, eager: bool) -> None:
-    made = spec(tmp_path, args=(argument,), eager=not eager)
-    assert ("TORCHDYNAMO_DISABLE" in environment(made)) is eager
 
 
 def test_engines_that_share_a_gpu_by_number_are_started_otherwise_with_another_number(tmp_path: Path) -> None:
