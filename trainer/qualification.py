@@ -15,7 +15,15 @@ from pydantic import BaseModel, ConfigDict
 from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.engine import Engine
-from svc.engine.probes import EngineFacts, Probe, check_probes, choose_sequences, make_probes, measure_probes
+from svc.engine.probes import (
+    MAX_PROBES,
+    EngineFacts,
+    Probe,
+    check_probes,
+    choose_sequences,
+    make_probes,
+    measure_probes,
+)
 from svc.engine.vllm.client import EngineClient
 from svc.engine.vllm.startup_phase import EnginePhase
 from svc.evaluation.answer_limit import answer_limits
@@ -172,7 +180,7 @@ class Qualifier:
         answered = await self._ask_general(client, text) if general else ()
         picked = self._tokenized[:: self._stride()]
         with waiting(f"probes of {text}"):
-            sequences = choose_sequences([(example.prompt, example.answer) for example in picked], options.probes)
+            sequences = choose_sequences([(example.prompt, example.answer) for example in picked], MAX_PROBES)
             measured = await measure_probes(client, sequences, repeats=options.repeats)
             probes = make_probes(sequences, measured, self._facts(folder))
         with waiting(f"speed and parity of {text}"):
@@ -257,7 +265,7 @@ class Qualifier:
         return engine
 
     def _stride(self) -> int:
-        return max(1, len(self.judged) // self._options.probes)
+        return max(1, len(self.judged) // MAX_PROBES)
 
 
 def _begins_with(example: TokenizedExample, prompt: Sequence[int]) -> bool:

@@ -90,8 +90,8 @@ async def test_the_answers_of_a_format_are_kept_one_by_one() -> None:
 
 
 async def test_probes_are_those_of_the_weights_and_of_this_kind_of_engine() -> None:
-    qualified = await qualifier(Engines(), qualify={"repeats": 1, "probes": 3}).alone(GPTQ, "gptq")
-    assert len(qualified.probes) == 3
+    qualified = await qualifier(Engines(), qualify={"repeats": 1}).alone(GPTQ, "gptq")
+    assert len(qualified.probes) == 4
     for probe in qualified.probes:
         expected = [logprob_of(str(GPTQ), t, i) for i, t in enumerate(probe.token_ids) if i >= probe.start]
         assert probe.logprobs == pytest.approx(expected)

@@ -66,7 +66,7 @@ def _steps(recipe: Recipe, device: ComputeDevice) -> Iterator[Changes]:
     elif recipe.base_quantization is None:
         yield {"quantization": "nf4"}
     if recipe.rank > _FEWEST_RANKS:
-        yield {"adapter.rank": _FEWEST_RANKS} | ({"adapter.initial_rank": None} if recipe.adapter.initial_rank else {})
+        yield {"adapter.rank": _FEWEST_RANKS}
     longest = recipe.train.max_length
     while (longest := longest // 2) >= _SHORTEST:
         yield {"train.max_length": longest, "train.too_long": "drop"}

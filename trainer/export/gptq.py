@@ -41,6 +41,8 @@ _IN_ONE = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj") | dict.fromk
     ("gate_proj", "up_proj"), "gate_up_proj"
 )
 """Layers that the engine has as one."""
+_BITS = 4
+"""The only width that the engine's CPU kernel takes."""
 _BATCH = 4  # calibration examples in one forward pass
 _SCALE_ERROR = 2.0
 """A group's scale is the one with the least squared error of its weights, not the one that reaches the largest."""
@@ -272,7 +274,7 @@ def _run_gptqmodel(
         from gptqmodel import GPTQModel, QuantizeConfig
 
         config = QuantizeConfig(
-            bits=quantize.bits,
+            bits=_BITS,
             group_size=quantize.group_size,
             desc_act=False,
             act_group_aware=True,

@@ -162,8 +162,6 @@ class Adapter(_Section):
     """layers: attention-min is query and value"""
     rslora: bool = False
     """scale by alpha / sqrt(rank), so that large ranks learn as fast; LoRA only"""
-    initial_rank: Annotated[int, Field(ge=2, le=1536)] | None = None
-    """adalora begins with this rank everywhere and ends with `rank` in the mean; default 1.5 x rank"""
 
 
 class Schedule(StrEnum):
@@ -274,10 +272,8 @@ class Checkpoints(_Section):
 
 
 class Quantize(_Section):
-    """GPTQ. `group_size` must divide the model's layer widths; 64 fits most, 128 is customary for large models."""
+    """GPTQ in 4 bits. `group_size` must divide the model's layer widths: 64 fits most, 128 is common for large models."""
 
-    bits: Literal[4] = 4
-    """the only width that the engine's CPU kernel takes"""
     group_size: Literal[32, 64, 128] = 64
     """weights that share a scale"""
     samples: int = Field(64, ge=8, le=1024)
@@ -354,8 +350,6 @@ class Evaluate(_Section):
 class Qualify(_Section):
     """The probes that verify, at every later load, that the engine runs these weights."""
 
-    probes: int = Field(8, ge=1, le=8)
-    """how many"""
     repeats: int = Field(20, ge=1)
     """measurements of the engine's own noise, which is the tolerance's floor"""
     restart: bool = True
@@ -416,6 +410,8 @@ def suggest(key: str, known: Sequence[str]) -> str:
 # Held-out loss after 240 examples of the section task (SmolLM2-135M, 15 steps): lora 0.45; full 0.43; adalora 0.37, at
 # 2e-3 2.52; vera 0.36, at 2e-2 0.73. Their vectors start at or near 0, and Adam moves each by no more than the rate.
 _LEARNING_RATES = {None: 5e-5, AdapterType.ADALORA: 1e-2, AdapterType.VERA: 6e-2}
+_UNUSED = {AdapterType.VERA: frozenset({"alpha", "rslora"}), AdapterType.ADALORA: frozenset({"rslora"})}
+"""Keys of `adapter` that a type has no use for."""
 _ADAPTER_TYPES = {Method.FULL: None, Method.QLORA: AdapterType.LORA} | {
     method: AdapterType(method) for method in Method if method not in (Method.FULL, Method.QLORA)
 }
@@ -479,20 +475,9 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _fits_method(self) -> "Recipe":
         """A key that the method has no use for would be believed to have one."""
-        given = self.adapter.model_fields_set
-        match self.adapter_type:
-            case None:
-                unused = given
-            case AdapterType.VERA:
-                unused = given & {"alpha", "rslora", "initial_rank"}
-            case AdapterType.ADALORA:
-                unused = given & {"rslora"}
-            case _:
-                unused = given & {"initial_rank"}
-        if unused:
-            raise ValueError(f"adapter.{min(unused)} means nothing for {self.adapter_type or f'method {self.method}'}")
-        if self.adapter_type is AdapterType.ADALORA and self.initial_rank <= self.rank:
-            raise ValueError(f"adapter.initial_rank {self.initial_rank} is not above the final rank {self.rank}")
+        given, kind = self.adapter.model_fields_set, self.adapter_type
+        if unused := given & _UNUSED.get(kind, frozenset()) if kind else given:
+            raise ValueError(f"adapter.{min(unused)} means nothing for {kind or f'method {self.method}'}")
         return self
 
     def flat(self) -> dict[str, str]:
@@ -504,8 +489,6 @@ class Recipe(_Section):
         else:
             chosen |= {"adapter.type": self.adapter_type, "adapter.rank": self.rank, "adapter.alpha": self.alpha}
             chosen |= {"quantization": self.base_quantization}
-        if self.adapter_type is AdapterType.ADALORA:
-            chosen["adapter.initial_rank"] = self.initial_rank
         keys: dict[str, Any] = {}
         for name, section in sections.items():
             if isinstance(section, dict):
@@ -547,5 +530,5 @@ class Recipe(_Section):
 
     @property
     def initial_rank(self) -> int:
-        """AdaLoRA's first rank; 1.5 times the final one, as in its paper."""
-        return self.adapter.initial_rank or math.ceil(1.5 * self.rank)
+        """AdaLoRA's rank in every layer before it shares ranks out: 1.5 times the final average, as in its paper."""
+        return math.ceil(1.5 * self.rank)

@@ -210,7 +210,7 @@ def possible_ranks(recipe: Recipe) -> list[int]:
         return []
     scale = 16 if recipe.adapter_type is AdapterType.VERA else 1
     ranks = {rank * scale for rank in _RANKS} | {recipe.rank}
-    return sorted(rank for rank in ranks if rank < (recipe.adapter.initial_rank or math.inf))
+    return sorted(ranks)
 
 
 def _combinations(space: Space, most: int | None) -> Sequence[dict[str, Any] | None]:

@@ -11,7 +11,7 @@ from tests.trainer.conftest import make_recipe
 from trainer.model.adalora import RankAllocation
 from trainer.model.peft_config import adapter_config
 
-RANK, INITIAL_RANK, LAYERS = 2, 4, 4
+RANK, INITIAL_RANK, LAYERS = 2, 3, 4
 SHAPE = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
@@ -25,7 +25,7 @@ def kept_ranks(model: PeftModel) -> int:
 def run(steps: int, *, skipped: int = 0) -> PeftModel:
     """A model after so many steps with random gradients, of which the optimizer leaves out the first ones."""
     set_seed(0)
-    recipe = make_recipe(method="adalora", adapter={"rank": RANK, "initial_rank": INITIAL_RANK})
+    recipe = make_recipe(method="adalora", adapter={"rank": RANK})
     config = adapter_config(recipe, ["q_proj", "v_proj"], steps)
     model = get_peft_model(LlamaForCausalLM(LlamaConfig(**SHAPE)), config)
     allocation, state = RankAllocation(model), TrainerState()

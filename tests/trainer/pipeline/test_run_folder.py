@@ -100,7 +100,7 @@ JUDGED = {Stage.EVALUATE, Stage.QUALIFY, Stage.PARITY, Stage.JUDGE, Stage.REGIST
         ({"quantize": {"group_size": 32}}, {Stage.QUANTIZE, Stage.QUALIFY, Stage.PARITY, Stage.REGISTER}),
         ({"evaluate": {"max_tokens": 8}}, JUDGED),
         ({"evaluate": {"limit": 1}}, JUDGED),
-        ({"qualify": {"probes": 2}}, JUDGED),
+        ({"qualify": {"repeats": 2}}, JUDGED),
         ({"evaluate": {"max_gptq_loss": 0.5}}, {Stage.REGISTER}),
         ({"evaluate": {"max_gptq_nll": 0.5}}, {Stage.REGISTER}),
         ({"evaluate": {"metrics": ["chrf"]}}, {Stage.REGISTER}),

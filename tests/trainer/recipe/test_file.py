@@ -91,7 +91,6 @@ def test_a_base_that_is_no_path_stays_what_it_is(write: Write, base: str) -> Non
         ({"train": None}, "'train' is None"),
         ({"train": []}, "'train' is []"),
         ({"adapter": {"rank": 0}}, "'adapter.rank' is 0"),
-        ({"quantize": {"bits": 8}}, "'quantize.bits' is 8: input should be 4"),
         ({"quantize": {"group_size": 48}}, "'quantize.group_size' is 48: input should be 32, 64 or 128"),
         ({"name": "My Model"}, "'name' is 'My Model'"),
         ({"name": "a/../b"}, "'name' is 'a/../b'"),
