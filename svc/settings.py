@@ -193,7 +193,7 @@ class RequestLimits(_Section):
     field_values: int = Field(
         4096, ge=1, description="values in any other field, at all depths: logit_bias, metadata, documents, ..."
     )
-    depth: int = Field(64, ge=1, description="levels of objects and arrays")
+    depth: int = Field(64, ge=1, le=500, description="levels of objects and arrays")
 
 
 def _pattern(text: str) -> str:

@@ -11,19 +11,20 @@ on a machine with two cores:
   3,000; where `maxProperties` is half of them, in 0.1 for 40, 2 for 100, and for 300 it is read in 1 s alone.
 - Each length of strings takes about 1.4 s to compile, however long.
 - Of EBNF, `choice`, `enum`, `anyOf` and nested objects 64 KiB are read in 0.1 s and compiled in half a second.
+
+The depth of a grammar is limited with that of the whole request, by serving.protocols.structure.
 """
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from serving.protocols.json_values import count_values, is_deeper
+from serving.protocols.json_values import count_values
+from serving.protocols.refusal import Refusal
 
 MOST_BYTES = 64 * 1024
 """Of all grammars of a request, as JSON."""
-MOST_LEVELS = 100
-"""Of objects and arrays: more than vLLM takes of any grammar, with what is around it in a request."""
 MOST_VALUES = 8192
 """Of all grammars of a request; to check more would hold the event loop."""
 MOST_PROPERTIES = 500
@@ -45,26 +46,46 @@ _OPTIONAL = 20
 _LONGEST_NUMBER = 6  # digits; more are as good as these
 
 
+def find_excessive_grammar(fields: Mapping[str, Any]) -> Refusal | None:
+    """Return the first grammar of a request that is beyond a limit; None where all together are within the limits."""
+    grammars = {param: grammar for param, grammar in _grammars_of(fields) if grammar is not None}
+    if not grammars or not (limit := excess([*grammars.values()])):
+        return None
+    param = next((param for param, grammar in grammars.items() if excess([grammar])), next(iter(grammars)))
+    return Refusal(param, f"'{param}' would keep the engine busy, which other clients share", limit, "make it simpler")
+
+
+def _grammars_of(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield every field that vLLM makes a grammar of, on whichever route."""
+    for name in ("response_format", "structured_outputs"):
+        yield name, fields.get(name)
+    for name in ("text", "output_config"):  # of responses, of messages
+        outer = fields.get(name)
+        yield f"{name}.format", outer.get("format") if isinstance(outer, dict) else None
+    tools, choice = fields.get("tools"), fields.get("tool_choice")
+    if isinstance(tools, list):
+        kind = choice.get("type") if isinstance(choice, dict) else choice
+        if kind not in (None, "auto", "none") or any(node.get("strict") for node in _objects(tools, read=False)):
+            yield "tools", tools
+
+
 def excess(grammar: Any) -> str | None:
-    """Which limit a grammar is beyond, in words; None where it is within all.
+    """Return the limit that a grammar is beyond, in words; None where it is within all.
 
     Args:
         grammar: a JSON value with schemas anywhere in it; text that is JSON is read, other text is EBNF.
     """
     if count_values(grammar, MOST_VALUES) > MOST_VALUES:
         return f"at most {MOST_VALUES} values"
-    if is_deeper(grammar, MOST_LEVELS):
-        return "at most 64 levels of objects and arrays"  # vLLM's own limit
     if len(json.dumps(grammar)) > MOST_BYTES:
         return f"at most {MOST_BYTES // 1024} KiB"
     lengths = atoms = 0
-    for node in objects(grammar):
-        if excessive := _excess_of_object(node):
+    for node in _objects(grammar):
+        if excessive := _excess_of_properties(node):
             return excessive
         lengths += "maxLength" in node or "minLength" in node
         for pattern in _patterns(node):
-            size = written_out(pattern)
-            atoms += size
+            atoms += (size := written_out(pattern))
             if size > MOST_ATOMS:
                 return f"a pattern of at most {MOST_ATOMS} characters with its repetitions written out"
             if atoms > MOST_ATOMS_TOGETHER:
@@ -72,15 +93,16 @@ def excess(grammar: Any) -> str | None:
     return f"at most {MOST_LENGTHS} strings with a length" if lengths > MOST_LENGTHS else None
 
 
-def _excess_of_object(node: dict[str, Any]) -> str | None:
+def _excess_of_properties(node: dict[str, Any]) -> str | None:
     properties = node.get("properties")
     if not isinstance(properties, dict):
         return None
-    if len(properties) > MOST_PROPERTIES:
+    count = len(properties)
+    if count > MOST_PROPERTIES:
         return f"at most {MOST_PROPERTIES} properties of an object"
-    bounds = [node.get(name) for name in ("minProperties", "maxProperties")]
+    bounds = (node.get(name) for name in ("minProperties", "maxProperties"))
     most = max((bound for bound in bounds if isinstance(bound, int | float)), default=0)
-    if len(properties) * min(most, len(properties)) > MOST_CHOICES_OF_PROPERTIES:
+    if count * min(most, count) > MOST_CHOICES_OF_PROPERTIES:
         return f"properties of an object times 'maxProperties' at most {MOST_CHOICES_OF_PROPERTIES}"
     return None
 
@@ -93,8 +115,8 @@ def _patterns(node: dict[str, Any]) -> Iterator[str]:
         yield from named
 
 
-def objects(grammar: Any, *, read: bool = True) -> Iterator[dict[str, Any]]:
-    """All objects in a JSON value, at any depth.
+def _objects(grammar: Any, *, read: bool = True) -> Iterator[dict[str, Any]]:
+    """Yield all objects in a JSON value, at any depth.
 
     Args:
         read: also those in text that is JSON itself.
@@ -117,15 +139,15 @@ def _read(value: Any) -> Any:
 
 
 def written_out(pattern: str) -> int:
-    """How many characters and classes a regular expression has when its repetitions with a bound are written out.
+    """Return how many characters and classes a regular expression has with its bounded repetitions written out.
 
     An optional part counts for many. Counts no further than to what is too many.
     """
     sums, last = [0], 0  # of each open group; of what a repetition would repeat
     before = ""
     for step, atom in enumerate(_ATOM.finditer(pattern)):
-        if bounds := [bound for bound in atom.groups() if bound]:
-            times = max(int(bound[:_LONGEST_NUMBER]) for bound in bounds)
+        if bounds := [int(bound[:_LONGEST_NUMBER]) for bound in atom.groups() if bound]:
+            times = max(bounds)
             sums[-1] += last * max(0, times - 1)
             last *= max(1, times)
         elif atom[0] == "(":

@@ -23,7 +23,7 @@ _TOKEN_IDS = frozenset({"allowed_token_ids", "stop_token_ids", "logprob_token_id
 _SHORTEST_VALUE = 2
 """Bytes, with what separates it from the next one."""
 _GRAMMARS = frozenset({"response_format", "structured_outputs", "text", "output_config"})
-"""Limited by serving.protocols.grammar_limits."""
+"""Their size and number of values is limited by serving.protocols.grammar_limits, which also reads what is in them."""
 
 
 class _Unusual(NamedTuple):
@@ -69,7 +69,8 @@ def _excess_of(name: str, value: Any, route: Route, limits: RequestLimits, room:
         return None
     if type(value) is list:
         if name in _TOKEN_IDS:
-            return None if _are_token_ids(value) else _no_token_ids(name)
+            wrong = f"'{name}' has elements that are not token ids"
+            return None if _are_token_ids(value) else Refusal(name, wrong, "a list of integers from 0", "")
         if name in _TURNS:
             return _excess_of_turns(name, value, limits, room) or _excess_of_unusual(name, value, route, room)
         if name == "system":
@@ -123,10 +124,6 @@ def _excess_of_prompt(prompt: Any) -> Refusal | None:
 
 def _are_token_ids(values: Sequence[Any]) -> bool:
     return not values or (set(map(type, values)) == {int} and min(values) >= 0)
-
-
-def _no_token_ids(name: str) -> Refusal:
-    return Refusal(name, f"'{name}' has elements that are not token ids", "a list of integers from 0", "")
 
 
 def _too_many(name: str, what: str, count: int, most: int) -> Refusal | None:

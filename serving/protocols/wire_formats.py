@@ -67,6 +67,10 @@ TOKEN = Seen(token=True)
 class WireFormat(ABC):
     """What the gateway reads of the requests and answers of a route."""
 
+    _plain_head: bytes
+    """How an event begins that brings text and nothing else."""
+    _error_head = b"event: error\ndata: "
+
     def classify(self, event: bytes) -> Seen:
         """All that an event says."""
         if self.is_plain_token(event):
@@ -75,9 +79,9 @@ class WireFormat(ABC):
         token = not usage and not end and self.is_token(event)
         return Seen(token, end, usage, self.finish_reason(event), find_error(event))
 
-    @abstractmethod
     def is_plain_token(self, event: bytes) -> bool:
-        """One look, without parsing; False also where that does not suffice."""
+        """Return whether one look, without parsing, shows that an event brings text and nothing else."""
+        return event.startswith(self._plain_head) and b'"error"' not in event
 
     @abstractmethod
     def usage(self, part: bytes) -> Usage | None:
@@ -99,21 +103,26 @@ class WireFormat(ABC):
     def prompt(self, fields: Mapping[str, Any]) -> Any:
         """The messages of a request, or its plain prompt."""
 
-    @abstractmethod
     def text(self, parts: Iterable[bytes]) -> str:
-        """What the model wrote; empty where there is no text, as in tool calls."""
+        """Return the text of an answer's first choice; empty where there is none, as in tool calls."""
+        return "".join(map(self._part_text, parts))
 
     @abstractmethod
+    def _part_text(self, part: bytes) -> str: ...
+
     def error_event(self, error: bytes) -> bytes:
-        """The event that ends a broken answer.
+        """Return the event that ends a broken answer.
 
         Args:
             error: JSON of an object with `error`, as an answer on the route would have it.
         """
+        return self._error_head + error + b"\n\n"
 
 
 class CompletionsFormat(WireFormat):
     """Chat and plain completions."""
+
+    _error_head = b"data: "
 
     def is_plain_token(self, event: bytes) -> bool:
         return _PLAIN_TOKEN.fullmatch(event) is not None
@@ -144,13 +153,9 @@ class CompletionsFormat(WireFormat):
     def prompt(self, fields: Mapping[str, Any]) -> Any:
         return fields.get("messages", fields.get("prompt"))
 
-    def text(self, parts: Iterable[bytes]) -> str:
-        """Of the first choice."""
-        choices = [choice for part in parts for choice in json_of(part).get("choices") or []]
+    def _part_text(self, part: bytes) -> str:
+        choices = json_of(part).get("choices") or []
         return "".join(_choice_text(choice) for choice in choices if choice.get("index", 0) == 0)
-
-    def error_event(self, error: bytes) -> bytes:
-        return b"data: " + error + b"\n\n"
 
 
 def _choice_text(choice: dict[str, Any]) -> str:
@@ -164,8 +169,7 @@ class ResponsesFormat(WireFormat):
     Parsed and not searched: tools, which the client wrote, come back in it.
     """
 
-    def is_plain_token(self, event: bytes) -> bool:
-        return event.startswith(b"event: response.output_text.delta\ndata: ") and b'"error"' not in event
+    _plain_head = b"event: response.output_text.delta\ndata: "
 
     def usage(self, part: bytes) -> Usage | None:
         return _usage(self._whole(part).get("usage"), "input_tokens", "output_tokens")
@@ -194,11 +198,8 @@ class ResponsesFormat(WireFormat):
         instructions = fields.get("instructions")
         return [{"role": "system", "content": instructions}, *turns] if instructions else turns
 
-    def text(self, parts: Iterable[bytes]) -> str:
-        return "".join(self._part_text(part) for part in parts)
-
     def error_event(self, error: bytes) -> bytes:
-        return b'event: error\ndata: {"type": "error", ' + error[1:] + b"\n\n"
+        return super().error_event(b'{"type": "error", ' + error[1:])
 
     def _part_text(self, part: bytes) -> str:
         if is_event(part):
@@ -218,8 +219,7 @@ class MessagesFormat(WireFormat):
     Parsed and not searched: the input of a tool, which the model wrote, is an object in them.
     """
 
-    def is_plain_token(self, event: bytes) -> bool:
-        return event.startswith(b"event: content_block_delta\ndata: ") and b'"error"' not in event
+    _plain_head = b"event: content_block_delta\ndata: "
 
     def usage(self, part: bytes) -> Usage | None:
         """Of a stream in its `message_delta`: its first event has counts too, of an answer without tokens."""
@@ -244,12 +244,6 @@ class MessagesFormat(WireFormat):
     def prompt(self, fields: Mapping[str, Any]) -> Any:
         turns, system = fields.get("messages"), fields.get("system")
         return [{"role": "system", "content": system}, *turns] if system and isinstance(turns, list) else turns
-
-    def text(self, parts: Iterable[bytes]) -> str:
-        return "".join(self._part_text(part) for part in parts)
-
-    def error_event(self, error: bytes) -> bytes:
-        return b"event: error\ndata: " + error + b"\n\n"
 
     def _part_text(self, part: bytes) -> str:
         if is_event(part):

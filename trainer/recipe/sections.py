@@ -272,7 +272,7 @@ class Checkpoints(_Section):
 
 
 class Quantize(_Section):
-    """GPTQ in 4 bits. `group_size` must divide the model's layer widths: 64 fits most, 128 is common for large models."""
+    """GPTQ in 4 bits. `group_size` must divide the model's layer widths: 64 fits most, large models often have 128."""
 
     group_size: Literal[32, 64, 128] = 64
     """weights that share a scale"""

@@ -112,24 +112,6 @@ def test_no_text_takes_long_to_look_at(unit: str) -> None:
     assert time.perf_counter() - started < 1
 
 
-def nested(levels: int) -> dict[str, Any]:
-    value: dict[str, Any] = {}
-    for _ in range(levels - 1):
-        value = {"a": value}
-    return value
-
-
-@pytest.mark.parametrize("levels", [101, 5_000, 50_000])
-def test_what_is_nested_too_deeply_is_beyond_a_limit(levels: int) -> None:
-    assert excess(nested(levels)) is not None
-
-
-def test_the_levels_that_vllm_takes_are_within_the_limit() -> None:
-    schema, structural_tag = 64, 64 + 16  # vllm.sampling_params
-    wrapped = {"json_schema": {"schema": nested(schema)}}
-    assert excess([wrapped, {"structural_tag": nested(structural_tag)}]) is None
-
-
 BAD = pattern("a{9999}")
 FUNCTION = {"type": "function", "function": {"name": "f", "parameters": BAD}}
 

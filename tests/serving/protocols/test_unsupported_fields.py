@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.protocols.route import Route
-from serving.protocols.unsupported_fields import CHECKS, MOST_ANSWERS, Check, find_refusal
+from serving.protocols.unsupported_fields import MOST_ANSWERS, find_refusal
 
 CHAT, PLAIN, RESPONSES, MESSAGES = (Route.CHAT_COMPLETIONS, Route.COMPLETIONS, Route.RESPONSES, Route.MESSAGES)
 every_route = pytest.mark.parametrize("route", list(Route))
@@ -174,29 +174,3 @@ def test_text_in_all_its_forms_is_served(route: Route, fields: dict[str, Any]) -
 )
 def test_all_else_is_the_engines_to_check(route: Route, fields: dict[str, Any]) -> None:
     assert find_refusal(fields, route) is None
-
-
-class Asked(dict[str, Any]):
-    """Remembers which fields somebody looked at."""
-
-    def __init__(self, fields: dict[str, Any]) -> None:
-        super().__init__(fields)
-        self.names: set[str] = set()
-
-    def get(self, name: str, default: Any = None) -> Any:
-        self.names.add(name)
-        return super().get(name, default)
-
-    def __getitem__(self, name: str) -> Any:
-        self.names.add(name)
-        return super().__getitem__(name)
-
-
-@pytest.mark.parametrize("check", sorted({check for checks in CHECKS.values() for check in checks}, key=repr))
-@pytest.mark.parametrize("value", [None, True, 1, "x", [], {}])
-def test_no_check_looks_at_a_field_that_it_does_not_name_first(check: Check, value: object) -> None:
-    """Where none of its names is in a request, it is not asked: a name that is missing would let a request through."""
-    fields = Asked(dict.fromkeys(check.names, value))
-    check.look(fields)
-    alone = {"tool_choice", "logprobs"}  # beside others: they matter where one of the names is there
-    assert fields.names - alone <= check.names
