@@ -6,6 +6,7 @@ from typing import Any
 
 import httpx
 
+from serving.protocols.server_sent_events import json_of
 from svc.errors import EngineError
 from svc.remote.server_url import ServerAddress
 
@@ -49,16 +50,12 @@ class Conversation:
                 response.read()
                 raise EngineError(f"the server answered {response.status_code}: {_message(response.text)}")
             for line in response.iter_lines():
-                piece = _piece(line)
-                if piece:
+                if piece := _piece(line):
                     yield piece
 
 
 def _piece(line: str) -> str:
-    content = line.removeprefix("data: ")
-    if content == line or content == "[DONE]":
-        return ""
-    event = json.loads(content)
+    event = json_of(line.encode())
     if "error" in event:
         raise EngineError(f"the answer broke off: {event['error'].get('message')}")
     choices = event.get("choices") or [{}]

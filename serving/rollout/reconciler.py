@@ -170,7 +170,7 @@ class Reconciler:
             try:
                 found = await asyncio.to_thread(read_desired, self._store, self._actual.name)
                 if found is not None and found == self._failed:
-                    await self._put_back(found, self._actual)
+                    await self._rewrite(found, self._actual.target, self._actual.previous)
                 elif found is not None and found.generation != self._actual.generation:
                     return found
             except SQLAlchemyError:
@@ -261,7 +261,7 @@ class Reconciler:
         self._serves()
         if result.outcome is not SwapOutcome.CANCELLED:  # then another wish is there already
             self.last_error = result.reason
-            await self._put_back(desired, before)
+            await self._rewrite(desired, before.target, before.previous)
 
     def _serves(self, began_by: Began | None = None) -> None:
         """Tells everybody what serves now.
@@ -285,23 +285,18 @@ class Reconciler:
         """Keeps why there is no engine, for the status."""
         self.last_error = error
 
-    async def _put_back(self, failed: Desired, before: Desired) -> None:
+    async def _rewrite(self, seen: Desired, target: Target, previous: Target | None) -> None:
+        """Write another desired state over one that was seen, unless it has changed since."""
         try:
-            self._actual = await asyncio.to_thread(change_desired, self._store, failed, before.target, before.previous)
+            self._actual = await asyncio.to_thread(change_desired, self._store, seen, target, previous)
         except BusyError:
             log.info("somebody promoted again meanwhile; the next turn takes it up")
 
     async def _correct_previous(self, before: Desired) -> None:
         """Who promotes while another promotion is under way can only guess what will have served before."""
         previous = before.previous if self._actual.target == before.target else before.target
-        if self._actual.previous == previous:
-            return
-        try:
-            self._actual = await asyncio.to_thread(
-                change_desired, self._store, self._actual, self._actual.target, previous
-            )
-        except BusyError:
-            log.info("somebody promoted again meanwhile; the next turn takes it up")
+        if self._actual.previous != previous:
+            await self._rewrite(self._actual, self._actual.target, previous)
 
     async def _end_cut_off(self, result: SwapResult) -> None:
         """Ends the entry of a swap during which a server ended: this start has decided it."""

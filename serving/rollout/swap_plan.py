@@ -18,6 +18,8 @@ from svc.version import Format, Target
 Report = Callable[[str], None]
 
 _ROOM_POLL_S = 1.0
+_SAME = "same architecture, quantization, tokenizer and template"
+_ONE_AFTER_THE_OTHER = "it fits in place, one engine after the other"
 _DIFFERENT = "architecture, shapes, tokenizer, template or format differ"
 _NO_RELOAD = "engines of this kind do not load it rightly in place"
 _UNPROBED = "nothing could tell what it holds after a reload"
@@ -83,11 +85,12 @@ class SwapPlanner:
         report("files match the manifest")
         if Format.ADAPTER in (current.format, target.format):
             plan = await self._with_adapter(current, target)
-            report(f"{plan.kind} swap: {plan.why}")
-            return plan
-        plan = self._kind(await asyncio.to_thread(self._fits, current, target))
-        if plan.kind is not SwapKind.BLUEGREEN:
-            plan = await self._within(plan, target)
+        elif not await asyncio.to_thread(self._fits, current, target):
+            plan = Plan(SwapKind.BLUEGREEN, _DIFFERENT)
+        elif self._choice is SwapChoice.BLUEGREEN:
+            plan = Plan(SwapKind.BLUEGREEN, "as set")
+        else:
+            plan = await self._in_place(target)
         report(f"{plan.kind} swap: {plan.why}")
         return plan
 
@@ -105,32 +108,26 @@ class SwapPlanner:
             return Plan(SwapKind.BLUEGREEN, error.wrong)
         return Plan(SwapKind.ADAPTER, "an adapter of the same base")
 
-    def _kind(self, fits: bool) -> Plan:
-        if not fits:
-            return Plan(SwapKind.BLUEGREEN, _DIFFERENT)
-        if self._choice is SwapChoice.BLUEGREEN:
-            return Plan(SwapKind.BLUEGREEN, "as set")
-        if len(self._pool.alive) > 1:
-            return Plan(SwapKind.ROLLING, "it fits in place, one engine after the other")
-        return Plan(SwapKind.INPLACE, "same architecture, quantization, tokenizer and template")
+    async def _in_place(self, target: Target) -> Plan:
+        """Plan a reload where engines of this kind can do it and verify it.
 
-    async def _within(self, plan: Plan, target: Target) -> Plan:
-        """A swap in place, as far as engines of this kind can do it."""
+        Otherwise an engine starts with the version: a second one, or, without memory for it, the same one again.
+        """
+        several = len(self._pool.alive) > 1
+        kind = SwapKind.ROLLING if several else SwapKind.INPLACE
         able = await asyncio.to_thread(self._slots.capabilities, target)
         if not able.reloads:
-            return await self._by_start(plan.kind, target, _NO_RELOAD, reloads=False)
-        if able.unprobed:
-            return await self._by_start(plan.kind, target, f"{_UNPROBED}: {able.unprobed}", reloads=False)
-        if not await self._verification.has_probes(target):
-            return await self._by_start(plan.kind, target, _FIRST_LOAD, reloads=True)
-        return plan
-
-    async def _by_start(self, kind: SwapKind, target: Target, why: str, *, reloads: bool) -> Plan:
-        """The version comes by an engine that starts with it: a second one, or without room the same one again."""
+            why, reloads = _NO_RELOAD, False
+        elif able.unprobed:
+            why, reloads = f"{_UNPROBED}: {able.unprobed}", False
+        elif not await self._verification.has_probes(target):
+            why, reloads = _FIRST_LOAD, True
+        else:
+            return Plan(kind, _ONE_AFTER_THE_OTHER if several else _SAME)
         shortage = await self.shortage(target)
-        if shortage:
-            return Plan(kind, f"{why}; no room for a second engine: {shortage}", restart=True, reloads=reloads)
-        return Plan(SwapKind.BLUEGREEN, why)
+        if not shortage:
+            return Plan(SwapKind.BLUEGREEN, why)
+        return Plan(kind, f"{why}; no room for a second engine: {shortage}", restart=True, reloads=reloads)
 
     def _fits(self, current: Target, target: Target) -> bool:
         """Compares the fingerprints that were taken when the versions were made; their files were compared since.
