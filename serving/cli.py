@@ -66,7 +66,7 @@ def serve(
     from serving.rollout.initial_state import choose_deployments
     from serving.systemd_notify import ServiceManager, inherited_listener
     from svc.engine.device import read_capabilities
-    from svc.engine.vllm.startup_phase import EnginePhase
+    from svc.engine.state import EnginePhase
     from svc.store.database import open_database
     from svc.store.keys import keys_revision
     from svc.terminal import advancing, console, quiet_libraries

@@ -133,7 +133,7 @@ class Deployment:
                 "state": self.pool.state.value,
                 "restarts": self.pool.restarts,
                 "last_error": self.reconciler.last_error,
-                "plan": plan.rows() if (plan := self.pool.plan) else None,
+                "plan": self.pool.plan,
             },
             "engines": [
                 {

@@ -126,6 +126,7 @@ class DeploymentBuilder:
                 self.on_phase,
                 turn=self.slots.turn,
                 adapter_patience_s=self.settings.serve.queue_timeout_s,
+                silence_s=self.settings.serve.request_timeout_s,
             )
 
         return EnginePool(

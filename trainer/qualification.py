@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.tokenized_example import TokenizedExample
+from svc.engine.client import EngineClient
 from svc.engine.engine import Engine
 from svc.engine.probes import (
     MAX_PROBES,
@@ -24,8 +25,7 @@ from svc.engine.probes import (
     make_probes,
     measure_probes,
 )
-from svc.engine.vllm.client import EngineClient
-from svc.engine.vllm.startup_phase import EnginePhase
+from svc.engine.state import EnginePhase
 from svc.evaluation.answer_limit import answer_limits
 from svc.evaluation.evaluator import Evaluation, EvaluationReport, ask_examples, evaluate
 from svc.evaluation.general.general_set import MAX_TOKENS

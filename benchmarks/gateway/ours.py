@@ -14,9 +14,9 @@ from unittest.mock import patch
 
 from svc.cli import main
 from svc.engine.engine_capabilities import EngineCapabilities
+from svc.engine.state import EnginePhase
 from svc.engine.vllm.launch import EngineSpec
 from svc.engine.vllm.process import EngineProcess
-from svc.engine.vllm.startup_phase import EnginePhase
 
 
 class UpstreamEngine(EngineProcess):
@@ -26,8 +26,8 @@ class UpstreamEngine(EngineProcess):
         upstream: that server's socket.
     """
 
-    def __init__(self, upstream: Path, spec: EngineSpec, *, silence_s: float) -> None:
-        super().__init__(spec, silence_s=silence_s)
+    def __init__(self, upstream: Path, spec: EngineSpec) -> None:
+        super().__init__(spec)
         self._upstream = upstream
 
     @property
@@ -37,7 +37,7 @@ class UpstreamEngine(EngineProcess):
 
     async def start(self, on_phase: Callable[[EnginePhase], None] = lambda phase: None) -> None:
         """It runs already."""
-        self.plan = await asyncio.to_thread(lambda: self.spec.plan)
+        self.plan = (await asyncio.to_thread(lambda: self.spec.plan)).rows()
         self.spec.socket.unlink(missing_ok=True)
         self.spec.socket.symlink_to(self._upstream)
 

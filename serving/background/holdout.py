@@ -23,9 +23,9 @@ from serving.replicas.replica import LoadedWeights
 from serving.telemetry.deployment_metrics import DeploymentMetrics
 from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.tokenized_example import TokenizedExample
+from svc.engine.client import EngineClient
 from svc.engine.probes import EngineFacts
 from svc.engine.state import EngineState
-from svc.engine.vllm.client import EngineClient
 from svc.errors import EngineError, NotFoundError, SvcError
 from svc.evaluation.evaluator import ask_example
 from svc.evaluation.metrics.metric import Answered

@@ -15,8 +15,8 @@ from serving.admission.admission import Admission
 from serving.admission.background_slot import BackgroundSlotEndedError
 from serving.replicas.pool import EnginePool
 from serving.replicas.replica import LoadedWeights
+from svc.engine.client import EngineClient
 from svc.engine.state import EngineState
-from svc.engine.vllm.client import EngineClient
 from svc.errors import EngineError
 from svc.settings import HoldoutSettings
 

@@ -21,8 +21,8 @@ from serving.background.scheduler import BackgroundScheduler, SupersededError
 from serving.protocols.route import Route
 from serving.replicas.pool import EnginePool
 from serving.replicas.replica import LoadedWeights
+from svc.engine.client import EngineClient
 from svc.engine.state import EngineState
-from svc.engine.vllm.client import EngineClient
 from svc.errors import EngineError, IntegrityError, NotFoundError
 from svc.evaluation.evaluator import mean_logprob
 from svc.evaluation.results import largest_limit

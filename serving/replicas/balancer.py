@@ -16,7 +16,7 @@ from serving.replicas.pool import EnginePool
 from serving.replicas.replica import Replica
 from serving.replicas.token_pace import TokenPace
 from serving.replicas.transport import EngineDiedError
-from svc.engine.vllm.client import DOWN
+from svc.engine.client import DOWN
 from svc.engine.vllm.connection_pool import EngineConnections
 from svc.errors import EngineError
 from svc.version import Format, Target

@@ -10,8 +10,8 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any, TypeVar
 
+from svc.engine.client import Health
 from svc.engine.engine import LastingEngine
-from svc.engine.vllm.client import Health
 from svc.errors import EngineError
 
 Result = TypeVar("Result")

@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 from serving.admission.admission import Admission
 from serving.model_names import ModelNames
@@ -17,7 +18,6 @@ from serving.replicas.retirement import Retirement
 from serving.telemetry.deployment_metrics import DeploymentMetrics
 from serving.telemetry.engine_metrics import EngineSource
 from svc.engine.state import EngineState
-from svc.engine.vllm.plan import EnginePlan
 from svc.version import Format, Target
 
 log = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ class EnginePool:
         return first.weights if first else NO_WEIGHTS
 
     @property
-    def plan(self) -> EnginePlan | None:
+    def plan(self) -> list[dict[str, Any]] | None:
         """How the first member was started; None where none was."""
         return next((member.plan for member in self.members), None)
 

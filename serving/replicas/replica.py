@@ -9,20 +9,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from serving.replicas.adapter_cache import AdapterUse, Checked
 from serving.replicas.engine_adapters import EngineAdapters
 from serving.replicas.engine_watch import EngineWatch
 from serving.replicas.served_model import ServedModel
 from serving.replicas.verification import Verification
+from svc.engine.client import EngineClient
 from svc.engine.engine import LastingEngine
 from svc.engine.engine_capabilities import EngineCapabilities
-from svc.engine.state import EngineState
-from svc.engine.vllm.client import EngineClient
+from svc.engine.state import EnginePhase, EngineState
 from svc.engine.vllm.connection_pool import EngineConnections
-from svc.engine.vllm.plan import EnginePlan
-from svc.engine.vllm.startup_phase import EnginePhase
 from svc.version import Format, Target, VersionId
 
 log = logging.getLogger(__name__)
@@ -55,6 +53,7 @@ class Replica:
         on_phase: hears what a start is doing.
         turn: held while it starts an engine, with others that would start at the same time.
         adapter_patience_s: longest wait of a request for a place for its adapter, seconds.
+        silence_s: longest silence of the engine within a client's request, seconds.
 
     Attributes:
         target: what the engine was last verified to hold; None while nobody knows. Of adapters the one in production.
@@ -78,6 +77,7 @@ class Replica:
         *,
         turn: asyncio.Lock | None = None,
         adapter_patience_s: float = 60.0,
+        silence_s: float = 600.0,
     ) -> None:
         self.replica = replica
         self._turn = turn or asyncio.Lock()
@@ -87,6 +87,8 @@ class Replica:
         self._on_change = on_change
         self._on_phase = on_phase
         self._engine: LastingEngine | None = None
+        self._http: EngineConnections | None = None
+        self._silence_s = silence_s
         self._running = self.reserved = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -118,7 +120,9 @@ class Replica:
         Raises:
             RuntimeError: none runs.
         """
-        return self._started.http
+        if self._http is None:
+            raise RuntimeError("no engine runs")
+        return self._http
 
     @property
     def _started(self) -> LastingEngine:
@@ -138,7 +142,7 @@ class Replica:
         return self._model
 
     @property
-    def plan(self) -> EnginePlan | None:
+    def plan(self) -> list[dict[str, Any]] | None:
         """How the engine was started; None where none was."""
         engine = self._engine  # once: the status is made in another thread
         return engine.plan if engine else None
@@ -245,7 +249,8 @@ class Replica:
         """
         try:
             await self.stop(EngineState.STARTING)
-            self._engine = engine = await self._launched(target)
+            engine = await self._launched(target)
+            self._take(engine)
             self._make_adapters()
             async with self._turn:
                 await self._start_checked(engine, target)
@@ -266,7 +271,7 @@ class Replica:
         if await engine.orphan_holds() != str(target):
             await engine.leave()
             return False
-        self._engine = engine
+        self._take(engine)
         self.enter(EngineState.STARTING)
         try:
             await self._verification.files(target)
@@ -287,6 +292,15 @@ class Replica:
         """An unstarted engine; its folders are made."""
         self._model = await self._verification.model(target)
         return await asyncio.to_thread(self._launch, self._model)
+
+    def _take(self, engine: LastingEngine) -> None:
+        self._engine = engine
+        self._http = EngineConnections(engine.socket, silence_s=self._silence_s)
+
+    def _drop(self) -> None:
+        if self._http is not None:
+            self._http.close()
+        self._engine = self._http = None
 
     def _make_adapters(self) -> None:
         """Room for adapters in a new engine, if it takes any; what another engine had is forgotten."""
@@ -423,11 +437,11 @@ class Replica:
         if self._engine is not None:
             # Forgotten only once it has ended: whoever is cancelled here leaves it to the next call.
             await self._engine.stop()
-            self._engine = None
+            self._drop()
 
     async def leave(self) -> None:
         """Lets the engine run without us: a server that starts later can adopt it."""
         self._end_adapters()
         if self._engine is not None:
             await self._engine.leave()
-            self._engine = None
+            self._drop()

@@ -47,7 +47,7 @@ class EngineSlots:
 
     def engine(self, number: int, name: str, model: ServedModel) -> LastingEngine:
         """An unstarted engine for a model."""
-        return EngineProcess(self.spec(number, name, model), silence_s=self.settings.serve.request_timeout_s)
+        return EngineProcess(self.spec(number, name, model))
 
     def numbers(self) -> list[int]:
         """Engines that an earlier server may have left running; reads the disk."""

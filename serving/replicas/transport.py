@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from serving.admission.errors import ENGINE_RETRY_S, OVERLOADED_RETRY_S
+from svc.engine.error_text import error_of, without_values
 from svc.engine.vllm.connection import (
     BrokenConnectionError,
     ConnectionFailedError,
@@ -18,7 +19,6 @@ from svc.engine.vllm.connection import (
     UnreachableError,
 )
 from svc.engine.vllm.connection_pool import EngineAnswer, EngineConnections
-from svc.engine.vllm.error_text import error_of, without_values
 from svc.errors import EngineError
 
 _HEALTH_TIMEOUT_S = 2.0

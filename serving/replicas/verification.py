@@ -10,9 +10,9 @@ from sqlalchemy import Engine as Store
 
 from serving.replicas.adapter_cache import Checked
 from serving.replicas.served_model import ServedModel, require_fit, served_model
+from svc.engine.client import EngineClient
 from svc.engine.engine import Engine
 from svc.engine.probes import MIN_TOLERANCE, EngineFacts, Probe, check_probes, make_probes, measure_probes
-from svc.engine.vllm.client import EngineClient
 from svc.errors import ProbeError
 from svc.registry.adapter import AdapterFacts, read_adapter
 from svc.registry.registry import Registry

@@ -25,8 +25,8 @@ from serving.replicas.retirement import RETIRE_TIMEOUT_S
 from serving.replicas.verification import Verification
 from serving.rollout.cancellation import Cancellation, SupersededError
 from serving.rollout.swap_plan import Report, SwapPlanner
+from svc.engine.client import DOWN
 from svc.engine.state import EngineState
-from svc.engine.vllm.client import DOWN
 from svc.errors import EngineError, ProbeError, SvcError
 from svc.store.swaps import SwapKind, SwapOutcome
 from svc.version import Target

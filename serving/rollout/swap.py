@@ -20,8 +20,8 @@ from serving.replicas.replica import Replica
 from serving.rollout.cancellation import Cancellation, SupersededError
 from serving.rollout.engine_change import EngineChange, Result, SwapInProgress
 from serving.rollout.swap_plan import Report, SwapPlanner
+from svc.engine.client import DOWN
 from svc.engine.state import EngineState
-from svc.engine.vllm.client import DOWN
 from svc.errors import SvcError
 from svc.store.swaps import SwapOutcome, SwapResult
 from svc.version import Target

@@ -13,7 +13,7 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from svc.engine.vllm.client import EngineClient
+from svc.engine.client import EngineClient
 from svc.errors import EngineError
 from svc.version import Target
 

@@ -1,13 +1,12 @@
-"""The port: what an engine can do, for whoever uses one: a process here (svc.engine.vllm.process), or another."""
+"""The port: what an engine can do, for whoever uses one. Knows no engine: svc.engine.vllm.process is a vLLM here."""
 
 from collections.abc import Callable
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
+from svc.engine.client import EngineClient
 from svc.engine.engine_capabilities import EngineCapabilities
-from svc.engine.vllm.client import EngineClient
-from svc.engine.vllm.connection_pool import EngineConnections
-from svc.engine.vllm.plan import EnginePlan
-from svc.engine.vllm.startup_phase import EnginePhase
+from svc.engine.state import EnginePhase
 
 
 class Engine(Protocol):
@@ -16,10 +15,6 @@ class Engine(Protocol):
     @property
     def client(self) -> EngineClient:
         """For what we ask it ourselves."""
-
-    @property
-    def plan(self) -> EnginePlan | None:
-        """How it was started; None before."""
 
     @property
     def capabilities(self) -> EngineCapabilities:
@@ -45,8 +40,12 @@ class LastingEngine(Engine, Protocol):
     """One that answers clients, outlives its server, and is adopted by the next."""
 
     @property
-    def http(self) -> EngineConnections:
-        """For the requests of clients. Closed when the engine is stopped or left."""
+    def socket(self) -> Path:
+        """The unix socket on which it answers clients, once it was started or adopted."""
+
+    @property
+    def plan(self) -> list[dict[str, Any]] | None:
+        """How it was started, for people: a JSON object for each choice; None before."""
 
     def front_s(self) -> float | None:
         """Return the processor time that the process which answers HTTP has used, seconds; None if unknown."""

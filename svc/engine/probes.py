@@ -13,9 +13,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from svc.engine.client import EngineClient
 from svc.engine.device import DeviceCapabilities
 from svc.engine.model_facts import read_model_facts
-from svc.engine.vllm.client import EngineClient
 from svc.engine.vllm.number_type import choose_dtype, choose_gptq_kernel
 from svc.engine.vllm.plan import is_eager
 from svc.errors import ProbeError

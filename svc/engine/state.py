@@ -1,4 +1,4 @@
-"""Where an engine is in its life."""
+"""Where an engine is in its life, and how far a start has come."""
 
 from enum import StrEnum
 
@@ -16,3 +16,15 @@ class EngineState(StrEnum):
     """Nobody asks: it was ended, or sleeps on its GPU; the next request brings it back."""
     STOPPED = "stopped"
     FAILED = "failed"
+
+
+class EnginePhase(StrEnum):
+    """The phases of a start, in their order. The value is what a person reads."""
+
+    PYTHON = "starting Python"
+    ARGUMENTS = "reading arguments"
+    CORE = "starting the engine core"
+    WEIGHTS = "loading weights"
+    CACHE = "making room for keys and values"
+    WARM_UP = "warming up"
+    SOCKET = "opening the socket"

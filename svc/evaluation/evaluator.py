@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.tokenized_example import TokenizedExample
-from svc.engine.vllm.client import Answer, EngineClient
+from svc.engine.client import Answer, EngineClient
 from svc.errors import EngineError
 from svc.evaluation.intervals import Interval, proportion
 from svc.evaluation.metrics.choose import choose_metrics

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 
-from svc.engine.vllm.client import EngineClient
+from svc.engine.client import EngineClient
 from svc.evaluation.intervals import Interval, mean
 
 STREAMS = 8

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from svc.dataset.schema.tokenized_example import TokenizedExample
-from svc.engine.vllm.client import EngineClient
+from svc.engine.client import EngineClient
 
 _MOST_EXAMPLES = 32
 _MOST_TOKENS = 2048

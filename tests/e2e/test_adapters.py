@@ -14,7 +14,7 @@ import pytest
 from examples.load import Load
 from examples.service import svc_json
 from svc.dataset.readers.reader import read_examples
-from svc.engine.vllm.client import EngineClient
+from svc.engine.client import EngineClient
 from svc.engine.vllm.folders import socket_folder
 from svc.engine.vllm.launch import SOCKET_FILE
 from tests.e2e.conftest import DATA, PROMPTS, Report

@@ -1,6 +1,7 @@
 """Token parity: the ids that training sees are those that vLLM makes of a client's request, on real chat templates."""
 
 import json
+from contextlib import closing
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 
 from svc.dataset.schema.example import ChatExample, parse_example
 from svc.engine.device import read_capabilities
+from svc.engine.vllm.connection_pool import EngineConnections
 from svc.engine.vllm.folders import runtime_folder
 from svc.engine.vllm.launch import EngineSpec
 from svc.engine.vllm.process import EngineProcess
@@ -71,9 +73,10 @@ async def prompt_length(engine: EngineProcess, example: ChatExample) -> int:
     """How many tokens a client's request has, by the engine that answers it."""
     tools = {"tools": [json.loads(tool) for tool in example.tools], "tool_choice": "none"} if example.tools else {}
     body = {"model": "tiny", "messages": [message.spoken() for message in example.prompt], "max_tokens": 1, **tools}
-    async with engine.http.post("/v1/chat/completions", json.dumps(body).encode(), "test") as answer:
-        assert answer.status == 200
-        return int(json.loads(await answer.read())["usage"]["prompt_tokens"])
+    with closing(EngineConnections(engine.socket, silence_s=600)) as http:
+        async with http.post("/v1/chat/completions", json.dumps(body).encode(), "test") as answer:
+            assert answer.status == 200
+            return int(json.loads(await answer.read())["usage"]["prompt_tokens"])
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,9 @@ from sqlalchemy.orm import Session
 from examples.load import Load
 from examples.service import engine_pid, svc, svc_json
 from examples.tamper import alter_weights, replace_weights
+from svc.engine.client import EngineClient
 from svc.engine.device import read_capabilities
 from svc.engine.probes import engine_facts
-from svc.engine.vllm.client import EngineClient
 from svc.engine.vllm.folders import socket_folder
 from svc.engine.vllm.launch import SOCKET_FILE
 from svc.evaluation.evaluator import mean_logprob

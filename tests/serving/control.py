@@ -18,9 +18,9 @@ from serving.replicas.replica import Replica
 from serving.telemetry.deployment_metrics import DeploymentInstruments
 from serving.telemetry.metrics import GatewayMetrics
 from svc.access.authenticator import Authenticator
+from svc.engine.client import socket_transport
 from svc.engine.probes import EngineFacts
 from svc.engine.state import EngineState
-from svc.engine.vllm.client import socket_transport
 from svc.identity.principal import Principal
 from svc.registry.registry import Registry
 from svc.settings import AdapterSettings, EngineSettings, ServeSettings, Settings

@@ -4,20 +4,18 @@ import asyncio
 import errno
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from serving.replicas.served_model import ServedModel
 from serving.replicas.slots import EngineSlots, Served
+from svc.engine.client import EngineClient
 from svc.engine.device import DeviceCapabilities
 from svc.engine.engine import LastingEngine
 from svc.engine.engine_capabilities import EngineCapabilities
 from svc.engine.probes import EngineFacts
-from svc.engine.vllm.choice import Choice, Origin
-from svc.engine.vllm.client import EngineClient
-from svc.engine.vllm.connection_pool import EngineConnections
-from svc.engine.vllm.plan import EnginePlan
-from svc.engine.vllm.startup_phase import EnginePhase
+from svc.engine.state import EnginePhase
 from svc.errors import EngineError
 from svc.registry.registry import Registry
 from svc.settings import Settings
@@ -29,7 +27,7 @@ from tests.serving.versions import FACTS
 KILLED = 137
 
 
-PLAN = EnginePlan((Choice("threads", 2, Origin.MACHINE, "2 cores of this process"),))
+PLAN: list[dict[str, Any]] = [{"name": "threads", "value": 2, "origin": "machine", "reason": "2 cores of this process"}]
 
 
 class EnginePark:
@@ -104,7 +102,7 @@ class ParkSlots(EngineSlots):
 
     def engine(self, number: int, name: str, model: ServedModel) -> LastingEngine:
         """A new, unstarted engine."""
-        return DoubleEngine(self._park, number, name, model, silence_s=self.settings.serve.request_timeout_s)
+        return DoubleEngine(self._park, number, name, model)
 
     def numbers(self) -> list[int]:
         """Replicas that a server left."""
@@ -131,18 +129,17 @@ class ParkSlots(EngineSlots):
 class DoubleEngine:
     """One engine of the park; a version's folder is its weights."""
 
-    def __init__(self, park: EnginePark, replica: int, name: str, model: ServedModel, *, silence_s: float) -> None:
+    def __init__(self, park: EnginePark, replica: int, name: str, model: ServedModel) -> None:
         self._park = park
         self.replica = replica
         self.model = model
-        self._socket = park.sockets / f"engine-{replica}.sock"
+        self.socket = park.sockets / f"engine-{replica}.sock"
         self.holds: str | None = None
         self.double = EngineDouble(weights=str(model.folder), name=name, label=lambda folder: Path(folder).parent.name)
         park.prepare(self.double)
         self.double.die = self.kill
-        self.client = EngineClient.over_socket(self._socket, name)
-        self.http = EngineConnections(self._socket, silence_s=silence_s)
-        self.plan: EnginePlan | None = PLAN
+        self.client = EngineClient.over_socket(self.socket, name)
+        self.plan: list[dict[str, Any]] | None = PLAN
         self._server: SocketServer | None = None
         self._ended = asyncio.Event()
         self.alive = False
@@ -177,7 +174,7 @@ class DoubleEngine:
             self._park.failing_starts = max(0, self._park.failing_starts - 1)
             self.kill()
             raise EngineError("vLLM ended with code 1 before it was ready: no memory")
-        server = SocketServer(self.double, self._socket)
+        server = SocketServer(self.double, self.socket)
         try:
             await server.start()
         finally:  # it listens, also where the start was cancelled
@@ -216,7 +213,7 @@ class DoubleEngine:
         """Lets it run."""
         if self.alive:
             self._park.left[self.replica] = self
-        await self._close()
+        await self.client.close()
 
     def kill(self) -> None:
         """Ends it as SIGKILL would."""
@@ -237,10 +234,6 @@ class DoubleEngine:
         self.kill()
         if self._server:
             await self._server.stop()
-        await self._close()
-
-    async def _close(self) -> None:
-        self.http.close()
         await self.client.close()
 
 

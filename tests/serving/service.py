@@ -29,7 +29,7 @@ from serving.telemetry.deployment_metrics import DeploymentInstruments, Deployme
 from serving.telemetry.engine_metrics import EngineSource
 from serving.telemetry.metrics import GatewayMetrics
 from svc.access.authenticator import Authenticator
-from svc.engine.vllm.client import EngineClient, socket_transport
+from svc.engine.client import EngineClient, socket_transport
 from svc.engine.vllm.connection_pool import EngineConnections
 from svc.identity.principal import Principal
 from svc.registry.registry import Registry

@@ -61,7 +61,7 @@ async def test_a_server_serves(home: Home) -> None:
         assert (answer.status, answer.version, answer.words) == (200, f"{NAME}@1", {"1"})
         status = await _status(client)
     assert (status["model"], status["version"], status["format"]) == (NAME, f"{NAME}@1", "merged")
-    assert status["engine"] == {"state": "ready", "restarts": 0, "last_error": None, "plan": PLAN.rows()}
+    assert status["engine"] == {"state": "ready", "restarts": 0, "last_error": None, "plan": PLAN}
     assert status["last_swap"] is None
 
 

@@ -4,10 +4,9 @@ import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
+from svc.engine.client import EngineClient
 from svc.engine.engine_capabilities import EngineCapabilities
-from svc.engine.vllm.client import EngineClient
-from svc.engine.vllm.plan import EnginePlan
-from svc.engine.vllm.startup_phase import EnginePhase
+from svc.engine.state import EnginePhase
 from svc.errors import EngineError
 from tests.serving.engine_double import EngineDouble
 from tests.svc.engine.in_process import client_of
@@ -20,7 +19,6 @@ class DoubleEngine:
         self.double = double
         self.loaded_at_start = Path(double.weights).name
         self.client: EngineClient = client_of(double, double.name)
-        self.plan: EnginePlan | None = None
         self.runs = False
         self.capabilities = EngineCapabilities()
 

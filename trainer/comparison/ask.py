@@ -12,7 +12,7 @@ from svc.engine.device import DeviceCapabilities
 from svc.engine.engine import Engine
 from svc.engine.model_facts import read_model_facts
 from svc.engine.probes import engine_facts
-from svc.engine.vllm.startup_phase import EnginePhase
+from svc.engine.state import EnginePhase
 from svc.errors import NotFoundError
 from svc.evaluation.answer_limit import answer_limits, limit_of_text
 from svc.evaluation.cache import EvaluationCache, find_results, results_by_example

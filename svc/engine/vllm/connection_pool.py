@@ -1,6 +1,6 @@
 """Clients' requests to one engine, over connections that are kept: most requests need no new one.
 
-What the server asks the engine itself goes over others (svc.engine.vllm.client), so that a reload never queues behind
+What the server asks the engine itself goes over others (svc.engine.client), so that a reload never queues behind
 streams. Our own, because the cheapest library takes three times as long for a request, and does not tell whether an
 engine can have seen one that failed: docs/engine.md has the figures.
 """

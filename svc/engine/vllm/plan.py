@@ -5,11 +5,9 @@ vLLM decides well by itself is left to it. Knows no process and reads nothing: f
 """
 
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 from svc.engine.device import DeviceCapabilities
 from svc.engine.machine import Machine
@@ -55,11 +53,6 @@ class EnginePlan:
     def variables(self) -> dict[str, str]:
         """What they add to its environment."""
         return dict(pair for choice in self.choices for pair in choice.variables)
-
-    @classmethod
-    def of_rows(cls, rows: Sequence[Mapping[str, Any]]) -> "EnginePlan":
-        """The choices as `rows` told them, without what they added to the command line."""
-        return cls(tuple(Choice(row["name"], row["value"], Origin(row["origin"]), row["reason"]) for row in rows))
 
     def rows(self) -> list[dict[str, Value]]:
         """For people and machines to read."""

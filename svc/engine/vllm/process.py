@@ -14,18 +14,18 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import psutil
 
+from svc.engine.client import EngineClient
 from svc.engine.engine_capabilities import EngineCapabilities
 from svc.engine.orphans import EngineRecord, end_engine, find_engine, locked, read_record, start_of, write_record
-from svc.engine.vllm.client import EngineClient
-from svc.engine.vllm.connection_pool import EngineConnections
+from svc.engine.state import EnginePhase
 from svc.engine.vllm.headroom import backup_shortage
 from svc.engine.vllm.launch import EngineSpec, command, environment, launch_digest
-from svc.engine.vllm.plan import EnginePlan
-from svc.engine.vllm.startup_phase import EnginePhase, PhaseReader
+from svc.engine.vllm.startup_phase import PhaseReader
 from svc.errors import EngineError
 from svc.settings import Device
 
@@ -42,23 +42,26 @@ class EngineProcess:
 
     Args:
         spec: what to start; its runtime folder must be private to this user.
-        silence_s: longest silence within a client's request, seconds.
 
     Attributes:
         client: for what we ask it ourselves.
-        http: for the requests of clients.
+        plan: see `LastingEngine.plan`.
     """
 
-    def __init__(self, spec: EngineSpec, *, silence_s: float = 600.0) -> None:
+    def __init__(self, spec: EngineSpec) -> None:
         self.spec = spec
         self.client = EngineClient.over_socket(spec.socket, spec.served_name)
-        self.http = EngineConnections(spec.socket, silence_s=silence_s)
-        self.plan: EnginePlan | None = None
+        self.plan: list[dict[str, Any]] | None = None
         self._child: subprocess.Popen[bytes] | None = None
         self._process: psutil.Process | None = None
         self._pidfd: int | None = None
         self._ended = asyncio.Event()
         self._has_backup = False
+
+    @property
+    def socket(self) -> Path:
+        """The unix socket on which it answers."""
+        return self.spec.socket
 
     @property
     def capabilities(self) -> EngineCapabilities:
@@ -75,7 +78,7 @@ class EngineProcess:
             EngineError: it ended, or was not ready in `start_timeout_s`; names the log and its last error.
         """
         await _in_own_thread(lambda: end_engine(self.spec.state))  # and its memory is free again for the plan
-        self.plan = await asyncio.to_thread(lambda: self.spec.plan)
+        self.plan = (await asyncio.to_thread(lambda: self.spec.plan)).rows()
         try:
             self._watch(await _to_its_end(self._spawn))
             await self._ready(on_phase)
@@ -148,7 +151,7 @@ class EngineProcess:
         """
         self._process = await asyncio.to_thread(find_engine, self.spec.state)
         record = await asyncio.to_thread(read_record, self.spec.state)
-        self.plan = EnginePlan.of_rows(record.plan) if record else None
+        self.plan = record.plan if record else None
         if self._process is None or not await self.client.healthy():
             raise EngineError(f"the engine in {self.spec.state} does not answer", todo="start a new one")
         try:
@@ -208,7 +211,7 @@ class EngineProcess:
         """Ends the server and all its processes: first asked, then killed."""
         await asyncio.shield(_in_own_thread(self._end))
         self._unwatch()
-        await self._close()
+        await self.client.close()
 
     def _remove_sockets(self) -> None:
         """Its own, and those between its processes: vLLM removes none."""
@@ -249,10 +252,6 @@ class EngineProcess:
             self._child.returncode = 0  # tells Python that nobody waits for it
         self._child = self._process = None
         self._unwatch()
-        await self._close()
-
-    async def _close(self) -> None:
-        self.http.close()
         await self.client.close()
 
     async def _ready(self, on_phase: Callable[[EnginePhase], None]) -> None:

@@ -1,21 +1,9 @@
-"""What a starting vLLM is doing, by its log. A phase's value is what a person reads; their order is that of a start."""
+"""What a starting vLLM is doing, by its log."""
 
 import re
-from enum import StrEnum
 from pathlib import Path
 
-
-class EnginePhase(StrEnum):
-    """The phases of a start, each until the next one begins."""
-
-    PYTHON = "starting Python"
-    ARGUMENTS = "reading arguments"
-    CORE = "starting the engine core"
-    WEIGHTS = "loading weights"
-    CACHE = "making room for keys and values"
-    WARM_UP = "warming up"
-    SOCKET = "opening the socket"
-
+from svc.engine.state import EnginePhase
 
 _SIGNS = {
     EnginePhase.ARGUMENTS: rb"non-default args",

@@ -7,7 +7,7 @@ import pytest
 
 from serving.background.scheduler import ID_PREFIX, BackgroundScheduler, SupersededError
 from svc.dataset.schema.example import Message, Role
-from svc.engine.vllm.client import Answer, EngineClient
+from svc.engine.client import Answer, EngineClient
 from svc.errors import EngineError
 from svc.settings import HoldoutSettings
 from svc.store.swaps import SwapOutcome

@@ -237,7 +237,7 @@ async def test_a_prompt_of_parts_is_asked_as_it_came(control: Control, monkeypat
         asked.append(messages)
         return [1, 2]
 
-    monkeypatch.setattr("svc.engine.vllm.client.EngineClient.prompt_tokens", prompt_tokens)
+    monkeypatch.setattr("svc.engine.client.EngineClient.prompt_tokens", prompt_tokens)
     parts = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
     add_requests(control.store, [kept(prompt=json.dumps(parts))])
     async with scoring_of(control):

@@ -8,8 +8,8 @@ from typing import cast
 import pytest
 
 from serving.replicas.engine_watch import EngineWatch
+from svc.engine.client import Health
 from svc.engine.engine import LastingEngine
-from svc.engine.vllm.client import Health
 
 LIVES_S, PATIENCE_S = 0.6, 0.1
 

@@ -9,8 +9,8 @@ import pytest
 from serving.admission.errors import EngineUnavailableError
 from serving.replicas.replica import NO_WEIGHTS, Replica
 from serving.replicas.transport import EngineDiedError
+from svc.engine.client import Health
 from svc.engine.state import EngineState
-from svc.engine.vllm.client import Health
 from svc.errors import EngineError, IntegrityError, NotFoundError, ProbeError
 from svc.store.swaps import SwapOutcome
 from tests.serving.control import Control, Make, until

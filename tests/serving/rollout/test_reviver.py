@@ -8,8 +8,8 @@ from contextlib import asynccontextmanager, suppress
 import pytest
 
 from serving.replicas.replica import Replica
+from svc.engine.client import Health
 from svc.engine.state import EngineState
-from svc.engine.vllm.client import Health
 from svc.errors import BusyError, EngineError
 from svc.settings import SwapChoice
 from svc.store.desired import Desired

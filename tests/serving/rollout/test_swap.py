@@ -9,8 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
+from svc.engine.client import Health
 from svc.engine.state import EngineState
-from svc.engine.vllm.client import Health
 from svc.errors import EngineError, NotFoundError
 from svc.store.swaps import SwapOutcome
 from svc.version import Format

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from serving.telemetry.engine_metrics import EngineMetrics, EngineSource
-from svc.engine.vllm.client import EngineClient
+from svc.engine.client import EngineClient
 from tests.serving.service import CHAT, NAME, ONE, TWO, Service
 
 PAGE = """# HELP vllm:num_requests_running Number of requests.

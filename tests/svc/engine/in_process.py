@@ -3,7 +3,7 @@
 import httpx
 from starlette.types import ASGIApp
 
-from svc.engine.vllm.client import EngineClient
+from svc.engine.client import EngineClient
 
 
 def client_of(app: ASGIApp, model: str = "tuned") -> EngineClient:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from svc.dataset.schema.example import ChatExample, Message, Role
-from svc.engine.vllm.client import EngineClient
+from svc.engine.client import EngineClient
 from svc.errors import EngineError, RecipeError
 from svc.evaluation.answer_limit import answer_limits
 from svc.evaluation.evaluator import Evaluation, ask_example, evaluate, judge, score

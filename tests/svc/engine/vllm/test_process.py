@@ -21,11 +21,11 @@ import psutil
 import pytest
 
 from svc.engine import orphans
+from svc.engine.client import Health
+from svc.engine.state import EnginePhase
 from svc.engine.vllm import process as process_module
-from svc.engine.vllm.client import Health
 from svc.engine.vllm.launch import EngineSpec
 from svc.engine.vllm.process import EngineProcess
-from svc.engine.vllm.startup_phase import EnginePhase
 from svc.errors import EngineError
 from svc.settings import Device, EngineSettings
 from tests.event_loop import blocked_default_executor, watched_loop

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svc.engine.vllm.startup_phase import EnginePhase, PhaseReader
+from svc.engine.state import EnginePhase
+from svc.engine.vllm.startup_phase import PhaseReader
 
 LINES = {
     # As vLLM 0.32 writes them on a CPU.

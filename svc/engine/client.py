@@ -22,7 +22,7 @@ from uuid import uuid4
 import httpx
 
 from svc.dataset.schema.example import Message
-from svc.engine.vllm.error_text import told_error
+from svc.engine.error_text import told_error
 from svc.errors import EngineError
 from svc.model_folder.weight_files import weight_files
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from svc.engine.vllm.error_text import error_of, told_error, without_values
+from svc.engine.error_text import error_of, told_error, without_values
 
 PROMPT = "my SECRET is\n'hunter2'"
 PYDANTIC = (

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from svc.dataset.schema.example import Message, Role
-from svc.engine.vllm.client import EngineClient, Health
+from svc.engine.client import EngineClient, Health
 from svc.errors import EngineError
 from tests.serving.engine_double import EngineDouble, logprob_of
 from tests.svc.engine.in_process import client_of
