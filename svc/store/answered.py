@@ -13,7 +13,6 @@ from svc.store.tables import FeedbackRow, RequestRow
 from svc.version import Target
 
 _GOOD_STATUS = 200
-_ASKED_TOGETHER = 500  # ids in one query; SQLite has a limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +59,11 @@ def answered_ids(store: Store, target: Target, *, after: int, newest: int, with_
         newest: so many at most.
         with_content: only those whose prompt and answer are kept.
     """
-    which = and_(answered_by(target), RequestRow.status == _GOOD_STATUS, RequestRow.id > after)
+    query = select(RequestRow.id).where(answered_by(target), RequestRow.status == _GOOD_STATUS, RequestRow.id > after)
     if with_content:
-        which = and_(which, RequestRow.prompt.is_not(None), RequestRow.answer.is_not(None))
-    query = select(RequestRow.id).where(which).order_by(RequestRow.id.desc()).limit(newest)
+        query = query.where(RequestRow.prompt.is_not(None), RequestRow.answer.is_not(None))
     with Session(store) as session:
-        return list(session.scalars(query))[::-1]
+        return list(session.scalars(query.order_by(RequestRow.id.desc()).limit(newest)))[::-1]
 
 
 def content_is_kept(store: Store, target: Target) -> bool | None:
@@ -90,26 +88,16 @@ def newest_id(store: Store) -> int:
 
 def read_answered(store: Store, target: Target, ids: Sequence[int]) -> list[AnsweredRequest]:
     """The rows of a version with these ids, in order; those that were forgotten since are left out."""
-    rows: list[AnsweredRequest] = []
-    names = AnsweredRequest.__dataclass_fields__
+    query = select(RequestRow).where(RequestRow.id.in_(ids), answered_by(target)).order_by(RequestRow.id)
     with Session(store) as session:
-        for start in range(0, len(ids), _ASKED_TOGETHER):
-            part = ids[start : start + _ASKED_TOGETHER]
-            query = select(RequestRow).where(RequestRow.id.in_(part), answered_by(target))
-            rows += [AnsweredRequest(**{name: getattr(row, name) for name in names}) for row in session.scalars(query)]
-    return sorted(rows, key=lambda row: row.id)
+        return [row.read(AnsweredRequest) for row in session.scalars(query)]
 
 
 def texts_of(store: Store, request_ids: Sequence[str]) -> dict[str, tuple[str, str]]:
     """The kept prompts and answers of requests, by what clients know them by."""
-    found: dict[str, tuple[str, str]] = {}
+    query = select(RequestRow).where(RequestRow.request_id.in_(request_ids), RequestRow.prompt.is_not(None))
     with Session(store) as session:
-        for start in range(0, len(request_ids), _ASKED_TOGETHER):
-            query = select(RequestRow).where(
-                RequestRow.request_id.in_(request_ids[start : start + _ASKED_TOGETHER]), RequestRow.prompt.is_not(None)
-            )
-            found.update({row.request_id: (row.prompt or "", row.answer or "") for row in session.scalars(query)})
-    return found
+        return {row.request_id: (row.prompt or "", row.answer or "") for row in session.scalars(query)}
 
 
 def read_ratings(store: Store, target: Target, *, newest: int) -> list[RatedAnswer]:
@@ -137,13 +125,10 @@ def _ratings(store: Store, which: ColumnElement[bool], newest: int) -> list[Rate
         .limit(newest)
     )
     with Session(store) as session:
-        found = [
-            RatedAnswer(
-                row.request, request_id, row.given_at, row.rating == Rating.BAD.value, row.correction is not None
-            )
-            for row, request_id in session.execute(query)
+        return [
+            RatedAnswer(row.request, request_id, row.given_at, row.rating == Rating.BAD, row.correction is not None)
+            for row, request_id in reversed(session.execute(query).all())
         ]
-    return found[::-1]
 
 
 def answered_by(target: Target) -> ColumnElement[bool]:

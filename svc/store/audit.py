@@ -150,7 +150,8 @@ def read_events(
     if since is not None:
         query = query.where(AuditRow.at >= since.astimezone(UTC).isoformat(timespec="microseconds"))
     with Session(store) as session:
-        return [_event(row) for row in session.scalars(query)][::-1]
+        rows = session.scalars(query).all()
+        return [row.read(AuditEvent, details=_details(row.details)) for row in reversed(rows)]
 
 
 def verify_chain(store: Store, *, expected: str | None = None) -> ChainReport:
@@ -188,20 +189,6 @@ def _hash(row: AuditRow) -> str:
     return hashlib.sha256(json.dumps([*content, row.previous_hash]).encode("ascii")).hexdigest()
 
 
-def _event(row: AuditRow) -> AuditEvent:
-    return AuditEvent(
-        id=row.id,
-        at=row.at,
-        action=row.action,
-        subject=row.subject,
-        actor=row.actor,
-        origin=row.origin,
-        reason=row.reason,
-        details=_details(row.details),
-        hash=row.hash,
-    )
-
-
 def _details(text: str) -> dict[str, Any]:
     """Also of a row that somebody has changed, which is to be seen."""
     try:
@@ -212,6 +199,6 @@ def _details(text: str) -> dict[str, Any]:
 
 
 def _storable(text: str) -> str:
-    """Without secrets, which nobody could take out again, and what UTF-8 or PostgreSQL cannot hold, as bytes of a
+    """Without secrets, which nobody could take out again, and what UTF-8 or a terminal cannot hold, as bytes of a
     command line that are no text."""
     return hide_secrets(text).encode("utf-8", "replace").decode("utf-8").replace("\0", "?")

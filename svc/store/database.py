@@ -7,20 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sqlalchemy import Engine as Store
-from sqlalchemy import create_engine, event, func, select
+from sqlalchemy import create_engine, event
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from svc.errors import RegistryError
+from svc.store.tables import Table
 
 if TYPE_CHECKING:
     from alembic.config import Config
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _BUSY_MS = 10_000  # two processes write: the server and the command line
-_LOCK = 0x74756E65
-"""On PostgreSQL the number of the lock that `exclusive` takes."""
 
 
 def open_database(home: Path) -> Store:
@@ -42,10 +41,7 @@ def open_database(home: Path) -> Store:
 def exclusive(store: Store) -> Iterator[Session]:
     """A transaction for the body that runs beside no other one of these: what it reads holds until it has written."""
     with Session(store) as session, session.begin():
-        if store.dialect.name == "sqlite":
-            session.connection().exec_driver_sql("BEGIN IMMEDIATE")
-        else:
-            session.execute(select(func.pg_advisory_xact_lock(_LOCK)))
+        session.connection().exec_driver_sql("BEGIN IMMEDIATE")
         yield session
 
 
@@ -64,20 +60,26 @@ def _migrate(store: Store) -> None:
         current = MigrationContext.configure(connection).get_current_revision()
     if current == _newest_revision():
         return
-    if current is not None:  # there are no older ones
-        raise RegistryError(
-            f"{store.url.database} has tables of another release: revision {current}",
-            expected=f"revision {_newest_revision()}",
-            todo="use the release that wrote it, or another SVC_HOME",
-        )
     from alembic import command
+    from alembic.util import CommandError
 
     config = _configuration()
     with store.begin() as connection:
         # One process migrates, all of it or nothing; another one waits, and finds nothing left to do.
         connection.exec_driver_sql("BEGIN IMMEDIATE")
         config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+        if current is None:
+            Table.metadata.create_all(connection)
+            command.stamp(config, "head")
+            return
+        try:
+            command.upgrade(config, "head")
+        except CommandError as error:
+            raise RegistryError(
+                f"{store.url.database} has tables of another release: revision {current}",
+                expected=f"revision {_newest_revision()}",
+                todo="use the release that wrote it, or another SVC_HOME",
+            ) from error
 
 
 @cache

@@ -5,11 +5,12 @@ from datetime import UTC, datetime
 
 from sqlalchemy import Engine as Store
 from sqlalchemy import delete, select
-from sqlalchemy.orm import Session
+from sqlalchemy.dialects.sqlite import insert
 
 from svc.store.tables import DeploymentRow
 
 _NAMES = select(DeploymentRow.name).order_by(DeploymentRow.added_at, DeploymentRow.name)
+_ADD = insert(DeploymentRow).on_conflict_do_nothing()
 
 
 def deployed_names(store: Store) -> list[str]:
@@ -19,25 +20,20 @@ def deployed_names(store: Store) -> list[str]:
 
 
 def set_deployments(store: Store, names: Collection[str]) -> None:
-    """From now on these and no others, in this order."""
-    with Session(store) as session, session.begin():
-        session.execute(delete(DeploymentRow).where(DeploymentRow.name.not_in(names)))
+    """Replace all names by these, in this order; one that is there keeps its place."""
+    with store.begin() as connection:
+        connection.execute(delete(DeploymentRow).where(DeploymentRow.name.not_in(names)))
         for name in names:
-            if session.get(DeploymentRow, name) is None:
-                session.add(DeploymentRow(name=name, added_at=datetime.now(UTC)))
+            connection.execute(_ADD, {"name": name, "added_at": datetime.now(UTC)})
 
 
 def add_deployment(store: Store, name: str) -> None:
-    """From now on this one too."""
-    with Session(store) as session, session.begin():
-        if session.get(DeploymentRow, name) is None:
-            session.add(DeploymentRow(name=name, added_at=datetime.now(UTC)))
+    """Add a name, unless it is there."""
+    with store.begin() as connection:
+        connection.execute(_ADD, {"name": name, "added_at": datetime.now(UTC)})
 
 
 def remove_deployment(store: Store, name: str) -> bool:
-    """From now on this one no more; whether it was one."""
-    with Session(store) as session, session.begin():
-        row = session.get(DeploymentRow, name)
-        if row is not None:
-            session.delete(row)
-        return row is not None
+    """Remove a name; return whether it was there."""
+    with store.begin() as connection:
+        return connection.execute(delete(DeploymentRow).where(DeploymentRow.name == name)).rowcount > 0

@@ -5,14 +5,13 @@ from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import Engine as Store
-from sqlalchemy import Row, bindparam, select, update
-from sqlalchemy.exc import IntegrityError as RowExistsError
+from sqlalchemy import Row, bindparam, select
 from sqlalchemy.orm import Session
 
 from svc.errors import BusyError
 from svc.store.audit import AuditEntry, append_event
 from svc.store.database import exclusive
-from svc.store.tables import DesiredRow
+from svc.store.tables import DesiredRow, target_columns
 from svc.version import Format, Target, VersionId
 
 _READ = select(DesiredRow.__table__).where(DesiredRow.name == bindparam("name"))
@@ -50,7 +49,7 @@ def read_desired(store: Store, name: str) -> Desired | None:
 def desired_names(store: Store) -> list[str]:
     """All names that have a desired state."""
     with Session(store) as session:
-        return sorted(row.name for row in session.query(DesiredRow))
+        return list(session.scalars(select(DesiredRow.name).order_by(DesiredRow.name)))
 
 
 def change_desired(
@@ -74,26 +73,22 @@ def change_desired(
         BusyError: somebody else changed it since.
     """
     name, generation = target.version.name, (seen.generation if seen else 0) + 1
-    values = {
-        "generation": generation,
-        "number": target.version.number,
-        "format": target.format.value,
-        "previous_number": previous.version.number if previous else None,
-        "previous_format": previous.format.value if previous else None,
-        "changed_at": datetime.now(UTC),
-        "forced": forced,
-    }
     with exclusive(store) as session:
-        if seen is None:
-            session.add(DesiredRow(name=name, **values))
-            try:
-                session.flush()
-            except RowExistsError as error:
-                raise _changed(name) from error
-        else:
-            unchanged = update(DesiredRow).where(DesiredRow.name == name, DesiredRow.generation == seen.generation)
-            if session.execute(unchanged.values(**values)).rowcount != 1:  # type: ignore[attr-defined]
-                raise _changed(name)
+        row = session.get(DesiredRow, name)
+        if (row.generation if row else 0) != generation - 1:
+            raise BusyError(
+                f"somebody else changed what {name} serves just now", todo="see `svc status`, then try again"
+            )
+        session.merge(
+            DesiredRow(
+                **target_columns(target),
+                generation=generation,
+                previous_number=previous.version.number if previous else None,
+                previous_format=previous.format if previous else None,
+                changed_at=datetime.now(UTC),
+                forced=forced,
+            )
+        )
         if entry is not None:
             before = str(seen.target) if seen else None
             details = {"generation": generation, "format": target.format, "before": before, "forced": bool(forced)}
@@ -101,13 +96,9 @@ def change_desired(
     return Desired(target, previous, generation, forced)
 
 
-def _changed(name: str) -> BusyError:
-    return BusyError(f"somebody else changed what {name} serves just now", todo="see `svc status`, then try again")
-
-
-def _desired(row: DesiredRow | Row[Any]) -> Desired:
+def _desired(row: Row[Any]) -> Desired:
     previous = None
-    if row.previous_number is not None and row.previous_format is not None:
+    if row.previous_number is not None:
         previous = Target(VersionId(row.name, row.previous_number), Format(row.previous_format))
     target = Target(VersionId(row.name, row.number), Format(row.format))
     return Desired(target, previous, row.generation, row.forced)

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import ColumnElement, and_, delete, select
 from sqlalchemy import Engine as Store
+from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
-from svc.store.tables import DriftAlarmRow, DriftStateRow
+from svc.store.tables import DriftAlarmRow, DriftStateRow, is_of, target_columns
 from svc.version import Target
 
 KEPT_ALARMS = 100
@@ -58,10 +58,9 @@ class DriftAlarm:
 
 def read_drift_states(store: Store, target: Target) -> dict[str, DriftState]:
     """The states of a version in a format, by signal."""
-    query = select(DriftStateRow).where(_of(DriftStateRow, target))
+    query = select(DriftStateRow).where(is_of(DriftStateRow, target))
     with Session(store) as session:
-        rows = session.scalars(query)
-        return {row.signal: DriftState(row.signal, row.state, row.report, row.checked_at) for row in rows}
+        return {row.signal: row.read(DriftState) for row in session.scalars(query)}
 
 
 def keep_drift(store: Store, target: Target, state: DriftState, alarms: Sequence[DriftAlarm]) -> None:
@@ -70,54 +69,19 @@ def keep_drift(store: Store, target: Target, state: DriftState, alarms: Sequence
     Args:
         alarms: that began or ended; one with an id takes the place of that row.
     """
-    key = _key(target)
+    key, mine = target_columns(target), is_of(DriftAlarmRow, target)
+    newest = select(DriftAlarmRow.id).where(mine).order_by(DriftAlarmRow.id.desc()).limit(KEPT_ALARMS)
     with Session(store) as session, session.begin():
-        session.merge(
-            DriftStateRow(
-                **key, signal=state.signal, state=state.state, report=state.report, checked_at=state.checked_at
-            )
-        )
+        session.merge(DriftStateRow.of(state, **key))
         for alarm in alarms:
-            session.merge(
-                DriftAlarmRow(
-                    **key,
-                    id=alarm.id,
-                    signal=alarm.signal,
-                    since=alarm.since,
-                    called_at=alarm.called_at,
-                    ended_at=alarm.ended_at,
-                    moved=alarm.moved,
-                    examples="\n".join(alarm.examples),
-                )
-            )
-        if alarms:
-            session.flush()
-            newest = select(DriftAlarmRow.id).where(_of(DriftAlarmRow, target)).order_by(DriftAlarmRow.id.desc())
-            ended = and_(_of(DriftAlarmRow, target), DriftAlarmRow.ended_at.is_not(None))
-            session.execute(delete(DriftAlarmRow).where(ended, DriftAlarmRow.id.not_in(newest.limit(KEPT_ALARMS))))
+            session.merge(DriftAlarmRow.of(alarm, **key, examples="\n".join(alarm.examples)))
+        session.flush()
+        old = delete(DriftAlarmRow).where(mine, DriftAlarmRow.id.not_in(newest))
+        session.execute(old.where(DriftAlarmRow.ended_at.is_not(None)))
 
 
 def read_drift_alarms(store: Store, target: Target) -> list[DriftAlarm]:
     """The alarms of a version in a format that are kept, the newest first."""
-    query = select(DriftAlarmRow).where(_of(DriftAlarmRow, target)).order_by(DriftAlarmRow.id.desc())
+    query = select(DriftAlarmRow).where(is_of(DriftAlarmRow, target)).order_by(DriftAlarmRow.id.desc())
     with Session(store) as session:
-        return [
-            DriftAlarm(
-                signal=row.signal,
-                since=row.since,
-                called_at=row.called_at,
-                ended_at=row.ended_at,
-                moved=row.moved,
-                examples=tuple(row.examples.split("\n")) if row.examples else (),
-                id=row.id,
-            )
-            for row in session.scalars(query)
-        ]
-
-
-def _key(target: Target) -> dict[str, str | int]:
-    return {"name": target.version.name, "number": target.version.number, "format": target.format.value}
-
-
-def _of(table: type[DriftStateRow] | type[DriftAlarmRow], target: Target) -> ColumnElement[bool]:
-    return and_(*(getattr(table, column) == value for column, value in _key(target).items()))
+        return [row.read(DriftAlarm, examples=row.examples.splitlines()) for row in session.scalars(query)]

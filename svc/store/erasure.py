@@ -61,6 +61,5 @@ def forget_requests(store: Store, which: ColumnElement[bool]) -> Forgotten:
 
 
 def _pragma(connection: Connection, text: str) -> None:
-    if connection.dialect.name == "sqlite":
-        connection.exec_driver_sql(f"PRAGMA {text}")
-        connection.rollback()  # it is in force, and what comes next begins a transaction of its own
+    connection.exec_driver_sql(f"PRAGMA {text}")
+    connection.rollback()  # it is in force, and what comes next begins a transaction of its own

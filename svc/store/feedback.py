@@ -6,8 +6,8 @@ from enum import StrEnum
 
 from sqlalchemy import Engine as Store
 from sqlalchemy import select
-from sqlalchemy.orm import Session
 
+from svc.store.database import exclusive
 from svc.store.tables import FeedbackRow, RequestRow
 from svc.version import VersionId
 
@@ -62,9 +62,7 @@ def keep_feedback(
     newest = select(RequestRow).where(RequestRow.request_id == request_id).order_by(RequestRow.id.desc()).limit(1)
     if key_id is not None:
         newest = newest.where(RequestRow.key_id == key_id)
-    with Session(store) as session, session.begin():
-        # A second word at the same moment waits here, and finds the first.
-        session.connection().exec_driver_sql("BEGIN IMMEDIATE")
+    with exclusive(store) as session:  # a second word at the same moment waits here, and finds the first
         request = session.scalar(newest)
         if request is None:
             return None
@@ -72,15 +70,7 @@ def keep_feedback(
         replaced = Rating(before.rating) if before else None
         grown = _size(feedback.correction) - _size(before.correction if before else None)
         request.bytes += grown
-        session.merge(
-            FeedbackRow(
-                request=request.id,
-                given_at=datetime.now(UTC),
-                rating=feedback.rating.value,
-                label=feedback.label,
-                correction=feedback.correction,
-            )
-        )
+        session.merge(FeedbackRow.of(feedback, request=request.id, given_at=datetime.now(UTC)))
         version = VersionId(request.model, request.number) if request.number is not None else None
         return KeptFeedback(version, replaced, grown)
 

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
-from sqlalchemy import ColumnElement, and_, delete, select
 from sqlalchemy import Engine as Store
+from sqlalchemy import Select, delete, select
 from sqlalchemy.orm import Session
 
 from svc.engine.probes import EngineFacts
-from svc.store.tables import HoldoutRunRow
-from svc.version import Format, Target, VersionId
+from svc.store.tables import HoldoutRunRow, is_of, target_columns, target_of
+from svc.version import Target
 
+_RESULTS = ("places", "hits", "nll", "metric", "scores")
 KEPT_RUNS = 200
 """Of each name: the newest ones; at the default pace they go back 50 days."""
 
@@ -71,33 +72,13 @@ class HoldoutRun:
 
 def add_holdout_run(store: Store, run: HoldoutRun) -> None:
     """Keeps a run, and forgets the oldest of its name beyond `KEPT_RUNS`."""
-    name = run.target.version.name
-    row = HoldoutRunRow(
-        name=name,
-        number=run.target.version.number,
-        format=run.target.format.value,
-        engine=run.engine.key,
-        cause=run.cause.value,
-        started_at=run.started_at,
-        ended_at=run.ended_at,
-        outcome=run.outcome.value,
-        reason=run.reason,
-        results=json.dumps(
-            {
-                "places": run.places,
-                "hits": [int(hit) for hit in run.hits],
-                "nll": run.nll,
-                "metric": run.metric,
-                "scores": run.scores,
-            }
-        ),
-    )
-    newest = select(HoldoutRunRow.id).where(HoldoutRunRow.name == name).order_by(HoldoutRunRow.id.desc())
+    results = json.dumps({name: getattr(run, name) for name in _RESULTS} | {"hits": [int(hit) for hit in run.hits]})
+    of_name = HoldoutRunRow.name == run.target.version.name
+    newest = select(HoldoutRunRow.id).where(of_name).order_by(HoldoutRunRow.id.desc()).limit(KEPT_RUNS)
     with Session(store) as session, session.begin():
-        session.add(row)
+        session.add(HoldoutRunRow.of(run, **target_columns(run.target), engine=run.engine.key, results=results))
         session.flush()
-        kept = newest.limit(KEPT_RUNS)
-        session.execute(delete(HoldoutRunRow).where(HoldoutRunRow.name == name, HoldoutRunRow.id.not_in(kept)))
+        session.execute(delete(HoldoutRunRow).where(of_name, HoldoutRunRow.id.not_in(newest)))
 
 
 def newest_holdout_run(store: Store, target: Target, *, completed: bool = True) -> HoldoutRun | None:
@@ -106,50 +87,21 @@ def newest_holdout_run(store: Store, target: Target, *, completed: bool = True) 
     Args:
         completed: whether failed ones are passed over.
     """
-    query = select(HoldoutRunRow).where(_is(target)).order_by(HoldoutRunRow.id.desc()).limit(1)
-    if completed:
-        query = query.where(HoldoutRunRow.outcome == HoldoutOutcome.COMPLETED.value)
-    with Session(store) as session:
-        row = session.scalar(query)
-        return _run(row) if row else None
+    query = select(HoldoutRunRow).where(is_of(HoldoutRunRow, target)).order_by(HoldoutRunRow.id.desc())
+    return _first(store, query.where(HoldoutRunRow.outcome == HoldoutOutcome.COMPLETED) if completed else query)
 
 
 def first_holdout_run(store: Store, target: Target, engine: EngineFacts) -> HoldoutRun | None:
     """The oldest completed run of a version in a format on one kind of engine, of those that are kept."""
-    query = (
-        select(HoldoutRunRow)
-        .where(_is(target), HoldoutRunRow.outcome == HoldoutOutcome.COMPLETED.value)
-        .where(HoldoutRunRow.engine == engine.key)
-        .order_by(HoldoutRunRow.id)
-        .limit(1)
-    )
+    completed = HoldoutRunRow.outcome == HoldoutOutcome.COMPLETED
+    query = select(HoldoutRunRow).where(is_of(HoldoutRunRow, target), completed, HoldoutRunRow.engine == engine.key)
+    return _first(store, query.order_by(HoldoutRunRow.id))
+
+
+def _first(store: Store, query: Select[HoldoutRunRow]) -> HoldoutRun | None:
     with Session(store) as session:
-        row = session.scalar(query)
-        return _run(row) if row else None
-
-
-def _is(target: Target) -> ColumnElement[bool]:
-    return and_(
-        HoldoutRunRow.name == target.version.name,
-        HoldoutRunRow.number == target.version.number,
-        HoldoutRunRow.format == target.format.value,
-    )
-
-
-def _run(row: HoldoutRunRow) -> HoldoutRun:
-    results = json.loads(row.results)
-    return HoldoutRun(
-        target=Target(VersionId(row.name, row.number), Format(row.format)),
-        engine=EngineFacts.model_validate_json(row.engine),
-        cause=HoldoutCause(row.cause),
-        started_at=row.started_at,
-        ended_at=row.ended_at,
-        outcome=HoldoutOutcome(row.outcome),
-        reason=row.reason,
-        places=tuple(results["places"]),
-        hits=tuple(bool(hit) for hit in results["hits"]),
-        nll=tuple(float(value) for value in results["nll"]),
-        metric=results["metric"],
-        scores=tuple(float(value) for value in results["scores"]),
-        id=row.id,
-    )
+        row = session.scalar(query.limit(1))
+        if row is None:
+            return None
+        engine = EngineFacts.model_validate_json(row.engine)
+        return row.read(HoldoutRun, target=target_of(row), engine=engine, **json.loads(row.results))

@@ -1,7 +1,6 @@
 """Keys: one row each, changed only together with an event of the audit log. Of secrets there are hashes alone."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 
 from sqlalchemy import Engine as Store
@@ -9,12 +8,11 @@ from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
 from svc.errors import NotFoundError, RefusedError
-from svc.identity.principal import Limits, Principal, Scope
+from svc.identity.principal import Limits, Principal
 from svc.store.audit import AuditEntry, append_event
 from svc.store.database import exclusive
 from svc.store.tables import KeyRow
 
-_LIMITS = [each.name for each in fields(Limits)]
 _REVISION = select(func.max(KeyRow.revision))
 
 
@@ -65,16 +63,13 @@ def add_key(store: Store, key: Key, entry: AuditEntry) -> None:
                 todo="choose another name, or give that one a new secret: svc keys rotate",
             )
         session.add(
-            KeyRow(
-                id=key.id,
+            KeyRow.of(
+                key,
                 revision=_next_revision(session),
                 name=principal.name,
-                hash=key.hash,
                 scopes=" ".join(sorted(principal.scopes)),
                 models=None if principal.models is None else " ".join(sorted(principal.models)),
                 weight=principal.weight,
-                created_at=key.created_at,
-                expires_at=key.expires_at,
                 **asdict(principal.limits),
             )
         )
@@ -129,11 +124,11 @@ def find_key(store: Store, text: str) -> Key:
     """
     named = (KeyRow.name == text) & KeyRow.revoked_at.is_(None)
     with Session(store) as session:
-        rows: Sequence[KeyRow] = session.scalars(select(KeyRow).where(or_(KeyRow.id == text, named))).all()
-    found = sorted(rows, key=lambda row: row.id != text)  # an id goes before a name
-    if not found:
-        raise no_such_key(text)
-    return _key(found[0])
+        query = select(KeyRow).where(or_(KeyRow.id == text, named))
+        row = session.scalar(query.order_by(KeyRow.id != text).limit(1))  # an id goes before a name
+        if row is None:
+            raise no_such_key(text)
+        return _key(row)
 
 
 def no_such_key(text: str) -> NotFoundError:
@@ -143,7 +138,7 @@ def no_such_key(text: str) -> NotFoundError:
 
 
 def _next_revision(session: Session) -> int:
-    return (session.scalar(select(func.max(KeyRow.revision))) or 0) + 1
+    return (session.scalar(_REVISION) or 0) + 1
 
 
 def _unrevoked(session: Session, key_id: str) -> KeyRow:
@@ -154,19 +149,7 @@ def _unrevoked(session: Session, key_id: str) -> KeyRow:
 
 
 def _key(row: KeyRow) -> Key:
-    return Key(
-        principal=Principal(
-            key_id=row.id,
-            name=row.name,
-            scopes=frozenset(Scope(scope) for scope in row.scopes.split()),
-            models=None if row.models is None else frozenset(row.models.split()),
-            limits=Limits(**{name: getattr(row, name) for name in _LIMITS}),
-            weight=row.weight,
-        ),
-        hash=row.hash,
-        created_at=row.created_at,
-        expires_at=row.expires_at,
-        revoked_at=row.revoked_at,
-        previous_hash=row.previous_hash,
-        previous_until=row.previous_until,
-    )
+    models = None if row.models is None else row.models.split()
+    limits = row.read(Limits)
+    principal = row.read(Principal, key_id=row.id, scopes=row.scopes.split(), models=models, limits=limits)
+    return row.read(Key, principal=principal)

@@ -1,14 +1,13 @@
 """Requests that ended, one row each, and how long they are kept. Knows nothing of HTTP."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from enum import StrEnum
-from functools import lru_cache
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, Dialect, bindparam, delete, func, insert, select
+from sqlalchemy import ColumnElement, Connection, delete, func, select
 from sqlalchemy import Engine as Store
 from sqlalchemy.orm import Session
 
@@ -109,55 +108,30 @@ _AT_ONCE = 100
 
 
 def add_requests(store: Store, records: Sequence[RequestRecord]) -> None:
-    """Writes a batch, all or nothing."""
-    how = insertion(store.dialect)
+    """Writes a batch, all or nothing.
+
+    By the driver: to have SQLAlchemy look at every value of every row takes longer than all that the database does.
+    """
     with store.begin() as connection:
         for start in range(0, len(records), _AT_ONCE):
-            rows = [how.row(each) for each in records[start : start + _AT_ONCE]]
-            connection.exec_driver_sql(how.sql, rows)
+            connection.exec_driver_sql(_INSERT, [_row(each) for each in records[start : start + _AT_ONCE]])
 
 
-class Insertion(NamedTuple):
-    """How a row is inserted. SQLAlchemy writes the statement once; to have it look at every value of every row takes
-    longer than all that the database does.
-
-    Attributes:
-        by_name: the statement names its values, as PostgreSQL's driver has it; else they come in order.
-        started_at: what the database gets for a time.
-    """
-
-    sql: str
-    by_name: bool
-    started_at: Callable[[datetime], Any]
-
-    def row(self, record: RequestRecord) -> tuple[Any, ...] | dict[str, Any]:
-        """What the statement gets for a record."""
-        version = record.version
-        # Enums as plain texts: the driver of SQLite asks their class at length whether they are something else.
-        format = str(record.format) if record.format else None
-        values = (
-            *(record.request_id, self.started_at(record.started_at), record.model),
-            *(version.number if version else None, format, record.route, record.key_id, record.status),
-            *(record.reason, record.finish_reason, record.seconds, record.first_token_seconds),
-            *(record.tokens_in, record.tokens_out, record.prompt, record.answer, record.bytes, record.temperature),
-            *(record.max_tokens, record.client_request_id, str(record.outcome), record.user_hash),
-        )
-        return dict(zip(_COLUMNS, values, strict=True)) if self.by_name else values
+_COLUMNS = [*("number" if name == "version" else name for name in RequestRecord._fields), "bytes"]
+_VALUES = ", ".join("?" for name in _COLUMNS)
+_INSERT = f"INSERT INTO requests ({', '.join(_COLUMNS)}) VALUES ({_VALUES})"  # noqa: S608 - our own names
 
 
-_COLUMNS = (
-    *("request_id", "started_at", "model", "number", "format", "route", "key_id", "status", "reason", "finish_reason"),
-    *("seconds", "first_token_seconds", "tokens_in", "tokens_out", "prompt", "answer", "bytes", "temperature"),
-    *("max_tokens", "client_request_id", "outcome", "user_hash"),
-)
-
-
-@lru_cache(maxsize=8)
-def insertion(dialect: Dialect) -> Insertion:
-    """How rows are inserted into a kind of database."""
-    times = RequestRow.__table__.c.started_at.type.dialect_impl(dialect).bind_processor(dialect)
-    compiled = insert(RequestRow).inline().values({name: bindparam(name) for name in _COLUMNS}).compile(dialect=dialect)
-    return Insertion(str(compiled), not compiled.positional, times or (lambda moment: moment))
+def _row(record: RequestRecord) -> tuple[Any, ...]:
+    """A record's values, as SQLite has them, in the order of `_COLUMNS`."""
+    # Enums as plain texts: the driver asks their class at length whether they are something else.
+    stored: dict[str, Any] = {
+        "started_at": record.started_at.astimezone(UTC).replace(tzinfo=None).isoformat(" ", "microseconds"),
+        "version": record.version.number if record.version else None,
+        "format": str(record.format) if record.format else None,
+        "outcome": str(record.outcome),
+    }
+    return (*record._replace(**stored), record.bytes)
 
 
 @dataclass(frozen=True, slots=True)

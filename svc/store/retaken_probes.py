@@ -5,7 +5,7 @@ from sqlalchemy import Engine as Store
 from sqlalchemy.orm import Session
 
 from svc.engine.probes import EngineFacts, Probe
-from svc.store.tables import RetakenProbesRow
+from svc.store.tables import RetakenProbesRow, target_columns
 from svc.version import Target
 
 _PROBES = TypeAdapter(tuple[Probe, ...])
@@ -14,17 +14,12 @@ _PROBES = TypeAdapter(tuple[Probe, ...])
 def find_retaken_probes(store: Store, target: Target, facts: EngineFacts) -> tuple[Probe, ...] | None:
     """The probes for this kind of engine, or None when none were taken yet."""
     with Session(store) as session:
-        row = session.get(RetakenProbesRow, _key(target, facts))
+        row = session.get(RetakenProbesRow, target_columns(target) | {"engine": facts.key})
         return _PROBES.validate_json(row.probes) if row else None
 
 
 def keep_retaken_probes(store: Store, target: Target, facts: EngineFacts, probes: tuple[Probe, ...]) -> None:
     """Keeps probes for later loads."""
-    name, number, format, engine = _key(target, facts)
     text = _PROBES.dump_json(probes).decode("utf-8")
     with Session(store) as session, session.begin():
-        session.merge(RetakenProbesRow(name=name, number=number, format=format, engine=engine, probes=text))
-
-
-def _key(target: Target, facts: EngineFacts) -> tuple[str, int, str, str]:
-    return target.version.name, target.version.number, target.format.value, facts.key
+        session.merge(RetakenProbesRow(**target_columns(target), engine=facts.key, probes=text))

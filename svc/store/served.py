@@ -10,8 +10,8 @@ from sqlalchemy.orm import Session
 
 from svc.store.database import exclusive
 from svc.store.desired import Desired
-from svc.store.tables import ServedRow
-from svc.version import Format, Target, VersionId
+from svc.store.tables import ServedRow, target_columns, target_of
+from svc.version import Target
 
 
 class Began(StrEnum):
@@ -62,19 +62,12 @@ def begin_serving(store: Store, desired: Desired, began_by: Began, at: datetime 
     now = at or datetime.now(UTC)
     with exclusive(store) as session:
         for row in session.scalars(_lasting(desired.name)):
-            if began_by is Began.SWAP and _target(row) == desired.target:
+            if began_by is Began.SWAP and target_of(row) == desired.target:
                 return
             row.ended_at = now
-            row.ended_by = Ended.SWAP.value if began_by is Began.SWAP else Ended.LOST.value
+            row.ended_by = Ended.SWAP if began_by is Began.SWAP else Ended.LOST
         session.add(
-            ServedRow(
-                name=desired.name,
-                number=desired.target.version.number,
-                format=desired.target.format.value,
-                generation=desired.generation,
-                began_at=now,
-                began_by=began_by.value,
-            )
+            ServedRow(**target_columns(desired.target), generation=desired.generation, began_at=now, began_by=began_by)
         )
 
 
@@ -82,29 +75,15 @@ def end_serving(store: Store, name: str, at: datetime | None = None) -> None:
     """Writes that nothing serves under a name any more."""
     with exclusive(store) as session:
         for row in session.scalars(_lasting(name)):
-            row.ended_at, row.ended_by = at or datetime.now(UTC), Ended.STOP.value
+            row.ended_at, row.ended_by = at or datetime.now(UTC), Ended.STOP
 
 
 def served_spans(store: Store, name: str) -> list[ServedSpan]:
     """All times of a name, in order."""
     query = select(ServedRow).where(ServedRow.name == name).order_by(ServedRow.id)
     with Session(store) as session:
-        return [
-            ServedSpan(
-                _target(row),
-                row.generation,
-                row.began_at,
-                Began(row.began_by),
-                row.ended_at,
-                Ended(row.ended_by) if row.ended_by else None,
-            )
-            for row in session.scalars(query)
-        ]
+        return [row.read(ServedSpan, target=target_of(row)) for row in session.scalars(query)]
 
 
 def _lasting(name: str) -> Select[ServedRow]:
     return select(ServedRow).where(ServedRow.name == name, ServedRow.ended_at.is_(None))
-
-
-def _target(row: ServedRow) -> Target:
-    return Target(VersionId(row.name, row.number), Format(row.format))

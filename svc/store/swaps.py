@@ -1,17 +1,16 @@
 """The journal of swaps: the server writes it, `svc promote` follows it, `svc status` shows the last one."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 
 from sqlalchemy import Engine as Store
-from sqlalchemy import select
+from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from svc.store.desired import Desired
-from svc.store.tables import SwapRow, SwapStepRow
-from svc.version import Format, Target, VersionId
+from svc.store.tables import SwapRow, SwapStepRow, target_columns, target_of
+from svc.version import Target
 
 
 class SwapOutcome(StrEnum):
@@ -85,13 +84,7 @@ def begin_swap(store: Store, desired: Desired) -> int:
     last = find_swap(store, desired.name, desired.generation)
     if last is not None and last.result is None:
         return last.id
-    row = SwapRow(
-        name=desired.name,
-        generation=desired.generation,
-        number=desired.target.version.number,
-        format=desired.target.format.value,
-        started_at=datetime.now(UTC),
-    )
+    row = SwapRow(**target_columns(desired.target), generation=desired.generation, started_at=datetime.now(UTC))
     with Session(store) as session, session.begin():
         session.add(row)
         session.flush()
@@ -106,11 +99,8 @@ def add_step(store: Store, swap_id: int, text: str) -> None:
 
 def end_swap(store: Store, swap_id: int, result: SwapResult) -> None:
     """Writes how a swap ended."""
-    with Session(store) as session, session.begin():
-        row = session.get_one(SwapRow, swap_id)
-        row.outcome, row.reason, row.queued_s = result.outcome.value, result.reason, result.queued_s
-        row.running, row.queued = result.running, result.queued
-        row.kind, row.took_s = result.kind and result.kind.value, result.took_s
+    with store.begin() as connection:
+        connection.execute(update(SwapRow).where(SwapRow.id == swap_id).values(**asdict(result)))
 
 
 def find_swap(store: Store, name: str, generation: int | None = None) -> SwapRecord | None:
@@ -122,30 +112,6 @@ def find_swap(store: Store, name: str, generation: int | None = None) -> SwapRec
         row = session.scalar(query)
         if row is None:
             return None
-        steps = session.scalars(select(SwapStepRow).where(SwapStepRow.swap_id == row.id).order_by(SwapStepRow.id))
-        return _record(row, [step.text for step in steps])
-
-
-def _record(row: SwapRow, steps: Sequence[str]) -> SwapRecord:
-    return SwapRecord(
-        id=row.id,
-        target=Target(VersionId(row.name, row.number), Format(row.format)),
-        generation=row.generation,
-        started_at=row.started_at,
-        result=_result(row),
-        steps=tuple(steps),
-    )
-
-
-def _result(row: SwapRow) -> SwapResult | None:
-    if not row.outcome:
-        return None
-    return SwapResult(
-        outcome=SwapOutcome(row.outcome),
-        reason=row.reason,
-        queued_s=row.queued_s,
-        running=row.running,
-        queued=row.queued,
-        kind=SwapKind(row.kind) if row.kind else None,
-        took_s=row.took_s,
-    )
+        steps = session.scalars(select(SwapStepRow.text).where(SwapStepRow.swap_id == row.id).order_by(SwapStepRow.id))
+        result = row.read(SwapResult) if row.outcome else None
+        return row.read(SwapRecord, target=target_of(row), result=result, steps=tuple(steps))

@@ -1,10 +1,33 @@
-"""The tables. Changed only together with a migration (svc/store/migrations)."""
+"""The tables. Changed only together with a migration (svc/store/migrations).
 
+`Table.of` and `Table.read` bring records of the other modules into rows and back, by the names of their fields.
+"""
+
+from collections.abc import Callable
+from dataclasses import fields
 from datetime import UTC, datetime
+from functools import cache
+from typing import Any, Self, TypeVar
 
-from sqlalchemy import BigInteger, DateTime, ForeignKey, MetaData, TypeDecorator
+from pydantic import TypeAdapter
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Connection,
+    DateTime,
+    Double,
+    ForeignKey,
+    MetaData,
+    TypeDecorator,
+    and_,
+    event,
+)
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from svc.version import Format, Target, VersionId
+
+Record = TypeVar("Record")
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -32,7 +55,33 @@ class Table(DeclarativeBase):
             "ix": "ix_%(table_name)s_%(column_0_name)s",
         }
     )
-    type_annotation_map = {datetime: UtcDateTime}  # noqa: RUF012 - SQLAlchemy reads it from the class
+    type_annotation_map = {datetime: UtcDateTime, float: Double}  # noqa: RUF012 - SQLAlchemy reads it from the class
+
+    @classmethod
+    def of(cls, record: object, **others: Any) -> Self:
+        """A row of a record.
+
+        Args:
+            others: columns that the record does not have, or has in another form.
+        """
+        columns = {column.name for column in cls.__table__.columns if hasattr(record, column.name)}
+        return cls(**{name: getattr(record, name) for name in columns - others.keys()}, **others)
+
+    def read(self, kind: Callable[..., Record], **others: Any) -> Record:
+        """The record of a row; pydantic brings the columns into the types of its fields.
+
+        Args:
+            kind: its dataclass.
+            others: fields that are no columns, or are in another form.
+        """
+        adapter, names = _reader(kind)
+        record: Record = adapter.validate_python({name: getattr(self, name) for name in names - others.keys()} | others)
+        return record
+
+
+@cache
+def _reader(kind: Any) -> tuple[TypeAdapter[Any], frozenset[str]]:
+    return TypeAdapter(kind), frozenset(field.name for field in fields(kind))
 
 
 class DesiredRow(Table):
@@ -235,6 +284,15 @@ class AuditRow(Table):
     hash: Mapped[str]
 
 
+@event.listens_for(AuditRow.__table__, "after_create")
+def _refuse_audit_changes(target: object, connection: Connection, **options: object) -> None:
+    for change in ("UPDATE", "DELETE"):
+        connection.exec_driver_sql(
+            f"CREATE TRIGGER audit_no_{change} BEFORE {change} ON audit\n"
+            "BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END"
+        )
+
+
 class UsageRow(Table):
     """What a key used of a model in an hour. `key_id` is empty where there was none."""
 
@@ -262,3 +320,22 @@ class ServedRow(Table):
     began_by: Mapped[str]
     ended_at: Mapped[datetime | None]
     ended_by: Mapped[str | None]
+
+
+TargetRow = SwapRow | RetakenProbesRow | HoldoutRunRow | DriftStateRow | DriftAlarmRow | ServedRow
+"""Rows of a version in a format."""
+
+
+def target_columns(target: Target) -> dict[str, Any]:
+    """Return the columns of a `TargetRow` that name its version and format."""
+    return {"name": target.version.name, "number": target.version.number, "format": target.format}
+
+
+def target_of(row: TargetRow) -> Target:
+    """Return the version and the format of a row."""
+    return Target(VersionId(row.name, row.number), Format(row.format))
+
+
+def is_of(table: type[TargetRow], target: Target) -> ColumnElement[bool]:
+    """Return the condition that a row is of a version in a format."""
+    return and_(*(getattr(table, name) == value for name, value in target_columns(target).items()))

@@ -7,8 +7,7 @@ from typing import NamedTuple
 
 from sqlalchemy import Engine as Store
 from sqlalchemy import func, select
-from sqlalchemy.dialects.postgresql import insert as insert_postgresql
-from sqlalchemy.dialects.sqlite import insert as insert_sqlite
+from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.orm import Session
 
 from svc.store.tables import UsageRow
@@ -41,6 +40,13 @@ class Usage(NamedTuple):
         )
 
 
+_ROW = insert(UsageRow)
+_ADD = _ROW.on_conflict_do_update(
+    index_elements=UsageOf._fields,
+    set_={name: getattr(UsageRow, name) + _ROW.excluded[name] for name in Usage._fields},
+)
+
+
 @dataclass(frozen=True, slots=True)
 class UsageTotal:
     """What a key used of a model; see `UsageOf`."""
@@ -59,25 +65,8 @@ def add_usage(store: Store, used: Mapping[UsageOf, Usage]) -> None:
     """Adds to what is there, all or nothing; several processes may at once."""
     if not used:
         return
-    rows = [
-        {
-            "hour": of.hour,
-            "key_id": of.key_id,
-            "model": of.model,
-            "requests": each.requests,
-            "tokens_in": each.tokens_in,
-            "tokens_out": each.tokens_out,
-        }
-        for of, each in sorted(used.items())  # in one order, so that two of these do not wait for each other
-    ]
-    insert = (insert_sqlite if store.dialect.name == "sqlite" else insert_postgresql)(UsageRow)
-    figures = ("requests", "tokens_in", "tokens_out")
-    added = insert.on_conflict_do_update(
-        index_elements=["hour", "key_id", "model"],
-        set_={name: getattr(UsageRow, name) + insert.excluded[name] for name in figures},
-    )
     with store.begin() as connection:
-        connection.execute(added, rows)
+        connection.execute(_ADD, [of._asdict() | each._asdict() for of, each in used.items()])
 
 
 def usage_since(store: Store, since: datetime) -> list[UsageTotal]:
@@ -90,10 +79,7 @@ def usage_since(store: Store, since: datetime) -> list[UsageTotal]:
         .order_by((tokens_in + tokens_out).desc(), UsageRow.key_id, UsageRow.model)
     )
     with Session(store) as session:
-        return [
-            UsageTotal(key_id, model, Usage(*(int(figure) for figure in figures)))  # PostgreSQL sums to decimals
-            for key_id, model, *figures in session.execute(query)
-        ]
+        return [UsageTotal(key_id, model, Usage(*figures)) for key_id, model, *figures in session.execute(query)]
 
 
 def last_used(store: Store) -> dict[str, datetime]:

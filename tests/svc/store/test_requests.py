@@ -7,7 +7,6 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from sqlalchemy import Engine as Store
 from sqlalchemy import event, func, select
-from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import Session
 
 from svc.store import requests
@@ -89,14 +88,6 @@ def test_each_value_comes_into_its_own_column(store: Store) -> None:
     kept = {name: getattr(row, name) for name in RequestRecord._fields if name not in ("version", "format")}
     assert kept == {name: getattr(record, name) for name in kept}
     assert (row.number, row.format, row.bytes) == (2, Format.GPTQ, record.bytes)
-
-
-def test_a_database_whose_statements_name_their_values_gets_them_by_name() -> None:
-    insertion = requests.insertion(postgresql.psycopg.dialect())  # type: ignore[no-untyped-call]
-    row = insertion.row(RECORD)
-    assert isinstance(row, dict)
-    assert (insertion.sql % {name: f"<{name}>" for name in row}).count("<") == len(row)
-    assert (row["request_id"], row["started_at"], row["number"]) == ("req-1", NOON, 2)
 
 
 def test_a_request_that_no_version_answered_is_kept_too(store: Store) -> None:
