@@ -8,14 +8,14 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from svc.errors import RegistryError
+from svc.errors import NotFoundError, RegistryError
 from svc.version import Alias, VersionId
 
 if TYPE_CHECKING:
@@ -64,6 +64,23 @@ class Tracking:
             logging.getLogger(library).setLevel(logging.WARNING)
 
         return MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        """Brings MLflow's errors in the body into ours.
+
+        Raises:
+            NotFoundError: MLflow does not know what was asked for.
+            RegistryError: MLflow does not answer.
+        """
+        from mlflow.exceptions import MlflowException
+
+        try:
+            yield
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                raise NotFoundError(str(error.message)) from error
+            raise RegistryError(f"MLflow at {self.uri} does not answer: {error.message}") from error
 
     def start_run(self, experiment: str, tags: dict[str, str]) -> str:
         """Creates a run and returns its id; `attach` makes it the active one."""
@@ -128,13 +145,8 @@ class Tracking:
         Raises:
             RegistryError: MLflow does not answer.
         """
-        from mlflow.exceptions import MlflowException
-
-        try:
-            found = self._client.search_experiments()
-        except MlflowException as error:
-            raise RegistryError(f"MLflow at {self.uri} does not answer: {error.message}") from error
-        return sorted(one.name for one in found if one.name != "Default")
+        with self._asking():
+            return sorted(one.name for one in self._client.search_experiments() if one.name != "Default")
 
     def newest_run(self, experiment: str) -> RunFigures | None:
         """The run of an experiment that was started last; None where there is none.
@@ -142,17 +154,10 @@ class Tracking:
         Raises:
             RegistryError: MLflow does not answer.
         """
-        from mlflow.exceptions import MlflowException
-
-        try:
+        with self._asking():
             found = self._client.get_experiment_by_name(experiment)
-            if found is None:
-                return None
-            runs = self._client.search_runs(
-                [found.experiment_id], order_by=["attributes.start_time DESC"], max_results=1
-            )
-        except MlflowException as error:
-            raise RegistryError(f"MLflow at {self.uri} does not answer: {error.message}") from error
+            newest = ["attributes.start_time DESC"]
+            runs = self._client.search_runs([found.experiment_id], order_by=newest, max_results=1) if found else []
         return _figures(runs[0]) if runs else None
 
     def run(self, run_id: str) -> RunFigures | None:
@@ -161,14 +166,9 @@ class Tracking:
         Raises:
             RegistryError: MLflow does not answer.
         """
-        from mlflow.exceptions import MlflowException
-
-        try:
+        with suppress(NotFoundError), self._asking():
             return _figures(self._client.get_run(run_id))
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return None
-            raise RegistryError(f"MLflow at {self.uri} does not answer: {error.message}") from error
+        return None
 
     def allocate(self, name: str, source: str, run_id: str) -> VersionId:
         """Registers the next version of a name and returns its number."""
@@ -187,14 +187,9 @@ class Tracking:
         Raises:
             RegistryError: MLflow does not answer.
         """
-        from mlflow.exceptions import MlflowException
-
-        try:
+        with suppress(NotFoundError), self._asking():
             self._remove_page(version, self._client.get_model_version(version.name, str(version.number)).run_id)
             self._client.delete_model_version(version.name, str(version.number))
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise RegistryError(f"MLflow at {self.uri} does not answer: {error.message}") from error
 
     def _remove_page(self, version: VersionId, run_id: str) -> None:
         from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
@@ -215,15 +210,10 @@ class Tracking:
 
     def aliases(self, name: str) -> dict[Alias, VersionId]:
         """All our aliases of a name; empty for a name that MLflow does not know."""
-        from mlflow.exceptions import MlflowException
-
-        try:
+        with suppress(NotFoundError), self._asking():
             found = self._client.get_registered_model(name).aliases
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return {}
-            raise RegistryError(f"MLflow at {self.uri} does not answer: {error.message}") from error
-        return {Alias(key): VersionId(name, int(number)) for key, number in found.items() if key in set(Alias)}
+            return {Alias(key): VersionId(name, int(number)) for key, number in found.items() if key in set(Alias)}
+        return {}
 
     def set_alias(self, version: VersionId, alias: Alias) -> None:
         """Moves an alias."""
