@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -156,22 +156,13 @@ def end_processes(processes: list[psutil.Process]) -> None:
 
 def _holders(folder: Path) -> list[psutil.Process]:
     """Who has the lock's file open: also an engine whose server died before it wrote the record."""
-    lock, found = str((folder / LOCK_FILE).resolve()), list[psutil.Process]()
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            if process.pid != os.getpid() and any(file.path == lock for file in process.open_files()):
-                found.append(process)
-    return found
+    lock = str((folder / LOCK_FILE).resolve())
+    return _processes(lambda one: one.pid != os.getpid() and any(file.path == lock for file in one.open_files()))
 
 
 def _group_of(number: int) -> list[psutil.Process]:
     """The processes of a group: an engine's core outlives it where it is killed."""
-    found = list[psutil.Process]()
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            if os.getpgid(process.pid) == number and runs(process):
-                found.append(process)
-    return found
+    return _processes(lambda one: os.getpgid(one.pid) == number and runs(one))
 
 
 def _left_by(record: EngineRecord) -> list[psutil.Process]:
@@ -183,10 +174,26 @@ def _left_by(record: EngineRecord) -> list[psutil.Process]:
     with contextlib.suppress(psutil.NoSuchProcess):
         if start_of(record.pid) != (record.boot, record.ticks):
             return []
-    found, python = list[psutil.Process](), os.path.realpath(sys.executable)
-    for process in _group_of(record.pid):
+    python = os.path.realpath(sys.executable)
+
+    def is_its_own(one: psutil.Process) -> bool:
+        boot, ticks = start_of(one.pid)
+        return boot == record.boot and ticks >= record.ticks and os.path.realpath(one.exe()) == python
+
+    return _processes(is_its_own, _group_of(record.pid))
+
+
+def _processes(
+    fits: Callable[[psutil.Process], bool], among: Iterable[psutil.Process] | None = None
+) -> list[psutil.Process]:
+    """Those that fit; one that has ended, or is somebody else's, does not.
+
+    Args:
+        among: these; None: all.
+    """
+    found = list[psutil.Process]()
+    for process in psutil.process_iter() if among is None else among:
         with contextlib.suppress(psutil.Error, OSError):
-            boot, ticks = start_of(process.pid)
-            if boot == record.boot and ticks >= record.ticks and os.path.realpath(process.exe()) == python:
+            if fits(process):
                 found.append(process)
     return found

@@ -145,23 +145,28 @@ def find_reclaimable(registry: Registry, home: Path, older_than_days: float) -> 
     """
     now = time.time()
     before = now - older_than_days * _DAY_S
-    for folder in _folders(registry.models.glob("*/.*")):
-        if (touched := _newest(folder, now)) < min(before, now - _DAY_S):  # a registration takes minutes
-            yield Reclaimable(folder, size_on_disk(folder), "a registration or a removal was cut off", touched)
+    for path, why in _leftovers(registry.models, home):
+        touched = _newest(path, now)
+        if touched < (min(before, now - _DAY_S) if path.parent.parent == registry.models else before):
+            yield Reclaimable(path, size_on_disk(path), why, touched)
+
+
+def _leftovers(models: Path, home: Path) -> Iterator[tuple[Path, str]]:
+    """All that nobody works on, whatever its age, each with why nobody needs it."""
+    for folder in _folders(models.glob("*/.*")):  # a registration takes minutes, and less than a day
+        yield folder, "a registration or a removal was cut off"
     for folder in _folders((home / RUNS_FOLDER).glob("*")):
-        if lock_holder(folder / RUN_LOCK) is None and (touched := _newest(folder, now)) < before:
-            finished = (folder / _REGISTERED).is_file()
-            why = "the version is registered" if finished else "the run was given up"
-            yield Reclaimable(folder, size_on_disk(folder), f"{why}, and nobody has touched it since", touched)
+        if lock_holder(folder / RUN_LOCK) is None:
+            finished = "the version is registered" if (folder / _REGISTERED).is_file() else "the run was given up"
+            yield folder, f"{finished}, and nobody has touched it since"
     for folder in _folders((home / SWEEPS_FOLDER).glob("*")):
-        if lock_holder(folder / RUN_LOCK) is None and (touched := _newest(folder, now)) < before:
-            yield Reclaimable(folder, size_on_disk(folder), "trials that nobody has touched since", touched)
+        if lock_holder(folder / RUN_LOCK) is None:
+            yield folder, "trials that nobody has touched since"
     for path in sorted((home / "logs").glob("*.log.*")):
-        if (touched := _newest(path, now)) < before:
-            yield Reclaimable(path, size_on_disk(path), "a log that was rotated", touched)
+        yield path, "a log that was rotated"
     for path in sorted((home / "cache").glob("*/*")):
-        if path.name != _REMOVING and not path.is_symlink() and (touched := _newest(path, now)) < before:
-            yield Reclaimable(path, size_on_disk(path), "a cache that is made again where it is needed", touched)
+        if path.name != _REMOVING and not path.is_symlink():
+            yield path, "a cache that is made again where it is needed"
 
 
 def reclaim(found: Reclaimable) -> None:

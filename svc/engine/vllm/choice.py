@@ -1,7 +1,10 @@
 """One choice of how an engine is started: its value, and where that came from."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+
+from svc.engine.vllm.engine_args import given
 
 AUTO = "auto"
 """Left to vLLM."""
@@ -41,7 +44,30 @@ class Choice:
     variables: tuple[tuple[str, str], ...] = ()
 
 
-def as_argument(choice: Choice) -> Choice:
-    """The choice, passed to vLLM under its own name."""
-    option = f"--{choice.name.replace('_', '-')}"
-    return Choice(choice.name, choice.value, choice.origin, choice.reason, (option, str(choice.value)))
+def as_argument(name: str, value: Value, origin: Origin, reason: str = "") -> Choice:
+    """Return a choice that is passed to vLLM under its own name."""
+    return Choice(name, value, origin, reason, (_option(name), str(value)))
+
+
+def as_given(name: str, args: Sequence[str], *others: str) -> Choice | None:
+    """Return what `engine.args` give for a choice; None where they do not.
+
+    Args:
+        others: further options for it.
+    """
+    value = given(args, _option(name), *others)
+    return None if value is None else Choice(name, as_number(value), Origin.ARGS)
+
+
+def as_number(text: str) -> int | float | str:
+    """Return the number that a text is, else the text; vLLM also takes `4k`."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

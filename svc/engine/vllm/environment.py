@@ -5,51 +5,19 @@ cloud credentials or a token of the hub, is not its business.
 """
 
 import os
+import re
 from collections.abc import Iterable
 
-_NAMES = frozenset(
-    {
-        *("CC", "CXX", "HOME", "LANG", "LANGUAGE", "LD_LIBRARY_PATH", "LD_PRELOAD", "LOGNAME", "PATH", "SHELL", "TEMP"),
-        *("TERM", "TMP", "TMPDIR", "TZ", "USER", "VIRTUAL_ENV"),
-    }
+_INHERITED = re.compile(
+    "CC|CXX|HOME|LANG|LANGUAGE|LD_LIBRARY_PATH|LD_PRELOAD|LOGNAME|PATH|SHELL|TEMP|TERM|TMP|TMPDIR|TZ|USER|VIRTUAL_ENV"
+    "|PYTHON.*"
+    "|(ATEN|CPATH|CUDA|CUDNN|DNNL|FLASHINFER|GLOO|GOMP|HF|HIP|HSA|INDUCTOR|KMP|LC|LIBRARY|MALLOC|MKL|NCCL|NUMBA|NVIDIA"
+    "|OMP|ONEDNN|OPENBLAS|PYTORCH|RAY|ROCM|ROCR|SAFETENSORS|TOKENIZERS|TORCH|TORCHDYNAMO|TORCHINDUCTOR|TRANSFORMERS"
+    "|TRITON|VLLM|XDG)(_.*)?",
+    re.DOTALL,
 )
-_FIRST_WORDS = frozenset(
-    {
-        *(
-            "ATEN",
-            "CPATH",
-            "CUDA",
-            "CUDNN",
-            "DNNL",
-            "FLASHINFER",
-            "GLOO",
-            "GOMP",
-            "HF",
-            "HIP",
-            "HSA",
-            "INDUCTOR",
-            "KMP",
-        ),
-        *(
-            "LC",
-            "LIBRARY",
-            "MALLOC",
-            "MKL",
-            "NCCL",
-            "NUMBA",
-            "NVIDIA",
-            "OMP",
-            "ONEDNN",
-            "OPENBLAS",
-            "PYTHON",
-            "PYTORCH",
-        ),
-        *("RAY", "ROCM", "ROCR", "SAFETENSORS", "TOKENIZERS", "TORCH", "TORCHDYNAMO", "TORCHINDUCTOR", "TRANSFORMERS"),
-        *("TRITON", "VLLM", "XDG"),
-    }
-)
-"""Of Python, the C library, PyTorch, vLLM and what they are built on. The word before the first underscore; of Python's
-own, which have none, the beginning."""
+"""Variables of Python, the C library, PyTorch, vLLM and what they are built on: most by the word before the first
+underscore."""
 _SECRET_WORDS = frozenset({"CREDENTIALS", "KEY", "PASSWORD", "SECRET", "TOKEN"})
 
 
@@ -64,8 +32,4 @@ def inherited_environment(also: Iterable[str] = ()) -> dict[str, str]:
 
 
 def _is_inherited(name: str) -> bool:
-    if name in _NAMES:
-        return True
-    words = name.split("_")
-    first = "PYTHON" if words[0].startswith("PYTHON") else words[0]
-    return first in _FIRST_WORDS and not _SECRET_WORDS & set(words)
+    return bool(_INHERITED.fullmatch(name)) and not _SECRET_WORDS.intersection(name.split("_"))

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from svc.engine.vllm.choice import Choice, Origin, Value
-from svc.engine.vllm.engine_args import given
+from svc.engine.vllm.choice import Choice, Origin, Value, as_argument, as_given
 from svc.engine.vllm.plugin import LORA_VARIABLE
 
 RUNTIME_VARIABLE = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
@@ -87,11 +86,7 @@ def lora_choices(slots: LoraSlots, args: Sequence[str]) -> tuple[Choice, ...]:
     enabled = Choice("enable_lora", True, Origin.DEFAULT, "adapters beside the base", ("--enable-lora",), variables)
     targets = ("--lora-target-modules", *slots.targets)
     layers = Choice("lora_target_modules", " ".join(slots.targets), Origin.MODEL, "never the output layer", targets)
-    return (enabled, *(_choice(name, value, args) for name, value in values.items()), layers)
-
-
-def _choice(name: str, value: Value, args: Sequence[str]) -> Choice:
-    option = f"--{name.replace('_', '-')}"
-    if (said := given(args, option)) is not None:
-        return Choice(name, said, Origin.ARGS)
-    return Choice(name, value, Origin.SETTING, "adapters", (option, str(value)))
+    room = (
+        as_given(name, args) or as_argument(name, value, Origin.SETTING, "adapters") for name, value in values.items()
+    )
+    return (enabled, *room, layers)

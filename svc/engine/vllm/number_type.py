@@ -2,8 +2,7 @@
 
 from svc.engine.device import DeviceCapabilities, NumberType
 from svc.engine.model_facts import ModelFacts
-from svc.engine.vllm.choice import AUTO, Choice, Origin, as_argument
-from svc.engine.vllm.engine_args import given
+from svc.engine.vllm.choice import AUTO, Choice, Origin, as_argument, as_given
 from svc.engine.vllm.plugin import INT4_LINEAR_VARIABLE
 from svc.errors import EngineError
 from svc.settings import Device, EngineSettings, GptqKernel
@@ -25,14 +24,14 @@ def choose_dtype(settings: EngineSettings, capabilities: DeviceCapabilities, mod
     """
     name, own, kernel = "dtype", model.dtype, choose_gptq_kernel(settings, capabilities, model)
     cpu = capabilities.device(settings) is Device.CPU
-    if (value := given(settings.args, "--dtype")) is not None:
-        _check_gptq_dtype(value, kernel, own)
-        return Choice(name, value, Origin.ARGS)
+    if choice := as_given(name, settings.args):
+        _check_gptq_dtype(str(choice.value), kernel, own)
+        return choice
     if kernel is GptqKernel.TORCH:
-        return as_argument(Choice(name, NumberType.BFLOAT16.value, Origin.MACHINE, "what PyTorch's 4-bit kernel takes"))
+        return as_argument(name, NumberType.BFLOAT16.value, Origin.MACHINE, "what PyTorch's 4-bit kernel takes")
     if cpu and not capabilities.cpu_bfloat16 and model.quantization is None:
         reason = f"{capabilities.instruction_set} has no fast numbers of 16 bits"
-        return as_argument(Choice(name, NumberType.FLOAT32.value, Origin.MACHINE, reason))
+        return as_argument(name, NumberType.FLOAT32.value, Origin.MACHINE, reason)
     if own is None or own == NumberType.FLOAT32:
         return Choice(name, AUTO, Origin.VLLM, "16 bits")
     if cpu:

@@ -5,6 +5,7 @@ vLLM decides well by itself is left to it. Knows no process and reads nothing: f
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 from svc.engine.device import DeviceCapabilities
 from svc.engine.machine import Machine
 from svc.engine.model_facts import ModelFacts
-from svc.engine.vllm.choice import AUTO, Choice, Origin, Value, as_argument
+from svc.engine.vllm.choice import AUTO, Choice, Origin, Value, as_argument, as_given, as_number
 from svc.engine.vllm.engine_args import given, given_flag
 from svc.engine.vllm.number_type import GPTQ, choose_dtype, explain_gptq_kernel, is_wide, weight_bytes
 from svc.errors import EngineError
@@ -85,44 +86,44 @@ def plan_engine(
     return _Planner(settings, capabilities, machine, model, cache, engines).plan()
 
 
+@dataclass(frozen=True)
 class _Planner:
-    def __init__(
-        self,
-        settings: EngineSettings,
-        capabilities: DeviceCapabilities,
-        machine: Machine,
-        model: ModelFacts,
-        cache: Path,
-        engines: int,
-    ) -> None:
-        self._settings = settings
-        self._args = settings.args
-        self._capabilities = capabilities
-        self._device = capabilities.device(settings)
-        self._cpu = self._device is Device.CPU
-        self._machine = machine
-        self._model = model
-        self._cache = cache
-        self._engines = engines
+    _settings: EngineSettings
+    _capabilities: DeviceCapabilities
+    _machine: Machine
+    _model: ModelFacts
+    _cache: Path
+    _engines: int
+
+    @property
+    def _args(self) -> Sequence[str]:
+        return self._settings.args
+
+    @property
+    def _device(self) -> Device:
+        return self._capabilities.device(self._settings)
+
+    @property
+    def _cpu(self) -> bool:
+        return self._device is Device.CPU
 
     def plan(self) -> EnginePlan:
         length, concurrency, parallel = self._max_model_len(), self._max_num_seqs(), self._tensor_parallel()
         block, ranks = self._block_size(), _integer(parallel.value) or 1
         dtype = choose_dtype(self._settings, self._capabilities, self._model)
         kernel = explain_gptq_kernel(self._settings, self._capabilities) if self._model.quantization == GPTQ else None
-        kernels = [] if kernel is None else [kernel]
-        common = [self._which_device(), length, concurrency, dtype, *kernels, self._eager(), block]
         if self._cpu:
-            wide = is_wide(dtype)
             executor = self._executor(ranks)
             threads = self._threads(ranks, bindable=executor.value != _ONE_PROCESS)
-            cache = self._kv_cache(length, concurrency, block, ranks, wide=wide)
-            own = [executor, threads, cache, parallel]
+            own = [executor, threads, self._kv_cache(length, concurrency, block, ranks, wide=is_wide(dtype))]
         else:
-            own = [self._gpu_share(ranks), parallel]
-        flags = [self._left_to_vllm("enable-prefix-caching"), self._left_to_vllm("enable-chunked-prefill")]
-        template = [self._content_format(), *self._template_kwargs()]
-        return EnginePlan((*common, *own, *flags, *template, self._compile_cache()))
+            own = [self._gpu_share(ranks)]
+        choices = [
+            *(self._which_device(), length, concurrency, dtype, kernel, self._eager(), block, *own, parallel),
+            *(self._left_to_vllm("enable-prefix-caching"), self._left_to_vllm("enable-chunked-prefill")),
+            *(self._content_format(), self._template_kwargs(), self._compile_cache()),
+        ]
+        return EnginePlan(tuple(choice for choice in choices if choice))
 
     def _which_device(self) -> Choice:
         if self._settings.device is Device.AUTO:
@@ -131,19 +132,18 @@ class _Planner:
 
     def _max_model_len(self) -> Choice:
         name, own = "max_model_len", self._model.context
-        if (value := given(self._args, "--max-model-len")) is not None:
-            return Choice(name, _plain(value), Origin.ARGS)
+        if choice := as_given(name, self._args):
+            return choice
         if own is not None and own < self._settings.max_model_len:
             # vLLM refuses to start with more.
-            return as_argument(Choice(name, own, Origin.MODEL, f"made for {own:,} tokens"))
-        return as_argument(Choice(name, self._settings.max_model_len, self._origin(name), "tokens"))
+            return as_argument(name, own, Origin.MODEL, f"made for {own:,} tokens")
+        return as_argument(name, self._settings.max_model_len, self._origin(name), "tokens")
 
     def _max_num_seqs(self) -> Choice:
-        name = "max_num_seqs"
-        if (value := given(self._args, "--max-num-seqs")) is not None:
-            return Choice(name, _plain(value), Origin.ARGS)
-        origin = self._origin("max_concurrency")
-        return as_argument(Choice(name, self._settings.max_concurrency, origin, "sequences decoded together"))
+        name, origin = "max_num_seqs", self._origin("max_concurrency")
+        return as_given(name, self._args) or as_argument(
+            name, self._settings.max_concurrency, origin, "sequences decoded together"
+        )
 
     def _eager(self) -> Choice:
         name, eager = "enforce_eager", is_eager(self._settings, self._device)
@@ -157,23 +157,23 @@ class _Planner:
 
     def _block_size(self) -> Choice:
         name = "block_size"
-        if (value := given(self._args, "--block-size")) is not None:
-            return Choice(name, _plain(value), Origin.ARGS)
+        if choice := as_given(name, self._args):
+            return choice
         if not self._cpu:
             return Choice(name, AUTO, Origin.VLLM, "what the attention kernel of this GPU takes")
         # The prefix cache keeps whole blocks: with vLLM's 128 tokens most of a short prompt is read again each time.
-        return as_argument(Choice(name, _BLOCK_SIZE, Origin.DEFAULT, "tokens; short prompts share whole blocks"))
+        return as_argument(name, _BLOCK_SIZE, Origin.DEFAULT, "tokens; short prompts share whole blocks")
 
     def _executor(self, ranks: int) -> Choice:
         name, machine = "distributed_executor_backend", self._machine
-        if (value := given(self._args, "--distributed-executor-backend")) is not None:
-            return Choice(name, value, Origin.ARGS)
+        if choice := as_given(name, self._args):
+            return choice
         if ranks > 1 or any(given(self._args, *options) is not None for options in _OTHER_PARALLELISM):
             return Choice(name, AUTO, Origin.VLLM, "a process for each rank")
         if machine.threads_bind is not None or machine.nodes > 1:
             return Choice(name, AUTO, Origin.VLLM, "binds threads to cores")
         # One import of torch and vLLM less, 8 of 32 s; its tokens come a tenth faster, and it takes 0.7 GiB less.
-        return as_argument(Choice(name, _ONE_PROCESS, Origin.MACHINE, "no thread is far from its memory"))
+        return as_argument(name, _ONE_PROCESS, Origin.MACHINE, "no thread is far from its memory")
 
     def _threads(self, ranks: int, *, bindable: bool) -> Choice:
         name, variable = "threads", "VLLM_CPU_OMP_THREADS_BIND"
@@ -206,12 +206,12 @@ class _Planner:
 
     def _kv_cache(self, length: Choice, concurrency: Choice, block: Choice, ranks: int, *, wide: bool) -> Choice:
         name, setting = "kv_cache_memory_bytes", self._settings.kv_cache_gib
-        if (value := given(self._args, "--kv-cache-memory-bytes")) is not None:
-            return Choice(name, _plain(value), Origin.ARGS)
+        if choice := as_given(name, self._args):
+            return choice
         if given(self._args, *_SHARE_OPTIONS) is not None:
             return Choice(name, AUTO, Origin.ARGS, f"what {_SHARE_OPTIONS[0]} leaves")
         if setting is not None:
-            return as_argument(Choice(name, int(setting * GIB), Origin.SETTING, _gib(setting * GIB)))
+            return as_argument(name, int(setting * GIB), Origin.SETTING, _gib(setting * GIB))
         free = max(0, self._machine.free - weight_bytes(self._model, wide=wide))
         one = self._sequence_bytes(length, block, wide=wide)
         # One sequence must fit, or vLLM does not start; but never into more than there is.
@@ -226,7 +226,7 @@ class _Planner:
             if room == least:
                 why = f"one sequence; only {_gib(free)} is free beside the weights"
         size = max(1, most // ranks)
-        return as_argument(Choice(name, size, origin, f"{_gib(size)}: {why}"))
+        return as_argument(name, size, origin, f"{_gib(size)}: {why}")
 
     def _sequence_bytes(self, length: Choice, block: Choice, *, wide: bool) -> int | None:
         """Keys and values of the longest sequence, in whole blocks."""
@@ -237,10 +237,10 @@ class _Planner:
 
     def _gpu_share(self, ranks: int) -> Choice:
         name, setting, gpus = "gpu_memory_utilization", self._settings.gpu_memory_share, self._machine.gpus[:ranks]
-        if (value := given(self._args, *_SHARE_OPTIONS)) is not None:
-            return Choice(name, _plain(value), Origin.ARGS)
+        if choice := as_given(name, self._args, *_SHARE_OPTIONS):
+            return choice
         if setting is not None:
-            return as_argument(Choice(name, setting, Origin.SETTING))
+            return as_argument(name, setting, Origin.SETTING)
         if not gpus:
             return Choice(name, AUTO, Origin.VLLM, "nvidia-smi shows no GPU")
         fullest, engines = min(gpus, key=lambda gpu: gpu.free / gpu.memory), self._engines
@@ -249,14 +249,14 @@ class _Planner:
         reason = f"{_gib(fullest.free)} of {_gib(fullest.memory)} is free"
         if engines > 1:
             reason += f"; {engines} engines share it"
-        return as_argument(Choice(name, share, Origin.MACHINE, reason))
+        return as_argument(name, share, Origin.MACHINE, reason)
 
     def _tensor_parallel(self) -> Choice:
         name, setting, model = "tensor_parallel_size", self._settings.tensor_parallel, self._model
-        if (value := given(self._args, "--tensor-parallel-size", "-tp")) is not None:
-            return Choice(name, _plain(value), Origin.ARGS)
+        if choice := as_given(name, self._args, "-tp"):
+            return choice
         if setting is not None:
-            return as_argument(Choice(name, setting, Origin.SETTING))
+            return as_argument(name, setting, Origin.SETTING)
         if self._cpu:
             return Choice(name, 1, Origin.VLLM)
         gpus = len(self._machine.gpus)
@@ -266,7 +266,7 @@ class _Planner:
         if ranks == 1:
             return Choice(name, 1, Origin.MACHINE if gpus < 2 else Origin.MODEL, seen)
         reason = f"{seen}; {model.heads} attention heads and {model.kv_heads} of keys and values"
-        return as_argument(Choice(name, ranks, Origin.MACHINE, reason))
+        return as_argument(name, ranks, Origin.MACHINE, reason)
 
     def _left_to_vllm(self, flag: str) -> Choice:
         name, value = flag.replace("-", "_"), given_flag(self._args, flag)
@@ -276,20 +276,14 @@ class _Planner:
 
     def _content_format(self) -> Choice:
         name = "chat_template_content_format"
-        if (value := given(self._args, "--chat-template-content-format")) is not None:
-            return Choice(name, value, Origin.ARGS)
         # By itself vLLM gives texts as lists of parts to a template that can take them, which need not trim those.
-        return as_argument(Choice(name, "string", Origin.DEFAULT, "as in training"))
+        return as_given(name, self._args) or as_argument(name, "string", Origin.DEFAULT, "as in training")
 
-    def _template_kwargs(self) -> list[Choice]:
-        name = "default_chat_template_kwargs"
-        if (value := given(self._args, "--default-chat-template-kwargs")) is not None:
-            return [Choice(name, value, Origin.ARGS)]
-        if not self._model.template_kwargs:
-            return []
-        return [
-            as_argument(Choice(name, json.dumps(dict(self._model.template_kwargs)), Origin.MODEL, "as in training"))
-        ]
+    def _template_kwargs(self) -> Choice | None:
+        name, values = "default_chat_template_kwargs", dict(self._model.template_kwargs)
+        if choice := as_given(name, self._args):
+            return choice
+        return as_argument(name, json.dumps(values), Origin.MODEL, "as in training") if values else None
 
     def _compile_cache(self) -> Choice:
         path = str(self._cache)
@@ -305,18 +299,8 @@ def is_eager(settings: EngineSettings, device: Device) -> bool:
     return device is Device.CPU if said is None else said
 
 
-def _plain(text: str) -> int | float | str:
-    """A number where it is one; vLLM also takes `4k`."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
 def _integer(value: Value | None) -> int | None:
-    found = _plain(value) if isinstance(value, str) else value
+    found = as_number(value) if isinstance(value, str) else value
     return found if isinstance(found, int) and found > 0 else None
 
 

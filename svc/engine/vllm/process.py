@@ -174,31 +174,24 @@ class EngineProcess:
 
     def memory(self) -> int | None:
         """Bytes that its processes hold of the machine's memory, shared pages in part; None where none runs."""
-        if self._process is None:
-            return None
-        try:
-            processes = [self._process, *self._process.children(recursive=True)]
-            return sum(process.memory_full_info().pss for process in processes)
-        except psutil.Error:  # it is ending
-            return None
+        with contextlib.suppress(psutil.Error):  # it is ending
+            return sum(process.memory_full_info().pss for process in self._processes()) or None
+        return None
 
     def processor_s(self) -> float:
         """Return the processor time that its processes have used, seconds; 0 where none runs."""
-        if self._process is None:
-            return 0.0
-        try:
-            processes = [self._process, *self._process.children(recursive=True)]
-            return sum(sum(process.cpu_times()[:2]) for process in processes)
-        except psutil.Error:  # it is ending
-            return 0.0
+        with contextlib.suppress(psutil.Error):
+            return sum(sum(process.cpu_times()[:2]) for process in self._processes())
+        return 0.0
 
     def front_s(self) -> float | None:
         """Return the processor time of vLLM's front, the process that was started, seconds; None if unknown."""
-        try:
-            times = self._process.cpu_times() if self._process else None
-        except psutil.Error:  # it is ending
-            return None
-        return times.user + times.system if times else None
+        with contextlib.suppress(psutil.Error):
+            return sum(self._process.cpu_times()[:2]) if self._process else None
+        return None
+
+    def _processes(self) -> list[psutil.Process]:
+        return [self._process, *self._process.children(recursive=True)] if self._process else []
 
     async def wait(self) -> int | None:
         """Returns the exit code when the server has ended: 0 when it was never started, None of one adopted."""

@@ -57,7 +57,7 @@ def test_an_engine_with_room_for_adapters_is_told_so(tmp_path: Path) -> None:
 
 def test_what_a_person_gives_goes_before(tmp_path: Path) -> None:
     made = replace(spec(tmp_path, args=("--max-loras", "2")), lora=SLOTS)
-    assert made.plan["max_loras"].value == "2"
+    assert made.plan["max_loras"].value == 2
     assert command(made).count("--max-loras") == 1
 
 
