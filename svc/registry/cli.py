@@ -19,6 +19,8 @@ def models(ctx: click.Context, as_json: bool) -> None:
     """List all versions with their aliases and figures."""
     if ctx.invoked_subcommand is not None:
         return
+    from svc.terminal import print_json, print_table
+
     registry = Registry.of(settings_of(ctx))
     manifests = [registry.manifest(version) for version in registry.versions()]
     aliases = {name: registry.tracking.aliases(name) for name in {manifest.name for manifest in manifests}}
@@ -26,22 +28,13 @@ def models(ctx: click.Context, as_json: bool) -> None:
         _row(manifest, [a for a, v in aliases[manifest.name].items() if v == manifest.id]) for manifest in manifests
     ]
     if as_json:
-        from svc.terminal import print_json
-
         print_json(rows)
         return
     if not rows:
         click.echo("no versions yet: `svc train RECIPE` makes one")
         return
-    from rich.table import Table
-
-    from svc.terminal import output
-
     shown = ("version", "aliases", "created", "base", "formats", "checks", "quality")
-    table = Table(*shown, box=None)
-    for row in rows:
-        table.add_row(*(row[column] for column in shown))
-    output.print(table)
+    print_table(shown, ([row[column] for column in shown] for row in rows))
 
 
 @models.command()

@@ -5,7 +5,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from svc.engine.probes import MAX_PROBES, Probe
 from svc.errors import IntegrityError
@@ -14,6 +14,7 @@ from svc.evaluation.finding import Finding
 from svc.evaluation.forgetting import Forgetting
 from svc.evaluation.judge import JudgeReport
 from svc.files.disk import write_whole
+from svc.files.json_file import read_record
 from svc.registry.files import FileRecord
 from svc.registry.parity import ParityReport
 from svc.version import NAME_PATTERN, Format, VersionId
@@ -134,10 +135,7 @@ def read_manifest(folder: Path) -> Manifest:
         IntegrityError: it is missing, or is no manifest, or is another version's.
     """
     path = folder / MANIFEST_FILE
-    try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        raise IntegrityError(f"cannot read {path}: {error}", todo="restore it from a backup, or train again") from error
+    manifest = read_record(path, Manifest)
     if (manifest.name, str(manifest.number)) != (folder.parent.name, folder.name):
         raise IntegrityError(f"{path} is the manifest of {manifest.id}", expected=f"{folder.parent.name}@{folder.name}")
     return manifest

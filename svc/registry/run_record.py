@@ -6,7 +6,6 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from svc.engine.machine import read_machine
-from svc.files.json_file import read_record
 
 RUN_RECORD_FILE = "run.json"
 """In a version's reference folder."""
@@ -67,15 +66,6 @@ class RunRecord(BaseModel):
     tokens_per_second: float
     seconds: float
     best_step: int | None = None
-
-
-def read_run_record(path: Path) -> RunRecord:
-    """Reads what `model_dump_json` wrote.
-
-    Raises:
-        IntegrityError: there is no such file, or it is no record.
-    """
-    return read_record(path, RunRecord)
 
 
 def _processor() -> str:

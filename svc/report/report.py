@@ -11,9 +11,10 @@ from svc.evaluation.evaluator import EvaluationReport
 from svc.evaluation.metrics.labels import label_of
 from svc.evaluation.results import ExampleResult
 from svc.evaluation.training_curve import TRAINING_CURVE_FILE, TrainingPoint, read_training_curve
+from svc.files.json_file import read_record
 from svc.registry.manifest import Manifest
 from svc.registry.registry import Registry
-from svc.registry.run_record import RUN_RECORD_FILE, RunRecord, read_run_record
+from svc.registry.run_record import RUN_RECORD_FILE, RunRecord
 from svc.report.confusion import ConfusionMatrix, confusion_matrix
 from svc.report.judged import BASE, Judged
 from svc.version import Format, VersionId
@@ -80,7 +81,7 @@ def gather_report(registry: Registry, version: VersionId) -> Report:
         curve=read_training_curve(registry.reference(version, TRAINING_CURVE_FILE)),
         data=data,
         heldout_labels=dict(Counter(label_of(example.answer) for example in heldout)),
-        run=read_run_record(registry.reference(version, RUN_RECORD_FILE)),
+        run=read_record(registry.reference(version, RUN_RECORD_FILE), RunRecord),
     )
 
 

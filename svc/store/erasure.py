@@ -55,9 +55,9 @@ def forget_requests(store: Store, which: ColumnElement[bool]) -> Forgotten:
     found = count_requests(store, which)
     with store.connect() as connection:
         _pragma(connection, "secure_delete=ON")
-        gone = delete_requests(connection, which)
+        gone, _ = delete_requests(connection, which)
         _pragma(connection, "wal_checkpoint(TRUNCATE)")
-    return Forgotten(gone.rows, min(found.contents, gone.rows), min(found.feedback, gone.rows))
+    return Forgotten(gone, min(found.contents, gone), min(found.feedback, gone))
 
 
 def _pragma(connection: Connection, text: str) -> None:

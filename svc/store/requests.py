@@ -165,36 +165,32 @@ def prune_requests(store: Store, *, before: datetime | None, max_bytes: int, kno
         known_bytes: what all rows take together or more, as who writes them reckons: within the limit they are not
             summed up, for which all of them are read. None where nobody knows.
     """
-    gone = Deleted(0, 0)
+    gone, gone_bytes = 0, 0
     if before is not None:
         with store.connect() as connection:
-            gone = delete_requests(connection, RequestRow.started_at < before)
-    left = None if known_bytes is None else max(0, known_bytes - gone.bytes)
+            gone, gone_bytes = delete_requests(connection, RequestRow.started_at < before)
+    left = None if known_bytes is None else max(0, known_bytes - gone_bytes)
     if left is not None and left <= max_bytes:
-        return Pruned(gone.rows, left)
+        return Pruned(gone, left)
     with Session(store) as session:
         left = int(session.scalar(select(func.sum(RequestRow.bytes))) or 0)
         if left <= max_bytes:
-            return Pruned(gone.rows, left)
+            return Pruned(gone, left)
         # By id, the order in which they ended: a clock may have been wrong.
         newer = func.sum(RequestRow.bytes).over(order_by=RequestRow.id.desc()).label("newer")
         ranked = select(RequestRow.id, newer).subquery()
         last = session.scalar(select(func.max(ranked.c.id)).where(ranked.c.newer > _KEPT_SHARE * max_bytes))
     with store.connect() as connection:
-        oldest = delete_requests(connection, RequestRow.id <= last)
-    return Pruned(gone.rows + oldest.rows, left - oldest.bytes)
+        oldest, oldest_bytes = delete_requests(connection, RequestRow.id <= last)
+    return Pruned(gone + oldest, left - oldest_bytes)
 
 
-@dataclass(frozen=True, slots=True)
-class Deleted:
-    """Rows that went, and what they took."""
+def delete_requests(connection: Connection, which: ColumnElement[bool]) -> tuple[int, int]:
+    """Delete rows with their feedback, the oldest first, some in each transaction of the connection.
 
-    rows: int
-    bytes: int
-
-
-def delete_requests(connection: Connection, which: ColumnElement[bool]) -> Deleted:
-    """Deletes rows with their feedback, the oldest first, some in each transaction of the connection."""
+    Returns:
+        How many rows went, and the bytes that they took.
+    """
     rows, size = 0, 0
     while True:
         oldest = select(RequestRow.id).where(which).order_by(RequestRow.id).limit(_DELETED_TOGETHER)
@@ -203,4 +199,4 @@ def delete_requests(connection: Connection, which: ColumnElement[bool]) -> Delet
             deleted = connection.scalars(statement).all()
         rows, size = rows + len(deleted), size + sum(deleted)
         if len(deleted) < _DELETED_TOGETHER:
-            return Deleted(rows, size)
+            return rows, size

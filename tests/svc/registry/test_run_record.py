@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from svc.errors import IntegrityError
-from svc.registry.run_record import MachineRecord, RunRecord, read_run_record
+from svc.files.json_file import read_record
+from svc.registry.run_record import MachineRecord, RunRecord
 
 
 def test_this_machine_is_described() -> None:
@@ -29,7 +30,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     )
     path = tmp_path / "run.json"
     path.write_text(record.model_dump_json(), "utf-8")
-    assert read_run_record(path) == record
+    assert read_record(path, RunRecord) == record
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"steps": 1}'])
@@ -38,4 +39,4 @@ def test_what_is_no_record_is_refused(tmp_path: Path, content: str | None) -> No
     if content is not None:
         path.write_text(content)
     with pytest.raises(IntegrityError, match=r"run\.json"):
-        read_run_record(path)
+        read_record(path, RunRecord)

@@ -11,10 +11,11 @@ from svc.drift_reference.drift_sample import DRIFT_SAMPLE_FILE, draw_drift_sampl
 from svc.drift_reference.text_embedding import TEXT_SPACE_FILE, load_text_space
 from svc.errors import InterruptedRunError, NotFoundError
 from svc.evaluation.training_curve import TRAINING_CURVE_FILE, read_training_curve
+from svc.files.json_file import read_record
 from svc.model_folder.chat_template import read_template_kwargs
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.registry import Registry
-from svc.registry.run_record import RUN_RECORD_FILE, MachineRecord, read_run_record
+from svc.registry.run_record import RUN_RECORD_FILE, MachineRecord, RunRecord
 from svc.report.page import report_page
 from svc.report.report import gather_report
 from svc.version import Format
@@ -185,7 +186,7 @@ def test_the_version_keeps_a_summary_of_its_data(make: Make) -> None:
 
 
 def test_the_version_keeps_what_its_training_took(pipeline: Pipeline) -> None:
-    record = read_run_record(pipeline.registry.reference(pipeline.train_version(), RUN_RECORD_FILE))
+    record = read_record(pipeline.registry.reference(pipeline.train_version(), RUN_RECORD_FILE), RunRecord)
     assert (record.steps, record.tokens, record.seconds) == (3, 30, 3.0)
     assert record.number_type == pipeline.capabilities.training_type
     assert record.machine == MachineRecord.of_this_one()
