@@ -63,8 +63,7 @@ def compatibility_fingerprint(folder: Path, template_kwargs: TemplateKwargs | No
         "chat_template_kwargs": dict(read_template_kwargs(folder) if template_kwargs is None else template_kwargs),
         "generation": _stable(read_json_object(folder / "generation_config.json", default={})),
     }
-    text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
-    return f"sha256:{hashlib.sha256(text.encode('utf-8')).hexdigest()}"
+    return _digest(parts)
 
 
 def tokenizer_fingerprint(folder: Path) -> str:
@@ -73,7 +72,11 @@ def tokenizer_fingerprint(folder: Path) -> str:
     Raises:
         IntegrityError: its file is missing or damaged.
     """
-    text = json.dumps(_tokenizer(folder), sort_keys=True, ensure_ascii=False)
+    return _digest(_tokenizer(folder))
+
+
+def _digest(parts: dict[str, Any]) -> str:
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
     return f"sha256:{hashlib.sha256(text.encode('utf-8')).hexdigest()}"
 
 

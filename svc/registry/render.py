@@ -6,7 +6,6 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from svc.evaluation.evaluator import EvaluationReport
 from svc.evaluation.forgetting import Forgetting
 from svc.evaluation.judge import JudgeReport
 from svc.registry.manifest import FormatRecord, Manifest
@@ -75,32 +74,16 @@ def evaluation_table(manifest: Manifest) -> Table:
     reports = {"base": manifest.base_evaluation} | {name: record.evaluation for name, record in records.items()}
     judged = {name: report for name, report in reports.items() if report}
     table = Table("", *judged, box=None)
-    for title, cells in _quality(judged).items():
-        table.add_row(title, *cells)
+    titles = {name: figure.title for report in reversed(judged.values()) for name, figure in report.all_figures.items()}
+    for name, title in titles.items():
+        table.add_row(escape(title), *(str(report.all_figures[name].estimate) for report in judged.values()))
     for title, cell in _FILES.items():
         table.add_row(title, *(cell(records[name]) if name in records else "" for name in judged))
     return table
 
 
-def _quality(judged: dict[str, EvaluationReport]) -> dict[str, list[str]]:
-    """The cells of each metric, by its title."""
-    titles = {name: figure.title for report in reversed(judged.values()) for name, figure in report.all_figures.items()}
-    return {
-        escape(title): [str(report.all_figures[name].estimate) for report in judged.values()]
-        for name, title in titles.items()
-    }
-
-
-def _load(record: FormatRecord) -> str:
-    return f"{record.load_seconds:.1f} s" if record.load_seconds is not None else "-"
-
-
-def _speed(record: FormatRecord) -> str:
-    return f"{record.tokens_per_second:.0f}" if record.tokens_per_second is not None else "-"
-
-
 _FILES: dict[str, Callable[[FormatRecord], str]] = {
     "size": lambda record: f"{record.bytes / 1e6:.0f} MB",
-    "load": _load,
-    "tokens/s": _speed,
+    "load": lambda record: "-" if record.load_seconds is None else f"{record.load_seconds:.1f} s",
+    "tokens/s": lambda record: "-" if record.tokens_per_second is None else f"{record.tokens_per_second:.0f}",
 }

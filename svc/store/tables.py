@@ -9,19 +9,8 @@ from datetime import UTC, datetime
 from functools import cache
 from typing import Any, Self, TypeVar
 
+import sqlalchemy as sa
 from pydantic import TypeAdapter
-from sqlalchemy import (
-    BigInteger,
-    ColumnElement,
-    Connection,
-    DateTime,
-    Double,
-    ForeignKey,
-    MetaData,
-    TypeDecorator,
-    and_,
-    event,
-)
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -30,10 +19,10 @@ from svc.version import Format, Target, VersionId
 Record = TypeVar("Record")
 
 
-class UtcDateTime(TypeDecorator[datetime]):
+class UtcDateTime(sa.TypeDecorator[datetime]):
     """A point in time, always with its zone; SQLite itself forgets it."""
 
-    impl = DateTime(timezone=True)
+    impl = sa.DateTime(timezone=True)
     cache_ok = True
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
@@ -48,14 +37,14 @@ class UtcDateTime(TypeDecorator[datetime]):
 class Table(DeclarativeBase):
     """All tables of the store."""
 
-    metadata = MetaData(
+    metadata = sa.MetaData(
         naming_convention={
             "pk": "pk_%(table_name)s",
             "fk": "fk_%(table_name)s_%(column_0_name)s",
             "ix": "ix_%(table_name)s_%(column_0_name)s",
         }
     )
-    type_annotation_map = {datetime: UtcDateTime, float: Double}  # noqa: RUF012 - SQLAlchemy reads it from the class
+    type_annotation_map = {datetime: UtcDateTime, float: sa.Double}  # noqa: RUF012 - SQLAlchemy reads it from the class
 
     @classmethod
     def of(cls, record: object, **others: Any) -> Self:
@@ -134,7 +123,7 @@ class SwapStepRow(Table):
     __tablename__ = "swap_steps"
 
     id: Mapped[int] = mapped_column(primary_key=True)
-    swap_id: Mapped[int] = mapped_column(ForeignKey("swaps.id"), index=True)
+    swap_id: Mapped[int] = mapped_column(sa.ForeignKey("swaps.id"), index=True)
     at: Mapped[datetime]
     text: Mapped[str]
 
@@ -187,7 +176,7 @@ class FeedbackRow(Table):
 
     __tablename__ = "feedback"
 
-    request: Mapped[int] = mapped_column(ForeignKey("requests.id", ondelete="CASCADE"), primary_key=True)
+    request: Mapped[int] = mapped_column(sa.ForeignKey("requests.id", ondelete="CASCADE"), primary_key=True)
     given_at: Mapped[datetime]
     rating: Mapped[str]
     label: Mapped[str | None]
@@ -258,7 +247,7 @@ class KeyRow(Table):
     tokens_in_per_minute: Mapped[int | None]
     tokens_out_per_minute: Mapped[int | None]
     concurrent: Mapped[int | None]
-    tokens_per_day: Mapped[int | None] = mapped_column(BigInteger)
+    tokens_per_day: Mapped[int | None] = mapped_column(sa.BigInteger)
     weight: Mapped[int]
     created_at: Mapped[datetime]
     expires_at: Mapped[datetime | None]
@@ -284,8 +273,8 @@ class AuditRow(Table):
     hash: Mapped[str]
 
 
-@event.listens_for(AuditRow.__table__, "after_create")
-def _refuse_audit_changes(target: object, connection: Connection, **options: object) -> None:
+@sa.event.listens_for(AuditRow.__table__, "after_create")
+def _refuse_audit_changes(target: object, connection: sa.Connection, **options: object) -> None:
     for change in ("UPDATE", "DELETE"):
         connection.exec_driver_sql(
             f"CREATE TRIGGER audit_no_{change} BEFORE {change} ON audit\n"
@@ -301,9 +290,9 @@ class UsageRow(Table):
     hour: Mapped[datetime] = mapped_column(primary_key=True)
     key_id: Mapped[str] = mapped_column(primary_key=True)
     model: Mapped[str] = mapped_column(primary_key=True)
-    requests: Mapped[int] = mapped_column(BigInteger)
-    tokens_in: Mapped[int] = mapped_column(BigInteger)
-    tokens_out: Mapped[int] = mapped_column(BigInteger)
+    requests: Mapped[int] = mapped_column(sa.BigInteger)
+    tokens_in: Mapped[int] = mapped_column(sa.BigInteger)
+    tokens_out: Mapped[int] = mapped_column(sa.BigInteger)
 
 
 class ServedRow(Table):
@@ -336,6 +325,6 @@ def target_of(row: TargetRow) -> Target:
     return Target(VersionId(row.name, row.number), Format(row.format))
 
 
-def is_of(table: type[TargetRow], target: Target) -> ColumnElement[bool]:
+def is_of(table: type[TargetRow], target: Target) -> sa.ColumnElement[bool]:
     """Return the condition that a row is of a version in a format."""
-    return and_(*(getattr(table, name) == value for name, value in target_columns(target).items()))
+    return sa.and_(*(getattr(table, name) == value for name, value in target_columns(target).items()))
