@@ -1,6 +1,6 @@
 """Builds the parts of one server, once: who gets what, passed explicitly. Runs nothing."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -25,7 +25,7 @@ from serving.rollout.version_changes import VersionChanges
 from serving.router import Router
 from serving.telemetry.deployment_metrics import DeploymentInstruments
 from serving.telemetry.engine_metrics import EngineMetrics, EngineSource
-from serving.telemetry.loop_lag import LoopLag
+from serving.telemetry.loop_lag import watch_loop_lag
 from serving.telemetry.machine_metrics import add_machine_metrics
 from serving.telemetry.metrics import GatewayMetrics
 from serving.telemetry.request_log import RequestLog
@@ -63,7 +63,7 @@ class Parts:
 
     gateway: GatewayParts
     deployments: Deployments
-    loop_lag: LoopLag
+    watch_loop_lag: Callable[[], Coroutine[Any, Any, None]]
     authentication: Authentication
 
 
@@ -124,7 +124,7 @@ def assemble(
         sources=lambda: [source for each in deployments.all for source in each.pool.sources()],
         status=deployments.status,
     )
-    return Parts(gateway, deployments, LoopLag(metrics.loop_lagged), authentication)
+    return Parts(gateway, deployments, partial(watch_loop_lag, metrics.loop_lagged), authentication)
 
 
 def assemble_gateway(

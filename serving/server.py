@@ -247,7 +247,7 @@ class _Server:
         }
         works = [
             parts.deployments.run(wanted),
-            parts.loop_lag.run(),
+            parts.watch_loop_lag(),
             parts.gateway.usage_writer.run(),
             parts.authentication.run(),
             self._manager.run(),

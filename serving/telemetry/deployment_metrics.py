@@ -1,7 +1,7 @@
 """Prometheus instruments of the models that are served: their engines, their rollouts, and what waits for them."""
 
 from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -26,63 +26,43 @@ class DeploymentInstruments:
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        model = ("model",)
-        self.running = Gauge("svc_requests_running", "Requests in the engine", model, registry=registry)
-        self.queued = Gauge("svc_requests_queued", "Requests that wait for an engine", model, registry=registry)
-        self.engine_state = Gauge("svc_engine_state", "Engines in a state", (*model, "state"), registry=registry)
-        self.restarts = Counter(
-            "svc_engine_restarts_total", "Engine starts after the engine died", model, registry=registry
+        counter = partial(Counter, registry=registry)
+        gauge = partial(Gauge, registry=registry)
+        histogram = partial(Histogram, registry=registry)
+        model, outcome, version = ("model",), ("model", "outcome"), ("model", "version")
+        self.running = gauge("svc_requests_running", "Requests in the engine", model)
+        self.queued = gauge("svc_requests_queued", "Requests that wait for an engine", model)
+        self.engine_state = gauge("svc_engine_state", "Engines in a state", ("model", "state"))
+        self.restarts = counter("svc_engine_restarts_total", "Engine starts after the engine died", model)
+        self.swaps = counter("svc_swaps_total", "Swaps, by outcome", outcome)
+        self.swap_duration = histogram(
+            "svc_swap_duration_seconds", "From closing admission to opening it", outcome, buckets=_SWAP_BUCKETS_S
         )
-        self.swap_duration = Histogram(
-            "svc_swap_duration_seconds",
-            "From closing admission to opening it",
-            (*model, "outcome"),
-            buckets=_SWAP_BUCKETS_S,
-            registry=registry,
+        self.swap_queued = histogram(
+            "svc_swap_queued_requests", "Requests queued when a swap ended", model, buckets=_QUEUED_BUCKETS
         )
-        self.swaps = Counter("svc_swaps_total", "Swaps, by outcome", (*model, "outcome"), registry=registry)
-        self.swap_queued = Histogram(
-            "svc_swap_queued_requests",
-            "Requests queued when a swap ended",
-            model,
-            buckets=_QUEUED_BUCKETS,
-            registry=registry,
-        )
-        self.wake_duration = Histogram(
+        self.wake_duration = histogram(
             "svc_engine_wake_seconds",
             "From the request for which an idle engine was started or woken to its readiness",
             model,
             buckets=_WAKE_BUCKETS_S,
-            registry=registry,
         )
-        self.version_info = Gauge(
-            "svc_model_version_info",
-            "1 for the version that is loaded",
-            (*model, "version", "format"),
-            registry=registry,
+        self.version_info = gauge("svc_model_version_info", "1 for the version that is loaded", (*version, "format"))
+        self.unverified = gauge(
+            "svc_versions_unverified", "Versions that are served, and that no probe has verified on the engine", model
         )
-        self.unverified = Gauge(
-            "svc_versions_unverified",
-            "Versions that are served, and that no probe has verified on the engine",
-            model,
-            registry=registry,
-        )
-        self.holdout_interval = Gauge(
+        self.holdout_interval = gauge(
             "svc_holdout_interval_seconds",
             "From one run of the held-out set to the next, where it is to be asked",
-            (*model, "version"),
-            registry=registry,
+            version,
         )
-        self.adapters_loaded = Gauge("svc_adapters_loaded", "Adapters in the engines' memory", model, registry=registry)
-        self.adapter_loads = Counter(
-            "svc_adapter_loads_total", "Adapters that were loaded and verified", model, registry=registry
-        )
-        self.adapter_load = Histogram(
+        self.adapters_loaded = gauge("svc_adapters_loaded", "Adapters in the engines' memory", model)
+        self.adapter_loads = counter("svc_adapter_loads_total", "Adapters that were loaded and verified", model)
+        self.adapter_load = histogram(
             "svc_adapter_load_seconds",
             "From an adapter's turn to load to its probes' passing",
             model,
             buckets=_ADAPTER_LOAD_BUCKETS_S,
-            registry=registry,
         )
 
 
@@ -104,8 +84,6 @@ class DeploymentMetrics:
         self._instruments = instruments
         self._on_loaded = on_loaded
         self._model = model
-        self._version: tuple[str, ...] | None = None
-        self._holdout: tuple[str, ...] | None = None
         instruments.restarts.labels(model)
         for outcome in SwapOutcome:  # from the start, so that the first one is seen as an increase
             instruments.swaps.labels(model, outcome.value)
@@ -150,33 +128,22 @@ class DeploymentMetrics:
         self._instruments.wake_duration.labels(self._model).observe(seconds)
 
     def version_loaded(self, served: Target) -> None:
-        """Shows the version that is loaded, and only that one."""
-        _forget(self._instruments.version_info, self._version)
-        self._version = (self._model, str(served.version.number), served.format.value)
-        self._instruments.version_info.labels(*self._version).set(1)
+        """Show the version that is loaded, and only that one."""
+        self._forget(self._instruments.version_info)
+        self._instruments.version_info.labels(self._model, str(served.version.number), served.format.value).set(1)
         self._on_loaded(served)
 
     def holdout_due(self, served: Target | None, every_s: float) -> None:
-        """Shows the version whose held-out set is to be asked, and how often; None where there is none to ask."""
-        _forget(self._instruments.holdout_interval, self._holdout)
-        self._holdout = None
+        """Show the version whose held-out set is to be asked, and how often; None where there is none to ask."""
+        self._forget(self._instruments.holdout_interval)
         if served:
-            self._holdout = (self._model, str(served.version.number))
-            self._instruments.holdout_interval.labels(*self._holdout).set(every_s)
+            self._instruments.holdout_interval.labels(self._model, str(served.version.number)).set(every_s)
 
     def remove(self) -> None:
-        """Shows nothing any more of what it was at the moment; counters stay, as Prometheus expects."""
-        _forget(self._instruments.version_info, self._version)
-        _forget(self._instruments.holdout_interval, self._holdout)
-        self._version = self._holdout = None
-        of_now = self._instruments
-        for gauge in (of_now.running, of_now.queued, of_now.adapters_loaded, of_now.unverified):
-            _forget(gauge, (self._model,))
-        for state in EngineState:
-            _forget(self._instruments.engine_state, (self._model, state.value))
+        """Remove the series of all gauges; counters stay, as Prometheus expects."""
+        for instrument in vars(self._instruments).values():
+            if isinstance(instrument, Gauge):
+                self._forget(instrument)
 
-
-def _forget(gauge: Gauge, labels: tuple[str, ...] | None) -> None:
-    if labels is not None:
-        with suppress(KeyError):
-            gauge.remove(*labels)
+    def _forget(self, gauge: Gauge) -> None:
+        gauge.remove_by_labels({"model": self._model})

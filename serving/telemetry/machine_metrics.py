@@ -1,7 +1,6 @@
 """What the server runs on, as metrics: its release and engine, its own process, the disk of its home."""
 
 import shutil
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from svc.settings import EngineSettings
 def add_machine_metrics(
     registry: CollectorRegistry, home: Path, capabilities: DeviceCapabilities, settings: EngineSettings
 ) -> None:
-    """Registers them; the disk is asked at each scrape.
+    """Register them; the disk is asked at each scrape.
 
     Args:
         home: the folder of all state; it exists.
@@ -23,13 +22,8 @@ def add_machine_metrics(
     """
     ProcessCollector(registry=registry)
     build = Gauge("svc_build_info", "1 for what is installed", ("release", "engine", "device"), registry=registry)
-    device = capabilities.device(settings)
-    build.labels(version("tuneserve"), f"vllm {capabilities.vllm}", device.value).set(1)
-    _disk(
-        registry, "svc_home_size_bytes", "Size of the disk that holds the home", lambda: shutil.disk_usage(home).total
-    )
-    _disk(registry, "svc_home_free_bytes", "Free on the disk that holds the home", lambda: shutil.disk_usage(home).free)
-
-
-def _disk(registry: CollectorRegistry, name: str, documentation: str, read: Callable[[], int]) -> None:
-    Gauge(name, documentation, registry=registry).set_function(lambda: float(read()))
+    build.labels(version("tuneserve"), f"vllm {capabilities.vllm}", capabilities.device(settings).value).set(1)
+    size = Gauge("svc_home_size_bytes", "Size of the disk that holds the home", registry=registry)
+    size.set_function(lambda: shutil.disk_usage(home).total)
+    free = Gauge("svc_home_free_bytes", "Free on the disk that holds the home", registry=registry)
+    free.set_function(lambda: shutil.disk_usage(home).free)

@@ -8,7 +8,7 @@ Knows nothing of the engine's own metrics, and of engines and rollouts nothing (
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
@@ -16,8 +16,7 @@ from serving.protocols.error_code import ErrorCode
 from serving.protocols.outcome import outcome_of
 from serving.protocols.route import Route
 from serving.protocols.wire_formats import Usage
-from serving.telemetry.loop_counter import LoopCount, LoopCounter
-from serving.telemetry.loop_histogram import LoopHistogram
+from serving.telemetry.loop_instruments import LoopCounter, LoopHistogram
 from serving.telemetry.quantiles import VersionQuantiles
 from serving.telemetry.traces.request_trace import SpanDropped
 from svc.access.authenticator import KeyFault
@@ -55,58 +54,64 @@ _BETWEEN_TOKENS_BUCKETS_S = (0.0025, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1,
 _LAG_BUCKETS_S = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1, 2, 5)
 
 
-class _KeyCounts(NamedTuple):
-    """Of one key and model."""
-
-    requests: LoopCount
-    tokens_in: LoopCount
-    tokens_out: LoopCount
-
-
 class GatewayMetrics:
     """Counts and times what passes through the gateway.
 
     Args:
         registry: where the instruments are registered; one GatewayMetrics for each registry.
         clock: monotonic time, seconds, for the window of the quantiles.
+
+    Attributes:
+        rows_stored: counts rows written to the store.
+        spans_sent: counts spans that the receiver took.
+        loop_lagged: takes how much later than asked the event loop woke up a task, seconds.
     """
 
-    def __init__(
-        self,
-        registry: CollectorRegistry,
-        *,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, registry: CollectorRegistry, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.registry = registry
-        self._add_request_instruments(registry)
-        self._add_request_log_instruments(registry)
-        self._add_span_instruments(registry)
-        self._add_key_instruments(registry)
-        self._loop_lag = Histogram(
-            "svc_event_loop_lag_seconds",
-            "How much later than asked the event loop wakes up a task, ten times a second",
-            buckets=_LAG_BUCKETS_S,
-            registry=registry,
+        counter = partial(Counter, registry=registry)
+        version, key = ("model", "version"), ("model", "key_id")
+        self._requests = LoopCounter(
+            "svc_requests_total", "Requests answered", (*version, "route", "status", "outcome")
         )
-        self.duration_quantiles = VersionQuantiles(
-            "svc_request_duration_quantile_seconds", "Duration of answered requests, last 5 minutes", clock
+        self._tokens = LoopCounter("svc_tokens_total", "Tokens", (*version, "direction"))
+        self._key_requests = LoopCounter("svc_key_requests_total", "Requests that an engine took, by key", key)
+        self._key_tokens = LoopCounter("svc_key_tokens_total", "Tokens used, by key", (*key, "direction"))
+        self._key_refused = counter("svc_key_refused_total", "Requests beyond a limit of their key", (*key, "limit"))
+        self._errors = counter("svc_request_errors_total", "Requests that failed, by reason", (*version, "reason"))
+        self._wrong_keys = counter(
+            "svc_authentication_failures_total", "Requests without a right key, by what was wrong with it", ("fault",)
         )
-        self.first_token_quantiles = VersionQuantiles(
-            "svc_time_to_first_token_quantile_seconds", "Time to the first streamed token, last 5 minutes", clock
+        self._rows_dropped = counter(
+            "svc_request_log_dropped_total", "Rows or contents not kept, by reason", ("reason",)
         )
-        registry.register(self.duration_quantiles)
-        registry.register(self.first_token_quantiles)
+        self._spans_dropped = counter(
+            "svc_spans_dropped_total", "Spans, or their content, not sent, by reason", ("reason",)
+        )
+        self._feedback = counter("svc_feedback_total", "Answers that were rated", (*version, "rating"))
+        self.rows_stored = counter("svc_request_log_rows_total", "Rows stored, one for each request").inc
+        self.spans_sent = counter("svc_spans_total", "Spans that the receiver of traces took").inc
+        self._add_times(clock)
+        for instrument in (self._requests, self._tokens, self._key_requests, self._key_tokens):
+            registry.register(instrument)
+        self.show_errors(None)
+        for labelled, values in (
+            (self._wrong_keys, KeyFault),
+            (self._rows_dropped, Dropped),
+            (self._spans_dropped, SpanDropped),
+        ):
+            for value in values:
+                labelled.labels(value.value)
 
-    def _add_request_instruments(self, registry: CollectorRegistry) -> None:
+    def _add_times(self, clock: Callable[[], float]) -> None:
         version = ("model", "version")
-        requests = LoopCounter("svc_requests_total", "Requests answered", (*version, "route", "status", "outcome"))
-        duration = LoopHistogram(
+        self._duration = LoopHistogram(
             "svc_request_duration_seconds",
             "From the request's last byte to the answer's last byte, complete answers",
             (*version, "route"),
             buckets=_DURATION_BUCKETS_S,
         )
-        first_token = LoopHistogram(
+        self._first_token = LoopHistogram(
             "svc_time_to_first_token_seconds",
             "From the request's last byte to the first token, streamed answers",
             version,
@@ -118,26 +123,29 @@ class GatewayMetrics:
             version,
             buckets=_BETWEEN_TOKENS_BUCKETS_S,
         )
-        tokens = LoopCounter("svc_tokens_total", "Tokens", (*version, "direction"))
-        for instrument in (requests, duration, first_token, self._between_tokens, tokens):
-            registry.register(instrument)
-        self._duration_of, self._first_token_of = duration.series, first_token.series
-        self._requests_of, self._tokens_of = requests.count, tokens.count
-        self._errors = Counter(
-            "svc_request_errors_total", "Requests that failed, by reason", (*version, "reason"), registry=registry
+        self._duration_quantiles = VersionQuantiles(
+            "svc_request_duration_quantile_seconds", "Duration of answered requests, last 5 minutes", clock
         )
-        self.show_errors(None)
-        self._wrong_keys = Counter(
-            "svc_authentication_failures_total",
-            "Requests without a right key, by what was wrong with it",
-            ("fault",),
-            registry=registry,
+        self._first_token_quantiles = VersionQuantiles(
+            "svc_time_to_first_token_quantile_seconds", "Time to the first streamed token, last 5 minutes", clock
         )
-        for fault in KeyFault:
-            self._wrong_keys.labels(fault.value)
+        for instrument in (
+            self._duration,
+            self._first_token,
+            self._between_tokens,
+            self._duration_quantiles,
+            self._first_token_quantiles,
+        ):
+            self.registry.register(instrument)
+        self.loop_lagged = Histogram(
+            "svc_event_loop_lag_seconds",
+            "How much later than asked the event loop wakes up a task, ten times a second",
+            buckets=_LAG_BUCKETS_S,
+            registry=self.registry,
+        ).observe
 
     def show_errors(self, served: Target | None, model: str = UNKNOWN_MODEL) -> None:
-        """Shows a version's errors before there is one, so that the first is seen as an increase.
+        """Show a version's errors before there is one, so that the first is seen as an increase.
 
         Args:
             served: None for requests that no version answers.
@@ -146,57 +154,19 @@ class GatewayMetrics:
         for code in set(ErrorCode) - _NOT_COMPLETIONS:
             self._errors.labels(*_labels(served, model), code.value)
 
-    def _add_request_log_instruments(self, registry: CollectorRegistry) -> None:
-        self._rows = Counter("svc_request_log_rows_total", "Rows stored, one for each request", registry=registry)
-        self._rows_dropped = Counter(
-            "svc_request_log_dropped_total", "Rows or contents not kept, by reason", ("reason",), registry=registry
-        )
-        for reason in Dropped:
-            self._rows_dropped.labels(reason.value)
-        self._feedback = Counter(
-            "svc_feedback_total", "Answers that were rated", ("model", "version", "rating"), registry=registry
-        )
-
-    def _add_span_instruments(self, registry: CollectorRegistry) -> None:
-        self._spans = Counter("svc_spans_total", "Spans that the receiver of traces took", registry=registry)
-        self._spans_dropped = Counter(
-            "svc_spans_dropped_total", "Spans, or their content, not sent, by reason", ("reason",), registry=registry
-        )
-        for reason in SpanDropped:
-            self._spans_dropped.labels(reason.value)
-
-    def _add_key_instruments(self, registry: CollectorRegistry) -> None:
-        key = ("model", "key_id")
-        requests = LoopCounter("svc_key_requests_total", "Requests that an engine took, by key", key)
-        tokens = LoopCounter("svc_key_tokens_total", "Tokens used, by key", (*key, "direction"))
-        registry.register(requests)
-        registry.register(tokens)
-        self._key_requests_of, self._key_tokens_of = requests.count, tokens.count
-        self._key_counts: dict[tuple[str, str], _KeyCounts] = {}
-        self._key_refused = Counter(
-            "svc_key_refused_total", "Requests beyond a limit of their key", (*key, "limit"), registry=registry
-        )
-
     def key_used(self, key_id: str, model: str, usage: Usage) -> None:
-        """Counts what a request used.
+        """Count what a request used.
 
         Args:
             key_id: empty where there was no key.
             model: one of a bounded set.
         """
-        counts = self._key_counts.get((model, key_id))
-        if counts is None:
-            tokens_of = self._key_tokens_of
-            counts = _KeyCounts(
-                self._key_requests_of(model, key_id), tokens_of(model, key_id, "in"), tokens_of(model, key_id, "out")
-            )
-            self._key_counts[model, key_id] = counts
-        counts.requests.value += 1
-        counts.tokens_in.value += usage.prompt
-        counts.tokens_out.value += usage.completion
+        self._key_requests.counts[model, key_id] += 1
+        self._key_tokens.counts[model, key_id, "in"] += usage.prompt
+        self._key_tokens.counts[model, key_id, "out"] += usage.completion
 
     def key_refused(self, key_id: str, model: str, limit: str) -> None:
-        """Counts a request that a limit of its key refused."""
+        """Count a request that a limit of its key refused."""
         self._key_refused.labels(model, key_id, limit).inc()
 
     def request_ended(
@@ -210,7 +180,7 @@ class GatewayMetrics:
         reason: ErrorCode | None = None,
         model: str = UNKNOWN_MODEL,
     ) -> None:
-        """Counts an answer, and times it when it is complete.
+        """Count an answer, and time it when it is complete.
 
         Args:
             served: the version that took the request; None where none did.
@@ -221,63 +191,51 @@ class GatewayMetrics:
             model: where no version took it: the served model that it was for, one of a bounded set.
         """
         model, version = _labels(served, model)
-        outcome = outcome_of(reason)
-        self._requests_of(model, version, route, str(status), outcome).add()
+        self._requests.counts[model, version, route, str(status), outcome_of(reason)] += 1
         if served and reason is None:
-            self._duration_of(model, version, route).observe(seconds, {"request_id": request_id})
-            self.duration_quantiles.observe(served.version, seconds)
+            self._duration.series(model, version, route).observe(seconds, {"request_id": request_id})
+            self._duration_quantiles.observe((model, version), seconds)
 
     def first_token(self, served: Target, seconds: float, request_id: str = "") -> None:
-        """Times the first token of a streamed answer."""
-        self._first_token_of(*_labels(served)).observe(seconds, {"request_id": request_id})
-        self.first_token_quantiles.observe(served.version, seconds)
+        """Time the first token of a streamed answer."""
+        version = _labels(served)
+        self._first_token.series(*version).observe(seconds, {"request_id": request_id})
+        self._first_token_quantiles.observe(version, seconds)
 
     def between_tokens(self, served: Target) -> Callable[[float], None]:
-        """What observes the seconds between two tokens; looked up once for each answer, since tokens are many."""
+        """Return what observes the seconds between two tokens; one look-up for an answer, since tokens are many."""
         return self._between_tokens.series(*_labels(served)).observe
 
     def tokens(self, served: Target, usage: Usage) -> None:
-        """Counts the tokens of an answer."""
+        """Count the tokens of an answer."""
         model, version = _labels(served)
-        self._tokens_of(model, version, "in").add(usage.prompt)
-        self._tokens_of(model, version, "out").add(usage.completion)
+        self._tokens.counts[model, version, "in"] += usage.prompt
+        self._tokens.counts[model, version, "out"] += usage.completion
 
     def request_failed(self, served: Target | None, code: ErrorCode, model: str = UNKNOWN_MODEL) -> None:
-        """Counts an error under its reason; also one that ends a stream whose status was 200.
+        """Count an error under its reason; also one that ends a stream whose status was 200.
 
         Args:
             served, model: as for `request_ended`.
         """
         self._errors.labels(*_labels(served, model), code.value).inc()
 
-    def rows_stored(self, count: int) -> None:
-        """Counts rows written to the store."""
-        self._rows.inc(count)
-
     def rows_dropped(self, reason: Dropped, count: int) -> None:
-        """Counts what was not kept."""
+        """Count rows, or their contents, that were not stored."""
         self._rows_dropped.labels(reason.value).inc(count)
 
-    def spans_sent(self, count: int) -> None:
-        """Counts spans that the receiver took."""
-        self._spans.inc(count)
-
     def spans_dropped(self, reason: SpanDropped, count: int) -> None:
-        """Counts what was not sent."""
+        """Count spans, or their contents, that were not sent."""
         self._spans_dropped.labels(reason.value).inc(count)
 
     def feedback_given(self, version: VersionId | None, rating: Rating) -> None:
-        """Counts a rated answer."""
+        """Count a rated answer."""
         name, number = (version.name, str(version.number)) if version else (UNKNOWN_MODEL, "")
         self._feedback.labels(name, number, rating.value).inc()
 
     def authentication_failed(self, fault: KeyFault) -> None:
-        """Counts a request without a right key."""
+        """Count a request without a right key."""
         self._wrong_keys.labels(fault.value).inc()
-
-    def loop_lagged(self, seconds: float) -> None:
-        """Takes how much later than asked the event loop woke up a task."""
-        self._loop_lag.observe(seconds)
 
 
 def _labels(served: Target | None, model: str = UNKNOWN_MODEL) -> tuple[str, str]:

@@ -15,7 +15,6 @@ import pytest
 
 from serving import server
 from serving.http.http_server import HttpServer
-from serving.telemetry.loop_lag import LoopLag
 from svc.errors import BusyError, EngineError, IntegrityError, SettingsError
 from svc.settings import Settings
 from svc.store.desired import Desired, change_desired, read_desired
@@ -286,12 +285,12 @@ async def test_a_server_that_cannot_listen_ends_while_the_engine_starts(
 async def test_the_server_ends_and_leaves_the_engine_to_the_next_when_one_of_its_own_parts_has_a_defect(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def fail(self: LoopLag) -> None:
+    async def fail(_: object) -> None:
         await home.ready.wait()
         raise ZeroDivisionError
 
     with monkeypatch.context() as patch:
-        patch.setattr(LoopLag, "run", fail)
+        patch.setattr("serving.assembly.watch_loop_lag", fail)
         with server.claim(home.settings) as claim, pytest.raises(ZeroDivisionError):
             await home.serve(claim, f"{NAME}@1")
     (left,) = home.park.left.values()

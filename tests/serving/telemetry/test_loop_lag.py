@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from serving.telemetry.loop_lag import LoopLag
+from serving.telemetry.loop_lag import watch_loop_lag
 from tests.serving.control import until
 
 
@@ -14,7 +14,7 @@ from tests.serving.control import until
 async def lags() -> AsyncIterator[list[float]]:
     """What was observed, each millisecond."""
     observed = list[float]()
-    watching = asyncio.create_task(LoopLag(observed.append, every_s=0.001).run())
+    watching = asyncio.create_task(watch_loop_lag(observed.append, every_s=0.001))
     yield observed
     watching.cancel()
     await asyncio.wait({watching})

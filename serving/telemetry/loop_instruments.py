@@ -1,0 +1,104 @@
+"""A counter and a histogram for what comes with every request and every token, of which there are thousands a second.
+
+prometheus_client's take a lock for each sample, look at its labels and walk through the buckets. Samples of these come
+from one thread alone, the event loop's, so they need no lock; a page that is written meanwhile in another thread may
+miss the newest.
+"""
+
+import time
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from prometheus_client import Metric
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+from prometheus_client.registry import Collector
+from prometheus_client.samples import Exemplar
+from prometheus_client.utils import floatToGoString
+
+
+class LoopCounter(Collector):
+    """Counts by the values of their labels: `counter.counts["tuned", "1"] += 1`.
+
+    Args:
+        name: of the metric.
+        documentation: its help text.
+        labels: their names, in the order of the values.
+    """
+
+    def __init__(self, name: str, documentation: str, labels: Sequence[str]) -> None:
+        self._family = name, documentation, labels
+        self.counts = defaultdict[tuple[str, ...], int](int)
+
+    def collect(self) -> Iterable[Metric]:
+        """Return all counts."""
+        name, documentation, names = self._family
+        family = CounterMetricFamily(name, documentation, labels=names)
+        for labels, count in list(self.counts.items()):
+            family.add_metric(labels, float(count))
+        return [family]
+
+
+class LoopSeries:
+    """The samples of one set of labels.
+
+    Args:
+        bounds: upper bounds of the buckets, in ascending order, without infinity.
+    """
+
+    __slots__ = ("_bounds", "counts", "exemplars", "sum")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.exemplars: dict[int, Exemplar] = {}  # by bucket
+        self.sum = 0.0
+
+    def observe(self, value: float, exemplar: dict[str, str] | None = None) -> None:
+        """Add a sample.
+
+        Args:
+            exemplar: labels that lead to it; the newest of a bucket is shown.
+        """
+        bucket = bisect_left(self._bounds, value)
+        self.counts[bucket] += 1
+        self.sum += value
+        if exemplar is not None:
+            self.exemplars[bucket] = Exemplar(exemplar, value, time.time())
+
+
+class LoopHistogram(Collector):
+    """Series by the values of their labels.
+
+    Args:
+        name: of the metric.
+        documentation: its help text.
+        labels: their names, in the order of the values.
+        buckets: their upper bounds, in ascending order, without infinity.
+    """
+
+    def __init__(self, name: str, documentation: str, labels: Sequence[str], *, buckets: Sequence[float]) -> None:
+        self._family = name, documentation, labels
+        self._bounds = tuple(map(float, buckets))
+        self._series: dict[tuple[str, ...], LoopSeries] = {}
+
+    def series(self, *labels: str) -> LoopSeries:
+        """Return the series of these values."""
+        found = self._series.get(labels)
+        if found is None:
+            found = self._series[labels] = LoopSeries(self._bounds)
+        return found
+
+    def collect(self) -> Iterable[Metric]:
+        """Return all series."""
+        name, documentation, names = self._family
+        family = HistogramMetricFamily(name, documentation, labels=names)
+        bounds = [*map(floatToGoString, self._bounds), "+Inf"]
+        for labels, series in list(self._series.items()):
+            total, buckets = 0, list[tuple[str, float] | tuple[str, float, Exemplar]]()
+            for bucket, (bound, count) in enumerate(zip(bounds, series.counts, strict=True)):
+                total += count
+                exemplar = series.exemplars.get(bucket)
+                buckets.append((bound, float(total), exemplar) if exemplar else (bound, float(total)))
+            family.add_metric(labels, buckets, series.sum)
+        return [family]
