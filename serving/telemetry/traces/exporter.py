@@ -1,4 +1,4 @@
-"""Sends spans to a receiver by OTLP over HTTP: the SDK's own exporter, whose batches are counted.
+"""Sends spans to a receiver by OTLP over HTTP, with the SDK's own exporter.
 
 Headers with secrets come from the standard variables, which the SDK reads itself. They are looked at here before: of
 one that is malformed the SDK would write the value into the log.
@@ -8,13 +8,12 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from urllib.parse import unquote
 
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.environment_variables import OTEL_EXPORTER_OTLP_HEADERS, OTEL_EXPORTER_OTLP_TRACES_HEADERS
-from opentelemetry.sdk.trace import ReadableSpan
-from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.export import SpanExporter
 
 from svc.errors import SettingsError
 
@@ -23,6 +22,7 @@ _LOG_EVERY_S = 60.0
 _PATH = "/v1/traces"
 _HEADER = re.compile(r"[ \t]*[!#$%&'*+.^_`|~0-9A-Za-z-]+[ \t]*=([\x20!#-+\x2d-:<-\[\]-~]*)")
 """`name=value`, as the SDK reads it: its values are percent-encoded, or at least without `"`, `,`, `;` and `\\`."""
+_VALUE = re.compile(r"[\t -~]*")
 
 
 class LogLimit(logging.Filter):
@@ -49,35 +49,6 @@ class LogLimit(logging.Filter):
 _LIMIT = LogLimit()
 
 
-class CountedExporter(SpanExporter):
-    """Tells what became of each batch.
-
-    Args:
-        inner: sends them.
-        on_done: hears the spans of a batch, and whether the receiver took it.
-    """
-
-    def __init__(self, inner: SpanExporter, on_done: Callable[[Sequence[ReadableSpan], bool], None]) -> None:
-        self._inner = inner
-        self._on_done = on_done
-        self._ended = False
-
-    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        """Sends a batch, or gives it up after the SDK's attempts."""
-        taken = SpanExportResult.FAILURE
-        try:
-            taken = self._inner.export(spans)
-        finally:
-            self._on_done(spans, taken is SpanExportResult.SUCCESS)
-        return taken
-
-    def shutdown(self) -> None:
-        """Ends waits between attempts; later batches are given up at once."""
-        if not self._ended:
-            self._ended = True
-            self._inner.shutdown()
-
-
 def otlp_exporter(endpoint: str) -> SpanExporter:
     """The SDK's exporter.
 
@@ -101,16 +72,10 @@ def traces_url(endpoint: str) -> str:
 
 def _check_headers(variable: str, text: str) -> None:
     for number, header in enumerate(text.split(","), start=1):
-        if not header.strip():
-            continue
         match = _HEADER.fullmatch(header)
-        if match is None or not _is_value(unquote(match[1]).strip()):
+        if header.strip() and not (match and _VALUE.fullmatch(unquote(match[1]).strip())):
             raise SettingsError(
                 f"{variable}: header {number} is malformed",  # and may be a secret
                 expected="name=value, with commas between, as Authorization=Basic%20dXNlcjpwYXNz",
                 todo="percent-encode what is no letter or digit of the value",
             )
-
-
-def _is_value(text: str) -> bool:
-    return all(" " <= letter <= "~" or letter == "\t" for letter in text)

@@ -16,7 +16,7 @@ from serving.telemetry.traces.request_trace import RequestTrace
 from svc.store.requests import Outcome, RequestRecord
 
 PROVIDER = "vllm"
-INPUT_MESSAGES, OUTPUT_MESSAGES = "gen_ai.input.messages", "gen_ai.output.messages"
+CONTENT = INPUT_MESSAGES, OUTPUT_MESSAGES = "gen_ai.input.messages", "gen_ai.output.messages"
 _SERVER_FAULTS = frozenset({Outcome.ENGINE_ERROR, Outcome.SERVER_ERROR})
 
 
@@ -37,13 +37,10 @@ def span_status(record: RequestRecord) -> Status:
     return Status(StatusCode.UNSET)
 
 
-def _was_sent(record: RequestRecord) -> bool:
-    """To a client that left before its answer began, no status was."""
-    return record.outcome is not Outcome.CLIENT_GONE or record.status == HTTPStatus.OK
-
-
 def span_attributes(trace: RequestTrace, record: RequestRecord) -> dict[str, AttributeValue]:
-    """All that is known of a request."""
+    """Return all that is known of a request."""
+    # To a client that left before its answer began, no status was sent.
+    sent = record.outcome is not Outcome.CLIENT_GONE or record.status == HTTPStatus.OK
     found: dict[str, AttributeValue | None] = {
         "gen_ai.operation.name": operation(record),
         "gen_ai.provider.name": PROVIDER,
@@ -58,7 +55,7 @@ def span_attributes(trace: RequestTrace, record: RequestRecord) -> dict[str, Att
         "gen_ai.usage.output_tokens": record.tokens_out,
         "http.request.method": "POST",
         "http.route": record.route,
-        "http.response.status_code": record.status if _was_sent(record) else None,
+        "http.response.status_code": record.status if sent else None,
         "error.type": record.reason,
         "tuneserve.request.id": record.request_id,
         "tuneserve.client_request.id": record.client_request_id,
@@ -68,9 +65,7 @@ def span_attributes(trace: RequestTrace, record: RequestRecord) -> dict[str, Att
         "tuneserve.outcome": record.outcome.value,
         "tuneserve.queue.duration": trace.queue_s,
         "tuneserve.gateway.overhead": trace.overhead_s,
+        INPUT_MESSAGES: None if record.prompt is None else input_messages(record.prompt),
+        OUTPUT_MESSAGES: None if record.answer is None else output_messages(record.answer, record.finish_reason),
     }
-    if record.prompt is not None:
-        found[INPUT_MESSAGES] = input_messages(record.prompt)
-    if record.answer is not None:
-        found[OUTPUT_MESSAGES] = output_messages(record.answer, record.finish_reason)
     return {name: value for name, value in found.items() if value is not None}

@@ -7,28 +7,21 @@ code.
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from opentelemetry.context import Context
+from opentelemetry.attributes import BoundedAttributes
 from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, OTELResourceDetector, Resource
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
-from opentelemetry.sdk.trace.id_generator import IdGenerator, RandomIdGenerator
-from opentelemetry.sdk.trace.sampling import ALWAYS_ON, Decision, TraceIdRatioBased
-from opentelemetry.trace import (
-    NonRecordingSpan,
-    SpanContext,
-    SpanKind,
-    TraceFlags,
-    TraceState,
-    get_current_span,
-    set_span_in_context,
-)
+from opentelemetry.sdk.trace import ReadableSpan, SpanLimits
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
+from opentelemetry.sdk.trace.sampling import Decision, TraceIdRatioBased
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
+from opentelemetry.trace import SpanContext, SpanKind, TraceFlags, TraceState, get_current_span
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from opentelemetry.util.types import AnyValue
 
-from serving.telemetry.traces.exporter import CountedExporter
 from serving.telemetry.traces.request_trace import RequestTrace, SpanDropped
-from serving.telemetry.traces.span import INPUT_MESSAGES, OUTPUT_MESSAGES, span_attributes, span_name, span_status
+from serving.telemetry.traces.span import CONTENT, span_attributes, span_name, span_status
 from svc.identity.key_secret import hide_secrets
 from svc.store.requests import RequestRecord
 
@@ -82,8 +75,11 @@ class Tracer:
         return found if found.is_valid else None
 
 
-class Traces:
+class Traces(SpanExporter):
     """Begins traces, and sends the spans of requests that ended.
+
+    Spans are built from what is known at a request's end and go straight to the SDK's queue, whose exporter this is:
+    so each batch is counted on its way to the receiver.
 
     Args:
         exporter: sends batches.
@@ -105,114 +101,101 @@ class Traces:
         max_content: int = MAX_QUEUED_CONTENT,
     ) -> None:
         self.begin = Tracer(sample_share).begin
+        self._exporter = exporter
+        self._ended = False
         self._on_sent = on_sent
         self._on_dropped = on_dropped
         self._max_queued = max_queued
         self._max_content = max_content
-        self._lock = threading.Lock()  # of these three
+        self._lock = threading.Lock()  # of these two
         self._queued = self._content_size = 0
-        self._sizes: dict[int, int] = {}  # of content, by the id of its span: the SDK may have cut it
-        self._exporter = CountedExporter(exporter, self._done)
+        self._limits = SpanLimits()  # from the operator's variables, as are attributes of the resource before ours
+        ours = Resource.create({SERVICE_NAME: "tuneserve", SERVICE_VERSION: release})
+        self._resource = ours.merge(OTELResourceDetector().detect())
+        self._scope = InstrumentationScope("tuneserve", release)
         self._processor = BatchSpanProcessor(
-            self._exporter,
+            self,
             max_queue_size=max_queued,
             schedule_delay_millis=_EVERY_MS,
             max_export_batch_size=min(_BATCH, max_queued),
         )
-        ours = Resource.create({SERVICE_NAME: "tuneserve", SERVICE_VERSION: release})
-        self._ids = _GivenIds()
-        self._provider = TracerProvider(
-            sampler=ALWAYS_ON,  # what is not sampled does not come here
-            resource=ours.merge(OTELResourceDetector().detect()),  # what the operator's variables say holds
-            shutdown_on_exit=False,
-            id_generator=self._ids,
-        )
-        self._provider.add_span_processor(self._processor)
-        self._tracer = self._provider.get_tracer("tuneserve", release)
 
     def add(self, trace: RequestTrace, record: RequestRecord) -> None:
-        """Makes the span of a request that ended; by one thread at a time."""
-        attributes = span_attributes(trace, record)
-        if not self._take_place():
+        """Send the span of a request that ended, or drop it: of a full queue, the SDK would forget the oldest and tell
+        nobody.
+        """
+        limits = self._limits
+        attributes = BoundedAttributes(
+            limits.max_span_attributes,
+            span_attributes(trace, record),
+            immutable=False,
+            max_value_len=limits.max_span_attribute_length,
+        )
+        size = _content_size(attributes)
+        with self._lock:
+            has_place = self._queued < self._max_queued
+            has_room = self._content_size + size <= self._max_content
+            if has_place:
+                self._queued += 1
+                self._content_size += size if has_room else 0
+        if not has_place:
             self.drop()
             return
-        size = sum(len(str(attributes.get(name, ""))) for name in (INPUT_MESSAGES, OUTPUT_MESSAGES))
-        if size and not self._take_room(trace.span_id, size):
-            for name in (INPUT_MESSAGES, OUTPUT_MESSAGES):
+        if not has_room:
+            for name in CONTENT:
                 attributes.pop(name, None)
             self._on_dropped(SpanDropped.CONTENT_LIMIT, 1)
-        self._ids.trace_id, self._ids.span_id = trace.trace_id, trace.span_id
-        span = self._tracer.start_span(
+        sampled = TraceFlags(TraceFlags.SAMPLED)
+        state = TraceState.from_header([trace.state]) if trace.state else None
+        span = ReadableSpan(
             span_name(record),
-            context=_parent(trace),
+            SpanContext(trace.trace_id, trace.span_id, False, sampled, state),
+            SpanContext(trace.trace_id, trace.parent_id, True, sampled, state) if trace.parent_id else None,
+            self._resource,
+            attributes,
             kind=SpanKind.SERVER,
-            attributes=attributes,
+            status=span_status(record),
             start_time=trace.started_ns,
+            end_time=trace.ended_ns,
+            instrumentation_scope=self._scope,
         )
-        span.set_status(span_status(record))
-        span.end(trace.ended_ns)
-
-    def _take_place(self) -> bool:
-        """Whether there is one: of a queue that is full, the SDK would forget the oldest and tell nobody."""
-        with self._lock:
-            if self._queued >= self._max_queued:
-                return False
-            self._queued += 1
-            return True
-
-    def _take_room(self, span_id: int, size: int) -> bool:
-        """Whether there is any for content of so many characters."""
-        with self._lock:
-            if self._content_size + size > self._max_content:
-                return False
-            self._content_size += size
-            self._sizes[span_id] = size
-            return True
+        self._processor.on_end(span)
 
     def drop(self) -> None:
-        """Counts one that is lost."""
+        """Count a span that is lost."""
         self._on_dropped(SpanDropped.QUEUE_FULL, 1)
 
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        """Send a batch, or give it up after the SDK's attempts; in the thread of the SDK's queue."""
+        result = SpanExportResult.FAILURE
+        try:
+            result = self._exporter.export(spans)
+        finally:
+            with self._lock:
+                self._queued -= len(spans)
+                self._content_size -= sum(_content_size(span.attributes or {}) for span in spans)
+            if result is SpanExportResult.SUCCESS:
+                self._on_sent(len(spans))
+            else:
+                self._on_dropped(SpanDropped.SEND_FAILED, len(spans))
+        return result
+
+    def shutdown(self) -> None:
+        """End waits between attempts; later batches are given up at once."""
+        if not self._ended:
+            self._ended = True
+            self._exporter.shutdown()
+
     def close(self, timeout_s: float = _CLOSE_S) -> None:
-        """Sends what waits, and ends; what the receiver has not taken after `timeout_s` is lost and counted."""
+        """Send what waits, and end; what the receiver has not taken after `timeout_s` is lost and counted."""
         # The SDK's own limit is half a minute, and nobody can set it.
         ending = threading.Thread(target=self._processor.shutdown, name="traces-end", daemon=True)
         ending.start()
         ending.join(timeout_s)
         if ending.is_alive():
-            self._exporter.shutdown()
+            self.shutdown()
             log.error("about %d spans were not sent in time", self._queued)
 
-    def _done(self, spans: Sequence[ReadableSpan], taken: bool) -> None:
-        """Hears of a batch, in the thread that sends."""
-        ids = [span.context.span_id for span in spans if span.context]
-        with self._lock:
-            self._queued -= len(spans)
-            self._content_size -= sum(self._sizes.pop(span_id, 0) for span_id in ids)
-        if taken:
-            self._on_sent(len(spans))
-        else:
-            self._on_dropped(SpanDropped.SEND_FAILED, len(spans))
 
-
-class _GivenIds(IdGenerator):
-    """The ids that the engine was told of already."""
-
-    trace_id = span_id = 0
-
-    def generate_trace_id(self) -> int:
-        """Of a trace that began here."""
-        return self.trace_id
-
-    def generate_span_id(self) -> int:
-        """Of the next span."""
-        return self.span_id
-
-
-def _parent(trace: RequestTrace) -> Context:
-    """The client's span, or none: not whatever else is under way in this thread."""
-    if trace.parent_id is None:
-        return Context()
-    state = TraceState.from_header([trace.state]) if trace.state else None
-    client = SpanContext(trace.trace_id, trace.parent_id, True, TraceFlags(TraceFlags.SAMPLED), state)
-    return set_span_in_context(NonRecordingSpan(client), Context())
+def _content_size(attributes: Mapping[str, AnyValue]) -> int:
+    return sum(len(str(attributes.get(name, ""))) for name in CONTENT)
