@@ -19,8 +19,7 @@ from svc.version import Target
 
 log = logging.getLogger(__name__)
 
-_PREFIX = "vllm:"
-_NOT_SHOWN = frozenset({"vllm:lora_requests_info"})
+_NOT_SHOWN = "vllm:lora_requests_info"
 """Has the names of adapters in its labels, which are new at each load: series without end."""
 _TIMEOUT_S = 2.0
 """Our own figures do not wait for an engine that hangs: that is when they are needed."""
@@ -57,11 +56,7 @@ class EngineMetrics(Collector):
         sources = self._sources()
         pages = await asyncio.gather(*(_page(source) for source in sources))
         # Some milliseconds, which no stream shall wait for.
-        self._families = await asyncio.to_thread(_merged, list(zip(sources, pages, strict=True)))
-
-    def describe(self) -> Iterable[Metric]:
-        """Nothing: which families there are is the engines' to say."""
-        return []
+        self._families = await asyncio.to_thread(_merged, sources, pages)
 
     def collect(self) -> Iterable[Metric]:
         """The families."""
@@ -76,26 +71,24 @@ async def _page(source: EngineSource) -> str:
         return ""
 
 
-def _merged(pages: Sequence[tuple[EngineSource, str]]) -> list[Metric]:
-    """One family of each name, with the samples of all engines."""
-    families: dict[str, Metric] = {}
-    for source, page in pages:
-        added = {
-            "model": source.served.version.name,
-            "version": str(source.served.version.number),
-            "replica": str(source.replica),
-        }
+def _merged(sources: Sequence[EngineSource], pages: Sequence[str]) -> list[Metric]:
+    """Return one family of each name, with the samples of all engines."""
+    merged: dict[str, Metric] = {}
+    for source, page in zip(sources, pages, strict=True):
+        version = source.served.version
+        added = {"model": version.name, "version": str(version.number), "replica": str(source.replica)}
         try:
-            found = list(text_string_to_metric_families(page))
+            families = [family for family in text_string_to_metric_families(page) if _is_shown(family.name)]
         except ValueError:
             log.warning("the metrics of replica %d cannot be read", source.replica, exc_info=True)
             continue
-        for family in found:
-            # When a series began is a gauge of its own in this format, under a name that OpenMetrics reserves.
-            if family.name in _NOT_SHOWN:
-                continue
-            if family.name.startswith(_PREFIX) and not family.name.endswith("_created"):
-                samples = [sample._replace(labels=added | sample.labels) for sample in family.samples]
-                family.samples = []
-                families.setdefault(family.name, family).samples.extend(samples)
-    return list(families.values())
+        for family in families:
+            samples = [sample._replace(labels=added | sample.labels) for sample in family.samples]
+            family.samples = []
+            merged.setdefault(family.name, family).samples += samples
+    return list(merged.values())
+
+
+def _is_shown(name: str) -> bool:
+    # When a series began is a gauge of its own in this format, under a name that OpenMetrics reserves.
+    return name.startswith("vllm:") and not name.endswith("_created") and name != _NOT_SHOWN

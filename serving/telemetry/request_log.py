@@ -9,9 +9,10 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from itertools import islice
 from typing import NamedTuple
 
 from sqlalchemy import Engine as Store
@@ -77,16 +78,15 @@ class RequestLog:
         self._on_dropped = on_dropped
         self._spans = spans
         self._max_queued = max_queued
-        self._queue: deque[_Entry] = deque()
-        self._flushes: deque[threading.Event] = deque()  # each is set when all before it is written
+        # What waits stays here until it is written; an event is set when all before it is.
+        self._queue = deque[_Entry | threading.Event]()
         self._arrived = threading.Event()  # the first row since the writer looked: not each one wakes it
         self._hurry = threading.Event()  # what has arrived is not held back
         self._closing = False
-        self._lock = threading.Lock()  # of these three
+        self._lock = threading.Lock()  # of these two
         self._content_bytes = 0
-        self._queued_ids: set[str] = set()
         self._grown_bytes = 0  # what was written since the last pruning
-        self._stored_bytes: int | None = None  # by all rows at the last pruning
+        self._stored_bytes: int | None = None  # by all rows at the last pruning; None: to be summed up
         self._thread = threading.Thread(target=self._run, name="request-log", daemon=True)
 
     def start(self) -> None:
@@ -110,10 +110,9 @@ class RequestLog:
             if trace and self._spans:
                 self._spans.drop()
             return
-        if content is not None:
-            content = self._within_budget(content)
-        with self._lock:
-            self._queued_ids.add(record.request_id)
+        if content is not None and not self._reserve(content):
+            self._on_dropped(Dropped.CONTENT_LIMIT, 1)
+            content = None
         self._queue.append(_Entry(record, content, trace))
         if not self._arrived.is_set():
             self._arrived.set()
@@ -121,18 +120,15 @@ class RequestLog:
             self._hurry.set()
 
     def is_queued(self, request_id: str) -> bool:
-        """Whether a request's row is on its way to the store."""
-        with self._lock:
-            return request_id in self._queued_ids
-
-    def _forget(self, request_ids: Iterable[str]) -> None:
-        with self._lock:
-            self._queued_ids.difference_update(request_ids)
+        """Return whether a request's row is on its way to the store."""
+        # To copy the queue is one step, in which no other thread changes it.
+        queued = [item for item in list(self._queue) if isinstance(item, _Entry)]
+        return any(entry.record.request_id == request_id for entry in queued)
 
     def flush(self, timeout_s: float) -> bool:
         """Waits until all that was added before is in the store; False after `timeout_s`."""
         done = threading.Event()
-        self._flushes.append(done)
+        self._queue.append(done)
         self._wake()
         return done.wait(timeout_s)
 
@@ -170,18 +166,13 @@ class RequestLog:
         with self._lock:
             self._grown_bytes += size
 
-    def _within_budget(self, content: Content) -> Content | None:
+    def _reserve(self, content: Content) -> bool:
+        """Return whether there is memory for it, which is then taken."""
         with self._lock:
-            if not content.too_long and self._content_bytes + content.size <= MAX_QUEUED_CONTENT_BYTES:
-                self._content_bytes += content.size
-                return content
-        self._on_dropped(Dropped.CONTENT_LIMIT, 1)
-        return None
-
-    def _release(self, content: Content | None) -> None:
-        if content is not None:
-            with self._lock:
-                self._content_bytes -= content.size
+            if content.too_long or self._content_bytes + content.size > MAX_QUEUED_CONTENT_BYTES:
+                return False
+            self._content_bytes += content.size
+            return True
 
     def _run(self) -> None:
         next_prune = time.monotonic()
@@ -196,16 +187,18 @@ class RequestLog:
             # Cleared before what they speak of is looked at: whatever comes later sets them again.
             self._arrived.clear()
             self._hurry.clear()
-            ended, flushes = self._closing, [self._flushes.popleft() for _ in range(len(self._flushes))]
-            self._write_queued()
-            for flushed in flushes:
-                flushed.set()
+            ended = self._closing
+            for _ in range(0, len(self._queue), _BATCH):
+                self._write_batch()
 
-    def _write_queued(self) -> None:
-        for _ in range(0, len(self._queue), _BATCH):
-            entries = [self._queue.popleft() for _ in range(min(_BATCH, len(self._queue)))]
+    def _write_batch(self) -> None:
+        batch = list(islice(self._queue, _BATCH))
+        if entries := [item for item in batch if isinstance(item, _Entry)]:
             self._write(entries)
-            self._forget(entry.record.request_id for entry in entries)
+        for item in batch:
+            self._queue.popleft()
+            if isinstance(item, threading.Event):
+                item.set()
 
     def _write(self, entries: list[_Entry]) -> None:
         try:
@@ -220,43 +213,42 @@ class RequestLog:
             self._on_stored(len(entries))
 
     def _add_spans(self, entries: Sequence[_Entry], records: Sequence[RequestRecord]) -> None:
-        if self._spans is None:
+        spans = self._spans
+        if spans is None:
             return
-        made = 0
-        for entry, record in zip(entries, records, strict=True):
-            if entry.trace is None:
-                continue
+        traced = [(entry.trace, record) for entry, record in zip(entries, records, strict=True) if entry.trace]
+        for made, (trace, record) in enumerate(traced, start=1):
             try:
-                self._spans.add(entry.trace, record)
+                spans.add(trace, record)
             except Exception:  # a boundary too: no span is worth a row
                 log.exception("no span could be made of request %s", record.request_id)
-                self._spans.drop()
-            made += 1
+                spans.drop()
             if made % _SPANS_AT_ONCE == 0:
                 time.sleep(_BREATH_S)
 
     def _with_content(self, entry: _Entry) -> RequestRecord:
-        if entry.content is None:
-            return entry.record
-        self._release(entry.content)
+        """Return the row with its redacted prompt and answer, if they can be kept."""
+        record, content = entry.record, entry.content
+        if content is None:
+            return record
+        with self._lock:
+            self._content_bytes -= content.size
         limit = self._settings.max_content_kib * 1024
-        if len(entry.content.payload) > _ESCAPED * limit:
-            self._on_dropped(Dropped.CONTENT_LIMIT, 1)
-            return entry.record
-        time.sleep(_BREATH_S)
-        try:
-            prompt, answer = prompt_text(entry.content, self._redactor), answer_text(entry.content, self._redactor)
-        except RedactionTimeoutError as error:
-            self._count_unredacted(error)
-            return entry.record
-        except (ValueError, RecursionError):  # of one request, which must not cost the others their rows
-            log.warning("the content of request %s cannot be kept", entry.record.request_id, exc_info=True)
-            self._on_dropped(Dropped.CONTENT_UNREADABLE, 1)
-            return entry.record
-        if max(len(prompt.encode("utf-8")), len(answer.encode("utf-8"))) > limit:
-            self._on_dropped(Dropped.CONTENT_LIMIT, 1)
-            return entry.record
-        return entry.record._replace(prompt=prompt, answer=answer)
+        if len(content.payload) <= _ESCAPED * limit:
+            time.sleep(_BREATH_S)
+            try:
+                prompt, answer = prompt_text(content, self._redactor), answer_text(content, self._redactor)
+            except RedactionTimeoutError as error:
+                self._count_unredacted(error)
+                return record
+            except (ValueError, RecursionError):  # of one request, which must not cost the others their rows
+                log.warning("the content of request %s cannot be kept", record.request_id, exc_info=True)
+                self._on_dropped(Dropped.CONTENT_UNREADABLE, 1)
+                return record
+            if max(len(prompt.encode("utf-8")), len(answer.encode("utf-8"))) <= limit:
+                return record._replace(prompt=prompt, answer=answer)
+        self._on_dropped(Dropped.CONTENT_LIMIT, 1)
+        return record
 
     def _prune(self) -> None:
         with self._lock:

@@ -23,10 +23,9 @@ _EVERY_S = 5.0
 
 
 class UsageWriter:
-    """Writes.
+    """Writes what a meter counts into the store.
 
     Args:
-        meter: counts.
         on_known: hears once how many tokens each key has used today, by the key's id.
     """
 
@@ -42,31 +41,32 @@ class UsageWriter:
         self._meter = meter
         self._on_known = on_known
         self._every_s = every_s
-        self._known = False
 
     async def run(self) -> None:
-        """Writes until it is cancelled."""
+        """Write until cancelled."""
+        known = False
         while True:
             try:
-                if not self._known:
-                    self._on_known(await asyncio.to_thread(self._used_today))
-                    self._known = True
+                if not known:
+                    self._on_known(await asyncio.to_thread(_used_today, self._store))
+                    known = True
                 await asyncio.to_thread(self._meter.flush)
             except SQLAlchemyError:
                 log.exception("what keys used was not written; it is tried again")
             await asyncio.sleep(self._every_s)
 
     def close(self) -> None:
-        """Writes what is left; where the store does not take it, that is lost."""
+        """Write what is left; if the store fails, that is lost."""
         try:
             self._meter.flush()
         except SQLAlchemyError:
             log.exception("what keys used in the last seconds was not written")
 
-    def _used_today(self) -> Mapping[str, int]:
-        midnight = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
-        used = Counter[str]()
-        for total in usage_since(self._store, midnight):
+
+def _used_today(store: Store) -> Mapping[str, int]:
+    midnight = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    used = Counter[str]()
+    for total in usage_since(store, midnight):
+        if total.key_id:  # requests without a key have no limits
             used[total.key_id] += total.usage.tokens_in + total.usage.tokens_out
-        used.pop("", None)  # of requests without a key, which have no limits
-        return used
+    return used
