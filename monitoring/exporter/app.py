@@ -3,15 +3,12 @@
 A process of its own, so that it goes on when the server does not. On another machine it has the server's page alone.
 """
 
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, make_wsgi_app
-from prometheus_client.exposition import ThreadingWSGIServer
+from prometheus_client import CollectorRegistry, make_wsgi_app, start_http_server
 from sqlalchemy import Engine as Store
 
 from monitoring.exporter.drift import DriftMetrics
@@ -19,14 +16,13 @@ from monitoring.exporter.server_page import ServerPage
 from monitoring.exporter.training import TrainingMetrics
 from monitoring.exporter.versions import VersionMetrics
 from svc.registry.registry import Registry
-from svc.remote.listening import address_family, http_url, listen_error
+from svc.remote.listening import http_url, listen_error
 from svc.remote.server_url import ServerAddress
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 _OPENMETRICS = "application/openmetrics-text"
-_POLL_S = 0.05  # how soon it notices that it shall end
 
 
 @contextmanager
@@ -60,35 +56,17 @@ def exporting(
         DriftMetrics(registry, store, checking=checking),
     ):
         metrics.register(collector)
-    with _listen(host, port, _page(metrics)) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(_POLL_S,), name="exporter")
-        thread.start()
+    try:
+        server, thread = start_http_server(port, host, metrics)
+    except OSError as error:
+        raise listen_error(host, port, error) from error
+    with server:
+        server.set_app(_page(metrics))
         try:
             yield f"{http_url(host, server.server_port)}/metrics"
         finally:
             server.shutdown()
             thread.join()
-
-
-def _listen(host: str, port: int, page: "WSGIApplication") -> WSGIServer:
-    family = address_family(host)
-
-    class Server(ThreadingWSGIServer):
-        """IPv4 or IPv6, which a server can only be told by its class."""
-
-        address_family = family
-
-    try:
-        return make_server(host, port, page, Server, _Handler)
-    except OSError as error:
-        raise listen_error(host, port, error) from error
-
-
-class _Handler(WSGIRequestHandler):
-    """Logs no request."""
-
-    def log_message(self, format: str, *arguments: object) -> None:
-        """Stays silent."""
 
 
 def _page(metrics: CollectorRegistry) -> "WSGIApplication":

@@ -30,10 +30,6 @@ class ServerPage(Collector):
     def __init__(self, find: Callable[[], ServerAddress]) -> None:
         self._find = find
 
-    def describe(self) -> Iterable[Metric]:
-        """Nothing: which families there are is the server's to say."""
-        return []
-
     def collect(self) -> Iterable[Metric]:
         """Its families, and two of our own."""
         started = time.monotonic()

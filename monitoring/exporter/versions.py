@@ -1,7 +1,7 @@
 """What is known of versions without serving them: when they were made, how large they are, how they were judged."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from prometheus_client import Metric
 from prometheus_client.core import GaugeMetricFamily
@@ -21,6 +21,16 @@ SHOWN_VERSIONS = 20
 BASE = "base"
 _SHOWN_DIGITS = 12  # of a fingerprint: enough to tell the sets of one registry apart
 
+_VERSION = ["model", "version"]
+_EVALUATION = [*_VERSION, "heldout", "format", "metric", "primary"]
+_GAUGES = (
+    ("svc_registry_version_created_timestamp_seconds", "When the version was registered", _VERSION),
+    ("svc_registry_version_size_bytes", "Size on disk", [*_VERSION, "format"]),
+    ("svc_registry_version_evaluation", "Held-out figures at registration, of the base too", _EVALUATION),
+    ("svc_registry_version_evaluation_low", "Lower end of their 95 % intervals", _EVALUATION),
+    ("svc_registry_version_evaluation_high", "Upper end of their 95 % intervals", _EVALUATION),
+)
+
 
 class VersionMetrics(Collector):
     """Reads manifests, each one once: a version is never changed."""
@@ -29,13 +39,11 @@ class VersionMetrics(Collector):
         self._registry = registry
         self._manifests: dict[VersionId, Manifest] = {}
 
-    def describe(self) -> Iterable[Metric]:
-        """The families without samples."""
-        return _families()
-
     def collect(self) -> Iterable[Metric]:
         """The newest versions of every name."""
-        created, size, value, low, high = families = _families()
+        created, size, value, low, high = families = [
+            GaugeMetricFamily(name, text, labels=labels) for name, text, labels in _GAUGES
+        ]
         for manifest in self._newest():
             labels = [manifest.name, str(manifest.number)]
             created.add_metric(labels, manifest.created_at.timestamp())
@@ -46,19 +54,18 @@ class VersionMetrics(Collector):
                     reports[format.value] = record.evaluation
             for judged, report in reports.items():
                 heldout = heldout_set(manifest.data.heldout_fingerprint, report.examples)
-                for metric, estimate in _figures(report).items():
+                for metric, estimate in _estimates(report).items():
                     of_metric = [*labels, heldout, judged, metric, str(metric == report.primary).lower()]
                     value.add_metric(of_metric, estimate.value)
                     low.add_metric(of_metric, estimate.low)
                     high.add_metric(of_metric, estimate.high)
         return families
 
-    def _newest(self) -> list[Manifest]:
-        shown = [
-            version for name in self._registry.names() for version in self._registry.versions(name)[-SHOWN_VERSIONS:]
-        ]
+    def _newest(self) -> Collection[Manifest]:
+        versions = self._registry.versions
+        shown = [version for name in self._registry.names() for version in versions(name)[-SHOWN_VERSIONS:]]
         self._manifests = {version: found for version in shown if (found := self._manifest(version))}
-        return list(self._manifests.values())
+        return self._manifests.values()
 
     def _manifest(self, version: VersionId) -> Manifest | None:
         """None for one that cannot be read, or was removed since: the others are shown all the same."""
@@ -79,21 +86,8 @@ def heldout_set(fingerprint: str, examples: int) -> str:
     return f"{fingerprint.removeprefix('sha256:')[:_SHOWN_DIGITS]}:{examples}"
 
 
-def _families() -> tuple[GaugeMetricFamily, ...]:
-    version = ["model", "version"]
-    evaluation = [*version, "heldout", "format", "metric", "primary"]
-    documentation = {
-        "svc_registry_version_created_timestamp_seconds": ("When the version was registered", version),
-        "svc_registry_version_size_bytes": ("Size on disk", [*version, "format"]),
-        "svc_registry_version_evaluation": ("Held-out figures at registration, of the base too", evaluation),
-        "svc_registry_version_evaluation_low": ("Lower end of their 95 % intervals", evaluation),
-        "svc_registry_version_evaluation_high": ("Upper end of their 95 % intervals", evaluation),
-    }
-    return tuple(GaugeMetricFamily(name, text, labels=labels) for name, (text, labels) in documentation.items())
-
-
-def _figures(report: EvaluationReport) -> dict[str, Interval]:
-    """Without those that were not measured."""
+def _estimates(report: EvaluationReport) -> dict[str, Interval]:
+    """Return those that were measured."""
     figures = {"exact_match": report.exact_match, "valid_json": report.valid_json, "nll": report.nll}
     figures |= {name: figure.estimate for name, figure in report.figures.items()}
     return {name: estimate for name, estimate in figures.items() if estimate is not None}
