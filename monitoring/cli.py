@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from sqlalchemy import Engine as Store
 
-    from monitoring.status.figures import Look
+    from monitoring.status.figures import Figures, Look
 
 
 @click.command()
@@ -69,19 +69,23 @@ def _as_json(model: Mapping[str, Any], drift: Mapping[str, Any], *, verbose: boo
 def _watch(of: ServerAddress | Settings, models: Sequence[str], interval_s: float, *, verbose: bool) -> None:
     """Until Ctrl-C; a server or a model that goes away is waited for."""
     from rich.live import Live
+    from rich.text import Text
 
-    from monitoring.status.rates import Rates
-    from monitoring.status.render import failure_screen, status_screen
+    from monitoring.status.figures import rates_between
+    from monitoring.status.render import status_screen
     from svc.terminal import output
 
-    rates = Rates()
+    last: tuple[Figures, float] | None = None
 
     def screen() -> "RenderableType":
+        nonlocal last
         try:
-            look = _look(of, models)
+            look, now = _look(of, models), time.monotonic()
         except (ServerNotRunningError, NotFoundError) as error:
-            return failure_screen(error)
-        return status_screen(look, rates.between(look.figures, time.monotonic()), verbose=verbose)
+            return Text(str(error), "red")
+        before, last = last, (look.figures, now)
+        rates = rates_between(before[0], look.figures, now - before[1]) if before else {}
+        return status_screen(look, rates, verbose=verbose)
 
     # On a terminal each screen takes the place of the one before; in a pipe they follow each other.
     with Live(console=output, auto_refresh=False, screen=True) if output.is_terminal else nullcontext() as live:

@@ -15,9 +15,10 @@ answers have equal scores and say nothing. Of scores that are 0 or 1 it is McNem
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import StrEnum
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +26,7 @@ from sqlalchemy import Engine as Store
 
 from svc.errors import NotFoundError
 from svc.evaluation.metrics.text import ExactMatch
-from svc.evaluation.results import ExampleResult, token_weights
+from svc.evaluation.results import ExampleResult
 from svc.registry.registry import Registry
 from svc.store.holdouts import HoldoutRun, first_holdout_run, newest_holdout_run
 from svc.version import Target
@@ -42,8 +43,7 @@ _SAME = 1e-9
 _FLIPS = 99_999
 
 
-@dataclass(frozen=True, slots=True)
-class Figures:
+class Figures(NamedTuple):
     """What a version gave for one example.
 
     Attributes:
@@ -114,7 +114,8 @@ def read_quality(registry: Registry, store: Store, target: Target) -> QualityRep
     run = newest_holdout_run(store, target)
     if run is None:
         return QualityReport(Quality.UNKNOWN, "the held-out set was not asked again yet")
-    run = _by_known_metric(run, results)
+    if not all(run.metric in result.scores for result in results):
+        run = _by_exact_match(run)
     registered = _registered(results, run.metric)
     probes = registry.format(target.version, target.format).probes
     if not probes or probes[0].engine == run.engine:
@@ -130,17 +131,11 @@ def read_quality(registry: Registry, store: Store, target: Target) -> QualityRep
 
 
 def _registered(results: Sequence[ExampleResult], metric: str | None) -> dict[int, Figures]:
-    """What the version gave at its registration, by the places of the examples."""
-    weights = token_weights(results)
-    scores = [float(one.hit) if metric == ExactMatch.name else one.scores[str(metric)] for one in results]
-    columns = zip(results, weights, scores, strict=True)
-    return {at: Figures(one.nll, one.hit, weight, score) for at, (one, weight, score) in enumerate(columns)}
-
-
-def _by_known_metric(run: HoldoutRun, results: Sequence[ExampleResult]) -> HoldoutRun:
-    """A run with scores that the registered results have too."""
-    known = run.metric is not None and all(run.metric in result.scores for result in results)
-    return run if known else _by_exact_match(run)
+    """Return what the version gave at its registration, by the places of the examples."""
+    return {
+        place: Figures(one.nll, one.hit, one.scored, one.hit if metric == ExactMatch.name else one.scores[str(metric)])
+        for place, one in enumerate(results)
+    }
 
 
 def _by_exact_match(run: HoldoutRun) -> HoldoutRun:
@@ -155,13 +150,17 @@ def judge(before: Mapping[int, Figures], run: HoldoutRun) -> QualityReport:
             are left out.
         run: with the scores of the same metric.
     """
+    from scipy.stats import norm
+
     now = zip(run.places, run.nll, run.hits, run.scores, strict=True)
-    pairs = [(*astuple(before[place]), *figures) for place, *figures in now if place in before]
-    columns = [np.array(column) for column in zip(*pairs, strict=True)]
+    pairs = [(*before[place], *figures) for place, *figures in now if place in before]
+    columns = np.array(pairs, float).T
     nll_before, hits_before, weights, scores_before, nll_now, hits_now, scores_now = columns
     weights = weights / weights.sum()
     change = float(weights @ (nll_now - nll_before))
-    nll_p = _rounding(change, float(np.sqrt(weights @ weights)))
+    # The chance that rounding changes the mean by so much. Its standard deviation is that of one example times the
+    # length of the vector of weights.
+    nll_p = float(2 * norm.sf(abs(change) / np.linalg.norm(weights) / _ROUNDING_NATS))
     nll_changed = nll_p <= ALPHA and abs(change) >= LEAST_NLL_CHANGE
     score_p = _sign_flips(scores_now - scores_before)
     return QualityReport(
@@ -171,7 +170,7 @@ def judge(before: Mapping[int, Figures], run: HoldoutRun) -> QualityReport:
         nll_p=nll_p,
         exact_match=float(hits_now.mean()),
         registered_exact_match=float(hits_before.mean()),
-        exact_match_p=_sign_flips(hits_now.astype(float) - hits_before),
+        exact_match_p=_sign_flips(hits_now - hits_before),
         metric=run.metric or ExactMatch.name,
         score=float(scores_now.mean()),
         registered_score=float(scores_before.mean()),
@@ -179,18 +178,6 @@ def judge(before: Mapping[int, Figures], run: HoldoutRun) -> QualityReport:
         examples=len(pairs),
         asked_at=run.ended_at,
     )
-
-
-def _rounding(change: float, spread: float) -> float:
-    """The chance that rounding changes the mean by so much.
-
-    Args:
-        change: nats a token.
-        spread: of the mean, where that of an example is 1: the length of its vector of weights.
-    """
-    from scipy.stats import norm
-
-    return float(2 * norm.sf(abs(change) / spread / _ROUNDING_NATS))
 
 
 def _sign_flips(changes: NDArray[np.float64]) -> float:

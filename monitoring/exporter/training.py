@@ -5,7 +5,7 @@ a run that was killed stays open there. Knows nothing of training in other homes
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from prometheus_client import Metric
@@ -50,17 +50,17 @@ class TrainingMetrics(Collector):
     def collect(self) -> Iterable[Metric]:
         """Return the figures of all names; of none if MLflow does not answer, since the server's must not be lost."""
         families = {name: GaugeMetricFamily(name, text, labels=["model"]) for name, text in _GAUGES.items()}
-        running: dict[str, list[TrainingRun]] | None = {}
         try:
-            for run in find_training_runs(self._home):
-                running.setdefault(run.name, []).extend([run] if run.running else [])
+            runs: list[TrainingRun] | None = list(find_training_runs(self._home))
         except (OSError, IntegrityError):
             log.warning("not known which runs are worked on", exc_info=True)
-            running = None
-        figures = self._figures(running or {})
-        if running is not None:
-            for name in sorted({*figures, *running}):
-                families[_RUNNING].add_metric([name], float(bool(running.get(name))))
+            runs = None
+        running = [run for run in runs or () if run.running]
+        figures = self._figures(running)
+        if runs is not None:
+            names = {run.name for run in running}
+            for name in sorted({*figures, *(run.name for run in runs)}):
+                families[_RUNNING].add_metric([name], float(name in names))
         for name, newest in figures.items():
             families[_STARTED].add_metric([name], newest.started_at.timestamp())
             for family, metric in _REPORTED.items():
@@ -68,12 +68,12 @@ class TrainingMetrics(Collector):
                     families[family].add_metric([name], newest.metrics[metric])
         return families.values()
 
-    def _figures(self, running: Mapping[str, Sequence[TrainingRun]]) -> dict[str, RunFigures]:
+    def _figures(self, running: Sequence[TrainingRun]) -> dict[str, RunFigures]:
         """Return of each name the run that is worked on, else the one that was started last."""
         figures = {}
         try:
             for name in self._tracking.experiments():
-                ids = [run.tracking_run for run in running.get(name, ()) if run.tracking_run]
+                ids = [run.tracking_run for run in running if run.name == name and run.tracking_run]
                 found = [run for run in map(self._tracking.run, ids) if run]
                 run = max(found, key=lambda run: run.started_at, default=None) or self._tracking.newest_run(name)
                 if run:

@@ -3,16 +3,22 @@
 Knows the names of the metrics (docs/metrics.md) and nothing of how they are made.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 from prometheus_client.parser import text_string_to_metric_families
-from prometheus_client.samples import Sample
-
-from monitoring.faults import is_fault
 
 QUANTILES = ("0.5", "0.95", "0.99")
+SERVER_FAULTS: Final = "overloaded|queue_.*|engine_.*|internal_error"
+"""A pattern of the `reason` in `svc_request_errors_total`; the whole word matches, as in Prometheus.
+
+These are faults of the server. What a client did wrong (400, 404, 413, a connection that it closed) says nothing of a
+server or of a version. The alert rules (deploy/prometheus/rules) and the dashboards repeat the pattern; docs/metrics.md
+has the reasons one by one.
+"""
 
 
 @dataclass(slots=True)
@@ -21,7 +27,7 @@ class VersionFigures:
 
     Attributes:
         requests: answers of any status.
-        errors: faults of the server (monitoring.faults), broken streams among them.
+        errors: faults of the server, broken streams among them.
         duration_s: quantile to seconds.
         first_token_s: quantile to seconds.
     """
@@ -59,43 +65,55 @@ class Look:
     drift: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
+class Rate(NamedTuple):
+    """What a version does a second."""
+
+    requests: float
+    tokens_out: float
+
+
 def read_figures(exposition: str, models: Collection[str] = ()) -> Figures:
-    """Reads a page in Prometheus' text format.
+    """Read a page in Prometheus' text format.
 
     Args:
         models: names of those whose figures are wanted; none: of all, and of requests that were for no model.
     """
     versions: dict[str, VersionFigures] = {}
-    errors: dict[str, int] = {}
-    for sample in _samples(exposition):
-        if models and sample.labels.get("model") not in models:
+    errors = Counter[str]()
+    for sample in (sample for family in text_string_to_metric_families(exposition) for sample in family.samples):
+        labels = sample.labels
+        if models and labels.get("model") not in models:
             continue
         if sample.name == "svc_request_errors_total":
-            reason = sample.labels["reason"]
-            errors[reason] = errors.get(reason, 0) + int(sample.value)
-        if sample.labels.get("version"):
-            label = f"{sample.labels['model']}@{sample.labels['version']}"
-            _add(versions.setdefault(label, VersionFigures(label)), sample)
-    return Figures(versions, {reason: count for reason, count in errors.items() if count})
+            errors[labels["reason"]] += int(sample.value)
+        if labels.get("version"):
+            name = f"{labels['model']}@{labels['version']}"
+            _add(versions.setdefault(name, VersionFigures(name)), sample.name, labels, sample.value)
+    return Figures(versions, dict(+errors))
 
 
-def _add(figures: VersionFigures, sample: Sample) -> None:
-    labels = sample.labels
-    match sample.name:
+def _add(figures: VersionFigures, metric: str, labels: Mapping[str, str], value: float) -> None:
+    match metric:
         case "svc_requests_total":
-            figures.requests += int(sample.value)
-        case "svc_request_errors_total" if is_fault(labels["reason"]):
-            figures.errors += int(sample.value)
+            figures.requests += int(value)
+        case "svc_request_errors_total" if re.fullmatch(SERVER_FAULTS, labels["reason"]):
+            figures.errors += int(value)
         case "svc_tokens_total" if labels["direction"] == "in":
-            figures.tokens_in += int(sample.value)
+            figures.tokens_in += int(value)
         case "svc_tokens_total":
-            figures.tokens_out += int(sample.value)
+            figures.tokens_out += int(value)
         case "svc_request_duration_quantile_seconds":
-            figures.duration_s[labels["quantile"]] = sample.value
+            figures.duration_s[labels["quantile"]] = value
         case "svc_time_to_first_token_quantile_seconds":
-            figures.first_token_s[labels["quantile"]] = sample.value
+            figures.first_token_s[labels["quantile"]] = value
 
 
-def _samples(exposition: str) -> Iterable[Sample]:
-    for family in text_string_to_metric_families(exposition):
-        yield from family.samples
+def rates_between(before: Figures, now: Figures, seconds: float) -> dict[str, Rate]:
+    """Return each version's rates, without those of a server that was restarted meanwhile: its counters fell."""
+    rates = {}
+    for name, new in now.versions.items():
+        old = before.versions.get(name, VersionFigures(name))
+        requests, tokens = new.requests - old.requests, new.tokens_out - old.tokens_out
+        if min(requests, tokens) >= 0:
+            rates[name] = Rate(requests / seconds, tokens / seconds)
+    return rates

@@ -7,9 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from monitoring.status.figures import QUANTILES, Figures, Look, VersionFigures
-from monitoring.status.rates import Rate
-from svc.errors import SvcError
+from monitoring.status.figures import QUANTILES, Figures, Look, Rate
 
 _DRIFT_COLOURS = {"alarm": "red", "changed": "red", "steady": "green", "as_registered": "green"}
 
@@ -31,21 +29,24 @@ def status_screen(look: Look, rates: Mapping[str, Rate] | None = None, *, verbos
 
 
 def _model(state: Mapping[str, Any], drift: Mapping[str, str], *, verbose: bool) -> list[RenderableType]:
-    engine, requests = state["engine"], state["requests"]
-    before = state["previous"] or "none"
+    engine, requests, engines = state["engine"], state["requests"], state["engines"]
     lines: list[RenderableType] = [
-        Text.assemble((state["version"], "bold"), f" ({state['format']})  before: {before}"),
+        Text.assemble((state["version"], "bold"), f" ({state['format']})  before: {state['previous'] or 'none'}"),
         Text.assemble(
             "  engine ",
             (engine["state"], "green" if engine["state"] == "ready" else "red"),
             f", {engine['restarts']} restarts; {requests['running']} requests running, {requests['queued']} queued",
         ),
     ]
-    if len(state["engines"]) > 1:
-        lines += [Text(_engine(one)) for one in state["engines"]]
-    unverified = [one for one in state["engines"] if one.get("verified") is False]
-    lines += [Text(f"    replica {one['replica']}: {one['verification']}", "yellow") for one in unverified]
-    lines += [Text(_adapters(one)) for one in state["engines"] if one.get("adapters") is not None]
+    if len(engines) > 1:
+        for one in engines:
+            holds = f" with {one['version']}" if one["version"] else ""
+            lines.append(_replica(one, f"{one['state']}{holds}, {one['running']} running"))
+    lines += [_replica(one, one["verification"], "yellow") for one in engines if one.get("verified") is False]
+    for one in engines:
+        if one.get("adapters") is not None:
+            loaded = [f"{each['version']}{'' if each['verified'] else ' (not verified)'}" for each in one["adapters"]]
+            lines.append(_replica(one, f"adapters loaded: {', '.join(loaded) or 'none'}"))
     if engine["last_error"]:
         lines.append(Text(f"  last error: {engine['last_error']}", "yellow"))
     if state["last_swap"]:
@@ -54,6 +55,10 @@ def _model(state: Mapping[str, Any], drift: Mapping[str, str], *, verbose: bool)
     if verbose:
         lines.append(_plan(engine["plan"]))
     return lines
+
+
+def _replica(engine: Mapping[str, Any], text: str, style: str = "") -> Text:
+    return Text(f"    replica {engine['replica']}: {text}", style)
 
 
 def _plan(rows: Sequence[Mapping[str, Any]] | None) -> RenderableType:
@@ -74,21 +79,6 @@ def _drift(drift: Mapping[str, str]) -> Text:
     return text
 
 
-def failure_screen(error: SvcError) -> RenderableType:
-    """In place of a status that cannot be had."""
-    return Text(str(error), "red")
-
-
-def _engine(engine: Mapping[str, Any]) -> str:
-    holds = f" with {engine['version']}" if engine["version"] else ""
-    return f"    replica {engine['replica']}: {engine['state']}{holds}, {engine['running']} running"
-
-
-def _adapters(engine: Mapping[str, Any]) -> str:
-    loaded = [f"{one['version']}{'' if one['verified'] else ' (not verified)'}" for one in engine["adapters"]]
-    return f"    replica {engine['replica']}: adapters loaded: {', '.join(loaded) or 'none'}"
-
-
 def _swap(swap: Mapping[str, Any]) -> str:
     text = f"  last swap: to {swap['to']}, {swap['outcome'] or 'under way'}, {swap['started_at']}"
     if swap["kind"] is not None:
@@ -99,27 +89,20 @@ def _swap(swap: Mapping[str, Any]) -> str:
 
 
 def _table(figures: Figures, rates: Mapping[str, Rate] | None) -> Table:
-    table = Table("version", "requests", "errors", "tokens in/out", box=None)
-    if rates is not None:
-        table.add_column("requests/s")
-        table.add_column("tokens/s")
-    table.add_column("latency p50/p95/p99")
-    table.add_column("first token p50/p95/p99")
+    speeds = [] if rates is None else ["requests/s", "tokens/s"]
+    latencies = ["latency p50/p95/p99", "first token p50/p95/p99"]
+    table = Table("version", "requests", "errors", "tokens in/out", *speeds, *latencies, box=None)
     for version in figures.versions.values():
         cells = [version.version, str(version.requests), str(version.errors)]
         cells.append(f"{version.tokens_in}/{version.tokens_out}")
         if rates is not None:
             rate = rates.get(version.version)
             cells += [f"{rate.requests:.1f}", f"{rate.tokens_out:.0f}"] if rate else ["-", "-"]
-        table.add_row(*cells, *_latency(version))
+        table.add_row(*cells, _quantiles(version.duration_s), _quantiles(version.first_token_s))
     return table
 
 
-def _latency(version: VersionFigures) -> tuple[str, str]:
-    return _quantiles(version.duration_s), _quantiles(version.first_token_s)
-
-
-def _quantiles(values: dict[str, float]) -> str:
+def _quantiles(values: Mapping[str, float]) -> str:
     if not values:
         return "-"
     return " / ".join(f"{values[quantile]:.3f}" if quantile in values else "-" for quantile in QUANTILES) + " s"

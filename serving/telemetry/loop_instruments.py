@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from prometheus_client import Metric
+from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Exemplar
@@ -24,11 +24,13 @@ class LoopCounter(Collector):
         name: of the metric.
         documentation: its help text.
         labels: their names, in the order of the values.
+        registry: where it registers itself.
     """
 
-    def __init__(self, name: str, documentation: str, labels: Sequence[str]) -> None:
+    def __init__(self, name: str, documentation: str, labels: Sequence[str], *, registry: CollectorRegistry) -> None:
         self._family = name, documentation, labels
         self.counts = defaultdict[tuple[str, ...], int](int)
+        registry.register(self)
 
     def collect(self) -> Iterable[Metric]:
         """Return all counts."""
@@ -75,12 +77,22 @@ class LoopHistogram(Collector):
         documentation: its help text.
         labels: their names, in the order of the values.
         buckets: their upper bounds, in ascending order, without infinity.
+        registry: where it registers itself.
     """
 
-    def __init__(self, name: str, documentation: str, labels: Sequence[str], *, buckets: Sequence[float]) -> None:
+    def __init__(
+        self,
+        name: str,
+        documentation: str,
+        labels: Sequence[str],
+        buckets: Sequence[float],
+        *,
+        registry: CollectorRegistry,
+    ) -> None:
         self._family = name, documentation, labels
         self._bounds = tuple(map(float, buckets))
         self._series: dict[tuple[str, ...], LoopSeries] = {}
+        registry.register(self)
 
     def series(self, *labels: str) -> LoopSeries:
         """Return the series of these values."""

@@ -69,74 +69,65 @@ class GatewayMetrics:
 
     def __init__(self, registry: CollectorRegistry, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.registry = registry
-        counter = partial(Counter, registry=registry)
+        counter, loop_counter = partial(Counter, registry=registry), partial(LoopCounter, registry=registry)
         version, key = ("model", "version"), ("model", "key_id")
-        self._requests = LoopCounter(
+        self._requests = loop_counter(
             "svc_requests_total", "Requests answered", (*version, "route", "status", "outcome")
         )
-        self._tokens = LoopCounter("svc_tokens_total", "Tokens", (*version, "direction"))
-        self._key_requests = LoopCounter("svc_key_requests_total", "Requests that an engine took, by key", key)
-        self._key_tokens = LoopCounter("svc_key_tokens_total", "Tokens used, by key", (*key, "direction"))
-        self._key_refused = counter("svc_key_refused_total", "Requests beyond a limit of their key", (*key, "limit"))
         self._errors = counter("svc_request_errors_total", "Requests that failed, by reason", (*version, "reason"))
+        self._tokens = loop_counter("svc_tokens_total", "Tokens", (*version, "direction"))
+        self._key_requests = loop_counter("svc_key_requests_total", "Requests that an engine took, by key", key)
+        self._key_tokens = loop_counter("svc_key_tokens_total", "Tokens used, by key", (*key, "direction"))
+        self._key_refused = counter("svc_key_refused_total", "Requests beyond a limit of their key", (*key, "limit"))
         self._wrong_keys = counter(
             "svc_authentication_failures_total", "Requests without a right key, by what was wrong with it", ("fault",)
         )
+        self._feedback = counter("svc_feedback_total", "Answers that were rated", (*version, "rating"))
+        self.rows_stored = counter("svc_request_log_rows_total", "Rows stored, one for each request").inc
         self._rows_dropped = counter(
             "svc_request_log_dropped_total", "Rows or contents not kept, by reason", ("reason",)
         )
+        self.spans_sent = counter("svc_spans_total", "Spans that the receiver of traces took").inc
         self._spans_dropped = counter(
             "svc_spans_dropped_total", "Spans, or their content, not sent, by reason", ("reason",)
         )
-        self._feedback = counter("svc_feedback_total", "Answers that were rated", (*version, "rating"))
-        self.rows_stored = counter("svc_request_log_rows_total", "Rows stored, one for each request").inc
-        self.spans_sent = counter("svc_spans_total", "Spans that the receiver of traces took").inc
         self._add_times(clock)
-        for instrument in (self._requests, self._tokens, self._key_requests, self._key_tokens):
-            registry.register(instrument)
         self.show_errors(None)
-        for labelled, values in (
-            (self._wrong_keys, KeyFault),
-            (self._rows_dropped, Dropped),
-            (self._spans_dropped, SpanDropped),
-        ):
-            for value in values:
-                labelled.labels(value.value)
+        for fault in KeyFault:
+            self._wrong_keys.labels(fault.value)
+        for row in Dropped:
+            self._rows_dropped.labels(row.value)
+        for span in SpanDropped:
+            self._spans_dropped.labels(span.value)
 
     def _add_times(self, clock: Callable[[], float]) -> None:
+        histogram = partial(LoopHistogram, registry=self.registry)
+        quantiles = partial(VersionQuantiles, clock=clock, registry=self.registry)
         version = ("model", "version")
-        self._duration = LoopHistogram(
+        self._duration = histogram(
             "svc_request_duration_seconds",
             "From the request's last byte to the answer's last byte, complete answers",
             (*version, "route"),
-            buckets=_DURATION_BUCKETS_S,
+            _DURATION_BUCKETS_S,
         )
-        self._first_token = LoopHistogram(
+        self._duration_quantiles = quantiles(
+            "svc_request_duration_quantile_seconds", "Duration of answered requests, last 5 minutes"
+        )
+        self._first_token = histogram(
             "svc_time_to_first_token_seconds",
             "From the request's last byte to the first token, streamed answers",
             version,
-            buckets=_FIRST_TOKEN_BUCKETS_S,
+            _FIRST_TOKEN_BUCKETS_S,
         )
-        self._between_tokens = LoopHistogram(
+        self._first_token_quantiles = quantiles(
+            "svc_time_to_first_token_quantile_seconds", "Time to the first streamed token, last 5 minutes"
+        )
+        self._between_tokens = histogram(
             "svc_time_between_tokens_seconds",
             "Between two tokens of one streamed answer",
             version,
-            buckets=_BETWEEN_TOKENS_BUCKETS_S,
+            _BETWEEN_TOKENS_BUCKETS_S,
         )
-        self._duration_quantiles = VersionQuantiles(
-            "svc_request_duration_quantile_seconds", "Duration of answered requests, last 5 minutes", clock
-        )
-        self._first_token_quantiles = VersionQuantiles(
-            "svc_time_to_first_token_quantile_seconds", "Time to the first streamed token, last 5 minutes", clock
-        )
-        for instrument in (
-            self._duration,
-            self._first_token,
-            self._between_tokens,
-            self._duration_quantiles,
-            self._first_token_quantiles,
-        ):
-            self.registry.register(instrument)
         self.loop_lagged = Histogram(
             "svc_event_loop_lag_seconds",
             "How much later than asked the event loop wakes up a task, ten times a second",

@@ -8,13 +8,12 @@ of their buckets; these are for the eyes of one operator.
 
 import math
 import threading
-import time
 from bisect import bisect_right
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable
 from itertools import accumulate
 
-from prometheus_client import Metric
+from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -37,14 +36,18 @@ class VersionQuantiles(Collector):
         name: of the gauge.
         documentation: its help text.
         clock: monotonic time, seconds.
+        registry: where it registers itself.
     """
 
-    def __init__(self, name: str, documentation: str, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, name: str, documentation: str, clock: Callable[[], float], *, registry: CollectorRegistry
+    ) -> None:
         self._family = name, documentation
         self._clock = clock
         self._lock = threading.Lock()  # requests end in one thread, pages are written in others
         # The number of each slot, and how many samples each bucket of a version has.
         self._slots = deque[tuple[int, dict[_Version, Counter[int]]]](maxlen=SLOTS)
+        registry.register(self)
 
     def observe(self, version: _Version, seconds: float) -> None:
         """Add a sample.

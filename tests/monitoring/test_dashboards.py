@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from prometheus_client import ProcessCollector
 
-from monitoring.faults import SERVER_FAULTS
+from monitoring.status.figures import SERVER_FAULTS
 from tests.command_line import Svc
 from tests.deploy.prometheus_rules import rules
 from tests.monitoring.panel_queries import PanelQuery, panel_queries

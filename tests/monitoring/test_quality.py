@@ -152,7 +152,7 @@ def by_rouge(before: Sequence[float], now: Sequence[float]) -> QualityReport:
     """Of free text: no answer is the reference, and all are as likely as they were."""
     misses = [False] * len(before)
     registered = {
-        place: replace(one, score=before[place]) for place, one in figures([1.0] * len(before), misses).items()
+        place: one._replace(score=before[place]) for place, one in figures([1.0] * len(before), misses).items()
     }
     ran = run([1.0] * len(now), misses)
     return judge(registered, replace(ran, metric="rouge_l", scores=tuple(now)))

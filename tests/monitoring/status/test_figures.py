@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from monitoring.status.figures import QUANTILES, Figures, read_figures
+from monitoring.status.figures import QUANTILES, Figures, Rate, VersionFigures, rates_between, read_figures
 from serving.protocols.error_code import ErrorCode
 from serving.protocols.route import Route
 from serving.protocols.wire_formats import Usage
@@ -132,3 +132,20 @@ def test_the_loaded_version_alone_is_no_request(traffic: GatewayMetrics, read: R
 def test_metrics_of_others_are_passed_over() -> None:
     page = '# TYPE vllm:requests counter\nvllm:requests_total{version="9",model="x"} 5\npython_info{major="3"} 1\n'
     assert all(figures.requests == 0 for figures in read_figures(page).versions.values())
+
+
+def counted(**requests: int) -> Figures:
+    versions = {name: VersionFigures(name, requests=count, tokens_out=10 * count) for name, count in requests.items()}
+    return Figures(versions, {})
+
+
+def test_rates_are_what_came_since_the_last_look_shared_out_over_the_time() -> None:
+    assert rates_between(counted(a=6), counted(a=10), 2.0) == {"a": Rate(2.0, 20.0)}
+
+
+def test_a_new_version_begins_at_zero() -> None:
+    assert rates_between(counted(a=5), counted(a=5, b=4), 2.0) == {"a": Rate(0.0, 0.0), "b": Rate(2.0, 20.0)}
+
+
+def test_a_server_that_was_restarted_has_no_rate_at_once() -> None:
+    assert rates_between(counted(a=500), counted(a=5), 2.0) == {}

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
 
 from serving.telemetry.quantiles import QUANTILES, SLOT_S, SLOTS, VersionQuantiles
 
@@ -24,7 +25,7 @@ class Clock:
 
 
 def example(clock: Callable[[], float]) -> VersionQuantiles:
-    return VersionQuantiles("svc_example", "Example", clock)
+    return VersionQuantiles("svc_example", "Example", clock, registry=CollectorRegistry())
 
 
 def shown(versions: VersionQuantiles) -> dict[tuple[str, str], float]:
