@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 
 from prometheus_client import Metric
 from prometheus_client.core import GaugeMetricFamily
@@ -50,10 +51,14 @@ class DriftMetrics(Collector):
     """
 
     def __init__(self, registry: Registry, store: Store, *, checking: bool = True) -> None:
-        self._registry = registry
         self._store = store
         self._checking = checking
-        self._qualities: dict[Target, tuple[int | None, QualityReport]] = {}
+
+        @lru_cache
+        def quality_after(run_id: int | None, target: Target) -> QualityReport:
+            return read_quality(registry, store, target)
+
+        self._quality_after = quality_after
 
     def collect(self) -> Iterable[Metric]:
         """Return the figures of all versions that can be read."""
@@ -97,7 +102,7 @@ class DriftMetrics(Collector):
         for outcome, run in ((HoldoutOutcome.COMPLETED, completed), (HoldoutOutcome.FAILED, failed)):
             ended = run.ended_at.timestamp() if run else 0.0
             yield "svc_holdout_run_timestamp_seconds", [outcome.value], ended
-        report = self._quality(target, completed.id if completed else None)
+        report = self._quality_after(completed.id if completed else None, target)
         if report.quality is Quality.UNKNOWN:
             return
         yield "svc_holdout_changed", [], float(report.quality is Quality.CHANGED)
@@ -113,10 +118,3 @@ class DriftMetrics(Collector):
         pvalues = {"nll": report.nll_p, "exact_match": report.exact_match_p, report.metric: report.score_p}
         for metric, p in pvalues.items():
             yield "svc_holdout_pvalue", [metric], p
-
-    def _quality(self, target: Target, run_id: int | None) -> QualityReport:
-        """Return the quality after a run, computed once."""
-        known = self._qualities.get(target)
-        if known is None or known[0] != run_id:
-            known = self._qualities[target] = run_id, read_quality(self._registry, self._store, target)
-        return known[1]

@@ -154,10 +154,8 @@ class RequestLog:
             return None
 
     def _count_unredacted(self, error: RedactionTimeoutError) -> None:
-        with self._lock:
-            known = error.pattern in self._slow_patterns
+        if error.pattern not in self._slow_patterns:
             self._slow_patterns.add(error.pattern)
-        if not known:
             log.error("content is not kept: %s", error)
         self._on_dropped(Dropped.CONTENT_UNREDACTED, 1)
 
@@ -193,24 +191,22 @@ class RequestLog:
 
     def _write_batch(self) -> None:
         batch = list(islice(self._queue, _BATCH))
-        if entries := [item for item in batch if isinstance(item, _Entry)]:
-            self._write(entries)
-        for item in batch:
-            self._queue.popleft()
-            if isinstance(item, threading.Event):
-                item.set()
-
-    def _write(self, entries: list[_Entry]) -> None:
+        entries = [item for item in batch if isinstance(item, _Entry)]
         try:
             records = [self._with_content(entry) for entry in entries]
             self._add_spans(entries, records)
-            add_requests(self._store, records)
+            if records:
+                add_requests(self._store, records)
         except Exception:  # the boundary of this thread, which must outlive a full disk and an odd request alike
             log.exception("%d rows of the request log were not written", len(entries))
             self._on_dropped(Dropped.STORE_FAILED, len(entries))
         else:
             self.has_grown(sum(record.bytes for record in records))
-            self._on_stored(len(entries))
+            self._on_stored(len(records))
+        for item in batch:
+            self._queue.popleft()
+            if isinstance(item, threading.Event):
+                item.set()
 
     def _add_spans(self, entries: Sequence[_Entry], records: Sequence[RequestRecord]) -> None:
         spans = self._spans

@@ -58,21 +58,20 @@ class RetentionClock:
                 self._trusted = ahead_s
         if not _agree(ahead_s, self._trusted):
             if self._doubted is None or not _agree(ahead_s, self._doubted[0]):
-                self._doubt(ahead_s, elapsed_s)
-            if self._doubted is None or elapsed_s - self._doubted[1] < self._doubt_s:
+                self._doubted = ahead_s, elapsed_s
+                self._warn(ahead_s)
+            if elapsed_s - self._doubted[1] < self._doubt_s:
                 return None
         self._trusted, self._doubted = ahead_s, None
         return now - self._max_age
 
-    def _doubt(self, ahead_s: float, elapsed_s: float) -> None:
-        self._doubted = ahead_s, elapsed_s
-        log.warning(
-            "%s: nothing is deleted by its age until the clock has been steady for %s",
-            "all requests are older than request_log.max_age_days"
-            if self._trusted is None
-            else f"the clock has moved by {timedelta(seconds=round(ahead_s - self._trusted))}",
-            timedelta(seconds=self._doubt_s),
-        )
+    def _warn(self, ahead_s: float) -> None:
+        if self._trusted is None:
+            why = "all requests are older than request_log.max_age_days"
+        else:
+            why = f"the clock has moved by {timedelta(seconds=round(ahead_s - self._trusted))}"
+        steady = timedelta(seconds=self._doubt_s)
+        log.warning("%s: nothing is deleted by its age until the clock has been steady for %s", why, steady)
 
 
 def _agree(ahead_s: float, before_s: float | None) -> bool:

@@ -6,6 +6,7 @@ code.
 """
 
 import logging
+import random
 import threading
 from collections.abc import Callable, Mapping, Sequence
 
@@ -14,7 +15,6 @@ from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, OTELResou
 from opentelemetry.sdk.trace import ReadableSpan, SpanLimits
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
-from opentelemetry.sdk.trace.sampling import Decision, TraceIdRatioBased
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import SpanContext, SpanKind, TraceFlags, TraceState, get_current_span
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -47,7 +47,7 @@ class Tracer:
 
     def __init__(self, sample_share: float) -> None:
         self._ids = RandomIdGenerator()
-        self._sampler = TraceIdRatioBased(sample_share)
+        self._sample_share = sample_share
         self._propagator = TraceContextTextMapPropagator()
         # It quotes what clients sent, as often as they send it.
         logging.getLogger("opentelemetry.trace").setLevel(logging.ERROR)
@@ -61,9 +61,8 @@ class Tracer:
             if hide_secrets(state) != state:
                 state = ""
             return RequestTrace(parent.trace_id, span_id, parent.span_id, state, parent.trace_flags.sampled)
-        trace_id = self._ids.generate_trace_id()
-        decision = self._sampler.should_sample(None, trace_id, "").decision
-        return RequestTrace(trace_id, span_id, None, "", decision is Decision.RECORD_AND_SAMPLE)
+        sampled = random.random() < self._sample_share  # noqa: S311 - a sample, no secret
+        return RequestTrace(self._ids.generate_trace_id(), span_id, None, "", sampled)
 
     def _parent(self, headers: Sequence[tuple[bytes, bytes]]) -> SpanContext | None:
         given = [value.decode("latin-1") for name, value in headers if name == _PARENT]
