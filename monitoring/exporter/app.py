@@ -3,6 +3,7 @@
 A process of its own, so that it goes on when the server does not. On another machine it has the server's page alone.
 """
 
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,7 +58,9 @@ def exporting(
     ):
         metrics.register(collector)
     try:
-        server, thread = start_http_server(port, host, metrics)
+        # A name stands for its IPv4 address, as for the server.
+        address = host if ":" in host else socket.gethostbyname(host)
+        server, thread = start_http_server(port, address, metrics)
     except OSError as error:
         raise listen_error(host, port, error) from error
     with server:

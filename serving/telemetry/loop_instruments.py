@@ -9,6 +9,7 @@ import time
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
@@ -28,14 +29,13 @@ class LoopCounter(Collector):
     """
 
     def __init__(self, name: str, documentation: str, labels: Sequence[str], *, registry: CollectorRegistry) -> None:
-        self._family = name, documentation, labels
+        self._family = partial(CounterMetricFamily, name, documentation, labels=labels)
         self.counts = defaultdict[tuple[str, ...], int](int)
         registry.register(self)
 
     def collect(self) -> Iterable[Metric]:
         """Return all counts."""
-        name, documentation, names = self._family
-        family = CounterMetricFamily(name, documentation, labels=names)
+        family = self._family()
         for labels, count in list(self.counts.items()):
             family.add_metric(labels, float(count))
         return [family]
@@ -89,7 +89,7 @@ class LoopHistogram(Collector):
         *,
         registry: CollectorRegistry,
     ) -> None:
-        self._family = name, documentation, labels
+        self._family = partial(HistogramMetricFamily, name, documentation, labels=labels)
         self._bounds = tuple(map(float, buckets))
         self._series: dict[tuple[str, ...], LoopSeries] = {}
         registry.register(self)
@@ -103,8 +103,7 @@ class LoopHistogram(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """Return all series."""
-        name, documentation, names = self._family
-        family = HistogramMetricFamily(name, documentation, labels=names)
+        family = self._family()
         bounds = [*map(floatToGoString, self._bounds), "+Inf"]
         for labels, series in list(self._series.items()):
             total, buckets = 0, list[tuple[str, float] | tuple[str, float, Exemplar]]()

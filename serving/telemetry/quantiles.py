@@ -11,6 +11,7 @@ import threading
 from bisect import bisect_right
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Metric
@@ -42,7 +43,7 @@ class VersionQuantiles(Collector):
     def __init__(
         self, name: str, documentation: str, clock: Callable[[], float], *, registry: CollectorRegistry
     ) -> None:
-        self._family = name, documentation
+        self._family = partial(GaugeMetricFamily, name, documentation, labels=["model", "version", "quantile"])
         self._clock = clock
         self._lock = threading.Lock()  # requests end in one thread, pages are written in others
         # The number of each slot, and how many samples each bucket of a version has.
@@ -70,8 +71,7 @@ class VersionQuantiles(Collector):
             for slot, versions in self._slots:
                 for version, counts in versions.items() if slot >= oldest else ():
                     merged[version].update(counts)
-        name, documentation = self._family
-        family = GaugeMetricFamily(name, documentation, labels=["model", "version", "quantile"])
+        family = self._family()
         for version, counts in merged.items():
             for quantile, value in zip(QUANTILES, _quantiles(counts), strict=True):
                 family.add_metric([*version, f"{quantile:g}"], value)
