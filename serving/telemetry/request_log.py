@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from itertools import islice
 from typing import NamedTuple
 
 from sqlalchemy import Engine as Store
@@ -80,6 +79,7 @@ class RequestLog:
         self._max_queued = max_queued
         # What waits stays here until it is written; an event is set when all before it is.
         self._queue = deque[_Entry | threading.Event]()
+        self._queued_ids = set[str]()
         self._arrived = threading.Event()  # the first row since the writer looked: not each one wakes it
         self._hurry = threading.Event()  # what has arrived is not held back
         self._closing = False
@@ -113,6 +113,7 @@ class RequestLog:
         if content is not None and not self._reserve(content):
             self._on_dropped(Dropped.CONTENT_LIMIT, 1)
             content = None
+        self._queued_ids.add(record.request_id)
         self._queue.append(_Entry(record, content, trace))
         if not self._arrived.is_set():
             self._arrived.set()
@@ -121,9 +122,7 @@ class RequestLog:
 
     def is_queued(self, request_id: str) -> bool:
         """Return whether a request's row is on its way to the store."""
-        # To copy the queue is one step, in which no other thread changes it.
-        queued = [item for item in list(self._queue) if isinstance(item, _Entry)]
-        return any(entry.record.request_id == request_id for entry in queued)
+        return request_id in self._queued_ids
 
     def flush(self, timeout_s: float) -> bool:
         """Waits until all that was added before is in the store; False after `timeout_s`."""
@@ -190,7 +189,8 @@ class RequestLog:
                 self._write_batch()
 
     def _write_batch(self) -> None:
-        batch = list(islice(self._queue, _BATCH))
+        # By position: other threads append meanwhile, and an iterator of the queue would fail.
+        batch = [self._queue[place] for place in range(min(_BATCH, len(self._queue)))]
         entries = [item for item in batch if isinstance(item, _Entry)]
         try:
             records = [self._with_content(entry) for entry in entries]
@@ -203,6 +203,7 @@ class RequestLog:
         else:
             self.has_grown(sum(record.bytes for record in records))
             self._on_stored(len(records))
+        self._queued_ids.difference_update(entry.record.request_id for entry in entries)
         for item in batch:
             self._queue.popleft()
             if isinstance(item, threading.Event):
