@@ -1,6 +1,5 @@
 """Every request leaves a row, none waits for it, and what is lost is counted."""
 
-import sys
 import threading
 import time
 from collections import Counter
@@ -333,29 +332,3 @@ def test_rows_of_a_busy_moment_share_a_transaction(pen: Pen, monkeypatch: pytest
         pen.writer.add(RECORD)
     assert written.wait(5)
     assert len(batches) <= 3
-
-
-def test_no_row_and_no_flush_is_lost_when_threads_add_and_flush_at_the_same_time(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    written: list[int] = []
-    monkeypatch.setattr(request_log, "add_requests", lambda store, batch: written.append(len(batch)))
-    pen = Pen(store, max_queued=1_000_000)
-    pen.writer.start()
-    flushed: list[bool] = []
-
-    def flush() -> None:
-        flushed.extend(pen.writer.flush(5) for _ in range(200))
-
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    try:
-        flushing = threading.Thread(target=flush)
-        flushing.start()
-        for _ in range(20_000):
-            pen.writer.add(RECORD)
-        flushing.join()
-    finally:
-        sys.setswitchinterval(before)
-    pen.writer.close()
-    assert (sum(written), all(flushed), pen.dropped) == (20_000, True, {})
