@@ -61,7 +61,7 @@ def exporting(
         # A name stands for its IPv4 address, as for the server.
         address = host if ":" in host else socket.gethostbyname(host)
         server, thread = start_http_server(port, address, metrics)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter: no host has such a name
         raise listen_error(host, port, error) from error
     with server:
         server.set_app(_page(metrics))

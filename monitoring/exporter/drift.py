@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from itertools import chain
 
 from prometheus_client import Metric
 from prometheus_client.core import GaugeMetricFamily
@@ -74,7 +75,7 @@ class DriftMetrics(Collector):
         for target in targets:
             version = [target.version.name, str(target.version.number)]
             try:
-                for name, labels, value in [*self._signals(target), *self._holdout(target)]:
+                for name, labels, value in chain(self._signals(target), self._holdout(target)):
                     families[name].add_metric([*version, *labels], value)
             except (SvcError, SQLAlchemyError, ValueError):
                 log.warning("no drift figures of %s", target, exc_info=True)

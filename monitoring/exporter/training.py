@@ -12,7 +12,7 @@ from prometheus_client import Metric
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from svc.errors import IntegrityError, RegistryError
+from svc.errors import IntegrityError, NotFoundError, RegistryError
 from svc.registry.registry import Registry
 from svc.registry.tracking import HELDOUT_LOSS, LOSS, RunFigures
 from svc.registry.training_runs import TrainingRun, find_training_runs
@@ -78,7 +78,7 @@ class TrainingMetrics(Collector):
                 run = max(found, key=lambda run: run.started_at, default=None) or self._tracking.newest_run(name)
                 if run:
                     figures[name] = run
-        except RegistryError:
+        except (RegistryError, NotFoundError):
             log.warning("no training figures", exc_info=True)
             return {}
         return figures

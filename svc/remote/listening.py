@@ -25,8 +25,10 @@ def http_url(host: str, port: int, *, tls: bool = False) -> str:
     return f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def listen_error(host: str, port: int, error: OSError) -> SvcError:
+def listen_error(host: str, port: int, error: OSError | UnicodeError) -> SvcError:
     """What to tell of an address that could not be bound: BusyError for a port in use, else SettingsError."""
-    if error.errno == errno.EADDRINUSE:
+    if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
         return BusyError(f"port {port} on {host} is in use", todo="end its owner, or choose another: --port")
-    return SettingsError(f"cannot listen on {host}:{port}: {error.strerror}", todo="correct --host, --port")
+    return SettingsError(
+        f"cannot listen on {host}:{port}: {getattr(error, 'strerror', error)}", todo="correct --host, --port"
+    )

@@ -13,6 +13,7 @@ import httpx
 from prometheus_client import CollectorRegistry
 
 from serving.deployment_builder import DeploymentBuilder
+from serving.http.connections import watched
 from serving.replicas.places import EnginePlaces
 from serving.replicas.replica import Replica
 from serving.telemetry.deployment_metrics import DeploymentInstruments
@@ -31,7 +32,7 @@ from tests.new_store import new_store
 from tests.serving.engine_double import EngineDouble
 from tests.serving.engine_park import EnginePark, ParkSlots
 from tests.serving.keyed import KnownCallers
-from tests.serving.service import gateway
+from tests.serving.service import ClientsProtocol, gateway
 from tests.serving.socket_server import running
 from tests.serving.versions import FACTS, NAME, AliasBook, target
 from tests.svc.engine.devices import AVX512
@@ -151,7 +152,7 @@ class Control:
         socket = self.sockets / "gateway.sock"
         transport = socket_transport(socket, max_connections=None)
         async with (
-            running(parts.app, socket),
+            running(watched(parts.app), socket, ClientsProtocol),
             httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=20) as client,
         ):
             yield client

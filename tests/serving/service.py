@@ -127,7 +127,7 @@ async def connections(socket: Path, *, silence_s: float) -> AsyncIterator[Engine
         yield engine
 
 
-class _ClientsProtocol(ClientProtocol):
+class ClientsProtocol(ClientProtocol):
     """As `svc serve` has it for clients, who do not come through the socket in the home."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -254,7 +254,7 @@ class Service:
         socket = self.folder / "gateway.sock"
         transport = socket_transport(socket, max_connections=None)
         async with (
-            running(watched(self.app), socket, _ClientsProtocol),
+            running(watched(self.app), socket, ClientsProtocol),
             httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=20) as client,
         ):
             yield client

@@ -121,6 +121,14 @@ def test_a_port_in_use_is_told(registry: Registry) -> None:
         pass
 
 
+def test_a_host_that_no_machine_can_have_is_told(registry: Registry) -> None:
+    with (
+        pytest.raises(SettingsError, match="cannot listen on xxx"),
+        exporting(registry, _store(registry), _home(registry), _nowhere, "x" * 70, 0),
+    ):
+        pass
+
+
 def test_an_address_of_another_machine_is_told(registry: Registry) -> None:
     with (
         pytest.raises(SettingsError, match=r"cannot listen on 192\.0\.2\.1"),

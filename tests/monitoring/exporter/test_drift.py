@@ -172,3 +172,16 @@ def test_a_version_that_cannot_be_read_keeps_no_other_from_being_shown(
     checks()
     add_holdout_run(store, run([1.0], [True]))
     assert metrics.get_sample_value("svc_holdout_changed", VERSION) is None
+
+
+def test_drift_is_still_shown_when_the_quality_of_the_version_cannot_be_read(
+    metrics: CollectorRegistry, checks: ProductionChecks, store: Store, registry: Registry
+) -> None:
+    Traffic(store).ask(prompts("none")[:12])
+    checks()
+    add_holdout_run(store, run([1.0], [True]))
+    answers = registry.folder(target().version) / "reference" / "gptq.jsonl"
+    answers.chmod(0o644)
+    answers.write_text("{}")
+    assert metrics.get_sample_value("svc_holdout_changed", VERSION) is None
+    assert metrics.get_sample_value("svc_drift_alarm", {**VERSION, "signal": "input"}) == 0

@@ -47,6 +47,13 @@ def test_an_empty_log_is_whole(store: Store) -> None:
     assert verify_chain(store) == ChainReport(0, FIRST_HASH)
 
 
+def test_an_event_is_shown_as_it_is_when_somebody_changed_its_row(store: Store) -> None:
+    record_event(store, ENTRY)
+    tamper(store, "UPDATE audit SET actor = X'ff'")
+    (event,) = read_events(store, newest=10)
+    assert (event.subject, repr(event.actor)) == ("tickets@2", repr(b"\xff"))
+
+
 def test_an_event_holds_what_was_done(store: Store) -> None:
     assert record_event(store, ENTRY) == 1
     (event,) = read_events(store, newest=10)
