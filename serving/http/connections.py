@@ -20,6 +20,9 @@ from svc.one_shot_event import OneShotEvent
 
 REQUEST_DEADLINE_S = 15.0
 """From a connection, or its last answer, to the end of the next request's headers."""
+FULL_DEADLINES = 4
+"""Times that deadline, for a connection to take anything while an answer is sent. An answer to a completion is cut off
+earlier and told apart (serving.http.delivery)."""
 LAST_REQUEST_S = 1.0
 """When the server ends, a request that is on its way on an open connection has so long to arrive, and is answered."""
 _STATE_KEY = "connection"
@@ -102,11 +105,12 @@ class ClientProtocol(HttpToolsProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
         deadline_s: float = REQUEST_DEADLINE_S,
     ) -> None:
-        self.connection = Connection(on_request=self._begin_request, on_answered=self._await_request)
+        self.connection = Connection(on_request=self._begin_request, on_answered=self._end_request)
         super().__init__(config, server_state, {**app_state, _STATE_KEY: self.connection}, _loop)
-        self.parser = RequestParser(self)
+        self.parser: RequestParser = RequestParser(self)
         self._deadline_s = deadline_s
         self._waiting_since: float | None = None  # None while a request is answered
+        self._full_since: float | None = None  # None while the connection takes more
         self._timer: asyncio.TimerHandle | None = None
         self._ending = False
 
@@ -124,18 +128,23 @@ class ClientProtocol(HttpToolsProtocol):
         """Tell the request that runs."""
         if self._timer is not None:
             self._timer.cancel()
+        self.parser.close()
         super().connection_lost(exc)
         self.connection.is_writable = True
         self.connection.lost.end()
+        # What refers to each other would stay until the garbage collector comes, which is seldom.
+        self.connection.abort = self.connection.on_request = self.connection.on_answered = _nothing
 
     def pause_writing(self) -> None:
         """Remember that the client reads slowly."""
         self.connection.is_writable = False
+        self._full_since = asyncio.get_running_loop().time()
         super().pause_writing()
 
     def resume_writing(self) -> None:
         """Remember that the client has read enough."""
         self.connection.is_writable = True
+        self._full_since = None
         super().resume_writing()
 
     def shutdown(self) -> None:
@@ -151,12 +160,22 @@ class ClientProtocol(HttpToolsProtocol):
         if self._ending:
             super().shutdown()  # this answer is the last one, and says so
 
+    def _end_request(self) -> None:
+        self.parser.unanswered -= 1
+        self._await_request()
+
     def _await_request(self) -> None:
         self._waiting_since = asyncio.get_running_loop().time()
 
     def _check(self) -> None:
-        """Close the connection when its client sends no request. One timer serves all requests of a connection."""
+        """Close the connection when its client sends no request, or takes nothing.
+
+        One timer serves all requests of a connection.
+        """
         loop, left_s = asyncio.get_running_loop(), self._deadline_s
+        if self._full_since is not None and self._full_since + FULL_DEADLINES * self._deadline_s <= loop.time():
+            self._client.abort()
+            return
         if self._waiting_since is not None:
             left_s = self._waiting_since + self._deadline_s - loop.time()
         if left_s > 0:

@@ -185,8 +185,9 @@ class Delivery:
         if self._connection.is_writable and not self._held and len(data) <= PART_BYTES:
             if self._headers is not None:
                 await self._send_head(self._headers)
-            await self._send({"type": "http.response.body", "body": data, "more_body": True})
-            return
+            if self._connection.is_writable:  # the head may have filled it
+                await self._send({"type": "http.response.body", "body": data, "more_body": True})
+                return
         if len(data) > self._buffers.max_answer_bytes:
             raise _too_large(len(data), self._buffers.max_answer_bytes)
         if self._sending is None:
@@ -213,7 +214,7 @@ class Delivery:
     async def _run(self) -> None:
         try:
             await self._send_waiting()
-            while not self._ended:
+            while not self._ended or self._waiting:
                 await self._filled.wait()
                 self._filled.clear()
                 await self._send_waiting()
@@ -231,7 +232,8 @@ class Delivery:
             self.give_back(len(part))
 
     async def _send_part(self, data: bytes, *, more: bool) -> None:
-        waiting = nullcontext() if self._connection.is_writable else asyncio.timeout(self._buffers.client_timeout_s)
+        at_once = self._connection.is_writable and self._headers is None  # else the head may fill it
+        waiting = nullcontext() if at_once else asyncio.timeout(self._buffers.client_timeout_s)
         try:
             async with waiting:
                 if self._headers is not None:

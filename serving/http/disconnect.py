@@ -3,8 +3,6 @@
 import asyncio
 from collections.abc import Coroutine
 
-from starlette.types import Receive
-
 from serving.http.body import ClientGoneError
 from serving.http.connections import Connection
 from serving.http.request_state import RequestState
@@ -46,8 +44,9 @@ async def while_connected(state: RequestState, work: Coroutine[object, object, N
             signal.forget(cancel)
 
 
-async def cut_off(connection: Connection, receive: Receive) -> None:
-    """End the connection of a client that would not read its end either."""
+async def cut_off(connection: Connection) -> None:
+    """End the connection of a client that would not read its end either, and wait until it is lost."""
+    lost = asyncio.Event()
+    connection.lost.listen(lost.set)
     connection.abort()
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    await lost.wait()

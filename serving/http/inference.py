@@ -140,7 +140,7 @@ class Exchange:
                 account.failed(ErrorCode.CLIENT_GONE)
         except ClientSlowError:
             account.failed(ErrorCode.CLIENT_SLOW)
-            await cut_off(self._state.connection, receive)
+            await cut_off(self._state.connection)
         except asyncio.CancelledError:
             if not self._delivered:
                 account.failed(ErrorCode.ENGINE_DIED)  # the server ends, and with it the engine
@@ -243,7 +243,7 @@ class Exchange:
         try:
             await self._delivery.send_last(self._format.error_event(error.body(self._route)))
         except ClientSlowError:
-            await cut_off(self._state.connection, receive)
+            await cut_off(self._state.connection)
 
     @property
     def _delivered(self) -> bool:

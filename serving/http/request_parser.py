@@ -12,6 +12,9 @@ import httptools
 
 MAX_HEAD_BYTES = 64 * 1024
 """Of one request's head or trailer, and what one read may bring beyond."""
+MAX_WAITING = 512
+"""Requests of one connection without an answer; a client that sends more before it reads is cut off. Without a limit,
+one client that never waited had 457,000 of them in 1.2 GB after 20 s."""
 
 
 class Requests(Protocol):
@@ -26,10 +29,15 @@ class Requests(Protocol):
 
 
 class RequestParser(httptools.HttpRequestParser):
-    """Parser of one connection, between httptools and the receiver of its requests."""
+    """Parser of one connection, between httptools and the receiver of its requests.
+
+    Attributes:
+        unanswered: requests that have begun; whoever answers one counts it down.
+    """
 
     def __init__(self, requests: Requests) -> None:
-        self._requests = requests
+        self._requests: Requests | None = requests
+        self.unanswered = 0
         self._head_bytes = 0
         self._url = b""
         self._headers: list[tuple[bytes, bytes]] = []
@@ -57,6 +65,10 @@ class RequestParser(httptools.HttpRequestParser):
         if self._head_bytes > MAX_HEAD_BYTES:
             raise httptools.HttpParserError("the head is too large")
 
+    def close(self) -> None:
+        """Let go of the receiver: a parser refers to itself, so that only the garbage collector frees it."""
+        self._requests = None
+
     @property
     def _ignores_head(self) -> bool:
         """Whether the current head offers another protocol and is parsed again without the offer."""
@@ -72,36 +84,46 @@ class RequestParser(httptools.HttpRequestParser):
         super().__init__(self)
         self.set_dangerous_leniencies(lenient_data_after_close=True)  # as in uvicorn's own
 
+    @property
+    def _receiver(self) -> Requests:
+        if self._requests is None:
+            raise httptools.HttpParserError("the connection is closed")
+        return self._requests
+
     # What httptools calls.
 
     def on_message_begin(self) -> None:
         """Begin a head."""
         self._url, self._headers = b"", []
-        self._requests.on_message_begin()
+        self._receiver.on_message_begin()
 
     def on_url(self, url: bytes) -> None:
         """Keep a part of the target."""
         self._url += url
-        self._requests.on_url(url)
+        self._receiver.on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Keep a header."""
         self._headers.append((name, value))
-        self._requests.on_header(name, value)
+        self._receiver.on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """Begin the request."""
         self._head_bytes = 0
-        if not self._ignores_head:
-            self._requests.on_headers_complete()
+        if self._ignores_head:
+            return
+        self.unanswered += 1
+        if self.unanswered > MAX_WAITING:
+            raise httptools.HttpParserError(f"more than {MAX_WAITING} requests wait for their answers")
+        self._receiver.on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         """Pass a part of the body on."""
         self._head_bytes = 0
-        self._requests.on_body(body)
+        self._receiver.on_body(body)
 
     def on_message_complete(self) -> None:
         """End the request."""
         self._head_bytes = 0
         if not self._ignores_head:
-            self._requests.on_message_complete()
+            self._receiver.on_message_complete()

@@ -66,7 +66,7 @@ class _Endpoint:
         except ClientGoneError:
             return
         except ClientSlowError:
-            await cut_off(state.connection, receive)
+            await cut_off(state.connection)
         except Exception as error:
             if delivery.begun:
                 raise

@@ -1,8 +1,10 @@
 """Connections are limited in number, and closed where no request comes; those that ask are left alone."""
 
 import asyncio
+import gc
 import resource
 import socket
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 
 from serving.http.connections import connection_of, raise_descriptor_limit
 from serving.http.http_server import http_server
-from serving.http.request_parser import MAX_HEAD_BYTES
+from serving.http.request_parser import MAX_HEAD_BYTES, MAX_WAITING
 
 pytestmark = pytest.mark.slow
 
@@ -203,3 +205,61 @@ async def large_body_app(scope: Any, receive: Any, send: Any) -> None:
     """Answers before it has read anything."""
     await send({"type": "http.response.start", "status": 401, "headers": [(b"content-length", b"0")]})
     await send({"type": "http.response.body", "body": b""})
+
+
+async def test_a_client_that_sends_requests_without_end_and_waits_for_no_answer_is_closed() -> None:
+    async with serving(most=2) as connect:
+        reader, writer = await connect()
+        with suppress(ConnectionError):
+            for _ in range(50):
+                writer.write(ASK * 100)
+                await writer.drain()
+        assert await ended(reader) or reader.at_eof()
+
+
+async def test_requests_that_wait_for_each_other_on_one_connection_are_answered() -> None:
+    async with serving(most=2) as connect:
+        reader, writer = await connect()
+        writer.write(ASK * MAX_WAITING)
+        for _ in range(3):
+            assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 OK")
+            assert await reader.readexactly(2) == b"ok"
+
+
+async def test_a_client_that_takes_nothing_of_its_answer_is_closed() -> None:
+    lost = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        connection_of(scope).lost.listen(lost.set)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for _ in range(2):
+            await send({"type": "http.response.body", "body": b"x" * LARGE, "more_body": True})
+
+    async with serving(most=2, app=app) as connect:
+        reader, writer = await connect()
+        reader._limit = 1  # type: ignore[attr-defined]  # it stops reading at once
+        writer.write(ASK)
+        async with asyncio.timeout(20 * DEADLINE_S):
+            await lost.wait()
+
+
+async def test_a_closed_connection_is_freed_without_the_garbage_collector() -> None:
+    protocols: list[weakref.ref[Any]] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        protocols.append(weakref.ref(connection_of(scope).on_request.__self__))  # type: ignore[attr-defined]
+        await slow_app(scope, receive, send)
+
+    gc.collect()
+    gc.disable()
+    try:
+        async with serving(most=2, app=app) as connect:
+            reader, writer = await connect()
+            writer.write(ASK)
+            await reader.readuntil(b"ok")
+            writer.close()
+            del reader, writer
+            await asyncio.sleep(DEADLINE_S)
+            assert protocols[0]() is None
+    finally:
+        gc.enable()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from starlette.types import Message
 
 from serving.admission.errors import OverloadedError
-from serving.http.delivery import PART_BYTES, AnswerBuffers, Delivery
+from serving.http.delivery import PART_BYTES, AnswerBuffers, ClientSlowError, Delivery
 
 HEADERS = [(b"content-type", b"text/plain")]
 HEAD: Message = {"type": "http.response.start", "status": 200, "headers": HEADERS}
@@ -204,3 +204,62 @@ def test_nothing_is_kept_of_a_caller_when_its_answers_are_delivered(buffers: Ans
         assert buffers.take(10, 0, str(number))
         buffers.free(10, str(number))
     assert buffers._held == {}
+
+
+class FillingClient(Client):
+    """A connection that takes the head of an answer, and then nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._full = False
+
+    @property
+    def is_writable(self) -> bool:
+        return not self._full
+
+    async def send(self, message: Message) -> None:
+        if self._full:
+            await asyncio.Event().wait()
+        self.messages.append(message)
+        self._full = True
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+async def test_a_client_is_cut_off_when_only_the_head_of_its_answer_fits_its_connection(streamed: bool) -> None:
+    buffers = AnswerBuffers(max_bytes=4 * PART_BYTES, max_answer_bytes=3 * PART_BYTES, client_timeout_s=0.01)
+
+    async def answer() -> None:
+        async with asyncio.timeout(2), delivery(FillingClient(), buffers) as given:
+            given.start(HEADERS)
+            if streamed:
+                await given.put_event(b"one")
+            else:
+                given.reserve(3)
+                given.put(b"one")
+
+    with pytest.raises(ClientSlowError):
+        await answer()
+    assert buffers.used == 0
+
+
+async def test_what_waits_for_a_slow_client_is_sent_when_the_stream_breaks(buffers: AnswerBuffers) -> None:
+    class SlowClient(Client):
+        async def send(self, message: Message) -> None:
+            await asyncio.sleep(0.01)
+            self.messages.append(message)
+
+    client = SlowClient(iter([True, False, False, False, False, False, False, False]))
+    given = delivery(client, buffers)
+
+    async def broken() -> None:
+        async with given:
+            given.start(HEADERS)
+            for number in range(5):
+                await given.put_event(b"%d" % number)
+                await asyncio.sleep(0)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        await broken()
+    await given.send_last(b"ERROR")
+    assert client.body == b"01234ERROR"

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from serving.http.body import ClientGoneError
-from serving.http.disconnect import while_connected
+from serving.http.disconnect import cut_off, while_connected
 from serving.http.request_state import RequestState
 from svc.access.authenticator import Grant, InvalidKeyError, KeyFault
 from tests.serving.keyed import principal
@@ -106,3 +106,13 @@ async def test_what_comes_after_the_work_is_cancelled_by_nobody(state: RequestSt
     await asyncio.sleep(0.01)
     assert (task := asyncio.current_task()) is not None
     assert task.cancelling() == 0
+
+
+async def test_a_connection_that_is_cut_off_is_waited_for(state: RequestState) -> None:
+    def abort() -> None:
+        asyncio.get_running_loop().call_soon(state.connection.lost.end)
+
+    state.connection.abort = abort
+    async with asyncio.timeout(2):
+        await cut_off(state.connection)
+    assert state.connection.lost.ended
