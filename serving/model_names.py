@@ -54,12 +54,16 @@ class ModelNames:
         """From now on engines hold these versions: two during a swap of several engines."""
         self._loaded = loaded
 
+    @property
+    def versions(self) -> set[VersionId]:
+        """The version in production and those that are loaded."""
+        return {target.version for target in (self._served, *self._loaded) if target}
+
     def all(self) -> tuple[str, ...]:
         """Those that resolve now."""
         if self._served is None:
             return ()
-        versions = sorted({self._served.version, *(loaded.version for loaded in self._loaded)})
-        return self.name, *(str(version) for version in versions), f"{self.name}@{Alias.PRODUCTION}"
+        return self.name, *map(str, sorted(self.versions)), f"{self.name}@{Alias.PRODUCTION}"
 
     def resolve(self, model: str) -> VersionId | None:
         """The version that a client's model name means; None for whichever an engine holds that takes requests.

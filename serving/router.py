@@ -120,6 +120,11 @@ class Router:
         served = [backend.names.served for backend in self.backends]
         return served[0].version if len(served) == 1 and served[0] else None
 
+    @property
+    def versions(self) -> set[VersionId]:
+        """The versions of all models that are in production or loaded."""
+        return {version for backend in self.backends for version in backend.names.versions}
+
     def names(self) -> tuple[str, ...]:
         """The names that resolve now."""
         return tuple(name for backend in self.backends for name in backend.names.all())

@@ -23,7 +23,9 @@ has the reasons one by one.
 
 @dataclass(slots=True)
 class VersionFigures:
-    """What one version did since the server started; the quantiles are over the last 5 minutes.
+    """What one version did since the server started, or since the version came back to the page after an idle day.
+
+    The quantiles are over the last 5 minutes.
 
     Attributes:
         requests: answers of any status.

@@ -118,6 +118,7 @@ def _add_operations(
         accept = request.headers.get("accept", "").replace(_OPENMETRICS, f"{_OPENMETRICS};escaping=allow-utf-8")
         encode, content_type = choose_encoder(accept)
         await engine_metrics.refresh()
+        gateway.metrics.remove_idle(gateway.router.versions)
         page = await asyncio.to_thread(encode, gateway.metrics.registry)
         return Response(page, headers={"content-type": content_type})
 

@@ -8,7 +8,7 @@ miss the newest.
 import time
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Metric
@@ -32,6 +32,11 @@ class LoopCounter(Collector):
         self._family = partial(CounterMetricFamily, name, documentation, labels=labels)
         self.counts = defaultdict[tuple[str, ...], int](int)
         registry.register(self)
+
+    def remove(self, firsts: Container[tuple[str, ...]]) -> None:
+        """Remove the counts whose first two labels have one of these pairs of values."""
+        for labels in [labels for labels in self.counts if labels[:2] in firsts]:
+            del self.counts[labels]
 
     def collect(self) -> Iterable[Metric]:
         """Return all counts."""
@@ -100,6 +105,11 @@ class LoopHistogram(Collector):
         if found is None:
             found = self._series[labels] = LoopSeries(self._bounds)
         return found
+
+    def remove(self, firsts: Container[tuple[str, ...]]) -> None:
+        """Remove the series whose first two labels have one of these pairs of values."""
+        for labels in [labels for labels in self._series if labels[:2] in firsts]:
+            del self._series[labels]
 
     def collect(self) -> Iterable[Metric]:
         """Return all series."""

@@ -1,13 +1,13 @@
 """The gateway's own Prometheus instruments, on a registry that is passed in.
 
 A client can create no series: models that are not served are counted under `unknown`, routes and reasons are enums,
-and a status is one that the gateway sends. Versions are a label that grows, one for each swap, and so are ids of keys,
-which only the operator makes.
+and a status is one that the gateway sends. Versions are a label that grows: those without requests for a day leave
+(`remove_idle`). Ids of keys grow too, and only the operator creates keys.
 Knows nothing of the engine's own metrics, and of engines and rollouts nothing (deployment_metrics).
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -27,6 +27,8 @@ from svc.version import Target, VersionId
 CLIENT_GONE_STATUS = 499
 """nginx's code for a client that left before its answer began; it is counted and never sent."""
 UNKNOWN_MODEL = "unknown"
+IDLE_VERSION_TIMEOUT_S = 24 * 3600.0
+"""A version that is not served and had no request for so long has no series: 300 versions make a page of megabytes."""
 _NOT_COMPLETIONS = {
     ErrorCode.PERMISSION_DENIED,
     ErrorCode.TOO_MANY_WRONG_KEYS,
@@ -59,7 +61,7 @@ class GatewayMetrics:
 
     Args:
         registry: where the instruments are registered; one GatewayMetrics for each registry.
-        clock: monotonic time, seconds, for the window of the quantiles.
+        clock: monotonic time, seconds, for the window of the quantiles and for idle versions.
 
     Attributes:
         rows_stored: counts rows written to the store.
@@ -69,12 +71,15 @@ class GatewayMetrics:
 
     def __init__(self, registry: CollectorRegistry, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.registry = registry
+        self._clock = clock
+        self._used: set[tuple[str, str]] = set()  # versions, since the last `remove_idle`
+        self._last_used: dict[tuple[str, str], float] = {}
         counter, loop_counter = partial(Counter, registry=registry), partial(LoopCounter, registry=registry)
         version, key = ("model", "version"), ("model", "key_id")
         self._requests = loop_counter(
             "svc_requests_total", "Requests answered", (*version, "route", "status", "outcome")
         )
-        self._errors = counter("svc_request_errors_total", "Requests that failed, by reason", (*version, "reason"))
+        self._errors = loop_counter("svc_request_errors_total", "Requests that failed, by reason", (*version, "reason"))
         self._tokens = loop_counter("svc_tokens_total", "Tokens", (*version, "direction"))
         self._key_requests = loop_counter("svc_key_requests_total", "Requests that an engine took, by key", key)
         self._key_tokens = loop_counter("svc_key_tokens_total", "Tokens used, by key", (*key, "direction"))
@@ -82,7 +87,7 @@ class GatewayMetrics:
         self._wrong_keys = counter(
             "svc_authentication_failures_total", "Requests without a right key, by what was wrong with it", ("fault",)
         )
-        self._feedback = counter("svc_feedback_total", "Answers that were rated", (*version, "rating"))
+        self._feedback = loop_counter("svc_feedback_total", "Answers that were rated", (*version, "rating"))
         self.rows_stored = counter("svc_request_log_rows_total", "Rows stored, one for each request").inc
         self._rows_dropped = counter(
             "svc_request_log_dropped_total", "Rows or contents not kept, by reason", ("reason",)
@@ -143,7 +148,36 @@ class GatewayMetrics:
             model: whose requests those are.
         """
         for code in set(ErrorCode) - _NOT_COMPLETIONS:
-            self._errors.labels(*_labels(served, model), code.value)
+            self._errors.counts[*self._labels(served, model), code.value] += 0
+
+    def remove_idle(self, served: Iterable[VersionId]) -> None:
+        """Remove all series of versions that had no request for IDLE_VERSION_TIMEOUT_S and are not served.
+
+        Runs in the event loop, before a page is written. A request counts from the call of `between_tokens` or of any
+        method that counts, so that what it holds stays on the page.
+
+        Args:
+            served: the versions that are served now; they stay.
+        """
+        now = self._clock()
+        self._used.update((version.name, str(version.number)) for version in served)
+        self._last_used |= dict.fromkeys(self._used, now)
+        self._used.clear()
+        idle = {version for version, used in self._last_used.items() if now - used >= IDLE_VERSION_TIMEOUT_S}
+        if not idle:
+            return
+        for instrument in (
+            self._requests,
+            self._errors,
+            self._tokens,
+            self._feedback,
+            self._duration,
+            self._first_token,
+            self._between_tokens,
+        ):
+            instrument.remove(idle)
+        for version in idle:
+            del self._last_used[version]
 
     def key_used(self, key_id: str, model: str, usage: Usage) -> None:
         """Count what a request used.
@@ -181,25 +215,25 @@ class GatewayMetrics:
             reason: why it failed, also in the middle of a stream; None where it did not.
             model: where no version took it: the served model that it was for, one of a bounded set.
         """
-        model, version = _labels(served, model)
+        model, version = labels = self._version_labels(served.version) if served else (model, "")
         self._requests.counts[model, version, route, str(status), outcome_of(reason)] += 1
         if served and reason is None:
             self._duration.series(model, version, route).observe(seconds, {"request_id": request_id})
-            self._duration_quantiles.observe((model, version), seconds)
+            self._duration_quantiles.observe(labels, seconds)
 
     def first_token(self, served: Target, seconds: float, request_id: str = "") -> None:
         """Time the first token of a streamed answer."""
-        version = _labels(served)
+        version = self._version_labels(served.version)
         self._first_token.series(*version).observe(seconds, {"request_id": request_id})
         self._first_token_quantiles.observe(version, seconds)
 
     def between_tokens(self, served: Target) -> Callable[[float], None]:
         """Return what observes the seconds between two tokens; one look-up for an answer, since tokens are many."""
-        return self._between_tokens.series(*_labels(served)).observe
+        return self._between_tokens.series(*self._version_labels(served.version)).observe
 
     def tokens(self, served: Target, usage: Usage) -> None:
         """Count the tokens of an answer."""
-        model, version = _labels(served)
+        model, version = self._version_labels(served.version)
         self._tokens.counts[model, version, "in"] += usage.prompt
         self._tokens.counts[model, version, "out"] += usage.completion
 
@@ -209,7 +243,7 @@ class GatewayMetrics:
         Args:
             served, model: as for `request_ended`.
         """
-        self._errors.labels(*_labels(served, model), code.value).inc()
+        self._errors.counts[*self._labels(served, model), code.value] += 1
 
     def rows_dropped(self, reason: Dropped, count: int) -> None:
         """Count rows, or their contents, that were not stored."""
@@ -221,13 +255,18 @@ class GatewayMetrics:
 
     def feedback_given(self, version: VersionId | None, rating: Rating) -> None:
         """Count a rated answer."""
-        name, number = (version.name, str(version.number)) if version else (UNKNOWN_MODEL, "")
-        self._feedback.labels(name, number, rating.value).inc()
+        labels = self._version_labels(version) if version else (UNKNOWN_MODEL, "")
+        self._feedback.counts[*labels, rating.value] += 1
 
     def authentication_failed(self, fault: KeyFault) -> None:
         """Count a request without a right key."""
         self._wrong_keys.labels(fault.value).inc()
 
+    def _labels(self, served: Target | None, model: str = UNKNOWN_MODEL) -> tuple[str, str]:
+        return self._version_labels(served.version) if served else (model, "")
 
-def _labels(served: Target | None, model: str = UNKNOWN_MODEL) -> tuple[str, str]:
-    return (served.version.name, str(served.version.number)) if served else (model, "")
+    def _version_labels(self, version: VersionId) -> tuple[str, str]:
+        """Return the values of `model` and `version`, and note that the version is used."""
+        labels = version.name, str(version.number)
+        self._used.add(labels)
+        return labels

@@ -159,3 +159,8 @@ def test_a_version_that_is_named_goes_where_it_is_loaded_whatever_the_weights() 
 def test_shares_without_a_weight_are_a_mistake(weights: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="weights"):
         Router().serve("a", [Share(backend("a", 1), weight) for weight in weights])
+
+
+def test_the_served_versions_are_those_of_all_models_when_several_are_loaded() -> None:
+    served = router(backend("a", 3, 4), backend("b", 7), backend("c"))
+    assert served.versions == {VersionId("a", 3), VersionId("a", 4), VersionId("b", 7)}

@@ -111,13 +111,11 @@ def test_a_part_of_a_held_out_set_is_another_set(registry: Registry, metrics: Co
     assert shown == [None, REPORT.nll.value]
 
 
-def test_only_the_newest_versions_are_shown(registry: Registry, metrics: CollectorRegistry) -> None:
+def test_every_figure_is_of_the_newest_versions_alone_when_more_are_registered(
+    registry: Registry, metrics: CollectorRegistry
+) -> None:
     for number in range(1, SHOWN_VERSIONS + 3):
-        make_version(registry, number)
-    shown = {
-        sample.labels["version"]
-        for family in metrics.collect()
-        if family.name == "svc_registry_version_created_timestamp_seconds"
-        for sample in family.samples
-    }
-    assert shown == {str(number) for number in range(3, SHOWN_VERSIONS + 3)}
+        judge(registry, make_version(registry, number), REPORT)
+    newest = {str(number) for number in range(3, SHOWN_VERSIONS + 3)}
+    for family in metrics.collect():
+        assert {sample.labels["version"] for sample in family.samples} == newest

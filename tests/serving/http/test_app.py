@@ -1,12 +1,13 @@
 """Which paths answer, and what every answer carries."""
 
+import asyncio
 import re
 
 import httpx
 import pytest
 
 from serving.router import Router
-from tests.serving.service import CHAT, NAME, Service, closed
+from tests.serving.service import CHAT, NAME, TWO, Service, closed
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 
@@ -68,6 +69,20 @@ async def test_metrics_are_text_and_openmetrics_when_asked(client: httpx.AsyncCl
     openmetrics = await client.get("/metrics", headers={"accept": OPENMETRICS})
     assert openmetrics.headers["content-type"].startswith("application/openmetrics-text")
     assert openmetrics.text.endswith("# EOF\n")
+
+
+async def test_a_version_leaves_the_metrics_when_it_is_no_longer_served_and_idle(
+    service: Service, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.telemetry.metrics.IDLE_VERSION_TIMEOUT_S", 0.01)
+    requests = 'svc_requests_total{model="tuned",outcome="complete",route="/v1/chat/completions",status="200",version='
+    await client.post("/v1/chat/completions", json=CHAT)
+    service.load(TWO)
+    await client.post("/v1/chat/completions", json=CHAT)
+    await client.get("/metrics")
+    await asyncio.sleep(0.02)
+    page = (await client.get("/metrics")).text
+    assert (f'{requests}"1"' in page, f'{requests}"2"' in page) == (False, True)
 
 
 async def test_the_status_is_what_was_passed_in(service: Service, client: httpx.AsyncClient) -> None:

@@ -1,13 +1,32 @@
 """What is counted, under which labels, and that clients cannot make it grow."""
 
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, generate_latest
 
 from serving.protocols.error_code import ErrorCode
 from serving.protocols.route import Route
 from serving.protocols.wire_formats import Usage
-from serving.telemetry.metrics import GatewayMetrics
-from tests.serving.service import ONE, TWO
+from serving.telemetry.metrics import IDLE_VERSION_TIMEOUT_S, GatewayMetrics
+from svc.store.feedback import Rating
+from svc.version import Format, Target, VersionId
+from tests.serving.service import NAME, ONE, TWO
+
+MANY = [Target(VersionId(NAME, number), Format.ADAPTER) for number in range(1, 301)]
+
+
+class Clock:
+    """A clock that stands where it is put."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
 
 
 @pytest.fixture
@@ -16,8 +35,32 @@ def registry() -> CollectorRegistry:
 
 
 @pytest.fixture
-def metrics(registry: CollectorRegistry) -> GatewayMetrics:
-    return GatewayMetrics(registry)
+def metrics(registry: CollectorRegistry, clock: Clock) -> GatewayMetrics:
+    return GatewayMetrics(registry, clock=clock)
+
+
+def stream(metrics: GatewayMetrics, served: Target) -> None:
+    """Count one streamed answer, its rating, and one that failed."""
+    observe = metrics.between_tokens(served)
+    metrics.first_token(served, 0.1)
+    observe(0.01)
+    metrics.tokens(served, Usage(prompt=5, completion=2))
+    metrics.request_ended(served, Route.COMPLETIONS, 200, 0.2)
+    metrics.feedback_given(served.version, Rating.GOOD)
+    metrics.request_failed(served, ErrorCode.ENGINE_DIED)
+    metrics.request_ended(served, Route.COMPLETIONS, 503, 0.2, reason=ErrorCode.ENGINE_DIED)
+
+
+def shown_versions(registry: CollectorRegistry) -> set[str]:
+    """The versions that any series is of."""
+    samples = (sample for family in registry.collect() for sample in family.samples)
+    return {version for sample in samples if (version := sample.labels.get("version"))}
+
+
+def requests_of(registry: CollectorRegistry, served: Target) -> float | None:
+    labels = {"route": "/v1/completions", "status": "200", "outcome": "complete"}
+    labels |= {"model": NAME, "version": str(served.version.number)}
+    return registry.get_sample_value("svc_requests_total", labels)
 
 
 def test_answers_without_a_version_are_counted_under_unknown(
@@ -91,3 +134,92 @@ def test_an_error_without_a_model_is_counted_under_unknown(
     metrics.request_failed(None, ErrorCode.BODY_TIMEOUT)
     labels = {"model": "unknown", "version": "", "reason": "body_timeout"}
     assert registry.get_sample_value("svc_request_errors_total", labels) == 1
+
+
+def test_the_page_is_as_small_as_without_versions_when_300_had_no_request_for_a_day(
+    registry: CollectorRegistry, metrics: GatewayMetrics, clock: Clock
+) -> None:
+    empty = len(generate_latest(registry))
+    for served in MANY:
+        metrics.show_errors(served)
+        stream(metrics, served)
+    metrics.remove_idle([])
+    assert len(generate_latest(registry)) > 1_000_000
+    clock.now += IDLE_VERSION_TIMEOUT_S
+    metrics.remove_idle([])
+    assert shown_versions(registry) == set()
+    assert len(generate_latest(registry)) == empty
+
+
+def test_all_series_of_a_version_stay_when_it_is_served_without_a_request_for_days(
+    registry: CollectorRegistry, metrics: GatewayMetrics, clock: Clock
+) -> None:
+    metrics.show_errors(ONE)
+    for _ in range(10):
+        clock.now += IDLE_VERSION_TIMEOUT_S
+        metrics.remove_idle([ONE.version])
+    assert shown_versions(registry) == {"1"}
+
+
+def test_only_versions_with_a_request_within_a_day_stay_when_none_is_served(
+    registry: CollectorRegistry, metrics: GatewayMetrics, clock: Clock
+) -> None:
+    stream(metrics, ONE)
+    stream(metrics, TWO)
+    metrics.remove_idle([])
+    clock.now += IDLE_VERSION_TIMEOUT_S - 1
+    stream(metrics, TWO)
+    metrics.remove_idle([])
+    assert shown_versions(registry) == {"1", "2"}
+    clock.now += 1
+    metrics.remove_idle([])
+    assert shown_versions(registry) == {"2"}
+    assert requests_of(registry, TWO) == 2
+
+
+def test_requests_without_a_version_stay_counted_when_there_was_none_for_a_day(
+    registry: CollectorRegistry, metrics: GatewayMetrics, clock: Clock
+) -> None:
+    metrics.request_failed(None, ErrorCode.ENGINE_UNAVAILABLE, NAME)
+    metrics.remove_idle([])
+    clock.now += IDLE_VERSION_TIMEOUT_S
+    metrics.remove_idle([])
+    labels = {"model": NAME, "version": "", "reason": "engine_unavailable"}
+    assert registry.get_sample_value("svc_request_errors_total", labels) == 1
+
+
+def test_a_version_is_counted_from_zero_when_it_gets_a_request_after_it_left_the_page(
+    registry: CollectorRegistry, metrics: GatewayMetrics, clock: Clock
+) -> None:
+    stream(metrics, ONE)
+    stream(metrics, ONE)
+    metrics.remove_idle([])
+    clock.now += IDLE_VERSION_TIMEOUT_S
+    metrics.remove_idle([])
+    stream(metrics, ONE)
+    assert requests_of(registry, ONE) == 1
+
+
+def test_the_rest_of_a_stream_is_counted_when_its_version_was_idle_for_a_day_before_it(
+    registry: CollectorRegistry, metrics: GatewayMetrics, clock: Clock
+) -> None:
+    stream(metrics, ONE)
+    metrics.remove_idle([])
+    clock.now += IDLE_VERSION_TIMEOUT_S
+    observe = metrics.between_tokens(ONE)
+    metrics.remove_idle([])
+    observe(0.01)
+    name, labels = "svc_time_between_tokens_seconds_count", {"model": NAME, "version": "1"}
+    assert registry.get_sample_value(name, labels) == 2
+
+
+def test_the_rating_of_an_old_answer_is_counted_for_a_day_when_its_version_has_left_the_page(
+    registry: CollectorRegistry, metrics: GatewayMetrics, clock: Clock
+) -> None:
+    metrics.feedback_given(ONE.version, Rating.BAD)
+    metrics.remove_idle([])
+    labels = {"model": NAME, "version": "1", "rating": "bad"}
+    assert registry.get_sample_value("svc_feedback_total", labels) == 1
+    clock.now += IDLE_VERSION_TIMEOUT_S
+    metrics.remove_idle([])
+    assert shown_versions(registry) == set()
