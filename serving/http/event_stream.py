@@ -21,7 +21,8 @@ class EventStream:
 
     Attributes:
         begin: begins the answer to the client, with this content type.
-        between_tokens: observes the seconds between two tokens.
+        between_tokens: observes the seconds between two tokens, as they came from the engine: a part may be read much
+            later, when a slow client has taken those before.
         wants_usage: the client asked for the chunk with token counts.
         show: rewrites each event first; see serving.replicas.balancer.Lease.
     """
@@ -33,6 +34,7 @@ class EventStream:
     between_tokens: Callable[[float], None]
     wants_usage: bool
     show: Callable[[bytes], bytes] | None = None
+    _arrived: float = 0.0
     _last_token: float | None = None
 
     async def forward(self, answer: EngineAnswer) -> None:
@@ -43,6 +45,7 @@ class EventStream:
         """
         splitter = EventSplitter()
         while part := await answer.read_some():
+            self._arrived = answer.arrived
             events = splitter.feed(part)
             if self.show is not None:
                 events = [self.show(event) for event in events]
@@ -93,9 +96,8 @@ class EventStream:
 
     def _time_token(self) -> None:
         self.account.key.token_events += 1  # for an answer whose tokens the engine will not tell
-        now = self.account.elapsed()
         if self._last_token is None:
-            self.account.first_token(now)
+            self.account.first_token(self.account.elapsed())
         else:
-            self.between_tokens(now - self._last_token)
-        self._last_token = now
+            self.between_tokens(self._arrived - self._last_token)
+        self._last_token = self._arrived

@@ -6,6 +6,7 @@ nothing of versions, nor of what a request or an answer says.
 
 import asyncio
 from collections import deque
+from time import perf_counter
 from typing import cast
 
 _MOST_WAITING_BYTES = 256 * 1024
@@ -49,6 +50,8 @@ class EngineConnection(asyncio.Protocol):
         content_type: of the answer, likewise; empty where the engine says none.
         answered: at least a byte of the answer has come.
         complete: all of the answer has come.
+        arrived: when the part that was taken last came, seconds. The clock stands still while the engine is not read
+            from, so that the difference of two parts has none of the time for which their reader was late.
         idle_since: when the last answer was done with, by the loop's clock.
     """
 
@@ -66,11 +69,13 @@ class EngineConnection(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._error: ConnectionFailedError | None = None  # once there is one, the connection is closed for good
         self._heard = self.idle_since = 0.0
-        self._asked = self._paused = self._usable = False
+        self._asked = self._usable = False
+        self._paused_at: float | None = None  # None while the engine is read from
         self._reset()
 
     def _reset(self) -> None:
-        self._parts = deque[bytes]()
+        self._parts = deque[tuple[float, bytes]]()  # with the time of each, as in `arrived`
+        self._paused_s = self._part_arrived = self.arrived = 0.0
         self._waiting_bytes = self._stray_bytes = 0
         self._has_head = self._has_length = False
         self.status = 0
@@ -104,7 +109,9 @@ class EngineConnection(asyncio.Protocol):
             raise
 
     async def read_some(self) -> bytes:
-        """What has come of the body, as soon as there is some, up to about 64 KiB; nothing at its end.
+        """Return the next bytes of the body that came together, as soon as there are some; nothing at its end.
+
+        They are at most about 64 KiB.
 
         Raises:
             BrokenConnectionError, SilenceError: the rest will not come.
@@ -114,7 +121,7 @@ class EngineConnection(asyncio.Protocol):
                 return b""
             await self._more()
         taken = self._next()
-        if self._paused and not self._parts:
+        if not self._parts:
             self._read_on()
         return taken
 
@@ -125,8 +132,7 @@ class EngineConnection(asyncio.Protocol):
             return False
         self._asked = False
         self._parts.clear()
-        if self._paused:
-            self._read_on()
+        self._read_on()
         self.idle_since = self._loop.time()
         return True
 
@@ -135,15 +141,19 @@ class EngineConnection(asyncio.Protocol):
         self._fail(BrokenConnectionError("the connection was closed here"))
 
     def _next(self) -> bytes:
-        """What has come, up to about `_MOST_AT_ONCE_BYTES`."""
-        taken = self._parts.popleft()
+        """Return the parts that came first and together, up to about `_MOST_AT_ONCE_BYTES`."""
+        self.arrived, taken = self._parts.popleft()
         if not self._parts:  # as nearly always in a stream
             self._waiting_bytes = 0
             return taken
         parts, size = [taken], len(taken)
-        while self._parts and size + len(self._parts[0]) <= _MOST_AT_ONCE_BYTES:
-            parts.append(self._parts.popleft())
-            size += len(parts[-1])
+        while self._parts:
+            arrived, part = self._parts[0]
+            if arrived != self.arrived or size + len(part) > _MOST_AT_ONCE_BYTES:
+                break
+            self._parts.popleft()
+            parts.append(part)
+            size += len(part)
         self._waiting_bytes -= size
         return b"".join(parts)
 
@@ -184,7 +194,10 @@ class EngineConnection(asyncio.Protocol):
             self._timer = self._loop.call_at(since + self._silence_s, self._check_silence)
 
     def _read_on(self) -> None:
-        self._paused = False
+        if self._paused_at is None:
+            return
+        self._paused_s += perf_counter() - self._paused_at
+        self._paused_at = None
         if self._usable:
             self._transport.resume_reading()
 
@@ -203,6 +216,7 @@ class EngineConnection(asyncio.Protocol):
             return
         self.answered = True
         self._heard = self._loop.time()
+        self._part_arrived = perf_counter() - self._paused_s
         self._stray_bytes += len(data)
         try:
             self._parser.feed_data(data)
@@ -212,8 +226,8 @@ class EngineConnection(asyncio.Protocol):
         if self._stray_bytes > _MOST_STRAY_BYTES:
             self._fail(MalformedAnswerError(f"over {_MOST_STRAY_BYTES} bytes of the answer are no part of its body"))
             return
-        if self._waiting_bytes > _MOST_WAITING_BYTES and not self._paused:
-            self._paused = True
+        if self._waiting_bytes > _MOST_WAITING_BYTES and self._paused_at is None:
+            self._paused_at = perf_counter()
             self._transport.pause_reading()
         self._wake()
 
@@ -252,7 +266,7 @@ class EngineConnection(asyncio.Protocol):
 
     def on_body(self, body: bytes) -> None:
         """Keeps a part until it is taken."""
-        self._parts.append(body)
+        self._parts.append((self._part_arrived, body))
         self._waiting_bytes += len(body)
         self._stray_bytes = 0
 

@@ -210,12 +210,19 @@ class EngineAnswer:
         return self._connection.content_type
 
     @property
+    def arrived(self) -> float:
+        """When the last `read_some` came from the engine, seconds; see EngineConnection."""
+        return self._connection.arrived
+
+    @property
     def is_event_stream(self) -> bool:
         """The body is server-sent events."""
         return self._connection.content_type.startswith(_EVENT_STREAM)
 
     def read_some(self) -> Coroutine[object, object, bytes]:
-        """What has come of the body, as soon as there is some, up to about 64 KiB; nothing at its end.
+        """Return the next bytes of the body that came together, as soon as there are some; nothing at its end.
+
+        They are at most about 64 KiB.
 
         Raises:
             BrokenConnectionError, SilenceError: the rest will not come.

@@ -147,6 +147,36 @@ class TestSilence:
             assert clock() - began > 0.09
 
 
+class TestArrival:
+    async def test_each_part_has_its_own_time_when_all_are_taken_late(self, socket: Path) -> None:
+        async def reply(peer: Peer) -> None:
+            await peer.say(STREAM + chunk(b"a"))
+            await asyncio.sleep(0.1)
+            await peer.say(chunk(b"b") + chunk(b"c"))
+
+        async with engine(socket, reply) as (pool, _), pool.post("/", b"", "1") as answer:
+            await asyncio.sleep(0.3)
+            came = [(await answer.read_some(), answer.arrived) for _ in range(2)]
+        assert [part for part, _ in came] == [b"a", b"bc"]
+        assert came[1][1] - came[0][1] > 0.09
+
+    async def test_time_stands_still_when_the_engine_is_not_read_from(self, socket: Path) -> None:
+        async def reply(peer: Peer) -> None:
+            await peer.say(STREAM)
+            for _ in range(200):
+                await peer.say(chunk(b"x" * 10_000))
+            await peer.say(LAST_CHUNK)
+
+        async with engine(socket, reply) as (pool, server), pool.post("/", b"", "1") as answer:
+            await answer.read_some()
+            first = answer.arrived
+            await asyncio.sleep(1)
+            assert server.peers[0].said < 2_000_000
+            while await answer.read_some():
+                pass
+            assert answer.arrived - first < 0.9
+
+
 class Wire(asyncio.Transport):
     """What a connection writes goes nowhere."""
 
