@@ -7,6 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
+from svc.sample_size import Z_INTERVAL
+
 Floats = NDArray[np.float64]
 _RESAMPLES = 2000
 _AT_ONCE = 1_000_000
@@ -75,6 +77,26 @@ def paired_difference(
         weights: of the examples; None: all count the same.
     """
     return mean([after - before for before, after in zip(first, second, strict=True)], weights)
+
+
+def share_difference(differences: Sequence[float]) -> Interval:
+    """Return the mean of paired differences of shares, each between -1 and 1, with its adjusted Wald interval.
+
+    One difference of 1 and one of -1 are added (Bonett and Price 2012, J. Educ. Behav. Stat. 37, for answers that are
+    right or wrong). So the interval does not shrink to nothing where no answer changes, as a bootstrap interval does,
+    and leaves out 0 only where at least six answers change in one direction.
+
+    Raises:
+        ValueError: no differences.
+    """
+    if not differences:
+        raise ValueError("no values")
+    values = np.array(differences, dtype=float)
+    total = len(values) + 2
+    centre = float(values.sum()) / total
+    variance = (float((values**2).sum()) + 2) / total - centre**2
+    half = Z_INTERVAL * math.sqrt(variance / total)
+    return Interval(value=float(values.mean()), low=max(-1.0, centre - half), high=min(1.0, centre + half))
 
 
 def bootstrap(examples: int, statistic: Statistic) -> Interval:

@@ -1,0 +1,124 @@
+"""Verdict of a gate on a loss: not worse by more than a margin, worse by more than it, or undecided.
+
+A gate that rejects only a proven loss passes a bad version if the examples are few: 12 of 27 right answers lost, of 60
+questions, do not prove a loss of more than 0.1. So `passed` has to be proven as well. The third outcome, `undecided`,
+comes with the number of examples that would decide.
+"""
+
+from enum import StrEnum
+
+from pydantic import BaseModel, ConfigDict
+
+from svc.evaluation.intervals import Interval
+from svc.sample_size import Z_INTERVAL, about, detectable_loss, examples_needed
+
+_ROUNDING = 1e-9  # 0.745 - 0.695 is a little more than 0.05 to a computer
+
+
+class Outcome(StrEnum):
+    """What the interval of a loss says about a margin."""
+
+    PASSED = "passed"
+    """It excludes a loss beyond the margin."""
+    FAILED = "failed"
+    """It proves a loss beyond the margin."""
+    UNDECIDED = "undecided"
+
+
+class Gate(StrEnum):
+    """What a gate limits, named as its key in the recipe's section `evaluate`."""
+
+    GPTQ_LOSS = "max_gptq_loss"
+    GPTQ_NLL = "max_gptq_nll"
+    FORGETTING = "max_forgetting"
+
+    @property
+    def counted(self) -> str:
+        """What its examples are called."""
+        return "questions" if self is Gate.FORGETTING else "examples"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Verdict(_Record):
+    """A loss compared with the margin that is allowed.
+
+    Attributes:
+        loss: by how much the second model is worse, with its 95 % interval; below 0, it is better.
+        detectable: the smallest loss that so many examples, scattered as these are, detect in four of five samples.
+        examples_to_decide: about so many would decide in four of five samples if the loss stays as it is. None if the
+            outcome is decided, and if the loss is equal to the margin, which no number of examples decides.
+    """
+
+    outcome: Outcome
+    loss: Interval
+    margin: float
+    examples: int
+    detectable: float
+    examples_to_decide: int | None
+
+
+class GateReport(_Record):
+    """Verdict of one gate of a version.
+
+    Attributes:
+        measured: what was lost, with the figures before and after.
+        limit: the recipe's key that sets the margin, and what the margin is relative to.
+    """
+
+    gate: Gate
+    measured: str
+    limit: str
+    verdict: Verdict
+
+    def __str__(self) -> str:
+        verdict = self.verdict
+        counted = f"{verdict.examples} {self.gate.counted}"
+        match verdict.outcome:
+            case Outcome.PASSED:
+                said = f"a larger loss is excluded with {counted}"
+            case Outcome.FAILED:
+                said = f"a loss of {verdict.loss.low:.3f} or more is proven with {counted}"
+            case Outcome.UNDECIDED:
+                number = verdict.examples_to_decide
+                decide = f"about {about(number)} would decide" if number else "the loss is equal to the limit"
+                said = f"a loss of up to {verdict.loss.high:.3f} cannot be excluded with {counted}; {decide}"
+        allowed = f"at most {verdict.margin:.3f} ({self.limit})"
+        return f"{self.measured}, loss {verdict.loss}, {allowed}: {verdict.outcome}: {said}"
+
+
+def judge(loss: Interval, margin: float, examples: int, *, fewest: int = 1) -> Verdict:
+    """Return the verdict on a loss.
+
+    The number of examples that would decide follows from the distance of the loss to the margin and from the variance
+    that the interval's width implies, by the normal approximation of svc.sample_size.
+
+    Args:
+        loss: paired, above 0 where the second model is worse.
+        margin: the largest loss that is allowed.
+        examples: that both models answered, at least 1.
+        fewest: fewer examples decide nothing: a bootstrap interval of very few is too narrow.
+    """
+    if examples < fewest:
+        outcome = Outcome.UNDECIDED
+    elif loss.low > margin + _ROUNDING:
+        outcome = Outcome.FAILED
+    elif loss.high <= margin + _ROUNDING:
+        outcome = Outcome.PASSED
+    else:
+        outcome = Outcome.UNDECIDED
+    variance = examples * ((loss.high - loss.low) / (2 * Z_INTERVAL)) ** 2
+    distance = abs(loss.value - margin)
+    more = None
+    if outcome is Outcome.UNDECIDED and distance > _ROUNDING:
+        more = max(fewest, examples + 1, examples_needed(distance, variance))
+    return Verdict(
+        outcome=outcome,
+        loss=loss,
+        margin=margin,
+        examples=examples,
+        detectable=detectable_loss(examples, variance),
+        examples_to_decide=more,
+    )

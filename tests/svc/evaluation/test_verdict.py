@@ -1,0 +1,172 @@
+"""A loss within the margin has to be proven, as a loss beyond it has to be."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from svc.evaluation.intervals import Interval, share_difference
+from svc.evaluation.verdict import Gate, GateReport, Outcome, judge
+
+MARGINS = st.floats(0, 1)
+
+
+@st.composite
+def changed(draw: st.DrawFn, most: int = 300) -> tuple[int, int, int]:
+    """Answers lost, answers gained, and of how many."""
+    examples = draw(st.integers(1, most))
+    lost = draw(st.integers(0, examples))
+    return lost, draw(st.integers(0, examples - lost)), examples
+
+
+def loss_of(lost: int, gained: int, examples: int) -> Interval:
+    return share_difference([1.0] * lost + [-1.0] * gained + [0.0] * (examples - lost - gained))
+
+
+def outcome(lost: int, gained: int, examples: int, margin: float) -> Outcome:
+    return judge(loss_of(lost, gained, examples), margin, examples).outcome
+
+
+@given(changed())
+def test_the_interval_of_a_share_difference_holds_its_value(counts: tuple[int, int, int]) -> None:
+    loss = loss_of(*counts)
+    assert -1 <= loss.low <= loss.value <= loss.high <= 1
+    assert loss.low < loss.high
+
+
+@given(changed())
+def test_the_interval_turns_round_when_the_two_models_are_swapped(counts: tuple[int, int, int]) -> None:
+    lost, gained, examples = counts
+    loss, other = loss_of(*counts), loss_of(gained, lost, examples)
+    assert (loss.low, loss.high) == pytest.approx((-other.high, -other.low))
+
+
+@pytest.mark.parametrize(("lost", "leaves_out_0"), [(5, False), (6, True)])
+@pytest.mark.parametrize("examples", [60, 1000])
+def test_six_answers_lost_and_none_gained_are_a_proven_loss_and_five_are_not(
+    lost: int, leaves_out_0: bool, examples: int
+) -> None:
+    assert (loss_of(lost, 0, examples).low > 0) is leaves_out_0
+
+
+@pytest.mark.parametrize("true_loss", [0.02, 0.1, 0.3])
+@pytest.mark.parametrize("examples", [30, 60, 200])
+def test_a_version_worse_than_the_margin_passes_no_more_than_one_time_in_ten(true_loss: float, examples: int) -> None:
+    """The margin is the true loss, which has to be excluded by chance: once in forty times, nominally."""
+    lost = np.random.default_rng(0).binomial(examples, true_loss, 2000)
+    seen, counts = np.unique(lost, return_counts=True)
+    passed = sum(
+        count
+        for hits, count in zip(seen, counts, strict=True)
+        if outcome(int(hits), 0, examples, true_loss - 1e-6) is Outcome.PASSED
+    )
+    assert passed / 2000 <= 0.1
+
+
+@given(changed(), MARGINS, MARGINS)
+def test_a_wider_margin_never_turns_passed_into_another_outcome(
+    counts: tuple[int, int, int], margin: float, other: float
+) -> None:
+    order = [Outcome.FAILED, Outcome.UNDECIDED, Outcome.PASSED]
+    narrow, wide = (order.index(outcome(*counts, limit)) for limit in sorted((margin, other)))
+    assert narrow <= wide
+
+
+@given(changed(), st.integers(2, 20), MARGINS)
+def test_more_examples_with_the_same_shares_keep_a_decision(
+    counts: tuple[int, int, int], times: int, margin: float
+) -> None:
+    lost, gained, examples = counts
+    few = outcome(*counts, margin)
+    many = outcome(lost * times, gained * times, examples * times, margin)
+    assert many is few or few is Outcome.UNDECIDED
+
+
+@given(st.integers(1, 10_000), st.integers(1, 100))
+def test_more_examples_detect_a_smaller_loss_when_no_answer_changes(examples: int, more: int) -> None:
+    few, many = (judge(loss_of(0, 0, count), 0.1, count) for count in (examples, examples + more))
+    assert many.detectable < few.detectable
+    assert many.loss.high < few.loss.high
+
+
+@given(changed(), MARGINS)
+def test_passed_and_failed_exclude_each_other(counts: tuple[int, int, int], margin: float) -> None:
+    loss = loss_of(*counts)
+    verdict = judge(loss, margin, counts[2])
+    assert (verdict.outcome is Outcome.PASSED) == (loss.high <= margin + 1e-9)
+    assert (verdict.outcome is Outcome.FAILED) == (loss.low > margin + 1e-9)
+
+
+@given(changed(), MARGINS)
+def test_the_number_of_examples_that_would_decide_is_named_only_when_undecided_and_decides(
+    counts: tuple[int, int, int], margin: float
+) -> None:
+    verdict = judge(loss_of(*counts), margin, counts[2])
+    needed = verdict.examples_to_decide
+    if verdict.outcome is not Outcome.UNDECIDED:
+        assert needed is None
+        return
+    if needed is None:
+        assert verdict.loss.value == pytest.approx(margin)
+        return
+    assert needed > counts[2]
+    if needed < 10**6:
+        half = (verdict.loss.high - verdict.loss.low) / 2 * (counts[2] / needed) ** 0.5
+        wider = Interval(value=verdict.loss.value, low=verdict.loss.value - half, high=verdict.loss.value + half)
+        assert judge(wider, margin, needed).outcome is not Outcome.UNDECIDED
+
+
+def test_12_of_27_known_answers_lost_are_not_passed_with_60_questions_and_a_margin_of_a_tenth() -> None:
+    assert outcome(12, 0, 60, 0.1) is Outcome.UNDECIDED
+
+
+def test_a_loss_of_13_percent_of_30_examples_is_not_passed_with_a_margin_of_a_twentieth() -> None:
+    assert outcome(4, 0, 30, 0.05) is Outcome.UNDECIDED
+
+
+def test_a_loss_of_three_points_of_200_examples_is_undecided_with_a_margin_of_a_twentieth() -> None:
+    assert outcome(10, 4, 200, 0.05) is Outcome.UNDECIDED
+
+
+@pytest.mark.parametrize(
+    ("examples", "wanted"), [(30, Outcome.UNDECIDED), (60, Outcome.PASSED), (2, Outcome.UNDECIDED)]
+)
+def test_no_changed_answer_passes_only_when_the_examples_are_many(examples: int, wanted: Outcome) -> None:
+    assert outcome(0, 0, examples, 0.05) is wanted
+
+
+def test_a_margin_of_all_answers_is_always_passed() -> None:
+    assert outcome(2, 0, 2, 1.0) is Outcome.PASSED
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_nothing_is_decided_when_examples_are_fewer_than_the_interval_needs(value: float) -> None:
+    narrow = Interval(value=value, low=value, high=value)
+    verdict = judge(narrow, 0.5, 7, fewest=8)
+    assert (verdict.outcome, verdict.examples_to_decide) == (Outcome.UNDECIDED, 8)
+    assert judge(narrow, 0.5, 8, fewest=8).outcome is not Outcome.UNDECIDED
+
+
+def test_no_number_of_examples_is_named_when_the_loss_is_equal_to_the_margin() -> None:
+    verdict = judge(Interval(value=0.1, low=0.0, high=0.2), 0.1, 60)
+    assert (verdict.outcome, verdict.examples_to_decide) == (Outcome.UNDECIDED, None)
+
+
+def report(loss: Interval, margin: float, gate: Gate = Gate.FORGETTING) -> str:
+    return str(GateReport(gate=gate, measured="lost", limit=f"evaluate.{gate}", verdict=judge(loss, margin, 60)))
+
+
+def test_an_undecided_gate_says_what_cannot_be_excluded_and_how_many_examples_would_decide() -> None:
+    assert report(Interval(value=0.01, low=-0.07, high=0.09), 0.05) == (
+        "lost, loss 0.010 [-0.070, 0.090], at most 0.050 (evaluate.max_forgetting): undecided: "
+        "a loss of up to 0.090 cannot be excluded with 60 questions; about 500 would decide"
+    )
+
+
+def test_a_decided_gate_says_what_is_excluded_or_proven() -> None:
+    assert "at most 0.100 (evaluate.max_gptq_loss): passed: a larger loss is excluded with 60 examples" in report(
+        Interval(value=0.0, low=-0.05, high=0.05), 0.1, Gate.GPTQ_LOSS
+    )
+    assert "failed: a loss of 0.150 or more is proven with 60 questions" in report(
+        Interval(value=0.2, low=0.15, high=0.25), 0.1
+    )
