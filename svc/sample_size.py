@@ -1,7 +1,7 @@
 """How many paired examples a loss needs to be detected, and how small a loss a number of examples detects.
 
-Normal approximation for the mean of n paired differences with variance s^2, for a limit of a 95 % interval and a power of
-0.8 (any textbook; for evaluations: Miller 2024, "Adding Error Bars to Evals", arXiv:2411.00640):
+Normal approximation for the mean of n paired differences with variance s^2, for a limit of a 95 % interval and a power
+of 0.8 (any textbook; for evaluations: Miller 2024, "Adding Error Bars to Evals", arXiv:2411.00640):
 
     n = (z_0.975 + z_0.8)^2 s^2 / loss^2
 

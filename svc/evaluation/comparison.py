@@ -26,8 +26,8 @@ _FEWEST_DIFFERENT = 6
 _EQUAL = 1e-9
 
 
-class Verdict(StrEnum):
-    """What the second model is against the first, by one metric."""
+class Direction(StrEnum):
+    """What one model is compared with another, by one metric."""
 
     BETTER = "better"
     WORSE = "worse"
@@ -54,7 +54,7 @@ class MetricComparison(_Part):
     first: Interval
     second: Interval
     difference: Interval
-    verdict: Verdict
+    direction: Direction
 
 
 class Tally(_Part):
@@ -109,9 +109,9 @@ class VersionComparison(_Part):
     different: tuple[DifferentAnswers, ...]
 
     @property
-    def verdict(self) -> Verdict:
+    def direction(self) -> Direction:
         """By the primary metric."""
-        return self.metrics[self.primary].verdict
+        return self.metrics[self.primary].direction
 
 
 def compare(
@@ -166,16 +166,16 @@ def _by_metric(metric: Metric, one: Answered, other: Answered) -> MetricComparis
         first=metric.estimate(one),
         second=metric.estimate(other),
         difference=difference,
-        verdict=_verdict(difference, metric.better, differing),
+        direction=_direction(difference, metric.better, differing),
     )
 
 
-def _verdict(difference: Interval, better: Better, differing: int) -> Verdict:
+def _direction(difference: Interval, better: Better, differing: int) -> Direction:
     if difference.low <= 0 <= difference.high or differing < _FEWEST_DIFFERENT:
-        return Verdict.UNDECIDED
+        return Direction.UNDECIDED
     if better is Better.NEITHER:
-        return Verdict.DIFFERENT
-    return Verdict.BETTER if (difference.value > 0) is (better is Better.HIGHER) else Verdict.WORSE
+        return Direction.DIFFERENT
+    return Direction.BETTER if (difference.value > 0) is (better is Better.HIGHER) else Direction.WORSE
 
 
 def _gains(primary: Metric, one: Answered, other: Answered) -> tuple[list[float], str]:

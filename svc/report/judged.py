@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import cached_property
 
 from svc.dataset.schema.example import ChatExample
+from svc.evaluation.comparison import Direction
 from svc.evaluation.evaluator import EvaluationReport
 from svc.evaluation.intervals import Interval, paired_difference
 from svc.evaluation.metrics.labels import MacroF1
@@ -37,15 +37,6 @@ class MetricRow:
     better: Better
     estimates: dict[str, Interval]
     changes: dict[str, Interval]
-
-
-class Direction(StrEnum):
-    """What the interval of a change says."""
-
-    BETTER = "better"
-    WORSE = "worse"
-    OPEN = "open"
-    """It holds 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +102,7 @@ class Judged:
         change = self.change(primary.name, other, model)
         low, high = (change.low, change.high) if change else (value.low - before.high, value.high - before.low)
         if low <= 0 <= high:
-            outcome = Direction.OPEN
+            outcome = Direction.UNDECIDED
         else:
             outcome = Direction.BETTER if (low > 0) == (primary.better is Better.HIGHER) else Direction.WORSE
         return ModelComparison(model, other, outcome, value, before, change)

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import yaml
 
 from svc.engine.probes import EngineFacts
+from svc.evaluation.comparison import Direction
 from svc.evaluation.intervals import Interval
 from svc.registry.manifest import Manifest
-from svc.report.judged import BASE, SIDE_BY_SIDE, WORST, Direction, ModelComparison
+from svc.report.judged import BASE, SIDE_BY_SIDE, WORST, ModelComparison
 from svc.report.plots.curve import plot_learning_rate, plot_loss
 from svc.report.plots.data import plot_labels, plot_lengths
 from svc.report.plots.metrics import plot_numbers, plot_shares
@@ -51,7 +52,7 @@ def say_verdict(verdict: ModelComparison, metric: str) -> str:
     """
     model = f"the {verdict.model} model"
     other = "its base" if verdict.other == BASE else f"the {verdict.other} model"
-    if verdict.outcome is Direction.OPEN:
+    if verdict.outcome is Direction.UNDECIDED:
         said = f"No difference beyond doubt between {model} and {other}"
     else:
         said = f"{model.capitalize()} is {verdict.outcome} than {other}"

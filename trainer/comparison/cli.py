@@ -56,7 +56,7 @@ def compare(
     Each is a version (NAME, NAME@N, NAME@alias), a base as in a recipe, or a model elsewhere as
     https://HOST/v1#MODEL, to which the prompts are sent.
     """
-    from svc.evaluation.comparison import Verdict
+    from svc.evaluation.comparison import Direction
     from svc.terminal import print_json, quiet_libraries
     from trainer.comparison.job import compare_models
     from trainer.comparison.questions import Wanted
@@ -70,7 +70,7 @@ def compare(
         print_json(everything(compared))
     else:
         print_compared(compared)
-    ctx.exit(1 if fail_if_worse and compared.comparison.verdict is Verdict.WORSE else 0)
+    ctx.exit(1 if fail_if_worse and compared.comparison.direction is Direction.WORSE else 0)
 
 
 def _judge(url: str | None, model: str | None, key_file: Path | None) -> "Endpoint | None":

@@ -6,7 +6,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from svc.evaluation.answer_limit import REFERENCE_FACTOR, SPARE_TOKENS
-from svc.evaluation.comparison import DifferentAnswers, MetricComparison, Verdict
+from svc.evaluation.comparison import DifferentAnswers, Direction, MetricComparison
 from svc.evaluation.metrics.tokens import Nll
 from svc.evaluation.results import ExampleResult
 from svc.terminal import output
@@ -17,10 +17,10 @@ from trainer.comparison.model import LocalModel, Model
 _SHOWN = 160
 """Characters of a text that are shown."""
 _SAID = {
-    Verdict.BETTER: "[green]B is better[/green]",
-    Verdict.WORSE: "[red]B is worse[/red]",
-    Verdict.UNDECIDED: "cannot be told apart",
-    Verdict.DIFFERENT: "differs",
+    Direction.BETTER: "[green]B is better[/green]",
+    Direction.WORSE: "[red]B is worse[/red]",
+    Direction.UNDECIDED: "cannot be told apart",
+    Direction.DIFFERENT: "differs",
 }
 
 
@@ -38,7 +38,7 @@ def print_compared(compared: Compared) -> None:
         output.print(f"[dim]{escape(name)} is left out: {escape(reason)}[/dim]")
     primary, tally = comparison.metrics[comparison.primary], comparison.tally
     by = escape(tally.metric)
-    output.print(f"\nBy {escape(primary.title)}: [bold]{_SAID[comparison.verdict]}[/bold] (95 %)")
+    output.print(f"\nBy {escape(primary.title)}: [bold]{_SAID[comparison.direction]}[/bold] (95 %)")
     output.print(
         f"By {by} B wins {tally.wins}, loses {tally.losses}, ties {tally.ties}; sign test p = {tally.p_value:.2g}"
     )
@@ -63,7 +63,7 @@ def _limit(max_tokens: int | None) -> str:
 
 
 def _row(compared: MetricComparison) -> tuple[str, ...]:
-    said = "" if compared.verdict is Verdict.UNDECIDED else _SAID[compared.verdict]
+    said = "" if compared.direction is Direction.UNDECIDED else _SAID[compared.direction]
     figures = (str(estimate) for estimate in (compared.first, compared.second, compared.difference))
     return escape(compared.title), *(escape(figure) for figure in figures), said
 
@@ -93,7 +93,7 @@ def everything(compared: Compared) -> dict[str, Any]:
         "b": _model(compared.models[1], second),
         "data": compared.questions.origin,
         "max_tokens": compared.questions.max_tokens,
-        "verdict": compared.comparison.verdict.value,
+        "direction": compared.comparison.direction.value,
         **compared.comparison.model_dump(mode="json"),
         "judge": compared.judge and compared.judge.model_dump(mode="json"),
         "answers": [

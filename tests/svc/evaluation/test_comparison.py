@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from svc.dataset.schema.example import ChatExample
 from svc.errors import DataError
-from svc.evaluation.comparison import SHOWN, Verdict, VersionComparison, compare
+from svc.evaluation.comparison import SHOWN, Direction, VersionComparison, compare
 from svc.evaluation.intervals import proportion
 from svc.evaluation.metrics.choose import MetricOptions, choose_metrics
 from svc.evaluation.metrics.labels import Accuracy, MacroF1
@@ -21,10 +21,10 @@ from tests.svc.chats import chat
 
 ALL = [Rouge("L"), ExactMatch(), Accuracy(), MacroF1(), Perplexity(), Length()]
 MIRRORED = {
-    Verdict.BETTER: Verdict.WORSE,
-    Verdict.WORSE: Verdict.BETTER,
-    Verdict.UNDECIDED: Verdict.UNDECIDED,
-    Verdict.DIFFERENT: Verdict.DIFFERENT,
+    Direction.BETTER: Direction.WORSE,
+    Direction.WORSE: Direction.BETTER,
+    Direction.UNDECIDED: Direction.UNDECIDED,
+    Direction.DIFFERENT: Direction.DIFFERENT,
 }
 answers = st.sampled_from(["net", "mail", "the net", "none of these", ""])
 rows = st.lists(
@@ -68,7 +68,7 @@ def test_the_other_way_round_all_differences_are_mirrored(given: list[tuple[str,
         assert (found.first, found.second) == (mirrored.second, mirrored.first)
         assert math.isclose(found.difference.value, -mirrored.difference.value, abs_tol=1e-12)
         assert math.isclose(found.difference.low, -mirrored.difference.high, abs_tol=1e-12)
-        assert mirrored.verdict is MIRRORED[found.verdict]
+        assert mirrored.direction is MIRRORED[found.direction]
     assert (there.tally.wins, there.tally.losses) == (back.tally.losses, back.tally.wins)
     assert there.tally.p_value == back.tally.p_value
     assert [one.place for one in there.different] == [one.place for one in back.different]
@@ -81,45 +81,45 @@ def test_a_model_against_itself_differs_nowhere(given: list[tuple[str, str, str,
     found = compare(examples, one.results, one.results, ALL)
     for compared in found.metrics.values():
         assert (compared.difference.low, compared.difference.value, compared.difference.high) == (0, 0, 0)
-        assert compared.verdict is Verdict.UNDECIDED
+        assert compared.direction is Direction.UNDECIDED
     assert (found.tally.wins, found.tally.losses, found.tally.ties) == (0, 0, len(examples))
     assert found.tally.p_value == 1
     assert found.different == ()
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "verdict"),
+    ("first", "second", "direction"),
     [
-        (["mail"] * 20, ["net"] * 15 + ["mail"] * 5, Verdict.BETTER),
-        (["net"] * 20, ["net"] * 5 + ["mail"] * 15, Verdict.WORSE),
-        (["net", "mail"] * 10, ["mail", "net"] * 10, Verdict.UNDECIDED),
+        (["mail"] * 20, ["net"] * 15 + ["mail"] * 5, Direction.BETTER),
+        (["net"] * 20, ["net"] * 5 + ["mail"] * 15, Direction.WORSE),
+        (["net", "mail"] * 10, ["mail", "net"] * 10, Direction.UNDECIDED),
     ],
 )
-def test_what_the_second_is_by_the_primary_metric(first: list[str], second: list[str], verdict: Verdict) -> None:
-    assert against(first, second).verdict is verdict
+def test_what_the_second_is_by_the_primary_metric(first: list[str], second: list[str], direction: Direction) -> None:
+    assert against(first, second).direction is direction
 
 
-@pytest.mark.parametrize(("differing", "verdict"), [(5, Verdict.UNDECIDED), (6, Verdict.BETTER)])
-def test_what_chance_gives_once_in_twenty_times_is_not_beyond_doubt(differing: int, verdict: Verdict) -> None:
+@pytest.mark.parametrize(("differing", "direction"), [(5, Direction.UNDECIDED), (6, Direction.BETTER)])
+def test_what_chance_gives_once_in_twenty_times_is_not_beyond_doubt(differing: int, direction: Direction) -> None:
     first = ["mail"] * differing + ["net"] * 20
     found = against(first, ["net"] * len(first))
     assert found.metrics["exact_match"].difference.low > 0
-    assert found.verdict is verdict
-    assert (found.tally.p_value < 0.05) is (verdict is Verdict.BETTER)
+    assert found.direction is direction
+    assert (found.tally.p_value < 0.05) is (direction is Direction.BETTER)
 
 
 def test_less_is_better_for_a_log_likelihood() -> None:
     examples, one, other = pairs([("net", "net", "net", 2.0 + place / 10, 1.0) for place in range(10)])
     found = compare(examples, one.results, other.results, [ExactMatch(), Perplexity()])
-    assert found.metrics["nll"].verdict is Verdict.BETTER
-    assert found.metrics["perplexity"].verdict is Verdict.BETTER
-    assert found.verdict is Verdict.UNDECIDED
+    assert found.metrics["nll"].direction is Direction.BETTER
+    assert found.metrics["perplexity"].direction is Direction.BETTER
+    assert found.direction is Direction.UNDECIDED
 
 
 def test_a_longer_answer_is_another_one_and_no_better_one() -> None:
     examples, one, other = pairs([("net", "net", "net" + "t" * (place + 1), 1.0, 1.0) for place in range(10)])
     found = compare(examples, one.results, other.results, [ExactMatch(), Length()])
-    assert found.metrics["length"].verdict is Verdict.DIFFERENT
+    assert found.metrics["length"].direction is Direction.DIFFERENT
 
 
 def test_wins_losses_and_ties_with_the_exact_sign_test() -> None:
@@ -164,7 +164,7 @@ def test_the_model_that_cuts_fewer_answers_off_is_better_when_the_difference_is_
     whole = [result("net", "net")] * 20
     found = compare(examples, cut, whole, [ExactMatch()]).metrics["cut_off"]
     assert (found.first, found.second) == (proportion(15, 20), proportion(0, 20))
-    assert (found.difference.value, found.verdict) == (-0.75, Verdict.BETTER)
+    assert (found.difference.value, found.direction) == (-0.75, Direction.BETTER)
 
 
 def test_a_primary_metric_that_is_left_out_leaves_its_place_to_another() -> None:

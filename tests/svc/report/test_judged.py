@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 import pytest
 
 from svc.dataset.schema.example import ChatExample
+from svc.evaluation.comparison import Direction
 from svc.evaluation.metrics.metric import Answered
-from svc.report.judged import BASE, Direction, Judged
+from svc.report.judged import BASE, Judged
 from tests.svc.chats import chat
 from tests.svc.report.judged_versions import evaluation
 
@@ -37,7 +38,7 @@ def right(examples: Sequence[ChatExample], count: int) -> list[str]:
 
 @pytest.mark.parametrize(
     ("base", "merged", "outcome"),
-    [(10, 50, Direction.BETTER), (50, 10, Direction.WORSE), (30, 31, Direction.OPEN)],
+    [(10, 50, Direction.BETTER), (50, 10, Direction.WORSE), (30, 31, Direction.UNDECIDED)],
 )
 def test_a_verdict_is_what_the_interval_of_the_change_says(base: int, merged: int, outcome: Direction) -> None:
     found = judged(LABELS, {BASE: right(LABELS, base), "merged": right(LABELS, merged)})
@@ -68,7 +69,7 @@ def test_every_metric_has_its_change_example_by_example() -> None:
         assert changes[row.name] == pytest.approx(difference, abs=1e-9)
 
 
-@pytest.mark.parametrize(("base", "outcome"), [(0, Direction.BETTER), (20, Direction.OPEN)])
+@pytest.mark.parametrize(("base", "outcome"), [(0, Direction.BETTER), (20, Direction.UNDECIDED)])
 def test_intervals_must_not_touch_when_the_changes_of_single_examples_are_unknown(
     base: int, outcome: Direction
 ) -> None:

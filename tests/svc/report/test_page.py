@@ -11,11 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from svc.dataset.schema.example import ChatExample
+from svc.evaluation.comparison import Direction
 from svc.evaluation.finding import Advice, Finding, FindingKind
 from svc.evaluation.forgetting import Forgetting
 from svc.evaluation.intervals import Interval
 from svc.registry.manifest import Manifest
-from svc.report.judged import BASE, Direction, ModelComparison
+from svc.report.judged import BASE, ModelComparison
 from svc.report.page import duration, report_page, say_verdict
 from svc.report.report import gather_report
 from tests.svc.chats import chat
@@ -251,7 +252,7 @@ def test_an_example_has_the_answers_of_all_models(versions: JudgedVersions) -> N
         (("merged", BASE, Direction.BETTER), "The merged model is better than its base: accuracy 0.500 [0.400, 0.600]"),
         (("gptq", "merged", Direction.WORSE), "The gptq model is worse than the merged model: accuracy"),
         (
-            ("gptq", "merged", Direction.OPEN),
+            ("gptq", "merged", Direction.UNDECIDED),
             "No difference beyond doubt between the gptq model and the merged model",
         ),
     ],

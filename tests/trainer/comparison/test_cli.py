@@ -57,7 +57,7 @@ def test_the_exit_code_tells_of_a_worse_model_where_that_is_asked_for(
 @pytest.mark.usefixtures("asked")
 def test_a_machine_is_told_everything(svc: Svc) -> None:
     said = json.loads(svc("compare", "good", "bad", "--json").out)
-    assert said["verdict"] == "worse"
+    assert said["direction"] == "worse"
     assert said["tally"] == {"metric": "exact_match", "wins": 0, "losses": 10, "ties": 0, "p_value": 0.001953125}
     assert len(said["answers"]) == 10
     assert said["answers"][0]["b"]["answer"] == "no"
