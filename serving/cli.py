@@ -170,6 +170,8 @@ def promote(
     administration = _administration(ctx)
     format = Format(format_name) if format_name else None
     change = administration.promote(VersionId.parse(version), format, force=force, reason=reason)
+    for gate in change.undecided:
+        click.secho(f"warning: {gate}", fg="yellow", err=True)
     _follow(administration, change, as_json=as_json)
 
 

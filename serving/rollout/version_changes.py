@@ -4,7 +4,7 @@ Whether it was carried out, the journal of swaps says.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sqlalchemy import Engine as Store
 
@@ -24,11 +24,13 @@ class VersionChange:
     Attributes:
         before: what was wanted until then.
         generation: of the desired state that has it; None where the target serves already.
+        undecided: gates of the version for which its examples were too few, each as a sentence.
     """
 
     target: Target
     before: Target
     generation: int | None
+    undecided: tuple[str, ...] = ()
 
 
 class VersionChanges:
@@ -64,7 +66,8 @@ class VersionChanges:
         if not force:
             require_promotable(manifest)
         entry = AuditEntry(Action.PROMOTE, str(version), actor, reason)
-        return self._change(current, served, target, entry, forced=reason if manifest.failed else None)
+        change = self._change(current, served, target, entry, forced=reason if manifest.failed else None)
+        return replace(change, undecided=manifest.undecided)
 
     def rollback(self, name: str, *, reason: str | None, actor: Actor) -> VersionChange:
         """Wishes for the version of before; while another is on its way, for the one that serves.

@@ -49,6 +49,7 @@ def check(
     from svc.dataset.checks.base_tokenizer import BaseTokenizer
     from svc.dataset.checks.check import check_files
     from svc.dataset.readers.source import data_files
+    from svc.sample_size import say_detectable
     from svc.terminal import reading, waiting
 
     cache = settings_of(ctx).base_cache
@@ -66,6 +67,9 @@ def check(
     else:
         for report in reports:
             _show(report)
+        held = sum(report.examples for report in reports[len(paths) :])
+        if held:
+            click.echo(say_detectable(held))
     sys.exit(1 if any(report.problems.errors for report in reports) else 0)
 
 

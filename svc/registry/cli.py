@@ -113,7 +113,7 @@ def _row(manifest: Manifest, aliases: list[str]) -> dict[str, str]:
         "created": manifest.created_at.isoformat(timespec="seconds"),
         "base": manifest.base.origin,
         "formats": ", ".join(manifest.formats),
-        "checks": "failed" if manifest.failed else "passed",
+        "checks": "failed" if manifest.failed else "undecided" if manifest.undecided else "passed",
         "quality": f"{manifest.primary_title} {primary}".strip(),
         "exact_match": " / ".join(f"{report.exact_match.value:.3f}" for report in reports),
     }

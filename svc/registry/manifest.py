@@ -13,6 +13,7 @@ from svc.evaluation.evaluator import EvaluationReport
 from svc.evaluation.finding import Finding
 from svc.evaluation.forgetting import Forgetting
 from svc.evaluation.judge import JudgeReport
+from svc.evaluation.verdict import GateReport, Outcome
 from svc.files.disk import write_whole
 from svc.files.json_file import read_record
 from svc.registry.files import FileRecord
@@ -83,6 +84,7 @@ class Manifest(_Record):
         judge: what a judge says of the merged model beside the base; None where none was named.
         findings: what is wrong with its training.
         forgetting: None where no general questions were asked.
+        gates: verdicts on what quantizing and training cost; empty where nothing limits that.
     """
 
     schema_version: Literal[1] = 1
@@ -104,11 +106,17 @@ class Manifest(_Record):
     judge: JudgeReport | None
     findings: tuple[Finding, ...]
     forgetting: Forgetting | None
+    gates: tuple[GateReport, ...] = ()
 
     @property
     def id(self) -> VersionId:
         """The version's name."""
         return VersionId(self.name, self.number)
+
+    @property
+    def undecided(self) -> tuple[str, ...]:
+        """The gates for which the examples were too few, each as a sentence."""
+        return tuple(str(gate) for gate in self.gates if gate.verdict.outcome is Outcome.UNDECIDED)
 
     @property
     def judged_examples(self) -> int:

@@ -58,6 +58,7 @@ class Report:
             "run": self.run,
             "findings": manifest.findings,
             "forgetting": manifest.forgetting,
+            "gates": manifest.gates,
         }
         return dict(to_jsonable_python(figures))
 

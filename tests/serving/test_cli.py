@@ -27,6 +27,7 @@ from tests.serving.control import until
 from tests.serving.engine_park import ParkSlots
 from tests.serving.home import Home
 from tests.serving.versions import NAME, make_version, target
+from tests.svc.registry.manifests import gate_report
 
 pytestmark = pytest.mark.slow
 
@@ -142,6 +143,14 @@ async def test_a_version_that_failed_a_check_is_not_promoted(serving: Home) -> N
     assert isinstance(error, RefusedError)
     assert "GPTQ lost 0.3" in error.wrong
     assert "svc promote tuned@4 --force --reason TEXT" in error.todo
+
+
+async def test_an_undecided_version_is_promoted_with_a_warning(serving: Home) -> None:
+    make_version(serving.registry, 4, gates=(gate_report(0.04), gate_report(0.09)))
+    result = await type_in(serving, "promote", f"{NAME}@4")
+    assert result.stdout.startswith("tuned@4 (merged) serves")
+    assert result.stderr.count("warning: GPTQ lost 0.010 of accuracy") == 1
+    assert "a loss of up to 0.090 cannot be excluded with 60 examples; about 500 would decide" in result.stderr
 
 
 async def test_a_version_that_failed_a_check_is_promoted_by_force_and_the_swap_says_why(serving: Home) -> None:

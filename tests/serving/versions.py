@@ -16,6 +16,7 @@ from svc.engine.probes import EngineFacts, Probe
 from svc.evaluation.evaluator import EvaluationReport
 from svc.evaluation.intervals import Interval, proportion
 from svc.evaluation.results import ExampleResult, write_results
+from svc.evaluation.verdict import GateReport
 from svc.registry.adapter import CONFIG_FILE
 from svc.registry.files import record_file, record_files
 from svc.registry.fingerprint import compatibility_fingerprint
@@ -99,6 +100,7 @@ def make_version(
     probes: bool = True,
     answered: int = 0,
     failed: tuple[str, ...] = (),
+    gates: tuple[GateReport, ...] = (),
     name: str = NAME,
     adapter: Mapping[str, Any] | None = None,
 ) -> VersionId:
@@ -113,6 +115,7 @@ def make_version(
         probes: whether it has any.
         answered: so many of its three held-out examples have registered answers; without any, it keeps none.
         failed: checks that it failed.
+        gates: their verdicts.
         adapter: what its adapter's config says otherwise than that of plain LoRA of rank 16; its base is made, too.
     """
     version = VersionId(name, number)
@@ -143,7 +146,7 @@ def make_version(
             fingerprint=compatibility_fingerprint(model) if fingerprint else None,
             probes=(probe,) if probes else (),
         )
-    write_manifest(folder, _manifest(version, folder, records, failed))
+    write_manifest(folder, _manifest(version, folder, records, failed, gates))
     return version
 
 
@@ -170,7 +173,11 @@ def _adapter(registry: Registry, version: Path, said: Mapping[str, Any]) -> Form
 
 
 def _manifest(
-    version: VersionId, folder: Path, formats: dict[Format, FormatRecord], failed: tuple[str, ...]
+    version: VersionId,
+    folder: Path,
+    formats: dict[Format, FormatRecord],
+    failed: tuple[str, ...],
+    gates: tuple[GateReport, ...],
 ) -> Manifest:
     estimate = Interval(value=0.5, low=0.4, high=0.6)
     report = EvaluationReport(
@@ -203,4 +210,5 @@ def _manifest(
         judge=None,
         findings=(),
         forgetting=None,
+        gates=gates,
     )

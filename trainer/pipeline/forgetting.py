@@ -1,5 +1,5 @@
 """The general questions of one run: asked of base and merged model, kept for whoever needs the answers, compared,
-and judged: has the version forgotten more than the recipe allows, beyond doubt?
+and judged: has the version forgotten more than the recipe allows?
 """
 
 from collections.abc import Callable, Sequence
@@ -7,17 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from svc.dataset.schema.tokenized_example import TokenizedExample
-from svc.errors import TrainingError
 from svc.evaluation.cache import EvaluationCache
 from svc.evaluation.forgetting import Forgetting, measure_forgetting
 from svc.evaluation.general.general_set import MAX_TOKENS, GeneralSet
+from svc.evaluation.intervals import share_difference
 from svc.evaluation.results import ExampleResult
+from svc.evaluation.verdict import Gate, GateReport, judge
 from trainer.qualification import GeneralQuestions
-from trainer.recipe.sections import Evaluate
-
-_ROUNDING = 1e-9  # 0.745 - 0.695 is a little more than 0.05 to a computer
-_FEWEST_LOST = 6
-"""Fewer lost answers, and none gained, are chance more often than once in twenty times."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +45,19 @@ class ForgettingTest:
         return measure_forgetting(self.questions, before, after) if before and after else None
 
 
-def check_forgetting(found: Forgetting, limits: Evaluate) -> None:
-    """Refuses a version that has lost more right answers to general questions than it may.
+def judge_forgetting(found: Forgetting, margin: float) -> GateReport:
+    """Return the verdict on the right answers to general questions that training lost.
 
-    Raises:
-        TrainingError: with both figures and the interval of their difference, question by question.
+    Args:
+        margin: the share of right answers that it may lose.
     """
-    most = limits.max_forgetting
-    if most is None or found.lost < _FEWEST_LOST or found.difference.high >= -most - _ROUNDING:
-        return
-    raise TrainingError(
-        f"training lost {-found.difference.value:.3f} of the right answers to {found.examples} general questions: "
-        f"{found.before} before, {found.after} after, difference {found.difference}",
-        expected=f"at most {most:.3f} (evaluate.max_forgetting)",
-        todo="train less: a lower train.learning_rate or adapter.rank, fewer train.epochs; or mix in data.general",
+    same = found.examples - found.lost - found.gained
+    loss = share_difference([1.0] * found.lost + [-1.0] * found.gained + [0.0] * same)
+    change = f"training {'lost' if loss.value >= 0 else 'gained'} {abs(loss.value):.3f}"
+    return GateReport(
+        gate=Gate.FORGETTING,
+        measured=f"{change} of the right answers to {found.examples} general questions: "
+        f"{found.before} before, {found.after} after",
+        limit=f"evaluate.{Gate.FORGETTING}",
+        verdict=judge(loss, margin, found.examples),
     )

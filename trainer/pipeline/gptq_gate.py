@@ -1,4 +1,4 @@
-"""Is the quantized model worse than the merged one, beyond doubt? Both were asked the same examples.
+"""Is the quantized model worse than the merged one? Both were asked the same examples.
 
 By the primary metric, and by the log-likelihood: where neither model gives the reference, as with free text and exact
 match, a broken one would pass by the metric alone.
@@ -7,63 +7,85 @@ match, a broken one would pass by the metric alone.
 from collections.abc import Sequence
 
 from svc.dataset.schema.example import ChatExample
-from svc.errors import TrainingError
-from svc.evaluation.intervals import paired_difference
+from svc.evaluation.intervals import Interval, paired_difference, share_difference
 from svc.evaluation.metrics.metric import Answered, Better, Metric, Unit
 from svc.evaluation.results import token_weights
+from svc.evaluation.verdict import Gate, GateReport, judge
 from trainer.qualification import Qualified
 from trainer.recipe.sections import Evaluate
 
-_ROUNDING = 1e-9  # 0.745 - 0.695 is a little more than 0.05 to a computer
-_NATS = 0.005
-"""Nats a token. Where the merged model is nearly certain, a share of it is less than the engine's rounding."""
+_MIN_NLL_MARGIN = 0.005
+"""Nats per token. Where the merged model is nearly certain, a share of it is less than the engine's rounding."""
 _FEWEST_DIFFERENCES = 8
-"""Of so few examples all differ in one direction by chance once in 256 times, and their interval says nothing."""
-_BETTER = (
-    "raise quantize.samples, lower quantize.group_size to 32, or serve the merged model alone: formats: [merged]; "
-    "training is not done again"
-)
+"""Fewer examples all differ in one direction by chance once in 128 times, and a bootstrap interval does not show it."""
 
 
-def check_gptq(
+def judge_gptq(
     metric: Metric, examples: Sequence[ChatExample], merged: Qualified, gptq: Qualified, limits: Evaluate
-) -> None:
-    """Refuses a quantized model that is worse than the merged one beyond doubt.
+) -> tuple[GateReport, GateReport]:
+    """Return the verdicts on what quantizing cost: of the primary metric, and of the log-likelihood.
 
     Args:
         metric: the primary one.
-        examples: that both were judged by.
+        examples: that both models answered.
         limits: what quantizing may cost.
-
-    Raises:
-        TrainingError: with both figures and the interval of their difference, example by example.
     """
+    return _judge_metric(metric, examples, merged, gptq, limits), _judge_nll(merged, gptq, limits)
+
+
+def _judge_metric(
+    metric: Metric, examples: Sequence[ChatExample], merged: Qualified, gptq: Qualified, limits: Evaluate
+) -> GateReport:
     before, after = Answered(examples, merged.results), Answered(examples, gptq.results)
-    merged_value, difference = metric.estimate(before), metric.difference(before, after)
-    lower, relative = metric.better is Better.LOWER, metric.unit is not Unit.SHARE
-    lost, surely = (difference.value, difference.low) if lower else (-difference.value, -difference.high)
+    value, loss = metric.estimate(before), _loss(metric, before, after)
+    figures = f"{value} merged, {metric.estimate(after)} quantized"
+    if metric.better is Better.LOWER:
+        change = f"GPTQ {'added' if loss.value >= 0 else 'took'} {abs(loss.value):.3f} "
+        change += f"{'to' if loss.value >= 0 else 'off'} the {metric.title}"
+    else:
+        change = f"GPTQ {'lost' if loss.value >= 0 else 'gained'} {abs(loss.value):.3f} of {metric.title}"
     # A share may lose so much; a figure without a scale of its own, so much relative to the merged model's.
-    most = limits.max_gptq_loss * (abs(merged_value.value) if relative else 1)
-    if surely > most + _ROUNDING:
-        what = f"GPTQ added {lost:.3f} to the {metric.title}" if lower else f"GPTQ lost {lost:.3f} of {metric.title}"
-        raise TrainingError(
-            f"{what}: {merged_value} merged, {metric.estimate(after)} quantized, difference {difference}",
-            expected=f"at most {most:.3f} (evaluate.max_gptq_loss{' of the merged model' if relative else ''})",
-            todo=_BETTER,
-        )
-    if len(merged.results) >= _FEWEST_DIFFERENCES:
-        _check_nll(merged, gptq, limits)
+    relative = metric.unit is not Unit.SHARE
+    return GateReport(
+        gate=Gate.GPTQ_LOSS,
+        measured=f"{change}: {figures}",
+        limit=f"evaluate.{Gate.GPTQ_LOSS}" + (" of the merged model's" if relative else ""),
+        verdict=judge(
+            loss,
+            limits.max_gptq_loss * (abs(value.value) if relative else 1),
+            len(merged.results),
+            fewest=_FEWEST_DIFFERENCES if relative else 1,
+        ),
+    )
 
 
-def _check_nll(merged: Qualified, gptq: Qualified, limits: Evaluate) -> None:
+def _loss(metric: Metric, before: Answered, after: Answered) -> Interval:
+    """Return by how much the second model is worse; by a share never surer than if no answer had changed."""
+    sign = 1 if metric.better is Better.LOWER else -1
+    if metric.unit is Unit.SHARE and metric.scored:
+        pairs = zip(metric.stored_scores(before), metric.stored_scores(after), strict=True)
+        return share_difference([sign * (second - first) for first, second in pairs])
+    change = metric.difference(before, after)
+    low, high = sorted((sign * change.low, sign * change.high))
+    value, least = sign * change.value, 0.0
+    if metric.unit is Unit.SHARE:
+        least = share_difference([0.0] * len(before.results)).high
+    return Interval(value=value, low=min(low, value - least), high=max(high, value + least))
+
+
+def _judge_nll(merged: Qualified, gptq: Qualified, limits: Evaluate) -> GateReport:
     before, after = merged.evaluation.nll, gptq.evaluation.nll
     weights = token_weights(merged.results)
-    nll = paired_difference([one.nll for one in merged.results], [one.nll for one in gptq.results], weights)
-    most = max(limits.max_gptq_nll * before.value, _NATS)
-    if nll.low > most:
-        raise TrainingError(
-            f"GPTQ finds the right answers less likely: {before} nats a token merged, {after} quantized, "
-            f"difference {nll}",
-            expected=f"at most {most:.3f} more (evaluate.max_gptq_nll of the merged model's, or {_NATS} nats)",
-            todo=_BETTER,
-        )
+    added = paired_difference([one.nll for one in merged.results], [one.nll for one in gptq.results], weights)
+    return GateReport(
+        gate=Gate.GPTQ_NLL,
+        measured=f"GPTQ finds the right answers {'less' if added.value > 0 else 'no less'} likely: "
+        f"{before} nats a token merged, {after} quantized",
+        limit=f"evaluate.{Gate.GPTQ_NLL} of the merged model's, or {_MIN_NLL_MARGIN} nats",
+        verdict=judge(
+            added,
+            max(limits.max_gptq_nll * before.value, _MIN_NLL_MARGIN),
+            len(merged.results),
+            fewest=_FEWEST_DIFFERENCES,
+        ),
+    )

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from svc.dataset.fingerprint import fingerprint
 from trainer.pipeline.examples import Examples
-from trainer.recipe.sections import Recipe, Train
+from trainer.recipe.sections import Recipe, Train, Undecided
 from trainer.training.summary import TrainingSummary
 
 _SHARE = 0.1
@@ -26,7 +26,7 @@ def quick_trial(recipe: Recipe, examples: Examples) -> tuple[Recipe, Examples]:
     content["name"] = recipe.name[: _LONGEST_NAME - len(_SUFFIX)] + _SUFFIX
     content["train"] = content.get("train", {}) | {"epochs": 1.0, "steps": None}
     # It is trained too little to say what quantizing costs, and what is forgotten.
-    limits = {"max_gptq_loss": 1.0, "max_gptq_nll": 1.0, "max_forgetting": None}
+    limits = {"max_gptq_loss": 1.0, "max_gptq_nll": 1.0, "max_forgetting": None, "undecided": Undecided.WARN}
     content["evaluate"] = content.get("evaluate", {}) | limits
     questions = examples.questions
     cut = replace(

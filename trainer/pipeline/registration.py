@@ -27,6 +27,7 @@ from svc.evaluation.metrics.metric import Metric
 from svc.evaluation.results import write_results
 from svc.evaluation.throughput import STREAMS
 from svc.evaluation.training_curve import TRAINING_CURVE_FILE, write_training_curve
+from svc.evaluation.verdict import GateReport
 from svc.registry.files import record_file, record_files
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.manifest import BaseRecord, DataRecord, FormatRecord, Manifest
@@ -50,8 +51,9 @@ from trainer.base_model.resolve import Base
 from trainer.pipeline.diagnosis import diagnose_training
 from trainer.pipeline.evaluation import Evaluated, RunEvaluation
 from trainer.pipeline.examples import Examples
-from trainer.pipeline.forgetting import check_forgetting
-from trainer.pipeline.gptq_gate import check_gptq
+from trainer.pipeline.forgetting import judge_forgetting
+from trainer.pipeline.gate import check_gate
+from trainer.pipeline.gptq_gate import judge_gptq
 from trainer.pipeline.run_folder import Run
 from trainer.qualification import Qualified
 from trainer.recipe.sections import Recipe
@@ -128,6 +130,18 @@ class Registration:
         return test.compare(found.base_general, found.merged.general) if test and found else None
 
     @cached_property
+    def gates(self) -> tuple[GateReport, ...]:
+        """Verdicts on what quantizing and training cost, where the recipe limits that."""
+        limits, reports = self.recipe.evaluate, []
+        if len(self.qualified) == 2:
+            merged, gptq = self.qualified[Format.MERGED], self.qualified[Format.GPTQ]
+            judged = self.examples.heldout[: merged.evaluation.examples]
+            reports += judge_gptq(self.primary, judged, merged, gptq, limits)
+        if self.forgetting is not None and limits.max_forgetting is not None:
+            reports.append(judge_forgetting(self.forgetting, limits.max_forgetting))
+        return tuple(reports)
+
+    @cached_property
     def report(self) -> ParityReport | None:
         """None where nothing is served."""
         return self.run.load(Stage.PARITY, ParityReport) if self.qualified else None
@@ -186,7 +200,8 @@ class Registration:
     def _check(self, *, failed_too: bool) -> tuple[str, ...]:
         """What the version fails."""
         failed = []
-        for check in (self._check_parity, self._check_gptq, self._check_forgetting):
+        undecided = self.recipe.evaluate.undecided
+        for check in (self._check_parity, *(partial(check_gate, gate, undecided) for gate in self.gates)):
             try:
                 check()
             except TrainingError as error:
@@ -202,16 +217,6 @@ class Registration:
                 f"what would be served is not what was trained: {'; '.join(self.report.failed)}",
                 todo="see the numbers; --register-failed registers it with its report, and it cannot be promoted",
             )
-
-    def _check_gptq(self) -> None:
-        if len(self.qualified) == 2:
-            merged, gptq = self.qualified[Format.MERGED], self.qualified[Format.GPTQ]
-            judged = self.examples.heldout[: merged.evaluation.examples]
-            check_gptq(self.primary, judged, merged, gptq, self.recipe.evaluate)
-
-    def _check_forgetting(self) -> None:
-        if self.forgetting is not None:
-            check_forgetting(self.forgetting, self.recipe.evaluate)
 
     def _published(self, failed: tuple[str, ...]) -> Manifest | None:
         """What a try published that was cut off before it could say so."""
@@ -230,7 +235,7 @@ class Registration:
         judged = manifest.data.heldout_fingerprint == self.examples.heldout_fingerprint
         found = {format: record.evaluation for format, record in manifest.formats.items() if record.evaluation}
         same = found == {format: one.evaluation for format, one in self.qualified.items()}  # a metric may be mended
-        same = same and manifest.forgetting == self.forgetting
+        same = same and manifest.forgetting == self.forgetting and manifest.gates == self.gates
         return judged and same and manifest.recipe == self.recipe.model_dump(mode="json")
 
     def _publish(self, failed: tuple[str, ...]) -> Manifest:
@@ -269,6 +274,7 @@ class Registration:
             judge=self.run.load(Stage.JUDGE, JudgeReport) if Stage.JUDGE in choose_stages(self.recipe) else None,
             findings=diagnose_training(self.recipe, self.examples, self.training.points, self.qualified, forgotten),
             forgetting=self.forgetting,
+            gates=self.gates,
         )
 
     def _format_records(self, folder: Path) -> dict[Format, FormatRecord]:

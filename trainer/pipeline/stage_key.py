@@ -16,7 +16,7 @@ from trainer.pipeline.examples import Examples
 from trainer.recipe.sections import Recipe
 from trainer.recipe.stage import Stage
 
-_LIMITS = ("max_gptq_loss", "max_gptq_nll", "max_forgetting")
+_LIMITS = ("max_gptq_loss", "max_gptq_nll", "max_forgetting", "undecided")
 _METRICS = ("metrics", "primary", "json_schema", "metric_seconds")
 """Of the section `evaluate`: what judges the answers at registration, and what the figures are compared with."""
 

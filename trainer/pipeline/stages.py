@@ -36,6 +36,7 @@ from trainer.pipeline.estimate import compare_with_real, estimate_metrics
 from trainer.pipeline.evaluation import Evaluated, RunEvaluation
 from trainer.pipeline.examples import Examples
 from trainer.pipeline.find_base import merged_revision
+from trainer.pipeline.gate import say_gates
 from trainer.pipeline.judging import compare_answers, judge_endpoint
 from trainer.pipeline.number_types import say_number_types
 from trainer.pipeline.preflight import check_base
@@ -156,6 +157,7 @@ class Pipeline:
     def _train(self) -> TrainingSummary:
         check_base(self.base.folder, self.recipe, self.capabilities, self.settings.engine)
         say_number_types(self.capabilities, self.settings.engine, self.recipe.formats)
+        say_gates(self.recipe, self.examples)
         served_length = None
         if {Format.MERGED, Format.GPTQ} & set(self.recipe.formats):
             judge_endpoint(self.recipe.judge)

@@ -300,6 +300,13 @@ class Judge(_Section):
         return self
 
 
+class Undecided(StrEnum):
+    """What a gate does whose interval neither excludes nor proves a loss beyond its limit."""
+
+    WARN = "warn"
+    FAIL = "fail"
+
+
 class Evaluate(_Section):
     """How base, merged and GPTQ are judged, on the engine."""
 
@@ -319,11 +326,11 @@ class Evaluate(_Section):
     """longest time that a function may take for all answers"""
     max_gptq_loss: float = Field(0.05, ge=0, le=1)
     """of the primary metric, what quantizing may cost; of one that is no share, as perplexity, relative to the merged
-    model's; more is refused when it is beyond doubt"""
+    model's; a larger loss that is proven is refused"""
     # 4 bits cost SmolLM2-135M 0.042 [0.033, 0.053] on free text (synopsis task), and nothing of its ROUGE.
     max_gptq_nll: float = Field(0.05, ge=0)
-    """negative log-likelihood that quantizing may add, as a share of the merged model's; at least 0.005 nats; more is
-    refused when it is beyond doubt"""
+    """negative log-likelihood that quantizing may add, as a share of the merged model's; at least 0.005 nats; a larger
+    loss that is proven is refused"""
 
     general: Annotated[bool | Path, AfterValidator(_file_beside_recipe)] = True
     """ask base and merged model general questions, which are never trained on: true for those of this package, a file
@@ -331,8 +338,11 @@ class Evaluate(_Section):
     general_limit: Annotated[int, Field(ge=1)] | None = 60
     """so many of the first general questions; null: all"""
     max_forgetting: Annotated[float, Field(ge=0, le=1)] | None = None
-    """share of right general answers that training may cost; more is refused when it is beyond doubt; default: no
+    """share of right general answers that training may cost; a larger loss that is proven is refused; default: no
     limit"""
+    undecided: Undecided = Undecided.WARN
+    """warn or fail: what to do with a version if too few examples neither exclude nor prove a loss beyond one of these
+    limits; see [evaluation](evaluation.md#verdicts)"""
 
     @property
     def metric_options(self) -> MetricOptions:

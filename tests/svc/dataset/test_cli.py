@@ -51,6 +51,17 @@ def test_problems_are_shown_of_a_file_whose_name_is_not_utf8(tmp_path: Path) -> 
     assert check(str(path), "--json").exit_code == 1
 
 
+def test_what_the_held_out_examples_can_detect_is_said_when_they_are_named(tmp_path: Path) -> None:
+    train, heldout = tmp_path / "train.jsonl", tmp_path / "heldout.jsonl"
+    for path, count in ((train, 3), (heldout, 40)):
+        turns = ([QUESTION | {"content": f"{path.stem} {number}"}, ANSWER] for number in range(count))
+        path.write_text("\n".join(json.dumps({"messages": turn}) for turn in turns))
+    said = "40 held-out examples detect a loss of 0.140 or more in four of five samples"
+    assert said in check(str(train), "--heldout", str(heldout)).output
+    assert "detect a loss" not in check(str(train)).output
+    assert "detect a loss" not in check(str(train), "--heldout", str(heldout), "--json").output
+
+
 def test_answers_are_shown_without_what_a_terminal_obeys(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     turns = [

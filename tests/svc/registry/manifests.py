@@ -8,6 +8,7 @@ from svc.evaluation.evaluator import EvaluationReport, MetricReport
 from svc.evaluation.intervals import Interval, mean, proportion
 from svc.evaluation.metrics.text import ExactMatch
 from svc.evaluation.results import ExampleResult
+from svc.evaluation.verdict import Gate, GateReport, judge
 from svc.registry.files import record_file, record_files
 from svc.registry.manifest import BaseRecord, DataRecord, FormatRecord, Manifest
 from svc.registry.registry import HELDOUT_FILE, REFERENCE_FOLDER
@@ -42,6 +43,17 @@ def result(answer: str = "a", *, hit: bool = True) -> ExampleResult:
     """What a version answered to one example."""
     return ExampleResult(
         answer=answer, tokens=2, limit=8, finish_reason="stop", logprob=-0.5, nll=1.0, scored=1, hit=hit
+    )
+
+
+def gate_report(high: float = 0.09) -> GateReport:
+    """The verdict on a loss of 0.01 of 60 examples; the highest that cannot be excluded decides which."""
+    loss = Interval(value=0.01, low=0.02 - high, high=high)
+    return GateReport(
+        gate=Gate.GPTQ_LOSS,
+        measured="GPTQ lost 0.010 of accuracy: 0.700 [0.575, 0.801] merged, 0.690 [0.565, 0.793] quantized",
+        limit="evaluate.max_gptq_loss",
+        verdict=judge(loss, 0.05, 60),
     )
 
 

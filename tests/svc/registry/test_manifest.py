@@ -12,7 +12,7 @@ from svc.errors import IntegrityError
 from svc.evaluation.evaluator import EvaluationReport
 from svc.registry.manifest import MANIFEST_FILE, FormatRecord, Manifest, read_manifest, write_manifest
 from svc.version import Format, VersionId
-from tests.svc.registry.manifests import make_manifest, report
+from tests.svc.registry.manifests import gate_report, make_manifest, report
 
 
 @pytest.fixture
@@ -33,6 +33,13 @@ def test_what_is_written_is_read(folder: Path, manifest: Manifest) -> None:
     write_manifest(folder, manifest)
     assert read_manifest(folder) == manifest
     assert manifest.id == VersionId("tiny", 3)
+
+
+def test_only_undecided_gates_are_named_as_such(folder: Path) -> None:
+    made = make_manifest(VersionId("tiny", 3), folder, gates=(gate_report(0.04), gate_report(0.09)))
+    write_manifest(folder, made)
+    (undecided,) = read_manifest(folder).undecided
+    assert "a loss of up to 0.090 cannot be excluded with 60 examples; about 500 would decide" in undecided
 
 
 @pytest.mark.parametrize("base_evaluation", [report(), None], ids=["beside its base", "in the format that is served"])

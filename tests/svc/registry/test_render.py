@@ -17,7 +17,7 @@ from svc.version import Format, VersionId
 from tests.command_line import Svc
 from tests.svc.chats import chat
 from tests.svc.evaluation.answered import answered
-from tests.svc.registry.manifests import make_manifest
+from tests.svc.registry.manifests import gate_report, make_manifest
 from tests.svc.registry.test_show import Register, register
 
 __all__ = ["register"]
@@ -70,6 +70,17 @@ def test_what_was_forgotten_is_shown_where_it_was_measured(
     assert "difference -1.000 [-1.000, -1.000]; 10 lost, 0 gained" in with_it
     print_version(manifest, Path())
     assert "general questions" not in capsys.readouterr().out
+
+
+def test_the_verdict_of_each_gate_is_shown_once(manifest: Manifest, capsys: pytest.CaptureFixture[str]) -> None:
+    gates = (gate_report(0.04), gate_report(0.09))
+    print_version(manifest.model_copy(update={"gates": gates}), Path())
+    told = " ".join(capsys.readouterr().out.split())
+    assert "at most 0.050 (evaluate.max_gptq_loss): passed: a larger loss is excluded with 60 examples" in told
+    assert "undecided: a loss of up to 0.090 cannot be excluded with 60 examples; about 500 would decide" in told
+    failed = {"gates": gates, "failed": (str(gates[1]),)}
+    print_version(manifest.model_copy(update=failed), Path())
+    assert " ".join(capsys.readouterr().out.split()).count("undecided:") == 1
 
 
 def test_exact_match_is_shown_when_it_is_the_primary_metric(svc: Svc, register: Register) -> None:

@@ -22,8 +22,9 @@ from trainer.recipe.stage import Stage
 from trainer.training.summary import TrainingSummary
 
 TRAIN = tuple(make_example(f"q {number}", "yes") for number in range(3))
-WORSE_QUANTIZED = tuple(make_example(asked, "merged.0 merged.1 merged.2 merged.3") for asked in ("one", "two"))
-"""Examples that the double answers rightly when it holds the merged weights, and wrongly with any other."""
+WORSE_QUANTIZED = tuple(make_example(f"ask {place}", "merged.0 merged.1 merged.2 merged.3") for place in range(7))
+"""Examples that the double answers rightly when it holds the merged weights, and wrongly with any other: enough of
+them to prove a loss of answers, and too few for one of likelihood."""
 
 
 CURVE = tuple(TrainingPoint(step=step, epoch=step / 3, loss=1 / step) for step in (1, 2, 3))

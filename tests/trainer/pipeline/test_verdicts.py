@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from svc.errors import RecipeError, SettingsError, TrainingError
+from svc.errors import InterruptedRunError, RecipeError, SettingsError, TrainingError
+from svc.evaluation.verdict import Gate, Outcome
 from svc.version import Format
 from tests.svc.evaluation.judge_server import judge_server
 from tests.svc.registry.parity import make_parity
@@ -91,6 +92,40 @@ def test_a_quantized_model_that_is_worse_becomes_no_version(make: Make) -> None:
     assert not pipeline.run.done(Stage.REGISTER)
 
 
+def test_an_undecided_version_is_registered_with_a_warning_and_keeps_its_verdicts(
+    make: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline = make()
+    manifest = pipeline.registry.manifest(pipeline.train_version())
+    assert [gate.gate for gate in manifest.gates] == [Gate.GPTQ_LOSS, Gate.GPTQ_NLL]
+    assert {gate.verdict.outcome for gate in manifest.gates} == {Outcome.UNDECIDED}
+    assert manifest.failed == ()
+    told = " ".join(capsys.readouterr().err.split())
+    assert all(" ".join(gate.split()) in told for gate in manifest.undecided)
+    assert "cannot be excluded with 2 examples" in told
+
+
+def test_an_undecided_version_is_refused_when_the_recipe_says_so_and_nothing_is_measured_again(
+    make: Make, stages: Stages, engines: Engines
+) -> None:
+    with pytest.raises(TrainingError, match="undecided: a loss of up to"):
+        make(evaluate={"undecided": "fail"}).train_version()
+    ran, launched = len(stages.ran), len(engines.launched)
+    assert make().train_version().number == 1
+    assert (len(stages.ran), len(engines.launched)) == (ran, launched)
+
+
+def test_what_the_examples_can_detect_is_told_before_training(
+    make: Make, stages: Stages, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages.broken = {Stage.TRAIN}
+    with pytest.raises(InterruptedRunError):
+        make(WORSE_QUANTIZED).train_version()
+    told = " ".join(capsys.readouterr().err.split())
+    assert "7 held-out examples detect a loss of 0.335 or more in four of five samples" in told
+    assert "evaluate.max_gptq_loss is 0.05, for which about 320 are needed" in told
+
+
 def test_a_loss_that_the_recipe_allows_becomes_a_version(make: Make) -> None:
     assert make(WORSE_QUANTIZED, evaluate={"max_gptq_loss": 1.0}).train_version().number == 1
 
@@ -100,7 +135,7 @@ PREFIX = "merged.0 merged.1 merged.2 merged.3"
 
 def test_a_quantized_model_of_free_text_that_is_broken_becomes_no_version(make: Make) -> None:
     """The double answers with the name of its weights: near the references when it holds the merged ones."""
-    heldout = tuple(make_example(f"write {place}", f"{PREFIX} and more of {place}") for place in range(4))
+    heldout = tuple(make_example(f"write {place}", f"{PREFIX} and more of {place}") for place in range(20))
     with pytest.raises(TrainingError, match=r"GPTQ lost 0\.\d+ of ROUGE-L"):
         make(heldout).train_version()
 
@@ -151,9 +186,9 @@ def test_a_judge_is_asked_once_and_its_verdict_stays_with_the_version(
         asked = len(server.requests)
         pipeline = make(WORSE_QUANTIZED, judge=said, evaluate={"max_gptq_loss": 1.0, "metrics": "exact_match"})
         report = pipeline.registry.manifest(pipeline.train_version()).judge
-    assert (asked, len(server.requests), set(server.keys)) == (4, 4, {"Bearer secret"})
+    assert (asked, len(server.requests), set(server.keys)) == (14, 14, {"Bearer secret"})
     assert report is not None
-    assert (report.model, report.pairs, report.win_rate.value, report.agreement.value) == ("wise", 2, 1.0, 1.0)
+    assert (report.model, report.pairs, report.win_rate.value, report.agreement.value) == ("wise", 7, 1.0, 1.0)
     assert server.url in capsys.readouterr().err
 
 

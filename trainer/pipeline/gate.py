@@ -1,0 +1,57 @@
+"""The gates of a version: what each allows, what it can detect, and what follows from its verdict."""
+
+from svc.errors import TrainingError
+from svc.evaluation.verdict import Gate, GateReport, Outcome
+from svc.sample_size import about, examples_needed, say_detectable
+from svc.terminal import console
+from svc.version import Format
+from trainer.pipeline.examples import Examples
+from trainer.recipe.sections import Recipe, Undecided
+
+_QUANTIZE_BETTER = (
+    "raise quantize.samples, lower quantize.group_size to 32, or serve the merged model alone: formats: [merged]; "
+    "training is not done again"
+)
+_TRAIN_LESS = "train less: a lower train.learning_rate or adapter.rank, fewer train.epochs; or mix in data.general"
+_HOLD_OUT_MORE = "hold out more examples: data.heldout, data.heldout_share or evaluate.limit"
+_ASK_MORE = "ask more questions: evaluate.general_limit, or a larger file in evaluate.general"
+
+
+def check_gate(report: GateReport, undecided: Undecided) -> None:
+    """Print a warning for an undecided gate.
+
+    Args:
+        undecided: the recipe's key.
+
+    Raises:
+        TrainingError: the gate failed, or is undecided and the recipe rejects that.
+    """
+    outcome, allowed = report.verdict.outcome, f"at most {report.verdict.margin:.3f} ({report.limit})"
+    if outcome is Outcome.FAILED:
+        todo = _TRAIN_LESS if report.gate is Gate.FORGETTING else _QUANTIZE_BETTER
+        raise TrainingError(str(report), expected=allowed, todo=todo)
+    if outcome is not Outcome.UNDECIDED:
+        return
+    if undecided is Undecided.FAIL:
+        more = _ASK_MORE if report.gate is Gate.FORGETTING else _HOLD_OUT_MORE
+        raise TrainingError(
+            str(report),
+            expected=f"{allowed}, and a larger loss excluded, because evaluate.undecided is {undecided}",
+            todo=f"{more}; or set evaluate.undecided to {Undecided.WARN}",
+        )
+    console.print(f"[yellow]{report}[/yellow]", soft_wrap=True)
+
+
+def say_gates(recipe: Recipe, examples: Examples) -> None:
+    """Print, for each gate of the recipe, the smallest loss that its examples detect."""
+    limits = recipe.evaluate
+    if {Format.MERGED, Format.GPTQ} <= set(recipe.formats):
+        asked = len(examples.heldout[: limits.limit])
+        _say(Gate.GPTQ_LOSS, asked, "held-out examples", limits.max_gptq_loss)
+    if examples.questions and limits.max_forgetting is not None and Format.MERGED in recipe.formats:
+        _say(Gate.FORGETTING, len(examples.questions.examples), "general questions", limits.max_forgetting)
+
+
+def _say(gate: Gate, asked: int, counted: str, margin: float) -> None:
+    needed = f", for which about {about(examples_needed(margin))} are needed" if margin > 0 else ""
+    console.print(f"  {say_detectable(asked, counted)}; evaluate.{gate} is {margin:g}{needed}", soft_wrap=True)
