@@ -4,6 +4,7 @@ The checks come last, so that with other limits nothing is measured again.
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property, partial
@@ -132,7 +133,8 @@ class Registration:
     @cached_property
     def gates(self) -> tuple[GateReport, ...]:
         """Verdicts on what quantizing and training cost, where the recipe limits that."""
-        limits, reports = self.recipe.evaluate, []
+        limits = self.recipe.evaluate
+        reports: list[GateReport] = []
         if len(self.qualified) == 2:
             merged, gptq = self.qualified[Format.MERGED], self.qualified[Format.GPTQ]
             judged = self.examples.heldout[: merged.evaluation.examples]
@@ -200,8 +202,9 @@ class Registration:
     def _check(self, *, failed_too: bool) -> tuple[str, ...]:
         """What the version fails."""
         failed = []
-        undecided = self.recipe.evaluate.undecided
-        for check in (self._check_parity, *(partial(check_gate, gate, undecided) for gate in self.gates)):
+        gates = (partial(check_gate, gate, self.recipe.evaluate.undecided) for gate in self.gates)
+        checks: list[Callable[[], None]] = [self._check_parity, *gates]
+        for check in checks:
             try:
                 check()
             except TrainingError as error:
