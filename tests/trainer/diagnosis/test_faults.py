@@ -52,7 +52,7 @@ def findings(
 
 HEALTHY: list[tuple[str, int, dict[str, Any]]] = [
     *[("lora", seed, {}) for seed in range(1, 9)],
-    *[("lora", seed, {"epochs": 5}) for seed in (9, 10)],
+    *[("lora", seed, {"epochs": 10}) for seed in (9, 10)],
     *[("lora", seed, {"schedule": "cosine"}) for seed in (11, 12)],
     *[("lora", seed, {"learning_rate": 3e-3}) for seed in (13, 14)],
     *[("dora", seed, {}) for seed in (15, 16)],
@@ -65,7 +65,7 @@ def test_of_twenty_healthy_runs_at_most_one_is_called_faulty(base: Path, tmp_pat
     false = {}
     for method, seed, settings in HEALTHY:
         train, heldout = task(seed)
-        found = findings(base, tmp_path / f"{seed}", train, heldout, method, **({"epochs": 4, "seed": seed} | settings))
+        found = findings(base, tmp_path / f"{seed}", train, heldout, method, **({"epochs": 8, "seed": seed} | settings))
         if found:
             false[seed] = found
     assert len(HEALTHY) == 20
@@ -82,26 +82,25 @@ def test_a_rate_at_which_nothing_is_learnt_is_too_low(base: Path, tmp_path: Path
 def test_a_rate_at_which_the_loss_jumps_is_too_high(base: Path, tmp_path: Path) -> None:
     found = findings(base, tmp_path, *task(1), learning_rate=1.6e-2)
     assert list(found) == [FindingKind.LEARNING_RATE_HIGH]
-    assert found[FindingKind.LEARNING_RATE_HIGH].advice.value == "0.005"
+    assert found[FindingKind.LEARNING_RATE_HIGH].advice.value == "0.004"
 
 
-def test_a_run_that_ends_worse_than_it_began_has_diverged(base: Path, tmp_path: Path) -> None:
-    found = findings(base, tmp_path, *task(1), learning_rate=4e-2)
-    assert list(found) == [FindingKind.DIVERGENCE]
-    assert found[FindingKind.DIVERGENCE].advice.key == "train.learning_rate"
-
-
-def test_a_run_that_explodes_is_ended_with_the_same_advice(base: Path, tmp_path: Path) -> None:
+def test_a_run_that_explodes_is_ended_with_the_rate_to_take(base: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError) as caught:
-        findings(base, tmp_path, *task(1), learning_rate=1.0)
-    assert "lower train.learning_rate from 1 to 0.3" in caught.value.todo
+        findings(base, tmp_path, *task(1), learning_rate=4e-2)
+    assert "lower train.learning_rate from 0.04 to 0.01" in caught.value.todo
+
+
+def test_a_rate_that_explodes_in_the_first_step_is_too_high(base: Path, tmp_path: Path) -> None:
+    found = findings(base, tmp_path, *task(1), learning_rate=1.0)
+    assert str(found[FindingKind.LEARNING_RATE_HIGH].advice) == "train.learning_rate from 1 to 0.004"
 
 
 def test_a_run_that_was_still_learning_is_underfitted(base: Path, tmp_path: Path) -> None:
     """An adapter whose update is scaled to a sixteenth of the usual."""
-    found = findings(base, tmp_path, *task(1), adapter={"alpha": 2})
+    found = findings(base, tmp_path, *task(1), adapter={"alpha": 2}, epochs=1.5)
     assert list(found) == [FindingKind.UNDERFITTING]
-    assert str(found[FindingKind.UNDERFITTING].advice) == "train.epochs from 2.5 to 5"
+    assert str(found[FindingKind.UNDERFITTING].advice) == "train.epochs from 1.5 to 3"
 
 
 def test_many_epochs_on_what_cannot_be_known_are_overfitted(base: Path, tmp_path: Path) -> None:
