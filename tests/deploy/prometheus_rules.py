@@ -28,6 +28,23 @@ def metrics(expression: str) -> set[str]:
     return set(re.findall(r"(?<![\w:])(?:svc_|job\w*:)[\w:]+", expression))
 
 
+def read_by(expression: str) -> set[str]:
+    """Return all words of an expression and of the recording rules that feed it: its series are among them."""
+    recorded = {rule["record"]: rule["expr"] for rule in rules("record")}
+    words, found = [expression], set[str]()
+    while words:
+        new = set(re.findall(r"[\w:]+", words.pop())) - found
+        found |= new
+        words += [recorded[word] for word in new & set(recorded)]
+    return found
+
+
+def seconds(duration: str) -> int:
+    """Return the seconds of a duration as Prometheus writes it."""
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    return sum(int(number) * units[unit] for number, unit in re.findall(r"(\d+)([smhd])", duration))
+
+
 def matchers(expression: str) -> list[tuple[str, str, str]]:
     """Metric, label and value or pattern of each matcher on one of our metrics."""
     selectors = re.findall(r"\b(svc_\w+)\{([^}]*)\}", expression)

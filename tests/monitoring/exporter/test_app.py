@@ -99,8 +99,8 @@ def test_exemplars_survive(registry: Registry) -> None:
 
 @pytest.mark.parametrize(
     "page",
-    [None, (500, ""), (404, "not here"), (200, "<html>another server</html>")],
-    ids=["none", "500", "404", "html"],
+    [None, (500, ""), (502, "the proxy's own")],
+    ids=["none", "500", "502"],
 )
 def test_a_server_that_is_away_is_down_and_the_rest_goes_on(registry: Registry, page: tuple[int, str] | None) -> None:
     make_version(registry, 1)
@@ -110,6 +110,28 @@ def test_a_server_that_is_away_is_down_and_the_rest_goes_on(registry: Registry, 
     assert "svc_server_up 0.0" in answer.text
     assert value(answer.text, "svc_registry_version_size_bytes", model="tuned", version="1")
     assert value(answer.text, "svc_training_loss", model="tiny") == 0.25
+
+
+@pytest.mark.parametrize(
+    "page",
+    [(200, "<html>another server</html>"), (401, ""), (403, ""), (404, "not here")],
+    ids=["html", "401", "403", "404"],
+)
+def test_a_server_is_up_and_its_page_unreadable_when_it_answers_without_metrics(
+    registry: Registry, page: tuple[int, str]
+) -> None:
+    with page_of(registry, page) as url:
+        answer = httpx.get(url).text
+    assert value(answer, "svc_server_up") == 1
+    assert value(answer, "svc_server_page_readable") == 0
+
+
+@pytest.mark.parametrize(("page", "readable"), [((200, SERVER_PAGE), 1), (None, 0)], ids=["metrics", "none"])
+def test_a_page_is_readable_only_when_its_metrics_are_there(
+    registry: Registry, page: tuple[int, str] | None, readable: float
+) -> None:
+    with page_of(registry, page) as url:
+        assert value(httpx.get(url).text, "svc_server_page_readable") == readable
 
 
 def test_a_port_in_use_is_told(registry: Registry) -> None:
