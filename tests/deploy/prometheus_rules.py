@@ -13,8 +13,13 @@ _STRING = re.compile(r'"[^"]*"')
 
 def rules(kind: str) -> list[dict[str, Any]]:
     """The rules of a kind, `alert` or `record`, as they stand in rules/*.yml."""
+    return [rule for group in groups() for rule in group["rules"] if kind in rule]
+
+
+def groups() -> list[dict[str, Any]]:
+    """Return the groups of rules/*.yml."""
     files = [yaml.safe_load(path.read_text("utf-8")) for path in sorted(FOLDER.glob("rules/*.yml"))]
-    return [rule for file in files for group in file["groups"] for rule in group["rules"] if kind in rule]
+    return [group for file in files for group in file["groups"]]
 
 
 def cases() -> list[dict[str, Any]]:
@@ -25,7 +30,7 @@ def cases() -> list[dict[str, Any]]:
 
 def metrics(expression: str) -> set[str]:
     """Names of our metrics and of recorded series in an expression, those matched by `__name__` among them."""
-    return set(re.findall(r"(?<![\w:])(?:svc_|job\w*:)[\w:]+", expression))
+    return set(re.findall(r"(?<![\w:])(?:svc_|(?:job|model)\w*:)[\w:]+", expression))
 
 
 def read_by(expression: str) -> set[str]:

@@ -8,8 +8,8 @@ from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.exposition import generate_latest
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 
-from serving.telemetry.metrics import _FIRST_TOKEN_BUCKETS_S
-from tests.deploy.prometheus_rules import grouped_by, matchers, metrics, rules
+from serving.telemetry.metrics import _BETWEEN_TOKENS_BUCKETS_S, _DURATION_BUCKETS_S, _FIRST_TOKEN_BUCKETS_S
+from tests.deploy.prometheus_rules import grouped_by, groups, matchers, metrics, rules, seconds
 from tests.docs.pages import read, rows
 
 PAGE = read("docs/metrics.md")
@@ -81,11 +81,35 @@ def test_a_fault_of_the_server_is_what_is_answered_with_429_or_5xx_but_for_a_key
     assert all(selected == faults for selected in selections)
 
 
+@pytest.mark.parametrize(
+    ("metric", "buckets"),
+    [
+        ("svc_time_to_first_token_seconds_bucket", _FIRST_TOKEN_BUCKETS_S),
+        ("svc_time_between_tokens_seconds_bucket", _BETWEEN_TOKENS_BUCKETS_S),
+        ("svc_request_duration_seconds_bucket", _DURATION_BUCKETS_S),
+    ],
+)
+def test_every_objective_is_a_bucket_of_its_histogram(metric: str, buckets: tuple[float, ...]) -> None:
+    read = [(name, value) for rule in rules("record") for name, label, value in matchers(rule["expr"]) if label == "le"]
+    objectives = {value for name, value in read if name == metric}
+    assert objectives
+    assert objectives <= {str(float(bucket)) for bucket in buckets}
+
+
+@pytest.mark.parametrize("group", ["availability_long", "latency_long"])
+def test_long_windows_are_evaluated_less_often_and_without_gaps(group: str) -> None:
+    (found,) = [one for one in groups() if one["name"] == f"tuneserve_{group}"]
+    assert 60 <= seconds(found["interval"]) < 300
+    assert {rule["record"].rpartition("increase")[2] for rule in found["rules"]} == {"6h", "3d"}
+
+
 @pytest.mark.parametrize("generate", [generate_latest, generate_openmetrics])
 def test_the_latency_objective_is_a_bucket_written_as_the_server_writes_it(generate: Any) -> None:
     registry = CollectorRegistry()
     Histogram("seconds", "As the first token's", buckets=_FIRST_TOKEN_BUCKETS_S, registry=registry)
     written = set(re.findall(r'le="([^"]+)"', generate(registry).decode()))
-    read_by_rules = {value for rule in rules("record") for _, label, value in matchers(rule["expr"]) if label == "le"}
+    first_tokens = [rule for rule in rules("record") if "first_token" in rule["record"]]
+    read_by_rules = {value for rule in first_tokens for _, label, value in matchers(rule["expr"]) if label == "le"}
+    read_by_rules |= {rule["labels"]["le"] for rule in first_tokens if "le" in rule.get("labels", {})}
     assert read_by_rules
     assert read_by_rules <= written
