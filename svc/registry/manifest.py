@@ -115,8 +115,9 @@ class Manifest(_Record):
 
     @property
     def undecided(self) -> tuple[str, ...]:
-        """The gates for which the examples were too few, each as a sentence."""
-        return tuple(str(gate) for gate in self.gates if gate.verdict.outcome is Outcome.UNDECIDED)
+        """The gates for which the examples were too few, each as a sentence; without those that count as failed."""
+        undecided = (str(gate) for gate in self.gates if gate.verdict.outcome is Outcome.UNDECIDED)
+        return tuple(gate for gate in undecided if gate not in self.failed)
 
     @property
     def judged_examples(self) -> int:

@@ -1,6 +1,7 @@
 """The gates of a version: what each allows, what it can detect, and what follows from its verdict."""
 
 from svc.errors import TrainingError
+from svc.evaluation.metrics.metric import Metric, Unit
 from svc.evaluation.verdict import Gate, GateReport, Outcome
 from svc.sample_size import about, examples_needed, say_detectable
 from svc.terminal import console
@@ -42,10 +43,10 @@ def check_gate(report: GateReport, undecided: Undecided) -> None:
     console.print(f"[yellow]{report}[/yellow]", soft_wrap=True)
 
 
-def say_gates(recipe: Recipe, examples: Examples) -> None:
-    """Print, for each gate of the recipe, the smallest loss that its examples detect."""
+def say_gates(recipe: Recipe, examples: Examples, primary: Metric) -> None:
+    """Print, for each gate that limits a share of answers, the smallest loss that its examples detect."""
     limits = recipe.evaluate
-    if {Format.MERGED, Format.GPTQ} <= set(recipe.formats):
+    if {Format.MERGED, Format.GPTQ} <= set(recipe.formats) and primary.unit is Unit.SHARE:
         asked = len(examples.heldout[: limits.limit])
         _say(Gate.GPTQ_LOSS, asked, "held-out examples", limits.max_gptq_loss)
     if examples.questions and limits.max_forgetting is not None and Format.MERGED in recipe.formats:
@@ -53,5 +54,7 @@ def say_gates(recipe: Recipe, examples: Examples) -> None:
 
 
 def _say(gate: Gate, asked: int, counted: str, margin: float) -> None:
+    if margin >= 1:  # limits nothing
+        return
     needed = f", for which about {about(examples_needed(margin))} are needed" if margin > 0 else ""
     console.print(f"  {say_detectable(asked, counted)}; evaluate.{gate} is {margin:g}{needed}", soft_wrap=True)

@@ -157,11 +157,11 @@ class Pipeline:
     def _train(self) -> TrainingSummary:
         check_base(self.base.folder, self.recipe, self.capabilities, self.settings.engine)
         say_number_types(self.capabilities, self.settings.engine, self.recipe.formats)
-        say_gates(self.recipe, self.examples)
         served_length = None
         if {Format.MERGED, Format.GPTQ} & set(self.recipe.formats):
             judge_endpoint(self.recipe.judge)
             self._evaluation.check()
+            say_gates(self.recipe, self.examples, self._evaluation.metrics[0])
             served_length = self._evaluation.context
         from trainer.training.sft import train_model  # torch and TRL with it
 

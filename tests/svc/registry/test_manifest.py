@@ -40,6 +40,7 @@ def test_only_undecided_gates_are_named_as_such(folder: Path) -> None:
     write_manifest(folder, made)
     (undecided,) = read_manifest(folder).undecided
     assert "a loss of up to 0.090 cannot be excluded with 60 examples; about 500 would decide" in undecided
+    assert made.model_copy(update={"failed": (undecided,)}).undecided == ()
 
 
 @pytest.mark.parametrize("base_evaluation", [report(), None], ids=["beside its base", "in the format that is served"])

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -124,6 +125,16 @@ def test_what_the_examples_can_detect_is_told_before_training(
     told = " ".join(capsys.readouterr().err.split())
     assert "7 held-out examples detect a loss of 0.335 or more in four of five samples" in told
     assert "evaluate.max_gptq_loss is 0.05, for which about 320 are needed" in told
+
+
+@pytest.mark.parametrize("evaluate", [{"max_gptq_loss": 1.0}, {"metrics": "perplexity"}])
+def test_nothing_is_told_of_what_the_examples_can_detect_when_no_share_is_limited(
+    make: Make, stages: Stages, capsys: pytest.CaptureFixture[str], evaluate: dict[str, Any]
+) -> None:
+    stages.broken = {Stage.TRAIN}
+    with pytest.raises(InterruptedRunError):
+        make(WORSE_QUANTIZED, evaluate=evaluate).train_version()
+    assert "detect a loss" not in capsys.readouterr().err
 
 
 def test_a_loss_that_the_recipe_allows_becomes_a_version(make: Make) -> None:
