@@ -1,4 +1,6 @@
-"""How many paired examples a loss needs to be detected, and how small a loss a number of examples detects.
+"""How many paired examples a difference needs to be detected, and how small a difference a number of examples detects.
+
+A gate compares a loss with a limit, so the difference is that of the loss to its limit.
 
 Normal approximation for the mean of n paired differences with variance s^2, for a limit of a 95 % interval and a power
 of 0.8 (any textbook; for evaluations: Miller 2024, "Adding Error Bars to Evals", arXiv:2411.00640):
@@ -20,7 +22,7 @@ ASSUMED_CHANGED = 0.1
 
 
 def detectable_loss(examples: int, variance: float = ASSUMED_CHANGED) -> float:
-    """Return the smallest loss that so many examples detect in four of five samples.
+    """Return the smallest difference that so many examples detect in four of five samples.
 
     Args:
         examples: at least 1.
@@ -30,7 +32,7 @@ def detectable_loss(examples: int, variance: float = ASSUMED_CHANGED) -> float:
 
 
 def examples_needed(loss: float, variance: float = ASSUMED_CHANGED) -> int:
-    """Return the number of examples that detect a loss in four of five samples.
+    """Return the number of examples that detect a difference in four of five samples.
 
     Args:
         loss: above 0.
@@ -46,8 +48,8 @@ def about(examples: int) -> str:
 
 
 def say_detectable(examples: int, counted: str = "held-out examples") -> str:
-    """Return a sentence on the smallest loss that so many examples detect, with its assumption."""
+    """Return a sentence on how far from its limit a loss has to be for so many examples to decide."""
     return (
-        f"{examples} {counted} detect a loss of {detectable_loss(examples):.3f} or more "
+        f"{examples} {counted} decide about a loss that is {detectable_loss(examples):.3f} or more from its limit, "
         f"in four of five samples, if {100 * ASSUMED_CHANGED:g} % of the answers change"
     )

@@ -84,7 +84,7 @@ def share_difference(differences: Sequence[float]) -> Interval:
 
     One difference of 1 and one of -1 are added (Bonett and Price 2012, J. Educ. Behav. Stat. 37, for answers that are
     right or wrong). So the interval does not shrink to nothing where no answer changes, as a bootstrap interval does,
-    and leaves out 0 only where at least six answers change in one direction.
+    and of 50 or more examples leaves out 0 only where at least six answers change in one direction.
 
     Raises:
         ValueError: no differences.

@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict
 from svc.evaluation.intervals import Interval
 from svc.sample_size import Z_INTERVAL, about, detectable_loss, examples_needed
 
+_MAX_EXAMPLES = 1_000_000
+"""Nobody asks more."""
 _ROUNDING = 1e-9  # 0.745 - 0.695 is a little more than 0.05 to a computer
 
 
@@ -47,9 +49,10 @@ class Verdict(_Record):
 
     Attributes:
         loss: by how much the second model is worse, with its 95 % interval; below 0, it is better.
-        detectable: the smallest loss that so many examples, scattered as these are, detect in four of five samples.
+        detectable: how far from the margin a loss has to be for so many examples, scattered as these are, to decide
+            in four of five samples.
         examples_to_decide: about so many would decide in four of five samples if the loss stays as it is. None if the
-            outcome is decided, and if the loss is equal to the margin, which no number of examples decides.
+            outcome is decided, and if the loss is so near to the margin that more than a million would be needed.
     """
 
     outcome: Outcome
@@ -83,8 +86,10 @@ class GateReport(_Record):
                 said = f"a loss of {verdict.loss.low:.3f} or more is proven with {counted}"
             case Outcome.UNDECIDED:
                 number = verdict.examples_to_decide
-                decide = f"about {about(number)} would decide" if number else "the loss is equal to the limit"
-                said = f"a loss of up to {verdict.loss.high:.3f} cannot be excluded with {counted}; {decide}"
+                decide = f"about {about(number)} would decide" if number else "the loss is too near to the limit"
+                between = verdict.loss.low <= verdict.margin < verdict.loss.high
+                what = f"a loss of up to {verdict.loss.high:.3f} cannot be excluded with {counted}"
+                said = f"{what if between else f'{counted} are too few'}; {decide}"
         allowed = f"at most {verdict.margin:.3f} ({self.limit})"
         return f"{self.measured}, loss {verdict.loss}, {allowed}: {verdict.outcome}: {said}"
 
@@ -113,7 +118,8 @@ def judge(loss: Interval, margin: float, examples: int, *, fewest: int = 1) -> V
     distance = abs(loss.value - margin)
     more = None
     if outcome is Outcome.UNDECIDED and distance > _ROUNDING:
-        more = max(fewest, examples + 1, examples_needed(distance, variance))
+        needed = max(fewest, examples + 1, examples_needed(distance, variance))
+        more = needed if needed <= _MAX_EXAMPLES else None
     return Verdict(
         outcome=outcome,
         loss=loss,

@@ -44,7 +44,7 @@ def check_gate(report: GateReport, undecided: Undecided) -> None:
 
 
 def say_gates(recipe: Recipe, examples: Examples, primary: Metric) -> None:
-    """Print, for each gate that limits a share of answers, the smallest loss that its examples detect."""
+    """Print for each limit on a share of answers how far from it a loss has to be for its examples to decide."""
     limits = recipe.evaluate
     if {Format.MERGED, Format.GPTQ} <= set(recipe.formats) and primary.unit is Unit.SHARE:
         asked = len(examples.heldout[: limits.limit])
@@ -56,5 +56,5 @@ def say_gates(recipe: Recipe, examples: Examples, primary: Metric) -> None:
 def _say(gate: Gate, asked: int, counted: str, margin: float) -> None:
     if margin >= 1:  # limits nothing
         return
-    needed = f", for which about {about(examples_needed(margin))} are needed" if margin > 0 else ""
+    needed = f": about {about(examples_needed(margin))} pass a version that has lost nothing" if margin > 0 else ""
     console.print(f"  {say_detectable(asked, counted)}; evaluate.{gate} is {margin:g}{needed}", soft_wrap=True)

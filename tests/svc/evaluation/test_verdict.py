@@ -107,7 +107,7 @@ def test_the_number_of_examples_that_would_decide_is_named_only_when_undecided_a
         assert needed is None
         return
     if needed is None:
-        assert verdict.loss.value == pytest.approx(margin)
+        assert verdict.loss.value == pytest.approx(margin, abs=1e-2)  # or more than a million would be needed
         return
     assert needed > counts[2]
     if needed < 10**6:
@@ -144,6 +144,8 @@ def test_nothing_is_decided_when_examples_are_fewer_than_the_interval_needs(valu
     narrow = Interval(value=value, low=value, high=value)
     verdict = judge(narrow, 0.5, 7, fewest=8)
     assert (verdict.outcome, verdict.examples_to_decide) == (Outcome.UNDECIDED, 8)
+    said = str(GateReport(gate=Gate.GPTQ_NLL, measured="GPTQ", limit="evaluate.max_gptq_nll", verdict=verdict))
+    assert said.endswith("undecided: 7 examples are too few; about 8 would decide")
     assert judge(narrow, 0.5, 8, fewest=8).outcome is not Outcome.UNDECIDED
 
 

@@ -123,8 +123,10 @@ def test_what_the_examples_can_detect_is_told_before_training(
     with pytest.raises(InterruptedRunError):
         make(WORSE_QUANTIZED).train_version()
     told = " ".join(capsys.readouterr().err.split())
-    assert "7 held-out examples detect a loss of 0.335 or more in four of five samples" in told
-    assert "evaluate.max_gptq_loss is 0.05, for which about 320 are needed" in told
+    assert (
+        "7 held-out examples decide about a loss that is 0.335 or more from its limit, in four of five samples" in told
+    )
+    assert "evaluate.max_gptq_loss is 0.05: about 320 pass a version that has lost nothing" in told
 
 
 @pytest.mark.parametrize("evaluate", [{"max_gptq_loss": 1.0}, {"metrics": "perplexity"}])
@@ -134,7 +136,7 @@ def test_nothing_is_told_of_what_the_examples_can_detect_when_no_share_is_limite
     stages.broken = {Stage.TRAIN}
     with pytest.raises(InterruptedRunError):
         make(WORSE_QUANTIZED, evaluate=evaluate).train_version()
-    assert "detect a loss" not in capsys.readouterr().err
+    assert "decide about a loss" not in capsys.readouterr().err
 
 
 def test_a_loss_that_the_recipe_allows_becomes_a_version(make: Make) -> None:
