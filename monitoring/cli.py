@@ -129,6 +129,7 @@ def monitor(ctx: click.Context, server: str | None, host: str | None, port: int 
                 settings.monitor.host,
                 settings.monitor.port,
                 checking=settings.monitor.drift_every_s > 0,
+                certificate=settings.serve.tls_certificate,
             )
         )
         if settings.monitor.drift_every_s:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, make_wsgi_app, start_http_server
 from sqlalchemy import Engine as Store
 
+from monitoring.exporter.deadlines import DeadlineMetrics
 from monitoring.exporter.drift import DriftMetrics
 from monitoring.exporter.server_page import ServerPage
 from monitoring.exporter.training import TrainingMetrics
@@ -36,6 +37,7 @@ def exporting(
     port: int,
     *,
     checking: bool = False,
+    certificate: Path | None = None,
 ) -> Iterator[str]:
     """Answers /metrics for the body of the `with`; yields the page's URL.
 
@@ -44,6 +46,7 @@ def exporting(
         find_server: where the server is now; raises ServerNotRunningError.
         port: 0 for any free one.
         checking: somebody checks for drift.
+        certificate: the server's, in PEM; None if it has none.
 
     Raises:
         BusyError: the port is in use.
@@ -55,6 +58,7 @@ def exporting(
         VersionMetrics(registry),
         TrainingMetrics(registry, home),
         DriftMetrics(registry, store, checking=checking),
+        DeadlineMetrics(store, certificate),
     ):
         metrics.register(collector)
     try:

@@ -20,6 +20,7 @@ from svc.registry.training_runs import TrainingRun, find_training_runs
 log = logging.getLogger(__name__)
 
 _RUNNING, _STARTED = "svc_training_running", "svc_training_started_timestamp_seconds"
+_WRITTEN = "svc_training_written_timestamp_seconds"
 _REPORTED = {
     "svc_training_loss": LOSS,
     "svc_training_heldout_loss": HELDOUT_LOSS,
@@ -29,6 +30,7 @@ _REPORTED = {
 _GAUGES = {
     _RUNNING: "1 while a run of the name is worked on, in any stage",
     _STARTED: "When the newest run was started",
+    _WRITTEN: "When a run that is worked on last wrote a file",
     "svc_training_loss": "Newest loss of the newest run, nats a token",
     "svc_training_heldout_loss": "Newest held-out loss of the newest run, nats an answer token",
     "svc_training_epoch": "Epochs done in the newest run",
@@ -61,6 +63,9 @@ class TrainingMetrics(Collector):
             names = {run.name for run in running}
             for name in sorted({*figures, *(run.name for run in runs)}):
                 families[_RUNNING].add_metric([name], float(name in names))
+            for name in sorted(names):
+                written = max(run.written_at or 0.0 for run in running if run.name == name)
+                families[_WRITTEN].add_metric([name], written)
         for name, newest in figures.items():
             families[_STARTED].add_metric([name], newest.started_at.timestamp())
             for family, metric in _REPORTED.items():

@@ -8,7 +8,8 @@ than its process lives. Knows nothing of stages, and nothing of runs in other ho
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from svc.files.json_file import read_json_object
@@ -27,11 +28,13 @@ class TrainingRun:
         name: of the model.
         running: a process works on it.
         tracking_run: its run in MLflow; None before it has one, and of a run that nobody works on.
+        written_at: when a file of its folder was last written, seconds since 1970; None for a run that nobody works on.
     """
 
     name: str
     running: bool
     tracking_run: str | None = None
+    written_at: float | None = field(default=None, compare=False)
 
 
 def find_training_runs(home: Path) -> Iterator[TrainingRun]:
@@ -47,4 +50,13 @@ def find_training_runs(home: Path) -> Iterator[TrainingRun]:
             continue
         running = is_locked(lock)
         tracked = read_json_object(lock.with_name(_TRACKING_FILE), default={}) if running else {}
-        yield TrainingRun(name, running, tracked.get("run_id"))
+        yield TrainingRun(name, running, tracked.get("run_id"), _written_at(lock.parent) if running else None)
+
+
+def _written_at(folder: Path) -> float:
+    """Return when a file below a folder was last written; files that are removed meanwhile are skipped."""
+    times = [folder.stat().st_mtime]
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):
+            times.append(path.lstat().st_mtime)
+    return max(times)

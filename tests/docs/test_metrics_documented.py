@@ -12,6 +12,7 @@ from monitoring.drift.features.answer import AnswerFeature
 from monitoring.drift.features.prompt import PromptFeature
 from monitoring.drift.signals import CLASSIFIER, RatingFeature
 from monitoring.drift.two_sample.alpha_spending import Signal
+from monitoring.exporter.deadlines import DeadlineMetrics
 from monitoring.exporter.drift import DriftMetrics
 from monitoring.exporter.server_page import ServerPage
 from monitoring.exporter.training import TrainingMetrics
@@ -52,6 +53,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, s
     registry.register(VersionMetrics(versions))
     registry.register(TrainingMetrics(versions, home))
     registry.register(DriftMetrics(versions, new_store(home)))
+    registry.register(DeadlineMetrics(new_store(home), None))
     found = {}
     for collector in list(registry._collector_to_names):
         for family in collector.collect():

@@ -230,6 +230,10 @@ def test_every_recording_rule_has_data(watched: Watched, rule: dict[str, Any]) -
     assert watched.ask(rule["record"]), "Prometheus has not recorded it"
 
 
+NOT_HERE = re.compile(r"svc_(certificate|key|backup)_|svc_training_|DCGM_")
+"""Series that this server has not: a certificate, keys, a backup, a training run, a GPU."""
+
+
 @pytest.mark.parametrize("rule", rules("alert"), ids=lambda rule: rule["alert"])
 def test_every_alert_looks_at_data(watched: Watched, rule: dict[str, Any]) -> None:
     """With `bool`, a comparison that is false gives 0 and not nothing: what stays empty had nothing to compare.
@@ -238,7 +242,7 @@ def test_every_alert_looks_at_data(watched: Watched, rule: dict[str, Any]) -> No
     """
     expression, comparisons = _COMPARISON.subn(r" \1 bool ", re.sub(r"\bunless\b", "or", rule["expr"]))
     assert comparisons > 0
-    assert watched.ask(expression), expression
+    assert watched.ask(expression) or NOT_HERE.search(expression), expression
 
 
 def test_no_rule_failed(watched: Watched) -> None:

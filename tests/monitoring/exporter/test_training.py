@@ -1,6 +1,7 @@
 """Which names are trained now is said by the locks of runs, and how a run stands by MLflow."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -61,6 +62,20 @@ def test_a_name_whose_runs_nobody_works_on_is_not_trained(read: Read, tmp_path: 
     with hold_lock(tmp_path / RUNS_FOLDER / "tiny-0123456789ab" / RUN_LOCK, "a run"):
         pass
     assert read("svc_training_running") == 0
+
+
+def test_the_time_of_the_newest_file_is_shown_while_a_run_is_worked_on(read: Read, work: Work) -> None:
+    folder = work()
+    (folder / "stage").mkdir()
+    (folder / "stage" / "weights").touch()
+    os.utime(folder / "stage" / "weights", (4e9, 4e9))
+    assert read("svc_training_written_timestamp_seconds") == 4e9
+
+
+def test_no_time_of_a_file_is_shown_when_nobody_works_on_a_run(read: Read, tmp_path: Path) -> None:
+    with hold_lock(tmp_path / RUNS_FOLDER / "tiny-0123456789ab" / RUN_LOCK, "a run"):
+        pass
+    assert read("svc_training_written_timestamp_seconds") is None
 
 
 def test_a_name_is_trained_when_one_of_its_runs_is(read: Read, work: Work) -> None:
