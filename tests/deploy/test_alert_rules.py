@@ -14,6 +14,7 @@ from tests.docs.pages import ROOT, read
 PROMTOOL = ROOT / ".venv" / "prometheus" / "bin" / "promtool"
 ALERTS = {rule["alert"]: rule for rule in rules("alert")}
 HEADINGS = set(re.findall(r"^### (\w+)$", read("docs/runbook.md").partition("\n## Alerts\n")[2], re.MULTILINE))
+RUNBOOK = "{{ with $externalLabels.runbook }}{{ . }}{{ else }}file:///opt/tuneserve/docs/runbook.md{{ end }}"
 COMPARISON = re.compile(r"[=!<>]=|[<>]")
 # A vector, the operator, a number: `bool` can be inserted after the operator, and the expression stays one.
 PLAIN_COMPARISON = re.compile(r"[\w)}\]] ([=!<>]=|[<>]) \d+(\.\d+)?(?=\s|$)")
@@ -92,7 +93,7 @@ def test_an_alert_says_how_urgent_it_is_what_it_means_and_what_to_do(alert: str)
     rule = ALERTS[alert]
     assert rule["labels"]["severity"] in {"page", "ticket"}
     assert set(rule["annotations"]) == {"summary", "description", "runbook_url"}
-    assert rule["annotations"]["runbook_url"] == f"docs/runbook.md#{alert.lower()}"
+    assert rule["annotations"]["runbook_url"] == f"{RUNBOOK}#{alert.lower()}"
 
 
 @pytest.mark.parametrize("alert", ALERTS)

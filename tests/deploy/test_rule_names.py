@@ -18,7 +18,7 @@ EXPORTED = {
     for name, kind, labels in re.findall(r"^\| `(svc_\w+)` \| (\w+) \|([\w, ]*)\|", PAGE, re.MULTILINE)
 }
 RECORDED = {rule["record"] for rule in rules("record")}
-SCRAPED = {"job", "instance"}  # what Prometheus itself adds
+SCRAPED = {"job", "namespace", "instance"}  # what Prometheus itself adds
 ENGINE = {"model", "version", "replica"}  # what the server adds to vLLM's own metrics
 RULES = [pytest.param(rule, id=rule.get("alert") or rule["record"]) for rule in rules("alert") + rules("record")]
 
@@ -59,6 +59,12 @@ def test_an_alert_on_what_each_model_has_names_the_model(rule: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("rule", RULES)
+def test_a_rule_that_adds_up_keeps_job_and_namespace(rule: dict[str, Any]) -> None:
+    kept = [set(re.split(r", ?", labels)) for labels in re.findall(r"\bby \(([^)]*)\)", rule["expr"])]
+    assert not [labels for labels in kept if not {"job", "namespace"} <= labels]
+
+
+@pytest.mark.parametrize("rule", RULES)
 def test_every_value_that_a_rule_selects_is_documented(rule: dict[str, Any]) -> None:
     values = re.findall(r"`(\w+)`", PAGE)
     selected = [text for _, label, text in matchers(rule["expr"]) if label not in SCRAPED | {"le"}]
@@ -73,7 +79,7 @@ def test_a_fault_of_the_server_is_what_is_answered_with_429_or_5xx_but_for_a_key
     selections = [
         {reason for reason in reasons if re.fullmatch(pattern, reason)}
         for rule in rules("record")
-        if rule["record"].startswith("job_model:svc_request_faults:")
+        if rule["record"].startswith("job_namespace_model:svc_request_faults:")
         for _, label, pattern in matchers(rule["expr"])
         if label == "reason"
     ]
