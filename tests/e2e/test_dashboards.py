@@ -40,7 +40,8 @@ HELDOUT = ROOT / "examples" / "debian-triage" / "heldout.jsonl"
 RATED = 115
 """Without a version before, the first 100 ratings are what later ones are compared with, in windows of ten and more."""
 JUDGED = heldout_set(fingerprint(read_examples(HELDOUT)[:HELDOUT_EXAMPLES]), HELDOUT_EXAMPLES)
-VARIABLES = {"model": "tiny", "version_a": "1", "version_b": "2", "heldout": JUDGED, "datasource": "prometheus"}
+WHERE = {"job": ".*", "namespace": ".*", "instance": ".*"}
+VARIABLES = WHERE | {"model": "tiny", "version_a": "1", "version_b": "2", "heldout": JUDGED, "datasource": "prometheus"}
 # Rates over all that happens here: on a slow machine the streams are minutes before the last panel is looked at.
 PANELS = panel_queries(DASHBOARDS, VARIABLES, rate_interval="15m", shown="15m")
 _COMPARISON = re.compile(r" (==|!=|>=|<=|>|<) (?=[\d.])")

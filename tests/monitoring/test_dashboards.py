@@ -31,7 +31,10 @@ PANELS = [
     for panel in dashboard["panels"]
     if panel["type"] != "row"
 ]
-QUERIES = panel_queries(FOLDER, {"model": "tiny", "version_a": "1", "version_b": "2", "heldout": "0123456789ab:4"})
+WHERE = {"job": ".*", "namespace": ".*", "instance": ".*"}
+QUERIES = panel_queries(
+    FOLDER, {**WHERE, "model": "tiny", "version_a": "1", "version_b": "2", "heldout": "0123456789ab:4"}
+)
 DATASOURCES = [{"type": "prometheus", "uid": uid} for uid in ("$datasource", "${datasource}")]
 METRIC = re.compile(r"(?<![\w:])(?:svc|vllm|process)[_:]\w+")
 SUFFIX = re.compile(r"_(bucket|sum|count)$")
@@ -154,6 +157,19 @@ def _model_faults(panel: dict[str, Any]) -> Iterator[str]:
 
 def test_lines_are_of_one_chosen_model_each_when_a_metric_has_models() -> None:
     faults = [f"{title}: {fault}" for title, panel in PANELS for fault in _model_faults(panel)]
+    assert not faults, "\n".join(faults)
+
+
+def test_every_query_is_of_the_chosen_job_and_namespace() -> None:
+    selector = re.compile(r"(?<![\w:\"])((?:svc|vllm|process)[_:]\w+|job_namespace[\w:]+)(\{[^}]*\})?(?![\w(])")
+    chosen = 'job=~"$job", namespace=~"$namespace"'
+    faults = [
+        f"{title}: {name} of every namespace"
+        for title, panel in PANELS
+        for target in panel["targets"]
+        for name, labels in selector.findall(target["expr"])
+        if chosen not in labels
+    ]
     assert not faults, "\n".join(faults)
 
 

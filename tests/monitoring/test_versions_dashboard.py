@@ -16,7 +16,15 @@ PROMTOOL = ROOT / ".venv" / "prometheus" / "bin" / "promtool"
 CHOSEN, OTHER = "0123456789ab:4", "fedcba987654:4"
 QUERIES = panel_queries(
     ROOT / "monitoring" / "dashboards",
-    {"model": "tiny", "version_a": "1", "version_b": "2", "heldout": CHOSEN},
+    {
+        "job": ".*",
+        "namespace": ".*",
+        "instance": ".*",
+        "model": "tiny",
+        "version_a": "1",
+        "version_b": "2",
+        "heldout": CHOSEN,
+    },
 )
 HOUR = 60  # samples, one a minute
 
