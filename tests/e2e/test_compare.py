@@ -38,7 +38,7 @@ def test_an_endpoint_elsewhere_gives_the_answers_that_the_version_gave(server: S
     assert "perplexity is left out" in said.stdout
     compared = svc_json(server.home, "compare", "tiny@1", endpoint, "--limit", "6")
     assert [row["a"]["answer"] for row in compared["answers"]] == [row["b"]["answer"] for row in compared["answers"]]
-    assert compared["verdict"] == "undecided"
+    assert compared["direction"] == "undecided"
 
 
 def test_a_version_says_what_was_forgotten(home: Path) -> None:
