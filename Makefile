@@ -11,6 +11,8 @@ BIN := .venv/bin
 READY := .venv/.ready
 # The tests check the alert rules with it; serving needs none.
 PROMETHEUS := .venv/prometheus/.ready
+# The tests check its configuration with it; without it they are skipped.
+ALERTMANAGER := .venv/alertmanager/.ready
 # Real tokenizers for the families' tests; without npm these take others.
 TOKENIZERS := .venv/tokenizers/.ready
 # What the gateway is measured beside; nothing else needs it.
@@ -31,6 +33,9 @@ $(READY): pyproject.toml deploy/install.sh deploy/trim.sh $(wildcard deploy/cons
 $(PROMETHEUS): deploy/prometheus/install.sh | $(READY)
 	@bash $<
 	@touch $@
+
+$(ALERTMANAGER): tests/deploy/fetch_alertmanager.sh | $(READY)
+	@bash $<
 
 $(TOKENIZERS): tests/hub_models/fetch_tokenizers.sh | $(READY)
 	@bash $<
@@ -55,7 +60,7 @@ test-fast: $(READY) $(PROMETHEUS)
 	$(BIN)/pytest -m "not slow and not matrix and not soak" --hypothesis-profile=quick --ignore tests/e2e -n $(WORKERS) --dist worksteal
 
 # An engine takes all processors, so those with engines come one after the other.
-test: $(READY) $(PROMETHEUS)
+test: $(READY) $(PROMETHEUS) $(ALERTMANAGER)
 	$(BIN)/pytest -m "not matrix and not soak" --ignore tests/e2e -n auto --dist loadfile
 	$(BIN)/pytest -m "not matrix and not soak" tests/e2e
 

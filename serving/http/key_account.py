@@ -10,10 +10,10 @@ from serving.protocols.wire_formats import Usage
 from serving.telemetry.metrics import UNKNOWN_MODEL, GatewayMetrics
 from svc.access.usage_meter import UsageMeter
 from svc.identity.principal import Principal
-from svc.store.requests import Outcome
+from svc.store.requests import RequestOutcome
 from svc.version import Target
 
-_LEFT = (Outcome.CLIENT_GONE, Outcome.CLIENT_SLOW)
+_LEFT = (RequestOutcome.CLIENT_GONE, RequestOutcome.CLIENT_SLOW)
 
 
 class KeyAccount:

@@ -17,7 +17,7 @@ _MAX_EXAMPLES = 1_000_000
 _ROUNDING = 1e-9  # 0.745 - 0.695 is a little more than 0.05 to a computer
 
 
-class Outcome(StrEnum):
+class GateOutcome(StrEnum):
     """What the interval of a loss says about a margin."""
 
     PASSED = "passed"
@@ -55,7 +55,7 @@ class Verdict(_Record):
             outcome is decided, and if the loss is so near to the margin that more than a million would be needed.
     """
 
-    outcome: Outcome
+    outcome: GateOutcome
     loss: Interval
     margin: float
     examples: int
@@ -80,11 +80,11 @@ class GateReport(_Record):
         verdict = self.verdict
         counted = f"{verdict.examples} {self.gate.counted}"
         match verdict.outcome:
-            case Outcome.PASSED:
+            case GateOutcome.PASSED:
                 said = f"a larger loss is excluded with {counted}"
-            case Outcome.FAILED:
+            case GateOutcome.FAILED:
                 said = f"a loss of {verdict.loss.low:.3f} or more is proven with {counted}"
-            case Outcome.UNDECIDED:
+            case GateOutcome.UNDECIDED:
                 number = verdict.examples_to_decide
                 decide = f"about {about(number)} would decide" if number else "the loss is too near to the limit"
                 between = verdict.loss.low <= verdict.margin < verdict.loss.high
@@ -107,17 +107,17 @@ def judge(loss: Interval, margin: float, examples: int, *, fewest: int = 1) -> V
         fewest: fewer examples decide nothing: a bootstrap interval of very few is too narrow.
     """
     if examples < fewest:
-        outcome = Outcome.UNDECIDED
+        outcome = GateOutcome.UNDECIDED
     elif loss.low > margin + _ROUNDING:
-        outcome = Outcome.FAILED
+        outcome = GateOutcome.FAILED
     elif loss.high <= margin + _ROUNDING:
-        outcome = Outcome.PASSED
+        outcome = GateOutcome.PASSED
     else:
-        outcome = Outcome.UNDECIDED
+        outcome = GateOutcome.UNDECIDED
     variance = examples * ((loss.high - loss.low) / (2 * Z_INTERVAL)) ** 2
     distance = abs(loss.value - margin)
     more = None
-    if outcome is Outcome.UNDECIDED and distance > _ROUNDING:
+    if outcome is GateOutcome.UNDECIDED and distance > _ROUNDING:
         needed = max(fewest, examples + 1, examples_needed(distance, variance))
         more = needed if needed <= _MAX_EXAMPLES else None
     return Verdict(

@@ -13,7 +13,7 @@ from svc.evaluation.evaluator import EvaluationReport
 from svc.evaluation.finding import Finding
 from svc.evaluation.forgetting import Forgetting
 from svc.evaluation.judge import JudgeReport
-from svc.evaluation.verdict import GateReport, Outcome
+from svc.evaluation.verdict import GateOutcome, GateReport
 from svc.files.disk import write_whole
 from svc.files.json_file import read_record
 from svc.registry.files import FileRecord
@@ -116,7 +116,7 @@ class Manifest(_Record):
     @property
     def undecided(self) -> tuple[str, ...]:
         """The gates for which the examples were too few, each as a sentence; without those that count as failed."""
-        undecided = (str(gate) for gate in self.gates if gate.verdict.outcome is Outcome.UNDECIDED)
+        undecided = (str(gate) for gate in self.gates if gate.verdict.outcome is GateOutcome.UNDECIDED)
         return tuple(gate for gate in undecided if gate not in self.failed)
 
     @property

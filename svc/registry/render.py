@@ -8,7 +8,7 @@ from rich.table import Table
 
 from svc.evaluation.forgetting import Forgetting
 from svc.evaluation.judge import JudgeReport
-from svc.evaluation.verdict import Outcome
+from svc.evaluation.verdict import GateOutcome
 from svc.registry.manifest import FormatRecord, Manifest
 from svc.registry.parity import ParityReport
 from svc.terminal import output
@@ -32,7 +32,7 @@ def print_version(manifest: Manifest, folder: Path) -> None:
         output.print(f"[red]cannot be promoted, it failed a check:[/red] {failure}")
     for gate in manifest.gates:
         if str(gate) not in manifest.failed:
-            style = "yellow" if gate.verdict.outcome is Outcome.UNDECIDED else None
+            style = "yellow" if gate.verdict.outcome is GateOutcome.UNDECIDED else None
             output.print(str(gate), style=style, markup=False, soft_wrap=True)
     for finding in manifest.findings:
         output.print(f"\n[yellow]{finding.kind.words}:[/yellow] {escape(finding.what)}")

@@ -20,7 +20,7 @@ _KEPT_SHARE = 0.9  # of the size limit after a pruning, so that not each one has
 _DELETED_TOGETHER = 2_000  # rows in one transaction: no other writer waits long for it
 
 
-class Outcome(StrEnum):
+class RequestOutcome(StrEnum):
     """How a request ended: a stream that broke has the status 200 and is no good answer."""
 
     COMPLETE = "complete"
@@ -75,7 +75,7 @@ class RequestRecord(NamedTuple):
     format: Format | None
     route: str
     status: int
-    outcome: Outcome
+    outcome: RequestOutcome
     seconds: float
     key_id: str | None = None
     reason: str | None = None

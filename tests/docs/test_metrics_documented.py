@@ -30,7 +30,7 @@ from svc.remote.server_url import ServerAddress
 from svc.settings import EngineSettings, Settings
 from svc.store.feedback import Rating
 from svc.store.holdouts import HoldoutOutcome
-from svc.store.requests import Dropped, Outcome
+from svc.store.requests import Dropped, RequestOutcome
 from svc.store.swaps import SwapOutcome
 from svc.version import Format
 from tests.new_store import new_store
@@ -94,7 +94,7 @@ def test_every_reason_is_explained() -> None:
 
 
 CLOSED: dict[str, set[str]] = {
-    "outcome": {*Outcome, *SwapOutcome, *HoldoutOutcome},
+    "outcome": {*RequestOutcome, *SwapOutcome, *HoldoutOutcome},
     "state": set(EngineState),
     "format": {*Format, BASE},
     "fault": set(KeyFault),

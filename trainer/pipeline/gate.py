@@ -2,7 +2,7 @@
 
 from svc.errors import TrainingError
 from svc.evaluation.metrics.metric import Metric, Unit
-from svc.evaluation.verdict import Gate, GateReport, Outcome
+from svc.evaluation.verdict import Gate, GateOutcome, GateReport
 from svc.sample_size import about, examples_needed, say_detectable
 from svc.terminal import console
 from svc.version import Format
@@ -28,10 +28,10 @@ def check_gate(report: GateReport, undecided: Undecided) -> None:
         TrainingError: the gate failed, or is undecided and the recipe rejects that.
     """
     outcome, allowed = report.verdict.outcome, f"at most {report.verdict.margin:.3f} ({report.limit})"
-    if outcome is Outcome.FAILED:
+    if outcome is GateOutcome.FAILED:
         todo = _TRAIN_LESS if report.gate is Gate.FORGETTING else _QUANTIZE_BETTER
         raise TrainingError(str(report), expected=allowed, todo=todo)
-    if outcome is not Outcome.UNDECIDED:
+    if outcome is not GateOutcome.UNDECIDED:
         return
     if undecided is Undecided.FAIL:
         more = _ASK_MORE if report.gate is Gate.FORGETTING else _HOLD_OUT_MORE

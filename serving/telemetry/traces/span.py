@@ -13,11 +13,11 @@ from opentelemetry.util.types import AttributeValue
 from serving.protocols.route import Route
 from serving.telemetry.traces.messages import input_messages, output_messages
 from serving.telemetry.traces.request_trace import RequestTrace
-from svc.store.requests import Outcome, RequestRecord
+from svc.store.requests import RequestOutcome, RequestRecord
 
 PROVIDER = "vllm"
 CONTENT = INPUT_MESSAGES, OUTPUT_MESSAGES = "gen_ai.input.messages", "gen_ai.output.messages"
-_SERVER_FAULTS = frozenset({Outcome.ENGINE_ERROR, Outcome.SERVER_ERROR})
+_SERVER_FAULTS = frozenset({RequestOutcome.ENGINE_ERROR, RequestOutcome.SERVER_ERROR})
 
 
 def operation(record: RequestRecord) -> str:
@@ -40,7 +40,7 @@ def span_status(record: RequestRecord) -> Status:
 def span_attributes(trace: RequestTrace, record: RequestRecord) -> dict[str, AttributeValue]:
     """Return all that is known of a request."""
     # To a client that left before its answer began, no status was sent.
-    sent = record.outcome is not Outcome.CLIENT_GONE or record.status == HTTPStatus.OK
+    sent = record.outcome is not RequestOutcome.CLIENT_GONE or record.status == HTTPStatus.OK
     found: dict[str, AttributeValue | None] = {
         "gen_ai.operation.name": operation(record),
         "gen_ai.provider.name": PROVIDER,

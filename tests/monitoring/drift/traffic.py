@@ -20,7 +20,7 @@ from svc.registry.files import record_files
 from svc.registry.manifest import FormatRecord, write_manifest
 from svc.registry.registry import HELDOUT_FILE, REFERENCE_FOLDER, Registry, results_file
 from svc.store.feedback import Feedback, Rating, keep_feedback
-from svc.store.requests import Outcome, RequestRecord, add_requests
+from svc.store.requests import RequestOutcome, RequestRecord, add_requests
 from svc.store.tables import FeedbackRow, RequestRow
 from svc.version import Format, Target, VersionId
 from tests.docs.pages import ROOT
@@ -169,7 +169,7 @@ class Traffic:
                     format=Format.GPTQ,
                     route="/v1/chat/completions",
                     status=200,
-                    outcome=Outcome.COMPLETE,
+                    outcome=RequestOutcome.COMPLETE,
                     seconds=0.1,
                     finish_reason=finish_reason,
                     tokens_out=tokens,

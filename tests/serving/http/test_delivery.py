@@ -1,7 +1,7 @@
 """What is given to a delivery reaches the connection whole and in order, whether or not that takes it at once."""
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -24,8 +24,8 @@ class Client:
             sender waiting for a turn of the loop.
     """
 
-    def __init__(self, writable: Iterator[bool] = iter(())) -> None:  # noqa: B008 - it is empty
-        self._answers = writable
+    def __init__(self, writable: Iterable[bool] = ()) -> None:
+        self._answers = iter(writable)
         self._writable = True
         self.messages: list[Message] = []
 
@@ -59,7 +59,7 @@ SIZES = st.sampled_from([1, 10, PART_BYTES, PART_BYTES + 1])
 @given(st.lists(SIZES, min_size=1, max_size=8), st.lists(st.booleans(), max_size=12))
 def test_a_stream_comes_whole_and_in_order(sizes: Sequence[int], writable: Sequence[bool]) -> None:
     async def pass_on() -> None:
-        connection = Client(iter(writable))
+        connection = Client(writable)
         buffers = AnswerBuffers(max_bytes=4 * PART_BYTES, max_answer_bytes=3 * PART_BYTES)
         events = [bytes([number]) * size for number, size in enumerate(sizes)]
         async with delivery(connection, buffers) as given:
@@ -79,7 +79,7 @@ def test_a_stream_comes_whole_and_in_order(sizes: Sequence[int], writable: Seque
 @pytest.mark.parametrize("writable", [True, False])
 @pytest.mark.parametrize("size", [10, PART_BYTES + 1])
 async def test_a_whole_answer_comes_whole(buffers: AnswerBuffers, size: int, writable: bool) -> None:
-    connection = Client(iter([writable] * 9))
+    connection = Client([writable] * 9)
     async with delivery(connection, buffers) as given:
         given.reserve(size)
         given.start(HEADERS)
@@ -95,7 +95,7 @@ async def test_a_whole_answer_comes_whole(buffers: AnswerBuffers, size: int, wri
 async def test_nothing_is_pending_when_an_answer_became_shorter_than_what_was_reserved(
     buffers: AnswerBuffers, writable: bool
 ) -> None:
-    connection = Client(iter([writable] * 9))
+    connection = Client([writable] * 9)
     async with delivery(connection, buffers) as given:
         given.reserve(PART_BYTES + 9)
         given.give_back(4)
@@ -114,7 +114,7 @@ async def test_a_connection_that_takes_what_comes_gets_it_at_once(buffers: Answe
 
 
 async def test_what_comes_behind_something_that_waits_waits_too(buffers: AnswerBuffers) -> None:
-    connection = Client(iter([False]))
+    connection = Client([False])
     async with delivery(connection, buffers) as given:
         given.start(HEADERS)
         await given.put_event(b"one")
@@ -248,7 +248,7 @@ async def test_what_waits_for_a_slow_client_is_sent_when_the_stream_breaks(buffe
             await asyncio.sleep(0.01)
             self.messages.append(message)
 
-    client = SlowClient(iter([True, False, False, False, False, False, False, False]))
+    client = SlowClient([True, *[False] * 7])
     given = delivery(client, buffers)
 
     async def broken() -> None:

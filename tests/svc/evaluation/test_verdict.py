@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from svc.evaluation.intervals import Interval, share_difference
-from svc.evaluation.verdict import Gate, GateReport, Outcome, judge
+from svc.evaluation.verdict import Gate, GateOutcome, GateReport, judge
 
 MARGINS = st.floats(0, 1)
 
@@ -23,7 +23,7 @@ def loss_of(lost: int, gained: int, examples: int) -> Interval:
     return share_difference([1.0] * lost + [-1.0] * gained + [0.0] * (examples - lost - gained))
 
 
-def outcome(lost: int, gained: int, examples: int, margin: float) -> Outcome:
+def outcome(lost: int, gained: int, examples: int, margin: float) -> GateOutcome:
     return judge(loss_of(lost, gained, examples), margin, examples).outcome
 
 
@@ -58,7 +58,7 @@ def test_a_version_worse_than_the_margin_passes_no_more_than_one_time_in_ten(tru
     passed = sum(
         count
         for hits, count in zip(seen, counts, strict=True)
-        if outcome(int(hits), 0, examples, true_loss - 1e-6) is Outcome.PASSED
+        if outcome(int(hits), 0, examples, true_loss - 1e-6) is GateOutcome.PASSED
     )
     assert passed / 2000 <= 0.1
 
@@ -67,7 +67,7 @@ def test_a_version_worse_than_the_margin_passes_no_more_than_one_time_in_ten(tru
 def test_a_wider_margin_never_turns_passed_into_another_outcome(
     counts: tuple[int, int, int], margin: float, other: float
 ) -> None:
-    order = [Outcome.FAILED, Outcome.UNDECIDED, Outcome.PASSED]
+    order = [GateOutcome.FAILED, GateOutcome.UNDECIDED, GateOutcome.PASSED]
     narrow, wide = (order.index(outcome(*counts, limit)) for limit in sorted((margin, other)))
     assert narrow <= wide
 
@@ -79,7 +79,7 @@ def test_more_examples_with_the_same_shares_keep_a_decision(
     lost, gained, examples = counts
     few = outcome(*counts, margin)
     many = outcome(lost * times, gained * times, examples * times, margin)
-    assert many is few or few is Outcome.UNDECIDED
+    assert many is few or few is GateOutcome.UNDECIDED
 
 
 @given(st.integers(1, 10_000), st.integers(1, 100))
@@ -93,8 +93,8 @@ def test_more_examples_detect_a_smaller_loss_when_no_answer_changes(examples: in
 def test_passed_and_failed_exclude_each_other(counts: tuple[int, int, int], margin: float) -> None:
     loss = loss_of(*counts)
     verdict = judge(loss, margin, counts[2])
-    assert (verdict.outcome is Outcome.PASSED) == (loss.high <= margin + 1e-9)
-    assert (verdict.outcome is Outcome.FAILED) == (loss.low > margin + 1e-9)
+    assert (verdict.outcome is GateOutcome.PASSED) == (loss.high <= margin + 1e-9)
+    assert (verdict.outcome is GateOutcome.FAILED) == (loss.low > margin + 1e-9)
 
 
 @given(changed(), MARGINS)
@@ -103,7 +103,7 @@ def test_the_number_of_examples_that_would_decide_is_named_only_when_undecided_a
 ) -> None:
     verdict = judge(loss_of(*counts), margin, counts[2])
     needed = verdict.examples_to_decide
-    if verdict.outcome is not Outcome.UNDECIDED:
+    if verdict.outcome is not GateOutcome.UNDECIDED:
         assert needed is None
         return
     if needed is None:
@@ -113,45 +113,45 @@ def test_the_number_of_examples_that_would_decide_is_named_only_when_undecided_a
     if needed < 10**6:
         half = (verdict.loss.high - verdict.loss.low) / 2 * (counts[2] / needed) ** 0.5
         wider = Interval(value=verdict.loss.value, low=verdict.loss.value - half, high=verdict.loss.value + half)
-        assert judge(wider, margin, needed).outcome is not Outcome.UNDECIDED
+        assert judge(wider, margin, needed).outcome is not GateOutcome.UNDECIDED
 
 
 def test_12_of_27_known_answers_lost_are_not_passed_with_60_questions_and_a_margin_of_a_tenth() -> None:
-    assert outcome(12, 0, 60, 0.1) is Outcome.UNDECIDED
+    assert outcome(12, 0, 60, 0.1) is GateOutcome.UNDECIDED
 
 
 def test_a_loss_of_13_percent_of_30_examples_is_not_passed_with_a_margin_of_a_twentieth() -> None:
-    assert outcome(4, 0, 30, 0.05) is Outcome.UNDECIDED
+    assert outcome(4, 0, 30, 0.05) is GateOutcome.UNDECIDED
 
 
 def test_a_loss_of_three_points_of_200_examples_is_undecided_with_a_margin_of_a_twentieth() -> None:
-    assert outcome(10, 4, 200, 0.05) is Outcome.UNDECIDED
+    assert outcome(10, 4, 200, 0.05) is GateOutcome.UNDECIDED
 
 
 @pytest.mark.parametrize(
-    ("examples", "wanted"), [(30, Outcome.UNDECIDED), (60, Outcome.PASSED), (2, Outcome.UNDECIDED)]
+    ("examples", "wanted"), [(30, GateOutcome.UNDECIDED), (60, GateOutcome.PASSED), (2, GateOutcome.UNDECIDED)]
 )
-def test_no_changed_answer_passes_only_when_the_examples_are_many(examples: int, wanted: Outcome) -> None:
+def test_no_changed_answer_passes_only_when_the_examples_are_many(examples: int, wanted: GateOutcome) -> None:
     assert outcome(0, 0, examples, 0.05) is wanted
 
 
 def test_a_margin_of_all_answers_is_always_passed() -> None:
-    assert outcome(2, 0, 2, 1.0) is Outcome.PASSED
+    assert outcome(2, 0, 2, 1.0) is GateOutcome.PASSED
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_nothing_is_decided_when_examples_are_fewer_than_the_interval_needs(value: float) -> None:
     narrow = Interval(value=value, low=value, high=value)
     verdict = judge(narrow, 0.5, 7, fewest=8)
-    assert (verdict.outcome, verdict.examples_to_decide) == (Outcome.UNDECIDED, 8)
+    assert (verdict.outcome, verdict.examples_to_decide) == (GateOutcome.UNDECIDED, 8)
     said = str(GateReport(gate=Gate.GPTQ_NLL, measured="GPTQ", limit="evaluate.max_gptq_nll", verdict=verdict))
     assert said.endswith("undecided: 7 examples are too few; about 8 would decide")
-    assert judge(narrow, 0.5, 8, fewest=8).outcome is not Outcome.UNDECIDED
+    assert judge(narrow, 0.5, 8, fewest=8).outcome is not GateOutcome.UNDECIDED
 
 
 def test_no_number_of_examples_is_named_when_the_loss_is_equal_to_the_margin() -> None:
     verdict = judge(Interval(value=0.1, low=0.0, high=0.2), 0.1, 60)
-    assert (verdict.outcome, verdict.examples_to_decide) == (Outcome.UNDECIDED, None)
+    assert (verdict.outcome, verdict.examples_to_decide) == (GateOutcome.UNDECIDED, None)
 
 
 def report(loss: Interval, margin: float, gate: Gate = Gate.FORGETTING) -> str:

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from svc.store import requests
 from svc.store.feedback import Feedback, Rating, keep_feedback
-from svc.store.requests import Outcome, Pruned, RequestRecord, add_requests, prune_requests
+from svc.store.requests import Pruned, RequestOutcome, RequestRecord, add_requests, prune_requests
 from svc.store.tables import FeedbackRow, RequestRow
 from svc.version import Format, VersionId
 
@@ -26,7 +26,7 @@ RECORD = RequestRecord(
     format=Format.GPTQ,
     route="/v1/chat/completions",
     status=200,
-    outcome=Outcome.COMPLETE,
+    outcome=RequestOutcome.COMPLETE,
     seconds=1.5,
     finish_reason="stop",
     first_token_seconds=0.25,
@@ -81,7 +81,7 @@ def test_each_value_comes_into_its_own_column(store: Store) -> None:
     made: dict[str, object] = {name: name for name, kind in RequestRecord.__annotations__.items() if "str" in str(kind)}
     made |= {name: next(numbers) for name in ("status", "seconds", "first_token_seconds", "tokens_in", "tokens_out")}
     made |= {name: next(numbers) for name in ("temperature", "max_tokens")}
-    record = RECORD._replace(**made, outcome=Outcome.CLIENT_SLOW)  # type: ignore[arg-type]
+    record = RECORD._replace(**made, outcome=RequestOutcome.CLIENT_SLOW)  # type: ignore[arg-type]
     add_requests(store, [record])
     with Session(store) as session:
         row = session.scalars(select(RequestRow)).one()

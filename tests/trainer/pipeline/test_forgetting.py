@@ -9,7 +9,7 @@ from svc.errors import TrainingError
 from svc.evaluation.forgetting import Forgetting
 from svc.evaluation.general.general_set import GeneralSet
 from svc.evaluation.intervals import Interval, paired_difference, proportion
-from svc.evaluation.verdict import Outcome
+from svc.evaluation.verdict import GateOutcome
 from svc.version import Format
 from tests.trainer.conftest import make_example
 from tests.trainer.engines import Engines
@@ -131,7 +131,7 @@ def test_12_of_27_known_answers_lost_are_a_warning_when_a_tenth_of_60_is_allowed
 ) -> None:
     report = judge_forgetting(lost(27, 15, total=60), 0.1)
     check_gate(report, Undecided.WARN)
-    assert report.verdict.outcome is Outcome.UNDECIDED
+    assert report.verdict.outcome is GateOutcome.UNDECIDED
     assert "undecided: a loss of up to 0.302 cannot be excluded with 60 questions; about 150 would decide" in " ".join(
         capsys.readouterr().err.split()
     )
@@ -150,7 +150,7 @@ def test_a_version_passes_when_a_loss_beyond_the_limit_is_excluded(
 ) -> None:
     report = judge_forgetting(lost(before, after), 0.1)
     check_gate(report, Undecided.FAIL)
-    assert report.verdict.outcome is Outcome.PASSED
+    assert report.verdict.outcome is GateOutcome.PASSED
     assert capsys.readouterr().err == ""
 
 

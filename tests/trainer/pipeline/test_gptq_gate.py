@@ -13,7 +13,7 @@ from svc.evaluation.metrics.metric import Better, Metric, Unit
 from svc.evaluation.metrics.text import ExactMatch, Rouge
 from svc.evaluation.metrics.tokens import Perplexity
 from svc.evaluation.results import ExampleResult
-from svc.evaluation.verdict import GateReport, Outcome
+from svc.evaluation.verdict import GateOutcome, GateReport
 from tests.svc.registry.parity import SPEED
 from tests.trainer.conftest import make_example
 from trainer.pipeline.gate import check_gate
@@ -142,7 +142,7 @@ def test_noise_refuses_no_more_than_one_in_twenty() -> None:
 
 def test_likelihood_is_undecided_when_examples_are_too_few() -> None:
     _, nll = judged(likely(2.0, total=7), likely(9.0, total=7))
-    assert (nll.verdict.outcome, nll.verdict.examples_to_decide) == (Outcome.UNDECIDED, 8)
+    assert (nll.verdict.outcome, nll.verdict.examples_to_decide) == (GateOutcome.UNDECIDED, 8)
 
 
 def first_answers(lost: int, gained: int, total: int) -> tuple[Qualified, Qualified]:
@@ -155,19 +155,19 @@ def first_answers(lost: int, gained: int, total: int) -> tuple[Qualified, Qualif
 @pytest.mark.parametrize(
     ("lost", "gained", "total", "wanted"),
     [
-        (0, 0, 200, Outcome.PASSED),
-        (2, 1, 200, Outcome.PASSED),
-        (10, 4, 200, Outcome.UNDECIDED),  # three points of an ordinary first version
-        (4, 0, 30, Outcome.UNDECIDED),  # 13 %
-        (0, 0, 30, Outcome.UNDECIDED),
-        (30, 0, 200, Outcome.FAILED),
+        (0, 0, 200, GateOutcome.PASSED),
+        (2, 1, 200, GateOutcome.PASSED),
+        (10, 4, 200, GateOutcome.UNDECIDED),  # three points of an ordinary first version
+        (4, 0, 30, GateOutcome.UNDECIDED),  # 13 %
+        (0, 0, 30, GateOutcome.UNDECIDED),
+        (30, 0, 200, GateOutcome.FAILED),
     ],
 )
 def test_a_loss_within_the_limit_is_passed_only_when_the_examples_prove_it(
-    lost: int, gained: int, total: int, wanted: Outcome
+    lost: int, gained: int, total: int, wanted: GateOutcome
 ) -> None:
     loss, nll = judged(*first_answers(lost, gained, total))
-    assert (loss.verdict.outcome, nll.verdict.outcome) == (wanted, Outcome.PASSED)
+    assert (loss.verdict.outcome, nll.verdict.outcome) == (wanted, GateOutcome.PASSED)
 
 
 def test_an_ordinary_first_version_is_not_refused_and_the_warning_says_how_many_examples_would_decide(
@@ -183,12 +183,12 @@ def test_an_ordinary_first_version_is_not_refused_and_the_warning_says_how_many_
 
 def test_a_metric_of_the_whole_set_is_undecided_when_no_answer_changes_and_examples_are_few() -> None:
     loss, _ = judged(won(20, 30), won(20, 30), MacroF1())
-    assert (loss.verdict.loss.value, loss.verdict.outcome) == (0, Outcome.UNDECIDED)
+    assert (loss.verdict.loss.value, loss.verdict.outcome) == (0, GateOutcome.UNDECIDED)
 
 
 def test_a_gain_is_said_as_a_gain() -> None:
     loss, _ = judged(won(100, 200), won(120, 200))
-    assert loss.verdict.outcome is Outcome.PASSED
+    assert loss.verdict.outcome is GateOutcome.PASSED
     assert loss.measured.startswith("GPTQ gained 0.100 of exact match: 0.500 [")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from svc.errors import InterruptedRunError, RecipeError, SettingsError, TrainingError
-from svc.evaluation.verdict import Gate, Outcome
+from svc.evaluation.verdict import Gate, GateOutcome
 from svc.version import Format
 from tests.svc.evaluation.judge_server import judge_server
 from tests.svc.registry.parity import make_parity
@@ -99,7 +99,7 @@ def test_an_undecided_version_is_registered_with_a_warning_and_keeps_its_verdict
     pipeline = make()
     manifest = pipeline.registry.manifest(pipeline.train_version())
     assert [gate.gate for gate in manifest.gates] == [Gate.GPTQ_LOSS, Gate.GPTQ_NLL]
-    assert {gate.verdict.outcome for gate in manifest.gates} == {Outcome.UNDECIDED}
+    assert {gate.verdict.outcome for gate in manifest.gates} == {GateOutcome.UNDECIDED}
     assert manifest.failed == ()
     told = " ".join(capsys.readouterr().err.split())
     assert all(" ".join(gate.split()) in told for gate in manifest.undecided)

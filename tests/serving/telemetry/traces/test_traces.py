@@ -18,7 +18,7 @@ from serving.telemetry.traces import traces as module
 from serving.telemetry.traces.request_trace import SpanDropped
 from serving.telemetry.traces.traces import Tracer, Traces
 from svc.identity.key_secret import new_secret
-from svc.store.requests import Outcome, RequestRecord
+from svc.store.requests import RequestOutcome, RequestRecord
 from svc.version import Format, VersionId
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -84,7 +84,7 @@ class Sent:
                 seconds=0.1,
                 prompt=prompt,
                 answer=None if prompt is None else "",
-                outcome=Outcome.COMPLETE,
+                outcome=RequestOutcome.COMPLETE,
             ),
         )
 
