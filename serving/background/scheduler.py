@@ -26,8 +26,8 @@ Result = TypeVar("Result")
 
 ID_PREFIX = "holdout-"
 PATIENCE_S = 30.0
-"""A background request waits so long for a moment without other requests, then runs beside them. 200 held-out examples
-take less than two hours so, a third of the six hours from one run to the next."""
+"""Longest wait of a background request for an idle engine; after it, the request runs beside others. 200 held-out
+examples then take less than two hours of the six between two runs."""
 _POLL_S = 1.0
 _MOST_DEATHS = 3
 _DEATHS_WITHIN_S = 24 * 3600.0

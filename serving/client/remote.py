@@ -51,7 +51,7 @@ class RemoteAdministration:
 
 
 def _change(row: Mapping[str, Any]) -> VersionChange:
-    return VersionChange(_target(row), _target(row["before"]), row["generation"])
+    return VersionChange(_target(row), _target(row["before"]), row["generation"], tuple(row["undecided"]))
 
 
 def _target(row: Mapping[str, Any]) -> Target:

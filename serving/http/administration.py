@@ -243,6 +243,7 @@ def _change_row(change: VersionChange) -> dict[str, Any]:
         "format": target.format.value,
         "before": {"version": str(before.version), "format": before.format.value},
         "generation": change.generation,
+        "undecided": list(change.undecided),
     }
 
 

@@ -21,8 +21,8 @@ from svc.one_shot_event import OneShotEvent
 REQUEST_DEADLINE_S = 15.0
 """From a connection, or its last answer, to the end of the next request's headers."""
 FULL_DEADLINES = 4
-"""Times that deadline, for a connection to take anything while an answer is sent. An answer to a completion is cut off
-earlier and told apart (serving.http.delivery)."""
+"""A client that reads nothing of its answer for this many deadlines is disconnected. Answers to completions have their
+own timeout, which is shorter and counted as `client_slow` (serving.http.delivery)."""
 LAST_REQUEST_S = 1.0
 """When the server ends, a request that is on its way on an open connection has so long to arrive, and is answered."""
 _STATE_KEY = "connection"
@@ -132,7 +132,7 @@ class ClientProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
         self.connection.is_writable = True
         self.connection.lost.end()
-        # What refers to each other would stay until the garbage collector comes, which is seldom.
+        # Objects that refer to each other would wait for the garbage collector, which seldom runs.
         self.connection.abort = self.connection.on_request = self.connection.on_answered = _nothing
 
     def pause_writing(self) -> None:
@@ -168,7 +168,7 @@ class ClientProtocol(HttpToolsProtocol):
         self._waiting_since = asyncio.get_running_loop().time()
 
     def _check(self) -> None:
-        """Close the connection when its client sends no request, or takes nothing.
+        """Close the connection when its client sends no request or reads nothing.
 
         One timer serves all requests of a connection.
         """

@@ -176,7 +176,7 @@ class Delivery:
         self._filled.set()
 
     async def put_event(self, data: bytes) -> None:
-        """Add a part of a stream, after a wait where there is no room for it.
+        """Add a part of a stream; wait until the buffers have room for it.
 
         Raises:
             AnswerTooLargeError: it alone is larger than an answer may be.

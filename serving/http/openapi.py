@@ -144,7 +144,7 @@ _CHANGES: dict[str, tuple[str, type[BaseModel]]] = {
 _CHANGE_REFUSED = {
     **_BAD_BODY,
     400: "the body is not what it must be",
-    404: "there is no such version, model or key",
+    404: "the version, model or key does not exist",
     409: "another change came first, or this one is not made",
     **_DEFECT,
 }

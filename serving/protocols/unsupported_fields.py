@@ -19,7 +19,7 @@ Fields = Mapping[str, Any]
 
 _ENDS_ENGINE = "they can end the engine, which other clients share"
 _TRANSFER = {
-    name: Refusal(name, f"'{name}' is not served: it is between engines, and says where one takes its memory from")
+    name: Refusal(name, f"'{name}' is not supported: it makes an engine read memory of another one")
     for name in ("kv_transfer_params", "ec_transfer_params")
 }
 """These name a host that the engine takes memory blocks from, or keep blocks after the answer until one comes for
@@ -38,7 +38,7 @@ _PRIORITY = {"priority": Refusal("priority", "'priority' is not served: the serv
 """An engine with `--scheduling-policy priority` lets a client that sets it go before all others, and stops their
 answers for it; another one refuses it."""
 _MEDIA_OPTIONS = {
-    name: Refusal(name, f"'{name}' is not served: there is no content but text")
+    name: Refusal(name, f"'{name}' is not supported: only text content is served")
     for name in ("mm_processor_kwargs", "media_io_kwargs")
 }
 _STORED = {
@@ -120,7 +120,7 @@ def _no_text(param: str) -> Refusal:
 
 
 def _all_text(content: Any) -> bool:
-    """Return whether content has no part that is no text; what is no part at all is the engine's to refuse."""
+    """Return whether every part of the content is text; the engine rejects malformed parts."""
     return not isinstance(content, list) or all(_is_text(part) for part in content if isinstance(part, dict))
 
 

@@ -1,4 +1,4 @@
-"""The port: what an engine can do, for whoever uses one. Knows no engine: svc.engine.vllm.process is a vLLM here."""
+"""The engine port: what callers may ask of an engine. svc.engine.vllm.process implements it for vLLM."""
 
 from collections.abc import Callable
 from pathlib import Path

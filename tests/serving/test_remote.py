@@ -33,6 +33,7 @@ from tests.serving.test_cli import error_of, type_in
 from tests.serving.test_keys import make_key
 from tests.serving.test_tls import configure
 from tests.serving.versions import NAME, make_version, target
+from tests.svc.registry.manifests import gate_report
 
 pytestmark = pytest.mark.slow
 
@@ -82,6 +83,15 @@ async def test_promote_and_rollback_say_what_they_say_on_the_machine(home: Home,
     assert "tuned@1 (merged) serves" in (await remote("rollback", NAME)).output
     found = read_desired(home.store, NAME)
     assert found is not None and found.target == target(1)
+
+
+async def test_an_undecided_version_is_promoted_with_a_warning_when_the_server_is_elsewhere(
+    home: Home, remote: Remote
+) -> None:
+    make_version(home.registry, 4, gates=(gate_report(0.04), gate_report(0.09)))
+    result = await remote("promote", f"{NAME}@4")
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("warning: GPTQ lost 0.010 of accuracy") == 1
 
 
 async def test_the_audit_log_has_the_key_and_the_peer(home: Home, remote: Remote, admin: IssuedKey) -> None:

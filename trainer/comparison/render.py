@@ -19,7 +19,7 @@ _SHOWN = 160
 _SAID = {
     Direction.BETTER: "[green]B is better[/green]",
     Direction.WORSE: "[red]B is worse[/red]",
-    Direction.UNDECIDED: "cannot be told apart",
+    Direction.UNDECIDED: "no significant difference",
     Direction.DIFFERENT: "differs",
 }
 

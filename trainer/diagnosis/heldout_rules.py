@@ -16,9 +16,9 @@ FEW_EXAMPLES = 50
 """OpenAI's guide to fine-tuning sees clear improvements from 50 to 100 examples on."""
 MANY_EXAMPLES = 1000
 GAP, GAP_OF_MANY_EPOCHS, MANY_EPOCHS = 2.0, 1.5, 10
-"""Times the training loss: what was learnt by heart beside what was learnt. From so many epochs on, the second: a model
-that has seen an example ten times may know it by heart, so that a smaller gap is enough. Of 20 runs of 20 epochs on 60
-examples 16 were found by the first and 18 by the second (benchmarks.diagnosis, seeds 3000 to 3019)."""
+"""Ratio of held-out to training loss above which a model has memorized its examples. The second applies from so many
+epochs on: a model that has seen an example ten times has memorized it, so a smaller gap is enough. Of 20 runs of
+20 epochs on 60 examples 16 were found by the first and 18 by the second (benchmarks.diagnosis, seeds 3000 to 3019)."""
 WIDEST = 0.2
 """Of an interval of exact match: with a wider one, a version that is ten points worse looks the same."""
 

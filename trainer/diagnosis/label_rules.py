@@ -23,9 +23,9 @@ LEARNT, SURE = 0.7, 0.88
 labels are right some examples are easy, and the model is surer of them than the second: 0.96 on the section task. Wrong
 labels that were drawn at random stand at easy examples too, and a model that has learnt their share is as unsure."""
 STILL_LEARNING = 0.3
-"""Of the training loss at the end: what it fell by in the last third of the learning of a model that was not done. Such
-a model is unsure of right labels too. Of 300 healthy runs, 5 had label noise without this limit and 1 has it
-(benchmarks.diagnosis, seeds 3000 to 3299); of 60 runs with a fifth of wrong labels, 19 and 15."""
+"""Fall of the training loss in the last third of the learning, as a share of its level at the end, above which a model
+is still learning. Such a model is unsure of right labels too. Label noise was found in 5 of 300 healthy runs without
+this limit and in 1 with it, and in 19 and 15 of 60 runs with a fifth of wrong labels (seeds from 3000)."""
 CONTRADICTED = 0.02
 GAINED = 0.05
 """Share of the entropy of the labels that the prompts explain: below it, the model has learnt only how frequent each

@@ -49,7 +49,7 @@ def _judge_metric(
     return GateReport(
         gate=Gate.GPTQ_LOSS,
         measured=f"{change}: {figures}",
-        limit=f"evaluate.{Gate.GPTQ_LOSS}" + (" of the merged model's" if relative else ""),
+        limit=f"evaluate.{Gate.GPTQ_LOSS}" + (" times the merged model's" if relative else ""),
         verdict=judge(
             loss,
             limits.max_gptq_loss * (abs(value.value) if relative else 1),
@@ -79,9 +79,9 @@ def _judge_nll(merged: Qualified, gptq: Qualified, limits: Evaluate) -> GateRepo
     added = paired_difference([one.nll for one in merged.results], [one.nll for one in gptq.results], weights)
     return GateReport(
         gate=Gate.GPTQ_NLL,
-        measured=f"GPTQ finds the right answers {'less' if added.value > 0 else 'no less'} likely: "
+        measured=f"GPTQ finds the right answers {'less' if added.value > 0 else 'at least as'} likely: "
         f"{before} nats a token merged, {after} quantized",
-        limit=f"evaluate.{Gate.GPTQ_NLL} of the merged model's, or {_MIN_NLL_MARGIN} nats",
+        limit=f"evaluate.{Gate.GPTQ_NLL} times the merged model's, at least {_MIN_NLL_MARGIN} nats",
         verdict=judge(
             added,
             max(limits.max_gptq_nll * before.value, _MIN_NLL_MARGIN),

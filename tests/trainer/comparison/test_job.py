@@ -319,7 +319,7 @@ def test_a_person_sees_figures_verdict_and_answers(bench: Bench, capsys: pytest.
         "3 examples of the held-out set of tuned@1, answers of at most 3 tokens",
         "exact match 0.333 [0.061, 0.792] 0.333 [0.061, 0.792] 0.000 [-1.000, 1.000]",
         "cut off at the limit 1.000 [0.439, 1.000] 1.000 [0.439, 1.000] 0.000 [0.000, 0.000]",
-        "By exact match: cannot be told apart",
+        "By exact match: no significant difference",
         "B wins 1, loses 1, ties 1; sign test p = 1",
         "The 3 examples that differ most, by exact_match, then by edits between the answers:",
         "1 A by 1 exact_match, 3 edits asked question 1 right 1.0 1.1 1.2 A 1.0 1.1 1.2 B 2.0 2.1 2.2",
