@@ -15,7 +15,6 @@ from sqlalchemy import Engine as Store
 from sqlalchemy.exc import SQLAlchemyError
 
 from svc.backup.archive import Archive
-from svc.errors import IntegrityError
 from svc.store.audit import Action, read_events
 from svc.store.keys import read_keys
 
@@ -61,13 +60,12 @@ class DeadlineMetrics(Collector):
         event = next(iter(read_events(self._store, newest=1, action=Action.BACKUP)), None)
         if event is None:
             return None
+        made_at = None
         try:
-            snapshots = Archive(Path(event.subject)).snapshots()
-        except (OSError, IntegrityError):
+            made_at = Archive(Path(event.subject)).newest_at()
+        except OSError:
             log.warning("the backups in %s cannot be read", event.subject, exc_info=True)
-            snapshots = []
-        made = [datetime.strptime(one.name, "%Y%m%dT%H%M%S.%fZ").replace(tzinfo=UTC) for one in snapshots]
-        return max(made, default=datetime.fromisoformat(event.at)).timestamp()
+        return (made_at or datetime.fromisoformat(event.at)).timestamp()
 
 
 def _expiry(certificate: Path) -> float:

@@ -38,7 +38,7 @@ class ServerPage(Collector):
         started = time.monotonic()
         answer = self._ask()
         seconds = time.monotonic() - started
-        families = _families(answer) if answer else None
+        families = _families(answer) if answer is not None else None
         yield GaugeMetricFamily("svc_server_up", "1 when the server answered", value=float(answer is not None))
         readable = float(families is not None)
         yield GaugeMetricFamily("svc_server_page_readable", "1 when its metrics could be read", value=readable)

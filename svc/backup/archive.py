@@ -94,6 +94,16 @@ class Archive:
         """Where the copy of a version is, or would be."""
         return self.models / version.name / str(version.number)
 
+    def newest_at(self) -> datetime | None:
+        """Return when the newest finished snapshot was made; None without one. No record is read.
+
+        Raises:
+            OSError: the folder cannot be read.
+        """
+        finished = (folder for folder in reversed(self._folders()) if (folder / _RECORD_FILE).is_file())
+        newest = next(finished, None)
+        return datetime.strptime(newest.name, "%Y%m%dT%H%M%S.%f%z") if newest else None
+
     def snapshots(self) -> list[Snapshot]:
         """All that can be restored, the oldest first.
 
