@@ -21,12 +21,12 @@ import click
 import numpy as np
 
 from monitoring.drift.detector import Detector, Test, Watch
-from monitoring.drift.features.prompt import Prompt, PromptFeature, PromptSampler
-from monitoring.drift.features.sample import Floats, Sample
 from monitoring.drift.signals import input_tests
 from monitoring.drift.two_sample.alpha_spending import FALSE_ALARMS_PER_REQUEST, SIGNAL_SHARES, WINDOWS, Signal, Window
 from monitoring.drift.two_sample.univariate import compare_numbers, number_stability
 from svc.dataset.readers.reader import read_examples
+from svc.drift_reference.prompt import Prompt, PromptFeature, PromptSampler
+from svc.drift_reference.sample import Floats, Sample
 from svc.drift_reference.text_embedding import fit_text_space
 from svc.terminal import counting, output
 

@@ -14,7 +14,6 @@ from pydantic import TypeAdapter, ValidationError
 from sqlalchemy import Engine as Store
 
 from monitoring.drift.detector import Alarm
-from monitoring.drift.reference import Reference, read_reference
 from monitoring.drift.report import Moved, SignalReport, Status, new_examples
 from monitoring.drift.streams import (
     MEMORY,
@@ -27,6 +26,7 @@ from monitoring.drift.streams import (
     StreamState,
 )
 from monitoring.drift.two_sample.alpha_spending import BURST, REQUESTS_PER_DAY, Signal
+from svc.drift_reference.reference import Reference, read_reference
 from svc.redaction import Redactor
 from svc.registry.registry import Registry
 from svc.settings import RequestLogSettings

@@ -27,8 +27,8 @@ def drift(ctx: click.Context, model: str, as_json: bool) -> None:
     settings = settings_of(ctx)
     from monitoring.drift.check import LOCK_FILE, DriftCheck
     from monitoring.drift.production import read_drift
-    from monitoring.drift.reference import read_prompt
     from monitoring.drift.render import Example, drift_json, drift_screen
+    from svc.drift_reference.reference import read_prompt
     from svc.files.lock import hold_lock
     from svc.registry.registry import Registry
     from svc.store.answered import texts_of

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from monitoring.drift.features.sample import Sample
 from monitoring.drift.two_sample.alpha_spending import FALSE_ALARMS_PER_REQUEST, WINDOWS, Window, usable
+from svc.drift_reference.sample import Sample
 
 RECOVERY_EVERY = 10
 RECOVERY_SIZE = 100

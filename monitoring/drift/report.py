@@ -8,11 +8,11 @@ from enum import StrEnum
 import numpy as np
 
 from monitoring.drift.detector import Finding, Test
-from monitoring.drift.features.sample import NOT_THERE, Sample
 from monitoring.drift.signals import CLASSIFIER, ClassifierTest
 from monitoring.drift.two_sample.alpha_spending import Signal
 from monitoring.drift.two_sample.mmd import separation, typical
 from monitoring.drift.two_sample.univariate import category_stability, number_stability
+from svc.drift_reference.sample import NOT_THERE, Sample
 
 EXAMPLES = 5
 _SHOWN_P = 1e-4

@@ -7,10 +7,10 @@ from typing import Final
 
 import numpy as np
 
-from monitoring.drift.features.prompt import PromptFeature
-from monitoring.drift.features.sample import YES, Floats, Sample
 from monitoring.drift.two_sample.mmd import Similarity, permutation_test
 from monitoring.drift.two_sample.univariate import compare_categories, compare_numbers, compare_shares
+from svc.drift_reference.prompt import PromptFeature
+from svc.drift_reference.sample import YES, Floats, Sample
 
 CLASSIFIER: Final = "domain_classifier"
 _CLASSIFIER_SHARE = 0.7

@@ -13,11 +13,11 @@ import numpy as np
 from sqlalchemy import Engine as Store
 
 from monitoring.drift.detector import Detector, Test, Watch
-from monitoring.drift.features.sample import NO, RECENT, YES, Sample, evenly_picked, first_of_recent
-from monitoring.drift.reference import Reference, read_prompt
 from monitoring.drift.report import Line, compare
 from monitoring.drift.signals import RatingFeature, answer_tests, input_tests, rating_tests
 from monitoring.drift.two_sample.alpha_spending import SIGNAL_SHARES, WINDOWS, Signal
+from svc.drift_reference.reference import Reference, read_prompt
+from svc.drift_reference.sample import NO, RECENT, YES, Sample, evenly_picked, first_of_recent
 from svc.store.answered import (
     AnsweredRequest,
     RatedAnswer,

@@ -42,7 +42,7 @@ class _Unusual(NamedTuple):
 
 _UNUSUAL: Mapping[tuple[Route, str], _Unusual] = {
     (Route.CHAT_COMPLETIONS, "messages"): _Unusual(is_usual_message, 1024, 4096),
-    (Route.RESPONSES, "input"): _Unusual(is_usual_item, 64, 1024),
+    (Route.RESPONSES, "input"): _Unusual(is_usual_item, 32, 1024),
     (Route.RESPONSES, "tools"): _Unusual(is_usual_tool, 64, 1024),
 }
 

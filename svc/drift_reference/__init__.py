@@ -1,1 +1,1 @@
-"""What a version keeps of its training data for drift to be measured against."""
+"""What a version keeps of its examples for drift, and the features of prompts and answers that are compared."""

@@ -27,8 +27,8 @@ from benchmarks.drift_detection import (
     stability_threshold,
 )
 from monitoring.drift.detector import Watch
-from monitoring.drift.features.sample import Floats, Sample
 from monitoring.drift.two_sample.univariate import number_stability
+from svc.drift_reference.sample import Floats, Sample
 
 pytestmark = pytest.mark.slow
 

@@ -8,8 +8,6 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.metrics_core import Metric
 
-from monitoring.drift.features.answer import AnswerFeature
-from monitoring.drift.features.prompt import PromptFeature
 from monitoring.drift.signals import CLASSIFIER, RatingFeature
 from monitoring.drift.two_sample.alpha_spending import Signal
 from monitoring.exporter.deadlines import DeadlineMetrics
@@ -23,6 +21,8 @@ from serving.telemetry.machine_metrics import add_machine_metrics
 from serving.telemetry.metrics import _NOT_COMPLETIONS, GatewayMetrics
 from serving.telemetry.traces.request_trace import SpanDropped
 from svc.access.authenticator import KeyFault
+from svc.drift_reference.answer import AnswerFeature
+from svc.drift_reference.prompt import PromptFeature
 from svc.engine.state import EngineState
 from svc.errors import ServerNotRunningError
 from svc.registry.registry import Registry

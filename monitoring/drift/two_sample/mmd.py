@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from monitoring.drift.features.sample import Floats
+from svc.drift_reference.sample import Floats
 
 _FIRST_SHUFFLES = 128
 _MOST_TOGETHER = 16_384

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from monitoring.drift.features.sample import NOT_THERE, Floats, Names
+from svc.drift_reference.sample import NOT_THERE, Floats, Names
 
 _FEWEST = 5
 """Values on each side; with fewer there is nothing to say."""

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from monitoring.drift.detector import Detector, Event, Finding, Watch
-from monitoring.drift.features.sample import Floats, Sample
 from monitoring.drift.two_sample.alpha_spending import Window
+from svc.drift_reference.sample import Floats, Sample
 
 MARKED = 1.0
 SMALL = (Window(size=2, every=2, share=0.25), Window(size=4, every=3, share=0.25), Window(size=7, every=5, share=0.5))

@@ -6,11 +6,11 @@ from itertools import islice
 import pytest
 
 from benchmarks.drift_detection import METHODS, alarms
-from monitoring.drift.features.prompt import Prompt, PromptSampler
 from svc.dataset.readers.reader import read_examples
 from svc.dataset.schema.example import ChatExample
 from svc.dataset.split import split_heldout
 from svc.drift_reference.drift_sample import draw_drift_sample
+from svc.drift_reference.prompt import Prompt, PromptSampler
 from svc.drift_reference.text_embedding import fit_text_space
 from tests.monitoring.drift.traffic import TASK, prompts
 from tests.svc.chats import chat

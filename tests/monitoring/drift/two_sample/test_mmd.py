@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom, hypergeom
 
-from monitoring.drift.features.sample import Floats
 from monitoring.drift.two_sample import mmd
 from monitoring.drift.two_sample.mmd import Similarity, permutation_test, separation, typical
+from svc.drift_reference.sample import Floats
 
 WIDTHS = (1.0, 0.55)
 SURE = 0.9999

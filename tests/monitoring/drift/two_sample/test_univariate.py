@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.stats import binom, fisher_exact, ks_2samp
 
-from monitoring.drift.features.sample import NO, NOT_THERE, YES, Floats, Names
 from monitoring.drift.two_sample.univariate import (
     category_stability,
     compare_categories,
@@ -20,6 +19,7 @@ from monitoring.drift.two_sample.univariate import (
     fisher,
     number_stability,
 )
+from svc.drift_reference.sample import NO, NOT_THERE, YES, Floats, Names
 
 NAN = float("nan")
 REPEATS = 400

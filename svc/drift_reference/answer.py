@@ -13,7 +13,7 @@ from enum import StrEnum
 
 import numpy as np
 
-from monitoring.drift.features.sample import NO, NOT_THERE, YES, Sample
+from svc.drift_reference.sample import NO, NOT_THERE, YES, Sample
 from svc.evaluation.metrics.json_answers import is_json
 
 _ENDS = ("stop", "length")

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from monitoring.drift.features.prompt import Prompt, PromptFeature, PromptSampler, language
-from monitoring.drift.features.sample import Sample
 from monitoring.drift.two_sample.univariate import compare_categories
+from svc.drift_reference.prompt import Prompt, PromptFeature, PromptSampler, language
+from svc.drift_reference.sample import Sample
 from svc.drift_reference.text_embedding import fit_text_space
 
 SYSTEM = "You sort parcels."

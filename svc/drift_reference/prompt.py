@@ -8,7 +8,7 @@ from zlib import crc32
 
 import numpy as np
 
-from monitoring.drift.features.sample import Sample
+from svc.drift_reference.sample import Sample
 from svc.drift_reference.text_embedding import WORD, TextSpace
 
 _WORD = re.compile(WORD)

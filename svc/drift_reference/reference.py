@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from monitoring.drift.features.answer import Answer, AnswerSampler, is_greedy
-from monitoring.drift.features.prompt import Prompt, PromptSampler
-from monitoring.drift.features.sample import Sample, evenly_picked, first_of_recent
 from svc.dataset.readers.reader import read_examples
 from svc.dataset.schema.example import ChatExample
+from svc.drift_reference.answer import Answer, AnswerSampler, is_greedy
 from svc.drift_reference.drift_sample import DRIFT_SAMPLE_FILE
+from svc.drift_reference.prompt import Prompt, PromptSampler
+from svc.drift_reference.sample import Sample, evenly_picked, first_of_recent
 from svc.drift_reference.text_embedding import TEXT_SPACE_FILE, load_text_space
 from svc.errors import NotFoundError
 from svc.evaluation.results import ExampleResult, largest_limit

@@ -1,1 +1,0 @@
-"""What is compared of prompts and answers, and as arrays."""
