@@ -105,7 +105,7 @@ class AnswerSampler:
         return _number(min(answer.tokens, self.cut) if answer.greedy and answer.tokens is not None else None)
 
     def _logprob(self, answer: Answer) -> float:
-        return _number(round(answer.logprob, 1) if answer.greedy and answer.logprob is not None else None)
+        return compared_logprob(answer.logprob, greedy=answer.greedy)
 
     def _finish_reason(self, answer: Answer) -> str:
         if not answer.greedy or answer.finish_reason is None:
@@ -136,6 +136,11 @@ def is_greedy(temperature: float | None, max_tokens: int | None, cut: int) -> bo
         cut: the largest limit of held-out answers, tokens.
     """
     return temperature == 0 and (max_tokens is None or max_tokens >= cut)
+
+
+def compared_logprob(logprob: float | None, *, greedy: bool) -> float:
+    """Return the log-probability of an answer as it is compared; NaN where it is not."""
+    return _number(round(logprob, 1) if greedy and logprob is not None else None)
 
 
 def is_refusal(text: str) -> bool:

@@ -2,19 +2,17 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from zlib import crc32
 
 import numpy as np
 
-from svc.drift_reference.sample import Sample
-from svc.drift_reference.text_embedding import WORD, TextSpace
+from svc.drift_reference.sample import Floats, Sample
+from svc.drift_reference.text_embedding import WORD, TextSpace, head_and_tail
 
 _WORD = re.compile(WORD)
 _SYMBOL = re.compile(r"[^\w\s]")
-_LANGUAGE_CHARS = 2000
-"""Enough to tell a language; it is the slowest feature."""
 
 
 class PromptFeature(StrEnum):
@@ -46,11 +44,13 @@ class Prompt:
         text: the last user turn.
         turns: user and assistant turns before the answer.
         system: the system turn; empty where there is none.
+        opening: the messages up to and including the first user turn, the same for all turns of a conversation.
     """
 
     text: str
     turns: int = 1
     system: str = ""
+    opening: str = field(default="", compare=False)
 
 
 class PromptSampler:
@@ -64,11 +64,11 @@ class PromptSampler:
         self._space = space
 
     def sample(self, prompts: Sequence[Prompt]) -> Sample:
-        """Features and views of prompts."""
-        texts = [prompt.text for prompt in prompts]
+        """Return features and views of prompts. Of a long text, all features but its length read `head_and_tail`."""
+        texts = [head_and_tail(prompt.text) for prompt in prompts]
         words = [_WORD.findall(text.lower()) for text in texts]
         numbers = {
-            PromptFeature.CHARACTERS: [len(text) for text in texts],
+            PromptFeature.CHARACTERS: [len(prompt.text) for prompt in prompts],
             PromptFeature.DISTINCT_WORDS: [len(set(found)) / max(1, len(found)) for found in words],
             PromptFeature.UNKNOWN_WORDS: self._space.unknown_words(texts),
             PromptFeature.WORD_LENGTH: [sum(map(len, found)) / max(1, len(found)) for found in words],
@@ -84,15 +84,20 @@ class PromptSampler:
             len(prompts),
             {name.value: np.asarray(values, dtype=np.float64) for name, values in numbers.items()},
             {name.value: np.asarray(values, dtype=np.str_) for name, values in categories.items()},
-            (embedding.topic, embedding.answer),
+            (_in_single(embedding.topic), _in_single(embedding.answer)),
         )
 
 
 def language(text: str) -> str:
-    """The language that a text is written in, as its ISO 639 code."""
+    """Return the language of a text as its ISO 639 code."""
     from py3langid import classify
 
-    return str(classify(text[:_LANGUAGE_CHARS])[0])
+    return str(classify(head_and_tail(text))[0])
+
+
+def _in_single(view: Floats) -> Floats:
+    """Round to single precision, in which live vectors are stored: both sides of a comparison are alike."""
+    return view.astype(np.float32).astype(np.float64)
 
 
 def _short_name(system: str) -> str:

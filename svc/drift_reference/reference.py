@@ -10,10 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from svc.dataset.readers.reader import read_examples
 from svc.dataset.schema.example import ChatExample
 from svc.drift_reference.answer import Answer, AnswerSampler, is_greedy
 from svc.drift_reference.drift_sample import DRIFT_SAMPLE_FILE
+from svc.drift_reference.keyed_hash import KeyedHash
 from svc.drift_reference.prompt import Prompt, PromptSampler
 from svc.drift_reference.sample import Sample, evenly_picked, first_of_recent
 from svc.drift_reference.text_embedding import TEXT_SPACE_FILE, load_text_space
@@ -36,6 +40,9 @@ class Reference:
         prompts: None where the version keeps no text space.
         answers: to the held-out examples; None where it keeps no answers.
         missing: why one of them is None.
+        words: `KeyedHash.words` of each of the prompts.
+        conversations: `KeyedHash.conversation` of each of the prompts.
+        hashes: of the home.
     """
 
     prompt_sampler: PromptSampler | None
@@ -43,6 +50,9 @@ class Reference:
     prompts: Sample | None
     answers: Sample | None
     missing: str
+    words: list[NDArray[np.int32]]
+    conversations: list[int]
+    hashes: KeyedHash
 
     def live_prompts(self, rows: Sequence[AnsweredRequest]) -> Sample:
         """Live prompts, to be compared with the reference's.
@@ -85,7 +95,8 @@ def read_reference(registry: Registry, target: Target, redactor: Redactor) -> Re
     """
     version = target.version
     examples = registry.heldout(version)
-    missing = ""
+    missing, hashes = "", KeyedHash.of_home(registry.models.parent)
+    compared: list[Prompt] = []
     prompt_sampler, answer_sampler, prompts, answers = None, None, None, None
     try:
         prompt_sampler = PromptSampler(load_text_space(registry.reference(version, TEXT_SPACE_FILE)))
@@ -99,7 +110,16 @@ def read_reference(registry: Registry, target: Target, redactor: Redactor) -> Re
         )
     except NotFoundError as error:
         missing = error.wrong
-    return Reference(prompt_sampler, answer_sampler, prompts, answers, missing)
+    return Reference(
+        prompt_sampler,
+        answer_sampler,
+        prompts,
+        answers,
+        missing,
+        words=[hashes.words(prompt.text) for prompt in compared],
+        conversations=[hashes.conversation(prompt.opening) for prompt in compared],
+        hashes=hashes,
+    )
 
 
 def _once_each(examples: Sequence[ChatExample], redactor: Redactor) -> tuple[list[int], list[Prompt]]:
@@ -121,10 +141,11 @@ def read_prompt(kept: str) -> Prompt:
     """A prompt as its row keeps it: JSON of the messages, or of the text of a plain completion."""
     content = json.loads(kept) if kept else ""
     if not isinstance(content, list):
-        return Prompt(str(content))
+        return Prompt(str(content), opening=str(content))
     messages = [message for message in content if isinstance(message, dict)]
     if not messages:  # several plain prompts in one request
-        return Prompt("\n".join(str(text) for text in content))
+        text = "\n".join(str(part) for part in content)
+        return Prompt(text, opening=text)
     return _prompt([(str(message.get("role")), _text(message.get("content"))) for message in messages])
 
 
@@ -136,7 +157,9 @@ def _prompt(turns: Sequence[tuple[str, str]]) -> Prompt:
     asked = [text for role, text in turns if role == "user"]
     system = "\n".join(text for role, text in turns if role in ("system", "developer"))
     spoken = sum(role in ("user", "assistant") for role, _ in turns)
-    return Prompt(asked[-1] if asked else "", spoken, system)
+    first = next((place for place, (role, _) in enumerate(turns) if role == "user"), len(turns))
+    opening = "\n".join(f"{role}: {text}" for role, text in turns[: first + 1])
+    return Prompt(asked[-1] if asked else "", spoken, system, opening)
 
 
 def _text(content: Any) -> str:

@@ -26,8 +26,22 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 
 TEXT_SPACE_FILE = "text_space.npz"
-WORD = r"[^\W\d_]+"
-"""A run of letters of any script."""
+_UNSPACED = (
+    "\u0e01-\u0e30\u0e32\u0e33\u0e40-\u0e46"  # Thai
+    "\u0e81-\u0eb0\u0eb2\u0eb3\u0ebd-\u0ec6\u0edc-\u0edf"  # Lao
+    "\u1000-\u102a\u103f\u1050-\u1055\u105a-\u105d\u1061\u1065\u1066\u106e-\u1070\u1075-\u1081\u108e"  # Burmese
+    "\u1780-\u17b3\u17d7\u17dc"  # Khmer
+    "\u3005-\u3007\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9f"  # Japanese
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Chinese
+)
+_MARKS = (
+    "\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u0eb1\u0eb4-\u0ebc\u0ec8-\u0ece"
+    "\u102b-\u103e\u1056-\u1059\u105e-\u1060\u1062-\u1064\u1067-\u106d\u1071-\u1074\u1082-\u108d\u108f\u109a-\u109d"
+    "\u17b4-\u17d3\u17dd\u3099\u309a"
+)
+"""Vowels and tones that are written on the letter before them."""
+WORD = rf"[{_UNSPACED}][{_MARKS}]*|[^\W\d_{_UNSPACED}]+"
+"""A run of letters; of a script that is written without spaces, a single letter with its marks."""
 _BUCKETS = 2**14
 _WORD_BUCKETS = 2**20
 _AXES = 256
@@ -37,8 +51,8 @@ _ANSWER_AXES = 32
 _RIDGE = 0.3
 _MAX_EXAMPLES = 5_000
 """More examples make no better axes, and cost memory."""
-_MAX_CHARS = 2_000
-"""Of a text, its beginning; n-grams of all of a long one cost 30 ms."""
+_END_CHARS = 1_000
+"""Characters of a long text that are read at its beginning and at its end; n-grams of all of it cost 30 ms."""
 _TOGETHER = 100
 """Texts whose n-grams are in memory at once, before they are added up."""
 
@@ -91,6 +105,11 @@ class TextSpace:
                 places = np.minimum(np.searchsorted(self.words, words), len(self.words) - 1)
                 shares[row] = (self.words[places] != words).mean() if len(self.words) else 1.0
         return shares
+
+
+def head_and_tail(text: str) -> str:
+    """Return the part of a text that is read: all of it, or the beginning and the end of a long one."""
+    return text if len(text) <= 2 * _END_CHARS else f"{text[:_END_CHARS]}\n{text[-_END_CHARS:]}"
 
 
 def fit_text_space(prompts: Sequence[str], answers: Sequence[str]) -> TextSpace:
@@ -178,7 +197,7 @@ def _hashed(texts: Sequence[str], **options: object) -> "csr_matrix":
     from sklearn.feature_extraction.text import HashingVectorizer
 
     hasher = HashingVectorizer(alternate_sign=False, norm=None, **options)
-    cut = [text[:_MAX_CHARS] for text in texts]
+    cut = [head_and_tail(text) for text in texts]
     return vstack([hasher.transform(cut[at : at + _TOGETHER]) for at in range(0, len(cut), _TOGETHER)]).tocsr()
 
 

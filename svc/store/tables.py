@@ -232,6 +232,28 @@ class DriftAlarmRow(Table):
     examples: Mapped[str]
 
 
+class DriftItemRow(Table):
+    """Features of one request for drift, without text. The row is deleted with its request.
+
+    `features` is JSON. `topic` and `wanted` are float32, `words` are int32, all little-endian.
+    """
+
+    __tablename__ = "drift_items"
+    # Ids are never used twice: a reader's cursor stays valid when all rows were deleted.
+    __table_args__ = (sa.Index("ix_drift_items_target", "name", "number", "format"), {"sqlite_autoincrement": True})
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    request: Mapped[int] = mapped_column(sa.ForeignKey("requests.id", ondelete="CASCADE"), index=True)
+    name: Mapped[str]
+    number: Mapped[int]
+    format: Mapped[str]
+    features: Mapped[str]
+    topic: Mapped[bytes]
+    wanted: Mapped[bytes]
+    words: Mapped[bytes]
+    conversation: Mapped[int] = mapped_column(sa.BigInteger)
+
+
 class KeyRow(Table):
     """A key, revoked ones too. `revision` grows with every change to any of them; lists are separated by spaces."""
 
@@ -311,7 +333,7 @@ class ServedRow(Table):
     ended_by: Mapped[str | None]
 
 
-TargetRow = SwapRow | RetakenProbesRow | HoldoutRunRow | DriftStateRow | DriftAlarmRow | ServedRow
+TargetRow = SwapRow | RetakenProbesRow | HoldoutRunRow | DriftStateRow | DriftAlarmRow | DriftItemRow | ServedRow
 """Rows of a version in a format."""
 
 

@@ -1,5 +1,6 @@
 """What is read off a prompt is what a person reads, of any text, and says the same of live and held-out prompts."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from monitoring.drift.two_sample.univariate import compare_categories
 from svc.drift_reference.prompt import Prompt, PromptFeature, PromptSampler, language
 from svc.drift_reference.sample import Sample
-from svc.drift_reference.text_embedding import fit_text_space
+from svc.drift_reference.text_embedding import WORD, fit_text_space
 
 SYSTEM = "You sort parcels."
 TRAINING = ["Where is my parcel?", "When does the parcel come?", "I want my money back", "The parcel is broken"]
@@ -81,9 +82,55 @@ def test_a_sentence_is_of_its_language(text: str, code: str) -> None:
     assert language(text) == code
 
 
-def test_the_beginning_of_a_long_text_tells_its_language() -> None:
+def test_the_middle_of_a_long_text_does_not_change_its_language() -> None:
     english = "Where is my parcel? I have been waiting for it. " * 50
-    assert language(english + "Wo ist mein Paket? " * 1000) == language(english)
+    assert language(english + "Wo ist mein Paket? " * 1000 + english) == language(english)
+
+
+def test_only_the_length_sees_the_middle_of_a_long_text() -> None:
+    head, tail = "a parcel " * 200, "the money " * 200
+    short, long = (sampler.sample([Prompt(head + middle + tail)]) for middle in ("", "elephant! " * 9_000))
+    assert long.numbers[PromptFeature.CHARACTERS][0] == short.numbers[PromptFeature.CHARACTERS][0] + 90_000
+    same(replace(long, numbers={**long.numbers, PromptFeature.CHARACTERS: short.numbers["characters"]}), short)
+
+
+def test_a_change_at_the_end_of_a_long_text_is_seen() -> None:
+    context = "the parcel is in the cellar " * 200
+    one, other = (sampler.sample([Prompt(context + question)]) for question in ("Where is it?", "Elephants, please!"))
+    assert one.numbers[PromptFeature.UNKNOWN_WORDS][0] < other.numbers[PromptFeature.UNKNOWN_WORDS][0]
+    assert np.abs(one.views[0] - other.views[0]).max() > 0.001
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        pytest.param("我的包裹在哪里。", "我 的 包 裹 在 哪 里", id="Chinese"),
+        pytest.param("荷物はどこですか。", "荷 物 は ど こ で す か", id="Japanese"),
+        pytest.param("パーセルはｺｺです", "パ ー セ ル は ｺ ｺ で す", id="Japanese in katakana"),
+        pytest.param("พัสดุอยู่ที่ไหน", "พั ส ดุ อ ยู่ ที่ ไ ห น", id="Thai"),
+        pytest.param("ພັດສະດຸຢູ່ໃສ", "ພັ ດ ສ ະ ດຸ ຢູ່ ໃ ສ", id="Lao"),
+        pytest.param("កញ្ចប់នៅឯណា?", "ក ញ្ ច ប់ នៅ ឯ ណា", id="Khmer"),
+        pytest.param("ပါဆယ်ဘယ်မှာလဲ။", "ပါ ဆ ယ် ဘ ယ် မှာ လဲ", id="Burmese"),
+        pytest.param("Wo ist 我的 Paket 7?", "Wo ist 我 的 Paket", id="two scripts"),
+    ],
+)
+def test_each_letter_is_a_word_when_the_script_has_no_spaces(text: str, words: str) -> None:
+    assert re.findall(WORD, text) == words.split()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "소포가 어디에 있나요?",
+        "Wo ist mein Päckchen?",
+        "Где моя посылка?",
+        "أين طردي؟",
+        "איפה החבילה שלי",
+        "Πού είναι;",
+    ],
+)
+def test_a_word_is_a_run_of_letters_when_the_script_has_spaces(text: str) -> None:
+    assert re.findall(WORD, text) == re.findall(r"[^\W\d_]+", text) == text.rstrip("?؟;").split()
 
 
 def test_system_prompts_are_told_apart_even_where_they_begin_alike() -> None:

@@ -12,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from svc.drift_reference import text_embedding
-from svc.drift_reference.text_embedding import Floats, TextSpace, fit_text_space, load_text_space, save_text_space
+from svc.drift_reference.text_embedding import (
+    Floats,
+    TextSpace,
+    fit_text_space,
+    head_and_tail,
+    load_text_space,
+    save_text_space,
+)
 from svc.errors import IntegrityError
 
 PLANTS = ["roses need water", "water the tulips", "tulips and roses in the garden", "a garden with roses"]
@@ -116,11 +123,29 @@ def test_case_does_not_count() -> None:
     assert made.embed(["ROSES"]).topic == pytest.approx(made.embed(["roses"]).topic)
 
 
-def test_of_a_very_long_text_the_beginning_counts() -> None:
-    made, beginning = space(), "tulips in water " * 1250
-    one, other = made.embed([beginning + "train " * 200_000]), made.embed([beginning])
+def test_of_a_long_text_its_beginning_and_its_end_are_read() -> None:
+    made, ends = space(), "water the tulips in " * 100
+    one, other = made.embed([ends + "train " * 200_000 + ends]), made.embed([ends + ends])
     assert (one.topic == other.topic).all()
-    assert made.unknown_words([beginning + " elephant"]).tolist() == [0]
+    assert made.unknown_words([ends + " elephant " + ends]).tolist() == [0]
+    assert made.unknown_words([ends + " elephant"])[0] > 0
+
+
+@pytest.mark.parametrize("length", [0, 1, 1999, 2000, 2001, 2002, 5000])
+def test_a_text_is_cut_in_the_middle_only_when_it_is_long(length: int) -> None:
+    text = "".join(chr(0x4E00 + place) for place in range(length))
+    assert head_and_tail(text) == (text if length <= 2000 else f"{text[:1000]}\n{text[-1000:]}")
+
+
+def test_a_space_is_made_of_the_ends_of_long_examples() -> None:
+    middle = " elephant" * 1000
+    made = fit_text_space([f"{prompt}{' a' * 600}{middle}{' a' * 600} {prompt}" for prompt in PROMPTS], ANSWERS)
+    assert made.unknown_words(["roses elephant"]).tolist() == [0.5]
+
+
+def test_some_words_of_a_sentence_without_spaces_are_known() -> None:
+    made = fit_text_space(["我的包裹在哪里", "我要退款", "包裹坏了"], ["where", "money", "broken"])
+    assert made.unknown_words(["我的包裹坏了", "我的狗", "大象"]).tolist() == pytest.approx([0, 1 / 3, 1])
 
 
 @pytest.mark.parametrize("prompts", [[], ["roses"], ["roses", "", "trains"]])

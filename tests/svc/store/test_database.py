@@ -14,8 +14,12 @@ from sqlalchemy.exc import IntegrityError
 from svc.errors import RegistryError
 from svc.store.database import open_database
 from svc.store.desired import change_desired, read_desired
+from svc.store.drift_items import add_items
+from svc.store.requests import add_requests
 from svc.store.tables import Table
 from svc.version import Format, Target, VersionId
+from tests.svc.store.test_drift_items import item
+from tests.svc.store.test_requests import RECORD, kept
 
 ONE = Target(VersionId("tiny", 1), Format.GPTQ)
 
@@ -39,6 +43,27 @@ def test_a_store_of_another_release_is_refused_with_its_revision(tmp_path: Path)
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0011'")
     with pytest.raises(RegistryError, match="tables of another release: revision 0011"):
         open_database(tmp_path)
+
+
+def test_a_store_of_the_first_schema_gets_the_new_tables_and_keeps_its_rows(tmp_path: Path) -> None:
+    store = open_database(tmp_path)
+    add_requests(store, [RECORD])
+    with store.begin() as connection:
+        connection.exec_driver_sql("DROP TABLE drift_items")
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = 'initial'")
+    store.dispose()
+    migrated = open_database(tmp_path)
+    test_migrations_give_the_tables_that_the_code_knows(migrated)
+    assert kept(migrated) == [RECORD.request_id]
+    assert add_items(migrated, ONE, [item(RECORD.request_id)]) == 1
+    assert _schema(migrated) == _schema(open_database(tmp_path / "new"))
+
+
+def _schema(store: Store) -> set[str]:
+    """What SQLite says of the table, whatever its spaces and the order of its constraints."""
+    query = "SELECT sql FROM sqlite_master WHERE tbl_name = 'drift_items' AND sql IS NOT NULL"
+    with store.connect() as connection:
+        return {"".join(sorted(sql.split())) for sql in connection.scalars(sa.text(query))}
 
 
 def test_readers_do_not_wait_for_writers_and_commits_survive_a_power_cut(store: Store) -> None:

@@ -1,0 +1,126 @@
+"""Items of requests, made from their texts as the reference's samples are, and brought back into samples.
+
+One place for both sides of a comparison. Knows nothing of where items are stored.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svc.drift_reference.answer import Answer, AnswerFeature, compared_logprob, is_greedy
+from svc.drift_reference.reference import Reference, read_prompt
+from svc.drift_reference.sample import NOT_THERE, Sample
+from svc.errors import NotFoundError
+from svc.store.drift_items import Item
+from svc.store.requests import RequestRecord
+
+
+class ItemMaker:
+    """Makes items of requests of one version in one format.
+
+    Raises:
+        NotFoundError: the version keeps nothing to compare prompts with.
+    """
+
+    def __init__(self, reference: Reference) -> None:
+        if reference.prompt_sampler is None or reference.prompts is None:
+            raise NotFoundError(reference.missing)
+        self._prompt_sampler = reference.prompt_sampler
+        self._reference = reference
+
+    def make(self, records: Sequence[RequestRecord]) -> list[Item]:
+        """Return an item for each record.
+
+        Args:
+            records: with prompt and answer, redacted.
+        """
+        prompts = [read_prompt(record.prompt or "") for record in records]
+        sample, answers = self._prompt_sampler.sample(prompts), self._answers(records)
+        topic, wanted = (view.astype(np.float32) for view in sample.views)
+        hashes = self._reference.hashes
+        return [
+            Item(
+                record.request_id,
+                record.started_at,
+                prompt=_features(sample, place),
+                answer={name: _known(value) for name, value in _features(answers, place).items()},
+                topic=topic[place],
+                wanted=wanted[place],
+                words=hashes.words(prompt.text),
+                conversation=hashes.conversation(prompt.opening),
+            )
+            for place, (record, prompt) in enumerate(zip(records, prompts, strict=True))
+        ]
+
+    def _answers(self, records: Sequence[RequestRecord]) -> Sample:
+        """Features of the answers, without their log-probabilities: none of them is scored yet."""
+        sampler = self._reference.answer_sampler
+        if sampler is None:
+            return Sample(len(records))
+        sample = sampler.sample(
+            [
+                Answer(
+                    record.answer,
+                    record.tokens_out,
+                    record.finish_reason,
+                    logprob=None,
+                    greedy=is_greedy(record.temperature, record.max_tokens, sampler.cut),
+                )
+                for record in records
+            ]
+        )
+        numbers = {name: values for name, values in sample.numbers.items() if name != AnswerFeature.LOGPROB}
+        return Sample(sample.size, numbers, sample.categories)
+
+
+def prompt_sample(items: Sequence[Item], like: Sample) -> Sample:
+    """Return the prompts of items as a sample.
+
+    Args:
+        like: the reference; a feature that an item lacks counts as not there.
+    """
+    views = [np.array([item.topic for item in items]), np.array([item.wanted for item in items])]
+    shaped = zip(views, like.views, strict=True)
+    return Sample(
+        len(items),
+        *_columns([item.prompt for item in items], like),
+        tuple(view.astype(np.float64).reshape(len(items), wanted.shape[1]) for view, wanted in shaped),
+    )
+
+
+def answer_sample(items: Sequence[Item], logprobs: Sequence[float | None], like: Sample) -> Sample:
+    """Return the answers of items as a sample.
+
+    Args:
+        logprobs: of each answer, None where it was not scored.
+        like: the reference; a feature that an item lacks counts as not there.
+    """
+    rows: list[Mapping[str, float | str | None]] = []
+    for item, logprob in zip(items, logprobs, strict=True):
+        greedy = item.answer.get(AnswerFeature.TOKENS) is not None
+        rows.append({**item.answer, AnswerFeature.LOGPROB: _known(compared_logprob(logprob, greedy=greedy))})
+    return Sample(len(items), *_columns(rows, like))
+
+
+def _features(sample: Sample, place: int) -> dict[str, float | str]:
+    numbers = {name: float(values[place]) for name, values in sample.numbers.items()}
+    return numbers | {name: str(values[place]) for name, values in sample.categories.items()}
+
+
+def _known(value: float | str) -> float | str | None:
+    missing = value == NOT_THERE or (isinstance(value, float) and math.isnan(value))
+    return None if missing else value
+
+
+def _columns(
+    rows: Sequence[Mapping[str, float | str | None]], like: Sample
+) -> tuple[dict[str, NDArray[np.float64]], dict[str, NDArray[np.str_]]]:
+    """Return the numbers and the categories of rows, by feature."""
+    numbers = {name: [row.get(name) for row in rows] for name in like.numbers}
+    categories = {name: [row.get(name) or NOT_THERE for row in rows] for name in like.categories}
+    return (
+        {name: np.array(values, dtype=np.float64) for name, values in numbers.items()},  # None becomes NaN
+        {name: np.array(values, dtype=np.str_) for name, values in categories.items()},
+    )

@@ -1,0 +1,85 @@
+"""Hashes of words and of conversations that tell nothing to a reader of the database alone.
+
+The hashes are made with a random key of the home, a file beside the database: a person who has only the database cannot
+test whether a given word was in a prompt. They are equal for equal texts, which is all that a comparison needs.
+"""
+
+import os
+import re
+import secrets
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svc.drift_reference.text_embedding import WORD, head_and_tail
+from svc.errors import IntegrityError
+from svc.files.disk import sync_folder
+
+KEY_FILE = "drift.key"
+MAX_WORDS = 512
+"""Of a prompt; a page of text has about 250 distinct ones."""
+_KEY_BYTES = 16
+_WORD = re.compile(WORD)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyedHash:
+    """Hashes with the key of one home."""
+
+    key: bytes = field(repr=False)
+
+    @classmethod
+    def of_home(cls, home: Path) -> "KeyedHash":
+        """Return the hash of a home; its key is made at first use.
+
+        Raises:
+            IntegrityError: the file with the key is damaged.
+        """
+        path = home / KEY_FILE
+        if not path.exists():
+            _make_key(path)
+        key = path.read_bytes()
+        if len(key) != _KEY_BYTES:
+            raise IntegrityError(
+                f"{path} has {len(key)} bytes",
+                expected=f"a key of {_KEY_BYTES} bytes",
+                todo="restore the file from a backup; if there is none, remove it",
+            )
+        return cls(key)
+
+    def words(self, text: str) -> NDArray[np.int32]:
+        """Return sorted hashes of the distinct words of a text: at most `MAX_WORDS`, the smallest ones.
+
+        The smallest hashes are a random choice of the words that is the same for all texts.
+        """
+        hashes = {self._number(word, 4) for word in _distinct_words(text)}
+        return np.array(sorted(hashes)[:MAX_WORDS], dtype=np.int32)
+
+    def conversation(self, opening: str) -> int:
+        """Return the hash of the beginning of a conversation."""
+        return self._number(opening, 8)
+
+    def _number(self, text: str, size: int) -> int:
+        digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=size, key=self.key).digest()
+        return int.from_bytes(digest, "little", signed=True)
+
+
+def _distinct_words(text: str) -> Iterable[str]:
+    return set(_WORD.findall(head_and_tail(text).lower()))
+
+
+def _make_key(path: Path) -> None:
+    """Write a new key, if no other process has written one meanwhile."""
+    with NamedTemporaryFile(dir=path.parent, prefix=f".{KEY_FILE}.") as file:  # has mode 0600
+        file.write(secrets.token_bytes(_KEY_BYTES))
+        file.flush()
+        os.fsync(file.fileno())
+        with suppress(FileExistsError):
+            os.link(file.name, path)
+    sync_folder(path.parent)

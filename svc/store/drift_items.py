@@ -1,0 +1,161 @@
+"""Features of a bounded sample of requests, which drift is measured by. They hold no text.
+
+Each belongs to the row of its request and is deleted with that row. Knows nothing of how features are made.
+"""
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy import Engine as Store
+from sqlalchemy import Row, Select, delete, insert, select
+from sqlalchemy.orm import Session
+
+from svc.store.database import exclusive
+from svc.store.tables import DriftItemRow, RequestRow, is_of, target_columns
+from svc.version import Target
+
+_VECTOR, _HASHES = np.dtype("<f4"), np.dtype("<i4")
+_DELETED_TOGETHER = 2_000  # rows in one transaction: no other writer waits long for it
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Item:
+    """Features of one request.
+
+    Attributes:
+        prompt: numbers and categories of the prompt, by feature.
+        answer: those of the answer without its log-probability, which is scored later; None: the answer lacks the
+            feature. Empty where the version keeps no answers to compare with.
+        topic: the prompt's place in the text space, float32.
+        wanted: the answer that the prompt asks for, as a place in the text space, float32.
+        words: sorted keyed hashes of the prompt's distinct words, int32.
+        conversation: keyed hash of the messages up to the first user turn, the same for all turns of a conversation.
+    """
+
+    request_id: str
+    started_at: datetime
+    prompt: Mapping[str, float | str]
+    answer: Mapping[str, float | str | None]
+    topic: NDArray[np.float32]
+    wanted: NDArray[np.float32]
+    words: NDArray[np.int32]
+    conversation: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredItem:
+    """An item in the store, with what its request's row has.
+
+    Attributes:
+        id: grows in the order in which items were stored; never used twice.
+        logprob: mean of the answer's tokens, nats; None where the answer was not scored, or not yet.
+        user_hash: `hash_user` of the client's user, if any.
+    """
+
+    id: int
+    item: Item
+    logprob: float | None
+    user_hash: str | None
+
+
+def add_items(store: Store, target: Target, items: Sequence[Item]) -> int:
+    """Store items of a version in a format, all or nothing.
+
+    Items whose request is not in the store are left out: the request was deleted meanwhile.
+
+    Returns:
+        How many were stored.
+    """
+    ids = [item.request_id for item in items]
+    with exclusive(store) as session:  # no request is deleted between the look-up and the insert
+        found = session.execute(select(RequestRow.request_id, RequestRow.id).where(RequestRow.request_id.in_(ids)))
+        requests = {row.request_id: row.id for row in found}
+        rows = [_columns(target, item, requests[item.request_id]) for item in items if item.request_id in requests]
+        if rows:
+            session.execute(insert(DriftItemRow), rows)
+    return len(rows)
+
+
+def read_items(store: Store, target: Target, *, after: int, newest: int) -> list[StoredItem]:
+    """Return items of a version in a format, in order.
+
+    Args:
+        after: only items with a larger id.
+        newest: at most so many, the newest ones.
+    """
+    query = _items_of(target).where(DriftItemRow.id > after).order_by(DriftItemRow.id.desc()).limit(newest)
+    with Session(store) as session:
+        return [_read(row) for row in reversed(session.execute(query).all())]
+
+
+def read_items_with(store: Store, target: Target, ids: Sequence[int]) -> list[StoredItem]:
+    """Return the items of a version in a format with these ids, in order; deleted ones are left out."""
+    query = _items_of(target).where(DriftItemRow.id.in_(ids)).order_by(DriftItemRow.id)
+    with Session(store) as session:
+        return [_read(row) for row in session.execute(query)]
+
+
+def item_ids(store: Store, target: Target, *, after: int = 0) -> list[int]:
+    """Return the ids of all items of a version in a format, in order.
+
+    Args:
+        after: only larger ids.
+    """
+    query = select(DriftItemRow.id).where(is_of(DriftItemRow, target), DriftItemRow.id > after)
+    with Session(store) as session:
+        return list(session.scalars(query.order_by(DriftItemRow.id)))
+
+
+def prune_items(store: Store, target: Target, keep: Collection[int], newest: int) -> int:
+    """Delete all items of a version in a format except some.
+
+    Args:
+        keep: ids of items that stay.
+        newest: so many of the newest items stay too.
+
+    Returns:
+        How many were deleted.
+    """
+    ids, kept = item_ids(store, target), set(keep)
+    old = [id for id in ids[: max(0, len(ids) - newest)] if id not in kept]
+    for start in range(0, len(old), _DELETED_TOGETHER):
+        with store.begin() as connection:
+            connection.execute(delete(DriftItemRow).where(DriftItemRow.id.in_(old[start : start + _DELETED_TOGETHER])))
+    return len(old)
+
+
+def _items_of(target: Target) -> Select[DriftItemRow, str, datetime, float | None, str | None]:
+    columns = (RequestRow.request_id, RequestRow.started_at, RequestRow.logprob, RequestRow.user_hash)
+    joined = select(DriftItemRow, *columns).join(RequestRow, RequestRow.id == DriftItemRow.request)
+    return joined.where(is_of(DriftItemRow, target))
+
+
+def _columns(target: Target, item: Item, request: int) -> dict[str, object]:
+    features = json.dumps({"prompt": dict(item.prompt), "answer": dict(item.answer)}, ensure_ascii=False)
+    return {
+        **target_columns(target),
+        "request": request,
+        "features": features,
+        "topic": item.topic.astype(_VECTOR).tobytes(),
+        "wanted": item.wanted.astype(_VECTOR).tobytes(),
+        "words": item.words.astype(_HASHES).tobytes(),
+        "conversation": item.conversation,
+    }
+
+
+def _read(found: Row[DriftItemRow, str, datetime, float | None, str | None]) -> StoredItem:
+    row, request_id, started_at, logprob, user_hash = found
+    item = Item(
+        request_id,
+        started_at,
+        **json.loads(row.features),
+        topic=np.frombuffer(row.topic, _VECTOR),
+        wanted=np.frombuffer(row.wanted, _VECTOR),
+        words=np.frombuffer(row.words, _HASHES),
+        conversation=row.conversation,
+    )
+    return StoredItem(row.id, item, logprob, user_hash)

@@ -1,0 +1,80 @@
+"""Equal texts have equal hashes in one home, and nobody without the home's key can test a text."""
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from svc.drift_reference.keyed_hash import KEY_FILE, MAX_WORDS, KeyedHash
+from svc.errors import IntegrityError
+
+ONE, OTHER = KeyedHash(bytes(16)), KeyedHash(b"1" * 16)
+
+
+def test_the_key_of_a_home_stays_and_is_its_owners_alone(tmp_path: Path) -> None:
+    made = KeyedHash.of_home(tmp_path)
+    assert KeyedHash.of_home(tmp_path) == made
+    assert len(made.key) == 16
+    assert [path.name for path in tmp_path.iterdir()] == [KEY_FILE]
+    assert (tmp_path / KEY_FILE).stat().st_mode & 0o777 == 0o600
+
+
+def test_two_homes_have_two_keys(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+    assert KeyedHash.of_home(tmp_path / "one") != KeyedHash.of_home(tmp_path / "other")
+
+
+def test_a_home_has_one_key_when_many_make_it_at_the_same_time(tmp_path: Path) -> None:
+    keys, start = list[bytes](), threading.Barrier(8)
+
+    def make() -> None:
+        start.wait()
+        keys.append(KeyedHash.of_home(tmp_path).key)
+
+    threads = [threading.Thread(target=make) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(keys) == 8
+    assert len(set(keys)) == 1
+
+
+def test_a_damaged_key_is_rejected_with_its_path(tmp_path: Path) -> None:
+    (tmp_path / KEY_FILE).write_bytes(b"short")
+    with pytest.raises(IntegrityError, match=r"drift\.key has 5 bytes"):
+        KeyedHash.of_home(tmp_path)
+
+
+def test_the_key_is_not_shown_when_the_hash_is_printed() -> None:
+    assert "111" not in repr(OTHER)
+
+
+def test_hashes_differ_when_the_key_does() -> None:
+    assert set(ONE.words("where is my parcel")).isdisjoint(OTHER.words("where is my parcel"))
+    assert ONE.conversation("user: hello") != OTHER.conversation("user: hello")
+
+
+def test_words_are_sorted_and_distinct_whatever_their_order_and_case() -> None:
+    words = ONE.words("Where is my parcel, where?")
+    assert words.dtype == np.int32
+    assert words.tolist() == sorted(set(words.tolist()))
+    assert len(words) == 4
+    assert words.tolist() == ONE.words("parcel MY is where").tolist()
+    assert len(ONE.words("12 !")) == len(ONE.words("")) == 0
+
+
+def test_of_many_words_those_with_the_smallest_hashes_are_taken() -> None:
+    letters = [chr(code) for code in range(0x4E00, 0x4E00 + 1500)]
+    words = ONE.words("".join(letters))
+    assert len(words) == MAX_WORDS
+    every = sorted(int(ONE.words(letter)[0]) for letter in letters)
+    assert words.tolist() == every[:MAX_WORDS]
+
+
+@pytest.mark.parametrize("text", ["\ud800", "\0", "😀"])
+def test_any_text_has_a_hash(text: str) -> None:
+    assert -(2**63) <= ONE.conversation(text) < 2**63
+    assert len(ONE.words(text)) <= 1

@@ -1,0 +1,131 @@
+"""Items are read as they were stored, are deleted with their requests, and stay bounded."""
+
+from collections.abc import Sequence
+from datetime import timedelta
+
+import numpy as np
+import pytest
+from sqlalchemy import Engine as Store
+from sqlalchemy import update
+
+from svc.store import drift_items
+from svc.store.drift_items import Item, StoredItem, add_items, item_ids, prune_items, read_items, read_items_with
+from svc.store.erasure import forget_requests, of_user
+from svc.store.requests import add_requests, hash_user, prune_requests
+from svc.store.tables import RequestRow
+from svc.version import Format, Target, VersionId
+from tests.svc.store.test_requests import NOON, PLENTY, RECORD, fill
+
+TARGET = Target(VersionId("tiny", 2), Format.GPTQ)
+OTHERS = [Target(VersionId("tiny", 1), Format.GPTQ), Target(VersionId("tiny", 2), Format.MERGED)]
+
+
+def item(request_id: str, *, characters: float = 7.0) -> Item:
+    """Features of a request."""
+    return Item(
+        request_id,
+        NOON,
+        prompt={"characters": characters, "language": "de"},
+        answer={"answer_tokens": 5.0, "finish_reason": "stop", "valid_json": None},
+        topic=np.array([0.25, -1e-9, 3e7], dtype=np.float32),
+        wanted=np.array([], dtype=np.float32),
+        words=np.array([-(2**31), -1, 2**31 - 1], dtype=np.int32),
+        conversation=-(2**63),
+    )
+
+
+def add(store: Store, count: int, target: Target = TARGET) -> list[int]:
+    """Items of requests that are in the store; returns the ids of all items."""
+    add_items(store, target, [item(f"req-{number}", characters=number) for number in range(count)])
+    return item_ids(store, target)
+
+
+def requests_of(found: Sequence[StoredItem]) -> list[str]:
+    return [stored.item.request_id for stored in found]
+
+
+def test_an_item_is_read_as_it_was_stored(store: Store) -> None:
+    add_requests(store, [RECORD._replace(user_hash=hash_user("a@b.de"))])
+    one = item("req-1")
+    assert add_items(store, TARGET, [one]) == 1
+    (found,) = read_items(store, TARGET, after=0, newest=9)
+    read = found.item
+    assert (read.request_id, read.started_at, read.conversation) == ("req-1", NOON, one.conversation)
+    assert (read.prompt, read.answer) == (one.prompt, one.answer)
+    for name in ("topic", "wanted", "words"):
+        assert getattr(read, name).dtype == getattr(one, name).dtype
+        assert getattr(read, name).tolist() == getattr(one, name).tolist()
+    assert (found.logprob, found.user_hash) == (None, hash_user("a@b.de"))
+
+
+def test_the_log_probability_is_there_when_the_answer_was_scored(store: Store) -> None:
+    fill(store, 1)
+    add(store, 1)
+    with store.begin() as connection:
+        connection.execute(update(RequestRow).values(logprob=-0.25))
+    assert [found.logprob for found in read_items(store, TARGET, after=0, newest=9)] == [-0.25]
+
+
+def test_the_newest_items_after_an_id_are_read_in_order(store: Store) -> None:
+    fill(store, 6)
+    ids = add(store, 6)
+    assert requests_of(read_items(store, TARGET, after=ids[1], newest=3)) == ["req-3", "req-4", "req-5"]
+    assert requests_of(read_items(store, TARGET, after=ids[3], newest=3)) == ["req-4", "req-5"]
+    assert item_ids(store, TARGET, after=ids[3]) == ids[4:]
+
+
+def test_items_are_read_by_their_ids_in_order_when_some_are_gone(store: Store) -> None:
+    fill(store, 3)
+    ids = add(store, 3)
+    assert requests_of(read_items_with(store, TARGET, [ids[2], 999, ids[0]])) == ["req-0", "req-2"]
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_items_of_another_target_are_left_out(store: Store, other: Target) -> None:
+    fill(store, 2)
+    ids = add(store, 2)
+    assert read_items(store, other, after=0, newest=9) == read_items_with(store, other, ids) == []
+    assert item_ids(store, other) == []
+    assert prune_items(store, other, (), newest=0) == 0
+    assert item_ids(store, TARGET) == ids
+
+
+def test_an_item_is_not_stored_when_its_request_was_deleted_meanwhile(store: Store) -> None:
+    fill(store, 1)
+    assert add_items(store, TARGET, [item("req-0"), item("forgotten")]) == 1
+    assert add_items(store, TARGET, [item("forgotten")]) == add_items(store, TARGET, []) == 0
+    assert requests_of(read_items(store, TARGET, after=0, newest=9)) == ["req-0"]
+
+
+def test_an_item_is_deleted_with_its_request_when_that_is_old(store: Store) -> None:
+    fill(store, 3)
+    add(store, 3)
+    prune_requests(store, before=NOON - timedelta(minutes=1), max_bytes=PLENTY)
+    assert requests_of(read_items(store, TARGET, after=0, newest=9)) == ["req-1", "req-2"]
+
+
+def test_an_item_is_deleted_with_its_request_when_its_user_is_forgotten(store: Store) -> None:
+    add_requests(store, [RECORD._replace(request_id=f"req-{n}", user_hash=hash_user(f"u{n}")) for n in range(2)])
+    add(store, 2)
+    assert forget_requests(store, of_user("u0")).requests == 1
+    assert requests_of(read_items(store, TARGET, after=0, newest=9)) == ["req-1"]
+
+
+def test_no_id_is_used_twice_when_all_items_were_deleted(store: Store) -> None:
+    fill(store, 2)
+    ids = add(store, 2)
+    prune_items(store, TARGET, (), newest=0)
+    assert min(add(store, 2)) > max(ids)
+
+
+def test_the_newest_items_and_those_to_keep_stay_when_the_rest_is_pruned(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drift_items, "_DELETED_TOGETHER", 2)
+    fill(store, 8)
+    ids = add(store, 8)
+    add(store, 8, OTHERS[0])
+    assert prune_items(store, TARGET, {ids[1], ids[7], 999}, newest=2) == 5
+    assert item_ids(store, TARGET) == [ids[1], ids[6], ids[7]]
+    assert len(item_ids(store, OTHERS[0])) == 8
+    assert prune_items(store, TARGET, (), newest=9) == 0
