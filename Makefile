@@ -74,10 +74,10 @@ MINUTES ?= 10
 soak: $(READY)
 	MINUTES=$(MINUTES) $(BIN)/pytest -m soak
 
-# False alarms and delays of drift detection, beside Kolmogorov-Smirnov and PSI; REPLAYS=20 for a quick look.
-REPLAYS ?= 200
+# False alarms and delays of drift detection, beside Kolmogorov-Smirnov and PSI by custom; REPLAYS=1 for a quick look.
+REPLAYS ?= 4
 bench-drift: $(READY)
-	$(BIN)/python -m benchmarks.drift_detection --replays $(REPLAYS)
+	$(BIN)/python -m benchmarks.drift --replays $(REPLAYS)
 
 # How much longer `svc serve MODEL` takes to be ready than its vLLM alone; no server may run on the home.
 HOME_FOLDER ?= .svc

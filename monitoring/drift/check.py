@@ -1,53 +1,68 @@
-"""One check of a version's traffic: what is new goes through the detectors, and what they find is kept.
+"""One check of a version's traffic: what is new goes through the detector, and what it finds is kept.
 
-Whoever makes it and how often changes nothing in what is found (monitoring.drift.two_sample.alpha_spending). One
-process at a time makes it, held by a lock of the home.
+Who makes it and how often changes nothing in what is found. One process at a time makes it, held by a lock of the home.
 """
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Final
+from typing import Final, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 from sqlalchemy import Engine as Store
 
-from monitoring.drift.detector import Alarm
-from monitoring.drift.report import Moved, SignalReport, Status, new_examples
-from monitoring.drift.streams import (
-    MEMORY,
-    AnswerStream,
-    Items,
-    PromptStream,
-    RatingStream,
-    Stream,
-    StreamComparison,
-    StreamState,
-)
-from monitoring.drift.two_sample.alpha_spending import BURST, REQUESTS_PER_DAY, Signal
-from svc.drift_reference.reference import Reference, read_reference
+from monitoring.drift.alarms import AlarmBook
+from monitoring.drift.baseline import baseline_bytes, read_baseline
+from monitoring.drift.budget import Signal
+from monitoring.drift.detector import Baseline, Detector
+from monitoring.drift.near_copies import RARITY_REQUESTS
+from monitoring.drift.ratings import RatingState, accept_ratings, check_ratings
+from monitoring.drift.report import SignalReport, Status
+from monitoring.drift.traffic import SIGNALS, TrafficState, accepted_baseline, check_traffic
+from svc.drift_reference.reference import read_reference
+from svc.drift_reference.sample import Sample
+from svc.errors import RefusedError
 from svc.redaction import Redactor
 from svc.registry.registry import Registry
 from svc.settings import RequestLogSettings
-from svc.store.answered import content_is_kept
-from svc.store.drift import DriftAlarm, DriftState, keep_drift, read_drift_alarms, read_drift_states
+from svc.store.answered import was_asked
+from svc.store.drift import DriftState, keep_drift, read_drift_baseline, read_drift_states
+from svc.store.drift_items import prune_items, read_items
 from svc.version import Target
 
 log = logging.getLogger(__name__)
 
 LOCK_FILE: Final = "drift.lock"
-STATE: Final = TypeAdapter(StreamState)
 REPORT: Final = TypeAdapter(SignalReport)
-MOVED: Final = TypeAdapter(tuple[Moved, ...])
-_DAY_S = 86_400
+_TRAFFIC_STATE: Final = TypeAdapter(TrafficState)
+_RATING_STATE: Final = TypeAdapter(RatingState)
+_MAX_READ = 5_000
+"""Items: those that are kept, and what a server stores within hours."""
+State = TypeVar("State")
+
+
+@dataclass(frozen=True)
+class _Bets:
+    """The bets on a version's traffic.
+
+    Attributes:
+        accepted: the traffic that it is compared with, if some was accepted.
+        detector: None where nothing can be compared.
+        missing: why nothing can, or no answers can.
+    """
+
+    target: Target
+    accepted: bytes | None
+    detector: Detector | None
+    missing: str
 
 
 class DriftCheck:
-    """Checks versions of one home; remembers the reference of one version a name.
+    """Checks versions of one home; remembers the detector of one version a name.
 
     Args:
-        settings: how the server redacts what it keeps.
+        settings: how the server redacts what it keeps features of.
         clock: the time now.
     """
 
@@ -63,165 +78,115 @@ class DriftCheck:
         self._store = store
         self._redactor = Redactor(settings.redact)
         self._clock = clock
-        self._references: dict[str, tuple[Target, Reference]] = {}
+        self._bets: dict[str, _Bets] = {}
 
     def run(self, target: Target) -> list[SignalReport]:
-        """Looks at all that is new of a version in a format, and keeps what it finds.
+        """Take all that is new of a version in a format, and keep what it shows.
 
         Raises:
             NotFoundError: no such version.
             IntegrityError: its files are not what its manifest says.
         """
+        traffic, ratings = self._states(target)
+        accepted = read_drift_baseline(self._store, target)
+        return self._advance(target, traffic, ratings, AlarmBook(self._store, target), accepted)
+
+    def accept(self, target: Target) -> list[str]:
+        """End the alarms of a version that last: later traffic is compared with that since they began.
+
+        Returns:
+            The features whose alarms ended.
+
+        Raises:
+            RefusedError: no alarm lasts, or too few requests came since.
+            NotFoundError, IntegrityError: as of `run`.
+        """
+        (traffic, ratings), alarms = self._states(target), AlarmBook(self._store, target)
+        accepted = read_drift_baseline(self._store, target)
+        features = [feature for signal in Signal for feature in alarms.lasting(signal)]
+        if not features:
+            raise RefusedError(f"{target.version} has no drift alarm that could be accepted", todo="see `svc drift`")
+        detector = self._bets_on(target, accepted).detector
+        if detector and any(alarms.lasting(signal) for signal in SIGNALS):
+            items = read_items(self._store, target, after=0, newest=_MAX_READ)
+            accepted = baseline_bytes(accepted_baseline(detector, traffic, items))
+            traffic = replace(traffic, watch=replace(traffic.watch, features={}))
+        if since := [alarm.since for alarm in alarms.lasting(Signal.PEOPLE).values()]:
+            ratings = accept_ratings(self._store, target, ratings, max(since))
+        for signal in Signal:
+            alarms.end_all(signal, self._clock())
+        self._advance(target, traffic, ratings, alarms, accepted)
+        return features
+
+    def _states(self, target: Target) -> tuple[TrafficState, RatingState]:
         kept = read_drift_states(self._store, target)
-        held = self._read_reference(target)
-        states = {signal: _read_state(kept.get(signal)) for signal in Signal}
-        now = self._clock()
-        content_kept = content_is_kept(self._store, target)
-        streams: tuple[Stream, ...] = (
-            PromptStream(self._store, target, held, content_kept),
-            AnswerStream(self._store, target, held, content_kept),
-            RatingStream(self._store, target, states[Signal.PEOPLE], now),
-        )
-        return [_Advance(self._store, target, stream, states[stream.signal], now).run() for stream in streams]
+        traffic, people = kept.get(Signal.INPUT), kept.get(Signal.PEOPLE)
+        return _read(_TRAFFIC_STATE, traffic, TrafficState()), _read(_RATING_STATE, people, RatingState())
 
-    def _read_reference(self, target: Target) -> Reference:
+    def _advance(
+        self, target: Target, traffic: TrafficState, ratings: RatingState, alarms: AlarmBook, accepted: bytes | None
+    ) -> list[SignalReport]:
+        """Take what is new, and keep all of it or nothing."""
+        traffic, reports = self._check_traffic(target, traffic, alarms, accepted)
+        ratings, people = check_ratings(self._store, target, ratings, self._clock(), alarms)
+        reports = [*reports, people]
+        states = {
+            Signal.INPUT: _TRAFFIC_STATE.dump_json(traffic),
+            Signal.OUTPUT: b"",  # one stream with the input
+            Signal.PEOPLE: _RATING_STATE.dump_json(ratings),
+        }
+        kept = [
+            DriftState(
+                report.signal,
+                states[report.signal].decode("utf-8"),
+                REPORT.dump_json(report).decode("utf-8"),
+                self._clock(),
+            )
+            for report in reports
+        ]
+        keep_drift(self._store, target, kept, alarms.changed, accepted)
+        prune_items(self._store, target, traffic.kept, RARITY_REQUESTS)
+        return reports
+
+    def _check_traffic(
+        self, target: Target, state: TrafficState, alarms: AlarmBook, accepted: bytes | None
+    ) -> tuple[TrafficState, list[SignalReport]]:
+        bets = self._bets_on(target, accepted)
+        items = read_items(self._store, target, after=0, newest=_MAX_READ)
+        off = "" if bets.detector else bets.missing
+        if not items and not off and was_asked(self._store, target):
+            off = "no features of requests are kept: set request_log.features, and start the server again"
+        if off or bets.detector is None:
+            for signal in SIGNALS:
+                alarms.end_all(signal, self._clock())
+            watch = replace(state.watch, features={})
+            return replace(state, watch=watch), [SignalReport(signal, Status.OFF, off) for signal in SIGNALS]
+        state, reports = check_traffic(bets.detector, state, items, alarms)
+        if Signal.OUTPUT not in bets.detector.signals.values():
+            reports = [reports[0], SignalReport(Signal.OUTPUT, Status.OFF, bets.missing)]
+        return state, reports
+
+    def _bets_on(self, target: Target, accepted: bytes | None) -> _Bets:
         name = target.version.name
-        if name not in self._references or self._references[name][0] != target:
-            self._references[name] = target, read_reference(self._registry, target, self._redactor)
-        return self._references[name][1]
+        kept = self._bets.get(name)
+        if kept is None or (kept.target, kept.accepted) != (target, accepted):
+            kept = self._bets[name] = self._make_bets(target, accepted)
+        return kept
+
+    def _make_bets(self, target: Target, accepted: bytes | None) -> _Bets:
+        reference = read_reference(self._registry, target, self._redactor)
+        if accepted is not None:
+            return _Bets(target, accepted, Detector(read_baseline(accepted)), reference.missing)
+        if reference.prompts is None:
+            return _Bets(target, None, None, reference.missing)
+        baseline = Baseline(reference.prompts, reference.words, reference.answers or Sample(0))
+        return _Bets(target, None, Detector(baseline), reference.missing)
 
 
-class _Advance:
-    """One stream, taken from its last state to now."""
-
-    def __init__(self, store: Store, target: Target, stream: Stream, state: StreamState, now: datetime) -> None:
-        self._store = store
-        self._target = target
-        self._stream = stream
-        self._state = _refilled(state, now)
-        self._now = now
-        self._alarms: list[DriftAlarm] = []
-
-    def run(self) -> SignalReport:
-        """Takes it, and keeps the result."""
-        report = self._report()
-        state = DriftState(
-            report.signal,
-            STATE.dump_json(self._state).decode("utf-8"),
-            REPORT.dump_json(report).decode("utf-8"),
-            self._now,
-        )
-        keep_drift(self._store, self._target, state, self._alarms)
-        return report
-
-    def _report(self) -> SignalReport:
-        signal, reference = self._stream.signal, self._stream.reference
-        if self._stream.off:
-            if self._state.watch.alarm:
-                self._ended(self._now)
-                self._state = replace(self._state, watch=replace(self._state.watch, alarm=None, fresh=0))
-            return SignalReport(signal, Status.OFF, self._stream.off)
-        if reference is None:
-            return SignalReport(signal, Status.WAITING, "there is nothing to compare with yet: too few ratings")
-        comparison = StreamComparison.of(self._stream, reference, self._target)
-        detector = comparison.detector
-        if not detector.windows:
-            return SignalReport(signal, Status.OFF, f"there are too few examples to compare with: {reference.size}")
-        items = self._take(comparison)
-        watch = self._state.watch
-        size = min(detector.memory, watch.fresh or detector.memory, items.sample.size)
-        if not watch.alarm and watch.fresh < detector.windows[0].size:
-            why = f"the first comparison is made with {detector.windows[0].size}"
-            return SignalReport(signal, Status.WAITING, why, watch.position)
-        live = items.sample.part(items.sample.size - size, items.sample.size)
-        # Rows of the window may have been forgotten since.
-        lines = comparison.lines(live, watch.position) if size else ()
-        status = Status.ALARM if watch.alarm else Status.STEADY
-        lasting = self._lasting() if watch.alarm else None
-        moved = tuple(dict.fromkeys(finding.test for finding in watch.alarm.findings)) if watch.alarm else ()
-        return SignalReport(
-            signal,
-            status,
-            items=watch.position,
-            window=size,
-            lines=lines,
-            alarm_since=lasting.since if lasting else None,
-            moved=moved,
-            newest_at=items.times[-1] if items.times else None,
-        )
-
-    def _take(self, comparison: StreamComparison) -> Items:
-        state = self._state
-        items = self._stream.read(state, int(state.allowance))
-        watch, events = comparison.detector.advance(state.watch, items.sample, items.new)
-        first = watch.position - items.sample.size
-        for event in events:
-            place = event.position - first
-            if event.alarm:
-                self._alarms.append(self._called(event.alarm, comparison, items, place))
-            else:
-                self._ended(items.times[place - 1])
-        base = self._stream.base if isinstance(self._stream, RatingStream) else ()
-        self._state = replace(
-            state,
-            cursor=items.cursor,
-            memory=items.ids[-MEMORY:],
-            watch=watch,
-            allowance=state.allowance - items.new,
-            base=base,
-        )
-        return items
-
-    def _called(self, alarm: Alarm, comparison: StreamComparison, items: Items, stop: int) -> DriftAlarm:
-        start = stop - alarm.size
-        live = items.sample.part(start, stop)
-        lines = {line.name: line for line in comparison.lines(live, alarm.position)}
-        moved = tuple(
-            Moved(replace(lines[found.test], p=found.p), found.alpha)
-            for found in alarm.findings
-            if found.size == alarm.size
-        )
-        names = ", ".join(found.line.name for found in moved)
-        places = new_examples(comparison.tests, alarm.findings, comparison.reference, live)
-        log.warning("%s: %s drift: %s", self._target, self._stream.signal, names)
-        return DriftAlarm(
-            signal=self._stream.signal,
-            since=items.times[start],
-            called_at=items.times[stop - 1],
-            ended_at=None,
-            moved=MOVED.dump_json(moved).decode("utf-8"),
-            examples=tuple(items.request_ids[start + place] for place in places),
-        )
-
-    def _ended(self, time: datetime) -> None:
-        lasting = self._lasting()
-        if lasting is None:
-            return
-        if lasting in self._alarms:
-            self._alarms.remove(lasting)
-        self._alarms.append(replace(lasting, ended_at=time))
-        log.info("%s: %s drift has ended", self._target, self._stream.signal)
-
-    def _lasting(self) -> DriftAlarm | None:
-        """The alarm that has not ended: of this check, else of an earlier one."""
-        kept = read_drift_alarms(self._store, self._target)
-        mine = [*self._alarms[::-1], *(alarm for alarm in kept if alarm.signal == self._stream.signal)]
-        ended = {alarm.id for alarm in self._alarms if alarm.ended_at and alarm.id is not None}
-        return next((alarm for alarm in mine if alarm.ended_at is None and alarm.id not in ended), None)
-
-
-def _read_state(kept: DriftState | None) -> StreamState:
-    """Where the watch stood; at its beginning, where another release left what this one cannot read."""
+def _read(kind: TypeAdapter[State], kept: DriftState | None, first: State) -> State:
+    """Return where the watch stood; its beginning, where another release left what this one cannot read."""
     try:
-        return STATE.validate_json(kept.state) if kept else StreamState()
+        return kind.validate_json(kept.state) if kept else first
     except ValidationError:
         log.warning("the watch for drift begins anew: its state cannot be read", exc_info=True)
-        return StreamState()
-
-
-def _refilled(state: StreamState, now: datetime) -> StreamState:
-    """More may be looked at the longer ago the last check was."""
-    if state.refilled_at is None:
-        return replace(state, allowance=BURST, refilled_at=now)
-    earned = (now - state.refilled_at).total_seconds() / _DAY_S * REQUESTS_PER_DAY
-    return replace(state, allowance=min(BURST, state.allowance + max(0.0, earned)), refilled_at=now)
+        return first

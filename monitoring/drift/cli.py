@@ -10,19 +10,21 @@ from svc.invocation import json_option, settings_of
 if TYPE_CHECKING:
     from sqlalchemy import Engine as Store
 
+    from monitoring.drift.check import DriftCheck
     from svc.registry.registry import Registry
     from svc.version import Target
 
 
 @click.command()
 @click.argument("model")
+@click.option("--accept", is_flag=True, help="End lasting alarms: compare later traffic with that since they began.")
 @json_option
 @click.pass_context
-def drift(ctx: click.Context, model: str, as_json: bool) -> None:
+def drift(ctx: click.Context, model: str, accept: bool, as_json: bool) -> None:
     """Compare the live traffic of MODEL (NAME or NAME@N) with the examples that it was made from.
 
-    NAME is the version in production. What came since the last check is looked at first; that, and how often it is
-    done, has no influence on when an alarm is called.
+    NAME is the version in production. The requests since the last check are taken first; how often that is done has no
+    influence on alarms.
     """
     settings = settings_of(ctx)
     from monitoring.drift.check import LOCK_FILE, DriftCheck
@@ -39,9 +41,14 @@ def drift(ctx: click.Context, model: str, as_json: bool) -> None:
     registry, store = Registry.of(settings), open_database(settings.home)
     target = _target(registry, store, model)
     try:
-        with hold_lock(settings.home / LOCK_FILE, "the check for drift"), waiting("looking at new requests"):
-            DriftCheck(registry, store, settings.request_log).run(target)
+        with hold_lock(settings.home / LOCK_FILE, "the check for drift"), waiting("comparing new requests"):
+            check = DriftCheck(registry, store, settings.request_log)
+            check.run(target)
+            if accept:
+                _accept(check, store, target)
     except BusyError:
+        if accept:
+            raise
         console.print("svc monitor is checking just now: this is what the last check saw")
     reports, quality = read_drift(registry, store, target)
     alarms = read_drift_alarms(store, target)
@@ -52,6 +59,17 @@ def drift(ctx: click.Context, model: str, as_json: bool) -> None:
         print_json(drift_json(*shown))
     else:
         output.print(drift_screen(*shown))
+
+
+def _accept(check: "DriftCheck", store: "Store", target: "Target") -> None:
+    from svc.identity.actor import Actor
+    from svc.store.audit import Action, AuditEntry, record_event
+    from svc.terminal import console
+
+    features = check.accept(target)
+    details = {"format": target.format.value, "features": features}
+    record_event(store, AuditEntry(Action.ACCEPT_DRIFT, str(target.version), Actor.local(), details=details))
+    console.print(f"accepted: {', '.join(features)}; later traffic is compared with that since the alarms began")
 
 
 def _target(registry: "Registry", store: "Store", model: str) -> "Target":

@@ -1,75 +1,96 @@
-"""Watches one stream against its reference: which tests are due, what they find, when an alarm begins and ends.
+"""Watches the requests of a version against its reference: which count, what they show, when an alarm begins and ends.
 
 Pure: it reads no store and no clock, and what it found yesterday comes in as a value. So the benchmark and the tests
 replay streams through the very code that watches traffic.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-from monitoring.drift.two_sample.alpha_spending import FALSE_ALARMS_PER_REQUEST, WINDOWS, Window, usable
-from svc.drift_reference.sample import Sample
+import numpy as np
+from numpy.typing import NDArray
 
-RECOVERY_EVERY = 10
-RECOVERY_SIZE = 100
-RECOVERED_P = 0.05
-"""An alarm ends when no test of the newest items finds anything by this customary level."""
+from monitoring.drift.bets import feature_bets, hit_table
+from monitoring.drift.budget import FALSE_ALARMS_PER_REQUEST, SIGNAL_SHARES, Signal
+from monitoring.drift.dependence import LAGS, MAX_LAG, ROWS, dependence
+from monitoring.drift.domain_classifier import (
+    CLASSIFIER,
+    HISTORY,
+    LEARNED_FROM,
+    DomainClassifier,
+    Similarities,
+    Singles,
+)
+from monitoring.drift.evidence import Event, Evidence, FeatureState, Hits
+from monitoring.drift.near_copies import RARITY_REQUESTS, NearCopies, Words
+from svc.drift_reference.sample import Floats, Sample
 
-
-class Test(Protocol):
-    """One comparison of a window with the reference.
-
-    Attributes:
-        name: of what is compared.
-        share: of the signal's budget.
-    """
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def share(self) -> float: ...
-
-    def p_value(self, live: Sample, alpha: float, seed: Sequence[int]) -> float:
-        """At most `alpha` with probability at most `alpha` where nothing has moved."""
-        ...
+MEMORY = max(ROWS + LAGS, HISTORY + max(LEARNED_FROM)) + MAX_LAG
+"""Kept requests that the next ones are judged by."""
+_LEARNED_SHARE = 0.7
+"""Of the input's budget for the learned sets of the domain classifier: they see what no single feature shows. All other
+bets have equal parts of what is left."""
+_JUDGE_EVERY = 20
+"""Items between two judgements of how far they depend on each other."""
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """What one test found in one window.
+@dataclass(frozen=True)
+class Requests:
+    """Requests in their order.
 
     Attributes:
-        test: its name.
-        size: items in the window.
-        alpha: the level that was spent.
+        prompts: their prompts, with views.
+        answers: their answers.
+        words: of each prompt.
+        conversations: which conversation each is part of.
+        times: when each began, seconds since 1970.
     """
 
-    test: str
-    size: int
-    p: float
-    alpha: float
+    prompts: Sample
+    answers: Sample
+    words: Sequence[Words]
+    conversations: NDArray[np.int64]
+    times: Floats
 
     @property
-    def significant(self) -> bool:
-        """It calls drift."""
-        return self.p <= self.alpha
+    def size(self) -> int:
+        """How many."""
+        return self.prompts.size
+
+    def at(self, places: NDArray[np.intp]) -> "Requests":
+        """Return those at these places, in this order."""
+        return Requests(
+            self.prompts.at(places),
+            self.answers.at(places),
+            [self.words[place] for place in places],
+            self.conversations[places],
+            self.times[places],
+        )
+
+    def followed_by(self, others: "Requests") -> "Requests":
+        """Return these, then the others."""
+        return Requests(
+            self.prompts.followed_by(others.prompts),
+            self.answers.followed_by(others.answers),
+            [*self.words, *others.words],
+            np.concatenate([self.conversations, others.conversations]),
+            np.concatenate([self.times, others.times]),
+        )
 
 
-@dataclass(frozen=True, slots=True)
-class Alarm:
-    """Drift was called.
+@dataclass(frozen=True)
+class Baseline:
+    """What requests are compared with.
 
     Attributes:
-        position: where in the stream, items.
-        size: of the window in which it was found.
-        findings: all that were significant.
+        prompts: with views.
+        words: of each prompt.
+        answers: of other requests than the prompts, mostly.
     """
 
-    position: int
-    size: int
-    findings: tuple[Finding, ...]
+    prompts: Sample
+    words: Sequence[Words]
+    answers: Sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,103 +98,121 @@ class Watch:
     """What is known of a stream so far.
 
     Attributes:
-        position: items that were seen.
-        fresh: items since the beginning, or since the last alarm ended; windows do not reach back beyond.
-        alarm: while it lasts.
+        seen: requests.
+        kept: of those, no near copies.
+        dependence: within how many kept requests they depend on each other; 0 while nobody knows.
+        features: what the bets on each feature show.
+        newest_kept: of the newest requests that were seen, which were kept: a digit each, the newest last.
     """
 
-    position: int = 0
-    fresh: int = 0
-    alarm: Alarm | None = None
+    seen: int = 0
+    kept: int = 0
+    dependence: float = 0.0
+    features: Mapping[str, FeatureState] = field(default_factory=dict)
+    newest_kept: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
-    """An alarm that began or ended.
+@dataclass(frozen=True)
+class Advance:
+    """What came of new requests.
 
     Attributes:
-        position: where, items.
-        alarm: None when it ended.
+        kept: places of those that count.
+        events: alarms that began or ended; their positions count kept requests.
+        strengths: of the evidence on each feature, see `Evidence.strengths`.
     """
 
-    position: int
-    alarm: Alarm | None
+    watch: Watch
+    kept: NDArray[np.intp]
+    events: Sequence[Event]
+    strengths: Mapping[str, float]
 
 
 class Detector:
-    """The tests of one signal.
+    """The bets on a version's traffic.
 
     Args:
-        tests: their shares add up to at most 1.
-        reference: items to compare with; decides which windows can be used.
-        share: of the whole budget, see monitoring.drift.two_sample.alpha_spending.
-        part: of the reference that a window may be as large as.
-        stream: numbers that make the shuffles of one stream differ from another's.
+        baseline: what requests are compared with. Near copies in it count once, as in traffic.
     """
 
-    def __init__(
-        self,
-        tests: Sequence[Test],
-        reference: int,
-        share: float,
-        *,
-        windows: Sequence[Window] = WINDOWS,
-        part: float = 0.5,
-        stream: Sequence[int] = (),
-    ) -> None:
-        self._tests = tests
-        self._rate = FALSE_ALARMS_PER_REQUEST * share
-        self._stream = tuple(stream)
-        self.windows = usable(windows, reference, part)
+    def __init__(self, baseline: Baseline) -> None:
+        copies = NearCopies(baseline.words)
+        once = [place for place, words in enumerate(baseline.words) if not copies.is_near_copy(words, 0.0)]
+        self._words = [baseline.words[place] for place in once]
+        self.prompts, self.answers = baseline.prompts.at(np.array(once, dtype=np.intp)), baseline.answers
+        self.classifier = DomainClassifier(self.prompts)
+        self._prompt_bets, self._answer_bets = feature_bets(self.prompts), feature_bets(self.answers)
+        self._fixed_bounds = np.concatenate(
+            [self.classifier.far_bounds, [bet.bound for bet in (*self._prompt_bets, *self._answer_bets)]]
+        )
+        self.signals: dict[str, Signal] = {
+            CLASSIFIER: Signal.INPUT,
+            **dict.fromkeys((bet.feature for bet in self._prompt_bets), Signal.INPUT),
+            **dict.fromkeys((bet.feature for bet in self._answer_bets), Signal.OUTPUT),
+        }
 
     @property
-    def memory(self) -> int:
-        """Items before the new ones that `advance` needs to see."""
-        return max((window.size for window in self.windows), default=0)
+    def _features(self) -> list[str]:
+        classifier = [CLASSIFIER] * (self.classifier.learned + len(self.classifier.far_bounds))
+        return [*classifier, *(bet.feature for bet in (*self._prompt_bets, *self._answer_bets))]
 
-    def advance(self, watch: Watch, items: Sample, new: int) -> tuple[Watch, list[Event]]:
-        """Takes new items.
+    @property
+    def _weights(self) -> Floats:
+        learned, fixed = self.classifier.learned, len(self.classifier.far_bounds) + len(self._prompt_bets)
+        return np.concatenate(
+            [
+                np.full(learned, SIGNAL_SHARES[Signal.INPUT] * _LEARNED_SHARE / learned),
+                np.full(fixed, SIGNAL_SHARES[Signal.INPUT] * (1 - _LEARNED_SHARE) / fixed),
+                np.full(len(self._answer_bets), SIGNAL_SHARES[Signal.OUTPUT] / max(1, len(self._answer_bets))),
+            ]
+        )
+
+    def advance(self, watch: Watch, before: Requests, seen_before: Sequence[Words], new: Requests) -> Advance:
+        """Take new requests.
 
         Args:
-            watch: what is known.
-            items: the new ones at the end, before them at least `memory` earlier ones, or all that there were.
-            new: how many are new.
+            before: the newest that were kept, at most `MEMORY`, or all that there were.
+            seen_before: words of the newest that were seen, kept or not.
         """
-        events = []
-        for stop in range(items.size - new + 1, items.size + 1):
-            watch = replace(watch, position=watch.position + 1, fresh=watch.fresh + 1)
-            before = watch.alarm
-            watch = self._recover(watch, before, items, stop) if before else self._look(watch, items, stop)
-            if watch.alarm is not before:
-                events.append(Event(watch.position, watch.alarm))
-        return watch, events
+        kept = self._keep(before, seen_before, new)
+        added = new.at(kept)
+        requests = before.followed_by(added)
+        similar = Similarities(
+            self.classifier.similar(requests.prompts, requests.prompts), self.classifier.similar(requests.prompts)
+        )
+        fixed = self._fixed_hits(similar.reference[before.size :], added)
+        evidence = Evidence(self._features, self._weights, 1 / FALSE_ALARMS_PER_REQUEST, watch.features)
+        events = list[Event]()
+        position, depends = watch.kept, watch.dependence
+        for place in range(before.size, requests.size):
+            position += 1
+            learned, bounds = self.classifier.learned_hits(similar, place, depends)
+            hits = np.concatenate([learned, fixed[place - before.size]])
+            bounds = np.concatenate([bounds, self._fixed_bounds])
+            events += evidence.add(position, hits, bounds, max(1.0, depends))
+            if position % _JUDGE_EVERY == 0:
+                depends = dependence(similar.among, place + 1, requests.conversations) or depends
+        flags = np.zeros(new.size, dtype=int)
+        flags[kept] = 1
+        newest = (watch.newest_kept + "".join(map(str, flags)))[-RARITY_REQUESTS:]
+        watch = Watch(watch.seen + new.size, position, depends, evidence.states(), newest)
+        return Advance(watch, kept, events, evidence.strengths())
 
-    def _look(self, watch: Watch, items: Sample, stop: int) -> Watch:
-        findings = [
-            self._run(test, watch, items.part(stop - window.size, stop), window.alpha(self._rate) * test.share)
-            for window in self.windows
-            if watch.position % window.every == 0 and window.size <= min(watch.fresh, stop)
-            for test in self._tests
+    def _keep(self, before: Requests, seen_before: Sequence[Words], new: Requests) -> NDArray[np.intp]:
+        """Return places of the new requests that nearly repeat none."""
+        copies = NearCopies(self._words)
+        for words in seen_before[-RARITY_REQUESTS:]:
+            copies.remember(words, 0.0, kept=False, seen=True)
+        for words, time in zip(before.words, before.times, strict=True):
+            copies.remember(words, float(time), kept=True, seen=False)
+        once = [
+            place
+            for place, (words, time) in enumerate(zip(new.words, new.times, strict=True))
+            if not copies.is_near_copy(words, float(time))
         ]
-        called = tuple(finding for finding in findings if finding.significant)
-        if not called:
-            return watch
-        return replace(watch, alarm=Alarm(watch.position, min(finding.size for finding in called), called))
+        return np.array(once, dtype=np.intp)
 
-    def _recover(self, watch: Watch, alarm: Alarm, items: Sample, stop: int) -> Watch:
-        """Ends an alarm that no test would call any more; what came before is forgotten, lest it is called again.
-
-        It looks back to where the alarm was seen and no further: what was before the shift would hide it.
-        """
-        if watch.position % RECOVERY_EVERY:
-            return watch
-        size = min(RECOVERY_SIZE, self.memory, stop, watch.position - alarm.position + alarm.size)
-        level = RECOVERED_P / len(self._tests)
-        findings = [self._run(test, watch, items.part(stop - size, stop), level) for test in self._tests]
-        if any(finding.significant for finding in findings):
-            return watch
-        return replace(watch, alarm=None, fresh=0)
-
-    def _run(self, test: Test, watch: Watch, live: Sample, alpha: float) -> Finding:
-        seed = (*self._stream, watch.position, live.size)
-        return Finding(test.name, live.size, test.p_value(live, alpha, seed), alpha)
+    def _fixed_hits(self, to_reference: Singles, new: Requests) -> Hits:
+        """Return the hits of new requests in the sets that are not learned, items by bets."""
+        parts = [self.classifier.far_hits(to_reference), hit_table(self._prompt_bets, new.prompts)]
+        return np.concatenate([*parts, hit_table(self._answer_bets, new.answers)], axis=1)

@@ -4,9 +4,9 @@ import logging
 
 from sqlalchemy import Engine as Store
 
+from monitoring.drift.budget import Signal
 from monitoring.drift.check import LOCK_FILE, REPORT, DriftCheck
 from monitoring.drift.report import SignalReport
-from monitoring.drift.two_sample.alpha_spending import Signal
 from monitoring.quality import QualityReport, read_quality
 from svc.errors import BusyError
 from svc.files.lock import hold_lock

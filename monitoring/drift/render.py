@@ -8,20 +8,23 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from monitoring.drift.check import MOVED
+from monitoring.drift.alarms import MOVED
+from monitoring.drift.budget import Signal
+from monitoring.drift.domain_classifier import CLASSIFIER
 from monitoring.drift.report import SignalReport, Status
-from monitoring.drift.signals import CLASSIFIER
-from monitoring.drift.two_sample.alpha_spending import Signal
-from monitoring.drift.two_sample.univariate import false_discovery_rates
 from monitoring.quality import Quality, QualityReport
 from svc.store.drift import DriftAlarm
 from svc.version import Target
 
-FALSE_DISCOVERIES = 0.05
-"""Of the features that are marked as moved, so many are marked falsely, on average."""
 _SHOWN_CHARS = 160
 _TIME = "%Y-%m-%d %H:%M"
-_COLOURS = {Status.OFF: "yellow", Status.WAITING: "dim", Status.STEADY: "green", Status.ALARM: "red"}
+_COLOURS = {
+    Status.OFF: "yellow",
+    Status.WAITING: "dim",
+    Status.UNWATCHED: "yellow",
+    Status.STEADY: "green",
+    Status.ALARM: "red",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +37,6 @@ class Example:
 
     prompt: str
     answer: str
-
-
-def moved_features(reports: Sequence[SignalReport]) -> set[tuple[Signal, str]]:
-    """Signal and name of the lines that have moved, by Benjamini and Hochberg's procedure over all of all signals."""
-    lines = [(report.signal, line) for report in reports for line in report.lines]
-    rates = false_discovery_rates([line.p for _, line in lines])
-    return {(signal, line.name) for (signal, line), rate in zip(lines, rates, strict=True) if rate <= FALSE_DISCOVERIES}
 
 
 def drift_screen(
@@ -67,7 +63,8 @@ def drift_screen(
     parts += [_alarm(alarm, examples) for alarm in lasting]
     if alarms and not lasting:
         last = alarms[0]
-        parts.append(Text(f"last alarm: {last.signal}, {last.called_at:{_TIME}} to {last.ended_at:{_TIME}}"))
+        time = f"{last.called_at:{_TIME}} to {last.ended_at:{_TIME}}"
+        parts.append(Text(f"last alarm: {last.signal}, {last.feature}, {time}"))
     return Group(*parts)
 
 
@@ -79,25 +76,19 @@ def drift_json(
     examples: Mapping[str, Example],
 ) -> dict[str, Any]:
     """The same for machines, with all alarms that are kept: the signal for later use."""
-    moved = moved_features(reports)
     return {
         "version": str(target.version),
         "format": target.format.value,
-        "signals": [
-            {
-                **asdict(report),
-                "lines": [{**asdict(line), "moved": (report.signal, line.name) in moved} for line in report.lines],
-            }
-            for report in reports
-        ],
+        "signals": [asdict(report) for report in reports],
         "quality": asdict(quality),
         "alarms": [
             {
                 "signal": alarm.signal,
+                "feature": alarm.feature,
                 "since": alarm.since.isoformat(),
                 "called_at": alarm.called_at.isoformat(),
                 "ended_at": alarm.ended_at and alarm.ended_at.isoformat(),
-                "moved": [asdict(found) for found in MOVED.validate_json(alarm.moved)],
+                "moved": asdict(MOVED.validate_json(alarm.moved)),
                 "examples": [
                     {"request_id": id, **(asdict(examples[id]) if id in examples else {})} for id in alarm.examples
                 ],
@@ -110,14 +101,14 @@ def drift_json(
 def _status(report: SignalReport) -> Text:
     unit = "ratings" if report.signal is Signal.PEOPLE else "requests"
     text = Text.assemble(f"{report.signal:8}", (report.status.value, _COLOURS[report.status]))
-    if report.status is Status.ALARM:
-        since = f" since {report.alarm_since:{_TIME}}" if report.alarm_since else ""
-        text.append(f"{since}: {', '.join(report.moved)}")
-    if report.why:
-        text.append(f": {report.why}")
+    told = [*(f"{alarm.feature} since {alarm.since:{_TIME}}" for alarm in report.alarms), report.why]
+    if report.uncompared and report.status is not Status.UNWATCHED:
+        told.append(f"nothing to compare of {', '.join(report.uncompared)}")
+    if any(told):
+        text.append(f": {'; '.join(part for part in told if part)}")
     if report.items:
         newest = f", the newest {report.newest_at:{_TIME}}" if report.newest_at else ""
-        text.append(f"  ({report.items} {unit} seen{newest})", "dim")
+        text.append(f"  ({report.items} {unit} compared{newest})", "dim")
     return text
 
 
@@ -135,18 +126,16 @@ def _quality(report: QualityReport) -> Text:
 
 
 def _table(reports: Sequence[SignalReport]) -> Table:
-    moved = moved_features(reports)
-    table = Table("signal", "feature", "moved", "score", "p", "held out", "live", "window", box=None)
+    table = Table("signal", "feature", "evidence", "difference", "examples", "live", "newest", box=None)
     for report in reports:
-        for line in sorted(report.lines, key=lambda line: line.p):
-            is_moved = (report.signal, line.name) in moved
+        alarmed = {alarm.feature for alarm in report.alarms}
+        for line in sorted(report.lines, key=lambda line: -line.evidence):
             unit = "AUC" if line.name == CLASSIFIER else "PSI"
             table.add_row(
                 report.signal.value,
                 line.name,
-                Text("moved", "red") if is_moved else "",
+                Text("alarm", "red") if line.name in alarmed else f"{line.evidence:.0%}",
                 f"{unit} {line.score:.2f}",
-                _p(line.p),
                 line.expected,
                 line.live,
                 str(report.window),
@@ -155,8 +144,7 @@ def _table(reports: Sequence[SignalReport]) -> Table:
 
 
 def _alarm(alarm: DriftAlarm, examples: Mapping[str, Example]) -> RenderableType:
-    typical = "most typical of what is new" if alarm.signal == Signal.INPUT else "the newest"
-    lines = [Text(f"{alarm.signal} since {alarm.since:{_TIME}}, {typical}:", "bold")]
+    lines = [Text(f"{alarm.signal}, {alarm.feature} since {alarm.since:{_TIME}}, as in:", "bold")]
     for id in alarm.examples:
         example = examples.get(id, Example("(not kept)", "(not kept)"))
         text = example.answer if alarm.signal == Signal.OUTPUT else example.prompt

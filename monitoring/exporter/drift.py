@@ -25,11 +25,11 @@ log = logging.getLogger(__name__)
 
 
 _GAUGES = {
-    "svc_drift_alarm": ("1 while drift is called", ["signal"]),
-    "svc_drift_watched": ("1 when there is enough to compare, 0 when it is off or waits", ["signal"]),
-    "svc_drift_items": ("Requests, or ratings, that were looked at since the version serves", ["signal"]),
-    "svc_drift_score": ("How large the difference from the reference is, newest window", ["signal", "feature"]),
-    "svc_drift_pvalue": ("p-value of this one comparison, newest window", ["signal", "feature"]),
+    "svc_drift_alarm": ("1 while an alarm of a feature lasts", ["signal", "feature"]),
+    "svc_drift_watched": ("1 while new requests or ratings can be compared", ["signal"]),
+    "svc_drift_items": ("Requests, or ratings, that were compared since the version serves", ["signal"]),
+    "svc_drift_score": ("How large the difference of the newest 100 is", ["signal", "feature"]),
+    "svc_drift_evidence": ("Evidence for a change, on a logarithmic scale: 0 none, 1 an alarm", ["signal", "feature"]),
     "svc_drift_checked_timestamp_seconds": ("When drift was checked", []),
     "svc_holdout_changed": ("1 when the version is not what it was at registration: a fault of serving", []),
     "svc_holdout_nll": ("Held-out negative log-likelihood, nats a token", ["when"]),
@@ -86,12 +86,14 @@ class DriftMetrics(Collector):
         for state in states.values():
             report = REPORT.validate_json(state.report)
             signal, status = report.signal.value, report.status
-            yield "svc_drift_alarm", [signal], float(status is Status.ALARM)
             yield "svc_drift_watched", [signal], float(status in (Status.STEADY, Status.ALARM))
             yield "svc_drift_items", [signal], report.items
             for line in report.lines:
                 yield "svc_drift_score", [signal, line.name], line.score
-                yield "svc_drift_pvalue", [signal, line.name], line.p
+                yield "svc_drift_evidence", [signal, line.name], line.evidence
+            alarmed = {alarm.feature for alarm in report.alarms}
+            for feature in sorted(alarmed | {line.name for line in report.lines}):
+                yield "svc_drift_alarm", [signal, feature], float(feature in alarmed)
         if states or self._checking:
             checked = min((state.checked_at.timestamp() for state in states.values()), default=0.0)
             yield "svc_drift_checked_timestamp_seconds", [], checked

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from svc.dataset.readers.reader import read_examples
 from svc.dataset.schema.example import ChatExample
-from svc.drift_reference.answer import Answer, AnswerSampler, is_greedy
+from svc.drift_reference.answer import Answer, AnswerSampler
 from svc.drift_reference.drift_sample import DRIFT_SAMPLE_FILE
 from svc.drift_reference.keyed_hash import KeyedHash
 from svc.drift_reference.prompt import Prompt, PromptSampler
@@ -25,7 +25,6 @@ from svc.errors import NotFoundError
 from svc.evaluation.results import ExampleResult, largest_limit
 from svc.redaction import Redactor
 from svc.registry.registry import Registry
-from svc.store.answered import AnsweredRequest
 from svc.version import Target
 
 _MOST_COMPARED = 1_000
@@ -53,37 +52,6 @@ class Reference:
     words: list[NDArray[np.int32]]
     conversations: list[int]
     hashes: KeyedHash
-
-    def live_prompts(self, rows: Sequence[AnsweredRequest]) -> Sample:
-        """Live prompts, to be compared with the reference's.
-
-        Raises:
-            NotFoundError: there is nothing to compare them with.
-        """
-        if self.prompt_sampler is None:
-            raise NotFoundError(self.missing)
-        return self.prompt_sampler.sample([read_prompt(row.prompt or "") for row in rows])
-
-    def live_answers(self, rows: Sequence[AnsweredRequest]) -> Sample:
-        """Live answers, to be compared with the held-out ones.
-
-        Raises:
-            NotFoundError: there is nothing to compare them with.
-        """
-        if self.answer_sampler is None:
-            raise NotFoundError(self.missing)
-        return self.answer_sampler.sample(
-            [
-                Answer(
-                    row.answer,
-                    row.tokens_out,
-                    row.finish_reason,
-                    row.logprob,
-                    is_greedy(row.temperature, row.max_tokens, self.answer_sampler.cut),
-                )
-                for row in rows
-            ]
-        )
 
 
 def read_reference(registry: Registry, target: Target, redactor: Redactor) -> Reference:

@@ -43,6 +43,7 @@ class Action(StrEnum):
     BACKUP = "backup"
     """Before it begins: whoever has the copy can read what is in the home."""
     RESTORE = "restore"
+    ACCEPT_DRIFT = "drift.accept"
 
 
 @dataclass(frozen=True, slots=True)

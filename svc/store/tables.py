@@ -225,6 +225,7 @@ class DriftAlarmRow(Table):
     number: Mapped[int]
     format: Mapped[str]
     signal: Mapped[str]
+    feature: Mapped[str]
     since: Mapped[datetime]
     called_at: Mapped[datetime]
     ended_at: Mapped[datetime | None]
@@ -252,6 +253,17 @@ class DriftItemRow(Table):
     wanted: Mapped[bytes]
     words: Mapped[bytes]
     conversation: Mapped[int] = mapped_column(sa.BigInteger)
+
+
+class DriftBaselineRow(Table):
+    """Traffic of a version that was accepted: later traffic is compared with it, and not with the examples."""
+
+    __tablename__ = "drift_baselines"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    format: Mapped[str] = mapped_column(primary_key=True)
+    data: Mapped[bytes]
 
 
 class KeyRow(Table):
@@ -333,7 +345,16 @@ class ServedRow(Table):
     ended_by: Mapped[str | None]
 
 
-TargetRow = SwapRow | RetakenProbesRow | HoldoutRunRow | DriftStateRow | DriftAlarmRow | DriftItemRow | ServedRow
+TargetRow = (
+    SwapRow
+    | RetakenProbesRow
+    | HoldoutRunRow
+    | DriftStateRow
+    | DriftAlarmRow
+    | DriftItemRow
+    | DriftBaselineRow
+    | ServedRow
+)
 """Rows of a version in a format."""
 
 

@@ -8,8 +8,9 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.metrics_core import Metric
 
-from monitoring.drift.signals import CLASSIFIER, RatingFeature
-from monitoring.drift.two_sample.alpha_spending import Signal
+from monitoring.drift.budget import Signal
+from monitoring.drift.domain_classifier import CLASSIFIER
+from monitoring.drift.signals import RatingFeature
 from monitoring.exporter.deadlines import DeadlineMetrics
 from monitoring.exporter.drift import DriftMetrics
 from monitoring.exporter.server_page import ServerPage

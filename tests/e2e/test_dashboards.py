@@ -21,7 +21,7 @@ from sqlalchemy.orm import Session
 
 from examples.load import Load
 from examples.service import svc_json
-from monitoring.drift.two_sample.alpha_spending import Signal
+from monitoring.drift.budget import Signal
 from monitoring.exporter.versions import heldout_set
 from svc.dataset.fingerprint import fingerprint
 from svc.dataset.readers.reader import read_examples

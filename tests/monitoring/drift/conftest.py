@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine as Store
 
+from monitoring.drift.budget import Signal
 from monitoring.drift.check import DriftCheck
 from monitoring.drift.report import SignalReport
-from monitoring.drift.two_sample.alpha_spending import Signal
 from svc.registry.registry import Registry
 from svc.settings import RequestLogSettings
 from tests.monitoring.drift.traffic import Traffic, open_registry, register, target
@@ -38,13 +38,13 @@ def registry(home: Path) -> Registry:
 
 
 @pytest.fixture
-def traffic(store: Store) -> Traffic:
-    """Adds rows."""
-    return Traffic(store)
+def traffic(store: Store, registry: Registry) -> Traffic:
+    """Adds requests."""
+    return Traffic(store, registry)
 
 
 @pytest.fixture
 def check(registry: Registry, store: Store, traffic: Traffic) -> Check:
-    """Checks version 1, at the time of its last request; contents are kept."""
+    """Checks version 1, at the time of its last request."""
     checks = DriftCheck(registry, store, RequestLogSettings(), clock=lambda: traffic.now)
     return lambda: {report.signal: report for report in checks.run(target())}

@@ -1,6 +1,6 @@
 """A check finds what has moved in real prompts, says since when and by which requests, and finds it only once."""
 
-from collections.abc import Sequence
+import json
 from datetime import timedelta
 from pathlib import Path
 
@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 from sqlalchemy import Engine as Store
 
-from monitoring.drift.check import MOVED, DriftCheck
+from monitoring.drift.budget import Signal
+from monitoring.drift.check import DriftCheck
 from monitoring.drift.report import Status
-from monitoring.drift.two_sample.alpha_spending import BURST, REQUESTS_PER_DAY, Signal
+from svc.errors import NotFoundError
+from svc.evaluation.results import ExampleResult
 from svc.registry.registry import Registry
 from svc.settings import RequestLogSettings
 from svc.store.drift import DriftAlarm, read_drift_alarms, read_drift_states
+from svc.version import Format, VersionId
 from tests.monitoring.drift.conftest import Check
 from tests.monitoring.drift.traffic import NOON, Traffic, prompts, register, system_prompt, target
 from tests.new_store import new_store
@@ -28,8 +31,8 @@ def alarms(store: Store, signal: Signal) -> list[DriftAlarm]:
     return [alarm for alarm in read_drift_alarms(store, target()) if alarm.signal == signal]
 
 
-def moved(alarm: DriftAlarm) -> set[str]:
-    return {found.line.name for found in MOVED.validate_json(alarm.moved)}
+def alarmed(store: Store, signal: Signal) -> set[str]:
+    return {alarm.feature for alarm in alarms(store, signal)}
 
 
 def test_traffic_like_the_heldout_set_is_steady(check: Check, traffic: Traffic, store: Store) -> None:
@@ -50,12 +53,11 @@ def test_other_prompts_are_an_alarm_that_says_since_when_and_by_what(
     traffic.ask(ALIKE[:100])
     shifted = traffic.ask(STRONG[:20])
     report = check()[Signal.INPUT]
-    (alarm,) = alarms(store, Signal.INPUT)
+    (alarm,) = [alarm for alarm in alarms(store, Signal.INPUT) if alarm.feature == "characters"]
     assert report.status is Status.ALARM
-    assert "characters" in moved(alarm)
     assert abs(alarm.since - (NOON + timedelta(minutes=101))) <= timedelta(minutes=5)
     assert alarm.called_at <= traffic.now
-    assert len(alarm.examples) == 5
+    assert alarm.examples
     assert set(alarm.examples) <= set(shifted)
 
 
@@ -66,19 +68,19 @@ def test_an_alarm_is_called_once_and_ends_when_traffic_is_as_before(
     check()
     traffic.ask(STRONG[30:60])
     check()
-    assert [alarm.ended_at for alarm in alarms(store, Signal.INPUT)] == [None]
-    traffic.ask(ALIKE[:130])
-    check()
-    (alarm,) = alarms(store, Signal.INPUT)
-    assert alarm.ended_at is not None
-    assert alarm.ended_at > NOON + timedelta(minutes=60)
+    first = [alarm for alarm in alarms(store, Signal.INPUT) if alarm.feature == "characters"]
+    assert [alarm.ended_at for alarm in first] == [None]
+    traffic.ask(ALIKE[:330])
+    assert check()[Signal.INPUT].status is Status.STEADY
+    ended = [alarm.ended_at for alarm in alarms(store, Signal.INPUT)]
+    assert all(time is not None and time > NOON + timedelta(minutes=60) for time in ended)
 
 
 def test_who_checks_often_finds_the_same(
     registry: Registry, store: Store, check: Check, traffic: Traffic, tmp_path: Path
 ) -> None:
     once_store = new_store(tmp_path / "other")
-    once = Traffic(once_store)
+    once = Traffic(once_store, registry)
     for start in range(0, 90, 7):
         texts = [*ALIKE[:60], *STRONG[:30]][start : start + 7]
         traffic.ask(texts)
@@ -94,26 +96,53 @@ def test_who_checks_often_finds_the_same(
 
 def test_a_prompt_that_comes_again_counts_once(check: Check, traffic: Traffic, store: Store) -> None:
     traffic.ask(ALIKE[:50])
-    traffic.ask(["ping"] * 200)
-    assert check()[Signal.INPUT].items == 51
+    before = check()[Signal.INPUT].items
+    traffic.ask(["ping me when the build is done"] * 100)
+    assert check()[Signal.INPUT].items == before + 1
     assert alarms(store, Signal.INPUT) == []
 
 
-def test_of_many_requests_some_are_looked_at(
-    registry: Registry, store: Store, traffic: Traffic, monkeypatch: pytest.MonkeyPatch
+def test_traffic_that_only_repeats_itself_is_unwatched_and_says_so(check: Check, traffic: Traffic) -> None:
+    traffic.ask(ALIKE[:12])
+    for _ in range(80):
+        traffic.ask(ALIKE[:12])
+    reports = check()
+    for signal in (Signal.INPUT, Signal.OUTPUT):
+        assert reports[signal].status is Status.UNWATCHED
+        assert "of the newest 972 requests are compared" in reports[signal].why
+
+
+def test_a_report_says_when_under_a_fifth_of_the_requests_is_compared(check: Check, traffic: Traffic) -> None:
+    for text in ALIKE[:50]:
+        traffic.ask([text] * 7)
+    report = check()[Signal.INPUT]
+    assert report.status is Status.STEADY
+    assert "14% of the newest 350 requests are compared" in report.why
+
+
+def test_a_later_change_is_an_alarm_of_its_own_while_another_lasts(
+    check: Check, traffic: Traffic, store: Store
 ) -> None:
-    monkeypatch.setattr("monitoring.drift.check.BURST", 20)
-    now = NOON
-    checks = DriftCheck(registry, store, RequestLogSettings(), clock=lambda: now)
+    traffic.ask([*ALIKE[:60], *STRONG[:60]])
+    check()
+    first = alarmed(store, Signal.INPUT)
+    traffic.ask(STRONG[60:90], system="You are a pirate.")
+    check()
+    assert "system_prompt" not in first
+    assert "system_prompt" in alarmed(store, Signal.INPUT)
 
-    def seen(texts: Sequence[str]) -> int:
-        traffic.ask(texts)
-        return {report.signal: report.items for report in checks.run(target())}[Signal.INPUT]
 
-    assert seen(ALIKE[:60]) == 20
-    assert seen(ALIKE[60:90]) == 20
-    now += timedelta(days=10 / REQUESTS_PER_DAY)
-    assert seen(ALIKE[90:130]) == 30
+def test_turns_of_one_conversation_count_less_than_as_many_of_their_own(
+    registry: Registry, traffic: Traffic, store: Store
+) -> None:
+    """800 turns of 16 long conversations: what one of them is about is no change of the traffic."""
+    register(registry, 2, sample=ALIKE[:400])
+    for start in range(0, 800, 50):
+        traffic.ask(ALIKE[start % 400 : start % 400 + 50], conversation=f"Talk {start}", number=2)
+    checks = DriftCheck(registry, store, RequestLogSettings(), clock=lambda: traffic.now)
+    checks.run(target(2))
+    state = json.loads(read_drift_states(store, target(2))[Signal.INPUT].state)
+    assert 30 < state["watch"]["dependence"] <= 50
 
 
 def test_answers_that_are_no_json_any_more_are_an_alarm_of_the_output(
@@ -122,16 +151,14 @@ def test_answers_that_are_no_json_any_more_are_an_alarm_of_the_output(
     traffic.ask(ALIKE[:60])
     traffic.ask(ALIKE[60:90], ["I think it is science."] * 30)
     reports = check()
-    (alarm,) = alarms(store, Signal.OUTPUT)
     assert reports[Signal.INPUT].status is Status.STEADY
-    assert moved(alarm) >= {"valid_json"}
+    assert "valid_json" in alarmed(store, Signal.OUTPUT)
 
 
 def test_refusals_are_an_alarm_of_the_output(check: Check, traffic: Traffic, store: Store) -> None:
     traffic.ask(ALIKE[:40], ["I'm sorry, but I can't help with that."] * 40)
     check()
-    (alarm,) = alarms(store, Signal.OUTPUT)
-    assert "refusal" in moved(alarm) or "valid_json" in moved(alarm)
+    assert "refusal" in alarmed(store, Signal.OUTPUT)
 
 
 @pytest.mark.parametrize(("temperature", "status"), [(0.0, Status.ALARM), (0.7, Status.STEADY), (None, Status.STEADY)])
@@ -163,32 +190,37 @@ def test_a_live_answer_counts_as_cut_at_the_largest_limit_when_limits_differ(
     assert lines["finish_reason"].live == "length 100%"
 
 
-def test_without_content_prompts_are_off_and_says_what_to_set(check: Check, traffic: Traffic) -> None:
-    traffic.ask(ALIKE[:60], content=False, tokens=16, finish_reason="length")
+def test_traffic_is_compared_without_its_texts(check: Check, traffic: Traffic, store: Store) -> None:
+    traffic.ask(ALIKE[:60], content=False)
+    traffic.ask(STRONG[:30], content=False, tokens=16, finish_reason="length")
     reports = check()
-    assert reports[Signal.INPUT].status is Status.OFF
-    assert "request_log.content_share" in reports[Signal.INPUT].why
-    assert reports[Signal.OUTPUT].status is Status.ALARM
+    assert reports[Signal.INPUT].status is Status.ALARM
+    assert "finish_reason" in alarmed(store, Signal.OUTPUT)
+
+
+def test_without_features_traffic_is_off_and_says_what_to_set(check: Check, traffic: Traffic) -> None:
+    traffic.ask(ALIKE[:60], features=False)
+    reports = check()
+    for signal in (Signal.INPUT, Signal.OUTPUT):
+        assert reports[signal].status is Status.OFF
+        assert "request_log.features" in reports[signal].why
 
 
 def test_before_the_first_request_it_waits(check: Check) -> None:
     assert check()[Signal.INPUT].status is Status.WAITING
 
 
-def test_an_alarm_ends_when_content_is_kept_no_more(
-    check: Check, traffic: Traffic, store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_alarm_ends_when_features_are_kept_no_more(check: Check, traffic: Traffic, store: Store) -> None:
     traffic.ask(STRONG[:30])
     check()
-    traffic.ask(ALIKE[:50], content=False)
+    traffic.ask(ALIKE[:50], features=False)
     with store.begin() as connection:
-        connection.exec_driver_sql("update requests set prompt = null, answer = null")
+        connection.exec_driver_sql("delete from drift_items")
     assert check()[Signal.INPUT].status is Status.OFF
-    assert [alarm.ended_at for alarm in alarms(store, Signal.INPUT)] == [traffic.now]
+    assert {alarm.ended_at for alarm in alarms(store, Signal.INPUT)} == {traffic.now}
 
 
 def test_after_all_rows_were_forgotten_new_ones_are_seen(check: Check, traffic: Traffic, store: Store) -> None:
-    """SQLite begins anew with its ids then."""
     traffic.ask(ALIKE[:60])
     check()
     with store.begin() as connection:
@@ -238,7 +270,7 @@ def test_of_a_system_prompt_nothing_but_a_checksum_is_kept(check: Check, traffic
     traffic.ask(ALIKE[:30], system="SECRET-TOKEN is the password.")
     check()
     with store.begin() as connection:
-        for table in ("drift_states", "drift_alarms"):
+        for table in ("drift_states", "drift_alarms", "drift_items"):
             rows = connection.exec_driver_sql(f"select * from {table}").all()
             assert rows and "SECRET" not in str(rows)
 
@@ -248,7 +280,7 @@ def test_the_examples_of_a_feature_are_those_in_which_it_moved(check: Check, tra
     bad = traffic.ask(ALIKE[60:75], ["no json"] * 15)
     traffic.ask(ALIKE[75:76])
     check()
-    (alarm,) = alarms(store, Signal.OUTPUT)
+    (alarm,) = [alarm for alarm in alarms(store, Signal.OUTPUT) if alarm.feature == "valid_json"]
     assert set(alarm.examples) <= set(bad)
 
 
@@ -258,8 +290,9 @@ def test_a_version_forgets_alarms_that_ended_long_ago(
     monkeypatch.setattr("svc.store.drift.KEPT_ALARMS", 2)
     for start in range(0, 90, 30):
         traffic.ask(STRONG[start : start + 20])
-        traffic.ask(ALIKE[start * 4 : start * 4 + 120])
+        traffic.ask(ALIKE[start * 10 : start * 10 + 200])
         check()
+    assert check()[Signal.INPUT].status is Status.STEADY
     assert len(read_drift_alarms(store, target())) == 2
 
 
@@ -272,11 +305,32 @@ def test_a_version_without_a_text_space_is_off_and_says_why(registry: Registry, 
     assert "triage@2 has no reference/" in reports[Signal.INPUT].why
 
 
-def test_a_small_heldout_set_is_told(registry: Registry, store: Store, traffic: Traffic) -> None:
-    register(registry, 2, examples=12)
+def test_prompts_are_compared_when_a_version_keeps_no_answers(
+    registry: Registry, store: Store, traffic: Traffic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of an adapter, whose answers were those of another format."""
+    register(registry, 2)
+
+    def results(registry: Registry, version: VersionId, format: Format) -> tuple[ExampleResult, ...]:
+        raise NotFoundError("there are no answers of an adapter")
+
+    monkeypatch.setattr(Registry, "results", results)
+    traffic.ask([*ALIKE[:60], *STRONG[:20]], number=2)
     checks = DriftCheck(registry, store, RequestLogSettings(), clock=lambda: traffic.now)
     reports = {report.signal: report for report in checks.run(target(2))}
-    assert reports[Signal.INPUT].why == "there are too few examples to compare with: 12"
+    assert [reports[signal].status for signal in (Signal.INPUT, Signal.OUTPUT)] == [Status.ALARM, Status.OFF]
+    assert reports[Signal.OUTPUT].why == "there are no answers of an adapter"
+
+
+def test_a_small_version_has_an_alarm_for_a_change_and_none_without(
+    registry: Registry, store: Store, traffic: Traffic
+) -> None:
+    register(registry, 2, examples=12)
+    checks = DriftCheck(registry, store, RequestLogSettings(), clock=lambda: traffic.now)
+    traffic.ask(ALIKE[:300], number=2)
+    assert {report.signal: report for report in checks.run(target(2))}[Signal.INPUT].status is Status.STEADY
+    traffic.ask(STRONG[:60], number=2)
+    assert {report.signal: report for report in checks.run(target(2))}[Signal.INPUT].status is Status.ALARM
 
 
 def test_prompts_are_compared_with_the_sample_and_answers_with_those_to_held_out_ones(
@@ -311,16 +365,15 @@ def test_the_sample_is_redacted_as_live_prompts_are(registry: Registry, store: S
 def test_another_system_prompt_is_seen(check: Check, traffic: Traffic, store: Store) -> None:
     traffic.ask(ALIKE[:30], system="You are a pirate.")
     check()
-    (alarm,) = alarms(store, Signal.INPUT)
-    assert moved(alarm) == {"system_prompt"}
+    assert alarmed(store, Signal.INPUT) == {"system_prompt"}
 
 
 def test_more_bad_ratings_than_of_the_version_before_are_an_alarm(check: Check, traffic: Traffic, store: Store) -> None:
     traffic.rate(traffic.ask(ALIKE[:100], number=2), bad=6)
-    traffic.rate(traffic.ask(ALIKE[100:140]), bad=24)
+    traffic.rate(traffic.ask(ALIKE[100:160]), bad=36)
     report = check()[Signal.PEOPLE]
     assert report.status is Status.ALARM
-    assert report.moved == ("bad_ratings",)
+    assert [alarm.feature for alarm in report.alarms] == ["bad_ratings"]
     assert len(alarms(store, Signal.PEOPLE)) == 1
 
 
@@ -370,16 +423,6 @@ def test_a_mail_address_is_none_on_either_side(registry: Registry, store: Store,
     assert reports[Signal.INPUT].status is Status.STEADY
 
 
-@pytest.mark.parametrize(
-    "kept", ['"plain text"', '["one", "two"]', "[]", '[{"role": "user", "content": [{"text": 3}]}]']
-)
-def test_prompts_of_any_form_are_taken(check: Check, traffic: Traffic, store: Store, kept: str) -> None:
-    traffic.ask(ALIKE[:3])
-    with store.begin() as connection:
-        connection.exec_driver_sql("update requests set prompt = ? where id = 2", (kept,))
-    assert check()[Signal.INPUT].items == 3
-
-
 def test_a_check_keeps_where_it_stands(check: Check, traffic: Traffic, store: Store) -> None:
     traffic.ask(ALIKE[:30])
     check()
@@ -396,9 +439,7 @@ def test_rows_that_were_forgotten_are_no_trouble(check: Check, traffic: Traffic,
     assert check()[Signal.INPUT].status is Status.STEADY
 
 
-def test_two_thousand_requests_take_less_than_ten_seconds_of_a_core(
-    check: Check, traffic: Traffic, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_thousand_requests_take_less_than_ten_seconds_of_a_core(check: Check, traffic: Traffic) -> None:
     import time
 
     from threadpoolctl import threadpool_limits
@@ -406,5 +447,5 @@ def test_two_thousand_requests_take_less_than_ten_seconds_of_a_core(
     traffic.ask([f"{text} {turn}" for turn in range(2) for text in ALIKE])
     started = time.process_time()
     with threadpool_limits(1):
-        assert check()[Signal.INPUT].items == BURST
+        assert check()[Signal.INPUT].items > 500
     assert time.process_time() - started < 10

@@ -1,6 +1,7 @@
 """`svc drift NAME`: the table for people, the signal for machines."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from monitoring.drift.check import LOCK_FILE
 from svc.files.lock import hold_lock
 from svc.registry.registry import Registry
 from svc.remote.server_url import LOCK_FILE as SERVER_LOCK
+from svc.store.audit import read_events
 from svc.store.desired import change_desired
 from tests.command_line import Ended, Svc
 from tests.monitoring.drift.conftest import Check
@@ -46,30 +48,29 @@ def test_an_alarm_is_shown_with_what_moved_and_new_prompts(drift: Drift, traffic
     traffic.ask(prompts("none")[:50])
     traffic.ask(prompts("strong")[:30])
     shown = drift("triage@1").out
-    assert "input   alarm since 2026-11-01 12:" in shown
-    assert "characters" in shown
-    assert "moved" in shown
-    assert shown.count("  req-") == 5
-    assert sum(" ".join(text.split())[:60] in shown for text in prompts("strong")[:30]) == 5
+    assert "input   alarm: characters since 2026-11-01 12:" in shown
+    assert shown.count("as in:") == len(set(re.findall(r"input +(\w+) +alarm", shown))) > 0
+    assert shown.count("  req-") == 5 * shown.count("as in:")
+    assert any(" ".join(text.split())[:60] in shown for text in prompts("strong")[:30])
 
 
 def test_machines_get_the_same_with_the_examples_whole(drift: Drift, traffic: Traffic) -> None:
     traffic.ask(prompts("strong")[:30])
     found = json.loads(drift("triage@1", "--json").out)
-    (alarm,) = [alarm for alarm in found["alarms"] if alarm["signal"] == "input"]
+    alarm = next(alarm for alarm in found["alarms"] if alarm["feature"] == "characters")
     assert found["version"] == "triage@1"
     assert found["quality"]["quality"] == "unknown"
-    assert {"signal", "since", "called_at", "ended_at", "moved", "examples"} == set(alarm)
+    assert {"signal", "feature", "since", "called_at", "ended_at", "moved", "examples"} == set(alarm)
     assert {example["prompt"] for example in alarm["examples"]} <= set(prompts("strong"))
     (report,) = [report for report in found["signals"] if report["signal"] == "input"]
     assert report["status"] == "alarm"
-    assert any(line["moved"] for line in report["lines"])
+    assert any(line["evidence"] == 1 for line in report["lines"])
 
 
-def test_nothing_is_moved_where_traffic_is_alike(drift: Drift, traffic: Traffic) -> None:
+def test_there_is_no_alarm_when_traffic_is_alike(drift: Drift, traffic: Traffic) -> None:
     traffic.ask(prompts("none")[:120])
     found = json.loads(drift("triage@1", "--json").out)
-    assert [line["name"] for report in found["signals"] for line in report["lines"] if line["moved"]] == []
+    assert all(line["evidence"] < 1 for report in found["signals"] for line in report["lines"])
     assert found["alarms"] == []
 
 
@@ -81,7 +82,7 @@ def test_a_check_that_is_under_way_is_not_waited_for(drift: Drift, traffic: Traf
         ended = drift("triage@1")
     assert ended.code == 0
     assert "what the last check saw" in ended.err
-    assert "(12 requests seen, the newest" in ended.out
+    assert "(12 requests compared, the newest" in ended.out
 
 
 def test_an_unknown_model_is_told(drift: Drift) -> None:
@@ -121,3 +122,29 @@ def test_status_says_it_in_a_line(svc: Svc, home: Path, traffic: Traffic, check:
     assert "drift: input alarm  output steady  people waiting  quality unknown" in shown
     assert "drift: not checked" in shown
     assert {model["model"]: model["drift"] for model in found["models"]} == {"triage": drift, "other": {}}
+
+
+def test_accepted_traffic_is_what_later_traffic_is_compared_with(drift: Drift, traffic: Traffic, store: Store) -> None:
+    traffic.ask([*prompts("none")[:50], *prompts("strong")[:80]])
+    accepted = drift("triage@1", "--accept")
+    assert accepted.code == 0
+    assert "accepted: " in accepted.err
+    traffic.ask(prompts("strong")[80:200])
+    later = json.loads(drift("triage@1", "--json").out)
+    assert [alarm for alarm in later["alarms"] if alarm["ended_at"] is None] == []
+    (event,) = read_events(store, newest=1)
+    assert (event.action, event.subject) == ("drift.accept", "triage@1")
+
+
+def test_there_is_nothing_to_accept_without_an_alarm(drift: Drift, traffic: Traffic) -> None:
+    traffic.ask(prompts("none")[:50])
+    refused = drift("triage@1", "--accept")
+    assert refused.code == 14
+    assert "no drift alarm that could be accepted" in refused.err
+
+
+def test_a_change_is_not_accepted_before_enough_requests_show_it(drift: Drift, traffic: Traffic) -> None:
+    traffic.ask([*prompts("none")[:50], *prompts("strong")[:20]])
+    refused = drift("triage@1", "--accept")
+    assert refused.code == 14
+    assert "at least 50" in refused.err

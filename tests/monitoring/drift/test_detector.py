@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from monitoring.drift.two_sample.alpha_spending import Window
 
 from monitoring.drift.detector import Detector, Event, Finding, Watch
-from monitoring.drift.two_sample.alpha_spending import Window
 from svc.drift_reference.sample import Floats, Sample
 
 MARKED = 1.0

@@ -4,8 +4,8 @@ import random
 from itertools import islice
 
 import pytest
-
 from benchmarks.drift_detection import METHODS, alarms
+
 from svc.dataset.readers.reader import read_examples
 from svc.dataset.schema.example import ChatExample
 from svc.dataset.split import split_heldout

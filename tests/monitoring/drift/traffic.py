@@ -13,12 +13,17 @@ from sqlalchemy import select, update
 from svc.dataset.readers.reader import read_examples, write_examples
 from svc.dataset.schema.example import ChatExample, Message, Role
 from svc.drift_reference.drift_sample import DRIFT_SAMPLE_FILE
+from svc.drift_reference.item import ItemMaker
+from svc.drift_reference.reference import read_reference
 from svc.drift_reference.text_embedding import TEXT_SPACE_FILE, fit_text_space, save_text_space
 from svc.engine.probes import Probe
+from svc.errors import NotFoundError
 from svc.evaluation.results import ExampleResult, write_results
+from svc.redaction import Redactor
 from svc.registry.files import record_files
 from svc.registry.manifest import FormatRecord, write_manifest
 from svc.registry.registry import HELDOUT_FILE, REFERENCE_FOLDER, Registry, results_file
+from svc.store.drift_items import add_items
 from svc.store.feedback import Feedback, Rating, keep_feedback
 from svc.store.requests import RequestOutcome, RequestRecord, add_requests
 from svc.store.tables import FeedbackRow, RequestRow
@@ -125,14 +130,16 @@ def open_registry(home: Path) -> Registry:
 
 
 class Traffic:
-    """Adds rows; every request is a minute after the one before.
+    """Adds requests with their features, as a server does; every one is a minute after the one before.
 
     Attributes:
         asked: ids of requests, in order.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, registry: Registry) -> None:
         self._store = store
+        self._registry = registry
+        self._makers: dict[Target, ItemMaker | None] = {}
         self.asked: list[str] = []
 
     @property
@@ -148,18 +155,29 @@ class Traffic:
         name: str = NAME,
         number: int = 1,
         content: bool = True,
+        features: bool = True,
+        conversation: str | None = None,
         system: str | None = None,
         temperature: float | None = 0.0,
         tokens: int = 7,
         finish_reason: str = "stop",
         logprobs: Sequence[float] | None = None,
     ) -> list[str]:
-        """One request for each text; returns their ids."""
+        """One request for each text; returns their ids.
+
+        Args:
+            content: its texts are kept.
+            features: its features are kept.
+            conversation: the first question of all of them, which then are turns of one conversation.
+        """
         turn = system if system is not None else system_prompt()
         records = []
         for place, text in enumerate(texts):
             self.asked.append(f"req-{len(self.asked)}")
             messages = [{"role": "system", "content": turn}, {"role": "user", "content": text}]
+            if conversation is not None:
+                before = [{"role": "user", "content": conversation}, {"role": "assistant", "content": "Go on."}]
+                messages[1:1] = before
             records.append(
                 RequestRecord(
                     request_id=self.asked[-1],
@@ -174,12 +192,25 @@ class Traffic:
                     finish_reason=finish_reason,
                     tokens_out=tokens,
                     temperature=temperature,
-                    prompt=json.dumps(messages) if content else None,
-                    answer=(answers[place] if answers else _ordinary(len(self.asked))) if content else None,
+                    prompt=json.dumps(messages),
+                    answer=answers[place] if answers else _ordinary(len(self.asked)),
                 )
             )
-        add_requests(self._store, records)
+        kept = records if content else [record._replace(prompt=None, answer=None) for record in records]
+        add_requests(self._store, kept)
+        if features and (maker := self._maker(target(number, name))):
+            add_items(self._store, target(number, name), maker.make(records))
         return [record.request_id for record in records]
+
+    def _maker(self, asked: Target) -> ItemMaker | None:
+        """Return what makes the features of a version's requests; None where it has no text space."""
+        if asked not in self._makers:
+            try:
+                reference = read_reference(self._registry, asked, Redactor(()))
+                self._makers[asked] = ItemMaker(reference)
+            except NotFoundError:
+                self._makers[asked] = None
+        return self._makers[asked]
 
     def rate(self, request_ids: Sequence[str], *, bad: int) -> None:
         """Rates answers now, the first so many as bad."""

@@ -66,12 +66,13 @@ def other(registry: Registry, store: Store) -> Target:
 def test_every_model_that_is_served_is_checked_and_shown(
     metrics: CollectorRegistry, checks: ProductionChecks, store: Store, registry: Registry, other: Target
 ) -> None:
-    Traffic(store).ask(prompts("strong")[:30], name="other")
+    Traffic(store, registry).ask(prompts("strong")[:30], name="other")
     checks()
     for version, items, alarm in ((VERSION, 0, 0), (OTHER, 30, 1)):
         signal = {**version, "signal": "input"}
         assert metrics.get_sample_value("svc_drift_items", signal) == items
-        assert metrics.get_sample_value("svc_drift_alarm", signal) == alarm
+        shown = metrics.get_sample_value("svc_drift_alarm", {**signal, "feature": "characters"})
+        assert (shown or 0) == alarm
         assert metrics.get_sample_value("svc_drift_checked_timestamp_seconds", version)
     registered = registry.results(other.version, other.format)
     worse = run([one.nll + 1 for one in registered], [one.hit for one in registered])
@@ -117,25 +118,30 @@ def test_where_nobody_checks_nothing_is_overdue(registry: Registry, store: Store
     assert metrics.get_sample_value("svc_drift_checked_timestamp_seconds", VERSION) is None
 
 
-def test_an_alarm_is_shown_with_what_moved(metrics: CollectorRegistry, checks: ProductionChecks, store: Store) -> None:
-    Traffic(store).ask(prompts("strong")[:30])
+def test_an_alarm_is_shown_with_what_moved(
+    metrics: CollectorRegistry, checks: ProductionChecks, store: Store, registry: Registry
+) -> None:
+    Traffic(store, registry).ask(prompts("strong")[:30])
     checks()
     signal = {**VERSION, "signal": "input"}
     characters = {**signal, "feature": "characters"}
-    assert metrics.get_sample_value("svc_drift_alarm", signal) == 1
+    assert metrics.get_sample_value("svc_drift_alarm", characters) == 1
+    assert metrics.get_sample_value("svc_drift_alarm", {**signal, "feature": "turns"}) == 0
     assert metrics.get_sample_value("svc_drift_watched", signal) == 1
     assert metrics.get_sample_value("svc_drift_items", signal) == 30
     assert (metrics.get_sample_value("svc_drift_score", characters) or 0) > 0.2
-    assert (metrics.get_sample_value("svc_drift_pvalue", characters) or 1) < 1e-4
+    assert metrics.get_sample_value("svc_drift_evidence", characters) == 1
     assert (metrics.get_sample_value("svc_drift_score", {**signal, "feature": "domain_classifier"}) or 0) > 0.8
     assert metrics.get_sample_value("svc_drift_checked_timestamp_seconds", VERSION)
 
 
-def test_a_signal_that_waits_is_not_watched(metrics: CollectorRegistry, checks: ProductionChecks, store: Store) -> None:
-    Traffic(store).ask(prompts("none")[:3])
+def test_a_signal_that_waits_is_not_watched(
+    metrics: CollectorRegistry, checks: ProductionChecks, store: Store, registry: Registry
+) -> None:
+    Traffic(store, registry).ask(prompts("none")[:3])
     checks()
     assert metrics.get_sample_value("svc_drift_watched", {**VERSION, "signal": "input"}) == 0
-    assert metrics.get_sample_value("svc_drift_alarm", {**VERSION, "signal": "people"}) == 0
+    assert metrics.get_sample_value("svc_drift_watched", {**VERSION, "signal": "people"}) == 0
 
 
 def test_a_run_of_the_heldout_set_is_shown(metrics: CollectorRegistry, registry: Registry, store: Store) -> None:
@@ -166,9 +172,9 @@ def test_a_failed_run_is_shown_beside_the_last_good_one(metrics: CollectorRegist
 def test_a_version_that_cannot_be_read_keeps_no_other_from_being_shown(
     metrics: CollectorRegistry, checks: ProductionChecks, store: Store, registry: Registry
 ) -> None:
+    Traffic(store, registry).ask(prompts("none")[:12])
     (registry.folder(target().version) / "reference" / "gptq.jsonl").chmod(0o644)
     (registry.folder(target().version) / "reference" / "gptq.jsonl").write_text("{}")
-    Traffic(store).ask(prompts("none")[:12])
     checks()
     add_holdout_run(store, run([1.0], [True]))
     assert metrics.get_sample_value("svc_holdout_changed", VERSION) is None
@@ -177,11 +183,12 @@ def test_a_version_that_cannot_be_read_keeps_no_other_from_being_shown(
 def test_drift_is_still_shown_when_the_quality_of_the_version_cannot_be_read(
     metrics: CollectorRegistry, checks: ProductionChecks, store: Store, registry: Registry
 ) -> None:
-    Traffic(store).ask(prompts("none")[:12])
+    Traffic(store, registry).ask(prompts("none")[:12])
     checks()
     add_holdout_run(store, run([1.0], [True]))
     answers = registry.folder(target().version) / "reference" / "gptq.jsonl"
     answers.chmod(0o644)
     answers.write_text("{}")
     assert metrics.get_sample_value("svc_holdout_changed", VERSION) is None
-    assert metrics.get_sample_value("svc_drift_alarm", {**VERSION, "signal": "input"}) == 0
+    characters = {**VERSION, "signal": "input", "feature": "characters"}
+    assert metrics.get_sample_value("svc_drift_alarm", characters) == 0

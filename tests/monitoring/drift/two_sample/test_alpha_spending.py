@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+from monitoring.drift.two_sample.alpha_spending import FALSE_ALARMS_PER_REQUEST, SIGNAL_SHARES, WINDOWS, Signal, usable
 
 from monitoring.drift.detector import Detector, Watch
 from monitoring.drift.signals import answer_tests, input_tests, rating_tests
-from monitoring.drift.two_sample.alpha_spending import FALSE_ALARMS_PER_REQUEST, SIGNAL_SHARES, WINDOWS, Signal, usable
 from svc.drift_reference.sample import Sample
 
 REQUESTS = 10_000

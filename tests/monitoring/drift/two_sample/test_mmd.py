@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binom, hypergeom
-
 from monitoring.drift.two_sample import mmd
 from monitoring.drift.two_sample.mmd import Similarity, permutation_test, separation, typical
+from scipy.stats import binom, hypergeom
+
 from svc.drift_reference.sample import Floats
 
 WIDTHS = (1.0, 0.55)

@@ -7,9 +7,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
-from scipy.stats import binom, fisher_exact, ks_2samp
-
 from monitoring.drift.two_sample.univariate import (
     category_stability,
     compare_categories,
@@ -19,6 +16,9 @@ from monitoring.drift.two_sample.univariate import (
     fisher,
     number_stability,
 )
+from numpy.typing import NDArray
+from scipy.stats import binom, fisher_exact, ks_2samp
+
 from svc.drift_reference.sample import NO, NOT_THERE, YES, Floats, Names
 
 NAN = float("nan")

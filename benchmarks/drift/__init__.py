@@ -1,0 +1,1 @@
+"""Drift detection on replayed prompts: streams without a change, and with one."""

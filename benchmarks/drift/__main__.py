@@ -1,0 +1,80 @@
+"""False alarms and delays of drift detection on replayed prompts, beside Kolmogorov-Smirnov and PSI by custom."""
+
+from collections.abc import Iterable
+from dataclasses import asdict
+
+import click
+import numpy as np
+
+from benchmarks.drift.replay import REQUESTS, Found, Job, Quiet, run_all
+from benchmarks.drift.streams import WITH_CHANGE, WITHOUT_CHANGE
+from svc.terminal import output
+
+CHANGES_A_REPLAY = 8
+"""Streams with a change are short: so many of each for one without."""
+PER_REQUESTS = 10_000
+
+
+def upper_limit(events: int) -> float:
+    """Return the upper end of the one-sided 95 % interval of the mean of a Poisson variable."""
+    from scipy.stats import chi2
+
+    return float(chi2.ppf(0.95, 2 * (events + 1)) / 2)
+
+
+def delays(values: Iterable[int | None]) -> str:
+    """Return median and 95th percentile; a stream without an alarm is longer than any."""
+    ordered = sorted(float("inf") if value is None else value for value in values)
+    cells = [ordered[min(len(ordered) - 1, int(np.ceil(share * len(ordered))) - 1)] for share in (0.5, 0.95)]
+    return " / ".join("never" if np.isinf(cell) else f"{cell:.0f}" for cell in cells)
+
+
+@click.command()
+@click.option(
+    "--replays", default=4, show_default=True, help=f"Of each stream without a change, {REQUESTS:,} requests."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+def main(replays: int, as_json: bool) -> None:
+    """Measure false alarms and delays on streams of prompts."""
+    from rich.table import Table
+
+    from svc.terminal import print_json
+
+    jobs = [Job(name, True, seed) for name in WITH_CHANGE for seed in range(replays * CHANGES_A_REPLAY)]
+    jobs += [Job(name, False, seed) for name in WITHOUT_CHANGE for seed in range(replays)]
+    results = list(zip(jobs, run_all(jobs), strict=True))
+    if as_json:
+        print_json([{**asdict(job), **asdict(result)} for job, result in results])
+        return
+    quiet = Table("without a change", "alarms", "in 10,000 at most", "in alarm", "compared", "KS", "PSI", box=None)
+    for name in WITHOUT_CHANGE:
+        found = [result for job, result in results if job.name == name and isinstance(result, Quiet)]
+        requests, alarms = sum(one.requests for one in found), sum(one.alarms for one in found)
+        quiet.add_row(
+            name,
+            f"{alarms} in {requests:,}",
+            f"{upper_limit(alarms) / requests * PER_REQUESTS:.2f}",
+            f"{sum(one.in_alarm for one in found) / requests:.1%}",
+            f"{sum(one.kept for one in found) / requests:.0%}",
+            f"{sum(one.by_ks for one in found) / requests * PER_REQUESTS:.0f}",
+            f"{sum(one.by_psi for one in found) / requests * PER_REQUESTS:.0f}",
+        )
+    output.print(quiet)
+    changed = Table("with a change", "requests until the alarm", "of those compared", "first seen in", box=None)
+    for name in WITH_CHANGE:
+        seen = [result for job, result in results if job.name == name and isinstance(result, Found)]
+        features = [one.feature for one in seen if one.feature]
+        changed.add_row(
+            name,
+            delays(one.requests for one in seen),
+            delays(one.kept for one in seen),
+            max(set(features), key=features.count) if features else "",
+        )
+    output.print(changed)
+    output.print(
+        "median / 95th percentile; in 10,000 at most: upper 95 % limit; KS, PSI: batches called drift in 10,000"
+    )
+
+
+if __name__ == "__main__":
+    main()

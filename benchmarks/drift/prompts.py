@@ -1,0 +1,132 @@
+"""Real prompts, and what is made of them: rephrasings, a templated client, a fixed text before each.
+
+All are embedded once. A stream is a list of places in the pool.
+"""
+
+import json
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from monitoring.drift.detector import Baseline, Requests
+from svc.dataset.readers.reader import read_examples
+from svc.drift_reference.keyed_hash import KeyedHash
+from svc.drift_reference.prompt import Prompt, PromptSampler
+from svc.drift_reference.sample import Sample
+from svc.drift_reference.text_embedding import fit_text_space
+
+ROOT = Path(__file__).parents[2]
+TASK = ROOT / "examples" / "debian-triage"
+STREAMS = ROOT / "benchmarks" / "drift"
+REPHRASINGS = 19
+"""Of each prompt: with itself, a session of 20."""
+_FIXED_CHARS = 2_100
+_TEMPLATED = 600
+_WORD = re.compile(r"[^\W\d_]+")
+_TOGETHER = 2_000
+
+Places = NDArray[np.intp]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """All prompts.
+
+    Attributes:
+        sample: their features.
+        words: of each.
+        sections: of each, the section of its package; empty where it has none.
+        kinds: places by kind: `alike`, the grades of shift, `templated`, `fixed`.
+        rephrased: `alike` by `REPHRASINGS`, places.
+    """
+
+    sample: Sample
+    words: list[NDArray[np.int32]]
+    sections: list[str]
+    kinds: dict[str, Places]
+    rephrased: Places
+
+    def requests(self, places: Places, *, first: int, conversations: Places | None = None) -> Requests:
+        """Return prompts as requests of one day, without answers.
+
+        Args:
+            first: number of the first one in its stream.
+            conversations: of each; default: one each.
+        """
+        numbers = np.arange(first, first + len(places), dtype=np.int64)
+        return Requests(
+            self.sample.at(places),
+            Sample(len(places)),
+            [self.words[place] for place in places],
+            numbers if conversations is None else conversations,
+            np.asarray(numbers * 8.64, dtype=np.float64),  # 10,000 a day
+        )
+
+    def baseline(self, places: Places) -> Baseline:
+        """Return prompts as what others are compared with."""
+        return Baseline(self.sample.at(places), [self.words[place] for place in places], Sample(0))
+
+
+def read_pool() -> Pool:
+    """Read and embed all prompts, in a text space of the example's training prompts: a minute."""
+    train, heldout = read_examples(TASK / "train.jsonl"), read_examples(TASK / "heldout.jsonl")
+    rows = [json.loads(line) for line in (STREAMS / "in_distribution.jsonl").read_text("utf-8").splitlines()]
+    alike = [example.question for example in heldout] + [row["prompt"] for row in rows]
+    sections = [json.loads(example.answer)["section"] for example in heldout] + [row["section"] for row in rows]
+    chance = random.Random(0)  # noqa: S311 - no secret
+    context = ("Context: " + " ".join(example.question for example in train[:12]))[:_FIXED_CHARS]
+    texts, kinds = list(alike), {"alike": _places(0, len(alike))}
+    grades: dict[str, list[str]] = {}
+    for line in (STREAMS / "shifted.jsonl").read_text("utf-8").splitlines():
+        row = json.loads(line)
+        grades.setdefault(row["grade"], []).append(row["prompt"])
+    grades["templated"] = [_templated(text, chance) for text in alike[:_TEMPLATED]]
+    grades["fixed"] = [f"{context}\n\n{text}" for text in alike]
+    for kind, found in grades.items():
+        kinds[kind] = _places(len(texts), len(found))
+        texts += found
+    vocabulary = [word for text in alike for word in _WORD.findall(text)]
+    rephrased = _places(len(texts), len(alike) * REPHRASINGS).reshape(len(alike), REPHRASINGS)
+    texts += [rephrase(text, vocabulary, chance) for text in alike for _ in range(REPHRASINGS)]
+    sampler = PromptSampler(fit_text_space([e.question for e in train], [e.answer for e in train]))
+    parts = [
+        sampler.sample([Prompt(text) for text in texts[at : at + _TOGETHER]]) for at in range(0, len(texts), _TOGETHER)
+    ]
+    sample = parts[0]
+    for part in parts[1:]:
+        sample = sample.followed_by(part)
+    hashes = KeyedHash(bytes(16))
+    between = [""] * (len(texts) - len(alike) - rephrased.size)
+    of_rephrased = [section for section in sections for _ in range(REPHRASINGS)]
+    return Pool(sample, [hashes.words(text) for text in texts], sections + between + of_rephrased, kinds, rephrased)
+
+
+def rephrase(text: str, vocabulary: Sequence[str], chance: random.Random) -> str:
+    """Return a text with 8 to 25 % of its words replaced, left out or moved."""
+    words = text.split(" ")
+    for _ in range(max(1, int(len(words) * chance.uniform(0.08, 0.25)))):
+        place, what = chance.randrange(len(words)), chance.random()
+        if what < 0.4:
+            words[place] = chance.choice(vocabulary)
+        elif what < 0.7 and len(words) > 5:
+            words.pop(place)
+        else:
+            other = chance.randrange(len(words))
+            words[place], words[other] = words[other], words[place]
+    return " ".join(words)
+
+
+def _templated(text: str, chance: random.Random) -> str:
+    return (
+        f"Ticket {chance.randint(1000, 9999)}: classify the following package. Answer with one word.\n\n"
+        f"Package: {text[:60]}\nPriority: {chance.choice(['low', 'high'])}"
+    )
+
+
+def _places(first: int, count: int) -> Places:
+    return np.arange(first, first + count, dtype=np.intp)

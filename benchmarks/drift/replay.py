@@ -1,0 +1,202 @@
+"""Streams through the code that watches traffic, and through what is customary.
+
+No threshold here comes from a changed prompt. By custom, batches of 100 requests are compared in five readable
+features, with p < 0.05 by Kolmogorov and Smirnov's test, or PSI > 0.2.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+
+import numpy as np
+
+from benchmarks.drift.prompts import Places, Pool, read_pool
+from benchmarks.drift.streams import CHANGE_AFTER, WITH_CHANGE, WITHOUT_CHANGE, Stream, draw_reference
+from monitoring.drift.detector import MEMORY, Detector, Watch
+from monitoring.drift.evidence import Event
+from monitoring.drift.near_copies import RARITY_REQUESTS
+from monitoring.drift.stability import number_stability
+from svc.drift_reference.prompt import PromptFeature
+from svc.drift_reference.sample import Floats
+from svc.terminal import counting, waiting
+
+REQUESTS = 15_000
+"""Of one replay of a stream without a change."""
+CUSTOMARY_P, CUSTOMARY_PSI, CUSTOMARY_SIZE = 0.05, 0.2, 100
+_TOGETHER = 200
+_FEATURES = tuple(
+    feature.value
+    for feature in (
+        PromptFeature.CHARACTERS,
+        PromptFeature.DISTINCT_WORDS,
+        PromptFeature.UNKNOWN_WORDS,
+        PromptFeature.WORD_LENGTH,
+        PromptFeature.SYMBOLS,
+    )
+)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What the detector made of a stream.
+
+    Attributes:
+        kept: places of the requests that count.
+        events: their positions count kept requests.
+    """
+
+    kept: Sequence[int]
+    events: Sequence[Event]
+
+    def place(self, event: Event) -> int:
+        """Return the place of the request with which an alarm began or ended."""
+        return self.kept[event.position - 1]
+
+    @property
+    def alarms(self) -> list[Event]:
+        """Return those that began."""
+        return [event for event in self.events if event.alarm]
+
+    def in_alarm(self, requests: int) -> int:
+        """Return the requests during which any alarm lasted."""
+        lasting, began, total = set[str](), 0, 0
+        for event in self.events:
+            if event.alarm and not lasting:
+                began = self.place(event)
+            (lasting.add if event.alarm else lasting.discard)(event.feature)
+            if not lasting:
+                total += self.place(event) - began
+        return total + (requests - began if lasting else 0)
+
+
+def replay(pool: Pool, detector: Detector, stream: Stream, until: Callable[[Replay], bool] | None = None) -> Replay:
+    """Replay a stream through the code that watches traffic.
+
+    Args:
+        until: ends it early.
+    """
+    watch, kept, events = Watch(), list[int](), list[Event]()
+    nothing = pool.requests(np.zeros(0, dtype=np.intp), first=0)
+    before, seen = nothing, list(nothing.words)
+    for first in range(0, len(stream.prompts), _TOGETHER):
+        part = slice(first, first + _TOGETHER)
+        talks = None if stream.conversations is None else stream.conversations[part]
+        new = pool.requests(stream.prompts[part], first=first, conversations=talks)
+        advance = detector.advance(watch, before, seen, new)
+        watch = advance.watch
+        kept += [first + int(place) for place in advance.kept]
+        events += advance.events
+        both = before.followed_by(new.at(advance.kept))
+        before = both.at(np.arange(max(0, both.size - MEMORY), both.size))
+        seen = [*seen, *new.words][-RARITY_REQUESTS:]
+        found = Replay(kept, events)
+        if until and until(found):
+            break
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Quiet:
+    """A stream without a change.
+
+    Attributes:
+        kept: requests that count.
+        in_alarm: requests during an alarm.
+        by_ks, by_psi: batches that custom calls drift, of 100 requests each.
+    """
+
+    requests: int
+    kept: int
+    alarms: int
+    in_alarm: int
+    by_ks: int
+    by_psi: int
+
+
+def watch_quiet(pool: Pool, name: str, seed: int) -> Quiet:
+    """Replay a stream without a change."""
+    reference, live, generator = draw_reference(pool, seed + 100)
+    stream = WITHOUT_CHANGE[name](pool, live, generator, REQUESTS)
+    found = replay(pool, Detector(pool.baseline(reference)), stream)
+    by_ks, by_psi = by_custom(pool, reference, stream)
+    return Quiet(REQUESTS, len(found.kept), len(found.alarms), found.in_alarm(REQUESTS), by_ks, by_psi)
+
+
+def by_custom(pool: Pool, reference: Places, stream: Stream) -> tuple[int, int]:
+    """Return how many batches of a stream custom calls drift, by Kolmogorov-Smirnov and by PSI."""
+    from scipy.stats import ks_2samp
+
+    columns = [pool.sample.numbers[name] for name in _FEATURES]
+    batches = [stream.prompts[at : at + CUSTOMARY_SIZE] for at in range(0, len(stream.prompts), CUSTOMARY_SIZE)]
+    by_ks = by_psi = 0
+    for batch in batches:
+        pairs: list[tuple[Floats, Floats]] = [(column[reference], column[batch]) for column in columns]
+        by_ks += any(ks_2samp(*pair, method="asymp").pvalue < CUSTOMARY_P for pair in pairs)
+        by_psi += any(number_stability(*pair).index > CUSTOMARY_PSI for pair in pairs)
+    return by_ks, by_psi
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The first alarm after a change; None where there was none.
+
+    Attributes:
+        requests, kept: after the change until the alarm.
+    """
+
+    requests: int | None
+    kept: int | None
+    feature: str
+
+
+def watch_change(pool: Pool, name: str, seed: int) -> Found:
+    """Replay a stream with a change until the alarm."""
+    reference, live, generator = draw_reference(pool, seed)
+    stream = WITH_CHANGE[name].make(pool, live, generator)
+
+    def seen(found: Replay) -> Event | None:
+        return next((event for event in found.alarms if found.place(event) >= CHANGE_AFTER), None)
+
+    found = replay(pool, Detector(pool.baseline(reference)), stream, lambda so_far: seen(so_far) is not None)
+    alarm = seen(found)
+    if alarm is None:
+        return Found(None, None, "")
+    kept_before = sum(place < CHANGE_AFTER for place in found.kept)
+    return Found(found.place(alarm) - CHANGE_AFTER + 1, alarm.position - kept_before, alarm.feature)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One replay of a stream."""
+
+    name: str
+    changes: bool
+    seed: int
+
+
+_pool: Pool | None = None
+
+
+def _prepare(pool: Pool) -> None:
+    global _pool
+    _pool = pool
+
+
+def _run(job: Job) -> Quiet | Found:
+    assert _pool is not None
+    return watch_change(_pool, job.name, job.seed) if job.changes else watch_quiet(_pool, job.name, job.seed)
+
+
+def run_all(jobs: Sequence[Job]) -> list[Quiet | Found]:
+    """Replay everything, one process a core."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    with waiting("reading and embedding prompts"):
+        prompts = read_pool()
+    pool = ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), _prepare, (prompts,))
+    with pool, counting("replays", len(jobs)) as advance:
+        futures = [pool.submit(_run, job) for job in jobs]
+        for future in futures:
+            future.add_done_callback(lambda _: advance())
+        return [future.result() for future in futures]

@@ -1,0 +1,70 @@
+"""The alarms of a version that a check begins and ends: at most one of each feature lasts at a time."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime
+
+from pydantic import TypeAdapter
+from sqlalchemy import Engine as Store
+
+from monitoring.drift.budget import Signal
+from monitoring.drift.report import Lasting, Line
+from svc.store.drift import DriftAlarm, read_drift_alarms
+from svc.version import Target
+
+log = logging.getLogger(__name__)
+
+MOVED = TypeAdapter(Line)
+
+
+class AlarmBook:
+    """Alarms of earlier checks, and what this one changes.
+
+    Attributes:
+        changed: alarms that began or ended in this check.
+    """
+
+    def __init__(self, store: Store, target: Target) -> None:
+        self._target = target
+        kept = read_drift_alarms(store, target)
+        self._lasting = {(alarm.signal, alarm.feature): alarm for alarm in kept if alarm.ended_at is None}
+        self.changed: list[DriftAlarm] = []
+
+    def lasting(self, signal: Signal) -> dict[str, DriftAlarm]:
+        """Return the alarms of a signal that last, by feature."""
+        return {feature: alarm for (of, feature), alarm in self._lasting.items() if of == signal}
+
+    def report(self, signal: Signal) -> tuple[Lasting, ...]:
+        """Return the same for a report."""
+        return tuple(Lasting(alarm.feature, alarm.since) for alarm in self.lasting(signal).values())
+
+    def begin(
+        self, signal: Signal, moved: Line, *, since: datetime, called_at: datetime, examples: Sequence[str]
+    ) -> None:
+        """Add an alarm.
+
+        Args:
+            moved: the feature and how it moved.
+            examples: ids of requests that show it.
+        """
+        log.warning("%s: %s drift: %s", self._target, signal, moved.name)
+        text = MOVED.dump_json(moved).decode("utf-8")
+        alarm = DriftAlarm(signal, moved.name, since, called_at, None, text, tuple(examples))
+        self._lasting[signal, moved.name] = alarm
+        self.changed.append(alarm)
+
+    def end(self, signal: Signal, feature: str, time: datetime) -> None:
+        """End the alarm of a feature, if one lasts."""
+        alarm = self._lasting.pop((signal, feature), None)
+        if alarm is None:
+            return
+        log.info("%s: %s drift has ended: %s", self._target, signal, feature)
+        if alarm in self.changed:
+            self.changed.remove(alarm)
+        self.changed.append(replace(alarm, ended_at=time))
+
+    def end_all(self, signal: Signal, time: datetime) -> None:
+        """End the alarms of a signal."""
+        for feature in self.lasting(signal):
+            self.end(signal, feature, time)

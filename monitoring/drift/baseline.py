@@ -1,0 +1,51 @@
+"""Accepted traffic as bytes for the store: features and hashes, as its requests had them, and no text."""
+
+import io
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from monitoring.drift.detector import Baseline
+from svc.drift_reference.sample import Sample
+
+Array = NDArray[Any]
+
+
+def baseline_bytes(baseline: Baseline) -> bytes:
+    """Return a NumPy archive without pickled objects."""
+    arrays = {
+        **_arrays("prompts", baseline.prompts),
+        **_arrays("answers", baseline.answers),
+        "words": np.concatenate([np.zeros(0, np.int32), *baseline.words]),
+        "word_counts": np.array([len(words) for words in baseline.words], dtype=np.int64),
+    }
+    file = io.BytesIO()
+    np.savez_compressed(file, allow_pickle=False, **arrays)
+    return file.getvalue()
+
+
+def read_baseline(data: bytes) -> Baseline:
+    """Return what `baseline_bytes` was given."""
+    with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    words = np.split(arrays["words"], np.cumsum(arrays["word_counts"])[:-1])
+    return Baseline(_sample("prompts", arrays), words, _sample("answers", arrays))
+
+
+def _arrays(side: str, sample: Sample) -> dict[str, Array]:
+    return {
+        **{f"{side}/number/{name}": values for name, values in sample.numbers.items()},
+        **{f"{side}/category/{name}": values for name, values in sample.categories.items()},
+        **{f"{side}/view/{place}": view for place, view in enumerate(sample.views)},
+    }
+
+
+def _sample(side: str, arrays: dict[str, Array]) -> Sample:
+    parts: dict[str, dict[str, Array]] = {"number": {}, "category": {}, "view": {}}
+    for key, values in arrays.items():
+        if key.startswith(f"{side}/"):
+            _, kind, name = key.split("/", 2)
+            parts[kind][name] = values
+    columns = [*parts["number"].values(), *parts["category"].values(), *parts["view"].values()]
+    return Sample(len(columns[0]), parts["number"], parts["category"], tuple(parts["view"].values()))

@@ -1,0 +1,114 @@
+"""The bets on a stream: sets of values, chosen before an item comes, and the largest share of each that is normal.
+
+A share is normal up to `SLACK` times what the reference may have at most (the upper end of its 68 % Wilson interval):
+day and night, weekends and a growing client change shares of topics and lengths by less, and are no drift. What doubles
+is.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from monitoring.drift.evidence import HIT, MISS, NOT_THERE, Hits
+from svc.drift_reference import sample
+from svc.drift_reference.sample import Floats, Names, Sample
+
+SLACK = 2.0
+_MAX_BOUND = 0.7
+"""Beyond it, a set has next to nothing to win."""
+_TAILS = (0.0, 0.02, 0.1)
+"""Shares of the reference that lie outside the limits of a set, both tails together."""
+_MIN_SHARE = 0.02
+"""Of the reference; a category that is rarer is in no set of its own."""
+
+
+@dataclass(frozen=True)
+class Bet:
+    """A set of values of one feature.
+
+    Attributes:
+        bound: largest probability of the set that is normal.
+        hits: tell of each item of a sample whether it is in the set.
+    """
+
+    feature: str
+    bound: float
+    hits: Callable[[Sample], Hits]
+
+
+def upper_share(count: int, size: int, z: float = 1.0) -> float:
+    """Return the upper end of the Wilson interval of a share.
+
+    Args:
+        z: of the interval; 1 is 68 %.
+    """
+    share = count / size
+    middle = share + z * z / (2 * size)
+    return float((middle + z * np.sqrt(share * (1 - share) / size + z * z / (4 * size * size))) / (1 + z * z / size))
+
+
+def feature_bets(reference: Sample) -> list[Bet]:
+    """Return the bets on the readable features of a sample: on tails of numbers, on categories, on new categories."""
+    bets = [bet for name, values in reference.numbers.items() for bet in _tail_bets(name, values)]
+    bets += [bet for name, values in reference.categories.items() for bet in _category_bets(name, values)]
+    return [bet for bet in bets if bet.bound < _MAX_BOUND]
+
+
+def _tail_bets(name: str, values: Floats) -> list[Bet]:
+    there = values[~np.isnan(values)]
+    bets = list[Bet]()
+    for share in _TAILS if len(there) else ():
+        low, high = (float(limit) for limit in np.quantile(there, (share / 2, 1 - share / 2)))
+        bets.append(Bet(name, _bound((there < low).sum(), len(there)), partial(_below, name=name, limit=low)))
+        bets.append(Bet(name, _bound((there > high).sum(), len(there)), partial(_above, name=name, limit=high)))
+    return bets
+
+
+def _category_bets(name: str, values: Names) -> list[Bet]:
+    there = values[values != sample.NOT_THERE]
+    if not len(there):
+        return []
+    names, counts = np.unique(there, return_counts=True)
+    # As many are new as come once (Good 1953): of system prompts with a date in them, all are.
+    bets = [Bet(name, _bound((counts == 1).sum(), len(there)), partial(_outside, name=name, known=names))]
+    for category, count in zip(names, counts, strict=True):
+        if count >= _MIN_SHARE * len(there):
+            bets.append(Bet(name, _bound(count, len(there)), partial(_equal, name=name, category=category)))
+    return bets
+
+
+def _bound(count: int, size: int) -> float:
+    return SLACK * upper_share(count, size)
+
+
+def _below(items: Sample, name: str, limit: float) -> Hits:
+    return _number_hits(items.numbers[name], items.numbers[name] < limit)
+
+
+def _above(items: Sample, name: str, limit: float) -> Hits:
+    return _number_hits(items.numbers[name], items.numbers[name] > limit)
+
+
+def _number_hits(values: Floats, inside: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]) -> Hits:
+    return np.where(np.isnan(values), NOT_THERE, np.where(inside, HIT, MISS)).astype(np.int8)
+
+
+def _outside(items: Sample, name: str, known: Names) -> Hits:
+    return _name_hits(items.categories[name], ~np.isin(items.categories[name], known))
+
+
+def _equal(items: Sample, name: str, category: str) -> Hits:
+    return _name_hits(items.categories[name], items.categories[name] == category)
+
+
+def _name_hits(values: Names, inside: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]) -> Hits:
+    return np.where(values == sample.NOT_THERE, NOT_THERE, np.where(inside, HIT, MISS)).astype(np.int8)
+
+
+def hit_table(bets: Sequence[Bet], items: Sample) -> Hits:
+    """Return the hits of all bets, items by bets."""
+    if not bets:
+        return np.zeros((items.size, 0), dtype=np.int8)
+    return np.stack([bet.hits(items) for bet in bets], axis=1)

@@ -1,0 +1,193 @@
+"""Evidence that features of a stream have changed, gathered by bets, and when it is enough for an alarm.
+
+A bet is on a set of values of a feature, such as "shorter than 99 % of the reference", with a bound: the largest
+probability of that set which still counts as unchanged. It stakes a part l of its money on each item, and has
+1 - l + l * [item in set] / bound times as much afterwards: at most what it had, in the mean, while nothing has changed.
+A new bet of 1 starts at each item, and the sum of their money, M <- e * (1 + M), is the statistic: the Shiryaev-Roberts
+e-detector (Shin, Ramdas and Rinaldo 2022, "E-detectors"). While nothing has changed, a weighted sum of such statistics
+exceeds A at most once in A items on average, whatever the bets have to do with each other. So looking often costs
+nothing, and there are no windows.
+
+Items that depend on each other: with all factors to the power 1 / L, the bound holds for streams whose items are
+independent beyond L places (by Hoelder's inequality; the product of L dependent factors to the power 1 / L has at most
+the mean 1).
+
+Pure: no store, no clock.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svc.drift_reference.sample import Floats
+
+STAKES = np.array([0.35, 0.7])
+"""Parts of a bet's money on each item: each bet is made with both. The larger finds a gross change in four items."""
+_ORDINARY = 2.0
+"""Below this, a statistic is what it is without a change."""
+_MIN_PATIENCE, _MAX_PATIENCE = 50, 600
+_LASTING = 20.0
+"""Money that 1 has to become within the patience, or the alarm ends: odds of 20 to 1 that the change lasts."""
+
+Hits = NDArray[np.int8]
+HIT, MISS, NOT_THERE = 1, 0, -1
+"""Of an item and a bet: in its set, not in it, or without a value of the feature."""
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureAlarm:
+    """An alarm that lasts.
+
+    Attributes:
+        since: position at which the change began, as far as the bets show.
+        called: position at which it was called.
+        quiet: items since the change showed last.
+    """
+
+    since: int
+    called: int
+    quiet: int = 0
+
+    @property
+    def patience(self) -> int:
+        """Items without a sign of the change after which the alarm ends: as many as it took to be called."""
+        return min(max(_MIN_PATIENCE, self.called - self.since), _MAX_PATIENCE)
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureState:
+    """The bets on one feature, each with every stake.
+
+    Attributes:
+        money: the statistics; during an alarm, what 1 has become since the change showed last.
+        began: for each, the position at which it was ordinary last.
+    """
+
+    money: tuple[float, ...]
+    began: tuple[int, ...]
+    alarm: FeatureAlarm | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """An alarm of a feature began, or ended.
+
+    Attributes:
+        position: of the item with which it did.
+        alarm: None where it ended.
+    """
+
+    position: int
+    feature: str
+    alarm: FeatureAlarm | None
+
+
+class Evidence:
+    """The statistics of all bets of a stream.
+
+    Args:
+        features: the feature of each bet.
+        weights: of each bet; they add up to at most 1, over all bets of the stream.
+        threshold: of the weighted sum of a feature's statistics: one alarm in so many items where nothing has changed.
+        states: by feature, as `states` returned them; features with other bets than then begin anew.
+    """
+
+    def __init__(
+        self, features: Sequence[str], weights: Floats, threshold: float, states: Mapping[str, FeatureState]
+    ) -> None:
+        self.names = tuple(dict.fromkeys(features))
+        self._feature = np.array([self.names.index(name) for name in features], dtype=np.intp)
+        self._weights = np.repeat(weights[:, None] / len(STAKES), len(STAKES), axis=1)
+        self._threshold = threshold
+        self._money = np.zeros(self._weights.shape)
+        self._began = np.zeros(self._weights.shape, dtype=np.int64)
+        self._starting = np.ones((len(features), 1))  # 0 during an alarm: no new bets
+        self._alarms: dict[int, FeatureAlarm] = {}
+        for number, name in enumerate(self.names):
+            state, bets = states.get(name), self._feature == number
+            if state is not None and len(state.money) == bets.sum() * len(STAKES):
+                self._money[bets] = np.reshape(state.money, (-1, len(STAKES)))
+                self._began[bets] = np.reshape(state.began, (-1, len(STAKES)))
+                if state.alarm:
+                    self._alarms[number] = state.alarm
+                    self._starting[bets] = 0
+
+    def add(self, position: int, hits: Hits, bounds: Floats, dependence: float) -> list[Event]:
+        """Take an item; return the alarms that begin or end with it.
+
+        Args:
+            hits: for each bet `HIT`, `MISS`, or `NOT_THERE`, which changes nothing.
+            bounds: of each bet, above 0.
+            dependence: the L of this module's docstring.
+        """
+        there = hits != NOT_THERE
+        factors = 1 - STAKES + STAKES * ((hits == HIT) / bounds)[:, None]
+        if dependence > 1:
+            factors **= 1 / dependence
+        self._money = np.where(there[:, None], factors * (self._starting + self._money), self._money)
+        ordinary = self._money < _ORDINARY
+        self._began[ordinary] = position
+        sums = self._sums()
+        events = [self._judge_alarm(number, position, sums, there) for number in tuple(self._alarms)]
+        events += [
+            self._call(int(number), position)
+            for number in np.flatnonzero(sums >= self._threshold)
+            if int(number) not in self._alarms
+        ]
+        return [event for event in events if event]
+
+    def states(self) -> dict[str, FeatureState]:
+        """Return what the next `Evidence` goes on from."""
+        return {
+            name: FeatureState(
+                tuple(self._money[self._feature == number].ravel().tolist()),
+                tuple(self._began[self._feature == number].ravel().tolist()),
+                self._alarms.get(number),
+            )
+            for number, name in enumerate(self.names)
+        }
+
+    def strengths(self) -> dict[str, float]:
+        """Return how near each feature is to an alarm, on a logarithmic scale: 0 is no evidence, 1 an alarm."""
+        found = np.minimum(np.log1p(self._sums()) / np.log1p(self._threshold), 1.0)
+        return {name: 1.0 if number in self._alarms else float(found[number]) for number, name in enumerate(self.names)}
+
+    def _sums(self) -> Floats:
+        sums = np.zeros(len(self.names))
+        np.add.at(sums, self._feature, (self._weights * self._money).sum(axis=1))
+        return sums
+
+    def _call(self, number: int, position: int) -> Event:
+        bets = self._feature == number
+        strongest = int((self._weights[bets] * self._money[bets]).argmax())
+        alarm = FeatureAlarm(since=int(self._began[bets].ravel()[strongest]) + 1, called=position)
+        self._set(number, alarm)
+        return Event(position, self.names[number], alarm)
+
+    def _judge_alarm(self, number: int, position: int, sums: Floats, there: NDArray[np.bool_]) -> Event | None:
+        """Go on with an alarm, or end it."""
+        bets, alarm = self._feature == number, self._alarms[number]
+        if not there[bets].any():
+            return None
+        if sums[number] / self._weights[bets].sum() >= _LASTING:
+            self._set(number, FeatureAlarm(alarm.since, alarm.called))
+            return None
+        alarm = FeatureAlarm(alarm.since, alarm.called, alarm.quiet + 1)
+        if alarm.quiet < alarm.patience:
+            self._alarms[number] = alarm
+            return None
+        self._set(number, None)
+        self._began[bets] = position
+        return Event(position, self.names[number], None)
+
+    def _set(self, number: int, alarm: FeatureAlarm | None) -> None:
+        """Begin the bets of a feature anew: for an alarm with 1 each, else with nothing."""
+        bets = self._feature == number
+        self._money[bets] = 1.0 if alarm else 0.0
+        self._starting[bets] = 0.0 if alarm else 1.0
+        if alarm:
+            self._alarms[number] = alarm
+        else:
+            self._alarms.pop(number, None)

@@ -1,0 +1,161 @@
+"""Ratings of a version's answers, against those of the versions before it: the report on people.
+
+One person's ratings of a day are one opinion: the first counts.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+
+import numpy as np
+from sqlalchemy import Engine as Store
+
+from monitoring.drift.alarms import AlarmBook
+from monitoring.drift.bets import hit_table
+from monitoring.drift.budget import FALSE_ALARMS_PER_REQUEST, SIGNAL_SHARES, Signal
+from monitoring.drift.evidence import Event, Evidence, FeatureState
+from monitoring.drift.report import Line, SignalReport, Status, feature_line, most_moved
+from monitoring.drift.signals import rating_bets, rating_sample
+from svc.errors import RefusedError
+from svc.store.answered import RatedAnswer, read_earlier_ratings, read_ratings
+from svc.version import Target
+
+_MIN_REFERENCE = 100
+_MAX_RATINGS = 1_000
+_SHOWN = 100
+_MIN_ACCEPTED = 50
+
+
+@dataclass(frozen=True, slots=True)
+class RatingState:
+    """What the next check starts from.
+
+    Attributes:
+        cursor: when the newest rating was given that was seen, microseconds since 1970.
+        memory: ids of the newest ratings.
+        base: what they are compared with, (bad, corrected) each; fixed once it is there.
+        position: ratings that were compared.
+    """
+
+    cursor: int = 0
+    memory: tuple[int, ...] = ()
+    base: tuple[tuple[bool, bool], ...] = ()
+    position: int = 0
+    features: dict[str, FeatureState] = field(default_factory=dict)
+
+
+def check_ratings(
+    store: Store, target: Target, state: RatingState, now: datetime, alarms: AlarmBook
+) -> tuple[RatingState, SignalReport]:
+    """Take the ratings that are new; begin and end alarms."""
+    ratings = one_a_day(read_ratings(store, target, newest=_MAX_RATINGS))
+    # Not beyond now: a clock that ran ahead for a while would make all later ratings old.
+    newest = min(_micros(now), max((_micros(rating.given_at) for rating in ratings), default=0))
+    base = state.base
+    if not base:
+        earlier = one_a_day(read_earlier_ratings(store, target, newest=_MAX_RATINGS))
+        if len(earlier) >= _MIN_REFERENCE:
+            base = _pairs(earlier)
+        elif len(ratings) >= _MIN_REFERENCE:
+            # From here on they are the reference, and no part of the stream.
+            base, ratings = _pairs(ratings[:_MIN_REFERENCE]), ratings[_MIN_REFERENCE:]
+    if not base:
+        why = f"there are fewer than {_MIN_REFERENCE} earlier ratings to compare with, one a person and day"
+        return state, SignalReport(Signal.PEOPLE, Status.WAITING, why)
+    known = set(state.memory)
+    before = [rating for rating in ratings if rating.id in known]
+    new = [r for r in ratings if r.id not in known and _micros(r.given_at) > state.cursor]
+    return _Ratings(base, state, before, new).take(max(state.cursor, newest), alarms)
+
+
+def one_a_day(ratings: Iterable[RatedAnswer]) -> list[RatedAnswer]:
+    """Return the first rating of each person and day (UTC), and all where requests name no person."""
+    found, counted = [], set[tuple[str, object]]()
+    for rating in ratings:
+        key = rating.person, rating.given_at.date()
+        if rating.person and key in counted:
+            continue
+        counted.add(key)
+        found.append(rating)
+    return found
+
+
+class _Ratings:
+    def __init__(
+        self,
+        base: tuple[tuple[bool, bool], ...],
+        state: RatingState,
+        before: Sequence[RatedAnswer],
+        new: Sequence[RatedAnswer],
+    ) -> None:
+        self._base, self._state, self._new = base, state, new
+        self._ratings = [*before, *new]
+        self._reference, self._sample = rating_sample(base), rating_sample(_pairs(self._ratings))
+        self._first = state.position - len(before)
+
+    def take(self, cursor: int, alarms: AlarmBook) -> tuple[RatingState, SignalReport]:
+        bets, state = rating_bets(self._reference), self._state
+        weights = np.full(len(bets), SIGNAL_SHARES[Signal.PEOPLE] / len(bets))
+        evidence = Evidence([bet.feature for bet in bets], weights, 1 / FALSE_ALARMS_PER_REQUEST, state.features)
+        bounds, position = np.array([bet.bound for bet in bets]), state.position
+        for hits in hit_table(bets, self._sample)[len(self._ratings) - len(self._new) :]:
+            position += 1
+            for event in evidence.add(position, hits, bounds, 1.0):
+                self._note(event, alarms)
+        memory = tuple(rating.id for rating in self._ratings[-_SHOWN:])
+        state = RatingState(cursor, memory, self._base, position, evidence.states())
+        live = self._sample.part(max(0, len(self._ratings) - _SHOWN), len(self._ratings))
+        strengths = evidence.strengths()
+        lines = [feature_line(name, strengths[name], self._reference, live) for name in evidence.names]
+        lasting = alarms.report(Signal.PEOPLE)
+        status = Status.ALARM if lasting else Status.STEADY if position else Status.WAITING
+        return state, SignalReport(
+            Signal.PEOPLE,
+            status,
+            "" if position else "no answer was rated since",
+            items=position,
+            window=live.size,
+            lines=tuple(line for line in lines if line),
+            alarms=lasting,
+            newest_at=self._ratings[-1].given_at if self._ratings else None,
+        )
+
+    def _note(self, event: Event, alarms: AlarmBook) -> None:
+        stop = event.position - self._first
+        if event.alarm is None:
+            alarms.end(Signal.PEOPLE, event.feature, self._ratings[stop - 1].given_at)
+            return
+        start = max(0, event.alarm.since - 1 - self._first)
+        live = self._sample.part(start, stop)
+        places = most_moved(event.feature, self._reference, live)
+        alarms.begin(
+            Signal.PEOPLE,
+            feature_line(event.feature, 1.0, self._reference, live) or Line(event.feature, 0.0, 1.0, "-", "-"),
+            since=self._ratings[start].given_at,
+            called_at=self._ratings[stop - 1].given_at,
+            examples=[self._ratings[start + place].request_id for place in places],
+        )
+
+
+def accept_ratings(store: Store, target: Target, state: RatingState, since: datetime) -> RatingState:
+    """Return the state in which ratings since a time are what later ones are compared with.
+
+    Raises:
+        RefusedError: they are too few.
+    """
+    ratings = [r for r in one_a_day(read_ratings(store, target, newest=_MAX_RATINGS)) if r.given_at >= since]
+    if len(ratings) < _MIN_ACCEPTED:
+        raise RefusedError(
+            f"only {len(ratings)} ratings were given since they changed",
+            expected=f"at least {_MIN_ACCEPTED}, one a person and day",
+            todo="accept the change when there are as many",
+        )
+    return replace(state, base=_pairs(ratings), features={})
+
+
+def _pairs(ratings: Iterable[RatedAnswer]) -> tuple[tuple[bool, bool], ...]:
+    return tuple((rating.bad, rating.corrected) for rating in ratings)
+
+
+def _micros(time: datetime) -> int:
+    return round(time.timestamp() * 1_000_000)

@@ -1,0 +1,195 @@
+"""Requests of a version, as its server keeps their features, through the detector: the reports on input and output."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+
+import numpy as np
+
+from monitoring.drift.alarms import AlarmBook
+from monitoring.drift.budget import Signal
+from monitoring.drift.detector import MEMORY, Baseline, Detector, Requests, Watch
+from monitoring.drift.domain_classifier import CLASSIFIER
+from monitoring.drift.evidence import Event
+from monitoring.drift.near_copies import RARITY_REQUESTS
+from monitoring.drift.report import EXAMPLES, Line, SignalReport, Status, feature_line, most_moved
+from svc.drift_reference.item import answer_sample, prompt_sample
+from svc.drift_reference.sample import Sample
+from svc.errors import RefusedError
+from svc.store.drift_items import StoredItem
+
+SIGNALS = (Signal.INPUT, Signal.OUTPUT)
+_SHOWN = 100
+"""Newest requests that a report's lines, and an alarm's examples, are about."""
+_MIN_SHOWN = 10
+_MIN_SEEN = 200
+"""Requests from which the share of those that are compared says something."""
+_FEW_KEPT, _NONE_KEPT = 0.2, 0.02
+"""Of the newest 1,000 requests. Below the first the report says so; below the second nothing is watched."""
+_MIN_ACCEPTED, _MAX_ACCEPTED = 50, 500
+"""Requests that later ones can be compared with."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrafficState:
+    """What the next check starts from.
+
+    Attributes:
+        cursor: id of the newest item that was seen.
+        kept: ids of the newest that count.
+    """
+
+    cursor: int = 0
+    kept: tuple[int, ...] = ()
+    watch: Watch = field(default_factory=Watch)
+
+
+def check_traffic(
+    detector: Detector, state: TrafficState, items: Sequence[StoredItem], alarms: AlarmBook
+) -> tuple[TrafficState, list[SignalReport]]:
+    """Take the items that are new; begin and end alarms.
+
+    Args:
+        items: all that are stored, in order: those of `state.kept`, the newest that were seen, and the new ones.
+    """
+    kept = frozenset(state.kept)
+    before = [item for item in items if item.id in kept]
+    seen = [item.item.words for item in items if item.id <= state.cursor][-RARITY_REQUESTS:]
+    new = [item for item in items if item.id > state.cursor]
+    requests_before, requests_new = requests_of(before, detector), requests_of(new, detector)
+    advance = detector.advance(state.watch, requests_before, seen, requests_new)
+    traffic = _Traffic(
+        detector,
+        [*before, *(new[place] for place in advance.kept)],
+        requests_before.followed_by(requests_new.at(advance.kept)),
+        advance.watch,
+    )
+    for event in advance.events:
+        traffic.note(event, alarms)
+    cursor = max([state.cursor, *(item.id for item in new)])
+    newest = tuple(item.id for item in traffic.items[-MEMORY:])
+    reports = [traffic.report(signal, advance.strengths, alarms) for signal in SIGNALS]
+    return TrafficState(cursor, newest, advance.watch), reports
+
+
+def requests_of(items: Sequence[StoredItem], detector: Detector) -> Requests:
+    """Return items as the detector takes them."""
+    found = [item.item for item in items]
+    return Requests(
+        prompt_sample(found, detector.prompts),
+        answer_sample(found, [item.logprob for item in items], detector.answers),
+        [item.words for item in found],
+        np.array([item.conversation for item in found], dtype=np.int64),
+        np.array([item.started_at.timestamp() for item in found]),
+    )
+
+
+def accepted_baseline(detector: Detector, state: TrafficState, items: Sequence[StoredItem]) -> Baseline:
+    """Return the requests since the newest alarm began, as what later ones are compared with.
+
+    Raises:
+        RefusedError: they are too few.
+    """
+    since = max(feature.alarm.since for feature in state.watch.features.values() if feature.alarm)
+    count = min(state.watch.kept - since + 1, _MAX_ACCEPTED)
+    ids = frozenset(state.kept[-count:])
+    requests = requests_of([item for item in items if item.id in ids], detector)
+    if requests.size < _MIN_ACCEPTED:
+        raise RefusedError(
+            f"only {requests.size} requests that can be compared came since traffic changed",
+            expected=f"at least {_MIN_ACCEPTED}",
+            todo="accept the change when there are as many",
+        )
+    return Baseline(requests.prompts, requests.words, requests.answers)
+
+
+@dataclass(frozen=True)
+class _Traffic:
+    """The requests that count, after a check.
+
+    Attributes:
+        items, requests: the newest, those of earlier checks first.
+    """
+
+    detector: Detector
+    items: Sequence[StoredItem]
+    requests: Requests
+    watch: Watch
+
+    @property
+    def _first(self) -> int:
+        """Requests that count and came before the first of `items`."""
+        return self.watch.kept - len(self.items)
+
+    def note(self, event: Event, alarms: AlarmBook) -> None:
+        """Begin or end an alarm."""
+        signal = self.detector.signals[event.feature]
+        stop = event.position - self._first
+        if event.alarm is None:
+            alarms.end(signal, event.feature, self._time(stop - 1))
+            return
+        start = max(0, event.alarm.since - 1 - self._first)
+        shown = max(start, stop - _SHOWN)
+        live = self._sample(signal, shown, stop)
+        alarms.begin(
+            signal,
+            self._line(event.feature, 1.0, live) or Line(event.feature, 0.0, 1.0, "-", "-"),
+            since=self._time(start),
+            called_at=self._time(stop - 1),
+            examples=[self.items[shown + place].item.request_id for place in self._examples(event.feature, live)],
+        )
+
+    def report(self, signal: Signal, strengths: Mapping[str, float], alarms: AlarmBook) -> SignalReport:
+        """Return how a signal stands."""
+        size = min(_SHOWN, len(self.items))
+        live = self._sample(signal, len(self.items) - size, len(self.items))
+        features = [name for name, of in self.detector.signals.items() if of is signal and live.size >= _MIN_SHOWN]
+        lines = {name: self._line(name, strengths[name], live) for name in features}
+        status, why = _status(self.watch, compared=any(lines.values()))
+        lasting = alarms.report(signal)
+        return SignalReport(
+            signal,
+            Status.ALARM if lasting else status,
+            why,
+            items=self.watch.kept,
+            window=size,
+            lines=tuple(line for line in lines.values() if line),
+            alarms=lasting,
+            uncompared=tuple(name for name, line in lines.items() if not line),
+            newest_at=self._time(-1) if self.items else None,
+        )
+
+    def _time(self, place: int) -> datetime:
+        return self.items[place].item.started_at
+
+    def _sample(self, signal: Signal, start: int, stop: int) -> Sample:
+        sample = self.requests.prompts if signal is Signal.INPUT else self.requests.answers
+        return sample.part(start, stop)
+
+    def _reference(self, feature: str) -> Sample:
+        of_input = self.detector.signals[feature] is Signal.INPUT
+        return self.detector.prompts if of_input else self.detector.answers
+
+    def _line(self, feature: str, evidence: float, live: Sample) -> Line | None:
+        if feature == CLASSIFIER:
+            return Line(feature, self.detector.classifier.separation(live), evidence, "", "")
+        return feature_line(feature, evidence, self._reference(feature), live)
+
+    def _examples(self, feature: str, live: Sample) -> list[int]:
+        if feature == CLASSIFIER:
+            return self.detector.classifier.most_typical(live, EXAMPLES)
+        return most_moved(feature, self._reference(feature), live)
+
+
+def _status(watch: Watch, *, compared: bool) -> tuple[Status, str]:
+    """Return how a signal without an alarm stands, and why."""
+    if watch.kept < _MIN_SHOWN:
+        return Status.WAITING, f"there are fewer than {_MIN_SHOWN} requests that can be compared"
+    if not compared:
+        return Status.UNWATCHED, "the newest requests have nothing that could be compared"
+    newest = watch.newest_kept
+    share = newest.count("1") / len(newest)
+    if len(newest) < _MIN_SEEN or share >= _FEW_KEPT:
+        return Status.STEADY, ""
+    why = f"{share:.0%} of the newest {len(newest)} requests are compared: the others nearly repeat those"
+    return (Status.UNWATCHED if share < _NONE_KEPT else Status.STEADY), why

@@ -1,1 +1,0 @@
-"""Whether two samples are of one distribution, and how often that may be doubted in vain."""
