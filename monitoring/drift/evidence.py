@@ -25,8 +25,9 @@ from svc.drift_reference.sample import Floats
 
 STAKES = np.array([0.35, 0.7])
 """Parts of a bet's money on each item: each bet is made with both. The larger finds a gross change in four items."""
-_ORDINARY = 2.0
-"""Below this, a statistic is what it is without a change."""
+_ORDINARY = 2.5
+"""Below this times the dependence, a statistic is what it is without a change: misses alone bring it down to 1.9, and
+with factors to the power 1 / L to less than 2.4 times L."""
 _MIN_PATIENCE, _MAX_PATIENCE = 50, 600
 _LASTING = 20.0
 """Money that 1 has to become within the patience, or the alarm ends: odds of 20 to 1 that the change lasts."""
@@ -50,10 +51,12 @@ class FeatureAlarm:
     called: int
     quiet: int = 0
 
-    @property
-    def patience(self) -> int:
-        """Items without a sign of the change after which the alarm ends: as many as it took to be called."""
-        return min(max(_MIN_PATIENCE, self.called - self.since), _MAX_PATIENCE)
+    def patience(self, dependence: float) -> float:
+        """Return the items without a sign of the change after which the alarm ends: as many as it took to be called.
+
+        Items that depend on each other say less, so the least patience grows with them.
+        """
+        return min(max(_MIN_PATIENCE * dependence, self.called - self.since), _MAX_PATIENCE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,14 +126,13 @@ class Evidence:
             dependence: the L of this module's docstring.
         """
         there = hits != NOT_THERE
-        factors = 1 - STAKES + STAKES * ((hits == HIT) / bounds)[:, None]
-        if dependence > 1:
-            factors **= 1 / dependence
+        dependence = max(1.0, dependence)
+        factors = (1 - STAKES + STAKES * ((hits == HIT) / bounds)[:, None]) ** (1 / dependence)
         self._money = np.where(there[:, None], factors * (self._starting + self._money), self._money)
-        ordinary = self._money < _ORDINARY
+        ordinary = self._money < _ORDINARY * dependence
         self._began[ordinary] = position
         sums = self._sums()
-        events = [self._judge_alarm(number, position, sums, there) for number in tuple(self._alarms)]
+        events = [self._judge_alarm(number, position, sums, there, dependence) for number in tuple(self._alarms)]
         events += [
             self._call(int(number), position)
             for number in np.flatnonzero(sums >= self._threshold)
@@ -166,7 +168,9 @@ class Evidence:
         self._set(number, alarm)
         return Event(position, self.names[number], alarm)
 
-    def _judge_alarm(self, number: int, position: int, sums: Floats, there: NDArray[np.bool_]) -> Event | None:
+    def _judge_alarm(
+        self, number: int, position: int, sums: Floats, there: NDArray[np.bool_], dependence: float
+    ) -> Event | None:
         """Go on with an alarm, or end it."""
         bets, alarm = self._feature == number, self._alarms[number]
         if not there[bets].any():
@@ -175,7 +179,7 @@ class Evidence:
             self._set(number, FeatureAlarm(alarm.since, alarm.called))
             return None
         alarm = FeatureAlarm(alarm.since, alarm.called, alarm.quiet + 1)
-        if alarm.quiet < alarm.patience:
+        if alarm.quiet < alarm.patience(dependence):
             self._alarms[number] = alarm
             return None
         self._set(number, None)
