@@ -56,8 +56,16 @@ class Watched:
         return {name: state.alarm for name, state in self.evidence.states().items() if state.alarm}
 
 
-def one_bet(**options: float) -> Watched:
-    return Watched(["one"], [BOUND], **options)  # type: ignore[arg-type]
+def one_bet(alarm: FeatureAlarm | None = None, *, dependence: float = 1.0) -> Watched:
+    """Return a feature with one bet.
+
+    Args:
+        alarm: lasts already.
+    """
+    if alarm is None:
+        return Watched(["one"], [BOUND], dependence=dependence)
+    states = {"one": FeatureState((1.0, 1.0), (0, 0), alarm)}
+    return Watched(["one"], [BOUND], dependence=dependence, threshold=1e5, states=states, position=alarm.called)
 
 
 def nested(chances: NDArray[np.float64], shares: Sequence[float]) -> Hits:
@@ -71,7 +79,7 @@ def false_alarm_rate(
     *,
     run: int = 1,
     dependence: float = 1.0,
-    items: int = 800,
+    items: int = 500,
     seed: int = 1,
 ) -> float:
     """Return the alarms that are called per item in which no alarm lasts.
@@ -95,7 +103,7 @@ def false_alarm_rate(
 
 
 def first_alarms(
-    before: float, after: float, bound: float, *, run: int = 1, items: int = 1500, features: int = 12
+    before: float, after: float, bound: float, *, run: int = 1, items: int = 1200, features: int = 12
 ) -> tuple[list[FeatureAlarm], list[Event]]:
     """Return the first alarm of each feature after a change, and all events."""
     names = [f"feature {number}" for number in range(features)]
@@ -122,5 +130,138 @@ def test_an_alarm_names_about_the_item_with_which_the_change_began(
 
 @pytest.mark.parametrize("run", [1, 5, 20])
 def test_an_alarm_is_called_once_and_lasts_when_the_change_lasts(run: int) -> None:
-    _, events = first_alarms(0.02, 0.5, 0.06, run=run, items=3000)
+    _, events = first_alarms(0.02, 0.5, 0.06, run=run, items=2500)
     assert len(events) == 12
+
+
+@pytest.mark.parametrize("stakes", [(0.35, 0.7), (0.35,), (0.7,), (0.1, 0.95)])
+@pytest.mark.parametrize("bounds", [(0.1,), (0.5,), (0.02, 0.1, 0.5)])
+def test_false_alarms_are_as_rare_as_the_threshold_says_when_shares_are_exactly_normal(
+    monkeypatch: pytest.MonkeyPatch, bounds: tuple[float, ...], stakes: tuple[float, ...]
+) -> None:
+    monkeypatch.setattr(evidence, "STAKES", np.array(stakes))
+    rate = false_alarm_rate(bounds, bounds, items=400)
+    assert 0 < rate <= 1 / THRESHOLD
+
+
+def test_false_alarms_are_rarer_when_shares_are_below_the_bound() -> None:
+    at, below = false_alarm_rate([0.5], [0.5]), false_alarm_rate([0.5], [0.35])
+    assert below < at / 3
+
+
+def test_false_alarms_are_as_rare_as_the_threshold_says_when_runs_are_as_long_as_the_dependence() -> None:
+    assert false_alarm_rate([0.1, 0.5], [0.1, 0.5], run=5, dependence=5.0) <= 1 / THRESHOLD
+
+
+def test_false_alarms_are_too_frequent_when_runs_are_taken_for_independent_items() -> None:
+    """The control: without this the test above could not fail."""
+    assert false_alarm_rate([0.1, 0.5], [0.1, 0.5], run=5) > 1 / THRESHOLD
+
+
+@given(streams, st.integers(0, 150), st.integers(1, 120))
+def test_items_without_a_value_change_nothing(items: list[tuple[int, ...]], place: int, count: int) -> None:
+    nothing = [(NOT_THERE,) * 3] * count
+    plain, with_gap = Watched().add(*items), Watched().add(*items[:place], *nothing, *items[place:])
+    assert with_gap.evidence.strengths() == plain.evidence.strengths()
+    assert [(event.feature, event.alarm is None) for event in with_gap.events] == [
+        (event.feature, event.alarm is None) for event in plain.events
+    ]
+    assert {name: alarm.quiet for name, alarm in with_gap.lasting().items()} == {
+        name: alarm.quiet for name, alarm in plain.lasting().items()
+    }
+
+
+@given(streams)
+def test_one_feature_does_not_change_what_is_found_on_another(items: list[tuple[int, ...]]) -> None:
+    together, alone = Watched(), Watched(["other"], [BOUND])
+    for item in items:
+        together.add(item)
+        alone.add(item[2:])
+    assert [event for event in together.events if event.feature == "other"] == alone.events
+    assert together.evidence.states()["other"] == alone.evidence.states()["other"]
+
+
+def test_both_features_have_an_alarm_when_one_changes_after_the_other() -> None:
+    watched = Watched().add(*[(HIT, HIT, MISS)] * 20, *[(HIT, HIT, HIT)] * 20)
+    assert [(event.feature, event.position > 20) for event in watched.events] == [("one", False), ("other", True)]
+    assert set(watched.lasting()) == {"one", "other"}
+
+
+def test_an_alarm_is_called_once_and_ends_after_its_patience_and_can_be_called_again() -> None:
+    watched = one_bet().add(*[(MISS,)] * 200, *[(HIT,)] * 100, *[(MISS,)] * 100, *[(HIT,)] * 10)
+    began, ended, again = watched.events
+    assert began.alarm and again.alarm and ended.alarm is None
+    assert 200 < began.position <= 205 and 345 <= ended.position <= 350 and 400 < again.position <= 405
+    assert (began.alarm.since, again.alarm.since) == (201, 401)
+
+
+def test_an_alarm_lasts_when_the_change_pauses_for_less_than_the_patience() -> None:
+    watched = one_bet().add(*[(MISS,)] * 200)
+    for _ in range(10):
+        watched.add(*[(HIT,)] * 20, *[(MISS,)] * 20)
+    assert len(watched.events) == 1
+    assert watched.lasting()
+
+
+def test_an_alarm_that_took_long_to_be_called_lasts_longer() -> None:
+    watched = one_bet(FeatureAlarm(since=1, called=301)).add(*[(MISS,)] * 299)
+    assert watched.events == []
+    assert [event.position for event in watched.add((MISS,)).events] == [601]
+
+
+def test_no_alarm_lasts_longer_than_600_items_without_a_sign_of_the_change() -> None:
+    watched = one_bet(FeatureAlarm(since=1, called=9_001), dependence=64.0)
+    assert [event.position for event in watched.add(*[(MISS,)] * 700).events] == [9_601]
+
+
+@given(streams, st.lists(st.integers(0, 150), max_size=4), st.sampled_from([1.0, 3.7]))
+def test_a_stream_in_pieces_gives_what_it_gives_at_once_when_states_go_through_json(
+    items: list[tuple[int, ...]], cuts: list[int], dependence: float
+) -> None:
+    whole = Watched(dependence=dependence).add(*items)
+    edges = [0, *sorted(min(cut, len(items)) for cut in cuts), len(items)]
+    states: Mapping[str, FeatureState] = {}
+    events: list[Event] = []
+    for start, stop in zip(edges, edges[1:], strict=False):
+        part = Watched(dependence=dependence, states=states, position=start).add(*items[start:stop])
+        states = STATES.validate_json(STATES.dump_json(part.evidence.states()))
+        events += part.events
+    assert events == whole.events
+    assert states == whole.evidence.states()
+
+
+def test_a_feature_with_other_bets_than_before_begins_anew() -> None:
+    states = Watched().add(*[(HIT, HIT, HIT)] * 30).evidence.states()
+    changed = Watched(["one", "other"], [BOUND, BOUND], states=states)
+    assert changed.evidence.strengths() == {"one": 0.0, "other": 1.0}
+
+
+@given(streams)
+def test_strengths_are_from_0_to_1_and_1_exactly_when_an_alarm_lasts(items: list[tuple[int, ...]]) -> None:
+    watched = Watched()
+    for item in items:
+        strengths = watched.add(item).evidence.strengths()
+        assert all(0 <= strength <= 1 for strength in strengths.values())
+        assert {name for name, strength in strengths.items() if strength == 1} == set(watched.lasting())
+
+
+@given(streams)
+def test_alarms_of_a_feature_begin_and_end_in_turn(items: list[tuple[int, ...]]) -> None:
+    watched = Watched().add(*items)
+    for name in ("one", "other"):
+        began = [event.alarm is not None for event in watched.events if event.feature == name]
+        assert began == [number % 2 == 0 for number in range(len(began))]
+
+
+def test_an_alarm_begins_not_after_it_is_called() -> None:
+    generator = np.random.default_rng(1)
+    watched = Watched().add(*np.where(generator.random((4000, 3)) < 0.15, HIT, MISS).tolist())
+    alarms = [event.alarm for event in watched.events if event.alarm]
+    assert alarms
+    assert all(1 <= alarm.since <= alarm.called for alarm in alarms)
+
+
+def test_nothing_is_found_when_there_are_no_bets() -> None:
+    nothing = Evidence([], np.zeros(0), THRESHOLD, {})
+    assert nothing.add(1, np.zeros(0, np.int8), np.zeros(0), 1.0) == []
+    assert (nothing.states(), nothing.strengths()) == ({}, {})
