@@ -1,16 +1,17 @@
 """False alarms are as rare as promised, and an alarm begins and ends with the change."""
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from monitoring.drift import evidence
 from monitoring.drift.evidence import HIT, MISS, NOT_THERE, Event, Evidence, FeatureAlarm, FeatureState, Hits
+from svc.drift_reference.sample import Floats
 
 STATES = TypeAdapter(dict[str, FeatureState])
 THRESHOLD = 50.0
@@ -68,7 +69,7 @@ def one_bet(alarm: FeatureAlarm | None = None, *, dependence: float = 1.0) -> Wa
     return Watched(["one"], [BOUND], dependence=dependence, threshold=1e5, states=states, position=alarm.called)
 
 
-def nested(chances: NDArray[np.float64], shares: Sequence[float]) -> Hits:
+def nested(chances: Floats, shares: Sequence[float]) -> Hits:
     """Return hits in sets of these shares, the smaller ones inside the larger ones, streams by sets."""
     return np.where(chances[:, None] < np.array(shares), HIT, MISS).astype(np.int8)
 
@@ -91,7 +92,8 @@ def false_alarm_rate(
     """
     features = [f"stream {number}" for number in range(STREAMS) for _ in bounds]
     watched = Watched(features, [*bounds] * STREAMS, dependence=dependence)
-    generator, chances = np.random.default_rng(seed), np.zeros(STREAMS)
+    generator = np.random.default_rng(seed)
+    chances: Floats = np.zeros(STREAMS)
     quiet = lasting = 0
     for place in range(items):
         if place % run == 0:
@@ -108,7 +110,8 @@ def first_alarms(
     """Return the first alarm of each feature after a change, and all events."""
     names = [f"feature {number}" for number in range(features)]
     watched = Watched(names, [bound] * features, dependence=run, threshold=1e5)
-    generator, chances = np.random.default_rng(1), np.zeros(features)
+    generator = np.random.default_rng(1)
+    chances: Floats = np.zeros(features)
     for place in range(items):
         if place % run == 0:
             chances = generator.random(features)
@@ -222,7 +225,7 @@ def test_a_stream_in_pieces_gives_what_it_gives_at_once_when_states_go_through_j
     edges = [0, *sorted(min(cut, len(items)) for cut in cuts), len(items)]
     states: Mapping[str, FeatureState] = {}
     events: list[Event] = []
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         part = Watched(dependence=dependence, states=states, position=start).add(*items[start:stop])
         states = STATES.validate_json(STATES.dump_json(part.evidence.states()))
         events += part.events
