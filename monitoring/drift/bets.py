@@ -21,7 +21,7 @@ _MAX_BOUND = 0.7
 _TAILS = (0.0, 0.02, 0.1)
 """Shares of the reference that lie outside the limits of a set, both tails together."""
 _MIN_SHARE = 0.02
-"""Of the reference; a category that is rarer is in no set of its own."""
+"""Of the reference; categories that are rarer are in one set, with new ones."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def upper_share(count: int, size: int, z: float = 1.0) -> float:
 
 
 def feature_bets(reference: Sample) -> list[Bet]:
-    """Return the bets on the readable features of a sample: on tails of numbers, on categories, on new categories."""
+    """Return the bets on the readable features of a sample: tails of numbers, frequent, rare and new categories."""
     bets = [bet for name, values in reference.numbers.items() for bet in _tail_bets(name, values)]
     bets += [bet for name, values in reference.categories.items() for bet in _category_bets(name, values)]
     return [bet for bet in bets if bet.bound < _MAX_BOUND]
@@ -71,11 +71,14 @@ def _category_bets(name: str, values: Names) -> list[Bet]:
     if not len(there):
         return []
     names, counts = np.unique(there, return_counts=True)
+    frequent = counts >= _MIN_SHARE * len(there)
     # As many are new as come once (Good 1953): of system prompts with a date in them, all are.
     bets = [Bet(name, _bound((counts == 1).sum(), len(there)), partial(_outside, name=name, known=names))]
-    for category, count in zip(names, counts, strict=True):
-        if count >= _MIN_SHARE * len(there):
-            bets.append(Bet(name, _bound(count, len(there)), partial(_equal, name=name, category=category)))
+    if not frequent.all():
+        rare = _bound(counts[~frequent].sum(), len(there))
+        bets.append(Bet(name, rare, partial(_outside, name=name, known=names[frequent])))
+    for category, count in zip(names[frequent], counts[frequent], strict=True):
+        bets.append(Bet(name, _bound(count, len(there)), partial(_equal, name=name, category=category)))
     return bets
 
 

@@ -21,7 +21,7 @@ from monitoring.drift.domain_classifier import (
     Similarities,
     Singles,
 )
-from monitoring.drift.evidence import Event, Evidence, FeatureState, Hits
+from monitoring.drift.evidence import NOT_THERE, Event, Evidence, FeatureState, Hits
 from monitoring.drift.near_copies import RARITY_REQUESTS, NearCopies, Words
 from svc.drift_reference.sample import Floats, Sample
 
@@ -145,6 +145,7 @@ class Detector:
         self._fixed_bounds = np.concatenate(
             [self.classifier.far_bounds, [bet.bound for bet in (*self._prompt_bets, *self._answer_bets)]]
         )
+        self._of_classifier = slice(self.classifier.learned + len(self.classifier.far_bounds))
         self.signals: dict[str, Signal] = {
             CLASSIFIER: Signal.INPUT,
             **dict.fromkeys((bet.feature for bet in self._prompt_bets), Signal.INPUT),
@@ -189,6 +190,8 @@ class Detector:
             learned, bounds = self.classifier.learned_hits(similar, place, depends)
             hits = np.concatenate([learned, fixed[place - before.size]])
             bounds = np.concatenate([bounds, self._fixed_bounds])
+            if not depends:  # a burst of one topic at the beginning is far from most of the reference
+                hits[self._of_classifier] = NOT_THERE
             events += evidence.add(position, hits, bounds, max(1.0, depends))
             if position % _JUDGE_EVERY == 0:
                 depends = dependence(similar.among, place + 1, requests.conversations) or depends
