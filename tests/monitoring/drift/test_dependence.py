@@ -1,0 +1,93 @@
+"""How far items depend on each other is seen in how alike neighbours are, and in conversations."""
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from monitoring.drift.dependence import LAGS, MAX_LAG, MIN_ROWS, dependence
+
+SIZE = 800
+ENOUGH = LAGS + MIN_ROWS + MAX_LAG
+
+
+def similarities(vectors: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Return how alike items are: 1 at no distance."""
+    squares = (vectors**2).sum(axis=1)
+    distances = squares[:, None] + squares[None] - 2 * vectors @ vectors.T
+    return np.exp(-np.maximum(distances, 0) / vectors.shape[1]).astype(np.float32)
+
+
+def runs(length: int, seed: int = 1, size: int = SIZE) -> NDArray[np.float64]:
+    """Return items of which so many successive ones are about the same topic."""
+    generator = np.random.default_rng(seed)
+    topics = generator.normal(size=(size // length + 1, 8))
+    return np.asarray(np.repeat(topics, length, axis=0)[:size] + 0.3 * generator.normal(size=(size, 8)))
+
+
+def one_each(size: int = SIZE) -> NDArray[np.int64]:
+    return np.arange(size, dtype=np.int64)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_independent_items_depend_on_no_other(seed: int) -> None:
+    assert dependence(similarities(runs(1, seed)), SIZE, one_each()) == 1
+
+
+@pytest.mark.parametrize(("length", "least", "most"), [(5, 4, 6), (20, 14, 22)])
+def test_items_depend_on_each_other_about_as_far_as_runs_are_long(length: int, least: int, most: int) -> None:
+    found = dependence(similarities(runs(length)), SIZE, one_each())
+    assert found is not None and least <= found <= most
+
+
+def test_the_dependence_is_65_at_most() -> None:
+    assert dependence(similarities(runs(200)), SIZE, one_each()) == MAX_LAG + 1
+
+
+def test_interleaved_conversations_of_5_give_about_5() -> None:
+    # Eight conversations take turns, and are about anything.
+    numbers = np.arange(SIZE, dtype=np.int64)
+    conversations = numbers // 40 * 8 + numbers % 8
+    found = dependence(similarities(runs(1)), SIZE, conversations)
+    assert found == pytest.approx(5, abs=0.2)
+
+
+def test_one_large_conversation_counts_as_much_as_its_items() -> None:
+    conversations = np.concatenate([np.zeros(300, np.int64), np.arange(1, 501, dtype=np.int64)])
+    found = dependence(similarities(runs(1)), SIZE, conversations)
+    assert found is not None and found > 30
+
+
+@pytest.mark.parametrize("changed", [1, MAX_LAG])
+def test_a_change_in_the_newest_64_items_has_no_influence(changed: int) -> None:
+    vectors, conversations = runs(1), one_each()
+    before = dependence(similarities(vectors), SIZE, conversations)
+    vectors[-changed:] = 9.0
+    conversations[-changed:] = -1
+    assert dependence(similarities(vectors), SIZE, conversations) == before
+
+
+def test_items_after_those_that_count_have_no_influence() -> None:
+    vectors = runs(5)
+    before = dependence(similarities(vectors[:600]), 600, one_each(600))
+    vectors[600:] = 9.0
+    assert dependence(similarities(vectors), 600, one_each()) == before
+
+
+def test_items_before_the_memory_have_no_influence() -> None:
+    vectors = runs(5, size=1_000)
+    among = similarities(vectors)
+    assert dependence(among, 1_000, one_each(1_000)) == dependence(among[200:, 200:], 800, one_each())
+
+
+@pytest.mark.parametrize("size", [0, 1, 50, ENOUGH - 1])
+def test_the_dependence_is_unknown_when_there_are_too_few_items(size: int) -> None:
+    assert dependence(similarities(runs(1, size=size)[:size]), size, one_each(size)) is None
+
+
+def test_the_dependence_is_known_when_there_are_just_enough_items() -> None:
+    assert dependence(similarities(runs(1, size=ENOUGH)), ENOUGH, one_each(ENOUGH)) is not None
+
+
+def test_identical_items_depend_on_no_other() -> None:
+    """A stream of one kind has no runs: neighbours are as alike as any two."""
+    assert dependence(np.ones((SIZE, SIZE), np.float32), SIZE, one_each()) == 1
