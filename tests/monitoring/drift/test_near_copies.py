@@ -1,68 +1,142 @@
-"""Traffic with near copies of what a version has learnt, as its examples have that were drawn alike, is no drift."""
+"""Which requests repeat an earlier one, also after a restart."""
 
-import random
-from itertools import islice
+from collections.abc import Iterable, Sequence
 
+import numpy as np
 import pytest
-from benchmarks.drift_detection import METHODS, alarms
+from hypothesis import given
+from hypothesis import strategies as st
 
-from svc.dataset.readers.reader import read_examples
-from svc.dataset.schema.example import ChatExample
-from svc.dataset.split import split_heldout
-from svc.drift_reference.drift_sample import draw_drift_sample
-from svc.drift_reference.prompt import Prompt, PromptSampler
-from svc.drift_reference.text_embedding import fit_text_space
-from tests.monitoring.drift.traffic import TASK, prompts
-from tests.svc.chats import chat
+from monitoring.drift import near_copies
+from monitoring.drift.near_copies import COMPARED, FORGOTTEN_S, RARITY_REQUESTS, NearCopies, Words
 
-pytestmark = pytest.mark.slow
-
-GIVEN, LIVE = 600, 150
+HOUR = 3_600.0
+TEMPLATE = range(1_000_000, 1_000_020)
+"""Words of a form that a client fills in."""
 
 
-@pytest.fixture(scope="module")
-def requests() -> list[ChatExample]:
-    """Every second one is a frequent text with a few other words; all are drawn alike."""
-    chance = random.Random(0)
-    texts = [*(example.question for example in read_examples(TASK / "train.jsonl")), *prompts("none")]
-    chance.shuffle(texts)
-    frequent, rare = texts[:50], iter(texts[50:])
-    drawn = [_varied(chance, chance.choice(frequent)) if chance.random() < 0.5 else next(rare) for _ in range(1000)]
-    return [chat(text, "libs") for text in drawn]
+def words(numbers: Iterable[int]) -> Words:
+    return np.array(sorted(set(numbers)), dtype=np.int32)
 
 
-def _varied(chance: random.Random, text: str) -> str:
-    words = text.split(" ")
-    for _ in range(max(1, len(words) // 40)):
-        words[chance.randrange(len(words))] = "".join(chance.choices("abcdefghijklmnopqrstuvwxyz", k=6))
-    return " ".join(words)
+def distinct(number: int, count: int = 20) -> Words:
+    """Return the words of a prompt that shares none with others."""
+    return words(range(number * count, (number + 1) * count))
 
 
-def first_alarm(known: list[ChatExample], reference: list[ChatExample], live: list[ChatExample]) -> list[int]:
-    """Where the first alarm begins; empty without one.
-
-    Args:
-        known: what the text space is made from.
-    """
-    sampler = PromptSampler(fit_text_space([one.question for one in known], [one.answer for one in known]))
-    held, seen = (sampler.sample([Prompt(one.question) for one in part]) for part in (reference, live))
-    return list(islice(alarms(METHODS["ours"].detector(held, ()), seen), 1))
+def form(number: int) -> Words:
+    """Return the words of a form, filled in with others each time."""
+    return words([*TEMPLATE, *range(number * 8, (number + 1) * 8)])
 
 
-def test_compared_with_the_sample_it_is_steady(requests: list[ChatExample]) -> None:
-    drawn = draw_drift_sample(requests[:GIVEN], 0)
-    assert first_alarm(drawn.rest, drawn.sample, requests[GIVEN:][:LIVE]) == []
+def decide(copies: NearCopies, prompts: Sequence[Words], times: Sequence[float] | None = None) -> list[bool]:
+    moments = times or [60.0 * place for place in range(len(prompts))]
+    return [copies.is_near_copy(prompt, time) for prompt, time in zip(prompts, moments, strict=True)]
 
 
-def test_compared_with_a_held_out_set_that_was_split_off_it_would_be_an_alarm(requests: list[ChatExample]) -> None:
-    """This is why there is a sample."""
-    split = split_heldout(requests[:GIVEN], 0.1, 0)
-    assert first_alarm(split.train, split.heldout, requests[GIVEN:][:LIVE]) != []
+def test_a_request_with_the_same_words_is_a_near_copy() -> None:
+    assert decide(NearCopies([]), [distinct(1), distinct(2), distinct(1)]) == [False, False, True]
 
 
-def test_compared_with_prompts_that_the_text_space_was_made_from_it_would_be_an_alarm(
-    requests: list[ChatExample],
+def test_requests_that_share_no_words_are_no_near_copies() -> None:
+    assert decide(NearCopies([]), [distinct(number) for number in range(30)]) == [False] * 30
+
+
+def test_a_request_with_a_tenth_of_its_words_replaced_is_a_near_copy() -> None:
+    rephrased = words([*distinct(1)[2:], 9_001, 9_002])
+    others = [distinct(number) for number in range(2, 60)]
+    assert decide(NearCopies([]), [distinct(1), *others, rephrased])[-1]
+
+
+def test_a_request_with_half_of_its_words_replaced_is_no_near_copy() -> None:
+    rephrased = words([*distinct(1)[10:], *range(9_000, 9_010)])
+    assert decide(NearCopies([]), [distinct(1), rephrased]) == [False, False]
+
+
+def test_prompts_of_one_template_are_near_copies_at_first_and_no_longer_when_its_words_are_common() -> None:
+    copies = NearCopies([distinct(number) for number in range(5_000, 5_200)])
+    found = decide(copies, [form(number) for number in range(300)])
+    assert found[1]
+    assert not any(found[200:])
+
+
+def test_prompts_of_a_template_are_no_near_copies_when_the_reference_has_it_too() -> None:
+    reference = [form(number) for number in range(1_000, 1_200)]
+    assert decide(NearCopies(reference), [form(number) for number in range(50)]) == [False] * 50
+
+
+def test_a_repetition_in_a_template_is_a_near_copy_when_its_words_are_common() -> None:
+    reference = [form(number) for number in range(1_000, 1_200)]
+    assert decide(NearCopies(reference), [form(1), form(2), form(1)]) == [False, False, True]
+
+
+@pytest.mark.parametrize(("after", "expected"), [(0.0, True), (23 * HOUR, True), (FORGOTTEN_S, False)])
+def test_a_repetition_counts_again_when_a_day_has_passed(after: float, expected: bool) -> None:
+    assert decide(NearCopies([]), [distinct(1), distinct(1)], [1e9, 1e9 + after]) == [False, expected]
+
+
+def test_a_request_that_repeats_all_day_counts_once_per_day() -> None:
+    times = [hour * HOUR for hour in range(72)]
+    found = decide(NearCopies([]), [distinct(1)] * 72, times)
+    assert [place for place, copy in enumerate(found) if not copy] == [0, 24, 48]
+
+
+@pytest.mark.parametrize(("between", "expected"), [(COMPARED - 1, True), (COMPARED, False)])
+def test_a_request_is_compared_with_the_newest_100_that_were_kept(between: int, expected: bool) -> None:
+    others = [distinct(number) for number in range(2, 2 + between)]
+    assert decide(NearCopies([]), [distinct(1), *others, distinct(1)])[-1] is expected
+
+
+def test_near_copies_push_nothing_out_of_the_newest_100() -> None:
+    assert decide(NearCopies([]), [distinct(1), *[distinct(2)] * 500, distinct(1)])[-1]
+
+
+def test_words_become_rare_again_when_no_recent_request_has_them() -> None:
+    copies = NearCopies([])
+    decide(copies, [form(number) for number in range(200)])
+    assert decide(copies, [form(300), form(301)], [1e5, 1e5]) == [False, False]
+    decide(copies, [distinct(number) for number in range(5_000, 5_000 + RARITY_REQUESTS)])
+    assert decide(copies, [form(500), form(501)], [1e6, 1e6]) == [False, True]
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_requests_with_no_or_one_word_are_compared_by_all_of_them(count: int) -> None:
+    same, other = distinct(1, count), distinct(2, 3)
+    assert decide(NearCopies([]), [same, other, same]) == [False, False, True]
+
+
+def test_a_request_without_words_is_no_near_copy_of_one_with_words() -> None:
+    assert decide(NearCopies([]), [distinct(1), words([])]) == [False, False]
+
+
+prompts = st.lists(st.sets(st.integers(0, 8), max_size=5).map(words), max_size=40)
+
+
+@given(prompts, prompts, st.integers(0, 40))
+def test_a_stream_in_two_runs_gives_the_same_near_copies_as_in_one(
+    reference: list[Words], stream: list[Words], cut: int
 ) -> None:
-    """This is why the sample is left out of the text space."""
-    drawn = draw_drift_sample(requests[:GIVEN], 0)
-    assert first_alarm([*drawn.rest, *drawn.sample], drawn.sample, requests[GIVEN:][:LIVE]) != []
+    """As a restarted check does: all that were seen, then those that were kept."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(near_copies, "RARITY_REQUESTS", 7)
+        times = [10_000.0 * place for place in range(len(stream))]
+        expected = decide(NearCopies(reference), stream, times)
+        restarted = NearCopies(reference)
+        for prompt in stream[:cut][-7:]:
+            restarted.remember(prompt, 0.0, kept=False, seen=True)
+        for place, prompt in enumerate(stream[:cut]):
+            if not expected[place]:
+                restarted.remember(prompt, times[place], kept=True, seen=False)
+        assert decide(restarted, stream[cut:], times[cut:]) == expected[cut:]
+
+
+@given(prompts, st.integers(0, 40))
+def test_a_request_that_is_remembered_as_seen_and_kept_is_as_one_that_was_decided(
+    stream: list[Words], cut: int
+) -> None:
+    expected = decide(NearCopies([]), stream)
+    restarted = NearCopies([])
+    for place, prompt in enumerate(stream[:cut]):
+        restarted.remember(prompt, 60.0 * place, kept=not expected[place], seen=True)
+    times = [60.0 * place for place in range(len(stream))]
+    assert decide(restarted, stream[cut:], times[cut:]) == expected[cut:]

@@ -1,0 +1,76 @@
+"""Traffic with near copies of what a version has learnt, as its examples have that were drawn alike, is no drift."""
+
+import random
+
+import numpy as np
+import pytest
+
+from monitoring.drift.detector import Baseline, Detector, Requests, Watch
+from svc.dataset.readers.reader import read_examples
+from svc.dataset.schema.example import ChatExample
+from svc.dataset.split import split_heldout
+from svc.drift_reference.drift_sample import draw_drift_sample
+from svc.drift_reference.keyed_hash import KeyedHash
+from svc.drift_reference.prompt import Prompt, PromptSampler
+from svc.drift_reference.sample import Sample
+from svc.drift_reference.text_embedding import fit_text_space
+from tests.monitoring.drift.traffic import TASK, prompts
+from tests.svc.chats import chat
+
+pytestmark = pytest.mark.slow
+
+GIVEN, LIVE = 600, 400
+HASHES = KeyedHash(bytes(16))
+
+
+@pytest.fixture(scope="module")
+def requests() -> list[ChatExample]:
+    """Every second one is a frequent text with a few other words; all are drawn alike."""
+    chance = random.Random(0)
+    texts = [*(example.question for example in read_examples(TASK / "train.jsonl")), *prompts("none")]
+    chance.shuffle(texts)
+    frequent, rare = texts[:50], iter(texts[50:])
+    drawn = [_varied(chance, chance.choice(frequent)) if chance.random() < 0.5 else next(rare) for _ in range(1000)]
+    return [chat(text, "libs") for text in drawn]
+
+
+def _varied(chance: random.Random, text: str) -> str:
+    words = text.split(" ")
+    for _ in range(max(1, len(words) // 40)):
+        words[chance.randrange(len(words))] = "".join(chance.choices("abcdefghijklmnopqrstuvwxyz", k=6))
+    return " ".join(words)
+
+
+def alarms(known: list[ChatExample], reference: list[ChatExample], live: list[ChatExample]) -> list[str]:
+    """Return the features on which there is an alarm.
+
+    Args:
+        known: what the text space is made from.
+    """
+    sampler = PromptSampler(fit_text_space([one.question for one in known], [one.answer for one in known]))
+    held, seen = (sampler.sample([Prompt(one.question) for one in part]) for part in (reference, live))
+    held_words, seen_words = ([HASHES.words(one.question) for one in part] for part in (reference, live))
+    conversations, times = np.arange(len(live), dtype=np.int64), np.arange(len(live)) * 60.0
+    new = Requests(seen, Sample(seen.size), seen_words, conversations, times)
+    nothing = new.at(np.zeros(0, dtype=np.intp))
+    found = Detector(Baseline(held, held_words, Sample(0))).advance(Watch(), nothing, [], new)
+    return [event.feature for event in found.events if event.alarm]
+
+
+def test_compared_with_the_sample_it_is_steady(requests: list[ChatExample]) -> None:
+    drawn = draw_drift_sample(requests[:GIVEN], 0)
+    assert alarms(drawn.rest, drawn.sample, requests[GIVEN:][:LIVE]) == []
+
+
+def test_compared_with_a_held_out_set_that_was_split_off_it_would_be_an_alarm(requests: list[ChatExample]) -> None:
+    """This is why there is a sample."""
+    split = split_heldout(requests[:GIVEN], 0.1, 0)
+    assert alarms(split.train, split.heldout, requests[GIVEN:][:LIVE]) != []
+
+
+def test_compared_with_prompts_that_the_text_space_was_made_from_it_would_be_an_alarm(
+    requests: list[ChatExample],
+) -> None:
+    """This is why the sample is left out of the text space."""
+    drawn = draw_drift_sample(requests[:GIVEN], 0)
+    assert alarms([*drawn.rest, *drawn.sample], drawn.sample, requests[GIVEN:][:LIVE]) != []
