@@ -1,0 +1,100 @@
+"""The stability index says how large a shift is, whatever the values are."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from monitoring.drift.stability import category_stability, number_stability
+from svc.drift_reference.sample import NOT_THERE, Floats, Names
+
+NAN = float("nan")
+
+numbers = st.lists(st.floats(-1e9, 1e9) | st.sampled_from([0.0, 1.0, NAN]), max_size=12).map(
+    lambda values: np.array(values, dtype=np.float64)
+)
+names = st.lists(st.sampled_from(["en", "de", "fr", NOT_THERE]) | st.text("ab😀", max_size=2), max_size=12).map(
+    lambda values: np.array(values, dtype=np.str_)
+)
+
+
+def upto(stop: int) -> Floats:
+    return np.arange(stop, dtype=np.float64)
+
+
+def categories(**counts: int) -> Names:
+    return np.array([name for name, count in counts.items() for _ in range(count)], dtype=np.str_)
+
+
+def normals(seed: int, size: int, at: float = 0.0) -> Floats:
+    return np.random.default_rng(seed).normal(at, 1.0, size)
+
+
+@given(numbers, numbers)
+def test_the_index_is_at_least_0_whatever_the_numbers_are(reference: Floats, live: Floats) -> None:
+    assert number_stability(reference, live).index >= 0
+
+
+@given(names, names)
+def test_the_index_is_at_least_0_whatever_the_categories_are(reference: Names, live: Names) -> None:
+    assert category_stability(reference, live).index >= 0
+
+
+@given(numbers)
+def test_the_index_is_0_when_the_numbers_are_the_same(values: Floats) -> None:
+    assert number_stability(values, values).index == 0.0
+
+
+@given(names)
+def test_the_index_is_0_when_the_categories_are_the_same(values: Names) -> None:
+    assert category_stability(values, values).index == 0.0
+
+
+@pytest.mark.parametrize("nothing", [np.empty(0), np.full(5, NAN)])
+def test_the_index_is_0_when_there_are_no_numbers(nothing: Floats) -> None:
+    assert number_stability(upto(9), nothing).index == number_stability(nothing, upto(9)).index == 0.0
+
+
+def test_the_index_is_0_when_there_are_no_categories() -> None:
+    assert category_stability(categories(en=9), np.array([NOT_THERE])).index == 0.0
+
+
+def test_missing_numbers_are_left_out() -> None:
+    reference, live = normals(1, 40), normals(2, 20, at=0.8)
+    holes = np.full(7, NAN)
+    with_holes = np.concatenate([holes, reference, holes]), np.concatenate([live, holes])
+    assert number_stability(*with_holes) == number_stability(reference, live)
+
+
+def test_missing_categories_are_left_out() -> None:
+    reference, live, holes = categories(en=30, de=10), categories(en=8, de=12), np.array([NOT_THERE] * 7)
+    with_holes = np.concatenate([holes, reference]), np.concatenate([live, holes])
+    assert category_stability(*with_holes) == category_stability(reference, live)
+
+
+@pytest.mark.parametrize("by", [0.5, 1.0, 2.0])
+def test_the_index_is_larger_when_the_shift_is(by: float) -> None:
+    reference = normals(1, 500)
+    assert number_stability(reference, reference + by).index > number_stability(reference, reference + by / 2).index
+
+
+@pytest.mark.parametrize("live", [0.5, 1.5])
+def test_another_number_on_either_side_is_a_shift_when_all_numbers_are_equal(live: float) -> None:
+    assert number_stability(np.ones(200), np.full(100, live)).index > 0.2
+
+
+def test_a_new_category_is_a_shift_by_custom() -> None:
+    assert category_stability(categories(en=100), categories(en=50, de=50)).index > 0.2
+
+
+def test_the_index_is_that_of_its_definition() -> None:
+    # Shares of a half against three quarters and a quarter; the half count that is added vanishes in so many.
+    found = category_stability(categories(a=50_000, b=50_000), categories(a=75_000, b=25_000)).index
+    assert found == pytest.approx(0.25 * np.log(1.5) - 0.25 * np.log(0.5), rel=1e-3)
+
+
+def test_the_index_beyond_chance_is_about_0_when_nothing_moved() -> None:
+    generator = np.random.default_rng(3)
+    found = [number_stability(generator.normal(size=200), generator.normal(size=50)) for _ in range(200)]
+    assert np.mean([one.index for one in found]) == pytest.approx(found[0].by_chance, rel=0.15)
+    assert np.median([one.beyond_chance for one in found]) < 0.02
