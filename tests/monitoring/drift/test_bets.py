@@ -140,3 +140,10 @@ def test_no_set_has_more_of_the_reference_than_half_its_bound(values: list[float
         for number, bet in enumerate(bets):
             assert 0 < bet.bound < 0.7
             assert (table[:, number] == HIT).sum() / there[number] <= bet.bound / SLACK
+
+
+def test_categories_that_are_new_in_each_item_are_bet_on_by_nobody() -> None:
+    """As system prompts with a date in them, on both sides."""
+    dated = Sample(50, {}, {"system_prompt": np.array([f"day {day}" for day in range(50)])})
+    live = Sample(20, {}, {"system_prompt": np.array([f"day {day}" for day in range(50, 70)])})
+    assert (hit_table(feature_bets(dated), live) != HIT).all()
