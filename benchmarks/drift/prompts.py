@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from monitoring.drift.detector import Baseline, Requests
 from svc.dataset.readers.reader import read_examples
+from svc.drift_reference.answer import Answer, AnswerSampler
 from svc.drift_reference.keyed_hash import KeyedHash
 from svc.drift_reference.prompt import Prompt, PromptSampler
 from svc.drift_reference.sample import Sample
@@ -39,6 +40,7 @@ class Pool:
 
     Attributes:
         sample: their features.
+        answers: those of a version that names each package's section; a changed prompt gets the name of any.
         words: of each.
         sections: of each, the section of its package; empty where it has none.
         kinds: places by kind: `alike`, the grades of shift, `templated`, `fixed`.
@@ -46,13 +48,14 @@ class Pool:
     """
 
     sample: Sample
+    answers: Sample
     words: list[NDArray[np.int32]]
     sections: list[str]
     kinds: dict[str, Places]
     rephrased: Places
 
     def requests(self, places: Places, *, first: int, conversations: Places | None = None) -> Requests:
-        """Return prompts as requests of one day, without answers.
+        """Return prompts as requests, 10,000 a day.
 
         Args:
             first: number of the first one in its stream.
@@ -61,15 +64,16 @@ class Pool:
         numbers = np.arange(first, first + len(places), dtype=np.int64)
         return Requests(
             self.sample.at(places),
-            Sample(len(places)),
+            self.answers.at(places),
             [self.words[place] for place in places],
             numbers if conversations is None else conversations,
-            np.asarray(numbers * 8.64, dtype=np.float64),  # 10,000 a day
+            np.asarray(numbers * 8.64, dtype=np.float64),
         )
 
     def baseline(self, places: Places) -> Baseline:
         """Return prompts as what others are compared with."""
-        return Baseline(self.sample.at(places), [self.words[place] for place in places], Sample(0))
+        words = [self.words[place] for place in places]
+        return Baseline(self.sample.at(places), words, self.answers.at(places))
 
 
 def read_pool() -> Pool:
@@ -103,7 +107,15 @@ def read_pool() -> Pool:
     hashes = KeyedHash(bytes(16))
     between = [""] * (len(texts) - len(alike) - rephrased.size)
     of_rephrased = [section for section in sections for _ in range(REPHRASINGS)]
-    return Pool(sample, [hashes.words(text) for text in texts], sections + between + of_rephrased, kinds, rephrased)
+    named = sections + between + of_rephrased
+    return Pool(sample, _answers(named, chance), [hashes.words(text) for text in texts], named, kinds, rephrased)
+
+
+def _answers(sections: Sequence[str], chance: random.Random) -> Sample:
+    names = sorted({section for section in sections if section})
+    texts = [json.dumps({"section": section or chance.choice(names)}) for section in sections]
+    sampler = AnswerSampler([text for text, section in zip(texts, sections, strict=True) if section], cut=16)
+    return sampler.sample([Answer(text, len(text) // 3, "stop", None, greedy=True) for text in texts])
 
 
 def rephrase(text: str, vocabulary: Sequence[str], chance: random.Random) -> str:

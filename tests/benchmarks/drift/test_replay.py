@@ -1,0 +1,106 @@
+"""Replays of streams: places, delays and time in alarm; on a pool of a few prompts."""
+
+import numpy as np
+import pytest
+
+from benchmarks.drift.prompts import Pool
+from benchmarks.drift.replay import Replay, replay
+from benchmarks.drift.streams import (
+    CHANGE_AFTER,
+    WITHOUT_CHANGE,
+    Change,
+    conversations,
+    draw_reference,
+    independent,
+    runs,
+    sessions,
+)
+from monitoring.drift.detector import Detector
+from monitoring.drift.evidence import Event, FeatureAlarm
+from svc.drift_reference.sample import Sample
+
+ALIKE, CHANGED = 600, 50
+SECTIONS = ("net", "doc", "libs", "java", "games", "admin", "devel", "sound", "x11", "python", "science", "javascript")
+
+
+@pytest.fixture(scope="module")
+def pool() -> Pool:
+    """Random vectors and words; the changed prompts are longer than all others."""
+    generator = np.random.default_rng(0)
+    count = ALIKE + CHANGED + 19 * ALIKE
+    length = np.concatenate([generator.normal(100, 10, ALIKE), np.full(CHANGED, 900.0), np.full(19 * ALIKE, 100.0)])
+    return Pool(
+        Sample(count, {"characters": length}, {}, (generator.normal(size=(count, 4)), generator.normal(size=(count, 2)))),
+        Sample(count),
+        [np.sort(generator.integers(0, 2**30, 20)).astype(np.int32) for _ in range(count)],
+        [SECTIONS[place % 12] for place in range(count)],
+        {"alike": np.arange(ALIKE), "strong": np.arange(ALIKE, ALIKE + CHANGED)},
+        np.arange(ALIKE + CHANGED, count).reshape(ALIKE, 19),
+    )
+
+
+def event(position: int, *, feature: str = "characters", begins: bool) -> Event:
+    return Event(position, feature, FeatureAlarm(position - 3, position) if begins else None)
+
+
+def test_the_place_of_an_alarm_counts_all_requests_when_some_are_near_copies() -> None:
+    found = Replay(kept=[0, 3, 4, 9], events=[event(3, begins=True)])
+    assert found.place(found.alarms[0]) == 4
+
+
+def test_time_in_alarm_counts_overlapping_alarms_once() -> None:
+    one, other = "characters", "language"
+    events = [
+        event(10, feature=one, begins=True),
+        event(20, feature=other, begins=True),
+        event(30, feature=one, begins=False),
+        event(40, feature=other, begins=False),
+    ]
+    assert Replay(list(range(100)), events).in_alarm(100) == 30
+
+
+def test_time_in_alarm_reaches_to_the_end_when_the_alarm_lasts() -> None:
+    assert Replay(list(range(100)), [event(91, begins=True)]).in_alarm(100) == 10
+
+
+def test_a_change_is_found_after_it_began_and_not_before(pool: Pool) -> None:
+    reference, live, generator = draw_reference(pool, 1)
+    stream = Change("strong", 100).make(pool, live, generator)
+    found = replay(pool, Detector(pool.baseline(reference)), stream)
+    assert 0 <= found.place(found.alarms[0]) - CHANGE_AFTER < 10
+
+
+@pytest.mark.parametrize("name", WITHOUT_CHANGE)
+def test_a_stream_has_the_requests_that_were_asked_for_and_none_of_the_reference(pool: Pool, name: str) -> None:
+    reference, live, generator = draw_reference(pool, 2)
+    stream = WITHOUT_CHANGE[name](pool, live, generator, 500)
+    originals = stream.prompts[stream.prompts < ALIKE]
+    assert len(stream.prompts) == 500
+    assert set(originals) <= set(live)
+    assert not set(originals) & set(reference)
+
+
+def test_a_run_is_of_one_topic_and_of_different_prompts(pool: Pool) -> None:
+    _, live, generator = draw_reference(pool, 3)
+    first = runs(5)(pool, live, generator, 100).prompts[:5]
+    assert len({pool.sections[place] for place in first}) == 1
+    assert len(set(first)) == 5
+
+
+def test_a_session_repeats_one_prompt_in_other_words(pool: Pool) -> None:
+    _, live, generator = draw_reference(pool, 4)
+    first, *others = sessions(5, 1)(pool, live, generator, 5).prompts
+    assert set(others) <= set(pool.rephrased[first])
+
+
+def test_turns_of_a_conversation_share_its_number(pool: Pool) -> None:
+    _, live, generator = draw_reference(pool, 5)
+    stream = conversations(5, 3)(pool, live, generator, 300)
+    assert stream.conversations is not None
+    _, sizes = np.unique(stream.conversations, return_counts=True)
+    assert max(sizes) == 5
+
+
+def test_the_same_seed_replays_the_same(pool: Pool) -> None:
+    streams = [independent(pool, *draw_reference(pool, 6)[1:], 50).prompts for _ in range(2)]
+    assert (streams[0] == streams[1]).all()
