@@ -1,0 +1,72 @@
+"""Requests with the features of real ones, drawn at random: no texts, no store."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from monitoring.drift.detector import Baseline, Requests
+from svc.drift_reference.sample import NOT_THERE, Floats, Sample
+
+TOPIC_AXES, ANSWER_AXES = 6, 3
+MINUTE = 60.0
+
+
+def draw_requests(
+    seed: int,
+    size: int,
+    *,
+    first: int = 0,
+    moved: float = 0.0,
+    longer: float = 1.0,
+    answers_longer: float = 1.0,
+    cut: float = 0.03,
+    repeats: float = 0.0,
+    run: int = 1,
+) -> Requests:
+    """Return requests, one a minute.
+
+    Args:
+        first: number of the first one in its stream.
+        moved: how far the topics have moved.
+        longer: factor of the prompts' lengths.
+        answers_longer: factor of the answers' lengths.
+        cut: share of answers that were cut.
+        repeats: share of requests with the words of one of the 30 before.
+        run: successive requests of one topic.
+    """
+    generator = np.random.default_rng(seed)
+    topics = np.repeat(generator.normal(size=(size // run + 1, TOPIC_AXES)), run, axis=0)[:size]
+    if run > 1:
+        topics = topics + 0.3 * generator.normal(size=topics.shape)
+    prompts = Sample(
+        size,
+        {
+            "characters": np.round(longer * generator.lognormal(4, 0.5, size)),
+            "symbols": np.where(generator.random(size) < 0.7, 0.0, generator.random(size)),
+        },
+        {"language": generator.choice(["en", "de", "fr"], size, p=[0.8, 0.17, 0.03])},
+        (topics + moved, generator.normal(size=(size, ANSWER_AXES)) + moved),
+    )
+    answers = Sample(
+        size,
+        {"answer_tokens": np.round(answers_longer * generator.lognormal(2, 0.4, size))},
+        {"finish_reason": np.where(generator.random(size) < cut, "length", "stop")},
+    )
+    words = [np.sort(generator.choice(1_000_000, 12, replace=False)).astype(np.int32) for _ in range(size)]
+    for place in range(1, size):
+        if generator.random() < repeats:
+            words[place] = words[generator.integers(max(0, place - 30), place)]
+    numbers = np.arange(first, first + size, dtype=np.int64)
+    return Requests(prompts, answers, words, numbers, numbers * MINUTE)
+
+
+def baseline_of(requests: Requests) -> Baseline:
+    """Return requests as what others are compared with."""
+    return Baseline(requests.prompts, requests.words, requests.answers)
+
+
+def without_answers(requests: Requests) -> Requests:
+    """Return the same requests, of whose answers nothing is known."""
+    numbers: dict[str, Floats] = {name: np.full(requests.size, np.nan) for name in requests.answers.numbers}
+    categories = {name: np.full(requests.size, NOT_THERE) for name in requests.answers.categories}
+    return replace(requests, answers=Sample(requests.size, numbers, categories))

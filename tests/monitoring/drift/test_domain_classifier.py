@@ -1,0 +1,198 @@
+"""What is learned from earlier items is bet on with later ones, and with no item that it was learned from."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from monitoring.drift.bets import SLACK, upper_share
+from monitoring.drift.domain_classifier import HISTORY, LEARNED_FROM, DomainClassifier, Similarities
+from monitoring.drift.evidence import HIT, MISS, NOT_THERE, Hits
+from svc.drift_reference.sample import Floats, Sample
+from tests.monitoring.drift.synthetic_requests import draw_requests
+
+REFERENCE = draw_requests(1, 200).prompts
+CLASSIFIER = DomainClassifier(REFERENCE)
+SIZE = 600
+ALIKE = draw_requests(2, SIZE).prompts
+FIRST_LEARNED = min(LEARNED_FROM) + 50
+"""Place of the first item that is bet on with a learned set."""
+ALL_LEARNED = max(LEARNED_FROM) + 50
+
+
+def compare(items: Sample, classifier: DomainClassifier = CLASSIFIER) -> Similarities:
+    return Similarities(classifier.similar(items, items), classifier.similar(items))
+
+
+def copy(similar: Similarities) -> Similarities:
+    return Similarities(similar.among.copy(), similar.reference.copy())
+
+
+def redraw(similar: Similarities, place: int, seed: int) -> None:
+    """Give an item other similarities."""
+    chance = np.random.default_rng(seed)
+    among = chance.random(len(similar.among)).astype(np.float32)
+    similar.among[place] = similar.among[:, place] = among
+    similar.reference[place] = chance.random(similar.reference.shape[1]).astype(np.float32)
+
+
+SIMILAR = compare(ALIKE)
+
+
+def learned(similar: Similarities, places: range, dependence: float = 1.0) -> tuple[NDArray[np.bool_], Floats]:
+    """Return the hits and the bounds of items, items by bets."""
+    found = [CLASSIFIER.learned_hits(similar, place, dependence) for place in places]
+    return np.array([hits == HIT for hits, _ in found]), np.array([bounds for _, bounds in found])
+
+
+def is_bet_on(hits: Hits) -> list[bool]:
+    return [bool(hit != NOT_THERE) for hit in hits]
+
+
+@pytest.mark.parametrize("place", [0, 300, SIZE - 1])
+def test_no_learned_set_is_bet_on_when_the_dependence_is_unknown(place: int) -> None:
+    hits, bounds = CLASSIFIER.learned_hits(SIMILAR, place, 0.0)
+    assert set(hits.tolist()) == {NOT_THERE}
+    assert (bounds > 0).all()
+
+
+@pytest.mark.parametrize("dependence", [1.0, 5.0, 65.0])
+def test_learned_sets_are_bet_on_when_there_are_enough_earlier_items(dependence: float) -> None:
+    later = round(dependence) - 1
+    counts = [
+        sum(is_bet_on(CLASSIFIER.learned_hits(SIMILAR, place + later, dependence)[0]))
+        for place in (0, FIRST_LEARNED - 1, FIRST_LEARNED, ALL_LEARNED - 1, ALL_LEARNED)
+    ]
+    half, everything = CLASSIFIER.learned // 2, CLASSIFIER.learned
+    assert counts == [0, 0, half, half, everything]
+
+
+@settings(max_examples=25)
+@given(st.integers(ALL_LEARNED + 65, SIZE - 1), st.integers(1, 65), st.data())
+def test_a_learned_set_and_its_bounds_are_the_same_whatever_the_items_within_the_dependence_are(
+    place: int, dependence: int, data: st.DataObject
+) -> None:
+    hits, bounds = CLASSIFIER.learned_hits(SIMILAR, place, float(dependence))
+    changed = copy(SIMILAR)
+    for near in data.draw(st.sets(st.integers(place - dependence + 1, SIZE - 1))) - {place}:
+        redraw(changed, near, seed=near)
+    other_hits, other_bounds = CLASSIFIER.learned_hits(changed, place, float(dependence))
+    assert other_hits.tolist() == hits.tolist()
+    assert other_bounds.tolist() == bounds.tolist()
+
+
+@pytest.mark.parametrize("dependence", [1.0, 5.0])
+def test_an_item_changes_neither_the_limits_nor_the_bounds_of_the_sets_it_is_bet_on_with(dependence: float) -> None:
+    place, expected = 500, CLASSIFIER.learned_hits(SIMILAR, 500, dependence)[1]
+    found = []
+    for score in np.linspace(-1, 1, 41):
+        changed = copy(SIMILAR)
+        changed.among[place] = score
+        changed.reference[place] = 0.0
+        hits, bounds = CLASSIFIER.learned_hits(changed, place, dependence)
+        assert bounds.tolist() == expected.tolist()
+        found.append(hits == HIT)
+    # Each set has one limit: no score above it misses, and none below it hits.
+    assert all((np.diff(hits.astype(int)) >= 0).all() and hits[-1] and not hits[0] for hits in np.array(found).T)
+
+
+@pytest.mark.parametrize("dependence", [1, 5])
+def test_a_learned_set_changes_when_the_nearest_item_beyond_the_dependence_does(dependence: int) -> None:
+    """The control of the tests above."""
+    changes = 0
+    for place in range(500, 540):
+        changed = copy(SIMILAR)
+        redraw(changed, place - dependence, seed=place)
+        before, after = (CLASSIFIER.learned_hits(similar, place, float(dependence)) for similar in (SIMILAR, changed))
+        changes += any((one != other).any() for one, other in zip(before, after, strict=True))
+    assert changes > 20
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 1_000), st.integers(0, 120), st.sampled_from([1.0, 7.4, 65.0]))
+def test_bounds_of_learned_sets_are_above_0_and_at_most_95_percent(seed: int, back: int, dependence: float) -> None:
+    chance = np.random.default_rng(seed)
+    similar = Similarities(
+        chance.random((300, 300)).astype(np.float32), (chance.random((300, 200)) ** 3).astype(np.float32)
+    )
+    _, bounds = CLASSIFIER.learned_hits(similar, 299 - back, dependence)
+    there = bounds[bounds < 1]
+    assert ((there > 0) & (there <= 0.95)).all()
+
+
+def test_items_are_in_learned_sets_less_often_than_the_bounds_when_nothing_changed() -> None:
+    hits, bounds = learned(SIMILAR, range(ALL_LEARNED, SIZE))
+    assert (hits.mean(axis=0) < bounds.mean(axis=0)).all()
+
+
+def test_items_are_in_learned_sets_more_often_than_the_bounds_when_topics_have_moved() -> None:
+    moved = ALIKE.part(0, 300).followed_by(draw_requests(3, 60, moved=1.0).prompts)
+    hits, bounds = learned(compare(moved), range(320, 330))
+    assert (hits[:, :4].mean(axis=0) > bounds[:, :4].mean(axis=0)).all()
+
+
+def test_a_share_that_earlier_items_had_too_is_within_the_second_bound() -> None:
+    """After a change that has lasted for long, what is usual by the reference is not what was usual lately."""
+    half_moved = draw_requests(3, 250, moved=2.0).prompts.followed_by(draw_requests(4, 250).prompts)
+    mixed = half_moved.at(np.random.default_rng(1).permutation(500))
+    bounds = learned(compare(mixed), range(480, 500))[1]
+    plain = learned(SIMILAR, range(480, 500))[1]
+    assert bounds[:, 1::2].mean() > plain[:, 1::2].mean() + 0.05
+
+
+def test_items_before_the_history_have_no_influence() -> None:
+    place = SIZE - 1
+    changed = copy(SIMILAR)
+    for old in range(place - max(LEARNED_FROM) - HISTORY):
+        redraw(changed, old, seed=old)
+    before, after = (CLASSIFIER.learned_hits(similar, place, 1.0) for similar in (SIMILAR, changed))
+    assert (before[0].tolist(), before[1].tolist()) == (after[0].tolist(), after[1].tolist())
+
+
+def test_prompts_far_from_the_reference_are_in_all_far_sets() -> None:
+    far = draw_requests(2, 20, moved=30.0).prompts
+    hits = CLASSIFIER.far_hits(CLASSIFIER.similar(far))
+    assert hits.shape == (20, len(CLASSIFIER.far_bounds))
+    assert (hits == HIT).all()
+
+
+def test_prompts_like_the_reference_are_in_far_sets_less_often_than_the_bounds() -> None:
+    classifiers = [DomainClassifier(draw_requests(seed, 100).prompts) for seed in range(10, 30)]
+    hits = [classifier.far_hits(classifier.similar(ALIKE)) == HIT for classifier in classifiers]
+    assert (np.mean(hits, axis=(0, 1)) < np.mean([one.far_bounds for one in classifiers], axis=0)).all()
+
+
+def test_bounds_of_far_sets_are_twice_what_the_reference_may_have_of_them() -> None:
+    expected = [SLACK * upper_share(count, 200) for count in (0, 0, 4, 4, 20, 20)]
+    assert CLASSIFIER.far_bounds == pytest.approx(expected)
+
+
+def test_moved_prompts_are_told_from_the_reference_and_the_moved_ones_are_typical() -> None:
+    live = ALIKE.part(0, 40).followed_by(draw_requests(3, 60, moved=3.0).prompts)
+    assert CLASSIFIER.separation(ALIKE.part(0, 100)) < 0.65 < CLASSIFIER.separation(live)
+    assert all(place >= 40 for place in CLASSIFIER.most_typical(live, 5))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_a_tiny_reference_has_no_set_that_an_equal_prompt_is_in(size: int) -> None:
+    reference = REFERENCE.part(0, size)
+    classifier = DomainClassifier(reference)
+    assert np.isfinite(classifier.far_bounds).all()
+    assert (classifier.far_hits(classifier.similar(reference)) == MISS).all()
+    hits, bounds = classifier.learned_hits(compare(ALIKE.part(0, 200), classifier), 199, 1.0)
+    assert hits.shape == bounds.shape == (classifier.learned,)
+
+
+@pytest.mark.parametrize("view", [np.zeros((200, 0)), np.zeros((200, 3)), np.full((200, 2), 0.1)])
+def test_no_prompt_is_in_any_set_when_views_say_nothing(view: Floats) -> None:
+    flat = Sample(200, views=(view, np.zeros((200, 0))))
+    classifier = DomainClassifier(flat)
+    similar = compare(flat, classifier)
+    assert (classifier.far_hits(similar.reference) == MISS).all()
+    assert (classifier.learned_hits(similar, 199, 1.0)[0] == MISS).all()
+
+
+def test_hits_have_no_rows_when_there_are_no_items() -> None:
+    nothing = REFERENCE.part(0, 0)
+    assert CLASSIFIER.far_hits(CLASSIFIER.similar(nothing)).shape == (0, len(CLASSIFIER.far_bounds))
