@@ -29,12 +29,13 @@ def read_baseline(data: bytes) -> Baseline:
     """Return what `baseline_bytes` was given."""
     with np.load(io.BytesIO(data), allow_pickle=False) as archive:
         arrays = {name: archive[name] for name in archive.files}
-    words = np.split(arrays["words"], np.cumsum(arrays["word_counts"])[:-1])
+    words = np.split(arrays["words"], np.cumsum(arrays["word_counts"]))[:-1]  # the last has what follows all: nothing
     return Baseline(_sample("prompts", arrays), words, _sample("answers", arrays))
 
 
 def _arrays(side: str, sample: Sample) -> dict[str, Array]:
     return {
+        f"{side}/size": np.array(sample.size),
         **{f"{side}/number/{name}": values for name, values in sample.numbers.items()},
         **{f"{side}/category/{name}": values for name, values in sample.categories.items()},
         **{f"{side}/view/{place}": view for place, view in enumerate(sample.views)},
@@ -42,10 +43,9 @@ def _arrays(side: str, sample: Sample) -> dict[str, Array]:
 
 
 def _sample(side: str, arrays: dict[str, Array]) -> Sample:
-    parts: dict[str, dict[str, Array]] = {"number": {}, "category": {}, "view": {}}
-    for key, values in arrays.items():
-        if key.startswith(f"{side}/"):
-            _, kind, name = key.split("/", 2)
-            parts[kind][name] = values
-    columns = [*parts["number"].values(), *parts["category"].values(), *parts["view"].values()]
-    return Sample(len(columns[0]), parts["number"], parts["category"], tuple(parts["view"].values()))
+    numbers, categories, views = (_columns(f"{side}/{kind}/", arrays) for kind in ("number", "category", "view"))
+    return Sample(int(arrays[f"{side}/size"]), numbers, categories, tuple(views.values()))
+
+
+def _columns(prefix: str, arrays: dict[str, Array]) -> dict[str, Array]:
+    return {key.removeprefix(prefix): values for key, values in arrays.items() if key.startswith(prefix)}
