@@ -1,0 +1,241 @@
+"""Streams through the detector: in any pieces, with and without a change."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import TypeAdapter
+
+from monitoring.drift.budget import FALSE_ALARMS_PER_REQUEST, SIGNAL_SHARES, Signal
+from monitoring.drift.detector import MEMORY, Advance, Baseline, Detector, Requests, Watch
+from monitoring.drift.domain_classifier import CLASSIFIER
+from monitoring.drift.evidence import Event
+from monitoring.drift.near_copies import RARITY_REQUESTS
+from svc.drift_reference.sample import Sample
+from tests.monitoring.drift.synthetic_requests import baseline_of, draw_requests, without_answers
+
+WATCH = TypeAdapter(Watch)
+REFERENCE = draw_requests(1, 200)
+DETECTOR = Detector(baseline_of(REFERENCE))
+NOTHING = REFERENCE.at(np.zeros(0, dtype=np.intp))
+
+
+class Stream:
+    """A stream that comes in pieces, as checks read it: the watch goes through JSON in between."""
+
+    def __init__(self, detector: Detector = DETECTOR, nothing: Requests = NOTHING) -> None:
+        self._detector = detector
+        self._before, self._seen = nothing, list(nothing.words)
+        self.watch = Watch()
+        self.events: list[Event] = []
+        self.kept = 0
+
+    def add(self, new: Requests) -> Advance:
+        """Take requests."""
+        found = self._detector.advance(self.watch, self._before, self._seen, new)
+        both = self._before.followed_by(new.at(found.kept))
+        self._before = both.at(np.arange(max(0, both.size - MEMORY), both.size))
+        self._seen = [*self._seen, *new.words][-RARITY_REQUESTS:]
+        self.watch = WATCH.validate_json(WATCH.dump_json(found.watch))
+        self.events += found.events
+        self.kept += len(found.kept)
+        return found
+
+    def add_in_pieces(self, requests: Requests, cuts: Sequence[int]) -> "Stream":
+        """Take requests, and make a check after so many of them each time."""
+        edges = [0, *sorted(min(cut, requests.size) for cut in cuts), requests.size]
+        for start, stop in pairwise(edges):
+            self.add(requests.at(np.arange(start, stop)))
+        return self
+
+
+def first_alarm(before: Requests, after: Requests, detector: Detector = DETECTOR) -> tuple[str, int]:
+    """Return the feature of the first alarm after a change, and the requests from the change to the alarm."""
+    stream = Stream(detector)
+    stream.add(before)
+    assert stream.events == []
+    stream.add(after)
+    event = next(event for event in stream.events if event.alarm)
+    return event.feature, event.position - before.size
+
+
+CHANGING = draw_requests(2, 250, repeats=0.2, run=4).followed_by(draw_requests(3, 100, first=250, moved=0.8, cut=0.5))
+AT_ONCE = Stream().add(CHANGING)
+
+
+@settings(max_examples=8)
+@given(st.lists(st.integers(0, CHANGING.size), max_size=5))
+def test_a_stream_in_pieces_gives_what_it_gives_at_once(cuts: list[int]) -> None:
+    stream = Stream().add_in_pieces(CHANGING, cuts)
+    assert AT_ONCE.events
+    assert (stream.watch, stream.events) == (AT_ONCE.watch, AT_ONCE.events)
+
+
+def test_a_stream_that_is_longer_than_the_memory_gives_in_pieces_what_it_gives_at_once() -> None:
+    long = draw_requests(4, 1_000, run=3, repeats=0.05).followed_by(draw_requests(5, 100, first=1_000, moved=0.8))
+    at_once, pieces = Stream(), Stream()
+    at_once.add(long)
+    pieces.add_in_pieces(long, [830, 831, 1_040])
+    assert at_once.watch.kept > MEMORY + 100
+    assert at_once.events
+    assert (pieces.watch, pieces.events) == (at_once.watch, at_once.events)
+
+
+def test_no_requests_change_nothing() -> None:
+    stream = Stream()
+    stream.add(CHANGING)
+    watch = stream.watch
+    assert stream.add(NOTHING).events == []
+    assert stream.watch == watch
+
+
+def test_near_copies_are_seen_and_not_kept() -> None:
+    stream = draw_requests(2, 40)
+    twice = stream.at(np.repeat(np.arange(40), 2))
+    found = Stream().add(twice)
+    assert found.kept.tolist() == list(range(0, 80, 2))
+    assert (found.watch.seen, found.watch.kept, found.watch.newest_kept) == (80, 40, "10" * 40)
+
+
+def test_the_watch_says_of_the_newest_requests_only_which_were_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("monitoring.drift.detector.RARITY_REQUESTS", 50)
+    requests = draw_requests(2, 45)
+    stream = Stream()
+    stream.add_in_pieces(requests.at(np.arange(44)).followed_by(requests), [30, 40])
+    assert stream.watch.newest_kept == "1" * 5 + "0" * 44 + "1"
+
+
+def test_near_copies_in_the_reference_count_once() -> None:
+    repeating = REFERENCE.at(np.repeat(np.arange(200), np.where(np.arange(200) < 30, 20, 1)))
+    detector = Detector(Baseline(repeating.prompts, repeating.words, REFERENCE.answers))
+    assert detector.prompts.size == 200
+    assert Stream(detector).add(CHANGING).events == AT_ONCE.events
+
+
+@pytest.mark.parametrize(
+    ("change", "features", "signal"),
+    [
+        pytest.param({"moved": 4.0}, {CLASSIFIER}, Signal.INPUT, id="topics"),
+        pytest.param({"longer": 20.0}, {"characters"}, Signal.INPUT, id="long prompts"),
+        pytest.param({"longer": 0.02}, {"characters"}, Signal.INPUT, id="short prompts"),
+        pytest.param({"answers_longer": 20.0}, {"answer_tokens"}, Signal.OUTPUT, id="long answers"),
+        pytest.param({"cut": 1.0}, {"finish_reason"}, Signal.OUTPUT, id="cut answers"),
+    ],
+)
+@pytest.mark.parametrize("before", [0, 20, 300])
+def test_a_clear_shift_is_called_within_12_requests_and_names_what_changed(
+    change: dict[str, float], features: set[str], signal: Signal, before: int
+) -> None:
+    feature, delay = first_alarm(
+        draw_requests(2, before),
+        draw_requests(3, 40, first=before, **change),  # type: ignore[arg-type]
+    )
+    assert feature in features
+    assert DETECTOR.signals[feature] is signal
+    assert delay <= 12
+
+
+def test_a_small_change_of_topics_is_found() -> None:
+    stream = Stream()
+    stream.add(draw_requests(2, 500))
+    assert stream.events == []
+    stream.add(draw_requests(3, 200, first=500, moved=0.7))
+    assert {event.feature for event in stream.events} == {CLASSIFIER}
+
+
+@pytest.mark.parametrize(
+    ("run", "repeats", "size"),
+    [
+        pytest.param(1, 0.0, 3_000, id="independent"),
+        pytest.param(5, 0.0, 800, id="runs"),
+        pytest.param(1, 0.3, 800, id="near copies"),
+    ],
+)
+def test_requests_like_the_reference_give_no_alarm(run: int, repeats: float, size: int) -> None:
+    stream = Stream()
+    stream.add_in_pieces(draw_requests(6, size, run=run, repeats=repeats), range(600, size, 600))
+    assert stream.events == []
+    assert stream.watch.kept > 0.6 * size
+
+
+def test_the_dependence_is_that_of_the_stream() -> None:
+    alone, runs = Stream(), Stream()
+    alone.add(draw_requests(2, 300))
+    runs.add(draw_requests(2, 300, run=6))
+    assert alone.watch.dependence == 1
+    assert 4 <= runs.watch.dependence <= 8
+
+
+def test_the_dependence_is_unknown_when_there_are_few_requests() -> None:
+    assert Stream().add(draw_requests(2, 100)).watch.dependence == 0
+
+
+def no_answers(requests: Requests) -> Requests:
+    return replace(requests, answers=Sample(requests.size))
+
+
+@pytest.mark.parametrize("strip", [no_answers, without_answers])
+def test_changed_prompts_are_found_when_neither_side_has_answers(strip: Callable[[Requests], Requests]) -> None:
+    detector = Detector(baseline_of(strip(REFERENCE)))
+    assert set(detector.signals.values()) == {Signal.INPUT}
+    stream = Stream(detector, strip(NOTHING))
+    stream.add(strip(draw_requests(2, 100)).followed_by(strip(draw_requests(3, 30, moved=4.0))))
+    assert next(event.feature for event in stream.events) == CLASSIFIER
+
+
+def test_requests_without_values_of_answers_are_no_change_of_answers() -> None:
+    stream = Stream()
+    stream.add(draw_requests(2, 100))
+    before = stream.watch.features
+    stream.add(without_answers(draw_requests(3, 100, first=100)))
+    for feature in ("answer_tokens", "finish_reason"):
+        assert stream.watch.features[feature].money == before[feature].money
+    assert stream.events == []
+
+
+def test_bets_of_all_signals_together_cost_no_more_than_their_shares() -> None:
+    with_answers, without = DETECTOR, Detector(baseline_of(no_answers(REFERENCE)))
+    assert with_answers._weights.sum() == pytest.approx(SIGNAL_SHARES[Signal.INPUT] + SIGNAL_SHARES[Signal.OUTPUT])
+    assert without._weights.sum() == pytest.approx(SIGNAL_SHARES[Signal.INPUT])
+    assert (with_answers._weights > 0).all()
+    assert sum(SIGNAL_SHARES.values()) == pytest.approx(1)
+
+
+def test_the_promise_is_a_tenth_of_a_false_alarm_in_10000_requests() -> None:
+    assert pytest.approx(0.1) == 10_000 * FALSE_ALARMS_PER_REQUEST
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_tiny_reference_gives_no_alarm(size: int) -> None:
+    detector = Detector(baseline_of(REFERENCE.at(np.arange(size))))
+    assert Stream(detector).add(draw_requests(2, 300)).events == []
+
+
+def test_a_change_of_length_is_found_when_views_have_no_axes() -> None:
+    def flat(requests: Requests) -> Requests:
+        none = np.zeros((requests.size, 0))
+        return replace(requests, prompts=replace(requests.prompts, views=(none, none)))
+
+    stream = Stream(Detector(baseline_of(flat(REFERENCE))), flat(NOTHING))
+    stream.add(flat(draw_requests(2, 300)).followed_by(flat(draw_requests(3, 30, longer=20.0))))
+    assert [event.feature for event in stream.events] == ["characters"]
+
+
+def test_requests_keep_their_order_when_they_are_chosen_and_joined() -> None:
+    some = CHANGING.at(np.array([3, 1]))
+    both = some.followed_by(CHANGING.at(np.array([2])))
+    assert both.times.tolist() == [CHANGING.times[place] for place in (3, 1, 2)]
+    assert [words.tolist() for words in both.words] == [CHANGING.words[place].tolist() for place in (3, 1, 2)]
+    assert both.size == 3
+
+
+def test_a_baseline_is_compared_by_its_own_features() -> None:
+    baseline = Baseline(REFERENCE.prompts, REFERENCE.words, REFERENCE.answers)
+    assert set(Detector(baseline).signals) == {
+        CLASSIFIER,
+        *("characters", "symbols", "language", "answer_tokens", "finish_reason"),
+    }
