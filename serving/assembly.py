@@ -24,6 +24,7 @@ from serving.replicas.slots import EngineSlots, MakeSlots
 from serving.rollout.version_changes import VersionChanges
 from serving.router import Router
 from serving.telemetry.deployment_metrics import DeploymentInstruments
+from serving.telemetry.drift_features import FeatureProcess
 from serving.telemetry.engine_metrics import EngineMetrics, EngineSource
 from serving.telemetry.loop_lag import watch_loop_lag
 from serving.telemetry.machine_metrics import add_machine_metrics
@@ -37,6 +38,7 @@ from svc.errors import EngineError
 from svc.registry.registry import Registry
 from svc.remote.listening import is_loopback
 from svc.settings import Settings, TelemetrySettings
+from svc.store.requests import Dropped
 from svc.version import Target
 
 MAX_BUFFERED_BYTES = 256 * 2**20
@@ -148,8 +150,14 @@ def assemble_gateway(
         status: what /svc/status shows, JSON values.
     """
     limits, traces = settings.serve, make_traces(settings.telemetry, metrics)
+    lose_features = partial(metrics.rows_dropped, Dropped.FEATURES)
     request_log = RequestLog(
-        store, settings.request_log, on_stored=metrics.rows_stored, on_dropped=metrics.rows_dropped, spans=traces
+        store,
+        settings.request_log,
+        on_stored=metrics.rows_stored,
+        on_dropped=metrics.rows_dropped,
+        spans=traces,
+        features=FeatureProcess(settings, on_dropped=lose_features) if settings.request_log.features else None,
     )
     engine_metrics = EngineMetrics(sources)
     metrics.registry.register(engine_metrics)

@@ -212,11 +212,14 @@ Pattern = Annotated[str, AfterValidator(_pattern)]
 
 
 class RequestLogSettings(_Section):
-    """What is kept of each request: figures always; prompts and answers only for the share that is asked for."""
+    """What is kept of each request: figures always; features for drift; prompts and answers only for a share."""
 
     max_age_days: float = Field(30.0, gt=0, le=36_500, description="older requests are forgotten, with their feedback")
     max_mib: int = Field(1024, ge=1, description="the oldest requests are forgotten beyond this size, MiB")
     content_share: float = Field(0.0, ge=0, le=1, description="share of requests whose prompt and answer are kept")
+    features: bool = Field(
+        True, description="keep features of at most 10,000 prompts a day of a version, without their text, for drift"
+    )
     max_content_kib: int = Field(64, ge=1, description="longer content is not kept, KiB for prompt and for answer")
     redact: tuple[Pattern, ...] = Field(
         (),

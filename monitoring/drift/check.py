@@ -28,7 +28,7 @@ from svc.registry.registry import Registry
 from svc.settings import RequestLogSettings
 from svc.store.answered import was_asked
 from svc.store.drift import DriftState, keep_drift, read_drift_baseline, read_drift_states
-from svc.store.drift_items import prune_items, read_items
+from svc.store.drift_items import StoredItem, prune_items, read_items, read_items_with
 from svc.version import Target
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ REPORT: Final = TypeAdapter(SignalReport)
 _TRAFFIC_STATE: Final = TypeAdapter(TrafficState)
 _RATING_STATE: Final = TypeAdapter(RatingState)
 _MAX_READ = 5_000
-"""Items: those that are kept, and what a server stores within hours."""
+"""Items that one check takes: after days without a check, the newest."""
 State = TypeVar("State")
 
 
@@ -108,7 +108,7 @@ class DriftCheck:
             raise RefusedError(f"{target.version} has no drift alarm that could be accepted", todo="see `svc drift`")
         detector = self._bets_on(target, accepted).detector
         if detector and any(alarms.lasting(signal) for signal in SIGNALS):
-            items = read_items(self._store, target, after=0, newest=_MAX_READ)
+            items = self._items(target, traffic)
             accepted = baseline_bytes(accepted_baseline(detector, traffic, items))
             traffic = replace(traffic, watch=replace(traffic.watch, features={}))
         if since := [alarm.since for alarm in alarms.lasting(Signal.PEOPLE).values()]:
@@ -151,8 +151,7 @@ class DriftCheck:
     def _check_traffic(
         self, target: Target, state: TrafficState, alarms: AlarmBook, accepted: bytes | None
     ) -> tuple[TrafficState, list[SignalReport]]:
-        bets = self._bets_on(target, accepted)
-        items = read_items(self._store, target, after=0, newest=_MAX_READ)
+        bets, items = self._bets_on(target, accepted), self._items(target, state)
         off = "" if bets.detector else bets.missing
         if not items and not off and was_asked(self._store, target):
             off = "no features of requests are kept: set request_log.features, and start the server again"
@@ -165,6 +164,12 @@ class DriftCheck:
         if Signal.OUTPUT not in bets.detector.signals.values():
             reports = [reports[0], SignalReport(Signal.OUTPUT, Status.OFF, bets.missing)]
         return state, reports
+
+    def _items(self, target: Target, state: TrafficState) -> list[StoredItem]:
+        """Return the items that count of those that were seen, the newest that were seen, and the new ones, in order."""
+        kept = read_items_with(self._store, target, state.kept)
+        newest = read_items(self._store, target, after=0, newest=_MAX_READ)
+        return sorted({item.id: item for item in (*kept, *newest)}.values(), key=lambda item: item.id)
 
     def _bets_on(self, target: Target, accepted: bytes | None) -> _Bets:
         name = target.version.name

@@ -106,9 +106,19 @@ class RequestAccount:
 
     def served_by(self, target: Target, pace: TokenPace) -> None:
         """This version is asked now, on an engine of this pace."""
+        if self._request and target != self._served:
+            self._gather_features(self._request, target)
         self._served, self._pace = target, pace
         self._state.version = target.version
         self._asked = self._clock()
+
+    def _gather_features(self, request: CompletionRequest, target: Target) -> None:
+        """Decide whether features of the request are stored, as one of this version."""
+        wanted = self._request_log.wants_features(target)
+        if wanted and self._content is None:
+            self._content = Content(self._route, request.members, stored=False)
+        if self._content:
+            self._content.features = wanted
 
     def heard(self) -> None:
         """The engine has said something; what it said last before the answer begins counts."""

@@ -24,6 +24,8 @@ class Content:
         answer: a JSON body, or the events of a stream.
         size: what it holds in memory, bytes.
         too_long: the answer went past the limit, and is not kept in memory any more.
+        stored: prompt and answer are stored with the row.
+        features: features of both are stored for drift.
     """
 
     route: Route
@@ -31,6 +33,8 @@ class Content:
     answer: list[bytes] = field(default_factory=list)
     size: int = 0
     too_long: bool = False
+    stored: bool = True
+    features: bool = False
 
     def __post_init__(self) -> None:
         self.size = len(self.payload)

@@ -17,11 +17,20 @@ from typing import NamedTuple
 from sqlalchemy import Engine as Store
 
 from serving.telemetry.content import Content, answer_text, prompt_text
+from serving.telemetry.drift_features import FeatureProcess
 from serving.telemetry.retention_clock import RetentionClock
 from serving.telemetry.traces.request_trace import RequestTrace, SpanSink
 from svc.redaction import RedactionTimeoutError, Redactor
 from svc.settings import RequestLogSettings
-from svc.store.requests import Dropped, RequestRecord, add_requests, newest_request_at, prune_requests
+from svc.store.requests import (
+    Dropped,
+    RequestOutcome,
+    RequestRecord,
+    add_requests,
+    newest_request_at,
+    prune_requests,
+)
+from svc.version import Target
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +47,7 @@ _GATHER_S = 0.2
 """Rows of so long go into one transaction, so that a busy server syncs its disk a few times a second."""
 _PRUNE_EVERY_S = 60.0
 _ESCAPED = 6  # a character takes at most so many times its bytes in JSON that is all ASCII: \u00e9
+_GOOD_STATUS = 200
 _CLOSE_S = 20.0  # longer than the store waits for another writer
 
 
@@ -47,6 +57,13 @@ class _Entry(NamedTuple):
     trace: RequestTrace | None
 
 
+class _Texts(NamedTuple):
+    """Prompt and answer of a request, redacted."""
+
+    prompt: str
+    answer: str
+
+
 class RequestLog:
     """Writes the rows.
 
@@ -54,6 +71,7 @@ class RequestLog:
         on_stored: hears how many rows were written.
         on_dropped: hears why, and how many were lost.
         spans: gets the rows of requests that are traced, also those that the store does not take.
+        features: keeps features of some requests; closed with the log.
         now: the wall clock.
     """
 
@@ -65,6 +83,7 @@ class RequestLog:
         on_stored: Callable[[int], None],
         on_dropped: Callable[[Dropped, int], None],
         spans: SpanSink | None = None,
+        features: FeatureProcess | None = None,
         max_queued: int = MAX_QUEUED,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
@@ -76,6 +95,7 @@ class RequestLog:
         self._on_stored = on_stored
         self._on_dropped = on_dropped
         self._spans = spans
+        self._features = features
         self._max_queued = max_queued
         # What waits stays here until it is written; an event is set when all before it is.
         self._queue = deque[_Entry | threading.Event]()
@@ -98,11 +118,15 @@ class RequestLog:
         share = self._settings.content_share
         return share > 0 and random.random() < share  # noqa: S311 - a sample, no secret
 
+    def wants_features(self, target: Target) -> bool:
+        """Decide for one request whether features of its prompt and answer are stored for drift."""
+        return self._features is not None and self._features.wants(target)
+
     def add(self, record: RequestRecord, content: Content | None = None, trace: RequestTrace | None = None) -> None:
         """Takes a record, or drops it; returns at once.
 
         Args:
-            content: where it is kept.
+            content: where it is stored, or features of it are.
             trace: where the request gets a span.
         """
         if len(self._queue) >= self._max_queued:
@@ -110,8 +134,10 @@ class RequestLog:
             if trace and self._spans:
                 self._spans.drop()
             return
+        if content is not None and not content.stored and not (content.features and _is_good(record)):
+            content = None
         if content is not None and not self._reserve(content):
-            self._on_dropped(Dropped.CONTENT_LIMIT, 1)
+            self._drop(content, Dropped.CONTENT_LIMIT)
             content = None
         self._queued_ids.add(record.request_id)
         self._queue.append(_Entry(record, content, trace))
@@ -139,6 +165,8 @@ class RequestLog:
         if self._thread.is_alive():
             log.error("about %d rows of the request log were not written in time", len(self._queue))
             self._on_dropped(Dropped.STORE_FAILED, len(self._queue))
+        if self._features:
+            self._features.close()
 
     def _wake(self) -> None:
         self._hurry.set()
@@ -149,14 +177,21 @@ class RequestLog:
         try:
             return self._redactor.text(text) if text else None
         except RedactionTimeoutError as error:
-            self._count_unredacted(error)
+            self._log_slow_pattern(error)
+            self._on_dropped(Dropped.CONTENT_UNREDACTED, 1)
             return None
 
-    def _count_unredacted(self, error: RedactionTimeoutError) -> None:
+    def _log_slow_pattern(self, error: RedactionTimeoutError) -> None:
         if error.pattern not in self._slow_patterns:
             self._slow_patterns.add(error.pattern)
             log.error("content is not kept: %s", error)
-        self._on_dropped(Dropped.CONTENT_UNREDACTED, 1)
+
+    def _drop(self, content: Content, reason: Dropped) -> None:
+        """Count content that is lost, for each use that it had."""
+        if content.stored:
+            self._on_dropped(reason, 1)
+        if content.features:
+            self._on_dropped(Dropped.FEATURES, 1)
 
     def has_grown(self, size: int) -> None:
         """Hears how many bytes more the rows in the store take, of what this log did not write as well."""
@@ -193,7 +228,8 @@ class RequestLog:
         batch = [self._queue[place] for place in range(min(_BATCH, len(self._queue)))]
         entries = [item for item in batch if isinstance(item, _Entry)]
         try:
-            records = [self._with_content(entry) for entry in entries]
+            texts = [self._read_texts(entry.record, entry.content) if entry.content else None for entry in entries]
+            records = [_stored(entry, text) for entry, text in zip(entries, texts, strict=True)]
             self._add_spans(entries, records)
             if records:
                 add_requests(self._store, records)
@@ -203,6 +239,7 @@ class RequestLog:
         else:
             self.has_grown(sum(record.bytes for record in records))
             self._on_stored(len(records))
+            self._add_features(entries, texts)
         self._queued_ids.difference_update(entry.record.request_id for entry in entries)
         for item in batch:
             self._queue.popleft()
@@ -223,11 +260,20 @@ class RequestLog:
             if made % _SPANS_AT_ONCE == 0:
                 time.sleep(_BREATH_S)
 
-    def _with_content(self, entry: _Entry) -> RequestRecord:
-        """Return the row with its redacted prompt and answer, if they can be kept."""
-        record, content = entry.record, entry.content
-        if content is None:
-            return record
+    def _add_features(self, entries: Sequence[_Entry], texts: Sequence[_Texts | None]) -> None:
+        """Hand over what features are made of. The rows are stored: features are deleted with their rows."""
+        if self._features is None:
+            return
+        records = [
+            entry.record._replace(prompt=text.prompt, answer=text.answer)
+            for entry, text in zip(entries, texts, strict=True)
+            if text and entry.content and entry.content.features and _is_good(entry.record)
+        ]
+        if records:
+            self._features.add(records)
+
+    def _read_texts(self, record: RequestRecord, content: Content) -> _Texts | None:
+        """Return the redacted prompt and answer of a request, if they can be read and are not too long."""
         with self._lock:
             self._content_bytes -= content.size
         limit = self._settings.max_content_kib * 1024
@@ -236,16 +282,18 @@ class RequestLog:
             try:
                 prompt, answer = prompt_text(content, self._redactor), answer_text(content, self._redactor)
             except RedactionTimeoutError as error:
-                self._count_unredacted(error)
-                return record
+                self._log_slow_pattern(error)
+                self._drop(content, Dropped.CONTENT_UNREDACTED)
+                return None
             except (ValueError, RecursionError):  # of one request, which must not cost the others their rows
-                log.warning("the content of request %s cannot be kept", record.request_id, exc_info=True)
-                self._on_dropped(Dropped.CONTENT_UNREADABLE, 1)
-                return record
+                if content.stored:
+                    log.warning("the content of request %s cannot be kept", record.request_id, exc_info=True)
+                self._drop(content, Dropped.CONTENT_UNREADABLE)
+                return None
             if max(len(prompt.encode("utf-8")), len(answer.encode("utf-8"))) <= limit:
-                return record._replace(prompt=prompt, answer=answer)
-        self._on_dropped(Dropped.CONTENT_LIMIT, 1)
-        return record
+                return _Texts(prompt, answer)
+        self._drop(content, Dropped.CONTENT_LIMIT)
+        return None
 
     def _prune(self) -> None:
         with self._lock:
@@ -262,3 +310,16 @@ class RequestLog:
             self._stored_bytes = pruned.left_bytes
             if pruned.rows:
                 log.info("forgot %d old requests", pruned.rows)
+
+
+def _stored(entry: _Entry, texts: _Texts | None) -> RequestRecord:
+    """Return the row of a request, with its prompt and answer where they are stored."""
+    if texts is None or entry.content is None or not entry.content.stored:
+        return entry.record
+    return entry.record._replace(prompt=texts.prompt, answer=texts.answer)
+
+
+def _is_good(record: RequestRecord) -> bool:
+    """Return whether a version gave a complete answer; no other is compared."""
+    complete = record.status == _GOOD_STATUS and record.outcome is RequestOutcome.COMPLETE
+    return complete and record.version is not None

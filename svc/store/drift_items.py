@@ -65,15 +65,18 @@ class StoredItem:
 def add_items(store: Store, target: Target, items: Sequence[Item]) -> int:
     """Store items of a version in a format, all or nothing.
 
-    Items whose request is not in the store are left out: the request was deleted meanwhile.
+    Items whose request is not in the store are left out, because it was deleted meanwhile, and so are items of requests
+    that have one.
 
     Returns:
         How many were stored.
     """
     ids = [item.request_id for item in items]
     with exclusive(store) as session:  # no request is deleted between the look-up and the insert
-        found = session.execute(select(RequestRow.request_id, RequestRow.id).where(RequestRow.request_id.in_(ids)))
-        requests = {row.request_id: row.id for row in found}
+        query = select(RequestRow.request_id, RequestRow.id).where(
+            RequestRow.request_id.in_(ids), RequestRow.id.not_in(select(DriftItemRow.request))
+        )
+        requests = {row.request_id: row.id for row in session.execute(query)}
         rows = [_columns(target, item, requests[item.request_id]) for item in items if item.request_id in requests]
         if rows:
             session.execute(insert(DriftItemRow), rows)

@@ -44,6 +44,8 @@ class Dropped(StrEnum):
     """As above: they are not text, and so cannot be redacted."""
     CONTENT_UNREDACTED = "content_unredacted"
     """As above, or feedback without its correction and label: an own pattern took too long on them."""
+    FEATURES = "features"
+    """The row is stored, its features for drift are not: its text cannot be read or is too long, or too many wait."""
 
 
 class RequestRecord(NamedTuple):

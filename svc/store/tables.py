@@ -244,7 +244,7 @@ class DriftItemRow(Table):
     __table_args__ = (sa.Index("ix_drift_items_target", "name", "number", "format"), {"sqlite_autoincrement": True})
 
     id: Mapped[int] = mapped_column(primary_key=True)
-    request: Mapped[int] = mapped_column(sa.ForeignKey("requests.id", ondelete="CASCADE"), index=True)
+    request: Mapped[int] = mapped_column(sa.ForeignKey("requests.id", ondelete="CASCADE"), unique=True, index=True)
     name: Mapped[str]
     number: Mapped[int]
     format: Mapped[str]

@@ -12,6 +12,8 @@ from safetensors.numpy import save_file
 from svc.dataset.prompt_hashes import NO_PROMPTS, TRAINED_PROMPTS_FILE, write_prompt_hashes
 from svc.dataset.readers.reader import write_examples
 from svc.dataset.schema.tokenized_example import write_tokenized
+from svc.drift_reference.drift_sample import DRIFT_SAMPLE_FILE
+from svc.drift_reference.text_embedding import TEXT_SPACE_FILE, fit_text_space, save_text_space
 from svc.engine.probes import EngineFacts, Probe
 from svc.evaluation.evaluator import EvaluationReport
 from svc.evaluation.intervals import Interval, proportion
@@ -103,6 +105,7 @@ def make_version(
     gates: tuple[GateReport, ...] = (),
     name: str = NAME,
     adapter: Mapping[str, Any] | None = None,
+    compared: bool = False,
 ) -> VersionId:
     """Puts a version into the registry.
 
@@ -117,6 +120,7 @@ def make_version(
         failed: checks that it failed.
         gates: their verdicts.
         adapter: what its adapter's config says otherwise than that of plain LoRA of rank 16; its base is made, too.
+        compared: whether it keeps what prompts are compared with.
     """
     version = VersionId(name, number)
     folder = registry.folder(version)
@@ -125,6 +129,10 @@ def make_version(
     (folder / REFERENCE_FOLDER).mkdir()
     write_tokenized(folder / REFERENCE_FOLDER / HELDOUT_TOKENS_FILE, map(tokenized, HELDOUT))
     write_prompt_hashes(folder / REFERENCE_FOLDER / TRAINED_PROMPTS_FILE, NO_PROMPTS)
+    if compared:
+        write_examples(folder / REFERENCE_FOLDER / DRIFT_SAMPLE_FILE, HELDOUT)
+        space = fit_text_space([example.question for example in HELDOUT], [example.answer for example in HELDOUT])
+        save_text_space(folder / REFERENCE_FOLDER / TEXT_SPACE_FILE, space)
     records: dict[Format, FormatRecord] = {}
     for format in formats:
         if format is Format.ADAPTER:

@@ -30,7 +30,7 @@ def pool() -> Pool:
     count = ALIKE + CHANGED + 19 * ALIKE
     length = np.concatenate([generator.normal(100, 10, ALIKE), np.full(CHANGED, 900.0), np.full(19 * ALIKE, 100.0)])
     return Pool(
-        Sample(count, {"characters": length}, {}, (generator.normal(size=(count, 4)), generator.normal(size=(count, 2)))),
+        Sample(count, {"characters": length}, {}, tuple(generator.normal(size=(count, axes)) for axes in (4, 2))),
         Sample(count),
         [np.sort(generator.integers(0, 2**30, 20)).astype(np.int32) for _ in range(count)],
         [SECTIONS[place % 12] for place in range(count)],

@@ -14,7 +14,7 @@ def similarities(vectors: NDArray[np.float64]) -> NDArray[np.float32]:
     """Return how alike items are: 1 at no distance."""
     squares = (vectors**2).sum(axis=1)
     distances = squares[:, None] + squares[None] - 2 * vectors @ vectors.T
-    return np.exp(-np.maximum(distances, 0) / vectors.shape[1]).astype(np.float32)
+    return np.asarray(np.exp(-np.maximum(distances, 0) / vectors.shape[1]), dtype=np.float32)
 
 
 def runs(length: int, seed: int = 1, size: int = SIZE) -> NDArray[np.float64]:

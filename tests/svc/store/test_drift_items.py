@@ -97,6 +97,14 @@ def test_an_item_is_not_stored_when_its_request_was_deleted_meanwhile(store: Sto
     assert requests_of(read_items(store, TARGET, after=0, newest=9)) == ["req-0"]
 
 
+def test_a_request_keeps_its_first_item_when_another_is_added(store: Store) -> None:
+    fill(store, 2)
+    add(store, 1)
+    assert add_items(store, TARGET, [item("req-0", characters=99), item("req-1")]) == 1
+    first, second = read_items(store, TARGET, after=0, newest=9)
+    assert (first.item.prompt["characters"], second.item.request_id) == (0, "req-1")
+
+
 def test_an_item_is_deleted_with_its_request_when_that_is_old(store: Store) -> None:
     fill(store, 3)
     add(store, 3)
@@ -124,7 +132,8 @@ def test_the_newest_items_and_those_to_keep_stay_when_the_rest_is_pruned(
     monkeypatch.setattr(drift_items, "_DELETED_TOGETHER", 2)
     fill(store, 8)
     ids = add(store, 8)
-    add(store, 8, OTHERS[0])
+    add_requests(store, [RECORD._replace(request_id=f"other-{n}") for n in range(8)])
+    add_items(store, OTHERS[0], [item(f"other-{n}") for n in range(8)])
     assert prune_items(store, TARGET, {ids[1], ids[7], 999}, newest=2) == 5
     assert item_ids(store, TARGET) == [ids[1], ids[6], ids[7]]
     assert len(item_ids(store, OTHERS[0])) == 8

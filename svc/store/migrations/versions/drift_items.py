@@ -25,5 +25,5 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name="pk_drift_items"),
         sqlite_autoincrement=True,
     )
-    op.create_index("ix_drift_items_request", "drift_items", ["request"])
+    op.create_index("ix_drift_items_request", "drift_items", ["request"], unique=True)
     op.create_index("ix_drift_items_target", "drift_items", ["name", "number", "format"])

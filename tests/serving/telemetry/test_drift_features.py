@@ -1,0 +1,266 @@
+"""Features of a bounded sample of requests are stored, by a process that comes again where it dies."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import psutil
+import pytest
+
+from serving.telemetry import drift_features
+from serving.telemetry.drift_features import BURST, PER_DAY, FeatureProcess
+from svc.registry.registry import Registry
+from svc.settings import Settings
+from svc.store.drift_items import item_ids, read_items
+from svc.store.requests import RequestRecord, add_requests
+from svc.version import Format, Target, VersionId
+from tests.new_store import new_store
+from tests.serving.versions import NAME, AliasBook, make_version, target
+from tests.svc.store.test_requests import RECORD as OLD_RECORD
+
+PATIENCE_S = 300.0
+ONE = target(1)
+PROMPT = '[{"role": "user", "content": "Where is Featherstonehaugh?"}]'
+RECORD = OLD_RECORD._replace(
+    model=NAME, version=ONE.version, format=ONE.format, prompt=PROMPT, answer="Cholmondeley", temperature=0.0
+)
+
+
+class Features:
+    """A process on a home with version 1, which can be compared, and what was lost."""
+
+    def __init__(self, home: Path) -> None:
+        self.store = new_store(home)
+        self.registry = Registry(home / "models", AliasBook())
+        make_version(self.registry, 1, compared=True, answered=3, formats=(Format.MERGED, Format.GPTQ))
+        self.lost = 0
+        self.process = FeatureProcess(Settings(home=home), on_dropped=self._lose)
+        self.asked = 0
+
+    def _lose(self, count: int) -> None:
+        self.lost += count
+
+    def records(self, count: int = 1, of: Target = ONE) -> list[RequestRecord]:
+        """Requests whose rows are in the store."""
+        ids = [f"req-{number}" for number in range(self.asked, self.asked + count)]
+        self.asked += count
+        records = [RECORD._replace(request_id=id, version=of.version, format=of.format) for id in ids]
+        add_requests(self.store, [record._replace(prompt=None, answer=None) for record in records])
+        return records
+
+    def add(self, count: int = 1, of: Target = ONE) -> None:
+        """Requests whose features are to be stored."""
+        self.process.add(self.records(count, of))
+
+    def stored(self, count: int, of: Target = ONE) -> None:
+        """Wait until so many items are in the store."""
+        until(lambda: len(item_ids(self.store, of)) >= count)
+        assert len(item_ids(self.store, of)) == count
+
+
+def until(met: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not met():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def children() -> list[psutil.Process]:
+    """Processes that make features: all spawned ones but that which looks after semaphores."""
+    return [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+
+
+@pytest.fixture
+def features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Features]:
+    monkeypatch.setattr(drift_features, "_GATHER_S", 0.01)
+    monkeypatch.setattr(drift_features, "_PAUSE_S", 0.0)
+    features = Features(tmp_path)
+    yield features
+    features.process.close(0)
+    assert children() == []
+
+
+class Clock:
+    """A clock that stands still until it is moved."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_burst_is_taken_and_then_as_many_as_a_day_allows(tmp_path: Path) -> None:
+    clock = Clock()
+    process = FeatureProcess(Settings(home=tmp_path), on_dropped=print, clock=clock)
+    assert sum(process.wants(ONE) for _ in range(BURST + 500)) == BURST
+    taken = 0
+    for _ in range(24 * 60):
+        clock.now += 60
+        taken += sum(process.wants(ONE) for _ in range(20))
+    assert taken == pytest.approx(PER_DAY, abs=1)
+    clock.now += 7 * 86_400
+    assert sum(process.wants(ONE) for _ in range(2 * BURST)) == BURST
+
+
+def test_each_version_has_its_own_share(tmp_path: Path) -> None:
+    process = FeatureProcess(Settings(home=tmp_path), on_dropped=print, clock=Clock())
+    assert sum(process.wants(ONE) for _ in range(2 * BURST)) == BURST
+    assert process.wants(target(2))
+    assert process.wants(target(1, Format.GPTQ))
+
+
+@pytest.mark.slow
+def test_features_of_requests_are_stored_in_their_order_by_one_process(features: Features) -> None:
+    features.add(250)
+    features.stored(250)
+    (process,) = children()
+    assert process.nice() == 10
+    items = [found.item for found in read_items(features.store, ONE, after=0, newest=999)]
+    assert [item.request_id for item in items] == [f"req-{number}" for number in range(250)]
+    assert items[0].prompt["characters"] == len("Where is Featherstonehaugh?")
+    assert items[0].answer["answer_tokens"] == 3  # as long as held-out answers could be
+    assert items[0].topic.shape == items[1].topic.shape
+    features.add(1, target(1, Format.GPTQ))
+    features.stored(1, target(1, Format.GPTQ))
+    assert children() == [process]
+    assert features.lost == 0
+
+
+@pytest.mark.slow
+def test_no_text_is_in_the_home_when_features_are_stored(features: Features, tmp_path: Path) -> None:
+    features.add(5)
+    features.stored(5)
+    content = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert b"Featherstonehaugh" not in content
+    assert b"Cholmondeley" not in content
+
+
+@pytest.mark.slow
+def test_another_process_starts_when_the_first_is_killed(features: Features) -> None:
+    features.add()
+    features.stored(1)
+    (first,) = children()
+    first.kill()
+    features.add(3)
+    features.stored(4)
+    (second,) = children()
+    assert second != first
+    assert features.lost == 0
+
+
+@pytest.mark.slow
+def test_a_batch_is_stored_once_when_the_process_is_killed_at_work(features: Features) -> None:
+    features.add()
+    features.stored(1)
+    (first,) = children()
+    first.suspend()
+    features.add(3)
+    time.sleep(0.5)
+    first.kill()
+    features.stored(4)
+    assert features.lost == 0
+
+
+def die(connection: Connection, settings: Settings) -> None:
+    """A process that dies of what it gets."""
+    connection.recv()
+    os._exit(3)
+
+
+@pytest.mark.slow
+def test_a_batch_is_lost_and_counted_when_two_processes_die_of_it(
+    features: Features, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(drift_features, "_work", die)
+        features.add(3)
+        until(lambda: features.lost == 3)
+    features.add(2)
+    features.stored(2)
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_is_replaced(features: Features, monkeypatch: pytest.MonkeyPatch) -> None:
+    features.add()
+    features.stored(1)
+    (first,) = children()
+    first.suspend()
+    monkeypatch.setattr(drift_features, "_ANSWER_TIMEOUT_S", 0.2)
+    features.add()
+    until(lambda: not first.is_running())
+    monkeypatch.setattr(drift_features, "_ANSWER_TIMEOUT_S", PATIENCE_S)
+    features.add()
+    until(lambda: len(item_ids(features.store, ONE)) + features.lost == 3)
+    assert len(item_ids(features.store, ONE)) >= 2
+
+
+@pytest.mark.slow
+def test_closing_stores_what_is_queued_and_stops_the_process(features: Features) -> None:
+    features.add(5)
+    features.process.close(PATIENCE_S)
+    assert len(item_ids(features.store, ONE)) == 5
+    assert children() == []
+    assert features.lost == 0
+
+
+@pytest.mark.slow
+def test_closing_gives_up_on_a_process_that_hangs(features: Features) -> None:
+    features.add()
+    features.stored(1)
+    os.kill(children()[0].pid, signal.SIGSTOP)
+    features.add(120)
+    time.sleep(0.3)
+    features.process.close(0.1)
+    assert children() == []
+    assert features.lost in (120, 121)  # the first one too, if the process stopped before it said that it was stored
+
+
+def test_a_version_without_a_text_space_is_asked_once_and_no_process_starts(features: Features) -> None:
+    make_version(features.registry, 2)
+    without = [target(2), Target(VersionId("gone", 1), Format.MERGED)]
+    assert all(map(features.process.wants, without))
+    for each in without:
+        features.add(of=each)
+    until(lambda: not any(map(features.process.wants, without)))
+    assert features.process.wants(ONE)
+    assert (children(), features.lost) == ([], 0)
+
+
+@pytest.mark.slow
+def test_a_version_is_asked_no_more_when_its_text_space_is_damaged(features: Features, tmp_path: Path) -> None:
+    make_version(features.registry, 2, compared=True)
+    (space,) = (features.registry.folder(VersionId(NAME, 2)) / "reference").glob("text_space.npz")
+    space.chmod(0o600)
+    space.write_bytes(b"damaged")
+    features.add(of=target(2))
+    until(lambda: not features.process.wants(target(2)))
+    features.add()
+    features.stored(1)
+
+
+def test_requests_beyond_the_queue_are_dropped_and_counted_without_waiting(
+    features: Features, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drift_features, "_GATHER_S", 30.0)
+    monkeypatch.setattr(drift_features, "MAX_QUEUED", 3)
+    records = features.records(5)
+    began = time.monotonic()
+    features.process.add(records)
+    assert time.monotonic() - began < 0.5
+    assert features.lost == 2
+    monkeypatch.setattr(drift_features, "MAX_QUEUED", 99)
+    monkeypatch.setattr(drift_features, "MAX_QUEUED_BYTES", 3 * records[0].bytes)
+    features.process.add(records)
+    assert features.lost == 7
+
+
+@pytest.mark.slow
+def test_a_request_that_was_forgotten_meanwhile_leaves_no_features(features: Features) -> None:
+    records = [RECORD._replace(request_id="forgotten"), *features.records(1)]
+    features.process.add(records)
+    features.stored(1)
+    (item,) = read_items(features.store, ONE, after=0, newest=9)
+    assert item.item.request_id == "req-0"
