@@ -28,7 +28,9 @@ def rating_sample(pairs: Sequence[tuple[bool, bool]]) -> Sample:
         pairs: whether it is bad, and whether it has a correction.
     """
     columns = {RatingFeature.BAD: [bad for bad, _ in pairs], RatingFeature.CORRECTED: [fixed for _, fixed in pairs]}
-    categories = {name.value: np.array([YES if one else NO for one in values]) for name, values in columns.items()}
+    categories = {
+        name.value: np.array([YES if one else NO for one in values], dtype=np.str_) for name, values in columns.items()
+    }
     return Sample(len(pairs), {}, categories)
 
 
