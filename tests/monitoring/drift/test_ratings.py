@@ -1,0 +1,249 @@
+"""Ratings that get worse are an alarm, whoever gives them and however they come."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydantic import TypeAdapter
+from sqlalchemy import Engine as Store
+
+from monitoring.drift import ratings
+from monitoring.drift.alarms import AlarmBook
+from monitoring.drift.budget import Signal
+from monitoring.drift.ratings import RatingState, accept_ratings, check_ratings, one_a_day
+from monitoring.drift.report import SignalReport, Status
+from svc.errors import RefusedError
+from svc.store.answered import RatedAnswer
+from svc.version import Format, Target, VersionId
+from tests.new_store import new_store
+
+STATE = TypeAdapter(RatingState)
+TARGET = Target(VersionId("triage", 1), Format.GPTQ)
+NOON = datetime(2026, 11, 1, 12, tzinfo=UTC)
+MINUTE, DAY = timedelta(minutes=1), timedelta(days=1)
+
+
+def rated(bad: Sequence[bool], *, first: int = 0, person: str = "", corrected: bool = False) -> list[RatedAnswer]:
+    """Return ratings, one a minute.
+
+    Args:
+        first: number of the first one.
+    """
+    return [
+        RatedAnswer(number, f"req-{number}", person, NOON + number * MINUTE, is_bad, corrected and is_bad)
+        for number, is_bad in enumerate(bad, first)
+    ]
+
+
+def drawn(seed: int, size: int, share: float) -> list[bool]:
+    return [bool(one) for one in np.random.default_rng(seed).random(size) < share]
+
+
+def exactly(bad: int, size: int) -> list[bool]:
+    return [place % (size // bad) == 0 if bad else False for place in range(size)]
+
+
+@dataclass
+class People:
+    """The ratings that are in the store, and the checks of them.
+
+    Attributes:
+        given: of the version.
+        earlier: of the versions before.
+    """
+
+    store: Store
+    given: list[RatedAnswer]
+    earlier: list[RatedAnswer]
+    alarms: AlarmBook
+    state: RatingState
+
+    def check(self, now: datetime | None = None) -> SignalReport:
+        """Make a check, and store its state as JSON."""
+        moment = now or max((rating.given_at for rating in self.given), default=NOON)
+        state, report = check_ratings(self.store, TARGET, self.state, moment, self.alarms)
+        self.state = STATE.validate_json(STATE.dump_json(state))
+        return report
+
+    def give(self, *bad: bool, corrected: bool = False) -> None:
+        self.given += rated(bad, first=len(self.given), corrected=corrected)
+
+    @property
+    def lasting(self) -> list[str]:
+        return list(self.alarms.lasting(Signal.PEOPLE))
+
+
+@pytest.fixture
+def people(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> People:
+    """100 earlier ratings, of which 6 are bad, and none of the version."""
+    store = new_store(tmp_path / "home")
+    people = People(store, [], rated(exactly(6, 96) + [False] * 4), AlarmBook(store, TARGET), RatingState())
+    monkeypatch.setattr(ratings, "read_ratings", lambda *_, newest: people.given[-newest:])
+    monkeypatch.setattr(ratings, "read_earlier_ratings", lambda *_, newest: people.earlier[-newest:])
+    return people
+
+
+def test_the_first_rating_of_a_person_and_day_counts() -> None:
+    first, second, other = rated([True, False, False], person="ada")
+    next_day = RatedAnswer(9, "req-9", "ada", NOON + DAY, bad=False, corrected=False)
+    somebody = RatedAnswer(10, "req-10", "bob", NOON, bad=False, corrected=False)
+    assert one_a_day([first, second, somebody, other, next_day]) == [first, somebody, next_day]
+
+
+def test_all_ratings_count_when_requests_name_no_person() -> None:
+    assert one_a_day(rated([True] * 5)) == rated([True] * 5)
+
+
+def test_a_day_begins_at_midnight_utc() -> None:
+    late = RatedAnswer(1, "req-1", "ada", datetime(2026, 11, 1, 23, 59, tzinfo=UTC), bad=True, corrected=False)
+    early = RatedAnswer(2, "req-2", "ada", datetime(2026, 11, 2, 0, 0, tzinfo=UTC), bad=True, corrected=False)
+    assert one_a_day([late, early]) == [late, early]
+
+
+def test_half_of_bad_ratings_are_mostly_seen_within_60_when_6_percent_were_usual(people: People) -> None:
+    seen = 0
+    for seed in range(20):
+        people.given, people.state, people.alarms = [], RatingState(), AlarmBook(people.store, TARGET)
+        people.give(*drawn(seed, 60, 0.06))
+        assert people.check().status is Status.STEADY
+        people.give(*drawn(seed + 50, 60, 0.5))
+        seen += people.check().status is Status.ALARM
+    assert seen >= 18
+
+
+def test_a_rise_from_6_to_50_percent_is_an_alarm_on_bad_ratings_within_60(people: People) -> None:
+    people.give(*[False] * 20, *exactly(30, 60))
+    assert people.check().status is Status.ALARM
+    assert people.lasting == ["bad_ratings"]
+
+
+def test_more_corrections_are_an_alarm_on_them(people: People) -> None:
+    people.give(*[True, False] * 30, corrected=True)
+    people.check()
+    assert set(people.lasting) == {"bad_ratings", "corrections"}
+
+
+def test_fewer_bad_ratings_are_no_alarm(people: People) -> None:
+    people.earlier = rated(exactly(50, 100))
+    people.give(*[False] * 500)
+    assert people.check().status is Status.STEADY
+    assert people.alarms.changed == []
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_ratings_like_the_earlier_ones_are_no_alarm(people: People, seed: int) -> None:
+    people.give(*drawn(seed, 1_000, 0.06))
+    assert people.check().status is Status.STEADY
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_runs_of_5_ratings_of_one_person_are_no_alarm(people: People, seed: int) -> None:
+    for number, bad in enumerate(drawn(seed, 200, 0.06)):
+        people.given += rated([bad] * 5, first=5 * number, person=f"person {number}")
+    assert people.check().status is Status.STEADY
+    assert people.state.position == 200
+
+
+def test_one_angry_person_is_no_alarm(people: People) -> None:
+    people.given = rated([True] * 200, person="ada")
+    assert people.check().status is Status.STEADY
+    assert people.state.position == 1
+
+
+@pytest.mark.parametrize("size", [1, 7, 33])
+def test_ratings_in_pieces_give_what_they_give_at_once(people: People, size: int, tmp_path: Path) -> None:
+    bad = [*drawn(1, 130, 0.06), *drawn(2, 60, 0.6), *drawn(3, 130, 0.03)]
+    for start in range(0, len(bad), size):
+        people.give(*bad[start : start + size])
+        people.check()
+    in_pieces, alarms = people.state, people.alarms.changed
+    people.state, people.alarms = RatingState(), AlarmBook(people.store, TARGET)
+    people.check()
+    assert alarms[0].ended_at is not None
+    assert (in_pieces, alarms) == (people.state, people.alarms.changed)
+
+
+def test_an_alarm_says_since_when_and_names_bad_answers_and_ends_when_ratings_are_good_again(people: People) -> None:
+    people.give(*[False] * 80, *[True] * 20)
+    people.check()
+    alarm = people.alarms.lasting(Signal.PEOPLE)["bad_ratings"]
+    assert alarm.since == NOON + 80 * MINUTE
+    assert alarm.since < alarm.called_at <= NOON + 90 * MINUTE
+    assert alarm.examples and set(alarm.examples) <= {f"req-{number}" for number in range(80, 100)}
+    people.give(*[False] * 60)
+    assert people.check().status is Status.STEADY
+    ended = people.alarms.changed[0].ended_at
+    assert ended and NOON + 145 * MINUTE <= ended < NOON + 150 * MINUTE  # 50 after the last sign
+
+
+def test_the_first_100_ratings_are_compared_with_when_there_are_no_earlier_ones(people: People) -> None:
+    people.earlier = []
+    people.give(*exactly(9, 99))
+    assert people.check().status is Status.WAITING
+    people.give(False)
+    report = people.check()
+    assert (report.status, report.items, len(people.state.base)) == (Status.WAITING, 0, 100)
+    people.give(*[True] * 20)
+    assert people.check().status is Status.ALARM
+    assert people.state.position == 20
+
+
+def test_ratings_are_compared_with_the_same_ones_when_there_are_more_earlier_ones_later(people: People) -> None:
+    people.give(False)
+    people.check()
+    people.earlier += rated([True] * 300)
+    people.give(False)
+    people.check()
+    assert sum(bad for bad, _ in people.state.base) == 6
+
+
+def test_a_check_without_new_ratings_changes_nothing(people: People) -> None:
+    people.give(*[False] * 80, *[True] * 20)
+    people.check()
+    state, changed = people.state, list(people.alarms.changed)
+    people.check()
+    assert (people.state, people.alarms.changed) == (state, changed)
+
+
+def test_a_check_reports_when_no_answer_was_rated_yet(people: People) -> None:
+    report = people.check()
+    assert (report.status, report.items, report.window, report.lines) == (Status.WAITING, 0, 0, ())
+    assert report.newest_at is None
+
+
+def test_a_check_works_when_all_ratings_were_deleted(people: People) -> None:
+    people.give(*[False] * 20)
+    people.check()
+    people.given = []
+    report = people.check()
+    assert (report.status, report.items, report.window) == (Status.STEADY, 20, 0)
+
+
+def test_later_ratings_count_when_a_clock_was_ahead_for_a_while(people: People) -> None:
+    people.give(*[False] * 10)
+    ahead = RatedAnswer(999, "req-999", "", NOON + 30 * DAY, bad=False, corrected=False)
+    now = people.given[-1].given_at
+    people.given.append(ahead)
+    people.check(now)
+    people.given = [*people.given[:-1], *rated([True] * 20, first=20), ahead]
+    assert people.check(NOON + 40 * MINUTE).status is Status.ALARM
+    assert people.state.position == 31
+
+
+def test_later_ratings_are_compared_with_the_changed_ones_when_the_change_was_accepted(people: People) -> None:
+    people.give(*[False] * 20, *exactly(30, 60))
+    people.check()
+    since = people.alarms.lasting(Signal.PEOPLE)["bad_ratings"].since
+    people.state = accept_ratings(people.store, TARGET, people.state, since)
+    people.alarms.end_all(Signal.PEOPLE, NOON)
+    people.give(*drawn(1, 200, 0.5))
+    assert people.check().status is Status.STEADY
+
+
+def test_a_change_cannot_be_accepted_when_there_are_fewer_than_50_ratings(people: People) -> None:
+    people.give(*[True] * 49)
+    with pytest.raises(RefusedError, match="only 49 ratings"):
+        accept_ratings(people.store, TARGET, people.state, NOON)
