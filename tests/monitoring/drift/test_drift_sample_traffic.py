@@ -50,8 +50,9 @@ def alarms(known: list[ChatExample], reference: list[ChatExample], live: list[Ch
     sampler = PromptSampler(fit_text_space([one.question for one in known], [one.answer for one in known]))
     held, seen = (sampler.sample([Prompt(one.question) for one in part]) for part in (reference, live))
     held_words, seen_words = ([HASHES.words(one.question) for one in part] for part in (reference, live))
-    conversations, times = np.arange(len(live), dtype=np.int64), np.linspace(0.0, 60.0 * len(live), len(live))
-    new = Requests(seen, Sample(seen.size), seen_words, conversations, times)
+    numbers = np.arange(len(live), dtype=np.int64)
+    times = np.asarray(numbers * 60.0, dtype=np.float64)
+    new = Requests(seen, Sample(seen.size), seen_words, numbers, times)
     nothing = new.at(np.zeros(0, dtype=np.intp))
     found = Detector(Baseline(held, held_words, Sample(0))).advance(Watch(), nothing, [], new)
     return [event.feature for event in found.events if event.alarm]
