@@ -126,6 +126,7 @@ class Evidence:
             dependence: the L of this module's docstring.
         """
         there = hits != NOT_THERE
+        self._began[self._money == 0] = position - 1  # no item was bet on yet
         dependence = max(1.0, dependence)
         factors = (1 - STAKES + STAKES * ((hits == HIT) / bounds)[:, None]) ** (1 / dependence)
         self._money = np.where(there[:, None], factors * (self._starting + self._money), self._money)
@@ -183,7 +184,6 @@ class Evidence:
             self._alarms[number] = alarm
             return None
         self._set(number, None)
-        self._began[bets] = position
         return Event(position, self.names[number], None)
 
     def _set(self, number: int, alarm: FeatureAlarm | None) -> None:

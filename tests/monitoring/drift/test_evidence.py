@@ -268,3 +268,9 @@ def test_nothing_is_found_when_there_are_no_bets() -> None:
     nothing = Evidence([], np.zeros(0), THRESHOLD, {})
     assert nothing.add(1, np.zeros(0, np.int8), np.zeros(0), 1.0) == []
     assert (nothing.states(), nothing.strengths()) == ({}, {})
+
+
+def test_an_alarm_names_the_first_item_when_bets_begin_anew_in_a_changed_stream() -> None:
+    """As after a change was accepted: the positions of the stream go on."""
+    watched = Watched(["one"], [BOUND], position=5_000).add(*[(HIT,)] * 20)
+    assert [event.alarm.since for event in watched.events if event.alarm] == [5_001]
