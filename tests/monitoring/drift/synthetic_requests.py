@@ -9,6 +9,7 @@ from svc.drift_reference.sample import NOT_THERE, Floats, Sample
 
 TOPIC_AXES, ANSWER_AXES = 6, 3
 MINUTE = 60.0
+_FORM = np.arange(1_000_000, 1_000_014, dtype=np.int32)
 
 
 def draw_requests(
@@ -21,6 +22,7 @@ def draw_requests(
     answers_longer: float = 1.0,
     cut: float = 0.03,
     repeats: float = 0.0,
+    templated: float = 0.0,
     run: int = 1,
 ) -> Requests:
     """Return requests, one a minute.
@@ -32,6 +34,7 @@ def draw_requests(
         answers_longer: factor of the answers' lengths.
         cut: share of answers that were cut.
         repeats: share of requests with the words of one of the 30 before.
+        templated: share of requests that fill in a form: their words are rare at first and common soon.
         run: successive requests of one topic.
     """
     generator = np.random.default_rng(seed)
@@ -54,6 +57,8 @@ def draw_requests(
     )
     words = [np.sort(generator.choice(1_000_000, 12, replace=False)).astype(np.int32) for _ in range(size)]
     for place in range(1, size):
+        if generator.random() < templated:
+            words[place] = np.concatenate([words[place][:6], _FORM])
         if generator.random() < repeats:
             words[place] = words[generator.integers(max(0, place - 30), place)]
     numbers = np.arange(first, first + size, dtype=np.int64)

@@ -63,7 +63,9 @@ def first_alarm(before: Requests, after: Requests, detector: Detector = DETECTOR
     return event.feature, event.position - before.size
 
 
-CHANGING = draw_requests(2, 250, repeats=0.2, run=4).followed_by(draw_requests(3, 100, first=250, moved=0.8, cut=0.5))
+CHANGING = draw_requests(2, 250, repeats=0.2, templated=0.1, run=4).followed_by(
+    draw_requests(3, 100, first=250, moved=0.8, cut=0.5)
+)
 AT_ONCE = Stream().add(CHANGING)
 
 
@@ -76,7 +78,9 @@ def test_a_stream_in_pieces_gives_what_it_gives_at_once(cuts: list[int]) -> None
 
 
 def test_a_stream_that_is_longer_than_the_memory_gives_in_pieces_what_it_gives_at_once() -> None:
-    long = draw_requests(4, 1_000, run=3, repeats=0.05).followed_by(draw_requests(5, 100, first=1_000, moved=0.8))
+    long = draw_requests(4, 750, repeats=0.05)
+    long = long.followed_by(draw_requests(5, 300, first=750, run=8))  # the dependence grows
+    long = long.followed_by(draw_requests(6, 60, first=1_050, moved=4.0))
     at_once, pieces = Stream(), Stream()
     at_once.add(long)
     pieces.add_in_pieces(long, [830, 831, 1_040])

@@ -104,8 +104,9 @@ def test_a_learned_set_changes_when_the_nearest_item_beyond_the_dependence_does(
     for place in range(500, 540):
         changed = copy(SIMILAR)
         redraw(changed, place - dependence, seed=place)
-        before, after = (CLASSIFIER.learned_hits(similar, place, float(dependence)) for similar in (SIMILAR, changed))
-        changes += any(one.tolist() != other.tolist() for one, other in zip(before, after, strict=True))
+        hits, bounds = CLASSIFIER.learned_hits(SIMILAR, place, float(dependence))
+        other_hits, other_bounds = CLASSIFIER.learned_hits(changed, place, float(dependence))
+        changes += (hits.tolist(), bounds.tolist()) != (other_hits.tolist(), other_bounds.tolist())
     assert changes > 20
 
 
