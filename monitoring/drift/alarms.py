@@ -1,7 +1,7 @@
 """The alarms of a version that a check begins and ends: at most one of each feature lasts at a time."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 
@@ -9,6 +9,7 @@ from pydantic import TypeAdapter
 from sqlalchemy import Engine as Store
 
 from monitoring.drift.budget import Signal
+from monitoring.drift.evidence import FeatureState
 from monitoring.drift.report import Lasting, Line
 from svc.store.drift import DriftAlarm, read_drift_alarms
 from svc.version import Target
@@ -48,6 +49,7 @@ class AlarmBook:
             moved: the feature and how it moved.
             examples: ids of requests that show it.
         """
+        self.end(signal, moved.name, called_at)  # one that lasts though the watch lost its state
         log.warning("%s: %s drift: %s", self._target, signal, moved.name)
         text = MOVED.dump_json(moved).decode("utf-8")
         alarm = DriftAlarm(signal, moved.name, since, called_at, None, text, tuple(examples))
@@ -63,6 +65,12 @@ class AlarmBook:
         if alarm in self.changed:
             self.changed.remove(alarm)
         self.changed.append(replace(alarm, ended_at=time))
+
+    def end_forgotten(self, signal: Signal, states: Mapping[str, FeatureState], time: datetime) -> None:
+        """End the alarms that the watch does not have: another release had other features, or its state was lost."""
+        for feature in self.lasting(signal):
+            if feature not in states or states[feature].alarm is None:
+                self.end(signal, feature, time)
 
     def end_all(self, signal: Signal, time: datetime) -> None:
         """End the alarms of a signal."""

@@ -1,6 +1,6 @@
 """The bets on a stream: sets of values, chosen before an item comes, and the largest share of each that is normal.
 
-A share is normal up to `SLACK` times what the reference may have at most (the upper end of its 68 % Wilson interval):
+A share is normal up to `SLACK` times what the reference may have at most (the upper end of its 90 % Wilson interval):
 day and night, weekends and a growing client change shares of topics and lengths by less, and are no drift. What doubles
 is.
 """
@@ -15,7 +15,7 @@ from monitoring.drift.evidence import HIT, MISS, NOT_THERE, Hits
 from svc.drift_reference import sample
 from svc.drift_reference.sample import Floats, Names, Sample
 
-SLACK = 2.0
+SLACK, SURE = 2.0, 1.64
 _MAX_BOUND = 0.7
 """Beyond it, a set has next to nothing to win."""
 _TAILS = (0.0, 0.02, 0.1)
@@ -38,11 +38,11 @@ class Bet:
     hits: Callable[[Sample], Hits]
 
 
-def upper_share(count: int, size: int, z: float = 1.0) -> float:
+def upper_share(count: int, size: int, z: float) -> float:
     """Return the upper end of the Wilson interval of a share.
 
     Args:
-        z: of the interval; 1 is 68 %.
+        z: of the interval, standard errors.
     """
     share = count / size
     middle = share + z * z / (2 * size)
@@ -83,7 +83,7 @@ def _category_bets(name: str, values: Names) -> list[Bet]:
 
 
 def _bound(count: int, size: int) -> float:
-    return SLACK * upper_share(count, size)
+    return SLACK * upper_share(count, size, SURE)
 
 
 def _below(items: Sample, name: str, limit: float) -> Hits:

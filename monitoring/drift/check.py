@@ -37,6 +37,7 @@ LOCK_FILE: Final = "drift.lock"
 REPORT: Final = TypeAdapter(SignalReport)
 _TRAFFIC_STATE: Final = TypeAdapter(TrafficState)
 _RATING_STATE: Final = TypeAdapter(RatingState)
+_MIN_REFERENCE = 10
 _MAX_READ = 5_000
 """Items that one check takes: after days without a check, the newest."""
 State = TypeVar("State")
@@ -160,13 +161,13 @@ class DriftCheck:
                 alarms.end_all(signal, self._clock())
             watch = replace(state.watch, features={})
             return replace(state, watch=watch), [SignalReport(signal, Status.OFF, off) for signal in SIGNALS]
-        state, reports = check_traffic(bets.detector, state, items, alarms)
+        state, reports = check_traffic(bets.detector, state, items, alarms, self._clock())
         if Signal.OUTPUT not in bets.detector.signals.values():
             reports = [reports[0], SignalReport(Signal.OUTPUT, Status.OFF, bets.missing)]
         return state, reports
 
     def _items(self, target: Target, state: TrafficState) -> list[StoredItem]:
-        """Return the items that count of those that were seen, the newest that were seen, and the new ones, in order."""
+        """Return in order: the items that count, the newest that were seen, and the new ones."""
         kept = read_items_with(self._store, target, state.kept)
         newest = read_items(self._store, target, after=0, newest=_MAX_READ)
         return sorted({item.id: item for item in (*kept, *newest)}.values(), key=lambda item: item.id)
@@ -184,6 +185,9 @@ class DriftCheck:
             return _Bets(target, accepted, Detector(read_baseline(accepted)), reference.missing)
         if reference.prompts is None:
             return _Bets(target, None, None, reference.missing)
+        if reference.prompts.size < _MIN_REFERENCE:
+            few = f"there are too few examples to compare with: {reference.prompts.size}, of at least {_MIN_REFERENCE}"
+            return _Bets(target, None, None, few)
         baseline = Baseline(reference.prompts, reference.words, reference.answers or Sample(0))
         return _Bets(target, None, Detector(baseline), reference.missing)
 

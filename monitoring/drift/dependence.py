@@ -1,38 +1,131 @@
 """How far items of a stream depend on those before them: runs of one topic, one client's bursts, conversations."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
+from svc.drift_reference.sample import Sample
+
 MAX_LAG = 64
 """Items; what depends over more is a change of the stream."""
-_FAR_LAGS = 38
-"""Lags beyond `MAX_LAG`, at which items are as alike as any two."""
-LAGS = MAX_LAG + _FAR_LAGS
+LAGS = MAX_LAG + 38
+"""Lags that are looked at: at those beyond `MAX_LAG`, items are as alike as any two."""
 ROWS = 600
 """Items by which it is judged, all before the newest `MAX_LAG`: a change that begins makes the newest alike."""
-MIN_ROWS = 60
+MIN_ROWS = 25
+_ENOUGH = 226
+"""Items from which all lags are looked at; of fewer, a fifth of them."""
 _SURE = 2.5
-"""Standard errors beyond which items at a lag are more alike."""
+"""Standard errors beyond which items are more alike."""
+_BURST_SHARE = 0.25
+"""More pairs than of the reference that share a feature: then the first items are a burst, or a change, or both."""
 
 
-def dependence(among: NDArray[np.float32], stop: int, conversations: NDArray[np.int64]) -> float | None:
-    """Return within how many items those of a stream depend on each other, at least 1; None of too few.
+class Resemblance:
+    """How alike items are in all that is bet on: half by what prompts are about, half by the features that they share.
 
-    It is the largest lag up to which items are more alike than at lags beyond 64, plus 1, or the size of the
-    conversation that the typical item is part of, whichever is larger.
+    A number is shared that lies in the same quarter of the reference's.
 
     Args:
-        among: how alike items are, of each with those before it.
-        stop: place after the last item that counts.
-        conversations: which conversation each item belongs to.
+        usual: how alike prompts of the reference are, in the mean.
+        references: the samples that features are compared with, prompts' and answers'.
     """
-    stop -= MAX_LAG
-    start = max(LAGS, stop - ROWS)
-    if stop - start < MIN_ROWS:
-        return None
-    rows = np.stack([among[place, place - LAGS : place][::-1] for place in range(start, stop)])
-    more = rows[:, :MAX_LAG] - rows[:, MAX_LAG:].mean(axis=1, keepdims=True)
-    surely = more.mean(axis=0) > _SURE * (more.std(axis=0) / np.sqrt(len(rows)) + 1e-12)
-    lags = MAX_LAG if surely.all() else int(surely.argmin())
-    _, sizes = np.unique(conversations[start:stop], return_counts=True)
-    return float(max(1 + lags, (sizes**2).sum() / sizes.sum()))
+
+    def __init__(self, usual: float, references: Sequence[Sample]) -> None:
+        self._quarters = [
+            {
+                name: np.nanquantile(values, (0.25, 0.5, 0.75))
+                for name, values in sample.numbers.items()
+                if not np.isnan(values).all()
+            }
+            for sample in references
+        ]
+        self._usual = usual
+        self._usually_shared = [float(np.equal.outer(codes, codes).mean()) for codes in self._codes(references)]
+
+    def of(self, similar: NDArray[np.float32], samples: Sequence[Sample]) -> "Resemblances":
+        """Return how alike the items of a stream are.
+
+        Args:
+            similar: what their prompts are about, items by items.
+            samples: prompts and answers.
+        """
+        codes = self._codes(samples)
+        among = similar
+        if codes:
+            shared = np.zeros(similar.shape, dtype=np.float32)
+            for values in codes:
+                shared += np.equal.outer(values, values)
+            among = np.asarray((similar + shared / len(codes)) / 2, dtype=np.float32)
+        return Resemblances(among, similar, codes, self._usual, self._usually_shared)
+
+    def _codes(self, samples: Sequence[Sample]) -> list[NDArray[np.intp]]:
+        """Return a number for each item, by feature: equal ones are shared."""
+        codes = list[NDArray[np.intp]]()
+        for sample, quarters in zip(samples, self._quarters, strict=True):
+            codes += [np.searchsorted(limits, sample.numbers[name]) for name, limits in quarters.items()]
+            codes += [np.unique(values, return_inverse=True)[1] for values in sample.categories.values()]
+        return codes
+
+
+@dataclass(frozen=True)
+class Resemblances:
+    """How alike the items of a stream are, items by items.
+
+    Attributes:
+        among: in all.
+        similar: in what prompts are about.
+        codes: equal where a feature is shared, by feature.
+        usual: `similar` of the reference, in the mean.
+        usually_shared: share of the reference's pairs that share each feature.
+    """
+
+    among: NDArray[np.float32]
+    similar: NDArray[np.float32]
+    codes: Sequence[NDArray[np.intp]]
+    usual: float
+    usually_shared: Sequence[float]
+
+    def dependence(self, stop: int, conversations: NDArray[np.int64]) -> float:
+        """Return within how many items those of a stream depend on each other: 1 to 64; 64 while it cannot be told.
+
+        It is one more than the largest lag up to which items are more alike than at larger lags, or the size of the
+        conversation that the typical item is part of. At the beginning of a stream it can be told from about 60 items
+        on, but not while they are more alike than the reference's: that is a burst, or a change, or both.
+
+        Args:
+            stop: place after the last item that counts.
+            conversations: which conversation each item belongs to.
+        """
+        lag, lags = (MAX_LAG, LAGS) if stop >= _ENOUGH else (stop // 5, stop * LAGS // MAX_LAG // 5)
+        stop -= lag
+        start = max(lags, stop - ROWS)
+        if stop - start < MIN_ROWS:
+            return MAX_LAG
+        rows = np.stack([self.among[place, place - lags : place][::-1] for place in range(start, stop)])
+        near = rows[:, :lag] - rows[:, lag:].mean(axis=1, keepdims=True)
+        surely = near.mean(axis=0) > _SURE * _error(near)
+        depends = lag if surely.all() else int(surely.argmin())
+        if lag < MAX_LAG and (2 * depends > lag or self._is_burst(range(start, stop), lag, lags)):
+            return MAX_LAG
+        _, sizes = np.unique(conversations[start:stop], return_counts=True)
+        return float(min(MAX_LAG, max(1 + depends, (sizes**2).sum() / sizes.sum())))
+
+    def _is_burst(self, places: range, lag: int, lags: int) -> bool:
+        """Return whether items are more alike than the reference's at lags from `lag` to `lags`."""
+        far = np.stack([self.similar[place, place - lags : place - lag].mean() for place in places])
+        # Rows share items: their error is larger than it looks.
+        if far.mean() > self.usual + 2 * _SURE * _error(far):
+            return True
+        shared = [
+            np.mean([(codes[place - lags : place - lag] == codes[place]).mean() for place in places])
+            for codes in self.codes
+        ]
+        return any(found > usual + _BURST_SHARE for found, usual in zip(shared, self.usually_shared, strict=True))
+
+
+def _error(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the standard error of the mean of each column."""
+    return np.asarray(values.std(axis=0) / np.sqrt(len(values)) + 1e-12, dtype=np.float32)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from monitoring.drift.bets import feature_bets, hit_table
 from monitoring.drift.budget import FALSE_ALARMS_PER_REQUEST, SIGNAL_SHARES, Signal
-from monitoring.drift.dependence import LAGS, MAX_LAG, ROWS, dependence
+from monitoring.drift.dependence import LAGS, MAX_LAG, ROWS, Resemblance
 from monitoring.drift.domain_classifier import (
     CLASSIFIER,
     HISTORY,
@@ -21,7 +21,7 @@ from monitoring.drift.domain_classifier import (
     Similarities,
     Singles,
 )
-from monitoring.drift.evidence import NOT_THERE, Event, Evidence, FeatureState, Hits
+from monitoring.drift.evidence import Event, Evidence, FeatureState, Hits
 from monitoring.drift.near_copies import RARITY_REQUESTS, NearCopies, Words
 from svc.drift_reference.sample import Floats, Sample
 
@@ -100,14 +100,14 @@ class Watch:
     Attributes:
         seen: requests.
         kept: of those, no near copies.
-        dependence: within how many kept requests they depend on each other; 0 while nobody knows.
+        dependence: within how many kept requests they depend on each other.
         features: what the bets on each feature show.
         newest_kept: of the newest requests that were seen, which were kept: a digit each, the newest last.
     """
 
     seen: int = 0
     kept: int = 0
-    dependence: float = 0.0
+    dependence: float = MAX_LAG
     features: Mapping[str, FeatureState] = field(default_factory=dict)
     newest_kept: str = ""
 
@@ -141,11 +141,11 @@ class Detector:
         self._words = [baseline.words[place] for place in once]
         self.prompts, self.answers = baseline.prompts.at(np.array(once, dtype=np.intp)), baseline.answers
         self.classifier = DomainClassifier(self.prompts)
+        self._resemblance = Resemblance(self.classifier.usual, (self.prompts, self.answers))
         self._prompt_bets, self._answer_bets = feature_bets(self.prompts), feature_bets(self.answers)
         self._fixed_bounds = np.concatenate(
             [self.classifier.far_bounds, [bet.bound for bet in (*self._prompt_bets, *self._answer_bets)]]
         )
-        self._of_classifier = slice(self.classifier.learned + len(self.classifier.far_bounds))
         self.signals: dict[str, Signal] = {
             CLASSIFIER: Signal.INPUT,
             **dict.fromkeys((bet.feature for bet in self._prompt_bets), Signal.INPUT),
@@ -181,6 +181,7 @@ class Detector:
         similar = Similarities(
             self.classifier.similar(requests.prompts, requests.prompts), self.classifier.similar(requests.prompts)
         )
+        alike = self._resemblance.of(similar.among, (requests.prompts, requests.answers))
         fixed = self._fixed_hits(similar.reference[before.size :], added)
         evidence = Evidence(self._features, self._weights, 1 / FALSE_ALARMS_PER_REQUEST, watch.features)
         events = list[Event]()
@@ -190,11 +191,9 @@ class Detector:
             learned, bounds = self.classifier.learned_hits(similar, place, depends)
             hits = np.concatenate([learned, fixed[place - before.size]])
             bounds = np.concatenate([bounds, self._fixed_bounds])
-            if not depends:  # a burst of one topic at the beginning is far from most of the reference
-                hits[self._of_classifier] = NOT_THERE
-            events += evidence.add(position, hits, bounds, max(1.0, depends))
+            events += evidence.add(position, hits, bounds, depends)
             if position % _JUDGE_EVERY == 0:
-                depends = dependence(similar.among, place + 1, requests.conversations) or depends
+                depends = alike.dependence(place + 1, requests.conversations)
         flags = np.zeros(new.size, dtype=int)
         flags[kept] = 1
         newest = (watch.newest_kept + "".join(map(str, flags)))[-RARITY_REQUESTS:]

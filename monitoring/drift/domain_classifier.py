@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from monitoring.drift.bets import SLACK, upper_share
+from monitoring.drift.bets import SLACK, SURE, upper_share
 from monitoring.drift.evidence import HIT, MISS, NOT_THERE, Hits
 from monitoring.drift.similarity import Similarity, separation, typical
 from svc.drift_reference.sample import Floats, Sample
@@ -57,6 +57,11 @@ class DomainClassifier:
 
     Args:
         reference: prompts with views.
+
+    Attributes:
+        far_bounds: of the fixed sets.
+        learned: bets on learned sets.
+        usual: how alike two prompts of the reference are, in the mean.
     """
 
     def __init__(self, reference: Sample) -> None:
@@ -72,8 +77,9 @@ class DomainClassifier:
             mean, near = float(np.quantile(self._means, share)), float(np.quantile(nearest, share))
             self._limits.append((mean, near))
             counts = ((self._means < mean).sum(), (nearest < near).sum())
-            bounds += [SLACK * upper_share(int(count), len(among)) for count in counts]
+            bounds += [SLACK * upper_share(int(count), len(among), SURE) for count in counts]
         self.far_bounds = np.array(bounds)
+        self.usual = float(self._means.mean())
         self.learned = len(LEARNED_FROM) * len(_LEARNED) * 2
 
     def similar(self, ones: Sample, others: Sample | None = None) -> Singles:
@@ -105,14 +111,11 @@ class DomainClassifier:
 
         Args:
             place: of the item.
-            dependence: within how many items they depend on each other, so that the nearest before it are not learned
-                from; 0 while nobody knows: nothing is bet on then.
+            dependence: within how many items they depend on each other: the nearest before it are not learned from.
         """
         hits, bounds = np.full(self.learned, NOT_THERE, dtype=np.int8), np.ones(self.learned)
-        if not dependence:
-            return hits, bounds
         mean = float(similar.reference[place].mean())
-        stop = place + 1 - max(1, round(dependence))
+        stop = place + 1 - round(dependence)
         for number, size in enumerate(LEARNED_FROM):
             start = stop - size
             history = slice(max(0, start - HISTORY), max(0, start))
@@ -125,8 +128,8 @@ class DomainClassifier:
             score = float(similar.among[place, newest].mean()) - mean
             for which, share in enumerate(_LEARNED):
                 limit = float(np.quantile(expected, 1 - share))
-                usual = upper_share(int((expected > limit).sum()), len(expected))
-                lately = upper_share(int((before > limit).sum()), count)
+                usual = upper_share(int((expected > limit).sum()), len(expected), 1.0)
+                lately = upper_share(int((before > limit).sum()), count, 1.0)
                 at = 2 * (number * len(_LEARNED) + which)
                 hits[at : at + 2] = HIT if score > limit else MISS
                 bounds[at : at + 2] = _LEARNED_SLACK * usual, _STEP_SLACK * max(usual, lately)

@@ -28,7 +28,7 @@ STAKES = np.array([0.35, 0.7])
 _ORDINARY = 2.5
 """Below this times the dependence, a statistic is what it is without a change: misses alone bring it down to 1.9, and
 with factors to the power 1 / L to less than 2.4 times L."""
-_MIN_PATIENCE, _MAX_PATIENCE = 50, 600
+_MIN_PATIENCE, _MAX_PATIENCE = 50, 1_000
 _LASTING = 20.0
 """Money that 1 has to become within the patience, or the alarm ends: odds of 20 to 1 that the change lasts."""
 
@@ -52,11 +52,11 @@ class FeatureAlarm:
     quiet: int = 0
 
     def patience(self, dependence: float) -> float:
-        """Return the items without a sign of the change after which the alarm ends: as many as it took to be called.
+        """Return the items without a sign of the change after which the alarm ends: twice those it took to be called.
 
         Items that depend on each other say less, so the least patience grows with them.
         """
-        return min(max(_MIN_PATIENCE * dependence, self.called - self.since), _MAX_PATIENCE)
+        return min(max(_MIN_PATIENCE * dependence, 2 * (self.called - self.since)), _MAX_PATIENCE)
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,7 +65,7 @@ def check_ratings(
     known = set(state.memory)
     before = [rating for rating in ratings if rating.id in known]
     new = [r for r in ratings if r.id not in known and _micros(r.given_at) > state.cursor]
-    return _Ratings(base, state, before, new).take(max(state.cursor, newest), alarms)
+    return _Ratings(base, state, before, new).take(max(state.cursor, newest), alarms, now)
 
 
 def one_a_day(ratings: Iterable[RatedAnswer]) -> list[RatedAnswer]:
@@ -93,7 +93,7 @@ class _Ratings:
         self._reference, self._sample = rating_sample(base), rating_sample(_pairs(self._ratings))
         self._first = state.position - len(before)
 
-    def take(self, cursor: int, alarms: AlarmBook) -> tuple[RatingState, SignalReport]:
+    def take(self, cursor: int, alarms: AlarmBook, now: datetime) -> tuple[RatingState, SignalReport]:
         bets, state = rating_bets(self._reference), self._state
         weights = np.full(len(bets), SIGNAL_SHARES[Signal.PEOPLE] / len(bets))
         evidence = Evidence([bet.feature for bet in bets], weights, 1 / FALSE_ALARMS_PER_REQUEST, state.features)
@@ -102,6 +102,7 @@ class _Ratings:
             position += 1
             for event in evidence.add(position, hits, bounds, 1.0):
                 self._note(event, alarms)
+        alarms.end_forgotten(Signal.PEOPLE, evidence.states(), now)
         memory = tuple(rating.id for rating in self._ratings[-_SHOWN:])
         state = RatingState(cursor, memory, self._base, position, evidence.states())
         live = self._sample.part(max(0, len(self._ratings) - _SHOWN), len(self._ratings))

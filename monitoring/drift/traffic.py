@@ -45,7 +45,7 @@ class TrafficState:
 
 
 def check_traffic(
-    detector: Detector, state: TrafficState, items: Sequence[StoredItem], alarms: AlarmBook
+    detector: Detector, state: TrafficState, items: Sequence[StoredItem], alarms: AlarmBook, now: datetime
 ) -> tuple[TrafficState, list[SignalReport]]:
     """Take the items that are new; begin and end alarms.
 
@@ -66,6 +66,8 @@ def check_traffic(
     )
     for event in advance.events:
         traffic.note(event, alarms)
+    for signal in SIGNALS:
+        alarms.end_forgotten(signal, advance.watch.features, now)
     cursor = max([state.cursor, *(item.id for item in new)])
     newest = tuple(item.id for item in traffic.items[-MEMORY:])
     reports = [traffic.report(signal, advance.strengths, alarms) for signal in SIGNALS]

@@ -14,6 +14,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -50,7 +51,8 @@ _ANSWER_TIMEOUT_S = 600.0
 """A process that does not answer for so long hangs. On a busy machine its start takes a minute."""
 _PAUSE_S = 10.0
 """After a process died at work, before another one starts."""
-_CLOSE_S = 5.0
+_CLOSE_S = 2.0
+"""For a full queue; no server waits for a process that has just started."""
 _STOP_S = 0.1
 _PRUNED_AFTER = 1_000
 """Stored items of a version."""
@@ -116,12 +118,16 @@ class FeatureProcess:
             self._thread.start()
         self._arrived.set()
 
-    def close(self, timeout_s: float = _CLOSE_S) -> None:
-        """Store what is queued, as far as there is time, and stop the process."""
+    def close(self, timeout_s: float | None = None) -> None:
+        """Store what is queued, as far as there is time, and stop the process.
+
+        Args:
+            timeout_s: default: `_CLOSE_S`.
+        """
         self._closing.set()
         self._arrived.set()
         if self._thread:
-            self._thread.join(timeout_s)
+            self._thread.join(_CLOSE_S if timeout_s is None else timeout_s)
             self._abandoned.set()
             while self._thread.is_alive():
                 if self._process:
@@ -228,8 +234,9 @@ def _work(connection: Connection, settings: Settings) -> None:
     os.nice(_NICENESS)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     maker = _FeatureMaker(settings)
-    while True:
-        connection.send(maker.store(connection.recv()))
+    with suppress(EOFError, BrokenPipeError):  # the parent is gone
+        while True:
+            connection.send(maker.store(connection.recv()))
 
 
 class _FeatureMaker:

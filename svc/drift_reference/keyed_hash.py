@@ -25,7 +25,7 @@ KEY_FILE = "drift.key"
 MAX_WORDS = 512
 """Of a prompt; a page of text has about 250 distinct ones."""
 _KEY_BYTES = 16
-_WORD = re.compile(WORD)
+_WORD = re.compile(rf"{WORD}|\d+")
 
 
 @dataclass(frozen=True, slots=True)

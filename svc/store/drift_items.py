@@ -131,7 +131,7 @@ def prune_items(store: Store, target: Target, keep: Collection[int], newest: int
     return len(old)
 
 
-def _items_of(target: Target) -> Select[DriftItemRow, str, datetime, float | None, str | None]:
+def _items_of(target: Target) -> "Select[DriftItemRow, str, datetime, float | None, str | None]":
     columns = (RequestRow.request_id, RequestRow.started_at, RequestRow.logprob, RequestRow.user_hash)
     joined = select(DriftItemRow, *columns).join(RequestRow, RequestRow.id == DriftItemRow.request)
     return joined.where(is_of(DriftItemRow, target))
@@ -150,7 +150,7 @@ def _columns(target: Target, item: Item, request: int) -> dict[str, object]:
     }
 
 
-def _read(found: Row[DriftItemRow, str, datetime, float | None, str | None]) -> StoredItem:
+def _read(found: "Row[DriftItemRow, str, datetime, float | None, str | None]") -> StoredItem:
     row, request_id, started_at, logprob, user_hash = found
     item = Item(
         request_id,

@@ -15,7 +15,7 @@ from svc.errors import NotFoundError
 from svc.evaluation.results import ExampleResult
 from svc.registry.registry import Registry
 from svc.settings import RequestLogSettings
-from svc.store.drift import DriftAlarm, read_drift_alarms, read_drift_states
+from svc.store.drift import DriftAlarm, keep_drift, read_drift_alarms, read_drift_states
 from svc.version import Format, VersionId
 from tests.monitoring.drift.conftest import Check
 from tests.monitoring.drift.traffic import NOON, Traffic, prompts, register, system_prompt, target
@@ -264,6 +264,28 @@ def test_a_state_of_another_release_begins_anew(check: Check, traffic: Traffic, 
     with store.begin() as connection:
         connection.exec_driver_sql("update drift_states set state = '{\"watch\": 3}'")
     assert check()[Signal.INPUT].items == 20
+
+
+def test_one_alarm_of_a_feature_lasts_when_the_state_of_the_watch_was_lost(
+    check: Check, traffic: Traffic, store: Store
+) -> None:
+    traffic.ask(STRONG[:40])
+    check()
+    with store.begin() as connection:
+        connection.exec_driver_sql("update drift_states set state = '{}'")
+    check()
+    lasting = [alarm.feature for alarm in alarms(store, Signal.INPUT) if alarm.ended_at is None]
+    assert "characters" in lasting
+    assert len(lasting) == len(set(lasting))
+
+
+def test_an_alarm_ends_when_the_watch_does_not_have_its_feature(check: Check, traffic: Traffic, store: Store) -> None:
+    traffic.ask(ALIKE[:40])
+    check()
+    past = DriftAlarm(Signal.INPUT, "of_another_release", NOON, NOON, None, "{}", ())
+    keep_drift(store, target(), [], [past])
+    check()
+    assert [alarm.ended_at for alarm in alarms(store, Signal.INPUT)] == [traffic.now]
 
 
 def test_of_a_system_prompt_nothing_but_a_checksum_is_kept(check: Check, traffic: Traffic, store: Store) -> None:

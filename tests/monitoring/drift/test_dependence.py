@@ -1,13 +1,26 @@
 """How far items depend on each other is seen in how alike neighbours are, and in conversations."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from monitoring.drift.dependence import LAGS, MAX_LAG, MIN_ROWS, dependence
+from monitoring.drift.dependence import MAX_LAG, Resemblances
 
 SIZE = 800
-ENOUGH = LAGS + MIN_ROWS + MAX_LAG
+USUAL = 0.5
+
+
+def dependence(
+    among: NDArray[np.float32],
+    stop: int,
+    conversations: NDArray[np.int64],
+    usual: float,
+    codes: Sequence[NDArray[np.intp]] = (),
+    usually_shared: Sequence[float] = (),
+) -> float:
+    return Resemblances(among, among, codes, usual, usually_shared).dependence(stop, conversations)
 
 
 def similarities(vectors: NDArray[np.float64]) -> NDArray[np.float32]:
@@ -30,64 +43,80 @@ def one_each(size: int = SIZE) -> NDArray[np.int64]:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_independent_items_depend_on_no_other(seed: int) -> None:
-    assert dependence(similarities(runs(1, seed)), SIZE, one_each()) == 1
+    assert dependence(similarities(runs(1, seed)), SIZE, one_each(), USUAL) == 1
 
 
 @pytest.mark.parametrize(("length", "least", "most"), [(5, 4, 6), (20, 14, 22)])
 def test_items_depend_on_each_other_about_as_far_as_runs_are_long(length: int, least: int, most: int) -> None:
-    found = dependence(similarities(runs(length)), SIZE, one_each())
-    assert found is not None and least <= found <= most
+    found = dependence(similarities(runs(length)), SIZE, one_each(), USUAL)
+    assert least <= found <= most
 
 
-def test_the_dependence_is_65_at_most() -> None:
-    assert dependence(similarities(runs(200)), SIZE, one_each()) == MAX_LAG + 1
+def test_the_dependence_is_64_at_most() -> None:
+    assert dependence(similarities(runs(200)), SIZE, one_each(), USUAL) == MAX_LAG
 
 
 def test_interleaved_conversations_of_5_give_about_5() -> None:
     # Eight conversations take turns, and are about anything.
     numbers = np.arange(SIZE, dtype=np.int64)
     conversations = numbers // 40 * 8 + numbers % 8
-    found = dependence(similarities(runs(1)), SIZE, conversations)
+    found = dependence(similarities(runs(1)), SIZE, conversations, USUAL)
     assert found == pytest.approx(5, abs=0.2)
 
 
 def test_one_large_conversation_counts_as_much_as_its_items() -> None:
     conversations = np.concatenate([np.zeros(300, np.int64), np.arange(1, 501, dtype=np.int64)])
-    found = dependence(similarities(runs(1)), SIZE, conversations)
-    assert found is not None and found > 30
+    found = dependence(similarities(runs(1)), SIZE, conversations, USUAL)
+    assert found > 30
 
 
 @pytest.mark.parametrize("changed", [1, MAX_LAG])
 def test_a_change_in_the_newest_64_items_has_no_influence(changed: int) -> None:
     vectors, conversations = runs(1), one_each()
-    before = dependence(similarities(vectors), SIZE, conversations)
+    before = dependence(similarities(vectors), SIZE, conversations, USUAL)
     vectors[-changed:] = 9.0
     conversations[-changed:] = -1
-    assert dependence(similarities(vectors), SIZE, conversations) == before
+    assert dependence(similarities(vectors), SIZE, conversations, USUAL) == before
 
 
 def test_items_after_those_that_count_have_no_influence() -> None:
     vectors = runs(5)
-    before = dependence(similarities(vectors[:600]), 600, one_each(600))
+    before = dependence(similarities(vectors[:600]), 600, one_each(600), USUAL)
     vectors[600:] = 9.0
-    assert dependence(similarities(vectors), 600, one_each()) == before
+    assert dependence(similarities(vectors), 600, one_each(), USUAL) == before
 
 
 def test_items_before_the_memory_have_no_influence() -> None:
     vectors = runs(5, size=1_000)
     among = similarities(vectors)
-    assert dependence(among, 1_000, one_each(1_000)) == dependence(among[200:, 200:], 800, one_each())
+    assert dependence(among, 1_000, one_each(1_000), USUAL) == dependence(among[200:, 200:], 800, one_each(), USUAL)
 
 
-@pytest.mark.parametrize("size", [0, 1, 50, ENOUGH - 1])
-def test_the_dependence_is_unknown_when_there_are_too_few_items(size: int) -> None:
-    assert dependence(similarities(runs(1, size=size)[:size]), size, one_each(size)) is None
+@pytest.mark.parametrize("size", [0, 1, 20, 40])
+def test_a_dependence_of_64_is_assumed_when_there_are_too_few_items(size: int) -> None:
+    assert dependence(similarities(runs(1, size=max(1, size))), size, one_each(size), USUAL) == MAX_LAG
 
 
-def test_the_dependence_is_known_when_there_are_just_enough_items() -> None:
-    assert dependence(similarities(runs(1, size=ENOUGH)), ENOUGH, one_each(ENOUGH)) is not None
+@pytest.mark.parametrize("size", [60, 100, 200])
+def test_independent_items_like_those_of_the_reference_are_known_from_sixty_on(size: int) -> None:
+    usual = float(similarities(runs(1, seed=20, size=200))[np.triu_indices(200, 1)].mean())
+    streams = [similarities(runs(1, seed, size)) for seed in range(10)]
+    assert [dependence(among, size, one_each(size), usual) for among in streams].count(1) >= 8
+
+
+@pytest.mark.parametrize("size", [60, 100, 200])
+def test_a_dependence_of_64_is_assumed_when_all_items_so_far_are_of_one_burst(size: int) -> None:
+    usual = float(similarities(runs(1, seed=2, size=200))[np.triu_indices(200, 1)].mean())
+    assert dependence(similarities(runs(size, size=size)), size, one_each(size), usual) == MAX_LAG
 
 
 def test_identical_items_depend_on_no_other() -> None:
     """A stream of one kind has no runs: neighbours are as alike as any two."""
-    assert dependence(np.ones((SIZE, SIZE), np.float32), SIZE, one_each()) == 1
+    assert dependence(np.ones((SIZE, SIZE), np.float32), SIZE, one_each(), USUAL) == 1
+
+
+def test_a_dependence_of_64_is_assumed_when_the_first_items_share_a_feature_as_the_reference_does_not() -> None:
+    among, usual = similarities(runs(1, size=100)), 0.9
+    label = np.zeros(100, dtype=np.intp)
+    assert dependence(among, 100, one_each(100), usual, [label], [1.0]) == 1
+    assert dependence(among, 100, one_each(100), usual, [label], [0.1]) == MAX_LAG

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from monitoring.drift.budget import FALSE_ALARMS_PER_REQUEST, SIGNAL_SHARES, Signal
+from monitoring.drift.dependence import MAX_LAG
 from monitoring.drift.detector import MEMORY, Advance, Baseline, Detector, Requests, Watch
 from monitoring.drift.domain_classifier import CLASSIFIER
 from monitoring.drift.evidence import Event
@@ -130,17 +131,19 @@ def test_near_copies_in_the_reference_count_once() -> None:
         pytest.param({"cut": 1.0}, {"finish_reason"}, Signal.OUTPUT, id="cut answers"),
     ],
 )
-@pytest.mark.parametrize("before", [0, 20, 300])
 def test_a_clear_shift_is_called_within_12_requests_and_names_what_changed(
-    change: dict[str, float], features: set[str], signal: Signal, before: int
+    change: dict[str, float], features: set[str], signal: Signal
 ) -> None:
-    feature, delay = first_alarm(
-        draw_requests(2, before),
-        draw_requests(3, 40, first=before, **change),  # type: ignore[arg-type]
-    )
+    feature, delay = first_alarm(draw_requests(2, 300), draw_requests(3, 40, first=300, **change))  # type: ignore[arg-type]
     assert feature in features
     assert DETECTOR.signals[feature] is signal
     assert delay <= 12
+
+
+def test_a_shift_from_the_first_request_on_is_called_once_a_burst_is_ruled_out() -> None:
+    feature, delay = first_alarm(draw_requests(2, 0), draw_requests(3, 400, longer=20.0))
+    assert feature == "characters"
+    assert 50 < delay < 260
 
 
 def test_a_small_change_of_topics_is_found() -> None:
@@ -174,8 +177,8 @@ def test_the_dependence_is_that_of_the_stream() -> None:
     assert 4 <= runs.watch.dependence <= 8
 
 
-def test_the_dependence_is_unknown_when_there_are_few_requests() -> None:
-    assert Stream().add(draw_requests(2, 100)).watch.dependence == 0
+def test_requests_may_all_depend_on_each_other_when_there_are_few() -> None:
+    assert Stream().add(draw_requests(2, 50)).watch.dependence == MAX_LAG
 
 
 def no_answers(requests: Requests) -> Requests:
@@ -187,7 +190,7 @@ def test_changed_prompts_are_found_when_neither_side_has_answers(strip: Callable
     detector = Detector(baseline_of(strip(REFERENCE)))
     assert set(detector.signals.values()) == {Signal.INPUT}
     stream = Stream(detector, strip(NOTHING))
-    stream.add(strip(draw_requests(2, 100)).followed_by(strip(draw_requests(3, 30, moved=4.0))))
+    stream.add(strip(draw_requests(2, 300)).followed_by(strip(draw_requests(3, 30, first=300, moved=4.0))))
     assert next(event.feature for event in stream.events) == CLASSIFIER
 
 

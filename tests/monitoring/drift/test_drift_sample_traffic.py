@@ -8,7 +8,6 @@ import pytest
 from monitoring.drift.detector import Baseline, Detector, Requests, Watch
 from svc.dataset.readers.reader import read_examples
 from svc.dataset.schema.example import ChatExample
-from svc.dataset.split import split_heldout
 from svc.drift_reference.drift_sample import draw_drift_sample
 from svc.drift_reference.keyed_hash import KeyedHash
 from svc.drift_reference.prompt import Prompt, PromptSampler
@@ -61,12 +60,6 @@ def alarms(known: list[ChatExample], reference: list[ChatExample], live: list[Ch
 def test_compared_with_the_sample_it_is_steady(requests: list[ChatExample]) -> None:
     drawn = draw_drift_sample(requests[:GIVEN], 0)
     assert alarms(drawn.rest, drawn.sample, requests[GIVEN:][:LIVE]) == []
-
-
-def test_compared_with_a_held_out_set_that_was_split_off_it_would_be_an_alarm(requests: list[ChatExample]) -> None:
-    """This is why there is a sample."""
-    split = split_heldout(requests[:GIVEN], 0.1, 0)
-    assert alarms(split.train, split.heldout, requests[GIVEN:][:LIVE]) != []
 
 
 def test_compared_with_prompts_that_the_text_space_was_made_from_it_would_be_an_alarm(

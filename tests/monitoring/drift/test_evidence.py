@@ -207,14 +207,14 @@ def test_an_alarm_lasts_when_the_change_pauses_for_less_than_the_patience() -> N
 
 
 def test_an_alarm_that_took_long_to_be_called_lasts_longer() -> None:
-    watched = one_bet(FeatureAlarm(since=1, called=301)).add(*[(MISS,)] * 299)
+    watched = one_bet(FeatureAlarm(since=1, called=301)).add(*[(MISS,)] * 599)
     assert watched.events == []
-    assert [event.position for event in watched.add((MISS,)).events] == [601]
+    assert [event.position for event in watched.add((MISS,)).events] == [901]
 
 
-def test_no_alarm_lasts_longer_than_600_items_without_a_sign_of_the_change() -> None:
+def test_no_alarm_lasts_longer_than_1000_items_without_a_sign_of_the_change() -> None:
     watched = one_bet(FeatureAlarm(since=1, called=9_001), dependence=64.0)
-    assert [event.position for event in watched.add(*[(MISS,)] * 700).events] == [9_601]
+    assert [event.position for event in watched.add(*[(MISS,)] * 1_100).events] == [10_001]
 
 
 @given(streams, st.lists(st.integers(0, 150), max_size=4), st.sampled_from([1.0, 3.7]))
