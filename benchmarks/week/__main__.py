@@ -1,0 +1,86 @@
+"""`make bench-week`: run the week, evaluate the alert rules over it, and compare with the expected alerts."""
+
+import logging
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import click
+from rich.table import Table
+
+from benchmarks.week.drift import CHECK_MINUTES, DriftMonitor
+from benchmarks.week.expected import Row, compare, read_expected
+from benchmarks.week.rules import PROMTOOL, Series, evaluate
+from benchmarks.week.server import Server
+from benchmarks.week.timetable import MINUTE_S, moment
+from benchmarks.week.traffic import Clients
+from svc.terminal import console, counting, output
+
+
+@click.command()
+@click.option("--seed", default=1, show_default=True, help="Of the traffic.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Where the tests for promtool stay.")
+@click.option("--promtool", type=click.Path(path_type=Path), default=PROMTOOL, show_default=True)
+def main(seed: int, folder: Path | None, promtool: Path) -> None:
+    """Run a week of traffic; exit with 1 if its alerts are not those of expected.yml."""
+    logging.disable(logging.WARNING)  # each drift alarm is one
+    with TemporaryDirectory(prefix="week") as scratch:
+        tests = (folder or Path(scratch)).absolute()
+        tests.mkdir(parents=True, exist_ok=True)
+        began = time.monotonic()
+        monitor = DriftMonitor(Path(scratch) / "home")
+        series = run_week(seed, monitor)
+        simulated = time.monotonic()
+        console.print(f"the week took {simulated - began:.0f} s; evaluating the rules")
+        rows = compare(read_expected(), evaluate(series, promtool.absolute(), tests))
+        console.print(f"the rules took {time.monotonic() - simulated:.0f} s")
+        for target, alarm in monitor.alarms():
+            ended = moment(alarm.ended_at.timestamp()) if alarm.ended_at else "-"
+            console.print(f"drift: {target} {alarm.signal} from {moment(alarm.called_at.timestamp())} to {ended}")
+    output.print(table(rows))
+    sys.exit(not all(row.as_expected for row in rows))
+
+
+def run_week(seed: int, monitor: DriftMonitor) -> Series:
+    """Return the series of a week."""
+    server, series = Server(), Series()
+    targets = list(server.targets.values())
+    drift = monitor.drift_pages(0, [], targets, [])
+    series.add(server.page() | drift)
+    minutes = list(Clients(seed).minutes())
+    with counting("simulated minutes", len(minutes)) as advance:
+        for minute, arrivals in enumerate(minutes, start=1):
+            page = server.minute((minute - 1) * MINUTE_S, arrivals)
+            if minute % CHECK_MINUTES == 0 or server.holdouts or targets != [*server.targets.values()]:
+                targets = list(server.targets.values())
+                drift = monitor.drift_pages(minute, server.records, targets, server.holdouts)
+                server.records, server.holdouts = [], []
+            series.add(page | drift)
+            advance()
+    return series
+
+
+def table(rows: list[Row]) -> Table:
+    """Return expected and found alerts, side by side."""
+    shown = Table("", "alert", "labels", "must begin", "begins", "must end", "ends", box=None)
+    for row in rows:
+        one = row.found or row.expected
+        assert one is not None
+        labels = ", ".join(value for name, value in one.labels if name != "severity")
+        begins, ends = (
+            [" - ".join(_moment(minute) for minute in pair) for pair in (row.expected.begins, row.expected.ends)]
+            if row.expected
+            else ["", ""]
+        )
+        found = [_moment(row.found.begins), _moment(row.found.ends)] if row.found else ["never", ""]
+        shown.add_row("ok" if row.as_expected else "WRONG", one.alert, labels, begins, found[0], ends, found[1])
+    return shown
+
+
+def _moment(minute: int) -> str:
+    return moment(minute * MINUTE_S)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""The drift checks of the week: the real check, on the rows of the simulated requests, every ten simulated minutes."""
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
+
+from benchmarks.week.events import HOLDOUT_S, Change
+from benchmarks.week.server import EPOCH, Page, page_of
+from benchmarks.week.timetable import MAIN, MODELS, SIDE
+from monitoring.drift.check import DriftCheck
+from monitoring.drift.production import production_targets
+from monitoring.exporter.drift import DriftMetrics
+from svc.settings import RequestLogSettings
+from svc.store.deployments import add_deployment
+from svc.store.desired import change_desired, read_desired
+from svc.store.drift import DriftAlarm, read_drift_alarms
+from svc.store.holdouts import HoldoutOutcome, HoldoutRun, add_holdout_run
+from svc.store.requests import RequestRecord, add_requests
+from svc.version import Format, Target, VersionId
+from tests.monitoring.drift.traffic import open_registry, register
+from tests.new_store import new_store
+from tests.serving.versions import FACTS
+
+CHECK_MINUTES = 10
+_VERSIONS = {MAIN: 2, SIDE: 3}
+"""How many versions a model has; one, where it is not named."""
+
+
+class DriftMonitor:
+    """The part of `svc monitor` that checks, and what it exports.
+
+    Args:
+        home: an empty folder.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self._store = new_store(home)
+        self._registry = open_registry(home)
+        for name in MODELS:
+            for number in range(1, _VERSIONS.get(name, 1) + 1):
+                register(self._registry, number, name=name)
+            add_deployment(self._store, name)
+        self._now = EPOCH
+        self._check = DriftCheck(self._registry, self._store, RequestLogSettings(), clock=lambda: self._now)
+        self._metrics = CollectorRegistry()
+        self._metrics.register(DriftMetrics(self._registry, self._store))
+        self._page: Page = {}
+
+    def drift_pages(
+        self, minute: int, records: Sequence[RequestRecord], targets: Sequence[Target], holdouts: Sequence[Change]
+    ) -> Page:
+        """Store what has happened since the last call, check if it is time, and return the page of this minute.
+
+        Args:
+            records: rows of the request log.
+            targets: what each model serves.
+            holdouts: runs of the held-out set that have ended.
+        """
+        self._now = EPOCH + timedelta(minutes=minute)
+        promoted = self._promote(targets)
+        add_requests(self._store, records)
+        for run in holdouts:
+            self._add_run(run, next(target for target in targets if target.version.name == run.model))
+        checks = promoted or minute % CHECK_MINUTES == 0
+        if checks:
+            for target in production_targets(self._store):
+                self._check.run(target)
+        if checks or holdouts:
+            self._page = page_of(self._metrics.collect())
+        return self._page
+
+    def alarms(self) -> list[tuple[Target, DriftAlarm]]:
+        """Return the drift alarms of all versions, oldest first."""
+        targets = [
+            Target(VersionId(name, number), Format.GPTQ)
+            for name in MODELS
+            for number in range(1, _VERSIONS.get(name, 1) + 1)
+        ]
+        found = [(target, alarm) for target in targets for alarm in read_drift_alarms(self._store, target)]
+        return sorted(found, key=lambda pair: pair[1].called_at)
+
+    def _promote(self, targets: Sequence[Target]) -> bool:
+        promoted = False
+        for target in targets:
+            seen = read_desired(self._store, target.version.name)
+            if seen is None or seen.target != target:
+                change_desired(self._store, seen, target, seen.target if seen else None)
+                promoted = True
+        return promoted
+
+    def _add_run(self, run: Change, target: Target) -> None:
+        """Store a run of the held-out set whose answers are those of the registration."""
+        assert run.holdout is not None
+        registered = self._registry.results(target.version, target.format)
+        ended: datetime = EPOCH + timedelta(seconds=run.at)
+        add_holdout_run(
+            self._store,
+            HoldoutRun(
+                target=target,
+                engine=FACTS,
+                cause=run.holdout,
+                started_at=ended - timedelta(seconds=HOLDOUT_S),
+                ended_at=ended,
+                outcome=HoldoutOutcome.COMPLETED,
+                places=tuple(range(len(registered))),
+                hits=tuple(result.hit for result in registered),
+                nll=tuple(result.nll for result in registered),
+                metric="exact_match",
+                scores=tuple(float(result.hit) for result in registered),
+            ),
+        )

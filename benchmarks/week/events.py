@@ -1,0 +1,131 @@
+"""What happens to the engines of the week, in the order of time: starts, sleeps, swaps and the crash loop."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from benchmarks.week.timetable import (
+    AWAKE_S,
+    BLUE_GREEN_AT,
+    CRASHES_AT,
+    CRASHES_END,
+    DAY_S,
+    DAYS,
+    HOLDOUT_EVERY_S,
+    IDLE_AFTER_S,
+    IN_PLACE_AT,
+    MAIN,
+    ROLLING_AT,
+    SIDE,
+    WAKES,
+    at,
+)
+from svc.engine.state import EngineState
+from svc.store.holdouts import HoldoutCause
+from svc.store.swaps import SwapKind, SwapOutcome, SwapResult
+
+DRAINING, FAILED, IDLE, READY = EngineState.DRAINING, EngineState.FAILED, EngineState.IDLE, EngineState.READY
+RETIRING, STARTING, SWAPPING = EngineState.RETIRING, EngineState.STARTING, EngineState.SWAPPING
+CRASH_S = 30.0
+"""After so long a start dies in the crash loop."""
+BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
+"""As the server's (serving.rollout.reviver)."""
+HOLDOUT_S = 300.0
+"""How long a run of the held-out set takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A change of a model's engines.
+
+    Attributes:
+        states: of its engines from now on; None where they stay.
+        version: that it serves from now on; None where that stays.
+        restarted: an engine starts after it died.
+        swap: a swap ended so.
+        woke_s: an idle model is awake, so many seconds after the request that woke it.
+        holdout: a run of the held-out set ended, for this cause.
+    """
+
+    at: float
+    model: str
+    states: tuple[EngineState, ...] | None = None
+    version: int | None = None
+    restarted: bool = False
+    swap: SwapResult | None = None
+    woke_s: float | None = None
+    holdout: HoldoutCause | None = None
+
+
+def changes() -> list[Change]:
+    """Return all changes of the week."""
+    made = [
+        Change(0.0, MAIN, (READY, READY), version=1),
+        Change(0.0, SIDE, (READY,), version=1),
+        *(Change(0.0, model, (IDLE,), version=1) for model in WAKES),
+        *_in_place(),
+        *_crash_loop(),
+        *_rolling(),
+        *_blue_green(),
+        *(change for model in WAKES for change in _naps(model)),
+    ]
+    made += [
+        Change(begins + HOLDOUT_S, model, holdout=HoldoutCause.SCHEDULE)
+        for model in (MAIN, SIDE)
+        for begins in range(0, DAYS * DAY_S, HOLDOUT_EVERY_S)
+    ]
+    return sorted(made, key=lambda change: change.at)
+
+
+def _in_place() -> Iterator[Change]:
+    yield Change(IN_PLACE_AT, SIDE, (DRAINING,))
+    yield Change(IN_PLACE_AT + 3.4, SIDE, (SWAPPING,))
+    result = SwapResult(SwapOutcome.SUCCEEDED, queued_s=5.0, running=1, queued=1, kind=SwapKind.INPLACE, took_s=6.0)
+    yield Change(IN_PLACE_AT + 5.0, SIDE, (READY,), version=2, swap=result)
+    yield Change(IN_PLACE_AT + 5.0 + HOLDOUT_S, SIDE, holdout=HoldoutCause.SWAP)
+
+
+def _crash_loop() -> Iterator[Change]:
+    """Return deaths and starts: an engine that dies while it starts waits longer each time."""
+    now, failures = float(CRASHES_AT), 0
+    yield Change(now, SIDE, (FAILED,))
+    while True:
+        now += BACKOFF_S[min(failures, len(BACKOFF_S) - 1)]
+        yield Change(now, SIDE, (STARTING,), restarted=True)
+        if now >= CRASHES_END:
+            break
+        now += CRASH_S
+        yield Change(now, SIDE, (FAILED,))
+        failures += 1
+    yield Change(now + 40.0, SIDE, (READY,))
+    yield Change(now + 40.0 + HOLDOUT_S, SIDE, holdout=HoldoutCause.START)
+
+
+def _rolling() -> Iterator[Change]:
+    begins = float(ROLLING_AT)
+    for states in ((DRAINING, READY), (READY, DRAINING)):
+        yield Change(begins, MAIN, states)
+        swapping = (SWAPPING, READY) if states[0] is DRAINING else (READY, SWAPPING)
+        yield Change(begins + 4.0, MAIN, swapping)
+        begins += 6.0
+        yield Change(begins, MAIN, (READY, READY))
+    result = SwapResult(SwapOutcome.SUCCEEDED, running=1, kind=SwapKind.ROLLING, took_s=12.0)
+    yield Change(begins, MAIN, version=2, swap=result)
+    yield Change(begins + HOLDOUT_S, MAIN, holdout=HoldoutCause.SWAP)
+
+
+def _blue_green() -> Iterator[Change]:
+    yield Change(BLUE_GREEN_AT, SIDE, (READY, STARTING))
+    result = SwapResult(SwapOutcome.SUCCEEDED, running=1, kind=SwapKind.BLUEGREEN, took_s=70.0)
+    yield Change(BLUE_GREEN_AT + 70.0, SIDE, (READY, RETIRING), version=3, swap=result)
+    yield Change(BLUE_GREEN_AT + 75.0, SIDE, (READY,))
+    yield Change(BLUE_GREEN_AT + 70.0 + HOLDOUT_S, SIDE, holdout=HoldoutCause.START)
+
+
+def _naps(model: str) -> Iterator[Change]:
+    """Return the starts and sleeps of an idle model: the first request of a time wakes it."""
+    starts_s, moments = WAKES[model]
+    for begins in map(at, moments):
+        yield Change(begins + 1.0, model, (STARTING,))
+        yield Change(begins + 1.0 + starts_s, model, (READY,), woke_s=starts_s)
+        yield Change(begins + 1.0 + starts_s + HOLDOUT_S, model, holdout=HoldoutCause.START)
+        yield Change(begins + AWAKE_S + IDLE_AFTER_S, model, (IDLE,))

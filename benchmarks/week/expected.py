@@ -1,0 +1,73 @@
+"""The alerts that the week must raise, beside those that it raised."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.week.rules import Firing
+from benchmarks.week.server import Labels
+from benchmarks.week.timetable import MINUTE_S, at
+
+FILE = Path(__file__).with_name("expected.yml")
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """An alert of expected.yml.
+
+    Attributes:
+        begins, ends: earliest and latest minute.
+    """
+
+    alert: str
+    labels: Labels
+    begins: tuple[int, int]
+    ends: tuple[int, int]
+    reason: str
+
+    def allows(self, firing: Firing) -> bool:
+        """Return whether it is this alert at its time."""
+        return (
+            (self.alert, self.labels) == (firing.alert, firing.labels)
+            and self.begins[0] <= firing.begins <= self.begins[1]
+            and self.ends[0] <= firing.ends <= self.ends[1]
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A line of the comparison: one of the two may be missing, and both may differ in their times."""
+
+    expected: Expected | None
+    found: Firing | None
+
+    @property
+    def as_expected(self) -> bool:
+        """Return whether the alert fired when it must."""
+        return self.expected is not None and self.found is not None and self.expected.allows(self.found)
+
+
+def read_expected(file: Path = FILE) -> list[Expected]:
+    """Return the list."""
+    return [_expected(entry) for entry in yaml.safe_load(file.read_text("utf-8"))]
+
+
+def compare(expected: list[Expected], found: list[Firing]) -> list[Row]:
+    """Return all of both: an expected alert beside the first one of its name and labels that is as expected, or else
+    beside the first one."""
+    rows, left = list[Row](), list(found)
+    for one in expected:
+        same = [firing for firing in left if (firing.alert, firing.labels) == (one.alert, one.labels)]
+        match = next((firing for firing in same if one.allows(firing)), same[0] if same else None)
+        if match:
+            left.remove(match)
+        rows.append(Row(one, match))
+    return rows + [Row(None, firing) for firing in left]
+
+
+def _expected(entry: dict[str, Any]) -> Expected:
+    begins, ends = (tuple(at(moment) // MINUTE_S for moment in entry[key]) for key in ("begins", "ends"))
+    labels = tuple(sorted(entry["labels"].items()))
+    return Expected(entry["alert"], labels, (begins[0], begins[1]), (ends[0], ends[1]), entry["reason"])
