@@ -19,7 +19,7 @@ TOKENIZERS := .venv/tokenizers/.ready
 GATEWAYS := .venv/peers/.ready
 
 .PHONY: install newest check test test-fast test-matrix soak lock bench-drift bench-gateway bench-start bench-train
-.PHONY: bench-estimate demo serve docs rules clean
+.PHONY: bench-estimate bench-week demo serve docs rules clean
 
 install: $(READY)
 
@@ -100,6 +100,12 @@ bench-train: $(READY)
 # Estimated memory and time of each method beside what training took here: twenty minutes on two idle cores.
 bench-estimate: $(READY)
 	$(BIN)/python -m benchmarks.estimate
+
+# A simulated week of traffic through the alert rules, against the list of its alerts. WEEK=--no-drift leaves out the
+# drift checks, where most of the time goes.
+WEEK ?=
+bench-week: $(READY) $(PROMETHEUS)
+	$(BIN)/python -m benchmarks.week $(WEEK)
 
 demo: $(READY)
 	$(BIN)/python -m examples.demo

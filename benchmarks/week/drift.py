@@ -33,9 +33,11 @@ class DriftMonitor:
 
     Args:
         home: an empty folder.
+        checking: whether traffic is checked for drift; the held-out set is shown in any case.
     """
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, *, checking: bool = True) -> None:
+        self._checking = checking
         self._store = new_store(home)
         self._registry = open_registry(home)
         for name in MODELS:
@@ -45,7 +47,7 @@ class DriftMonitor:
         self._now = EPOCH
         self._check = DriftCheck(self._registry, self._store, RequestLogSettings(), clock=lambda: self._now)
         self._metrics = CollectorRegistry()
-        self._metrics.register(DriftMetrics(self._registry, self._store))
+        self._metrics.register(DriftMetrics(self._registry, self._store, checking=checking))
         self._page: Page = {}
 
     def drift_pages(
@@ -60,14 +62,15 @@ class DriftMonitor:
         """
         self._now = EPOCH + timedelta(minutes=minute)
         promoted = self._promote(targets)
-        add_requests(self._store, records)
+        if self._checking:
+            add_requests(self._store, records)
         for run in holdouts:
             self._add_run(run, next(target for target in targets if target.version.name == run.model))
-        checks = promoted or minute % CHECK_MINUTES == 0
+        checks = self._checking and (promoted or minute % CHECK_MINUTES == 0)
         if checks:
             for target in production_targets(self._store):
                 self._check.run(target)
-        if checks or holdouts:
+        if checks or promoted or holdouts:
             self._page = page_of(self._metrics.collect())
         return self._page
 

@@ -128,11 +128,11 @@ class Clients:
         """Send what begins in this minute; later requests of a session or burst wait for their minute."""
         weight = (1.0 if is_day(now) else NIGHT_RATE) / _WEIGHT_PER_DAY
         for _ in range(self._random.poisson(INDEPENDENT_PER_DAY * weight)):
-            self._ask(self._within(now, MINUTE_S), MAIN, "portal", *self._drawn(now))
+            self._ask(self._within(now, MINUTE_S), MAIN, "portal", *self.draw(now))
         for _ in range(self._random.poisson(SESSIONS_PER_DAY * weight)):
             self._session(now)
         for _ in range(self._random.poisson(SIDE_PER_DAY * weight)):
-            self._ask(self._within(now, MINUTE_S), SIDE, "editor", *self._drawn(now, may_shift=False))
+            self._ask(self._within(now, MINUTE_S), SIDE, "editor", *self.draw(now, may_shift=False))
         if now % DAY_S in [at(f"1 {time}") for time in HEAVY_TIMES] and not is_weekend(now):
             self._burst(now)
         for model, (starts_s, moments) in WAKES.items():
@@ -141,7 +141,7 @@ class Clients:
 
     def _session(self, now: float) -> None:
         """Send near copies of one prompt."""
-        text, section = self._drawn(now)
+        text, section = self.draw(now)
         begins = self._within(now, MINUTE_S)
         for _ in range(self._random.integers(2, 9)):
             self._ask(begins, MAIN, "portal", text, section)
@@ -164,9 +164,9 @@ class Clients:
         times = [now + 1.0, *(self._within(now, starts_s) for _ in range(2))]
         times += [self._within(now + starts_s, AWAKE_S - starts_s) for _ in range(_PER_WAKE - len(times))]
         for begins in times:
-            self._ask(begins, model, "office", *self._drawn(now, may_shift=False))
+            self._ask(begins, model, "office", *self.draw(now, may_shift=False))
 
-    def _drawn(self, now: float, *, may_shift: bool = True) -> tuple[str, str]:
+    def draw(self, now: float, *, may_shift: bool = True) -> tuple[str, str]:
         """Return a prompt of this time of the week, and its section."""
         share = _FIRST_SHARE["weekend" if is_weekend(now) else "day" if is_day(now) else "night"]
         half = len(self._sections) // 2

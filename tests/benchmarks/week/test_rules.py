@@ -1,0 +1,77 @@
+"""The alerts that promtool reports are read as intervals, and compared with the list."""
+
+import pytest
+
+from benchmarks.week.expected import Expected, compare, read_expected
+from benchmarks.week.rules import PARTS, Firing, Series, firings, part_groups
+from benchmarks.week.timetable import at, moment
+from tests.deploy.prometheus_rules import groups
+
+LABELS = (("model", "m"), ("severity", "page"))
+EXPECTED = Expected("SvcEngineDown", LABELS, (10, 12), (20, 22), "its engine is down")
+OUTPUT = """Unit Testing:  week.yml
+  FAILED:
+    expr: "ALERTS{alertstate=\\"firing\\"}", time: 1d2h58m,
+        exp: nil
+        got: {__name__="ALERTS", alertname="SvcDrift", alertstate="firing", job="tuneserve", model="m"} 1E+00
+    expr: "ALERTS{alertstate=\\"firing\\"}", time: 1d3h0m0s,
+        exp: nil
+        got: {__name__="ALERTS", alertname="SvcDrift", alertstate="firing", job="tuneserve", model="m"} 1E+00, \
+{__name__="ALERTS", alertname="SvcDrift", alertstate="firing", job="tuneserve", model="n"} 1E+00
+    expr: "ALERTS{alertstate=\\"firing\\"}", time: 1d3h4m,
+        exp: nil
+        got: {__name__="ALERTS", alertname="SvcDrift", alertstate="firing", job="tuneserve", model="m"} 1E+00
+"""
+
+
+def test_minutes_without_a_gap_are_one_alert() -> None:
+    assert sorted(firings(OUTPUT, 2), key=lambda firing: (firing.labels, firing.begins)) == [
+        Firing("SvcDrift", (("model", "m"),), 1618, 1622),
+        Firing("SvcDrift", (("model", "m"),), 1624, 1626),
+        Firing("SvcDrift", (("model", "n"),), 1620, 1622),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("found", "right"),
+    [
+        ([Firing("SvcEngineDown", LABELS, 11, 21)], [True]),
+        ([], [False]),
+        ([Firing("SvcEngineDown", LABELS, 9, 21)], [False]),
+        ([Firing("SvcEngineDown", LABELS, 11, 23)], [False]),
+        ([Firing("SvcEngineDown", (("model", "n"),), 11, 21)], [False, False]),
+        ([Firing("SvcEngineDown", LABELS, 2, 4), Firing("SvcEngineDown", LABELS, 11, 21)], [True, False]),
+    ],
+)
+def test_an_alert_is_as_expected_only_with_its_labels_at_its_time(found: list[Firing], right: list[bool]) -> None:
+    assert [row.as_expected for row in compare([EXPECTED], found)] == right
+
+
+def test_every_alert_rule_is_in_one_part() -> None:
+    evaluated = [
+        rule["alert"] for part in PARTS for group in part_groups(part) for rule in group["rules"] if "alert" in rule
+    ]
+    assert sorted(evaluated) == sorted(
+        rule["alert"] for group in groups() for rule in group["rules"] if "alert" in rule
+    )
+
+
+def test_a_series_that_leaves_the_page_is_stale_and_counters_that_stay_0_are_left_out() -> None:
+    series = Series()
+    alarm = ("svc_drift_alarm", (("model", "m"),))
+    restarts = ("svc_engine_restarts_total", (("model", "m"),))
+    for page in ({restarts: 0.0}, {alarm: 1.0, restarts: 0.0}, {alarm: 1.0}, {}, {alarm: 0.0}, {}):
+        series.add(page)
+    (line,) = series.lines({"svc_drift_alarm", "svc_engine_restarts_total"})
+    assert line.splitlines()[1].strip() == "values: '_ 1x1 stale 0 stale'"
+
+
+def test_every_expected_alert_exists_and_begins_before_it_ends() -> None:
+    alerts = {rule["alert"] for group in groups() for rule in group["rules"] if "alert" in rule}
+    for one in read_expected():
+        assert one.alert in alerts
+        assert one.begins[0] <= one.begins[1] < one.ends[0] <= one.ends[1]
+
+
+def test_a_moment_is_read_as_it_is_written() -> None:
+    assert moment(at("3 11:25")) == "3 11:25"
