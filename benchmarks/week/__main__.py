@@ -37,14 +37,14 @@ def main(seed: int, folder: Path | None, promtool: Path, *, drift: bool) -> None
         series = run_week(seed, monitor)
         simulated = time.monotonic()
         console.print(f"the week took {simulated - began:.0f} s; evaluating the rules")
+        for target, alarm in monitor.alarms():
+            ended = moment(alarm.ended_at.timestamp()) if alarm.ended_at else "-"
+            console.print(f"drift: {target} {alarm.signal} from {moment(alarm.called_at.timestamp())} to {ended}")
         rows = compare(
             [one for one in read_expected() if drift or one.alert != DRIFT],
             evaluate(series, promtool.absolute(), tests),
         )
         console.print(f"the rules took {time.monotonic() - simulated:.0f} s")
-        for target, alarm in monitor.alarms():
-            ended = moment(alarm.ended_at.timestamp()) if alarm.ended_at else "-"
-            console.print(f"drift: {target} {alarm.signal} from {moment(alarm.called_at.timestamp())} to {ended}")
     output.print(table(rows))
     sys.exit(not all(row.as_expected for row in rows))
 

@@ -1,7 +1,8 @@
 """The alert rules over the week's pages, evaluated by promtool.
 
-The rules are those of deploy/prometheus/rules, word by word, in two parts that run at the same time: those of the
-service level objectives, which look back three days and have no `for`, every two minutes, and all others every minute.
+The rules are those of deploy/prometheus/rules, word by word. Those of the service level objectives, which look back
+three days and have no `for`, are evaluated every two minutes and for each model by itself: a query of promtool's tests
+loads at most 10,000 samples, and three days are 4,320 per series. All others are evaluated every minute.
 """
 
 import os
@@ -10,6 +11,7 @@ import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -17,17 +19,17 @@ from typing import Any
 import yaml
 
 from benchmarks.week.server import Labels, Page
+from benchmarks.week.timetable import MAIN, MODELS
 from svc.errors import SvcError
-from tests.deploy.prometheus_rules import groups, read_by, rules
+from tests.deploy.prometheus_rules import groups
 
 PROMTOOL = Path(".venv") / "prometheus" / "bin" / "promtool"
 TARGET = (("instance", "127.0.0.1:9464"), ("job", "tuneserve"), ("namespace", "production"))
-PARTS = {"slo": 2, "others": 1}
-"""Minutes between two evaluations."""
 _SLO_ALERTS = "tuneserve_slo"
 _LAG = "svc_event_loop_lag_seconds_bucket"
 """The only histogram that an alert reads all buckets of."""
 _COUNTERS = ("_total", "_count", "_bucket")
+_PROCESSES = 2
 _FIRING = 'ALERTS{alertstate="firing"}'
 _TIME = re.compile(r'^    expr: "ALERTS.*", time: (?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:0s)?,$', re.MULTILINE)
 _ALERT = re.compile(r'\{__name__="ALERTS", ([^}]*)\} 1E\+00')
@@ -49,12 +51,44 @@ class Firing:
     ends: int
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Alerts that one run of promtool evaluates.
+
+    Attributes:
+        step: minutes between two evaluations.
+        model: whose service level objectives; None for all other alerts.
+    """
+
+    name: str
+    step: int
+    model: str | None = None
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """Return the groups of alerts, and those of the recording rules that they read, before them."""
+        is_slo = self.model is not None
+        alerts = [
+            group for group in groups() if "alert" in group["rules"][0] and (group["name"] == _SLO_ALERTS) is is_slo
+        ]
+        names = read(alerts)
+        return [group for group in all_groups() if any(rule.get("record") in names for rule in group["rules"])] + alerts
+
+    def has(self, labels: Labels) -> bool:
+        """Return whether it reads a series with these labels; requests of no model are with those of the main one."""
+        model = dict(labels).get("model")
+        return self.model is None or self.model == (model if model in MODELS else MAIN)
+
+
+PARTS = (Part("others", 1), *(Part(f"slo_{model}", 2, model) for model in MODELS))
+
+
 class Series:
     """The samples of the week that an alert rule reads, one per series and minute."""
 
     def __init__(self) -> None:
-        self._read = read(groups())
-        self._buckets = set(re.findall(r'le="([^"]+)"', " ".join(rule["expr"] for rule in rules("record"))))
+        self._read = read(all_groups())
+        self._buckets = set(re.findall(r'le="([^"]+)"', str(all_groups())))
         self._values: dict[tuple[str, Labels], list[str]] = {}
         self.minutes = 0
 
@@ -71,13 +105,14 @@ class Series:
             values.append(f"{value:.10g}")
         self.minutes += 1
 
-    def lines(self, read: set[str]) -> Iterator[str]:
-        """Return the series of these names as promtool reads them. Runs of one value are written once.
+    def lines(self, part: Part) -> Iterator[str]:
+        """Return the series of a part as promtool reads them. Runs of one value are written once.
 
         Counters that stay 0 are left out: no alert fires for them, and they are most of the series.
         """
+        names = read(part.groups)
         for (name, labels), values in self._values.items():
-            if name not in read or (name.endswith(_COUNTERS) and set(values) == {"0"}):
+            if name not in names or not part.has(labels) or (name.endswith(_COUNTERS) and set(values) == {"0"}):
                 continue
             ended = ["stale"] if len(values) < self.minutes else []
             runs = ((value, len(list(run)) - 1) for value, run in groupby([*values, *ended]))
@@ -91,36 +126,34 @@ class Series:
         )
 
 
+@cache
+def all_groups() -> list[dict[str, Any]]:
+    """Return the groups of deploy/prometheus/rules; to parse them takes half a second."""
+    return groups()
+
+
 def read(rule_groups: Iterable[dict[str, Any]]) -> set[str]:
-    """Return the names that the alerts of some groups read, those of recorded series among them."""
-    return set[str]().union(
-        *(read_by(rule["expr"]) for group in rule_groups for rule in group["rules"] if "alert" in rule)
-    )
+    """Return all words of the alerts of some groups, and of the recording rules that they read: series are among them."""
+    recorded = {rule["record"]: rule["expr"] for group in all_groups() for rule in group["rules"] if "record" in rule}
+    expressions = [rule["expr"] for group in rule_groups for rule in group["rules"] if "alert" in rule]
+    names = set[str]()
+    while expressions:
+        new = set(re.findall(r"[\w:]+", expressions.pop())) - names
+        names |= new
+        expressions += [recorded[name] for name in new & set(recorded)]
+    return names
 
 
-def part_groups(part: str) -> list[dict[str, Any]]:
-    """Return the alerts of a part, and the recording rules that they read, before them."""
-    alerts = [
-        group
-        for group in groups()
-        if "alert" in group["rules"][0] and (group["name"] == _SLO_ALERTS) is (part == "slo")
-    ]
-    names = read(alerts)
-    recorded = [group for group in groups() if any(rule.get("record") in names for rule in group["rules"])]
-    return recorded + alerts
-
-
-def write_test(series: Series, part: str, folder: Path) -> Path:
+def write_test(series: Series, part: Part, folder: Path) -> Path:
     """Write a test of promtool that asks at each evaluation which alerts fire."""
-    rule_groups, step = part_groups(part), PARTS[part]
-    rule_file, file = folder / f"{part}_rules.yml", folder / f"{part}.yml"
-    rule_file.write_text(yaml.safe_dump({"groups": rule_groups}, width=1_000), "utf-8")
+    rule_file, file = folder / f"{part.name}_rules.yml", folder / f"{part.name}.yml"
+    rule_file.write_text(yaml.safe_dump({"groups": part.groups}, width=1_000), "utf-8")
     with file.open("w", encoding="utf-8") as test:
-        test.write(f"rule_files: [{rule_file}]\nevaluation_interval: {step}m\n")
+        test.write(f"rule_files: [{rule_file}]\nevaluation_interval: {part.step}m\n")
         test.write("tests:\n  - interval: 1m\n    input_series:\n")
-        test.writelines(series.lines(read(rule_groups)))
+        test.writelines(series.lines(part))
         test.write("    promql_expr_test:\n")
-        minutes = range(0, series.minutes, step)
+        minutes = range(0, series.minutes, part.step)
         test.writelines(f"      - {{expr: '{_FIRING}', eval_time: {minute}m}}\n" for minute in minutes)
     return file
 
@@ -131,8 +164,8 @@ def evaluate(series: Series, promtool: Path, folder: Path) -> list[Firing]:
     Raises:
         SvcError: promtool cannot evaluate the rules.
     """
-    with ThreadPoolExecutor(len(PARTS)) as pool:
-        parts = list(pool.map(lambda part: _evaluate(promtool, write_test(series, part, folder), PARTS[part]), PARTS))
+    with ThreadPoolExecutor(_PROCESSES) as pool:
+        parts = list(pool.map(lambda part: _evaluate(promtool, write_test(series, part, folder), part.step), PARTS))
     return sorted((firing for part in parts for firing in part), key=lambda firing: (firing.begins, firing.alert))
 
 
@@ -140,7 +173,7 @@ def _evaluate(promtool: Path, file: Path, step: int) -> list[Firing]:
     environment = os.environ | {"GOGC": "400", "GOMAXPROCS": "1"}
     done = subprocess.run([promtool, "test", "rules", file], env=environment, capture_output=True, text=True)
     output = done.stdout + done.stderr
-    if ("SUCCESS" in output) is (done.returncode != 0) or ("FAILED" in output and not _ALERT.search(output)):
+    if " err: " in output or (done.returncode != 0 and not _ALERT.search(output)):
         raise SvcError(f"promtool failed: {output[:2000]}", expected="a result", todo=f"read {file}")
     return firings(output, step)
 
