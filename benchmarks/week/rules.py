@@ -133,7 +133,7 @@ def all_groups() -> list[dict[str, Any]]:
 
 
 def read(rule_groups: Iterable[dict[str, Any]]) -> set[str]:
-    """Return all words of the alerts of some groups, and of the recording rules that they read: series are among them."""
+    """Return all words of the alerts of some groups and of the rules that they read: names of series are among them."""
     recorded = {rule["record"]: rule["expr"] for group in all_groups() for rule in group["rules"] if "record" in rule}
     expressions = [rule["expr"] for group in rule_groups for rule in group["rules"] if "alert" in rule]
     names = set[str]()
@@ -150,10 +150,12 @@ def write_test(series: Series, part: Part, folder: Path) -> Path:
     rule_file.write_text(yaml.safe_dump({"groups": part.groups}, width=1_000), "utf-8")
     with file.open("w", encoding="utf-8") as test:
         test.write(f"rule_files: [{rule_file}]\nevaluation_interval: {part.step}m\n")
+        order = ", ".join(group["name"] for group in part.groups)  # promtool does not know what reads what is recorded
+        test.write(f"group_eval_order: [{order}]\n")
         test.write("tests:\n  - interval: 1m\n    input_series:\n")
         test.writelines(series.lines(part))
         test.write("    promql_expr_test:\n")
-        minutes = range(0, series.minutes, part.step)
+        minutes = range(0, series.minutes - 1, part.step)  # the last page is the week's end
         test.writelines(f"      - {{expr: '{_FIRING}', eval_time: {minute}m}}\n" for minute in minutes)
     return file
 
@@ -186,7 +188,7 @@ def firings(output: str, step: int) -> list[Firing]:
     """
     minutes: dict[tuple[str, Labels], list[int]] = {}
     parts = _TIME.split(output)
-    for days, hours, rest, text in zip(parts[1::4], parts[2::4], parts[3::4], parts[4::4], strict=True):
+    for days, hours, rest, text in zip(*(parts[start::4] for start in range(1, 5)), strict=True):
         minute = int(days or 0) * 1440 + int(hours or 0) * 60 + int(rest or 0)
         for inside in _ALERT.findall(text):
             labels = {name: value for name, value in _LABEL.findall(inside) if name != "alertstate"}
