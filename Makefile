@@ -105,7 +105,7 @@ bench-estimate: $(READY)
 # drift checks, where most of the time goes.
 WEEK ?=
 bench-week: $(READY) $(PROMETHEUS)
-	$(BIN)/python -m benchmarks.week $(WEEK)
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m benchmarks.week $(WEEK)
 
 demo: $(READY)
 	$(BIN)/python -m examples.demo

@@ -43,7 +43,8 @@ _WEIGHT_PER_DAY = 14 * 60 + 10 * 60 * NIGHT_RATE
 """Minutes of a day, those of the night at their rate."""
 _FIRST_SHARE = {"day": 0.5, "night": 0.7, "weekend": 0.9}
 """Of the first half of the sections, in alphabetical order."""
-_RIGHT = 0.75
+_RIGHT, _WRONG = 0.75, "libs"
+"""As many answers are right as of the registered ones; all others are this section, as there."""
 _PER_WAKE = 25
 
 
@@ -201,7 +202,7 @@ class Clients:
             reason = ErrorCode.CLIENT_GONE
         elif reason is None and fate < ENGINE_ERRORS + CLIENTS_GONE + CLIENTS_SLOW:
             reason = ErrorCode.CLIENT_SLOW
-        answered = section if self._random.random() < _RIGHT else self._one_of(self._sections)
+        answered = section if self._random.random() < _RIGHT else _WRONG
         first_token = float(self._random.lognormal(np.log(0.15), 0.5))
         gaps = self._random.lognormal(np.log(0.02), 0.4, TOKENS - 1)
         if self._random.random() < 0.005:  # beside a long prompt of another request
