@@ -4,6 +4,7 @@ import pytest
 
 from benchmarks.week.expected import Expected, compare, read_expected
 from benchmarks.week.rules import PARTS, Firing, Series, firings
+from benchmarks.week.server import Page
 from benchmarks.week.timetable import MODELS, at, moment
 from tests.deploy.prometheus_rules import groups
 
@@ -61,7 +62,8 @@ def test_a_series_that_leaves_the_page_is_stale_and_counters_that_stay_0_are_lef
     series = Series()
     alarm = ("svc_drift_alarm", (("model", "m"),))
     restarts = ("svc_engine_restarts_total", (("model", "m"),))
-    for page in ({restarts: 0.0}, {alarm: 1.0, restarts: 0.0}, {alarm: 1.0}, {}, {alarm: 0.0}, {}):
+    pages: tuple[Page, ...] = ({restarts: 0.0}, {alarm: 1.0, restarts: 0.0}, {alarm: 1.0}, {}, {alarm: 0.0}, {})
+    for page in pages:
         series.add(page)
     (line,) = series.lines(PARTS[0])
     assert line.splitlines()[1].strip() == "values: '_ 1x1 stale 0 stale'"
