@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from datetime import datetime, timedelta
+from functools import cache
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
@@ -12,10 +13,14 @@ from benchmarks.week.timetable import MAIN, MODELS, SIDE
 from monitoring.drift.check import DriftCheck
 from monitoring.drift.production import production_targets
 from monitoring.exporter.drift import DriftMetrics
+from svc.drift_reference.item import ItemMaker
+from svc.drift_reference.reference import read_reference
+from svc.redaction import Redactor
 from svc.settings import RequestLogSettings
 from svc.store.deployments import add_deployment
 from svc.store.desired import change_desired, read_desired
 from svc.store.drift import DriftAlarm, read_drift_alarms
+from svc.store.drift_items import add_items
 from svc.store.holdouts import HoldoutOutcome, HoldoutRun, add_holdout_run
 from svc.store.requests import RequestRecord, add_requests
 from svc.version import Format, Target, VersionId
@@ -45,6 +50,7 @@ class DriftMonitor:
                 register(self._registry, number, name=name)
             add_deployment(self._store, name)
         self._now = EPOCH
+        self._maker = cache(lambda target: ItemMaker(read_reference(self._registry, target, Redactor(()))))
         self._check = DriftCheck(self._registry, self._store, RequestLogSettings(), clock=lambda: self._now)
         self._metrics = CollectorRegistry()
         self._metrics.register(DriftMetrics(self._registry, self._store, checking=checking))
@@ -62,8 +68,9 @@ class DriftMonitor:
         """
         self._now = EPOCH + timedelta(minutes=minute)
         promoted = self._promote(targets)
-        if self._checking:
-            add_requests(self._store, records)
+        if self._checking and records:
+            add_requests(self._store, [record._replace(prompt=None, answer=None) for record in records])
+            self._add_items(records)
         for run in holdouts:
             self._add_run(run, next(target for target in targets if target.version.name == run.model))
         checks = self._checking and (promoted or minute % CHECK_MINUTES == 0)
@@ -83,6 +90,15 @@ class DriftMonitor:
         ]
         found = [(target, alarm) for target in targets for alarm in read_drift_alarms(self._store, target)]
         return sorted(found, key=lambda pair: pair[1].called_at)
+
+    def _add_items(self, records: Sequence[RequestRecord]) -> None:
+        """Store the features of good answers, as a server does."""
+        by_target = dict[Target, list[RequestRecord]]()
+        for record in records:
+            if record.status == 200 and record.version and record.format and record.prompt is not None:
+                by_target.setdefault(Target(record.version, record.format), []).append(record)
+        for target, found in by_target.items():
+            add_items(self._store, target, self._maker(target).make(found))
 
     def _promote(self, targets: Sequence[Target]) -> bool:
         promoted = False

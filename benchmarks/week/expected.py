@@ -57,7 +57,7 @@ def read_expected(file: Path = FILE) -> list[Expected]:
 def compare(expected: list[Expected], found: list[Firing]) -> list[Row]:
     """Return all of both: an expected alert beside the first one of its name and labels that is as expected, or else
     beside the first one."""
-    rows, left = list[Row](), list(found)
+    rows, left = list[Row](), one_of_features(found)
     for one in expected:
         same = [firing for firing in left if (firing.alert, firing.labels) == (one.alert, one.labels)]
         match = next((firing for firing in same if one.allows(firing)), same[0] if same else None)
@@ -65,6 +65,23 @@ def compare(expected: list[Expected], found: list[Firing]) -> list[Row]:
             left.remove(match)
         rows.append(Row(one, match))
     return rows + [Row(None, firing) for firing in left]
+
+
+def one_of_features(found: list[Firing]) -> list[Firing]:
+    """Return the alerts without the label `feature`: those of several features at the same time are one.
+
+    Which features show a change is not foretold.
+    """
+    merged = dict[tuple[str, Labels], list[Firing]]()
+    for firing in sorted(found, key=lambda one: one.begins):
+        labels = tuple(label for label in firing.labels if label[0] != "feature")
+        same = merged.setdefault((firing.alert, labels), [])
+        if same and same[-1].ends >= firing.begins:
+            last = same.pop()
+            same.append(Firing(firing.alert, labels, last.begins, max(last.ends, firing.ends)))
+        else:
+            same.append(Firing(firing.alert, labels, firing.begins, firing.ends))
+    return [firing for firings in merged.values() for firing in firings]
 
 
 def _expected(entry: dict[str, Any]) -> Expected:

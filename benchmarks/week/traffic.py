@@ -89,13 +89,12 @@ class Prompts:
 
 @cache
 def read_prompts() -> Prompts:
-    """Return the prompts of benchmarks/drift; sections.txt has the section of each line of in_distribution.jsonl."""
-    lines = (STREAMS / "in_distribution.jsonl").read_text("utf-8").splitlines()
-    texts = [json.loads(line)["prompt"] for line in lines]
-    sections = (FOLDER / "sections.txt").read_text("utf-8").split()
+    """Return the prompts of benchmarks/drift."""
+    alike = [json.loads(line) for line in (STREAMS / "in_distribution.jsonl").read_text("utf-8").splitlines()]
+    texts = [row["prompt"] for row in alike]
     by_section = {
-        name: tuple(text for text, section in zip(texts, sections, strict=True) if section == name)
-        for name in sorted(set(sections))
+        name: tuple(row["prompt"] for row in alike if row["section"] == name)
+        for name in sorted({row["section"] for row in alike})
     }
     rows = [json.loads(line) for line in (STREAMS / "shifted.jsonl").read_text("utf-8").splitlines()]
     shifted = tuple(row["prompt"] for row in rows if row["grade"] == "strong")
