@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from svc.drift_reference.sample import Sample
+from svc.drift_reference.sample import NOT_THERE, Floats, Names, Sample
 
 MAX_LAG = 64
 """Items; what depends over more is a change of the stream."""
@@ -15,7 +15,7 @@ LAGS = MAX_LAG + 38
 ROWS = 600
 """Items by which it is judged, all before the newest `MAX_LAG`: a change that begins makes the newest alike."""
 MIN_ROWS = 25
-_ENOUGH = 226
+ENOUGH = 226
 """Items from which all lags are looked at; of fewer, a fifth of them."""
 _SURE = 2.5
 """Standard errors beyond which items are more alike."""
@@ -65,8 +65,11 @@ class Resemblance:
         """Return a number for each item, by feature: equal ones are shared."""
         codes = list[NDArray[np.intp]]()
         for sample, quarters in zip(samples, self._quarters, strict=True):
-            codes += [np.searchsorted(limits, sample.numbers[name]) for name, limits in quarters.items()]
-            codes += [np.unique(values, return_inverse=True)[1] for values in sample.categories.values()]
+            for name, limits in quarters.items():
+                values = sample.numbers[name]
+                codes.append(np.where(np.isnan(values), _none_alike(values), np.searchsorted(limits, values)))
+            for names in sample.categories.values():
+                codes.append(np.where(names == NOT_THERE, _none_alike(names), np.unique(names, return_inverse=True)[1]))
         return codes
 
 
@@ -88,7 +91,7 @@ class Resemblances:
     usual: float
     usually_shared: Sequence[float]
 
-    def dependence(self, stop: int, conversations: NDArray[np.int64]) -> float:
+    def dependence(self, first: int, stop: int, conversations: NDArray[np.int64]) -> float:
         """Return within how many items those of a stream depend on each other: 1 to 64; 64 while it cannot be told.
 
         It is one more than the largest lag up to which items are more alike than at larger lags, or the size of the
@@ -96,12 +99,13 @@ class Resemblances:
         on, but not while they are more alike than the reference's: that is a burst, or a change, or both.
 
         Args:
-            stop: place after the last item that counts.
+            first, stop: places of the first item that counts, and after the last one.
             conversations: which conversation each item belongs to.
         """
-        lag, lags = (MAX_LAG, LAGS) if stop >= _ENOUGH else (stop // 5, stop * LAGS // MAX_LAG // 5)
+        count = stop - first
+        lag, lags = (MAX_LAG, LAGS) if count >= ENOUGH else (count // 5, count * LAGS // MAX_LAG // 5)
         stop -= lag
-        start = max(lags, stop - ROWS)
+        start = max(first + lags, stop - ROWS)
         if stop - start < MIN_ROWS:
             return MAX_LAG
         rows = np.stack([self.among[place, place - lags : place][::-1] for place in range(start, stop)])
@@ -124,6 +128,11 @@ class Resemblances:
             for codes in self.codes
         ]
         return any(found > usual + _BURST_SHARE for found, usual in zip(shared, self.usually_shared, strict=True))
+
+
+def _none_alike(values: Floats | Names) -> NDArray[np.intp]:
+    """Return a code for each item that no other has: what is not there is not shared."""
+    return -1 - np.arange(len(values))
 
 
 def _error(values: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from monitoring.drift.bets import feature_bets, hit_table
 from monitoring.drift.budget import FALSE_ALARMS_PER_REQUEST, SIGNAL_SHARES, Signal
-from monitoring.drift.dependence import LAGS, MAX_LAG, ROWS, Resemblance
+from monitoring.drift.dependence import ENOUGH, LAGS, MAX_LAG, ROWS, Resemblance
 from monitoring.drift.domain_classifier import (
     CLASSIFIER,
     HISTORY,
@@ -101,6 +101,7 @@ class Watch:
         seen: requests.
         kept: of those, no near copies.
         dependence: within how many kept requests they depend on each other.
+        steady_since: position of the last kept request during an alarm; 0 where there was none.
         features: what the bets on each feature show.
         newest_kept: of the newest requests that were seen, which were kept: a digit each, the newest last.
     """
@@ -108,6 +109,7 @@ class Watch:
     seen: int = 0
     kept: int = 0
     dependence: float = MAX_LAG
+    steady_since: int = 0
     features: Mapping[str, FeatureState] = field(default_factory=dict)
     newest_kept: str = ""
 
@@ -185,19 +187,22 @@ class Detector:
         fixed = self._fixed_hits(similar.reference[before.size :], added)
         evidence = Evidence(self._features, self._weights, 1 / FALSE_ALARMS_PER_REQUEST, watch.features)
         events = list[Event]()
-        position, depends = watch.kept, watch.dependence
+        position, depends, steady_since = watch.kept, watch.dependence, watch.steady_since
         for place in range(before.size, requests.size):
             position += 1
             learned, bounds = self.classifier.learned_hits(similar, place, depends)
             hits = np.concatenate([learned, fixed[place - before.size]])
             bounds = np.concatenate([bounds, self._fixed_bounds])
             events += evidence.add(position, hits, bounds, depends)
-            if position % _JUDGE_EVERY == 0:
-                depends = alike.dependence(place + 1, requests.conversations)
+            if evidence.in_alarm:  # what has changed is alike: that is no dependence
+                steady_since = position
+            steady = position - steady_since
+            if position % _JUDGE_EVERY == 0 and (steady_since == 0 or steady >= ENOUGH):
+                depends = alike.dependence(max(0, place + 1 - steady), place + 1, requests.conversations)
         flags = np.zeros(new.size, dtype=int)
         flags[kept] = 1
         newest = (watch.newest_kept + "".join(map(str, flags)))[-RARITY_REQUESTS:]
-        watch = Watch(watch.seen + new.size, position, depends, evidence.states(), newest)
+        watch = Watch(watch.seen + new.size, position, depends, steady_since, evidence.states(), newest)
         return Advance(watch, kept, events, evidence.strengths())
 
     def _keep(self, before: Requests, seen_before: Sequence[Words], new: Requests) -> NDArray[np.intp]:

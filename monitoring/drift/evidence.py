@@ -141,6 +141,11 @@ class Evidence:
         ]
         return [event for event in events if event]
 
+    @property
+    def in_alarm(self) -> bool:
+        """Return whether an alarm lasts."""
+        return bool(self._alarms)
+
     def states(self) -> dict[str, FeatureState]:
         """Return what the next `Evidence` goes on from."""
         return {

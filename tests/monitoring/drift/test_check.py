@@ -64,7 +64,7 @@ def test_other_prompts_are_an_alarm_that_says_since_when_and_by_what(
 def test_an_alarm_is_called_once_and_ends_when_traffic_is_as_before(
     check: Check, traffic: Traffic, store: Store
 ) -> None:
-    traffic.ask(STRONG[:30])
+    traffic.ask([*ALIKE[500:850], *STRONG[:30]])
     check()
     traffic.ask(STRONG[30:60])
     check()
@@ -73,7 +73,7 @@ def test_an_alarm_is_called_once_and_ends_when_traffic_is_as_before(
     traffic.ask(ALIKE[:330])
     assert check()[Signal.INPUT].status is Status.STEADY
     ended = [alarm.ended_at for alarm in alarms(store, Signal.INPUT)]
-    assert all(time is not None and time > NOON + timedelta(minutes=60) for time in ended)
+    assert all(time is not None and time > NOON + timedelta(minutes=410) for time in ended)
 
 
 def test_who_checks_often_finds_the_same(
@@ -123,7 +123,7 @@ def test_a_report_says_when_under_a_fifth_of_the_requests_is_compared(check: Che
 def test_a_later_change_is_an_alarm_of_its_own_while_another_lasts(
     check: Check, traffic: Traffic, store: Store
 ) -> None:
-    traffic.ask([*ALIKE[:60], *STRONG[:60]])
+    traffic.ask([*ALIKE[:350], *STRONG[:60]])
     check()
     first = alarmed(store, Signal.INPUT)
     traffic.ask(STRONG[60:90], system="You are a pirate.")
@@ -156,7 +156,8 @@ def test_answers_that_are_no_json_any_more_are_an_alarm_of_the_output(
 
 
 def test_refusals_are_an_alarm_of_the_output(check: Check, traffic: Traffic, store: Store) -> None:
-    traffic.ask(ALIKE[:40], ["I'm sorry, but I can't help with that."] * 40)
+    traffic.ask(ALIKE[:100])
+    traffic.ask(ALIKE[100:140], ["I'm sorry, but I can't help with that."] * 40)
     check()
     assert "refusal" in alarmed(store, Signal.OUTPUT)
 
@@ -165,7 +166,8 @@ def test_refusals_are_an_alarm_of_the_output(check: Check, traffic: Traffic, sto
 def test_lengths_are_compared_of_greedy_answers_only(
     check: Check, traffic: Traffic, temperature: float | None, status: Status
 ) -> None:
-    traffic.ask(ALIKE[:60], tokens=16, finish_reason="length", temperature=temperature)
+    traffic.ask(ALIKE[:100])
+    traffic.ask(ALIKE[100:160], tokens=16, finish_reason="length", temperature=temperature)
     assert check()[Signal.OUTPUT].status is status
 
 
@@ -211,7 +213,7 @@ def test_before_the_first_request_it_waits(check: Check) -> None:
 
 
 def test_an_alarm_ends_when_features_are_kept_no_more(check: Check, traffic: Traffic, store: Store) -> None:
-    traffic.ask(STRONG[:30])
+    traffic.ask([*ALIKE[:100], *STRONG[:30]])
     check()
     traffic.ask(ALIKE[:50], features=False)
     with store.begin() as connection:
@@ -221,7 +223,7 @@ def test_an_alarm_ends_when_features_are_kept_no_more(check: Check, traffic: Tra
 
 
 def test_after_all_rows_were_forgotten_new_ones_are_seen(check: Check, traffic: Traffic, store: Store) -> None:
-    traffic.ask(ALIKE[:60])
+    traffic.ask(ALIKE[:100])
     check()
     with store.begin() as connection:
         connection.exec_driver_sql("delete from requests")
@@ -269,7 +271,7 @@ def test_a_state_of_another_release_begins_anew(check: Check, traffic: Traffic, 
 def test_one_alarm_of_a_feature_lasts_when_the_state_of_the_watch_was_lost(
     check: Check, traffic: Traffic, store: Store
 ) -> None:
-    traffic.ask(STRONG[:40])
+    traffic.ask([*ALIKE[:100], *STRONG[:40]])
     check()
     with store.begin() as connection:
         connection.exec_driver_sql("update drift_states set state = '{}'")
@@ -289,7 +291,8 @@ def test_an_alarm_ends_when_the_watch_does_not_have_its_feature(check: Check, tr
 
 
 def test_of_a_system_prompt_nothing_but_a_checksum_is_kept(check: Check, traffic: Traffic, store: Store) -> None:
-    traffic.ask(ALIKE[:30], system="SECRET-TOKEN is the password.")
+    traffic.ask(ALIKE[:100])
+    traffic.ask(ALIKE[100:130], system="SECRET-TOKEN is the password.")
     check()
     with store.begin() as connection:
         for table in ("drift_states", "drift_alarms", "drift_items"):
@@ -370,7 +373,7 @@ def test_traffic_like_held_out_prompts_that_are_not_like_the_sample_is_an_alarm(
     registry: Registry, store: Store, traffic: Traffic
 ) -> None:
     register(registry, 2, prompts=STRONG[:200], sample=ALIKE[:200])
-    traffic.ask(STRONG[200:240], number=2)
+    traffic.ask([*ALIKE[200:300], *STRONG[200:240]], number=2)
     checks = DriftCheck(registry, store, RequestLogSettings(), clock=lambda: traffic.now)
     assert {report.signal: report for report in checks.run(target(2))}[Signal.INPUT].status is Status.ALARM
 
@@ -385,7 +388,8 @@ def test_the_sample_is_redacted_as_live_prompts_are(registry: Registry, store: S
 
 
 def test_another_system_prompt_is_seen(check: Check, traffic: Traffic, store: Store) -> None:
-    traffic.ask(ALIKE[:30], system="You are a pirate.")
+    traffic.ask(ALIKE[:100])
+    traffic.ask(ALIKE[100:130], system="You are a pirate.")
     check()
     assert alarmed(store, Signal.INPUT) == {"system_prompt"}
 

@@ -20,7 +20,7 @@ def dependence(
     codes: Sequence[NDArray[np.intp]] = (),
     usually_shared: Sequence[float] = (),
 ) -> float:
-    return Resemblances(among, among, codes, usual, usually_shared).dependence(stop, conversations)
+    return Resemblances(among, among, codes, usual, usually_shared).dependence(0, stop, conversations)
 
 
 def similarities(vectors: NDArray[np.float64]) -> NDArray[np.float32]:

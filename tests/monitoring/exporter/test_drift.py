@@ -66,9 +66,9 @@ def other(registry: Registry, store: Store) -> Target:
 def test_every_model_that_is_served_is_checked_and_shown(
     metrics: CollectorRegistry, checks: ProductionChecks, store: Store, registry: Registry, other: Target
 ) -> None:
-    Traffic(store, registry).ask(prompts("strong")[:30], name="other")
+    Traffic(store, registry).ask([*prompts("none")[:100], *prompts("strong")[:30]], name="other")
     checks()
-    for version, items, alarm in ((VERSION, 0, 0), (OTHER, 30, 1)):
+    for version, items, alarm in ((VERSION, 0, 0), (OTHER, 130, 1)):
         signal = {**version, "signal": "input"}
         assert metrics.get_sample_value("svc_drift_items", signal) == items
         shown = metrics.get_sample_value("svc_drift_alarm", {**signal, "feature": "characters"})
@@ -121,17 +121,17 @@ def test_where_nobody_checks_nothing_is_overdue(registry: Registry, store: Store
 def test_an_alarm_is_shown_with_what_moved(
     metrics: CollectorRegistry, checks: ProductionChecks, store: Store, registry: Registry
 ) -> None:
-    Traffic(store, registry).ask(prompts("strong")[:30])
+    Traffic(store, registry).ask([*prompts("none")[:100], *prompts("strong")[:30]])
     checks()
     signal = {**VERSION, "signal": "input"}
     characters = {**signal, "feature": "characters"}
     assert metrics.get_sample_value("svc_drift_alarm", characters) == 1
     assert metrics.get_sample_value("svc_drift_alarm", {**signal, "feature": "turns"}) == 0
     assert metrics.get_sample_value("svc_drift_watched", signal) == 1
-    assert metrics.get_sample_value("svc_drift_items", signal) == 30
+    assert metrics.get_sample_value("svc_drift_items", signal) == 130
     assert (metrics.get_sample_value("svc_drift_score", characters) or 0) > 0.2
     assert metrics.get_sample_value("svc_drift_evidence", characters) == 1
-    assert (metrics.get_sample_value("svc_drift_score", {**signal, "feature": "domain_classifier"}) or 0) > 0.8
+    assert (metrics.get_sample_value("svc_drift_score", {**signal, "feature": "domain_classifier"}) or 0) > 0.6
     assert metrics.get_sample_value("svc_drift_checked_timestamp_seconds", VERSION)
 
 
