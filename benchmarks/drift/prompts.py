@@ -54,12 +54,15 @@ class Pool:
     kinds: dict[str, Places]
     rephrased: Places
 
-    def requests(self, places: Places, *, first: int, conversations: Places | None = None) -> Requests:
+    def requests(
+        self, places: Places, *, first: int, conversations: Places | None = None, clients: Sequence[str] | None = None
+    ) -> Requests:
         """Return prompts as requests, 10,000 a day.
 
         Args:
             first: number of the first one in its stream.
             conversations: of each; default: one each.
+            clients: who sent each; default: nobody knows.
         """
         numbers = np.arange(first, first + len(places), dtype=np.int64)
         return Requests(
@@ -68,6 +71,7 @@ class Pool:
             [self.words[place] for place in places],
             numbers if conversations is None else conversations,
             np.asarray(numbers * 8.64, dtype=np.float64),
+            [""] * len(places) if clients is None else clients,
         )
 
     def baseline(self, places: Places) -> Baseline:

@@ -14,9 +14,8 @@ import numpy as np
 
 from benchmarks.drift.prompts import Places, Pool, read_pool
 from benchmarks.drift.streams import CHANGE_AFTER, WITH_CHANGE, WITHOUT_CHANGE, Stream, draw_reference
-from monitoring.drift.detector import MEMORY, Detector, Watch
+from monitoring.drift.detector import MEMORY, SEEN, Detector, Seen, Watch
 from monitoring.drift.evidence import Event
-from monitoring.drift.near_copies import RARITY_REQUESTS
 from monitoring.drift.stability import number_stability
 from svc.drift_reference.prompt import PromptFeature
 from svc.drift_reference.sample import Floats
@@ -79,18 +78,19 @@ def replay(pool: Pool, detector: Detector, stream: Stream, until: Callable[[Repl
     """
     watch, kept, events = Watch(), list[int](), list[Event]()
     nothing = pool.requests(np.zeros(0, dtype=np.intp), first=0)
-    before, seen = nothing, list(nothing.words)
+    before, seen = nothing, list[Seen]()
     for first in range(0, len(stream.prompts), _TOGETHER):
         part = slice(first, first + _TOGETHER)
         talks = None if stream.conversations is None else stream.conversations[part]
-        new = pool.requests(stream.prompts[part], first=first, conversations=talks)
+        clients = None if stream.clients is None else stream.clients[part]
+        new = pool.requests(stream.prompts[part], first=first, conversations=talks, clients=clients)
         advance = detector.advance(watch, before, seen, new)
         watch = advance.watch
         kept += [first + int(place) for place in advance.kept]
         events += advance.events
         both = before.followed_by(new.at(advance.kept))
         before = both.at(np.arange(max(0, both.size - MEMORY), both.size))
-        seen = [*seen, *new.words][-RARITY_REQUESTS:]
+        seen = [*seen, *map(Seen, new.words, new.clients)][-SEEN:]
         found = Replay(kept, events)
         if until and until(found):
             break

@@ -22,10 +22,12 @@ class Stream(NamedTuple):
 
     Attributes:
         conversations: which conversation each is part of; None: one each.
+        clients: who sent each; None: nobody knows.
     """
 
     prompts: Places
     conversations: Places | None = None
+    clients: Sequence[str] | None = None
 
 
 Make = Callable[[Pool, Places, Generator, int], Stream]
@@ -85,6 +87,22 @@ def conversations(length: int, at_once: int) -> Make:
     return make
 
 
+def batches(length: int, every: int) -> Make:
+    """Return streams of independent prompts of a hundred clients, and batches of one topic by one client."""
+
+    def make(pool: Pool, live: Places, generator: Generator, count: int) -> Stream:
+        prompts = generator.choice(live, count)
+        clients = [f"client {number}" for number in generator.integers(0, 100, count)]
+        sections = list(_by_section(pool, live).values())
+        for first in range(every, count - length, every):
+            section = sections[generator.integers(len(sections))]
+            prompts[first : first + length] = generator.choice(section, length)
+            clients[first : first + length] = ["batch"] * length
+        return Stream(prompts, clients=clients)
+
+    return make
+
+
 def day_and_night(pool: Pool, live: Places, generator: Generator, count: int) -> Stream:
     """Return a stream in which half of the sections have a share of 0.3 to 0.7, by the hour."""
     share = 0.5 + 0.2 * np.sin(2 * np.pi * np.arange(count) / DAY)
@@ -107,6 +125,7 @@ WITHOUT_CHANGE: dict[str, Make] = {
     "sessions of 20": sessions(20, 1),
     "sessions of 20, 100 at once": sessions(20, 100),
     "conversations of 5, 20 at once": conversations(5, 20),
+    "batches of 100 of one topic by one client": batches(100, 1_500),
     "day and night, ±0.2": day_and_night,
     "weekends, ±0.4": weekends,
 }

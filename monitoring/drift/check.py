@@ -4,7 +4,7 @@ Who makes it and how often changes nothing in what is found. One process at a ti
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Final, TypeVar
@@ -15,8 +15,7 @@ from sqlalchemy import Engine as Store
 from monitoring.drift.alarms import AlarmBook
 from monitoring.drift.baseline import baseline_bytes, read_baseline
 from monitoring.drift.budget import Signal
-from monitoring.drift.detector import Baseline, Detector
-from monitoring.drift.near_copies import RARITY_REQUESTS
+from monitoring.drift.detector import SEEN, Baseline, Detector
 from monitoring.drift.ratings import RatingState, accept_ratings, check_ratings
 from monitoring.drift.report import SignalReport, Status
 from monitoring.drift.traffic import SIGNALS, TrafficState, accepted_baseline, check_traffic
@@ -28,7 +27,7 @@ from svc.registry.registry import Registry
 from svc.settings import RequestLogSettings
 from svc.store.answered import was_asked
 from svc.store.drift import DriftState, keep_drift, read_drift_baseline, read_drift_states
-from svc.store.drift_items import StoredItem, prune_items, read_items, read_items_with
+from svc.store.drift_items import StoredItem, item_ids, prune_items, read_items, read_items_with
 from svc.version import Target
 
 log = logging.getLogger(__name__)
@@ -90,7 +89,9 @@ class DriftCheck:
         """
         traffic, ratings = self._states(target)
         accepted = read_drift_baseline(self._store, target)
-        return self._advance(target, traffic, ratings, AlarmBook(self._store, target), accepted)
+        kept = read_drift_states(self._store, target)
+        earlier = [REPORT.validate_json(kept[signal].report) for signal in SIGNALS if signal in kept]
+        return self._advance(target, traffic, ratings, AlarmBook(self._store, target), accepted, earlier)
 
     def accept(self, target: Target) -> list[str]:
         """End the alarms of a version that last: later traffic is compared with that since they began.
@@ -125,10 +126,23 @@ class DriftCheck:
         return _read(_TRAFFIC_STATE, traffic, TrafficState()), _read(_RATING_STATE, people, RatingState())
 
     def _advance(
-        self, target: Target, traffic: TrafficState, ratings: RatingState, alarms: AlarmBook, accepted: bytes | None
+        self,
+        target: Target,
+        traffic: TrafficState,
+        ratings: RatingState,
+        alarms: AlarmBook,
+        accepted: bytes | None,
+        earlier: Sequence[SignalReport] = (),
     ) -> list[SignalReport]:
-        """Take what is new, and keep all of it or nothing."""
-        traffic, reports = self._check_traffic(target, traffic, alarms, accepted)
+        """Take what is new, and keep all of it or nothing.
+
+        Args:
+            earlier: reports on traffic that still hold if nothing is new.
+        """
+        if self._is_idle(target, traffic, accepted, earlier):
+            reports = list(earlier)
+        else:
+            traffic, reports = self._check_traffic(target, traffic, alarms, accepted)
         ratings, people = check_ratings(self._store, target, ratings, self._clock(), alarms)
         reports = [*reports, people]
         states = {
@@ -146,7 +160,7 @@ class DriftCheck:
             for report in reports
         ]
         keep_drift(self._store, target, kept, alarms.changed, accepted)
-        prune_items(self._store, target, traffic.kept, RARITY_REQUESTS)
+        prune_items(self._store, target, traffic.kept, SEEN)
         return reports
 
     def _check_traffic(
@@ -165,6 +179,15 @@ class DriftCheck:
         if Signal.OUTPUT not in bets.detector.signals.values():
             reports = [reports[0], SignalReport(Signal.OUTPUT, Status.OFF, bets.missing)]
         return state, reports
+
+    def _is_idle(
+        self, target: Target, state: TrafficState, accepted: bytes | None, earlier: Sequence[SignalReport]
+    ) -> bool:
+        """Return whether this process has made these reports, and no request came since."""
+        bets = self._bets.get(target.version.name)
+        same = bets is not None and (bets.target, bets.accepted) == (target, accepted)
+        compared = len(earlier) == len(SIGNALS) and earlier[0].status is not Status.OFF
+        return same and compared and not item_ids(self._store, target, after=state.cursor)
 
     def _items(self, target: Target, state: TrafficState) -> list[StoredItem]:
         """Return in order: the items that count, the newest that were seen, and the new ones."""

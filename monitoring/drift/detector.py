@@ -6,12 +6,14 @@ replay streams through the very code that watches traffic.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from monitoring.drift.bets import feature_bets, hit_table
 from monitoring.drift.budget import FALSE_ALARMS_PER_REQUEST, SIGNAL_SHARES, Signal
+from monitoring.drift.clients import COMPARED, ClientShares
 from monitoring.drift.dependence import ENOUGH, LAGS, MAX_LAG, ROWS, Resemblance
 from monitoring.drift.domain_classifier import (
     CLASSIFIER,
@@ -27,6 +29,8 @@ from svc.drift_reference.sample import Floats, Sample
 
 MEMORY = max(ROWS + LAGS, HISTORY + max(LEARNED_FROM)) + MAX_LAG
 """Kept requests that the next ones are judged by."""
+SEEN = RARITY_REQUESTS + COMPARED
+"""Requests, kept or not, that say how rare words are, and how much each client asks."""
 _LEARNED_SHARE = 0.7
 """Of the input's budget for the learned sets of the domain classifier: they see what no single feature shows. All other
 bets have equal parts of what is left."""
@@ -44,6 +48,7 @@ class Requests:
         words: of each prompt.
         conversations: which conversation each is part of.
         times: when each began, seconds since 1970.
+        clients: who sent each; empty where nobody knows.
     """
 
     prompts: Sample
@@ -51,6 +56,7 @@ class Requests:
     words: Sequence[Words]
     conversations: NDArray[np.int64]
     times: Floats
+    clients: Sequence[str]
 
     @property
     def size(self) -> int:
@@ -65,6 +71,7 @@ class Requests:
             [self.words[place] for place in places],
             self.conversations[places],
             self.times[places],
+            [self.clients[place] for place in places],
         )
 
     def followed_by(self, others: "Requests") -> "Requests":
@@ -75,7 +82,15 @@ class Requests:
             [*self.words, *others.words],
             np.concatenate([self.conversations, others.conversations]),
             np.concatenate([self.times, others.times]),
+            [*self.clients, *others.clients],
         )
+
+
+class Seen(NamedTuple):
+    """What is known of a request that was seen, kept or not."""
+
+    words: Words
+    client: str
 
 
 @dataclass(frozen=True)
@@ -170,12 +185,12 @@ class Detector:
             ]
         )
 
-    def advance(self, watch: Watch, before: Requests, seen_before: Sequence[Words], new: Requests) -> Advance:
+    def advance(self, watch: Watch, before: Requests, seen_before: Sequence[Seen], new: Requests) -> Advance:
         """Take new requests.
 
         Args:
             before: the newest that were kept, at most `MEMORY`, or all that there were.
-            seen_before: words of the newest that were seen, kept or not.
+            seen_before: the newest that were seen, kept or not.
         """
         kept = self._keep(before, seen_before, new)
         added = new.at(kept)
@@ -205,19 +220,22 @@ class Detector:
         watch = Watch(watch.seen + new.size, position, depends, steady_since, evidence.states(), newest)
         return Advance(watch, kept, events, evidence.strengths())
 
-    def _keep(self, before: Requests, seen_before: Sequence[Words], new: Requests) -> NDArray[np.intp]:
-        """Return places of the new requests that nearly repeat none."""
+    def _keep(self, before: Requests, seen_before: Sequence[Seen], new: Requests) -> NDArray[np.intp]:
+        """Return places of the new requests that nearly repeat none, and are within their clients' shares."""
         copies = NearCopies(self._words)
-        for words in seen_before[-RARITY_REQUESTS:]:
-            copies.remember(words, 0.0, kept=False, seen=True)
+        clients = ClientShares([seen.client for seen in seen_before], list(before.clients), RARITY_REQUESTS)
+        for seen in seen_before[-RARITY_REQUESTS:]:
+            copies.remember(seen.words, 0.0, kept=False, seen=True)
         for words, time in zip(before.words, before.times, strict=True):
             copies.remember(words, float(time), kept=True, seen=False)
-        once = [
-            place
-            for place, (words, time) in enumerate(zip(new.words, new.times, strict=True))
-            if not copies.is_near_copy(words, float(time))
-        ]
-        return np.array(once, dtype=np.intp)
+        kept = []
+        for place, (words, time, client) in enumerate(zip(new.words, new.times, new.clients, strict=True)):
+            if not clients.may_count(client):
+                copies.see(words)
+            elif not copies.is_near_copy(words, float(time)):
+                clients.keep(client)
+                kept.append(place)
+        return np.array(kept, dtype=np.intp)
 
     def _fixed_hits(self, to_reference: Singles, new: Requests) -> Hits:
         """Return the hits of new requests in the sets that are not learned, items by bets."""

@@ -49,24 +49,26 @@ class NearCopies:
         """
         found = frozenset(words.tolist())
         if seen:
-            self._see(found)
+            self.see(words)
         if kept:
             self._kept.append((found, time_s))
 
     def is_near_copy(self, words: Words, time_s: float) -> bool:
         """Take the next request, and return whether it nearly repeats one that was kept."""
-        found = frozenset(words.tolist())
-        self._see(found)
+        found = self.see(words)
         if any(time_s - time < FORGOTTEN_S and self._overlap(found, other) for other, time in self._kept):
             return True
         self._kept.append((found, time_s))
         return False
 
-    def _see(self, words: frozenset[int]) -> None:
-        self._newest.append(words)
-        self._count(words, 1)
+    def see(self, words: Words) -> frozenset[int]:
+        """Take a request that is not compared; return its words."""
+        found = frozenset(words.tolist())
+        self._newest.append(found)
+        self._count(found, 1)
         if len(self._newest) > RARITY_REQUESTS:
             self._count(self._newest.popleft(), -1)
+        return found
 
     def _count(self, words: frozenset[int], change: int) -> None:
         self._requests += change

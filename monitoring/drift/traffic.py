@@ -8,10 +8,9 @@ import numpy as np
 
 from monitoring.drift.alarms import AlarmBook
 from monitoring.drift.budget import Signal
-from monitoring.drift.detector import MEMORY, Baseline, Detector, Requests, Watch
+from monitoring.drift.detector import MEMORY, SEEN, Baseline, Detector, Requests, Seen, Watch
 from monitoring.drift.domain_classifier import CLASSIFIER
 from monitoring.drift.evidence import Event
-from monitoring.drift.near_copies import RARITY_REQUESTS
 from monitoring.drift.report import EXAMPLES, Line, SignalReport, Status, feature_line, most_moved
 from svc.drift_reference.item import answer_sample, prompt_sample
 from svc.drift_reference.sample import Sample
@@ -54,7 +53,7 @@ def check_traffic(
     """
     kept = frozenset(state.kept)
     before = [item for item in items if item.id in kept]
-    seen = [item.item.words for item in items if item.id <= state.cursor][-RARITY_REQUESTS:]
+    seen = [Seen(item.item.words, item.client) for item in items if item.id <= state.cursor][-SEEN:]
     new = [item for item in items if item.id > state.cursor]
     requests_before, requests_new = requests_of(before, detector), requests_of(new, detector)
     advance = detector.advance(state.watch, requests_before, seen, requests_new)
@@ -83,6 +82,7 @@ def requests_of(items: Sequence[StoredItem], detector: Detector) -> Requests:
         [item.words for item in found],
         np.array([item.conversation for item in found], dtype=np.int64),
         np.array([item.started_at.timestamp() for item in found]),
+        [item.client for item in items],
     )
 
 

@@ -53,13 +53,13 @@ class StoredItem:
     Attributes:
         id: grows in the order in which items were stored; never used twice.
         logprob: mean of the answer's tokens, nats; None where the answer was not scored, or not yet.
-        user_hash: `hash_user` of the client's user, if any.
+        client: whom the request was for, hashed, or else the id of its key; empty where neither is known.
     """
 
     id: int
     item: Item
     logprob: float | None
-    user_hash: str | None
+    client: str
 
 
 def add_items(store: Store, target: Target, items: Sequence[Item]) -> int:
@@ -131,8 +131,14 @@ def prune_items(store: Store, target: Target, keep: Collection[int], newest: int
     return len(old)
 
 
-def _items_of(target: Target) -> "Select[DriftItemRow, str, datetime, float | None, str | None]":
-    columns = (RequestRow.request_id, RequestRow.started_at, RequestRow.logprob, RequestRow.user_hash)
+def _items_of(target: Target) -> "Select[DriftItemRow, str, datetime, float | None, str | None, str | None]":
+    columns = (
+        RequestRow.request_id,
+        RequestRow.started_at,
+        RequestRow.logprob,
+        RequestRow.user_hash,
+        RequestRow.key_id,
+    )
     joined = select(DriftItemRow, *columns).join(RequestRow, RequestRow.id == DriftItemRow.request)
     return joined.where(is_of(DriftItemRow, target))
 
@@ -150,8 +156,8 @@ def _columns(target: Target, item: Item, request: int) -> dict[str, object]:
     }
 
 
-def _read(found: "Row[DriftItemRow, str, datetime, float | None, str | None]") -> StoredItem:
-    row, request_id, started_at, logprob, user_hash = found
+def _read(found: "Row[DriftItemRow, str, datetime, float | None, str | None, str | None]") -> StoredItem:
+    row, request_id, started_at, logprob, user_hash, key_id = found
     item = Item(
         request_id,
         started_at,
@@ -161,4 +167,4 @@ def _read(found: "Row[DriftItemRow, str, datetime, float | None, str | None]") -
         words=np.frombuffer(row.words, _HASHES),
         conversation=row.conversation,
     )
-    return StoredItem(row.id, item, logprob, user_hash)
+    return StoredItem(row.id, item, logprob, user_hash or key_id or "")

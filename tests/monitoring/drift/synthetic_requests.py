@@ -62,7 +62,7 @@ def draw_requests(
         if generator.random() < repeats:
             words[place] = words[generator.integers(max(0, place - 30), place)]
     numbers = np.arange(first, first + size, dtype=np.int64)
-    return Requests(prompts, answers, words, numbers, np.asarray(numbers * MINUTE, dtype=np.float64))
+    return Requests(prompts, answers, words, numbers, np.asarray(numbers * MINUTE, dtype=np.float64), [""] * size)
 
 
 def baseline_of(requests: Requests) -> Baseline:

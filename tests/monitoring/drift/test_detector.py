@@ -12,10 +12,9 @@ from pydantic import TypeAdapter
 
 from monitoring.drift.budget import FALSE_ALARMS_PER_REQUEST, SIGNAL_SHARES, Signal
 from monitoring.drift.dependence import MAX_LAG
-from monitoring.drift.detector import MEMORY, Advance, Baseline, Detector, Requests, Watch
+from monitoring.drift.detector import MEMORY, SEEN, Advance, Baseline, Detector, Requests, Seen, Watch
 from monitoring.drift.domain_classifier import CLASSIFIER
 from monitoring.drift.evidence import Event
-from monitoring.drift.near_copies import RARITY_REQUESTS
 from svc.drift_reference.sample import Sample
 from tests.monitoring.drift.synthetic_requests import baseline_of, draw_requests, without_answers
 
@@ -30,7 +29,7 @@ class Stream:
 
     def __init__(self, detector: Detector = DETECTOR, nothing: Requests = NOTHING) -> None:
         self._detector = detector
-        self._before, self._seen = nothing, list(nothing.words)
+        self._before, self._seen = nothing, list[Seen]()
         self.watch = Watch()
         self.events: list[Event] = []
         self.kept = 0
@@ -40,7 +39,7 @@ class Stream:
         found = self._detector.advance(self.watch, self._before, self._seen, new)
         both = self._before.followed_by(new.at(found.kept))
         self._before = both.at(np.arange(max(0, both.size - MEMORY), both.size))
-        self._seen = [*self._seen, *new.words][-RARITY_REQUESTS:]
+        self._seen = [*self._seen, *map(Seen, new.words, new.clients)][-SEEN:]
         self.watch = WATCH.validate_json(WATCH.dump_json(found.watch))
         self.events += found.events
         self.kept += len(found.kept)

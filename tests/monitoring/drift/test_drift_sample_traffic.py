@@ -51,7 +51,7 @@ def alarms(known: list[ChatExample], reference: list[ChatExample], live: list[Ch
     held_words, seen_words = ([HASHES.words(one.question) for one in part] for part in (reference, live))
     numbers = np.arange(len(live), dtype=np.int64)
     times = np.asarray(numbers * 60.0, dtype=np.float64)
-    new = Requests(seen, Sample(seen.size), seen_words, numbers, times)
+    new = Requests(seen, Sample(seen.size), seen_words, numbers, times, [""] * seen.size)
     nothing = new.at(np.zeros(0, dtype=np.intp))
     found = Detector(Baseline(held, held_words, Sample(0))).advance(Watch(), nothing, [], new)
     return [event.feature for event in found.events if event.alarm]

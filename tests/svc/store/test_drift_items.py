@@ -55,7 +55,7 @@ def test_an_item_is_read_as_it_was_stored(store: Store) -> None:
     for name in ("topic", "wanted", "words"):
         assert getattr(read, name).dtype == getattr(one, name).dtype
         assert getattr(read, name).tolist() == getattr(one, name).tolist()
-    assert (found.logprob, found.user_hash) == (None, hash_user("a@b.de"))
+    assert (found.logprob, found.client) == (None, hash_user("a@b.de"))
 
 
 def test_the_log_probability_is_there_when_the_answer_was_scored(store: Store) -> None:
