@@ -139,7 +139,8 @@ class DriftCheck:
         Args:
             earlier: reports on traffic that still hold if nothing is new.
         """
-        if self._is_idle(target, traffic, accepted, earlier):
+        lasting = [alarms.report(report.signal) for report in earlier]
+        if self._is_idle(target, traffic, accepted, earlier) and lasting == [report.alarms for report in earlier]:
             reports = list(earlier)
         else:
             traffic, reports = self._check_traffic(target, traffic, alarms, accepted)
@@ -187,7 +188,8 @@ class DriftCheck:
         bets = self._bets.get(target.version.name)
         same = bets is not None and (bets.target, bets.accepted) == (target, accepted)
         compared = len(earlier) == len(SIGNALS) and earlier[0].status is not Status.OFF
-        return same and compared and not item_ids(self._store, target, after=state.cursor)
+        ids = item_ids(self._store, target)
+        return same and compared and bool(ids) and ids[-1] <= state.cursor
 
     def _items(self, target: Target, state: TrafficState) -> list[StoredItem]:
         """Return in order: the items that count, the newest that were seen, and the new ones."""
