@@ -28,9 +28,10 @@ STAKES = np.array([0.35, 0.7])
 _ORDINARY = 2.5
 """Below this times the dependence, a statistic is what it is without a change: misses alone bring it down to 1.9, and
 with factors to the power 1 / L to less than 2.4 times L."""
-_MIN_PATIENCE, _MAX_PATIENCE = 50, 1_000
+_MIN_PATIENCE, _MAX_PATIENCE = 200, 1_000
 _LASTING = 20.0
-"""Money that 1 has to become within the patience, or the alarm ends: odds of 20 to 1 that the change lasts."""
+"""Per item of the patience: a statistic of so much is a sign that the change lasts. Without a change, fewer than one of
+20 alarms has such a sign within its patience."""
 
 Hits = NDArray[np.int8]
 HIT, MISS, NOT_THERE = 1, 0, -1
@@ -52,11 +53,11 @@ class FeatureAlarm:
     quiet: int = 0
 
     def patience(self, dependence: float) -> float:
-        """Return the items without a sign of the change after which the alarm ends: twice those it took to be called.
+        """Return the items without a sign of the change after which the alarm ends: four times those it took to be called.
 
         Items that depend on each other say less, so the least patience grows with them.
         """
-        return min(max(_MIN_PATIENCE * dependence, 2 * (self.called - self.since)), _MAX_PATIENCE)
+        return min(max(_MIN_PATIENCE * dependence, 4 * (self.called - self.since)), _MAX_PATIENCE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ class FeatureState:
     """The bets on one feature, each with every stake.
 
     Attributes:
-        money: the statistics; during an alarm, what 1 has become since the change showed last.
+        money: the statistics, since the change showed last during an alarm.
         began: for each, the position at which it was ordinary last.
     """
 
@@ -106,7 +107,6 @@ class Evidence:
         self._threshold = threshold
         self._money = np.zeros(self._weights.shape)
         self._began = np.zeros(self._weights.shape, dtype=np.int64)
-        self._starting = np.ones((len(features), 1))  # 0 during an alarm: no new bets
         self._alarms: dict[int, FeatureAlarm] = {}
         for number, name in enumerate(self.names):
             state, bets = states.get(name), self._feature == number
@@ -115,7 +115,6 @@ class Evidence:
                 self._began[bets] = np.reshape(state.began, (-1, len(STAKES)))
                 if state.alarm:
                     self._alarms[number] = state.alarm
-                    self._starting[bets] = 0
 
     def add(self, position: int, hits: Hits, bounds: Floats, dependence: float) -> list[Event]:
         """Take an item; return the alarms that begin or end with it.
@@ -129,16 +128,13 @@ class Evidence:
         self._began[self._money == 0] = position - 1  # no item was bet on yet
         dependence = max(1.0, dependence)
         factors = (1 - STAKES + STAKES * ((hits == HIT) / bounds)[:, None]) ** (1 / dependence)
-        self._money = np.where(there[:, None], factors * (self._starting + self._money), self._money)
+        self._money = np.where(there[:, None], factors * (1 + self._money), self._money)
         ordinary = self._money < _ORDINARY * dependence
         self._began[ordinary] = position
         sums = self._sums()
+        called = set(np.flatnonzero(sums >= self._threshold).tolist()) - self._alarms.keys()
         events = [self._judge_alarm(number, position, sums, there, dependence) for number in tuple(self._alarms)]
-        events += [
-            self._call(int(number), position)
-            for number in np.flatnonzero(sums >= self._threshold)
-            if int(number) not in self._alarms
-        ]
+        events += [self._call(number, position) for number in sorted(called)]
         return [event for event in events if event]
 
     @property
@@ -181,21 +177,20 @@ class Evidence:
         bets, alarm = self._feature == number, self._alarms[number]
         if not there[bets].any():
             return None
-        if sums[number] / self._weights[bets].sum() >= _LASTING:
+        patience = alarm.patience(dependence)
+        if sums[number] / self._weights[bets].sum() >= _LASTING * patience:
             self._set(number, FeatureAlarm(alarm.since, alarm.called))
             return None
         alarm = FeatureAlarm(alarm.since, alarm.called, alarm.quiet + 1)
-        if alarm.quiet < alarm.patience(dependence):
+        if alarm.quiet < patience:
             self._alarms[number] = alarm
             return None
         self._set(number, None)
         return Event(position, self.names[number], None)
 
     def _set(self, number: int, alarm: FeatureAlarm | None) -> None:
-        """Begin the bets of a feature anew: for an alarm with 1 each, else with nothing."""
-        bets = self._feature == number
-        self._money[bets] = 1.0 if alarm else 0.0
-        self._starting[bets] = 0.0 if alarm else 1.0
+        """Begin the bets of a feature anew."""
+        self._money[self._feature == number] = 0.0
         if alarm:
             self._alarms[number] = alarm
         else:

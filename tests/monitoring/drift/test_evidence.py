@@ -191,11 +191,11 @@ def test_both_features_have_an_alarm_when_one_changes_after_the_other() -> None:
 
 
 def test_an_alarm_is_called_once_and_ends_after_its_patience_and_can_be_called_again() -> None:
-    watched = one_bet().add(*[(MISS,)] * 200, *[(HIT,)] * 100, *[(MISS,)] * 100, *[(HIT,)] * 10)
+    watched = one_bet().add(*[(MISS,)] * 200, *[(HIT,)] * 100, *[(MISS,)] * 300, *[(HIT,)] * 10)
     began, ended, again = watched.events
     assert began.alarm and again.alarm and ended.alarm is None
-    assert 200 < began.position <= 205 and 345 <= ended.position <= 350 and 400 < again.position <= 405
-    assert (began.alarm.since, again.alarm.since) == (201, 401)
+    assert 200 < began.position <= 205 and 495 <= ended.position <= 500 and 600 < again.position <= 605
+    assert (began.alarm.since, again.alarm.since) == (201, 601)
 
 
 def test_an_alarm_lasts_when_the_change_pauses_for_less_than_the_patience() -> None:
@@ -207,9 +207,9 @@ def test_an_alarm_lasts_when_the_change_pauses_for_less_than_the_patience() -> N
 
 
 def test_an_alarm_that_took_long_to_be_called_lasts_longer() -> None:
-    watched = one_bet(FeatureAlarm(since=1, called=301)).add(*[(MISS,)] * 599)
+    watched = one_bet(FeatureAlarm(since=101, called=301)).add(*[(MISS,)] * 799)
     assert watched.events == []
-    assert [event.position for event in watched.add((MISS,)).events] == [901]
+    assert [event.position for event in watched.add((MISS,)).events] == [1101]
 
 
 def test_no_alarm_lasts_longer_than_1000_items_without_a_sign_of_the_change() -> None:
