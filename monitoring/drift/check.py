@@ -4,9 +4,9 @@ Who makes it and how often changes nothing in what is found. One process at a ti
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Final, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -25,7 +25,7 @@ from svc.errors import RefusedError
 from svc.redaction import Redactor
 from svc.registry.registry import Registry
 from svc.settings import RequestLogSettings
-from svc.store.answered import was_asked
+from svc.store.answered import newest_answer_at
 from svc.store.drift import DriftState, keep_drift, read_drift_baseline, read_drift_states
 from svc.store.drift_items import StoredItem, item_ids, prune_items, read_items, read_items_with
 from svc.version import Target
@@ -39,6 +39,8 @@ _RATING_STATE: Final = TypeAdapter(RatingState)
 _MIN_REFERENCE = 10
 _MAX_READ = 5_000
 """Items that one check takes: after days without a check, the newest."""
+_STALE = timedelta(hours=1)
+_NO_FEATURES = "no features of the newest requests are kept: set request_log.features, and start the server again"
 State = TypeVar("State")
 
 
@@ -90,8 +92,7 @@ class DriftCheck:
         traffic, ratings = self._states(target)
         accepted = read_drift_baseline(self._store, target)
         kept = read_drift_states(self._store, target)
-        earlier = [REPORT.validate_json(kept[signal].report) for signal in SIGNALS if signal in kept]
-        return self._advance(target, traffic, ratings, AlarmBook(self._store, target), accepted, earlier)
+        return self._advance(target, traffic, ratings, AlarmBook(self._store, target), accepted, read_reports(kept)[:2])
 
     def accept(self, target: Target) -> list[str]:
         """End the alarms of a version that last: later traffic is compared with that since they began.
@@ -161,7 +162,8 @@ class DriftCheck:
             for report in reports
         ]
         keep_drift(self._store, target, kept, alarms.changed, accepted)
-        prune_items(self._store, target, traffic.kept, SEEN)
+        unseen = item_ids(self._store, target, after=traffic.cursor)
+        prune_items(self._store, target, {*traffic.kept, *unseen}, SEEN)
         return reports
 
     def _check_traffic(
@@ -169,14 +171,20 @@ class DriftCheck:
     ) -> tuple[TrafficState, list[SignalReport]]:
         bets, items = self._bets_on(target, accepted), self._items(target, state)
         off = "" if bets.detector else bets.missing
-        if not items and not off and was_asked(self._store, target):
-            off = "no features of requests are kept: set request_log.features, and start the server again"
+        stale = self._are_stale(target)
+        if not items and not off and stale:
+            off = _NO_FEATURES
         if off or bets.detector is None:
             for signal in SIGNALS:
                 alarms.end_all(signal, self._clock())
             watch = replace(state.watch, features={})
             return replace(state, watch=watch), [SignalReport(signal, Status.OFF, off) for signal in SIGNALS]
         state, reports = check_traffic(bets.detector, state, items, alarms, self._clock())
+        if stale:
+            reports = [
+                report if report.alarms else replace(report, status=Status.UNWATCHED, why=_NO_FEATURES)
+                for report in reports
+            ]
         if Signal.OUTPUT not in bets.detector.signals.values():
             reports = [reports[0], SignalReport(Signal.OUTPUT, Status.OFF, bets.missing)]
         return state, reports
@@ -189,7 +197,13 @@ class DriftCheck:
         same = bets is not None and (bets.target, bets.accepted) == (target, accepted)
         compared = len(earlier) == len(SIGNALS) and earlier[0].status is not Status.OFF
         ids = item_ids(self._store, target)
-        return same and compared and bool(ids) and ids[-1] <= state.cursor
+        return same and compared and bool(ids) and ids[-1] <= state.cursor and not self._are_stale(target)
+
+    def _are_stale(self, target: Target) -> bool:
+        """Return whether requests were answered long after the newest one with features."""
+        answered = newest_answer_at(self._store, target)
+        items = read_items(self._store, target, after=0, newest=1)
+        return answered is not None and (not items or answered - items[-1].item.started_at > _STALE)
 
     def _items(self, target: Target, state: TrafficState) -> list[StoredItem]:
         """Return in order: the items that count, the newest that were seen, and the new ones."""
@@ -215,6 +229,18 @@ class DriftCheck:
             return _Bets(target, None, None, few)
         baseline = Baseline(reference.prompts, reference.words, reference.answers or Sample(0))
         return _Bets(target, None, Detector(baseline), reference.missing)
+
+
+def read_reports(kept: Mapping[str, DriftState]) -> list[SignalReport]:
+    """Return the reports of the last check; none of signals whose report another release left."""
+    reports = list[SignalReport]()
+    for signal in Signal:
+        try:
+            if signal in kept:
+                reports.append(REPORT.validate_json(kept[signal].report))
+        except ValidationError:
+            log.warning("the last report on %s cannot be read", signal, exc_info=True)
+    return reports
 
 
 def _read(kind: TypeAdapter[State], kept: DriftState | None, first: State) -> State:

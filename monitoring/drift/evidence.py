@@ -53,7 +53,7 @@ class FeatureAlarm:
     quiet: int = 0
 
     def patience(self, dependence: float) -> float:
-        """Return the items without a sign of the change after which the alarm ends: four times those it took to be called.
+        """Return the items without a sign of the change after which the alarm ends: four times those to its call.
 
         Items that depend on each other say less, so the least patience grows with them.
         """
@@ -120,7 +120,7 @@ class Evidence:
         """Take an item; return the alarms that begin or end with it.
 
         Args:
-            hits: for each bet `HIT`, `MISS`, or `NOT_THERE`, which changes nothing.
+            hits: for each bet `HIT`, `MISS`, or `NOT_THERE`, which is no evidence.
             bounds: of each bet, above 0.
             dependence: the L of this module's docstring.
         """
@@ -133,7 +133,7 @@ class Evidence:
         self._began[ordinary] = position
         sums = self._sums()
         called = set(np.flatnonzero(sums >= self._threshold).tolist()) - self._alarms.keys()
-        events = [self._judge_alarm(number, position, sums, there, dependence) for number in tuple(self._alarms)]
+        events = [self._judge_alarm(number, position, sums, dependence) for number in tuple(self._alarms)]
         events += [self._call(number, position) for number in sorted(called)]
         return [event for event in events if event]
 
@@ -170,13 +170,9 @@ class Evidence:
         self._set(number, alarm)
         return Event(position, self.names[number], alarm)
 
-    def _judge_alarm(
-        self, number: int, position: int, sums: Floats, there: NDArray[np.bool_], dependence: float
-    ) -> Event | None:
+    def _judge_alarm(self, number: int, position: int, sums: Floats, dependence: float) -> Event | None:
         """Go on with an alarm, or end it."""
         bets, alarm = self._feature == number, self._alarms[number]
-        if not there[bets].any():
-            return None
         patience = alarm.patience(dependence)
         if sums[number] / self._weights[bets].sum() >= _LASTING * patience:
             self._set(number, FeatureAlarm(alarm.since, alarm.called))

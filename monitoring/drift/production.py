@@ -4,8 +4,7 @@ import logging
 
 from sqlalchemy import Engine as Store
 
-from monitoring.drift.budget import Signal
-from monitoring.drift.check import LOCK_FILE, REPORT, DriftCheck
+from monitoring.drift.check import LOCK_FILE, DriftCheck, read_reports
 from monitoring.drift.report import SignalReport
 from monitoring.quality import QualityReport, read_quality
 from svc.errors import BusyError
@@ -35,8 +34,7 @@ def read_drift(registry: Registry, store: Store, target: Target) -> tuple[list[S
         IntegrityError: its registered results are not what its manifest says.
     """
     kept = read_drift_states(store, target)
-    reports = [REPORT.validate_json(kept[signal].report) for signal in Signal if signal in kept]
-    return reports, read_quality(registry, store, target)
+    return read_reports(kept), read_quality(registry, store, target)
 
 
 class ProductionChecks:

@@ -65,7 +65,7 @@ def check_ratings(
     known = set(state.memory)
     before = [rating for rating in ratings if rating.id in known]
     new = [r for r in ratings if r.id not in known and _micros(r.given_at) > state.cursor]
-    return _Ratings(base, state, before, new).take(max(state.cursor, newest), alarms, now)
+    return _Ratings(base, state, before, new).take(max(min(state.cursor, _micros(now)), newest), alarms, now)
 
 
 def one_a_day(ratings: Iterable[RatedAnswer]) -> list[RatedAnswer]:

@@ -21,6 +21,8 @@ SIGNALS = (Signal.INPUT, Signal.OUTPUT)
 _SHOWN = 100
 """Newest requests that a report's lines, and an alarm's examples, are about."""
 _MIN_SHOWN = 10
+_TOGETHER = 500
+"""New requests at once: time and memory grow with their square."""
 _MIN_SEEN = 200
 """Requests from which the share of those that are compared says something."""
 _FEW_KEPT, _NONE_KEPT = 0.2, 0.02
@@ -51,10 +53,25 @@ def check_traffic(
     Args:
         items: all that are stored, in order: those of `state.kept`, the newest that were seen, and the new ones.
     """
+    new = [item for item in items if item.id > state.cursor]
+    for start in range(0, max(1, len(new)), _TOGETHER):
+        state, traffic, strengths = _take(detector, state, items, new[start : start + _TOGETHER], alarms)
+    for signal in SIGNALS:
+        alarms.end_forgotten(signal, state.watch.features, now)
+    return state, [traffic.report(signal, strengths, alarms) for signal in SIGNALS]
+
+
+def _take(
+    detector: Detector,
+    state: TrafficState,
+    items: Sequence[StoredItem],
+    new: Sequence[StoredItem],
+    alarms: AlarmBook,
+) -> tuple[TrafficState, "_Traffic", Mapping[str, float]]:
+    """Take some of the new items."""
     kept = frozenset(state.kept)
     before = [item for item in items if item.id in kept]
     seen = [Seen(item.item.words, item.client) for item in items if item.id <= state.cursor][-SEEN:]
-    new = [item for item in items if item.id > state.cursor]
     requests_before, requests_new = requests_of(before, detector), requests_of(new, detector)
     advance = detector.advance(state.watch, requests_before, seen, requests_new)
     traffic = _Traffic(
@@ -65,12 +82,9 @@ def check_traffic(
     )
     for event in advance.events:
         traffic.note(event, alarms)
-    for signal in SIGNALS:
-        alarms.end_forgotten(signal, advance.watch.features, now)
     cursor = max([state.cursor, *(item.id for item in new)])
     newest = tuple(item.id for item in traffic.items[-MEMORY:])
-    reports = [traffic.report(signal, advance.strengths, alarms) for signal in SIGNALS]
-    return TrafficState(cursor, newest, advance.watch), reports
+    return TrafficState(cursor, newest, advance.watch), traffic, advance.strengths
 
 
 def requests_of(items: Sequence[StoredItem], detector: Detector) -> Requests:
@@ -147,7 +161,7 @@ class _Traffic:
         live = self._sample(signal, len(self.items) - size, len(self.items))
         features = [name for name, of in self.detector.signals.items() if of is signal and live.size >= _MIN_SHOWN]
         lines = {name: self._line(name, strengths[name], live) for name in features}
-        status, why = _status(self.watch, compared=any(lines.values()))
+        status, why = _status(self.watch, size, compared=any(lines.values()))
         lasting = alarms.report(signal)
         return SignalReport(
             signal,
@@ -183,12 +197,16 @@ class _Traffic:
         return most_moved(feature, self._reference(feature), live)
 
 
-def _status(watch: Watch, *, compared: bool) -> tuple[Status, str]:
-    """Return how a signal without an alarm stands, and why."""
-    if watch.kept < _MIN_SHOWN:
+def _status(watch: Watch, shown: int, *, compared: bool) -> tuple[Status, str]:
+    """Return how a signal without an alarm stands, and why.
+
+    Args:
+        shown: newest requests that are still stored.
+    """
+    if shown < _MIN_SHOWN:
         return Status.WAITING, f"there are fewer than {_MIN_SHOWN} requests that can be compared"
     if not compared:
-        return Status.UNWATCHED, "the newest requests have nothing that could be compared"
+        return Status.UNWATCHED, "none of the newest 100 requests has features to compare"
     newest = watch.newest_kept
     share = newest.count("1") / len(newest)
     if len(newest) < _MIN_SEEN or share >= _FEW_KEPT:

@@ -239,7 +239,10 @@ class RequestLog:
         else:
             self.has_grown(sum(record.bytes for record in records))
             self._on_stored(len(records))
-            self._add_features(entries, texts)
+            try:
+                self._add_features(entries, texts)
+            except Exception:  # a boundary too: no features are worth this thread
+                log.exception("features of requests are lost")
         self._queued_ids.difference_update(entry.record.request_id for entry in entries)
         for item in batch:
             self._queue.popleft()

@@ -9,6 +9,7 @@ from sqlalchemy import Engine as Store
 from sqlalchemy.orm import Session
 
 from svc.store.feedback import Rating
+from svc.store.requests import RequestOutcome
 from svc.store.tables import FeedbackRow, RequestRow
 from svc.version import Target
 
@@ -32,11 +33,12 @@ class RatedAnswer:
     corrected: bool
 
 
-def was_asked(store: Store, target: Target) -> bool:
-    """Return whether a version in a format has answered a request that is still in the store."""
-    query = select(RequestRow.id).where(answered_by(target), RequestRow.status == _GOOD_STATUS).limit(1)
+def newest_answer_at(store: Store, target: Target) -> datetime | None:
+    """Return when the newest request began that a version in a format answered well; None where there is none."""
+    good = RequestRow.status == _GOOD_STATUS, RequestRow.outcome == RequestOutcome.COMPLETE
+    query = select(RequestRow.started_at).where(answered_by(target), *good).order_by(RequestRow.id.desc()).limit(1)
     with Session(store) as session:
-        return session.scalar(query) is not None
+        return session.scalar(query)
 
 
 def texts_of(store: Store, request_ids: Sequence[str]) -> dict[str, tuple[str, str]]:

@@ -475,3 +475,45 @@ def test_two_thousand_requests_take_less_than_ten_seconds_of_a_core(check: Check
     with threadpool_limits(1):
         assert check()[Signal.INPUT].items > 500
     assert time.process_time() - started < 10
+
+
+def test_a_signal_is_unwatched_when_features_are_kept_no_more_while_requests_go_on(
+    check: Check, traffic: Traffic
+) -> None:
+    traffic.ask(ALIKE[:100])
+    assert check()[Signal.INPUT].status is Status.STEADY
+    traffic.ask(ALIKE[100:200], features=False)
+    assert check()[Signal.INPUT].status is Status.UNWATCHED
+
+
+def test_it_waits_when_the_rows_of_an_idle_model_have_expired(check: Check, traffic: Traffic, store: Store) -> None:
+    traffic.ask(ALIKE[:100])
+    check()
+    with store.begin() as connection:
+        connection.exec_driver_sql("delete from requests")
+    traffic.ask(ALIKE[100:104])
+    assert check()[Signal.INPUT].status is Status.WAITING
+
+
+def test_an_alarm_of_a_feature_ends_when_requests_have_no_value_of_it_any_more(
+    check: Check, traffic: Traffic, store: Store
+) -> None:
+    traffic.ask(ALIKE[:350])
+    traffic.ask(ALIKE[350:380], tokens=900)
+    check()
+    assert "answer_tokens" in alarmed(store, Signal.OUTPUT)
+    traffic.ask(ALIKE[380:700], temperature=0.7)
+    check()
+    assert [
+        alarm.ended_at is not None for alarm in alarms(store, Signal.OUTPUT) if alarm.feature == "answer_tokens"
+    ] == [True]
+
+
+def test_a_report_of_another_release_keeps_no_model_from_being_checked(
+    check: Check, traffic: Traffic, store: Store
+) -> None:
+    traffic.ask(ALIKE[:20])
+    check()
+    with store.begin() as connection:
+        connection.exec_driver_sql("update drift_states set report = '{\"moved\": 3}'")
+    assert check()[Signal.INPUT].items > 0

