@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from itertools import takewhile
 from typing import Final, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -25,7 +26,7 @@ from svc.errors import RefusedError
 from svc.redaction import Redactor
 from svc.registry.registry import Registry
 from svc.settings import RequestLogSettings
-from svc.store.answered import newest_answer_at
+from svc.store.answered import was_answered
 from svc.store.drift import DriftState, keep_drift, read_drift_baseline, read_drift_states
 from svc.store.drift_items import StoredItem, item_ids, prune_items, read_items, read_items_with
 from svc.version import Target
@@ -40,6 +41,11 @@ _MIN_REFERENCE = 10
 _MAX_READ = 5_000
 """Items that one check takes: after days without a check, the newest."""
 _STALE = timedelta(hours=1)
+"""Without features of new requests, after which the server keeps none."""
+_MAKING = timedelta(minutes=10)
+"""A request may be so old before its features are there: the process that makes them has to start."""
+_SCORING = timedelta(minutes=5)
+"""An answer whose content is kept is waited for so long: its log-probability comes later."""
 _NO_FEATURES = "no features of the newest requests are kept: set request_log.features, and start the server again"
 State = TypeVar("State")
 
@@ -79,6 +85,7 @@ class DriftCheck:
         self._registry = registry
         self._store = store
         self._redactor = Redactor(settings.redact)
+        self._scores = settings.content_share > 0
         self._clock = clock
         self._bets: dict[str, _Bets] = {}
 
@@ -97,27 +104,40 @@ class DriftCheck:
     def accept(self, target: Target) -> list[str]:
         """End the alarms of a version that last: later traffic is compared with that since they began.
 
+        Alarms of traffic and of ratings are accepted each by themselves.
+
         Returns:
             The features whose alarms ended.
 
         Raises:
-            RefusedError: no alarm lasts, or too few requests came since.
+            RefusedError: no alarm lasts, or too few requests or ratings came since for any to be accepted.
             NotFoundError, IntegrityError: as of `run`.
         """
         (traffic, ratings), alarms = self._states(target), AlarmBook(self._store, target)
         accepted = read_drift_baseline(self._store, target)
-        features = [feature for signal in Signal for feature in alarms.lasting(signal)]
-        if not features:
-            raise RefusedError(f"{target.version} has no drift alarm that could be accepted", todo="see `svc drift`")
+        refused, features = list[RefusedError](), list[str]()
         detector = self._bets_on(target, accepted).detector
-        if detector and any(alarms.lasting(signal) for signal in SIGNALS):
-            items = self._items(target, traffic)
-            accepted = baseline_bytes(accepted_baseline(detector, traffic, items))
-            traffic = replace(traffic, watch=replace(traffic.watch, features={}))
-        if since := [alarm.since for alarm in alarms.lasting(Signal.PEOPLE).values()]:
-            ratings = accept_ratings(self._store, target, ratings, max(since))
-        for signal in Signal:
-            alarms.end_all(signal, self._clock())
+        if detector and (lasting := [name for signal in SIGNALS for name in alarms.lasting(signal)]):
+            try:
+                accepted = baseline_bytes(accepted_baseline(detector, traffic, self._items(target, traffic)))
+            except RefusedError as error:
+                refused.append(error)
+            else:
+                traffic = replace(traffic, watch=replace(traffic.watch, features={}))
+                features += lasting
+                for signal in SIGNALS:
+                    alarms.end_all(signal, self._clock())
+        if people := alarms.lasting(Signal.PEOPLE):
+            try:
+                ratings = accept_ratings(self._store, target, ratings, max(alarm.since for alarm in people.values()))
+            except RefusedError as error:
+                refused.append(error)
+            else:
+                features += people
+                alarms.end_all(Signal.PEOPLE, self._clock())
+        if not features:
+            none = RefusedError(f"{target.version} has no drift alarm that could be accepted", todo="see `svc drift`")
+            raise refused[0] if refused else none
         self._advance(target, traffic, ratings, alarms, accepted)
         return features
 
@@ -201,15 +221,21 @@ class DriftCheck:
 
     def _are_stale(self, target: Target) -> bool:
         """Return whether requests were answered long after the newest one with features."""
-        answered = newest_answer_at(self._store, target)
-        items = read_items(self._store, target, after=0, newest=1)
-        return answered is not None and (not items or answered - items[-1].item.started_at > _STALE)
+        newest = read_items(self._store, target, after=0, newest=1)
+        since = newest[0].item.started_at + _STALE if newest else None
+        return was_answered(self._store, target, after=since, before=self._clock() - _MAKING)
 
     def _items(self, target: Target, state: TrafficState) -> list[StoredItem]:
         """Return in order: the items that count, the newest that were seen, and the new ones."""
         kept = read_items_with(self._store, target, state.kept)
         newest = read_items(self._store, target, after=0, newest=_MAX_READ)
-        return sorted({item.id: item for item in (*kept, *newest)}.values(), key=lambda item: item.id)
+        items = sorted({item.id: item for item in (*kept, *newest)}.values(), key=lambda item: item.id)
+        return [*takewhile(lambda item: item.id <= state.cursor or not self._is_awaited(item), items)]
+
+    def _is_awaited(self, item: StoredItem) -> bool:
+        """Return whether the log-probability of an answer may still come."""
+        scored = item.logprob is not None or not self._scores
+        return not scored and self._clock() - item.item.started_at < _SCORING
 
     def _bets_on(self, target: Target, accepted: bytes | None) -> _Bets:
         name = target.version.name

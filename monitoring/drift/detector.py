@@ -113,15 +113,13 @@ class Watch:
     """What is known of a stream so far.
 
     Attributes:
-        seen: requests.
-        kept: of those, no near copies.
+        kept: requests that count.
         dependence: within how many kept requests they depend on each other.
         steady_since: position of the last kept request during an alarm; 0 where there was none.
         features: what the bets on each feature show.
         newest_kept: of the newest requests that were seen, which were kept: a digit each, the newest last.
     """
 
-    seen: int = 0
     kept: int = 0
     dependence: float = MAX_LAG
     steady_since: int = 0
@@ -217,7 +215,7 @@ class Detector:
         flags = np.zeros(new.size, dtype=int)
         flags[kept] = 1
         newest = (watch.newest_kept + "".join(map(str, flags)))[-RARITY_REQUESTS:]
-        watch = Watch(watch.seen + new.size, position, depends, steady_since, evidence.states(), newest)
+        watch = Watch(position, depends, steady_since, evidence.states(), newest)
         return Advance(watch, kept, events, evidence.strengths())
 
     def _keep(self, before: Requests, seen_before: Sequence[Seen], new: Requests) -> NDArray[np.intp]:

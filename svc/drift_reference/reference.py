@@ -19,7 +19,7 @@ from svc.drift_reference.answer import Answer, AnswerSampler
 from svc.drift_reference.drift_sample import DRIFT_SAMPLE_FILE
 from svc.drift_reference.keyed_hash import KeyedHash
 from svc.drift_reference.prompt import Prompt, PromptSampler
-from svc.drift_reference.sample import Sample, evenly_picked, first_of_recent
+from svc.drift_reference.sample import Sample
 from svc.drift_reference.text_embedding import TEXT_SPACE_FILE, load_text_space
 from svc.errors import NotFoundError
 from svc.evaluation.results import ExampleResult, largest_limit
@@ -27,8 +27,8 @@ from svc.redaction import Redactor
 from svc.registry.registry import Registry
 from svc.version import Target
 
-_MOST_COMPARED = 1_000
-"""Examples; ten times the largest window. More make no test sharper, and each slower by their square."""
+_MAX_ANSWERS = 1_000
+"""To held-out prompts, evenly picked; more make no share surer that matters, and take seconds to redact."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,6 @@ class Reference:
         answers: to the held-out examples; None where it keeps no answers.
         missing: why one of them is None.
         words: `KeyedHash.words` of each of the prompts.
-        conversations: `KeyedHash.conversation` of each of the prompts.
         hashes: of the home.
     """
 
@@ -50,7 +49,6 @@ class Reference:
     answers: Sample | None
     missing: str
     words: list[NDArray[np.int32]]
-    conversations: list[int]
     hashes: KeyedHash
 
 
@@ -68,13 +66,15 @@ def read_reference(registry: Registry, target: Target, redactor: Redactor) -> Re
     prompt_sampler, answer_sampler, prompts, answers = None, None, None, None
     try:
         prompt_sampler = PromptSampler(load_text_space(registry.reference(version, TEXT_SPACE_FILE)))
-        _, compared = _once_each(read_examples(registry.reference(version, DRIFT_SAMPLE_FILE)), redactor)
+        sample = read_examples(registry.reference(version, DRIFT_SAMPLE_FILE))
+        compared = [_reference_prompt(example, redactor) for example in sample]
         prompts = prompt_sampler.sample(compared)
         results = registry.results(version, target.format)
         answer_sampler = AnswerSampler([example.answer for example in examples], largest_limit(results))
-        places, _ = _once_each(examples, redactor)
+        answered = list(zip(examples, results, strict=False))
+        every = -(-len(answered) // _MAX_ANSWERS) or 1
         answers = answer_sampler.sample(
-            [_heldout_answer(examples[place], results[place], redactor) for place in places if place < len(results)]
+            [_heldout_answer(example, result, redactor) for example, result in answered[::every]]
         )
     except NotFoundError as error:
         missing = error.wrong
@@ -85,16 +85,8 @@ def read_reference(registry: Registry, target: Target, redactor: Redactor) -> Re
         answers,
         missing,
         words=[hashes.words(prompt.text) for prompt in compared],
-        conversations=[hashes.conversation(prompt.opening) for prompt in compared],
         hashes=hashes,
     )
-
-
-def _once_each(examples: Sequence[ChatExample], redactor: Redactor) -> tuple[list[int], list[Prompt]]:
-    """The places that count, as of live requests, and their prompts."""
-    prompts = [_reference_prompt(example, redactor) for example in examples]
-    places = evenly_picked(first_of_recent(prompts), _MOST_COMPARED)
-    return places, [prompts[place] for place in places]
 
 
 def _heldout_answer(example: ChatExample, result: ExampleResult, redactor: Redactor) -> Answer:

@@ -1,7 +1,6 @@
 """Things that are compared, one a row: their features, and where they lie in text space."""
 
-from collections import deque
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,8 +12,6 @@ Names = NDArray[np.str_]
 NOT_THERE = ""
 """A category that an item does not have; a number that it does not have is NaN. Neither is compared."""
 
-RECENT = 100
-"""Items within which a prompt that comes again counts once."""
 YES, NO = "yes", "no"
 """Categories of a feature that is there or not."""
 
@@ -56,27 +53,3 @@ class Sample:
             {name: np.concatenate([values, other.categories[name]]) for name, values in self.categories.items()},
             tuple(np.concatenate(pair) for pair in zip(self.views, other.views, strict=True)),
         )
-
-
-def first_of_recent(keys: Sequence[Hashable], memory: Sequence[Hashable] = ()) -> list[int]:
-    """Places of what does not come again within the newest `RECENT` that were taken.
-
-    The same rule for the reference and for live prompts, or one would be drawn otherwise than the other.
-
-    Args:
-        memory: what was taken before.
-    """
-    recent = deque(memory, maxlen=RECENT)
-    places = []
-    for place, key in enumerate(keys):
-        if key not in recent:
-            recent.append(key)
-            places.append(place)
-    return places
-
-
-def evenly_picked(places: Sequence[int], most: int) -> list[int]:
-    """At most so many of them, over all of their range."""
-    if len(places) <= most:
-        return list(places)
-    return [places[at] for at in np.linspace(0, len(places) - 1, most).round().astype(int)] if most else []

@@ -33,12 +33,18 @@ class RatedAnswer:
     corrected: bool
 
 
-def newest_answer_at(store: Store, target: Target) -> datetime | None:
-    """Return when the newest request began that a version in a format answered well; None where there is none."""
+def was_answered(store: Store, target: Target, *, after: datetime | None, before: datetime) -> bool:
+    """Return whether a version in a format answered a request well that began between two times.
+
+    Args:
+        after: None: since ever.
+    """
     good = RequestRow.status == _GOOD_STATUS, RequestRow.outcome == RequestOutcome.COMPLETE
-    query = select(RequestRow.started_at).where(answered_by(target), *good).order_by(RequestRow.id.desc()).limit(1)
+    query = select(RequestRow.id).where(answered_by(target), *good, RequestRow.started_at < before)
+    if after is not None:
+        query = query.where(RequestRow.started_at > after)
     with Session(store) as session:
-        return session.scalar(query)
+        return session.scalar(query.limit(1)) is not None
 
 
 def texts_of(store: Store, request_ids: Sequence[str]) -> dict[str, tuple[str, str]]:

@@ -517,3 +517,45 @@ def test_a_report_of_another_release_keeps_no_model_from_being_checked(
     with store.begin() as connection:
         connection.exec_driver_sql("update drift_states set report = '{\"moved\": 3}'")
     assert check()[Signal.INPUT].items > 0
+
+
+def test_a_signal_waits_and_is_not_off_while_the_features_of_its_first_requests_are_made(
+    check: Check, traffic: Traffic
+) -> None:
+    traffic.ask(ALIKE[:5], features=False)
+    assert check()[Signal.INPUT].status is Status.WAITING
+    traffic.ask(ALIKE[5:20], features=False)
+    assert check()[Signal.INPUT].status is Status.OFF
+
+
+def test_an_answer_is_compared_with_its_log_probability_when_that_comes_a_little_later(
+    registry: Registry, store: Store, traffic: Traffic
+) -> None:
+    now = NOON
+    checks = DriftCheck(registry, store, RequestLogSettings(content_share=1), clock=lambda: now)
+
+    def items() -> int:
+        return {report.signal: report.items for report in checks.run(target())}[Signal.INPUT]
+
+    traffic.ask(ALIKE[:3])  # at 12:01, 12:02 and 12:03
+    now = NOON + timedelta(minutes=4)
+    assert items() == 0
+    with store.begin() as connection:
+        connection.exec_driver_sql("update requests set logprob = -0.1 where id = 1")
+    assert items() == 1
+    now = NOON + timedelta(minutes=20)
+    assert items() == 3
+
+
+def test_a_change_of_traffic_is_accepted_when_too_few_ratings_came_to_accept_theirs(
+    registry: Registry, store: Store, check: Check, traffic: Traffic
+) -> None:
+    traffic.rate(traffic.ask(ALIKE[:100], number=2), bad=6)
+    traffic.rate(traffic.ask(ALIKE[100:140]), bad=40)
+    traffic.ask([*ALIKE[140:350], *STRONG[:100]])
+    check()
+    assert alarms(store, Signal.PEOPLE) and alarms(store, Signal.INPUT)
+    accepted = DriftCheck(registry, store, RequestLogSettings(), clock=lambda: traffic.now).accept(target())
+    assert "characters" in accepted and "bad_ratings" not in accepted
+    lasting = {alarm.feature for alarm in read_drift_alarms(store, target()) if alarm.ended_at is None}
+    assert lasting == {"bad_ratings"}

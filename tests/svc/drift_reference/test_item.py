@@ -52,7 +52,6 @@ REFERENCE = Reference(
     answer_sampler.sample([Answer(label, 3, "stop", -0.1, greedy=True) for label in LABELS]),
     missing="",
     words=[],
-    conversations=[],
     hashes=KeyedHash(bytes(16)),
 )
 maker = ItemMaker(REFERENCE)
@@ -165,7 +164,7 @@ def test_the_answer_has_no_log_probability_yet() -> None:
 
 def test_no_item_can_be_made_when_there_is_nothing_to_compare_with() -> None:
     with pytest.raises(NotFoundError, match="adapter"):
-        ItemMaker(Reference(None, None, None, None, "an adapter", [], [], REFERENCE.hashes))
+        ItemMaker(Reference(None, None, None, None, "an adapter", [], REFERENCE.hashes))
 
 
 def test_the_reference_has_the_words_of_its_prompts(tmp_path: Path) -> None:
@@ -173,7 +172,7 @@ def test_the_reference_has_the_words_of_its_prompts(tmp_path: Path) -> None:
     register(registry, examples=20)
     reference = read_reference(registry, target(), Redactor())
     assert reference.prompts is not None
-    assert len(reference.words) == len(reference.conversations) == reference.prompts.size > 0
+    assert len(reference.words) == reference.prompts.size > 0
     assert all(len(words) for words in reference.words)
     assert reference.hashes == KeyedHash.of_home(tmp_path)
     assert read_reference(registry, target(), Redactor()).words[0].tolist() == reference.words[0].tolist()
