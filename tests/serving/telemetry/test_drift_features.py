@@ -1,5 +1,6 @@
 """Features of a bounded sample of requests are stored, by a process that comes again where it dies."""
 
+import multiprocessing
 import os
 import signal
 import time
@@ -69,8 +70,8 @@ def until(met: Callable[[], object]) -> None:
 
 
 def children() -> list[psutil.Process]:
-    """Processes that make features: all spawned ones but that which looks after semaphores."""
-    return [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+    """Processes that make features."""
+    return [psutil.Process(child.pid) for child in multiprocessing.active_children()]
 
 
 @pytest.fixture

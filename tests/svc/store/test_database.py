@@ -50,6 +50,8 @@ def test_a_store_of_the_first_schema_gets_the_new_tables_and_keeps_its_rows(tmp_
     add_requests(store, [RECORD])
     with store.begin() as connection:
         connection.exec_driver_sql("DROP TABLE drift_items")
+        connection.exec_driver_sql("DROP TABLE drift_baselines")
+        connection.exec_driver_sql("ALTER TABLE drift_alarms DROP COLUMN feature")
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = 'initial'")
     store.dispose()
     migrated = open_database(tmp_path)
@@ -60,8 +62,8 @@ def test_a_store_of_the_first_schema_gets_the_new_tables_and_keeps_its_rows(tmp_
 
 
 def _schema(store: Store) -> set[str]:
-    """What SQLite says of the table, whatever its spaces and the order of its constraints."""
-    query = "SELECT sql FROM sqlite_master WHERE tbl_name = 'drift_items' AND sql IS NOT NULL"
+    """What SQLite says of the new tables, whatever its spaces and the order of its constraints."""
+    query = "SELECT sql FROM sqlite_master WHERE tbl_name IN ('drift_items', 'drift_baselines') AND sql IS NOT NULL"
     with store.connect() as connection:
         return {"".join(sorted(sql.split())) for sql in connection.scalars(sa.text(query))}
 

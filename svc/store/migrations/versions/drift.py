@@ -1,14 +1,14 @@
-"""Add the table of features of requests for drift."""
+"""Features of requests are kept, an alarm is of one feature, traffic can be accepted; what windows found is dropped."""
 
 import sqlalchemy as sa
 from alembic import op
 
-revision = "drift_items"
+revision = "drift"
 down_revision = "initial"
 
 
 def upgrade() -> None:
-    """Create the table and its indexes."""
+    """Change the tables."""
     op.create_table(
         "drift_items",
         sa.Column("id", sa.Integer(), nullable=False),
@@ -27,3 +27,14 @@ def upgrade() -> None:
     )
     op.create_index("ix_drift_items_request", "drift_items", ["request"], unique=True)
     op.create_index("ix_drift_items_target", "drift_items", ["name", "number", "format"])
+    op.create_table(
+        "drift_baselines",
+        sa.Column("name", sa.String(), nullable=False),
+        sa.Column("number", sa.Integer(), nullable=False),
+        sa.Column("format", sa.String(), nullable=False),
+        sa.Column("data", sa.LargeBinary(), nullable=False),
+        sa.PrimaryKeyConstraint("name", "number", "format", name="pk_drift_baselines"),
+    )
+    op.execute("DELETE FROM drift_alarms")
+    op.execute("DELETE FROM drift_states")
+    op.add_column("drift_alarms", sa.Column("feature", sa.String(), nullable=False, server_default=""))
