@@ -60,6 +60,7 @@ def check_ratings(
             # From here on they are the reference, and no part of the stream.
             base, ratings = _pairs(ratings[:_MIN_REFERENCE]), ratings[_MIN_REFERENCE:]
     if not base:
+        alarms.end_all(Signal.PEOPLE, now)  # another release's, whose state could not be read
         why = f"there are fewer than {_MIN_REFERENCE} earlier ratings to compare with, one a person and day"
         return state, SignalReport(Signal.PEOPLE, Status.WAITING, why)
     known = set(state.memory)

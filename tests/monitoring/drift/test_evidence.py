@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from monitoring.drift import evidence
-from monitoring.drift.evidence import HIT, MISS, NOT_THERE, Event, Evidence, FeatureAlarm, FeatureState, Hits
+from monitoring.drift.evidence import HIT, MISS, NOT_THERE, STAKES, Event, Evidence, FeatureAlarm, FeatureState, Hits
 from svc.drift_reference.sample import Floats
 
 STATES = TypeAdapter(dict[str, FeatureState])
@@ -65,7 +65,7 @@ def one_bet(alarm: FeatureAlarm | None = None, *, dependence: float = 1.0) -> Wa
     """
     if alarm is None:
         return Watched(["one"], [BOUND], dependence=dependence)
-    states = {"one": FeatureState((1.0, 1.0), (0, 0), alarm)}
+    states = {"one": FeatureState((1.0,) * len(STAKES), (0,) * len(STAKES), alarm)}
     return Watched(["one"], [BOUND], dependence=dependence, threshold=1e5, states=states, position=alarm.called)
 
 
@@ -129,6 +129,15 @@ def test_an_alarm_names_about_the_item_with_which_the_change_began(
     errors = [abs(alarm.since - CHANGE_AFTER - 1) for alarm in alarms]
     assert len(alarms) == 12
     assert np.median(errors) <= 3 + run
+
+
+@pytest.mark.parametrize(("before", "bound", "after"), [(0.02, 0.05, 0.1), (0.05, 0.11, 0.16), (0.15, 0.33, 0.45)])
+def test_an_alarm_is_called_when_a_share_stays_a_little_above_its_bound(
+    before: float, bound: float, after: float
+) -> None:
+    alarms, _ = first_alarms(before, after, bound, items=8_000)
+    assert len(alarms) == 12
+    assert np.median([alarm.called - CHANGE_AFTER for alarm in alarms]) < 1_000
 
 
 @pytest.mark.parametrize("run", [1, 5, 20])
