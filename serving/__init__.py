@@ -1,1 +1,1 @@
-"""An OpenAI-compatible gateway in front of vLLM engines, and the swap of versions behind it."""
+"""An OpenAI-compatible gateway in front of vLLM engines, with swaps of their versions."""

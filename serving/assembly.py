@@ -1,4 +1,4 @@
-"""Builds the parts of one server, once: who gets what, passed explicitly. Runs nothing."""
+"""Builds the parts of one server, once, and passes their dependencies explicitly. Runs nothing."""
 
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,8 +42,8 @@ from svc.store.requests import Dropped
 from svc.version import Target
 
 MAX_BUFFERED_BYTES = 256 * 2**20
-"""Of all answers together that wait for clients to read them: sixteen of the largest, in a small part of the memory of
-a machine that runs an engine."""
+"""Of all answers together that wait for their clients: sixteen of the largest, a small part of the memory of a machine
+that runs an engine."""
 
 if TYPE_CHECKING:
     from serving.telemetry.traces.traces import Traces
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class GatewayParts:
-    """What answers clients, and what of it runs or is to be ended."""
+    """The application that answers clients, and its parts that must be run or closed."""
 
     app: Application
     request_log: RequestLog
@@ -61,7 +61,7 @@ class GatewayParts:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What of a server runs, or is to be ended."""
+    """The parts of a server that must be run or closed."""
 
     gateway: GatewayParts
     deployments: Deployments
@@ -81,15 +81,15 @@ def assemble(
     on_ready: OnReady,
     on_failure: OnFailure,
 ) -> Parts:
-    """All parts of a server; which models it serves, its deployments are told when they run.
+    """Return all parts of a server; its models are passed when its deployments run.
 
     Args:
-        capabilities: of this device.
-        authenticator: has looked at the store's keys.
-        make_slots: creates what starts and finds engines.
-        on_phase: hears what an engine's start is doing.
-        on_ready: hears what is served, whenever a model has come.
-        on_failure: hears why a model cannot be served.
+        capabilities: capabilities of this device.
+        authenticator: has loaded the keys from the store.
+        make_slots: returns the object that starts and finds engines.
+        on_phase: called with the phases of an engine's start.
+        on_ready: called with each version that starts to serve.
+        on_failure: called with the reason why a model cannot be served.
     """
     disable_created_metrics()  # type: ignore[no-untyped-call]
     collector = CollectorRegistry()
@@ -142,12 +142,12 @@ def assemble_gateway(
     sources: Callable[[], Sequence[EngineSource]],
     status: Callable[[], Mapping[str, Any]],
 ) -> GatewayParts:
-    """Return what answers clients, in front of whatever the router leads to.
+    """Return the parts that answer clients, in front of the router's backends.
 
     Args:
         changes: writes the desired versions.
-        sources: the engines whose metrics are shown.
-        status: what /svc/status shows, JSON values.
+        sources: returns the engines whose metrics are shown.
+        status: returns the JSON values of /svc/status.
     """
     limits, traces = settings.serve, make_traces(settings.telemetry, metrics)
     lose_features = partial(metrics.rows_dropped, Dropped.FEATURES)
@@ -186,7 +186,7 @@ def assemble_gateway(
 
 
 def make_traces(settings: TelemetrySettings, metrics: GatewayMetrics) -> "Traces | None":
-    """Where they are sent; None, and nothing of OpenTelemetry is loaded, where no receiver is set.
+    """Return the sender of traces; None, without loading OpenTelemetry, if no receiver is set.
 
     Raises:
         SettingsError: a variable with headers for the receiver is malformed.
@@ -206,15 +206,15 @@ def make_traces(settings: TelemetrySettings, metrics: GatewayMetrics) -> "Traces
 
 
 def _check_memory(slots: EngineSlots, targets: Sequence[Target]) -> None:
-    """Raises where there is no memory for the engines of these versions.
+    """Check that there is memory for the engines of these versions.
 
     Raises:
-        EngineError: with what they need, and what is free.
+        EngineError: there is not; the message has the needed and the free memory.
         NotFoundError: no such version or format.
     """
     missing = slots.shortage({target: slots.settings.engine_for(target.version.name).replicas for target in targets})
     if missing:
         raise EngineError(
             f"no memory for {', '.join(str(target) for target in targets)}: {missing}",
-            todo="serve fewer models, or give each less: `models` in svc.yaml, `max_model_len` and `replicas` there",
+            todo="serve fewer models, or lower `max_model_len` or `replicas` of each under `models` in svc.yaml",
         )

@@ -21,13 +21,13 @@ from svc.store.swaps import SwapOutcome, SwapResult
 from svc.version import Format, Target, VersionId
 
 _COLLECTED_AFTER = 10_000
-"""New objects that hold others. A request makes some hundred, and few of them outlive it."""
+"""New container objects. A request creates some hundred, and few of them outlive it."""
 
 _format_option = click.option(
     "--format",
     "format_name",
     type=click.Choice([Format.GPTQ.value, Format.MERGED.value, Format.ADAPTER.value]),
-    help="How the version is served; as an adapter, many beside one base.",
+    help="Format to serve; `adapter` serves many versions with one base model.",
 )
 
 
@@ -48,12 +48,12 @@ def serve(
 ) -> None:
     """Serve MODELS to OpenAI clients until SIGTERM or Ctrl-C.
 
-    Each is NAME or NAME@N; without any, those that were served last, or the only one that there is. A version that is
-    named here becomes the production version; without one, the version that served last goes on. Where a server runs
-    on this home already, it serves MODELS too, as by `svc add`.
+    Each is NAME or NAME@N; the default is the models that were served last, or the only one. A version that is named
+    here becomes the production version; without one, the version that served last continues. If a server already runs
+    on this home, it serves MODELS too, as with `svc add`.
     """
     if every and models:
-        raise click.UsageError("name models, or say --all")
+        raise click.UsageError("give either models or --all")
     listen = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
     settings = settings_of(ctx, serve=listen or None)
     if models and not listen and lock_holder(settings.home / LOCK_FILE):
@@ -84,18 +84,18 @@ def serve(
         with server.claim(settings, has_keys=has_keys, inherited=inherited) as claim, ExitStack() as bar:
             format = Format(format_name) if format_name else None
             wanted = choose_deployments(registry, store, models, format, every=every)
-            named = ", ".join(str(desired.target) for desired in wanted)
+            targets = ", ".join(str(desired.target) for desired in wanted)
             console.print(
-                f"{named}: starting vLLM, about 40 s each where none was left running; logs {settings.home / 'logs'}"
+                f"{targets}: starting vLLM, about 40 s each if it is not running yet; logs: {settings.home / 'logs'}"
             )
             on_phase = bar.enter_context(advancing("engine", tuple(EnginePhase)))
-            coming = {desired.name for desired in wanted}
+            pending = {desired.name for desired in wanted}
 
-            def came(target: Target, said: str) -> None:
-                coming.discard(target.version.name)
-                if not coming:
+            def show(target: Target, message: str) -> None:
+                pending.discard(target.version.name)
+                if not pending:
                     bar.close()
-                console.print(said)
+                console.print(message)
 
             await server.serve(
                 settings,
@@ -105,8 +105,8 @@ def serve(
                 claim,
                 capabilities=capabilities,
                 on_phase=on_phase,
-                on_ready=lambda target: came(target, f"[green]serving {target} on {claim.url}/v1[/green]"),
-                on_failure=lambda target, error: came(target, f"[red]{target} is not served:[/red] {error}"),
+                on_ready=lambda target: show(target, f"[green]serving {target} on {claim.url}/v1[/green]"),
+                on_failure=lambda target, error: show(target, f"[red]{target} is not served:[/red] {error}"),
                 manager=ServiceManager.of(),
             )
 
@@ -117,9 +117,9 @@ def serve(
 
 
 def _spare_collector() -> None:
-    """Has Python's garbage collector look less often, and never at what is here now, which stays until the end.
+    """Make Python's garbage collector run less often, and skip the objects that exist now, which stay until the end.
 
-    It took a twelfth of what a request costs; nearly all that a request leaves is freed without it.
+    It took a twelfth of the cost of a request; nearly all objects of a request are freed without it.
     """
     gc.collect()
     gc.freeze()
@@ -131,7 +131,7 @@ def _spare_collector() -> None:
 @_format_option
 @click.pass_context
 def add(ctx: click.Context, model: str, format_name: str | None) -> None:
-    """Have the running server serve MODEL (NAME or NAME@N) too."""
+    """Add MODEL (NAME or NAME@N) to the running server."""
     _add(settings_of(ctx), model, format_name)
 
 
@@ -139,31 +139,33 @@ def _add(settings: Settings, model: str, format_name: str | None) -> None:
     from serving.client.membership import Membership
 
     target = Membership.of(settings).add(model, Format(format_name) if format_name else None)
-    click.secho(f"{target} serves", fg="green")
+    click.secho(f"{target} is served", fg="green")
 
 
 @click.command()
 @click.argument("name")
 @click.pass_context
 def remove(ctx: click.Context, name: str) -> None:
-    """Have the running server serve NAME no more, once its last requests have ended."""
+    """Remove NAME from the running server, after its running requests."""
     from serving.client.membership import Membership
 
     Membership.of(settings_of(ctx)).remove(name)
-    click.echo(f"{name} is served no more; `svc add {name}` brings it back")
+    click.echo(f"{name} is no longer served; add it again with `svc add {name}`")
 
 
 @click.command()
 @click.argument("version")
 @_format_option
-@click.option("--force", is_flag=True, help="Though it failed a check when it was registered; with --reason.")
+@click.option(
+    "--force", is_flag=True, help="Promote even if the version failed a check at its registration; needs --reason."
+)
 @reason_option
 @json_option
 @click.pass_context
 def promote(
     ctx: click.Context, version: str, format_name: str | None, force: bool, reason: str | None, as_json: bool
 ) -> None:
-    """Bring VERSION (NAME@N) into production, without losing a request."""
+    """Promote VERSION (NAME@N) to production, without losing a request."""
     reason = reason and reason.strip()
     if force and not reason:
         raise click.UsageError("--force needs a --reason")
@@ -181,7 +183,7 @@ def promote(
 @json_option
 @click.pass_context
 def rollback(ctx: click.Context, name: str, reason: str | None, as_json: bool) -> None:
-    """Bring back the version that NAME served before; while another is on its way, keep the one that serves."""
+    """Return NAME to its previous version; during a promotion, cancel it and keep the version that serves."""
     administration = _administration(ctx)
     _follow(administration, administration.rollback(name, reason=reason), as_json=as_json)
 
@@ -202,7 +204,7 @@ def _follow(administration: Administration, change: VersionChange, *, as_json: b
 
             print_json({"target": str(target), "outcome": "unchanged"})
         else:
-            click.echo(f"{target} serves already")
+            click.echo(f"{target} is already served")
         return
     steps: list[str] = []
 
@@ -217,29 +219,29 @@ def _follow(administration: Administration, change: VersionChange, *, as_json: b
         print_json({"target": str(target), **asdict(result), "steps": steps})
     if result.outcome is not SwapOutcome.SUCCEEDED:
         raise RefusedError(
-            f"{target} was not promoted ({result.outcome}), {_left(administration, result.outcome, change)}\n"
+            f"{target} was not promoted ({result.outcome}): {_served_now(administration, result.outcome, change)}\n"
             f"  why: {result.reason}"
         )
     if not as_json:
-        click.secho(f"{target} serves", fg="green")
+        click.secho(f"{target} is served", fg="green")
         if result.kind is not None and result.took_s is not None:
             click.echo(f"  {result.kind} swap in {result.took_s:.1f} s; {_waits(result)}")
 
 
-def _left(administration: Administration, outcome: SwapOutcome, change: VersionChange) -> str:
-    """What a promotion that was not completed leaves behind."""
+def _served_now(administration: Administration, outcome: SwapOutcome, change: VersionChange) -> str:
+    """Return a text about the version that serves after a failed promotion."""
     served = change.before
-    with suppress(ServerNotRunningError):  # what was desired before may never have served
+    with suppress(ServerNotRunningError):  # the previously desired version may never have served
         served = read_served(administration.server).get(served.version.name, served)
     if outcome is SwapOutcome.FAILED:
-        return f"and the engine had to be replaced; `svc status` shows whether {served} serves again"
-    return f"{served} serves"
+        return f"the engine had to be replaced; `svc status` shows whether {served} serves again"
+    return f"{served} is still served"
 
 
 def _waits(result: SwapResult) -> str:
     if result.queued_s is None:
         return f"no request had to wait, {result.running} were running"
-    return f"requests were queued for {result.queued_s:.2f} s, {result.queued} of them; {result.running} were running"
+    return f"{result.queued} requests were queued for up to {result.queued_s:.2f} s; {result.running} were running"
 
 
 @click.command()

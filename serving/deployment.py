@@ -1,4 +1,4 @@
-"""One model that a server serves: who may run in it, its engines, its rollouts, and what it asks them itself."""
+"""One model that a server serves: its admission, engines, rollouts, and the server's own requests."""
 
 import asyncio
 import logging
@@ -32,10 +32,10 @@ _RESTART_PAUSE_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """Everything of one model name.
+    """All parts of one model name.
 
     Attributes:
-        context: longest prompt and answer together, tokens.
+        context: maximum length of prompt and answer together, tokens.
     """
 
     names: ModelNames
@@ -54,25 +54,24 @@ class Deployment:
 
     @property
     def name(self) -> str:
-        """The model's name."""
         return self.names.name
 
     def check(self, model: str) -> Coroutine[object, object, None]:
-        """Raises where a name means nothing; see serving.replicas.balancer.Balancer.check."""
-        return self.balancer.check(model)  # no coroutine of its own, which each request would pay for
+        """Check that a model name can be served; see serving.replicas.balancer.Balancer.check."""
+        return self.balancer.check(model)  # not a coroutine of its own, which would cost time for each request
 
     def lease(self, model: str, *, without: Lease | None = None) -> AbstractAsyncContextManager[Lease]:
-        """An engine for the body; see serving.replicas.balancer.Balancer.lease."""
+        """Lease an engine for the body; see serving.replicas.balancer.Balancer.lease."""
         return self.balancer.lease(model, without=without)
 
     def admitted(
         self, model: str, tokens: int, party: Party, waiting: Callable[[], AbstractContextManager[None]]
     ) -> AbstractAsyncContextManager[Lease]:
-        """An engine for the body, once admission lets the request run; see AdmittedLease."""
+        """Lease an engine for the body, after admission; see AdmittedLease."""
         return AdmittedLease(self.admission, self.balancer.lease(model), tokens, party, waiting)
 
     async def run(self) -> None:
-        """Keeps it as it is desired, until it is cancelled; `reconciler.start` comes before."""
+        """Keep the model in its desired state until cancelled. Call `reconciler.start` first."""
         parts = {
             "promotions": self.reconciler.follow,
             "restarts of engines": self.reconciler.reviver.run,
@@ -91,23 +90,23 @@ class Deployment:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _keep_running(self, part: str, run: Callable[[], Awaitable[None]]) -> None:
-        """Run a part until it is cancelled. A defect ends neither the server nor the other parts and models."""
+        """Run a part until cancelled. A defect stops neither the server nor the other parts and models."""
         task = asyncio.current_task()
         while True:
             try:
                 await run()
             except Exception as error:
-                if task and task.cancelling():  # the defect is in what the part does at its end
+                if task and task.cancelling():  # the defect is in the part's clean-up
                     raise
                 log.exception("%s: the part %r has a defect and is restarted", self.name, part)
                 self.reconciler.note_error(f"defect in {part}: {error!r}")
             await asyncio.sleep(_RESTART_PAUSE_S)
 
     async def stop(self, *, leave: bool = False) -> None:
-        """Ends its engines, once `run` has ended, and writes what its journal has.
+        """Stop the engines, after `run` has ended, and write the pending journal.
 
         Args:
-            leave: engines that are ready go on, for a server that starts later.
+            leave: keep ready engines running, for a server that starts later.
         """
         try:
             await self.pool.stop(leave=leave)
@@ -115,14 +114,14 @@ class Deployment:
             await self.close()
 
     async def close(self) -> None:
-        """Write what its journal has, once its engines have stopped."""
+        """Write the pending journal, after the engines have stopped."""
         self.reconciler.journal.stopped(self.name)
         await asyncio.to_thread(self.reconciler.journal.close)
 
     def status(self) -> Mapping[str, Any]:
-        """What /svc/status shows of it, JSON values; reads the store."""
+        """Return the model's JSON values for /svc/status; reads the store."""
         actual, previous = self.reconciler.actual.target, self.reconciler.actual.previous
-        unwritten = self.reconciler.journal.unwritten  # before the store is read: what is written meanwhile is there
+        unwritten = self.reconciler.journal.unwritten  # before the store, which has results that are written meanwhile
         swap = find_swap(self.store, self.name)
         return {
             "model": self.name,
@@ -155,7 +154,7 @@ class Deployment:
 
 
 def _adapters(adapters: EngineAdapters | None) -> list[dict[str, Any]] | None:
-    """Those that an engine has loaded; None where it holds a version itself."""
+    """Return the adapters that an engine has loaded; None if it holds a version itself."""
     if adapters is None:
         return None
     return [{"version": str(each.version), "verified": each.checked.verified} for each in adapters.loaded]

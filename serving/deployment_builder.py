@@ -1,4 +1,4 @@
-"""Builds the parts of one model, once: who gets what, passed explicitly. Runs nothing."""
+"""Builds the parts of one model, once, and passes their dependencies explicitly. Runs nothing."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ from svc.store.desired import Desired
 
 @dataclass(frozen=True, slots=True)
 class DeploymentBuilder:
-    """Builds what a model needs of its own, over what all have in common."""
+    """Builds the parts of each model, on top of the parts that all models share."""
 
     settings: Settings
     registry: Registry
@@ -47,11 +47,11 @@ class DeploymentBuilder:
     on_phase: Callable[[str], None]
 
     def build(self, desired: Desired, make_room: MakeRoom) -> Deployment:
-        """A deployment that serves nothing yet.
+        """Return a deployment that serves nothing yet.
 
         Args:
-            desired: what it is to serve first.
-            make_room: for its engines.
+            desired: the state to serve first.
+            make_room: frees memory for its engines.
         """
         name, engine = desired.name, self.settings.engine_for(desired.name)
         metrics = DeploymentMetrics(self.instruments, name, on_loaded=self.gateway_metrics.show_errors)

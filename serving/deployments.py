@@ -1,8 +1,8 @@
-"""The models that a server serves, and how one comes or goes while it runs.
+"""The models that a server serves, including those that are added or removed while it runs.
 
-All start in turn, because engines on one device would take each other's memory and cores. What an earlier server left
-is looked for before anything starts; whether there is memory for the rest, too. A model that cannot be served does
-not keep the others from it.
+Models start one after the other, because engines on one device would take each other's memory and cores. Before any
+start, engines of an earlier server are adopted, and the memory for the rest is checked. A model that cannot be served
+does not affect the others.
 """
 
 import asyncio
@@ -39,17 +39,17 @@ OnFailure = Callable[[Target, SvcError], None]
 
 
 class Deployments:
-    """A set of deployments, kept as the store says.
+    """The set of deployments, kept equal to the set in the store.
 
     Args:
-        build: makes a deployment from what it shall serve first, and from what makes room for its engines.
-        check_memory: of engines with these versions beside those that run.
-        registered: the names of all models, for who asks for one that is not served; reads the disk.
-        on_ready: hears what is served, whenever a model has come.
-        on_failure: hears why one cannot be served.
+        build: returns a deployment, from its first desired state and a function that frees memory for its engines.
+        check_memory: raises if engines with these versions do not fit next to the running ones.
+        registered: returns the names of all models, for errors about models that are not served; reads the disk.
+        on_ready: called with each version that starts to serve.
+        on_failure: called with the reason why a model cannot be served.
 
     Attributes:
-        looked: set once what an earlier server left is adopted, or is found not to be there.
+        looked: set after the engines of an earlier server, if any, are adopted.
     """
 
     def __init__(
@@ -79,23 +79,23 @@ class Deployments:
 
     @property
     def all(self) -> list[Deployment]:
-        """Those that there are, whether they serve or not."""
+        """All deployments, whether they serve or not."""
         return list(self._all.values())
 
     def served(self) -> Mapping[str, Target]:
-        """What is served under each name, until it has come to what is desired."""
+        """Return the version that is served under each name, which may not be the desired one yet."""
         return {deployment.name: deployment.reconciler.actual.target for deployment in self.all}
 
     def status(self) -> Mapping[str, Any]:
-        """What /svc/status shows, JSON values; reads the store, in a thread beside the event loop."""
+        """Return the JSON values of /svc/status; reads the store, so it must not run in the event loop's thread."""
         models = [deployment.status() for deployment in self.all]
         return {"models": models, "refused": dict(self._refused), "pid": os.getpid()}
 
     async def run(self, wanted: Sequence[Desired]) -> None:
-        """Starts these, and then follows the store until it is cancelled.
+        """Start these models, then follow the store until cancelled.
 
         Raises:
-            SvcError: none of them can be served, or there is no memory for all.
+            SvcError: none of the models can be served, or there is not enough memory for all.
         """
         try:
             await self._start_first(wanted)
@@ -105,7 +105,7 @@ class Deployments:
                     watched = {*works, *self._tasks.values()}
                     done, _ = await asyncio.wait(watched, timeout=_POLL_S, return_when=asyncio.FIRST_COMPLETED)
                     for task in done:
-                        if task in works or task in self._tasks.values():  # and not of one that was removed
+                        if task in works or task in self._tasks.values():  # skips tasks of removed models
                             task.result()
                     works = [task for task in works if not task.done()]
             finally:
@@ -118,10 +118,10 @@ class Deployments:
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     async def stop(self, *, leave: bool = False) -> None:
-        """Ends all engines, once `run` has ended; also those of an earlier server that nobody took over.
+        """Stop all engines, after `run` has ended, including those of an earlier server that were not adopted.
 
         Args:
-            leave: those that are ready go on without us, for a server that starts later.
+            leave: keep ready engines running, for a server that starts later.
         """
         try:
             await asyncio.gather(*(deployment.stop(leave=leave) for deployment in self.all))
@@ -139,14 +139,14 @@ class Deployments:
         await self._places.end_orphans()
         await asyncio.to_thread(self._check_memory, [deployment.reconciler.actual.target for deployment in missing])
         failed: list[SvcError] = []
-        for deployment in sorted(self.all, key=missing.__contains__):  # those that answer already come first
+        for deployment in sorted(self.all, key=missing.__contains__):  # models that already answer come first
             error = await self._start(deployment)
             failed += [error] if error else []
         if len(failed) == len(self._all):
             raise failed[0]
 
     async def _leave_out_of_collections(self) -> None:
-        """What was imported stays. To look through it again and again holds up every stream for 100 ms."""
+        """Exclude imported objects from garbage collection: scanning them repeatedly delays every stream by 100 ms."""
         await asyncio.gather(*(each.alias.settled(_IMPORTED_S) for each in self.all))  # MLflow is imported last
         gc.freeze()
 
@@ -156,11 +156,11 @@ class Deployments:
         return deployment
 
     async def _start(self, deployment: Deployment) -> SvcError | None:
-        """Starts one, and keeps it; one that does not start is tried again and again. Why it did not."""
+        """Start a deployment and keep it running; return the error if the start fails, which is then retried."""
         target, failed = deployment.reconciler.actual.target, None
         try:
             await deployment.reconciler.start()
-        except Exception as error:  # whatever keeps one model from being served keeps no other from it
+        except Exception as error:  # any error of one model must not affect the others
             log.exception("%s is not served", target)
             failed = error if isinstance(error, SvcError) else EngineError(f"{target} does not start: {error!r}")
         self._tasks[deployment.name] = asyncio.create_task(deployment.run())
@@ -171,17 +171,17 @@ class Deployments:
         return failed
 
     async def _follow(self) -> None:
-        look_at = 0.0
+        next_read = 0.0
         while True:
             try:
                 names = await asyncio.to_thread(deployed_names, self._store)
-                if time.monotonic() >= look_at:  # less often: it reads a folder for each model
+                if time.monotonic() >= next_read:  # less often: it reads a folder for each model
                     self._router.set_registered(await asyncio.to_thread(self._registered))
-                    look_at = time.monotonic() + _REGISTERED_S
+                    next_read = time.monotonic() + _REGISTERED_S
             except (SQLAlchemyError, OSError):
-                log.exception("which models shall be served cannot be read; those that are served go on")
+                log.exception("cannot read the set of models; the current ones are still served")
             else:
-                # A model without a task could not be ended in an earlier turn; it may be wanted again since.
+                # A model without a task could not be stopped earlier; it may have been added again since.
                 for name in [name for name in self._all if name not in names or name not in self._tasks]:
                     await self._try(name, self._take_away)
                 for name in [name for name in names if name not in self._all]:
@@ -189,19 +189,19 @@ class Deployments:
             await asyncio.sleep(_POLL_S)
 
     async def _try(self, name: str, change: Callable[[str], Awaitable[None]]) -> None:
-        """Bring a model or take it away; the next turn tries again. A defect of one model concerns no other."""
+        """Add or remove a model; if that fails, the next turn tries again. A defect of one model affects no other."""
         try:
             await change(name)
         except Exception:
-            log.exception("%s cannot be brought or taken away; trying again", name)
+            log.exception("%s cannot be added or removed; trying again", name)
 
     async def _bring(self, name: str) -> None:
-        """Starts a model that was added; one that cannot be served is not wanted any more, and the status says why."""
+        """Start a model that was added; if it fails, remove it from the set and show the reason in the status."""
         self._refused.pop(name, None)
         try:
             desired = await asyncio.to_thread(read_desired, self._store, name)
             if desired is None:
-                raise NotFoundError(f"nothing says which version of {name} shall be served", todo=f"svc add {name}@N")
+                raise NotFoundError(f"no desired version is recorded for {name}", todo=f"svc add {name}@N")
             await self._make_room(desired.target)
             failed = await self._start(self._add(desired))
         except SvcError as error:
@@ -211,12 +211,12 @@ class Deployments:
             await asyncio.to_thread(remove_deployment, self._store, name)
 
     async def _make_room(self, target: Target) -> None:
-        """Has idle models give way, the longest idle first, until there is memory for a version's engines.
+        """Let idle models sleep, the longest idle first, until there is memory for a version's engines.
 
-        Those that sleep already come last: to end them frees little of a GPU, and they come back slowly then.
+        Sleeping models are stopped last: that frees little GPU memory, and they start slowly afterwards.
 
         Raises:
-            SvcError: there is none, and nothing more to end.
+            SvcError: there is not enough memory, and no idle model is left.
         """
         while True:
             try:
@@ -225,30 +225,30 @@ class Deployments:
                 idle = [(idle_s, each) for each in self.all if (idle_s := each.idling.idle_s) is not None]
                 longest = max(idle, key=itemgetter(0), default=None)
                 if longest is not None and await longest[1].idling.sleep():
-                    log.info("%s gave way to %s: %s", longest[1].name, target, error.wrong)
+                    log.info("the engines of %s made room for %s: %s", longest[1].name, target, error.wrong)
                 elif not await self._end_asleep():
                     raise
 
     async def _end_asleep(self) -> bool:
-        """Ends the engines of a model that sleeps, of the one that was asked least lately; whether there was one."""
+        """Stop the engines of the sleeping model that has been idle longest; return whether there was one."""
         for each in sorted(self.all, key=lambda each: each.admission.idle_s, reverse=True):
             if await each.idling.end_asleep():
-                log.info("%s sleeps no more, and is ended", each.name)
+                log.info("the sleeping engines of %s are stopped", each.name)
                 return True
         return False
 
     async def _take_away(self, name: str) -> None:
-        """Ends a model that was removed, after its last request."""
+        """Stop a model that was removed, after its last request."""
         deployment = self._all[name]
         self._router.remove(name)
         with suppress(TimeoutError):
             async with asyncio.timeout(_DRAIN_S):
                 await deployment.admission.ended()
-        if task := self._tasks.pop(name, None):  # none where the model could not be ended in an earlier turn
+        if task := self._tasks.pop(name, None):  # none if the model could not be stopped in an earlier turn
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-        await deployment.pool.stop()  # tried again in the next turn where an engine does not stop
+        await deployment.pool.stop()  # tried again in the next turn if an engine does not stop
         await deployment.close()
         deployment.metrics.remove()
         del self._all[name]
-        log.info("%s is served no more", name)
+        log.info("%s is no longer served", name)

@@ -1,7 +1,7 @@
-"""The names of one served model, and what each means at this moment.
+"""The names of one served model, and the version that each means at the moment.
 
-Knows which versions are loaded, and nothing of how they got there. A name is resolved after admission, so that a
-request which was queued through a swap gets the new version. Which model a request is for, the router says.
+Knows the loaded versions, but not how they were loaded. A name is resolved after admission, so that a request that was
+queued during a swap gets the new version. The router chooses the model of a request.
 """
 
 import time
@@ -12,15 +12,15 @@ from svc.errors import NotFoundError
 from svc.version import Alias, Format, Target, VersionId
 
 SHOWN_CHARS = 100
-"""How much of a client's own text comes back in an error."""
+"""Maximum length of a client's text in an error."""
 
 
 class ModelNotFoundError(NotFoundError):
-    """A model name that nothing loaded answers to."""
+    """No loaded version has the model name."""
 
 
 class ModelNames:
-    """The names that clients may use: `NAME`, `NAME@production`, `NAME@N` of each loaded version; of any as an adapter.
+    """The names that clients may use: `NAME`, `NAME@production`, `NAME@N` of loaded versions (of any, as adapters).
 
     Args:
         name: the served model name, without a version.
@@ -37,41 +37,41 @@ class ModelNames:
 
     @property
     def served(self) -> Target | None:
-        """The version in production; None before the first is."""
+        """The version in production; None before the first one."""
         return self._served
 
     @property
     def since(self) -> int:
-        """When it came there, Unix seconds."""
+        """When that version went into production, Unix seconds."""
         return self._since
 
     def serve(self, served: Target) -> None:
-        """From now on this version is the one in production."""
+        """Set the version in production."""
         if served != self._served:
             self._served, self._since = served, int(self._clock())
 
     def set_loaded(self, loaded: set[Target]) -> None:
-        """From now on engines hold these versions: two during a swap of several engines."""
+        """Set the versions that engines hold: two during a swap of several engines."""
         self._loaded = loaded
 
     @property
     def versions(self) -> set[VersionId]:
-        """The version in production and those that are loaded."""
+        """The version in production and the loaded versions."""
         return {target.version for target in (self._served, *self._loaded) if target}
 
     def all(self) -> tuple[str, ...]:
-        """Those that resolve now."""
+        """Return the names that resolve now."""
         if self._served is None:
             return ()
         return self.name, *map(str, sorted(self.versions)), f"{self.name}@{Alias.PRODUCTION}"
 
     def resolve(self, model: str) -> VersionId | None:
-        """The version that a client's model name means; None for whichever an engine holds that takes requests.
+        """Return the version that a client's model name means; None for the version of any ready engine.
 
-        Where versions are served as adapters it may be one that is not loaded yet, or that there is not.
+        With adapters, the version may not be loaded yet, or not exist.
 
         Raises:
-            ModelNotFoundError: no version answers to it.
+            ModelNotFoundError: no version has this name.
             EngineUnavailableError: nothing is loaded yet.
         """
         if self._served is None:
@@ -88,7 +88,7 @@ class ModelNames:
         )
 
     def _parsed(self, model: str) -> VersionId | None:
-        """Any version of the name, where those that are not loaded can be loaded as adapters."""
+        """Return any version of this model, loaded or not; None for other names."""
         try:
             version = VersionId.parse(model)
         except NotFoundError:

@@ -1,7 +1,7 @@
-"""Which of a server's models a request is for, and which of its backends answers it.
+"""Chooses the model and the backend of a request.
 
-A name means one backend, or several with weights: those of a split. Who asks again, by `user` or in the same
-conversation, comes to the same one. Which version a backend then answers with is settled after admission.
+A name has one backend, or several with weights for a traffic split. Requests of the same `user` or conversation go to
+the same backend. The backend's version is chosen after admission.
 """
 
 import random
@@ -21,30 +21,30 @@ _HASH_BYTES = 8
 
 
 class Backend(Protocol):
-    """What answers the requests of one model."""
+    """Answers the requests of one model."""
 
     @property
     def names(self) -> ModelNames:
-        """What clients call it."""
+        """Names for clients."""
 
     @property
     def admission(self) -> Admission:
-        """Who may run in it."""
+        """Admission to its engines."""
 
     @property
     def context(self) -> int:
-        """Longest prompt and answer together, tokens: what an answer may take that the client sets no limit to."""
+        """Maximum length of prompt and answer together, tokens: the limit of an answer without its own."""
 
     async def check(self, model: str) -> None:
-        """Raises where a name means nothing, also where only the registry knows that."""
+        """Check that a model name can be served, if necessary in the registry."""
 
     def lease(self, model: str, *, without: Lease | None = None) -> AbstractAsyncContextManager[Lease]:
-        """An engine for the body; see serving.replicas.balancer.Balancer.lease."""
+        """Lease an engine for the body; see serving.replicas.balancer.Balancer.lease."""
 
     def admitted(
         self, model: str, tokens: int, party: Party, waiting: Callable[[], AbstractContextManager[None]]
     ) -> AbstractAsyncContextManager[Lease]:
-        """An engine for the body, once admission lets the request run; see AdmittedLease."""
+        """Lease an engine for the body, after admission; see AdmittedLease."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +52,9 @@ class Share:
     """A part of a name's requests.
 
     Attributes:
-        backend: answers them.
-        weight: its share of the sum of all.
-        version: with which; None for whichever is in production.
+        backend: the backend that answers them.
+        weight: its share of the sum of all weights.
+        version: the version that answers; None for the one in production.
     """
 
     backend: Backend
@@ -63,10 +63,10 @@ class Share:
 
 
 class Destination(NamedTuple):
-    """Where a request goes.
+    """The backend of a request.
 
     Attributes:
-        model: the name by which it is leased there.
+        model: the model name for the lease.
     """
 
     backend: Backend
@@ -77,7 +77,7 @@ class Router:
     """The names of all models that a server serves.
 
     Args:
-        draw: a number below 1, at random, for requests of which nobody knows who asks.
+        draw: returns a random number below 1, for requests whose client is unknown.
     """
 
     def __init__(self, *, draw: Callable[[], float] = random.random) -> None:
@@ -86,37 +86,37 @@ class Router:
         self._registered: Collection[str] = ()
 
     def serve(self, name: str, shares: Sequence[Share]) -> None:
-        """From now on a model's requests go to these.
+        """Set the shares of a model's requests.
 
         Raises:
-            ValueError: no share, or none with a weight.
+            ValueError: there are no shares, or all weights are 0, or one is negative.
         """
         if not any(share.weight > 0 for share in shares) or any(share.weight < 0 for share in shares):
             raise ValueError(f"the shares of {name} have the weights {[share.weight for share in shares]}")
         self._shares[name] = tuple(shares)
 
     def remove(self, name: str) -> None:
-        """From now on nothing answers to a name."""
+        """Stop routing a name."""
         self._shares.pop(name, None)
 
     def set_registered(self, names: Collection[str]) -> None:
-        """Tells which models there are beside those that are served, for the error."""
+        """Set the names of registered models, for errors about those that are not served."""
         self._registered = names
 
     @property
     def served(self) -> list[str]:
-        """The models that are served, or shall be once their engines have started."""
+        """The models that are served, or will be after their engines have started."""
         return list(self._shares)
 
     @property
     def backends(self) -> list[Backend]:
-        """All that answer, each once."""
-        found = [share.backend for shares in self._shares.values() for share in shares]
-        return list({id(backend): backend for backend in found}.values())
+        """All backends, each once."""
+        backends = [share.backend for shares in self._shares.values() for share in shares]
+        return list({id(backend): backend for backend in backends}.values())
 
     @property
     def only_version(self) -> VersionId | None:
-        """The version in production, where one model is served."""
+        """The version in production if only one model is served."""
         served = [backend.names.served for backend in self.backends]
         return served[0].version if len(served) == 1 and served[0] else None
 
@@ -126,27 +126,23 @@ class Router:
         return {version for backend in self.backends for version in backend.names.versions}
 
     def names(self) -> tuple[str, ...]:
-        """The names that resolve now."""
+        """Return the names that resolve now."""
         return tuple(name for backend in self.backends for name in backend.names.all())
 
     def served_name(self, model: str) -> str | None:
-        """The model that a request is for, also one that cannot be asked now; None where it is not served.
-
-        Args:
-            model: as the client names it.
-        """
+        """Return the name of a request's model, even if it is unavailable now; None if it is not served."""
         name = model.partition("@")[0]
         return name if name in self._shares else None
 
     def find(self, model: str, who: str = "") -> Destination:
-        """The backend for a request.
+        """Return the backend for a request.
 
         Args:
-            model: as the client names it.
-            who: what tells one client or conversation from another; empty where nobody knows.
+            model: model name as the client sent it.
+            who: identifies a client or conversation; empty if unknown.
 
         Raises:
-            ModelNotFoundError: none answers to the name.
+            ModelNotFoundError: no backend has this name.
             EngineUnavailableError: no version is loaded yet.
         """
         name = model.partition("@")[0]
@@ -170,7 +166,7 @@ class Router:
             at -= share.weight
             if at < 0:
                 return share
-        return max(shares, key=lambda share: share.weight)  # what floating point left over
+        return max(shares, key=lambda share: share.weight)  # a rounding error left a rest
 
     def _unknown(self, model: str, name: str) -> ModelNotFoundError:
         served = f"one of {', '.join(self.names()) or 'none yet'}"
@@ -182,6 +178,6 @@ class Router:
 
 
 def _position(name: str, who: str) -> float:
-    """Where somebody stands among all, from 0 to 1: the same in every server and at every time."""
+    """Return the position of a client, from 0 to 1: the same in every server and at every time."""
     digest = blake2b(f"{name}\0{who}".encode("utf-8", "surrogatepass"), digest_size=_HASH_BYTES).digest()
     return int.from_bytes(digest) / float(1 << 8 * _HASH_BYTES)

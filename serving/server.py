@@ -1,6 +1,6 @@
-"""`svc serve`: takes the port and the home, runs the parts of the server, and ends what it started.
+"""`svc serve`: claims the port and the home, runs the parts of the server, and stops them.
 
-The port and the home are claimed before the engine starts, so that a second server is told at once, and not after
+The port and the home are claimed before the engine starts, so that a second server fails immediately and not after
 forty seconds.
 """
 
@@ -37,7 +37,7 @@ from svc.version import Target
 _SEND_BUFFER_BYTES = 128 * 1024
 _SOCKET = "http.sock"
 _LOCAL_CONNECTIONS = 64
-"""Beside those of clients, so that whoever is on the machine gets through however many those are."""
+"""In addition to those of clients, so that users on the machine can always connect."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Claim:
     """A home and a port that this process holds.
 
     Attributes:
-        local: the socket in the home; who can open it needs no key.
+        local: the socket in the home; requests through it need no key.
     """
 
     listener: socket.socket
@@ -55,17 +55,17 @@ class Claim:
 
 @contextmanager
 def claim(settings: Settings, *, has_keys: bool = False, inherited: socket.socket | None = None) -> Iterator[Claim]:
-    """Takes the port and the home, before anything is read or started.
+    """Claim the port and the home, before anything is read or started.
 
     Args:
-        settings: whose address is that of `inherited`, see `at_address`.
-        has_keys: nobody is let in without one.
-        inherited: what the service manager listens on already.
+        settings: settings with the address of `inherited`, see `at_address`.
+        has_keys: requests need a key.
+        inherited: socket on which the service manager already listens.
 
     Raises:
         BusyError: another server uses this home or this port.
-        SettingsError: the address is none of this machine's, or is not safe to listen on.
-        EngineError: the folder for the socket is not this user's alone.
+        SettingsError: the address does not belong to this machine, or is not safe to listen on.
+        EngineError: other users can access the folder for the socket.
     """
     require_safe(settings.serve, has_keys=has_keys)
     host, port = settings.serve.host, settings.serve.port
@@ -79,30 +79,30 @@ def claim(settings: Settings, *, has_keys: bool = False, inherited: socket.socke
 
 
 def at_address(settings: Settings, listener: socket.socket) -> Settings:
-    """The settings of a server that clients reach where somebody else listens for it, whatever they said before."""
+    """Return the settings with the address of a socket that the service manager listens on."""
     host, port = listener.getsockname()[:2]
     return settings.model_copy(update={"serve": settings.serve.model_copy(update={"host": host, "port": port})})
 
 
 def require_safe(serve: ServeSettings, *, has_keys: bool) -> None:
-    """Raises where others than this machine could use the server without a key, or read keys on their way.
+    """Check that other machines can neither use the server without a key nor read keys on the network.
 
     Raises:
-        SettingsError: says what is missing.
+        SettingsError: they could; the message names what is missing.
     """
     if is_loopback(serve.host):
         return
     if not has_keys:
         raise SettingsError(
-            f"serve.host is {serve.host}, and there is no key yet: everybody there could ask and change everything",
-            expected="a loopback address, as 127.0.0.1, while there is no key",
-            todo="make a key first: svc keys create --scope admin",
+            f"serve.host is {serve.host}, but no key exists: any machine that reaches it would have full access",
+            expected="a loopback address such as 127.0.0.1 while no key exists",
+            todo="create a key first: svc keys create --scope admin",
         )
     if serve.tls_certificate is None and not serve.behind_proxy:
         raise SettingsError(
-            f"serve.host is {serve.host}, and keys would cross the network in plain text",
+            f"serve.host is {serve.host}, but keys would cross the network in plain text",
             expected="serve.tls_certificate and serve.tls_key, or serve.behind_proxy",
-            todo="name a certificate and its key, or the addresses of the proxy in front that speaks TLS",
+            todo="set a certificate and its key, or the addresses of the TLS proxy in front of the server",
         )
 
 
@@ -111,7 +111,7 @@ def _bind(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-        listener.listen()  # a port is only taken by who listens
+        listener.listen()  # only a listening socket holds the port
     except OSError as error:
         listener.close()
         raise listen_error(host, port, error) from error
@@ -119,16 +119,16 @@ def _bind(host: str, port: int) -> socket.socket:
 
 
 def _prepare(listener: socket.socket) -> None:
-    """Sets what its connections inherit."""
-    # A token that waits for the acknowledgement of the one before comes 40 ms late.
+    """Set the options that connections inherit."""
+    # A token that waits for the acknowledgement of the one before arrives 40 ms late.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    # The kernel would take megabytes of each answer, and nobody could tell who reads slowly.
+    # By default the kernel buffers megabytes of each answer, which would hide slow clients.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
 
 
 @contextmanager
 def _bind_local(path: Path) -> Iterator[socket.socket]:
-    """The socket in the home; whoever holds the home may remove what an earlier server left."""
+    """Bind the socket in the home; the holder of the home's lock may remove an earlier server's socket."""
     path.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
@@ -155,18 +155,18 @@ async def serve(
     manager: ServiceManager | None = None,
     make_slots: MakeSlots = EngineSlots,
 ) -> None:
-    """Serves until SIGTERM, SIGINT or SIGHUP; a second one ends it without waiting for the answers that run.
+    """Serve until SIGTERM, SIGINT or SIGHUP; a second signal stops without waiting for running requests.
 
-    SIGUSR1 ends it too, and leaves the engines to the next server, which takes them over.
+    SIGUSR1 stops too, but leaves the engines running for the next server, which adopts them.
 
     Args:
-        wanted: what to load first, of each model.
-        capabilities: of this device.
-        on_phase: hears what a start is doing.
-        on_ready: hears of each version when requests for it are answered.
-        on_failure: hears why a model cannot be served.
-        manager: hears when the first model serves, and that the server lives; None where there is none.
-        make_slots: creates what starts and finds engines.
+        wanted: the first desired state of each model.
+        capabilities: capabilities of this device.
+        on_phase: called with the phases of an engine's start.
+        on_ready: called with each version that starts to serve.
+        on_failure: called with the reason why a model cannot be served.
+        manager: notified when the first model serves, and that the server lives; None if there is none.
+        make_slots: returns the object that starts and finds engines.
 
     Raises:
         SvcError: no model can be served.
@@ -178,7 +178,7 @@ async def serve(
         on_ready(target)
 
     authenticator = Authenticator(store)
-    await asyncio.to_thread(authenticator.look)  # nobody is let in before
+    await asyncio.to_thread(authenticator.look)  # before the first request
     parts = assemble(
         settings,
         registry,
@@ -199,7 +199,7 @@ async def serve(
 
 
 class _Server:
-    """Runs the parts of one server, and ends them in order."""
+    """Runs the parts of one server, and stops them in order."""
 
     def __init__(self, parts: Parts, settings: ServeSettings, manager: ServiceManager) -> None:
         self._parts = parts
@@ -214,10 +214,10 @@ class _Server:
         self._http: list[HttpServer] = []
 
     def stop(self, *, leave: bool = False) -> None:
-        """Ends `run`: running answers may end; called again, they are cut off.
+        """Stop `run` after the running requests; a second call cancels these.
 
         Args:
-            leave: the engines run on, for the next server.
+            leave: keep the engines running, for the next server.
         """
         self._leave = leave
         if self._stopping.is_set():
@@ -226,16 +226,16 @@ class _Server:
         self._stopping.set()
 
     async def run(self, claim: Claim, wanted: Sequence[Desired]) -> None:
-        """Answers as soon as engines that were left are adopted, with 503 until one has started; returns when it was
-        told to stop.
+        """Serve until stopped. Requests are answered after engines of an earlier server are adopted, with 503 until an
+        engine has started.
         """
         parts = self._parts
         parts.gateway.request_log.start()
-        most = raise_descriptor_limit()
+        max_connections = raise_descriptor_limit()
         public = http_server(
             parts.gateway.app,
-            most,
-            most_per_address=self._most_per_address or max(1, most // 2),
+            max_connections,
+            most_per_address=self._most_per_address or max(1, max_connections // 2),
             certificate=self._certificate,
             proxies=self._proxies,
         )
@@ -258,14 +258,14 @@ class _Server:
         stopping = asyncio.create_task(self._stopping.wait())
         defect = False
         try:
-            # The others never end by themselves but for a defect, which must end the server and not leave half of it;
-            # engines that answer are no worse for it, and the next server takes them over. A defect of one model does
-            # not come here: see serving.deployment.
+            # The other tasks end by themselves only because of a defect, which must stop the whole server and not half
+            # of it; the engines are not affected, and the next server adopts them. A defect of one model is handled in
+            # serving.deployment.
             done, _ = await asyncio.wait({*serving, stopping, *control}, return_when=asyncio.FIRST_COMPLETED)
             defect = any(task.exception() and not isinstance(task.exception(), SvcError) for task in done)
         finally:
             self._manager.stopping()
-            # Control first: it would take the engine's end for a death.
+            # Control first: it would take the stop of an engine for a death.
             for task in (stopping, *control):
                 task.cancel()
             await asyncio.wait({stopping, *control})
@@ -283,7 +283,7 @@ class _Server:
             task.result()
 
     async def _let_in(self, http: HttpServer, listener: socket.socket) -> None:
-        """Lets clients in. They wait in the listener while engines that serve are adopted, and are not sent away."""
+        """Accept clients, which wait in the listener, and are not refused, while running engines are adopted."""
         await self._parts.deployments.looked.wait()
         if not self._stopping.is_set():
             await http.serve(sockets=[listener])

@@ -1,8 +1,8 @@
-"""What a service manager that speaks systemd's protocol gives to a process, and hears from it.
+"""Implements systemd's protocol between a service manager and a process.
 
-It gives a socket that it listens on itself, so that no connection is refused while the process is replaced, and it
-hears when the process is ready, that it is alive, and that it ends. Two variables and one datagram: no library is
-needed. Without a manager nothing of this happens.
+The manager passes a socket on which it listens itself, so that no connection is refused while the process is replaced.
+The process reports that it is ready, alive, or stopping. Two variables and one datagram need no library. Without a
+manager nothing happens.
 """
 
 import asyncio
@@ -16,30 +16,30 @@ from svc.errors import SettingsError
 log = logging.getLogger(__name__)
 
 _FIRST_DESCRIPTOR = 3
-"""Where the manager puts what it passes on, after the standard streams."""
+"""First descriptor that the manager passes, after the standard streams."""
 _BEAT_S = 5.0
 _PATIENCE_S = 60.0
-"""A start or an end may go on so long after the last sign of life."""
+"""Time that a start or stop may take after the last sign of life."""
 
 
 def inherited_listener(environment: MutableMapping[str, str] = os.environ) -> socket.socket | None:
-    """The TCP socket that the manager listens on for this process; None where it gave none.
+    """Return the TCP socket on which the manager listens for this process; None if it passed none.
 
     Args:
-        environment: is cleared of it, because no process that we start may take the socket for its own.
+        environment: the variables are removed, so that no child process takes the socket for its own.
 
     Raises:
-        SettingsError: what was given is not one TCP socket that listens.
+        SettingsError: the manager did not pass exactly one listening TCP socket.
     """
     owner, count = environment.pop("LISTEN_PID", None), environment.pop("LISTEN_FDS", None)
     environment.pop("LISTEN_FDNAMES", None)
-    if count is None or owner != str(os.getpid()):  # of a process that started this one
+    if count is None or owner != str(os.getpid()):  # for the parent process
         return None
     if count != "1":
         raise SettingsError(
             f"the service manager passed LISTEN_FDS={count}",
             expected="one socket",
-            todo="name one ListenStream= in the .socket unit",
+            todo="set one ListenStream= in the .socket unit",
         )
     return _listener(_FIRST_DESCRIPTOR)
 
@@ -50,10 +50,10 @@ def _listener(descriptor: int) -> socket.socket:
         listener = socket.socket(fileno=descriptor)
     except OSError as error:
         raise SettingsError(
-            f"the service manager passed no socket: {error.strerror}", todo="see Sockets= in the .service unit"
+            f"the service manager did not pass a socket: {error.strerror}", todo="check Sockets= in the .service unit"
         ) from error
     tcp = listener.family in (socket.AF_INET, socket.AF_INET6) and listener.type == socket.SOCK_STREAM
-    # Who comes through a unix socket needs no key here, and whoever may open the manager's is not known.
+    # Requests through a unix socket need no key here, and it is unknown who may open the manager's socket.
     if not tcp or not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         listener.detach()
         raise SettingsError(
@@ -64,11 +64,11 @@ def _listener(descriptor: int) -> socket.socket:
 
 
 class ServiceManager:
-    """Who started this process and watches it.
+    """The service manager that started this process and watches it.
 
     Args:
-        address: of its socket; None where there is none, and nothing is told.
-        watchdog_s: it takes the process for hung after so long without a sign of life; None: never.
+        address: address of its socket; None if there is none, and nothing is reported.
+        watchdog_s: time without a sign of life after which it considers the process hung; None for never.
     """
 
     def __init__(self, address: str | None, watchdog_s: float | None = None) -> None:
@@ -77,10 +77,10 @@ class ServiceManager:
 
     @classmethod
     def of(cls, environment: MutableMapping[str, str] = os.environ) -> "ServiceManager":
-        """The one that the environment names.
+        """Return the manager that the environment names.
 
         Args:
-            environment: is cleared of it: a process that we start must not speak for us.
+            environment: the variables are removed: a child process must not report for this one.
         """
         address = environment.pop("NOTIFY_SOCKET", None)
         interval, owner = environment.pop("WATCHDOG_USEC", ""), environment.pop("WATCHDOG_PID", None)
@@ -88,25 +88,21 @@ class ServiceManager:
         return cls(address, int(interval) / 1e6 if watched else None)
 
     def ready(self, status: str) -> None:
-        """The service can be used.
-
-        Args:
-            status: one line for people.
-        """
-        self._tell(f"READY=1\nSTATUS={status}")
+        """Report that the service is ready, with one line of status for people."""
+        self._send(f"READY=1\nSTATUS={status}")
 
     def stopping(self) -> None:
-        """The process ends by its own will."""
-        self._tell("STOPPING=1")
+        """Report that the process stops on purpose."""
+        self._send("STOPPING=1")
 
     async def run(self) -> None:
-        """Tells until it is cancelled that the event loop turns: a long start is no hung one."""
+        """Report until cancelled that the event loop runs: a long start is not a hung one."""
         while True:
-            self._tell(f"WATCHDOG=1\nEXTEND_TIMEOUT_USEC={_PATIENCE_S * 1e6:.0f}")
+            self._send(f"WATCHDOG=1\nEXTEND_TIMEOUT_USEC={_PATIENCE_S * 1e6:.0f}")
             await asyncio.sleep(self._beat_s)
 
-    def _tell(self, text: str) -> None:
-        """A manager that does not hear is no reason to serve nobody."""
+    def _send(self, text: str) -> None:
+        """Send a message; if that fails, serving continues."""
         if not self._address:
             return
         path = f"\0{self._address[1:]}" if self._address.startswith("@") else self._address
@@ -115,4 +111,4 @@ class ServiceManager:
                 sender.setblocking(False)
                 sender.sendto(text.encode(), path)
         except OSError:
-            log.warning("the service manager at %s does not hear", self._address, exc_info=True)
+            log.warning("cannot reach the service manager at %s", self._address, exc_info=True)

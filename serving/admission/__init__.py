@@ -1,1 +1,1 @@
-"""Who may run in the engine, who waits, who is sent away, and the server's own request beside them."""
+"""Decides which requests run in the engine, wait or are rejected, and when the server's own request may run."""

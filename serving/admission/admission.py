@@ -1,9 +1,9 @@
-"""Admission between HTTP and the engines: counts what runs, and queues what comes while no engine may take it.
+"""Admission between HTTP and the engines: counts running requests, and queues requests while no engine accepts them.
 
-While an engine is changed and no other takes requests, those that come wait, and none of them sees more than one
-version. Where all places are taken, those of keys wait too, and share what comes free by the weights of their keys;
-without a key a request is refused, unless others wait, behind which it has its share. The queue and the wait are
-bounded: whatever a client can grow has a limit. The server's own requests have a place beside all this, behind every
+While an engine is changed and no other accepts requests, new requests wait, and none of them sees more than one
+version. When all places are taken, requests with a key wait too, and share free places by the weights of their keys; a
+request without a key is rejected, unless others wait: then it waits with them and has its share. The queue and the wait
+are bounded, because clients can grow them. The server's own requests have a place apart from these, and yield to every
 request. Knows nothing of HTTP, of versions, or of why an engine is changed.
 
 One event loop, no locks: every change of state happens between two awaits.
@@ -29,23 +29,23 @@ _ENDED_POLL_S = 0.05
 
 
 class Admission:
-    """Who may run in the engine, who waits, and who is sent away.
+    """Decides which requests run in the engine, wait or are rejected.
 
-    Three facts decide: whether an engine takes requests, whether one is being changed (a swap), and whether all places
-    or all tokens are taken: a request counts by what its answers may take, since one can ask for hundreds. Where no
-    engine takes requests, admission is closed while one is being changed, whatever becomes of it: a swap that has to
-    restart the engine keeps the requests that it queued. Otherwise they are refused. Starts with no engine.
+    Three facts decide: whether an engine accepts requests, whether one is being changed (a swap), and whether all
+    places or all tokens are taken: requests count by their maximum number of tokens, since one can ask for hundreds of
+    answers. If no engine accepts requests, admission is closed while one is being changed, whatever the result: a swap
+    that has to restart the engine keeps its queued requests. Otherwise requests are rejected. Starts with no engine.
 
     Args:
-        max_running: requests in the engine at once.
-        max_tokens: that their answers may have together.
-        max_queued: requests that wait.
+        max_running: maximum number of requests in the engine.
+        max_tokens: maximum number of tokens that their answers may have together.
+        max_queued: maximum number of requests that wait.
         queue_timeout_s: longest wait of one request, seconds.
-        wake_timeout_s: the same for an engine that was ended because nobody asked, seconds.
+        wake_timeout_s: longest wait for an engine that was stopped because it was idle, seconds.
 
     Attributes:
         running: requests in the engine.
-        closed_s: how long admission was closed in the last change, seconds; None where it never was.
+        closed_s: how long admission was closed in the last change, seconds; None if it never was.
         queue: requests that wait.
         background_slot: the place of the server's own request.
     """
@@ -76,7 +76,7 @@ class Admission:
 
     @property
     def queued(self) -> int:
-        """Requests that wait, for a place or for an adapter."""
+        """Number of requests that wait, for a place or for an adapter."""
         return len(self.queue) + self._preparing
 
     @property
@@ -85,17 +85,17 @@ class Admission:
 
     @property
     def idle_s(self) -> float:
-        """How long no request has run or waited, seconds."""
+        """Time since a request last ran or waited, seconds."""
         return 0.0 if self.running or self.queue or self._preparing else time.monotonic() - self._last_ended_at
 
     @property
     def unavailable_reason(self) -> str | None:
-        """Why there is no engine; None when there is one, also where it is being changed or comes when it is asked."""
+        """Why there is no engine; None if there is one, even if it is being changed or is started on demand."""
         return None if self._asleep else self._unavailable
 
     @contextmanager
     def preparing(self) -> Iterator[None]:
-        """A request waits for something else in the body, before it takes a place: the model is not idle."""
+        """Count a request that waits in the body before it takes a place, so that the model is not idle."""
         self._preparing += 1
         try:
             yield
@@ -104,19 +104,19 @@ class Admission:
             self._last_ended_at = time.monotonic()
 
     async def enter(self, tokens: int, party: Party, *, may_wait: bool = False) -> None:
-        """Takes a place until `leave`, after a wait where there is none.
+        """Take a place until `leave`, after a wait if none is free.
 
         Args:
-            tokens: most that the answers may have; what a place costs.
-            party: whose request it is.
-            may_wait: it waits for a place as the requests of keys do, also without a key: it has waited already.
+            tokens: maximum number of tokens in the answers; the cost of the place.
+            party: the tenant that sent the request.
+            may_wait: the request waits for a place like requests with a key: it has already waited for an adapter.
 
         Raises:
-            TooManyTokensError: more than may ever run.
+            TooManyTokensError: more tokens than may ever run.
             EngineUnavailableError: there is no engine.
-            QueueOverflowError, QueueTimeoutError: came while an engine was changed; too many wait, or it waited
-                `queue_timeout_s`.
-            OverloadedError: came while requests were taken; all places are taken, and it may not wait, or did in vain.
+            QueueOverflowError, QueueTimeoutError: an engine is being changed; the queue is full, or the request waited
+                for `queue_timeout_s`.
+            OverloadedError: all places are taken, and the request may not wait, or waited without getting one.
         """
         if tokens > self._max_tokens:
             raise TooManyTokensError(
@@ -127,16 +127,16 @@ class Admission:
             await self._wait(tokens, party)
 
     async def ended(self) -> None:
-        """Returns when no request runs or waits. Of use only where none comes any more."""
+        """Wait until no request runs or waits. Only useful when no new ones arrive."""
         while self.running or self.queue or self._preparing:
             await asyncio.sleep(_ENDED_POLL_S)
 
     @asynccontextmanager
     async def changing(self) -> AsyncIterator[None]:
-        """An engine is changed in the body: requests that no engine takes meanwhile are queued and not refused.
+        """Queue requests instead of rejecting them while an engine is changed in the body and no other accepts them.
 
         Raises:
-            RuntimeError: one is being changed already; swaps come one at a time.
+            RuntimeError: an engine is being changed already; swaps run one at a time.
         """
         if self._changing:
             raise RuntimeError("an engine is being changed already")
@@ -149,33 +149,33 @@ class Admission:
             self._settle()
 
     def sleep(self) -> None:
-        """From now on requests that no engine takes are queued, for as long as a start may take: one comes for them."""
+        """Queue requests while no engine accepts them, for as long as a start may take: they cause one."""
         self._asleep = True
         self._settle()
 
     def wake(self) -> None:
-        """From now on requests that no engine takes are refused, those that wait too."""
+        """Reject requests while no engine accepts them, including those that wait."""
         self._asleep = False
         self._settle()
 
     def unavailable(self, reason: str | None) -> None:
-        """No engine takes requests from now on: new ones are refused at once, or queued while one is being changed.
+        """Note that no engine accepts requests: new ones are rejected immediately, or queued during a change.
 
         Args:
-            reason: shown to clients, as "the engine is starting"; no paths. None of an engine that is being changed:
-                it was well, and is to be again.
+            reason: shown to clients, such as "the engine is starting"; no paths. None for an engine that is being
+                changed.
         """
         self._ready, self._unavailable = False, reason or self._unavailable
         self.background_slot.end()
         self._settle()
 
     def available(self) -> None:
-        """An engine takes requests from now on."""
+        """Note that an engine accepts requests."""
         self._ready, self._unavailable = True, None
         self._settle()
 
     def _settle(self) -> None:
-        """Draws the conclusions of a change: for those that wait, for the background, for the clock."""
+        """Apply a change of state: to waiting requests, the background slot and the clock."""
         now = time.monotonic()
         if self._closed and self._closed_at is None:
             self._closed_at = now
@@ -186,7 +186,7 @@ class Admission:
         self._show()
 
     def _enter(self, tokens: int, party: Party, may_wait: bool) -> bool:
-        """Takes a place; False where the request has to wait for one, behind others that do or because it may."""
+        """Take a place; return False if the request has to wait for one, behind others or because it may."""
         if not self._ready:
             raise self._no_engine()
         if self.queue:
@@ -206,12 +206,12 @@ class Admission:
     @property
     def _full(self) -> str:
         return (
-            f"{self.running} requests are running, which may make {self._tokens} tokens; at most "
-            f"{self._max_running} and {self._max_tokens} may at once"
+            f"{self.running} requests are running, with up to {self._tokens} tokens to generate; the limits are "
+            f"{self._max_running} requests and {self._max_tokens} tokens"
         )
 
     def _take_place(self, tokens: int) -> bool:
-        """Takes a place; False where there is none."""
+        """Take a place; return False if none is free."""
         if self.running >= self._max_running or self._tokens + tokens > self._max_tokens:
             return False
         self.running += 1
@@ -220,7 +220,7 @@ class Admission:
         return True
 
     def leave(self, tokens: int) -> None:
-        """Gives the place back."""
+        """Release the place."""
         self.running -= 1
         self._tokens -= tokens
         self._last_ended_at = time.monotonic()
@@ -229,11 +229,11 @@ class Admission:
         self._show()
 
     async def _wait(self, tokens: int, party: Party) -> None:
-        """Returns with a place taken."""
+        """Wait until a place is taken."""
         timeout_s, closed = self._wake_timeout_s if self._asleep else self._queue_timeout_s, self._closed
         try:
             place = self.queue.join(party, tokens)
-            self._admit_waiting()  # it may be its turn at once, and fit where the one before it does not
+            self._admit_waiting()  # its turn may be now: it may fit where the previous head of the queue does not
             await self.queue.until_given(place, timeout_s, lambda: self.leave(tokens))
             while self._closed:  # a change began after the place was given, and before this task ran again
                 closed = True
@@ -246,7 +246,7 @@ class Admission:
             raise OverloadedError(f"{error.wrong}; {self._full}", todo=error.todo) from error
 
     def _admit_waiting(self) -> None:
-        """Gives free places to the requests whose turn it is; with no engine, sends all away."""
+        """Give free places to the requests whose turn it is; without an engine, reject all."""
         if self._closed:
             return
         if self._ready:

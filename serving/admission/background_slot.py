@@ -1,7 +1,8 @@
-"""A place for the server's own request, beside those of clients, behind every one of them.
+"""A place for the server's own request, in addition to those of clients and with a lower priority.
 
-It is none of the requests that are counted, and none waits for it. It is given while admission is open and there is an
-engine; when that ends, it is cut off: a swap does not wait for its answer, which could take longer than the swap may.
+The request is not counted, and no client waits for it. The place is available while admission is open and there is an
+engine; otherwise the request is cancelled: a swap does not wait for its answer, which could take longer than the swap
+may take.
 """
 
 import asyncio
@@ -10,11 +11,11 @@ from contextlib import asynccontextmanager, suppress
 
 
 class BackgroundSlotEndedError(Exception):
-    """The server's own request was cut off, for a swap or because the engine is gone; it may be asked again."""
+    """The server's own request was cancelled, for a swap or because the engine stopped; it may be sent again."""
 
 
 class BackgroundSlot:
-    """One place; requests of the server's own come one at a time."""
+    """The one place for the server's own requests."""
 
     def __init__(self) -> None:
         self._open, self._quiet = asyncio.Event(), asyncio.Event()
@@ -22,26 +23,26 @@ class BackgroundSlot:
 
     @property
     def taken(self) -> bool:
-        """Whether a request of the server's own has it."""
+        """Whether one of the server's own requests holds the place."""
         return self._taken is not None
 
     def show(self, *, open: bool, running: int) -> None:
-        """From now on admission is open or not, and so many requests run."""
+        """Set whether admission is open, and how many requests run."""
         quiet = open and not running
-        if open is not self._open.is_set() or quiet is not self._quiet.is_set():  # every request tells it anew
+        if open is not self._open.is_set() or quiet is not self._quiet.is_set():  # called for every request
             _set(self._open, open)
             _set(self._quiet, quiet)
 
     @asynccontextmanager
     async def take(self, patience_s: float) -> AsyncIterator[None]:
-        """Waits for a moment without requests, and holds the place for the body.
+        """Wait for a moment without requests, and hold the place during the body.
 
         Args:
-            patience_s: after so long without such a moment it goes beside the requests that run.
+            patience_s: longest wait for such a moment; after it, the body runs concurrently with clients' requests.
 
         Raises:
-            BackgroundSlotEndedError: the body was cut off.
-            RuntimeError: somebody has the place.
+            BackgroundSlotEndedError: the body was cancelled.
+            RuntimeError: the place is taken.
         """
         await self._wait(patience_s)
         if self._taken is not None:
@@ -57,12 +58,12 @@ class BackgroundSlot:
             self._taken = None
 
     def end(self) -> None:
-        """Cuts the server's own request off, if one runs: its engine is about to be changed."""
+        """Cancel the server's own request, if one runs: its engine is about to be changed."""
         if self._taken is not None and not self._taken.expired():
             self._taken.reschedule(asyncio.get_running_loop().time())
 
     async def _wait(self, patience_s: float) -> None:
-        """Returns when admission is open and no request runs, or after `patience_s` when it is open."""
+        """Wait until admission is open and no request runs, or after `patience_s` until it is open."""
         with suppress(TimeoutError):
             async with asyncio.timeout(patience_s):
                 await _until_set(self._quiet)

@@ -1,9 +1,9 @@
-"""Why a request is not run, and when its client may send it again."""
+"""Errors of requests that are not run, with the time after which a client may retry."""
 
 from svc.errors import SvcError
 
 OVERLOADED_RETRY_S = 1
-"""Running requests end all the time."""
+"""Running requests complete all the time."""
 QUEUED_RETRY_S = 2
 """A swap in place takes one to two seconds once the running requests are done."""
 ENGINE_RETRY_S = 20
@@ -11,31 +11,31 @@ ENGINE_RETRY_S = 20
 
 
 class AdmissionError(SvcError):
-    """A request that the engine never saw: the client may send it again.
+    """The request never reached the engine: the client may send it again.
 
     Attributes:
-        retry_after_s: what the client is told to wait, seconds; below 120, because OpenAI clients ignore more.
+        retry_after_s: value of retry-after, seconds; below 120, because OpenAI clients ignore more.
     """
 
     retry_after_s: int = QUEUED_RETRY_S
 
 
 class OverloadedError(AdmissionError):
-    """As many requests run as may run, or they may make as many tokens as may be made."""
+    """The maximum number of requests is running, or their answers may take the maximum number of tokens."""
 
     retry_after_s = OVERLOADED_RETRY_S
 
 
 class TooManyTokensError(SvcError):
-    """A request that asks for more than may run at all."""
+    """The request asks for more tokens than may ever run."""
 
 
 class RateLimitedError(SvcError):
     """A limit of the caller's key is reached.
 
     Args:
-        limit: which.
-        retry_after_s: until there is enough of it again, seconds; None where the same request can never run.
+        limit: name of the limit.
+        retry_after_s: seconds until enough of it is free; None if the same request can never run.
     """
 
     def __init__(self, wrong: str, *, limit: str, retry_after_s: int | None, todo: str = "") -> None:
@@ -49,7 +49,7 @@ class QueueOverflowError(AdmissionError):
 
 
 class QueueTimeoutError(AdmissionError):
-    """A queued request waited as long as it may."""
+    """The queued request waited for the maximum time."""
 
 
 class EngineUnavailableError(AdmissionError):

@@ -1,14 +1,14 @@
-"""Who shares a model with others: a key, or all requests that came without one."""
+"""The tenants that share a model: each key, and all requests without a key together."""
 
 from typing import NamedTuple
 
 
 class Party(NamedTuple):
-    """One that has its share. A tuple, since it is made for each request.
+    """A tenant with its share. A tuple, which is cheaper to create for each request.
 
     Attributes:
-        name: the id of a key, which only the operator makes; empty for all requests without a key together.
-        weight: its share beside others where there is not enough for all.
+        name: the id of a key, which only the operator creates; empty for all requests without a key together.
+        weight: its share relative to others when places are short.
     """
 
     name: str = ""
@@ -16,7 +16,7 @@ class Party(NamedTuple):
 
     @property
     def has_key(self) -> bool:
-        """Whether it is a key."""
+        """Whether the tenant is a key."""
         return bool(self.name)
 
 

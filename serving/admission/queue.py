@@ -1,13 +1,14 @@
-"""Requests that wait for a place, bounded in number and time. Who gets one next is fair between parties.
+"""Requests that wait for a place, bounded in number and time, and served fairly between tenants.
 
-Start-time fair queueing (Goyal, Vin and Cheng, 1996). Each party has a time of its own, which goes on with what its
-requests ask for, divided by its weight; the party whose time is earliest is next, and its own requests come in arrival
-order. Who did not ask for a while begins at the time of the others: it has saved nothing, and owes nothing. So parties
-that wait share by their weights, whatever their requests cost, and who asks for little comes after at most one request
-of each other one.
+Start-time fair queueing (Goyal, Vin and Cheng, 1996). Each tenant has a virtual time, which advances by the cost of its
+requests divided by its weight; the tenant with the earliest time is next, and its own requests run in arrival order. A
+tenant that was idle starts at the time of the others: it neither gains credit nor owes any. So waiting tenants share by
+their weights, whatever their requests cost, and a tenant that asks for little waits for at most one request of each
+other tenant.
 
-The head of the queue keeps its turn where there is not yet room for it: else the small ones would pass it for ever.
-Where the queue is full, the party with the most in it for its weight gives up its newest for one that has fewer.
+The head of the queue keeps its turn while it does not fit yet; otherwise smaller requests would overtake it for ever.
+When the queue is full, the tenant with the most waiting requests for its weight gives up its newest one for a tenant
+that has fewer.
 """
 
 import asyncio
@@ -23,15 +24,15 @@ from serving.admission.party import Party
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Place:
-    """One that waits.
+    """A request that waits.
 
     Attributes:
-        party: whose request it is.
-        tokens: that its answers may have.
+        party: the tenant that sent the request.
+        tokens: maximum number of tokens in its answers.
         number: in arrival order.
-        joined_at: when it came, by the event loop's clock, seconds.
-        given: settled when it gets its place, or none. A cancelled place stays in the queue until its own task removes
-            it, in the same turn of the loop.
+        joined_at: time of arrival, by the event loop's clock, seconds.
+        given: done when the request gets its place or is rejected. A cancelled place stays in the queue until its own
+            task removes it, in the same turn of the loop.
     """
 
     party: Party
@@ -42,20 +43,20 @@ class Place:
 
 
 class RequestQueue:
-    """Those that wait.
+    """The requests that wait.
 
     Args:
-        max_queued: most at once.
+        max_queued: maximum number of waiting requests.
 
     Attributes:
-        most: most that waited at once, since it was set back.
+        most: largest number that waited at the same time, since it was reset.
     """
 
     def __init__(self, *, max_queued: int) -> None:
         self._max_queued = max_queued
-        self._waiting: dict[str, deque[Place]] = {}  # of each party that waits, in arrival order
-        self._times: dict[str, float] = {}  # of each party, when its next request begins
-        self._now = 0.0  # when the last one that was given a place began
+        self._waiting: dict[str, deque[Place]] = {}  # by tenant, in arrival order
+        self._times: dict[str, float] = {}  # by tenant, virtual start time of its next request
+        self._now = 0.0  # virtual start time of the last request that was given a place
         self._arrived = self._queued = 0
         self._wanted = asyncio.Event()
         self.most = 0
@@ -69,18 +70,18 @@ class RequestQueue:
             await self._wanted.wait()
 
     def charge(self, party: Party, tokens: int) -> None:
-        """A request of a party got a place; also one that did not wait for it."""
+        """Charge a tenant for a place that its request got, with or without waiting."""
         self._now = max(self._now, self._times.get(party.name, 0.0))
         self._times[party.name] = self._now + tokens / party.weight
 
     def join(self, party: Party, tokens: int) -> Place:
-        """A request waits from now on; to be followed by `until_given`.
+        """Add a request to the queue; to be followed by `until_given`.
 
         Args:
-            tokens: that its answers may have.
+            tokens: maximum number of tokens in its answers.
 
         Raises:
-            QueueOverflowError: as many wait as may.
+            QueueOverflowError: the queue is full.
         """
         if self._queued >= self._max_queued:
             self._make_room(party)
@@ -93,22 +94,22 @@ class RequestQueue:
     def rejoin(self, place: Place) -> Place:
         """Queue a request again that could not use the place that it was given; to be followed by `until_given`.
 
-        The request keeps its turn and its time in the queue, its party is not charged for the unused place, and the
-        request is queued even where the queue is full.
+        The request keeps its turn and its time in the queue, its tenant is not charged for the unused place, and the
+        request is queued even if the queue is full.
         """
         self._times[place.party.name] -= place.tokens / place.party.weight
         return self._add(replace(place, given=asyncio.get_running_loop().create_future()))
 
     async def until_given(self, place: Place, timeout_s: float, give_back: Callable[[], None]) -> None:
-        """Returns when the request was given its place.
+        """Wait until the request is given its place.
 
         Args:
-            give_back: for a place that was given in the moment in which the request was cancelled.
+            give_back: releases a place that was given at the moment when the request was cancelled.
 
         Raises:
-            QueueOverflowError: it gave way to another party.
-            QueueTimeoutError: `timeout_s` after it came.
-            AdmissionError: it was sent away.
+            QueueOverflowError: the request gave way to another tenant.
+            QueueTimeoutError: the request waited for `timeout_s`.
+            AdmissionError: the request was rejected.
         """
         # The timer settles the future itself: with asyncio.timeout a place given in the same tick would be lost.
         timer = asyncio.get_running_loop().call_at(place.joined_at + timeout_s, self._expire, place, timeout_s)
@@ -124,10 +125,10 @@ class RequestQueue:
             timer.cancel()
 
     def give(self, take: Callable[[int], bool]) -> None:
-        """Gives places to those whose turn it is, for as long as there are any.
+        """Give places to the requests whose turn it is, as long as places are free.
 
         Args:
-            take: takes a place for so many tokens; False where there is none.
+            take: takes a place for a number of tokens; returns False if none is free.
         """
         while place := self._next():
             if not take(place.tokens):
@@ -137,24 +138,24 @@ class RequestQueue:
             self.charge(place.party, place.tokens)
 
     def send_away(self, error: Callable[[], AdmissionError]) -> None:
-        """Refuses all that wait."""
+        """Reject all requests that wait."""
         waiting = [place for line in self._waiting.values() for place in line if not place.given.done()]
         for place in waiting:
             self._refuse(place, error())
 
     def _next(self) -> Place | None:
-        """Return the first place of the party whose time is earliest; of two parties, that of the older request."""
+        """Return the first place of the tenant with the earliest time; of two tenants, that with the older request."""
         heads = [next((place for place in line if not place.given.done()), None) for line in self._waiting.values()]
         return min(filter(None, heads), key=lambda head: (self._times[head.party.name], head.number), default=None)
 
     def _make_room(self, party: Party) -> None:
-        """Refuse the newest request of the party with the most in the queue for its weight.
+        """Reject the newest request of the tenant with the most waiting requests for its weight.
 
         Raises:
-            QueueOverflowError: no other party has more in the queue than this one would have, each for its weight.
+            QueueOverflowError: no other tenant has more waiting requests than this one would have, each for its weight.
         """
         overflow = QueueOverflowError(
-            f"{self._queued} requests wait for an engine, as many as may wait",
+            f"the queue is full: {self._queued} requests wait for an engine",
             todo="send the request again in a moment",
         )
         longest = max(self._waiting.values(), key=_load, default=deque[Place]())
@@ -191,5 +192,5 @@ class RequestQueue:
 
 
 def _load(line: deque[Place]) -> float:
-    """Return how many requests of a party wait, for its weight, which may have changed since the older ones came."""
+    """Return a tenant's number of waiting requests divided by its newest weight, which the operator may change."""
     return len(line) / line[-1].party.weight

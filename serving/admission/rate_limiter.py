@@ -1,13 +1,13 @@
-"""Holds keys to their limits: requests and tokens a minute, tokens a day, requests at once.
+"""Enforces the limits of keys: requests and tokens per minute, tokens per day, concurrent requests.
 
-A request reserves what it may use before it waits for anything, and settles for what it used when it has ended. One
-that is refused by its client's fault counts as a request; one for which there is no place costs nothing. In memory
-alone, with one entry for each key that asked; keys come from the store, and no client can make one. What was used today
-is told at the start of a server.
+A request reserves its maximum use before it waits for anything, and settles its actual use at its end. A request that
+is rejected because of its client's mistake counts as a request; one that is rejected because no place is free costs
+nothing. Kept in memory only, with one entry for each key in use; keys come from the store, and clients cannot create
+any. The server adds today's earlier usage when it starts.
 
-The tokens of a prompt are known once the engine has counted them. Until then they are estimated from the bytes of the
-request: text in most languages has three to five bytes a token, and a request more for its JSON. An estimate that is
-too low is corrected when the request ends, and keeps the next one waiting.
+The tokens of a prompt are known after the engine has counted them. Until then they are estimated from the bytes of the
+request: text in most languages has three to five bytes per token, and a request has more because of its JSON. An
+estimate that is too low is corrected at the end of the request, and delays the next one.
 """
 
 import math
@@ -23,13 +23,13 @@ from svc.identity.principal import Limits, Principal
 _BYTES_PER_TOKEN = 4
 _DAY_S = 86_400
 _UNTIL_ONE_ENDS_S = 1.0
-"""Waited where room comes only with the end of a request, which nobody knows."""
+"""Wait until a running request ends, at a time that is unknown."""
 _ROUNDING = 1e-9
 _NONE = Limits()
 
 
 class Limit(StrEnum):
-    """One limit of a key; the name is that of the field of `svc.identity.principal.Limits`."""
+    """One limit of a key, named like the field of `svc.identity.principal.Limits`."""
 
     REQUESTS_PER_MINUTE = "requests_per_minute"
     TOKENS_IN_PER_MINUTE = "tokens_in_per_minute"
@@ -38,17 +38,17 @@ class Limit(StrEnum):
     TOKENS_PER_DAY = "tokens_per_day"
 
 
-_NAMED = {limit: limit.value.replace("_", " ") for limit in Limit} | {Limit.CONCURRENT: "requests at once"}
+_NAMED = {limit: limit.value.replace("_", " ") for limit in Limit} | {Limit.CONCURRENT: "concurrent requests"}
 
 
 class Demand(NamedTuple):
-    """What a request may use.
+    """The maximum use of a request.
 
     Attributes:
         tokens_in: an estimate, see `estimated_tokens`.
-        tokens_out: most that all of its answers may have.
-        said: the client said how long an answer may be. Where it did not, the longest that the model can give counts,
-            but never more than there is of a limit: whoever says nothing waits for the whole limit, and is not refused.
+        tokens_out: maximum number of tokens in all of its answers.
+        said: the client limited the length of an answer. If not, the model's longest answer counts, but never more
+            than the limit: a request without a length waits for the whole limit, and is not rejected.
     """
 
     tokens_in: int
@@ -60,10 +60,10 @@ _NO_DEMAND = Demand(0, 0, said=False)
 
 
 class Allowance(NamedTuple):
-    """What is left of a limit.
+    """The rest of a limit.
 
     Attributes:
-        reset_s: until it is whole again, seconds.
+        reset_s: seconds until it is full again.
     """
 
     limit: int
@@ -72,19 +72,15 @@ class Allowance(NamedTuple):
 
 
 def estimated_tokens(size: int) -> int:
-    """About how many tokens the prompt of a request has.
-
-    Args:
-        size: bytes of its body.
-    """
+    """Return the estimated number of tokens in the prompt of a request whose body has `size` bytes."""
     return size // _BYTES_PER_TOKEN + 1
 
 
 class Reservation:
-    """What a request holds of its key's limits until it ends; to be settled once.
+    """The part of its key's limits that a request holds until it ends; to be settled once.
 
     Args:
-        held: of each limit what is reserved, and what was free before.
+        held: for each limit the reserved amount, and the amount that was free before.
     """
 
     __slots__ = ("_held",)
@@ -93,24 +89,23 @@ class Reservation:
         self._held = held
 
     def __add__(self, other: "Reservation") -> "Reservation":
-        """Both together."""
         return Reservation([*self._held, *other._held])
 
     def allowances(self) -> dict[Limit, Allowance]:
-        """What was left of each limit beside it; cheaper than to ask the limiter anew."""
+        """Return the rest of each limit after this reservation; cheaper than asking the limiter again."""
         return {
             quota.limit: Allowance(quota.most, max(0, int(free) - amount), quota.reset_s())
             for quota, amount, free in self._held
         }
 
     def settle(self, tokens_in: int, tokens_out: int) -> None:
-        """The request has ended and used so much."""
+        """Replace the reservation by the request's actual use."""
         for quota, amount, _ in self._held:
             quota.reserved -= amount
             quota.used += quota.spent(tokens_in, tokens_out)
 
     def release(self) -> None:
-        """Give everything back: the request failed, and not by its client's fault."""
+        """Release everything: the request failed, but not because of its client."""
         for quota, amount, _ in self._held:
             quota.reserved -= amount
 
@@ -129,7 +124,7 @@ class RateLimiter:
         self._keys: dict[str, Mapping[Limit, _Quota]] = {}
 
     def reserve_request(self, principal: Principal) -> Reservation:
-        """Take a request of those that a key may send in a minute, before anything else is known of it.
+        """Reserve one of the key's requests per minute, before anything else is known about the request.
 
         Raises:
             RateLimitedError: the key has none left.
@@ -138,16 +133,16 @@ class RateLimiter:
         return _reserve([each for each in quotas if each.limit is Limit.REQUESTS_PER_MINUTE], _NO_DEMAND)
 
     def reserve(self, principal: Principal, demand: Demand, begun: Reservation | None = None) -> Reservation:
-        """Take what a request may use.
+        """Reserve the maximum use of a request.
 
         Args:
-            begun: what `reserve_request` has taken for it.
+            begun: the reservation from `reserve_request`.
 
         Returns:
-            Both together.
+            Both reservations together.
 
         Raises:
-            RateLimitedError: there is not so much left of a limit; of several the one that takes longest is named.
+            RateLimitedError: not enough of a limit is left; of several limits, the one with the longest wait is named.
         """
         quotas = self._quotas(principal)
         if begun is None:
@@ -155,11 +150,11 @@ class RateLimiter:
         return begun + _reserve([each for each in quotas if each.limit is not Limit.REQUESTS_PER_MINUTE], demand)
 
     def allowances(self, principal: Principal) -> dict[Limit, Allowance]:
-        """What is left of each limit that a key has."""
+        """Return the rest of each limit that a key has."""
         return Reservation([(quota, 0, quota.free()) for quota in self._quotas(principal)]).allowances()
 
     def add_used_today(self, tokens: Mapping[str, int]) -> None:
-        """Adds what keys used today before this server started, in and out together."""
+        """Add the tokens, in and out together, that keys used today before this server started."""
         for key_id, used in tokens.items():
             quota = self._of_key(key_id)[Limit.TOKENS_PER_DAY]
             quota.forget()
@@ -199,7 +194,7 @@ def _reserve(quotas: Sequence["_Quota"], demand: Demand) -> Reservation:
         held.append((quota, amount, free))
     if refused:
         raise RateLimitedError(
-            f"the limit of this key is reached: {refused.most} {_NAMED[refused.limit]}",
+            f"this key has reached its limit of {refused.most} {_NAMED[refused.limit]}",
             todo="send the request again later",
             limit=refused.limit.value,
             retry_after_s=max(1, math.ceil(longest)),
@@ -210,18 +205,18 @@ def _reserve(quotas: Sequence["_Quota"], demand: Demand) -> Reservation:
 
 
 class _Quota(ABC):
-    """What is taken of one limit of a key.
+    """Use of one limit of a key.
 
-    What a request may use is reserved while it runs, and stays reserved: a reservation does not run out with time, as
-    what was used does. So a key never has more of a minute's limit reserved and used together than the limit is.
+    A request's maximum use stays reserved while it runs: reservations do not expire with time, unlike past use. So a
+    key never has more reserved and used together than its limit per minute.
 
     Args:
         clock: seconds.
 
     Attributes:
         most: the limit.
-        used: what has not come free again, as of the last `forget`.
-        reserved: what is taken until it is settled.
+        used: past use that is not free again, as of the last `forget`.
+        reserved: reserved until settled.
     """
 
     def __init__(self, limit: Limit, clock: Callable[[], float]) -> None:
@@ -232,27 +227,27 @@ class _Quota(ABC):
 
     @abstractmethod
     def demanded(self, demand: Demand) -> int:
-        """Return what a request reserves."""
+        """Return the amount that a request reserves."""
 
     @abstractmethod
     def spent(self, tokens_in: int, tokens_out: int) -> int:
-        """Return what a request has used in the end; it may be more than was reserved by an estimate."""
+        """Return the amount that a request has used; it may exceed an estimated reservation."""
 
     @abstractmethod
     def forget(self) -> None:
-        """Give back what has come free with time."""
+        """Release past use that has expired."""
 
     @abstractmethod
     def reset_s(self) -> float:
-        """Return the seconds until all that was used is free again, without what is reserved: its end is unknown."""
+        """Return the seconds until all past use has expired; ignores reservations, whose end is unknown."""
 
     def free(self) -> float:
-        """Return what may be reserved, with a share of the limit for rounding; negative where too much is taken."""
+        """Return the amount that may be reserved, plus a share of the limit for rounding; negative if overused."""
         self.forget()
         return self.most - self.used - self.reserved + _ROUNDING * self.most
 
     def wait_s(self, amount: int) -> float:
-        """Return the seconds until there is room for so much; of use where there is none now."""
+        """Return the seconds until `amount` may be reserved, if that is impossible now."""
         missing = self.used + self.reserved + amount - self.most
         return _UNTIL_ONE_ENDS_S if missing > self.used + _ROUNDING * self.most else self._until_free_s(missing)
 
@@ -261,7 +256,7 @@ class _Quota(ABC):
 
 
 class _OfMinute(_Quota):
-    """So much a minute: what was used comes free again evenly, the whole limit within a minute."""
+    """A limit per minute: past use expires evenly, the whole limit within a minute."""
 
     def forget(self) -> None:
         now = self._clock()
@@ -293,10 +288,10 @@ class _TokensIn(_OfMinute):
 
 class _TokensOut(_OfMinute):
     def demanded(self, demand: Demand) -> int:
-        """Return as much as there may be, where the client says nothing.
+        """Return the whole limit at most if the client did not limit the length.
 
         Raises:
-            RateLimitedError: the client asks for more than there ever is.
+            RateLimitedError: the client asks for more than the limit.
         """
         if demand.said and demand.tokens_out > self.most:
             raise RateLimitedError(
@@ -313,7 +308,7 @@ class _TokensOut(_OfMinute):
 
 
 class _Running(_Quota):
-    """So much at once: all that ends is free."""
+    """A limit on concurrent requests: a request that ends is free."""
 
     def demanded(self, demand: Demand) -> int:
         return 1
@@ -329,11 +324,11 @@ class _Running(_Quota):
 
 
 class _TokensOfDay(_Quota):
-    """So much a day, from midnight UTC; its clock is the seconds since 1970."""
+    """A limit per day, from midnight UTC; its clock is the seconds since 1970."""
 
     def demanded(self, demand: Demand) -> int:
-        asked = demand.tokens_in + demand.tokens_out
-        return asked if demand.said else max(1, min(asked, int(self.most - self.used)))
+        tokens = demand.tokens_in + demand.tokens_out
+        return tokens if demand.said else max(1, min(tokens, int(self.most - self.used)))
 
     def spent(self, tokens_in: int, tokens_out: int) -> int:
         return tokens_in + tokens_out

@@ -1,7 +1,7 @@
-"""The held-out set of the version that serves, asked again on the engine that serves it, for as long as it serves.
+"""Runs the held-out set of the served version again on its engine, for as long as it serves.
 
-After every load of weights, and then every few hours, the examples that the registration kept an answer of are asked as
-they were then; of very many some. What came is kept as a row; nothing here judges it.
+After every load of weights, and then every few hours, the examples with an answer from the registration are asked in
+the same way, or a sample of them if there are many. The results are stored as a row; nothing here evaluates them.
 """
 
 import asyncio
@@ -41,14 +41,14 @@ log = logging.getLogger(__name__)
 
 _POLL_S = 1.0
 _PAUSE_S = 60.0
-"""After a defect, and where the store takes no row."""
+"""After a defect, or if the store rejects the row."""
 _NEVER = "holdout.every_hours is 0"
-MOST_EXAMPLES = 200
-"""In one run. Each may wait scheduler.PATIENCE_S, 30 s: 200 take less than two hours, and scores get their turn."""
+MAX_EXAMPLES = 200
+"""In one run. Each may wait scheduler.PATIENCE_S, 30 s: 200 take less than two hours, which leaves time for scores."""
 
 
 class HoldoutState(StrEnum):
-    """What the runs are at."""
+    """State of the runs."""
 
     OFF = "off"
     WAITING = "waiting"
@@ -60,7 +60,7 @@ class _Question:
     """A held-out example with a registered answer.
 
     Attributes:
-        limit: tokens that the registered answer could have, and the next one may.
+        limit: maximum number of tokens of the registered answer, and of the new one.
     """
 
     example: ChatExample
@@ -73,12 +73,12 @@ class _Question:
 
 @dataclass(eq=False)
 class HoldoutRuns:
-    """Asks the held-out set while the server runs.
+    """Runs the held-out set while the server runs.
 
     Attributes:
-        facts: the kind of engine that answers for a version in a format.
-        every_hours: from the start of one run to that of the next; 0 for none at all.
-        run_functions: whether a metric function that a version brought may run.
+        facts: returns the kind of engine that answers for a version in a format.
+        every_hours: from the start of one run to the start of the next; 0 for no runs.
+        run_functions: whether a metric function of a version may run.
     """
 
     scheduler: BackgroundScheduler
@@ -91,18 +91,18 @@ class HoldoutRuns:
     run_functions: bool = False
     _done: LoadedWeights | None = field(default=None, init=False)
     _next_at: float = field(default=0.0, init=False)
-    _progress: tuple[int, int] | None = field(default=None, init=False)  # examples that were asked, of all
+    _progress: tuple[int, int] | None = field(default=None, init=False)  # examples asked, and all
     _nothing_to_ask: str | None = field(default=None, init=False)
 
     @property
     def under_way(self) -> bool:
-        """A run has begun, or is due."""
+        """Whether a run is in progress or due."""
         return self._progress is not None or self._due() is not None
 
     async def run(self) -> None:
-        """Runs until it is cancelled."""
+        """Run until cancelled."""
         if not self.every_hours:
-            log.warning("the held-out set is not asked again: %s", _NEVER)
+            log.warning("the held-out set is not run again: %s", _NEVER)
         while True:
             try:
                 cause = self._due()
@@ -110,17 +110,13 @@ class HoldoutRuns:
                     await self._ask_all(cause)
             except SupersededError:
                 log.info("the run of the held-out set was dropped: the engine holds other weights now")
-            except Exception:  # the boundary: whatever it is, serving goes on, and so do later runs
-                log.exception("the held-out set could not be asked")
+            except Exception:  # the boundary: serving and later runs continue
+                log.exception("the held-out set could not be run")
                 await asyncio.sleep(_PAUSE_S)
             await asyncio.sleep(_POLL_S)
 
     def status(self, target: Target) -> dict[str, Any]:
-        """What /svc/status shows.
-
-        Args:
-            target: what serves.
-        """
+        """Return the part of /svc/status for the version that serves."""
         last = newest_holdout_run(self.store, target, completed=False)
         asked, total = self._progress or (0, 0)
         off = self._nothing_to_ask or self.scheduler.off if self.every_hours else _NEVER
@@ -140,7 +136,7 @@ class HoldoutRuns:
         }
 
     def _due(self) -> HoldoutCause | None:
-        """Why the set is to be asked now, if it is."""
+        """Return why the set must be run now; None if it must not."""
         weights = self.pool.weights
         if not self.every_hours or self.scheduler.unfit or self.pool.state is not EngineState.READY:
             return None
@@ -149,10 +145,10 @@ class HoldoutRuns:
         return HoldoutCause.SCHEDULE if time.monotonic() >= self._next_at else None
 
     async def _ask_all(self, cause: HoldoutCause) -> None:
-        """One run, kept with its outcome.
+        """Do one run and store its outcome.
 
         Raises:
-            SupersededError: it was cut off, and is to begin anew.
+            SupersededError: the run was cancelled, and must begin again.
         """
         primary = self.pool.primary
         if primary is None or primary.target is None:
@@ -182,67 +178,68 @@ class HoldoutRuns:
         await self._keep(await asyncio.to_thread(self._scored, run, results))
 
     def _scored(self, run: HoldoutRun, results: dict[int, ExampleResult]) -> HoldoutRun:
-        """With what the version's primary metric gives each answer; by exact match where it cannot be had here."""
+        """Return the run with each answer's score by the primary metric, or by exact match if that cannot run here."""
         if not results:
             return run
         try:
             metric = watched_metric(self.registry, run.target, run_functions=self.run_functions)
             examples = self.registry.heldout(run.target.version)
             scores = metric.checked_score(Answered([examples[place] for place in results], list(results.values())))
-        except Exception:  # the boundary: a metric may be of a package, or a function of the user's
-            log.warning("the primary metric of %s cannot judge here: exact match does", run.target, exc_info=True)
+        except Exception:  # the boundary: a metric may come from a package, or be a function of the user
+            log.warning("the primary metric of %s cannot run here: using exact match", run.target, exc_info=True)
             return replace(run, metric=ExactMatch.name, scores=tuple(map(float, run.hits)))
         return replace(run, metric=metric.name, scores=tuple(scores))
 
     async def _keep(self, run: HoldoutRun) -> None:
-        """Again and again, until the store takes it: a moment in which it is busy must not lose what took an hour."""
+        """Store a run, retrying until it succeeds: a busy moment must not lose the work of an hour."""
         while True:
             try:
                 return await asyncio.to_thread(add_holdout_run, self.store, run)
             except SQLAlchemyError:
-                log.exception("the run of the held-out set of %s is not kept yet", run.target)
+                log.exception("the run of the held-out set of %s is not stored yet", run.target)
                 await asyncio.sleep(_PAUSE_S)
 
     async def _attempt(
         self, weights: LoadedWeights, target: Target, cause: HoldoutCause
     ) -> tuple[dict[int, ExampleResult], str | None]:
-        """The results by the examples' places, or why there are none."""
+        """Return the results by the examples' places, or the reason why there are none."""
         self._nothing_to_ask = None
         try:
-            asked = await asyncio.to_thread(self._find_set, target)
+            questions = await asyncio.to_thread(self._find_set, target)
             if self.scheduler.off:
                 raise EngineError(self.scheduler.off)
-            log.info("%s: asking %d held-out examples of %s", cause, len(asked), target)
-            return await self._ask_each(weights, asked), None
+            log.info("%s: running %d held-out examples of %s", cause, len(questions), target)
+            return await self._ask_each(weights, questions), None
         except SupersededError:
             raise
         except NotFoundError as error:
             self._nothing_to_ask = error.wrong
-            log.warning("the held-out set of %s is not asked: %s", target, error.wrong)
+            log.warning("the held-out set of %s is not run: %s", target, error.wrong)
             return {}, error.wrong
-        except Exception as error:  # whatever it is, it is this run's outcome
+        except Exception as error:  # any error is the outcome of this run
             log.exception("the run of the held-out set of %s failed", target)
             return {}, error.wrong if isinstance(error, SvcError) else repr(error)
 
     def _find_set(self, target: Target) -> dict[int, _Question]:
-        """Return what to ask, by the examples' places in the file."""
+        """Return the examples to ask, by their places in the file."""
         registered = self.registry.results(target.version, target.format)
         examples = self.registry.heldout(target.version)
         tokenized = self.registry.heldout_tokens(target.version)
-        fitting = {
+        questions = {
             place: _Question(examples[place], tokenized[place], registered[place].limit)
-            for place in _evenly(len(registered), MOST_EXAMPLES)
-            if len(tokenized[place].input_ids) <= MOST_TOKENS  # vLLM does not budget the memory for the logits of more
+            for place in _evenly(len(registered), MAX_EXAMPLES)
+            if len(tokenized[place].input_ids)
+            <= MOST_TOKENS  # vLLM does not budget memory for the logits of more tokens
         }
-        if not fitting:
+        if not questions:
             raise NotFoundError(f"all held-out examples of {target.version} have more than {MOST_TOKENS} tokens")
-        return fitting
+        return questions
 
-    async def _ask_each(self, weights: LoadedWeights, asked: dict[int, _Question]) -> dict[int, ExampleResult]:
+    async def _ask_each(self, weights: LoadedWeights, questions: dict[int, _Question]) -> dict[int, ExampleResult]:
         results: dict[int, ExampleResult] = {}
         try:
-            for place, question in asked.items():
-                self._progress = len(results), len(asked)
+            for place, question in questions.items():
+                self._progress = len(results), len(questions)
                 results[place] = await self.scheduler.ask(weights, question.ask)
         finally:
             self._progress = None
@@ -250,6 +247,6 @@ class HoldoutRuns:
 
 
 def _evenly(total: int, most: int) -> list[int]:
-    """The places of all, or of so many over the whole range."""
+    """Return all places, or `most` of them spread over the whole range."""
     count = min(total, most)
     return [(2 * at + 1) * total // (2 * count) for at in range(count)]

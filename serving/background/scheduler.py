@@ -1,7 +1,7 @@
-"""Background requests, the server's own, to its engine: one at a time, slowly, and behind the requests of clients.
+"""The server's own (background) requests to its engine: one at a time, slowly, and after the requests of clients.
 
-They go straight to the engine's socket and not through the gateway, so that nothing of them is in the rows and metrics
-of requests; vLLM's own metrics and log have them. What is asked, and what the answers are for, others know.
+They use the engine's socket directly, not the gateway, so that the rows and metrics of requests do not include them;
+vLLM's own metrics and log do. Knows neither the contents of the requests nor the use of the answers.
 """
 
 import asyncio
@@ -26,22 +26,22 @@ Result = TypeVar("Result")
 
 ID_PREFIX = "holdout-"
 PATIENCE_S = 30.0
-"""Longest wait of a background request for an idle engine; after it, the request runs beside others. 200 held-out
-examples then take less than two hours of the six between two runs."""
+"""Longest wait of a background request for an idle engine; after it, the request runs concurrently with others. 200
+held-out examples then take less than two hours of the six between two runs."""
 _POLL_S = 1.0
-_MOST_DEATHS = 3
+_MAX_DEATHS = 3
 _DEATHS_WITHIN_S = 24 * 3600.0
-"""An engine may die during a background request for any reason. Three times in a day are no accident that clients
-should pay for: a request that kills is sent to each new engine again, within minutes."""
+"""An engine may die during a background request for any reason. After three deaths in a day the requests stop, to
+protect clients: a request that kills the engine would be sent to each new engine within minutes."""
 _WITH_ENGINE = {EngineState.READY, EngineState.DRAINING, EngineState.SWAPPING}
 
 
 class SupersededError(Exception):
-    """The engine was loaded again since the request was sent, or takes none any more."""
+    """The engine was loaded again since the request was sent, or accepts no more of them."""
 
 
 class BackgroundScheduler:
-    """Where those who ask get their turn."""
+    """Sends background requests one at a time."""
 
     def __init__(self, admission: Admission, pool: EnginePool, settings: HoldoutSettings) -> None:
         self._admission = admission
@@ -49,31 +49,31 @@ class BackgroundScheduler:
         self._settings = settings
         self._turn = asyncio.Lock()
         self._next_at = 0.0
-        self._deaths: deque[float] = deque(maxlen=_MOST_DEATHS)
+        self._deaths: deque[float] = deque(maxlen=_MAX_DEATHS)
         self._given_up: str | None = None
 
     @property
     def unfit(self) -> str | None:
-        """Why the engine that would be asked cannot be; None where it can, or there is none."""
+        """Why the current engine cannot answer such requests; None if it can, or there is none."""
         primary = self._pool.primary
         able = primary.capabilities if primary else None
         return able.unprobed if able else None
 
     @property
     def off(self) -> str | None:
-        """Why nothing is asked here; None where it is."""
+        """Why background requests are off; None if they are on."""
         return self._given_up or self.unfit
 
     async def ask(self, weights: LoadedWeights, send: Callable[[EngineClient], Awaitable[Result]]) -> Result:
-        """Asks when it is its turn; again, where it was cut off and the engine still holds what it held.
+        """Send a request in its turn, and again if it was cancelled and the engine still holds the same weights.
 
         Args:
-            weights: what the engine must hold.
+            weights: the weights that the engine must hold.
             send: sends the request and reads the answer.
 
         Raises:
-            SupersededError: the engine was loaded again since, or killed too often by such requests.
-            EngineError: the engine refused, or did not answer and lives.
+            SupersededError: the engine was loaded again since, or died too often during such requests.
+            EngineError: the engine rejected the request, or did not answer although it lives.
         """
         async with self._turn:
             while True:
@@ -88,7 +88,7 @@ class BackgroundScheduler:
                         with primary.occupied():
                             return await send(client)
                 except BackgroundSlotEndedError:
-                    if self._admission.unavailable_reason is not None:  # and not for a swap
+                    if self._admission.unavailable_reason is not None:  # the engine died; otherwise it was a swap
                         self._count_death()
                 except EngineError:
                     if await self._lives(client):
@@ -100,7 +100,7 @@ class BackgroundScheduler:
         return self._pool.state in _WITH_ENGINE and await client.healthy()
 
     async def _died(self, weights: LoadedWeights, client: EngineClient) -> bool:
-        """Whether the replica, which is more patient, finds the engine dead too; it may only be slow."""
+        """Return whether the replica, which waits longer, finds the engine dead too; it may only be slow."""
         while self._pool.weights == weights and self._pool.state in _WITH_ENGINE:
             if await client.healthy():
                 return False
@@ -111,7 +111,7 @@ class BackgroundScheduler:
         now = time.monotonic()
         self._deaths.append(now)
         recent = sum(now - at < _DEATHS_WITHIN_S for at in self._deaths)
-        log.warning("the engine died during a background request, %d of %d", recent, _MOST_DEATHS)
-        if recent >= _MOST_DEATHS:
-            self._given_up = f"the engine died {recent} times in a day during such a request; see its log"
+        log.warning("the engine died during a background request, %d of %d", recent, _MAX_DEATHS)
+        if recent >= _MAX_DEATHS:
+            self._given_up = f"the engine died {recent} times in a day during background requests; see its log"
             log.error("no more background requests: %s", self._given_up)

@@ -1,9 +1,9 @@
-"""Scores live answers: how likely the version finds what it answered, as its registration knows it of the held-out set.
+"""Scores live answers by their log-probability under the version, comparable to the registered held-out answers.
 
-Only greedy answers whose content is kept as it was: the text is scored again, as a prompt, and what was sampled or
-blanked would get another figure. Of a long answer the beginning, as much as a held-out one could have. One at a time,
-evenly over the hour, after the held-out set. What a request had beside its messages is not kept: an answer that tools
-or a reasoning parser took part in is scored without them.
+Only greedy answers whose content is stored unredacted: the text is scored again as part of a prompt, and a sampled or
+redacted text would get another value. Long answers are cut to the largest length of a held-out answer. One at a time,
+evenly over the hour, after the held-out set. Only the messages of a request are stored: answers with tools or a
+reasoning parser are scored without them.
 """
 
 import asyncio
@@ -35,10 +35,10 @@ log = logging.getLogger(__name__)
 
 _POLL_S = 5.0
 _PAUSE_S = 60.0
-"""After a defect, and where nothing was found: to find nothing, all requests of the hour are looked at."""
+"""After a defect, or if nothing was found: finding nothing reads all requests of the hour."""
 _OLDEST = timedelta(hours=1)
-_MOST_PASSED = 500
-"""Rows that were tried and have no score. The oldest of more may be tried again, which costs one request."""
+_MAX_SKIPPED = 500
+"""Rows that were tried and have no score. Beyond this number the oldest may be tried again, at one request each."""
 
 
 @dataclass(eq=False)
@@ -46,8 +46,8 @@ class LiveScores:
     """Scores answers while the server runs.
 
     Attributes:
-        busy: whether the held-out set comes first now.
-        per_hour: most answers; 0 for none.
+        busy: returns whether the held-out set has priority now.
+        per_hour: maximum number of answers per hour; 0 for none.
     """
 
     scheduler: BackgroundScheduler
@@ -57,12 +57,12 @@ class LiveScores:
     store: Store
     per_hour: int
     _next_at: float = field(default=0.0, init=False)
-    _passed: deque[int] = field(default_factory=lambda: deque(maxlen=_MOST_PASSED), init=False)
+    _passed: deque[int] = field(default_factory=lambda: deque(maxlen=_MAX_SKIPPED), init=False)
     _weights: LoadedWeights | None = field(default=None, init=False)
     _cut: int | None = field(default=None, init=False)
 
     async def run(self) -> None:
-        """Runs until it is cancelled."""
+        """Run until cancelled."""
         while True:
             pause_s = _POLL_S
             try:
@@ -71,13 +71,13 @@ class LiveScores:
                     pause_s = 0.0 if await self._score_newest() else _PAUSE_S
             except SupersededError:
                 log.debug("an answer was not scored: the engine holds other weights now")
-            except Exception:  # the boundary: whatever it is, serving goes on, and so does this
+            except Exception:  # the boundary: serving and scoring continue
                 log.exception("live answers could not be scored")
                 pause_s = _PAUSE_S
             await asyncio.sleep(max(pause_s, self._next_at - time.monotonic()))
 
     async def _score_newest(self) -> bool:
-        """Tries to score one answer; False where there was none.
+        """Try to score one answer; return False if there was none.
 
         Raises:
             SupersededError: the engine was loaded again meanwhile.
@@ -92,7 +92,7 @@ class LiveScores:
         row = await asyncio.to_thread(self._find, target) if cut else None
         if row is None:
             return False
-        self._passed.append(row.id)  # before it is asked: it may be what ends the engine
+        self._passed.append(row.id)  # before the request, which may kill the engine
         self._next_at = time.monotonic() + 3600 / self.per_hour
         try:
             logprob = await self.scheduler.ask(weights, lambda client: _score(client, row, cut))
@@ -104,7 +104,7 @@ class LiveScores:
         return True
 
     def _find_cut(self, target: Target) -> int | None:
-        """Return the largest limit of held-out answers, tokens; None if the version keeps no such answers."""
+        """Return the largest limit of held-out answers, tokens; None if the version has no such answers."""
         try:
             return largest_limit(self.registry.results(target.version, target.format))
         except (NotFoundError, IntegrityError) as error:

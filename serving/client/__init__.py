@@ -1,1 +1,1 @@
-"""What `svc promote`, `svc rollback` and `svc chat` do: the client's side of a running server."""
+"""The client side of a running server, for `svc promote`, `svc rollback`, `svc add`, `svc remove` and `svc chat`."""

@@ -15,11 +15,11 @@ _TIMEOUT_S = 600.0
 
 
 class Conversation:
-    """Turns so far, and how to add one.
+    """The turns of a conversation.
 
     Args:
-        server: answers.
-        model: a name that the server knows.
+        server: the server that answers.
+        model: model name.
         system: the system turn, if any.
     """
 
@@ -29,10 +29,10 @@ class Conversation:
         self._turns = [{"role": "system", "content": system}] if system else []
 
     def ask(self, text: str) -> Iterator[str]:
-        """Adds a user's turn and yields the answer as it comes.
+        """Add a user turn and yield the answer as it arrives.
 
         Raises:
-            EngineError: the server refused, or broke off. The turn is taken back, and can be asked again.
+            EngineError: the server rejected the request, or the answer broke off. The turn is removed again.
         """
         turns = [*self._turns, {"role": "user", "content": text}]
         answer = ""

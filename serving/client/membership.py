@@ -1,4 +1,4 @@
-"""The client's side of which models a server serves: change the set, then follow what the server does about it."""
+"""The client side of `svc add` and `svc remove`: changes the set of served models, and waits for the server."""
 
 import time
 from collections.abc import Mapping
@@ -23,11 +23,7 @@ _POLL_S = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Membership:
-    """The set of models of a running server.
-
-    Attributes:
-        server: where it is asked.
-    """
+    """The set of models of a running server."""
 
     registry: Registry
     store: Store
@@ -35,35 +31,35 @@ class Membership:
 
     @classmethod
     def of(cls, settings: Settings) -> "Membership":
-        """The set of one home.
+        """Return the set of one home.
 
         Raises:
-            ServerNotRunningError: nobody would change it.
+            ServerNotRunningError: no server runs on it.
         """
         server = server_address(settings)
         return cls(Registry.of(settings), open_database(settings.home), server)
 
     def add(self, model: str, format: Format | None) -> Target:
-        """Returns when the model is served.
+        """Add a model and wait until it is served.
 
         Args:
             model: NAME, NAME@N or NAME@alias.
-            format: None for what served last, else GPTQ where the version has it.
+            format: None for the format that was served last, else GPTQ if the version has it.
 
         Raises:
-            RefusedError: it is served already, or the server cannot serve it; says why.
+            RefusedError: the model is served already, or cannot be served.
             NotFoundError: no such model, version or format.
-            ServerNotRunningError: the server has ended, and takes it up at its next start.
+            ServerNotRunningError: the server has stopped, and serves the model after its next start.
         """
         name = model.partition("@")[0]
         if name in deployed_names(self.store):
-            raise RefusedError(f"{name} is served already", todo=f"bring another version: svc promote {name}@N")
+            raise RefusedError(f"{name} is already served", todo=f"switch to another version: svc promote {name}@N")
         target = choose_desired(self.registry, self.store, model, format).target
         add_deployment(self.store, name)
         with waiting(f"starting {target}"):
             while True:
                 status = read_status(self.server)
-                # While it is in the set, the reason is that of an earlier attempt.
+                # While the model is in the set, the reason belongs to an earlier attempt.
                 if (why := status["refused"].get(name)) and name not in deployed_names(self.store):
                     raise RefusedError(f"{target} is not served\n  why: {why}")
                 if _model(status, name).get("engine", {}).get("state") == EngineState.READY:
@@ -71,16 +67,16 @@ class Membership:
                 time.sleep(_POLL_S)
 
     def remove(self, name: str) -> None:
-        """Returns when the model's engines have ended.
+        """Remove a model and wait until its engines have stopped.
 
         Raises:
-            NotFoundError: it is not served.
-            ServerNotRunningError: the server has ended; its next start comes without the model.
+            NotFoundError: the model is not served.
+            ServerNotRunningError: the server has stopped; its next start is without the model.
         """
         if not remove_deployment(self.store, name):
-            served = ", ".join(deployed_names(self.store)) or "nothing"
-            raise NotFoundError(f"{name!r} is not served", expected=f"what is served: {served}")
-        with waiting(f"ending {name}"):
+            served = ", ".join(deployed_names(self.store)) or "none"
+            raise NotFoundError(f"{name!r} is not served", expected=f"a served model: {served}")
+        with waiting(f"stopping {name}"):
             while _model(read_status(self.server), name):
                 time.sleep(_POLL_S)
 

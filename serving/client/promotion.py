@@ -1,7 +1,7 @@
-"""The client's side of a promotion: wish for a version, then follow what the server does about it.
+"""The client side of a promotion: changes the desired version, then follows the server's swap.
 
-Beside the server, in its home, through the store; from elsewhere through its API (serving.client.remote). Both write
-the same desired state and read the same journal.
+On the server's machine through the store in its home, from elsewhere through its API (serving.client.remote). Both
+write the same desired state and read the same journal.
 """
 
 import time
@@ -24,15 +24,15 @@ from svc.version import Format, Target, VersionId
 
 _POLL_S = 0.1
 _UNWRITTEN_S = 30.0
-"""So long an end that the server knows may be on its way into the journal."""
+"""Time that the server may take to write a result into the journal."""
 
 
 @dataclass(frozen=True, slots=True)
 class JournalEntry:
-    """A swap, as far as it has come.
+    """A swap in the journal.
 
     Attributes:
-        result: None while it is under way.
+        result: None while it is in progress.
     """
 
     target: Target
@@ -42,11 +42,11 @@ class JournalEntry:
 
 
 class Administration(Protocol):
-    """What can be asked of a server, and where it is."""
+    """Administration of a server."""
 
     @property
     def server(self) -> ServerAddress:
-        """Where it is asked for its status."""
+        """Address of the server, for its status."""
 
     def promote(self, version: VersionId, format: Format | None, *, force: bool, reason: str | None) -> VersionChange:
         """See `VersionChanges.promote`."""
@@ -55,23 +55,23 @@ class Administration(Protocol):
         """See `VersionChanges.rollback`."""
 
     def journal(self, name: str, generation: int | None = None) -> JournalEntry | None:
-        """The last swap of a name, or that of a generation.
+        """Return the last swap of a name, or the one of a generation.
 
         Raises:
             ServerNotRunningError: the server does not answer.
         """
 
     def require_server(self) -> None:
-        """Raises where nobody would carry a wish out.
+        """Check that a server runs, which can carry out a change.
 
         Raises:
-            ServerNotRunningError: the server has ended.
+            ServerNotRunningError: the server has stopped.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class LocalAdministration:
-    """Of the server that uses a home, by whoever owns it."""
+    """Administration of the server that uses a home, by the home's owner."""
 
     settings: Settings
     registry: Registry
@@ -80,10 +80,10 @@ class LocalAdministration:
 
     @classmethod
     def of(cls, settings: Settings) -> "LocalAdministration":
-        """That of one home.
+        """Return the administration of one home.
 
         Raises:
-            ServerNotRunningError: nobody would carry a wish out.
+            ServerNotRunningError: no server runs on it.
         """
         server = server_address(settings)
         return cls(settings, Registry.of(settings), open_database(settings.home), server)
@@ -101,53 +101,53 @@ class LocalAdministration:
         return self._changes.rollback(name, reason=reason, actor=Actor.local())
 
     def journal(self, name: str, generation: int | None = None) -> JournalEntry | None:
-        """The last swap of a name, or that of a generation."""
+        """Return the last swap of a name, or the one of a generation."""
         swap = find_swap(self.store, name, generation)
         return JournalEntry(swap.target, swap.generation, swap.steps, swap.result) if swap else None
 
     def require_server(self) -> None:
-        """Raises where the server has ended."""
+        """Check that the server runs."""
         server_address(self.settings)
 
 
 def follow(administration: Administration, change: VersionChange, on_step: Callable[[str], None]) -> SwapResult:
-    """Returns when the server is done with a wish, also where it cannot write that down.
+    """Wait until the server has carried out a change, and return the result, even if it is not in the journal.
 
     Args:
-        change: one that has a generation.
-        on_step: hears each step of the server once.
+        change: a change with a generation.
+        on_step: called once with each step of the server.
 
     Raises:
-        BusyError: somebody else's wish came before the server took this one up.
-        ServerNotRunningError: the server ended meanwhile; it takes the wish up when it starts again.
+        BusyError: another change came before the server began this one.
+        ServerNotRunningError: the server stopped meanwhile; it carries out the change after its next start.
     """
-    name, told, unwritten = change.target.version.name, 0, None
-    next_look = time.monotonic() + _UNWRITTEN_S
+    name, shown, unwritten = change.target.version.name, 0, None
+    next_check = time.monotonic() + _UNWRITTEN_S
     while True:
         swap = administration.journal(name, change.generation)
         if swap:
-            for step in swap.steps[told:]:
+            for step in swap.steps[shown:]:
                 on_step(step)
-            told = len(swap.steps)
+            shown = len(swap.steps)
             if swap.result:
                 return swap.result
         else:
             _refuse_overtaken(administration, change)
         _refuse_without_server(administration, change)
-        if time.monotonic() >= next_look:
+        if time.monotonic() >= next_check:
             if unwritten:
-                on_step("the server could not write the end into its journal, see its log; this is what it says")
+                on_step("the server could not write the result into its journal (see its log); this is from its status")
                 return unwritten
-            unwritten = _told_result(administration.server, change)
-            next_look = time.monotonic() + _UNWRITTEN_S
+            unwritten = _result_from_status(administration.server, change)
+            next_check = time.monotonic() + _UNWRITTEN_S
         time.sleep(_POLL_S)
 
 
 def read_served(server: ServerAddress) -> dict[str, Target]:
-    """What a server serves under each name, until it has come to what is desired.
+    """Return the version that a server serves under each name, which may not be the desired one yet.
 
     Raises:
-        ServerNotRunningError: it does not answer.
+        ServerNotRunningError: the server does not answer.
     """
     return {
         model["model"]: Target(VersionId.parse(model["version"]), Format(model["format"]))
@@ -155,21 +155,21 @@ def read_served(server: ServerAddress) -> dict[str, Target]:
     }
 
 
-def swap_result(told: Mapping[str, Any]) -> SwapResult | None:
-    """How a swap ended, from JSON; None where it has not."""
-    if not told["outcome"]:
+def swap_result(row: Mapping[str, Any]) -> SwapResult | None:
+    """Return the result of a swap from JSON; None if it has not ended."""
+    if not row["outcome"]:
         return None
-    values = {field.name: told[field.name] for field in fields(SwapResult)}
+    values = {field.name: row[field.name] for field in fields(SwapResult)}
     kind = SwapKind(values["kind"]) if values["kind"] else None
     return SwapResult(**values | {"outcome": SwapOutcome(values["outcome"]), "kind": kind})
 
 
 def _refuse_overtaken(administration: Administration, change: VersionChange) -> None:
-    """The server takes up the newest wish only; one that came between is never begun."""
+    """Raise if a newer change came first: the server carries out only the newest one."""
     last = administration.journal(change.target.version.name)
     if last and change.generation is not None and last.generation > change.generation:
         raise BusyError(
-            f"somebody else promoted {last.target} before the server took up {change.target}",
+            f"{last.target} was promoted before the server began the promotion of {change.target}",
             todo="see `svc status`, then try again",
         )
 
@@ -179,13 +179,13 @@ def _refuse_without_server(administration: Administration, change: VersionChange
         administration.require_server()
     except ServerNotRunningError as error:
         raise ServerNotRunningError(
-            f"the server ended before {change.target} served",
-            todo=f"start it again, it takes {change.target} up: svc serve {change.target.version.name}",
+            f"the server stopped before {change.target} served",
+            todo=f"start it again, it will serve {change.target}: svc serve {change.target.version.name}",
         ) from error
 
 
-def _told_result(server: ServerAddress, change: VersionChange) -> SwapResult | None:
-    """How a swap ended, as the server's status says it; None where it does not."""
+def _result_from_status(server: ServerAddress, change: VersionChange) -> SwapResult | None:
+    """Return the result of a swap from the server's status; None if it is not there."""
     with suppress(ServerNotRunningError):
         for model in read_status(server)["models"]:
             swap = model["last_swap"]

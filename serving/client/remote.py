@@ -14,26 +14,26 @@ from svc.version import Format, Target, VersionId
 
 _PAUSE_S = 0.5
 _PATIENCE_S = 10.0
-"""So long a network may be away while a change is followed."""
+"""Time that the network may be down while a change is followed."""
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteAdministration:
-    """Through the server's API."""
+    """Administration through the server's API."""
 
     server: ServerAddress
 
     def promote(self, version: VersionId, format: Format | None, *, force: bool, reason: str | None) -> VersionChange:
         """See `VersionChanges.promote`."""
-        asked = {"version": str(version), "format": format and format.value, "force": force, "reason": reason}
-        return _change(RemoteServer(self.server).post("/svc/promote", asked))
+        body = {"version": str(version), "format": format and format.value, "force": force, "reason": reason}
+        return _change(RemoteServer(self.server).post("/svc/promote", body))
 
     def rollback(self, name: str, *, reason: str | None) -> VersionChange:
         """See `VersionChanges.rollback`."""
         return _change(RemoteServer(self.server).post("/svc/rollback", {"model": name, "reason": reason}))
 
     def journal(self, name: str, generation: int | None = None) -> JournalEntry | None:
-        """The last swap of a name, or that of a generation."""
+        """Return the last swap of a name, or the one of a generation."""
         query = {} if generation is None else {"generation": str(generation)}
         deadline = time.monotonic() + _PATIENCE_S
         while True:
@@ -47,7 +47,7 @@ class RemoteAdministration:
             return swap and JournalEntry(_target(swap), swap["generation"], tuple(swap["steps"]), swap_result(swap))
 
     def require_server(self) -> None:
-        """Nothing to look at beside `journal`, which the server has just answered."""
+        """Do nothing: the server has just answered `journal`."""
 
 
 def _change(row: Mapping[str, Any]) -> VersionChange:

@@ -1,1 +1,1 @@
-"""The HTTP surface: paths, one request from its first byte to its last, and the one map of errors."""
+"""The HTTP surface: the paths, the life of one request, and the one map from errors to responses."""

@@ -1,7 +1,7 @@
-"""Accepts connections, up to a number at once.
+"""Accepts connections, up to a maximum number of open ones.
 
-An event loop's own server accepts whatever comes and counts nothing, and a connection that never gets through its TLS
-handshake reaches no protocol that could.
+An event loop's own server accepts every connection without counting, and a connection that never completes its TLS
+handshake reaches no protocol that could count it.
 """
 
 import asyncio
@@ -22,13 +22,13 @@ _PAUSE_S = 1.0
 
 
 class Acceptor:
-    """Gives the connections that come to a listener to protocols; further ones than there may be are closed.
+    """Connects the connections of a listener to protocols; connections over the limits are closed.
 
     Args:
-        make_protocol: a new protocol.
-        most: connections at once, with those in their handshake.
-        address_limit: for the connections of one address, with those in their handshake.
-        context: of TLS; None for plain connections.
+        make_protocol: returns a new protocol.
+        most: maximum number of connections, including those in their handshake.
+        address_limit: limit for one address, including connections in their handshake.
+        context: TLS context; None for plain connections.
         handshake_s: longest time for a handshake, seconds.
     """
 
@@ -53,13 +53,13 @@ class Acceptor:
         self._pause: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
-        """Accept from now on."""
+        """Start accepting."""
         self._listener.setblocking(False)
         self._listener.listen(_BACKLOG)
         self._resume()
 
     async def stop(self, patience_s: float) -> None:
-        """Accept no more; connections that were accepted come to their protocols.
+        """Stop accepting; connections that were accepted reach their protocols.
 
         Args:
             patience_s: longest wait for handshakes.
@@ -78,10 +78,10 @@ class Acceptor:
     def _accept(self) -> None:
         try:
             accepted, peer = self._listener.accept()
-        except (ConnectionAbortedError, BlockingIOError):  # its client has gone, or another process took it
+        except (ConnectionAbortedError, BlockingIOError):  # its client has closed it, or another process accepted it
             return
         except OSError:  # no descriptors, no memory
-            log.exception("no connection can be accepted; trying again in %g s", _PAUSE_S)
+            log.exception("connections cannot be accepted; trying again in %g s", _PAUSE_S)
             loop = asyncio.get_running_loop()
             loop.remove_reader(self._listener)
             self._pause = loop.call_later(_PAUSE_S, self._resume)
@@ -96,12 +96,12 @@ class Acceptor:
         task.add_done_callback(self._handshakes.discard)
 
     def _enter(self, address: str | None) -> bool:
-        """Count a connection until `_leave`; return False, and count nothing, if it is one too many."""
+        """Count a connection until `_leave`; return False without counting it if it is over a limit."""
         if self._open >= self._most:
             return False
         if address is not None and not self._address_limit.enter(address):
             log.warning(
-                "%s holds %d connections, further ones are closed: serve.max_connections_per_address",
+                "%s has %d open connections, further ones are closed: serve.max_connections_per_address",
                 address,
                 self._address_limit.most,
             )
@@ -119,8 +119,8 @@ class Acceptor:
             _, protocol = await asyncio.get_running_loop().connect_accepted_socket(
                 self._make_protocol, accepted, ssl=self._context, ssl_handshake_timeout=self._handshake_s
             )
-        except OSError as error:  # a handshake that failed, or came to no end; ssl.SSLError is one
-            log.debug("a connection did not begin: %s", error)
+        except OSError as error:  # the handshake failed or timed out; ssl.SSLError is a subclass
+            log.debug("connection failed before its first request: %s", error)
             self._leave(address)
         except BaseException:
             self._leave(address)

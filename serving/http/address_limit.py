@@ -1,4 +1,4 @@
-"""How many connections one address may hold, so that no client keeps out all others."""
+"""Limits the connections of one address, so that no client locks out all others."""
 
 import ipaddress
 from collections import Counter
@@ -11,8 +11,8 @@ class AddressLimit:
     """Counts connections by peer: an address, or a /64 of IPv6.
 
     Args:
-        most: connections of one peer.
-        unlimited: networks without a limit, as those of proxies, each of which stands for many clients.
+        most: maximum number of connections of one peer.
+        unlimited: networks without a limit, such as those of proxies, which serve many clients each.
     """
 
     def __init__(self, most: int, unlimited: Iterable[str] = ()) -> None:
@@ -24,7 +24,7 @@ class AddressLimit:
         return len(self._held)
 
     def enter(self, address: str) -> bool:
-        """Count a connection until `leave`; return False, and count nothing, if its peer has too many."""
+        """Count a connection until `leave`; return False without counting it if its peer has too many."""
         peer = peer_of(address)
         if self._held[peer] >= self.most and not self._is_unlimited(address):
             return False
@@ -32,7 +32,7 @@ class AddressLimit:
         return True
 
     def leave(self, address: str) -> None:
-        """Count a connection no longer."""
+        """Stop counting a connection."""
         peer = peer_of(address)
         self._held[peer] -= 1
         if not self._held[peer]:

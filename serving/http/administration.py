@@ -1,7 +1,7 @@
-"""What an admin changes from another machine: the same desired state, journal, keys and audit log as on the machine.
+"""Endpoints for admins on other machines: the same desired state, journal, keys and audit log as on this machine.
 
-Every path here needs a key with `admin`, also while there is none yet (serving.http.authentication): the first key is
-made on the machine.
+Every path here needs a key with the scope `admin`, even while no key exists (serving.http.authentication): the first
+key is created on the machine.
 """
 
 import asyncio
@@ -28,25 +28,25 @@ from svc.store.swaps import SwapResult, find_swap
 from svc.version import Format, VersionId
 
 MAX_BODY_BYTES = 16 * 1024
-_MOST = 2**31 - 1
-_MOST_TOKENS = 2**62
+_MAX_COUNT = 2**31 - 1
+_MAX_TOKENS = 2**62
 _NEW_SECRET = {"cache-control": "no-store"}
 
 
 class NothingToChangeError(NotFoundError):
-    """A change of what there is not."""
+    """A change refers to something that does not exist."""
 
 
 class ChangeConflictError(BusyError):
-    """A change beside another one."""
+    """A change conflicts with another one."""
 
 
 class ChangeRefusedError(RefusedError):
-    """A change that is not made."""
+    """A change is refused."""
 
 
 class ChangeInvalidError(SettingsError):
-    """A change to what cannot be."""
+    """A change has an invalid value."""
 
 
 class _Request(BaseModel):
@@ -56,7 +56,7 @@ class _Request(BaseModel):
 
 
 class PromoteRequest(_Request):
-    """Brings a version into production."""
+    """Body: promote a version to production."""
 
     version: str = Field(max_length=100)
     format: Format | None = None
@@ -64,25 +64,25 @@ class PromoteRequest(_Request):
 
 
 class RollbackRequest(_Request):
-    """Brings back the version before."""
+    """Body: return to the previous version."""
 
     model: str = Field(max_length=100)
 
 
 class KeyLimits(BaseModel):
-    """As `svc.identity.principal.Limits`."""
+    """The fields of `svc.identity.principal.Limits`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    requests_per_minute: int | None = Field(None, ge=1, le=_MOST)
-    tokens_in_per_minute: int | None = Field(None, ge=1, le=_MOST)
-    tokens_out_per_minute: int | None = Field(None, ge=1, le=_MOST)
-    concurrent: int | None = Field(None, ge=1, le=_MOST)
-    tokens_per_day: int | None = Field(None, ge=1, le=_MOST_TOKENS)
+    requests_per_minute: int | None = Field(None, ge=1, le=_MAX_COUNT)
+    tokens_in_per_minute: int | None = Field(None, ge=1, le=_MAX_COUNT)
+    tokens_out_per_minute: int | None = Field(None, ge=1, le=_MAX_COUNT)
+    concurrent: int | None = Field(None, ge=1, le=_MAX_COUNT)
+    tokens_per_day: int | None = Field(None, ge=1, le=_MAX_TOKENS)
 
 
 class CreateKeyRequest(_Request):
-    """Makes a key."""
+    """Body: create a key."""
 
     name: str | None = Field(None, max_length=63)
     scopes: frozenset[Scope] = Field(frozenset({Scope.INFER, Scope.FEEDBACK}), min_length=1)
@@ -93,44 +93,42 @@ class CreateKeyRequest(_Request):
 
 
 class RotateKeyRequest(_Request):
-    """Gives a key another secret."""
+    """Body: replace a key's secret."""
 
     key: str = Field(max_length=63)
     grace_s: float = Field(0.0, ge=0, le=10 * 365 * 86_400, allow_inf_nan=False)
 
 
 class RevokeKeyRequest(_Request):
-    """Ends a key."""
+    """Body: revoke a key."""
 
     key: str = Field(max_length=63)
 
 
 class Administration:
-    """The endpoints.
-
-    Args:
-        changes: of versions.
-    """
+    """The administration endpoints."""
 
     def __init__(self, store: Store, changes: VersionChanges) -> None:
         self._store = store
         self._changes = changes
 
     def add_to(self, app: FastAPI) -> None:
-        """Adds the paths to an application."""
-        app.add_api_route("/svc/promote", _told(self._promote), methods=["POST"])
-        app.add_api_route("/svc/rollback", _told(self._rollback), methods=["POST"])
-        app.add_api_route("/svc/swaps/{name}", _told(self._show_swap), methods=["GET"])
-        app.add_api_route("/svc/keys", _told(self._list_keys), methods=["GET"])
-        app.add_api_route("/svc/keys", _told(self._create_key), methods=["POST"])
-        app.add_api_route("/svc/keys/rotate", _told(self._rotate_key), methods=["POST"])
-        app.add_api_route("/svc/keys/revoke", _told(self._revoke_key), methods=["POST"])
+        """Add the paths to an application."""
+        app.add_api_route("/svc/promote", _with_full_errors(self._promote), methods=["POST"])
+        app.add_api_route("/svc/rollback", _with_full_errors(self._rollback), methods=["POST"])
+        app.add_api_route("/svc/swaps/{name}", _with_full_errors(self._show_swap), methods=["GET"])
+        app.add_api_route("/svc/keys", _with_full_errors(self._list_keys), methods=["GET"])
+        app.add_api_route("/svc/keys", _with_full_errors(self._create_key), methods=["POST"])
+        app.add_api_route("/svc/keys/rotate", _with_full_errors(self._rotate_key), methods=["POST"])
+        app.add_api_route("/svc/keys/revoke", _with_full_errors(self._revoke_key), methods=["POST"])
 
     async def _promote(self, request: Request) -> Response:
         given = await _read(request, PromoteRequest, '{"version": "tickets@2", "reason": "..."}')
         reason = given.reason and given.reason.strip()
         if given.force and not reason:
-            raise SettingsError("'force' needs a 'reason'", expected="why a version that failed a check shall serve")
+            raise SettingsError(
+                "'force' needs a 'reason'", expected="the reason to serve a version that failed a check"
+            )
         actor = _actor(request)
         change = await asyncio.to_thread(
             lambda: self._changes.promote(
@@ -147,7 +145,7 @@ class Administration:
     async def _show_swap(self, request: Request) -> Response:
         name, generation = request.path_params["name"], request.query_params.get("generation")
         if generation is not None and not (generation.isdecimal() and len(generation) < 10):
-            raise SettingsError("'generation' is not right", expected="the number that the change was answered with")
+            raise SettingsError("'generation' is invalid", expected="the number from the answer to the change")
         swap = await asyncio.to_thread(find_swap, self._store, name, int(generation) if generation else None)
         if swap is None:
             return JSONResponse({"swap": None})
@@ -198,8 +196,8 @@ class Administration:
         return Keyring(self._store, _actor(request))
 
 
-def _told(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-    """An endpoint whose errors are told in full: whoever is let in here may know what is on the machine."""
+def _with_full_errors(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+    """Return an endpoint that shows errors in full: admins may know what is on the machine."""
 
     async def answer(request: Request) -> Response:
         try:
@@ -229,7 +227,7 @@ async def _read(request: Request, kind: type[Body], expected: str) -> Body:
 
 
 def _actor(request: Request) -> Actor:
-    """Whoever has the key; through the socket in the home the user whose socket it is."""
+    """Return the key's owner, or for a request through the socket in the home the socket's owner."""
     principal = request_state(request.scope).principal
     if principal is None:
         return Actor.local()

@@ -1,8 +1,8 @@
-"""The HTTP surface: which paths exist, and nothing else answers.
+"""The HTTP surface: the complete list of paths.
 
-No documentation pages, no CORS, no redirects. Small routes are FastAPI's. Completions and token counts are pure ASGI,
-see serving.http.inference; they are looked up by their path, and go around the framework, which costs several times as
-much as they do themselves. Both ways lead through the same layers of ours.
+No documentation pages, no CORS, no redirects. Small routes use FastAPI. Completions and token counts are pure ASGI, see
+serving.http.inference; they are looked up by path and bypass the framework, which takes several times as long as they
+do. Both pass through the same layers of ours.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ from serving.telemetry.engine_metrics import EngineMetrics
 from svc.identity.principal import Scope as KeyScope
 
 _OPENMETRICS = "application/openmetrics-text"
-_FOR_ADMINS = "an admin's key is told why"
+_FOR_ADMINS = "shown to keys with the scope admin only"
 
 
 def build_app(
@@ -45,21 +45,21 @@ def build_app(
     authentication: Authentication,
     administration: Administration,
 ) -> "Application":
-    """The application for one gateway.
+    """Return the application for one gateway.
 
     Args:
-        gateway: answers completions; its router and metrics stand behind the other paths.
+        gateway: answers completions; its router and metrics serve the other paths.
         feedback: answers /v1/feedback.
-        engine_metrics: refreshed for each /metrics; registered where `gateway.metrics` is.
-        status: what /svc/status shows, JSON values; called in a thread.
-        authentication: lets requests in.
-        administration: answers what changes the service.
+        engine_metrics: refreshed for each /metrics; in the same registry as `gateway.metrics`.
+        status: returns the JSON values of /svc/status; called in a thread.
+        authentication: admits requests.
+        administration: answers administration requests.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     counts = TokenCounts(gateway)
     endpoints = {route.value: gateway.endpoint(route) for route in Route}
     endpoints |= {route.value: counts.endpoint(route) for route in TokenRoute}
-    for path, endpoint in endpoints.items():  # here for other methods, which are refused
+    for path, endpoint in endpoints.items():  # for other methods, which are rejected
         app.router.routes.append(Path(path, endpoint, methods=["POST"]))
     app.router.routes.append(Path("/v1/feedback", feedback.answer, methods=["POST"]))
     add_models(app, gateway.router)
@@ -80,7 +80,7 @@ def build_app(
 
 @dataclass(frozen=True, slots=True)
 class Application:
-    """The framework's application, and what goes around it: by path and method alone."""
+    """The framework's application, and the endpoints that bypass it, by path."""
 
     framework: FastAPI
     direct: Mapping[str, ASGIApp]
@@ -102,7 +102,7 @@ def _add_operations(
     @app.get("/health")
     async def health() -> JSONResponse:
         reasons = [backend.admission.unavailable_reason for backend in gateway.router.backends]
-        if None in reasons:  # one model that cannot be asked does not take the others out of service
+        if None in reasons:  # one unavailable model does not take the others out of service
             return JSONResponse({"status": "ready"})
         reason = next(iter(reasons), "no model is served")
         headers = {"retry-after": str(EngineUnavailableError.retry_after_s)}
@@ -110,11 +110,11 @@ def _add_operations(
 
     @app.get("/health/live")
     async def live() -> JSONResponse:
-        return JSONResponse({"status": "live"})  # that it is said is the answer: a start may take half an hour
+        return JSONResponse({"status": "live"})  # any answer means live: a start may take half an hour
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
-        # The encoder for OpenMetrics writes `vllm:` as `vllm_` to who does not say that it knows better.
+        # The encoder for OpenMetrics writes `vllm:` as `vllm_` unless the client accepts UTF-8 names.
         accept = request.headers.get("accept", "").replace(_OPENMETRICS, f"{_OPENMETRICS};escaping=allow-utf-8")
         encode, content_type = choose_encoder(accept)
         await engine_metrics.refresh()
@@ -125,20 +125,20 @@ def _add_operations(
     @app.get("/svc/status")
     async def show_status(request: Request) -> JSONResponse:
         principal = request_state(request.scope).principal
-        # It reads the store, and no stream waits for that.
-        found = await asyncio.to_thread(status)
-        return JSONResponse(
-            dict(found if principal is None or principal.may(KeyScope.ADMIN) else _without_inside(found))
-        )
+        # In a thread, because it reads the store, and streams must not wait for that.
+        shown = await asyncio.to_thread(status)
+        if principal is not None and not principal.may(KeyScope.ADMIN):
+            shown = _without_inside(shown)
+        return JSONResponse(dict(shown))
 
 
 def _without_inside(status: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what whoever watches the service may read.
+    """Return the part of the status for keys with the scope `metrics`.
 
-    Left out are the process, how engines were started, and texts of errors, which have paths of the machine.
+    The process, the engines' plans and the texts of errors, which contain paths of the machine, are left out.
 
     Args:
-        status: as `serving.deployments.Deployments.status` gives it.
+        status: from `serving.deployments.Deployments.status`.
     """
     models = [_of_model(model) for model in status.get("models", ())]
     refused = dict.fromkeys(status.get("refused", ()), _FOR_ADMINS)

@@ -1,7 +1,7 @@
-"""Who sends a request, and whether they may: before anything else of it is looked at, its body least of all.
+"""Authenticates and authorises requests before anything else in them is read, in particular their bodies.
 
-Keys are demanded as soon as there is one, and always for what changes the service. What comes through the socket in the
-home needs none: only who owns the home can open it.
+Keys are required as soon as one exists, and always for administration. Requests through the socket in the home need
+none: only the owner of the home can open it.
 """
 
 import logging
@@ -20,7 +20,7 @@ from svc.identity.principal import Scope
 log = logging.getLogger(__name__)
 
 _OPEN: Final = frozenset({"/health", "/health/live"})
-"""What load balancers and orchestrators ask, which hold no secrets. It says of the inside only whether it is there."""
+"""For load balancers and orchestrators, which hold no secrets. The answers show only whether the service is up."""
 _SCOPES: Final = {
     **dict.fromkeys((route.value for route in (*Route, *TokenRoute)), Scope.INFER),
     "/v1/models": Scope.INFER,
@@ -34,12 +34,12 @@ _BEARER = b"bearer "
 
 
 class Authentication:
-    """Lets requests in, and ends those whose key is right no more.
+    """Admits requests, and cancels those whose key becomes invalid.
 
     Args:
-        authenticator: has looked at the store.
-        keys_needed: also where there is no key yet, because others than this machine can reach the server.
-        on_failure: hears of each key that is not right.
+        authenticator: has loaded the keys from the store.
+        keys_needed: require keys even if none exists, because other machines can reach the server.
+        on_failure: called for each invalid key.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Authentication:
         self._failed = FailedKeys()
 
     async def run(self) -> None:
-        """Follows the store, and ends what runs with a key that is right no more, until it is cancelled."""
+        """Follow the store, and cancel running requests whose key becomes invalid, until cancelled."""
         await self._authenticator.follow()
 
     def needs_key(self, state: RequestState, path: str) -> bool:
@@ -60,17 +60,17 @@ class Authentication:
             return False
         if self._keys_needed or not self._authenticator.empty:
             return True
-        # The first key is made on the machine, by its owner: others are there, too.
+        # The owner creates the first key on the machine: other users may have accounts there.
         return _needed_scope(path) is Scope.ADMIN
 
     def admit(self, state: RequestState, path: str) -> Grant:
         """Return what a request's key grants.
 
         Raises:
-            InvalidKeyError: there is no key, or it is not right.
-            TooManyWrongKeysError: nor were many before it.
-            KeysUnavailableError: nobody can say.
-            PermissionDeniedError: the key is not for this.
+            InvalidKeyError: the key is missing or invalid.
+            TooManyWrongKeysError: so were too many keys before it.
+            KeysUnavailableError: keys cannot be checked now.
+            PermissionDeniedError: the key lacks the scope.
         """
         try:
             grant = self._authenticator.grant(_secret(state.headers))
@@ -78,7 +78,7 @@ class Authentication:
             self._on_failure(error.fault)
             if self._failed.add(state.address):
                 sender = state.address or "here"
-                log.warning("many wrong keys from %s, the last one %s; more are answered 429", sender, error.fault)
+                log.warning("many invalid keys from %s, the last one %s; more are answered 429", sender, error.fault)
             raise
         needed = _needed_scope(path)
         if needed is not None:
@@ -87,7 +87,7 @@ class Authentication:
 
 
 class AuthenticationMiddleware:
-    """Wraps the application; its errors are answered by what is around it."""
+    """Wraps the application; the layer around it answers its errors."""
 
     def __init__(self, app: ASGIApp, authentication: Authentication) -> None:
         self._app = app
@@ -105,17 +105,17 @@ class AuthenticationMiddleware:
 
 
 def _needed_scope(path: str) -> Scope | None:
-    """None where any key will do: as for what does not exist."""
-    found = _SCOPES.get(path)
-    if found is not None:
-        return found
+    """Return the scope that a path needs; None if any key will do, as for paths that do not exist."""
+    scope = _SCOPES.get(path)
+    if scope is not None:
+        return scope
     if path.startswith(_MODEL):
         return Scope.INFER
     return Scope.ADMIN if path.startswith(_ADMINISTRATION) else None
 
 
 def _secret(headers: Mapping[bytes, bytes]) -> str | None:
-    """From where OpenAI's clients put it, else Anthropic's."""
+    """Return the secret from the header of OpenAI's clients, else of Anthropic's."""
     bearer = headers.get(b"authorization", b"")
     if bearer[: len(_BEARER)].lower() == _BEARER:
         return bearer[len(_BEARER) :].strip().decode("latin-1")

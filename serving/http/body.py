@@ -1,4 +1,4 @@
-"""Reads the body of a request: as JSON by its type, no larger than it may be, and within its time."""
+"""Reads the body of a request: checks its media type, its size and the time it takes."""
 
 import asyncio
 from collections.abc import Callable, Mapping
@@ -13,19 +13,19 @@ _JSON_TYPE = b"application/json"
 
 
 class BodyTooLargeError(SvcError):
-    """A body over the limit."""
+    """The body is over the limit."""
 
 
 class BodyTimeoutError(SvcError):
-    """A body that did not arrive in time."""
+    """The body did not arrive in time."""
 
 
 class MediaTypeError(SvcError):
-    """A body that does not say it is JSON."""
+    """The Content-Type is not JSON."""
 
 
 class ClientGoneError(Exception):
-    """The client closed the connection; nobody is left to answer."""
+    """The client closed the connection."""
 
 
 async def read_body(
@@ -39,12 +39,12 @@ async def read_body(
     """Return the body of a request; its size is checked before and while it is read.
 
     Args:
-        slot: its `with` is entered while the rest of a body is read that comes in parts.
+        slot: context manager entered while the rest of a body that comes in parts is read.
 
     Raises:
-        MediaTypeError: not `application/json`. A web page elsewhere can send any other type to a local port without
-            asking first, and that one not.
-        BodyTooLargeError, BodyTimeoutError: over `max_bytes`, or not here after `timeout_s` seconds.
+        MediaTypeError: not `application/json`. A web page of another site can send any other type to a local port
+            without a preflight request.
+        BodyTooLargeError, BodyTimeoutError: over `max_bytes`, or incomplete after `timeout_s` seconds.
         ClientGoneError: the client left before the end.
     """
     media_type = headers.get(b"content-type", b"")
@@ -74,7 +74,7 @@ async def _receive_rest(begin: bytes, receive: Receive, max_bytes: int) -> bytes
 
 
 async def discard_body(receive: Receive, *, most: int) -> None:
-    """Read what is left of a body, up to `most` bytes.
+    """Read and drop the rest of a body, up to `most` bytes.
 
     Raises:
         ClientGoneError: the client left before the end.
@@ -86,7 +86,7 @@ async def discard_body(receive: Receive, *, most: int) -> None:
 
 
 async def _receive_part(receive: Receive) -> tuple[bytes, bool]:
-    """Return the next part of a body, and whether there are more."""
+    """Return the next part of a body, and whether more follow."""
     message = await receive()
     if message["type"] == "http.disconnect":
         raise ClientGoneError

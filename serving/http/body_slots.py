@@ -1,6 +1,6 @@
-"""How many requests may come in at once: a body takes memory before anybody knows which model it is for.
+"""Limits how many bodies are received concurrently: a body takes memory before its model is known.
 
-One that has come with its headers is here already, and needs no place.
+A body that arrived together with its headers needs no place.
 """
 
 from collections import Counter
@@ -11,12 +11,12 @@ from serving.admission.errors import OverloadedError
 
 
 class BodySlots:
-    """The places for requests whose bodies come in.
+    """The places for requests whose bodies are being received.
 
     Args:
-        most: of all clients together. One peer may have half of them: a client that sends slowly leaves room for the
+        most: number of places. One peer may take half of them: a client that sends slowly leaves places for the
             others, and a proxy in front of all clients has enough.
-        doing: what requests are doing there, for the error.
+        doing: the phrase that an error uses for these requests.
     """
 
     def __init__(self, most: int, doing: str = "being sent") -> None:
@@ -26,18 +26,18 @@ class BodySlots:
 
     @contextmanager
     def reading(self, peer: str) -> Iterator[None]:
-        """Take a place for the body of the `with`.
+        """Take a place during the `with`.
 
         Args:
-            peer: key or address that it comes from.
+            peer: key or address that the request comes from.
 
         Raises:
-            OverloadedError: so many come in already; they may never end.
+            OverloadedError: no place is free. Not waited for: the other requests may never end.
         """
-        coming = self._reading.total()
-        if coming >= self._most or self._reading[peer] >= max(1, self._most // 2):
+        taken = self._reading.total()
+        if taken >= self._most or self._reading[peer] >= max(1, self._most // 2):
             raise OverloadedError(
-                f"{coming} requests are {self._doing}, {self._reading[peer]} of them from {peer or 'here'}",
+                f"{taken} requests are {self._doing}, {self._reading[peer]} of them from {peer or 'here'}",
                 todo="send the request again later",
             )
         self._reading[peer] += 1

@@ -1,8 +1,8 @@
-"""Connections of clients: as many as there are file descriptors for, and none that sends no request or reads nothing.
+"""Connections of clients: limited by file descriptors, and closed if the client sends no request or reads nothing.
 
-uvicorn waits for a first request without end and for headers of any size, and closes a connection only once its client
-has read what was sent. Where descriptors run out, the server could not reach its engines any more. Here are the limits,
-built on what asyncio calls and on the application's own requests, and on one part of uvicorn: its parser is replaced.
+uvicorn waits indefinitely for a first request and for headers of any size, and closes a connection only after its
+client has read everything. Without descriptors the server could not reach its engines. The limits here use asyncio's
+callbacks, the application's own requests, and one part of uvicorn: its parser is replaced.
 """
 
 import asyncio
@@ -19,29 +19,29 @@ from serving.http.request_parser import RequestParser
 from svc.one_shot_event import OneShotEvent
 
 REQUEST_DEADLINE_S = 15.0
-"""From a connection, or its last answer, to the end of the next request's headers."""
+"""From the start of a connection, or its last answer, to the end of the next request's headers."""
 FULL_DEADLINES = 4
 """A client that reads nothing of its answer for this many deadlines is disconnected. Answers to completions have their
 own timeout, which is shorter and counted as `client_slow` (serving.http.delivery)."""
 LAST_REQUEST_S = 1.0
-"""When the server ends, a request that is on its way on an open connection has so long to arrive, and is answered."""
+"""When the server stops, requests that arrive on open connections within this time are still answered."""
 _STATE_KEY = "connection"
 _OWN_DESCRIPTORS = 512
-"""For the store, logs, the registry and what the server asks its engines itself."""
-_MOST = 8192
-"""Each takes some ten kilobytes, whatever the machine allows."""
+"""For the store, logs, the registry and the server's own requests to its engines."""
+_MAX_CONNECTIONS = 8192
+"""Even if the machine allows more: each takes some ten kilobytes."""
 
 
 def raise_descriptor_limit() -> int:
-    """Let this process open as many files as it may.
+    """Raise this process's limit on open files to its maximum.
 
     Returns:
-        How many connections of clients there is room for: each may have one to an engine.
+        Maximum number of client connections: each may have one to an engine.
     """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    room = _MOST if hard == resource.RLIM_INFINITY else (hard - _OWN_DESCRIPTORS) // 2
-    return max(1, min(_MOST, room))
+    room = _MAX_CONNECTIONS if hard == resource.RLIM_INFINITY else (hard - _OWN_DESCRIPTORS) // 2
+    return max(1, min(_MAX_CONNECTIONS, room))
 
 
 def _nothing() -> None:
@@ -54,9 +54,9 @@ class Connection:
 
     Attributes:
         through_socket: it came through a unix socket, which only its owner can open.
-        is_writable: it takes more without a wait. A connection that was lost takes and forgets everything.
+        is_writable: writes do not wait. A lost connection accepts and discards all data.
         lost: ends with the connection.
-        abort: ends it immediately, whatever was not read yet.
+        abort: closes it immediately, discarding unread data.
         on_request, on_answered: called when a request begins, and when its answer is complete.
     """
 
@@ -69,12 +69,12 @@ class Connection:
 
 
 def connection_of(scope: Scope) -> Connection:
-    """Return the connection that a request came on."""
+    """Return the connection of a request."""
     return scope.get("state", {}).get(_STATE_KEY) or Connection()
 
 
 def watched(app: ASGIApp) -> ASGIApp:
-    """Return the application, telling each connection when its requests begin and are answered."""
+    """Return the application, extended to notify each connection when its requests begin and are answered."""
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         connection = connection_of(scope)
@@ -110,13 +110,13 @@ class ClientProtocol(HttpToolsProtocol):
         self.parser: RequestParser = RequestParser(self)
         self._deadline_s = deadline_s
         self._waiting_since: float | None = None  # None while a request is answered
-        self._full_since: float | None = None  # None while the connection takes more
+        self._full_since: float | None = None  # None while the connection is writable
         self._timer: asyncio.TimerHandle | None = None
         self._ending = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin to wait for the first request."""
-        self._client = cast(asyncio.Transport, transport)  # uvloop's are no subclass of it
+        self._client = cast(asyncio.Transport, transport)  # uvloop's transports are not a subclass of it
         connected = transport.get_extra_info("socket")
         self.connection.through_socket = connected is not None and connected.family == socket.AF_UNIX
         self.connection.abort = self._client.abort
@@ -125,30 +125,30 @@ class ClientProtocol(HttpToolsProtocol):
         self._check()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Tell the request that runs."""
+        """Notify the running request."""
         if self._timer is not None:
             self._timer.cancel()
         self.parser.close()
         super().connection_lost(exc)
         self.connection.is_writable = True
         self.connection.lost.end()
-        # Objects that refer to each other would wait for the garbage collector, which seldom runs.
+        # Objects that refer to each other would only be freed by the garbage collector, which seldom runs.
         self.connection.abort = self.connection.on_request = self.connection.on_answered = _nothing
 
     def pause_writing(self) -> None:
-        """Remember that the client reads slowly."""
+        """Note that the client reads slowly."""
         self.connection.is_writable = False
         self._full_since = asyncio.get_running_loop().time()
         super().pause_writing()
 
     def resume_writing(self) -> None:
-        """Remember that the client has read enough."""
+        """Note that the client has read enough."""
         self.connection.is_writable = True
         self._full_since = None
         super().resume_writing()
 
     def shutdown(self) -> None:
-        """End after the request that runs, or after one that arrives within LAST_REQUEST_S."""
+        """Close the connection after the running request, or after one that arrives within LAST_REQUEST_S."""
         self._ending = True
         if self._waiting_since is None:
             super().shutdown()
@@ -158,7 +158,7 @@ class ClientProtocol(HttpToolsProtocol):
     def _begin_request(self) -> None:
         self._waiting_since = None
         if self._ending:
-            super().shutdown()  # this answer is the last one, and says so
+            super().shutdown()  # this answer is the last one, and its headers say so
 
     def _end_request(self) -> None:
         self.parser.unanswered -= 1
@@ -181,5 +181,5 @@ class ClientProtocol(HttpToolsProtocol):
         if left_s > 0:
             self._timer = loop.call_later(left_s, self._check)
             return
-        self._client.close()  # it stays open until its client has read the rest
+        self._client.close()  # stays open until its client has read the rest
         self._timer = loop.call_later(self._deadline_s, self._client.abort)

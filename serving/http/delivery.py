@@ -1,9 +1,9 @@
-"""Hands an answer to its client from a buffer, so that no engine, and no swap, waits for a client that reads slowly.
+"""Sends an answer to its client from a buffer, so that no engine, and no swap, waits for a client that reads slowly.
 
-What waits in buffers is bounded, for one answer, for one caller and for all together: where there is no room, a stream
-is read from the engine no faster than its client takes it, and a whole answer is refused. A client that takes too
-little is cut off, so that what waits goes away. A connection that takes what comes gets it at once: the buffer, and the
-task that empties it, are for those that do not. Knows nothing of engines or of what an answer says.
+Buffers are bounded, for one answer, for one caller and for all together: when they are full, a stream is read from the
+engine no faster than its client reads it, and an answer that is not streamed is rejected. A client that reads too
+slowly is disconnected, which frees its buffer. A connection that is writable gets its data immediately: the buffer, and
+the task that empties it, are for the others. Knows nothing of engines or of an answer's content.
 """
 
 import asyncio
@@ -18,33 +18,33 @@ from serving.http.connections import Connection
 from svc.errors import SvcError
 
 PART_BYTES = 64 * 1024
-"""Of one write to a connection. The server in front holds as much again, so that a client which is cut off took less
-than about twice that within `CLIENT_TIMEOUT_S`."""
+"""Of one write to a connection. uvicorn buffers as much again, so a client that is disconnected has read less than
+about twice that within `CLIENT_TIMEOUT_S`."""
 MAX_ANSWER_BYTES = 16 * 2**20
-"""Largest answer that is not streamed, and most of a stream that waits."""
+"""Largest answer that is not streamed, and largest buffered part of a stream."""
 CLIENT_TIMEOUT_S = 30.0
-"""A client that takes longer for the next part of its answer is cut off."""
+"""A client that takes longer to read the next part of its answer is disconnected."""
 
 
 class ClientSlowError(Exception):
-    """The client took too little of its answer; it is cut off."""
+    """The client read its answer too slowly; it is disconnected."""
 
 
 class AnswerTooLargeError(SvcError):
-    """An answer, or an event of one, over the limit."""
+    """An answer, or an event in it, is over the limit."""
 
 
 class AnswerBuffers:
-    """How much of all answers waits for clients.
+    """Memory of all answers that wait for their clients.
 
     Args:
         max_bytes: of all answers together. One caller may have half of them, and always one answer: callers that read
-            slowly leave room for the others.
+            slowly leave memory for the others.
         max_answer_bytes: of one answer.
-        client_timeout_s: longest time for a client to take a part, seconds.
+        client_timeout_s: longest time for a client to read a part, seconds.
 
     Attributes:
-        used: bytes that wait now.
+        used: bytes in use now.
     """
 
     def __init__(
@@ -59,11 +59,11 @@ class AnswerBuffers:
         self.used = 0
 
     def held_by(self, caller: str) -> int:
-        """Return how many bytes wait for one caller."""
+        """Return the number of bytes that wait for one caller."""
         return self._held.get(caller, 0)
 
     def take(self, size: int, held: int, caller: str) -> bool:
-        """Take room for `size` bytes of an answer that has `held` already; return whether there was any."""
+        """Take memory for `size` bytes of an answer that has `held` already; return whether there was enough."""
         if held + size > self.max_answer_bytes or self.used + size > self._max_bytes:
             return False
         of_caller = self.held_by(caller) + size
@@ -74,7 +74,7 @@ class AnswerBuffers:
         return True
 
     def free(self, size: int, caller: str) -> None:
-        """Give room back."""
+        """Release memory."""
         if size:
             self.used -= size
             self._held[caller] -= size
@@ -83,23 +83,23 @@ class AnswerBuffers:
         self._freed.set()
 
     async def freed(self) -> None:
-        """Wait until room has been given back."""
+        """Wait until memory has been released."""
         self._freed.clear()
         await self._freed.wait()
 
 
 class Delivery:
-    """One answer on its way to its client; leaving the `async with` waits until the client has what was given.
+    """One answer on its way to its client; leaving the `async with` waits until everything is sent.
 
-    Where the body raised, the answer is not ended: `send_last` does that, or nobody.
+    If the body of the `async with` raised, the answer is ended only by `send_last`.
 
     Args:
         send: ASGI's.
-        connection: what `send` writes to.
-        caller: whose share of the buffers it takes.
+        connection: the connection that `send` writes to.
+        caller: key or address whose share of the buffers it takes.
 
     Attributes:
-        begun: the head of the answer was given.
+        begun: `start` was called.
     """
 
     def __init__(self, send: Send, buffers: AnswerBuffers, connection: Connection, caller: str) -> None:
@@ -109,15 +109,15 @@ class Delivery:
         self._caller = caller
         self._headers: list[tuple[bytes, bytes]] | None = None  # until they are sent
         self._waiting = bytearray()
-        self._held = 0  # what waits, is reserved, or is being sent
+        self._held = 0  # bytes that wait, are reserved, or are being sent
         self._filled = asyncio.Event()
         self._ended = False
-        self._sending: asyncio.Task[None] | None = None  # once the connection has not taken what came
+        self._sending: asyncio.Task[None] | None = None  # from the first time that the connection was not writable
         self.begun = False
 
     @property
     def pending(self) -> bool:
-        """Something was not handed over yet."""
+        """Whether a part of the answer is not sent yet."""
         return self._held > 0 or self._headers is not None
 
     async def __aenter__(self) -> Self:
@@ -129,7 +129,7 @@ class Delivery:
         """Wait for the client.
 
         Raises:
-            ClientSlowError: it took too little.
+            ClientSlowError: the client read too slowly.
         """
         try:
             if self._sending is not None:
@@ -141,19 +141,21 @@ class Delivery:
             if error is None and self.begun:
                 await self._send_waiting(end=True)
         finally:
-            self._buffers.free(self._held, self._caller)  # what will not be sent any more; it stays `pending`
+            self._buffers.free(
+                self._held, self._caller
+            )  # the part that is not sent any more; the answer stays `pending`
 
     def start(self, headers: list[tuple[bytes, bytes]]) -> None:
-        """Give the head of a good answer; it goes out with the first part."""
+        """Set the headers of a successful answer; they are sent with the first part."""
         self._headers, self.begun = headers, True
 
     def reserve(self, size: int) -> None:
-        """Take room for a part of a whole answer, which is `put` when it is complete.
+        """Reserve memory for a part of an answer that is `put` when it is complete.
 
         Raises:
-            AnswerTooLargeError: the answer is larger than one may be.
-            OverloadedError: there is no room among all others, or among the caller's. Not waited for: answers that are
-                half read would wait for each other.
+            AnswerTooLargeError: the answer is over the limit.
+            OverloadedError: the buffers, or the caller's share, are full. Not waited for: answers that are half read
+                would wait for each other.
         """
         if self._held + size > self._buffers.max_answer_bytes:
             raise _too_large(self._held + size, self._buffers.max_answer_bytes)
@@ -171,21 +173,21 @@ class Delivery:
         self._buffers.free(size, self._caller)
 
     def put(self, data: bytes) -> None:
-        """Add a part that has room: it was reserved."""
+        """Add a part whose memory was reserved."""
         self._waiting += data
         self._filled.set()
 
     async def put_event(self, data: bytes) -> None:
-        """Add a part of a stream; wait until the buffers have room for it.
+        """Add a part of a stream; wait until the buffers have memory for it.
 
         Raises:
-            AnswerTooLargeError: it alone is larger than an answer may be.
-            ClientSlowError: the client was cut off.
+            AnswerTooLargeError: this part alone is over the limit of an answer.
+            ClientSlowError: the client was disconnected.
         """
         if self._connection.is_writable and not self._held and len(data) <= PART_BYTES:
             if self._headers is not None:
                 await self._send_head(self._headers)
-            if self._connection.is_writable:  # the head may have filled it
+            if self._connection.is_writable:  # the headers may have filled it
                 await self._send({"type": "http.response.body", "body": data, "more_body": True})
                 return
         if len(data) > self._buffers.max_answer_bytes:
@@ -200,10 +202,10 @@ class Delivery:
         self.put(data)
 
     async def send_last(self, data: bytes) -> None:
-        """End an answer that broke, once the `async with` was left.
+        """End an answer that failed, after the `async with`.
 
         Raises:
-            ClientSlowError: the client took too little.
+            ClientSlowError: the client read too slowly.
         """
         await self._send_part(data, more=False)
 
@@ -219,10 +221,10 @@ class Delivery:
                 self._filled.clear()
                 await self._send_waiting()
         finally:
-            self._buffers.free(0, self._caller)  # wakes a `put_event` that waits for room
+            self._buffers.free(0, self._caller)  # wakes a `put_event` that waits for memory
 
     async def _send_waiting(self, *, end: bool = False) -> None:
-        """Send what waits, in parts: many small events make one write. The last part may be the end of the answer."""
+        """Send the buffer in parts: many small events make one write. The last part may be the end of the answer."""
         more = bool(self._waiting) or end
         while more:
             part = bytes(self._waiting[:PART_BYTES])
@@ -232,8 +234,8 @@ class Delivery:
             self.give_back(len(part))
 
     async def _send_part(self, data: bytes, *, more: bool) -> None:
-        at_once = self._connection.is_writable and self._headers is None  # else the head may fill it
-        waiting = nullcontext() if at_once else asyncio.timeout(self._buffers.client_timeout_s)
+        immediate = self._connection.is_writable and self._headers is None  # else the headers may fill it
+        waiting = nullcontext() if immediate else asyncio.timeout(self._buffers.client_timeout_s)
         try:
             async with waiting:
                 if self._headers is not None:

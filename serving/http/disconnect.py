@@ -1,4 +1,4 @@
-"""Ends the work for a client when the client goes away or its key ends, whether or not anything was sent yet."""
+"""Cancels the work for a client when it disconnects or its key becomes invalid, even if nothing was sent yet."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -9,17 +9,15 @@ from serving.http.request_state import RequestState
 
 
 async def while_connected(state: RequestState, work: Coroutine[object, object, None]) -> None:
-    """Run `work` to its end, or cancel it immediately when the client leaves or its key becomes invalid.
-
-    It runs in the task of the caller.
+    """Run `work` in the caller's task, and cancel it when the client disconnects or its key becomes invalid.
 
     Raises:
-        ClientGoneError: the client left first.
-        InvalidKeyError: its key ended first. Otherwise what `work` raises.
+        ClientGoneError: the client disconnected first.
+        InvalidKeyError: its key became invalid first. Otherwise the exceptions of `work`.
     """
     signals = [state.connection.lost, *([state.grant.ended] if state.grant else ())]
     working, running, cancelled = asyncio.current_task(), True, False
-    assert working is not None  # noqa: S101 - it runs in one
+    assert working is not None  # noqa: S101 - a coroutine runs in a task
     before = working.cancelling()
 
     def cancel() -> None:
@@ -34,7 +32,7 @@ async def while_connected(state: RequestState, work: Coroutine[object, object, N
         await work
     except asyncio.CancelledError:
         if not cancelled or working.cancelling() > before + 1:
-            raise  # somebody else ends it, too
+            raise  # the task was cancelled from elsewhere, too
         raise next((signal.error for signal in signals if signal.error), ClientGoneError()) from None
     finally:
         running = False
@@ -45,7 +43,7 @@ async def while_connected(state: RequestState, work: Coroutine[object, object, N
 
 
 async def cut_off(connection: Connection) -> None:
-    """End the connection of a client that would not read its end either, and wait until it is lost."""
+    """Abort the connection of a client that does not read, and wait until it is closed."""
     lost = asyncio.Event()
     connection.lost.listen(lost.set)
     connection.abort()

@@ -1,9 +1,9 @@
-"""The one map from errors to what a client sees: status, type, code, headers.
+"""The one map from errors to responses: status, type, code, headers.
 
-Clients get `{"error": {"message", "type", "param", "code"}}` for every status, which is what OpenAI's client reads. On
-Anthropic's paths `type` has Anthropic's words, and there is `"type": "error"` beside `error`.
-The code is also the reason under which the error is counted. A message never holds a path or a traceback: only errors
-named here speak for themselves, all others are logged and answered as `internal_error`.
+Clients get `{"error": {"message", "type", "param", "code"}}` for every status, as OpenAI's client expects. On
+Anthropic's paths `type` has Anthropic's values, and `"type": "error"` stands next to `error`.
+The code is also the label under which the error is counted. A message never contains a path or a traceback: only the
+errors listed here show their own message; all others are logged and answered as `internal_error`.
 """
 
 import json
@@ -65,8 +65,8 @@ ANTHROPIC_TYPES = {
     429: "rate_limit_error",
     504: "timeout_error",
 }
-_LONGEST_RETRY_S = 120
-"""OpenAI's client does not wait longer than this for a retry, and Anthropic's waits as long as it is told."""
+_MAX_RETRY_S = 120
+"""OpenAI's client does not wait longer than this for a retry; Anthropic's waits as long as retry-after says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,18 +81,18 @@ class ApiError:
 
     @property
     def type(self) -> str:
-        """OpenAI's coarse kind of error."""
+        """Error type in OpenAI's API."""
         if self.status == HTTPStatus.TOO_MANY_REQUESTS:
             return "rate_limit_error"
         return "server_error" if self.status >= 500 else "invalid_request_error"
 
     @property
     def anthropic_type(self) -> str:
-        """Anthropic's word for the kind of error."""
+        """Error type in Anthropic's API."""
         return ANTHROPIC_TYPES.get(self.status, "api_error" if self.status >= 500 else "invalid_request_error")
 
     def body(self, path: str = "") -> bytes:
-        """The JSON of the answer; in a stream, the data of the event. Who sent a secret in a wrong place finds none.
+        """Return the JSON of the answer, or of an event's data in a stream; secrets that a client sent are masked.
 
         Args:
             path: of the request.
@@ -104,18 +104,17 @@ class ApiError:
         return json.dumps({"error": error}).encode("ascii")
 
     def response(self, path: str = "") -> Response:
-        """The whole answer.
+        """Return the complete response.
 
-        Clients send a request again after 429 and any 5xx; where that would end the same way, or not soon, they are
-        told not to.
+        Clients retry after 429 and any 5xx; `x-should-retry: false` stops them where a retry would fail again or only
+        be due after a long time.
 
         Args:
             path: of the request.
         """
         headers = dict(self.headers)
         if self.code is ErrorCode.INTERNAL_ERROR or (
-            self.code is ErrorCode.RATE_LIMIT_EXCEEDED
-            and not 0 < int(headers.get("retry-after", "0")) <= _LONGEST_RETRY_S
+            self.code is ErrorCode.RATE_LIMIT_EXCEEDED and not 0 < int(headers.get("retry-after", "0")) <= _MAX_RETRY_S
         ):
             headers["x-should-retry"] = "false"
         return Response(self.body(path), self.status, headers, media_type="application/json")
@@ -160,7 +159,7 @@ _UNREAD_BODY = frozenset({ErrorCode.BODY_TOO_LARGE, ErrorCode.BODY_TIMEOUT, Erro
 
 
 def api_error(error: Exception) -> ApiError:
-    """What a client sees of an error. An unexpected one is logged here, with its traceback."""
+    """Return the error as a client sees it. An unexpected error is logged here, with its traceback."""
     if isinstance(error, SvcError):
         for kind in type(error).__mro__:
             if kind in _SHAPES:
@@ -172,13 +171,13 @@ def api_error(error: Exception) -> ApiError:
         param = ".".join(str(part) for part in first["loc"][1:])[:SHOWN_CHARS]
         return ApiError(422, ErrorCode.INVALID_REQUEST, str(first["msg"]), param or None)
     log.error("unexpected error in a request", exc_info=error)
-    return ApiError(500, ErrorCode.INTERNAL_ERROR, "the gateway failed on this request; its log says why")
+    return ApiError(500, ErrorCode.INTERNAL_ERROR, "the gateway failed on this request; see the server's log")
 
 
 def _shaped(error: SvcError, status: int, code: ErrorCode) -> ApiError:
     if isinstance(error, EngineFailedError):
         log.error("the engine failed on a request: %s", error.wrong)
-        return ApiError(status, code, "the engine failed on this request; the server's log says why")
+        return ApiError(status, code, "the engine failed on this request; see the server's log")
     if isinstance(error, EngineRefusedError):
         status = error.status
     message = error.wrong
@@ -201,11 +200,13 @@ def _framework_error(error: HTTPException) -> ApiError:
     fallback = ErrorCode.INTERNAL_ERROR if error.status_code >= 500 else ErrorCode.INVALID_REQUEST
     code = _FRAMEWORK_CODES.get(error.status_code, fallback)
     phrase = HTTPStatus(error.status_code).phrase.lower()
-    return ApiError(error.status_code, code, f"{phrase}: see /v1/models for what is served", None, error.headers or {})
+    return ApiError(
+        error.status_code, code, f"{phrase}: see /v1/models for the served models", None, error.headers or {}
+    )
 
 
 def install_handlers(app: FastAPI) -> None:
-    """Gives the framework's own errors and those of the small routes the OpenAI shape."""
+    """Give errors of the framework and of the small routes the OpenAI shape."""
 
     async def answer(request: Request, error: Exception) -> Response:
         return api_error(error).response(request.url.path)

@@ -1,6 +1,6 @@
-"""Passes the events of a streamed answer on, as they come, and times and counts its tokens.
+"""Forwards the events of a streamed answer as they arrive, and times and counts its tokens.
 
-The chunk with token counts, which the engine is always asked for, goes to those clients alone that asked for it too.
+The chunk with token counts, which the engine is always asked for, is forwarded only to clients that asked for it.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,8 +21,8 @@ class EventStream:
 
     Attributes:
         begin: begins the answer to the client, with this content type.
-        between_tokens: observes the seconds between two tokens, as they came from the engine: a part may be read much
-            later, when a slow client has taken those before.
+        between_tokens: observes the seconds between the arrivals of two tokens from the engine. A part may be read much
+            later, after a slow client has read the parts before it.
         wants_usage: the client asked for the chunk with token counts.
         show: rewrites each event first; see serving.replicas.balancer.Lease.
     """
@@ -38,10 +38,10 @@ class EventStream:
     _last_token: float | None = None
 
     async def forward(self, answer: EngineAnswer) -> None:
-        """Until the end of the answer.
+        """Forward events until the end of the answer.
 
         Raises:
-            EngineError: an error of the engine within the stream, or an end before the last event.
+            EngineError: the engine sent an error within the stream, or the stream ended before its last event.
         """
         splitter = EventSplitter()
         while part := await answer.read_some():
@@ -49,14 +49,14 @@ class EventStream:
             events = splitter.feed(part)
             if self.show is not None:
                 events = [self.show(event) for event in events]
-            if self.account.begun and len(events) == 1 and self.format.is_plain_token(events[0]):  # as nearly always
+            if self.account.begun and len(events) == 1 and self.format.is_plain_token(events[0]):  # the usual case
                 self.account.keep(events[0])
                 self._time_token()
                 await self.delivery.put_event(events[0])
             else:
                 await self._pass_on(events, answer.content_type)
         if not self.account.complete:
-            raise EngineDiedError("the engine went away; it is being restarted")
+            raise EngineDiedError("the engine stopped; it is being restarted")
 
     async def _pass_on(self, events: Sequence[bytes], content_type: str) -> None:
         if not self.account.begun:
@@ -66,7 +66,7 @@ class EventStream:
         try:
             passed.extend(event for event in events if self._passes(event))
         except EngineError as error:
-            failure = error  # after what came together with it, and before it
+            failure = error  # raised after the events that arrived before it in the same part
         if passed:
             if not self.account.begun:
                 self.begin(content_type)
@@ -75,27 +75,27 @@ class EventStream:
             raise failure
 
     def _passes(self, event: bytes) -> bool:
-        """Look at an event; return whether the client gets it."""
-        seen = self.format.classify(event)
-        if seen.error is not None:
-            code = seen.error.get("code") if isinstance(seen.error, dict) else None
-            raise refusal(code if isinstance(code, int) else 500, seen.error)
+        """Account for an event; return whether the client gets it."""
+        event_kind = self.format.classify(event)
+        if event_kind.error is not None:
+            code = event_kind.error.get("code") if isinstance(event_kind.error, dict) else None
+            raise refusal(code if isinstance(code, int) else 500, event_kind.error)
         self.account.keep(event)
-        if seen is TOKEN:
+        if event_kind is TOKEN:
             self._time_token()
             return True
-        if seen.finish_reason:
-            self.account.finished(seen.finish_reason)
-        if seen.usage:
-            self.account.used(seen.usage)
-        if seen.end:
+        if event_kind.finish_reason:
+            self.account.finished(event_kind.finish_reason)
+        if event_kind.usage:
+            self.account.used(event_kind.usage)
+        if event_kind.end:
             self.account.completed()
-        if seen.token:
+        if event_kind.token:
             self._time_token()
-        return self.wants_usage or not seen.usage
+        return self.wants_usage or not event_kind.usage
 
     def _time_token(self) -> None:
-        self.account.key.token_events += 1  # for an answer whose tokens the engine will not tell
+        self.account.key.token_events += 1  # for an answer whose token counts the engine does not send
         if self._last_token is None:
             self.account.first_token(self.account.elapsed())
         else:

@@ -1,6 +1,6 @@
-"""How many wrong keys one peer may try in a minute: enough for whoever has mistyped one.
+"""Limits how many invalid keys one peer may send per minute: enough for mistyped keys.
 
-Nobody finds a secret by trying, so a right key is never kept waiting by the wrong ones of whoever shares its address.
+Secrets cannot be guessed, so a valid key is never delayed by the invalid ones of another client at its address.
 """
 
 import math
@@ -10,17 +10,17 @@ from collections.abc import Callable
 from serving.http.peer import peer_of
 from svc.errors import SvcError
 
-MOST_A_MINUTE = 20
+MAX_INVALID_PER_MINUTE = 20
 _MINUTE_S = 60.0
-_MOST_PEERS = 4096
-"""Beyond, the peer is forgotten whose minute began first."""
+_MAX_PEERS = 4096
+"""Beyond this number, the peer whose minute began first is forgotten."""
 
 
 class TooManyWrongKeysError(SvcError):
-    """A peer has tried one wrong key after the other.
+    """A peer has sent too many invalid keys.
 
     Args:
-        retry_after_s: until its minute is over.
+        retry_after_s: seconds until its minute is over.
     """
 
     def __init__(self, wrong: str, *, retry_after_s: int, todo: str) -> None:
@@ -29,7 +29,7 @@ class TooManyWrongKeysError(SvcError):
 
 
 class FailedKeys:
-    """Counts them by peer, in minutes that begin with a peer's first.
+    """Counts invalid keys by peer, in minutes that begin with a peer's first one.
 
     Args:
         clock: monotonic time, seconds.
@@ -43,24 +43,24 @@ class FailedKeys:
         return len(self._peers)
 
     def add(self, address: str) -> bool:
-        """Counts one; whether it is the last that is let pass in this minute.
+        """Count one; return whether it is the last one allowed in this minute.
 
         Raises:
-            TooManyWrongKeysError: it is one too many.
+            TooManyWrongKeysError: the peer is over the limit.
         """
         peer, now = peer_of(address), self._clock()
         began, count = self._peers.get(peer, (now, 0))
         if now - began >= _MINUTE_S:
             began, count = now, 0
-        if count >= MOST_A_MINUTE:
+        if count >= MAX_INVALID_PER_MINUTE:
             raise TooManyWrongKeysError(
-                f"{MOST_A_MINUTE} wrong keys within a minute came from this address",
+                f"{MAX_INVALID_PER_MINUTE} invalid API keys came from this address within a minute",
                 retry_after_s=math.ceil(began + _MINUTE_S - now),
-                todo="correct the key; a right one is let in at once",
+                todo="correct the key; a valid key is accepted immediately",
             )
         if began == now:
-            self._peers.pop(peer, None)  # to the end
+            self._peers.pop(peer, None)  # moves the peer to the end
         self._peers[peer] = began, count + 1
-        if len(self._peers) > _MOST_PEERS:
+        if len(self._peers) > _MAX_PEERS:
             del self._peers[next(iter(self._peers))]
-        return count + 1 == MOST_A_MINUTE
+        return count + 1 == MAX_INVALID_PER_MINUTE

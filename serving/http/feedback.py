@@ -1,8 +1,8 @@
-"""`POST /v1/feedback`: what a person said of an answer, by the id that came with it in `x-request-id`.
+"""`POST /v1/feedback`: a person's rating of an answer, identified by the answer's `x-request-id`.
 
-A key rates the answers that it got itself; an admin, and whoever needs no key, all of them.
-One word for each request; a second one replaces the first and is not counted again. A correction is kept whether or
-not content is: who sends it wants it to be; it is redacted like content.
+A key may rate only the answers that it got itself; admins and clients that need no key may rate all of them.
+Each request has one rating; a second one replaces the first and is not counted again. A correction is stored even if
+content is not, because its sender wants it stored; it is redacted like content.
 """
 
 import asyncio
@@ -28,23 +28,23 @@ from svc.version import VersionId
 MAX_BODY_BYTES = 256 * 1024
 MAX_CORRECTION_CHARS = 32 * 1024
 MAX_LABEL_CHARS = 64
-_MOST_AT_ONCE = 64
-_EXAMPLE = '{"request_id": ..., "rating": "good" or "bad"}, and if you like "correction" and "label"'
+_MAX_CONCURRENT = 64
+_EXAMPLE = '{"request_id": ..., "rating": "good" or "bad"}, optionally "correction" and "label"'
 _FLUSH_S = 5.0
 
 
 class RequestNotFoundError(NotFoundError):
-    """A request id of which nothing is kept."""
+    """No stored request has the id."""
 
 
 class RequestLogBusyError(SvcError):
-    """What is kept of requests is not up to date."""
+    """The request log is not up to date."""
 
     retry_after_s = 2
 
 
 class FeedbackRequest(BaseModel):
-    """The body."""
+    """Body: rate an answer."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -55,11 +55,11 @@ class FeedbackRequest(BaseModel):
 
 
 class FeedbackIntake:
-    """Takes feedback and keeps it.
+    """Receives feedback and stores it.
 
     Args:
-        request_log: where a request may still be on its way to the store.
-        on_given: hears the first word on each request.
+        request_log: the log in which a request may still wait to be stored.
+        on_given: called with the first rating of each request.
     """
 
     def __init__(
@@ -69,51 +69,53 @@ class FeedbackIntake:
         self._request_log = request_log
         self._on_given = on_given
         self._at_once = 0
-        # Of its own: /metrics must not wait behind feedback that waits for the store.
+        # Separate threads: /metrics must not wait behind feedback that waits for the store.
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="feedback")
 
     async def answer(self, request: Request) -> Response:
-        """The endpoint.
+        """Answer a request with feedback.
 
         Raises:
-            OverloadedError: as much feedback as may be is being taken.
-            RequestNotFoundError: nothing is kept of such a request.
-            RequestLogBusyError: that cannot be said now.
-            InvalidJsonError, InvalidRequestError: the body is not what it must be.
+            OverloadedError: too many requests with feedback are being handled.
+            RequestNotFoundError: no request with this id is stored.
+            RequestLogBusyError: the request is not stored yet.
+            InvalidJsonError, InvalidRequestError: the body is not valid.
         """
-        if self._at_once >= _MOST_AT_ONCE:
-            raise OverloadedError(f"feedback on {self._at_once} answers is being taken", todo="send it again later")
+        if self._at_once >= _MAX_CONCURRENT:
+            raise OverloadedError(f"feedback on {self._at_once} answers is being stored", todo="send it again later")
         self._at_once += 1
         try:
             given = await read_json(request, FeedbackRequest, max_bytes=MAX_BODY_BYTES, expected=_EXAMPLE)
             principal = request_state(request.scope).principal
             key_id = None if principal is None or principal.may(Scope.ADMIN) else principal.key_id
-            kept = await asyncio.get_running_loop().run_in_executor(self._threads, self._keep, given, key_id)
+            stored = await asyncio.get_running_loop().run_in_executor(
+                self._threads, self._store_feedback, given, key_id
+            )
         except ClientGoneError:
             return Response(status_code=CLIENT_GONE_STATUS)
         finally:
             self._at_once -= 1
-        if kept.replaced is None:
-            self._on_given(kept.version, given.rating)
+        if stored.replaced is None:
+            self._on_given(stored.version, given.rating)
         return JSONResponse(
             {
                 "object": "feedback",
                 "request_id": given.request_id,
                 "rating": given.rating.value,
-                "version": str(kept.version) if kept.version else None,
-                "replaced": kept.replaced is not None,
+                "version": str(stored.version) if stored.version else None,
+                "replaced": stored.replaced is not None,
             }
         )
 
-    def _keep(self, given: FeedbackRequest, key_id: str | None) -> KeptFeedback:
+    def _store_feedback(self, given: FeedbackRequest, key_id: str | None) -> KeptFeedback:
         redacted = self._request_log.redacted
         feedback = Feedback(given.rating, redacted(given.label), redacted(given.correction))
         if self._request_log.is_queued(given.request_id) and not self._request_log.flush(_FLUSH_S):
             raise RequestLogBusyError("the request is not stored yet", todo="send the feedback again")
-        kept = keep_feedback(self._store, given.request_id, feedback, key_id=key_id)
-        if kept is None:
+        stored = keep_feedback(self._store, given.request_id, feedback, key_id=key_id)
+        if stored is None:
             raise RequestNotFoundError(
-                "nothing is kept of this request", expected="the x-request-id of an answer that is not too old"
+                "no request with this id is stored", expected="the x-request-id of an answer that is not too old"
             )
-        self._request_log.has_grown(kept.grown_bytes)
-        return kept
+        self._request_log.has_grown(stored.grown_bytes)
+        return stored

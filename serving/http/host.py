@@ -1,8 +1,8 @@
-"""Which names this server answers to.
+"""The host names that this server answers to.
 
-A web page can have its own name lead to this machine (DNS rebinding), and then reads answers as if they were its own
-site's. The name stands in the request's Host header: so a name must be known here. An address needs not, since no page
-has one that is ours.
+A web page can make its own domain resolve to this machine (DNS rebinding) and then read answers as if they came from
+its own site. The domain is in the request's Host header, so only configured names are accepted there. Addresses are
+always accepted, since no page is served from one of ours.
 """
 
 import ipaddress
@@ -14,35 +14,35 @@ from svc.errors import SvcError
 
 ANY = "*"
 _LOOPBACK = "localhost"
-_LONGEST_ADDRESS = 45
-"""Characters, of IPv6 with an IPv4 address at its end."""
+_MAX_ADDRESS_CHARS = 45
+"""Of IPv6 with an IPv4 address at its end."""
 
 
 class HostNotAllowedError(SvcError):
-    """A request for a name that is not this server's."""
+    """The Host header has a name that is not this server's."""
 
 
 class AllowedHosts:
-    """The names.
+    """The accepted host names.
 
     Args:
-        names: beside `localhost`; `*` allows all.
+        names: in addition to `localhost`; `*` allows all.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
         self._names = {_LOOPBACK, *(name.lower().rstrip(".") for name in names)}
 
     def check(self, header: bytes) -> None:
-        """Check a request's Host header; a request without one, as of HTTP/1.0, is let through.
+        """Check a request's Host header; a request without one (HTTP/1.0) passes.
 
         Raises:
-            HostNotAllowedError: it is another's name.
+            HostNotAllowedError: the name is not this server's.
         """
         host = _name(header)
         if ANY in self._names or not host or host in self._names or _is_address(host):
             return
         raise HostNotAllowedError(
-            f"this server is not called {host[:SHOWN_CHARS]!r}",
+            f"host {host[:SHOWN_CHARS]!r} is not allowed",
             expected="an address, localhost or a name in serve.allowed_hosts",
             todo="add the name to serve.allowed_hosts",
         )
@@ -50,7 +50,7 @@ class AllowedHosts:
 
 @lru_cache(maxsize=256)
 def _name(given: bytes) -> str:
-    """Without the port, and brackets around an IPv6 address."""
+    """Return the host without the port and the brackets around an IPv6 address."""
     header = str(given, "latin-1")
     if header.startswith("["):
         return header[1:].partition("]")[0]
@@ -59,7 +59,7 @@ def _name(given: bytes) -> str:
 
 @lru_cache(maxsize=256)
 def _is_address(host: str) -> bool:
-    if len(host) > _LONGEST_ADDRESS:
+    if len(host) > _MAX_ADDRESS_CHARS:
         return False
     try:
         ipaddress.ip_address(host)

@@ -15,18 +15,18 @@ from serving.http.connections import REQUEST_DEADLINE_S, ClientProtocol, watched
 from serving.http.tls import Certificate
 from serving.http.warning_limit import WarningLimit
 
-_GRACE_S = 30  # running answers may end after SIGTERM
-_HANDSHAKE_GRACE_S = 1.0  # so may handshakes
-_DATE_S = 1.0  # the resolution of an answer's date
+_GRACE_S = 30  # for running requests after SIGTERM
+_HANDSHAKE_GRACE_S = 1.0  # for TLS handshakes after SIGTERM
+_DATE_S = 1.0  # resolution of the Date header
 _WARNING_LIMIT = WarningLimit()
 
 
 class HttpServer(uvicorn.Server):
-    """Leaves signals to `serve`: they must also end a start that is under way.
+    """uvicorn's server without its signal handlers: `serve` handles signals, which must also stop a start in progress.
 
     Args:
-        most: connections at once.
-        address_limit: for those of one address.
+        most: maximum number of open connections.
+        address_limit: limit on the connections of one address.
         certificate: None for plain HTTP.
         deadline_s: see serving.http.connections.
     """
@@ -49,22 +49,22 @@ class HttpServer(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Capture none."""
+        """Capture no signals."""
         yield
 
     def stop(self) -> None:
-        """End `serve`; running answers may end."""
+        """Stop `serve`; running requests may complete."""
         self.should_exit = True
         self._stopping.set()
 
     async def main_loop(self) -> None:
-        """Keep the date of answers right; uvicorn's own loop also looks ten times a second whether to stop."""
+        """Keep the Date header current; uvicorn's own loop also polls ten times a second whether to stop."""
         while not await self.on_tick(0):
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), _DATE_S)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's, with a limit on connections."""
+        """Start as uvicorn does, with a limit on connections."""
         await super().startup(sockets=[])
         for listener in sockets or ():
             acceptor = Acceptor(
@@ -79,7 +79,7 @@ class HttpServer(uvicorn.Server):
             self._acceptors.append(acceptor)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's; no connection that was accepted is lost."""
+        """Shut down as uvicorn does, without losing an accepted connection."""
         await asyncio.gather(*(acceptor.stop(_HANDSHAKE_GRACE_S) for acceptor in self._acceptors))
         await super().shutdown(sockets=sockets)
 
@@ -97,17 +97,17 @@ def http_server(
     """Return a server for one listener.
 
     Args:
-        most: connections at once.
-        most_per_address: of one address that is not a proxy's; None for no limit.
+        most: maximum number of open connections.
+        most_per_address: maximum for one address that is not a proxy; None for no limit.
         certificate: None for plain HTTP.
-        proxies: what they say of their clients is believed; anybody else can write that too.
+        proxies: addresses whose forwarding headers are trusted; any other client can forge these headers.
         deadline_s: see serving.http.connections.
-        idle_s: so long a connection may be idle between two requests.
+        idle_s: maximum idle time of a connection between two requests.
     """
     config = uvicorn.Config(
         watched(app),
         http=ClientProtocol,
-        ws="none",  # its handshake would pass all our layers, and its path with the query would be logged
+        ws="none",  # a WebSocket handshake would bypass all our layers, and its path with the query would be logged
         lifespan="off",
         log_config=None,
         access_log=False,

@@ -1,11 +1,11 @@
 """The data plane: one request from its first byte to the last byte of its answer.
 
-read -> route -> reserve -> load the adapter -> admit -> resolve -> forward -> answer. Bytes pass through as they came,
-with these exceptions: the model's name on the way in, an adapter's private name on the way out, and of a stream the
-chunk with token counts, for clients that did not ask for it.
+read -> route -> reserve -> load the adapter -> admit -> resolve -> forward -> answer. Bytes pass through unchanged,
+with three exceptions: the model's name on the way in, an adapter's private name on the way out, and the chunk with
+token counts in a stream, which is dropped for clients that did not ask for it.
 
-The answer's head is sent with the first complete event, not before: until then a failure can have its own status. What
-a client does not take at once waits for it in a buffer (serving.http.delivery), outside admission: the engine is done.
+The response headers are sent with the first complete event: until then a failure can have its own status. Bytes that a
+client does not read immediately are buffered (serving.http.delivery) outside admission: the engine is done with them.
 """
 
 import asyncio
@@ -53,17 +53,17 @@ class Gateway:
 
     Attributes:
         router: finds the backend for a request.
-        body_slots: how many requests may come in at once.
-        metrics: counts.
-        request_log: keeps a row for each request.
+        body_slots: limit on request bodies that are being received concurrently.
+        metrics: counts requests.
+        request_log: stores a row for each request.
         settings: the limits.
-        request_limits: on the structure of one request.
-        buffers: what of all answers waits for clients.
-        limiter: holds keys to their limits.
-        usage: counts what keys use.
-        begin_trace: places a request in its trace, by its headers; None where there are no traces.
+        request_limits: limits on the structure of one request.
+        buffers: answers that wait for their clients.
+        limiter: enforces the limits of keys.
+        usage: counts the usage of keys.
+        begin_trace: returns a request's place in its trace, from its headers; None if traces are off.
         clock: monotonic time, seconds.
-        adapter_slots, production_slots: how many requests may wait for adapters, and for those in production.
+        adapter_slots, production_slots: limits on requests waiting for adapters, and for adapters in production.
     """
 
     router: Router
@@ -81,12 +81,12 @@ class Gateway:
     production_slots: BodySlots = field(init=False)
 
     def __post_init__(self) -> None:
-        most = max(1, self.settings.max_queued)
-        self.adapter_slots = BodySlots(most, "waiting for adapters")
-        self.production_slots = BodySlots(most, "waiting for the adapter of the version in production")
+        max_waiting = max(1, self.settings.max_queued)
+        self.adapter_slots = BodySlots(max_waiting, "waiting for adapters")
+        self.production_slots = BodySlots(max_waiting, "waiting for the adapter of the version in production")
 
     def endpoint(self, route: Route) -> ASGIApp:
-        """The ASGI application for one path."""
+        """Return the ASGI application for one path."""
         return _Endpoint(self, route)
 
 
@@ -124,7 +124,7 @@ class Exchange:
         )
 
     async def run(self, receive: Receive) -> None:
-        """Answers, with an error where it must be."""
+        """Answer the request, with an error if it fails."""
         settings, account = self._gateway.settings, self.account
         try:
             slot = partial(self._gateway.body_slots.reading, self._state.address)
@@ -143,9 +143,9 @@ class Exchange:
             await cut_off(self._state.connection)
         except asyncio.CancelledError:
             if not self._delivered:
-                account.failed(ErrorCode.ENGINE_DIED)  # the server ends, and with it the engine
+                account.failed(ErrorCode.ENGINE_DIED)  # the server stops, and the engine with it
             raise
-        except Exception as error:  # noqa: BLE001 - the boundary: api_error logs what is unexpected
+        except Exception as error:  # noqa: BLE001 - the boundary: api_error logs unexpected errors
             await self._fail(api_error(error), receive)
         finally:
             account.end()
@@ -157,7 +157,7 @@ class Exchange:
         await to.backend.check(to.model)
         served = to.backend.names.served
         self._state.version = served.version if served else None
-        # Delivered outside admission: the engine is done with it, and a client that reads slowly keeps no place.
+        # Delivered outside admission: the engine is done, and a client that reads slowly holds no place.
         self.account.work = work = request.work(to.backend.context)
         self._state.reservation = self.account.key.reserve(request, work, self.account.model)
         began = self._gateway.clock()
@@ -174,7 +174,7 @@ class Exchange:
                 await self._forward_to_another(to, engine, request, error)
 
     def _waiting_for_adapter(self, to: Destination) -> AbstractContextManager[None]:
-        """A place among the requests that wait for adapters; those of versions in production have their own."""
+        """Take a place among the requests that wait for adapters; versions in production have places of their own."""
         names, gateway = to.backend.names, self._gateway
         in_production = names.served is not None and names.resolve(to.model) in (None, names.served.version)
         slots = gateway.production_slots if in_production else gateway.adapter_slots
@@ -183,7 +183,7 @@ class Exchange:
     async def _forward_to_another(
         self, to: Destination, engine: Lease, request: CompletionRequest, refused: EngineUnreachableError
     ) -> None:
-        """Once: where that one takes no connection either, something else is wrong."""
+        """Try one other engine, once: if it refuses the connection too, the cause is a different one."""
         try:
             async with to.backend.lease(to.model, without=engine) as other:
                 await self._forward(other, request)
@@ -191,7 +191,7 @@ class Exchange:
             raise refused from None
 
     async def _forward(self, engine: Lease, request: CompletionRequest) -> None:
-        """Asks the engine, and hands its answer to the delivery."""
+        """Send the request to the engine, and hand its answer to the delivery."""
         payload = request.payload(engine.engine_model)
         account = self.account
         account.served_by(engine.served, engine.pace)
@@ -226,7 +226,7 @@ class Exchange:
         self._delivery.put(body)
 
     def _begin(self, content_type: str, length: int | None = None) -> None:
-        """Begin a good answer."""
+        """Begin a successful answer."""
         framing = (b"cache-control", b"no-cache") if length is None else (b"content-length", b"%d" % length)
         overhead = b"%.2f" % (self.account.begin() * 1000)
         self._delivery.start(
@@ -234,7 +234,7 @@ class Exchange:
         )
 
     async def _fail(self, error: ApiError, receive: Receive) -> None:
-        """Answers with an error; within a stream with an event, and without the one that ends a good answer."""
+        """Answer with an error; within a stream as an event, without the event that ends a successful answer."""
         self.account.failed(error.code)
         if not self.account.begun:
             self.account.status, self.account.begun = error.status, True
@@ -247,15 +247,15 @@ class Exchange:
 
     @property
     def _delivered(self) -> bool:
-        """All of the answer was handed over: OpenAI's client closes the connection once it reads the last event."""
+        """Whether the complete answer was sent: OpenAI's client closes the connection once it reads the last event."""
         return self.account.complete and not self._delivery.pending
 
 
 async def read_whole(answer: EngineAnswer, engine: Lease, delivery: Delivery) -> bytes:
-    """Return the body of an engine's answer, for which the delivery has room.
+    """Return the body of an engine's answer, after reserving memory for it.
 
     Raises:
-        AnswerTooLargeError, OverloadedError: there is no room.
+        AnswerTooLargeError, OverloadedError: there is no memory for it.
     """
     parts: list[bytes] = []
     while part := await answer.read_some():

@@ -1,4 +1,4 @@
-"""The small JSON bodies that this server reads itself: each by its schema, and an unknown key is an error."""
+"""Reads the small JSON bodies that this server parses itself: validated by a schema; unknown keys are errors."""
 
 from typing import TypeVar
 
@@ -14,13 +14,13 @@ Body = TypeVar("Body", bound=BaseModel)
 
 
 async def read_json(request: Request, kind: type[Body], *, max_bytes: int, expected: str) -> Body:
-    """The body of a request.
+    """Return the body of a request.
 
     Args:
-        expected: what an error shows for an example.
+        expected: example that an error shows.
 
     Raises:
-        InvalidJsonError, InvalidRequestError: it is not what it must be.
+        InvalidJsonError, InvalidRequestError: the body is not valid.
         MediaTypeError, BodyTooLargeError, BodyTimeoutError, ClientGoneError: see `read_body`.
     """
     body = await read_body(request_state(request.scope).headers, request.receive, max_bytes=max_bytes)
@@ -32,5 +32,5 @@ async def read_json(request: Request, kind: type[Body], *, max_bytes: int, expec
             raise InvalidJsonError(f"the request body is not JSON: {first['msg']}") from error
         param = ".".join(str(part) for part in first["loc"])[:SHOWN_CHARS]
         raise InvalidRequestError(
-            f"'{param}' is not right: {first['msg']}" if param else first["msg"], param=param, expected=expected
+            f"'{param}' is invalid: {first['msg']}" if param else first["msg"], param=param, expected=expected
         ) from error

@@ -1,4 +1,4 @@
-"""What one request takes of its key's limits, and what it used in the end."""
+"""The part of its key's limits that one request reserves, and its usage at the end."""
 
 from serving.admission.errors import RateLimitedError
 from serving.admission.party import NO_KEY, Party
@@ -13,15 +13,15 @@ from svc.identity.principal import Principal
 from svc.store.requests import RequestOutcome
 from svc.version import Target
 
-_LEFT = (RequestOutcome.CLIENT_GONE, RequestOutcome.CLIENT_SLOW)
+_CLIENT_LEFT = (RequestOutcome.CLIENT_GONE, RequestOutcome.CLIENT_SLOW)
 
 
 class KeyAccount:
-    """Of one request; also of one without a key, which has no limits and is counted too.
+    """Limits and usage of one request; a request without a key has no limits but is counted too.
 
     Attributes:
         body_bytes: size of the request.
-        token_events: events with tokens that passed, for an answer whose tokens the engine will not tell.
+        token_events: forwarded events with tokens, for an answer whose token counts the engine does not send.
     """
 
     def __init__(
@@ -36,19 +36,19 @@ class KeyAccount:
 
     @property
     def key_id(self) -> str | None:
-        """None where there is no key."""
+        """Id of the key; None without a key."""
         return self._principal.key_id if self._principal else None
 
     @property
     def party(self) -> Party:
-        """Who has a share of the model."""
+        """Tenant whose share of the model the request uses."""
         return Party(self._principal.key_id, self._principal.weight) if self._principal else NO_KEY
 
     def reserve_request(self) -> None:
-        """Take a request of those that the key may send in a minute.
+        """Count the request towards the key's requests per minute.
 
         Raises:
-            RateLimitedError: it has none left.
+            RateLimitedError: the key has none left.
         """
         if self._principal is None:
             return
@@ -59,14 +59,14 @@ class KeyAccount:
             raise
 
     def reserve(self, request: CompletionRequest, work: int, model: str) -> Reservation | None:
-        """Reserve what the request may use of its key's other limits; return None without a key.
+        """Reserve the request's maximum use of its key's other limits; return None without a key.
 
         Args:
-            work: most tokens that its answers may have.
-            model: that it asks, one of a bounded set.
+            work: maximum number of tokens in its answers.
+            model: the model that it asks for, from a bounded set of names.
 
         Raises:
-            RateLimitedError: there is not so much left.
+            RateLimitedError: not enough is left.
         """
         if self._principal is None or self._reservation is None:
             return None
@@ -81,13 +81,13 @@ class KeyAccount:
     def settle(
         self, served: Target | None, reason: ErrorCode | None, usage: Usage | None, *, computed: int = 0
     ) -> None:
-        """Counts what the request used, and gives back what it held; to be called once, at its end.
+        """Count the request's usage and release its reservation; to be called once, at its end.
 
         Args:
-            served: the version that took it; None where none did.
-            reason: why it failed; None where it did not.
-            usage: as the engine tells it at the end of an answer.
-            computed: about how many tokens the engine computed for an answer that its client left.
+            served: the version that answered; None if no version did.
+            reason: why it failed; None if it did not.
+            usage: as the engine sends it at the end of an answer.
+            computed: estimated number of tokens that the engine generated for an answer whose client left.
         """
         spent = self._spent(reason, usage, computed) if served else None
         if self._reservation:
@@ -103,13 +103,13 @@ class KeyAccount:
             self._usage.add(self.key_id, model, tokens_in=spent.prompt, tokens_out=spent.completion)
 
     def _spent(self, reason: ErrorCode | None, usage: Usage | None, computed: int) -> Usage | None:
-        """None of a request that was refused, or failed before it had a token.
+        """Return the usage; None if the request was rejected, or failed before its first token.
 
-        Of an answer that its client left, prompt and tokens are estimated: leaving early makes nothing free. An event
-        may bring several tokens, so their number is the least that was computed.
+        If the client left, prompt and tokens are estimated: leaving early makes nothing free. An event may bring
+        several tokens, so the number of events is a lower bound.
         """
-        left = outcome_of(reason) in _LEFT
-        if reason and not self.token_events and not left:
+        client_left = outcome_of(reason) in _CLIENT_LEFT
+        if reason and not self.token_events and not client_left:
             return None
-        tokens = max(self.token_events, computed) if left else self.token_events
+        tokens = max(self.token_events, computed) if client_left else self.token_events
         return usage or Usage(estimated_tokens(self.body_bytes), tokens)

@@ -1,9 +1,9 @@
-"""The outermost layer: every answer carries its request's id, the version, how long it took and what is left of its
-key's limits, and no exception gets past it.
+"""The outermost layer: adds the request id, version, processing time and remaining key limits to each response, and
+turns every exception into a response.
 
-A request's id is the server's own, since feedback finds an answer by it and a client may use an id twice. The client's
-is kept beside it, and returned. A version is told to whom it may be. Pure ASGI, because the framework's middleware
-would sit between a stream and its client.
+The server generates request ids, because feedback looks answers up by them and a client may use an id twice. The
+client's id is stored too, and returned. Only clients that may use a version are told its name. Pure ASGI, because the
+framework's middleware would sit between a stream and its client.
 """
 
 import os
@@ -23,17 +23,17 @@ from serving.router import Router
 from svc.identity.key_secret import hide_secrets
 
 _CLIENT_HEADERS = (b"x-client-request-id", b"x-request-id")
-_CLIENT_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")  # fit for a log line
+_CLIENT_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")  # safe in a log line
 
 
 class RequestMiddleware:
     """Wraps the application.
 
     Args:
-        app: what is wrapped.
-        router: tells the version in production where there is one model, for answers that no version gave.
-        hosts: the names that are answered to.
-        limiter: knows what is left of a key's limits.
+        app: the wrapped application.
+        router: source of the version in production if there is one model, for answers that no version gave.
+        hosts: host names that are accepted.
+        limiter: source of the remaining limits of a key.
         clock: monotonic time, seconds.
     """
 
@@ -77,51 +77,52 @@ class RequestMiddleware:
             await send(message)
 
         try:
-            if not state.connection.through_socket:  # no page can open it
+            if not state.connection.through_socket:  # a web page cannot open a unix socket
                 self._hosts.check(headers.get(b"host", b""))
             await self._app(scope, receive, send_with_headers)
         except Exception as error:
             if begun:
-                raise  # the server in front logs it and cuts the connection: the client sees that it is not complete
+                raise  # uvicorn logs it and closes the connection, so the client sees that the answer is incomplete
             await api_error(error).response(scope["path"])(scope, receive, send_with_headers)
 
     def _headers(self, state: RequestState, path: str, seconds: float) -> list[tuple[bytes, bytes]]:
-        """Return what all answers have."""
+        """Return the headers that all answers have."""
         headers = [
             (b"x-request-id", state.request_id.encode("ascii")),
             (b"openai-processing-ms", b"%d" % (seconds * 1000)),
         ]
         if state.client_request_id:
             headers.append((b"x-client-request-id", state.client_request_id.encode("ascii")))
-        if not state.admitted:  # nobody knows who asks, or they need not say it
+        if not state.admitted:  # the client is unknown, or need not identify itself
             return headers
         principal, version = state.principal, state.version or self._router.only_version
         if version and (principal is None or principal.may_ask(version.name)):
             headers.append((b"x-model-version", str(version).encode("ascii")))
         if principal:
-            left = state.reservation.allowances() if state.reservation else self._limiter.allowances(principal)
-            headers += rate_limit_headers(left, path)
+            reservation = state.reservation
+            allowances = reservation.allowances() if reservation else self._limiter.allowances(principal)
+            headers += rate_limit_headers(allowances, path)
         return headers
 
 
 class _Randomness:
-    """Numbers that nobody can guess, many from one call to the kernel, which takes longer than all else of an id."""
+    """Unguessable numbers, drawn in batches: the call to the kernel takes longer than the rest of creating an id."""
 
-    _BYTES, _MANY = 16, 256
+    _BYTES, _BATCH = 16, 256
 
     def __init__(self) -> None:
         self._pool = ""
 
     def take(self) -> str:
-        """128 bits, in hexadecimal."""
+        """Return 128 random bits in hexadecimal."""
         if not self._pool:
-            self._pool = os.urandom(self._BYTES * self._MANY).hex()
+            self._pool = os.urandom(self._BYTES * self._BATCH).hex()
         taken, self._pool = self._pool[: 2 * self._BYTES], self._pool[2 * self._BYTES :]
         return taken
 
 
 def _client_request_id(headers: Mapping[bytes, bytes]) -> str | None:
-    """Return the client's own id; an id with a secret in it is neither kept nor returned."""
+    """Return the client's own id; an id with a secret in it is neither stored nor returned."""
     for name in _CLIENT_HEADERS:
         value = headers.get(name)
         if value is not None and _CLIENT_ID.fullmatch(value):

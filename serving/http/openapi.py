@@ -1,8 +1,8 @@
 """The HTTP surface as an OpenAPI document, written by hand.
 
-Completions are ASGI applications behind the framework's router, which knows nothing of what is in them; and of a
-completion the gateway checks a few fields only. Described is what the gateway itself promises: what it checks in a
-request, which status has which shape. Bodies of the engine are objects here; vLLM's documentation says the rest.
+Completions are ASGI applications whose bodies the framework's router does not know, and the gateway checks only a few
+fields of a completion. The document describes what the gateway itself guarantees: the fields that it checks, and the
+shape of each status. Bodies of the engine are plain objects here; see vLLM's documentation for them.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ from serving.http.errors import ANTHROPIC_TYPES
 from serving.http.feedback import FeedbackRequest
 from serving.protocols.error_code import ErrorCode
 from serving.protocols.route import ANTHROPIC_PATHS, Route, TokenRoute
-from serving.protocols.unsupported_fields import MOST_ANSWERS
+from serving.protocols.unsupported_fields import MAX_ANSWERS
 
 JSON = "application/json"
 _SCHEMAS = "#/components/schemas/"
@@ -55,7 +55,7 @@ _STREAM_OPTIONS: Json = {
     "properties": {"include_usage": {"type": ["boolean", "null"]}},
     "additionalProperties": True,
 }
-_ANSWERS: Json = {"type": ["integer", "null"], "minimum": 1, "maximum": MOST_ANSWERS}
+_ANSWERS: Json = {"type": ["integer", "null"], "minimum": 1, "maximum": MAX_ANSWERS}
 _PROMPT: Json = {"anyOf": [{"type": "string"}, {"type": "array"}]}
 _REQUESTS: Mapping[Route, tuple[str, list[str], Json]] = {
     Route.CHAT_COMPLETIONS: (
@@ -88,14 +88,14 @@ _REQUESTS: Mapping[Route, tuple[str, list[str], Json]] = {
         },
     ),
     Route.MESSAGES: (
-        "A message, as Anthropic's API has it",
+        "A message, in the format of Anthropic's API",
         ["model", "messages", "max_tokens"],
         {"messages": _TURNS, "max_tokens": {**_COUNT, "type": "integer"}},
     ),
 }
 _TOKEN_REQUESTS: Mapping[TokenRoute, tuple[str, list[str], Json]] = {
     TokenRoute.COUNT_TOKENS: (
-        "How many tokens a message's prompt has, as Anthropic's API has it",
+        "Number of tokens in a message's prompt, in the format of Anthropic's API",
         ["model", "messages"],
         {"messages": _TURNS},
     ),
@@ -106,23 +106,23 @@ _TOKEN_REQUESTS: Mapping[TokenRoute, tuple[str, list[str], Json]] = {
     ),
 }
 _BAD_BODY = {
-    400: "the body is no JSON object, a field is not served, or the engine refused it",
+    400: "the body is not a JSON object, a field is not supported, or the engine rejected it",
     408: "the body did not arrive in time",
     413: "the body is too large",
     415: "the content type is not application/json",
 }
 _ENGINE = {
-    404: "no loaded version answers to the name",
-    422: "the engine refused the request",
-    429: "too many requests run, or a limit of the key is reached; see retry-after",
+    404: "no loaded version has this name",
+    422: "the engine rejected the request",
+    429: "too many requests are running, or a limit of the key is reached; see retry-after",
     502: "the engine failed on this request",
-    503: "no engine, or no place; see retry-after",
-    504: "the engine said nothing for too long",
+    503: "no engine is available, or the queue is full; see retry-after",
+    504: "the engine did not answer in time",
 }
 _KEYS = {
-    401: "there is no key, or it is not right",
-    403: "the key is not for this",
-    429: "too many wrong keys came from this address; see retry-after",
+    401: "the API key is missing or invalid",
+    403: "the key lacks the scope for this",
+    429: "too many invalid API keys came from this address; see retry-after",
     503: "keys cannot be checked now",
 }
 _DEFECT = {500: "a defect of the gateway"}
@@ -132,27 +132,27 @@ _KEY_HEADERS: Json = {
     "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
 }
 _MODEL_NAME: Json = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
-_NO_MODEL = {404: "no loaded version answers to the name", 503: "nothing is loaded yet", **_DEFECT}
+_NO_MODEL = {404: "no loaded version has this name", 503: "nothing is loaded yet", **_DEFECT}
 
 _CHANGES: dict[str, tuple[str, type[BaseModel]]] = {
-    "/svc/promote": ("Wish for a version in production", PromoteRequest),
-    "/svc/rollback": ("Wish for the version of before", RollbackRequest),
-    "/svc/keys": ("Make a key; its secret is in this answer alone", CreateKeyRequest),
-    "/svc/keys/rotate": ("Give a key another secret", RotateKeyRequest),
-    "/svc/keys/revoke": ("End a key", RevokeKeyRequest),
+    "/svc/promote": ("Promote a version to production", PromoteRequest),
+    "/svc/rollback": ("Return to the previous version", RollbackRequest),
+    "/svc/keys": ("Create a key; only this answer contains its secret", CreateKeyRequest),
+    "/svc/keys/rotate": ("Replace a key's secret", RotateKeyRequest),
+    "/svc/keys/revoke": ("Revoke a key", RevokeKeyRequest),
 }
 _CHANGE_REFUSED = {
     **_BAD_BODY,
-    400: "the body is not what it must be",
+    400: "the body is invalid",
     404: "the version, model or key does not exist",
-    409: "another change came first, or this one is not made",
+    409: "another change came first, or this one is refused",
     **_DEFECT,
 }
 
 
 @cache
 def openapi_document() -> Json:
-    """Return the document, as JSON values; made once, and not to be changed."""
+    """Return the document as JSON values; it is built once, and callers must not change it."""
     schemas = {"Error": _ERROR, "MessagesError": _MESSAGES_ERROR, "Model": _MODEL}
     schemas["FeedbackRequest"] = _schema(FeedbackRequest, schemas)
     requests = {route.value: _completion(route) for route in Route}
@@ -162,12 +162,12 @@ def openapi_document() -> Json:
         "info": {"title": "tuneserve", "version": version("tuneserve")},
         "paths": {**requests, **_small_paths(), **_administration(schemas)},
         "components": {"schemas": schemas, "securitySchemes": _KEY_HEADERS},
-        "security": [{}, *({name: []} for name in _KEY_HEADERS)],  # none, where there are no keys
+        "security": [{}, *({name: []} for name in _KEY_HEADERS)],  # none while no key exists
     }
 
 
 def _schema(kind: type[BaseModel], schemas: Json) -> Json:
-    """Return the schema of a body; those that it refers to are added to `schemas`."""
+    """Return the schema of a body; add the schemas that it refers to to `schemas`."""
     schema = kind.model_json_schema(ref_template=f"{_SCHEMAS}{{model}}")
     schemas |= schema.pop("$defs", {})
     return schema
@@ -208,28 +208,32 @@ def _small_paths() -> Json:
         "properties": {"object": {"const": "list"}, "data": {"type": "array", "items": _ref("Model")}},
     }
     deletion = {403: "models are not deleted over HTTP", **_NO_MODEL}
-    kept = {404: "nothing is kept of the request", 429: "too much feedback comes in", 503: "it is not stored yet"}
-    feedback = {**_BAD_BODY, **kept, **_DEFECT}
-    health = _operation("Whether requests are taken", _json(_OBJECT), {})
-    health["responses"]["503"] = _answer("no engine", _json(_OBJECT))
+    storage = {
+        404: "no request with this id is stored",
+        429: "too much feedback is being stored",
+        503: "the request is not stored yet",
+    }
+    feedback = {**_BAD_BODY, **storage, **_DEFECT}
+    health = _operation("Whether the server accepts requests", _json(_OBJECT), {})
+    health["responses"]["503"] = _answer("no engine is available", _json(_OBJECT))
     page = {kind: {"schema": {"type": "string"}} for kind in ("text/plain", "application/openmetrics-text")}
     return {
-        "/v1/models": {"get": _operation("The names that are served now", _json(models), _DEFECT)},
+        "/v1/models": {"get": _operation("List the names that are served now", _json(models), _DEFECT)},
         "/v1/models/{name}": {
             "parameters": [_MODEL_NAME],
-            "get": _operation("One of them", _json(_ref("Model")), _NO_MODEL),
-            "delete": {"summary": "Is refused", "responses": _errors(deletion)},
+            "get": _operation("Show one of these names", _json(_ref("Model")), _NO_MODEL),
+            "delete": {"summary": "Always refused", "responses": _errors(deletion)},
         },
         "/v1/feedback": {
             "post": {
-                **_operation("What a person says of an answer", _json(_OBJECT), feedback),
+                **_operation("Rate an answer", _json(_OBJECT), feedback),
                 "requestBody": {"required": True, "content": _json(_ref("FeedbackRequest"))},
             }
         },
         "/health": {"get": health},
-        "/health/live": {"get": _operation("That the server runs, whatever its engines do", _json(_OBJECT), {})},
+        "/health/live": {"get": _operation("Whether the server runs, regardless of its engines", _json(_OBJECT), {})},
         "/metrics": {"get": _operation("Metrics for Prometheus", page, _DEFECT)},
-        "/svc/status": {"get": _operation("What `svc status` shows", _json(_OBJECT), _DEFECT)},
+        "/svc/status": {"get": _operation("The status that `svc status` shows", _json(_OBJECT), _DEFECT)},
         "/openapi.json": {"get": _operation("This document", _json(_OBJECT), {})},
     }
 
@@ -246,7 +250,9 @@ def _administration(schemas: Json) -> Json:
     }
     paths["/svc/keys"]["get"] = _operation("All keys, without secrets", _json(_OBJECT), _DEFECT)
     swap = _operation(
-        "The last swap of a model, or that of a generation", _json(_OBJECT), {**_DEFECT, 400: "no number"}
+        "The last swap of a model, or the one of a generation",
+        _json(_OBJECT),
+        {**_DEFECT, 400: "the generation is not a number"},
     )
     generation = {"type": "integer", "minimum": 1, "maximum": 999_999_999}
     swap["parameters"] = [_MODEL_NAME, {"name": "generation", "in": "query", "schema": generation}]
@@ -261,8 +267,8 @@ def _operation(summary: str, content: Json, errors: Mapping[int, str]) -> Json:
 def _errors(descriptions: Mapping[int, str], path: str = "") -> Json:
     shape = _ref("MessagesError" if path in ANTHROPIC_PATHS else "Error")
     return {
-        str(status): _answer(told, _json(shape))
-        for status, told in sorted({**_KEYS, **descriptions, **_OTHER_HOST}.items())
+        str(status): _answer(description, _json(shape))
+        for status, description in sorted({**_KEYS, **descriptions, **_OTHER_HOST}.items())
     }
 
 

@@ -1,4 +1,4 @@
-"""Which addresses one peer has."""
+"""Maps an address to the peer that it belongs to."""
 
 import ipaddress
 from functools import lru_cache
@@ -6,9 +6,9 @@ from functools import lru_cache
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 _PREFIX_V6 = 64
-"""What one subscriber of IPv6 has: addresses in it cost nothing."""
+"""The network that one IPv6 subscriber has: addresses in it cost nothing."""
 _MAX_CHARS = 64
-"""Of a text that is not an address: a proxy sends it."""
+"""Of a text from a proxy that is not an address."""
 
 
 def peer_of(address: str) -> str:
@@ -27,7 +27,7 @@ def _peer_of(address: str) -> str:
 
 
 def ip_of(address: str) -> IPAddress | None:
-    """Return the IP address of a peer, as IPv4 where IPv6 wraps that; None if the text is not an address."""
+    """Return the IP address of a peer, IPv4-mapped IPv6 as IPv4; None if the text is not an address."""
     try:
         ip = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:

@@ -1,7 +1,7 @@
-"""What is left of a key's limits, in the headers that clients of OpenAI's and of Anthropic's API read.
+"""The remaining limits of a key, in the headers that clients of OpenAI's and of Anthropic's API read.
 
-OpenAI has one header for tokens: it shows the limit on tokens of which the smallest share is left. Anthropic has one
-for those in and one for those out as well, and says when a limit is whole again where OpenAI says how long that takes.
+OpenAI has one header for tokens: it shows the token limit with the smallest share left. Anthropic also has one for
+input and one for output tokens, and gives the time at which a limit is full again, where OpenAI gives the duration.
 """
 
 import math
@@ -18,12 +18,7 @@ _TOKENS = (Limit.TOKENS_IN_PER_MINUTE, Limit.TOKENS_OUT_PER_MINUTE, Limit.TOKENS
 def rate_limit_headers(
     allowances: Mapping[Limit, Allowance], path: str, now: datetime | None = None
 ) -> list[tuple[bytes, bytes]]:
-    """Return the headers of an answer, for the limits that a key has.
-
-    Args:
-        path: of the request.
-        now: the time.
-    """
+    """Return the headers of an answer to `path`, for the limits that a key has."""
     requests, tokens = allowances.get(_REQUESTS), _tightest(allowances)
     headers: list[tuple[bytes, bytes]] = []
     for name, allowance in ((b"requests", requests), (b"tokens", tokens)):
@@ -44,26 +39,26 @@ def rate_limit_headers(
     }
     for name, allowance in shown.items():
         if allowance:
-            whole = now + timedelta(seconds=math.ceil(allowance.reset_s))
+            full_at = now + timedelta(seconds=math.ceil(allowance.reset_s))
             prefix = b"anthropic-ratelimit-" + name
             headers += [
                 (prefix + b"-limit", b"%d" % allowance.limit),
                 (prefix + b"-remaining", b"%d" % allowance.remaining),
-                (prefix + b"-reset", whole.strftime("%Y-%m-%dT%H:%M:%SZ").encode()),
+                (prefix + b"-reset", full_at.strftime("%Y-%m-%dT%H:%M:%SZ").encode()),
             ]
     return headers
 
 
 def duration(seconds: float) -> str:
-    """As OpenAI writes it: `120ms`, `1s`, `6m0s`, `1h0m0s`; rounded up."""
+    """Return a duration in OpenAI's format: `120ms`, `1s`, `6m0s`, `1h0m0s`; rounded up."""
     if seconds < 1:
         milliseconds = math.ceil(seconds * 1000)
         return f"{milliseconds}ms" if 0 < milliseconds < 1000 else f"{milliseconds // 1000}s"
-    minutes, left = divmod(math.ceil(seconds), 60)
+    minutes, rest_s = divmod(math.ceil(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
-        return f"{hours}h{minutes}m{left}s"
-    return f"{minutes}m{left}s" if minutes else f"{left}s"
+        return f"{hours}h{minutes}m{rest_s}s"
+    return f"{minutes}m{rest_s}s" if minutes else f"{rest_s}s"
 
 
 def _tightest(allowances: Mapping[Limit, Allowance]) -> Allowance | None:

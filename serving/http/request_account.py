@@ -1,6 +1,6 @@
-"""What is known of one request: its key, the version that answered, times, tokens and end; counted, and kept as a row.
+"""The account of one request: its key, the version that answered, times, tokens and outcome, for metrics and its row.
 
-Filled in by whoever carries the request through (serving.http.inference) and by its stream (serving.http.event_stream).
+Filled in by serving.http.inference and, for streamed answers, by serving.http.event_stream.
 Knows nothing of connections, neither the client's nor the engine's.
 """
 
@@ -25,22 +25,22 @@ from svc.version import Target
 
 
 class RequestAccount:
-    """Of one request, from its arrival to its end.
+    """Account of one request, from its arrival to its end.
 
     Args:
-        state: names the request, and hears which version answers it.
-        metrics: counts it.
-        request_log: takes its row.
-        key: what it takes of its key's limits; settled at the end.
-        trace: its place in a trace, told the rest at the end; None where there are no traces.
+        state: identifies the request; its version is set here.
+        metrics: counts the request.
+        request_log: stores its row.
+        key: its use of its key's limits; settled at the end.
+        trace: its place in a trace, completed at the end; None if traces are off.
         clock: monotonic time, seconds.
 
     Attributes:
-        model: that it asks, one of a bounded set of names.
-        work: most tokens that its answers may have.
-        status: of the answer; None until that began.
-        begun: the head of the answer was given to the delivery, or sent.
-        complete: the engine has given all of the answer.
+        model: the model that it asks for, from a bounded set of names.
+        work: maximum number of tokens in its answers.
+        status: of the answer; None until the answer begins.
+        begun: the headers of the answer were passed to the delivery, or sent.
+        complete: the engine has sent the complete answer.
     """
 
     def __init__(
@@ -63,12 +63,12 @@ class RequestAccount:
         self._clock = clock
         self._arrived = datetime.now(UTC)
         self._started = clock()
-        self._asked = 0.0  # when the engine was
+        self._asked = 0.0  # when the request was sent to the engine
         self._place_s = self._engine_s = 0.0  # waited for a place, and for the beginning of the engine's answer
         self._own_s: float | None = None  # the gateway's time before the answer began
         self._first_token_s: float | None = None
         self._request: CompletionRequest | None = None
-        self._content: Content | None = None  # what passes, where it is to be kept
+        self._content: Content | None = None  # only if content or features are stored
         self._served: Target | None = None
         self._reason: ErrorCode | None = None
         self._finish_reason: str | None = None
@@ -82,30 +82,30 @@ class RequestAccount:
 
     @property
     def request_id(self) -> str:
-        """Ours, not the client's."""
+        """The server's id, not the client's."""
         return self._state.request_id
 
     def elapsed(self) -> float:
-        """Seconds since the request was read."""
+        """Return the seconds since the request was read."""
         return self._clock() - self._started
 
     def body_read(self, size: int) -> None:
-        """All of the request is here: its time counts from now."""
+        """Start the request's time: its body is complete."""
         self._started = self._clock()
         self.key.body_bytes = size
 
     def parsed(self, request: CompletionRequest) -> None:
-        """The request is well formed."""
+        """Set the parsed request."""
         self._request = request
         if self._request_log.wants_content():
             self._content = Content(self._route, request.members)
 
     def admitted(self, waited_s: float) -> None:
-        """It has a place in an engine."""
+        """Set how long the request waited for a place in an engine."""
         self._place_s = waited_s
 
     def served_by(self, target: Target, pace: TokenPace) -> None:
-        """This version is asked now, on an engine of this pace."""
+        """Set the version that is asked now, and the pace of its engine."""
         if self._request and target != self._served:
             self._gather_features(self._request, target)
         self._served, self._pace = target, pace
@@ -113,7 +113,7 @@ class RequestAccount:
         self._asked = self._clock()
 
     def _gather_features(self, request: CompletionRequest, target: Target) -> None:
-        """Decide whether features of the request are stored, as one of this version."""
+        """Decide whether features of the request are stored for this version."""
         wanted = self._request_log.wants_features(target)
         if wanted and self._content is None:
             self._content = Content(self._route, request.members, stored=False)
@@ -121,53 +121,53 @@ class RequestAccount:
             self._content.features = wanted
 
     def heard(self) -> None:
-        """The engine has said something; what it said last before the answer begins counts."""
+        """Time a part from the engine; the last one before the answer begins counts."""
         self._engine_s = self._clock() - self._asked
 
     def begin(self) -> float:
-        """A good answer begins. Returns the gateway's own time until then, seconds."""
+        """Begin a successful answer; return the gateway's own time until now, seconds."""
         self.status, self.begun = 200, True
         self._own_s = self.elapsed() - self._place_s - self._engine_s
         return self._own_s
 
     def keep(self, part: bytes) -> None:
-        """Takes a part of the answer, a body or an event, where its content is to be kept."""
+        """Collect a part of the answer, a body or an event, if content or features are stored."""
         if self._content:
             self._content.add(part)
 
     def first_token(self, seconds: float) -> None:
-        """Times the first token of a streamed answer."""
+        """Record the time to the first token of a streamed answer."""
         self._first_token_s = seconds
         self._metrics.first_token(self._answering, seconds, self.request_id)
 
     def finished(self, reason: str) -> None:
-        """Takes why the answer ended: the first that is said."""
+        """Record the finish reason: the first of several answers."""
         self._finish_reason = self._finish_reason or reason
 
     def used(self, usage: Usage) -> None:
-        """Counts the tokens of the answer."""
+        """Count the tokens of the answer."""
         self._usage = usage
         self._metrics.tokens(self._answering, usage)
 
     def completed(self) -> None:
-        """The engine has given all of the answer; to be called after `used`."""
+        """Mark the answer as complete; to be called after `used`."""
         self.complete = True
         if self._usage and self._pace:
             self._pace.observe(self._usage.completion / self._answers, self._clock() - self._asked)
 
     def failed(self, code: ErrorCode) -> None:
-        """It has failed, whatever was sent of the answer."""
+        """Mark the request as failed, even if a part of the answer was sent."""
         self._reason = code
         self._metrics.request_failed(self._served, code, self.model)
 
     @property
     def _answers(self) -> int:
-        """Those that the engine generates at the same time."""
+        """Number of answers that the engine generates concurrently."""
         return self._request.answers if self._request else 1
 
     @property
     def _computed(self) -> int:
-        """About how many tokens the engine has generated of an answer that is not complete."""
+        """Estimated number of tokens that the engine has generated for an incomplete answer."""
         if self.complete or self._pace is None:
             return 0
         return min(self.work, math.ceil(self._answers * self._pace.tokens_in(self._clock() - self._asked)))
@@ -177,14 +177,14 @@ class RequestAccount:
         """The version that answers.
 
         Raises:
-            RuntimeError: something was heard of an answer before `served_by`.
+            RuntimeError: `served_by` was not called yet.
         """
         if self._served is None:
             raise RuntimeError("no version was asked yet")
         return self._served
 
     def end(self) -> None:
-        """Counts the request, settles with its key and keeps its row, once its end is known."""
+        """Count the request, settle its key's limits and store its row, once its outcome is known."""
         status = CLIENT_GONE_STATUS if self.status is None else self.status
         seconds, served, usage, request = self.elapsed(), self._served, self._usage, self._request
         self._metrics.request_ended(
@@ -213,7 +213,7 @@ class RequestAccount:
             user_hash=hash_user(request.user) if request and request.user else None,
         )
         if trace := self.trace:
-            # A name that no version answers to is the client's own text.
+            # A model name that is not served is text of the client.
             model = request.model if request and served else self.model
             trace.end(
                 model=model,

@@ -11,14 +11,14 @@ from typing import Protocol
 import httptools
 
 MAX_HEAD_BYTES = 64 * 1024
-"""Of one request's head or trailer, and what one read may bring beyond."""
+"""Of one request's head or trailer, plus what one read may bring beyond it."""
 MAX_WAITING = 512
 """Unanswered requests of one connection; a client that pipelines more is disconnected. Without a limit one client
 queued 457,000 requests, 1.2 GB, in 20 s."""
 
 
 class Requests(Protocol):
-    """What httptools calls."""
+    """The callbacks that httptools calls."""
 
     def on_message_begin(self) -> None: ...
     def on_url(self, url: bytes) -> None: ...
@@ -32,7 +32,7 @@ class RequestParser(httptools.HttpRequestParser):
     """Parser of one connection, between httptools and the receiver of its requests.
 
     Attributes:
-        unanswered: requests that have begun; whoever answers one counts it down.
+        unanswered: requests that have begun; decremented by the code that answers them.
     """
 
     def __init__(self, requests: Requests) -> None:
@@ -90,7 +90,7 @@ class RequestParser(httptools.HttpRequestParser):
             raise httptools.HttpParserError("the connection is closed")
         return self._requests
 
-    # What httptools calls.
+    # Callbacks that httptools calls.
 
     def on_message_begin(self) -> None:
         """Begin a head."""
@@ -98,12 +98,12 @@ class RequestParser(httptools.HttpRequestParser):
         self._receiver.on_message_begin()
 
     def on_url(self, url: bytes) -> None:
-        """Keep a part of the target."""
+        """Store a part of the target."""
         self._url += url
         self._receiver.on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Keep a header."""
+        """Store a header."""
         self._headers.append((name, value))
         self._receiver.on_header(name, value)
 
@@ -118,7 +118,7 @@ class RequestParser(httptools.HttpRequestParser):
         self._receiver.on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        """Pass a part of the body on."""
+        """Forward a part of the body."""
         self._head_bytes = 0
         self._receiver.on_body(body)
 

@@ -1,7 +1,7 @@
-"""What the layers know of one request: one object in the state of its ASGI scope.
+"""The state of one request that all layers share: one object in its ASGI scope.
 
-The outermost layer (serving.http.middleware) puts it there, authentication admits the request, and the endpoint adds
-what the outermost layer says in the headers of the answer.
+The outermost layer (serving.http.middleware) creates it, authentication admits the request, and the endpoint adds the
+values that the outermost layer sends in the response headers.
 """
 
 from collections.abc import Mapping
@@ -26,13 +26,13 @@ class RequestState:
 
     Attributes:
         request_id: the server's own.
-        headers: by their names in lower case; of two of a name the first.
+        headers: by lower-case name; the first of two with the same name.
         address: the client's; empty through a unix socket.
-        client_request_id: the client's own, if it sent one that is kept.
-        admitted: authentication has let the request in.
-        grant: of its key; None if no key was needed.
+        client_request_id: the client's own id, if it sent a valid one.
+        admitted: authentication has admitted the request.
+        grant: grant of its key; None if no key was needed.
         version: the version that answers.
-        reservation: what the request holds of its key's limits.
+        reservation: the part of its key's limits that the request holds.
     """
 
     request_id: str
@@ -50,7 +50,7 @@ class RequestState:
         """Sender of an admitted request; None if no key was needed, for a sender who may do everything.
 
         Raises:
-            RuntimeError: the request was not admitted; it is not answered then.
+            RuntimeError: the request was not admitted.
         """
         if not self.admitted:
             raise RuntimeError("the request has not passed authentication")
@@ -67,7 +67,7 @@ def request_state(scope: Scope) -> RequestState:
     """Return the state of a request.
 
     Raises:
-        KeyError: the request has not passed the outermost layer; it is not answered then.
+        KeyError: the request has not passed the outermost layer.
     """
     state: RequestState = scope["state"][STATE_KEY]
     return state

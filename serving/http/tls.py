@@ -1,4 +1,4 @@
-"""The certificate that the server shows, read again when its files change, as they do every few weeks."""
+"""The server's TLS certificate, reloaded when its files change, as they do every few weeks."""
 
 import asyncio
 import logging
@@ -10,7 +10,7 @@ from svc.errors import SettingsError
 
 log = logging.getLogger(__name__)
 
-_LOOK_S = 5.0
+_CHECK_INTERVAL_S = 5.0
 Stamp = tuple[tuple[int, int, int], ...]
 
 
@@ -18,14 +18,14 @@ class Certificate:
     """A certificate with its chain, and its key, both in PEM.
 
     Args:
-        certificate: the file, the server's own first.
-        key: the file, without a password.
+        certificate: file with the chain, the server's own certificate first.
+        key: file with the key, without a password.
 
     Attributes:
-        context: for connections from now on; a new certificate goes into the same one.
+        context: TLS context for new connections; a renewed certificate is loaded into the same context.
 
     Raises:
-        SettingsError: they cannot be read, or do not belong together.
+        SettingsError: the files cannot be read, or do not belong together.
     """
 
     def __init__(self, certificate: Path, key: Path) -> None:
@@ -42,27 +42,27 @@ class Certificate:
             ) from error
 
     async def follow(self) -> None:
-        """Looks at the files again and again, until it is cancelled."""
+        """Check the files periodically until cancelled."""
         while True:
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(_CHECK_INTERVAL_S)
             await asyncio.to_thread(self.look)
 
     def look(self) -> None:
-        """Takes a new certificate; where that cannot be used, the one before goes on, and the log says so once."""
+        """Load a changed certificate; if it cannot be used, keep the current one and log the error once."""
         try:
             stamp = self._stamp_now()
-        except OSError:  # they are exchanged at this moment, or have gone: then the log says so
+        except OSError:  # the files are being exchanged, or are missing, which is logged below
             stamp = ()
         if stamp == self._stamp:
             return
         self._stamp = stamp
         try:
-            self._load()  # apart: a certificate whose key is another's would leave half of each in the context
+            self._load()  # into a context of its own: a certificate with another's key would leave ours half replaced
             self.context.load_cert_chain(*self._files, password=_no_password)
         except OSError as error:
-            log.error("the new certificate cannot be used, the one before goes on: %s", error)
+            log.error("the new certificate cannot be used, the previous one stays in use: %s", error)
         else:
-            log.info("a new certificate was taken from %s", self._files[0])
+            log.info("new certificate loaded from %s", self._files[0])
 
     def _load(self) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -71,10 +71,10 @@ class Certificate:
         return context
 
     def _stamp_now(self) -> Stamp:
-        found = [os.stat(path) for path in self._files]  # of what a link leads to: Kubernetes exchanges those
-        return tuple((each.st_ino, each.st_mtime_ns, each.st_size) for each in found)
+        stats = [os.stat(path) for path in self._files]  # follows links, which Kubernetes exchanges
+        return tuple((stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats)
 
 
 def _no_password() -> str:
-    """In place of a question on the terminal."""
+    """Prevent a password prompt on the terminal."""
     return ""

@@ -1,8 +1,8 @@
-"""`POST /v1/messages/count_tokens` and `POST /tokenize`: how many tokens a prompt has, before it is asked.
+"""`POST /v1/messages/count_tokens` and `POST /tokenize`: how many tokens a prompt has, before it is sent.
 
-An engine counts without its model, so these take no place in admission, count towards no limit of a key unless they are
-refused, which counts as a request, and leave no row.
-They keep its processors busy all the same: so many are answered at once, and half of them for one caller.
+An engine counts tokens without its model, so these requests bypass admission, count towards no limit of a key (except
+that a rejected one counts as a request) and leave no row in the request log.
+Because they do use CPU, MAX_CONCURRENT of them are answered at a time, at most half of them for one caller.
 """
 
 from dataclasses import dataclass
@@ -25,9 +25,9 @@ from serving.protocols.request import CompletionRequest, parse_request
 from serving.protocols.route import Route, TokenRoute
 from serving.replicas.transport import EngineCall
 
-MOST_AT_ONCE = 16
+MAX_CONCURRENT = 16
 _CHECKED_AS = {TokenRoute.COUNT_TOKENS: Route.MESSAGES, TokenRoute.TOKENIZE: Route.CHAT_COMPLETIONS}
-"""Whose fields each has: those that are not served there are not served here either."""
+"""The route whose fields each request has: fields that are rejected there are rejected here too."""
 
 
 class TokenCounts:
@@ -35,10 +35,10 @@ class TokenCounts:
 
     def __init__(self, gateway: Gateway) -> None:
         self.gateway = gateway
-        self.slots = BodySlots(MOST_AT_ONCE, "having their tokens counted")
+        self.slots = BodySlots(MAX_CONCURRENT, "having their tokens counted")
 
     def endpoint(self, route: TokenRoute) -> ASGIApp:
-        """The ASGI application for one path."""
+        """Return the ASGI application for one path."""
         return _Endpoint(self, route)
 
 
@@ -84,7 +84,7 @@ class _Endpoint:
         require_model(router, state.principal, request.model)
         to = router.find(request.model, request.who)
         await to.backend.check(to.model)
-        async with delivery:  # a client that reads slowly keeps no place
+        async with delivery:  # a client that reads slowly holds no place
             with self.counts.slots.reading(state.caller):
                 async with to.backend.lease(to.model) as engine:
                     state.version = engine.served.version

@@ -1,4 +1,4 @@
-"""Limits how often a warning is logged that any client can cause, as uvicorn's about a malformed request."""
+"""Limits how often warnings that any client can cause are logged, such as uvicorn's about a malformed request."""
 
 import logging
 import math
@@ -9,7 +9,7 @@ _INTERVAL_S = 60.0
 
 
 class WarningLimit(logging.Filter):
-    """Passes each warning once per minute, whatever its arguments; other levels always.
+    """Passes each warning once per minute, whatever its arguments, and all records of other levels.
 
     Args:
         clock: monotonic time, seconds.
@@ -18,7 +18,7 @@ class WarningLimit(logging.Filter):
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
         self._clock = clock
-        self._logged: dict[str, float] = {}  # by text without arguments, of which a program has few
+        self._logged: dict[str, float] = {}  # by text without arguments: a program has few of them
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether the record is logged."""

@@ -1,4 +1,4 @@
-"""Why a request failed, in one word: for clients, and for the metric of failures."""
+"""The reasons why a request fails, for clients and for the metric of failures."""
 
 from enum import StrEnum
 
@@ -38,7 +38,7 @@ class ErrorCode(StrEnum):
     ENGINE_ERROR = "engine_error"
     INTERNAL_ERROR = "internal_error"
     CLIENT_GONE = "client_gone"
-    """Counted only, as the next: nobody is left to be answered."""
+    """Only counted, like CLIENT_SLOW: the client is gone."""
     CLIENT_SLOW = "client_slow"
 
 

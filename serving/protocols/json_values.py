@@ -1,4 +1,4 @@
-"""How deep a parsed JSON value is, and how much is in it: counted without a Python step for each scalar."""
+"""The depth and size of a parsed JSON value, counted without a Python step for each scalar."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,7 @@ CONTAINERS = frozenset({dict, list})
 
 
 def is_deeper(value: Any, most: int) -> bool:
-    """Return whether a value has more than `most` levels of objects and arrays, itself among them."""
+    """Return whether a value has more than `most` levels of objects and arrays, including itself."""
     level = [value] if type(value) in CONTAINERS else []
     for _ in range(most):
         level = [inner for container in level for inner in _containers_in(container)]
@@ -17,13 +17,13 @@ def is_deeper(value: Any, most: int) -> bool:
 
 
 def count_values(value: Any, most: int) -> int:
-    """Return how many values are inside of a value, at any depth; counts no further than beyond `most`."""
-    count, left = 0, [value]
-    while left and count <= most:
-        container = left.pop()
+    """Return the number of values inside a value, at any depth; counting stops beyond `most`."""
+    count, pending = 0, [value]
+    while pending and count <= most:
+        container = pending.pop()
         if type(container) in CONTAINERS:
             count += len(container)
-            left += _containers_in(container)
+            pending += _containers_in(container)
     return count
 
 

@@ -1,4 +1,4 @@
-"""How a request ended, by the reason of its failure."""
+"""Maps the reason of a request's failure to its outcome."""
 
 from serving.protocols.error_code import ErrorCode
 from svc.store.requests import RequestOutcome
@@ -15,9 +15,5 @@ _OUTCOMES = {
 
 
 def outcome_of(reason: ErrorCode | None) -> RequestOutcome:
-    """The outcome of a request.
-
-    Args:
-        reason: why it failed; None where it did not.
-    """
+    """Return the outcome of a request; `reason` is None if it did not fail."""
     return RequestOutcome.COMPLETE if reason is None else _OUTCOMES.get(reason, RequestOutcome.REFUSED)

@@ -1,7 +1,7 @@
-"""Whether reading a request body would hold the event loop for too long, estimated from its raw bytes.
+"""Estimates from the raw bytes of a request body whether reading it would block the event loop for too long.
 
-Reading a body means parsing it, checking its fields and writing it out again for the engine. The event loop can do
-nothing else meanwhile, and a thread would not help: the parser holds the interpreter's lock. Size alone is no measure:
+Reading a body means parsing it, checking its fields and serialising it again for the engine. The event loop is blocked
+meanwhile, and a thread would not help: the parser holds the interpreter's lock. Size alone does not predict the time:
 4 MiB of text take 5 ms, 4 MiB of `{},{},{}` half a second.
 """
 
@@ -11,14 +11,14 @@ _BYTE_NS = 3.0
 _ESCAPE_NS = 18.0
 _VALUE_NS = 100.0
 _CONTAINER_NS = 900.0
-"""For a byte, a backslash, a value, and an object or array: up to half as much more as measured on a Xeon with AMX,
-since others are slower."""
+"""For a byte, a backslash, a value, and an object or array: up to half more than measured on a Xeon with AMX, since
+other machines are slower."""
 _FLOAT_NS = 250.0
-"""Added for a number with a point or an exponent."""
-_DENSEST = 2
-"""Bytes of the smallest object or array: `[]`."""
+"""Added for a number with a decimal point or an exponent."""
+_MIN_CONTAINER_BYTES = 2
+"""The smallest object or array: `[]`."""
 _MAX_DIGITS = 24
-"""Digits. Python converts a number in a time that grows with their square: 1,000 numbers of 4,000 took 0.26 s."""
+"""In one number. Python's conversion time grows with the square of the digits: 1,000 numbers of 4,000 took 0.26 s."""
 _FEW_NUMBERS = 128 * 1024
 """Bytes. 128 KiB of the slowest numbers take 9 ms."""
 _STRING_NS = 40.0
@@ -31,18 +31,18 @@ _NUMBERS = bytes.maketrans(b"0123456789E", b"1111111111e")
 
 
 def takes_longer(body: bytes, most_ms: float) -> bool:
-    """Return whether reading a body may take longer than that, or it has a number that is too long.
+    """Return whether reading a body may take longer than `most_ms`, or a number in it has too many digits.
 
-    Separators and digits inside of strings mean nothing: a text may have as many as it likes. A body is looked at in
-    slices, and no further than to where it is too much.
+    Separators and digits inside strings do not count. A body is scanned in slices, up to the point where it exceeds
+    the limit.
     """
     left_ns = most_ms * 1e6 - len(body) * _BYTE_NS
-    if left_ns >= len(body) / _DENSEST * (_CONTAINER_NS + 2 * _VALUE_NS):
-        return False  # as most are: whatever it is made of
+    if left_ns >= len(body) / _MIN_CONTAINER_BYTES * (_CONTAINER_NS + 2 * _VALUE_NS):
+        return False  # the usual case: fast enough whatever the body contains
     start, in_string, few_numbers = 0, 0, len(body) <= _FEW_NUMBERS
     while start < len(body) and left_ns >= 0:
         end = start + _SLICE
-        if body[end - 1 : end] == b"\\":  # an escape is not divided
+        if body[end - 1 : end] == b"\\":  # do not split an escape
             end = _end_of_backslashes(body, end) + 1
         part, start = body[start:end], end
         if escapes := part.count(b"\\"):
@@ -61,8 +61,8 @@ def takes_longer(body: bytes, most_ms: float) -> bool:
 
 
 def _end_of_backslashes(body: bytes, start: int) -> int:
-    found = _BACKSLASHES.match(body, start)
-    return found.end() if found else start
+    backslashes = _BACKSLASHES.match(body, start)
+    return backslashes.end() if backslashes else start
 
 
 def _structure_ns(text: bytes) -> float:

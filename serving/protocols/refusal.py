@@ -1,16 +1,16 @@
-"""Why a request is not served."""
+"""The reason why the gateway rejects a request."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why a request is not served.
+    """Why the gateway rejects a request.
 
     Attributes:
-        param: the field at fault.
+        param: the invalid field.
         wrong: what is wrong with it.
-        expected: what is served instead; may be empty.
+        expected: the values that are accepted; may be empty.
         todo: what the client can do; may be empty.
     """
 

@@ -20,4 +20,4 @@ class TokenRoute(StrEnum):
 
 
 ANTHROPIC_PATHS = frozenset({Route.MESSAGES.value, TokenRoute.COUNT_TOKENS.value})
-"""Those that Anthropic's clients ask, which read other headers and errors than OpenAI's."""
+"""Paths of Anthropic's clients, which read other headers and errors than OpenAI's."""

@@ -1,8 +1,8 @@
-"""Server-sent events as bytes: where one ends, its name and its data.
+"""Server-sent events as bytes: splits a stream into events, and reads the name and data of an event.
 
-Events pass untouched; only those that can hold what is looked for are parsed. The quick tests are exact, because a
-quote inside a JSON string is always escaped: a model cannot write the bytes of a key, as `"error":`. Knows nothing of
-what the events of a route mean, see serving.protocols.wire_formats.
+Events are forwarded unchanged, and parsed only if they can contain a field of interest. The quick tests are exact,
+because a quote inside a JSON string is always escaped: a model cannot write the bytes of a key such as `"error":`.
+Knows nothing of the meaning of a route's events, see serving.protocols.wire_formats.
 """
 
 import json
@@ -13,15 +13,15 @@ _BLANK_LINE = re.compile(rb"(?:\r\n|\n){2}")
 
 
 class EventSplitter:
-    """Cuts a byte stream into events; chunks may end anywhere."""
+    """Splits a byte stream into events; chunks may end anywhere."""
 
     def __init__(self) -> None:
         self._rest = b""
 
     def feed(self, chunk: bytes) -> list[bytes]:
-        """The events that are complete now, each with its blank line: joined, they are the stream."""
+        """Return the events that are complete now, each with its blank line: joined, they are the stream."""
         if not self._rest and chunk.find(b"\n\n") == len(chunk) - 2 >= 0 and b"\r" not in chunk:
-            return [chunk]  # as nearly all chunks are
+            return [chunk]  # the usual case
         data = self._rest + chunk if self._rest else chunk
         # A blank line can begin up to three bytes before the new chunk.
         ends = _BLANK_LINE.finditer(data, max(0, len(self._rest) - 3))
@@ -35,17 +35,17 @@ class EventSplitter:
 
 
 def is_event(part: bytes) -> bool:
-    """A part of an answer is an event, and not a JSON body."""
+    """Return whether a part of an answer is an event rather than a JSON body."""
     return not part.startswith(b"{")
 
 
 def name_of(event: bytes) -> str:
-    """The name of an event; empty where it has none."""
+    """Return the name of an event; empty if it has none."""
     return _lines(event, b"event:").decode("utf-8", "replace")
 
 
 def data_of(event: bytes) -> bytes:
-    """The data of an event; empty for a comment."""
+    """Return the data of an event; empty for a comment."""
     return _lines(event, b"data:")
 
 
@@ -55,14 +55,14 @@ def _lines(event: bytes, field: bytes) -> bytes:
 
 
 def json_of(part: bytes) -> dict[str, Any]:
-    """The JSON object of an event or a body; empty where there is none, as in a comment or `[DONE]`."""
+    """Return the JSON object of an event or a body; empty if there is none, as in a comment or `[DONE]`."""
     try:
-        found = json.loads(data_of(part) if is_event(part) else part)
+        value = json.loads(data_of(part) if is_event(part) else part)
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
 def find_error(event: bytes) -> Any | None:
-    """What stands under `error` at the top of an event; None when it is no error."""
+    """Return the top-level `error` of an event; None if it is not an error."""
     return json_of(event).get("error") if b'"error"' in event else None

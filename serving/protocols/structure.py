@@ -1,9 +1,9 @@
-"""How much structure a request may have: what vLLM's front, one thread for all clients, can check quickly.
+"""Limits on the structure of a request, so that vLLM's API server, one thread for all clients, can check it quickly.
 
 vLLM validates a body with pydantic, which tries every member of a union and collects every error: about 6 microseconds
-for each error, 233 errors for one wrong item of `/v1/responses`. 4,096 of those, 16 KiB, held the front for 25 s. So
-lists are limited in length, and elements of unions whose form is not a usual one (serving.protocols.usual_forms) are
-limited further. docs/api.md has the limits, and the measured cost of the worst body within each.
+for each error, 233 errors for one wrong item of `/v1/responses`. 4,096 of those, 16 KiB, blocked the thread for 25 s.
+So lists are limited in length, and elements of unions with an unusual form (serving.protocols.usual_forms) are limited
+further. docs/api.md has the limits, and the measured cost of the worst body within each.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,21 +18,21 @@ from svc.settings import RequestLimits
 Fields = Mapping[str, Any]
 
 _TURNS = {"messages": frozenset({"content", "tool_calls"}), "input": frozenset({"content", "output", "summary"})}
-"""Where a conversation is, and where its turns have lists."""
+"""Fields with a conversation, and the fields of its turns that have lists."""
 _TOKEN_IDS = frozenset({"allowed_token_ids", "stop_token_ids", "logprob_token_ids"})
-_SHORTEST_VALUE = 2
-"""Bytes, with what separates it from the next one."""
+_MIN_VALUE_CHARS = 2
+"""Of the shortest value, with its separator."""
 _GRAMMARS = frozenset({"response_format", "structured_outputs", "text", "output_config"})
-"""Their size and number of values is limited by serving.protocols.grammar_limits, which also reads what is in them."""
+"""Their size and number of values are limited by serving.protocols.grammar_limits, which also parses them."""
 
 
 class _Unusual(NamedTuple):
-    """Limits on what vLLM has to try all members of a union for.
+    """Limits on elements for which vLLM has to try all members of a union.
 
     Attributes:
-        is_usual: whether an element has a form that vLLM accepts at once.
-        most: elements without one.
-        most_values: values inside them, together.
+        is_usual: returns whether an element has a form that vLLM accepts immediately.
+        most: maximum number of elements without such a form.
+        most_values: maximum number of values in them together.
     """
 
     is_usual: Callable[[Any], bool]
@@ -48,21 +48,21 @@ _UNUSUAL: Mapping[tuple[Route, str], _Unusual] = {
 
 
 def find_excess(fields: Fields, route: Route, limits: RequestLimits, body: bytes) -> Refusal | None:
-    """Return the first limit on structure that a request exceeds; None where it is within all.
+    """Return the first limit on structure that a request exceeds; None if it is within all limits.
 
     Args:
-        body: the fields as they came: what it has no room for is not counted, which is most of it in small requests.
+        body: the raw request: a limit that a body of this size cannot exceed is not checked.
     """
     if body.count(b"{") + body.count(b"[") > limits.depth and is_deeper(fields, limits.depth):
         return Refusal("", "the request body is nested too deeply", f"at most {limits.depth} levels", "flatten it")
-    room = len(body) // _SHORTEST_VALUE
+    possible = len(body) // _MIN_VALUE_CHARS
     for name, value in fields.items():
-        if type(value) in CONTAINERS and (excess := _excess_of(name, value, route, limits, room)):
+        if type(value) in CONTAINERS and (excess := _excess_of(name, value, route, limits, possible)):
             return excess
     return None
 
 
-def _excess_of(name: str, value: Any, route: Route, limits: RequestLimits, room: int) -> Refusal | None:
+def _excess_of(name: str, value: Any, route: Route, limits: RequestLimits, possible: int) -> Refusal | None:
     if name == "prompt" and route is Route.COMPLETIONS:
         return _excess_of_prompt(value)
     if name in _GRAMMARS:
@@ -72,30 +72,31 @@ def _excess_of(name: str, value: Any, route: Route, limits: RequestLimits, room:
             wrong = f"'{name}' has elements that are not token ids"
             return None if _are_token_ids(value) else Refusal(name, wrong, "a list of integers from 0", "")
         if name in _TURNS:
-            return _excess_of_turns(name, value, limits, room) or _excess_of_unusual(name, value, route, room)
+            return _excess_of_turns(name, value, limits, possible) or _excess_of_unusual(name, value, route, possible)
         if name == "system":
             return _too_many(name, "content parts", len(value), limits.content_parts)
         if name == "tools":
-            return _too_many(name, "tools", len(value), limits.tools) or _excess_of_unusual(name, value, route, room)
-    if room <= limits.field_values:
+            excess = _too_many(name, "tools", len(value), limits.tools)
+            return excess or _excess_of_unusual(name, value, route, possible)
+    if possible <= limits.field_values:
         return None
     return _too_many(name, "values", count_values(value, limits.field_values), limits.field_values)
 
 
-def _excess_of_turns(name: str, turns: Sequence[Any], limits: RequestLimits, room: int) -> Refusal | None:
-    most = limits.messages if name == "messages" else limits.input_items
-    if excess := _too_many(name, "elements", len(turns), most):
+def _excess_of_turns(name: str, turns: Sequence[Any], limits: RequestLimits, possible: int) -> Refusal | None:
+    max_turns = limits.messages if name == "messages" else limits.input_items
+    if excess := _too_many(name, "elements", len(turns), max_turns):
         return excess
-    if room <= limits.content_parts:
+    if possible <= limits.content_parts:
         return None
     lists = (turn.get(key) for turn in turns if type(turn) is dict for key in _TURNS[name])
-    parts = sum(len(found) for found in lists if type(found) is list)
+    parts = sum(len(each) for each in lists if type(each) is list)
     return _too_many(name, "content parts and tool calls", parts, limits.content_parts)
 
 
-def _excess_of_unusual(name: str, elements: Sequence[Any], route: Route, room: int) -> Refusal | None:
+def _excess_of_unusual(name: str, elements: Sequence[Any], route: Route, possible: int) -> Refusal | None:
     limit = _UNUSUAL.get((route, name))
-    if limit is None or (len(elements) <= limit.most and room <= limit.most_values):
+    if limit is None or (len(elements) <= limit.most and possible <= limit.most_values):
         return None
     unusual = [element for element in elements if not limit.is_usual(element)]
     values = sum(count_values(element, limit.most_values) for element in unusual[: limit.most])
@@ -129,4 +130,4 @@ def _are_token_ids(values: Sequence[Any]) -> bool:
 def _too_many(name: str, what: str, count: int, most: int) -> Refusal | None:
     if count <= most:
         return None
-    return Refusal(name, f"'{name}' has more {what} than are served", f"at most {most}", "send fewer")
+    return Refusal(name, f"'{name}' has too many {what}", f"at most {most}", "send fewer")

@@ -1,7 +1,7 @@
-"""The usual forms of messages, input items and tools: those that vLLM accepts without a single validation error.
+"""The usual forms of messages, input items and tools, which vLLM accepts without a single validation error.
 
-An element that has none of them may be right all the same: vLLM decides. Each form is narrower than vLLM's own, by its
-fields and their types; tests/e2e/test_worst_requests.py compares them with vLLM. Checked by msgspec, in C.
+An element with another form may still be valid: vLLM decides. Each form is narrower than vLLM's own, by its fields and
+their types; tests/e2e/test_worst_requests.py compares them with vLLM. Checked by msgspec, in C.
 """
 
 from typing import Annotated, Any, Literal
@@ -13,7 +13,7 @@ _Status = Literal["in_progress", "completed", "incomplete"]
 
 
 class _Form(msgspec.Struct, forbid_unknown_fields=True):
-    """A JSON object without other fields than these."""
+    """A JSON object that may have only the listed fields."""
 
 
 class _ChatMessage(_Form, tag_field="role"):
@@ -49,7 +49,7 @@ class _Assistant(_Form, tag_field="role", tag="assistant"):
 
 
 class _OneChatMessage(msgspec.Struct):
-    """A struct, since msgspec remembers how it checks one; a union it would look at anew each time, 10 us long."""
+    """A struct, because msgspec caches how it checks a struct; it would analyse a union each time, in 10 us."""
 
     element: _System | _Developer | _User | _ToolAnswer | _Assistant
 

@@ -1,11 +1,11 @@
-"""How each route writes its prompts and answers: token counts, end, text, reason for the end.
+"""How each route writes its prompts and answers: token counts, end, text, finish reason.
 
-Three formats: completions (chat and plain) end with `[DONE]`, responses and messages with an event of their own. What
-is read of them is said in the same words for all, those of chat completions. A part of an answer is a JSON body or one
-event of a stream. Knows the bytes that vLLM writes, and changes none.
+Three formats: completions (chat and plain) end with `[DONE]`, responses and messages with an event of their own. All
+values are returned in the terms of chat completions. A part of an answer is a JSON body or one event of a stream. Knows
+the bytes that vLLM writes, and changes none.
 
-Nearly all events of a stream bring one piece of text and nothing else. Each format knows those by one look, and looks
-closer at all others only.
+Nearly all events of a stream contain one piece of text and nothing else. Each format recognises those without parsing,
+and parses only the others.
 """
 
 import re
@@ -25,12 +25,12 @@ _PLAIN_TOKEN = re.compile(
     rb'data: \{"id":"[^"\\]*","object":"[a-z_.]+","created":\d+,"model":' + _TEXT + rb',"choices":\[\{"index":\d+,'
     rb'(?:"delta":\{"content":' + _TEXT + rb'\}|"text":' + _TEXT + rb")" + _NULLS + rb"\}\]" + _NULLS + rb"\}\n\n"
 )
-"""The whole event: there is no room in it for anything else."""
+"""Matches the whole event, so it contains nothing else."""
 _USAGE = re.compile(rb'"usage"\s*:\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
 _FINISH_REASON = re.compile(rb'"finish_reason"\s*:\s*"([a-z_]{1,40})"')
 _DONE = b"[DONE]"
 _RESPONSE_ENDS = frozenset({"response.completed", "response.incomplete"})
-"""vLLM ends with the first always, OpenAI with the second an answer that is cut off."""
+"""vLLM always ends with the first; OpenAI ends a truncated answer with the second."""
 _STOP_REASONS = {"end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length", "tool_use": "tool_calls"}
 
 
@@ -43,14 +43,14 @@ class Usage(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What an event of a stream says.
+    """The content of an event of a stream.
 
     Attributes:
-        token: it brings generated tokens, and is not the one with token counts.
+        token: it contains generated tokens, and is not the event with token counts.
         end: it ends a complete answer.
         usage: see `WireFormat.usage`.
         finish_reason: see `WireFormat.finish_reason`.
-        error: what stands under `error` at its top; None where it is no error.
+        error: its top-level `error`; None if it is not an error.
     """
 
     token: bool = False
@@ -65,14 +65,14 @@ TOKEN = Seen(token=True)
 
 
 class WireFormat(ABC):
-    """What the gateway reads of the requests and answers of a route."""
+    """Reads the requests and answers of a route."""
 
     _plain_head: bytes
-    """How an event begins that brings text and nothing else."""
+    """Beginning of an event with text and nothing else."""
     _error_head = b"event: error\ndata: "
 
     def classify(self, event: bytes) -> Seen:
-        """All that an event says."""
+        """Return the content of an event."""
         if self.is_plain_token(event):
             return TOKEN
         usage, end = self.usage(event), self.is_end(event)
@@ -80,31 +80,31 @@ class WireFormat(ABC):
         return Seen(token, end, usage, self.finish_reason(event), find_error(event))
 
     def is_plain_token(self, event: bytes) -> bool:
-        """Return whether one look, without parsing, shows that an event brings text and nothing else."""
+        """Return whether an event can be recognised, without parsing, as text and nothing else."""
         return event.startswith(self._plain_head) and b'"error"' not in event
 
     @abstractmethod
     def usage(self, part: bytes) -> Usage | None:
-        """The token counts of the whole answer; None in a part that does not have them."""
+        """Return the token counts of the whole answer; None for a part without them."""
 
     @abstractmethod
     def finish_reason(self, part: bytes) -> str | None:
-        """Why the answer ended: `stop`, `length`, `tool_calls`; None in a part that does not say it."""
+        """Return the finish reason, `stop`, `length` or `tool_calls`; None for a part without one."""
 
     @abstractmethod
     def is_token(self, event: bytes) -> bool:
-        """The event brings generated tokens."""
+        """Return whether an event contains generated tokens."""
 
     @abstractmethod
     def is_end(self, event: bytes) -> bool:
-        """The event that ends a complete answer."""
+        """Return whether an event ends a complete answer."""
 
     @abstractmethod
     def prompt(self, fields: Mapping[str, Any]) -> Any:
-        """The messages of a request, or its plain prompt."""
+        """Return the messages of a request, or its plain prompt."""
 
     def text(self, parts: Iterable[bytes]) -> str:
-        """Return the text of an answer's first choice; empty where there is none, as in tool calls."""
+        """Return the text of an answer's first choice; empty if there is none, as in tool calls."""
         return "".join(map(self._part_text, parts))
 
     @abstractmethod
@@ -114,7 +114,7 @@ class WireFormat(ABC):
         """Return the event that ends a broken answer.
 
         Args:
-            error: JSON of an object with `error`, as an answer on the route would have it.
+            error: JSON object with `error`, in the format of the route.
         """
         return self._error_head + error + b"\n\n"
 
@@ -128,23 +128,23 @@ class CompletionsFormat(WireFormat):
         return _PLAIN_TOKEN.fullmatch(event) is not None
 
     def usage(self, part: bytes) -> Usage | None:
-        """Of a stream in the one chunk that has no choices; found without parsing: log-probabilities make megabytes."""
-        found = _last_usage(part)
-        if not found or (is_event(part) and json_of(part).get("choices") != []):
+        """In a stream, read the one chunk without choices; searched, not parsed: log-probabilities take megabytes."""
+        counts = _last_usage(part)
+        if not counts or (is_event(part) and json_of(part).get("choices") != []):
             return None
         try:
-            return _usage(msgspec.json.decode(found), "prompt_tokens", "completion_tokens")
+            return _usage(msgspec.json.decode(counts), "prompt_tokens", "completion_tokens")
         except (msgspec.MsgspecError, ValueError):
             return None
 
     def finish_reason(self, part: bytes) -> str | None:
-        """The first that is set."""
-        at = part.find(b'"finish_reason"')  # many times as fast as the pattern is in what has none
-        found = _FINISH_REASON.search(part, at) if at >= 0 else None
-        return found[1].decode("ascii") if found else None
+        """Return the first finish reason that is set."""
+        at = part.find(b'"finish_reason"')  # many times as fast as the pattern in a part without one
+        reason = _FINISH_REASON.search(part, at) if at >= 0 else None
+        return reason[1].decode("ascii") if reason else None
 
     def is_token(self, event: bytes) -> bool:
-        """Neither a comment, nor the chunk that only opens a chat message, nor the end."""
+        """Exclude comments, the chunk that only opens a chat message, and the end."""
         return event.startswith(b"data:") and b'"role":' not in event and not self.is_end(event)
 
     def is_end(self, event: bytes) -> bool:
@@ -164,9 +164,9 @@ def _choice_text(choice: dict[str, Any]) -> str:
 
 
 class ResponsesFormat(WireFormat):
-    """Responses, whose last event holds the whole response.
+    """Responses, whose last event contains the whole response.
 
-    Parsed and not searched: tools, which the client wrote, come back in it.
+    Parsed, not searched: it also contains the client's own tools.
     """
 
     _plain_head = b"event: response.output_text.delta\ndata: "
@@ -192,7 +192,7 @@ class ResponsesFormat(WireFormat):
         return name_of(event) in _RESPONSE_ENDS
 
     def prompt(self, fields: Mapping[str, Any]) -> Any:
-        """The instructions are the system's turn, as vLLM has it."""
+        """Return the turns with the instructions as the system turn, as vLLM does."""
         turns = fields.get("input")
         turns = turns if isinstance(turns, list) else [{"role": "user", "content": turns}]
         instructions = fields.get("instructions")
@@ -216,19 +216,19 @@ class ResponsesFormat(WireFormat):
 class MessagesFormat(WireFormat):
     """Anthropic's messages.
 
-    Parsed and not searched: the input of a tool, which the model wrote, is an object in them.
+    Parsed, not searched: they contain the input of a tool, which the model wrote, as an object.
     """
 
     _plain_head = b"event: content_block_delta\ndata: "
 
     def usage(self, part: bytes) -> Usage | None:
-        """Of a stream in its `message_delta`: its first event has counts too, of an answer without tokens."""
+        """In a stream, read `message_delta`: the counts of the first event are those of an answer without tokens."""
         usage = self._end_of(part).get("usage")
-        found = _usage(usage, "input_tokens", "output_tokens")
-        if not found or not isinstance(usage, dict):
+        counts = _usage(usage, "input_tokens", "output_tokens")
+        if not counts or not isinstance(usage, dict):
             return None
         cached = sum(usage.get(name) or 0 for name in ("cache_read_input_tokens", "cache_creation_input_tokens"))
-        return Usage(found.prompt + cached, found.completion)
+        return Usage(counts.prompt + cached, counts.completion)
 
     def finish_reason(self, part: bytes) -> str | None:
         end = self._end_of(part)
@@ -255,14 +255,14 @@ class MessagesFormat(WireFormat):
 
 
 def _last_usage(part: bytes) -> bytes | None:
-    """The JSON of the last counts: vLLM has them behind all that the model wrote."""
+    """Return the JSON of the last counts: vLLM writes them after the model's text."""
     at = part.rfind(b'"usage"')
     if at < 0:
         return None
     if last := _USAGE.match(part, at):
         return last[1]
-    found = _USAGE.findall(part)
-    return found[-1] if found else None
+    matches = _USAGE.findall(part)
+    return matches[-1] if matches else None
 
 
 def _usage(counts: Any, prompt: str, completion: str) -> Usage | None:
@@ -282,5 +282,5 @@ _FORMATS: Mapping[Route, WireFormat] = {
 
 
 def wire_format(route: Route) -> WireFormat:
-    """The format of a route."""
+    """Return the format of a route."""
     return _FORMATS[route]

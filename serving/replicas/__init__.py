@@ -1,1 +1,1 @@
-"""The engines behind a model name: the way to them, each kept alive, verified at every load, and pooled."""
+"""The engines behind a model name: connections to them, supervision, verification at every load, and pooling."""

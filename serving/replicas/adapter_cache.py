@@ -1,11 +1,12 @@
-"""The adapters that one engine has loaded: one that is asked for comes, and the least recently used one goes.
+"""The adapters that one engine has loaded: loaded on demand, with eviction of the least recently used one.
 
-An adapter is loaded at its first use, once for all who ask for it meanwhile. One that a request uses stays. Where all
-are in use, the requests for one that is not loaded wait in their order, and the least recently used ones, as many as
-adapters are waited for, take no new requests until they were replaced: nobody waits for longer than what runs takes.
+An adapter is loaded at its first use, once for all requests that need it. An adapter in use is not evicted. When all
+are in use, requests for an adapter that is not loaded wait in order, and as many of the least recently used adapters as
+there are adapters waited for accept no new requests until they are replaced: no request waits longer than the running
+ones take.
 
-A name in the engine is used once: its prefix cache knows an adapter by its name. Knows neither HTTP nor what a version
-is made of.
+Each name in the engine is used only once, because the prefix cache identifies an adapter by its name. Knows neither
+HTTP nor the contents of a version.
 """
 
 import asyncio
@@ -24,10 +25,10 @@ from svc.version import VersionId
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What the verification of a loaded adapter found.
+    """Result of a verification.
 
     Attributes:
-        found: for the journal.
+        found: text for the journal.
         verified: whether there was anything to compare with.
     """
 
@@ -37,10 +38,10 @@ class Checked:
 
 @dataclass(frozen=True, slots=True)
 class LoadedAdapter:
-    """One that requests may use.
+    """An adapter that requests may use.
 
     Attributes:
-        name: what the engine calls it.
+        name: its name in the engine.
     """
 
     version: VersionId
@@ -53,7 +54,7 @@ class AdapterUse:
     """A loaded adapter that stays loaded for one request.
 
     Attributes:
-        leave: to be called once, when the request has ended.
+        leave: to be called once, at the end of the request.
     """
 
     adapter: LoadedAdapter
@@ -61,21 +62,21 @@ class AdapterUse:
 
 
 class AdapterLoader(Protocol):
-    """How an adapter comes into the engine."""
+    """Loads adapters into the engine."""
 
     async def check(self, version: VersionId) -> None:
-        """Raises where a version has no adapter that clients may ask this engine for; before anything makes room."""
+        """Raise if the version has no adapter that clients may use in this engine; called before any eviction."""
 
     async def load(self, version: VersionId, name: str) -> Checked:
-        """Loads it under a name and verifies it; raises where either fails."""
+        """Load an adapter under a name and verify it; raise if either fails."""
 
     async def unload(self, name: str) -> None:
-        """Removes it; it need not be there."""
+        """Unload an adapter, which need not be loaded."""
 
 
 def _future() -> "asyncio.Future[LoadedAdapter]":
     future: asyncio.Future[LoadedAdapter] = asyncio.get_running_loop().create_future()
-    future.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may have waited for it
+    future.add_done_callback(lambda done: done.cancelled() or done.exception())  # there may be no waiter
     return future
 
 
@@ -84,9 +85,9 @@ class _Slot:
     """One adapter's place.
 
     Attributes:
-        users: requests that use it, or will when it is loaded; the load itself is one.
-        closing: takes no new requests, because another adapter is waited for.
-        dropped: its version was removed; it goes when no request uses it.
+        users: requests that use it, or will when it is loaded; the load itself counts as one.
+        closing: accepts no new requests, because requests wait for another adapter.
+        dropped: its version was removed; it is evicted when no request uses it.
     """
 
     version: VersionId
@@ -102,7 +103,7 @@ class _Wait:
     """Requests that wait for an adapter's place.
 
     Attributes:
-        given: the place, in which they are counted already.
+        given: the place, whose users include them.
     """
 
     count: int = 0
@@ -110,12 +111,12 @@ class _Wait:
 
 
 class AdapterCache:
-    """The adapters of one engine, from its start to its end.
+    """The adapters of one engine, from its start to its stop.
 
     Args:
-        max_loaded: most at once.
+        max_loaded: maximum number of loaded adapters.
         patience_s: longest wait of a request for a place, seconds.
-        on_change: hears when one has come, with the seconds that it took, or has gone, with None.
+        on_change: called after a load with its duration in seconds, and after an eviction with None.
     """
 
     def __init__(
@@ -139,28 +140,24 @@ class AdapterCache:
 
     @property
     def loaded(self) -> list[LoadedAdapter]:
-        """Those that requests may use now, the least recently used one first; may be asked in another thread."""
+        """Adapters that requests may use now, the least recently used one first; may be read in another thread."""
         done = [slot.loaded for slot in list(self._slots.values()) if slot.loaded.done() and not slot.dropped]
         return [loaded.result() for loaded in done if not loaded.exception()]
 
     def has(self, version: VersionId) -> bool:
-        """Whether it is loaded, or is being loaded."""
+        """Return whether a version's adapter is loaded, or is being loaded."""
         slot = self._slots.get(version)
         return slot is not None and not slot.dropped
 
     def is_ready(self, version: VersionId, *, for_operator: bool = False) -> bool:
-        """Whether it is loaded and takes requests.
-
-        Args:
-            for_operator: see `bring`.
-        """
+        """Return whether a version's adapter is loaded and accepts requests; for `for_operator` see `bring`."""
         slot = self._slots.get(version)
         if slot is None or slot.dropped or not self._takes(slot, for_operator) or not slot.loaded.done():
             return False
         return slot.loaded.exception() is None
 
     def take(self, version: VersionId, *, for_operator: bool = False) -> AdapterUse | None:
-        """Return the use of an adapter that is ready; None where one would have to wait for it."""
+        """Return the use of an adapter that is ready; None if it would have to be waited for."""
         if not self.is_ready(version, for_operator=for_operator):
             return None
         slot = self._slots[version]
@@ -169,16 +166,17 @@ class AdapterCache:
         return AdapterUse(slot.loaded.result(), partial(self._leave, slot))
 
     async def bring(self, version: VersionId, *, for_operator: bool = False) -> AdapterUse:
-        """Return the use of an adapter; loaded first where it must be.
+        """Return the use of an adapter, after loading it if necessary.
 
         Args:
-            for_operator: the operator wants the version served: the loader is not asked whether clients may have it.
-                Where several are loaded, it takes requests also while others are waited for, and comes before those.
+            for_operator: the operator wants the version served: the loader does not check whether clients may use it.
+                If several adapters fit, it accepts requests even while others are waited for, and is loaded before
+                those.
 
         Raises:
-            QueueTimeoutError: all that are loaded were in use for too long.
-            EngineUnavailableError: the engine ended meanwhile.
-            Exception: what the loader raises.
+            QueueTimeoutError: all loaded adapters were in use for too long.
+            EngineUnavailableError: the engine stopped meanwhile.
+            Exception: from the loader.
         """
         if not for_operator and not self.has(version):
             await self._loader.check(version)
@@ -191,7 +189,7 @@ class AdapterCache:
 
     @asynccontextmanager
     async def use(self, version: VersionId, *, for_operator: bool = False) -> AsyncIterator[LoadedAdapter]:
-        """A loaded adapter for the body; see `bring`."""
+        """Hold a loaded adapter during the body; see `bring`."""
         use = await self.bring(version, for_operator=for_operator)
         try:
             yield use.adapter
@@ -199,7 +197,7 @@ class AdapterCache:
             use.leave()
 
     def drop(self, version: VersionId) -> None:
-        """A version was removed: whoever asks for it is checked again, and it goes when no request uses it."""
+        """Handle the removal of a version: new requests for it are checked, and it is evicted when unused."""
         slot = self._slots.get(version)
         if slot is not None:
             slot.dropped = True
@@ -207,7 +205,7 @@ class AdapterCache:
             self._on_change(None)
 
     def close(self) -> None:
-        """The engine ends: whoever waits hears it, and nothing is loaded any more."""
+        """Close the cache when the engine stops: waiting requests fail, and nothing is loaded any more."""
         self._closed = True
         for task in self._tasks:
             task.cancel()
@@ -224,12 +222,12 @@ class AdapterCache:
         return not slot.closing or (for_operator and self._max_loaded > 1)
 
     async def _occupy(self, version: VersionId, for_operator: bool) -> _Slot:
-        """The version's place, when there is one for it; whoever gets it must leave it."""
+        """Wait for the version's place and return it; the caller must leave it."""
         if self._closed:
             raise _ended()
         slot = self._slots.get(version)
         if slot is not None and self._takes(slot, for_operator):
-            slot.dropped = False  # who comes here was checked: its removal was given up
+            slot.dropped = False  # the request was checked, so the version exists again
             slot.users += 1
             self._used(slot)
             return slot
@@ -268,9 +266,9 @@ class AdapterCache:
         self._give_places()
 
     def _give_places(self) -> None:
-        """Gives places to the versions that were asked for first; makes the others' come free."""
-        for gone in [slot for slot in self._slots.values() if slot.dropped and not slot.users]:
-            self._evict(gone)
+        """Give places to the versions that were requested first; mark as many others as closing as are waited for."""
+        for unused in [slot for slot in self._slots.values() if slot.dropped and not slot.users]:
+            self._evict(unused)
             self._start(self._unload_now())
         while self._waiting:
             version, wait = next(iter(self._waiting.items()))
@@ -286,7 +284,7 @@ class AdapterCache:
             slot.closing = place < len(self._waiting)
 
     def _new_slot(self, version: VersionId) -> _Slot | None:
-        """A place for a version, whose load begins; None where all are in use."""
+        """Return a place for a version and start its load; None if all places are in use."""
         if len(self._slots) >= self._max_loaded:
             idle = next((slot for slot in self._slots.values() if not slot.users), None)
             if idle is None:
@@ -307,11 +305,11 @@ class AdapterCache:
         task.add_done_callback(self._tasks.discard)
 
     async def _load(self, slot: _Slot) -> None:
-        """Loads it, one at a time; not cut off where nobody waits for it any more, since another one may come."""
+        """Load an adapter, one at a time; not cancelled when no request waits any more, since another may arrive."""
         try:
             async with self._turn:
                 checked = await self._loaded(slot)
-        except Exception as error:  # noqa: BLE001 - whatever it is, those hear it who wait
+        except Exception as error:  # noqa: BLE001 - any error is raised in the waiting requests
             if self._slots.get(slot.version) is slot:
                 del self._slots[slot.version]
             if not slot.loaded.done():
@@ -322,30 +320,30 @@ class AdapterCache:
         self._leave(slot)
 
     async def _loaded(self, slot: _Slot) -> Checked:
-        await self._unload()  # before: there are never more than may be
+        await self._unload()  # first, so that there are never more than the maximum
         began = time.monotonic()
         try:
             checked = await self._loader.load(slot.version, slot.name)
         except Exception:
-            self._to_unload.append(slot.name)  # it may be there, or not
-            with suppress(Exception):  # then the next load does it
+            self._to_unload.append(slot.name)  # it may be loaded or not
+            with suppress(Exception):  # the next load tries again
                 await self._unload()
             raise
-        # Told a turn of the loop later, when it can be used.
+        # Called a turn of the loop later, when the adapter can be used.
         asyncio.get_running_loop().call_soon(self._on_change, time.monotonic() - began)
         return checked
 
     async def _unload_now(self) -> None:
         async with self._turn:
-            with suppress(Exception):  # then the next load does it
+            with suppress(Exception):  # the next load tries again
                 await self._unload()
 
     async def _unload(self) -> None:
-        """Removes what has lost its place; what the engine does not let go is tried again at the next load."""
+        """Unload evicted adapters; an unload that fails is tried again at the next load."""
         while self._to_unload:
             await self._loader.unload(self._to_unload[0])
             del self._to_unload[0]
 
 
 def _ended() -> EngineUnavailableError:
-    return EngineUnavailableError("the engine ended", todo="send the request again later")
+    return EngineUnavailableError("the engine stopped", todo="send the request again later")

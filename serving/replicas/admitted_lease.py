@@ -1,6 +1,6 @@
-"""An engine for a request that admission lets run; the adapter that it needs is loaded before it takes a place.
+"""A place in admission and an engine for one request, whose adapter is loaded before it takes the place.
 
-A request that waits for an adapter would keep others from an engine that has nothing to do. Knows nothing of HTTP.
+A request that waits for its adapter in a place would keep others from an idle engine. Knows nothing of HTTP.
 """
 
 from collections.abc import Callable
@@ -16,15 +16,15 @@ from serving.replicas.balancer import Lease, Leasing
 class AdmittedLease:
     """A place in admission and an engine, for the body of an `async with`.
 
-    Which engine answers, and with which version, is settled once the request has its place: a request that was queued
-    through a swap gets the new version. Where the adapter is not loaded then, because the engine was asleep, went away
-    or came with the swap, the request gives its place back, has the adapter loaded and is admitted again.
+    The engine and the version that answer are chosen after the request has its place: a request that was queued during
+    a swap gets the new version. If the adapter is not loaded then, because the engine was asleep, stopped or came with
+    the swap, the request releases its place, loads the adapter and is admitted again.
 
     Args:
         tokens, party: see Admission.enter.
-        waiting: bounds how many requests wait for adapters; entered for the wait only.
+        waiting: limits the number of requests that wait for adapters; entered for the wait only.
 
-    Entering raises what `Admission.enter` and `Balancer.lease` do, and what `waiting` does.
+    Entering raises the errors of `Admission.enter`, `Balancer.lease` and `waiting`.
     """
 
     __slots__ = ("_admission", "_leasing", "_party", "_tokens", "_waiting")
@@ -73,6 +73,6 @@ class AdmittedLease:
             self._admission.leave(self._tokens)
 
     async def _bring(self) -> None:
-        # Without an engine, admission knows whether to wait for another one.
+        # Without an engine, admission decides whether to wait for another one.
         with self._waiting(), self._admission.preparing(), suppress(EngineUnavailableError):
             await self._leasing.bring()

@@ -1,6 +1,6 @@
-"""Which engine of a pool takes a request, and what it calls the version that is asked for.
+"""Chooses the engine of a pool for a request, and the engine's name for the requested version.
 
-Knows neither HTTP nor how engines come and go.
+Knows neither HTTP nor how engines start and stop.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from svc.version import Format, Target
 
 
 class AdapterFailedError(EngineError):
-    """A version's adapter could not be loaded, or is not what it should be; the next request tries again."""
+    """A version's adapter could not be loaded, or failed its probes; the next request tries again."""
 
     retry_after_s = ENGINE_RETRY_S
 
@@ -34,10 +34,10 @@ class Lease(NamedTuple):
     Attributes:
         http: connections to the engine.
         served: the version that answers.
-        engine_model: what the engine calls it.
-        pace: how fast the engines of the model generate.
-        show: puts the version's name in place of the engine's own name of an adapter, in a complete event or body;
-            None where the engine has no name of its own.
+        engine_model: its name in the engine.
+        pace: generation speed of the model's engines.
+        show: replaces the engine's private name of an adapter by the version's name, in a complete event or body;
+            None if there is no private name.
     """
 
     http: EngineConnections
@@ -56,10 +56,10 @@ class Balancer:
         self.pace = TokenPace()
 
     async def check(self, model: str) -> None:
-        """Raises where a name means nothing, also where only the registry knows that.
+        """Check that a model name can be served, if necessary in the registry.
 
         Raises:
-            ModelNotFoundError: nothing answers to it.
+            ModelNotFoundError: no version has this name.
             EngineUnavailableError: nothing is loaded yet.
         """
         wanted = self._names.resolve(model)
@@ -73,29 +73,29 @@ class Balancer:
             await adapters[0].check(wanted)
 
     def lease(self, model: str, *, without: Lease | None = None) -> "Leasing":
-        """An engine for a request, the one in which the fewest run, for the body; its adapter is loaded first.
+        """Lease the engine with the fewest running requests for the body, after loading the adapter.
 
-        Of engines that apply adapters one is preferred that has the version's.
+        Of engines that apply adapters, one that has loaded the version's is preferred.
 
         Args:
-            model: a client's name for what it wants.
-            without: another one than this.
+            model: model name as the client sent it.
+            without: an engine that must not be chosen.
 
         Entering raises:
-            ModelNotFoundError: nothing answers to it.
-            EngineUnavailableError: no engine takes requests now.
+            ModelNotFoundError: no version has this name.
+            EngineUnavailableError: no engine accepts requests now.
             QueueTimeoutError: all places for adapters were in use for too long.
-            AdapterFailedError: the version's adapter could not be loaded, or is not what it should be.
+            AdapterFailedError: the version's adapter could not be loaded, or failed its probes.
         """
         return Leasing(self, model, without)
 
     def lacks_adapter(self, model: str) -> bool:
-        """Return whether a request would have to wait for an adapter in the engine that would take it now.
+        """Return whether a request would have to wait for an adapter in the engine that would be chosen now.
 
-        False where no engine takes requests: an engine that sleeps is woken by a request that waits for admission.
+        False if no engine accepts requests: a sleeping engine is woken by a request that waits for admission.
 
         Raises:
-            ModelNotFoundError: nothing answers to the name.
+            ModelNotFoundError: no version has this name.
         """
         served = self._names.served
         if served is None or served.format is not Format.ADAPTER:
@@ -107,34 +107,34 @@ class Balancer:
         return engine.lacks_adapter(served.version)
 
     def choose(self, model: str, without: Lease | None = None, kept: "_Kept | None" = None) -> tuple[Replica, Target]:
-        """An engine, and what it answers with.
+        """Return an engine and the version that it answers with.
 
         Args:
-            kept: its engine is chosen, where that still has the adapter and the request still wants it.
+            kept: its engine is chosen if it still has the adapter and the request still needs it.
 
         Raises:
-            ModelNotFoundError, EngineUnavailableError: as `lease` says.
+            ModelNotFoundError, EngineUnavailableError: see `lease`.
         """
-        wanted, found = self._names.resolve(model), list[tuple[Replica, Target]]()
+        wanted, candidates = self._names.resolve(model), list[tuple[Replica, Target]]()
         for engine in self._pool.ready:
             if not engine.watch.suspected and (without is None or engine.http is not without.http):
                 served = engine.serves(wanted)
                 if served is not None:
-                    found.append((engine, served))
-        if not found:
-            raise EngineUnavailableError("no engine takes requests now", todo="send the request again later")
-        if len(found) == 1:
-            return found[0]
-        if kept is not None and (same := next((pair for pair in found if kept.fits(*pair)), None)):
+                    candidates.append((engine, served))
+        if not candidates:
+            raise EngineUnavailableError("no engine accepts requests now", todo="send the request again later")
+        if len(candidates) == 1:
+            return candidates[0]
+        if kept is not None and (same := next((pair for pair in candidates if kept.fits(*pair)), None)):
             return same
-        return min(found, key=lambda pair: (_lacks_adapter(*pair), pair[0].running + pair[0].reserved))
+        return min(candidates, key=lambda pair: (_lacks_adapter(*pair), pair[0].running + pair[0].reserved))
 
 
 class _Kept(NamedTuple):
-    """An adapter that is loaded for a request which has no place in its engine yet.
+    """An adapter that is loaded for a request without a place in its engine yet.
 
     Attributes:
-        adapters: of the engine; another object once it was started again.
+        adapters: the engine's adapters; another object after a restart.
     """
 
     engine: Replica
@@ -142,14 +142,14 @@ class _Kept(NamedTuple):
     use: AdapterUse
 
     def fits(self, engine: Replica, served: Target) -> bool:
-        """Whether an engine that would answer with a version has this adapter of it."""
+        """Return whether this adapter is the one that `engine` would use to answer with `served`."""
         return engine is self.engine and engine.adapters is self.adapters and served.version == self.use.adapter.version
 
 
 class Leasing:
     """A lease for the body of an `async with`. A class, since a generator costs several times as much.
 
-    Entering waits for the adapter. Where a request may not wait, `enter` takes what is there; `bring` is the wait.
+    Entering waits for the adapter. Callers that must not wait use `enter`, and `bring` for the wait.
     """
 
     __slots__ = ("_balancer", "_engine", "_kept", "_model", "_use", "_without")
@@ -170,8 +170,8 @@ class Leasing:
         """Load the adapter in an engine, if the version is served as one, and keep it for this lease until `drop`.
 
         Raises:
-            EngineUnavailableError: no engine takes requests now, or the engine ended meanwhile.
-            ModelNotFoundError, QueueTimeoutError, AdapterFailedError: as `Balancer.lease` says.
+            EngineUnavailableError: no engine accepts requests now, or the engine stopped meanwhile.
+            ModelNotFoundError, QueueTimeoutError, AdapterFailedError: see `Balancer.lease`.
         """
         self.drop()
         engine, served = self._balancer.choose(self._model, self._without)
@@ -186,17 +186,17 @@ class Leasing:
             raise
 
     def drop(self) -> None:
-        """Stop keeping an adapter."""
+        """Release the adapter from `bring`."""
         if self._kept is not None:
             kept, self._kept = self._kept, None
             kept.engine.reserved -= 1
             kept.use.leave()
 
     def enter(self) -> Lease | None:
-        """Return an engine, to be left with `__aexit__`; None where its adapter has to be brought.
+        """Return an engine, to be left with `__aexit__`; None if its adapter has to be loaded with `bring`.
 
         Raises:
-            ModelNotFoundError, EngineUnavailableError: as `Balancer.lease` says.
+            ModelNotFoundError, EngineUnavailableError: see `Balancer.lease`.
         """
         engine, served = self._balancer.choose(self._model, self._without, self._kept)
         name, show = engine.client.model, None
@@ -244,11 +244,11 @@ def _lacks_adapter(engine: Replica, served: Target) -> bool:
 
 
 async def _brought(engine: Replica, adapters: EngineAdapters, served: Target) -> AdapterUse:
-    """The use of a version's adapter.
+    """Return the use of a version's adapter.
 
     Raises:
-        EngineUnavailableError: the engine died, or was ended, meanwhile.
-        AdapterFailedError: for clients; the log has the reason.
+        EngineUnavailableError: the engine died, or was stopped, meanwhile.
+        AdapterFailedError: the adapter cannot be used; the log has the reason.
     """
     try:
         return await engine.bring_adapter(served.version)
@@ -258,8 +258,8 @@ async def _brought(engine: Replica, adapters: EngineAdapters, served: Target) ->
         if engine.adapters is adapters:
             if await engine.client.health() not in DOWN:
                 raise AdapterFailedError(
-                    f"the adapter of {served.version} could not be loaded; the server's log says why",
+                    f"the adapter of {served.version} could not be loaded; see the server's log",
                     todo="send the request again later",
                 ) from error
             engine.watch.suspect()
-        raise EngineUnavailableError("the engine ended", todo="send the request again later") from error
+        raise EngineUnavailableError("the engine stopped", todo="send the request again later") from error

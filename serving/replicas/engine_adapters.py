@@ -1,6 +1,6 @@
-"""The adapters beside the base of one engine: how each comes into it, and which are loaded.
+"""Loads and verifies the adapters of one engine, and knows which are loaded.
 
-The files of a version are compared with its manifest, loaded under a new name, and held against its probes before a
+The files of a version are compared with its manifest, loaded under a new name, and verified with its probes before a
 request may use them.
 """
 
@@ -20,7 +20,7 @@ from svc.version import Format, Target, VersionId
 
 log = logging.getLogger(__name__)
 
-_MOST_READS = 4
+_MAX_READS = 4
 
 Result = TypeVar("Result")
 
@@ -32,12 +32,12 @@ class _UnlessDead(Protocol):
 
 
 class EngineAdapters:
-    """What one engine applies, from its start to its end.
+    """The adapters of one engine, from its start to its stop.
 
     Args:
-        model: what the engine was started with.
-        unless_dead: ends what is asked of an engine that died.
-        occupied: for the body something runs in the engine.
+        model: the model that the engine was started with.
+        unless_dead: cancels requests to an engine that died.
+        occupied: marks the engine as in use during the body.
         patience_s, on_change: see AdapterCache.
     """
 
@@ -58,53 +58,53 @@ class EngineAdapters:
         self._verification = verification
         self._unless_dead = unless_dead
         self._occupied = occupied
-        self._reads = asyncio.Semaphore(_MOST_READS)
-        most = engine.capabilities.adapters
-        self._cache = AdapterCache(self, max_loaded=most, patience_s=patience_s, on_change=on_change)
+        self._reads = asyncio.Semaphore(_MAX_READS)
+        max_loaded = engine.capabilities.adapters
+        self._cache = AdapterCache(self, max_loaded=max_loaded, patience_s=patience_s, on_change=on_change)
 
     @property
     def loaded(self) -> list[LoadedAdapter]:
-        """Those that requests may use now."""
+        """Adapters that requests may use now."""
         return self._cache.loaded
 
     def has(self, version: VersionId) -> bool:
-        """Whether one is loaded, or is being loaded."""
+        """Return whether a version's adapter is loaded, or is being loaded."""
         return self._cache.has(version)
 
     def is_ready(self, version: VersionId, *, for_operator: bool) -> bool:
-        """Whether one is loaded and takes requests."""
+        """Return whether a version's adapter is loaded and accepts requests."""
         return self._cache.is_ready(version, for_operator=for_operator)
 
     def take(self, version: VersionId, *, for_operator: bool) -> AdapterUse | None:
-        """Return the use of one that is ready; see AdapterCache.take."""
+        """Return the use of an adapter that is ready; see AdapterCache.take."""
         return self._cache.take(version, for_operator=for_operator)
 
     async def bring(self, version: VersionId, *, for_operator: bool) -> AdapterUse:
-        """Return the use of one, loaded first where it must be; see AdapterCache.bring."""
+        """Return the use of an adapter, after loading it if necessary; see AdapterCache.bring."""
         return await self._cache.bring(version, for_operator=for_operator)
 
     def use(self, version: VersionId, *, for_operator: bool = False) -> AbstractAsyncContextManager[LoadedAdapter]:
-        """One for the body; see AdapterCache.use."""
+        """Hold a loaded adapter during the body; see AdapterCache.use."""
         return self._cache.use(version, for_operator=for_operator)
 
     def drop(self, version: VersionId) -> None:
-        """A version was removed; see AdapterCache.drop."""
+        """Handle the removal of a version; see AdapterCache.drop."""
         self._cache.drop(version)
 
     def close(self) -> None:
-        """The engine ends."""
+        """Close the cache when the engine stops."""
         self._cache.close()
 
     async def check(self, version: VersionId) -> None:
-        """Raises where there is nothing that a client may have loaded.
+        """Check that clients may have a version's adapter loaded.
 
         Raises:
-            ModelNotFoundError: for clients: says why, without paths.
+            ModelNotFoundError: they may not; the message for clients gives the reason, without paths.
         """
         if self.has(version):
             return
         try:
-            async with self._reads:  # clients can ask for as many as they like, and others use these threads too
+            async with self._reads:  # clients can request any number of versions, and these threads are shared
                 adapter = await self._verification.adapter(version, self._model)
             if adapter.failed:
                 raise RefusedError(
@@ -114,27 +114,27 @@ class EngineAdapters:
         except RefusedError as error:
             raise ModelNotFoundError(error.wrong, expected=error.expected, todo=error.todo) from error
         except (NotFoundError, IntegrityError) as error:
-            log.info("%s was asked for: %s", version, error.wrong)
+            log.info("a client requested %s: %s", version, error.wrong)
             raise _no_adapter(version) from error
 
     async def load(self, version: VersionId, name: str) -> Checked:
-        """Loads one and verifies it.
+        """Load an adapter and verify it.
 
         Raises:
             ModelNotFoundError: the version was removed meanwhile.
-            SvcError: which of both failed, and why.
+            SvcError: the load or the verification failed.
         """
         target = Target(version, Format.ADAPTER)
         try:
             adapter = await self._verification.adapter(version, self._model)
             await self._verification.files(target)
-            with self._occupied():  # a swap drains the engine first
+            with self._occupied():  # so that a swap waits for the load
                 await self._unless_dead(self._client.load_adapter(name, adapter.folder))
                 checked = await self._unless_dead(self._verification.adapter_probes(self._engine, name, target))
         except asyncio.CancelledError:
             raise
         except Exception as error:
-            log.exception("the adapter of %s cannot be used", version)
+            log.exception("the adapter of %s could not be loaded or verified", version)
             if version not in await self._verification.registered(version.name):
                 raise _no_adapter(version) from error
             raise
@@ -142,11 +142,11 @@ class EngineAdapters:
         return checked
 
     async def unload(self, name: str) -> None:
-        """Removes one."""
+        """Unload an adapter."""
         await self._unless_dead(self._client.unload_adapter(name))
 
     async def unload_all(self) -> None:
-        """Removes those that an earlier server left: nobody knows what they hold."""
+        """Unload the adapters that an earlier server left: their weights are unknown."""
         for name in await self._client.adapters():
             await self._client.unload_adapter(name)
 
@@ -154,5 +154,5 @@ class EngineAdapters:
 def _no_adapter(version: VersionId) -> ModelNotFoundError:
     return ModelNotFoundError(
         f"model {str(version)[:SHOWN_CHARS]!r} has no adapter that can be served here",
-        expected="a registered version that was trained as one",
+        expected="a registered version that was trained as an adapter",
     )

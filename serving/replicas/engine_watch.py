@@ -1,7 +1,7 @@
-"""Notices the death of an engine: its process has ended, its core is dead, or it answers no health check.
+"""Detects the death of an engine: its process has exited, its core is dead, or it answers no health checks.
 
-An engine that answers no health check may be busy: vLLM's front answers all clients from one thread. So silence alone
-is no death: the processor time of the front says whether it works or hangs.
+An engine that answers no health check may be busy: vLLM's API server answers all clients from one thread. So silence
+alone does not mean death: the CPU time of the API server shows whether it works or hangs.
 """
 
 import asyncio
@@ -18,18 +18,18 @@ Result = TypeVar("Result")
 
 _HEALTH_S = 2.0
 _UNHEALTHY_S = 30.0
-"""The front answers health checks even under load; silence for so long without work is a death."""
+"""The API server answers health checks even under load; silence for so long without CPU use means death."""
 _BUSY_S = 300.0
-"""A front that works all the time and answers nothing is left in peace for so long: it may loop for ever."""
+"""Limit for an API server that uses CPU all the time and answers nothing: it may loop for ever."""
 _BUSY_SHARE = 0.05
-"""Share of one processor. A working front uses more, even next to a busy core; a hanging front uses almost none."""
+"""Share of one CPU core. A working API server uses more, even next to a busy engine core; a hanging one almost none."""
 
 
 class EngineWatch:
-    """Of the engine that a replica has at the moment.
+    """Watches the current engine of a replica.
 
     Args:
-        engine: that one; raises RuntimeError where there is none.
+        engine: returns the engine; raises RuntimeError if there is none.
     """
 
     def __init__(self, engine: Callable[[], LastingEngine]) -> None:
@@ -38,19 +38,19 @@ class EngineWatch:
 
     @property
     def suspected(self) -> bool:
-        """Whether a request has found it dead, and its health was not checked since."""
+        """Whether a request has found the engine dead, and its health was not checked since."""
         return self._suspected.is_set()
 
     def suspect(self) -> None:
-        """A request has found it dead: its health is checked now, and it takes no more until that is known."""
+        """Report that a request found the engine dead: it gets no requests until its health was checked."""
         self._suspected.set()
 
     def clear(self) -> None:
-        """What was suspected was the engine before, or before its change."""
+        """Withdraw the suspicion: it concerned an earlier engine, or the time before a change."""
         self._suspected.clear()
 
     async def died(self) -> str:
-        """Returns why, when the engine has died."""
+        """Wait until the engine has died, and return the reason."""
         engine = self._engine()
         ended = asyncio.create_task(engine.wait())
         answered, front = time.monotonic(), _Front(engine)
@@ -62,11 +62,11 @@ class EngineWatch:
                 finally:
                     check.cancel()
                 if ended.done():
-                    return f"it ended with code {ended.result()}"
+                    return f"it exited with code {ended.result()}"
                 health = await engine.client.health()
                 self._suspected.clear()
                 if health is Health.DEAD:
-                    return "its core is dead, or it takes no connection any more"
+                    return "its core is dead, or it refuses connections"
                 works = front.works()
                 if health is not Health.BAD:
                     answered = time.monotonic()
@@ -76,11 +76,11 @@ class EngineWatch:
             ended.cancel()
 
     async def unless_dead(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """What we ask of the engine. vLLM's front, when its core is dead, waits for its last answers before it ends,
-        and an answer of the core never comes: both would wait for each other.
+        """Run a request to the engine, and fail if the engine dies. With a dead core, vLLM's API server waits for its
+        last answers before it exits, and the core never answers: a plain request would wait forever.
 
         Raises:
-            EngineError: it died meanwhile.
+            EngineError: the engine died meanwhile.
         """
         working, dying = asyncio.create_task(work), asyncio.create_task(self.died())
         try:
@@ -100,14 +100,14 @@ class EngineWatch:
 
 
 class _Front:
-    """The process of an engine that answers HTTP."""
+    """The API server process of an engine."""
 
     def __init__(self, engine: LastingEngine) -> None:
         self._engine = engine
         self._at, self._used_s = time.monotonic(), engine.front_s()
 
     def works(self) -> bool:
-        """Return whether it has worked since the last call; False if that cannot be known."""
+        """Return whether it has used CPU since the last call; False if unknown."""
         before, before_s = self._at, self._used_s
         self._at, self._used_s = time.monotonic(), self._engine.front_s()
         if before_s is None or self._used_s is None:

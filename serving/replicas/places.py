@@ -1,4 +1,4 @@
-"""The numbers of a home's engines: each is one engine's, of whichever model; its folder and its log are named so."""
+"""The numbers of a home's engines: unique across models; they name an engine's folder and log."""
 
 import asyncio
 import itertools
@@ -7,17 +7,17 @@ from serving.replicas.slots import EngineSlots
 
 
 class EnginePlaces:
-    """Gives each engine a number that no other has."""
+    """Gives each engine a unique number."""
 
     def __init__(self, slots: EngineSlots) -> None:
         self._slots = slots
         self._taken: set[int] = set()
 
     def take(self, number: int | None = None) -> int:
-        """Takes a place.
+        """Take a number and return it.
 
         Args:
-            number: that of an orphan; None for the lowest that is free.
+            number: the number of an orphan; None for the lowest free one.
 
         Raises:
             ValueError: another engine has it.
@@ -30,14 +30,14 @@ class EnginePlaces:
         return number
 
     def give_back(self, number: int) -> None:
-        """Its engine has ended."""
+        """Release the number of an engine that has stopped."""
         self._taken.discard(number)
 
     async def orphans(self) -> list[int]:
-        """The places of engines that an earlier server left, and that nobody has taken."""
+        """Return the numbers of engines that an earlier server left and this one has not taken."""
         return [number for number in await asyncio.to_thread(self._slots.numbers) if number not in self._taken]
 
     async def end_orphans(self) -> None:
-        """Ends those that nobody has taken."""
+        """Stop the orphans that were not taken."""
         for number in await self.orphans():
             await asyncio.to_thread(self._slots.end, number)

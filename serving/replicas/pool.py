@@ -1,7 +1,7 @@
-"""The engines behind one model name: which of them take requests, which is being changed, which ends.
+"""The engines behind one model name: which of them accept requests, which is being changed, which is stopping.
 
-Who takes requests is who is ready; admission is told when that becomes nobody. Knows neither HTTP nor what a version is
-made of, and decides about no engine's fate: that is the reconciler's.
+Engines that are ready accept requests; admission is notified when none is. Knows neither HTTP nor the contents of a
+version, and leaves decisions about engines to the reconciler.
 """
 
 import asyncio
@@ -24,22 +24,22 @@ log = logging.getLogger(__name__)
 
 _CHANGING = {EngineState.DRAINING, EngineState.SWAPPING}
 _ASKED_FOR = _CHANGING | {EngineState.IDLE}
-_READY = EngineState.READY  # looked up for each request, which takes long before Python 3.12
+_READY = EngineState.READY  # looked up for each request, which is slow before Python 3.12
 _DOWN = {EngineState.FAILED, EngineState.STOPPED}
 
 
 class EnginePool:
-    """A fixed number of members, and now and then an engine that comes to take a member's place, or that was replaced.
+    """A fixed number of members, plus temporarily an engine that will replace a member or was replaced.
 
     Args:
-        make: a replica from its number and what shall hear its changes.
-        places: the numbers that engines may have.
-        size: how many members, from `fill` on.
+        make: returns a replica from its number and a callback for its changes.
+        places: the numbers of engines.
+        size: number of members after `fill`.
 
     Attributes:
-        members: they take requests when they are ready.
-        retirement: ends those that are no members any more.
-        restarts: starts after a death.
+        members: engines that accept requests when they are ready.
+        retirement: stops engines that are no longer members.
+        restarts: number of starts after a death.
     """
 
     def __init__(
@@ -68,12 +68,12 @@ class EnginePool:
 
     @property
     def all(self) -> list[Replica]:
-        """Members, and those that come or go."""
+        """Members, and engines that join or leave."""
         return [*self.members, *self._others]
 
     @property
     def ready(self) -> list[Replica]:
-        """Members that take requests."""
+        """Members that accept requests."""
         return [member for member in self.members if member.state is _READY]
 
     @property
@@ -83,33 +83,33 @@ class EnginePool:
 
     @property
     def starting(self) -> int:
-        """How many engines start now, and have yet to take their memory."""
+        """Number of engines that are starting, and have yet to take their memory."""
         return sum(engine.state is EngineState.STARTING for engine in self.all)
 
     @property
     def has_others(self) -> bool:
-        """Whether there are engines that are no members."""
+        """Whether there are engines that are not members."""
         return bool(self._others)
 
     @property
     def primary(self) -> Replica | None:
-        """The first that takes requests: the server's own requests go there."""
+        """The first member that accepts requests; it gets the server's own requests."""
         return next(iter(self.ready), None)
 
     @property
     def weights(self) -> LoadedWeights:
-        """What the primary holds; where none takes requests, what the first member held last."""
+        """Weights of the primary; if none accepts requests, the last weights of the first member."""
         first = self.primary or next(iter(self.members), None)
         return first.weights if first else NO_WEIGHTS
 
     @property
     def plan(self) -> list[dict[str, Any]] | None:
-        """How the first member was started; None where none was."""
+        """How the first member was started; None if it was not."""
         return next((member.plan for member in self.members), None)
 
     @property
     def state(self) -> EngineState:
-        """Of the engines together: the best that one of them is in."""
+        """State of the engines together: the best state of any of them."""
         states = {member.state for member in self.members}
         order = (EngineState.READY, EngineState.SWAPPING, EngineState.DRAINING, EngineState.STARTING)
         least = self.members[0].state if self.members else EngineState.STOPPED
@@ -123,7 +123,7 @@ class EnginePool:
         self._show_loaded()
 
     def _show_loaded(self) -> None:
-        """Shows which versions resolve: held by an engine, or loaded as adapters; and how many are unverified."""
+        """Publish which versions resolve (held by an engine, or loaded as adapters) and how many are unverified."""
         self._metrics.unverified({version for engine in self.all for version in engine.unverified})
         ready = self.ready
         drained = [member for member in self.members if member.state is EngineState.DRAINING]
@@ -133,7 +133,7 @@ class EnginePool:
             self._names.set_loaded(held | {Target(adapter.version, Format.ADAPTER) for adapter in loaded})
 
     def sources(self) -> list[EngineSource]:
-        """The engines whose metrics can be asked for, those that were replaced among them."""
+        """Return the engines whose metrics can be read, including replaced ones."""
         engines = [(engine, engine.target) for engine in self.all]
         return [EngineSource(engine.client, served, engine.replica) for engine, served in engines if served]
 
@@ -143,27 +143,27 @@ class EnginePool:
         return engine
 
     def fill(self) -> None:
-        """Makes the members that there are not yet, unstarted."""
+        """Create the missing members, unstarted."""
         while len(self.members) < self._size:
             self.members.append(self._made(self._places.take()))
         if self.ready:
             self._show()
 
     def add(self) -> Replica:
-        """A new engine, unstarted, to `replace` a member with, or to `drop`."""
+        """Return a new engine, unstarted, to `replace` a member with or to `drop`."""
         engine = self._made(self._places.take())
         self._others.append(engine)
         return engine
 
     async def drop(self, engine: Replica) -> None:
-        """Ends an engine that is no member."""
+        """Stop an engine that is not a member."""
         await engine.stop()
         self._others.remove(engine)
         self._places.give_back(engine.replica)
         self._show()
 
     def replace(self, old: Replica, new: Replica) -> None:
-        """Puts a ready engine in a member's place, between two requests; the old one ends after its last request."""
+        """Replace a member by a ready engine, between two requests; the old one stops after its last request."""
         self._others.remove(new)
         self.members[self.members.index(old)] = new
         self._others.append(old)
@@ -172,19 +172,19 @@ class EnginePool:
         self.retirement.after_requests(old)
 
     async def adopt(self, target: Target, on_first: Callable[[], None]) -> bool:
-        """Makes members of the engines with a version that an earlier server left running.
+        """Adopt engines that an earlier server left running with a version, as members.
 
         Args:
-            on_first: called once there is one, and before it takes requests: others are adopted beside them.
+            on_first: called for the first one, before it accepts requests; others are adopted while it serves.
 
         Returns:
-            Whether there was one. Those that failed the verification were ended.
+            Whether at least one was adopted. Engines that failed the verification were stopped.
         """
         for number in await self._places.orphans():
             if len(self.members) == self._size:
                 break
             engine = self._made(self._places.take(number))
-            self._others.append(engine)  # where `stop` finds it, should this be cut off
+            self._others.append(engine)  # so that `stop` finds it if this task is cancelled
             try:
                 adopted = await engine.adopt(target)
             except Exception:
@@ -203,35 +203,35 @@ class EnginePool:
 
     @property
     def down(self) -> list[Replica]:
-        """Members that have no engine that works: it died, or was never started."""
+        """Members without a working engine: it died, or was never started."""
         return [member for member in self.members if member.state in _DOWN]
 
     @asynccontextmanager
     async def held(self, engine: Replica) -> AsyncIterator[None]:
-        """In the body nobody else starts, changes or ends the engine."""
+        """Hold the right to start, change or stop the engine during the body."""
         try:
             async with engine.lock:
                 yield
         finally:
-            self._changed.set()  # it may be down, and nobody's any more
+            self._changed.set()  # the engine may be down, and free to be restarted
 
     async def changed(self, timeout_s: float | None) -> None:
-        """Returns when an engine has changed its state since the last return, or after so many seconds."""
+        """Wait until an engine has changed its state since the last call, or for `timeout_s` seconds."""
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._changed.wait()
         self._changed.clear()
 
     def count_restart(self) -> None:
-        """Counts a start after a death."""
+        """Count a start after a death."""
         self.restarts += 1
         self._metrics.engine_restarted()
 
     async def stop(self, *, leave: bool = False) -> None:
-        """Ends all engines.
+        """Stop all engines.
 
         Args:
-            leave: those that are ready go on without us, for a server that starts later.
+            leave: keep ready engines running, for a server that starts later.
         """
         for task in self._watches.values():
             task.cancel()
@@ -253,7 +253,7 @@ class EnginePool:
     async def _watch(self, engine: Replica) -> None:
         try:
             why = await engine.watch.died()
-        except Exception as error:  # what cannot be watched must not be trusted
+        except Exception as error:  # an engine that cannot be watched counts as dead
             log.exception("replica %d cannot be watched", engine.replica)
             why = repr(error)
         log.error("replica %d died: %s", engine.replica, why)
@@ -261,7 +261,7 @@ class EnginePool:
         engine.enter(EngineState.FAILED)
 
     def _show(self) -> None:
-        """Shows to admission, names and metrics what has changed."""
+        """Publish the state to admission, names and metrics."""
         self._metrics.engine_states([engine.state for engine in self.all])
         ready = self.ready
         self._show_loaded()
@@ -275,7 +275,7 @@ class EnginePool:
 
 
 def _why_none(states: set[EngineState]) -> str | None:
-    """Why no engine takes requests, for clients; None where the last one is being changed, or comes when asked."""
+    """Return why no engine accepts requests, for clients; None if one is being changed, or is started on demand."""
     if states & _ASKED_FOR:
         return None
     if EngineState.STARTING in states:

@@ -1,8 +1,8 @@
-"""Takes the adapters of versions that were removed from the registry out of the engines that have them loaded.
+"""Evicts adapters of versions that were removed from the registry.
 
-A version is removed by another process, which asks no server: nobody needs it who has not said so in the store. What a
-request loaded by its number is such a version. Requests that use it end as they began; the next one is told that it is
-gone.
+Another process removes versions without asking the server: only versions that the store marks as needed are protected,
+and an adapter that a request loaded by its version number is not. Running requests complete with it; later requests
+fail because it no longer exists.
 """
 
 import asyncio
@@ -18,10 +18,10 @@ _POLL_S = 1.0
 
 
 class RemovedAdapters:
-    """Looks for them, for the engines of one model.
+    """Looks for adapters of removed versions in the engines of one model.
 
     Args:
-        registered: the versions of the model that there are.
+        registered: returns the registered versions of the model.
     """
 
     def __init__(self, pool: EnginePool, registered: Callable[[], Awaitable[set[VersionId]]]) -> None:
@@ -29,16 +29,16 @@ class RemovedAdapters:
         self._registered = registered
 
     async def run(self) -> None:
-        """Runs until it is cancelled."""
+        """Run until cancelled."""
         while True:
             try:
-                await self._look()
-            except Exception:  # the boundary: what is loaded serves on, and is looked at again
-                log.exception("it cannot be seen which versions were removed")
+                await self._check()
+            except Exception:  # the boundary: loaded adapters keep serving, and are checked again
+                log.exception("cannot find out which versions were removed")
             await asyncio.sleep(_POLL_S)
 
-    async def _look(self) -> None:
-        """The version in production stays loaded whatever became of its files, as it would without adapters."""
+    async def _check(self) -> None:
+        """Evict removed versions, except the one in production, which stays loaded as it would without adapters."""
         engines = [(engine, engine.adapters) for engine in self._pool.all if engine.adapters]
         loaded = [
             (adapters, each.version)
@@ -51,5 +51,5 @@ class RemovedAdapters:
         registered = await self._registered()
         for adapters, version in loaded:
             if version not in registered:
-                log.info("%s was removed: its adapter goes", version)
+                log.info("%s was removed: its adapter is evicted", version)
                 adapters.drop(version)

@@ -1,6 +1,6 @@
-"""Keeps one engine alive: starts it with a version, or adopts one that runs, has it verified, notices its death.
+"""Manages one engine: starts it with a version or adopts a running one, has it verified, and detects its death.
 
-Decides nothing: what to load, and what to do after a death, is the reconciler's; who gets a request, the pool's.
+The reconciler decides what to load and what to do after a death; the pool decides which engine gets a request.
 """
 
 import asyncio
@@ -30,41 +30,41 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedWeights:
-    """Weights that were loaded and verified, the same version's as before or another's; no two loads are equal.
+    """Identity of one load of verified weights; no two loads are equal, even of the same version.
 
     Attributes:
-        fresh: a new engine loaded them; otherwise one that ran.
+        fresh: a new engine loaded them, not one that was running.
     """
 
     fresh: bool
 
 
 NO_WEIGHTS = LoadedWeights(fresh=True)
-"""Before the first."""
+"""Before the first load."""
 
 
 class Replica:
-    """One engine, what it holds, and the requests that run in it.
+    """One engine, the version that it holds, and its running requests.
 
     Args:
-        replica: its number; the engine's folder and log are named after it.
-        launch: makes an engine for a model, unstarted.
-        on_change: hears each change of state.
-        on_phase: hears what a start is doing.
-        turn: held while it starts an engine, with others that would start at the same time.
+        replica: its number, which names the engine's folder and log.
+        launch: returns an engine for a model, unstarted.
+        on_change: called at each change of state.
+        on_phase: called with the phases of a start.
+        turn: lock held while an engine starts, shared with other engines on the device.
         adapter_patience_s: longest wait of a request for a place for its adapter, seconds.
         silence_s: longest silence of the engine within a client's request, seconds.
 
     Attributes:
-        target: what the engine was last verified to hold; None while nobody knows. Of adapters the one in production.
-        checked: how that was verified.
-        why: of its last death.
-        lock: held by who starts, changes or ends it; see `EnginePool.held`.
-        watch: notices the engine's death.
+        target: version that the engine was last verified to hold, with adapters the one in production; None if unknown.
+        checked: result of that verification.
+        why: reason of its last death.
+        lock: held while the engine is started, changed or stopped; see `EnginePool.held`.
+        watch: detects the engine's death.
         asleep: the engine has freed its GPU.
-        adapters: those that it applies beside its base; None where it holds a version itself.
-        on_adapter: hears when an adapter has come, with the seconds that it took, or has gone, with None.
-        reserved: requests for which an adapter is loaded here, or was, and that do not run yet.
+        adapters: adapters that it applies to its base; None if it holds a version itself.
+        on_adapter: called after an adapter's load with its duration in seconds, and after an eviction with None.
+        reserved: requests for which an adapter is loaded, or is being loaded, here and that do not run yet.
     """
 
     def __init__(
@@ -106,19 +106,19 @@ class Replica:
 
     @property
     def client(self) -> EngineClient:
-        """For what the server asks the engine itself.
+        """Client for the server's own requests to the engine.
 
         Raises:
-            RuntimeError: none runs.
+            RuntimeError: no engine runs.
         """
         return self._started.client
 
     @property
     def http(self) -> EngineConnections:
-        """For the requests of clients.
+        """Connections for the requests of clients.
 
         Raises:
-            RuntimeError: none runs.
+            RuntimeError: no engine runs.
         """
         if self._http is None:
             raise RuntimeError("no engine runs")
@@ -132,19 +132,19 @@ class Replica:
 
     @property
     def capabilities(self) -> EngineCapabilities | None:
-        """What the engine can do; None where there is none."""
+        """Capabilities of the engine; None if there is none."""
         engine = self._engine
         return engine.capabilities if engine else None
 
     @property
     def model(self) -> ServedModel | None:
-        """What the engine was started with; None before the first start."""
+        """Model that the engine was started with; None before the first start."""
         return self._model
 
     @property
     def plan(self) -> list[dict[str, Any]] | None:
-        """How the engine was started; None where none was."""
-        engine = self._engine  # once: the status is made in another thread
+        """How the engine was started; None if there is none."""
+        engine = self._engine  # read once: the status is built in another thread
         return engine.plan if engine else None
 
     @property
@@ -154,43 +154,45 @@ class Replica:
 
     @property
     def running(self) -> int:
-        """What runs in it, the server's own request among it."""
+        """Number of running requests, including the server's own."""
         return self._running
 
     @property
     def unverified(self) -> set[VersionId]:
-        """What it answers with and nothing has verified; of adapters also others than the one in production."""
+        """Served versions that were not verified; with adapters, not only the one in production."""
         loaded = self.adapters.loaded if self.adapters else []
-        found = {each.version for each in loaded if not each.checked.verified}
-        return found | {self.target.version} if self.target and self.checked and not self.checked.verified else found
+        versions = {each.version for each in loaded if not each.checked.verified}
+        if self.target and self.checked and not self.checked.verified:
+            versions.add(self.target.version)
+        return versions
 
     def serves(self, wanted: VersionId | None) -> Target | None:
-        """What a request for a version gets here; None where it cannot be asked here.
+        """Return the target that answers a request for a version; None if this engine cannot serve it.
 
         Args:
-            wanted: None for whichever it holds.
+            wanted: None for the version that the engine holds.
         """
         if self.target is None or wanted in (None, self.target.version):
             return self.target
         return Target(wanted, Format.ADAPTER) if wanted and self.target.format is Format.ADAPTER else None
 
     def lacks_adapter(self, version: VersionId) -> bool:
-        """Whether the engine applies adapters and a request would have to wait for the version's."""
+        """Return whether the engine applies adapters and a request would have to wait for the version's."""
         adapters = self.adapters
         return adapters is not None and not adapters.is_ready(version, for_operator=self._in_production(version))
 
     def take_adapter(self, version: VersionId) -> AdapterUse | None:
-        """Return the use of a version's adapter; None where a request has to wait for it, or the engine has none."""
+        """Return the use of a version's adapter; None if a request has to wait for it, or the engine has none."""
         return self.adapters.take(version, for_operator=self._in_production(version)) if self.adapters else None
 
     async def bring_adapter(self, version: VersionId) -> AdapterUse:
-        """Return the use of a version's adapter, loaded first where it must be.
+        """Return the use of a version's adapter, after loading it if necessary.
 
         Raises:
             RuntimeError: the engine holds a version itself.
             QueueTimeoutError: all places for adapters were in use for too long.
-            ModelNotFoundError: the engine cannot take it.
-            SvcError: it could not be loaded, or is not what it should be.
+            ModelNotFoundError: the engine cannot apply it.
+            SvcError: it could not be loaded, or failed its probes.
         """
         if self.adapters is None:
             raise RuntimeError("the engine holds a version itself")
@@ -201,7 +203,7 @@ class Replica:
 
     @contextmanager
     def occupied(self) -> Iterator[None]:
-        """Something runs in the engine for the body."""
+        """Mark the engine as in use during the body."""
         self.occupy()
         try:
             yield
@@ -209,28 +211,28 @@ class Replica:
             self.vacate()
 
     def occupy(self) -> None:
-        """Something runs in the engine until `vacate`."""
+        """Count a running request until `vacate`."""
         self._running += 1
         self._idle.clear()
 
     def vacate(self) -> None:
-        """It runs no more."""
+        """Stop counting a running request."""
         self._running -= 1
         if not self._running:
             self._idle.set()
 
     async def drained(self, timeout_s: float) -> None:
-        """Returns when nothing runs in it. Of use only while it takes nothing new.
+        """Wait until no request runs. Only useful while the engine gets no new ones.
 
         Raises:
-            TimeoutError: something still runs after `timeout_s` seconds.
+            TimeoutError: a request still runs after `timeout_s` seconds.
         """
         async with asyncio.timeout(timeout_s):
             await self._idle.wait()
 
     def enter(self, state: EngineState) -> None:
-        """Shows a state to the pool, which decides who may enter."""
-        if state is EngineState.READY and self.state is not EngineState.DRAINING:  # as where a swap was given up early
+        """Set the state and notify the pool, which routes requests by it."""
+        if state is EngineState.READY and self.state is not EngineState.DRAINING:  # else a swap was cancelled early
             self.weights = LoadedWeights(fresh=self.state is EngineState.STARTING)
         if state is EngineState.READY:
             self.watch.clear()
@@ -238,14 +240,14 @@ class Replica:
         self._on_change(self)
 
     async def start(self, target: Target) -> str:
-        """Starts an engine with a version, in place of the one before, and has it verified.
+        """Replace the engine by a new one with a version, and have it verified.
 
         Returns:
-            What was found, for the journal.
+            Result of the verification, for the journal.
 
         Raises:
-            NotFoundError, IntegrityError: the version's files are not there or not right.
-            EngineError: it did not start, or runs other weights (ProbeError).
+            NotFoundError, IntegrityError: the version's files are missing or damaged.
+            EngineError: the engine did not start, or runs other weights (ProbeError).
         """
         try:
             await self.stop(EngineState.STARTING)
@@ -254,18 +256,18 @@ class Replica:
             self._make_adapters()
             async with self._turn:
                 await self._start_checked(engine, target)
-            found = await self.verify(target, fresh=True)
+            result = await self.verify(target, fresh=True)
         except BaseException:
             await self.stop(EngineState.FAILED)
             raise
         self.enter(EngineState.READY)
-        return found
+        return result
 
     async def adopt(self, target: Target) -> bool:
-        """Takes the engine that an earlier server left here, if it holds a version and the verification says so too.
+        """Adopt the engine that an earlier server left here, if it holds the version and passes the verification.
 
         Returns:
-            Whether it did. An engine that holds another version is left alone; one that fails is ended.
+            Whether it was adopted. An engine with another version is left alone; one that fails is stopped.
         """
         engine = await self._launched(target)
         if await engine.orphan_holds() != str(target):
@@ -277,19 +279,19 @@ class Replica:
             await self._verification.files(target)
             await engine.adopt()
             await self._verify_again(target)
-        except Exception:  # whatever is wrong with it, a new one may do better, or say what it is
+        except Exception:  # a new engine may work, or show the error
             log.warning("the engine of an earlier server cannot be adopted", exc_info=True)
             await self.stop()
             return False
         except BaseException:
             await self.stop()
             raise
-        log.info("replica %d: an engine that ran was adopted", self.replica)
+        log.info("replica %d: a running engine was adopted", self.replica)
         self.enter(EngineState.READY)
         return True
 
     async def _launched(self, target: Target) -> LastingEngine:
-        """An unstarted engine; its folders are made."""
+        """Return an unstarted engine; its folders are created."""
         self._model = await self._verification.model(target)
         return await asyncio.to_thread(self._launch, self._model)
 
@@ -303,7 +305,7 @@ class Replica:
         self._engine = self._http = None
 
     def _make_adapters(self) -> None:
-        """Room for adapters in a new engine, if it takes any; what another engine had is forgotten."""
+        """Create the adapters of a new engine, if it applies any; those of the previous engine are dropped."""
         self._end_adapters()
         if self._model and self._started.capabilities.adapters:
             self.adapters = EngineAdapters(
@@ -322,36 +324,36 @@ class Replica:
             adapters.close()
 
     async def clear(self) -> None:
-        """From now on nobody knows what the engine holds; a later server would not adopt it.
+        """Mark the version that the engine holds as unknown; a later server would not adopt the engine.
 
         Raises:
-            OSError: that cannot be written down.
+            OSError: the record cannot be written.
         """
         await self._started.record(None)
         self.target = self.checked = None
 
     async def reload(self, folder: Path) -> None:
-        """Loads other weights in place and forgets what the older ones computed; `clear` comes before, `verify` next.
+        """Load other weights in place and reset the prefix cache; call `clear` before and `verify` afterwards.
 
         Raises:
-            EngineError: the engine did not take them; it counts as dead.
+            EngineError: the reload failed; the engine counts as dead.
         """
         await self.watch.unless_dead(self.client.reload_weights(folder))
         await self.watch.unless_dead(self.client.reset_prefix_cache())
 
     async def verify(self, target: Target, *, fresh: bool = False) -> str:
-        """Checks by probes that the engine holds a version, and remembers it, also for a server that comes after.
+        """Check with probes that the engine holds a version, and record it, also for a later server.
 
-        An engine that cannot be probed is believed to hold what it was started with.
+        An engine that cannot be probed is assumed to hold the version that it was started with.
 
         Args:
-            fresh: it was started with the version's files.
+            fresh: the engine was started with the version's files.
 
         Returns:
-            What was found, for the journal.
+            Result of the verification, for the journal.
 
         Raises:
-            ProbeError: it runs other weights, or an engine that ran before cannot be told to hold these.
+            ProbeError: the engine runs other weights, or was running before and cannot be verified.
         """
         if self.adapters is not None:
             async with self.adapters.use(target.version, for_operator=True) as loaded:
@@ -361,37 +363,37 @@ class Replica:
         self.target, self.checked = target, checked
         try:
             await self._started.record(str(target))
-        except OSError:  # it serves all the same
+        except OSError:  # the engine can serve nevertheless
             log.exception("replica %d: a later server cannot adopt it", self.replica)
         log.info("replica %d holds %s: %s", self.replica, target, checked.found)
         return checked.found
 
     async def _verify_again(self, target: Target) -> None:
-        """The same of an engine that ran without us: of what adapters it has, nobody knows what they hold."""
+        """Verify an engine that ran without us, after unloading its adapters, whose weights are unknown."""
         self._make_adapters()
         if self.adapters is not None:
             await self.watch.unless_dead(self.adapters.unload_all())
         await self.verify(target)
 
     async def sleep(self) -> None:
-        """Has the engine free its GPU, and enters a state that admits nobody. A later server does not adopt it.
+        """Make the engine free its GPU, and stop accepting requests. A later server does not adopt it.
 
         Raises:
-            SvcError, OSError: it does not sleep, and is to be ended.
+            SvcError, OSError: the engine does not sleep, and must be stopped.
         """
         await self.clear()
         self.enter(EngineState.IDLE)
         self._end_adapters()
-        # vLLM measures free memory when it starts and when it sleeps, and fails where another engine changes it.
+        # vLLM measures free memory when it starts and when it sleeps, and fails if another engine changes it meanwhile.
         async with self._turn:
             await self.watch.unless_dead(self._started.sleep())
         self.asleep = True
 
     async def wake(self, target: Target) -> None:
-        """Has the engine take its GPU again, and verified to hold a version; one that fails is ended.
+        """Make the engine take its GPU again, and verify its version; an engine that fails is stopped.
 
         Raises:
-            SvcError: it did not wake, or holds other weights (ProbeError).
+            SvcError: the engine did not wake, or holds other weights (ProbeError).
         """
         self.enter(EngineState.STARTING)
         try:
@@ -405,21 +407,21 @@ class Replica:
         self.enter(EngineState.READY)
 
     async def bring(self, target: Target) -> str:
-        """Puts another adapter of the same base into production here: loaded and verified first, beside requests.
+        """Put another adapter of the same base into production, after loading and verifying it while requests run.
 
         Returns:
-            What was found, for the journal.
+            Result of the verification, for the journal.
 
         Raises:
-            SvcError: what it held stays.
+            SvcError: it failed; the previous adapter stays in production.
         """
-        found = await self.verify(target)
+        result = await self.verify(target)
         self.weights = LoadedWeights(fresh=False)
         self.on_adapter(None)
-        return found
+        return result
 
     async def _start_checked(self, engine: LastingEngine, target: Target) -> None:
-        """Compares the files' hashes while the engine starts; nobody is served before both are done."""
+        """Compare the files' hashes while the engine starts; no request is served before both are done."""
         starting = asyncio.create_task(engine.start(self._on_phase))
         try:
             await self._verification.files(target)
@@ -429,18 +431,18 @@ class Replica:
             await asyncio.gather(starting, return_exceptions=True)
 
     async def stop(self, state: EngineState = EngineState.STOPPED) -> None:
-        """Ends the engine, if there is one, and enters a state that admits nobody."""
+        """Stop the engine, if there is one, and enter a state without requests."""
         self.target = self.checked = None
         self.asleep = False
         self.enter(state)
         self._end_adapters()
         if self._engine is not None:
-            # Forgotten only once it has ended: whoever is cancelled here leaves it to the next call.
+            # Dropped only after it has stopped: if this call is cancelled, the next one stops it.
             await self._engine.stop()
             self._drop()
 
     async def leave(self) -> None:
-        """Lets the engine run without us: a server that starts later can adopt it."""
+        """Leave the engine running: a server that starts later can adopt it."""
         self._end_adapters()
         if self._engine is not None:
             await self._engine.leave()

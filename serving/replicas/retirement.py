@@ -1,4 +1,4 @@
-"""Ends engines that nobody wants any more, beside all else: after their last request, or in the middle of a start."""
+"""Stops engines that are no longer needed, in background tasks: after their last request, or during a start."""
 
 import asyncio
 import logging
@@ -16,10 +16,10 @@ _RETRY_S = 30.0
 
 
 class Retirement:
-    """Where engines go that are no members of a pool, or not any more.
+    """Stops engines that are not, or no longer, members of a pool.
 
     Args:
-        drop: ends an engine.
+        drop: stops an engine.
     """
 
     def __init__(self, drop: Callable[[Replica], Awaitable[None]]) -> None:
@@ -29,18 +29,18 @@ class Retirement:
 
     @property
     def under_way(self) -> bool:
-        """Whether engines have yet to end."""
+        """Whether engines are still to be stopped."""
         return bool(self._endings)
 
     def after_requests(self, engine: Replica) -> None:
-        """Ends an engine that was replaced, when nothing runs in it any more."""
+        """Stop an engine that was replaced, after its last request."""
         self._later(self._end_drained(engine))
 
     def after_start(self, engine: Replica, starting: asyncio.Task[Any]) -> None:
-        """Ends an engine while it starts, which takes seconds: not in the caller's time.
+        """Stop an engine while it starts, without waiting for the seconds that it takes.
 
         Args:
-            starting: its start.
+            starting: the task that starts it.
         """
         starting.cancel()
         self._cut_starts.add(starting)
@@ -48,10 +48,10 @@ class Retirement:
         self._later(self._end_started(starting, engine))
 
     async def cut_off(self) -> None:
-        """Stops to care: whoever calls ends all engines. Returns when starts that were cut off have ended theirs."""
+        """Cancel all tasks, because the caller stops all engines; wait for cancelled starts to stop theirs."""
         for task in self._endings:
             task.cancel()
-        if self._cut_starts:  # they end their engines themselves
+        if self._cut_starts:  # they stop their engines themselves
             await asyncio.wait(self._cut_starts)
 
     def _later(self, work: Coroutine[Any, Any, None]) -> None:
@@ -62,27 +62,27 @@ class Retirement:
     def _forget_start(self, start: asyncio.Task[Any]) -> None:
         self._cut_starts.discard(start)
         if not start.cancelled() and start.exception():
-            log.info("a start that nobody waits for failed", exc_info=start.exception())
+            log.info("a cancelled start failed", exc_info=start.exception())
 
     async def _end_drained(self, engine: Replica) -> None:
         try:
             await engine.drained(RETIRE_TIMEOUT_S)
         except TimeoutError:
             log.warning(
-                "replica %d: %d requests are cut off after %g s", engine.replica, engine.running, RETIRE_TIMEOUT_S
+                "replica %d: %d requests are cancelled after %g s", engine.replica, engine.running, RETIRE_TIMEOUT_S
             )
         await self._end(engine)
 
     async def _end_started(self, starting: asyncio.Task[Any], engine: Replica) -> None:
-        await asyncio.wait({starting})  # which is not cancelled with us: it ends its engine
+        await asyncio.wait({starting})  # not cancelled with this task, because it stops its engine
         await self._end(engine)
 
     async def _end(self, engine: Replica) -> None:
         while True:
             try:
                 await self._drop(engine)
-            except Exception:  # it may run still, and so its number stays taken
-                log.exception("replica %d cannot be ended; trying again in %g s", engine.replica, _RETRY_S)
+            except Exception:  # it may still run, and so its number stays taken
+                log.exception("replica %d cannot be stopped; trying again in %g s", engine.replica, _RETRY_S)
                 await asyncio.sleep(_RETRY_S)
             else:
                 return

@@ -1,4 +1,4 @@
-"""What an engine is started with for a version in a format, and which adapters fit beside it."""
+"""The model that an engine is started with for a version in a format, and the adapters that it can apply."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,9 @@ class ServedModel:
     """One engine's model.
 
     Attributes:
-        folder: the version's model folder; that of its base, where it is served as an adapter.
-        base: of adapters; None where the version is in the folder itself.
-        lora: room for adapters; None without a base.
+        folder: the version's model folder, or its base's if it is served as an adapter.
+        base: base of the adapters; None if the folder has the version itself.
+        lora: capacity for adapters; None without a base.
     """
 
     folder: Path
@@ -28,24 +28,24 @@ class ServedModel:
 
     @property
     def template_kwargs(self) -> TemplateKwargs | None:
-        """What its chat template is given; None: what the folder says."""
+        """Arguments of its chat template; None for those in the folder."""
         return dict(self.base.template_kwargs) if self.base else None
 
 
 def served_model(registry: Registry, target: Target, settings: AdapterSettings) -> ServedModel:
-    """What an engine is started with; reads the disk.
+    """Return the model that an engine is started with; reads the disk.
 
     Raises:
-        NotFoundError: no such version or format, or the base of its adapter is gone.
-        RefusedError: vLLM cannot apply its adapter beside the base, or its rank is too large.
+        NotFoundError: no such version or format, or the base of its adapter is missing.
+        RefusedError: vLLM cannot apply its adapter to the base, or its rank is too large.
         IntegrityError: the adapter's config is damaged.
     """
     if target.format is not Format.ADAPTER:
         return ServedModel(registry.artifact(target.version, target.format))
     adapter = read_adapter(registry, target.version)
-    most = LARGEST_RANK if settings.max_rank is None else settings.max_rank
-    if adapter.rank > most:
-        raise _too_large(adapter, most)
+    max_rank = LARGEST_RANK if settings.max_rank is None else settings.max_rank
+    if adapter.rank > max_rank:
+        raise _too_large(adapter, max_rank)
     slots = choose_slots(
         max_loaded=settings.max_loaded,
         max_rank=settings.max_rank,
@@ -57,34 +57,34 @@ def served_model(registry: Registry, target: Target, settings: AdapterSettings) 
 
 
 def require_fit(model: ServedModel, adapter: AdapterFacts) -> None:
-    """Raises where an engine cannot apply an adapter.
+    """Check that an engine can apply an adapter.
 
     Args:
-        model: what the engine was started with.
+        model: the model that the engine was started with.
 
     Raises:
-        RefusedError: says why, without paths.
+        RefusedError: it cannot; the message gives the reason, without paths.
     """
     slots = model.lora
     if slots is None or adapter.base != model.base:
         raise RefusedError(
-            f"{adapter.version} has another base model than what is served, or another chat template",
-            expected="an adapter of the same base, which is given the same",
+            f"{adapter.version} has another base model or chat template than the served one",
+            expected="an adapter with the same base model and chat template",
             todo=f"ask the operator for it: svc promote {adapter.version}",
         )
     if adapter.rank > slots.max_rank:
         raise _too_large(adapter, slots.max_rank)
     if others := sorted(adapter.targets.difference(slots.targets)):
         raise RefusedError(
-            f"{adapter.version} changes the layers {', '.join(others)}, for which the engine has no room",
+            f"{adapter.version} changes the layers {', '.join(others)}, which the engine was not started for",
             expected=f"changes of {', '.join(slots.targets)}",
             todo=f"ask the operator for it: svc promote {adapter.version}",
         )
 
 
-def _too_large(adapter: AdapterFacts, most: int) -> RefusedError:
+def _too_large(adapter: AdapterFacts, max_rank: int) -> RefusedError:
     return RefusedError(
         f"the adapter of {adapter.version} has rank {adapter.rank}",
-        expected=f"at most {most}: adapters.max_rank, or what fits the version that an engine started with",
-        todo="raise adapters.max_rank and start the engine again, or serve the version with --format merged",
+        expected=f"at most {max_rank}: adapters.max_rank, or by default the rank that fits the engine's first version",
+        todo="raise adapters.max_rank and restart the engine, or serve the version with --format merged",
     )

@@ -1,6 +1,6 @@
-"""The engines of one home: their processes and folders, by number, and what this machine can start.
+"""The engines of one home: their processes and folders, by number, and the engines that this machine can start.
 
-The rest of the server reaches processes, the machine's memory and its device through here alone.
+The rest of the server reaches processes, the machine's memory and its device only through this module.
 """
 
 import asyncio
@@ -30,10 +30,10 @@ class EngineSlots:
     """The engines of one home, by number.
 
     Args:
-        served: the models that are served, or shall be once their engines have started: they share the machine.
+        served: returns the models that are served, or will be after their engines have started: they share the machine.
 
     Attributes:
-        turn: held while an engine starts: engines on one device start one after the other.
+        turn: lock held while an engine starts: engines on one device start one after the other.
     """
 
     def __init__(
@@ -46,19 +46,19 @@ class EngineSlots:
         self.turn = asyncio.Lock()
 
     def engine(self, number: int, name: str, model: ServedModel) -> LastingEngine:
-        """An unstarted engine for a model."""
+        """Return an unstarted engine for a model."""
         return EngineProcess(self.spec(number, name, model))
 
     def numbers(self) -> list[int]:
-        """Engines that an earlier server may have left running; reads the disk."""
+        """Return the numbers of engines that an earlier server may have left running; reads the disk."""
         return list(state_folders(self.settings.home))
 
     def end(self, number: int) -> None:
-        """Ends one of them; takes some seconds."""
+        """Stop the engine with a number; takes some seconds."""
         end_engine(state_folder(self.settings.home, number))
 
     def shortage(self, engines: Mapping[Target, int]) -> str | None:
-        """Return what memory is missing for so many more engines of each version; None if it suffices. Reads the disk.
+        """Return the missing memory for a number of additional engines of each version; None if it suffices.
 
         Raises:
             NotFoundError, RefusedError, IntegrityError: see serving.replicas.served_model; so does `capabilities`.
@@ -66,7 +66,7 @@ class EngineSlots:
         return shortage([*chain.from_iterable([self._spec_for(target)] * count for target, count in engines.items())])
 
     def capabilities(self, target: Target) -> EngineCapabilities:
-        """Return what an engine that starts with a version can do; reads the disk."""
+        """Return the capabilities of an engine that starts with a version; reads the disk."""
         return self._spec_for(target).engine_capabilities
 
     def facts(self, name: str, folder: Path) -> EngineFacts:
@@ -78,11 +78,7 @@ class EngineSlots:
         return self.spec(0, name, served_model(self._registry, target, self.settings.adapters))
 
     def spec(self, number: int, name: str, model: ServedModel) -> EngineSpec:
-        """How an engine for a model is started.
-
-        Args:
-            name: what it calls its model.
-        """
+        """Return how an engine for a model is started; `name` is the model's name in the engine."""
         home, served = self.settings.home, {*self._served(), name}
         return EngineSpec(
             model=model.folder,

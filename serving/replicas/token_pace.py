@@ -1,21 +1,21 @@
-"""How fast the engines of a model generate one answer, as measured by those that ended lately.
+"""Generation speed of a model's engines for one answer, measured on recently completed answers.
 
-For an answer that its client left: the engine does not say how many tokens it computed. The estimate is off by as much
-as that answer's pace differed from the mean of the others: by its prompt's length and by what ran beside it.
+Used for answers whose client left, because the engine does not report how many tokens it generated. The error of the
+estimate is the difference between that answer's pace and the mean: due to its prompt's length and concurrent requests.
 """
 
 import math
 
-_KEPT_TOKENS = 2000.0
-"""So many tokens of later answers leave an answer a third of its weight."""
+_DECAY_TOKENS = 2000.0
+"""After this many tokens of later answers, an answer has a third of its weight left."""
 _FIRST_PACE = 100.0
-"""Tokens for each second, before anything was measured: a fast single stream."""
+"""Tokens per second before the first measurement: a fast single stream."""
 
 
 class TokenPace:
-    """Tokens for each second of an answer, its prompt and its wait in the engine included.
+    """Tokens per second of an answer, including its prompt and its wait in the engine.
 
-    An answer weighs as much as it has tokens, so that nobody makes leaving early cheap by answers of one token each.
+    Answers are weighted by their tokens, so that clients cannot lower the estimate with answers of one token each.
     """
 
     __slots__ = ("_seconds", "_tokens")
@@ -24,15 +24,15 @@ class TokenPace:
         self._tokens = self._seconds = 0.0  # weighted sums
 
     def observe(self, tokens: float, seconds: float) -> None:
-        """Take an answer that is complete.
+        """Include a complete answer in the mean.
 
         Args:
-            tokens: of each of its choices, which are generated at the same time.
+            tokens: in each of its choices, which are generated concurrently.
         """
-        kept = math.exp(-tokens / _KEPT_TOKENS)
-        self._tokens = kept * self._tokens + tokens * tokens
-        self._seconds = kept * self._seconds + tokens * seconds
+        decay = math.exp(-tokens / _DECAY_TOKENS)
+        self._tokens = decay * self._tokens + tokens * tokens
+        self._seconds = decay * self._seconds + tokens * seconds
 
     def tokens_in(self, seconds: float) -> float:
-        """Return about how many tokens of one choice were generated in so many seconds."""
+        """Return the estimated number of tokens of one choice that are generated in `seconds`."""
         return seconds * (self._tokens / self._seconds if self._seconds else _FIRST_PACE)

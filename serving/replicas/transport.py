@@ -1,6 +1,6 @@
-"""One call to the engine: its failures as typed errors, and its refusals.
+"""One call to the engine, with its failures and rejections as typed errors.
 
-Knows vLLM's error texts, so that no other module has to. No text decides whether an engine lives.
+The only module that knows vLLM's error texts. Whether an engine lives is never decided by a text.
 """
 
 import asyncio
@@ -23,48 +23,48 @@ from svc.errors import EngineError
 
 _HEALTH_TIMEOUT_S = 2.0
 PASSED_STATUSES = frozenset({400, 413, 422, 429, 503})
-"""Refusals of the client's request or for the engine's load; others are between the gateway and the engine."""
+"""The engine rejected the client's request, or is overloaded; other statuses concern the gateway and the engine."""
 _MESSAGE_CHARS = 1000
 _TOO_LONG = ("maximum context length", "maximum model length", "cannot be greater than max_model_len")
-_GONE = "the engine went away; it is being restarted"
+_GONE = "the engine stopped; it is being restarted"
 _FIELDS = re.compile(r" \(parameter=([\w.]{1,100})(, value=.*)?\)$", re.DOTALL)
 _PATH = re.compile(r"(?<![\w:/.])/(?:[\w.@-]+/)+[\w.@-]*|(?<![\w/])~/[\w./@-]+")
 _TRACEBACK = re.compile(r"Traceback \(most recent call last\)|File \"[^\"]*\", line \d+")
 
 
 class EngineDiedError(EngineError):
-    """The engine cannot be reached, or went away in the middle of an answer."""
+    """The engine cannot be reached, or stopped during an answer."""
 
     retry_after_s = ENGINE_RETRY_S
 
 
 class EngineUnreachableError(EngineDiedError):
-    """The engine took no connection: it has seen nothing of the request, and another may answer it."""
+    """The engine refused the connection: it never got the request, and another engine may answer it."""
 
 
 class EngineSilentError(EngineError):
-    """The engine said nothing for too long."""
+    """The engine sent nothing for too long."""
 
 
 class EngineFailedError(EngineError):
-    """The engine failed on this request, or refused what the gateway itself is to blame for.
+    """The engine failed on this request, or rejected it because of a mistake of the gateway.
 
-    It is logged, and so quotes nothing of the request.
+    It is logged, and therefore quotes nothing of the request.
     """
 
 
 class EngineBusyError(EngineError):
-    """The engine takes no more requests now."""
+    """The engine accepts no more requests now."""
 
     retry_after_s = OVERLOADED_RETRY_S
 
 
 class EngineRefusedError(EngineError):
-    """The engine refused the client's request.
+    """The engine rejected the client's request.
 
     Args:
         status: the engine's HTTP status.
-        param: the field at fault, if the engine says it.
+        param: the invalid field, if the engine names it.
     """
 
     def __init__(self, wrong: str, *, status: int, param: str | None) -> None:
@@ -74,21 +74,21 @@ class EngineRefusedError(EngineError):
 
 
 class ContextLengthError(EngineRefusedError):
-    """More tokens than the model has room for."""
+    """The request has more tokens than the model's context."""
 
 
 class EngineCall:
-    """Sends a request; the body of the `async with` reads the answer, and leaving it early ends the engine's work.
+    """Sends a request; the body of the `async with` reads the answer, and leaving it early cancels the engine's work.
 
     A class, since a generator costs several times as much in every request.
 
     Args:
-        header_lines: further ones of its head, each with its end.
+        header_lines: additional header lines, each with its line end.
         show: rewrites the body of an error before it is read; see `Lease`.
 
     Entering and leaving raises:
         EngineUnreachableError: nothing was sent.
-        EngineDiedError, EngineSilentError: also for what happens while the answer is read.
+        EngineDiedError, EngineSilentError: also while the answer is read.
         EngineFailedError: the engine's answer is an error, or breaks off while the engine lives, as vLLM's streamed
             responses do when it fails on them.
         EngineBusyError, EngineRefusedError: the engine's answer is an error.
@@ -137,21 +137,21 @@ class EngineCall:
             raise EngineFailedError("the engine broke off its answer") from error
         if isinstance(error, ConnectionFailedError):
             raise _failure(error) from error
-        # Whether an engine is dead, its health tells: an error may quote what the client sent.
+        # The health check decides whether an engine is dead: an error may quote text of the client.
         if isinstance(error, EngineFailedError) and not await _lives(self._engine):
             raise EngineDiedError(_GONE) from error
 
 
 def _failure(error: ConnectionFailedError) -> EngineError:
     if isinstance(error, UnreachableError):
-        return EngineUnreachableError("the engine takes no connection; it is being restarted")
+        return EngineUnreachableError("the engine refused the connection; it is being restarted")
     if isinstance(error, SilenceError):
-        return EngineSilentError("the engine said nothing for too long")
+        return EngineSilentError("the engine sent nothing for too long")
     return EngineDiedError(_GONE)
 
 
 async def _lives(engine: EngineConnections) -> bool:
-    if engine.is_closed:  # the engine was ended, and the request with it
+    if engine.is_closed:  # the engine was stopped, and the request with it
         return False
     try:
         async with asyncio.timeout(_HEALTH_TIMEOUT_S), engine.get("/health") as answer:
@@ -161,11 +161,11 @@ async def _lives(engine: EngineConnections) -> bool:
 
 
 def refusal(status: int, error: Any) -> EngineError:
-    """The typed error for what vLLM put under `error`, in an answer or in the middle of a stream.
+    """Return the typed error for vLLM's `error`, from an answer or a stream.
 
     Args:
         status: HTTP status; in a stream, the `code` of the error.
-        error: `{message, type, param, code}`, or anything else that an engine may say.
+        error: `{message, type, param, code}`, or any other value that an engine may send.
     """
     fields = error if isinstance(error, dict) else {}
     message = str(fields.get("message") or "")
@@ -173,17 +173,17 @@ def refusal(status: int, error: Any) -> EngineError:
     if status not in PASSED_STATUSES:
         return EngineFailedError(f"the engine answered {status}: {without_values(message)}")
     if status in (429, 503):
-        return EngineBusyError("the engine takes no more requests now")
-    text = for_clients(message) or "the engine refused the request"
+        return EngineBusyError("the engine accepts no more requests now")
+    text = for_clients(message) or "the engine rejected the request"
     kind = ContextLengthError if any(mark in message for mark in _TOO_LONG) else EngineRefusedError
-    named = _FIELDS.search(message)  # messages have the field in their text alone
+    field = _FIELDS.search(message)  # messages name the field only in their text
     if not isinstance(param, str):
-        param = named[1] if named else None
+        param = field[1] if field else None
     return kind(text, status=status, param=param)
 
 
 def for_clients(message: str) -> str:
-    """An engine's message without its paths, its tracebacks and what only its developers need."""
+    """Return an engine's message without paths, tracebacks and details for its developers."""
     trace = _TRACEBACK.search(message)
-    told = _FIELDS.sub("", message[: trace.start()] if trace else message)
-    return _PATH.sub("<path>", told)[:_MESSAGE_CHARS].strip()
+    text = _FIELDS.sub("", message[: trace.start()] if trace else message)
+    return _PATH.sub("<path>", text)[:_MESSAGE_CHARS].strip()

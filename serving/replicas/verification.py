@@ -1,4 +1,4 @@
-"""Verifies that the engine runs a version's weights: hashes of its files, probes after the load."""
+"""Verifies that the engine runs a version's weights: by the hashes of its files, and by probes after the load."""
 
 import asyncio
 import logging
@@ -22,24 +22,24 @@ from svc.version import Format, Target, VersionId
 
 log = logging.getLogger(__name__)
 
-_HASHING_THREADS = 4  # comparisons that newer promotions superseded run on in some of them
+_HASHING_THREADS = 4  # some may be busy with comparisons of superseded promotions
 _RETAKE_REPEATS = 5
 _ADAPTER_REPEATS = 2
-"""Of an adapter at its first use, for which a request waits."""
+"""For an adapter at its first use, because a request waits for it."""
 _OTHER_WEIGHTS_NATS = 0.5
-"""Mean difference. Kernels differ in the second decimal, other weights by whole nats."""
+"""Mean difference. Other kernels differ in the second decimal, other weights by whole nats."""
 
 
 class UnknownProbesError(ProbeError):
-    """No probes of this kind of engine are known for a version, and this engine cannot give any."""
+    """A version has no probes from this kind of engine, and this engine cannot be used to take any."""
 
 
 class Verification:
-    """What a version must show before a client may reach it.
+    """Checks that an engine runs a version, before clients may use it.
 
     Args:
-        facts: the kind of engine that serves a model folder here.
-        adapters: how versions are served as adapters.
+        facts: returns the kind of engine that serves a model folder here.
+        adapters: settings for versions that are served as adapters.
     """
 
     def __init__(
@@ -53,11 +53,11 @@ class Verification:
         self._store = store
         self._facts = facts
         self._adapters = adapters or AdapterSettings()
-        # Hashing takes minutes for large models, and would keep the threads that all else shares.
+        # Hashing takes minutes for large models, and would block the shared threads.
         self._hashing = ThreadPoolExecutor(max_workers=_HASHING_THREADS, thread_name_prefix="hashing")
 
     async def model(self, target: Target) -> ServedModel:
-        """What an engine is started with for a version, unchecked.
+        """Return the model that an engine is started with for a version, unverified.
 
         Raises:
             NotFoundError, RefusedError, IntegrityError: see serving.replicas.served_model.
@@ -65,24 +65,24 @@ class Verification:
         return await asyncio.to_thread(served_model, self._registry, target, self._adapters)
 
     async def adapter(self, version: VersionId, model: ServedModel) -> AdapterFacts:
-        """A version's adapter, its files unchecked.
+        """Return a version's adapter, its files unverified.
 
         Args:
-            model: of the engine that shall apply it.
+            model: model of the engine that will apply it.
 
         Raises:
-            NotFoundError, RefusedError, IntegrityError: there is none, or the engine cannot apply it.
+            NotFoundError, RefusedError, IntegrityError: the adapter is missing, or the engine cannot apply it.
         """
         adapter = await asyncio.to_thread(read_adapter, self._registry, version)
         require_fit(model, adapter)
         return adapter
 
     async def registered(self, name: str) -> set[VersionId]:
-        """The versions of a name that there are."""
+        """Return the registered versions of a name."""
         return set(await asyncio.to_thread(self._registry.versions, name))
 
     async def folder(self, target: Target) -> Path:
-        """A version's model folder, unchecked.
+        """Return a version's model folder, unverified.
 
         Raises:
             NotFoundError: no such version or format.
@@ -90,7 +90,7 @@ class Verification:
         return await asyncio.to_thread(self._registry.artifact, target.version, target.format)
 
     async def files(self, target: Target) -> Path:
-        """Checks the hashes of a version's files and returns its model folder.
+        """Check the hashes of a version's files and return its model folder.
 
         Raises:
             NotFoundError: no such version or format.
@@ -101,18 +101,18 @@ class Verification:
         return await self.folder(target)
 
     async def probes(self, engine: Engine, target: Target, *, fresh: bool) -> Checked:
-        """Checks the probes on the engine, all at once.
+        """Check all probes on the engine concurrently.
 
-        A kind of engine that has not seen this version yet has nothing to be compared with: there the probes are
-        taken again, and every later load is held against them. Versions of one base can differ by less than two kinds
-        of engine, so that a load that did nothing would pass: only an engine that began with the files gives probes.
-        For the same reason an engine that cannot be probed may hold only what it began with.
+        A kind of engine that has not run this version before has no probes to compare with: there the probes are taken
+        again, and every later load is compared with them. Versions of one base can differ by less than two kinds of
+        engine do, so a load that did nothing would pass: only an engine that was started with the files gives probes.
+        For the same reason an engine that cannot be probed may only hold the version that it was started with.
 
         Args:
-            fresh: the engine was started with the version's files; otherwise it ran before.
+            fresh: the engine was started with the version's files; otherwise it was running before.
 
         Raises:
-            UnknownProbesError: they would have to be taken again, in an engine that ran before; or it is not probed.
+            UnknownProbesError: the engine was running before, and there are no probes for it or it cannot be probed.
             ProbeError: the engine runs other weights.
         """
         if why := engine.capabilities.unprobed:
@@ -123,20 +123,20 @@ class Verification:
             return Checked(await self._retake(client, target, recorded, facts))
         if known is None:
             raise UnknownProbesError(
-                f"no probes of this kind of engine are known for {target}, and the engine was not started with it",
-                expected=f"probes of {facts.key}",
-                todo="start an engine with it: they are taken then",
+                f"{target} has no probes from this kind of engine, and the engine was not started with it",
+                expected=f"probes from {facts.key}",
+                todo="start an engine with this version, which takes the probes",
             )
         return await _compared(client, known)
 
     async def adapter_probes(self, engine: Engine, name: str, target: Target) -> Checked:
-        """Checks a loaded adapter as `probes` does, also beside requests.
+        """Check a loaded adapter as `probes` does, also while requests run.
 
-        No adapter has probes of its own from its registration: the first time on a kind of engine, it is held against
-        those of the version's merged weights, and must not be what the base is.
+        An adapter has no probes of its own from its registration: the first time on a kind of engine, it is compared
+        with the probes of the version's merged weights, and must differ from the base.
 
         Args:
-            name: what the engine calls it.
+            name: its name in the engine.
 
         Raises:
             ProbeError: the engine applies other weights, or none.
@@ -153,13 +153,13 @@ class Verification:
         return await _compared(adapter, known)
 
     async def _reference(self, target: Target) -> tuple[Probe, ...]:
-        """The recorded probes that are nearest to a version's adapter."""
+        """Return the recorded probes that are closest to a version's adapter."""
         formats = (await asyncio.to_thread(self._registry.manifest, target.version)).formats
-        found = (formats[format].probes for format in (Format.MERGED, Format.GPTQ) if format in formats)
-        return next((probes for probes in found if probes), ())
+        recorded = (formats[format].probes for format in (Format.MERGED, Format.GPTQ) if format in formats)
+        return next((probes for probes in recorded if probes), ())
 
     async def has_probes(self, target: Target) -> bool:
-        """Whether a version can be verified in an engine that ran before; if not, one must start with its files.
+        """Return whether a version can be verified in a running engine; if not, one must start with its files.
 
         Raises:
             EngineError: the format cannot be served here.
@@ -171,14 +171,14 @@ class Verification:
         return (await asyncio.to_thread(self._registry.format, target.version, target.format)).probes
 
     async def _known(self, target: Target, recorded: tuple[Probe, ...], facts: EngineFacts) -> tuple[Probe, ...] | None:
-        """The probes of a kind of engine, of the registration or taken since; None where they are to be taken again."""
+        """Return the probes of a kind of engine, from the registration or later; None if they must be taken again."""
         known = tuple(probe for probe in recorded if probe.engine == facts)
         if known or not recorded:
             return known
         return await asyncio.to_thread(find_retaken_probes, self._store, target, facts)
 
     async def facts(self, target: Target) -> EngineFacts:
-        """The kind of engine that serves a version in a format here.
+        """Return the kind of engine that serves a version in a format here.
 
         Raises:
             EngineError: the format cannot be served here.
@@ -195,10 +195,10 @@ class Verification:
         *,
         without: EngineClient | None = None,
     ) -> str:
-        """Takes probes again, and keeps them.
+        """Take probes again and store them.
 
         Args:
-            without: asks the same engine for what it gives without the adapter that `client` asks for.
+            without: client of the same engine without the adapter that `client` uses.
         """
         sequences = [(probe.token_ids, probe.start) for probe in recorded]
         repeats = _ADAPTER_REPEATS if without else _RETAKE_REPEATS
@@ -213,7 +213,7 @@ class Verification:
             log.warning(
                 "%s was qualified on another kind of engine (%s): probes taken again", target, recorded[0].engine
             )
-        return f"{len(probes)} probes taken again: this kind of engine sees the version for the first time"
+        return f"{len(probes)} probes taken again: this kind of engine runs the version for the first time"
 
 
 def _unverified(target: Target, why: str) -> Checked:
@@ -222,16 +222,16 @@ def _unverified(target: Target, why: str) -> Checked:
 
 
 def _unprobed(target: Target, why: str, *, fresh: bool) -> Checked:
-    """What an engine that cannot be probed is taken for: it holds the files, whose hashes were compared, if any.
+    """Return the result for an engine that cannot be probed: it holds the files whose hashes were compared.
 
     Raises:
-        UnknownProbesError: it ran before, and may hold something else.
+        UnknownProbesError: the engine was running before, and may hold other weights.
     """
     if not fresh:
         raise UnknownProbesError(
-            f"nothing can tell whether an engine that ran holds {target}: {why}",
+            f"cannot verify that the running engine holds {target}: {why}",
             expected="an engine that was started with the version, or one that can be probed",
-            todo="start an engine with it",
+            todo="start an engine with this version",
         )
     return _unverified(target, why)
 
@@ -242,15 +242,15 @@ async def _compared(client: EngineClient, known: Sequence[Probe]) -> Checked:
 
 
 def _refuse_other_weights(recorded: Sequence[Probe], measured: Sequence[Sequence[float]]) -> None:
-    """Keeps a load that did nothing, or loaded something else, from becoming what the version is held against.
+    """Prevent a load that did nothing, or loaded other weights, from becoming the version's reference.
 
     Raises:
-        ProbeError: the difference is more than another kind of engine explains.
+        ProbeError: the difference is larger than between kinds of engine.
     """
     difference = _mean_difference([probe.logprobs for probe in recorded], measured)
-    if not difference <= _OTHER_WEIGHTS_NATS:  # also what is not a number
+    if not difference <= _OTHER_WEIGHTS_NATS:  # also true for NaN
         raise ProbeError(
-            f"the probes differ by {difference:.2f} nats in the mean: not the version's weights",
+            f"the probes differ by {difference:.2f} nats on average: not the version's weights",
             expected=f"at most {_OTHER_WEIGHTS_NATS} between two kinds of engine",
             todo="qualify the version on this kind of engine",
         )
@@ -259,20 +259,21 @@ def _refuse_other_weights(recorded: Sequence[Probe], measured: Sequence[Sequence
 def _refuse_base(
     recorded: Sequence[Probe], measured: Sequence[Sequence[float]], base: Sequence[Sequence[float]]
 ) -> None:
-    """Keeps an adapter that the engine took, and does not apply, from becoming what it is held against.
+    """Prevent an adapter that the engine accepted but does not apply from becoming the version's reference.
 
     Raises:
-        ProbeError: the engine gives what it gives without it, which is not what the version gives.
+        ProbeError: the engine's answers are those of the base, not of the version.
     """
     own = _mean_difference([probe.logprobs for probe in recorded], measured)
     if own > MIN_TOLERANCE >= _mean_difference(base, measured):
         raise ProbeError(
-            f"the probes are those of the base, {own:.4f} nats from the version's in the mean: it is not applied",
+            f"the adapter is not applied: the probes equal the base's, and differ from the version's by {own:.4f} nats "
+            "on average",
             expected=f"at most {MIN_TOLERANCE} nats from the version's, or more than that from the base's",
             todo=f"serve the version with --format {Format.MERGED}",
         )
 
 
-def _mean_difference(expected: Sequence[Sequence[float]], found: Sequence[Sequence[float]]) -> float:
-    pairs = [pair for one, other in zip(expected, found, strict=True) for pair in zip(one, other, strict=True)]
-    return sum(abs(one - other) for one, other in pairs) / len(pairs)
+def _mean_difference(expected: Sequence[Sequence[float]], measured: Sequence[Sequence[float]]) -> float:
+    pairs = [pair for left, right in zip(expected, measured, strict=True) for pair in zip(left, right, strict=True)]
+    return sum(abs(left - right) for left, right in pairs) / len(pairs)

@@ -1,1 +1,1 @@
-"""Makes what serves equal to what is desired: the reconciler, the four kinds of swap, and their journal."""
+"""Brings the served versions to the desired ones: the reconciler, the four kinds of swap, and their journal."""

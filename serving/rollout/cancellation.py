@@ -1,7 +1,7 @@
-"""How a swap that is under way hears that another version is wanted.
+"""Cancels a running swap when another version is desired.
 
-Asked for, and heard where the swap can stop: a task that is cancelled from outside would leave an engine in the middle
-of a reload, of which nobody knows what it holds.
+The swap checks for the request at the points where it can stop: cancelling its task from outside could interrupt a
+reload, after which the engine's weights are unknown.
 """
 
 import asyncio
@@ -16,36 +16,36 @@ Result = TypeVar("Result")
 
 
 class SupersededError(Exception):
-    """Another version is wanted: the swap ends, and the version before serves on."""
+    """Another version is desired: the swap stops, and the previous version keeps serving."""
 
 
 class Cancellation:
-    """Of one swap; never asked for, it changes nothing."""
+    """Cancellation of one swap."""
 
     def __init__(self) -> None:
         self._asked = asyncio.Event()
         self._reason = ""
 
     def ask(self, reason: str) -> None:
-        """From now on the swap is to end; the first reason stays."""
+        """Request that the swap stops; the first reason is kept."""
         if not self._asked.is_set():
             self._reason = reason
         self._asked.set()
 
     def check(self) -> None:
-        """A place where the swap can stop.
+        """Stop the swap here if requested.
 
         Raises:
-            SupersededError: it is to.
+            SupersededError: cancellation was requested.
         """
         if self._asked.is_set():
             raise SupersededError(self._reason)
 
     async def outcome_of(self, work: "asyncio.Task[Result]") -> Result:
-        """What a task returns or raises; it goes on where the cancellation comes first.
+        """Wait for a task's result, or for the cancellation, which does not stop the task.
 
         Raises:
-            SupersededError: it came first.
+            SupersededError: the cancellation came first.
         """
         asked = asyncio.create_task(self._asked.wait())
         try:
@@ -57,10 +57,10 @@ class Cancellation:
         return work.result()
 
     async def interrupting(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """What some work returns or raises; it is ended where the cancellation comes first.
+        """Run `work` and return its result; cancel it if the cancellation comes first.
 
         Raises:
-            SupersededError: it came first.
+            SupersededError: the cancellation came first.
         """
         working = asyncio.create_task(work)
         try:
@@ -71,7 +71,7 @@ class Cancellation:
 
     @asynccontextmanager
     async def holding(self, pool: EnginePool, engines: Sequence[Replica]) -> AsyncIterator[None]:
-        """In the body nobody else touches these engines; one that is being started is waited for.
+        """Hold the right to change these engines during the body, after waiting for starts in progress.
 
         Raises:
             SupersededError: the cancellation came first.

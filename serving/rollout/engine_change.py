@@ -1,13 +1,13 @@
-"""Brings another version into one engine, or into one that takes its place; and back, where that fails.
+"""Changes the version of one engine, in place or by replacing it, and restores the previous one if that fails.
 
-In place: no new requests for it -> let the running ones end -> reload -> reset the prefix cache -> check the probes.
-Where no other engine takes requests, they wait meanwhile. Blue-green: start a second engine with the version, check the
-probes, put it in the place of the first, let that answer its last requests. Nobody waits, but there must be memory for
-both. A version that this kind of engine has never loaded needs an engine that starts with it: a second one, or, without
-memory for it, the same one again. An adapter of the same base is loaded and checked beside the requests.
+In place: stop sending requests -> drain -> reload -> reset the prefix cache -> check the probes. If no other engine
+accepts requests, they wait meanwhile. Blue-green: start a second engine with the version, check the probes, replace the
+first engine, drain it. No request waits, but both must fit into memory. A version that this kind of engine has never
+loaded needs an engine that starts with it: a second one, or, without memory for it, the same one after a restart. An
+adapter of the same base is loaded and checked while requests run.
 
-A change that is superseded ends where it can: while it waits, while an engine starts, after a reload. A reload is not
-cut off, because nobody would know what the engine holds.
+A superseded change stops where it can: while it waits, while an engine starts, after a reload. A reload is not
+cancelled, because the engine's weights would be unknown.
 """
 
 import asyncio
@@ -36,22 +36,22 @@ log = logging.getLogger(__name__)
 _DRAIN_POLL_S = 0.1
 
 Result = tuple[SwapOutcome, str | None]
-"""How it ended, and why not well."""
+"""Outcome, and the reason if it is not a success."""
 
 
 class RequestsRunError(EngineError):
-    """Requests still run after the drain timeout; the engine serves on."""
+    """Requests still run after the drain timeout; the engine keeps serving."""
 
 
 @dataclass(slots=True)
 class SwapInProgress:
-    """One swap while it is under way.
+    """A swap in progress.
 
     Attributes:
-        kind, why, restart, reloads: see `Plan`; they change where what was planned cannot be done.
-        queued_s: how long admission was closed, all in all; None while it never was.
-        running: requests in the engines when it began.
-        queued: most requests that waited.
+        kind, why, restart, reloads: see `Plan`; they change if the plan cannot be carried out.
+        queued_s: total time for which admission was closed; None while it never was.
+        running: requests in the engines at the beginning.
+        queued: largest number of requests that waited.
     """
 
     current: Target
@@ -71,7 +71,7 @@ class EngineChange:
     """Changes the version in one engine of a pool at a time.
 
     Args:
-        drain_timeout_s: longest wait for the requests that run in an engine, in place.
+        drain_timeout_s: longest wait for an engine's running requests before a change in place.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class EngineChange:
         self._drain_timeout_s = drain_timeout_s
 
     async def run(self, change: SwapInProgress, engine: Replica) -> Result:
-        """One engine, in place or by another that takes its place."""
+        """Change one engine, in place or by replacing it."""
         if change.kind is SwapKind.BLUEGREEN:
             return await self._blue_green(change, engine)
         if change.kind is SwapKind.ADAPTER:
@@ -100,24 +100,24 @@ class EngineChange:
         try:
             return await self._in_place(change, engine)
         except EngineError as error:
-            change.report(f"not in place: {error.wrong}")
+            change.report(f"cannot be done in place: {error.wrong}")
             change.why = error.wrong
             return await self._blue_green(change, engine)
         except OSError as error:
-            log.warning("%s cannot be noted for an engine", change.target, exc_info=True)
+            log.warning("cannot record %s for an engine", change.target, exc_info=True)
             return SwapOutcome.REFUSED, str(error)
 
     async def _by_adapter(self, change: SwapInProgress, engine: Replica) -> Result:
-        """Loads and verifies an adapter beside the requests; then what comes next is for it."""
+        """Load and verify an adapter while requests run; new requests use it then."""
         try:
-            found = await change.cancellation.interrupting(engine.bring(change.target))
+            result = await change.cancellation.interrupting(engine.bring(change.target))
         except SupersededError:
             raise
-        except Exception as error:  # whatever it was, what serves was not touched
-            log.warning("no adapter of %s", change.target, exc_info=error)
+        except Exception as error:  # any error: the served version was not touched
+            log.warning("the adapter of %s cannot be loaded", change.target, exc_info=error)
             change.report(f"failed: {_line(error)}")
             return SwapOutcome.REFUSED, str(error) or repr(error)
-        change.report(f"adapter loaded: {found}")
+        change.report(f"adapter loaded: {result}")
         self._serve_if_only(change)
         return SwapOutcome.SUCCEEDED, None
 
@@ -125,42 +125,42 @@ class EngineChange:
         try:
             shortage = await change.cancellation.interrupting(self._planner.shortage(change.target))
         except (SvcError, OSError) as error:
-            log.warning("no second engine with %s", change.target, exc_info=True)
+            log.warning("cannot start a second engine with %s", change.target, exc_info=True)
             return SwapOutcome.REFUSED, str(error)
         if shortage:
-            change.report(f"no room for a second engine: {shortage}")
-            return SwapOutcome.REFUSED, f"no room for a second engine: {shortage} ({change.why})"
+            change.report(f"no memory for a second engine: {shortage}")
+            return SwapOutcome.REFUSED, f"no memory for a second engine: {shortage} ({change.why})"
         change.kind = SwapKind.BLUEGREEN
         change.report(f"starting a second engine with {change.target}")
         new = self._pool.add()
         try:
-            found = await self._start_second(change, new)
+            result = await self._start_second(change, new)
         except SupersededError:
             raise
-        except Exception as error:  # whatever it was, the engine that serves was not touched
-            log.warning("no second engine with %s", change.target, exc_info=error)
+        except Exception as error:  # any error: the serving engine was not touched
+            log.warning("cannot start a second engine with %s", change.target, exc_info=error)
             change.report(f"failed: {_line(error)}")
             self._pool.retirement.after_requests(new)
             return SwapOutcome.REFUSED, str(error) or repr(error)
-        change.report(found)
+        change.report(result)
         self._serve_if_only(change)
         self._pool.replace(old, new)
-        change.report(f"requests go to it; {old.running} still run in the one before")
+        change.report(f"new requests go to the second engine; {old.running} still run in the first")
         return SwapOutcome.SUCCEEDED, None
 
     async def _start_second(self, change: SwapInProgress, new: Replica) -> str:
-        """Returns what was found. Where the swap is superseded meanwhile, nobody waits for the engine's end."""
+        """Start the second engine; return the result. If superseded, do not wait until the engine is stopped."""
         starting = asyncio.create_task(new.start(change.target))
         try:
-            found = await change.cancellation.outcome_of(starting)
+            result = await change.cancellation.outcome_of(starting)
             change.cancellation.check()
         except (SupersededError, asyncio.CancelledError):
             self._pool.retirement.after_start(new, starting)
             raise
-        return found
+        return result
 
     def _serve_if_only(self, change: SwapInProgress) -> None:
-        """Where others still hold the version before, that one is in production until all are changed."""
+        """Switch production to the target unless other engines still hold the previous version."""
         if len(self._pool.alive) <= 1:
             self._names.serve(change.target)
 
@@ -171,7 +171,7 @@ class EngineChange:
                 change.cancellation.check()
                 await engine.clear()
             except EngineError as error:
-                # Where requests run still, an engine that hangs is found by the pool, which is more patient.
+                # If requests still run, detecting a hanging engine is left to the pool, which is more patient.
                 if not isinstance(error, RequestsRunError) and await engine.client.health() in DOWN:
                     return await self._replace_engine(change, engine), str(error)
                 _resume(engine)
@@ -179,13 +179,13 @@ class EngineChange:
             except BaseException:
                 _resume(engine)
                 raise
-            change.report("running requests ended")
+            change.report("running requests completed")
             engine.enter(EngineState.SWAPPING)
             return await (self._restart if change.restart else self._reload)(change, engine)
 
     @asynccontextmanager
     async def _without(self, change: SwapInProgress, engine: Replica) -> AsyncIterator[None]:
-        """Without new requests for the engine: others take them, or they wait from when there is no other."""
+        """Keep new requests from the engine: others get them, or they wait while there is no other."""
         try:
             async with self._admission.changing():
                 engine.enter(EngineState.DRAINING)
@@ -194,7 +194,7 @@ class EngineChange:
                         change.report(f"queueing new requests, {self._admission.running} running")
                     yield
                 except BaseException:
-                    # Cancelled, or a defect. Nobody knows which weights the engine holds, so nobody may reach it.
+                    # Cancelled, or a defect. The engine's weights are unknown, so it must get no requests.
                     if engine.state is not EngineState.READY:
                         engine.enter(EngineState.FAILED)
                     raise
@@ -204,11 +204,11 @@ class EngineChange:
                 change.queued = max(change.queued or 0, self._admission.queue.most)
 
     async def _drain(self, engine: Replica) -> None:
-        """Returns when no request runs: none that a client waits for, and none that one left behind in the engine.
+        """Wait until no request runs in the engine, including requests whose clients left.
 
         Raises:
-            RequestsRunError: some still ran after the timeout.
-            EngineError: the engine is gone, or still busy.
+            RequestsRunError: requests still ran after the timeout.
+            EngineError: the engine died, or is still busy.
         """
         try:
             await engine.drained(self._drain_timeout_s)
@@ -224,8 +224,8 @@ class EngineChange:
             change.report(str(error))
             outcome = await self._restore(change, engine, error)
             return SwapOutcome.CANCELLED if outcome is SwapOutcome.RESTORED else outcome, str(error)
-        except Exception as error:  # whatever it was, weights that are not verified must not serve
-            log.warning("%s failed after its load", change.target, exc_info=error)
+        except Exception as error:  # any error: weights that are not verified must not serve
+            log.warning("%s failed during or after its load", change.target, exc_info=error)
             change.report(f"failed: {_line(error)}")
             return await self._restore(change, engine, error), str(error) or repr(error)
         self._serve_if_only(change)
@@ -233,32 +233,32 @@ class EngineChange:
         return SwapOutcome.SUCCEEDED, None
 
     async def _restart(self, change: SwapInProgress, engine: Replica) -> Result:
-        change.report(f"starting the engine again, with {change.target}")
+        change.report(f"restarting the engine with {change.target}")
         try:
-            found = await change.cancellation.interrupting(engine.start(change.target))
+            result = await change.cancellation.interrupting(engine.start(change.target))
         except SupersededError as error:
             change.report(str(error))
-            if self._pool.ready:  # others serve the version before; this one is started beside what comes now
+            if self._pool.ready:  # others serve the previous version; the reviver starts this one
                 engine.enter(EngineState.STOPPED)
                 return SwapOutcome.CANCELLED, str(error)
             started = await self._start_before(change, engine)
             return SwapOutcome.CANCELLED if started else SwapOutcome.FAILED, str(error)
-        except Exception as error:  # whatever it was, the engine was ended
+        except Exception as error:  # any error: the engine was stopped
             log.warning("the engine did not start with %s", change.target, exc_info=error)
             change.report(f"failed: {_line(error)}")
             return await self._replace_engine(change, engine), str(error) or repr(error)
         self._serve_if_only(change)
-        change.restart = not change.reloads  # where it had no probes: now it has, and the others can be reloaded
-        change.report(found)
+        change.restart = not change.reloads  # if probes were missing: now there are some, so others can be reloaded
+        change.report(result)
         return SwapOutcome.SUCCEEDED, None
 
     async def _load(
         self, engine: Replica, target: Target, report: Report, check: Callable[[], None] = lambda: None
     ) -> None:
-        """Loads and verifies; a reload is never cut off, because nobody would know what the engine holds.
+        """Load and verify a version; a reload is never cancelled, because the engine's weights would be unknown.
 
         Args:
-            check: raises where it is to stop.
+            check: raises if the change must stop.
         """
         started = time.monotonic()
         await engine.reload(await self._verification.folder(target))
@@ -268,9 +268,9 @@ class EngineChange:
         check()
 
     async def _restore(self, change: SwapInProgress, engine: Replica, error: Exception) -> SwapOutcome:
-        """The version before: in the same engine where that still answered, else in a new one.
+        """Restore the previous version, in the same engine if it still answers, else in a new one.
 
-        Anything but a failed probe, above all a reload that failed, is taken for the engine's death.
+        Any error but a failed probe, in particular a failed reload, counts as the engine's death.
         """
         if not isinstance(error, ProbeError | SupersededError):
             return await self._replace_engine(change, engine)
@@ -278,21 +278,21 @@ class EngineChange:
             await self._verification.files(change.current)
             await self._load(engine, change.current, change.report)
         except Exception as second:  # as above
-            log.warning("the engine cannot go back to %s", change.current, exc_info=second)
+            log.warning("the engine cannot return to %s", change.current, exc_info=second)
             return await self._replace_engine(change, engine)
         engine.enter(EngineState.READY)
         return SwapOutcome.RESTORED
 
     async def replace_serving(self, change: SwapInProgress, engine: Replica) -> SwapOutcome:
-        """A new engine with the version before for one that serves; it answers first what runs in it, if it can."""
+        """Replace a serving engine by a new one with the previous version, after draining it if possible."""
         async with self._without(change, engine):
             await self._end_requests(engine)
             if engine.running:
-                change.report(f"{engine.running} requests are cut off")
+                change.report(f"{engine.running} requests are cancelled")
             return SwapOutcome.RESTORED if await self._start_before(change, engine) else SwapOutcome.FAILED
 
     async def _end_requests(self, engine: Replica) -> None:
-        """Return when nothing runs, or after RETIRE_TIMEOUT_S; after `drain_timeout_s` where requests are queued."""
+        """Wait until no request runs, for RETIRE_TIMEOUT_S, or for `drain_timeout_s` while requests are queued."""
         deadline, queueing = time.monotonic() + RETIRE_TIMEOUT_S, False
         while engine.running and time.monotonic() < deadline:
             if not queueing and not self._pool.ready:
@@ -301,17 +301,17 @@ class EngineChange:
                 await engine.drained(_DRAIN_POLL_S)
 
     async def _replace_engine(self, change: SwapInProgress, engine: Replica) -> SwapOutcome:
-        """A new engine with the version before for one that is dead or cannot be trusted."""
-        change.report("the engine cannot go on: replacing it")
+        """Replace an engine that is dead or cannot be trusted by a new one with the previous version."""
+        change.report("the engine cannot continue: replacing it")
         self._pool.count_restart()
         await self._start_before(change, engine)
         return SwapOutcome.FAILED
 
     async def _start_before(self, change: SwapInProgress, engine: Replica) -> bool:
-        """Whether it starts; if not, the reconciler goes on trying."""
+        """Start the engine with the previous version; return whether it starts. If not, the reviver tries again."""
         try:
             await engine.start(change.current)
-        except Exception as error:  # whatever it was, it may be gone later
+        except Exception as error:  # any error: it may be temporary
             log.exception("the new engine did not start")
             change.report(f"the new engine did not start: {_line(error)}")
             return False
@@ -320,10 +320,10 @@ class EngineChange:
 
 
 def _resume(engine: Replica) -> None:
-    """Have an engine take requests again, unless the version that it holds is unknown, as of one that is asleep."""
+    """Make an engine accept requests again, unless its version is unknown, as after sleeping."""
     engine.enter(EngineState.READY if engine.target is not None else EngineState.FAILED)
 
 
 def _line(error: Exception) -> str:
-    """An error as a step: what was wrong, without what to do."""
+    """Return an error as a step: what was wrong, without what to do."""
     return error.wrong if isinstance(error, SvcError) else repr(error)

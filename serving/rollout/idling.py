@@ -1,7 +1,7 @@
-"""Ends a model's engines when nobody has asked for a while, and starts one again with the next request.
+"""Stops a model's engines when it has had no requests for a while, and starts one again with the next request.
 
-That request waits, and is not refused. What is saved is memory and, on a GPU, the device; a start takes as long as any.
-An engine that can sleep does that and is not ended: it keeps its process, and its weights in the machine's memory.
+That request waits, and is not rejected. This saves memory and, with a GPU, the device; the start takes as long as any.
+An engine that can sleep does so instead of stopping: it keeps its process, and its weights in the machine's memory.
 """
 
 import asyncio
@@ -21,18 +21,18 @@ from svc.version import Target
 
 log = logging.getLogger(__name__)
 
-_LONGEST_LOOK_S = 1.0
+_MAX_CHECK_INTERVAL_S = 1.0
 
 
 class Idling:
-    """Of one model.
+    """Idling of one model.
 
     Args:
-        target: what an engine is started with.
-        idle_s: how long nobody has asked, seconds; None: its engines are never ended, and never sleep.
-        promoting: whether a swap is planned or under way; the engines do not idle then.
-        make_room: has other idle models give way where this one's would find no memory.
-        on_error: hears why an engine did not come back.
+        target: returns the version that an engine is started with.
+        idle_s: idle time after which engines stop or sleep, seconds; None for never.
+        promoting: returns whether a swap is planned or in progress; the engines do not idle then.
+        make_room: stops engines of other idle models if this one's would not fit into memory.
+        on_error: called with the reason why an engine did not come back.
     """
 
     def __init__(
@@ -58,8 +58,8 @@ class Idling:
         self._asleep = asyncio.Event()
 
     async def run(self) -> None:
-        """Runs until it is cancelled."""
-        tasks = [asyncio.create_task(part) for part in (self._watch(), self._wake_again_and_again())]
+        """Run until cancelled."""
+        tasks = [asyncio.create_task(part) for part in (self._watch(), self._wake_repeatedly())]
         try:
             await asyncio.gather(*tasks)
         finally:
@@ -69,15 +69,15 @@ class Idling:
 
     @property
     def idle_s(self) -> float | None:
-        """How long nobody has asked, seconds; None where its engines may not be ended now."""
+        """Time without requests, seconds; None if the engines must not be stopped now."""
         if self._idle_s is None or self._promoting() or not self._pool.ready or self._pool.has_others:
             return None
         return self._admission.idle_s if self._admission.idle_s > 0 else None
 
     async def sleep(self) -> bool:
-        """Has its engines sleep, or ends them, unless somebody asks or they are being changed; whether it did.
+        """Let the engines sleep, or stop them, unless requests run or they are being changed; return whether it did.
 
-        One that cannot be ended is tried again before it is started again.
+        An engine that cannot be stopped is tried again before its next start.
         """
         members = self._pool.members
         if any(member.lock.locked() for member in members):
@@ -87,17 +87,17 @@ class Idling:
                 await stack.enter_async_context(self._pool.held(member))
             if self.idle_s is None:
                 return False
-            # Between two requests, and before anything is waited for: who comes now is queued, and wakes it.
+            # Without awaiting since the check above: a request that arrives now is queued, and wakes the model.
             self._admission.sleep()
             for member in members:
                 member.enter(EngineState.IDLE)
             self._asleep.set()
-            log.info("%s: nobody asks, its engines sleep or are ended", self._target())
+            log.info("%s: no requests, its engines sleep or are stopped", self._target())
             rests = await asyncio.gather(*(self._rest(member) for member in members))
         return all(rests)
 
     async def end_asleep(self) -> bool:
-        """Ends its engines that sleep, and hold some of the GPU still, unless they are being woken; whether it did."""
+        """Stop sleeping engines, which still hold some GPU memory, unless they are waking; return whether it did."""
         members = [member for member in self._pool.members if member.asleep]
         if not members or self._promoting() or any(member.lock.locked() for member in self._pool.members):
             return False
@@ -111,8 +111,8 @@ class Idling:
         if member.capabilities and member.capabilities.sleeps:
             try:
                 await member.sleep()
-            except Exception:  # whatever it was, it may be half asleep
-                log.warning("replica %d does not sleep, and is ended", member.replica, exc_info=True)
+            except Exception:  # any error: it may be half asleep
+                log.warning("replica %d does not sleep, and is stopped", member.replica, exc_info=True)
             else:
                 return True
         return await self._end(member)
@@ -120,8 +120,8 @@ class Idling:
     async def _end(self, member: Replica) -> bool:
         try:
             await member.stop(EngineState.IDLE)
-        except Exception:  # whatever it was, the model is asked again some day, and others go on
-            log.exception("replica %d cannot be ended", member.replica)
+        except Exception:  # any error: the next request tries again, and other models continue
+            log.exception("replica %d cannot be stopped", member.replica)
             return False
         return True
 
@@ -132,15 +132,15 @@ class Idling:
             idle_s = self.idle_s or 0.0
             if idle_s >= self._idle_s:
                 await self.sleep()
-            await asyncio.sleep(min(_LONGEST_LOOK_S, max(self._idle_s - idle_s, self._idle_s / 10)))
+            await asyncio.sleep(min(_MAX_CHECK_INTERVAL_S, max(self._idle_s - idle_s, self._idle_s / 10)))
 
-    async def _wake_again_and_again(self) -> None:
+    async def _wake_repeatedly(self) -> None:
         while True:
             await self._asleep.wait()
             await self._wake()
 
     async def _wake(self) -> None:
-        """Brings engines back for the first request that waits; or does nothing where a promotion has started one."""
+        """Bring engines back for the first request that waits, unless a promotion has started one."""
         await self._wanted()
         began = time.monotonic()
         try:
@@ -155,10 +155,10 @@ class Idling:
             self._admission.wake()
             for member in self._pool.members:
                 if member.state is EngineState.IDLE:
-                    member.enter(EngineState.STOPPED)  # which the reviver starts
+                    member.enter(EngineState.STOPPED)  # the reviver starts it
 
     async def _bring_back(self, began: float) -> None:
-        """Wakes all that sleep; where none of them takes requests then, starts the first."""
+        """Wake all sleeping engines; if none of them accepts requests then, start the first member."""
         for member in self._pool.members:
             none_ready = not self._pool.ready
             if member.asleep and await self._woke(member) and none_ready:
@@ -173,23 +173,23 @@ class Idling:
     async def _woke(self, member: Replica) -> bool:
         try:
             await member.wake(self._target())
-        except Exception:  # whatever it was, a new engine may do better
-            log.warning("replica %d does not wake, and is started again", member.replica, exc_info=True)
+        except Exception:  # any error: a new engine may work
+            log.warning("replica %d does not wake, and is restarted", member.replica, exc_info=True)
             return False
         return True
 
     async def _try_to_make_room(self) -> None:
         try:
             await self._make_room()
-        except SvcError as error:  # an estimate; the start finds out
-            log.warning("%s starts all the same: %s", self._target(), error.wrong)
+        except SvcError as error:  # only an estimate: the start shows whether memory suffices
+            log.warning("%s is started nevertheless: %s", self._target(), error.wrong)
 
     async def _wanted(self) -> None:
-        """Returns when a request waits, or an engine was started for something else."""
+        """Wait until a request waits, or an engine was started for another reason."""
         while not self._pool.ready:
             wanted = asyncio.create_task(self._admission.queue.wanted())
             try:
-                done, _ = await asyncio.wait({wanted}, timeout=_LONGEST_LOOK_S)
+                done, _ = await asyncio.wait({wanted}, timeout=_MAX_CHECK_INTERVAL_S)
             finally:
                 wanted.cancel()
             if done:

@@ -1,4 +1,4 @@
-"""Which models and versions a server starts with, and which may be served at all."""
+"""Chooses the models and versions that a server starts with, and checks which versions may be served."""
 
 from collections.abc import Sequence
 
@@ -20,61 +20,61 @@ _PREFERRED = (Format.GPTQ, Format.MERGED)
 def choose_deployments(
     registry: Registry, store: Store, models: Sequence[str], format: Format | None, *, every: bool = False
 ) -> list[Desired]:
-    """What a server starts with, one desired state for each model; the store knows the set from then on.
+    """Return one desired state for each model that a server starts with, and store the set of models.
 
     Args:
-        models: see `choose_desired`; none: those that were served last, or the only one that there is.
-        format: of all that are named.
+        models: see `choose_desired`; if empty, the models that were served last, or the only one.
+        format: format of all named models.
         every: every model that was ever served.
 
     Raises:
-        NotFoundError, RefusedError: see `choose_desired`; also for several names and none given, and for one twice.
+        NotFoundError, RefusedError: see `choose_desired`; also if no model is named among several, or one twice.
     """
-    named = list(models) or (desired_names(store) if every else deployed_names(store))
-    found = [choose_desired(registry, store, model, format) for model in named or [_only_name(registry, store)]]
-    names = [desired.name for desired in found]
+    chosen = list(models) or (desired_names(store) if every else deployed_names(store))
+    states = [choose_desired(registry, store, model, format) for model in chosen or [_only_name(registry, store)]]
+    names = [desired.name for desired in states]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise RefusedError(
             f"{', '.join(twice)} is named twice",
             expected="one version of each model",
-            todo="serve one of them; `svc promote` brings another",
+            todo="serve one of them; switch to another with `svc promote`",
         )
     set_deployments(store, names)
-    return found
+    return states
 
 
 def choose_desired(registry: Registry, store: Store, model: str, format: Format | None) -> Desired:
-    """The desired state to start from, written to the store and into the audit log where it is new.
+    """Return the desired state to start from; write it to the store and the audit log if it is new.
 
-    Only a person on this machine chooses it.
+    Only a person on this machine can choose it.
 
     Args:
         model: NAME, NAME@N or NAME@alias.
-        format: None for what served last, else GPTQ where the version has it.
+        format: None for the format that was served last, else GPTQ if the version has it.
 
     Raises:
         NotFoundError: no such model, version or format.
         RefusedError: a version that failed a check when it was registered, or an adapter that vLLM cannot apply.
     """
-    seen = read_desired(store, model.partition("@")[0])
-    version = seen.target.version if seen and "@" not in model else _resolve(registry, model)
-    if format is None and seen and seen.target.version == version:
-        format = seen.target.format
+    stored = read_desired(store, model.partition("@")[0])
+    version = stored.target.version if stored and "@" not in model else _resolve(registry, model)
+    if format is None and stored and stored.target.version == version:
+        format = stored.target.format
     target = Target(version, format or _best_format(registry, version))
     require_servable(registry, target)
-    if seen and seen.target == target:
-        return seen
+    if stored and stored.target == target:
+        return stored
     require_promotable(registry.manifest(version))
     entry = AuditEntry(Action.SERVE, str(version), Actor.local())
-    return change_desired(store, seen, target, previous=seen.target if seen else None, entry=entry)
+    return change_desired(store, stored, target, previous=stored.target if stored else None, entry=entry)
 
 
 def require_servable(registry: Registry, target: Target) -> None:
-    """Raises where a version cannot be served in a format.
+    """Check that a version can be served in a format.
 
     Raises:
-        NotFoundError: no such version or format, or the base of its adapter is gone.
-        RefusedError: vLLM cannot apply its adapter beside its base.
+        NotFoundError: no such version or format, or the base of its adapter is missing.
+        RefusedError: vLLM cannot apply its adapter to its base.
     """
     registry.format(target.version, target.format)
     if target.format is Format.ADAPTER:
@@ -82,21 +82,21 @@ def require_servable(registry: Registry, target: Target) -> None:
 
 
 def require_promotable(manifest: Manifest) -> None:
-    """Raises where a version was registered though it failed a check.
+    """Check that a version did not fail a check at its registration.
 
     Raises:
-        RefusedError: with what it failed.
+        RefusedError: it did; lists the failed checks.
     """
     if manifest.failed:
         raise RefusedError(
             f"{manifest.id} failed a check when it was registered: {'; '.join(manifest.failed)}",
             expected="a version that passed every check",
-            todo=f"mend what the check names and train again, or: svc promote {manifest.id} --force --reason TEXT",
+            todo=f"fix the cause and train again, or force it: svc promote {manifest.id} --force --reason TEXT",
         )
 
 
 def _resolve(registry: Registry, model: str) -> VersionId:
-    """What the registry says, but of a bare name the newest version that passed every check, if any did."""
+    """Resolve a name in the registry; a bare name gives the newest version that passed every check, if any did."""
     version = registry.resolve(model)
     if "@" in model or not registry.manifest(version).failed:
         return version
@@ -107,7 +107,7 @@ def _resolve(registry: Registry, model: str) -> VersionId:
 def _only_name(registry: Registry, store: Store) -> str:
     names = desired_names(store) or registry.names()
     if len(names) != 1:
-        known = ", ".join(names) or "none: `svc train RECIPE` makes one"
+        known = ", ".join(names) or "none yet: create one with `svc train RECIPE`"
         raise NotFoundError("no model was named", expected=f"svc serve NAME..., of: {known}; or --all")
     return names[0]
 
@@ -118,7 +118,7 @@ def _best_format(registry: Registry, version: VersionId) -> Format:
         if format in formats:
             return format
     raise NotFoundError(
-        f"{version} has no format that can be served by itself",
+        f"{version} has no format that can be served on its own",
         expected=f"{' or '.join(_PREFERRED)}, it has {', '.join(formats)}",
-        todo=f"serve it beside its base: --format {Format.ADAPTER}" if Format.ADAPTER in formats else "",
+        todo=f"serve it as an adapter of its base: --format {Format.ADAPTER}" if Format.ADAPTER in formats else "",
     )

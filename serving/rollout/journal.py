@@ -1,5 +1,5 @@
-"""Writes swaps, and what serves, into the store from one thread, in order, so that neither the event loop nor a swap
-waits for a disk.
+"""Writes swaps and served versions to the store from one thread, in order, so that neither the event loop nor a swap
+waits for the disk.
 """
 
 import asyncio
@@ -18,14 +18,14 @@ from svc.store.swaps import SwapResult, add_step, begin_swap, end_swap
 log = logging.getLogger(__name__)
 
 _ATTEMPTS = 5
-"""At a step, which may be lost; all else is tried until it is written."""
+"""For a step, which may be lost; everything else is retried until it is written."""
 _PAUSE_S = 1.0
-_LONGEST_PAUSE_S = 30.0
+_MAX_PAUSE_S = 30.0
 _CLOSE_S = 20.0  # longer than the store waits for another writer
 
 
 class Journal:
-    """The server's pen for the journal of swaps."""
+    """Writes the journal of swaps."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -35,43 +35,43 @@ class Journal:
 
     @property
     def unwritten(self) -> Mapping[int, SwapResult]:
-        """How those swaps ended whose end is not in the store yet, by their ids; a copy."""
+        """Results of swaps that are not in the store yet, by swap id; a copy."""
         return self._unwritten.copy()
 
     async def begin(self, desired: Desired) -> int:
-        """Writes that a swap has begun; returns its id. Waits for no end of another swap that cannot be written.
+        """Record the beginning of a swap; return its id. Does not wait for unwritten results of other swaps.
 
         Raises:
-            SQLAlchemyError: the store does not take it; a swap that nobody can follow is not begun.
+            SQLAlchemyError: the write failed; a swap that cannot be followed is not begun.
         """
         return await asyncio.to_thread(begin_swap, self._store, desired)
 
     def step(self, swap_id: int, text: str) -> None:
-        """Adds a step, soon; it is lost where the store takes it at none of a few attempts."""
+        """Record a step in the background; it is lost if a few attempts fail."""
         log.info("swap %d: %s", swap_id, text)
         self._writer.submit(self._write, lambda: add_step(self._store, swap_id, text), _ATTEMPTS)
 
     def end(self, swap_id: int, result: SwapResult) -> None:
-        """Writes how it ended, soon, and after all its steps; again and again until the store takes it."""
+        """Record a swap's result in the background, after its steps; retried until it is written."""
         log.info("swap %d: %s", swap_id, result.outcome)
         self._unwritten[swap_id] = result
         self._writer.submit(self._write_end, swap_id, result)
 
     def serves(self, desired: Desired, began_by: Began) -> None:
-        """Writes that a version serves from now on, soon; again and again until the store takes it."""
+        """Record in the background that a version serves from now on; retried until it is written."""
         now = datetime.now(UTC)
         self._writer.submit(self._write, lambda: begin_serving(self._store, desired, began_by, now))
 
     def stopped(self, name: str) -> None:
-        """Writes that nothing serves under a name any more, likewise."""
+        """Record that a name is no longer served, likewise."""
         now = datetime.now(UTC)
         self._writer.submit(self._write, lambda: end_serving(self._store, name, now))
 
     def close(self, timeout_s: float | None = None) -> None:
-        """Writes what waits, and ends. What is not written in time is lost: the next start ends such a swap's entry.
+        """Write the pending records and stop. Those not written in time are lost; the next start ends such swaps.
 
         Args:
-            timeout_s: how long that may take, seconds; longer than a store is waited for by default.
+            timeout_s: longest time, seconds; by default longer than the wait for a busy store.
         """
         last = self._writer.submit(lambda: None)
         self._writer.shutdown(wait=False)
@@ -80,24 +80,24 @@ class Journal:
         except TimeoutError:
             self._gave_up.set()
             self._writer.shutdown(wait=False, cancel_futures=True)
-            log.error("the ends of %d swaps were not written in time; the next start does", len(self._unwritten))
+            log.error("the results of %d swaps were not written; the next start ends them", len(self._unwritten))
 
     def _write_end(self, swap_id: int, result: SwapResult) -> None:
         if self._write(lambda: end_swap(self._store, swap_id, result)):
             self._unwritten.pop(swap_id, None)
 
     def _write(self, write: Callable[[], None], attempts: int | None = None) -> bool:
-        """Whether it was written; without a number of attempts it is, unless the journal is closed meanwhile."""
-        made, pause_s = 0, _PAUSE_S
+        """Write and return whether it succeeded; without `attempts`, retry until it does or the journal is closed."""
+        failures, pause_s = 0, _PAUSE_S
         while True:
             try:
                 write()
-            except Exception:  # the boundary of this thread, which must outlive whatever keeps a store from writing
-                log.exception("the journal of swaps cannot be written")
+            except Exception:  # the boundary of this thread, which must survive any error of the store
+                log.exception("cannot write the journal of swaps")
             else:
                 return True
-            made += 1
-            if made == attempts or self._gave_up.wait(pause_s):
+            failures += 1
+            if failures == attempts or self._gave_up.wait(pause_s):
                 return False
             if attempts is None:
-                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+                pause_s = min(2 * pause_s, _MAX_PAUSE_S)

@@ -1,6 +1,6 @@
-"""Keeps MLflow's `production` alias equal to what serves.
+"""Keeps MLflow's `production` alias equal to the served version.
 
-Apart from the engine's loop, because MLflow may be slow or away, and neither may hold up an engine or a swap.
+Runs in its own task, because MLflow may be slow or down, and must delay neither an engine nor a swap.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ _RETRY_S = 5.0
 
 
 class ProductionAlias:
-    """One name's alias."""
+    """The alias of one model name."""
 
     def __init__(self, tracking: Tracking) -> None:
         self._tracking = tracking
@@ -24,21 +24,21 @@ class ProductionAlias:
         self._settled = asyncio.Event()
 
     async def read(self, name: str) -> VersionId | None:
-        """What truly served last, as far as MLflow knows; None also where it does not answer."""
+        """Return the version that served last according to MLflow; None also if MLflow does not answer."""
         try:
             return await asyncio.to_thread(self._tracking.alias, name, Alias.PRODUCTION)
-        except Exception:  # MLflow raises whatever its transport raises
+        except Exception:  # MLflow raises the errors of its transport
             log.warning("MLflow at %s does not answer", self._tracking.uri, exc_info=True)
             return None
 
     def move(self, version: VersionId) -> None:
-        """From now on it shall mean this version."""
+        """Move the alias to a version, in the background."""
         self._wanted = version
         self._settled.clear()
         self._moved.set()
 
     async def settled(self, timeout_s: float) -> bool:
-        """Waits until MLflow has it; False after `timeout_s`."""
+        """Wait until MLflow has the alias; return False after `timeout_s`."""
         try:
             async with asyncio.timeout(timeout_s):
                 await self._settled.wait()
@@ -47,7 +47,7 @@ class ProductionAlias:
         return True
 
     async def run(self) -> None:
-        """Runs until it is cancelled. One write at a time, so that an older one never comes last."""
+        """Run until cancelled. One write at a time, so that an older one never comes last."""
         while True:
             await self._moved.wait()
             self._moved.clear()
@@ -56,7 +56,7 @@ class ProductionAlias:
             try:
                 await asyncio.to_thread(self._tracking.set_alias, version, Alias.PRODUCTION)
             except Exception:  # as above
-                log.warning("MLflow did not take the production alias for %s; trying again", version, exc_info=True)
+                log.warning("MLflow did not set the production alias to %s; trying again", version, exc_info=True)
                 self._moved.set()
                 await asyncio.sleep(_RETRY_S)
             else:

@@ -1,9 +1,9 @@
-"""Makes what serves equal to what is desired, and keeps it so: the only owner of the engines' fate.
+"""Reconciles the served version with the desired one; nothing else starts, changes or stops engines.
 
-Two loops, which never touch one engine at a time: an engine is missing -> start it, slower after each failure; the
-desired version changed -> swap, and where that fails put the desired state back, so that it always names what truly
-serves. A swap hears a newer wish for another version, and ends. A store that does not answer stops neither: what serves
-goes on, and the wish is read later.
+Two loops, which never change the same engine concurrently: if an engine is missing, start it, with longer pauses after
+failures; if the desired version changed, swap, and if that fails restore the desired state, so that it always names the
+served version. A swap stops when another version is desired. If the store does not answer, serving continues, and the
+desired version is read later.
 """
 
 import asyncio
@@ -36,22 +36,22 @@ log = logging.getLogger(__name__)
 _POLL_S = 0.25
 _STORE_PAUSE_S = 2.0
 _ALIAS_WAIT_S = 5.0
-"""A promotion is told done when MLflow says so too, or after this."""
+"""A promotion is reported as done when MLflow has the alias, or after this time."""
 
 
 class Reconciler:
-    """Owns the engines' fate.
+    """Brings a model's engines to the desired version, and keeps them there.
 
     Args:
-        desired: what shall serve when the server starts.
-        slots: knows whether there is memory for an engine more.
+        desired: desired version when the server starts.
+        slots: tells whether there is memory for another engine.
 
     Attributes:
-        swap: brings another version into the engines.
-        journal: what it writes of swaps; closed by who ends the server.
-        reviver: starts engines that are missing.
-        last_error: why a swap or a start failed last.
-        promoting: a swap is planned or under way; the engines must not idle until it has ended.
+        swap: changes the version of the engines.
+        journal: records swaps; closed by the code that stops the server.
+        reviver: starts missing engines.
+        last_error: reason of the last failed swap or start.
+        promoting: a swap is planned or in progress; the engines must not idle until it has ended.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Reconciler:
         self._alias = alias
         self.last_error: str | None = None
         self.promoting = False
-        # Until a swap has ended, what served before it is all that is known to work.
+        # Until a swap has ended, only the previous version is known to work.
         self.reviver = Reviver(
             pool,
             target=lambda: self._actual.target,
@@ -88,21 +88,21 @@ class Reconciler:
 
     @property
     def actual(self) -> Desired:
-        """What serves, or is being started."""
+        """The state that is served, or is being started."""
         return self._actual
 
     async def start(self) -> None:
-        """Starts an engine with the desired version, where none was adopted; others follow.
+        """Start an engine with the desired version if none was adopted; others follow.
 
         Raises:
-            SvcError: it cannot serve; at the first start a person is there to read it. SwapError where another version
-                served before: that one is desired again, and the next start comes up with it.
+            SvcError: the version cannot serve; at the first start a person is there to read the error. SwapError if
+                another version served before: that one is desired again, and the next start uses it.
         """
         adopted = bool(self._pool.members)
         self._pool.fill()
         if adopted:
             return
-        # Beside the start: MLflow takes a second to import, and may be away.
+        # During the start: MLflow takes a second to import, and may be down.
         reading = asyncio.create_task(self._alias.read(self._actual.name))
         try:
             await self._pool.members[0].start(self._actual.target)
@@ -118,7 +118,7 @@ class Reconciler:
             raise SwapError(
                 f"{self._actual.target} cannot be served: {error.wrong}",
                 expected=error.expected,
-                todo=f"start again: {previous}, which served before, is what shall serve",
+                todo=f"start the server again: it will serve {previous}, the previous version",
             ) from error
         finally:
             reading.cancel()
@@ -126,28 +126,28 @@ class Reconciler:
         await self._end_cut_off(SwapResult(SwapOutcome.SUCCEEDED))
 
     async def adopt(self) -> bool:
-        """Adopts the engines that an earlier server left; `start` comes next. Whether there was one.
+        """Adopt the engines that an earlier server left; return whether there was one. Call `start` next.
 
-        Where only engines with the version before were left, as by a server that died during a swap, that version
-        serves at once, and `run` takes the wish up again.
+        If only engines with the previous version were left, as by a server that died during a swap, that version serves
+        immediately, and `follow` carries out the desired version again.
         """
         desired = self._actual
-        if await self._found(desired):
+        if await self._adopt(desired):
             await self._end_cut_off(SwapResult(SwapOutcome.SUCCEEDED))
             return True
         if desired.previous is None:
             return False
-        return await self._found(Desired(desired.previous, None, desired.generation - 1))
+        return await self._adopt(Desired(desired.previous, None, desired.generation - 1))
 
-    async def _found(self, found: Desired) -> bool:
+    async def _adopt(self, desired: Desired) -> bool:
         def serve() -> None:
-            self._actual = found
+            self._actual = desired
             self._serves(Began.ADOPTED)
 
         try:
-            return await self._pool.adopt(found.target, serve)
+            return await self._pool.adopt(desired.target, serve)
         except SvcError:
-            log.warning("no engine with %s can be adopted", found.target, exc_info=True)
+            log.warning("no engine with %s can be adopted", desired.target, exc_info=True)
             return bool(self._pool.members)
 
     async def follow(self) -> None:
@@ -159,36 +159,36 @@ class Reconciler:
                 await self._promote(desired)
             except SQLAlchemyError as error:
                 self.last_error = f"the store does not answer: {error}"
-                log.exception("the store does not answer; what serves goes on")
+                log.exception("the store does not answer; serving continues")
                 await asyncio.sleep(_STORE_PAUSE_S)
             finally:
                 self.promoting = False
 
     async def _changed(self) -> Desired:
-        """Returns a wish that was not taken up yet."""
+        """Wait for a desired state that was not carried out yet, and return it."""
         while True:
             try:
-                found = await asyncio.to_thread(read_desired, self._store, self._actual.name)
-                if found is not None and found == self._failed:
-                    await self._rewrite(found, self._actual.target, self._actual.previous)
-                elif found is not None and found.generation != self._actual.generation:
-                    return found
+                desired = await asyncio.to_thread(read_desired, self._store, self._actual.name)
+                if desired is not None and desired == self._failed:
+                    await self._rewrite(desired, self._actual.target, self._actual.previous)
+                elif desired is not None and desired.generation != self._actual.generation:
+                    return desired
             except SQLAlchemyError:
-                log.exception("the desired state cannot be read; what serves goes on")
+                log.exception("cannot read the desired state; serving continues")
                 await asyncio.sleep(_STORE_PAUSE_S)
             await asyncio.sleep(_POLL_S)
 
     async def _cancel_superseded(self, desired: Desired, cancellation: Cancellation) -> None:
-        """Asks for the cancellation when another version is wanted; the same one, wanted again, is on its way."""
+        """Request the cancellation when another version is desired; promoting the same one again has no effect."""
         while True:
             try:
-                found = await asyncio.to_thread(read_desired, self._store, desired.name)
+                newer = await asyncio.to_thread(read_desired, self._store, desired.name)
             except SQLAlchemyError:
-                log.exception("the desired state cannot be read; the swap goes on")
+                log.exception("cannot read the desired state; the swap continues")
                 await asyncio.sleep(_STORE_PAUSE_S)
             else:
-                if found is not None and found.target != desired.target:
-                    cancellation.ask(f"superseded by {found.target}")
+                if newer is not None and newer.target != desired.target:
+                    cancellation.ask(f"superseded by {newer.target}")
                     return
             await asyncio.sleep(_POLL_S)
 
@@ -196,15 +196,15 @@ class Reconciler:
         before = self._actual
         swap_id = await self.journal.begin(desired)
         report = partial(self.journal.step, swap_id)
-        report(f"{before.target} serves, {desired.target} is wanted")
+        report(f"{before.target} is serving, {desired.target} is desired")
         if desired.forced:
-            report(f"it failed a check, and is wanted all the same: {desired.forced}")
+            report(f"it failed a check, but the promotion is forced: {desired.forced}")
         cancellation = Cancellation()
         listening = asyncio.create_task(self._cancel_superseded(desired, cancellation))
         try:
             try:
                 result = await self._bring(desired, before, report, cancellation)
-            except Exception as error:  # a defect; it must end neither the server nor another model
+            except Exception as error:  # a defect; it must stop neither the server nor another model
                 log.exception("the swap to %s has a defect", desired.target)
                 result = self._give_up(before, error)
             try:
@@ -216,7 +216,7 @@ class Reconciler:
             await asyncio.gather(listening, return_exceptions=True)
 
     def _give_up(self, before: Desired, error: Exception) -> SwapResult:
-        """Return the result of a swap with a defect. Engines with another version than before count as dead."""
+        """Return the result of a swap with a defect. Engines with another than the previous version count as dead."""
         for engine in self._pool.ready:
             if engine.target != before.target:
                 engine.why = f"a swap failed: {error!r}"
@@ -226,7 +226,7 @@ class Reconciler:
         return result
 
     async def _bring(self, desired: Desired, before: Desired, report: Report, cancellation: Cancellation) -> SwapResult:
-        """Has the desired version serve, by an engine that starts with it where none serves."""
+        """Make the desired version serve, by a swap, or by starting an engine if none serves."""
         try:
             if not self._pool.ready:
                 async with cancellation.holding(self._pool, self._pool.members):
@@ -244,7 +244,7 @@ class Reconciler:
     async def _start(self, target: Target) -> str | None:
         """Start the first engine with a version; return why it did not start. The reviver starts the others."""
         for member in self._pool.members:
-            if member.state is EngineState.IDLE:  # asleep, its engine holds the version before
+            if member.state is EngineState.IDLE:  # a sleeping engine holds the previous version
                 await member.stop()
         return await start_engine(self._pool.members[0], target)
 
@@ -259,15 +259,15 @@ class Reconciler:
             return
         self._failed = desired
         self._serves()
-        if result.outcome is not SwapOutcome.CANCELLED:  # then another wish is there already
+        if result.outcome is not SwapOutcome.CANCELLED:  # else another version is desired already
             self.last_error = result.reason
             await self._rewrite(desired, before.target, before.previous)
 
     def _serves(self, began_by: Began | None = None) -> None:
-        """Tells everybody what serves now.
+        """Publish the version that serves now.
 
         Args:
-            began_by: why; None where it is what served before.
+            began_by: reason of the change; None if the same version served before.
         """
         target = self._actual.target
         self._names.serve(target)
@@ -277,33 +277,33 @@ class Reconciler:
             self.journal.serves(self._actual, began_by)
 
     def _revived(self) -> None:
-        """An engine was started beside all swaps: where the first start had failed, a version serves from now on."""
+        """Publish the served version after the reviver started an engine, if the first start had failed."""
         if self._names.served is None:
             self._serves(Began.START)
 
     def note_error(self, error: str) -> None:
-        """Keeps why there is no engine, for the status."""
+        """Set the reason why there is no engine, for the status."""
         self.last_error = error
 
     async def _rewrite(self, seen: Desired, target: Target, previous: Target | None) -> None:
-        """Write another desired state over one that was seen, unless it has changed since."""
+        """Replace a desired state in the store, unless it has changed since it was read."""
         try:
             self._actual = await asyncio.to_thread(change_desired, self._store, seen, target, previous)
         except BusyError:
-            log.info("somebody promoted again meanwhile; the next turn takes it up")
+            log.info("another promotion came meanwhile; it is carried out next")
 
     async def _correct_previous(self, before: Desired) -> None:
-        """Who promotes while another promotion is under way can only guess what will have served before."""
+        """Correct the previous version: a promotion during another one could only guess it."""
         previous = before.previous if self._actual.target == before.target else before.target
         if self._actual.previous != previous:
             await self._rewrite(self._actual, self._actual.target, previous)
 
     async def _end_cut_off(self, result: SwapResult) -> None:
-        """Ends the entry of a swap during which a server ended: this start has decided it."""
+        """Record the result of a swap during which the server stopped: this start has decided it."""
         last = await asyncio.to_thread(find_swap, self._store, self._actual.name)
         if last is None or last.result is not None:
             return
         if last.generation != self._actual.generation:
-            result = SwapResult(SwapOutcome.FAILED, "the server ended during the swap")
+            result = SwapResult(SwapOutcome.FAILED, "the server stopped during the swap")
         self.journal.step(last.id, f"the server started again with {self._actual.target}")
         self.journal.end(last.id, result)

@@ -1,4 +1,4 @@
-"""Gives members an engine that have none: it died, or was never started. Leaves alone what a swap holds."""
+"""Starts engines for members that have none, because it died or was never started. Skips engines held by a swap."""
 
 import asyncio
 import logging
@@ -20,12 +20,12 @@ _BACKOFF_S: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
 
 @dataclass(slots=True)
 class _Turn:
-    """When a member without an engine gets one.
+    """The next start of a member without an engine.
 
     Attributes:
         at: loop time, seconds.
-        attempts: starts that failed.
-        died: it had an engine.
+        attempts: number of failed starts.
+        died: the member had an engine.
     """
 
     at: float
@@ -34,16 +34,16 @@ class _Turn:
 
 
 class Reviver:
-    """One start after the other, each member's later after each failure.
+    """Starts engines one after the other, with a longer pause after each failure of a member.
 
     Args:
-        target: what a member is started with: what served before a swap that is under way, until that has ended.
-        slots: knows whether there is memory for an engine more.
-        on_start: hears that a member has an engine again.
-        on_error: hears why a member has no engine.
+        target: returns the version to start with: during a swap the previous one.
+        slots: tells whether there is memory for another engine.
+        on_start: called when a member has an engine again.
+        on_error: called with the reason why a member has no engine.
 
     Attributes:
-        backoff_s: pauses before the first, second, ... start after a death; the last one goes on.
+        backoff_s: pauses before the first, second, ... start after a death; the last one is repeated.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Reviver:
         self._turns: dict[Replica, _Turn] = {}
 
     async def run(self) -> None:
-        """Runs until it is cancelled."""
+        """Run until cancelled."""
         while True:
             engine = await self._due()
             async with self._pool.held(engine):
@@ -72,7 +72,7 @@ class Reviver:
                     await self._revive(engine)
 
     async def _due(self) -> Replica:
-        """Returns a member without an engine when its turn has come; what is left of the engine was ended."""
+        """Wait for the turn of a member without an engine, stop the rest of its old engine, and return the member."""
         now = asyncio.get_running_loop().time
         while True:
             self._note_deaths(now())
@@ -91,7 +91,7 @@ class Reviver:
         down = self._pool.down
         self._turns = {engine: turn for engine, turn in self._turns.items() if engine in down}
         for engine in down:
-            # One that a swap holds may be dead for a moment, and the swap's to replace.
+            # An engine that a swap holds may be dead for a moment; the swap replaces it.
             if engine not in self._turns and not engine.lock.locked():
                 died = engine.state is EngineState.FAILED
                 if died:
@@ -99,21 +99,21 @@ class Reviver:
                 self._turns[engine] = _Turn(now + self.backoff_s[0], 0, died)
 
     async def _has_room(self, engine: Replica) -> bool:
-        """Beside engines that are no members: a swap's second one was given the room that was free then."""
+        """Return whether memory suffices next to engines that are not members, such as a swap's second one."""
         if not self._pool.has_others:
             return True
         try:
             engines = {self._target(): 1 + self._pool.starting}
             shortage = await asyncio.to_thread(self._slots.shortage, engines)
         except (SvcError, OSError):
-            return True  # the start finds it out too, and says so
+            return True  # the start fails with the same error
         if shortage:
-            log.info("replica %d waits for room: %s", engine.replica, shortage)
+            log.info("replica %d waits for memory: %s", engine.replica, shortage)
             self._turns[engine].at = asyncio.get_running_loop().time() + _ROOM_PAUSE_S
         return not shortage
 
     async def _revive(self, engine: Replica) -> None:
-        """Starts an engine; where it fails, its next turn comes later than this one did."""
+        """Start an engine; if that fails, its next pause is longer."""
         turn = self._turns[engine]
         if turn.died:
             self._pool.count_restart()
@@ -128,10 +128,10 @@ class Reviver:
 
 
 async def start_engine(engine: Replica, target: Target) -> str | None:
-    """Starts an engine where none runs; returns why it could not."""
+    """Start a member's engine; return the reason if it fails."""
     try:
         await engine.start(target)
-    except Exception as error:  # whatever keeps an engine from starting now may be gone later
+    except Exception as error:  # any error: it may be temporary
         log.exception("the engine did not start with %s", target)
         return str(error) if isinstance(error, SvcError) else repr(error)
     return None

@@ -1,9 +1,9 @@
-"""Brings another version into the engines, with no request lost and none answered by two versions.
+"""Changes the version of all engines, with no request lost and none answered by two versions.
 
-One engine after the other, each as `EngineChange` says; the others answer meanwhile. Whatever fails ends with the
-version before on every engine, verified again; where admission opens for any other reason, there is no engine behind
-it. So ends a swap that is superseded. Each engine is held while it is changed: one that dies before its turn, or after
-it, gets a new one beside the swap, with the version before, and is changed then.
+Engines are changed one after the other by `EngineChange`; the others answer meanwhile. After a failure, or when the
+swap is superseded, every engine holds the previous version, verified again; if admission opens for any other reason,
+there is no engine behind it. Each engine is held while it is changed: one that dies before or after its turn is
+restarted with the previous version, independently of the swap, and then changed.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ class Swap:
     """Changes the version in the engines of a pool.
 
     Args:
-        planner: decides which swap it is.
+        planner: chooses the kind of swap.
         engine_change: changes one engine.
     """
 
@@ -57,12 +57,12 @@ class Swap:
     async def run(
         self, current: Target, target: Target, report: Report, cancellation: Cancellation | None = None
     ) -> SwapResult:
-        """Swaps, or leaves `current` serving. Raises for nothing that has to do with the two versions.
+        """Swap to `target`, or leave `current` serving. Problems with the two versions are results, not exceptions.
 
         Args:
-            current: what the engines hold.
-            report: hears each step.
-            cancellation: ends it with `current`.
+            current: version that the engines hold.
+            report: called for each step.
+            cancellation: stops the swap, restoring `current`.
         """
         began, cancellation = time.monotonic(), cancellation or Cancellation()
         try:
@@ -79,11 +79,11 @@ class Swap:
         outcome, reason = await self._change_all_or_none(change)
         took_s = time.monotonic() - began
         if change.queued_s is not None:
-            report(f"queued requests for {change.queued_s:.2f} s, {change.queued} of them")
+            report(f"requests were queued for {change.queued_s:.2f} s, up to {change.queued} of them")
         return SwapResult(outcome, reason, change.queued_s, change.running, change.queued, change.kind, took_s)
 
     async def _change_all_or_none(self, change: SwapInProgress) -> Result:
-        """Change all engines. If one cannot be changed, bring the version before back to all of them."""
+        """Change all engines. If one cannot be changed, restore the previous version on all of them."""
         try:
             outcome, reason = await self._change_all(change)
         except SupersededError as error:
@@ -108,7 +108,7 @@ class Swap:
                 if self._is_changed(change, engine) or (
                     changed and not await change.cancellation.interrupting(_lives(engine))
                 ):
-                    continue  # what died meanwhile comes again, or is started with what serves in the end
+                    continue  # a dead engine is chosen again, or is started with the version that serves in the end
                 outcome, reason = await self._engine_change.run(change, engine)
             if outcome is not SwapOutcome.SUCCEEDED:
                 return outcome, reason
@@ -121,29 +121,29 @@ class Swap:
         return SwapOutcome.SUCCEEDED, None
 
     def _next(self, change: SwapInProgress) -> Replica | None:
-        """The first that is to be changed, also one that is being started with the version before."""
+        """Return the first member to change, including one that is being started with the previous version."""
         return next((member for member in self._pool.members if not self._is_changed(change, member)), None)
 
     def _is_changed(self, change: SwapInProgress, engine: Replica) -> bool:
-        """Whether it needs no change: it holds the version, or is dead."""
+        """Return whether the engine needs no change: it holds the version, or is dead."""
         return engine.target == change.target or engine in self._pool.down
 
     async def _back(self, change: SwapInProgress) -> SwapOutcome:
-        """Brings the version before back to engines that were changed already, in the way in which they were.
+        """Restore the previous version on engines that were changed already, by the same kind of swap.
 
         Returns:
-            The worst of what came of them; where none was changed, that nothing was amiss.
+            The worst outcome; SUCCEEDED if no engine was changed.
         """
         worst = SwapOutcome.SUCCEEDED
-        # Whatever fails, the version before is what comes, and nobody wants it to stop.
+        # The way back cannot be cancelled.
         back = replace(change, target=change.current, restart=not change.reloads, cancellation=Cancellation())
         for engine in [member for member in self._pool.ready if member.target == change.target]:
             if worst is SwapOutcome.SUCCEEDED:
-                change.report(f"back to {change.current} on the engines that were changed")
+                change.report(f"restoring {change.current} on the engines that were changed")
                 worst = SwapOutcome.RESTORED
             async with back.cancellation.holding(self._pool, [engine]):
                 if engine.state is not EngineState.READY or engine.target != change.target:
-                    continue  # it died meanwhile: it is started again with the version before
+                    continue  # it died meanwhile, and is restarted with the previous version
                 outcome, _ = await self._engine_change.run(back, engine)
                 if outcome is SwapOutcome.REFUSED:
                     outcome = await self._engine_change.replace_serving(back, engine)
@@ -153,7 +153,7 @@ class Swap:
 
 
 async def _lives(engine: Replica) -> bool:
-    """Whether it takes requests; one whose death was not noticed yet is reported to its watch, which decides."""
+    """Return whether an engine accepts requests; a suspected death is reported to its watch, which decides."""
     while engine.state is EngineState.READY:
         if await engine.client.health() not in DOWN:
             return True

@@ -1,4 +1,4 @@
-"""What a swap will do, and everything that can be found wrong with it, before an engine is touched."""
+"""Plans a swap, and runs all checks that are possible before an engine is touched."""
 
 import asyncio
 import time
@@ -19,21 +19,23 @@ Report = Callable[[str], None]
 
 _ROOM_POLL_S = 1.0
 _SAME = "same architecture, quantization, tokenizer and template"
-_ONE_AFTER_THE_OTHER = "it fits in place, one engine after the other"
+_ONE_AFTER_THE_OTHER = "the version fits in place, one engine after the other"
 _DIFFERENT = "architecture, shapes, tokenizer, template or format differ"
-_NO_RELOAD = "engines of this kind do not load it rightly in place"
-_UNPROBED = "nothing could tell what it holds after a reload"
-_FIRST_LOAD = "it has no probes of this kind of engine yet, which only an engine that starts with it can give"
+_NO_RELOAD = "engines of this kind do not reload it correctly in place"
+_UNPROBED = "the engine's weights could not be verified after a reload"
+_FIRST_LOAD = (
+    "there are no probes from this kind of engine yet; only an engine that starts with the version can give them"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How a version comes into the engines.
+    """How the engines get a version.
 
     Attributes:
-        why: it is of this kind.
-        restart: in place the first engine is started again with the version, and not reloaded.
-        reloads: the others are reloaded then.
+        why: reason for this kind of swap.
+        restart: in place, the first engine is restarted with the version instead of reloaded.
+        reloads: the other engines are then reloaded.
     """
 
     kind: SwapKind
@@ -43,12 +45,12 @@ class Plan:
 
 
 class SwapPlanner:
-    """Decides which swap it is.
+    """Chooses the kind of swap.
 
     Args:
-        choice: whether a second engine is started where a reload in place would do.
-        slots: knows whether there is memory for an engine more, and what it could do.
-        patience_s: how long engines that end may take to make room, and those that start to take theirs, seconds.
+        choice: whether to start a second engine even if a reload in place is possible.
+        slots: tells whether there is memory for another engine, and its capabilities.
+        patience_s: longest wait for stopping engines to free memory and for starting ones to take theirs, seconds.
     """
 
     def __init__(
@@ -69,15 +71,15 @@ class SwapPlanner:
         self._patience_s = patience_s
 
     async def plan(self, current: Target, target: Target, report: Report) -> Plan:
-        """Compares files and versions. A reload that fails ends the engine, so nothing is left to it.
+        """Compare files and versions, and return the plan. A failed reload kills the engine, so all is checked first.
 
         Args:
-            current: what the engines hold.
-            report: hears each step.
+            current: version that the engines hold.
+            report: called for each step.
 
         Raises:
-            NotFoundError, IntegrityError: the version's files are not there or not right.
-            RefusedError: it cannot be served as an adapter.
+            NotFoundError, IntegrityError: the version's files are missing or damaged.
+            RefusedError: the version cannot be served as an adapter.
             EngineError: the format cannot be served here.
             OSError, SQLAlchemyError: files or store cannot be read.
         """
@@ -95,7 +97,7 @@ class SwapPlanner:
         return plan
 
     async def _with_adapter(self, current: Target, target: Target) -> Plan:
-        """An adapter comes beside the base that the engines hold, where it fits every one of them."""
+        """Plan a swap to or from an adapter, which is loaded in the running engines if it fits all of them."""
         await self._verification.model(target)
         if current.format is not target.format:
             return Plan(SwapKind.BLUEGREEN, _DIFFERENT)
@@ -109,9 +111,10 @@ class SwapPlanner:
         return Plan(SwapKind.ADAPTER, "an adapter of the same base")
 
     async def _in_place(self, target: Target) -> Plan:
-        """Plan a reload where engines of this kind can do it and verify it.
+        """Plan a reload if engines of this kind can do it and verify it.
 
-        Otherwise an engine starts with the version: a second one, or, without memory for it, the same one again.
+        Otherwise an engine starts with the version: a second one, or, without memory for it, the same one after a
+        restart.
         """
         several = len(self._pool.alive) > 1
         kind = SwapKind.ROLLING if several else SwapKind.INPLACE
@@ -127,23 +130,23 @@ class SwapPlanner:
         shortage = await self.shortage(target)
         if not shortage:
             return Plan(SwapKind.BLUEGREEN, why)
-        return Plan(kind, f"{why}; no room for a second engine: {shortage}", restart=True, reloads=reloads)
+        return Plan(kind, f"{why}; no memory for a second engine: {shortage}", restart=True, reloads=reloads)
 
     def _fits(self, current: Target, target: Target) -> bool:
-        """Compares the fingerprints that were taken when the versions were made; their files were compared since.
+        """Compare the fingerprints from the creation of the versions; their files were verified since.
 
-        Taking them again parses both tokenizers, which holds the interpreter, and with it every stream, for 100 ms or
-        more: that is for versions that have none, or one that another release took.
+        Computing them again parses both tokenizers, which blocks the interpreter, and with it every stream, for 100 ms
+        or more: only for versions without a fingerprint, or with one from another release.
         """
-        one, other = (self._registry.format(of.version, of.format).fingerprint for of in (current, target))
-        if one and one == other:
+        stored = [self._registry.format(of.version, of.format).fingerprint for of in (current, target)]
+        if stored[0] and stored[0] == stored[1]:
             return True
         folders = (self._registry.artifact(of.version, of.format) for of in (current, target))
-        one, other = (compatibility_fingerprint(folder) for folder in folders)
-        return one == other
+        computed = [compatibility_fingerprint(folder) for folder in folders]
+        return computed[0] == computed[1]
 
     async def shortage(self, target: Target) -> str | None:
-        """Why there is no room for one more, after engines that end, or that a dead member gets, had some time."""
+        """Return the missing memory for one more engine, after waiting for engines that stop or start; None if none."""
         deadline = time.monotonic() + self._patience_s
         while True:
             starting = self._pool.starting

@@ -1,6 +1,6 @@
-"""Which version a model shall serve from now on: what may be wished for, and how the wish is written.
+"""Changes the desired version of a model: checks which versions are allowed, and writes the change.
 
-Whether it was carried out, the journal of swaps says.
+The journal of swaps shows whether it was carried out.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,12 +19,12 @@ from svc.version import Format, Target, VersionId
 
 @dataclass(frozen=True, slots=True)
 class VersionChange:
-    """What was wished for.
+    """A change of the desired version.
 
     Attributes:
-        before: what was wanted until then.
-        generation: of the desired state that has it; None where the target serves already.
-        undecided: gates of the version for which its examples were too few, each as a sentence.
+        before: the desired version until now.
+        generation: generation of the new desired state; None if the target serves already.
+        undecided: gates of the version for which it had too few examples, each as a sentence.
     """
 
     target: Target
@@ -34,10 +34,10 @@ class VersionChange:
 
 
 class VersionChanges:
-    """Writes what is wished for.
+    """Writes desired versions.
 
     Args:
-        served: what the server serves under each name, until it has come to what is desired.
+        served: returns the version that the server serves under each name, which may not be the desired one yet.
     """
 
     def __init__(self, registry: Registry, store: Store, served: Callable[[], Mapping[str, Target]]) -> None:
@@ -48,16 +48,16 @@ class VersionChanges:
     def promote(
         self, version: VersionId, format: Format | None, *, force: bool, reason: str | None, actor: Actor
     ) -> VersionChange:
-        """Wishes for a version.
+        """Make a version the desired one.
 
         Args:
-            format: None for that of what serves now.
-            force: though it failed a check when it was registered; `reason` says why.
+            format: None for the format that serves now.
+            force: promote it even if it failed a check at its registration; `reason` says why.
 
         Raises:
             NotFoundError: no such version or format, or the name is not served.
-            RefusedError: it cannot be served, or failed a check.
-            BusyError: it is on its way, or somebody else changed what is desired at the same moment.
+            RefusedError: the version cannot be served, or failed a check.
+            BusyError: its promotion is in progress, or the desired version was changed concurrently.
         """
         current, served = self._current(version.name)
         target = Target(version, format or current.target.format)
@@ -70,30 +70,30 @@ class VersionChanges:
         return replace(change, undecided=manifest.undecided)
 
     def rollback(self, name: str, *, reason: str | None, actor: Actor) -> VersionChange:
-        """Wishes for the version of before; while another is on its way, for the one that serves.
+        """Make the previous version the desired one, or during a promotion the one that serves.
 
         Raises:
             NotFoundError: the name is not served, or served no version before.
-            BusyError: somebody else changed what is desired at the same moment.
+            BusyError: the desired version was changed concurrently.
         """
         current, served = self._current(name)
-        # While another version is on its way, the one that serves stays: what was wanted before may never have served.
+        # During a promotion the version that serves stays: the previously desired one may never have served.
         target = served if served != current.target else current.previous
         if target is None:
             raise NotFoundError(
-                f"{name} served no version before {current.target}", todo="promote one: svc promote NAME@N"
+                f"{name} has served no version before {current.target}", todo=f"promote one: svc promote {name}@N"
             )
         entry = AuditEntry(Action.ROLLBACK, str(target.version), actor, reason)
         return self._change(current, served, target, entry)
 
     def _current(self, name: str) -> tuple[Desired, Target]:
-        """What a name shall serve, and what it serves."""
+        """Return the desired state of a name, and the version that it serves."""
         served = self._served()
         desired = read_desired(self._store, name) if name in served else None
         if desired is None:
             raise NotFoundError(
                 f"{name!r} is not served",
-                expected=f"what the server serves: {', '.join(served) or 'nothing'}",
+                expected=f"a served model: {', '.join(served) or 'none'}",
                 todo=f"svc add {name}",
             )
         return desired, served[name]
@@ -103,7 +103,7 @@ class VersionChanges:
     ) -> VersionChange:
         if target == current.target:
             if served != target:
-                raise BusyError(f"{target} is on its way already", todo="see `svc status`")
+                raise BusyError(f"the promotion of {target} is already in progress", todo="see `svc status`")
             return VersionChange(target, current.target, None)
         changed = change_desired(self._store, current, target, previous=current.target, forced=forced, entry=entry)
         return VersionChange(target, current.target, changed.generation)

@@ -1,1 +1,1 @@
-"""What is measured and kept of requests: metrics, quantiles, the request log."""
+"""Metrics, quantiles and traces of requests, and the request log."""

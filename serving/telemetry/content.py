@@ -1,4 +1,4 @@
-"""The prompt and the answer of a request as texts to keep, read from the bytes that passed.
+"""Extracts the prompt and the answer of a request as texts from the forwarded bytes.
 
 Runs in the thread that writes records, long after the client was answered.
 """
@@ -11,19 +11,19 @@ from serving.protocols.wire_formats import wire_format
 from svc.redaction import Redactor
 
 MAX_ANSWER_BYTES = 4 * 2**20
-"""As events, in which a token takes some 200 bytes: 20,000 tokens."""
+"""As events of some 200 bytes per token: 20,000 tokens."""
 
 
 @dataclass(slots=True)
 class Content:
-    """What passed the gateway for one request.
+    """The forwarded bytes of one request.
 
     Attributes:
-        route: says how they are written.
-        payload: the JSON that went to the engine, without its model.
+        route: determines their format.
+        payload: the JSON for the engine, without its model.
         answer: a JSON body, or the events of a stream.
-        size: what it holds in memory, bytes.
-        too_long: the answer went past the limit, and is not kept in memory any more.
+        size: bytes in memory.
+        too_long: the answer exceeded the limit, and is no longer kept in memory.
         stored: prompt and answer are stored with the row.
         features: features of both are stored for drift.
     """
@@ -40,7 +40,7 @@ class Content:
         self.size = len(self.payload)
 
     def add(self, part: bytes) -> None:
-        """Takes a part of the answer."""
+        """Add a part of the answer."""
         self.too_long = self.too_long or self.size + len(part) > len(self.payload) + MAX_ANSWER_BYTES
         if self.too_long:
             self.answer.clear()
@@ -50,10 +50,10 @@ class Content:
 
 
 def prompt_text(content: Content, redactor: Redactor) -> str:
-    """JSON of the messages, or of the prompt of a plain completion.
+    """Return the redacted JSON of the messages, or of the prompt of a plain completion.
 
     Raises:
-        ValueError: a prompt of token ids, which anybody with the tokenizer can read and no pattern matches.
+        ValueError: a prompt of token ids, which anyone with the tokenizer can read but no redaction pattern matches.
     """
     prompt = wire_format(content.route).prompt(json.loads(content.payload))
     texts = prompt if isinstance(prompt, list) else [prompt]
@@ -63,13 +63,13 @@ def prompt_text(content: Content, redactor: Redactor) -> str:
 
 
 def answer_text(content: Content, redactor: Redactor) -> str:
-    """The text of the first choice; empty where there is none, as in an answer of tool calls alone.
+    """Return the redacted text of the first choice; empty if there is none, as in an answer with only tool calls.
 
-    Redacted as a whole: a number may come in many events.
+    Redacted after joining: a number may be spread over many events.
     """
     return _encodable(redactor.text(wire_format(content.route).text(content.answer)))
 
 
 def _encodable(text: str) -> str:
-    """Without lone surrogates, which JSON can hold and UTF-8 cannot."""
+    """Replace lone surrogates, which JSON can hold and UTF-8 cannot."""
     return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,4 +1,4 @@
-"""Prometheus instruments of the models that are served: their engines, their rollouts, and what waits for them."""
+"""Prometheus instruments of the served models: their engines, rollouts and queues."""
 
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
@@ -9,10 +9,10 @@ from svc.engine.state import EngineState
 from svc.store.swaps import SwapOutcome, SwapResult
 from svc.version import Target, VersionId
 
-# A swap in place: one to two seconds for the weights, up to the drain timeout for long answers, and an engine start
-# where one is needed.
+# A swap in place: one to two seconds for the weights, up to the drain timeout for long answers, and an engine start if
+# necessary.
 _SWAP_BUCKETS_S = (0.5, 1, 1.5, 2, 3, 5, 10, 20, 30, 60, 120, 300, 600)
-# An engine's start: 20 s for a small model on a GPU, minutes for a large one.
+# An engine start: 20 s for a small model on a GPU, minutes for a large one.
 _WAKE_BUCKETS_S = (1, 2, 5, 10, 20, 30, 45, 60, 90, 120, 300, 600)
 _ADAPTER_LOAD_BUCKETS_S = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
 _QUEUED_BUCKETS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -22,7 +22,7 @@ class DeploymentInstruments:
     """The instruments, each with the label `model`.
 
     Args:
-        registry: where they are registered; one of these for each registry.
+        registry: registry for the instruments, which has only one DeploymentInstruments.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -49,30 +49,30 @@ class DeploymentInstruments:
         )
         self.version_info = gauge("svc_model_version_info", "1 for the version that is loaded", (*version, "format"))
         self.unverified = gauge(
-            "svc_versions_unverified", "Versions that are served, and that no probe has verified on the engine", model
+            "svc_versions_unverified", "Served versions that no probe has verified on the engine", model
         )
         self.holdout_interval = gauge(
             "svc_holdout_interval_seconds",
-            "From one run of the held-out set to the next, where it is to be asked",
+            "From one run of the held-out set to the next, if runs are scheduled",
             version,
         )
         self.adapters_loaded = gauge("svc_adapters_loaded", "Adapters in the engines' memory", model)
         self.adapter_loads = counter("svc_adapter_loads_total", "Adapters that were loaded and verified", model)
         self.adapter_load = histogram(
             "svc_adapter_load_seconds",
-            "From an adapter's turn to load to its probes' passing",
+            "From the start of an adapter's load until its probes passed",
             model,
             buckets=_ADAPTER_LOAD_BUCKETS_S,
         )
 
 
 class DeploymentMetrics:
-    """What one model shows.
+    """Metrics of one model.
 
     Args:
-        instruments: of all models.
+        instruments: shared by all models.
         model: its name.
-        on_loaded: hears each version that is loaded.
+        on_loaded: called with each version that is loaded.
     """
 
     def __init__(
@@ -85,38 +85,38 @@ class DeploymentMetrics:
         self._on_loaded = on_loaded
         self._model = model
         instruments.restarts.labels(model)
-        for outcome in SwapOutcome:  # from the start, so that the first one is seen as an increase
+        for outcome in SwapOutcome:  # from the start, so that the first one shows as an increase
             instruments.swaps.labels(model, outcome.value)
 
     def watch_admission(self, running: Callable[[], int], queued: Callable[[], int]) -> None:
-        """Reads the two gauges from admission itself whenever they are asked for."""
+        """Read the two gauges from admission at each scrape."""
         self._instruments.running.labels(self._model).set_function(running)
         self._instruments.queued.labels(self._model).set_function(queued)
 
     def engine_states(self, states: Sequence[EngineState]) -> None:
-        """Shows how many engines are in each state."""
+        """Set the number of engines in each state."""
         for state in EngineState:
             self._instruments.engine_state.labels(self._model, state.value).set(states.count(state))
 
     def engine_restarted(self) -> None:
-        """Counts a start after a death."""
+        """Count a start after a death."""
         self._instruments.restarts.labels(self._model).inc()
 
     def adapters_loaded(self, count: int) -> None:
-        """Shows how many adapters the engines have loaded."""
+        """Set the number of adapters that the engines have loaded."""
         self._instruments.adapters_loaded.labels(self._model).set(count)
 
     def adapter_loaded(self, seconds: float) -> None:
-        """Counts and times the load of an adapter."""
+        """Count and time the load of an adapter."""
         self._instruments.adapter_loads.labels(self._model).inc()
         self._instruments.adapter_load.labels(self._model).observe(seconds)
 
     def unverified(self, versions: Collection[VersionId]) -> None:
-        """Shows how many versions are served that nothing has verified."""
+        """Set the number of served versions that were not verified."""
         self._instruments.unverified.labels(self._model).set(len(versions))
 
     def swap_ended(self, result: SwapResult) -> None:
-        """Counts a swap, and times it when admission was closed for it."""
+        """Count a swap, and time it if admission was closed for it."""
         self._instruments.swaps.labels(self._model, result.outcome.value).inc()
         if result.queued_s is not None:
             self._instruments.swap_duration.labels(self._model, result.outcome.value).observe(result.queued_s)
@@ -124,7 +124,7 @@ class DeploymentMetrics:
             self._instruments.swap_queued.labels(self._model).observe(result.queued)
 
     def woke(self, seconds: float) -> None:
-        """Times the start, or the wake, of an engine that was idle."""
+        """Time the start or wake of an engine that was idle."""
         self._instruments.wake_duration.labels(self._model).observe(seconds)
 
     def version_loaded(self, served: Target) -> None:
@@ -134,7 +134,7 @@ class DeploymentMetrics:
         self._on_loaded(served)
 
     def holdout_due(self, served: Target | None, every_s: float) -> None:
-        """Show the version whose held-out set is to be asked, and how often; None where there is none to ask."""
+        """Set the version whose held-out set is asked, and the interval; None if there is no set to ask."""
         self._forget(self._instruments.holdout_interval)
         if served:
             self._instruments.holdout_interval.labels(self._model, str(served.version.number)).set(every_s)

@@ -1,10 +1,10 @@
-"""Features of requests for drift, made in a process of their own and stored without text.
+"""Features of requests for drift, computed in a separate process and stored without text.
 
     request log ──records with texts──▶ queue ──≤ 100 at a time──▶ process: items ──▶ store
 
-To import what makes features takes 2 s and 300 MB, and a prompt takes up to 5 ms of a core. So the process starts with
-the first request of a version that can be compared, stays, runs after everything else (niceness 10), and ends with its
-parent. If it dies, the next batch starts another one. Texts are only in memory, and neither stored nor logged.
+The imports for features take 2 s and 300 MB, and a prompt takes up to 5 ms of a core. So the process starts with the
+first request of a version that can be compared, stays, has a low priority (niceness 10), and exits with its parent. If
+it dies, the next batch starts another one. Texts are only in memory, and neither stored nor logged.
 """
 
 import logging
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 BURST = 2_000
 PER_DAY = 10_000
-"""Requests of a version of which features are kept; monitoring compares no more."""
+"""Requests of a version whose features are stored; monitoring compares no more."""
 MAX_QUEUED = 2_000
 MAX_QUEUED_BYTES = 64 * 2**20
 MAX_STORED = 50_000
@@ -48,20 +48,20 @@ _BATCH = 100
 """A prompt takes 0.9 ms in a batch of 100, and 4.5 ms alone."""
 _GATHER_S = 1.0
 _ANSWER_TIMEOUT_S = 600.0
-"""A process that does not answer for so long hangs. On a busy machine its start takes a minute."""
+"""A process that does not answer within this time hangs. On a busy machine its start takes a minute."""
 _PAUSE_S = 10.0
-"""After a process died at work, before another one starts."""
+"""After the process died during a batch, before another one starts."""
 _CLOSE_S = 2.0
 """For a full queue; no server waits for a process that has just started."""
 _STOP_S = 0.1
 _PRUNED_AFTER = 1_000
-"""Stored items of a version."""
+"""Number of newly stored items of a version after which old ones are pruned."""
 _REFERENCES = 8
 """In memory, 20 MB each."""
 
 
 class FeatureProcess:
-    """Keeps features of a bounded sample of requests.
+    """Stores features of a bounded sample of requests.
 
     Args:
         on_dropped: called with the number of requests whose features are lost.
@@ -79,19 +79,19 @@ class FeatureProcess:
         self._on_dropped = on_dropped
         self._clock = clock
         self._buckets: dict[Target, tuple[float, float]] = {}  # tokens, and when they were counted
-        self._compared: dict[Target, bool] = {}  # whether the version has what its requests are compared with
+        self._compared: dict[Target, bool] = {}  # whether the version has a reference to compare requests with
         self._queue = deque[RequestRecord]()
         self._queued_bytes = 0
-        self._lock = threading.Lock()  # of these two
+        self._lock = threading.Lock()  # for the two attributes above
         self._arrived = threading.Event()
         self._closing = threading.Event()
-        self._abandoned = threading.Event()  # what is queued is not stored any more
+        self._abandoned = threading.Event()  # queued records are no longer stored
         self._thread: threading.Thread | None = None
         self._process: SpawnProcess | None = None
         self._connection: Connection | None = None
 
     def wants(self, target: Target) -> bool:
-        """Decide whether features of a request are kept, and count it. Called by the event loop alone."""
+        """Decide whether features of a request are stored, and count it. Called only by the event loop."""
         if not self._compared.get(target, True):
             return False
         now = self._clock()
@@ -102,7 +102,7 @@ class FeatureProcess:
         return wanted
 
     def add(self, records: Sequence[RequestRecord]) -> None:
-        """Take records that are in the store, with their redacted texts; return immediately."""
+        """Queue records that are in the store, with their redacted texts; return immediately."""
         with self._lock:
             taken = 0
             for record in records:
@@ -119,11 +119,7 @@ class FeatureProcess:
         self._arrived.set()
 
     def close(self, timeout_s: float | None = None) -> None:
-        """Store what is queued, as far as there is time, and stop the process.
-
-        Args:
-            timeout_s: default: `_CLOSE_S`.
-        """
+        """Store queued records until `timeout_s` (default: `_CLOSE_S`) is over, and stop the process."""
         self._closing.set()
         self._arrived.set()
         if self._thread:
@@ -131,7 +127,7 @@ class FeatureProcess:
             self._abandoned.set()
             while self._thread.is_alive():
                 if self._process:
-                    self._process.kill()  # the thread, if it waits for the process, sees its end
+                    self._process.kill()  # wakes the thread if it waits for the process
                 self._thread.join(_STOP_S)
         if self._queue:
             self._on_dropped(len(self._queue))
@@ -146,7 +142,7 @@ class FeatureProcess:
             while not self._abandoned.is_set() and (batch := self._take()):
                 try:
                     self._store(batch)
-                except Exception:  # the boundary of this thread; no message of it has a text
+                except Exception:  # the boundary of this thread; no message here contains texts
                     log.exception("features of %d requests are lost", len(batch))
                     self._on_dropped(len(batch))
         self._stop_process()
@@ -158,18 +154,18 @@ class FeatureProcess:
         return batch
 
     def _store(self, batch: Sequence[RequestRecord]) -> None:
-        """Have the process store the features of a batch."""
+        """Let the process store the features of a batch."""
         batch = [record for record in batch if self._can_compare(target_of(record))]
         if not batch:
             return
-        # A batch is tried twice: the process may have died of something else. What was stored is not stored again.
+        # A batch is tried twice: the process may have died of another cause. Stored features are not stored again.
         lost, off = self._ask(batch) or self._ask(batch) or (len(batch), set[Target]())
         self._compared.update(dict.fromkeys(off, False))
         if lost:
             self._on_dropped(lost)
 
     def _ask(self, batch: Sequence[RequestRecord]) -> tuple[int, set[Target]] | None:
-        """Return what the process says of a batch, see `_FeatureMaker.store`; None where it dies or hangs."""
+        """Return the process's answer to a batch, see `_FeatureMaker.store`; None if it dies or hangs."""
         if self._abandoned.is_set():
             return None
         connection = self._running()
@@ -178,10 +174,10 @@ class FeatureProcess:
             if not connection.poll(_ANSWER_TIMEOUT_S):
                 raise TimeoutError
             answer: tuple[int, set[Target]] = connection.recv()
-        except (OSError, EOFError) as error:  # a timeout is one of the first
+        except (OSError, EOFError) as error:  # TimeoutError is an OSError
             self._stop_process()
             if not self._closing.is_set():
-                log.error("the process that makes features for drift died or hung: %s", type(error).__name__)
+                log.error("the process for drift features died or hung: %s", type(error).__name__)
                 self._closing.wait(_PAUSE_S)
             return None
         return answer
@@ -197,16 +193,16 @@ class FeatureProcess:
         return self._compared[target]
 
     def _running(self) -> Connection:
-        """Return the connection to a process that is alive."""
+        """Return the connection to a running process; start it if necessary."""
         if self._process and not self._process.is_alive():
-            log.error("the process that makes features for drift ended with %s", self._process.exitcode)
+            log.error("the process for drift features exited with code %s", self._process.exitcode)
             self._stop_process()
         if self._connection is None:
             context = get_context("spawn")  # not forked: the server has threads
             self._connection, other_end = context.Pipe()
             self._process = context.Process(target=_work, args=(other_end, self._settings), daemon=True)
             self._process.start()
-            other_end.close()  # or its end would not be seen here
+            other_end.close()  # otherwise the process's exit would not close the connection
         return self._connection
 
     def _stop_process(self) -> None:
@@ -221,7 +217,7 @@ def target_of(record: RequestRecord) -> Target:
     """Return the version and the format that answered.
 
     Raises:
-        ValueError: none did.
+        ValueError: no version answered.
     """
     if record.version is None or record.format is None:
         raise ValueError(f"no version answered {record.request_id}")
@@ -229,7 +225,7 @@ def target_of(record: RequestRecord) -> Target:
 
 
 def _work(connection: Connection, settings: Settings) -> None:
-    """Make and store features until the parent is gone."""
+    """Compute and store features until the parent is gone."""
     end_with_parent()
     os.nice(_NICENESS)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -240,7 +236,7 @@ def _work(connection: Connection, settings: Settings) -> None:
 
 
 class _FeatureMaker:
-    """What the process does with a batch."""
+    """Computes and stores features in the process."""
 
     def __init__(self, settings: Settings) -> None:
         from svc.store.database import open_database
@@ -255,7 +251,7 @@ class _FeatureMaker:
         """Store the features of a batch.
 
         Returns:
-            How many requests lost their features to a defect, and the targets that have nothing to compare with.
+            Number of requests whose features were lost to a defect, and the targets without a reference.
         """
         lost, off = 0, set[Target]()
         records: dict[Target, list[RequestRecord]] = {}
@@ -267,9 +263,9 @@ class _FeatureMaker:
             except NotFoundError:
                 off.add(target)
             except IntegrityError as error:
-                log.error("no features of requests of %s are kept: %s", target, error)
+                log.error("no features of requests of %s are stored: %s", target, error)
                 off.add(target)
-            except Exception as error:  # noqa: BLE001 - the boundary of this process; its message may have a text
+            except Exception as error:  # noqa: BLE001 - the boundary of this process; the error's message may contain a text
                 lost += len(group)
                 where = "".join(traceback.format_tb(error.__traceback__))
                 log.error("features of %d requests are lost: %s\n%s", len(group), type(error).__name__, where)
@@ -281,7 +277,7 @@ class _FeatureMaker:
         from svc.store.drift_items import add_items, prune_items
 
         maker = self._maker(target)
-        with threadpool_limits(1):  # after what has threads was loaded, with the reference
+        with threadpool_limits(1):  # after the libraries with threads were loaded, with the reference
             items = maker.make(records)
         added = self._added.get(target, _PRUNED_AFTER) + add_items(self._store, target, items)
         if added >= _PRUNED_AFTER:

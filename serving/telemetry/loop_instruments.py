@@ -1,8 +1,8 @@
-"""A counter and a histogram for what comes with every request and every token, of which there are thousands a second.
+"""A counter and a histogram for events of every request and every token, of which there are thousands per second.
 
-prometheus_client's take a lock for each sample, look at its labels and walk through the buckets. Samples of these come
-from one thread alone, the event loop's, so they need no lock; a page that is written meanwhile in another thread may
-miss the newest.
+prometheus_client's instruments take a lock for each sample, check its labels and walk through the buckets. Samples of
+these come only from the event loop's thread, so they need no lock; a page that another thread writes meanwhile may miss
+the newest ones.
 """
 
 import time
@@ -19,12 +19,12 @@ from prometheus_client.utils import floatToGoString
 
 
 class LoopCounter(Collector):
-    """Counts by the values of their labels: `counter.counts["tuned", "1"] += 1`.
+    """Counts by label values: `counter.counts["tuned", "1"] += 1`.
 
     Args:
         name: of the metric.
         documentation: its help text.
-        labels: their names, in the order of the values.
+        labels: names, in the order of the values.
         registry: where it registers itself.
     """
 
@@ -47,7 +47,7 @@ class LoopCounter(Collector):
 
 
 class LoopSeries:
-    """The samples of one set of labels.
+    """The samples of one set of label values.
 
     Args:
         bounds: upper bounds of the buckets, in ascending order, without infinity.
@@ -65,7 +65,7 @@ class LoopSeries:
         """Add a sample.
 
         Args:
-            exemplar: labels that lead to it; the newest of a bucket is shown.
+            exemplar: labels that identify its source; the newest of a bucket is shown.
         """
         bucket = bisect_left(self._bounds, value)
         self.counts[bucket] += 1
@@ -75,13 +75,13 @@ class LoopSeries:
 
 
 class LoopHistogram(Collector):
-    """Series by the values of their labels.
+    """Series by label values.
 
     Args:
         name: of the metric.
         documentation: its help text.
-        labels: their names, in the order of the values.
-        buckets: their upper bounds, in ascending order, without infinity.
+        labels: names, in the order of the values.
+        buckets: upper bounds, in ascending order, without infinity.
         registry: where it registers itself.
     """
 
@@ -100,11 +100,11 @@ class LoopHistogram(Collector):
         registry.register(self)
 
     def series(self, *labels: str) -> LoopSeries:
-        """Return the series of these values."""
-        found = self._series.get(labels)
-        if found is None:
-            found = self._series[labels] = LoopSeries(self._bounds)
-        return found
+        """Return the series of these label values."""
+        series = self._series.get(labels)
+        if series is None:
+            series = self._series[labels] = LoopSeries(self._bounds)
+        return series
 
     def remove(self, firsts: Container[tuple[str, ...]]) -> None:
         """Remove the series whose first two labels have one of these pairs of values."""

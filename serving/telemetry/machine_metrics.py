@@ -1,4 +1,4 @@
-"""What the server runs on, as metrics: its release and engine, its own process, the disk of its home."""
+"""Metrics of the server's environment: its release and engine, its own process, the disk of its home."""
 
 import shutil
 from importlib.metadata import version
@@ -13,15 +13,15 @@ from svc.settings import EngineSettings
 def add_machine_metrics(
     registry: CollectorRegistry, home: Path, capabilities: DeviceCapabilities, settings: EngineSettings
 ) -> None:
-    """Register them; the disk is asked at each scrape.
+    """Register the metrics; the disk is measured at each scrape.
 
     Args:
         home: the folder of all state; it exists.
-        capabilities: of this device and the vLLM on it.
-        settings: of the engine.
+        capabilities: capabilities of this device and its vLLM.
+        settings: settings of the engine.
     """
     ProcessCollector(registry=registry)
-    build = Gauge("svc_build_info", "1 for what is installed", ("release", "engine", "device"), registry=registry)
+    build = Gauge("svc_build_info", "1 for the installed release", ("release", "engine", "device"), registry=registry)
     build.labels(version("tuneserve"), f"vllm {capabilities.vllm}", capabilities.device(settings).value).set(1)
     size = Gauge("svc_home_size_bytes", "Size of the disk that holds the home", registry=registry)
     size.set_function(lambda: shutil.disk_usage(home).total)

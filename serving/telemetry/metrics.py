@@ -1,9 +1,9 @@
 """The gateway's own Prometheus instruments, on a registry that is passed in.
 
-A client can create no series: models that are not served are counted under `unknown`, routes and reasons are enums,
-and a status is one that the gateway sends. Versions are a label that grows: those without requests for a day leave
-(`remove_idle`). Ids of keys grow too, and only the operator creates keys.
-Knows nothing of the engine's own metrics, and of engines and rollouts nothing (deployment_metrics).
+Clients cannot create series: models that are not served are counted under `unknown`, routes and reasons are enums, and
+a status is one that the gateway sends. The number of versions grows, so those without requests for a day are removed
+(`remove_idle`). The number of key ids grows too, but only the operator creates keys.
+Knows nothing of the engine's own metrics, nor of engines and rollouts (deployment_metrics).
 """
 
 import time
@@ -25,7 +25,7 @@ from svc.store.requests import Dropped
 from svc.version import Target, VersionId
 
 CLIENT_GONE_STATUS = 499
-"""nginx's code for a client that left before its answer began; it is counted and never sent."""
+"""nginx's status for a client that left before its answer began; counted, but never sent."""
 UNKNOWN_MODEL = "unknown"
 IDLE_VERSION_TIMEOUT_S = 24 * 3600.0
 """Time without requests after which the series of a version that is not served are removed. With 300 versions the page
@@ -45,20 +45,20 @@ _NOT_COMPLETIONS = {
 }
 
 # An answer takes from 50 ms (a few tokens on a GPU) to minutes (2,000 tokens on a CPU): each bucket is at most 2.5
-# times the one before. The last is the default limit on the engine's silence.
+# times the previous one. The last is the default limit on the engine's silence.
 _DURATION_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300, 600)
 # The first token waits for the prompt: 10 ms for a short one on a GPU, many seconds for a long one on a CPU or in a
 # queue. Finer below 1 s, where people begin to notice.
 _FIRST_TOKEN_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 2, 4, 8, 15, 30, 60)
-# 5 ms is a small model on a GPU, 250 ms is as slow as people read; beyond lie stalls: a long prompt of another
-# request, a preemption.
+# 5 ms is a small model on a GPU, 250 ms is as slow as people read; more is a stall: a long prompt of another request, a
+# preemption.
 _BETWEEN_TOKENS_BUCKETS_S = (0.0025, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 10)
-# Below 1 ms is the clock's own; 20 ms is as long as a callback may compute; from 100 ms on people notice.
+# Below 1 ms is the clock's resolution; 20 ms is as long as a callback may compute; from 100 ms on people notice.
 _LAG_BUCKETS_S = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1, 2, 5)
 
 
 class GatewayMetrics:
-    """Counts and times what passes through the gateway.
+    """Counts and times the requests of the gateway.
 
     Args:
         registry: where the instruments are registered; one GatewayMetrics for each registry.
@@ -66,8 +66,8 @@ class GatewayMetrics:
 
     Attributes:
         rows_stored: counts rows written to the store.
-        spans_sent: counts spans that the receiver took.
-        loop_lagged: takes how much later than asked the event loop woke up a task, seconds.
+        spans_sent: counts spans that the receiver accepted.
+        loop_lagged: observes the delay with which the event loop woke up a task, seconds.
     """
 
     def __init__(self, registry: CollectorRegistry, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -82,18 +82,18 @@ class GatewayMetrics:
         )
         self._errors = loop_counter("svc_request_errors_total", "Requests that failed, by reason", (*version, "reason"))
         self._tokens = loop_counter("svc_tokens_total", "Tokens", (*version, "direction"))
-        self._key_requests = loop_counter("svc_key_requests_total", "Requests that an engine took, by key", key)
+        self._key_requests = loop_counter("svc_key_requests_total", "Requests that an engine accepted, by key", key)
         self._key_tokens = loop_counter("svc_key_tokens_total", "Tokens used, by key", (*key, "direction"))
-        self._key_refused = counter("svc_key_refused_total", "Requests beyond a limit of their key", (*key, "limit"))
+        self._key_refused = counter("svc_key_refused_total", "Requests over a limit of their key", (*key, "limit"))
         self._wrong_keys = counter(
-            "svc_authentication_failures_total", "Requests without a right key, by what was wrong with it", ("fault",)
+            "svc_authentication_failures_total", "Requests without a valid key, by fault", ("fault",)
         )
         self._feedback = loop_counter("svc_feedback_total", "Answers that were rated", (*version, "rating"))
         self.rows_stored = counter("svc_request_log_rows_total", "Rows stored, one for each request").inc
         self._rows_dropped = counter(
-            "svc_request_log_dropped_total", "Rows or contents not kept, by reason", ("reason",)
+            "svc_request_log_dropped_total", "Rows or contents not stored, by reason", ("reason",)
         )
-        self.spans_sent = counter("svc_spans_total", "Spans that the receiver of traces took").inc
+        self.spans_sent = counter("svc_spans_total", "Spans that the receiver of traces accepted").inc
         self._spans_dropped = counter(
             "svc_spans_dropped_total", "Spans, or their content, not sent, by reason", ("reason",)
         )
@@ -136,17 +136,17 @@ class GatewayMetrics:
         )
         self.loop_lagged = Histogram(
             "svc_event_loop_lag_seconds",
-            "How much later than asked the event loop wakes up a task, ten times a second",
+            "Delay with which the event loop wakes up a task, measured ten times per second",
             buckets=_LAG_BUCKETS_S,
             registry=self.registry,
         ).observe
 
     def show_errors(self, served: Target | None, model: str = UNKNOWN_MODEL) -> None:
-        """Show a version's errors before there is one, so that the first is seen as an increase.
+        """Create a version's error series before the first error, so that it shows as an increase.
 
         Args:
             served: None for requests that no version answers.
-            model: whose requests those are.
+            model: model of those requests.
         """
         for code in set(ErrorCode) - _NOT_COMPLETIONS:
             self._errors.counts[*self._labels(served, model), code.value] += 0
@@ -154,8 +154,8 @@ class GatewayMetrics:
     def remove_idle(self, served: Iterable[VersionId]) -> None:
         """Remove all series of versions that had no request for IDLE_VERSION_TIMEOUT_S and are not served.
 
-        Runs in the event loop, before a page is written. A request counts from the call of `between_tokens` or of any
-        method that counts, so that what it holds stays on the page.
+        Runs in the event loop, before a page is written. A call of `between_tokens` or of any counting method counts as
+        a request, so that a running request's series stay on the page.
 
         Args:
             served: the versions that are served now; they stay.
@@ -181,10 +181,10 @@ class GatewayMetrics:
             del self._last_used[version]
 
     def key_used(self, key_id: str, model: str, usage: Usage) -> None:
-        """Count what a request used.
+        """Count the usage of a request.
 
         Args:
-            key_id: empty where there was no key.
+            key_id: empty without a key.
             model: one of a bounded set.
         """
         self._key_requests.counts[model, key_id] += 1
@@ -192,7 +192,7 @@ class GatewayMetrics:
         self._key_tokens.counts[model, key_id, "out"] += usage.completion
 
     def key_refused(self, key_id: str, model: str, limit: str) -> None:
-        """Count a request that a limit of its key refused."""
+        """Count a request that was over a limit of its key."""
         self._key_refused.labels(model, key_id, limit).inc()
 
     def request_ended(
@@ -209,12 +209,12 @@ class GatewayMetrics:
         """Count an answer, and time it when it is complete.
 
         Args:
-            served: the version that took the request; None where none did.
+            served: the version that answered; None if no version did.
             status: as sent, or `CLIENT_GONE_STATUS`.
             seconds: from the request's last byte to the answer's last.
             request_id: for the exemplar.
-            reason: why it failed, also in the middle of a stream; None where it did not.
-            model: where no version took it: the served model that it was for, one of a bounded set.
+            reason: why it failed, also within a stream; None if it did not.
+            model: if no version answered: the served model that it was for, one of a bounded set.
         """
         model, version = labels = self._version_labels(served.version) if served else (model, "")
         self._requests.counts[model, version, route, str(status), outcome_of(reason)] += 1
@@ -229,7 +229,7 @@ class GatewayMetrics:
         self._first_token_quantiles.observe(version, seconds)
 
     def between_tokens(self, served: Target) -> Callable[[float], None]:
-        """Return what observes the seconds between two tokens; one look-up for an answer, since tokens are many."""
+        """Return the observer of the seconds between two tokens; one look-up per answer, since tokens are many."""
         return self._between_tokens.series(*self._version_labels(served.version)).observe
 
     def tokens(self, served: Target, usage: Usage) -> None:
@@ -239,7 +239,7 @@ class GatewayMetrics:
         self._tokens.counts[model, version, "out"] += usage.completion
 
     def request_failed(self, served: Target | None, code: ErrorCode, model: str = UNKNOWN_MODEL) -> None:
-        """Count an error under its reason; also one that ends a stream whose status was 200.
+        """Count an error under its reason, including errors in a stream with status 200.
 
         Args:
             served, model: as for `request_ended`.
@@ -260,7 +260,7 @@ class GatewayMetrics:
         self._feedback.counts[*labels, rating.value] += 1
 
     def authentication_failed(self, fault: KeyFault) -> None:
-        """Count a request without a right key."""
+        """Count a request without a valid key."""
         self._wrong_keys.labels(fault.value).inc()
 
     def _labels(self, served: Target | None, model: str = UNKNOWN_MODEL) -> tuple[str, str]:

@@ -1,9 +1,9 @@
 """Quantiles of the last five minutes, within one per cent, in little and bounded memory.
 
 Samples are counted in buckets whose upper bounds grow by 2 %, as in a DDSketch (Masson, Rim and Lee 2019): the middle
-of a bucket is within 1 % of all its samples, and counts of several half minutes are merged exactly. Samples leave with
+of a bucket is within 1 % of all its samples, and counts of several half minutes are merged exactly. Samples expire with
 their half minute. Histograms in Prometheus answer the same question over any time and many servers, at the resolution
-of their buckets; these are for the eyes of one operator.
+of their buckets; these are for an operator's quick look.
 """
 
 import math
@@ -46,7 +46,7 @@ class VersionQuantiles(Collector):
         self._family = partial(GaugeMetricFamily, name, documentation, labels=["model", "version", "quantile"])
         self._clock = clock
         self._lock = threading.Lock()  # requests end in one thread, pages are written in others
-        # The number of each slot, and how many samples each bucket of a version has.
+        # The number of each slot, and the number of samples in each bucket of a version.
         self._slots = deque[tuple[int, dict[_Version, Counter[int]]]](maxlen=SLOTS)
         registry.register(self)
 

@@ -1,7 +1,7 @@
-"""Writes a row for each request that ended, from one thread, in batches, and forgets the old ones.
+"""Writes a row for each request that ended, from one thread, in batches, and deletes old rows.
 
-A request never waits for it: what the queue has no room for is dropped and counted, and so is what the store does not
-take. Content is read, redacted and cut here, not while the request runs.
+A request never waits for it: rows that do not fit into the queue, or that the store rejects, are dropped and counted.
+Content is extracted, redacted and checked against its limit here, not while the request runs.
 """
 
 import logging
@@ -37,16 +37,16 @@ log = logging.getLogger(__name__)
 MAX_QUEUED = 10_000
 MAX_QUEUED_CONTENT_BYTES = 64 * 2**20
 _BATCH = 1000
-"""Rows of one transaction: to sync its disk takes longer than to write them."""
-_BREATH_S = 0.0005
-"""After each content. Without it the event loop has to wait for Python's switch interval, 5 ms, at each of its turns:
-with 8 streams at full load the 99th percentile was 113 ms, and 41 with it."""
-_SPANS_AT_ONCE = 50
-"""To make so many takes a millisecond or two."""
+"""Rows of one transaction: syncing the disk takes longer than writing them."""
+_YIELD_S = 0.0005
+"""Pause after each content. Without it the event loop has to wait for Python's switch interval, 5 ms, at each of its
+turns: with 8 streams at full load the 99th percentile was 113 ms, and 41 with it."""
+_SPANS_PER_PAUSE = 50
+"""Creating this many takes a millisecond or two."""
 _GATHER_S = 0.2
-"""Rows of so long go into one transaction, so that a busy server syncs its disk a few times a second."""
+"""The rows of this time go into one transaction, so that a busy server syncs its disk a few times per second."""
 _PRUNE_EVERY_S = 60.0
-_ESCAPED = 6  # a character takes at most so many times its bytes in JSON that is all ASCII: \u00e9
+_ESCAPED = 6  # growth of a character, at most, in ASCII-only JSON: \u00e9
 _GOOD_STATUS = 200
 _CLOSE_S = 20.0  # longer than the store waits for another writer
 
@@ -68,10 +68,10 @@ class RequestLog:
     """Writes the rows.
 
     Args:
-        on_stored: hears how many rows were written.
-        on_dropped: hears why, and how many were lost.
-        spans: gets the rows of requests that are traced, also those that the store does not take.
-        features: keeps features of some requests; closed with the log.
+        on_stored: called with the number of rows written.
+        on_dropped: called with the reason and the number of rows or contents lost.
+        spans: gets the rows of traced requests, including those that the store rejects.
+        features: stores features of some requests; closed with the log.
         now: the wall clock.
     """
 
@@ -97,24 +97,24 @@ class RequestLog:
         self._spans = spans
         self._features = features
         self._max_queued = max_queued
-        # What waits stays here until it is written; an event is set when all before it is.
+        # Entries stay in the queue until they are written; an event is set when all entries before it are.
         self._queue = deque[_Entry | threading.Event]()
         self._queued_ids = set[str]()
-        self._arrived = threading.Event()  # the first row since the writer looked: not each one wakes it
-        self._hurry = threading.Event()  # what has arrived is not held back
+        self._arrived = threading.Event()  # set by the first row since the last batch: not every row wakes the writer
+        self._hurry = threading.Event()  # write without gathering more rows
         self._closing = False
-        self._lock = threading.Lock()  # of these two
+        self._lock = threading.Lock()  # for the two attributes below
         self._content_bytes = 0
-        self._grown_bytes = 0  # what was written since the last pruning
-        self._stored_bytes: int | None = None  # by all rows at the last pruning; None: to be summed up
+        self._grown_bytes = 0  # written since the last pruning
+        self._stored_bytes: int | None = None  # of all rows at the last pruning; None: to be summed up
         self._thread = threading.Thread(target=self._run, name="request-log", daemon=True)
 
     def start(self) -> None:
-        """Begins to write."""
+        """Start the writer."""
         self._thread.start()
 
     def wants_content(self) -> bool:
-        """Decides for one request whether its prompt and answer are kept."""
+        """Decide for one request whether its prompt and answer are stored."""
         share = self._settings.content_share
         return share > 0 and random.random() < share  # noqa: S311 - a sample, no secret
 
@@ -123,11 +123,11 @@ class RequestLog:
         return self._features is not None and self._features.wants(target)
 
     def add(self, record: RequestRecord, content: Content | None = None, trace: RequestTrace | None = None) -> None:
-        """Takes a record, or drops it; returns at once.
+        """Queue a record, or drop it; return immediately.
 
         Args:
-            content: where it is stored, or features of it are.
-            trace: where the request gets a span.
+            content: prompt and answer, if they or their features are stored.
+            trace: the request's trace, if it gets a span.
         """
         if len(self._queue) >= self._max_queued:
             self._on_dropped(Dropped.QUEUE_FULL, 1)
@@ -151,14 +151,14 @@ class RequestLog:
         return request_id in self._queued_ids
 
     def flush(self, timeout_s: float) -> bool:
-        """Waits until all that was added before is in the store; False after `timeout_s`."""
+        """Wait until all records added before are in the store; return False after `timeout_s`."""
         done = threading.Event()
         self._queue.append(done)
         self._wake()
         return done.wait(timeout_s)
 
     def close(self, timeout_s: float = _CLOSE_S) -> None:
-        """Writes what is queued, and ends; what is not written after `timeout_s` is lost and counted."""
+        """Write the queue and stop; rows that are not written after `timeout_s` are lost and counted."""
         self._closing = True
         self._wake()
         self._thread.join(timeout_s)
@@ -173,7 +173,7 @@ class RequestLog:
         self._arrived.set()
 
     def redacted(self, text: str | None) -> str | None:
-        """A text that comes on another way, as it may be kept; None where it may not."""
+        """Return a text from another source, such as feedback, redacted; None if it must not be stored."""
         try:
             return self._redactor.text(text) if text else None
         except RedactionTimeoutError as error:
@@ -184,7 +184,7 @@ class RequestLog:
     def _log_slow_pattern(self, error: RedactionTimeoutError) -> None:
         if error.pattern not in self._slow_patterns:
             self._slow_patterns.add(error.pattern)
-            log.error("content is not kept: %s", error)
+            log.error("content is not stored: %s", error)
 
     def _drop(self, content: Content, reason: Dropped) -> None:
         """Count content that is lost, for each use that it had."""
@@ -194,12 +194,12 @@ class RequestLog:
             self._on_dropped(Dropped.FEATURES, 1)
 
     def has_grown(self, size: int) -> None:
-        """Hears how many bytes more the rows in the store take, of what this log did not write as well."""
+        """Add to the size of the rows in the store, including changes by other writers."""
         with self._lock:
             self._grown_bytes += size
 
     def _reserve(self, content: Content) -> bool:
-        """Return whether there is memory for it, which is then taken."""
+        """Reserve memory for content; return whether there was enough."""
         with self._lock:
             if content.too_long or self._content_bytes + content.size > MAX_QUEUED_CONTENT_BYTES:
                 return False
@@ -216,7 +216,7 @@ class RequestLog:
             if not self._arrived.wait(max(0.0, next_prune - time.monotonic())):
                 continue
             self._hurry.wait(_GATHER_S)
-            # Cleared before what they speak of is looked at: whatever comes later sets them again.
+            # Cleared before the queue is read: later rows set them again.
             self._arrived.clear()
             self._hurry.clear()
             ended = self._closing
@@ -224,7 +224,7 @@ class RequestLog:
                 self._write_batch()
 
     def _write_batch(self) -> None:
-        # By position: other threads append meanwhile, and an iterator of the queue would fail.
+        # By index: other threads append meanwhile, and an iterator of the queue would fail.
         batch = [self._queue[place] for place in range(min(_BATCH, len(self._queue)))]
         entries = [item for item in batch if isinstance(item, _Entry)]
         try:
@@ -233,7 +233,7 @@ class RequestLog:
             self._add_spans(entries, records)
             if records:
                 add_requests(self._store, records)
-        except Exception:  # the boundary of this thread, which must outlive a full disk and an odd request alike
+        except Exception:  # the boundary of this thread, which must survive a full disk and malformed requests
             log.exception("%d rows of the request log were not written", len(entries))
             self._on_dropped(Dropped.STORE_FAILED, len(entries))
         else:
@@ -241,7 +241,7 @@ class RequestLog:
             self._on_stored(len(records))
             try:
                 self._add_features(entries, texts)
-            except Exception:  # a boundary too: no features are worth this thread
+            except Exception:  # a boundary too: lost features must not stop this thread
                 log.exception("features of requests are lost")
         self._queued_ids.difference_update(entry.record.request_id for entry in entries)
         for item in batch:
@@ -254,17 +254,17 @@ class RequestLog:
         if spans is None:
             return
         traced = [(entry.trace, record) for entry, record in zip(entries, records, strict=True) if entry.trace]
-        for made, (trace, record) in enumerate(traced, start=1):
+        for count, (trace, record) in enumerate(traced, start=1):
             try:
                 spans.add(trace, record)
-            except Exception:  # a boundary too: no span is worth a row
-                log.exception("no span could be made of request %s", record.request_id)
+            except Exception:  # a boundary too: a failed span must not cost the row
+                log.exception("cannot create the span of request %s", record.request_id)
                 spans.drop()
-            if made % _SPANS_AT_ONCE == 0:
-                time.sleep(_BREATH_S)
+            if count % _SPANS_PER_PAUSE == 0:
+                time.sleep(_YIELD_S)
 
     def _add_features(self, entries: Sequence[_Entry], texts: Sequence[_Texts | None]) -> None:
-        """Hand over what features are made of. The rows are stored: features are deleted with their rows."""
+        """Pass records on for their features, after their rows are stored: features are deleted with their rows."""
         if self._features is None:
             return
         records = [
@@ -281,16 +281,16 @@ class RequestLog:
             self._content_bytes -= content.size
         limit = self._settings.max_content_kib * 1024
         if len(content.payload) <= _ESCAPED * limit:
-            time.sleep(_BREATH_S)
+            time.sleep(_YIELD_S)
             try:
                 prompt, answer = prompt_text(content, self._redactor), answer_text(content, self._redactor)
             except RedactionTimeoutError as error:
                 self._log_slow_pattern(error)
                 self._drop(content, Dropped.CONTENT_UNREDACTED)
                 return None
-            except (ValueError, RecursionError):  # of one request, which must not cost the others their rows
+            except (ValueError, RecursionError):  # one malformed request must not cost the others their rows
                 if content.stored:
-                    log.warning("the content of request %s cannot be kept", record.request_id, exc_info=True)
+                    log.warning("the content of request %s cannot be stored", record.request_id, exc_info=True)
                 self._drop(content, Dropped.CONTENT_UNREADABLE)
                 return None
             if max(len(prompt.encode("utf-8")), len(answer.encode("utf-8"))) <= limit:
@@ -312,17 +312,17 @@ class RequestLog:
         else:
             self._stored_bytes = pruned.left_bytes
             if pruned.rows:
-                log.info("forgot %d old requests", pruned.rows)
+                log.info("deleted %d old requests", pruned.rows)
 
 
 def _stored(entry: _Entry, texts: _Texts | None) -> RequestRecord:
-    """Return the row of a request, with its prompt and answer where they are stored."""
+    """Return the row of a request, with its prompt and answer if they are stored."""
     if texts is None or entry.content is None or not entry.content.stored:
         return entry.record
     return entry.record._replace(prompt=texts.prompt, answer=texts.answer)
 
 
 def _is_good(record: RequestRecord) -> bool:
-    """Return whether a version gave a complete answer; no other is compared."""
+    """Return whether a version gave a complete answer; only such answers are compared."""
     complete = record.status == _GOOD_STATUS and record.outcome is RequestOutcome.COMPLETE
     return complete and record.version is not None

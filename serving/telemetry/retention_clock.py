@@ -1,7 +1,7 @@
-"""When rows are too old to be kept, by a wall clock that can be wrong.
+"""Decides when rows are too old to keep, by a wall clock that can be wrong.
 
-A clock that is a year ahead for a minute, by a wrong time server or in a virtual machine that resumes, would delete all
-rows. So the wall clock counts only while it advances as the time since the machine's boot does. Knows no rows.
+A clock that is a year ahead for a minute, because of a wrong time server or a virtual machine that resumes, would
+delete all rows. So the wall clock is trusted only while it advances like the time since boot. Knows nothing of rows.
 """
 
 import logging
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 _TOLERANCE_S = 3600.0
 _MAX_DOUBT_S = 86_400.0
-_BOOT_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # the first goes on in a machine that is suspended
+_BOOT_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # the first also advances during suspend
 
 
 def _since_boot() -> float:
@@ -26,7 +26,7 @@ class RetentionClock:
     Args:
         max_age: of rows that are kept.
         now: the wall clock.
-        elapsed_s: seconds since a moment in the past, whatever becomes of the wall clock.
+        elapsed_s: seconds since a fixed moment, independent of the wall clock.
     """
 
     def __init__(
@@ -40,15 +40,15 @@ class RetentionClock:
         self._doubt_s = min(_MAX_DOUBT_S, max_age.total_seconds())
         self._now = now
         self._elapsed_s = elapsed_s
-        self._trusted: float | None = None  # what the wall clock is ahead of the other one, seconds
-        self._doubted: tuple[float, float] | None = None  # the same, and since when
+        self._trusted: float | None = None  # trusted difference between the two clocks, seconds
+        self._doubted: tuple[float, float] | None = None  # a new difference, and since when
 
     def oldest_kept(self, newest: Callable[[], datetime | None]) -> datetime | None:
         """Return the time before which rows are too old; None while the clock is not trusted.
 
         Args:
-            newest: returns the time of the row that was stored last, if any. Asked at the first call: if the row is too
-                old itself, the clock may be wrong.
+            newest: returns the time of the newest row, if any. Called at the first call: if that row is too old itself,
+                the clock may be wrong.
         """
         now, elapsed_s = self._now(), self._elapsed_s()
         ahead_s = now.timestamp() - elapsed_s
@@ -71,7 +71,7 @@ class RetentionClock:
         else:
             why = f"the clock has moved by {timedelta(seconds=round(ahead_s - self._trusted))}"
         steady = timedelta(seconds=self._doubt_s)
-        log.warning("%s: nothing is deleted by its age until the clock has been steady for %s", why, steady)
+        log.warning("%s: nothing is deleted by age until the clock has been steady for %s", why, steady)
 
 
 def _agree(ahead_s: float, before_s: float | None) -> bool:

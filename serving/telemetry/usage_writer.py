@@ -1,7 +1,7 @@
-"""Writes what keys used into the store, every few seconds and at the end, in a thread.
+"""Writes the usage of keys to the store, every few seconds and at the end, in a thread.
 
-First it tells what each key used today, for limits that outlive a server. Until the store says that, nothing is
-written: what this server counted itself would be told back to it.
+First it reads today's usage of each key, for limits that survive a restart. Nothing is written before that, because
+the server's own counts would be read back.
 """
 
 import asyncio
@@ -19,14 +19,14 @@ from svc.store.usage import usage_since
 log = logging.getLogger(__name__)
 
 _EVERY_S = 5.0
-"""A server that dies loses so much, and writes one row so often for each key and model that is used."""
+"""A server that dies loses this much usage; one row per interval is written for each key and model in use."""
 
 
 class UsageWriter:
-    """Writes what a meter counts into the store.
+    """Writes the counts of a meter to the store.
 
     Args:
-        on_known: hears once how many tokens each key has used today, by the key's id.
+        on_known: called once with the tokens that each key has used today, by the key's id.
     """
 
     def __init__(
@@ -52,15 +52,15 @@ class UsageWriter:
                     known = True
                 await asyncio.to_thread(self._meter.flush)
             except SQLAlchemyError:
-                log.exception("what keys used was not written; it is tried again")
+                log.exception("the usage of keys was not written; trying again")
             await asyncio.sleep(self._every_s)
 
     def close(self) -> None:
-        """Write what is left; if the store fails, that is lost."""
+        """Write the last counts; they are lost if the store fails."""
         try:
             self._meter.flush()
         except SQLAlchemyError:
-            log.exception("what keys used in the last seconds was not written")
+            log.exception("the usage of keys in the last seconds was not written")
 
 
 def _used_today(store: Store) -> Mapping[str, int]:

@@ -1,11 +1,11 @@
-"""Certificates of this machine, made when a test needs one."""
+"""Certificates for this machine, created when a test needs one."""
 
 import subprocess
 from pathlib import Path
 
 
 def make_certificate(folder: Path, name: str = "server") -> tuple[Path, Path]:
-    """A certificate for localhost that is its own authority, and its key, without which it cannot be shown."""
+    """Create a self-signed certificate for localhost, and its key."""
     certificate, key = folder / f"{name}.pem", folder / f"{name}.key"
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "1",

@@ -20,7 +20,7 @@ from tests.serving.versions import make_version
 
 @pytest.fixture
 def socket_folder() -> Iterator[Path]:
-    """Short, because the path of a unix socket has room for 107 bytes."""
+    """Return a folder with a short path, because the path of a unix socket may have 107 bytes."""
     with tempfile.TemporaryDirectory(prefix="svc") as folder:
         yield Path(folder)
 
@@ -34,14 +34,14 @@ async def service(socket_folder: Path) -> AsyncIterator[Service]:
 
 @pytest.fixture
 async def client(service: Service) -> AsyncIterator[httpx.AsyncClient]:
-    """Calls the service; answers come whole."""
+    """A client of the service; answers arrive as a whole."""
     async with service.client() as client:
         yield client
 
 
 @pytest.fixture
 def memory_folder() -> Iterator[Path]:
-    """A folder that no disk makes wait: the store and the manifests sync every write."""
+    """A folder in memory: the store and the manifests sync every write."""
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(prefix="svc", dir=memory if memory.is_dir() else None) as folder:
         yield Path(folder)
@@ -55,7 +55,7 @@ def store(memory_folder: Path) -> Store:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything that polls does it often."""
+    """Shorten all poll intervals."""
     monkeypatch.setattr("serving.rollout.reconciler._POLL_S", 0.02)
     monkeypatch.setattr("serving.rollout.reconciler._STORE_PAUSE_S", 0.01)
     monkeypatch.setattr("serving.rollout.production_alias._RETRY_S", 0.01)
@@ -70,7 +70,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def make(memory_folder: Path, socket_folder: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> Make:
-    """Makes a control plane over a registry with the versions 1, 2 and 3; it soon starts an engine that died again."""
+    """Return a function that makes a control plane with versions 1, 2 and 3, which restarts a dead engine soon."""
     monkeypatch.setattr("serving.rollout.reviver._BACKOFF_S", (0.02, 0.05))
 
     def make(answered: int = 0, **settings: Any) -> Control:
@@ -92,7 +92,7 @@ async def control(make: Make) -> AsyncIterator[Control]:
 
 @pytest.fixture
 def home(memory_folder: Path, socket_folder: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> Home:
-    """A home with the versions 1, 2 and 3 that `svc serve` can run on."""
+    """A home with versions 1, 2 and 3 for `svc serve`."""
     sockets = SimpleNamespace(gettempdir=lambda: str(socket_folder))
     monkeypatch.setattr("svc.engine.vllm.folders.tempfile", sockets)  # of engines and of the server
     return Home(memory_folder, monkeypatch)

@@ -1,4 +1,4 @@
-"""The whole server but its process: the control plane over doubles of the engine, and the gateway before them."""
+"""The whole server except its process: the control plane over engine doubles, and the gateway in front of them."""
 
 import asyncio
 import json
@@ -41,7 +41,7 @@ BODY: dict[str, Any] = {"model": NAME, "messages": [{"role": "user", "content": 
 
 
 async def until(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
-    """Waits until something is so."""
+    """Wait until a condition holds."""
     async with asyncio.timeout(timeout_s):
         while not condition():
             await asyncio.sleep(0.005)
@@ -51,16 +51,16 @@ class Control:
     """A server with version 1 desired.
 
     Args:
-        home: of the registry and the store.
+        home: folder of the registry and the store.
         sockets: a folder with a short path.
-        replicas: engines.
-        format: in which versions are served.
-        adapters: how they are served as adapters.
+        replicas: number of engines.
+        format: format of the served versions.
+        adapters: settings for adapters.
         settings: fields of ServeSettings that differ from the default.
 
     Attributes:
-        leaves: at its end the engines are left running.
-        principals: whose key each secret is, for clients that are made later.
+        leaves: the engines are left running at the end.
+        principals: the key of each secret, for clients that are created later.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Control:
         self.assemble()
 
     def assemble(self) -> None:
-        """Makes the parts; again after a stop, as a server that starts again."""
+        """Create the parts; again after a stop, like a restarted server."""
         settings = self.settings.model_copy(update={"engine": EngineSettings(replicas=self.replicas)})
         self.collector = CollectorRegistry()
         self.metrics = GatewayMetrics(self.collector)
@@ -111,7 +111,7 @@ class Control:
 
     @asynccontextmanager
     async def run(self) -> AsyncIterator["Control"]:
-        """Serves for the body of the `with`; a defect that ends the loop fails the test."""
+        """Serve during the body of the `with`; a defect that ends the loop fails the test."""
         await self.start()
         parts = (self.reconciler.follow, self.reconciler.reviver.run, self.alias.run, self.deployment.removed.run)
         tasks = [asyncio.create_task(part()) for part in parts]
@@ -127,20 +127,20 @@ class Control:
             assert self.park.alive == len(self.park.left)
 
     async def start(self) -> None:
-        """What a server does for a model before requests come."""
+        """Start a model as a server does before requests arrive."""
         await self.reconciler.adopt()
         await self.places.end_orphans()
         await self.reconciler.start()
 
     async def stop(self, *, leave: bool = False) -> None:
-        """What it does at its end."""
+        """Stop the model as a server does."""
         await self.pool.stop(leave=leave)
         if not leave:
             await self.places.end_orphans()
 
     @asynccontextmanager
     async def client(self) -> AsyncIterator[httpx.AsyncClient]:
-        """Calls the gateway through a real server."""
+        """Return a client of the gateway through a real server."""
         parts = gateway(
             self.deployment,
             self.settings,
@@ -164,29 +164,29 @@ class Control:
 
     @property
     def replica(self) -> Replica:
-        """The first engine's; made where there is none yet."""
+        """The replica of the first engine; created if there is none yet."""
         if not self.pool.members:
             self.pool.fill()
         return self.pool.members[0]
 
     @property
     def state(self) -> EngineState:
-        """The first engine's."""
+        """State of the first engine."""
         return self.replica.state
 
     def desired(self) -> Desired:
-        """What the store says."""
+        """The desired state in the store."""
         found = read_desired(self.store, NAME)
         assert found is not None
         return found
 
     def wish(self, number: int) -> Desired:
-        """Asks for a version, as `svc promote` does."""
+        """Make a version the desired one, as `svc promote` does."""
         seen = self.desired()
         return change_desired(self.store, seen, target(number, self.format), previous=seen.target)
 
     async def outcome(self, desired: Desired) -> SwapResult:
-        """The end of the swap for a wish."""
+        """Wait for the end of a swap, and return its result."""
         async with asyncio.timeout(5):
             while True:
                 swap = find_swap(self.store, NAME, desired.generation)
@@ -195,35 +195,35 @@ class Control:
                 await asyncio.sleep(0.02)
 
     async def promote(self, number: int) -> SwapResult:
-        """Asks for a version and waits for the end."""
+        """Promote a version and wait for the result."""
         return await self.outcome(self.wish(number))
 
     @property
     def steps(self) -> tuple[str, ...]:
-        """Of the last swap."""
+        """Steps of the last swap."""
         swap = find_swap(self.store, NAME)
         return swap.steps if swap else ()
 
     async def serves(self, wanted: Target, timeout_s: float = 5.0) -> None:
-        """Waits until a version serves."""
+        """Wait until a version serves."""
         await until(lambda: self.state is EngineState.READY and self.reconciler.actual.target == wanted, timeout_s)
 
     def sample(self, name: str, **labels: str) -> float:
-        """The value of a metric; 0 where it does not exist."""
+        """Return the value of a metric; 0 if it does not exist."""
         return self.collector.get_sample_value(name, labels) or 0.0
 
 
 async def _make_no_room(target: Target) -> None:
-    """There is no other model that could give way."""
+    """Do nothing: there is no other model that could be stopped."""
 
 
 Make = Callable[..., Control]
-"""Makes a Control; takes its settings, and how many registered answers its versions have."""
+"""Makes a Control from its settings, and the number of registered answers of its versions."""
 
 
 @dataclass
 class Answer:
-    """What one client got: status, the version in the header, the versions in the text, and an error if any."""
+    """One client's result: status, the version in the header, the versions in the text, and an error if any."""
 
     status: int
     version: str
@@ -233,10 +233,10 @@ class Answer:
 
 @dataclass
 class Load:
-    """Clients that ask again and again.
+    """Clients that send requests repeatedly.
 
     Attributes:
-        answers: all that came.
+        answers: all results.
     """
 
     client: httpx.AsyncClient
@@ -244,7 +244,7 @@ class Load:
 
     @asynccontextmanager
     async def run(self, *, streams: int = 6, plain: int = 3) -> AsyncIterator["Load"]:
-        """Asks for the body of the `with`; at its end the running requests are awaited."""
+        """Send requests during the body of the `with`; at its end wait for the running ones."""
         going = asyncio.Event()
 
         async def ask_on(stream: bool) -> None:
@@ -260,11 +260,11 @@ class Load:
 
     @property
     def versions(self) -> Counter[str]:
-        """How many answers each version gave."""
+        """Return the number of answers that each version gave."""
         return Counter(answer.version for answer in self.answers)
 
     def check(self) -> None:
-        """No request failed, and every answer came whole from the version in its header."""
+        """Check that no request failed, and that every answer came completely from the version in its header."""
         assert self.answers
         for answer in self.answers:
             assert answer.error is None and answer.status == 200, answer
@@ -272,7 +272,7 @@ class Load:
 
 
 async def ask(client: httpx.AsyncClient, *, stream: bool) -> Answer:
-    """One request."""
+    """Send one request."""
     async with client.stream("POST", "/v1/chat/completions", json=BODY | {"stream": stream}) as response:
         version = response.headers.get("x-model-version", "")
         content = (await response.aread()).decode()

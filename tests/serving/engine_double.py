@@ -1,9 +1,9 @@
-"""A small double of the engine's HTTP surface, as vLLM shows it, for tests of what stands in front of it.
+"""A small double of vLLM's HTTP surface, for tests of the layers in front of it.
 
-Its answers are a function of the weights folder that it holds, token by token, so that an answer of two versions shows.
+Its answers depend on the weights folder that it holds, token by token, so that an answer from two versions shows.
 Like vLLM it dies when a reload fails, answers from a stale prefix cache until that is reset, and does not reset it
-while requests run. It takes adapters beside its weights, and answers as the merged weights of the same version would.
-Asleep it says that it is healthy, and lets a completion wait until it is awake.
+while requests run. It applies adapters to its weights, and answers as the merged weights of the same version would.
+While asleep it reports that it is healthy, and delays completions until it is awake.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ END_TOKEN = "<|im_end|>"
 
 
 class Fault(Enum):
-    """What goes wrong with the next completions."""
+    """Fault of the next completions."""
 
     NONE = auto()
     DIE_BEFORE_ANSWER = auto()
@@ -40,7 +40,7 @@ class Fault(Enum):
     """After the second token."""
     END_WITHOUT_DONE = auto()
     ERROR_IN_STREAM = auto()
-    """On this request; the engine lives."""
+    """The engine fails on this request, and lives."""
     DEATH_AT_ONCE_IN_STREAM = auto()
     """Words its own death as the first event."""
     SILENCE = auto()
@@ -63,36 +63,36 @@ class EngineDouble:
         tokens: length of an answer.
         token_delay_s: seconds for each token.
         delayed: tokens that were waited for.
-        proceed: answers stand still before their first token until it is set, but those to probes.
+        proceed: answers, except to probes, wait before their first token until it is set.
         tokenize_delay_s: seconds to count the tokens of a prompt.
         linger_s: seconds between the last event of a stream and its end.
         max_model_len: longest prompt, words.
-        finish_reason: of an answer that is not streamed; `stop` for one more token, which is not in its text, where the
-            request's limit has room for it.
-        fault: what goes wrong.
-        message: what the message of a chat has beside, or in place of, its words: tool calls, another content.
-        refuse_with: (status, error) in place of every completion and token count.
-        loadable: whether a reload of a folder works; it dies where not.
+        finish_reason: of an answer that is not streamed; `stop` for one more token, which is not in its text, if the
+            request's limit allows it.
+        fault: the fault of the next completions.
+        message: fields of a chat message in addition to, or instead of, its text: tool calls, another content.
+        refuse_with: (status, error) instead of every completion and token count.
+        loadable: returns whether a reload of a folder works; if not, the double dies.
         reload_delay_s: seconds for a reload.
         probe_noise: nats added to all log-probabilities.
-        label: what the words of an answer call a folder of weights.
-        stuck_resets: so many resets of the prefix cache fail, as while an aborted request holds blocks.
+        label: returns the name of a weights folder in the words of an answer.
+        stuck_resets: number of resets of the prefix cache that fail, as while an aborted request holds blocks.
         metrics: its metrics page.
-        on_call: hears the path of each request before it is answered.
-        requests: bodies of the completions that came.
+        on_call: called with the path of each request before it is answered.
+        requests: bodies of the received completions.
         heads: their headers.
         calls: paths of all requests, in order.
         cancelled: completions whose client left.
-        running: completions in work.
-        adapters: folders of the adapters that are loaded, by name.
-        most_adapters: most that ever were.
-        adapter_loads: folders of all that were loaded, in order.
+        running: running completions.
+        adapters: folders of the loaded adapters, by name.
+        most_adapters: largest number of adapters ever loaded.
+        adapter_loads: folders of all loads, in order.
         adapter_delay_s: seconds for a load.
-        broken_adapters: ends of the folders of those that it does not take.
-        dropped_in_use: adapters that were unloaded while an answer of theirs was under way.
+        broken_adapters: ends of the folders of adapters that it rejects.
+        dropped_in_use: adapters that were unloaded during one of their answers.
         asleep: it has freed its GPU.
-        sleepless, wakeless: it does not fall asleep, or not wake; it stays as it is and says so.
-        wakes_with: folder that it "holds" after the next wake; None for the one before.
+        sleepless, wakeless: it does not fall asleep, or not wake, and returns an error.
+        wakes_with: folder that it "holds" after the next wake; None for the previous one.
     """
 
     weights: str = "/models/tuned/1"
@@ -380,7 +380,7 @@ class EngineDouble:
         return Counts(_prompt_length(body), min(longest, self.tokens))
 
     def _logprobs(self, words: list[str], start: int, model: str) -> list[dict[str, Any]]:
-        """Of the tokens of an answer: the same as those of its text, when that is scored as a prompt."""
+        """Return the log-probabilities of an answer's tokens; its text has the same ones when scored as a prompt."""
         weights = self._weights_of(model)
         return [
             {"token": word, "logprob": logprob_of(weights, _token_id(word.strip()), at) + self.probe_noise}
@@ -402,14 +402,14 @@ class EngineDouble:
 
 
 def logprob_of(weights: str, token: int, position: int) -> float:
-    """The log-probability that the double gives, between -10 and 0."""
+    """Return the double's log-probability of a token, between -10 and 0."""
     digest = hashlib.sha256(f"{weights}|{token}|{position}".encode()).digest()
     return -10 * int.from_bytes(digest[:4], "big") / 2**32
 
 
 @asynccontextmanager
 async def running_engine(double: EngineDouble, socket: Path) -> AsyncIterator[SocketServer]:
-    """A double on a socket for the body of the `with`; it can be killed, and started again as another engine."""
+    """Run a double on a socket during the body of the `with`; it can be killed, and restarted as another engine."""
     async with running(double, socket) as server:
 
         def die() -> None:
@@ -421,7 +421,7 @@ async def running_engine(double: EngineDouble, socket: Path) -> AsyncIterator[So
 
 
 def tokenized(example: ChatExample) -> TokenizedExample:
-    """An example as training would see it, had it the double's tokens."""
+    """Return an example as in training, with the double's tokens."""
     prompt = [_token_id(word) for message in example.prompt for word in message.content.split()]
     ids = (*prompt, *(_token_id(word) for word in [*example.answer.split(), END_TOKEN]))
     return TokenizedExample(ids, ((len(prompt), len(ids)),))
@@ -432,7 +432,7 @@ def _token_id(word: str) -> int:
 
 
 def _wrong_field(body: dict[str, Any]) -> str | None:
-    """The first field of a type that vLLM refuses."""
+    """Return the first field whose type vLLM rejects."""
     turns = body.get("messages", body.get("input"))
     if isinstance(turns, list) and not all(isinstance(turn, dict) and "role" in turn for turn in turns):
         return "messages" if "messages" in body else "input"
@@ -445,7 +445,7 @@ def _wrong_field(body: dict[str, Any]) -> str | None:
 
 
 def _ended(words: list[str], reason: str) -> list[str]:
-    """With the token that ends an answer, where it ended by itself."""
+    """Add the token that ends an answer, if the answer ended by itself."""
     return [*words, END_TOKEN] if reason == "stop" else words
 
 

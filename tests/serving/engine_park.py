@@ -1,4 +1,4 @@
-"""Engines as the replica sees them: the double behind a unix socket, started, ended and killed at will."""
+"""Engines as the replica sees them: the double behind a unix socket, which tests start, stop and kill."""
 
 import asyncio
 import errno
@@ -31,25 +31,25 @@ PLAN: list[dict[str, Any]] = [{"name": "threads", "value": 2, "origin": "machine
 
 
 class EnginePark:
-    """Launches doubles, each on the socket of its replica; one that is left can be adopted by a later server.
+    """Launches doubles, each on the socket of its replica; a later server can adopt a running one.
 
     Args:
         sockets: folder in which they listen.
 
     Attributes:
         prepare: sets up each new double before it starts.
-        failing_starts: so many of the next starts fail.
+        failing_starts: number of the next starts that fail.
         start_delay_s: seconds for a start.
-        engines: all that were launched.
-        left: those that a server left running, by replica.
-        ended: replicas whose orphans were ended.
-        room: why there is no memory for more engines beside one that runs; None where there is.
-        shortage: why there is no memory for so many more engines.
-        facts: the kind of engine that they are.
+        engines: all launched engines.
+        left: engines that a server left running, by replica.
+        ended: replicas whose orphans were stopped.
+        room: why there is no memory for another engine next to a running one; None if there is.
+        shortage: returns why there is no memory for a number of additional engines.
+        facts: the kind of all engines.
         unable: replicas that do not start.
-        disk_full: nothing can be written down.
+        disk_full: writes fail.
         reloads, unprobed, sleeps: see svc.engine.engine_capabilities.
-        starting, most_starting: engines that start now, and most that ever started together.
+        starting, most_starting: engines that start now, and the largest number that ever started together.
     """
 
     def __init__(self, sockets: Path) -> None:
@@ -71,28 +71,28 @@ class EnginePark:
         self.sleeps = False
 
     def capabilities(self, model: ServedModel | None = None) -> EngineCapabilities:
-        """Of an engine that is launched now."""
+        """Return the capabilities of an engine that is launched now."""
         adapters = model.lora.max_loaded if model and model.lora else 0
         return EngineCapabilities(self.reloads, adapters, self.unprobed, self.sleeps)
 
     @property
     def double(self) -> EngineDouble:
-        """The one that was launched last."""
+        """The double that was launched last."""
         return self.engines[-1].double
 
     @property
     def alive(self) -> int:
-        """How many run."""
+        """Number of running engines."""
         return sum(engine.alive for engine in self.engines)
 
     @property
     def asleep(self) -> int:
-        """How many of them have freed their GPU."""
+        """Number of running engines that have freed their GPU."""
         return sum(engine.alive and engine.double.asleep for engine in self.engines)
 
 
 class ParkSlots(EngineSlots):
-    """The engines of a park, for one server: the only part of it that is not as `svc serve` has it."""
+    """The engines of a park, for one server: the only part that differs from `svc serve`."""
 
     def __init__(
         self, park: EnginePark, settings: Settings, registry: Registry, capabilities: DeviceCapabilities, served: Served
@@ -101,28 +101,28 @@ class ParkSlots(EngineSlots):
         self._park = park
 
     def engine(self, number: int, name: str, model: ServedModel) -> LastingEngine:
-        """A new, unstarted engine."""
+        """Return a new, unstarted engine."""
         return DoubleEngine(self._park, number, name, model)
 
     def numbers(self) -> list[int]:
-        """Replicas that a server left."""
+        """Return the numbers of engines that a server left."""
         return sorted(self._park.left)
 
     def end(self, number: int) -> None:
-        """Ends one that was left."""
+        """Stop an engine that was left."""
         self._park.ended.append(number)
         self._park.left.pop(number).kill()
 
     def shortage(self, engines: Mapping[Target, int]) -> str | None:
-        """Why there is no memory for more."""
+        """Return the missing memory for more engines."""
         return self._park.shortage(sum(engines.values()))
 
     def capabilities(self, target: Target) -> EngineCapabilities:
-        """Of an engine that is launched now."""
+        """Return the capabilities of an engine that is launched now."""
         return self._park.capabilities()
 
     def facts(self, name: str, folder: Path) -> EngineFacts:
-        """The same of all."""
+        """Return the same kind for all engines."""
         return self._park.facts
 
 
@@ -148,19 +148,19 @@ class DoubleEngine:
         self.worked_s: float | None = None
 
     def memory(self) -> int | None:
-        """It has no process."""
+        """Return None: there is no process."""
         return None
 
     def processor_s(self) -> float:
-        """It has no process."""
+        """Return None: there is no process."""
         return 0.0
 
     def front_s(self) -> float | None:
-        """Return how long its double has worked, as a test says it."""
+        """Return the CPU time of the double, as set by a test."""
         return self.worked_s
 
     async def start(self, on_phase: Callable[[EnginePhase], None] = lambda phase: None) -> None:
-        """Returns when it answers."""
+        """Start the double; return when it answers."""
         self._park.engines.append(self)
         on_phase(EnginePhase.WEIGHTS)
         self.alive = True
@@ -177,18 +177,18 @@ class DoubleEngine:
         server = SocketServer(self.double, self.socket)
         try:
             await server.start()
-        finally:  # it listens, also where the start was cancelled
+        finally:  # it listens, even if the start was cancelled
             self._server = server
-            if not self.alive:  # killed in the middle of it
+            if not self.alive:  # killed during the start
                 server.kill()
 
     async def orphan_holds(self) -> str | None:
-        """What the one that was left holds."""
+        """Return the version that the engine that was left holds."""
         left = self._park.left.get(self.replica)
         return left.holds if left and left.alive else None
 
     async def adopt(self) -> None:
-        """Becomes the one that was left."""
+        """Become the engine that was left."""
         left = self._park.left.pop(self.replica)
         self.double, self._server, self._ended, self.alive = left.double, left._server, left._ended, True
         self.double.die = self.kill
@@ -196,27 +196,27 @@ class DoubleEngine:
         self._park.engines.append(self)
 
     async def record(self, holds: str | None) -> None:
-        """Writes down what it holds."""
+        """Record the version that the engine holds."""
         if self._park.disk_full:
             raise OSError(errno.ENOSPC, "no space left on device")
         self.holds = holds
 
     async def sleep(self) -> None:
-        """Frees its GPU."""
+        """Free the GPU."""
         await self.client.sleep()
 
     async def wake(self) -> None:
-        """Takes it again."""
+        """Take the GPU again."""
         await self.client.wake()
 
     async def leave(self) -> None:
-        """Lets it run."""
+        """Leave the engine running."""
         if self.alive:
             self._park.left[self.replica] = self
         await self.client.close()
 
     def kill(self) -> None:
-        """Ends it as SIGKILL would."""
+        """Stop as with SIGKILL."""
         self.double.dead = True
         self.alive = False
         if self._server:
@@ -224,12 +224,12 @@ class DoubleEngine:
         self._ended.set()
 
     async def wait(self) -> int:
-        """Returns its exit code when it has ended."""
+        """Wait for the exit, and return the exit code."""
         await self._ended.wait()
         return KILLED
 
     async def stop(self) -> None:
-        """Ends it, if it has not ended."""
+        """Stop the engine, if it runs."""
         self.stops += 1
         self.kill()
         if self._server:
@@ -238,7 +238,7 @@ class DoubleEngine:
 
 
 def fail_to_end_once(monkeypatch: pytest.MonkeyPatch) -> list[OSError]:
-    """The next engine that is to end does not; what is returned is empty once that has happened."""
+    """Make the stop of the next engine fail; the returned set is empty after that."""
     stop, failures = DoubleEngine.stop, [OSError("too many open files")]
 
     async def stopping(engine: DoubleEngine) -> None:

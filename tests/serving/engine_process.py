@@ -1,4 +1,4 @@
-"""An engine's double as a process of its own, which outlives the server: `engine_process.py SOCKET FOLDER NAME`."""
+"""An engine double as a separate process, which outlives the server: `engine_process.py SOCKET FOLDER NAME`."""
 
 import sys
 from pathlib import Path
@@ -9,7 +9,7 @@ from tests.serving.engine_double import EngineDouble
 
 
 def main(socket: str, weights: str, name: str) -> None:
-    """Serves until it is ended."""
+    """Serve until the process is stopped."""
     double = EngineDouble(
         weights=weights, name=name, token_delay_s=0.002, label=lambda folder: Path(folder).parent.name
     )

@@ -1,4 +1,4 @@
-"""One home with a registry and a store, and `svc serve` on it, with doubles in place of vLLM."""
+"""One home with a registry and a store, and `svc serve` on it, with doubles instead of vLLM."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -21,7 +21,7 @@ from tests.svc.engine.devices import AVX512
 
 
 class Home:
-    """A home with the versions 1, 2 and 3.
+    """A home with versions 1, 2 and 3.
 
     Args:
         folder: the home.
@@ -40,7 +40,7 @@ class Home:
         monkeypatch.setattr(Registry, "of", lambda settings: self.registry)
 
     async def serve(self, claim: server.Claim, *models: str) -> None:
-        """What `svc serve` does with a claim."""
+        """Serve as `svc serve` does after its claim."""
         self.ready.clear()
         wanted = choose_deployments(self.registry, self.store, models, None)
         await server.serve(
@@ -58,7 +58,7 @@ class Home:
 
     @asynccontextmanager
     async def serving(self, *models: str) -> AsyncIterator[httpx.AsyncClient]:
-        """A server of which one model is ready, for the body of the `with`."""
+        """Run a server during the body of the `with`, in which one model is ready."""
         with server.claim(self.settings) as claim:
             task = asyncio.create_task(self.serve(claim, *models))
             waiting = asyncio.create_task(self.ready.wait())

@@ -1,4 +1,4 @@
-"""Keys that no store has: a principal for a secret, so that limits are tested without either."""
+"""Keys that are not in a store: a principal for each secret, so that limits are tested without a store."""
 
 from collections.abc import Callable, Mapping
 
@@ -10,7 +10,7 @@ from svc.identity.principal import Scope as Permission
 
 
 class KnownCallers(Authentication):
-    """Knows some callers by the secret that they send, beside those of the store.
+    """Knows callers by the secret that they send, in addition to those of the store.
 
     Args:
         principals: by secret.
@@ -27,11 +27,11 @@ class KnownCallers(Authentication):
         self._principals = principals
 
     def needs_key(self, state: RequestState, path: str) -> bool:
-        """Whether there is one, or must be."""
+        """Return whether a key was sent, or is required."""
         return self._caller(state) is not None or super().needs_key(state, path)
 
     def admit(self, state: RequestState, path: str) -> Grant:
-        """Who it is."""
+        """Return the grant of the caller."""
         caller = self._caller(state)
         return Grant(caller) if caller else super().admit(state, path)
 
@@ -42,7 +42,7 @@ class KnownCallers(Authentication):
 
 
 def principal(key_id: str = "k1", *, weight: int = 1, **limits: int) -> Principal:
-    """A key that may ask every model.
+    """Return a key that may use every model.
 
     Args:
         limits: fields of `Limits`.

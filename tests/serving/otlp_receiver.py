@@ -1,4 +1,4 @@
-"""A receiver of spans by OTLP over HTTP: a real server on a port, that reads what the protocol says."""
+"""A receiver of spans by OTLP over HTTP: a real server on a port that parses the protocol."""
 
 import threading
 from collections.abc import Iterator, Mapping
@@ -20,11 +20,11 @@ SERVER = Span.SpanKind.SPAN_KIND_SERVER
 
 @dataclass(frozen=True)
 class ReceivedSpan:
-    """One span as it came.
+    """One received span.
 
     Attributes:
-        parent: in hexadecimal, as the other ids; empty where there is none.
-        resource: attributes of what sent it.
+        parent: in hexadecimal, like the other ids; empty if there is none.
+        resource: attributes of the sender.
     """
 
     name: str
@@ -41,15 +41,15 @@ class ReceivedSpan:
 
 @dataclass
 class OtlpReceiver:
-    """What came, and how it answers.
+    """Received requests, and the configured answers.
 
     Attributes:
-        url: its base.
-        status: of its answers.
-        heads: headers of the requests, names in small letters.
-        paths: where they were sent.
-        bodies: as they came.
-        go_on: it does not answer before this is set.
+        url: base URL.
+        status: status of the answers.
+        heads: headers of the requests, names in lower case.
+        paths: paths of the requests.
+        bodies: bodies of the requests.
+        go_on: the receiver does not answer before this is set.
     """
 
     url: str = ""
@@ -61,7 +61,7 @@ class OtlpReceiver:
     go_on: threading.Event = field(default_factory=threading.Event)
 
     def take(self, path: str, head: dict[str, str], body: bytes) -> None:
-        """Reads one request."""
+        """Read one request."""
         self.paths.append(path)
         self.heads.append(head)
         self.bodies.append(body)
@@ -101,10 +101,10 @@ def _value(value: AnyValue) -> Any:
 
 @contextmanager
 def otlp_receiver(*, answers: bool = True) -> Iterator[OtlpReceiver]:
-    """A receiver for the body of the `with`.
+    """Run a receiver during the body of the `with`.
 
     Args:
-        answers: at once; otherwise not before its `go_on` is set.
+        answers: immediately; otherwise only after its `go_on` is set.
     """
     receiver = OtlpReceiver()
     if answers:

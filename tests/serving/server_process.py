@@ -1,4 +1,4 @@
-"""`svc serve` as a process, with engines' doubles as processes in place of vLLM: `server_process.py HOME`."""
+"""`svc serve` as a process, with engine doubles as processes instead of vLLM: `server_process.py HOME`."""
 
 import os
 import sys
@@ -20,7 +20,7 @@ def _command(spec: EngineSpec) -> list[str]:
 
 
 def main(home: Path) -> None:
-    """Serves until it is ended."""
+    """Serve until the process is stopped."""
     registry = Registry(home / "models", AliasBook())
     replaced: list[tuple[object, str, object]] = [
         (Registry, "of", lambda settings: registry),

@@ -1,4 +1,4 @@
-"""The gateway in front of a double of the engine, put together as the server does it."""
+"""The gateway in front of an engine double, assembled like in the server."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -49,15 +49,15 @@ CHAT: dict[str, Any] = {"model": NAME, "messages": [{"role": "user", "content": 
 
 
 class Leases(Protocol):
-    """Gives an engine for a request."""
+    """Leases an engine for a request."""
 
     def __call__(self, model: str, *, without: Lease | None = None) -> AbstractAsyncContextManager[Lease]:
-        """An engine for the body, and another one than `without`."""
+        """Lease an engine for the body, other than `without`."""
 
 
 @dataclass(frozen=True, slots=True)
 class OneBackend:
-    """A backend of which each part is given."""
+    """A backend whose parts are passed in."""
 
     names: ModelNames
     admission: Admission
@@ -65,17 +65,17 @@ class OneBackend:
     context: int = CONTEXT
 
     async def check(self, model: str) -> None:
-        """Every name means something, as far as anybody knows before it is leased."""
+        """Accept every name."""
 
     def lease(self, model: str, *, without: Lease | None = None) -> AbstractAsyncContextManager[Lease]:
-        """An engine for the body."""
+        """Lease an engine for the body."""
         return self.leases(model, without=without)
 
     @asynccontextmanager
     async def admitted(
         self, model: str, tokens: int, party: Party, waiting: Callable[[], AbstractContextManager[None]]
     ) -> AsyncIterator[Lease]:
-        """An engine for the body, once admission lets the request run."""
+        """Lease an engine for the body, after admission."""
         async with admitted(self.admission, tokens, party), self.leases(model) as lease:
             yield lease
 
@@ -92,7 +92,7 @@ def gateway(
     sources: Callable[[], Sequence[EngineSource]] = list,
     status: Callable[[], Mapping[str, Any]] = dict,
 ) -> GatewayParts:
-    """What answers clients, as `svc serve` has it, before one backend."""
+    """Return the parts that answer clients, as in `svc serve`, in front of one backend."""
     router = Router()
     router.serve(backend.names.name, [Share(backend)])
     return assemble_gateway(
@@ -111,7 +111,7 @@ def gateway(
 
 @asynccontextmanager
 async def closed(admission: Admission) -> AsyncIterator[None]:
-    """The only engine is changed in the body, and takes requests again at its end."""
+    """Change the only engine during the body; it accepts requests again at its end."""
     async with admission.changing():
         admission.unavailable(None)
         try:
@@ -122,13 +122,13 @@ async def closed(admission: Admission) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def connections(socket: Path, *, silence_s: float) -> AsyncIterator[EngineConnections]:
-    """Connections to an engine for the body."""
+    """Open connections to an engine for the body."""
     with closing(EngineConnections(socket, silence_s=silence_s)) as engine:
         yield engine
 
 
 class ClientsProtocol(ClientProtocol):
-    """As `svc serve` has it for clients, who do not come through the socket in the home."""
+    """uvicorn's protocol as in `svc serve` for clients that do not use the socket in the home."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -139,16 +139,16 @@ class Service:
     """Everything between a client and the engine.
 
     Args:
-        folder: for sockets.
-        store: where rows go; without one they are taken and not written.
-        keeping: what is kept of each request.
-        telemetry: where spans go; they are made of rows, so it needs a store too.
-        limiter: holds keys to their limits.
-        buffers: of answers; default: of the settings.
+        folder: folder for sockets.
+        store: store of the rows; without one they are accepted and not written.
+        keeping: settings of the request log.
+        telemetry: settings of traces; spans are built from rows, so a store is needed too.
+        limiter: enforces the limits of keys.
+        buffers: buffers of answers; default: from the settings.
         settings: fields of ServeSettings that differ from the default.
 
     Attributes:
-        principals: whose key each secret is; who sends none of them has no key.
+        principals: the key of each secret; other requests have no key.
     """
 
     def __init__(
@@ -210,7 +210,7 @@ class Service:
 
     @asynccontextmanager
     async def run(self) -> AsyncIterator["Service"]:
-        """Engine and application for the body of the `with`; version 1 is loaded."""
+        """Run engine and application during the body of the `with`; version 1 is loaded."""
         socket = self.folder / "engine.sock"
         async with (
             running_engine(self.double, socket) as self.engine,
@@ -228,14 +228,14 @@ class Service:
                 await asyncio.to_thread(self.traces.close)
 
     def load(self, served: Target) -> None:
-        """The engine holds a version from now on."""
+        """Set the version that the engine holds."""
         self.loaded = served
         self.names.serve(served)
         self.names.set_loaded({served})
 
     @asynccontextmanager
     async def lease(self, model: str, *, without: Lease | None = None) -> AsyncIterator[Lease]:
-        """The one engine."""
+        """Lease the only engine."""
         self.names.resolve(model)
         if without is not None:
             raise EngineUnavailableError("there is one engine")
@@ -243,14 +243,14 @@ class Service:
 
     @asynccontextmanager
     async def client(self) -> AsyncIterator[httpx.AsyncClient]:
-        """Calls the application without a server; answers come whole."""
+        """Return a client of the application without a server; answers arrive as a whole."""
         transport = httpx.ASGITransport(self.app)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             yield client
 
     @asynccontextmanager
     async def socket_client(self) -> AsyncIterator[httpx.AsyncClient]:
-        """Calls the application through a real server, so that streams stream and connections break."""
+        """Return a client of the application through a real server, with real streams and connections."""
         socket = self.folder / "gateway.sock"
         transport = socket_transport(socket, max_connections=None)
         async with (
@@ -260,5 +260,5 @@ class Service:
             yield client
 
     def count(self, name: str, **labels: str) -> float:
-        """The value of a sample; 0 where it does not exist."""
+        """Return the value of a sample; 0 if it does not exist."""
         return self.registry.get_sample_value(name, labels) or 0.0

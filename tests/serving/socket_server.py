@@ -1,4 +1,4 @@
-"""Runs an ASGI application behind a real unix socket, in the loop of the test, and kills it when asked."""
+"""Runs an ASGI application behind a real unix socket, in the loop of the test, and kills it on request."""
 
 import asyncio
 import threading
@@ -12,15 +12,15 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 _ACCEPT_TICKS = 3
-"""Turns of the loop until a connection that was accepted is one that uvicorn knows. asyncio's server must not be closed
-before: a connection that comes too late is then left open for ever."""
+"""Turns of the loop until uvicorn knows an accepted connection. asyncio's server must not be closed before: a
+connection that arrives too late would stay open for ever."""
 
 
 class SocketServer:
-    """A uvicorn server that ends with its test.
+    """A uvicorn server that stops with its test.
 
     Args:
-        protocol: of its connections; None for uvicorn's own.
+        protocol: protocol of its connections; None for uvicorn's own.
     """
 
     def __init__(self, app: ASGIApp, socket: Path, protocol: type[asyncio.Protocol] | None = None) -> None:
@@ -34,16 +34,16 @@ class SocketServer:
         self._ending: Future[None] | None = None
 
     async def start(self) -> None:
-        """Returns when the socket takes connections. Without uvicorn's main loop, whose ticks make every end slow."""
+        """Start until the socket accepts connections, without uvicorn's main loop, whose ticks make every stop slow."""
         self._loop = asyncio.get_running_loop()
         starting = asyncio.ensure_future(self._server.startup())
         try:
             await asyncio.shield(starting)
         finally:
-            await starting  # cut off in the middle, it would leave a socket that nobody closes
+            await starting  # cancelled in the middle, it would leave an open socket
 
     def kill(self) -> None:
-        """Ends it as SIGKILL would, from any thread: every connection is cut, and the socket answers no more."""
+        """Stop as with SIGKILL, from any thread: every connection is closed, and the socket no longer answers."""
         if self._ending:
             return
         for listener in self._server.servers:
@@ -66,10 +66,10 @@ class SocketServer:
         self._cut_connections()
 
     async def stop(self) -> None:
-        """Ends it, and with it what still runs."""
+        """Stop the server, and all running requests with it."""
         self.kill()
         if self._ending:
-            # Shielded: of two who wait for the end, one that is cancelled would cancel it for the other.
+            # Shielded: if one of two waiting tasks is cancelled, it must not cancel the stop for the other.
             await asyncio.shield(asyncio.wrap_future(self._ending))
         tasks = list(self._server.server_state.tasks)
         for task in tasks:
@@ -81,7 +81,7 @@ class SocketServer:
 async def running(
     app: ASGIApp, socket: Path, protocol: type[asyncio.Protocol] | None = None
 ) -> AsyncIterator[SocketServer]:
-    """The application on a socket for the body of the `with`; see `SocketServer`."""
+    """Run the application on a socket during the body of the `with`; see `SocketServer`."""
     server = SocketServer(app, socket, protocol)
     await server.start()
     try:
@@ -92,7 +92,7 @@ async def running(
 
 @contextmanager
 def running_in_thread(app: ASGIApp, socket: Path) -> Iterator[None]:
-    """The same for a test without a loop of its own."""
+    """Do the same for a test without a loop of its own."""
     loop, listening, ending = asyncio.new_event_loop(), threading.Event(), asyncio.Event()
 
     async def run() -> None:

@@ -1,4 +1,4 @@
-"""Requests that wait for adapters: outside admission, bounded, and none is lost whatever becomes of the engine."""
+"""Requests that wait for adapters: outside admission, limited, and not lost whatever happens to the engine."""
 
 import asyncio
 from collections import Counter
@@ -24,14 +24,14 @@ Answers = list[tuple[int, str, str]]
 
 
 def made(make: Make, **settings: Any) -> Control:
-    """Version 1 in production as an adapter; at most two are loaded, and versions 1 to 8 can be."""
+    """A server with version 1 in production as an adapter; at most two of versions 1 to 8 are loaded."""
     control = make(**{"format": Format.ADAPTER, "adapters": AdapterSettings(max_loaded=2)} | settings)
     versions(control, *range(4, 9))
     return control
 
 
 async def occupied(control: Control, client: httpx.AsyncClient) -> list[asyncio.Task[tuple[int, str, str]]]:
-    """All places for adapters are in use, by versions 1 and 2, until the double's `proceed` is set."""
+    """Keep all places for adapters in use, by versions 1 and 2, until the double's `proceed` is set."""
     assert await ask(client, f"{NAME}@2") == (200, f"{NAME}@2", "2")
     control.double.proceed.clear()
     tasks = [asyncio.create_task(ask(client, model)) for model in (NAME, f"{NAME}@2")]
@@ -61,10 +61,10 @@ async def test_production_is_answered_when_300_requests_wait_for_other_adapters(
     assert (control.admission.running, control.admission.queued) == (0, 0)
 
 
-async def test_an_idle_production_version_comes_back_first_when_others_wait_for_adapters(make: Make) -> None:
+async def test_idle_production_version_comes_back_first_when_others_wait_for_adapters(make: Make) -> None:
     control = made(make)
     async with control.run(), control.client() as client:
-        for number in (2, 3):  # in its place
+        for number in (2, 3):  # replaces version 1
             await ask(client, f"{NAME}@{number}")
         control.double.proceed.clear()
         running = asking(client, [2, 3])
@@ -80,7 +80,7 @@ async def test_an_idle_production_version_comes_back_first_when_others_wait_for_
     assert "/1/adapter" in control.double.adapter_loads[before]
 
 
-async def test_a_request_waits_for_its_place_when_it_has_waited_for_its_adapter(make: Make) -> None:
+async def test_request_waits_for_its_place_when_it_has_waited_for_its_adapter(make: Make) -> None:
     control = made(make, max_running=2)
     async with control.run(), control.client() as client:
         running = await occupied(control, client)
@@ -91,7 +91,7 @@ async def test_a_request_waits_for_its_place_when_it_has_waited_for_its_adapter(
         await asyncio.gather(*running)
 
 
-async def test_an_adapter_stays_loaded_when_its_request_waits_for_a_place(make: Make) -> None:
+async def test_adapter_stays_loaded_when_its_request_waits_for_a_place(make: Make) -> None:
     control = made(make, max_running=1)
     async with control.run(), control.client() as client:
         control.double.proceed.clear()
@@ -110,7 +110,7 @@ async def test_an_adapter_stays_loaded_when_its_request_waits_for_a_place(make: 
     assert len(control.double.adapter_loads) == 3
 
 
-async def test_a_second_key_gets_its_turn_in_order_when_the_first_floods(make: Make) -> None:
+async def test_second_key_gets_its_turn_in_order_when_the_first_floods(make: Make) -> None:
     control = made(make, max_queued=8)
     control.principals = {name: principal(name) for name in ("flooding", "modest")}
     async with control.run(), control.client() as client:
@@ -197,7 +197,7 @@ async def test_nothing_stays_reserved_when_the_clients_leave_while_they_wait_for
         assert await ask(client, f"{NAME}@3") == (200, f"{NAME}@3", "3")
 
 
-async def test_requests_for_adapters_wake_an_engine_that_sleeps_and_keep_it_awake(home: Home) -> None:
+async def test_requests_for_adapters_wake_a_sleeping_engine_and_keep_it_awake(home: Home) -> None:
     for number in (4, 5, 6, 7):
         make_version(home.registry, number, formats=BOTH)
     change_desired(home.store, None, adapter(4), None)

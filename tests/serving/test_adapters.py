@@ -1,4 +1,4 @@
-"""Versions that are served as adapters beside one base: by name, verified, promoted under load, back after a death."""
+"""Versions that are served as adapters of one base: by name, verified, promoted under load, reloaded after a death."""
 
 import asyncio
 import json
@@ -35,20 +35,20 @@ def adapter(number: int) -> Any:
 
 
 def versions(control: Control, *numbers: int, **said: Any) -> None:
-    """More of them."""
+    """Register more versions."""
     for number in numbers:
         make_version(control.registry, number, formats=BOTH, **said)
 
 
 @pytest.fixture
 async def served(make: Make) -> AsyncIterator[Control]:
-    """Version 1 in production as an adapter; at most two are loaded."""
+    """A server with version 1 in production as an adapter; at most two are loaded."""
     async with make(format=Format.ADAPTER, adapters=AdapterSettings(max_loaded=2)).run() as control:
         yield control
 
 
 async def ask(client: httpx.AsyncClient, model: str, **said: Any) -> tuple[int, str, str]:
-    """Status, the version in the header, and the number in the text or the error's code."""
+    """Return the status, the version in the header, and the number in the text or the error's code."""
     answer = await client.post("/v1/chat/completions", json=BODY | {"model": model} | said)
     body = answer.json()
     text = body["error"]["code"] if "error" in body else body["choices"][0]["message"]["content"].partition(".")[0]
@@ -56,11 +56,11 @@ async def ask(client: httpx.AsyncClient, model: str, **said: Any) -> tuple[int, 
 
 
 def numbers(double: EngineDouble) -> list[int]:
-    """The versions that an engine has loaded."""
+    """Return the versions that an engine has loaded."""
     return sorted(int(folder.split("/")[-2]) for folder in double.adapters.values())
 
 
-async def test_the_engine_holds_the_base_and_the_name_means_the_version_in_production(served: Control) -> None:
+async def test_engine_holds_the_base_and_the_name_means_the_version_in_production(served: Control) -> None:
     assert served.double.weights == str(base_folder(served.registry))
     async with served.client() as client:
         assert await ask(client, NAME) == (200, f"{NAME}@1", "1")
@@ -68,7 +68,7 @@ async def test_the_engine_holds_the_base_and_the_name_means_the_version_in_produ
     assert numbers(served.double) == [1]
 
 
-async def test_any_registered_version_answers_and_is_loaded_for_it(served: Control) -> None:
+async def test_any_registered_version_is_loaded_and_answers(served: Control) -> None:
     async with served.client() as client:
         assert await ask(client, f"{NAME}@3") == (200, f"{NAME}@3", "3")
         assert await ask(client, f"{NAME}@2") == (200, f"{NAME}@2", "2")
@@ -78,7 +78,7 @@ async def test_any_registered_version_answers_and_is_loaded_for_it(served: Contr
     assert served.sample("svc_adapters_loaded", model=NAME) == 2
 
 
-async def test_those_that_are_loaded_are_listed_and_any_can_be_shown(served: Control) -> None:
+async def test_loaded_versions_are_listed_and_any_version_can_be_shown(served: Control) -> None:
     async with served.client() as client:
         await ask(client, f"{NAME}@2")
         listed = [model["id"] for model in (await client.get("/v1/models")).json()["data"]]
@@ -90,11 +90,11 @@ async def test_those_that_are_loaded_are_listed_and_any_can_be_shown(served: Con
 
 
 @pytest.mark.parametrize("model", [f"{NAME}@9", f"{NAME}@x", f"{NAME}@", f"{NAME}@1/../2", f"{NAME}@0", f"{NAME}@2#a"])
-async def test_what_names_no_version_reaches_no_engine(served: Control, model: str) -> None:
+async def test_request_reaches_no_engine_when_its_name_means_no_version(served: Control, model: str) -> None:
     before = len(served.double.calls)
     async with served.client() as client:
         assert (await ask(client, model))[::2] == (404, "model_not_found")
-    assert set(served.double.calls[before:]) <= {"/health"}  # which the server asks by itself
+    assert set(served.double.calls[before:]) <= {"/health"}  # sent by the server itself
     assert numbers(served.double) == [1]
 
 
@@ -117,7 +117,7 @@ async def test_answers_name_the_version_when_an_adapter_serves(served: Control, 
 
 
 @pytest.mark.parametrize("path", [*BODIES, "/tokenize", "/v1/messages/count_tokens"])
-async def test_refusals_of_the_engine_name_the_version_when_an_adapter_serves(served: Control, path: str) -> None:
+async def test_rejections_of_the_engine_name_the_version_when_an_adapter_serves(served: Control, path: str) -> None:
     async with served.client() as client:
         await ask(client, f"{NAME}@2")
         (private,) = (name for name in served.double.adapters if name.startswith(f"{NAME}@2#"))
@@ -146,7 +146,7 @@ async def _never() -> Message:
     raise AssertionError("a JSON answer reads nothing")
 
 
-async def test_an_error_within_a_stream_names_the_version_when_an_adapter_serves(
+async def test_error_within_a_stream_names_the_version_when_an_adapter_serves(
     served: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(wire: Wire, message: str) -> list[bytes]:
@@ -161,7 +161,7 @@ async def test_an_error_within_a_stream_names_the_version_when_an_adapter_serves
     assert f"{NAME}@2#" not in answer.text
 
 
-async def test_a_large_whole_answer_has_the_length_of_what_is_sent_when_an_adapter_serves(served: Control) -> None:
+async def test_large_answer_has_the_length_of_the_sent_body_when_an_adapter_serves(served: Control) -> None:
     served.double.tokens = 20_000
     async with served.client() as client:
         answer = await client.post("/v1/chat/completions", json=BODY | {"model": f"{NAME}@2", "max_tokens": 20_000})
@@ -169,7 +169,7 @@ async def test_a_large_whole_answer_has_the_length_of_what_is_sent_when_an_adapt
     assert answer.json()["model"] == f"{NAME}@2"
 
 
-async def test_two_hundred_are_asked_in_turn_with_four_places(make: Make) -> None:
+async def test_two_hundred_versions_are_answered_with_four_places(make: Make) -> None:
     control = make(format=Format.ADAPTER, adapters=AdapterSettings(max_loaded=4))
     versions(control, *range(4, 201))
     async with control.run(), control.client() as client:
@@ -178,7 +178,7 @@ async def test_two_hundred_are_asked_in_turn_with_four_places(make: Make) -> Non
         assert (control.double.most_adapters, len(control.double.adapter_loads)) == (4, 200)
 
 
-async def test_many_first_requests_for_one_load_it_once(served: Control) -> None:
+async def test_adapter_is_loaded_once_when_many_first_requests_need_it(served: Control) -> None:
     served.double.adapter_delay_s = 0.05
     async with served.client() as client:
         found = await asyncio.gather(*(ask(client, f"{NAME}@2") for _ in range(30)))
@@ -186,7 +186,7 @@ async def test_many_first_requests_for_one_load_it_once(served: Control) -> None
     assert len(served.double.adapter_loads) == 2
 
 
-async def test_none_that_answers_is_unloaded_whoever_else_is_asked(served: Control) -> None:
+async def test_adapter_is_not_unloaded_while_it_answers(served: Control) -> None:
     versions(served, 4, 5, 6)
     served.double.token_delay_s = 0.005
     async with served.client() as client:
@@ -196,7 +196,7 @@ async def test_none_that_answers_is_unloaded_whoever_else_is_asked(served: Contr
     assert (served.double.dropped_in_use, served.double.most_adapters) == ([], 2)
 
 
-async def test_who_finds_no_place_in_time_is_told_to_come_again(make: Make) -> None:
+async def test_request_is_told_to_retry_when_it_finds_no_place_in_time(make: Make) -> None:
     control = make(format=Format.ADAPTER, adapters=AdapterSettings(max_loaded=1), queue_timeout_s=0.05)
     async with control.run(), control.client() as client:
         control.double.token_delay_s = 0.1
@@ -208,7 +208,7 @@ async def test_who_finds_no_place_in_time_is_told_to_come_again(make: Make) -> N
         assert await first == (200, f"{NAME}@1", "1")
 
 
-async def test_an_adapter_that_is_not_the_versions_is_unloaded_and_not_answered_with(served: Control) -> None:
+async def test_adapter_is_unloaded_without_answering_when_it_is_not_the_versions(served: Control) -> None:
     versions(served, 4, probes_of="/elsewhere")
     async with served.client() as client:
         assert (await ask(client, f"{NAME}@4"))[::2] == (503, "engine_adapter_failed")
@@ -216,15 +216,15 @@ async def test_an_adapter_that_is_not_the_versions_is_unloaded_and_not_answered_
     assert numbers(served.double) == [1]
 
 
-async def test_an_adapter_that_the_engine_does_not_apply_is_refused(served: Control) -> None:
-    """It then gives what the base gives, which can be nearer to the version than half a nat."""
+async def test_version_is_rejected_when_the_engine_does_not_apply_its_adapter(served: Control) -> None:
+    """The engine then answers like the base, which can be closer to the version than half a nat."""
     versions(served, 4, probes_of=served.double.weights, noise=0.1)
     served.double._weights_of = lambda model: served.double.weights  # type: ignore[method-assign]
     async with served.client() as client:
         assert (await ask(client, f"{NAME}@4"))[::2] == (503, "engine_adapter_failed")
 
 
-async def test_one_that_the_engine_does_not_take_is_tried_again(served: Control) -> None:
+async def test_load_is_tried_again_when_the_engine_rejected_an_adapter(served: Control) -> None:
     served.double.broken_adapters = {"2/adapter"}
     async with served.client() as client:
         assert (await ask(client, f"{NAME}@2"))[::2] == (503, "engine_adapter_failed")
@@ -240,17 +240,17 @@ async def test_changed_files_are_not_loaded(served: Control) -> None:
     assert len(served.double.adapter_loads) == 1
 
 
-async def test_probes_are_kept_for_the_next_load(served: Control) -> None:
+async def test_probes_are_stored_for_the_next_load(served: Control) -> None:
     async with served.client() as client:
         await ask(client, f"{NAME}@2")
         assert find_retaken_probes(served.store, adapter(2), FACTS)
-        for number in (3, 1):  # in its place
+        for number in (3, 1):  # replaces the adapter
             await ask(client, f"{NAME}@{number}")
-        served.double.probe_noise = 0.01  # less than between two kinds of engine, and more than on one
+        served.double.probe_noise = 0.01  # less than between two kinds of engine, but more than within one
         assert (await ask(client, f"{NAME}@2"))[::2] == (503, "engine_adapter_failed")
 
 
-async def test_a_version_without_any_probes_serves_and_is_called_unverified(served: Control) -> None:
+async def test_version_without_any_probes_serves_as_unverified(served: Control) -> None:
     make_version(served.registry, 4, formats=(Format.ADAPTER,))
     async with served.client() as client:
         assert (await ask(client, f"{NAME}@4"))[:2] == (200, f"{NAME}@4")
@@ -259,7 +259,7 @@ async def test_a_version_without_any_probes_serves_and_is_called_unverified(serv
     assert served.sample("svc_versions_unverified", model=NAME) == 1
 
 
-async def test_one_that_was_promoted_unverified_is_called_so_in_the_journal_and_of_the_engine(served: Control) -> None:
+async def test_promoted_unverified_version_is_marked_in_the_journal_and_the_status(served: Control) -> None:
     make_version(served.registry, 4, formats=(Format.ADAPTER,))
     assert (await served.promote(4)).outcome is SwapOutcome.SUCCEEDED
     assert served.steps[-1] == "adapter loaded: not verified: the version has no probes in any format"
@@ -278,7 +278,7 @@ async def test_one_that_was_promoted_unverified_is_called_so_in_the_journal_and_
         ({"target_modules": ["c_attn"]}, "layers c_attn"),
     ],
 )
-async def test_one_that_cannot_be_applied_beside_the_base_is_refused_with_the_reason(
+async def test_version_is_rejected_with_the_reason_when_the_base_cannot_apply_it(
     served: Control, said: dict[str, Any], told: str
 ) -> None:
     if "base_model_name_or_path" in said:
@@ -292,23 +292,23 @@ async def test_one_that_cannot_be_applied_beside_the_base_is_refused_with_the_re
     assert told in answer.json()["error"]["message"] and str(served.settings.home) not in answer.text
 
 
-async def test_one_that_failed_a_check_is_for_those_alone_who_bring_it_into_production(served: Control) -> None:
+async def test_version_that_failed_a_check_is_served_only_in_production(served: Control) -> None:
     versions(served, 4, failed=("parity",))
     async with served.client() as client:
         assert (await ask(client, f"{NAME}@4"))[::2] == (404, "model_not_found")
-        assert (await served.promote(4)).kind is SwapKind.ADAPTER  # by force
-        for number in (2, 3):  # in its place
+        assert (await served.promote(4)).kind is SwapKind.ADAPTER  # forced
+        for number in (2, 3):  # replaces version 4
             await ask(client, f"{NAME}@{number}")
         assert await ask(client, NAME) == (200, f"{NAME}@4", "4")
 
 
-async def test_a_version_that_only_has_merged_weights_is_not_found(served: Control) -> None:
+async def test_version_with_only_merged_weights_is_not_found(served: Control) -> None:
     make_version(served.registry, 4)
     async with served.client() as client:
         assert (await ask(client, f"{NAME}@4"))[::2] == (404, "model_not_found")
 
 
-async def test_a_promotion_of_an_adapter_lets_nobody_wait(served: Control) -> None:
+async def test_no_request_waits_when_an_adapter_is_promoted(served: Control) -> None:
     served.double.token_delay_s = 0.005
     async with served.client() as client, Load(client).run(streams=4, plain=2) as load:
         await until(lambda: len(load.answers) > 6)
@@ -320,7 +320,7 @@ async def test_a_promotion_of_an_adapter_lets_nobody_wait(served: Control) -> No
     assert served.book.book["production"] == VersionId(NAME, 2)  # type: ignore[index]
 
 
-async def test_a_promotion_that_fails_its_probes_leaves_what_serves(served: Control) -> None:
+async def test_served_version_stays_when_a_promotion_fails_its_probes(served: Control) -> None:
     versions(served, 4, probes_of="/elsewhere")
     result = await served.promote(4)
     assert (result.outcome, served.desired().target) == (SwapOutcome.REFUSED, adapter(1))
@@ -328,7 +328,7 @@ async def test_a_promotion_that_fails_its_probes_leaves_what_serves(served: Cont
         assert await ask(client, NAME) == (200, f"{NAME}@1", "1")
 
 
-async def test_a_promotion_hears_that_another_version_is_wanted(served: Control) -> None:
+async def test_promotion_is_cancelled_when_another_version_becomes_desired(served: Control) -> None:
     served.double.adapter_delay_s = 0.3
     loads = served.double.calls.count("/v1/load_lora_adapter")
     wish = served.wish(2)
@@ -339,7 +339,7 @@ async def test_a_promotion_hears_that_another_version_is_wanted(served: Control)
         assert await ask(client, NAME) == (200, f"{NAME}@1", "1")
 
 
-async def test_a_promotion_to_another_base_is_blue_green(served: Control) -> None:
+async def test_promotion_to_another_base_is_blue_green(served: Control) -> None:
     other = served.settings.home / "other"
     shutil.copytree(base_folder(served.registry), other)
     versions(served, 4, adapter={"base_model_name_or_path": str(other)})
@@ -350,13 +350,13 @@ async def test_a_promotion_to_another_base_is_blue_green(served: Control) -> Non
         assert await ask(client, NAME) == (200, f"{NAME}@4", "4")
 
 
-async def test_a_promotion_to_a_larger_rank_is_blue_green(served: Control) -> None:
+async def test_promotion_to_a_larger_rank_is_blue_green(served: Control) -> None:
     versions(served, 4, adapter={"r": 64})
     result = await served.promote(4)
     assert (result.outcome, result.kind) == (SwapOutcome.SUCCEEDED, SwapKind.BLUEGREEN)
 
 
-async def test_a_rank_above_the_setting_is_refused_with_what_to_do(make: Make) -> None:
+async def test_rank_over_the_setting_is_refused_with_a_remedy(make: Make) -> None:
     control = make(format=Format.ADAPTER, adapters=AdapterSettings(max_rank=32))
     versions(control, 4, adapter={"r": 64})
     async with control.run():
@@ -364,12 +364,12 @@ async def test_a_rank_above_the_setting_is_refused_with_what_to_do(make: Make) -
     assert result.outcome is SwapOutcome.REFUSED and result.reason and "raise adapters.max_rank" in result.reason
 
 
-async def test_where_it_is_set_a_promotion_is_always_blue_green(make: Make) -> None:
+async def test_promotion_is_always_blue_green_when_configured(make: Make) -> None:
     async with make(format=Format.ADAPTER, swap=SwapChoice.BLUEGREEN).run() as control:
         assert (await control.promote(2)).kind is SwapKind.BLUEGREEN
 
 
-async def test_every_engine_of_several_gets_the_adapter(make: Make) -> None:
+async def test_each_of_several_engines_gets_the_adapter(make: Make) -> None:
     async with make(format=Format.ADAPTER, replicas=2).run() as control:
         await until(lambda: len(control.pool.ready) == 2)
         result = await control.promote(2)
@@ -377,7 +377,7 @@ async def test_every_engine_of_several_gets_the_adapter(make: Make) -> None:
         assert [member.target for member in control.pool.members] == [adapter(2)] * 2
 
 
-async def test_where_the_second_engine_does_not_take_it_the_first_goes_back(make: Make) -> None:
+async def test_first_engine_is_restored_when_the_second_rejects_the_adapter(make: Make) -> None:
     async with make(format=Format.ADAPTER, replicas=2).run() as control:
         await until(lambda: len(control.pool.ready) == 2)
         control.park.engines[1].double.broken_adapters = {"2/adapter"}
@@ -386,7 +386,7 @@ async def test_where_the_second_engine_does_not_take_it_the_first_goes_back(make
         assert [member.target for member in control.pool.members] == [adapter(1)] * 2
 
 
-async def test_after_a_death_adapters_come_back_when_they_are_asked_for(served: Control) -> None:
+async def test_adapters_are_loaded_again_on_demand_after_a_death(served: Control) -> None:
     async with served.client() as client:
         await ask(client, f"{NAME}@2")
         served.double.die()
@@ -396,7 +396,7 @@ async def test_after_a_death_adapters_come_back_when_they_are_asked_for(served: 
     assert set(served.park.engines[0].double.adapters).isdisjoint(served.double.adapters)
 
 
-async def test_an_engine_that_was_left_is_adopted_and_its_adapters_come_under_new_names(make: Make) -> None:
+async def test_adopted_engine_loads_adapters_under_new_names(make: Make) -> None:
     control = make(format=Format.ADAPTER)
     control.leaves = True
     async with control.run(), control.client() as client:
@@ -405,12 +405,12 @@ async def test_an_engine_that_was_left_is_adopted_and_its_adapters_come_under_ne
     control.leaves = False
     control.assemble()
     async with control.run(), control.client() as client:
-        assert len(control.park.engines) == 2  # the second took over the first
+        assert len(control.park.engines) == 2  # the second object adopted the first engine
         assert await ask(client, NAME) == (200, f"{NAME}@1", "1")
         assert numbers(control.double) == [1] and before.isdisjoint(control.double.adapters)
 
 
-async def test_a_swap_between_formats_goes_by_a_second_engine(make: Make) -> None:
+async def test_swap_between_formats_uses_a_second_engine(make: Make) -> None:
     control = make(format=Format.ADAPTER)
     async with control.run(), control.client() as client:
         control.format = Format.MERGED
@@ -423,7 +423,7 @@ async def test_a_swap_between_formats_goes_by_a_second_engine(make: Make) -> Non
         assert await ask(client, f"{NAME}@1") == (200, f"{NAME}@1", "1")
 
 
-async def test_the_base_that_is_gone_is_told(make: Make) -> None:
+async def test_missing_base_is_reported(make: Make) -> None:
     control = make(format=Format.ADAPTER)
     shutil.rmtree(base_folder(control.registry))
     with pytest.raises(Exception, match="the base model of tuned@1 is not in"):
@@ -438,7 +438,7 @@ async def test_another_kind_of_engine_takes_its_own_probes(make: Make) -> None:
         assert find_retaken_probes(control.store, adapter(1), other)
 
 
-async def test_a_whole_server_serves_adapters_beside_their_base(home: Home) -> None:
+async def test_server_process_serves_adapters_of_their_base(home: Home) -> None:
     for number in (4, 5):
         make_version(home.registry, number, formats=BOTH)
     change_desired(home.store, None, adapter(4), None)
@@ -455,7 +455,7 @@ async def test_a_whole_server_serves_adapters_beside_their_base(home: Home) -> N
     assert 'svc_adapters_loaded{model="tuned"} 2.0' in page
 
 
-async def test_the_held_out_set_is_not_asked_of_adapters_and_it_is_said_so(home: Home) -> None:
+async def test_held_out_set_is_not_run_for_adapters_and_the_reason_is_shown(home: Home) -> None:
     make_version(home.registry, 4, formats=BOTH, answered=3)
     change_desired(home.store, None, adapter(4), None)
     async with home.serving(NAME) as client:

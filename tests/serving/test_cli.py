@@ -1,4 +1,4 @@
-"""`svc serve`, `svc promote`, `svc rollback`, `svc chat` as they are typed."""
+"""`svc serve`, `svc promote`, `svc rollback` and `svc chat` on the command line."""
 
 import asyncio
 import json
@@ -59,27 +59,27 @@ def other(home: Home) -> str:
 
 
 @pytest.mark.parametrize("command", ["add", "serve"])
-async def test_a_model_is_added_to_the_running_server(serving: Home, other: str, command: str) -> None:
+async def test_model_is_added_to_the_running_server(serving: Home, other: str, command: str) -> None:
     result = await type_in(serving, command, other)
     assert result.exit_code == 0, result.output
-    assert "other@7 (merged) serves" in result.output
+    assert "other@7 (merged) is served" in result.output
     assert [model["model"] for model in await asyncio.to_thread(models_of, serving)] == [NAME, "other"]
 
 
-async def test_a_model_that_is_served_already_is_not_added(serving: Home) -> None:
+async def test_model_is_not_added_when_it_is_already_served(serving: Home) -> None:
     error = error_of(await type_in(serving, "add", NAME))
     assert isinstance(error, RefusedError)
     assert f"svc promote {NAME}@N" in error.todo
 
 
-async def test_a_model_that_cannot_be_added_says_why(serving: Home, other: str) -> None:
+async def test_reason_is_shown_when_a_model_cannot_be_added(serving: Home, other: str) -> None:
     serving.park.room = "it needs 9 GiB"
     error = error_of(await type_in(serving, "add", other))
     assert isinstance(error, RefusedError)
     assert "it needs 9 GiB" in error.wrong
 
 
-async def test_a_model_is_added_after_an_attempt_that_failed(serving: Home, other: str) -> None:
+async def test_model_is_added_when_an_earlier_attempt_failed(serving: Home, other: str) -> None:
     serving.park.room = "it needs 9 GiB"
     error_of(await type_in(serving, "add", other))
     serving.park.room = None
@@ -87,24 +87,24 @@ async def test_a_model_is_added_after_an_attempt_that_failed(serving: Home, othe
     assert result.exit_code == 0, result.output
 
 
-async def test_an_unknown_model_is_not_added(serving: Home) -> None:
+async def test_unknown_model_is_not_added(serving: Home) -> None:
     assert isinstance(error_of(await type_in(serving, "add", "nothing")), NotFoundError)
 
 
-async def test_a_model_is_removed(serving: Home, other: str) -> None:
+async def test_model_is_removed(serving: Home, other: str) -> None:
     await type_in(serving, "add", other)
     result = await type_in(serving, "remove", NAME)
     assert result.exit_code == 0, result.output
     assert [model["model"] for model in await asyncio.to_thread(models_of, serving)] == ["other"]
 
 
-async def test_what_is_not_served_is_not_removed(serving: Home) -> None:
+async def test_model_is_not_removed_when_it_is_not_served(serving: Home) -> None:
     error = error_of(await type_in(serving, "remove", "nothing"))
     assert isinstance(error, NotFoundError)
     assert NAME in error.expected
 
 
-async def test_promote_and_rollback_are_of_one_model(serving: Home, other: str) -> None:
+async def test_promote_and_rollback_affect_one_model(serving: Home, other: str) -> None:
     make_version(serving.registry, 8, name="other")
     await type_in(serving, "add", f"{other}@7")
     assert (await type_in(serving, "promote", f"{other}@8")).exit_code == 0
@@ -115,29 +115,29 @@ async def test_promote_and_rollback_are_of_one_model(serving: Home, other: str) 
     assert versions == {NAME: f"{NAME}@1", "other": "other@7"}
 
 
-def test_all_models_or_some(home: Home) -> None:
-    assert "say --all" in type_now(home, "serve", NAME, "--all").output
+def test_serve_rejects_models_together_with_all(home: Home) -> None:
+    assert "either models or --all" in type_now(home, "serve", NAME, "--all").output
 
 
 def models_of(home: Home) -> list[dict[str, Any]]:
-    """What the server says of its models."""
+    """Return the models in the server's status."""
     return list(read_status(server_address(home.settings))["models"])
 
 
-async def test_promote_says_what_serves(serving: Home) -> None:
+async def test_promote_shows_the_served_version_and_the_swap(serving: Home) -> None:
     result = await type_in(serving, "promote", f"{NAME}@2")
     assert result.exit_code == 0, result.output
-    assert "tuned@2 (merged) serves\n  inplace swap in " in result.output
+    assert "tuned@2 (merged) is served\n  inplace swap in " in result.output
     assert "files match the manifest" in result.output
 
 
-async def test_promote_for_machines(serving: Home) -> None:
+async def test_promote_prints_json_when_requested(serving: Home) -> None:
     result = await type_in(serving, "promote", f"{NAME}@2", "--json")
     told = json.loads(result.stdout)
     assert (told["target"], told["outcome"], told["queued"]) == (str(target(2)), "succeeded", 0)
 
 
-async def test_a_version_that_failed_a_check_is_not_promoted(serving: Home) -> None:
+async def test_version_that_failed_a_check_is_not_promoted(serving: Home) -> None:
     make_version(serving.registry, 4, failed=("GPTQ lost 0.3",))
     error = error_of(await type_in(serving, "promote", f"{NAME}@4"))
     assert isinstance(error, RefusedError)
@@ -145,39 +145,39 @@ async def test_a_version_that_failed_a_check_is_not_promoted(serving: Home) -> N
     assert "svc promote tuned@4 --force --reason TEXT" in error.todo
 
 
-async def test_an_undecided_version_is_promoted_with_a_warning(serving: Home) -> None:
+async def test_undecided_version_is_promoted_with_a_warning(serving: Home) -> None:
     make_version(serving.registry, 4, gates=(gate_report(0.04), gate_report(0.09)))
     result = await type_in(serving, "promote", f"{NAME}@4")
-    assert result.stdout.startswith("tuned@4 (merged) serves")
+    assert result.stdout.startswith("tuned@4 (merged) is served")
     assert result.stderr.count("warning: GPTQ lost 0.010 of accuracy") == 1
     assert "a loss of up to 0.090 cannot be excluded with 60 examples; about 500 would decide" in result.stderr
 
 
-async def test_a_version_that_failed_a_check_is_promoted_by_force_and_the_swap_says_why(serving: Home) -> None:
+async def test_version_that_failed_a_check_is_promoted_by_force_and_the_swap_shows_why(serving: Home) -> None:
     make_version(serving.registry, 4, failed=("GPTQ lost 0.3",))
     result = await type_in(serving, "promote", f"{NAME}@4", "--force", "--reason", "the demo of Monday")
-    assert "tuned@4 (merged) serves" in result.output
-    assert "it failed a check, and is wanted all the same: the demo of Monday" in result.output
+    assert "tuned@4 (merged) is served" in result.output
+    assert "it failed a check, but the promotion is forced: the demo of Monday" in result.output
 
 
 @pytest.mark.parametrize("options", [["--force"], ["--force", "--reason", " "]])
-async def test_force_goes_with_a_reason(serving: Home, options: list[str]) -> None:
+async def test_force_needs_a_reason(serving: Home, options: list[str]) -> None:
     result = await type_in(serving, "promote", f"{NAME}@2", *options)
     assert result.exit_code == 2
     assert "--force needs a --reason" in result.output
 
 
-async def test_force_of_a_version_that_passed_forces_nothing(serving: Home) -> None:
+async def test_force_is_not_recorded_when_the_version_passed(serving: Home) -> None:
     await type_in(serving, "promote", f"{NAME}@2", "--force", "--reason", "why")
     desired = read_desired(serving.store, NAME)
     assert desired is not None
     assert desired.forced is None
 
 
-async def test_who_promoted_and_rolled_back_and_why_is_in_the_audit_log(serving: Home) -> None:
+async def test_promotions_and_rollbacks_are_in_the_audit_log_with_actor_and_reason(serving: Home) -> None:
     await type_in(serving, "promote", f"{NAME}@2", "--reason", "it is better")
     await type_in(serving, "rollback", NAME, "--reason", "it is not")
-    await type_in(serving, "promote", f"{NAME}@1")  # it serves already
+    await type_in(serving, "promote", f"{NAME}@1")  # already served
     events = read_events(serving.store, newest=9)
     me = Actor.local()
     assert [(event.action, event.subject, event.reason) for event in events] == [
@@ -188,7 +188,7 @@ async def test_who_promoted_and_rolled_back_and_why_is_in_the_audit_log(serving:
     assert {(event.actor, event.origin) for event in events} == {(me.name, me.origin)}
 
 
-async def test_a_promotion_that_is_not_carried_out_was_asked_for_and_never_served(serving: Home) -> None:
+async def test_failed_promotion_is_in_the_history_as_desired_and_never_served(serving: Home) -> None:
     weights = serving.registry.folder(VersionId(NAME, 2)) / "merged" / "model.safetensors"
     weights.chmod(0o644)
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
@@ -197,7 +197,7 @@ async def test_a_promotion_that_is_not_carried_out_was_asked_for_and_never_serve
     assert {span.target.version.number for span in served_spans(serving.store, NAME)} == {1}
 
 
-async def test_the_history_has_the_start_the_swaps_and_the_stop(home: Home) -> None:
+async def test_history_has_the_start_the_swaps_and_the_stop(home: Home) -> None:
     async with home.serving(f"{NAME}@1"):
         await type_in(home, "promote", f"{NAME}@2", "--reason", "it is better")
     rows = json.loads((await type_in(home, "history", NAME, "--json")).stdout)
@@ -208,17 +208,17 @@ async def test_the_history_has_the_start_the_swaps_and_the_stop(home: Home) -> N
     assert rows[0]["until"] == rows[1]["from"] < rows[1]["until"]
 
 
-async def test_rollback_and_back(serving: Home) -> None:
+async def test_second_rollback_undoes_the_first(serving: Home) -> None:
     await type_in(serving, "promote", f"{NAME}@2")
     result = await type_in(serving, "rollback", NAME)
-    assert "tuned@1 (merged) serves" in result.output
+    assert "tuned@1 (merged) is served" in result.output
     result = await type_in(serving, "rollback", NAME)
-    assert "tuned@2 (merged) serves" in result.output
+    assert "tuned@2 (merged) is served" in result.output
 
 
 @pytest.fixture
 def starting(serving: Home) -> Home:
-    """Versions 4 and 5 need a second engine, whose start takes long."""
+    """A server whose versions 4 and 5 need a second engine, which starts slowly."""
     make_version(serving.registry, 4, width=8)
     make_version(serving.registry, 5, width=16)
     serving.park.start_delay_s = 30.0
@@ -226,92 +226,92 @@ def starting(serving: Home) -> Home:
 
 
 async def promote_beside(home: Home, number: int) -> SvcError:
-    """How a promotion failed that runs beside other commands: of those, only one can have its output caught."""
+    """Return the error of a promotion that runs next to other commands; only one command's output can be captured."""
     arguments = ["--home", str(home.settings.home), "promote", f"{NAME}@{number}"]
     with pytest.raises(SvcError) as failure:
         await asyncio.to_thread(group.main, arguments, standalone_mode=False)
     return failure.value
 
 
-async def test_a_rollback_during_a_promotion_keeps_what_serves(starting: Home) -> None:
+async def test_rollback_during_a_promotion_keeps_the_served_version(starting: Home) -> None:
     promotion = asyncio.create_task(promote_beside(starting, 4))
     await until(lambda: starting.park.alive == 2)
     began = time.monotonic()
     result = await type_in(starting, "rollback", NAME)
     assert time.monotonic() - began < 2.0
-    assert (result.exit_code, "tuned@1 (merged) serves" in result.output) == (0, True)
+    assert (result.exit_code, "tuned@1 (merged) is served" in result.output) == (0, True)
     error = await promotion
     assert isinstance(error, RefusedError)
-    assert "tuned@4 (merged) was not promoted (cancelled), tuned@1 (merged) serves" in error.wrong
+    assert "tuned@4 (merged) was not promoted (cancelled): tuned@1 (merged) is still served" in error.wrong
     assert "superseded by tuned@1 (merged)" in error.wrong
 
 
-async def test_a_rollback_never_goes_to_a_version_that_was_superseded(starting: Home) -> None:
+async def test_rollback_never_goes_to_a_superseded_version(starting: Home) -> None:
     first = asyncio.create_task(promote_beside(starting, 4))
     await until(lambda: len(starting.park.engines) == 2)
     second = asyncio.create_task(promote_beside(starting, 5))
     await until(lambda: len(starting.park.engines) == 3)
     result = await type_in(starting, "rollback", NAME)
-    assert "tuned@1 (merged) serves" in result.output
+    assert "tuned@1 (merged) is served" in result.output
     for promotion in (first, second):
-        assert "tuned@1 (merged) serves" in (await promotion).wrong
+        assert "tuned@1 (merged) is still served" in (await promotion).wrong
     assert isinstance(error_of(await type_in(starting, "rollback", NAME)), NotFoundError)
 
 
-async def test_nothing_before_is_nothing_to_roll_back_to(serving: Home) -> None:
+async def test_rollback_fails_when_there_is_no_previous_version(serving: Home) -> None:
     error = error_of(await type_in(serving, "rollback", NAME))
     assert isinstance(error, NotFoundError)
     assert "no version before" in error.wrong
 
 
 @pytest.mark.parametrize("json_flag", [(), ("--json",)])
-async def test_a_version_that_serves_already_is_not_swapped(serving: Home, json_flag: tuple[str, ...]) -> None:
+async def test_no_swap_runs_when_the_version_is_already_served(serving: Home, json_flag: tuple[str, ...]) -> None:
     result = await type_in(serving, "promote", f"{NAME}@1", *json_flag)
     assert result.exit_code == 0
-    assert "serves already" in result.output or json.loads(result.output)["outcome"] == "unchanged"
+    assert "is already served" in result.output or json.loads(result.output)["outcome"] == "unchanged"
     assert "/collective_rpc" not in serving.park.double.calls
 
 
-async def test_a_version_that_is_on_its_way_does_not_serve_already(serving: Home) -> None:
+async def test_promotion_is_rejected_when_the_same_one_is_in_progress(serving: Home) -> None:
     serving.park.double.reload_delay_s = 0.3
     first = asyncio.create_task(type_in(serving, "promote", f"{NAME}@2"))
     await until(lambda: "/collective_rpc" in serving.park.double.calls)
     error = error_of(await type_in(serving, "promote", f"{NAME}@2"))
     assert isinstance(error, BusyError)
-    assert "on its way" in error.wrong
+    assert "already in progress" in error.wrong
     assert (await first).exit_code == 0
 
 
 @pytest.mark.parametrize("version", [f"{NAME}@9", NAME, f"{NAME}@production", "other@1", f"{NAME}@0"])
-async def test_what_does_not_exist_is_not_promoted(serving: Home, version: str) -> None:
+async def test_unknown_version_is_not_promoted(serving: Home, version: str) -> None:
     before = read_desired(serving.store, NAME)
     assert isinstance(error_of(await type_in(serving, "promote", version)), NotFoundError)
     assert read_desired(serving.store, NAME) == before
 
 
-async def test_a_format_that_does_not_exist_is_not_promoted(serving: Home) -> None:
+async def test_missing_format_is_not_promoted(serving: Home) -> None:
     error = error_of(await type_in(serving, "promote", f"{NAME}@2", "--format", "gptq"))
     assert "has no format gptq" in error.wrong
 
 
-async def test_a_refusal_says_why_and_what_serves(serving: Home) -> None:
+async def test_refusal_shows_the_reason_and_the_served_version(serving: Home) -> None:
     make_version(serving.registry, 4, probes_of="/elsewhere")
     result = await type_in(serving, "promote", f"{NAME}@4", "--json")
     error = error_of(result)
     assert isinstance(error, RefusedError)
-    assert "tuned@1 (merged) serves" in error.wrong
+    assert "tuned@1 (merged) is still served" in error.wrong
     assert "not the version's weights" in error.wrong
     assert json.loads(result.stdout)["outcome"] == "restored"
 
 
-async def test_a_failure_does_not_claim_that_the_version_before_serves(serving: Home) -> None:
+async def test_failure_does_not_claim_that_the_previous_version_serves(serving: Home) -> None:
     serving.park.double.loadable = lambda folder: False
     error = error_of(await type_in(serving, "promote", f"{NAME}@2"))
     assert "`svc status` shows whether tuned@1 (merged) serves again" in error.wrong
 
 
 @pytest.mark.parametrize("command", [("promote", f"{NAME}@2"), ("rollback", NAME), ("chat", NAME)])
-def test_without_a_server_there_is_nothing_to_talk_to(home: Home, command: tuple[str, str]) -> None:
+def test_chat_fails_when_no_server_runs(home: Home, command: tuple[str, str]) -> None:
     assert isinstance(error_of(type_now(home, *command)), ServerNotRunningError)
 
 
@@ -325,12 +325,12 @@ async def test_chat_ends_at_the_end_of_its_input(serving: Home) -> None:
     assert (await type_in(serving, "chat", NAME, answers="")).exit_code == 0
 
 
-def test_serve_runs_until_it_is_told_to_stop(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serve_runs_until_it_is_stopped(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "serve", partial(server.serve, make_slots=partial(ParkSlots, home.park)))
     answers = list[int]()
 
     def visit() -> None:
-        deadline = time.monotonic() + 60  # a signal that comes before the server hears it ends the tests
+        deadline = time.monotonic() + 60  # a signal before the server handles it would end the tests
         while time.monotonic() < deadline and not answers:
             try:
                 with server_address(home.settings).client(2) as client:
@@ -352,7 +352,7 @@ def test_serve_runs_until_it_is_told_to_stop(home: Home, monkeypatch: pytest.Mon
         server_address(home.settings)
 
 
-async def test_serve_beside_another_server_starts_no_engine(serving: Home) -> None:
+async def test_serve_starts_no_engine_when_another_server_runs_on_the_home(serving: Home) -> None:
     error = error_of(await type_in(serving, "serve", f"{NAME}@2", "--port", "0"))
     assert isinstance(error, BusyError)
     assert len(serving.park.engines) == 1
@@ -360,6 +360,6 @@ async def test_serve_beside_another_server_starts_no_engine(serving: Home) -> No
     assert desired is not None and desired.target == target(1)
 
 
-def test_serve_of_nothing_that_exists_starts_no_engine(home: Home) -> None:
+def test_serve_starts_no_engine_when_the_model_does_not_exist(home: Home) -> None:
     assert isinstance(error_of(type_now(home, "serve", f"{NAME}@9", "--port", "0")), NotFoundError)
     assert home.park.engines == []

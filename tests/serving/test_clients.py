@@ -1,7 +1,7 @@
-"""Clients that people have, as they are, against a server with keys: they ask, stream, hear that a key is wrong, and
-wait by themselves where a limit says so.
+"""Popular clients, unmodified, against a server with keys: they send requests, stream, report an invalid key, and wait
+by themselves for a limit.
 
-They run in threads of their own, as their users' programs do; only the address and the key are given.
+They run in separate threads, like users' programs; only the address and the key are configured.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from tests.serving.versions import NAME
 
 TEXT = "1.0 1.1 1.2 1.3 "
 A_MINUTE = 60
-"""Requests a minute: where all are used, the next one is let in after a second."""
+"""Requests per minute: when all are used, the next one is accepted after a second."""
 
 
 def ask_openai(url: str, key: str, stream: bool) -> str:
@@ -61,7 +61,7 @@ def ask_langchain(url: str, key: str, stream: bool) -> str:
             return "".join(str(chunk.content) for chunk in chat.stream("one"))
         return str(chat.invoke("one").content)
     finally:
-        chat.root_client.close()  # it leaves that to the collector
+        chat.root_client.close()  # the client leaves this to the garbage collector
 
 
 def ask_litellm(url: str, key: str, stream: bool) -> str:
@@ -77,21 +77,21 @@ def ask_litellm(url: str, key: str, stream: bool) -> str:
     finally:
         for kept in litellm.in_memory_llm_clients_cache.cache_dict.values():
             if isinstance(kept, OpenAI):
-                kept.close()  # it keeps it for its next request
+                kept.close()  # the client keeps it for its next request
         litellm.in_memory_llm_clients_cache.flush_cache()
 
 
-# litellm's own types, which pydantic warns of.
+# pydantic warns about litellm's own types.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*ReadOnly:UserWarning")]
 CLIENTS = {"openai": ask_openai, "anthropic": ask_anthropic, "langchain": ask_langchain, "litellm": ask_litellm}
 
 
 @dataclass(frozen=True)
 class Served:
-    """A server that runs.
+    """A running server.
 
     Attributes:
-        key: one that may ask, with a limit.
+        key: a key for inference, with a limit.
     """
 
     http: httpx.AsyncClient
@@ -100,13 +100,13 @@ class Served:
     async def ask(
         self, client: Callable[[str, str, bool], str], *, key: str | None = None, stream: bool = False
     ) -> str:
-        """What a client makes of an answer."""
+        """Return a client's result for an answer."""
         return await asyncio.to_thread(client, str(self.http.base_url), key or self.key, stream)
 
 
 @pytest.fixture
 async def served(home: Home, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Served]:
-    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else it asks GitHub for prices when it is imported
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # otherwise its import requests prices from GitHub
     limits = Limits(requests_per_minute=A_MINUTE)
     issued = Keyring(home.store, Actor("user:alice", "box")).create(frozenset({Scope.INFER}), limits=limits)
     async with home.serving(f"{NAME}@1") as http:
@@ -115,19 +115,19 @@ async def served(home: Home, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[S
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("client", CLIENTS)
-async def test_it_gets_the_answer(served: Served, client: str, stream: bool) -> None:
+async def test_client_gets_the_answer(served: Served, client: str, stream: bool) -> None:
     assert await served.ask(CLIENTS[client], stream=stream) == TEXT
 
 
 @pytest.mark.parametrize("client", CLIENTS)
-async def test_it_hears_that_its_key_is_wrong(served: Served, client: str) -> None:
+async def test_client_raises_when_its_key_is_invalid(served: Served, client: str) -> None:
     with pytest.raises(Exception, match=r"(?i)key") as raised:
         await served.ask(CLIENTS[client], key="none-of-yours")
     assert type(raised.value).__name__.endswith("AuthenticationError")
 
 
 @pytest.mark.parametrize("client", CLIENTS)
-async def test_it_asks_again_when_a_limit_lets_it(served: Served, client: str) -> None:
+async def test_client_retries_when_a_limit_allows_it(served: Served, client: str) -> None:
     headers = {"authorization": f"Bearer {served.key}"}
     asked = [served.http.post("/v1/chat/completions", json=BODY, headers=headers) for _ in range(A_MINUTE)]
     assert {answer.status_code for answer in await asyncio.gather(*asked)} == {200}

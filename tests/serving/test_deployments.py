@@ -1,4 +1,4 @@
-"""Several models on one server: how they start, how one comes or goes, and that none disturbs another."""
+"""Several models on one server: how they start, are added and removed, without affecting each other."""
 
 import asyncio
 import os
@@ -38,7 +38,7 @@ def two(home: Home) -> Home:
 
 
 async def answer_of(client: httpx.AsyncClient, model: str) -> tuple[int, str, str]:
-    """Status, the version in the header, and the number in the text or the error's code."""
+    """Return the status, the version in the header, and the number in the text or the error's code."""
     answer = await client.post("/v1/chat/completions", json=BODY | {"model": model})
     body = answer.json()
     text = body["error"]["code"] if "error" in body else body["choices"][0]["message"]["content"].partition(".")[0]
@@ -46,20 +46,20 @@ async def answer_of(client: httpx.AsyncClient, model: str) -> tuple[int, str, st
 
 
 async def states(client: httpx.AsyncClient) -> dict[str, str]:
-    """Of each model's engine."""
+    """Return the state of each model's engine."""
     models = (await client.get("/svc/status")).json()["models"]
     return {model["model"]: model["engine"]["state"] for model in models}
 
 
 async def all_ready(client: httpx.AsyncClient, *names: str) -> None:
-    """Waits until these models serve and no others."""
+    """Wait until these models, and no others, serve."""
     async with asyncio.timeout(5):
         while await states(client) != dict.fromkeys(names, "ready"):
             await asyncio.sleep(0.01)
 
 
 def engine_of(home: Home, name: str) -> DoubleEngine:
-    """The one that runs."""
+    """Return a model's running engine."""
     (found,) = [engine for engine in home.park.engines if engine.alive and engine.double.name == name]
     return found
 
@@ -74,20 +74,20 @@ async def test_each_model_answers_to_its_names(two: Home) -> None:
     assert {NAME, f"{NAME}@1", OTHER, f"{OTHER}@7"} <= set(listed)
 
 
-async def test_engines_of_two_models_start_in_turn(two: Home) -> None:
+async def test_engines_of_two_models_start_one_after_the_other(two: Home) -> None:
     two.park.start_delay_s = 0.05
     async with two.serving(f"{NAME}@1", f"{OTHER}@7") as client:
         await all_ready(client, NAME, OTHER)
     assert two.park.most_starting == 1
 
 
-async def test_the_first_model_answers_while_the_second_starts(two: Home) -> None:
+async def test_first_model_answers_while_the_second_starts(two: Home) -> None:
     async with two.serving(f"{NAME}@1", f"{OTHER}@7") as client:
         two.park.start_delay_s = 0.0
         assert (await answer_of(client, NAME))[0] == 200
 
 
-async def test_a_version_of_a_model_that_is_swapped_disturbs_no_other(two: Home) -> None:
+async def test_swap_of_one_model_does_not_affect_another(two: Home) -> None:
     async with two.serving(f"{NAME}@1", f"{OTHER}@7") as client:
         await all_ready(client, NAME, OTHER)
         seen = read_desired(two.store, OTHER)
@@ -100,7 +100,7 @@ async def test_a_version_of_a_model_that_is_swapped_disturbs_no_other(two: Home)
         assert engine_of(two, NAME).double.weights == untouched
 
 
-async def test_a_dead_engine_takes_its_model_alone_out_of_service(two: Home) -> None:
+async def test_only_its_own_model_is_unavailable_when_an_engine_dies(two: Home) -> None:
     async with two.serving(f"{NAME}@1", f"{OTHER}@7") as client:
         await all_ready(client, NAME, OTHER)
         two.park.failing_starts = 1000
@@ -114,7 +114,7 @@ async def test_a_dead_engine_takes_its_model_alone_out_of_service(two: Home) -> 
         assert (await client.get("/health")).status_code == 200
 
 
-async def test_a_model_that_cannot_be_served_keeps_no_other_from_it(two: Home) -> None:
+async def test_other_models_are_served_when_one_cannot_be(two: Home) -> None:
     (two.registry.folder(VersionId(OTHER, 7)) / "merged" / "config.json").write_text("{}")
     async with two.serving(f"{NAME}@1", f"{OTHER}@7") as client:
         assert await answer_of(client, NAME) == (200, f"{NAME}@1", "1")
@@ -122,7 +122,7 @@ async def test_a_model_that_cannot_be_served_keeps_no_other_from_it(two: Home) -
     assert "was changed after registration" in str(two.failures[0])
 
 
-async def test_a_start_that_the_disk_refuses_keeps_no_other_model_from_being_served(two: Home) -> None:
+async def test_other_models_are_served_when_the_disk_fails_the_start_of_one(two: Home) -> None:
     failures = [OSError("no space left on device")]
 
     def fail_once(double: EngineDouble) -> None:
@@ -134,25 +134,25 @@ async def test_a_start_that_the_disk_refuses_keeps_no_other_model_from_being_ser
         assert await answer_of(client, NAME) == (200, f"{NAME}@1", "1")
         await until(lambda: two.failures)
         assert "no space left on device" in str(two.failures[0])
-        await all_ready(client, NAME, OTHER)  # it is tried again
+        await all_ready(client, NAME, OTHER)  # the start is tried again
         assert await answer_of(client, OTHER) == (200, f"{OTHER}@7", "7")
 
 
-async def test_where_no_model_can_be_served_the_server_says_why_and_ends(two: Home) -> None:
+async def test_server_stops_with_the_reason_when_no_model_can_be_served(two: Home) -> None:
     two.park.failing_starts = 2
     with server.claim(two.settings) as claim, pytest.raises(EngineError, match="no memory"):
         await two.serve(claim, f"{NAME}@1", f"{OTHER}@7")
     assert two.park.alive == 0
 
 
-async def test_two_models_without_memory_for_both_start_no_engine(two: Home) -> None:
+async def test_no_engine_starts_when_there_is_no_memory_for_both_models(two: Home) -> None:
     two.park.shortage = lambda more: "no room" if more > 1 else None
     with server.claim(two.settings) as claim, pytest.raises(EngineError, match=r"no memory for tuned@1.*other@7"):
         await two.serve(claim, f"{NAME}@1", f"{OTHER}@7")
     assert two.park.engines == []
 
 
-async def test_a_server_without_names_serves_what_it_served_last(two: Home) -> None:
+async def test_server_without_names_serves_the_models_that_it_served_last(two: Home) -> None:
     async with two.serving(f"{NAME}@1", f"{OTHER}@7") as client:
         await all_ready(client, NAME, OTHER)
     async with two.serving() as client:
@@ -160,7 +160,7 @@ async def test_a_server_without_names_serves_what_it_served_last(two: Home) -> N
         assert await answer_of(client, OTHER) == (200, f"{OTHER}@7", "7")
 
 
-async def test_engines_that_were_left_are_adopted_by_their_models_whatever_the_order(two: Home) -> None:
+async def test_running_engines_are_adopted_by_their_models_in_any_order(two: Home) -> None:
     def at_their_places() -> dict[int, str]:
         return {engine.replica: engine.double.name for engine in two.park.engines if engine.alive}
 
@@ -181,7 +181,7 @@ async def test_engines_that_were_left_are_adopted_by_their_models_whatever_the_o
     assert len(two.park.engines) == started + 2, "adopted, and none started"
 
 
-async def test_an_engine_of_a_model_that_is_served_no_more_is_ended(two: Home) -> None:
+async def test_running_engine_is_stopped_when_its_model_is_no_longer_served(two: Home) -> None:
     with server.claim(two.settings) as claim:
         async with httpx.AsyncClient(base_url=claim.url, timeout=10) as client:
             task = asyncio.create_task(two.serve(claim, f"{NAME}@1", f"{OTHER}@7"))
@@ -193,7 +193,7 @@ async def test_an_engine_of_a_model_that_is_served_no_more_is_ended(two: Home) -
         await until(lambda: two.park.alive == 1)
 
 
-async def test_a_model_is_added_while_the_server_runs(two: Home) -> None:
+async def test_model_is_added_while_the_server_runs(two: Home) -> None:
     async with two.serving(f"{NAME}@1") as client:
         assert (await answer_of(client, OTHER))[0] == 404
         change_desired(two.store, None, Target(VersionId(OTHER, 7), Format.MERGED), None)
@@ -202,7 +202,7 @@ async def test_a_model_is_added_while_the_server_runs(two: Home) -> None:
         assert await answer_of(client, OTHER) == (200, f"{OTHER}@7", "7")
 
 
-async def test_a_model_that_is_registered_but_not_served_is_told_so(two: Home) -> None:
+async def test_error_says_that_a_model_is_registered_but_not_served(two: Home) -> None:
     async with two.serving(f"{NAME}@1") as client:
         async with asyncio.timeout(5):
             while "registered, but not served" not in (message := await _message(client, OTHER)):
@@ -215,7 +215,7 @@ async def _message(client: httpx.AsyncClient, model: str) -> str:
     return str(answer.json()["error"]["message"])
 
 
-async def test_a_model_without_memory_is_not_added_and_the_status_says_why(two: Home) -> None:
+async def test_model_is_not_added_and_the_status_shows_why_when_there_is_no_memory(two: Home) -> None:
     async with two.serving(f"{NAME}@1") as client:
         two.park.room = "no room"
         change_desired(two.store, None, Target(VersionId(OTHER, 7), Format.MERGED), None)
@@ -229,7 +229,7 @@ async def test_a_model_without_memory_is_not_added_and_the_status_says_why(two: 
         assert two.park.alive == 1
 
 
-async def test_a_model_that_does_not_start_is_not_added(two: Home) -> None:
+async def test_model_is_not_added_when_it_does_not_start(two: Home) -> None:
     async with two.serving(f"{NAME}@1") as client:
         two.park.failing_starts = 1000
         change_desired(two.store, None, Target(VersionId(OTHER, 7), Format.MERGED), None)
@@ -242,7 +242,7 @@ async def test_a_model_that_does_not_start_is_not_added(two: Home) -> None:
         assert await answer_of(client, NAME) == (200, f"{NAME}@1", "1")
 
 
-async def test_a_model_is_removed_after_its_last_answer(two: Home) -> None:
+async def test_model_is_removed_after_its_last_answer(two: Home) -> None:
     async with two.serving(f"{NAME}@1", f"{OTHER}@7") as client:
         await all_ready(client, NAME, OTHER)
         engine_of(two, OTHER).double.token_delay_s = 0.1
@@ -258,7 +258,7 @@ async def test_a_model_is_removed_after_its_last_answer(two: Home) -> None:
         assert await answer_of(client, NAME) == (200, f"{NAME}@1", "1")
 
 
-async def test_a_model_that_was_removed_comes_back(two: Home) -> None:
+async def test_removed_model_can_be_added_again(two: Home) -> None:
     async with two.serving(f"{NAME}@1", f"{OTHER}@7") as client:
         await all_ready(client, NAME, OTHER)
         remove_deployment(two.store, OTHER)
@@ -268,7 +268,7 @@ async def test_a_model_that_was_removed_comes_back(two: Home) -> None:
         assert await answer_of(client, OTHER) == (200, f"{OTHER}@7", "7")
 
 
-async def test_each_models_figures_have_its_name(two: Home) -> None:
+async def test_metrics_of_each_model_have_its_name(two: Home) -> None:
     async with two.serving(f"{NAME}@1", f"{OTHER}@7") as client:
         await all_ready(client, NAME, OTHER)
         await answer_of(client, OTHER)
@@ -284,10 +284,10 @@ async def test_each_models_figures_have_its_name(two: Home) -> None:
 @pytest.mark.parametrize(
     ("part", "method"), [(Reconciler, "follow"), (Reviver, "run"), (Idling, "run"), (ProductionAlias, "run")]
 )
-async def test_a_part_of_a_model_is_started_again_when_it_has_a_defect(
+async def test_part_of_a_model_is_restarted_when_it_has_a_defect(
     two: Home, monkeypatch: pytest.MonkeyPatch, part: type, method: str
 ) -> None:
-    """Neither the server nor another model ends; the status shows the error."""
+    """Neither the server nor another model stops; the status shows the error."""
     monkeypatch.setattr("serving.deployment._RESTART_PAUSE_S", 0.05)
     run, failures = getattr(part, method), [ZeroDivisionError("one"), ZeroDivisionError("two")]
 
@@ -311,7 +311,7 @@ async def test_a_part_of_a_model_is_started_again_when_it_has_a_defect(
                     await asyncio.sleep(0.02)
 
 
-async def test_the_server_goes_on_when_a_removed_model_cannot_be_ended_at_first(
+async def test_server_continues_when_a_removed_model_cannot_be_stopped_at_first(
     two: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with two.serving(f"{NAME}@1", f"{OTHER}@7") as client:

@@ -1,4 +1,4 @@
-"""A server with keys: what it demands of whom, and that the machine itself goes on without one."""
+"""A server with keys: which requests need one, and that the machine itself needs none."""
 
 import asyncio
 import socket
@@ -30,7 +30,7 @@ def make_key(home: Home, *scopes: Scope) -> IssuedKey:
 
 @pytest.fixture
 async def client(home: Home) -> AsyncIterator[httpx.AsyncClient]:
-    """Of a server whose home has a key."""
+    """A client of a server whose home has a key."""
     make_key(home, Scope.ADMIN)
     async with home.serving(f"{NAME}@1") as client:
         yield client
@@ -42,7 +42,7 @@ def local(home: Home) -> ServerAddress:
     return address
 
 
-async def test_a_server_lets_nobody_in_without_a_key_from_its_first_moment_on(home: Home) -> None:
+async def test_server_requires_a_key_from_its_first_moment_when_one_exists(home: Home) -> None:
     make_key(home)
     home.park.start_delay_s = 0.2
     with server.claim(home.settings) as claim:
@@ -53,7 +53,7 @@ async def test_a_server_lets_nobody_in_without_a_key_from_its_first_moment_on(ho
         await asyncio.wait({task})
 
 
-async def test_a_key_that_is_made_while_it_runs_is_demanded_and_let_in(home: Home) -> None:
+async def test_new_key_is_required_and_accepted_while_the_server_runs(home: Home) -> None:
     async with home.serving(f"{NAME}@1") as client:
         assert (await ask(client, stream=False)).status == 200
         issued = make_key(home)
@@ -64,7 +64,7 @@ async def test_a_key_that_is_made_while_it_runs_is_demanded_and_let_in(home: Hom
         assert (await ask(client, stream=True)).words == {"1"}
 
 
-async def test_a_revocation_is_heard_within_a_second_without_a_restart(home: Home, client: httpx.AsyncClient) -> None:
+async def test_revocation_takes_effect_within_a_second(home: Home, client: httpx.AsyncClient) -> None:
     issued = make_key(home)
     client.headers["x-api-key"] = issued.secret
     async with asyncio.timeout(1.5):
@@ -80,11 +80,11 @@ async def test_a_revocation_is_heard_within_a_second_without_a_restart(home: Hom
     ("command", "said"),
     [
         (("status",), f"{NAME}@1"),
-        (("promote", f"{NAME}@2"), "tuned@2 (merged) serves"),
+        (("promote", f"{NAME}@2"), "tuned@2 (merged) is served"),
         (("chat", NAME), "1.0 1.1"),
     ],
 )
-async def test_on_the_machine_commands_need_no_key(
+async def test_commands_on_the_machine_need_no_key(
     home: Home, client: httpx.AsyncClient, command: tuple[str, ...], said: str
 ) -> None:
     result = await type_in(home, *command, answers="hello\n\n")
@@ -92,7 +92,7 @@ async def test_on_the_machine_commands_need_no_key(
     assert said in result.output
 
 
-async def test_the_socket_is_its_owners_alone_and_goes_with_the_server(home: Home) -> None:
+async def test_only_its_owner_can_open_the_socket_and_it_is_removed_with_the_server(home: Home) -> None:
     async with home.serving(f"{NAME}@1"):
         path = local(home).socket
         assert path is not None
@@ -101,7 +101,7 @@ async def test_the_socket_is_its_owners_alone_and_goes_with_the_server(home: Hom
     assert not path.exists()
 
 
-async def test_a_socket_that_a_killed_server_left_is_replaced(home: Home) -> None:
+async def test_socket_of_a_killed_server_is_replaced(home: Home) -> None:
     async with home.serving(f"{NAME}@1"):
         path = local(home).socket
     assert path is not None
@@ -111,7 +111,7 @@ async def test_a_socket_that_a_killed_server_left_is_replaced(home: Home) -> Non
         assert (await asyncio.to_thread(get, local(home), "/svc/status")).status_code == 200
 
 
-async def test_through_the_socket_a_server_has_any_name(home: Home, client: httpx.AsyncClient) -> None:
+async def test_any_host_name_is_accepted_through_the_socket(home: Home, client: httpx.AsyncClient) -> None:
     answer = await asyncio.to_thread(get, local(home), "/v1/models", host="evil.example")
     assert answer.status_code == 200
     assert (await client.get("/v1/models", headers={"host": "evil.example"})).status_code == 421
@@ -122,12 +122,12 @@ def get(address: ServerAddress, path: str, **headers: str) -> httpx.Response:
         return client.get(path, headers=headers)
 
 
-async def test_a_header_makes_nobody_come_through_the_socket(client: httpx.AsyncClient) -> None:
+async def test_no_header_makes_a_request_count_as_local(client: httpx.AsyncClient) -> None:
     headers = {"through_socket": "true", "x-forwarded-for": "127.0.0.1", "x-forwarded-proto": "unix"}
     assert (await client.get("/svc/status", headers=headers)).status_code == 401
 
 
-async def test_a_signal_ends_what_comes_through_the_socket_too(home: Home) -> None:
+async def test_requests_through_the_socket_end_when_the_server_is_stopped(home: Home) -> None:
     async with home.serving(f"{NAME}@1"):
         home.park.double.token_delay_s = 0.02
         result = asyncio.create_task(type_in(home, "chat", NAME, answers="hello\n\n"))
@@ -136,19 +136,19 @@ async def test_a_signal_ends_what_comes_through_the_socket_too(home: Home) -> No
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
-def test_without_a_key_only_the_machine_itself_is_listened_to(home: Home, host: str) -> None:
+def test_only_loopback_addresses_are_allowed_when_no_key_exists(home: Home, host: str) -> None:
     settings = home.settings.model_copy(update={"serve": ServeSettings(host=host, port=0)})
-    with pytest.raises(SettingsError, match="there is no key yet") as raised, server.claim(settings):
+    with pytest.raises(SettingsError, match="no key exists") as raised, server.claim(settings):
         pass
     assert "svc keys create --scope admin" in raised.value.todo
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])
-def test_the_machine_itself_is_listened_to(home: Home, host: str) -> None:
+def test_loopback_address_is_allowed(home: Home, host: str) -> None:
     server.require_safe(ServeSettings(host=host), has_keys=False)
 
 
-def test_a_home_with_a_long_path_has_a_socket(home: Home, tmp_path: Path) -> None:
+def test_home_with_a_long_path_has_a_socket(home: Home, tmp_path: Path) -> None:
     deep = tmp_path / ("deep" * 30)
     with server.claim(home.settings.model_copy(update={"home": deep})) as claim:
         assert claim.local.getsockname()

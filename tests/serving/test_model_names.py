@@ -1,4 +1,4 @@
-"""Names of one model that clients use, and what they mean."""
+"""The names of one model, and their versions."""
 
 import pytest
 
@@ -15,15 +15,15 @@ def names() -> ModelNames:
 
 
 @pytest.mark.parametrize("model", ["tuned", "tuned@production"])
-def test_the_name_means_whatever_serves(model: str) -> None:
+def test_name_means_the_served_version(model: str) -> None:
     assert names().resolve(model) is None
 
 
-def test_a_number_means_that_version() -> None:
+def test_number_means_that_version() -> None:
     assert names().resolve("tuned@1") == ONE.version
 
 
-def test_during_a_swap_of_several_engines_both_versions_are_served() -> None:
+def test_both_versions_are_served_during_a_swap_of_several_engines() -> None:
     found = names()
     found.set_loaded({ONE, TWO})
     assert found.all() == ("tuned", "tuned@1", "tuned@2", "tuned@production")
@@ -31,13 +31,13 @@ def test_during_a_swap_of_several_engines_both_versions_are_served() -> None:
 
 
 @pytest.mark.parametrize("model", ["", "other", "tuned@2", "tuned@candidate", "tuned@", "tuned@01", "TUNED", " tuned"])
-def test_other_names_are_refused_with_the_names_that_are_served(model: str) -> None:
+def test_other_names_are_rejected_with_a_list_of_served_names(model: str) -> None:
     with pytest.raises(ModelNotFoundError) as caught:
         names().resolve(model)
     assert "tuned, tuned@1, tuned@production" in caught.value.expected
 
 
-def test_after_a_swap_the_old_number_is_unknown_and_the_name_means_the_new_one() -> None:
+def test_old_number_is_unknown_and_the_name_means_the_new_version_after_a_swap() -> None:
     found = names()
     found.serve(TWO)
     found.set_loaded({TWO})
@@ -46,16 +46,16 @@ def test_after_a_swap_the_old_number_is_unknown_and_the_name_means_the_new_one()
         found.resolve("tuned@1")
 
 
-def test_a_long_name_is_cut_in_the_error() -> None:
+def test_long_name_is_truncated_in_the_error() -> None:
     with pytest.raises(ModelNotFoundError) as caught:
         names().resolve("x" * 10_000)
     assert len(caught.value.wrong) < 200
 
 
-def test_before_the_first_version_there_is_no_engine() -> None:
+def test_model_is_unavailable_before_its_first_version() -> None:
     with pytest.raises(EngineUnavailableError):
         ModelNames("tuned").resolve("tuned")
 
 
-def test_the_time_of_loading_is_kept_in_whole_seconds() -> None:
+def test_time_of_loading_is_in_whole_seconds() -> None:
     assert names().since == 7

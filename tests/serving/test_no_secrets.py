@@ -1,4 +1,4 @@
-"""No secret, and no hash of one, is in anything that a server writes, shows or answers: all of it is searched."""
+"""No output of a server contains a secret or its hash: everything that it writes, shows or answers is searched."""
 
 import asyncio
 import json
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 
 class Used:
-    """A server in use, and all that it said."""
+    """A server after use, with all of its output."""
 
     def __init__(self, home: Home, client: httpx.AsyncClient, tmp_path: Path) -> None:
         self.home = home
@@ -38,18 +38,18 @@ class Used:
 
     @property
     def secrets(self) -> list[str]:
-        """All that were used."""
+        """Return all secrets that were used."""
         return [self.admin.secret, self.one.secret, self.wrong]
 
     async def ask(self, method: str, path: str, secret: str, body: Any = None, **headers: str) -> httpx.Response:
-        """One request, whose answer is searched."""
+        """Send one request and collect its answer."""
         given = {"authorization": f"Bearer {secret}"} | headers
         answer = await self.client.request(method, path, json=body, headers=given)
         self.told.append(f"{answer.headers} {answer.text}")
         return answer
 
     async def chat(self) -> None:
-        """Requests that are right and wrong in all ways, with secrets where they do not belong."""
+        """Send valid and invalid requests of all kinds, with secrets in wrong places."""
         one, path = self.one.secret, "/v1/chat/completions"
         await self.ask("POST", path, one, BODY)
         await self.ask("POST", path, one, BODY | {"stream": True, "user": one})
@@ -65,7 +65,7 @@ class Used:
             await self.ask("GET", f"/{one}", wrong, **{"x-api-key": wrong})
 
     async def fail(self, patch: pytest.MonkeyPatch) -> None:
-        """A defect, with its traceback."""
+        """Cause a defect with a traceback."""
 
         def broken(*_: object) -> None:
             raise ZeroDivisionError
@@ -75,7 +75,7 @@ class Used:
             assert (await self.ask("POST", "/v1/chat/completions", self.one.secret, BODY)).status_code == 500
 
     async def administer(self) -> None:
-        """Changes by an admin, with secrets where they do not belong."""
+        """Send changes as an admin, with secrets in wrong places."""
         admin, one = self.admin.secret, self.one.secret
         await self.ask("POST", "/svc/promote", admin, {"version": f"{NAME}@2", "reason": f"as {one} said"})
         await self.ask("POST", "/svc/promote", admin, {"version": one})
@@ -90,7 +90,7 @@ class Used:
         self.third = str(made.json()["secret"])
 
     async def type(self) -> None:
-        """Commands, on the machine and from elsewhere."""
+        """Run commands on the machine and on another one."""
         key_file = str(write_key(self.tmp_path, self.admin))
         elsewhere = ("--server", str(self.client.base_url), "--key-file", key_file)
         for command in (
@@ -108,7 +108,7 @@ class Used:
 
 @pytest.fixture
 async def used(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Used:
-    """A server that keeps and logs as much as it can, after all of that."""
+    """A server that stores and logs as much as possible, after all of these requests."""
     home.settings = home.settings.model_copy(
         update={
             "serve": ServeSettings(port=0),
@@ -124,25 +124,25 @@ async def used(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capl
         await used.fail(monkeypatch)
         await used.administer()
         await used.type()
-    # The client of this test logs which paths it asks for, in the same process.
+    # The client of this test logs the requested paths, in the same process.
     logged = [caplog.handler.format(each) for each in caplog.records if str(client.base_url) not in each.getMessage()]
     used.told.append("\n".join(logged))
     return used
 
 
 def hits(text: str, secrets: list[str]) -> list[str]:
-    """What of the secrets is in a text: the part that only who has one knows, and their hashes."""
+    """Return the parts of secrets in a text: those that only their owner knows, and their hashes."""
     return [secret for secret in secrets if secret[12:36] in text or hash_secret(secret) in text]
 
 
-async def test_nothing_has_a_secret(used: Used) -> None:
+async def test_no_output_contains_a_secret(used: Used) -> None:
     secrets = [*used.secrets, used.third]
     assert len(used.told) > 30
     for told in used.told:
         assert not hits(told, secrets), told[:2000]
     _search_files(used.home.settings.home, secrets)
     _search_rows(used.home, secrets)
-    asked = json.dumps(used.home.park.double.requests)  # what a client says in its body, its model hears
+    asked = json.dumps(used.home.park.double.requests)  # the text of a client's body is sent to its model
     assert not hits(asked, [secret for secret in secrets if secret != used.one.secret])
 
 
@@ -157,7 +157,7 @@ def _search_files(home: Path, secrets: list[str]) -> None:
 
 
 def _search_rows(home: Home, secrets: list[str]) -> None:
-    """Hashes are in the table of keys alone."""
+    """Check that hashes are only in the table of keys."""
     with home.store.connect() as connection:
         tables = connection.exec_driver_sql("SELECT name FROM sqlite_master WHERE type = 'table'").scalars().all()
         assert {"keys", "requests", "audit"} <= set(tables)
@@ -167,7 +167,7 @@ def _search_rows(home: Home, secrets: list[str]) -> None:
             assert table == "keys" or not found, table
 
 
-def test_the_search_finds_what_it_looks_for(home: Home) -> None:
+def test_search_finds_a_secret_when_there_is_one(home: Home) -> None:
     issued: IssuedKey = make_key(home, Scope.INFER)
     assert hits(f"x {issued.secret[8:40]} y", [issued.secret])
     assert hits(f"x {hash_secret(issued.secret)} y", [issued.secret])

@@ -61,7 +61,7 @@ def write_key(folder: Path, issued: IssuedKey) -> Path:
 
 @pytest.fixture
 def remote(client: httpx.AsyncClient, admin: IssuedKey, tmp_path: Path) -> Remote:
-    """`svc` on another machine, which has no home."""
+    """Run `svc` on another machine, which has no home."""
 
     def type_now(*arguments: str, issued: IssuedKey = admin) -> Result:
         key_file = str(write_key(tmp_path, issued))
@@ -74,18 +74,18 @@ def remote(client: httpx.AsyncClient, admin: IssuedKey, tmp_path: Path) -> Remot
     return type_in
 
 
-async def test_promote_and_rollback_say_what_they_say_on_the_machine(home: Home, remote: Remote) -> None:
+async def test_promote_and_rollback_print_the_same_as_on_the_machine(home: Home, remote: Remote) -> None:
     result = await remote("promote", f"{NAME}@2")
     assert result.exit_code == 0, result.output
-    assert "tuned@2 (merged) serves\n  inplace swap in " in result.output
+    assert "tuned@2 (merged) is served\n  inplace swap in " in result.output
     assert "files match the manifest" in result.output
-    assert "tuned@2 (merged) serves already" in (await remote("promote", f"{NAME}@2")).output
-    assert "tuned@1 (merged) serves" in (await remote("rollback", NAME)).output
+    assert "tuned@2 (merged) is already served" in (await remote("promote", f"{NAME}@2")).output
+    assert "tuned@1 (merged) is served" in (await remote("rollback", NAME)).output
     found = read_desired(home.store, NAME)
     assert found is not None and found.target == target(1)
 
 
-async def test_an_undecided_version_is_promoted_with_a_warning_when_the_server_is_elsewhere(
+async def test_undecided_version_is_promoted_with_a_warning_when_the_server_is_remote(
     home: Home, remote: Remote
 ) -> None:
     make_version(home.registry, 4, gates=(gate_report(0.04), gate_report(0.09)))
@@ -94,7 +94,7 @@ async def test_an_undecided_version_is_promoted_with_a_warning_when_the_server_i
     assert result.stderr.count("warning: GPTQ lost 0.010 of accuracy") == 1
 
 
-async def test_the_audit_log_has_the_key_and_the_peer(home: Home, remote: Remote, admin: IssuedKey) -> None:
+async def test_audit_log_has_the_key_and_the_peer(home: Home, remote: Remote, admin: IssuedKey) -> None:
     await remote("promote", f"{NAME}@2", "--reason", "it is better")
     await remote("keys", "create", "--name", "ci")
     promoted, created = read_events(home.store, newest=2)
@@ -110,7 +110,7 @@ async def test_status_is_shown(remote: Remote) -> None:
     assert f"{NAME}@1" in result.output
 
 
-async def test_a_key_for_metrics_shows_the_status_and_changes_nothing(home: Home, remote: Remote) -> None:
+async def test_key_with_scope_metrics_reads_the_status_and_changes_nothing(home: Home, remote: Remote) -> None:
     issued = make_key(home, Scope.METRICS)
     await asyncio.sleep(0.6)
     assert f"{NAME}@1" in (await remote("status", issued=issued)).output
@@ -122,7 +122,7 @@ async def test_a_key_for_metrics_shows_the_status_and_changes_nothing(home: Home
     assert found is not None and found.target == target(1)
 
 
-async def test_keys_are_made_listed_rotated_and_revoked(home: Home, remote: Remote) -> None:
+async def test_keys_are_created_listed_rotated_and_revoked(home: Home, remote: Remote) -> None:
     made = json.loads((await remote("keys", "create", "--name", "ci", "--model", NAME, "--json")).stdout)
     assert (made["name"], made["models"], made["scopes"]) == ("ci", [NAME], ["feedback", "infer"])
     listed = json.loads((await remote("keys", "list", "--json")).stdout)
@@ -151,7 +151,7 @@ async def test_keys_are_made_listed_rotated_and_revoked(home: Home, remote: Remo
         (("keys", "create", "--model", "tuned@1"), SettingsError),
     ],
 )
-async def test_an_error_is_that_of_the_machine(
+async def test_errors_are_the_same_as_on_the_machine(
     home: Home, remote: Remote, command: tuple[str, ...], kind: type[Exception]
 ) -> None:
     make_version(home.registry, 4, failed=("GPTQ lost 0.3",))
@@ -161,25 +161,25 @@ async def test_an_error_is_that_of_the_machine(
     assert local.wrong in there.wrong
 
 
-async def test_a_refusal_says_why_and_what_serves(home: Home, remote: Remote) -> None:
+async def test_refusal_shows_the_reason_and_the_served_version(home: Home, remote: Remote) -> None:
     make_version(home.registry, 4, probes_of="/elsewhere")
     error = error_of(await remote("promote", f"{NAME}@4"))
     assert isinstance(error, RefusedError)
-    assert "tuned@1 (merged) serves" in error.wrong
+    assert "tuned@1 (merged) is still served" in error.wrong
     assert "not the version's weights" in error.wrong
 
 
-async def test_a_promotion_beside_one_that_is_on_its_way_is_told(home: Home, remote: Remote) -> None:
+async def test_promotion_is_rejected_when_the_same_one_is_in_progress(home: Home, remote: Remote) -> None:
     home.park.double.reload_delay_s = 0.5
     first = asyncio.create_task(type_in(home, "promote", f"{NAME}@2"))
     await until(lambda: "/collective_rpc" in home.park.double.calls)
     error = error_of(await remote("promote", f"{NAME}@2"))
     assert isinstance(error, BusyError)
-    assert "on its way" in error.wrong
+    assert "already in progress" in error.wrong
     assert (await first).exit_code == 0
 
 
-async def test_a_wrong_key_is_told(remote: Remote, home: Home, client: httpx.AsyncClient) -> None:
+async def test_invalid_key_is_reported(remote: Remote, home: Home, client: httpx.AsyncClient) -> None:
     issued = make_key(home, Scope.ADMIN)
     home_keys = await type_in(home, "keys", "revoke", issued.key.id, "--yes")
     assert home_keys.exit_code == 0
@@ -204,17 +204,17 @@ async def test_a_wrong_key_is_told(remote: Remote, home: Home, client: httpx.Asy
         ("/svc/keys/revoke", []),
     ],
 )
-async def test_a_body_that_is_not_right_is_refused(client: httpx.AsyncClient, path: str, body: Any) -> None:
+async def test_invalid_body_is_rejected(client: httpx.AsyncClient, path: str, body: Any) -> None:
     answer = await client.post(path, json=body)
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_request")
 
 
-async def test_a_secret_is_not_cached(client: httpx.AsyncClient) -> None:
+async def test_answer_with_a_secret_is_not_cached(client: httpx.AsyncClient) -> None:
     assert (await client.post("/svc/keys", json={})).headers["cache-control"] == "no-store"
 
 
-async def test_without_any_key_nothing_is_changed_from_elsewhere(home: Home) -> None:
-    """Nor by another user of the machine: the first key is made by the owner of the home."""
+async def test_nothing_can_be_changed_remotely_when_no_key_exists(home: Home) -> None:
+    """Nor by another user of the machine: the owner of the home creates the first key."""
     async with home.serving(f"{NAME}@1") as client:
         for path in ("/svc/keys", "/svc/promote"):
             assert (await client.post(path, json={})).status_code == 401
@@ -229,31 +229,33 @@ def post(address: ServerAddress, path: str, body: Any) -> httpx.Response:
         return client.post(path, json=body)
 
 
-async def test_over_tls_with_an_authority_of_ones_own(home: Home, admin: IssuedKey, tmp_path: Path) -> None:
+async def test_server_with_a_private_authority_is_reached_over_tls(
+    home: Home, admin: IssuedKey, tmp_path: Path
+) -> None:
     certificate, key = make_certificate(tmp_path)
     configure(home, tls_certificate=certificate, tls_key=key)
     async with home.serving(f"{NAME}@1") as client:
         options = ["--server", f"https://localhost:{client.base_url.port}", "--key-file", write_key(tmp_path, admin)]
         trusting = [*map(str, options), "--ca", str(certificate), "promote", f"{NAME}@2"]
         result = await asyncio.to_thread(CliRunner().invoke, group, trusting)
-        assert "tuned@2 (merged) serves" in result.output
+        assert "tuned@2 (merged) is served" in result.output
         result = await asyncio.to_thread(CliRunner().invoke, group, [*map(str, options), "status"])
         assert isinstance(error_of(result), ServerNotRunningError)
 
 
 @pytest.mark.parametrize("url", ["http://192.0.2.1:8000", "http://models.example.org", "ftp://x", "x", "https://u@h"])
-def test_a_key_goes_to_no_url_that_is_not_safe(admin: IssuedKey, tmp_path: Path, url: str) -> None:
+def test_key_is_not_sent_to_an_unsafe_url(admin: IssuedKey, tmp_path: Path, url: str) -> None:
     with pytest.raises(SettingsError):
         ServerAddress.with_key(url, write_key(tmp_path, admin), None)
 
 
-def test_an_address_does_not_show_its_key(admin: IssuedKey, tmp_path: Path) -> None:
+def test_shown_address_has_no_key(admin: IssuedKey, tmp_path: Path) -> None:
     address = ServerAddress.with_key("https://h", write_key(tmp_path, admin), None)
     assert address.key == admin.secret
     assert admin.secret not in repr(address)
 
 
-def test_what_is_done_in_a_home_is_not_done_elsewhere(home: Home) -> None:
+def test_commands_for_a_home_are_rejected_remotely(home: Home) -> None:
     result = CliRunner().invoke(group, ["--server", "https://h", "add", NAME])
     assert result.exit_code == 2
     assert "--server goes with status, promote" in result.output

@@ -1,4 +1,4 @@
-"""A version that is removed while a server has its adapter loaded: nobody gets it any more, and nobody is cut off."""
+"""A version that is removed while its adapter is loaded: new requests fail, and running ones complete."""
 
 import asyncio
 import json
@@ -31,7 +31,7 @@ def often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 async def served(make: Make) -> AsyncIterator[Control]:
-    """Version 1 in production as an adapter."""
+    """A server with version 1 in production as an adapter."""
     async with make(format=Format.ADAPTER).run() as control:
         yield control
 
@@ -53,7 +53,7 @@ async def listed(client: httpx.AsyncClient) -> list[str]:
     return [model["id"] for model in (await client.get("/v1/models")).json()["data"]]
 
 
-async def test_it_is_answered_no_more_and_shown_nowhere(served: Control) -> None:
+async def test_removed_version_is_neither_answered_nor_listed(served: Control) -> None:
     async with served.client() as client:
         assert await ask(client, str(TWO)) == (200, str(TWO), "2")
         remove(served)
@@ -65,7 +65,7 @@ async def test_it_is_answered_no_more_and_shown_nowhere(served: Control) -> None
     assert served.sample("svc_adapters_loaded", model=NAME) == 1
 
 
-async def test_the_engine_lets_it_go(served: Control) -> None:
+async def test_adapter_is_evicted_when_its_version_is_removed(served: Control) -> None:
     async with served.client() as client:
         await ask(client, str(TWO))
         assert numbers(served.double) == [1, 2]
@@ -73,7 +73,7 @@ async def test_the_engine_lets_it_go(served: Control) -> None:
         await until(lambda: numbers(served.double) == [1])
 
 
-async def test_an_answer_that_runs_ends_as_it_began(served: Control) -> None:
+async def test_running_answer_completes_when_its_version_is_removed(served: Control) -> None:
     async with served.client() as client:
         await ask(client, str(TWO))
         served.double.token_delay_s = 0.05
@@ -87,7 +87,7 @@ async def test_an_answer_that_runs_ends_as_it_began(served: Control) -> None:
     assert served.double.dropped_in_use == []
 
 
-async def test_one_that_is_removed_while_it_loads_is_not_there(served: Control) -> None:
+async def test_version_is_not_found_when_it_is_removed_during_its_load(served: Control) -> None:
     files, checking, removed = Registry.verify, asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -107,7 +107,7 @@ async def test_one_that_is_removed_while_it_loads_is_not_there(served: Control) 
             assert (await asking)[::2] == GONE
 
 
-async def test_whoever_asks_all_the_time_hears_nothing_but_the_version_or_that_it_is_gone(served: Control) -> None:
+async def test_frequent_client_gets_only_the_version_or_not_found(served: Control) -> None:
     found = set[tuple[int | str, ...]]()
 
     async def ask_on(client: httpx.AsyncClient) -> None:
@@ -122,7 +122,7 @@ async def test_whoever_asks_all_the_time_hears_nothing_but_the_version_or_that_i
     assert found == {(200, "2"), GONE}
 
 
-async def test_the_version_in_production_and_the_one_before_are_not_removed(served: Control) -> None:
+async def test_production_and_previous_versions_are_not_removed(served: Control) -> None:
     assert (await served.promote(2)).outcome is SwapOutcome.SUCCEEDED
     for number in (1, 2):
         with pytest.raises(BusyError):
@@ -130,7 +130,7 @@ async def test_the_version_in_production_and_the_one_before_are_not_removed(serv
     assert loaded(served) == [VersionId(NAME, 1), TWO]
 
 
-async def test_production_serves_on_where_its_files_are_lost(served: Control) -> None:
+async def test_production_keeps_serving_when_its_files_are_lost(served: Control) -> None:
     async with served.client() as client:
         await ask(client, str(TWO))
         served.registry.models.rename(served.settings.home / "elsewhere")
@@ -138,7 +138,7 @@ async def test_production_serves_on_where_its_files_are_lost(served: Control) ->
         assert await ask(client, NAME) == (200, f"{NAME}@1", "1")
 
 
-async def test_a_registry_that_cannot_be_read_takes_nothing_away(
+async def test_adapters_stay_loaded_when_the_registry_cannot_be_read(
     served: Control, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def unreadable(registry: Registry, name: str | None = None) -> list[VersionId]:
@@ -148,13 +148,13 @@ async def test_a_registry_that_cannot_be_read_takes_nothing_away(
         await ask(client, str(TWO))
         with monkeypatch.context() as patch:
             patch.setattr(Registry, "versions", unreadable)
-            await until(lambda: "it cannot be seen which versions were removed" in caplog.text)
+            await until(lambda: "cannot find out which versions were removed" in caplog.text)
             assert await ask(client, str(TWO)) == (200, str(TWO), "2")
         remove(served)
         await gone(served)
 
 
-async def test_every_engine_of_several_lets_it_go(make: Make) -> None:
+async def test_each_of_several_engines_evicts_the_adapter(make: Make) -> None:
     async with make(format=Format.ADAPTER, replicas=2).run() as control, control.client() as client:
         await until(lambda: len(control.pool.ready) == 2)
         for member in control.pool.members:
@@ -166,7 +166,7 @@ async def test_every_engine_of_several_lets_it_go(make: Make) -> None:
         assert (await ask(client, str(TWO)))[::2] == GONE
 
 
-async def test_a_whole_server_lets_it_go(home: Home) -> None:
+async def test_server_process_evicts_the_adapter(home: Home) -> None:
     for number in (4, 5):
         make_version(home.registry, number, formats=(Format.MERGED, Format.ADAPTER))
     change_desired(home.store, None, adapter(4), None)

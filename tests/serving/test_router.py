@@ -1,4 +1,4 @@
-"""Which model a request is for, and how the requests of a name are shared out."""
+"""The model of a request, and how the requests of a name are split."""
 
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -26,7 +26,7 @@ async def _no_lease(model: str, *, without: Lease | None = None) -> AsyncIterato
 
 
 def backend(name: str, *numbers: int) -> OneBackend:
-    """One that has these versions loaded; the first is in production."""
+    """Return a backend with these versions loaded; the first is in production."""
     names = ModelNames(name)
     targets = [Target(VersionId(name, number), Format.MERGED) for number in numbers]
     if targets:
@@ -43,13 +43,13 @@ def router(*backends: OneBackend) -> Router:
 
 
 @pytest.mark.parametrize("model", ["b", "b@7", "b@production"])
-def test_a_name_goes_to_its_model(model: str) -> None:
+def test_name_goes_to_its_model(model: str) -> None:
     a, b = backend("a", 1), backend("b", 7)
     found = router(a, b).find(model)
     assert (found.backend, found.model) == (b, model)
 
 
-def test_a_request_is_of_the_model_that_it_names_whether_that_can_be_asked_or_not() -> None:
+def test_model_of_a_request_is_known_even_if_it_is_unavailable() -> None:
     found = router(backend("a", 1), backend("b"))
     names = ("a", "a@1", "a@99", "b", "b@production", "c", "")
     assert [found.served_name(model) for model in names] == ["a", "a", "a", "b", "b", None, None]
@@ -61,12 +61,12 @@ def test_all_names_of_all_models_are_listed() -> None:
 
 
 @pytest.mark.parametrize("model", ["", "c", "a@7", "b@1", "A"])
-def test_other_names_are_refused(model: str) -> None:
+def test_other_names_are_rejected(model: str) -> None:
     with pytest.raises(ModelNotFoundError):
         router(backend("a", 1), backend("b", 7)).find(model)
 
 
-def test_a_model_that_is_registered_but_not_served_is_told_so() -> None:
+def test_error_says_that_a_model_is_registered_but_not_served() -> None:
     found = router(backend("a", 1))
     found.set_registered(["a", "b"])
     with pytest.raises(ModelNotFoundError, match="registered, but not served") as caught:
@@ -74,7 +74,7 @@ def test_a_model_that_is_registered_but_not_served_is_told_so() -> None:
     assert "svc add b" in caught.value.todo
 
 
-def test_a_model_that_was_removed_is_unknown() -> None:
+def test_removed_model_is_unknown() -> None:
     found = router(backend("a", 1), backend("b", 7))
     found.remove("b")
     assert found.names() == ("a", "a@1", "a@production")
@@ -82,25 +82,25 @@ def test_a_model_that_was_removed_is_unknown() -> None:
         found.find("b")
 
 
-def test_a_model_that_is_starting_is_unavailable_and_not_unknown() -> None:
+def test_starting_model_is_unavailable_and_not_unknown() -> None:
     with pytest.raises(EngineUnavailableError):
         router(backend("a", 1), backend("b")).find("b")
 
 
-def test_a_server_without_models_says_so() -> None:
+def test_error_says_that_a_server_has_no_models() -> None:
     with pytest.raises(ModelNotFoundError) as caught:
         Router().find("a")
     assert "none yet" in caught.value.expected
 
 
-def test_the_version_of_the_only_model_is_known() -> None:
+def test_version_of_the_only_model_is_known() -> None:
     assert router(backend("a", 3)).only_version == VersionId("a", 3)
     assert router(backend("a")).only_version is None
     assert router(backend("a", 3), backend("b", 1)).only_version is None
 
 
 @given(st.text(min_size=1), st.floats(0.01, 100), st.floats(0.01, 100))
-def test_who_asks_again_comes_to_the_same_backend(who: str, one: float, other: float) -> None:
+def test_same_client_goes_to_the_same_backend(who: str, one: float, other: float) -> None:
     first, second = backend("a", 1), backend("a", 2)
     results = []
     for _ in range(2):
@@ -111,7 +111,7 @@ def test_who_asks_again_comes_to_the_same_backend(who: str, one: float, other: f
 
 
 @pytest.mark.parametrize("weights", [(1, 1), (95, 5), (3, 1)])
-def test_clients_are_shared_out_by_weight(weights: tuple[float, float]) -> None:
+def test_clients_are_split_by_weight(weights: tuple[float, float]) -> None:
     backends = backend("a", 1), backend("a", 2)
     found = Router()
     found.serve("a", [Share(*pair) for pair in zip(backends, weights, strict=True)])
@@ -120,8 +120,8 @@ def test_clients_are_shared_out_by_weight(weights: tuple[float, float]) -> None:
     assert counts[True] == pytest.approx(expected, abs=4 * (expected * (1 - expected / len(CLIENTS))) ** 0.5)
 
 
-def test_a_larger_share_keeps_the_clients_that_it_had() -> None:
-    """A canary that grows takes clients from the others, and gives none back."""
+def test_larger_share_keeps_its_clients() -> None:
+    """A growing canary takes clients from the others, and loses none."""
     stable, canary = backend("a", 1), backend("a", 2)
     found = Router()
     had: set[str] = set()
@@ -133,7 +133,7 @@ def test_a_larger_share_keeps_the_clients_that_it_had() -> None:
     assert had == set(CLIENTS)
 
 
-def test_requests_of_nobody_are_drawn() -> None:
+def test_requests_of_unknown_clients_are_split_at_random() -> None:
     drawn = iter([0.0, 0.49, 0.51, 0.99])
     first, second = backend("a", 1), backend("a", 2)
     found = Router(draw=lambda: next(drawn))
@@ -141,14 +141,14 @@ def test_requests_of_nobody_are_drawn() -> None:
     assert [found.find("a").backend is second for _ in range(4)] == [False, False, True, True]
 
 
-def test_a_share_may_be_a_version_of_one_backend() -> None:
+def test_share_may_be_a_version_of_one_backend() -> None:
     both = backend("a", 1, 2)
     found = Router()
     found.serve("a", [Share(both, 1, VersionId("a", 1)), Share(both, 1, VersionId("a", 2))])
     assert {found.find("a", who).model for who in CLIENTS} == {"a@1", "a@2"}
 
 
-def test_a_version_that_is_named_goes_where_it_is_loaded_whatever_the_weights() -> None:
+def test_named_version_goes_to_a_backend_that_has_loaded_it_whatever_the_weights() -> None:
     first, second = backend("a", 1), backend("a", 2)
     found = Router()
     found.serve("a", [Share(first, 0), Share(second, 1)])
@@ -156,11 +156,11 @@ def test_a_version_that_is_named_goes_where_it_is_loaded_whatever_the_weights() 
 
 
 @pytest.mark.parametrize("weights", [(), (0,), (0, 0), (1, -1)])
-def test_shares_without_a_weight_are_a_mistake(weights: tuple[float, ...]) -> None:
+def test_shares_without_a_weight_are_an_error(weights: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="weights"):
         Router().serve("a", [Share(backend("a", 1), weight) for weight in weights])
 
 
-def test_the_served_versions_are_those_of_all_models_when_several_are_loaded() -> None:
+def test_versions_are_those_of_all_models() -> None:
     served = router(backend("a", 3, 4), backend("b", 7), backend("c"))
     assert served.versions == {VersionId("a", 3), VersionId("a", 4), VersionId("b", 7)}

@@ -1,4 +1,4 @@
-"""`svc serve` as a process: what it claims, how it starts, and that it leaves nothing behind however it ends."""
+"""`svc serve` as a process: its claims, its start, and that it leaves nothing behind however it stops."""
 
 import asyncio
 import gc
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 
 @asynccontextmanager
 async def started(home: Home) -> AsyncIterator[tuple[asyncio.Task[None], httpx.AsyncClient]]:
-    """A server that starts, and its client; the body ends it."""
+    """Start a server and its client; the body stops it."""
     with server.claim(home.settings) as claim:
         async with httpx.AsyncClient(base_url=claim.url, timeout=10) as client:
             task = asyncio.create_task(home.serve(claim, f"{NAME}@1"))
@@ -44,7 +44,7 @@ def terminate() -> None:
 
 
 async def end(task: asyncio.Task[None]) -> None:
-    """Waits for a server that was told to stop; it ends as a success."""
+    """Wait for a server that was told to stop, and check that it succeeds."""
     async with asyncio.timeout(3):
         await asyncio.wait({task})
     task.result()
@@ -54,7 +54,7 @@ def slow(double: EngineDouble) -> None:
     double.token_delay_s = 0.05
 
 
-async def test_a_server_serves(home: Home) -> None:
+async def test_server_answers(home: Home) -> None:
     async with home.serving(f"{NAME}@1") as client:
         answer = await ask(client, stream=True)
         assert (answer.status, answer.version, answer.words) == (200, f"{NAME}@1", {"1"})
@@ -64,7 +64,7 @@ async def test_a_server_serves(home: Home) -> None:
     assert status["last_swap"] is None
 
 
-async def test_the_lag_of_the_event_loop_is_measured_from_the_start(home: Home) -> None:
+async def test_lag_of_the_event_loop_is_measured_from_the_start(home: Home) -> None:
     async with home.serving(f"{NAME}@1") as client, asyncio.timeout(3):
         count = "0"
         while float(count) == 0:
@@ -73,13 +73,13 @@ async def test_the_lag_of_the_event_loop_is_measured_from_the_start(home: Home) 
             count = line.split()[1]
 
 
-async def test_what_was_imported_is_left_out_of_collections(home: Home) -> None:
+async def test_imported_objects_are_excluded_from_garbage_collection(home: Home) -> None:
     before = gc.get_freeze_count()
     async with home.serving(f"{NAME}@1"):
         await until(lambda: gc.get_freeze_count() > before)
 
 
-async def test_a_swap_is_in_the_status(home: Home) -> None:
+async def test_swap_is_in_the_status(home: Home) -> None:
     async with home.serving(f"{NAME}@1") as client:
         seen = read_desired(home.store, NAME)
         assert seen is not None
@@ -89,7 +89,7 @@ async def test_a_swap_is_in_the_status(home: Home) -> None:
     assert (status["last_swap"]["to"], status["last_swap"]["outcome"]) == (str(target(2)), "succeeded")
 
 
-async def test_an_end_that_is_not_written_yet_is_in_the_status_and_holds_no_stop_up(
+async def test_unwritten_result_is_in_the_status_and_does_not_delay_the_stop(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
@@ -108,7 +108,7 @@ async def test_an_end_that_is_not_written_yet_is_in_the_status_and_holds_no_stop
 
 
 async def _status(client: httpx.AsyncClient) -> dict[str, Any]:
-    """Of the only model."""
+    """Return the status of the only model."""
     (status,) = (await client.get("/svc/status")).json()["models"]
     return dict(status)
 
@@ -121,7 +121,7 @@ async def _status_with_outcome(client: httpx.AsyncClient) -> dict[str, Any]:
                 return status
 
 
-async def test_a_death_is_in_status_and_metrics(home: Home) -> None:
+async def test_death_is_in_status_and_metrics(home: Home) -> None:
     async with home.serving(f"{NAME}@1") as client:
         home.park.failing_starts = 1000
         home.park.engines[0].kill()
@@ -139,7 +139,7 @@ async def test_metrics_have_no_series_for_creation_times(home: Home) -> None:
         assert "_created" not in (await client.get("/metrics")).text
 
 
-async def test_a_server_that_starts_answers_that_it_does(home: Home) -> None:
+async def test_starting_server_answers_that_it_is_starting(home: Home) -> None:
     home.park.start_delay_s = 10
     async with started(home) as (task, client):
         answer = await ask(client, stream=False)
@@ -150,7 +150,7 @@ async def test_a_server_that_starts_answers_that_it_does(home: Home) -> None:
         await asyncio.wait({task})
 
 
-async def test_a_signal_ends_a_start(home: Home) -> None:
+async def test_signal_stops_a_start(home: Home) -> None:
     home.park.start_delay_s = 10
     async with started(home) as (task, _):
         await until(lambda: home.park.alive)
@@ -160,7 +160,7 @@ async def test_a_signal_ends_a_start(home: Home) -> None:
     assert len(home.park.engines) == 1
 
 
-async def test_a_signal_lets_running_answers_end(home: Home) -> None:
+async def test_running_answers_complete_after_a_signal(home: Home) -> None:
     home.park.prepare = slow
     async with started(home) as (task, client):
         await home.ready.wait()
@@ -173,7 +173,7 @@ async def test_a_signal_lets_running_answers_end(home: Home) -> None:
     assert (home.park.alive, len(home.park.engines)) == (0, 1)
 
 
-async def test_a_second_signal_waits_for_no_answer(home: Home) -> None:
+async def test_second_signal_cancels_running_answers(home: Home) -> None:
     async with started(home) as (task, client):
         await home.ready.wait()
         home.park.double.token_delay_s = 10
@@ -190,7 +190,7 @@ async def test_a_second_signal_waits_for_no_answer(home: Home) -> None:
 
 
 @pytest.mark.parametrize("path", ["/collective_rpc", "/reset_prefix_cache"])
-async def test_a_signal_ends_a_swap_and_the_next_start_takes_it_up(home: Home, path: str) -> None:
+async def test_signal_cancels_a_swap_and_the_next_start_carries_it_out(home: Home, path: str) -> None:
     async with started(home) as (task, client):
         await home.ready.wait()
         await until(lambda: home.book.book)
@@ -219,7 +219,7 @@ def _outcome(home: Home, wish: Desired) -> SwapOutcome | None:
     return swap.result.outcome if swap and swap.result else None
 
 
-async def test_a_signal_ends_a_server_whose_engine_does_not_come_back(home: Home) -> None:
+async def test_signal_stops_a_server_whose_engine_does_not_come_back(home: Home) -> None:
     async with started(home) as (task, client):
         await home.ready.wait()
         home.park.failing_starts = 1000
@@ -232,7 +232,7 @@ async def test_a_signal_ends_a_server_whose_engine_does_not_come_back(home: Home
     assert home.park.alive == 0
 
 
-async def test_nothing_runs_on_after_the_end(home: Home) -> None:
+async def test_nothing_runs_after_the_stop(home: Home) -> None:
     before = asyncio.all_tasks()
     async with started(home) as (task, _):
         await home.ready.wait()
@@ -242,7 +242,7 @@ async def test_nothing_runs_on_after_the_end(home: Home) -> None:
     assert asyncio.all_tasks() <= before | {asyncio.current_task()}
 
 
-async def test_a_start_that_fails_is_told_and_gives_the_port_back(home: Home) -> None:
+async def test_failed_start_is_reported_and_releases_the_port(home: Home) -> None:
     (home.registry.folder(target(1).version) / "merged" / "config.json").write_text("{}")
     with server.claim(home.settings) as claim, pytest.raises(IntegrityError):
         await home.serve(claim, f"{NAME}@1")
@@ -250,7 +250,7 @@ async def test_a_start_that_fails_is_told_and_gives_the_port_back(home: Home) ->
         assert (await ask(client, stream=False)).words == {"2"}
 
 
-async def test_a_version_named_at_the_start_is_desired_from_then_on(home: Home) -> None:
+async def test_version_named_at_the_start_becomes_desired(home: Home) -> None:
     async with home.serving(f"{NAME}@1"):
         pass
     async with home.serving(f"{NAME}@3"):
@@ -261,14 +261,14 @@ async def test_a_version_named_at_the_start_is_desired_from_then_on(home: Home) 
     assert desired is not None and desired.previous == target(1)
 
 
-def test_no_token_waits_for_the_acknowledgement_of_the_one_before(home: Home) -> None:
+def test_no_token_waits_for_the_acknowledgement_of_the_previous_one(home: Home) -> None:
     with server.claim(home.settings) as claim, socket.create_connection(claim.listener.getsockname()):
         accepted, _ = claim.listener.accept()
         with accepted:
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
-async def test_a_server_that_cannot_listen_ends_while_the_engine_starts(
+async def test_server_stops_while_the_engine_starts_when_it_cannot_listen(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def refuse(*_: object, **__: object) -> None:
@@ -282,7 +282,7 @@ async def test_a_server_that_cannot_listen_ends_while_the_engine_starts(
     assert home.park.alive == 0
 
 
-async def test_the_server_ends_and_leaves_the_engine_to_the_next_when_one_of_its_own_parts_has_a_defect(
+async def test_server_stops_and_leaves_the_engine_to_the_next_when_one_of_its_own_parts_has_a_defect(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def fail(_: object) -> None:
@@ -300,15 +300,15 @@ async def test_the_server_ends_and_leaves_the_engine_to_the_next_when_one_of_its
     assert home.park.alive == 0
 
 
-async def test_a_second_server_on_a_home_is_told_at_once(home: Home) -> None:
+async def test_second_server_on_a_home_fails_immediately(home: Home) -> None:
     async with home.serving(f"{NAME}@1"):
         with pytest.raises(BusyError, match="in use by process"), server.claim(home.settings):
             pass
         assert len(home.park.engines) == 1
 
 
-async def test_a_second_server_on_a_port_is_told_at_once(home: Home, tmp_path: Path) -> None:
-    """Also before the first one answers."""
+async def test_second_server_on_a_port_fails_immediately(home: Home, tmp_path: Path) -> None:
+    """Even before the first one answers."""
     with server.claim(home.settings) as first:
         port = int(first.url.rpartition(":")[2])
         other = Settings.model_validate({"home": tmp_path / "other", "serve": {"port": port}})
@@ -316,7 +316,7 @@ async def test_a_second_server_on_a_port_is_told_at_once(home: Home, tmp_path: P
             pass
 
 
-def test_a_port_is_free_again_after_its_claim(home: Home) -> None:
+def test_port_is_free_again_after_its_claim(home: Home) -> None:
     with server.claim(home.settings) as first:
         port = int(first.url.rpartition(":")[2])
     again = Settings.model_validate({"home": home.settings.home, "serve": {"port": port}})
@@ -324,14 +324,14 @@ def test_a_port_is_free_again_after_its_claim(home: Home) -> None:
         assert second.url == first.url
 
 
-def test_an_address_of_another_machine_is_a_wrong_setting(home: Home) -> None:
+def test_address_of_another_machine_is_an_invalid_setting(home: Home) -> None:
     settings = Settings.model_validate({"home": home.settings.home, "serve": {"host": "192.0.2.1", "port": 0}})
     with pytest.raises(SettingsError, match=r"192\.0\.2\.1"), server.claim(settings):
         pass
 
 
 @pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6 here")
-def test_an_ipv6_address_is_bracketed_in_the_url(home: Home) -> None:
+def test_ipv6_address_is_bracketed_in_the_url(home: Home) -> None:
     settings = Settings.model_validate({"home": home.settings.home, "serve": {"host": "::1", "port": 0}})
     try:
         with server.claim(settings) as claim:
@@ -340,7 +340,7 @@ def test_an_ipv6_address_is_bracketed_in_the_url(home: Home) -> None:
         pytest.skip("no IPv6 here")
 
 
-async def test_an_engine_that_cannot_start_is_told(home: Home) -> None:
+async def test_error_is_shown_when_the_engine_cannot_start(home: Home) -> None:
     home.park.failing_starts = 1
     with server.claim(home.settings) as claim, pytest.raises(EngineError, match="no memory"):
         await home.serve(claim, f"{NAME}@1")

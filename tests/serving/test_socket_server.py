@@ -1,4 +1,4 @@
-"""The server that stands in for an engine leaves no connection behind, whenever it is ended."""
+"""The server of an engine double leaves no connection open, whenever it is stopped."""
 
 import asyncio
 import gc
@@ -14,7 +14,7 @@ from tests.serving.socket_server import SocketServer
 
 @pytest.mark.parametrize("ticks", range(6))
 @pytest.mark.filterwarnings("default::ResourceWarning")
-def test_a_connection_that_comes_while_it_is_ended_is_closed_with_it(socket_folder: Path, ticks: int) -> None:
+def test_connection_is_closed_when_it_arrives_during_the_stop(socket_folder: Path, ticks: int) -> None:
     async def end_while_a_client_connects() -> None:
         server = SocketServer(Response(), socket_folder / "engine.sock")
         await server.start()

@@ -1,4 +1,4 @@
-"""What a service manager passes on is taken if it is what it must be, and what is told arrives."""
+"""A socket from the service manager is used if it is valid, and reports reach the manager."""
 
 import asyncio
 import os
@@ -16,7 +16,7 @@ from svc.errors import SettingsError
 
 @pytest.fixture
 def passed(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
-    """A TCP socket where the manager puts its own."""
+    """Pass a TCP socket as the manager does."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         monkeypatch.setattr(systemd_notify, "_FIRST_DESCRIPTOR", os.dup(listener.fileno()))
@@ -29,7 +29,7 @@ def variables(**changed: str) -> dict[str, str]:
     return {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1", "LISTEN_FDNAMES": "http"} | changed
 
 
-def test_the_socket_is_taken_and_passed_on_to_nobody(passed: socket.socket) -> None:
+def test_socket_is_used_and_not_inherited_by_children(passed: socket.socket) -> None:
     passed.listen()
     given = variables() | {"HOME": "/"}
     found = inherited_listener(given)
@@ -41,22 +41,22 @@ def test_the_socket_is_taken_and_passed_on_to_nobody(passed: socket.socket) -> N
 
 
 @pytest.mark.parametrize("given", [{}, variables(LISTEN_PID="1")], ids=["none", "of another process"])
-def test_where_none_was_passed_there_is_none(given: dict[str, str]) -> None:
+def test_no_socket_is_returned_when_none_was_passed(given: dict[str, str]) -> None:
     assert inherited_listener(given) is None
 
 
 @pytest.mark.parametrize("count", ["0", "2", "many"])
-def test_one_socket_is_expected(count: str) -> None:
+def test_exactly_one_socket_is_expected(count: str) -> None:
     with pytest.raises(SettingsError, match=f"LISTEN_FDS={count}"):
         inherited_listener(variables(LISTEN_FDS=count))
 
 
-def test_a_socket_that_does_not_listen_is_refused(passed: socket.socket) -> None:
+def test_socket_is_rejected_when_it_does_not_listen(passed: socket.socket) -> None:
     with pytest.raises(SettingsError, match="does not listen"):
         inherited_listener(variables())
 
 
-def test_a_unix_socket_is_refused_because_who_comes_through_one_needs_no_key(
+def test_unix_socket_is_rejected_because_its_requests_need_no_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
@@ -67,10 +67,10 @@ def test_a_unix_socket_is_refused_because_who_comes_through_one_needs_no_key(
             inherited_listener(variables())
 
 
-def test_a_descriptor_that_is_no_socket_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_descriptor_is_rejected_when_it_is_not_a_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with (tmp_path / "file").open("wb") as file:
         monkeypatch.setattr(systemd_notify, "_FIRST_DESCRIPTOR", file.fileno())
-        with pytest.raises(SettingsError, match="passed no socket"):
+        with pytest.raises(SettingsError, match="did not pass a socket"):
             inherited_listener(variables())
 
 
@@ -82,7 +82,7 @@ def notices(tmp_path: Path) -> Iterator[socket.socket]:
         yield notices
 
 
-def test_what_is_told_arrives(notices: socket.socket) -> None:
+def test_reports_reach_the_manager(notices: socket.socket) -> None:
     given = {"NOTIFY_SOCKET": notices.getsockname(), "HOME": "/"}
     manager = ServiceManager.of(given)
     manager.ready("serving tickets@1")
@@ -92,7 +92,7 @@ def test_what_is_told_arrives(notices: socket.socket) -> None:
     assert given == {"HOME": "/"}
 
 
-async def test_a_watched_process_shows_signs_of_life_often_enough(notices: socket.socket) -> None:
+async def test_watched_process_reports_often_enough(notices: socket.socket) -> None:
     watchdog_s = 0.3
     given = {"NOTIFY_SOCKET": notices.getsockname(), "WATCHDOG_USEC": f"{watchdog_s * 1e6:.0f}"}
     beating = asyncio.create_task(ServiceManager.of(given).run())
@@ -102,9 +102,9 @@ async def test_a_watched_process_shows_signs_of_life_often_enough(notices: socke
     beating.cancel()
 
 
-def test_a_manager_that_has_gone_ends_nothing(tmp_path: Path) -> None:
+def test_process_continues_when_the_manager_is_gone(tmp_path: Path) -> None:
     ServiceManager(str(tmp_path / "gone")).stopping()
 
 
-def test_without_a_manager_nothing_is_told() -> None:
+def test_nothing_is_reported_when_there_is_no_manager() -> None:
     ServiceManager.of({}).ready("serving")

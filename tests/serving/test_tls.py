@@ -1,4 +1,4 @@
-"""A server with a certificate, or behind a proxy that has one."""
+"""A server with a certificate, or behind a proxy with one."""
 
 import asyncio
 import os
@@ -13,7 +13,7 @@ import pytest
 from pydantic import ValidationError
 
 from serving import server
-from serving.http.failed_keys import MOST_A_MINUTE
+from serving.http.failed_keys import MAX_INVALID_PER_MINUTE
 from svc.errors import SettingsError
 from svc.identity.principal import Scope
 from svc.settings import ServeSettings
@@ -33,7 +33,7 @@ def configure(home: Home, **serve: Any) -> None:
 
 @pytest.fixture
 def files(home: Home, tmp_path: Path) -> tuple[Path, Path]:
-    """A certificate that the server of the home shows, and its key."""
+    """The certificate of the home's server, and its key."""
     certificate, key = make_certificate(tmp_path)
     configure(home, tls_certificate=certificate, tls_key=key)
     return certificate, key
@@ -43,7 +43,7 @@ def trusting(certificate: Path) -> ssl.SSLContext:
     return ssl.create_default_context(cafile=str(certificate))
 
 
-async def test_the_official_client_speaks_tls_with_a_key(home: Home, files: tuple[Path, Path]) -> None:
+async def test_official_client_connects_with_tls_and_a_key(home: Home, files: tuple[Path, Path]) -> None:
     issued = make_key(home)
     async with home.serving(f"{NAME}@1") as plain:
         assert plain.base_url.scheme == "https"
@@ -64,7 +64,7 @@ async def test_the_official_client_speaks_tls_with_a_key(home: Home, files: tupl
             assert raised.value.code == "invalid_api_key"
 
 
-async def test_who_does_not_trust_the_certificate_or_speaks_no_tls_gets_nothing(
+async def test_client_fails_when_it_does_not_trust_the_certificate_or_uses_no_tls(
     home: Home, files: tuple[Path, Path]
 ) -> None:
     async with home.serving(f"{NAME}@1") as client:
@@ -74,10 +74,10 @@ async def test_who_does_not_trust_the_certificate_or_speaks_no_tls_gets_nothing(
             await client.get(f"http://localhost:{client.base_url.port}/health")
 
 
-async def test_a_new_certificate_is_shown_without_a_restart(
+async def test_new_certificate_is_used_without_a_restart(
     home: Home, files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serving.http.tls._LOOK_S", 0.02)
+    monkeypatch.setattr("serving.http.tls._CHECK_INTERVAL_S", 0.02)
     new, new_key = make_certificate(tmp_path, "new")
     context = trusting(new)
     async with home.serving(f"{NAME}@1") as client:
@@ -94,7 +94,7 @@ async def test_a_new_certificate_is_shown_without_a_restart(
                         await asyncio.sleep(0.02)
 
 
-async def test_on_the_machine_commands_need_no_certificate(home: Home, files: tuple[Path, Path]) -> None:
+async def test_commands_on_the_machine_need_no_certificate(home: Home, files: tuple[Path, Path]) -> None:
     make_key(home)
     async with home.serving(f"{NAME}@1"):
         result = await type_in(home, "status")
@@ -102,7 +102,7 @@ async def test_on_the_machine_commands_need_no_certificate(home: Home, files: tu
     assert f"{NAME}@1" in result.output
 
 
-async def test_connections_that_begin_no_handshake_keep_nobody_out_for_long(
+async def test_connections_without_a_handshake_block_others_only_briefly(
     home: Home, files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.server.raise_descriptor_limit", lambda: 3)
@@ -124,7 +124,7 @@ async def test_connections_that_begin_no_handshake_keep_nobody_out_for_long(
 
 
 @pytest.mark.parametrize(("configured", "let_in"), [({}, 2), ({"max_connections_per_address": 3}, 3)])
-async def test_one_address_holds_a_share_of_all_connections(
+async def test_one_address_holds_only_a_share_of_all_connections(
     home: Home, monkeypatch: pytest.MonkeyPatch, configured: dict[str, int], let_in: int
 ) -> None:
     monkeypatch.setattr("serving.server.raise_descriptor_limit", lambda: 4)
@@ -148,7 +148,7 @@ async def closed(reader: asyncio.StreamReader) -> bool:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1"])
-def test_keys_do_not_cross_the_network_in_plain_text(host: str) -> None:
+def test_server_refuses_to_send_keys_in_plain_text(host: str) -> None:
     with pytest.raises(SettingsError, match="plain text") as raised:
         server.require_safe(ServeSettings(host=host), has_keys=True)
     assert "serve.behind_proxy" in raised.value.expected
@@ -159,39 +159,39 @@ def test_keys_do_not_cross_the_network_in_plain_text(host: str) -> None:
     [{"tls_certificate": Path("/c.pem"), "tls_key": Path("/c.key")}, {"behind_proxy": ("10.0.0.0/8",)}],
     ids=["tls", "proxy"],
 )
-def test_with_keys_and_tls_every_address_is_listened_to(given: dict[str, Any]) -> None:
+def test_every_address_is_allowed_with_keys_and_tls(given: dict[str, Any]) -> None:
     server.require_safe(ServeSettings(host="0.0.0.0", **given), has_keys=True)
-    with pytest.raises(SettingsError, match="no key yet"):
+    with pytest.raises(SettingsError, match="no key exists"):
         server.require_safe(ServeSettings(host="0.0.0.0", **given), has_keys=False)
 
 
 @pytest.mark.parametrize("given", [{"tls_certificate": "/c.pem"}, {"tls_key": "/c.key"}, {"behind_proxy": ("proxy",)}])
-def test_settings_that_are_half_or_wrong_are_refused(given: dict[str, Any]) -> None:
+def test_incomplete_or_invalid_settings_are_rejected(given: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         ServeSettings(**given)
 
 
 async def spend(client: httpx.AsyncClient, address: str) -> int:
-    """The last status of as many wrong keys as an address has, and one more."""
+    """Send one invalid key more than an address may send; return the last status."""
     headers = {"x-forwarded-for": address, "x-api-key": "wrong"}
-    answers = [await client.get("/v1/models", headers=headers) for _ in range(MOST_A_MINUTE + 1)]
+    answers = [await client.get("/v1/models", headers=headers) for _ in range(MAX_INVALID_PER_MINUTE + 1)]
     return answers[-1].status_code
 
 
-async def test_a_trusted_proxy_says_who_its_clients_are(home: Home) -> None:
+async def test_trusted_proxy_names_its_clients(home: Home) -> None:
     configure(home, behind_proxy=("127.0.0.0/8",))
     make_key(home)
     async with home.serving(f"{NAME}@1") as client:
         assert await spend(client, "192.0.2.1") == 429
         answer = await client.get("/v1/models", headers={"x-forwarded-for": "192.0.2.2", "x-api-key": "wrong"})
         assert answer.status_code == 401
-        # What a client writes itself stands before what the proxy adds.
+        # A client's own value comes before the one that the proxy adds.
         forged = await client.get("/v1/models", headers={"x-forwarded-for": "198.51.100.7, 192.0.2.1"})
         assert forged.status_code == 429
 
 
 @pytest.mark.parametrize("proxies", [(), ("10.0.0.0/8",)])
-async def test_nobody_else_is_believed(home: Home, proxies: tuple[str, ...]) -> None:
+async def test_forwarding_headers_of_others_are_ignored(home: Home, proxies: tuple[str, ...]) -> None:
     configure(home, behind_proxy=proxies)
     make_key(home, Scope.ADMIN)
     async with home.serving(f"{NAME}@1") as client:

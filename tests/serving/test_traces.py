@@ -1,4 +1,4 @@
-"""`svc serve` with traces: over TCP, to a receiver over TCP, until its end; and without them."""
+"""`svc serve` with traces, over TCP, to a receiver over TCP, until its stop; and without traces."""
 
 import asyncio
 import json
@@ -28,7 +28,7 @@ def with_traces(home: Home, endpoint: str) -> None:
     home.settings = home.settings.model_copy(update=update)
 
 
-async def test_a_server_sends_the_spans_of_its_requests_before_it_ends(home: Home) -> None:
+async def test_server_sends_the_spans_of_its_requests_before_it_stops(home: Home) -> None:
     with otlp_receiver() as receiver:
         with_traces(home, receiver.url)
         async with home.serving(f"{NAME}@1") as client:
@@ -49,13 +49,13 @@ async def test_a_server_sends_the_spans_of_its_requests_before_it_ends(home: Hom
 
 
 @pytest.mark.slow
-async def test_a_server_starts_answers_and_ends_without_its_receiver(home: Home) -> None:
+async def test_server_starts_answers_and_stops_when_the_receiver_is_down(home: Home) -> None:
     with_traces(home, "http://127.0.0.1:1")
     async with asyncio.timeout(30), home.serving(f"{NAME}@1") as client:
         assert (await client.post("/v1/chat/completions", json=CHAT)).status_code == 200
 
 
-async def test_no_status_and_no_metric_tells_the_receivers_headers(
+async def test_status_and_metrics_do_not_show_the_receivers_headers(
     home: Home, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", f"authorization=Basic%20{SECRET}")
@@ -71,7 +71,7 @@ async def test_no_status_and_no_metric_tells_the_receivers_headers(
 
 
 @pytest.mark.slow
-def test_a_malformed_header_is_an_error_before_anything_starts(
+def test_malformed_header_is_an_error_before_anything_starts(
     svc: Svc, home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", SECRET)
@@ -92,6 +92,6 @@ print([name for name in sys.modules if name.startswith("opentelemetry")])
 """
 
 
-def test_without_a_receiver_nothing_of_opentelemetry_is_loaded() -> None:
+def test_opentelemetry_is_not_loaded_when_there_is_no_receiver() -> None:
     done = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, check=True, env=os.environ)
     assert done.stdout == "[]\n"

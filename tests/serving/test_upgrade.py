@@ -1,6 +1,6 @@
-"""A server is replaced by the next one, as after the installation of a release, and nobody who asks notices.
+"""A server is replaced by the next one, as after the installation of a release, and no client notices.
 
-Real processes on a socket that outlives them, as under systemd; the engine's double is a process too.
+Real processes on a socket that outlives them, as under systemd; the engine double is a process too.
 """
 
 import signal
@@ -31,10 +31,10 @@ BODY = {"model": NAME, "messages": [{"role": "user", "content": "one two three"}
 
 
 class Clients:
-    """Ask again and again, each time over a new connection, until they are told to stop.
+    """Clients that send requests over new connections until they are stopped.
 
     Attributes:
-        answers: how many there were of each kind: a version, or what went wrong.
+        answers: number of answers of each kind: a version, or an error.
     """
 
     def __init__(self, url: str, *, kept: int = 0) -> None:
@@ -45,7 +45,7 @@ class Clients:
 
     @contextmanager
     def asking(self) -> Iterator[None]:
-        """For the body of the `with`."""
+        """Run clients during the body of the `with`."""
         for thread in self._threads:
             thread.start()
         try:
@@ -56,7 +56,7 @@ class Clients:
                 thread.join()
 
     def wait_for(self, more: int) -> None:
-        """Returns when so many more were answered, or failed."""
+        """Wait until a number of additional requests was answered, or failed."""
         wanted, given_up = self.answers.total() + more, time.monotonic() + 60
         while self.answers.total() < wanted:
             assert time.monotonic() < given_up, self.answers
@@ -84,7 +84,7 @@ class Service:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Returns when it says that it is ready."""
+        """Start; return when the server reports that it is ready."""
         command = [sys.executable, "-m", "tests.serving.server_process", str(self.home)]
         with self._log.open("ab") as output:
             self.process = self.manager.start(command, output, {"TMPDIR": str(self._sockets)})
@@ -94,14 +94,14 @@ class Service:
             raise AssertionError(self._log.read_text("utf-8")) from None
 
     def end(self, number: signal.Signals) -> None:
-        """Returns when it has ended."""
+        """Stop; return when the server has stopped."""
         assert self.process is not None
         self.process.send_signal(number)
         assert self.process.wait(60) == 0, self._log.read_text("utf-8")
 
     @property
     def engine(self) -> psutil.Process | None:
-        """Of its model."""
+        """Return the engine of its model."""
         return find_engine(state_folder(self.home, 0))
 
 
@@ -121,12 +121,14 @@ def service(memory_folder: Path, socket_folder: Path) -> Iterator[Service]:
             end_engine(state_folder(memory_folder, 0))
 
 
-def test_no_request_of_a_new_connection_is_refused_or_fails_while_servers_replace_each_other(service: Service) -> None:
+def test_new_connections_are_neither_refused_nor_fail_while_servers_replace_each_other(service: Service) -> None:
     clients, engine = Clients(service.manager.url), service.engine
     assert engine is not None
     with clients.asking():
         for _ in range(RESTARTS):
-            clients.wait_for(2 * CLIENTS)  # a server that ends at once would answer those alone that waited for it
+            clients.wait_for(
+                2 * CLIENTS
+            )  # a server that stopped immediately would answer only the requests that waited for it
             service.end(signal.SIGUSR1)
             service.start()
         clients.wait_for(2 * CLIENTS)
@@ -134,7 +136,7 @@ def test_no_request_of_a_new_connection_is_refused_or_fails_while_servers_replac
     assert service.engine == engine
 
 
-def test_connections_that_are_kept_lose_no_request_either(service: Service) -> None:
+def test_open_connections_lose_no_request_while_servers_replace_each_other(service: Service) -> None:
     clients = Clients(service.manager.url, kept=CLIENTS)
     with clients.asking():
         service.end(signal.SIGUSR1)
@@ -142,7 +144,7 @@ def test_connections_that_are_kept_lose_no_request_either(service: Service) -> N
     assert set(clients.answers) == {f"{NAME}@1"}
 
 
-def test_the_manager_hears_that_it_lives_and_that_it_ends(service: Service) -> None:
+def test_manager_is_told_that_the_server_lives_and_stops(service: Service) -> None:
     service.manager.wait_for("WATCHDOG=1", timeout_s=5)
     service.end(signal.SIGTERM)
     service.manager.wait_for("STOPPING=1", timeout_s=5)

@@ -1,4 +1,4 @@
-"""A registry with versions small enough to be made in a millisecond, whose probes are those of the engine's double."""
+"""A registry with versions that are created in a millisecond, with the probes of the engine double."""
 
 import json
 from collections.abc import Mapping
@@ -43,21 +43,21 @@ FACTS = EngineFacts(
 OTHER_FACTS = FACTS.model_copy(update={"vllm": "0.33.0"})
 MAX_TOKENS = 3
 HELDOUT = tuple(chat(f"question {number}", f"{number}.0 {number}.1 {number}.2") for number in (1, 2, 3))
-"""Version N of the one name gives the reference answer to question N alone."""
+"""Version N of the one name gives the reference answer only to question N."""
 RESULT = ExampleResult(
     answer="a", tokens=2, limit=MAX_TOKENS, finish_reason="stop", logprob=-0.5, nll=1.0, scored=1, hit=False
 )
 _TOKENS = tuple(range(5, 25))
-"""Of a probe. Two folders' log-probabilities are drawn apart: of 19 none is ever as near as those of one version; of
-three, one pair in 200 was."""
+"""Of a probe. The log-probabilities of two folders are random: with 19 tokens no pair is as close as within one
+version; with three, one pair in 200 was."""
 
 
 class AliasBook(Tracking):
     """MLflow's aliases without MLflow.
 
     Attributes:
-        book: what the aliases mean.
-        failures: so many of the next calls fail.
+        book: the versions of the aliases.
+        failures: number of the next calls that fail.
     """
 
     def __init__(self) -> None:
@@ -66,17 +66,17 @@ class AliasBook(Tracking):
         self.failures = 0
 
     def aliases(self, name: str) -> dict[Alias, VersionId]:
-        """All aliases of a name."""
+        """Return all aliases of a name."""
         self._fail()
         return {alias: version for alias, version in self.book.items() if version.name == name}
 
     def set_alias(self, version: VersionId, alias: Alias) -> None:
-        """Moves an alias."""
+        """Move an alias."""
         self._fail()
         self.book[alias] = version
 
     def discard(self, version: VersionId) -> None:
-        """It knows no versions."""
+        """Do nothing: there are no versions here."""
 
     def _fail(self) -> None:
         if self.failures > 0:
@@ -85,7 +85,7 @@ class AliasBook(Tracking):
 
 
 def target(number: int, format: Format = Format.MERGED) -> Target:
-    """A version of the one name."""
+    """Return a version of the one name."""
     return Target(VersionId(NAME, number), format)
 
 
@@ -107,20 +107,20 @@ def make_version(
     adapter: Mapping[str, Any] | None = None,
     compared: bool = False,
 ) -> VersionId:
-    """Puts a version into the registry.
+    """Register a version.
 
     Args:
-        probes_of: folder whose log-probabilities its probes hold, where that is not its own.
+        probes_of: folder whose log-probabilities its probes have, if not its own.
         noise: nats added to the recorded log-probabilities.
         facts: the engine that qualified it.
-        width: of its one tensor; versions of different widths cannot replace each other in place.
-        fingerprint: whether the manifest has it.
+        width: width of its one tensor; versions of different widths cannot replace each other in place.
+        fingerprint: whether the manifest has one.
         probes: whether it has any.
-        answered: so many of its three held-out examples have registered answers; without any, it keeps none.
+        answered: number of its three held-out examples with registered answers; if 0, it stores none.
         failed: checks that it failed.
         gates: their verdicts.
-        adapter: what its adapter's config says otherwise than that of plain LoRA of rank 16; its base is made, too.
-        compared: whether it keeps what prompts are compared with.
+        adapter: fields of its adapter's config that differ from plain LoRA of rank 16; its base is created too.
+        compared: whether it has a reference to compare prompts with.
     """
     version = VersionId(name, number)
     folder = registry.folder(version)
@@ -159,7 +159,7 @@ def make_version(
 
 
 def base_folder(registry: Registry) -> Path:
-    """The base of all adapters, made where it is not there."""
+    """Return the base of all adapters; create it if it is missing."""
     base = registry.models.parent / "base"
     base.mkdir(exist_ok=True)
     (base / "config.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""How vLLM 0.32 writes its answers, for the double of the engine: whole ones, and the events of streams."""
+"""The format of vLLM 0.32's answers, for the engine double: complete ones, and the events of streams."""
 
 import json
 from abc import ABC, abstractmethod
@@ -11,17 +11,17 @@ DONE: Event = b"data: [DONE]\n\n"
 
 @dataclass(frozen=True)
 class Counts:
-    """Tokens of one answer."""
+    """Token counts of one answer."""
 
     prompt: int
     completion: int
 
 
 class Wire(ABC):
-    """One route's answers.
+    """The answers of one route.
 
     Args:
-        model: what the engine calls its model.
+        model: name of the model in the engine.
         body: the request.
     """
 
@@ -34,19 +34,19 @@ class Wire(ABC):
 
     @abstractmethod
     def opening(self, counts: Counts) -> list[Event]:
-        """Before the first token."""
+        """Return the events before the first token."""
 
     @abstractmethod
     def token(self, word: str, reason: str | None) -> Event:
-        """One token; `reason` is set with the last."""
+        """Return the event of one token; `reason` is set with the last."""
 
     @abstractmethod
     def closing(self, words: list[str], counts: Counts) -> list[Event]:
-        """After the last token."""
+        """Return the events after the last token."""
 
     @abstractmethod
     def failure(self, message: str) -> list[Event]:
-        """An error within a stream, and its end; none where the connection is cut without a word."""
+        """Return an error within a stream, and its end; nothing if the connection is cut."""
 
 
 class CompletionsWire(Wire):
@@ -213,7 +213,7 @@ class MessagesWire(Wire):
 
 
 def wire_of(path: str, model: str, body: dict[str, Any]) -> Wire:
-    """How a path's answers are written."""
+    """Return the answers of a path."""
     match path:
         case "/v1/responses":
             return ResponsesWire(model, body)

@@ -1,1 +1,1 @@
-"""Traces of requests by OpenTelemetry. All but `request_trace` load its SDK: to be imported where traces are on."""
+"""Traces of requests by OpenTelemetry. Only `request_trace` does not load its SDK: import others if traces are on."""

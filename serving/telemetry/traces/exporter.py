@@ -1,7 +1,7 @@
 """Sends spans to a receiver by OTLP over HTTP, with the SDK's own exporter.
 
-Headers with secrets come from the standard variables, which the SDK reads itself. They are looked at here before: of
-one that is malformed the SDK would write the value into the log.
+Headers with secrets come from the standard variables, which the SDK reads itself. They are checked here first, because
+the SDK would log the value of a malformed header.
 """
 
 import logging
@@ -21,12 +21,12 @@ _LOGGER = "opentelemetry.exporter.otlp.proto.http.trace_exporter"
 _LOG_EVERY_S = 60.0
 _PATH = "/v1/traces"
 _HEADER = re.compile(r"[ \t]*[!#$%&'*+.^_`|~0-9A-Za-z-]+[ \t]*=([\x20!#-+\x2d-:<-\[\]-~]*)")
-"""`name=value`, as the SDK reads it: its values are percent-encoded, or at least without `"`, `,`, `;` and `\\`."""
+"""`name=value`, as the SDK parses it: values are percent-encoded, or at least without `"`, `,`, `;` and `\\`."""
 _VALUE = re.compile(r"[\t -~]*")
 
 
 class LogLimit(logging.Filter):
-    """Lets one record through a minute, however many batches a receiver does not take.
+    """Passes one record per minute, however many batches a receiver rejects.
 
     Args:
         clock: monotonic time, seconds.
@@ -38,7 +38,7 @@ class LogLimit(logging.Filter):
         self._next = float("-inf")
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether it is time for one."""
+        """Return whether the record is logged."""
         now = self._clock()
         if now < self._next:
             return False
@@ -50,7 +50,7 @@ _LIMIT = LogLimit()
 
 
 def otlp_exporter(endpoint: str) -> SpanExporter:
-    """The SDK's exporter.
+    """Return the SDK's exporter.
 
     Args:
         endpoint: base URL of the receiver, or the URL for its traces.
@@ -65,7 +65,7 @@ def otlp_exporter(endpoint: str) -> SpanExporter:
 
 
 def traces_url(endpoint: str) -> str:
-    """Where traces go, as the standard variable's base URL means it."""
+    """Return the URL for traces, derived from the base URL as the standard defines it."""
     base = endpoint.rstrip("/")
     return base if base.endswith(_PATH) else base + _PATH
 
@@ -75,7 +75,7 @@ def _check_headers(variable: str, text: str) -> None:
         match = _HEADER.fullmatch(header)
         if header.strip() and not (match and _VALUE.fullmatch(unquote(match[1]).strip())):
             raise SettingsError(
-                f"{variable}: header {number} is malformed",  # and may be a secret
-                expected="name=value, with commas between, as Authorization=Basic%20dXNlcjpwYXNz",
-                todo="percent-encode what is no letter or digit of the value",
+                f"{variable}: header {number} is malformed",  # not shown, because it may be a secret
+                expected="name=value, separated by commas, for example Authorization=Basic%20dXNlcjpwYXNz",
+                todo="percent-encode all characters of the value that are not letters or digits",
             )

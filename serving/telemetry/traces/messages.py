@@ -1,6 +1,6 @@
-"""Prompts and answers as the GenAI conventions write them: messages with a role, each of typed parts.
+"""Prompts and answers in the format of the GenAI conventions: messages with a role and typed parts.
 
-Reads what the request log keeps, which is redacted: the prompt as JSON in its route's own form, the answer as text.
+Reads the redacted content of the request log: the prompt as JSON in its route's format, the answer as text.
 """
 
 import json
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def input_messages(prompt: str) -> str:
-    """JSON of the messages of a prompt.
+    """Return the JSON of the messages of a prompt.
 
     Args:
         prompt: JSON of messages, or of the texts of plain completions.
@@ -19,7 +19,7 @@ def input_messages(prompt: str) -> str:
 
 
 def output_messages(answer: str, finish_reason: str | None) -> str:
-    """JSON of the one message of an answer; without parts where it has no text."""
+    """Return the JSON of the one message of an answer; without parts if it has no text."""
     parts = [_text(answer)] if answer else []
     return _json([{"role": "assistant", "parts": parts, "finish_reason": finish_reason or "error"}])
 
@@ -28,14 +28,14 @@ def _message(turn: Any) -> dict[str, Any]:
     if not isinstance(turn, dict):
         return {"role": "user", "parts": [_text(str(turn))]}
     role = str(turn.get("role") or _role(turn))
-    if "role" not in turn:  # an item of responses that is no message
+    if "role" not in turn:  # an item of responses that is not a message
         return {"role": role, "parts": [_part(turn)]}
     if role == "tool":
         return {"role": role, "parts": [_result(turn.get("tool_call_id"), turn.get("content"))]}
     content = turn.get("content")
     content = content if isinstance(content, list) else [content] if content is not None else []
     calls = turn.get("tool_calls")
-    return {"role": role, "parts": [_part(one) for one in [*content, *(calls if isinstance(calls, list) else [])]]}
+    return {"role": role, "parts": [_part(part) for part in [*content, *(calls if isinstance(calls, list) else [])]]}
 
 
 def _role(item: dict[str, Any]) -> str:
@@ -43,14 +43,14 @@ def _role(item: dict[str, Any]) -> str:
 
 
 def _part(part: Any) -> dict[str, Any]:
-    """A text, a call of a tool or its result; anything else as it came, which the conventions allow."""
+    """Return a text, a tool call or its result; other parts are unchanged, which the conventions allow."""
     if not isinstance(part, dict):
         return _text(str(part))
     match part.get("type"):
         case "text" | "input_text" | "output_text":
             return _text(str(part.get("text") or ""))
-        case "function" if isinstance(called := part.get("function"), dict):
-            return _call(part.get("id"), called.get("name"), called.get("arguments"))
+        case "function" if isinstance(function := part.get("function"), dict):
+            return _call(part.get("id"), function.get("name"), function.get("arguments"))
         case "function_call":
             return _call(part.get("call_id"), part.get("name"), part.get("arguments"))
         case "tool_use":
@@ -75,5 +75,5 @@ def _result(id: Any, response: Any) -> dict[str, Any]:
 
 
 def _json(messages: list[dict[str, Any]]) -> str:
-    """Without lone surrogates, for one of which a whole batch of spans could not be written."""
+    """Return JSON without lone surrogates, one of which would make a whole batch of spans fail."""
     return json.dumps(messages, ensure_ascii=False).encode("utf-8", "replace").decode("utf-8")

@@ -1,6 +1,6 @@
-"""The place of one request in its trace, and what its span says beyond the request's row.
+"""The place of one request in its trace, and the values of its span that are not in the request's row.
 
-Made and filled in on the event loop, so it is nothing but numbers; the span is made of it later, in another thread.
+Created and filled in on the event loop, so it has plain values only; another thread builds the span later.
 Loads nothing of OpenTelemetry.
 """
 
@@ -13,29 +13,29 @@ from svc.store.requests import RequestRecord
 
 
 class SpanDropped(StrEnum):
-    """Why a span was not sent, or not all of it."""
+    """Why a span, or a part of it, was not sent."""
 
     QUEUE_FULL = "queue_full"
     SEND_FAILED = "send_failed"
-    """The receiver could not be reached, or refused it."""
+    """The receiver could not be reached, or rejected it."""
     CONTENT_LIMIT = "content_limit"
-    """The span is sent, its prompt and answer are not: too many wait."""
+    """The span is sent without its prompt and answer: too much content is queued."""
 
 
 @dataclass(slots=True)
 class RequestTrace:
-    """What the span of one request begins with, and in the end what the gateway knows of it.
+    """The beginning of one request's span, and at its end the gateway's values for it.
 
     Attributes:
-        parent_id: the client's span; None where the trace begins here.
-        state: the client's `tracestate`, valid; empty where there is none.
+        parent_id: the client's span; None if the trace begins here.
+        state: the client's `tracestate`, valid; empty if there is none.
         sampled: the span is sent.
-        started_ns: when the request came, since 1970.
-        ended_ns: when it ended, likewise; by the monotonic clock, so that a clock that is set makes no span negative.
-        model: as the client named it, where that is a model that is served; None otherwise.
-        stream: the client wants server-sent events; None where nobody knows.
-        queue_s: waited for a place, seconds.
-        overhead_s: the gateway's own time before the answer began, seconds; None where none did.
+        started_ns: arrival of the request, since 1970.
+        ended_ns: end of the request, likewise; measured by the monotonic clock, so that no span is negative.
+        model: as the client named it, if that model is served; None otherwise.
+        stream: the client wants server-sent events; None if unknown.
+        queue_s: wait for a place, seconds.
+        overhead_s: the gateway's own time before the answer began, seconds; None if no answer began.
     """
 
     trace_id: int
@@ -53,21 +53,21 @@ class RequestTrace:
 
     @property
     def header_lines(self) -> str:
-        """What tells the engine that its span belongs under this one: whole lines of an HTTP head."""
+        """Header lines, with line ends, that make the engine's span a child of this one."""
         parent = f"traceparent: 00-{self.trace_id:032x}-{self.span_id:016x}-{self.sampled:02x}\r\n"
         return f"{parent}tracestate: {self.state}\r\n" if self.state else parent
 
     def end(self, *, model: str | None, stream: bool | None, queue_s: float, overhead_s: float | None) -> None:
-        """Takes what is known at the request's end, which is now."""
+        """Set the values that are known at the request's end, which is now."""
         self.ended_ns = self.started_ns + time.perf_counter_ns() - self._began_ns
         self.model, self.stream, self.queue_s, self.overhead_s = model, stream, queue_s, overhead_s
 
 
 class SpanSink(Protocol):
-    """Makes spans of requests that ended, and sends them. Called in the thread that writes rows, and never waits."""
+    """Builds and sends the spans of ended requests. Called in the thread that writes rows; never waits."""
 
     def add(self, trace: RequestTrace, record: RequestRecord) -> None:
-        """Takes a request, with its redacted content where that is kept."""
+        """Add a request, with its redacted content if that is stored."""
 
     def drop(self) -> None:
-        """Hears of one that is lost."""
+        """Count a span that is lost."""

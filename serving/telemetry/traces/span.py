@@ -1,8 +1,8 @@
-"""The span of a request that ended, in the words of OpenTelemetry's conventions for GenAI and HTTP.
+"""The span of a request that ended, following OpenTelemetry's conventions for GenAI and HTTP.
 
-The names are written out: the package of the conventions has those of GenAI as deprecated, since they moved to a
-repository of their own (open-telemetry/semantic-conventions-genai), which has no package yet. What the conventions
-have no name for is under `tuneserve.`.
+The names are literals: the package of the conventions has deprecated those of GenAI, which moved to a repository of
+their own (open-telemetry/semantic-conventions-genai) that has no package yet. Attributes without a name in the
+conventions begin with `tuneserve.`.
 """
 
 from http import HTTPStatus
@@ -21,27 +21,27 @@ _SERVER_FAULTS = frozenset({RequestOutcome.ENGINE_ERROR, RequestOutcome.SERVER_E
 
 
 def operation(record: RequestRecord) -> str:
-    """The convention's word for what a route does."""
+    """Return the conventions' name for the operation of a route."""
     return "text_completion" if record.route == Route.COMPLETIONS else "chat"
 
 
 def span_name(record: RequestRecord) -> str:
-    """One of a bounded set."""
+    """Return the span's name, from a bounded set."""
     return f"{operation(record)} {record.model}"
 
 
 def span_status(record: RequestRecord) -> Status:
-    """An error where the server is at fault: what a client does wrong, or leaves, makes no span of a server one."""
+    """Return an error if the server is at fault; a client's mistake or departure is not an error of a server span."""
     if record.outcome in _SERVER_FAULTS or record.status >= 500:
         return Status(StatusCode.ERROR, record.reason)
     return Status(StatusCode.UNSET)
 
 
 def span_attributes(trace: RequestTrace, record: RequestRecord) -> dict[str, AttributeValue]:
-    """Return all that is known of a request."""
-    # To a client that left before its answer began, no status was sent.
+    """Return all known attributes of a request."""
+    # No status was sent to a client that left before its answer began.
     sent = record.outcome is not RequestOutcome.CLIENT_GONE or record.status == HTTPStatus.OK
-    found: dict[str, AttributeValue | None] = {
+    attributes: dict[str, AttributeValue | None] = {
         "gen_ai.operation.name": operation(record),
         "gen_ai.provider.name": PROVIDER,
         "gen_ai.request.model": trace.model,
@@ -68,4 +68,4 @@ def span_attributes(trace: RequestTrace, record: RequestRecord) -> dict[str, Att
         INPUT_MESSAGES: None if record.prompt is None else input_messages(record.prompt),
         OUTPUT_MESSAGES: None if record.answer is None else output_messages(record.answer, record.finish_reason),
     }
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: value for name, value in attributes.items() if value is not None}

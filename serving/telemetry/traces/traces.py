@@ -1,8 +1,7 @@
-"""Traces of requests: where each begins, and the span of each that ended on its way to the receiver.
+"""Traces of requests: begins each trace, and sends the span of each ended request to the receiver.
 
-Nothing here waits for the receiver. Spans that it does not take as fast as they come are lost and counted, and so is
-the content of spans beyond what may wait. What the W3C's Trace Context says of malformed headers is OpenTelemetry's own
-code.
+Nothing here waits for the receiver. Spans that arrive faster than it accepts them are lost and counted, and so is the
+content of spans beyond the limit of the queue. OpenTelemetry's own code handles malformed Trace Context headers.
 """
 
 import logging
@@ -29,31 +28,31 @@ log = logging.getLogger(__name__)
 
 MAX_QUEUED = 4096
 MAX_QUEUED_CONTENT = 64 * 2**20
-"""Characters of all prompts and answers in it together."""
+"""Characters of all queued prompts and answers together."""
 _BATCH = 64
-"""Spans of one request to the receiver. To write them out takes 5 ms, for which Python lets a thread keep the
-interpreter: with more, the event loop would have to wait for it several times."""
+"""Spans of one request to the receiver. Serialising them takes 5 ms, for which Python lets a thread keep the
+interpreter: with more spans, the event loop would have to wait for it several times."""
 _EVERY_MS = 2000
 _CLOSE_S = 5.0
 _PARENT, _STATE = b"traceparent", b"tracestate"
 
 
 class Tracer:
-    """Begins traces, and goes on with those of clients: a span is under the client's, or begins a trace of its own.
+    """Begins traces, and continues those of clients: a span is a child of the client's, or begins a new trace.
 
     Args:
-        sample_share: of the traces that begin here; a client decides for its own.
+        sample_share: sampled share of the traces that begin here; a client decides for its own.
     """
 
     def __init__(self, sample_share: float) -> None:
         self._ids = RandomIdGenerator()
         self._sample_share = sample_share
         self._propagator = TraceContextTextMapPropagator()
-        # It quotes what clients sent, as often as they send it.
+        # Its warnings quote the headers of clients, as often as they are sent.
         logging.getLogger("opentelemetry.trace").setLevel(logging.ERROR)
 
     def begin(self, headers: Sequence[tuple[bytes, bytes]]) -> RequestTrace:
-        """The place of a request that has just come."""
+        """Return the place of a new request in its trace."""
         parent = self._parent(headers)
         span_id = self._ids.generate_span_id()
         if parent is not None:
@@ -66,26 +65,26 @@ class Tracer:
 
     def _parent(self, headers: Sequence[tuple[bytes, bytes]]) -> SpanContext | None:
         given = [value.decode("latin-1") for name, value in headers if name == _PARENT]
-        if len(given) != 1:  # of two nobody knows which one holds
+        if len(given) != 1:  # it is unknown which of two is valid
             return None
         states = [value.decode("latin-1") for name, value in headers if name == _STATE]
         context = self._propagator.extract({"traceparent": given, "tracestate": states})
-        found = get_current_span(context).get_span_context()
-        return found if found.is_valid else None
+        parent = get_current_span(context).get_span_context()
+        return parent if parent.is_valid else None
 
 
 class Traces(SpanExporter):
     """Begins traces, and sends the spans of requests that ended.
 
-    Spans are built from what is known at a request's end and go straight to the SDK's queue, whose exporter this is:
-    so each batch is counted on its way to the receiver.
+    Spans are built at a request's end and go straight to the SDK's queue, whose exporter this class is: so each batch
+    is counted on its way to the receiver.
 
     Args:
         exporter: sends batches.
-        sample_share: of the traces that begin here.
-        release: ours.
-        on_sent: hears how many spans the receiver took.
-        on_dropped: hears why, and how many were lost.
+        sample_share: sampled share of the traces that begin here.
+        release: the release of this server.
+        on_sent: called with the number of spans that the receiver accepted.
+        on_dropped: called with the reason and the number of spans lost.
     """
 
     def __init__(
@@ -106,7 +105,7 @@ class Traces(SpanExporter):
         self._on_dropped = on_dropped
         self._max_queued = max_queued
         self._max_content = max_content
-        self._lock = threading.Lock()  # of these two
+        self._lock = threading.Lock()  # for the two attributes below
         self._queued = self._content_size = 0
         self._limits = SpanLimits()  # from the operator's variables, as are attributes of the resource before ours
         ours = Resource.create({SERVICE_NAME: "tuneserve", SERVICE_VERSION: release})
@@ -120,9 +119,7 @@ class Traces(SpanExporter):
         )
 
     def add(self, trace: RequestTrace, record: RequestRecord) -> None:
-        """Send the span of a request that ended, or drop it: of a full queue, the SDK would forget the oldest and tell
-        nobody.
-        """
+        """Send the span of a request that ended, or drop and count it: the SDK would silently drop the oldest one."""
         limits = self._limits
         attributes = BoundedAttributes(
             limits.max_span_attributes,
@@ -133,14 +130,14 @@ class Traces(SpanExporter):
         size = _content_size(attributes)
         with self._lock:
             has_place = self._queued < self._max_queued
-            has_room = self._content_size + size <= self._max_content
+            fits = self._content_size + size <= self._max_content
             if has_place:
                 self._queued += 1
-                self._content_size += size if has_room else 0
+                self._content_size += size if fits else 0
         if not has_place:
             self.drop()
             return
-        if not has_room:
+        if not fits:
             for name in CONTENT:
                 attributes.pop(name, None)
             self._on_dropped(SpanDropped.CONTENT_LIMIT, 1)
@@ -165,7 +162,7 @@ class Traces(SpanExporter):
         self._on_dropped(SpanDropped.QUEUE_FULL, 1)
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        """Send a batch, or give it up after the SDK's attempts; in the thread of the SDK's queue."""
+        """Send a batch, or drop it after the SDK's attempts; called in the thread of the SDK's queue."""
         result = SpanExportResult.FAILURE
         try:
             result = self._exporter.export(spans)
@@ -180,14 +177,14 @@ class Traces(SpanExporter):
         return result
 
     def shutdown(self) -> None:
-        """End waits between attempts; later batches are given up at once."""
+        """End waits between attempts; later batches are dropped immediately."""
         if not self._ended:
             self._ended = True
             self._exporter.shutdown()
 
     def close(self, timeout_s: float = _CLOSE_S) -> None:
-        """Send what waits, and end; what the receiver has not taken after `timeout_s` is lost and counted."""
-        # The SDK's own limit is half a minute, and nobody can set it.
+        """Send the queue and stop; spans that the receiver has not accepted after `timeout_s` are lost and counted."""
+        # The SDK's own limit is half a minute, and cannot be set.
         ending = threading.Thread(target=self._processor.shutdown, name="traces-end", daemon=True)
         ending.start()
         ending.join(timeout_s)

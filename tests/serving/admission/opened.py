@@ -11,7 +11,7 @@ from serving.admission.party import NO_KEY, Party
 def open_admission(
     *, max_running: int = 8, max_tokens: int = 800, max_queued: int = 8, queue_timeout_s: float = 60.0
 ) -> Admission:
-    """Takes requests at once."""
+    """Return an admission that accepts requests immediately."""
     admission = Admission(
         max_running=max_running, max_tokens=max_tokens, max_queued=max_queued, queue_timeout_s=queue_timeout_s
     )
@@ -21,7 +21,7 @@ def open_admission(
 
 @asynccontextmanager
 async def admitted(admission: Admission, tokens: int = 1, party: Party = NO_KEY) -> AsyncIterator[None]:
-    """Hold a place in the engine for the body."""
+    """Hold a place in the engine during the body."""
     await admission.enter(tokens, party)
     try:
         yield
@@ -30,25 +30,25 @@ async def admitted(admission: Admission, tokens: int = 1, party: Party = NO_KEY)
 
 
 async def drained(admission: Admission, timeout_s: float) -> None:
-    """Until nothing runs, the server's own request among it."""
+    """Wait until no request runs, including the server's own."""
     async with asyncio.timeout(timeout_s):
         while admission.running or admission.background_slot.taken:
             await asyncio.sleep(0)
 
 
 async def settle() -> None:
-    """Until whoever can go on has done so."""
+    """Wait until all tasks that can proceed have done so."""
     for _ in range(8):
         await asyncio.sleep(0)
 
 
 async def run_until(admission: Admission, end: asyncio.Event) -> None:
-    """One request."""
+    """Run one request until an event is set."""
     async with admitted(admission):
         await end.wait()
 
 
 async def admit_once(admission: Admission) -> None:
-    """A request that ends at once."""
+    """Run a request that ends immediately."""
     async with admitted(admission):
         pass

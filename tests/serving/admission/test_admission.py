@@ -1,4 +1,4 @@
-"""Who runs, who is refused, and what a change of the engine means for both: exact counts whatever happens."""
+"""Which requests run or are rejected, also during a change of the engine, with exact counts."""
 
 import asyncio
 import time
@@ -13,14 +13,14 @@ from tests.serving.admission.opened import admitted, open_admission, run_until, 
 from tests.serving.service import closed
 
 
-async def test_a_request_is_counted_while_it_runs() -> None:
+async def test_request_is_counted_while_it_runs() -> None:
     admission = open_admission()
     async with admitted(admission):
         assert admission.running == 1
     assert admission.running == 0
 
 
-async def test_a_request_that_fails_gives_its_place_back() -> None:
+async def test_place_is_released_when_a_request_fails() -> None:
     admission = open_admission()
     with suppress(ValueError):
         async with admitted(admission):
@@ -28,7 +28,7 @@ async def test_a_request_that_fails_gives_its_place_back() -> None:
     assert admission.running == 0
 
 
-async def test_one_more_than_may_run_is_refused() -> None:
+async def test_request_is_rejected_when_all_places_are_taken() -> None:
     admission = open_admission(max_running=1)
     async with admitted(admission):
         with pytest.raises(OverloadedError):
@@ -37,7 +37,7 @@ async def test_one_more_than_may_run_is_refused() -> None:
     assert admission.running == 0
 
 
-async def test_the_door_opens_when_a_swap_fails() -> None:
+async def test_admission_opens_when_a_swap_fails() -> None:
     admission = open_admission()
     with suppress(ValueError):
         async with closed(admission):
@@ -46,7 +46,7 @@ async def test_the_door_opens_when_a_swap_fails() -> None:
         assert admission.running == 1
 
 
-async def test_the_door_is_closed_by_one_swap_at_a_time() -> None:
+async def test_admission_is_closed_by_one_swap_at_a_time() -> None:
     admission = open_admission()
     async with closed(admission):
         with pytest.raises(RuntimeError):
@@ -54,14 +54,14 @@ async def test_the_door_is_closed_by_one_swap_at_a_time() -> None:
                 pass
 
 
-async def test_where_another_engine_takes_requests_they_do_not_wait_for_the_one_that_is_changed() -> None:
+async def test_requests_do_not_wait_for_a_swap_when_another_engine_accepts_them() -> None:
     admission = open_admission()
     async with admission.changing(), admitted(admission):
         assert admission.running == 1
     assert admission.closed_s is None
 
 
-async def test_requests_wait_from_the_moment_in_which_the_other_engine_is_gone() -> None:
+async def test_requests_wait_when_the_other_engine_is_lost() -> None:
     admission, end = open_admission(), asyncio.Event()
     end.set()
     async with admission.changing():
@@ -74,7 +74,7 @@ async def test_requests_wait_from_the_moment_in_which_the_other_engine_is_gone()
     assert admission.closed_s is not None
 
 
-async def test_without_a_change_nobody_waits_for_an_engine_to_come_back() -> None:
+async def test_requests_do_not_wait_for_an_engine_when_there_is_no_swap() -> None:
     admission = open_admission()
     admission.unavailable(None)
     with pytest.raises(EngineUnavailableError, match="being changed"):
@@ -82,14 +82,14 @@ async def test_without_a_change_nobody_waits_for_an_engine_to_come_back() -> Non
             pass
 
 
-async def test_without_an_engine_requests_are_refused_with_the_reason() -> None:
+async def test_requests_are_rejected_with_the_reason_when_there_is_no_engine() -> None:
     admission = Admission(max_running=1, max_tokens=100, max_queued=1, queue_timeout_s=1)
     with pytest.raises(EngineUnavailableError, match="starting"):
         async with admitted(admission):
             pass
 
 
-async def test_a_swap_that_restarts_the_engine_keeps_what_it_holds() -> None:
+async def test_queued_requests_are_kept_when_a_swap_restarts_the_engine() -> None:
     admission, end = open_admission(), asyncio.Event()
     end.set()
     async with admission.changing():
@@ -103,7 +103,7 @@ async def test_a_swap_that_restarts_the_engine_keeps_what_it_holds() -> None:
     await task
 
 
-async def test_a_swap_that_ends_without_an_engine_sends_away_what_it_held() -> None:
+async def test_queued_requests_are_rejected_when_a_swap_ends_without_an_engine() -> None:
     admission = open_admission()
     async with admission.changing():
         admission.unavailable(None)
@@ -116,32 +116,32 @@ async def test_a_swap_that_ends_without_an_engine_sends_away_what_it_held() -> N
 
 
 class TestTokens:
-    """A request counts by what its answers may take."""
+    """A request counts by the maximum number of tokens in its answers."""
 
-    async def test_one_that_asks_for_what_is_left_runs(self) -> None:
+    async def test_request_runs_when_its_tokens_are_free(self) -> None:
         admission = open_admission(max_tokens=100)
         async with admitted(admission, 60), admitted(admission, 40):
             assert admission.running == 2
 
-    async def test_one_that_asks_for_more_than_is_left_is_refused(self) -> None:
+    async def test_request_is_rejected_when_its_tokens_are_not_free(self) -> None:
         admission = open_admission(max_tokens=100)
         async with admitted(admission, 60):
-            with pytest.raises(OverloadedError, match="may make 60 tokens"):
+            with pytest.raises(OverloadedError, match="up to 60 tokens"):
                 async with admitted(admission, 41):
                     pass
 
-    async def test_what_has_ended_counts_no_more(self) -> None:
+    async def test_tokens_are_released_when_a_request_ends(self) -> None:
         admission = open_admission(max_tokens=100)
         for _ in range(3):
             async with admitted(admission, 100):
                 assert admission.running == 1
 
-    async def test_one_that_could_never_run_is_told_so(self) -> None:
+    async def test_request_is_rejected_with_its_own_error_when_it_could_never_run(self) -> None:
         with pytest.raises(TooManyTokensError, match="101"):
             async with admitted(open_admission(max_tokens=100), 101):
                 pass
 
-    async def test_queued_ones_run_as_tokens_are_given_back(self) -> None:
+    async def test_queued_requests_run_as_tokens_are_released(self) -> None:
         admission, end, began = open_admission(max_tokens=100), asyncio.Event(), list[int]()
 
         async def run(tokens: int) -> None:
@@ -159,7 +159,7 @@ class TestTokens:
         assert began == [70, 60, 20]
 
 
-async def test_idle_is_the_time_since_the_last_request_ended() -> None:
+async def test_idle_time_counts_from_the_end_of_the_last_request() -> None:
     admission = open_admission()
     async with admitted(admission):
         await asyncio.sleep(0.05)
@@ -169,8 +169,8 @@ async def test_idle_is_the_time_since_the_last_request_ended() -> None:
     assert admission.idle_s >= 0.05
 
 
-async def test_a_request_is_queued_again_when_a_change_begins_in_the_turn_in_which_it_gets_its_place() -> None:
-    """Its own task, which would send it to an engine, runs a turn later than the change."""
+async def test_request_is_queued_again_when_a_swap_begins_in_the_turn_in_which_it_gets_its_place() -> None:
+    """Its own task, which would send it to an engine, runs a turn after the swap begins."""
     admission, end, order = open_admission(max_running=3), asyncio.Event(), list[int]()
 
     async def request(number: int) -> None:
@@ -182,7 +182,7 @@ async def test_a_request_is_queued_again_when_a_change_begins_in_the_turn_in_whi
     async with closed(admission):
         waiting = [asyncio.create_task(request(number)) for number in range(3)]
         await settle()
-    assert (admission.running, admission.queued) == (3, 0)  # given, and not yet taken up
+    assert (admission.running, admission.queued) == (3, 0)  # places are given, but their tasks have not run yet
     async with closed(admission):
         late = asyncio.create_task(request(3))
         await settle()
@@ -193,7 +193,7 @@ async def test_a_request_is_queued_again_when_a_change_begins_in_the_turn_in_whi
     assert (admission.running, admission.queued) == (0, 0)
 
 
-async def test_a_request_that_is_queued_again_costs_its_key_nothing_and_keeps_its_turn_when_others_wait() -> None:
+async def test_requeued_request_costs_its_key_nothing_and_keeps_its_turn() -> None:
     admission, order = open_admission(max_running=1), list[str]()
 
     async def request(name: str, party: Party) -> None:
@@ -206,14 +206,14 @@ async def test_a_request_that_is_queued_again_costs_its_key_nothing_and_keeps_it
             for name, party in (("a1", Party("a")), ("b1", Party("b")), ("a2", Party("a")), ("b2", Party("b")))
         ]
         await settle()
-    async with closed(admission):  # a1 had got its place
+    async with closed(admission):  # a1 had been given its place
         await settle()
         assert admission.queued == 4
     await asyncio.gather(*waiting)
     assert order == ["a1", "b1", "a2", "b2"]
 
 
-async def test_a_request_that_is_queued_again_waits_no_longer_in_all_than_it_may() -> None:
+async def test_requeued_request_waits_no_longer_in_total_than_the_timeout() -> None:
     admission, began = open_admission(queue_timeout_s=0.2), time.monotonic()
 
     async def request() -> None:
@@ -230,7 +230,7 @@ async def test_a_request_that_is_queued_again_waits_no_longer_in_all_than_it_may
     assert (admission.running, admission.queued) == (0, 0)
 
 
-async def test_a_request_that_is_queued_again_leaves_no_trace_when_its_client_leaves() -> None:
+async def test_requeued_request_leaves_no_trace_when_its_client_leaves() -> None:
     admission = open_admission()
     async with closed(admission):
         asking = asyncio.create_task(run_until(admission, asyncio.Event()))
@@ -242,7 +242,7 @@ async def test_a_request_that_is_queued_again_leaves_no_trace_when_its_client_le
         assert (admission.running, admission.queued) == (0, 0)
 
 
-async def test_a_model_is_not_idle_when_a_request_waits_for_something_else() -> None:
+async def test_model_is_not_idle_when_a_request_waits_for_something_else() -> None:
     admission = open_admission()
     await asyncio.sleep(0.05)
     with admission.preparing():
@@ -251,7 +251,7 @@ async def test_a_model_is_not_idle_when_a_request_waits_for_something_else() -> 
     assert admission.queued == 0
 
 
-async def test_a_request_without_a_key_waits_for_a_place_when_it_has_waited_before() -> None:
+async def test_request_without_a_key_waits_for_a_place_when_it_has_waited_before() -> None:
     admission = open_admission(max_running=1)
     async with admitted(admission):
         waiting = asyncio.create_task(admission.enter(1, NO_KEY, may_wait=True))

@@ -1,4 +1,4 @@
-"""Counts, order, bounds and versions hold, whatever comes, ends or is cancelled when."""
+"""Counts, order, limits and versions are correct whatever arrives, ends or is cancelled, and when."""
 
 import asyncio
 from collections.abc import Callable
@@ -19,7 +19,7 @@ PARTIES = (NO_KEY, Party("a"), Party("b", weight=3))
 
 @dataclass
 class World:
-    """Admission, its clients, its swaps and the server's own requests, with the counts as they must be."""
+    """Admission, its clients, its swaps and the server's own requests, with the expected counts."""
 
     admission: Admission
     max_queued: int
@@ -91,7 +91,7 @@ class World:
             case "open" if self.swap:
                 task, end = self.swap
                 end.set()
-                if choice % 2:  # a swap that is given up
+                if choice % 2:  # a swap that is cancelled
                     task.cancel()
                 self.swap = None if self.admission._changing else self.swap
             case "ask" if self.question is None or self.question[0].done():
@@ -99,7 +99,7 @@ class World:
                 self.question = asyncio.create_task(self.ask(end, 60.0 if choice % 2 else 0.0)), end
             case "answer" if self.question:
                 self.question[1].set()
-                if choice % 3 == 0:  # the server ends
+                if choice % 3 == 0:  # the server stops
                     self.question[0].cancel()
             case "die":
                 self.dead = True
@@ -155,7 +155,7 @@ BATCH = st.lists(st.tuples(ACTIONS, st.integers(0, 20)), min_size=1, max_size=4)
     ticks=st.integers(1, 3),
     keys=st.booleans(),
 )
-def test_counts_order_bounds_and_versions_hold_under_any_schedule(
+def test_counts_order_limits_and_versions_are_correct_under_any_schedule(
     schedule: list[list[tuple[str, int]]], limits: tuple[int, int], ticks: int, keys: bool
 ) -> None:
     async def run() -> None:

@@ -1,4 +1,4 @@
-"""The server's own request: beside those of clients, behind every one of them, and cut off by swaps."""
+"""The server's own request: separate from those of clients, with a lower priority, and cancelled by swaps."""
 
 import asyncio
 from contextlib import suppress
@@ -12,7 +12,7 @@ from tests.serving.service import closed
 
 
 async def ask_in_background(admission: Admission, end: asyncio.Event, patience_s: float = 60.0) -> str:
-    """A question of the server's own; how it ended."""
+    """Send one of the server's own requests; return how it ended."""
     try:
         async with admission.background_slot.take(patience_s):
             await end.wait()
@@ -21,7 +21,7 @@ async def ask_in_background(admission: Admission, end: asyncio.Event, patience_s
     return "answered"
 
 
-async def test_a_question_of_the_servers_own_is_no_request() -> None:
+async def test_background_request_is_not_counted() -> None:
     admission = open_admission(max_running=1)
     async with admission.background_slot.take(1):
         assert admission.running == 0
@@ -30,7 +30,7 @@ async def test_a_question_of_the_servers_own_is_no_request() -> None:
     assert admission.running == 0
 
 
-async def test_it_waits_for_a_moment_without_requests() -> None:
+async def test_background_request_waits_for_a_moment_without_requests() -> None:
     admission, last, end = open_admission(), asyncio.Event(), asyncio.Event()
     first = asyncio.create_task(run_until(admission, end))
     second = asyncio.create_task(run_until(admission, last))
@@ -48,7 +48,7 @@ async def test_it_waits_for_a_moment_without_requests() -> None:
     await asyncio.wait([question])
 
 
-async def test_it_goes_beside_requests_when_its_patience_ends() -> None:
+async def test_background_request_runs_with_others_when_its_patience_ends() -> None:
     admission, end = open_admission(), asyncio.Event()
     async with admitted(admission):
         question = asyncio.create_task(ask_in_background(admission, end, patience_s=0.01))
@@ -58,7 +58,7 @@ async def test_it_goes_beside_requests_when_its_patience_ends() -> None:
         assert await question == "answered"
 
 
-async def test_it_is_not_given_at_a_closed_door_however_long_it_waits() -> None:
+async def test_background_request_waits_when_admission_is_closed() -> None:
     admission, end = open_admission(), asyncio.Event()
     end.set()
     async with closed(admission):
@@ -68,7 +68,7 @@ async def test_it_is_not_given_at_a_closed_door_however_long_it_waits() -> None:
     assert await question == "answered"
 
 
-async def test_it_is_not_given_without_an_engine() -> None:
+async def test_background_request_waits_when_there_is_no_engine() -> None:
     admission, end = Admission(max_running=1, max_tokens=100, max_queued=1, queue_timeout_s=1), asyncio.Event()
     end.set()
     question = asyncio.create_task(ask_in_background(admission, end, patience_s=0.0))
@@ -78,7 +78,7 @@ async def test_it_is_not_given_without_an_engine() -> None:
     assert await question == "answered"
 
 
-async def test_a_swap_cuts_it_off_and_waits_until_it_has_gone() -> None:
+async def test_swap_cancels_the_background_request_and_waits_for_its_end() -> None:
     admission, left = open_admission(), asyncio.Event()
 
     async def ask() -> None:
@@ -100,7 +100,7 @@ async def test_a_swap_cuts_it_off_and_waits_until_it_has_gone() -> None:
     await question
 
 
-async def test_the_end_of_the_engine_cuts_it_off() -> None:
+async def test_background_request_is_cancelled_when_the_engine_stops() -> None:
     admission = open_admission()
     question = asyncio.create_task(ask_in_background(admission, asyncio.Event()))
     await settle()
@@ -111,8 +111,8 @@ async def test_the_end_of_the_engine_cuts_it_off() -> None:
         await drained(admission, 0.1)
 
 
-async def test_an_end_in_the_moment_of_its_answer_leaves_nothing_behind() -> None:
-    """A cancellation that comes too late must not reach what the task does next."""
+async def test_late_cancellation_has_no_effect_when_the_request_just_ended() -> None:
+    """A cancellation that comes too late must not affect what the task does next."""
     for turns in range(6):
         admission, end = open_admission(), asyncio.Event()
 
@@ -131,7 +131,7 @@ async def test_an_end_in_the_moment_of_its_answer_leaves_nothing_behind() -> Non
         assert await question in ("answered", "cut off")
 
 
-async def test_a_timeout_of_its_own_is_no_end_of_the_engine() -> None:
+async def test_own_timeout_is_not_taken_for_a_cancellation() -> None:
     admission = open_admission()
     with pytest.raises(TimeoutError):
         async with admission.background_slot.take(1), asyncio.timeout(0.001):
@@ -140,7 +140,7 @@ async def test_a_timeout_of_its_own_is_no_end_of_the_engine() -> None:
         pass
 
 
-async def test_questions_come_one_at_a_time() -> None:
+async def test_background_requests_run_one_at_a_time() -> None:
     admission = open_admission()
     async with admission.background_slot.take(1):
         with pytest.raises(RuntimeError, match="already"):

@@ -1,4 +1,4 @@
-"""Keys share what there is by their weights, and none of them is kept from its share by what another one asks for."""
+"""Keys share places by their weights, and no key can take another's share by asking for more."""
 
 import asyncio
 import heapq
@@ -23,12 +23,12 @@ A, B = Party("a"), Party("b")
 
 @dataclass
 class Engine:
-    """A model of an engine: each request takes as long as it has tokens; so many run, with so many tokens in all.
+    """A model of an engine: each request takes as long as it has tokens; requests and tokens are limited.
 
     Attributes:
-        parties: those that flood: each has always `deep` requests in the queue.
-        order: whose requests were given a place, one after the other.
-        served: tokens of each party's requests.
+        parties: tenants that flood: each always has `deep` requests in the queue.
+        order: tenants in the order in which their requests were given a place.
+        served: tokens of each tenant's requests.
     """
 
     parties: Sequence[Party]
@@ -51,7 +51,7 @@ class Engine:
         return self.queue.join(party, tokens or self.costs.randint(1, 1_000))
 
     def step(self) -> None:
-        """Until the next request ends, and what comes free is given."""
+        """Run until the next request ends, and give the free place away."""
         for party in self.parties:
             for _ in range(self.deep - self.waiting[party.name]):
                 self.ask(party)
@@ -79,7 +79,7 @@ class Engine:
 @pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(weights=st.lists(st.integers(1, 5), min_size=50, max_size=50), seed=st.integers(0, 2**32))
-def test_fifty_keys_at_full_load_share_by_their_weights_within_ten_percent(weights: list[int], seed: int) -> None:
+def test_fifty_keys_share_by_their_weights_within_ten_percent_when_all_flood(weights: list[int], seed: int) -> None:
     async def run() -> None:
         parties = [Party(f"k{number}", weight) for number, weight in enumerate(weights)]
         engine = Engine(parties, random.Random(seed))
@@ -100,7 +100,7 @@ def test_fifty_keys_at_full_load_share_by_their_weights_within_ten_percent(weigh
     before=st.integers(0, 200),
     weight=st.integers(1, 10),
 )
-def test_who_asks_for_little_comes_after_at_most_one_request_of_each_other(
+def test_small_tenant_waits_for_at_most_one_request_of_each_other(
     weights: list[int], seed: int, before: int, weight: int
 ) -> None:
     async def run() -> None:
@@ -119,7 +119,7 @@ def test_who_asks_for_little_comes_after_at_most_one_request_of_each_other(
 
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32), keys=st.integers(1, 6), steps=st.integers(1, 120))
-def test_nothing_stands_idle_while_the_next_one_fits(seed: int, keys: int, steps: int) -> None:
+def test_no_place_stays_free_when_the_next_request_fits(seed: int, keys: int, steps: int) -> None:
     async def run() -> None:
         chance = random.Random(seed)
         engine = Engine([], chance)
@@ -134,7 +134,7 @@ def test_nothing_stands_idle_while_the_next_one_fits(seed: int, keys: int, steps
 
 
 async def served_in_order(admission: Admission, asked: Sequence[tuple[Party, int]]) -> list[str]:
-    """Who gets its place when, of requests that come together while admission is closed and end at once."""
+    """Return the order in which requests that arrive together while admission is closed get a place."""
     order = list[str]()
 
     async def client(party: Party, tokens: int) -> None:
@@ -156,24 +156,24 @@ class TestAfterASwap:
         order = await served_in_order(open_admission(max_running=1), [(A, 10)] * 4 + [(B, 10)] * 2)
         assert order == ["a", "b", "a", "b", "a", "a"]
 
-    async def test_turns_go_by_what_is_asked_for(self) -> None:
+    async def test_turns_depend_on_the_requested_tokens(self) -> None:
         order = await served_in_order(open_admission(max_running=1), [(A, 40), (A, 40), *[(B, 10)] * 4])
         assert order == ["a", "b", "b", "b", "b", "a"]
 
-    async def test_and_by_weights(self) -> None:
+    async def test_turns_depend_on_weights(self) -> None:
         heavy = Party("b", weight=2)
         order = await served_in_order(open_admission(max_running=1), [(A, 10)] * 2 + [(heavy, 10)] * 4)
         assert order == ["a", "b", "b", "a", "b", "b"]
 
-    async def test_all_without_a_key_are_one_party(self) -> None:
+    async def test_requests_without_a_key_are_one_tenant(self) -> None:
         order = await served_in_order(open_admission(max_running=1), [(NO_KEY, 10)] * 3 + [(A, 10)])
         assert order == ["", "a", "", ""]
 
 
 class TestFull:
-    """Where all places are taken."""
+    """All places are taken."""
 
-    async def test_a_request_of_a_key_waits_for_a_place(self) -> None:
+    async def test_request_of_a_key_waits_for_a_place(self) -> None:
         admission, order = open_admission(max_running=1), list[str]()
         async with admitted(admission, 1, A):
             waiting = asyncio.create_task(enter(admission, B, order))
@@ -182,14 +182,14 @@ class TestFull:
         await waiting
         assert order == ["b"]
 
-    async def test_a_request_without_a_key_is_refused_at_once(self) -> None:
+    async def test_request_without_a_key_is_rejected_immediately(self) -> None:
         admission = open_admission(max_running=1)
         async with admitted(admission, 1, A):
             with pytest.raises(OverloadedError, match="1 requests are running"):
                 async with admitted(admission, 1):
                     pass
 
-    async def test_but_behind_others_that_wait_it_has_its_share(self) -> None:
+    async def test_request_without_a_key_has_its_share_when_others_wait(self) -> None:
         admission, order = open_admission(max_running=1), list[str]()
         async with admitted(admission, 1, A):
             waiting = [asyncio.create_task(enter(admission, party, order)) for party in (A, A, A, NO_KEY)]
@@ -197,7 +197,7 @@ class TestFull:
         await asyncio.gather(*waiting)
         assert order == ["", "a", "a", "a"]
 
-    async def test_a_flood_keeps_nobody_else_waiting(self) -> None:
+    async def test_flood_of_one_key_delays_no_other(self) -> None:
         admission, order = open_admission(max_running=1, max_queued=100), list[str]()
         async with admitted(admission, 1, A):
             flood = [asyncio.create_task(enter(admission, A, order)) for _ in range(50)]
@@ -207,7 +207,7 @@ class TestFull:
         await asyncio.gather(*flood, other)
         assert order.index("b") <= 1
 
-    async def test_nobody_passes_the_one_whose_turn_it_is(self) -> None:
+    async def test_head_of_the_queue_is_not_overtaken(self) -> None:
         admission, order = open_admission(max_tokens=100), list[str]()
         async with admitted(admission, 60, A):
             large = asyncio.create_task(enter(admission, B, order, 60))
@@ -217,7 +217,7 @@ class TestFull:
             assert order == []
         await asyncio.gather(large, small)
 
-    async def test_one_whose_turn_it_is_at_once_does_not_wait(self) -> None:
+    async def test_request_runs_immediately_when_it_is_its_turn(self) -> None:
         admission, order = open_admission(max_tokens=100), list[str]()
         async with admitted(admission, 60, A):
             large = asyncio.create_task(enter(admission, A, order, 60))
@@ -226,7 +226,7 @@ class TestFull:
             assert order == ["b"]
         await large
 
-    async def test_who_waited_in_vain_is_told_that_too_much_runs(self) -> None:
+    async def test_error_says_that_too_much_runs_when_a_request_waited_too_long(self) -> None:
         admission = open_admission(max_running=1, queue_timeout_s=0.01)
         async with admitted(admission, 1, A):
             with pytest.raises(OverloadedError, match=r"waited 0\.01 s.*1 requests are running"):
@@ -234,14 +234,14 @@ class TestFull:
                     pass
         assert admission.queued == 0
 
-    async def test_where_nobody_may_wait_it_is_refused_at_once(self) -> None:
+    async def test_request_is_rejected_immediately_when_the_queue_has_no_places(self) -> None:
         admission = open_admission(max_running=1, max_queued=0)
         async with admitted(admission, 1, A):
             with pytest.raises(OverloadedError):
                 async with admitted(admission, 1, B):
                     pass
 
-    async def test_during_a_swap_the_refusal_is_of_the_swap(self) -> None:
+    async def test_error_is_that_of_the_swap_when_a_swap_runs(self) -> None:
         admission = open_admission(max_queued=0)
         async with closed(admission):
             with pytest.raises(QueueOverflowError):
@@ -255,9 +255,9 @@ class TestFull:
 
 
 class TestFullQueue:
-    """One key cannot fill it."""
+    """One key cannot fill the queue."""
 
-    async def test_the_newest_of_who_has_most_gives_way(self) -> None:
+    async def test_newest_request_of_the_largest_tenant_gives_way(self) -> None:
         queue = RequestQueue(max_queued=4)
         places = [queue.join(A, 1) for _ in range(4)]
         mine = queue.join(B, 1)
@@ -265,7 +265,7 @@ class TestFullQueue:
         assert len(queue) == 4
         assert not any(place.given.done() for place in (*places[:3], mine))
 
-    async def test_until_each_has_its_share(self) -> None:
+    async def test_requests_give_way_until_each_tenant_has_its_share(self) -> None:
         queue = RequestQueue(max_queued=4)
         places = [queue.join(A, 1) for _ in range(4)]
         queue.join(B, 1)
@@ -276,7 +276,7 @@ class TestFullQueue:
         for place in places[2:]:
             place.given.exception()
 
-    async def test_shares_of_it_go_by_weights(self) -> None:
+    async def test_shares_of_the_queue_depend_on_weights(self) -> None:
         queue = RequestQueue(max_queued=4)
         places = [queue.join(A, 1) for _ in range(4)]
         heavy = [queue.join(Party("b", weight=3), 1) for _ in range(3)]
@@ -285,7 +285,7 @@ class TestFullQueue:
         for place in places[1:]:
             place.given.exception()
 
-    async def test_its_own_request_is_refused_where_nobody_has_more(self) -> None:
+    async def test_own_request_is_rejected_when_no_tenant_has_more(self) -> None:
         queue = RequestQueue(max_queued=1)
         first = queue.join(A, 1)
         for party in (A, B):
@@ -294,7 +294,7 @@ class TestFullQueue:
         assert not first.given.done()
 
 
-async def test_who_was_away_has_saved_nothing_and_owes_nothing() -> None:
+async def test_idle_tenant_neither_gains_credit_nor_owes_any() -> None:
     queue, order = RequestQueue(max_queued=100), list[str]()
     for _ in range(1000):
         queue.charge(A, 10)
@@ -310,7 +310,7 @@ async def test_who_was_away_has_saved_nothing_and_owes_nothing() -> None:
     assert order == ["b", "a", "b", "a"]
 
 
-async def test_what_waited_and_left_costs_its_party_nothing() -> None:
+async def test_tenant_is_charged_nothing_when_its_request_left_the_queue() -> None:
     queue, admitted = RequestQueue(max_queued=100), list[Place]()
     gone = [asyncio.create_task(queue.until_given(queue.join(A, 1000), 60, lambda: None)) for _ in range(5)]
     await settle()
@@ -328,7 +328,7 @@ async def test_what_waited_and_left_costs_its_party_nothing() -> None:
     assert len(queue) == 0
 
 
-async def test_who_comes_and_leaves_again_and_again_leaves_no_trace() -> None:
+async def test_tenant_leaves_no_trace_when_its_requests_leave_repeatedly() -> None:
     queue = RequestQueue(max_queued=100)
     queue.join(A, 10)
     for _ in range(1000):
@@ -341,7 +341,7 @@ async def test_who_comes_and_leaves_again_and_again_leaves_no_trace() -> None:
 
 
 async def enter(admission: Admission, party: Party, order: list[str], tokens: int = 1) -> None:
-    """A request that notes its turn."""
+    """Run a request that records its turn."""
     async with admitted(admission, tokens, party):
         order.append(party.name)
         await asyncio.sleep(0)

@@ -1,4 +1,4 @@
-"""Those that wait: order, bounds, and no trace of who has gone."""
+"""Requests that wait: order, limits, and no trace of those that left."""
 
 import asyncio
 import time
@@ -11,7 +11,7 @@ from tests.serving.admission.opened import admit_once, admitted, open_admission,
 from tests.serving.service import closed
 
 
-async def test_the_most_that_waited_is_known_when_they_have_gone() -> None:
+async def test_largest_queue_length_is_kept_when_the_queue_is_empty_again() -> None:
     admission = open_admission()
     async with closed(admission):
         waiting = [asyncio.create_task(run_until(admission, asyncio.Event())) for _ in range(3)]
@@ -24,7 +24,7 @@ async def test_the_most_that_waited_is_known_when_they_have_gone() -> None:
         assert admission.queue.most == 0
 
 
-async def test_requests_at_a_closed_door_wait_and_enter_in_order() -> None:
+async def test_requests_enter_in_order_when_admission_opens() -> None:
     admission, entered = open_admission(), list[int]()
 
     async def client(number: int) -> None:
@@ -39,7 +39,7 @@ async def test_requests_at_a_closed_door_wait_and_enter_in_order() -> None:
     assert entered == [0, 1, 2, 3, 4]
 
 
-async def test_one_more_than_may_wait_is_refused() -> None:
+async def test_request_is_rejected_when_the_queue_is_full() -> None:
     admission, end = open_admission(max_queued=1), asyncio.Event()
     async with closed(admission):
         task = asyncio.create_task(run_until(admission, end))
@@ -51,7 +51,7 @@ async def test_one_more_than_may_wait_is_refused() -> None:
     await task
 
 
-async def test_a_request_waits_no_longer_than_it_may() -> None:
+async def test_request_waits_no_longer_than_its_timeout() -> None:
     admission = open_admission(queue_timeout_s=0.01)
     async with closed(admission):
         with pytest.raises(QueueTimeoutError):
@@ -60,7 +60,7 @@ async def test_a_request_waits_no_longer_than_it_may() -> None:
         assert admission.queued == 0
 
 
-async def test_more_requests_are_held_than_may_run_and_each_gets_its_turn() -> None:
+async def test_each_request_gets_its_turn_when_more_wait_than_may_run() -> None:
     admission, entered = open_admission(max_running=2), list[int]()
 
     async def client(number: int) -> None:
@@ -76,7 +76,7 @@ async def test_more_requests_are_held_than_may_run_and_each_gets_its_turn() -> N
     assert entered == list(range(7))
 
 
-async def test_a_client_that_leaves_in_the_tick_it_is_admitted_leaves_no_trace() -> None:
+async def test_client_leaves_no_trace_when_it_leaves_in_the_tick_of_its_admission() -> None:
     admission = open_admission()
     async with closed(admission):
         task = asyncio.create_task(run_until(admission, asyncio.Event()))
@@ -86,7 +86,7 @@ async def test_a_client_that_leaves_in_the_tick_it_is_admitted_leaves_no_trace()
     assert (admission.running, admission.queued) == (0, 0)
 
 
-async def test_requests_for_an_engine_that_comes_when_it_is_asked_wait_for_it() -> None:
+async def test_requests_wait_when_an_engine_is_started_on_demand() -> None:
     admission = open_admission()
     admission.sleep()
     admission.unavailable(None)
@@ -102,7 +102,7 @@ async def test_requests_for_an_engine_that_comes_when_it_is_asked_wait_for_it() 
         await admit_once(admission)
 
 
-async def test_those_that_wait_are_sent_away_where_it_does_not_come() -> None:
+async def test_requests_are_rejected_when_the_engine_on_demand_does_not_start() -> None:
     admission = open_admission()
     admission.sleep()
     admission.unavailable(None)
@@ -114,7 +114,7 @@ async def test_those_that_wait_are_sent_away_where_it_does_not_come() -> None:
         await waiting
 
 
-async def test_they_wait_as_long_as_a_start_may_take() -> None:
+async def test_requests_wait_as_long_as_a_start_may_take() -> None:
     admission = Admission(max_running=1, max_tokens=9, max_queued=9, queue_timeout_s=0.01, wake_timeout_s=0.2)
     admission.sleep()
     admission.unavailable(None)

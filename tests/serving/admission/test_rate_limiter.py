@@ -1,4 +1,4 @@
-"""What a key may use: reserved by what it asks for, settled by what it used, and never more than its limits."""
+"""The limits of a key: reserved by a request's maximum use, settled by its actual use, and never exceeded."""
 
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ NOON = 43_200.0
 
 @dataclass
 class Clock:
-    """Time that passes when it is told to."""
+    """A clock that advances only on request."""
 
     now: float = 0.0
     limiter: RateLimiter = field(init=False)
@@ -37,7 +37,7 @@ def refused(limiter: RateLimiter, of: object, demand: Demand) -> RateLimitedErro
 
 
 class TestRequests:
-    def test_one_more_than_the_limit_is_told_when_there_is_room(self) -> None:
+    def test_error_has_the_wait_when_a_request_is_over_the_limit(self) -> None:
         clock, key = Clock(), principal(requests_per_minute=3)
         for _ in range(3):
             clock.limiter.reserve(key, asks()).settle(1, 1)
@@ -46,19 +46,19 @@ class TestRequests:
         clock.now = 20
         clock.limiter.reserve(key, asks())
 
-    def test_they_come_free_one_after_the_other(self) -> None:
+    def test_requests_become_free_one_after_the_other(self) -> None:
         clock, key = Clock(), principal(requests_per_minute=60)
         for _ in range(60):
             clock.limiter.reserve(key, asks()).settle(1, 1)
         clock.now = 2
         assert clock.limiter.allowances(key)[Limit.REQUESTS_PER_MINUTE] == Allowance(60, 2, 58.0)
 
-    def test_one_that_was_refused_elsewhere_costs_nothing(self) -> None:
+    def test_request_costs_nothing_when_it_is_rejected_elsewhere(self) -> None:
         clock, key = Clock(), principal(requests_per_minute=1, tokens_per_day=10)
         clock.limiter.reserve(key, asks(5)).release()
         clock.limiter.reserve(key, asks(5))
 
-    def test_one_that_a_limit_refuses_takes_nothing_of_the_others(self) -> None:
+    def test_request_takes_nothing_of_other_limits_when_one_rejects_it(self) -> None:
         clock, key = Clock(), principal(requests_per_minute=10, tokens_out_per_minute=10)
         clock.limiter.reserve(key, asks(10))
         refused(clock.limiter, key, asks(10))
@@ -66,41 +66,41 @@ class TestRequests:
 
 
 class TestTokens:
-    def test_what_an_answer_may_have_is_reserved(self) -> None:
+    def test_maximum_answer_length_is_reserved(self) -> None:
         clock, key = Clock(), principal(tokens_out_per_minute=100)
         clock.limiter.reserve(key, asks(60))
         assert refused(clock.limiter, key, asks(41)).limit == "tokens_out_per_minute"
         clock.limiter.reserve(key, asks(40))
 
-    def test_a_reservation_does_not_run_out_while_the_request_runs(self) -> None:
+    def test_reservation_does_not_expire_while_the_request_runs(self) -> None:
         clock, key = Clock(), principal(tokens_out_per_minute=100)
         clock.limiter.reserve(key, asks(100))
         clock.now = 1000
         assert refused(clock.limiter, key, asks(1)).retry_after_s == 1
 
-    def test_what_was_not_used_is_free_at_once(self) -> None:
+    def test_unused_tokens_are_released_immediately(self) -> None:
         clock, key = Clock(), principal(tokens_out_per_minute=100)
         clock.limiter.reserve(key, asks(100)).settle(1, 10)
         assert clock.limiter.allowances(key)[Limit.TOKENS_OUT_PER_MINUTE] == Allowance(100, 90, 6.0)
 
-    def test_a_prompt_longer_than_estimated_keeps_the_next_one_waiting(self) -> None:
+    def test_next_request_waits_when_a_prompt_was_longer_than_estimated(self) -> None:
         clock, key = Clock(), principal(tokens_in_per_minute=60)
         clock.limiter.reserve(key, asks(tokens_in=10)).settle(100, 1)
         assert refused(clock.limiter, key, asks(tokens_in=20)).retry_after_s == 60
 
-    def test_an_estimate_of_more_than_there_ever_is_waits_for_all_of_it(self) -> None:
+    def test_request_waits_for_the_whole_limit_when_its_estimate_exceeds_it(self) -> None:
         clock, key = Clock(), principal(tokens_in_per_minute=60)
         clock.limiter.reserve(key, asks(tokens_in=10)).settle(6, 1)
         assert refused(clock.limiter, key, asks(tokens_in=10_000)).retry_after_s == 6
         clock.now = 6
         clock.limiter.reserve(key, asks(tokens_in=10_000))
 
-    def test_who_asks_for_more_than_there_ever_is_is_not_told_to_come_again(self) -> None:
+    def test_error_has_no_retry_after_when_a_request_asks_for_more_than_the_limit(self) -> None:
         error = refused(Clock().limiter, principal(tokens_out_per_minute=100), asks(101))
         assert (error.limit, error.retry_after_s) == ("tokens_out_per_minute", None)
         assert "101" in error.wrong
 
-    def test_who_says_no_length_is_served_when_all_of_the_limit_is_free(self) -> None:
+    def test_request_without_a_length_is_accepted_when_the_whole_limit_is_free(self) -> None:
         clock, key = Clock(), principal(tokens_out_per_minute=100)
         clock.limiter.reserve(key, asks(2048, said=False)).settle(1, 30)
         assert refused(clock.limiter, key, asks(2048, said=False)).retry_after_s == 18
@@ -109,7 +109,7 @@ class TestTokens:
 
 
 class TestDay:
-    def test_it_ends_at_midnight(self) -> None:
+    def test_limit_of_the_day_ends_at_midnight(self) -> None:
         clock, key = Clock(), principal(tokens_per_day=100)
         clock.limiter.reserve(key, asks(50, 50)).settle(50, 50)
         assert refused(clock.limiter, key, asks()).retry_after_s == NOON
@@ -117,25 +117,25 @@ class TestDay:
         clock.now = NOON
         clock.limiter.reserve(key, asks(50, 50))
 
-    def test_where_reservations_fill_it_the_end_of_one_is_waited_for(self) -> None:
+    def test_wait_is_for_a_running_request_when_reservations_fill_the_limit(self) -> None:
         clock, key = Clock(), principal(tokens_per_day=100)
         clock.limiter.reserve(key, asks(60, 1))
         assert refused(clock.limiter, key, asks(60, 1)).retry_after_s == 1
 
-    def test_who_says_no_length_gets_what_is_left(self) -> None:
+    def test_request_without_a_length_reserves_the_rest_of_the_day(self) -> None:
         clock, key = Clock(), principal(tokens_per_day=100)
         clock.limiter.reserve(key, asks(50, 49)).settle(49, 50)
         clock.limiter.reserve(key, asks(2048, said=False)).settle(1, 20)
         assert refused(clock.limiter, key, asks(2048, said=False)).retry_after_s == NOON
 
-    def test_what_was_used_before_the_server_started_counts(self) -> None:
+    def test_usage_before_the_start_of_the_server_counts(self) -> None:
         clock, key = Clock(), principal(tokens_per_day=100)
         clock.limiter.reserve(key, asks(10, 1)).settle(1, 10)
         clock.limiter.add_used_today({"k1": 80, "other": 1000})
         assert clock.limiter.allowances(key)[Limit.TOKENS_PER_DAY].remaining == 9
 
 
-def test_so_many_run_at_once_and_no_more() -> None:
+def test_request_is_rejected_when_the_concurrency_limit_is_reached() -> None:
     clock, key = Clock(), principal(concurrent=2)
     held = [clock.limiter.reserve(key, asks()) for _ in range(2)]
     error = refused(clock.limiter, key, asks())
@@ -144,27 +144,27 @@ def test_so_many_run_at_once_and_no_more() -> None:
     clock.limiter.reserve(key, asks())
 
 
-def test_of_several_limits_the_one_that_takes_longest_is_named() -> None:
+def test_limit_with_the_longest_wait_is_named_when_several_are_reached() -> None:
     clock, key = Clock(), principal(requests_per_minute=1, tokens_out_per_minute=100)
     clock.limiter.reserve(key, asks(10)).settle(1, 10)
     error = refused(clock.limiter, key, asks(100))
     assert (error.limit, error.retry_after_s) == ("requests_per_minute", 60)
 
 
-def test_a_key_does_not_see_what_another_one_uses() -> None:
+def test_usage_of_other_keys_has_no_effect() -> None:
     clock = Clock()
     clock.limiter.reserve(principal("a", requests_per_minute=1), asks())
     clock.limiter.reserve(principal("b", requests_per_minute=1), asks())
 
 
-def test_a_limit_that_is_changed_holds_at_once() -> None:
+def test_changed_limit_applies_immediately() -> None:
     clock = Clock()
     clock.limiter.reserve(principal(requests_per_minute=10), asks()).settle(1, 1)
     refused(clock.limiter, principal(requests_per_minute=1), asks())
     clock.limiter.reserve(principal(requests_per_minute=2), asks())
 
 
-def test_a_key_without_limits_is_not_remembered() -> None:
+def test_key_without_limits_is_not_stored() -> None:
     limiter = RateLimiter()
     limiter.reserve(principal(), asks(10**9)).settle(1, 1)
     assert limiter.allowances(principal()) == {}
@@ -178,7 +178,7 @@ def test_memory_is_one_entry_for_each_key() -> None:
     assert len(limiter._keys) == 10
 
 
-def test_the_estimate_of_a_prompt_grows_with_its_bytes_and_is_never_nothing() -> None:
+def test_estimate_of_a_prompt_grows_with_its_bytes_and_is_positive() -> None:
     assert (estimated_tokens(0), estimated_tokens(400)) == (1, 101)
 
 
@@ -189,9 +189,7 @@ STEPS = st.lists(
 
 @settings(max_examples=4 * settings().max_examples, deadline=None)
 @given(steps=STEPS, limit=st.integers(1, 100))
-def test_no_more_is_ever_used_than_the_limit_and_a_minute_of_it_for_each_minute(
-    steps: list[tuple[float, int, float, bool]], limit: int
-) -> None:
+def test_usage_never_exceeds_the_limit_plus_its_refill(steps: list[tuple[float, int, float, bool]], limit: int) -> None:
     clock, key = Clock(), principal(tokens_out_per_minute=limit)
     running: list[tuple[Reservation, int]] = []
     used, since = 0, 0.0
@@ -210,7 +208,7 @@ def test_no_more_is_ever_used_than_the_limit_and_a_minute_of_it_for_each_minute(
 
 @settings(max_examples=4 * settings().max_examples, deadline=None)
 @given(amounts=st.lists(st.integers(1, 50), min_size=1, max_size=20), limit=st.integers(50, 200))
-def test_who_waits_as_long_as_it_was_told_is_served(amounts: list[int], limit: int) -> None:
+def test_request_is_accepted_when_it_waited_as_long_as_told(amounts: list[int], limit: int) -> None:
     clock, key = Clock(), principal(tokens_out_per_minute=limit, requests_per_minute=7)
     for amount in amounts:
         try:

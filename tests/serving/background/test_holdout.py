@@ -1,4 +1,4 @@
-"""The held-out set is asked after every load and on its schedule, is kept as it came, and is in nobody's way."""
+"""The held-out set runs after every load and on its schedule; its results are stored, and requests are unaffected."""
 
 import asyncio
 import logging
@@ -63,7 +63,7 @@ async def _facts(target: Target) -> EngineFacts:
 
 @asynccontextmanager
 async def running(runs: HoldoutRuns) -> AsyncIterator[HoldoutRuns]:
-    """For the body of the `with`; a defect that ends the loop fails the test."""
+    """Run the loop during the body of the `with`; a defect that ends it fails the test."""
     task = asyncio.create_task(runs.run())
     try:
         yield runs
@@ -76,13 +76,13 @@ async def running(runs: HoldoutRuns) -> AsyncIterator[HoldoutRuns]:
 
 @asynccontextmanager
 async def asked(make: Make, answered: int = 3, **settings: Any) -> AsyncIterator[tuple[Control, HoldoutRuns]]:
-    """A control plane whose versions have answers to the held-out set, which is asked."""
+    """A control plane whose versions have answers to the held-out set, which is run."""
     async with make(answered=answered).run() as control, running(runs_of(control, **settings)) as runs:
         yield control, runs
 
 
 def due(control: Control, number: int) -> float | None:
-    """How often a version shall be asked, seconds."""
+    """Return how often a version must be run, seconds."""
     labels = {"model": NAME, "version": str(number)}
     return control.collector.get_sample_value("svc_holdout_interval_seconds", labels)
 
@@ -93,7 +93,7 @@ def rows(control: Control) -> list[HoldoutRunRow]:
 
 
 async def run_of(control: Control, of: Target, runs: int = 1, *, completed: bool = True) -> HoldoutRun:
-    """The newest run of a version, when there are so many."""
+    """Return the newest run of a version, after waiting for the given number."""
 
     def enough() -> bool:
         mine = [row.outcome for row in rows(control) if row.number == of.version.number]
@@ -105,7 +105,7 @@ async def run_of(control: Control, of: Target, runs: int = 1, *, completed: bool
     return found
 
 
-async def test_after_a_start_all_examples_are_asked(make: Make) -> None:
+async def test_all_examples_are_asked_after_a_start(make: Make) -> None:
     async with asked(make) as (control, _):
         run = await run_of(control, target(1))
         assert (run.cause, run.outcome, run.reason, run.engine) == (
@@ -135,7 +135,7 @@ async def test_each_answer_is_scored_by_exact_match_when_that_is_the_primary_met
     assert (run.metric, run.scores) == ("exact_match", (1.0, 0.0, 0.0))
 
 
-async def test_a_metric_that_cannot_judge_here_costs_no_run(
+async def test_run_is_stored_when_its_metric_cannot_run_here(
     make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(registry: Registry, target: Target, *, run_functions: bool) -> Metric:
@@ -148,7 +148,7 @@ async def test_a_metric_that_cannot_judge_here_costs_no_run(
     assert "there is no metric 'own'" in caplog.text
 
 
-async def test_the_figures_are_of_the_tokens_that_the_version_was_judged_by(make: Make) -> None:
+async def test_log_probabilities_are_of_the_registered_tokens(make: Make) -> None:
     async with asked(make) as (control, _):
         run = await run_of(control, target(1))
         for example, nll in zip(HELDOUT, run.nll, strict=True):
@@ -158,20 +158,18 @@ async def test_the_figures_are_of_the_tokens_that_the_version_was_judged_by(make
             assert nll == pytest.approx(-sum(logprobs) / len(logprobs))
 
 
-async def test_they_are_asked_as_at_the_registration(make: Make) -> None:
+async def test_examples_are_asked_as_at_the_registration(make: Make) -> None:
     async with asked(make) as (control, _):
         await run_of(control, target(1))
         chats = [body for body in control.double.requests if "messages" in body]
     assert [body["messages"] for body in chats] == [[m.as_dict() for m in example.prompt] for example in HELDOUT]
     assert {(body["max_tokens"], body["temperature"]) for body in chats} == {(MAX_TOKENS, 0)}
-    ids = control.double.request_ids[1:]  # the first is a probe's
+    ids = control.double.request_ids[1:]  # the first id is a probe's
     assert len(ids) == 2 * len(HELDOUT)
     assert all(request_id.startswith(ID_PREFIX) for request_id in ids)
 
 
-async def test_each_is_asked_with_its_registered_limit_when_limits_differ(
-    make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_each_example_has_its_registered_limit(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     registered = tuple(RESULT.model_copy(update={"limit": limit}) for limit in (5, 9, 3))
     monkeypatch.setattr(Registry, "results", lambda self, version, format: registered)
     async with asked(make) as (control, _):
@@ -185,8 +183,8 @@ async def test_only_examples_with_registered_answers_are_asked(make: Make) -> No
         assert (await run_of(control, target(1))).hits == (True, False)
 
 
-async def test_of_very_many_examples_some_are_asked(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(holdout, "MOST_EXAMPLES", 2)
+async def test_sample_is_asked_when_there_are_many_examples(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(holdout, "MAX_EXAMPLES", 2)
     async with asked(make) as (control, _):
         run = await run_of(control, target(1))
         chats = [body for body in control.double.requests if "messages" in body]
@@ -194,9 +192,7 @@ async def test_of_very_many_examples_some_are_asked(make: Make, monkeypatch: pyt
     assert [body["messages"] for body in chats] == [[m.as_dict() for m in HELDOUT[at].prompt] for at in (0, 2)]
 
 
-async def test_an_example_of_more_tokens_than_can_be_scored_is_left_out(
-    make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_example_is_left_out_when_it_has_too_many_tokens(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second, third = map(tokenized, HELDOUT)
     long = TokenizedExample(second.input_ids + (1,) * MOST_TOKENS, second.learnt)
     monkeypatch.setattr(Registry, "heldout_tokens", lambda self, version: (first, long, third))
@@ -204,7 +200,7 @@ async def test_an_example_of_more_tokens_than_can_be_scored_is_left_out(
         assert (await run_of(control, target(1))).places == (0, 2)
 
 
-async def test_where_no_example_can_be_scored_nothing_is_asked_and_that_is_said(
+async def test_nothing_is_asked_and_the_reason_is_shown_when_no_example_fits(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(holdout, "MOST_TOKENS", 1)
@@ -215,14 +211,14 @@ async def test_where_no_example_can_be_scored_nothing_is_asked_and_that_is_said(
 
 
 @pytest.mark.parametrize(("total", "most"), [(1000, 200), (201, 200), (399, 200), (200, 200), (5, 200), (1, 1)])
-def test_they_are_picked_over_the_whole_set(total: int, most: int) -> None:
+def test_sample_is_spread_over_the_whole_set(total: int, most: int) -> None:
     places = holdout._evenly(total, most)
     assert len(set(places)) == min(total, most)
     gaps = [after - before for before, after in pairwise([-1, *places, total])]
     assert min(gaps) >= 1 and max(gaps) <= -(-total // most)
 
 
-async def test_nothing_of_it_is_in_the_metrics_of_requests(make: Make) -> None:
+async def test_run_is_not_in_the_metrics_of_requests(make: Make) -> None:
     async with asked(make) as (control, _):
         await run_of(control, target(1))
         assert control.sample("svc_tokens_total", model=NAME, version="1", direction="out") == 0
@@ -231,7 +227,7 @@ async def test_nothing_of_it_is_in_the_metrics_of_requests(make: Make) -> None:
         ] == []
 
 
-async def test_after_a_swap_the_new_version_is_asked(make: Make) -> None:
+async def test_new_version_is_run_after_a_swap(make: Make) -> None:
     async with asked(make) as (control, _):
         await run_of(control, target(1))
         await control.promote(2)
@@ -239,7 +235,7 @@ async def test_after_a_swap_the_new_version_is_asked(make: Make) -> None:
         assert (run.cause, run.hits) == (HoldoutCause.SWAP, (False, True, False))
 
 
-async def test_after_a_swap_that_was_taken_back_the_old_version_is_asked_again(make: Make) -> None:
+async def test_old_version_is_run_again_after_a_swap_that_was_undone(make: Make) -> None:
     async with asked(make) as (control, _):
         make_version(control.registry, 4, probes_of="/elsewhere", answered=3)
         await run_of(control, target(1))
@@ -248,20 +244,20 @@ async def test_after_a_swap_that_was_taken_back_the_old_version_is_asked_again(m
         assert {row.number for row in rows(control)} == {1}
 
 
-async def test_after_a_death_the_next_engine_is_asked(make: Make) -> None:
+async def test_next_engine_is_run_after_a_death(make: Make) -> None:
     async with asked(make) as (control, _):
         await run_of(control, target(1))
         control.park.engines[0].kill()
         assert (await run_of(control, target(1), 2)).cause is HoldoutCause.START
 
 
-async def test_it_is_asked_again_on_its_schedule(make: Make) -> None:
+async def test_set_is_run_again_on_its_schedule(make: Make) -> None:
     async with asked(make, every_hours=0.05 / 3600) as (control, _):
         assert (await run_of(control, target(1), 3)).cause is HoldoutCause.SCHEDULE
         assert [row.cause for row in rows(control)][:3] == ["start", "schedule", "schedule"]
 
 
-async def test_within_the_hours_it_is_not_asked_again(make: Make) -> None:
+async def test_set_is_not_run_again_before_its_time(make: Make) -> None:
     async with asked(make) as (control, runs):
         await run_of(control, target(1))
         await asyncio.sleep(0.1)
@@ -269,7 +265,7 @@ async def test_within_the_hours_it_is_not_asked_again(make: Make) -> None:
         assert not runs.under_way
 
 
-async def test_a_swap_in_the_middle_drops_the_run_and_begins_another(make: Make) -> None:
+async def test_run_is_restarted_when_a_swap_interrupts_it(make: Make) -> None:
     control = make(answered=3)
     control.park.prepare = lambda double: setattr(double, "token_delay_s", 0.05)
     async with control.run(), running(runs_of(control)) as runs:
@@ -281,7 +277,7 @@ async def test_a_swap_in_the_middle_drops_the_run_and_begins_another(make: Make)
         assert [row.number for row in rows(control)] == [2]
 
 
-async def test_a_death_in_the_middle_drops_the_run_and_begins_another(make: Make) -> None:
+async def test_run_is_restarted_when_a_death_interrupts_it(make: Make) -> None:
     control = make(answered=3)
     control.park.prepare = lambda double: setattr(double, "token_delay_s", 0.05)
     async with control.run(), running(runs_of(control)) as runs:
@@ -294,7 +290,7 @@ async def test_a_death_in_the_middle_drops_the_run_and_begins_another(make: Make
 
 
 @pytest.mark.slow
-async def test_a_run_under_load_is_whole_and_costs_no_request(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_run_under_load_is_complete_and_fails_no_request(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.background.scheduler.PATIENCE_S", 0.02)
     control = make(answered=3)
     control.park.prepare = lambda double: setattr(double, "token_delay_s", 0.002)
@@ -311,7 +307,7 @@ async def test_a_run_under_load_is_whole_and_costs_no_request(make: Make, monkey
     load.check()
 
 
-async def test_a_question_that_the_engine_refuses_fails_the_run_until_the_next_interval(
+async def test_run_fails_until_the_next_interval_when_the_engine_rejects_an_example(
     make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     control = make(answered=3)
@@ -326,7 +322,7 @@ async def test_a_question_that_the_engine_refuses_fails_the_run_until_the_next_i
     assert "the run of the held-out set of tuned@1 (merged) failed" in caplog.text
 
 
-async def test_altered_answers_fail_the_run(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+async def test_run_fails_when_registered_answers_are_altered(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     control = make(answered=3)
     path = control.registry.folder(target(1).version) / "reference" / "merged.jsonl"
     path.write_bytes(path.read_bytes() * 2)
@@ -336,7 +332,7 @@ async def test_altered_answers_fail_the_run(make: Make, caplog: pytest.LogCaptur
     assert run.reason is not None and "was changed after registration" in run.reason
 
 
-async def test_a_defect_in_a_run_is_its_reason(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_defect_in_a_run_is_its_reason(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     async def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("no")
 
@@ -346,7 +342,7 @@ async def test_a_defect_in_a_run_is_its_reason(make: Make, monkeypatch: pytest.M
     assert run.reason == "ZeroDivisionError('no')"
 
 
-async def test_a_store_that_fails_for_a_while_loses_no_run(
+async def test_run_is_stored_when_the_store_failed_for_a_while(
     make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     failures = 2
@@ -362,11 +358,11 @@ async def test_a_store_that_fails_for_a_while_loses_no_run(
     async with asked(make) as (control, _):
         assert (await run_of(control, target(1))).hits == (True, False, False)
         assert len([body for body in control.double.requests if "messages" in body]) == len(HELDOUT)
-    assert caplog.text.count("is not kept yet") == 2
+    assert caplog.text.count("is not stored yet") == 2
     assert "database is locked" in caplog.text
 
 
-async def test_a_defect_ends_nothing(
+async def test_loop_continues_after_a_defect(
     make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     failures = 1
@@ -381,10 +377,10 @@ async def test_a_defect_ends_nothing(
     monkeypatch.setattr(holdout, "add_holdout_run", fail_once)
     async with asked(make, every_hours=0.05 / 3600) as (control, _):
         await run_of(control, target(1))
-    assert "the held-out set could not be asked" in caplog.text
+    assert "the held-out set could not be run" in caplog.text
 
 
-async def test_a_version_without_registered_answers_is_not_asked_and_that_is_said_once(
+async def test_version_without_registered_answers_is_not_run_and_logged_once(
     make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with asked(make, answered=0, every_hours=0.01 / 3600) as (control, runs):
@@ -398,14 +394,14 @@ async def test_a_version_without_registered_answers_is_not_asked_and_that_is_sai
         await control.promote(4)
         await run_of(control, target(4))
         assert runs.status(target(4))["state"] == "waiting"
-    assert caplog.text.count("is not asked") == 1
+    assert caplog.text.count("is not run") == 1
 
 
 @pytest.mark.parametrize(
     ("unprobed", "settings", "reason"),
     [("the engine dies of it", {}, "the engine dies of it"), (None, {"every_hours": 0}, "holdout.every_hours is 0")],
 )
-async def test_where_it_is_off_nothing_is_asked_and_it_is_said(
+async def test_nothing_is_asked_and_the_reason_is_shown_when_runs_are_off(
     make: Make, caplog: pytest.LogCaptureFixture, unprobed: str | None, settings: dict[str, Any], reason: str
 ) -> None:
     control = make(answered=3)
@@ -422,7 +418,7 @@ async def test_where_it_is_off_nothing_is_asked_and_it_is_said(
     assert [record for record in caplog.records if record.levelno == logging.WARNING and reason in record.message]
 
 
-async def test_whose_held_out_set_is_due_is_known_before_the_first_run_ends(make: Make) -> None:
+async def test_due_version_is_in_the_metrics_before_the_first_run_ends(make: Make) -> None:
     control = make(answered=3)
     control.park.prepare = lambda double: setattr(double, "token_delay_s", 0.05)
     async with control.run(), running(runs_of(control, every_hours=2)) as runs:
@@ -433,7 +429,7 @@ async def test_whose_held_out_set_is_due_is_known_before_the_first_run_ends(make
         assert (due(control, 1), due(control, 2)) == (None, 2 * 3600)
 
 
-async def test_the_status_tells_how_far_it_is(make: Make) -> None:
+async def test_status_shows_the_progress(make: Make) -> None:
     control = make(answered=3)
     control.park.prepare = lambda double: setattr(double, "token_delay_s", 0.02)
     async with control.run(), running(runs_of(control)) as runs:
@@ -458,7 +454,7 @@ async def test_the_status_tells_how_far_it_is(make: Make) -> None:
     }
 
 
-async def test_a_run_whose_questions_kill_the_engine_is_given_up(make: Make) -> None:
+async def test_run_is_given_up_when_it_kills_the_engine(make: Make) -> None:
     """Otherwise each new engine would be killed by the run that its start begins."""
     control = make(answered=3)
 
@@ -481,7 +477,7 @@ async def test_a_run_whose_questions_kill_the_engine_is_given_up(make: Make) -> 
         assert control.state is EngineState.READY
 
 
-async def test_a_server_asks_and_tells(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_server_runs_the_set_and_shows_it(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     make_version(home.registry, 4, answered=3)
     home.settings = home.settings.model_copy(update={"holdout": HoldoutSettings.model_validate(FAST)})
     async with home.serving(f"{NAME}@4") as client:
@@ -493,7 +489,7 @@ async def test_a_server_asks_and_tells(home: Home, monkeypatch: pytest.MonkeyPat
         assert session.scalars(select(HoldoutRunRow.number)).all() == [4]
 
 
-async def test_a_server_stops_at_once_while_it_asks(home: Home) -> None:
+async def test_server_stops_immediately_while_a_run_is_in_progress(home: Home) -> None:
     make_version(home.registry, 4, answered=3)
     async with home.serving(f"{NAME}@4"):
         home.park.double.token_delay_s = 30
@@ -502,7 +498,7 @@ async def test_a_server_stops_at_once_while_it_asks(home: Home) -> None:
     assert asyncio.get_running_loop().time() - stopping < 2
 
 
-async def test_of_several_engines_the_one_that_is_asked_says_whose_figures_they_are(make: Make) -> None:
+async def test_run_belongs_to_the_version_of_the_engine_that_answered(make: Make) -> None:
     """In a swap of two engines the first holds the new version long before that is in production."""
     control = make(answered=3, replicas=2, swap=SwapChoice.BLUEGREEN)
     async with control.run(), running(runs_of(control)):

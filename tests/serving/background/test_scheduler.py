@@ -1,4 +1,4 @@
-"""The server's own requests: at their pace, behind requests, cut off by swaps, and no danger to the engine."""
+"""The server's own requests: paced, with a low priority, cancelled by swaps, and no danger to the engine."""
 
 import asyncio
 import time
@@ -29,7 +29,7 @@ async def put(client: EngineClient) -> Answer:
     return await client.chat(PROMPT, max_tokens=2)
 
 
-async def test_an_answer_comes_from_the_engine_and_shows_in_no_metric(control: Control) -> None:
+async def test_answer_comes_from_the_engine_and_is_in_no_metric(control: Control) -> None:
     answer = await questions(control).ask(control.replica.weights, put)
     assert answer.text == "1.0 1.1 "
     assert control.sample("svc_requests_running", model=NAME) == 0
@@ -37,7 +37,7 @@ async def test_an_answer_comes_from_the_engine_and_shows_in_no_metric(control: C
     assert [family.samples for family in families] == [[], []]
 
 
-async def test_the_engines_log_can_tell_them_apart(control: Control) -> None:
+async def test_request_ids_mark_them_in_the_engines_log(control: Control) -> None:
     before = len(control.double.request_ids)
     await questions(control).ask(control.replica.weights, put)
     (own,) = control.double.request_ids[before:]
@@ -45,7 +45,7 @@ async def test_the_engines_log_can_tell_them_apart(control: Control) -> None:
     assert len(own) > len(ID_PREFIX)
 
 
-async def test_they_keep_their_pace(control: Control) -> None:
+async def test_requests_keep_their_pace(control: Control) -> None:
     asking = questions(control, requests_per_minute=60 / 0.1)
     began = time.monotonic()
     for _ in range(3):
@@ -53,7 +53,7 @@ async def test_they_keep_their_pace(control: Control) -> None:
     assert 0.2 <= time.monotonic() - began < 1
 
 
-async def test_one_runs_at_a_time(control: Control) -> None:
+async def test_requests_run_one_at_a_time(control: Control) -> None:
     asking, most = questions(control), 0
     control.double.token_delay_s = 0.01
 
@@ -64,16 +64,16 @@ async def test_one_runs_at_a_time(control: Control) -> None:
 
     control.double.on_call = watch
     await asyncio.gather(*(asking.ask(control.replica.weights, put) for _ in range(4)))
-    assert most == 0  # what came found none that ran
+    assert most == 0  # no arriving request found another one running
 
 
-async def test_a_refusal_is_told(control: Control) -> None:
+async def test_rejection_is_raised(control: Control) -> None:
     control.double.max_model_len = 2
     with pytest.raises(EngineError, match="maximum context length"):
         await questions(control).ask(control.replica.weights, put)
 
 
-async def test_a_question_for_other_weights_is_not_put(control: Control) -> None:
+async def test_request_is_not_sent_when_the_engine_has_other_weights(control: Control) -> None:
     load = control.replica.weights
     await control.promote(2)
     calls = len(control.double.requests)
@@ -82,7 +82,7 @@ async def test_a_question_for_other_weights_is_not_put(control: Control) -> None
     assert len(control.double.requests) == calls
 
 
-async def test_a_swap_waits_for_no_answer_and_ends_the_question(control: Control) -> None:
+async def test_swap_does_not_wait_for_an_answer_and_cancels_the_request(control: Control) -> None:
     control.double.token_delay_s = 30
     asking = asyncio.create_task(questions(control).ask(control.replica.weights, put))
     await until(lambda: control.double.delayed)
@@ -94,9 +94,7 @@ async def test_a_swap_waits_for_no_answer_and_ends_the_question(control: Control
         await asking
 
 
-async def test_a_swap_that_is_given_up_leaves_the_question_to_be_put_again(
-    make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_request_is_sent_again_when_the_swap_was_cancelled(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.background.scheduler.PATIENCE_S", 0.0)
     async with make(drain_timeout_s=0.2).run() as control, control.client() as client:
         control.park.room = "full"
@@ -111,7 +109,7 @@ async def test_a_swap_that_is_given_up_leaves_the_question_to_be_put_again(
         assert (await running).status == 200
 
 
-async def test_a_question_of_a_dead_engine_is_superseded_by_the_next_one(control: Control) -> None:
+async def test_request_is_superseded_when_the_engine_died(control: Control) -> None:
     control.double.fault = Fault.DIE_BEFORE_ANSWER
     asking = questions(control)
     with pytest.raises(SupersededError):
@@ -120,7 +118,7 @@ async def test_a_question_of_a_dead_engine_is_superseded_by_the_next_one(control
     assert (await asking.ask(control.replica.weights, put)).text == "1.0 1.1 "
 
 
-async def test_an_engine_that_was_only_slow_is_asked_again_and_has_not_died(control: Control) -> None:
+async def test_request_is_sent_again_when_the_engine_was_only_slow(control: Control) -> None:
     asking = questions(control)
     for _ in range(3):
         tries, late = 0, 3
@@ -144,7 +142,7 @@ async def test_an_engine_that_was_only_slow_is_asked_again_and_has_not_died(cont
     assert asking.off is None
 
 
-async def test_a_swap_while_the_engine_is_slow_is_no_death(
+async def test_swap_of_a_slow_engine_does_not_count_as_death(
     control: Control, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     checks = 0
@@ -166,7 +164,7 @@ async def test_a_swap_while_the_engine_is_slow_is_no_death(
     assert "died" not in caplog.text
 
 
-async def test_after_three_deaths_none_is_put_any_more(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+async def test_no_more_requests_are_sent_after_three_deaths(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     async with make().run() as control:
         asking = questions(control)
         for _ in range(3):
@@ -182,7 +180,7 @@ async def test_after_three_deaths_none_is_put_any_more(make: Make, caplog: pytes
     assert caplog.text.count("no more background requests") == 1
 
 
-async def test_deaths_of_other_days_are_forgotten(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_deaths_of_earlier_days_are_forgotten(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.background.scheduler._DEATHS_WITHIN_S", 0.3)
     async with make().run() as control:
         asking = questions(control)
@@ -197,7 +195,7 @@ async def test_deaths_of_other_days_are_forgotten(make: Make, monkeypatch: pytes
         assert (await asking.ask(control.replica.weights, put)).text == "1.0 1.1 "
 
 
-async def test_cancelled_questions_leave_nothing(control: Control) -> None:
+async def test_cancelled_requests_leave_nothing_behind(control: Control) -> None:
     control.double.token_delay_s = 30
     asking = asyncio.create_task(questions(control).ask(control.replica.weights, put))
     await until(lambda: control.double.running)

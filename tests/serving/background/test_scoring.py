@@ -1,4 +1,4 @@
-"""Live answers get the score of their text, the newest first, and what cannot be scored is in nobody's way."""
+"""Live answers are scored, the newest first; answers that cannot be scored have no effect."""
 
 import asyncio
 import json
@@ -72,7 +72,7 @@ async def scoring_of(
 
 @pytest.fixture
 async def control(make: Make) -> AsyncIterator[Control]:
-    """Serves version 1, whose registration kept its answers."""
+    """A server of version 1, whose registration stored its answers."""
     async with make(answered=1).run() as control:
         yield control
 
@@ -82,7 +82,7 @@ def logprobs(control: Control) -> list[float | None]:
         return list(session.scalars(select(RequestRow.logprob).order_by(RequestRow.id)))
 
 
-async def test_the_score_is_the_mean_over_the_tokens_of_the_answer(control: Control) -> None:
+async def test_score_is_the_mean_over_the_tokens_of_the_answer(control: Control) -> None:
     add_requests(control.store, [kept()])
     async with scoring_of(control):
         await until(lambda: logprobs(control) != [None])
@@ -91,7 +91,7 @@ async def test_the_score_is_the_mean_over_the_tokens_of_the_answer(control: Cont
     assert logprobs(control) == [pytest.approx(fmean(await client.logprobs(prompt + answer, len(prompt))))]
 
 
-async def test_of_a_long_answer_the_beginning_is_scored_as_of_a_held_out_one(control: Control) -> None:
+async def test_long_answer_is_cut_like_a_held_out_one(control: Control) -> None:
     words = [f"word{number}" for number in range(MAX_TOKENS + 2)]
     add_requests(control.store, [kept(answer=" ".join(words))])
     async with scoring_of(control):
@@ -101,7 +101,7 @@ async def test_of_a_long_answer_the_beginning_is_scored_as_of_a_held_out_one(con
     assert logprobs(control) == [pytest.approx(fmean(await client.logprobs(prompt + answer, len(prompt))))]
 
 
-async def test_while_there_is_nothing_to_score_the_store_is_seldom_asked(
+async def test_store_is_seldom_read_when_there_is_nothing_to_score(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks = 0
@@ -119,7 +119,7 @@ async def test_while_there_is_nothing_to_score_the_store_is_seldom_asked(
     assert looks == 1
 
 
-async def test_every_answer_that_can_be_is_scored(control: Control) -> None:
+async def test_every_scorable_answer_is_scored(control: Control) -> None:
     add_requests(
         control.store, [kept(), kept(temperature=1.0), kept(answer="mail [mail]"), kept(minutes_ago=61), kept()]
     )
@@ -129,7 +129,7 @@ async def test_every_answer_that_can_be_is_scored(control: Control) -> None:
     assert [score is not None for score in logprobs(control)] == [True, False, False, False, True]
 
 
-async def test_the_newest_is_scored_first(control: Control) -> None:
+async def test_newest_answer_is_scored_first(control: Control) -> None:
     add_requests(control.store, [kept(minutes_ago=2), kept(minutes_ago=1), kept(minutes_ago=3)])
     async with scoring_of(control, scored_per_hour=1):
         await until(lambda: any(logprobs(control)))
@@ -137,7 +137,7 @@ async def test_the_newest_is_scored_first(control: Control) -> None:
     assert [score is not None for score in logprobs(control)] == [False, True, False]
 
 
-async def test_the_hour_has_room_for_so_many(control: Control) -> None:
+async def test_number_of_scores_per_hour_is_limited(control: Control) -> None:
     add_requests(control.store, [kept()] * 5)
     async with scoring_of(control, scored_per_hour=3600 * 20):
         await until(lambda: sum(score is not None for score in logprobs(control)) == 1)
@@ -145,7 +145,7 @@ async def test_the_hour_has_room_for_so_many(control: Control) -> None:
         assert sum(score is not None for score in logprobs(control)) <= 4
 
 
-async def test_what_the_engine_refuses_is_passed_over_for_good(control: Control) -> None:
+async def test_answer_is_skipped_for_good_when_the_engine_rejects_it(control: Control) -> None:
     control.double.max_model_len = 10
     long = json.dumps([{"role": "user", "content": "long " * 20}])
     add_requests(control.store, [kept(prompt=long), kept(minutes_ago=2)])
@@ -157,7 +157,7 @@ async def test_what_the_engine_refuses_is_passed_over_for_good(control: Control)
     assert logprobs(control)[0] is None
 
 
-async def test_the_held_out_set_comes_first(control: Control) -> None:
+async def test_held_out_set_has_priority(control: Control) -> None:
     busy = True
     add_requests(control.store, [kept()])
     async with scoring_of(control, busy=lambda: busy):
@@ -167,7 +167,7 @@ async def test_the_held_out_set_comes_first(control: Control) -> None:
         await until(lambda: logprobs(control) != [None])
 
 
-async def test_only_answers_of_what_serves_are_scored(control: Control) -> None:
+async def test_only_answers_of_the_served_version_are_scored(control: Control) -> None:
     add_requests(control.store, [kept()])
     async with scoring_of(control, scored_per_hour=10**9):
         await until(lambda: logprobs(control) != [None])
@@ -178,7 +178,9 @@ async def test_only_answers_of_what_serves_are_scored(control: Control) -> None:
 
 
 @pytest.mark.parametrize(("unprobed", "settings"), [("the engine dies of it", {}), (None, {"scored_per_hour": 0})])
-async def test_where_it_is_off_nothing_is_asked(make: Make, unprobed: str | None, settings: dict[str, Any]) -> None:
+async def test_nothing_is_scored_when_background_requests_are_off(
+    make: Make, unprobed: str | None, settings: dict[str, Any]
+) -> None:
     control = make(answered=3)
     control.park.unprobed = unprobed
     async with control.run():
@@ -189,7 +191,7 @@ async def test_where_it_is_off_nothing_is_asked(make: Make, unprobed: str | None
         assert len(control.double.requests) == asked
 
 
-async def test_without_registered_answers_there_is_nothing_to_compare_with(
+async def test_nothing_is_scored_when_there_are_no_registered_answers(
     make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with make().run() as control:
@@ -200,7 +202,7 @@ async def test_without_registered_answers_there_is_nothing_to_compare_with(
     assert caplog.text.count("no live answers of tuned@1 (merged) are scored") == 1
 
 
-async def test_an_answer_that_kills_the_engine_kills_it_once(control: Control) -> None:
+async def test_answer_that_kills_the_engine_is_tried_once(control: Control) -> None:
     add_requests(control.store, [kept()])
     control.double.fault = Fault.DIE_BEFORE_ANSWER
     async with scoring_of(control):
@@ -211,7 +213,7 @@ async def test_an_answer_that_kills_the_engine_kills_it_once(control: Control) -
         assert len(control.park.engines) == 2
 
 
-async def test_a_store_that_fails_ends_nothing(
+async def test_scoring_continues_when_the_store_failed(
     control: Control, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     failures = 2
@@ -230,7 +232,7 @@ async def test_a_store_that_fails_ends_nothing(
     assert "database is locked" in caplog.text
 
 
-async def test_a_prompt_of_parts_is_asked_as_it_came(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_prompt_of_parts_is_sent_unchanged(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
     async def prompt_tokens(self: object, messages: Any) -> list[int]:
@@ -245,7 +247,7 @@ async def test_a_prompt_of_parts_is_asked_as_it_came(control: Control, monkeypat
     assert asked == [parts]
 
 
-async def test_a_server_scores_what_it_answered(home: Home) -> None:
+async def test_server_scores_its_answers(home: Home) -> None:
     make_version(home.registry, 4, answered=1)
     changes = {"holdout": HoldoutSettings.model_validate(FAST), "request_log": {"content_share": 1.0}}
     home.settings = type(home.settings).model_validate(home.settings.model_dump() | changes)
@@ -261,7 +263,9 @@ async def test_a_server_scores_what_it_answered(home: Home) -> None:
     assert -10 < (score() or 0) < 0
 
 
-async def test_a_server_that_keeps_no_content_does_not_look_for_it(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_server_without_stored_content_does_not_look_for_answers(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
     looks: list[object] = []
     monkeypatch.setattr(scoring, "newest_unscored", lambda *_, **__: looks.append(None))
     make_version(home.registry, 4, answered=1)

@@ -1,4 +1,4 @@
-"""A promotion as its client sees it: it ends, and tells the truth."""
+"""A promotion as its client sees it: it returns, with the true result."""
 
 import asyncio
 import threading
@@ -41,14 +41,14 @@ async def change(home: Home, number: int, steps: list[str] | None = None) -> Swa
     return await asyncio.to_thread(lambda: follow_in(home, wish(home, number), steps))
 
 
-async def test_it_returns_when_the_version_serves(serving: Home) -> None:
+async def test_promotion_returns_when_the_version_serves(serving: Home) -> None:
     swap = await change(serving, 2)
     assert swap.outcome is SwapOutcome.SUCCEEDED
     served = await asyncio.to_thread(read_served, server_address(serving.settings))
     assert served == {NAME: target(2)}
 
 
-async def test_each_step_is_told_once(serving: Home) -> None:
+async def test_each_step_is_reported_once(serving: Home) -> None:
     steps = list[str]()
     await change(serving, 2, steps)
     swap = find_swap(serving.store, NAME)
@@ -57,13 +57,13 @@ async def test_each_step_is_told_once(serving: Home) -> None:
     assert len(steps) == len(set(steps)) > 4
 
 
-async def test_without_a_server_nothing_is_changed(home: Home) -> None:
+async def test_nothing_changes_when_no_server_runs(home: Home) -> None:
     with pytest.raises(ServerNotRunningError):
         LocalAdministration.of(home.settings)
 
 
-async def test_another_name_than_the_served_one_cannot_be_promoted(serving: Home) -> None:
-    """Also one that served here once: nobody would carry it out."""
+async def test_name_is_rejected_when_it_is_not_served(serving: Home) -> None:
+    """Even if it was served before: no server would carry the promotion out."""
     make_version(serving.registry, 1, name="other")
     change_desired(serving.store, None, Target(VersionId("other", 1), Format.MERGED), None)
     made = LocalAdministration.of(serving.settings)
@@ -71,7 +71,7 @@ async def test_another_name_than_the_served_one_cannot_be_promoted(serving: Home
         await asyncio.to_thread(made.rollback, "other", reason=None)
 
 
-async def test_of_two_promotions_at_once_one_is_told_to_wait(serving: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_second_of_two_concurrent_promotions_is_rejected(serving: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     barrier = threading.Barrier(2)
     read = read_desired
 
@@ -85,28 +85,28 @@ async def test_of_two_promotions_at_once_one_is_told_to_wait(serving: Home, monk
     assert sorted(type(result).__name__ for result in results) == ["BusyError", "SwapResult"]
 
 
-async def test_one_that_was_overtaken_is_told(home: Home) -> None:
-    """The server saw only what came after it."""
+async def test_promotion_fails_when_a_newer_one_overtook_it(home: Home) -> None:
+    """The server saw only the newer one."""
     seen = change_desired(home.store, None, target(1), None)
     begin_swap(home.store, Desired(target(3), target(2), seen.generation + 2))
     asked = VersionChange(target(2), target(1), seen.generation + 1)
     lock = hold_lock(home.settings.home / LOCK_FILE, "the home", url="http://127.0.0.1:9")
-    with lock, pytest.raises(BusyError, match="somebody else promoted tuned@3"):
+    with lock, pytest.raises(BusyError, match=r"tuned@3 \(merged\) was promoted before"):
         follow_in(home, asked)
 
 
-async def test_a_server_that_ends_meanwhile_is_told(home: Home) -> None:
+async def test_promotion_fails_when_the_server_stops(home: Home) -> None:
     async with home.serving(f"{NAME}@1") as _:
         home.park.double.reload_delay_s = 10
         following = asyncio.create_task(change(home, 2))
         await until(lambda: "/collective_rpc" in home.park.double.calls)
-    with pytest.raises(ServerNotRunningError, match=r"ended before tuned@2"):
+    with pytest.raises(ServerNotRunningError, match=r"stopped before tuned@2"):
         await following
     found = read_desired(home.store, NAME)
     assert found is not None and found.target == target(2)
 
 
-async def test_a_server_that_does_not_answer_is_told(home: Home) -> None:
+async def test_promotion_fails_when_the_server_does_not_answer(home: Home) -> None:
     change_desired(home.store, None, target(1), None)
     lock = hold_lock(home.settings.home / LOCK_FILE, "the home", url="http://127.0.0.1:9")
     with lock, pytest.raises(ServerNotRunningError, match="does not answer"):
@@ -115,36 +115,36 @@ async def test_a_server_that_does_not_answer_is_told(home: Home) -> None:
 
 @pytest.fixture
 def unwritten(serving: Home, monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
-    """A server that begins swaps and cannot write how they ended."""
+    """A server that begins swaps but cannot write their results."""
 
     def fail(*_: object) -> None:
         raise OperationalError("update", {}, Exception("disk is full"))
 
     monkeypatch.setattr("serving.client.promotion._UNWRITTEN_S", 0.05)
-    for pause in ("_PAUSE_S", "_LONGEST_PAUSE_S"):
+    for pause in ("_PAUSE_S", "_MAX_PAUSE_S"):
         monkeypatch.setattr(f"serving.rollout.journal.{pause}", 0.01)
     with monkeypatch.context() as broken:
         broken.setattr("serving.rollout.journal.end_swap", fail)
         yield serving
 
 
-async def test_an_end_that_the_server_cannot_write_is_told_all_the_same(unwritten: Home) -> None:
+async def test_result_is_reported_when_the_server_cannot_write_it(unwritten: Home) -> None:
     steps = list[str]()
     swap = await change(unwritten, 2, steps)
     assert (swap.outcome, swap.kind) == (SwapOutcome.SUCCEEDED, SwapKind.INPLACE)
-    assert "could not write the end into its journal" in steps[-1]
+    assert "could not write the result into its journal" in steps[-1]
     assert find_swap(unwritten.store, NAME, 2).result is None  # type: ignore[union-attr]
 
 
-async def test_a_refusal_that_the_server_cannot_write_is_told_all_the_same(unwritten: Home) -> None:
+async def test_refusal_is_reported_when_the_server_cannot_write_it(unwritten: Home) -> None:
     make_version(unwritten.registry, 4, width=8)
     unwritten.park.room = "full"
     swap = await change(unwritten, 4)
     assert swap.outcome is SwapOutcome.REFUSED
-    assert swap.reason is not None and "no room for a second engine: full" in swap.reason
+    assert swap.reason is not None and "no memory for a second engine: full" in swap.reason
 
 
-async def test_a_swap_that_takes_long_is_waited_for(serving: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_long_swap_is_waited_for(serving: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.client.promotion._UNWRITTEN_S", 0.01)
     serving.park.double.reload_delay_s = 0.3
     steps = list[str]()
@@ -152,16 +152,16 @@ async def test_a_swap_that_takes_long_is_waited_for(serving: Home, monkeypatch: 
     assert not any("journal" in step for step in steps[:-1])
 
 
-async def test_the_reason_of_a_refusal_is_told(serving: Home) -> None:
+async def test_reason_of_a_refusal_is_reported(serving: Home) -> None:
     make_version(serving.registry, 4, width=8)
     serving.park.room = "full"
     swap = await change(serving, 4)
     assert swap.outcome is SwapOutcome.REFUSED
-    assert swap.reason is not None and "no room for a second engine: full" in swap.reason
+    assert swap.reason is not None and "no memory for a second engine: full" in swap.reason
 
 
-async def test_an_outcome_that_is_there_already_is_returned(home: Home) -> None:
-    """A swap that is quicker than the first look."""
+async def test_result_is_returned_when_it_is_already_there(home: Home) -> None:
+    """A swap that ends before the first check."""
     change_desired(home.store, None, target(1), None)
     wanted = Desired(target(2), target(1), 2)
     end_swap(home.store, begin_swap(home.store, wanted), SwapResult(SwapOutcome.SUCCEEDED))

@@ -22,23 +22,23 @@ CLIENT = frozenset({Scope.INFER, Scope.FEEDBACK})
 
 
 class KeyedService(Service):
-    """Demands keys from the first one on."""
+    """A service that requires keys as soon as one exists."""
 
     def key(self, *scopes: Scope, **given: Any) -> IssuedKey:
-        """A new key, which the service has heard of."""
+        """Create a key that the service already knows."""
         assert self.store is not None
         issued = Keyring(self.store, Actor("user:alice", "box")).create(frozenset(scopes) or CLIENT, **given)
         self.authenticator.look()
         return issued
 
     def revoke(self, issued: IssuedKey) -> None:
-        """Ends a key; the service hears of it at its next look."""
+        """Revoke a key; the service notices at its next check."""
         assert self.store is not None
         Keyring(self.store, Actor("user:alice", "box")).revoke(issued.key.id)
 
     @asynccontextmanager
     async def client_of(self, issued: IssuedKey) -> AsyncIterator[httpx.AsyncClient]:
-        """Calls the application with a key; answers come whole."""
+        """Return a client of the application with a key; answers arrive as a whole."""
         async with self.client() as client:
             client.headers["authorization"] = f"Bearer {issued.secret}"
             yield client

@@ -1,4 +1,4 @@
-"""One connection to a server of an application, for tests that write and read its bytes."""
+"""One raw connection to a server of an application, for tests that write and read bytes."""
 
 import asyncio
 import socket
@@ -11,7 +11,7 @@ from serving.http.http_server import http_server
 
 @asynccontextmanager
 async def connected(app: Any) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    """One connection to a server of an application."""
+    """Open one connection to a server of an application."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         server = http_server(app, 4, idle_s=1)

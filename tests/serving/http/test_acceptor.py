@@ -1,4 +1,4 @@
-"""One address holds a share of all connections, so that others get in."""
+"""One address may only hold a share of all connections, so that others can connect."""
 
 import asyncio
 import logging
@@ -33,7 +33,7 @@ class Clients:
         self._writers: list[asyncio.StreamWriter] = []
 
     async def connect(self, source: str = ONE, context: ssl.SSLContext | None = None) -> Client:
-        """A new connection."""
+        """Open a new connection."""
         if self._listener.family == socket.AF_UNIX:
             reader, writer = await asyncio.open_unix_connection(self._listener.getsockname())
         else:
@@ -57,7 +57,7 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
 
 @asynccontextmanager
 async def serving(address: Any = (ONE, 0), **options: Any) -> AsyncIterator[Clients]:
-    """A server with room for eight connections, two of them for one address."""
+    """Run a server for eight connections, two of them for one address."""
     with socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET) as listener:
         listener.bind(address)
         server = http_server(app, 8, **{"most_per_address": SHARE} | options)
@@ -74,7 +74,7 @@ async def serving(address: Any = (ONE, 0), **options: Any) -> AsyncIterator[Clie
 
 
 async def answered(client: Client) -> bool:
-    """Whether a request is answered; False where the server closes the connection."""
+    """Return whether a request is answered; False if the server closes the connection."""
     reader, writer = client
     async with asyncio.timeout(3):
         try:
@@ -90,7 +90,7 @@ async def until(condition: Callable[[], Any]) -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_a_connection_is_closed_when_its_address_holds_its_share() -> None:
+async def test_connection_is_closed_when_its_address_holds_its_share() -> None:
     async with serving() as clients:
         held = [await clients.connect() for _ in range(SHARE)]
         assert not await answered(await clients.connect())
@@ -98,7 +98,7 @@ async def test_a_connection_is_closed_when_its_address_holds_its_share() -> None
         assert [await answered(client) for client in held] == [True] * SHARE
 
 
-async def test_an_address_gets_in_again_when_one_of_its_connections_was_lost() -> None:
+async def test_address_can_connect_again_when_one_of_its_connections_is_closed() -> None:
     async with serving() as clients:
         (_, first), *_ = [await clients.connect() for _ in range(SHARE)]
         assert not await answered(await clients.connect())
@@ -108,10 +108,10 @@ async def test_an_address_gets_in_again_when_one_of_its_connections_was_lost() -
             return await answered(await clients.connect())
 
         await until(let_in)
-        assert not await answered(await clients.connect())  # one came back, and no more
+        assert not await answered(await clients.connect())  # only one was free again
 
 
-async def test_connections_of_a_trusted_proxy_have_no_share() -> None:
+async def test_connections_are_unlimited_when_they_come_from_a_trusted_proxy() -> None:
     async with serving(proxies=["127.0.0.2/32"]) as clients:
         for _ in range(3 * SHARE):
             assert await answered(await clients.connect(OTHER))
@@ -119,13 +119,15 @@ async def test_connections_of_a_trusted_proxy_have_no_share() -> None:
         assert held == [True] * SHARE
 
 
-async def test_connections_through_a_unix_socket_have_no_share(socket_folder: Path) -> None:
+async def test_connections_are_unlimited_when_they_come_through_a_unix_socket(socket_folder: Path) -> None:
     async with serving(str(socket_folder / "http.sock")) as clients:
         for _ in range(3 * SHARE):
             assert await answered(await clients.connect())
 
 
-async def test_a_handshake_counts_when_it_does_not_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_handshake_counts_as_connection_when_the_client_never_begins_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("serving.http.http_server.REQUEST_DEADLINE_S", 0.5)
     files = make_certificate(tmp_path)
     trusting = ssl.create_default_context(cafile=str(files[0]))
@@ -136,7 +138,7 @@ async def test_a_handshake_counts_when_it_does_not_begin(tmp_path: Path, monkeyp
         with pytest.raises((ConnectionError, ssl.SSLError)):
             await clients.connect(context=trusting)
         assert await answered(await clients.connect(OTHER, trusting))
-        for reader, _ in silent:  # until their handshakes took too long
+        for reader, _ in silent:  # until their handshakes time out
             with suppress(ConnectionError):
                 await reader.read()
         assert [await answered(await clients.connect(ONE, trusting)) for _ in range(SHARE)] == [True] * SHARE
@@ -144,10 +146,12 @@ async def test_a_handshake_counts_when_it_does_not_begin(tmp_path: Path, monkeyp
             await clients.connect(context=trusting)
 
 
-async def test_the_log_names_the_address_once_when_many_of_its_connections_are_closed(
+async def test_log_names_the_address_once_when_many_of_its_connections_are_closed(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(acceptor.log, "filters", [WarningLimit()])  # another test may have used up this minute's
+    monkeypatch.setattr(
+        acceptor.log, "filters", [WarningLimit()]
+    )  # another test may have used up this minute's warning
     async with serving() as clients:
         for _ in range(SHARE + 3):
             await clients.connect()

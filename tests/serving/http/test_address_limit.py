@@ -5,7 +5,7 @@ import pytest
 from serving.http.address_limit import AddressLimit
 
 
-def test_an_address_is_let_in_again_when_it_has_left() -> None:
+def test_address_can_connect_again_when_it_has_disconnected() -> None:
     limit = AddressLimit(1)
     assert limit.enter("10.0.0.1")
     assert not limit.enter("10.0.0.1")
@@ -22,19 +22,19 @@ def test_an_address_is_let_in_again_when_it_has_left() -> None:
         ("10.0.0.1", "10.0.0.2", False),
     ],
 )
-def test_addresses_share_one_limit_when_one_peer_has_them(one: str, other: str, together: bool) -> None:
+def test_addresses_share_one_limit_when_they_belong_to_one_peer(one: str, other: str, together: bool) -> None:
     limit = AddressLimit(1)
     limit.enter(one)
     assert limit.enter(other) is not together
 
 
 @pytest.mark.parametrize("address", ["10.1.2.3", "::ffff:10.1.2.3", "2001:db8::1"])
-def test_an_address_has_no_limit_when_a_trusted_proxy_has_it(address: str) -> None:
+def test_address_has_no_limit_when_it_is_a_trusted_proxy(address: str) -> None:
     limit = AddressLimit(1, ["10.1.2.0/28", "2001:db8::/32"])
     assert [limit.enter(address) for _ in range(3)] == [True] * 3
 
 
-def test_nothing_is_kept_of_an_address_when_it_has_left() -> None:
+def test_address_is_forgotten_when_it_has_disconnected() -> None:
     limit = AddressLimit(2)
     for number in range(10):
         limit.enter(f"10.0.0.{number}")

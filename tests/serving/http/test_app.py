@@ -1,4 +1,4 @@
-"""Which paths answer, and what every answer carries."""
+"""The paths that exist, and the headers of every answer."""
 
 import asyncio
 import re
@@ -12,7 +12,7 @@ from tests.serving.service import CHAT, NAME, TWO, Service, closed
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 
 
-async def test_models_are_listed_under_each_name(client: httpx.AsyncClient) -> None:
+async def test_models_are_listed_under_each_of_their_names(client: httpx.AsyncClient) -> None:
     answer = (await client.get("/v1/models")).json()
     assert answer["object"] == "list"
     assert [model["id"] for model in answer["data"]] == [NAME, f"{NAME}@1", f"{NAME}@production"]
@@ -25,25 +25,25 @@ async def test_one_model_is_shown_by_its_name(client: httpx.AsyncClient) -> None
 
 
 @pytest.mark.parametrize("name", ["other", "a%2Fb", "a/b", f"{NAME}@9"])
-async def test_an_unknown_model_is_not_found(client: httpx.AsyncClient, name: str) -> None:
+async def test_unknown_model_is_answered_404(client: httpx.AsyncClient, name: str) -> None:
     answer = await client.get(f"/v1/models/{name}")
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
 
 
 @pytest.mark.parametrize("name", [NAME, f"{NAME}@1", f"{NAME}@production"])
-async def test_what_serves_is_not_deleted(service: Service, client: httpx.AsyncClient, name: str) -> None:
+async def test_served_model_is_not_deleted(service: Service, client: httpx.AsyncClient, name: str) -> None:
     answer = await client.delete(f"/v1/models/{name}")
     assert (answer.status_code, answer.json()["error"]["code"]) == (403, "model_not_deletable")
     assert (await client.get(f"/v1/models/{name}")).status_code == 200
 
 
 @pytest.mark.parametrize("name", ["other", "a%2Fb", f"{NAME}@9"])
-async def test_what_is_not_served_cannot_be_found_to_be_deleted(client: httpx.AsyncClient, name: str) -> None:
+async def test_deletion_is_answered_404_when_the_model_is_not_served(client: httpx.AsyncClient, name: str) -> None:
     answer = await client.delete(f"/v1/models/{name}")
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
 
 
-async def test_health_follows_the_engine(service: Service, client: httpx.AsyncClient) -> None:
+async def test_health_follows_the_state_of_the_engine(service: Service, client: httpx.AsyncClient) -> None:
     assert (await client.get("/health")).status_code == 200
     service.admission.unavailable("the engine is starting")
     answer = await client.get("/health")
@@ -51,18 +51,18 @@ async def test_health_follows_the_engine(service: Service, client: httpx.AsyncCl
     assert "retry-after" in answer.headers
 
 
-async def test_the_server_is_live_whatever_its_engine_does(service: Service, client: httpx.AsyncClient) -> None:
+async def test_server_is_live_when_its_engine_is_down(service: Service, client: httpx.AsyncClient) -> None:
     service.admission.unavailable("the engine is starting")
     answer = await client.get("/health/live")
     assert (answer.status_code, answer.json()) == (200, {"status": "live"})
 
 
-async def test_a_swap_does_not_make_the_service_unhealthy(service: Service, client: httpx.AsyncClient) -> None:
+async def test_service_stays_healthy_when_a_swap_runs(service: Service, client: httpx.AsyncClient) -> None:
     async with closed(service.admission):
         assert (await client.get("/health")).status_code == 200
 
 
-async def test_metrics_are_text_and_openmetrics_when_asked(client: httpx.AsyncClient) -> None:
+async def test_metrics_are_text_or_openmetrics_as_requested(client: httpx.AsyncClient) -> None:
     plain = await client.get("/metrics")
     assert plain.headers["content-type"].startswith("text/plain")
     assert 'svc_requests_running{model="tuned"} 0.0' in plain.text
@@ -71,7 +71,7 @@ async def test_metrics_are_text_and_openmetrics_when_asked(client: httpx.AsyncCl
     assert openmetrics.text.endswith("# EOF\n")
 
 
-async def test_a_version_leaves_the_metrics_when_it_is_no_longer_served_and_idle(
+async def test_version_leaves_the_metrics_when_it_is_not_served_and_idle(
     service: Service, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.telemetry.metrics.IDLE_VERSION_TIMEOUT_S", 0.01)
@@ -85,7 +85,7 @@ async def test_a_version_leaves_the_metrics_when_it_is_no_longer_served_and_idle
     assert (f'{requests}"1"' in page, f'{requests}"2"' in page) == (False, True)
 
 
-async def test_the_status_is_what_was_passed_in(service: Service, client: httpx.AsyncClient) -> None:
+async def test_status_is_the_value_that_was_passed_in(service: Service, client: httpx.AsyncClient) -> None:
     assert (await client.get("/svc/status")).json() == {"served": str(service.names.served)}
 
 
@@ -95,7 +95,9 @@ async def test_the_status_is_what_was_passed_in(service: Service, client: httpx.
      "/collective_rpc", "/v1/load_lora_adapter", "/pause", "//v1/models", "/health/"],
 )  # fmt: skip
 @pytest.mark.parametrize("method", ["GET", "POST"])
-async def test_all_else_is_closed(service: Service, client: httpx.AsyncClient, path: str, method: str) -> None:
+async def test_other_paths_are_answered_404(
+    service: Service, client: httpx.AsyncClient, path: str, method: str
+) -> None:
     answer = await client.request(method, f"http://localhost{path}")
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
     assert service.double.calls == []
@@ -104,26 +106,28 @@ async def test_all_else_is_closed(service: Service, client: httpx.AsyncClient, p
 @pytest.mark.parametrize(
     ("method", "path"), [("GET", "/v1/chat/completions"), ("POST", "/health"), ("PUT", "/metrics")]
 )
-async def test_another_method_is_refused_in_the_same_shape(client: httpx.AsyncClient, method: str, path: str) -> None:
+async def test_other_method_is_answered_405_in_the_same_shape(
+    client: httpx.AsyncClient, method: str, path: str
+) -> None:
     answer = await client.request(method, path)
     assert (answer.status_code, answer.json()["error"]["code"]) == (405, "method_not_allowed")
     assert answer.headers["allow"]
 
 
-async def test_no_other_origin_is_let_in(client: httpx.AsyncClient) -> None:
+async def test_other_origins_are_not_allowed(client: httpx.AsyncClient) -> None:
     answer = await client.get("/v1/models", headers={"origin": "http://elsewhere"})
     assert not [name for name in answer.headers if name.startswith("access-control")]
 
 
 @pytest.mark.parametrize("path", ["/health", "/v1/models/none", "/nothing", "/v1/completions"])
-async def test_every_answer_carries_its_request_and_the_version(client: httpx.AsyncClient, path: str) -> None:
+async def test_every_answer_has_the_request_id_and_the_version(client: httpx.AsyncClient, path: str) -> None:
     answer = await client.get(path)
     assert re.fullmatch(r"req-[0-9a-f]{32}", answer.headers["x-request-id"])
     assert answer.headers["x-model-version"] == f"{NAME}@1"
 
 
 @pytest.mark.parametrize("header", ["x-request-id", "x-client-request-id"])
-async def test_a_clients_request_id_is_returned_and_does_not_reach_the_engine(
+async def test_client_request_id_is_returned_and_not_sent_to_the_engine(
     service: Service, client: httpx.AsyncClient, header: str
 ) -> None:
     answer = await client.post("/v1/chat/completions", json=CHAT, headers={header: "Mine_1.2-3"})
@@ -133,12 +137,12 @@ async def test_a_clients_request_id_is_returned_and_does_not_reach_the_engine(
 
 
 @pytest.mark.parametrize("given", ["", "a b", "x" * 129, "a\tb", "é".encode().decode("latin-1"), "a;b"])
-async def test_a_request_id_that_is_not_fit_for_a_log_is_left_out(client: httpx.AsyncClient, given: str) -> None:
+async def test_client_request_id_is_dropped_when_it_is_not_safe_in_a_log(client: httpx.AsyncClient, given: str) -> None:
     answer = await client.get("/health", headers=[(b"x-request-id", given.encode("latin-1"))])
     assert "x-client-request-id" not in answer.headers
 
 
-async def test_a_failure_of_our_own_is_answered_and_logged(
+async def test_internal_failure_is_answered_and_logged(
     service: Service, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(self: Router, model: str, who: str = "") -> None:

@@ -1,4 +1,4 @@
-"""Who is let in, to what, and for how long."""
+"""Which requests are admitted, to which paths, and for how long."""
 
 import asyncio
 import json
@@ -15,7 +15,7 @@ from sqlalchemy import Engine as Store
 from starlette.types import Message
 
 from serving.http.authentication import Authentication
-from serving.http.failed_keys import MOST_A_MINUTE
+from serving.http.failed_keys import MAX_INVALID_PER_MINUTE
 from serving.http.inference import _Endpoint
 from serving.http.request_state import STATE_KEY, RequestState
 from serving.protocols.route import Route
@@ -52,11 +52,11 @@ def code_of(answer: httpx.Response) -> tuple[int, str]:
     return answer.status_code, answer.json()["error"]["code"]
 
 
-async def test_without_any_key_none_is_needed(client: httpx.AsyncClient) -> None:
+async def test_no_key_is_needed_when_none_exists(client: httpx.AsyncClient) -> None:
     assert (await client.post(CHAT_PATH, json=CHAT)).status_code == 200
 
 
-async def test_from_the_first_key_on_one_is_needed(service: KeyedService, client: httpx.AsyncClient) -> None:
+async def test_key_is_needed_when_the_first_one_exists(service: KeyedService, client: httpx.AsyncClient) -> None:
     service.key()
     answer = await client.post(CHAT_PATH, json=CHAT)
     assert code_of(answer) == (401, "invalid_api_key")
@@ -65,7 +65,7 @@ async def test_from_the_first_key_on_one_is_needed(service: KeyedService, client
     assert service.double.requests == []
 
 
-async def test_a_revoked_key_opens_nothing_to_others(service: KeyedService, client: httpx.AsyncClient) -> None:
+async def test_revoked_key_is_rejected_when_other_keys_exist(service: KeyedService, client: httpx.AsyncClient) -> None:
     service.revoke(service.key())
     service.authenticator.look()
     assert (await client.post(CHAT_PATH, json=CHAT)).status_code == 401
@@ -78,7 +78,7 @@ async def test_a_revoked_key_opens_nothing_to_others(service: KeyedService, clie
     lambda secret: {"x-api-key": secret, "authorization": "Basic eDp5"},
 ], ids=["OpenAI", "in small letters", "Anthropic", "beside a proxy's own"])  # fmt: skip
 @pytest.mark.parametrize("route", Route)
-async def test_a_key_is_taken_from_where_clients_put_it(
+async def test_key_is_read_from_the_headers_of_all_clients(
     service: KeyedService, client: httpx.AsyncClient, route: Route, headers: Callable[[str], dict[str, str]]
 ) -> None:
     answer = await client.post(route.value, json=BODIES[route], headers=headers(service.key().secret))
@@ -86,7 +86,7 @@ async def test_a_key_is_taken_from_where_clients_put_it(
 
 
 @pytest.mark.parametrize("route", Route)
-async def test_a_wrong_key_is_refused_on_every_route(
+async def test_invalid_key_is_rejected_on_every_route(
     service: KeyedService, client: httpx.AsyncClient, route: Route
 ) -> None:
     wrong = new_secret(service.key().key.id)
@@ -112,7 +112,7 @@ async def test_a_wrong_key_is_refused_on_every_route(
     ],
 )
 @pytest.mark.parametrize("scope", Scope)
-async def test_a_key_may_what_its_scopes_say(
+async def test_key_may_only_use_the_paths_of_its_scopes(
     service: KeyedService, client: httpx.AsyncClient, method: str, path: str, needed: Scope, scope: Scope
 ) -> None:
     answer = await client.request(method, path, headers=bearer(service.key(scope).secret))
@@ -123,9 +123,7 @@ async def test_a_key_may_what_its_scopes_say(
 
 
 @pytest.mark.parametrize("path", [CHAT_PATH, "/tokenize"])
-async def test_a_key_asks_only_the_models_that_it_names(
-    service: KeyedService, client: httpx.AsyncClient, path: str
-) -> None:
+async def test_key_may_only_use_its_models(service: KeyedService, client: httpx.AsyncClient, path: str) -> None:
     other = service.key(models=frozenset({"mine"}))
     answer = await client.post(path, json=CHAT, headers=bearer(other.secret))
     assert code_of(answer) == (404, "model_not_found")
@@ -133,7 +131,7 @@ async def test_a_key_asks_only_the_models_that_it_names(
 
 
 @pytest.mark.parametrize("path", ["/health", "/health/live"])
-async def test_health_needs_no_key_and_tells_no_version(
+async def test_health_needs_no_key_and_shows_no_version(
     service: KeyedService, client: httpx.AsyncClient, path: str
 ) -> None:
     service.key()
@@ -143,24 +141,24 @@ async def test_health_needs_no_key_and_tells_no_version(
 
 
 @pytest.mark.parametrize("path", ["/openapi.json", "/nothing", "/", "//svc/status", "/svc/../metrics", "/health/"])
-async def test_what_is_not_named_needs_a_key(service: KeyedService, client: httpx.AsyncClient, path: str) -> None:
+async def test_unlisted_paths_need_a_key(service: KeyedService, client: httpx.AsyncClient, path: str) -> None:
     service.key()
     assert (await client.get(f"http://localhost{path}")).status_code == 401
 
 
-async def test_who_is_not_let_in_is_not_told_of_any_version(service: KeyedService, client: httpx.AsyncClient) -> None:
+async def test_rejected_client_is_shown_no_version(service: KeyedService, client: httpx.AsyncClient) -> None:
     service.key()
     assert NAME not in str((await client.get("/v1/models")).headers)
 
 
-async def test_only_an_admin_reads_the_status_in_full(service: KeyedService, client: httpx.AsyncClient) -> None:
+async def test_only_an_admin_reads_the_full_status(service: KeyedService, client: httpx.AsyncClient) -> None:
     inside = await client.get("/svc/status", headers=bearer(service.key(Scope.ADMIN).secret))
     outside = await client.get("/svc/status", headers=bearer(service.key(Scope.METRICS).secret))
-    assert "pid" not in inside.json()  # the double has none to hide
+    assert "pid" not in inside.json()  # the double has no paths to hide
     assert outside.json()["pid"] is None
 
 
-async def test_an_expired_key_is_refused(service: KeyedService, client: httpx.AsyncClient) -> None:
+async def test_expired_key_is_rejected(service: KeyedService, client: httpx.AsyncClient) -> None:
     issued = service.key(expires_at=datetime.now(UTC) + timedelta(seconds=0.05))
     await asyncio.sleep(0.06)
     answer = await client.post(CHAT_PATH, json=CHAT, headers=bearer(issued.secret))
@@ -168,7 +166,7 @@ async def test_an_expired_key_is_refused(service: KeyedService, client: httpx.As
     assert "expired" in answer.json()["error"]["message"]
 
 
-async def test_a_key_sees_and_asks_the_models_that_it_may(service: KeyedService) -> None:
+async def test_key_sees_and_uses_its_models(service: KeyedService) -> None:
     async with service.client_of(service.key(models=frozenset({NAME}))) as mine:
         assert len((await mine.get("/v1/models")).json()["data"]) == 3
         assert (await mine.post(CHAT_PATH, json=CHAT)).headers["x-model-version"] == f"{NAME}@1"
@@ -177,7 +175,7 @@ async def test_a_key_sees_and_asks_the_models_that_it_may(service: KeyedService)
 
 
 @pytest.mark.parametrize("model", [NAME, f"{NAME}@1", f"{NAME}@production", "mine", "nothing"])
-async def test_a_key_learns_nothing_of_models_that_it_may_not_ask(service: KeyedService, model: str) -> None:
+async def test_key_learns_nothing_about_models_that_it_may_not_use(service: KeyedService, model: str) -> None:
     async with service.client_of(service.key(models=frozenset({"mine"}))) as mine:
         answers = [
             await mine.get("/v1/models"),
@@ -194,7 +192,7 @@ async def test_a_key_learns_nothing_of_models_that_it_may_not_ask(service: Keyed
     assert service.double.requests == []
 
 
-async def test_two_keys_rate_their_own_answers_only(service: KeyedService) -> None:
+async def test_keys_rate_only_their_own_answers(service: KeyedService) -> None:
     one, other, admin = service.key(), service.key(), service.key(Scope.ADMIN)
     async with service.client_of(one) as client:
         request_id = (await client.post(CHAT_PATH, json=CHAT)).headers["x-request-id"]
@@ -209,26 +207,26 @@ async def test_two_keys_rate_their_own_answers_only(service: KeyedService) -> No
             assert (await client.post("/v1/feedback", json=rating)).status_code == 200
 
 
-async def test_wrong_keys_are_limited_and_a_right_one_is_let_in_all_the_same(
+async def test_invalid_keys_are_limited_and_a_valid_one_still_works(
     service: KeyedService, client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     issued = service.key()
     statuses = [
         (await client.get("/v1/models", headers=bearer(new_secret("nobody00")))).status_code
-        for _ in range(MOST_A_MINUTE + 5)
+        for _ in range(MAX_INVALID_PER_MINUTE + 5)
     ]
-    assert statuses == [401] * MOST_A_MINUTE + [429] * 5
+    assert statuses == [401] * MAX_INVALID_PER_MINUTE + [429] * 5
     limited = await client.get("/v1/models")
     assert code_of(limited) == (429, "too_many_wrong_keys")
     assert 0 < int(limited.headers["retry-after"]) <= 60
     assert (await client.get("/v1/models", headers=bearer(issued.secret))).status_code == 200
-    assert caplog.text.count("many wrong keys from 127.0.0.1") == 1
-    assert service.count("svc_authentication_failures_total", fault=KeyFault.UNKNOWN) == MOST_A_MINUTE + 5
+    assert caplog.text.count("many invalid keys from 127.0.0.1") == 1
+    assert service.count("svc_authentication_failures_total", fault=KeyFault.UNKNOWN) == MAX_INVALID_PER_MINUTE + 5
     assert service.count("svc_authentication_failures_total", fault=KeyFault.MISSING) == 1
 
 
 async def call(service: KeyedService, secret: str, address: str) -> int:
-    """The status of a chat, without a client's own work around it."""
+    """Return the status of a chat, without the overhead of a real client."""
     body, statuses = json.dumps(CHAT).encode(), list[int]()
     coming = asyncio.Event()
 
@@ -249,7 +247,7 @@ async def call(service: KeyedService, secret: str, address: str) -> int:
 
 
 async def cost(service: KeyedService, secret: str, count: int, addresses: int = 1) -> tuple[float, Counter[int]]:
-    """Processor time of one request, and how often each status came."""
+    """Return the CPU time of one request, and the number of each status."""
     began, statuses = time.process_time(), Counter[int]()
     for number in range(count):
         statuses[await call(service, secret, f"10.{addresses}.{count // 1000}.{number % addresses}")] += 1
@@ -257,8 +255,8 @@ async def cost(service: KeyedService, secret: str, count: int, addresses: int = 
 
 
 @pytest.mark.slow
-async def test_ten_thousand_wrong_keys_cost_less_than_right_ones(service: KeyedService) -> None:
-    """Also where the id in them is that of a key, so that their hash is compared."""
+async def test_ten_thousand_invalid_keys_cost_less_than_valid_ones(service: KeyedService) -> None:
+    """Even if the id in them belongs to a key, so that their hashes are compared."""
     issued = service.key()
     right, statuses = await cost(service, issued.secret, 200)
     assert statuses == {200: 200}
@@ -266,13 +264,13 @@ async def test_ten_thousand_wrong_keys_cost_less_than_right_ones(service: KeyedS
     for secret, count, addresses in wrong:
         each, statuses = await cost(service, secret, count, addresses)
         assert each < right
-        assert statuses[401] == addresses * MOST_A_MINUTE
+        assert statuses[401] == addresses * MAX_INVALID_PER_MINUTE
         assert statuses[429] == count - statuses[401]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("route", Route)
-async def test_a_stream_ends_within_a_second_when_its_key_is_revoked(service: KeyedService, route: Route) -> None:
+async def test_stream_ends_within_a_second_when_its_key_is_revoked(service: KeyedService, route: Route) -> None:
     issued = service.key()
     service.double.token_delay_s = 0.05
     service.double.tokens = 1000
@@ -297,7 +295,7 @@ async def test_a_stream_ends_within_a_second_when_its_key_is_revoked(service: Ke
     await asyncio.wait({following})
 
 
-async def test_a_queued_request_ends_when_its_key_is_revoked_and_those_of_others_go_on(service: KeyedService) -> None:
+async def test_queued_request_ends_when_its_key_is_revoked_and_others_continue(service: KeyedService) -> None:
     issued, other = service.key(), service.key()
     following = asyncio.create_task(service.authentication.run())
     async with service.client() as client:
@@ -316,7 +314,9 @@ async def test_a_queued_request_ends_when_its_key_is_revoked_and_those_of_others
     await asyncio.wait({following})
 
 
-async def test_a_rotation_without_grace_ends_what_runs_with_the_old_secret(service: KeyedService, store: Store) -> None:
+async def test_running_requests_end_when_their_key_is_rotated_without_grace(
+    service: KeyedService, store: Store
+) -> None:
     issued = service.key()
     following = asyncio.create_task(service.authentication.run())
     async with service.client_of(issued) as client, closed(service.admission):
@@ -329,15 +329,15 @@ async def test_a_rotation_without_grace_ends_what_runs_with_the_old_secret(servi
     await asyncio.wait({following})
 
 
-async def test_where_keys_are_needed_nobody_is_let_in_before_there_is_one(service: KeyedService) -> None:
-    """As of a server that others can reach, whose store was lost."""
+async def test_requests_are_rejected_when_keys_are_required_and_none_exists(service: KeyedService) -> None:
+    """As on a server that other machines can reach, whose store was lost."""
     authentication = Authentication(service.authenticator, keys_needed=True, on_failure=lambda fault: None)
     assert authentication.needs_key(RequestState("req-1", {}), "/metrics")
     with pytest.raises(InvalidKeyError):
         authentication.admit(RequestState("req-1", {}), "/metrics")
 
 
-async def test_the_row_of_a_request_has_the_id_of_its_key(service: KeyedService, store: Store) -> None:
+async def test_row_of_a_request_has_the_id_of_its_key(service: KeyedService, store: Store) -> None:
     issued = service.key()
     async with service.client_of(issued) as client:
         await client.post(CHAT_PATH, json=CHAT)
@@ -347,8 +347,8 @@ async def test_the_row_of_a_request_has_the_id_of_its_key(service: KeyedService,
     assert rows == [(issued.key.id,)]
 
 
-async def test_a_request_that_nobody_looked_at_is_not_answered(service: KeyedService) -> None:
-    """As an endpoint that was mounted past the layer."""
+async def test_request_is_not_answered_when_it_bypassed_authentication(service: KeyedService) -> None:
+    """As with an endpoint that was mounted outside the layer."""
     endpoints = [getattr(route, "endpoint", None) for route in service.app.framework.router.routes]
     endpoint = next(each for each in endpoints if isinstance(each, _Endpoint))
     with pytest.raises(RuntimeError):

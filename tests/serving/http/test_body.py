@@ -1,4 +1,4 @@
-"""How the body of a request is read, and when it is given up."""
+"""Reading the body of a request, and its limits."""
 
 import asyncio
 from collections.abc import Sequence
@@ -33,23 +33,23 @@ def receiving(*parts: bytes, gone: bool = False) -> Receive:
     return receive
 
 
-async def test_a_body_in_parts_is_read_whole() -> None:
+async def test_body_in_parts_is_read_completely() -> None:
     assert await read_body(headers(), receiving(b"ab", b"", b"c"), max_bytes=3, timeout_s=1) == b"abc"
 
 
-async def test_a_body_that_says_it_is_too_large_is_not_read() -> None:
+async def test_body_is_not_read_when_its_declared_size_is_too_large() -> None:
     with pytest.raises(BodyTooLargeError):
         await read_body(headers(content_length="4"), receiving(b""), max_bytes=3, timeout_s=1)
 
 
-async def test_a_body_that_turns_out_too_large_is_refused_while_it_comes() -> None:
+async def test_body_is_rejected_when_it_grows_too_large_while_it_is_read() -> None:
     receive = receiving(b"ab", b"cd", b"ef")
     with pytest.raises(BodyTooLargeError):
         await read_body(headers(), receive, max_bytes=3, timeout_s=1)
     assert (await receive())["body"] == b"ef"
 
 
-async def test_a_body_that_does_not_come_is_given_up() -> None:
+async def test_reading_times_out_when_the_body_does_not_arrive() -> None:
     async def never() -> Message:
         await asyncio.sleep(60)
         raise AssertionError
@@ -58,24 +58,24 @@ async def test_a_body_that_does_not_come_is_given_up() -> None:
         await read_body(headers(), never, max_bytes=3, timeout_s=0.01)
 
 
-async def test_a_client_that_leaves_within_its_body_is_gone() -> None:
+async def test_client_counts_as_gone_when_it_disconnects_within_its_body() -> None:
     with pytest.raises(ClientGoneError):
         await read_body(headers(), receiving(b"a", gone=True), max_bytes=3, timeout_s=1)
 
 
 @pytest.mark.parametrize("media_type", ["text/plain", "application/x-www-form-urlencoded", ""])
-async def test_other_types_than_json_are_refused(media_type: str) -> None:
+async def test_other_media_types_than_json_are_rejected(media_type: str) -> None:
     with pytest.raises(MediaTypeError):
         await read_body(headers(content_type=media_type), receiving(b"{}"), max_bytes=3, timeout_s=1)
 
 
-async def test_a_charset_beside_the_type_is_no_matter() -> None:
+async def test_charset_in_the_media_type_is_ignored() -> None:
     given = headers(content_type="Application/JSON; charset=utf-8")
     assert await read_body(given, receiving(b"{}"), max_bytes=3, timeout_s=1) == b"{}"
 
 
 class Slot:
-    """Counts how often it was entered."""
+    """Counts how often it is entered."""
 
     def __init__(self) -> None:
         self.entered = 0
@@ -88,7 +88,7 @@ class Slot:
 
 
 @pytest.mark.parametrize(("parts", "entered"), [([b"{}"], 0), ([b"{", b"}"], 1)], ids=["whole", "in parts"])
-async def test_a_body_takes_a_slot_when_it_comes_in_parts(parts: Sequence[bytes], entered: int) -> None:
+async def test_body_takes_a_slot_when_it_arrives_in_parts(parts: Sequence[bytes], entered: int) -> None:
     slot = Slot()
     assert await read_body(headers(), receiving(*parts), max_bytes=3, slot=lambda: slot) == b"{}"
     assert slot.entered == entered

@@ -1,4 +1,4 @@
-"""Every route of vLLM that is not ours is closed, above all those that change what the engine holds."""
+"""Every route of vLLM that we do not offer is closed, in particular those that change the engine's state."""
 
 import httpx
 import pytest
@@ -107,7 +107,9 @@ CLOSED = sorted(set(VLLM_ROUTES.split("\n")) - OURS - {""})
 
 
 @pytest.mark.parametrize("route", CLOSED)
-async def test_a_route_that_is_not_ours_is_closed(service: Service, client: httpx.AsyncClient, route: str) -> None:
+async def test_route_of_vllm_is_closed_when_it_is_not_offered(
+    service: Service, client: httpx.AsyncClient, route: str
+) -> None:
     method, path = route.split()
     for url in (path, f"{path}/", f"/{path}", path.replace("/", "/./", 1)):
         answer = await client.request(method, f"http://localhost{url}", json={})
@@ -117,7 +119,7 @@ async def test_a_route_that_is_not_ours_is_closed(service: Service, client: http
     assert service.double.calls == []
 
 
-async def test_the_paths_that_are_ours_answer_to_no_other_method(service: Service, client: httpx.AsyncClient) -> None:
+async def test_offered_paths_answer_to_no_other_method(service: Service, client: httpx.AsyncClient) -> None:
     for route in OURS:
         allowed, path = route.split()
         for method in {"GET", "POST", "PUT", "PATCH", "DELETE"} - {allowed}:

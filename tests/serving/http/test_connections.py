@@ -1,4 +1,4 @@
-"""Connections are limited in number, and closed where no request comes; those that ask are left alone."""
+"""Connections are limited in number, and closed if no request arrives; active ones are not affected."""
 
 import asyncio
 import gc
@@ -30,13 +30,13 @@ async def slow_app(scope: Any, receive: Any, send: Any) -> None:
 
 
 async def large_app(scope: Any, receive: Any, send: Any) -> None:
-    """Answers with more than the buffers between here and there hold."""
+    """Answer with more bytes than the buffers between client and server hold."""
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % LARGE)]})
     await send({"type": "http.response.body", "body": b"x" * LARGE})
 
 
 async def cutting_app(scope: Any, receive: Any, send: Any) -> None:
-    """Begins a large answer, and then ends the connection."""
+    """Begin a large answer, and then end the connection."""
     await send({"type": "http.response.start", "status": 200, "headers": []})
     await send({"type": "http.response.body", "body": b"x" * LARGE, "more_body": True})
     connection_of(scope).abort()
@@ -69,7 +69,7 @@ async def serving(most: int, app: Any = slow_app, deadline_s: float = DEADLINE_S
 
 
 async def ended(reader: asyncio.StreamReader) -> bool:
-    """Whether the server closed the connection, within a time that is long for it."""
+    """Return whether the server closed the connection, within a time that is ample."""
     try:
         async with asyncio.timeout(5 * DEADLINE_S):
             return await reader.read() == b""
@@ -77,7 +77,7 @@ async def ended(reader: asyncio.StreamReader) -> bool:
         return True
 
 
-async def test_one_more_connection_than_may_be_is_closed() -> None:
+async def test_connection_over_the_limit_is_closed() -> None:
     async with serving(most=2) as connect:
         held = [await connect() for _ in range(2)]
         third, _ = await connect()
@@ -88,14 +88,14 @@ async def test_one_more_connection_than_may_be_is_closed() -> None:
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET / HT", b"GET / HTTP/1.1\r\nhost: x\r\n"], ids=["none", "half", "no end"])
-async def test_a_connection_without_a_request_is_closed(sent: bytes) -> None:
+async def test_connection_is_closed_when_no_request_arrives(sent: bytes) -> None:
     async with serving(most=2) as connect:
         reader, writer = await connect()
         writer.write(sent)
         assert await ended(reader)
 
 
-async def test_headers_that_trickle_in_are_no_request() -> None:
+async def test_connection_is_closed_when_headers_trickle_in() -> None:
     async with serving(most=2) as connect:
         reader, writer = await connect()
         closed = asyncio.create_task(ended(reader))
@@ -107,7 +107,7 @@ async def test_headers_that_trickle_in_are_no_request() -> None:
         assert await closed
 
 
-async def test_a_request_that_takes_longer_is_answered_and_so_is_the_next() -> None:
+async def test_request_longer_than_the_deadline_is_answered_and_so_is_the_next() -> None:
     async with serving(most=2) as connect:
         reader, writer = await connect()
         for _ in range(2):
@@ -117,7 +117,7 @@ async def test_a_request_that_takes_longer_is_answered_and_so_is_the_next() -> N
             assert answer.endswith(b"ok")
 
 
-async def test_a_second_request_that_does_not_end_is_cut_off_too() -> None:
+async def test_connection_is_closed_when_a_second_request_stays_incomplete() -> None:
     async with serving(most=2) as connect:
         reader, writer = await connect()
         writer.write(ASK)
@@ -127,17 +127,17 @@ async def test_a_second_request_that_does_not_end_is_cut_off_too() -> None:
 
 
 @pytest.mark.parametrize("app", [large_app, cutting_app], ids=["left alone", "cut off"])
-async def test_a_client_that_reads_nothing_is_disconnected(app: Any) -> None:
+async def test_client_is_disconnected_when_it_reads_nothing(app: Any) -> None:
     async with serving(most=1, app=app) as connect:
         _, writer = await connect()
         writer.write(ASK)
-        await asyncio.sleep(1 + 4 * DEADLINE_S)  # uvicorn closes what stays idle, and waits for the client to read
-        other, asking = await connect()  # there is room for one
+        await asyncio.sleep(1 + 4 * DEADLINE_S)  # uvicorn closes idle connections, and waits for the client to read
+        other, asking = await connect()  # one place is free
         asking.write(ASK)
         assert await other.readexactly(15) == b"HTTP/1.1 200 OK"
 
 
-def test_there_are_half_as_many_connections_as_descriptors() -> None:
+def test_maximum_is_half_the_number_of_descriptors() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         room = raise_descriptor_limit()
@@ -148,8 +148,8 @@ def test_there_are_half_as_many_connections_as_descriptors() -> None:
 
 
 @pytest.mark.parametrize("name", [b"x: " + b"y" * 1000, b"x-%d: y"], ids=["long", "many"])
-async def test_headers_without_end_are_cut_off(name: bytes) -> None:
-    """Also behind a request that is being answered."""
+async def test_connection_is_closed_when_headers_never_end(name: bytes) -> None:
+    """Also after a request that is being answered."""
     async with serving(most=2, deadline_s=30) as connect:
         for begun in (b"", ASK):
             reader, writer = await connect()
@@ -171,25 +171,25 @@ CHUNKED = b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
 @pytest.mark.parametrize("begun", [b"GET / HTTP/1.1\r\n", CHUNKED + b"0\r\n"], ids=["headers", "trailers"])
-async def test_the_answer_is_400_when_headers_are_too_large(begun: bytes) -> None:
+async def test_answer_is_400_when_headers_are_too_large(begun: bytes) -> None:
     async with serving(most=2, deadline_s=30) as connect:
         reader, writer = await connect()
         writer.write(begun + b"x: ")
-        for _ in range(2):  # what one read brings beyond does not count
+        for _ in range(2):  # bytes beyond the limit in the same read do not count
             await asyncio.sleep(0.05)
             writer.write(b"y" * MAX_HEAD_BYTES)
         assert await reader.readexactly(12) == b"HTTP/1.1 400"
 
 
 async def cut(reader: asyncio.StreamReader) -> bool:
-    """Whether the connection ended, whatever was answered."""
+    """Return whether the connection ended, whatever was answered."""
     with suppress(ConnectionResetError):
         async with asyncio.timeout(10 * DEADLINE_S):
             await reader.read()
     return True
 
 
-async def test_a_large_body_is_no_head() -> None:
+async def test_large_body_does_not_count_as_header() -> None:
     async with serving(most=2, app=large_body_app) as connect:
         reader, writer = await connect()
         size = 16 * MAX_HEAD_BYTES
@@ -201,12 +201,12 @@ async def test_a_large_body_is_no_head() -> None:
 
 
 async def large_body_app(scope: Any, receive: Any, send: Any) -> None:
-    """Answers before it has read anything."""
+    """Answer before reading anything."""
     await send({"type": "http.response.start", "status": 401, "headers": [(b"content-length", b"0")]})
     await send({"type": "http.response.body", "body": b""})
 
 
-async def test_a_client_that_sends_requests_without_end_and_waits_for_no_answer_is_closed() -> None:
+async def test_client_is_disconnected_when_it_pipelines_without_end() -> None:
     async with serving(most=2) as connect:
         reader, writer = await connect()
         with suppress(ConnectionError):
@@ -216,7 +216,7 @@ async def test_a_client_that_sends_requests_without_end_and_waits_for_no_answer_
         assert await ended(reader) or reader.at_eof()
 
 
-async def test_requests_that_wait_for_each_other_on_one_connection_are_answered() -> None:
+async def test_pipelined_requests_are_answered() -> None:
     async with serving(most=2) as connect:
         reader, writer = await connect()
         writer.write(ASK * MAX_WAITING)
@@ -225,7 +225,7 @@ async def test_requests_that_wait_for_each_other_on_one_connection_are_answered(
             assert await reader.readexactly(2) == b"ok"
 
 
-async def test_a_client_that_takes_nothing_of_its_answer_is_closed() -> None:
+async def test_client_is_disconnected_when_it_reads_nothing_of_its_answer() -> None:
     lost = asyncio.Event()
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -242,7 +242,7 @@ async def test_a_client_that_takes_nothing_of_its_answer_is_closed() -> None:
             await lost.wait()
 
 
-async def test_a_closed_connection_is_freed_without_the_garbage_collector() -> None:
+async def test_closed_connection_is_freed_without_the_garbage_collector() -> None:
     def protocols() -> int:
         return sum(type(thing) is ClientProtocol for thing in gc.get_objects())
 

@@ -1,4 +1,4 @@
-"""What is given to a delivery reaches the connection whole and in order, whether or not that takes it at once."""
+"""Data given to a delivery reaches the connection completely and in order, whether the client reads fast or slowly."""
 
 import asyncio
 from collections.abc import Iterable, Sequence
@@ -17,11 +17,11 @@ HEAD: Message = {"type": "http.response.start", "status": 200, "headers": HEADER
 
 
 class Client:
-    """A client's connection that keeps the messages it gets.
+    """A client's connection that records its messages.
 
     Args:
-        writable: what it says each time when it is asked, at last always yes. While it says no, a message keeps its
-            sender waiting for a turn of the loop.
+        writable: results of successive checks, then always True. While it is False, a message's sender waits for a turn
+            of the loop.
     """
 
     def __init__(self, writable: Iterable[bool] = ()) -> None:
@@ -57,7 +57,7 @@ SIZES = st.sampled_from([1, 10, PART_BYTES, PART_BYTES + 1])
 
 
 @given(st.lists(SIZES, min_size=1, max_size=8), st.lists(st.booleans(), max_size=12))
-def test_a_stream_comes_whole_and_in_order(sizes: Sequence[int], writable: Sequence[bool]) -> None:
+def test_stream_arrives_completely_and_in_order(sizes: Sequence[int], writable: Sequence[bool]) -> None:
     async def pass_on() -> None:
         connection = Client(writable)
         buffers = AnswerBuffers(max_bytes=4 * PART_BYTES, max_answer_bytes=3 * PART_BYTES)
@@ -78,13 +78,15 @@ def test_a_stream_comes_whole_and_in_order(sizes: Sequence[int], writable: Seque
 
 @pytest.mark.parametrize("writable", [True, False])
 @pytest.mark.parametrize("size", [10, PART_BYTES + 1])
-async def test_a_whole_answer_comes_whole(buffers: AnswerBuffers, size: int, writable: bool) -> None:
+async def test_answer_that_is_not_streamed_arrives_completely(
+    buffers: AnswerBuffers, size: int, writable: bool
+) -> None:
     connection = Client([writable] * 9)
     async with delivery(connection, buffers) as given:
         given.reserve(size)
         given.start(HEADERS)
         given.put(b"x" * size)
-        assert connection.messages == []  # what the body still holds is given back first
+        assert connection.messages == []  # memory that the body still holds is released first
     assert connection.messages[0] == HEAD
     assert connection.body == b"x" * size
     assert connection.messages[-1]["more_body"] is False
@@ -92,7 +94,7 @@ async def test_a_whole_answer_comes_whole(buffers: AnswerBuffers, size: int, wri
 
 
 @pytest.mark.parametrize("writable", [True, False])
-async def test_nothing_is_pending_when_an_answer_became_shorter_than_what_was_reserved(
+async def test_nothing_is_pending_when_an_answer_is_shorter_than_its_reservation(
     buffers: AnswerBuffers, writable: bool
 ) -> None:
     connection = Client([writable] * 9)
@@ -105,7 +107,7 @@ async def test_nothing_is_pending_when_an_answer_became_shorter_than_what_was_re
     assert (buffers.used, given.pending) == (0, False)
 
 
-async def test_a_connection_that_takes_what_comes_gets_it_at_once(buffers: AnswerBuffers) -> None:
+async def test_data_is_sent_immediately_when_the_connection_is_writable(buffers: AnswerBuffers) -> None:
     connection, tasks = Client(), len(asyncio.all_tasks())
     async with delivery(connection, buffers) as given:
         given.start(HEADERS)
@@ -113,17 +115,17 @@ async def test_a_connection_that_takes_what_comes_gets_it_at_once(buffers: Answe
         assert (connection.body, buffers.used, len(asyncio.all_tasks())) == (b"one", 0, tasks)
 
 
-async def test_what_comes_behind_something_that_waits_waits_too(buffers: AnswerBuffers) -> None:
+async def test_data_waits_when_earlier_data_waits(buffers: AnswerBuffers) -> None:
     connection = Client([False])
     async with delivery(connection, buffers) as given:
         given.start(HEADERS)
         await given.put_event(b"one")
-        await given.put_event(b"two")  # it would be taken now
+        await given.put_event(b"two")  # the connection is writable now
         assert connection.messages == []
     assert connection.body == b"onetwo"
 
 
-async def test_an_answer_that_breaks_is_not_ended_and_keeps_no_room(buffers: AnswerBuffers) -> None:
+async def test_failed_answer_is_not_ended_and_holds_no_memory(buffers: AnswerBuffers) -> None:
     connection = Client()
 
     async def break_off() -> None:
@@ -138,7 +140,7 @@ async def test_an_answer_that_breaks_is_not_ended_and_keeps_no_room(buffers: Ans
 
 
 class SlowClient:
-    """Takes nothing until it may."""
+    """A connection that accepts nothing until it is released."""
 
     is_writable = False
 
@@ -151,7 +153,7 @@ class SlowClient:
         self.taken += message.get("body", b"")
 
 
-async def test_a_stream_waits_for_its_client_when_its_caller_holds_half_of_all() -> None:
+async def test_stream_waits_for_its_client_when_its_caller_holds_half_of_the_buffers() -> None:
     buffers = AnswerBuffers(max_bytes=4 * PART_BYTES, max_answer_bytes=2 * PART_BYTES)
     client, events = SlowClient(), [bytes([number]) * PART_BYTES for number in range(4)]
     read: list[bytes] = []
@@ -175,7 +177,7 @@ async def test_a_stream_waits_for_its_client_when_its_caller_holds_half_of_all()
     assert (len(client.taken), buffers.used) == (9 * PART_BYTES, 0)
 
 
-async def test_a_whole_answer_is_refused_when_its_caller_holds_half_of_all() -> None:
+async def test_answer_is_rejected_when_its_caller_holds_half_of_the_buffers() -> None:
     buffers = AnswerBuffers(max_bytes=4 * PART_BYTES, max_answer_bytes=PART_BYTES)
     connection = Client()
 
@@ -190,7 +192,7 @@ async def test_a_whole_answer_is_refused_when_its_caller_holds_half_of_all() -> 
     assert reserve("other").pending
 
 
-async def test_the_largest_answer_has_room_when_it_is_more_than_half_of_all(buffers: AnswerBuffers) -> None:
+async def test_largest_answer_fits_when_it_is_more_than_half_of_the_buffers(buffers: AnswerBuffers) -> None:
     connection = Client()
     async with delivery(connection, buffers) as given:
         given.reserve(3 * PART_BYTES)
@@ -199,7 +201,7 @@ async def test_the_largest_answer_has_room_when_it_is_more_than_half_of_all(buff
     assert (len(connection.body), buffers.used) == (3 * PART_BYTES, 0)
 
 
-def test_nothing_is_kept_of_a_caller_when_its_answers_are_delivered(buffers: AnswerBuffers) -> None:
+def test_caller_is_forgotten_when_its_answers_are_delivered(buffers: AnswerBuffers) -> None:
     for number in range(10):
         assert buffers.take(10, 0, str(number))
         buffers.free(10, str(number))
@@ -207,7 +209,7 @@ def test_nothing_is_kept_of_a_caller_when_its_answers_are_delivered(buffers: Ans
 
 
 class FillingClient(Client):
-    """A connection that takes the head of an answer, and then nothing."""
+    """A connection that accepts the headers of an answer, and then nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -225,7 +227,7 @@ class FillingClient(Client):
 
 
 @pytest.mark.parametrize("streamed", [True, False])
-async def test_a_client_is_cut_off_when_only_the_head_of_its_answer_fits_its_connection(streamed: bool) -> None:
+async def test_client_is_disconnected_when_only_the_headers_fit_its_connection(streamed: bool) -> None:
     buffers = AnswerBuffers(max_bytes=4 * PART_BYTES, max_answer_bytes=3 * PART_BYTES, client_timeout_s=0.01)
 
     async def answer() -> None:
@@ -242,7 +244,7 @@ async def test_a_client_is_cut_off_when_only_the_head_of_its_answer_fits_its_con
     assert buffers.used == 0
 
 
-async def test_what_waits_for_a_slow_client_is_sent_when_the_stream_breaks(buffers: AnswerBuffers) -> None:
+async def test_buffered_data_is_sent_when_the_stream_fails(buffers: AnswerBuffers) -> None:
     class SlowClient(Client):
         async def send(self, message: Message) -> None:
             await asyncio.sleep(0.01)

@@ -1,4 +1,4 @@
-"""Work ends when its client leaves, and gives back what it holds before that is told."""
+"""Work is cancelled when its client disconnects, and has cleaned up before that is reported."""
 
 import asyncio
 
@@ -16,7 +16,7 @@ def state() -> RequestState:
     return RequestState("req-1", {})
 
 
-async def test_work_that_ends_is_ended_by_nobody(state: RequestState) -> None:
+async def test_work_completes_when_the_client_stays(state: RequestState) -> None:
     done = asyncio.Event()
 
     async def work() -> None:
@@ -26,7 +26,7 @@ async def test_work_that_ends_is_ended_by_nobody(state: RequestState) -> None:
     assert done.is_set()
 
 
-async def test_the_error_of_the_work_is_raised(state: RequestState) -> None:
+async def test_error_of_the_work_is_raised(state: RequestState) -> None:
     async def work() -> None:
         raise KeyError
 
@@ -34,7 +34,7 @@ async def test_the_error_of_the_work_is_raised(state: RequestState) -> None:
         await while_connected(state, work())
 
 
-async def test_a_client_that_leaves_ends_the_work_and_waits_for_its_cleaning_up(state: RequestState) -> None:
+async def test_work_is_cancelled_and_cleans_up_when_the_client_disconnects(state: RequestState) -> None:
     cleaned = asyncio.Event()
 
     async def work() -> None:
@@ -50,7 +50,7 @@ async def test_a_client_that_leaves_ends_the_work_and_waits_for_its_cleaning_up(
     assert cleaned.is_set()
 
 
-async def test_cancelling_it_from_outside_ends_the_work(state: RequestState) -> None:
+async def test_work_is_cancelled_when_its_task_is_cancelled_from_outside(state: RequestState) -> None:
     started, ended = asyncio.Event(), asyncio.Event()
 
     async def work() -> None:
@@ -68,7 +68,7 @@ async def test_cancelling_it_from_outside_ends_the_work(state: RequestState) -> 
     assert ended.is_set()
 
 
-async def test_a_key_that_ends_ends_the_work(state: RequestState) -> None:
+async def test_work_is_cancelled_when_the_key_becomes_invalid(state: RequestState) -> None:
     state.grant = Grant(principal())
     ended = state.grant.ended
 
@@ -80,7 +80,7 @@ async def test_a_key_that_ends_ends_the_work(state: RequestState) -> None:
         await while_connected(state, work())
 
 
-async def test_a_client_that_leaves_while_the_work_is_cancelled_from_outside_does_not_hide_that(
+async def test_outside_cancellation_is_raised_when_the_client_disconnects_too(
     state: RequestState,
 ) -> None:
     started = asyncio.Event()
@@ -97,7 +97,7 @@ async def test_a_client_that_leaves_while_the_work_is_cancelled_from_outside_doe
         await task
 
 
-async def test_what_comes_after_the_work_is_cancelled_by_nobody(state: RequestState) -> None:
+async def test_later_code_is_not_cancelled_when_the_client_disconnects_after_the_work(state: RequestState) -> None:
     async def work() -> None:
         await asyncio.sleep(0)
 
@@ -108,7 +108,7 @@ async def test_what_comes_after_the_work_is_cancelled_by_nobody(state: RequestSt
     assert task.cancelling() == 0
 
 
-async def test_a_connection_that_is_cut_off_is_waited_for(state: RequestState) -> None:
+async def test_aborted_connection_is_waited_for(state: RequestState) -> None:
     def abort() -> None:
         asyncio.get_running_loop().call_soon(state.connection.lost.end)
 

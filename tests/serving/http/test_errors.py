@@ -1,4 +1,4 @@
-"""Errors as clients see them: one shape, and nothing of the inside."""
+"""Errors as clients see them: one shape, and no internal details."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ from svc.errors import IntegrityError, SvcError
         (EngineUnavailableError("x"), 503, "engine_unavailable", "server_error"),
     ],
 )
-def test_a_request_that_may_come_again_is_told_when(error: SvcError, status: int, code: str, kind: str) -> None:
+def test_error_has_retry_after_when_a_retry_may_help(error: SvcError, status: int, code: str, kind: str) -> None:
     shown = api_error(error)
     assert (shown.status, shown.code, shown.type) == (status, code, kind)
     assert 0 < int(shown.headers["retry-after"]) < 120
@@ -31,16 +31,14 @@ def test_a_request_that_may_come_again_is_told_when(error: SvcError, status: int
 @pytest.mark.parametrize(
     "error", [IntegrityError("/root/models/tuned/1 is broken"), ValueError("/etc/passwd"), SvcError("/x")]
 )
-def test_an_error_that_is_not_for_clients_shows_nothing_and_is_logged(
-    error: Exception, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unexpected_error_is_logged_and_hidden(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
     shown = api_error(error)
     assert (shown.status, shown.code) == (500, ErrorCode.INTERNAL_ERROR)
     assert "/" not in shown.message
     assert caplog.records[0].exc_info is not None
 
 
-def test_what_the_engine_said_is_logged_and_not_shown(caplog: pytest.LogCaptureFixture) -> None:
+def test_engine_error_is_logged_and_hidden(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.ERROR):
         shown = api_error(EngineFailedError("the engine answered 500: no room in /root/cache"))
     assert "/root" not in shown.message
@@ -48,13 +46,13 @@ def test_what_the_engine_said_is_logged_and_not_shown(caplog: pytest.LogCaptureF
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 405, 418, 500])
-def test_the_frameworks_own_errors_have_the_shape(status: int) -> None:
+def test_errors_of_the_framework_have_the_same_shape(status: int) -> None:
     error = json.loads(api_error(HTTPException(status, "/secret")).body())["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert "secret" not in error["message"]
 
 
-def test_the_body_is_json_whatever_the_message_holds() -> None:
+def test_body_is_json_whatever_the_message_contains() -> None:
     body = ApiError(400, ErrorCode.INVALID_REQUEST, 'a "b"\n\x00\ud800', "p").body()
     assert b"\n" not in body
     assert json.loads(body)["error"]["message"] == 'a "b"\n\x00\ud800'

@@ -1,4 +1,4 @@
-"""`POST /v1/feedback`: kept with the request, counted once, and nothing that a client sends can do harm."""
+"""`POST /v1/feedback`: stored with the request, counted once, and safe against hostile clients."""
 
 import asyncio
 import json
@@ -28,7 +28,7 @@ async def service(socket_folder: Path, store: Store) -> AsyncIterator[Service]:
 
 @pytest.fixture
 async def request_id(client: httpx.AsyncClient) -> str:
-    """Of an answer that was just given."""
+    """Return the id of a new answer."""
     answer = await client.post("/v1/chat/completions", json=CHAT)
     return answer.headers["x-request-id"]
 
@@ -38,7 +38,7 @@ def kept(store: Store) -> list[FeedbackRow]:
         return list(session.scalars(select(FeedbackRow)))
 
 
-async def test_feedback_on_an_answer_of_this_moment_is_kept(
+async def test_feedback_is_stored_when_the_answer_was_just_given(
     client: httpx.AsyncClient, request_id: str, store: Store
 ) -> None:
     given = {"request_id": request_id, "rating": "bad", "correction": "Plug it in.", "label": "hardware"}
@@ -55,7 +55,7 @@ async def test_feedback_on_an_answer_of_this_moment_is_kept(
     assert (row.rating, row.correction, row.label) == ("bad", "Plug it in.", "hardware")
 
 
-async def test_a_request_id_that_a_client_uses_twice_reaches_the_right_answer(
+async def test_feedback_reaches_the_right_answer_when_a_client_uses_an_id_twice(
     client: httpx.AsyncClient, service: Service, store: Store
 ) -> None:
     asked: dict[str, Any] = {"json": CHAT, "headers": {"x-request-id": "again"}}
@@ -69,7 +69,7 @@ async def test_a_request_id_that_a_client_uses_twice_reaches_the_right_answer(
     assert [row.request for row in kept(store)] == [oldest]
 
 
-async def test_an_answer_is_counted_once_however_often_it_is_rated(
+async def test_answer_is_counted_once_when_it_is_rated_repeatedly(
     client: httpx.AsyncClient, request_id: str, service: Service
 ) -> None:
     for rating in ("good", "bad", "good"):
@@ -79,20 +79,20 @@ async def test_an_answer_is_counted_once_however_often_it_is_rated(
     assert service.count("svc_feedback_total", model="tuned", version="1", rating="bad") == 0
 
 
-async def test_a_correction_is_redacted(client: httpx.AsyncClient, request_id: str, store: Store) -> None:
+async def test_correction_is_redacted(client: httpx.AsyncClient, request_id: str, store: Store) -> None:
     given = {"request_id": request_id, "rating": "bad", "correction": "ask a@b.de", "label": "a@b.de"}
     await client.post(PATH, json=given)
     (row,) = kept(store)
     assert (row.correction, row.label) == ("ask [mail]", "[mail]")
 
 
-async def test_an_unknown_request_is_not_found(client: httpx.AsyncClient) -> None:
+async def test_feedback_is_answered_404_when_the_request_is_unknown(client: httpx.AsyncClient) -> None:
     answer = await client.post(PATH, json={"request_id": "req-other", "rating": "good"})
     assert answer.status_code == 404
     assert answer.json()["error"]["code"] == "request_not_found"
 
 
-async def test_an_unknown_request_costs_no_flush(
+async def test_log_is_not_flushed_when_the_request_is_unknown(
     client: httpx.AsyncClient, service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flushed: list[float] = []
@@ -101,10 +101,10 @@ async def test_an_unknown_request_costs_no_flush(
     assert flushed == []
 
 
-async def test_so_much_feedback_is_taken_at_once(
+async def test_feedback_is_rejected_when_too_much_is_in_progress(
     client: httpx.AsyncClient, request_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serving.http.feedback._MOST_AT_ONCE", 2)
+    monkeypatch.setattr("serving.http.feedback._MAX_CONCURRENT", 2)
     given = {"request_id": request_id, "rating": "good"}
     answers = await asyncio.gather(*(client.post(PATH, json=given) for _ in range(8)))
     statuses = Counter(answer.status_code for answer in answers)
@@ -112,7 +112,7 @@ async def test_so_much_feedback_is_taken_at_once(
     assert (await client.post(PATH, json=given)).status_code == 200
 
 
-async def test_a_store_that_is_behind_asks_to_send_it_again(
+async def test_client_is_asked_to_retry_when_the_store_lags(
     client: httpx.AsyncClient, service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(service.request_log, "flush", lambda timeout_s: False)
@@ -136,26 +136,26 @@ async def test_a_store_that_is_behind_asks_to_send_it_again(
         ({"request_id": "x", "rating": "good", "label": "x" * (MAX_LABEL_CHARS + 1)}, "label"),
     ],
 )
-async def test_a_wrong_field_is_named(client: httpx.AsyncClient, body: dict[str, Any], param: str) -> None:
+async def test_invalid_field_is_named(client: httpx.AsyncClient, body: dict[str, Any], param: str) -> None:
     answer = await client.post(PATH, json=body)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == param
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b"\xff", b'{"request_id": "\\ud800", "rating": "good"}'])
-async def test_what_is_no_feedback_is_a_bad_request(client: httpx.AsyncClient, body: bytes) -> None:
+async def test_invalid_body_is_answered_400(client: httpx.AsyncClient, body: bytes) -> None:
     answer = await client.post(PATH, content=body, headers={"content-type": "application/json"})
     assert answer.status_code in (400, 404)
     assert answer.json()["error"]["type"] == "invalid_request_error"
 
 
-async def test_a_body_over_the_limit_is_refused(client: httpx.AsyncClient) -> None:
+async def test_body_over_the_limit_is_rejected(client: httpx.AsyncClient) -> None:
     body = json.dumps({"request_id": "x", "rating": "good", "correction": "x" * 300_000})
     answer = await client.post(PATH, content=body, headers={"content-type": "application/json"})
     assert answer.status_code == 413
 
 
-async def test_a_web_page_cannot_send_it_without_asking(client: httpx.AsyncClient) -> None:
-    """A form or a plain fetch from another site can send any content type but this one."""
+async def test_feedback_is_rejected_when_its_media_type_needs_no_preflight(client: httpx.AsyncClient) -> None:
+    """A form or a plain fetch from another site can send any media type but JSON."""
     answer = await client.post(PATH, content=b"{}", headers={"content-type": "text/plain"})
     assert answer.status_code == 415

@@ -1,4 +1,4 @@
-"""A web page elsewhere whose name leads to this machine is not answered."""
+"""Requests under a foreign host name are rejected, as after DNS rebinding."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -22,7 +22,7 @@ async def service(socket_folder: Path) -> AsyncIterator[Service]:
         *("chat.example.org", "chat.example.org:443"),
     ],
 )
-async def test_this_servers_names_and_addresses_are_answered(client: httpx.AsyncClient, host: str) -> None:
+async def test_own_names_and_addresses_are_answered(client: httpx.AsyncClient, host: str) -> None:
     assert (await client.get("/health", headers={"host": host})).status_code == 200
 
 
@@ -30,7 +30,7 @@ async def test_this_servers_names_and_addresses_are_answered(client: httpx.Async
     "host", ["evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example"]
 )
 @pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/svc/status", "/none"])
-async def test_other_names_are_refused_on_every_path(client: httpx.AsyncClient, host: str, path: str) -> None:
+async def test_other_names_are_rejected_on_every_path(client: httpx.AsyncClient, host: str, path: str) -> None:
     answer = await client.get(path, headers={"host": host})
     assert answer.status_code == 421
     assert answer.json()["error"]["code"] == "host_not_allowed"
@@ -38,7 +38,7 @@ async def test_other_names_are_refused_on_every_path(client: httpx.AsyncClient, 
     assert answer.headers["x-request-id"]
 
 
-async def test_a_completion_for_another_name_does_not_reach_the_engine(
+async def test_completion_does_not_reach_the_engine_when_its_host_is_not_allowed(
     client: httpx.AsyncClient, service: Service
 ) -> None:
     answer = await client.post("/v1/chat/completions", json=CHAT, headers={"host": "evil.example"})
@@ -46,6 +46,6 @@ async def test_a_completion_for_another_name_does_not_reach_the_engine(
     assert service.double.requests == []
 
 
-async def test_a_star_allows_every_name(socket_folder: Path) -> None:
+async def test_star_allows_every_name(socket_folder: Path) -> None:
     async with Service(socket_folder, allowed_hosts=("*",)).run() as service, service.client() as client:
         assert (await client.get("/health", headers={"host": "any.example"})).status_code == 200

@@ -1,4 +1,4 @@
-"""The server speaks HTTP and nothing else, and its log has nothing of what clients send."""
+"""The server speaks only HTTP, and does not log what clients send."""
 
 import asyncio
 import json
@@ -24,7 +24,7 @@ MALFORMED = b"GET /v1?token=SECRET HTTP/1.1\r\nno header\r\n\r\n"
 
 
 async def shake_hands(app: Any, path: str, host: str = "localhost") -> tuple[int, Any]:
-    """Status and content of the answer to a websocket handshake."""
+    """Return status and content of the answer to a WebSocket handshake."""
     async with connected(app) as (reader, writer), asyncio.timeout(5):
         writer.write(f"GET {path}?{QUERY} HTTP/1.1\r\nhost: {host}\r\n{HANDSHAKE}\r\n".encode())
         lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
@@ -40,7 +40,7 @@ async def shake_hands(app: Any, path: str, host: str = "localhost") -> tuple[int
         ("/v1/models", "evil.example", 421, "host_not_allowed"),
     ],
 )
-async def test_a_websocket_handshake_is_refused_as_any_get_when_a_key_is_needed(
+async def test_websocket_handshake_is_rejected_like_any_get_when_a_key_is_needed(
     socket_folder: Path, store: Store, path: str, host: str, status: int, code: str
 ) -> None:
     service = KeyedService(socket_folder, store=store)
@@ -53,14 +53,14 @@ async def test_a_websocket_handshake_is_refused_as_any_get_when_a_key_is_needed(
 @pytest.mark.parametrize(
     ("path", "status", "code"), [("/none", 404, "not_found"), ("/v1/chat/completions", 405, "method_not_allowed")]
 )
-async def test_a_websocket_handshake_is_answered_as_any_get_when_no_key_is_needed(
+async def test_websocket_handshake_is_answered_like_any_get_when_no_key_is_needed(
     service: Service, path: str, status: int, code: str
 ) -> None:
     answered, content = await shake_hands(service.app, path)
     assert (answered, content["error"]["code"]) == (status, code)
 
 
-async def test_the_log_has_no_query_when_a_client_sends_one(service: Service, caplog: pytest.LogCaptureFixture) -> None:
+async def test_log_has_no_query_when_a_client_sends_one(service: Service, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     caplog.set_level(logging.DEBUG, "uvicorn.error")
     for path in ("/none", "/v1/models", "/v1/chat/completions"):
@@ -71,7 +71,7 @@ async def test_the_log_has_no_query_when_a_client_sends_one(service: Service, ca
     assert not [record for record in caplog.records if "SECRET" in record.getMessage()]
 
 
-async def test_no_client_can_repeat_a_warning_when_requests_are_malformed(
+async def test_warning_is_logged_once_when_requests_are_malformed(
     service: Service, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING, "uvicorn.error")  # the engine's double sets it higher

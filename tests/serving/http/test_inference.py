@@ -56,7 +56,7 @@ def small_buffers(*, max_bytes: int = 2**28, client_timeout_s: float = 30.0) -> 
 
 
 def reason(service: Service, code: str) -> float:
-    """How many requests failed so, of all versions and of none."""
+    """Return the number of requests that failed for a reason, of version 1 and without a version."""
     versions = ((NAME, "1"), (NAME, "2"), (NAME, ""), ("unknown", ""))
     return sum(failed(service, code, model, version) for model, version in versions)
 
@@ -66,19 +66,21 @@ def failed(service: Service, code: str, model: str = NAME, version: str = "1") -
 
 
 def ended(service: Service, status: str, outcome: str) -> float:
-    """How many requests of version 1 ended so."""
+    """Return the number of requests of version 1 with an outcome."""
     labels = {"model": NAME, "version": "1", "route": CHAT_PATH, "status": status, "outcome": outcome}
     return service.count("svc_requests_total", **labels)
 
 
 class TestAnswers:
-    async def test_the_engines_bytes_pass_untouched(self, service: Service, client: httpx.AsyncClient) -> None:
+    async def test_bytes_of_the_engine_are_forwarded_unchanged(
+        self, service: Service, client: httpx.AsyncClient
+    ) -> None:
         answer = await client.post(CHAT_PATH, json=CHAT)
         body = {**CHAT, "model": NAME}
         async with httpx.AsyncClient(transport=httpx.ASGITransport(service.double), base_url="http://e") as engine:
             assert answer.content == (await engine.post(CHAT_PATH, json=body)).content
 
-    async def test_the_engine_is_always_asked_by_its_own_name(
+    async def test_engine_is_always_asked_by_its_own_model_name(
         self, service: Service, client: httpx.AsyncClient
     ) -> None:
         for model in (NAME, f"{NAME}@1", f"{NAME}@production"):
@@ -90,10 +92,10 @@ class TestAnswers:
         answer = await client.post(path, json=CHAT | COMPLETION)
         assert answer.json()["usage"]["completion_tokens"] == 4
 
-    async def test_an_answer_says_which_version_gave_it(self, client: httpx.AsyncClient) -> None:
+    async def test_answer_has_the_version_that_gave_it(self, client: httpx.AsyncClient) -> None:
         assert (await client.post(CHAT_PATH, json=CHAT)).headers["x-model-version"] == f"{NAME}@1"
 
-    async def test_a_held_request_for_the_name_gets_the_new_version(
+    async def test_queued_request_for_the_name_gets_the_new_version_when_a_swap_ends(
         self, service: Service, client: httpx.AsyncClient
     ) -> None:
         async with closed(service.admission):
@@ -105,7 +107,7 @@ class TestAnswers:
         assert answer.headers["x-model-version"] == f"{NAME}@2"
         assert answer.json()["choices"][0]["message"]["content"].startswith("2.0")
 
-    async def test_a_held_request_for_the_old_version_is_told_that_it_left(
+    async def test_queued_request_for_the_old_version_fails_when_a_swap_ends(
         self, service: Service, client: httpx.AsyncClient
     ) -> None:
         async with closed(service.admission):
@@ -114,7 +116,7 @@ class TestAnswers:
             service.load(TWO)
         assert error_of(await task)["code"] == "model_not_found"
 
-    async def test_what_passes_is_counted(self, service: Service, client: httpx.AsyncClient) -> None:
+    async def test_requests_and_tokens_are_counted(self, service: Service, client: httpx.AsyncClient) -> None:
         await client.post(CHAT_PATH, json=CHAT)
         await client.post(CHAT_PATH, json=STREAM)
         version = {"model": NAME, "version": "1"}
@@ -126,19 +128,19 @@ class TestAnswers:
 
 
 class TestOverhead:
-    """What the gateway itself took, as the answer says it, milliseconds."""
+    """The gateway's own time in milliseconds, from the answer's header."""
 
-    async def test_the_engines_time_is_not_in_it(self, service: Service, client: httpx.AsyncClient) -> None:
+    async def test_time_of_the_engine_is_excluded(self, service: Service, client: httpx.AsyncClient) -> None:
         service.double.token_delay_s = 0.2
         answer = await client.post(CHAT_PATH, json=CHAT)
         assert float(answer.headers["openai-processing-ms"]) >= 200
         assert 0 < float(answer.headers["x-svc-overhead-ms"]) < 150
 
-    async def test_a_stream_says_it_too(self, client: httpx.AsyncClient) -> None:
+    async def test_streams_have_the_header_too(self, client: httpx.AsyncClient) -> None:
         answer = await client.post(CHAT_PATH, json=STREAM)
         assert 0 < float(answer.headers["x-svc-overhead-ms"]) < 150
 
-    async def test_the_wait_for_the_rest_of_the_first_event_is_the_engines(
+    async def test_wait_for_the_rest_of_the_first_event_is_excluded(
         self, service: Service, client: httpx.AsyncClient, socket_folder: Path
     ) -> None:
         async def reply(peer: Peer) -> None:
@@ -156,7 +158,7 @@ class TestOverhead:
         assert float(answer.headers["openai-processing-ms"]) >= 300
         assert 0 < float(answer.headers["x-svc-overhead-ms"]) < 90
 
-    async def test_the_wait_for_a_place_is_not_in_it(self, service: Service, client: httpx.AsyncClient) -> None:
+    async def test_wait_for_a_place_is_excluded(self, service: Service, client: httpx.AsyncClient) -> None:
         async with closed(service.admission):
             asking = asyncio.create_task(client.post(CHAT_PATH, json=CHAT))
             await asyncio.sleep(0.3)
@@ -166,17 +168,19 @@ class TestOverhead:
 
 
 class TestStreams:
-    async def test_the_chunk_with_token_counts_is_dropped_for_who_did_not_ask(self, client: httpx.AsyncClient) -> None:
+    async def test_chunk_with_token_counts_is_dropped_when_the_client_did_not_ask(
+        self, client: httpx.AsyncClient
+    ) -> None:
         chunks = chunks_of((await client.post(CHAT_PATH, json=STREAM)).text)
         assert chunks[-1] == "[DONE]"
         assert all(chunk["choices"] for chunk in chunks[:-1])
 
-    async def test_it_stays_for_who_asked(self, client: httpx.AsyncClient) -> None:
+    async def test_chunk_with_token_counts_is_forwarded_when_the_client_asked(self, client: httpx.AsyncClient) -> None:
         answer = await client.post(CHAT_PATH, json={**STREAM, "stream_options": {"include_usage": True}})
         *_, usage, done = chunks_of(answer.text)
         assert (usage["choices"], usage["usage"]["completion_tokens"], done) == ([], 4, "[DONE]")
 
-    async def test_the_first_token_comes_before_the_last_is_made(
+    async def test_first_token_is_sent_before_the_last_is_generated(
         self, service: Service, live: httpx.AsyncClient
     ) -> None:
         service.double.tokens = 1000
@@ -187,7 +191,7 @@ class TestStreams:
                     break
             assert service.double.running == 1
 
-    async def test_a_stream_keeps_its_place_until_its_end(self, service: Service, live: httpx.AsyncClient) -> None:
+    async def test_stream_holds_its_place_until_its_end(self, service: Service, live: httpx.AsyncClient) -> None:
         service.double.token_delay_s = 0.05
         async with live.stream("POST", CHAT_PATH, json=STREAM) as answer:
             lines = answer.aiter_lines()
@@ -199,7 +203,9 @@ class TestStreams:
 
 
 class TestRefusals:
-    async def test_an_unknown_model(self, service: Service, client: httpx.AsyncClient) -> None:
+    async def test_request_is_answered_404_when_the_model_is_unknown(
+        self, service: Service, client: httpx.AsyncClient
+    ) -> None:
         answer = await client.post(CHAT_PATH, json={**CHAT, "model": "x" * 5000})
         assert (answer.status_code, error_of(answer)["code"]) == (404, "model_not_found")
         assert NAME in error_of(answer)["message"]
@@ -207,19 +213,21 @@ class TestRefusals:
         labels = {"model": "unknown", "version": "", "route": CHAT_PATH, "status": "404", "outcome": "refused"}
         assert service.count("svc_requests_total", **labels) == 1
 
-    async def test_a_version_that_is_not_loaded_is_of_its_model(
+    async def test_error_counts_for_the_model_when_its_version_is_not_loaded(
         self, service: Service, client: httpx.AsyncClient
     ) -> None:
         await client.post(CHAT_PATH, json={**CHAT, "model": f"{NAME}@99"})
         assert failed(service, "model_not_found", NAME, "") == 1
 
-    async def test_a_model_of_which_no_version_is_loaded_yet(self, socket_folder: Path) -> None:
+    async def test_error_counts_for_the_model_when_no_version_is_loaded_yet(self, socket_folder: Path) -> None:
         async with Service(socket_folder).run() as service, service.client() as client:
             service.names._served = None
             assert (await client.post(CHAT_PATH, json=CHAT)).status_code == 503
         assert failed(service, "engine_unavailable", NAME, "") == 1
 
-    async def test_clients_create_no_series(self, service: Service, client: httpx.AsyncClient) -> None:
+    async def test_no_series_are_created_when_clients_invent_names(
+        self, service: Service, client: httpx.AsyncClient
+    ) -> None:
         await client.post(CHAT_PATH, json={**CHAT, "model": "first"})
         before = (await client.get("/metrics")).text.count("\n")
         for number in range(20):
@@ -235,7 +243,7 @@ class TestRefusals:
             (b'{"model": "tuned", "prompt_logprobs": 1}', "invalid_request", "prompt_logprobs"),
         ],
     )
-    async def test_a_body_that_is_not_served(
+    async def test_body_is_rejected_when_it_is_not_supported(
         self, service: Service, client: httpx.AsyncClient, body: bytes, code: str, param: str | None
     ) -> None:
         answer = await client.post(CHAT_PATH, content=body, headers={"content-type": "application/json"})
@@ -243,7 +251,7 @@ class TestRefusals:
         assert service.double.calls == []
         assert reason(service, code) == 1
 
-    async def test_a_large_body(self, socket_folder: Path) -> None:
+    async def test_body_is_rejected_when_it_is_too_large(self, socket_folder: Path) -> None:
         async with Service(socket_folder, max_body_bytes=1024).run() as service, service.socket_client() as client:
 
             async def parts() -> AsyncIterator[bytes]:
@@ -255,13 +263,15 @@ class TestRefusals:
                 answer = await client.post(CHAT_PATH, content=content, headers=headers)
                 assert (answer.status_code, error_of(answer)["code"]) == (413, "body_too_large")
 
-    async def test_who_sends_a_large_body_to_its_end_reads_why_it_was_refused(self, socket_folder: Path) -> None:
+    async def test_client_reads_the_error_when_it_sends_a_too_large_body_to_its_end(self, socket_folder: Path) -> None:
         """As OpenAI's client does, which reads nothing before."""
         async with Service(socket_folder, max_body_bytes=1024).run() as service, service.socket_client() as client:
             answer = await client.post(CHAT_PATH, content=b" " * 2**22, headers={"content-type": "application/json"})
             assert (answer.status_code, error_of(answer)["code"]) == (413, "body_too_large")
 
-    async def test_more_than_may_run_and_more_than_may_wait(self, socket_folder: Path) -> None:
+    async def test_request_is_rejected_when_places_or_the_queue_are_full_or_it_waited_too_long(
+        self, socket_folder: Path
+    ) -> None:
         service = Service(socket_folder, max_running=1, max_queued=1, queue_timeout_s=0.2)
         async with service.run(), service.client() as client:
             async with admitted(service.admission):
@@ -277,7 +287,9 @@ class TestRefusals:
             assert all("retry-after" in found.headers for found in (answer, over, late))
             assert (reason(service, "queue_overflow"), reason(service, "queue_timeout")) == (1, 1)
 
-    async def test_no_engine(self, service: Service, client: httpx.AsyncClient) -> None:
+    async def test_request_is_rejected_when_there_is_no_engine(
+        self, service: Service, client: httpx.AsyncClient
+    ) -> None:
         service.admission.unavailable("the engine is starting")
         answer = await client.post(CHAT_PATH, json=CHAT)
         assert (answer.status_code, error_of(answer)["code"]) == (503, "engine_unavailable")
@@ -285,13 +297,15 @@ class TestRefusals:
 
 
 class TestEngineErrors:
-    async def test_a_prompt_too_long_for_the_model(self, service: Service, client: httpx.AsyncClient) -> None:
+    async def test_answer_is_context_length_exceeded_when_the_prompt_is_too_long(
+        self, service: Service, client: httpx.AsyncClient
+    ) -> None:
         service.double.max_model_len = 2
         answer = await client.post(CHAT_PATH, json=CHAT)
         assert (answer.status_code, error_of(answer)["code"]) == (400, "context_length_exceeded")
         assert "parameter=" not in error_of(answer)["message"]
 
-    async def test_a_refused_field_keeps_its_name(self, service: Service, client: httpx.AsyncClient) -> None:
+    async def test_rejected_field_is_named(self, service: Service, client: httpx.AsyncClient) -> None:
         service.double.refuse_with = 400, {"message": "top_p must be in (0, 1]", "param": "top_p", "code": 400}
         answer = await client.post(CHAT_PATH, json=CHAT)
         assert error_of(answer) == {
@@ -301,13 +315,15 @@ class TestEngineErrors:
             "code": "invalid_request",
         }
 
-    async def test_a_404_of_the_engine_is_no_404_of_ours(self, service: Service, client: httpx.AsyncClient) -> None:
+    async def test_engine_404_is_answered_502(self, service: Service, client: httpx.AsyncClient) -> None:
         service.double.name = "something else"
         answer = await client.post(CHAT_PATH, json=CHAT)
         assert (answer.status_code, error_of(answer)["code"]) == (502, "engine_error")
         assert "does not exist" not in answer.text
 
-    async def test_a_500_shows_nothing_of_the_inside(self, service: Service, client: httpx.AsyncClient) -> None:
+    async def test_engine_500_is_answered_502_without_details(
+        self, service: Service, client: httpx.AsyncClient
+    ) -> None:
         service.double.refuse_with = 500, {"message": "KeyError in /opt/vllm/x.py", "code": 500}
         answer = await client.post(CHAT_PATH, json=CHAT)
         assert (answer.status_code, error_of(answer)["code"]) == (502, "engine_error")
@@ -316,15 +332,17 @@ class TestEngineErrors:
 
 class TestEngineDeaths:
     @pytest.mark.parametrize("body", [CHAT, STREAM], ids=["whole", "stream"])
-    async def test_before_the_answer(self, service: Service, client: httpx.AsyncClient, body: dict[str, Any]) -> None:
+    async def test_answer_is_engine_died_when_the_engine_dies_before_it(
+        self, service: Service, client: httpx.AsyncClient, body: dict[str, Any]
+    ) -> None:
         service.double.fault = Fault.DIE_BEFORE_ANSWER
-        for _ in range(2):  # the second finds no engine at all
+        for _ in range(2):  # at the second request there is no engine
             answer = await client.post(CHAT_PATH, json=body)
             assert (answer.status_code, error_of(answer)["code"]) == (503, "engine_died")
             assert "retry-after" in answer.headers
         assert service.admission.running == 0
 
-    async def test_an_error_that_comes_before_the_first_token_has_its_own_status(
+    async def test_error_has_its_own_status_when_it_comes_before_the_first_token(
         self, service: Service, client: httpx.AsyncClient
     ) -> None:
         service.double.fault = Fault.DEATH_AT_ONCE_IN_STREAM
@@ -339,7 +357,7 @@ class TestEngineDeaths:
             (Fault.ERROR_IN_STREAM, "engine_error"),
         ],
     )
-    async def test_in_the_middle_of_a_stream(
+    async def test_stream_ends_with_an_error_event_when_the_engine_fails_within_it(
         self, service: Service, client: httpx.AsyncClient, fault: Fault, code: str
     ) -> None:
         service.double.fault = fault
@@ -352,7 +370,7 @@ class TestEngineDeaths:
         assert reason(service, code) == 1
         assert service.admission.running == 0
 
-    async def test_what_comes_together_with_an_error_and_before_it_is_passed(
+    async def test_events_before_an_error_in_the_same_part_are_forwarded(
         self, service: Service, socket_folder: Path
     ) -> None:
         token = b'data: {"choices":[{"index":0,"delta":{"content":"one"}}]}\n\n'
@@ -368,14 +386,14 @@ class TestEngineDeaths:
         assert told["choices"][0]["delta"]["content"] == "one"
         assert failure["error"]["code"] == "engine_error"
 
-    async def test_a_stream_that_breaks_is_the_versions_error(
+    async def test_error_counts_for_the_version_when_its_stream_fails(
         self, service: Service, client: httpx.AsyncClient
     ) -> None:
         service.double.fault = Fault.ERROR_IN_STREAM
         await client.post(CHAT_PATH, json=STREAM)
         assert failed(service, "engine_error") == 1
 
-    async def test_a_request_that_reached_no_version_is_its_models_error(self, socket_folder: Path) -> None:
+    async def test_error_counts_for_the_model_when_no_version_was_asked(self, socket_folder: Path) -> None:
         service = Service(socket_folder, max_running=1)
         async with service.run(), service.client() as client, admitted(service.admission):
             await client.post(CHAT_PATH, json=CHAT)
@@ -383,7 +401,7 @@ class TestEngineDeaths:
         labels = {"model": NAME, "version": "", "route": CHAT_PATH, "status": "429", "outcome": "refused"}
         assert service.count("svc_requests_total", **labels) == 1
 
-    async def test_a_new_engine_on_the_same_socket_is_found_at_once(self, service: Service) -> None:
+    async def test_new_engine_on_the_same_socket_is_used_immediately(self, service: Service) -> None:
         async with service.client() as client:
             for _ in range(3):
                 assert (await client.post(CHAT_PATH, json=CHAT)).status_code == 200
@@ -394,7 +412,7 @@ class TestEngineDeaths:
                 assert (await client.post(CHAT_PATH, json=CHAT)).status_code == 200
 
     @pytest.mark.parametrize("stream", [False, True])
-    async def test_a_silent_engine(self, socket_folder: Path, stream: bool) -> None:
+    async def test_request_times_out_when_the_engine_is_silent(self, socket_folder: Path, stream: bool) -> None:
         async with Service(socket_folder, request_timeout_s=0.1).run() as service, service.client() as client:
             service.double.fault = Fault.SILENCE
             answer = await client.post(CHAT_PATH, json={**CHAT, "stream": stream})
@@ -407,7 +425,7 @@ class TestEngineDeaths:
 
 class TestClientsThatLeave:
     @pytest.mark.parametrize("stream", [False, True])
-    async def test_the_engines_work_for_them_is_ended(
+    async def test_work_of_the_engine_is_cancelled_when_the_client_leaves(
         self, service: Service, live: httpx.AsyncClient, stream: bool
     ) -> None:
         service.double.token_delay_s = 0.02
@@ -418,7 +436,7 @@ class TestClientsThatLeave:
         await until(lambda: service.double.cancelled == 1 and service.admission.running == 0)
         await until(lambda: reason(service, "client_gone") == 1)
 
-    async def test_one_that_leaves_at_the_end_of_its_answer_is_no_error(
+    async def test_request_succeeds_when_the_client_leaves_after_the_last_event(
         self, service: Service, live: httpx.AsyncClient
     ) -> None:
         service.double.linger_s = 0.2
@@ -429,7 +447,9 @@ class TestClientsThatLeave:
         await until(lambda: service.admission.running == 0)
         assert reason(service, "client_gone") == 0
 
-    async def test_they_leave_their_place_in_the_queue(self, service: Service, live: httpx.AsyncClient) -> None:
+    async def test_queued_request_is_removed_when_its_client_leaves(
+        self, service: Service, live: httpx.AsyncClient
+    ) -> None:
         async with closed(service.admission):
             task = asyncio.create_task(live.post(CHAT_PATH, json=CHAT))
             await until(lambda: service.admission.queued == 1)
@@ -439,7 +459,7 @@ class TestClientsThatLeave:
         labels = {"model": NAME, "version": "", "route": CHAT_PATH, "status": "499", "outcome": "client_gone"}
         await until(lambda: service.count("svc_requests_total", **labels) == 1)
 
-    async def test_one_that_does_not_read_keeps_no_place(self, socket_folder: Path) -> None:
+    async def test_place_is_released_when_the_client_does_not_read(self, socket_folder: Path) -> None:
         async with Service(socket_folder).run() as service, service.socket_client() as client:
             service.double.tokens = MANY
             async with client.stream("POST", CHAT_PATH, json=STREAM) as answer:
@@ -447,7 +467,7 @@ class TestClientsThatLeave:
                 await until(lambda: service.admission.running == 0)
                 assert "data: [DONE]" in [line async for line in answer.aiter_lines()]
 
-    async def test_one_that_does_not_read_is_cut_off(self, socket_folder: Path) -> None:
+    async def test_client_is_disconnected_when_it_does_not_read(self, socket_folder: Path) -> None:
         slow = Service(socket_folder, buffers=small_buffers(client_timeout_s=0.3))
         async with slow.run() as service, service.socket_client() as client:
             service.double.tokens = MANY
@@ -456,7 +476,7 @@ class TestClientsThatLeave:
                 await until(lambda: service.admission.running == 0)
                 assert service.gateway_buffers.used == 0
 
-    async def test_one_that_reads_slowly_and_steadily_gets_all(self, socket_folder: Path) -> None:
+    async def test_client_gets_the_whole_answer_when_it_reads_slowly_and_steadily(self, socket_folder: Path) -> None:
         slow = Service(socket_folder, buffers=small_buffers(client_timeout_s=0.5))
         async with slow.run() as service, service.socket_client() as client:
             service.double.tokens = MANY
@@ -468,7 +488,7 @@ class TestClientsThatLeave:
             assert read.endswith(b"data: [DONE]\n\n")
             assert reason(service, "client_slow") == 0
 
-    async def test_one_caller_leaves_room_for_others_when_it_does_not_read(self, socket_folder: Path) -> None:
+    async def test_other_callers_are_answered_when_one_does_not_read(self, socket_folder: Path) -> None:
         slow = Service(socket_folder, buffers=small_buffers(max_bytes=256 * 1024))
         async with slow.run() as service, service.socket_client() as client, AsyncExitStack() as stack:
             service.principals |= {"one": principal("k1"), "other": principal("k2")}
@@ -486,19 +506,19 @@ class TestClientsThatLeave:
 
 
 class TestLargeAnswers:
-    async def test_one_over_the_limit_is_refused(self, socket_folder: Path) -> None:
+    async def test_answer_over_the_limit_is_rejected(self, socket_folder: Path) -> None:
         async with Service(socket_folder, buffers=small_buffers()).run() as service, service.client() as client:
             service.double.tokens = 20_000
             answer = await client.post(CHAT_PATH, json=CHAT)
             assert (answer.status_code, error_of(answer)["code"]) == (400, "answer_too_large")
             assert service.gateway_buffers.used == 0
 
-    async def test_the_same_as_a_stream_is_answered(self, socket_folder: Path) -> None:
+    async def test_answer_over_the_limit_is_delivered_when_it_is_streamed(self, socket_folder: Path) -> None:
         async with Service(socket_folder, buffers=small_buffers()).run() as service, service.client() as client:
             service.double.tokens = MANY
             assert chunks_of((await client.post(CHAT_PATH, json=STREAM)).text)[-1] == "[DONE]"
 
-    async def test_more_than_may_wait_of_all_is_refused(self, socket_folder: Path) -> None:
+    async def test_answer_is_rejected_when_the_buffers_of_all_are_full(self, socket_folder: Path) -> None:
         async with (
             Service(socket_folder, buffers=AnswerBuffers(max_bytes=64 * 1024)).run() as service,
             service.client() as client,
@@ -508,7 +528,9 @@ class TestLargeAnswers:
             assert (answer.status_code, error_of(answer)["code"]) == (429, "overloaded")
 
     @pytest.mark.parametrize("asked", [{"n": 1024}, {"n": 2, "max_tokens": 2_000}], ids=["no limit", "a limit"])
-    async def test_more_tokens_than_may_ever_run(self, socket_folder: Path, asked: dict[str, int]) -> None:
+    async def test_request_is_rejected_when_it_asks_for_more_tokens_than_may_ever_run(
+        self, socket_folder: Path, asked: dict[str, int]
+    ) -> None:
         async with Service(socket_folder, max_running=1).run() as service, service.client() as client:
             answer = await client.post(CHAT_PATH, json={**CHAT, **asked})
             assert (answer.status_code, error_of(answer)["code"]) == (400, "too_many_tokens")
@@ -516,20 +538,26 @@ class TestLargeAnswers:
 
 
 class TestOutcomes:
-    """A status of 200 says that an answer began; the outcome, how it ended."""
+    """Status 200 only means that an answer began; the outcome shows how it ended."""
 
-    async def test_a_broken_stream_is_an_error_of_the_engine(self, service: Service, client: httpx.AsyncClient) -> None:
+    async def test_outcome_is_engine_error_when_a_stream_fails(
+        self, service: Service, client: httpx.AsyncClient
+    ) -> None:
         service.double.fault = Fault.ERROR_IN_STREAM
         await client.post(CHAT_PATH, json=STREAM)
         assert ended(service, "200", "engine_error") == 1
 
-    async def test_a_broken_stream_has_no_duration(self, service: Service, client: httpx.AsyncClient) -> None:
+    async def test_duration_is_not_measured_when_a_stream_fails(
+        self, service: Service, client: httpx.AsyncClient
+    ) -> None:
         service.double.fault = Fault.ERROR_IN_STREAM
         await client.post(CHAT_PATH, json=STREAM)
         labels = {"model": NAME, "version": "1", "route": CHAT_PATH}
         assert service.count("svc_request_duration_seconds_count", **labels) == 0
 
-    async def test_a_client_that_left_its_stream(self, service: Service, live: httpx.AsyncClient) -> None:
+    async def test_outcome_is_client_gone_when_the_client_leaves_its_stream(
+        self, service: Service, live: httpx.AsyncClient
+    ) -> None:
         service.double.tokens, service.double.token_delay_s = 1000, 0.01
         async with live.stream("POST", CHAT_PATH, json=STREAM) as answer:
             await anext(answer.aiter_lines())
@@ -537,7 +565,7 @@ class TestOutcomes:
 
 
 class TestLoad:
-    async def test_a_change_of_version_under_load_loses_and_mixes_nothing(
+    async def test_no_answer_is_lost_or_mixed_when_the_version_changes_under_load(
         self, service: Service, client: httpx.AsyncClient
     ) -> None:
         service.double.token_delay_s = 0.001

@@ -1,4 +1,4 @@
-"""The gateway keeps features of good answers by default, of each request once, and no text of them."""
+"""By default the gateway stores features, and no texts, of successful answers, once for each request."""
 
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -29,7 +29,7 @@ Make = Callable[..., Service]
 
 @pytest.fixture
 def make(socket_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
-    """Makes a gateway on a home whose version 1 can be compared."""
+    """Return a function that makes a gateway on a home whose version 1 has a reference."""
     monkeypatch.setattr(drift_features, "_CLOSE_S", PATIENCE_S)
     make_version(Registry(socket_folder / "models", AliasBook()), 1, compared=True, answered=3)
     return lambda **keeping: Service(
@@ -39,7 +39,7 @@ def make(socket_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
 
 @pytest.fixture
 def handed(monkeypatch: pytest.MonkeyPatch) -> list[RequestRecord]:
-    """Records of which features would be made; no process starts."""
+    """Return the records that are passed on for features; no process starts."""
     handed: list[RequestRecord] = []
     monkeypatch.setattr(drift_features.FeatureProcess, "add", lambda process, records: handed.extend(records))
     return handed
@@ -70,7 +70,7 @@ def rows(service: Service) -> list[RequestRow]:
 
 
 @pytest.mark.slow
-async def test_features_and_no_text_are_in_the_database_with_default_settings(make: Make) -> None:
+async def test_features_without_texts_are_in_the_database_with_default_settings(make: Make) -> None:
     service = make()
     async with service.run():
         await ask(service, *[ASKED] * 5, *[{**ASKED, "stream": True}] * 5)
@@ -86,7 +86,7 @@ async def test_features_and_no_text_are_in_the_database_with_default_settings(ma
 
 
 @pytest.mark.slow
-async def test_nothing_is_kept_when_features_are_switched_off(make: Make) -> None:
+async def test_nothing_is_stored_when_features_are_switched_off(make: Make) -> None:
     service = make(features=False)
     async with service.run():
         await ask(service, ASKED)
@@ -94,15 +94,13 @@ async def test_nothing_is_kept_when_features_are_switched_off(make: Make) -> Non
     assert items(service) == []
 
 
-async def test_text_is_redacted_before_features_are_made(service: Service, handed: list[RequestRecord]) -> None:
+async def test_text_is_redacted_before_features_are_computed(service: Service, handed: list[RequestRecord]) -> None:
     await ask(service, {**CHAT, "messages": [{"role": "user", "content": "I am a@b.de"}]})
     assert [record.prompt for record in handed] == ['[{"role": "user", "content": "I am [mail]"}]']
     assert handed[0].answer
 
 
-async def test_a_request_is_handled_once_when_its_content_is_stored_too(
-    make: Make, handed: list[RequestRecord]
-) -> None:
+async def test_request_is_handled_once_when_its_content_is_stored_too(make: Make, handed: list[RequestRecord]) -> None:
     service = make(content_share=1.0)
     async with service.run():
         await ask(service, ASKED)
@@ -119,7 +117,7 @@ async def test_only_complete_answers_have_features(service: Service, handed: lis
     assert handed == []
 
 
-async def test_text_that_cannot_be_read_is_counted_and_not_logged(
+async def test_text_is_counted_and_not_logged_when_it_cannot_be_read(
     service: Service, handed: list[RequestRecord], caplog: pytest.LogCaptureFixture
 ) -> None:
     async with service.client() as client:
@@ -130,7 +128,7 @@ async def test_text_that_cannot_be_read_is_counted_and_not_logged(
     assert service.count("svc_request_log_dropped_total", reason="content_unreadable") == 0
 
 
-async def test_no_text_is_gathered_beyond_the_share_of_a_version(
+async def test_no_texts_are_collected_beyond_the_share_of_a_version(
     service: Service, handed: list[RequestRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(drift_features, "BURST", 2)

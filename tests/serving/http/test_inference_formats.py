@@ -1,4 +1,4 @@
-"""Responses and messages pass as chat completions do, each in its own words."""
+"""Responses and messages are handled like chat completions, each in its own format."""
 
 import asyncio
 import json
@@ -47,7 +47,7 @@ def last_event(text: str) -> tuple[str, Any]:
 
 @both
 @whole_and_streamed
-async def test_the_engines_bytes_pass_untouched(
+async def test_bytes_of_the_engine_are_forwarded_unchanged(
     service: Service, client: httpx.AsyncClient, path: str, stream: bool
 ) -> None:
     body = {**BODIES[path], "stream": stream}
@@ -60,7 +60,7 @@ async def test_the_engines_bytes_pass_untouched(
 
 @both
 @whole_and_streamed
-async def test_the_row_says_what_it_says_of_a_chat(
+async def test_row_has_the_same_values_as_for_a_chat(
     service: Service, client: httpx.AsyncClient, path: str, stream: bool
 ) -> None:
     await client.post(path, json={**BODIES[path], "stream": stream, "temperature": 0.5})
@@ -85,7 +85,7 @@ async def test_tokens_are_counted_and_timed(service: Service, client: httpx.Asyn
 
 
 @both
-async def test_a_held_request_gets_the_new_version(service: Service, client: httpx.AsyncClient, path: str) -> None:
+async def test_queued_request_gets_the_new_version(service: Service, client: httpx.AsyncClient, path: str) -> None:
     async with closed(service.admission):
         task = asyncio.create_task(client.post(path, json=BODIES[path]))
         await until(lambda: service.admission.queued == 1)
@@ -97,7 +97,9 @@ async def test_a_held_request_gets_the_new_version(service: Service, client: htt
 
 
 @both
-async def test_too_long_a_prompt(service: Service, client: httpx.AsyncClient, path: str) -> None:
+async def test_answer_is_context_length_exceeded_when_the_prompt_is_too_long(
+    service: Service, client: httpx.AsyncClient, path: str
+) -> None:
     service.double.max_model_len = 2
     answer = await client.post(path, json=BODIES[path])
     assert (answer.status_code, error_of(answer)["code"]) == (400, "context_length_exceeded")
@@ -113,7 +115,7 @@ async def test_too_long_a_prompt(service: Service, client: httpx.AsyncClient, pa
         (Fault.ERROR_IN_STREAM, "engine_error"),
     ],
 )
-async def test_a_stream_that_does_not_come_to_its_end_ends_with_an_error(
+async def test_stream_ends_with_an_error_when_the_engine_breaks_it_off(
     service: Service, client: httpx.AsyncClient, path: str, fault: Fault, code: str
 ) -> None:
     service.double.fault = fault
@@ -125,7 +127,7 @@ async def test_a_stream_that_does_not_come_to_its_end_ends_with_an_error(
     assert service.admission.running == 0
 
 
-async def test_an_error_in_a_stream_of_messages_is_a_death_where_the_engine_is_dead(
+async def test_error_in_a_stream_of_messages_counts_as_death_when_the_engine_is_dead(
     service: Service, client: httpx.AsyncClient
 ) -> None:
     service.double.fault, service.double.dead = Fault.ERROR_IN_STREAM, True
@@ -134,7 +136,9 @@ async def test_an_error_in_a_stream_of_messages_is_a_death_where_the_engine_is_d
 
 
 @both
-async def test_a_stream_that_breaks_keeps_what_was_said(service: Service, client: httpx.AsyncClient, path: str) -> None:
+async def test_text_before_a_failure_is_kept_when_a_stream_fails(
+    service: Service, client: httpx.AsyncClient, path: str
+) -> None:
     service.double.fault = Fault.DIE_IN_STREAM
     await client.post(path, json={**BODIES[path], "stream": True})
     row = await row_of(service)
@@ -143,7 +147,9 @@ async def test_a_stream_that_breaks_keeps_what_was_said(service: Service, client
 
 @both
 @whole_and_streamed
-async def test_a_client_that_leaves_ends_the_engines_work(service: Service, path: str, stream: bool) -> None:
+async def test_work_of_the_engine_is_cancelled_when_the_client_leaves(
+    service: Service, path: str, stream: bool
+) -> None:
     service.double.token_delay_s = 0.02
     service.double.tokens = 1000
     body = {**BODIES[path], "stream": stream, "max_tokens": 1000, "max_output_tokens": 1000}
@@ -156,7 +162,9 @@ async def test_a_client_that_leaves_ends_the_engines_work(service: Service, path
 
 
 @both
-async def test_a_client_that_leaves_after_the_last_event_was_answered(service: Service, path: str) -> None:
+async def test_request_counts_as_answered_when_the_client_leaves_after_the_last_event(
+    service: Service, path: str
+) -> None:
     service.double.linger_s = 60
     async with (
         service.socket_client() as live,
@@ -171,7 +179,7 @@ async def test_a_client_that_leaves_after_the_last_event_was_answered(service: S
 
 
 @pytest.mark.parametrize("field", ["background", "store", "previous_response_id", "conversation"])
-async def test_what_would_outlive_the_answer_never_reaches_the_engine(
+async def test_stored_and_background_responses_never_reach_the_engine(
     service: Service, client: httpx.AsyncClient, field: str
 ) -> None:
     answer = await client.post(RESPONSES, json={**BODIES[RESPONSES], field: True})

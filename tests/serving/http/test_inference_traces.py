@@ -1,4 +1,4 @@
-"""Each completion leaves one span at a real receiver, which says how it went, under the client's span if it has one."""
+"""Each completion leaves one span at a real receiver, under the client's span if there is one."""
 
 import asyncio
 import json
@@ -39,7 +39,7 @@ class Traced:
     """A service whose spans go to a receiver.
 
     Args:
-        settings: of the service.
+        settings: settings of the service.
     """
 
     def __init__(self, folder: Path, store: Store, receiver: OtlpReceiver, **telemetry: Any) -> None:
@@ -50,7 +50,7 @@ class Traced:
 
     @asynccontextmanager
     async def run(self) -> AsyncIterator[tuple[Service, httpx.AsyncClient]]:
-        """The service and a client of a real server; all spans are at the receiver afterwards."""
+        """Run the service and a client of a real server; all spans are at the receiver afterwards."""
         service = KeyedService(
             self.folder, store=self.store, keeping=self.keeping, telemetry=self.telemetry, **self.settings
         )
@@ -58,7 +58,7 @@ class Traced:
             yield service, client
 
     async def span_of(self, body: Any, path: str = CHAT_PATH, **headers: str) -> ReceivedSpan:
-        """The one span of a request."""
+        """Return the one span of a request."""
         async with self.run() as (_, client):
             await client.post(path, json=body, headers=headers)
         [span] = self.receiver.spans
@@ -71,7 +71,7 @@ def traced(socket_folder: Path, store: Store, receiver: OtlpReceiver) -> Traced:
 
 
 @pytest.mark.parametrize("route", Route)
-async def test_a_good_answer(traced: Traced, route: Route) -> None:
+async def test_span_is_complete_when_the_answer_succeeds(traced: Traced, route: Route) -> None:
     span = await traced.span_of(BODIES[route], route.value)
     operation = "text_completion" if route is Route.COMPLETIONS else "chat"
     assert (span.name, span.kind, span.status) == (f"{operation} {NAME}", SERVER, UNSET)
@@ -100,14 +100,14 @@ async def test_a_good_answer(traced: Traced, route: Route) -> None:
 
 
 @pytest.mark.parametrize("route", Route)
-async def test_a_stream_says_when_its_first_token_came(traced: Traced, route: Route) -> None:
+async def test_span_of_a_stream_has_the_time_to_first_token(traced: Traced, route: Route) -> None:
     span = await traced.span_of({**BODIES[route], "stream": True}, route.value)
     assert span.attributes["gen_ai.request.stream"] is True
     assert 0 < span.attributes["gen_ai.response.time_to_first_chunk"] <= span.seconds
     assert span.attributes["gen_ai.usage.output_tokens"] == 4
 
 
-async def test_what_the_client_asked_for(traced: Traced) -> None:
+async def test_span_has_the_request_parameters(traced: Traced) -> None:
     body = {**CHAT, "model": f"{NAME}@1", "temperature": 0.5, "max_tokens": 9}
     span = await traced.span_of(body, **{"x-request-id": "mine"})
     asked = ("gen_ai.request.model", "gen_ai.request.temperature", "gen_ai.request.max_tokens")
@@ -116,7 +116,7 @@ async def test_what_the_client_asked_for(traced: Traced) -> None:
     assert span.name == f"chat {NAME}"
 
 
-async def test_the_span_is_under_the_clients_and_the_engines_under_it(traced: Traced) -> None:
+async def test_span_is_under_the_clients_span_and_above_the_engines(traced: Traced) -> None:
     async with traced.run() as (service, client):
         await client.post(CHAT_PATH, json=CHAT, headers=CLIENTS)
     [span], [head] = traced.receiver.spans, service.double.heads
@@ -125,7 +125,7 @@ async def test_the_span_is_under_the_clients_and_the_engines_under_it(traced: Tr
     assert head["tracestate"] == "vendor=1,other=x"
 
 
-async def test_without_a_clients_trace_one_begins(traced: Traced) -> None:
+async def test_trace_begins_when_the_client_has_none(traced: Traced) -> None:
     async with traced.run() as (service, client):
         await client.post(CHAT_PATH, json=CHAT)
         await client.post(CHAT_PATH, json=CHAT)
@@ -140,13 +140,13 @@ async def test_without_a_clients_trace_one_begins(traced: Traced) -> None:
     "given",
     ["", "nonsense", f"00-{'0' * 32}-{PARENT}-01", f"00-{TRACE.upper()}-{PARENT}-01", f"ff-{TRACE}-{PARENT}-01"],
 )
-async def test_a_malformed_parent_is_ignored(traced: Traced, given: str) -> None:
+async def test_malformed_parent_is_ignored(traced: Traced, given: str) -> None:
     span = await traced.span_of(CHAT, traceparent=given, tracestate="vendor=1")
     assert (span.parent, span.state) == ("", "")
     assert span.trace != TRACE
 
 
-async def test_what_a_client_does_not_sample_has_no_span_and_the_engine_hears_it(traced: Traced) -> None:
+async def test_no_span_is_sent_when_the_client_does_not_sample_and_the_engine_knows(traced: Traced) -> None:
     async with traced.run() as (service, client):
         await client.post(CHAT_PATH, json=CHAT, headers={"traceparent": f"00-{TRACE}-{PARENT}-00"})
     assert traced.receiver.spans == []
@@ -155,7 +155,7 @@ async def test_what_a_client_does_not_sample_has_no_span_and_the_engine_hears_it
     assert PARENT not in service.double.heads[0]["traceparent"]
 
 
-async def test_the_share_is_for_traces_that_begin_here(
+async def test_sample_share_applies_to_traces_that_begin_here(
     socket_folder: Path, store: Store, receiver: OtlpReceiver
 ) -> None:
     traced = Traced(socket_folder, store, receiver, sample_share=0.0)
@@ -166,7 +166,7 @@ async def test_the_share_is_for_traces_that_begin_here(
     assert service.double.heads[0]["traceparent"].endswith("-00")
 
 
-async def test_content_comes_where_it_is_kept_and_redacted(traced: Traced) -> None:
+async def test_content_is_sent_redacted_when_it_is_stored(traced: Traced) -> None:
     traced.keeping = RequestLogSettings(content_share=1.0, redact=("tulip",))
     messages = [{"role": "system", "content": "a tulip"}, {"role": "user", "content": "mail a@b.de"}]
     span = await traced.span_of({**CHAT, "messages": messages})
@@ -180,13 +180,13 @@ async def test_content_comes_where_it_is_kept_and_redacted(traced: Traced) -> No
     assert answer["parts"][0]["content"].startswith("1.0")
 
 
-async def test_without_a_share_no_content_leaves(traced: Traced) -> None:
+async def test_no_content_is_sent_when_the_share_is_zero(traced: Traced) -> None:
     span = await traced.span_of({**CHAT, "messages": [{"role": "user", "content": "a tulip"}]})
     assert not {*CONTENT} & {*span.attributes}
     assert b"tulip" not in b"".join(traced.receiver.bodies)
 
 
-async def test_content_that_is_too_long_leaves_the_span_without(traced: Traced) -> None:
+async def test_span_has_no_content_when_it_is_too_long(traced: Traced) -> None:
     traced.keeping = RequestLogSettings(content_share=1.0, max_content_kib=1)
     span = await traced.span_of({**CHAT, "messages": [{"role": "user", "content": "a " * 900}]})
     assert not {*CONTENT} & {*span.attributes}
@@ -196,14 +196,14 @@ def errors(span: ReceivedSpan) -> tuple[int | None, str, int]:
     return span.attributes.get("http.response.status_code"), span.attributes["error.type"], span.status
 
 
-async def test_a_clients_mistake_is_told_and_makes_no_span_of_the_server_an_error(traced: Traced) -> None:
+async def test_span_is_not_an_error_when_the_client_made_a_mistake(traced: Traced) -> None:
     span = await traced.span_of({**CHAT, "prompt_logprobs": 1})
     assert errors(span) == (400, "invalid_request", UNSET)
     assert span.attributes["tuneserve.outcome"] == "refused"
 
 
 @pytest.mark.parametrize(("model", "shown"), [("\ud800 a@b.de", "unknown"), (f"{NAME}@9\ud800", NAME)])
-async def test_of_a_model_that_is_not_there_the_clients_text_is_not_told(
+async def test_span_hides_the_clients_text_when_the_model_does_not_exist(
     traced: Traced, model: str, shown: str
 ) -> None:
     async with traced.run() as (_, client):
@@ -216,7 +216,7 @@ async def test_of_a_model_that_is_not_there_the_clients_text_is_not_told(
 _JSON = {"content-type": "application/json"}
 
 
-async def test_no_place(traced: Traced) -> None:
+async def test_span_has_the_reason_when_there_is_no_place(traced: Traced) -> None:
     traced.settings = {"max_running": 1, "max_queued": 0}
     async with traced.run() as (service, client):
         service.double.token_delay_s, service.double.tokens = 0.01, 100_000
@@ -228,7 +228,7 @@ async def test_no_place(traced: Traced) -> None:
     assert "gen_ai.response.model" not in refused.attributes
 
 
-async def test_an_engine_that_is_down(traced: Traced) -> None:
+async def test_span_is_an_error_when_the_engine_is_down(traced: Traced) -> None:
     async with traced.run() as (service, client):
         service.admission.unavailable("it is being restarted")
         assert (await client.post(CHAT_PATH, json=CHAT)).status_code == 503
@@ -244,7 +244,7 @@ async def test_an_engine_that_is_down(traced: Traced) -> None:
         (Fault.ERROR_IN_STREAM, STREAM, (200, "engine_error", ERROR)),
     ],
 )
-async def test_an_engine_that_fails(traced: Traced, fault: Fault, body: Any, expected: Any) -> None:
+async def test_span_is_an_error_when_the_engine_fails(traced: Traced, fault: Fault, body: Any, expected: Any) -> None:
     async with traced.run() as (service, client):
         service.double.fault = fault
         await client.post(CHAT_PATH, json=body)
@@ -254,7 +254,7 @@ async def test_an_engine_that_fails(traced: Traced, fault: Fault, body: Any, exp
 
 
 @pytest.mark.parametrize(("body", "status"), [(CHAT, None), (STREAM, 200)], ids=["before", "within"])
-async def test_a_client_that_leaves(traced: Traced, body: Any, status: int | None) -> None:
+async def test_span_is_client_gone_when_the_client_leaves(traced: Traced, body: Any, status: int | None) -> None:
     async with traced.run() as (service, client):
         service.double.token_delay_s, service.double.tokens = 0.01, 100_000
         asking = asyncio.create_task(_read_some(client, body))
@@ -273,7 +273,7 @@ async def _read_some(client: httpx.AsyncClient, body: Any) -> None:
             pass
 
 
-async def test_a_key_is_told_by_its_id_and_who_has_none_leaves_no_span(
+async def test_span_has_the_key_id_and_rejected_keys_leave_no_span(
     socket_folder: Path, store: Store, receiver: OtlpReceiver
 ) -> None:
     traced = Traced(socket_folder, store, receiver)
@@ -296,7 +296,7 @@ async def test_a_key_is_told_by_its_id_and_who_has_none_leaves_no_span(
 @pytest.mark.parametrize(
     ("endpoint", "path"), [("", "/v1/traces"), ("/api/public/otel/", "/api/public/otel/v1/traces"), ("/v1/traces",) * 2]
 )
-async def test_headers_of_the_standard_variable_go_to_the_receiver(
+async def test_headers_from_the_standard_variable_are_sent_to_the_receiver(
     traced: Traced, monkeypatch: pytest.MonkeyPatch, endpoint: str, path: str
 ) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", f"Authorization={SECRET},x-project=a%20b")
@@ -308,21 +308,21 @@ async def test_headers_of_the_standard_variable_go_to_the_receiver(
     assert traced.receiver.paths == [path]
 
 
-async def test_who_sends_is_the_operators_to_say(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_operator_sets_the_resource_attributes(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=test")
     span = await traced.span_of(CHAT)
     assert (span.resource["service.name"], span.resource["deployment.environment.name"]) == ("tuneserve", "test")
     assert span.resource["service.version"]
 
 
-async def test_spans_are_counted(traced: Traced) -> None:
+async def test_sent_spans_are_counted(traced: Traced) -> None:
     async with traced.run() as (service, client):
         await client.post(CHAT_PATH, json=CHAT)
     assert service.count("svc_spans_total") == 1
 
 
 @pytest.mark.slow
-async def test_a_receiver_that_is_down_costs_no_request_anything(
+async def test_requests_are_unaffected_when_the_receiver_is_down(
     traced: Traced, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", f"authorization={SECRET}")
@@ -343,7 +343,7 @@ async def test_a_receiver_that_is_down_costs_no_request_anything(
     assert SECRET not in caplog.text
 
 
-async def test_a_receiver_that_does_not_answer_holds_nothing_up(
+async def test_requests_are_not_delayed_when_the_receiver_does_not_answer(
     socket_folder: Path, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.telemetry.traces.traces._EVERY_MS", 10)
@@ -360,7 +360,7 @@ async def test_a_receiver_that_does_not_answer_holds_nothing_up(
 
 
 @pytest.mark.parametrize("status", [401, 413])
-async def test_spans_that_are_refused_are_counted(traced: Traced, status: int) -> None:
+async def test_rejected_spans_are_counted(traced: Traced, status: int) -> None:
     traced.receiver.status = status
     async with traced.run() as (service, client):
         await client.post(CHAT_PATH, json=CHAT)
@@ -368,6 +368,8 @@ async def test_spans_that_are_refused_are_counted(traced: Traced, status: int) -
     assert service.count("svc_spans_total") == 0
 
 
-async def test_without_a_receiver_the_engine_gets_no_trace(service: Service, client: httpx.AsyncClient) -> None:
+async def test_engine_gets_no_trace_headers_when_there_is_no_receiver(
+    service: Service, client: httpx.AsyncClient
+) -> None:
     await client.post(CHAT_PATH, json=CHAT, headers=CLIENTS)
     assert "traceparent" not in service.double.heads[0]

@@ -1,4 +1,4 @@
-"""Large bodies within the limits hold the event loop for a moment only, until the engine has them."""
+"""Large bodies within the limits block the event loop only briefly, until they are sent to the engine."""
 
 import json
 import time
@@ -14,11 +14,11 @@ from tests.event_loop import MOST_CPU_S
 from tests.serving.http.test_inference import CHAT_PATH
 from tests.serving.service import NAME, Service
 
-MOST_BYTES = ServeSettings().max_body_bytes
+MAX_BYTES = ServeSettings().max_body_bytes
 USER = {"role": "user", "content": "a"}
 BODIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "text": (CHAT_PATH, {"messages": [{**USER, "content": "a " * (MOST_BYTES // 2 - 200)}]}),
-    "text beyond ASCII": (CHAT_PATH, {"messages": [{**USER, "content": "é" * (MOST_BYTES // 2 - 200)}]}),
+    "text": (CHAT_PATH, {"messages": [{**USER, "content": "a " * (MAX_BYTES // 2 - 200)}]}),
+    "text beyond ASCII": (CHAT_PATH, {"messages": [{**USER, "content": "é" * (MAX_BYTES // 2 - 200)}]}),
     "JSON as text": (CHAT_PATH, {"messages": [{**USER, "content": json.dumps([{"a": 1}] * 50_000)}]}),
     "messages": (CHAT_PATH, {"messages": [USER] * 4096}),
     "parts": (CHAT_PATH, {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * 8192}]}),
@@ -28,10 +28,10 @@ BODIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class Steps:
-    """Runs a coroutine, and knows how long each of its steps took.
+    """Runs a coroutine, and measures each of its steps.
 
     Attributes:
-        longest_s: processor time between two waits.
+        longest_s: longest CPU time between two waits.
     """
 
     def __init__(self, work: Coroutine[Any, Any, None]) -> None:
@@ -53,7 +53,7 @@ class Steps:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BODIES)
-async def test_no_step_of_a_large_request_holds_the_loop_for_long(
+async def test_no_step_of_a_large_request_blocks_the_loop_for_long(
     service: Service, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     path, fields = BODIES[name]
@@ -68,7 +68,7 @@ async def test_no_step_of_a_large_request_holds_the_loop_for_long(
 
     monkeypatch.setattr(Exchange, "run", timed)
     async with service.socket_client() as client:
-        for _ in range(3):  # processors are shared with other tests: the best of three counts
+        for _ in range(3):  # cores are shared with other tests: the best of three counts
             answer = await client.post(path, content=body, headers={"content-type": "application/json"})
             assert answer.status_code == 200, answer.text
     assert min(exchanged) < MOST_CPU_S

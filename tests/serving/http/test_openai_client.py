@@ -1,4 +1,4 @@
-"""The official client, as it is, against the service."""
+"""The official client, unmodified, against the service."""
 
 from collections.abc import AsyncIterator
 
@@ -22,26 +22,26 @@ WEATHER: ChatCompletionFunctionToolParam = {
 
 @pytest.fixture
 async def official(service: Service) -> AsyncIterator[AsyncOpenAI]:
-    """The official client without retries, over the HTTP library that it brings."""
+    """Return the official client without retries, over its own HTTP library."""
     http = httpx2.AsyncClient(transport=httpx2.ASGITransport(service.app))
     async with AsyncOpenAI(api_key="none", base_url="http://localhost/v1", http_client=http, max_retries=0) as official:
         yield official
 
 
-async def test_a_chat(official: AsyncOpenAI) -> None:
+async def test_chat_is_answered(official: AsyncOpenAI) -> None:
     answer = await official.chat.completions.create(model=NAME, messages=MESSAGES)
     assert answer.choices[0].message.content == "1.0 1.1 1.2 1.3 "
     assert answer.usage is not None
     assert answer.usage.completion_tokens == 4
 
 
-async def test_a_streamed_chat(official: AsyncOpenAI) -> None:
+async def test_streamed_chat_is_answered(official: AsyncOpenAI) -> None:
     stream = await official.chat.completions.create(model=f"{NAME}@production", messages=MESSAGES, stream=True)
     chunks = [chunk async for chunk in stream]
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "1.0 1.1 1.2 1.3 "
 
 
-async def test_a_streamed_chat_with_its_token_counts(official: AsyncOpenAI) -> None:
+async def test_streamed_chat_has_token_counts_when_requested(official: AsyncOpenAI) -> None:
     stream = await official.chat.completions.create(
         model=NAME, messages=MESSAGES, stream=True, stream_options={"include_usage": True}
     )
@@ -51,7 +51,7 @@ async def test_a_streamed_chat_with_its_token_counts(official: AsyncOpenAI) -> N
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_completion(official: AsyncOpenAI, stream: bool) -> None:
+async def test_completion_is_answered(official: AsyncOpenAI, stream: bool) -> None:
     answer = await official.completions.create(model=f"{NAME}@1", prompt="one", stream=stream)
     if isinstance(answer, openai.AsyncStream):
         assert "".join([chunk.choices[0].text async for chunk in answer]) == "1.0 1.1 1.2 1.3 "
@@ -59,13 +59,13 @@ async def test_a_completion(official: AsyncOpenAI, stream: bool) -> None:
         assert answer.choices[0].text == "1.0 1.1 1.2 1.3 "
 
 
-async def test_the_version_and_the_request_can_be_read(official: AsyncOpenAI) -> None:
+async def test_version_and_request_id_are_readable(official: AsyncOpenAI) -> None:
     raw = await official.chat.completions.with_raw_response.create(model=NAME, messages=MESSAGES)
     assert raw.headers["x-model-version"] == f"{NAME}@1"
     assert (raw.request_id or "").startswith("req-")
 
 
-async def test_models(official: AsyncOpenAI) -> None:
+async def test_models_are_listed(official: AsyncOpenAI) -> None:
     assert [model.id async for model in official.models.list()] == [NAME, f"{NAME}@1", f"{NAME}@production"]
     assert (await official.models.retrieve(f"{NAME}@1")).owned_by == "tuneserve"
     with pytest.raises(openai.NotFoundError):
@@ -73,18 +73,18 @@ async def test_models(official: AsyncOpenAI) -> None:
 
 
 @pytest.mark.parametrize("name", [NAME, f"{NAME}@1", f"{NAME}@production"])
-async def test_what_serves_is_not_deleted(official: AsyncOpenAI, name: str) -> None:
+async def test_served_model_is_not_deleted(official: AsyncOpenAI, name: str) -> None:
     with pytest.raises(openai.PermissionDeniedError) as caught:
         await official.models.delete(name)
     assert (caught.value.code, caught.value.type) == ("model_not_deletable", "invalid_request_error")
 
 
-async def test_what_does_not_serve_is_not_found_to_be_deleted(official: AsyncOpenAI) -> None:
+async def test_deletion_raises_not_found_when_the_model_is_not_served(official: AsyncOpenAI) -> None:
     with pytest.raises(openai.NotFoundError):
         await official.models.delete("group/other")
 
 
-async def test_a_failure_of_the_gateway_is_not_asked_for_again(
+async def test_client_does_not_retry_when_the_gateway_fails(
     service: Service, official: AsyncOpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried = list[str]()
@@ -99,7 +99,7 @@ async def test_a_failure_of_the_gateway_is_not_asked_for_again(
     assert tried == [NAME]
 
 
-async def test_a_response(official: AsyncOpenAI) -> None:
+async def test_response_is_answered(official: AsyncOpenAI) -> None:
     answer = await official.responses.create(model=f"{NAME}@production", input="one two three", max_output_tokens=3)
     assert answer.output_text == "1.0 1.1 1.2 "
     assert answer.status == "incomplete"
@@ -109,7 +109,7 @@ async def test_a_response(official: AsyncOpenAI) -> None:
     assert (answer.usage.input_tokens, answer.usage.output_tokens) == (3, 3)
 
 
-async def test_a_streamed_response(official: AsyncOpenAI) -> None:
+async def test_streamed_response_is_answered(official: AsyncOpenAI) -> None:
     stream = await official.responses.create(model=NAME, input="one two three", stream=True)
     events = [event async for event in stream]
     assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == "1.0 1.1 1.2 1.3 "
@@ -118,7 +118,7 @@ async def test_a_streamed_response(official: AsyncOpenAI) -> None:
     assert events[-1].response.usage is not None
 
 
-async def test_a_stored_response_cannot_be_asked_for(official: AsyncOpenAI) -> None:
+async def test_stored_response_is_rejected(official: AsyncOpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         await official.responses.create(model=NAME, input="one", store=True)
     assert caught.value.param == "store"
@@ -129,7 +129,9 @@ async def test_a_stored_response_cannot_be_asked_for(official: AsyncOpenAI) -> N
 
 
 @pytest.mark.parametrize("fault", [Fault.DIE_IN_STREAM, Fault.END_WITHOUT_DONE])
-async def test_a_streamed_response_that_breaks_raises(service: Service, official: AsyncOpenAI, fault: Fault) -> None:
+async def test_client_raises_when_a_streamed_response_fails(
+    service: Service, official: AsyncOpenAI, fault: Fault
+) -> None:
     service.double.fault = fault
     stream = await official.responses.create(model=NAME, input="one two three", stream=True)
     with pytest.raises(openai.APIError, match="engine"):
@@ -137,7 +139,7 @@ async def test_a_streamed_response_that_breaks_raises(service: Service, official
             pass
 
 
-async def test_a_call_of_a_tool(service: Service, official: AsyncOpenAI) -> None:
+async def test_tool_call_is_parsed(service: Service, official: AsyncOpenAI) -> None:
     call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Bonn"}'}}
     service.double.message, service.double.finish_reason = {"content": None, "tool_calls": [call]}, "tool_calls"
     answer = await official.chat.completions.create(
@@ -151,7 +153,7 @@ async def test_a_call_of_a_tool(service: Service, official: AsyncOpenAI) -> None
     assert service.double.requests[0]["tool_choice"] == "required"
 
 
-async def test_an_answer_after_a_schema(service: Service, official: AsyncOpenAI) -> None:
+async def test_answer_follows_a_schema(service: Service, official: AsyncOpenAI) -> None:
     class Ticket(BaseModel):
         urgent: bool
 
@@ -162,38 +164,38 @@ async def test_an_answer_after_a_schema(service: Service, official: AsyncOpenAI)
     assert service.double.requests[0]["response_format"]["json_schema"]["schema"]["required"] == ["urgent"]
 
 
-async def test_several_answers(official: AsyncOpenAI) -> None:
+async def test_several_answers_are_returned(official: AsyncOpenAI) -> None:
     answer = await official.chat.completions.create(model=NAME, messages=MESSAGES, n=3)
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
 
 
-async def test_log_probabilities_of_the_answer(official: AsyncOpenAI) -> None:
+async def test_log_probabilities_of_the_answer_are_returned(official: AsyncOpenAI) -> None:
     answer = await official.chat.completions.create(model=NAME, messages=MESSAGES, logprobs=True)
     found = answer.choices[0].logprobs
     assert found is not None
     assert [token.token for token in found.content or []] == ["1.0 ", "1.1 ", "1.2 ", "1.3 "]
 
 
-async def test_an_unknown_model_is_not_found(official: AsyncOpenAI) -> None:
+async def test_client_raises_not_found_when_the_model_is_unknown(official: AsyncOpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
         await official.chat.completions.create(model="other", messages=MESSAGES)
     assert (caught.value.code, caught.value.type) == ("model_not_found", "invalid_request_error")
 
 
-async def test_log_probabilities_of_the_prompt_are_a_bad_request(official: AsyncOpenAI) -> None:
+async def test_client_raises_bad_request_when_prompt_log_probabilities_are_requested(official: AsyncOpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         await official.completions.create(model=NAME, prompt="a", extra_body={"prompt_logprobs": 1})
     assert caught.value.param == "prompt_logprobs"
 
 
-async def test_too_long_a_prompt_is_a_bad_request(service: Service, official: AsyncOpenAI) -> None:
+async def test_client_raises_bad_request_when_the_prompt_is_too_long(service: Service, official: AsyncOpenAI) -> None:
     service.double.max_model_len = 1
     with pytest.raises(openai.BadRequestError) as caught:
         await official.chat.completions.create(model=NAME, messages=MESSAGES)
     assert caught.value.code == "context_length_exceeded"
 
 
-async def test_no_engine_is_a_server_error(service: Service, official: AsyncOpenAI) -> None:
+async def test_client_raises_server_error_when_there_is_no_engine(service: Service, official: AsyncOpenAI) -> None:
     service.admission.unavailable("the engine is starting")
     with pytest.raises(openai.InternalServerError) as caught:
         await official.chat.completions.create(model=NAME, messages=MESSAGES)
@@ -201,7 +203,7 @@ async def test_no_engine_is_a_server_error(service: Service, official: AsyncOpen
     assert caught.value.request_id
 
 
-async def test_too_many_requests_are_a_rate_limit(official: AsyncOpenAI, service: Service) -> None:
+async def test_client_raises_rate_limit_when_too_many_requests_run(official: AsyncOpenAI, service: Service) -> None:
     service.admission._max_running = 0
     with pytest.raises(openai.RateLimitError) as caught:
         await official.chat.completions.create(model=NAME, messages=MESSAGES)
@@ -209,7 +211,7 @@ async def test_too_many_requests_are_a_rate_limit(official: AsyncOpenAI, service
 
 
 @pytest.mark.parametrize("fault", [Fault.DIE_IN_STREAM, Fault.ERROR_IN_STREAM, Fault.END_WITHOUT_DONE])
-async def test_a_stream_that_breaks_raises(service: Service, official: AsyncOpenAI, fault: Fault) -> None:
+async def test_client_raises_when_a_stream_fails(service: Service, official: AsyncOpenAI, fault: Fault) -> None:
     service.double.fault = fault
     stream = await official.chat.completions.create(model=NAME, messages=MESSAGES, stream=True)
     with pytest.raises(openai.APIError, match="engine"):

@@ -1,4 +1,4 @@
-"""The OpenAPI document says what the server does."""
+"""The OpenAPI document matches the server."""
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -46,7 +46,7 @@ CHECKS = [not_a_server_error, status_code_conformance, response_schema_conforman
 
 
 def operations(app: FastAPI) -> set[tuple[str, str]]:
-    """The methods and paths that the application answers to."""
+    """Return the methods and paths that the application answers to."""
     found = set()
     for route in app.router.routes:
         path = str(getattr(route, "path", "")).replace(":path", "")
@@ -54,13 +54,13 @@ def operations(app: FastAPI) -> set[tuple[str, str]]:
     return found
 
 
-async def test_it_describes_every_path_and_no_other(service: Service, client: httpx.AsyncClient) -> None:
+async def test_document_has_every_path_and_no_other(service: Service, client: httpx.AsyncClient) -> None:
     paths = (await client.get("/openapi.json")).json()["paths"]
     described = {(method, path) for path, methods in paths.items() for method in methods if method != "parameters"}
     assert described == operations(service.app.framework)
 
 
-async def test_every_error_of_a_completion_is_described_with_its_status(client: httpx.AsyncClient) -> None:
+async def test_every_error_of_a_completion_is_documented_with_its_status(client: httpx.AsyncClient) -> None:
     document = (await client.get("/openapi.json")).json()
     elsewhere = {ErrorCode.MODEL_NOT_DELETABLE, ErrorCode.CHANGE_CONFLICT, ErrorCode.CHANGE_REFUSED}
     statuses = {str(status) for status, code in _SHAPES.values() if code not in elsewhere} | {"500"}
@@ -70,14 +70,14 @@ async def test_every_error_of_a_completion_is_described_with_its_status(client: 
 
 @pytest.fixture
 def engine_socket(socket_folder: Path) -> Iterator[Path]:
-    """Of a double that runs in a thread."""
+    """Run an engine double in a thread; return its socket."""
     with running_in_thread(EngineDouble(name=NAME), socket_folder / "engine.sock"):
         yield socket_folder / "engine.sock"
 
 
 @pytest.fixture
 def api(memory_folder: Path, store: Store, engine_socket: Path) -> Iterator[Any]:
-    """The document of an application over the double; a model name is one of those that are served, or another."""
+    """Return the document of an application over the double; a model name is a served one, or another."""
     names, admission = ModelNames(NAME), Admission(max_running=8, max_tokens=8, max_queued=8, queue_timeout_s=1)
     names.set_loaded({ONE})
     authenticator = Authenticator(store)
@@ -85,7 +85,7 @@ def api(memory_folder: Path, store: Store, engine_socket: Path) -> Iterator[Any]
     @asynccontextmanager
     async def lease(model: str, *, without: Lease | None = None) -> AsyncIterator[Lease]:
         names.resolve(model)
-        async with connections(engine_socket, silence_s=10) as engine:  # each request comes in a loop of its own
+        async with connections(engine_socket, silence_s=10) as engine:  # each request runs in a loop of its own
             yield Lease(engine, ONE, NAME, TokenPace())
 
     parts = gateway(
@@ -99,7 +99,7 @@ def api(memory_folder: Path, store: Store, engine_socket: Path) -> Iterator[Any]
     admission.available()
     parts.request_log.start()
     found = schemathesis.openapi.from_asgi("/openapi.json", parts.app)
-    authenticator.look()  # from here on it demands keys, where there are some
+    authenticator.look()  # from here on keys are required if there are any
     schema = {"enum": [*names.all(), "other"]}
     found.raw_schema["paths"]["/v1/models/{name}"]["parameters"][0]["schema"] = schema
     for route in Route:
@@ -110,7 +110,7 @@ def api(memory_folder: Path, store: Store, engine_socket: Path) -> Iterator[Any]
 
 
 def cases() -> Iterator[tuple[str, str, GenerationMode]]:
-    """Each operation with requests as they are described, and where any can be, with some that are not."""
+    """Yield each operation with requests as documented, and if possible with some that are not."""
     for path, methods in openapi_document()["paths"].items():
         for method in methods.keys() - {"parameters"}:
             yield method, path, GenerationMode.POSITIVE
@@ -120,13 +120,13 @@ def cases() -> Iterator[tuple[str, str, GenerationMode]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "path", "mode"), sorted(cases()))
-def test_every_answer_is_one_that_it_describes(api: Any, method: str, path: str, mode: GenerationMode) -> None:
+def test_every_answer_is_documented(api: Any, method: str, path: str, mode: GenerationMode) -> None:
     ask_all(api[path][method], mode)
 
 
 @pytest.mark.slow
 class TestWithKeys:
-    """The same of a server that demands a key; from callers that it lets in, in part, or not at all."""
+    """The same for a server that requires keys; from callers with full, partial or no access."""
 
     @pytest.fixture(params=["admin", "limited", "wrong"])
     def caller(self, request: pytest.FixtureRequest) -> str:
@@ -141,7 +141,7 @@ class TestWithKeys:
         return {"authorization": f"Bearer {'none-of-yours' if caller == 'wrong' else issued.secret}"}
 
     @pytest.mark.parametrize(("method", "path", "mode"), sorted(cases()))
-    def test_every_answer_is_one_that_it_describes(
+    def test_every_answer_is_documented(
         self, caller: str, headers: dict[str, str], api: Any, method: str, path: str, mode: GenerationMode
     ) -> None:
         found = ask_all(api[path][method], mode, headers)
@@ -156,7 +156,7 @@ class TestWithKeys:
 
 
 def ask_all(operation: Any, mode: GenerationMode, headers: dict[str, str] | None = None) -> set[int]:
-    """The statuses of its answers, each of which was as it is described."""
+    """Return the statuses of the answers, each of which was as documented."""
     found = set()
 
     @settings(

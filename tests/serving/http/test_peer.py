@@ -17,5 +17,5 @@ from serving.http.peer import peer_of
         ("x" * 1000, "x" * 64),
     ],
 )
-def test_a_peer_is_what_a_client_cannot_change_at_will(address: str, peer: str) -> None:
+def test_peer_is_the_part_of_an_address_that_a_client_cannot_change(address: str, peer: str) -> None:
     assert peer_of(address) == peer

@@ -30,11 +30,11 @@ ALL = {
         (3661, "1h1m1s"),
     ],
 )
-def test_a_duration_is_written_as_openai_writes_it(seconds: float, written: str) -> None:
+def test_duration_is_in_openais_format(seconds: float, written: str) -> None:
     assert duration(seconds) == written
 
 
-def test_openais_headers_show_requests_and_the_tightest_limit_on_tokens() -> None:
+def test_openai_headers_show_requests_and_the_tightest_token_limit() -> None:
     assert rate_limit_headers(ALL, "/v1/chat/completions") == [
         (b"x-ratelimit-limit-requests", b"60"),
         (b"x-ratelimit-remaining-requests", b"59"),
@@ -45,7 +45,7 @@ def test_openais_headers_show_requests_and_the_tightest_limit_on_tokens() -> Non
     ]
 
 
-def test_anthropics_clients_read_their_own_as_well() -> None:
+def test_anthropic_paths_have_anthropic_headers_too() -> None:
     headers = dict(rate_limit_headers(ALL, "/v1/messages", NOW))
     assert headers[b"anthropic-ratelimit-requests-limit"] == b"60"
     assert headers[b"anthropic-ratelimit-requests-reset"] == b"2026-01-01T12:00:01Z"
@@ -55,7 +55,7 @@ def test_anthropics_clients_read_their_own_as_well() -> None:
     assert headers[b"x-ratelimit-limit-requests"] == b"60"
 
 
-def test_there_is_no_header_for_a_limit_that_there_is_not() -> None:
+def test_no_header_is_sent_when_a_limit_is_not_set() -> None:
     only_at_once = {Limit.CONCURRENT: Allowance(4, 3, 0.0)}
     assert rate_limit_headers({}, "/v1/messages") == []
     assert rate_limit_headers(only_at_once, "/v1/messages", NOW) == []

@@ -1,4 +1,4 @@
-"""The limits of keys over HTTP: what a client is told, and what its clients make of it, unmodified."""
+"""The limits of keys over HTTP: the answers, and how unmodified clients react."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -30,7 +30,7 @@ SHORT = {**CHAT, "max_tokens": 4}
 
 
 class Time:
-    """Of the limiter: stands still."""
+    """The limiter's clock, which does not advance by itself."""
 
     now = 0.0
 
@@ -50,7 +50,7 @@ async def service(socket_folder: Any, time: Time) -> AsyncIterator[Service]:
 
 @pytest.fixture
 async def live(service: Service) -> AsyncIterator[httpx.AsyncClient]:
-    """Calls the service through a real server."""
+    """Return a client of the service through a real server."""
     async with service.socket_client() as client:
         yield client
 
@@ -63,7 +63,9 @@ def left(service: Service, of: Limit) -> int:
     return service.limiter.allowances(service.principals["limited"])[of].remaining
 
 
-async def test_too_many_requests_are_told_which_limit_and_when(service: Service, client: httpx.AsyncClient) -> None:
+async def test_answer_names_the_limit_and_the_wait_when_there_are_too_many_requests(
+    service: Service, client: httpx.AsyncClient
+) -> None:
     limit(service, requests_per_minute=1)
     assert (await client.post(CHAT_PATH, json=SHORT, headers=LIMITED)).status_code == 200
     answer = await client.post(CHAT_PATH, json=SHORT, headers=LIMITED)
@@ -74,7 +76,7 @@ async def test_too_many_requests_are_told_which_limit_and_when(service: Service,
     assert "x-should-retry" not in answer.headers
 
 
-async def test_the_headers_are_on_every_answer(service: Service, client: httpx.AsyncClient) -> None:
+async def test_headers_are_on_every_answer(service: Service, client: httpx.AsyncClient) -> None:
     limit(service, requests_per_minute=60, tokens_out_per_minute=100)
     good = await client.post(CHAT_PATH, json=SHORT, headers=LIMITED)
     assert good.headers["x-ratelimit-limit-requests"] == "60"
@@ -89,18 +91,18 @@ async def test_the_headers_are_on_every_answer(service: Service, client: httpx.A
 
 
 @pytest.mark.parametrize("path", [CHAT_PATH, "/v1/models", "/health", "/nowhere"])
-async def test_every_answer_says_how_long_it_took(client: httpx.AsyncClient, path: str) -> None:
+async def test_every_answer_has_its_processing_time(client: httpx.AsyncClient, path: str) -> None:
     took = (await client.post(path, json=CHAT)).headers["openai-processing-ms"]
     assert 0 <= int(took) < 5000
 
 
-async def test_without_a_key_there_are_no_limits_to_show(client: httpx.AsyncClient) -> None:
+async def test_no_limits_are_shown_when_there_is_no_key(client: httpx.AsyncClient) -> None:
     answer = await client.post(CHAT_PATH, json=CHAT)
     assert not [name for name in answer.headers if "ratelimit" in name]
 
 
 @pytest.mark.parametrize("body", [SHORT, {**SHORT, "stream": True}], ids=["whole", "streamed"])
-async def test_an_answer_is_settled_by_what_the_engine_counted(
+async def test_answer_is_settled_by_the_engines_token_counts(
     service: Service, client: httpx.AsyncClient, body: Any
 ) -> None:
     limit(service, tokens_in_per_minute=100, tokens_out_per_minute=100, tokens_per_day=1000, concurrent=1)
@@ -120,7 +122,7 @@ async def test_answers_count_n_times(service: Service, client: httpx.AsyncClient
 
 
 @pytest.mark.parametrize(("status", "requests"), [(400, 4), (503, 5)])
-async def test_only_a_request_is_charged_when_the_engine_refuses_the_clients_mistake(
+async def test_only_a_request_is_charged_when_the_engine_rejects_it(
     service: Service, client: httpx.AsyncClient, status: int, requests: int
 ) -> None:
     limit(service, requests_per_minute=5, tokens_per_day=10_000)
@@ -134,7 +136,7 @@ async def test_only_a_request_is_charged_when_the_engine_refuses_the_clients_mis
 @pytest.mark.parametrize(
     "body", [b"{", b'{"model": 1}', b'{"model": "tuned", "messages": [' + b"{}," * 9999 + b"{}]}"], ids=len
 )
-async def test_refused_bodies_count_as_requests_until_they_are_not_read_any_more(
+async def test_rejected_bodies_count_as_requests_until_the_limit_is_reached(
     service: Service, client: httpx.AsyncClient, path: str, body: bytes
 ) -> None:
     limit(service, requests_per_minute=2)
@@ -143,13 +145,13 @@ async def test_refused_bodies_count_as_requests_until_they_are_not_read_any_more
     assert [answer.status_code for answer in answers] == [400, 400, 429]
 
 
-async def test_a_request_for_an_unknown_model_counts_as_a_request(service: Service, client: httpx.AsyncClient) -> None:
+async def test_request_is_charged_when_the_model_is_unknown(service: Service, client: httpx.AsyncClient) -> None:
     limit(service, requests_per_minute=2)
     await client.post(CHAT_PATH, json={**SHORT, "model": "unknown"}, headers=LIMITED)
     assert left(service, Limit.REQUESTS_PER_MINUTE) == 1
 
 
-async def test_what_admission_refuses_costs_nothing(service: Service, client: httpx.AsyncClient) -> None:
+async def test_nothing_is_charged_when_admission_rejects_a_request(service: Service, client: httpx.AsyncClient) -> None:
     limit(service, requests_per_minute=1)
     service.admission.unavailable("the engine is starting")
     assert (await client.post(CHAT_PATH, json=SHORT, headers=LIMITED)).status_code == 503
@@ -157,7 +159,7 @@ async def test_what_admission_refuses_costs_nothing(service: Service, client: ht
 
 
 @pytest.mark.parametrize("body", [CHAT, STREAM], ids=["whole", "streamed"])
-async def test_an_answer_that_its_client_left_costs_what_the_engine_computed_meanwhile(
+async def test_engine_tokens_are_charged_when_the_client_left_its_answer(
     service: Service, live: httpx.AsyncClient, body: dict[str, Any]
 ) -> None:
     limit(service, tokens_out_per_minute=100, concurrent=1)
@@ -170,7 +172,7 @@ async def test_an_answer_that_its_client_left_costs_what_the_engine_computed_mea
     assert 25 <= 100 - left(service, Limit.TOKENS_OUT_PER_MINUTE) <= 60
 
 
-async def test_a_stream_that_its_client_left_costs_at_least_the_tokens_that_passed(
+async def test_forwarded_tokens_are_charged_at_least_when_the_client_left_its_stream(
     service: Service, live: httpx.AsyncClient
 ) -> None:
     limit(service, tokens_out_per_minute=100, concurrent=1)
@@ -184,7 +186,7 @@ async def test_a_stream_that_its_client_left_costs_at_least_the_tokens_that_pass
     assert 5 <= 100 - left(service, Limit.TOKENS_OUT_PER_MINUTE) < 50
 
 
-async def test_an_answer_that_its_client_left_costs_at_most_what_it_may_have(
+async def test_reserved_tokens_are_charged_at_most_when_the_client_left_its_answer(
     service: Service, live: httpx.AsyncClient
 ) -> None:
     limit(service, tokens_out_per_minute=100, concurrent=1)
@@ -195,32 +197,30 @@ async def test_an_answer_that_its_client_left_costs_at_most_what_it_may_have(
     assert left(service, Limit.TOKENS_OUT_PER_MINUTE) == 60
 
 
-async def test_a_request_beyond_another_limit_counts_as_a_request(service: Service, client: httpx.AsyncClient) -> None:
+async def test_request_is_charged_when_another_limit_rejects_it(service: Service, client: httpx.AsyncClient) -> None:
     limit(service, requests_per_minute=2, tokens_out_per_minute=10)
     answers = [await client.post(CHAT_PATH, json={**SHORT, "max_tokens": 50}, headers=LIMITED) for _ in range(3)]
     assert [error_of(answer)["message"].partition(":")[0] for answer in answers[1:]] == [
         "the answers may take 50 tokens, more than the limit of this key",
-        "the limit of this key is reached",
+        "this key has reached its limit of",
     ]
 
 
-async def test_requests_that_are_under_way_count_before_they_are_parsed(
-    service: Service, client: httpx.AsyncClient
-) -> None:
+async def test_running_requests_count_before_they_are_parsed(service: Service, client: httpx.AsyncClient) -> None:
     limit(service, requests_per_minute=1)
     service.double.token_delay_s = 0.05
     answers = await asyncio.gather(*(client.post(CHAT_PATH, json=SHORT, headers=LIMITED) for _ in range(3)))
     assert sorted(answer.status_code for answer in answers) == [200, 429, 429]
 
 
-async def test_complete_answers_tell_the_pace_of_their_engine(service: Service, client: httpx.AsyncClient) -> None:
+async def test_complete_answers_update_the_pace_of_their_engine(service: Service, client: httpx.AsyncClient) -> None:
     service.double.token_delay_s = 0.02
     for body in (SHORT, {**SHORT, "stream": True}):
         await client.post(CHAT_PATH, json=body)
     assert 20 <= service.pace.tokens_in(1.0) <= 50
 
 
-async def test_a_stream_that_the_engine_broke_costs_the_tokens_that_passed(
+async def test_forwarded_tokens_are_charged_when_the_engine_fails_within_a_stream(
     service: Service, client: httpx.AsyncClient
 ) -> None:
     limit(service, tokens_out_per_minute=100, concurrent=1)
@@ -229,19 +229,23 @@ async def test_a_stream_that_the_engine_broke_costs_the_tokens_that_passed(
     assert (left(service, Limit.TOKENS_OUT_PER_MINUTE), left(service, Limit.CONCURRENT)) == (98, 1)
 
 
-async def test_one_more_at_once_is_refused_until_one_has_ended(service: Service, client: httpx.AsyncClient) -> None:
+async def test_request_is_rejected_when_the_concurrency_limit_is_reached_until_one_ends(
+    service: Service, client: httpx.AsyncClient
+) -> None:
     limit(service, concurrent=1)
     service.double.token_delay_s = 0.05
     first = asyncio.create_task(client.post(CHAT_PATH, json=SHORT, headers=LIMITED))
     await until(lambda: service.double.running == 1)
     second = await client.post(CHAT_PATH, json=SHORT, headers=LIMITED)
-    assert "1 requests at once" in error_of(second)["message"]
+    assert "1 concurrent requests" in error_of(second)["message"]
     assert (await client.post(CHAT_PATH, json=SHORT, headers={"x-api-key": "other"})).status_code == 200
     await first
     assert (await client.post(CHAT_PATH, json=SHORT, headers=LIMITED)).status_code == 200
 
 
-async def test_a_limit_of_the_day_is_not_waited_for_by_clients(service: Service, client: httpx.AsyncClient) -> None:
+async def test_client_does_not_wait_when_the_limit_of_the_day_is_reached(
+    service: Service, client: httpx.AsyncClient
+) -> None:
     limit(service, tokens_per_day=100)
     service.limiter.add_used_today({"limited": 100})
     answer = await client.post(CHAT_PATH, json=SHORT, headers=LIMITED)
@@ -250,7 +254,7 @@ async def test_a_limit_of_the_day_is_not_waited_for_by_clients(service: Service,
     assert answer.headers["x-ratelimit-remaining-tokens"] == "0"
 
 
-async def test_anthropics_paths_have_anthropics_errors_and_headers(service: Service, client: httpx.AsyncClient) -> None:
+async def test_anthropic_paths_have_anthropic_errors_and_headers(service: Service, client: httpx.AsyncClient) -> None:
     limit(service, requests_per_minute=1)
     await client.post("/v1/messages", json=MESSAGE, headers={"x-api-key": "limited"})
     answer = await client.post("/v1/messages", json=MESSAGE, headers={"x-api-key": "limited"})
@@ -270,7 +274,7 @@ class TestFull:
             service.principals |= {"light": principal("light"), "heavy": principal("heavy", weight=3)}
             yield service
 
-    async def test_those_of_keys_wait_and_share_by_weight(self, service: Service, client: httpx.AsyncClient) -> None:
+    async def test_requests_of_keys_wait_and_share_by_weight(self, service: Service, client: httpx.AsyncClient) -> None:
         ended = list[str]()
 
         async def ask(key: str) -> int:
@@ -282,14 +286,12 @@ class TestFull:
         assert set(statuses) == {200}
         assert 10 <= ended[:16].count("heavy") <= 13
 
-    async def test_those_without_a_key_are_refused_as_ever(self, service: Service, client: httpx.AsyncClient) -> None:
+    async def test_requests_without_a_key_are_rejected(self, service: Service, client: httpx.AsyncClient) -> None:
         answers = await asyncio.gather(*(client.post(CHAT_PATH, json=SHORT) for _ in range(8)))
         codes = [error_of(answer)["code"] for answer in answers if answer.status_code == 429]
         assert codes == ["overloaded"] * 6
 
-    async def test_a_key_that_floods_is_refused_and_no_other_one(
-        self, service: Service, client: httpx.AsyncClient
-    ) -> None:
+    async def test_only_the_flooding_key_is_rejected(self, service: Service, client: httpx.AsyncClient) -> None:
         async def ask(key: str) -> tuple[str, int]:
             answer = await client.post(CHAT_PATH, json=SHORT, headers={"x-api-key": key})
             return key, answer.status_code
@@ -300,14 +302,14 @@ class TestFull:
 
 
 def used(service: Service, key_id: str) -> tuple[float, ...]:
-    """Requests, tokens in and out."""
+    """Return requests, input tokens and output tokens."""
     of = {"model": NAME, "key_id": key_id}
     tokens = (service.count("svc_key_tokens_total", **of, direction=direction) for direction in ("in", "out"))
     return service.count("svc_key_requests_total", **of), *tokens
 
 
 class TestUsage:
-    async def test_what_a_key_used_is_counted_by_its_id(self, service: Service, client: httpx.AsyncClient) -> None:
+    async def test_usage_is_counted_by_key_id(self, service: Service, client: httpx.AsyncClient) -> None:
         limit(service, requests_per_minute=2)
         for body in (SHORT, {**SHORT, "stream": True}, SHORT):
             await client.post(CHAT_PATH, json=body, headers=LIMITED)
@@ -317,7 +319,7 @@ class TestUsage:
         refused = {"model": UNKNOWN_MODEL, "key_id": "limited", "limit": "requests_per_minute"}
         assert service.count("svc_key_refused_total", **refused) == 1
 
-    async def test_it_goes_to_the_store_by_key_and_model(self, socket_folder: Path, store: Store) -> None:
+    async def test_usage_is_stored_by_key_and_model(self, socket_folder: Path, store: Store) -> None:
         async with Service(socket_folder, store=store).run() as service, service.client() as client:
             limit(service)
             await client.post(CHAT_PATH, json=SHORT, headers=LIMITED)
@@ -326,7 +328,7 @@ class TestUsage:
         found = usage_since(store, datetime.now(UTC) - timedelta(hours=1))
         assert found == [UsageTotal("limited", NAME, Usage(1, 3, 4))]
 
-    async def test_the_row_of_a_request_has_the_id_of_its_key(self, socket_folder: Path, store: Store) -> None:
+    async def test_row_of_a_request_has_the_id_of_its_key(self, socket_folder: Path, store: Store) -> None:
         async with Service(socket_folder, store=store).run() as service, service.client() as client:
             limit(service)
             await client.post(CHAT_PATH, json=SHORT, headers=LIMITED)
@@ -337,11 +339,11 @@ class TestUsage:
 
 
 class TestClients:
-    """Unmodified, with the waits that they choose themselves."""
+    """Unmodified clients, with the waits that they choose themselves."""
 
     @pytest.fixture
     def waits(self, monkeypatch: pytest.MonkeyPatch, time: Time) -> list[float]:
-        """How long clients wait before they ask again; the limiter's time passes, and nobody's else."""
+        """Return the waits of clients before their retries; only the limiter's time advances."""
         waited: list[float] = []
 
         async def sleep(seconds: float) -> None:
@@ -351,7 +353,7 @@ class TestClients:
         monkeypatch.setattr("openai._base_client.anyio.sleep", sleep)
         return waited
 
-    async def test_openais_client_asks_again_when_it_was_told(self, service: Service, waits: list[float]) -> None:
+    async def test_openai_client_retries_after_the_given_time(self, service: Service, waits: list[float]) -> None:
         limit(service, requests_per_minute=2)
         http = httpx2.AsyncClient(transport=httpx2.ASGITransport(service.app))
         async with AsyncOpenAI(api_key="limited", base_url="http://localhost/v1", http_client=http) as official:
@@ -361,7 +363,7 @@ class TestClients:
                 )
         assert waits == [30.0, 30.0]
 
-    async def test_openais_client_does_not_wait_for_the_next_day(self, service: Service, waits: list[float]) -> None:
+    async def test_openai_client_does_not_wait_for_the_next_day(self, service: Service, waits: list[float]) -> None:
         limit(service, tokens_per_day=1)
         service.limiter.add_used_today({"limited": 1})
         http = httpx2.AsyncClient(transport=httpx2.ASGITransport(service.app))
@@ -371,7 +373,7 @@ class TestClients:
         assert (caught.value.code, waits) == ("rate_limit_exceeded", [])
 
     @pytest.mark.slow
-    async def test_anthropics_client_asks_again_when_it_was_told(self, service: Service, waits: list[float]) -> None:
+    async def test_anthropic_client_retries_after_the_given_time(self, service: Service, waits: list[float]) -> None:
         import anthropic
 
         limit(service, requests_per_minute=2)

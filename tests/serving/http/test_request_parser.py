@@ -1,4 +1,4 @@
-"""Offers of another protocol are ignored: the request is read and answered as it is without its `Upgrade` header."""
+"""Offers of another protocol are ignored: the request is handled as without its `Upgrade` header."""
 
 import asyncio
 import logging
@@ -36,7 +36,7 @@ class Ask {
 
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers with the method, the target and, of a POST, the body."""
+    """Answer with the method, the target and, for a POST, the body."""
     body = b""
     if scope["method"] == "POST":
         body = await read_body(dict(scope["headers"]), receive, max_bytes=2**20, timeout_s=2)
@@ -64,7 +64,7 @@ async def answer(reader: asyncio.StreamReader) -> bytes:
 @pytest.mark.parametrize(("framing", "body"), [(LENGTH, BODY), (CHUNKED, CHUNKS)], ids=["length", "chunked"])
 @pytest.mark.parametrize("offer", [H2C, WEBSOCKET], ids=["h2c", "websocket"])
 @pytest.mark.parametrize("cuts", [(), (0,), (7,), (-30, 5)], ids=["one packet", "later", "in body", "in head and body"])
-async def test_the_body_is_read_when_the_request_offers_another_protocol(
+async def test_body_is_read_when_the_request_offers_another_protocol(
     framing: bytes, body: bytes, offer: bytes, cuts: Sequence[int]
 ) -> None:
     async with connected(echo) as (reader, writer):
@@ -82,7 +82,7 @@ async def test_the_body_is_read_when_the_request_offers_another_protocol(
 
 @pytest.mark.parametrize("at_once", [True, False], ids=["pipelined", "kept"])
 @pytest.mark.parametrize(("framing", "body"), [(LENGTH, BODY), (CHUNKED, CHUNKS)], ids=["length", "chunked"])
-async def test_later_requests_of_the_connection_are_answered_when_each_offers_another_protocol(
+async def test_later_requests_are_answered_when_each_offers_another_protocol(
     framing: bytes, body: bytes, at_once: bool
 ) -> None:
     async with connected(echo) as (reader, writer):
@@ -96,7 +96,7 @@ async def test_later_requests_of_the_connection_are_answered_when_each_offers_an
 
 
 @pytest.mark.parametrize("version", [b"1.1", b"1.0"])
-async def test_the_connection_is_closed_after_the_answer_when_the_client_asks_for_that(version: bytes) -> None:
+async def test_connection_is_closed_after_the_answer_when_the_client_asks_for_that(version: bytes) -> None:
     async with connected(echo) as (reader, writer):
         asked = head(H2C.replace(b"Upgrade,", b"Upgrade, close,"), LENGTH) + BODY
         writer.write(asked.replace(b"HTTP/1.1", b"HTTP/" + version))
@@ -104,7 +104,7 @@ async def test_the_connection_is_closed_after_the_answer_when_the_client_asks_fo
         assert await reader.read() == b""
 
 
-async def test_a_body_is_not_read_as_a_request_when_it_looks_like_one() -> None:
+async def test_body_is_not_parsed_as_a_request_when_it_looks_like_one() -> None:
     async with connected(echo) as (reader, writer):
         inner = head(b"", method=b"GET")
         writer.write(head(H2C, b"content-length: %d\r\n" % len(inner)))
@@ -124,7 +124,7 @@ async def test_all_requests_are_answered_when_a_packet_has_hundreds_with_offers(
 
 
 @pytest.mark.parametrize("target", [b"localhost:443", b"http://localhost/v1?secret"])
-async def test_a_connect_request_is_answered_once_when_the_target_is_anything(target: bytes) -> None:
+async def test_connect_request_is_answered_once_whatever_its_target(target: bytes) -> None:
     async with connected(echo) as (reader, writer):
         writer.write(b"CONNECT %b HTTP/1.1\r\nhost: localhost\r\n%b\r\n" % (target, H2C))
         async with asyncio.timeout(3):
@@ -172,7 +172,7 @@ async def test_curl_is_answered_when_it_asks_for_http2() -> None:
 
 
 @pytest.mark.skipif(shutil.which("javac") is None, reason="Java's compiler is not installed")
-async def test_javas_client_is_answered_when_it_offers_http2(tmp_path: Path) -> None:
+async def test_java_client_is_answered_when_it_offers_http2(tmp_path: Path) -> None:
     source = tmp_path / "Ask.java"
     source.write_text(JAVA)
     async with connected(echo) as (_, writer):

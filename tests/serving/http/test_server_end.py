@@ -1,4 +1,4 @@
-"""A server that ends loses no connection, and no request that is on its way on one."""
+"""A stopping server loses no connection, and no request that is being sent."""
 
 import asyncio
 import socket
@@ -29,7 +29,7 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
 
 @asynccontextmanager
 async def ending() -> AsyncIterator[tuple[HttpServer, Connection]]:
-    """A server with one connection; at the end of the body it has ended."""
+    """Run a server with one connection; at the end of the body it has stopped."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         server = http_server(app, most=8)
@@ -51,7 +51,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def told_to_end(server: HttpServer) -> None:
-    """Returns when it has told its connections."""
+    """Wait until the server has notified its connections."""
     server.stop()
     await asyncio.sleep(0.05)
 
@@ -64,7 +64,9 @@ async def answer(connection: Connection) -> bytes:
 
 
 @pytest.mark.parametrize("asked_before", [False, True], ids=["new", "kept"])
-async def test_a_request_on_an_open_connection_is_answered_and_is_the_last_one(asked_before: bool) -> None:
+async def test_request_on_an_open_connection_is_answered_as_the_last_one_when_the_server_stops(
+    asked_before: bool,
+) -> None:
     async with ending() as (server, connection):
         if asked_before:
             await answer(connection)
@@ -75,20 +77,20 @@ async def test_a_request_on_an_open_connection_is_answered_and_is_the_last_one(a
         assert await connection[0].read() == b""
 
 
-async def test_a_connection_without_a_request_ends_soon() -> None:
+async def test_connection_without_a_request_is_closed_soon_when_the_server_stops() -> None:
     async with ending() as (server, (reader, _)):
         await told_to_end(server)
         async with asyncio.timeout(2 * LAST_REQUEST_S):
             assert await reader.read() == b""
 
 
-async def test_a_server_that_is_told_to_stop_does_not_wait_for_its_next_look(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_server_stops_immediately_when_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_server_module, "_DATE_S", 60.0)
     async with asyncio.timeout(10), ending():
         pass
 
 
-async def test_answers_carry_the_date_of_now() -> None:
+async def test_answers_have_the_current_date() -> None:
     async with ending() as (_, connection):
         first = await answer(connection)
         await asyncio.sleep(1.2)
@@ -96,7 +98,7 @@ async def test_answers_carry_the_date_of_now() -> None:
 
 
 @pytest.mark.parametrize("ticks", range(6))
-async def test_a_connection_has_a_protocol_or_still_waits_in_the_listener(ticks: int) -> None:
+async def test_every_connection_has_a_protocol_or_waits_in_the_listener_when_the_server_stops(ticks: int) -> None:
     made = []
 
     class Noting(asyncio.Protocol):
@@ -123,7 +125,7 @@ async def test_a_connection_has_a_protocol_or_still_waits_in_the_listener(ticks:
             await asyncio.sleep(0)
         await acceptor.stop(1.0)
         if not made:
-            listener.accept()[0].close()  # raises where none waits
+            listener.accept()[0].close()  # raises if none waits
         for transport in made:
             transport.close()
         await asyncio.sleep(0)

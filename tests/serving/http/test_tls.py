@@ -1,4 +1,4 @@
-"""A certificate is taken when it is good, and exchanged when its files are."""
+"""A certificate is loaded if it is valid, and reloaded when its files change."""
 
 import logging
 import os
@@ -13,7 +13,7 @@ from tests.serving.certificates import make_certificate
 
 
 def shown(certificate: Certificate, authority: Path) -> bool:
-    """Whether a client that trusts one authority gets through the handshake."""
+    """Return whether a client that trusts one authority completes the handshake."""
     trusting = ssl.create_default_context(cafile=str(authority))
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     client = trusting.wrap_bio(to_client, to_server, server_hostname="localhost")
@@ -30,7 +30,7 @@ def shown(certificate: Certificate, authority: Path) -> bool:
 
 
 def exchange(folder: Path, name: str, into: tuple[Path, Path]) -> Path:
-    """Puts another certificate in the place of one; returns a copy of it, to trust."""
+    """Replace a certificate by another one; return a copy of it to trust."""
     made = make_certificate(folder, name)
     (folder / f"{name}.ca").write_bytes(made[0].read_bytes())
     for new, old in zip(made, into, strict=True):
@@ -38,7 +38,7 @@ def exchange(folder: Path, name: str, into: tuple[Path, Path]) -> Path:
     return folder / f"{name}.ca"
 
 
-def test_a_client_that_trusts_it_gets_through(tmp_path: Path) -> None:
+def test_client_connects_when_it_trusts_the_certificate(tmp_path: Path) -> None:
     files = make_certificate(tmp_path)
     other, _ = make_certificate(tmp_path, "other")
     certificate = Certificate(*files)
@@ -46,11 +46,11 @@ def test_a_client_that_trusts_it_gets_through(tmp_path: Path) -> None:
     assert not shown(certificate, other)
 
 
-def test_nothing_older_than_tls_1_2_is_spoken(tmp_path: Path) -> None:
+def test_versions_before_tls_1_2_are_rejected(tmp_path: Path) -> None:
     assert Certificate(*make_certificate(tmp_path)).context.minimum_version is ssl.TLSVersion.TLSv1_2
 
 
-def test_a_new_one_is_taken_into_the_same_context(tmp_path: Path) -> None:
+def test_new_certificate_is_loaded_into_the_same_context(tmp_path: Path) -> None:
     files = make_certificate(tmp_path)
     certificate = Certificate(*files)
     context = certificate.context
@@ -61,7 +61,7 @@ def test_a_new_one_is_taken_into_the_same_context(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("broken", ["no PEM", "another's key", "gone"])
-def test_a_broken_one_is_logged_once_and_the_one_before_goes_on(
+def test_previous_certificate_stays_in_use_when_the_new_one_is_broken(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, broken: str
 ) -> None:
     files = make_certificate(tmp_path)
@@ -76,7 +76,7 @@ def test_a_broken_one_is_logged_once_and_the_one_before_goes_on(
     with caplog.at_level(logging.ERROR):
         for _ in range(3):
             certificate.look()
-    assert caplog.text.count("the one before goes on") == 1
+    assert caplog.text.count("the previous one stays in use") == 1
     assert shown(certificate, trusted)
     if broken == "gone":
         return
@@ -86,7 +86,7 @@ def test_a_broken_one_is_logged_once_and_the_one_before_goes_on(
 
 
 @pytest.mark.parametrize("broken", ["no file", "no PEM", "another's key", "a password"])
-def test_a_broken_one_starts_no_server(tmp_path: Path, broken: str) -> None:
+def test_server_does_not_start_when_its_certificate_is_broken(tmp_path: Path, broken: str) -> None:
     certificate, key = make_certificate(tmp_path)
     match broken:
         case "no file":

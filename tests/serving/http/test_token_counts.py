@@ -1,4 +1,4 @@
-"""Tokens are counted beside admission, and cost a key nothing."""
+"""Token counts bypass admission, and cost a key nothing."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -10,7 +10,7 @@ import httpx2
 import pytest
 
 from serving.admission.rate_limiter import Limit
-from serving.http.token_counts import MOST_AT_ONCE
+from serving.http.token_counts import MAX_CONCURRENT
 from svc.identity.principal import Principal
 from tests.serving.admission.opened import admitted
 from tests.serving.http.test_inference import CHAT_PATH, error_of
@@ -29,7 +29,7 @@ async def service(socket_folder: Path) -> AsyncIterator[Service]:
 
 
 @pytest.mark.slow
-async def test_anthropics_client_counts(service: Service) -> None:
+async def test_anthropic_client_counts_tokens(service: Service) -> None:
     from anthropic import AsyncAnthropic
 
     http = httpx2.AsyncClient(transport=httpx2.ASGITransport(service.app))
@@ -46,7 +46,7 @@ async def test_tokens_are_the_engines(client: httpx.AsyncClient, body: Any) -> N
 
 
 @both
-async def test_it_takes_no_place(service: Service, client: httpx.AsyncClient, path: str) -> None:
+async def test_count_takes_no_place_in_admission(service: Service, client: httpx.AsyncClient, path: str) -> None:
     service.double.tokenize_delay_s = 0.05
     counting = [asyncio.create_task(client.post(path, json=BODY)) for _ in range(4)]
     await asyncio.sleep(0.02)
@@ -58,7 +58,7 @@ async def test_it_takes_no_place(service: Service, client: httpx.AsyncClient, pa
 
 
 @both
-async def test_it_costs_a_key_nothing(service: Service, client: httpx.AsyncClient, path: str) -> None:
+async def test_count_costs_a_key_nothing(service: Service, client: httpx.AsyncClient, path: str) -> None:
     key = principal("k", requests_per_minute=1, tokens_in_per_minute=10, tokens_per_day=10, concurrent=1)
     service.principals["k"] = key
     answers = [await client.post(path, json=BODY, headers={"x-api-key": "k"}) for _ in range(3)]
@@ -66,11 +66,11 @@ async def test_it_costs_a_key_nothing(service: Service, client: httpx.AsyncClien
     assert service.limiter.allowances(key)[Limit.REQUESTS_PER_MINUTE].remaining == 1
     assert service.limiter.allowances(key)[Limit.TOKENS_PER_DAY].remaining == 10
     assert service.count("svc_key_requests_total", model=NAME, key_id="k") == 0
-    assert answers[0].headers["x-ratelimit-remaining-requests"] == "0"  # while it runs
+    assert answers[0].headers["x-ratelimit-remaining-requests"] == "0"  # while the request runs
 
 
 @both
-async def test_so_many_at_once_and_half_of_them_for_one_key(
+async def test_counts_are_limited_and_one_key_gets_half_of_the_places(
     service: Service, client: httpx.AsyncClient, path: str
 ) -> None:
     service.principals |= {name: principal(name) for name in ("one", "other")}
@@ -79,14 +79,14 @@ async def test_so_many_at_once_and_half_of_them_for_one_key(
     async def ask(key: str) -> int:
         return (await client.post(path, json=BODY, headers={"x-api-key": key})).status_code
 
-    statuses = await asyncio.gather(*(ask("one") for _ in range(MOST_AT_ONCE)), ask("other"))
-    assert statuses.count(429) == MOST_AT_ONCE // 2
+    statuses = await asyncio.gather(*(ask("one") for _ in range(MAX_CONCURRENT)), ask("other"))
+    assert statuses.count(429) == MAX_CONCURRENT // 2
     assert statuses[-1] == 200
     assert await ask("one") == 200
 
 
 @both
-async def test_a_key_counts_for_no_model_that_it_may_not_ask(
+async def test_key_cannot_count_for_models_that_it_may_not_use(
     service: Service, client: httpx.AsyncClient, path: str
 ) -> None:
     key = principal("k")
@@ -97,7 +97,7 @@ async def test_a_key_counts_for_no_model_that_it_may_not_ask(
 
 
 @both
-async def test_what_is_not_served_elsewhere_is_not_served_here(
+async def test_fields_are_rejected_when_completions_reject_them(
     service: Service, client: httpx.AsyncClient, path: str
 ) -> None:
     image = {"type": "image_url", "image_url": {"url": "http://10.0.0.1/"}}
@@ -116,21 +116,21 @@ async def test_what_is_not_served_elsewhere_is_not_served_here(
         ([], 400, "invalid_json"),
     ],
 )
-async def test_what_is_wrong_is_told(client: httpx.AsyncClient, path: str, body: Any, status: int, code: str) -> None:
+async def test_errors_are_shown(client: httpx.AsyncClient, path: str, body: Any, status: int, code: str) -> None:
     answer = await client.post(path, json=body)
     assert (answer.status_code, error_of(answer)["code"]) == (status, code)
     assert ("type" in answer.json()) == (path == COUNT)
 
 
 @both
-async def test_a_body_that_is_too_large_is_refused_and_read(socket_folder: Path, path: str) -> None:
+async def test_too_large_body_is_rejected_and_read(socket_folder: Path, path: str) -> None:
     async with Service(socket_folder, max_body_bytes=2048).run() as service, service.socket_client() as client:
         answer = await client.post(path, json={**BODY, "messages": [{"role": "user", "content": "a" * 100_000}]})
         assert (answer.status_code, error_of(answer)["code"]) == (413, "body_too_large")
 
 
 @both
-async def test_without_an_engine_it_is_told_when_to_come_again(
+async def test_answer_has_retry_after_when_there_is_no_engine(
     service: Service, client: httpx.AsyncClient, path: str
 ) -> None:
     assert service.engine is not None

@@ -10,7 +10,7 @@ def passes(limit: WarningLimit, message: str, level: int = logging.WARNING) -> b
     return bool(limit.filter(logging.LogRecord("any", level, "", 0, message, ("argument",), None)))
 
 
-def test_a_warning_is_logged_again_when_a_minute_has_passed() -> None:
+def test_warning_is_logged_again_when_a_minute_has_passed() -> None:
     clock = Clock()
     limit = WarningLimit(clock)
     assert passes(limit, "one %s")
@@ -21,7 +21,7 @@ def test_a_warning_is_logged_again_when_a_minute_has_passed() -> None:
     assert not passes(limit, "one %s")
 
 
-def test_a_warning_is_logged_when_another_was_just_logged() -> None:
+def test_warning_is_logged_when_another_was_just_logged() -> None:
     limit = WarningLimit(Clock())
     assert passes(limit, "one %s")
     assert passes(limit, "other %s")

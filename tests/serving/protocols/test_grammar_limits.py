@@ -1,4 +1,4 @@
-"""A grammar that would stall the engine of all clients is refused, and an ordinary one is not."""
+"""A grammar that would block the shared engine is rejected, and an ordinary one is not."""
 
 import json
 import time
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.protocols.grammar_limits import MOST_ATOMS, MOST_LENGTHS, MOST_PROPERTIES, excess, written_out
+from serving.protocols.grammar_limits import MAX_ATOMS, MAX_LENGTHS, MAX_PROPERTIES, excess, written_out
 from serving.protocols.route import Route
 from serving.protocols.unsupported_fields import find_refusal
 
@@ -36,7 +36,7 @@ TICKET = {
 }
 
 SLOW = [
-    (optional(MOST_PROPERTIES + 1), "properties of an object"),
+    (optional(MAX_PROPERTIES + 1), "properties of an object"),
     (optional(300, maxProperties=150), "maxProperties"),
     (optional(300, minProperties=150), "maxProperties"),
     (pattern("^[a-z]{0,10000}$"), "pattern"),
@@ -46,15 +46,15 @@ SLOW = [
     (pattern("^" + "[a-z]?" * 60 + "$"), "pattern"),
     (pattern("^([a-z]?){60}$"), "pattern"),
     ({"type": "object", "patternProperties": {"^a{0,5000}$": TEXT}}, "pattern"),
-    ({"anyOf": [pattern("a{900}")] * 20}, "characters in all"),
-    ([{"type": "string", "maxLength": number} for number in range(MOST_LENGTHS + 1)], "strings with a length"),
+    ({"anyOf": [pattern("a{900}")] * 20}, "characters in total"),
+    ([{"type": "string", "maxLength": number} for number in range(MAX_LENGTHS + 1)], "strings with a length"),
     ({"enum": ["x" * 1000] * 70}, "64 KiB"),
     ({"$defs": {"deep": [[{"items": [pattern("a{9999}")]}]]}}, "pattern"),
 ]
 
 
 @pytest.mark.parametrize(("schema", "limit"), SLOW)
-def test_a_schema_that_takes_seconds_is_known(schema: Any, limit: str) -> None:
+def test_schema_is_rejected_when_it_takes_seconds_to_compile(schema: Any, limit: str) -> None:
     told = excess({"json_schema": {"schema": schema}})
     assert told is not None and limit in told
     assert excess({"json": json.dumps(schema)}) == told
@@ -63,7 +63,7 @@ def test_a_schema_that_takes_seconds_is_known(schema: Any, limit: str) -> None:
 @pytest.mark.parametrize(
     "grammar", [None, "", [], TICKET, {"json": json.dumps(TICKET)}, {"json": "{no json"}, {"regex": r"\d{4}-\d{2}"}]
 )
-def test_an_ordinary_one_is_within_all_limits(grammar: Any) -> None:
+def test_ordinary_grammar_is_within_all_limits(grammar: Any) -> None:
     assert excess(grammar) is None
 
 
@@ -89,24 +89,24 @@ def test_an_ordinary_one_is_within_all_limits(grammar: Any) -> None:
         (")))", 3),
     ],
 )
-def test_a_pattern_is_as_long_as_its_repetitions_written_out(text: str, size: int) -> None:
+def test_length_of_a_pattern_counts_its_repetitions_written_out(text: str, size: int) -> None:
     assert written_out(text) == size
 
 
 @pytest.mark.parametrize(
     "text", ["a{99999999999999999999}", "(){9999}", "(a|){9999}", "(a{50}){50}?", "(?:a{50})+{50}"]
 )
-def test_no_spelling_hides_a_repetition(text: str) -> None:
-    assert written_out(text) > MOST_ATOMS
+def test_repetition_is_counted_in_every_spelling(text: str) -> None:
+    assert written_out(text) > MAX_ATOMS
 
 
 @given(st.text(alphabet="a()[]{}\\,0123456789|*+?", max_size=60))
-def test_any_text_has_a_length(text: str) -> None:
+def test_length_is_defined_for_any_text(text: str) -> None:
     assert written_out(text) >= 0
 
 
 @pytest.mark.parametrize("unit", ["[", "{1", "(", "\\", "((a){9}", "{", "1", "[\\"])
-def test_no_text_takes_long_to_look_at(unit: str) -> None:
+def test_no_text_takes_long_to_scan(unit: str) -> None:
     started = time.perf_counter()
     written_out((unit * 65_536)[:65_536])
     assert time.perf_counter() - started < 1
@@ -137,7 +137,7 @@ FUNCTION = {"type": "function", "function": {"name": "f", "parameters": BAD}}
         (Route.MESSAGES, {"tools": [{"input_schema": BAD}], "tool_choice": {"type": "any"}}, "tools"),
     ],
 )
-def test_every_field_with_a_grammar_is_looked_at(route: Route, fields: dict[str, Any], param: str) -> None:
+def test_every_field_with_a_grammar_is_checked(route: Route, fields: dict[str, Any], param: str) -> None:
     refusal = find_refusal(fields, route)
     assert refusal is not None and refusal.param == param
 
@@ -152,5 +152,5 @@ def test_every_field_with_a_grammar_is_looked_at(route: Route, fields: dict[str,
         (Route.RESPONSES, {"text": "a{9999}", "tools": "none"}),
     ],
 )
-def test_tools_that_may_be_called_make_no_grammar(route: Route, fields: dict[str, Any]) -> None:
+def test_tools_are_not_checked_when_they_are_optional(route: Route, fields: dict[str, Any]) -> None:
     assert find_refusal(fields, route) is None

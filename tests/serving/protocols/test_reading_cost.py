@@ -1,4 +1,4 @@
-"""No body that is read holds the event loop for long, and ordinary bodies are read."""
+"""No accepted body blocks the event loop for long, and ordinary bodies are accepted."""
 
 import json
 import time
@@ -16,8 +16,8 @@ from svc.settings import RequestLimits, ServeSettings
 from tests.event_loop import MOST_CPU_S
 from tests.serving.protocols.worst_bodies import WorstBody, worst_bodies
 
-MOST_MS = RequestLimits().reading_ms
-MOST_BYTES = ServeSettings().max_body_bytes
+MAX_MS = RequestLimits().reading_ms
+MAX_BYTES = ServeSettings().max_body_bytes
 ELEMENTS = (
     *(b"{}", b"[]", b"[[]]", b"1", b"1.5", b"1e300", b"null", b'""', b'"a"', b'{"a":1}', b"[" * 60 + b"]" * 60),
     *(b'{"role":"user","content":"a"}', b'{"role":"user","content":[{"type":"text","text":"a"}]}'),
@@ -38,7 +38,7 @@ HEADS = (
 
 
 def closed(head: bytes) -> bytes:
-    """Return what ends a body that begins so."""
+    """Return the end of a body with this beginning."""
     closing = {ord("["): b"]", ord("{"): b"}"}
     return b"".join(closing[byte] for byte in reversed(head) if byte in closing and head.count(byte) > 0)[: _open(head)]
 
@@ -48,16 +48,16 @@ def _open(head: bytes) -> int:
 
 
 def largest(make: Callable[[int], bytes], most: int) -> bytes:
-    """Return the longest body of its kind that is read."""
+    """Return the longest accepted body of its kind."""
     fewest = 1
     while most - fewest > most // 50:
         middle = (fewest + most + 1) // 2
-        fewest, most = (fewest, middle - 1) if takes_longer(make(middle), MOST_MS) else (middle, most)
+        fewest, most = (fewest, middle - 1) if takes_longer(make(middle), MAX_MS) else (middle, most)
     return make(fewest)
 
 
 def cpu_s(body: bytes, route: Route) -> float:
-    """Return the shortest processor time of three readings, whether the body is served or not."""
+    """Return the shortest CPU time of three readings, whether the body is accepted or not."""
     took = []
     for _ in range(3):
         began = time.thread_time()
@@ -69,13 +69,13 @@ def cpu_s(body: bytes, route: Route) -> float:
 
 @pytest.mark.parametrize("element", ELEMENTS, ids=lambda element: element[:20].decode())
 @pytest.mark.parametrize(("route", "head"), HEADS, ids=[head.decode() for _, head in HEADS])
-def test_lists_within_the_limits_hold_the_loop_for_a_moment_only(route: Route, head: bytes, element: bytes) -> None:
+def test_lists_within_the_limits_block_the_loop_only_briefly(route: Route, head: bytes, element: bytes) -> None:
     begin = b'{"model":"tuned",' + head
 
     def make(count: int) -> bytes:
         return begin + b",".join([element] * count) + closed(begin)
 
-    most = MOST_BYTES // (len(element) + 1) - 100
+    most = MAX_BYTES // (len(element) + 1) - 100
     json.loads(make(2))
     for body in (largest(make, most), make(most)):
         assert cpu_s(body, route) < MOST_CPU_S
@@ -83,17 +83,17 @@ def test_lists_within_the_limits_hold_the_loop_for_a_moment_only(route: Route, h
 
 @pytest.mark.parametrize("some", TEXTS, ids=ascii)
 @pytest.mark.parametrize("other", [b"a", b"\\n", "é".encode(), b","], ids=ascii)
-def test_texts_within_the_limits_hold_the_loop_for_a_moment_only(some: bytes, other: bytes) -> None:
+def test_texts_within_the_limits_block_the_loop_only_briefly(some: bytes, other: bytes) -> None:
     def make(count: int) -> bytes:
         half = count // 2
         return b'{"model":"tuned","prompt":"' + some * (half // len(some)) + other * (half // len(other)) + b'"}'
 
-    for body in (largest(make, MOST_BYTES - 100), make(MOST_BYTES - 100)):
+    for body in (largest(make, MAX_BYTES - 100), make(MAX_BYTES - 100)):
         assert cpu_s(body, Route.COMPLETIONS) < MOST_CPU_S
 
 
 @pytest.mark.parametrize("worst", worst_bodies(), ids=lambda worst: f"{worst.route.name} {worst.name}")
-def test_the_worst_bodies_for_the_engine_are_served_and_hold_the_loop_for_a_moment_only(worst: WorstBody) -> None:
+def test_worst_bodies_for_the_engine_are_accepted_and_block_the_loop_only_briefly(worst: WorstBody) -> None:
     body = worst.body("tuned")
     assert parse_request(body, worst.route).model == "tuned"
     assert cpu_s(body, worst.route) < MOST_CPU_S
@@ -111,9 +111,9 @@ def test_the_worst_bodies_for_the_engine_are_served_and_hold_the_loop_for_a_mome
     ],
     ids=lambda body: body[:8].decode(),
 )
-def test_a_body_that_takes_too_long_is_found_without_reading_it(body: bytes) -> None:
+def test_too_slow_body_is_detected_without_parsing_it(body: bytes) -> None:
     began = time.thread_time()
-    assert takes_longer(body, MOST_MS)
+    assert takes_longer(body, MAX_MS)
     assert time.thread_time() - began < MOST_CPU_S
 
 
@@ -129,8 +129,8 @@ def test_a_body_that_takes_too_long_is_found_without_reading_it(body: bytes) -> 
     ],
     ids=["separators", "digits", "JSON", "4,096 messages", "131,072 token ids", "CSV"],
 )
-def test_large_ordinary_bodies_are_read(fields: object) -> None:
-    assert not takes_longer(json.dumps(fields, separators=(",", ":")).encode(), MOST_MS)
+def test_large_ordinary_bodies_are_accepted(fields: object) -> None:
+    assert not takes_longer(json.dumps(fields, separators=(",", ":")).encode(), MAX_MS)
 
 
 JSON_TEXTS = st.text(alphabet='a"\\,:[]{}1é', max_size=30)
@@ -142,7 +142,7 @@ JSON_VALUES = st.recursive(
 
 
 def count(value: object) -> tuple[int, int]:
-    """Return the separators and the objects and arrays of a JSON value, as it is written compactly."""
+    """Return the number of separators and of objects and arrays in a compactly written JSON value."""
     if isinstance(value, dict):
         inner = [count(each) for each in value.values()]
         own = len(value) + max(0, len(value) - 1)
@@ -157,7 +157,7 @@ def count(value: object) -> tuple[int, int]:
 
 @given(value=JSON_VALUES, ensure_ascii=st.booleans(), size=st.integers(1, 40))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_separators_inside_of_strings_are_not_counted_however_a_body_is_divided(
+def test_separators_inside_strings_are_not_counted_whatever_the_slices(
     monkeypatch: pytest.MonkeyPatch, value: object, ensure_ascii: bool, size: int
 ) -> None:
     monkeypatch.setattr("serving.protocols.reading_cost._SLICE", size)

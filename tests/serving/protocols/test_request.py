@@ -1,4 +1,4 @@
-"""What is read of a request, and what is refused before it costs anything."""
+"""The fields that are parsed, and the requests that are rejected early."""
 
 import json
 from typing import Any
@@ -48,17 +48,17 @@ def parse(fields: Any, route: Route = Route.CHAT_COMPLETIONS) -> CompletionReque
     ],
     ids=lambda body: body[:40].decode("latin-1"),
 )
-def test_what_is_no_json_object_is_refused(body: bytes) -> None:
+def test_body_is_rejected_when_it_is_not_a_json_object(body: bytes) -> None:
     with pytest.raises(InvalidJsonError):
         parse(body)
 
 
 @given(st.dictionaries(st.text(max_size=8).map(lambda key: "x" + key), JSON_VALUES, max_size=5))
-def test_all_fields_reach_the_engine_as_they_came_but_the_model(fields: dict[str, Any]) -> None:
+def test_all_fields_but_the_model_reach_the_engine_unchanged(fields: dict[str, Any]) -> None:
     assert json.loads(parse({**fields, "model": "tuned@1"}).payload("tuned")) == {**fields, "model": "tuned"}
 
 
-def test_a_lone_surrogate_passes() -> None:
+def test_lone_surrogate_is_forwarded() -> None:
     assert json.loads(parse(b'{"model": "tuned", "prompt": "\\ud800"}').payload("tuned"))["prompt"] == "\ud800"
 
 
@@ -77,33 +77,33 @@ def test_a_lone_surrogate_passes() -> None:
         ({"temperature": 1e300, "max_tokens": 2**31}, (None, None)),
     ],
 )
-def test_the_sampling_is_read_as_it_was_sent(fields: dict[str, Any], kept: tuple[float | None, int | None]) -> None:
+def test_sampling_parameters_are_read_as_sent(fields: dict[str, Any], kept: tuple[float | None, int | None]) -> None:
     request = parse({"model": "tuned", **fields})
     assert (request.temperature, request.max_tokens) == kept
     assert json.loads(request.payload("tuned")) == {"model": "tuned", **fields}
 
 
 @pytest.mark.parametrize("fields", [{}, {"model": None}, {"model": 1}, {"model": ["tuned"]}])
-def test_the_model_is_a_string(fields: dict[str, Any]) -> None:
+def test_model_must_be_a_string(fields: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         parse(fields)
     assert caught.value.param == "model"
 
 
-def test_a_field_that_is_not_served_is_named() -> None:
+def test_unsupported_field_is_named() -> None:
     with pytest.raises(InvalidRequestError) as caught:
         parse({"model": "tuned", "background": True}, Route.RESPONSES)
     assert caught.value.param == "background"
 
 
 @pytest.mark.parametrize("sent", [{}, {"store": None, "background": None}, {"store": False, "background": False}])
-def test_the_engine_is_always_told_to_keep_nothing_after_the_answer(sent: dict[str, Any]) -> None:
+def test_engine_is_always_asked_to_store_nothing(sent: dict[str, Any]) -> None:
     request = parse({"model": "tuned", "input": "a", **sent}, Route.RESPONSES)
     assert json.loads(request.payload("tuned")) == {"model": "tuned", "input": "a", "store": False, "background": False}
 
 
 @pytest.mark.parametrize("route", [Route.RESPONSES, Route.MESSAGES])
-def test_the_token_counts_of_their_streams_are_the_clients(route: Route) -> None:
+def test_client_gets_the_token_counts_when_its_route_always_sends_them(route: Route) -> None:
     request = parse({"model": "tuned", "stream": True}, route)
     assert request.wants_usage
     assert "stream_options" not in json.loads(request.payload("tuned"))
@@ -118,7 +118,7 @@ def test_the_token_counts_of_their_streams_are_the_clients(route: Route) -> None
         (Route.RESPONSES, {"max_tokens": 9}, None),
     ],
 )
-def test_the_longest_answer_is_what_the_engine_takes_for_it(
+def test_maximum_length_is_the_one_that_the_engine_uses(
     route: Route, fields: dict[str, Any], longest: int | None
 ) -> None:
     assert parse({"model": "tuned", **fields}, route).max_tokens == longest
@@ -133,7 +133,7 @@ def test_the_longest_answer_is_what_the_engine_takes_for_it(
         ({"stream": True, "stream_options": {"include_usage": "yes"}}, "stream_options.include_usage"),
     ],
 )
-def test_what_decides_over_the_stream_has_its_type(fields: dict[str, Any], param: str) -> None:
+def test_stream_fields_must_have_their_types(fields: dict[str, Any], param: str) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         parse({"model": "tuned", **fields})
     assert caught.value.param == param
@@ -152,7 +152,7 @@ def test_what_decides_over_the_stream_has_its_type(fields: dict[str, Any], param
         ),
     ],
 )
-def test_the_engine_is_always_asked_for_the_token_counts_of_a_stream(
+def test_engine_is_always_asked_for_the_token_counts_of_a_stream(
     options: dict[str, Any] | None, wants_usage: bool, sent: dict[str, Any]
 ) -> None:
     request = parse({"model": "tuned", "stream": True, "stream_options": options})
@@ -160,19 +160,19 @@ def test_the_engine_is_always_asked_for_the_token_counts_of_a_stream(
     assert json.loads(request.payload("tuned"))["stream_options"] == sent
 
 
-def test_without_a_stream_nothing_is_added() -> None:
+def test_nothing_is_added_when_the_request_is_not_a_stream() -> None:
     request = parse({"model": "tuned", "stream": False})
     assert (request.stream, json.loads(request.payload("tuned"))) == (False, {"model": "tuned", "stream": False})
 
 
 @given(st.dictionaries(st.text(max_size=5), JSON_VALUES, max_size=3), st.text(min_size=1))
-def test_the_engine_is_asked_for_its_own_name_of_the_model(fields: dict[str, Any], engine_model: str) -> None:
+def test_engine_is_asked_by_its_own_model_name(fields: dict[str, Any], engine_model: str) -> None:
     body = json.dumps({"model": "tuned", "prompt": "a"} | {f"x_{key}": value for key, value in fields.items()}).encode()
     sent = json.loads(parse(body, Route.COMPLETIONS).payload(engine_model))
     assert sent == json.loads(body) | {"model": engine_model}
 
 
-def test_a_request_of_its_model_alone_stays_one() -> None:
+def test_request_with_only_a_model_stays_valid() -> None:
     assert parse({"model": "tuned"}).payload("other") == b'{"model":"other"}'
 
 
@@ -199,13 +199,13 @@ TURNS = [
         (Route.RESPONSES, {"input": TURNS}, "Hello"),
     ],
 )
-def test_who_asks_is_told_by_the_user_or_by_how_the_conversation_began(
+def test_client_is_identified_by_the_user_or_the_beginning_of_the_conversation(
     route: Route, fields: dict[str, Any], who: str
 ) -> None:
     assert parse({"model": "tuned", **fields}, route).who == who
 
 
-def test_of_a_long_beginning_a_part_is_enough() -> None:
+def test_client_is_identified_by_a_part_when_the_beginning_is_long() -> None:
     assert len(parse({"model": "tuned", "user": "x" * 10_000}).who) < 1000
 
 
@@ -221,6 +221,6 @@ def test_of_a_long_beginning_a_part_is_enough() -> None:
         ({"metadata": {"user_id": None}}, None),
     ],
 )
-def test_what_a_client_calls_its_user_is_known(fields: dict[str, Any], user: str | None) -> None:
+def test_user_is_read_from_the_field_of_each_api(fields: dict[str, Any], user: str | None) -> None:
     body = json.dumps({"model": "m", "messages": TURNS, **fields}).encode()
     assert parse_request(body, Route.CHAT_COMPLETIONS).user == user

@@ -1,4 +1,4 @@
-"""Events cut from chunks that end anywhere, and what is found in them."""
+"""Events are split from chunks that end anywhere, and parsed."""
 
 import json
 
@@ -28,7 +28,7 @@ def test_events_are_the_same_wherever_the_chunks_end(events: list[bytes], data: 
     assert found == events
 
 
-def test_an_event_that_is_not_complete_is_kept_back() -> None:
+def test_incomplete_event_is_held_back() -> None:
     splitter = EventSplitter()
     assert splitter.feed(b"data: 1\n\ndata: ") == [b"data: 1\n\n"]
     assert splitter.feed(b"2\n\n") == [b"data: 2\n\n"]
@@ -38,12 +38,12 @@ def test_data_of_several_lines_is_joined() -> None:
     assert data_of(b": note\nevent: x\ndata: 1\ndata:2\n\n") == b"1\n2"
 
 
-def test_an_event_may_have_a_name() -> None:
+def test_name_of_an_event_is_read() -> None:
     assert name_of(b"event: message_stop\r\ndata: 1\r\n\r\n") == "message_stop"
     assert name_of(b"data: event: no\n\n") == ""
 
 
-def test_an_error_is_found_at_the_top_of_an_event_only() -> None:
+def test_error_is_found_only_at_the_top_of_an_event() -> None:
     assert find_error(b'data: {"error":{"message":"no"}}\n\n') == {"message": "no"}
     assert find_error(b'data: {"choices":[{"error":"error"}]}\n\n') is None
     assert find_error(b'data: "error"\n\n') is None

@@ -1,4 +1,4 @@
-"""A request with more structure than an engine's front can check quickly is refused, and an ordinary one is not."""
+"""A request with more structure than vLLM's API server can check quickly is rejected, an ordinary one is not."""
 
 import json
 from typing import Any
@@ -17,49 +17,49 @@ LIMITS = RequestLimits()
 
 
 def refused(fields: dict[str, Any], route: Route, limits: RequestLimits = LIMITS) -> str | None:
-    """Return the field at fault."""
+    """Return the invalid field."""
     refusal = find_excess(fields, route, limits, json.dumps(fields, separators=(",", ":")).encode())
     return refusal.param if refusal else None
 
 
 @pytest.mark.parametrize("route", [CHAT, MESSAGES])
-def test_messages_are_refused_beyond_their_number(route: Route) -> None:
+def test_messages_are_rejected_over_their_limit(route: Route) -> None:
     assert refused({"messages": [USER] * 4096}, route) is None
     assert refused({"messages": [USER] * 4097}, route) == "messages"
     assert refused({"messages": [USER] * 3}, route, RequestLimits(messages=2)) == "messages"
 
 
-def test_input_items_are_refused_beyond_their_number() -> None:
+def test_input_items_are_rejected_over_their_limit() -> None:
     assert refused({"input": [USER] * 2048}, RESPONSES) is None
     assert refused({"input": [USER] * 2049}, RESPONSES) == "input"
 
 
 @pytest.mark.parametrize("key", ["content", "tool_calls"])
-def test_parts_are_refused_beyond_their_number_in_all_messages(key: str) -> None:
+def test_parts_are_rejected_over_the_limit_for_all_messages(key: str) -> None:
     limits = RequestLimits(content_parts=10)
     assert refused({"messages": [{**USER, key: [{}] * 5}] * 2}, MESSAGES, limits) is None
     assert refused({"messages": [{**USER, key: [{}] * 5}] * 3}, MESSAGES, limits) == "messages"
 
 
-def test_tools_are_refused_beyond_their_number() -> None:
+def test_tools_are_rejected_over_their_limit() -> None:
     assert refused({"tools": [{}] * 513}, CHAT) == "tools"
 
 
 @pytest.mark.parametrize(
     ("message", "most"), [({"role": "z"}, 1024), ({}, 1024), (1, 1024), ({**USER, "name": 1}, 1024)]
 )
-def test_unusual_messages_are_refused_beyond_their_number(message: Any, most: int) -> None:
+def test_unusual_messages_are_rejected_over_their_limit(message: Any, most: int) -> None:
     assert refused({"messages": [USER, *[message] * most]}, CHAT) is None
     assert refused({"messages": [USER, *[message] * (most + 1)]}, CHAT) == "messages.1"
 
 
 @pytest.mark.parametrize(("field", "most"), [("input", 32), ("tools", 64)])
-def test_unusual_items_and_tools_are_refused_beyond_their_number(field: str, most: int) -> None:
+def test_unusual_items_and_tools_are_rejected_over_their_limit(field: str, most: int) -> None:
     assert refused({field: [{}] * most}, RESPONSES) is None
     assert refused({field: [{}] * (most + 1)}, RESPONSES) == f"{field}.0"
 
 
-def test_an_unusual_item_is_refused_beyond_the_values_in_it() -> None:
+def test_unusual_item_is_rejected_over_the_limit_of_its_values() -> None:
     assert refused({"input": [{"type": "z", "content": [[1]] * 600}]}, RESPONSES) == "input.0"
 
 
@@ -68,14 +68,14 @@ def test_an_unusual_item_is_refused_beyond_the_values_in_it() -> None:
     ["a", ["a", "b"], [1, 2], [[1, 2], [3]], list(range(100_000))],
     ids=["text", "texts", "ids", "lists of ids", "many ids"],
 )
-def test_prompts_of_every_right_type_pass(prompt: Any) -> None:
+def test_prompts_of_every_valid_type_are_accepted(prompt: Any) -> None:
     assert refused({"prompt": prompt}, PLAIN) is None
 
 
 @pytest.mark.parametrize(
     "prompt", [[1, "a"], ["a", 1], [1.0], [-1], [[1], ["a"]], [[1], 2], [[-1]], [True], [None], {"a": 1}, [{}]], ids=str
 )
-def test_prompts_that_make_the_engine_report_each_element_are_refused(prompt: Any) -> None:
+def test_prompts_with_mixed_types_are_rejected(prompt: Any) -> None:
     assert refused({"prompt": prompt}, PLAIN) == "prompt"
 
 
@@ -89,13 +89,13 @@ def test_lists_of_token_ids_may_be_as_long_as_a_vocabulary(field: str) -> None:
 @pytest.mark.parametrize(
     "field", ["logit_bias", "metadata", "documents", "vllm_xargs", "some_field_of_a_later_release"]
 )
-def test_any_other_field_is_refused_beyond_a_number_of_values(field: str, route: Route) -> None:
+def test_other_field_is_rejected_over_the_limit_of_values(field: str, route: Route) -> None:
     assert refused({field: {str(number): 1 for number in range(4096)}}, route) is None
     assert refused({field: {str(number): 1 for number in range(4097)}}, route) == field
     assert refused({field: [[[1] * 100] * 50]}, route) == field
 
 
-def test_a_request_is_refused_beyond_its_depth() -> None:
+def test_request_is_rejected_over_the_limit_of_depth() -> None:
     value: Any = "a"
     for _ in range(63):
         value = {"a": value}
@@ -104,7 +104,7 @@ def test_a_request_is_refused_beyond_its_depth() -> None:
 
 
 @pytest.mark.parametrize("value", [1, "a", [], {}, {"a": []}, [[1, {"a": [2]}], 3]], ids=str)
-def test_depth_and_number_of_values_are_those_of_a_plain_count(value: Any) -> None:
+def test_depth_and_number_of_values_equal_a_plain_count(value: Any) -> None:
     def depth(value: Any) -> int:
         inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
         return 0 if inner is None else 1 + max(map(depth, inner), default=0)
@@ -173,7 +173,7 @@ def test_other_input_items_are_not_usual(item: Any) -> None:
     assert not is_usual_item(item)
 
 
-def test_a_function_is_a_usual_tool_and_no_other_tool_is() -> None:
+def test_only_a_function_is_a_usual_tool() -> None:
     function = {"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": True}
     assert is_usual_tool(function)
     assert not is_usual_tool({"type": "file_search", "vector_store_ids": []})

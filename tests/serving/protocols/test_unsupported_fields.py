@@ -1,4 +1,4 @@
-"""What lets one client harm the others is refused under all of its names, and nothing else is."""
+"""Fields with which one client can harm others are rejected under all of their names, and no others are."""
 
 from typing import Any
 
@@ -7,24 +7,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.protocols.route import Route
-from serving.protocols.unsupported_fields import MOST_ANSWERS, find_refusal
+from serving.protocols.unsupported_fields import MAX_ANSWERS, find_refusal
 
 CHAT, PLAIN, RESPONSES, MESSAGES = (Route.CHAT_COMPLETIONS, Route.COMPLETIONS, Route.RESPONSES, Route.MESSAGES)
 every_route = pytest.mark.parametrize("route", list(Route))
 
 
 def refused(fields: dict[str, Any], route: Route) -> str | None:
-    """The field at fault."""
+    """Return the invalid field."""
     refusal = find_refusal(fields, route)
     return refusal.param if refusal else None
 
 
 @every_route
 @pytest.mark.parametrize("value", [0, 1, -1, False, "1", []])
-def test_log_probabilities_of_the_prompt(route: Route, value: object) -> None:
+def test_log_probabilities_of_the_prompt_are_rejected(route: Route, value: object) -> None:
     refusal = find_refusal({"prompt_logprobs": value}, route)
     assert refusal
-    assert "end the engine" in refusal.wrong
+    assert "crash the engine" in refusal.wrong
 
 
 @pytest.mark.parametrize(
@@ -38,14 +38,14 @@ def test_log_probabilities_of_the_prompt(route: Route, value: object) -> None:
         (CHAT, {"echo": True, "logprobs": True, "top_logprobs": 2}),
     ],
 )
-def test_log_probabilities_of_the_prompt_under_another_name(route: Route, fields: dict[str, Any]) -> None:
+def test_log_probabilities_of_the_prompt_are_rejected_under_other_names(route: Route, fields: dict[str, Any]) -> None:
     assert refused(fields, route) == "echo"
 
 
 @every_route
 @pytest.mark.parametrize("name", ["kv_transfer_params", "ec_transfer_params"])
 @pytest.mark.parametrize("value", [{"do_remote_decode": True}, {}, "x"])
-def test_what_sends_the_engine_to_another(route: Route, name: str, value: object) -> None:
+def test_transfer_parameters_are_rejected(route: Route, name: str, value: object) -> None:
     assert refused({name: value}, route) == name
     assert refused({"vllm_xargs": {name: value}}, route) == f"vllm_xargs.{name}"
 
@@ -59,26 +59,26 @@ def test_what_sends_the_engine_to_another(route: Route, name: str, value: object
         ("conversation", ["conv_1", {"id": "conv_1"}]),
     ],
 )
-def test_what_the_engine_would_keep_after_the_answer(param: str, values: list[object]) -> None:
+def test_stored_and_background_responses_are_rejected(param: str, values: list[object]) -> None:
     assert [refused({param: value}, RESPONSES) for value in values] == [param] * len(values)
 
 
 @pytest.mark.parametrize("route", [CHAT, PLAIN])
 @given(n=st.integers(1, 2000), prompts=st.integers(1, 2000))
-def test_more_answers_than_one_request_may_ask_for(route: Route, n: int, prompts: int) -> None:
+def test_too_many_answers_are_rejected(route: Route, n: int, prompts: int) -> None:
     for one in ("a", [1, 2]):
         fields = {"n": n, "prompt": [one] * prompts}
-        assert refused(fields, route) == ("n" if n * prompts > MOST_ANSWERS else None)
+        assert refused(fields, route) == ("n" if n * prompts > MAX_ANSWERS else None)
 
 
 @pytest.mark.parametrize("n", ["2000", 2000.0, True, [1]])
-def test_a_number_of_answers_that_is_no_integer(n: object) -> None:
+def test_n_is_rejected_when_it_is_not_an_integer(n: object) -> None:
     assert refused({"n": n}, CHAT) == "n"
 
 
 @pytest.mark.parametrize("route", [CHAT, PLAIN, RESPONSES])
 @pytest.mark.parametrize("value", [1, -1, 2**63, "5", 0.5, True])
-def test_a_place_before_all_others(route: Route, value: object) -> None:
+def test_priority_is_rejected(route: Route, value: object) -> None:
     assert refused({"priority": value}, route) == "priority"
 
 
@@ -103,14 +103,14 @@ TEXT = {"type": "text", "text": "What is this?"}
         {"type": ["text"]},
     ],
 )
-def test_content_that_an_engine_would_fetch(part: dict[str, Any]) -> None:
+def test_media_is_rejected_when_an_engine_would_fetch_it(part: dict[str, Any]) -> None:
     assert refused({"messages": [{"role": "user", "content": [TEXT, part]}]}, CHAT) == "messages.0.content"
     assert refused({"input": [{"role": "user", "content": [part]}]}, RESPONSES) == "input.0.content"
     output = {"type": "function_call_output", "call_id": "1", "output": [part]}
     assert refused({"input": ["hi", output]}, RESPONSES) == "input.1.output"
 
 
-def test_images_of_messages() -> None:
+def test_images_in_messages_are_rejected() -> None:
     image = {"type": "image", "source": {"type": "url", "url": URL}}
     result = {"type": "tool_result", "tool_use_id": "1", "content": [TEXT, image]}
     for part in (image, result, {"type": "document", "source": {"type": "url", "url": URL}}):
@@ -121,7 +121,7 @@ def test_images_of_messages() -> None:
 
 @pytest.mark.parametrize("route", [CHAT, RESPONSES, MESSAGES])
 @pytest.mark.parametrize("name", ["mm_processor_kwargs", "media_io_kwargs"])
-def test_options_of_media(route: Route, name: str) -> None:
+def test_media_options_are_rejected(route: Route, name: str) -> None:
     assert refused({name: {}}, route) == name
 
 
@@ -151,7 +151,7 @@ def test_options_of_media(route: Route, name: str) -> None:
         ),
     ],
 )
-def test_text_in_all_its_forms_is_served(route: Route, fields: dict[str, Any]) -> None:
+def test_text_is_accepted_in_all_its_forms(route: Route, fields: dict[str, Any]) -> None:
     assert find_refusal(fields, route) is None
 
 
@@ -160,7 +160,7 @@ def test_text_in_all_its_forms_is_served(route: Route, fields: dict[str, Any]) -
     [
         (CHAT, {"prompt_logprobs": None, "echo": False, "logprobs": True, "top_logprobs": 2}),
         (CHAT, {"n": None}),
-        (CHAT, {"n": MOST_ANSWERS}),
+        (CHAT, {"n": MAX_ANSWERS}),
         (CHAT, {"kv_transfer_params": None, "vllm_xargs": {"own": 1}, "priority": 0, "cache_salt": "x"}),
         (CHAT, {"tools": [{"type": "function"}], "response_format": {"type": "json_object"}, "seed": 1}),
         (PLAIN, {"echo": True}),
@@ -172,5 +172,5 @@ def test_text_in_all_its_forms_is_served(route: Route, fields: dict[str, Any]) -
         (MESSAGES, {"max_tokens": 5, "thinking": {"type": "disabled"}, "store": True}),
     ],
 )
-def test_all_else_is_the_engines_to_check(route: Route, fields: dict[str, Any]) -> None:
+def test_other_fields_are_left_to_the_engine(route: Route, fields: dict[str, Any]) -> None:
     assert find_refusal(fields, route) is None

@@ -1,4 +1,4 @@
-"""What is read of the requests and answers of each route, whatever the model and the client wrote into them."""
+"""Parsing of the requests and answers of each route, whatever the model and the client wrote into them."""
 
 import json
 from typing import Any
@@ -32,14 +32,14 @@ def chunk(data: object) -> bytes:
 
 
 def stream_of(wire: Wire, words: list[str], counts: Counts) -> list[bytes]:
-    """As it is cut from the bytes of a connection."""
+    """Return the events as split from the bytes of a connection."""
     *most, last = words
     tokens = [*(wire.token(word, None) for word in most), wire.token(last, "length")]
     return EventSplitter().feed(b"".join([*wire.opening(counts), *tokens, *wire.closing(words, counts)]))
 
 
 def without_spaces(event: bytes) -> bytes:
-    """As vLLM writes JSON."""
+    """Return JSON as vLLM writes it."""
     head, brace, data = event.partition(b"{")
     if not brace:
         return event
@@ -57,11 +57,11 @@ def usages(format: WireFormat, parts: list[bytes]) -> list[Usage]:
 
 
 class TestEveryRoute:
-    """A stream and a body of the same answer say the same."""
+    """A stream and a body of the same answer give the same values."""
 
     @routes
     @given(words=WORDS, counts=COUNTS)
-    def test_the_token_counts_are_read_once(self, route: Route, words: list[str], counts: Counts) -> None:
+    def test_token_counts_are_read_once(self, route: Route, words: list[str], counts: Counts) -> None:
         wire = wire_of(route.value, "tuned", {"stream_options": {"include_usage": True}})
         expected = [Usage(counts.prompt, counts.completion)]
         assert usages(wire_format(route), stream_of(wire, words, counts)) == expected
@@ -69,14 +69,14 @@ class TestEveryRoute:
 
     @routes
     @given(words=WORDS, counts=COUNTS)
-    def test_the_text_is_put_together(self, route: Route, words: list[str], counts: Counts) -> None:
+    def test_text_is_joined(self, route: Route, words: list[str], counts: Counts) -> None:
         wire = wire_of(route.value, "tuned", {})
         assert wire_format(route).text(stream_of(wire, words, counts)) == "".join(words)
         assert wire_format(route).text([json.dumps(wire.whole(words, counts, "stop")).encode()]) == "".join(words)
 
     @routes
     @given(words=WORDS, counts=COUNTS)
-    def test_the_tokens_and_the_end_are_told_apart(self, route: Route, words: list[str], counts: Counts) -> None:
+    def test_tokens_and_the_end_are_distinguished(self, route: Route, words: list[str], counts: Counts) -> None:
         format = wire_format(route)
         events = stream_of(wire_of(route.value, "tuned", {}), words, counts)
         assert [format.is_end(event) for event in events] == [False] * (len(events) - 1) + [True]
@@ -85,13 +85,13 @@ class TestEveryRoute:
 
     @routes
     @pytest.mark.parametrize("reason", ["stop", "length"])
-    def test_the_finish_reason_is_said_in_the_same_words(self, route: Route, reason: str) -> None:
+    def test_finish_reason_is_the_same_for_all_routes(self, route: Route, reason: str) -> None:
         wire = wire_of(route.value, "tuned", {})
         body = json.dumps(wire.whole(["a"], Counts(1, 1), reason)).encode()
         assert wire_format(route).finish_reason(body) == reason
 
     @routes
-    def test_a_stream_that_was_cut_off_has_its_finish_reason(self, route: Route) -> None:
+    def test_finish_reason_is_read_when_a_stream_is_truncated(self, route: Route) -> None:
         events = stream_of(wire_of(route.value, "tuned", {}), ["a", "b"], Counts(1, 2))
         found = [reason for event in events if (reason := wire_format(route).finish_reason(event))]
         assert found == ["length"]
@@ -113,14 +113,14 @@ class TestEveryRoute:
             b"event: response.output_text.delta\ndata: {}\n\n",
         ],
     )
-    def test_nothing_is_found_where_there_is_nothing(self, route: Route, part: bytes) -> None:
+    def test_nothing_is_found_in_empty_parts(self, route: Route, part: bytes) -> None:
         format = wire_format(route)
         assert (format.usage(part), format.finish_reason(part), format.text([part])) == (None, None, "")
         assert not format.is_end(part)
 
 
 class TestClassify:
-    """One look and a closer one come to the same."""
+    """The quick test and the full parser agree."""
 
     @staticmethod
     def closely(format: WireFormat, event: bytes) -> Seen:
@@ -130,7 +130,7 @@ class TestClassify:
 
     @routes
     @given(words=WORDS, counts=COUNTS, compact=st.booleans())
-    def test_a_stream_is_seen_as_by_a_closer_look(
+    def test_stream_is_classified_as_by_the_full_parser(
         self, route: Route, words: list[str], counts: Counts, compact: bool
     ) -> None:
         wire = wire_of(route.value, "tuned", {"stream_options": {"include_usage": True}})
@@ -142,7 +142,7 @@ class TestClassify:
         assert sum(format.classify(event).token for event in events) == len(words)
 
     @given(TEXT, st.sampled_from(["chat", "plain"]), st.sampled_from([None, "stop", {"content": []}]), st.booleans())
-    def test_a_plain_token_has_nothing_else(self, text: str, kind: str, reason: object, more: bool) -> None:
+    def test_plain_token_has_nothing_but_tokens(self, text: str, kind: str, reason: object, more: bool) -> None:
         part = {"delta": {"content": text}} if kind == "chat" else {"text": text}
         choice = {"index": 0, **part, "logprobs": None, "finish_reason": reason, "token_ids": None}
         data = {"id": "cmpl-1", "object": "text_completion", "created": 1, "model": 'a"b', "choices": [choice]}
@@ -150,7 +150,7 @@ class TestClassify:
         assert (CHAT.classify(event) is TOKEN) == (reason is None and not more)
 
     @pytest.mark.parametrize("format", [RESPONSES, MESSAGES])
-    def test_a_token_of_a_named_event_is_known_by_its_name(self, format: WireFormat) -> None:
+    def test_token_of_a_named_event_is_recognised_by_its_name(self, format: WireFormat) -> None:
         name = "response.output_text.delta" if format is RESPONSES else "content_block_delta"
         assert format.classify(event(name, delta='an "error": no')) is TOKEN
         assert format.classify(event(name, delta="", error={"code": 500})).error == {"code": 500}
@@ -175,7 +175,7 @@ class TestCompletions:
             {"choices": [{"delta": {"content": "usage"}}]},
         ],
     )
-    def test_only_the_chunk_without_choices_has_the_counts_of_the_whole(self, data: object) -> None:
+    def test_only_the_chunk_without_choices_has_the_counts_of_the_answer(self, data: object) -> None:
         assert CHAT.usage(chunk(data)) is None
 
     @pytest.mark.parametrize(
@@ -190,29 +190,29 @@ class TestCompletions:
     def test_only_the_closing_event_is_the_end(self, part: bytes, end: bool) -> None:
         assert CHAT.is_end(part) is end
 
-    def test_the_opening_of_a_message_is_no_token(self) -> None:
+    def test_opening_of_a_message_is_not_a_token(self) -> None:
         assert not CHAT.is_token(chunk({"choices": [{"delta": {"role": "assistant", "content": ""}}]}))
 
 
 class TestResponses:
-    def test_counts_and_status_that_a_client_put_into_its_tools_are_not_taken_for_those_of_the_answer(self) -> None:
+    def test_counts_in_the_clients_tools_are_not_taken_for_the_answers(self) -> None:
         tools = [{"parameters": {"status": "failed", "usage": {"input_tokens": 999_999, "output_tokens": 1}}}]
         body = json.dumps({"status": "completed", "usage": None, "output": [], "tools": tools}).encode()
         assert RESPONSES.usage(body) is None
         assert RESPONSES.finish_reason(body) == "stop"
 
-    def test_a_call_of_a_function_is_no_empty_answer(self) -> None:
+    def test_function_call_is_not_an_empty_answer(self) -> None:
         call = {"type": "function_call", "name": "f", "arguments": "{}"}
         body = json.dumps({"status": "completed", "output": [call]}).encode()
         assert (RESPONSES.finish_reason(body), RESPONSES.text([body])) == ("tool_calls", "")
 
-    def test_the_end_that_openai_sends_for_an_answer_that_was_cut_off_is_an_end(self) -> None:
+    def test_openais_end_of_a_truncated_answer_is_an_end(self) -> None:
         response = {"status": "incomplete", "incomplete_details": {"reason": "max_output_tokens"}}
         last = event("response.incomplete", response=response)
         assert RESPONSES.is_end(last)
         assert RESPONSES.finish_reason(last) == "length"
 
-    def test_a_model_cannot_write_the_end(self) -> None:
+    def test_model_cannot_write_the_end(self) -> None:
         written = event("response.output_text.delta", delta="\n\nevent: response.completed\ndata: {}\n\n")
         assert not RESPONSES.is_end(written)
         assert RESPONSES.text([written]).startswith("\n\nevent")
@@ -228,23 +228,23 @@ class TestResponses:
             ({"input": [{"role": "user", "content": "hi"}]}, [{"role": "user", "content": "hi"}]),
         ],
     )
-    def test_a_prompt_is_messages(self, fields: dict[str, Any], prompt: object) -> None:
+    def test_prompt_is_the_messages(self, fields: dict[str, Any], prompt: object) -> None:
         assert RESPONSES.prompt(fields) == prompt
 
 
 class TestMessages:
-    def test_what_the_model_put_into_the_input_of_a_tool_is_not_taken_for_the_answers_own(self) -> None:
+    def test_counts_in_a_tools_input_are_not_taken_for_the_answers(self) -> None:
         tool = {"type": "tool_use", "name": "f", "input": {"stop_reason": "x", "usage": {"input_tokens": 9}}}
         usage = {"input_tokens": 3, "output_tokens": 4}
         body = json.dumps({"content": [tool], "stop_reason": "tool_use", "usage": usage}).encode()
         assert MESSAGES.usage(body) == Usage(3, 4)
         assert MESSAGES.finish_reason(body) == "tool_calls"
 
-    def test_tokens_from_the_cache_are_tokens_of_the_prompt(self) -> None:
+    def test_cached_tokens_count_as_prompt_tokens(self) -> None:
         usage = {"input_tokens": 3, "output_tokens": 4, "cache_read_input_tokens": 32, "cache_creation_input_tokens": 5}
         assert MESSAGES.usage(json.dumps({"usage": usage}).encode()) == Usage(40, 4)
 
-    def test_only_text_is_text(self) -> None:
+    def test_only_text_counts_as_text(self) -> None:
         parts = [
             event("content_block_delta", delta={"type": "thinking_delta", "thinking": "hm"}),
             event("content_block_delta", delta={"type": "text_delta", "text": "yes"}),
@@ -253,7 +253,7 @@ class TestMessages:
         assert MESSAGES.text(parts) == "yes"
         assert all(MESSAGES.is_token(part) for part in parts)
 
-    def test_the_system_is_the_first_turn_of_the_prompt(self) -> None:
+    def test_system_prompt_is_the_first_turn(self) -> None:
         turns = [{"role": "user", "content": "hi"}]
         assert MESSAGES.prompt({"messages": turns}) == turns
         assert MESSAGES.prompt({"messages": turns, "system": "s"}) == [{"role": "system", "content": "s"}, *turns]
@@ -267,7 +267,7 @@ class TestMessages:
         (Route.MESSAGES, b'event: error\ndata: {"type": "error", "error": {"message": "x"'),
     ],
 )
-def test_an_error_within_a_stream_is_written_as_its_clients_read_it(route: Route, sent: bytes) -> None:
+def test_error_within_a_stream_is_in_the_format_of_its_clients(route: Route, sent: bytes) -> None:
     error = ApiError(502, ErrorCode.ENGINE_ERROR, "x").body(route)
     event = wire_format(route).error_event(error)
     assert event.startswith(sent)

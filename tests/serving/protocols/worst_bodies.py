@@ -1,4 +1,4 @@
-"""Bodies that are within all limits on structure, and cost as much as such a body can: in the gateway, or in vLLM."""
+"""Bodies within all limits on structure that cost as much as possible, in the gateway or in vLLM."""
 
 import json
 import random
@@ -21,7 +21,7 @@ _TOKEN_IDS = 130_000
 
 
 class WorstBody(NamedTuple):
-    """One of them."""
+    """One worst body."""
 
     name: str
     route: Route
@@ -115,7 +115,7 @@ _FILLED: dict[str, Any] = {
 
 
 def random_body(chance: random.Random) -> WorstBody:
-    """Return a body of random parts, many of them wrong, that may be beyond the limits."""
+    """Return a body of random parts, many of them invalid, that may exceed the limits."""
     route = chance.choice(list(Route))
     fields = dict[str, Any]()
     for name in chance.sample(_FIELDS[route], chance.randint(1, 2)):

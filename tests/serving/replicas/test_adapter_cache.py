@@ -1,4 +1,4 @@
-"""The adapters of an engine: which come, which go, and what those hear who wait."""
+"""The adapters of an engine: which are loaded and evicted, and the errors of waiting requests."""
 
 import asyncio
 from collections import Counter
@@ -21,13 +21,13 @@ def version(number: int) -> VersionId:
 
 
 class Shelf:
-    """An engine that keeps adapters, and checks that its rules are kept.
+    """An engine with adapters that checks the rules of the cache.
 
     Attributes:
         holds: versions by the names under which they are loaded.
         failing: versions that do not load.
-        unknown: versions that there are not.
-        stuck: so many of the next unloads fail.
+        unknown: versions that do not exist.
+        stuck: number of the next unloads that fail.
     """
 
     def __init__(self, most: int) -> None:
@@ -90,13 +90,13 @@ async def use(shelf: Shelf, cache: AdapterCache, number: int, turns: int = 1, *,
 
 
 async def turns(condition: Callable[[], object]) -> None:
-    """Until something is so."""
+    """Wait until a condition holds."""
     async with asyncio.timeout(2):
         while not condition():
             await asyncio.sleep(0)
 
 
-async def test_one_is_loaded_at_its_first_use_alone() -> None:
+async def test_adapter_is_loaded_only_at_its_first_use() -> None:
     shelf = Shelf(2)
     cache = cache_of(shelf)
     names = {await use(shelf, cache, 1) for _ in range(3)}
@@ -104,14 +104,14 @@ async def test_one_is_loaded_at_its_first_use_alone() -> None:
     assert [loaded.version for loaded in cache.loaded] == [version(1)]
 
 
-async def test_fifty_who_ask_at_once_have_it_loaded_once() -> None:
+async def test_adapter_is_loaded_once_when_fifty_requests_need_it() -> None:
     shelf = Shelf(2)
     cache = cache_of(shelf)
     names = await asyncio.gather(*(use(shelf, cache, 1) for _ in range(50)))
     assert (len(set(names)), shelf.loads[version(1)]) == (1, 1)
 
 
-async def test_the_least_recently_used_one_goes() -> None:
+async def test_least_recently_used_adapter_is_evicted() -> None:
     shelf = Shelf(2)
     cache = cache_of(shelf)
     for number in (1, 2, 1, 3):
@@ -119,7 +119,7 @@ async def test_the_least_recently_used_one_goes() -> None:
     assert [loaded.version for loaded in cache.loaded] == [version(1), version(3)]
 
 
-async def test_hundreds_are_served_by_few_places() -> None:
+async def test_hundreds_of_adapters_are_served_by_few_places() -> None:
     shelf = Shelf(4)
     cache = cache_of(shelf)
     for number in range(1, 201):
@@ -127,7 +127,7 @@ async def test_hundreds_are_served_by_few_places() -> None:
     assert (len(shelf.names), len(shelf.holds)) == (200, 4)
 
 
-async def test_one_that_comes_again_has_another_name() -> None:
+async def test_adapter_has_another_name_when_it_is_loaded_again() -> None:
     shelf = Shelf(1)
     cache = cache_of(shelf)
     first, _, again = [await use(shelf, cache, number) for number in (1, 2, 1)]
@@ -139,7 +139,7 @@ async def test_names_differ_from_those_of_an_earlier_server() -> None:
     assert await use(first, cache_of(first), 1) != await use(second, cache_of(second), 1)
 
 
-async def test_who_finds_all_in_use_waits_for_the_first_that_is_not() -> None:
+async def test_request_waits_for_the_first_free_place_when_all_adapters_are_in_use() -> None:
     shelf = Shelf(1)
     cache = cache_of(shelf)
     async with shelf.using(cache, 1):
@@ -149,7 +149,7 @@ async def test_who_finds_all_in_use_waits_for_the_first_that_is_not() -> None:
     await waiting
 
 
-async def test_one_that_is_always_asked_for_keeps_no_other_from_coming() -> None:
+async def test_popular_adapter_does_not_keep_others_from_being_loaded() -> None:
     shelf = Shelf(1)
     cache = cache_of(shelf)
     going = True
@@ -166,7 +166,7 @@ async def test_one_that_is_always_asked_for_keeps_no_other_from_coming() -> None
     await asyncio.gather(*popular)
 
 
-async def test_the_version_in_production_takes_requests_when_others_wait_for_a_place() -> None:
+async def test_production_version_accepts_requests_when_others_wait_for_a_place() -> None:
     shelf = Shelf(2)
     cache = cache_of(shelf)
     async with shelf.using(cache, 1, for_operator=True), shelf.using(cache, 2):
@@ -180,7 +180,7 @@ async def test_the_version_in_production_takes_requests_when_others_wait_for_a_p
     await asyncio.gather(*waiting)
 
 
-async def test_the_version_in_production_comes_first_when_it_was_replaced() -> None:
+async def test_production_version_is_loaded_first_when_it_was_evicted() -> None:
     shelf = Shelf(2)
     cache = cache_of(shelf)
     async with shelf.using(cache, 2), shelf.using(cache, 3):
@@ -193,7 +193,7 @@ async def test_the_version_in_production_comes_first_when_it_was_replaced() -> N
 
 
 @pytest.mark.parametrize("most", [1, 2])
-async def test_another_version_gets_a_place_when_production_is_asked_for_all_the_time(most: int) -> None:
+async def test_other_version_gets_a_place_when_production_is_always_in_use(most: int) -> None:
     shelf = Shelf(most)
     cache = cache_of(shelf)
     going = True
@@ -211,7 +211,7 @@ async def test_another_version_gets_a_place_when_production_is_asked_for_all_the
     await asyncio.gather(*popular)
 
 
-async def test_nothing_is_taken_without_a_wait_when_it_is_not_loaded_yet() -> None:
+async def test_take_returns_none_when_the_adapter_is_not_loaded() -> None:
     shelf = Shelf(1)
     shelf.gate = asyncio.Event()
     cache = cache_of(shelf)
@@ -225,16 +225,16 @@ async def test_nothing_is_taken_without_a_wait_when_it_is_not_loaded_yet() -> No
     taken.leave()
 
 
-async def test_who_waits_too_long_is_told_so() -> None:
+async def test_request_times_out_when_it_waits_too_long() -> None:
     shelf = Shelf(1)
     cache = cache_of(shelf, patience_s=0.02)
     async with shelf.using(cache, 1):
         with pytest.raises(QueueTimeoutError, match=r"waited 0.02 s for a place for the adapter of tuned@2"):
             await use(shelf, cache, 2)
-        await use(shelf, cache, 1)  # takes requests again: nobody waits any more
+        await use(shelf, cache, 1)  # accepts requests again: no request waits any more
 
 
-async def test_a_load_that_fails_is_told_to_all_who_wait_and_not_remembered() -> None:
+async def test_failed_load_is_raised_in_all_waiting_requests_and_not_cached() -> None:
     shelf = Shelf(2)
     cache = cache_of(shelf)
     shelf.failing = {version(1)}
@@ -246,7 +246,7 @@ async def test_a_load_that_fails_is_told_to_all_who_wait_and_not_remembered() ->
     assert shelf.loads[version(1)] == 2
 
 
-async def test_a_version_that_there_is_not_takes_no_place() -> None:
+async def test_unknown_version_takes_no_place() -> None:
     shelf = Shelf(1)
     cache = cache_of(shelf)
     await use(shelf, cache, 1)
@@ -256,7 +256,7 @@ async def test_a_version_that_there_is_not_takes_no_place() -> None:
     assert cache.has(version(1))
 
 
-async def test_who_leaves_while_it_loads_leaves_it_to_the_next() -> None:
+async def test_load_continues_for_the_next_request_when_the_first_leaves() -> None:
     shelf = Shelf(1)
     shelf.gate = asyncio.Event()
     cache = cache_of(shelf)
@@ -270,7 +270,7 @@ async def test_who_leaves_while_it_loads_leaves_it_to_the_next() -> None:
     assert shelf.loads[version(1)] == 1
 
 
-async def test_what_cannot_be_unloaded_keeps_another_from_coming_until_it_can() -> None:
+async def test_failed_unload_delays_other_loads_until_it_succeeds() -> None:
     shelf = Shelf(1)
     cache = cache_of(shelf)
     await use(shelf, cache, 1)
@@ -281,7 +281,7 @@ async def test_what_cannot_be_unloaded_keeps_another_from_coming_until_it_can() 
     assert list(shelf.holds.values()) == [version(2)]
 
 
-async def test_an_engine_that_ends_is_told_to_all_who_wait() -> None:
+async def test_waiting_requests_fail_when_the_engine_stops() -> None:
     shelf = Shelf(1)
     shelf.gate = asyncio.Event()
     cache = cache_of(shelf)
@@ -295,7 +295,7 @@ async def test_an_engine_that_ends_is_told_to_all_who_wait() -> None:
     assert cache.loaded == []
 
 
-async def test_one_whose_version_was_removed_goes_at_once_where_nobody_uses_it() -> None:
+async def test_unused_adapter_is_evicted_immediately_when_its_version_is_removed() -> None:
     shelf, told = Shelf(2), list[float | None]()
     cache = cache_of(shelf, on_change=told.append)
     await use(shelf, cache, 1)
@@ -305,7 +305,7 @@ async def test_one_whose_version_was_removed_goes_at_once_where_nobody_uses_it()
     await turns(lambda: not shelf.holds)
 
 
-async def test_who_uses_one_that_is_removed_keeps_it_and_its_place_to_the_end() -> None:
+async def test_used_adapter_stays_loaded_when_its_version_is_removed() -> None:
     shelf = Shelf(1)
     cache = cache_of(shelf)
     async with shelf.using(cache, 1):
@@ -318,7 +318,7 @@ async def test_who_uses_one_that_is_removed_keeps_it_and_its_place_to_the_end() 
     assert list(shelf.holds.values()) == [version(2)]
 
 
-async def test_who_asks_for_one_that_was_removed_is_told_so_also_while_others_use_it() -> None:
+async def test_new_requests_fail_when_the_version_was_removed_even_if_others_use_it() -> None:
     shelf = Shelf(1)
     cache = cache_of(shelf)
     async with shelf.using(cache, 1):
@@ -328,7 +328,7 @@ async def test_who_asks_for_one_that_was_removed_is_told_so_also_while_others_us
             await use(shelf, cache, 1)
 
 
-async def test_one_whose_removal_was_given_up_serves_on() -> None:
+async def test_adapter_keeps_serving_when_its_removal_was_cancelled() -> None:
     shelf = Shelf(2)
     cache = cache_of(shelf)
     async with shelf.using(cache, 1) as before:
@@ -338,7 +338,7 @@ async def test_one_whose_removal_was_given_up_serves_on() -> None:
     assert [loaded.version for loaded in cache.loaded] == [version(1)]
 
 
-async def test_to_drop_what_is_not_loaded_does_nothing() -> None:
+async def test_dropping_an_adapter_that_is_not_loaded_does_nothing() -> None:
     shelf = Shelf(1)
     cache = cache_of(shelf)
     await use(shelf, cache, 1)
@@ -346,7 +346,7 @@ async def test_to_drop_what_is_not_loaded_does_nothing() -> None:
     assert cache.has(version(1))
 
 
-async def test_what_comes_and_goes_is_told() -> None:
+async def test_loads_and_evictions_are_reported() -> None:
     shelf, told = Shelf(1), list[float | None]()
     cache = cache_of(shelf, on_change=told.append)
     for number in (1, 2):
@@ -365,14 +365,14 @@ async def test_what_comes_and_goes_is_told() -> None:
     dropped=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 12)), max_size=6),
     stuck=st.integers(0, 2),
 )
-def test_whatever_is_asked_in_whatever_order_the_rules_are_kept(
+def test_rules_hold_under_any_order_of_requests(
     most: int,
     asked: list[tuple[int, int, int, bool, bool]],
     failing: set[int],
     dropped: list[tuple[int, int]],
     stuck: int,
 ) -> None:
-    """The shelf checks them: never more than may be, none that is used goes, no name twice, the right one answers."""
+    """The shelf checks them: maximum, no eviction of used adapters, unique names, the right adapter answers."""
 
     async def run() -> None:
         shelf = Shelf(most)

@@ -1,4 +1,4 @@
-"""A silent front is dead only if it does not work either, or works for too long."""
+"""A silent engine is dead only if it uses no CPU, or uses CPU for too long without an answer."""
 
 import asyncio
 from collections.abc import Awaitable
@@ -15,10 +15,10 @@ LIVES_S, PATIENCE_S = 0.6, 0.1
 
 
 class SilentEngine:
-    """Answers no health check.
+    """An engine that answers no health checks.
 
     Attributes:
-        share: of a processor that its front uses.
+        share: of a CPU core that its API server uses.
     """
 
     def __init__(self, share: float | None) -> None:
@@ -27,11 +27,11 @@ class SilentEngine:
         self._began = asyncio.get_running_loop().time()
 
     def front_s(self) -> float | None:
-        """Return what its front has used, seconds."""
+        """Return the CPU time of the API server, seconds."""
         return None if self.share is None else self.share * (asyncio.get_running_loop().time() - self._began)
 
     async def wait(self) -> int | None:
-        """Return never: it does not end."""
+        """Never return: the engine does not exit."""
         await asyncio.Event().wait()
         return None
 
@@ -56,10 +56,10 @@ async def seconds_until_death(share: float | None) -> float:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, None])
-async def test_an_engine_is_dead_soon_when_its_front_neither_answers_nor_works(share: float | None) -> None:
+async def test_engine_is_dead_soon_when_it_neither_answers_nor_uses_cpu(share: float | None) -> None:
     assert PATIENCE_S <= await seconds_until_death(share) < LIVES_S
 
 
 @pytest.mark.parametrize("share", [0.2, 1.0])
-async def test_an_engine_is_left_in_peace_for_a_while_when_its_front_works(share: float) -> None:
+async def test_engine_is_dead_much_later_when_it_uses_cpu(share: float) -> None:
     assert await seconds_until_death(share) >= LIVES_S

@@ -1,4 +1,4 @@
-"""One engine: verified before anybody reaches it, and never left behind."""
+"""One engine: verified before it gets requests, and always stopped."""
 
 import asyncio
 from contextlib import suppress
@@ -20,11 +20,11 @@ from tests.serving.versions import NAME, make_version, target
 
 @pytest.fixture
 def replica(make: Make) -> Replica:
-    """One that runs no engine yet."""
+    """A replica without an engine."""
     return make().replica
 
 
-async def test_an_engine_that_was_proven_is_ready(make: Make) -> None:
+async def test_engine_is_ready_when_it_was_verified(make: Make) -> None:
     control = make()
     await control.replica.start(target(1))
     assert (control.state, control.admission.unavailable_reason) == (EngineState.READY, None)
@@ -32,7 +32,7 @@ async def test_an_engine_that_was_proven_is_ready(make: Make) -> None:
     await control.replica.stop()
 
 
-async def test_nobody_is_admitted_before_the_proof(make: Make) -> None:
+async def test_no_request_is_admitted_before_the_verification(make: Make) -> None:
     control = make()
     reasons = list[str | None]()
     control.park.prepare = lambda double: setattr(
@@ -43,7 +43,7 @@ async def test_nobody_is_admitted_before_the_proof(make: Make) -> None:
     await control.replica.stop()
 
 
-async def test_an_engine_with_other_weights_is_ended(make: Make) -> None:
+async def test_engine_is_stopped_when_it_has_other_weights(make: Make) -> None:
     control = make()
     make_version(control.registry, 4, probes_of="/elsewhere")
     with pytest.raises(ProbeError):
@@ -51,7 +51,7 @@ async def test_an_engine_with_other_weights_is_ended(make: Make) -> None:
     assert (control.state, control.park.alive, control.replica.has_engine) == (EngineState.FAILED, 0, False)
 
 
-async def test_an_engine_that_does_not_start_is_ended(make: Make) -> None:
+async def test_engine_is_stopped_when_its_start_fails(make: Make) -> None:
     control = make()
     control.park.failing_starts = 1
     with pytest.raises(EngineError, match="no memory"):
@@ -61,7 +61,7 @@ async def test_an_engine_that_does_not_start_is_ended(make: Make) -> None:
 
 
 @pytest.mark.parametrize("start_delay_s", [0, 10])
-async def test_an_engine_of_altered_files_is_ended_and_never_admits(make: Make, start_delay_s: float) -> None:
+async def test_engine_is_stopped_when_files_are_altered(make: Make, start_delay_s: float) -> None:
     control = make()
     control.park.start_delay_s = start_delay_s
     (control.registry.folder(target(1).version) / "merged" / "config.json").write_text("{}")
@@ -72,7 +72,7 @@ async def test_an_engine_of_altered_files_is_ended_and_never_admits(make: Make, 
     assert control.replica.weights is NO_WEIGHTS
 
 
-async def test_altered_files_are_what_is_told_where_they_kept_the_engine_from_starting(make: Make) -> None:
+async def test_altered_files_are_reported_when_they_kept_the_engine_from_starting(make: Make) -> None:
     control = make()
     control.park.failing_starts = 1
     (control.registry.folder(target(1).version) / "merged" / "config.json").write_text("{}")
@@ -81,14 +81,14 @@ async def test_altered_files_are_what_is_told_where_they_kept_the_engine_from_st
     assert control.park.alive == 0
 
 
-async def test_a_version_that_does_not_exist_starts_no_engine(make: Make) -> None:
+async def test_no_engine_starts_when_the_version_does_not_exist(make: Make) -> None:
     control = make()
     with pytest.raises(NotFoundError):
         await control.replica.start(target(9))
     assert control.park.engines == []
 
 
-async def test_a_start_ends_the_engine_before(make: Make) -> None:
+async def test_start_stops_the_previous_engine(make: Make) -> None:
     control = make()
     await control.replica.start(target(1))
     await control.replica.start(target(2))
@@ -96,7 +96,7 @@ async def test_a_start_ends_the_engine_before(make: Make) -> None:
     await control.replica.stop()
 
 
-async def test_a_start_that_is_cancelled_leaves_no_engine(make: Make) -> None:
+async def test_no_engine_is_left_when_a_start_is_cancelled(make: Make) -> None:
     control = make()
     control.park.start_delay_s = 10
     starting = asyncio.create_task(control.replica.start(target(1)))
@@ -107,7 +107,7 @@ async def test_a_start_that_is_cancelled_leaves_no_engine(make: Make) -> None:
     assert (control.park.alive, control.state) == (0, EngineState.FAILED)
 
 
-async def test_an_engine_whose_stop_is_cancelled_is_ended_by_the_next_stop(
+async def test_next_stop_stops_the_engine_when_a_stop_was_cancelled(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     control = make()
@@ -124,14 +124,14 @@ async def test_an_engine_whose_stop_is_cancelled_is_ended_by_the_next_stop(
     assert control.park.alive == 0
 
 
-async def test_a_death_is_told_with_its_exit_code(control: Control) -> None:
+async def test_death_is_reported_with_the_exit_code(control: Control) -> None:
     died = asyncio.create_task(control.replica.watch.died())
     await asyncio.sleep(0.01)
     control.park.engines[0].kill()
     assert str(KILLED) in await died
 
 
-async def test_silence_is_a_death_after_its_time(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_silence_counts_as_death_after_its_timeout(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     async def silent() -> Health:
         return Health.BAD
 
@@ -145,7 +145,7 @@ async def test_silence_is_a_death_after_its_time(make: Make, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("health_s", [0.05, 60.0], ids=["at the next check", "at once, where a request found it"])
-async def test_an_engine_that_says_its_core_is_dead_is_believed(
+async def test_engine_counts_as_dead_when_it_reports_a_dead_core(
     control: Control, monkeypatch: pytest.MonkeyPatch, health_s: float
 ) -> None:
     monkeypatch.setattr("serving.replicas.engine_watch._HEALTH_S", health_s)
@@ -159,7 +159,7 @@ async def test_an_engine_that_says_its_core_is_dead_is_believed(
     assert control.replica.state is not EngineState.READY
 
 
-async def test_one_that_a_request_found_dead_takes_no_other_until_it_was_asked(
+async def test_engine_gets_no_requests_when_one_found_it_dead_until_its_health_was_checked(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = asyncio.Event()
@@ -183,10 +183,8 @@ async def test_one_that_a_request_found_dead_takes_no_other_until_it_was_asked(
         pass
 
 
-async def test_a_reload_that_a_dead_core_never_answers_is_given_up(
-    control: Control, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """vLLM's front then waits for that answer itself, and does not end."""
+async def test_reload_fails_when_the_core_is_dead(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's API server then waits for the answer itself, and does not exit."""
     monkeypatch.setattr("serving.replicas.engine_watch._HEALTH_S", 0.05)
     double = control.park.engines[0].double
     double.reload_delay_s = 3600
@@ -195,13 +193,11 @@ async def test_a_reload_that_a_dead_core_never_answers_is_given_up(
     await until(lambda: "/collective_rpc" in double.calls)
     double.dead = True
     async with asyncio.timeout(2):
-        with pytest.raises(EngineError, match="takes no connection"):
+        with pytest.raises(EngineError, match="refuses connections"):
             await reloading
 
 
-async def test_an_engine_that_we_cannot_ask_is_not_taken_for_dead(
-    control: Control, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_engine_is_not_dead_when_its_health_is_unknown(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
     async def unknown() -> Health:
         return Health.UNKNOWN
 
@@ -212,12 +208,12 @@ async def test_an_engine_that_we_cannot_ask_is_not_taken_for_dead(
             await control.replica.watch.died()
 
 
-async def test_where_no_engine_runs_there_is_none_to_ask(replica: Replica) -> None:
+async def test_client_raises_when_no_engine_runs(replica: Replica) -> None:
     with pytest.raises(RuntimeError):
         _ = replica.client
 
 
-async def test_only_ready_admits(make: Make) -> None:
+async def test_only_ready_engines_accept_requests(make: Make) -> None:
     control = make()
     admits = {}
     for state in EngineState:
@@ -227,14 +223,14 @@ async def test_only_ready_admits(make: Make) -> None:
     assert [state for state, admitted in admits.items() if admitted] == [EngineState.READY]
 
 
-async def test_the_state_is_in_the_metrics(make: Make) -> None:
+async def test_state_is_in_the_metrics(make: Make) -> None:
     control = make()
     control.replica.enter(EngineState.DRAINING)
     shown = {state: control.sample("svc_engine_state", model=NAME, state=state) for state in EngineState}
     assert shown == {state: float(state is EngineState.DRAINING) for state in EngineState}
 
 
-async def test_every_load_that_was_proven_is_another_one(control: Control) -> None:
+async def test_each_verified_load_is_distinct(control: Control) -> None:
     loads = [control.replica.weights]
     await control.promote(2)
     loads.append(control.replica.weights)
@@ -248,7 +244,7 @@ async def test_every_load_that_was_proven_is_another_one(control: Control) -> No
     assert [load.fresh for load in loads] == [True, False, False, True]
 
 
-async def test_a_swap_that_touched_no_weights_is_no_load(make: Make) -> None:
+async def test_weights_are_unchanged_when_a_swap_stopped_before_its_reload(make: Make) -> None:
     async with make(drain_timeout_s=0.05).run() as control:
         control.park.room = "full"
         load = control.replica.weights

@@ -1,4 +1,4 @@
-"""How the engines of a home are started, by its settings."""
+"""How a home's engines are started with its settings."""
 
 from pathlib import Path
 
@@ -15,27 +15,23 @@ from tests.svc.engine.devices import AVX512
 
 
 def slots_of(home: Path, **of_model: object) -> EngineSlots:
-    """With settings of one model that no other has."""
+    """Return slots with settings for one model that differ from the defaults."""
     settings = Settings.model_validate({"home": home, "models": {NAME: of_model}})
     return EngineSlots(settings, Registry(home / "models", AliasBook()), AVX512, list)
 
 
 @pytest.mark.parametrize(("name", "idles"), [(NAME, True), ("other", False)])
-def test_an_engine_knows_whether_its_model_has_an_idle_time(tmp_path: Path, name: str, idles: bool) -> None:
+def test_engine_knows_whether_its_model_may_idle(tmp_path: Path, name: str, idles: bool) -> None:
     assert slots_of(tmp_path, idle_s=60).spec(0, name, ServedModel(tmp_path)).idles is idles
 
 
 @pytest.mark.parametrize(("name", "mode"), [(NAME, "compiled"), ("other", "eager")])
-def test_the_kind_of_an_engine_follows_its_models_settings_when_they_differ(
-    tmp_path: Path, name: str, mode: str
-) -> None:
+def test_kind_of_an_engine_follows_the_settings_of_its_model(tmp_path: Path, name: str, mode: str) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert slots_of(tmp_path, engine={"args": ["--no-enforce-eager"]}).facts(name, tmp_path).mode == mode
 
 
-def test_memory_is_checked_for_each_engine_of_each_version_when_several_are_to_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_is_checked_for_all_engines_of_all_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     of_home, checked = slots_of(tmp_path), list[EngineSpec]()
     for number in (1, 2):
         make_version(Registry(tmp_path / "models", AliasBook()), number)

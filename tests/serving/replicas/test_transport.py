@@ -1,4 +1,4 @@
-"""The engine's refusals and failures as typed errors, without what clients must not see."""
+"""The engine's rejections and failures as typed errors, without internal details."""
 
 import pytest
 
@@ -21,7 +21,7 @@ TOO_LONG = [
 
 
 @pytest.mark.parametrize("message", TOO_LONG)
-def test_too_many_tokens_are_known_by_vllms_words(message: str) -> None:
+def test_context_length_error_is_recognised_by_vllms_text(message: str) -> None:
     assert isinstance(refusal(400, {"message": message}), ContextLengthError)
 
 
@@ -39,25 +39,25 @@ def test_too_many_tokens_are_known_by_vllms_words(message: str) -> None:
         (501, EngineFailedError),
     ],
 )
-def test_only_refusals_of_the_clients_own_request_are_passed_on(status: int, kind: type[EngineError]) -> None:
+def test_only_rejections_of_the_clients_request_are_passed_on(status: int, kind: type[EngineError]) -> None:
     assert type(refusal(status, {"message": "m"})) is kind
 
 
 @pytest.mark.parametrize("status", [400, 422, 500])
-def test_no_text_of_an_error_says_that_the_engine_is_dead(status: int) -> None:
+def test_no_text_of_an_error_marks_the_engine_as_dead(status: int) -> None:
     message = "EngineCore encountered an issue. See stack trace (above) for the root cause."
     assert not isinstance(refusal(status, {"message": message}), EngineDiedError)
 
 
-def test_a_failure_quotes_nothing_of_the_request() -> None:
-    """It is logged, and a refusal is only told to who sent the request."""
+def test_failure_quotes_nothing_of_the_request() -> None:
+    """It is logged, while a rejection is only sent to the client."""
     message = "1 validation error:\n  {'type': 'x', 'loc': 'body.prompt', 'msg': 'no', 'input': 'my SECRET'}"
     assert refusal(500, {"message": message}).wrong == "the engine answered 500: validation error x in prompt"
     assert "SECRET" in refusal(400, {"message": message}).wrong
 
 
 @pytest.mark.parametrize("error", [None, [], "text", {}, {"message": None}, {"message": 1, "param": 2}])
-def test_an_error_of_any_shape_becomes_a_refusal(error: object) -> None:
+def test_error_of_any_shape_becomes_a_rejection(error: object) -> None:
     found = refusal(400, error)
     assert isinstance(found, EngineRefusedError)
     assert found.wrong
@@ -73,11 +73,11 @@ def test_an_error_of_any_shape_becomes_a_refusal(error: object) -> None:
         ("top_p must be in (0, 1], got 2.0.", "top_p must be in (0, 1], got 2.0."),
     ],
 )
-def test_clients_see_the_message_without_paths_and_tracebacks(message: str, told: str) -> None:
+def test_message_for_clients_has_no_paths_and_tracebacks(message: str, told: str) -> None:
     assert for_clients(message) == told
 
 
-def test_a_long_message_is_cut() -> None:
+def test_long_message_is_truncated() -> None:
     assert len(for_clients("x" * 100_000)) <= 1000
 
 
@@ -89,7 +89,7 @@ def test_a_long_message_is_cut() -> None:
         ("no (parameter=temperature) at all", None),
     ],
 )
-def test_the_field_at_fault_may_stand_in_the_message_alone(message: str, param: str | None) -> None:
+def test_field_is_read_from_the_message_when_it_is_only_there(message: str, param: str | None) -> None:
     refused = refusal(400, {"message": message, "type": "BadRequestError"})
     assert isinstance(refused, EngineRefusedError)
     assert refused.param == param

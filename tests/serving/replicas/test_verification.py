@@ -1,4 +1,4 @@
-"""What a version must show before a client may reach it."""
+"""The checks of a version before clients may use it."""
 
 import asyncio
 import threading
@@ -20,13 +20,13 @@ from tests.serving.versions import FACTS, OTHER_FACTS, make_version, target
 
 
 def kind_of(facts: EngineFacts) -> Callable[[Path], EngineFacts]:
-    """One kind of engine for every folder."""
+    """Return one kind of engine for every folder."""
     return lambda folder: facts
 
 
 @pytest.fixture
 async def elsewhere(make: Make) -> AsyncIterator[Control]:
-    """Version 1 on an engine of another kind than the one that qualified it, which rounds a little otherwise."""
+    """Version 1 on another kind of engine than the one that qualified it, with slightly different rounding."""
     control = make(facts=OTHER_FACTS)
 
     def prepare(double: EngineDouble) -> None:
@@ -37,13 +37,13 @@ async def elsewhere(make: Make) -> AsyncIterator[Control]:
         yield control
 
 
-async def test_sound_files_give_their_folder(make: Make) -> None:
+async def test_valid_files_return_their_folder(make: Make) -> None:
     control = make()
     folder = await Verification(control.registry, control.store, kind_of(FACTS)).files(target(1))
     assert folder == control.registry.folder(target(1).version) / "merged"
 
 
-async def test_hashing_keeps_no_thread_of_the_default_executor_when_it_takes_long(
+async def test_hashing_does_not_block_the_default_executor_when_it_takes_long(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The status and every read of the store run there."""
@@ -61,21 +61,21 @@ async def test_hashing_keeps_no_thread_of_the_default_executor_when_it_takes_lon
     await asyncio.gather(*hashing)
 
 
-async def test_an_altered_file_is_an_error(make: Make) -> None:
+async def test_altered_file_is_an_error(make: Make) -> None:
     control = make()
     (control.registry.folder(target(1).version) / "merged" / "tokenizer.json").write_text('{"a": 1}')
     with pytest.raises(IntegrityError, match="was changed after registration"):
         await Verification(control.registry, control.store, kind_of(FACTS)).files(target(1))
 
 
-async def test_a_difference_within_the_tolerance_passes(control: Control) -> None:
+async def test_difference_within_the_tolerance_passes(control: Control) -> None:
     control.double.probe_noise = 0.0009
     verification = Verification(control.registry, control.store, kind_of(FACTS))
     found = await verification.probes(control.park.engines[-1], target(1), fresh=False)
     assert found.verified and found.found.startswith("1 probes passed")
 
 
-async def test_a_difference_beyond_the_tolerance_is_an_error(control: Control) -> None:
+async def test_difference_beyond_the_tolerance_is_an_error(control: Control) -> None:
     control.double.probe_noise = 0.0011
     with pytest.raises(ProbeError):
         await Verification(control.registry, control.store, kind_of(FACTS)).probes(
@@ -83,21 +83,21 @@ async def test_a_difference_beyond_the_tolerance_is_an_error(control: Control) -
         )
 
 
-async def test_the_probes_of_another_version_are_an_error(control: Control) -> None:
+async def test_probes_of_another_version_are_an_error(control: Control) -> None:
     with pytest.raises(ProbeError):
         await Verification(control.registry, control.store, kind_of(FACTS)).probes(
             control.park.engines[-1], target(2), fresh=True
         )
 
 
-async def test_probes_are_taken_again_on_another_kind_of_engine_and_kept(elsewhere: Control) -> None:
+async def test_probes_are_taken_again_and_stored_on_another_kind_of_engine(elsewhere: Control) -> None:
     kept = find_retaken_probes(elsewhere.store, target(1), OTHER_FACTS)
     assert kept is not None
     assert [probe.engine for probe in kept] == [OTHER_FACTS]
     assert find_retaken_probes(elsewhere.store, target(1), FACTS) is None
 
 
-async def test_kept_probes_are_checked_the_next_time(elsewhere: Control) -> None:
+async def test_stored_probes_are_checked_the_next_time(elsewhere: Control) -> None:
     verification = Verification(elsewhere.registry, elsewhere.store, kind_of(OTHER_FACTS))
     found = await verification.probes(elsewhere.park.engines[-1], target(1), fresh=False)
     assert "probes passed" in found.found
@@ -106,8 +106,8 @@ async def test_kept_probes_are_checked_the_next_time(elsewhere: Control) -> None
         await verification.probes(elsewhere.park.engines[-1], target(1), fresh=False)
 
 
-async def test_an_engine_that_was_not_started_with_a_version_gives_it_no_probes(elsewhere: Control) -> None:
-    """However little its weights differ: a load in place that did nothing would be taken for the version."""
+async def test_no_probes_are_taken_when_the_engine_was_not_started_with_the_version(elsewhere: Control) -> None:
+    """However little its weights differ: a reload that did nothing would be taken for the version."""
     sibling = make_version(elsewhere.registry, 4, probes_of=elsewhere.double.weights)
     verification = Verification(elsewhere.registry, elsewhere.store, kind_of(OTHER_FACTS))
     wanted = Target(sibling, Format.MERGED)
@@ -117,28 +117,28 @@ async def test_an_engine_that_was_not_started_with_a_version_gives_it_no_probes(
 
 
 @pytest.mark.parametrize(("number", "known"), [(1, True), (2, False)])
-async def test_where_probes_are_not_known_yet_it_can_be_asked_before(
+async def test_probes_are_missing_when_this_kind_of_engine_never_ran_the_version(
     elsewhere: Control, number: int, known: bool
 ) -> None:
     verification = Verification(elsewhere.registry, elsewhere.store, kind_of(OTHER_FACTS))
     assert await verification.has_probes(target(number)) is known
 
 
-async def test_probes_that_are_taken_again_are_not_those_of_other_weights(elsewhere: Control) -> None:
+async def test_probes_of_other_weights_are_not_stored(elsewhere: Control) -> None:
     verification = Verification(elsewhere.registry, elsewhere.store, kind_of(OTHER_FACTS))
     with pytest.raises(ProbeError, match="not the version's weights"):
         await verification.probes(elsewhere.park.engines[-1], target(2), fresh=True)
     assert find_retaken_probes(elsewhere.store, target(2), OTHER_FACTS) is None
 
 
-async def test_numbers_that_are_none_are_not_kept(elsewhere: Control) -> None:
+async def test_probes_with_nan_are_rejected(elsewhere: Control) -> None:
     elsewhere.double.probe_noise = float("nan")
     verification = Verification(elsewhere.registry, elsewhere.store, kind_of(OTHER_FACTS))
     with pytest.raises(ProbeError):
         await verification.probes(elsewhere.park.engines[-1], target(2), fresh=True)
 
 
-async def test_a_version_without_probes_proves_nothing(control: Control) -> None:
+async def test_version_without_probes_fails_the_verification(control: Control) -> None:
     make_version(control.registry, 4, probes=False)
     with pytest.raises(ProbeError, match="no probes"):
         await Verification(control.registry, control.store, kind_of(FACTS)).probes(

@@ -1,4 +1,4 @@
-"""A server that starts again finds the engines that run, and goes on with those that verify what they hold."""
+"""A restarted server adopts running engines that pass the verification."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -19,7 +19,7 @@ ONE, TWO = f"{NAME}@1", f"{NAME}@2"
 
 @asynccontextmanager
 async def again(control: Control) -> AsyncIterator[Control]:
-    """The server, ended without its engines, and started again."""
+    """Start the server again after it stopped without its engines."""
     control.leaves = False
     control.assemble()
     async with control.run():
@@ -28,7 +28,7 @@ async def again(control: Control) -> AsyncIterator[Control]:
 
 @pytest.fixture
 async def left(make: Make) -> Control:
-    """A server that has ended; its engine holds version 1 and runs."""
+    """A server that has stopped; its engine holds version 1 and runs."""
     control = make()
     control.leaves = True
     async with control.run():
@@ -36,7 +36,7 @@ async def left(make: Make) -> Control:
     return control
 
 
-async def test_it_goes_on_with_the_engine_that_runs(left: Control) -> None:
+async def test_server_continues_with_the_running_engine(left: Control) -> None:
     probes = left.double.calls.count("/v1/completions")
     async with again(left) as control, control.client() as client:
         assert (await ask(client, stream=True)).words == {"1"}
@@ -46,14 +46,14 @@ async def test_it_goes_on_with_the_engine_that_runs(left: Control) -> None:
         assert control.park.alive == 1
 
 
-async def test_the_history_says_that_the_server_was_lost_and_the_engine_adopted(left: Control) -> None:
+async def test_history_shows_the_lost_server_and_the_adoption(left: Control) -> None:
     async with again(left) as control:
         await until(lambda: len(served_spans(control.store, NAME)) == 2)
         spans = served_spans(control.store, NAME)
     assert [(span.began_by, span.ended_by) for span in spans] == [(Began.START, Ended.LOST), (Began.ADOPTED, None)]
 
 
-async def test_it_swaps_and_watches_an_engine_that_it_took_over(left: Control) -> None:
+async def test_adopted_engine_is_swapped_and_watched(left: Control) -> None:
     async with again(left) as control:
         assert (await control.promote(2)).outcome is SwapOutcome.SUCCEEDED
         control.park.engines[-1].kill()
@@ -62,9 +62,9 @@ async def test_it_swaps_and_watches_an_engine_that_it_took_over(left: Control) -
         assert control.pool.restarts == 1
 
 
-async def test_an_engine_that_nobody_can_vouch_for_is_ended(left: Control) -> None:
+async def test_engine_is_stopped_when_its_version_is_unknown(left: Control) -> None:
     (engine,) = left.park.left.values()
-    engine.holds = None  # its server died during a reload
+    engine.holds = None  # as if its server had died during a reload
     async with again(left) as control:
         assert not engine.alive
         assert control.park.ended == [0]
@@ -72,7 +72,7 @@ async def test_an_engine_that_nobody_can_vouch_for_is_ended(left: Control) -> No
         await control.serves(target(1))
 
 
-async def test_an_engine_that_holds_other_weights_than_it_says_is_ended(left: Control) -> None:
+async def test_engine_is_stopped_when_it_has_other_weights_than_recorded(left: Control) -> None:
     (engine,) = left.park.left.values()
     engine.double.weights = "/elsewhere"
     async with again(left) as control, control.client() as client:
@@ -80,14 +80,14 @@ async def test_an_engine_that_holds_other_weights_than_it_says_is_ended(left: Co
         assert (await ask(client, stream=False)).words == {"1"}
 
 
-async def test_an_engine_that_has_died_meanwhile_is_no_loss(left: Control) -> None:
+async def test_new_engine_starts_when_the_old_one_died_meanwhile(left: Control) -> None:
     (engine,) = left.park.left.values()
     engine.kill()
     async with again(left) as control:
         await control.serves(target(1))
 
 
-async def test_altered_files_are_not_served_by_an_engine_that_runs(left: Control) -> None:
+async def test_altered_files_are_not_served_by_a_running_engine(left: Control) -> None:
     (left.registry.folder(target(1).version) / "merged" / "config.json").write_text("{}")
     with pytest.raises(IntegrityError):
         async with again(left):
@@ -96,7 +96,7 @@ async def test_altered_files_are_not_served_by_an_engine_that_runs(left: Control
     assert left.park.alive == 0
 
 
-async def test_after_a_death_during_a_swap_the_version_before_serves_at_once_and_the_wish_is_taken_up(
+async def test_previous_version_serves_and_the_swap_is_repeated_when_the_server_died_during_it(
     left: Control,
 ) -> None:
     wish = left.wish(2)
@@ -110,11 +110,11 @@ async def test_after_a_death_during_a_swap_the_version_before_serves_at_once_and
         found = find_swap(left.store, NAME, wish.generation)
         assert found is not None and found.id == begun
         assert any("weights of" in step for step in control.steps)
-    assert len(left.park.engines) == started + 1  # the one that was adopted, and reloaded in place
+    assert len(left.park.engines) == started + 1  # the adopted one was reloaded in place
     assert left.park.ended == []
 
 
-async def test_after_a_death_between_the_swap_and_its_entry_the_swap_has_succeeded(left: Control) -> None:
+async def test_swap_has_succeeded_when_the_server_died_before_recording_it(left: Control) -> None:
     async with again(left) as control:
         await control.promote(2)
         control.leaves = True
@@ -125,8 +125,8 @@ async def test_after_a_death_between_the_swap_and_its_entry_the_swap_has_succeed
         assert control.names.served is not None and control.names.served.version == target(2).version
 
 
-async def test_of_two_engines_only_the_one_that_is_wanted_goes_on(make: Make) -> None:
-    """As where a server died after a second engine had started, and before it was put in the place of the first."""
+async def test_only_the_desired_one_of_two_engines_is_adopted(make: Make) -> None:
+    """As when a server died after a second engine had started, and before it replaced the first."""
     control = make(replicas=2)
     control.leaves = True
     async with control.run():
@@ -137,7 +137,7 @@ async def test_of_two_engines_only_the_one_that_is_wanted_goes_on(make: Make) ->
         assert control.park.ended == [1]
 
 
-async def test_all_engines_of_a_server_go_on(make: Make) -> None:
+async def test_all_engines_of_a_server_are_adopted(make: Make) -> None:
     control = make(replicas=2)
     control.leaves = True
     async with control.run():
@@ -148,7 +148,7 @@ async def test_all_engines_of_a_server_go_on(make: Make) -> None:
         assert len(control.park.engines) == started + 2
 
 
-async def test_more_engines_than_before_are_started(make: Make) -> None:
+async def test_missing_engines_are_started_when_more_are_configured(make: Make) -> None:
     control = make()
     control.leaves = True
     async with control.run():
@@ -161,7 +161,7 @@ async def test_more_engines_than_before_are_started(make: Make) -> None:
 
 
 @pytest.mark.parametrize("number", [0, 1], ids=["first", "second"])
-async def test_an_end_while_an_engine_is_adopted_leaves_none_running(
+async def test_no_engine_is_left_when_the_server_stops_during_an_adoption(
     make: Make, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     control = make(replicas=2)
@@ -184,10 +184,10 @@ async def test_an_end_while_an_engine_is_adopted_leaves_none_running(
     await asyncio.wait({adopting})
     await control.stop()
     assert control.park.alive == 0
-    await asyncio.sleep(0.05)  # a double that was killed closes its socket a few turns of the loop later
+    await asyncio.sleep(0.05)  # a killed double closes its socket a few turns of the loop later
 
 
-async def test_the_first_engine_answers_while_another_is_adopted(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_first_engine_answers_while_another_is_adopted(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     control = make(replicas=2)
     control.leaves = True
     async with control.run():

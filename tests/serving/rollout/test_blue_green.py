@@ -1,4 +1,4 @@
-"""A second engine takes the place of the first: nobody waits, and nothing is left behind."""
+"""A second engine replaces the first: no request waits, and nothing is left behind."""
 
 import asyncio
 
@@ -24,7 +24,7 @@ def slow(double: EngineDouble) -> None:
 
 @pytest.fixture
 def control(make: Make) -> Control:
-    """Version 4 has another shape, so that it fits in place of none."""
+    """A server; version 4 has another shape, so it cannot be loaded in place."""
     control = make()
     control.park.prepare = slow
     control.park.start_delay_s = 0.05
@@ -32,7 +32,7 @@ def control(make: Make) -> Control:
     return control
 
 
-async def test_under_load_no_request_fails_or_waits_and_no_versions_mix(control: Control) -> None:
+async def test_no_request_fails_or_waits_and_no_versions_mix_under_load(control: Control) -> None:
     async with control.run(), control.client() as client:
         load = Load(client)
         async with load.run():
@@ -70,7 +70,7 @@ async def test_another_format_needs_a_second_engine(control: Control) -> None:
         assert (swap.outcome, swap.kind) == (SwapOutcome.SUCCEEDED, SwapKind.BLUEGREEN)
 
 
-async def test_a_replaced_engine_that_cannot_be_ended_is_tried_again(
+async def test_stop_of_a_replaced_engine_is_retried_when_it_fails(
     control: Control, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("serving.replicas.retirement._RETRY_S", 0.01)
@@ -87,17 +87,17 @@ async def test_a_replaced_engine_that_cannot_be_ended_is_tried_again(
         await control.promote(4)
         await until(lambda: control.pool.all == control.pool.members)
         assert not old.alive
-    assert "replica 0 cannot be ended" in caplog.text
+    assert "replica 0 cannot be stopped" in caplog.text
 
 
-async def test_where_it_is_set_a_version_that_fits_comes_so_too(make: Make) -> None:
+async def test_second_engine_is_used_for_any_version_when_configured(make: Make) -> None:
     async with make(swap=SwapChoice.BLUEGREEN).run() as control:
         assert (await control.promote(2)).kind is SwapKind.BLUEGREEN
         await control.serves(target(2))
         assert RELOAD not in control.park.engines[0].double.calls
 
 
-async def test_an_answer_that_outlasts_the_drain_is_not_cut_off_and_does_not_hold_up_the_swap(make: Make) -> None:
+async def test_answer_longer_than_the_drain_timeout_is_completed_and_does_not_delay_the_swap(make: Make) -> None:
     control = make(drain_timeout_s=0.1)
     control.park.prepare = lambda double: setattr(double, "token_delay_s", 0.0 if control.park.engines else 0.15)
     async with control.run(), control.client() as client:
@@ -116,7 +116,7 @@ async def test_an_answer_that_outlasts_the_drain_is_not_cut_off_and_does_not_hol
     assert any("still ran" in step for step in control.steps)
 
 
-async def test_weights_that_fail_their_probes_answer_nobody(control: Control) -> None:
+async def test_weights_that_fail_their_probes_answer_no_request(control: Control) -> None:
     make_version(control.registry, 5, width=8, probes_of="/elsewhere")
     async with control.run(), control.client() as client:
         load = Load(client)
@@ -133,7 +133,7 @@ async def test_weights_that_fail_their_probes_answer_nobody(control: Control) ->
     assert swap.reason is not None and "not the version's weights" in swap.reason
 
 
-async def test_a_second_engine_that_does_not_start_changes_nothing(control: Control) -> None:
+async def test_nothing_changes_when_the_second_engine_does_not_start(control: Control) -> None:
     async with control.run(), control.client() as client:
         control.park.failing_starts = 1
         swap = await control.promote(4)
@@ -143,7 +143,7 @@ async def test_a_second_engine_that_does_not_start_changes_nothing(control: Cont
     assert swap.reason is not None and "no memory" in swap.reason
 
 
-async def test_the_engine_that_serves_may_die_while_the_second_starts(control: Control) -> None:
+async def test_swap_succeeds_when_the_serving_engine_dies_meanwhile(control: Control) -> None:
     async with control.run(), control.client() as client:
         control.park.start_delay_s = 0.2
         wish = control.wish(4)
@@ -155,7 +155,7 @@ async def test_the_engine_that_serves_may_die_while_the_second_starts(control: C
         assert (await ask(client, stream=False)).version == FOUR
 
 
-async def test_where_both_engines_are_gone_the_version_before_comes_back(control: Control) -> None:
+async def test_previous_version_comes_back_when_both_engines_died(control: Control) -> None:
     async with control.run():
         control.park.start_delay_s, control.park.failing_starts = 0.2, 1
         wish = control.wish(4)
@@ -165,7 +165,7 @@ async def test_where_both_engines_are_gone_the_version_before_comes_back(control
         await control.serves(target(1))
 
 
-async def test_a_replaced_engine_ends_at_last_whatever_still_runs_in_it(
+async def test_replaced_engine_is_stopped_after_a_timeout_whatever_still_runs(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.replicas.retirement.RETIRE_TIMEOUT_S", 0.1)
@@ -180,7 +180,7 @@ async def test_a_replaced_engine_ends_at_last_whatever_still_runs_in_it(
         assert control.sample("svc_engine_state", model=NAME, state="retiring") == 0
 
 
-async def test_it_waits_for_the_room_of_an_engine_that_still_answers(make: Make) -> None:
+async def test_swap_waits_for_the_memory_of_an_engine_that_still_answers(make: Make) -> None:
     control = make(swap=SwapChoice.BLUEGREEN)
     async with control.run(), control.client() as client:
         control.double.token_delay_s = 0.1
@@ -194,7 +194,7 @@ async def test_it_waits_for_the_room_of_an_engine_that_still_answers(make: Make)
         assert (await long).words == {"1"}
 
 
-async def test_numbers_of_engines_that_have_gone_are_used_again(make: Make) -> None:
+async def test_numbers_of_stopped_engines_are_used_again(make: Make) -> None:
     async with make(swap=SwapChoice.BLUEGREEN).run() as control:
         replicas = []
         for number in (2, 3, 2):
@@ -204,7 +204,7 @@ async def test_numbers_of_engines_that_have_gone_are_used_again(make: Make) -> N
         assert replicas == [1, 0, 1]
 
 
-async def test_a_server_that_stops_meanwhile_leaves_no_engine(control: Control) -> None:
+async def test_no_engine_is_left_when_the_server_stops_meanwhile(control: Control) -> None:
     async with control.run():
         control.park.start_delay_s = 10
         control.wish(4)

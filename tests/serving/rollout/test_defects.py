@@ -1,4 +1,4 @@
-"""A defect in a swap is a failed swap: the version before serves on, and no engine answers with unverified weights."""
+"""A defect in a swap is a failed swap: the previous version keeps serving, and no unverified weights answer."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +22,7 @@ RELOAD = "/collective_rpc"
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, owner: type, method: str, *calls: int) -> None:
-    """Makes these calls of a coroutine function, counted from 1, raise what nothing expects."""
+    """Make these calls of a coroutine function, counted from 1, raise an unexpected error."""
     work: Callable[..., Any] = getattr(owner, method)
     count = 0
 
@@ -37,7 +37,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, owner: type, method: str, *calls: i
 
 
 async def back_to_one(control: Control) -> None:
-    """Waits until every member serves version 1, in truth as well, and nothing else is desired."""
+    """Wait until every member really serves version 1, and nothing else is desired."""
     await until(lambda: len(control.pool.ready) == control.replicas and not control.pool.has_others)
     assert {engine.target for engine in control.pool.members} == {target(1)}
     assert {engine.double.weights.split("/")[-2] for engine in control.park.engines if engine.alive} == {"1"}
@@ -47,7 +47,7 @@ async def back_to_one(control: Control) -> None:
 
 
 @pytest.mark.parametrize(("owner", "method"), [(SwapPlanner, "plan"), (Replica, "drained"), (Swap, "run")])
-async def test_the_engine_serves_on_when_a_swap_has_a_defect_before_the_reload(
+async def test_engine_keeps_serving_when_a_swap_has_a_defect_before_the_reload(
     control: Control, monkeypatch: pytest.MonkeyPatch, owner: type, method: str
 ) -> None:
     fail_at(monkeypatch, owner, method, 1)
@@ -61,7 +61,7 @@ async def test_the_engine_serves_on_when_a_swap_has_a_defect_before_the_reload(
 
 
 @pytest.mark.parametrize("method", ["_reload", "_restore"])
-async def test_the_engine_is_replaced_when_a_swap_has_a_defect_in_the_reload(
+async def test_engine_is_replaced_when_a_swap_has_a_defect_in_the_reload(
     control: Control, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     make_version(control.registry, 4, probes_of="/elsewhere")
@@ -72,7 +72,7 @@ async def test_the_engine_is_replaced_when_a_swap_has_a_defect_in_the_reload(
     assert len(control.park.engines) == 2
 
 
-async def test_engines_that_were_changed_go_back_when_a_swap_has_a_defect_at_the_second(
+async def test_changed_engines_are_restored_when_a_swap_has_a_defect_at_the_second(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     control = make(replicas=2)
@@ -84,7 +84,7 @@ async def test_engines_that_were_changed_go_back_when_a_swap_has_a_defect_at_the
 
 
 @pytest.mark.parametrize("method", ["run", "_end_requests"])
-async def test_engines_that_were_changed_are_replaced_when_the_way_back_has_a_defect(
+async def test_changed_engines_are_replaced_when_the_restoration_has_a_defect(
     make: Make, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     control = make(replicas=2, drain_timeout_s=0.1)
@@ -102,7 +102,7 @@ async def test_engines_that_were_changed_are_replaced_when_the_way_back_has_a_de
 
 
 async def _refuse_the_way_back(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second change has a defect, and the third, which goes back, is refused."""
+    """Give the second change a defect, and refuse the third, which restores."""
     change, count = EngineChange.run, 0
 
     async def run(self: EngineChange, *arguments: Any) -> Any:
@@ -115,7 +115,7 @@ async def _refuse_the_way_back(control: Control, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(EngineChange, "run", run)
 
 
-async def test_a_second_engine_is_ended_later_when_it_neither_starts_nor_ends(
+async def test_second_engine_is_stopped_later_when_it_neither_starts_nor_stops(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.replicas.retirement._RETRY_S", 0.05)
@@ -128,7 +128,7 @@ async def test_a_second_engine_is_ended_later_when_it_neither_starts_nor_ends(
         await back_to_one(control)
 
 
-async def test_an_engine_is_started_again_when_it_could_not_be_ended_for_a_start(
+async def test_engine_is_restarted_when_it_could_not_be_stopped_for_a_start(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fail_at(monkeypatch, DoubleEngine, "stop", 1)

@@ -1,4 +1,4 @@
-"""While versions are changed, nothing waits for a disk or a process in the event loop, where requests are answered."""
+"""Swaps, first loads and adoptions never block the event loop with a disk or a process."""
 
 import pytest
 
@@ -13,7 +13,7 @@ from tests.serving.versions import OTHER_FACTS, make_version, target
     ("kind", "number", "replicas"),
     [(SwapKind.INPLACE, 2, 1), (SwapKind.ROLLING, 2, 2), (SwapKind.BLUEGREEN, 4, 1)],
 )
-async def test_no_swap_waits_in_the_event_loop(make: Make, kind: SwapKind, number: int, replicas: int) -> None:
+async def test_swap_does_not_block_the_event_loop(make: Make, kind: SwapKind, number: int, replicas: int) -> None:
     control = make(replicas=replicas)
     make_version(control.registry, 4, width=8)
     async with control.run():
@@ -24,17 +24,17 @@ async def test_no_swap_waits_in_the_event_loop(make: Make, kind: SwapKind, numbe
         assert (watch.waits, watch.slow) == ([], [])
 
 
-async def test_no_first_load_waits_in_the_event_loop(make: Make) -> None:
+async def test_first_load_does_not_block_the_event_loop(make: Make) -> None:
     control = make(facts=OTHER_FACTS)
     async with control.run():
         control.park.room = "full"
         with watched_loop() as watch:
             swap = await control.reconciler.swap.run(target(1), target(2), lambda step: None)
         assert swap.outcome is SwapOutcome.SUCCEEDED
-        assert [call for call in watch.waits if "engine-0.sock" not in call] == []  # that is the double's own
+        assert [call for call in watch.waits if "engine-0.sock" not in call] == []  # the double's own socket
 
 
-async def test_no_adoption_waits_in_the_event_loop(make: Make) -> None:
+async def test_adoption_does_not_block_the_event_loop(make: Make) -> None:
     control = make()
     control.leaves = True
     async with control.run():

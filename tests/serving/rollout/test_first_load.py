@@ -1,4 +1,4 @@
-"""A version that this kind of engine has never loaded comes by an engine that starts with it."""
+"""A version that this kind of engine has never loaded needs an engine that starts with it."""
 
 from collections.abc import Callable
 
@@ -21,7 +21,7 @@ Elsewhere = Callable[..., Control]
 
 @pytest.fixture
 def elsewhere(make: Make) -> Elsewhere:
-    """Makes a server whose engines are of another kind than those that qualified the versions."""
+    """Return a function that makes a server whose engines differ from those that qualified the versions."""
     return lambda **settings: make(facts=OTHER_FACTS, **settings)
 
 
@@ -29,13 +29,13 @@ def reloads(control: Control) -> int:
     return sum(engine.double.calls.count(RELOAD) for engine in control.park.engines)
 
 
-async def test_where_there_is_room_a_second_engine_starts_with_it(elsewhere: Elsewhere) -> None:
+async def test_second_engine_starts_with_the_version_when_there_is_memory(elsewhere: Elsewhere) -> None:
     async with elsewhere().run() as control:
         swap = await control.promote(2)
         assert (swap.outcome, swap.kind, reloads(control)) == (SwapOutcome.SUCCEEDED, SwapKind.BLUEGREEN, 0)
 
 
-async def test_without_room_the_only_engine_starts_again_with_it(elsewhere: Elsewhere) -> None:
+async def test_only_engine_is_restarted_with_the_version_when_there_is_no_memory(elsewhere: Elsewhere) -> None:
     async with elsewhere().run() as control:
         control.park.room = FULL
         swap = await control.promote(2)
@@ -43,7 +43,7 @@ async def test_without_room_the_only_engine_starts_again_with_it(elsewhere: Else
         assert [engine.alive for engine in control.park.engines] == [False, True]
 
 
-async def test_requests_wait_while_the_only_engine_starts_again(elsewhere: Elsewhere) -> None:
+async def test_requests_wait_while_the_only_engine_restarts(elsewhere: Elsewhere) -> None:
     control = elsewhere()
     control.park.room = FULL
     async with control.run(), control.client() as client:
@@ -54,17 +54,17 @@ async def test_requests_wait_while_the_only_engine_starts_again(elsewhere: Elsew
         assert (answer.status, answer.version) == (200, TWO)
 
 
-async def test_the_journal_says_why_an_engine_is_started(elsewhere: Elsewhere) -> None:
+async def test_journal_shows_why_an_engine_is_started(elsewhere: Elsewhere) -> None:
     async with elsewhere().run() as control:
         control.park.room = FULL
         await control.promote(2)
         text = "\n".join(control.steps)
-        for part in ("no probes of this kind of engine", FULL, f"starting the engine again, with {target(2)}"):
+        for part in ("no probes from this kind of engine", FULL, f"restarting the engine with {target(2)}"):
             assert part in text
         assert "probes taken again" in text
 
 
-async def test_its_probes_are_kept_and_the_next_time_it_is_reloaded(elsewhere: Elsewhere) -> None:
+async def test_probes_are_stored_and_the_version_is_reloaded_the_next_time(elsewhere: Elsewhere) -> None:
     async with elsewhere().run() as control:
         control.park.room = FULL
         await control.promote(2)
@@ -74,7 +74,7 @@ async def test_its_probes_are_kept_and_the_next_time_it_is_reloaded(elsewhere: E
         assert reloads(control) == 2
 
 
-async def test_of_several_engines_one_starts_with_it_and_the_others_are_reloaded(elsewhere: Elsewhere) -> None:
+async def test_one_engine_is_started_and_the_others_are_reloaded_when_there_are_several(elsewhere: Elsewhere) -> None:
     async with elsewhere(replicas=2).run() as control:
         await until(lambda: len(control.pool.ready) == 2)
         control.park.room = FULL
@@ -83,7 +83,9 @@ async def test_of_several_engines_one_starts_with_it_and_the_others_are_reloaded
         assert len(control.park.engines) == 3
 
 
-async def test_an_engine_that_does_not_start_with_it_starts_with_the_version_before(elsewhere: Elsewhere) -> None:
+async def test_previous_version_is_restored_when_the_engine_does_not_start_with_the_new_one(
+    elsewhere: Elsewhere,
+) -> None:
     async with elsewhere().run() as control:
         control.park.room = FULL
         control.park.failing_starts = 1
@@ -93,14 +95,14 @@ async def test_an_engine_that_does_not_start_with_it_starts_with_the_version_bef
         await control.serves(target(1))
 
 
-async def test_where_a_second_engine_is_set_the_only_one_is_not_started_again(elsewhere: Elsewhere) -> None:
+async def test_only_engine_is_not_restarted_when_a_second_engine_is_configured(elsewhere: Elsewhere) -> None:
     async with elsewhere(swap=SwapChoice.BLUEGREEN).run() as control:
         control.park.room = FULL
         assert (await control.promote(2)).outcome is SwapOutcome.REFUSED
         assert len(control.park.engines) == 1
 
 
-async def test_where_the_store_cannot_say_no_engine_is_touched(
+async def test_no_engine_is_touched_when_the_store_cannot_be_read(
     elsewhere: Elsewhere, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def away(*_: object) -> None:
@@ -113,7 +115,7 @@ async def test_where_the_store_cannot_say_no_engine_is_touched(
         assert (control.state, len(control.park.engines), reloads(control)) == (EngineState.READY, 1, 0)
 
 
-async def test_a_reload_without_probes_is_taken_back(elsewhere: Elsewhere, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_reload_is_undone_when_there_are_no_probes(elsewhere: Elsewhere, monkeypatch: pytest.MonkeyPatch) -> None:
     async def has_probes(verification: Verification, wanted: object) -> bool:
         return True
 
@@ -124,7 +126,7 @@ async def test_a_reload_without_probes_is_taken_back(elsewhere: Elsewhere, monke
         await control.serves(target(1))
 
 
-async def test_an_engine_of_an_earlier_server_is_no_first_load(make: Make) -> None:
+async def test_adopted_engine_does_not_count_as_started_with_the_version(make: Make) -> None:
     control = make()
     control.leaves = True
     async with control.run():
@@ -134,5 +136,5 @@ async def test_an_engine_of_an_earlier_server_is_no_first_load(make: Make) -> No
     control.assemble()
     async with control.run():
         assert not left.alive
-        assert len(control.park.engines) == 3  # the first, the same as it is adopted, and the one that is started
+        assert len(control.park.engines) == 3  # the first, the same after its adoption, and the new one
         await control.serves(target(1))

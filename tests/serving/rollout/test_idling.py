@@ -1,4 +1,4 @@
-"""Engines that nobody asks are ended, and come back for the next request, which waits and is not refused."""
+"""Idle engines are stopped, and start again for the next request, which waits and is not rejected."""
 
 import asyncio
 import time
@@ -24,7 +24,7 @@ IDLE_S = 0.2
 
 @pytest.fixture
 def idling(home: Home) -> Home:
-    """A home whose models are idle soon, and a second model."""
+    """A home with two models that are idle soon."""
     for number in (7, 8):
         make_version(home.registry, number, name=OTHER)
     configure(home, serve={"port": 0, "idle_s": IDLE_S})
@@ -36,7 +36,7 @@ def configure(home: Home, **settings: Any) -> None:
 
 
 async def answer(client: httpx.AsyncClient, model: str = NAME) -> tuple[int, str]:
-    """Status, and the version in the header."""
+    """Return the status, and the version in the header."""
     found = await client.post("/v1/chat/completions", json=BODY | {"model": model})
     return found.status_code, found.headers.get("x-model-version", "")
 
@@ -47,14 +47,14 @@ async def states(client: httpx.AsyncClient) -> dict[str, str]:
 
 
 async def become(client: httpx.AsyncClient, **wanted: str) -> None:
-    """Waits until models are in these states."""
+    """Wait until models have these states."""
     async with asyncio.timeout(5):
         while await states(client) != wanted:
             await asyncio.sleep(0.01)
 
 
 def hash_slowly(home: Home, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    """Makes every comparison of a version's files with its manifest take so long."""
+    """Delay every comparison of a version's files with its manifest."""
     verify = home.registry.verify
 
     def verify_slowly(version: VersionId, format: Format) -> None:
@@ -65,7 +65,7 @@ def hash_slowly(home: Home, monkeypatch: pytest.MonkeyPatch, seconds: float) -> 
 
 
 async def promoted(home: Home, number: int) -> SwapResult:
-    """Promotes a version of the first model and returns the end of its swap."""
+    """Promote a version of the first model and return the result of its swap."""
     seen = read_desired(home.store, NAME)
     assert seen is not None
     wish = change_desired(home.store, seen, target(number), seen.target)
@@ -75,13 +75,13 @@ async def promoted(home: Home, number: int) -> SwapResult:
     return swap.result
 
 
-async def test_an_engine_that_nobody_asks_is_ended(idling: Home) -> None:
+async def test_engine_is_stopped_when_there_are_no_requests(idling: Home) -> None:
     async with idling.serving(f"{NAME}@1") as client:
         await become(client, tuned="idle")
         assert idling.park.alive == 0
 
 
-async def test_the_next_request_waits_for_it_and_is_answered(idling: Home) -> None:
+async def test_next_request_waits_for_the_engine_and_is_answered(idling: Home) -> None:
     async with idling.serving(f"{NAME}@1") as client:
         await become(client, tuned="idle")
         idling.park.start_delay_s = 0.3
@@ -92,20 +92,20 @@ async def test_the_next_request_waits_for_it_and_is_answered(idling: Home) -> No
     assert 'svc_engine_restarts_total{model="tuned"} 0.0' in page
 
 
-async def test_an_idle_model_is_healthy_and_listed(idling: Home) -> None:
+async def test_idle_model_is_healthy_and_listed(idling: Home) -> None:
     async with idling.serving(f"{NAME}@1") as client:
         await become(client, tuned="idle")
         assert (await client.get("/health")).status_code == 200
         assert f"{NAME}@1" in {model["id"] for model in (await client.get("/v1/models")).json()["data"]}
 
 
-async def test_a_request_by_number_wakes_it_too(idling: Home) -> None:
+async def test_model_wakes_when_it_is_requested_by_version_number(idling: Home) -> None:
     async with idling.serving(f"{NAME}@1") as client:
         await become(client, tuned="idle")
         assert await answer(client, f"{NAME}@1") == (200, f"{NAME}@1")
 
 
-async def test_requests_keep_it_awake(idling: Home) -> None:
+async def test_model_stays_awake_when_requests_arrive(idling: Home) -> None:
     async with idling.serving(f"{NAME}@1") as client:
         for _ in range(8):
             assert await answer(client) == (200, f"{NAME}@1")
@@ -113,14 +113,14 @@ async def test_requests_keep_it_awake(idling: Home) -> None:
         assert len(idling.park.engines) == 1
 
 
-async def test_a_running_answer_keeps_it_awake(idling: Home) -> None:
+async def test_model_stays_awake_when_an_answer_runs(idling: Home) -> None:
     async with idling.serving(f"{NAME}@1") as client:
         idling.park.double.token_delay_s = 2 * IDLE_S
         assert await answer(client) == (200, f"{NAME}@1")
         assert len(idling.park.engines) == 1
 
 
-async def test_it_goes_and_comes_again_and_again(idling: Home) -> None:
+async def test_model_idles_and_wakes_repeatedly(idling: Home) -> None:
     async with idling.serving(f"{NAME}@1") as client:
         for _ in range(3):
             await become(client, tuned="idle")
@@ -128,8 +128,10 @@ async def test_it_goes_and_comes_again_and_again(idling: Home) -> None:
         assert len(idling.park.engines) == 4
 
 
-async def test_all_engines_of_several_go_and_come(idling: Home) -> None:
-    configure(idling, serve={"port": 0, "idle_s": 2.0}, engine={"replicas": 2})  # the second starts after a second
+async def test_all_engines_of_a_model_stop_and_start(idling: Home) -> None:
+    configure(
+        idling, serve={"port": 0, "idle_s": 2.0}, engine={"replicas": 2}
+    )  # the second engine starts after a second
     async with idling.serving(f"{NAME}@1") as client:
         await until(lambda: idling.park.alive == 2)
         await become(client, tuned="idle")
@@ -139,7 +141,7 @@ async def test_all_engines_of_several_go_and_come(idling: Home) -> None:
                 assert await answer(client) == (200, f"{NAME}@1")
 
 
-async def test_a_start_that_fails_refuses_what_waited_and_is_tried_again(idling: Home) -> None:
+async def test_waiting_requests_are_rejected_and_the_start_retried_when_it_fails(idling: Home) -> None:
     async with idling.serving(f"{NAME}@1") as client:
         await become(client, tuned="idle")
         idling.park.failing_starts = 1
@@ -149,7 +151,7 @@ async def test_a_start_that_fails_refuses_what_waited_and_is_tried_again(idling:
                 await asyncio.sleep(0.01)
 
 
-async def test_an_engine_that_cannot_be_ended_is_ended_before_the_next_start(
+async def test_engine_is_stopped_before_its_next_start_when_it_could_not_be_stopped(
     idling: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failures = fail_to_end_once(monkeypatch)
@@ -161,7 +163,7 @@ async def test_an_engine_that_cannot_be_ended_is_ended_before_the_next_start(
         await become(client, tuned="idle")
 
 
-async def test_a_promotion_wakes_it_with_the_new_version(idling: Home) -> None:
+async def test_promotion_wakes_the_model_with_the_new_version(idling: Home) -> None:
     async with idling.serving(f"{NAME}@1") as client:
         await become(client, tuned="idle")
         assert (await promoted(idling, 2)).outcome is SwapOutcome.SUCCEEDED
@@ -170,7 +172,7 @@ async def test_a_promotion_wakes_it_with_the_new_version(idling: Home) -> None:
         assert await answer(client) == (200, f"{NAME}@2")
 
 
-async def test_an_engine_does_not_idle_when_a_promotion_compares_files(
+async def test_engine_does_not_idle_when_a_promotion_compares_files(
     idling: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with idling.serving(f"{NAME}@1") as client:
@@ -182,7 +184,9 @@ async def test_an_engine_does_not_idle_when_a_promotion_compares_files(
         await become(client, tuned="idle")
 
 
-async def test_a_model_does_not_give_way_when_it_is_promoted(idling: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_model_is_not_stopped_for_another_when_it_is_being_promoted(
+    idling: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
     configure(idling, serve={"port": 0, "idle_s": 60})
     idling.park.room = "full"
     async with idling.serving(f"{NAME}@1") as client:
@@ -200,10 +204,12 @@ async def test_a_model_does_not_give_way_when_it_is_promoted(idling: Home, monke
         assert len(idling.park.engines) == 1
 
 
-async def test_a_second_promotion_succeeds_when_it_follows_one_that_woke_a_model_of_several_engines(
+async def test_second_promotion_succeeds_when_the_first_woke_a_model_of_several_engines(
     idling: Home,
 ) -> None:
-    configure(idling, serve={"port": 0, "idle_s": 2.0}, engine={"replicas": 2})  # the second starts after a second
+    configure(
+        idling, serve={"port": 0, "idle_s": 2.0}, engine={"replicas": 2}
+    )  # the second engine starts after a second
     async with idling.serving(f"{NAME}@1") as client:
         await until(lambda: idling.park.alive == 2)
         await become(client, tuned="idle")
@@ -212,7 +218,7 @@ async def test_a_second_promotion_succeeds_when_it_follows_one_that_woke_a_model
         assert await answer(client) == (200, f"{NAME}@3")
 
 
-async def test_one_idle_model_leaves_the_other_alone(idling: Home) -> None:
+async def test_idle_model_does_not_affect_another(idling: Home) -> None:
     configure(idling, serve={"port": 0}, models={OTHER: {"idle_s": IDLE_S}})
     async with idling.serving(f"{NAME}@1", f"{OTHER}@7") as client:
         await become(client, tuned="ready", other="idle")
@@ -220,7 +226,7 @@ async def test_one_idle_model_leaves_the_other_alone(idling: Home) -> None:
         assert await answer(client, OTHER) == (200, f"{OTHER}@7")
 
 
-async def test_a_server_ends_while_a_model_is_idle_or_wakes(idling: Home) -> None:
+async def test_server_stops_while_a_model_is_idle_or_wakes(idling: Home) -> None:
     async with idling.serving(f"{NAME}@1") as client:
         await become(client, tuned="idle")
         idling.park.start_delay_s = 10
@@ -231,7 +237,7 @@ async def test_a_server_ends_while_a_model_is_idle_or_wakes(idling: Home) -> Non
     assert idling.park.alive == 0
 
 
-async def test_the_longest_idle_model_gives_way_where_memory_is_short(idling: Home) -> None:
+async def test_longest_idle_model_is_stopped_when_memory_is_short(idling: Home) -> None:
     make_version(idling.registry, 9, name="third")
     configure(idling, serve={"port": 0, "idle_s": 60})
     idling.park.shortage = lambda more: "full" if idling.park.alive + more > 2 else None
@@ -239,7 +245,7 @@ async def test_the_longest_idle_model_gives_way_where_memory_is_short(idling: Ho
         await become(client, tuned="ready", other="ready")
         await answer(client, OTHER)
         await asyncio.sleep(0.01)
-        await answer(client, NAME)  # so that the other is the one that has been idle longer
+        await answer(client, NAME)  # so that the other model has been idle longer
         change_desired(idling.store, None, Target(VersionId("third", 9), Format.MERGED), None)
         add_deployment(idling.store, "third")
         await become(client, tuned="ready", other="idle", third="ready")
@@ -248,7 +254,7 @@ async def test_the_longest_idle_model_gives_way_where_memory_is_short(idling: Ho
         await become(client, tuned="idle", other="ready", third="ready")
 
 
-async def test_where_no_model_may_be_idle_none_gives_way(idling: Home) -> None:
+async def test_no_model_is_stopped_for_another_when_idling_is_off(idling: Home) -> None:
     configure(idling, serve={"port": 0})
     idling.park.room = "full"
     async with idling.serving(f"{NAME}@1") as client:

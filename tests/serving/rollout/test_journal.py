@@ -1,4 +1,4 @@
-"""The journal of swaps: in order, whole, and never in anybody's way."""
+"""The journal of swaps: ordered, complete, and never blocking."""
 
 import asyncio
 import threading
@@ -27,7 +27,7 @@ async def ended(store: Store) -> SwapRecord:
     return swap
 
 
-async def test_steps_and_the_end_come_in_order(store: Store) -> None:
+async def test_steps_and_the_result_are_written_in_order(store: Store) -> None:
     journal = Journal(store)
     swap_id = await journal.begin(DESIRED)
     for number in range(10):
@@ -39,7 +39,7 @@ async def test_steps_and_the_end_come_in_order(store: Store) -> None:
     assert swap.result == result
 
 
-async def test_a_step_returns_at_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_step_returns_immediately(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = Journal(store)
     swap_id = await journal.begin(DESIRED)
     returned, in_time = threading.Event(), list[bool]()
@@ -51,7 +51,7 @@ async def test_a_step_returns_at_once(store: Store, monkeypatch: pytest.MonkeyPa
     assert in_time == [True]
 
 
-async def test_what_the_store_does_not_take_is_written_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_failed_write_is_repeated(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_PAUSE_S", 0.01)
     monkeypatch.setattr(module, "end_swap", _fails_once(end_swap))
     journal = Journal(store)
@@ -62,11 +62,11 @@ async def test_what_the_store_does_not_take_is_written_again(store: Store, monke
 @pytest.fixture
 def quick_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_PAUSE_S", 0.01)
-    monkeypatch.setattr(module, "_LONGEST_PAUSE_S", 0.01)
+    monkeypatch.setattr(module, "_MAX_PAUSE_S", 0.01)
 
 
 @pytest.mark.usefixtures("quick_pauses")
-async def test_an_end_is_tried_until_it_is_written_whatever_the_store_raises(
+async def test_result_is_retried_until_written_whatever_the_store_raises(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "end_swap", _fails(end_swap, 3 * module._ATTEMPTS, OSError("disk full")))
@@ -77,7 +77,7 @@ async def test_an_end_is_tried_until_it_is_written_whatever_the_store_raises(
 
 
 @pytest.mark.usefixtures("quick_pauses")
-async def test_an_end_that_is_not_written_yet_can_be_asked_for(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_unwritten_result_is_available(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = Journal(store)
     with monkeypatch.context() as broken:
         broken.setattr(module, "end_swap", _fails(end_swap, 2**30, LOCKED))
@@ -91,7 +91,7 @@ async def test_an_end_that_is_not_written_yet_can_be_asked_for(store: Store, mon
 
 
 @pytest.mark.usefixtures("quick_pauses")
-async def test_a_step_that_cannot_be_written_is_dropped_and_the_end_is_not(
+async def test_step_is_dropped_when_it_cannot_be_written_but_the_result_is_not(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "add_step", _fails(lambda *_: None, module._ATTEMPTS, LOCKED))
@@ -102,7 +102,7 @@ async def test_a_step_that_cannot_be_written_is_dropped_and_the_end_is_not(
     assert (await ended(store)).steps == ()
 
 
-async def test_closing_writes_what_waits(store: Store) -> None:
+async def test_closing_writes_pending_records(store: Store) -> None:
     journal = Journal(store)
     swap_id = await journal.begin(DESIRED)
     for number in range(10):
@@ -114,7 +114,7 @@ async def test_closing_writes_what_waits(store: Store) -> None:
 
 
 @pytest.mark.usefixtures("quick_pauses")
-async def test_closing_gives_up_on_a_store_that_takes_nothing(
+async def test_closing_gives_up_when_the_store_accepts_nothing(
     store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(module, "end_swap", _fails(end_swap, 2**30, LOCKED))
@@ -126,14 +126,16 @@ async def test_closing_gives_up_on_a_store_that_takes_nothing(
     started = time.monotonic()
     journal.close(timeout_s=0.1)
     assert time.monotonic() - started < 1
-    assert "the ends of 2 swaps were not written in time" in caplog.text
+    assert "the results of 2 swaps were not written" in caplog.text
     for thread in set(threading.enumerate()) - others:
         if thread.name.startswith("journal"):
             thread.join(1)
-            assert not thread.is_alive()  # or it would keep the process
+            assert not thread.is_alive()  # otherwise the process could not exit
 
 
-async def test_a_store_that_takes_nothing_begins_no_swap(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_swap_does_not_begin_when_the_store_accepts_nothing(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "begin_swap", _fails_once(begin_swap))
     with pytest.raises(OperationalError):
         await Journal(store).begin(DESIRED)
@@ -159,7 +161,7 @@ def _fails(function: Callable[..., Any], times: int, error: Exception) -> Callab
     return fail
 
 
-async def test_what_serves_is_written_in_order_also_where_the_store_fails_for_a_while(
+async def test_served_versions_are_written_in_order_when_the_store_fails_for_a_while(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_PAUSE_S", 0.01)

@@ -1,4 +1,4 @@
-"""Models that engines do not load rightly in place, as mixtures of experts on a CPU: they are never reloaded."""
+"""Models that engines do not reload correctly in place, such as mixtures of experts on a CPU, are never reloaded."""
 
 import pytest
 
@@ -23,7 +23,7 @@ def mixture(make: Make) -> Control:
     return control
 
 
-async def test_where_there_is_room_each_version_gets_a_second_engine(mixture: Control) -> None:
+async def test_each_version_gets_a_second_engine_when_there_is_memory(mixture: Control) -> None:
     async with mixture.run(), mixture.client() as client:
         async with Load(client).run() as load:
             for number in (2, 1, 2):
@@ -33,7 +33,7 @@ async def test_where_there_is_room_each_version_gets_a_second_engine(mixture: Co
     assert reloads(mixture) == 0
 
 
-async def test_without_room_the_only_engine_starts_again_each_time(mixture: Control) -> None:
+async def test_only_engine_restarts_each_time_when_there_is_no_memory(mixture: Control) -> None:
     async with mixture.run(), mixture.client() as client:
         mixture.park.room = FULL
         async with Load(client).run() as load:
@@ -41,11 +41,11 @@ async def test_without_room_the_only_engine_starts_again_each_time(mixture: Cont
                 swap = await mixture.promote(number)
                 assert (swap.outcome, swap.kind) == (SwapOutcome.SUCCEEDED, SwapKind.INPLACE)
         load.check()
-        assert "do not load it rightly in place" in "\n".join(mixture.steps)
+        assert "do not reload it correctly in place" in "\n".join(mixture.steps)
     assert reloads(mixture) == 0
 
 
-async def test_without_room_every_engine_of_several_starts_again(make: Make) -> None:
+async def test_each_of_several_engines_restarts_when_there_is_no_memory(make: Make) -> None:
     control = make(replicas=2)
     control.park.reloads = False
     async with control.run():
@@ -57,7 +57,7 @@ async def test_without_room_every_engine_of_several_starts_again(make: Make) -> 
     assert reloads(control) == 0
 
 
-async def test_engines_that_were_changed_go_back_by_a_start(make: Make) -> None:
+async def test_changed_engines_are_restored_by_a_restart(make: Make) -> None:
     control = make(replicas=2)
     control.park.reloads = False
     async with control.run():

@@ -1,4 +1,4 @@
-"""Promotions, deaths and restarts, as the clients of a server under load see them."""
+"""Promotions, deaths and restarts under load, from the clients' point of view."""
 
 import asyncio
 import threading
@@ -37,7 +37,9 @@ def slower(double: EngineDouble) -> None:
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)], ids=["promotion", "rollback"])
-async def test_a_swap_under_load_fails_no_request_and_mixes_no_versions(make: Make, before: int, after: int) -> None:
+async def test_no_request_fails_and_no_versions_mix_when_a_swap_runs_under_load(
+    make: Make, before: int, after: int
+) -> None:
     control = make()
     control.park.prepare = slower
     async with control.run(), control.client() as client:
@@ -56,7 +58,7 @@ async def test_a_swap_under_load_fails_no_request_and_mixes_no_versions(make: Ma
     assert control.desired().target == target(after) and control.desired().previous == target(before)
 
 
-async def test_a_held_request_is_answered_by_the_new_version(make: Make) -> None:
+async def test_queued_request_is_answered_by_the_new_version(make: Make) -> None:
     control = make()
     control.park.prepare = slow
     async with control.run(), control.client() as client:
@@ -68,7 +70,7 @@ async def test_a_held_request_is_answered_by_the_new_version(make: Make) -> None
     assert [answer.words for answer in answers] == [{"2"}] * 2
 
 
-async def test_a_queued_request_is_answered_when_a_drain_begins_in_the_turn_in_which_it_gets_its_place(
+async def test_queued_request_is_answered_when_a_drain_begins_in_the_turn_in_which_it_gets_its_place(
     control: Control,
 ) -> None:
     async with control.client() as client:
@@ -85,7 +87,7 @@ async def test_a_queued_request_is_answered_when_a_drain_begins_in_the_turn_in_w
         assert (await asking).status == 200
 
 
-async def test_the_alias_moves_after_success_only(make: Make) -> None:
+async def test_alias_moves_only_after_success(make: Make) -> None:
     control = make()
     make_version(control.registry, 4, probes_of="/elsewhere")
     async with control.run():
@@ -100,7 +102,7 @@ async def test_the_alias_moves_after_success_only(make: Make) -> None:
         assert control.book.book == {Alias.PRODUCTION: TWO}
 
 
-async def test_a_rollback_brings_back_the_version_before(control: Control) -> None:
+async def test_rollback_returns_to_the_previous_version(control: Control) -> None:
     await control.promote(2)
     previous = control.desired().previous
     assert previous is not None
@@ -112,14 +114,14 @@ async def test_a_rollback_brings_back_the_version_before(control: Control) -> No
     assert control.book.book == {Alias.PRODUCTION: ONE}
 
 
-async def test_what_serves_is_in_the_metrics(control: Control) -> None:
+async def test_served_version_is_in_the_metrics(control: Control) -> None:
     await control.promote(2)
     assert control.sample("svc_model_version_info", model=NAME, version="2", format="merged") == 1
     assert control.sample("svc_swaps_total", model=NAME, outcome="succeeded") == 1
     assert control.sample("svc_engine_state", model=NAME, state="ready") == 1
 
 
-async def test_a_refused_promotion_is_put_back_with_its_reason(control: Control) -> None:
+async def test_desired_version_is_restored_with_the_reason_when_a_promotion_is_refused(control: Control) -> None:
     weights = control.registry.folder(TWO) / "merged" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
     before = control.desired()
@@ -132,7 +134,9 @@ async def test_a_refused_promotion_is_put_back_with_its_reason(control: Control)
     assert control.state is EngineState.READY
 
 
-async def test_a_failure_is_told_after_the_wish_was_put_back(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_failure_is_reported_after_the_desired_version_was_restored(
+    control: Control, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make_version(control.registry, 4, width=8)
     control.park.room = "full"
     wished, journal = list[Target](), control.reconciler.journal
@@ -147,14 +151,14 @@ async def test_a_failure_is_told_after_the_wish_was_put_back(control: Control, m
     assert wished == [target(1)]
 
 
-async def test_a_dead_engine_is_failed_until_it_is_started_again(control: Control) -> None:
+async def test_dead_engine_has_failed_until_it_is_restarted(control: Control) -> None:
     control.reconciler.reviver.backoff_s = (10.0,)
     control.park.engines[0].kill()
     await until(lambda: control.admission.unavailable_reason)
     assert control.state is EngineState.FAILED
 
 
-async def test_a_version_that_serves_already_needs_no_swap(control: Control) -> None:
+async def test_no_swap_runs_when_the_version_already_serves(control: Control) -> None:
     calls = len(control.double.calls)
     swap = await control.promote(1)
     assert (swap.outcome, swap.queued_s) == (SwapOutcome.SUCCEEDED, None)
@@ -162,7 +166,7 @@ async def test_a_version_that_serves_already_needs_no_swap(control: Control) -> 
     assert control.desired().previous is None
 
 
-async def test_a_rollback_never_goes_to_a_version_that_did_not_serve(make: Make) -> None:
+async def test_rollback_never_goes_to_a_version_that_did_not_serve(make: Make) -> None:
     control = make()
     control.park.prepare = slow
     make_version(control.registry, 4, probes_of="/elsewhere")
@@ -176,7 +180,7 @@ async def test_a_rollback_never_goes_to_a_version_that_did_not_serve(make: Make)
         assert control.desired().target == target(3)
 
 
-async def test_a_dead_engine_is_started_again_and_clients_are_told(make: Make) -> None:
+async def test_dead_engine_is_restarted_and_clients_get_503_meanwhile(make: Make) -> None:
     control = make()
     control.park.prepare = slow
     async with control.run(), control.client() as client:
@@ -195,7 +199,7 @@ async def test_a_dead_engine_is_started_again_and_clients_are_told(make: Make) -
     assert control.reconciler.last_error is not None and "replica 0 died" in control.reconciler.last_error
 
 
-async def test_an_engine_that_does_not_come_back_is_failed_and_tried_again(control: Control) -> None:
+async def test_start_is_retried_when_an_engine_does_not_come_back(control: Control) -> None:
     control.park.failing_starts = 3
     seen = set[EngineState]()
     starts = list[float]()
@@ -213,10 +217,10 @@ async def test_an_engine_that_does_not_come_back_is_failed_and_tried_again(contr
 
 
 @pytest.mark.parametrize("status", [400, 422, 500])
-async def test_an_engine_stays_in_service_when_an_error_quotes_a_text_about_its_death(
+async def test_engine_stays_in_service_when_an_error_quotes_a_text_about_its_death(
     control: Control, status: int
 ) -> None:
-    """As vLLM does of a client that sends it as a value."""
+    """As vLLM does when a client sends such a text as a value."""
     control.double.refuse_with = status, {"message": f"Input should be a valid number, got '{DEAD_MESSAGE}'"}
     async with control.client() as client:
         for _ in range(5):
@@ -225,7 +229,7 @@ async def test_an_engine_stays_in_service_when_an_error_quotes_a_text_about_its_
     assert len(control.park.engines) == 1
 
 
-async def test_an_engine_that_answers_no_more_is_replaced(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_engine_is_replaced_when_it_no_longer_answers(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.replicas.engine_watch._UNHEALTHY_S", 0.1)
     first = control.park.engines[0]
     assert first._server is not None
@@ -247,7 +251,7 @@ async def test_another_version_can_be_promoted_while_the_engine_does_not_come_ba
     assert control.book.book == {Alias.PRODUCTION: TWO}
 
 
-async def test_a_promotion_that_cannot_revive_the_engine_leaves_the_wish_for_the_version_before(
+async def test_previous_version_stays_desired_when_a_promotion_cannot_revive_the_engine(
     control: Control,
 ) -> None:
     make_version(control.registry, 4, probes_of="/elsewhere")
@@ -260,7 +264,7 @@ async def test_a_promotion_that_cannot_revive_the_engine_leaves_the_wish_for_the
     assert control.desired().target == target(1)
 
 
-async def test_mlflow_away_ends_nothing(make: Make) -> None:
+async def test_serving_continues_when_mlflow_is_down(make: Make) -> None:
     control = make()
     control.book.failures = 3
     async with control.run():
@@ -269,7 +273,7 @@ async def test_mlflow_away_ends_nothing(make: Make) -> None:
         assert control.book.book == {Alias.PRODUCTION: TWO}
 
 
-async def test_an_mlflow_that_hangs_does_not_hold_up_a_start(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_start_is_not_delayed_when_mlflow_hangs(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     control = make()
 
     async def hang(name: str) -> None:
@@ -282,7 +286,7 @@ async def test_an_mlflow_that_hangs_does_not_hold_up_a_start(make: Make, monkeyp
     await control.replica.stop()
 
 
-async def test_a_store_away_ends_nothing(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_serving_continues_when_the_store_is_down(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
     away = True
 
     def read_or_fail(*arguments: Any) -> Any:
@@ -298,7 +302,7 @@ async def test_a_store_away_ends_nothing(control: Control, monkeypatch: pytest.M
     assert (await control.promote(2)).outcome is SwapOutcome.SUCCEEDED
 
 
-async def test_a_failed_promotion_is_not_tried_again_when_the_store_does_not_take_it_back(
+async def test_failed_promotion_is_not_repeated_when_the_store_cannot_restore_the_desired_version(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_version(control.registry, 4, probes_of="/elsewhere")
@@ -317,7 +321,7 @@ async def test_a_failed_promotion_is_not_tried_again_when_the_store_does_not_tak
     assert control.double.calls.count("/collective_rpc") == 2
 
 
-async def test_a_swap_does_not_wait_for_a_slow_journal(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_swap_does_not_wait_for_a_slow_journal(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
     written = threading.Event()
     monkeypatch.setattr("serving.rollout.journal.add_step", lambda *_: written.wait(5))
     wish = control.wish(2)
@@ -329,7 +333,7 @@ async def test_a_swap_does_not_wait_for_a_slow_journal(control: Control, monkeyp
 
 
 @pytest.mark.parametrize("number", [2, 4])
-async def test_nothing_reads_or_writes_a_disk_in_the_event_loop(
+async def test_event_loop_never_reads_or_writes_a_disk(
     control: Control, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     make_version(control.registry, 4, probes_of="/elsewhere", fingerprint=False)
@@ -358,7 +362,7 @@ async def test_nothing_reads_or_writes_a_disk_in_the_event_loop(
     assert threading.current_thread().name not in threads
 
 
-async def test_a_server_that_starts_again_comes_back_to_what_is_desired(make: Make) -> None:
+async def test_restarted_server_serves_the_desired_version(make: Make) -> None:
     control = make()
     async with control.run():
         await control.promote(2)
@@ -368,7 +372,7 @@ async def test_a_server_that_starts_again_comes_back_to_what_is_desired(make: Ma
         assert Path(control.double.weights).parent.name == "2"
 
 
-async def test_a_wish_made_while_no_server_ran_is_taken_up(make: Make) -> None:
+async def test_promotion_made_while_no_server_ran_is_carried_out(make: Make) -> None:
     control = make()
     async with control.run():
         pass
@@ -379,7 +383,7 @@ async def test_a_wish_made_while_no_server_ran_is_taken_up(make: Make) -> None:
         await until(lambda: control.book.book == {Alias.PRODUCTION: TWO})
 
 
-async def test_a_swap_that_was_cut_off_is_ended_by_the_next_start(make: Make) -> None:
+async def test_interrupted_swap_is_ended_by_the_next_start(make: Make) -> None:
     control = make()
     async with control.run():
         pass
@@ -390,7 +394,7 @@ async def test_a_swap_that_was_cut_off_is_ended_by_the_next_start(make: Make) ->
         assert (await control.outcome(wish)).outcome is SwapOutcome.SUCCEEDED
 
 
-async def test_a_cut_off_swap_to_another_version_has_failed(make: Make) -> None:
+async def test_interrupted_swap_to_another_version_has_failed(make: Make) -> None:
     control = make()
     async with control.run():
         pass
@@ -402,7 +406,7 @@ async def test_a_cut_off_swap_to_another_version_has_failed(make: Make) -> None:
         assert (await control.outcome(wish)).outcome is SwapOutcome.FAILED
 
 
-async def test_a_start_that_fails_with_a_version_that_never_served_desires_the_one_before(make: Make) -> None:
+async def test_previous_version_becomes_desired_when_the_first_start_of_a_version_fails(make: Make) -> None:
     control = make()
     make_version(control.registry, 4, probes_of="/elsewhere")
     async with control.run():
@@ -419,7 +423,7 @@ async def test_a_start_that_fails_with_a_version_that_never_served_desires_the_o
         assert control.reconciler.actual.target == target(1)
 
 
-async def test_a_start_that_fails_does_not_wait_for_mlflow(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_failed_start_does_not_wait_for_mlflow(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.rollout.reconciler._ALIAS_WAIT_S", 0.05)
 
     async def silent(name: str) -> VersionId | None:
@@ -434,7 +438,7 @@ async def test_a_start_that_fails_does_not_wait_for_mlflow(make: Make, monkeypat
             await control.reconciler.start()
 
 
-async def test_a_start_that_fails_with_the_version_that_served_keeps_the_wish(make: Make) -> None:
+async def test_version_stays_desired_when_it_served_before_and_its_start_fails(make: Make) -> None:
     control = make()
     async with control.run():
         await control.promote(2)

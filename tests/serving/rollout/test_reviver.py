@@ -1,4 +1,4 @@
-"""Members that die before or during a swap get an engine beside it, and hold in the end what all hold."""
+"""Members that die before or during a swap are restarted meanwhile, and in the end all hold the same version."""
 
 import asyncio
 import random
@@ -28,7 +28,7 @@ def slow(double: EngineDouble) -> None:
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No two tasks start, reload or verify one replica at a time."""
+    """Check that no two tasks start, reload or verify one replica concurrently."""
     touched = set[Replica]()
 
     def guard(name: str) -> None:
@@ -61,23 +61,25 @@ async def serving(make: Make, replicas: int, **settings: object) -> AsyncIterato
 
 
 def kill(control: Control, member: int) -> Replica:
-    """Kills a member's engine."""
+    """Kill a member's engine."""
     engine = control.pool.members[member]
     next(one for one in control.park.engines if one.alive and one.replica == engine.replica).kill()
     return engine
 
 
 def held(control: Control) -> list[Target | None]:
-    """What the ready members hold."""
+    """Return the versions of the ready members."""
     return [member.target for member in control.pool.ready]
 
 
 def weights(control: Control) -> list[str]:
-    """What the engines hold truly."""
+    """Return the weights that the engines really hold."""
     return [engine.double.weights.split("/")[-2] for engine in control.park.engines if engine.alive]
 
 
-async def test_one_that_dies_before_its_turn_serves_the_version_before_and_is_changed_then(make: Make) -> None:
+async def test_engine_that_dies_before_its_turn_restarts_with_the_previous_version_and_is_changed_then(
+    make: Make,
+) -> None:
     async with serving(make, 3) as control:
         wish = control.wish(2)
         await until(lambda: control.pool.members[0].state is EngineState.SWAPPING)
@@ -92,7 +94,7 @@ async def test_one_that_dies_before_its_turn_serves_the_version_before_and_is_ch
         assert weights(control) == ["2"] * 3
 
 
-async def test_one_that_was_dead_before_is_changed_in_its_turn(make: Make) -> None:
+async def test_engine_that_was_dead_before_the_swap_is_changed_in_its_turn(make: Make) -> None:
     async with serving(make, 3) as control:
         control.reconciler.reviver.backoff_s = (0.3,)
         first = kill(control, 0)
@@ -104,7 +106,7 @@ async def test_one_that_was_dead_before_is_changed_in_its_turn(make: Make) -> No
         assert held(control) == [target(2)] * 3
 
 
-async def test_one_that_dies_after_it_was_changed_is_changed_again(make: Make) -> None:
+async def test_engine_that_dies_after_its_change_is_changed_again(make: Make) -> None:
     async with serving(make, 2) as control:
         wish = control.wish(2)
         await until(lambda: control.pool.members[1].state is EngineState.SWAPPING)
@@ -113,7 +115,7 @@ async def test_one_that_dies_after_it_was_changed_is_changed_again(make: Make) -
         assert held(control) == [target(2)] * 2
 
 
-async def test_one_that_still_starts_at_the_end_is_waited_for(make: Make) -> None:
+async def test_swap_waits_for_an_engine_that_is_starting(make: Make) -> None:
     async with serving(make, 2) as control:
         control.park.start_delay_s = 1.0
         wish = control.wish(2)
@@ -125,7 +127,7 @@ async def test_one_that_still_starts_at_the_end_is_waited_for(make: Make) -> Non
         assert any(f"replica {last.replica} died and is being started" in step for step in control.steps)
 
 
-async def test_one_that_does_not_start_holds_up_nothing(make: Make) -> None:
+async def test_swap_continues_when_an_engine_does_not_start(make: Make) -> None:
     async with serving(make, 2) as control:
         control.reconciler.reviver.backoff_s = (0.01, 1.0)
         control.park.failing_starts = 1
@@ -137,7 +139,7 @@ async def test_one_that_does_not_start_holds_up_nothing(make: Make) -> None:
         await until(lambda: held(control) == [target(2)] * 2)
 
 
-async def test_an_engine_starts_after_the_second_one_when_it_dies_beside_it(make: Make) -> None:
+async def test_engines_start_one_at_a_time_when_a_member_dies_while_a_second_engine_starts(make: Make) -> None:
     async with serving(make, 2) as control:
         control.park.start_delay_s = 0.5
         wish = control.wish(4)
@@ -152,7 +154,9 @@ async def test_an_engine_starts_after_the_second_one_when_it_dies_beside_it(make
         await until(lambda: control.park.alive == 2)
 
 
-async def test_without_room_beside_a_second_engine_it_waits(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_dead_engine_waits_when_there_is_no_memory_next_to_a_second_engine(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("serving.rollout.reviver._ROOM_PAUSE_S", 0.01)
     asked = list[int]()
 
@@ -172,7 +176,7 @@ async def test_without_room_beside_a_second_engine_it_waits(make: Make, monkeypa
         await until(lambda: held(control) == [target(4)] * 2)
 
 
-async def test_one_that_was_revived_stays_where_the_swap_fails(make: Make) -> None:
+async def test_restarted_engine_keeps_its_version_when_the_swap_fails(make: Make) -> None:
     async with serving(make, 3) as control:
         second = control.park.engines[1].double
         second.on_call = lambda path: setattr(second, "probe_noise", 9.0 if "/2/" in second.weights else 0.0)
@@ -184,7 +188,7 @@ async def test_one_that_was_revived_stays_where_the_swap_fails(make: Make) -> No
         assert weights(control) == ["1"] * 3
 
 
-async def test_one_whose_health_cannot_be_told_for_a_moment_is_not_left_behind(
+async def test_engine_is_changed_when_its_health_is_unknown_for_a_moment(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with serving(make, 2) as control:
@@ -205,7 +209,7 @@ async def test_one_whose_health_cannot_be_told_for_a_moment_is_not_left_behind(
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("choice", [SwapChoice.AUTO, SwapChoice.BLUEGREEN])
-async def test_whatever_dies_and_whatever_is_wanted_in_the_end_all_hold_it(
+async def test_all_engines_hold_the_desired_version_in_the_end_whatever_dies_when(
     make: Make, seed: int, choice: SwapChoice
 ) -> None:
     chance = random.Random(seed)
@@ -217,7 +221,7 @@ async def test_whatever_dies_and_whatever_is_wanted_in_the_end_all_hold_it(
 
         async def wish(number: int) -> Desired:
             while True:
-                with suppress(BusyError):  # the server writes down what serves; a person would try again
+                with suppress(BusyError):  # the server writes the served version; a person would try again
                     return control.wish(number)
                 await asyncio.sleep(0.01)
 
@@ -245,7 +249,7 @@ async def test_whatever_dies_and_whatever_is_wanted_in_the_end_all_hold_it(
         assert control.names.all() == (NAME, str(wanted.version), f"{NAME}@production")
 
 
-async def test_what_cannot_start_is_said(make: Make) -> None:
+async def test_failed_start_is_reported(make: Make) -> None:
     async with serving(make, 2) as control:
         control.park.failing_starts = 1
         kill(control, 1)
@@ -253,7 +257,7 @@ async def test_what_cannot_start_is_said(make: Make) -> None:
         await until(lambda: len(control.pool.ready) == 2)
 
 
-async def test_a_shortage_that_cannot_be_told_keeps_nobody_from_starting(make: Make) -> None:
+async def test_engine_starts_when_its_memory_cannot_be_estimated(make: Make) -> None:
     def shortage(more: int) -> str | None:
         raise EngineError("the files are gone")
 

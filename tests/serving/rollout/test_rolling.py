@@ -1,4 +1,4 @@
-"""Several engines: changed one after the other while the others answer, and each of them may die."""
+"""Several engines, changed one after the other while the others answer; each of them may die."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -29,25 +29,25 @@ def slow(double: EngineDouble) -> None:
 
 @pytest.fixture
 def control(make: Make) -> Control:
-    """Two engines."""
+    """A server with two engines."""
     control = make(replicas=2)
     control.park.prepare = slow
     return control
 
 
 async def both_ready(control: Control, number: int = 1) -> None:
-    """Until both engines serve a version."""
+    """Wait until both engines serve a version."""
     await until(
         lambda: len(control.pool.ready) == 2 and {engine.target for engine in control.pool.ready} == {target(number)}
     )
 
 
 def weights(control: Control) -> list[str]:
-    """What the engines hold truly."""
+    """Return the weights that the engines really hold."""
     return [engine.double.weights.split("/")[-2] for engine in control.park.engines if engine.alive]
 
 
-async def test_the_first_engine_serves_before_the_second_has_started(control: Control) -> None:
+async def test_first_engine_serves_before_the_second_has_started(control: Control) -> None:
     control.park.start_delay_s = 0.2
     async with control.run(), control.client() as client:
         assert (await ask(client, stream=True)).version == ONE
@@ -56,17 +56,17 @@ async def test_the_first_engine_serves_before_the_second_has_started(control: Co
         assert control.pool.restarts == 0
 
 
-async def test_a_connection_that_one_engine_refuses_goes_to_the_other(control: Control) -> None:
+async def test_request_goes_to_the_other_engine_when_one_refuses_the_connection(control: Control) -> None:
     async with control.run(), control.client() as client:
         await both_ready(control)
         server = control.park.engines[0]._server
         assert server is not None
-        server.kill()  # and nobody has noticed yet
+        server.kill()  # and its death is not noticed yet
         answers = [await ask(client, stream=number % 2 == 0) for number in range(4)]
         assert {answer.status for answer in answers} == {200}
 
 
-async def test_requests_go_to_the_engine_in_which_the_fewest_run(control: Control) -> None:
+async def test_request_goes_to_the_engine_with_the_fewest_running(control: Control) -> None:
     async with control.run(), control.client() as client:
         await both_ready(control)
         answers = [asyncio.create_task(ask(client, stream=True)) for _ in range(6)]
@@ -74,7 +74,7 @@ async def test_requests_go_to_the_engine_in_which_the_fewest_run(control: Contro
         await asyncio.gather(*answers)
 
 
-async def test_one_that_died_unnoticed_before_its_turn_starts_again_with_the_new_version(
+async def test_engine_that_died_unnoticed_before_its_turn_restarts_with_the_new_version(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.replicas.engine_watch._HEALTH_S", 60.0)
@@ -88,7 +88,7 @@ async def test_one_that_died_unnoticed_before_its_turn_starts_again_with_the_new
         await both_ready(control, 2)
 
 
-async def test_under_load_no_request_fails_or_waits_and_no_versions_mix(control: Control) -> None:
+async def test_no_request_fails_or_waits_and_no_versions_mix_under_load(control: Control) -> None:
     async with control.run(), control.client() as client:
         await both_ready(control)
         load = Load(client)
@@ -103,7 +103,7 @@ async def test_under_load_no_request_fails_or_waits_and_no_versions_mix(control:
     assert len(control.park.engines) == 2
 
 
-async def test_meanwhile_both_versions_can_be_asked_by_number(make: Make) -> None:
+async def test_both_versions_can_be_requested_by_number_during_a_swap(make: Make) -> None:
     control = make(replicas=3)
     async with control.run(), control.client() as client:
         await until(lambda: len(control.pool.ready) == 3)
@@ -118,7 +118,7 @@ async def test_meanwhile_both_versions_can_be_asked_by_number(make: Make) -> Non
 
 
 @pytest.mark.parametrize("bad", [0, 1], ids=["first", "second"])
-async def test_a_probe_that_fails_on_one_engine_brings_all_back(control: Control, bad: int) -> None:
+async def test_all_engines_are_restored_when_a_probe_fails_on_one(control: Control, bad: int) -> None:
     async with control.run(), control.client() as client:
         await both_ready(control)
         double = control.park.engines[bad].double
@@ -136,7 +136,7 @@ async def test_a_probe_that_fails_on_one_engine_brings_all_back(control: Control
     assert len(control.park.engines) == 2
 
 
-async def test_a_reload_that_kills_the_second_engine_brings_both_back(control: Control) -> None:
+async def test_both_engines_are_restored_when_a_reload_kills_the_second(control: Control) -> None:
     async with control.run():
         await both_ready(control)
         control.park.engines[1].double.loadable = lambda folder: "/2/" not in folder
@@ -147,7 +147,7 @@ async def test_a_reload_that_kills_the_second_engine_brings_both_back(control: C
     assert control.pool.restarts == 1
 
 
-async def test_an_engine_that_dies_costs_only_what_ran_in_it(control: Control) -> None:
+async def test_only_running_requests_of_an_engine_fail_when_it_dies(control: Control) -> None:
     async with control.run(), control.client() as client:
         await both_ready(control)
         control.park.engines[0].kill()
@@ -159,7 +159,7 @@ async def test_an_engine_that_dies_costs_only_what_ran_in_it(control: Control) -
         assert control.pool.restarts == 1
 
 
-async def test_an_engine_that_is_down_during_a_promotion_comes_back_with_the_new_version(control: Control) -> None:
+async def test_engine_that_is_down_during_a_promotion_comes_back_with_the_new_version(control: Control) -> None:
     async with control.run():
         await both_ready(control)
         control.reconciler.reviver.backoff_s = (0.3,)
@@ -170,7 +170,7 @@ async def test_an_engine_that_is_down_during_a_promotion_comes_back_with_the_new
         assert weights(control) == ["2", "2"]
 
 
-async def test_an_engine_that_dies_after_it_was_changed_comes_back_with_the_new_version(control: Control) -> None:
+async def test_engine_that_dies_after_its_change_comes_back_with_the_new_version(control: Control) -> None:
     async with control.run():
         await both_ready(control)
         control.park.engines[1].double.reload_delay_s = 0.2
@@ -183,7 +183,7 @@ async def test_an_engine_that_dies_after_it_was_changed_comes_back_with_the_new_
 
 @asynccontextmanager
 async def last_one_changed(control: Control) -> AsyncIterator[tuple[httpx.AsyncClient, Desired]]:
-    """While the first engine loads version 2, the second one dies, and does not come back."""
+    """Let the second engine die for good while the first loads version 2."""
     async with control.run(), control.client() as client:
         await both_ready(control)
         control.reconciler.reviver.backoff_s = (60.0,)
@@ -195,14 +195,14 @@ async def last_one_changed(control: Control) -> AsyncIterator[tuple[httpx.AsyncC
         yield client, wish
 
 
-async def test_requests_wait_for_the_engine_that_is_changed_where_the_other_dies(control: Control) -> None:
+async def test_requests_wait_for_the_engine_that_is_changed_when_the_other_dies(control: Control) -> None:
     async with last_one_changed(control) as (client, wish):
         answer = await ask(client, stream=False)
         assert (answer.status, answer.version) == (200, TWO)
         assert (await control.outcome(wish)).queued == 1
 
 
-async def test_the_service_is_healthy_while_requests_wait_for_its_last_engine(control: Control) -> None:
+async def test_service_is_healthy_while_requests_wait_for_its_last_engine(control: Control) -> None:
     async with last_one_changed(control) as (client, _):
         assert (await client.get("/health")).status_code == 200
         assert control.admission._closed
@@ -215,7 +215,7 @@ async def test_requests_wait_through_the_restart_of_the_last_engine(control: Con
         assert (answer.status, answer.version) == (200, ONE)
 
 
-async def test_requests_wait_for_the_engine_that_is_changed_where_the_other_was_dead_before(control: Control) -> None:
+async def test_requests_wait_for_the_engine_that_is_changed_when_the_other_was_dead_before(control: Control) -> None:
     async with control.run(), control.client() as client:
         await both_ready(control)
         control.reconciler.reviver.backoff_s = (60.0,)
@@ -227,8 +227,8 @@ async def test_requests_wait_for_the_engine_that_is_changed_where_the_other_was_
         assert (await ask(client, stream=False)).version == TWO
 
 
-async def test_no_longer_than_a_drain_do_requests_wait_for_those_in_an_engine_that_must_go_back(make: Make) -> None:
-    """The second engine cannot be changed, there is no room for more, and it dies; the first one is left."""
+async def test_requests_wait_at_most_a_drain_timeout_for_an_engine_that_must_be_restored(make: Make) -> None:
+    """The second engine cannot be changed, there is no memory for more, and it dies; the first one is left."""
     control = make(replicas=2, drain_timeout_s=0.2)
     control.park.room = "full"
     async with control.run():
@@ -239,12 +239,12 @@ async def test_no_longer_than_a_drain_do_requests_wait_for_those_in_an_engine_th
             wish = control.wish(2)
             await until(lambda: second.state is EngineState.DRAINING)
             with first.occupied():
-                await until(lambda: any("back to" in step for step in control.steps))
+                await until(lambda: any("restoring" in step for step in control.steps))
                 control.park.engines[1].kill()
                 assert (await control.outcome(wish)).outcome is SwapOutcome.RESTORED
 
 
-async def test_another_shape_comes_by_a_new_engine_for_each(control: Control) -> None:
+async def test_each_engine_is_replaced_when_the_version_has_another_shape(control: Control) -> None:
     make_version(control.registry, 4, width=8)
     async with control.run(), control.client() as client:
         await both_ready(control)
@@ -258,7 +258,7 @@ async def test_another_shape_comes_by_a_new_engine_for_each(control: Control) ->
     assert (swap.outcome, swap.kind) == (SwapOutcome.SUCCEEDED, SwapKind.BLUEGREEN)
 
 
-async def test_a_second_new_engine_that_does_not_start_brings_the_version_before_back(make: Make) -> None:
+async def test_previous_version_is_restored_when_the_second_new_engine_does_not_start(make: Make) -> None:
     control = make(replicas=2, swap=SwapChoice.BLUEGREEN)
     async with control.run(), control.client() as client:
         await both_ready(control)
@@ -270,8 +270,8 @@ async def test_a_second_new_engine_that_does_not_start_brings_the_version_before
     assert swap.outcome is SwapOutcome.RESTORED
 
 
-async def test_what_runs_in_an_engine_that_must_go_back_is_answered_first(make: Make) -> None:
-    """The second engine cannot be changed, and there is no room for more: the first one is replaced, once idle."""
+async def test_running_requests_are_answered_before_an_engine_is_restored(make: Make) -> None:
+    """The second engine cannot be changed, and there is no memory for more: the first is replaced after draining."""
     control = make(replicas=2, drain_timeout_s=0.2)
     control.park.prepare = slow
     control.park.room = "full"
@@ -294,13 +294,13 @@ async def test_what_runs_in_an_engine_that_must_go_back_is_answered_first(make: 
     assert swap.outcome is SwapOutcome.RESTORED
 
 
-async def test_on_the_way_back_no_engine_is_started_with_the_version_that_was_refused(make: Make) -> None:
+async def test_no_engine_starts_with_the_refused_version_during_the_restoration(make: Make) -> None:
     control = make(replicas=2)
     async with control.run():
         await both_ready(control)
         first, second = (engine.double for engine in control.park.engines)
-        second.loadable = lambda folder: "/2/" not in folder  # it dies of it
-        first.loadable = lambda folder: "/1/" not in folder  # and the first one on the way back
+        second.loadable = lambda folder: "/2/" not in folder  # loading version 2 kills it
+        first.loadable = lambda folder: "/1/" not in folder  # and restoring version 1 kills the first
         swap = await control.promote(2)
         await both_ready(control)
         assert [Path(engine.double.weights).parent.name for engine in control.park.engines[2:]] == ["1", "1"]
@@ -308,7 +308,7 @@ async def test_on_the_way_back_no_engine_is_started_with_the_version_that_was_re
     assert swap.outcome is SwapOutcome.FAILED
 
 
-async def test_the_version_before_is_in_production_until_all_are_changed(control: Control) -> None:
+async def test_previous_version_is_in_production_until_all_engines_are_changed(control: Control) -> None:
     async with control.run():
         await both_ready(control)
         control.park.engines[1].double.reload_delay_s = 0.2
@@ -319,7 +319,7 @@ async def test_the_version_before_is_in_production_until_all_are_changed(control
         assert control.names.served == Target(target(2).version, target(2).format)
 
 
-async def test_an_engine_that_cannot_start_keeps_no_other_from_it(control: Control) -> None:
+async def test_other_engines_start_when_one_cannot(control: Control) -> None:
     async with control.run():
         await both_ready(control)
         control.reconciler.reviver.backoff_s = (0.01, 60.0)
@@ -331,8 +331,8 @@ async def test_an_engine_that_cannot_start_keeps_no_other_from_it(control: Contr
         await until(lambda: control.pool.ready == [control.pool.members[1]])
 
 
-async def test_a_death_that_came_while_nobody_waited_for_it_is_not_overlooked(control: Control) -> None:
-    """As while what another engine left is being ended, which takes seconds."""
+async def test_death_is_noticed_when_nothing_waited_for_it(control: Control) -> None:
+    """As while the rest of another engine is being stopped, which takes seconds."""
     control.pool.fill()
     control.pool.members[1].enter(EngineState.FAILED)
     async with asyncio.timeout(1):
@@ -342,7 +342,7 @@ async def test_a_death_that_came_while_nobody_waited_for_it_is_not_overlooked(co
             await control.pool.changed(None)
 
 
-async def test_the_state_of_all_is_the_best_of_them(control: Control) -> None:
+async def test_state_of_all_engines_is_the_best_of_them(control: Control) -> None:
     async with control.run():
         await both_ready(control)
         control.reconciler.reviver.backoff_s = (10.0,)

@@ -1,6 +1,6 @@
-"""On a GPU, engines that nobody asks sleep in place of being ended, and are verified when the next request wakes them.
+"""On a GPU, idle engines sleep instead of being stopped, and are verified when the next request wakes them.
 
-The double sleeps as vLLM 0.32 does by its source; no GPU was there to compare it with.
+The double sleeps like vLLM 0.32 according to its source; it was not compared with a GPU.
 """
 
 import asyncio
@@ -28,51 +28,51 @@ ONE = (200, f"{NAME}@1", "1")
 
 @pytest.fixture
 def sleeping(home: Home) -> Home:
-    """A home whose models are idle soon, and whose engines can sleep then."""
+    """A home whose models are idle soon, and whose engines can sleep."""
     configure(home, serve={"port": 0, "idle_s": IDLE_S})
     home.park.sleeps = True
     return home
 
 
 async def answer(client: httpx.AsyncClient, model: str = NAME) -> tuple[int, str, str]:
-    """Status, the version in the header, and the number in the text."""
+    """Return the status, the version in the header, and the number in the text."""
     found = await client.post("/v1/chat/completions", json=BODY | {"model": model})
     text = found.json()["choices"][0]["message"]["content"].partition(".")[0] if found.is_success else ""
     return found.status_code, found.headers.get("x-model-version", ""), text
 
 
 async def engines(client: httpx.AsyncClient, model: str = NAME) -> list[tuple[str, bool]]:
-    """State of each engine of a model, and whether it is asleep."""
+    """Return the state of each engine of a model, and whether it is asleep."""
     models = (await client.get("/svc/status")).json()["models"]
     return [(one["state"], one["asleep"]) for each in models if each["model"] == model for one in each["engines"]]
 
 
 async def asleep(client: httpx.AsyncClient, model: str = NAME, *, replicas: int = 1) -> None:
-    """Waits until all engines of a model sleep."""
+    """Wait until all engines of a model sleep."""
     await become(client, model, [("idle", True)] * replicas)
 
 
 async def ready(client: httpx.AsyncClient, model: str) -> None:
-    """Waits until the only engine of a model takes requests."""
+    """Wait until the only engine of a model accepts requests."""
     await become(client, model, [("ready", False)])
 
 
 async def become(client: httpx.AsyncClient, model: str, wanted: list[tuple[str, bool]]) -> None:
-    """Waits until the engines of a model are so."""
+    """Wait until the engines of a model have these states."""
     async with asyncio.timeout(5):
         while await engines(client, model) != wanted:
             await asyncio.sleep(0.01)
 
 
 async def settled(client: httpx.AsyncClient) -> None:
-    """Waits until no request runs: an answer ends a moment after its client has it."""
+    """Wait until no request runs: an answer ends a moment after its client has it."""
     async with asyncio.timeout(5):
         while any(each["requests"]["running"] for each in (await client.get("/svc/status")).json()["models"]):
             await asyncio.sleep(0.01)
 
 
 async def meanwhile(condition: Callable[[], object], value: Callable[[], int]) -> set[int]:
-    """What a value is, while something is so."""
+    """Return a value that is read while a condition holds."""
     seen = set[int]()
     while condition():
         seen.add(value())
@@ -81,19 +81,19 @@ async def meanwhile(condition: Callable[[], object], value: Callable[[], int]) -
 
 
 async def ended(client: httpx.AsyncClient, home: Home) -> None:
-    """Waits until the only engine was ended, and does not sleep."""
+    """Wait until the only engine was stopped, and does not sleep."""
     await until(lambda: not home.park.alive)
     assert await engines(client) == [("idle", False)]
 
 
-async def test_an_engine_that_nobody_asks_sleeps_and_lives(sleeping: Home) -> None:
+async def test_engine_sleeps_and_lives_when_there_are_no_requests(sleeping: Home) -> None:
     async with sleeping.serving(f"{NAME}@1") as client:
         await asleep(client)
         assert (sleeping.park.alive, sleeping.park.asleep) == (1, 1)
         assert (await client.get("/health")).status_code == 200
 
 
-async def test_the_next_requests_wait_until_it_is_awake_and_are_answered(sleeping: Home) -> None:
+async def test_next_requests_wait_until_the_engine_is_awake_and_are_answered(sleeping: Home) -> None:
     async with sleeping.serving(f"{NAME}@1") as client:
         await asleep(client)
         assert await asyncio.gather(*(answer(client) for _ in range(5))) == [ONE] * 5
@@ -103,7 +103,7 @@ async def test_the_next_requests_wait_until_it_is_awake_and_are_answered(sleepin
     assert 'svc_engine_restarts_total{model="tuned"} 0.0' in page
 
 
-async def test_nothing_is_asked_of_an_engine_that_sleeps(sleeping: Home) -> None:
+async def test_sleeping_engine_gets_no_requests(sleeping: Home) -> None:
     async with sleeping.serving(f"{NAME}@1") as client:
         await asleep(client)
         before = list(sleeping.park.double.calls)
@@ -112,7 +112,7 @@ async def test_nothing_is_asked_of_an_engine_that_sleeps(sleeping: Home) -> None
         assert sleeping.park.double.calls == before
 
 
-async def test_it_is_verified_before_it_takes_a_request(sleeping: Home) -> None:
+async def test_engine_is_verified_before_it_accepts_requests_again(sleeping: Home) -> None:
     async with sleeping.serving(f"{NAME}@1") as client:
         await asleep(client)
         since = len(sleeping.park.double.calls)
@@ -121,7 +121,7 @@ async def test_it_is_verified_before_it_takes_a_request(sleeping: Home) -> None:
         assert asked[:3] == ["/wake_up", "/v1/completions", "/v1/chat/completions"]
 
 
-async def test_it_sleeps_and_wakes_again_and_again(sleeping: Home) -> None:
+async def test_engine_sleeps_and_wakes_repeatedly(sleeping: Home) -> None:
     async with sleeping.serving(f"{NAME}@1") as client:
         for _ in range(3):
             await asleep(client)
@@ -129,7 +129,7 @@ async def test_it_sleeps_and_wakes_again_and_again(sleeping: Home) -> None:
         assert len(sleeping.park.engines) == 1
 
 
-async def test_an_engine_that_wakes_with_other_weights_is_replaced(sleeping: Home) -> None:
+async def test_engine_is_replaced_when_it_wakes_with_other_weights(sleeping: Home) -> None:
     async with sleeping.serving(f"{NAME}@1") as client:
         await asleep(client)
         sleeping.park.double.wakes_with = "/models/other/merged"
@@ -137,14 +137,14 @@ async def test_an_engine_that_wakes_with_other_weights_is_replaced(sleeping: Hom
         assert [engine.alive for engine in sleeping.park.engines] == [False, True]
 
 
-async def test_an_engine_that_does_not_fall_asleep_is_ended(sleeping: Home) -> None:
+async def test_engine_is_stopped_when_it_does_not_fall_asleep(sleeping: Home) -> None:
     sleeping.park.prepare = lambda double: setattr(double, "sleepless", True)
     async with sleeping.serving(f"{NAME}@1") as client:
         await ended(client, sleeping)
         assert await answer(client) == ONE
 
 
-async def test_an_engine_that_does_not_wake_is_ended_and_another_started(sleeping: Home) -> None:
+async def test_engine_is_stopped_and_another_started_when_it_does_not_wake(sleeping: Home) -> None:
     async with sleeping.serving(f"{NAME}@1") as client:
         await asleep(client)
         sleeping.park.double.wakeless = True
@@ -154,7 +154,7 @@ async def test_an_engine_that_does_not_wake_is_ended_and_another_started(sleepin
     assert 'svc_engine_wake_seconds_count{model="tuned"} 1.0' in page
 
 
-async def test_an_engine_that_died_in_its_sleep_is_started_anew_by_the_next_request(sleeping: Home) -> None:
+async def test_new_engine_starts_for_the_next_request_when_the_sleeping_one_died(sleeping: Home) -> None:
     async with sleeping.serving(f"{NAME}@1") as client:
         await asleep(client)
         sleeping.park.engines[0].kill()
@@ -162,8 +162,10 @@ async def test_an_engine_that_died_in_its_sleep_is_started_anew_by_the_next_requ
         assert [engine.alive for engine in sleeping.park.engines] == [False, True]
 
 
-async def test_all_engines_of_several_wake(sleeping: Home) -> None:
-    configure(sleeping, serve={"port": 0, "idle_s": 2.0}, engine={"replicas": 2})  # the second starts after a second
+async def test_all_of_several_engines_wake(sleeping: Home) -> None:
+    configure(
+        sleeping, serve={"port": 0, "idle_s": 2.0}, engine={"replicas": 2}
+    )  # the second engine starts after a second
     async with sleeping.serving(f"{NAME}@1") as client:
         await until(lambda: sleeping.park.alive == 2)
         await asleep(client, replicas=2)
@@ -174,19 +176,19 @@ async def test_all_engines_of_several_wake(sleeping: Home) -> None:
     assert 'svc_engine_wake_seconds_count{model="tuned"} 1.0' in page
 
 
-async def test_of_several_engines_one_that_does_not_wake_is_started_again(sleeping: Home) -> None:
+async def test_one_of_several_engines_is_restarted_when_it_does_not_wake(sleeping: Home) -> None:
     configure(sleeping, serve={"port": 0, "idle_s": 2.0}, engine={"replicas": 2})
     async with sleeping.serving(f"{NAME}@1") as client:
         await until(lambda: sleeping.park.alive == 2)
         await asleep(client, replicas=2)
         sleeping.park.engines[0].double.wakeless = True
         assert await answer(client) == ONE
-        assert len(sleeping.park.engines) == 2  # the other one woke, and the answer is its
+        assert len(sleeping.park.engines) == 2  # the other engine woke, and gave the answer
         await until(lambda: sleeping.park.alive == 2)
         assert len(sleeping.park.engines) == 3
 
 
-async def test_a_promotion_ends_the_engine_that_sleeps_and_starts_the_new_version(sleeping: Home) -> None:
+async def test_promotion_stops_the_sleeping_engine_and_starts_the_new_version(sleeping: Home) -> None:
     async with sleeping.serving(f"{NAME}@1") as client:
         await asleep(client)
         assert (await promoted(sleeping, 2)).outcome is SwapOutcome.SUCCEEDED
@@ -198,7 +200,7 @@ async def test_a_promotion_ends_the_engine_that_sleeps_and_starts_the_new_versio
         assert await answer(client) == (200, f"{NAME}@2", "2")
 
 
-async def test_an_engine_does_not_fall_asleep_when_a_promotion_compares_files(
+async def test_engine_does_not_fall_asleep_when_a_promotion_compares_files(
     sleeping: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with sleeping.serving(f"{NAME}@1") as client:
@@ -209,7 +211,9 @@ async def test_an_engine_does_not_fall_asleep_when_a_promotion_compares_files(
 
 
 async def test_no_engine_stays_asleep_when_a_promotion_wakes_a_model_of_several_engines(sleeping: Home) -> None:
-    configure(sleeping, serve={"port": 0, "idle_s": 2.0}, engine={"replicas": 2})  # the second starts after a second
+    configure(
+        sleeping, serve={"port": 0, "idle_s": 2.0}, engine={"replicas": 2}
+    )  # the second engine starts after a second
     async with sleeping.serving(f"{NAME}@1") as client:
         await until(lambda: sleeping.park.alive == 2)
         await asleep(client, replicas=2)
@@ -220,18 +224,18 @@ async def test_no_engine_stays_asleep_when_a_promotion_wakes_a_model_of_several_
         assert not any("/collective_rpc" in engine.double.calls for engine in sleeping.park.engines[:2])
 
 
-async def test_a_server_that_ends_takes_along_what_sleeps(sleeping: Home) -> None:
+async def test_sleeping_engines_are_stopped_when_the_server_stops(sleeping: Home) -> None:
     async with sleeping.serving(f"{NAME}@1") as client:
         await asleep(client)
     assert sleeping.park.alive == 0
 
 
-async def test_a_server_that_is_cut_off_leaves_an_engine_asleep_that_the_next_one_ends(make: Make) -> None:
+async def test_sleeping_engine_of_a_killed_server_is_stopped_by_the_next_one(make: Make) -> None:
     control = make()
     control.leaves = True
     async with control.run():
         await control.replica.sleep()
-        await control.replica.leave()  # as one that is killed
+        await control.replica.leave()  # like a killed server
     left, control.leaves = control.park.left[0], False
     control.assemble()
     async with asyncio.timeout(5), control.run():
@@ -252,13 +256,13 @@ async def test_adapters_are_loaded_and_verified_again_after_a_wake(make: Make) -
 
 
 async def test_no_engine_sleeps_or_wakes_while_another_one_starts(sleeping: Home) -> None:
-    """vLLM measures free memory at its start and when it sleeps, and fails where another engine changes it."""
+    """vLLM measures free memory when it starts and when it sleeps, and fails if another engine changes it."""
     make_version(sleeping.registry, 7, name=OTHER)
     configure(sleeping, serve={"port": 0}, models={NAME: {"idle_s": IDLE_S}})
     park = sleeping.park
     async with sleeping.serving(f"{NAME}@1") as client:
         first, park.start_delay_s = park.double, 1.5
-        first.proceed.clear()  # a running answer keeps it awake, however long the server takes to see the other model
+        first.proceed.clear()  # a running answer keeps it awake until the server has added the other model
         asking = asyncio.create_task(answer(client))
         await until(lambda: first.running)
         serve(sleeping, OTHER, 7)
@@ -277,7 +281,7 @@ async def test_no_engine_sleeps_or_wakes_while_another_one_starts(sleeping: Home
 
 @pytest.fixture
 def crowded(sleeping: Home) -> Home:
-    """A GPU with room for one engine that is awake, and for two that sleep beside it; a second and a third model."""
+    """A GPU with memory for one engine that is awake and two that sleep; a second and a third model."""
     make_version(sleeping.registry, 7, name=OTHER)
     make_version(sleeping.registry, 9, name="third")
     configure(sleeping, serve={"port": 0, "idle_s": 60})
@@ -286,7 +290,7 @@ def crowded(sleeping: Home) -> Home:
 
 
 def _full(home: Home, more: int, *, beside: int) -> str | None:
-    """Of what wakes, the room is free already."""
+    """Return a shortage unless the memory for the waking engine is free already."""
     awake = home.park.alive - home.park.asleep
     return "full" if awake + more > 1 or home.park.asleep > beside else None
 
@@ -296,7 +300,7 @@ def serve(home: Home, name: str, number: int) -> None:
     add_deployment(home.store, name)
 
 
-async def test_a_model_gives_way_by_sleeping_and_they_take_turns(crowded: Home) -> None:
+async def test_models_sleep_in_turns_when_only_one_fits(crowded: Home) -> None:
     async with crowded.serving(f"{NAME}@1") as client:
         await answer(client)
         serve(crowded, OTHER, 7)
@@ -311,7 +315,7 @@ async def test_a_model_gives_way_by_sleeping_and_they_take_turns(crowded: Home) 
         assert len(crowded.park.engines) == 2
 
 
-async def test_those_that_sleep_are_ended_where_what_they_hold_is_too_much(crowded: Home) -> None:
+async def test_sleeping_engines_are_stopped_when_their_memory_is_needed(crowded: Home) -> None:
     async with crowded.serving(f"{NAME}@1") as client:
         await answer(client)
         serve(crowded, OTHER, 7)
@@ -322,11 +326,11 @@ async def test_those_that_sleep_are_ended_where_what_they_hold_is_too_much(crowd
         await settled(client)
         serve(crowded, "third", 9)
         await ready(client, "third")
-        assert await engines(client) == [("idle", False)]  # the one that was asked least lately
+        assert await engines(client) == [("idle", False)]  # the one that has been idle longest
         assert await engines(client, OTHER) == [("idle", True)]
 
 
-async def test_a_model_that_wakes_does_not_end_itself_to_make_room(sleeping: Home) -> None:
+async def test_waking_model_does_not_stop_itself_to_free_memory(sleeping: Home) -> None:
     sleeping.park.room = "full"
     async with sleeping.serving(f"{NAME}@1") as client:
         await asleep(client)
@@ -334,7 +338,7 @@ async def test_a_model_that_wakes_does_not_end_itself_to_make_room(sleeping: Hom
         assert len(sleeping.park.engines) == 1
 
 
-async def test_an_engine_that_cannot_be_ended_either_is_ended_before_the_next_start(
+async def test_engine_is_stopped_before_its_next_start_when_it_could_neither_sleep_nor_stop(
     sleeping: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fail_to_end_once(monkeypatch)

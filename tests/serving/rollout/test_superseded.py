@@ -1,4 +1,4 @@
-"""A swap that is under way when another version is wanted: it ends with the version before, and soon."""
+"""A swap during which another version becomes desired: it soon stops with the previous version."""
 
 import asyncio
 import threading
@@ -35,7 +35,7 @@ def slow(double: EngineDouble) -> None:
 
 @pytest.fixture
 def control(make: Make) -> Control:
-    """One engine, and versions 4 and 5, which fit in place of none of the others."""
+    """A server with one engine; versions 4 and 5 cannot be loaded in place of any other."""
     control = make()
     control.park.prepare = slow
     make_version(control.registry, 4, width=8)
@@ -45,7 +45,7 @@ def control(make: Make) -> Control:
 
 @asynccontextmanager
 async def loaded(control: Control) -> AsyncIterator[tuple[httpx.AsyncClient, Load]]:
-    """Served to clients, of whose requests none may fail."""
+    """A server under load from clients, none of whose requests may fail."""
     async with control.run(), control.client() as client:
         await until(lambda: len(control.pool.ready) == control.replicas)
         load = Load(client)
@@ -59,19 +59,19 @@ async def loaded(control: Control) -> AsyncIterator[tuple[httpx.AsyncClient, Loa
 
 
 async def alone(control: Control) -> None:
-    """Until nothing runs but the members, and admission is open."""
+    """Wait until nothing runs but the members, and admission is open."""
     await until(lambda: control.pool.all == control.pool.members and control.park.alive == control.replicas)
     assert len(control.pool.ready) == control.replicas
     assert control.admission.unavailable_reason is None and not control.admission._closed
 
 
 def weights(control: Control) -> list[str]:
-    """What the engines hold truly."""
+    """Return the weights that the engines really hold."""
     return [engine.double.weights.split("/")[-2] for engine in control.park.engines if engine.alive]
 
 
 async def roll_back(control: Control, promotion: Desired) -> tuple[SwapResult, float]:
-    """Goes back to version 1; how the promotion ended, and after what time the rollback was done, seconds."""
+    """Roll back to version 1; return how the promotion ended, and when the rollback was done, seconds."""
     began = time.monotonic()
     back = control.wish(1)
     assert (await control.outcome(back)).outcome is SwapOutcome.SUCCEEDED
@@ -92,8 +92,10 @@ def assert_cancelled(swap: SwapResult, number: int = 1) -> None:
     assert (swap.outcome, swap.reason) == (SwapOutcome.CANCELLED, f"superseded by {target(number)}")
 
 
-async def test_while_the_second_engine_starts(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the true pause between two looks at the store, and an engine that takes its time to end."""
+async def test_swap_is_cancelled_when_it_is_superseded_while_the_second_engine_starts(
+    control: Control, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the real interval between reads of the store, and an engine that takes its time to stop."""
     monkeypatch.setattr("serving.rollout.reconciler._POLL_S", 0.25)
     stop = DoubleEngine.stop
 
@@ -108,7 +110,7 @@ async def test_while_the_second_engine_starts(control: Control, monkeypatch: pyt
         with monkeypatch.context() as slowly:
             slowly.setattr(DoubleEngine, "stop", stop_slowly)
             swap, took_s = await roll_back(control, promotion)
-            assert control.park.alive == 2  # nobody waits for its end
+            assert control.park.alive == 2  # the swap does not wait until it is stopped
             await until(lambda: control.park.alive == 1)
         assert_cancelled(swap)
         assert swap.kind is SwapKind.BLUEGREEN
@@ -120,7 +122,9 @@ async def test_while_the_second_engine_starts(control: Control, monkeypatch: pyt
     assert len(control.park.engines) == 2
 
 
-async def test_before_an_engine_was_touched(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_swap_is_cancelled_when_it_is_superseded_before_an_engine_was_touched(
+    control: Control, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hashed = threading.Event()
     verify = control.registry.verify
 
@@ -139,13 +143,13 @@ async def test_before_an_engine_was_touched(control: Control, monkeypatch: pytes
     assert RELOAD not in control.double.calls
 
 
-async def test_while_it_waits_for_room(make: Make) -> None:
+async def test_swap_is_cancelled_when_it_is_superseded_while_it_waits_for_memory(make: Make) -> None:
     control = make(swap=SwapChoice.BLUEGREEN)
     async with control.run(), control.client() as client:
         control.double.token_delay_s = 0.5
         long = asyncio.create_task(ask(client, stream=True))
         await until(lambda: control.double.running)
-        await control.promote(2)  # the first engine is kept for its last request
+        await control.promote(2)  # the first engine stays for its last request
         control.park.room = "full"
         promotion = control.wish(3)
         await until(lambda: any("bluegreen" in step for step in steps(control, promotion)))
@@ -156,7 +160,7 @@ async def test_while_it_waits_for_room(make: Make) -> None:
         assert (await long).status == 200
 
 
-async def test_while_requests_end(make: Make) -> None:
+async def test_swap_is_cancelled_when_it_is_superseded_while_requests_drain(make: Make) -> None:
     control = make()
     async with control.run(), control.client() as client:
         control.double.token_delay_s = 0.3
@@ -176,7 +180,7 @@ async def test_while_requests_end(make: Make) -> None:
     assert RELOAD not in control.double.calls
 
 
-async def test_while_a_request_that_was_left_behind_ends(control: Control) -> None:
+async def test_swap_is_cancelled_when_it_is_superseded_while_an_abandoned_request_drains(control: Control) -> None:
     async with control.run():
         control.double.stuck_resets = 1000
         promotion = control.wish(2)
@@ -189,7 +193,7 @@ async def test_while_a_request_that_was_left_behind_ends(control: Control) -> No
     assert took_s < WITHIN_S
 
 
-async def test_a_reload_is_not_cut_off_and_the_version_before_comes_back_in_the_same_engine(control: Control) -> None:
+async def test_reload_is_completed_and_undone_in_the_same_engine_when_it_is_superseded(control: Control) -> None:
     async with loaded(control):
         promotion = control.wish(2)
         await until(lambda: control.state is EngineState.SWAPPING)
@@ -204,8 +208,10 @@ async def test_a_reload_is_not_cut_off_and_the_version_before_comes_back_in_the_
     assert any("weights of tuned@1" in step for step in steps(control, promotion))
 
 
-async def test_while_the_probes_are_checked(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Right after the reload nobody looks: the version is found right, and goes all the same."""
+async def test_version_is_undone_when_the_swap_is_superseded_while_its_probes_are_checked(
+    control: Control, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no check right after the reload: the version passes its probes, and is undone nevertheless."""
     async with loaded(control):
         verify, verified = control.replica.verify, asyncio.Event()
 
@@ -224,7 +230,7 @@ async def test_while_the_probes_are_checked(control: Control, monkeypatch: pytes
     assert took_s < WITHIN_S
 
 
-async def test_an_engine_that_cannot_go_back_is_replaced(control: Control) -> None:
+async def test_engine_is_replaced_when_it_cannot_return_to_the_previous_version(control: Control) -> None:
     async with loaded(control):
         promotion = control.wish(2)
         await until(lambda: control.state is EngineState.SWAPPING)
@@ -236,7 +242,7 @@ async def test_an_engine_that_cannot_go_back_is_replaced(control: Control) -> No
 
 
 @pytest.mark.parametrize("state", [EngineState.DRAINING, EngineState.SWAPPING])
-async def test_engines_that_were_changed_already_go_back(make: Make, state: EngineState) -> None:
+async def test_changed_engines_are_restored_when_the_swap_is_superseded(make: Make, state: EngineState) -> None:
     control = make(replicas=3)
     control.park.prepare = slow
     async with loaded(control):
@@ -253,7 +259,9 @@ async def test_engines_that_were_changed_already_go_back(make: Make, state: Engi
     assert len(control.park.engines) == 3
 
 
-async def test_while_the_second_engine_of_the_second_starts(make: Make) -> None:
+async def test_first_engine_is_restored_when_the_swap_is_superseded_while_the_second_ones_replacement_starts(
+    make: Make,
+) -> None:
     control = make(replicas=2, swap=SwapChoice.BLUEGREEN)
     async with loaded(control):
         control.park.prepare = lambda double: setattr(control.park, "start_delay_s", 0.2 if changed() else 0.0)
@@ -273,14 +281,14 @@ async def test_while_the_second_engine_of_the_second_starts(make: Make) -> None:
 
 @pytest.fixture
 def cramped(make: Make) -> Control:
-    """Without room for a second engine, where the versions must be started with."""
+    """A server without memory for a second engine, with versions that need a start."""
     control = make(facts=OTHER_FACTS)
     control.park.prepare = slow
     control.park.room = "full"
     return control
 
 
-async def test_while_the_only_engine_starts_again_it_starts_with_the_version_before(cramped: Control) -> None:
+async def test_only_engine_restarts_with_the_previous_version_when_its_restart_is_superseded(cramped: Control) -> None:
     control = cramped
     async with loaded(control):
         control.park.start_delay_s = LONG_S
@@ -292,7 +300,7 @@ async def test_while_the_only_engine_starts_again_it_starts_with_the_version_bef
     assert_cancelled(swap)
 
 
-async def test_while_one_of_several_engines_starts_again_the_others_serve(make: Make) -> None:
+async def test_other_engines_serve_when_the_restart_of_one_is_superseded(make: Make) -> None:
     control = make(facts=OTHER_FACTS, replicas=2)
     control.park.room = "full"
     async with loaded(control):
@@ -307,7 +315,7 @@ async def test_while_one_of_several_engines_starts_again_the_others_serve(make: 
     assert took_s < WITHIN_S
 
 
-async def test_a_third_version_begins_from_the_one_that_serves(control: Control) -> None:
+async def test_third_version_starts_from_the_one_that_serves(control: Control) -> None:
     async with loaded(control) as (_, load):
         control.park.start_delay_s = LONG_S
         promotion = control.wish(4)
@@ -319,7 +327,7 @@ async def test_a_third_version_begins_from_the_one_that_serves(control: Control)
         assert set(load.versions) == {ONE, f"{NAME}@3"}
 
 
-async def test_two_in_a_row_and_then_back(control: Control) -> None:
+async def test_previous_version_serves_when_two_promotions_are_followed_by_a_rollback(control: Control) -> None:
     async with loaded(control) as (_, load):
         control.park.start_delay_s = LONG_S
         first = control.wish(4)
@@ -333,8 +341,8 @@ async def test_two_in_a_row_and_then_back(control: Control) -> None:
     assert took_s < WITHIN_S
 
 
-async def test_twice_in_one_swap(control: Control) -> None:
-    """While the version before comes back for version 3, version 1 is wanted after all."""
+async def test_rollback_is_carried_out_when_the_swap_was_already_superseded(control: Control) -> None:
+    """While the previous version is restored for version 3, version 1 becomes desired again."""
     async with loaded(control):
         promotion = control.wish(2)
         await until(lambda: control.state is EngineState.SWAPPING)
@@ -345,7 +353,7 @@ async def test_twice_in_one_swap(control: Control) -> None:
     assert_cancelled(swap, 3)
 
 
-async def test_the_same_version_wanted_again_is_on_its_way(control: Control) -> None:
+async def test_swap_continues_when_the_same_version_is_promoted_again(control: Control) -> None:
     async with loaded(control):
         control.park.start_delay_s = 0.3
         promotion = control.wish(4)
@@ -357,7 +365,7 @@ async def test_the_same_version_wanted_again_is_on_its_way(control: Control) -> 
     assert len(control.park.engines) == 2
 
 
-async def test_where_nothing_serves_the_start_is_ended(control: Control) -> None:
+async def test_start_is_cancelled_when_nothing_serves(control: Control) -> None:
     async with control.run():
         control.park.start_delay_s = LONG_S
         control.reconciler.reviver.backoff_s = (60.0,)
@@ -373,7 +381,7 @@ async def test_where_nothing_serves_the_start_is_ended(control: Control) -> None
     assert_cancelled(swap)
 
 
-async def test_where_the_engine_that_serves_dies_at_the_same_time(control: Control) -> None:
+async def test_swap_is_cancelled_when_the_serving_engine_dies_at_the_same_time(control: Control) -> None:
     async with control.run(), control.client() as client:
         control.park.start_delay_s = LONG_S
         promotion = control.wish(4)
@@ -388,7 +396,7 @@ async def test_where_the_engine_that_serves_dies_at_the_same_time(control: Contr
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2])
-async def test_where_an_engine_dies_at_the_same_time(make: Make, victim: int) -> None:
+async def test_swap_is_cancelled_when_one_of_several_engines_dies_at_the_same_time(make: Make, victim: int) -> None:
     """One that was changed, one that is being changed, and one that was not."""
     control = make(replicas=3)
     control.park.prepare = slow
@@ -405,7 +413,7 @@ async def test_where_an_engine_dies_at_the_same_time(make: Make, victim: int) ->
     assert swap.outcome in (SwapOutcome.CANCELLED, SwapOutcome.FAILED)
 
 
-async def test_a_server_that_stops_meanwhile_leaves_no_engine(
+async def test_no_engine_is_left_when_the_server_stops_meanwhile(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop = DoubleEngine.stop
@@ -430,7 +438,7 @@ async def test_a_server_that_stops_meanwhile_leaves_no_engine(
         assert_cancelled(await control.outcome(promotion))
 
 
-async def test_a_server_that_stops_before_it_went_back_comes_up_with_the_version_that_is_wanted(
+async def test_restarted_server_serves_the_desired_version_when_it_stopped_before_the_restoration(
     control: Control,
 ) -> None:
     async with control.run():
@@ -445,7 +453,7 @@ async def test_a_server_that_stops_before_it_went_back_comes_up_with_the_version
         assert weights(control) == ["1"]
 
 
-async def test_a_store_away_does_not_end_the_swap(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_swap_continues_when_the_store_is_down(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
     away = False
 
     def read_or_fail(*arguments: object) -> object:

@@ -1,4 +1,4 @@
-"""The swap in place when something goes wrong: who gets which answer, and what is left."""
+"""Failures of the swap in place: the answers to requests, and the state afterwards."""
 
 import asyncio
 import threading
@@ -29,12 +29,12 @@ def slow(double: EngineDouble) -> None:
 
 
 def endless(double: EngineDouble) -> None:
-    """Its answers do not end before it is killed, however busy the machine is."""
+    """Make the answers of a double endless until it is killed, however busy the machine is."""
     double.token_delay_s = 10.0
 
 
 def dies_at(path: str, nth: int = 1) -> Callable[[EngineDouble], None]:
-    """An engine that is killed by the nth request for a path that comes while weights are replaced."""
+    """Make an engine die at the nth request for a path that arrives while weights are replaced."""
 
     def prepare(double: EngineDouble) -> None:
         slow(double)
@@ -52,7 +52,7 @@ def dies_at(path: str, nth: int = 1) -> Callable[[EngineDouble], None]:
 
 
 def first_only(prepare: Callable[[EngineDouble], None]) -> Callable[[EngineDouble], None]:
-    """Only the first engine is prepared so; those that come after it are sound."""
+    """Prepare only the first engine; later ones are sound."""
     prepared = list[EngineDouble]()
 
     def prepare_first(double: EngineDouble) -> None:
@@ -63,7 +63,7 @@ def first_only(prepare: Callable[[EngineDouble], None]) -> Callable[[EngineDoubl
 
 
 async def swap_under_load(control: Control, number: int) -> tuple[Load, SwapOutcome | None, str | None]:
-    """Promotes while clients ask."""
+    """Promote while clients send requests."""
     async with control.client() as client:
         load = Load(client)
         async with load.run():
@@ -74,7 +74,7 @@ async def swap_under_load(control: Control, number: int) -> tuple[Load, SwapOutc
     return load, swap.outcome, swap.reason
 
 
-async def test_an_altered_file_never_closes_the_door(control: Control) -> None:
+async def test_admission_stays_open_when_a_file_is_altered(control: Control) -> None:
     weights = control.registry.folder(target(2).version) / "merged" / "model.safetensors"
     weights.write_bytes(weights.read_bytes() + b"?")
     calls = len(control.double.calls)
@@ -86,7 +86,7 @@ async def test_an_altered_file_never_closes_the_door(control: Control) -> None:
 
 
 @pytest.mark.parametrize("fingerprint", [True, False])
-async def test_a_version_of_another_shape_without_room_for_it_is_refused(control: Control, fingerprint: bool) -> None:
+async def test_version_of_another_shape_is_refused_when_there_is_no_memory(control: Control, fingerprint: bool) -> None:
     make_version(control.registry, 4, width=8, fingerprint=fingerprint)
     control.park.room = "it needs 2 GiB, 1 GiB is free"
     calls = len(control.double.calls)
@@ -96,26 +96,26 @@ async def test_a_version_of_another_shape_without_room_for_it_is_refused(control
     assert not {RELOAD, RESET, PROBE} & set(control.double.calls[calls:])
 
 
-async def test_a_version_without_a_recorded_fingerprint_is_compared_by_its_files(control: Control) -> None:
+async def test_files_are_compared_when_a_version_has_no_recorded_fingerprint(control: Control) -> None:
     make_version(control.registry, 4, fingerprint=False)
     swap = await control.reconciler.swap.run(target(1), target(4), lambda step: None)
     assert swap.outcome is SwapOutcome.SUCCEEDED
 
 
-async def test_names_mean_the_new_version_when_the_door_opens(control: Control) -> None:
+async def test_names_mean_the_new_version_when_admission_opens(control: Control) -> None:
     assert (await control.reconciler.swap.run(target(1), target(2), lambda step: None)).outcome is SwapOutcome.SUCCEEDED
     async with control.client() as client:
         answer = await ask(client, stream=True)
     assert (answer.version, answer.words) == (f"{NAME}@2", {"2"})
 
 
-async def test_a_format_that_does_not_exist_is_refused(control: Control) -> None:
+async def test_missing_format_is_refused(control: Control) -> None:
     swap = await control.reconciler.swap.run(target(1), target(2, Format.GPTQ), lambda step: None)
     assert swap.outcome is SwapOutcome.REFUSED
     assert swap.reason is not None and "has no format gptq" in swap.reason
 
 
-async def test_a_file_that_cannot_be_read_is_refused(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_unreadable_file_is_refused(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
     def verify(*_: object) -> None:
         raise PermissionError(13, "Permission denied", "model.safetensors")
 
@@ -125,7 +125,7 @@ async def test_a_file_that_cannot_be_read_is_refused(control: Control, monkeypat
     assert swap.reason is not None and "Permission denied" in swap.reason
 
 
-async def test_weights_that_fail_their_probes_answer_nobody(make: Make) -> None:
+async def test_weights_that_fail_their_probes_answer_no_request(make: Make) -> None:
     control = make()
     make_version(control.registry, 4, probes_of="/elsewhere")
     control.park.prepare = slow
@@ -135,7 +135,7 @@ async def test_weights_that_fail_their_probes_answer_nobody(make: Make) -> None:
         assert control.double.calls.count(RELOAD) == 2
         assert control.double.calls[-1] != RELOAD
         probes = [body for body in control.double.requests if "prompt_logprobs" in body]
-        assert len(probes) == 3  # at the start, of the bad version, and of the one before
+        assert len(probes) == 3  # at the start, for the bad version, and for the previous one
         assert control.desired().target == target(1)
     load.check()
     assert set(load.versions) == {ONE}
@@ -144,7 +144,7 @@ async def test_weights_that_fail_their_probes_answer_nobody(make: Make) -> None:
     assert len(control.park.engines) == 1
 
 
-async def test_logprobs_that_are_no_numbers_are_no_proof(control: Control) -> None:
+async def test_nan_logprobs_fail_the_verification(control: Control) -> None:
     def spoil(path: str) -> None:
         control.double.probe_noise = float("nan") if control.double.weights.endswith("/2/merged") else 0.0
 
@@ -153,7 +153,9 @@ async def test_logprobs_that_are_no_numbers_are_no_proof(control: Control) -> No
     assert swap.outcome is SwapOutcome.RESTORED
 
 
-async def test_an_answer_without_logprobs_is_no_proof(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_answer_without_logprobs_fails_the_verification(
+    control: Control, monkeypatch: pytest.MonkeyPatch
+) -> None:
     verification = control.double._prompt_logprobs
 
     def prompt_logprobs(prompt: list[int], model: str) -> list[dict[str, object] | None]:
@@ -166,7 +168,7 @@ async def test_an_answer_without_logprobs_is_no_proof(control: Control, monkeypa
     assert control.names.served is not None and control.names.served.version == target(1).version
 
 
-async def test_a_reload_that_fails_brings_a_new_engine_with_the_version_before(make: Make) -> None:
+async def test_new_engine_starts_with_the_previous_version_when_a_reload_fails(make: Make) -> None:
     control = make()
 
     def prepare(double: EngineDouble) -> None:
@@ -185,8 +187,8 @@ async def test_a_reload_that_fails_brings_a_new_engine_with_the_version_before(m
 
 
 @pytest.mark.parametrize(("path", "nth"), [(RESET, 1), (RELOAD, 1), (RESET, 2), (PROBE, 2)])
-async def test_an_engine_that_dies_in_a_swap_costs_no_held_request(make: Make, path: str, nth: int) -> None:
-    """Before the reload, in it, after it, and in the probes; the first probe is that of the start."""
+async def test_no_queued_request_fails_when_the_engine_dies_in_a_swap(make: Make, path: str, nth: int) -> None:
+    """Before the reload, during it, after it, and in the probes; the first probe is that of the start."""
     control = make()
     control.park.prepare = first_only(dies_at(path, nth))
     async with control.run(), control.client() as client:
@@ -199,7 +201,7 @@ async def test_an_engine_that_dies_in_a_swap_costs_no_held_request(make: Make, p
     assert [(answer.status, answer.error, answer.version) for answer in queued] == [(200, None, ONE)] * 4
 
 
-async def test_an_engine_that_dies_while_requests_end_is_replaced(make: Make) -> None:
+async def test_engine_is_replaced_when_it_dies_while_requests_drain(make: Make) -> None:
     control = make()
     control.park.prepare = first_only(endless)
     async with control.run(), control.client() as client:
@@ -216,7 +218,7 @@ async def test_an_engine_that_dies_while_requests_end_is_replaced(make: Make) ->
         await control.serves(target(1))
 
 
-async def test_an_engine_that_cannot_be_replaced_is_failed_and_comes_back_later(make: Make) -> None:
+async def test_engine_has_failed_and_comes_back_later_when_it_cannot_be_replaced(make: Make) -> None:
     control = make()
     async with control.run(), control.client() as client:
         control.double.loadable = lambda folder: False
@@ -235,7 +237,7 @@ async def test_an_engine_that_cannot_be_replaced_is_failed_and_comes_back_later(
 
 @asynccontextmanager
 async def overrunning(make: Make) -> AsyncIterator[tuple[Control, httpx.AsyncClient, asyncio.Task[Answer]]]:
-    """A server whose client gets an answer that takes longer than a swap may wait, and no room for a second engine."""
+    """A server with an answer that takes longer than a swap may wait, and no memory for a second engine."""
     control = make(drain_timeout_s=0.05)
     control.park.room = "it needs 2 GiB, 1 GiB is free"
     async with control.run(), control.client() as client:
@@ -245,7 +247,7 @@ async def overrunning(make: Make) -> AsyncIterator[tuple[Control, httpx.AsyncCli
         yield control, client, running
 
 
-async def test_requests_that_do_not_end_in_time_refuse_the_swap(make: Make) -> None:
+async def test_swap_is_refused_when_requests_do_not_end_in_time(make: Make) -> None:
     async with overrunning(make) as (control, client, running):
         swap = await control.promote(2)
         assert swap.outcome is SwapOutcome.REFUSED
@@ -258,7 +260,7 @@ async def test_requests_that_do_not_end_in_time_refuse_the_swap(make: Make) -> N
         assert (await ask(client, stream=False)).words == {"1"}
 
 
-async def test_an_engine_that_is_slow_to_say_that_it_lives_keeps_what_runs_in_it(
+async def test_running_requests_continue_when_the_engine_is_slow_to_answer_health_checks(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with overrunning(make) as (control, _, running):
@@ -272,7 +274,7 @@ async def test_an_engine_that_is_slow_to_say_that_it_lives_keeps_what_runs_in_it
         assert len(control.park.engines) == 1
 
 
-async def test_a_version_that_no_engine_has_loaded_is_not_taken_for_served(
+async def test_version_is_not_taken_for_served_when_no_engine_has_loaded_it(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The only engine dies while the files are compared."""
@@ -297,7 +299,7 @@ async def test_a_version_that_no_engine_has_loaded_is_not_taken_for_served(
         await control.serves(target(1))
 
 
-async def test_a_full_disk_leaves_the_engine_as_it_is(control: Control) -> None:
+async def test_engine_is_unchanged_when_the_disk_is_full(control: Control) -> None:
     control.park.disk_full = True
     swap = await control.promote(2)
     control.park.disk_full = False
@@ -307,7 +309,7 @@ async def test_a_full_disk_leaves_the_engine_as_it_is(control: Control) -> None:
     assert (control.state, len(control.park.engines)) == (EngineState.READY, 1)
 
 
-async def test_a_version_whose_files_are_gone_before_its_engine_starts_is_refused(control: Control) -> None:
+async def test_version_is_refused_when_its_files_disappear_before_its_engine_starts(control: Control) -> None:
     make_version(control.registry, 4, width=8)
 
     def gone(more: int) -> str | None:
@@ -320,7 +322,7 @@ async def test_a_version_whose_files_are_gone_before_its_engine_starts_is_refuse
     assert control.state is EngineState.READY
 
 
-async def test_the_swap_waits_for_requests_that_their_clients_left(control: Control) -> None:
+async def test_swap_waits_for_requests_whose_clients_left(control: Control) -> None:
     control.double.stuck_resets = 2
     swap = await control.promote(2)
     assert swap.outcome is SwapOutcome.SUCCEEDED
@@ -331,13 +333,13 @@ async def test_the_swap_waits_for_requests_that_their_clients_left(control: Cont
 
 @pytest.fixture
 def impatient(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tenth of a second is waited for the prefix cache to be reset."""
+    """Limit the wait for the reset of the prefix cache to a tenth of a second."""
     client = control.replica.client
     reset = client.reset_prefix_cache
     monkeypatch.setattr(client, "reset_prefix_cache", lambda: reset(within_s=0.1))
 
 
-async def test_a_request_that_never_leaves_the_engine_refuses_the_swap_before_the_reload(
+async def test_swap_is_refused_before_the_reload_when_a_request_never_leaves_the_engine(
     control: Control, impatient: None
 ) -> None:
     control.double.stuck_resets = 1000
@@ -349,7 +351,7 @@ async def test_a_request_that_never_leaves_the_engine_refuses_the_swap_before_th
     assert control.state is EngineState.READY
 
 
-async def test_a_prefix_cache_that_is_not_reset_after_the_reload_fails_the_swap(
+async def test_swap_fails_when_the_prefix_cache_is_not_reset_after_the_reload(
     control: Control, impatient: None
 ) -> None:
     first = control.double
@@ -364,20 +366,20 @@ async def test_a_prefix_cache_that_is_not_reset_after_the_reload_fails_the_swap(
     assert control.state is EngineState.READY
 
 
-async def test_a_reset_that_is_refused_is_an_error_after_its_time(control: Control) -> None:
+async def test_error_is_raised_after_a_timeout_when_a_reset_is_rejected(control: Control) -> None:
     control.double.stuck_resets = 1000
     with pytest.raises(EngineError, match=r"within 0\.1 s"):
         await control.replica.client.reset_prefix_cache(within_s=0.1)
 
 
-async def test_an_engine_whose_reset_says_nothing_is_believed(
+async def test_reset_is_assumed_when_the_engine_returns_no_result(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(control.double, "_simple", lambda path: None)
     await control.replica.client.reset_prefix_cache(within_s=0.0)
 
 
-async def test_a_swap_that_is_cut_off_lets_nobody_reach_the_engine(make: Make) -> None:
+async def test_engine_gets_no_requests_when_a_swap_is_cancelled(make: Make) -> None:
     control = make()
     async with control.run(), control.client() as client:
         control.double.reload_delay_s = 10
@@ -391,7 +393,7 @@ async def test_a_swap_that_is_cut_off_lets_nobody_reach_the_engine(make: Make) -
         assert (await ask(client, stream=False)).status == 503
 
 
-async def test_a_swap_that_is_cut_off_while_requests_end_changes_nothing(make: Make) -> None:
+async def test_nothing_changes_when_a_swap_is_cancelled_while_requests_drain(make: Make) -> None:
     control = make()
     async with control.run(), control.client() as client:
         control.double.token_delay_s = 0.05

@@ -1,4 +1,4 @@
-"""Engines that cannot be probed, as with adapters of the output layer on a CPU: they serve, unverified, and say so."""
+"""Engines that cannot be probed, as with adapters of the output layer on a CPU: they serve unverified, visibly."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -17,13 +17,13 @@ FULL = "it needs 2 GiB, 1 GiB is free"
 
 
 def unprobed(control: Control) -> Control:
-    """No engine of it can be asked for log-probabilities of a prompt: it would end."""
+    """A home whose engines cannot be asked for log-probabilities of a prompt, which would crash them."""
     control.park.unprobed = WHY
     return control
 
 
 def probed(control: Control) -> list[object]:
-    """What engines were asked for log-probabilities of prompts."""
+    """Return the requests to engines for log-probabilities of prompts."""
     return [body for engine in control.park.engines for body in engine.double.requests if "prompt_logprobs" in body]
 
 
@@ -33,7 +33,7 @@ async def serving(make: Make) -> AsyncIterator[Control]:
         yield control
 
 
-async def test_it_serves_unverified_and_is_never_asked_for_a_probe(serving: Control) -> None:
+async def test_engine_serves_unverified_and_is_never_probed(serving: Control) -> None:
     async with serving.client() as client, Load(client).run() as load:
         await asyncio.sleep(0.05)
     load.check()
@@ -42,37 +42,37 @@ async def test_it_serves_unverified_and_is_never_asked_for_a_probe(serving: Cont
     assert probed(serving) == []
 
 
-async def test_the_metric_counts_it(serving: Control) -> None:
+async def test_unverified_version_is_in_the_metric(serving: Control) -> None:
     assert serving.sample("svc_versions_unverified", model=NAME) == 1
 
 
-async def test_of_verified_engines_the_metric_counts_none(control: Control) -> None:
+async def test_metric_is_zero_when_engines_are_verified(control: Control) -> None:
     assert probed(control)
     assert control.collector.get_sample_value("svc_versions_unverified", {"model": NAME}) == 0
 
 
-async def test_an_engine_that_ended_is_not_counted(serving: Control) -> None:
+async def test_stopped_engine_is_not_counted(serving: Control) -> None:
     await serving.pool.stop()
     assert serving.sample("svc_versions_unverified", model=NAME) == 0
 
 
-async def test_a_version_comes_by_an_engine_that_starts_with_it_and_the_journal_says_why(serving: Control) -> None:
+async def test_engine_starts_with_each_version_and_the_journal_shows_why(serving: Control) -> None:
     result = await serving.promote(2)
     assert (result.outcome, result.kind) == (SwapOutcome.SUCCEEDED, SwapKind.BLUEGREEN)
     steps = "\n".join(serving.steps)
-    assert f"nothing could tell what it holds after a reload: {WHY}" in steps
+    assert f"the engine's weights could not be verified after a reload: {WHY}" in steps
     assert f"not verified: {WHY}" in steps
     assert [engine.double.calls.count(RELOAD) for engine in serving.park.engines] == [0, 0]
 
 
-async def test_without_room_the_only_engine_starts_again_with_it(serving: Control) -> None:
+async def test_only_engine_restarts_when_there_is_no_memory(serving: Control) -> None:
     serving.park.room = FULL
     result = await serving.promote(2)
     assert (result.outcome, result.kind) == (SwapOutcome.SUCCEEDED, SwapKind.INPLACE)
     assert [engine.double.calls.count(RELOAD) for engine in serving.park.engines] == [0, 0]
 
 
-async def test_without_room_every_engine_of_several_starts_again(make: Make) -> None:
+async def test_each_of_several_engines_restarts_when_there_is_no_memory(make: Make) -> None:
     async with unprobed(make(replicas=2)).run() as control:
         await until(lambda: len(control.pool.ready) == 2)
         control.park.room = FULL
@@ -81,8 +81,8 @@ async def test_without_room_every_engine_of_several_starts_again(make: Make) -> 
         assert {member.target for member in control.pool.members} == {target(2)}
 
 
-async def test_one_that_was_left_is_not_believed(make: Make) -> None:
-    """Its record alone would say what it holds."""
+async def test_engine_of_an_earlier_server_is_not_trusted(make: Make) -> None:
+    """Only its record would tell its version."""
     control = unprobed(make())
     control.leaves = True
     async with control.run():
@@ -94,7 +94,7 @@ async def test_one_that_was_left_is_not_believed(make: Make) -> None:
         assert control.replica.target == target(1)
 
 
-async def test_damaged_files_do_not_serve_unverified(serving: Control) -> None:
+async def test_damaged_files_are_not_served(serving: Control) -> None:
     file = serving.registry.folder(target(2).version) / "merged" / "tokenizer.json"
     file.write_text('{"a": 1}')
     assert (await serving.promote(2)).outcome is SwapOutcome.REFUSED
@@ -109,7 +109,7 @@ async def test_adapters_are_loaded_unverified(make: Make) -> None:
         assert probed(control) == []
 
 
-async def test_a_whole_server_says_so(home: Home) -> None:
+async def test_server_shows_that_a_version_is_unverified(home: Home) -> None:
     home.park.unprobed = WHY
     async with home.serving(NAME) as client:
         (status,) = (await client.get("/svc/status")).json()["models"]

@@ -1,4 +1,4 @@
-"""Prompt and answer as texts, from the bytes that passed."""
+"""Prompt and answer as texts, from the forwarded bytes."""
 
 import json
 
@@ -28,17 +28,17 @@ def answered(*parts: bytes) -> Content:
     return found
 
 
-def test_the_messages_of_a_chat_are_its_prompt() -> None:
+def test_prompt_of_a_chat_is_its_messages() -> None:
     messages = [{"role": "user", "content": "Wie heißt du?"}]
     assert prompt_text(Content(CHAT, payload(messages=messages)), PLAIN) == json.dumps(messages, ensure_ascii=False)
 
 
-def test_a_plain_prompt_is_json_too() -> None:
+def test_plain_prompt_is_json_too() -> None:
     assert prompt_text(Content(CHAT, payload(prompt="once")), PLAIN) == '"once"'
 
 
 @pytest.mark.parametrize("prompt", [[52, 1287, 9], [[52], [9]], 7, None])
-def test_a_prompt_that_is_not_text_cannot_be_kept(prompt: object) -> None:
+def test_prompt_is_not_stored_when_it_is_not_text(prompt: object) -> None:
     with pytest.raises(ValueError, match="not text"):
         prompt_text(Content(CHAT, payload(prompt=prompt)), PLAIN)
 
@@ -47,16 +47,16 @@ def test_several_prompts_are_text() -> None:
     assert prompt_text(Content(CHAT, payload(prompt=["a", "b"])), PLAIN) == '["a", "b"]'
 
 
-def test_a_body_gives_the_text_of_its_first_choice() -> None:
+def test_text_of_a_body_is_its_first_choice() -> None:
     choices = [{"index": 1, "message": {"content": "second"}}, {"index": 0, "message": {"content": "first"}}]
     assert answer_text(answered(json.dumps({"choices": choices}).encode()), PLAIN) == "first"
 
 
-def test_a_plain_completion_gives_its_text() -> None:
+def test_text_of_a_plain_completion_is_read() -> None:
     assert answer_text(answered(b'{"choices": [{"index": 0, "text": "upon a time"}]}'), PLAIN) == "upon a time"
 
 
-def test_a_stream_is_put_together() -> None:
+def test_text_of_a_stream_is_joined() -> None:
     parts = [event({"role": "assistant"}), event({"content": "Hel"}), event({"content": "other"}, 1)]
     parts += [
         b": comment\n\n",
@@ -67,22 +67,22 @@ def test_a_stream_is_put_together() -> None:
     assert answer_text(answered(*parts), PLAIN) == "Hello"
 
 
-def test_an_address_that_came_in_pieces_is_blanked() -> None:
+def test_address_is_redacted_when_it_arrived_in_pieces() -> None:
     parts = [event({"content": piece}) for piece in ("to jane", "@exam", "ple.org", " now")]
     assert answer_text(answered(*parts), PLAIN) == "to [mail] now"
 
 
-def test_tool_calls_alone_are_no_text() -> None:
+def test_answer_with_only_tool_calls_has_no_text() -> None:
     body = b'{"choices": [{"index": 0, "message": {"content": null, "tool_calls": [{}]}}]}'
     assert answer_text(answered(body), PLAIN) == ""
 
 
-def test_a_lone_surrogate_can_be_stored() -> None:
+def test_lone_surrogate_can_be_stored() -> None:
     found = prompt_text(Content(CHAT, b'{"prompt": "a\\ud800b"}'), PLAIN)
     assert found.encode("utf-8") == b'"a?b"'
 
 
-def test_an_answer_past_the_limit_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answer_over_the_limit_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(content, "MAX_ANSWER_BYTES", 100)
     found = answered(b"x" * 60, b"y" * 60, b"z" * 10)
     assert found.too_long

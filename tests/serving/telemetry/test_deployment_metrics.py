@@ -1,4 +1,4 @@
-"""What each model shows of its engines, its swaps, and what waits for it."""
+"""The metrics of each model: its engines, swaps and queues."""
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -25,7 +25,7 @@ def metrics(instruments: DeploymentInstruments) -> DeploymentMetrics:
     return DeploymentMetrics(instruments, NAME)
 
 
-def test_the_engines_in_each_state_are_counted(registry: CollectorRegistry, metrics: DeploymentMetrics) -> None:
+def test_engines_are_counted_by_state(registry: CollectorRegistry, metrics: DeploymentMetrics) -> None:
     ready, swapping = EngineState.READY, EngineState.SWAPPING
     for states in ([ready], [ready, swapping, ready], []):
         metrics.engine_states(states)
@@ -43,7 +43,7 @@ def test_only_the_loaded_version_is_shown(registry: CollectorRegistry, metrics: 
     assert [sample.labels for sample in family.samples] == [{"model": "tuned", "version": "2", "format": "gptq"}]
 
 
-def test_a_swap_is_counted_timed_and_its_queued_requests_kept(
+def test_swap_is_counted_and_timed_with_its_queued_requests(
     registry: CollectorRegistry, metrics: DeploymentMetrics
 ) -> None:
     metrics.swap_ended(SwapResult(SwapOutcome.SUCCEEDED, None, queued_s=1.5, running=3, queued=12))
@@ -53,7 +53,7 @@ def test_a_swap_is_counted_timed_and_its_queued_requests_kept(
     assert registry.get_sample_value("svc_swap_queued_requests_sum", {"model": NAME}) == 12
 
 
-def test_a_swap_that_was_refused_before_admission_closed_is_not_timed(
+def test_swap_is_not_timed_when_it_was_refused_before_admission_closed(
     registry: CollectorRegistry, metrics: DeploymentMetrics
 ) -> None:
     metrics.swap_ended(SwapResult(SwapOutcome.REFUSED, "other shapes"))
@@ -61,9 +61,7 @@ def test_a_swap_that_was_refused_before_admission_closed_is_not_timed(
     assert registry.get_sample_value("svc_swap_queued_requests_count", {"model": NAME}) is None
 
 
-def test_the_held_out_set_is_due_of_one_version_at_most(
-    registry: CollectorRegistry, metrics: DeploymentMetrics
-) -> None:
+def test_held_out_set_is_due_for_at_most_one_version(registry: CollectorRegistry, metrics: DeploymentMetrics) -> None:
     def due(version: str) -> float | None:
         return registry.get_sample_value("svc_holdout_interval_seconds", {"model": "tuned", "version": version})
 
@@ -76,7 +74,7 @@ def test_the_held_out_set_is_due_of_one_version_at_most(
     assert (due("1"), due("2")) == (None, None)
 
 
-def test_admission_is_read_when_it_is_asked_for(registry: CollectorRegistry, metrics: DeploymentMetrics) -> None:
+def test_admission_is_read_at_each_scrape(registry: CollectorRegistry, metrics: DeploymentMetrics) -> None:
     numbers = [1, 2]
     metrics.watch_admission(lambda: numbers[0], lambda: numbers[1])
     numbers[:] = [3, 4]
@@ -84,7 +82,7 @@ def test_admission_is_read_when_it_is_asked_for(registry: CollectorRegistry, met
     assert registry.get_sample_value("svc_requests_queued", {"model": NAME}) == 4
 
 
-def test_each_model_shows_its_own(
+def test_each_model_has_its_own_series(
     registry: CollectorRegistry, instruments: DeploymentInstruments, metrics: DeploymentMetrics
 ) -> None:
     other = DeploymentMetrics(instruments, "other")
@@ -100,7 +98,7 @@ def test_each_model_shows_its_own(
     assert restarts == [1, 0]
 
 
-def test_a_model_that_is_served_no_more_shows_nothing_of_the_moment_and_its_counters_stay(
+def test_gauges_are_removed_and_counters_kept_when_a_model_is_removed(
     registry: CollectorRegistry, metrics: DeploymentMetrics
 ) -> None:
     metrics.version_loaded(ONE)

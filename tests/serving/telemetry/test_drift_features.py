@@ -1,4 +1,4 @@
-"""Features of a bounded sample of requests are stored, by a process that comes again where it dies."""
+"""Features of a bounded sample of requests are stored by a process that is restarted when it dies."""
 
 import multiprocessing
 import os
@@ -31,7 +31,7 @@ RECORD = OLD_RECORD._replace(
 
 
 class Features:
-    """A process on a home with version 1, which can be compared, and what was lost."""
+    """A process on a home with version 1, which has a reference, and the number of lost requests."""
 
     def __init__(self, home: Path) -> None:
         self.store = new_store(home)
@@ -45,7 +45,7 @@ class Features:
         self.lost += count
 
     def records(self, count: int = 1, of: Target = ONE) -> list[RequestRecord]:
-        """Requests whose rows are in the store."""
+        """Return requests whose rows are in the store."""
         ids = [f"req-{number}" for number in range(self.asked, self.asked + count)]
         self.asked += count
         records = [RECORD._replace(request_id=id, version=of.version, format=of.format) for id in ids]
@@ -53,11 +53,11 @@ class Features:
         return records
 
     def add(self, count: int = 1, of: Target = ONE) -> None:
-        """Requests whose features are to be stored."""
+        """Add requests whose features are to be stored."""
         self.process.add(self.records(count, of))
 
     def stored(self, count: int, of: Target = ONE) -> None:
-        """Wait until so many items are in the store."""
+        """Wait until a number of items is in the store."""
         until(lambda: len(item_ids(self.store, of)) >= count)
         assert len(item_ids(self.store, of)) == count
 
@@ -70,7 +70,7 @@ def until(met: Callable[[], object]) -> None:
 
 
 def children() -> list[psutil.Process]:
-    """Processes that make features."""
+    """Return the feature processes."""
     return [psutil.Process(child.pid) for child in multiprocessing.active_children()]
 
 
@@ -85,7 +85,7 @@ def features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Featur
 
 
 class Clock:
-    """A clock that stands still until it is moved."""
+    """A clock that advances only on request."""
 
     now = 0.0
 
@@ -93,7 +93,7 @@ class Clock:
         return self.now
 
 
-def test_a_burst_is_taken_and_then_as_many_as_a_day_allows(tmp_path: Path) -> None:
+def test_burst_is_accepted_and_then_the_daily_rate(tmp_path: Path) -> None:
     clock = Clock()
     process = FeatureProcess(Settings(home=tmp_path), on_dropped=print, clock=clock)
     assert sum(process.wants(ONE) for _ in range(BURST + 500)) == BURST
@@ -114,7 +114,7 @@ def test_each_version_has_its_own_share(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_features_of_requests_are_stored_in_their_order_by_one_process(features: Features) -> None:
+def test_features_are_stored_in_the_order_of_requests_by_one_process(features: Features) -> None:
     features.add(250)
     features.stored(250)
     (process,) = children()
@@ -122,7 +122,7 @@ def test_features_of_requests_are_stored_in_their_order_by_one_process(features:
     items = [found.item for found in read_items(features.store, ONE, after=0, newest=999)]
     assert [item.request_id for item in items] == [f"req-{number}" for number in range(250)]
     assert items[0].prompt["characters"] == len("Where is Featherstonehaugh?")
-    assert items[0].answer["answer_tokens"] == 3  # as long as held-out answers could be
+    assert items[0].answer["answer_tokens"] == 3  # the length limit of held-out answers
     assert items[0].topic.shape == items[1].topic.shape
     features.add(1, target(1, Format.GPTQ))
     features.stored(1, target(1, Format.GPTQ))
@@ -153,7 +153,7 @@ def test_another_process_starts_when_the_first_is_killed(features: Features) -> 
 
 
 @pytest.mark.slow
-def test_a_batch_is_stored_once_when_the_process_is_killed_at_work(features: Features) -> None:
+def test_batch_is_stored_once_when_the_process_is_killed_during_it(features: Features) -> None:
     features.add()
     features.stored(1)
     (first,) = children()
@@ -166,13 +166,13 @@ def test_a_batch_is_stored_once_when_the_process_is_killed_at_work(features: Fea
 
 
 def die(connection: Connection, settings: Settings) -> None:
-    """A process that dies of what it gets."""
+    """Exit as soon as a batch arrives."""
     connection.recv()
     os._exit(3)
 
 
 @pytest.mark.slow
-def test_a_batch_is_lost_and_counted_when_two_processes_die_of_it(
+def test_batch_is_lost_and_counted_when_it_kills_two_processes(
     features: Features, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -184,7 +184,7 @@ def test_a_batch_is_lost_and_counted_when_two_processes_die_of_it(
 
 
 @pytest.mark.slow
-def test_a_process_that_hangs_is_replaced(features: Features, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hanging_process_is_replaced(features: Features, monkeypatch: pytest.MonkeyPatch) -> None:
     features.add()
     features.stored(1)
     (first,) = children()
@@ -199,7 +199,7 @@ def test_a_process_that_hangs_is_replaced(features: Features, monkeypatch: pytes
 
 
 @pytest.mark.slow
-def test_closing_stores_what_is_queued_and_stops_the_process(features: Features) -> None:
+def test_closing_stores_queued_records_and_stops_the_process(features: Features) -> None:
     features.add(5)
     features.process.close(PATIENCE_S)
     assert len(item_ids(features.store, ONE)) == 5
@@ -208,7 +208,7 @@ def test_closing_stores_what_is_queued_and_stops_the_process(features: Features)
 
 
 @pytest.mark.slow
-def test_closing_gives_up_on_a_process_that_hangs(features: Features) -> None:
+def test_closing_gives_up_when_the_process_hangs(features: Features) -> None:
     features.add()
     features.stored(1)
     os.kill(children()[0].pid, signal.SIGSTOP)
@@ -219,7 +219,7 @@ def test_closing_gives_up_on_a_process_that_hangs(features: Features) -> None:
     assert features.lost in (120, 121)  # the first one too, if the process stopped before it said that it was stored
 
 
-def test_a_version_without_a_text_space_is_asked_once_and_no_process_starts(features: Features) -> None:
+def test_version_without_a_text_space_is_checked_once_and_starts_no_process(features: Features) -> None:
     make_version(features.registry, 2)
     without = [target(2), Target(VersionId("gone", 1), Format.MERGED)]
     assert all(map(features.process.wants, without))
@@ -231,7 +231,7 @@ def test_a_version_without_a_text_space_is_asked_once_and_no_process_starts(feat
 
 
 @pytest.mark.slow
-def test_a_version_is_asked_no_more_when_its_text_space_is_damaged(features: Features, tmp_path: Path) -> None:
+def test_version_is_not_used_again_when_its_text_space_is_damaged(features: Features, tmp_path: Path) -> None:
     make_version(features.registry, 2, compared=True)
     (space,) = (features.registry.folder(VersionId(NAME, 2)) / "reference").glob("text_space.npz")
     space.chmod(0o600)
@@ -259,7 +259,7 @@ def test_requests_beyond_the_queue_are_dropped_and_counted_without_waiting(
 
 
 @pytest.mark.slow
-def test_a_request_that_was_forgotten_meanwhile_leaves_no_features(features: Features) -> None:
+def test_request_deleted_meanwhile_leaves_no_features(features: Features) -> None:
     records = [RECORD._replace(request_id="forgotten"), *features.records(1)]
     features.process.add(records)
     features.stored(1)

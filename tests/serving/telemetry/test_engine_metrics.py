@@ -1,4 +1,4 @@
-"""vLLM's own metrics on our page: labelled, under their own names in every format, and never in our way."""
+"""vLLM's own metrics on our page: labelled, with unchanged names in every format, and never blocking."""
 
 from collections.abc import Callable
 
@@ -38,12 +38,12 @@ OPENMETRICS = {"accept": "application/openmetrics-text;version=1.0.0;q=0.5,text/
 
 
 def client(reply: Callable[[httpx.Request], httpx.Response]) -> EngineClient:
-    """A client of an engine that answers so."""
+    """Return the client of an engine that answers with this page."""
     return EngineClient(httpx.AsyncClient(transport=httpx.MockTransport(reply), base_url="http://engine"), NAME)
 
 
 def metrics(*answers: httpx.Response | Exception) -> tuple[EngineMetrics, CollectorRegistry]:
-    """The engine's metrics, before an engine that gives these answers in turn."""
+    """Return the engine's metrics in front of an engine that gives these answers in turn."""
     coming = iter(answers)
 
     def reply(request: httpx.Request) -> httpx.Response:
@@ -58,7 +58,7 @@ def metrics(*answers: httpx.Response | Exception) -> tuple[EngineMetrics, Collec
     return found, registry
 
 
-async def test_each_sample_says_model_and_version() -> None:
+async def test_each_sample_has_model_and_version() -> None:
     found, registry = metrics(httpx.Response(200, text=PAGE))
     await found.refresh()
     labels = {"engine": "0", "model_name": "tuned", "model": "tuned", "version": "2", "replica": "0"}
@@ -67,13 +67,13 @@ async def test_each_sample_says_model_and_version() -> None:
     assert registry.get_sample_value("vllm:e2e_request_latency_seconds_bucket", {**labels, "le": "+Inf"}) == 2
 
 
-async def test_names_of_adapters_which_are_without_end_make_no_series() -> None:
+async def test_adapter_names_create_no_series() -> None:
     found, registry = metrics(httpx.Response(200, text=PAGE))
     await found.refresh()
     assert b"lora_requests_info" not in generate_latest(registry)
 
 
-async def test_the_engines_process_is_not_taken_for_ours() -> None:
+async def test_process_metrics_of_the_engine_are_left_out() -> None:
     found, registry = metrics(httpx.Response(200, text=PAGE))
     await found.refresh()
     assert b"python_info" not in generate_latest(registry)
@@ -89,7 +89,7 @@ async def test_the_engines_process_is_not_taken_for_ours() -> None:
     ],
     ids=repr,
 )
-async def test_an_engine_that_does_not_answer_has_no_metrics_any_more(
+async def test_engine_has_no_metrics_when_it_no_longer_answers(
     answer: httpx.Response | Exception,
 ) -> None:
     found, registry = metrics(httpx.Response(200, text=PAGE), answer)
@@ -99,7 +99,7 @@ async def test_an_engine_that_does_not_answer_has_no_metrics_any_more(
     assert generate_latest(registry) == b""
 
 
-async def test_before_an_engine_holds_a_version_there_is_nothing() -> None:
+async def test_page_is_empty_before_an_engine_holds_a_version() -> None:
     found, registry = EngineMetrics(list), CollectorRegistry()
     registry.register(found)
     await found.refresh()
@@ -116,16 +116,14 @@ async def test_each_of_several_engines_has_its_series_in_one_family() -> None:
 
 
 @pytest.mark.parametrize("headers", [{}, OPENMETRICS], ids=["text", "openmetrics"])
-async def test_the_colon_in_the_names_survives(
-    service: Service, client: httpx.AsyncClient, headers: dict[str, str]
-) -> None:
+async def test_colon_in_names_is_kept(service: Service, client: httpx.AsyncClient, headers: dict[str, str]) -> None:
     service.double.metrics = PAGE
     page = (await client.get("/metrics", headers=headers)).text
     assert "vllm:prompt_tokens_total{" in page
     assert "vllm_" not in page
 
 
-async def test_the_page_is_openmetrics_that_a_strict_parser_takes(service: Service, client: httpx.AsyncClient) -> None:
+async def test_page_is_valid_openmetrics_for_a_strict_parser(service: Service, client: httpx.AsyncClient) -> None:
     service.double.metrics = PAGE
     await client.post("/v1/chat/completions", json=CHAT)
     page = await client.get("/metrics", headers=OPENMETRICS)

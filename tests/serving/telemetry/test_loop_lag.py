@@ -1,4 +1,4 @@
-"""The event loop's lag is what a task truly waits for."""
+"""The measured lag of the event loop equals the real delay of a task."""
 
 import asyncio
 import time
@@ -12,7 +12,7 @@ from tests.serving.control import until
 
 @pytest.fixture
 async def lags() -> AsyncIterator[list[float]]:
-    """What was observed, each millisecond."""
+    """The observed lags."""
     observed = list[float]()
     watching = asyncio.create_task(watch_loop_lag(observed.append, every_s=0.001))
     yield observed
@@ -20,14 +20,14 @@ async def lags() -> AsyncIterator[list[float]]:
     await asyncio.wait({watching})
 
 
-async def test_a_loop_that_is_held_up_is_late_by_as_much(lags: list[float]) -> None:
+async def test_lag_equals_the_time_for_which_the_loop_is_blocked(lags: list[float]) -> None:
     await until(lambda: lags)
     lags.clear()
-    time.sleep(0.2)  # as a blocking call would
+    time.sleep(0.2)  # like a blocking call
     await until(lambda: lags)
     assert lags[0] > 0.15
 
 
-async def test_every_waking_is_observed_and_none_is_early(lags: list[float]) -> None:
+async def test_every_wake_up_is_observed_and_none_is_early(lags: list[float]) -> None:
     await until(lambda: len(lags) > 20)
     assert min(lags) >= 0

@@ -1,4 +1,4 @@
-"""What is counted, under which labels, and that clients cannot make it grow."""
+"""What is counted, with which labels, and that clients cannot create series."""
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
@@ -15,7 +15,7 @@ MANY = [Target(VersionId(NAME, number), Format.ADAPTER) for number in range(1, 3
 
 
 class Clock:
-    """A clock that stands where it is put."""
+    """A clock that advances only on request."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -40,7 +40,7 @@ def metrics(registry: CollectorRegistry, clock: Clock) -> GatewayMetrics:
 
 
 def stream(metrics: GatewayMetrics, served: Target) -> None:
-    """Count one streamed answer, its rating, and one that failed."""
+    """Count one streamed answer, its rating, and one failure."""
     observe = metrics.between_tokens(served)
     metrics.first_token(served, 0.1)
     observe(0.01)
@@ -52,7 +52,7 @@ def stream(metrics: GatewayMetrics, served: Target) -> None:
 
 
 def shown_versions(registry: CollectorRegistry) -> set[str]:
-    """The versions that any series is of."""
+    """Return the versions that have any series."""
     samples = (sample for family in registry.collect() for sample in family.samples)
     return {version for sample in samples if (version := sample.labels.get("version"))}
 
@@ -93,16 +93,14 @@ def test_tokens_are_counted_by_direction(registry: CollectorRegistry, metrics: G
         assert registry.get_sample_value("svc_tokens_total", labels) == count
 
 
-def test_every_reason_exists_before_it_happens(registry: CollectorRegistry, metrics: GatewayMetrics) -> None:
+def test_every_reason_has_a_series_before_its_first_error(registry: CollectorRegistry, metrics: GatewayMetrics) -> None:
     metrics.show_errors(ONE)
     for model, version in (("unknown", ""), ("tuned", "1")):
         labels = {"model": model, "version": version, "reason": "engine_died"}
         assert registry.get_sample_value("svc_request_errors_total", labels) == 0
 
 
-def test_an_error_is_counted_for_the_version_that_was_asked(
-    registry: CollectorRegistry, metrics: GatewayMetrics
-) -> None:
+def test_error_is_counted_for_the_version_that_was_asked(registry: CollectorRegistry, metrics: GatewayMetrics) -> None:
     metrics.show_errors(TWO)
     metrics.request_failed(TWO, ErrorCode.ENGINE_DIED)
     counts = [
@@ -112,7 +110,7 @@ def test_an_error_is_counted_for_the_version_that_was_asked(
     assert counts == [1, 0]
 
 
-def test_every_reason_of_a_model_exists_before_a_version_is_loaded(
+def test_every_reason_of_a_model_has_a_series_before_a_version_is_loaded(
     registry: CollectorRegistry, metrics: GatewayMetrics
 ) -> None:
     metrics.show_errors(None, "tuned")
@@ -120,23 +118,19 @@ def test_every_reason_of_a_model_exists_before_a_version_is_loaded(
     assert registry.get_sample_value("svc_request_errors_total", labels) == 0
 
 
-def test_an_error_without_a_version_is_counted_for_the_model_that_was_asked(
-    registry: CollectorRegistry, metrics: GatewayMetrics
-) -> None:
+def test_error_without_a_version_is_counted_for_its_model(registry: CollectorRegistry, metrics: GatewayMetrics) -> None:
     metrics.request_failed(None, ErrorCode.QUEUE_OVERFLOW, "tuned")
     labels = {"model": "tuned", "version": "", "reason": "queue_overflow"}
     assert registry.get_sample_value("svc_request_errors_total", labels) == 1
 
 
-def test_an_error_without_a_model_is_counted_under_unknown(
-    registry: CollectorRegistry, metrics: GatewayMetrics
-) -> None:
+def test_error_without_a_model_is_counted_under_unknown(registry: CollectorRegistry, metrics: GatewayMetrics) -> None:
     metrics.request_failed(None, ErrorCode.BODY_TIMEOUT)
     labels = {"model": "unknown", "version": "", "reason": "body_timeout"}
     assert registry.get_sample_value("svc_request_errors_total", labels) == 1
 
 
-def test_the_page_is_as_small_as_without_versions_when_300_had_no_request_for_a_day(
+def test_page_is_as_small_as_without_versions_when_300_had_no_request_for_a_day(
     registry: CollectorRegistry, metrics: GatewayMetrics, clock: Clock
 ) -> None:
     empty = len(generate_latest(registry))
@@ -151,7 +145,7 @@ def test_the_page_is_as_small_as_without_versions_when_300_had_no_request_for_a_
     assert len(generate_latest(registry)) == empty
 
 
-def test_all_series_of_a_version_stay_when_it_is_served_without_a_request_for_days(
+def test_all_series_of_a_version_stay_when_it_is_served_without_requests_for_days(
     registry: CollectorRegistry, metrics: GatewayMetrics, clock: Clock
 ) -> None:
     metrics.show_errors(ONE)
@@ -188,7 +182,7 @@ def test_requests_without_a_version_stay_counted_when_there_was_none_for_a_day(
     assert registry.get_sample_value("svc_request_errors_total", labels) == 1
 
 
-def test_a_version_is_counted_from_zero_when_it_gets_a_request_after_it_left_the_page(
+def test_version_is_counted_from_zero_when_it_gets_a_request_after_its_removal(
     registry: CollectorRegistry, metrics: GatewayMetrics, clock: Clock
 ) -> None:
     stream(metrics, ONE)
@@ -200,7 +194,7 @@ def test_a_version_is_counted_from_zero_when_it_gets_a_request_after_it_left_the
     assert requests_of(registry, ONE) == 1
 
 
-def test_the_rest_of_a_stream_is_counted_when_its_version_was_idle_for_a_day_before_it(
+def test_rest_of_a_stream_is_counted_when_its_version_was_idle_for_a_day_before(
     registry: CollectorRegistry, metrics: GatewayMetrics, clock: Clock
 ) -> None:
     stream(metrics, ONE)
@@ -213,7 +207,7 @@ def test_the_rest_of_a_stream_is_counted_when_its_version_was_idle_for_a_day_bef
     assert registry.get_sample_value(name, labels) == 2
 
 
-def test_the_rating_of_an_old_answer_is_counted_for_a_day_when_its_version_has_left_the_page(
+def test_rating_of_an_old_answer_is_counted_for_a_day_when_its_version_was_removed(
     registry: CollectorRegistry, metrics: GatewayMetrics, clock: Clock
 ) -> None:
     metrics.feedback_given(ONE.version, Rating.BAD)

@@ -15,7 +15,7 @@ SECONDS = st.floats(min_value=1e-4, max_value=3600)
 
 
 class Clock:
-    """A clock that stands where it is put."""
+    """A clock that advances only on request."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -29,7 +29,7 @@ def example(clock: Callable[[], float]) -> VersionQuantiles:
 
 
 def shown(versions: VersionQuantiles) -> dict[tuple[str, str], float]:
-    """The value of each sample, by version and quantile."""
+    """Return the value of each sample, by version and quantile."""
     (family,) = versions.collect()
     return {(sample.labels["version"], sample.labels["quantile"]): sample.value for sample in family.samples}
 
@@ -48,13 +48,13 @@ def test_quantiles_over_all_slots_are_within_one_per_cent_of_the_exact_ones(samp
         assert math.isclose(found["1", str(quantile)], exact, rel_tol=0.0101)
 
 
-def test_no_time_at_all_is_shown_as_next_to_nothing() -> None:
+def test_zero_seconds_are_shown_as_nearly_nothing() -> None:
     versions = example(Clock())
     versions.observe(("tuned", "1"), 0.0)
     assert 0 < shown(versions)["1", "0.5"] < 1e-5
 
 
-def test_a_sample_stays_nearly_as_long_as_the_window_and_then_leaves() -> None:
+def test_sample_stays_nearly_as_long_as_the_window_and_then_expires() -> None:
     clock = Clock()
     clock.now = 0.0
     versions = example(clock)
@@ -65,7 +65,7 @@ def test_a_sample_stays_nearly_as_long_as_the_window_and_then_leaves() -> None:
     assert shown(versions) == {}
 
 
-def test_old_samples_leave_while_new_ones_come() -> None:
+def test_old_samples_expire_while_new_ones_arrive() -> None:
     clock = Clock()
     versions = example(clock)
     versions.observe(("tuned", "1"), 100.0)
@@ -83,7 +83,7 @@ def test_memory_is_bounded_by_the_slots_of_the_window() -> None:
     assert len(versions._slots) <= SLOTS
 
 
-def test_a_version_without_samples_in_the_window_has_no_series() -> None:
+def test_version_without_samples_in_the_window_has_no_series() -> None:
     clock = Clock()
     versions = example(clock)
     versions.observe(("tuned", "1"), 1.0)
@@ -92,8 +92,8 @@ def test_a_version_without_samples_in_the_window_has_no_series() -> None:
     assert set(shown(versions)) == {("2", "0.5"), ("2", "0.95"), ("2", "0.99")}
 
 
-def test_samples_may_come_while_a_page_is_written() -> None:
-    """Pages are written in threads of their own."""
+def test_samples_may_arrive_while_a_page_is_written() -> None:
+    """Pages are written in separate threads."""
     clock = Clock()
     versions = example(clock)
 

@@ -1,4 +1,4 @@
-"""Every request leaves a row, none waits for it, and what is lost is counted."""
+"""Every request leaves a row, no request waits for it, and lost rows are counted."""
 
 import threading
 import time
@@ -28,7 +28,7 @@ ANSWER = b'{"choices": [{"index": 0, "message": {"content": "call 030 901820"}}]
 
 
 class Pen:
-    """A writer, and what it told."""
+    """A writer with its reports."""
 
     def __init__(
         self,
@@ -74,14 +74,14 @@ def content(payload: bytes = CONTENT, answer: bytes = ANSWER) -> Content:
     return made
 
 
-def test_what_was_added_before_a_flush_is_there_after_it(pen: Pen) -> None:
+def test_flush_waits_for_rows_that_were_added_before(pen: Pen) -> None:
     for _ in range(3):
         pen.writer.add(RECORD)
     assert pen.writer.flush(5)
     assert len(pen.rows()) == pen.stored == 3
 
 
-def test_closing_writes_what_is_queued(store: Store) -> None:
+def test_closing_writes_the_queue(store: Store) -> None:
     pen = Pen(store)
     for index in range(50):
         pen.writer.add(RECORD._replace(request_id=f"req-{index}"))
@@ -107,7 +107,7 @@ def test_content_is_redacted_before_it_is_stored(pen: Pen) -> None:
     ],
     ids=["prompt", "payload", "answer"],
 )
-def test_long_content_is_not_kept_but_its_row_is(pen: Pen, long: Content) -> None:
+def test_row_is_stored_without_content_when_it_is_too_long(pen: Pen, long: Content) -> None:
     pen.writer.add(RECORD, long)
     pen.writer.flush(5)
     (row,) = pen.rows()
@@ -119,7 +119,7 @@ NESTED = b'{"messages": [' + b'{"a":' * 5_000 + b"1" + b"}" * 5_000 + b"]}"
 
 
 @pytest.mark.parametrize("odd", [NESTED, b'{"prompt": [52, 1287, 9]}'], ids=["nested", "tokens"])
-def test_an_odd_request_costs_neither_its_row_nor_its_neighbours_content(store: Store, odd: bytes) -> None:
+def test_malformed_content_costs_neither_its_row_nor_other_contents(store: Store, odd: bytes) -> None:
     pen = Pen(store, content_share=1.0)
     pen.writer.start()
     for payload in (CONTENT, odd, CONTENT):
@@ -130,7 +130,7 @@ def test_an_odd_request_costs_neither_its_row_nor_its_neighbours_content(store: 
     assert pen.writer._content_bytes == 0
 
 
-def test_content_that_waits_is_bounded_in_memory(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_queued_content_is_bounded_in_memory(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(request_log, "MAX_QUEUED_CONTENT_BYTES", 3 * content().size)
     pen = Pen(store, content_share=1.0)
     for _ in range(5):
@@ -143,7 +143,7 @@ def test_content_that_waits_is_bounded_in_memory(store: Store, monkeypatch: pyte
     assert sum(row.prompt is not None for row in pen.rows()) == 4
 
 
-def test_a_full_queue_drops_and_counts_and_does_not_wait(store: Store) -> None:
+def test_row_is_dropped_and_counted_without_waiting_when_the_queue_is_full(store: Store) -> None:
     pen = Pen(store, max_queued=10)
     started = time.monotonic()
     for _ in range(25):
@@ -152,11 +152,11 @@ def test_a_full_queue_drops_and_counts_and_does_not_wait(store: Store) -> None:
     assert pen.dropped == {Dropped.QUEUE_FULL: 15}
 
 
-def test_a_flush_of_a_stuck_writer_gives_up(store: Store) -> None:
+def test_flush_gives_up_when_the_writer_is_stuck(store: Store) -> None:
     assert not Pen(store).writer.flush(0.05)
 
 
-def test_a_store_that_fails_loses_its_batch_and_the_next_is_written(
+def test_next_batch_is_written_when_the_store_failed_for_one(
     pen: Pen, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(store: Store, batch: list[object]) -> None:
@@ -173,9 +173,7 @@ def test_a_store_that_fails_loses_its_batch_and_the_next_is_written(
     assert "no space left on device" in caplog.text
 
 
-def test_what_users_wrote_is_not_in_the_log_when_it_cannot_be_stored(
-    pen: Pen, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_log_contains_no_user_text_when_it_cannot_be_stored(pen: Pen, caplog: pytest.LogCaptureFixture) -> None:
     with pen.store.begin() as connection:
         connection.exec_driver_sql("ALTER TABLE requests RENAME TO away")
     pen.writer.add(RECORD, content(b'{"messages": ["SECRET"]}'))
@@ -185,7 +183,7 @@ def test_what_users_wrote_is_not_in_the_log_when_it_cannot_be_stored(
     assert "SECRET" not in caplog.text
 
 
-def test_closing_gives_up_on_a_store_that_hangs_and_counts_what_is_lost(
+def test_closing_gives_up_and_counts_lost_rows_when_the_store_hangs(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     release = threading.Event()
@@ -202,17 +200,17 @@ def test_closing_gives_up_on_a_store_that_hangs_and_counts_what_is_lost(
     release.set()
 
 
-def test_no_share_means_no_content(store: Store) -> None:
+def test_no_content_is_stored_when_the_share_is_zero(store: Store) -> None:
     writer = Pen(store).writer
     assert not any(writer.wants_content() for _ in range(1000))
 
 
-def test_a_share_is_a_share(store: Store) -> None:
+def test_share_of_requests_has_content(store: Store) -> None:
     writer = Pen(store, content_share=0.3).writer
     assert 2400 < sum(writer.wants_content() for _ in range(10_000)) < 3600  # 13 standard deviations
 
 
-def test_old_rows_are_forgotten_at_the_start(store: Store) -> None:
+def test_old_rows_are_deleted_at_the_start(store: Store) -> None:
     add_requests(store, [RECORD._replace(started_at=RECORD.started_at - timedelta(days=2)), RECORD])
     pen = Pen(store, max_age_days=1.0)
     pen.writer.start()
@@ -220,7 +218,7 @@ def test_old_rows_are_forgotten_at_the_start(store: Store) -> None:
     assert len(pen.rows()) == 1
 
 
-def test_no_rows_are_forgotten_when_the_clock_jumps(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_rows_are_deleted_when_the_clock_jumps(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     add_requests(store, [RECORD] * 3)
     monkeypatch.setattr(request_log, "_PRUNE_EVERY_S", 0.01)
     asked, ahead = threading.Semaphore(0), timedelta()
@@ -239,7 +237,7 @@ def test_no_rows_are_forgotten_when_the_clock_jumps(store: Store, monkeypatch: p
     assert len(pen.rows()) == 3
 
 
-def test_no_rows_are_forgotten_when_all_are_old_at_the_start(store: Store) -> None:
+def test_no_rows_are_deleted_when_all_are_old_at_the_start(store: Store) -> None:
     add_requests(store, [RECORD._replace(started_at=RECORD.started_at - timedelta(days=60))] * 3)
     pen = Pen(store)
     pen.writer.start()
@@ -248,7 +246,7 @@ def test_no_rows_are_forgotten_when_all_are_old_at_the_start(store: Store) -> No
 
 
 @pytest.mark.slow
-def test_a_pattern_that_takes_too_long_costs_the_content_alone(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+def test_only_the_content_is_lost_when_a_pattern_takes_too_long(store: Store, caplog: pytest.LogCaptureFixture) -> None:
     pen = Pen(store, content_share=1.0, redact=("(a|aa)+$",))
     pen.writer.start()
     endless = b'{"messages": [{"role": "user", "content": "' + b"a" * 200 + b'!"}]}'
@@ -284,7 +282,7 @@ def test_rows_are_summed_up_once_and_the_size_limit_holds(store: Store, monkeypa
     assert 0.8 * 2**20 < sum(row.bytes for row in pen.rows()) <= 2**20
 
 
-def test_corrections_count_for_the_size_limit(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_corrections_count_towards_the_size_limit(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(request_log, "_PRUNE_EVERY_S", 0.01)
     pen = Pen(store, max_mib=1)
     pen.writer.start()
@@ -300,7 +298,7 @@ def test_corrections_count_for_the_size_limit(store: Store, monkeypatch: pytest.
     assert sum(row.bytes for row in pen.rows()) <= 2**20
 
 
-def test_after_a_pruning_that_failed_rows_are_summed_up_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_summed_up_again_after_a_failed_pruning(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(request_log, "_PRUNE_EVERY_S", 0.01)
     known: list[int | None] = []
 

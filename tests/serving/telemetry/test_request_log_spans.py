@@ -1,4 +1,4 @@
-"""The thread that writes rows hands over what becomes a span, and neither is lost for the other."""
+"""The thread that writes rows passes requests on to traces; a failure of one does not affect the other."""
 
 from collections import Counter
 from datetime import UTC, datetime
@@ -23,7 +23,7 @@ TRACE = RequestTrace(1, 2, None, "", True)
 
 
 class Sink:
-    """Keeps what it is given.
+    """Collects the spans that it gets.
 
     Attributes:
         broken: it fails on each.
@@ -69,7 +69,7 @@ def pen(store: Store) -> Pen:
     return Pen(store)
 
 
-def test_a_request_with_a_trace_comes_with_its_redacted_content(pen: Pen) -> None:
+def test_traced_request_is_passed_on_with_its_redacted_content(pen: Pen) -> None:
     content = Content(Route.CHAT_COMPLETIONS, b'{"messages": [{"role": "user", "content": "I am a@b.de"}]}')
     content.add(b'{"choices": [{"index": 0, "message": {"content": "call 030 901820"}}]}')
     pen.log.add(RECORD, content, TRACE)
@@ -80,14 +80,14 @@ def test_a_request_with_a_trace_comes_with_its_redacted_content(pen: Pen) -> Non
     assert record == RECORD._replace(prompt='[{"role": "user", "content": "I am [mail]"}]', answer="call [phone]")
 
 
-def test_a_request_without_a_trace_has_a_row_alone(pen: Pen) -> None:
+def test_request_without_a_trace_has_only_a_row(pen: Pen) -> None:
     pen.log.add(RECORD)
     pen.log.start()
     pen.log.close()
     assert (pen.rows(), pen.sink.given) == (1, [])
 
 
-def test_a_store_that_takes_no_rows_costs_no_span(pen: Pen, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_span_is_sent_when_the_store_rejects_the_rows(pen: Pen, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError("no space left on device")
 
@@ -98,7 +98,7 @@ def test_a_store_that_takes_no_rows_costs_no_span(pen: Pen, monkeypatch: pytest.
     assert (pen.dropped[Dropped.STORE_FAILED], len(pen.sink.given)) == (1, 1)
 
 
-def test_a_span_that_cannot_be_made_costs_no_row(pen: Pen) -> None:
+def test_row_is_written_when_its_span_fails(pen: Pen) -> None:
     pen.sink.broken = True
     pen.log.add(RECORD, trace=TRACE)
     pen.log.add(RECORD._replace(request_id="req-2"), trace=TRACE)
@@ -107,7 +107,7 @@ def test_a_span_that_cannot_be_made_costs_no_row(pen: Pen) -> None:
     assert (pen.rows(), pen.sink.dropped) == (2, 2)
 
 
-def test_what_the_queue_has_no_room_for_has_no_span_and_is_counted(store: Store) -> None:
+def test_span_is_dropped_and_counted_when_the_queue_is_full(store: Store) -> None:
     pen = Pen(store, max_queued=1)
     for trace in (TRACE, TRACE, None):
         pen.log.add(RECORD, trace=trace)

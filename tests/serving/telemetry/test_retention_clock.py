@@ -1,4 +1,4 @@
-"""A wall clock that jumps deletes nothing, and one that is steady deletes what is too old."""
+"""A wall clock that jumps deletes nothing, and a steady one deletes rows that are too old."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -12,39 +12,39 @@ HOUR = timedelta(hours=1)
 
 
 class Clocks:
-    """A wall clock and the time since boot, which go together until the first is set."""
+    """A wall clock and the time since boot, which advance together until the first is set."""
 
     def __init__(self, newest: datetime | None = NOON, max_age: timedelta = MONTH) -> None:
         self.wall, self.elapsed_s, self.newest = NOON, 100.0, newest
         self.retention = RetentionClock(max_age, now=lambda: self.wall, elapsed_s=lambda: self.elapsed_s)
 
     def after(self, passed: timedelta, *, jump: timedelta = timedelta()) -> datetime | None:
-        """The oldest that is kept after so long, where the wall clock was set meanwhile."""
+        """Return the time before which rows are too old after some time, in which the wall clock was set."""
         self.wall += passed + jump
         self.elapsed_s += passed.total_seconds()
         return self.retention.oldest_kept(lambda: self.newest)
 
 
-def test_rows_are_too_old_by_the_wall_clock_when_it_is_steady() -> None:
+def test_rows_expire_by_the_wall_clock_when_it_is_steady() -> None:
     clocks = Clocks()
     for _ in range(3):
         assert clocks.after(timedelta(days=10)) == clocks.wall - MONTH
 
 
-def test_nothing_is_too_old_when_the_clock_is_a_year_ahead_for_a_minute(caplog: pytest.LogCaptureFixture) -> None:
+def test_no_row_expires_when_the_clock_is_a_year_ahead_for_a_minute(caplog: pytest.LogCaptureFixture) -> None:
     clocks, year = Clocks(), timedelta(days=365)
     clocks.after(HOUR)
     assert clocks.after(timedelta(minutes=1), jump=year) is None
     assert clocks.after(timedelta(minutes=1)) is None
     assert clocks.after(timedelta(minutes=1), jump=-year) == clocks.wall - MONTH
     assert [record.getMessage() for record in caplog.records] == [
-        "the clock has moved by 365 days, 0:00:00: nothing is deleted by its age until the clock has been steady for "
+        "the clock has moved by 365 days, 0:00:00: nothing is deleted by age until the clock has been steady for "
         "1 day, 0:00:00"
     ]
 
 
 @pytest.mark.parametrize("jump", [timedelta(days=365), timedelta(days=-365), 2 * HOUR])
-def test_the_clock_counts_again_when_it_was_steady_for_a_day_after_a_jump(jump: timedelta) -> None:
+def test_clock_is_trusted_again_when_it_was_steady_for_a_day_after_a_jump(jump: timedelta) -> None:
     clocks = Clocks()
     clocks.after(HOUR)
     assert clocks.after(HOUR, jump=jump) is None
@@ -53,7 +53,7 @@ def test_the_clock_counts_again_when_it_was_steady_for_a_day_after_a_jump(jump: 
     assert clocks.after(HOUR) == clocks.wall - MONTH
 
 
-def test_the_day_begins_again_when_the_clock_jumps_again() -> None:
+def test_day_begins_again_when_the_clock_jumps_again() -> None:
     clocks = Clocks()
     clocks.after(HOUR)
     clocks.after(HOUR, jump=timedelta(days=365))
@@ -62,14 +62,14 @@ def test_the_day_begins_again_when_the_clock_jumps_again() -> None:
     assert clocks.after(HOUR) == clocks.wall - MONTH
 
 
-def test_the_clock_counts_when_it_is_adjusted_by_less_than_an_hour() -> None:
+def test_clock_stays_trusted_when_it_is_adjusted_by_less_than_an_hour() -> None:
     clocks = Clocks()
     clocks.after(HOUR)
     for _ in range(5):
         assert clocks.after(HOUR, jump=timedelta(minutes=50)) == clocks.wall - MONTH
 
 
-def test_nothing_is_too_old_for_a_day_when_at_the_start_all_rows_are(caplog: pytest.LogCaptureFixture) -> None:
+def test_no_row_expires_for_a_day_when_all_rows_are_too_old_at_the_start(caplog: pytest.LogCaptureFixture) -> None:
     clocks = Clocks(newest=NOON - 2 * MONTH)
     assert clocks.after(HOUR) is None
     clocks.newest = clocks.wall
@@ -78,12 +78,12 @@ def test_nothing_is_too_old_for_a_day_when_at_the_start_all_rows_are(caplog: pyt
     assert len(caplog.records) == 1 and "all requests are older" in caplog.text
 
 
-def test_the_clock_counts_at_once_when_there_are_no_rows_at_the_start() -> None:
+def test_clock_is_trusted_immediately_when_there_are_no_rows_at_the_start() -> None:
     clocks = Clocks(newest=None)
     assert clocks.after(HOUR) == clocks.wall - MONTH
 
 
-def test_the_clock_counts_again_after_the_age_when_that_is_less_than_a_day() -> None:
+def test_clock_is_trusted_again_after_the_maximum_age_when_that_is_less_than_a_day() -> None:
     clocks = Clocks(newest=NOON - 9 * HOUR, max_age=2 * HOUR)
     assert clocks.after(HOUR) is None
     assert clocks.after(2 * HOUR) == clocks.wall - 2 * HOUR

@@ -1,4 +1,4 @@
-"""What keys used reaches the store while the server runs and at its end, and comes back to the next server."""
+"""The usage of keys is stored while the server runs and when it stops, and read by the next server."""
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
@@ -38,7 +38,7 @@ async def until_known(known: list[Any]) -> None:
             await asyncio.sleep(EVERY_S)
 
 
-async def test_it_writes_while_it_runs(store: Store) -> None:
+async def test_usage_is_written_while_the_server_runs(store: Store) -> None:
     meter = UsageMeter(store)
     async with running(UsageWriter(store, meter, on_known=lambda used: None, every_s=EVERY_S)):
         meter.add("k1", "tuned", tokens_in=3, tokens_out=4)
@@ -47,14 +47,14 @@ async def test_it_writes_while_it_runs(store: Store) -> None:
                 await asyncio.sleep(EVERY_S)
 
 
-def test_what_is_left_is_written_at_the_end(store: Store) -> None:
+def test_last_usage_is_written_at_the_end(store: Store) -> None:
     meter = UsageMeter(store)
     meter.add("k1", "tuned", tokens_in=3, tokens_out=4)
     UsageWriter(store, meter, on_known=lambda used: None).close()
     assert in_store(store) == {"k1": Usage(1, 3, 4)}
 
 
-async def test_the_next_server_is_told_what_each_key_used_today(store: Store) -> None:
+async def test_next_server_reads_the_usage_of_today(store: Store) -> None:
     earlier = UsageMeter(store, now=lambda: datetime.now(UTC) - timedelta(days=1))
     earlier.add("k1", "tuned", tokens_in=100, tokens_out=100)
     earlier.flush()
@@ -70,7 +70,7 @@ async def test_the_next_server_is_told_what_each_key_used_today(store: Store) ->
     assert known == [{"k1": 14}]
 
 
-async def test_a_store_that_fails_is_asked_again_and_nothing_is_counted_twice(
+async def test_write_is_retried_and_nothing_counted_twice_when_the_store_fails(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = list[datetime]()

@@ -1,4 +1,4 @@
-"""What leads to a receiver, and what of it is logged."""
+"""The configuration of the receiver, and the log lines about it."""
 
 import logging
 
@@ -20,7 +20,7 @@ SECRET = "cHVibGljOnNlY3JldA"
         ("http://p:6006/v1/traces/", "http://p:6006/v1/traces"),
     ],
 )
-def test_where_traces_go(given: str, used: str) -> None:
+def test_url_for_traces_is_derived_from_the_endpoint(given: str, used: str) -> None:
     assert traces_url(given) == used
 
 
@@ -39,7 +39,7 @@ def test_where_traces_go(given: str, used: str) -> None:
         f"authorization={SECRET}\n",
     ],
 )
-def test_a_malformed_header_is_refused_and_not_told(
+def test_malformed_header_is_rejected_and_not_shown(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, variable: str, text: str
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -53,7 +53,7 @@ def test_a_malformed_header_is_refused_and_not_told(
 @pytest.mark.parametrize(
     "text", ["", ",", f"authorization=Basic%20{SECRET}%3D%3D", f"authorization=Basic {SECRET}==, x-project = p", "a="]
 )
-def test_headers_that_the_sdk_reads_are_none_of_our_business(
+def test_headers_that_the_sdk_accepts_are_accepted(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, text: str
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -62,7 +62,7 @@ def test_headers_that_the_sdk_reads_are_none_of_our_business(
     assert caplog.records == []
 
 
-def test_a_minute_has_one_line() -> None:
+def test_one_line_is_logged_per_minute() -> None:
     times = iter((0.0, 1.0, 59.9, 60.0, 60.1, 1000.0))
     limit = LogLimit(lambda: next(times))
     record = logging.LogRecord("a", logging.ERROR, "", 0, "down", None, None)

@@ -1,4 +1,4 @@
-"""Prompts of every route in the one form that the conventions have."""
+"""Prompts of every route in the one format of the conventions."""
 
 import json
 from typing import Any
@@ -61,12 +61,12 @@ FUNCTION = {"name": "weather", "arguments": '{"in": "Oslo"}'}
     ],
     ids=["plain", "plains", "chat", "parts", "chat tools", "responses tools", "messages tools", "other"],
 )
-def test_a_prompt(prompt: Any, expected: Any) -> None:
+def test_prompt_becomes_messages(prompt: Any, expected: Any) -> None:
     assert json.loads(input_messages(json.dumps(prompt))) == expected
 
 
 @given(json_values)
-def test_whatever_a_client_sends_becomes_messages_that_can_be_written(prompt: Any) -> None:
+def test_any_prompt_of_a_client_becomes_serialisable_messages(prompt: Any) -> None:
     written = input_messages(json.dumps(prompt))
     assert written.encode("utf-8")
     for message in json.loads(written):
@@ -74,20 +74,20 @@ def test_whatever_a_client_sends_becomes_messages_that_can_be_written(prompt: An
         assert all(isinstance(part["type"], str) for part in message["parts"])
 
 
-def test_an_answer_is_one_message() -> None:
+def test_answer_is_one_message() -> None:
     [message] = json.loads(output_messages("é", "stop"))
     assert message == {"role": "assistant", "parts": [text("é")], "finish_reason": "stop"}
 
 
-def test_an_answer_of_tool_calls_alone_has_no_text() -> None:
+def test_answer_with_only_tool_calls_has_no_text() -> None:
     [message] = json.loads(output_messages("", "tool_calls"))
     assert message == {"role": "assistant", "parts": [], "finish_reason": "tool_calls"}
 
 
-def test_an_answer_that_broke_off_says_so() -> None:
+def test_answer_that_broke_off_has_the_finish_reason_error() -> None:
     assert json.loads(output_messages("on", None))[0]["finish_reason"] == "error"
 
 
-def test_half_a_character_is_no_reason_to_lose_a_batch() -> None:
+def test_lone_surrogate_does_not_lose_a_batch() -> None:
     assert input_messages('"\\ud800"').encode("utf-8")
     assert output_messages("\udfff", "stop").encode("utf-8")

@@ -1,4 +1,4 @@
-"""Spans on their way out: how many may wait, and what becomes of those that may not."""
+"""Sending spans: the limits of the queue, and the spans beyond them."""
 
 import logging
 import string
@@ -27,10 +27,10 @@ Headers = list[tuple[bytes, bytes]]
 
 
 class GatedExporter(SpanExporter):
-    """Takes batches once it may.
+    """An exporter that accepts batches when its gate is open.
 
     Attributes:
-        gate: it waits for it.
+        gate: the exporter waits for it.
         taken: names and attributes of all spans.
     """
 
@@ -54,7 +54,7 @@ class GatedExporter(SpanExporter):
 
 
 class Sent:
-    """Traces to a gated exporter, and what they tell."""
+    """Traces to a gated exporter, with their reports."""
 
     def __init__(self, **limits: int) -> None:
         self.exporter = GatedExporter()
@@ -94,7 +94,7 @@ def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_EVERY_MS", 5)
 
 
-def test_what_waits_is_sent_at_the_end() -> None:
+def test_queued_spans_are_sent_at_the_end() -> None:
     sent = Sent()
     sent.exporter.gate.set()
     for _ in range(200):
@@ -105,7 +105,7 @@ def test_what_waits_is_sent_at_the_end() -> None:
     assert sent.exporter.ends == 1
 
 
-def test_beyond_the_queue_spans_are_dropped_and_counted() -> None:
+def test_spans_beyond_the_queue_are_dropped_and_counted() -> None:
     sent = Sent(max_queued=10)
     for _ in range(25):
         sent.add()
@@ -115,7 +115,7 @@ def test_beyond_the_queue_spans_are_dropped_and_counted() -> None:
     assert sent.counts == {SpanDropped.QUEUE_FULL: 15, "sent": 10}
 
 
-def test_there_is_room_again_once_spans_were_sent() -> None:
+def test_queue_has_space_again_when_spans_were_sent() -> None:
     sent = Sent(max_queued=1)
     sent.exporter.gate.set()
     for number in range(1, 4):
@@ -125,7 +125,7 @@ def test_there_is_room_again_once_spans_were_sent() -> None:
     assert sent.counts == {"sent": 3}
 
 
-def test_content_beyond_its_limit_stays_here_and_the_span_is_sent() -> None:
+def test_content_over_its_limit_is_dropped_and_the_span_is_sent() -> None:
     sent = Sent(max_content=500)
     sent.add('"' + "x" * 300 + '"')
     sent.add('"' + "y" * 300 + '"')
@@ -136,7 +136,7 @@ def test_content_beyond_its_limit_stays_here_and_the_span_is_sent() -> None:
     assert sorted(has) == [False, True]
 
 
-def test_content_that_was_sent_takes_no_room() -> None:
+def test_sent_content_is_released() -> None:
     sent = Sent(max_content=500)
     sent.exporter.gate.set()
     for number in range(1, 4):
@@ -146,7 +146,7 @@ def test_content_that_was_sent_takes_no_room() -> None:
     assert sent.counts == {"sent": 3}
 
 
-def test_content_that_the_sdk_has_cut_gives_back_all_its_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_content_truncated_by_the_sdk_is_released_completely(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_SPAN_ATTRIBUTE_VALUE_LENGTH_LIMIT", "20")
     sent = Sent(max_content=500)
     sent.exporter.gate.set()
@@ -158,7 +158,7 @@ def test_content_that_the_sdk_has_cut_gives_back_all_its_room(monkeypatch: pytes
     assert [len(str((span.attributes or {})["gen_ai.input.messages"])) for span in sent.exporter.taken] == [20] * 3
 
 
-def test_a_batch_that_is_refused_is_counted_and_makes_room() -> None:
+def test_rejected_batch_is_counted_and_released() -> None:
     sent = Sent(max_queued=1)
     sent.exporter.result = SpanExportResult.FAILURE
     sent.exporter.gate.set()
@@ -169,7 +169,7 @@ def test_a_batch_that_is_refused_is_counted_and_makes_room() -> None:
     assert sent.counts == {SpanDropped.SEND_FAILED: 2}
 
 
-def test_the_end_waits_so_long_and_no_longer() -> None:
+def test_closing_waits_for_its_timeout_and_no_longer() -> None:
     sent = Sent()
     sent.add()
     assert sent.exporter.asked.wait(5)
@@ -180,7 +180,7 @@ def test_the_end_waits_so_long_and_no_longer() -> None:
     sent.exporter.gate.set()
 
 
-def test_to_add_a_span_never_waits_for_the_receiver() -> None:
+def test_adding_a_span_never_waits_for_the_receiver() -> None:
     sent = Sent()
     sent.add()
     assert sent.exporter.asked.wait(5)
@@ -219,7 +219,7 @@ def taken_over(*parents: str) -> bool:
         f"cc-{TRACE}-{PARENT}-01-what-will-be",
     ],
 )
-def test_a_parent_is_taken_over(parent: str) -> None:
+def test_parent_is_adopted(parent: str) -> None:
     place = TRACER.begin(headers(parent))
     assert (f"{place.trace_id:032x}", f"{place.parent_id:016x}") == (TRACE, PARENT)
     assert place.sampled is (not parent.endswith("-00"))
@@ -243,16 +243,16 @@ def test_a_parent_is_taken_over(parent: str) -> None:
         f"cc-{TRACE}-{PARENT}-01" + "-x" * 100_000,
     ],
 )
-def test_a_malformed_parent_is_none(parent: str) -> None:
+def test_malformed_parent_is_ignored(parent: str) -> None:
     assert not taken_over(parent)
 
 
-def test_of_two_parents_none_holds() -> None:
+def test_two_parents_are_ignored() -> None:
     assert not taken_over(f"00-{TRACE}-{PARENT}-01", f"00-{TRACE}-{PARENT}-01")
 
 
 @given(st.text(st.characters(max_codepoint=255)), st.text(st.characters(max_codepoint=255)))
-def test_whatever_a_client_sends_the_engine_gets_whole_header_lines(parent: str, state: str) -> None:
+def test_header_lines_for_the_engine_are_valid_whatever_a_client_sends(parent: str, state: str) -> None:
     for one in (parent, f"00-{TRACE}-{PARENT}-01"):
         lines = TRACER.begin(headers(one, state=state)).header_lines
         assert lines.endswith("\r\n")
@@ -272,22 +272,22 @@ def test_whatever_a_client_sends_the_engine_gets_whole_header_lines(parent: str,
         ("a=" + "x" * 100_000, ""),
     ],
 )
-def test_a_state_goes_with_its_parent_where_it_is_valid(given: str | None, passed: str) -> None:
+def test_state_is_forwarded_with_its_parent_when_it_is_valid(given: str | None, passed: str) -> None:
     assert TRACER.begin(headers(f"00-{TRACE}-{PARENT}-01", state=given)).state == passed
 
 
-def test_a_state_without_a_parent_says_nothing() -> None:
+def test_state_is_ignored_when_there_is_no_parent() -> None:
     assert TRACER.begin(headers(state="a=1")).state == ""
 
 
-def test_a_state_with_a_secret_goes_nowhere() -> None:
+def test_state_with_a_secret_is_dropped() -> None:
     assert (
         TRACER.begin(headers(f"00-{TRACE}-{PARENT}-01", state=f"a={new_secret('abcdefgh')}")).header_lines.count("\r\n")
         == 1
     )
 
 
-def test_what_clients_send_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_headers_of_clients_are_not_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     for parent in ("x" * 100_000, f"00-{TRACE}-{PARENT}-01"):
         TRACER.begin(headers(parent, state="b" * 100_000))
@@ -296,23 +296,23 @@ def test_what_clients_send_is_not_logged(caplog: pytest.LogCaptureFixture) -> No
 
 
 @pytest.mark.parametrize(("share", "least", "most"), [(0.0, 0, 0), (0.25, 400, 600), (1.0, 2000, 2000)])
-def test_a_share_of_the_traces_that_begin_here_is_sampled(share: float, least: int, most: int) -> None:
+def test_share_of_the_traces_that_begin_here_is_sampled(share: float, least: int, most: int) -> None:
     tracer = Tracer(share)
     assert least <= sum(tracer.begin(headers()).sampled for _ in range(2000)) <= most
 
 
 @pytest.mark.parametrize(("flags", "sampled"), [("00", False), ("01", True)])
 @pytest.mark.parametrize("share", [0.0, 1.0])
-def test_a_client_decides_for_its_own(share: float, flags: str, sampled: bool) -> None:
+def test_client_decides_for_its_own_traces(share: float, flags: str, sampled: bool) -> None:
     assert Tracer(share).begin(headers(f"00-{TRACE}-{PARENT}-{flags}")).sampled is sampled
 
 
-def test_no_id_comes_twice() -> None:
+def test_ids_are_unique() -> None:
     places = [TRACER.begin(headers()) for _ in range(1000)]
     assert len({place.trace_id for place in places}) == len({place.span_id for place in places}) == 1000
 
 
-def test_a_span_has_its_length_when_the_clock_is_set_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_span_has_its_duration_when_the_clock_is_set_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     times: Mapping[str, int] = {"time.time_ns": 10**18}
     for name, value in times.items():
         monkeypatch.setattr(name, lambda value=value: value)
