@@ -241,7 +241,8 @@ def _served_now(administration: Administration, outcome: SwapOutcome, change: Ve
 def _waits(result: SwapResult) -> str:
     if result.queued_s is None:
         return f"no request had to wait, {result.running} were running"
-    return f"{result.queued} requests were queued for up to {result.queued_s:.2f} s; {result.running} were running"
+    queued = f"requests were queued for {result.queued_s:.2f} s, up to {result.queued} at a time"
+    return f"{queued}; {result.running} were running"
 
 
 @click.command()

@@ -211,7 +211,7 @@ class Deployments:
             await asyncio.to_thread(remove_deployment, self._store, name)
 
     async def _make_room(self, target: Target) -> None:
-        """Let idle models sleep, the longest idle first, until there is memory for a version's engines.
+        """Let idle models sleep or stop, the longest idle first, until there is memory for a version's engines.
 
         Sleeping models are stopped last: that frees little GPU memory, and they start slowly afterwards.
 

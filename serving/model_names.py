@@ -46,7 +46,6 @@ class ModelNames:
         return self._since
 
     def serve(self, served: Target) -> None:
-        """Set the version in production."""
         if served != self._served:
             self._served, self._since = served, int(self._clock())
 

@@ -53,7 +53,6 @@ class Acceptor:
         self._pause: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
-        """Start accepting."""
         self._listener.setblocking(False)
         self._listener.listen(_BACKLOG)
         self._resume()

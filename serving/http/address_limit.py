@@ -32,7 +32,6 @@ class AddressLimit:
         return True
 
     def leave(self, address: str) -> None:
-        """Stop counting a connection."""
         peer = peer_of(address)
         self._held[peer] -= 1
         if not self._held[peer]:

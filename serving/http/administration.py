@@ -113,7 +113,6 @@ class Administration:
         self._changes = changes
 
     def add_to(self, app: FastAPI) -> None:
-        """Add the paths to an application."""
         app.add_api_route("/svc/promote", _with_full_errors(self._promote), methods=["POST"])
         app.add_api_route("/svc/rollback", _with_full_errors(self._rollback), methods=["POST"])
         app.add_api_route("/svc/swaps/{name}", _with_full_errors(self._show_swap), methods=["GET"])

@@ -69,7 +69,6 @@ class Connection:
 
 
 def connection_of(scope: Scope) -> Connection:
-    """Return the connection of a request."""
     return scope.get("state", {}).get(_STATE_KEY) or Connection()
 
 

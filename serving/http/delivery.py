@@ -74,7 +74,6 @@ class AnswerBuffers:
         return True
 
     def free(self, size: int, caller: str) -> None:
-        """Release memory."""
         if size:
             self.used -= size
             self._held[caller] -= size

@@ -95,7 +95,6 @@ class RequestAccount:
         self.key.body_bytes = size
 
     def parsed(self, request: CompletionRequest) -> None:
-        """Set the parsed request."""
         self._request = request
         if self._request_log.wants_content():
             self._content = Content(self._route, request.members)

@@ -93,22 +93,18 @@ class RequestParser(httptools.HttpRequestParser):
     # Callbacks that httptools calls.
 
     def on_message_begin(self) -> None:
-        """Begin a head."""
         self._url, self._headers = b"", []
         self._receiver.on_message_begin()
 
     def on_url(self, url: bytes) -> None:
-        """Store a part of the target."""
         self._url += url
         self._receiver.on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Store a header."""
         self._headers.append((name, value))
         self._receiver.on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """Begin the request."""
         self._head_bytes = 0
         if self._ignores_head:
             return
@@ -118,12 +114,10 @@ class RequestParser(httptools.HttpRequestParser):
         self._receiver.on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        """Forward a part of the body."""
         self._head_bytes = 0
         self._receiver.on_body(body)
 
     def on_message_complete(self) -> None:
-        """End the request."""
         self._head_bytes = 0
         if not self._ignores_head:
             self._receiver.on_message_complete()

@@ -20,7 +20,7 @@ Fields = Mapping[str, Any]
 _TURNS = {"messages": frozenset({"content", "tool_calls"}), "input": frozenset({"content", "output", "summary"})}
 """Fields with a conversation, and the fields of its turns that have lists."""
 _TOKEN_IDS = frozenset({"allowed_token_ids", "stop_token_ids", "logprob_token_ids"})
-_MIN_VALUE_CHARS = 2
+_MIN_VALUE_BYTES = 2
 """Of the shortest value, with its separator."""
 _GRAMMARS = frozenset({"response_format", "structured_outputs", "text", "output_config"})
 """Their size and number of values are limited by serving.protocols.grammar_limits, which also parses them."""
@@ -55,14 +55,14 @@ def find_excess(fields: Fields, route: Route, limits: RequestLimits, body: bytes
     """
     if body.count(b"{") + body.count(b"[") > limits.depth and is_deeper(fields, limits.depth):
         return Refusal("", "the request body is nested too deeply", f"at most {limits.depth} levels", "flatten it")
-    possible = len(body) // _MIN_VALUE_CHARS
+    bound = len(body) // _MIN_VALUE_BYTES  # on the number of values
     for name, value in fields.items():
-        if type(value) in CONTAINERS and (excess := _excess_of(name, value, route, limits, possible)):
+        if type(value) in CONTAINERS and (excess := _excess_of(name, value, route, limits, bound)):
             return excess
     return None
 
 
-def _excess_of(name: str, value: Any, route: Route, limits: RequestLimits, possible: int) -> Refusal | None:
+def _excess_of(name: str, value: Any, route: Route, limits: RequestLimits, bound: int) -> Refusal | None:
     if name == "prompt" and route is Route.COMPLETIONS:
         return _excess_of_prompt(value)
     if name in _GRAMMARS:
@@ -72,31 +72,30 @@ def _excess_of(name: str, value: Any, route: Route, limits: RequestLimits, possi
             wrong = f"'{name}' has elements that are not token ids"
             return None if _are_token_ids(value) else Refusal(name, wrong, "a list of integers from 0", "")
         if name in _TURNS:
-            return _excess_of_turns(name, value, limits, possible) or _excess_of_unusual(name, value, route, possible)
+            return _excess_of_turns(name, value, limits, bound) or _excess_of_unusual(name, value, route, bound)
         if name == "system":
             return _too_many(name, "content parts", len(value), limits.content_parts)
         if name == "tools":
-            excess = _too_many(name, "tools", len(value), limits.tools)
-            return excess or _excess_of_unusual(name, value, route, possible)
-    if possible <= limits.field_values:
+            return _too_many(name, "tools", len(value), limits.tools) or _excess_of_unusual(name, value, route, bound)
+    if bound <= limits.field_values:
         return None
     return _too_many(name, "values", count_values(value, limits.field_values), limits.field_values)
 
 
-def _excess_of_turns(name: str, turns: Sequence[Any], limits: RequestLimits, possible: int) -> Refusal | None:
+def _excess_of_turns(name: str, turns: Sequence[Any], limits: RequestLimits, bound: int) -> Refusal | None:
     max_turns = limits.messages if name == "messages" else limits.input_items
     if excess := _too_many(name, "elements", len(turns), max_turns):
         return excess
-    if possible <= limits.content_parts:
+    if bound <= limits.content_parts:
         return None
     lists = (turn.get(key) for turn in turns if type(turn) is dict for key in _TURNS[name])
     parts = sum(len(each) for each in lists if type(each) is list)
     return _too_many(name, "content parts and tool calls", parts, limits.content_parts)
 
 
-def _excess_of_unusual(name: str, elements: Sequence[Any], route: Route, possible: int) -> Refusal | None:
+def _excess_of_unusual(name: str, elements: Sequence[Any], route: Route, bound: int) -> Refusal | None:
     limit = _UNUSUAL.get((route, name))
-    if limit is None or (len(elements) <= limit.most and possible <= limit.most_values):
+    if limit is None or (len(elements) <= limit.most and bound <= limit.most_values):
         return None
     unusual = [element for element in elements if not limit.is_usual(element)]
     values = sum(count_values(element, limit.most_values) for element in unusual[: limit.most])

@@ -35,8 +35,8 @@ _ECHO = {
 }
 """In chat, vLLM's `top_logprobs` is 0 by default, which is enough to score the prompt."""
 _PRIORITY = {"priority": Refusal("priority", "'priority' is not served: the server decides the order of requests")}
-"""An engine with `--scheduling-policy priority` would preempt the answers of all other clients; other engines reject
-it."""
+"""On an engine with `--scheduling-policy priority`, a client that sets it preempts the answers of all others; other
+engines reject it."""
 _MEDIA_OPTIONS = {
     name: Refusal(name, f"'{name}' is not supported: only text content is served")
     for name in ("mm_processor_kwargs", "media_io_kwargs")

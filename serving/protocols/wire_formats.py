@@ -282,5 +282,4 @@ _FORMATS: Mapping[Route, WireFormat] = {
 
 
 def wire_format(route: Route) -> WireFormat:
-    """Return the format of a route."""
     return _FORMATS[route]

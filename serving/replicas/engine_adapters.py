@@ -142,7 +142,6 @@ class EngineAdapters:
         return checked
 
     async def unload(self, name: str) -> None:
-        """Unload an adapter."""
         await self._unless_dead(self._client.unload_adapter(name))
 
     async def unload_all(self) -> None:

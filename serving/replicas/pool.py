@@ -223,7 +223,6 @@ class EnginePool:
         self._changed.clear()
 
     def count_restart(self) -> None:
-        """Count a start after a death."""
         self.restarts += 1
         self._metrics.engine_restarted()
 

@@ -79,7 +79,7 @@ class Swap:
         outcome, reason = await self._change_all_or_none(change)
         took_s = time.monotonic() - began
         if change.queued_s is not None:
-            report(f"requests were queued for {change.queued_s:.2f} s, up to {change.queued} of them")
+            report(f"requests were queued for {change.queued_s:.2f} s, up to {change.queued} at a time")
         return SwapResult(outcome, reason, change.queued_s, change.running, change.queued, change.kind, took_s)
 
     async def _change_all_or_none(self, change: SwapInProgress) -> Result:

@@ -99,7 +99,6 @@ class DeploymentMetrics:
             self._instruments.engine_state.labels(self._model, state.value).set(states.count(state))
 
     def engine_restarted(self) -> None:
-        """Count a start after a death."""
         self._instruments.restarts.labels(self._model).inc()
 
     def adapters_loaded(self, count: int) -> None:

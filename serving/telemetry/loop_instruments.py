@@ -39,7 +39,6 @@ class LoopCounter(Collector):
             del self.counts[labels]
 
     def collect(self) -> Iterable[Metric]:
-        """Return all counts."""
         family = self._family()
         for labels, count in list(self.counts.items()):
             family.add_metric(labels, float(count))
@@ -112,7 +111,6 @@ class LoopHistogram(Collector):
             del self._series[labels]
 
     def collect(self) -> Iterable[Metric]:
-        """Return all series."""
         family = self._family()
         bounds = [*map(floatToGoString, self._bounds), "+Inf"]
         for labels, series in list(self._series.items()):

@@ -223,7 +223,6 @@ class GatewayMetrics:
             self._duration_quantiles.observe(labels, seconds)
 
     def first_token(self, served: Target, seconds: float, request_id: str = "") -> None:
-        """Time the first token of a streamed answer."""
         version = self._version_labels(served.version)
         self._first_token.series(*version).observe(seconds, {"request_id": request_id})
         self._first_token_quantiles.observe(version, seconds)
@@ -233,7 +232,6 @@ class GatewayMetrics:
         return self._between_tokens.series(*self._version_labels(served.version)).observe
 
     def tokens(self, served: Target, usage: Usage) -> None:
-        """Count the tokens of an answer."""
         model, version = self._version_labels(served.version)
         self._tokens.counts[model, version, "in"] += usage.prompt
         self._tokens.counts[model, version, "out"] += usage.completion
@@ -255,7 +253,6 @@ class GatewayMetrics:
         self._spans_dropped.labels(reason.value).inc(count)
 
     def feedback_given(self, version: VersionId | None, rating: Rating) -> None:
-        """Count a rated answer."""
         labels = self._version_labels(version) if version else (UNKNOWN_MODEL, "")
         self._feedback.counts[*labels, rating.value] += 1
 

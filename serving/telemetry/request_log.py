@@ -110,7 +110,6 @@ class RequestLog:
         self._thread = threading.Thread(target=self._run, name="request-log", daemon=True)
 
     def start(self) -> None:
-        """Start the writer."""
         self._thread.start()
 
     def wants_content(self) -> bool:

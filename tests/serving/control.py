@@ -176,9 +176,9 @@ class Control:
 
     def desired(self) -> Desired:
         """The desired state in the store."""
-        found = read_desired(self.store, NAME)
-        assert found is not None
-        return found
+        desired = read_desired(self.store, NAME)
+        assert desired is not None
+        return desired
 
     def wish(self, number: int) -> Desired:
         """Make a version the desired one, as `svc promote` does."""

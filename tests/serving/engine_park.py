@@ -184,15 +184,15 @@ class DoubleEngine:
 
     async def orphan_holds(self) -> str | None:
         """Return the version that the engine that was left holds."""
-        left = self._park.left.get(self.replica)
-        return left.holds if left and left.alive else None
+        orphan = self._park.left.get(self.replica)
+        return orphan.holds if orphan and orphan.alive else None
 
     async def adopt(self) -> None:
         """Become the engine that was left."""
-        left = self._park.left.pop(self.replica)
-        self.double, self._server, self._ended, self.alive = left.double, left._server, left._ended, True
+        orphan = self._park.left.pop(self.replica)
+        self.double, self._server, self._ended, self.alive = orphan.double, orphan._server, orphan._ended, True
         self.double.die = self.kill
-        left.alive = False
+        orphan.alive = False
         self._park.engines.append(self)
 
     async def record(self, holds: str | None) -> None:

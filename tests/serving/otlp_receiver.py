@@ -96,7 +96,7 @@ def _values(attributes: Any) -> dict[str, Any]:
 def _value(value: AnyValue) -> Any:
     kind = value.WhichOneof("value")
     assert kind
-    return [_value(one) for one in value.array_value.values] if kind == "array_value" else getattr(value, kind)
+    return [_value(item) for item in value.array_value.values] if kind == "array_value" else getattr(value, kind)
 
 
 @contextmanager

@@ -55,8 +55,8 @@ async def test_production_is_answered_when_300_requests_wait_for_other_adapters(
         control.double.proceed.set()
         assert await production == (200, f"{NAME}@1", "1")
         assert [status for status, _, _ in await asyncio.gather(*running)] == [200, 200]
-        found = Counter((status, text if status != 200 else "") for status, _, text in await asyncio.gather(*others))
-    assert found == {(200, ""): 128, (429, "overloaded"): 172}
+        counts = Counter((status, text if status != 200 else "") for status, _, text in await asyncio.gather(*others))
+    assert counts == {(200, ""): 128, (429, "overloaded"): 172}
     assert (control.double.dropped_in_use, control.double.most_adapters) == ([], 2)
     assert (control.admission.running, control.admission.queued) == (0, 0)
 
@@ -157,10 +157,10 @@ async def test_no_request_is_lost_when_a_swap_comes_while_they_wait_for_adapters
         await asyncio.sleep(0.1)
         first.proceed.set()
         assert (await control.outcome(wish)).outcome is SwapOutcome.SUCCEEDED
-        found = await asyncio.gather(*others)
+        answers = await asyncio.gather(*others)
         await asyncio.gather(*running, production)
         assert await ask(client, NAME) == (200, f"{NAME}@8", "8")
-    assert found == [(200, f"{NAME}@{number}", str(number)) for number in [4, 5, 6, 7] * 5]
+    assert answers == [(200, f"{NAME}@{number}", str(number)) for number in [4, 5, 6, 7] * 5]
     assert first.dropped_in_use == []
 
 
@@ -213,6 +213,6 @@ async def test_requests_for_adapters_wake_a_sleeping_engine_and_keep_it_awake(ho
             while (await client.get("/svc/status")).json()["models"][0]["engine"]["state"] != "idle":
                 await asyncio.sleep(0.01)
         home.park.prepare = lambda double: setattr(double, "adapter_delay_s", 0.4)
-        found = await asyncio.gather(*asking(client, [5, 6, 7] * 3))
-        assert found == [(200, f"{NAME}@{number}", str(number)) for number in [5, 6, 7] * 3]
+        answers = await asyncio.gather(*asking(client, [5, 6, 7] * 3))
+        assert answers == [(200, f"{NAME}@{number}", str(number)) for number in [5, 6, 7] * 3]
         assert len(home.park.engines) == 2  # it did not fall asleep while adapters were loaded

@@ -181,8 +181,8 @@ async def test_two_hundred_versions_are_answered_with_four_places(make: Make) ->
 async def test_adapter_is_loaded_once_when_many_first_requests_need_it(served: Control) -> None:
     served.double.adapter_delay_s = 0.05
     async with served.client() as client:
-        found = await asyncio.gather(*(ask(client, f"{NAME}@2") for _ in range(30)))
-    assert set(found) == {(200, f"{NAME}@2", "2")}
+        answers = await asyncio.gather(*(ask(client, f"{NAME}@2") for _ in range(30)))
+    assert set(answers) == {(200, f"{NAME}@2", "2")}
     assert len(served.double.adapter_loads) == 2
 
 
@@ -191,8 +191,8 @@ async def test_adapter_is_not_unloaded_while_it_answers(served: Control) -> None
     served.double.token_delay_s = 0.005
     async with served.client() as client:
         asked = [f"{NAME}@{number}" for number in (1, 2, 3, 4, 5, 6)] * 6
-        found = await asyncio.gather(*(ask(client, model, stream=False) for model in asked))
-    assert found == [(200, model, model.partition("@")[2]) for model in asked]
+        answers = await asyncio.gather(*(ask(client, model, stream=False) for model in asked))
+    assert answers == [(200, model, model.partition("@")[2]) for model in asked]
     assert (served.double.dropped_in_use, served.double.most_adapters) == ([], 2)
 
 
@@ -254,8 +254,8 @@ async def test_version_without_any_probes_serves_as_unverified(served: Control) 
     make_version(served.registry, 4, formats=(Format.ADAPTER,))
     async with served.client() as client:
         assert (await ask(client, f"{NAME}@4"))[:2] == (200, f"{NAME}@4")
-    found = {str(each.version): each.checked.verified for each in served.pool.members[0].adapters.loaded}  # type: ignore[union-attr]
-    assert found == {f"{NAME}@1": True, f"{NAME}@4": False}
+    verified = {str(each.version): each.checked.verified for each in served.pool.members[0].adapters.loaded}  # type: ignore[union-attr]
+    assert verified == {f"{NAME}@1": True, f"{NAME}@4": False}
     assert served.sample("svc_versions_unverified", model=NAME) == 1
 
 
@@ -270,7 +270,7 @@ async def test_promoted_unverified_version_is_marked_in_the_journal_and_the_stat
 
 
 @pytest.mark.parametrize(
-    ("said", "told"),
+    ("config", "told"),
     [
         ({"use_dora": True}, "it is DoRA"),
         ({"base_model_name_or_path": "other"}, "another base model"),
@@ -279,13 +279,13 @@ async def test_promoted_unverified_version_is_marked_in_the_journal_and_the_stat
     ],
 )
 async def test_version_is_rejected_with_the_reason_when_the_base_cannot_apply_it(
-    served: Control, said: dict[str, Any], told: str
+    served: Control, config: dict[str, Any], told: str
 ) -> None:
-    if "base_model_name_or_path" in said:
+    if "base_model_name_or_path" in config:
         other = served.settings.home / "other"
         shutil.copytree(base_folder(served.registry), other)
-        said = {"base_model_name_or_path": str(other)}
-    versions(served, 4, adapter=said)
+        config = {"base_model_name_or_path": str(other)}
+    versions(served, 4, adapter=config)
     async with served.client() as client:
         answer = await client.post("/v1/chat/completions", json=BODY | {"model": f"{NAME}@4"})
     assert answer.status_code == 404

@@ -133,8 +133,8 @@ async def test_promote_shows_the_served_version_and_the_swap(serving: Home) -> N
 
 async def test_promote_prints_json_when_requested(serving: Home) -> None:
     result = await type_in(serving, "promote", f"{NAME}@2", "--json")
-    told = json.loads(result.stdout)
-    assert (told["target"], told["outcome"], told["queued"]) == (str(target(2)), "succeeded", 0)
+    result_json = json.loads(result.stdout)
+    assert (result_json["target"], result_json["outcome"], result_json["queued"]) == (str(target(2)), "succeeded", 0)
 
 
 async def test_version_that_failed_a_check_is_not_promoted(serving: Home) -> None:

@@ -75,9 +75,9 @@ def ask_litellm(url: str, key: str, stream: bool) -> str:
             return "".join(chunk.choices[0].delta.content or "" for chunk in answer)
         return str(answer.choices[0].message.content)
     finally:
-        for kept in litellm.in_memory_llm_clients_cache.cache_dict.values():
-            if isinstance(kept, OpenAI):
-                kept.close()  # the client keeps it for its next request
+        for cached in litellm.in_memory_llm_clients_cache.cache_dict.values():
+            if isinstance(cached, OpenAI):
+                cached.close()  # the client keeps it for its next request
         litellm.in_memory_llm_clients_cache.flush_cache()
 
 

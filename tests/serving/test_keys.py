@@ -105,8 +105,8 @@ async def test_socket_of_a_killed_server_is_replaced(home: Home) -> None:
     async with home.serving(f"{NAME}@1"):
         path = local(home).socket
     assert path is not None
-    with socket.socket(socket.AF_UNIX) as left:
-        left.bind(str(path))
+    with socket.socket(socket.AF_UNIX) as old_socket:
+        old_socket.bind(str(path))
     async with home.serving(f"{NAME}@1"):
         assert (await asyncio.to_thread(get, local(home), "/svc/status")).status_code == 200
 

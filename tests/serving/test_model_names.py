@@ -8,10 +8,10 @@ from tests.serving.service import ONE, TWO
 
 
 def names() -> ModelNames:
-    found = ModelNames("tuned", clock=lambda: 7.9)
-    found.serve(ONE)
-    found.set_loaded({ONE})
-    return found
+    model_names = ModelNames("tuned", clock=lambda: 7.9)
+    model_names.serve(ONE)
+    model_names.set_loaded({ONE})
+    return model_names
 
 
 @pytest.mark.parametrize("model", ["tuned", "tuned@production"])
@@ -24,10 +24,10 @@ def test_number_means_that_version() -> None:
 
 
 def test_both_versions_are_served_during_a_swap_of_several_engines() -> None:
-    found = names()
-    found.set_loaded({ONE, TWO})
-    assert found.all() == ("tuned", "tuned@1", "tuned@2", "tuned@production")
-    assert found.resolve("tuned@2") == TWO.version
+    model_names = names()
+    model_names.set_loaded({ONE, TWO})
+    assert model_names.all() == ("tuned", "tuned@1", "tuned@2", "tuned@production")
+    assert model_names.resolve("tuned@2") == TWO.version
 
 
 @pytest.mark.parametrize("model", ["", "other", "tuned@2", "tuned@candidate", "tuned@", "tuned@01", "TUNED", " tuned"])
@@ -38,12 +38,12 @@ def test_other_names_are_rejected_with_a_list_of_served_names(model: str) -> Non
 
 
 def test_old_number_is_unknown_and_the_name_means_the_new_version_after_a_swap() -> None:
-    found = names()
-    found.serve(TWO)
-    found.set_loaded({TWO})
-    assert found.all() == ("tuned", "tuned@2", "tuned@production")
+    model_names = names()
+    model_names.serve(TWO)
+    model_names.set_loaded({TWO})
+    assert model_names.all() == ("tuned", "tuned@2", "tuned@production")
     with pytest.raises(ModelNotFoundError):
-        found.resolve("tuned@1")
+        model_names.resolve("tuned@1")
 
 
 def test_long_name_is_truncated_in_the_error() -> None:

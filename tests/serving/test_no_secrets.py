@@ -138,8 +138,8 @@ def hits(text: str, secrets: list[str]) -> list[str]:
 async def test_no_output_contains_a_secret(used: Used) -> None:
     secrets = [*used.secrets, used.third]
     assert len(used.told) > 30
-    for told in used.told:
-        assert not hits(told, secrets), told[:2000]
+    for output in used.told:
+        assert not hits(output, secrets), output[:2000]
     _search_files(used.home.settings.home, secrets)
     _search_rows(used.home, secrets)
     asked = json.dumps(used.home.park.double.requests)  # the text of a client's body is sent to its model
@@ -163,8 +163,8 @@ def _search_rows(home: Home, secrets: list[str]) -> None:
         assert {"keys", "requests", "audit"} <= set(tables)
         for table in tables:
             rows = str(connection.exec_driver_sql(f'SELECT * FROM "{table}"').all())
-            found = [secret for secret in secrets if hash_secret(secret) in rows]
-            assert table == "keys" or not found, table
+            stored = [secret for secret in secrets if hash_secret(secret) in rows]
+            assert table == "keys" or not stored, table
 
 
 def test_search_finds_a_secret_when_there_is_one(home: Home) -> None:

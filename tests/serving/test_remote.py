@@ -81,8 +81,8 @@ async def test_promote_and_rollback_print_the_same_as_on_the_machine(home: Home,
     assert "files match the manifest" in result.output
     assert "tuned@2 (merged) is already served" in (await remote("promote", f"{NAME}@2")).output
     assert "tuned@1 (merged) is served" in (await remote("rollback", NAME)).output
-    found = read_desired(home.store, NAME)
-    assert found is not None and found.target == target(1)
+    desired = read_desired(home.store, NAME)
+    assert desired is not None and desired.target == target(1)
 
 
 async def test_undecided_version_is_promoted_with_a_warning_when_the_server_is_remote(
@@ -118,8 +118,8 @@ async def test_key_with_scope_metrics_reads_the_status_and_changes_nothing(home:
         error = error_of(await remote(*command, issued=issued))
         assert isinstance(error, PermissionDeniedError)
     assert len(read_keys(home.store)) == 2
-    found = read_desired(home.store, NAME)
-    assert found is not None and found.target == target(1)
+    desired = read_desired(home.store, NAME)
+    assert desired is not None and desired.target == target(1)
 
 
 async def test_keys_are_created_listed_rotated_and_revoked(home: Home, remote: Remote) -> None:

@@ -108,18 +108,18 @@ async def test_version_is_not_found_when_it_is_removed_during_its_load(served: C
 
 
 async def test_frequent_client_gets_only_the_version_or_not_found(served: Control) -> None:
-    found = set[tuple[int | str, ...]]()
+    results = set[tuple[int | str, ...]]()
 
     async def ask_on(client: httpx.AsyncClient) -> None:
-        while GONE not in found:
-            found.add((await ask(client, str(TWO), stream=False))[::2])
+        while GONE not in results:
+            results.add((await ask(client, str(TWO), stream=False))[::2])
 
     async with served.client() as client, asyncio.timeout(10):
         asking = [asyncio.create_task(ask_on(client)) for _ in range(8)]
-        await until(lambda: found)
+        await until(lambda: results)
         await asyncio.to_thread(remove, served)
         await asyncio.gather(*asking)
-    assert found == {(200, "2"), GONE}
+    assert results == {(200, "2"), GONE}
 
 
 async def test_production_and_previous_versions_are_not_removed(served: Control) -> None:
@@ -179,4 +179,4 @@ async def test_server_process_evicts_the_adapter(home: Home) -> None:
                 await asyncio.sleep(0.01)
         (status,) = (await client.get("/svc/status")).json()["models"]
     assert (answer.status_code, json.loads(answer.content)["error"]["code"]) == GONE
-    assert [one["version"] for one in status["engines"][0]["adapters"]] == [f"{NAME}@4"]
+    assert [adapter["version"] for adapter in status["engines"][0]["adapters"]] == [f"{NAME}@4"]

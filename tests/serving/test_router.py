@@ -36,23 +36,23 @@ def backend(name: str, *numbers: int) -> OneBackend:
 
 
 def router(*backends: OneBackend) -> Router:
-    found = Router()
+    built = Router()
     for each in backends:
-        found.serve(each.names.name, [Share(each)])
-    return found
+        built.serve(each.names.name, [Share(each)])
+    return built
 
 
 @pytest.mark.parametrize("model", ["b", "b@7", "b@production"])
 def test_name_goes_to_its_model(model: str) -> None:
     a, b = backend("a", 1), backend("b", 7)
-    found = router(a, b).find(model)
-    assert (found.backend, found.model) == (b, model)
+    destination = router(a, b).find(model)
+    assert (destination.backend, destination.model) == (b, model)
 
 
 def test_model_of_a_request_is_known_even_if_it_is_unavailable() -> None:
-    found = router(backend("a", 1), backend("b"))
+    two_models = router(backend("a", 1), backend("b"))
     names = ("a", "a@1", "a@99", "b", "b@production", "c", "")
-    assert [found.served_name(model) for model in names] == ["a", "a", "a", "b", "b", None, None]
+    assert [two_models.served_name(model) for model in names] == ["a", "a", "a", "b", "b", None, None]
 
 
 def test_all_names_of_all_models_are_listed() -> None:
@@ -67,19 +67,19 @@ def test_other_names_are_rejected(model: str) -> None:
 
 
 def test_error_says_that_a_model_is_registered_but_not_served() -> None:
-    found = router(backend("a", 1))
-    found.set_registered(["a", "b"])
+    one_model = router(backend("a", 1))
+    one_model.set_registered(["a", "b"])
     with pytest.raises(ModelNotFoundError, match="registered, but not served") as caught:
-        found.find("b@3")
+        one_model.find("b@3")
     assert "svc add b" in caught.value.todo
 
 
 def test_removed_model_is_unknown() -> None:
-    found = router(backend("a", 1), backend("b", 7))
-    found.remove("b")
-    assert found.names() == ("a", "a@1", "a@production")
+    two_models = router(backend("a", 1), backend("b", 7))
+    two_models.remove("b")
+    assert two_models.names() == ("a", "a@1", "a@production")
     with pytest.raises(ModelNotFoundError):
-        found.find("b")
+        two_models.find("b")
 
 
 def test_starting_model_is_unavailable_and_not_unknown() -> None:
@@ -104,18 +104,18 @@ def test_same_client_goes_to_the_same_backend(who: str, one: float, other: float
     first, second = backend("a", 1), backend("a", 2)
     results = []
     for _ in range(2):
-        found = Router()
-        found.serve("a", [Share(first, one), Share(second, other)])
-        results.append(found.find("a", who).backend)
+        split = Router()
+        split.serve("a", [Share(first, one), Share(second, other)])
+        results.append(split.find("a", who).backend)
     assert results[0] is results[1]
 
 
 @pytest.mark.parametrize("weights", [(1, 1), (95, 5), (3, 1)])
 def test_clients_are_split_by_weight(weights: tuple[float, float]) -> None:
     backends = backend("a", 1), backend("a", 2)
-    found = Router()
-    found.serve("a", [Share(*pair) for pair in zip(backends, weights, strict=True)])
-    counts = Counter(found.find("a", who).backend is backends[1] for who in CLIENTS)
+    split = Router()
+    split.serve("a", [Share(*pair) for pair in zip(backends, weights, strict=True)])
+    counts = Counter(split.find("a", who).backend is backends[1] for who in CLIENTS)
     expected = len(CLIENTS) * weights[1] / sum(weights)
     assert counts[True] == pytest.approx(expected, abs=4 * (expected * (1 - expected / len(CLIENTS))) ** 0.5)
 
@@ -123,11 +123,11 @@ def test_clients_are_split_by_weight(weights: tuple[float, float]) -> None:
 def test_larger_share_keeps_its_clients() -> None:
     """A growing canary takes clients from the others, and loses none."""
     stable, canary = backend("a", 1), backend("a", 2)
-    found = Router()
+    split = Router()
     had: set[str] = set()
     for percent in (5, 25, 100):
-        found.serve("a", [Share(canary, percent), Share(stable, 100 - percent)])
-        has = {who for who in CLIENTS if found.find("a", who).backend is canary}
+        split.serve("a", [Share(canary, percent), Share(stable, 100 - percent)])
+        has = {who for who in CLIENTS if split.find("a", who).backend is canary}
         assert had <= has
         had = has
     assert had == set(CLIENTS)
@@ -136,23 +136,23 @@ def test_larger_share_keeps_its_clients() -> None:
 def test_requests_of_unknown_clients_are_split_at_random() -> None:
     drawn = iter([0.0, 0.49, 0.51, 0.99])
     first, second = backend("a", 1), backend("a", 2)
-    found = Router(draw=lambda: next(drawn))
-    found.serve("a", [Share(first), Share(second)])
-    assert [found.find("a").backend is second for _ in range(4)] == [False, False, True, True]
+    split = Router(draw=lambda: next(drawn))
+    split.serve("a", [Share(first), Share(second)])
+    assert [split.find("a").backend is second for _ in range(4)] == [False, False, True, True]
 
 
 def test_share_may_be_a_version_of_one_backend() -> None:
     both = backend("a", 1, 2)
-    found = Router()
-    found.serve("a", [Share(both, 1, VersionId("a", 1)), Share(both, 1, VersionId("a", 2))])
-    assert {found.find("a", who).model for who in CLIENTS} == {"a@1", "a@2"}
+    split = Router()
+    split.serve("a", [Share(both, 1, VersionId("a", 1)), Share(both, 1, VersionId("a", 2))])
+    assert {split.find("a", who).model for who in CLIENTS} == {"a@1", "a@2"}
 
 
 def test_named_version_goes_to_a_backend_that_has_loaded_it_whatever_the_weights() -> None:
     first, second = backend("a", 1), backend("a", 2)
-    found = Router()
-    found.serve("a", [Share(first, 0), Share(second, 1)])
-    assert {found.find("a@1", who).backend is first for who in CLIENTS} == {True}
+    split = Router()
+    split.serve("a", [Share(first, 0), Share(second, 1)])
+    assert {split.find("a@1", who).backend is first for who in CLIENTS} == {True}
 
 
 @pytest.mark.parametrize("weights", [(), (0,), (0, 0), (1, -1)])

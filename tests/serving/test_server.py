@@ -129,7 +129,7 @@ async def test_death_is_in_status_and_metrics(home: Home) -> None:
             while (status := await _status(client))["engine"]["state"] != "failed":
                 pass
         metrics = (await client.get("/metrics")).text
-    assert "ended with code" in status["engine"]["last_error"]
+    assert "exited with code" in status["engine"]["last_error"]
     assert 'svc_engine_state{model="tuned",state="failed"} 1.0' in metrics
 
 

@@ -32,11 +32,11 @@ def variables(**changed: str) -> dict[str, str]:
 def test_socket_is_used_and_not_inherited_by_children(passed: socket.socket) -> None:
     passed.listen()
     given = variables() | {"HOME": "/"}
-    found = inherited_listener(given)
-    assert found is not None
-    with found:
-        assert found.getsockname() == passed.getsockname()
-        assert not found.get_inheritable()
+    listener = inherited_listener(given)
+    assert listener is not None
+    with listener:
+        assert listener.getsockname() == passed.getsockname()
+        assert not listener.get_inheritable()
     assert given == {"HOME": "/"}
 
 
@@ -97,8 +97,8 @@ async def test_watched_process_reports_often_enough(notices: socket.socket) -> N
     given = {"NOTIFY_SOCKET": notices.getsockname(), "WATCHDOG_USEC": f"{watchdog_s * 1e6:.0f}"}
     beating = asyncio.create_task(ServiceManager.of(given).run())
     for _ in range(3):
-        told = await asyncio.wait_for(asyncio.to_thread(notices.recv, 4096), watchdog_s)
-        assert b"WATCHDOG=1" in told.splitlines()
+        report = await asyncio.wait_for(asyncio.to_thread(notices.recv, 4096), watchdog_s)
+        assert b"WATCHDOG=1" in report.splitlines()
     beating.cancel()
 
 

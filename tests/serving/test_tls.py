@@ -148,7 +148,7 @@ async def closed(reader: asyncio.StreamReader) -> bool:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1"])
-def test_server_refuses_to_send_keys_in_plain_text(host: str) -> None:
+def test_address_is_refused_when_keys_would_cross_the_network_in_plain_text(host: str) -> None:
     with pytest.raises(SettingsError, match="plain text") as raised:
         server.require_safe(ServeSettings(host=host), has_keys=True)
     assert "serve.behind_proxy" in raised.value.expected

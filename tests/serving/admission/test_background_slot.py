@@ -79,7 +79,7 @@ async def test_background_request_waits_when_there_is_no_engine() -> None:
 
 
 async def test_swap_cancels_the_background_request_and_waits_for_its_end() -> None:
-    admission, left = open_admission(), asyncio.Event()
+    admission, ended = open_admission(), asyncio.Event()
 
     async def ask() -> None:
         with suppress(BackgroundSlotEndedError):
@@ -87,7 +87,7 @@ async def test_swap_cancels_the_background_request_and_waits_for_its_end() -> No
                 try:
                     await asyncio.sleep(60)
                 finally:
-                    await left.wait()  # the connection to the engine takes a moment to close
+                    await ended.wait()  # the connection to the engine takes a moment to close
 
     question = asyncio.create_task(ask())
     await settle()
@@ -95,7 +95,7 @@ async def test_swap_cancels_the_background_request_and_waits_for_its_end() -> No
         gone = asyncio.create_task(drained(admission, 5))
         await settle()
         assert not gone.done()
-        left.set()
+        ended.set()
         await gone
     await question
 

@@ -100,9 +100,9 @@ async def run_of(control: Control, of: Target, runs: int = 1, *, completed: bool
         return (mine.count(HoldoutOutcome.COMPLETED) if completed else len(mine)) >= runs
 
     await until(enough)
-    found = newest_holdout_run(control.store, of, completed=completed)
-    assert found is not None
-    return found
+    run = newest_holdout_run(control.store, of, completed=completed)
+    assert run is not None
+    return run
 
 
 async def test_all_examples_are_asked_after_a_start(make: Make) -> None:

@@ -76,9 +76,9 @@ async def test_second_of_two_concurrent_promotions_is_rejected(serving: Home, mo
     read = read_desired
 
     def read_together(store: Store, name: str) -> Desired | None:
-        found = read(store, name)
+        desired = read(store, name)
         barrier.wait(5)
-        return found
+        return desired
 
     monkeypatch.setattr("serving.rollout.version_changes.read_desired", read_together)
     results = await asyncio.gather(*(change(serving, number) for number in (2, 3)), return_exceptions=True)
@@ -102,8 +102,8 @@ async def test_promotion_fails_when_the_server_stops(home: Home) -> None:
         await until(lambda: "/collective_rpc" in home.park.double.calls)
     with pytest.raises(ServerNotRunningError, match=r"stopped before tuned@2"):
         await following
-    found = read_desired(home.store, NAME)
-    assert found is not None and found.target == target(2)
+    desired = read_desired(home.store, NAME)
+    assert desired is not None and desired.target == target(2)
 
 
 async def test_promotion_fails_when_the_server_does_not_answer(home: Home) -> None:

@@ -187,8 +187,8 @@ async def test_key_learns_nothing_about_models_that_it_may_not_use(service: Keye
     for answer in answers[1:]:
         assert code_of(answer) == (404, "model_not_found")
     for answer in answers:
-        told = f"{answer.text}{answer.headers}".replace(f"{model!r}", "")
-        assert NAME not in told
+        shown = f"{answer.text}{answer.headers}".replace(f"{model!r}", "")
+        assert NAME not in shown
     assert service.double.requests == []
 
 

@@ -284,7 +284,7 @@ class TestRefusals:
                 late = await queued
             assert (over.status_code, error_of(over)["code"]) == (503, "queue_overflow")
             assert (late.status_code, error_of(late)["code"]) == (503, "queue_timeout")
-            assert all("retry-after" in found.headers for found in (answer, over, late))
+            assert all("retry-after" in each.headers for each in (answer, over, late))
             assert (reason(service, "queue_overflow"), reason(service, "queue_timeout")) == (1, 1)
 
     async def test_request_is_rejected_when_there_is_no_engine(
@@ -382,8 +382,8 @@ class TestEngineDeaths:
             service.client() as client,
         ):
             answer = await client.post(CHAT_PATH, json=STREAM)
-        told, failure = chunks_of(answer.text)
-        assert told["choices"][0]["delta"]["content"] == "one"
+        token_event, failure = chunks_of(answer.text)
+        assert token_event["choices"][0]["delta"]["content"] == "one"
         assert failure["error"]["code"] == "engine_error"
 
     async def test_error_counts_for_the_version_when_its_stream_fails(

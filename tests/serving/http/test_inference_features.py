@@ -60,7 +60,7 @@ async def ask(service: Service, *bodies: Any) -> None:
 
 def items(service: Service) -> list[Item]:
     assert service.store is not None
-    return [found.item for found in read_items(service.store, ONE, after=0, newest=999)]
+    return [row.item for row in read_items(service.store, ONE, after=0, newest=999)]
 
 
 def rows(service: Service) -> list[RequestRow]:

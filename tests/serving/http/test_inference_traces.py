@@ -76,13 +76,13 @@ async def test_span_is_complete_when_the_answer_succeeds(traced: Traced, route: 
     operation = "text_completion" if route is Route.COMPLETIONS else "chat"
     assert (span.name, span.kind, span.status) == (f"{operation} {NAME}", SERVER, UNSET)
     assert (span.parent, span.state) == ("", "")
-    found = dict(span.attributes)
-    assert found.pop("tuneserve.request.id").startswith("req-")
-    assert found.pop("tuneserve.queue.duration") >= 0
-    assert 0 < found.pop("tuneserve.gateway.overhead") < span.seconds < 5
-    assert found.pop("gen_ai.usage.input_tokens") > 0
-    found.pop("gen_ai.request.max_tokens", None)
-    assert found == {
+    attributes = dict(span.attributes)
+    assert attributes.pop("tuneserve.request.id").startswith("req-")
+    assert attributes.pop("tuneserve.queue.duration") >= 0
+    assert 0 < attributes.pop("tuneserve.gateway.overhead") < span.seconds < 5
+    assert attributes.pop("gen_ai.usage.input_tokens") > 0
+    attributes.pop("gen_ai.request.max_tokens", None)
+    assert attributes == {
         "gen_ai.operation.name": operation,
         "gen_ai.provider.name": "vllm",
         "gen_ai.request.model": NAME,
@@ -338,8 +338,8 @@ async def test_requests_are_unaffected_when_the_receiver_is_down(
         await asyncio.to_thread(service.traces.close, 0.5)
         assert time.monotonic() - began < 2
         await until(lambda: service.count("svc_spans_dropped_total", reason="send_failed") == 20)
-    told = [record for record in caplog.records if record.name.startswith("opentelemetry.")]
-    assert len([record for record in told if record.levelno >= logging.WARNING]) == 1
+    records = [record for record in caplog.records if record.name.startswith("opentelemetry.")]
+    assert len([record for record in records if record.levelno >= logging.WARNING]) == 1
     assert SECRET not in caplog.text
 
 

@@ -171,9 +171,9 @@ async def test_several_answers_are_returned(official: AsyncOpenAI) -> None:
 
 async def test_log_probabilities_of_the_answer_are_returned(official: AsyncOpenAI) -> None:
     answer = await official.chat.completions.create(model=NAME, messages=MESSAGES, logprobs=True)
-    found = answer.choices[0].logprobs
-    assert found is not None
-    assert [token.token for token in found.content or []] == ["1.0 ", "1.1 ", "1.2 ", "1.3 "]
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert [token.token for token in logprobs.content or []] == ["1.0 ", "1.1 ", "1.2 ", "1.3 "]
 
 
 async def test_client_raises_not_found_when_the_model_is_unknown(official: AsyncOpenAI) -> None:

@@ -47,11 +47,13 @@ CHECKS = [not_a_server_error, status_code_conformance, response_schema_conforman
 
 def operations(app: FastAPI) -> set[tuple[str, str]]:
     """Return the methods and paths that the application answers to."""
-    found = set()
+    operations_of_app = set()
     for route in app.router.routes:
         path = str(getattr(route, "path", "")).replace(":path", "")
-        found |= {(method.lower(), path) for method in getattr(route, "methods", None) or () if method != "HEAD"}
-    return found
+        operations_of_app |= {
+            (method.lower(), path) for method in getattr(route, "methods", None) or () if method != "HEAD"
+        }
+    return operations_of_app
 
 
 async def test_document_has_every_path_and_no_other(service: Service, client: httpx.AsyncClient) -> None:
@@ -98,14 +100,16 @@ def api(memory_folder: Path, store: Store, engine_socket: Path) -> Iterator[Any]
     names.serve(ONE)
     admission.available()
     parts.request_log.start()
-    found = schemathesis.openapi.from_asgi("/openapi.json", parts.app)
+    api_schema = schemathesis.openapi.from_asgi("/openapi.json", parts.app)
     authenticator.look()  # from here on keys are required if there are any
     schema = {"enum": [*names.all(), "other"]}
-    found.raw_schema["paths"]["/v1/models/{name}"]["parameters"][0]["schema"] = schema
+    api_schema.raw_schema["paths"]["/v1/models/{name}"]["parameters"][0]["schema"] = schema
     for route in Route:
-        body = found.raw_schema["paths"][route.value]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        body = api_schema.raw_schema["paths"][route.value]["post"]["requestBody"]["content"]["application/json"][
+            "schema"
+        ]
         body["properties"]["model"] = schema
-    yield found
+    yield api_schema
     parts.request_log.close()
 
 
@@ -144,20 +148,20 @@ class TestWithKeys:
     def test_every_answer_is_documented(
         self, caller: str, headers: dict[str, str], api: Any, method: str, path: str, mode: GenerationMode
     ) -> None:
-        found = ask_all(api[path][method], mode, headers)
+        statuses = ask_all(api[path][method], mode, headers)
         if path in OPEN:
-            assert found == {200}
+            assert statuses == {200}
         elif caller == "wrong":
-            assert found <= {401, 429}
+            assert statuses <= {401, 429}
         elif caller == "limited" and path.startswith(("/svc/", "/metrics")):
-            assert found == {403}
+            assert statuses == {403}
         elif method != "delete":
-            assert not found & {401, 403}
+            assert not statuses & {401, 403}
 
 
 def ask_all(operation: Any, mode: GenerationMode, headers: dict[str, str] | None = None) -> set[int]:
     """Return the statuses of the answers, each of which was as documented."""
-    found = set()
+    statuses = set()
 
     @settings(
         max_examples=EXAMPLES if headers is None else EXAMPLES // 3,
@@ -166,7 +170,7 @@ def ask_all(operation: Any, mode: GenerationMode, headers: dict[str, str] | None
     )
     @given(operation.as_strategy(generation_mode=mode))
     def ask(case: schemathesis.Case[Any]) -> None:
-        found.add(case.call_and_validate(checks=CHECKS, headers=headers).status_code)
+        statuses.add(case.call_and_validate(checks=CHECKS, headers=headers).status_code)
 
     ask()
-    return found
+    return statuses

@@ -202,7 +202,7 @@ async def test_request_is_charged_when_another_limit_rejects_it(service: Service
     answers = [await client.post(CHAT_PATH, json={**SHORT, "max_tokens": 50}, headers=LIMITED) for _ in range(3)]
     assert [error_of(answer)["message"].partition(":")[0] for answer in answers[1:]] == [
         "the answers may take 50 tokens, more than the limit of this key",
-        "this key has reached its limit of",
+        "this key has reached its limit of 2 requests per minute; send the request again later",
     ]
 
 
@@ -325,8 +325,8 @@ class TestUsage:
             await client.post(CHAT_PATH, json=SHORT, headers=LIMITED)
             await client.post(CHAT_PATH, json={**SHORT, "model": "unknown"}, headers=LIMITED)
             await asyncio.to_thread(service.usage_writer.close)
-        found = usage_since(store, datetime.now(UTC) - timedelta(hours=1))
-        assert found == [UsageTotal("limited", NAME, Usage(1, 3, 4))]
+        totals = usage_since(store, datetime.now(UTC) - timedelta(hours=1))
+        assert totals == [UsageTotal("limited", NAME, Usage(1, 3, 4))]
 
     async def test_row_of_a_request_has_the_id_of_its_key(self, socket_folder: Path, store: Store) -> None:
         async with Service(socket_folder, store=store).run() as service, service.client() as client:

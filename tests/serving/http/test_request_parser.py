@@ -155,7 +155,7 @@ def curl_speaks_http2() -> bool:
 async def test_curl_is_answered_when_it_asks_for_http2() -> None:
     async with connected(echo) as (_, writer):
         port = writer.get_extra_info("peername")[1]
-        told = await run(
+        output = await run(
             "curl",
             "-sS",
             "--http2",
@@ -168,7 +168,7 @@ async def test_curl_is_answered_when_it_asks_for_http2() -> None:
             f"http://127.0.0.1:{port}/v1?q",
             f"http://127.0.0.1:{port}/v1?q",
         )
-        assert told == 2 * f"POST /v1?q {BODY.decode()}"
+        assert output == 2 * f"POST /v1?q {BODY.decode()}"
 
 
 @pytest.mark.skipif(shutil.which("javac") is None, reason="Java's compiler is not installed")
@@ -177,5 +177,5 @@ async def test_java_client_is_answered_when_it_offers_http2(tmp_path: Path) -> N
     source.write_text(JAVA)
     async with connected(echo) as (_, writer):
         port = writer.get_extra_info("peername")[1]
-        told = await run("java", str(source), f"http://127.0.0.1:{port}/v1?q", BODY.decode())
-        assert told == f"POST /v1?q {BODY.decode()}"
+        output = await run("java", str(source), f"http://127.0.0.1:{port}/v1?q", BODY.decode())
+        assert output == f"POST /v1?q {BODY.decode()}"

@@ -55,9 +55,9 @@ SLOW = [
 
 @pytest.mark.parametrize(("schema", "limit"), SLOW)
 def test_schema_is_rejected_when_it_takes_seconds_to_compile(schema: Any, limit: str) -> None:
-    told = excess({"json_schema": {"schema": schema}})
-    assert told is not None and limit in told
-    assert excess({"json": json.dumps(schema)}) == told
+    text = excess({"json_schema": {"schema": schema}})
+    assert text is not None and limit in text
+    assert excess({"json": json.dumps(schema)}) == text
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_repetition_is_counted_in_every_spelling(text: str) -> None:
 
 
 @given(st.text(alphabet="a()[]{}\\,0123456789|*+?", max_size=60))
-def test_length_is_defined_for_any_text(text: str) -> None:
+def test_length_of_any_text_is_not_negative(text: str) -> None:
     assert written_out(text) >= 0
 
 

@@ -66,8 +66,8 @@ def test_stored_and_background_responses_are_rejected(param: str, values: list[o
 @pytest.mark.parametrize("route", [CHAT, PLAIN])
 @given(n=st.integers(1, 2000), prompts=st.integers(1, 2000))
 def test_too_many_answers_are_rejected(route: Route, n: int, prompts: int) -> None:
-    for one in ("a", [1, 2]):
-        fields = {"n": n, "prompt": [one] * prompts}
+    for prompt in ("a", [1, 2]):
+        fields = {"n": n, "prompt": [prompt] * prompts}
         assert refused(fields, route) == ("n" if n * prompts > MAX_ANSWERS else None)
 
 

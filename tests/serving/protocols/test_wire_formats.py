@@ -93,8 +93,8 @@ class TestEveryRoute:
     @routes
     def test_finish_reason_is_read_when_a_stream_is_truncated(self, route: Route) -> None:
         events = stream_of(wire_of(route.value, "tuned", {}), ["a", "b"], Counts(1, 2))
-        found = [reason for event in events if (reason := wire_format(route).finish_reason(event))]
-        assert found == ["length"]
+        reasons = [reason for event in events if (reason := wire_format(route).finish_reason(event))]
+        assert reasons == ["length"]
 
     @routes
     @pytest.mark.parametrize(
@@ -164,8 +164,8 @@ class TestCompletions:
     ) -> None:
         usage = {"prompt_tokens": counts.prompt, "completion_tokens": counts.completion, "details": {"cached": 1}}
         answer = {"text": '"usage": {"prompt_tokens": 9}' + text, "usage": usage, "after": text}
-        found = CHAT.usage(json.dumps(answer, separators=separators).encode())
-        assert found == Usage(counts.prompt, counts.completion)
+        counted = CHAT.usage(json.dumps(answer, separators=separators).encode())
+        assert counted == Usage(counts.prompt, counts.completion)
 
     @pytest.mark.parametrize(
         "data",

@@ -238,8 +238,8 @@ async def test_failed_load_is_raised_in_all_waiting_requests_and_not_cached() ->
     shelf = Shelf(2)
     cache = cache_of(shelf)
     shelf.failing = {version(1)}
-    found = await asyncio.gather(*(use(shelf, cache, 1) for _ in range(5)), return_exceptions=True)
-    assert all(isinstance(error, EngineError) for error in found)
+    results = await asyncio.gather(*(use(shelf, cache, 1) for _ in range(5)), return_exceptions=True)
+    assert all(isinstance(error, EngineError) for error in results)
     assert (shelf.loads[version(1)], shelf.holds, cache.loaded) == (1, {}, [])
     shelf.failing.clear()
     await use(shelf, cache, 1)
@@ -288,20 +288,20 @@ async def test_waiting_requests_fail_when_the_engine_stops() -> None:
     asking = [asyncio.create_task(use(shelf, cache, number)) for number in (1, 1, 2)]
     await turns(lambda: shelf.names)
     cache.close()
-    found = await asyncio.gather(*asking, return_exceptions=True)
-    assert [type(error) for error in found] == [EngineUnavailableError] * 3
+    results = await asyncio.gather(*asking, return_exceptions=True)
+    assert [type(error) for error in results] == [EngineUnavailableError] * 3
     with pytest.raises(EngineUnavailableError):
         await use(shelf, cache, 1)
     assert cache.loaded == []
 
 
 async def test_unused_adapter_is_evicted_immediately_when_its_version_is_removed() -> None:
-    shelf, told = Shelf(2), list[float | None]()
-    cache = cache_of(shelf, on_change=told.append)
+    shelf, reports = Shelf(2), list[float | None]()
+    cache = cache_of(shelf, on_change=reports.append)
     await use(shelf, cache, 1)
     await asyncio.sleep(0)
     cache.drop(version(1))
-    assert (cache.loaded, cache.has(version(1)), told[-1]) == ([], False, None)
+    assert (cache.loaded, cache.has(version(1)), reports[-1]) == ([], False, None)
     await turns(lambda: not shelf.holds)
 
 
@@ -347,12 +347,12 @@ async def test_dropping_an_adapter_that_is_not_loaded_does_nothing() -> None:
 
 
 async def test_loads_and_evictions_are_reported() -> None:
-    shelf, told = Shelf(1), list[float | None]()
-    cache = cache_of(shelf, on_change=told.append)
+    shelf, reports = Shelf(1), list[float | None]()
+    cache = cache_of(shelf, on_change=reports.append)
     for number in (1, 2):
         await use(shelf, cache, number)
     await asyncio.sleep(0)
-    assert [seconds is None for seconds in told] == [False, True, False]
+    assert [seconds is None for seconds in reports] == [False, True, False]
 
 
 @settings(max_examples=3 * settings().max_examples, deadline=None)
@@ -396,7 +396,9 @@ def test_rules_hold_under_any_order_of_requests(
             cache.drop(version(number))
 
         async with asyncio.timeout(10):
-            await asyncio.gather(*(ask(*one) for one in asked), *(drop(*one) for one in dropped))
+            await asyncio.gather(
+                *(ask(*arguments) for arguments in asked), *(drop(*arguments) for arguments in dropped)
+            )
             await turns(lambda: not cache._tasks)
         assert not cache._waiting and all(not slot.users for slot in cache._slots.values())
         assert not any(slot.closing or slot.dropped for slot in cache._slots.values())

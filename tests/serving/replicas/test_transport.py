@@ -58,9 +58,9 @@ def test_failure_quotes_nothing_of_the_request() -> None:
 
 @pytest.mark.parametrize("error", [None, [], "text", {}, {"message": None}, {"message": 1, "param": 2}])
 def test_error_of_any_shape_becomes_a_rejection(error: object) -> None:
-    found = refusal(400, error)
-    assert isinstance(found, EngineRefusedError)
-    assert found.wrong
+    typed = refusal(400, error)
+    assert isinstance(typed, EngineRefusedError)
+    assert typed.wrong
 
 
 @pytest.mark.parametrize(

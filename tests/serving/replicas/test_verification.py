@@ -71,8 +71,8 @@ async def test_altered_file_is_an_error(make: Make) -> None:
 async def test_difference_within_the_tolerance_passes(control: Control) -> None:
     control.double.probe_noise = 0.0009
     verification = Verification(control.registry, control.store, kind_of(FACTS))
-    found = await verification.probes(control.park.engines[-1], target(1), fresh=False)
-    assert found.verified and found.found.startswith("1 probes passed")
+    checked = await verification.probes(control.park.engines[-1], target(1), fresh=False)
+    assert checked.verified and checked.found.startswith("1 probes passed")
 
 
 async def test_difference_beyond_the_tolerance_is_an_error(control: Control) -> None:
@@ -91,16 +91,16 @@ async def test_probes_of_another_version_are_an_error(control: Control) -> None:
 
 
 async def test_probes_are_taken_again_and_stored_on_another_kind_of_engine(elsewhere: Control) -> None:
-    kept = find_retaken_probes(elsewhere.store, target(1), OTHER_FACTS)
-    assert kept is not None
-    assert [probe.engine for probe in kept] == [OTHER_FACTS]
+    stored = find_retaken_probes(elsewhere.store, target(1), OTHER_FACTS)
+    assert stored is not None
+    assert [probe.engine for probe in stored] == [OTHER_FACTS]
     assert find_retaken_probes(elsewhere.store, target(1), FACTS) is None
 
 
 async def test_stored_probes_are_checked_the_next_time(elsewhere: Control) -> None:
     verification = Verification(elsewhere.registry, elsewhere.store, kind_of(OTHER_FACTS))
-    found = await verification.probes(elsewhere.park.engines[-1], target(1), fresh=False)
-    assert "probes passed" in found.found
+    checked = await verification.probes(elsewhere.park.engines[-1], target(1), fresh=False)
+    assert "probes passed" in checked.found
     elsewhere.double.probe_noise = 0.02
     with pytest.raises(ProbeError):
         await verification.probes(elsewhere.park.engines[-1], target(1), fresh=False)

@@ -107,8 +107,8 @@ async def test_previous_version_serves_and_the_swap_is_repeated_when_the_server_
         assert (await ask(client, stream=False)).words == {"2"}
         assert control.desired().target == target(2)
         assert (await control.outcome(wish)).outcome is SwapOutcome.SUCCEEDED
-        found = find_swap(left.store, NAME, wish.generation)
-        assert found is not None and found.id == begun
+        swap = find_swap(left.store, NAME, wish.generation)
+        assert swap is not None and swap.id == begun
         assert any("weights of" in step for step in control.steps)
     assert len(left.park.engines) == started + 1  # the adopted one was reloaded in place
     assert left.park.ended == []

@@ -126,7 +126,7 @@ async def test_reload_is_undone_when_there_are_no_probes(elsewhere: Elsewhere, m
         await control.serves(target(1))
 
 
-async def test_adopted_engine_does_not_count_as_started_with_the_version(make: Make) -> None:
+async def test_running_engine_is_replaced_when_this_kind_of_engine_never_started_the_version(make: Make) -> None:
     control = make()
     control.leaves = True
     async with control.run():

@@ -37,8 +37,8 @@ def configure(home: Home, **settings: Any) -> None:
 
 async def answer(client: httpx.AsyncClient, model: str = NAME) -> tuple[int, str]:
     """Return the status, and the version in the header."""
-    found = await client.post("/v1/chat/completions", json=BODY | {"model": model})
-    return found.status_code, found.headers.get("x-model-version", "")
+    response = await client.post("/v1/chat/completions", json=BODY | {"model": model})
+    return response.status_code, response.headers.get("x-model-version", "")
 
 
 async def states(client: httpx.AsyncClient) -> dict[str, str]:

@@ -149,12 +149,12 @@ def _fails_once(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _fails(function: Callable[..., Any], times: int, error: Exception) -> Callable[..., Any]:
-    left = times
+    failures = times
 
     def fail(*arguments: Any) -> Any:
-        nonlocal left
-        if left:
-            left -= 1
+        nonlocal failures
+        if failures:
+            failures -= 1
             raise error
         return function(*arguments)
 

@@ -63,7 +63,7 @@ async def serving(make: Make, replicas: int, **settings: object) -> AsyncIterato
 def kill(control: Control, member: int) -> Replica:
     """Kill a member's engine."""
     engine = control.pool.members[member]
-    next(one for one in control.park.engines if one.alive and one.replica == engine.replica).kill()
+    next(double for double in control.park.engines if double.alive and double.replica == engine.replica).kill()
     return engine
 
 

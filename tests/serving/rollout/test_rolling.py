@@ -83,7 +83,7 @@ async def test_engine_that_died_unnoticed_before_its_turn_restarts_with_the_new_
         wish = control.wish(2)
         await until(lambda: any(engine.state is EngineState.SWAPPING for engine in control.pool.members))
         (other,) = control.pool.ready
-        next(one for one in control.park.engines if one.client is other.client).double.dead = True
+        next(double for double in control.park.engines if double.client is other.client).double.dead = True
         assert (await control.outcome(wish)).outcome is SwapOutcome.SUCCEEDED
         await both_ready(control, 2)
 

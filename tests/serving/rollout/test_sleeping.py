@@ -36,15 +36,17 @@ def sleeping(home: Home) -> Home:
 
 async def answer(client: httpx.AsyncClient, model: str = NAME) -> tuple[int, str, str]:
     """Return the status, the version in the header, and the number in the text."""
-    found = await client.post("/v1/chat/completions", json=BODY | {"model": model})
-    text = found.json()["choices"][0]["message"]["content"].partition(".")[0] if found.is_success else ""
-    return found.status_code, found.headers.get("x-model-version", ""), text
+    response = await client.post("/v1/chat/completions", json=BODY | {"model": model})
+    text = response.json()["choices"][0]["message"]["content"].partition(".")[0] if response.is_success else ""
+    return response.status_code, response.headers.get("x-model-version", ""), text
 
 
 async def engines(client: httpx.AsyncClient, model: str = NAME) -> list[tuple[str, bool]]:
     """Return the state of each engine of a model, and whether it is asleep."""
     models = (await client.get("/svc/status")).json()["models"]
-    return [(one["state"], one["asleep"]) for each in models if each["model"] == model for one in each["engines"]]
+    return [
+        (engine["state"], engine["asleep"]) for each in models if each["model"] == model for engine in each["engines"]
+    ]
 
 
 async def asleep(client: httpx.AsyncClient, model: str = NAME, *, replicas: int = 1) -> None:
@@ -236,11 +238,11 @@ async def test_sleeping_engine_of_a_killed_server_is_stopped_by_the_next_one(mak
     async with control.run():
         await control.replica.sleep()
         await control.replica.leave()  # like a killed server
-    left, control.leaves = control.park.left[0], False
+    orphan, control.leaves = control.park.left[0], False
     control.assemble()
     async with asyncio.timeout(5), control.run():
         await control.serves(target(1))
-        assert not left.alive
+        assert not orphan.alive
         assert (control.park.ended, control.park.alive) == ([0], 1)
 
 

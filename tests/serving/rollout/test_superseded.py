@@ -216,10 +216,10 @@ async def test_version_is_undone_when_the_swap_is_superseded_while_its_probes_ar
         verify, verified = control.replica.verify, asyncio.Event()
 
         async def verify_slowly(version: Target) -> str:
-            found = await verify(version)
+            checked = await verify(version)
             verified.set()
             await asyncio.sleep(0.1)
-            return found
+            return checked
 
         monkeypatch.setattr(control.replica, "verify", verify_slowly)
         promotion = control.wish(2)
@@ -396,7 +396,9 @@ async def test_swap_is_cancelled_when_the_serving_engine_dies_at_the_same_time(c
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2])
-async def test_swap_is_cancelled_when_one_of_several_engines_dies_at_the_same_time(make: Make, victim: int) -> None:
+async def test_previous_version_is_restored_when_an_engine_dies_during_a_superseded_swap(
+    make: Make, victim: int
+) -> None:
     """One that was changed, one that is being changed, and one that was not."""
     control = make(replicas=3)
     control.park.prepare = slow

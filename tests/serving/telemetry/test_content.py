@@ -22,10 +22,10 @@ def event(delta: dict[str, object], index: int = 0) -> bytes:
 
 
 def answered(*parts: bytes) -> Content:
-    found = Content(CHAT, payload(prompt="x"))
+    collected = Content(CHAT, payload(prompt="x"))
     for part in parts:
-        found.add(part)
-    return found
+        collected.add(part)
+    return collected
 
 
 def test_prompt_of_a_chat_is_its_messages() -> None:
@@ -78,12 +78,12 @@ def test_answer_with_only_tool_calls_has_no_text() -> None:
 
 
 def test_lone_surrogate_can_be_stored() -> None:
-    found = prompt_text(Content(CHAT, b'{"prompt": "a\\ud800b"}'), PLAIN)
-    assert found.encode("utf-8") == b'"a?b"'
+    text = prompt_text(Content(CHAT, b'{"prompt": "a\\ud800b"}'), PLAIN)
+    assert text.encode("utf-8") == b'"a?b"'
 
 
 def test_answer_over_the_limit_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(content, "MAX_ANSWER_BYTES", 100)
-    found = answered(b"x" * 60, b"y" * 60, b"z" * 10)
-    assert found.too_long
-    assert found.answer == []
+    truncated = answered(b"x" * 60, b"y" * 60, b"z" * 10)
+    assert truncated.too_long
+    assert truncated.answer == []

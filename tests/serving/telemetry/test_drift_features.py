@@ -119,7 +119,7 @@ def test_features_are_stored_in_the_order_of_requests_by_one_process(features: F
     features.stored(250)
     (process,) = children()
     assert process.nice() == 10
-    items = [found.item for found in read_items(features.store, ONE, after=0, newest=999)]
+    items = [row.item for row in read_items(features.store, ONE, after=0, newest=999)]
     assert [item.request_id for item in items] == [f"req-{number}" for number in range(250)]
     assert items[0].prompt["characters"] == len("Where is Featherstonehaugh?")
     assert items[0].answer["answer_tokens"] == 3  # the length limit of held-out answers

@@ -53,14 +53,14 @@ def metrics(*answers: httpx.Response | Exception) -> tuple[EngineMetrics, Collec
         return answer
 
     engine = client(reply)
-    found, registry = EngineMetrics(lambda: [EngineSource(engine, TWO, 0)]), CollectorRegistry()
-    registry.register(found)
-    return found, registry
+    collector, registry = EngineMetrics(lambda: [EngineSource(engine, TWO, 0)]), CollectorRegistry()
+    registry.register(collector)
+    return collector, registry
 
 
 async def test_each_sample_has_model_and_version() -> None:
-    found, registry = metrics(httpx.Response(200, text=PAGE))
-    await found.refresh()
+    collector, registry = metrics(httpx.Response(200, text=PAGE))
+    await collector.refresh()
     labels = {"engine": "0", "model_name": "tuned", "model": "tuned", "version": "2", "replica": "0"}
     assert registry.get_sample_value("vllm:num_requests_running", labels) == 3
     assert registry.get_sample_value("vllm:prompt_tokens_total", labels) == 42
@@ -68,14 +68,14 @@ async def test_each_sample_has_model_and_version() -> None:
 
 
 async def test_adapter_names_create_no_series() -> None:
-    found, registry = metrics(httpx.Response(200, text=PAGE))
-    await found.refresh()
+    collector, registry = metrics(httpx.Response(200, text=PAGE))
+    await collector.refresh()
     assert b"lora_requests_info" not in generate_latest(registry)
 
 
 async def test_process_metrics_of_the_engine_are_left_out() -> None:
-    found, registry = metrics(httpx.Response(200, text=PAGE))
-    await found.refresh()
+    collector, registry = metrics(httpx.Response(200, text=PAGE))
+    await collector.refresh()
     assert b"python_info" not in generate_latest(registry)
 
 
@@ -92,25 +92,25 @@ async def test_process_metrics_of_the_engine_are_left_out() -> None:
 async def test_engine_has_no_metrics_when_it_no_longer_answers(
     answer: httpx.Response | Exception,
 ) -> None:
-    found, registry = metrics(httpx.Response(200, text=PAGE), answer)
-    await found.refresh()
+    collector, registry = metrics(httpx.Response(200, text=PAGE), answer)
+    await collector.refresh()
     assert b"vllm:" in generate_latest(registry)
-    await found.refresh()
+    await collector.refresh()
     assert generate_latest(registry) == b""
 
 
 async def test_page_is_empty_before_an_engine_holds_a_version() -> None:
-    found, registry = EngineMetrics(list), CollectorRegistry()
-    registry.register(found)
-    await found.refresh()
+    collector, registry = EngineMetrics(list), CollectorRegistry()
+    registry.register(collector)
+    await collector.refresh()
     assert generate_latest(registry) == b""
 
 
 async def test_each_of_several_engines_has_its_series_in_one_family() -> None:
     engine = client(lambda request: httpx.Response(200, text=PAGE))
-    found = EngineMetrics(lambda: [EngineSource(engine, ONE, 0), EngineSource(engine, TWO, 1)])
-    await found.refresh()
-    (family,) = [family for family in found.collect() if family.name == "vllm:prompt_tokens"]
+    collector = EngineMetrics(lambda: [EngineSource(engine, ONE, 0), EngineSource(engine, TWO, 1)])
+    await collector.refresh()
+    (family,) = [family for family in collector.collect() if family.name == "vllm:prompt_tokens"]
     shown = {(sample.labels["version"], sample.labels["replica"]) for sample in family.samples}
     assert shown == {("1", "0"), ("2", "1")}
 

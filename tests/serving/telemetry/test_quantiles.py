@@ -42,10 +42,10 @@ def test_quantiles_over_all_slots_are_within_one_per_cent_of_the_exact_ones(samp
         clock.now = slot * SLOT_S
         versions.observe(("tuned", "1"), value)
     ordered = sorted(value for value, _ in samples)
-    found = shown(versions)
+    values = shown(versions)
     for quantile in QUANTILES:
         exact = ordered[int(quantile * (len(ordered) - 1))]
-        assert math.isclose(found["1", str(quantile)], exact, rel_tol=0.0101)
+        assert math.isclose(values["1", str(quantile)], exact, rel_tol=0.0101)
 
 
 def test_zero_seconds_are_shown_as_nearly_nothing() -> None:

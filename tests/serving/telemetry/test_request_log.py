@@ -290,9 +290,9 @@ def test_corrections_count_towards_the_size_limit(store: Store, monkeypatch: pyt
         pen.writer.add(RECORD._replace(request_id=f"req-{number}"))
     pen.writer.flush(5)
     for number in range(8):
-        kept = keep_feedback(store, f"req-{number}", Feedback(Rating.BAD, correction="c" * 2**18))
-        assert kept is not None
-        pen.writer.has_grown(kept.grown_bytes)
+        stored = keep_feedback(store, f"req-{number}", Feedback(Rating.BAD, correction="c" * 2**18))
+        assert stored is not None
+        pen.writer.has_grown(stored.grown_bytes)
     time.sleep(0.1)
     pen.writer.close()
     assert sum(row.bytes for row in pen.rows()) <= 2**20

@@ -253,8 +253,8 @@ def test_two_parents_are_ignored() -> None:
 
 @given(st.text(st.characters(max_codepoint=255)), st.text(st.characters(max_codepoint=255)))
 def test_header_lines_for_the_engine_are_valid_whatever_a_client_sends(parent: str, state: str) -> None:
-    for one in (parent, f"00-{TRACE}-{PARENT}-01"):
-        lines = TRACER.begin(headers(one, state=state)).header_lines
+    for traceparent in (parent, f"00-{TRACE}-{PARENT}-01"):
+        lines = TRACER.begin(headers(traceparent, state=state)).header_lines
         assert lines.endswith("\r\n")
         for line in lines.removesuffix("\r\n").split("\r\n"):
             assert line.split(": ")[0] in ("traceparent", "tracestate")
