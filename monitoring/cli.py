@@ -1,4 +1,4 @@
-"""`svc status`: what runs, and how well, on one screen. `svc monitor`: the exporter."""
+"""`svc status`: the state and figures of the running server on one screen. `svc monitor`: the exporter."""
 
 import dataclasses
 import os
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("models", nargs=-1)
-@click.option("--watch", is_flag=True, help="Show it until Ctrl-C, always anew.")
+@click.option("--watch", is_flag=True, help="Refresh until Ctrl-C.")
 @click.option(
-    "--interval", type=click.FloatRange(0.2), default=2.0, show_default=True, help="Seconds between two looks."
+    "--interval", type=click.FloatRange(0.2), default=2.0, show_default=True, help="Seconds between refreshes."
 )
-@click.option("--verbose", is_flag=True, help="Also how the engine was started: each choice, and where it came from.")
+@click.option("--verbose", is_flag=True, help="Also show how the engine was started: each choice and its origin.")
 @json_option
 @click.pass_context
 def status(
@@ -40,12 +40,12 @@ def status(
 ) -> None:
     """Show versions, engines, requests, latency and errors of the running server.
 
-    MODELS are names; without any, all that it serves are shown.
+    MODELS are model names; without any, all served models are shown.
     """
     of = remote_of(ctx) or settings_of(ctx)
     if watch:
         if as_json:
-            raise click.UsageError("--watch is for people; ask again and again for --json")
+            raise click.UsageError("--watch and --json cannot be combined; to poll, repeat `svc status --json`")
         _watch(of, models, interval, verbose=verbose)
         return
     look = _look(of, models)
@@ -67,7 +67,7 @@ def _as_json(model: Mapping[str, Any], drift: Mapping[str, Any], *, verbose: boo
 
 
 def _watch(of: ServerAddress | Settings, models: Sequence[str], interval_s: float, *, verbose: bool) -> None:
-    """Until Ctrl-C; a server or a model that goes away is waited for."""
+    """Show the status until Ctrl-C; wait for a server or a model that disappears."""
     from rich.live import Live
     from rich.text import Text
 
@@ -87,7 +87,7 @@ def _watch(of: ServerAddress | Settings, models: Sequence[str], interval_s: floa
         rates = rates_between(before[0], look.figures, now - before[1]) if before else {}
         return status_screen(look, rates, verbose=verbose)
 
-    # On a terminal each screen takes the place of the one before; in a pipe they follow each other.
+    # On a terminal each screen replaces the previous one; in a pipe they follow each other.
     with Live(console=output, auto_refresh=False, screen=True) if output.is_terminal else nullcontext() as live:
         while True:
             if live is None:
@@ -98,12 +98,12 @@ def _watch(of: ServerAddress | Settings, models: Sequence[str], interval_s: floa
 
 
 @click.command()
-@click.option("--server", help="URL of the server to watch.  [default: the one that runs on this home]")
+@click.option("--server", help="URL of the server to watch.  [default: the server of this home]")
 @click.option("--host", help="Address to listen on.")
 @click.option("--port", type=int, help="Port to listen on.")
 @click.pass_context
 def monitor(ctx: click.Context, server: str | None, host: str | None, port: int | None) -> None:
-    """Export the metrics of server, versions and training to Prometheus until SIGTERM or Ctrl-C."""
+    """Export metrics of the server, versions and training to Prometheus until SIGTERM or Ctrl-C."""
     given = {"server": server, "host": host, "port": port}
     settings = settings_of(ctx, monitor={key: value for key, value in given.items() if value is not None} or None)
     from monitoring.drift.worker import DriftWorker
@@ -112,7 +112,7 @@ def monitor(ctx: click.Context, server: str | None, host: str | None, port: int 
     from svc.store.database import open_database
     from svc.terminal import console
 
-    # A tracking server that hangs must not cost the server's figures: Prometheus gives up after ten seconds.
+    # A tracking server that hangs must not delay the server's metrics: Prometheus gives up after ten seconds.
     os.environ |= {"MLFLOW_HTTP_REQUEST_TIMEOUT": "1", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     watch = settings.monitor
     watched = ServerAddress.with_key(watch.server, watch.key_file, watch.authority) if watch.server else None
@@ -140,15 +140,15 @@ def monitor(ctx: click.Context, server: str | None, host: str | None, port: int 
 
 
 def _look(of: ServerAddress | Settings, models: Sequence[str]) -> "Look":
-    """Asks the server.
+    """Read the status and metrics of a server.
 
     Args:
-        of: a server elsewhere, or the settings of a home; drift is known in a home alone.
-        models: names of those that are looked at; none: all.
+        of: a remote server, or the settings of a home; drift is known only for a home.
+        models: names of the models to show; none: all.
 
     Raises:
-        ServerNotRunningError: there is none, or it does not answer.
-        NotFoundError: one of the models is neither served nor refused.
+        ServerNotRunningError: no server runs, or it does not answer.
+        NotFoundError: a model is neither served nor refused.
     """
     import httpx
 
@@ -163,19 +163,19 @@ def _look(of: ServerAddress | Settings, models: Sequence[str]) -> "Look":
                 if answer.status_code in (401, 403):
                     raise told_error(server.url, answer.status_code, answer.json())
                 answer.raise_for_status()
-            found, figures = state.json(), read_figures(metrics.text, models)
+            status, figures = state.json(), read_figures(metrics.text, models)
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         raise ServerNotRunningError(
-            f"the server at {server.url} does not answer: {error}", todo="see its log"
+            f"the server at {server.url} does not answer: {error}", todo="check the server's log"
         ) from error
     if models:
-        found = _only(found, models)
-    drift = {model["model"]: _drift(of, model) for model in found["models"]} if isinstance(of, Settings) else {}
-    return Look(server.url, found, figures, drift)
+        status = _only(status, models)
+    drift = {model["model"]: _drift(of, model) for model in status["models"]} if isinstance(of, Settings) else {}
+    return Look(server.url, status, figures, drift)
 
 
 def _only(state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """What a server says of some of its models."""
+    """Return the state limited to some of its models."""
     served = [model["model"] for model in state["models"]]
     for name in names:
         if name not in served and name not in state["refused"]:
@@ -195,7 +195,7 @@ def _store(home: Path) -> "Store":
 
 
 def _drift(settings: Settings, state: Mapping[str, Any]) -> dict[str, str]:
-    """How drift and held-out quality of the version that a model serves stood at the last check of this home."""
+    """Return the status of each drift signal and the held-out quality of the served version, as of the last check."""
     from monitoring.drift.production import read_drift
     from svc.registry.registry import Registry
     from svc.version import Format, Target, VersionId
@@ -203,7 +203,7 @@ def _drift(settings: Settings, state: Mapping[str, Any]) -> dict[str, str]:
     try:
         target = Target(VersionId.parse(state["version"]), Format(state["format"]))
         reports, quality = read_drift(Registry.of(settings), _store(settings.home), target)
-    except (NotFoundError, IntegrityError, ValidationError):  # the last: what another release wrote
+    except (NotFoundError, IntegrityError, ValidationError):  # the last: written by another release
         return {}
-    found = {report.signal.value: report.status.value for report in reports}
-    return {**found, "quality": quality.quality.value} if found or quality.asked_at else {}
+    signals = {report.signal.value: report.status.value for report in reports}
+    return {**signals, "quality": quality.quality.value} if signals or quality.asked_at else {}

@@ -1,17 +1,17 @@
-"""Is the version in use as good as it was at registration? The held-out set, asked again, against what it gave then.
+"""Compare the quality of the served version with its registration by running the held-out set again.
 
-The same weights on the same kind of engine give the same figures but for rounding. So a change here is no drift of
-traffic, it is a fault of serving: other weights, a broken kernel, a cache that answers for another version.
+The same weights on the same kind of engine give the same figures except for rounding. So a change here is not drift of
+traffic but a fault of serving: other weights, a broken kernel, a cache that answers for another version.
 
-Another kind of engine than that of the registration rounds otherwise. There the first run is what later ones are held
-against, and what it is worth is not judged here: the probes have been (serving/replicas/verification.py).
+Another kind of engine than that of the registration rounds differently. There, later runs are compared with the first
+one; whether that one is good is not checked here, but by the probes (serving/replicas/verification.py).
 
-A change of the log-likelihood is called when its mean is beyond what rounding explains, and large enough to matter; a
-change of the primary metric when an exact test of its scores finds it, example by example. Each at one false alarm in
-10,000 runs; at the default pace that is one in more than three years for both.
+The log-likelihood counts as changed if its mean change is larger than rounding explains and large enough to matter;
+the primary metric if an exact paired test of its scores is significant. Each test has one false alarm in 10,000 runs;
+at the default interval that is one in more than three years for both.
 
-The test flips signs (Fisher 1935): where nothing changed, a score is as often higher as it is lower by as much. Equal
-answers have equal scores and say nothing. Of scores that are 0 or 1 it is McNemar's exact test.
+The test flips signs (Fisher 1935): without a change, a score is as often higher as it is lower by the same amount.
+Equal answers have equal scores and carry no information. For scores of 0 or 1 it is McNemar's exact test.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,23 +33,23 @@ from svc.version import Target
 
 ALPHA = 1e-4
 LEAST_NLL_CHANGE = 0.05
-"""Nats a token; other weights make whole nats. Examples asked alone, as they are again, and 16 at once, as at
-registration, differ by 0.01 in the mean: the engine rounds otherwise in a batch."""
+"""Nats per token; other weights change it by whole nats. Examples run one by one, as here, and in batches of 16, as at
+registration, differ by 0.01 on average: the engine rounds differently in a batch."""
 _ROUNDING_NATS = 0.05
-"""Standard deviation of that difference, of one example; 0.03 was measured."""
+"""Standard deviation of that difference for one example; 0.03 was measured."""
 
 _SAME = 1e-9
-"""Scores of equal answers differ by less, on whatever machine they are computed."""
+"""Scores of equal answers differ by less on any machine."""
 _FLIPS = 99_999
 
 
 class Figures(NamedTuple):
-    """What a version gave for one example.
+    """Results of a version on one example.
 
     Attributes:
-        nll: negative log-likelihood of the reference, nats a token.
-        weight: tokens of the reference.
-        score: by the metric that is watched.
+        nll: negative log-likelihood of the reference answer, nats per token.
+        weight: tokens of the reference answer.
+        score: by the watched metric.
     """
 
     nll: float
@@ -59,30 +59,30 @@ class Figures(NamedTuple):
 
 
 class Quality(StrEnum):
-    """How the version in use compares with its registration."""
+    """Quality of the served version compared with its registration."""
 
     UNKNOWN = "unknown"
-    """The held-out set has not been asked again, or cannot be."""
+    """The held-out set has not been run again, or cannot be."""
     AS_REGISTERED = "as_registered"
     CHANGED = "changed"
 
 
 @dataclass(frozen=True, slots=True)
 class QualityReport:
-    """What the newest run of the held-out set says.
+    """Result of the newest run of the held-out set.
 
     Attributes:
-        why: where quality is unknown.
-        nll, registered_nll: of the reference answers, nats a token, mean over their tokens; on another kind of engine
-            than the registration's, in place of registered figures those of the first run there.
-        nll_p: of the mean change, were it rounding.
+        why: reason if quality is unknown.
+        nll, registered_nll: of the reference answers, nats per token, mean over their tokens; on another kind of engine
+            than the registration's, registered figures are replaced by those of the first run there.
+        nll_p: p-value of the mean change, if it were rounding.
         exact_match, registered_exact_match: shares.
-        exact_match_p: of McNemar's exact test; it is shown, and judges nothing where another metric is watched.
-        metric: name of the metric that is watched: the version's primary one, or what that is made of.
-        score, registered_score: its figures.
-        score_p: of the exact test of its scores.
-        examples: how many were asked.
-        asked_at: when the run ended.
+        exact_match_p: p-value of McNemar's exact test; only for display if another metric is watched.
+        metric: name of the watched metric: the primary one, or its per-example part.
+        score, registered_score: values of the watched metric.
+        score_p: p-value of the exact test of its scores.
+        examples: number of compared examples.
+        asked_at: end of the run.
     """
 
     quality: Quality
@@ -102,10 +102,10 @@ class QualityReport:
 
 
 def read_quality(registry: Registry, store: Store, target: Target) -> QualityReport:
-    """Judges the newest run of a version in a format.
+    """Compare the newest run of a target with its registration.
 
     Raises:
-        IntegrityError: the registered results are not what the manifest says.
+        IntegrityError: the registered results differ from the manifest.
     """
     try:
         results = registry.results(target.version, target.format)
@@ -113,7 +113,7 @@ def read_quality(registry: Registry, store: Store, target: Target) -> QualityRep
         return QualityReport(Quality.UNKNOWN, error.wrong)
     run = newest_holdout_run(store, target)
     if run is None:
-        return QualityReport(Quality.UNKNOWN, "the held-out set was not asked again yet")
+        return QualityReport(Quality.UNKNOWN, "the held-out set has not been run again yet")
     if not all(run.metric in result.scores for result in results):
         run = _by_exact_match(run)
     registered = _registered(results, run.metric)
@@ -122,8 +122,10 @@ def read_quality(registry: Registry, store: Store, target: Target) -> QualityRep
         return judge(registered, run)
     first = first_holdout_run(store, target, run.engine)
     if first is None or first.id == run.id:
-        return QualityReport(Quality.UNKNOWN, "the first run on this kind of engine; later ones are held against it")
-    if first.metric != run.metric:  # the metric could not be had here for a time
+        return QualityReport(
+            Quality.UNKNOWN, "this was the first run on this kind of engine; later runs are compared with it"
+        )
+    if first.metric != run.metric:  # the metric was temporarily unavailable here
         first, run = _by_exact_match(first), _by_exact_match(run)
     there = zip(first.places, first.nll, first.hits, first.scores, strict=True)
     before = {place: Figures(nll, hit, registered[place].weight, score) for place, nll, hit, score in there}
@@ -131,10 +133,15 @@ def read_quality(registry: Registry, store: Store, target: Target) -> QualityRep
 
 
 def _registered(results: Sequence[ExampleResult], metric: str | None) -> dict[int, Figures]:
-    """Return what the version gave at its registration, by the places of the examples."""
+    """Return the registered results by the index of the example."""
     return {
-        place: Figures(one.nll, one.hit, one.scored, one.hit if metric == ExactMatch.name else one.scores[str(metric)])
-        for place, one in enumerate(results)
+        place: Figures(
+            result.nll,
+            result.hit,
+            result.scored,
+            result.hit if metric == ExactMatch.name else result.scores[str(metric)],
+        )
+        for place, result in enumerate(results)
     }
 
 
@@ -143,12 +150,12 @@ def _by_exact_match(run: HoldoutRun) -> HoldoutRun:
 
 
 def judge(before: Mapping[int, Figures], run: HoldoutRun) -> QualityReport:
-    """Compares a completed run with what the version gave before, example by example.
+    """Compare a completed run with earlier results, example by example.
 
     Args:
-        before: of registration, or of an earlier run, by their places in the held-out file; examples that it has not
-            are left out.
-        run: with the scores of the same metric.
+        before: results of registration, or of an earlier run, by index in the held-out file; examples without one are
+            skipped.
+        run: with scores of the same metric.
     """
     from scipy.stats import norm
 
@@ -158,8 +165,8 @@ def judge(before: Mapping[int, Figures], run: HoldoutRun) -> QualityReport:
     nll_before, hits_before, weights, scores_before, nll_now, hits_now, scores_now = columns
     weights = weights / weights.sum()
     change = float(weights @ (nll_now - nll_before))
-    # The chance that rounding changes the mean by so much. Its standard deviation is that of one example times the
-    # length of the vector of weights.
+    # The probability that rounding changes the mean by this much. Its standard deviation is that of one example times
+    # the norm of the weights.
     nll_p = float(2 * norm.sf(abs(change) / np.linalg.norm(weights) / _ROUNDING_NATS))
     nll_changed = nll_p <= ALPHA and abs(change) >= LEAST_NLL_CHANGE
     score_p = _sign_flips(scores_now - scores_before)
@@ -181,10 +188,10 @@ def judge(before: Mapping[int, Figures], run: HoldoutRun) -> QualityReport:
 
 
 def _sign_flips(changes: NDArray[np.float64]) -> float:
-    """The chance of a sum so far from 0, were each change as likely to be its opposite; exact at any level.
+    """Return the p-value of the sum of changes under random signs; exact at any level.
 
-    All combinations of signs up to 16 changes. Of more, 100,000 drawn ones, with the observed one counted among them,
-    by which no level is exceeded (Phipson and Smyth 2010).
+    Up to 16 changes, all combinations of signs are used; otherwise 100,000 random ones including the observed one, so
+    that the level is never exceeded (Phipson and Smyth 2010).
     """
     from scipy.stats import binomtest, permutation_test
 
@@ -193,7 +200,7 @@ def _sign_flips(changes: NDArray[np.float64]) -> float:
         return 1.0
     if np.ptp(np.abs(changes)) <= _SAME:  # McNemar's
         return float(binomtest(int((changes < 0).sum()), len(changes)).pvalue)
-    found = permutation_test(
+    test = permutation_test(
         (changes,), np.sum, permutation_type="samples", vectorized=True, n_resamples=_FLIPS, batch=_FLIPS // 10, rng=0
     )
-    return float(found.pvalue)
+    return float(test.pvalue)

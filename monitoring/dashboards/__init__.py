@@ -1,1 +1,1 @@
-"""The Grafana dashboards, as Grafana exports them, and the command that copies them."""
+"""The Grafana dashboards, in Grafana's export format, and the command that copies them."""

@@ -1,4 +1,4 @@
-"""`svc dashboards`: the Grafana dashboards as files."""
+"""`svc dashboards`: write the Grafana dashboards as files."""
 
 import os
 from pathlib import Path
@@ -21,7 +21,7 @@ def dashboards(out: Path, as_json: bool) -> None:
     """Write the Grafana dashboards as JSON files, ready to import or to provision."""
     from svc.terminal import print_json
 
-    os.umask(0o022)  # Grafana reads them as another user
+    os.umask(0o022)  # Grafana runs as another user
     out.mkdir(parents=True, exist_ok=True)
     paths = []
     for source in sorted(Path(__file__).parent.glob("*.json")):

@@ -1,4 +1,4 @@
-"""The alarms of a version that a check begins and ends: at most one of each feature lasts at a time."""
+"""The drift alarms of a version: each feature has at most one active alarm."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -20,36 +20,36 @@ MOVED = TypeAdapter(Line)
 
 
 class AlarmBook:
-    """Alarms of earlier checks, and what this one changes.
+    """Alarms of earlier checks, and the changes of the current check.
 
     Attributes:
-        changed: alarms that began or ended in this check.
+        changed: alarms that started or ended in this check.
     """
 
     def __init__(self, store: Store, target: Target) -> None:
         self._target = target
-        kept = read_drift_alarms(store, target)
-        self._lasting = {(alarm.signal, alarm.feature): alarm for alarm in kept if alarm.ended_at is None}
+        stored = read_drift_alarms(store, target)
+        self._lasting = {(alarm.signal, alarm.feature): alarm for alarm in stored if alarm.ended_at is None}
         self.changed: list[DriftAlarm] = []
 
     def lasting(self, signal: Signal) -> dict[str, DriftAlarm]:
-        """Return the alarms of a signal that last, by feature."""
+        """Return the active alarms of a signal by feature."""
         return {feature: alarm for (of, feature), alarm in self._lasting.items() if of == signal}
 
     def report(self, signal: Signal) -> tuple[Lasting, ...]:
-        """Return the same for a report."""
+        """Return the active alarms of a signal as a report shows them."""
         return tuple(Lasting(alarm.feature, alarm.since) for alarm in self.lasting(signal).values())
 
     def begin(
         self, signal: Signal, moved: Line, *, since: datetime, called_at: datetime, examples: Sequence[str]
     ) -> None:
-        """Add an alarm.
+        """Start an alarm.
 
         Args:
-            moved: the feature and how it moved.
-            examples: ids of requests that show it.
+            moved: the feature and its change.
+            examples: ids of requests that show the change.
         """
-        self.end(signal, moved.name, called_at)  # one that lasts though the watch lost its state
+        self.end(signal, moved.name, called_at)  # still active although the watch lost its state
         log.warning("%s: %s drift: %s", self._target, signal, moved.name)
         text = MOVED.dump_json(moved).decode("utf-8")
         alarm = DriftAlarm(signal, moved.name, since, called_at, None, text, tuple(examples))
@@ -57,7 +57,7 @@ class AlarmBook:
         self.changed.append(alarm)
 
     def end(self, signal: Signal, feature: str, time: datetime) -> None:
-        """End the alarm of a feature, if one lasts."""
+        """End the active alarm of a feature, if any."""
         alarm = self._lasting.pop((signal, feature), None)
         if alarm is None:
             return
@@ -67,12 +67,12 @@ class AlarmBook:
         self.changed.append(replace(alarm, ended_at=time))
 
     def end_forgotten(self, signal: Signal, states: Mapping[str, FeatureState], time: datetime) -> None:
-        """End the alarms that the watch does not have: another release had other features, or its state was lost."""
+        """End alarms unknown to the watch: its state was lost, or another release had other features."""
         for feature in self.lasting(signal):
             if feature not in states or states[feature].alarm is None:
                 self.end(signal, feature, time)
 
     def end_all(self, signal: Signal, time: datetime) -> None:
-        """End the alarms of a signal."""
+        """End all alarms of a signal."""
         for feature in self.lasting(signal):
             self.end(signal, feature, time)

@@ -1,4 +1,4 @@
-"""Accepted traffic as bytes for the store: features and hashes, as its requests had them, and no text."""
+"""Accepted traffic as bytes for the store: features and hashes of its requests, no text."""
 
 import io
 from typing import Any
@@ -26,10 +26,10 @@ def baseline_bytes(baseline: Baseline) -> bytes:
 
 
 def read_baseline(data: bytes) -> Baseline:
-    """Return what `baseline_bytes` was given."""
+    """Return the baseline that `baseline_bytes` serialized."""
     with np.load(io.BytesIO(data), allow_pickle=False) as archive:
         arrays = {name: archive[name] for name in archive.files}
-    words = np.split(arrays["words"], np.cumsum(arrays["word_counts"]))[:-1]  # the last has what follows all: nothing
+    words = np.split(arrays["words"], np.cumsum(arrays["word_counts"]))[:-1]  # the last part is empty
     return Baseline(_sample("prompts", arrays), words, _sample("answers", arrays))
 
 

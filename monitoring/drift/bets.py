@@ -1,8 +1,7 @@
-"""The bets on a stream: sets of values, chosen before an item comes, and the largest share of each that is normal.
+"""The bets on a stream: sets of values, chosen before an item arrives, and the largest normal share of each set.
 
-A share is normal up to `SLACK` times what the reference may have at most (the upper end of its 90 % Wilson interval):
-day and night, weekends and a growing client change shares of topics and lengths by less, and are no drift. What doubles
-is.
+A share is normal up to `SLACK` times the upper end of the 90 % Wilson interval of the reference's share: day and night,
+weekends and a growing client change shares of topics and lengths by less, and are not drift. A doubled share is drift.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,11 +16,11 @@ from svc.drift_reference.sample import Floats, Names, Sample
 
 SLACK, SURE = 2.0, 1.64
 _MAX_BOUND = 0.7
-"""Beyond it, a set has next to nothing to win."""
+"""A set with a larger bound can win next to nothing."""
 _TAILS = (0.0, 0.02, 0.1)
 """Shares of the reference that lie outside the limits of a set, both tails together."""
 _MIN_SHARE = 0.02
-"""Of the reference; categories that are rarer are in one set, with new ones."""
+"""Of the reference; rarer categories share one set with new ones."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,8 @@ class Bet:
     """A set of values of one feature.
 
     Attributes:
-        bound: largest probability of the set that is normal.
-        hits: tell of each item of a sample whether it is in the set.
+        bound: largest normal probability of the set.
+        hits: return for each item of a sample whether it is in the set.
     """
 
     feature: str
@@ -50,7 +49,7 @@ def upper_share(count: int, size: int, z: float) -> float:
 
 
 def feature_bets(reference: Sample) -> list[Bet]:
-    """Return the bets on the readable features of a sample: tails of numbers, frequent, rare and new categories."""
+    """Return bets on the readable features of a sample: tails of numbers; frequent, rare and new categories."""
     bets = [bet for name, values in reference.numbers.items() for bet in _tail_bets(name, values)]
     bets += [bet for name, values in reference.categories.items() for bet in _category_bets(name, values)]
     return [bet for bet in bets if bet.bound < _MAX_BOUND]
@@ -72,7 +71,7 @@ def _category_bets(name: str, values: Names) -> list[Bet]:
         return []
     names, counts = np.unique(there, return_counts=True)
     frequent = counts >= _MIN_SHARE * len(there)
-    # As many are new as come once (Good 1953): of system prompts with a date in them, all are.
+    # The share of new categories is estimated by those seen once (Good 1953): all, if system prompts contain a date.
     bets = [Bet(name, _bound((counts == 1).sum(), len(there)), partial(_outside, name=name, known=names))]
     if not frequent.all():
         rare = _bound(counts[~frequent].sum(), len(there))
@@ -111,7 +110,7 @@ def _name_hits(values: Names, inside: np.ndarray[tuple[int, ...], np.dtype[np.bo
 
 
 def hit_table(bets: Sequence[Bet], items: Sample) -> Hits:
-    """Return the hits of all bets, items by bets."""
+    """Return the hits of all bets (items x bets)."""
     if not bets:
         return np.zeros((items.size, 0), dtype=np.int8)
     return np.stack([bet.hits(items) for bet in bets], axis=1)

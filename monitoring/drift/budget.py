@@ -1,7 +1,6 @@
-"""How often drift may be called where there is none: at most 0.1 false alarms are expected in 10,000 requests.
+"""The false alarm budget: at most 0.1 false drift alarms are expected in 10,000 requests.
 
-The budget covers all signals and features of a version together. Each bet (monitoring.drift.evidence) has a fixed share
-of it.
+The budget covers all signals and features of a version. Each bet (monitoring.drift.evidence) has a fixed share of it.
 """
 
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ FALSE_ALARMS_PER_REQUEST = 1e-5
 
 
 class Signal(StrEnum):
-    """What is watched in traffic. The held-out set's quality is apart: it is no traffic (monitoring/quality.py)."""
+    """The watched parts of traffic. Held-out quality is separate: it is not traffic (monitoring/quality.py)."""
 
     INPUT = "input"
     OUTPUT = "output"
@@ -19,4 +18,4 @@ class Signal(StrEnum):
 
 
 SIGNAL_SHARES: Mapping[Signal, float] = {Signal.INPUT: 0.6, Signal.OUTPUT: 0.25, Signal.PEOPLE: 0.15}
-"""Most for the input, which moves first."""
+"""The input has the largest share because it changes first."""

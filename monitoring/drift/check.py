@@ -1,6 +1,6 @@
-"""One check of a version's traffic: what is new goes through the detector, and what it finds is kept.
+"""One drift check of a version: new requests go through the detector, and its results are stored.
 
-Who makes it and how often changes nothing in what is found. One process at a time makes it, held by a lock of the home.
+Results do not depend on how often checks run, or which process runs them. A lock of the home allows one at a time.
 """
 
 import logging
@@ -39,14 +39,14 @@ _TRAFFIC_STATE: Final = TypeAdapter(TrafficState)
 _RATING_STATE: Final = TypeAdapter(RatingState)
 _MIN_REFERENCE = 10
 _MAX_READ = 5_000
-"""Items that one check takes: after days without a check, the newest."""
+"""Items per check: after days without a check, the newest."""
 _STALE = timedelta(hours=1)
-"""Without features of new requests, after which the server keeps none."""
+"""Time without features of new requests after which the server is taken to store none."""
 _MAKING = timedelta(minutes=10)
-"""A request may be so old before its features are there: the process that makes them has to start."""
+"""Maximum age of a request without features: the process that computes them has to start."""
 _SCORING = timedelta(minutes=5)
-"""An answer whose content is kept is waited for so long: its log-probability comes later."""
-_NO_FEATURES = "no features of the newest requests are kept: set request_log.features, and start the server again"
+"""How long a check waits for the log-probability of an answer whose content is stored."""
+_NO_FEATURES = "the server stores no features of new requests: set request_log.features and restart the server"
 State = TypeVar("State")
 
 
@@ -55,9 +55,9 @@ class _Bets:
     """The bets on a version's traffic.
 
     Attributes:
-        accepted: the traffic that it is compared with, if some was accepted.
-        detector: None where nothing can be compared.
-        missing: why nothing can, or no answers can.
+        accepted: the accepted traffic to compare with, if any.
+        detector: None if nothing can be compared.
+        missing: why nothing, or no answers, can be compared.
     """
 
     target: Target
@@ -67,11 +67,11 @@ class _Bets:
 
 
 class DriftCheck:
-    """Checks versions of one home; remembers the detector of one version a name.
+    """Drift checks of the versions of one home; caches the detector of one version per name.
 
     Args:
-        settings: how the server redacts what it keeps features of.
-        clock: the time now.
+        settings: how the server redacts texts before it computes features.
+        clock: returns the current time.
     """
 
     def __init__(
@@ -90,28 +90,29 @@ class DriftCheck:
         self._bets: dict[str, _Bets] = {}
 
     def run(self, target: Target) -> list[SignalReport]:
-        """Take all that is new of a version in a format, and keep what it shows.
+        """Check all new requests and ratings of a target, and store the results.
 
         Raises:
-            NotFoundError: no such version.
-            IntegrityError: its files are not what its manifest says.
+            NotFoundError: the version does not exist.
+            IntegrityError: its files differ from its manifest.
         """
         traffic, ratings = self._states(target)
         accepted = read_drift_baseline(self._store, target)
-        kept = read_drift_states(self._store, target)
-        return self._advance(target, traffic, ratings, AlarmBook(self._store, target), accepted, read_reports(kept)[:2])
+        states = read_drift_states(self._store, target)
+        earlier = read_reports(states)[:2]
+        return self._advance(target, traffic, ratings, AlarmBook(self._store, target), accepted, earlier)
 
     def accept(self, target: Target) -> list[str]:
-        """End the alarms of a version that last: later traffic is compared with that since they began.
+        """End the active alarms of a version: later traffic is compared with the traffic since they began.
 
-        Alarms of traffic and of ratings are accepted each by themselves.
+        Alarms of traffic and of ratings are accepted independently.
 
         Returns:
             The features whose alarms ended.
 
         Raises:
-            RefusedError: no alarm lasts, or too few requests or ratings came since for any to be accepted.
-            NotFoundError, IntegrityError: as of `run`.
+            RefusedError: no alarm is active, or too few requests or ratings arrived since for any to be accepted.
+            NotFoundError, IntegrityError: see `run`.
         """
         (traffic, ratings), alarms = self._states(target), AlarmBook(self._store, target)
         accepted = read_drift_baseline(self._store, target)
@@ -136,14 +137,15 @@ class DriftCheck:
                 features += people
                 alarms.end_all(Signal.PEOPLE, self._clock())
         if not features:
-            none = RefusedError(f"{target.version} has no drift alarm that could be accepted", todo="see `svc drift`")
+            todo = f"run `svc drift {target.version}` to see its alarms"
+            none = RefusedError(f"{target.version} has no active drift alarm", todo=todo)
             raise refused[0] if refused else none
         self._advance(target, traffic, ratings, alarms, accepted)
         return features
 
     def _states(self, target: Target) -> tuple[TrafficState, RatingState]:
-        kept = read_drift_states(self._store, target)
-        traffic, people = kept.get(Signal.INPUT), kept.get(Signal.PEOPLE)
+        states = read_drift_states(self._store, target)
+        traffic, people = states.get(Signal.INPUT), states.get(Signal.PEOPLE)
         return _read(_TRAFFIC_STATE, traffic, TrafficState()), _read(_RATING_STATE, people, RatingState())
 
     def _advance(
@@ -155,10 +157,10 @@ class DriftCheck:
         accepted: bytes | None,
         earlier: Sequence[SignalReport] = (),
     ) -> list[SignalReport]:
-        """Take what is new, and keep all of it or nothing.
+        """Check new requests and ratings, and store all results in one transaction.
 
         Args:
-            earlier: reports on traffic that still hold if nothing is new.
+            earlier: reports on traffic, still valid if there are no new requests.
         """
         lasting = [alarms.report(report.signal) for report in earlier]
         if self._is_idle(target, traffic, accepted, earlier) and lasting == [report.alarms for report in earlier]:
@@ -172,7 +174,7 @@ class DriftCheck:
             Signal.OUTPUT: b"",  # one stream with the input
             Signal.PEOPLE: _RATING_STATE.dump_json(ratings),
         }
-        kept = [
+        stored = [
             DriftState(
                 report.signal,
                 states[report.signal].decode("utf-8"),
@@ -181,7 +183,7 @@ class DriftCheck:
             )
             for report in reports
         ]
-        keep_drift(self._store, target, kept, alarms.changed, accepted)
+        keep_drift(self._store, target, stored, alarms.changed, accepted)
         unseen = item_ids(self._store, target, after=traffic.cursor)
         prune_items(self._store, target, {*traffic.kept, *unseen}, SEEN)
         return reports
@@ -212,7 +214,7 @@ class DriftCheck:
     def _is_idle(
         self, target: Target, state: TrafficState, accepted: bytes | None, earlier: Sequence[SignalReport]
     ) -> bool:
-        """Return whether this process has made these reports, and no request came since."""
+        """Return whether this process made these reports and no request arrived since."""
         bets = self._bets.get(target.version.name)
         same = bets is not None and (bets.target, bets.accepted) == (target, accepted)
         compared = len(earlier) == len(SIGNALS) and earlier[0].status is not Status.OFF
@@ -226,7 +228,7 @@ class DriftCheck:
         return was_answered(self._store, target, after=since, before=self._clock() - _MAKING)
 
     def _items(self, target: Target, state: TrafficState) -> list[StoredItem]:
-        """Return in order: the items that count, the newest that were seen, and the new ones."""
+        """Return the counted items, the newest items seen, and the new items, in order."""
         kept = read_items_with(self._store, target, state.kept)
         newest = read_items(self._store, target, after=0, newest=_MAX_READ)
         items = sorted({item.id: item for item in (*kept, *newest)}.values(), key=lambda item: item.id)
@@ -239,10 +241,10 @@ class DriftCheck:
 
     def _bets_on(self, target: Target, accepted: bytes | None) -> _Bets:
         name = target.version.name
-        kept = self._bets.get(name)
-        if kept is None or (kept.target, kept.accepted) != (target, accepted):
-            kept = self._bets[name] = self._make_bets(target, accepted)
-        return kept
+        bets = self._bets.get(name)
+        if bets is None or (bets.target, bets.accepted) != (target, accepted):
+            bets = self._bets[name] = self._make_bets(target, accepted)
+        return bets
 
     def _make_bets(self, target: Target, accepted: bytes | None) -> _Bets:
         reference = read_reference(self._registry, target, self._redactor)
@@ -251,28 +253,28 @@ class DriftCheck:
         if reference.prompts is None:
             return _Bets(target, None, None, reference.missing)
         if reference.prompts.size < _MIN_REFERENCE:
-            few = f"there are too few examples to compare with: {reference.prompts.size}, of at least {_MIN_REFERENCE}"
+            few = f"too few examples to compare with: {reference.prompts.size}; at least {_MIN_REFERENCE} are needed"
             return _Bets(target, None, None, few)
         baseline = Baseline(reference.prompts, reference.words, reference.answers or Sample(0))
         return _Bets(target, None, Detector(baseline), reference.missing)
 
 
-def read_reports(kept: Mapping[str, DriftState]) -> list[SignalReport]:
-    """Return the reports of the last check; none of signals whose report another release left."""
+def read_reports(states: Mapping[str, DriftState]) -> list[SignalReport]:
+    """Return the reports of the last check, without those that another release wrote."""
     reports = list[SignalReport]()
     for signal in Signal:
         try:
-            if signal in kept:
-                reports.append(REPORT.validate_json(kept[signal].report))
+            if signal in states:
+                reports.append(REPORT.validate_json(states[signal].report))
         except ValidationError:
             log.warning("the last report on %s cannot be read", signal, exc_info=True)
     return reports
 
 
-def _read(kind: TypeAdapter[State], kept: DriftState | None, first: State) -> State:
-    """Return where the watch stood; its beginning, where another release left what this one cannot read."""
+def _read(kind: TypeAdapter[State], stored: DriftState | None, first: State) -> State:
+    """Return the stored state; `first` if there is none, or if another release wrote one that cannot be read."""
     try:
-        return kind.validate_json(kept.state) if kept else first
+        return kind.validate_json(stored.state) if stored else first
     except ValidationError:
-        log.warning("the watch for drift begins anew: its state cannot be read", exc_info=True)
+        log.warning("drift detection starts anew: its stored state cannot be read", exc_info=True)
         return first

@@ -1,4 +1,4 @@
-"""`svc drift`: whether live traffic still looks like what the version was made from, and if not, what moved."""
+"""`svc drift`: compare live traffic with the examples of the version, and show what changed."""
 
 from typing import TYPE_CHECKING
 
@@ -17,14 +17,16 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model")
-@click.option("--accept", is_flag=True, help="End lasting alarms: compare later traffic with that since they began.")
+@click.option(
+    "--accept", is_flag=True, help="End active alarms: compare later traffic with the traffic since they began."
+)
 @json_option
 @click.pass_context
 def drift(ctx: click.Context, model: str, accept: bool, as_json: bool) -> None:
-    """Compare the live traffic of MODEL (NAME or NAME@N) with the examples that it was made from.
+    """Compare the live traffic of MODEL (NAME or NAME@N) with the examples it was trained on.
 
-    NAME is the version in production. The requests since the last check are taken first; how often that is done has no
-    influence on alarms.
+    NAME is the version in production. Requests since the last check are checked first; how often checks run does not
+    affect alarms.
     """
     settings = settings_of(ctx)
     from monitoring.drift.check import LOCK_FILE, DriftCheck
@@ -41,7 +43,7 @@ def drift(ctx: click.Context, model: str, accept: bool, as_json: bool) -> None:
     registry, store = Registry.of(settings), open_database(settings.home)
     target = _target(registry, store, model)
     try:
-        with hold_lock(settings.home / LOCK_FILE, "the check for drift"), waiting("comparing new requests"):
+        with hold_lock(settings.home / LOCK_FILE, "the drift check"), waiting("comparing new requests"):
             check = DriftCheck(registry, store, settings.request_log)
             check.run(target)
             if accept:
@@ -49,11 +51,11 @@ def drift(ctx: click.Context, model: str, accept: bool, as_json: bool) -> None:
     except BusyError:
         if accept:
             raise
-        console.print("svc monitor is checking just now: this is what the last check saw")
+        console.print("svc monitor is running a check now; this is the result of the previous check")
     reports, quality = read_drift(registry, store, target)
     alarms = read_drift_alarms(store, target)
-    kept = texts_of(store, [id for alarm in alarms for id in alarm.examples])
-    texts = {id: Example(read_prompt(prompt).text, answer) for id, (prompt, answer) in kept.items()}
+    stored = texts_of(store, [id for alarm in alarms for id in alarm.examples])
+    texts = {id: Example(read_prompt(prompt).text, answer) for id, (prompt, answer) in stored.items()}
     shown = (target, reports, quality, alarms, texts)
     if as_json:
         print_json(drift_json(*shown))
@@ -69,11 +71,11 @@ def _accept(check: "DriftCheck", store: "Store", target: "Target") -> None:
     features = check.accept(target)
     details = {"format": target.format.value, "features": features}
     record_event(store, AuditEntry(Action.ACCEPT_DRIFT, str(target.version), Actor.local(), details=details))
-    console.print(f"accepted: {', '.join(features)}; later traffic is compared with that since the alarms began")
+    console.print(f"accepted: {', '.join(features)}; later traffic is compared with the traffic since the alarms began")
 
 
 def _target(registry: "Registry", store: "Store", model: str) -> "Target":
-    """The version and the format in which it serves, or served."""
+    """Return the version and the format in which it is, or was last, served."""
     from svc.store.desired import read_desired
     from svc.version import Format, Target
 
@@ -86,5 +88,7 @@ def _target(registry: "Registry", store: "Store", model: str) -> "Target":
     formats = registry.manifest(version).formats
     served = [format for format in (Format.GPTQ, Format.MERGED) if format in formats]
     if not served:
-        raise NotFoundError(f"{version} has no format that can be served", todo="see `svc models`")
+        raise NotFoundError(
+            f"{version} has no format that can be served", todo="run `svc models` to see versions with their formats"
+        )
     return Target(version, served[0])

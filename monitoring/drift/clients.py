@@ -1,21 +1,21 @@
-"""How much one client may count: about its usual share, or a batch of one would look like a change of traffic."""
+"""Limit each client to about its usual share, so that a batch of one client does not look like a change of traffic."""
 
 from collections import Counter, deque
 
 COMPARED = 100
-"""Kept requests, the newest, of which a client has a share."""
+"""Newest counted requests, of which each client has a share."""
 _MIN_COUNT = 5
-"""Of those, which any client may have."""
+"""Counted requests that any client may have."""
 _SLACK = 1.2
 
 
 class ClientShares:
-    """Limits the requests of each client to its share among the requests seen before.
+    """Limit on the requests of each client: its share of the requests seen before.
 
     Args:
-        seen: clients of the newest requests, kept or not, oldest first; the newest `COMPARED` say nothing yet, since
+        seen: clients of the newest requests, counted or not, oldest first; the newest `COMPARED` are ignored, since
             they may be a batch.
-        kept: clients of the newest kept requests.
+        kept: clients of the newest counted requests.
     """
 
     def __init__(self, seen: list[str], kept: list[str], most_seen: int) -> None:
@@ -27,10 +27,10 @@ class ClientShares:
         self._kept_counts = Counter(self._kept)
 
     def may_count(self, client: str) -> bool:
-        """Take the client of the next request; return whether the request is within its share.
+        """Add the client of the next request; return whether the request is within its share.
 
         Args:
-            client: empty where nobody knows: such a request is.
+            client: empty if unknown; such a request always is.
         """
         self._newest.append(client)
         if len(self._newest) > COMPARED:
@@ -43,7 +43,7 @@ class ClientShares:
         return not client or self._kept_counts[client] < max(_MIN_COUNT, _SLACK * share * COMPARED)
 
     def keep(self, client: str) -> None:
-        """Take the client of a request that counts."""
+        """Add the client of a counted request."""
         if len(self._kept) == COMPARED:
             self._kept_counts[self._kept[0]] -= 1
         self._kept.append(client)

@@ -1,4 +1,4 @@
-"""How far items of a stream depend on those before them: runs of one topic, one client's bursts, conversations."""
+"""How far items of a stream depend on earlier ones: runs of one topic, bursts of one client, conversations."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,28 +9,28 @@ from numpy.typing import NDArray
 from svc.drift_reference.sample import NOT_THERE, Floats, Names, Sample
 
 MAX_LAG = 64
-"""Items; what depends over more is a change of the stream."""
+"""Items; a longer dependence is a change of the stream."""
 LAGS = MAX_LAG + 38
-"""Lags that are looked at: at those beyond `MAX_LAG`, items are as alike as any two."""
+"""Lags examined: beyond `MAX_LAG`, items are as similar as any two."""
 ROWS = 600
-"""Items by which it is judged, all before the newest `MAX_LAG`: a change that begins makes the newest alike."""
+"""Items used for the estimate, without the newest `MAX_LAG`: a change that begins makes the newest similar."""
 MIN_ROWS = 25
 ENOUGH = 226
-"""Items from which all lags are looked at; of fewer, a fifth of them."""
+"""Items from which all lags are examined; with fewer items, a fifth of their number."""
 _SURE = 2.5
-"""Standard errors beyond which items are more alike."""
+"""Standard errors beyond which items count as more similar."""
 _BURST_SHARE = 0.25
-"""More pairs than of the reference that share a feature: then the first items are a burst, or a change, or both."""
+"""Excess share of pairs with an equal feature over the reference: then the first items are a burst or a change."""
 
 
 class Resemblance:
-    """How alike items are in all that is bet on: half by what prompts are about, half by the features that they share.
+    """Similarity of items in everything that is bet on: half by topic, half by the share of equal features.
 
-    A number is shared that lies in the same quarter of the reference's.
+    Numbers are equal if they lie in the same quarter of the reference.
 
     Args:
-        usual: how alike prompts of the reference are, in the mean.
-        references: the samples that features are compared with, prompts' and answers'.
+        usual: mean similarity of prompts of the reference.
+        references: reference samples of prompts and of answers.
     """
 
     def __init__(self, usual: float, references: Sequence[Sample]) -> None:
@@ -46,10 +46,10 @@ class Resemblance:
         self._usually_shared = [float(np.equal.outer(codes, codes).mean()) for codes in self._codes(references)]
 
     def of(self, similar: NDArray[np.float32], samples: Sequence[Sample]) -> "Resemblances":
-        """Return how alike the items of a stream are.
+        """Return the similarities of the items of a stream.
 
         Args:
-            similar: what their prompts are about, items by items.
+            similar: by the topic of prompts, items x items.
             samples: prompts and answers.
         """
         codes = self._codes(samples)
@@ -62,7 +62,7 @@ class Resemblance:
         return Resemblances(among, similar, codes, self._usual, self._usually_shared)
 
     def _codes(self, samples: Sequence[Sample]) -> list[NDArray[np.intp]]:
-        """Return a number for each item, by feature: equal ones are shared."""
+        """Return for each feature a code per item; equal codes mean a shared feature."""
         codes = list[NDArray[np.intp]]()
         for sample, quarters in zip(samples, self._quarters, strict=True):
             for name, limits in quarters.items():
@@ -75,14 +75,14 @@ class Resemblance:
 
 @dataclass(frozen=True)
 class Resemblances:
-    """How alike the items of a stream are, items by items.
+    """Similarities of the items of a stream (items x items).
 
     Attributes:
-        among: in all.
-        similar: in what prompts are about.
-        codes: equal where a feature is shared, by feature.
-        usual: `similar` of the reference, in the mean.
-        usually_shared: share of the reference's pairs that share each feature.
+        among: over everything.
+        similar: by the topic of prompts.
+        codes: for each feature a code per item; equal if shared.
+        usual: mean of `similar` in the reference.
+        usually_shared: for each feature the share of pairs of the reference that share it.
     """
 
     among: NDArray[np.float32]
@@ -92,15 +92,15 @@ class Resemblances:
     usually_shared: Sequence[float]
 
     def dependence(self, first: int, stop: int, conversations: NDArray[np.int64]) -> float:
-        """Return within how many items those of a stream depend on each other: 1 to 64; 64 while it cannot be told.
+        """Return the distance (1 to 64 items) within which items depend on each other; 64 while it is unknown.
 
-        It is one more than the largest lag up to which items are more alike than at larger lags, or the size of the
-        conversation that the typical item is part of. At the beginning of a stream it can be told from about 60 items
-        on, but not while they are more alike than the reference's: that is a burst, or a change, or both.
+        The distance is one more than the largest lag up to which items are more similar than at larger lags, or the
+        size of the conversation of a typical item. At the beginning of a stream it is known from about 60 items on,
+        but not while they are more similar than the reference's: that is a burst, or a change, or both.
 
         Args:
-            first, stop: places of the first item that counts, and after the last one.
-            conversations: which conversation each item belongs to.
+            first, stop: indexes of the first counted item, and after the last one.
+            conversations: the conversation of each item.
         """
         count = stop - first
         lag, lags = (MAX_LAG, LAGS) if count >= ENOUGH else (count // 5, count * LAGS // MAX_LAG // 5)
@@ -118,20 +118,20 @@ class Resemblances:
         return float(min(MAX_LAG, max(1 + depends, (sizes**2).sum() / sizes.sum())))
 
     def _is_burst(self, places: range, lag: int, lags: int) -> bool:
-        """Return whether items are more alike than the reference's at lags from `lag` to `lags`."""
+        """Return whether items are more similar than the reference's at lags from `lag` to `lags`."""
         far = np.stack([self.similar[place, place - lags : place - lag].mean() for place in places])
-        # Rows share items: their error is larger than it looks.
+        # Rows share items, so their error is underestimated.
         if far.mean() > self.usual + 2 * _SURE * _error(far):
             return True
         shared = [
             np.mean([(codes[place - lags : place - lag] == codes[place]).mean() for place in places])
             for codes in self.codes
         ]
-        return any(found > usual + _BURST_SHARE for found, usual in zip(shared, self.usually_shared, strict=True))
+        return any(share > usual + _BURST_SHARE for share, usual in zip(shared, self.usually_shared, strict=True))
 
 
 def _none_alike(values: Floats | Names) -> NDArray[np.intp]:
-    """Return a code for each item that no other has: what is not there is not shared."""
+    """Return a unique code for each item: missing values are never shared."""
     return -1 - np.arange(len(values))
 
 

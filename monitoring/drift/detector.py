@@ -1,7 +1,7 @@
-"""Watches the requests of a version against its reference: which count, what they show, when an alarm begins and ends.
+"""Compare the requests of a version with its reference: which requests count, and when alarms start and end.
 
-Pure: it reads no store and no clock, and what it found yesterday comes in as a value. So the benchmark and the tests
-replay streams through the very code that watches traffic.
+Pure: no store and no clock; the state is passed in as a value. So the benchmark and the tests replay streams through
+the code that watches traffic.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,27 +28,26 @@ from monitoring.drift.near_copies import RARITY_REQUESTS, NearCopies, Words
 from svc.drift_reference.sample import Floats, Sample
 
 MEMORY = max(ROWS + LAGS, HISTORY + max(LEARNED_FROM)) + MAX_LAG
-"""Kept requests that the next ones are judged by."""
+"""Counted requests needed to check the next ones."""
 SEEN = RARITY_REQUESTS + COMPARED
-"""Requests, kept or not, that say how rare words are, and how much each client asks."""
+"""Requests, counted or not, that determine the rarity of words and the share of each client."""
 _LEARNED_SHARE = 0.7
-"""Of the input's budget for the learned sets of the domain classifier: they see what no single feature shows. All other
-bets have equal parts of what is left."""
+"""Share of the input's budget for the learned sets of the domain classifier: they detect changes that no single feature
+shows. All other bets have equal parts of the rest."""
 _JUDGE_EVERY = 20
-"""Items between two judgements of how far they depend on each other."""
+"""Items between two estimates of the dependence."""
 
 
 @dataclass(frozen=True)
 class Requests:
-    """Requests in their order.
+    """Requests in order.
 
     Attributes:
-        prompts: their prompts, with views.
-        answers: their answers.
+        prompts: with views.
         words: of each prompt.
-        conversations: which conversation each is part of.
-        times: when each began, seconds since 1970.
-        clients: who sent each; empty where nobody knows.
+        conversations: the conversation of each request.
+        times: start of each request, seconds since 1970.
+        clients: the client of each request; empty if unknown.
     """
 
     prompts: Sample
@@ -60,11 +59,10 @@ class Requests:
 
     @property
     def size(self) -> int:
-        """How many."""
         return self.prompts.size
 
     def at(self, places: NDArray[np.intp]) -> "Requests":
-        """Return those at these places, in this order."""
+        """Return the requests at these indexes, in this order."""
         return Requests(
             self.prompts.at(places),
             self.answers.at(places),
@@ -75,7 +73,7 @@ class Requests:
         )
 
     def followed_by(self, others: "Requests") -> "Requests":
-        """Return these, then the others."""
+        """Return these requests followed by the others."""
         return Requests(
             self.prompts.followed_by(others.prompts),
             self.answers.followed_by(others.answers),
@@ -87,7 +85,7 @@ class Requests:
 
 
 class Seen(NamedTuple):
-    """What is known of a request that was seen, kept or not."""
+    """A request that was seen, counted or not."""
 
     words: Words
     client: str
@@ -95,12 +93,12 @@ class Seen(NamedTuple):
 
 @dataclass(frozen=True)
 class Baseline:
-    """What requests are compared with.
+    """The reference that requests are compared with.
 
     Attributes:
         prompts: with views.
         words: of each prompt.
-        answers: of other requests than the prompts, mostly.
+        answers: mostly of other requests than the prompts.
     """
 
     prompts: Sample
@@ -110,14 +108,14 @@ class Baseline:
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """What is known of a stream so far.
+    """State of the detection on a stream.
 
     Attributes:
-        kept: requests that count.
-        dependence: within how many kept requests they depend on each other.
-        steady_since: position of the last kept request during an alarm; 0 where there was none.
-        features: what the bets on each feature show.
-        newest_kept: of the newest requests that were seen, which were kept: a digit each, the newest last.
+        kept: number of counted requests.
+        dependence: distance, in counted requests, within which they depend on each other.
+        steady_since: position of the last counted request during an alarm; 0 if there was none.
+        features: state of the bets on each feature.
+        newest_kept: for each of the newest requests seen, whether it counted: a digit each, the newest last.
     """
 
     kept: int = 0
@@ -129,12 +127,12 @@ class Watch:
 
 @dataclass(frozen=True)
 class Advance:
-    """What came of new requests.
+    """Result of taking new requests.
 
     Attributes:
-        kept: places of those that count.
-        events: alarms that began or ended; their positions count kept requests.
-        strengths: of the evidence on each feature, see `Evidence.strengths`.
+        kept: indexes of the counted requests.
+        events: alarms that started or ended; positions are numbers of counted requests.
+        strengths: evidence on each feature, see `Evidence.strengths`.
     """
 
     watch: Watch
@@ -147,7 +145,7 @@ class Detector:
     """The bets on a version's traffic.
 
     Args:
-        baseline: what requests are compared with. Near copies in it count once, as in traffic.
+        baseline: the reference; near copies in it count once, as in traffic.
     """
 
     def __init__(self, baseline: Baseline) -> None:
@@ -184,11 +182,11 @@ class Detector:
         )
 
     def advance(self, watch: Watch, before: Requests, seen_before: Sequence[Seen], new: Requests) -> Advance:
-        """Take new requests.
+        """Process new requests.
 
         Args:
-            before: the newest that were kept, at most `MEMORY`, or all that there were.
-            seen_before: the newest that were seen, kept or not.
+            before: the newest counted requests: all, or at most `MEMORY`.
+            seen_before: the newest requests seen, counted or not.
         """
         kept = self._keep(before, seen_before, new)
         added = new.at(kept)
@@ -207,7 +205,7 @@ class Detector:
             hits = np.concatenate([learned, fixed[place - before.size]])
             bounds = np.concatenate([bounds, self._fixed_bounds])
             events += evidence.add(position, hits, bounds, depends)
-            if evidence.in_alarm:  # what has changed is alike: that is no dependence
+            if evidence.in_alarm:  # changed items are similar to each other; that is not dependence
                 steady_since = position
             steady = position - steady_since
             if position % _JUDGE_EVERY == 0 and (steady_since == 0 or steady >= ENOUGH):
@@ -219,7 +217,7 @@ class Detector:
         return Advance(watch, kept, events, evidence.strengths())
 
     def _keep(self, before: Requests, seen_before: Sequence[Seen], new: Requests) -> NDArray[np.intp]:
-        """Return places of the new requests that nearly repeat none, and are within their clients' shares."""
+        """Return the indexes of new requests that are not near copies and are within their clients' shares."""
         copies = NearCopies(self._words)
         clients = ClientShares([seen.client for seen in seen_before], list(before.clients), RARITY_REQUESTS)
         for seen in seen_before[-RARITY_REQUESTS:]:
@@ -236,6 +234,6 @@ class Detector:
         return np.array(kept, dtype=np.intp)
 
     def _fixed_hits(self, to_reference: Singles, new: Requests) -> Hits:
-        """Return the hits of new requests in the sets that are not learned, items by bets."""
+        """Return the hits of new requests in the fixed sets (items x bets)."""
         parts = [self.classifier.far_hits(to_reference), hit_table(self._prompt_bets, new.prompts)]
         return np.concatenate([*parts, hit_table(self._answer_bets, new.answers)], axis=1)

@@ -1,13 +1,13 @@
-"""The domain classifier: bets on what single features do not show, by how alike prompts are to each other.
+"""The domain classifier: bets on changes that no single feature shows, from the similarity of prompts to each other.
 
-Two kinds of sets. Fixed ones: prompts that are far from the reference, in the mean or from their three nearest. Learned
-ones: prompts that are nearer to the newest ones than the reference is, by mean similarity to the newest less that to
-the reference, which is the witness of the maximum mean discrepancy (Gretton et al. 2012). What is learned from
-earlier items is bet on with the next one, so learning costs nothing (as in prequential two-sample tests).
+There are two kinds of sets. Fixed: prompts far from the reference, on average or from their three nearest. Learned:
+prompts nearer to the newest prompts than to the reference, by the difference of the mean similarities, which is the
+witness of the maximum mean discrepancy (Gretton et al. 2012). Each set is learned from earlier items and bet on with
+the next one, so learning costs no false alarms (as in prequential two-sample tests).
 
-A learned set is bet on with two bounds. The first is `_LEARNED_SLACK` times the reference's share of it. The second
-hardly exceeds the share in the hundreds of items before those it was learned from, or the reference's where that is
-larger: it finds small changes that come at once, and none that come slowly, as day and night do.
+Each learned set is bet on with two bounds. The first is `_LEARNED_SLACK` times the reference's share of the set. The
+second is slightly above the share in the hundreds of items before those it was learned from, or above the reference's
+if that is larger: it finds small sudden changes, and no slow ones such as day and night.
 """
 
 from dataclasses import dataclass
@@ -22,16 +22,16 @@ from svc.drift_reference.sample import Floats, Sample
 
 CLASSIFIER = "domain_classifier"
 WIDTHS = (1.0, 0.55)
-"""Of the two views of a prompt, topic and answer; chosen on training and held-out prompts."""
+"""For the two views of a prompt, topic and answer; chosen on training and held-out prompts."""
 LEARNED_FROM = (16, 40)
-"""Newest items that sets are learned from."""
+"""Numbers of newest items from which sets are learned."""
 HISTORY = 400
-"""Items before those, whose share of a learned set is normal too."""
+"""Items before those; their share of a learned set is normal too."""
 _MIN_HISTORY = 50
 _FAR = (0.0, 0.02, 0.1)
 """Shares of the reference that count as far from it."""
 _LEARNED = (0.3, 0.5)
-"""Shares of the reference that are in a learned set."""
+"""Shares of the reference in a learned set."""
 _LEARNED_SLACK, _STEP_SLACK = 1.8, 1.1
 _MAX_LEARNED_BOUND = 0.95
 _NEAREST = 3
@@ -41,11 +41,11 @@ Singles = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Similarities:
-    """How alike the items of a stream are.
+    """Similarities of the items of a stream.
 
     Attributes:
-        among: items by items; of each, those with earlier items are filled in.
-        reference: items by the reference's.
+        among: items x items; only those with earlier items are filled in.
+        reference: items x items of the reference.
     """
 
     among: Singles
@@ -53,15 +53,15 @@ class Similarities:
 
 
 class DomainClassifier:
-    """Makes the bets.
+    """Bets based on the similarity of prompts.
 
     Args:
         reference: prompts with views.
 
     Attributes:
-        far_bounds: of the fixed sets.
-        learned: bets on learned sets.
-        usual: how alike two prompts of the reference are, in the mean.
+        far_bounds: bounds of the fixed sets.
+        learned: number of bets on learned sets.
+        usual: mean similarity of two prompts of the reference.
     """
 
     def __init__(self, reference: Sample) -> None:
@@ -83,25 +83,25 @@ class DomainClassifier:
         self.learned = len(LEARNED_FROM) * len(_LEARNED) * 2
 
     def similar(self, ones: Sample, others: Sample | None = None) -> Singles:
-        """Return how alike items are to others, by default to the reference's: ones by others."""
+        """Return the similarities of items to others, by default to the reference (ones x others)."""
         views = self._reference.views if others is None else others.views
         return self._similarity(ones.views, views).astype(np.float32)
 
     def separation(self, live: Sample) -> float:
-        """Return how well prompts are told from the reference's: the area under the ROC curve."""
+        """Return how well prompts are distinguished from the reference: the area under the ROC curve."""
         return separation(self._all_similar(live), live.size)
 
     def most_typical(self, live: Sample, count: int) -> list[int]:
-        """Return the places of the prompts that are most like the others and least like the reference's."""
+        """Return the indexes of the prompts most similar to the others and least similar to the reference."""
         return typical(self._all_similar(live), live.size, count)
 
     def _all_similar(self, live: Sample) -> Floats:
-        """Return how alike prompts are to each other, the reference's, then the live ones."""
+        """Return the similarities of all prompts to each other: the reference's, then the live ones."""
         both = self._reference.followed_by(live)
         return self._similarity(both.views, both.views)
 
     def far_hits(self, to_reference: Singles) -> Hits:
-        """Return the hits of the fixed sets, items by bets, as `far_bounds` has them."""
+        """Return the hits of the fixed sets (items x bets), in the order of `far_bounds`."""
         means, nearest = to_reference.mean(axis=1), _nearest(to_reference)
         hits = [row for mean, near in self._limits for row in (means < mean, nearest < near)]
         return np.where(np.stack(hits, axis=1), HIT, MISS).astype(np.int8)
@@ -110,8 +110,8 @@ class DomainClassifier:
         """Return the hits of an item in the learned sets, and their bounds.
 
         Args:
-            place: of the item.
-            dependence: within how many items they depend on each other: the nearest before it are not learned from.
+            place: index of the item.
+            dependence: distance within which items depend on each other: nearer items are not learned from.
         """
         hits, bounds = np.full(self.learned, NOT_THERE, dtype=np.int8), np.ones(self.learned)
         mean = float(similar.reference[place].mean())
@@ -137,6 +137,6 @@ class DomainClassifier:
 
 
 def _nearest(similarities: Singles) -> Singles:
-    """Return the mean of the largest three of each row."""
+    """Return the mean of the three largest values of each row."""
     count = min(_NEAREST, similarities.shape[1])
     return np.asarray(np.partition(similarities, -count, axis=1)[:, -count:].mean(axis=1))

@@ -1,16 +1,15 @@
-"""Evidence that features of a stream have changed, gathered by bets, and when it is enough for an alarm.
+"""Evidence that features of a stream have changed, collected by bets, and the rule for an alarm.
 
 A bet is on a set of values of a feature, such as "shorter than 99 % of the reference", with a bound: the largest
-probability of that set which still counts as unchanged. It stakes a part l of its money on each item, and has
-1 - l + l * [item in set] / bound times as much afterwards: at most what it had, in the mean, while nothing has changed.
-A new bet of 1 starts at each item, and the sum of their money, M <- e * (1 + M), is the statistic: the Shiryaev-Roberts
+probability of that set which still counts as unchanged. The bet stakes a part l of its money on each item; its money
+is multiplied by 1 - l + l * [item in set] / bound, which is at most 1 on average while nothing has changed. A new bet
+of 1 starts at each item, and the sum of their money, M <- e * (1 + M), is the statistic: the Shiryaev-Roberts
 e-detector (Shin, Ramdas and Rinaldo 2022, "E-detectors"). While nothing has changed, a weighted sum of such statistics
-exceeds A at most once in A items on average, whatever the bets have to do with each other. So looking often costs
-nothing, and there are no windows.
+exceeds A at most once in A items on average, however the bets depend on each other. So frequent checks add no false
+alarms, and there are no windows.
 
-Items that depend on each other: with all factors to the power 1 / L, the bound holds for streams whose items are
-independent beyond L places (by Hoelder's inequality; the product of L dependent factors to the power 1 / L has at most
-the mean 1).
+Dependent items: with all factors to the power 1 / L, the bound holds for streams whose items are independent beyond
+L places (by Hoelder's inequality: the product of L dependent factors to the power 1 / L has a mean of at most 1).
 
 Pure: no store, no clock.
 """
@@ -24,26 +23,26 @@ from numpy.typing import NDArray
 from svc.drift_reference.sample import Floats
 
 STAKES = np.array([0.1, 0.35, 0.7])
-"""Parts of a bet's money on each item: each bet is made with all. The largest finds a gross change in four items, the
-smallest a share that grows to half as much again as its bound, in some 2,000."""
+"""Parts of a bet's money staked on each item; each bet is made with every stake. The largest finds a gross change in
+four items, the smallest finds a share of 1.5 times its bound in about 2,000 items."""
 _MIN_PATIENCE, _MAX_PATIENCE = 200, 1_000
 _LASTING = 20.0
-"""Per item of the patience: a statistic of so much is a sign that the change lasts. Without a change, fewer than one of
+"""Times the patience: a statistic this large is a sign that the change continues. Without a change, fewer than one in
 20 alarms has such a sign within its patience."""
 
 Hits = NDArray[np.int8]
 HIT, MISS, NOT_THERE = 1, 0, -1
-"""Of an item and a bet: in its set, not in it, or without a value of the feature."""
+"""An item is in the set of a bet, is not, or has no value of the feature."""
 
 
 @dataclass(frozen=True, slots=True)
 class FeatureAlarm:
-    """An alarm that lasts.
+    """An active alarm.
 
     Attributes:
-        since: position at which the change began, as far as the bets show.
-        called: position at which it was called.
-        quiet: items since the change showed last.
+        since: estimated position at which the change began.
+        called: position at which the alarm was raised.
+        quiet: items since the last sign of the change.
     """
 
     since: int
@@ -51,20 +50,20 @@ class FeatureAlarm:
     quiet: int = 0
 
     def patience(self, dependence: float) -> float:
-        """Return the items without a sign of the change after which the alarm ends: four times those to its call.
+        """Return how many items without a sign of the change end the alarm: four times those before it was raised.
 
-        Items that depend on each other say less, so the least patience grows with them.
+        Dependent items carry less information, so the minimum grows with the dependence.
         """
         return min(max(_MIN_PATIENCE * dependence, 4 * (self.called - self.since)), _MAX_PATIENCE)
 
 
 @dataclass(frozen=True, slots=True)
 class FeatureState:
-    """The bets on one feature, each with every stake.
+    """State of the bets on one feature, each with every stake.
 
     Attributes:
-        money: the statistics, since the change showed last during an alarm.
-        began: for each, the position at which it was ordinary last.
+        money: the statistics; during an alarm, since the last sign of the change.
+        began: for each statistic, the last position at which it was ordinary.
     """
 
     money: tuple[float, ...]
@@ -74,11 +73,11 @@ class FeatureState:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """An alarm of a feature began, or ended.
+    """The start or end of an alarm of a feature.
 
     Attributes:
-        position: of the item with which it did.
-        alarm: None where it ended.
+        position: of the item that caused it.
+        alarm: None if it ended.
     """
 
     position: int
@@ -91,9 +90,9 @@ class Evidence:
 
     Args:
         features: the feature of each bet.
-        weights: of each bet; they add up to at most 1, over all bets of the stream.
-        threshold: of the weighted sum of a feature's statistics: one alarm in so many items where nothing has changed.
-        states: by feature, as `states` returned them; features with other bets than then begin anew.
+        weights: of each bet; their sum over all bets of the stream is at most 1.
+        threshold: for the weighted sum of a feature's statistics: one alarm in so many items while nothing has changed.
+        states: by feature, as returned by `states`; features whose bets have changed start anew.
     """
 
     def __init__(
@@ -105,8 +104,8 @@ class Evidence:
         self._threshold = threshold
         self._money = np.zeros(self._weights.shape)
         self._began = np.zeros(self._weights.shape, dtype=np.int64)
-        # Below it times the dependence L, a statistic is what it is without a change: misses alone bring it down to
-        # 1 / stake - 1, and with factors to the power 1 / L to less than -L / log(1 - stake).
+        # A statistic below this value times the dependence L is ordinary, as without a change: misses alone reduce it
+        # to 1 / stake - 1, and with factors to the power 1 / L to less than -L / log(1 - stake).
         self._ordinary = np.maximum(2.5, -1.1 / np.log1p(-STAKES))
         self._alarms: dict[int, FeatureAlarm] = {}
         for number, name in enumerate(self.names):
@@ -118,7 +117,7 @@ class Evidence:
                     self._alarms[number] = state.alarm
 
     def add(self, position: int, hits: Hits, bounds: Floats, dependence: float) -> list[Event]:
-        """Take an item; return the alarms that begin or end with it.
+        """Add an item; return the alarms that it starts or ends.
 
         Args:
             hits: for each bet `HIT`, `MISS`, or `NOT_THERE`, which is no evidence.
@@ -126,7 +125,7 @@ class Evidence:
             dependence: the L of this module's docstring.
         """
         there = hits != NOT_THERE
-        self._began[self._money == 0] = position - 1  # no item was bet on yet
+        self._began[self._money == 0] = position - 1  # no bet was made yet
         dependence = max(1.0, dependence)
         factors = (1 - STAKES + STAKES * ((hits == HIT) / bounds)[:, None]) ** (1 / dependence)
         self._money = np.where(there[:, None], factors * (1 + self._money), self._money)
@@ -140,11 +139,11 @@ class Evidence:
 
     @property
     def in_alarm(self) -> bool:
-        """Return whether an alarm lasts."""
+        """Return whether an alarm is active."""
         return bool(self._alarms)
 
     def states(self) -> dict[str, FeatureState]:
-        """Return what the next `Evidence` goes on from."""
+        """Return the states from which the next `Evidence` continues."""
         return {
             name: FeatureState(
                 tuple(self._money[self._feature == number].ravel().tolist()),
@@ -155,9 +154,11 @@ class Evidence:
         }
 
     def strengths(self) -> dict[str, float]:
-        """Return how near each feature is to an alarm, on a logarithmic scale: 0 is no evidence, 1 an alarm."""
-        found = np.minimum(np.log1p(self._sums()) / np.log1p(self._threshold), 1.0)
-        return {name: 1.0 if number in self._alarms else float(found[number]) for number, name in enumerate(self.names)}
+        """Return how close each feature is to an alarm, on a logarithmic scale: 0 is no evidence, 1 an alarm."""
+        strengths = np.minimum(np.log1p(self._sums()) / np.log1p(self._threshold), 1.0)
+        return {
+            name: 1.0 if number in self._alarms else float(strengths[number]) for number, name in enumerate(self.names)
+        }
 
     def _sums(self) -> Floats:
         sums = np.zeros(len(self.names))
@@ -172,7 +173,7 @@ class Evidence:
         return Event(position, self.names[number], alarm)
 
     def _judge_alarm(self, number: int, position: int, sums: Floats, dependence: float) -> Event | None:
-        """Go on with an alarm, or end it."""
+        """Continue or end an alarm."""
         bets, alarm = self._feature == number, self._alarms[number]
         patience = alarm.patience(dependence)
         if sums[number] / self._weights[bets].sum() >= _LASTING * patience:
@@ -186,7 +187,7 @@ class Evidence:
         return Event(position, self.names[number], None)
 
     def _set(self, number: int, alarm: FeatureAlarm | None) -> None:
-        """Begin the bets of a feature anew."""
+        """Set the alarm of a feature, and restart its bets."""
         self._money[self._feature == number] = 0.0
         if alarm:
             self._alarms[number] = alarm

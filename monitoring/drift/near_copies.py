@@ -1,7 +1,7 @@
-"""Which requests nearly repeat an earlier one: a rephrasing, a retry, a health check. Only the first of them counts.
+"""Detect requests that nearly repeat an earlier one (rephrasings, retries, health checks). Only the first one counts.
 
-Words are weighted by their rarity, or a shared template would make all prompts alike (RAG, forms). Nothing here is a
-text: words are hashes (svc.drift_reference.item).
+Words are weighted by their rarity; otherwise a shared template (RAG, forms) would make all prompts similar. No text is
+stored here: words are hashes (svc.drift_reference.item).
 """
 
 import math
@@ -14,18 +14,18 @@ from numpy.typing import NDArray
 Words = NDArray[np.int32]
 
 MIN_OVERLAP = 0.5
-"""Jaccard index of two prompts' words from which they are near copies: of the plain one, and of that which weighs each
-word by its rarity."""
+"""Jaccard index of two prompts' words from which they are near copies; both the plain index and the one weighted by
+rarity must reach it."""
 COMPARED = 100
-"""Kept requests, the newest, that a new one is compared with."""
+"""Newest counted requests that a new one is compared with."""
 RARITY_REQUESTS = 1_000
-"""Newest requests, kept or not, by which a word is rare; the reference counts too."""
+"""Newest requests, counted or not, from which rarity is computed, together with the reference."""
 FORGOTTEN_S = 86_400.0
-"""A repetition after a day counts again: what is asked every day is part of the traffic."""
+"""A repetition after a day counts again: daily requests are part of the traffic."""
 
 
 class NearCopies:
-    """Finds near copies among the requests of a stream.
+    """Near-copy detection on a stream of requests.
 
     Args:
         reference: words of each prompt of the reference.
@@ -40,35 +40,34 @@ class NearCopies:
             self._count(frozenset(words.tolist()), 1)
 
     def remember(self, words: Words, time_s: float, *, kept: bool, seen: bool) -> None:
-        """Take a request of an earlier check.
+        """Add a request of an earlier check.
 
         Args:
-            time_s: when it began.
-            kept: it was no near copy.
-            seen: it is among the newest `RARITY_REQUESTS`.
+            time_s: start of the request.
+            kept: the request counted.
+            seen: the request is among the newest `RARITY_REQUESTS`.
         """
-        found = frozenset(words.tolist())
         if seen:
             self.see(words)
         if kept:
-            self._kept.append((found, time_s))
+            self._kept.append((frozenset(words.tolist()), time_s))
 
     def is_near_copy(self, words: Words, time_s: float) -> bool:
-        """Take the next request, and return whether it nearly repeats one that was kept."""
-        found = self.see(words)
-        if any(time_s - time < FORGOTTEN_S and self._overlap(found, other) for other, time in self._kept):
+        """Add the next request, and return whether it nearly repeats a counted one."""
+        distinct = self.see(words)
+        if any(time_s - time < FORGOTTEN_S and self._overlap(distinct, other) for other, time in self._kept):
             return True
-        self._kept.append((found, time_s))
+        self._kept.append((distinct, time_s))
         return False
 
     def see(self, words: Words) -> frozenset[int]:
-        """Take a request that is not compared; return its words."""
-        found = frozenset(words.tolist())
-        self._newest.append(found)
-        self._count(found, 1)
+        """Add a request without comparing it; return its distinct words."""
+        distinct = frozenset(words.tolist())
+        self._newest.append(distinct)
+        self._count(distinct, 1)
         if len(self._newest) > RARITY_REQUESTS:
             self._count(self._newest.popleft(), -1)
-        return found
+        return distinct
 
     def _count(self, words: frozenset[int], change: int) -> None:
         self._requests += change
@@ -79,7 +78,7 @@ class NearCopies:
         if ones == others:
             return True
         shared = ones & others
-        if len(shared) < MIN_OVERLAP * len(ones | others):  # each word as heavy as any other
+        if len(shared) < MIN_OVERLAP * len(ones | others):  # unweighted
             return False
         weight = self._weight(shared)
         return weight >= MIN_OVERLAP * (weight + self._weight(ones ^ others))

@@ -1,4 +1,4 @@
-"""What is checked: of each model that is served its version in production, in its format."""
+"""The targets of drift checks: for each served model, the version in production and its format."""
 
 import logging
 
@@ -21,24 +21,24 @@ log = logging.getLogger(__name__)
 
 
 def production_targets(store: Store) -> list[Target]:
-    """What each model shall serve that a server of the home serves, or served last."""
-    found = [read_desired(store, name) for name in deployed_names(store)]
-    return [desired.target for desired in found if desired is not None]
+    """Return the desired target of each model that a server of the home serves, or served last."""
+    deployments = [read_desired(store, name) for name in deployed_names(store)]
+    return [desired.target for desired in deployments if desired is not None]
 
 
 def read_drift(registry: Registry, store: Store, target: Target) -> tuple[list[SignalReport], QualityReport]:
-    """What the last check of a version saw, and what the last run of its held-out set says.
+    """Return the reports of the last check of a target, and the result of the last run of its held-out set.
 
     Raises:
-        NotFoundError: no such version.
-        IntegrityError: its registered results are not what its manifest says.
+        NotFoundError: the version does not exist.
+        IntegrityError: its registered results differ from its manifest.
     """
-    kept = read_drift_states(store, target)
-    return read_reports(kept), read_quality(registry, store, target)
+    states = read_drift_states(store, target)
+    return read_reports(states), read_quality(registry, store, target)
 
 
 class ProductionChecks:
-    """Checks them all, again and again; what was read of their references stays."""
+    """Repeated checks of all production targets; their references stay in memory."""
 
     def __init__(self, settings: Settings) -> None:
         self._lock = settings.home / LOCK_FILE
@@ -46,13 +46,13 @@ class ProductionChecks:
         self._check = DriftCheck(Registry.of(settings), self._store, settings.request_log)
 
     def __call__(self) -> None:
-        """One check of each; what is wrong with one keeps no other from being checked."""
+        """Check each target once; a failed check does not prevent the others."""
         try:
-            with hold_lock(self._lock, "the check for drift"):
+            with hold_lock(self._lock, "the drift check"):
                 for target in production_targets(self._store):
                     try:
                         self._check.run(target)
-                    except Exception:  # a defect, too: it would come before the models after this one in every check
-                        log.exception("%s is not checked for drift", target)
+                    except Exception:  # also a defect: it would prevent the check of all later models every time
+                        log.exception("the drift check of %s failed", target)
         except BusyError:
-            log.info("another process checks for drift just now")
+            log.info("another process is running the drift check")

@@ -1,6 +1,6 @@
-"""Ratings of a version's answers, against those of the versions before it: the report on people.
+"""Compare ratings of a version's answers with those of earlier versions: the report on people.
 
-One person's ratings of a day are one opinion: the first counts.
+Of all ratings by one person on one day, only the first counts.
 """
 
 from collections.abc import Iterable, Sequence
@@ -28,13 +28,13 @@ _MIN_ACCEPTED = 50
 
 @dataclass(frozen=True, slots=True)
 class RatingState:
-    """What the next check starts from.
+    """State from which the next check continues.
 
     Attributes:
-        cursor: when the newest rating was given that was seen, microseconds since 1970.
+        cursor: time of the newest rating seen, microseconds since 1970.
         memory: ids of the newest ratings.
-        base: what they are compared with, (bad, corrected) each; fixed once it is there.
-        position: ratings that were compared.
+        base: the ratings to compare with, each (bad, corrected); fixed once collected.
+        position: number of compared ratings.
     """
 
     cursor: int = 0
@@ -47,9 +47,9 @@ class RatingState:
 def check_ratings(
     store: Store, target: Target, state: RatingState, now: datetime, alarms: AlarmBook
 ) -> tuple[RatingState, SignalReport]:
-    """Take the ratings that are new; begin and end alarms."""
+    """Check new ratings; start and end alarms."""
     ratings = one_a_day(read_ratings(store, target, newest=_MAX_RATINGS))
-    # Not beyond now: a clock that ran ahead for a while would make all later ratings old.
+    # At most now: otherwise a clock that once ran ahead would make all later ratings old.
     newest = min(_micros(now), max((_micros(rating.given_at) for rating in ratings), default=0))
     base = state.base
     if not base:
@@ -57,11 +57,11 @@ def check_ratings(
         if len(earlier) >= _MIN_REFERENCE:
             base = _pairs(earlier)
         elif len(ratings) >= _MIN_REFERENCE:
-            # From here on they are the reference, and no part of the stream.
+            # From now on they are the reference, not part of the stream.
             base, ratings = _pairs(ratings[:_MIN_REFERENCE]), ratings[_MIN_REFERENCE:]
     if not base:
-        alarms.end_all(Signal.PEOPLE, now)  # another release's, whose state could not be read
-        why = f"there are fewer than {_MIN_REFERENCE} earlier ratings to compare with, one a person and day"
+        alarms.end_all(Signal.PEOPLE, now)  # from another release, whose state could not be read
+        why = f"fewer than {_MIN_REFERENCE} earlier ratings to compare with, counting one per person and day"
         return state, SignalReport(Signal.PEOPLE, Status.WAITING, why)
     known = set(state.memory)
     before = [rating for rating in ratings if rating.id in known]
@@ -70,15 +70,15 @@ def check_ratings(
 
 
 def one_a_day(ratings: Iterable[RatedAnswer]) -> list[RatedAnswer]:
-    """Return the first rating of each person and day (UTC), and all where requests name no person."""
-    found, counted = [], set[tuple[str, object]]()
+    """Return the first rating per person and day (UTC), and all ratings of requests that name no person."""
+    first, counted = [], set[tuple[str, object]]()
     for rating in ratings:
         key = rating.person, rating.given_at.date()
         if rating.person and key in counted:
             continue
         counted.add(key)
-        found.append(rating)
-    return found
+        first.append(rating)
+    return first
 
 
 class _Ratings:
@@ -114,7 +114,7 @@ class _Ratings:
         return state, SignalReport(
             Signal.PEOPLE,
             status,
-            "" if position else "no answer was rated since",
+            "" if position else "no answer has been rated since",
             items=position,
             window=live.size,
             lines=tuple(line for line in lines if line),
@@ -140,17 +140,17 @@ class _Ratings:
 
 
 def accept_ratings(store: Store, target: Target, state: RatingState, since: datetime) -> RatingState:
-    """Return the state in which ratings since a time are what later ones are compared with.
+    """Return the state that compares later ratings with those since a time.
 
     Raises:
-        RefusedError: they are too few.
+        RefusedError: too few ratings were given since.
     """
     ratings = [r for r in one_a_day(read_ratings(store, target, newest=_MAX_RATINGS)) if r.given_at >= since]
     if len(ratings) < _MIN_ACCEPTED:
         raise RefusedError(
-            f"only {len(ratings)} ratings were given since they changed",
-            expected=f"at least {_MIN_ACCEPTED}, one a person and day",
-            todo="accept the change when there are as many",
+            f"only {len(ratings)} ratings were given since the change",
+            expected=f"at least {_MIN_ACCEPTED}, one per person and day",
+            todo=f"run `svc drift {target.version} --accept` when there are enough",
         )
     return replace(state, base=_pairs(ratings), features={})
 

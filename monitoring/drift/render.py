@@ -1,4 +1,4 @@
-"""Drift as a person reads it, and as a machine does."""
+"""Output of `svc drift` as text and as JSON."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -29,7 +29,7 @@ _COLOURS = {
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A request by which an alarm is seen.
+    """A request that shows an alarm.
 
     Attributes:
         prompt: the last user turn.
@@ -46,14 +46,14 @@ def drift_screen(
     alarms: Sequence[DriftAlarm],
     examples: Mapping[str, Example],
 ) -> RenderableType:
-    """What `svc drift` shows.
+    """Return the screen of `svc drift`.
 
     Args:
-        alarms: the newest first.
-        examples: requests by their ids, of those that are still kept.
+        alarms: newest first.
+        examples: requests that are still stored, by id.
     """
     parts: list[RenderableType] = [
-        Text.assemble((str(target), "bold"), ": live traffic against the version's examples")
+        Text.assemble((str(target), "bold"), ": live traffic compared with the version's examples")
     ]
     parts += [_status(report) for report in reports]
     parts.append(_quality(quality))
@@ -75,7 +75,7 @@ def drift_json(
     alarms: Sequence[DriftAlarm],
     examples: Mapping[str, Example],
 ) -> dict[str, Any]:
-    """The same for machines, with all alarms that are kept: the signal for later use."""
+    """Return the JSON output of `svc drift`, with all stored alarms."""
     return {
         "version": str(target.version),
         "format": target.format.value,
@@ -101,13 +101,13 @@ def drift_json(
 def _status(report: SignalReport) -> Text:
     unit = "ratings" if report.signal is Signal.PEOPLE else "requests"
     text = Text.assemble(f"{report.signal:8}", (report.status.value, _COLOURS[report.status]))
-    told = [*(f"{alarm.feature} since {alarm.since:{_TIME}}" for alarm in report.alarms), report.why]
+    notes = [*(f"{alarm.feature} since {alarm.since:{_TIME}}" for alarm in report.alarms), report.why]
     if report.uncompared and report.status is not Status.UNWATCHED:
-        told.append(f"nothing to compare of {', '.join(report.uncompared)}")
-    if any(told):
-        text.append(f": {'; '.join(part for part in told if part)}")
+        notes.append(f"no values to compare: {', '.join(report.uncompared)}")
+    if any(notes):
+        text.append(f": {'; '.join(note for note in notes if note)}")
     if report.items:
-        newest = f", the newest {report.newest_at:{_TIME}}" if report.newest_at else ""
+        newest = f", newest {report.newest_at:{_TIME}}" if report.newest_at else ""
         text.append(f"  ({report.items} {unit} compared{newest})", "dim")
     return text
 
@@ -144,9 +144,9 @@ def _table(reports: Sequence[SignalReport]) -> Table:
 
 
 def _alarm(alarm: DriftAlarm, examples: Mapping[str, Example]) -> RenderableType:
-    lines = [Text(f"{alarm.signal}, {alarm.feature} since {alarm.since:{_TIME}}, as in:", "bold")]
+    lines = [Text(f"{alarm.signal}, {alarm.feature} since {alarm.since:{_TIME}}, for example:", "bold")]
     for id in alarm.examples:
-        example = examples.get(id, Example("(not kept)", "(not kept)"))
+        example = examples.get(id, Example("(not stored)", "(not stored)"))
         text = example.answer if alarm.signal == Signal.OUTPUT else example.prompt
         shown = " ".join(text.split())[:_SHOWN_CHARS]
         lines.append(Text.assemble((f"  {id}  ", "dim"), shown, no_wrap=True, overflow="ellipsis"))

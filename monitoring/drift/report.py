@@ -1,4 +1,4 @@
-"""What a check saw, as values: the table of `svc drift`, the metrics and the signal for later use are made of it."""
+"""The result of a check: the source of the table of `svc drift`, its JSON output and the metrics."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,29 +15,29 @@ EXAMPLES = 5
 
 
 class Status(StrEnum):
-    """How a signal stands."""
+    """Status of a signal."""
 
     OFF = "off"
-    """It cannot be watched; the report says why."""
+    """The signal cannot be watched; the report says why."""
     WAITING = "waiting"
-    """There is too little to compare yet."""
+    """Too few requests or ratings so far."""
     UNWATCHED = "unwatched"
-    """There is traffic, and nothing of it can be compared; the report says why."""
+    """There is traffic, but none of it can be compared; the report says why."""
     STEADY = "steady"
     ALARM = "alarm"
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One feature of the newest items beside the reference.
+    """One feature of the newest items compared with the reference.
 
     Attributes:
         name: of the feature, or `domain_classifier`.
-        score: how large the difference is: of the classifier the area under its ROC curve (0.5: none), else the
-            population stability index beyond what chance makes of it (0: none).
+        score: size of the difference: for the classifier the area under its ROC curve (0.5: none), otherwise the
+            population stability index beyond its expected value by chance (0: none).
         evidence: for a change, on a logarithmic scale: 0 is none, 1 an alarm.
-        expected: what is typical of the reference: median, or most frequent category with its share.
-        live: the same of the items, of the category that moved most.
+        expected: of the reference: the median, or the share of the category that changed most.
+        live: the same for the items.
     """
 
     name: str
@@ -49,10 +49,10 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Lasting:
-    """An alarm that lasts.
+    """An active alarm.
 
     Attributes:
-        since: when the first item came that shows the change.
+        since: time of the first item that shows the change.
     """
 
     feature: str
@@ -61,15 +61,15 @@ class Lasting:
 
 @dataclass(frozen=True, slots=True)
 class SignalReport:
-    """One signal.
+    """The report on one signal.
 
     Attributes:
-        why: the reason of a status, or what is to be known beside it.
-        items: requests, or ratings, that were compared since the version serves.
-        window: newest items that `lines` are about.
-        alarms: of its features, those that last.
-        uncompared: features of which the newest items have no values.
-        newest_at: when the newest item began, or was rated.
+        why: the reason for the status, or a note on it.
+        items: requests, or ratings, compared since the version was first served.
+        window: number of newest items that `lines` describe.
+        alarms: active alarms of its features.
+        uncompared: features without values in the newest items.
+        newest_at: when the newest item started, or was rated.
     """
 
     signal: Signal
@@ -84,13 +84,13 @@ class SignalReport:
 
 
 def feature_line(name: str, evidence: float, reference: Sample, live: Sample) -> Line | None:
-    """Return the line of a readable feature; None where the live items have no value of it."""
+    """Return the line of a readable feature; None if the live items have no value of it."""
     if name in reference.numbers:
-        expected, found = reference.numbers[name], live.numbers[name]
-        if np.isnan(found).all():
+        expected, actual = reference.numbers[name], live.numbers[name]
+        if np.isnan(actual).all():
             return None
-        score = number_stability(expected, found).beyond_chance
-        return Line(name, score, evidence, _median(expected), _median(found))
+        score = number_stability(expected, actual).beyond_chance
+        return Line(name, score, evidence, _median(expected), _median(actual))
     held, seen = _shares(reference.categories[name]), _shares(live.categories[name])
     if not seen:
         return None
@@ -101,18 +101,18 @@ def feature_line(name: str, evidence: float, reference: Sample, live: Sample) ->
 
 
 def most_moved(name: str, reference: Sample, live: Sample) -> list[int]:
-    """Return the places of the items that moved most in a feature, the newest of them first."""
+    """Return the indexes of the items that changed most in a feature, newest first among equals."""
     newest_first = np.arange(live.size)[::-1]
     return [int(place) for place in sorted(newest_first, key=_distances(name, reference, live).__getitem__)[:EXAMPLES]]
 
 
 def _distances(name: str, reference: Sample, live: Sample) -> list[float]:
-    """Return how far items are from what a feature mostly was, the farthest first: less is farther."""
+    """Return negative distances of items from the usual values of a feature: smaller is farther."""
     if name in live.numbers:
         values = live.numbers[name]
         return list(-np.nan_to_num(np.abs(values - np.nanmedian(reference.numbers[name])), nan=-1.0))
     held, seen = _shares(reference.categories[name]), _shares(live.categories[name])
-    return [held.get(str(one), 0.0) - seen.get(str(one), 0.0) for one in live.categories[name]]
+    return [held.get(str(value), 0.0) - seen.get(str(value), 0.0) for value in live.categories[name]]
 
 
 def _median(values: Floats) -> str:

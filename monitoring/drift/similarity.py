@@ -1,7 +1,7 @@
-"""How alike prompts are, and how well a kernel classifier tells live ones from the reference.
+"""Similarity of prompts, and a kernel classifier that distinguishes live prompts from the reference.
 
-The classifier gives a prompt its mean similarity to the live prompts, less that to the reference: the witness of the
-maximum mean discrepancy (Gretton et al. 2012).
+The classifier's score is the mean similarity to live prompts minus that to the reference: the witness of the maximum
+mean discrepancy (Gretton et al. 2012).
 """
 
 from collections.abc import Sequence
@@ -12,26 +12,26 @@ from svc.drift_reference.sample import Floats
 
 
 class Similarity:
-    """How alike two prompts are, 0 to 1: Gaussian kernels, one a view, their mean.
+    """Similarity of two prompts, 0 to 1: the mean of Gaussian kernels, one per view.
 
-    The width is the median distance within the reference, as is customary; for a view of answers 0.55 of it, since
-    answers come in groups.
+    The width is the median distance within the reference, as usual; for a view of answers 0.55 of it, since answers
+    form groups.
 
     Args:
-        reference: prompts by axes, one array a view.
-        widths: in median distances, one a view.
+        reference: prompts x axes, one array per view.
+        widths: in median distances, one per view.
     """
 
     def __init__(self, reference: Sequence[Floats], widths: Sequence[float]) -> None:
         squared = [_squared_distances(view, view) for view in reference]
         medians = [float(np.median(view[np.triu_indices(len(view), 1)])) if len(view) > 1 else 0.0 for view in squared]
-        # A view in which the typical two prompts are one says nothing.
+        # A view in which most pairs of prompts coincide carries no information.
         self._scales = [
             median * width**2 if median > 1e-12 else None for median, width in zip(medians, widths, strict=True)
         ]
 
     def __call__(self, ones: Sequence[Floats], others: Sequence[Floats]) -> Floats:
-        """Similarities, ones by others."""
+        """Return the similarities (ones x others)."""
         views = [
             np.exp(-_squared_distances(one, other) / scale)
             for one, other, scale in zip(ones, others, self._scales, strict=True)
@@ -41,33 +41,29 @@ class Similarity:
 
 
 def separation(similarities: Floats, live: int) -> float:
-    """How well the classifier tells a live prompt from one of the reference: the area under its ROC curve.
+    """Return the area under the ROC curve of the classifier: 0.5 is no distinction, 1 a perfect one.
 
-    Each prompt is judged by all others. 0.5 is not at all, 1 is always.
+    Each prompt is classified by all others.
 
     Args:
-        similarities: of all prompts with each other, the reference's, then the live ones.
-        live: how many are live.
+        similarities: of all prompts with each other: the reference's, then the live ones.
+        live: number of live prompts.
     """
     from sklearn.metrics import roc_auc_score
 
     is_live = np.arange(len(similarities)) >= len(similarities) - live
-    # Who leaves a prompt out makes it look a little more like the other side; below a half says nothing.
+    # Leaving a prompt out makes it look slightly more like the other side, so values below 0.5 mean nothing.
     return max(0.5, float(roc_auc_score(is_live, _scores(similarities, live))))
 
 
 def typical(similarities: Floats, live: int, count: int) -> list[int]:
-    """The live prompts that are most like the live ones and least like the reference, the most typical first.
-
-    Returns:
-        Their places among the live ones.
-    """
+    """Return the indexes of the most typical live prompts: similar to live ones, and not to the reference."""
     scores = _scores(similarities, live)[-live:]
     return [int(place) for place in np.argsort(-scores, kind="stable")[:count]]
 
 
 def _scores(similarities: Floats, live: int) -> Floats:
-    """Mean similarity to the live prompts less that to the others, the prompt itself left out of either."""
+    """Return the mean similarity to live prompts minus that to the others; both without the prompt itself."""
     others = len(similarities) - live
     without = similarities - np.diag(np.diag(similarities))
     is_live = np.arange(len(similarities)) >= others

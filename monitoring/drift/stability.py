@@ -1,4 +1,4 @@
-"""How large a shift of one readable feature is: the population stability index (PSI)."""
+"""Size of the shift of one readable feature: the population stability index (PSI)."""
 
 from dataclasses import dataclass
 
@@ -8,17 +8,17 @@ from numpy.typing import NDArray
 from svc.drift_reference.sample import NOT_THERE, Floats, Names
 
 _BINS = 10
-_HALF = 0.5  # counts are raised by it, so that an empty bin does not make the index infinite (Jeffreys)
+_HALF = 0.5  # added to counts, so that an empty bin does not make the index infinite (Jeffreys)
 
 
 @dataclass(frozen=True, slots=True)
 class Stability:
-    """The population stability index: how large a shift is, not how sure. By custom, above 0.2 is a shift.
+    """The population stability index: the size of a shift, not its certainty. By convention, above 0.2 is a shift.
 
     Attributes:
-        index: as it is customary.
-        by_chance: what it is in the mean where nothing has moved, which is much for small samples: the bins less one
-            times the sum of the inverse sizes (Yurdakul and Naranjo 2020).
+        index: the conventional index.
+        by_chance: its mean without a shift, which is large for small samples: (bins - 1) times the sum of the inverse
+            sizes (Yurdakul and Naranjo 2020).
     """
 
     index: float
@@ -26,17 +26,17 @@ class Stability:
 
     @property
     def beyond_chance(self) -> float:
-        """What is left, at least 0: it can be compared with the customary limits for samples of any size."""
+        """Return the difference, at least 0: comparable with the conventional limits for samples of any size."""
         return max(0.0, self.index - self.by_chance)
 
 
 def number_stability(reference: Floats, live: Floats) -> Stability:
-    """Over the reference's deciles; values that are not there are left out."""
+    """Return the index over the reference's deciles; missing values are ignored."""
     reference, live = reference[~np.isnan(reference)], live[~np.isnan(live)]
     if not len(reference) or not len(live):
         return Stability(0.0, 0.0)
     deciles = np.quantile(reference, np.linspace(0, 1, _BINS + 1)[1:-1])
-    # A value that is several deciles has a bin of its own, or what lies below it would be no shift.
+    # A value that is several deciles gets its own bin; otherwise a move to values below it would not be a shift.
     repeated = deciles[1:][deciles[1:] == deciles[:-1]]
     edges = np.unique(np.concatenate([deciles, np.nextafter(repeated, -np.inf)]))
     counts = [np.bincount(np.searchsorted(edges, values), minlength=len(edges) + 1) for values in (reference, live)]
@@ -44,7 +44,7 @@ def number_stability(reference: Floats, live: Floats) -> Stability:
 
 
 def category_stability(reference: Names, live: Names) -> Stability:
-    """Over all categories of either; those that are not there are left out."""
+    """Return the index over all categories of either sample; missing values are ignored."""
     reference, live = reference[reference != NOT_THERE], live[live != NOT_THERE]
     if not len(reference) or not len(live):
         return Stability(0.0, 0.0)

@@ -1,4 +1,4 @@
-"""Requests of a version, as its server keeps their features, through the detector: the reports on input and output."""
+"""Run the stored features of a version's requests through the detector: the reports on input and output."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,25 +19,25 @@ from svc.store.drift_items import StoredItem
 
 SIGNALS = (Signal.INPUT, Signal.OUTPUT)
 _SHOWN = 100
-"""Newest requests that a report's lines, and an alarm's examples, are about."""
+"""Newest requests covered by the lines of a report and the examples of an alarm."""
 _MIN_SHOWN = 10
 _TOGETHER = 500
-"""New requests at once: time and memory grow with their square."""
+"""New requests processed together: time and memory grow with the square of their number."""
 _MIN_SEEN = 200
-"""Requests from which the share of those that are compared says something."""
+"""Requests from which the share of compared ones is meaningful."""
 _FEW_KEPT, _NONE_KEPT = 0.2, 0.02
-"""Of the newest 1,000 requests. Below the first the report says so; below the second nothing is watched."""
+"""Shares of the newest 1,000 requests. Below the first the report has a note; below the second nothing is watched."""
 _MIN_ACCEPTED, _MAX_ACCEPTED = 50, 500
-"""Requests that later ones can be compared with."""
+"""Limits on the requests of an accepted baseline."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrafficState:
-    """What the next check starts from.
+    """State from which the next check continues.
 
     Attributes:
-        cursor: id of the newest item that was seen.
-        kept: ids of the newest that count.
+        cursor: id of the newest item seen.
+        kept: ids of the newest counted items.
     """
 
     cursor: int = 0
@@ -48,10 +48,10 @@ class TrafficState:
 def check_traffic(
     detector: Detector, state: TrafficState, items: Sequence[StoredItem], alarms: AlarmBook, now: datetime
 ) -> tuple[TrafficState, list[SignalReport]]:
-    """Take the items that are new; begin and end alarms.
+    """Check new items; start and end alarms.
 
     Args:
-        items: all that are stored, in order: those of `state.kept`, the newest that were seen, and the new ones.
+        items: stored items in order: those of `state.kept`, the newest seen, and the new ones.
     """
     new = [item for item in items if item.id > state.cursor]
     for start in range(0, max(1, len(new)), _TOGETHER):
@@ -68,7 +68,7 @@ def _take(
     new: Sequence[StoredItem],
     alarms: AlarmBook,
 ) -> tuple[TrafficState, "_Traffic", Mapping[str, float]]:
-    """Take some of the new items."""
+    """Check a part of the new items."""
     kept = frozenset(state.kept)
     before = [item for item in items if item.id in kept]
     seen = [Seen(item.item.words, item.client) for item in items if item.id <= state.cursor][-SEEN:]
@@ -88,23 +88,23 @@ def _take(
 
 
 def requests_of(items: Sequence[StoredItem], detector: Detector) -> Requests:
-    """Return items as the detector takes them."""
-    found = [item.item for item in items]
+    """Return stored items as input of the detector."""
+    features = [item.item for item in items]
     return Requests(
-        prompt_sample(found, detector.prompts),
-        answer_sample(found, [item.logprob for item in items], detector.answers),
-        [item.words for item in found],
-        np.array([item.conversation for item in found], dtype=np.int64),
-        np.array([item.started_at.timestamp() for item in found]),
+        prompt_sample(features, detector.prompts),
+        answer_sample(features, [item.logprob for item in items], detector.answers),
+        [item.words for item in features],
+        np.array([item.conversation for item in features], dtype=np.int64),
+        np.array([item.started_at.timestamp() for item in features]),
         [item.client for item in items],
     )
 
 
 def accepted_baseline(detector: Detector, state: TrafficState, items: Sequence[StoredItem]) -> Baseline:
-    """Return the requests since the newest alarm began, as what later ones are compared with.
+    """Return the requests since the newest alarm began as the baseline for later ones.
 
     Raises:
-        RefusedError: they are too few.
+        RefusedError: too few requests were counted since.
     """
     since = max(feature.alarm.since for feature in state.watch.features.values() if feature.alarm)
     count = min(state.watch.kept - since + 1, _MAX_ACCEPTED)
@@ -112,19 +112,19 @@ def accepted_baseline(detector: Detector, state: TrafficState, items: Sequence[S
     requests = requests_of([item for item in items if item.id in ids], detector)
     if requests.size < _MIN_ACCEPTED:
         raise RefusedError(
-            f"only {requests.size} requests that can be compared came since traffic changed",
+            f"only {requests.size} comparable requests arrived since the change of traffic",
             expected=f"at least {_MIN_ACCEPTED}",
-            todo="accept the change when there are as many",
+            todo="repeat `svc drift MODEL --accept` when there are enough",
         )
     return Baseline(requests.prompts, requests.words, requests.answers)
 
 
 @dataclass(frozen=True)
 class _Traffic:
-    """The requests that count, after a check.
+    """The counted requests after a check.
 
     Attributes:
-        items, requests: the newest, those of earlier checks first.
+        items, requests: the newest ones, in order.
     """
 
     detector: Detector
@@ -134,11 +134,11 @@ class _Traffic:
 
     @property
     def _first(self) -> int:
-        """Requests that count and came before the first of `items`."""
+        """Number of counted requests before the first of `items`."""
         return self.watch.kept - len(self.items)
 
     def note(self, event: Event, alarms: AlarmBook) -> None:
-        """Begin or end an alarm."""
+        """Start or end an alarm."""
         signal = self.detector.signals[event.feature]
         stop = event.position - self._first
         if event.alarm is None:
@@ -156,7 +156,7 @@ class _Traffic:
         )
 
     def report(self, signal: Signal, strengths: Mapping[str, float], alarms: AlarmBook) -> SignalReport:
-        """Return how a signal stands."""
+        """Return the report on a signal."""
         size = min(_SHOWN, len(self.items))
         live = self._sample(signal, len(self.items) - size, len(self.items))
         features = [name for name, of in self.detector.signals.items() if of is signal and live.size >= _MIN_SHOWN]
@@ -198,18 +198,18 @@ class _Traffic:
 
 
 def _status(watch: Watch, shown: int, *, compared: bool) -> tuple[Status, str]:
-    """Return how a signal without an alarm stands, and why.
+    """Return the status of a signal without an alarm, and the reason.
 
     Args:
-        shown: newest requests that are still stored.
+        shown: number of newest requests that are still stored.
     """
     if shown < _MIN_SHOWN:
-        return Status.WAITING, f"there are fewer than {_MIN_SHOWN} requests that can be compared"
+        return Status.WAITING, f"fewer than {_MIN_SHOWN} comparable requests"
     if not compared:
         return Status.UNWATCHED, "none of the newest 100 requests has features to compare"
     newest = watch.newest_kept
     share = newest.count("1") / len(newest)
     if len(newest) < _MIN_SEEN or share >= _FEW_KEPT:
         return Status.STEADY, ""
-    why = f"{share:.0%} of the newest {len(newest)} requests are compared: the others nearly repeat those"
+    why = f"only {share:.0%} of the newest {len(newest)} requests are compared: the others nearly repeat those"
     return (Status.UNWATCHED if share < _NONE_KEPT else Status.STEADY), why

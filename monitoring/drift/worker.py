@@ -1,7 +1,7 @@
-"""Checks for drift beside the exporter, in a process of their own: one takes seconds of a core.
+"""Run drift checks next to the exporter in a separate process: one check takes seconds of a core.
 
-The process stays, because importing what it needs takes seconds too. It is begun anew where it dies, and ends with its
-parent.
+The process stays alive between checks, because its imports take seconds too. It is restarted if it dies, and ends with
+its parent.
 """
 
 import logging
@@ -19,19 +19,19 @@ from svc.settings import Settings
 log = logging.getLogger(__name__)
 
 _NICENESS = 10
-"""Everybody else goes first."""
+"""All other processes have priority."""
 _LOOK_EVERY_S = 1.0
 _PAUSE_S = 10.0
-"""Before a process that died is begun anew."""
+"""Before a dead process is restarted."""
 
 Prepare = Callable[[Settings], Callable[[], object]]
 
 
 class DriftWorker:
-    """Keeps the process alive.
+    """Supervisor of the process.
 
     Args:
-        prepare: called once in the process; gives the check, which is made every `monitor.drift_every_s`.
+        prepare: called once in the process; returns the check, which runs every `monitor.drift_every_s`.
     """
 
     def __init__(self, settings: Settings, prepare: Prepare = ProductionChecks) -> None:
@@ -42,7 +42,7 @@ class DriftWorker:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Checks for the body, and ends in the middle of a check if need be: what that had not kept, the next finds."""
+        """Run checks during the body; stop even in the middle of a check: the next one covers its unsaved requests."""
         self._thread.start()
         try:
             yield
@@ -62,12 +62,12 @@ class DriftWorker:
                 process.terminate()
                 process.join()
                 return
-            log.error("the process that checks for drift ended with %s; it is begun anew", process.exitcode)
+            log.error("the drift process ended with exit code %s; restarting it", process.exitcode)
             self._stop.wait(_PAUSE_S)
 
 
 def _work(prepare: Prepare, settings: Settings) -> None:
-    """The process: checks on one core until its parent is gone."""
+    """Run checks on one core until the parent process is gone."""
     from threadpoolctl import threadpool_limits
 
     end_with_parent()
@@ -78,6 +78,6 @@ def _work(prepare: Prepare, settings: Settings) -> None:
         while True:
             try:
                 check()
-            except Exception:  # the boundary of this process: the next check may find what this one did not
-                log.exception("a check for drift failed")
+            except Exception:  # the boundary of this process: the next check may succeed
+                log.exception("the drift check failed")
             time.sleep(settings.monitor.drift_every_s)

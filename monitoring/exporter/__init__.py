@@ -1,1 +1,1 @@
-"""`svc monitor`: the server's metrics, and those of versions, training and drift, on one page."""
+"""`svc monitor`: metrics of the server, versions, training and drift on one page."""

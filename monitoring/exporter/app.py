@@ -1,6 +1,6 @@
-"""`svc monitor`: one page with the server's metrics, and with what is known of versions, training runs and drift.
+"""`svc monitor`: one page with the metrics of the server, versions, training runs and drift.
 
-A process of its own, so that it goes on when the server does not. On another machine it has the server's page alone.
+A separate process, so that it survives the server. On another machine it exports only the server's page.
 """
 
 import socket
@@ -39,18 +39,18 @@ def exporting(
     checking: bool = False,
     certificate: Path | None = None,
 ) -> Iterator[str]:
-    """Answers /metrics for the body of the `with`; yields the page's URL.
+    """Serve /metrics during the body; yield the URL of the page.
 
     Args:
-        home: where training runs are looked for.
-        find_server: where the server is now; raises ServerNotRunningError.
-        port: 0 for any free one.
-        checking: somebody checks for drift.
-        certificate: the server's, in PEM; None if it has none.
+        home: folder with the training runs.
+        find_server: returns the server's current address; raises ServerNotRunningError.
+        port: 0 for any free port.
+        checking: drift checks run.
+        certificate: of the server, in PEM; None if it has none.
 
     Raises:
         BusyError: the port is in use.
-        SettingsError: the address is none of this machine's.
+        SettingsError: this machine does not have the address.
     """
     metrics = CollectorRegistry()
     for collector in (
@@ -62,10 +62,10 @@ def exporting(
     ):
         metrics.register(collector)
     try:
-        # A name stands for its IPv4 address, as for the server.
+        # A host name means its IPv4 address, as for the server.
         address = host if ":" in host else socket.gethostbyname(host)
         server, thread = start_http_server(port, address, metrics)
-    except (OSError, UnicodeError) as error:  # the latter: no host has such a name
+    except (OSError, UnicodeError) as error:  # the latter: not a valid host name
         raise listen_error(host, port, error) from error
     with server:
         server.set_app(_page(metrics))
@@ -77,9 +77,9 @@ def exporting(
 
 
 def _page(metrics: CollectorRegistry) -> "WSGIApplication":
-    """prometheus_client's page, with the names of vLLM's metrics as they are.
+    """Return prometheus_client's page with unchanged names of vLLM's metrics.
 
-    Its encoder for OpenMetrics writes `vllm:` as `vllm_` to who does not say that it knows better.
+    Its OpenMetrics encoder writes `vllm:` as `vllm_` unless the client accepts UTF-8 names.
     """
     page = make_wsgi_app(metrics)
 

@@ -1,6 +1,6 @@
-"""When the server's certificate and its keys expire, and when the home was last backed up.
+"""Expiry times of the server's certificate and keys, and the time of the last backup of the home.
 
-Each is a time and not an age, so that a page that is stored for long stays right.
+All are timestamps, not ages, so that a page stays right however long it is stored.
 """
 
 import logging
@@ -22,10 +22,10 @@ log = logging.getLogger(__name__)
 
 
 class DeadlineMetrics(Collector):
-    """Reads the certificate's file and the store at each scrape.
+    """Collector that reads the certificate's file and the store at each scrape.
 
     Args:
-        certificate: the server's own first, in PEM; None if it has none.
+        certificate: in PEM, the server's own first; None if it has none.
     """
 
     def __init__(self, store: Store, certificate: Path | None) -> None:
@@ -33,7 +33,7 @@ class DeadlineMetrics(Collector):
         self._certificate = certificate
 
     def collect(self) -> Iterable[Metric]:
-        """Return the times that are known."""
+        """Return the known times."""
         certificate = GaugeMetricFamily(
             "svc_certificate_expiry_timestamp_seconds", "When the server's certificate expires", labels=[]
         )
@@ -46,17 +46,17 @@ class DeadlineMetrics(Collector):
                 log.warning("the certificate %s cannot be read", self._certificate, exc_info=True)
         try:
             now = datetime.now(UTC)
-            for found in read_keys(self._store):
-                if found.expires_at and found.usable(now):
-                    key.add_metric([found.id], found.expires_at.timestamp())
+            for stored in read_keys(self._store):
+                if stored.expires_at and stored.usable(now):
+                    key.add_metric([stored.id], stored.expires_at.timestamp())
             if newest := self._newest_backup():
                 backup.add_metric([], newest)
         except SQLAlchemyError:
-            log.warning("no times of keys and backups", exc_info=True)
+            log.warning("the times of keys and backups cannot be read", exc_info=True)
         return certificate, key, backup
 
     def _newest_backup(self) -> float | None:
-        """Return when the newest backup was made; when it began, if its folder cannot be read from here."""
+        """Return the time of the newest backup; the time of its start if its folder cannot be read from here."""
         event = next(iter(read_events(self._store, newest=1, action=Action.BACKUP)), None)
         if event is None:
             return None
@@ -69,11 +69,11 @@ class DeadlineMetrics(Collector):
 
 
 def _expiry(certificate: Path) -> float:
-    """Return when the first certificate of a file expires.
+    """Return the expiry time of the first certificate of a file.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it has no certificate in PEM.
+        ValueError: the file has no certificate in PEM.
     """
     from cryptography.x509 import load_pem_x509_certificate
 

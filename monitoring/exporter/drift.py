@@ -1,4 +1,4 @@
-"""Drift and held-out quality of the versions in production, as the newest checks and runs have them."""
+"""Drift and held-out quality of the versions in production, from the newest checks and runs."""
 
 import logging
 from collections.abc import Iterable, Iterator
@@ -25,30 +25,30 @@ log = logging.getLogger(__name__)
 
 
 _GAUGES = {
-    "svc_drift_alarm": ("1 while an alarm of a feature lasts", ["signal", "feature"]),
+    "svc_drift_alarm": ("1 while a feature has an active alarm", ["signal", "feature"]),
     "svc_drift_watched": ("1 while new requests or ratings can be compared", ["signal"]),
-    "svc_drift_items": ("Requests, or ratings, that were compared since the version serves", ["signal"]),
-    "svc_drift_score": ("How large the difference of the newest 100 is", ["signal", "feature"]),
+    "svc_drift_items": ("Requests (ratings for people) compared since the version was first served", ["signal"]),
+    "svc_drift_score": ("Size of the difference of the newest 100", ["signal", "feature"]),
     "svc_drift_evidence": ("Evidence for a change, on a logarithmic scale: 0 none, 1 an alarm", ["signal", "feature"]),
-    "svc_drift_checked_timestamp_seconds": ("When drift was checked", []),
-    "svc_holdout_changed": ("1 when the version is not what it was at registration: a fault of serving", []),
-    "svc_holdout_nll": ("Held-out negative log-likelihood, nats a token", ["when"]),
-    "svc_holdout_exact_match": ("Share of held-out answers that are exactly right", ["when"]),
-    "svc_holdout_score": ("The primary metric of the held-out answers, by its name", ["metric", "when"]),
+    "svc_drift_checked_timestamp_seconds": ("Time of the last drift check", []),
+    "svc_holdout_changed": ("1 if the version differs from its registration: a fault of serving", []),
+    "svc_holdout_nll": ("Held-out negative log-likelihood, nats per token", ["when"]),
+    "svc_holdout_exact_match": ("Share of held-out answers that match exactly", ["when"]),
+    "svc_holdout_score": ("Primary metric of the held-out answers", ["metric", "when"]),
     "svc_holdout_pvalue": ("p-value of the change since registration", ["metric"]),
-    "svc_holdout_examples": ("Held-out examples that were asked", []),
-    "svc_holdout_run_timestamp_seconds": ("When the newest run of the held-out set ended, by outcome", ["outcome"]),
+    "svc_holdout_examples": ("Held-out examples in the newest run", []),
+    "svc_holdout_run_timestamp_seconds": ("End of the newest run of the held-out set, by outcome", ["outcome"]),
 }
-"""Help text and labels after `model` and `version`."""
+"""Help text, and labels after `model` and `version`."""
 _Sample = tuple[str, list[str], float]
-"""A gauge, the values of its labels in `_GAUGES`, and its own."""
+"""A gauge, the values of its labels in `_GAUGES`, and its value."""
 
 
 class DriftMetrics(Collector):
-    """Reads the store; checks nothing itself.
+    """Collector that reads the results of checks from the store.
 
     Args:
-        checking: checks are made; a version that was never checked was so in 1970 then, and not unknown.
+        checking: drift checks run; a version that was never checked then has the time 0 instead of no time.
     """
 
     def __init__(self, registry: Registry, store: Store, *, checking: bool = True) -> None:
@@ -62,7 +62,7 @@ class DriftMetrics(Collector):
         self._quality_after = quality_after
 
     def collect(self) -> Iterable[Metric]:
-        """Return the figures of all versions that can be read."""
+        """Return the metrics of all readable versions."""
         families = {
             name: GaugeMetricFamily(name, text, labels=["model", "version", *labels])
             for name, (text, labels) in _GAUGES.items()
@@ -70,7 +70,7 @@ class DriftMetrics(Collector):
         try:
             targets = production_targets(self._store)
         except SQLAlchemyError:
-            log.warning("no drift figures", exc_info=True)
+            log.warning("drift metrics cannot be read", exc_info=True)
             return families.values()
         for target in targets:
             version = [target.version.name, str(target.version.number)]
@@ -78,7 +78,7 @@ class DriftMetrics(Collector):
                 for name, labels, value in chain(self._signals(target), self._holdout(target)):
                     families[name].add_metric([*version, *labels], value)
             except (SvcError, SQLAlchemyError, ValueError):
-                log.warning("no drift figures of %s", target, exc_info=True)
+                log.warning("the drift metrics of %s cannot be read", target, exc_info=True)
         return families.values()
 
     def _signals(self, target: Target) -> Iterator[_Sample]:
@@ -117,7 +117,7 @@ class DriftMetrics(Collector):
             yield "svc_holdout_nll", [when], nll
             yield "svc_holdout_exact_match", [when], exact_match
             yield "svc_holdout_score", [report.metric, when], score
-        # Of two metrics of one name the later holds.
+        # If two metrics have the same name, the later one wins.
         pvalues = {"nll": report.nll_p, "exact_match": report.exact_match_p, report.metric: report.score_p}
         for metric, p in pvalues.items():
             yield "svc_holdout_pvalue", [metric], p

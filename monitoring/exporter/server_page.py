@@ -1,6 +1,6 @@
-"""A server's own metrics page, passed on: the same families under the same names, and whether it answered.
+"""The server's own metrics page, passed through with the same names, and whether the server answered.
 
-A server that answers something else than metrics serves its clients all the same: it is up, and its page unreadable.
+A server that answers with something other than metrics may still serve clients: it is up, and its page is unreadable.
 """
 
 import logging
@@ -19,37 +19,37 @@ from svc.remote.server_url import ServerAddress
 log = logging.getLogger(__name__)
 
 _TIMEOUT_S = 4.0
-"""Well below the ten seconds after which Prometheus gives up, so that it hears that the server is down."""
+"""Well below Prometheus' timeout of ten seconds, so that it learns that the server is down."""
 _OPENMETRICS = {"accept": "application/openmetrics-text; version=1.0.0; escaping=allow-utf-8"}
 
 
 class ServerPage(Collector):
-    """Asks the server whenever it is asked itself.
+    """Collector that fetches the server's page at each scrape.
 
     Args:
-        find: where the server is now. Raises ServerNotRunningError where none runs.
+        find: returns the server's current address; raises ServerNotRunningError if none runs.
     """
 
     def __init__(self, find: Callable[[], ServerAddress]) -> None:
         self._find = find
 
     def collect(self) -> Iterable[Metric]:
-        """Return its families, and three of our own."""
+        """Return the server's metrics and three of the exporter."""
         started = time.monotonic()
         answer = self._ask()
         seconds = time.monotonic() - started
         families = _families(answer) if answer is not None else None
-        yield GaugeMetricFamily("svc_server_up", "1 when the server answered", value=float(answer is not None))
+        yield GaugeMetricFamily("svc_server_up", "1 if the server answered", value=float(answer is not None))
         readable = float(families is not None)
-        yield GaugeMetricFamily("svc_server_page_readable", "1 when its metrics could be read", value=readable)
-        yield GaugeMetricFamily("svc_server_scrape_duration_seconds", "How long it took to answer", value=seconds)
+        yield GaugeMetricFamily("svc_server_page_readable", "1 if the server's metrics could be read", value=readable)
+        yield GaugeMetricFamily("svc_server_scrape_duration_seconds", "Time the server took to answer", value=seconds)
         yield from families or ()
 
     def _ask(self) -> httpx.Response | None:
-        """Return the answer, None if there is none: a proxy's 502 is none of the server's."""
+        """Return the answer; None without one, or for a 5xx such as a proxy's 502, which is not the server's."""
         try:
             with self._find().client(_TIMEOUT_S) as client:
-                # OpenMetrics, because exemplars are in no other text format.
+                # OpenMetrics is the only text format with exemplars.
                 answer = client.get("/metrics", headers=_OPENMETRICS)
             if answer.is_server_error:
                 answer.raise_for_status()
@@ -60,7 +60,7 @@ class ServerPage(Collector):
 
 
 def _families(answer: httpx.Response) -> list[Metric] | None:
-    """Return the metrics of a page, None if it has none that can be read."""
+    """Return the metrics of a page; None if they cannot be read."""
     try:
         answer.raise_for_status()
         families: list[Metric] = list(text_string_to_metric_families(answer.text))  # type: ignore[no-untyped-call]

@@ -1,7 +1,7 @@
-"""Which names are trained now, as the locks of their runs say, and how their newest runs stand, as MLflow knows it.
+"""Names that are being trained (by the locks of their runs), and figures of their newest runs (from MLflow).
 
-Locks, because MLflow hears of a run while its loss falls and not while it is merged, judged and quantized, and because
-a run that was killed stays open there. Knows nothing of training in other homes but its figures.
+Locks, because MLflow receives data during training only, not during merging, evaluation and quantization, and because
+a killed run stays open there. For training in other homes only the figures are known.
 """
 
 import logging
@@ -28,21 +28,21 @@ _REPORTED = {
     "svc_training_learning_rate": "learning_rate",
 }
 _GAUGES = {
-    _RUNNING: "1 while a run of the name is worked on, in any stage",
-    _STARTED: "When the newest run was started",
-    _WRITTEN: "When a run that is worked on last wrote a file",
-    "svc_training_loss": "Newest loss of the newest run, nats a token",
-    "svc_training_heldout_loss": "Newest held-out loss of the newest run, nats an answer token",
-    "svc_training_epoch": "Epochs done in the newest run",
-    "svc_training_learning_rate": "Newest learning rate of the newest run",
+    _RUNNING: "1 while a run of the name is active, in any stage",
+    _STARTED: "Start of the newest run",
+    _WRITTEN: "When an active run last wrote a file",
+    "svc_training_loss": "Latest loss of the newest run, nats per token",
+    "svc_training_heldout_loss": "Latest held-out loss of the newest run, nats per answer token",
+    "svc_training_epoch": "Completed epochs of the newest run",
+    "svc_training_learning_rate": "Latest learning rate of the newest run",
 }
 
 
 class TrainingMetrics(Collector):
-    """One sample for each name that was ever trained here.
+    """Collector with one sample for each name ever trained here.
 
     Args:
-        home: whose runs are looked at.
+        home: folder with the training runs.
     """
 
     def __init__(self, registry: Registry, home: Path) -> None:
@@ -50,12 +50,12 @@ class TrainingMetrics(Collector):
         self._home = home
 
     def collect(self) -> Iterable[Metric]:
-        """Return the figures of all names; of none if MLflow does not answer, since the server's must not be lost."""
+        """Return the metrics of all names; none if MLflow does not answer, because the server's must not be lost."""
         families = {name: GaugeMetricFamily(name, text, labels=["model"]) for name, text in _GAUGES.items()}
         try:
             runs: list[TrainingRun] | None = list(find_training_runs(self._home))
         except (OSError, IntegrityError):
-            log.warning("not known which runs are worked on", exc_info=True)
+            log.warning("the active training runs cannot be read", exc_info=True)
             runs = None
         running = [run for run in runs or () if run.running]
         figures = self._figures(running)
@@ -74,16 +74,16 @@ class TrainingMetrics(Collector):
         return families.values()
 
     def _figures(self, running: Sequence[TrainingRun]) -> dict[str, RunFigures]:
-        """Return of each name the run that is worked on, else the one that was started last."""
+        """Return for each name the active run, or else the one started last."""
         figures = {}
         try:
             for name in self._tracking.experiments():
                 ids = [run.tracking_run for run in running if run.name == name and run.tracking_run]
-                found = [run for run in map(self._tracking.run, ids) if run]
-                run = max(found, key=lambda run: run.started_at, default=None) or self._tracking.newest_run(name)
+                active = [run for run in map(self._tracking.run, ids) if run]
+                run = max(active, key=lambda run: run.started_at, default=None) or self._tracking.newest_run(name)
                 if run:
                     figures[name] = run
         except (RegistryError, NotFoundError):
-            log.warning("no training figures", exc_info=True)
+            log.warning("training metrics cannot be read", exc_info=True)
             return {}
         return figures

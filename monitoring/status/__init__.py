@@ -1,1 +1,1 @@
-"""`svc status`: what a running server says of itself, as figures and on a screen."""
+"""`svc status`: the state and figures of a running server, as values and on a screen."""

@@ -1,6 +1,6 @@
-"""The figures of a running server, read from its metrics page: the same numbers that Prometheus sees.
+"""Figures of a running server, read from its metrics page: the same numbers that Prometheus scrapes.
 
-Knows the names of the metrics (docs/metrics.md) and nothing of how they are made.
+This module depends only on the names of the metrics (docs/metrics.md).
 """
 
 import re
@@ -13,23 +13,22 @@ from prometheus_client.parser import text_string_to_metric_families
 
 QUANTILES = ("0.5", "0.95", "0.99")
 SERVER_FAULTS: Final = "overloaded|queue_.*|engine_.*|internal_error"
-"""A pattern of the `reason` in `svc_request_errors_total`; the whole word matches, as in Prometheus.
+"""Pattern for the whole `reason` label of `svc_request_errors_total`, as in Prometheus: faults of the server.
 
-These are faults of the server. What a client did wrong (400, 404, 413, a connection that it closed) says nothing of a
-server or of a version. The alert rules (deploy/prometheus/rules) and the dashboards repeat the pattern; docs/metrics.md
-has the reasons one by one.
+Client errors (400, 404, 413, a closed connection) say nothing about a server or a version. The alert rules
+(deploy/prometheus/rules) and the dashboards repeat the pattern; docs/metrics.md explains each reason.
 """
 
 
 @dataclass(slots=True)
 class VersionFigures:
-    """What one version did since the server started, or since the version came back to the page after an idle day.
+    """Figures of one version since the server started, or since the version reappeared after an idle day.
 
-    The quantiles are over the last 5 minutes.
+    Quantiles are over the last 5 minutes.
 
     Attributes:
-        requests: answers of any status.
-        errors: faults of the server, broken streams among them.
+        requests: answers with any status.
+        errors: faults of the server, including broken streams.
         duration_s: quantile to seconds.
         first_token_s: quantile to seconds.
     """
@@ -45,7 +44,7 @@ class VersionFigures:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """All versions by name, and failed requests by reason: clients' own and those without a version included."""
+    """Versions by name, and failed requests by reason, including client errors and requests without a version."""
 
     versions: dict[str, VersionFigures]
     errors: dict[str, int]
@@ -53,12 +52,12 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """One look at a server.
+    """One reading of a server.
 
     Attributes:
-        state: the server's own word, from /svc/status.
-        figures: what its metrics say.
-        drift: of each model each signal's status, and the held-out quality; empty where nothing was checked.
+        state: the answer of /svc/status.
+        figures: read from its metrics.
+        drift: for each model the status of each signal and the held-out quality; empty if nothing was checked.
     """
 
     url: str
@@ -68,17 +67,17 @@ class Look:
 
 
 class Rate(NamedTuple):
-    """What a version does a second."""
+    """Rates of a version per second."""
 
     requests: float
     tokens_out: float
 
 
 def read_figures(exposition: str, models: Collection[str] = ()) -> Figures:
-    """Read a page in Prometheus' text format.
+    """Return the figures of a page in Prometheus' text format.
 
     Args:
-        models: names of those whose figures are wanted; none: of all, and of requests that were for no model.
+        models: names of the models to read; none: all, and requests for no model.
     """
     versions: dict[str, VersionFigures] = {}
     errors = Counter[str]()
@@ -111,7 +110,7 @@ def _add(figures: VersionFigures, metric: str, labels: Mapping[str, str], value:
 
 
 def rates_between(before: Figures, now: Figures, seconds: float) -> dict[str, Rate]:
-    """Return each version's rates, without those of a server that was restarted meanwhile: its counters fell."""
+    """Return each version's rates; none if the server was restarted in between, because its counters fell."""
     rates = {}
     for name, new in now.versions.items():
         old = before.versions.get(name, VersionFigures(name))

@@ -1,4 +1,4 @@
-"""The status of a server as a person reads it."""
+"""The screen of `svc status`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,11 +13,11 @@ _DRIFT_COLOURS = {"alarm": "red", "changed": "red", "steady": "green", "as_regis
 
 
 def status_screen(look: Look, rates: Mapping[str, Rate] | None = None, *, verbose: bool = False) -> RenderableType:
-    """What `svc status` shows.
+    """Return the screen of `svc status`.
 
     Args:
-        rates: what each version does a second; None where there was only one look.
-        verbose: also how each engine was started.
+        rates: rates of each version; None after a single reading.
+        verbose: also show how each engine was started.
     """
     state, figures = look.state, look.figures
     lines: list[RenderableType] = [Text(look.url)]
@@ -31,7 +31,7 @@ def status_screen(look: Look, rates: Mapping[str, Rate] | None = None, *, verbos
 def _model(state: Mapping[str, Any], drift: Mapping[str, str], *, verbose: bool) -> list[RenderableType]:
     engine, requests, engines = state["engine"], state["requests"], state["engines"]
     lines: list[RenderableType] = [
-        Text.assemble((state["version"], "bold"), f" ({state['format']})  before: {state['previous'] or 'none'}"),
+        Text.assemble((state["version"], "bold"), f" ({state['format']})  previous: {state['previous'] or 'none'}"),
         Text.assemble(
             "  engine ",
             (engine["state"], "green" if engine["state"] == "ready" else "red"),
@@ -39,14 +39,15 @@ def _model(state: Mapping[str, Any], drift: Mapping[str, str], *, verbose: bool)
         ),
     ]
     if len(engines) > 1:
-        for one in engines:
-            holds = f" with {one['version']}" if one["version"] else ""
-            lines.append(_replica(one, f"{one['state']}{holds}, {one['running']} running"))
-    lines += [_replica(one, one["verification"], "yellow") for one in engines if one.get("verified") is False]
-    for one in engines:
-        if one.get("adapters") is not None:
-            loaded = [f"{each['version']}{'' if each['verified'] else ' (not verified)'}" for each in one["adapters"]]
-            lines.append(_replica(one, f"adapters loaded: {', '.join(loaded) or 'none'}"))
+        for replica in engines:
+            version = f" with {replica['version']}" if replica["version"] else ""
+            lines.append(_replica(replica, f"{replica['state']}{version}, {replica['running']} running"))
+    lines += [_replica(each, each["verification"], "yellow") for each in engines if each.get("verified") is False]
+    for replica in engines:
+        adapters = replica.get("adapters")
+        if adapters is not None:
+            loaded = [f"{each['version']}{'' if each['verified'] else ' (not verified)'}" for each in adapters]
+            lines.append(_replica(replica, f"adapters loaded: {', '.join(loaded) or 'none'}"))
     if engine["last_error"]:
         lines.append(Text(f"  last error: {engine['last_error']}", "yellow"))
     if state["last_swap"]:
@@ -64,7 +65,7 @@ def _replica(engine: Mapping[str, Any], text: str, style: str = "") -> Text:
 def _plan(rows: Sequence[Mapping[str, Any]] | None) -> RenderableType:
     if rows is None:
         return Text("engine: not started", "dim")
-    table = Table("engine", "value", "from", "why", box=None)
+    table = Table("engine", "value", "origin", "reason", box=None)
     for row in rows:
         table.add_row(*(Text(str(row[key])) for key in ("name", "value", "origin", "reason")))
     return table
@@ -72,7 +73,7 @@ def _plan(rows: Sequence[Mapping[str, Any]] | None) -> RenderableType:
 
 def _drift(drift: Mapping[str, str]) -> Text:
     if not drift:
-        return Text("  drift: not checked; `svc monitor` does it", "dim")
+        return Text("  drift: not checked; run `svc monitor`", "dim")
     text = Text("  drift: ")
     for name, status in drift.items():
         text.append(f"{name} ").append(status.replace("_", " "), _DRIFT_COLOURS.get(status, "")).append("  ")
@@ -80,7 +81,7 @@ def _drift(drift: Mapping[str, str]) -> Text:
 
 
 def _swap(swap: Mapping[str, Any]) -> str:
-    text = f"  last swap: to {swap['to']}, {swap['outcome'] or 'under way'}, {swap['started_at']}"
+    text = f"  last swap: to {swap['to']}, {swap['outcome'] or 'in progress'}, {swap['started_at']}"
     if swap["kind"] is not None:
         text += f", {swap['kind']} in {swap['took_s']:.1f} s, {swap['running']} running"
     if swap["queued_s"] is not None:

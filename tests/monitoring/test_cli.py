@@ -106,7 +106,7 @@ def test_a_person_sees_version_engine_traffic_and_errors(status: Status) -> None
     ended = status()
     assert ended.code == 0
     for text in (
-        "tiny@2 (gptq)  before: tiny@1 (gptq)",
+        "tiny@2 (gptq)  previous: tiny@1 (gptq)",
         "engine ready, 1 restarts; 3 requests running, 4 queued",
         "last swap: to tiny@2 (gptq), succeeded, 2026-01-02T03:04:05+00:00, inplace in 2.5 s, 5 running, "
         "6 queued for 1.23 s",
@@ -151,7 +151,7 @@ def test_an_engine_that_was_not_started_has_nothing_to_show(status: Status) -> N
 def test_a_new_server_has_neither_swap_nor_error(status: Status) -> None:
     ended = status(previous=None, last_swap=None, pages={"/metrics": (200, "")})
     assert ended.code == 0
-    assert "before: none" in ended.out
+    assert "previous: none" in ended.out
     assert "errors by reason: none" in ended.out
     assert "last swap" not in ended.out
 
@@ -172,13 +172,13 @@ def test_an_engine_that_nothing_verifies_is_told_with_the_reason(status: Status)
 
 def test_a_swap_under_way_is_told(status: Status) -> None:
     swap = STATE["last_swap"] | {"outcome": None, "kind": None, "queued_s": None, "running": None, "queued": None}
-    assert "last swap: to tiny@2 (gptq), under way" in status(last_swap=swap).out
+    assert "last swap: to tiny@2 (gptq), in progress" in status(last_swap=swap).out
 
 
 def test_every_model_is_shown_and_those_that_were_refused(status: Status) -> None:
     out = status(pages=TWO_MODELS).out
-    assert "tiny@2 (gptq)  before: tiny@1 (gptq)" in out
-    assert "other@7 (gptq)  before: none" in out
+    assert "tiny@2 (gptq)  previous: tiny@1 (gptq)" in out
+    assert "other@7 (gptq)  previous: none" in out
     assert "large is not served: no memory for large@1" in out
 
 
@@ -201,7 +201,7 @@ svc_requests_total{model="other",version="7",route="chat",status="200"} 12
 
 def test_a_model_that_is_named_is_shown_alone(status: Status) -> None:
     out = status("other", pages=TWO_MODELS).out
-    assert "other@7 (gptq)  before: none" in out
+    assert "other@7 (gptq)  previous: none" in out
     assert "tiny@2" not in out
     assert "large" not in out
     assert "errors by reason: engine_timeout 1, engine_unavailable 5" in out

@@ -219,9 +219,9 @@ def test_rates_are_made_of_the_scrapes_that_prometheus_makes() -> None:
 def test_a_change_below_zero_and_a_p_value_are_seen() -> None:
     axes = {title: panel["fieldConfig"]["defaults"] for title, panel in PANELS if title.startswith("drift.json")}
     assert [title for title in axes if title.startswith("drift.json: Change of") and "min" in axes[title]] == []
-    surprises = [axis for title, axis in axes.items() if title.startswith("drift.json: Surprise of")]
-    assert surprises
-    assert all(axis["custom"]["scaleDistribution"] == {"type": "log", "log": 10} for axis in surprises)
+    pvalues = [axis for title, axis in axes.items() if title.startswith("drift.json: p-value of")]
+    assert pvalues
+    assert all(axis["custom"]["scaleDistribution"] == {"type": "log", "log": 10} for axis in pvalues)
 
 
 def test_every_query_is_promql(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_the_newest_completed_run_is_judged(registry: Registry, tmp_path: Path) 
 def test_before_the_first_run_quality_is_unknown(registry: Registry, tmp_path: Path) -> None:
     report = read_quality(registry, new_store(tmp_path), target())
     assert report.quality is Quality.UNKNOWN
-    assert "not asked again yet" in report.why
+    assert "not been run again yet" in report.why
 
 
 def test_quality_is_unknown_when_a_version_has_no_answers(registry: Registry, tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_another_kind_of_engine_is_held_against_its_own_first_run(registry: Regi
     first = run([one.nll + 0.3 for one in registered], [one.hit for one in registered], OTHER_FACTS)
     add_holdout_run(store, first)
     report = read_quality(registry, store, target())
-    assert (report.quality, "later ones" in report.why) == (Quality.UNKNOWN, True)
+    assert (report.quality, "later runs" in report.why) == (Quality.UNKNOWN, True)
     add_holdout_run(store, first)
     assert read_quality(registry, store, target()).quality is Quality.AS_REGISTERED
     add_holdout_run(store, replace(first, nll=tuple(value + 1 for value in first.nll)))
