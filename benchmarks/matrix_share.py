@@ -1,8 +1,7 @@
-"""How much of a machine's own matrix speed a training reaches.
+"""Share of the machine's matrix speed that training reaches.
 
-Counted are the operations of matrix products that a step of our trainer cannot do without: whatever else it spends time
-on makes the share smaller. The machine's own speed is that of bare products of like shape in the same process. Knows
-LoRA alone, whose base is frozen.
+Only the necessary matrix products of a step of our trainer count: all other work makes the share smaller. The machine's
+speed is that of bare products of similar shape in the same process. Supports only LoRA, whose base is frozen.
 """
 
 from dataclasses import dataclass
@@ -13,13 +12,13 @@ from trainer.estimate.batches import Batch
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What decides how many operations a step needs.
+    """Sizes that determine the number of operations of a step.
 
     Attributes:
-        linear: weights of the adapted layers, which are frozen.
+        linear: frozen weights of the adapted layers.
         adapter: trained weights.
         head: weights of the output layer.
-        attention: width of all heads of all layers together.
+        attention: total width of all heads of all layers.
     """
 
     linear: int
@@ -29,10 +28,10 @@ class Shape:
 
 
 def needed_flops(shape: Shape, batch: Batch) -> float:
-    """Floating-point operations of a step's matrix products, forward and backward.
+    """Return the floating-point operations of a step's matrix products, forward and backward.
 
-    A weight's product with a token is 2; the gradient for the token is 2, and for the weight 2 where it is trained.
-    Attention has two products forward and four backward, with as many tokens as there are up to each.
+    A weight's product with a token counts 2, the gradient for the token 2, and for a trained weight 2. Attention has
+    two products forward and four backward, of each token with all tokens up to it.
     """
     pairs = _up_to(batch.shared) + batch.rows * (_up_to(batch.length) - _up_to(batch.shared))
     layers = (4 * shape.linear + 6 * shape.adapter) * batch.computed
@@ -40,15 +39,15 @@ def needed_flops(shape: Shape, batch: Batch) -> float:
 
 
 def _up_to(tokens: int) -> int:
-    """Pairs of a token with itself or an earlier one."""
+    """Return the number of pairs of a token with itself or an earlier one."""
     return tokens * (tokens + 1) // 2
 
 
 def read_shape(model: Any) -> Shape:
-    """The adapted model's.
+    """Return the shape of a model.
 
     Args:
-        model: with an adapter of LoRA's kind.
+        model: with a LoRA adapter.
     """
     config = model.config
     head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -1,8 +1,8 @@
-"""How near the estimate of each stage's memory comes: peak resident memory, measured and estimated, on this machine.
+"""Accuracy of the memory estimate of each stage: peak resident memory, measured and estimated, on this machine.
 
-The model has random weights in the shape of a config.json, so that nothing is downloaded but the tokenizer of the
-example task's base. Each stage runs in a process of its own with the libraries of `svc train` loaded. Mapped pages of
-files count, as they do for the system's own figures.
+The model has random weights in the shape of a config.json, so that only the tokenizer of the example task's base is
+downloaded. Each stage runs in a separate process with the libraries of `svc train` loaded. Mapped pages of files count,
+as in the system's own figures.
 """
 
 import json
@@ -28,7 +28,7 @@ from trainer.recipe.stage import Stage
 
 TASK = Path(__file__).parents[1] / "examples" / "debian-triage"
 MEMORY = 0.2
-"""How far from the measured peak an estimate may be."""
+"""Accepted relative error of an estimate."""
 MEASURED = (Stage.TRAIN, Stage.MERGE, Stage.QUANTIZE, Stage.PARITY)
 """The other stages run an engine, whose memory `svc.engine.vllm.headroom` estimates."""
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -42,13 +42,13 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One model and how its stages are measured.
+    """One model and the settings for measuring its stages.
 
     Attributes:
         config: folder with the config.json of the shape.
-        layers: that many of its layers; None: all.
+        layers: number of its layers to use; None: all.
         tokenizer: model folder with a tokenizer whose ids fit.
-        work: folder for base, adapter and what stages write.
+        work: folder for the base, the adapter and the output of stages.
     """
 
     config: Path
@@ -60,13 +60,13 @@ class Case:
 
     @property
     def base(self) -> Path:
-        """Folder of the random base model."""
+        """Return the folder of the random base model."""
         return self.work / "base"
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Peak memory of a stage, bytes."""
+    """Peak memory of a stage in bytes."""
 
     stage: Stage
     estimated: float
@@ -74,7 +74,7 @@ class Measured:
 
     @property
     def ratio(self) -> float:
-        """Estimated by measured."""
+        """Return estimated / measured."""
         return self.estimated / self.measured
 
 
@@ -120,15 +120,16 @@ def estimate(case: Case) -> dict[Stage, float]:
     workload = read_workload(_examples(case), case.recipe, case.base)
     utilization = CPU_UTILIZATION[NumberType.BFLOAT16]
     device = ComputeDevice(HERE, HERE, True, case.number_type, 1e12, 1e11, 1e10, utilization, here=True)
-    return {one.stage: one.peak.ram for one in estimate_device(case.recipe, shape, workload, device, 2048).stages}
+    stages = estimate_device(case.recipe, shape, workload, device, 2048).stages
+    return {stage.stage: stage.peak.ram for stage in stages}
 
 
 def measure(case: Case, stage: Stage) -> int:
-    """Run a stage in this process, which must have done nothing else, and return its peak memory, bytes.
+    """Run a stage in this process, which must not have done anything else, and return its peak memory, bytes.
 
-    Quantizing has a process of its own beside this one: both count.
+    Quantization runs in a child process: both processes count.
     """
-    import trainer.training.sft  # noqa: F401 - what `svc train` has in memory at every stage
+    import trainer.training.sft  # noqa: F401 - in the memory of `svc train` at every stage
     from trainer.data.chat_template import tokenize_as_trained
     from trainer.export.gptq import calibration_type, quantize_gptq
     from trainer.export.merge import merge_adapter
@@ -165,9 +166,9 @@ def _examples(case: Case) -> list[ChatExample]:
 
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path, exists=True))
-@click.option("--layers", type=click.IntRange(1), help="Only so many layers of the model.  [default: all]")
+@click.option("--layers", type=click.IntRange(1), help="Number of layers to use.  [default: all]")
 @click.option("--stage", "stages", type=_STAGE, multiple=True, default=MEASURED, show_default=True)
-@click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Another value of a recipe key.")
+@click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a recipe key.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 def main(config: Path, layers: int | None, stages: Sequence[Stage], overrides: tuple[str, ...], as_json: bool) -> None:
     """Compare the estimated memory of each stage with its peak, for random weights in the shape of CONFIG."""
@@ -184,29 +185,29 @@ def main(config: Path, layers: int | None, stages: Sequence[Stage], overrides: t
         expected = _apart(estimate, case)
         needed = [stage for stage in MEASURED if stage in stages or (stage is Stage.MERGE and stages != (Stage.TRAIN,))]
         peaks = {stage: _apart(measure, case, stage) for stage in needed}
-    found = [Measured(stage, expected[stage], peaks[stage]) for stage in needed if stage in stages]
+    measured = [Measured(stage, expected[stage], peaks[stage]) for stage in needed if stage in stages]
     if as_json:
-        print_json({"model": config.name, "layers": layers, "stages": [asdict(one) for one in found]})
+        print_json({"model": config.name, "layers": layers, "stages": [asdict(stage) for stage in measured]})
     else:
-        _show(found)
+        _show(measured)
 
 
 def _apart(work: Callable[Arguments, Result], *arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
-    """Call a function in a process of its own."""
+    """Call a function in a separate process."""
     console.print(f"[dim]{work.__name__} {' '.join(map(str, arguments[1:]))}[/dim]")
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(work, *arguments, **named).result()
 
 
-def _show(found: Sequence[Measured]) -> None:
+def _show(measured: Sequence[Measured]) -> None:
     from rich.table import Table
 
     table = Table("stage", "measured, GB", "estimated", "ratio", box=None)
-    for one in found:
-        table.add_row(one.stage, f"{one.measured / 1e9:.2f}", f"{one.estimated / 1e9:.2f}", f"{one.ratio:.2f}")
+    for stage in measured:
+        table.add_row(stage.stage, f"{stage.measured / 1e9:.2f}", f"{stage.estimated / 1e9:.2f}", f"{stage.ratio:.2f}")
     output.print(table)
-    near = sum(abs(one.ratio - 1) <= MEMORY for one in found)
-    output.print(f"within {MEMORY:.0%} in {near} of {len(found)}")
+    right = sum(abs(stage.ratio - 1) <= MEMORY for stage in measured)
+    output.print(f"within {MEMORY:.0%} in {right} of {len(measured)} stages")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""How much longer `svc serve` takes to be ready than the vLLM server that it starts.
+"""Time until `svc serve` is ready, compared with the vLLM server that it starts.
 
-Pairs of starts, one of each kind, in turn: vLLM by itself with the arguments and environment that `svc serve` gives
-it, until its `/health` answers 200; and `svc serve`, until the gateway's does. Both count from their process's start.
-A start of `svc serve` has three parts: until vLLM is started, vLLM's own start, and from vLLM's `/health` to the
-gateway's. The machine's noise is seconds, so that only differences within pairs say anything; the parts say why. Where
-other work makes even those differ by more than the difference, the first and the last part still say what ours costs.
+Pairs of alternating starts: vLLM alone with the arguments and environment from `svc serve`, until its `/health` answers
+200; and `svc serve`, until the gateway's does. Both are measured from the start of their process. A start of `svc
+serve` has three parts: until vLLM is started, vLLM's own start, and from vLLM's `/health` to the gateway's. The
+machine's noise is seconds, so only differences within pairs are meaningful; the parts explain them. If other work makes
+even those too noisy, the first and the last part still show our cost.
 """
 
 import os
@@ -36,12 +36,12 @@ from svc.terminal import counting, output
 _POLL_S = 0.05
 _STOP_S = 60.0
 _CLAIM = 2.0
-"""Seconds that `svc serve` may take longer: what the project promises."""
+"""Maximum extra time of `svc serve` in seconds, as promised by the project."""
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """One start of `svc serve`, seconds.
+    """Times of one start of `svc serve`, seconds.
 
     Attributes:
         before: from its own start to vLLM's.
@@ -55,7 +55,7 @@ class Start:
 
     @property
     def total(self) -> float:
-        """From the start of the process until the gateway answers."""
+        """Return the time from the start of the process until the gateway answers."""
         return self.before + self.engine + self.after
 
 
@@ -64,7 +64,7 @@ class Pair:
     """Two starts, one after the other.
 
     Attributes:
-        bare: vLLM by itself, seconds.
+        bare: time of vLLM alone, seconds.
         served: `svc serve`.
     """
 
@@ -73,23 +73,23 @@ class Pair:
 
     @property
     def difference(self) -> float:
-        """How much longer `svc serve` took, seconds."""
+        """Return the extra time of `svc serve`, seconds."""
         return self.served.total - self.bare
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is started."""
+    """The server under test."""
 
     settings: Settings
     spec: EngineSpec
 
     @classmethod
     def of(cls, settings: Settings, model: str) -> "Subject":
-        """What `svc serve MODEL` would start on this home.
+        """Return what `svc serve MODEL` would start on this home.
 
         Raises:
-            NotFoundError: no such model, or no version of it.
+            NotFoundError: the model does not exist, or has no version.
         """
         registry = Registry.of(settings)
         target = choose_desired(registry, open_database(settings.home), model, None).target
@@ -106,7 +106,7 @@ class Subject:
         return cls(settings, spec)
 
     def start_bare(self) -> float:
-        """Starts vLLM by itself and ends it; returns how long it took to answer, seconds."""
+        """Start vLLM alone and stop it; return the time until it answered, seconds."""
         self.spec.socket.unlink(missing_ok=True)
         arguments, variables = command(self.spec), environment(self.spec)
         with self._engine() as engine:
@@ -116,7 +116,7 @@ class Subject:
                 return time.monotonic() - began
 
     def start_served(self) -> Start:
-        """Starts `svc serve` and ends it."""
+        """Start `svc serve` and stop it; return its times."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -139,7 +139,7 @@ class Subject:
 
 
 class _Running:
-    """A server for the body of the `with`, that is ended with all its children."""
+    """A server process that runs for the body of a `with`; it stops its own children."""
 
     def __init__(self, arguments: Sequence[str], log: Path, variables: Mapping[str, str]) -> None:
         self._arguments = arguments
@@ -159,14 +159,14 @@ class _Running:
         self._process.wait(_STOP_S)
 
     def until(self, condition: Callable[[], bool]) -> None:
-        """Waits until something is so.
+        """Wait for a condition.
 
         Raises:
             EngineError: the server has ended.
         """
         while not condition():
             if self._process.poll() is not None:
-                raise EngineError(f"the server ended with code {self._process.returncode}", todo=f"see {self._log}")
+                raise EngineError(f"the server ended with code {self._process.returncode}", todo=f"read {self._log}")
             time.sleep(_POLL_S)
 
 
@@ -178,7 +178,7 @@ def _healthy(server: httpx.Client) -> bool:
 
 
 def measure(subject: Subject, pairs: int) -> list[Pair]:
-    """Starts everything once to warm the machine's file cache, then in pairs; each pair the other way round."""
+    """Return pairs of starts in alternating order, after one start of each to warm the machine's file cache."""
     measured = []
     with counting("starts", 2 * (pairs + 1)) as advance:
         for number in range(pairs + 1):
@@ -193,9 +193,9 @@ def measure(subject: Subject, pairs: int) -> list[Pair]:
 
 
 def summary(pairs: Sequence[Pair]) -> dict[str, Any]:
-    """Medians, seconds, and the interval of the mean difference.
+    """Return medians, seconds, and the interval of the mean difference.
 
-    The parts of the difference are medians of their own, and need not add up to it exactly.
+    The parts of the difference are separate medians, and need not add up to it exactly.
     """
     served = [pair.served for pair in pairs]
     parts = {field.name: statistics.median(getattr(start, field.name) for start in served) for field in fields(Start)}
@@ -214,13 +214,13 @@ def summary(pairs: Sequence[Pair]) -> dict[str, Any]:
 
 
 def _first_time(times: int) -> float:
-    """What the first command on a device, or after an update, takes longer: asking torch and vLLM; median, seconds."""
-    took = []
+    """Return the median extra time of the first command on a device or after an update: it queries torch and vLLM."""
+    durations = []
     for _ in range(times):
         began = time.monotonic()
         ask_capabilities()
-        took.append(time.monotonic() - began)
-    return statistics.median(took)
+        durations.append(time.monotonic() - began)
+    return statistics.median(durations)
 
 
 @click.command()
@@ -229,26 +229,27 @@ def _first_time(times: int) -> float:
 @click.option("--pairs", type=click.IntRange(1), default=5, show_default=True, help="Starts of each kind.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 def main(model: str, home: Path | None, pairs: int, as_json: bool) -> None:
-    """Measure how much longer `svc serve MODEL` takes than its vLLM alone. No server may run on the home."""
+    """Measure the start of `svc serve MODEL` compared with its vLLM alone. No server may run on the home."""
     from rich.table import Table
 
     from svc.terminal import print_json
 
     measured = measure(Subject.of(load_settings(home=home), model), pairs)
-    found = summary(measured) | {"first": _first_time(pairs)}
+    result = summary(measured) | {"first": _first_time(pairs)}
     if as_json:
-        print_json({**found, "pairs": [asdict(pair) for pair in measured]})
+        print_json({**result, "pairs": [asdict(pair) for pair in measured]})
         return
-    low, high = found["interval"]
+    low, high = result["interval"]
     table = Table("seconds", "median", box=None)
-    table.add_row("vLLM by itself", f"{found['bare']:.2f}")
-    table.add_row("svc serve", f"{found['served']:.2f}")
-    table.add_row("difference", f"{found['difference']:.2f}  (mean within {low:.2f} to {high:.2f}; at most {_CLAIM:g})")
-    table.add_row("  until vLLM is started", f"{found['before']:.2f}")
-    table.add_row("  vLLM's own start, longer by", f"{found['engine_over_bare']:.2f}")
-    table.add_row("  from vLLM's answer to ours", f"{found['after']:.2f}")
-    table.add_row("before and after vLLM's own start", f"{found['own']:.2f}")
-    table.add_row("once for a device: asking what it can do", f"{found['first']:.2f}")
+    difference = f"{result['difference']:.2f}  (mean within {low:.2f} to {high:.2f}; at most {_CLAIM:g})"
+    table.add_row("vLLM alone", f"{result['bare']:.2f}")
+    table.add_row("svc serve", f"{result['served']:.2f}")
+    table.add_row("difference", difference)
+    table.add_row("  until vLLM is started", f"{result['before']:.2f}")
+    table.add_row("  vLLM's own start, longer by", f"{result['engine_over_bare']:.2f}")
+    table.add_row("  from vLLM's answer to ours", f"{result['after']:.2f}")
+    table.add_row("before and after vLLM's own start", f"{result['own']:.2f}")
+    table.add_row("once per device: query of its capabilities", f"{result['first']:.2f}")
     output.print(f"{len(measured)} pairs of starts")
     output.print(table)
 

@@ -1,14 +1,14 @@
-"""How fast training is beside a plain TRL script, and beside TRL that groups examples by length.
+"""Training speed compared with a plain TRL script, and with TRL that groups examples by length.
 
 All three train the same LoRA on the same tokens with the same batch, precision and schedule, in rounds of one run each,
-every run in a process of its own. Tokens are those of the examples: padding is work, but nobody's.
+every run in a separate process. Only tokens of the examples count, not padding.
 
-They train in the number type of this device, in which tuneserve would; in float32 TRL goes without gradient
-checkpointing, which costs time and saves memory that a CPU has. How much of the machine is used is told by the share of
-its own matrix speed: operations that a step needs, by the seconds that it took, beside a bare product of like shape.
+They train in the number type of this device, like tuneserve; in float32 TRL runs without gradient checkpointing, which
+costs time and saves memory that a CPU has. The use of the machine is shown as the share of its matrix speed: the
+necessary operations of a step per second, relative to a bare product of similar shape.
 
-Speed is worth nothing if something else is learnt. So plain TRL trains once more, in our order of examples, and the
-loss of each step is compared with ours. (In their own orders, losses of a step are of other examples.)
+Speed is meaningful only if the same is learnt. So plain TRL trains once more in our order of examples, and the loss of
+each step is compared with ours. (In their own orders, the losses of a step are of different examples.)
 """
 
 import resource
@@ -40,15 +40,15 @@ from trainer.recipe.sections import Recipe
 TASK = Path(__file__).parents[1] / "examples" / "debian-triage"
 BATCH = 16
 CLAIM = 3.0
-"""Times plain TRL's speed, at least, on a CPU: what the project promises."""
+"""Minimum ratio to plain TRL's speed on a CPU, as promised by the project."""
 SHARE = 0.7
-"""Of the machine's own matrix speed, at least: what our trainer is to reach."""
+"""Minimum share of the machine's matrix speed: the goal for our trainer."""
 SAME = 0.01
-"""Relative difference of the mean loss that passes as the same training."""
+"""Relative difference of the mean loss up to which trainings count as the same."""
 
 
 class Contestant(StrEnum):
-    """Who trains."""
+    """A compared trainer."""
 
     OURS = "tuneserve"
     TRL = "TRL"
@@ -61,13 +61,13 @@ RIVALS = (Contestant.TRL, Contestant.GROUPED)
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What everybody trains.
+    """The training that all contestants run.
 
     Attributes:
         base: folder of the base model.
-        recipe: what to train, and how.
-        examples: what is learnt, in one pass.
-        number_type: in which matrix products are computed.
+        recipe: of the training.
+        examples: for one pass.
+        number_type: of matrix products.
     """
 
     base: Path
@@ -78,15 +78,15 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One training.
+    """Result of one training.
 
     Attributes:
         tokens: of the examples.
         seconds: from the first step's start to the last one's end.
         peak_memory: of the process, bytes.
-        losses: of each step, nats an answer token.
-        flops: that the training needs, floating-point operations; None where nobody counted.
-        matrix_speed: of bare matrix products in the same process, operations a second.
+        losses: of each step, nats per answer token.
+        flops: necessary floating-point operations; None if not counted.
+        matrix_speed: of bare matrix products in the same process, operations per second.
     """
 
     tokens: int
@@ -98,12 +98,12 @@ class Run:
 
     @property
     def speed(self) -> float:
-        """Tokens a second."""
+        """Return the tokens per second."""
         return self.tokens / self.seconds
 
     @property
     def share(self) -> float | None:
-        """Of the machine's own matrix speed; None where nobody measured."""
+        """Return the share of the machine's matrix speed; None if not measured."""
         if self.flops is None or self.matrix_speed is None:
             return None
         return self.flops / self.seconds / self.matrix_speed
@@ -113,18 +113,18 @@ Round = Mapping[Contestant, Run]
 
 
 def train(contestant: Contestant, task: Task) -> Run:
-    """Trains in this process."""
+    """Train in this process."""
     with tempfile.TemporaryDirectory() as folder:
-        one = _train_ours if contestant is Contestant.OURS else _train_trl
-        tokens, seconds, losses = one(contestant, task, Path(folder))
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # it is told in KiB
+        run = _train_ours if contestant is Contestant.OURS else _train_trl
+        tokens, seconds, losses = run(contestant, task, Path(folder))
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # ru_maxrss is in KiB
     if contestant is not Contestant.OURS:
         return Run(tokens, seconds, memory, losses)
     return Run(tokens, seconds, memory, losses, *_machine_share(task))
 
 
 def _train_ours(_: Contestant, task: Task, folder: Path) -> tuple[int, float, tuple[float, ...]]:
-    """As `svc train` does."""
+    """Train like `svc train`."""
     from trainer.training.sft import train_model
     from trainer.training.summary import TrainingData
 
@@ -140,7 +140,7 @@ def _train_ours(_: Contestant, task: Task, folder: Path) -> tuple[int, float, tu
 
 
 def _train_trl(contestant: Contestant, task: Task, folder: Path) -> tuple[int, float, tuple[float, ...]]:
-    """As TRL's quick start does: what is not said here is its default."""
+    """Train like TRL's quick start, with its defaults for all other options."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, set_seed
@@ -154,7 +154,7 @@ def _train_trl(contestant: Contestant, task: Task, folder: Path) -> tuple[int, f
 
     recipe, tokenizer = task.recipe, load_tokenizer(task.base)
     rows = tokenize_examples(tokenizer, task.examples, stop_tokens(task.base, tokenizer), {})
-    set_seed(recipe.train.seed)  # the adapter's start
+    set_seed(recipe.train.seed)  # for the adapter's initial weights
     model = AutoModelForCausalLM.from_pretrained(task.base, dtype=getattr(torch, task.number_type))
     steps, targets = count_steps(len(rows), recipe.train), target_modules(model, recipe.adapter.targets)
     grouping = {"train_sampling_strategy": "group_by_length"} if contestant is Contestant.GROUPED else {}
@@ -171,7 +171,7 @@ def _train_trl(contestant: Contestant, task: Task, folder: Path) -> tuple[int, f
             bf16=task.number_type is NumberType.BFLOAT16,
             fp16=task.number_type is NumberType.FLOAT16,
             gradient_checkpointing=task.number_type is not NumberType.FLOAT32,
-            use_cpu=not torch.accelerator.is_available(),  # bf16 needs to be told
+            use_cpu=not torch.accelerator.is_available(),  # required for bf16
             logging_steps=1,
             save_strategy="no",
             report_to="none",
@@ -192,7 +192,7 @@ def _train_trl(contestant: Contestant, task: Task, folder: Path) -> tuple[int, f
 
 
 def _machine_share(task: Task) -> tuple[float, float]:
-    """Operations that our training needs, and the speed of bare products with as many tokens as its steps have."""
+    """Return the necessary operations of our training, and the speed of bare products with as many tokens per step."""
     from trainer.data.chat_template import load_tokenizer, stop_tokens, tokenize_examples
     from trainer.model.load import ModelForm, load_model
     from trainer.model.peft_config import add_adapter
@@ -216,24 +216,25 @@ def _in_own_process(contestant: Contestant, task: Task) -> Run:
 
 
 def measure(tasks: Sequence[Task], curve: Task) -> tuple[list[Round], Round]:
-    """One round for each task, each in another order of contestants; and the loss curves, of ours and of TRL."""
+    """Return one round per task, in rotating order of contestants, and the loss curves of our trainer and of TRL."""
     contestants, alike = [Contestant.OURS, *RIVALS], (Contestant.OURS, Contestant.ALIKE)
     rounds: list[Round] = []
     with counting("trainings", len(contestants) * len(tasks) + len(alike)) as advance:
 
         def run(contestant: Contestant, task: Task) -> Run:
-            made = _in_own_process(contestant, task)
+            result = _in_own_process(contestant, task)
             advance()
-            return made
+            return result
 
         for number, task in enumerate(tasks):
             turn = number % len(contestants)
-            rounds.append({one: run(one, task) for one in contestants[turn:] + contestants[:turn]})
-        return rounds, {one: run(one, curve) for one in alike}
+            order = contestants[turn:] + contestants[:turn]
+            rounds.append({contestant: run(contestant, task) for contestant in order})
+        return rounds, {contestant: run(contestant, curve) for contestant in alike}
 
 
 def summary(rounds: Sequence[Round], curves: Round) -> dict[str, Any]:
-    """Medians; how many times as fast as each rival, with the interval of its mean; how the losses agree."""
+    """Return medians, the speed relative to each rival with the interval of its mean, and the difference of losses."""
     ours, alike = curves[Contestant.OURS].losses, curves[Contestant.ALIKE].losses
     return {
         "tokens_per_second": {one: statistics.median(each[one].speed for each in rounds) for one in rounds[0]},
@@ -246,9 +247,9 @@ def summary(rounds: Sequence[Round], curves: Round) -> dict[str, Any]:
     }
 
 
-def _median_of(found: Iterable[float | None]) -> float | None:
-    """None where nobody measured."""
-    known = [one for one in found if one is not None]
+def _median_of(values: Iterable[float | None]) -> float | None:
+    """Return the median of the measured values; None if there are none."""
+    known = [value for value in values if value is not None]
     return statistics.median(known) if known else None
 
 
@@ -258,15 +259,17 @@ def _times_as_fast(rounds: Sequence[Round], rival: Contestant) -> dict[str, Any]
 
 
 @click.command()
-@click.option("--pairs", type=click.IntRange(1), default=5, show_default=True, help="Rounds, one run of each.")
-@click.option("--steps", type=click.IntRange(1), default=4, show_default=True, help="Steps of a run.")
+@click.option("--pairs", type=click.IntRange(1), default=5, show_default=True, help="Rounds with one run of each.")
+@click.option("--steps", type=click.IntRange(1), default=4, show_default=True, help="Steps per run.")
 @click.option("--curve-steps", type=click.IntRange(1), default=8, show_default=True, help="Steps of a loss curve.")
 @click.option(
-    "--number-type", type=click.Choice(list(NumberType)), help="Multiply in another type than this device trains in."
+    "--number-type",
+    type=click.Choice(list(NumberType)),
+    help="Use another number type than the default of this device.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 def main(pairs: int, steps: int, curve_steps: int, number_type: NumberType | None, as_json: bool) -> None:
-    """Measure training beside plain TRL on the example task: 25 minutes on two cores."""
+    """Compare training with plain TRL on the example task: 25 minutes on two cores."""
     from trainer.base_model.resolve import resolve_base
 
     settings = load_settings()
@@ -278,40 +281,40 @@ def main(pairs: int, steps: int, curve_steps: int, number_type: NumberType | Non
     starts = range(0, pairs * size, size)
     tasks = [Task(base, recipe, tuple(examples[start : start + size]), number_type) for start in starts]
     rounds, curves = measure(tasks, Task(base, recipe, tuple(examples[: curve_steps * BATCH]), number_type))
-    found = summary(rounds, curves)
+    result = summary(rounds, curves)
     if as_json:
         print_json(
             {
                 "number_type": number_type,
-                **found,
+                **result,
                 "rounds": [{one: asdict(run) for one, run in each.items()} for each in rounds],
             }
         )
     else:
-        _show(found, len(rounds), number_type)
+        _show(result, len(rounds), number_type)
 
 
-def _show(found: Mapping[str, Any], rounds: int, number_type: NumberType) -> None:
+def _show(result: Mapping[str, Any], rounds: int, number_type: NumberType) -> None:
     from rich.table import Table
 
-    output.print(f"{rounds} rounds in {number_type}; batches of {BATCH}; every figure the median")
+    output.print(f"{rounds} rounds in {number_type}; batches of {BATCH}; medians")
     table = Table("", "tokens/s", "peak memory, GB", f"{Contestant.OURS} is faster by", box=None)
-    for one, speed in found["tokens_per_second"].items():
-        times = found["times_as_fast"].get(one)
+    for contestant, speed in result["tokens_per_second"].items():
+        times = result["times_as_fast"].get(contestant)
         low, high = times["interval"] if times else (0, 0)
         faster = f"{times['median']:.2f} x  (mean within {low:.2f} to {high:.2f})" if times else ""
-        table.add_row(one, f"{speed:.0f}", f"{found['peak_memory'][one] / 1e9:.2f}", faster)
+        table.add_row(contestant, f"{speed:.0f}", f"{result['peak_memory'][contestant] / 1e9:.2f}", faster)
     output.print(table)
-    output.print(f"at least {CLAIM:g} x plain TRL is promised on a CPU")
+    output.print(f"promised on a CPU: at least {CLAIM:g} x plain TRL")
     output.print(
-        f"{Contestant.OURS} reaches {found['share']:.2f} of this machine's own matrix speed in {number_type}, "
-        f"{found['matrix_speed'] / 1e9:.0f} GFLOP/s; {SHARE:g} is the goal\n"
+        f"{Contestant.OURS} reaches {result['share']:.2f} of this machine's matrix speed in {number_type}, "
+        f"{result['matrix_speed'] / 1e9:.0f} GFLOP/s; goal: {SHARE:g}\n"
     )
     curve = Table("step", f"loss, {Contestant.OURS}", f"loss, {Contestant.ALIKE}", "difference", box=None)
-    for step, (ours, other) in enumerate(found["losses"], start=1):
+    for step, (ours, other) in enumerate(result["losses"], start=1):
         curve.add_row(str(step), f"{ours:.4f}", f"{other:.4f}", f"{ours / other - 1:+.2%}")
     output.print(curve)
-    output.print(f"mean loss differs by {found['mean_loss_difference']:.2%}; at most {SAME:.0%} is promised")
+    output.print(f"mean loss differs by {result['mean_loss_difference']:.2%}; promised: at most {SAME:.0%}")
 
 
 if __name__ == "__main__":

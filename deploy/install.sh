@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets up .venv with all packages. Safe to run again: pip goes on where an interrupted run stopped.
-# PYTHON: which one. SERVE: serve or serve-cpu. NEWEST=1: the newest releases instead of those of deploy/constraints.
+# Sets up .venv with all packages. Safe to run again: pip resumes an interrupted run.
+# PYTHON: the interpreter. SERVE: serve or serve-cpu. NEWEST=1: the newest releases, not those in deploy/constraints.
 # TORCH_INDEX: a mirror of PyTorch's index of CPU builds.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -17,11 +17,11 @@ with_progress() {
   local every=15 begin='' end=$'\n'
   [ -t 2 ] && every=1 begin=$'\r' end=''
   SECONDS=0
-  local told=0
+  local printed=0
   while kill -0 "$pip" 2>/dev/null; do
     sleep 0.5
-    if ((SECONDS - told >= every)); then
-      told=$SECONDS
+    if ((SECONDS - printed >= every)); then
+      printed=$SECONDS
       if grep -q '^Installing collected' "$log"; then state='writing them to disk'; else
         state="$(grep -c '^Collecting' "$log" || true) of $(wc -l <"$constraints") found"
       fi
@@ -31,33 +31,33 @@ with_progress() {
   [ -z "$begin" ] || printf '\r%70s\r' '' >&2
   if ! wait "$pip"; then
     tail -n 20 "$log" >&2
-    echo "error: pip could not install the packages; all that it said is in $log" >&2
-    echo "  do: see the lines above; run it again, or with NEWEST=1 if a release has gone from the index" >&2
+    echo "error: pip could not install the packages; its complete output is in $log" >&2
+    echo "  do: read the lines above; run this again, with NEWEST=1 if a release has disappeared from the index" >&2
     [ "$serve" = serve ] || [ -n "${torch_index[*]-}" ] ||
-      echo "  do: if it is torch that is missing, name a mirror of its CPU builds: make install TORCH_INDEX=https://..." >&2
+      echo "  do: if torch is missing, name a mirror of its CPU builds: make install TORCH_INDEX=https://..." >&2
     exit 1
   fi
   trap - EXIT
 }
 
 if ! "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))'; then
-  echo "error: $("$python" --version) at $(command -v "$python"); tuneserve needs Python 3.11 to 3.14, as vLLM does" >&2
+  echo "error: $("$python" --version) at $(command -v "$python"); tuneserve needs Python 3.11 to 3.14, like vLLM" >&2
   echo "  do: make install PYTHON=/path/to/python3.11" >&2
   exit 1
 fi
-# What pip does not bring. gptqmodel compiles a part when it first runs, and requires a package that has no wheel; vLLM
-# for CPUs links libnuma.
+# Requirements outside pip: gptqmodel compiles a part at its first run, and requires a package without a wheel; vLLM for
+# CPUs links libnuma.
 missing=()
 command -v g++ >/dev/null || missing+=(g++)
 "$python" -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
 "$python" -c 'import os, sysconfig as s; os.stat(s.get_path("include") + "/Python.h")' 2>/dev/null || missing+=(python3-dev)
 [ "$serve" = serve ] || "$python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || missing+=(libnuma1)
 if [ ${#missing[@]} -gt 0 ]; then
-  echo "error: these packages of Debian are missing: ${missing[*]}" >&2
+  echo "error: missing Debian packages: ${missing[*]}" >&2
   echo "  do: apt-get install ${missing[*]}" >&2
   exit 1
 fi
-# A folder whose pip does not run is what is left of an interrupted `venv`.
+# A folder whose pip does not run is left from an interrupted `venv`.
 if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
   rm -rf .venv
   "$python" -m venv .venv

@@ -1,4 +1,4 @@
-"""False alarms and delays of drift detection on replayed prompts, beside Kolmogorov-Smirnov and PSI by custom."""
+"""False alarms and delays of drift detection on replayed prompts, compared with Kolmogorov-Smirnov and PSI."""
 
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -11,7 +11,7 @@ from benchmarks.drift.streams import WITH_CHANGE, WITHOUT_CHANGE
 from svc.terminal import output
 
 CHANGES_A_REPLAY = 8
-"""Streams with a change are short: so many of each for one without."""
+"""Number of streams with a change, which are short, per stream without."""
 PER_REQUESTS = 10_000
 
 
@@ -23,7 +23,7 @@ def upper_limit(events: int) -> float:
 
 
 def delays(values: Iterable[int | None]) -> str:
-    """Return median and 95th percentile; a stream without an alarm is longer than any."""
+    """Return median and 95th percentile; a stream without an alarm counts as infinitely long."""
     ordered = sorted(float("inf") if value is None else value for value in values)
     cells = [ordered[min(len(ordered) - 1, int(np.ceil(share * len(ordered))) - 1)] for share in (0.5, 0.95)]
     return " / ".join("never" if np.isinf(cell) else f"{cell:.0f}" for cell in cells)
@@ -31,7 +31,10 @@ def delays(values: Iterable[int | None]) -> str:
 
 @click.command()
 @click.option(
-    "--replays", default=4, show_default=True, help=f"Of each stream without a change, {REQUESTS:,} requests."
+    "--replays",
+    default=4,
+    show_default=True,
+    help=f"Replays of each stream without a change ({REQUESTS:,} requests each).",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 def main(replays: int, as_json: bool) -> None:
@@ -48,26 +51,26 @@ def main(replays: int, as_json: bool) -> None:
         return
     quiet = Table("without a change", "alarms", "in 10,000 at most", "in alarm", "compared", "KS", "PSI", box=None)
     for name in WITHOUT_CHANGE:
-        found = [result for job, result in results if job.name == name and isinstance(result, Quiet)]
-        requests, alarms = sum(one.requests for one in found), sum(one.alarms for one in found)
+        replays_of = [result for job, result in results if job.name == name and isinstance(result, Quiet)]
+        requests, alarms = sum(each.requests for each in replays_of), sum(each.alarms for each in replays_of)
         quiet.add_row(
             name,
             f"{alarms} in {requests:,}",
             f"{upper_limit(alarms) / requests * PER_REQUESTS:.2f}",
-            f"{sum(one.in_alarm for one in found) / requests:.1%}",
-            f"{sum(one.kept for one in found) / requests:.0%}",
-            f"{sum(one.by_ks for one in found) / requests * PER_REQUESTS:.0f}",
-            f"{sum(one.by_psi for one in found) / requests * PER_REQUESTS:.0f}",
+            f"{sum(each.in_alarm for each in replays_of) / requests:.1%}",
+            f"{sum(each.kept for each in replays_of) / requests:.0%}",
+            f"{sum(each.by_ks for each in replays_of) / requests * PER_REQUESTS:.0f}",
+            f"{sum(each.by_psi for each in replays_of) / requests * PER_REQUESTS:.0f}",
         )
     output.print(quiet)
     changed = Table("with a change", "requests until the alarm", "of those compared", "first seen in", box=None)
     for name in WITH_CHANGE:
-        seen = [result for job, result in results if job.name == name and isinstance(result, Found)]
-        features = [one.feature for one in seen if one.feature]
+        delayed = [result for job, result in results if job.name == name and isinstance(result, Found)]
+        features = [each.feature for each in delayed if each.feature]
         changed.add_row(
             name,
-            delays(one.requests for one in seen),
-            delays(one.kept for one in seen),
+            delays(each.requests for each in delayed),
+            delays(each.kept for each in delayed),
             max(set(features), key=features.count) if features else "",
         )
     output.print(changed)

@@ -1,6 +1,6 @@
-"""Real prompts, and what is made of them: rephrasings, a templated client, a fixed text before each.
+"""Real prompts, and variants of them: rephrasings, a templated client, a fixed text before each.
 
-All are embedded once. A stream is a list of places in the pool.
+All are embedded once. A stream is a list of indexes into the pool.
 """
 
 import json
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 TASK = ROOT / "examples" / "debian-triage"
 STREAMS = ROOT / "benchmarks" / "drift"
 REPHRASINGS = 19
-"""Of each prompt: with itself, a session of 20."""
+"""Per prompt; with the prompt itself, a session of 20."""
 _FIXED_CHARS = 2_100
 _TEMPLATED = 600
 _WORD = re.compile(r"[^\W\d_]+")
@@ -40,11 +40,11 @@ class Pool:
 
     Attributes:
         sample: their features.
-        answers: those of a version that names each package's section; a changed prompt gets the name of any.
-        words: of each.
-        sections: of each, the section of its package; empty where it has none.
-        kinds: places by kind: `alike`, the grades of shift, `templated`, `fixed`.
-        rephrased: `alike` by `REPHRASINGS`, places.
+        answers: of a version that names each package's section; a changed prompt gets a random section.
+        words: of each prompt.
+        sections: of each prompt's package; empty if it has none.
+        kinds: indexes by kind: `alike`, the grades of shift, `templated`, `fixed`.
+        rephrased: indexes, `alike` x `REPHRASINGS`.
     """
 
     sample: Sample
@@ -57,12 +57,12 @@ class Pool:
     def requests(
         self, places: Places, *, first: int, conversations: Places | None = None, clients: Sequence[str] | None = None
     ) -> Requests:
-        """Return prompts as requests, 10,000 a day.
+        """Return prompts as requests, 10,000 per day.
 
         Args:
             first: number of the first one in its stream.
-            conversations: of each; default: one each.
-            clients: who sent each; default: nobody knows.
+            conversations: of each request; default: one each.
+            clients: of each request; default: unknown.
         """
         numbers = np.arange(first, first + len(places), dtype=np.int64)
         return Requests(
@@ -75,7 +75,7 @@ class Pool:
         )
 
     def baseline(self, places: Places) -> Baseline:
-        """Return prompts as what others are compared with."""
+        """Return prompts as a baseline."""
         words = [self.words[place] for place in places]
         return Baseline(self.sample.at(places), words, self.answers.at(places))
 
@@ -95,9 +95,9 @@ def read_pool() -> Pool:
         grades.setdefault(row["grade"], []).append(row["prompt"])
     grades["templated"] = [_templated(text, chance) for text in alike[:_TEMPLATED]]
     grades["fixed"] = [f"{context}\n\n{text}" for text in alike]
-    for kind, found in grades.items():
-        kinds[kind] = _places(len(texts), len(found))
-        texts += found
+    for kind, prompts in grades.items():
+        kinds[kind] = _places(len(texts), len(prompts))
+        texts += prompts
     vocabulary = [word for text in alike for word in _WORD.findall(text)]
     rephrased = _places(len(texts), len(alike) * REPHRASINGS).reshape(len(alike), REPHRASINGS)
     texts += [rephrase(text, vocabulary, chance) for text in alike for _ in range(REPHRASINGS)]
@@ -123,13 +123,13 @@ def _answers(sections: Sequence[str], chance: random.Random) -> Sample:
 
 
 def rephrase(text: str, vocabulary: Sequence[str], chance: random.Random) -> str:
-    """Return a text with 8 to 25 % of its words replaced, left out or moved."""
+    """Return a text with 8 to 25 % of its words replaced, dropped or moved."""
     words = text.split(" ")
     for _ in range(max(1, int(len(words) * chance.uniform(0.08, 0.25)))):
-        place, what = chance.randrange(len(words)), chance.random()
-        if what < 0.4:
+        place, kind = chance.randrange(len(words)), chance.random()
+        if kind < 0.4:
             words[place] = chance.choice(vocabulary)
-        elif what < 0.7 and len(words) > 5:
+        elif kind < 0.7 and len(words) > 5:
             words.pop(place)
         else:
             other = chance.randrange(len(words))

@@ -1,7 +1,7 @@
-"""Streams through the code that watches traffic, and through what is customary.
+"""Replay streams through the drift detector, and through conventional tests.
 
-No threshold here comes from a changed prompt. By custom, batches of 100 requests are compared in five readable
-features, with p < 0.05 by Kolmogorov and Smirnov's test, or PSI > 0.2.
+No threshold here was derived from changed prompts. The conventional tests compare batches of 100 requests in five
+readable features, with p < 0.05 by Kolmogorov and Smirnov's test, or PSI > 0.2.
 """
 
 import os
@@ -22,7 +22,7 @@ from svc.drift_reference.sample import Floats
 from svc.terminal import counting, waiting
 
 REQUESTS = 15_000
-"""Of one replay of a stream without a change."""
+"""Requests in one replay of a stream without a change."""
 CUSTOMARY_P, CUSTOMARY_PSI, CUSTOMARY_SIZE = 0.05, 0.2, 100
 _TOGETHER = 200
 _FEATURES = tuple(
@@ -39,27 +39,27 @@ _FEATURES = tuple(
 
 @dataclass(frozen=True)
 class Replay:
-    """What the detector made of a stream.
+    """The detector's result on a stream.
 
     Attributes:
-        kept: places of the requests that count.
-        events: their positions count kept requests.
+        kept: indexes of the counted requests.
+        events: positions are numbers of counted requests.
     """
 
     kept: Sequence[int]
     events: Sequence[Event]
 
     def place(self, event: Event) -> int:
-        """Return the place of the request with which an alarm began or ended."""
+        """Return the index of the request that started or ended an alarm."""
         return self.kept[event.position - 1]
 
     @property
     def alarms(self) -> list[Event]:
-        """Return those that began."""
+        """Return the events that start an alarm."""
         return [event for event in self.events if event.alarm]
 
     def in_alarm(self, requests: int) -> int:
-        """Return the requests during which any alarm lasted."""
+        """Return the number of requests during which any alarm was active."""
         lasting, began, total = set[str](), 0, 0
         for event in self.events:
             if event.alarm and not lasting:
@@ -71,10 +71,10 @@ class Replay:
 
 
 def replay(pool: Pool, detector: Detector, stream: Stream, until: Callable[[Replay], bool] | None = None) -> Replay:
-    """Replay a stream through the code that watches traffic.
+    """Replay a stream through the drift detector.
 
     Args:
-        until: ends it early.
+        until: stops the replay early.
     """
     watch, kept, events = Watch(), list[int](), list[Event]()
     nothing = pool.requests(np.zeros(0, dtype=np.intp), first=0)
@@ -91,20 +91,20 @@ def replay(pool: Pool, detector: Detector, stream: Stream, until: Callable[[Repl
         both = before.followed_by(new.at(advance.kept))
         before = both.at(np.arange(max(0, both.size - MEMORY), both.size))
         seen = [*seen, *map(Seen, new.words, new.clients)][-SEEN:]
-        found = Replay(kept, events)
-        if until and until(found):
+        result = Replay(kept, events)
+        if until and until(result):
             break
-    return found
+    return result
 
 
 @dataclass(frozen=True, slots=True)
 class Quiet:
-    """A stream without a change.
+    """Result on a stream without a change.
 
     Attributes:
-        kept: requests that count.
+        kept: counted requests.
         in_alarm: requests during an alarm.
-        by_ks, by_psi: batches that custom calls drift, of 100 requests each.
+        by_ks, by_psi: batches of 100 requests that the conventional tests call drift.
     """
 
     requests: int
@@ -119,13 +119,13 @@ def watch_quiet(pool: Pool, name: str, seed: int) -> Quiet:
     """Replay a stream without a change."""
     reference, live, generator = draw_reference(pool, seed + 100)
     stream = WITHOUT_CHANGE[name](pool, live, generator, REQUESTS)
-    found = replay(pool, Detector(pool.baseline(reference)), stream)
+    result = replay(pool, Detector(pool.baseline(reference)), stream)
     by_ks, by_psi = by_custom(pool, reference, stream)
-    return Quiet(REQUESTS, len(found.kept), len(found.alarms), found.in_alarm(REQUESTS), by_ks, by_psi)
+    return Quiet(REQUESTS, len(result.kept), len(result.alarms), result.in_alarm(REQUESTS), by_ks, by_psi)
 
 
 def by_custom(pool: Pool, reference: Places, stream: Stream) -> tuple[int, int]:
-    """Return how many batches of a stream custom calls drift, by Kolmogorov-Smirnov and by PSI."""
+    """Return the number of batches that the conventional tests call drift, by Kolmogorov-Smirnov and by PSI."""
     from scipy.stats import ks_2samp
 
     columns = [pool.sample.numbers[name] for name in _FEATURES]
@@ -140,7 +140,7 @@ def by_custom(pool: Pool, reference: Places, stream: Stream) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The first alarm after a change; None where there was none.
+    """The first alarm after a change; None if there was none.
 
     Attributes:
         requests, kept: after the change until the alarm.
@@ -156,15 +156,16 @@ def watch_change(pool: Pool, name: str, seed: int) -> Found:
     reference, live, generator = draw_reference(pool, seed)
     stream = WITH_CHANGE[name].make(pool, live, generator)
 
-    def seen(found: Replay) -> Event | None:
-        return next((event for event in found.alarms if found.place(event) >= CHANGE_AFTER), None)
+    def first_alarm(result: Replay) -> Event | None:
+        return next((event for event in result.alarms if result.place(event) >= CHANGE_AFTER), None)
 
-    found = replay(pool, Detector(pool.baseline(reference)), stream, lambda so_far: seen(so_far) is not None)
-    alarm = seen(found)
+    detector = Detector(pool.baseline(reference))
+    result = replay(pool, detector, stream, lambda so_far: first_alarm(so_far) is not None)
+    alarm = first_alarm(result)
     if alarm is None:
         return Found(None, None, "")
-    kept_before = sum(place < CHANGE_AFTER for place in found.kept)
-    return Found(found.place(alarm) - CHANGE_AFTER + 1, alarm.position - kept_before, alarm.feature)
+    kept_before = sum(place < CHANGE_AFTER for place in result.kept)
+    return Found(result.place(alarm) - CHANGE_AFTER + 1, alarm.position - kept_before, alarm.feature)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +191,7 @@ def _run(job: Job) -> Quiet | Found:
 
 
 def run_all(jobs: Sequence[Job]) -> list[Quiet | Found]:
-    """Replay everything, one process a core."""
+    """Replay all jobs with one process per core."""
     os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     with waiting("reading and embedding prompts"):
         prompts = read_pool()

@@ -1,4 +1,4 @@
-"""Streams of prompts: those without a change, in which every alarm is false, and those with one."""
+"""Streams of prompts: without a change, so that every alarm is false, and with a change."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,17 +12,17 @@ from svc.drift_reference.sample import Floats
 
 REFERENCE = 500
 DAY, WEEK = 10_000, 21_000
-"""Requests of a day; of a week with few requests."""
+"""Requests per day; requests per week for a model with little traffic."""
 CHANGE_AFTER = 600
 """Requests before the change."""
 
 
 class Stream(NamedTuple):
-    """Prompts in their order.
+    """Prompts in order.
 
     Attributes:
-        conversations: which conversation each is part of; None: one each.
-        clients: who sent each; None: nobody knows.
+        conversations: of each prompt; None: one each.
+        clients: of each prompt; None: unknown.
     """
 
     prompts: Places
@@ -31,36 +31,36 @@ class Stream(NamedTuple):
 
 
 Make = Callable[[Pool, Places, Generator, int], Stream]
-"""From a pool, the places of prompts that are drawn as the reference is, and a length in requests."""
+"""Arguments: the pool, indexes of prompts drawn like the reference, a generator, and a length in requests."""
 
 
 def draw_reference(pool: Pool, seed: int) -> tuple[Places, Places, Generator]:
-    """Return places of a reference, and of other prompts that are drawn alike."""
+    """Return the indexes of a reference, those of other prompts drawn in the same way, and the generator."""
     generator = np.random.default_rng(seed)
     order = generator.permutation(pool.kinds["alike"])
     return order[:REFERENCE], order[REFERENCE:], generator
 
 
 def independent(pool: Pool, live: Places, generator: Generator, count: int) -> Stream:
-    """Return prompts that have nothing to do with each other."""
+    """Return independent prompts."""
     return Stream(generator.choice(live, count))
 
 
 def runs(length: int) -> Make:
-    """Return streams of so many different prompts of one section in a row: a client's burst."""
+    """Return streams with runs of `length` different prompts of one section: bursts of a client."""
 
     def make(pool: Pool, live: Places, generator: Generator, count: int) -> Stream:
-        sections, found = list(_by_section(pool, live).values()), list[Places]()
-        while sum(map(len, found)) < count:
+        sections, drawn = list(_by_section(pool, live).values()), list[Places]()
+        while sum(map(len, drawn)) < count:
             section = sections[generator.integers(len(sections))]
-            found.append(generator.choice(section, min(length, len(section)), replace=False))
-        return Stream(np.concatenate(found)[:count])
+            drawn.append(generator.choice(section, min(length, len(section)), replace=False))
+        return Stream(np.concatenate(drawn)[:count])
 
     return make
 
 
 def sessions(length: int, at_once: int) -> Make:
-    """Return streams of sessions of near copies, so many at the same time."""
+    """Return streams of sessions of near copies, `at_once` of them concurrent."""
 
     def make(pool: Pool, live: Places, generator: Generator, count: int) -> Stream:
         def begin() -> list[int]:
@@ -73,7 +73,7 @@ def sessions(length: int, at_once: int) -> Make:
 
 
 def conversations(length: int, at_once: int) -> Make:
-    """Return streams of conversations of different prompts of one section, so many at the same time."""
+    """Return streams of conversations of different prompts of one section, `at_once` of them concurrent."""
 
     def make(pool: Pool, live: Places, generator: Generator, count: int) -> Stream:
         sections = list(_by_section(pool, live).values())
@@ -138,9 +138,9 @@ class Change:
     Attributes:
         kind: of the changed prompts.
         count: requests after the change.
-        share: of requests that are changed.
-        ramp: requests over which it grows from 0 to all.
-        base: what the others are.
+        share: of changed requests.
+        ramp: requests over which the share grows from 0 to all.
+        base: the stream of unchanged prompts.
     """
 
     kind: str
@@ -178,10 +178,10 @@ WITH_CHANGE: dict[str, Change] = {
 
 
 def _by_section(pool: Pool, places: Places) -> dict[str, Places]:
-    found: dict[str, list[int]] = {}
+    sections: dict[str, list[int]] = {}
     for place in places:
-        found.setdefault(pool.sections[place], []).append(int(place))
-    return {section: np.array(members, dtype=np.intp) for section, members in sorted(found.items())}
+        sections.setdefault(pool.sections[place], []).append(int(place))
+    return {section: np.array(members, dtype=np.intp) for section, members in sorted(sections.items())}
 
 
 def _of_two_halves(pool: Pool, live: Places, generator: Generator, share: Floats) -> Stream:

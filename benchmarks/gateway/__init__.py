@@ -1,1 +1,1 @@
-"""What a request costs on its way through a gateway: ours, beside LiteLLM, vllm-router and nginx."""
+"""Cost of a request in a gateway: ours, compared with LiteLLM, vllm-router and nginx."""

@@ -1,7 +1,7 @@
-"""`make bench-gateway`: all gateways in front of one upstream, in turn, again and again.
+"""`make bench-gateway`: measure all gateways in front of one upstream, in alternating rounds.
 
-Processor time says what a request costs, on a busy machine too. Rates and times to the first token mean something on a
-quiet one alone; how much others had of a gateway's core stands beside them.
+Processor time shows the cost of a request even on a busy machine. Rates and times to the first token are meaningful
+only on a quiet one; the share of a gateway's core used by others is printed as well.
 """
 
 import signal
@@ -24,25 +24,25 @@ from svc.settings import load_settings
 from svc.terminal import console, output, print_json
 
 _BY_NAME = (TRACED, BARE)
-"""Measured only where `--only` names them."""
+"""Measured only if named in `--only`."""
 
 
 @click.command()
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="How often each is measured.")
-@click.option("--only", metavar="NAMES", help="Those to measure, with commas between.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Measurements of each gateway.")
+@click.option("--only", metavar="NAMES", help="Gateways to measure, separated by commas.")
 @click.option(
     "--peers",
     type=click.Path(path_type=Path),
     default=Path(".venv/peers"),
     show_default=True,
-    help="Where install_peers.sh has put them.",
+    help="Folder of install_peers.sh.",
 )
-@click.option("--engine", "model", metavar="MODEL", help="Measure the rate of this model on its real engine instead.")
-@click.option("--home", type=click.Path(path_type=Path), help="Folder for all state, for --engine.")
+@click.option("--engine", "model", metavar="MODEL", help="Measure this model on its real engine instead.")
+@click.option("--home", type=click.Path(path_type=Path), help="Folder for all state, with --engine.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 def main(rounds: int, only: str | None, peers: Path, model: str | None, home: Path | None, as_json: bool) -> None:
-    """Measure what a request costs on its way through each gateway."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whatever was started is ended then
+    """Measure the cost of a request in each gateway."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that started processes are stopped
     with tempfile.TemporaryDirectory(prefix="gw") as name:
         folder = Path(name)
         if model:
@@ -55,39 +55,39 @@ def _measure_gateways(folder: Path, rounds: int, only: str | None, bin: Path, *,
     others: list[Peer] = [LiteLLM(bin), VllmRouter(bin), Nginx(bin)]
     names = _names([DIRECT, OURS, KEYLESS, TRACED, BARE, *(peer.name for peer in others)], only)
     left_out = {peer.name: peer.missing for peer in others if peer.name in names and peer.missing}
-    with bench(folder) as found:
+    with bench(folder) as machine:
         ours = make_ours(folder) if {OURS, KEYLESS, TRACED} & {*names} else []
         known: list[Peer] = [Direct(), *ours, Bare(), *others]
         peers = [peer for peer in known if peer.name in names and peer.name not in left_out]
-        measured = [_round(found, peers, number, rounds, left_out) for number in range(rounds)]
+        measured = [_round(machine, peers, number, rounds, left_out) for number in range(rounds)]
     measured = complete(measured)
     if as_json:
-        raw = [{name: asdict(figures) for name, figures in one.items()} for one in measured]
+        raw = [{name: asdict(figures) for name, figures in each.items()} for each in measured]
         print_json({**summary(measured), "left_out": left_out, "rounds": raw})
         return
     for table in tables(summary(measured)):
         output.print(table)
     for name, why in left_out.items():
-        output.print(f"{name} is left out: {why}", markup=False)
+        output.print(f"{name} is skipped: {why}", markup=False)
 
 
 def _names(known: Sequence[str], only: str | None) -> list[str]:
-    """Those that were asked for; the upstream itself is always among them."""
+    """Return the requested names, always including the upstream itself."""
     asked = [name.strip() for name in only.split(",")] if only else [name for name in known if name not in _BY_NAME]
     if unknown := {*asked} - {*known}:
-        raise click.UsageError(f"there is no {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+        raise click.UsageError(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
     return [name for name in known if name in asked or name == DIRECT]
 
 
-def _round(found: Bench, peers: Sequence[Peer], number: int, rounds: int, left_out: dict[str, str]) -> Round:
-    """Measures each once, every other round in the other order. One that does not start is left out from then on."""
+def _round(machine: Bench, peers: Sequence[Peer], number: int, rounds: int, left_out: dict[str, str]) -> Round:
+    """Measure each gateway once, in reverse order in every other round; from then on, skip those that fail to start."""
     figures: dict[str, Figures] = {}
     for peer in reversed(peers) if number % 2 else peers:
         if peer.name in left_out:
             continue
         began = time.monotonic()
         try:
-            figures[peer.name] = found.measure(peer, f"{peer.name.replace(' ', '-')}-{number}")
+            figures[peer.name] = machine.measure(peer, f"{peer.name.replace(' ', '-')}-{number}")
         except EngineError as error:
             left_out[peer.name] = str(error)
         took = time.monotonic() - began
@@ -96,15 +96,15 @@ def _round(found: Bench, peers: Sequence[Peer], number: int, rounds: int, left_o
 
 
 def _measure_engine(model: str, home: Path | None, pairs: int, log: Path, *, as_json: bool) -> None:
-    found = engine_summary(measure_engine(load_settings(home=home), model, pairs, log))
+    result = engine_summary(measure_engine(load_settings(home=home), model, pairs, log))
     if as_json:
-        print_json(found)
+        print_json(result)
         return
-    share = found["share"]
-    output.print(f"vLLM by itself     {found['direct']:.1f} tokens/s")
-    output.print(f"through svc serve  {found['served']:.1f} tokens/s")
+    share = result["share"]
+    output.print(f"vLLM alone         {result['direct']:.1f} tokens/s")
+    output.print(f"through svc serve  {result['served']:.1f} tokens/s")
     interval = "" if share["low"] is None else f" (mean within {share['low']:.1%} to {share['high']:.1%})"
-    output.print(f"share              {share['median']:.1%}{interval}, {pairs} pairs")
+    output.print(f"ratio              {share['median']:.1%}{interval}, {pairs} pairs")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The way to the engine alone: our HTTP server and our connections to the engine, with nothing of a gateway in between.
+"""Our HTTP server and our connections to the engine without a gateway in between.
 
-What this costs, no gateway on the same server costs less than; what `svc serve` costs more is what it does.
+A lower bound for the cost of any gateway on the same server; the extra cost of `svc serve` is its own work.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ from pathlib import Path
 import uvloop
 from starlette.types import Receive, Scope, Send
 
-from benchmarks.gateway.peers import MOST_STREAMS
+from benchmarks.gateway.peers import MAX_STREAMS
 from serving.http.http_server import http_server
 from svc.engine.vllm.connection_pool import EngineConnections
 
@@ -19,7 +19,7 @@ _BACKLOG = 2048
 
 
 class PassThrough:
-    """An ASGI application that passes each request to one engine, and its answer back."""
+    """ASGI application that forwards each request to one engine, and returns its answer."""
 
     def __init__(self, engine: EngineConnections) -> None:
         self._engine = engine
@@ -45,11 +45,11 @@ class PassThrough:
 
 
 async def serve(upstream: Path, port: int) -> None:
-    """Until it is ended."""
+    """Serve until the process is stopped."""
     with socket.create_server(("127.0.0.1", port), backlog=_BACKLOG) as listener:
         listener.setblocking(False)
         app = PassThrough(EngineConnections(upstream, silence_s=300.0))
-        await http_server(app, 2 * MOST_STREAMS).serve(sockets=[listener])
+        await http_server(app, 2 * MAX_STREAMS).serve(sockets=[listener])
 
 
 if __name__ == "__main__":

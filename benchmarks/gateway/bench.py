@@ -1,6 +1,6 @@
-"""One machine for all measurements: two cores, the upstream, and gateways that are started and ended in turn.
+"""The machine for all measurements: two cores, the upstream, and gateways that are started and stopped in turn.
 
-The gateway has one core, and what asks it and what answers it have another.
+The gateway has one core; the clients and the upstream share another.
 """
 
 import gc
@@ -36,34 +36,34 @@ _NEVER = str(2**31 - 1)
 
 @dataclass(frozen=True, slots=True)
 class Cores:
-    """Which core is whose."""
+    """Assignment of cores."""
 
     gateway: int
     others: int
 
     @classmethod
     def of_machine(cls) -> "Cores":
-        """Two of those that this process may use.
+        """Return two of the cores that this process may use.
 
         Raises:
-            SettingsError: there is one alone.
+            SettingsError: there is only one.
         """
-        found = sorted(os.sched_getaffinity(0))
-        if len(found) < 2:
+        cores = sorted(os.sched_getaffinity(0))
+        if len(cores) < 2:
             raise SettingsError("this process has one core", expected="two: one for the gateway, one for the rest")
-        return cls(gateway=found[1], others=found[0])
+        return cls(gateway=cores[1], others=cores[0])
 
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """What all measurements have in common."""
+    """The setting shared by all measurements."""
 
     cores: Cores
     folder: Path
     upstream: Upstream
 
     def measure(self, peer: Peer, name: str) -> Figures:
-        """One gateway, freshly started, and ended afterwards.
+        """Start a gateway, measure it, and stop it.
 
         Args:
             name: of its folder.
@@ -101,7 +101,7 @@ def _tell(peer: Peer, text: str) -> None:
 
 @contextmanager
 def bench(folder: Path) -> Iterator[Bench]:
-    """The upstream, for the body of the `with`; this process is pinned beside it."""
+    """Run the upstream for the body, with this process pinned to the same core."""
     cores, upstream = Cores.of_machine(), Upstream(folder / "upstream.sock", free_port())
     os.sched_setaffinity(0, {cores.others})
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -117,15 +117,15 @@ def bench(folder: Path) -> Iterator[Bench]:
 def until_answered(
     process: "subprocess.Popen[bytes]", log: Path, address: Address, ask: Ask, *, seconds: float = 60.0
 ) -> None:
-    """Waits until a server answers what is asked.
+    """Wait until a server answers a request.
 
     Raises:
-        EngineError: it has ended, or takes longer than it may; with the end of its log.
+        EngineError: the server has ended, or did not answer in time; with the end of its log.
     """
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise EngineError(f"it ended with code {process.returncode}: {_end_of(log)}")
+            raise EngineError(f"the process ended with code {process.returncode}: {_end_of(log)}")
         if uvloop.run(answers(address, ask)):
             return
         time.sleep(_POLL_S)
@@ -137,8 +137,8 @@ def _end_of(log: Path) -> str:
 
 
 def make_ours(folder: Path) -> list[Peer]:
-    """Ours, with a key and without, and with traces: the homes are alike but for that."""
-    console.print("a home for ours")
+    """Return our gateway with a key, without keys and with traces; otherwise their homes are the same."""
+    console.print("creating the homes of tuneserve")
     keyless, keyed = folder / "keyless", folder / "keyed"
     subprocess.run([sys.executable, "-m", "benchmarks.gateway.home", str(keyless)], check=True)
     shutil.copytree(keyless, keyed)

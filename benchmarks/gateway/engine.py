@@ -1,4 +1,4 @@
-"""What a client gets of a real engine: tokens a second through `svc serve`, and from its vLLM's own socket."""
+"""Throughput of a real engine: tokens per second through `svc serve`, and from its vLLM's own socket."""
 
 import statistics
 import sys
@@ -27,7 +27,7 @@ _START_S = 900.0
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two measurements, one after the other, tokens a second of all streams together.
+    """Two measurements, one after the other, in tokens per second of all streams together.
 
     Attributes:
         direct: from vLLM's socket.
@@ -39,10 +39,10 @@ class Pair:
 
 
 def measure_engine(settings: Settings, model: str, pairs: int, log: Path) -> list[Pair]:
-    """Serves a model of a home, and asks it both ways in turn; each pair the other way round.
+    """Serve a model of a home, and measure both ways in alternating order.
 
     Raises:
-        NotFoundError: no such model, or no version of it.
+        NotFoundError: the model does not exist, or has no version.
         EngineError: the server does not start, or a request failed.
     """
     spec = Subject.of(settings, model).spec
@@ -51,12 +51,12 @@ def measure_engine(settings: Settings, model: str, pairs: int, log: Path) -> lis
     with _served(settings, model, ask, log) as served, counting("measurements", 2 * (pairs + 1)) as advance:
         ways = {"direct": Address(socket=spec.socket), "served": served}
         for number in range(pairs + 1):
-            found = {}
+            rates = {}
             for way in reversed(ways) if number % 2 else ways:
-                found[way] = _rate(ways[way], ask)
+                rates[way] = _rate(ways[way], ask)
                 advance()
             if number:  # the first pair warms the engine
-                measured.append(Pair(**found))
+                measured.append(Pair(**rates))
     return measured
 
 
@@ -72,12 +72,12 @@ def _served(settings: Settings, model: str, ask: Ask, log: Path) -> Iterator[Add
 def _rate(address: Address, ask: Ask) -> float:
     load = uvloop.run(send(address, ask, clients=_STREAMS, requests=_STREAMS, patience_s=600.0))
     if load.failed:
-        raise EngineError(f"{load.failed} of {_STREAMS} streams failed: {load.wrong}", todo="see the server's log")
+        raise EngineError(f"{load.failed} of {_STREAMS} streams failed: {load.wrong}", todo="read the server's log")
     return load.rate * ask.chunks
 
 
 def summary(pairs: Sequence[Pair]) -> dict[str, Any]:
-    """Medians, tokens a second, and how large a share of the engine's own rate comes through."""
+    """Return medians in tokens per second, and the ratio to the engine's own rate."""
     shares = [pair.served / pair.direct for pair in pairs]
     low, high = interval(shares) if len(shares) > 1 else (None, None)
     return {

@@ -1,4 +1,4 @@
-"""A home with one version that no engine could load: all that a server needs of one to answer requests."""
+"""A home with one version that no engine could load, but sufficient for a server to answer requests."""
 
 import json
 import tempfile
@@ -33,7 +33,7 @@ _CONFIG = {
 
 
 def make_home(home: Path) -> None:
-    """Registers the version, and asks the device once what it can do, as the first `svc serve` on a home does."""
+    """Register the version, and query the device's capabilities, like the first `svc serve` on a home."""
     import numpy as np
     from safetensors.numpy import save_file
 

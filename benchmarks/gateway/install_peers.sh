@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Puts the gateways that ours is measured beside into $PEERS (.venv/peers), without root: LiteLLM's proxy and vllm-router
-# in a Python environment of their own, whose versions have nothing to do with ours, and nginx: the machine's own, else
-# out of the distribution's package. One that cannot be installed is told, and left out of the table. Safe to run again.
+# Installs the gateways that ours is compared with into $PEERS (.venv/peers), without root: LiteLLM's proxy and vllm-router
+# in a separate Python environment with versions independent of ours, and nginx: the machine's own, or that of the
+# distribution's package. Reports gateways that cannot be installed; they are skipped in the table. Safe to run again.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 peers=${PEERS:-.venv/peers}
 PYTHON=${PYTHON:-python3}
 
 missing() {
-  echo "warning: $1 is left out of the benchmark: $2" >&2
+  echo "warning: $1 is skipped in the benchmark: $2" >&2
 }
 
 install_python() {

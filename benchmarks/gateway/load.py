@@ -1,4 +1,4 @@
-"""Many clients in one process, each as cheap as can be: fixed bytes out, and of what comes in only what is measured."""
+"""Many cheap clients in one process: they send fixed bytes and parse only what is measured."""
 
 import asyncio
 import time
@@ -14,16 +14,16 @@ _LAST_CHUNK = b"0\r\n\r\n"
 _EVENT = b"data: "
 _DONE = b"data: [DONE]"
 _PATIENCE_S = 120.0
-"""For the last answers."""
+"""Timeout for the last answers."""
 _PROMPT: Final = "Say in one sentence what the following customer wants: I ordered a red kettle on Monday and it leaks."
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a gateway answers: on a port of this machine, or on a unix socket.
+    """Address of a gateway: a port of this machine, or a unix socket.
 
     Attributes:
-        key: sent with each request; none where it is empty.
+        key: sent with each request, if not empty.
     """
 
     port: int = 0
@@ -33,11 +33,11 @@ class Address:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """What every client asks.
+    """The request of every client.
 
     Attributes:
-        chunks: tokens of the answer, each in a chunk of its own but from a real engine, which may send several in one.
-        real: the upstream is a real engine, which would end its answer where it liked.
+        chunks: tokens of the answer, one per chunk; a real engine may send several in one.
+        real: the upstream is a real engine, which must be told not to end its answer early.
     """
 
     chunks: int
@@ -46,7 +46,7 @@ class Ask:
     real: bool = False
 
     def request(self, address: Address) -> bytes:
-        """The bytes of one request."""
+        """Return the bytes of one request."""
         more = (',"stream":true' if self.stream else "") + (',"ignore_eos":true' if self.real else "")
         body = (
             f'{{"model":"{self.model}","messages":[{{"role":"user","content":"{_PROMPT}"}}],'
@@ -59,7 +59,7 @@ class Ask:
         ).encode()
 
     def answered(self, status: int, body: bytes) -> bool:
-        """Whether an answer is whole."""
+        """Return whether an answer is complete."""
         if status != 200:
             return False
         least = 1 if self.real else self.chunks
@@ -68,13 +68,13 @@ class Ask:
 
 @dataclass(slots=True)
 class Load:
-    """What became of some requests.
+    """Result of some requests.
 
     Attributes:
         seconds: from the first request to the end of the last answer.
-        reads: how often something came.
+        reads: number of reads.
         first: seconds from each request to the first event of its answer, or to its body.
-        wrong: the first answer that was not as it should be.
+        wrong: the first wrong answer.
     """
 
     done: int = 0
@@ -86,12 +86,12 @@ class Load:
 
     @property
     def rate(self) -> float:
-        """Requests a second."""
+        """Return the requests per second."""
         return self.done / self.seconds
 
 
 class Client(asyncio.Protocol):
-    """One keep-alive connection: a request, and after its answer the next, until there are no more."""
+    """One keep-alive connection that sends requests one after the other until none are left."""
 
     def __init__(self, ask: Ask, request: bytes, load: Load, turns: "Turns") -> None:
         self._ask = ask
@@ -101,16 +101,16 @@ class Client(asyncio.Protocol):
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._transport: asyncio.Transport | None = None
         self._parts: list[bytes] = []
-        self._body_at = self._length = 0  # where the body begins, 0 while unknown; -1: its chunks say where it ends
+        self._body_at = self._length = 0  # start of the body, 0 while unknown; length -1: chunked
         self._began = 0.0
         self._waits = self._seen = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Waits for `send`."""
+        """Store the transport; `send` starts the requests."""
         self._transport = cast(asyncio.Transport, transport)
 
     def send(self) -> None:
-        """Sends the next request; ends where there is none left."""
+        """Send the next request; close if none is left."""
         assert self._transport is not None
         if not self._turns.take():
             self.close()
@@ -121,7 +121,7 @@ class Client(asyncio.Protocol):
         self._transport.write(self._request)
 
     def close(self) -> None:
-        """Sends nothing more."""
+        """Close the connection."""
         self._waits = False
         if self._transport is not None:
             self._transport.close()
@@ -129,13 +129,13 @@ class Client(asyncio.Protocol):
             self.ended.set_result(None)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """An answer that was under way will not come; the next client's request may do better."""
+        """Count a pending answer as failed."""
         if self._waits:
             self._fail(f"the connection was closed: {exc}")
         self.close()
 
     def data_received(self, data: bytes) -> None:
-        """Looks whether the answer has begun, and whether it is complete."""
+        """Detect the start and the end of the answer."""
         parts = self._parts
         parts.append(data)
         self._load.reads += 1
@@ -181,22 +181,22 @@ class Client(asyncio.Protocol):
 
 
 class Turns:
-    """How many requests all clients together may still send.
+    """The number of requests that all clients together may still send.
 
     Args:
-        most: that many; None: as many as there is time for.
+        limit: None for no limit except the time.
     """
 
-    def __init__(self, most: int | None) -> None:
-        self._left = most
+    def __init__(self, limit: int | None) -> None:
+        self._left = limit
         self._deadline = 0.0
 
     def begin(self, seconds: float) -> None:
-        """From now on there are some, for so long."""
+        """Allow requests from now on for some seconds."""
         self._deadline = time.perf_counter() + seconds
 
     def take(self) -> bool:
-        """Takes one."""
+        """Take one request; return whether it may be sent."""
         if time.perf_counter() >= self._deadline or self._left == 0:
             return False
         if self._left is not None:
@@ -205,7 +205,7 @@ class Turns:
 
 
 def content_length(head: bytes) -> int:
-    """Of an answer; -1 where its chunks say where it ends."""
+    """Return the length of an answer's body; -1 if it is chunked."""
     lower = head.lower() + b"\r\n"
     at = lower.find(b"\r\ncontent-length:")
     return int(lower[at + 17 : lower.index(b"\r\n", at + 2)]) if at >= 0 else -1
@@ -222,13 +222,13 @@ async def send(
     spread_s: float = 0.0,
     on_connected: Callable[[], None] = lambda: None,
 ) -> Load:
-    """Has so many clients ask at once, each one request after the other.
+    """Run concurrent clients, each with one request after the other.
 
     Args:
-        requests: of all together; None: as many as there is time for.
-        seconds: after so long no more begins.
-        patience_s: how long the last answers may take.
-        spread_s: the clients begin one after the other within so long.
+        requests: of all clients together; None: as many as there is time for.
+        seconds: after this time no request is started.
+        patience_s: timeout for the last answers.
+        spread_s: time over which the starts of the clients are spread.
         on_connected: called before the first request.
     """
     loop, load = asyncio.get_running_loop(), Load()
@@ -248,7 +248,7 @@ async def send(
     load.seconds = time.perf_counter() - began
     if late:
         load.failed += len(late)
-        load.wrong = load.wrong or f"no whole answer within {seconds + _PATIENCE_S:.0f} s"
+        load.wrong = load.wrong or f"no complete answer within {seconds + _PATIENCE_S:.0f} s"
         for client in made:
             client.close()
     return load
@@ -262,7 +262,7 @@ async def _connect(address: Address, make: Callable[[], Client]) -> Client:
 
 
 async def answers(address: Address, ask: Ask) -> bool:
-    """Whether there is a good answer to one request."""
+    """Return whether one request gets a complete answer."""
     try:
         return (await send(address, ask, clients=1, requests=1, patience_s=5.0)).done == 1
     except OSError:

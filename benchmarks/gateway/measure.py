@@ -1,4 +1,4 @@
-"""What one gateway costs in one round: the loads, one after the other, and what its processes used for each."""
+"""Cost of one gateway in one round: the loads, one after the other, and the processor time for each."""
 
 import asyncio
 import time
@@ -9,8 +9,8 @@ from benchmarks.gateway.load import Address, Ask, Load, send
 from benchmarks.gateway.processes import core_seconds, cpu_seconds, resident_bytes
 
 _SETTLE_S = 1.0
-"""What a gateway does after an answer, as writing rows down, counts too."""
-_REST_S, _LOAD_S, _MOST_S = 2.0, 3.0, 60.0
+"""Work after an answer, such as writing rows, counts too."""
+_REST_S, _LOAD_S, _MAX_S = 2.0, 3.0, 60.0
 _WHOLE = Ask(chunks=16)
 _SHORT_STREAM = Ask(chunks=3, stream=True)
 _HALF_SECOND = Ask(chunks=50, stream=True)
@@ -18,28 +18,28 @@ _SECOND = Ask(chunks=100, stream=True)
 _MANY = Ask(chunks=20, stream=True)
 _PACE_S, _SLOW_PACE_S = 0.01, 0.1
 FULL = 0.9
-"""Share of its core from which on a gateway is the limit, and not what asks it."""
+"""Share of its core from which the gateway, not its clients, is the limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Of one gateway in one round; what is of its processes is 0 where it has none.
+    """Figures of one gateway in one round; those of processes are 0 if it has none.
 
     Attributes:
-        request_ms_1, request_ms_16, request_ms_64: processor time of a request that is not streamed, by clients.
-        rate: requests a second of 64 clients.
-        busy: share of its core that it used for that.
-        chunk_us_16, chunk_us_100: processor time of a stream of 100 chunks, by chunk, with so many streams.
-        reads_16, reads_100: how often a client had to read for a chunk: less than 1 where chunks came several at once,
-            as from a gateway that had no time for each.
-        first_ms_p50, first_ms_p99: time to the first event, of one stream at a time.
-        first_64_ms_p50, first_64_ms_p99: of 64 streams at once.
-        many_failed: of 1,024 streams at once, those without a whole answer.
-        many_chunk_us: processor time of each of their chunks.
-        rest_ms: processor time of a second without requests. A part of it is in all that is told of few requests.
-        idle_mib, many_mib: memory after the start, and after those 1,024.
-        failed: of all other requests.
-        taken: share of its core that went to others all the while: then rates and times say little.
+        request_ms_1, request_ms_16, request_ms_64: processor time per non-streamed request, by number of clients.
+        rate: requests per second of 64 clients.
+        busy: share of its core used for that.
+        chunk_us_16, chunk_us_100: processor time per chunk of streams of 100 chunks, by number of streams.
+        reads_16, reads_100: client reads per chunk: less than 1 if several chunks arrived together, as from a gateway
+            that is too slow for single ones.
+        first_ms_p50, first_ms_p99: time to the first event, one stream at a time.
+        first_64_ms_p50, first_64_ms_p99: the same with 64 concurrent streams.
+        many_failed: incomplete answers of 1,024 concurrent streams.
+        many_chunk_us: processor time per chunk of these.
+        rest_ms: processor time per second without requests; figures for few requests include a part of it.
+        idle_mib, many_mib: memory after the start, and after the 1,024 streams.
+        failed: failures of all other requests.
+        taken: share of its core used by others during the measurement; if large, rates and times mean little.
     """
 
     request_ms_1: float
@@ -65,13 +65,13 @@ class Figures:
 
 
 class Measurement:
-    """Loads one gateway.
+    """The measurement of one gateway.
 
     Args:
-        pid: of its first process; None where it has none.
-        core: its own.
-        set_pace: has the upstream wait so long between chunks, seconds.
-        tell: hears of what went wrong.
+        pid: of its first process; None if it has none.
+        core: of the gateway.
+        set_pace: sets the upstream's pause between chunks, seconds.
+        tell: callback for failures.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Measurement:
         self._failed = 0
 
     async def run(self) -> Figures:
-        """Takes all figures, in half a minute where the gateway is quick."""
+        """Return all figures; takes half a minute for a fast gateway."""
         await self._warm()
         idle = self._memory()
         began, core, own = time.monotonic(), core_seconds(self._core), self._used()
@@ -133,7 +133,7 @@ class Measurement:
         )
 
     async def _warm(self) -> None:
-        """What is made at the first requests counts for none."""
+        """Send the first requests, whose one-time work must not count."""
         await self._load(_WHOLE, clients=4, seconds=1.0)
         await self._load(_SHORT_STREAM, clients=4, requests=40)
         self._failed = 0
@@ -144,10 +144,10 @@ class Measurement:
         *,
         clients: int,
         requests: int | None = None,
-        seconds: float = _MOST_S,
+        seconds: float = _MAX_S,
         spread_s: float = 0.0,
     ) -> tuple[Load, float]:
-        """What became of the requests, and what they took of the processor."""
+        """Return the result of the requests, and the gateway's processor time."""
         load = await send(
             self._address,
             ask,
@@ -178,6 +178,6 @@ def _each(total: float, number: int) -> float:
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """The smallest value that so large a share of all is no larger than; NaN of none."""
+    """Return the smallest value that at least this share of the values does not exceed; NaN without values."""
     ranked = sorted(values)
     return ranked[max(0, -int(-share * len(ranked) // 1) - 1)] if ranked else float("nan")

@@ -1,7 +1,7 @@
-"""`svc serve` as it is, but for its engine: in place of a vLLM that it starts, a server that runs already.
+"""Run `svc serve` with a server that is already running instead of a vLLM engine.
 
-Whatever is done for a request, and with which clients, is the server's own code; only an engine's start, end and
-verification are left out.
+All work for a request, including the HTTP client, is the server's own code; only the engine's start, end and
+verification are skipped.
 """
 
 import asyncio
@@ -20,10 +20,10 @@ from svc.engine.vllm.process import EngineProcess
 
 
 class UpstreamEngine(EngineProcess):
-    """The engine's own socket leads to a server that nobody starts or ends here.
+    """An engine whose socket leads to a server that is started and stopped elsewhere.
 
     Args:
-        upstream: that server's socket.
+        upstream: socket of that server.
     """
 
     def __init__(self, upstream: Path, spec: EngineSpec) -> None:
@@ -32,17 +32,17 @@ class UpstreamEngine(EngineProcess):
 
     @property
     def capabilities(self) -> EngineCapabilities:
-        """It has no model whose probabilities could be compared."""
-        return replace(super().capabilities, unprobed="it is the benchmark's")
+        """Return capabilities without probing: there is no model whose probabilities could be compared."""
+        return replace(super().capabilities, unprobed="this is the benchmark's engine")
 
     async def start(self, on_phase: Callable[[EnginePhase], None] = lambda phase: None) -> None:
-        """It runs already."""
+        """Link the socket to the running server."""
         self.plan = (await asyncio.to_thread(lambda: self.spec.plan)).rows()
         self.spec.socket.unlink(missing_ok=True)
         self.spec.socket.symlink_to(self._upstream)
 
     async def wait(self) -> int | None:
-        """It never ends."""
+        """Wait forever."""
         await asyncio.Event().wait()
         return None
 

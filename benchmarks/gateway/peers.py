@@ -1,4 +1,4 @@
-"""The gateways that are measured, and how each is started in front of the upstream."""
+"""The measured gateways, and the commands that start them in front of the upstream."""
 
 import os
 import secrets
@@ -14,13 +14,13 @@ from benchmarks.gateway.load import Address
 from benchmarks.gateway.table import BARE, DIRECT
 from benchmarks.gateway.upstream import MODEL
 
-MOST_STREAMS = 2048
-"""More than are ever opened at once: no gateway's limit shall bite."""
+MAX_STREAMS = 2048
+"""More than are ever open concurrently, so that no gateway reaches its limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Upstream:
-    """Where the upstream answers."""
+    """Addresses of the upstream."""
 
     socket: Path
     port: int
@@ -28,7 +28,7 @@ class Upstream:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """What starts a gateway."""
+    """Command that starts a gateway, and the gateway's address."""
 
     arguments: Sequence[str]
     address: Address
@@ -46,15 +46,15 @@ class Peer(ABC):
 
     @property
     def missing(self) -> str:
-        """Why it cannot be started here; empty where it can."""
+        """Return why the gateway cannot be started here; empty if it can."""
         return ""
 
     @abstractmethod
     def command(self, upstream: Upstream, folder: Path) -> Command | None:
-        """What starts it; None where there is nothing to start.
+        """Return the command that starts the gateway; None if there is nothing to start.
 
         Args:
-            folder: an empty one, for its files.
+            folder: an empty folder for its files.
         """
 
 
@@ -64,7 +64,7 @@ class Direct(Peer):
     name = DIRECT
 
     def command(self, upstream: Upstream, folder: Path) -> None:
-        """The upstream runs already."""
+        """Return None: the upstream is already running."""
 
 
 class Bare(Peer):
@@ -73,7 +73,7 @@ class Bare(Peer):
     name = BARE
 
     def command(self, upstream: Upstream, folder: Path) -> Command:
-        """One process."""
+        """Return the command of a single process."""
         port = free_port()
         return Command(
             [sys.executable, "-m", "benchmarks.gateway.bare", str(upstream.socket), str(port)], Address(port), {}
@@ -85,9 +85,9 @@ class Ours(Peer):
     """`svc serve` with request rows and metrics.
 
     Args:
-        home: that is copied for each start.
-        key: of the only key there; none where it is empty.
-        traced: each request has a span, which the upstream's port takes.
+        home: copied for each start.
+        key: secret of the only key in the home; empty without keys.
+        traced: each request has a span, sent to the upstream's port.
     """
 
     name: str
@@ -96,15 +96,15 @@ class Ours(Peer):
     traced: bool = False
 
     def command(self, upstream: Upstream, folder: Path) -> Command:
-        """The server's own command, in front of another engine."""
+        """Return the server's own command with another engine."""
         home, port = folder / "home", free_port()
         shutil.copytree(self.home, home)
         arguments = [sys.executable, "-m", "benchmarks.gateway.ours", str(upstream.socket), "--home", str(home)]
         arguments += ["serve", MODEL, "--port", str(port)]
         variables = {
             "TMPDIR": str(folder),  # for the folders of sockets
-            "SVC_SERVE__MAX_RUNNING": str(MOST_STREAMS),
-            "SVC_HOLDOUT__EVERY_HOURS": "0",  # the engine's own examples are no client's requests
+            "SVC_SERVE__MAX_RUNNING": str(MAX_STREAMS),
+            "SVC_HOLDOUT__EVERY_HOURS": "0",  # held-out runs are not requests of clients
         }
         if self.traced:
             variables["SVC_TELEMETRY__OTLP_ENDPOINT"] = f"http://127.0.0.1:{upstream.port}"
@@ -120,24 +120,24 @@ class Installed(Peer):
 
     @property
     def path(self) -> Path:
-        """The program."""
+        """Return the path of the program."""
         return self.bin / self.program
 
     @property
     def missing(self) -> str:
-        """Whether it was installed."""
-        return "" if os.access(self.path, os.X_OK) else f"{self.path} is not there"
+        """Return why the program cannot be started; empty if it is installed."""
+        return "" if os.access(self.path, os.X_OK) else f"{self.path} is not installed"
 
 
 @dataclass(frozen=True)
 class Nginx(Installed):
-    """A reverse proxy that knows nothing of models."""
+    """A reverse proxy without knowledge of models."""
 
     program: str = "nginx"
     name: str = "nginx"
 
     def command(self, upstream: Upstream, folder: Path) -> Command:
-        """One worker, connections to the upstream kept open, nothing buffered."""
+        """Return the command with one worker, open connections to the upstream and no buffering."""
         port = free_port()
         config = folder / "nginx.conf"
         config.write_text(_NGINX.format(folder=folder, socket=upstream.socket, port=port, user=_user()))
@@ -153,7 +153,7 @@ class VllmRouter(Installed):
     name: str = "vllm-router"
 
     def command(self, upstream: Upstream, folder: Path) -> Command:
-        """One worker, by turns: its other policies look at prompts to choose between several."""
+        """Return the command with one worker and round robin: its other policies read prompts to choose a worker."""
         port = free_port()
         arguments = [str(self.path), "--host", "127.0.0.1", "--port", str(port), "--policy", "round_robin"]
         arguments += ["--worker-urls", f"http://127.0.0.1:{upstream.port}"]
@@ -163,13 +163,13 @@ class VllmRouter(Installed):
 
 @dataclass(frozen=True)
 class LiteLLM(Installed):
-    """LiteLLM's proxy, without a database: it knows one key, without which it does not start."""
+    """LiteLLM's proxy without a database, with one key, which it requires."""
 
     program: str = "litellm"
     name: str = "LiteLLM"
 
     def command(self, upstream: Upstream, folder: Path) -> Command:
-        """One worker."""
+        """Return the command with one worker."""
         port, key = free_port(), f"sk-{secrets.token_hex(32)}"
         config = folder / "litellm.yaml"
         config.write_text(_LITELLM.format(model=MODEL, port=upstream.port))
@@ -178,7 +178,7 @@ class LiteLLM(Installed):
             "LITELLM_MASTER_KEY": key,
             "LITELLM_LOG": "ERROR",
             "LITELLM_MODE": "PRODUCTION",
-            "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # else it is fetched at each start
+            "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # otherwise downloaded at each start
             "NO_DOCS": "True",
         }
         return Command([*arguments, "--telemetry", "False"], Address(port, key), variables)
@@ -230,12 +230,12 @@ litellm_settings:
 
 
 def _user() -> str:
-    """Root's workers would run as another user, who may not open the upstream's socket."""
+    """Return a directive for root: by default its workers run as a user who may not open the upstream's socket."""
     return "user root;" if os.getuid() == 0 else ""
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
+    """Return a port that is free now."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]

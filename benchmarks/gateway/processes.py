@@ -1,4 +1,4 @@
-"""What a process and all that it has started use: processor time and memory. Pinned, and ended whatever happens."""
+"""Run pinned processes, and measure the processor time and memory of process trees."""
 
 import os
 import subprocess
@@ -13,22 +13,22 @@ _STOP_S = 20.0
 
 
 def cpu_seconds(pid: int) -> float:
-    """Processor time of a process and its children, those that have ended among them, seconds."""
+    """Return the processor time of a process and its children, including ended ones, seconds."""
     total = 0.0
     for process in _tree(pid):
         with suppress(psutil.NoSuchProcess):
-            total += sum(process.cpu_times()[:4])  # of itself and of children that have ended, in user and system
+            total += sum(process.cpu_times()[:4])  # user and system, of itself and of ended children
     return total
 
 
 def core_seconds(core: int) -> float:
-    """Time that a core has worked for any process, or for another machine on the same host, seconds."""
+    """Return the time a core was busy, for any process or another machine on the same host, seconds."""
     times = psutil.cpu_times(percpu=True)[core]
     return float(times.user + times.nice + times.system + times.steal)
 
 
 def resident_bytes(pid: int) -> int:
-    """Memory that a process and its children hold; what they share counts once for each."""
+    """Return the memory of a process and its children; shared pages count once for each."""
     total = 0
     for process in _tree(pid):
         with suppress(psutil.NoSuchProcess):
@@ -48,10 +48,10 @@ def _tree(pid: int) -> list[psutil.Process]:
 def running(
     arguments: Sequence[str], *, core: int | None = None, log: Path, variables: Mapping[str, str] | None = None
 ) -> Iterator["subprocess.Popen[bytes]"]:
-    """A process for the body of the `with`, that is ended with all its children.
+    """Run a process for the body, then stop it with all its children.
 
     Args:
-        core: the only one that it may use; None: all that this process may.
+        core: the only core that it may use; None: all of this process.
     """
     cores = os.sched_getaffinity(0) if core is None else {core}
     with log.open("wb") as output:
@@ -62,7 +62,7 @@ def running(
             stderr=output,
             env=dict(os.environ) | dict(variables or {}),
             preexec_fn=partial(os.sched_setaffinity, 0, cores),  # children and threads inherit it
-            process_group=0,  # so that Ctrl-C reaches this process alone, which ends the others in order
+            process_group=0,  # so that Ctrl-C reaches only this process, which stops the others in order
         )
     try:
         yield process
@@ -71,7 +71,7 @@ def running(
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Asks the first one, which ends the others in its own way; what is left then is killed."""
+    """Terminate the first process, which stops its children, then kill the remaining ones."""
     tree = _tree(process.pid)
     process.terminate()
     with suppress(subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""Rounds into medians, intervals and ratios."""
+"""Compute medians, intervals and ratios over rounds, and print them as tables."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -24,8 +24,8 @@ _ROWS = {
     "reads_100": ("  reads/chunk", 2),
     "first_ms_p50": ("TTFT added, ms, p50", 2),
     "first_ms_p99": ("TTFT added, ms, p99", 2),
-    "first_64_ms_p50": ("  beside 64 streams, p50", 1),
-    "first_64_ms_p99": ("  beside 64 streams, p99", 1),
+    "first_64_ms_p50": ("  with 64 other streams, p50", 1),
+    "first_64_ms_p99": ("  with 64 other streams, p99", 1),
     "rate": ("requests/s", 0),
     "many_failed": ("1,024 streams: failed", 0),
     "many_chunk_us": ("1,024 streams: us/chunk", 0),
@@ -40,13 +40,13 @@ _COMPARED = ("request_ms_1", "request_ms_64", "chunk_us_16", "chunk_us_100", "fi
 
 
 def complete(rounds: Sequence[Round]) -> list[Round]:
-    """The rounds with those gateways alone that were measured in each, in the order of the first round."""
+    """Return the rounds limited to gateways measured in all of them, in the order of the first round."""
     names = [name for name in rounds[0] if all(name in each for each in rounds)]
     return [{name: each[name] for name in names} for each in rounds]
 
 
 def added(measured: Round) -> dict[str, Figures]:
-    """The same round, with times to the first token less the upstream's own in that round."""
+    """Return the round with times to the first token minus the upstream's own in that round."""
     if DIRECT not in measured:
         return dict(measured)
     own = asdict(measured[DIRECT])
@@ -59,7 +59,7 @@ def added(measured: Round) -> dict[str, Figures]:
 
 
 def summary(rounds: Sequence[Round]) -> dict[str, Any]:
-    """Medians and the intervals of the means, of each gateway; and the ratios of two within the rounds."""
+    """Return medians and intervals of the means for each gateway, and ratios of pairs within the rounds."""
     rounds = [added(each) for each in rounds]
     figures = {
         name: {key: _spread([asdict(each[name])[key] for each in rounds]) for key in asdict(rounds[0][name])}
@@ -85,16 +85,16 @@ def _ratio(upper: float, lower: float) -> float:
     return upper / lower if lower else float("nan")
 
 
-def tables(found: Mapping[str, Any]) -> list[Table]:
-    """What is printed: figures and ratios, each gateway in a column."""
-    gateways = found["gateways"]
+def tables(result: Mapping[str, Any]) -> list[Table]:
+    """Return the tables of figures and ratios, with one column per gateway."""
+    gateways = result["gateways"]
     figures = Table(Column("median ± half of the mean's 95 %", no_wrap=True), *gateways, box=None)
     for key, (title, digits) in _ROWS.items():
         figures.add_row(title, *(_cell(key, name, gateway, digits) for name, gateway in gateways.items()))
-    ratios = Table(Column("ratio within rounds", no_wrap=True), *found["ratios"], box=None)
+    ratios = Table(Column("ratio within rounds", no_wrap=True), *result["ratios"], box=None)
     for key in _COMPARED:
-        ratios.add_row(_ROWS[key][0], *(_text(each[key], 2) for each in found["ratios"].values()))
-    return [figures, ratios] if found["ratios"] else [figures]
+        ratios.add_row(_ROWS[key][0], *(_text(each[key], 2) for each in result["ratios"].values()))
+    return [figures, ratios] if result["ratios"] else [figures]
 
 
 def _cell(key: str, name: str, gateway: Mapping[str, Any], digits: int) -> str:

@@ -1,7 +1,7 @@
-"""A vLLM server that costs next to nothing: fixed answers in vLLM's bytes, at the pace that is asked for.
+"""A double of a vLLM server at minimal cost: fixed answers in vLLM's format, at a configurable pace.
 
-It must never be what limits a gateway. So it reads no more of a request than it must, every answer is made once, and
-only the times between the chunks of a stream are real. `/pace` sets them; nothing but this benchmark calls it.
+It must never limit a gateway. So it parses as little of a request as possible, every answer is built once, and only the
+times between the chunks of a stream are real. `/pace`, used only by this benchmark, sets them.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ _LAST_CHUNK = b"0\r\n\r\n"
 
 @dataclass(slots=True)
 class Pace:
-    """How fast all streams go.
+    """Pace of all streams.
 
     Attributes:
         seconds: from one chunk to the next.
@@ -42,10 +42,10 @@ class Pace:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What the answer to a completion depends on.
+    """The fields of a request that determine the answer.
 
     Attributes:
-        chunks: tokens of the answer, each in a chunk of its own.
+        chunks: tokens of the answer, one per chunk.
     """
 
     stream: bool
@@ -54,16 +54,16 @@ class Request:
 
     @classmethod
     def of(cls, body: bytes) -> "Request":
-        """Reads a request's body."""
-        found = json.loads(body)
-        chunks = found.get("max_completion_tokens") or found.get("max_tokens") or DEFAULT_CHUNKS
-        usage = (found.get("stream_options") or {}).get("include_usage")
-        return cls(bool(found.get("stream")), int(chunks), bool(usage))
+        """Return the request in a body."""
+        fields = json.loads(body)
+        chunks = fields.get("max_completion_tokens") or fields.get("max_tokens") or DEFAULT_CHUNKS
+        usage = (fields.get("stream_options") or {}).get("include_usage")
+        return cls(bool(fields.get("stream")), int(chunks), bool(usage))
 
 
 @cache
 def whole(chunks: int) -> bytes:
-    """The body of an answer that is not streamed."""
+    """Return the body of a non-streamed answer."""
     message = {
         "role": "assistant",
         "content": (_WORD * chunks).strip(),
@@ -87,9 +87,9 @@ def whole(chunks: int) -> bytes:
 
 
 def events(request: Request) -> list[bytes]:
-    """The events of a stream, by the moments at which they are sent: one moment for each token.
+    """Return the bytes of a stream, one element for each token.
 
-    The first token comes with the event that says the role, as vLLM sends both at once; the last with all that ends a
+    As in vLLM, the first token is sent together with the event for the role, and the last one with the end of the
     stream.
     """
     role = _chunk({"role": "assistant", "content": ""}, None, prompt_token_ids=None)
@@ -129,7 +129,7 @@ def _event(value: Any) -> bytes:
 
 @cache
 def _writes(request: Request) -> tuple[bytes, ...]:
-    """What is written to the connection at each moment of a stream."""
+    """Return the bytes written to the connection for each token of a stream."""
     framed = [b"%x\r\n%b\r\n" % (len(event), event) for event in events(request)]
     framed[0] = _STREAM_HEAD + framed[0]
     framed[-1] += _LAST_CHUNK
@@ -154,13 +154,13 @@ _FIXED = {
     b"/metrics": _response(b"", kind="text/plain"),
     b"/v1/models": _response(_MODELS),
     b"/version": _response(b'{"version":"0.32.0"}'),
-    b"/v1/traces": _response(b"", kind="application/x-protobuf"),  # it takes all spans, and forgets them
+    b"/v1/traces": _response(b"", kind="application/x-protobuf"),  # accepts and discards all spans
 }
 _NOT_FOUND = _response(b'{"detail":"Not Found"}', status="404 Not Found")
 
 
 class Connection(asyncio.Protocol):
-    """One connection: requests one after the other, each with its length in its head."""
+    """One connection: requests one after the other, each with a Content-Length."""
 
     def __init__(self, pace: Pace) -> None:
         self._pace = pace
@@ -169,16 +169,16 @@ class Connection(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begins."""
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's are no subclass of it
+        """Store the transport."""
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is not a subclass of it
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Ends, and with it the answer that was under way."""
+        """Stop the current stream."""
         if self._timer:
             self._timer.cancel()
 
     def data_received(self, data: bytes) -> None:
-        """Answers as soon as a request is complete."""
+        """Answer as soon as a request is complete."""
         self._received = data = self._received + data if self._received else data
         end = data.find(_HEAD_END)
         if end < 0:
@@ -224,7 +224,7 @@ def _content_length(head: bytes) -> int:
 
 
 async def serve(socket: Path, port: int, on_ready: Callable[[], None] = lambda: None) -> None:
-    """Answers on a unix socket and on a port of this machine, until it is cancelled."""
+    """Answer on a unix socket and on a port of this machine, until cancelled."""
     loop, pace = asyncio.get_running_loop(), Pace()
     local = await loop.create_unix_server(lambda: Connection(pace), str(socket), backlog=_BACKLOG)
     server = await loop.create_server(lambda: Connection(pace), "127.0.0.1", port, backlog=_BACKLOG)

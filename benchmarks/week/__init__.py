@@ -1,1 +1,1 @@
-"""`make bench-week`: a simulated week of traffic, and the alerts that the real rules raise in it."""
+"""`make bench-week`: a simulated week of traffic, and the alerts raised by the real rules."""

@@ -1,4 +1,4 @@
-"""`make bench-week`: run the week, evaluate the alert rules over it, and compare with the expected alerts."""
+"""`make bench-week`: simulate the week, evaluate the alert rules, and compare with the expected alerts."""
 
 import logging
 import sys
@@ -22,13 +22,13 @@ DRIFT = "SvcDrift"
 
 
 @click.command()
-@click.option("--seed", default=1, show_default=True, help="Of the traffic.")
-@click.option("--folder", type=click.Path(path_type=Path), help="Where the tests for promtool stay.")
-@click.option("--drift/--no-drift", default=True, help="Check the traffic for drift; most of the time goes there.")
+@click.option("--seed", default=1, show_default=True, help="Seed of the traffic.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Folder to keep the tests for promtool in.")
+@click.option("--drift/--no-drift", default=True, help="Check the traffic for drift, which takes most of the time.")
 @click.option("--promtool", type=click.Path(path_type=Path), default=PROMTOOL, show_default=True)
 def main(seed: int, folder: Path | None, promtool: Path, *, drift: bool) -> None:
-    """Run a week of traffic; exit with 1 if its alerts are not those of expected.yml."""
-    logging.disable(logging.WARNING)  # each drift alarm is one
+    """Simulate a week of traffic; exit with code 1 if its alerts differ from expected.yml."""
+    logging.disable(logging.WARNING)  # each drift alarm logs a warning
     with TemporaryDirectory(prefix="week") as scratch:
         tests = (folder or Path(scratch)).absolute()
         tests.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def main(seed: int, folder: Path | None, promtool: Path, *, drift: bool) -> None
             ended = moment(alarm.ended_at.timestamp()) if alarm.ended_at else "-"
             console.print(f"drift: {target} {alarm.signal} from {moment(alarm.called_at.timestamp())} to {ended}")
         rows = compare(
-            [one for one in read_expected() if drift or one.alert != DRIFT],
+            [alert for alert in read_expected() if drift or alert.alert != DRIFT],
             evaluate(series, promtool.absolute(), tests),
         )
         console.print(f"the rules took {time.monotonic() - simulated:.0f} s")
@@ -69,19 +69,19 @@ def run_week(seed: int, monitor: DriftMonitor) -> Series:
 
 
 def table(rows: list[Row]) -> Table:
-    """Return expected and found alerts, side by side."""
+    """Return a table of expected and actual alerts."""
     shown = Table("", "alert", "labels", "must begin", "begins", "must end", "ends", box=None)
     for row in rows:
-        one = row.found or row.expected
-        assert one is not None
-        labels = ", ".join(value for name, value in one.labels if name != "severity")
+        alert = row.found or row.expected
+        assert alert is not None
+        labels = ", ".join(value for name, value in alert.labels if name != "severity")
         begins, ends = (
             [" - ".join(_moment(minute) for minute in pair) for pair in (row.expected.begins, row.expected.ends)]
             if row.expected
             else ["", ""]
         )
-        found = [_moment(row.found.begins), _moment(row.found.ends)] if row.found else ["never", ""]
-        shown.add_row("ok" if row.as_expected else "WRONG", one.alert, labels, begins, found[0], ends, found[1])
+        actual = [_moment(row.found.begins), _moment(row.found.ends)] if row.found else ["never", ""]
+        shown.add_row("ok" if row.as_expected else "WRONG", alert.alert, labels, begins, actual[0], ends, actual[1])
     return shown
 
 

@@ -1,4 +1,4 @@
-"""The drift checks of the week: the real check, on the rows of the simulated requests, every ten simulated minutes."""
+"""Run the real drift check on the rows of the simulated requests every ten simulated minutes."""
 
 from collections.abc import Sequence
 from datetime import datetime, timedelta
@@ -30,15 +30,15 @@ from tests.serving.versions import FACTS
 
 CHECK_MINUTES = 10
 _VERSIONS = {MAIN: 2, SIDE: 3}
-"""How many versions a model has; one, where it is not named."""
+"""Number of versions of a model; one for all others."""
 
 
 class DriftMonitor:
-    """The part of `svc monitor` that checks, and what it exports.
+    """The drift part of `svc monitor` with its exported metrics.
 
     Args:
         home: an empty folder.
-        checking: whether traffic is checked for drift; the held-out set is shown in any case.
+        checking: check traffic for drift; held-out results are always exported.
     """
 
     def __init__(self, home: Path, *, checking: bool = True) -> None:
@@ -59,12 +59,12 @@ class DriftMonitor:
     def drift_pages(
         self, minute: int, records: Sequence[RequestRecord], targets: Sequence[Target], holdouts: Sequence[Change]
     ) -> Page:
-        """Store what has happened since the last call, check if it is time, and return the page of this minute.
+        """Store the events since the last call, check if a check is due, and return the page of this minute.
 
         Args:
             records: rows of the request log.
-            targets: what each model serves.
-            holdouts: runs of the held-out set that have ended.
+            targets: served target of each model.
+            holdouts: finished runs of the held-out set.
         """
         self._now = EPOCH + timedelta(minutes=minute)
         promoted = self._promote(targets)
@@ -88,17 +88,17 @@ class DriftMonitor:
             for name in MODELS
             for number in range(1, _VERSIONS.get(name, 1) + 1)
         ]
-        found = [(target, alarm) for target in targets for alarm in read_drift_alarms(self._store, target)]
-        return sorted(found, key=lambda pair: pair[1].called_at)
+        alarms = [(target, alarm) for target in targets for alarm in read_drift_alarms(self._store, target)]
+        return sorted(alarms, key=lambda pair: pair[1].called_at)
 
     def _add_items(self, records: Sequence[RequestRecord]) -> None:
-        """Store the features of good answers, as a server does."""
+        """Store the features of complete answers like a server."""
         by_target = dict[Target, list[RequestRecord]]()
         for record in records:
             if record.status == 200 and record.version and record.format and record.prompt is not None:
                 by_target.setdefault(Target(record.version, record.format), []).append(record)
-        for target, found in by_target.items():
-            add_items(self._store, target, self._maker(target).make(found))
+        for target, answered in by_target.items():
+            add_items(self._store, target, self._maker(target).make(answered))
 
     def _promote(self, targets: Sequence[Target]) -> bool:
         promoted = False
@@ -110,7 +110,7 @@ class DriftMonitor:
         return promoted
 
     def _add_run(self, run: Change, target: Target) -> None:
-        """Store a run of the held-out set whose answers are those of the registration."""
+        """Store a run of the held-out set with the registered answers."""
         assert run.holdout is not None
         registered = self._registry.results(target.version, target.format)
         ended: datetime = EPOCH + timedelta(seconds=run.at)

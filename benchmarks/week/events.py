@@ -1,4 +1,4 @@
-"""What happens to the engines of the week, in the order of time: starts, sleeps, swaps and the crash loop."""
+"""Events of the week's engines in the order of time: starts, sleeps, swaps and the crash loop."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,11 +26,11 @@ from svc.store.swaps import SwapKind, SwapOutcome, SwapResult
 DRAINING, FAILED, IDLE, READY = EngineState.DRAINING, EngineState.FAILED, EngineState.IDLE, EngineState.READY
 RETIRING, STARTING, SWAPPING = EngineState.RETIRING, EngineState.STARTING, EngineState.SWAPPING
 CRASH_S = 30.0
-"""After so long a start dies in the crash loop."""
+"""Time until an engine dies in the crash loop."""
 BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
-"""As the server's (serving.rollout.reviver)."""
+"""As in the server (serving.rollout.reviver)."""
 HOLDOUT_S = 300.0
-"""How long a run of the held-out set takes."""
+"""Duration of a run of the held-out set."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +38,11 @@ class Change:
     """A change of a model's engines.
 
     Attributes:
-        states: of its engines from now on; None where they stay.
-        version: that it serves from now on; None where that stays.
-        restarted: an engine starts after it died.
-        swap: a swap ended so.
-        woke_s: an idle model is awake, so many seconds after the request that woke it.
+        states: new states of its engines; None if unchanged.
+        version: new served version; None if unchanged.
+        restarted: an engine restarts after it died.
+        swap: result of a swap that ended.
+        woke_s: an idle model is awake, this many seconds after the request that woke it.
         holdout: a run of the held-out set ended, for this cause.
     """
 
@@ -85,7 +85,7 @@ def _in_place() -> Iterator[Change]:
 
 
 def _crash_loop() -> Iterator[Change]:
-    """Return deaths and starts: an engine that dies while it starts waits longer each time."""
+    """Return deaths and starts; the pause grows with each death during a start."""
     now, failures = float(CRASHES_AT), 0
     yield Change(now, SIDE, (FAILED,))
     while True:
@@ -122,7 +122,7 @@ def _blue_green() -> Iterator[Change]:
 
 
 def _naps(model: str) -> Iterator[Change]:
-    """Return the starts and sleeps of an idle model: the first request of a time wakes it."""
+    """Return the starts and sleeps of an idle model; the first request of each period wakes it."""
     starts_s, moments = WAKES[model]
     for begins in map(at, moments):
         yield Change(begins + 1.0, model, (STARTING,))

@@ -1,4 +1,4 @@
-"""The alerts that the week must raise, beside those that it raised."""
+"""Compare the alerts that the week must raise with those that it raised."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ class Expected:
     reason: str
 
     def allows(self, firing: Firing) -> bool:
-        """Return whether it is this alert at its time."""
+        """Return whether a firing is this alert at the expected time."""
         return (
             (self.alert, self.labels) == (firing.alert, firing.labels)
             and self.begins[0] <= firing.begins <= self.begins[1]
@@ -38,42 +38,42 @@ class Expected:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A line of the comparison: one of the two may be missing, and both may differ in their times."""
+    """A line of the comparison; one of the two may be missing."""
 
     expected: Expected | None
     found: Firing | None
 
     @property
     def as_expected(self) -> bool:
-        """Return whether the alert fired when it must."""
+        """Return whether the alert fired at the expected time."""
         return self.expected is not None and self.found is not None and self.expected.allows(self.found)
 
 
 def read_expected(file: Path = FILE) -> list[Expected]:
-    """Return the list."""
+    """Return the expected alerts."""
     return [_expected(entry) for entry in yaml.safe_load(file.read_text("utf-8"))]
 
 
 def compare(expected: list[Expected], found: list[Firing]) -> list[Row]:
-    """Return all of both: an expected alert beside the first one of its name and labels that is as expected, or else
-    beside the first one."""
-    rows, left = list[Row](), one_of_features(found)
-    for one in expected:
-        same = [firing for firing in left if (firing.alert, firing.labels) == (one.alert, one.labels)]
-        match = next((firing for firing in same if one.allows(firing)), same[0] if same else None)
+    """Return rows for all alerts: each expected one with the first firing of its name and labels, preferably one at the
+    expected time."""
+    rows, remaining = list[Row](), one_of_features(found)
+    for alert in expected:
+        same = [firing for firing in remaining if (firing.alert, firing.labels) == (alert.alert, alert.labels)]
+        match = next((firing for firing in same if alert.allows(firing)), same[0] if same else None)
         if match:
-            left.remove(match)
-        rows.append(Row(one, match))
-    return rows + [Row(None, firing) for firing in left]
+            remaining.remove(match)
+        rows.append(Row(alert, match))
+    return rows + [Row(None, firing) for firing in remaining]
 
 
 def one_of_features(found: list[Firing]) -> list[Firing]:
-    """Return the alerts without the label `feature`: those of several features at the same time are one.
+    """Return the alerts without the label `feature`; concurrent alerts of several features become one.
 
-    Which features show a change is not foretold.
+    The features that show a change are not predicted.
     """
     merged = dict[tuple[str, Labels], list[Firing]]()
-    for firing in sorted(found, key=lambda one: one.begins):
+    for firing in sorted(found, key=lambda firing: firing.begins):
         labels = tuple(label for label in firing.labels if label[0] != "feature")
         same = merged.setdefault((firing.alert, labels), [])
         if same and same[-1].ends >= firing.begins:

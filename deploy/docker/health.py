@@ -1,5 +1,8 @@
-"""Whether the server of `$SVC_HOME` is alive, for HEALTHCHECK: asks through the socket in the home, whatever the port,
-the certificate and the keys are. Standard library only: it runs every half minute. Exit code 0 or 1."""
+"""Check for HEALTHCHECK that the server of `$SVC_HOME` is alive; the exit code is 0 or 1.
+
+It uses the socket in the home, independently of port, certificate and keys, and only the standard library, because it
+runs every half minute.
+"""
 
 import json
 import os
@@ -22,8 +25,8 @@ class _Local(HTTPConnection):
 
 def main() -> int:
     try:
-        held = json.loads((Path(os.environ["SVC_HOME"]) / "serve.lock").read_text("utf-8"))
-        connection = _Local(held["socket"])
+        lock = json.loads((Path(os.environ["SVC_HOME"]) / "serve.lock").read_text("utf-8"))
+        connection = _Local(lock["socket"])
         connection.request("GET", "/health/live")
         return 0 if connection.getresponse().status == 200 else 1
     except (OSError, ValueError, KeyError) as error:

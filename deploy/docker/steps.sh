@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# What deploy/docker/Dockerfile runs, which runs in a plain folder too:
+# The steps of deploy/docker/Dockerfile, which also work in a plain folder:
 #     steps.sh build cpu|gpu PREFIX    installs tuneserve with the locked releases into PREFIX
-#     steps.sh check PREFIX            what must hold of an image: svc runs, its libraries load, nothing is missing
-# PYTHON: which one.
+#     steps.sh check PREFIX            checks an image: svc runs, its libraries load, nothing is missing
+# PYTHON: the interpreter.
 set -euo pipefail
 
 build() {
@@ -19,20 +19,20 @@ build() {
   "$prefix/bin/python" -m pip install --no-compile --constraint "deploy/constraints/$variant.txt" ".[train,$serve,monitor]"
   bash deploy/trim.sh "$prefix/bin/python" "$serve"
   install -m 644 deploy/docker/health.py "$prefix/health.py"
-  # A root file system that is read-only takes no bytecode later. Some packages bring files for other Pythons.
+  # Bytecode cannot be written to a read-only root file system later. Some packages contain files for other Pythons.
   "$prefix/bin/python" -m compileall -q -j 0 --invalidation-mode unchecked-hash "$prefix/lib" >/dev/null 2>&1 || true
 }
 
 check() {
   local prefix=$1
   "$prefix/bin/svc" --version
-  "$prefix/bin/python" -m pip --version >/dev/null # brings the base models that come from PyPI
-  # On processors vLLM asks it which there are.
+  "$prefix/bin/python" -m pip --version >/dev/null # downloads the base models from PyPI
+  # On CPUs vLLM uses lscpu.
   if ! command -v lscpu >/dev/null; then
-    echo "error: there is no lscpu; do: install util-linux" >&2
+    echo "error: lscpu is missing; do: install util-linux" >&2
     exit 1
   fi
-  # vLLM alone imports libraries that pip does not bring.
+  # Only vLLM imports libraries that pip does not install.
   "$prefix/bin/python" -c 'import numpy, pyarrow, safetensors, sqlalchemy, torch, transformers, uvloop, vllm._version'
   "$prefix/bin/python" - <<'PYTHON'
 from importlib.util import find_spec
@@ -43,9 +43,9 @@ folder = Path(next(iter(find_spec("vllm").submodule_search_locations)))
 from torch import __file__ as torch
 
 libraries = [str(path) for path in folder.rglob("*.so") if "_C" in path.name]
-told = run(["ldd", *libraries], env={"LD_LIBRARY_PATH": str(Path(torch).parent / "lib")}, capture_output=True, text=True)
-missing = {line.split()[0] for line in told.stdout.splitlines() if "not found" in line}
-# The driver's, which the host lends to a container.
+output = run(["ldd", *libraries], env={"LD_LIBRARY_PATH": str(Path(torch).parent / "lib")}, capture_output=True, text=True)
+missing = {line.split()[0] for line in output.stdout.splitlines() if "not found" in line}
+# Libraries of the driver, which come from the host.
 missing = {name for name in missing if not name.startswith(("libcuda.so", "libnvidia"))}
 if missing:
     raise SystemExit(f"error: vLLM needs {', '.join(sorted(missing))}")

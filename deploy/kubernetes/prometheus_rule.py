@@ -1,5 +1,7 @@
-"""Writes monitoring/prometheus_rule.yaml, for Prometheus's operator, of the rules in deploy/prometheus/rules, which are
-the ones that are tested: `make rules`."""
+"""Write monitoring/prometheus_rule.yaml for Prometheus's operator from the tested rules in deploy/prometheus/rules.
+
+Run it with `make rules`.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ _HEAD = "# Made of deploy/prometheus/rules by `make rules`.\n"
 
 
 class _Dumper(yaml.SafeDumper):
-    """Expressions of several lines stay so."""
+    """Dumper that keeps expressions of several lines."""
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
@@ -24,7 +26,7 @@ _Dumper.add_representer(str, _text)
 
 
 def content() -> str:
-    """What the file must hold."""
+    """Return the content of the file."""
     files = [yaml.safe_load(path.read_text("utf-8")) for path in sorted(_RULES.glob("*.yml"))]
     rule: dict[str, Any] = {
         "apiVersion": "monitoring.coreos.com/v1",

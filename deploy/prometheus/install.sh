@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Puts prometheus and promtool into .venv/prometheus/bin, without root: the machine's own where both are on PATH, else
-# out of the distribution's packages. Safe to run again: a binary appears only when it is complete.
+# Installs prometheus and promtool into .venv/prometheus/bin, without root: the machine's own if both are on PATH, or else
+# from the distribution's packages. Safe to run again: a binary appears only when it is complete.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 bin=.venv/prometheus/bin
@@ -19,7 +19,7 @@ runs() {
   done
 }
 
-# Without lists (a container image, as a rule) apt knows no package; only root may fetch them.
+# Without package lists (as in most container images) apt finds no package; only root may download the lists.
 download() {
   (cd "$work" && apt-get -qq download "$1") && return
   [ "$(id -u)" = 0 ] || return 1
@@ -41,7 +41,7 @@ if command -v prometheus >/dev/null && command -v promtool >/dev/null; then
   done
 else
   for tool in apt-get dpkg-deb; do
-    command -v "$tool" >/dev/null || fail "prometheus is not installed, and this is no Debian: there is no $tool"
+    command -v "$tool" >/dev/null || fail "prometheus is not installed, and this is not Debian: $tool is missing"
   done
   work=$(mktemp -d)
   trap 'rm -rf "$work"' EXIT
@@ -49,11 +49,11 @@ else
   [ "$(id -u)" != 0 ] || chown _apt "$work" 2>/dev/null || true
   echo "downloading prometheus and promtool into $bin: about 35 MB" >&2
   unpack prometheus
-  # Debian 13 has promtool in a package of its own; before, it is inside prometheus.
+  # Debian 13 has promtool in a separate package; earlier releases have it in prometheus.
   [ -x "$work/root/usr/bin/promtool" ] || unpack promtool
   for program in "${programs[@]}"; do
     cp "$work/root/usr/bin/$program" "$bin/.$program.part"
     mv -f "$bin/.$program.part" "$bin/$program"
   done
 fi
-runs "$bin" || fail "what was put into $bin does not run"
+runs "$bin" || fail "the programs installed into $bin do not run"

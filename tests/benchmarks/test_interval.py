@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from benchmarks.interval import interval
 
 
-def test_the_interval_is_students() -> None:
+def test_the_interval_is_students_t() -> None:
     assert interval([1.0, 2.0, 3.0]) == pytest.approx((-0.4841, 4.4841), abs=1e-4)
 
 
-def test_one_pair_says_nothing_certain() -> None:
+def test_the_interval_is_infinite_when_there_is_one_value() -> None:
     assert interval([1.0]) == (-math.inf, math.inf)
 
 

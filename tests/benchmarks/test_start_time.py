@@ -15,13 +15,13 @@ def test_a_start_is_the_sum_of_its_parts() -> None:
     assert PAIRS[0].served.total == 21.5
 
 
-def test_figures_are_medians_of_what_was_measured() -> None:
+def test_figures_are_medians_of_the_measurements() -> None:
     found = summary(PAIRS)
     assert (found["bare"], found["served"]) == (25.0, 28.2)
     assert (found["before"], found["after"]) == (1.0, 0.4)
 
 
-def test_differences_are_those_within_pairs() -> None:
+def test_differences_are_computed_within_pairs() -> None:
     found = summary(PAIRS)
     assert found["difference"] == pytest.approx(1.5)
     assert found["engine_over_bare"] == 0.0

@@ -52,7 +52,7 @@ def _cases() -> list[Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", _cases())
-def test_the_rules_record_and_fire_as_they_must(promtool: Path, file: Path) -> None:
+def test_the_rules_record_and_fire_as_expected(promtool: Path, file: Path) -> None:
     _run(promtool, "test", "rules", file)
 
 
@@ -74,7 +74,7 @@ def test_an_alert_fires_in_one_case_and_is_silent_in_another_case_of_its_own_ser
     assert [case for case in cases() if _is_quiet_case(case, alert)]
 
 
-def test_every_alert_of_a_case_exists() -> None:
+def test_every_alert_in_a_case_exists() -> None:
     assert {check["alertname"] for case in cases() for check in case.get("alert_rule_test", [])} <= set(ALERTS)
 
 
@@ -89,7 +89,7 @@ def test_the_runbook_and_the_rules_name_the_same_alerts() -> None:
 
 
 @pytest.mark.parametrize("alert", ALERTS)
-def test_an_alert_says_how_urgent_it_is_what_it_means_and_what_to_do(alert: str) -> None:
+def test_an_alert_has_a_severity_a_description_and_a_runbook_link(alert: str) -> None:
     rule = ALERTS[alert]
     assert rule["labels"]["severity"] in {"page", "ticket"}
     assert set(rule["annotations"]) == {"summary", "description", "runbook_url"}
@@ -97,13 +97,13 @@ def test_an_alert_says_how_urgent_it_is_what_it_means_and_what_to_do(alert: str)
 
 
 @pytest.mark.parametrize("alert", ALERTS)
-def test_the_runbook_is_as_urgent_as_the_alert(alert: str) -> None:
+def test_the_severity_in_the_runbook_equals_that_of_the_alert(alert: str) -> None:
     text = read("docs/runbook.md").partition(f"\n### {alert}\n\n")[2]
     assert text.lower().startswith(ALERTS[alert]["labels"]["severity"] + ".")
 
 
 @pytest.mark.parametrize("alert", ALERTS)
-def test_a_comparison_is_of_a_vector_with_a_number(alert: str) -> None:
+def test_a_comparison_is_between_a_vector_and_a_number(alert: str) -> None:
     # Without what is in braces: a matcher is no comparison.
     expression = re.sub(r"\{[^}]*\}", "{}", ALERTS[alert]["expr"])
     assert len(COMPARISON.findall(expression)) == len(PLAIN_COMPARISON.findall(expression))

@@ -84,7 +84,7 @@ def _alert(name: str, namespace: str = "production", **labels: str) -> Labels:
     ("namespace", "pages"),
     [("staging", False), ("tuneserve-test", False), ("dev", False), ("production", True), ("tuneserve", True)],
 )
-def test_somebody_is_paged_only_when_a_page_is_not_of_staging(
+def test_a_page_is_sent_only_when_it_is_not_of_staging(
     programs: Path, namespace: str, pages: bool, severity: str
 ) -> None:
     labels = [f"{name}={value}" for name, value in _alert("SvcEngineDown", namespace, severity=severity).items()]

@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.skipif(not HAS_COMPOSE, reason="no docker compose here")
 @pytest.mark.parametrize("profile", ["cpu", "gpu"])
 @pytest.mark.parametrize("files", [COMPOSE[:1], COMPOSE], ids=["loopback", "tls"])
-def test_docker_compose_accepts_it(folder: Path, profile: str, files: list[Path]) -> None:
+def test_docker_compose_accepts_the_files(folder: Path, profile: str, files: list[Path]) -> None:
     given = [word for file in files for word in ("--file", file.name)]
     done = subprocess.run(
         ["docker", "compose", *given, "config", "--format", "json"],
@@ -48,7 +48,7 @@ def test_docker_compose_accepts_it(folder: Path, profile: str, files: list[Path]
 
 
 @pytest.mark.parametrize("name", SERVICES)
-def test_a_service_has_no_more_rights_than_it_needs(name: str) -> None:
+def test_a_service_has_minimal_rights(name: str) -> None:
     service = SERVICES[name]
     assert service["read_only"] and service["cap_drop"] == ["ALL"]
     assert "no-new-privileges:true" in service["security_opt"]
@@ -56,7 +56,7 @@ def test_a_service_has_no_more_rights_than_it_needs(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["prometheus", "grafana"])
-def test_what_is_not_ours_is_pinned_and_listens_on_loopback(name: str) -> None:
+def test_foreign_images_are_pinned_and_listen_on_loopback(name: str) -> None:
     service = SERVICES[name]
     assert service["image"].rpartition(":")[2] not in ("", "latest")
     said = [*service.get("command", []), *service.get("environment", {}).values()]

@@ -30,14 +30,14 @@ def locked(name: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(("name", "extras"), EXTRAS.items())
-def test_every_dependency_has_its_release(name: str, extras: tuple[str, ...]) -> None:
+def test_every_dependency_is_pinned(name: str, extras: tuple[str, ...]) -> None:
     pins = locked(name)
     found = [(needed, pins.get(canonicalize_name(needed.name))) for needed in asked(extras)]
     wrong = [f"{needed}: {version}" for needed, version in found if not version or version not in needed.specifier]
     assert not wrong, "run `make lock`"
 
 
-def test_a_gpu_gets_the_releases_that_the_tests_pass_with() -> None:
+def test_shared_packages_have_the_same_release_for_gpus_as_for_cpus() -> None:
     cpu, gpu = locked("cpu"), locked("gpu")
     common = {canonicalize_name(needed.name) for needed in asked(("train", "monitor", "gateway"))}
     assert {name: gpu[name] for name in common} == {name: cpu[name] for name in common}
@@ -53,7 +53,7 @@ def test_no_release_of_uvicorn_is_allowed_when_the_tests_have_not_passed_with_it
 
 
 @pytest.mark.matrix
-def test_pypi_alone_has_what_a_gpu_gets() -> None:
+def test_all_packages_for_gpus_are_on_pypi() -> None:
     """Not our own pip's settings: a folder with CPU builds once hid that no GPU's owner could install anything."""
     names = ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL", "PIP_CONSTRAINT")
     environment = {name: value for name, value in os.environ.items() if name not in names}

@@ -22,20 +22,20 @@ def stages() -> dict[str, str]:
 
 
 @pytest.mark.skipif(shutil.which("hadolint") is None, reason="no hadolint here")
-def test_hadolint_finds_no_fault() -> None:
+def test_hadolint_passes() -> None:
     done = subprocess.run(["hadolint", DOCKERFILE], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck here")
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_shellcheck_finds_no_fault(path: str) -> None:
+def test_shellcheck_passes(path: str) -> None:
     done = subprocess.run(["shellcheck", path], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("variant", ["cpu", "gpu"])
-def test_a_variant_is_built_by_the_script_from_the_lock(variant: str) -> None:
+def test_a_variant_is_built_by_the_script_from_the_constraints(variant: str) -> None:
     assert f"steps.sh build {variant} /opt/tuneserve" in stages()[f"build-{variant}"]
     assert f"--from=build-{variant} /opt/tuneserve" in stages()[variant]
     assert (DEPLOY / "constraints" / f"{variant}.txt").exists()
@@ -44,25 +44,25 @@ def test_a_variant_is_built_by_the_script_from_the_lock(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", ["cpu", "gpu"])
-def test_a_variant_runs_as_a_user_that_is_not_root(variant: str) -> None:
+def test_a_variant_does_not_run_as_root(variant: str) -> None:
     users = re.findall(r"^USER (\S+)$", stages()["base"] + stages()[variant], re.MULTILINE)
     assert users == ["10001:10001"]
 
 
-def test_no_compiler_is_in_the_image_for_processors() -> None:
+def test_the_cpu_image_has_no_compiler() -> None:
     assert COMPILERS.search(stages()["build"])
     assert not COMPILERS.search(stages()["base"] + stages()["cpu"].partition("\n#")[0])
 
 
-def test_the_compiler_of_the_image_for_gpus_is_the_one_that_triton_needs() -> None:
+def test_the_gpu_image_has_only_the_compiler_for_triton() -> None:
     assert set(COMPILERS.findall(stages()["gpu"])) == {"gcc"}
 
 
-def test_the_image_takes_no_gpu_by_itself() -> None:
+def test_the_image_does_not_select_gpus() -> None:
     assert "NVIDIA_VISIBLE_DEVICES=" not in TEXT
 
 
-def test_what_goes_to_the_builder_is_listed_and_is_there() -> None:
+def test_the_build_context_lists_existing_files_only() -> None:
     lines = [line for line in (ROOT / ".dockerignore").read_text("utf-8").splitlines() if line and line[0] != "#"]
     assert lines[0] == "*"
     allowed = [line.removeprefix("!") for line in lines[1:] if line.startswith("!")]
@@ -73,7 +73,7 @@ def test_what_goes_to_the_builder_is_listed_and_is_there() -> None:
     assert needed <= {path.relative_to(ROOT).as_posix() for pattern in allowed for path in ROOT.glob(pattern)}
 
 
-def test_the_script_refuses_a_variant_that_it_does_not_know() -> None:
+def test_the_script_rejects_an_unknown_variant() -> None:
     done = subprocess.run(
         ["bash", DEPLOY / "docker" / "steps.sh", "build", "tpu", "/nowhere"], capture_output=True, text=True, timeout=10
     )

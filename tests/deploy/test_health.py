@@ -33,5 +33,5 @@ def test_a_server_that_answers_is_healthy(tmp_path: Path) -> None:
     assert not healthy(tmp_path)
 
 
-def test_where_no_server_ever_was_it_is_not_healthy(tmp_path: Path) -> None:
+def test_the_check_fails_when_there_was_never_a_server(tmp_path: Path) -> None:
     assert not healthy(tmp_path)

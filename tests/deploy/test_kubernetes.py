@@ -40,7 +40,7 @@ def _pods(found: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 @pytest.mark.slow
 @needs_kubectl
 @pytest.mark.parametrize("folder", BUILT, ids=lambda folder: folder.name)
-def test_kustomize_builds_it_with_an_image_that_has_a_tag(folder: Path) -> None:
+def test_kustomize_builds_every_overlay_with_a_tagged_image(folder: Path) -> None:
     for pod in _pods(built(folder)):
         for container in [*pod.get("initContainers", []), *pod["containers"]]:
             assert container["image"] in ("tuneserve:cpu", "tuneserve:gpu")
@@ -49,7 +49,7 @@ def test_kustomize_builds_it_with_an_image_that_has_a_tag(folder: Path) -> None:
 
 @needs_kubectl
 @pytest.mark.parametrize(("overlay", "gpus"), [("cpu", None), ("gpu", "1"), ("gpus", "4")])
-def test_an_overlay_asks_for_its_gpus_and_keeps_the_rest_of_the_server(overlay: str, gpus: str | None) -> None:
+def test_an_overlay_requests_its_gpus_and_keeps_the_rest_of_the_server(overlay: str, gpus: str | None) -> None:
     (pod,) = [pod for pod in _pods(built(KUBERNETES / "overlays" / overlay)) if len(pod["containers"]) > 1]
     (server,) = [container for container in pod["containers"] if container["name"] == "server"]
     assert server["resources"]["limits"].get("nvidia.com/gpu") == gpus
@@ -59,7 +59,7 @@ def test_an_overlay_asks_for_its_gpus_and_keeps_the_rest_of_the_server(overlay: 
 
 
 @pytest.mark.parametrize("spec", PODS)
-def test_a_pod_has_no_more_rights_than_it_needs(spec: dict[str, Any]) -> None:
+def test_a_pod_has_minimal_rights(spec: dict[str, Any]) -> None:
     pod = spec["securityContext"]
     assert pod["runAsNonRoot"] and pod["seccompProfile"] == {"type": "RuntimeDefault"}
     assert spec["automountServiceAccountToken"] is False
@@ -74,7 +74,7 @@ def _server() -> dict[str, Any]:
     return spec
 
 
-def test_a_long_start_is_no_death_and_a_dead_engine_no_dead_server() -> None:
+def test_a_long_start_and_a_dead_engine_do_not_restart_the_pod() -> None:
     (server,) = [container for container in _server()["containers"] if container["name"] == "server"]
     asked = {kind: server[kind]["httpGet"]["path"] for kind in ("startupProbe", "livenessProbe", "readinessProbe")}
     assert asked == {"startupProbe": "/health/live", "livenessProbe": "/health/live", "readinessProbe": "/health"}
@@ -96,7 +96,7 @@ def test_there_is_one_server_for_one_home() -> None:
     assert found["spec"]["replicas"] == 1
 
 
-def test_a_job_goes_on_after_a_drain_and_ends_with_any_other_failure() -> None:
+def test_a_job_resumes_after_a_drain_and_fails_on_any_other_error() -> None:
     (found,) = [one for _, one in objects() if one["kind"] == "Job"]
     (rule,) = [one["onExitCodes"] for one in found["spec"]["podFailurePolicy"]["rules"] if "onExitCodes" in one]
     assert rule["operator"] == "NotIn"
@@ -104,7 +104,7 @@ def test_a_job_goes_on_after_a_drain_and_ends_with_any_other_failure() -> None:
     assert found["spec"]["template"]["spec"]["restartPolicy"] == "Never"
 
 
-def test_the_rules_of_the_operator_are_those_of_prometheus() -> None:
+def test_the_rules_of_the_operator_equal_those_of_prometheus() -> None:
     source = importlib.util.spec_from_file_location("prometheus_rule", KUBERNETES / "prometheus_rule.py")
     assert source is not None and source.loader is not None
     module = importlib.util.module_from_spec(source)

@@ -57,7 +57,7 @@ def test_every_container_runs_a_command_that_exists(container: Container) -> Non
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_every_container_has_a_place_for_all_that_it_writes(container: Container) -> None:
+def test_every_container_has_a_volume_for_each_folder_that_it_writes(container: Container) -> None:
     """The rest of its file system is read-only."""
     if not container.mounts:  # compose.tls.yaml adds to a service
         return
@@ -69,7 +69,7 @@ def test_every_container_has_a_place_for_all_that_it_writes(container: Container
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_every_path_that_is_probed_is_answered_without_a_key(container: Container) -> None:
+def test_every_probed_path_is_answered_without_a_key(container: Container) -> None:
     from serving.http.authentication import _OPEN
 
     assert set(container.probes) <= PATHS & _OPEN
@@ -117,7 +117,7 @@ def test_prometheus_scrapes_the_exporter() -> None:
     assert targets == [f"{Settings().monitor.host}:{Settings().monitor.port}"]
 
 
-def test_the_job_is_the_one_that_the_rules_know() -> None:
+def test_the_job_has_the_name_that_the_rules_use() -> None:
     (found,) = documents(DEPLOY / "prometheus" / "prometheus.yml")
     (monitor,) = [one for _, one in objects() if one["kind"] == "ServiceMonitor"]
     label, wanted = monitor["spec"]["jobLabel"], monitor["spec"]["selector"]["matchLabels"]
@@ -148,13 +148,13 @@ def test_every_secret_of_compose_is_defined_and_mounted_where_it_is_read(path: P
 @pytest.mark.parametrize(
     ("where", "spec"), list(pod_specs()), ids=lambda value: value if isinstance(value, str) else ""
 )
-def test_every_volume_of_a_pod_is_there_and_used(where: str, spec: dict[str, Any]) -> None:
+def test_every_volume_of_a_pod_exists_and_is_used(where: str, spec: dict[str, Any]) -> None:
     containers = [*spec.get("initContainers", []), *spec["containers"]]
     mounted = {mount["name"] for container in containers for mount in container["volumeMounts"]}
     assert mounted == {volume["name"] for volume in spec["volumes"]}
 
 
-def test_every_claim_is_made_here_or_named_in_the_docs() -> None:
+def test_every_claim_is_defined_here_or_named_in_the_docs() -> None:
     made = {one["metadata"]["name"] for _, one in objects() if one["kind"] == "PersistentVolumeClaim"}
     claims = {
         volume["persistentVolumeClaim"]["claimName"]
@@ -181,7 +181,7 @@ def test_the_certificate_is_read_where_the_secret_is_mounted() -> None:
         assert serve.tls_certificate is not None and str(serve.tls_certificate.parent) in server.mounts
 
 
-def test_the_names_of_the_service_are_those_that_the_server_answers_to() -> None:
+def test_the_server_accepts_the_names_of_the_service() -> None:
     hosts = set(load_settings(KUBERNETES / "base" / "svc.yaml").serve.allowed_hosts)
     (namespace,) = [one["metadata"]["name"] for _, one in objects() if one["kind"] == "Namespace"]
     services = [one["metadata"]["name"] for _, one in objects() if one["kind"] == "Service"]
@@ -190,14 +190,14 @@ def test_the_names_of_the_service_are_those_that_the_server_answers_to() -> None
     assert hosts == {service, f"{service}.{namespace}", f"{service}.{namespace}.svc", full}
 
 
-def test_what_compose_mounts_of_the_repository_is_there() -> None:
+def test_the_files_that_compose_mounts_exist() -> None:
     for service in compose()["services"].values():
         for volume in service.get("volumes", []):
             source = volume.split(":")[0]
             assert not source.startswith(".") or (COMPOSE[0].parent / source).exists(), source
 
 
-def test_dashboards_lie_where_grafana_looks() -> None:
+def test_dashboards_are_in_the_folder_that_grafana_reads() -> None:
     (provider,) = documents(DEPLOY / "grafana" / "provisioning" / "dashboards" / "tuneserve.yml")
     mounts = compose()["services"]["grafana"]["volumes"]
     folder = provider["providers"][0]["options"]["path"]

@@ -43,7 +43,7 @@ def test_every_metric_that_a_rule_reads_is_exported_or_recorded(rule: dict[str, 
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_every_label_that_a_rule_reads_is_there(rule: dict[str, Any]) -> None:
+def test_every_label_that_a_rule_reads_exists(rule: dict[str, Any]) -> None:
     known = {name: _labels(name) for name in metrics(rule["expr"])}
     assert not [(name, label) for name, label, _ in matchers(rule["expr"]) if label not in known[name]]
     engine = ENGINE if "vllm:" in rule["expr"] else set()
@@ -51,7 +51,7 @@ def test_every_label_that_a_rule_reads_is_there(rule: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("rule", [pytest.param(rule, id=rule["alert"]) for rule in rules("alert")])
-def test_an_alert_on_what_each_model_has_names_the_model(rule: dict[str, Any]) -> None:
+def test_an_alert_on_a_metric_per_model_has_the_label_model(rule: dict[str, Any]) -> None:
     names = metrics(rule["expr"])
     if names and all("model" in _labels(name) for name in names):
         assert "{{ $labels.model }}" in rule["annotations"]["description"]
@@ -59,7 +59,7 @@ def test_an_alert_on_what_each_model_has_names_the_model(rule: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_rule_that_adds_up_keeps_job_and_namespace(rule: dict[str, Any]) -> None:
+def test_an_aggregation_keeps_job_and_namespace(rule: dict[str, Any]) -> None:
     kept = [set(re.split(r", ?", labels)) for labels in re.findall(r"\bby \(([^)]*)\)", rule["expr"])]
     assert not [labels for labels in kept if not {"job", "namespace"} <= labels]
 
@@ -72,7 +72,7 @@ def test_every_value_that_a_rule_selects_is_documented(rule: dict[str, Any]) -> 
     assert not [pattern for pattern in patterns if not any(re.fullmatch(pattern, value) for value in values)]
 
 
-def test_a_fault_of_the_server_is_what_is_answered_with_429_or_5xx_but_for_a_keys_own_limit() -> None:
+def test_a_fault_of_the_server_has_status_429_or_5xx_except_for_a_keys_own_limit() -> None:
     faults = {reason.strip("`") for reason, status, _ in rows(PAGE, "reason | status") if re.match(r"429|5", status)}
     faults -= {"rate_limit_exceeded"}
     reasons = {reason.strip("`") for reason, *_ in rows(PAGE, "reason | status")}
@@ -110,7 +110,7 @@ def test_long_windows_are_evaluated_less_often_and_without_gaps(group: str) -> N
 
 
 @pytest.mark.parametrize("generate", [generate_latest, generate_openmetrics])
-def test_the_latency_objective_is_a_bucket_written_as_the_server_writes_it(generate: Any) -> None:
+def test_the_latency_objective_is_a_bucket_in_the_servers_notation(generate: Any) -> None:
     registry = CollectorRegistry()
     Histogram("seconds", "As the first token's", buckets=_FIRST_TOKEN_BUCKETS_S, registry=registry)
     written = set(re.findall(r'le="([^"]+)"', generate(registry).decode()))

@@ -43,7 +43,7 @@ def runnable(folder: Path) -> None:
 
 
 @needs_systemd
-def test_systemd_finds_no_fault(tmp_path: Path) -> None:
+def test_systemd_verifies_the_units(tmp_path: Path) -> None:
     runnable(tmp_path)
     command = ["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", *(path.name for path in UNITS)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
@@ -53,13 +53,13 @@ def test_systemd_finds_no_fault(tmp_path: Path) -> None:
 
 @needs_systemd
 @pytest.mark.parametrize("path", SERVICES, ids=lambda path: path.name)
-def test_systemd_calls_the_exposure_ok(path: Path) -> None:
+def test_systemd_rates_the_exposure_ok(path: Path) -> None:
     command = ["systemd-analyze", "security", "--offline=true", f"--threshold={MOST_EXPOSED}", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout[-200:]
 
 
-def test_a_stop_has_the_server_leave_its_engines_and_kills_nobody_else() -> None:
+def test_a_stop_leaves_the_engines_running_and_kills_no_other_process() -> None:
     service = unit("tuneserve.service")["Service"]
     assert (service["KillMode"], service["KillSignal"]) == ("process", signal.SIGUSR1.name)
     assert service["OOMPolicy"] == "continue"  # an engine that is killed for its memory does not end the server
@@ -71,20 +71,20 @@ def test_a_stop_waits_for_running_answers() -> None:
     assert int(unit("tuneserve.service")["Service"]["TimeoutStopSec"]) > 2 * _GRACE_S
 
 
-def test_a_start_and_a_watchdog_wait_longer_than_the_server_is_silent() -> None:
+def test_start_and_watchdog_timeouts_exceed_the_interval_of_notifications() -> None:
     service = unit("tuneserve.service")["Service"]
     assert service["Type"] == "notify"
     assert int(service["WatchdogSec"]) > 3 * systemd_notify._BEAT_S
     assert int(service["TimeoutStartSec"]) >= systemd_notify._PATIENCE_S
 
 
-def test_what_fails_the_next_time_too_is_not_tried_again() -> None:
+def test_the_server_is_not_restarted_after_a_permanent_error() -> None:
     server, monitor = (unit(name)["Service"] for name in ("tuneserve.service", "tuneserve-monitor.service"))
     assert server["RestartPreventExitStatus"] == f"{SettingsError.exit_code} {NotFoundError.exit_code}"
     assert monitor["RestartPreventExitStatus"] == str(SettingsError.exit_code)
 
 
-def test_the_socket_listens_where_the_server_would() -> None:
+def test_the_socket_listens_on_the_default_address_of_the_server() -> None:
     host, _, port = unit("tuneserve.socket")["Socket"]["ListenStream"].rpartition(":")
     assert (host, int(port)) == (Settings().serve.host, Settings().serve.port)
 

@@ -46,18 +46,18 @@ def told(index: str) -> tuple[list[str], str]:
 
 
 @pytest.mark.parametrize("end", ["", "/"])
-def test_an_index_that_answers_is_named_to_pip(address: str, end: str) -> None:
+def test_an_index_is_passed_to_pip_when_it_answers(address: str, end: str) -> None:
     assert told(f"{address}/cpu{end}") == (["--extra-index-url", f"{address}/cpu{end}"], "")
 
 
-def test_an_index_without_torch_is_not(address: str) -> None:
+def test_an_index_is_not_passed_to_pip_when_it_lacks_torch(address: str) -> None:
     arguments, said = told(f"{address}/other")
     assert arguments == []
     assert f"{address}/other does not answer" in said
 
 
 @pytest.mark.parametrize("index", ["http://127.0.0.1:1/cpu", "download.pytorch.org/whl/cpu", "http://a b/cpu"])
-def test_an_index_that_does_not_answer_is_not(index: str) -> None:
+def test_an_index_is_not_passed_to_pip_when_it_does_not_answer(index: str) -> None:
     arguments, said = told(index)
     assert arguments == []
     assert "does not answer" in said

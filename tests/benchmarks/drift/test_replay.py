@@ -43,7 +43,7 @@ def event(position: int, *, feature: str = "characters", begins: bool) -> Event:
     return Event(position, feature, FeatureAlarm(position - 3, position) if begins else None)
 
 
-def test_the_place_of_an_alarm_counts_all_requests_when_some_are_near_copies() -> None:
+def test_the_index_of_an_alarm_counts_all_requests_including_near_copies() -> None:
     found = Replay(kept=[0, 3, 4, 9], events=[event(3, begins=True)])
     assert found.place(found.alarms[0]) == 4
 
@@ -59,11 +59,11 @@ def test_time_in_alarm_counts_overlapping_alarms_once() -> None:
     assert Replay(list(range(100)), events).in_alarm(100) == 30
 
 
-def test_time_in_alarm_reaches_to_the_end_when_the_alarm_lasts() -> None:
+def test_time_in_alarm_reaches_to_the_end_when_the_alarm_stays_active() -> None:
     assert Replay(list(range(100)), [event(91, begins=True)]).in_alarm(100) == 10
 
 
-def test_a_change_is_found_after_it_began_and_not_before(pool: Pool) -> None:
+def test_a_change_is_detected_only_after_it_began(pool: Pool) -> None:
     reference, live, generator = draw_reference(pool, 1)
     stream = Change("strong", 100).make(pool, live, generator)
     found = replay(pool, Detector(pool.baseline(reference)), stream)
@@ -71,7 +71,7 @@ def test_a_change_is_found_after_it_began_and_not_before(pool: Pool) -> None:
 
 
 @pytest.mark.parametrize("name", WITHOUT_CHANGE)
-def test_a_stream_has_the_requests_that_were_asked_for_and_none_of_the_reference(pool: Pool, name: str) -> None:
+def test_a_stream_has_the_requested_length_and_no_prompt_of_the_reference(pool: Pool, name: str) -> None:
     reference, live, generator = draw_reference(pool, 2)
     stream = WITHOUT_CHANGE[name](pool, live, generator, 500)
     originals = stream.prompts[stream.prompts < ALIKE]
@@ -80,7 +80,7 @@ def test_a_stream_has_the_requests_that_were_asked_for_and_none_of_the_reference
     assert not set(originals) & set(reference)
 
 
-def test_a_run_is_of_one_topic_and_of_different_prompts(pool: Pool) -> None:
+def test_a_run_has_different_prompts_of_one_topic(pool: Pool) -> None:
     _, live, generator = draw_reference(pool, 3)
     first = runs(5)(pool, live, generator, 100).prompts[:5]
     assert len({pool.sections[place] for place in first}) == 1
@@ -101,6 +101,6 @@ def test_turns_of_a_conversation_share_its_number(pool: Pool) -> None:
     assert max(sizes) == 5
 
 
-def test_the_same_seed_replays_the_same(pool: Pool) -> None:
+def test_replays_are_the_same_when_the_seed_is(pool: Pool) -> None:
     streams = [independent(pool, *draw_reference(pool, 6)[1:], 50).prompts for _ in range(2)]
     assert (streams[0] == streams[1]).all()

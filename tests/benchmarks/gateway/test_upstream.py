@@ -49,7 +49,7 @@ async def _listening() -> AsyncIterator[tuple[Path, int]]:
             await asyncio.wait({task})
 
 
-async def test_openais_client_reads_a_whole_answer() -> None:
+async def test_openais_client_reads_a_complete_answer() -> None:
     async with client() as openai:
         answer = await openai.chat.completions.create(model=MODEL, messages=ASKED, max_tokens=3)
     assert answer.choices[0].message.content == "token token token"
@@ -69,7 +69,7 @@ async def test_openais_client_reads_a_stream(usage: bool) -> None:
     assert [chunk.usage.completion_tokens for chunk in chunks if chunk.usage] == [3] * usage
 
 
-async def test_chunks_come_at_the_pace_that_was_set() -> None:
+async def test_chunks_are_sent_at_the_configured_pace() -> None:
     body = {"model": MODEL, "messages": ASKED, "max_tokens": 4, "stream": True}
     async with (
         upstream() as socket,
@@ -81,7 +81,7 @@ async def test_chunks_come_at_the_pace_that_was_set() -> None:
     assert time.monotonic() - began >= 3 * 0.05
 
 
-async def test_a_request_that_comes_in_pieces_is_answered_once() -> None:
+async def test_a_request_is_answered_once_when_it_arrives_in_pieces() -> None:
     body = b'{"messages":[],"max_tokens":1}'
     request = b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
     async with upstream() as socket:

@@ -25,7 +25,7 @@ OUTPUT = """Unit Testing:  week.yml
 """
 
 
-def test_minutes_without_a_gap_are_one_alert() -> None:
+def test_consecutive_minutes_are_one_alert() -> None:
     assert sorted(firings(OUTPUT, 2), key=lambda firing: (firing.labels, firing.begins)) == [
         Firing("SvcDrift", (("model", "m"),), 1618, 1622),
         Firing("SvcDrift", (("model", "m"),), 1624, 1626),
@@ -44,7 +44,7 @@ def test_minutes_without_a_gap_are_one_alert() -> None:
         ([Firing("SvcEngineDown", LABELS, 2, 4), Firing("SvcEngineDown", LABELS, 11, 21)], [True, False]),
     ],
 )
-def test_an_alert_is_as_expected_only_with_its_labels_at_its_time(found: list[Firing], right: list[bool]) -> None:
+def test_an_alert_is_as_expected_only_when_labels_and_times_match(found: list[Firing], right: list[bool]) -> None:
     assert [row.as_expected for row in compare([EXPECTED], found)] == right
 
 
@@ -58,7 +58,7 @@ def test_every_alert_is_evaluated_for_every_model() -> None:
         assert sorted(evaluated) == sorted(alerts)
 
 
-def test_a_series_that_leaves_the_page_is_stale_and_counters_that_stay_0_are_left_out() -> None:
+def test_an_ended_series_is_stale_and_counters_that_stay_0_are_omitted() -> None:
     series = Series()
     alarm = ("svc_drift_alarm", (("model", "m"),))
     restarts = ("svc_engine_restarts_total", (("model", "m"),))
@@ -76,5 +76,5 @@ def test_every_expected_alert_exists_and_begins_before_it_ends() -> None:
         assert one.begins[0] <= one.begins[1] < one.ends[0] <= one.ends[1]
 
 
-def test_a_moment_is_read_as_it_is_written() -> None:
+def test_a_moment_is_the_same_after_writing_and_reading() -> None:
     assert moment(at("3 11:25")) == "3 11:25"

@@ -48,13 +48,13 @@ def test_about_half_of_the_prompts_are_near_copies_or_of_the_heavy_client(monday
     assert (len(copies) + len(heavy)) / len(_of(monday, MAIN)) == pytest.approx(0.42, abs=0.04)
 
 
-def test_the_heavy_client_is_limited_and_nobody_else(monday: list[Arrival]) -> None:
+def test_only_the_heavy_client_is_limited(monday: list[Arrival]) -> None:
     limited = [arrival for arrival in monday if arrival.reason is ErrorCode.RATE_LIMIT_EXCEEDED]
     assert limited
     assert {arrival.key_id for arrival in limited} == {"batch"}
 
 
-def test_requests_come_in_their_order(monday: list[Arrival]) -> None:
+def test_requests_are_in_the_order_of_time(monday: list[Arrival]) -> None:
     assert [arrival.at for arrival in monday] == sorted(arrival.at for arrival in monday)
 
 
