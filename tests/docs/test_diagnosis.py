@@ -18,7 +18,7 @@ def section(kind: FindingKind) -> str:
 
 
 @pytest.mark.parametrize("kind", FindingKind)
-def test_every_fault_has_its_section_with_what_to_change(kind: FindingKind) -> None:
+def test_every_fault_has_a_section_with_a_change(kind: FindingKind) -> None:
     assert "**Change** `" in section(kind)
 
 
@@ -70,5 +70,5 @@ def test_every_fault_has_its_section_with_what_to_change(kind: FindingKind) -> N
         (FindingKind.ANSWERS_CUT_OFF, f"More than {heldout_rules.CUT_OFF:.0%} of the held-out answers"),
     ],
 )
-def test_the_thresholds_are_those_of_the_code(kind: FindingKind, said: str) -> None:
+def test_the_thresholds_equal_those_of_the_code(kind: FindingKind, said: str) -> None:
     assert said.replace("%", " %") in section(kind)

@@ -77,7 +77,7 @@ def test_the_snippet_in_the_readme_compiles() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_links_within_the_project_lead_somewhere(page: Path) -> None:
+def test_links_within_the_project_have_targets(page: Path) -> None:
     links = re.findall(r"\]\((?!https?://)([^)]+)\)", page.read_text("utf-8"))
     for link in links:
         path, _, anchor = link.partition("#")

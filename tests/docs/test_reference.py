@@ -22,7 +22,7 @@ def test_every_error_class_is_in_the_runbook_with_its_exit_code() -> None:
     assert documented == {(kind.exit_code, kind.__name__) for kind in kinds}
 
 
-def test_the_exit_codes_of_no_error_are_in_the_runbook() -> None:
+def test_exit_codes_without_an_error_are_in_the_runbook() -> None:
     assert {int(code) for code, name, *_ in rows(RUNBOOK, "code | error") if not name} == NOT_ERRORS
 
 

@@ -83,7 +83,7 @@ def test_the_first_use_of_an_adapter_loads_it(
         client.models.retrieve("tiny@9")
 
 
-def test_each_name_answers_as_the_merged_weights_of_its_version(
+def test_each_name_answers_like_the_merged_weights_of_its_version(
     instance: Instance, merged: Texts, own: Texts, report: Report
 ) -> None:
     """Merged weights are rounded to 16 bits, and what an adapter adds is not: late tokens may differ."""
@@ -96,7 +96,7 @@ def test_each_name_answers_as_the_merged_weights_of_its_version(
     assert own[ONE] != own[TWO]
 
 
-def test_prompts_are_scored_by_an_adapter_beside_requests(instance: Instance, own: Texts, report: Report) -> None:
+def test_an_adapter_scores_prompts_while_requests_run(instance: Instance, own: Texts, report: Report) -> None:
     """What ended vLLM on a CPU before the output layer was left out."""
     (number,) = instance.engines_by_replica()
     examples = read_examples(DATA / "heldout.jsonl")[:24]
@@ -119,7 +119,7 @@ def test_prompts_are_scored_by_an_adapter_beside_requests(instance: Instance, ow
     assert load.failed == []
 
 
-def test_a_promotion_of_an_adapter_under_load_lets_nobody_wait(instance: Instance, own: Texts, report: Report) -> None:
+def test_no_request_waits_when_an_adapter_is_promoted_under_load(instance: Instance, own: Texts, report: Report) -> None:
     engines = instance.engines()
     with Load(instance.url, "tiny", instance.prompts) as load:
         load.wait_for(8)
@@ -133,7 +133,7 @@ def test_a_promotion_of_an_adapter_under_load_lets_nobody_wait(instance: Instanc
     assert instance.engines() == engines
 
 
-def test_a_server_that_was_killed_comes_back_to_its_engine(instance: Instance, own: Texts) -> None:
+def test_the_next_server_adopts_the_engine_when_the_server_was_killed(instance: Instance, own: Texts) -> None:
     engines = instance.engines()
     assert instance.end(signal.SIGKILL) == -signal.SIGKILL
     instance.start()
@@ -142,7 +142,7 @@ def test_a_server_that_was_killed_comes_back_to_its_engine(instance: Instance, o
     assert instance.answers(ONE) == own[ONE]
 
 
-def test_three_adapters_and_two_models_answer_at_once(instance: Instance, own: Texts, report: Report) -> None:
+def test_three_adapters_and_two_models_answer_concurrently(instance: Instance, own: Texts, report: Report) -> None:
     """Each under its name, through the official client; one model is swapped meanwhile."""
     alone = own | {THREE: instance.answers(THREE)}
     copy_model(instance.home, OTHER)
@@ -180,7 +180,7 @@ def test_a_new_engine_starts_with_its_adapter(instance: Instance, own: Texts, re
     assert instance.answers() == own[TWO]
 
 
-def test_two_hundred_are_asked_in_turn_with_four_loaded(
+def test_two_hundred_adapters_answer_in_turn_when_four_are_loaded(
     instance: Instance, own: Texts, client: openai.OpenAI, report: Report
 ) -> None:
     texts = [own[ONE][0][1], own[TWO][0][1], instance.answers(THREE)[0][1]]

@@ -10,7 +10,7 @@ from tests.e2e.server import HELDOUT_EXAMPLES, Server
 pytestmark = [pytest.mark.slow]
 
 
-def test_versions_are_compared_by_what_they_answered_when_they_were_registered(home: Path) -> None:
+def test_versions_are_compared_by_their_registered_answers(home: Path) -> None:
     compared = svc_json(home, "compare", "tiny@1", "tiny@2")
     assert (compared["a"]["name"], compared["b"]["name"]) == ("tiny@1 (gptq)", "tiny@2 (gptq)")
     assert [compared[side]["kept"] for side in "ab"] == [True, True]
@@ -21,7 +21,7 @@ def test_versions_are_compared_by_what_they_answered_when_they_were_registered(h
     assert compared["metrics"]["nll"]["first"] == shown["nll"]
 
 
-def test_a_base_and_its_version_are_asked_in_one_engine(home: Path, workplace: Path) -> None:
+def test_a_base_and_its_version_share_one_engine(home: Path, workplace: Path) -> None:
     options = ("--format", "merged", "--limit", "6", "--fresh", "--json")
     asked = svc(home, "compare", str(workplace / "base"), "tiny@1", *options, capture_output=True)
     assert asked.returncode == 0, asked.stderr
@@ -31,7 +31,7 @@ def test_a_base_and_its_version_are_asked_in_one_engine(home: Path, workplace: P
     assert compared["metrics"]["nll"]["second"]["value"] < compared["metrics"]["nll"]["first"]["value"]
 
 
-def test_an_endpoint_elsewhere_gives_the_answers_that_the_version_gave(server: Server) -> None:
+def test_a_remote_endpoint_gives_the_same_answers_as_the_version(server: Server) -> None:
     endpoint = f"{server.url}/v1#tiny@1"
     said = svc(server.home, "compare", "tiny@1", endpoint, "--limit", "6", capture_output=True)
     assert f"the prompts of 6 examples are sent to {server.url}/v1" in said.stderr
@@ -41,7 +41,7 @@ def test_an_endpoint_elsewhere_gives_the_answers_that_the_version_gave(server: S
     assert compared["direction"] == "undecided"
 
 
-def test_a_version_says_what_was_forgotten(home: Path) -> None:
+def test_a_version_reports_forgetting(home: Path) -> None:
     found = svc_json(home, "show", "tiny@1")["forgetting"]
     assert found["examples"] == 60
     assert 0 < found["nll_before"]["low"] <= found["nll_before"]["value"]

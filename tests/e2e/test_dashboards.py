@@ -236,7 +236,7 @@ NOT_HERE = re.compile(r"svc_(certificate|key|backup)_|svc_training_|DCGM_")
 
 
 @pytest.mark.parametrize("rule", rules("alert"), ids=lambda rule: rule["alert"])
-def test_every_alert_looks_at_data(watched: Watched, rule: dict[str, Any]) -> None:
+def test_every_alert_reads_data(watched: Watched, rule: dict[str, Any]) -> None:
     """With `bool`, a comparison that is false gives 0 and not nothing: what stays empty had nothing to compare.
 
     An exception, behind `unless`, becomes an alternative: with `bool` it would take away whatever there is.
@@ -254,7 +254,7 @@ def test_no_rule_failed(watched: Watched) -> None:
     assert states == [("ok", None)] * (len(rules("record")) + len(rules("alert")))
 
 
-def test_prometheus_counts_what_the_clients_got(watched: Watched) -> None:
+def test_the_counts_in_prometheus_equal_those_of_the_clients(watched: Watched) -> None:
     for version in ("1", "2"):
         got = sum(answer.version == f"tiny@{version}" for answer in watched.load.answers)
         counted = watched.value(f'sum(svc_requests_total{{model="tiny", version="{version}", status="200"}})')
@@ -262,7 +262,7 @@ def test_prometheus_counts_what_the_clients_got(watched: Watched) -> None:
         assert counted - watched.before.get(version, 0) == got + extra
 
 
-def test_every_request_has_a_row_that_agrees_with_the_counters(watched: Watched) -> None:
+def test_every_request_has_a_row_consistent_with_the_counters(watched: Watched) -> None:
     columns = (RequestRow.number, RequestRow.status, RequestRow.outcome)
     rows = select(*columns, func.count()).group_by(*columns)
     with Session(open_database(watched.server.home)) as session:
@@ -276,7 +276,7 @@ def test_every_request_has_a_row_that_agrees_with_the_counters(watched: Watched)
     assert watched.value("sum(svc_request_log_dropped_total)") == 0
 
 
-def test_content_and_feedback_are_kept_redacted(watched: Watched) -> None:
+def test_content_and_feedback_are_stored_redacted(watched: Watched) -> None:
     with Session(open_database(watched.server.home)) as session:
         row = session.scalars(select(RequestRow).where(RequestRow.request_id == watched.rated)).one()
         feedback = session.get_one(FeedbackRow, row.id)
@@ -286,7 +286,7 @@ def test_content_and_feedback_are_kept_redacted(watched: Watched) -> None:
     assert (feedback.rating, feedback.correction) == ("bad", "mail [mail]")
 
 
-def test_an_exemplar_leads_to_a_request_that_is_kept(watched: Watched) -> None:
+def test_an_exemplar_leads_to_a_stored_request(watched: Watched) -> None:
     answer = watched.prometheus.get(
         f"http://127.0.0.1:{MONITOR_PORT}/metrics", headers={"accept": "application/openmetrics-text;version=1.0.0"}
     )
@@ -297,7 +297,7 @@ def test_an_exemplar_leads_to_a_request_that_is_kept(watched: Watched) -> None:
     assert known == ids
 
 
-def test_the_percentiles_are_those_of_the_requests(watched: Watched) -> None:
+def test_the_percentiles_match_the_requests(watched: Watched) -> None:
     """Within the sketch's 1 %, at the rank q(n-1) rounded down, of the rows that were kept."""
     answered = select(RequestRow.seconds).where(RequestRow.number == 1, RequestRow.status < 400)
     with Session(open_database(watched.server.home)) as session:

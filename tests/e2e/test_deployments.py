@@ -57,13 +57,13 @@ def test_both_models_answer_the_official_client(instance: Instance) -> None:
             client.chat.completions.create(model=f"{OTHER}@1", messages=messages)
 
 
-def test_the_engines_of_both_share_out_the_cores(instance: Instance) -> None:
+def test_the_engines_of_both_models_share_the_cores(instance: Instance) -> None:
     shown = [{choice["name"]: choice for choice in model["engine"]["plan"]} for model in instance.models().values()]
     cores = len(os.sched_getaffinity(0))
     assert [choices["threads"]["value"] for choices in shown] == [max(1, cores // 2)] * 2
 
 
-def test_a_swap_of_one_fails_no_request_of_either(instance: Instance, report: Report) -> None:
+def test_no_request_of_either_model_fails_when_one_is_swapped(instance: Instance, report: Report) -> None:
     expected = {f"{TINY}@1": instance.answers(TINY), f"{OTHER}@2": instance.answers(OTHER)}
     with (
         Load(instance.url, TINY, PROMPTS, streams=4) as tiny,
@@ -81,7 +81,7 @@ def test_a_swap_of_one_fails_no_request_of_either(instance: Instance, report: Re
 
 
 @pytest.mark.matrix
-def test_a_killed_engine_fails_no_request_of_the_other_model(instance: Instance, report: Report) -> None:
+def test_no_request_of_the_other_model_fails_when_an_engine_is_killed(instance: Instance, report: Report) -> None:
     expected = {f"{OTHER}@2": instance.answers(OTHER)}
     engine = instance.engines_by_replica()[instance.models()[TINY]["engines"][0]["replica"]]
     with Load(instance.url, OTHER, PROMPTS, streams=4) as other:
@@ -99,7 +99,7 @@ def test_a_killed_engine_fails_no_request_of_the_other_model(instance: Instance,
 
 
 @pytest.mark.matrix
-def test_a_model_goes_and_comes_while_the_other_answers(instance: Instance, report: Report) -> None:
+def test_a_model_is_removed_and_added_while_the_other_answers(instance: Instance, report: Report) -> None:
     expected = {f"{OTHER}@2": instance.answers(OTHER)}
     answers = instance.answers(TINY)
     with Load(instance.url, OTHER, PROMPTS, streams=2) as other:
@@ -117,7 +117,7 @@ def test_a_model_goes_and_comes_while_the_other_answers(instance: Instance, repo
     assert instance.answers(TINY) == answers
 
 
-def test_a_killed_server_comes_back_to_the_engines_of_both(instance: Instance, report: Report) -> None:
+def test_the_next_server_adopts_the_engines_of_both_models_when_the_server_was_killed(instance: Instance, report: Report) -> None:
     before, engines = {name: instance.answers(name) for name in (TINY, OTHER)}, instance.engines()
     assert instance.end(signal.SIGKILL) == -signal.SIGKILL
     began = time.monotonic()
@@ -129,7 +129,7 @@ def test_a_killed_server_comes_back_to_the_engines_of_both(instance: Instance, r
 
 
 @pytest.mark.matrix
-def test_what_one_more_model_costs_at_rest(instance: Instance, report: Report) -> None:
+def test_one_more_model_at_rest_costs_little_processor_time(instance: Instance, report: Report) -> None:
     """A figure, and that it is no more than a little of the server's own."""
 
     def at_rest() -> tuple[float, int]:
@@ -151,7 +151,7 @@ def test_what_one_more_model_costs_at_rest(instance: Instance, report: Report) -
 
 
 @pytest.mark.matrix
-def test_an_idle_model_ends_and_comes_back_with_the_next_requests(instance: Instance, report: Report) -> None:
+def test_an_idle_models_engine_stops_and_starts_with_the_next_requests(instance: Instance, report: Report) -> None:
     alone = instance.answers(TINY)
     instance.end()
     instance.settings |= {"SVC_SERVE__IDLE_S": "3"}
@@ -169,7 +169,7 @@ def test_an_idle_model_ends_and_comes_back_with_the_next_requests(instance: Inst
     assert f'svc_engine_wake_seconds_count{{model="{TINY}"}} 1.0' in page
 
 
-def test_two_models_without_memory_for_both_start_no_engine(instance: Instance) -> None:
+def test_no_engine_starts_when_memory_is_too_small_for_both_models(instance: Instance) -> None:
     instance.end()
     instance.settings |= {"SVC_ENGINE__REPLICAS": "64"}
     server = instance.launch(TINY, OTHER)

@@ -28,7 +28,7 @@ def instance(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[I
         yield instance
 
 
-def test_a_rolling_swap_under_load_lets_nobody_wait_and_mixes_nothing(instance: Instance, report: Report) -> None:
+def test_no_request_waits_and_no_answer_is_mixed_in_a_rolling_swap_under_load(instance: Instance, report: Report) -> None:
     expected = {"tiny@1": instance.answers()}
     with Load(instance.url, "tiny", instance.prompts) as load:
         load.wait_for(16)
@@ -44,7 +44,7 @@ def test_a_rolling_swap_under_load_lets_nobody_wait_and_mixes_nothing(instance: 
         assert (answer.version, answer.text) == expected[answer.version][answer.prompt]
 
 
-def test_a_server_that_was_killed_comes_back_to_both_its_engines(instance: Instance, report: Report) -> None:
+def test_the_next_server_adopts_both_engines_when_the_server_was_killed(instance: Instance, report: Report) -> None:
     before, engines = instance.answers(), instance.engines()
     assert instance.end(signal.SIGKILL) == -signal.SIGKILL
     ready_s = instance.start()
@@ -54,14 +54,14 @@ def test_a_server_that_was_killed_comes_back_to_both_its_engines(instance: Insta
     assert instance.answers() == before
 
 
-def test_a_server_that_is_told_to_leave_its_engines_comes_back_to_them(instance: Instance) -> None:
+def test_the_next_server_adopts_the_engines_when_the_server_left_them_running(instance: Instance) -> None:
     engines = instance.engines()
     assert instance.end(signal.SIGUSR1) == 0
     instance.start()
     assert instance.engines() == engines
 
 
-def test_a_blue_green_swap_under_load_lets_nobody_wait(instance: Instance, report: Report) -> None:
+def test_no_request_waits_in_a_blue_green_swap_under_load(instance: Instance, report: Report) -> None:
     """Another format: the kernels differ, so the answers may too, and need only be whole."""
     old = instance.engines()
     with Load(instance.url, "tiny", instance.prompts, streams=2) as load:
@@ -76,7 +76,7 @@ def test_a_blue_green_swap_under_load_lets_nobody_wait(instance: Instance, repor
     assert not set(old) & set(instance.engines())
 
 
-def test_a_stop_leaves_no_engine(instance: Instance) -> None:
+def test_a_stop_stops_all_engines(instance: Instance) -> None:
     engines = instance.engines()
     assert instance.end(signal.SIGTERM) == 0
     assert not any(runs(engine) for engine in engines)

@@ -42,7 +42,7 @@ pytestmark = [pytest.mark.slow]
 Found = TypeVar("Found")
 
 
-def test_a_trained_version_is_registered_with_its_figures_and_probes(home: Path) -> None:
+def test_a_trained_version_is_registered_with_its_evaluation_and_probes(home: Path) -> None:
     shown = svc_json(home, "show", "tiny@1")
     assert set(shown["formats"]) == {"adapter", "merged", "gptq"}
     for name in ("merged", "gptq"):
@@ -51,7 +51,7 @@ def test_a_trained_version_is_registered_with_its_figures_and_probes(home: Path)
     assert shown["formats"]["merged"]["evaluation"]["nll"]["value"] < shown["base_evaluation"]["nll"]["value"]
 
 
-def test_probes_know_in_which_numbers_and_by_whose_kernel_they_were_measured(home: Path) -> None:
+def test_probes_record_the_number_type_and_kernel_of_their_measurement(home: Path) -> None:
     able, manifest = read_capabilities(home), Registry.of(Settings(home=home)).manifest(VersionId("tiny", 1))
     engine = EngineSettings()
     for format in (Format.MERGED, Format.GPTQ):
@@ -63,7 +63,7 @@ def test_probes_know_in_which_numbers_and_by_whose_kernel_they_were_measured(hom
     assert merged.dtype == ("bfloat16" if able.cpu_bfloat16 else "float32")
 
 
-def test_a_version_keeps_its_answers_and_how_likely_they_are(home: Path) -> None:
+def test_a_version_stores_its_answers_with_their_log_probabilities(home: Path) -> None:
     registry = Registry.of(Settings(home=home))
     for format in (Format.MERGED, Format.GPTQ):
         results = registry.results(VersionId("tiny", 1), format)
@@ -72,14 +72,14 @@ def test_a_version_keeps_its_answers_and_how_likely_they_are(home: Path) -> None
         assert all(0 < result.tokens <= 8 for result in results)
 
 
-def test_a_killed_training_goes_on_from_its_last_finished_stage(home: Path) -> None:
+def test_a_killed_run_resumes_from_its_last_finished_stage(home: Path) -> None:
     told = (home / "resumed.txt").read_text("utf-8")
     assert "train: done before" in told
     assert "merge: done before" in told
     assert "evaluate: done before" not in told
 
 
-def test_the_same_recipe_again_makes_no_second_version(home: Path, workplace: Path) -> None:
+def test_the_same_recipe_does_not_register_a_second_version(home: Path, workplace: Path) -> None:
     assert svc_json(home, "train", str(workplace / "recipe.yaml"))["version"] == "tiny@1"
     assert len(svc_json(home, "models")) == 2
 
@@ -94,7 +94,7 @@ def test_the_official_client_gets_an_answer_with_its_version(server: Server) -> 
     assert answer.usage.completion_tokens == 5
 
 
-def test_a_stream_gives_the_same_text_as_one_answer(server: Server) -> None:
+def test_a_stream_has_the_same_text_as_a_complete_answer(server: Server) -> None:
     messages: Any = server.prompts[1]
     stream = server.client.chat.completions.create(
         model="tiny@1", messages=messages, max_tokens=24, temperature=0, stream=True
@@ -102,7 +102,7 @@ def test_a_stream_gives_the_same_text_as_one_answer(server: Server) -> None:
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == server.answer(1)
 
 
-def test_the_held_out_set_is_asked_again_and_gives_what_it_gave_at_the_registration(
+def test_a_held_out_run_gives_the_same_results_as_at_registration(
     server: Server, report: Report
 ) -> None:
     target = Target(VersionId("tiny", 1), Format.GPTQ)
@@ -116,7 +116,7 @@ def test_the_held_out_set_is_asked_again_and_gives_what_it_gave_at_the_registrat
     assert max(differences) < 0.05
 
 
-def test_a_live_answer_gets_the_score_that_the_engine_gives_its_text(server: Server) -> None:
+def test_a_live_answer_gets_the_engines_score_of_its_text(server: Server) -> None:
     """Which is not the registration's for this model: its random answers are tokenized otherwise than generated."""
     registered = Registry.of(Settings(home=server.home)).results(VersionId("tiny", 1), Format.GPTQ)
     messages: Any = server.prompts[0]
@@ -147,7 +147,7 @@ def _wait_for(find: Callable[[], Found | None], timeout_s: float = 120) -> Found
     return found
 
 
-def test_the_held_out_loss_of_training_is_the_likelihood_on_the_engine(server: Server, report: Report) -> None:
+def test_the_held_out_loss_of_training_equals_the_likelihood_on_the_engine(server: Server, report: Report) -> None:
     """The same tokens of the same examples, each counting the same; what differs is the engines' rounding."""
     manifest = Registry.of(Settings(home=server.home)).manifest(VersionId("tiny", 1))
     evaluation, parity = manifest.formats[Format.MERGED].evaluation, manifest.parity
@@ -162,7 +162,7 @@ def test_the_held_out_loss_of_training_is_the_likelihood_on_the_engine(server: S
     assert abs(loss - evaluation.nll.value) <= max(0.02, 3 * floor.mean)
 
 
-def test_every_check_of_the_parity_report_passed_and_its_page_is_there(server: Server) -> None:
+def test_every_check_of_the_parity_report_passed_and_its_page_exists(server: Server) -> None:
     for version in ("tiny@1", "tiny@2"):
         shown: Any = svc_json(server.home, "show", version, "--parity")
         assert [check for check in shown["checks"] if not check["passed"]] == []
@@ -172,24 +172,24 @@ def test_every_check_of_the_parity_report_passed_and_its_page_is_there(server: S
     assert registry.reference(VersionId("tiny", 1), "parity.html").stat().st_size > 1000
 
 
-def test_prompt_logprobs_are_refused(server: Server) -> None:
+def test_a_request_for_prompt_logprobs_is_rejected(server: Server) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         server.answer(0, extra_body={"prompt_logprobs": 1})
     assert caught.value.param == "prompt_logprobs"
 
 
-def test_a_prompt_beyond_the_context_is_a_bad_request(server: Server) -> None:
+def test_a_prompt_longer_than_the_context_gets_400(server: Server) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         server.client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "long " * 5000}])
     assert caught.value.code == "context_length_exceeded"
 
 
-def test_an_unknown_model_is_not_found(server: Server) -> None:
+def test_an_unknown_model_gets_404(server: Server) -> None:
     with pytest.raises(openai.NotFoundError):
         server.client.chat.completions.create(model="other", messages=[{"role": "user", "content": "hi"}])
 
 
-def test_promotion_and_rollback_under_load_lose_nothing_and_mix_nothing(server: Server, report: Report) -> None:
+def test_no_request_is_lost_and_no_answer_is_mixed_in_promotion_and_rollback_under_load(server: Server, report: Report) -> None:
     expected = {"tiny@1": server.answers()}
     with Load(server.url, "tiny", server.prompts) as load:
         load.wait_for(16)
@@ -212,7 +212,7 @@ def test_promotion_and_rollback_under_load_lose_nothing_and_mix_nothing(server: 
     svc_json(server.home, "rollback", "tiny")
 
 
-def test_a_version_altered_after_registration_is_refused_by_hash(server: Server) -> None:
+def test_a_promotion_is_refused_by_hash_when_a_file_was_altered_after_registration(server: Server) -> None:
     before = server.answers()
     alter_weights(server.folder(2), server.folder(3), "gptq")
     refused = svc(server.home, "promote", "tiny@3", capture_output=True)
@@ -221,7 +221,7 @@ def test_a_version_altered_after_registration_is_refused_by_hash(server: Server)
     assert server.answers() == before
 
 
-def test_another_models_weights_are_refused_by_probe_and_never_serve(server: Server) -> None:
+def test_a_promotion_is_refused_by_probe_when_the_weights_are_another_models(server: Server) -> None:
     before = server.answers()
     replace_weights(server.folder(2), server.folder(4), "gptq", weights_of=server.folder(1))
     with Load(server.url, "tiny", server.prompts) as load:
@@ -237,11 +237,11 @@ def test_another_models_weights_are_refused_by_probe_and_never_serve(server: Ser
     assert server.answers() == before
 
 
-def test_a_version_that_does_not_exist_is_refused(server: Server) -> None:
+def test_a_promotion_fails_when_the_version_does_not_exist(server: Server) -> None:
     assert svc(server.home, "promote", "tiny@77", capture_output=True).returncode == 8
 
 
-def test_a_second_server_on_the_same_home_or_port_is_refused(server: Server, tmp_path: Path) -> None:
+def test_a_second_server_fails_on_the_same_home_or_port(server: Server, tmp_path: Path) -> None:
     assert svc(server.home, "serve", "tiny", "--port", "0", capture_output=True).returncode == 7
     assert svc(tmp_path, "serve", "tiny", "--port", str(PORT), capture_output=True).returncode == 7
 
@@ -254,7 +254,7 @@ def test_status_shows_number_type_and_kernel_of_the_engine(server: Server) -> No
     assert plan["dtype"]["reason"]
 
 
-def test_status_and_metrics_tell_of_the_requests(server: Server) -> None:
+def test_status_and_metrics_show_the_requests(server: Server) -> None:
     status = server.status()
     figures = status["versions"]["tiny@1"]
     assert figures["requests"] > 16
@@ -265,7 +265,7 @@ def test_status_and_metrics_tell_of_the_requests(server: Server) -> None:
     assert 'svc_swaps_total{model="tiny",outcome="restored"} 1.0' in page
 
 
-def test_an_engine_that_dies_comes_back_and_serving_goes_on(server: Server) -> None:
+def test_the_engine_is_restarted_and_serves_again_when_it_dies(server: Server) -> None:
     before = server.answers()
     pid = engine_pid(server.home)
     with Load(server.url, "tiny", server.prompts, max_tokens=400) as load:

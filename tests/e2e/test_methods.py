@@ -48,7 +48,7 @@ def client(versions: Versions, methods_home: Path) -> Iterator[openai.OpenAI]:
 
 
 @pytest.mark.parametrize("method", Method)
-def test_it_is_judged_and_registered(versions: Versions, methods_home: Path, method: Method, report: Report) -> None:
+def test_every_method_is_evaluated_and_registered(versions: Versions, methods_home: Path, method: Method, report: Report) -> None:
     shown: Any = svc_json(methods_home, "show", versions[method])
     formats, base = shown["formats"], shown["base_evaluation"]["nll"]["value"]
     assert (Format.ADAPTER in formats) is (method is not Method.FULL)
@@ -59,7 +59,7 @@ def test_it_is_judged_and_registered(versions: Versions, methods_home: Path, met
 
 
 @pytest.mark.parametrize("method", [Method.LORA, *ADAPTERS, Method.FULL])
-def test_it_is_served(versions: Versions, methods_home: Path, client: openai.OpenAI, method: Method) -> None:
+def test_every_method_is_served(versions: Versions, methods_home: Path, client: openai.OpenAI, method: Method) -> None:
     if method is not Method.LORA:
         swap: Any = svc_json(methods_home, "promote", versions[method])
         # Adapters leave the embedding alone, which is this model's output too; full fine-tuning changes it.

@@ -50,7 +50,7 @@ def row_of(server: Server, request_id: str) -> RequestRow:
     raise AssertionError(f"no row of {request_id}")
 
 
-def test_a_response_says_what_a_chat_says(server: Server) -> None:
+def test_a_response_has_the_same_text_as_a_chat_completion(server: Server) -> None:
     turns: Any = server.prompts[0]
     expected = server.answer(0)
     asked: dict[str, Any] = {"model": "tiny", "input": turns, "max_output_tokens": 24, "temperature": 0}
@@ -71,7 +71,7 @@ def test_a_response_says_what_a_chat_says(server: Server) -> None:
     assert row.answer == expected
 
 
-def test_a_message_says_what_a_chat_says(server: Server) -> None:
+def test_a_message_has_the_same_text_as_a_chat_completion(server: Server) -> None:
     expected = server.answer(0)
     whole = httpx.post(f"{server.url}/v1/messages", json=message_body(server), timeout=60).json()
     streamed = httpx.post(
@@ -93,7 +93,7 @@ def test_a_message_says_what_a_chat_says(server: Server) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_too_long_a_prompt_is_a_bad_request_on_the_new_routes_too(server: Server, stream: bool) -> None:
+def test_a_too_long_prompt_gets_400_on_responses_and_messages(server: Server, stream: bool) -> None:
     for path, body in (
         ("/v1/responses", {"model": "tiny", "input": TOO_LONG}),
         ("/v1/messages", message_body(server, messages=[{"role": "user", "content": TOO_LONG}])),
@@ -102,7 +102,7 @@ def test_too_long_a_prompt_is_a_bad_request_on_the_new_routes_too(server: Server
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
 
 
-def test_a_streamed_response_that_the_engine_fails_on_is_no_death(server: Server) -> None:
+def test_the_engine_stays_alive_when_it_fails_on_a_streamed_response(server: Server) -> None:
     bad: Any = {"format": {"type": "json_schema", "name": "x", "schema": {"type": "nonsense"}}}
     stream = server.client.responses.create(model="tiny", input="hi", text=bad, stream=True)
     with pytest.raises(openai.APIError) as caught:
@@ -111,7 +111,7 @@ def test_a_streamed_response_that_the_engine_fails_on_is_no_death(server: Server
     assert server.answer(0)
 
 
-def test_schemas_several_answers_and_log_probabilities(server: Server) -> None:
+def test_schemas_several_answers_and_log_probabilities_are_supported(server: Server) -> None:
     messages: Any = server.prompts[0]
     schema: Any = {"type": "json_schema", "json_schema": {"name": "choice", "schema": CHOICE}}
     chat = server.client.chat.completions.create(
@@ -126,7 +126,7 @@ def test_schemas_several_answers_and_log_probabilities(server: Server) -> None:
     assert json.loads(response.output_text) in CHOICE["enum"]
 
 
-def test_a_client_that_leaves_ends_the_engines_work(server: Server, engine: httpx.Client) -> None:
+def test_the_engine_stops_working_when_the_client_disconnects(server: Server, engine: httpx.Client) -> None:
     """The engine would make 800 tokens; the server's own questions, which it may answer beside, take fewer."""
     body = {"model": "tiny", "input": "hi", "stream": True, "max_output_tokens": 800, "ignore_eos": True}
     before = generated(engine)
@@ -148,13 +148,13 @@ def generated(engine: httpx.Client) -> float:
     return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:generation_tokens_total"))
 
 
-def test_every_route_of_the_engine_is_known_to_be_ours_or_closed(engine: httpx.Client) -> None:
+def test_every_route_of_the_engine_is_served_or_closed(engine: httpx.Client) -> None:
     paths = engine.get("/openapi.json").json()["paths"]
     routes = {f"{method.upper()} {path}" for path, methods in paths.items() for method in methods}
     assert {route.replace("{response_id}", "resp_1") for route in routes} <= {*CLOSED, *OURS}
 
 
-def test_the_engines_development_routes_do_not_answer(server: Server, engine: httpx.Client) -> None:
+def test_the_engines_development_routes_are_closed(server: Server, engine: httpx.Client) -> None:
     assert engine.get("/is_sleeping").status_code == 200
     for route in CLOSED:
         method, path = route.split()

@@ -43,7 +43,7 @@ def instance(home: Path, workplace: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.parametrize("number", [3, 4], ids=["architecture", "template"])
-def test_it_comes_by_a_second_engine_and_back_again(instance: Instance, report: Report, number: int) -> None:
+def test_an_incompatible_version_is_swapped_by_a_second_engine_and_back(instance: Instance, report: Report, number: int) -> None:
     before = instance.answers()
     with Load(instance.url, "tiny", instance.prompts, streams=1) as load:
         load.wait_for(2)

@@ -34,7 +34,7 @@ def outcomes(request: pytest.FixtureRequest) -> Iterator[Counter[str]]:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_model_is_merged_or_refused_when_its_files_are_its_publishers(
+def test_a_model_with_its_publishers_files_is_merged_or_refused(
     tmp_path: Path, outcomes: Counter[str], report: Report, model: str
 ) -> None:
     published = Path(HUB_CONFIGS or "") / model

@@ -34,7 +34,7 @@ def ask(instance: Instance, tokens: int) -> httpx.Response:
     return httpx.post(f"{instance.url}/v1/completions", json=body, timeout=120, trust_env=False)
 
 
-def test_an_answer_that_runs_past_the_drain_time_is_whole_and_so_is_the_swap(
+def test_answer_and_swap_complete_when_the_answer_exceeds_the_drain_timeout(
     instance: Instance, report: Report
 ) -> None:
     with ThreadPoolExecutor() as clients:

@@ -67,18 +67,18 @@ ERRORS = 'svc_request_errors_total{{model="tiny",version="1",reason="{}"}}'
 
 
 @pytest.mark.parametrize("reason", ["invalid_request", "context_length_exceeded", "body_too_large", "client_gone"])
-def test_what_a_client_did_wrong_is_not_the_versions_error(shows: Shows, reason: str) -> None:
+def test_a_client_error_does_not_count_as_an_error_of_the_version(shows: Shows, reason: str) -> None:
     series = {REQUESTS: counted(600), ERRORS.format(reason): counted(300)}
     shows(query("Error share of A"), series, {'{version="1"}': 0})
 
 
 @pytest.mark.parametrize("reason", ["engine_died", "engine_timeout", "engine_error", "internal_error", "overloaded"])
-def test_a_fault_of_the_server_is_the_versions_error(shows: Shows, reason: str) -> None:
+def test_a_fault_of_the_server_counts_as_an_error_of_the_version(shows: Shows, reason: str) -> None:
     series = {REQUESTS: counted(600), ERRORS.format(reason): counted(60)}
     shows(query("Error share of A"), series, {'{version="1"}': 0.1})
 
 
-def test_errors_of_another_version_are_not_this_ones(shows: Shows) -> None:
+def test_errors_of_another_version_do_not_count(shows: Shows) -> None:
     series = {REQUESTS: counted(600), ERRORS.format("engine_died").replace('"1"', '"2"'): counted(60)}
     shows(query("Error share of A"), series, {'{version="1"}': 0})
 
@@ -120,7 +120,7 @@ def judged(version: str, heldout: str, suffix: str = "") -> str:
 
 
 @pytest.mark.parametrize(("index", "suffix"), enumerate(["", "_low", "_high"]))
-def test_only_versions_that_were_judged_on_the_chosen_set_are_compared(shows: Shows, index: int, suffix: str) -> None:
+def test_only_versions_evaluated_on_the_chosen_set_are_compared(shows: Shows, index: int, suffix: str) -> None:
     series = {judged("1", CHOSEN, suffix): "0.5x60", judged("2", OTHER, suffix): "0.75x60"}
     shows(query("Answers", index), series, {'{version="1",format="merged",metric="exact_match"}': 0.5})
 

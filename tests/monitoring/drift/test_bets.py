@@ -45,7 +45,7 @@ def test_an_upper_share_is_the_end_of_wilsons_interval(count: tuple[int, int], z
 
 
 @pytest.mark.parametrize("size", [1, 10, 200])
-def test_the_upper_share_of_nothing_is_one_more_item_without_any(size: int) -> None:
+def test_the_upper_share_is_above_zero_when_no_item_has_the_value(size: int) -> None:
     assert upper_share(0, size, 1.0) == pytest.approx(1 / (size + 1))
 
 
@@ -56,7 +56,7 @@ def test_bounds_grow_when_the_reference_is_small(share: float) -> None:
     assert bounds[0] < bounds[-1]
 
 
-def test_tails_of_numbers_are_on_both_sides_and_within_their_bounds_when_nothing_changed() -> None:
+def test_tail_bets_cover_both_sides_within_their_bounds_when_nothing_changed() -> None:
     generator = np.random.default_rng(1)
     bets = feature_bets(of_numbers(generator.normal(size=1000)))
     assert len(bets) == 6
@@ -78,7 +78,7 @@ def test_another_number_on_either_side_is_in_a_set_when_all_numbers_of_the_refer
     assert HIT in below and HIT in above and HIT not in same
 
 
-def test_each_frequent_category_is_a_set_and_new_ones_are() -> None:
+def test_each_frequent_category_and_all_new_ones_are_sets() -> None:
     reference = of_names(["stop"] * 90 + ["length"] * 10)
     assert largest_win(reference, of_names(["error"])) == pytest.approx(1 / (SLACK * upper_share(0, 100, SURE)))
     assert largest_win(reference, of_names(["length"])) == pytest.approx(1 / (SLACK * upper_share(10, 100, SURE)))
@@ -122,12 +122,12 @@ def test_there_are_no_bets_when_the_reference_is_one_item(reference: Sample) -> 
     assert feature_bets(reference) == []
 
 
-def test_the_table_has_no_columns_when_there_are_no_bets() -> None:
+def test_the_hit_table_has_no_columns_when_there_are_no_bets() -> None:
     assert hit_table([], of_numbers([1.0, 2.0])).shape == (2, 0)
 
 
 @pytest.mark.parametrize("sample", [of_numbers([float(value) for value in range(50)]), of_names(["a", "b"] * 25)])
-def test_the_table_has_no_rows_when_there_are_no_items(sample: Sample) -> None:
+def test_the_hit_table_has_no_rows_when_there_are_no_items(sample: Sample) -> None:
     bets = feature_bets(sample)
     assert hit_table(bets, sample.part(0, 0)).shape == (0, len(bets))
 
@@ -142,7 +142,7 @@ def test_no_set_has_more_of_the_reference_than_half_its_bound(values: list[float
             assert (table[:, number] == HIT).sum() / there[number] <= bet.bound / SLACK
 
 
-def test_categories_that_are_new_in_each_item_are_bet_on_by_nobody() -> None:
+def test_there_is_no_bet_when_every_item_has_a_new_category() -> None:
     """As system prompts with a date in them, on both sides."""
     dated = Sample(50, {}, {"system_prompt": np.array([f"day {day}" for day in range(50)])})
     live = Sample(20, {}, {"system_prompt": np.array([f"day {day}" for day in range(50, 70)])})

@@ -42,12 +42,12 @@ def test_traffic_like_the_heldout_set_is_steady(check: Check, traffic: Traffic, 
     assert read_drift_alarms(store, target()) == []
 
 
-def test_with_few_requests_it_waits(check: Check, traffic: Traffic) -> None:
+def test_the_status_is_waiting_when_there_are_few_requests(check: Check, traffic: Traffic) -> None:
     traffic.ask(ALIKE[:9])
     assert check()[Signal.INPUT].status is Status.WAITING
 
 
-def test_other_prompts_are_an_alarm_that_says_since_when_and_by_what(
+def test_an_alarm_has_its_start_and_examples_when_prompts_change(
     check: Check, traffic: Traffic, store: Store
 ) -> None:
     traffic.ask(ALIKE[:100])
@@ -61,7 +61,7 @@ def test_other_prompts_are_an_alarm_that_says_since_when_and_by_what(
     assert set(alarm.examples) <= set(shifted)
 
 
-def test_an_alarm_is_called_once_and_ends_when_traffic_is_as_before(
+def test_an_alarm_starts_once_and_ends_when_traffic_returns_to_normal(
     check: Check, traffic: Traffic, store: Store
 ) -> None:
     traffic.ask([*ALIKE[500:850], *STRONG[:30]])
@@ -76,7 +76,7 @@ def test_an_alarm_is_called_once_and_ends_when_traffic_is_as_before(
     assert all(time is not None and time > NOON + timedelta(minutes=410) for time in ended)
 
 
-def test_who_checks_often_finds_the_same(
+def test_results_are_the_same_when_checks_run_more_often(
     registry: Registry, store: Store, check: Check, traffic: Traffic, tmp_path: Path
 ) -> None:
     once_store = new_store(tmp_path / "other")
@@ -94,7 +94,7 @@ def test_who_checks_often_finds_the_same(
     assert often == at_once != []
 
 
-def test_a_prompt_that_comes_again_counts_once(check: Check, traffic: Traffic, store: Store) -> None:
+def test_a_repeated_prompt_counts_once(check: Check, traffic: Traffic, store: Store) -> None:
     traffic.ask(ALIKE[:50])
     before = check()[Signal.INPUT].items
     traffic.ask(["ping me when the build is done"] * 100)
@@ -102,7 +102,7 @@ def test_a_prompt_that_comes_again_counts_once(check: Check, traffic: Traffic, s
     assert alarms(store, Signal.INPUT) == []
 
 
-def test_traffic_that_only_repeats_itself_is_unwatched_and_says_so(check: Check, traffic: Traffic) -> None:
+def test_a_signal_is_unwatched_with_a_reason_when_traffic_only_repeats_itself(check: Check, traffic: Traffic) -> None:
     traffic.ask(ALIKE[:12])
     for _ in range(80):
         traffic.ask(ALIKE[:12])
@@ -112,7 +112,7 @@ def test_traffic_that_only_repeats_itself_is_unwatched_and_says_so(check: Check,
         assert "of the newest 972 requests are compared" in reports[signal].why
 
 
-def test_a_report_says_when_under_a_fifth_of_the_requests_is_compared(check: Check, traffic: Traffic) -> None:
+def test_a_report_has_a_note_when_less_than_a_fifth_of_the_requests_is_compared(check: Check, traffic: Traffic) -> None:
     for text in ALIKE[:50]:
         traffic.ask([text] * 7)
     report = check()[Signal.INPUT]
@@ -120,7 +120,7 @@ def test_a_report_says_when_under_a_fifth_of_the_requests_is_compared(check: Che
     assert "14% of the newest 350 requests are compared" in report.why
 
 
-def test_a_later_change_is_an_alarm_of_its_own_while_another_lasts(
+def test_a_later_change_starts_another_alarm_when_one_is_active(
     check: Check, traffic: Traffic, store: Store
 ) -> None:
     traffic.ask([*ALIKE[:350], *STRONG[:60]])
@@ -132,7 +132,7 @@ def test_a_later_change_is_an_alarm_of_its_own_while_another_lasts(
     assert "system_prompt" in alarmed(store, Signal.INPUT)
 
 
-def test_turns_of_one_conversation_count_less_than_as_many_of_their_own(
+def test_turns_of_one_conversation_count_less_than_independent_requests(
     registry: Registry, traffic: Traffic, store: Store
 ) -> None:
     """800 turns of 16 long conversations: what one of them is about is no change of the traffic."""
@@ -145,7 +145,7 @@ def test_turns_of_one_conversation_count_less_than_as_many_of_their_own(
     assert 30 < state["watch"]["dependence"] <= 50
 
 
-def test_answers_that_are_no_json_any_more_are_an_alarm_of_the_output(
+def test_an_output_alarm_starts_when_answers_are_no_longer_json(
     check: Check, traffic: Traffic, store: Store
 ) -> None:
     traffic.ask(ALIKE[:60])
@@ -155,7 +155,7 @@ def test_answers_that_are_no_json_any_more_are_an_alarm_of_the_output(
     assert "valid_json" in alarmed(store, Signal.OUTPUT)
 
 
-def test_refusals_are_an_alarm_of_the_output(check: Check, traffic: Traffic, store: Store) -> None:
+def test_an_output_alarm_starts_when_answers_are_refusals(check: Check, traffic: Traffic, store: Store) -> None:
     traffic.ask(ALIKE[:100])
     traffic.ask(ALIKE[100:140], ["I'm sorry, but I can't help with that."] * 40)
     check()
@@ -171,7 +171,7 @@ def test_lengths_are_compared_of_greedy_answers_only(
     assert check()[Signal.OUTPUT].status is status
 
 
-def test_an_answer_that_is_longer_than_heldout_ones_could_be_counts_as_cut(check: Check, traffic: Traffic) -> None:
+def test_a_live_answer_counts_as_cut_when_it_exceeds_the_limit_of_heldout_answers(check: Check, traffic: Traffic) -> None:
     traffic.ask(ALIKE[:30], tokens=900)
     lines = {line.name: line for line in check()[Signal.OUTPUT].lines}
     assert lines["answer_tokens"].live == "16"
@@ -192,7 +192,7 @@ def test_a_live_answer_counts_as_cut_at_the_largest_limit_when_limits_differ(
     assert lines["finish_reason"].live == "length 100%"
 
 
-def test_traffic_is_compared_without_its_texts(check: Check, traffic: Traffic, store: Store) -> None:
+def test_traffic_is_compared_when_its_texts_are_not_stored(check: Check, traffic: Traffic, store: Store) -> None:
     traffic.ask(ALIKE[:60], content=False)
     traffic.ask(STRONG[:30], content=False, tokens=16, finish_reason="length")
     reports = check()
@@ -200,7 +200,7 @@ def test_traffic_is_compared_without_its_texts(check: Check, traffic: Traffic, s
     assert "finish_reason" in alarmed(store, Signal.OUTPUT)
 
 
-def test_without_features_traffic_is_off_and_says_what_to_set(check: Check, traffic: Traffic) -> None:
+def test_traffic_is_off_and_names_the_setting_when_features_are_not_stored(check: Check, traffic: Traffic) -> None:
     traffic.ask(ALIKE[:60], features=False)
     reports = check()
     for signal in (Signal.INPUT, Signal.OUTPUT):
@@ -208,11 +208,11 @@ def test_without_features_traffic_is_off_and_says_what_to_set(check: Check, traf
         assert "request_log.features" in reports[signal].why
 
 
-def test_before_the_first_request_it_waits(check: Check) -> None:
+def test_the_status_is_waiting_when_there_was_no_request(check: Check) -> None:
     assert check()[Signal.INPUT].status is Status.WAITING
 
 
-def test_an_alarm_ends_when_features_are_kept_no_more(check: Check, traffic: Traffic, store: Store) -> None:
+def test_an_alarm_ends_when_features_are_no_longer_stored(check: Check, traffic: Traffic, store: Store) -> None:
     traffic.ask([*ALIKE[:100], *STRONG[:30]])
     check()
     traffic.ask(ALIKE[:50], features=False)
@@ -222,7 +222,7 @@ def test_an_alarm_ends_when_features_are_kept_no_more(check: Check, traffic: Tra
     assert {alarm.ended_at for alarm in alarms(store, Signal.INPUT)} == {traffic.now}
 
 
-def test_after_all_rows_were_forgotten_new_ones_are_seen(check: Check, traffic: Traffic, store: Store) -> None:
+def test_new_rows_are_compared_when_all_earlier_ones_were_deleted(check: Check, traffic: Traffic, store: Store) -> None:
     traffic.ask(ALIKE[:100])
     check()
     with store.begin() as connection:
@@ -231,7 +231,7 @@ def test_after_all_rows_were_forgotten_new_ones_are_seen(check: Check, traffic: 
     assert check()[Signal.INPUT].status is Status.ALARM
 
 
-def test_questions_that_come_again_and_again_are_no_drift(registry: Registry, store: Store, traffic: Traffic) -> None:
+def test_repeated_questions_are_not_drift_when_the_sample_repeats_them_too(registry: Registry, store: Store, traffic: Traffic) -> None:
     """Of held-out prompts that repeat, as many count as of live ones."""
     frequent, rare = ALIKE[:12], ALIKE[12:]
     generator = np.random.default_rng(5)
@@ -247,7 +247,7 @@ def test_questions_that_come_again_and_again_are_no_drift(registry: Registry, st
     assert {report.signal: report for report in checks.run(target(2))}[Signal.INPUT].status is Status.STEADY
 
 
-def test_whole_json_is_no_drift_where_heldout_json_was_cut(registry: Registry, store: Store, traffic: Traffic) -> None:
+def test_complete_json_is_not_drift_when_heldout_json_was_cut(registry: Registry, store: Store, traffic: Traffic) -> None:
     register(registry, 2, cut=True)
     whole = ['{"section": "net", "why": "it says so, at some length"}'] * 40
     traffic.ask(ALIKE[:40], whole, number=2, tokens=40)
@@ -260,7 +260,7 @@ def test_answers_of_tool_calls_are_not_empty(check: Check, traffic: Traffic) -> 
     assert check()[Signal.OUTPUT].status is Status.STEADY
 
 
-def test_a_state_of_another_release_begins_anew(check: Check, traffic: Traffic, store: Store) -> None:
+def test_the_watch_starts_anew_when_its_state_is_from_another_release(check: Check, traffic: Traffic, store: Store) -> None:
     traffic.ask(ALIKE[:20])
     check()
     with store.begin() as connection:
@@ -268,7 +268,7 @@ def test_a_state_of_another_release_begins_anew(check: Check, traffic: Traffic, 
     assert check()[Signal.INPUT].items == 20
 
 
-def test_one_alarm_of_a_feature_lasts_when_the_state_of_the_watch_was_lost(
+def test_a_feature_has_one_active_alarm_when_the_state_of_the_watch_was_lost(
     check: Check, traffic: Traffic, store: Store
 ) -> None:
     traffic.ask([*ALIKE[:100], *STRONG[:40]])
@@ -281,7 +281,7 @@ def test_one_alarm_of_a_feature_lasts_when_the_state_of_the_watch_was_lost(
     assert len(lasting) == len(set(lasting))
 
 
-def test_an_alarm_ends_when_the_watch_does_not_have_its_feature(check: Check, traffic: Traffic, store: Store) -> None:
+def test_an_alarm_ends_when_the_watch_lacks_its_feature(check: Check, traffic: Traffic, store: Store) -> None:
     traffic.ask(ALIKE[:40])
     check()
     past = DriftAlarm(Signal.INPUT, "of_another_release", NOON, NOON, None, "{}", ())
@@ -290,7 +290,7 @@ def test_an_alarm_ends_when_the_watch_does_not_have_its_feature(check: Check, tr
     assert [alarm.ended_at for alarm in alarms(store, Signal.INPUT)] == [traffic.now]
 
 
-def test_of_a_system_prompt_nothing_but_a_checksum_is_kept(check: Check, traffic: Traffic, store: Store) -> None:
+def test_only_a_checksum_of_a_system_prompt_is_stored(check: Check, traffic: Traffic, store: Store) -> None:
     traffic.ask(ALIKE[:100])
     traffic.ask(ALIKE[100:130], system="SECRET-TOKEN is the password.")
     check()
@@ -300,7 +300,7 @@ def test_of_a_system_prompt_nothing_but_a_checksum_is_kept(check: Check, traffic
             assert rows and "SECRET" not in str(rows)
 
 
-def test_the_examples_of_a_feature_are_those_in_which_it_moved(check: Check, traffic: Traffic, store: Store) -> None:
+def test_the_examples_of_an_alarm_are_requests_that_show_the_change(check: Check, traffic: Traffic, store: Store) -> None:
     traffic.ask(ALIKE[:60])
     bad = traffic.ask(ALIKE[60:75], ["no json"] * 15)
     traffic.ask(ALIKE[75:76])
@@ -321,7 +321,7 @@ def test_a_version_forgets_alarms_that_ended_long_ago(
     assert len(read_drift_alarms(store, target())) == 2
 
 
-def test_a_version_without_a_text_space_is_off_and_says_why(registry: Registry, store: Store, traffic: Traffic) -> None:
+def test_signals_are_off_with_a_reason_when_a_version_has_no_text_space(registry: Registry, store: Store, traffic: Traffic) -> None:
     register(registry, 2, space=False)
     traffic.ask(ALIKE[:20], number=2)
     checks = DriftCheck(registry, store, RequestLogSettings(), clock=lambda: traffic.now)
@@ -330,7 +330,7 @@ def test_a_version_without_a_text_space_is_off_and_says_why(registry: Registry, 
     assert "triage@2 has no reference/" in reports[Signal.INPUT].why
 
 
-def test_prompts_are_compared_when_a_version_keeps_no_answers(
+def test_prompts_are_compared_when_a_version_has_no_stored_answers(
     registry: Registry, store: Store, traffic: Traffic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As of an adapter, whose answers were those of another format."""
@@ -347,7 +347,7 @@ def test_prompts_are_compared_when_a_version_keeps_no_answers(
     assert reports[Signal.OUTPUT].why == "there are no answers of an adapter"
 
 
-def test_a_small_version_has_an_alarm_for_a_change_and_none_without(
+def test_an_alarm_starts_only_for_a_change_when_a_version_has_few_examples(
     registry: Registry, store: Store, traffic: Traffic
 ) -> None:
     register(registry, 2, examples=12)
@@ -369,7 +369,7 @@ def test_prompts_are_compared_with_the_sample_and_answers_with_those_to_held_out
     assert [reports[signal].status for signal in (Signal.INPUT, Signal.OUTPUT)] == [Status.STEADY] * 2
 
 
-def test_traffic_like_held_out_prompts_that_are_not_like_the_sample_is_an_alarm(
+def test_an_alarm_starts_when_traffic_is_like_the_held_out_prompts_but_not_like_the_sample(
     registry: Registry, store: Store, traffic: Traffic
 ) -> None:
     register(registry, 2, prompts=STRONG[:200], sample=ALIKE[:200])
@@ -378,7 +378,7 @@ def test_traffic_like_held_out_prompts_that_are_not_like_the_sample_is_an_alarm(
     assert {report.signal: report for report in checks.run(target(2))}[Signal.INPUT].status is Status.ALARM
 
 
-def test_the_sample_is_redacted_as_live_prompts_are(registry: Registry, store: Store, traffic: Traffic) -> None:
+def test_the_sample_is_redacted_like_live_prompts(registry: Registry, store: Store, traffic: Traffic) -> None:
     register(registry, 2, sample=ALIKE[:200])
     system = system_prompt().replace("package", "[redacted]")
     traffic.ask([text.replace("package", "[redacted]") for text in ALIKE[200:260]], number=2, system=system)
@@ -387,14 +387,14 @@ def test_the_sample_is_redacted_as_live_prompts_are(registry: Registry, store: S
     assert reports[Signal.INPUT].status is Status.STEADY
 
 
-def test_another_system_prompt_is_seen(check: Check, traffic: Traffic, store: Store) -> None:
+def test_an_alarm_starts_when_the_system_prompt_changes(check: Check, traffic: Traffic, store: Store) -> None:
     traffic.ask(ALIKE[:100])
     traffic.ask(ALIKE[100:130], system="You are a pirate.")
     check()
     assert alarmed(store, Signal.INPUT) == {"system_prompt"}
 
 
-def test_more_bad_ratings_than_of_the_version_before_are_an_alarm(check: Check, traffic: Traffic, store: Store) -> None:
+def test_an_alarm_starts_when_there_are_more_bad_ratings_than_for_the_previous_version(check: Check, traffic: Traffic, store: Store) -> None:
     traffic.rate(traffic.ask(ALIKE[:100], number=2), bad=6)
     traffic.rate(traffic.ask(ALIKE[100:160]), bad=36)
     report = check()[Signal.PEOPLE]
@@ -403,13 +403,13 @@ def test_more_bad_ratings_than_of_the_version_before_are_an_alarm(check: Check, 
     assert len(alarms(store, Signal.PEOPLE)) == 1
 
 
-def test_fewer_bad_ratings_are_no_alarm(check: Check, traffic: Traffic) -> None:
+def test_there_is_no_alarm_when_there_are_fewer_bad_ratings(check: Check, traffic: Traffic) -> None:
     traffic.rate(traffic.ask(ALIKE[:100], number=2), bad=95)
     traffic.rate(traffic.ask(ALIKE[100:140]), bad=0)
     assert check()[Signal.PEOPLE].status is Status.STEADY
 
 
-def test_without_a_version_before_its_own_first_ratings_are_the_reference(check: Check, traffic: Traffic) -> None:
+def test_the_first_ratings_are_the_reference_when_there_is_no_previous_version(check: Check, traffic: Traffic) -> None:
     traffic.rate(traffic.ask(ALIKE[:99]), bad=6)
     assert check()[Signal.PEOPLE].status is Status.WAITING
     traffic.rate(traffic.ask(ALIKE[99:100]), bad=0)
@@ -422,14 +422,14 @@ def test_without_a_version_before_its_own_first_ratings_are_the_reference(check:
     assert report.items == 50
 
 
-def test_half_of_the_ratings_bad_where_few_were_is_seen_in_a_hundred(check: Check, traffic: Traffic) -> None:
+def test_an_alarm_starts_within_a_hundred_ratings_when_half_are_bad_instead_of_few(check: Check, traffic: Traffic) -> None:
     traffic.rate(traffic.ask(ALIKE[:200], number=2), bad=12)
     for start in range(200, 300, 10):
         traffic.rate(traffic.ask(ALIKE[start : start + 10]), bad=5)
     assert check()[Signal.PEOPLE].status is Status.ALARM
 
 
-def test_a_clock_that_ran_ahead_makes_no_later_rating_old(check: Check, traffic: Traffic, store: Store) -> None:
+def test_later_ratings_count_when_the_clock_once_ran_ahead(check: Check, traffic: Traffic, store: Store) -> None:
     traffic.rate(traffic.ask(ALIKE[:100], number=2), bad=6)
     traffic.rate(traffic.ask(ALIKE[100:120]), bad=1)
     with store.begin() as connection:
@@ -439,7 +439,7 @@ def test_a_clock_that_ran_ahead_makes_no_later_rating_old(check: Check, traffic:
     assert check()[Signal.PEOPLE].items >= 59
 
 
-def test_a_mail_address_is_none_on_either_side(registry: Registry, store: Store, traffic: Traffic) -> None:
+def test_mail_addresses_are_redacted_in_live_and_held_out_texts(registry: Registry, store: Store, traffic: Traffic) -> None:
     """Live texts are redacted when they are kept, so held-out ones are too before they are compared."""
     settings = RequestLogSettings(redact=("package",))
     checks = DriftCheck(registry, store, settings, clock=lambda: traffic.now)
@@ -449,14 +449,14 @@ def test_a_mail_address_is_none_on_either_side(registry: Registry, store: Store,
     assert reports[Signal.INPUT].status is Status.STEADY
 
 
-def test_a_check_keeps_where_it_stands(check: Check, traffic: Traffic, store: Store) -> None:
+def test_the_next_check_continues_from_the_stored_state(check: Check, traffic: Traffic, store: Store) -> None:
     traffic.ask(ALIKE[:30])
     check()
     assert check()[Signal.INPUT].items == 30
     assert {state.checked_at for state in read_drift_states(store, target()).values()} == {traffic.now}
 
 
-def test_rows_that_were_forgotten_are_no_trouble(check: Check, traffic: Traffic, store: Store) -> None:
+def test_a_check_succeeds_when_rows_were_deleted(check: Check, traffic: Traffic, store: Store) -> None:
     traffic.ask(ALIKE[:60])
     check()
     with store.begin() as connection:
@@ -477,7 +477,7 @@ def test_two_thousand_requests_take_less_than_ten_seconds_of_a_core(check: Check
     assert time.process_time() - started < 10
 
 
-def test_a_signal_is_unwatched_when_features_are_kept_no_more_while_requests_go_on(
+def test_a_signal_is_unwatched_when_features_are_no_longer_stored_while_requests_continue(
     check: Check, traffic: Traffic
 ) -> None:
     traffic.ask(ALIKE[:100])
@@ -486,7 +486,7 @@ def test_a_signal_is_unwatched_when_features_are_kept_no_more_while_requests_go_
     assert check()[Signal.INPUT].status is Status.UNWATCHED
 
 
-def test_it_waits_when_the_rows_of_an_idle_model_have_expired(check: Check, traffic: Traffic, store: Store) -> None:
+def test_the_status_is_waiting_when_the_rows_of_an_idle_model_have_expired(check: Check, traffic: Traffic, store: Store) -> None:
     traffic.ask(ALIKE[:100])
     check()
     with store.begin() as connection:
@@ -495,7 +495,7 @@ def test_it_waits_when_the_rows_of_an_idle_model_have_expired(check: Check, traf
     assert check()[Signal.INPUT].status is Status.WAITING
 
 
-def test_an_alarm_of_a_feature_ends_when_requests_have_no_value_of_it_any_more(
+def test_an_alarm_ends_when_requests_no_longer_have_a_value_of_its_feature(
     check: Check, traffic: Traffic, store: Store
 ) -> None:
     traffic.ask(ALIKE[:350])
@@ -509,7 +509,7 @@ def test_an_alarm_of_a_feature_ends_when_requests_have_no_value_of_it_any_more(
     ] == [True]
 
 
-def test_a_report_of_another_release_keeps_no_model_from_being_checked(
+def test_a_model_is_checked_when_its_stored_report_is_from_another_release(
     check: Check, traffic: Traffic, store: Store
 ) -> None:
     traffic.ask(ALIKE[:20])
@@ -519,7 +519,7 @@ def test_a_report_of_another_release_keeps_no_model_from_being_checked(
     assert check()[Signal.INPUT].items > 0
 
 
-def test_a_signal_waits_and_is_not_off_while_the_features_of_its_first_requests_are_made(
+def test_a_signal_is_waiting_when_the_features_of_its_first_requests_are_still_being_computed(
     check: Check, traffic: Traffic
 ) -> None:
     traffic.ask(ALIKE[:5], features=False)
@@ -528,7 +528,7 @@ def test_a_signal_waits_and_is_not_off_while_the_features_of_its_first_requests_
     assert check()[Signal.INPUT].status is Status.OFF
 
 
-def test_an_answer_is_compared_with_its_log_probability_when_that_comes_a_little_later(
+def test_an_answer_is_compared_with_its_log_probability_when_that_arrives_slightly_later(
     registry: Registry, store: Store, traffic: Traffic
 ) -> None:
     now = NOON
@@ -547,7 +547,7 @@ def test_an_answer_is_compared_with_its_log_probability_when_that_comes_a_little
     assert items() == 3
 
 
-def test_a_change_of_traffic_is_accepted_when_too_few_ratings_came_to_accept_theirs(
+def test_a_change_of_traffic_is_accepted_when_there_are_too_few_ratings_to_accept(
     registry: Registry, store: Store, check: Check, traffic: Traffic
 ) -> None:
     traffic.rate(traffic.ask(ALIKE[:100], number=2), bad=6)

@@ -44,7 +44,7 @@ class Drift:
         return self._svc("--home", self._home, "drift", *arguments)
 
 
-def test_an_alarm_is_shown_with_what_moved_and_new_prompts(drift: Drift, traffic: Traffic) -> None:
+def test_an_alarm_is_shown_with_its_feature_and_example_prompts(drift: Drift, traffic: Traffic) -> None:
     traffic.ask([*prompts("none")[:100], *prompts("strong")[:30]])
     shown = drift("triage@1").out
     assert "input   alarm: characters since 2026-11-01 13:" in shown
@@ -53,7 +53,7 @@ def test_an_alarm_is_shown_with_what_moved_and_new_prompts(drift: Drift, traffic
     assert any(" ".join(text.split())[:60] in shown for text in prompts("strong")[:30])
 
 
-def test_machines_get_the_same_with_the_examples_whole(drift: Drift, traffic: Traffic) -> None:
+def test_json_has_the_alarms_with_complete_examples(drift: Drift, traffic: Traffic) -> None:
     traffic.ask([*prompts("none")[:100], *prompts("strong")[:30]])
     found = json.loads(drift("triage@1", "--json").out)
     alarm = next(alarm for alarm in found["alarms"] if alarm["feature"] == "characters")
@@ -66,14 +66,14 @@ def test_machines_get_the_same_with_the_examples_whole(drift: Drift, traffic: Tr
     assert any(line["evidence"] == 1 for line in report["lines"])
 
 
-def test_there_is_no_alarm_when_traffic_is_alike(drift: Drift, traffic: Traffic) -> None:
+def test_there_is_no_alarm_when_traffic_is_like_the_reference(drift: Drift, traffic: Traffic) -> None:
     traffic.ask(prompts("none")[:120])
     found = json.loads(drift("triage@1", "--json").out)
     assert all(line["evidence"] < 1 for report in found["signals"] for line in report["lines"])
     assert found["alarms"] == []
 
 
-def test_a_check_that_is_under_way_is_not_waited_for(drift: Drift, traffic: Traffic, home: Path) -> None:
+def test_the_last_result_is_shown_when_another_check_is_running(drift: Drift, traffic: Traffic, home: Path) -> None:
     traffic.ask(prompts("none")[:12])
     drift("triage@1")
     traffic.ask(prompts("none")[12:24])
@@ -84,11 +84,11 @@ def test_a_check_that_is_under_way_is_not_waited_for(drift: Drift, traffic: Traf
     assert "(12 requests compared, the newest" in ended.out
 
 
-def test_an_unknown_model_is_told(drift: Drift) -> None:
+def test_the_command_fails_when_the_model_is_unknown(drift: Drift) -> None:
     assert drift("other@1").code == 8
 
 
-def test_a_name_is_the_version_of_that_name(drift: Drift, traffic: Traffic, registry: Registry, store: Store) -> None:
+def test_a_name_means_its_version_in_production(drift: Drift, traffic: Traffic, registry: Registry, store: Store) -> None:
     for number in (1, 2):
         register(registry, number, name="other")
     change_desired(store, None, target(1, "other"), None)
@@ -100,7 +100,7 @@ def test_a_name_is_the_version_of_that_name(drift: Drift, traffic: Traffic, regi
     assert "input" in [alarm["signal"] for alarm in triage["alarms"]]
 
 
-def test_examples_whose_rows_are_gone_are_no_trouble(drift: Drift, traffic: Traffic, store: Store) -> None:
+def test_an_alarm_is_shown_when_the_rows_of_its_examples_were_deleted(drift: Drift, traffic: Traffic, store: Store) -> None:
     traffic.ask([*prompts("none")[:100], *prompts("strong")[:30]])
     drift("triage@1")
     with store.begin() as connection:
@@ -108,7 +108,7 @@ def test_examples_whose_rows_are_gone_are_no_trouble(drift: Drift, traffic: Traf
     assert "(not kept)" in drift("triage@1").out
 
 
-def test_status_says_it_in_a_line(svc: Svc, home: Path, traffic: Traffic, check: Check) -> None:
+def test_svc_status_shows_drift_in_one_line(svc: Svc, home: Path, traffic: Traffic, check: Check) -> None:
     traffic.ask([*prompts("none")[:100], *prompts("strong")[:30]])
     check()
     checked = STATE | {"model": "triage", "version": "triage@1", "holdout": {"state": "off"}}
@@ -123,7 +123,7 @@ def test_status_says_it_in_a_line(svc: Svc, home: Path, traffic: Traffic, check:
     assert {model["model"]: model["drift"] for model in found["models"]} == {"triage": drift, "other": {}}
 
 
-def test_accepted_traffic_is_what_later_traffic_is_compared_with(drift: Drift, traffic: Traffic, store: Store) -> None:
+def test_later_traffic_is_compared_with_accepted_traffic(drift: Drift, traffic: Traffic, store: Store) -> None:
     traffic.ask([*prompts("none")[:100], *prompts("strong")[:80]])
     accepted = drift("triage@1", "--accept")
     assert accepted.code == 0
@@ -135,14 +135,14 @@ def test_accepted_traffic_is_what_later_traffic_is_compared_with(drift: Drift, t
     assert (event.action, event.subject) == ("drift.accept", "triage@1")
 
 
-def test_there_is_nothing_to_accept_without_an_alarm(drift: Drift, traffic: Traffic) -> None:
+def test_accept_is_refused_when_there_is_no_alarm(drift: Drift, traffic: Traffic) -> None:
     traffic.ask(prompts("none")[:50])
     refused = drift("triage@1", "--accept")
     assert refused.code == 14
     assert "no active drift alarm" in refused.err
 
 
-def test_a_change_is_not_accepted_before_enough_requests_show_it(drift: Drift, traffic: Traffic) -> None:
+def test_accept_is_refused_when_too_few_requests_show_the_change(drift: Drift, traffic: Traffic) -> None:
     traffic.ask([*prompts("none")[:100], *prompts("strong")[:20]])
     refused = drift("triage@1", "--accept")
     assert refused.code == 14

@@ -26,27 +26,27 @@ def test_a_batch_of_a_client_counts_for_a_few_requests_when_it_asked_little_befo
     assert sum(counted(shares, ["batch"] * 100)) == 5
 
 
-def test_a_client_counts_for_about_its_usual_share_when_it_asks_much_at_once() -> None:
+def test_a_client_counts_for_about_its_usual_share_when_it_sends_a_burst() -> None:
     shares = ClientShares([], [], 1_000)
     counted(shares, mixed(900, {"large": 0.3, **{f"client {number}": 0.007 for number in range(100)}}))
     assert sum(counted(shares, ["large"] * 100)) < 30
 
 
 @pytest.mark.parametrize("client", ["", "only"])
-def test_all_requests_count_when_there_is_one_client_or_nobody_knows(client: str) -> None:
+def test_all_requests_count_when_there_is_one_client_or_clients_are_unknown(client: str) -> None:
     assert all(counted(ClientShares([], [], 1_000), [client] * 1_500))
 
 
-def test_nearly_all_requests_count_when_two_clients_ask_as_much() -> None:
+def test_nearly_all_requests_count_when_two_clients_send_equally_many() -> None:
     found = counted(ClientShares([], [], 1_000), mixed(2_000, {"one": 0.5, "other": 0.5}))
     assert sum(found) > 0.9 * len(found)
 
 
-def test_all_clients_count_while_it_is_not_known_how_much_they_ask() -> None:
+def test_all_clients_count_when_their_usual_shares_are_still_unknown() -> None:
     assert all(counted(ClientShares([], [], 1_000), ["one"] * 2 * COMPARED))
 
 
-def test_a_new_client_counts_more_when_it_goes_on_to_ask() -> None:
+def test_a_new_client_counts_more_when_it_continues_to_send_requests() -> None:
     shares = ClientShares([], [], 1_000)
     counted(shares, mixed(1_200, {f"client {number}": 1 for number in range(50)}))
     after = mixed(2_000, {"new": 0.2, **{f"client {number}": 0.016 for number in range(50)}}, seed=1)
@@ -54,7 +54,7 @@ def test_a_new_client_counts_more_when_it_goes_on_to_ask() -> None:
     assert sum(found[-100:]) > 2 * sum(found[:100])
 
 
-def test_a_restart_changes_nothing() -> None:
+def test_results_are_the_same_after_a_restart() -> None:
     clients = mixed(1_500, {"large": 0.4, **{f"client {number}": 0.006 for number in range(100)}}, seed=2)
     whole = counted(ClientShares([], [], 1_000), clients)
     seen, kept = clients[:1_200], [one for one, counts in zip(clients[:1_200], whole, strict=False) if counts]

@@ -42,21 +42,21 @@ def one_each(size: int = SIZE) -> NDArray[np.int64]:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_independent_items_depend_on_no_other(seed: int) -> None:
+def test_the_dependence_is_1_when_items_are_independent(seed: int) -> None:
     assert dependence(similarities(runs(1, seed)), SIZE, one_each(), USUAL) == 1
 
 
 @pytest.mark.parametrize(("length", "least", "most"), [(5, 4, 6), (20, 14, 22)])
-def test_items_depend_on_each_other_about_as_far_as_runs_are_long(length: int, least: int, most: int) -> None:
+def test_the_dependence_is_about_the_length_of_runs(length: int, least: int, most: int) -> None:
     found = dependence(similarities(runs(length)), SIZE, one_each(), USUAL)
     assert least <= found <= most
 
 
-def test_the_dependence_is_64_at_most() -> None:
+def test_the_dependence_is_at_most_64() -> None:
     assert dependence(similarities(runs(200)), SIZE, one_each(), USUAL) == MAX_LAG
 
 
-def test_interleaved_conversations_of_5_give_about_5() -> None:
+def test_the_dependence_is_about_5_when_conversations_of_5_are_interleaved() -> None:
     # Eight conversations take turns, and are about anything.
     numbers = np.arange(SIZE, dtype=np.int64)
     conversations = numbers // 40 * 8 + numbers % 8
@@ -64,7 +64,7 @@ def test_interleaved_conversations_of_5_give_about_5() -> None:
     assert found == pytest.approx(5, abs=0.2)
 
 
-def test_one_large_conversation_counts_as_much_as_its_items() -> None:
+def test_the_dependence_is_high_when_one_conversation_has_most_items() -> None:
     conversations = np.concatenate([np.zeros(300, np.int64), np.arange(1, 501, dtype=np.int64)])
     found = dependence(similarities(runs(1)), SIZE, conversations, USUAL)
     assert found > 30
@@ -79,7 +79,7 @@ def test_a_change_in_the_newest_64_items_has_no_influence(changed: int) -> None:
     assert dependence(similarities(vectors), SIZE, conversations, USUAL) == before
 
 
-def test_items_after_those_that_count_have_no_influence() -> None:
+def test_items_after_the_counted_ones_have_no_influence() -> None:
     vectors = runs(5)
     before = dependence(similarities(vectors[:600]), 600, one_each(600), USUAL)
     vectors[600:] = 9.0
@@ -98,7 +98,7 @@ def test_a_dependence_of_64_is_assumed_when_there_are_too_few_items(size: int) -
 
 
 @pytest.mark.parametrize("size", [60, 100, 200])
-def test_independent_items_like_those_of_the_reference_are_known_from_sixty_on(size: int) -> None:
+def test_the_dependence_is_known_from_sixty_items_on_when_they_are_like_the_reference(size: int) -> None:
     usual = float(similarities(runs(1, seed=20, size=200))[np.triu_indices(200, 1)].mean())
     streams = [similarities(runs(1, seed, size)) for seed in range(10)]
     assert [dependence(among, size, one_each(size), usual) for among in streams].count(1) >= 8
@@ -110,7 +110,7 @@ def test_a_dependence_of_64_is_assumed_when_all_items_so_far_are_of_one_burst(si
     assert dependence(similarities(runs(size, size=size)), size, one_each(size), usual) == MAX_LAG
 
 
-def test_identical_items_depend_on_no_other() -> None:
+def test_the_dependence_is_1_when_all_items_are_identical() -> None:
     """A stream of one kind has no runs: neighbours are as alike as any two."""
     assert dependence(np.ones((SIZE, SIZE), np.float32), SIZE, one_each(), USUAL) == 1
 

@@ -71,13 +71,13 @@ AT_ONCE = Stream().add(CHANGING)
 
 @settings(max_examples=8)
 @given(st.lists(st.integers(0, CHANGING.size), max_size=5))
-def test_a_stream_in_pieces_gives_what_it_gives_at_once(cuts: list[int]) -> None:
+def test_the_result_is_the_same_when_a_stream_is_checked_in_pieces(cuts: list[int]) -> None:
     stream = Stream().add_in_pieces(CHANGING, cuts)
     assert AT_ONCE.events
     assert (stream.watch, stream.events) == (AT_ONCE.watch, AT_ONCE.events)
 
 
-def test_a_stream_that_is_longer_than_the_memory_gives_in_pieces_what_it_gives_at_once() -> None:
+def test_the_result_is_the_same_in_pieces_when_a_stream_is_longer_than_the_memory() -> None:
     long = draw_requests(4, 750, repeats=0.05)
     long = long.followed_by(draw_requests(5, 300, first=750, run=8))  # the dependence grows
     long = long.followed_by(draw_requests(6, 60, first=1_050, moved=4.0))
@@ -89,7 +89,7 @@ def test_a_stream_that_is_longer_than_the_memory_gives_in_pieces_what_it_gives_a
     assert (pieces.watch, pieces.events) == (at_once.watch, at_once.events)
 
 
-def test_no_requests_change_nothing() -> None:
+def test_the_watch_is_unchanged_when_there_are_no_requests() -> None:
     stream = Stream()
     stream.add(CHANGING)
     watch = stream.watch
@@ -97,7 +97,7 @@ def test_no_requests_change_nothing() -> None:
     assert stream.watch == watch
 
 
-def test_near_copies_are_seen_and_not_kept() -> None:
+def test_near_copies_are_seen_but_not_counted() -> None:
     stream = draw_requests(2, 40)
     twice = stream.at(np.repeat(np.arange(40), 2))
     found = Stream().add(twice)
@@ -105,7 +105,7 @@ def test_near_copies_are_seen_and_not_kept() -> None:
     assert (found.watch.kept, found.watch.newest_kept) == (40, "10" * 40)
 
 
-def test_the_watch_says_of_the_newest_requests_only_which_were_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_watch_records_only_which_of_the_newest_requests_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("monitoring.drift.detector.RARITY_REQUESTS", 50)
     requests = draw_requests(2, 45)
     stream = Stream()
@@ -130,7 +130,7 @@ def test_near_copies_in_the_reference_count_once() -> None:
         pytest.param({"cut": 1.0}, {"finish_reason"}, Signal.OUTPUT, id="cut answers"),
     ],
 )
-def test_a_clear_shift_is_called_within_12_requests_and_names_what_changed(
+def test_an_alarm_names_the_feature_within_12_requests_when_the_shift_is_clear(
     change: dict[str, float], features: set[str], signal: Signal
 ) -> None:
     feature, delay = first_alarm(draw_requests(2, 300), draw_requests(3, 40, first=300, **change))  # type: ignore[arg-type]
@@ -139,13 +139,13 @@ def test_a_clear_shift_is_called_within_12_requests_and_names_what_changed(
     assert delay <= 12
 
 
-def test_a_shift_from_the_first_request_on_is_called_once_a_burst_is_ruled_out() -> None:
+def test_an_alarm_starts_after_a_burst_is_ruled_out_when_the_first_request_is_already_shifted() -> None:
     feature, delay = first_alarm(draw_requests(2, 0), draw_requests(3, 400, longer=20.0))
     assert feature == "characters"
     assert 50 < delay < 260
 
 
-def test_a_small_change_of_topics_is_found() -> None:
+def test_an_alarm_starts_when_topics_change_slightly() -> None:
     stream = Stream()
     stream.add(draw_requests(2, 500))
     assert stream.events == []
@@ -161,7 +161,7 @@ def test_a_small_change_of_topics_is_found() -> None:
         pytest.param(1, 0.3, 800, id="near copies"),
     ],
 )
-def test_requests_like_the_reference_give_no_alarm(run: int, repeats: float, size: int) -> None:
+def test_there_is_no_alarm_when_requests_are_like_the_reference(run: int, repeats: float, size: int) -> None:
     stream = Stream()
     stream.add_in_pieces(draw_requests(6, size, run=run, repeats=repeats), range(600, size, 600))
     assert stream.events == []
@@ -176,7 +176,7 @@ def test_the_dependence_is_that_of_the_stream() -> None:
     assert 4 <= runs.watch.dependence <= 8
 
 
-def test_requests_may_all_depend_on_each_other_when_there_are_few() -> None:
+def test_the_dependence_is_64_when_there_are_few_requests() -> None:
     assert Stream().add(draw_requests(2, 50)).watch.dependence == MAX_LAG
 
 
@@ -185,7 +185,7 @@ def no_answers(requests: Requests) -> Requests:
 
 
 @pytest.mark.parametrize("strip", [no_answers, without_answers])
-def test_changed_prompts_are_found_when_neither_side_has_answers(strip: Callable[[Requests], Requests]) -> None:
+def test_changed_prompts_are_detected_when_neither_side_has_answers(strip: Callable[[Requests], Requests]) -> None:
     detector = Detector(baseline_of(strip(REFERENCE)))
     assert set(detector.signals.values()) == {Signal.INPUT}
     stream = Stream(detector, strip(NOTHING))
@@ -193,7 +193,7 @@ def test_changed_prompts_are_found_when_neither_side_has_answers(strip: Callable
     assert next(event.feature for event in stream.events) == CLASSIFIER
 
 
-def test_requests_without_values_of_answers_are_no_change_of_answers() -> None:
+def test_there_is_no_output_alarm_when_answers_have_no_values() -> None:
     stream = Stream()
     stream.add(draw_requests(2, 100))
     before = stream.watch.features
@@ -203,7 +203,7 @@ def test_requests_without_values_of_answers_are_no_change_of_answers() -> None:
     assert stream.events == []
 
 
-def test_bets_of_all_signals_together_cost_no_more_than_their_shares() -> None:
+def test_the_weights_of_all_bets_are_within_the_shares_of_their_signals() -> None:
     with_answers, without = DETECTOR, Detector(baseline_of(no_answers(REFERENCE)))
     assert with_answers._weights.sum() == pytest.approx(SIGNAL_SHARES[Signal.INPUT] + SIGNAL_SHARES[Signal.OUTPUT])
     assert without._weights.sum() == pytest.approx(SIGNAL_SHARES[Signal.INPUT])
@@ -211,17 +211,17 @@ def test_bets_of_all_signals_together_cost_no_more_than_their_shares() -> None:
     assert sum(SIGNAL_SHARES.values()) == pytest.approx(1)
 
 
-def test_the_promise_is_a_tenth_of_a_false_alarm_in_10000_requests() -> None:
+def test_the_budget_is_a_tenth_of_a_false_alarm_in_10000_requests() -> None:
     assert pytest.approx(0.1) == 10_000 * FALSE_ALARMS_PER_REQUEST
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_a_tiny_reference_gives_no_alarm(size: int) -> None:
+def test_there_is_no_alarm_when_the_reference_is_tiny(size: int) -> None:
     detector = Detector(baseline_of(REFERENCE.at(np.arange(size))))
     assert Stream(detector).add(draw_requests(2, 300)).events == []
 
 
-def test_a_change_of_length_is_found_when_views_have_no_axes() -> None:
+def test_a_change_of_length_is_detected_when_views_have_no_axes() -> None:
     def flat(requests: Requests) -> Requests:
         none = np.zeros((requests.size, 0))
         return replace(requests, prompts=replace(requests.prompts, views=(none, none)))

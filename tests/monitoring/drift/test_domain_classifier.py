@@ -120,7 +120,7 @@ def test_items_are_in_learned_sets_less_often_than_the_bounds_when_nothing_chang
     assert (hits.mean(axis=0) < bounds.mean(axis=0)).all()
 
 
-def test_items_are_in_learned_sets_more_often_than_the_bounds_when_topics_have_moved() -> None:
+def test_items_are_in_learned_sets_more_often_than_the_bounds_when_topics_have_changed() -> None:
     moved = ALIKE.part(0, 300).followed_by(draw_requests(3, 60, moved=1.0).prompts)
     hits, bounds = learned(compare(moved), range(320, 330))
     assert (hits[:, :4].mean(axis=0) > bounds[:, :4].mean(axis=0)).all()
@@ -157,19 +157,19 @@ def test_prompts_like_the_reference_are_in_far_sets_less_often_than_the_bounds()
     assert (np.mean(hits, axis=(0, 1)) < np.mean([one.far_bounds for one in classifiers], axis=0)).all()
 
 
-def test_bounds_of_far_sets_are_twice_what_the_reference_may_have_of_them() -> None:
+def test_bounds_of_far_sets_are_twice_the_upper_share_of_the_reference() -> None:
     expected = [SLACK * upper_share(count, 200, SURE) for count in (0, 0, 4, 4, 20, 20)]
     assert CLASSIFIER.far_bounds == pytest.approx(expected)
 
 
-def test_moved_prompts_are_told_from_the_reference_and_the_moved_ones_are_typical() -> None:
+def test_changed_prompts_are_distinguished_from_the_reference_and_are_the_most_typical() -> None:
     live = ALIKE.part(0, 40).followed_by(draw_requests(3, 60, moved=3.0).prompts)
     assert CLASSIFIER.separation(ALIKE.part(0, 100)) < 0.65 < CLASSIFIER.separation(live)
     assert all(place >= 40 for place in CLASSIFIER.most_typical(live, 5))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_a_tiny_reference_has_no_set_that_an_equal_prompt_is_in(size: int) -> None:
+def test_an_equal_prompt_is_in_no_set_when_the_reference_is_tiny(size: int) -> None:
     reference = REFERENCE.part(0, size)
     classifier = DomainClassifier(reference)
     assert np.isfinite(classifier.far_bounds).all()
@@ -179,7 +179,7 @@ def test_a_tiny_reference_has_no_set_that_an_equal_prompt_is_in(size: int) -> No
 
 
 @pytest.mark.parametrize("view", [np.zeros((200, 0)), np.zeros((200, 3)), np.full((200, 2), 0.1)])
-def test_no_prompt_is_in_any_set_when_views_say_nothing(view: Floats) -> None:
+def test_no_prompt_is_in_any_set_when_views_carry_no_information(view: Floats) -> None:
     flat = Sample(200, views=(view, np.zeros((200, 0))))
     classifier = DomainClassifier(flat)
     similar = compare(flat, classifier)

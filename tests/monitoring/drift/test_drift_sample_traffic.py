@@ -57,12 +57,12 @@ def alarms(known: list[ChatExample], reference: list[ChatExample], live: list[Ch
     return [event.feature for event in found.events if event.alarm]
 
 
-def test_compared_with_the_sample_it_is_steady(requests: list[ChatExample]) -> None:
+def test_there_is_no_alarm_when_traffic_is_compared_with_the_sample(requests: list[ChatExample]) -> None:
     drawn = draw_drift_sample(requests[:GIVEN], 0)
     assert alarms(drawn.rest, drawn.sample, requests[GIVEN:][:LIVE]) == []
 
 
-def test_compared_with_prompts_that_the_text_space_was_made_from_it_would_be_an_alarm(
+def test_there_would_be_an_alarm_when_traffic_is_compared_with_prompts_of_the_text_space(
     requests: list[ChatExample],
 ) -> None:
     """This is why the sample is left out of the text space."""

@@ -122,7 +122,7 @@ def first_alarms(
 
 @pytest.mark.parametrize("run", [1, 5, 20])
 @pytest.mark.parametrize(("before", "bound", "after"), [(0.02, 0.06, 0.6), (0.25, 0.5, 0.95)])
-def test_an_alarm_names_about_the_item_with_which_the_change_began(
+def test_an_alarm_dates_the_start_of_the_change_approximately(
     before: float, bound: float, after: float, run: int
 ) -> None:
     alarms, _ = first_alarms(before, after, bound, run=run)
@@ -132,7 +132,7 @@ def test_an_alarm_names_about_the_item_with_which_the_change_began(
 
 
 @pytest.mark.parametrize(("before", "bound", "after"), [(0.02, 0.05, 0.1), (0.05, 0.11, 0.16), (0.15, 0.33, 0.45)])
-def test_an_alarm_is_called_when_a_share_stays_a_little_above_its_bound(
+def test_an_alarm_starts_when_a_share_stays_slightly_above_its_bound(
     before: float, bound: float, after: float
 ) -> None:
     alarms, _ = first_alarms(before, after, bound, items=8_000)
@@ -141,7 +141,7 @@ def test_an_alarm_is_called_when_a_share_stays_a_little_above_its_bound(
 
 
 @pytest.mark.parametrize("run", [1, 5, 20])
-def test_an_alarm_is_called_once_and_lasts_when_the_change_lasts(run: int) -> None:
+def test_an_alarm_starts_once_and_stays_active_when_the_change_continues(run: int) -> None:
     _, events = first_alarms(0.02, 0.5, 0.06, run=run, items=2500)
     assert len(events) == 12
 
@@ -171,7 +171,7 @@ def test_false_alarms_are_too_frequent_when_runs_are_taken_for_independent_items
 
 
 @given(streams, st.integers(0, 150), st.integers(1, 40))
-def test_items_without_a_value_change_nothing(items: list[tuple[int, ...]], place: int, count: int) -> None:
+def test_evidence_is_unchanged_when_items_have_no_value(items: list[tuple[int, ...]], place: int, count: int) -> None:
     nothing = [(NOT_THERE,) * 3] * count
     plain, with_gap = Watched().add(*items), Watched().add(*items[:place], *nothing, *items[place:])
     assert with_gap.evidence.strengths() == plain.evidence.strengths()
@@ -181,7 +181,7 @@ def test_items_without_a_value_change_nothing(items: list[tuple[int, ...]], plac
 
 
 @given(streams)
-def test_one_feature_does_not_change_what_is_found_on_another(items: list[tuple[int, ...]]) -> None:
+def test_the_evidence_on_one_feature_is_independent_of_the_others(items: list[tuple[int, ...]]) -> None:
     together, alone = Watched(), Watched(["other"], [BOUND])
     for item in items:
         together.add(item)
@@ -196,7 +196,7 @@ def test_both_features_have_an_alarm_when_one_changes_after_the_other() -> None:
     assert set(watched.lasting()) == {"one", "other"}
 
 
-def test_an_alarm_is_called_once_and_ends_after_its_patience_and_can_be_called_again() -> None:
+def test_an_alarm_starts_once_ends_after_its_patience_and_can_start_again() -> None:
     watched = one_bet().add(*[(MISS,)] * 200, *[(HIT,)] * 100, *[(MISS,)] * 300, *[(HIT,)] * 10)
     began, ended, again = watched.events
     assert began.alarm and again.alarm and ended.alarm is None
@@ -204,7 +204,7 @@ def test_an_alarm_is_called_once_and_ends_after_its_patience_and_can_be_called_a
     assert (began.alarm.since, again.alarm.since) == (201, 601)
 
 
-def test_an_alarm_lasts_when_the_change_pauses_for_less_than_the_patience() -> None:
+def test_an_alarm_stays_active_when_the_change_pauses_for_less_than_the_patience() -> None:
     watched = one_bet().add(*[(MISS,)] * 200)
     for _ in range(10):
         watched.add(*[(HIT,)] * 20, *[(MISS,)] * 20)
@@ -212,7 +212,7 @@ def test_an_alarm_lasts_when_the_change_pauses_for_less_than_the_patience() -> N
     assert watched.lasting()
 
 
-def test_an_alarm_that_took_long_to_be_called_lasts_longer() -> None:
+def test_an_alarm_ends_later_when_it_took_longer_to_start() -> None:
     watched = one_bet(FeatureAlarm(since=101, called=301)).add(*[(MISS,)] * 799)
     assert watched.events == []
     assert [event.position for event in watched.add((MISS,)).events] == [1101]
@@ -224,7 +224,7 @@ def test_no_alarm_lasts_longer_than_1000_items_without_a_sign_of_the_change() ->
 
 
 @given(streams, st.lists(st.integers(0, 150), max_size=4), st.sampled_from([1.0, 3.7]))
-def test_a_stream_in_pieces_gives_what_it_gives_at_once_when_states_go_through_json(
+def test_the_result_is_the_same_in_pieces_when_states_go_through_json(
     items: list[tuple[int, ...]], cuts: list[int], dependence: float
 ) -> None:
     whole = Watched(dependence=dependence).add(*items)
@@ -239,14 +239,14 @@ def test_a_stream_in_pieces_gives_what_it_gives_at_once_when_states_go_through_j
     assert states == whole.evidence.states()
 
 
-def test_a_feature_with_other_bets_than_before_begins_anew() -> None:
+def test_a_feature_starts_anew_when_its_bets_have_changed() -> None:
     states = Watched().add(*[(HIT, HIT, HIT)] * 30).evidence.states()
     changed = Watched(["one", "other"], [BOUND, BOUND], states=states)
     assert changed.evidence.strengths() == {"one": 0.0, "other": 1.0}
 
 
 @given(streams)
-def test_strengths_are_from_0_to_1_and_1_exactly_when_an_alarm_lasts(items: list[tuple[int, ...]]) -> None:
+def test_strengths_are_between_0_and_1_and_1_only_during_an_alarm(items: list[tuple[int, ...]]) -> None:
     watched = Watched()
     for item in items:
         strengths = watched.add(item).evidence.strengths()
@@ -255,14 +255,14 @@ def test_strengths_are_from_0_to_1_and_1_exactly_when_an_alarm_lasts(items: list
 
 
 @given(streams)
-def test_alarms_of_a_feature_begin_and_end_in_turn(items: list[tuple[int, ...]]) -> None:
+def test_starts_and_ends_of_a_features_alarms_alternate(items: list[tuple[int, ...]]) -> None:
     watched = Watched().add(*items)
     for name in ("one", "other"):
         began = [event.alarm is not None for event in watched.events if event.feature == name]
         assert began == [number % 2 == 0 for number in range(len(began))]
 
 
-def test_an_alarm_begins_not_after_it_is_called() -> None:
+def test_the_dated_start_of_a_change_is_not_after_its_alarm() -> None:
     generator = np.random.default_rng(1)
     watched = Watched().add(*np.where(generator.random((4000, 3)) < 0.15, HIT, MISS).tolist())
     alarms = [event.alarm for event in watched.events if event.alarm]
@@ -270,13 +270,13 @@ def test_an_alarm_begins_not_after_it_is_called() -> None:
     assert all(1 <= alarm.since <= alarm.called for alarm in alarms)
 
 
-def test_nothing_is_found_when_there_are_no_bets() -> None:
+def test_there_are_no_events_when_there_are_no_bets() -> None:
     nothing = Evidence([], np.zeros(0), THRESHOLD, {})
     assert nothing.add(1, np.zeros(0, np.int8), np.zeros(0), 1.0) == []
     assert (nothing.states(), nothing.strengths()) == ({}, {})
 
 
-def test_an_alarm_names_the_first_item_when_bets_begin_anew_in_a_changed_stream() -> None:
+def test_an_alarm_dates_the_first_item_when_bets_restart_in_a_changed_stream() -> None:
     """As after a change was accepted: the positions of the stream go on."""
     watched = Watched(["one"], [BOUND], position=5_000).add(*[(HIT,)] * 20)
     assert [event.alarm.since for event in watched.events if event.alarm] == [5_001]

@@ -38,7 +38,7 @@ def test_a_request_with_the_same_words_is_a_near_copy() -> None:
     assert decide(NearCopies([]), [distinct(1), distinct(2), distinct(1)]) == [False, False, True]
 
 
-def test_requests_that_share_no_words_are_no_near_copies() -> None:
+def test_requests_without_common_words_are_not_near_copies() -> None:
     assert decide(NearCopies([]), [distinct(number) for number in range(30)]) == [False] * 30
 
 
@@ -48,19 +48,19 @@ def test_a_request_with_a_tenth_of_its_words_replaced_is_a_near_copy() -> None:
     assert decide(NearCopies([]), [distinct(1), *others, rephrased])[-1]
 
 
-def test_a_request_with_half_of_its_words_replaced_is_no_near_copy() -> None:
+def test_a_request_with_half_of_its_words_replaced_is_not_a_near_copy() -> None:
     rephrased = words([*distinct(1)[10:], *range(9_000, 9_010)])
     assert decide(NearCopies([]), [distinct(1), rephrased]) == [False, False]
 
 
-def test_prompts_of_one_template_are_near_copies_at_first_and_no_longer_when_its_words_are_common() -> None:
+def test_prompts_of_one_template_are_near_copies_only_until_its_words_are_common() -> None:
     copies = NearCopies([distinct(number) for number in range(5_000, 5_200)])
     found = decide(copies, [form(number) for number in range(300)])
     assert found[1]
     assert not any(found[200:])
 
 
-def test_prompts_of_a_template_are_no_near_copies_when_the_reference_has_it_too() -> None:
+def test_prompts_of_a_template_are_not_near_copies_when_the_reference_has_it_too() -> None:
     reference = [form(number) for number in range(1_000, 1_200)]
     assert decide(NearCopies(reference), [form(number) for number in range(50)]) == [False] * 50
 
@@ -75,19 +75,19 @@ def test_a_repetition_counts_again_when_a_day_has_passed(after: float, expected:
     assert decide(NearCopies([]), [distinct(1), distinct(1)], [1e9, 1e9 + after]) == [False, expected]
 
 
-def test_a_request_that_repeats_all_day_counts_once_per_day() -> None:
+def test_a_request_counts_once_per_day_when_it_repeats_all_day() -> None:
     times = [hour * HOUR for hour in range(72)]
     found = decide(NearCopies([]), [distinct(1)] * 72, times)
     assert [place for place, copy in enumerate(found) if not copy] == [0, 24, 48]
 
 
 @pytest.mark.parametrize(("between", "expected"), [(COMPARED - 1, True), (COMPARED, False)])
-def test_a_request_is_compared_with_the_newest_100_that_were_kept(between: int, expected: bool) -> None:
+def test_a_request_is_compared_with_the_newest_100_counted_ones(between: int, expected: bool) -> None:
     others = [distinct(number) for number in range(2, 2 + between)]
     assert decide(NearCopies([]), [distinct(1), *others, distinct(1)])[-1] is expected
 
 
-def test_near_copies_push_nothing_out_of_the_newest_100() -> None:
+def test_near_copies_do_not_displace_the_newest_100() -> None:
     assert decide(NearCopies([]), [distinct(1), *[distinct(2)] * 500, distinct(1)])[-1]
 
 
@@ -105,7 +105,7 @@ def test_requests_with_no_or_one_word_are_compared_by_all_of_them(count: int) ->
     assert decide(NearCopies([]), [same, other, same]) == [False, False, True]
 
 
-def test_a_request_without_words_is_no_near_copy_of_one_with_words() -> None:
+def test_a_request_without_words_is_not_a_near_copy_of_one_with_words() -> None:
     assert decide(NearCopies([]), [distinct(1), words([])]) == [False, False]
 
 
@@ -113,7 +113,7 @@ prompts = st.lists(st.sets(st.integers(0, 8), max_size=5).map(words), max_size=4
 
 
 @given(prompts, prompts, st.integers(0, 40))
-def test_a_stream_in_two_runs_gives_the_same_near_copies_as_in_one(
+def test_near_copies_are_the_same_after_a_restart(
     reference: list[Words], stream: list[Words], cut: int
 ) -> None:
     """As a restarted check does: all that were seen, then those that were kept."""
@@ -131,7 +131,7 @@ def test_a_stream_in_two_runs_gives_the_same_near_copies_as_in_one(
 
 
 @given(prompts, st.integers(0, 40))
-def test_a_request_that_is_remembered_as_seen_and_kept_is_as_one_that_was_decided(
+def test_a_remembered_request_has_the_same_effect_as_a_checked_one(
     stream: list[Words], cut: int
 ) -> None:
     expected = decide(NearCopies([]), stream)

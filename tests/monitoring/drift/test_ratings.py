@@ -103,7 +103,7 @@ def test_a_day_begins_at_midnight_utc() -> None:
     assert one_a_day([late, early]) == [late, early]
 
 
-def test_half_of_bad_ratings_are_mostly_seen_within_60_when_6_percent_were_usual(people: People) -> None:
+def test_an_alarm_mostly_starts_within_60_when_half_are_bad_instead_of_6_percent(people: People) -> None:
     seen = 0
     for seed in range(20):
         people.given, people.state, people.alarms = [], RatingState(), AlarmBook(people.store, TARGET)
@@ -114,19 +114,19 @@ def test_half_of_bad_ratings_are_mostly_seen_within_60_when_6_percent_were_usual
     assert seen >= 18
 
 
-def test_a_rise_from_6_to_50_percent_is_an_alarm_on_bad_ratings_within_60(people: People) -> None:
+def test_an_alarm_on_bad_ratings_starts_within_60_when_they_rise_from_6_to_50_percent(people: People) -> None:
     people.give(*[False] * 20, *exactly(30, 60))
     assert people.check().status is Status.ALARM
     assert people.lasting == ["bad_ratings"]
 
 
-def test_more_corrections_are_an_alarm_on_them(people: People) -> None:
+def test_an_alarm_on_corrections_starts_when_there_are_more(people: People) -> None:
     people.give(*[True, False] * 30, corrected=True)
     people.check()
     assert set(people.lasting) == {"bad_ratings", "corrections"}
 
 
-def test_fewer_bad_ratings_are_no_alarm(people: People) -> None:
+def test_there_is_no_alarm_when_there_are_fewer_bad_ratings(people: People) -> None:
     people.earlier = rated(exactly(50, 100))
     people.give(*[False] * 500)
     assert people.check().status is Status.STEADY
@@ -134,27 +134,27 @@ def test_fewer_bad_ratings_are_no_alarm(people: People) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_ratings_like_the_earlier_ones_are_no_alarm(people: People, seed: int) -> None:
+def test_there_is_no_alarm_when_ratings_are_like_the_earlier_ones(people: People, seed: int) -> None:
     people.give(*drawn(seed, 1_000, 0.06))
     assert people.check().status is Status.STEADY
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_runs_of_5_ratings_of_one_person_are_no_alarm(people: People, seed: int) -> None:
+def test_there_is_no_alarm_when_persons_give_runs_of_5_ratings(people: People, seed: int) -> None:
     for number, bad in enumerate(drawn(seed, 200, 0.06)):
         people.given += rated([bad] * 5, first=5 * number, person=f"person {number}")
     assert people.check().status is Status.STEADY
     assert people.state.position == 200
 
 
-def test_one_angry_person_is_no_alarm(people: People) -> None:
+def test_there_is_no_alarm_when_one_person_gives_many_bad_ratings(people: People) -> None:
     people.given = rated([True] * 200, person="ada")
     assert people.check().status is Status.STEADY
     assert people.state.position == 1
 
 
 @pytest.mark.parametrize("size", [1, 7, 33])
-def test_ratings_in_pieces_give_what_they_give_at_once(people: People, size: int, tmp_path: Path) -> None:
+def test_the_result_is_the_same_when_ratings_are_checked_in_pieces(people: People, size: int, tmp_path: Path) -> None:
     bad = [*drawn(1, 130, 0.06), *drawn(2, 60, 0.6), *drawn(3, 330, 0.03)]
     for start in range(0, len(bad), size):
         people.give(*bad[start : start + size])
@@ -166,7 +166,7 @@ def test_ratings_in_pieces_give_what_they_give_at_once(people: People, size: int
     assert (in_pieces, alarms) == (people.state, people.alarms.changed)
 
 
-def test_an_alarm_says_since_when_and_names_bad_answers_and_ends_when_ratings_are_good_again(people: People) -> None:
+def test_an_alarm_has_its_start_and_bad_answers_and_ends_when_ratings_are_good_again(people: People) -> None:
     people.give(*[False] * 80, *[True] * 20)
     people.check()
     alarm = people.alarms.lasting(Signal.PEOPLE)["bad_ratings"]
@@ -179,7 +179,7 @@ def test_an_alarm_says_since_when_and_names_bad_answers_and_ends_when_ratings_ar
     assert ended and NOON + 290 * MINUTE <= ended < NOON + 300 * MINUTE  # 200 after the last sign
 
 
-def test_the_first_100_ratings_are_compared_with_when_there_are_no_earlier_ones(people: People) -> None:
+def test_the_first_100_ratings_are_the_reference_when_there_are_no_earlier_ones(people: People) -> None:
     people.earlier = []
     people.give(*exactly(9, 99))
     assert people.check().status is Status.WAITING
@@ -191,7 +191,7 @@ def test_the_first_100_ratings_are_compared_with_when_there_are_no_earlier_ones(
     assert people.state.position == 20
 
 
-def test_ratings_are_compared_with_the_same_ones_when_there_are_more_earlier_ones_later(people: People) -> None:
+def test_the_reference_stays_the_same_when_more_earlier_ratings_arrive_later(people: People) -> None:
     people.give(False)
     people.check()
     people.earlier += rated([True] * 300)
@@ -200,7 +200,7 @@ def test_ratings_are_compared_with_the_same_ones_when_there_are_more_earlier_one
     assert sum(bad for bad, _ in people.state.base) == 6
 
 
-def test_a_check_without_new_ratings_changes_nothing(people: People) -> None:
+def test_the_state_is_unchanged_when_there_are_no_new_ratings(people: People) -> None:
     people.give(*[False] * 80, *[True] * 20)
     people.check()
     state, changed = people.state, list(people.alarms.changed)
@@ -208,13 +208,13 @@ def test_a_check_without_new_ratings_changes_nothing(people: People) -> None:
     assert (people.state, people.alarms.changed) == (state, changed)
 
 
-def test_a_check_reports_when_no_answer_was_rated_yet(people: People) -> None:
+def test_the_report_says_so_when_no_answer_was_rated(people: People) -> None:
     report = people.check()
     assert (report.status, report.items, report.window, report.lines) == (Status.WAITING, 0, 0, ())
     assert report.newest_at is None
 
 
-def test_an_alarm_ends_when_what_ratings_were_compared_with_is_lost(people: People) -> None:
+def test_an_alarm_ends_when_the_reference_is_lost(people: People) -> None:
     """As after an update of the state's format, for a version without earlier ones."""
     people.give(*[False] * 20, *[True] * 20)
     assert people.check().status is Status.ALARM
@@ -223,7 +223,7 @@ def test_an_alarm_ends_when_what_ratings_were_compared_with_is_lost(people: Peop
     assert people.alarms.lasting(Signal.PEOPLE) == {}
 
 
-def test_a_check_works_when_all_ratings_were_deleted(people: People) -> None:
+def test_a_check_succeeds_when_all_ratings_were_deleted(people: People) -> None:
     people.give(*[False] * 20)
     people.check()
     people.given = []
@@ -231,7 +231,7 @@ def test_a_check_works_when_all_ratings_were_deleted(people: People) -> None:
     assert (report.status, report.items, report.window) == (Status.STEADY, 20, 0)
 
 
-def test_later_ratings_count_when_a_clock_was_ahead_for_a_while(people: People) -> None:
+def test_later_ratings_count_when_the_clock_was_once_ahead(people: People) -> None:
     people.give(*[False] * 10)
     ahead = RatedAnswer(999, "req-999", "", NOON + 30 * DAY, bad=False, corrected=False)
     now = people.given[-1].given_at

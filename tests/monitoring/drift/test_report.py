@@ -29,7 +29,7 @@ def test_a_line_compares_medians_of_numbers() -> None:
     assert (line.name, line.evidence, line.expected, line.live) == ("length", 0.5, "2", "1.23e+03")
 
 
-def test_a_line_compares_shares_of_the_category_that_moved_most() -> None:
+def test_a_line_compares_shares_of_the_category_that_changed_most() -> None:
     line = feature_line("reason", 1.0, reasons(*["stop"] * 90, *["length"] * 10), reasons("length", "stop", NOT_THERE))
     assert line is not None
     assert (line.expected, line.live) == ("length 10%", "length 50%")
@@ -42,7 +42,7 @@ def test_a_line_names_a_category_that_is_new() -> None:
     assert (line.expected, line.live) == ("error 0%", "error 50%")
 
 
-def test_the_score_of_a_line_is_larger_when_more_has_moved() -> None:
+def test_the_score_of_a_line_is_larger_when_the_change_is_larger() -> None:
     reference = lengths(*range(200))
     scores = [feature_line("length", 0.0, reference, lengths(*range(by, by + 200))) for by in (0, 30, 100, 300)]
     found = [line.score for line in scores if line]
@@ -59,7 +59,7 @@ def test_there_is_no_line_when_no_live_item_has_a_category(live: Sample) -> None
     assert feature_line("reason", 0.0, reasons("stop"), live) is None
 
 
-def test_a_line_says_that_the_reference_has_no_value() -> None:
+def test_a_line_shows_a_dash_when_the_reference_has_no_value() -> None:
     of_number = feature_line("length", 0.0, lengths(NAN), lengths(1.0))
     of_name = feature_line("reason", 0.0, reasons(NOT_THERE), reasons("stop"))
     assert of_number and of_name
@@ -78,18 +78,18 @@ def test_a_line_of_any_values_is_the_same_after_json(
         assert line is None or LINE.validate_json(LINE.dump_json(line)) == line
 
 
-def test_numbers_farthest_from_the_reference_moved_most_the_newest_first() -> None:
+def test_examples_are_the_numbers_farthest_from_the_reference_newest_first() -> None:
     live = lengths(10.0, 99.0, NAN, 12.0, 99.0, -60.0, 11.0)
     assert most_moved("length", lengths(10.0, 11.0, 12.0, NAN), live) == [4, 1, 5, 3, 0]
 
 
-def test_items_of_the_category_that_grew_moved_most_the_newest_first() -> None:
+def test_examples_are_of_the_category_that_grew_newest_first() -> None:
     live = reasons("length", "stop", "error", NOT_THERE, "error", "error")
     assert most_moved("reason", reasons(*["stop"] * 90, *["length"] * 10), live)[:3] == [5, 4, 2]
 
 
 @pytest.mark.parametrize("live", [lengths(NAN, 5.0, NAN), lengths(NAN, 1.0, NAN)])
-def test_items_without_a_value_moved_least(live: Sample) -> None:
+def test_items_without_a_value_come_last(live: Sample) -> None:
     assert most_moved("length", lengths(1.0), live)[0] == 1
 
 

@@ -7,13 +7,13 @@ from monitoring.drift.evidence import HIT
 from monitoring.drift.signals import rating_bets, rating_sample
 
 
-def test_ratings_are_compared_by_how_many_are_bad_and_how_many_are_corrected() -> None:
+def test_the_features_of_ratings_are_bad_and_corrected() -> None:
     sample = rating_sample([(True, True), (True, False), (False, False)])
     table = hit_table(rating_bets(sample), sample)
     assert (table == HIT).tolist() == [[True, True], [True, False], [False, False]]
 
 
-def test_bounds_are_the_most_that_the_reference_may_have_of_bad_ratings() -> None:
+def test_bounds_are_the_upper_shares_of_the_reference() -> None:
     bets = rating_bets(rating_sample([(place < 6, place < 2) for place in range(100)]))
     assert [(bet.feature, bet.bound) for bet in bets] == [
         ("bad_ratings", upper_share(6, 100, 2.0)),

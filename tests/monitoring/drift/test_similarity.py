@@ -77,7 +77,7 @@ def test_groups_are_separated_when_they_lie_apart() -> None:
     assert separation(moved(), 10) == pytest.approx(1)
 
 
-def test_groups_are_hardly_separated_when_they_are_drawn_alike() -> None:
+def test_groups_are_hardly_separated_when_they_have_the_same_distribution() -> None:
     assert separation(similarities(draw(1, 200, 3), draw(2, 100, 3)), 100) < 0.6
 
 

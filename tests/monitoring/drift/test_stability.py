@@ -59,14 +59,14 @@ def test_the_index_is_0_when_there_are_no_categories() -> None:
     assert category_stability(categories(en=9), np.array([NOT_THERE])).index == 0.0
 
 
-def test_missing_numbers_are_left_out() -> None:
+def test_missing_numbers_are_ignored() -> None:
     reference, live = normals(1, 40), normals(2, 20, at=0.8)
     holes = np.full(7, NAN)
     with_holes = np.concatenate([holes, reference, holes]), np.concatenate([live, holes])
     assert number_stability(*with_holes) == number_stability(reference, live)
 
 
-def test_missing_categories_are_left_out() -> None:
+def test_missing_categories_are_ignored() -> None:
     reference, live, holes = categories(en=30, de=10), categories(en=8, de=12), np.array([NOT_THERE] * 7)
     with_holes = np.concatenate([holes, reference]), np.concatenate([live, holes])
     assert category_stability(*with_holes) == category_stability(reference, live)
@@ -83,17 +83,17 @@ def test_another_number_on_either_side_is_a_shift_when_all_numbers_are_equal(liv
     assert number_stability(np.ones(200), np.full(100, live)).index > 0.2
 
 
-def test_a_new_category_is_a_shift_by_custom() -> None:
+def test_a_new_category_exceeds_the_conventional_limit_of_a_shift() -> None:
     assert category_stability(categories(en=100), categories(en=50, de=50)).index > 0.2
 
 
-def test_the_index_is_that_of_its_definition() -> None:
+def test_the_index_equals_its_definition() -> None:
     # Shares of a half against three quarters and a quarter; the half count that is added vanishes in so many.
     found = category_stability(categories(a=50_000, b=50_000), categories(a=75_000, b=25_000)).index
     assert found == pytest.approx(0.25 * np.log(1.5) - 0.25 * np.log(0.5), rel=1e-3)
 
 
-def test_the_index_beyond_chance_is_about_0_when_nothing_moved() -> None:
+def test_the_index_beyond_chance_is_about_0_when_nothing_changed() -> None:
     generator = np.random.default_rng(3)
     found = [number_stability(generator.normal(size=200), generator.normal(size=50)) for _ in range(200)]
     assert np.mean([one.index for one in found]) == pytest.approx(found[0].by_chance, rel=0.15)

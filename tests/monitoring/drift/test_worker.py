@@ -61,7 +61,7 @@ def settings(home: Path) -> Settings:
 
 
 @pytest.mark.slow
-def test_checks_go_on_in_one_process_after_one_failed(tmp_path: Path) -> None:
+def test_checks_continue_in_the_same_process_when_one_failed(tmp_path: Path) -> None:
     with DriftWorker(settings(tmp_path), note).running():
         processes = noted(tmp_path, 2)
     assert os.getpid() not in processes
@@ -69,13 +69,13 @@ def test_checks_go_on_in_one_process_after_one_failed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_is_begun_anew(tmp_path: Path) -> None:
+def test_the_process_is_restarted_when_it_dies(tmp_path: Path) -> None:
     with DriftWorker(settings(tmp_path), die).running():
         assert len(set(noted(tmp_path, 2))) == 2
 
 
 @pytest.mark.slow
-def test_the_process_ends_with_it(tmp_path: Path) -> None:
+def test_the_process_ends_when_its_parent_ends(tmp_path: Path) -> None:
     with DriftWorker(settings(tmp_path), note).running():
         (process, *_) = noted(tmp_path, 1)
         assert psutil.Process(process).nice() == 10

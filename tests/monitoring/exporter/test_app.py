@@ -83,7 +83,7 @@ def value(page: str, name: str, **labels: str) -> float | None:
 
 
 @pytest.mark.parametrize("headers", [{}, OPENMETRICS], ids=["text", "openmetrics"])
-def test_the_servers_page_is_passed_on_under_its_names(registry: Registry, headers: dict[str, str]) -> None:
+def test_the_servers_page_is_passed_through_with_its_names(registry: Registry, headers: dict[str, str]) -> None:
     with page_of(registry, (200, SERVER_PAGE)) as url:
         page = httpx.get(url, headers=headers).text
     assert "svc_server_up 1.0" in page
@@ -92,7 +92,7 @@ def test_the_servers_page_is_passed_on_under_its_names(registry: Registry, heade
             assert line.partition(" # ")[0] in page
 
 
-def test_exemplars_survive(registry: Registry) -> None:
+def test_exemplars_are_passed_through(registry: Registry) -> None:
     with page_of(registry, (200, SERVER_PAGE)) as url:
         assert '# {request_id="req-7"} 0.5' in httpx.get(url, headers=OPENMETRICS).text
 
@@ -102,7 +102,7 @@ def test_exemplars_survive(registry: Registry) -> None:
     [None, (500, ""), (502, "the proxy's own")],
     ids=["none", "500", "502"],
 )
-def test_a_server_that_is_away_is_down_and_the_rest_goes_on(registry: Registry, page: tuple[int, str] | None) -> None:
+def test_the_other_metrics_are_exported_when_the_server_is_down(registry: Registry, page: tuple[int, str] | None) -> None:
     make_version(registry, 1)
     with page_of(registry, page) as url:
         answer = httpx.get(url)
@@ -134,7 +134,7 @@ def test_a_page_is_readable_only_when_its_metrics_are_there(
         assert value(httpx.get(url).text, "svc_server_page_readable") == readable
 
 
-def test_a_port_in_use_is_told(registry: Registry) -> None:
+def test_the_exporter_fails_when_the_port_is_in_use(registry: Registry) -> None:
     with (
         page_of(registry, None) as url,
         pytest.raises(BusyError, match="is in use"),
@@ -143,7 +143,7 @@ def test_a_port_in_use_is_told(registry: Registry) -> None:
         pass
 
 
-def test_a_host_that_no_machine_can_have_is_told(registry: Registry) -> None:
+def test_the_exporter_fails_when_the_host_name_is_invalid(registry: Registry) -> None:
     with (
         pytest.raises(SettingsError, match="cannot listen on xxx"),
         exporting(registry, _store(registry), _home(registry), _nowhere, "x" * 70, 0),
@@ -151,7 +151,7 @@ def test_a_host_that_no_machine_can_have_is_told(registry: Registry) -> None:
         pass
 
 
-def test_an_address_of_another_machine_is_told(registry: Registry) -> None:
+def test_the_exporter_fails_when_the_address_is_of_another_machine(registry: Registry) -> None:
     with (
         pytest.raises(SettingsError, match=r"cannot listen on 192\.0\.2\.1"),
         exporting(registry, _store(registry), _home(registry), _nowhere, "192.0.2.1", 0),
@@ -160,7 +160,7 @@ def test_an_address_of_another_machine_is_told(registry: Registry) -> None:
 
 
 @pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6 here")
-def test_it_listens_on_ipv6_too(registry: Registry) -> None:
+def test_the_exporter_listens_on_ipv6(registry: Registry) -> None:
     with exporting(registry, _store(registry), _home(registry), _nowhere, "::1", 0) as url:
         assert url.startswith("http://[::1]:")
         assert "svc_server_up 0.0" in httpx.get(url).text
@@ -168,7 +168,7 @@ def test_it_listens_on_ipv6_too(registry: Registry) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["of its home", "elsewhere"])
-def test_the_command_watches_a_server_and_ends_when_told(tmp_path: Path, elsewhere: bool) -> None:
+def test_the_command_exports_a_server_and_stops_on_a_signal(tmp_path: Path, elsewhere: bool) -> None:
     command = [sys.executable, "-m", "svc.cli", "--home", str(tmp_path / "home"), "monitor", "--port", "0"]
     lock = tmp_path / ("other" if elsewhere else "home") / LOCK_FILE
     with (
@@ -185,7 +185,7 @@ def test_the_command_watches_a_server_and_ends_when_told(tmp_path: Path, elsewhe
         assert process.wait(10) == 0
 
 
-def test_a_server_elsewhere_is_asked_with_its_key(tmp_path: Path) -> None:
+def test_a_remote_server_is_scraped_with_its_key(tmp_path: Path) -> None:
     secret, asked = new_secret("abcd0123"), list[str]()
 
     class Page(http.server.BaseHTTPRequestHandler):

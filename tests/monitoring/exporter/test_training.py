@@ -53,18 +53,18 @@ def work(tmp_path: Path) -> Iterator[Work]:
         yield work
 
 
-def test_a_name_is_trained_while_a_run_of_it_is_worked_on(read: Read, work: Work) -> None:
+def test_training_is_running_when_a_run_of_the_name_is_active(read: Read, work: Work) -> None:
     work()
     assert read("svc_training_running") == 1
 
 
-def test_a_name_whose_runs_nobody_works_on_is_not_trained(read: Read, tmp_path: Path) -> None:
+def test_training_is_not_running_when_no_run_of_the_name_is_active(read: Read, tmp_path: Path) -> None:
     with hold_lock(tmp_path / RUNS_FOLDER / "tiny-0123456789ab" / RUN_LOCK, "a run"):
         pass
     assert read("svc_training_running") == 0
 
 
-def test_the_time_of_the_newest_file_is_shown_while_a_run_is_worked_on(read: Read, work: Work) -> None:
+def test_the_time_of_the_newest_file_is_exported_when_a_run_is_active(read: Read, work: Work) -> None:
     folder = work()
     (folder / "stage").mkdir()
     (folder / "stage" / "weights").touch()
@@ -72,41 +72,41 @@ def test_the_time_of_the_newest_file_is_shown_while_a_run_is_worked_on(read: Rea
     assert read("svc_training_written_timestamp_seconds") == 4e9
 
 
-def test_no_time_of_a_file_is_shown_when_nobody_works_on_a_run(read: Read, tmp_path: Path) -> None:
+def test_no_time_of_a_file_is_exported_when_no_run_is_active(read: Read, tmp_path: Path) -> None:
     with hold_lock(tmp_path / RUNS_FOLDER / "tiny-0123456789ab" / RUN_LOCK, "a run"):
         pass
     assert read("svc_training_written_timestamp_seconds") is None
 
 
-def test_a_name_is_trained_when_one_of_its_runs_is(read: Read, work: Work) -> None:
+def test_training_is_running_when_one_of_several_runs_is_active(read: Read, work: Work) -> None:
     folder = work()
     (folder.parent / "tiny-fedcba987654").mkdir()
     (folder.parent / "tiny-fedcba987654" / RUN_LOCK).touch()
     assert read("svc_training_running") == 1
 
 
-def test_a_name_without_a_run_in_this_home_is_not_trained(read: Read, work: Work) -> None:
+def test_training_is_not_running_when_the_home_has_no_run_of_the_name(read: Read, work: Work) -> None:
     work("other-0123456789ab")
     assert read("svc_training_running") == 0
 
 
-def test_a_name_that_mlflow_has_not_heard_of_is_trained(read: Read, work: Work) -> None:
+def test_training_is_running_when_mlflow_does_not_know_the_name(read: Read, work: Work) -> None:
     work("other-0123456789ab")
     assert read("svc_training_running", "other") == 1
 
 
-def test_a_name_is_trained_also_while_mlflow_does_not_answer(read: Read, work: Work, mlflow: TrackedRuns) -> None:
+def test_training_is_running_when_mlflow_does_not_answer(read: Read, work: Work, mlflow: TrackedRuns) -> None:
     work()
     mlflow.away = True
     assert read("svc_training_running") == 1
 
 
-def test_without_mlflow_there_are_no_figures(read: Read, mlflow: TrackedRuns) -> None:
+def test_there_are_no_figures_when_mlflow_does_not_answer(read: Read, mlflow: TrackedRuns) -> None:
     mlflow.away = True
     assert read("svc_training_loss") is None
 
 
-def test_where_runs_cannot_be_looked_at_it_is_not_said_whether_one_is_worked_on(read: Read, work: Work) -> None:
+def test_the_running_state_is_not_exported_when_runs_cannot_be_read(read: Read, work: Work) -> None:
     (work() / "mlflow.json").write_text("not JSON")
     assert (read("svc_training_running"), read("svc_training_loss")) == (None, 0.25)
 
@@ -116,7 +116,7 @@ def test_the_figures_are_those_of_the_newest_run(read: Read, mlflow: TrackedRuns
     assert read("svc_training_loss") == 0.5
 
 
-def test_a_run_that_is_worked_on_comes_before_one_that_was_started_later(
+def test_an_active_run_is_preferred_to_one_that_started_later(
     read: Read, work: Work, mlflow: TrackedRuns
 ) -> None:
     mlflow.runs["tiny"].append(run_figures(2000, loss=0.5))
@@ -124,24 +124,24 @@ def test_a_run_that_is_worked_on_comes_before_one_that_was_started_later(
     assert (read("svc_training_loss"), read("svc_training_started_timestamp_seconds")) == (0.25, 1000)
 
 
-def test_of_two_runs_that_are_worked_on_the_newer_one_is_shown(read: Read, work: Work, mlflow: TrackedRuns) -> None:
+def test_the_newer_run_is_exported_when_two_are_active(read: Read, work: Work, mlflow: TrackedRuns) -> None:
     mlflow.runs["tiny"] += [run_figures(2000, loss=0.5), run_figures(3000, loss=0.75)]
     work("tiny-0123456789ab", "tiny/1")
     work("tiny-fedcba987654", "tiny/0")
     assert read("svc_training_loss") == 0.5
 
 
-def test_a_run_that_mlflow_has_lost_is_passed_over(read: Read, work: Work) -> None:
+def test_a_run_is_skipped_when_mlflow_has_lost_it(read: Read, work: Work) -> None:
     work(run_id="lost")
     assert read("svc_training_loss") == 0.25
 
 
-def test_held_out_loss_is_shown(read: Read, mlflow: TrackedRuns) -> None:
+def test_held_out_loss_is_exported(read: Read, mlflow: TrackedRuns) -> None:
     mlflow.runs["tiny"].append(run_figures(2000, loss=0.5, heldout_loss=0.75))
     assert read("svc_training_heldout_loss") == 0.75
 
 
-def test_a_run_that_measures_no_held_out_loss_has_none(read: Read) -> None:
+def test_held_out_loss_is_not_exported_when_a_run_does_not_measure_it(read: Read) -> None:
     assert read("svc_training_heldout_loss") is None
 
 

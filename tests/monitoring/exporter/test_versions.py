@@ -63,7 +63,7 @@ def evaluation(metrics: CollectorRegistry, metric: str, suffix: str = "", **labe
     return metrics.get_sample_value(f"svc_registry_version_evaluation{suffix}", where | labels)
 
 
-def test_it_is_shown_when_a_version_was_registered(registry: Registry, metrics: CollectorRegistry) -> None:
+def test_the_time_of_registration_is_exported(registry: Registry, metrics: CollectorRegistry) -> None:
     manifest = registry.manifest(make_version(registry, 1))
     created = metrics.get_sample_value(
         "svc_registry_version_created_timestamp_seconds", {"model": "tuned", "version": "1"}
@@ -72,7 +72,7 @@ def test_it_is_shown_when_a_version_was_registered(registry: Registry, metrics: 
 
 
 @pytest.mark.parametrize("format", [Format.MERGED, Format.GPTQ])
-def test_every_formats_size_is_shown(registry: Registry, metrics: CollectorRegistry, format: Format) -> None:
+def test_the_size_of_every_format_is_exported(registry: Registry, metrics: CollectorRegistry, format: Format) -> None:
     manifest = registry.manifest(make_version(registry, 1, formats=(Format.MERGED, Format.GPTQ)))
     labels = {"model": "tuned", "version": "1", "format": format.value}
     assert metrics.get_sample_value("svc_registry_version_size_bytes", labels) == manifest.formats[format].bytes
@@ -80,7 +80,7 @@ def test_every_formats_size_is_shown(registry: Registry, metrics: CollectorRegis
 
 @pytest.mark.parametrize("format", ["base", "merged"])
 @pytest.mark.parametrize("metric", ["exact_match", "valid_json", "nll"])
-def test_every_figure_of_an_evaluation_is_shown_with_its_interval(
+def test_every_figure_of_an_evaluation_is_exported_with_its_interval(
     registry: Registry, metrics: CollectorRegistry, metric: str, format: str
 ) -> None:
     judge(registry, make_version(registry, 1), REPORT)
@@ -89,7 +89,7 @@ def test_every_figure_of_an_evaluation_is_shown_with_its_interval(
     assert shown == (estimate.value, estimate.low, estimate.high)
 
 
-def test_each_metric_is_shown_by_its_name_and_one_is_the_primary_one(
+def test_each_metric_is_exported_by_name_and_one_is_primary(
     registry: Registry, metrics: CollectorRegistry
 ) -> None:
     rouge = MetricReport(title="ROUGE-L", estimate=proportion(1, 4), better=Better.HIGHER, unit=Unit.SHARE)
@@ -100,7 +100,7 @@ def test_each_metric_is_shown_by_its_name_and_one_is_the_primary_one(
     assert evaluation(metrics, "rouge_l", primary="false") is None
 
 
-def test_what_was_not_measured_is_not_shown(registry: Registry, metrics: CollectorRegistry) -> None:
+def test_a_figure_is_not_exported_when_it_was_not_measured(registry: Registry, metrics: CollectorRegistry) -> None:
     judge(registry, make_version(registry, 1), REPORT.model_copy(update={"valid_json": None}))
     assert evaluation(metrics, "valid_json") is None
 

@@ -27,15 +27,15 @@ def read(traffic: GatewayMetrics) -> Read:
     return lambda: read_figures(generate_latest(traffic.registry).decode())
 
 
-def test_a_server_that_was_just_started_has_no_figures(read: Read) -> None:
+def test_there_are_no_figures_when_the_server_has_just_started(read: Read) -> None:
     assert read() == Figures({}, {})
 
 
-def test_an_empty_page_has_no_figures() -> None:
+def test_there_are_no_figures_when_the_page_is_empty() -> None:
     assert read_figures("") == Figures({}, {})
 
 
-def test_requests_of_all_routes_and_statuses_are_added_up(traffic: GatewayMetrics, read: Read) -> None:
+def test_requests_of_all_routes_and_statuses_are_summed(traffic: GatewayMetrics, read: Read) -> None:
     traffic.request_ended(ONE, Route.CHAT_COMPLETIONS, 200, 0.1)
     traffic.request_ended(ONE, Route.CHAT_COMPLETIONS, 200, 0.1)
     traffic.request_ended(ONE, Route.COMPLETIONS, 200, 0.1)
@@ -44,7 +44,7 @@ def test_requests_of_all_routes_and_statuses_are_added_up(traffic: GatewayMetric
     assert read().versions["tiny@1"].requests == 5
 
 
-def test_a_fault_of_the_server_is_the_versions_error_also_within_a_stream(traffic: GatewayMetrics, read: Read) -> None:
+def test_a_fault_of_the_server_counts_as_an_error_of_the_version_even_within_a_stream(traffic: GatewayMetrics, read: Read) -> None:
     traffic.request_ended(ONE, Route.CHAT_COMPLETIONS, 200, 0.1)
     traffic.request_failed(ONE, ErrorCode.ENGINE_DIED)
     assert read().versions["tiny@1"].errors == 1
@@ -54,7 +54,7 @@ def test_a_fault_of_the_server_is_the_versions_error_also_within_a_stream(traffi
     "code",
     [ErrorCode.INVALID_REQUEST, ErrorCode.CONTEXT_LENGTH_EXCEEDED, ErrorCode.CLIENT_GONE, ErrorCode.BODY_TIMEOUT],
 )
-def test_what_a_client_did_wrong_is_not_the_versions_error(
+def test_a_client_error_does_not_count_as_an_error_of_the_version(
     traffic: GatewayMetrics, read: Read, code: ErrorCode
 ) -> None:
     traffic.request_ended(ONE, Route.CHAT_COMPLETIONS, 400, 0.1, reason=ErrorCode.INVALID_REQUEST)
@@ -73,12 +73,12 @@ def test_versions_are_kept_apart(traffic: GatewayMetrics, read: Read) -> None:
     }
 
 
-def test_requests_for_no_version_belong_to_none(traffic: GatewayMetrics, read: Read) -> None:
+def test_requests_without_a_version_count_for_none(traffic: GatewayMetrics, read: Read) -> None:
     traffic.request_ended(None, Route.CHAT_COMPLETIONS, 404, 0.1, reason=ErrorCode.MODEL_NOT_FOUND)
     assert read().versions == {}
 
 
-def test_tokens_are_told_by_direction(traffic: GatewayMetrics, read: Read) -> None:
+def test_tokens_are_counted_by_direction(traffic: GatewayMetrics, read: Read) -> None:
     traffic.tokens(ONE, Usage(prompt=30, completion=4))
     traffic.tokens(ONE, Usage(prompt=1, completion=2))
     figures = read().versions["tiny@1"]
@@ -100,19 +100,19 @@ def test_a_version_without_answers_in_the_window_has_no_quantiles(traffic: Gatew
     assert read().versions["tiny@1"].duration_s == {}
 
 
-def test_errors_are_told_by_reason_and_only_those_that_were(traffic: GatewayMetrics, read: Read) -> None:
+def test_errors_are_counted_by_reason_without_zero_counts(traffic: GatewayMetrics, read: Read) -> None:
     traffic.request_failed(None, ErrorCode.INVALID_JSON)
     traffic.request_failed(None, ErrorCode.INVALID_JSON)
     assert read().errors == {"invalid_json": 2}
 
 
-def test_errors_of_one_reason_are_added_up_over_the_versions(traffic: GatewayMetrics, read: Read) -> None:
+def test_errors_of_one_reason_are_summed_over_versions(traffic: GatewayMetrics, read: Read) -> None:
     for served in (None, ONE, TWO):
         traffic.request_failed(served, ErrorCode.ENGINE_DIED)
     assert read().errors == {"engine_died": 3}
 
 
-def test_of_a_model_that_is_named_nothing_else_is_read(traffic: GatewayMetrics) -> None:
+def test_only_the_named_models_are_read(traffic: GatewayMetrics) -> None:
     other = Target(VersionId("other", 7), Format.GPTQ)
     for served, model in ((ONE, "tiny"), (other, "other"), (None, "other"), (None, "unknown")):
         traffic.request_ended(served, Route.CHAT_COMPLETIONS, 503, 0.1, reason=ErrorCode.ENGINE_DIED, model=model)
@@ -124,12 +124,12 @@ def test_of_a_model_that_is_named_nothing_else_is_read(traffic: GatewayMetrics) 
     assert read_figures(page, ["unserved"]) == Figures({}, {})
 
 
-def test_the_loaded_version_alone_is_no_request(traffic: GatewayMetrics, read: Read) -> None:
+def test_there_are_no_figures_when_a_version_is_loaded_without_requests(traffic: GatewayMetrics, read: Read) -> None:
     traffic.show_errors(ONE)
     assert all(figures.requests == 0 for figures in read().versions.values())
 
 
-def test_metrics_of_others_are_passed_over() -> None:
+def test_metrics_of_other_programs_are_ignored() -> None:
     page = '# TYPE vllm:requests counter\nvllm:requests_total{version="9",model="x"} 5\npython_info{major="3"} 1\n'
     assert all(figures.requests == 0 for figures in read_figures(page).versions.values())
 
@@ -139,13 +139,13 @@ def counted(**requests: int) -> Figures:
     return Figures(versions, {})
 
 
-def test_rates_are_what_came_since_the_last_look_shared_out_over_the_time() -> None:
+def test_rates_are_the_differences_between_readings_divided_by_the_time() -> None:
     assert rates_between(counted(a=6), counted(a=10), 2.0) == {"a": Rate(2.0, 20.0)}
 
 
-def test_a_new_version_begins_at_zero() -> None:
+def test_the_rate_of_a_new_version_counts_from_zero() -> None:
     assert rates_between(counted(a=5), counted(a=5, b=4), 2.0) == {"a": Rate(0.0, 0.0), "b": Rate(2.0, 20.0)}
 
 
-def test_a_server_that_was_restarted_has_no_rate_at_once() -> None:
+def test_there_is_no_rate_when_the_server_was_restarted() -> None:
     assert rates_between(counted(a=500), counted(a=5), 2.0) == {}
