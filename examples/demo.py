@@ -1,9 +1,9 @@
-"""The main job from end to end, on real data with the real engine: what `make demo` runs.
+"""`make demo`: the main job from end to end, on real data with the real engine.
 
     check -> train @1 -> train @2 -> serve @1 -> ask -> promote @2 under load -> roll back -> two bad versions -> status
 
-State lies in .demo/. An interrupted demo goes on where it stopped; after one that was finished, the next starts anew.
-With `--serve`, the two versions are made if they are not there, and the server is left running.
+State is in .demo/. An interrupted demo continues where it stopped; after a finished one, the next starts anew. With
+`--serve`, the two versions are trained if they are missing, and the server is left running.
 """
 
 import os
@@ -43,8 +43,8 @@ FINISHED = HOME / "finished"
 NAME = "debian-triage"
 PORT = 8000
 STREAMS = 8
-LEAST_EXACT_MATCH = 0.65
-BAD_VERSIONS = {3: "weights altered after registration", 4: "another model's weights, hashes made right"}
+MIN_EXACT_MATCH = 0.65
+BAD_VERSIONS = {3: "weights altered after registration", 4: "another model's weights, hashes recomputed"}
 
 console = Console(highlight=False)
 if not console.is_terminal:
@@ -52,23 +52,23 @@ if not console.is_terminal:
 
 
 class DemoError(SvcError):
-    """Something that the demo promises did not come true."""
+    """A promise of the demo was broken."""
 
 
 @dataclass
 class Summary:
-    """What the demo saw, line by line."""
+    """Results of the demo, line by line."""
 
     lines: list[tuple[str, str]] = field(default_factory=list)
 
-    def add(self, what: str, found: str) -> None:
-        """Keeps and shows one finding."""
-        self.lines.append((what, found))
-        console.print(f"  {what}: {found}", markup=False, soft_wrap=True)
+    def add(self, title: str, result: str) -> None:
+        """Store and print a result."""
+        self.lines.append((title, result))
+        console.print(f"  {title}: {result}", markup=False, soft_wrap=True)
 
 
 def main() -> None:
-    """Runs the demo, or with `--serve` the server alone."""
+    """Run the demo, or with `--serve` only the server."""
     started = time.monotonic()
     stay = "--serve" in sys.argv[1:]
     end_orphaned_server()
@@ -96,26 +96,26 @@ def main() -> None:
 
 
 def end_orphaned_server() -> None:
-    """Ends the server of an earlier demo that was killed, or of `make serve`: it holds the home and the port."""
+    """Stop the server of `make serve` or of a killed demo: it holds the home and the port."""
     holder = lock_holder(HOME / LOCK_FILE)
     if holder:
-        console.print(f"ending the server that runs on {HOME}: process {holder['pid']}", markup=False, soft_wrap=True)
+        console.print(f"stopping the server on {HOME}: process {holder['pid']}", markup=False, soft_wrap=True)
         os.kill(holder["pid"], signal.SIGTERM)
         psutil.Process(holder["pid"]).wait(60)
 
 
 def check_data() -> None:
-    """Shows what is in the data, and that no held-out example is trained on."""
+    """Show the data, and that no held-out example is trained on."""
     heading("1. the data")
     run("data", "check", str(TASK / "train.jsonl"), "--heldout", str(TASK / "heldout.jsonl"))
 
 
 def say_duration() -> None:
-    """How long all of it will take here: nobody wants to guess whether to fetch a coffee or lunch."""
+    """Print an estimate of the demo's duration on this machine."""
     with waiting("measuring this machine"):
         machine = measure_machine(HOME)
     console.print(
-        f"all of it takes about {machine.demo_minutes:.0f} minutes on this machine, which multiplies matrices in "
+        f"the demo takes about {machine.demo_minutes:.0f} minutes on this machine, which multiplies matrices in "
         f"{machine.number_type} at {machine.speed / 1e9:.0f} GFLOP/s and loads torch in {machine.import_s:.1f} s",
         markup=False,
         soft_wrap=True,
@@ -123,21 +123,21 @@ def say_duration() -> None:
 
 
 def train_versions(summary: Summary) -> None:
-    """Makes @1 and @2, and holds @1 against what it must reach."""
+    """Train @1 and @2, and check the exact match of @1."""
     for number, recipe in ((1, "recipe.yaml"), (2, "recipe-v2.yaml")):
         heading(f"{number + 1}. {NAME}@{number}: train, evaluate, merge, quantize, qualify, register")
         started = time.monotonic()
         run("train", str(TASK / recipe))
-        summary.add(f"{NAME}@{number}", f"made in {time.monotonic() - started:.0f} s")
+        summary.add(f"{NAME}@{number}", f"trained in {time.monotonic() - started:.0f} s")
     evaluated = svc_json(HOME, "show", f"{NAME}@1")["formats"]
     merged, gptq = (evaluated[name]["evaluation"]["exact_match"]["value"] for name in ("merged", "gptq"))
-    if min(merged, gptq) < LEAST_EXACT_MATCH:
-        raise DemoError(f"exact match is {merged} merged, {gptq} quantized", expected=f"at least {LEAST_EXACT_MATCH}")
+    if min(merged, gptq) < MIN_EXACT_MATCH:
+        raise DemoError(f"exact match is {merged} merged, {gptq} quantized", expected=f"at least {MIN_EXACT_MATCH}")
 
 
 def ask(url: str, prompts: list[list[dict[str, str]]], summary: Summary) -> None:
-    """Asks with the official client, unmodified."""
-    heading("4. the openai client asks")
+    """Send requests with the official client, unmodified."""
+    heading("4. requests from the openai client")
     messages: Any = prompts[0]
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
         raw = client.chat.completions.with_raw_response.create(model=NAME, messages=messages, max_tokens=24)
@@ -152,7 +152,7 @@ def ask(url: str, prompts: list[list[dict[str, str]]], summary: Summary) -> None
 
 
 def promote_and_roll_back(url: str, prompts: list[list[dict[str, str]]], summary: Summary) -> None:
-    """Changes the version and changes it back, with streams running all the time."""
+    """Promote the other version and roll back, while streams run."""
     heading(f"5. promote {NAME}@2 and roll back, under {STREAMS} concurrent streams")
     with Load(url, NAME, prompts, streams=STREAMS) as load:
         load.wait_for(2 * STREAMS)
@@ -169,7 +169,7 @@ def promote_and_roll_back(url: str, prompts: list[list[dict[str, str]]], summary
 
 
 def refuse_bad_versions(url: str, prompts: list[list[dict[str, str]]], summary: Summary) -> None:
-    """Tries to promote two bad versions, with streams running all the time."""
+    """Try to promote two bad versions, while streams run."""
     heading("6. two bad versions")
     folders = {number: HOME / "models" / NAME / str(number) for number in range(1, 5)}
     for number in (3, 4):
@@ -196,7 +196,7 @@ def refuse_bad_versions(url: str, prompts: list[list[dict[str, str]]], summary: 
 
 
 def report_load(load: Load, summary: Summary, versions: set[str]) -> None:
-    """Holds a load against what is promised: no failure, and no version but these."""
+    """Report a load, and check that there was no failure and no other version."""
     seen = {answer.version for answer in load.answers if not answer.error}
     slowest = max(answer.seconds for answer in load.answers)
     summary.add(
@@ -207,44 +207,46 @@ def report_load(load: Load, summary: Summary, versions: set[str]) -> None:
 
 
 def show_summary(summary: Summary, seconds: float) -> None:
-    """The whole demo on one screen."""
+    """Print the results on one screen."""
     heading("summary")
     registry = Registry.of(Settings(home=HOME))
     for number in (1, 2):
         manifest = registry.manifest(VersionId(NAME, number))
         console.print(
-            f"\n{manifest.id}, from {manifest.base.origin}, judged by {manifest.judged_examples} held-out examples",
+            f"\n{manifest.id}, from {manifest.base.origin}, evaluated on {manifest.judged_examples} held-out examples",
             markup=False,
         )
         console.print(evaluation_table(manifest))
     console.print()
-    for what, found in summary.lines:
-        console.print(f"  {what}: {found}", markup=False, soft_wrap=True)
+    for title, result in summary.lines:
+        console.print(f"  {title}: {result}", markup=False, soft_wrap=True)
     console.print(
-        f"\nall of it in {seconds / 60:.1f} minutes; nothing was left running; state in {HOME}",
+        f"\nfinished in {seconds / 60:.1f} minutes; all processes are stopped; state in {HOME}",
         markup=False,
         soft_wrap=True,
     )
     console.print(
-        f"look around: SVC_HOME={HOME.name} .venv/bin/svc ui    serve it: make serve", markup=False, soft_wrap=True
+        f"to look at it: SVC_HOME={HOME.name} .venv/bin/svc ui    to serve it: make serve", markup=False, soft_wrap=True
     )
 
 
 def run(*arguments: str) -> None:
-    """Runs a command in sight of the user.
+    """Run a command, and show it to the user.
 
     Raises:
-        DemoError: it failed.
+        DemoError: the command failed.
     """
     console.print(f"$ svc {' '.join(arguments)}", style="cyan", markup=False, soft_wrap=True)
     sys.stdout.flush()
     done = svc(HOME, *arguments)
     if done.returncode:
-        raise DemoError(f"svc {arguments[0]} ended with {done.returncode}", todo="see above; run `make demo` again")
+        raise DemoError(
+            f"svc {arguments[0]} exited with code {done.returncode}", todo="read the error above; run `make demo` again"
+        )
 
 
 def heading(text: str) -> None:
-    """Separates the parts."""
+    """Print the heading of a part."""
     console.print(Rule(text, align="left", characters="-"))
 
 
@@ -256,5 +258,5 @@ if __name__ == "__main__":
         console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        console.print("interrupted; `make demo` goes on from here")
+        console.print("interrupted; `make demo` continues from here")
         sys.exit(130)

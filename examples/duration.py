@@ -1,9 +1,9 @@
-"""How long the demo takes on this machine, from two measurements of some seconds.
+"""Estimate the duration of the demo on this machine from two measurements of a few seconds.
 
-About half of the time is products of matrices, and most of the rest is processes that start: each loads torch, and much
-else. Both are measured here and compared with a machine of two cores with AVX-512 on which a whole demo took 10.9
-minutes; how those divide was added up from its log. Knows nothing of what an earlier, interrupted demo has done
-already, nor of how fast packages and the base model come over the network.
+About half of the time is matrix products, and most of the rest is the start of processes, each of which loads torch and
+other libraries. Both are measured here and compared with a machine of two cores with AVX-512 on which a complete demo
+took 10.9 minutes, divided according to its log. The estimate ignores the progress of an interrupted demo and the
+download of packages and the base model.
 """
 
 import time
@@ -17,19 +17,19 @@ from trainer.estimate.devices import measure_matrix_speed
 _TOKENS, _WIDTH, _HEIGHT = 1_000, 576, 1_536
 """A batch of the example task, and the largest layer of its model."""
 _PRODUCTS = 1.35e14
-"""Floating-point operations, in products of that shape, that take as long as all that is computed."""
+"""Floating-point operations in products of that shape with the same duration as all computation."""
 _IMPORTS = 250.0
-"""Imports of torch that take as long as all the rest."""
+"""Imports of torch with the same duration as the rest."""
 
 
 @dataclass(frozen=True, slots=True)
 class MachineSpeed:
-    """What was measured.
+    """Measurements of a machine.
 
     Attributes:
-        number_type: in which this machine trains.
-        speed: of a layer's product and its gradients, floating-point operations a second.
-        import_s: for torch, in a new process.
+        number_type: for training on this machine.
+        speed: of a layer's product and its gradients, floating-point operations per second.
+        import_s: time to import torch in a new process.
     """
 
     number_type: NumberType
@@ -38,15 +38,15 @@ class MachineSpeed:
 
     @property
     def demo_minutes(self) -> float:
-        """From the first command to the summary."""
+        """Return the estimated minutes from the first command to the summary."""
         return (_IMPORTS * self.import_s + _PRODUCTS / self.speed) / 60
 
 
 def measure_machine(home: Path) -> MachineSpeed:
-    """Measures this machine.
+    """Measure this machine.
 
     Args:
-        home: keeps what torch and vLLM say of the device.
+        home: caches the capabilities of the device.
     """
     number_type = read_capabilities(home).training_type
     speed, import_s = in_child_process(_measure, number_type)
@@ -55,7 +55,7 @@ def measure_machine(home: Path) -> MachineSpeed:
 
 def _measure(number_type: NumberType) -> tuple[float, float]:
     started = time.perf_counter()
-    import torch  # noqa: F401 - how long that takes is what is measured
+    import torch  # noqa: F401 - the import is measured
 
     import_s = time.perf_counter() - started
     return measure_matrix_speed(_TOKENS, _WIDTH, _HEIGHT, number_type, repeats=100), import_s

@@ -1,5 +1,7 @@
-"""Running load from the official OpenAI client, unmodified: streams that ask again and again until they are told to
-stop. Retries are off, so that every failure is seen."""
+"""Load from the unmodified official OpenAI client: streams with one request after the other until they are stopped.
+
+Retries are off, so that every failure is recorded.
+"""
 
 import threading
 import time
@@ -18,7 +20,7 @@ class Answer:
     Attributes:
         prompt: index of the prompt.
         version: from `x-model-version`.
-        began: monotonic time, seconds, when the request was sent.
+        began: monotonic time of the request, seconds.
         seconds: until the last token.
     """
 
@@ -36,7 +38,7 @@ class Load:
     Args:
         url: the server's root, without /v1.
         prompts: conversations without an answer, as OpenAI messages; used in turn.
-        streams: how many run at once.
+        streams: number of concurrent streams.
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class Load:
 
     @property
     def failed(self) -> list[Answer]:
-        """Requests that did not get a whole answer."""
+        """Return the requests without a complete answer."""
         return [answer for answer in self.answers if answer.error]
 
     def __enter__(self) -> Self:
@@ -71,10 +73,10 @@ class Load:
         self._client.close()
 
     def wait_for(self, answers: int, timeout_s: float = 120) -> None:
-        """Returns when so many more answers have come.
+        """Wait for a number of further answers.
 
         Raises:
-            TimeoutError: they did not come in time.
+            TimeoutError: they did not arrive in time.
         """
         wanted, deadline = len(self.answers) + answers, time.monotonic() + timeout_s
         while len(self.answers) < wanted:

@@ -1,4 +1,4 @@
-"""`svc` as a user runs it: commands, and a server in the background that is ended with the context."""
+"""Run `svc` like a user: commands, and a server in the background for the body of a context."""
 
 import json
 import os
@@ -14,15 +14,15 @@ from typing import Any
 import httpx
 
 _SVC = Path(sys.executable).with_name("svc")
-_ENDS_S = 60.0  # a server lets its requests end, training writes a checkpoint
+_ENDS_S = 60.0  # a server completes its requests, training writes a checkpoint
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came, which reaches this process alone; Ctrl-C reaches those that it started too."""
+    """Raised on SIGTERM, which reaches only this process; Ctrl-C also reaches its children."""
 
     @classmethod
     def on_sigterm(cls) -> None:
-        """From now on SIGTERM raises it."""
+        """Install a handler that raises it on SIGTERM."""
 
         def terminated(*_: object) -> None:
             raise cls
@@ -31,7 +31,7 @@ class Terminated(KeyboardInterrupt):
 
 
 def svc(home: Path, *arguments: str, capture_output: bool = False) -> subprocess.CompletedProcess[str]:
-    """Runs one command on a home. Where this is interrupted, the command ends first, and keeps what it then saves."""
+    """Run one command on a home. If this is interrupted, the command saves its work and ends first."""
     to = subprocess.PIPE if capture_output else None
     command = [str(_SVC), "--home", str(home), *arguments]
     with subprocess.Popen(command, text=True, stdout=to, stderr=to) as child:
@@ -39,7 +39,7 @@ def svc(home: Path, *arguments: str, capture_output: bool = False) -> subprocess
             out, err = child.communicate()
         except BaseException as error:
             if isinstance(error, Terminated) or not isinstance(error, KeyboardInterrupt):
-                child.terminate()  # Ctrl-C it has heard itself, and would end at once where it hears twice
+                child.terminate()  # Ctrl-C reaches the child itself, and a second signal would stop it immediately
             try:
                 child.communicate(timeout=_ENDS_S)
             except subprocess.TimeoutExpired:
@@ -49,14 +49,14 @@ def svc(home: Path, *arguments: str, capture_output: bool = False) -> subprocess
 
 
 def svc_json(home: Path, *arguments: str) -> Any:
-    """Runs one command that must succeed, and returns what it prints with --json.
+    """Run one command that must succeed, and return its output with --json.
 
     Raises:
-        RuntimeError: it failed; holds what it said.
+        RuntimeError: the command failed; with its output.
     """
     done = svc(home, *arguments, "--json", capture_output=True)
     if done.returncode:
-        raise RuntimeError(f"svc {' '.join(arguments)} ended with {done.returncode}: {done.stderr}")
+        raise RuntimeError(f"svc {' '.join(arguments)} exited with code {done.returncode}: {done.stderr}")
     return json.loads(done.stdout)
 
 
@@ -64,13 +64,13 @@ def svc_json(home: Path, *arguments: str) -> Any:
 def serving(
     home: Path, model: str, port: int, *, timeout_s: float = 300, environment: Mapping[str, str] | None = None
 ) -> Iterator[str]:
-    """Runs `svc serve` for the body; yields its URL when it answers.
+    """Run `svc serve` for the body; yield its URL when it is ready.
 
     Args:
-        environment: variables beside those of this process, as settings.
+        environment: additional variables, such as settings.
 
     Raises:
-        RuntimeError: it ended before it was ready; holds the end of its log.
+        RuntimeError: the server ended before it was ready; with the end of its log.
     """
     log = home / "logs" / "serve.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def serving(
 
 
 def wait_until_ready(url: str, server: "subprocess.Popen[bytes] | None", log: Path, timeout_s: float) -> None:
-    """Returns when /health says ready.
+    """Wait until /health says ready.
 
     Raises:
         RuntimeError: the server ended, or was not ready in time.
@@ -97,7 +97,7 @@ def wait_until_ready(url: str, server: "subprocess.Popen[bytes] | None", log: Pa
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if server and server.poll() is not None:
-            raise RuntimeError(f"svc serve ended with {server.returncode}:\n{log.read_text('utf-8')[-2000:]}")
+            raise RuntimeError(f"svc serve exited with code {server.returncode}:\n{log.read_text('utf-8')[-2000:]}")
         with suppress(httpx.TransportError):
             if httpx.get(f"{url}/health", timeout=5).is_success:
                 return
@@ -106,9 +106,9 @@ def wait_until_ready(url: str, server: "subprocess.Popen[bytes] | None", log: Pa
 
 
 def engine_pid(home: Path) -> int:
-    """The process id of vLLM behind a home's server, of its first replica, for killing it."""
+    """Return the process id of vLLM of a home's first replica."""
     from svc.engine.orphans import find_engine
     from svc.engine.vllm.folders import state_folders
 
-    found = [find_engine(folder) for folder in state_folders(home).values()]
-    return next(engine.pid for engine in found if engine is not None)
+    engines = [find_engine(folder) for folder in state_folders(home).values()]
+    return next(engine.pid for engine in engines if engine is not None)

@@ -1,5 +1,7 @@
-"""Makes bad versions, as accidents and attackers do, to show that they are refused. It goes around the registry, which
-has no way to do this."""
+"""Create bad versions, like accidents and attackers, to show that they are refused.
+
+This bypasses the registry, which cannot create them.
+"""
 
 import json
 import shutil
@@ -12,11 +14,11 @@ from svc.registry.manifest import MANIFEST_FILE
 
 
 def alter_weights(source: Path, target: Path, format: str) -> None:
-    """Copies a version and changes a few bytes in the middle of its weights; the manifest stays as it was.
+    """Copy a version and change a few bytes in the middle of its weights; the manifest is unchanged.
 
     Args:
         source: a version's folder, .../NAME/N.
-        target: where the bad version goes, .../NAME/M.
+        target: folder of the bad version, .../NAME/M.
     """
     _copy(source, target)
     weights = target / format / "model.safetensors"
@@ -26,7 +28,7 @@ def alter_weights(source: Path, target: Path, format: str) -> None:
 
 
 def replace_weights(source: Path, target: Path, format: str, weights_of: Path) -> None:
-    """Copies a version, puts another version's weights into it, and makes the manifest's hashes right again."""
+    """Copy a version, replace its weights by another version's, and recompute the manifest's hashes."""
     _copy(source, target)
     shutil.copyfile(weights_of / format / "model.safetensors", target / format / "model.safetensors")
     manifest = _read(target)
@@ -36,7 +38,7 @@ def replace_weights(source: Path, target: Path, format: str, weights_of: Path) -
 
 
 def replace_template(source: Path, target: Path, template: str) -> None:
-    """Copies a version with another chat template, and makes hashes and fingerprints of the manifest right again."""
+    """Copy a version with another chat template, and recompute hashes and fingerprints of the manifest."""
     _copy(source, target)
     manifest = _read(target)
     for name, format in manifest["formats"].items():

@@ -1,4 +1,4 @@
-"""What the demo says of its length follows from what was measured."""
+"""The demo's estimate of its duration follows from measurements."""
 
 from examples.duration import MachineSpeed
 from svc.engine.device import NumberType

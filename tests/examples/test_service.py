@@ -1,4 +1,4 @@
-"""Whoever ends a script that runs `svc` ends the command too, and not before it has saved its work."""
+"""Stopping a script that runs `svc` stops the command too, after it has saved its work."""
 
 import os
 import signal
