@@ -32,7 +32,7 @@ from svc.store.holdouts import HoldoutRun, first_holdout_run, newest_holdout_run
 from svc.version import Target
 
 ALPHA = 1e-4
-LEAST_NLL_CHANGE = 0.05
+MIN_NLL_CHANGE = 0.05
 """Nats per token; other weights change it by whole nats. Examples run one by one, as here, and in batches of 16, as at
 registration, differ by 0.01 on average: the engine rounds differently in a batch."""
 _ROUNDING_NATS = 0.05
@@ -168,7 +168,7 @@ def judge(before: Mapping[int, Figures], run: HoldoutRun) -> QualityReport:
     # The probability that rounding changes the mean by this much. Its standard deviation is that of one example times
     # the norm of the weights.
     nll_p = float(2 * norm.sf(abs(change) / np.linalg.norm(weights) / _ROUNDING_NATS))
-    nll_changed = nll_p <= ALPHA and abs(change) >= LEAST_NLL_CHANGE
+    nll_changed = nll_p <= ALPHA and abs(change) >= MIN_NLL_CHANGE
     score_p = _sign_flips(scores_now - scores_before)
     return QualityReport(
         Quality.CHANGED if nll_changed or score_p <= ALPHA else Quality.AS_REGISTERED,

@@ -1,4 +1,4 @@
-"""The interval of a few measurements is the textbook's."""
+"""The confidence interval of a few measurements."""
 
 import math
 

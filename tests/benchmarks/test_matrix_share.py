@@ -1,4 +1,4 @@
-"""Needed operations are those of the formula, of the real model and of the trainer's own batches."""
+"""Necessary operations follow the formula, for the real model and the trainer's own batches."""
 
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def test_the_shape_equals_the_models(tiny_base: Path) -> None:
     counter = FlopCounterMode(display=False)
     with counter:
         model(input_ids=torch.arange(tokens).unsqueeze(dim=0), use_cache=False).logits.sum().backward()
-    # PyTorch's counter leaves attention on a CPU out, and the gradient of the first layers' inputs is not needed.
+    # PyTorch's counter omits attention on a CPU, and the gradient of the first layers' inputs is not needed.
     without_attention = needed_flops(Shape(shape.linear, shape.adapter, shape.head, 0), batch)
     assert counter.get_total_flops() == pytest.approx(without_attention, rel=0.1)
 

@@ -1,4 +1,4 @@
-"""The benchmark of starts says how much longer ours takes, what that is made of, and how sure it is."""
+"""The benchmark of starts reports the extra time, its parts and its interval."""
 
 import pytest
 
@@ -16,12 +16,12 @@ def test_a_start_is_the_sum_of_its_parts() -> None:
 
 
 def test_figures_are_medians_of_the_measurements() -> None:
-    found = summary(PAIRS)
-    assert (found["bare"], found["served"]) == (25.0, 28.2)
-    assert (found["before"], found["after"]) == (1.0, 0.4)
+    result = summary(PAIRS)
+    assert (result["bare"], result["served"]) == (25.0, 28.2)
+    assert (result["before"], result["after"]) == (1.0, 0.4)
 
 
 def test_differences_are_computed_within_pairs() -> None:
-    found = summary(PAIRS)
-    assert found["difference"] == pytest.approx(1.5)
-    assert found["engine_over_bare"] == 0.0
+    result = summary(PAIRS)
+    assert result["difference"] == pytest.approx(1.5)
+    assert result["engine_over_bare"] == 0.0

@@ -1,4 +1,4 @@
-"""The benchmark of training compares speeds within rounds, and losses step by step; and its runs are real ones."""
+"""The benchmark of training compares speeds within rounds and losses step by step, on real runs."""
 
 import pytest
 
@@ -15,7 +15,7 @@ CURVES = {
 
 
 def a_round(ours: float, trl: float, grouped: float) -> dict[Contestant, Run]:
-    """Runs of 100 tokens that took so many seconds."""
+    """Return runs of 100 tokens with these durations in seconds."""
     seconds = {Contestant.OURS: ours, Contestant.TRL: trl, Contestant.GROUPED: grouped}
     return {one: Run(100, took, 1, (1.0,)) for one, took in seconds.items()}
 
@@ -29,15 +29,15 @@ def test_speed_is_the_median_of_tokens_per_second() -> None:
 
 
 def test_ratios_are_unchanged_when_a_complete_round_is_slow() -> None:
-    found = summary(ROUNDS[:2], CURVES)["times_as_fast"]
-    assert found[Contestant.TRL] == {"median": pytest.approx(3.0), "interval": pytest.approx((3.0, 3.0))}
-    assert found[Contestant.GROUPED]["median"] == pytest.approx(2.0)
+    result = summary(ROUNDS[:2], CURVES)["times_as_fast"]
+    assert result[Contestant.TRL] == {"median": pytest.approx(3.0), "interval": pytest.approx((3.0, 3.0))}
+    assert result[Contestant.GROUPED]["median"] == pytest.approx(2.0)
 
 
 def test_losses_are_listed_in_pairs() -> None:
-    found = summary(ROUNDS, CURVES)
-    assert found["losses"] == [(2.0, 2.02), (1.0, 1.0)]
-    assert found["mean_loss_difference"] == pytest.approx(0.02 / 3.02)
+    result = summary(ROUNDS, CURVES)
+    assert result["losses"] == [(2.0, 2.02), (1.0, 1.0)]
+    assert result["mean_loss_difference"] == pytest.approx(0.02 / 3.02)
 
 
 def test_curves_of_different_length_are_rejected() -> None:
@@ -54,7 +54,7 @@ def test_the_share_is_the_median_of_the_rounds_that_measured_it() -> None:
 
 @pytest.fixture(scope="module", params=[NumberType.BFLOAT16, NumberType.FLOAT32])
 def task(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Task:
-    """A few steps on a tiny model."""
+    """Return a task of a few steps on a tiny model."""
     examples = tuple(make_example("x" * (7 * number % 30), f"colour {number}") for number in range(24))
     recipe = make_recipe(train={"batch_size": 4, "learning_rate": 1e-2})
     return Task(make_model(tmp_path_factory.mktemp("base")), recipe, examples, request.param)
@@ -77,7 +77,7 @@ def test_our_trainer_and_trl_have_the_same_losses_when_the_order_is_the_same(run
 
 
 def test_plain_trl_uses_another_order(runs: dict[Contestant, Run]) -> None:
-    # The examples of this task are alike, so that losses of other batches differ by less than 1 %.
+    # The examples of this task are similar, so that losses of other batches differ by less than 1 %.
     assert runs[Contestant.TRL].losses != pytest.approx(runs[Contestant.ALIKE].losses, rel=SAME / 5)
 
 

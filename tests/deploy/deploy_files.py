@@ -1,4 +1,4 @@
-"""The files under deploy/, as data: what runs where, with which settings, secrets, ports and folders."""
+"""The files under deploy/ as data: containers with their settings, secrets, ports and folders."""
 
 import re
 from collections.abc import Iterator
@@ -17,14 +17,14 @@ COMPOSE = [DEPLOY / "compose" / name for name in ("compose.yaml", "compose.tls.y
 
 @dataclass(frozen=True)
 class Container:
-    """One container of ours.
+    """One of our containers.
 
     Attributes:
-        where: the file, and its name.
-        words: what `svc` is given; none of a shell's.
+        where: its file and name.
+        words: arguments of `svc`; none for a shell.
         variables: its environment.
-        mounts: where what is mounted.
-        probes: paths that are asked.
+        mounts: volumes by folder.
+        probes: probed paths.
     """
 
     where: str
@@ -35,12 +35,12 @@ class Container:
 
 
 def documents(path: Path) -> list[dict[str, Any]]:
-    """The documents of a YAML file."""
+    """Return the documents of a YAML file."""
     return [document for document in yaml.safe_load_all(path.read_text("utf-8")) if document]
 
 
 def objects() -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Every Kubernetes object, but kustomize's own, in the files as they are."""
+    """Return every Kubernetes object in the files, except kustomize's own."""
     for path in sorted(KUBERNETES.rglob("*.yaml")):
         for document in documents(path):
             if "kind" in document and document["kind"] != "Kustomization":
@@ -48,18 +48,18 @@ def objects() -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def pod_specs() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every whole pod; those of overlays are patches."""
-    for path, found in objects():
+    """Return every complete pod; those of overlays are patches."""
+    for path, document in objects():
         if "overlays" in path.parts:
             continue
-        spec = found.get("spec", {})
+        spec = document.get("spec", {})
         spec = spec.get("jobTemplate", {}).get("spec", spec)
         if "template" in spec:
-            yield f"{path.relative_to(KUBERNETES)}: {found['kind']}", spec["template"]["spec"]
+            yield f"{path.relative_to(KUBERNETES)}: {document['kind']}", spec["template"]["spec"]
 
 
 def pod_containers() -> Iterator[Container]:
-    """The containers of all pods."""
+    """Return the containers of all pods."""
     for where, spec in pod_specs():
         for one in [*spec.get("initContainers", []), *spec["containers"]]:
             probes = [one[kind] for kind in ("startupProbe", "livenessProbe", "readinessProbe") if kind in one]
@@ -72,16 +72,16 @@ def pod_containers() -> Iterator[Container]:
 
 
 def compose() -> dict[str, Any]:
-    """compose.yaml."""
-    (found,) = documents(COMPOSE[0])
-    return found
+    """Return the content of compose.yaml."""
+    (document,) = documents(COMPOSE[0])
+    return document
 
 
 def compose_services() -> Iterator[Container]:
-    """The services of both files that run our image; YAML's merge keys are resolved."""
+    """Return the services of both files that run our image, with YAML's merge keys resolved."""
     for path in COMPOSE:
-        (found,) = documents(path)
-        for name, service in found["services"].items():
+        (document,) = documents(path)
+        for name, service in document["services"].items():
             if name.startswith("server") or name == "monitor":
                 yield Container(
                     f"{path.name} {name}",
@@ -92,7 +92,7 @@ def compose_services() -> Iterator[Container]:
 
 
 def image() -> dict[str, str]:
-    """The environment of the image."""
+    """Return the environment of the image."""
     text = re.sub(r"\\\n\s*", " ", (DEPLOY / "docker" / "Dockerfile").read_text("utf-8"))
     lines = [line.removeprefix("ENV ") for line in text.splitlines() if line.startswith("ENV ")]
     return {name: value for line in lines for name, value in re.findall(r"(\w+)=(\S+)", line)}

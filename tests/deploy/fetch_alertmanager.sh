@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Puts Debian's Alertmanager and amtool into .venv/alertmanager, without root. Where apt-get does not have them, the tests
-# of deploy/alertmanager are skipped, and say so. Safe to run again: the programs appear only when they are complete.
+# Installs Debian's Alertmanager and amtool into .venv/alertmanager, without root. If apt-get does not have them, the tests
+# of deploy/alertmanager are skipped with a message. Safe to run again: the programs appear only when they are complete.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 folder=$PWD/.venv/alertmanager

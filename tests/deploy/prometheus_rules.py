@@ -1,4 +1,4 @@
-"""The files under deploy/prometheus, as data. Knows PromQL only as far as finding names in it goes."""
+"""The files under deploy/prometheus as data. PromQL is parsed only to find names."""
 
 import re
 from typing import Any
@@ -12,7 +12,7 @@ _STRING = re.compile(r'"[^"]*"')
 
 
 def rules(kind: str) -> list[dict[str, Any]]:
-    """The rules of a kind, `alert` or `record`, as they stand in rules/*.yml."""
+    """Return the rules of a kind, `alert` or `record`, in rules/*.yml."""
     return [rule for group in groups() for rule in group["rules"] if kind in rule]
 
 
@@ -23,35 +23,35 @@ def groups() -> list[dict[str, Any]]:
 
 
 def cases() -> list[dict[str, Any]]:
-    """The tests of tests/*.yml."""
+    """Return the tests of tests/*.yml."""
     files = [yaml.safe_load(path.read_text("utf-8")) for path in sorted(FOLDER.glob("tests/*.yml"))]
     return [case for file in files for case in file["tests"]]
 
 
 def metrics(expression: str) -> set[str]:
-    """Names of our metrics and of recorded series in an expression, those matched by `__name__` among them."""
+    """Return the names of our metrics and of recorded series in an expression, including matches by `__name__`."""
     return set(re.findall(r"(?<![\w:])(?:svc_|(?:job|model)\w*:)[\w:]+", expression))
 
 
 def read_by(expression: str) -> set[str]:
-    """Return all words of an expression and of the recording rules that feed it: its series are among them."""
+    """Return all words of an expression and of the recording rules that feed it, including its series."""
     recorded = {rule["record"]: rule["expr"] for rule in rules("record")}
-    words, found = [expression], set[str]()
+    words, names = [expression], set[str]()
     while words:
-        new = set(re.findall(r"[\w:]+", words.pop())) - found
-        found |= new
+        new = set(re.findall(r"[\w:]+", words.pop())) - names
+        names |= new
         words += [recorded[word] for word in new & set(recorded)]
-    return found
+    return names
 
 
 def seconds(duration: str) -> int:
-    """Return the seconds of a duration as Prometheus writes it."""
+    """Return the seconds of a duration in Prometheus' notation."""
     units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
     return sum(int(number) * units[unit] for number, unit in re.findall(r"(\d+)([smhd])", duration))
 
 
 def matchers(expression: str) -> list[tuple[str, str, str]]:
-    """Metric, label and value or pattern of each matcher on one of our metrics."""
+    """Return metric, label and value or pattern of each matcher on one of our metrics."""
     selectors = re.findall(r"\b(svc_\w+)\{([^}]*)\}", expression)
     return [
         (metric, label, value)
@@ -61,6 +61,6 @@ def matchers(expression: str) -> list[tuple[str, str, str]]:
 
 
 def grouped_by(expression: str) -> set[str]:
-    """The labels named in by, without, on, ignoring."""
+    """Return the labels named in by, without, on and ignoring."""
     lists = re.findall(r"\b(?:by|without|on|ignoring)\s*\(([^)]*)\)", _STRING.sub("", expression))
     return {label.strip() for inside in lists for label in inside.split(",")}

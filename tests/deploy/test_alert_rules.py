@@ -1,4 +1,4 @@
-"""promtool accepts the rules, they fire when they must and only then, and the runbook has a section for each alert."""
+"""promtool accepts the rules, they fire exactly when they must, and the runbook has a section for each alert."""
 
 import os
 import re
@@ -16,7 +16,7 @@ ALERTS = {rule["alert"]: rule for rule in rules("alert")}
 HEADINGS = set(re.findall(r"^### (\w+)$", read("docs/runbook.md").partition("\n## Alerts\n")[2], re.MULTILINE))
 RUNBOOK = "{{ with $externalLabels.runbook }}{{ . }}{{ else }}file:///opt/tuneserve/docs/runbook.md{{ end }}"
 COMPARISON = re.compile(r"[=!<>]=|[<>]")
-# A vector, the operator, a number: `bool` can be inserted after the operator, and the expression stays one.
+# A vector, the operator, a number: the expression stays valid if `bool` is inserted after the operator.
 PLAIN_COMPARISON = re.compile(r"[\w)}\]] ([=!<>]=|[<>]) \d+(\.\d+)?(?=\s|$)")
 
 
@@ -44,7 +44,7 @@ def test_prometheus_accepts_the_rules(promtool: Path) -> None:
 
 
 def _cases() -> list[Any]:
-    """Those of days take a quarter of a minute."""
+    """Return the test files; those that cover days take a quarter of a minute."""
     slow = {"holdout_overdue": pytest.mark.slow}
     files = sorted(FOLDER.glob("tests/*.yml"))
     return [pytest.param(file, id=file.stem, marks=slow.get(file.stem, ())) for file in files]
@@ -61,7 +61,7 @@ def _checks(case: dict[str, Any], alert: str) -> list[dict[str, Any]]:
 
 
 def _is_quiet_case(case: dict[str, Any], alert: str) -> bool:
-    """Whether an alert stays silent in a case of its own series, also after its `for` has passed."""
+    """Return whether an alert stays silent in a case of its own series, even after its `for` has passed."""
     rule, checks = ALERTS[alert], _checks(case, alert)
     series = {re.split(r"[{ ]", given["series"])[0] for given in case["input_series"]}
     late = [check for check in checks if seconds(check["eval_time"]) >= seconds(rule.get("for", "0s"))]
@@ -104,6 +104,6 @@ def test_the_severity_in_the_runbook_equals_that_of_the_alert(alert: str) -> Non
 
 @pytest.mark.parametrize("alert", ALERTS)
 def test_a_comparison_is_between_a_vector_and_a_number(alert: str) -> None:
-    # Without what is in braces: a matcher is no comparison.
+    # Braces are removed: a matcher is not a comparison.
     expression = re.sub(r"\{[^}]*\}", "{}", ALERTS[alert]["expr"])
     assert len(COMPARISON.findall(expression)) == len(PLAIN_COMPARISON.findall(expression))

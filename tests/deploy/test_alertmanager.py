@@ -1,4 +1,4 @@
-"""Alertmanager itself sends the cause and not what follows from it, and wakes nobody up for staging."""
+"""Alertmanager sends causes without the alerts that follow from them, and no pages for staging."""
 
 import re
 import socket
@@ -32,13 +32,13 @@ def programs() -> Path:
 
 @pytest.fixture(scope="module")
 def alertmanager(programs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """A client of a running Alertmanager with this configuration."""
+    """Return a client of a running Alertmanager with this configuration."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     options = [f"--config.file={FILE}", f"--storage.path={tmp_path_factory.mktemp('alertmanager')}"]
     options += [f"--web.listen-address={address}", "--cluster.listen-address=", "--log.level=error"]
-    # Debian's looks for its templates below /usr/share alone, which has them for this process only.
+    # Debian's Alertmanager reads templates only below /usr/share, which has them for this process only.
     place = "mount -t tmpfs none /usr/share && mkdir /usr/share/prometheus"
     place += f" && cp -r {programs}/templates /usr/share/prometheus/alertmanager"
     command = ["unshare", "--map-root-user", "--mount", "sh", "-c", f'{place} && exec "$@"', "sh"]
@@ -56,18 +56,18 @@ def alertmanager(programs: Path, tmp_path_factory: pytest.TempPathFactory) -> It
 
 @pytest.fixture
 def inhibited(alertmanager: httpx.Client, request: pytest.FixtureRequest) -> Send:
-    """What sends alerts, with a job for each test, and returns the labels of those that are inhibited."""
+    """Return a function that sends alerts, with a job per test, and returns the labels of inhibited ones."""
     job = request.node.name
 
     def send(*alerts: Labels) -> list[Labels]:
         ends = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
         sent = [{"labels": alert | {"job": job}, "endsAt": ends} for alert in alerts]
         alertmanager.post("/alerts", json=sent).raise_for_status()
-        found = alertmanager.get("/alerts", params={"filter": f'job="{job}"'}).raise_for_status().json()
-        assert len(found) == len(alerts)
+        firing = alertmanager.get("/alerts", params={"filter": f'job="{job}"'}).raise_for_status().json()
+        assert len(firing) == len(alerts)
         return [
             {name: value for name, value in alert["labels"].items() if name != "job"}
-            for alert in found
+            for alert in firing
             if alert["status"]["inhibitedBy"]
         ]
 
@@ -118,7 +118,7 @@ def test_the_disk_and_training_are_not_inhibited_when_the_server_is_down(
 
 @pytest.mark.slow
 def test_no_page_is_inhibited_when_only_tickets_fire(inhibited: Send) -> None:
-    """Each page beside all tickets, with labels of its own: no page is the cause of another."""
+    """Each page fires together with all tickets and with its own labels, so that no page is the cause of another."""
     pages = [name for name, rule in ALERTS.items() if rule["labels"]["severity"] == "page"]
     tickets = ALERTS.keys() - pages
     fired = [

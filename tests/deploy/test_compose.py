@@ -1,4 +1,4 @@
-"""The services are hardened, listen where nobody else reaches them, and Docker's command line accepts the files."""
+"""The services are hardened and listen on loopback, and Docker's command line accepts the files."""
 
 import json
 import os
@@ -20,7 +20,7 @@ SERVICES = compose()["services"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """deploy/, with secrets."""
+    """Return a copy of deploy/ with secrets."""
     copied = shutil.copytree(DEPLOY, tmp_path_factory.mktemp("compose") / "deploy")
     for name in ("grafana_password", "tls_certificate.pem", "tls_key.pem"):
         (copied / "compose" / "secrets" / name).write_text("secret")
@@ -59,8 +59,8 @@ def test_a_service_has_minimal_rights(name: str) -> None:
 def test_foreign_images_are_pinned_and_listen_on_loopback(name: str) -> None:
     service = SERVICES[name]
     assert service["image"].rpartition(":")[2] not in ("", "latest")
-    said = [*service.get("command", []), *service.get("environment", {}).values()]
-    assert any("127.0.0.1" in text for text in said)
+    texts = [*service.get("command", []), *service.get("environment", {}).values()]
+    assert any("127.0.0.1" in text for text in texts)
 
 
 def test_a_stop_waits_for_running_answers() -> None:

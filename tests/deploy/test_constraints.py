@@ -1,4 +1,4 @@
-"""The releases that `make install` takes are those of every dependency, and pip can install them."""
+"""The constraints of `make install` pin every dependency, and pip can install them."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ def asked(extras: tuple[str, ...]) -> list[Requirement]:
     project = PROJECT["project"]
     named = [*project["dependencies"], *PROJECT["dependency-groups"]["dev"]]
     named += [text for extra in extras for text in project["optional-dependencies"][extra]]
-    return [found for found in map(Requirement, named) if found.name != project["name"]]
+    return [requirement for requirement in map(Requirement, named) if requirement.name != project["name"]]
 
 
 def locked(name: str) -> dict[str, str]:
@@ -32,8 +32,8 @@ def locked(name: str) -> dict[str, str]:
 @pytest.mark.parametrize(("name", "extras"), EXTRAS.items())
 def test_every_dependency_is_pinned(name: str, extras: tuple[str, ...]) -> None:
     pins = locked(name)
-    found = [(needed, pins.get(canonicalize_name(needed.name))) for needed in asked(extras)]
-    wrong = [f"{needed}: {version}" for needed, version in found if not version or version not in needed.specifier]
+    pinned = [(needed, pins.get(canonicalize_name(needed.name))) for needed in asked(extras)]
+    wrong = [f"{needed}: {version}" for needed, version in pinned if not version or version not in needed.specifier]
     assert not wrong, "run `make lock`"
 
 
@@ -54,7 +54,7 @@ def test_no_release_of_uvicorn_is_allowed_when_the_tests_have_not_passed_with_it
 
 @pytest.mark.matrix
 def test_all_packages_for_gpus_are_on_pypi() -> None:
-    """Not our own pip's settings: a folder with CPU builds once hid that no GPU's owner could install anything."""
+    """Ignores this machine's pip settings: a folder of CPU builds once hid that the GPU set could not be installed."""
     names = ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL", "PIP_CONSTRAINT")
     environment = {name: value for name, value in os.environ.items() if name not in names}
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet"]

@@ -1,4 +1,4 @@
-"""The image's health check asks the server of the home, and says that it is dead where nobody answers."""
+"""The image's health check requests the server of the home, and fails without an answer."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""`make install` says what the machine lacks before it fetches gigabytes."""
+"""`make install` reports missing requirements before it downloads gigabytes."""
 
 import shutil
 import subprocess
@@ -18,7 +18,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def install(checkout: Path, python: str, *, tools: Path) -> tuple[int, str]:
-    """Its exit status, and what it said, where PATH is a folder of tools alone."""
+    """Return exit status and output of the script with only a folder of tools in PATH."""
     environment = {"PATH": str(tools), "PYTHON": python, "SERVE": "serve"}
     command = ["/bin/bash", str(checkout / "deploy" / "install.sh")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
@@ -28,26 +28,26 @@ def install(checkout: Path, python: str, *, tools: Path) -> tuple[int, str]:
 
 @pytest.fixture
 def tools(tmp_path: Path) -> Path:
-    """No compiler among them."""
+    """Return a folder of tools without a compiler."""
     folder = tmp_path / "tools"
     folder.mkdir()
     for name in ("dirname", "rm"):
-        found = shutil.which(name)
-        assert found
-        (folder / name).symlink_to(found)
+        program = shutil.which(name)
+        assert program
+        (folder / name).symlink_to(program)
     return folder
 
 
 def test_the_error_names_the_packages_when_a_compiler_is_missing(checkout: Path, tools: Path) -> None:
-    status, said = install(checkout, sys.executable, tools=tools)
+    status, output = install(checkout, sys.executable, tools=tools)
     assert status == 1
-    assert "do: apt-get install g++\n" in said
+    assert "do: apt-get install g++\n" in output
 
 
 def test_the_error_names_the_python_when_it_is_too_old(checkout: Path, tools: Path) -> None:
     python = tools / "python3.10"
     python.write_text('#!/bin/bash\n[ "$1" = --version ] && echo Python 3.10.13\nexit 1\n')
     python.chmod(0o755)
-    status, said = install(checkout, str(python), tools=tools)
+    status, output = install(checkout, str(python), tools=tools)
     assert status == 1
-    assert f"Python 3.10.13 at {python}" in said
+    assert f"Python 3.10.13 at {python}" in output

@@ -1,4 +1,4 @@
-"""kustomize builds every overlay, no pod has more rights than it needs, and the rules are those that are tested."""
+"""kustomize builds every overlay, pods have minimal rights, and the rules are the tested ones."""
 
 import importlib.util
 import shutil
@@ -22,15 +22,15 @@ needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="no k
 
 @cache
 def built(folder: Path) -> list[dict[str, Any]]:
-    """What `kubectl apply` would send."""
+    """Return the objects that `kubectl apply` would send."""
     command = ["kubectl", "kustomize", "--load-restrictor", "LoadRestrictionsNone", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return list(yaml.safe_load_all(done.stdout))
 
 
-def _pods(found: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    for one in found:
+def _pods(manifest: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for one in manifest:
         spec = one.get("spec", {})
         spec = spec.get("jobTemplate", {}).get("spec", spec)
         if "template" in spec:
@@ -92,16 +92,16 @@ def test_the_sockets_of_engines_are_in_the_memory_of_the_pod() -> None:
 
 
 def test_there_is_one_server_for_one_home() -> None:
-    (found,) = [one for _, one in objects() if one["kind"] == "StatefulSet" and "replicas" in one["spec"]]
-    assert found["spec"]["replicas"] == 1
+    (manifest,) = [one for _, one in objects() if one["kind"] == "StatefulSet" and "replicas" in one["spec"]]
+    assert manifest["spec"]["replicas"] == 1
 
 
 def test_a_job_resumes_after_a_drain_and_fails_on_any_other_error() -> None:
-    (found,) = [one for _, one in objects() if one["kind"] == "Job"]
-    (rule,) = [one["onExitCodes"] for one in found["spec"]["podFailurePolicy"]["rules"] if "onExitCodes" in one]
+    (manifest,) = [one for _, one in objects() if one["kind"] == "Job"]
+    (rule,) = [one["onExitCodes"] for one in manifest["spec"]["podFailurePolicy"]["rules"] if "onExitCodes" in one]
     assert rule["operator"] == "NotIn"
     assert InterruptedRunError.exit_code in rule["values"]
-    assert found["spec"]["template"]["spec"]["restartPolicy"] == "Never"
+    assert manifest["spec"]["template"]["spec"]["restartPolicy"] == "Never"
 
 
 def test_the_rules_of_the_operator_equal_those_of_prometheus() -> None:

@@ -1,4 +1,4 @@
-"""Every setting, command, port, path, metric and secret that deploy/ names exists, and means the same everywhere."""
+"""Every setting, command, port, path, metric and secret named in deploy/ exists and is consistent."""
 
 import re
 from pathlib import Path
@@ -50,15 +50,15 @@ def test_every_container_runs_a_command_that_exists(container: Container) -> Non
     while isinstance(command, click.Group):
         context = click.Context(command, context, **command.context_settings)
         _, words, _ = command.make_parser(context).parse_args(words)
-        found = command.get_command(context, words.pop(0))
-        assert found is not None
-        command = found
+        subcommand = command.get_command(context, words.pop(0))
+        assert subcommand is not None
+        command = subcommand
     command.make_context(command.name, words, **group.context_settings)
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
 def test_every_container_has_a_volume_for_each_folder_that_it_writes(container: Container) -> None:
-    """The rest of its file system is read-only."""
+    """The rest of the file system is read-only."""
     if not container.mounts:  # compose.tls.yaml adds to a service
         return
     home, temporary = Path(image()["SVC_HOME"]), image()["TMPDIR"]
@@ -112,18 +112,18 @@ def test_pods_and_services_listen_on_the_ports_of_the_settings() -> None:
 
 
 def test_prometheus_scrapes_the_exporter() -> None:
-    (found,) = documents(DEPLOY / "prometheus" / "prometheus.yml")
-    targets = [target for job in found["scrape_configs"] for one in job["static_configs"] for target in one["targets"]]
+    (config,) = documents(DEPLOY / "prometheus" / "prometheus.yml")
+    targets = [target for job in config["scrape_configs"] for one in job["static_configs"] for target in one["targets"]]
     assert targets == [f"{Settings().monitor.host}:{Settings().monitor.port}"]
 
 
 def test_the_job_has_the_name_that_the_rules_use() -> None:
-    (found,) = documents(DEPLOY / "prometheus" / "prometheus.yml")
+    (config,) = documents(DEPLOY / "prometheus" / "prometheus.yml")
     (monitor,) = [one for _, one in objects() if one["kind"] == "ServiceMonitor"]
     label, wanted = monitor["spec"]["jobLabel"], monitor["spec"]["selector"]["matchLabels"]
     services = [one["metadata"].get("labels", {}) for _, one in objects() if one["kind"] == "Service"]
     (chosen,) = [labels for labels in services if wanted.items() <= labels.items()]
-    assert [chosen[label]] == [job["job_name"] for job in found["scrape_configs"]]
+    assert [chosen[label]] == [job["job_name"] for job in config["scrape_configs"]]
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(DEPLOY)))
@@ -136,13 +136,13 @@ def test_every_metric_is_exported_or_recorded(path: Path) -> None:
 
 @pytest.mark.parametrize("path", COMPOSE, ids=lambda path: path.name)
 def test_every_secret_of_compose_is_defined_and_mounted_where_it_is_read(path: Path) -> None:
-    (found,) = documents(path)
-    services = [service for service in found["services"].values() if service.get("secrets")]
-    assert {secret for service in services for secret in service["secrets"]} == set(found["secrets"])
+    (file,) = documents(path)
+    services = [service for service in file["services"].values() if service.get("secrets")]
+    assert {secret for service in services for secret in service["secrets"]} == set(file["secrets"])
     for service in services:
         read = {Path(value).name for value in service["environment"].values() if value.startswith("/run/secrets/")}
         assert read == set(service["secrets"])
-    assert all("file" in secret for secret in found["secrets"].values())
+    assert all("file" in secret for secret in file["secrets"].values())
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The rules read nothing that is not exported: Prometheus takes a misspelt name for a series that is not there yet."""
+"""The rules read only exported series: Prometheus treats a misspelt name as a series without samples."""
 
 import re
 from typing import Any
@@ -18,19 +18,19 @@ EXPORTED = {
     for name, kind, labels in re.findall(r"^\| `(svc_\w+)` \| (\w+) \|([\w, ]*)\|", PAGE, re.MULTILINE)
 }
 RECORDED = {rule["record"] for rule in rules("record")}
-SCRAPED = {"job", "namespace", "instance"}  # what Prometheus itself adds
-ENGINE = {"model", "version", "replica"}  # what the server adds to vLLM's own metrics
+SCRAPED = {"job", "namespace", "instance"}  # added by Prometheus
+ENGINE = {"model", "version", "replica"}  # added by the server to vLLM's metrics
 RULES = [pytest.param(rule, id=rule.get("alert") or rule["record"]) for rule in rules("alert") + rules("record")]
 
 
 def _family(series: str) -> str:
-    """The metric that a series belongs to: a histogram's buckets are series of their own."""
+    """Return the metric of a series; a histogram's buckets are separate series."""
     base = re.sub(r"_(bucket|count|sum)$", "", series)
     return base if EXPORTED.get(base, ("", set()))[0] == "histogram" else series
 
 
 def _labels(name: str) -> set[str]:
-    """The labels of an exported metric, or those that a recorded one's name begins with."""
+    """Return the labels of an exported metric, or those at the start of a recorded one's name."""
     if name in RECORDED:
         return set(name.partition(":")[0].split("_"))
     _, labels = EXPORTED[_family(name)]
@@ -104,9 +104,9 @@ def test_every_objective_is_a_bucket_of_its_histogram(metric: str, buckets: tupl
 
 @pytest.mark.parametrize("group", ["availability_long", "latency_long"])
 def test_long_windows_are_evaluated_less_often_and_without_gaps(group: str) -> None:
-    (found,) = [one for one in groups() if one["name"] == f"tuneserve_{group}"]
-    assert 60 <= seconds(found["interval"]) < 300
-    assert {rule["record"].rpartition("increase")[2] for rule in found["rules"]} == {"6h", "3d"}
+    (rule_group,) = [one for one in groups() if one["name"] == f"tuneserve_{group}"]
+    assert 60 <= seconds(rule_group["interval"]) < 300
+    assert {rule["record"].rpartition("increase")[2] for rule in rule_group["rules"]} == {"6h", "3d"}
 
 
 @pytest.mark.parametrize("generate", [generate_latest, generate_openmetrics])

@@ -1,4 +1,4 @@
-"""The units hold together, and say of the server what it does."""
+"""The units are consistent with each other and with the server's behaviour."""
 
 import re
 import shutil
@@ -18,14 +18,14 @@ from tests.docs.pages import ROOT
 FOLDER = ROOT / "deploy" / "systemd"
 SERVICES = sorted(FOLDER.glob("*.service"))
 UNITS = sorted([*SERVICES, *FOLDER.glob("*.socket"), *FOLDER.glob("*.timer")])
-MOST_EXPOSED = 20
+MAX_EXPOSURE = 20
 """Tenths of what `systemd-analyze security` gives; it calls less than 25 OK."""
 _EXECUTABLE = re.compile(r"/opt/tuneserve/\.venv/bin/svc")
 needs_systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd-analyze here")
 
 
 def unit(name: str) -> dict[str, dict[str, str]]:
-    """Its sections; what stands more than once is in lines."""
+    """Return the sections of a unit; repeated keys are joined by newlines."""
     sections: dict[str, dict[str, str]] = {}
     for line in (FOLDER / name).read_text("utf-8").splitlines():
         if line.startswith("["):
@@ -37,7 +37,7 @@ def unit(name: str) -> dict[str, dict[str, str]]:
 
 
 def runnable(folder: Path) -> None:
-    """The units, with a program that exists everywhere."""
+    """Return the units with a program that exists everywhere."""
     for path in UNITS:
         (folder / path.name).write_text(_EXECUTABLE.sub("/bin/true", path.read_text("utf-8")), "utf-8")
 
@@ -54,7 +54,7 @@ def test_systemd_verifies_the_units(tmp_path: Path) -> None:
 @needs_systemd
 @pytest.mark.parametrize("path", SERVICES, ids=lambda path: path.name)
 def test_systemd_rates_the_exposure_ok(path: Path) -> None:
-    command = ["systemd-analyze", "security", "--offline=true", f"--threshold={MOST_EXPOSED}", str(path)]
+    command = ["systemd-analyze", "security", "--offline=true", f"--threshold={MAX_EXPOSURE}", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout[-200:]
 
@@ -62,7 +62,7 @@ def test_systemd_rates_the_exposure_ok(path: Path) -> None:
 def test_a_stop_leaves_the_engines_running_and_kills_no_other_process() -> None:
     service = unit("tuneserve.service")["Service"]
     assert (service["KillMode"], service["KillSignal"]) == ("process", signal.SIGUSR1.name)
-    assert service["OOMPolicy"] == "continue"  # an engine that is killed for its memory does not end the server
+    assert service["OOMPolicy"] == "continue"  # an engine killed for its memory does not stop the server
     assert service["RuntimeDirectoryPreserve"] == "yes"
     assert service.get("PrivateTmp", "no") == "no"
 

@@ -1,4 +1,4 @@
-"""PyTorch's index is named to pip where it answers, and only there: pip would try one that does not for minutes."""
+"""PyTorch's index is passed to pip only if it answers: otherwise pip would retry it for minutes."""
 
 import subprocess
 import sys
@@ -31,9 +31,9 @@ def address() -> Iterator[str]:
         server.shutdown()
 
 
-def told(index: str) -> tuple[list[str], str]:
-    """Arguments for pip, and what people read."""
-    # Without site-packages: nothing is installed yet.
+def run_script(index: str) -> tuple[list[str], str]:
+    """Return the arguments for pip, and the message for people."""
+    # Without site-packages, as before the installation.
     done = subprocess.run(
         [sys.executable, "-S", SCRIPT],
         env={"TORCH_INDEX": index},
@@ -47,17 +47,17 @@ def told(index: str) -> tuple[list[str], str]:
 
 @pytest.mark.parametrize("end", ["", "/"])
 def test_an_index_is_passed_to_pip_when_it_answers(address: str, end: str) -> None:
-    assert told(f"{address}/cpu{end}") == (["--extra-index-url", f"{address}/cpu{end}"], "")
+    assert run_script(f"{address}/cpu{end}") == (["--extra-index-url", f"{address}/cpu{end}"], "")
 
 
 def test_an_index_is_not_passed_to_pip_when_it_lacks_torch(address: str) -> None:
-    arguments, said = told(f"{address}/other")
+    arguments, message = run_script(f"{address}/other")
     assert arguments == []
-    assert f"{address}/other does not answer" in said
+    assert f"{address}/other does not answer" in message
 
 
 @pytest.mark.parametrize("index", ["http://127.0.0.1:1/cpu", "download.pytorch.org/whl/cpu", "http://a b/cpu"])
 def test_an_index_is_not_passed_to_pip_when_it_does_not_answer(index: str) -> None:
-    arguments, said = told(index)
+    arguments, message = run_script(index)
     assert arguments == []
-    assert "does not answer" in said
+    assert "does not answer" in message

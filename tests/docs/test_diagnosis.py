@@ -1,4 +1,4 @@
-"""The page of the diagnosis has the rule of every fault, and its thresholds are those of the code."""
+"""docs/diagnosis.md has the rule of every fault, with the thresholds of the code."""
 
 import re
 
@@ -23,7 +23,7 @@ def test_every_fault_has_a_section_with_a_change(kind: FindingKind) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"),
+    ("kind", "phrase"),
     [
         (FindingKind.DIVERGENCE, f"{curve_rules.SURE:g} standard errors and {curve_rules.ABOVE_START:.0%}"),
         (FindingKind.UNDERFITTING, f"{curve_rules.UNFINISHED_SHARE:.0%} of the whole fall"),
@@ -70,5 +70,5 @@ def test_every_fault_has_a_section_with_a_change(kind: FindingKind) -> None:
         (FindingKind.ANSWERS_CUT_OFF, f"More than {heldout_rules.CUT_OFF:.0%} of the held-out answers"),
     ],
 )
-def test_the_thresholds_equal_those_of_the_code(kind: FindingKind, said: str) -> None:
-    assert said.replace("%", " %") in section(kind)
+def test_the_thresholds_equal_those_of_the_code(kind: FindingKind, phrase: str) -> None:
+    assert phrase.replace("%", " %") in section(kind)

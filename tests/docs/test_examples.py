@@ -1,4 +1,4 @@
-"""Every example can be trained as it stands: its recipe parses, its data are clean, and their origin is known."""
+"""Every example can be trained unchanged: its recipe parses, its data are clean, and their origin is documented."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""The generated pages are what the code says now."""
+"""The generated pages are up to date."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""docs/metrics.md and the code name the same metrics, labels and reasons, both ways."""
+"""docs/metrics.md and the code have the same metrics, labels and reasons."""
 
 import re
 from pathlib import Path
@@ -43,7 +43,7 @@ ROW = re.compile(r"^\| `(svc_\w+)` \| (\w+) \|([\w, ]*)\|", re.MULTILINE)
 
 @pytest.fixture(scope="module")
 def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, set[str]]]:
-    """Type and labels of each metric in the code, by the name that a scrape shows."""
+    """Return type and labels of each metric in the code, by its name in a scrape."""
     registry = CollectorRegistry()
     home = tmp_path_factory.mktemp("home")
     GatewayMetrics(registry)
@@ -55,13 +55,13 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, s
     registry.register(TrainingMetrics(versions, home))
     registry.register(DriftMetrics(versions, new_store(home)))
     registry.register(DeadlineMetrics(new_store(home), None))
-    found = {}
+    metrics = {}
     for collector in list(registry._collector_to_names):
         for family in collector.collect():
             name = family.name + ("_total" if family.type == "counter" else "")
             if name.startswith("svc_"):
-                found[name] = family.type, _labels(collector, family)
-    return found
+                metrics[name] = family.type, _labels(collector, family)
+    return metrics
 
 
 def _no_server() -> ServerAddress:

@@ -1,4 +1,4 @@
-"""What a reader can copy out of the pages works: commands, recipes, snippets, links."""
+"""Commands, recipes, snippets and links in the pages work."""
 
 import re
 import shlex
@@ -23,7 +23,7 @@ COMMAND_LINES = [
 
 
 def _words(line: str, program: str) -> list[str] | None:
-    """The arguments of one program in a shell line; None where it runs another."""
+    """Return the arguments of a program in a shell line; None if the line runs another program."""
     words = shlex.split(line, comments=True)
     while words and re.fullmatch(r"\w+=.*", words[0]):
         words.pop(0)
@@ -49,12 +49,12 @@ def test_every_svc_command_parses(line: str) -> None:
     command: click.Command = group
     context: click.Context | None = None
     while isinstance(command, click.Group) and (words or not command.invoke_without_command):
-        # A group keeps the help option of the first context that asks: so these have their parents, as in a real run.
+        # A group caches the help option of its first context, so contexts have their parents, as in a real run.
         context = click.Context(command, context, **command.context_settings)
-        _, words, _ = command.make_parser(context).parse_args(words)  # its own options stand before
-        found = command.get_command(context, words.pop(0))
-        assert found is not None
-        command = found
+        _, words, _ = command.make_parser(context).parse_args(words)  # the group's own options come first
+        subcommand = command.get_command(context, words.pop(0))
+        assert subcommand is not None
+        command = subcommand
     command.make_context(
         command.name, words, **group.context_settings
     )  # raises on an unknown option, a missing or a surplus argument

@@ -1,4 +1,4 @@
-"""The pages written by hand are complete: errors, states, dependencies, both ways."""
+"""The pages written by hand list exactly the errors, states and dependencies of the code."""
 
 import re
 import tomllib

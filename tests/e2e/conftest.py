@@ -1,4 +1,4 @@
-"""A trained home and one running server for all end-to-end tests: an engine takes half a minute to start."""
+"""A trained home and one running server for all end-to-end tests, because an engine takes half a minute to start."""
 
 import subprocess
 import sys
@@ -35,12 +35,12 @@ FIGURES = pytest.StashKey[list[str]]()
 
 @pytest.fixture
 def report(request: pytest.FixtureRequest) -> Report:
-    """Shows a figure at the end of the run, also of a test that passes."""
+    """Return a function that shows a figure at the end of the run, even for a passing test."""
     return request.config.stash.setdefault(FIGURES, []).append
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Writes the figures."""
+    """Print the figures."""
     figures = config.stash.setdefault(FIGURES, [])
     if figures:
         terminalreporter.section("figures")
@@ -50,11 +50,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny base model as the hub has them, real examples and a recipe."""
+    """Return a folder with a tiny base model in the hub's layout, real examples and a recipe."""
     folder = tmp_path_factory.mktemp("main-job")
     build_hub_model(folder / "base", "smollm2")
     write_examples(folder / "train.jsonl", read_examples(DATA / "train.jsonl")[:48])
-    # Enough for the smallest window of the watch for drift.
+    # Enough for the smallest window of drift detection.
     write_examples(folder / "heldout.jsonl", read_examples(DATA / "heldout.jsonl")[:HELDOUT_EXAMPLES])
     (folder / "recipe.yaml").write_text(RECIPE, "utf-8")
     return folder
@@ -62,8 +62,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def home(workplace: Path) -> Path:
-    """A home with two versions, LoRA's and QLoRA's; the first was asked to end while it trained, killed while it was
-    judged, and went on both times."""
+    """Return a home with two versions, LoRA's and QLoRA's. The first run was stopped by a signal in training and killed
+    in evaluation, and resumed both times."""
     home, recipe = workplace / "home", str(workplace / "recipe.yaml")
     _end_training(home, recipe)
     _kill_training_in_evaluation(home, recipe)
@@ -75,21 +75,21 @@ def home(workplace: Path) -> Path:
 
 
 def _end_training(home: Path, recipe: str) -> None:
-    """Sends `svc train` the notice of a spot machine after its first checkpoint."""
+    """Send `svc train` SIGTERM, the notice of a spot machine, after its first checkpoint."""
     training = _train_until(home, recipe, "checkpoints/step-*", "--set", "checkpoints.every_steps=1")
     training.terminate()
     assert training.wait(60) == InterruptedRunError.exit_code
 
 
 def _kill_training_in_evaluation(home: Path, recipe: str) -> None:
-    """Ends `svc train` with SIGKILL while its first engine starts: nothing of it can clean up."""
+    """Kill `svc train` with SIGKILL while its first engine starts, so that it cannot clean up."""
     training = _train_until(home, recipe, "engine.log")
     training.kill()
     training.wait()
 
 
 def _train_until(home: Path, recipe: str, file: str, *options: str) -> "subprocess.Popen[bytes]":
-    """Starts `svc train`, and waits until there is such a file in the run's folder."""
+    """Start `svc train`, and wait until the run's folder contains a file."""
     command = [str(Path(sys.executable).with_name("svc")), "--home", str(home), "train", recipe, *options]
     training = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 180
@@ -102,7 +102,7 @@ def _train_until(home: Path, recipe: str, file: str, *options: str) -> "subproce
 
 @pytest.fixture(scope="session")
 def server(home: Path) -> Iterator[Server]:
-    """The running server, with version 1 in production. It keeps all content, and marks latencies with request ids."""
+    """Return the running server, with version 1 in production, all content stored, and exemplars with request ids."""
     settings = {
         "SVC_REQUEST_LOG__CONTENT_SHARE": "1",
         "SVC_HOLDOUT__REQUESTS_PER_MINUTE": "600",

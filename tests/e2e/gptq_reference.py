@@ -1,10 +1,10 @@
-"""What gptqmodel makes of a model, and what transformers gives for its dequantized weights.
+"""Quantize a model with gptqmodel, and compute transformers' results for the dequantized weights.
 
     python -m tests.e2e.gptq_reference BASE OUT GROUP_SIZE
 
-In a process of its own: gptqmodel sizes its threads by a variable that it reads when it is imported, which PEFT may
-have done long before, and leaves temporary folders to the collector. Writes the quantized model to OUT, and beside it
-log-probabilities in float32 and in bfloat16.
+Runs in a separate process, because gptqmodel reads the size of its thread pool from a variable at its import, which
+PEFT may have done long before, and leaves temporary folders behind. Writes the quantized model to OUT, and next to it
+the log-probabilities in float32 and in bfloat16.
 """
 
 import json
@@ -28,7 +28,7 @@ _SEQUENCES, _LENGTH = 8, 60
 
 
 def quantize(base: Path, out: Path, group_size: int) -> Path:
-    """With gptqmodel directly, because no recipe asks for whole channels (-1)."""
+    """Quantize with gptqmodel directly, because recipes do not support whole channels (-1)."""
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its own default is too small for two cores
     from gptqmodel import GPTQModel, QuantizeConfig
     from transformers import AutoTokenizer
@@ -37,7 +37,7 @@ def quantize(base: Path, out: Path, group_size: int) -> Path:
     config = QuantizeConfig(bits=4, group_size=group_size, desc_act=False, act_group_aware=group_size > 0)
     model = GPTQModel.load(str(base), config)
     out.mkdir()
-    with chdir(out):  # gptqmodel leaves a folder of logs where it is called
+    with chdir(out):  # gptqmodel leaves a folder of logs in the working folder
         model.quantize(examples, batch_size=4, calibration_data_min_length=1)
         model.save(str(out))
     AutoTokenizer.from_pretrained(base).save_pretrained(out)
@@ -50,7 +50,7 @@ def sequences() -> list[list[int]]:
 
 
 def dequantized(quantized: Path) -> dict[str, "torch.Tensor"]:
-    """Every quantized layer's weights, [out, in] in float32, by name."""
+    """Return the weights of every quantized layer, [out, in] in float32, by name."""
     import torch
     from gptqmodel import BACKEND, GPTQModel
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
@@ -58,34 +58,34 @@ def dequantized(quantized: Path) -> dict[str, "torch.Tensor"]:
     model = GPTQModel.load(str(quantized), backend=BACKEND.GPTQ_TORCH, device="cpu").model
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, TorchLinear)}
     with torch.no_grad():
-        # The class's own function: a layer's is compiled, for which a compiler would be needed.
+        # The class's function: that of a layer is compiled, which would need a compiler.
         return {name: TorchLinear.dequantize_weight(layer).T.float() for name, layer in layers.items()}
 
 
 def logprobs_of(base: Path, weights: dict[str, "torch.Tensor"], dtype: "torch.dtype") -> Logprobs:
-    """What transformers gives for the base with other weights in its layers."""
+    """Return transformers' log-probabilities for the base with other weights in its layers."""
     import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-    found = []
+    logprobs = []
     with torch.no_grad():
         for name, weight in weights.items():
             model.get_submodule(name).weight.copy_(weight)
         for ids in sequences():
             scores = model(torch.tensor([ids])).logits[0].float().log_softmax(dim=-1)
-            found.append([float(scores[place - 1, ids[place]]) for place in range(START, _LENGTH)])
-    return found
+            logprobs.append([float(scores[place - 1, ids[place]]) for place in range(START, _LENGTH)])
+    return logprobs
 
 
 def main(base: Path, out: Path, group_size: int) -> None:
-    """Quantizes, and writes down what the dequantized weights give."""
+    """Quantize, and write the results of the dequantized weights."""
     import torch
 
     quantize(base, out, group_size)
     weights = dequantized(out)
-    found = {str(dtype): logprobs_of(base, weights, dtype) for dtype in (torch.float32, torch.bfloat16)}
-    (out / RESULT).write_text(json.dumps(found), "utf-8")
+    logprobs = {str(dtype): logprobs_of(base, weights, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    (out / RESULT).write_text(json.dumps(logprobs), "utf-8")
 
 
 if __name__ == "__main__":

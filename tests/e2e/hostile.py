@@ -1,4 +1,4 @@
-"""Clients that try to take a server away from the others, each in a way that once worked."""
+"""Clients that try to deny the service to others, each in a way that once worked."""
 
 import asyncio
 import json
@@ -27,10 +27,10 @@ _TOO_MUCH = (
 
 
 class HostileClients:
-    """All of them, with one key.
+    """All hostile clients, with one key.
 
     Args:
-        models: returns those that they ask for now, as clients name them.
+        models: returns the model names to request now.
     """
 
     def __init__(

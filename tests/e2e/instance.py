@@ -1,4 +1,4 @@
-"""A server of its own on a copy of the trained home, that can be killed, together with its engines or without them."""
+"""A separate server on a copy of the trained home, which can be killed with or without its engines."""
 
 import json
 import os
@@ -29,15 +29,15 @@ Prompts = list[list[dict[str, str]]]
 
 
 class Instance:
-    """`svc serve` on a home of its own.
+    """`svc serve` on its own home.
 
     Args:
-        home: is copied.
-        folder: the copy.
+        home: to copy.
+        folder: of the copy.
         settings: environment variables.
 
     Attributes:
-        headers: of what it asks its server; a key, where there are any.
+        headers: of requests to the server; a key, if there are any.
     """
 
     def __init__(self, home: Path, folder: Path, port: int, prompts: Prompts, **settings: str) -> None:
@@ -52,10 +52,10 @@ class Instance:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, *models: str) -> float:
-        """Starts the server; returns the seconds until one of its models was ready.
+        """Start the server; return the seconds until one of its models was ready.
 
         Args:
-            models: `tiny` where none is given.
+            models: default `tiny`.
         """
         began = time.monotonic()
         wait_until_ready(self.url, self.launch(*models), self._log, 300)
@@ -66,7 +66,7 @@ class Instance:
         return self.home / "logs" / "serve.log"
 
     def launch(self, *models: str) -> "subprocess.Popen[bytes]":
-        """Starts the server, and waits for nothing."""
+        """Start the server without waiting."""
         command = [Path(sys.executable).with_name("svc"), "--home", self.home, "serve", *(models or ("tiny",))]
         command += ["--port", self._port]
         with self._log.open("ab") as output:
@@ -80,13 +80,13 @@ class Instance:
         return self._process
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> int:
-        """Ends the server; returns its exit code. SIGKILL leaves its engines."""
+        """Stop the server; return its exit code. SIGKILL leaves its engines running."""
         assert self._process is not None
         self._process.send_signal(number)
         return self._process.wait(120)
 
     def close(self) -> None:
-        """Ends the server and what it left."""
+        """Stop the server and remaining engines."""
         if self._process is not None and self._process.poll() is None:
             self.end()
         for engine in self.engines():
@@ -94,16 +94,16 @@ class Instance:
                 process.kill()
 
     def said(self) -> str:
-        """What the server has written, also before its last start."""
+        """Return the server's output, including that before its last start."""
         return self._log.read_text("utf-8")
 
     def models(self) -> dict[str, Any]:
-        """What the server says of each model."""
+        """Return the status of each model."""
         status = httpx.get(f"{self.url}/svc/status", headers=self.headers, timeout=10, trust_env=False).json()
         return {model["model"]: model for model in status["models"]}
 
     def all_ready(self, *names: str, timeout_s: float = 240) -> None:
-        """Waits until these models serve, and no others."""
+        """Wait until exactly these models serve."""
         deadline = time.monotonic() + timeout_s
         while (states := {name: model["engine"]["state"] for name, model in self.models().items()}) != dict.fromkeys(
             names, "ready"
@@ -112,39 +112,39 @@ class Instance:
             time.sleep(0.1)
 
     def until_all(self, condition: Callable[[str], bool], timeout_s: float = 240) -> None:
-        """Wait until the engines of every model are in such a state."""
+        """Wait until the engines of every model are in a state."""
         deadline = time.monotonic() + timeout_s
         while not all(condition(model["engine"]["state"]) for model in self.models().values()):
             assert time.monotonic() < deadline, self.models()
             time.sleep(0.1)
 
     def process(self) -> psutil.Process:
-        """The server's."""
+        """Return the server's process."""
         assert self._process is not None
         return psutil.Process(self._process.pid)
 
     def engines(self) -> list[psutil.Process]:
-        """vLLM's first processes, in the order of their replicas."""
+        """Return vLLM's first processes in the order of their replicas."""
         return list(self.engines_by_replica().values())
 
     def engines_by_replica(self) -> dict[int, psutil.Process]:
-        """The same, each with its replica's number."""
-        found = {number: find_engine(folder) for number, folder in state_folders(self.home).items()}
-        return {number: engine for number, engine in found.items() if engine is not None}
+        """Return vLLM's first processes by replica number."""
+        engines = {number: find_engine(folder) for number, folder in state_folders(self.home).items()}
+        return {number: engine for number, engine in engines.items() if engine is not None}
 
     def engines_of(self, model: str) -> list[psutil.Process]:
-        """Those of one model."""
+        """Return vLLM's first processes of one model."""
         engines = self.engines_by_replica()
         return [engines[one["replica"]] for one in self.models()[model]["engines"] if one["replica"] in engines]
 
     def status(self) -> Any:
-        """What the server says of itself and of its first model."""
+        """Return the status of the server and its first model."""
         return of_one_model(
             httpx.get(f"{self.url}/svc/status", headers=self.headers, timeout=10, trust_env=False).json()
         )
 
     def until(self, condition: Callable[[Any], object], timeout_s: float = 240) -> Any:
-        """Waits until the status is so; looks a hundred times a second."""
+        """Wait for a condition on the status, polling a hundred times per second."""
         deadline = time.monotonic() + timeout_s
         with httpx.Client(base_url=self.url, headers=self.headers, timeout=10, trust_env=False) as client:
             while time.monotonic() < deadline:
@@ -155,8 +155,8 @@ class Instance:
         raise AssertionError(f"not so after {timeout_s} s: {status}")
 
     def answers(self, model: str = "tiny") -> list[tuple[str, str]]:
-        """Version and text for each prompt."""
-        found = []
+        """Return version and text for each prompt."""
+        answers = []
         for prompt in self.prompts:
             body = {"model": model, "messages": prompt, "max_tokens": 24, "temperature": 0}
             answer = httpx.post(
@@ -164,32 +164,32 @@ class Instance:
             )
             answer.raise_for_status()
             text = answer.json()["choices"][0]["message"]["content"]
-            found.append((answer.headers["x-model-version"], text))
-        return found
+            answers.append((answer.headers["x-model-version"], text))
+        return answers
 
     def promote(self, *arguments: str) -> Any:
-        """`svc promote`, which must succeed."""
+        """Run `svc promote`, which must succeed."""
         return svc_json(self.home, "promote", *arguments)
 
     def try_to_promote(self, *arguments: str) -> "subprocess.Popen[bytes]":
-        """`svc promote` in the background, however it may end."""
+        """Run `svc promote` in the background, whatever its result."""
         command = [Path(sys.executable).with_name("svc"), "--home", self.home, "promote", *arguments]
         return subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def command(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
-        """Any command."""
+        """Run a command."""
         return svc(self.home, *arguments, capture_output=True)
 
 
 def copy_model(home: Path, name: str) -> None:
-    """Registers all versions of `tiny` under another name."""
+    """Register all versions of `tiny` under another name."""
     registry = Registry.of(Settings(home=home))
     for version in registry.versions("tiny"):
         _copy_version(registry, version, name)
 
 
 def copy_versions(home: Path, count: int) -> None:
-    """Registers the versions of `tiny` again, in turn, until there are so many."""
+    """Register the versions of `tiny` again, in turn, up to a number."""
     registry = Registry.of(Settings(home=home))
     versions = registry.versions("tiny")
     for number in range(len(versions), count):
@@ -197,7 +197,7 @@ def copy_versions(home: Path, count: int) -> None:
 
 
 def _copy_version(registry: Registry, version: VersionId, name: str) -> None:
-    """Files are linked, since none of them ever changes, but the manifest."""
+    """Copy a version; its files are linked because they never change, except the manifest."""
     manifest = json.loads((registry.folder(version) / MANIFEST_FILE).read_text("utf-8"))
     copied = registry.tracking.allocate(name, str(registry.folder(version)), manifest["tracking_run"])
     folder = shutil.copytree(registry.folder(version), registry.folder(copied), copy_function=os.link)
@@ -207,13 +207,13 @@ def _copy_version(registry: Registry, version: VersionId, name: str) -> None:
 
 
 def group(engine: psutil.Process) -> list[psutil.Process]:
-    """An engine's processes, its first one first."""
+    """Return an engine's processes, the first one first."""
     members = [process for process in psutil.process_iter() if _group_id(process.pid) == engine.pid]
     return sorted(members, key=lambda process: process.pid != engine.pid)
 
 
 def core_of(engine: psutil.Process) -> psutil.Process:
-    """vLLM's engine core."""
+    """Return the process of vLLM's engine core."""
     return next(process for process in group(engine) if "EngineCore" in " ".join(process.cmdline()))
 
 
@@ -225,7 +225,7 @@ def _group_id(pid: int) -> int:
 
 
 def figures(load: Load, swap: Any) -> str:
-    """What a swap under load cost its clients."""
+    """Return the effect of a swap under load on its clients."""
     seconds = [answer.seconds for answer in load.answers]
     queued = "none" if swap["queued"] is None else f"{swap['queued']} for {swap['queued_s']:.2f} s"
     return (

@@ -1,4 +1,4 @@
-"""How late a server's event loop wakes up, from its metrics page."""
+"""Event loop lag of a server, from its metrics page."""
 
 import math
 from collections import Counter
@@ -11,22 +11,22 @@ _BUCKETS = "svc_event_loop_lag_seconds_bucket"
 
 
 def read_lag(url: str, headers: Mapping[str, str] | None = None) -> Counter[float]:
-    """Wake-ups so far, by the upper bound of how late they were, seconds."""
+    """Return the number of wake-ups by the upper bound of their delay, seconds."""
     page = httpx.get(f"{url}/metrics", headers=headers, timeout=30, trust_env=False).text
     samples = [sample for family in text_string_to_metric_families(page) for sample in family.samples]
     return Counter({float(one.labels["le"]): int(one.value) for one in samples if one.name == _BUCKETS})
 
 
-def lag_figure(what: str, counts: Counter[float]) -> str:
-    """The 50th, 99th and 99.9th percentile, as the bucket that it lies in.
+def lag_figure(title: str, counts: Counter[float]) -> str:
+    """Return the 50th, 99th and 99.9th percentile as buckets.
 
     Args:
-        counts: cumulative, as Prometheus has them; the difference of two readings.
+        counts: cumulative, as in Prometheus; the difference of two readings.
     """
     total = counts[float("inf")]
     bounds = [_bound(counts, share * total) for share in (0.5, 0.99, 0.999)]
     p50, p99, p999 = (f"{bound * 1000:g}" for bound in bounds)
-    return f"lag of the event loop, {what}: p50 {p50}, p99 {p99}, p99.9 {p999} ms at most, of {total} wake-ups"
+    return f"lag of the event loop, {title}: p50 {p50}, p99 {p99}, p99.9 {p999} ms at most, of {total} wake-ups"
 
 
 def _bound(counts: Counter[float], wanted: float) -> float:

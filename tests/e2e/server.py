@@ -14,7 +14,7 @@ HELDOUT_EXAMPLES = 24
 
 
 def of_one_model(status: dict[str, Any]) -> dict[str, Any]:
-    """A server's status with what its only model says beside it."""
+    """Return a server's status merged with that of its only model."""
     return {**status, **(status["models"] or [{}])[0]}
 
 
@@ -38,7 +38,7 @@ class Server:
         return [self.answer(index) for index in range(len(self.prompts))]
 
     def status(self) -> Any:
-        """Of the server and of its one model."""
+        """Return the status of the server and its only model."""
         return of_one_model(svc_json(self.home, "status"))
 
     def folder(self, number: int) -> Path:

@@ -1,4 +1,4 @@
-"""Clients of a busy day, good ones and bad ones, and what they saw."""
+"""Good and bad clients of the soak test, and their results."""
 
 import asyncio
 import json
@@ -49,10 +49,10 @@ _WRONG: tuple[tuple[str, bytes, str], ...] = (
 
 @dataclass(frozen=True)
 class Failure:
-    """An error that a good client got.
+    """An error of a good client's request.
 
     Attributes:
-        model: that was asked, without its version.
+        model: requested model without its version.
         began, ended: monotonic times, seconds.
     """
 
@@ -64,16 +64,16 @@ class Failure:
 
 @dataclass
 class Tally:
-    """What all clients saw.
+    """Results of all clients.
 
     Attributes:
         expected: the answers of each version, one for each prompt.
-        running: requests of good clients that are under way, by model.
-        complete: good answers, by version.
-        mixed: answers that are not those of the version that their header names.
+        running: running requests of good clients, by model.
+        complete: complete answers, by version.
+        mixed: answers that differ from those of the version in their header.
         errors: all other answers.
         refused: statuses of wrong requests.
-        slow: how connections that read or send slowly ended.
+        slow: outcomes of connections that read or send slowly.
     """
 
     expected: dict[str, list[str]]
@@ -87,23 +87,23 @@ class Tally:
     ids: list[str] = field(default_factory=list)
 
     def answered(self, version: str, prompt: int, text: str) -> None:
-        """A whole answer."""
+        """Record a complete answer."""
         self.complete[version] += 1
         if self.expected[version][prompt] != text:
             self.mixed.append(f"{version}, prompt {prompt}: {text!r}")
 
     def failed(self, name: str, code: str, began: float) -> None:
-        """An error, of a request that was sent then."""
+        """Record an error with the time of its request."""
         self.errors.append(Failure(name.partition("@")[0], code, began, time.monotonic()))
 
 
 @dataclass(frozen=True)
 class Clients:
-    """All of them, against one server.
+    """All clients of one server.
 
     Attributes:
-        headers: of every request: a key, where there are any.
-        models: returns those that are asked for now, as clients name them.
+        headers: of every request: a key, if there are any.
+        models: returns the model names to request now.
     """
 
     url: str
@@ -113,7 +113,7 @@ class Clients:
     models: Callable[[], Sequence[str]] = lambda: ("tiny",)
 
     async def run(self, seconds: float) -> None:
-        """Everybody asks until the time is over."""
+        """Run all clients until the time is over."""
         end = time.monotonic() + seconds
         async with httpx.AsyncClient(
             base_url=self.url, headers=self.headers, timeout=_TIMEOUT_S, trust_env=False, limits=httpx.Limits()
@@ -165,7 +165,7 @@ class Clients:
         self._good(answer, prompt, answer.json()["choices"][0]["message"]["content"])
 
     async def _leave(self, http: httpx.AsyncClient) -> None:
-        """Reads a few lines of a long answer, and goes."""
+        """Read a few lines of a long answer, and disconnect."""
         body = self._body(0, stream=True) | {"max_tokens": 300, "ignore_eos": True}
         async with http.stream("POST", CHAT, json=body) as answer:
             lines = answer.aiter_lines()
@@ -185,7 +185,7 @@ class Clients:
             self.tally.feedback[answer.status_code] += 1
 
     async def _read_slowly(self, _: httpx.AsyncClient) -> None:
-        """Some 100 KiB a second of an answer of about a megabyte: slower than it is made, faster than is cut off."""
+        """Read about 100 KiB per second of an answer of about 1 MB: slower than generated, faster than the limit."""
         async with self._connection() as (reader, writer):
             writer.write(_request(self._long(), self.headers))
             read = b""
@@ -223,7 +223,7 @@ class Clients:
 
     @asynccontextmanager
     async def _connection(self) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-        """One whose buffers here are small, so that what is not read waits in the server."""
+        """Open a connection with small buffers, so that unread bytes wait in the server."""
         url, plain = httpx.URL(self.url), socket.socket()
         plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
         plain.setblocking(False)

@@ -1,4 +1,4 @@
-"""Versions as adapters beside their base, in one real engine: by name, beside merged weights, and under load."""
+"""Versions as adapters of their base in one real engine: by name, compared with merged weights, and under load."""
 
 import asyncio
 import signal
@@ -31,7 +31,7 @@ Texts = dict[str, list[tuple[str, str]]]
 
 @pytest.fixture(scope="module")
 def adapters_home(workplace: Path) -> Path:
-    """A home with three versions, of LoRA, of rsLoRA and of LoRA."""
+    """Return a home with three versions: LoRA, rsLoRA and LoRA."""
     home, recipe = workplace / "adapters-home", str(workplace / "recipe.yaml")
     common = ["--set", "formats=[adapter, merged]", "--set", "qualify.restart=false"]
     svc_json(home, "train", recipe, *common)
@@ -42,7 +42,7 @@ def adapters_home(workplace: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def instance(adapters_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
-    """A server; version 1 serves, merged."""
+    """Return a server with version 1 in production, merged."""
     with closing(Instance(adapters_home, tmp_path_factory.mktemp("adapters") / "home", PORT, PROMPTS)) as instance:
         instance.start(ONE)
         yield instance
@@ -50,18 +50,18 @@ def instance(adapters_home: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 
 @pytest.fixture(scope="module")
 def merged(instance: Instance) -> Texts:
-    """What the merged weights of both answer; afterwards version 1 serves as an adapter."""
-    found = {ONE: instance.answers()}
+    """Return the answers of both versions' merged weights; afterwards version 1 serves as an adapter."""
+    answers = {ONE: instance.answers()}
     instance.promote(TWO)
-    found[TWO] = instance.answers()
+    answers[TWO] = instance.answers()
     swap = instance.promote(ONE, "--format", "adapter")
     assert swap["kind"] == "bluegreen"
-    return found
+    return answers
 
 
 @pytest.fixture(scope="module")
 def own(instance: Instance, merged: Texts) -> Texts:
-    """What the adapters of both answer."""
+    """Return the answers of both adapters."""
     return {version: instance.answers(version) for version in merged}
 
 
@@ -86,7 +86,7 @@ def test_the_first_use_of_an_adapter_loads_it(
 def test_each_name_answers_like_the_merged_weights_of_its_version(
     instance: Instance, merged: Texts, own: Texts, report: Report
 ) -> None:
-    """Merged weights are rounded to 16 bits, and what an adapter adds is not: late tokens may differ."""
+    """Merged weights are rounded to 16 bits, an adapter's contribution is not, so late tokens may differ."""
     assert instance.answers("tiny") == own[ONE]
     for version, texts in merged.items():
         same = [one == other for one, other in zip(own[version], texts, strict=True)]
@@ -97,7 +97,7 @@ def test_each_name_answers_like_the_merged_weights_of_its_version(
 
 
 def test_an_adapter_scores_prompts_while_requests_run(instance: Instance, own: Texts, report: Report) -> None:
-    """What ended vLLM on a CPU before the output layer was left out."""
+    """These requests crashed vLLM on a CPU before the output layer was excluded."""
     (number,) = instance.engines_by_replica()
     examples = read_examples(DATA / "heldout.jsonl")[:24]
 
@@ -119,7 +119,9 @@ def test_an_adapter_scores_prompts_while_requests_run(instance: Instance, own: T
     assert load.failed == []
 
 
-def test_no_request_waits_when_an_adapter_is_promoted_under_load(instance: Instance, own: Texts, report: Report) -> None:
+def test_no_request_waits_when_an_adapter_is_promoted_under_load(
+    instance: Instance, own: Texts, report: Report
+) -> None:
     engines = instance.engines()
     with Load(instance.url, "tiny", instance.prompts) as load:
         load.wait_for(8)
@@ -143,7 +145,7 @@ def test_the_next_server_adopts_the_engine_when_the_server_was_killed(instance: 
 
 
 def test_three_adapters_and_two_models_answer_concurrently(instance: Instance, own: Texts, report: Report) -> None:
-    """Each under its name, through the official client; one model is swapped meanwhile."""
+    """Each answers under its name to the official client, while one model is swapped."""
     alone = own | {THREE: instance.answers(THREE)}
     copy_model(instance.home, OTHER)
     assert instance.command("add", f"{OTHER}@1").returncode == 0

@@ -1,4 +1,4 @@
-"""Token parity: the ids that training sees are those that vLLM makes of a client's request, on real chat templates."""
+"""Token parity on real chat templates: training uses the ids that vLLM makes from a client's request."""
 
 import json
 from contextlib import closing
@@ -58,7 +58,7 @@ TOOLS: list[dict[str, Any]] = [
 
 
 def model_with(family: str, folder: Path) -> Path:
-    """A tiny model with a family's template, as a version's folder."""
+    """Return a version's folder with a tiny model and a family's template."""
     from trainer.base_model.resolve import resolve_base
 
     tokenizer = resolve_base("smollm2-135m-instruct", Settings().base_cache).folder
@@ -70,7 +70,7 @@ def model_with(family: str, folder: Path) -> Path:
 
 
 async def prompt_length(engine: EngineProcess, example: ChatExample) -> int:
-    """How many tokens a client's request has, by the engine that answers it."""
+    """Return the number of prompt tokens of a client's request, as counted by the engine."""
     tools = {"tools": [json.loads(tool) for tool in example.tools], "tool_choice": "none"} if example.tools else {}
     body = {"model": "tiny", "messages": [message.spoken() for message in example.prompt], "max_tokens": 1, **tools}
     with closing(EngineConnections(engine.socket, silence_s=600)) as http:

@@ -1,4 +1,4 @@
-"""`svc compare` with the real engine: kept answers, a base and its version in one engine, an endpoint elsewhere."""
+"""`svc compare` with the real engine: stored answers, a base and its version in one engine, a remote endpoint."""
 
 from pathlib import Path
 
@@ -33,16 +33,20 @@ def test_a_base_and_its_version_share_one_engine(home: Path, workplace: Path) ->
 
 def test_a_remote_endpoint_gives_the_same_answers_as_the_version(server: Server) -> None:
     endpoint = f"{server.url}/v1#tiny@1"
-    said = svc(server.home, "compare", "tiny@1", endpoint, "--limit", "6", capture_output=True)
-    assert f"the prompts of 6 examples are sent to {server.url}/v1" in said.stderr
-    assert "perplexity is left out" in said.stdout
+    done = svc(server.home, "compare", "tiny@1", endpoint, "--limit", "6", capture_output=True)
+    assert f"the prompts of 6 examples are sent to {server.url}/v1" in done.stderr
+    assert "perplexity is left out" in done.stdout
     compared = svc_json(server.home, "compare", "tiny@1", endpoint, "--limit", "6")
     assert [row["a"]["answer"] for row in compared["answers"]] == [row["b"]["answer"] for row in compared["answers"]]
     assert compared["direction"] == "undecided"
 
 
 def test_a_version_reports_forgetting(home: Path) -> None:
-    found = svc_json(home, "show", "tiny@1")["forgetting"]
-    assert found["examples"] == 60
-    assert 0 < found["nll_before"]["low"] <= found["nll_before"]["value"]
-    assert found["nll_difference"]["low"] <= found["nll_difference"]["value"] <= found["nll_difference"]["high"]
+    forgetting = svc_json(home, "show", "tiny@1")["forgetting"]
+    assert forgetting["examples"] == 60
+    assert 0 < forgetting["nll_before"]["low"] <= forgetting["nll_before"]["value"]
+    assert (
+        forgetting["nll_difference"]["low"]
+        <= forgetting["nll_difference"]["value"]
+        <= forgetting["nll_difference"]["high"]
+    )

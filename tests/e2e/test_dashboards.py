@@ -1,4 +1,4 @@
-"""What dashboards and alerts ask for exists: a real Prometheus on a real server under load answers every query."""
+"""A real Prometheus on a real server under load has data for every query of dashboards and alerts."""
 
 import math
 import os
@@ -42,19 +42,19 @@ RATED = 115
 JUDGED = heldout_set(fingerprint(read_examples(HELDOUT)[:HELDOUT_EXAMPLES]), HELDOUT_EXAMPLES)
 WHERE = {"job": ".*", "namespace": ".*", "instance": ".*"}
 VARIABLES = WHERE | {"model": "tiny", "version_a": "1", "version_b": "2", "heldout": JUDGED, "datasource": "prometheus"}
-# Rates over all that happens here: on a slow machine the streams are minutes before the last panel is looked at.
+# Rates over the complete test: on a slow machine the streams run minutes before the last panel is queried.
 PANELS = panel_queries(DASHBOARDS, VARIABLES, rate_interval="15m", shown="15m")
 _COMPARISON = re.compile(r" (==|!=|>=|<=|>|<) (?=[\d.])")
 
 
 @dataclass(frozen=True)
 class Watched:
-    """A server under load, as Prometheus saw it.
+    """A server under load, scraped by Prometheus.
 
     Attributes:
-        load: what was asked, while version 2 was promoted and taken back.
-        rated: id of a request that was rated, beside those of `RATED`.
-        before: answers of each version that other tests had asked for.
+        load: requests sent while version 2 was promoted and rolled back.
+        rated: id of a rated request, in addition to those of `RATED`.
+        before: answers of each version requested by other tests.
     """
 
     server: Server
@@ -64,10 +64,10 @@ class Watched:
     before: dict[str, float]
 
     def ask(self, query: str) -> list[dict[str, Any]]:
-        """The series that a query gives now.
+        """Return the current series of a query.
 
         Raises:
-            AssertionError: the query is not valid.
+            AssertionError: the query is invalid.
         """
         answer = self.prometheus.get("/api/v1/query", params={"query": query}).json()
         assert answer["status"] == "success", f"{answer.get('error')}: {query}"
@@ -75,7 +75,7 @@ class Watched:
         return series
 
     def value(self, query: str) -> float:
-        """The value of a query that gives one series."""
+        """Return the value of a query with a single series."""
         (series,) = self.ask(query)
         return float(series["value"][1])
 
@@ -92,10 +92,10 @@ key."""
 
 @contextmanager
 def process(command: list[str | Path], log: Path, environment: Mapping[str, str] | None = None) -> Iterator[None]:
-    """Runs a command for the body.
+    """Run a command for the body.
 
     Args:
-        environment: variables beside those of this process.
+        environment: additional variables.
     """
     variables = os.environ | dict(environment or {})
     with log.open("wb") as output:
@@ -109,7 +109,7 @@ def process(command: list[str | Path], log: Path, environment: Mapping[str, str]
 
 @pytest.fixture(scope="module")
 def watched(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
-    """`svc monitor` and Prometheus as deploy/ has them, but for ports, a scrape a second and a check in two."""
+    """Run `svc monitor` and Prometheus as in deploy/, but with other ports, a scrape every 1 s, a check every 2 s."""
     folder = tmp_path_factory.mktemp("prometheus")
     config = yaml.safe_load((FOLDER / "prometheus.yml").read_text("utf-8"))
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
@@ -143,10 +143,10 @@ def watched(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 def _wait_for_series(client: httpx.Client, query: str, timeout_s: float = 60) -> None:
-    """Until a query gives a series.
+    """Wait until a query returns a series.
 
     Raises:
-        TimeoutError: it gave none in time.
+        TimeoutError: there was none in time.
     """
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
@@ -161,7 +161,7 @@ def _wait_for_series(client: httpx.Client, query: str, timeout_s: float = 60) ->
 
 
 def _wait_for_target(client: httpx.Client, folder: Path) -> None:
-    """Until the first scrape of the monitor, which imports MLflow before it answers."""
+    """Wait for the first scrape of the monitor, which imports MLflow before it answers."""
     try:
         _wait_for_series(client, "svc_server_up == 1")
     except TimeoutError:
@@ -170,7 +170,7 @@ def _wait_for_target(client: httpx.Client, folder: Path) -> None:
 
 
 def _wait_for_drift(watched: Watched, folder: Path) -> None:
-    """Until every signal of the version that serves was compared, and its held-out set was asked again."""
+    """Wait until every signal of the served version was compared and its held-out set was run."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         compared = {series["metric"]["signal"] for series in watched.ask('svc_drift_score{version="1"}')}
@@ -188,7 +188,7 @@ def _put_under_load(server: Server, client: httpx.Client) -> Watched:
         load.wait_for(16)
         svc_json(server.home, "promote", "tiny@2")
         _wait_for_series(client, 'svc_requests_total{version="2"}')
-        load.wait_for(16)  # a counter that appears has not risen: the panels show what comes after its first scrape
+        load.wait_for(16)  # a new counter has no increase yet: panels show increases after its first scrape
         svc_json(server.home, "rollback", "tiny")
         load.wait_for(16)
         with pytest.raises(openai.NotFoundError):
@@ -204,7 +204,7 @@ def _put_under_load(server: Server, client: httpx.Client) -> Watched:
 
 
 def _ask(server: Server, messages: Any) -> str:
-    """The id of a request."""
+    """Send a request; return its id."""
     raw = server.client.chat.completions.with_raw_response.create(
         model="tiny", messages=messages, max_tokens=5, temperature=0
     )
@@ -218,11 +218,11 @@ def _rate(server: Server, request_id: str, rating: str, **more: str) -> None:
 
 @pytest.mark.parametrize("query", PANELS, ids=lambda query: f"{query.dashboard}: {query.panel}")
 def test_every_panel_has_data(watched: Watched, query: PanelQuery) -> None:
-    found = watched.ask(query.expr)
+    result = watched.ask(query.expr)
     if query.panel.startswith("annotation") or query.panel in DID_NOT_HAPPEN:
-        return  # has data only at the moment of a change, or nothing to tell here; the query is valid
-    assert found, query.expr
-    assert not all(math.isnan(float(series["value"][1])) for series in found), query.expr
+        return  # has data only at the moment of a change, or none in this test; the query is valid
+    assert result, query.expr
+    assert not all(math.isnan(float(series["value"][1])) for series in result), query.expr
 
 
 @pytest.mark.parametrize("rule", rules("record"), ids=lambda rule: rule["record"])
@@ -237,10 +237,10 @@ NOT_HERE = re.compile(r"svc_(certificate|key|backup)_|svc_training_|DCGM_")
 
 @pytest.mark.parametrize("rule", rules("alert"), ids=lambda rule: rule["alert"])
 def test_every_alert_reads_data(watched: Watched, rule: dict[str, Any]) -> None:
-    """With `bool`, a comparison that is false gives 0 and not nothing: what stays empty had nothing to compare.
+    """With `bool`, a false comparison gives 0 instead of nothing, so an empty result means missing data.
 
-    An exception, behind `unless`, becomes an alternative: with `bool` it would take away whatever there is.
-    A subquery that looks at full hours looks at each scrape: this Prometheus is younger than an hour.
+    An exception after `unless` becomes an alternative, because with `bool` it would remove everything.
+    A subquery of full hours reads every scrape here, since this Prometheus is younger than an hour.
     """
     expression = re.sub(r"\bunless\b", "or", rule["expr"]).replace(":1h]", ":15s]")
     expression, comparisons = _COMPARISON.subn(r" \1 bool ", expression)
@@ -258,7 +258,7 @@ def test_the_counts_in_prometheus_equal_those_of_the_clients(watched: Watched) -
     for version in ("1", "2"):
         got = sum(answer.version == f"tiny@{version}" for answer in watched.load.answers)
         counted = watched.value(f'sum(svc_requests_total{{model="tiny", version="{version}", status="200"}})')
-        extra = 1 + RATED if version == "1" else 0  # the requests that were rated
+        extra = 1 + RATED if version == "1" else 0  # the rated requests
         assert counted - watched.before.get(version, 0) == got + extra
 
 
@@ -298,7 +298,7 @@ def test_an_exemplar_leads_to_a_stored_request(watched: Watched) -> None:
 
 
 def test_the_percentiles_match_the_requests(watched: Watched) -> None:
-    """Within the sketch's 1 %, at the rank q(n-1) rounded down, of the rows that were kept."""
+    """Within the sketch's 1 %, at the rank q(n-1) rounded down of the stored rows."""
     answered = select(RequestRow.seconds).where(RequestRow.number == 1, RequestRow.status < 400)
     with Session(open_database(watched.server.home)) as session:
         seconds = sorted(session.scalars(answered))

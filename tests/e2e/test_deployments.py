@@ -1,4 +1,4 @@
-"""Two models on one server, with the real engine: asked, swapped, added, removed and killed, each without the other."""
+"""Two models on one server with the real engine: requests, swaps, adding, removing and kills of one of them."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ AT_REST_S = 10
 
 @pytest.fixture(scope="module")
 def instance(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
-    """A server of `tiny@1` and `other@2`."""
+    """Return a server of `tiny@1` and `other@2`."""
     with closing(Instance(home, tmp_path_factory.mktemp("deployments") / "home", PORT, PROMPTS)) as instance:
         copy_model(instance.home, OTHER)
         instance.start(f"{TINY}@1", f"{OTHER}@2")
@@ -35,10 +35,10 @@ def instance(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[I
 
 
 def check(answers: list[Answer], expected: dict[str, list[tuple[str, str]]]) -> None:
-    """None failed, and each is what its version answers alone.
+    """Assert that no request failed, and that each answer equals its version's answer without load.
 
     Args:
-        expected: of each version, the version and text for each prompt.
+        expected: for each version, the version and text for each prompt.
     """
     assert answers
     for answer in answers:
@@ -117,7 +117,9 @@ def test_a_model_is_removed_and_added_while_the_other_answers(instance: Instance
     assert instance.answers(TINY) == answers
 
 
-def test_the_next_server_adopts_the_engines_of_both_models_when_the_server_was_killed(instance: Instance, report: Report) -> None:
+def test_the_next_server_adopts_the_engines_of_both_models_when_the_server_was_killed(
+    instance: Instance, report: Report
+) -> None:
     before, engines = {name: instance.answers(name) for name in (TINY, OTHER)}, instance.engines()
     assert instance.end(signal.SIGKILL) == -signal.SIGKILL
     began = time.monotonic()
@@ -130,7 +132,7 @@ def test_the_next_server_adopts_the_engines_of_both_models_when_the_server_was_k
 
 @pytest.mark.matrix
 def test_one_more_model_at_rest_costs_little_processor_time(instance: Instance, report: Report) -> None:
-    """A figure, and that it is no more than a little of the server's own."""
+    """Reports the figure, and asserts that it is a small part of the server's own."""
 
     def at_rest() -> tuple[float, int]:
         process: psutil.Process = instance.process()

@@ -1,8 +1,8 @@
-"""Base models of every family, as the hub has them, through all stages of `svc train` on the real engine.
+"""Base models of every family, in the hub's layout, through all stages of `svc train` on the real engine.
 
-Random weights of a few layers: families differ in their layers, not in how many there are. Gemma attends through
-windows shorter than the examples; Phi-3 fuses its projections; SmolLM3 has a fourth layer without positions. Families
-whose real tokenizer was fetched have it.
+They have a few layers of random weights: families differ in the kind of their layers, not in the number. Gemma's
+attention windows are shorter than the examples; Phi-3 fuses its projections; SmolLM3 has a fourth layer without
+positions. Families use their real tokenizer if it was downloaded.
 """
 
 import time
@@ -38,7 +38,7 @@ def read_without_system_turns(name: str, count: int) -> list[ChatExample]:
 
 @pytest.fixture(scope="module")
 def families_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the home of all versions. The examples lie beside it."""
+    """Return the home of all versions. The examples are next to it."""
     folder = tmp_path_factory.mktemp("families")
     write_examples(folder / "train.jsonl", read_without_system_turns("train.jsonl", TRAIN_EXAMPLES))
     write_examples(folder / "heldout.jsonl", read_without_system_turns("heldout.jsonl", HELDOUT_EXAMPLES))
@@ -86,7 +86,7 @@ def test_a_family_is_registered_and_answers_when_its_base_is_as_published(
     figures = ", ".join(f"{format} {value:.2f}" for format, value in nll.items())
     report(f"{name}: {seconds:.0f} s, {tokenizer}; nats per token: {figures}")
     assert nll["merged"] < nll["base"] - 1
-    # Rounding costs little: an engine that reads a layer wrongly answers as the base does, or worse.
+    # Rounding costs little: an engine that reads a layer wrongly answers like the base, or worse.
     assert abs(nll.get("gptq", nll["merged"]) - nll["merged"]) < (nll["base"] - nll["merged"]) / 4
     with (
         serving(families_home, version, PORT) as url,

@@ -1,4 +1,4 @@
-"""PyTorch's 4-bit kernel inside vLLM, on any CPU: the log-probabilities of gptqmodel's own dequantized weights."""
+"""PyTorch's 4-bit kernel in vLLM gives the log-probabilities of gptqmodel's dequantized weights on any CPU."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two models that differ in all but their embedding, which the engine shares with the output."""
+    """Return two models that differ in everything except their embedding, which the engine shares with the output."""
     from safetensors.torch import load_file, save_file
 
     from trainer.base_model.resolve import resolve_base
@@ -41,21 +41,21 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def refer(base: Path, out: Path, group_size: int) -> dict[str, Logprobs]:
-    """Quantizes a base; what its dequantized weights give, by torch's name of the number type."""
+    """Quantize a base; return the results of its dequantized weights, by torch's name of the number type."""
     command = [sys.executable, "-m", "tests.e2e.gptq_reference", str(base), str(out), str(group_size)]
     subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[2])
-    found: dict[str, Logprobs] = json.loads((out / RESULT).read_text("utf-8"))
-    return found
+    logprobs: dict[str, Logprobs] = json.loads((out / RESULT).read_text("utf-8"))
+    return logprobs
 
 
 def distance(one: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -> float:
-    """Mean absolute difference, nats."""
+    """Return the mean absolute difference in nats."""
     return fmean(abs(a - b) for row, others in zip(one, other, strict=True) for a, b in zip(row, others, strict=True))
 
 
 @asynccontextmanager
 async def engine_with(model: Path, home: Path) -> AsyncIterator[EngineProcess]:
-    """An engine that is told to take PyTorch's kernel."""
+    """Return an engine with PyTorch's kernel."""
     settings = EngineSettings(gptq_kernel=GptqKernel.TORCH, max_model_len=256, max_concurrency=8)
     spec = EngineSpec(
         model=model,
@@ -99,10 +99,10 @@ async def test_log_probabilities_match_the_dequantized_weights_even_after_reload
         again = await measure(engine)
     assert "Using Int4LinearKernel" in (tmp_path / "engine.log").read_text()
     assert again == first
-    found: list[Any] = [distance(first, exact[0]), distance(other, exact[1])]
+    errors: list[Any] = [distance(first, exact[0]), distance(other, exact[1])]
     bf16 = [distance(*pair) for pair in zip(rounded, exact, strict=True)]
     report(
-        f"groups of {group_size}: {found[0]:.4f} and, reloaded, {found[1]:.4f} nats from the dequantized weights; "
+        f"groups of {group_size}: {errors[0]:.4f} and, reloaded, {errors[1]:.4f} nats from the dequantized weights; "
         f"transformers in bfloat16 {bf16[0]:.4f} and {bf16[1]:.4f}; other weights {distance(first, exact[1]):.2f}"
     )
-    assert all(ours <= 1.5 * theirs for ours, theirs in zip(found, bf16, strict=True))
+    assert all(ours <= 1.5 * theirs for ours, theirs in zip(errors, bf16, strict=True))

@@ -1,4 +1,4 @@
-"""Rolling and blue-green swaps, and a server that comes back to its engines: the real ones, under load."""
+"""Rolling and blue-green swaps, and adoption of engines by the next server, with real engines under load."""
 
 import signal
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ PORT = 8944
 
 @pytest.fixture(scope="module")
 def instance(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
-    """A server with two engines; version 1 serves."""
+    """Return a server with two engines and version 1 in production."""
     folder = tmp_path_factory.mktemp("hot-load") / "home"
     with closing(Instance(home, folder, PORT, PROMPTS, SVC_ENGINE__REPLICAS="2")) as instance:
         instance.start("tiny@1")
@@ -28,7 +28,9 @@ def instance(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[I
         yield instance
 
 
-def test_no_request_waits_and_no_answer_is_mixed_in_a_rolling_swap_under_load(instance: Instance, report: Report) -> None:
+def test_no_request_waits_and_no_answer_is_mixed_in_a_rolling_swap_under_load(
+    instance: Instance, report: Report
+) -> None:
     expected = {"tiny@1": instance.answers()}
     with Load(instance.url, "tiny", instance.prompts) as load:
         load.wait_for(16)
@@ -62,7 +64,7 @@ def test_the_next_server_adopts_the_engines_when_the_server_left_them_running(in
 
 
 def test_no_request_waits_in_a_blue_green_swap_under_load(instance: Instance, report: Report) -> None:
-    """Another format: the kernels differ, so the answers may too, and need only be whole."""
+    """The format changes: the kernels differ, so the answers may differ too, and only need to be complete."""
     old = instance.engines()
     with Load(instance.url, "tiny", instance.prompts, streams=2) as load:
         load.wait_for(4)

@@ -1,6 +1,7 @@
-"""Whatever is killed, at whatever moment: the next state is one that serves the right version, and nothing is left.
+"""After a kill of any process at any step of a swap, the right version serves and no process is left.
 
-The table of docs/swaps.md, on the real engine, for one of two models; the other goes on. `make test-matrix` runs it.
+Covers the table of docs/swaps.md on the real engine, for one of two models while the other continues. `make
+test-matrix` runs it.
 """
 
 import signal
@@ -30,7 +31,7 @@ TINY, OTHER = "tiny", "other"
 
 
 class Killed(Enum):
-    """What gets SIGKILL."""
+    """The process that gets SIGKILL."""
 
     GATEWAY = "gateway"
     FRONT = "front"
@@ -39,7 +40,7 @@ class Killed(Enum):
 
 
 class Moment(Enum):
-    """When."""
+    """The step of the swap."""
 
     IDLE = "idle"
     DRAINING = "draining"
@@ -49,7 +50,7 @@ class Moment(Enum):
 
 
 class Serving(Enum):
-    """The engine that serves in the end."""
+    """The engine that serves at the end."""
 
     BEFORE = "the one that served before"
     SECOND = "the second one, that was there when it happened"
@@ -85,7 +86,7 @@ TABLE: dict[Moment, Row] = {
 
 @pytest.fixture(scope="module")
 def instance(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
-    """A server of two models, each with one engine."""
+    """Return a server of two models, each with one engine."""
     with closing(Instance(home, tmp_path_factory.mktemp("kill") / "home", PORT, PROMPTS)) as instance:
         copy_model(instance.home, OTHER)
         instance.start(f"{TINY}@1", f"{OTHER}@2")
@@ -95,7 +96,7 @@ def instance(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[I
 
 @pytest.fixture(scope="module")
 def expected(instance: Instance) -> dict[str, list[tuple[str, str]]]:
-    """What each version answers in each format, and the other model."""
+    """Return the answers of each version in each format, and of the other model."""
     answers = {OTHER: instance.answers(OTHER), ONE: instance.answers()}
     instance.promote("tiny@2")
     answers[TWO] = instance.answers()
@@ -106,7 +107,7 @@ def expected(instance: Instance) -> dict[str, list[tuple[str, str]]]:
 
 @pytest.fixture
 def serving(instance: Instance, expected: dict[str, list[tuple[str, str]]]) -> Instance:
-    """Version 1 serves, in one engine, and the other model in another."""
+    """Return the server with version 1 in one engine, and the other model in another."""
     instance.all_ready(TINY, OTHER)
     instance.until(lambda status: [engine["state"] for engine in status["engines"]] == ["ready"])
     status = instance.status()
@@ -133,7 +134,7 @@ def test_the_right_version_serves_after_a_kill(
         processes = {process for engine in engines for process in group(engine)}
         kill(serving, before, killed)
         if lives:
-            psutil.wait_procs([before], timeout=60)  # vLLM's front ends by itself when its core is dead
+            psutil.wait_procs([before], timeout=60)  # vLLM's front exits when its core is dead
         else:
             serving.start(TINY, OTHER)
         status = serving.until(lambda status: settled(status) and len(serving.engines()) == 2)
@@ -158,14 +159,14 @@ def test_the_right_version_serves_after_a_kill(
     assert serving.answers(OTHER) == expected[OTHER]
     assert load.failed == []
     assert bool(load.answers) is lives
-    found = Serving.BEFORE if engine == before else Serving.SECOND if engine in engines else Serving.NEW
-    assert found is which
+    actual = Serving.BEFORE if engine == before else Serving.SECOND if engine in engines else Serving.NEW
+    assert actual is which
     assert {process for process in processes if runs(process)} <= set(group(engine))
     assert {process for process in psutil.process_iter() if is_engine(process)} <= {*group(engine), *group(untouched)}
 
 
 def at(instance: Instance, moment: Moment) -> tuple["subprocess.Popen[bytes] | None", "subprocess.Popen[bytes] | None"]:
-    """Brings the server to a moment; the promotion that is under way, and a client with a long answer."""
+    """Bring the server to a step; yield the running promotion, and a client with a long answer."""
     match moment:
         case Moment.IDLE:
             return None, None
@@ -192,7 +193,7 @@ def at(instance: Instance, moment: Moment) -> tuple["subprocess.Popen[bytes] | N
 
 
 def long_answer(instance: Instance, *, again: bool = False) -> "subprocess.Popen[bytes]":
-    """A client that reads one answer of many tokens, or one after the other."""
+    """Run a client that reads one long answer, or several one after the other."""
     body = '{"model": "tiny", "prompt": "a", "max_tokens": 900, "stream": true, "ignore_eos": true}'
     url = f"{instance.url}/v1/completions"
     ask = f"curl -sN {url} -H 'content-type: application/json' -d '{body}'"
@@ -203,7 +204,7 @@ def long_answer(instance: Instance, *, again: bool = False) -> "subprocess.Popen
 
 
 def kill(instance: Instance, engine: psutil.Process, killed: Killed) -> None:
-    """SIGKILL to what shall get it, of the engine that served before."""
+    """Send SIGKILL to a process of the engine that served before."""
     victims: dict[Killed, Callable[[], list[psutil.Process]]] = {
         Killed.GATEWAY: list,
         Killed.FRONT: lambda: [engine],
@@ -217,7 +218,7 @@ def kill(instance: Instance, engine: psutil.Process, killed: Killed) -> None:
 
 
 def is_engine(process: psutil.Process) -> bool:
-    """Whether it is a process of some vLLM, and no more than its remains."""
+    """Return whether a process is a live vLLM process."""
     try:
         line = " ".join(process.cmdline())
         return runs(process) and ("vllm.entrypoints" in line or line.startswith("VLLM::"))
@@ -226,7 +227,7 @@ def is_engine(process: psutil.Process) -> bool:
 
 
 def settled(status: Any) -> bool:
-    """One engine serves what is wanted, and nothing is under way."""
+    """Return whether one engine serves the desired version and no swap runs."""
     states = [engine["state"] for engine in status["engines"]]
     swap = status["last_swap"]
     return states == ["ready"] and (swap is None or swap["outcome"] is not None)

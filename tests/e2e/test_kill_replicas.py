@@ -1,4 +1,4 @@
-"""The same as test_kill_matrix.py for a server of two engines: in a rolling swap, and while a server adopts them."""
+"""Like test_kill_matrix.py for a server of two engines: in a rolling swap, and during adoption."""
 
 import signal
 import time
@@ -25,14 +25,14 @@ DONE, FAILED = SwapOutcome.SUCCEEDED, SwapOutcome.FAILED
 
 
 class Moment(Enum):
-    """Which engine is being changed."""
+    """The engine that is being changed."""
 
     FIRST = "first engine changing"
     SECOND = "second engine changing"
 
 
 class Killed(Enum):
-    """What gets SIGKILL."""
+    """The process that gets SIGKILL."""
 
     GATEWAY = "gateway"
     CHANGING = "the engine that changes"
@@ -54,7 +54,7 @@ TABLE: dict[tuple[Moment, Killed], tuple[str, SwapOutcome]] = {
 
 @pytest.fixture(scope="module")
 def instance(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
-    """A server with two engines."""
+    """Return a server with two engines."""
     folder = tmp_path_factory.mktemp("kill-replicas") / "home"
     with closing(Instance(home, folder, PORT, PROMPTS, SVC_ENGINE__REPLICAS="2")) as instance:
         instance.start("tiny@1")
@@ -64,7 +64,7 @@ def instance(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[I
 
 @pytest.fixture(scope="module")
 def expected(instance: Instance) -> dict[str, list[tuple[str, str]]]:
-    """The answers of both versions."""
+    """Return the answers of both versions."""
     answers = {ONE: instance.answers()}
     instance.promote(TWO)
     return answers | {TWO: instance.answers()}
@@ -72,7 +72,7 @@ def expected(instance: Instance) -> dict[str, list[tuple[str, str]]]:
 
 @pytest.fixture
 def serving(instance: Instance, expected: dict[str, list[tuple[str, str]]]) -> Instance:
-    """Version 1 serves, in both."""
+    """Return the server with version 1 in both engines."""
     instance.until(settled)
     if instance.status()["version"] != ONE:
         instance.promote(ONE)
@@ -102,7 +102,7 @@ def test_both_engines_have_the_same_version_after_a_kill_in_a_rolling_swap(
     if killed in (Killed.GATEWAY, Killed.ALL):
         serving.end(signal.SIGKILL)
         serving.start()
-    else:  # a front whose core is dead ends too: by itself, or by the server, which has noticed then
+    else:  # a front whose core is dead also ends: by itself, or stopped by the server when it notices
         psutil.wait_procs([changed if killed is Killed.CHANGING else other], timeout=60)
     status = serving.until(settled)
     promotion.kill()
@@ -141,9 +141,9 @@ def test_no_engine_is_lost_when_the_server_ends_during_adoption(
 
 
 def changing(instance: Instance, moment: Moment) -> int:
-    """Waits for a moment of a rolling swap; the replica that is being changed."""
+    """Wait for a step of a rolling swap; return the replica that is being changed."""
 
-    def found(status: Any) -> list[int]:
+    def changing_replicas(status: Any) -> list[int]:
         engines = status["engines"]
         other = ONE if moment is Moment.FIRST else TWO
         return [
@@ -152,11 +152,11 @@ def changing(instance: Instance, moment: Moment) -> int:
             if engine["state"] in ("draining", "swapping") and engines[1 - index]["version"] == other
         ]
 
-    (number,) = found(instance.until(found, timeout_s=60))
+    (number,) = changing_replicas(instance.until(changing_replicas, timeout_s=60))
     return number
 
 
 def settled(status: Any) -> bool:
-    """Both engines serve what is wanted, and nothing is under way."""
+    """Return whether both engines serve the desired version and no swap runs."""
     swap, states = status["last_swap"], [engine["state"] for engine in status["engines"]]
     return states == ["ready", "ready"] and (swap is None or swap["outcome"] is not None)

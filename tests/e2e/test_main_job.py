@@ -1,6 +1,6 @@
-"""The main job with every real part but a small model: train, qualify, serve, chat, promote under load, refuse bad
-versions, survive the engine's death. The tests of this folder share one server; these run in their order, and
-test_shutdown ends it."""
+"""The main job with all real parts except for a small model: train, qualify, serve, chat, promote under load, refuse
+bad versions, survive the engine's death. The tests of this folder share one server; these run in order, and
+test_shutdown stops it."""
 
 import asyncio
 import json
@@ -73,10 +73,10 @@ def test_a_version_stores_its_answers_with_their_log_probabilities(home: Path) -
 
 
 def test_a_killed_run_resumes_from_its_last_finished_stage(home: Path) -> None:
-    told = (home / "resumed.txt").read_text("utf-8")
-    assert "train: done before" in told
-    assert "merge: done before" in told
-    assert "evaluate: done before" not in told
+    output = (home / "resumed.txt").read_text("utf-8")
+    assert "train: done before" in output
+    assert "merge: done before" in output
+    assert "evaluate: done before" not in output
 
 
 def test_the_same_recipe_does_not_register_a_second_version(home: Path, workplace: Path) -> None:
@@ -102,9 +102,7 @@ def test_a_stream_has_the_same_text_as_a_complete_answer(server: Server) -> None
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == server.answer(1)
 
 
-def test_a_held_out_run_gives_the_same_results_as_at_registration(
-    server: Server, report: Report
-) -> None:
+def test_a_held_out_run_gives_the_same_results_as_at_registration(server: Server, report: Report) -> None:
     target = Target(VersionId("tiny", 1), Format.GPTQ)
     store, registry = open_database(server.home), Registry.of(Settings(home=server.home))
     run = _wait_for(lambda: newest_holdout_run(store, target))
@@ -117,7 +115,7 @@ def test_a_held_out_run_gives_the_same_results_as_at_registration(
 
 
 def test_a_live_answer_gets_the_engines_score_of_its_text(server: Server) -> None:
-    """Which is not the registration's for this model: its random answers are tokenized otherwise than generated."""
+    """It differs from the registration's: the model's random answers are tokenized differently than generated."""
     registered = Registry.of(Settings(home=server.home)).results(VersionId("tiny", 1), Format.GPTQ)
     messages: Any = server.prompts[0]
     raw = server.client.chat.completions.with_raw_response.create(
@@ -139,16 +137,16 @@ def test_a_live_answer_gets_the_engines_score_of_its_text(server: Server) -> Non
 
 
 def _wait_for(find: Callable[[], Found | None], timeout_s: float = 120) -> Found:
-    """What is found in the end."""
+    """Wait for a result, and return it."""
     deadline = time.monotonic() + timeout_s
-    while (found := find()) is None:
+    while (result := find()) is None:
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    return found
+    return result
 
 
 def test_the_held_out_loss_of_training_equals_the_likelihood_on_the_engine(server: Server, report: Report) -> None:
-    """The same tokens of the same examples, each counting the same; what differs is the engines' rounding."""
+    """The tokens and weights of the examples are the same; only the engines' rounding differs."""
     manifest = Registry.of(Settings(home=server.home)).manifest(VersionId("tiny", 1))
     evaluation, parity = manifest.formats[Format.MERGED].evaluation, manifest.parity
     assert evaluation is not None
@@ -189,7 +187,9 @@ def test_an_unknown_model_gets_404(server: Server) -> None:
         server.client.chat.completions.create(model="other", messages=[{"role": "user", "content": "hi"}])
 
 
-def test_no_request_is_lost_and_no_answer_is_mixed_in_promotion_and_rollback_under_load(server: Server, report: Report) -> None:
+def test_no_request_is_lost_and_no_answer_is_mixed_in_promotion_and_rollback_under_load(
+    server: Server, report: Report
+) -> None:
     expected = {"tiny@1": server.answers()}
     with Load(server.url, "tiny", server.prompts) as load:
         load.wait_for(16)

@@ -1,4 +1,4 @@
-"""Every method on the real engine: trained from the command line, judged, quantized, and served to a client."""
+"""Every method on the real engine: trained from the command line, evaluated, quantized, and served to a client."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +27,7 @@ def methods_home(workplace: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def versions(workplace: Path, methods_home: Path) -> Versions:
-    """One version of each method."""
+    """Return one version of each method."""
     made = {}
     for method in Method:
         sets = [f"method={method}", f"train.learning_rate={RATES.get(method, 0.02)}"]
@@ -48,7 +48,9 @@ def client(versions: Versions, methods_home: Path) -> Iterator[openai.OpenAI]:
 
 
 @pytest.mark.parametrize("method", Method)
-def test_every_method_is_evaluated_and_registered(versions: Versions, methods_home: Path, method: Method, report: Report) -> None:
+def test_every_method_is_evaluated_and_registered(
+    versions: Versions, methods_home: Path, method: Method, report: Report
+) -> None:
     shown: Any = svc_json(methods_home, "show", versions[method])
     formats, base = shown["formats"], shown["base_evaluation"]["nll"]["value"]
     assert (Format.ADAPTER in formats) is (method is not Method.FULL)
@@ -62,7 +64,7 @@ def test_every_method_is_evaluated_and_registered(versions: Versions, methods_ho
 def test_every_method_is_served(versions: Versions, methods_home: Path, client: openai.OpenAI, method: Method) -> None:
     if method is not Method.LORA:
         swap: Any = svc_json(methods_home, "promote", versions[method])
-        # Adapters leave the embedding alone, which is this model's output too; full fine-tuning changes it.
+        # Adapters do not change the embedding, which is also this model's output layer; full fine-tuning does.
         assert swap["kind"] == ("bluegreen" if method is Method.FULL else "inplace")
     messages: Any = PROMPTS[0]
     raw = client.chat.completions.with_raw_response.create(model="tiny", messages=messages, max_tokens=5)

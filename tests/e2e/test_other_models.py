@@ -1,6 +1,6 @@
-"""Versions that fit in no running engine, on the real one: another architecture, another chat template.
+"""Versions that do not fit the running engine: another architecture, another chat template.
 
-They take a second training, so `make test-matrix` runs them; another format is in test_hot_load.
+They need a second training, so `make test-matrix` runs them; another format is tested in test_hot_load.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content 
 
 @pytest.fixture(scope="module")
 def instance(home: Path, workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
-    """Version 1 serves; 3 is a Qwen2, trained as the others were, and 4 is version 1 with another template."""
+    """Return a server with version 1; 3 is a Qwen2 trained like the others, 4 is version 1 with another template."""
     folder = tmp_path_factory.mktemp("other-models")
     instance = Instance(home, folder / "home", PORT, PROMPTS)
     build_hub_model(folder / "base", "qwen2_5")
@@ -43,7 +43,9 @@ def instance(home: Path, workplace: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.parametrize("number", [3, 4], ids=["architecture", "template"])
-def test_an_incompatible_version_is_swapped_by_a_second_engine_and_back(instance: Instance, report: Report, number: int) -> None:
+def test_an_incompatible_version_is_swapped_by_a_second_engine_and_back(
+    instance: Instance, report: Report, number: int
+) -> None:
     before = instance.answers()
     with Load(instance.url, "tiny", instance.prompts, streams=1) as load:
         load.wait_for(2)

@@ -1,4 +1,4 @@
-"""A fault in what is served is found on the engine that serves it, before a version is registered."""
+"""A fault in the served form is found on the serving engine before a version is registered."""
 
 import shutil
 from collections.abc import Callable
@@ -67,7 +67,7 @@ FAULTS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
 
 @pytest.fixture(scope="module")
 def trained(workplace: Path) -> Path:
-    """A home with one version, whose run still has its weights."""
+    """Return a home with one version, whose run still has its weights."""
     home = workplace / "faults-home"
     svc_json(home, "train", str(workplace / "recipe.yaml"), "--set", "qualify.restart=false")
     return home
@@ -85,7 +85,7 @@ def test_a_version_is_not_registered_when_its_served_form_differs_from_training(
     plant(run, workplace / "base")
     done = svc(home, "train", str(workplace / "recipe.yaml"), "--set", "qualify.restart=false", capture_output=True)
     assert done.returncode != 0
-    said = " ".join(done.stderr.split())
-    assert "what would be served is not what was trained" in said
-    assert check in said
+    message = " ".join(done.stderr.split())
+    assert "what would be served is not what was trained" in message
+    assert check in message
     assert svc_json(home, "models") == []

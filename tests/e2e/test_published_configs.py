@@ -1,4 +1,4 @@
-"""Models with the metadata files that their publishers wrote, from training to the merged model, without an engine.
+"""Models with their publishers' metadata files, from training to the merged model, without an engine.
 
 HUB_CONFIGS names a folder of such files, ORG__MODEL/config.json and others; see tests.hub_models.published.
 """
@@ -24,7 +24,7 @@ MODELS = sorted(path.name for path in Path(HUB_CONFIGS).iterdir() if path.is_dir
 
 @pytest.fixture(scope="module")
 def outcomes(request: pytest.FixtureRequest) -> Iterator[Counter[str]]:
-    """Count how many models were run, refused and skipped, and print it at the end."""
+    """Count the models that were run, refused and skipped, and print the counts at the end."""
     counts: Counter[str] = Counter()
     yield counts
     total = "all models skipped: HUB_CONFIGS is not set"

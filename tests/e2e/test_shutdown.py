@@ -1,4 +1,4 @@
-"""The end of the server that the tests of this folder share: by its name, this file runs last."""
+"""Stop the server that the tests of this folder share; by its name, this file runs last."""
 
 import json
 import os

@@ -1,6 +1,6 @@
-"""A busy day on the real engine: two models that are promoted and killed, one of them idles, good and hostile clients.
+"""Heavy traffic on the real engine: two models are promoted and killed, one idles; with good and hostile clients.
 
-`make soak` runs it, for ten minutes or for MINUTES of them; what docs/reliability.md says is from thirty.
+`make soak` runs it for ten minutes or MINUTES; the figures in docs/reliability.md are from thirty.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ SWAP_EVERY_S = 30.0
 OTHER_SWAP_EVERY_S = 70.0
 SAMPLE_EVERY_S = 2.0
 WARM_S = min(300.0, 60 * MINUTES / 4)
-"""Caches fill, what is imported late comes, and the engine that is watched then is not killed any more."""
+"""Caches fill, title is imported late comes, and the engine that is watched then is not killed any more."""
 CYCLE_S, PAUSE_S, IDLE_S = 150.0, 50.0, 15.0
 """The second model is not asked at the end of each cycle, and its engine is ended."""
 REST_S = 20.0
@@ -64,13 +64,13 @@ class Kill:
     ready: float = _FAR
 
     def covers(self, model: str, when: float) -> bool:
-        """Whether the engine of a model was away then; a moment before, since a client hears of it first."""
+        """Return whether the engine of a model was down at a time, within 0.5 s, since clients may notice first."""
         return model == self.model and self.at - 0.5 <= when <= self.ready + 0.5
 
 
 @dataclass
 class Swap:
-    """One promotion: begin and end, and its exit code."""
+    """One promotion: start, end and exit code."""
 
     model: str
     began: float
@@ -79,7 +79,7 @@ class Swap:
 
 
 class Descriptors(NamedTuple):
-    """How many a process has open: files of the store, whose number follows the most requests at once, and others."""
+    """Open descriptors of a process: files of the store, which grow with concurrent requests, and others."""
 
     store: int
     other: int
@@ -87,7 +87,7 @@ class Descriptors(NamedTuple):
 
 @dataclass
 class Watched:
-    """What was done to the server, and what it took meanwhile."""
+    """The events of the test, and the server's resource usage."""
 
     kills: list[Kill] = field(default_factory=list)
     swaps: list[Swap] = field(default_factory=list)
@@ -102,7 +102,7 @@ class Watched:
 
 
 class Soak:
-    """What happens to a server for a while."""
+    """The soak test of one server."""
 
     def __init__(self, instance: Instance, idle: Instance, tally: Tally, hostile_key: str) -> None:
         self.instance = instance
@@ -114,7 +114,7 @@ class Soak:
         self.hostile = HostileClients(instance.url, _bearer(hostile_key), PROMPTS[0], self._models)
 
     async def run(self) -> None:
-        """All of it, to its end."""
+        """Run the complete test."""
         before = [await asyncio.to_thread(read_lag, each.url, each.headers) for each in (self.instance, self.idle)]
         clients = Clients(self.instance.url, PROMPTS, self.tally, self.instance.headers, self._models)
         loop_end = asyncio.get_running_loop().time() + 60 * MINUTES
@@ -131,7 +131,7 @@ class Soak:
         self.watched.lag, self.watched.idle_lag = lags[0] - before[0], lags[1] - before[1]
 
     def _models(self) -> Sequence[str]:
-        """Return the names that are asked for now."""
+        """Return the model names to request now."""
         busy = (time.monotonic() - self._began) % CYCLE_S < CYCLE_S - PAUSE_S
         return (TINY, TINY, OTHER, f"{OTHER}@1", f"{OTHER}@2") if busy else (TINY,)
 
@@ -145,7 +145,7 @@ class Soak:
             await asyncio.sleep(max(0.0, every_s - (time.monotonic() - began)))
 
     async def _kill(self, model: str, shares: Sequence[float]) -> None:
-        """Kill the engine of a model at these shares of the time in which caches fill."""
+        """Kill the engine of a model at these shares of the warm-up time."""
         for share in shares:
             await asyncio.sleep(max(0.0, self._began + share * WARM_S - time.monotonic()))
             if time.monotonic() + 90 > self._end:
@@ -163,7 +163,7 @@ class Soak:
                 kill.ready = time.monotonic()
 
     def _until_restarted(self, model: str, killed: int) -> None:
-        """Return when another engine answers, or none is wanted now."""
+        """Wait until another engine answers, or none is needed any more."""
         deadline = time.monotonic() + 240
         while time.monotonic() < deadline:
             state = self.instance.models()[model]["engine"]["state"]
@@ -190,7 +190,7 @@ class Soak:
 
 @pytest.fixture(scope="module")
 def soak_home(workplace: Path) -> Path:
-    """A home with two versions that can be served merged and as adapters."""
+    """Return a home with two versions that can be served merged and as adapters."""
     home, recipe = workplace / "soak-home", str(workplace / "recipe.yaml")
     common = ["--set", "formats=[adapter, merged]", "--set", "qualify.restart=false"]
     svc_json(home, "train", recipe, *common)
@@ -200,7 +200,7 @@ def soak_home(workplace: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def instance(soak_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
-    """A server of two models; one of them idles."""
+    """Return a server of two models, one of which idles."""
     settings = {
         "SVC_MODELS": f'{{"{OTHER}": {{"idle_s": {IDLE_S}}}}}',
         "SVC_SERVE__MAX_CONNECTIONS_PER_ADDRESS": "90",
@@ -218,7 +218,7 @@ def instance(soak_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @pytest.fixture(scope="module")
 def idle(soak_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
-    """A gateway that nobody asks, without an engine."""
+    """Return a gateway without requests and without an engine."""
     folder = tmp_path_factory.mktemp("idle") / "home"
     with closing(Instance(soak_home, folder, IDLE_PORT, PROMPTS, SVC_SERVE__IDLE_S="1")) as idle:
         idle.start(f"{TINY}@1")
@@ -228,7 +228,7 @@ def idle(soak_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.fixture(scope="module")
 def soaked(idle: Instance, instance: Instance) -> Soak:
-    """The whole of it."""
+    """Run the soak test; return its record."""
     key = svc_json(instance.home, "keys", "create", "--name", "hostile")
     expected = {f"{TINY}@1": [text for _, text in instance.answers(TINY)]}
     instance.promote(f"{TINY}@2", "--format", "merged")
@@ -268,7 +268,7 @@ def test_only_requests_of_a_killed_engine_fail(soaked: Soak, report: Report) -> 
 
 
 def test_no_request_is_sent_to_an_engine_known_to_be_dead(soaked: Soak) -> None:
-    """A killed engine cuts off what ran in it, and what came before the first of these errors."""
+    """A killed engine cuts off its running requests and those that arrive before the first of these errors."""
     for kill in soaked.watched.kills:
         errors = [one for one in soaked.tally.errors if kill.covers(one.model, one.ended)]
         cut_off = [one for one in errors if one.code != "engine_unavailable"]
@@ -316,9 +316,9 @@ def test_memory_and_descriptors_stay_flat(soaked: Soak, report: Report) -> None:
     (engine,) = {pid for pid, _ in watched.engine_memory}  # in place: one process after the last kill
     assert watched.descriptors
     before, afterwards = watched.descriptors
-    for what, values in (("gateway", watched.memory), ("engine", [size for _, size in watched.engine_memory])):
+    for title, values in (("gateway", watched.memory), ("engine", [size for _, size in watched.engine_memory])):
         first, last = thirds(values)
-        report(f"memory of the {what} {fmean(first) / 2**20:.1f} -> {fmean(last) / 2**20:.1f} MiB")
+        report(f"memory of the {title} {fmean(first) / 2**20:.1f} -> {fmean(last) / 2**20:.1f} MiB")
         assert fmean(last) <= MOST_MEMORY_GROWTH * fmean(first)
     report(f"descriptors without clients {before} -> {afterwards}; process {engine}")
     assert afterwards.other <= before.other + 2
@@ -331,7 +331,7 @@ def test_the_event_loop_lag_is_close_to_that_of_an_idle_gateway(soaked: Soak, re
     report(lag_figure("idle gateway beside it", watched.idle_lag))
     busy, idle = lag_ms(watched.lag, 0.99), lag_ms(watched.idle_lag, 0.99)
     report(f"99th percentile, interpolated: {busy:.1f} and {idle:.1f} ms")
-    assert watched.lag[float("inf")] > 60 * MINUTES * 5  # ten a second are asked for
+    assert watched.lag[float("inf")] > 60 * MINUTES * 5  # ten per second are requested
     assert busy <= idle + MOST_LAG_MS
 
 
@@ -340,6 +340,6 @@ def _bearer(secret: str) -> dict[str, str]:
 
 
 def thirds(values: list[float]) -> tuple[list[float], list[float]]:
-    """The first and the last."""
+    """Return the first and the last third."""
     size = len(values) // 3
     return values[:size], values[-size:]

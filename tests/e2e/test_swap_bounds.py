@@ -1,4 +1,4 @@
-"""What bounds a swap in place, on the real engine: requests that wait, and answers that run too long for it."""
+"""Bounds of a swap in place on the real engine: waiting requests, and answers beyond the drain timeout."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +21,7 @@ MAX_QUEUED = 2
 
 @pytest.fixture(scope="module")
 def instance(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
-    """A server with narrow bounds; version 1 serves."""
+    """Return a server with narrow bounds and version 1 in production."""
     bounds = {"SVC_SERVE__DRAIN_TIMEOUT_S": str(DRAIN_S), "SVC_SERVE__MAX_QUEUED": str(MAX_QUEUED)}
     with closing(Instance(home, tmp_path_factory.mktemp("bounds") / "home", PORT, PROMPTS, **bounds)) as instance:
         instance.start("tiny@1")
@@ -29,14 +29,12 @@ def instance(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[I
 
 
 def ask(instance: Instance, tokens: int) -> httpx.Response:
-    """One answer of exactly so many tokens."""
+    """Request one answer of an exact number of tokens."""
     body: dict[str, Any] = {"model": "tiny", "prompt": "a", "max_tokens": tokens, "ignore_eos": True}
     return httpx.post(f"{instance.url}/v1/completions", json=body, timeout=120, trust_env=False)
 
 
-def test_answer_and_swap_complete_when_the_answer_exceeds_the_drain_timeout(
-    instance: Instance, report: Report
-) -> None:
+def test_answer_and_swap_complete_when_the_answer_exceeds_the_drain_timeout(instance: Instance, report: Report) -> None:
     with ThreadPoolExecutor() as clients:
         long = clients.submit(ask, instance, 1000)
         instance.until(lambda status: status["requests"]["running"])

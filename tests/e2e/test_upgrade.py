@@ -1,5 +1,5 @@
-"""A server is replaced on a socket that a service manager holds, and backed up while it serves: real vLLM, real
-processes, the official client."""
+"""A server is replaced on the socket of a service manager, and backed up while it serves: real vLLM, real processes,
+the official client."""
 
 import subprocess
 import sys
@@ -26,7 +26,7 @@ RESTARTS = 2
 
 
 class Managed(Instance):
-    """An instance that a service manager starts."""
+    """An instance started by a service manager."""
 
     def __init__(self, home: Path, folder: Path, manager: ServiceManager) -> None:
         super().__init__(home, folder, 0, PROMPTS)
@@ -34,12 +34,12 @@ class Managed(Instance):
         self._manager = manager
 
     def move_to(self, home: Path) -> None:
-        """The next server serves this home."""
+        """Use this home for the next server."""
         (home / "logs").mkdir()
         self.home = home
 
     def launch(self, *models: str) -> "subprocess.Popen[bytes]":
-        """Starts the server on the manager's socket."""
+        """Start the server on the manager's socket."""
         command = [str(Path(sys.executable).with_name("svc")), "--home", str(self.home), "serve", *models]
         with self._log.open("ab") as output:
             self._process = self._manager.start(command, output, self.settings)
@@ -48,13 +48,13 @@ class Managed(Instance):
 
 @pytest.fixture(scope="module")
 def managed(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Managed]:
-    """Version 1 serves."""
+    """Return a server with version 1 in production."""
     with (
         tempfile.TemporaryDirectory(prefix="svc") as folder,
         service_manager(Path(folder)) as manager,
         closing(Managed(home, tmp_path_factory.mktemp("upgrade") / "home", manager)) as managed,
     ):
-        # Other tests alter versions of the home that this is a copy of, to see them refused.
+        # Other tests alter versions of the copied home to test their refusal.
         made = {version["version"] for version in svc_json(managed.home, "models")}
         if altered := sorted(made - {"tiny@1", "tiny@2"}):
             svc_json(managed.home, "models", "rm", *altered)
@@ -107,7 +107,7 @@ def test_a_backup_under_load_restores_to_a_home_with_the_same_answers(
         report(f"a backup under load: {time.monotonic() - began:.1f} s, {len(made['copied'])} versions")
         load.wait_for(8)
     assert load.failed == []
-    assert managed.end(SIGTERM) == 0  # there are processors for one engine
+    assert managed.end(SIGTERM) == 0  # the machine has cores for one engine only
     restored = tmp_path / "home"
     svc_json(restored, "restore", str(tmp_path / "backups"))
     svc_json(restored, "audit", "--verify")

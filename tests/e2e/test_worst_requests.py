@@ -1,6 +1,6 @@
-"""The worst bodies that the gateway lets through, and random ones, hold vLLM's front for half a second at most.
+"""The worst bodies that the gateway accepts, and random ones, block vLLM's front for at most half a second.
 
-The front is one thread for all clients. How long it is held shows in its answers to health checks meanwhile.
+The front is one thread for all clients. Its blocked time shows in its answers to concurrent health checks.
 """
 
 import random
@@ -25,13 +25,13 @@ from tests.serving.protocols.worst_bodies import WorstBody, random_body, worst_b
 pytestmark = [pytest.mark.slow]
 
 PORT = 8954
-MOST_HELD_S = 0.5
+MAX_BLOCKED_S = 0.5
 RANDOM_BODIES = 60
 _PAUSE_S = 0.002
 
 
 class Front:
-    """How late an engine's front answers health checks, asked over connections that nobody else uses."""
+    """Delay of an engine's front in answering health checks over separate connections."""
 
     def __init__(self, path: Path) -> None:
         self._path = str(path)
@@ -39,7 +39,7 @@ class Front:
         self._end = threading.Event()
 
     def run(self) -> None:
-        """Ask until told to end."""
+        """Send health checks until stopped."""
         while not self._end.is_set():
             began = time.monotonic()
             with socket.socket(socket.AF_UNIX) as connection:
@@ -51,21 +51,21 @@ class Front:
             time.sleep(_PAUSE_S)
 
     def end(self) -> None:
-        """Ask no more."""
+        """Stop sending."""
         self._end.set()
 
     @contextmanager
-    def held(self, found: list[float]) -> Iterator[None]:
+    def held(self, delays: list[float]) -> Iterator[None]:
         """Add the longest answer during the body."""
         self._latest_s = 0.0
         yield
         time.sleep(2 * _PAUSE_S)
-        found.append(self._latest_s)
+        delays.append(self._latest_s)
 
 
 @pytest.fixture(scope="module")
 def instance(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
-    """A server of its own: what other tests measure does not change."""
+    """Return a separate server, so that measurements of other tests are not affected."""
     with closing(Instance(home, tmp_path_factory.mktemp("worst") / "home", PORT, PROMPTS)) as instance:
         instance.start("tiny@1")
         yield instance
@@ -73,7 +73,7 @@ def instance(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[I
 
 @pytest.fixture(scope="module")
 def front(instance: Instance) -> Iterator[Front]:
-    """That of the engine."""
+    """Return the front of the engine."""
     (number,) = state_folders(instance.home)
     front = Front(socket_folder(instance.home, number) / SOCKET_FILE)
     asking = threading.Thread(target=front.run)
@@ -84,9 +84,9 @@ def front(instance: Instance) -> Iterator[Front]:
 
 
 def seconds_held(instance: Instance, front: Front, worst: WorstBody) -> float:
-    """Return how long a body holds the front."""
-    found = list[float]()
-    with front.held(found):
+    """Return how long a body blocks the front."""
+    delays = list[float]()
+    with front.held(delays):
         answer = httpx.post(
             f"{instance.url}{worst.route}",
             content=worst.body("tiny"),
@@ -95,7 +95,7 @@ def seconds_held(instance: Instance, front: Front, worst: WorstBody) -> float:
             trust_env=False,
         )
         assert answer.status_code in (200, 400), answer.text
-    return found[0]
+    return delays[0]
 
 
 def test_the_worst_bodies_within_the_limits_block_the_front_only_briefly(
@@ -105,7 +105,7 @@ def test_the_worst_bodies_within_the_limits_block_the_front_only_briefly(
     worst_first = sorted(held.items(), key=lambda one: -one[1])
     for name, seconds in worst_first[:5]:
         report(f"front of vLLM held for {seconds * 1000:.0f} ms: {name}")
-    assert worst_first[0][1] < MOST_HELD_S
+    assert worst_first[0][1] < MAX_BLOCKED_S
 
 
 def test_random_bodies_within_the_limits_block_the_front_only_briefly(
@@ -121,4 +121,4 @@ def test_random_bodies_within_the_limits_block_the_front_only_briefly(
             continue
         held.append(seconds_held(instance, front, worst))
     report(f"front of vLLM, {len(held)} random bodies: held for {max(held) * 1000:.0f} ms at most; {refused} refused")
-    assert max(held) < MOST_HELD_S
+    assert max(held) < MAX_BLOCKED_S

@@ -7,7 +7,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.ji
 
 
 def build_tiny_model(folder: Path, tokenizer: Path, seed: int = 0) -> Path:
-    """Write a random Llama of two layers; its widths divide by 32, which the engine's 4-bit kernel asks for.
+    """Write a random Llama of two layers; its widths are multiples of 32, as required by the engine's 4-bit kernel.
 
     Args:
         tokenizer: a model folder whose tokenizer and template are copied.

@@ -1,4 +1,4 @@
-"""The queries of dashboards as Grafana would send them: what a test can ask a real Prometheus."""
+"""The queries of dashboards as Grafana would send them, for tests with a real Prometheus."""
 
 import json
 import re
@@ -26,22 +26,22 @@ class PanelQuery(NamedTuple):
 def panel_queries(
     folder: Path, values: Mapping[str, str], *, rate_interval: str = "1m", shown: str = "1h"
 ) -> list[PanelQuery]:
-    """Every query of the dashboards in a folder, without variables.
+    """Return every query of the dashboards in a folder, without variables.
 
     Args:
         values: template variable to its value; `model`, `version_a`, `version_b`, `heldout`.
         rate_interval: for `$__rate_interval`; four scrapes or more.
-        shown: the time that the dashboard shows, for `$__range`.
+        shown: the time range of the dashboard, for `$__range`.
 
     Raises:
         KeyError: a query has a variable without a value.
     """
     known = {**values, "__rate_interval": rate_interval, "__range": shown}
-    found = []
+    queries = []
     for path in sorted(folder.glob("*.json")):
         for title, expr in _queries(json.loads(path.read_text("utf-8"))):
-            found.append(PanelQuery(path.stem, title, _VARIABLE.sub(lambda name: known[name[1]], expr)))
-    return found
+            queries.append(PanelQuery(path.stem, title, _VARIABLE.sub(lambda name: known[name[1]], expr)))
+    return queries
 
 
 def _queries(dashboard: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""`svc status` shows what the server says of itself, and says so when there is no server."""
+"""`svc status` shows the state of the server, and fails with a hint if there is none."""
 
 import http.server
 import json
@@ -64,7 +64,7 @@ svc_request_errors_total{model="unknown",version="",reason="queue_overflow"} 1
 
 @contextmanager
 def serving(pages: dict[str, tuple[int, str]]) -> Iterator[str]:
-    """A server of fixed pages; yields its URL."""
+    """Run a server with fixed pages; yield its URL."""
 
     class Pages(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -92,7 +92,7 @@ Status = Callable[..., Any]
 
 @pytest.fixture
 def status(svc: Svc, tmp_path: Path) -> Status:
-    """`svc status` beside a server with this state, or with these pages."""
+    """Return a function that runs `svc status` for a server with this state, or with these pages."""
 
     def status(*options: str, pages: dict[str, tuple[int, str]] | None = None, **state: Any) -> Any:
         good = {"/svc/status": (200, json.dumps(SERVER | {"models": [STATE | state]})), "/metrics": (200, METRICS)}
@@ -123,13 +123,13 @@ def test_requests_and_errors_of_a_version_are_in_its_row(status: Status) -> None
 
 
 def test_json_has_the_same_content_as_the_screen(status: Status) -> None:
-    found = json.loads(status("--json").out)
-    (model,) = found["models"]
+    output = json.loads(status("--json").out)
+    (model,) = output["models"]
     assert model["version"] == "tiny@2"
     assert model["engine"] == {"state": "ready", "restarts": 1, "last_error": None}
-    assert found["versions"]["tiny@2"]["requests"] == 42
-    assert found["errors"] == {"engine_died": 1, "queue_overflow": 1}
-    assert found["url"].startswith("http://127.0.0.1:")
+    assert output["versions"]["tiny@2"]["requests"] == 42
+    assert output["errors"] == {"engine_died": 1, "queue_overflow": 1}
+    assert output["url"].startswith("http://127.0.0.1:")
 
 
 def test_the_start_of_the_engine_is_shown_when_verbose(status: Status) -> None:
@@ -215,11 +215,11 @@ def test_several_models_are_shown_when_they_are_named(status: Status) -> None:
 
 
 def test_json_has_only_the_named_models(status: Status) -> None:
-    found = json.loads(status("other", "--json", pages=TWO_MODELS).out)
-    assert [model["version"] for model in found["models"]] == ["other@7"]
-    assert found["refused"] == {}
-    assert set(found["versions"]) == {"other@7"}
-    assert found["errors"] == {"engine_timeout": 1, "engine_unavailable": 5}
+    output = json.loads(status("other", "--json", pages=TWO_MODELS).out)
+    assert [model["version"] for model in output["models"]] == ["other@7"]
+    assert output["refused"] == {}
+    assert set(output["versions"]) == {"other@7"}
+    assert output["errors"] == {"engine_timeout": 1, "engine_unavailable": 5}
 
 
 def test_the_reason_of_a_refused_model_is_shown_when_it_is_named(status: Status) -> None:
@@ -230,7 +230,9 @@ def test_the_reason_of_a_refused_model_is_shown_when_it_is_named(status: Status)
 
 
 @pytest.mark.parametrize("named", [("unserved",), ("tiny", "unserved"), ("tiny@2",)])
-def test_the_error_lists_the_served_models_when_the_named_one_is_not_served(status: Status, named: tuple[str, ...]) -> None:
+def test_the_error_lists_the_served_models_when_the_named_one_is_not_served(
+    status: Status, named: tuple[str, ...]
+) -> None:
     ended = status(*named, pages=TWO_MODELS)
     assert ended.code == 8
     assert f"{named[-1]!r} is not served" in ended.err
@@ -290,7 +292,7 @@ def test_a_proxy_in_the_environment_is_ignored(status: Status, monkeypatch: pyte
 
 @pytest.mark.slow
 def test_watch_refreshes_the_screen_with_rates(svc: Svc, tmp_path: Path) -> None:
-    """Until Ctrl-C; a server that goes away on the way is waited for."""
+    """The screen continues until Ctrl-C, and waits for a server that disappears."""
     looks = iter([METRICS, METRICS.replace('200"} 41', '200"} 51'), None])
 
     class Pages(dict[str, tuple[int, str]]):

@@ -1,4 +1,4 @@
-"""The dashboards are what Grafana can read, and ask only for metrics that exist."""
+"""Grafana can read the dashboards, and they query only metrics that exist."""
 
 import json
 import re
@@ -43,7 +43,7 @@ NO_METRIC = re.compile(
 )
 IDENTIFIER = re.compile(r"(?<![\w:.])[A-Za-z_:][\w:]*\b(?! *\()")
 
-# Documented metrics that nobody needs to look at, each with the reason.
+# Documented metrics that need no panel, each with the reason.
 NOT_SHOWN: dict[str, str] = {}
 PAGE = (ROOT / "docs" / "metrics.md").read_text("utf-8")
 DOCUMENTED = set(re.findall(r"^\| `(svc_\w+)` \|", PAGE, re.MULTILINE))
@@ -59,7 +59,7 @@ def _names(expr: str) -> set[str]:
 
 
 def _vllm_names() -> set[str]:
-    """What vLLM's loggers name, with the suffix that the client library gives to counters."""
+    """Return the metric names in vLLM's loggers, with the client library's suffix of counters."""
     path = next(Path(entry) / VLLM_LOGGERS for entry in sys.path if (Path(entry) / VLLM_LOGGERS).is_file())
     made = re.findall(r'self\._(counter|gauge|histogram)_cls\(\s*name="(vllm:\w+)"', path.read_text("utf-8"))
     return {name + "_total" if kind == "counter" else name for kind, name in made}
@@ -136,12 +136,12 @@ def test_the_command_prints_the_paths_as_json(svc: Svc, tmp_path: Path) -> None:
 
 def _of_models(expr: str) -> list[str]:
     """The selectors of metrics that each model has."""
-    found = []
+    selectors = []
     for selector in SELECTOR.findall(expr):
         metric = SUFFIX.sub("", selector.partition("{")[0])
         if metric in OF_EACH_MODEL or metric.startswith("vllm:"):
-            found.append(selector)
-    return found
+            selectors.append(selector)
+    return selectors
 
 
 def _model_faults(panel: dict[str, Any]) -> Iterator[str]:

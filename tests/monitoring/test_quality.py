@@ -1,4 +1,4 @@
-"""A change of held-out quality is called when it is beyond rounding, and only then."""
+"""Held-out quality counts as changed only beyond rounding."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -135,7 +135,9 @@ def test_only_examples_in_the_run_are_compared() -> None:
     assert (report.quality, report.examples, report.registered_nll) == (Quality.AS_REGISTERED, 2, 1.0)
 
 
-def test_later_runs_are_compared_with_the_first_one_when_the_kind_of_engine_differs(registry: Registry, tmp_path: Path) -> None:
+def test_later_runs_are_compared_with_the_first_one_when_the_kind_of_engine_differs(
+    registry: Registry, tmp_path: Path
+) -> None:
     store = new_store(tmp_path)
     registered = registry.results(target().version, target().format)
     first = run([one.nll + 0.3 for one in registered], [one.hit for one in registered], OTHER_FACTS)
@@ -149,7 +151,7 @@ def test_later_runs_are_compared_with_the_first_one_when_the_kind_of_engine_diff
 
 
 def by_rouge(before: Sequence[float], now: Sequence[float]) -> QualityReport:
-    """Of free text: no answer is the reference, and all are as likely as they were."""
+    """Return a report on free text: no answer equals the reference, and all likelihoods are unchanged."""
     misses = [False] * len(before)
     registered = {
         place: one._replace(score=before[place]) for place, one in figures([1.0] * len(before), misses).items()
@@ -179,7 +181,7 @@ def test_equal_texts_do_not_affect_the_test() -> None:
 
 @pytest.mark.slow
 def test_the_false_alarm_rate_of_the_test_is_within_its_level() -> None:
-    """At the level 0.05, which shows it in few runs; of 14 changes all combinations are counted."""
+    """Uses the level 0.05, which needs few runs; for 14 changes all combinations are counted."""
     generator = np.random.default_rng(1)
     found = [by_rouge([0.0] * 14, generator.normal(0, 1, 14).tolist()).score_p <= 0.05 for _ in range(300)]
     assert 0.02 < np.mean(found) < 0.09

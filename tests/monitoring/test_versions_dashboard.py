@@ -1,4 +1,4 @@
-"""What the comparison of two versions shows of given series, as Prometheus computes it."""
+"""The values of the comparison of two versions for given series, computed by Prometheus."""
 
 import math
 import subprocess
@@ -26,14 +26,14 @@ QUERIES = panel_queries(
         "heldout": CHOSEN,
     },
 )
-HOUR = 60  # samples, one a minute
+HOUR = 60  # samples, one per minute
 
 Shows = Callable[[str, Mapping[str, str], Mapping[str, float]], None]
 
 
 @pytest.fixture
 def shows(tmp_path: Path) -> Shows:
-    """Asserts what a query gives after an hour of series, rounded to four digits."""
+    """Assert the results of a query after an hour of series, rounded to four digits."""
 
     def shows(expr: str, series: Mapping[str, str], expected: Mapping[str, float]) -> None:
         samples = [{"labels": labels, "value": round(value, 4)} for labels, value in expected.items()]
@@ -49,12 +49,12 @@ def shows(tmp_path: Path) -> Shows:
 
 
 def query(panel: str, index: int = 0) -> str:
-    """A query of a panel of the comparison, without variables."""
+    """Return a query of a panel of the comparison, without variables."""
     return [query.expr for query in QUERIES if (query.dashboard, query.panel) == ("versions", panel)][index]
 
 
 def counted(count: int) -> str:
-    """A counter that reaches a count in an hour of steps, so that its increase is exact."""
+    """Return a counter that reaches a count in an hour of equal steps, so that its increase is exact."""
     return f"0+{count / HOUR}x{HOUR}"
 
 
@@ -88,7 +88,7 @@ def test_errors_of_another_version_do_not_count(shows: Shows) -> None:
 def test_error_share_has_the_interval_that_evaluations_have_when_errors_are_counted(
     shows: Shows, side: str, errors: int, requests: int
 ) -> None:
-    """Increases are extrapolated, so there may be more errors than requests: all requests failed then."""
+    """Increases are extrapolated, so there may be more errors than requests; the share is then 1."""
     version = {"A": "1", "B": "2"}[side]
     series = {REQUESTS: counted(requests), ERRORS.format("engine_died"): counted(errors)}
     series = {name.replace('version="1"', f'version="{version}"'): values for name, values in series.items()}

@@ -1,4 +1,4 @@
-"""Replays of streams: places, delays and time in alarm; on a pool of a few prompts."""
+"""Replays of streams from a small pool of prompts: indexes, delays and time in alarm."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ SECTIONS = ("net", "doc", "libs", "java", "games", "admin", "devel", "sound", "x
 
 @pytest.fixture(scope="module")
 def pool() -> Pool:
-    """Random vectors and words; the changed prompts are longer than all others."""
+    """Return a pool of random vectors and words, in which changed prompts are longer than all others."""
     generator = np.random.default_rng(0)
     count = ALIKE + CHANGED + 19 * ALIKE
     length = np.concatenate([generator.normal(100, 10, ALIKE), np.full(CHANGED, 900.0), np.full(19 * ALIKE, 100.0)])
@@ -44,8 +44,8 @@ def event(position: int, *, feature: str = "characters", begins: bool) -> Event:
 
 
 def test_the_index_of_an_alarm_counts_all_requests_including_near_copies() -> None:
-    found = Replay(kept=[0, 3, 4, 9], events=[event(3, begins=True)])
-    assert found.place(found.alarms[0]) == 4
+    result = Replay(kept=[0, 3, 4, 9], events=[event(3, begins=True)])
+    assert result.place(result.alarms[0]) == 4
 
 
 def test_time_in_alarm_counts_overlapping_alarms_once() -> None:
@@ -66,8 +66,8 @@ def test_time_in_alarm_reaches_to_the_end_when_the_alarm_stays_active() -> None:
 def test_a_change_is_detected_only_after_it_began(pool: Pool) -> None:
     reference, live, generator = draw_reference(pool, 1)
     stream = Change("strong", 100).make(pool, live, generator)
-    found = replay(pool, Detector(pool.baseline(reference)), stream)
-    assert 0 <= found.place(found.alarms[0]) - CHANGE_AFTER < 10
+    result = replay(pool, Detector(pool.baseline(reference)), stream)
+    assert 0 <= result.place(result.alarms[0]) - CHANGE_AFTER < 10
 
 
 @pytest.mark.parametrize("name", WITHOUT_CHANGE)

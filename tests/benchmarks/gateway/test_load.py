@@ -1,4 +1,4 @@
-"""The benchmark's clients know when an answer is complete, and count every one that is not as it should be."""
+"""The benchmark's clients detect the end of an answer, and count wrong ones."""
 
 import asyncio
 from collections.abc import Sequence
@@ -17,37 +17,37 @@ EVENTS = events(Request(stream=True, chunks=2, usage=False))
 
 
 def framed(parts: Sequence[bytes]) -> bytes:
-    """In the chunks of HTTP."""
+    """Return the body in HTTP chunks."""
     return b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
 
 
 def with_length(body: bytes, status: bytes = b"200 OK") -> bytes:
-    """An answer that says how long it is."""
+    """Return an answer with Content-Length."""
     return b"HTTP/1.1 %b\r\nContent-Length: %d\r\n\r\n%b" % (status, len(body), body)
 
 
 def in_chunks(parts: Sequence[bytes]) -> bytes:
-    """An answer that says where it ends."""
+    """Return a chunked answer."""
     return b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + framed(parts)
 
 
 class Wire(asyncio.Transport):
-    """Keeps what was sent."""
+    """Double of a transport that records the sent requests."""
 
     def __init__(self) -> None:
         super().__init__()
         self.sent: list[bytes] = []
 
     def write(self, data: Any) -> None:
-        """Takes a request."""
+        """Record a request."""
         self.sent.append(bytes(data))
 
     def close(self) -> None:
-        """Takes no more."""
+        """Record the end of the connection."""
 
 
 def heard(ask: Ask, parts: Sequence[bytes], *, requests: int = 1, closes: bool = False) -> tuple[Load, int]:
-    """What a client counts that hears this, and how many requests it sent."""
+    """Return the counts of a client that receives these bytes, and the number of its requests."""
 
     async def hear() -> tuple[Load, int]:
         load, turns, wire = Load(), Turns(requests), Wire()
@@ -65,7 +65,7 @@ def heard(ask: Ask, parts: Sequence[bytes], *, requests: int = 1, closes: bool =
 
 
 def cut(data: bytes, places: set[int]) -> list[bytes]:
-    """Into pieces."""
+    """Return the bytes in pieces."""
     ends = [*sorted({place % len(data) for place in places} | {0}), len(data)]
     return [data[start:end] for start, end in pairwise(ends)]
 

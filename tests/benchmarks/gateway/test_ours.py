@@ -1,4 +1,4 @@
-"""What the benchmark measures as ours is `svc serve`: it asks the upstream, and keeps a row and the key's account."""
+"""The benchmark's gateway is the real `svc serve`: it uses the upstream, and stores a row and the key's usage."""
 
 import sys
 from datetime import UTC, datetime, timedelta

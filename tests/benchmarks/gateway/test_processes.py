@@ -1,4 +1,4 @@
-"""What a gateway uses is that of all its processes, and none of them outlives the benchmark."""
+"""The usage of a gateway includes all its processes, and none of them outlives the benchmark."""
 
 import os
 import sys
@@ -23,7 +23,7 @@ def begin(code):
 
 
 def python(code: str) -> list[str]:
-    """A process that says `ready` when it is."""
+    """Run a Python process that prints `ready`."""
     return [sys.executable, "-S", "-c", f"{code}print('ready', flush=True)\ntime.sleep(60)"]
 
 

@@ -1,4 +1,4 @@
-"""The benchmark's table: medians, what a gateway adds within its round, ratios within rounds."""
+"""The benchmark's table: medians, added times within a round, ratios within rounds."""
 
 from dataclasses import fields, replace
 
@@ -12,12 +12,12 @@ ONES = Figures(**{each.name: 1.0 for each in fields(Figures)})
 
 
 def figures(**values: float) -> Figures:
-    """Ones, but for these."""
+    """Return figures of 1 except for these."""
     return replace(ONES, **values)
 
 
 def printed(rounds: list[dict[str, Figures]]) -> list[str]:
-    """The lines of the tables."""
+    """Return the lines of the tables."""
     console = Console(width=200)
     with console.capture() as capture:
         for table in tables(summary(rounds)):
@@ -49,8 +49,8 @@ def test_ratios_are_computed_within_rounds() -> None:
 
 
 def test_there_is_no_interval_when_there_is_one_round() -> None:
-    found = summary([{"nginx": ONES}])["gateways"]["nginx"]["rate"]
-    assert found == {"median": 1.0, "low": None, "high": None}
+    rate = summary([{"nginx": ONES}])["gateways"]["nginx"]["rate"]
+    assert rate == {"median": 1.0, "low": None, "high": None}
 
 
 def test_a_gateway_is_skipped_when_it_was_not_measured_in_each_round() -> None:
@@ -58,7 +58,7 @@ def test_a_gateway_is_skipped_when_it_was_not_measured_in_each_round() -> None:
     assert [list(each) for each in rounds] == [["direct", "nginx"]] * 2
 
 
-@pytest.mark.parametrize(("busy", "told"), [(0.5, "≥ 7"), (0.95, "7")])
-def test_a_rate_is_a_lower_bound_when_the_gateway_was_not_the_limit(busy: float, told: str) -> None:
+@pytest.mark.parametrize(("busy", "cell"), [(0.5, "≥ 7"), (0.95, "7")])
+def test_a_rate_is_a_lower_bound_when_the_gateway_was_not_the_limit(busy: float, cell: str) -> None:
     [line] = [line for line in printed([{"nginx": figures(rate=7.0, busy=busy)}]) if "requests/s" in line]
-    assert line.split("requests/s")[1].strip() == told
+    assert line.split("requests/s")[1].strip() == cell

@@ -1,4 +1,4 @@
-"""The alerts that promtool reports are read as intervals, and compared with the list."""
+"""Alerts in promtool's output are read as intervals, and compared with the expected ones."""
 
 import pytest
 
@@ -34,7 +34,7 @@ def test_consecutive_minutes_are_one_alert() -> None:
 
 
 @pytest.mark.parametrize(
-    ("found", "right"),
+    ("reported", "right"),
     [
         ([Firing("SvcEngineDown", LABELS, 11, 21)], [True]),
         ([], [False]),
@@ -44,8 +44,8 @@ def test_consecutive_minutes_are_one_alert() -> None:
         ([Firing("SvcEngineDown", LABELS, 2, 4), Firing("SvcEngineDown", LABELS, 11, 21)], [True, False]),
     ],
 )
-def test_an_alert_is_as_expected_only_when_labels_and_times_match(found: list[Firing], right: list[bool]) -> None:
-    assert [row.as_expected for row in compare([EXPECTED], found)] == right
+def test_an_alert_is_as_expected_only_when_labels_and_times_match(reported: list[Firing], right: list[bool]) -> None:
+    assert [row.as_expected for row in compare([EXPECTED], reported)] == right
 
 
 def test_every_alert_is_evaluated_for_every_model() -> None:

@@ -1,4 +1,4 @@
-"""The simulated clients do what the timetable of the week says, and the same for the same seed."""
+"""The simulated clients follow the timetable of the week, and are determined by the seed."""
 
 from itertools import islice
 
@@ -66,7 +66,7 @@ def test_a_fifth_of_the_prompts_are_of_a_new_kind_only_after_the_shift() -> None
         for now in (SHIFT_AT - 60, SHIFT_AT)
     )
     assert not known & set(before)
-    # Half of them are rephrased.
+    # Half of the new prompts are rephrased.
     assert sum(text in known for text in after) / len(after) == pytest.approx(0.1, abs=0.02)
 
 

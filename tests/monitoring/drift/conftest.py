@@ -19,19 +19,19 @@ Check = Callable[[], dict[Signal, SignalReport]]
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """The folder of all state."""
+    """Return the folder of all state."""
     return tmp_path / "home"
 
 
 @pytest.fixture
 def store(home: Path) -> Store:
-    """Its store."""
+    """Return the home's store."""
     return new_store(home)
 
 
 @pytest.fixture
 def registry(home: Path) -> Registry:
-    """Its registry, with version 1."""
+    """Return the home's registry, with version 1."""
     registry = open_registry(home)
     register(registry)
     return registry
@@ -39,12 +39,12 @@ def registry(home: Path) -> Registry:
 
 @pytest.fixture
 def traffic(store: Store, registry: Registry) -> Traffic:
-    """Adds requests."""
+    """Return a helper that adds requests."""
     return Traffic(store, registry)
 
 
 @pytest.fixture
 def check(registry: Registry, store: Store, traffic: Traffic) -> Check:
-    """Checks version 1, at the time of its last request."""
+    """Return a function that checks version 1 at the time of its last request."""
     checks = DriftCheck(registry, store, RequestLogSettings(), clock=lambda: traffic.now)
     return lambda: {report.signal: report for report in checks.run(target())}

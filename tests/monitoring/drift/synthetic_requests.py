@@ -25,16 +25,16 @@ def draw_requests(
     templated: float = 0.0,
     run: int = 1,
 ) -> Requests:
-    """Return requests, one a minute.
+    """Return requests, one per minute.
 
     Args:
         first: number of the first one in its stream.
-        moved: how far the topics have moved.
+        moved: distance by which the topics have moved.
         longer: factor of the prompts' lengths.
         answers_longer: factor of the answers' lengths.
         cut: share of answers that were cut.
         repeats: share of requests with the words of one of the 30 before.
-        templated: share of requests that fill in a form: their words are rare at first and common soon.
+        templated: share of requests that fill in a form, whose words are rare at first and soon common.
         run: successive requests of one topic.
     """
     generator = np.random.default_rng(seed)
@@ -66,12 +66,12 @@ def draw_requests(
 
 
 def baseline_of(requests: Requests) -> Baseline:
-    """Return requests as what others are compared with."""
+    """Return requests as a baseline."""
     return Baseline(requests.prompts, requests.words, requests.answers)
 
 
 def without_answers(requests: Requests) -> Requests:
-    """Return the same requests, of whose answers nothing is known."""
+    """Return the same requests without features of answers."""
     numbers: dict[str, Floats] = {name: np.full(requests.size, np.nan) for name in requests.answers.numbers}
     categories = {name: np.full(requests.size, NOT_THERE) for name in requests.answers.categories}
     return replace(requests, answers=Sample(requests.size, numbers, categories))

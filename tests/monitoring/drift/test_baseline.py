@@ -1,4 +1,4 @@
-"""Accepted traffic survives the store, as data alone."""
+"""Accepted traffic survives the store, without pickled objects."""
 
 import io
 from dataclasses import replace

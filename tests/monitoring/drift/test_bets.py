@@ -1,4 +1,4 @@
-"""Bounds of the sets that are bet on, and which values are in them."""
+"""Bounds of the sets that are bet on, and the values in them."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def hit_shares(bets: list[Bet], items: Sample) -> list[float]:
 
 
 def largest_win(reference: Sample, item: Sample) -> float:
-    """Return by how much the best bet grows with each such item; 0 when the item is in no set."""
+    """Return the factor by which the best bet grows with each such item; 0 if the item is in no set."""
     bets = feature_bets(reference)
     return max((1 / bet.bound for bet in bets if hit_table([bet], item)[0, 0] == HIT), default=0.0)
 
@@ -118,7 +118,7 @@ def test_there_are_no_bets_on_a_feature_when_the_reference_has_no_value_of_it(re
 
 @pytest.mark.parametrize("reference", [of_numbers([1.0]), of_names(["a"])])
 def test_there_are_no_bets_when_the_reference_is_one_item(reference: Sample) -> None:
-    """Twice what one item may hide is everything."""
+    """Twice the upper share of one item exceeds 1."""
     assert feature_bets(reference) == []
 
 
@@ -143,7 +143,7 @@ def test_no_set_has_more_of_the_reference_than_half_its_bound(values: list[float
 
 
 def test_there_is_no_bet_when_every_item_has_a_new_category() -> None:
-    """As system prompts with a date in them, on both sides."""
+    """For example system prompts that contain a date."""
     dated = Sample(50, {}, {"system_prompt": np.array([f"day {day}" for day in range(50)])})
     live = Sample(20, {}, {"system_prompt": np.array([f"day {day}" for day in range(50, 70)])})
     assert (hit_table(feature_bets(dated), live) != HIT).all()

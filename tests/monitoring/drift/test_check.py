@@ -1,4 +1,4 @@
-"""A check finds what has moved in real prompts, says since when and by which requests, and finds it only once."""
+"""A check detects changes in real prompts, with their start and example requests, and reports each only once."""
 
 import json
 from datetime import timedelta
@@ -47,9 +47,7 @@ def test_the_status_is_waiting_when_there_are_few_requests(check: Check, traffic
     assert check()[Signal.INPUT].status is Status.WAITING
 
 
-def test_an_alarm_has_its_start_and_examples_when_prompts_change(
-    check: Check, traffic: Traffic, store: Store
-) -> None:
+def test_an_alarm_has_its_start_and_examples_when_prompts_change(check: Check, traffic: Traffic, store: Store) -> None:
     traffic.ask(ALIKE[:100])
     shifted = traffic.ask(STRONG[:20])
     report = check()[Signal.INPUT]
@@ -120,9 +118,7 @@ def test_a_report_has_a_note_when_less_than_a_fifth_of_the_requests_is_compared(
     assert "14% of the newest 350 requests are compared" in report.why
 
 
-def test_a_later_change_starts_another_alarm_when_one_is_active(
-    check: Check, traffic: Traffic, store: Store
-) -> None:
+def test_a_later_change_starts_another_alarm_when_one_is_active(check: Check, traffic: Traffic, store: Store) -> None:
     traffic.ask([*ALIKE[:350], *STRONG[:60]])
     check()
     first = alarmed(store, Signal.INPUT)
@@ -135,7 +131,7 @@ def test_a_later_change_starts_another_alarm_when_one_is_active(
 def test_turns_of_one_conversation_count_less_than_independent_requests(
     registry: Registry, traffic: Traffic, store: Store
 ) -> None:
-    """800 turns of 16 long conversations: what one of them is about is no change of the traffic."""
+    """In 800 turns of 16 long conversations, the topic of one of them is not a change of the traffic."""
     register(registry, 2, sample=ALIKE[:400])
     for start in range(0, 800, 50):
         traffic.ask(ALIKE[start % 400 : start % 400 + 50], conversation=f"Talk {start}", number=2)
@@ -145,9 +141,7 @@ def test_turns_of_one_conversation_count_less_than_independent_requests(
     assert 30 < state["watch"]["dependence"] <= 50
 
 
-def test_an_output_alarm_starts_when_answers_are_no_longer_json(
-    check: Check, traffic: Traffic, store: Store
-) -> None:
+def test_an_output_alarm_starts_when_answers_are_no_longer_json(check: Check, traffic: Traffic, store: Store) -> None:
     traffic.ask(ALIKE[:60])
     traffic.ask(ALIKE[60:90], ["I think it is science."] * 30)
     reports = check()
@@ -171,7 +165,9 @@ def test_lengths_are_compared_of_greedy_answers_only(
     assert check()[Signal.OUTPUT].status is status
 
 
-def test_a_live_answer_counts_as_cut_when_it_exceeds_the_limit_of_heldout_answers(check: Check, traffic: Traffic) -> None:
+def test_a_live_answer_counts_as_cut_when_it_exceeds_the_limit_of_heldout_answers(
+    check: Check, traffic: Traffic
+) -> None:
     traffic.ask(ALIKE[:30], tokens=900)
     lines = {line.name: line for line in check()[Signal.OUTPUT].lines}
     assert lines["answer_tokens"].live == "16"
@@ -231,8 +227,10 @@ def test_new_rows_are_compared_when_all_earlier_ones_were_deleted(check: Check, 
     assert check()[Signal.INPUT].status is Status.ALARM
 
 
-def test_repeated_questions_are_not_drift_when_the_sample_repeats_them_too(registry: Registry, store: Store, traffic: Traffic) -> None:
-    """Of held-out prompts that repeat, as many count as of live ones."""
+def test_repeated_questions_are_not_drift_when_the_sample_repeats_them_too(
+    registry: Registry, store: Store, traffic: Traffic
+) -> None:
+    """Repeated prompts count equally in the sample and in live traffic."""
     frequent, rare = ALIKE[:12], ALIKE[12:]
     generator = np.random.default_rng(5)
 
@@ -247,7 +245,9 @@ def test_repeated_questions_are_not_drift_when_the_sample_repeats_them_too(regis
     assert {report.signal: report for report in checks.run(target(2))}[Signal.INPUT].status is Status.STEADY
 
 
-def test_complete_json_is_not_drift_when_heldout_json_was_cut(registry: Registry, store: Store, traffic: Traffic) -> None:
+def test_complete_json_is_not_drift_when_heldout_json_was_cut(
+    registry: Registry, store: Store, traffic: Traffic
+) -> None:
     register(registry, 2, cut=True)
     whole = ['{"section": "net", "why": "it says so, at some length"}'] * 40
     traffic.ask(ALIKE[:40], whole, number=2, tokens=40)
@@ -260,7 +260,9 @@ def test_answers_of_tool_calls_are_not_empty(check: Check, traffic: Traffic) -> 
     assert check()[Signal.OUTPUT].status is Status.STEADY
 
 
-def test_the_watch_starts_anew_when_its_state_is_from_another_release(check: Check, traffic: Traffic, store: Store) -> None:
+def test_the_watch_starts_anew_when_its_state_is_from_another_release(
+    check: Check, traffic: Traffic, store: Store
+) -> None:
     traffic.ask(ALIKE[:20])
     check()
     with store.begin() as connection:
@@ -300,7 +302,9 @@ def test_only_a_checksum_of_a_system_prompt_is_stored(check: Check, traffic: Tra
             assert rows and "SECRET" not in str(rows)
 
 
-def test_the_examples_of_an_alarm_are_requests_that_show_the_change(check: Check, traffic: Traffic, store: Store) -> None:
+def test_the_examples_of_an_alarm_are_requests_that_show_the_change(
+    check: Check, traffic: Traffic, store: Store
+) -> None:
     traffic.ask(ALIKE[:60])
     bad = traffic.ask(ALIKE[60:75], ["no json"] * 15)
     traffic.ask(ALIKE[75:76])
@@ -321,7 +325,9 @@ def test_a_version_forgets_alarms_that_ended_long_ago(
     assert len(read_drift_alarms(store, target())) == 2
 
 
-def test_signals_are_off_with_a_reason_when_a_version_has_no_text_space(registry: Registry, store: Store, traffic: Traffic) -> None:
+def test_signals_are_off_with_a_reason_when_a_version_has_no_text_space(
+    registry: Registry, store: Store, traffic: Traffic
+) -> None:
     register(registry, 2, space=False)
     traffic.ask(ALIKE[:20], number=2)
     checks = DriftCheck(registry, store, RequestLogSettings(), clock=lambda: traffic.now)
@@ -333,7 +339,7 @@ def test_signals_are_off_with_a_reason_when_a_version_has_no_text_space(registry
 def test_prompts_are_compared_when_a_version_has_no_stored_answers(
     registry: Registry, store: Store, traffic: Traffic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As of an adapter, whose answers were those of another format."""
+    """For example of an adapter, whose registered answers are those of another format."""
     register(registry, 2)
 
     def results(registry: Registry, version: VersionId, format: Format) -> tuple[ExampleResult, ...]:
@@ -361,7 +367,7 @@ def test_an_alarm_starts_only_for_a_change_when_a_version_has_few_examples(
 def test_prompts_are_compared_with_the_sample_and_answers_with_those_to_held_out_ones(
     registry: Registry, store: Store, traffic: Traffic
 ) -> None:
-    """The held-out prompts of this version are not like its traffic; what it answered to them is."""
+    """The held-out prompts of this version differ from its traffic; its answers to them do not."""
     register(registry, 2, prompts=STRONG[:200], sample=ALIKE[:200])
     traffic.ask(ALIKE[200:300], number=2)
     checks = DriftCheck(registry, store, RequestLogSettings(), clock=lambda: traffic.now)
@@ -394,7 +400,9 @@ def test_an_alarm_starts_when_the_system_prompt_changes(check: Check, traffic: T
     assert alarmed(store, Signal.INPUT) == {"system_prompt"}
 
 
-def test_an_alarm_starts_when_there_are_more_bad_ratings_than_for_the_previous_version(check: Check, traffic: Traffic, store: Store) -> None:
+def test_an_alarm_starts_when_there_are_more_bad_ratings_than_for_the_previous_version(
+    check: Check, traffic: Traffic, store: Store
+) -> None:
     traffic.rate(traffic.ask(ALIKE[:100], number=2), bad=6)
     traffic.rate(traffic.ask(ALIKE[100:160]), bad=36)
     report = check()[Signal.PEOPLE]
@@ -422,7 +430,9 @@ def test_the_first_ratings_are_the_reference_when_there_is_no_previous_version(c
     assert report.items == 50
 
 
-def test_an_alarm_starts_within_a_hundred_ratings_when_half_are_bad_instead_of_few(check: Check, traffic: Traffic) -> None:
+def test_an_alarm_starts_within_a_hundred_ratings_when_half_are_bad_instead_of_few(
+    check: Check, traffic: Traffic
+) -> None:
     traffic.rate(traffic.ask(ALIKE[:200], number=2), bad=12)
     for start in range(200, 300, 10):
         traffic.rate(traffic.ask(ALIKE[start : start + 10]), bad=5)
@@ -439,8 +449,10 @@ def test_later_ratings_count_when_the_clock_once_ran_ahead(check: Check, traffic
     assert check()[Signal.PEOPLE].items >= 59
 
 
-def test_mail_addresses_are_redacted_in_live_and_held_out_texts(registry: Registry, store: Store, traffic: Traffic) -> None:
-    """Live texts are redacted when they are kept, so held-out ones are too before they are compared."""
+def test_mail_addresses_are_redacted_in_live_and_held_out_texts(
+    registry: Registry, store: Store, traffic: Traffic
+) -> None:
+    """Live texts are redacted when they are stored, so held-out ones are redacted before the comparison."""
     settings = RequestLogSettings(redact=("package",))
     checks = DriftCheck(registry, store, settings, clock=lambda: traffic.now)
     system = system_prompt().replace("package", "[redacted]")
@@ -486,7 +498,9 @@ def test_a_signal_is_unwatched_when_features_are_no_longer_stored_while_requests
     assert check()[Signal.INPUT].status is Status.UNWATCHED
 
 
-def test_the_status_is_waiting_when_the_rows_of_an_idle_model_have_expired(check: Check, traffic: Traffic, store: Store) -> None:
+def test_the_status_is_waiting_when_the_rows_of_an_idle_model_have_expired(
+    check: Check, traffic: Traffic, store: Store
+) -> None:
     traffic.ask(ALIKE[:100])
     check()
     with store.begin() as connection:

@@ -1,4 +1,4 @@
-"""`svc drift NAME`: the table for people, the signal for machines."""
+"""`svc drift NAME`: the table and the JSON output."""
 
 import json
 import re
@@ -23,13 +23,13 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def production(registry: Registry, store: Store) -> None:
-    """Version 1 is what the name serves."""
+    """Put version 1 into production."""
     change_desired(store, None, target(), None)
 
 
 @pytest.fixture
 def drift(svc: Svc, home: Path, production: None, monkeypatch: pytest.MonkeyPatch) -> "Drift":
-    """Runs the command on the home; contents are kept."""
+    """Return a function that runs the command on the home; contents are stored."""
     return Drift(svc, home)
 
 
@@ -55,22 +55,22 @@ def test_an_alarm_is_shown_with_its_feature_and_example_prompts(drift: Drift, tr
 
 def test_json_has_the_alarms_with_complete_examples(drift: Drift, traffic: Traffic) -> None:
     traffic.ask([*prompts("none")[:100], *prompts("strong")[:30]])
-    found = json.loads(drift("triage@1", "--json").out)
-    alarm = next(alarm for alarm in found["alarms"] if alarm["feature"] == "characters")
-    assert found["version"] == "triage@1"
-    assert found["quality"]["quality"] == "unknown"
+    output = json.loads(drift("triage@1", "--json").out)
+    alarm = next(alarm for alarm in output["alarms"] if alarm["feature"] == "characters")
+    assert output["version"] == "triage@1"
+    assert output["quality"]["quality"] == "unknown"
     assert {"signal", "feature", "since", "called_at", "ended_at", "moved", "examples"} == set(alarm)
     assert {example["prompt"] for example in alarm["examples"]} & set(prompts("strong"))
-    (report,) = [report for report in found["signals"] if report["signal"] == "input"]
+    (report,) = [report for report in output["signals"] if report["signal"] == "input"]
     assert report["status"] == "alarm"
     assert any(line["evidence"] == 1 for line in report["lines"])
 
 
 def test_there_is_no_alarm_when_traffic_is_like_the_reference(drift: Drift, traffic: Traffic) -> None:
     traffic.ask(prompts("none")[:120])
-    found = json.loads(drift("triage@1", "--json").out)
-    assert all(line["evidence"] < 1 for report in found["signals"] for line in report["lines"])
-    assert found["alarms"] == []
+    output = json.loads(drift("triage@1", "--json").out)
+    assert all(line["evidence"] < 1 for report in output["signals"] for line in report["lines"])
+    assert output["alarms"] == []
 
 
 def test_the_last_result_is_shown_when_another_check_is_running(drift: Drift, traffic: Traffic, home: Path) -> None:
@@ -80,7 +80,7 @@ def test_the_last_result_is_shown_when_another_check_is_running(drift: Drift, tr
     with hold_lock(home / LOCK_FILE, "the check"):
         ended = drift("triage@1")
     assert ended.code == 0
-    assert "what the last check saw" in ended.err
+    assert "the result of the previous check" in ended.err
     assert "(12 requests compared, the newest" in ended.out
 
 
@@ -88,7 +88,9 @@ def test_the_command_fails_when_the_model_is_unknown(drift: Drift) -> None:
     assert drift("other@1").code == 8
 
 
-def test_a_name_means_its_version_in_production(drift: Drift, traffic: Traffic, registry: Registry, store: Store) -> None:
+def test_a_name_means_its_version_in_production(
+    drift: Drift, traffic: Traffic, registry: Registry, store: Store
+) -> None:
     for number in (1, 2):
         register(registry, number, name="other")
     change_desired(store, None, target(1, "other"), None)
@@ -100,7 +102,9 @@ def test_a_name_means_its_version_in_production(drift: Drift, traffic: Traffic, 
     assert "input" in [alarm["signal"] for alarm in triage["alarms"]]
 
 
-def test_an_alarm_is_shown_when_the_rows_of_its_examples_were_deleted(drift: Drift, traffic: Traffic, store: Store) -> None:
+def test_an_alarm_is_shown_when_the_rows_of_its_examples_were_deleted(
+    drift: Drift, traffic: Traffic, store: Store
+) -> None:
     traffic.ask([*prompts("none")[:100], *prompts("strong")[:30]])
     drift("triage@1")
     with store.begin() as connection:
@@ -116,11 +120,11 @@ def test_svc_status_shows_drift_in_one_line(svc: Svc, home: Path, traffic: Traff
     pages = {"/svc/status": (200, json.dumps(server)), "/metrics": (200, "")}
     with serving(pages) as url, hold_lock(home / SERVER_LOCK, "the home", url=url):
         shown = svc("--home", home, "status").out
-        found = json.loads(svc("--home", home, "status", "--json").out)
+        output = json.loads(svc("--home", home, "status", "--json").out)
     drift = {"input": "alarm", "output": "steady", "people": "waiting", "quality": "unknown"}
     assert "drift: input alarm  output steady  people waiting  quality unknown" in shown
     assert "drift: not checked" in shown
-    assert {model["model"]: model["drift"] for model in found["models"]} == {"triage": drift, "other": {}}
+    assert {model["model"]: model["drift"] for model in output["models"]} == {"triage": drift, "other": {}}
 
 
 def test_later_traffic_is_compared_with_accepted_traffic(drift: Drift, traffic: Traffic, store: Store) -> None:

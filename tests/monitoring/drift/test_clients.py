@@ -1,4 +1,4 @@
-"""A client counts for its usual share, and a batch of one client is no change of traffic."""
+"""A client counts for its usual share, and a batch of one client is not a change of traffic."""
 
 import random
 
@@ -8,12 +8,12 @@ from monitoring.drift.clients import COMPARED, ClientShares
 
 
 def counted(shares: ClientShares, clients: list[str]) -> list[bool]:
-    found = []
+    results = []
     for client in clients:
-        found.append(shares.may_count(client))
-        if found[-1]:
+        results.append(shares.may_count(client))
+        if results[-1]:
             shares.keep(client)
-    return found
+    return results
 
 
 def mixed(count: int, shares: dict[str, float], seed: int = 0) -> list[str]:
@@ -38,8 +38,8 @@ def test_all_requests_count_when_there_is_one_client_or_clients_are_unknown(clie
 
 
 def test_nearly_all_requests_count_when_two_clients_send_equally_many() -> None:
-    found = counted(ClientShares([], [], 1_000), mixed(2_000, {"one": 0.5, "other": 0.5}))
-    assert sum(found) > 0.9 * len(found)
+    results = counted(ClientShares([], [], 1_000), mixed(2_000, {"one": 0.5, "other": 0.5}))
+    assert sum(results) > 0.9 * len(results)
 
 
 def test_all_clients_count_when_their_usual_shares_are_still_unknown() -> None:
@@ -50,8 +50,8 @@ def test_a_new_client_counts_more_when_it_continues_to_send_requests() -> None:
     shares = ClientShares([], [], 1_000)
     counted(shares, mixed(1_200, {f"client {number}": 1 for number in range(50)}))
     after = mixed(2_000, {"new": 0.2, **{f"client {number}": 0.016 for number in range(50)}}, seed=1)
-    found = [one for one, client in zip(counted(shares, after), after, strict=True) if client == "new"]
-    assert sum(found[-100:]) > 2 * sum(found[:100])
+    results = [one for one, client in zip(counted(shares, after), after, strict=True) if client == "new"]
+    assert sum(results[-100:]) > 2 * sum(results[:100])
 
 
 def test_results_are_the_same_after_a_restart() -> None:

@@ -1,4 +1,4 @@
-"""How far items depend on each other is seen in how alike neighbours are, and in conversations."""
+"""The dependence is estimated from the similarity of neighbours, and from conversations."""
 
 from collections.abc import Sequence
 
@@ -24,14 +24,14 @@ def dependence(
 
 
 def similarities(vectors: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Return how alike items are: 1 at no distance."""
+    """Return the similarities of items: 1 at distance 0."""
     squares = (vectors**2).sum(axis=1)
     distances = squares[:, None] + squares[None] - 2 * vectors @ vectors.T
     return np.asarray(np.exp(-np.maximum(distances, 0) / vectors.shape[1]), dtype=np.float32)
 
 
 def runs(length: int, seed: int = 1, size: int = SIZE) -> NDArray[np.float64]:
-    """Return items of which so many successive ones are about the same topic."""
+    """Return items in runs of one topic."""
     generator = np.random.default_rng(seed)
     topics = generator.normal(size=(size // length + 1, 8))
     return np.asarray(np.repeat(topics, length, axis=0)[:size] + 0.3 * generator.normal(size=(size, 8)))
@@ -48,8 +48,8 @@ def test_the_dependence_is_1_when_items_are_independent(seed: int) -> None:
 
 @pytest.mark.parametrize(("length", "least", "most"), [(5, 4, 6), (20, 14, 22)])
 def test_the_dependence_is_about_the_length_of_runs(length: int, least: int, most: int) -> None:
-    found = dependence(similarities(runs(length)), SIZE, one_each(), USUAL)
-    assert least <= found <= most
+    estimate = dependence(similarities(runs(length)), SIZE, one_each(), USUAL)
+    assert least <= estimate <= most
 
 
 def test_the_dependence_is_at_most_64() -> None:
@@ -57,17 +57,17 @@ def test_the_dependence_is_at_most_64() -> None:
 
 
 def test_the_dependence_is_about_5_when_conversations_of_5_are_interleaved() -> None:
-    # Eight conversations take turns, and are about anything.
+    # Eight conversations with random topics take turns.
     numbers = np.arange(SIZE, dtype=np.int64)
     conversations = numbers // 40 * 8 + numbers % 8
-    found = dependence(similarities(runs(1)), SIZE, conversations, USUAL)
-    assert found == pytest.approx(5, abs=0.2)
+    estimate = dependence(similarities(runs(1)), SIZE, conversations, USUAL)
+    assert estimate == pytest.approx(5, abs=0.2)
 
 
 def test_the_dependence_is_high_when_one_conversation_has_most_items() -> None:
     conversations = np.concatenate([np.zeros(300, np.int64), np.arange(1, 501, dtype=np.int64)])
-    found = dependence(similarities(runs(1)), SIZE, conversations, USUAL)
-    assert found > 30
+    estimate = dependence(similarities(runs(1)), SIZE, conversations, USUAL)
+    assert estimate > 30
 
 
 @pytest.mark.parametrize("changed", [1, MAX_LAG])
@@ -111,7 +111,7 @@ def test_a_dependence_of_64_is_assumed_when_all_items_so_far_are_of_one_burst(si
 
 
 def test_the_dependence_is_1_when_all_items_are_identical() -> None:
-    """A stream of one kind has no runs: neighbours are as alike as any two."""
+    """A uniform stream has no runs: neighbours are as similar as any two items."""
     assert dependence(np.ones((SIZE, SIZE), np.float32), SIZE, one_each(), USUAL) == 1
 
 

@@ -1,4 +1,4 @@
-"""Streams through the detector: in any pieces, with and without a change."""
+"""The detector on streams: in pieces, with and without a change."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -25,7 +25,7 @@ NOTHING = REFERENCE.at(np.zeros(0, dtype=np.intp))
 
 
 class Stream:
-    """A stream that comes in pieces, as checks read it: the watch goes through JSON in between."""
+    """A stream that is checked in pieces; the watch goes through JSON in between."""
 
     def __init__(self, detector: Detector = DETECTOR, nothing: Requests = NOTHING) -> None:
         self._detector = detector
@@ -35,18 +35,18 @@ class Stream:
         self.kept = 0
 
     def add(self, new: Requests) -> Advance:
-        """Take requests."""
-        found = self._detector.advance(self.watch, self._before, self._seen, new)
-        both = self._before.followed_by(new.at(found.kept))
+        """Check requests."""
+        advance = self._detector.advance(self.watch, self._before, self._seen, new)
+        both = self._before.followed_by(new.at(advance.kept))
         self._before = both.at(np.arange(max(0, both.size - MEMORY), both.size))
         self._seen = [*self._seen, *map(Seen, new.words, new.clients)][-SEEN:]
-        self.watch = WATCH.validate_json(WATCH.dump_json(found.watch))
-        self.events += found.events
-        self.kept += len(found.kept)
-        return found
+        self.watch = WATCH.validate_json(WATCH.dump_json(advance.watch))
+        self.events += advance.events
+        self.kept += len(advance.kept)
+        return advance
 
     def add_in_pieces(self, requests: Requests, cuts: Sequence[int]) -> "Stream":
-        """Take requests, and make a check after so many of them each time."""
+        """Check requests in pieces of some size."""
         edges = [0, *sorted(min(cut, requests.size) for cut in cuts), requests.size]
         for start, stop in pairwise(edges):
             self.add(requests.at(np.arange(start, stop)))
@@ -54,7 +54,7 @@ class Stream:
 
 
 def first_alarm(before: Requests, after: Requests, detector: Detector = DETECTOR) -> tuple[str, int]:
-    """Return the feature of the first alarm after a change, and the requests from the change to the alarm."""
+    """Return the feature of the first alarm after a change, and the number of requests until the alarm."""
     stream = Stream(detector)
     stream.add(before)
     assert stream.events == []
@@ -100,9 +100,9 @@ def test_the_watch_is_unchanged_when_there_are_no_requests() -> None:
 def test_near_copies_are_seen_but_not_counted() -> None:
     stream = draw_requests(2, 40)
     twice = stream.at(np.repeat(np.arange(40), 2))
-    found = Stream().add(twice)
-    assert found.kept.tolist() == list(range(0, 80, 2))
-    assert (found.watch.kept, found.watch.newest_kept) == (40, "10" * 40)
+    advance = Stream().add(twice)
+    assert advance.kept.tolist() == list(range(0, 80, 2))
+    assert (advance.watch.kept, advance.watch.newest_kept) == (40, "10" * 40)
 
 
 def test_the_watch_records_only_which_of_the_newest_requests_counted(monkeypatch: pytest.MonkeyPatch) -> None:

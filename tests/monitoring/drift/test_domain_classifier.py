@@ -1,4 +1,4 @@
-"""What is learned from earlier items is bet on with later ones, and with no item that it was learned from."""
+"""Sets learned from earlier items are bet on with later ones, never with items they were learned from."""
 
 import numpy as np
 import pytest
@@ -41,9 +41,9 @@ SIMILAR = compare(ALIKE)
 
 
 def learned(similar: Similarities, places: range, dependence: float = 1.0) -> tuple[NDArray[np.bool_], Floats]:
-    """Return the hits and the bounds of items, items by bets."""
-    found = [CLASSIFIER.learned_hits(similar, place, dependence) for place in places]
-    return np.array([hits == HIT for hits, _ in found]), np.array([bounds for _, bounds in found])
+    """Return the hits and the bounds of items (items x bets)."""
+    results = [CLASSIFIER.learned_hits(similar, place, dependence) for place in places]
+    return np.array([hits == HIT for hits, _ in results]), np.array([bounds for _, bounds in results])
 
 
 def is_bet_on(hits: Hits) -> list[bool]:
@@ -78,16 +78,16 @@ def test_a_learned_set_and_its_bounds_are_the_same_whatever_the_items_within_the
 @pytest.mark.parametrize("dependence", [1.0, 5.0])
 def test_an_item_changes_neither_the_limits_nor_the_bounds_of_the_sets_it_is_bet_on_with(dependence: float) -> None:
     place, expected = 500, CLASSIFIER.learned_hits(SIMILAR, 500, dependence)[1]
-    found = []
+    results = []
     for score in np.linspace(-1, 1, 41):
         changed = copy(SIMILAR)
         changed.among[place] = score
         changed.reference[place] = 0.0
         hits, bounds = CLASSIFIER.learned_hits(changed, place, dependence)
         assert bounds.tolist() == expected.tolist()
-        found.append(hits == HIT)
+        results.append(hits == HIT)
     # Each set has one limit: no score above it misses, and none below it hits.
-    assert all((np.diff(hits.astype(int)) >= 0).all() and hits[-1] and not hits[0] for hits in np.array(found).T)
+    assert all((np.diff(hits.astype(int)) >= 0).all() and hits[-1] and not hits[0] for hits in np.array(results).T)
 
 
 @pytest.mark.parametrize("dependence", [1, 5])
@@ -127,7 +127,7 @@ def test_items_are_in_learned_sets_more_often_than_the_bounds_when_topics_have_c
 
 
 def test_a_share_that_earlier_items_had_too_is_within_the_second_bound() -> None:
-    """After a change that has lasted for long, what is usual by the reference is not what was usual lately."""
+    """Long after a change, the share in the reference differs from the recent one."""
     half_moved = draw_requests(3, 250, moved=2.0).prompts.followed_by(draw_requests(4, 250).prompts)
     mixed = half_moved.at(np.random.default_rng(1).permutation(500))
     bounds = learned(compare(mixed), range(480, 500))[1]

@@ -1,4 +1,4 @@
-"""Traffic with near copies of what a version has learnt, as its examples have that were drawn alike, is no drift."""
+"""Traffic with near copies of learnt prompts is not drift, because the sample has such near copies too."""
 
 import random
 
@@ -24,7 +24,7 @@ HASHES = KeyedHash(bytes(16))
 
 @pytest.fixture(scope="module")
 def requests() -> list[ChatExample]:
-    """Every second one is a frequent text with a few other words; all are drawn alike."""
+    """Return requests of one distribution; every second one is a frequent text with a few other words."""
     chance = random.Random(0)
     texts = [*(example.question for example in read_examples(TASK / "train.jsonl")), *prompts("none")]
     chance.shuffle(texts)
@@ -44,7 +44,7 @@ def alarms(known: list[ChatExample], reference: list[ChatExample], live: list[Ch
     """Return the features on which there is an alarm.
 
     Args:
-        known: what the text space is made from.
+        known: prompts of the text space.
     """
     sampler = PromptSampler(fit_text_space([one.question for one in known], [one.answer for one in known]))
     held, seen = (sampler.sample([Prompt(one.question) for one in part]) for part in (reference, live))
@@ -65,6 +65,6 @@ def test_there_is_no_alarm_when_traffic_is_compared_with_the_sample(requests: li
 def test_there_would_be_an_alarm_when_traffic_is_compared_with_prompts_of_the_text_space(
     requests: list[ChatExample],
 ) -> None:
-    """This is why the sample is left out of the text space."""
+    """This is why the sample is excluded from the text space."""
     drawn = draw_drift_sample(requests[:GIVEN], 0)
     assert alarms([*drawn.rest, *drawn.sample], drawn.sample, requests[GIVEN:][:LIVE]) != []

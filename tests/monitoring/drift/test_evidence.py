@@ -1,4 +1,4 @@
-"""False alarms are as rare as promised, and an alarm begins and ends with the change."""
+"""False alarms are within the budget, and an alarm starts and ends with the change."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -37,7 +37,7 @@ class Watched:
         states: Mapping[str, FeatureState] | None = None,
         position: int = 0,
     ) -> None:
-        # Each feature is a stream for itself here, so its weights add up to 1.
+        # Each feature is a separate stream here, so its weights sum to 1.
         weights = np.array([1 / list(features).count(name) for name in features])
         self.evidence = Evidence(features, weights, threshold, states or {})
         self._bounds, self._dependence = np.array(bounds), dependence
@@ -45,7 +45,7 @@ class Watched:
         self.events: list[Event] = []
 
     def add(self, *items: Sequence[int]) -> "Watched":
-        """Take items, a hit or not for each bet."""
+        """Add items, with a hit or not for each bet."""
         for item in items:
             self.position += 1
             hits = np.array(item, dtype=np.int8)
@@ -53,7 +53,7 @@ class Watched:
         return self
 
     def lasting(self) -> dict[str, FeatureAlarm]:
-        """Return the alarms that last, by feature."""
+        """Return the active alarms by feature."""
         return {name: state.alarm for name, state in self.evidence.states().items() if state.alarm}
 
 
@@ -61,7 +61,7 @@ def one_bet(alarm: FeatureAlarm | None = None, *, dependence: float = 1.0) -> Wa
     """Return a feature with one bet.
 
     Args:
-        alarm: lasts already.
+        alarm: already active.
     """
     if alarm is None:
         return Watched(["one"], [BOUND], dependence=dependence)
@@ -70,7 +70,7 @@ def one_bet(alarm: FeatureAlarm | None = None, *, dependence: float = 1.0) -> Wa
 
 
 def nested(chances: Floats, shares: Sequence[float]) -> Hits:
-    """Return hits in sets of these shares, the smaller ones inside the larger ones, streams by sets."""
+    """Return hits in nested sets of these shares (streams x sets)."""
     return np.where(chances[:, None] < np.array(shares), HIT, MISS).astype(np.int8)
 
 
@@ -83,7 +83,7 @@ def false_alarm_rate(
     items: int = 500,
     seed: int = 1,
 ) -> float:
-    """Return the alarms that are called per item in which no alarm lasts.
+    """Return the number of alarms per item without an active alarm.
 
     Args:
         bounds: of the sets of a stream.
@@ -132,9 +132,7 @@ def test_an_alarm_dates_the_start_of_the_change_approximately(
 
 
 @pytest.mark.parametrize(("before", "bound", "after"), [(0.02, 0.05, 0.1), (0.05, 0.11, 0.16), (0.15, 0.33, 0.45)])
-def test_an_alarm_starts_when_a_share_stays_slightly_above_its_bound(
-    before: float, bound: float, after: float
-) -> None:
+def test_an_alarm_starts_when_a_share_stays_slightly_above_its_bound(before: float, bound: float, after: float) -> None:
     alarms, _ = first_alarms(before, after, bound, items=8_000)
     assert len(alarms) == 12
     assert np.median([alarm.called - CHANGE_AFTER for alarm in alarms]) < 1_000
@@ -277,6 +275,6 @@ def test_there_are_no_events_when_there_are_no_bets() -> None:
 
 
 def test_an_alarm_dates_the_first_item_when_bets_restart_in_a_changed_stream() -> None:
-    """As after a change was accepted: the positions of the stream go on."""
+    """For example after a change was accepted: the positions of the stream continue."""
     watched = Watched(["one"], [BOUND], position=5_000).add(*[(HIT,)] * 20)
     assert [event.alarm.since for event in watched.events if event.alarm] == [5_001]

@@ -1,4 +1,4 @@
-"""Which requests repeat an earlier one, also after a restart."""
+"""Detection of near copies, also after a restart."""
 
 from collections.abc import Iterable, Sequence
 
@@ -55,9 +55,9 @@ def test_a_request_with_half_of_its_words_replaced_is_not_a_near_copy() -> None:
 
 def test_prompts_of_one_template_are_near_copies_only_until_its_words_are_common() -> None:
     copies = NearCopies([distinct(number) for number in range(5_000, 5_200)])
-    found = decide(copies, [form(number) for number in range(300)])
-    assert found[1]
-    assert not any(found[200:])
+    results = decide(copies, [form(number) for number in range(300)])
+    assert results[1]
+    assert not any(results[200:])
 
 
 def test_prompts_of_a_template_are_not_near_copies_when_the_reference_has_it_too() -> None:
@@ -77,8 +77,8 @@ def test_a_repetition_counts_again_when_a_day_has_passed(after: float, expected:
 
 def test_a_request_counts_once_per_day_when_it_repeats_all_day() -> None:
     times = [hour * HOUR for hour in range(72)]
-    found = decide(NearCopies([]), [distinct(1)] * 72, times)
-    assert [place for place, copy in enumerate(found) if not copy] == [0, 24, 48]
+    results = decide(NearCopies([]), [distinct(1)] * 72, times)
+    assert [place for place, copy in enumerate(results) if not copy] == [0, 24, 48]
 
 
 @pytest.mark.parametrize(("between", "expected"), [(COMPARED - 1, True), (COMPARED, False)])
@@ -113,10 +113,8 @@ prompts = st.lists(st.sets(st.integers(0, 8), max_size=5).map(words), max_size=4
 
 
 @given(prompts, prompts, st.integers(0, 40))
-def test_near_copies_are_the_same_after_a_restart(
-    reference: list[Words], stream: list[Words], cut: int
-) -> None:
-    """As a restarted check does: all that were seen, then those that were kept."""
+def test_near_copies_are_the_same_after_a_restart(reference: list[Words], stream: list[Words], cut: int) -> None:
+    """A restarted check remembers all seen requests, then the counted ones."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(near_copies, "RARITY_REQUESTS", 7)
         times = [10_000.0 * place for place in range(len(stream))]
@@ -131,9 +129,7 @@ def test_near_copies_are_the_same_after_a_restart(
 
 
 @given(prompts, st.integers(0, 40))
-def test_a_remembered_request_has_the_same_effect_as_a_checked_one(
-    stream: list[Words], cut: int
-) -> None:
+def test_a_remembered_request_has_the_same_effect_as_a_checked_one(stream: list[Words], cut: int) -> None:
     expected = decide(NearCopies([]), stream)
     restarted = NearCopies([])
     for place, prompt in enumerate(stream[:cut]):

@@ -1,4 +1,4 @@
-"""Ratings that get worse are an alarm, whoever gives them and however they come."""
+"""An alarm starts when ratings get worse, whoever gives them and in whatever order."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ MINUTE, DAY = timedelta(minutes=1), timedelta(days=1)
 
 
 def rated(bad: Sequence[bool], *, first: int = 0, person: str = "", corrected: bool = False) -> list[RatedAnswer]:
-    """Return ratings, one a minute.
+    """Return ratings, one per minute.
 
     Args:
         first: number of the first one.
@@ -48,7 +48,7 @@ def exactly(bad: int, size: int) -> list[bool]:
 
 @dataclass
 class People:
-    """The ratings that are in the store, and the checks of them.
+    """The ratings in the store, and their checks.
 
     Attributes:
         given: of the version.
@@ -62,7 +62,7 @@ class People:
     state: RatingState
 
     def check(self, now: datetime | None = None) -> SignalReport:
-        """Make a check, and store its state as JSON."""
+        """Run a check, and store its state as JSON."""
         moment = now or max((rating.given_at for rating in self.given), default=NOON)
         state, report = check_ratings(self.store, TARGET, self.state, moment, self.alarms)
         self.state = STATE.validate_json(STATE.dump_json(state))
@@ -78,7 +78,7 @@ class People:
 
 @pytest.fixture
 def people(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> People:
-    """100 earlier ratings, of which 6 are bad, and none of the version."""
+    """Return 100 earlier ratings, 6 of them bad, and none of the version."""
     store = new_store(tmp_path / "home")
     people = People(store, [], rated(exactly(6, 96) + [False] * 4), AlarmBook(store, TARGET), RatingState())
     monkeypatch.setattr(ratings, "read_ratings", lambda *_, newest: people.given[-newest:])
@@ -215,7 +215,7 @@ def test_the_report_says_so_when_no_answer_was_rated(people: People) -> None:
 
 
 def test_an_alarm_ends_when_the_reference_is_lost(people: People) -> None:
-    """As after an update of the state's format, for a version without earlier ones."""
+    """For example after a change of the state's format, for a version without earlier ratings."""
     people.give(*[False] * 20, *[True] * 20)
     assert people.check().status is Status.ALARM
     people.state, people.earlier, people.given = RatingState(), [], people.given[-20:]

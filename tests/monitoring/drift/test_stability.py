@@ -1,4 +1,4 @@
-"""The stability index says how large a shift is, whatever the values are."""
+"""The stability index measures the size of a shift for any values."""
 
 import numpy as np
 import pytest
@@ -88,13 +88,13 @@ def test_a_new_category_exceeds_the_conventional_limit_of_a_shift() -> None:
 
 
 def test_the_index_equals_its_definition() -> None:
-    # Shares of a half against three quarters and a quarter; the half count that is added vanishes in so many.
-    found = category_stability(categories(a=50_000, b=50_000), categories(a=75_000, b=25_000)).index
-    assert found == pytest.approx(0.25 * np.log(1.5) - 0.25 * np.log(0.5), rel=1e-3)
+    # Shares of a half compared with three quarters and a quarter; the added half count is negligible for so many items.
+    index = category_stability(categories(a=50_000, b=50_000), categories(a=75_000, b=25_000)).index
+    assert index == pytest.approx(0.25 * np.log(1.5) - 0.25 * np.log(0.5), rel=1e-3)
 
 
 def test_the_index_beyond_chance_is_about_0_when_nothing_changed() -> None:
     generator = np.random.default_rng(3)
-    found = [number_stability(generator.normal(size=200), generator.normal(size=50)) for _ in range(200)]
-    assert np.mean([one.index for one in found]) == pytest.approx(found[0].by_chance, rel=0.15)
-    assert np.median([one.beyond_chance for one in found]) < 0.02
+    shifts = [number_stability(generator.normal(size=200), generator.normal(size=50)) for _ in range(200)]
+    assert np.mean([one.index for one in shifts]) == pytest.approx(shifts[0].by_chance, rel=0.15)
+    assert np.median([one.beyond_chance for one in shifts]) < 0.02

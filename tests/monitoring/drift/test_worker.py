@@ -1,4 +1,4 @@
-"""Checks run in a process of their own, again and again, whatever becomes of one."""
+"""Checks run repeatedly in a separate process, even after failures."""
 
 import os
 import time
@@ -15,7 +15,7 @@ PATIENCE_S = 30.0
 
 
 def note(settings: Settings) -> Callable[[], None]:
-    """A check that writes down its process; fails at every second time."""
+    """Record the process of a check; fail every second time."""
     count = 0
 
     def check() -> None:
@@ -30,7 +30,7 @@ def note(settings: Settings) -> Callable[[], None]:
 
 
 def die(settings: Settings) -> Callable[[], None]:
-    """A check that ends its process."""
+    """End the process of a check."""
 
     def check() -> None:
         with (settings.home / "checks").open("a") as file:
@@ -41,7 +41,7 @@ def die(settings: Settings) -> Callable[[], None]:
 
 
 def noted(home: Path, count: int) -> list[int]:
-    """Processes of the first so many checks."""
+    """Return the processes of the first checks."""
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
         lines = (home / "checks").read_text().split() if (home / "checks").exists() else []

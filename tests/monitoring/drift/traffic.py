@@ -1,4 +1,4 @@
-"""A version with a real held-out set, and live traffic of it as rows in a store; no engine and no MLflow."""
+"""A version with a real held-out set, and its live traffic as rows in a store, without an engine and MLflow."""
 
 import json
 from collections.abc import Sequence
@@ -43,13 +43,13 @@ CUT = {"answer": '{"section": "net", "why": "it', "tokens": MAX_TOKENS, "finish_
 
 
 def target(number: int = 1, name: str = NAME) -> Target:
-    """A version."""
+    """Return the target of a version."""
     return Target(VersionId(name, number), Format.GPTQ)
 
 
 @cache
 def prompts(grade: str) -> tuple[str, ...]:
-    """The prompts of a stream: `none` for those like the held-out ones, else a grade of shift."""
+    """Return the prompts of a stream: `none` for prompts like the held-out ones, or a grade of shift."""
     file = "in_distribution" if grade == "none" else "shifted"
     rows = [json.loads(line) for line in (STREAMS / f"{file}.jsonl").read_text("utf-8").splitlines()]
     return tuple(row["prompt"] for row in rows if row["grade"] == grade)
@@ -57,7 +57,7 @@ def prompts(grade: str) -> tuple[str, ...]:
 
 @cache
 def text_space() -> bytes:
-    """The file of that of the example's training prompts; to fit and to compress it takes seconds."""
+    """Return the text space file of the example's training prompts; cached, since fitting it takes seconds."""
     examples = read_examples(TASK / "train.jsonl")
     space = fit_text_space([example.question for example in examples], [example.answer for example in examples])
     with TemporaryDirectory() as folder:
@@ -76,11 +76,11 @@ def register(
     cut: bool = False,
     sample: Sequence[str] = (),
 ) -> None:
-    """Makes a version with the example's held-out set.
+    """Register a version with the example's held-out set.
 
     Args:
-        prompts: in place of those of the example.
-        cut: answers were longer than they could be, and their JSON ends in the middle.
+        prompts: instead of those of the example.
+        cut: answers exceeded their limit, and their JSON ends in the middle.
         sample: prompts of its drift sample; default: those of its held-out set.
     """
     folder = registry.folder(VersionId(name, number))
@@ -110,7 +110,7 @@ def _asking(example: ChatExample, text: str) -> ChatExample:
 
 
 def result(answer: str, *, right: bool) -> ExampleResult:
-    """What the version answered."""
+    """Return the version's answer to an example."""
     text = answer if right else '{"section":"libs"}'
     return ExampleResult(
         answer=text,
@@ -125,12 +125,12 @@ def result(answer: str, *, right: bool) -> ExampleResult:
 
 
 def open_registry(home: Path) -> Registry:
-    """A registry without MLflow."""
+    """Return a registry without MLflow."""
     return Registry(home / "models", AliasBook())
 
 
 class Traffic:
-    """Adds requests with their features, as a server does; every one is a minute after the one before.
+    """Helper that adds requests with their features like a server, one per minute.
 
     Attributes:
         asked: ids of requests, in order.
@@ -144,7 +144,7 @@ class Traffic:
 
     @property
     def now(self) -> datetime:
-        """When the last request began."""
+        """Return the start of the last request."""
         return NOON + timedelta(minutes=len(self.asked))
 
     def ask(
@@ -163,12 +163,12 @@ class Traffic:
         finish_reason: str = "stop",
         logprobs: Sequence[float] | None = None,
     ) -> list[str]:
-        """One request for each text; returns their ids.
+        """Add one request for each text; return their ids.
 
         Args:
-            content: its texts are kept.
-            features: its features are kept.
-            conversation: the first question of all of them, which then are turns of one conversation.
+            content: store its texts.
+            features: store its features.
+            conversation: first question of the conversation of which all are turns.
         """
         turn = system if system is not None else system_prompt()
         records = []
@@ -203,7 +203,7 @@ class Traffic:
         return [record.request_id for record in records]
 
     def _maker(self, asked: Target) -> ItemMaker | None:
-        """Return what makes the features of a version's requests; None where it has no text space."""
+        """Return the maker of the features of a version's requests; None if it has no text space."""
         if asked not in self._makers:
             try:
                 reference = read_reference(self._registry, asked, Redactor(()))
@@ -213,7 +213,7 @@ class Traffic:
         return self._makers[asked]
 
     def rate(self, request_ids: Sequence[str], *, bad: int) -> None:
-        """Rates answers now, the first so many as bad."""
+        """Rate answers now, the first ones as bad."""
         for place, request_id in enumerate(request_ids):
             keep_feedback(self._store, request_id, Feedback(Rating.BAD if place < bad else Rating.GOOD))
         rated = select(RequestRow.id).where(RequestRow.request_id.in_(request_ids))
@@ -223,7 +223,7 @@ class Traffic:
 
 @cache
 def system_prompt() -> str:
-    """The one of all held-out prompts."""
+    """Return the system prompt of all held-out prompts."""
     return read_examples(TASK / HELDOUT_FILE)[0].messages[0].content
 
 
@@ -234,5 +234,5 @@ def _held_answers() -> tuple[str, ...]:
 
 
 def _ordinary(place: int) -> str:
-    """An answer as the held-out ones are."""
+    """Return an answer like the held-out ones."""
     return _held_answers()[place * 37 % len(_held_answers())]

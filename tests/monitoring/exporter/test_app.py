@@ -1,4 +1,4 @@
-"""`svc monitor`: the server's page passed on whole, what only the registry knows, and a server that is away."""
+"""`svc monitor`: the server's page passed through, metrics of the registry, and a server that is down."""
 
 import http.server
 import socket
@@ -50,7 +50,7 @@ def registry(tmp_path: Path) -> Registry:
 
 @contextmanager
 def page_of(registry: Registry, page: tuple[int, str] | None) -> Iterator[str]:
-    """The exporter's URL, beside a server with this metrics page, or beside none."""
+    """Yield the URL of an exporter for a server with this metrics page, or without a server."""
     if page is None:
         with exporting(registry, _store(registry), _home(registry), _nowhere, "127.0.0.1", 0) as exported:
             yield exported
@@ -102,7 +102,9 @@ def test_exemplars_are_passed_through(registry: Registry) -> None:
     [None, (500, ""), (502, "the proxy's own")],
     ids=["none", "500", "502"],
 )
-def test_the_other_metrics_are_exported_when_the_server_is_down(registry: Registry, page: tuple[int, str] | None) -> None:
+def test_the_other_metrics_are_exported_when_the_server_is_down(
+    registry: Registry, page: tuple[int, str] | None
+) -> None:
     make_version(registry, 1)
     with page_of(registry, page) as url:
         answer = httpx.get(url)

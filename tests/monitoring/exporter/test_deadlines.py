@@ -1,4 +1,4 @@
-"""The exporter shows when the certificate and keys expire, and when the newest backup was made."""
+"""The exporter shows the expiry of the certificate and keys, and the time of the newest backup."""
 
 import time
 from datetime import UTC, datetime, timedelta

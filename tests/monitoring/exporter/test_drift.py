@@ -1,4 +1,4 @@
-"""The exporter shows what the newest check and the newest held-out run say of what is in production."""
+"""The exporter shows the newest check and the newest held-out run of the versions in production."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -55,7 +55,7 @@ def checks(tmp_path: Path, registry: Registry) -> ProductionChecks:
 
 @pytest.fixture
 def other(registry: Registry, store: Store) -> Target:
-    """A second model, served beside the first."""
+    """Return a second served model."""
     second = target(name="other")
     register(registry, name="other")
     change_desired(store, None, second, None)
@@ -162,7 +162,9 @@ def test_a_run_of_the_heldout_set_is_exported(metrics: CollectorRegistry, regist
     assert metrics.get_sample_value("svc_holdout_changed", VERSION) == 1
 
 
-def test_a_failed_run_is_exported_together_with_the_last_completed_one(metrics: CollectorRegistry, store: Store) -> None:
+def test_a_failed_run_is_exported_together_with_the_last_completed_one(
+    metrics: CollectorRegistry, store: Store
+) -> None:
     failed = replace(run([], []), outcome=HoldoutOutcome.FAILED, reason="away")
     add_holdout_run(store, failed)
     shown = metrics.get_sample_value("svc_holdout_run_timestamp_seconds", {**VERSION, "outcome": "failed"})

@@ -1,4 +1,4 @@
-"""Which names are trained now is said by the locks of runs, and how a run stands by MLflow."""
+"""Active training runs come from the locks of runs, their figures from MLflow."""
 
 import json
 import os
@@ -22,7 +22,7 @@ Work = Callable[..., Path]
 
 @pytest.fixture
 def mlflow() -> TrackedRuns:
-    """One run of `tiny`, the figures of which say nothing of whether it goes on."""
+    """Return one run of `tiny` in MLflow, which does not show whether the run is active."""
     return TrackedRuns(tiny=[RUN])
 
 
@@ -34,13 +34,13 @@ def reading(tracking: Tracking, home: Path) -> Read:
 
 @pytest.fixture
 def read(mlflow: TrackedRuns, tmp_path: Path) -> Read:
-    """The value of a family for a name."""
+    """Return the value of a metric for a name."""
     return reading(mlflow, tmp_path)
 
 
 @pytest.fixture
 def work(tmp_path: Path) -> Iterator[Work]:
-    """Works on a run until the end of the test; says which one of MLflow it is, if any."""
+    """Return a function that keeps a run active until the end of the test, with its id in MLflow, if any."""
     with ExitStack() as working:
 
         def work(folder: str = "tiny-0123456789ab", run_id: str | None = None) -> Path:
@@ -116,9 +116,7 @@ def test_the_figures_are_those_of_the_newest_run(read: Read, mlflow: TrackedRuns
     assert read("svc_training_loss") == 0.5
 
 
-def test_an_active_run_is_preferred_to_one_that_started_later(
-    read: Read, work: Work, mlflow: TrackedRuns
-) -> None:
+def test_an_active_run_is_preferred_to_one_that_started_later(read: Read, work: Work, mlflow: TrackedRuns) -> None:
     mlflow.runs["tiny"].append(run_figures(2000, loss=0.5))
     work(run_id="tiny/0")
     assert (read("svc_training_loss"), read("svc_training_started_timestamp_seconds")) == (0.25, 1000)

@@ -1,4 +1,4 @@
-"""What is known of registered versions: each figure of an evaluation with its interval and the examples it is on."""
+"""Metrics of registered versions: each figure of an evaluation with its interval and its examples."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -45,7 +45,7 @@ def metrics(registry: Registry) -> CollectorRegistry:
 
 
 def judge(registry: Registry, version: VersionId, report: EvaluationReport) -> Manifest:
-    """Writes a version's manifest again, with its first format and its base judged so."""
+    """Rewrite a version's manifest with an evaluation of its first format and its base."""
     manifest = registry.manifest(version)
     formats = manifest.formats | {
         Format.MERGED: manifest.formats[Format.MERGED].model_copy(update={"evaluation": report})
@@ -57,7 +57,7 @@ def judge(registry: Registry, version: VersionId, report: EvaluationReport) -> M
 
 
 def evaluation(metrics: CollectorRegistry, metric: str, suffix: str = "", **labels: str) -> float | None:
-    """One figure of version 1."""
+    """Return one figure of version 1."""
     where = {"model": "tuned", "version": "1", "heldout": "0123456789ab:4", "format": "merged", "metric": metric}
     where["primary"] = str(metric == REPORT.primary).lower()
     return metrics.get_sample_value(f"svc_registry_version_evaluation{suffix}", where | labels)
@@ -89,9 +89,7 @@ def test_every_figure_of_an_evaluation_is_exported_with_its_interval(
     assert shown == (estimate.value, estimate.low, estimate.high)
 
 
-def test_each_metric_is_exported_by_name_and_one_is_primary(
-    registry: Registry, metrics: CollectorRegistry
-) -> None:
+def test_each_metric_is_exported_by_name_and_one_is_primary(registry: Registry, metrics: CollectorRegistry) -> None:
     rouge = MetricReport(title="ROUGE-L", estimate=proportion(1, 4), better=Better.HIGHER, unit=Unit.SHARE)
     figures = REPORT.metrics | {"rouge_l": rouge}
     judge(registry, make_version(registry, 1), REPORT.model_copy(update={"metrics": figures, "primary": "rouge_l"}))

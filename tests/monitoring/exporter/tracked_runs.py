@@ -1,4 +1,4 @@
-"""MLflow's runs without MLflow."""
+"""A double of MLflow's runs."""
 
 from datetime import UTC, datetime
 
@@ -7,7 +7,7 @@ from svc.registry.tracking import RunFigures, Tracking
 
 
 def run_figures(started_at: float, **metrics: float) -> RunFigures:
-    """A run that was started at a second of 1970."""
+    """Return the figures of a run that started at a second of 1970."""
     return RunFigures(datetime.fromtimestamp(started_at, UTC), metrics)
 
 
@@ -15,10 +15,10 @@ RUN = run_figures(1000, loss=0.25, epoch=0.5, learning_rate=1e-4)
 
 
 class TrackedRuns(Tracking):
-    """Names with their runs, of which the last was started last. The id of a run is `NAME/INDEX`.
+    """Names with their runs in the order of their start. The id of a run is `NAME/INDEX`.
 
     Attributes:
-        away: it does not answer.
+        away: MLflow does not answer.
     """
 
     def __init__(self, **runs: list[RunFigures]) -> None:
@@ -27,16 +27,16 @@ class TrackedRuns(Tracking):
         self.away = False
 
     def experiments(self) -> list[str]:
-        """All names."""
+        """Return all names."""
         if self.away:
             raise RegistryError("MLflow does not answer")
         return list(self.runs)
 
     def newest_run(self, experiment: str) -> RunFigures | None:
-        """The last one."""
+        """Return the last run of a name."""
         return self.runs[experiment][-1] if self.runs[experiment] else None
 
     def run(self, run_id: str) -> RunFigures | None:
-        """The one with this id."""
+        """Return the run with this id."""
         name, _, index = run_id.partition("/")
         return self.runs[name][int(index)] if index else None

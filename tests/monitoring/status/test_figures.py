@@ -1,4 +1,4 @@
-"""The figures are those that the server exports, whatever else its page holds."""
+"""The figures equal those that the server exports, whatever else its page contains."""
 
 from collections.abc import Callable
 
@@ -18,7 +18,7 @@ Read = Callable[[], Figures]
 
 @pytest.fixture
 def traffic() -> GatewayMetrics:
-    """The instruments of a server that was just started."""
+    """Return the instruments of a server that has just started."""
     return GatewayMetrics(CollectorRegistry())
 
 
@@ -44,7 +44,9 @@ def test_requests_of_all_routes_and_statuses_are_summed(traffic: GatewayMetrics,
     assert read().versions["tiny@1"].requests == 5
 
 
-def test_a_fault_of_the_server_counts_as_an_error_of_the_version_even_within_a_stream(traffic: GatewayMetrics, read: Read) -> None:
+def test_a_fault_of_the_server_counts_as_an_error_of_the_version_even_within_a_stream(
+    traffic: GatewayMetrics, read: Read
+) -> None:
     traffic.request_ended(ONE, Route.CHAT_COMPLETIONS, 200, 0.1)
     traffic.request_failed(ONE, ErrorCode.ENGINE_DIED)
     assert read().versions["tiny@1"].errors == 1
