@@ -1,7 +1,7 @@
-"""Work in a process of its own: for libraries whose threads, memory or patches would outlive the call.
+"""Runs a function in a separate process, for libraries whose threads, memory or patches would outlive the call.
 
-It can be ended at any moment, which threads cannot: it ends with the caller that is interrupted, and where the caller's
-process is killed. What it had in memory is free again. Knows nothing of what it runs.
+Unlike a thread, the process can be stopped at any moment: it stops when the caller is interrupted or its process is
+killed, and its memory is free again.
 """
 
 import gc
@@ -18,7 +18,7 @@ from svc.errors import TrainingError
 from svc.terminal import quiet_libraries
 
 _CLEAN_UP_S = 5.0
-"""For what a process that is done must remove by name, as semaphores: Python warns of each that is left."""
+"""For a finished process to remove what it named, such as semaphores: Python warns about each that is left."""
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -27,16 +27,16 @@ Result = TypeVar("Result")
 def in_child_process(
     work: Callable[Arguments, Result], *arguments: Arguments.args, **named: Arguments.kwargs
 ) -> Result:
-    """Calls `work` in a new process and returns what it returns.
+    """Call `work` in a new process and return its result.
 
     Args:
         work: a function of a module; it, its arguments and its result are pickled.
 
     Raises:
-        TrainingError: the process died, by the system's lack of memory for one.
-        BaseException: whatever `work` raised, with its traceback as a note.
+        TrainingError: the process died, for example because the system ran out of memory.
+        BaseException: the exception that `work` raised, with its traceback as a note.
     """
-    context = get_context("spawn")  # not forked: whoever calls has threads, of torch for one
+    context = get_context("spawn")  # not forked: the caller has threads, for example torch's
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(sender, work, arguments, named), name=work.__name__)
     process.start()
@@ -48,7 +48,7 @@ def in_child_process(
         process.join()
         raise _died(work.__name__, process.exitcode) from None
     finally:
-        # In the middle of its work, where the caller is interrupted; or it hangs in threads that a library left.
+        # The caller may be interrupted in the middle of the work, or the process hang in a library's threads.
         process.kill()
         process.join()
         receiver.close()
@@ -68,17 +68,17 @@ def _work(sender: Connection, work: Callable[..., object], arguments: tuple[Any,
         outcome = False, error
     sender.send(outcome)
     sender.close()
-    gc.freeze()  # or Python looks through all that is left when the process ends: 2 s after an import of torch
+    gc.freeze()  # else Python's last collection takes 2 s at exit after an import of torch
 
 
 def end_with_parent() -> None:
-    """Ends this process as soon as its parent is gone, whatever it does then; to be called first in a spawned one.
+    """Stop this process as soon as its parent is gone; call it first in a spawned process.
 
-    Ctrl-C is the parent's to hear: a terminal sends it to both.
+    Ctrl-C is ignored here and handled by the parent: a terminal sends it to both.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()
-    assert parent is not None  # noqa: S101 - multiprocessing knows the parent of each process that it made
+    assert parent is not None  # noqa: S101 - multiprocessing knows the parent of each process that it created
 
     def watch() -> None:
         parent.join()
@@ -89,7 +89,7 @@ def end_with_parent() -> None:
 
 def _died(name: str, exit_code: int | None) -> TrainingError:
     if exit_code == -signal.SIGKILL:
-        todo = "free some memory: the system ends the largest process where it lacks it"
+        todo = "free some memory: the system kills the largest process when memory runs out"
     else:
-        todo = "see what it printed above"
-    return TrainingError(f"{name.lstrip('_')}, in a process of its own, died with exit code {exit_code}", todo=todo)
+        todo = "read its output above"
+    return TrainingError(f"{name.lstrip('_')}, in its own process, died with exit code {exit_code}", todo=todo)

@@ -1,10 +1,10 @@
-"""The keys that a file may set, by the pydantic model that reads it."""
+"""Keys that a file may set, from the pydantic model that reads it."""
 
 from pydantic import BaseModel
 
 
 def dotted_keys(model: type[BaseModel]) -> list[str]:
-    """Every key of a model, those of its sections as `section.key`."""
+    """Return every key of a model, those of its sections as `section.key`."""
     keys: list[str] = []
     for name, field in model.model_fields.items():
         section = field.annotation

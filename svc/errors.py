@@ -1,18 +1,18 @@
 """The error tree. Every error says what was wrong, what was expected and what to do next.
 
-Raised where the fault is found, caught at a boundary only: the command line prints the text and exits with
-`exit_code`; the gateway maps the class to an HTTP status (serving/http/errors.py).
+Errors are raised where a fault is detected and caught only at a boundary: the command line prints the text and exits
+with `exit_code`; the gateway maps the class to an HTTP status (serving/http/errors.py).
 """
 
 from typing import ClassVar
 
 
 class SvcError(Exception):
-    """Root of all errors that a user can cause or mend.
+    """Root of all errors that a user can cause or fix.
 
     Args:
         wrong: what was wrong, with the value.
-        expected: what would have been right; may be empty where `wrong` already says it.
+        expected: what would be right; may be empty if `wrong` already says it.
         todo: the next thing to do.
     """
 
@@ -58,25 +58,25 @@ class BaseModelError(SvcError):
 
 
 class DiskSpaceError(SvcError):
-    """Not enough room for what comes next; raised before it starts."""
+    """Not enough disk space for the next step; raised before the step starts."""
 
     exit_code = 6
 
 
 class BusyError(SvcError):
-    """Another process holds what this one needs: a run, a home, a port."""
+    """Another process holds a run, a home or a port that this one needs."""
 
     exit_code = 7
 
 
 class NotFoundError(SvcError):
-    """A name, version, alias or format that the registry does not have."""
+    """A name, version, alias or format that is not in the registry."""
 
     exit_code = 8
 
 
 class IntegrityError(SvcError):
-    """A version whose files are not what its manifest says."""
+    """Stored data that is damaged or altered: a version whose files differ from its manifest."""
 
     exit_code = 9
 
@@ -88,17 +88,17 @@ class RegistryError(SvcError):
 
 
 class EngineError(SvcError):
-    """The engine did not start, died, or answered what it must not."""
+    """The engine did not start, died, or gave an invalid answer."""
 
     exit_code = 10
 
 
 class ProbeError(EngineError):
-    """The engine gives other log-probabilities than the version's probes: these are not its weights."""
+    """The engine's log-probabilities differ from the version's probes: the loaded weights are not the version's."""
 
 
 class SwapError(SvcError):
-    """A swap that was not completed; what served before serves again."""
+    """A swap that was not completed; the previous version is served again."""
 
     exit_code = 11
 
@@ -110,42 +110,42 @@ class TrainingError(SvcError):
 
 
 class ServerNotRunningError(SvcError):
-    """A command that needs a running server found none."""
+    """A command needs a running server, and there is none."""
 
     exit_code = 13
 
 
 class RefusedError(SvcError):
-    """A promotion that was asked for and not carried out."""
+    """A requested change, such as a promotion, that was rejected."""
 
     exit_code = 14
 
 
 class InterruptedRunError(SvcError):
-    """A training run that was asked to end before it was done; the same command goes on."""
+    """A training run that was stopped before its end; the same command resumes it."""
 
     exit_code = 16
 
 
 class InsufficientMemoryError(SvcError):
-    """A training that cannot fit into the memory that there is; raised before it starts."""
+    """A training run that cannot fit into the available memory; raised before it starts."""
 
     exit_code = 20
 
 
 class AuthenticationError(SvcError):
-    """A key that is missing, wrong, expired or revoked. Never says more of a secret than the id of its key."""
+    """A key that is missing, invalid, expired or revoked. Its text contains at most the key's id, never a secret."""
 
     exit_code = 17
 
 
 class PermissionDeniedError(SvcError):
-    """A key that is right, and may not do this."""
+    """A valid key that lacks the permission."""
 
     exit_code = 18
 
 
 class JudgeError(SvcError):
-    """A judge that cannot be reached, refused, or answered what is no verdict."""
+    """A judge that cannot be reached, rejected the request, or did not answer with a verdict."""
 
     exit_code = 19

@@ -1,4 +1,4 @@
-"""What every command starts from: the settings that its flags, the file and the environment make together."""
+"""Shared by the commands: common options, confirmation, and the settings from flags, file and environment."""
 
 from typing import Any
 
@@ -8,31 +8,31 @@ from svc.files.disk import close_to_others
 from svc.remote.server_url import ServerAddress
 from svc.settings import Settings, load_settings
 
-_OF_A_HOME = ("svc.db", "models", "runs")
+_HOME_MARKS = ("svc.db", "models", "runs")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
-reason_option = click.option("--reason", metavar="TEXT", help="Why: kept in the audit log.")
-yes_option = click.option("--yes", is_flag=True, help="Do not ask whether it is meant.")
+reason_option = click.option("--reason", metavar="TEXT", help="Reason, recorded in the audit log.")
+yes_option = click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 
 
 def confirm(question: str, *, yes: bool, as_json: bool = False) -> None:
-    """Asks on the terminal before something is destroyed.
+    """Ask for confirmation on the terminal before something is destroyed.
 
     Args:
-        yes: it was confirmed on the command line.
-        as_json: a machine asks, which answers no question.
+        yes: the command line already confirms.
+        as_json: the caller is a program, which cannot answer.
 
     Raises:
-        click.Abort: it was not meant.
+        click.Abort: the answer was no.
     """
     if yes:
         return
     if as_json:
-        raise click.UsageError("--json needs --yes here: nobody is asked")
+        raise click.UsageError("--json needs --yes here: no question is asked")
     click.confirm(question, abort=True, err=True)
 
 
 def remote_of(ctx: click.Context) -> ServerAddress | None:
-    """The server that `svc --server` names; None without one.
+    """Return the server that `svc --server` names; None without that option.
 
     Raises:
         SettingsError: the key file cannot be used.
@@ -41,13 +41,13 @@ def remote_of(ctx: click.Context) -> ServerAddress | None:
     url, key_file, authority = (given.get(name) for name in ("server", "key_file", "ca"))
     if not url:
         if key_file or authority:
-            raise click.UsageError("--key-file and --ca go with --server")
+            raise click.UsageError("--key-file and --ca need --server")
         return None
     return ServerAddress.with_key(url, key_file, authority)
 
 
 def settings_of(ctx: click.Context, **flags: Any) -> Settings:
-    """The settings of one invocation, which is on the machine of its home.
+    """Return the settings of one invocation, which runs on the machine of its home.
 
     Args:
         flags: a command's own flags, as `load_settings` takes them.
@@ -57,7 +57,7 @@ def settings_of(ctx: click.Context, **flags: Any) -> Settings:
     """
     given = ctx.find_root().obj or {}
     if given.get("server"):
-        raise click.UsageError("--server goes with status, promote, rollback and keys; this is done in a home")
+        raise click.UsageError("--server works with status, promote, rollback and keys; this command needs a home")
     settings = load_settings(given.get("config"), home=given.get("home"), **flags)
-    close_to_others(settings.home, _OF_A_HOME)  # if it was made or copied by other means
+    close_to_others(settings.home, _HOME_MARKS)  # if it was created or copied by other means
     return settings

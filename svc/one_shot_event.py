@@ -1,4 +1,4 @@
-"""Something that ends once, as a connection or the right to a key, and whoever is to hear of it at once.
+"""An event that happens once, such as the end of a connection or of a key's validity, and calls its listeners.
 
 A future costs several times as much in every request: it belongs to a loop, and copies a context for each callback.
 """
@@ -9,22 +9,22 @@ Listener = Callable[[], None]
 
 
 class OneShotEvent:
-    """Of one thing.
+    """The end of one thing.
 
     Attributes:
-        ended: it has.
-        error: why, where that is known.
+        ended: whether the end has happened.
+        error: the reason, if known.
     """
 
     __slots__ = ("_listeners", "ended", "error")
 
     def __init__(self) -> None:
-        self._listeners: dict[Listener, None] = {}  # in their order; one key can have a thousand requests
+        self._listeners: dict[Listener, None] = {}  # ordered; one key can have a thousand requests
         self.ended = False
         self.error: Exception | None = None
 
     def end(self, error: Exception | None = None) -> None:
-        """It ends now, if it has not before."""
+        """Set the event and call all listeners, unless that has happened before."""
         if self.ended:
             return
         self.ended, self.error = True, error
@@ -32,11 +32,11 @@ class OneShotEvent:
             listener()
 
     def listen(self, listener: Listener) -> None:
-        """From now on somebody hears of the end; at once where that has been."""
+        """Add a listener; call it immediately if the event has happened."""
         self._listeners[listener] = None
         if self.ended:
             listener()
 
     def forget(self, listener: Listener) -> None:
-        """He hears no more."""
+        """Remove a listener."""
         self._listeners.pop(listener, None)

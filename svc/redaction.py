@@ -1,11 +1,11 @@
-"""Blanks what must not be kept in prompts and answers: keys of this service, mail addresses, phone and card numbers,
-and own patterns.
+"""Redacts prompts and answers before they are stored: keys of this service, mail addresses, phone and card numbers, and
+matches of custom patterns.
 
-It does what patterns can: a number that only looks like a phone number is lost from the record, never from the answer,
-and one that is written in an unusual way stays. Names and places have no pattern. Who must keep all of that out keeps
-no content.
+Patterns have limits: a number that only looks like a phone number is removed from the record (never from the answer),
+and a phone number written in an unusual way remains. Names and places have no pattern. To keep all of these out of the
+log, store no content.
 
-Clients choose the text: every pattern here runs in linear time, and own patterns within a limit.
+Clients choose the text: every pattern here runs in linear time, and custom patterns within a time limit.
 """
 
 import re
@@ -13,70 +13,71 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import regex  # has a limit of time, and lets other threads run meanwhile
+import regex  # has a timeout, and releases the GIL so that other threads run
 
 from svc.errors import SvcError
 from svc.identity.key_secret import KEY_ID_PATTERN, PREFIX
 
 LIMIT_S = 0.25
-"""Of own patterns on one text or JSON value, in processor time, seconds. A linear one reads a MiB in 1 to 100 ms."""
+"""CPU time of custom patterns on one text or JSON value, seconds. A linear pattern reads a MiB in 1 to 100 ms."""
 
-_GAP = " \u00a0\u202f\u2010\u2011-"  # spaces and hyphens, those that do not break a line among them
-# Also one that was cut short or mistyped: most of a secret is a secret.
+_GAP = " \u00a0\u202f\u2010\u2011-"  # spaces and hyphens, including those that do not break a line
+# Matches truncated and mistyped keys too: most of a secret is still a secret.
 _KEY = re.compile(rf"(?<![0-9A-Za-z]){PREFIX}{KEY_ID_PATTERN}_[0-9A-Za-z]{{8,}}")
 _MAIL = re.compile(r"(?<![\w.%+-])[\w.%+-]{1,64}@(?:[\w-]{1,63}\.)+\w{2,63}")
 _CARD = re.compile(rf"(?<!\d)(?:\d{{4}}(?:\.\d{{4}}){{3}}|\d(?:[{_GAP}]?\d){{12,18}})(?!\d)")
-# Seven to fifteen digits (E.164). What keeps dates, versions, sizes and IP addresses out is how it begins: with + or
-# 0, or grouped as in North America.
+# Seven to fifteen digits (E.164). To exclude dates, versions, sizes and IP addresses, a number must begin with + or 0,
+# or be grouped as in North America.
 _PHONE = re.compile(
     rf"(?<![\w.])(?:(?:\+|00?)[({_GAP}]{{0,2}}[1-9](?:[()/.{_GAP}]{{0,3}}\d){{5,13}}"
     rf"|\(?\d{{3}}(?:\)[{_GAP}]?|[.{_GAP}])\d{{3}}[.{_GAP}]\d{{4}})(?!\w)"
 )
-_LEAST_CARD_DIGITS = 13
+_MIN_CARD_DIGITS = 13
 _OWN_BLANK, _KEY_BLANK, _MAIL_BLANK, _CARD_BLANK, _PHONE_BLANK = "[redacted]", "[key]", "[mail]", "[card]", "[phone]"
 PLACEHOLDERS = (_OWN_BLANK, _KEY_BLANK, _MAIL_BLANK, _CARD_BLANK, _PHONE_BLANK)
-"""What stands in place of what was blanked: a text with one of them is not the one that a model saw or wrote."""
+"""Replacements of redacted parts. A text with one of them is not what a model read or wrote."""
 
 
 class RedactionTimeoutError(SvcError):
-    """An own pattern that takes too long on a text, which therefore cannot be kept.
+    """A custom pattern takes too long on a text, which therefore cannot be stored.
 
     Args:
-        pattern: as it was given.
+        pattern: as configured.
     """
 
     def __init__(self, pattern: str) -> None:
         super().__init__(
             f"the pattern {pattern!r} of request_log.redact took longer than {LIMIT_S:g} s on a text",
             expected="a pattern without a repetition inside a repetition",
-            todo="write it so that a text matches in one way only",
+            todo="rewrite the pattern so that a text matches in one way only",
         )
         self.pattern = pattern
 
 
 class Redactor:
-    """Replaces what matches by its kind in brackets.
+    """Replaces each match by its kind in brackets.
 
     Args:
-        own: further patterns, tried before all but keys: what such a pattern leaves of one would not be found.
+        own: custom patterns, applied after the one for keys (a key of which they removed a part would not be
+            recognised) and before all others.
     """
 
     def __init__(self, own: Sequence[str] = ()) -> None:
         self._own = [compile_pattern(pattern) for pattern in own]
 
     def text(self, text: str) -> str:
-        """A text without what must not be kept.
+        """Return a text with all matches replaced.
 
         Raises:
-            RedactionTimeoutError: an own pattern took too long.
+            RedactionTimeoutError: a custom pattern took too long.
         """
         return self._text(text, _Budget())
 
     def strings(self, value: Any) -> Any:
-        """A JSON value with every string, key and whole number in it redacted.
+        """Return a JSON value with every string, key and whole number in it redacted.
 
         Raises:
-            RedactionTimeoutError: own patterns took too long on all of it together.
+            RedactionTimeoutError: custom patterns took too long on the value as a whole.
         """
         return self._strings(value, _Budget())
 
@@ -95,53 +96,53 @@ class Redactor:
             blanked = self._text(str(value), budget)
             return value if blanked == str(value) else blanked
         if isinstance(value, list):
-            return [self._strings(one, budget) for one in value]
+            return [self._strings(item, budget) for item in value]
         if isinstance(value, dict):
-            return {self._text(key, budget): self._strings(one, budget) for key, one in value.items()}
+            return {self._text(key, budget): self._strings(item, budget) for key, item in value.items()}
         return value
 
 
 def compile_pattern(pattern: str) -> Any:
-    """An own pattern, which means what it does to Python's `re`.
+    """Return a compiled custom pattern, with the semantics of Python's `re`.
 
     Raises:
-        regex.error: it is none.
+        regex.error: the text is not a regular expression.
     """
     return regex.compile(pattern, regex.VERSION0)
 
 
 class _Budget:
-    """What is left of the time for one text or value. Begins when it is made."""
+    """The CPU time that is left for one text or value."""
 
     def __init__(self) -> None:
         self._spent_s = 0.0
 
     def blank(self, pattern: Any, text: str) -> str:
-        """The text without what a pattern matches."""
-        began = time.thread_time()  # of this thread: how long it waits for its turn says nothing of a pattern
+        """Return a text with a pattern's matches replaced."""
+        began = time.thread_time()  # without the time for which the thread waits: that says nothing about a pattern
         try:
             if self._spent_s >= LIMIT_S:
                 raise TimeoutError
             return str(pattern.sub(_OWN_BLANK, text, timeout=LIMIT_S - self._spent_s))
-        except (TimeoutError, MemoryError) as error:  # what it has to come back to takes memory too
+        except (TimeoutError, MemoryError) as error:  # backtracking takes memory too
             raise RedactionTimeoutError(pattern.pattern) from error
         finally:
             self._spent_s += time.thread_time() - began
 
 
 def _blank_card(match: re.Match[str]) -> str:
-    """The longest beginning that is a card number goes: other digits may follow it closely."""
+    """Replace the longest prefix that is a card number: other digits may follow it directly."""
     text = match[0]
-    for end in range(len(text), _LEAST_CARD_DIGITS - 1, -1):
+    for end in range(len(text), _MIN_CARD_DIGITS - 1, -1):
         if text[end - 1].isdigit() and _luhn(text[:end]):
             return _CARD_BLANK + text[end:]
     return text
 
 
 def _luhn(number: str) -> bool:
-    """The check digit of ISO/IEC 7812, which nine of ten random numbers fail."""
+    """Check the check digit of ISO/IEC 7812, which nine of ten random numbers fail."""
     digits = [int(digit) for digit in number if digit.isdigit()]
-    if len(digits) < _LEAST_CARD_DIGITS:
+    if len(digits) < _MIN_CARD_DIGITS:
         return False
     doubled = (sum(divmod(2 * digit, 10)) for digit in digits[-2::-2])
     return (sum(digits[-1::-2]) + sum(doubled)) % 10 == 0

@@ -1,6 +1,6 @@
-"""How many paired examples a difference needs to be detected, and how small a difference a number of examples detects.
+"""Sample size: the number of paired examples that detects a difference, and the difference that a number detects.
 
-A gate compares a loss with a limit, so the difference is that of the loss to its limit.
+A gate compares a loss with a limit, so the difference here is the distance of the loss from its limit.
 
 Normal approximation for the mean of n paired differences with variance s^2, for a limit of a 95 % interval and a power
 of 0.8 (any textbook; for evaluations: Miller 2024, "Adding Error Bars to Evals", arXiv:2411.00640):
@@ -8,7 +8,7 @@ of 0.8 (any textbook; for evaluations: Miller 2024, "Adding Error Bars to Evals"
     n = (z_0.975 + z_0.8)^2 s^2 / loss^2
 
 For answers that are right or wrong, s^2 is at most the share of examples on which the two models differ (McNemar's
-setting: Connor 1987, Biometrics 43). Before two models have answered, that share is assumed.
+test: Connor 1987, Biometrics 43). Before two models have answered, that share is assumed.
 """
 
 import math
@@ -16,13 +16,13 @@ import math
 Z_INTERVAL = 1.959964
 """Standard normal quantile at 0.975: the limits of a 95 % interval."""
 _Z_POWER = 0.841621
-"""The same at 0.8: a loss of that size is detected in four of five samples."""
+"""Standard normal quantile at 0.8: a loss of that size is detected in four of five samples."""
 ASSUMED_CHANGED = 0.1
 """Share of answers assumed to change between right and wrong, in either direction, until both models have answered."""
 
 
 def detectable_loss(examples: int, variance: float = ASSUMED_CHANGED) -> float:
-    """Return the smallest difference that so many examples detect in four of five samples.
+    """Return the smallest difference that this number of examples detects in four of five samples.
 
     Args:
         examples: at least 1.
@@ -42,14 +42,14 @@ def examples_needed(loss: float, variance: float = ASSUMED_CHANGED) -> int:
 
 
 def about(examples: int) -> str:
-    """Return a number of examples rounded up to two significant digits: an approximation has no more."""
+    """Return a number of examples rounded up to two significant digits, which is all that an approximation has."""
     step = 10 ** max(0, len(str(examples)) - 2)
     return f"{math.ceil(examples / step) * step:,}"
 
 
 def say_detectable(examples: int, counted: str = "held-out examples") -> str:
-    """Return a sentence on how far from its limit a loss has to be for so many examples to decide."""
+    """Return a sentence on how far from its limit a loss must be for this number of examples to detect it."""
     return (
-        f"{examples} {counted} decide about a loss that is {detectable_loss(examples):.3f} or more from its limit, "
+        f"{examples} {counted} detect a loss that is {detectable_loss(examples):.3f} or more from its limit, "
         f"in four of five samples, if {100 * ASSUMED_CHANGED:g} % of the answers change"
     )

@@ -1,4 +1,4 @@
-"""What people and machines see: text and progress on a terminal, JSON with `--json`. Results go to stdout, all else
+"""Output for people and machines: text and progress on a terminal, JSON with `--json`. Results go to stdout, all else
 to stderr, so that a pipe gets results only."""
 
 import json
@@ -31,24 +31,24 @@ console = Console(stderr=True, highlight=False)
 output = Console(highlight=False)
 if not output.is_terminal:
     output.width = 120  # in a pipe or a log, a table is not broken at 80 columns
-_PLAIN_LINE_S = 15.0  # without a terminal, a long step prints a line so often, whatever it does meanwhile
+_PLAIN_LINE_S = 15.0  # without a terminal, a long step prints one line per interval
 
 
 def quiet_libraries() -> None:
-    """Lets libraries log warnings only and show no bars: to be called before they are imported.
+    """Limit libraries to warnings, without progress bars; call it before they are imported.
 
-    Some switch on logging for the whole process, HTTP clients log each request, bars break into ours.
+    Some switch on logging for the whole process, HTTP clients log each request, their bars disturb ours.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")
     for library in ("httpx", "httpcore", "alembic", "uvicorn.error", "tokenicer", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.WARNING)
-    # These warn at import of optional kernels that the machine does not have and that nothing here uses.
+    # These warn at import about optional kernels that are not installed and not used here.
     for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):
         logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def print_json(value: Any) -> None:
-    """Writes one JSON value to stdout."""
+    """Write one JSON value to stdout."""
     sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
 
 
@@ -62,38 +62,38 @@ def print_table(headers: Sequence[str | Column], rows: Iterable[Sequence[object]
 
 @contextmanager
 def heartbeat(line: Callable[[], str]) -> Iterator[None]:
-    """Prints a line every 15 s while the body runs, for whoever watches a log; nothing on a terminal.
+    """Print a line every 15 s while the body runs, for readers of a log; nothing on a terminal.
 
-    From a thread of its own: a step may take minutes, and says nothing of its own meanwhile.
+    The lines come from a separate thread, because a step may take minutes without any output.
 
     Args:
-        line: called for each.
+        line: returns the text of the next line.
     """
     if console.is_terminal:
         yield
         return
     ended = threading.Event()
 
-    def tell() -> None:
+    def print_lines() -> None:
         while not ended.wait(_PLAIN_LINE_S):
             console.print(f"  {line()}", markup=False, soft_wrap=True)
 
-    teller = threading.Thread(target=tell, name="progress", daemon=True)
-    teller.start()
+    thread = threading.Thread(target=print_lines, name="progress", daemon=True)
+    thread.start()
     try:
         yield
     finally:
         ended.set()
-        teller.join()
+        thread.join()
 
 
 @contextmanager
 def _heartbeat_of(first: Progressed, line: Callable[[Progressed], str]) -> Iterator[Callable[[Progressed], None]]:
-    """Prints how far it is; yields what takes the newest state.
+    """Print the state every 15 s; yield a callback that sets it.
 
     Args:
-        first: the state until then.
-        line: of a state; the seconds since the start are added.
+        first: initial state.
+        line: returns the text for a state; the seconds since the start are added.
     """
     started, newest = time.monotonic(), first
 
@@ -107,7 +107,7 @@ def _heartbeat_of(first: Progressed, line: Callable[[Progressed], str]) -> Itera
 
 @contextmanager
 def counting(text: str, total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar over a known number of steps; yields what advances it by one."""
+    """Show a progress bar over a known number of steps; yield a callback that advances it by one."""
     if console.is_terminal:
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
@@ -128,7 +128,7 @@ def counting(text: str, total: int) -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def reading(text: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar over bytes; yields what says how many were read so far. Gone when done: the result says it all."""
+    """Show a progress bar over bytes, which disappears when done; yield a callback that takes the bytes read so far."""
     if console.is_terminal:
         columns = (
             SpinnerColumn(),
@@ -147,10 +147,10 @@ def reading(text: str, total: int) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def advancing(text: str, phases: Sequence[str]) -> Iterator[Callable[[str], None]]:
-    """A progress bar over named phases of unlike length, with the time; yields what says which one has begun.
+    """Show a progress bar over named phases of different lengths, with the time; yield a callback that starts a phase.
 
     Args:
-        phases: in their order; the bar shows how many have ended. What begins after the body has ended is not shown.
+        phases: in their order; the bar shows how many have ended.
     """
     started = time.monotonic()
     if console.is_terminal:
@@ -172,7 +172,7 @@ def advancing(text: str, phases: Sequence[str]) -> Iterator[Callable[[str], None
 
 @contextmanager
 def waiting(text: str) -> Iterator[None]:
-    """A spinner with the time, for a step of unknown length."""
+    """Show a spinner with the time, for a step of unknown length."""
     started = time.monotonic()
     if console.is_terminal:
         columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())

@@ -1,4 +1,4 @@
-"""Spans and points of time as they are typed: `90d`, `12h`, `2026-12-31`."""
+"""Durations and points in time on the command line: `90d`, `12h`, `2026-12-31`."""
 
 import re
 from contextlib import suppress
@@ -8,26 +8,26 @@ import click
 
 _UNITS_S = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 _SPAN = re.compile(r"([0-9]{1,9})([smhdw])")
-_LONGEST_S = 36_500 * 86_400
+_MAX_S = 36_500 * 86_400
 
 
 def parse_duration(text: str) -> timedelta:
-    """A number and a unit of s, m, h, d or w; 0 needs none.
+    """Return the duration of a number with a unit of s, m, h, d or w; 0 needs no unit.
 
     Raises:
-        ValueError: it is none, or longer than a century.
+        ValueError: the text is not a duration, or longer than a century.
     """
     match = _SPAN.fullmatch(text)
     if match is None and text != "0":
-        raise ValueError(f"{text!r} is no duration: a number and one of s, m, h, d, w, as 90d")
+        raise ValueError(f"{text!r} is not a duration; expected a number and one of s, m, h, d, w, for example 90d")
     seconds = int(match[1]) * _UNITS_S[match[2]] if match else 0
-    if seconds > _LONGEST_S:
+    if seconds > _MAX_S:
         raise ValueError(f"{text!r} is longer than a century")
     return timedelta(seconds=seconds)
 
 
 def duration(text: str) -> timedelta:
-    """The type of an option that takes a span of time."""
+    """click parameter type for durations."""
     try:
         return parse_duration(text)
     except ValueError as error:
@@ -35,20 +35,21 @@ def duration(text: str) -> timedelta:
 
 
 def time_to_come(text: str) -> datetime:
-    """The type of an option that takes a date, a date with a time, or a span from now; without a zone it is UTC."""
+    """click parameter type for a date, a date with a time, or a duration from now; the default time zone is UTC."""
     return _moment(text, 1)
 
 
 def time_past(text: str) -> datetime:
-    """The same for what has been; spans count back."""
+    """The same for times in the past; durations count back from now."""
     return _moment(text, -1)
 
 
 def _moment(text: str, direction: int) -> datetime:
-    with suppress(ValueError, OverflowError):  # the latter: of a year before the first
-        found = datetime.fromisoformat(text)
-        return (found if found.tzinfo else found.replace(tzinfo=UTC)).astimezone(UTC)
+    with suppress(ValueError, OverflowError):  # OverflowError: a time zone moves the date before the year 1
+        moment = datetime.fromisoformat(text)
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
     try:
         return datetime.now(UTC) + direction * parse_duration(text)
     except ValueError as error:
-        raise click.BadParameter(f"{text!r} is neither a date, as 2026-12-31, nor a duration, as 90d") from error
+        message = f"{text!r} is neither a date, such as 2026-12-31, nor a duration, such as 90d"
+        raise click.BadParameter(message) from error

@@ -1,4 +1,4 @@
-"""How a model version is named: `NAME`, `NAME@N`, `NAME@alias`."""
+"""Names of model versions: `NAME`, `NAME@N`, `NAME@alias`."""
 
 import re
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ from enum import StrEnum
 from svc.errors import NotFoundError
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
-"""Safe as a folder, as a metric label and in a URL; 63 characters at most."""
+"""Safe as a folder, as a metric label and in a URL; at most 63 characters."""
 NUMBER_PATTERN = r"[1-9][0-9]{0,8}"
 
 
 class Format(StrEnum):
-    """How a version is served."""
+    """Form in which a version is served."""
 
     ADAPTER = "adapter"
     MERGED = "merged"
@@ -29,7 +29,7 @@ class Alias(StrEnum):
 
 @dataclass(frozen=True, slots=True, order=True)
 class VersionId:
-    """`NAME@N`; numbers start at 1 and are never used twice."""
+    """`NAME@N`; numbers start at 1 and are never reused."""
 
     name: str
     number: int
@@ -39,20 +39,21 @@ class VersionId:
 
     @classmethod
     def parse(cls, text: str) -> "VersionId":
-        """Reads `NAME@N`.
+        """Return the version that `NAME@N` names.
 
         Raises:
-            NotFoundError: the text is no such name.
+            NotFoundError: the text has another form.
         """
         name, at, number = text.rpartition("@")
         if not at or not re.fullmatch(NAME_PATTERN, name) or not re.fullmatch(NUMBER_PATTERN, number):
-            raise NotFoundError(f"{text!r} names no version", expected="NAME@N, as my-model@2", todo="see `svc models`")
+            wrong = f"{text!r} is not a version"
+            raise NotFoundError(wrong, expected="NAME@N, for example my-model@2", todo="list versions: svc models")
         return cls(name, int(number))
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A version in a format."""
+    """A version together with the format in which it is served."""
 
     version: VersionId
     format: Format

@@ -1,4 +1,4 @@
-"""Reads YAML that people write. PyYAML lets the errors of its own conversions through: here all are one."""
+"""Reads YAML that people write. PyYAML lets the errors of its conversions through; here all become ValueError."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ _ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, A
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text.
+    """Return the value of a YAML text.
 
     Raises:
-        ValueError: the text is not YAML, or holds what cannot be, as the date 2024-13-45 or `!!bool maybe`.
+        ValueError: the text is not YAML, or contains an impossible value such as the date 2024-13-45 or `!!bool maybe`.
     """
     try:
         return yaml.safe_load(text)

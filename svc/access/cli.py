@@ -1,4 +1,4 @@
-"""`svc keys`: who may use the service. `svc usage`: how much of it was used."""
+"""`svc keys` manages keys. `svc usage` shows their use."""
 
 import csv
 import sys
@@ -21,35 +21,35 @@ _count = click.IntRange(1, 2**31 - 1)
 
 @click.group()
 def keys() -> None:
-    """Make, list, rotate and revoke keys."""
+    """Create, list, rotate and revoke keys."""
 
 
 @keys.command()
-@click.option("--name", metavar="TEXT", help="What people call it.  [default: its id]")
+@click.option("--name", metavar="TEXT", help="Name of the key.  [default: its id]")
 @click.option(
     "--scope",
     "scopes",
     multiple=True,
     type=click.Choice([scope.value for scope in Scope]),
-    help="What it may be used for; may be given more than once.  [default: infer and feedback]",
+    help="Permission of the key; may be given more than once.  [default: infer and feedback]",
 )
 @click.option(
-    "--model", "models", multiple=True, metavar="NAME", help="A model that it may ask; may be given more than once."
+    "--model", "models", multiple=True, metavar="NAME", help="Model that the key may use; may be given more than once."
 )
 @click.option(
-    "--expires", "expires_at", type=time_to_come, metavar="TIME", help="When it ends, as 90d or 2026-12-31, in UTC."
+    "--expires", "expires_at", type=time_to_come, metavar="TIME", help="Expiry, for example 90d or 2026-12-31, in UTC."
 )
-@click.option("--requests-per-minute", type=_count, metavar="N", help="Requests a minute.")
-@click.option("--tokens-in-per-minute", type=_count, metavar="N", help="Tokens of prompts a minute.")
-@click.option("--tokens-out-per-minute", type=_count, metavar="N", help="Tokens of answers a minute.")
-@click.option("--concurrent", type=_count, metavar="N", help="Requests at once.")
-@click.option("--tokens-per-day", type=click.IntRange(1, 2**62), metavar="N", help="All tokens of a day, in UTC.")
+@click.option("--requests-per-minute", type=_count, metavar="N", help="Requests per minute.")
+@click.option("--tokens-in-per-minute", type=_count, metavar="N", help="Prompt tokens per minute.")
+@click.option("--tokens-out-per-minute", type=_count, metavar="N", help="Answer tokens per minute.")
+@click.option("--concurrent", type=_count, metavar="N", help="Concurrent requests.")
+@click.option("--tokens-per-day", type=click.IntRange(1, 2**62), metavar="N", help="Tokens per day, in UTC.")
 @click.option(
     "--weight",
     type=click.IntRange(1, 1000),
     default=1,
     show_default=True,
-    help="Its share beside other keys where there is not enough for all.",
+    help="Share of this key relative to other keys when capacity is short.",
 )
 @reason_option
 @json_option
@@ -66,7 +66,7 @@ def create(
     as_json: bool,
     **limits: int | None,
 ) -> None:
-    """Make a key. Its secret is printed to stdout, this once."""
+    """Create a key. Its secret is printed to stdout once."""
     asked: dict[str, Any] = {
         "scopes": frozenset(map(Scope, scopes)) or frozenset({Scope.INFER, Scope.FEEDBACK}),
         "name": name,
@@ -81,11 +81,11 @@ def create(
 
 
 @keys.command("list")
-@click.option("--all", "every", is_flag=True, help="Revoked keys too.")
+@click.option("--all", "every", is_flag=True, help="Include revoked keys.")
 @json_option
 @click.pass_context
 def list_keys(ctx: click.Context, every: bool, as_json: bool) -> None:
-    """List keys with their scopes and limits; secrets are not kept, and cannot be shown."""
+    """List keys with their scopes and limits; secrets are not stored and cannot be shown."""
     from svc.terminal import print_json, print_table
 
     rows = [row for row in _rows(ctx) if every or row["revoked_at"] is None]
@@ -93,7 +93,7 @@ def list_keys(ctx: click.Context, every: bool, as_json: bool) -> None:
         print_json(rows)
         return
     if not rows:
-        click.echo("no keys yet: `svc keys create --scope admin` makes the first")
+        click.echo("no keys yet: `svc keys create --scope admin` creates the first")
         return
     headers = ("key", "name", "state", "scopes", "models", "limits", "expires", "last used")
     print_table(headers, map(_cells, rows))
@@ -116,17 +116,17 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 @keys.command()
 @click.argument("key")
 @click.option(
-    "--grace", type=duration, default="0", show_default=True, help="So long the old secret is right too, as 1h."
+    "--grace", type=duration, default="0", show_default=True, help="Time for which the old secret stays valid: 1h."
 )
 @reason_option
 @yes_option
 @json_option
 @click.pass_context
 def rotate(ctx: click.Context, key: str, grace: timedelta, reason: str | None, yes: bool, as_json: bool) -> None:
-    """Give KEY, an id or a name, a new secret, which is printed to stdout this once."""
+    """Replace the secret of KEY, an id or a name; the new secret is printed to stdout once."""
     key_id, title = _find(ctx, key)
     if not grace:
-        confirm(f"The secret that {title} has now will be wrong at once. Go on?", yes=yes, as_json=as_json)
+        confirm(f"The current secret of {title} will be invalid immediately. Continue?", yes=yes, as_json=as_json)
     asked = {"key": key_id, "grace_s": grace.total_seconds(), "reason": reason}
     issued = _change(
         ctx, "/svc/keys/rotate", asked, lambda keyring: keyring.rotate(key_id, grace=grace, reason=reason).row()
@@ -141,11 +141,11 @@ def rotate(ctx: click.Context, key: str, grace: timedelta, reason: str | None, y
 @json_option
 @click.pass_context
 def revoke(ctx: click.Context, key: str, reason: str | None, yes: bool, as_json: bool) -> None:
-    """End KEY, an id or a name, for ever. A running server hears of it within a second."""
+    """Revoke KEY, an id or a name, permanently. A running server rejects it within a second."""
     from svc.access.keyring import key_row
 
     key_id, title = _find(ctx, key)
-    confirm(f"{title} will be wrong for ever. Go on?", yes=yes, as_json=as_json)
+    confirm(f"{title} will be revoked permanently. Continue?", yes=yes, as_json=as_json)
     asked = {"key": key_id, "reason": reason}
     revoked = _change(ctx, "/svc/keys/revoke", asked, lambda keyring: key_row(keyring.revoke(key_id, reason=reason)))
     if as_json:
@@ -163,7 +163,7 @@ def revoke(ctx: click.Context, key: str, reason: str | None, yes: bool, as_json:
     metavar="TIME",
     default="30d",
     show_default=True,
-    help="From when on, as 30d or 2026-01-31, in UTC.",
+    help="Start of the period, for example 30d or 2026-01-31, in UTC.",
 )
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
 @json_option
@@ -171,7 +171,7 @@ def revoke(ctx: click.Context, key: str, reason: str | None, yes: bool, as_json:
 def usage(ctx: click.Context, since: datetime, as_csv: bool, as_json: bool) -> None:
     """Show requests and tokens by key and model, in whole hours."""
     if as_csv and as_json:
-        raise click.UsageError("--csv or --json, not both")
+        raise click.UsageError("--csv and --json exclude each other")
     from svc.store.database import open_database
     from svc.store.keys import read_keys
     from svc.store.usage import usage_since
@@ -194,7 +194,7 @@ def usage(ctx: click.Context, since: datetime, as_csv: bool, as_json: bool) -> N
     if as_json:
         print_json(rows)
     elif not rows:
-        click.echo(f"nothing was used since {since.isoformat(timespec='minutes')}")
+        click.echo(f"no usage since {since.isoformat(timespec='minutes')}")
     else:
         total = {
             "key_id": "all",
@@ -222,14 +222,14 @@ def _rows(ctx: click.Context) -> list[dict[str, Any]]:
 
 
 def _find(ctx: click.Context, text: str) -> tuple[str, str]:
-    """Return the id of a key, by its id or else by its name, and both for people.
+    """Return the id of the key with this id, else with this name, and its title for people.
 
     Raises:
-        NotFoundError: there is no such key.
+        NotFoundError: no key has this id or name.
     """
     from svc.store.keys import no_such_key
 
-    for row in sorted(_rows(ctx), key=lambda row: bool(row["key_id"] != text)):  # an id goes before a name
+    for row in sorted(_rows(ctx), key=lambda row: bool(row["key_id"] != text)):  # an id takes precedence over a name
         if row["key_id"] == text or (row["name"] == text and row["revoked_at"] is None):
             return row["key_id"], f"{row['name']} ({row['key_id']})"
     raise no_such_key(text)
@@ -242,8 +242,8 @@ def _change(
 
     Args:
         path: of the server's API.
-        asked: what is sent there.
-        change: the same, in a home.
+        asked: the request's body.
+        change: makes the same change in a home.
     """
     if remote := remote_of(ctx):
         from pydantic_core import to_jsonable_python
@@ -269,8 +269,8 @@ def _print_issued(issued: dict[str, Any], *, as_json: bool) -> None:
         print_json(issued)
         return
     if issued["old_secret_until"]:
-        click.echo(f"the old secret is right until {issued['old_secret_until']}", err=True)
-    click.echo(f"the key {issued['key_id']}; its secret is shown this once:", err=True)
+        click.echo(f"the old secret is valid until {issued['old_secret_until']}", err=True)
+    click.echo(f"key {issued['key_id']}; its secret is shown only once:", err=True)
     click.echo(issued["secret"])
 
 

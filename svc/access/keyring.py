@@ -1,4 +1,4 @@
-"""Makes, rotates and revokes keys, each with its event in the audit log. A secret is given out once, and never kept."""
+"""Creates, rotates and revokes keys, each with an event in the audit log. A secret is returned once, never stored."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ _KEY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,62}")
 
 @dataclass(frozen=True, slots=True)
 class IssuedKey:
-    """A key with its secret, which nobody can read again."""
+    """A key with its secret, which cannot be read again."""
 
     key: Key
     secret: str = field(repr=False)
@@ -36,7 +36,7 @@ class Keyring:
     """The keys of one store.
 
     Args:
-        actor: whoever changes them.
+        actor: the user or key that changes them, for the audit log.
         now: the time.
     """
 
@@ -46,11 +46,11 @@ class Keyring:
         self._now = now
 
     def all(self) -> list[Key]:
-        """All keys, revoked ones too."""
+        """Return all keys, including revoked ones."""
         return read_keys(self._store)
 
     def last_used(self) -> dict[str, datetime]:
-        """The hour in which each key was used last."""
+        """Return the hour in which each key was used last."""
         return last_used(self._store)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -69,7 +69,7 @@ class Keyring:
         expires_at: datetime | None = None,
         reason: str | None = None,
     ) -> IssuedKey:
-        """Makes a key.
+        """Create a key.
 
         Args:
             name: default: its id.
@@ -77,8 +77,8 @@ class Keyring:
             expires_at: None: never.
 
         Raises:
-            SettingsError: a name that is none, or an end that has passed.
-            RefusedError: a key that is not revoked has the name.
+            SettingsError: an invalid name, or an expiry in the past.
+            RefusedError: another key that is not revoked has the name.
         """
         key_id, now = new_key_id(), self._now()
         _check(name, models, expires_at, now)
@@ -97,33 +97,33 @@ class Keyring:
         return IssuedKey(key, secret)
 
     def rotate(self, text: str, *, grace: timedelta = timedelta(), reason: str | None = None) -> IssuedKey:
-        """Gives a key another secret.
+        """Replace a key's secret.
 
         Args:
             text: its id or name.
-            grace: so long the secret of before is right too.
+            grace: time for which the previous secret stays valid.
 
         Raises:
-            NotFoundError: there is no such key.
-            RefusedError: it is revoked, or has expired.
+            NotFoundError: no key has this id or name.
+            RefusedError: the key is revoked or has expired.
         """
         key, now = find_key(self._store, text), self._now()
         if key.expired(now):
-            raise RefusedError(f"the key {key.id} has expired", todo="make another: svc keys create")
+            raise RefusedError(f"the key {key.id} has expired", todo="create a new key: svc keys create")
         secret, until = new_secret(key.id), now + grace
         entry = self._entry(Action.ROTATE_KEY, key.id, reason, {"grace_s": grace.total_seconds()})
         replace_secret(self._store, key.id, hash_secret(secret), previous_until=until, entry=entry)
         return IssuedKey(find_key(self._store, key.id), secret)
 
     def revoke(self, text: str, *, reason: str | None = None) -> Key:
-        """Ends a key for ever.
+        """Revoke a key permanently.
 
         Args:
             text: its id or name.
 
         Raises:
-            NotFoundError: there is no such key.
-            RefusedError: it is revoked already.
+            NotFoundError: no key has this id or name.
+            RefusedError: the key is already revoked.
         """
         key = find_key(self._store, text)
         entry = self._entry(Action.REVOKE_KEY, key.id, reason, {"name": key.principal.name})
@@ -137,18 +137,19 @@ class Keyring:
 def _check(name: str | None, models: frozenset[str] | None, expires_at: datetime | None, now: datetime) -> None:
     if name is not None and (not _KEY_NAME.fullmatch(name) or name.startswith(PREFIX)):
         raise SettingsError(
-            "a key cannot have this name",
-            expected="at most 63 of A-Z a-z 0-9 . _ @ -, and not the beginning of a secret",
+            "the name of a key is not valid",
+            expected=f"at most 63 of A-Z a-z 0-9 . _ @ -, and not starting with {PREFIX}",
         )
     for model in sorted(models or ()):
         if not re.fullmatch(NAME_PATTERN, model):
-            raise SettingsError(f"{model!r} is no name of a model", expected="a name without a version, as tickets")
+            wrong = f"{model!r} is not a model name"
+            raise SettingsError(wrong, expected="a name without a version, for example tickets")
     if expires_at is not None and expires_at <= now:
-        raise SettingsError(f"{expires_at.isoformat()} has passed", expected="a time to come, as 90d or a date")
+        raise SettingsError(f"{expires_at.isoformat()} is in the past", expected="a future time, as 90d or a date")
 
 
 def key_row(key: Key) -> dict[str, Any]:
-    """Return a key as JSON without any hash: for machines, and for the administration API."""
+    """Return a key as JSON without any hash, for `--json` and the administration API."""
     principal, now = key.principal, datetime.now(UTC)
     rotating = key.previous_until is not None and key.previous_until > now
     return {
@@ -167,5 +168,5 @@ def key_row(key: Key) -> dict[str, Any]:
 
 
 def iso_seconds(moment: datetime | None) -> str | None:
-    """Return a time to the second, as ISO 8601."""
+    """Return a time as ISO 8601, to the second."""
     return moment.isoformat(timespec="seconds") if moment else None

@@ -1,7 +1,7 @@
-"""Counts what keys use, in memory, and adds it to the store now and then.
+"""Counts the usage of keys in memory, and adds it to the store at intervals.
 
 `add` takes a few microseconds and never waits, so it may be called on an event loop; `flush` writes one row for each
-key and model of an hour, and belongs into a thread. A server that dies loses what it has not flushed.
+key, model and hour, and belongs in a thread. A server that dies loses the usage since its last flush.
 """
 
 import threading
@@ -14,11 +14,11 @@ from svc.store.usage import Usage, UsageOf, add_usage
 
 _HOUR_S = 3600
 _Of = tuple[int, str, str]
-"""The hours since 1970, key and model: as `UsageOf`, whose hash takes longer than everything else here."""
+"""Hours since 1970, key and model: a tuple instead of `UsageOf`, whose hash takes longer than everything else here."""
 
 
 class UsageMeter:
-    """Counts.
+    """Usage that is not yet in the store.
 
     Args:
         now: the time.
@@ -28,24 +28,24 @@ class UsageMeter:
         self._store = store
         self._now = now
         self._lock = threading.Lock()
-        self._used: dict[_Of, Usage] = {}  # what no flush has written yet
+        self._used: dict[_Of, Usage] = {}  # not yet written by a flush
 
     def add(self, key_id: str | None, model: str, *, tokens_in: int, tokens_out: int) -> None:
         """Count a request that has ended.
 
         Args:
-            key_id: None where there was no key.
-            model: a name that the server knows, and no client's own text.
+            key_id: None for a request without a key.
+            model: a name that the server knows, never a client's text.
         """
         with self._lock:
             hour = int(self._now().timestamp()) // _HOUR_S
             self._add((hour, key_id or "", model), Usage(1, tokens_in, tokens_out))
 
     def flush(self) -> None:
-        """Write what was counted since the last flush.
+        """Write the usage since the last flush.
 
         Raises:
-            SQLAlchemyError: the store does not take it; the next flush tries again.
+            SQLAlchemyError: the store failed; the next flush tries again.
         """
         with self._lock:
             used, self._used = self._used, {}
@@ -64,5 +64,5 @@ class UsageMeter:
             raise
 
     def _add(self, of: _Of, usage: Usage) -> None:
-        """Add to what was counted; the caller holds the lock."""
+        """Add to the usage in memory; the caller holds the lock."""
         self._used[of] = self._used.get(of, Usage()).plus(usage)

@@ -1,1 +1,1 @@
-"""What happened: who changed what, which version served when; and what is to be forgotten."""
+"""Commands over the service's history: the audit log, served versions, and the deletion of logged requests."""

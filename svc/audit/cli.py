@@ -1,6 +1,4 @@
-"""`svc audit`: who changed what. `svc history`: which version served when. `svc forget`: removes what is kept of
-requests.
-"""
+"""`svc audit` shows the audit log, `svc history` the served versions; `svc forget` deletes logged requests."""
 
 from dataclasses import asdict
 from datetime import datetime
@@ -21,25 +19,25 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--verify", is_flag=True, help="Compute every hash again: which row is wrong first?")
-@click.option("--expect", "expected", metavar="HASH", help="With --verify: a hash of before, that the log must have.")
+@click.option("--verify", is_flag=True, help="Recompute all hashes and report the first altered row.")
+@click.option("--expect", "expected", metavar="HASH", help="With --verify: an earlier hash that the log must contain.")
 @click.option(
     "--last",
     "newest",
     default=50,
     show_default=True,
     type=click.IntRange(1),
-    help="So many events at most, the newest.",
+    help="Maximum number of events, the newest.",
 )
-@click.option("--action", metavar="TEXT", help="Events of this action alone, as promote.")
-@click.option("--subject", metavar="TEXT", help="Events of this subject alone: NAME, NAME@N, key:ID.")
-@click.option("--since", type=time_past, metavar="TIME", help="From when on, as 30d or 2026-01-31, in UTC.")
+@click.option("--action", metavar="TEXT", help="Only events of this action, for example promote.")
+@click.option("--subject", metavar="TEXT", help="Only events of this subject: NAME, NAME@N, key:ID.")
+@click.option("--since", type=time_past, metavar="TIME", help="Only events since then: 30d or 2026-01-31, in UTC.")
 @json_option
 @click.pass_context
 def audit(ctx: click.Context, /, verify: bool, expected: str | None, as_json: bool, **chosen: Any) -> None:
-    """Show who promoted, rolled back, made or revoked a key, or deleted what; when, from where and why."""
+    """Show promotions, rollbacks, changes of keys and deletions: who, when, from where and why."""
     if expected and not verify:
-        raise click.UsageError("--expect has a use with --verify alone")
+        raise click.UsageError("--expect needs --verify")
     from svc.store.audit import read_events
     from svc.store.database import open_database
     from svc.terminal import print_json, print_table
@@ -52,13 +50,13 @@ def audit(ctx: click.Context, /, verify: bool, expected: str | None, as_json: bo
     if as_json:
         print_json([asdict(event) for event in events])
     elif not events:
-        click.echo("no such event yet")
+        click.echo("no matching event")
     else:
         print_table(("", "when (UTC)", "who", "from", "did", "to", "why", "details"), map(_cells, events))
 
 
 def _cells(event: "AuditEvent") -> tuple[object, ...]:
-    details = ", ".join(f"{name} {_told(value)}" for name, value in event.details.items() if value)
+    details = ", ".join(f"{name} {_as_text(value)}" for name, value in event.details.items() if value)
     return event.id, _second(event.at), event.actor, event.origin, event.action, event.subject, event.reason, details
 
 
@@ -71,18 +69,17 @@ def _verify(store: "Store", expected: str | None, *, as_json: bool) -> None:
 
         print_json(asdict(report))
     elif report.fault is None:
-        click.secho(f"{report.events} events are as they were written", fg="green")
-        click.echo(f"keep the newest hash elsewhere, for --expect: {report.head}")
+        click.secho(f"{report.events} events are unaltered", fg="green")
+        click.echo(f"store the newest hash elsewhere, for --expect: {report.head}")
     if report.fault is not None:
         raise IntegrityError(
-            f"the audit log was changed: row {report.fault.id} is wrong first: {report.fault.wrong}",
-            expected="rows that follow each other as they were written",
-            todo="find out who may write into the store; compare with a backup",
+            f"the audit log was altered: the first bad row is {report.fault.id}: {report.fault.wrong}",
+            expected="an unbroken chain of unaltered rows",
+            todo="find out who can write to the store, and compare with a backup",
         )
 
 
-def _told(value: Any) -> str:
-    """A detail for people."""
+def _as_text(value: Any) -> str:
     if isinstance(value, dict):
         return " ".join(f"{name}={each}" for name, each in value.items())
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -97,7 +94,7 @@ def _second(moment: str) -> str:
 @json_option
 @click.pass_context
 def history(ctx: click.Context, name: str, as_json: bool) -> None:
-    """Show which version of NAME served when, and who asked for it."""
+    """Show which version of NAME was served when, and who requested it."""
     from svc.audit.history import read_history
     from svc.store.database import open_database
     from svc.terminal import print_json, print_table
@@ -107,7 +104,7 @@ def history(ctx: click.Context, name: str, as_json: bool) -> None:
         print_json(rows)
         return
     if not rows:
-        raise NotFoundError(f"no version of {name!r} ever served", todo="see `svc models`")
+        raise NotFoundError(f"{name!r} has never been served", todo="list models: svc models")
     shown = ("version", "format", "began_by", "ended_by", "who", "why")
     print_table(
         ("from (UTC)", "until", "version", "format", "began by", "ended by", "who", "why"),
@@ -116,10 +113,10 @@ def history(ctx: click.Context, name: str, as_json: bool) -> None:
 
 
 @click.command()
-@click.option("--user", metavar="ID", help="Requests for this user, as clients call it.")
+@click.option("--user", metavar="ID", help="Requests for this user, as named by clients.")
 @click.option("--key", metavar="KEY", help="Requests of this key, an id or a name.")
 @click.option(
-    "--before", type=time_past, metavar="TIME", help="Requests from before this, as 2026-01-31 or 90d, in UTC."
+    "--before", type=time_past, metavar="TIME", help="Requests before this time, for example 2026-01-31 or 90d, in UTC."
 )
 @reason_option
 @yes_option
@@ -134,37 +131,38 @@ def forget(
     yes: bool,
     as_json: bool,
 ) -> None:
-    """Remove requests from the request log, with prompts, answers and feedback: of a user, of a key, or of a time."""
+    """Delete logged requests with their prompts, answers and feedback: by user, by key or by time."""
     if sum(given is not None for given in (user, key, before)) != 1:
-        raise click.UsageError("say one of --user, --key and --before")
+        raise click.UsageError("give exactly one of --user, --key and --before")
     from svc.store.audit import Action, AuditEntry, record_event
     from svc.store.database import open_database
     from svc.store.erasure import count_requests, forget_requests
 
     store = open_database(settings_of(ctx).home)
     which, subject = _which(store, user, key, before)
-    found = count_requests(store, which)
+    counts = count_requests(store, which)
     confirm(
-        f"{found.requests} requests will be removed, {found.contents} with their content and {found.feedback} with "
-        "feedback. Go on?",
+        f"{counts.requests} requests will be deleted, {counts.contents} with content and {counts.feedback} with "
+        "feedback. Continue?",
         yes=yes,
         as_json=as_json,
     )
-    # First: what is cut off half-way has happened too.
-    record_event(store, AuditEntry(Action.FORGET, subject, Actor.local(), reason, asdict(found)))
-    gone = forget_requests(store, which)
+    # Recorded first: an interrupted deletion has happened too.
+    record_event(store, AuditEntry(Action.FORGET, subject, Actor.local(), reason, asdict(counts)))
+    deleted = forget_requests(store, which)
     if as_json:
         from svc.terminal import print_json
 
-        print_json(asdict(gone))
+        print_json(asdict(deleted))
     else:
-        click.echo(f"removed {gone.requests} requests, {gone.contents} with content, {gone.feedback} with feedback")
+        summary = f"{deleted.requests} requests, {deleted.contents} with content, {deleted.feedback} with feedback"
+        click.echo(f"deleted {summary}")
 
 
 def _which(
     store: "Store", user: str | None, key: str | None, before: datetime | None
 ) -> tuple["ColumnElement[bool]", str]:
-    """The requests, and what the audit log calls them: of a user no more than the hash, which was kept before."""
+    """Return the condition for the requests, and their subject in the audit log: for a user only the stored hash."""
     from svc.store import erasure as forgetting
     from svc.store.keys import find_key
     from svc.store.requests import hash_user
@@ -174,5 +172,5 @@ def _which(
     if key is not None:
         key_id = find_key(store, key).id
         return forgetting.of_key(key_id), f"key:{key_id}"
-    assert before is not None  # noqa: S101 - one of the three
+    assert before is not None  # noqa: S101 - exactly one of the three is given
     return forgetting.before(before), f"before:{before.isoformat(timespec='seconds')}"

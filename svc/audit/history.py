@@ -1,4 +1,4 @@
-"""Which version of a name served when, and who asked for it."""
+"""History of a model: which version was served when, and who requested it."""
 
 from typing import Any
 
@@ -7,17 +7,17 @@ from sqlalchemy import Engine as Store
 from svc.store.audit import Action, read_events
 from svc.store.served import served_spans
 
-_ASKING = {Action.SERVE.value, Action.PROMOTE.value, Action.ROLLBACK.value}
+_REQUESTING = {Action.SERVE.value, Action.PROMOTE.value, Action.ROLLBACK.value}
 _EVENTS = 10_000
 
 
 def read_history(store: Store, name: str) -> list[dict[str, Any]]:
-    """Return each time in which a version of a name served, in order, as JSON.
+    """Return each period in which a version of a name was served, in order, as JSON.
 
-    `action`, `who` and `why` are of the event by which somebody wanted it; None where the log has none.
+    `action`, `who` and `why` come from the event that requested it; None if the log has no such event.
     """
     events = read_events(store, newest=_EVENTS, subject=name)
-    asked = {event.details.get("generation"): event for event in events if event.action in _ASKING}
+    asked = {event.details.get("generation"): event for event in events if event.action in _REQUESTING}
     rows = []
     for span in served_spans(store, name):
         event = asked.get(span.generation)

@@ -1,4 +1,4 @@
-"""`svc data check`: what is wrong with the examples, before anything is trained."""
+"""`svc data check` reports problems of examples before training."""
 
 import json
 import sys
@@ -13,8 +13,8 @@ from svc.invocation import json_option, settings_of
 if TYPE_CHECKING:
     from svc.dataset.checks.check import DataReport
 
-_SHOWN = 50  # problems a person reads; --json has all
-_BALANCE_SHOWN = 20
+_MAX_SHOWN = 50  # problems; --json has all
+_MAX_LABELS_SHOWN = 20
 
 
 @click.group()
@@ -24,18 +24,18 @@ def data() -> None:
 
 @data.command()
 @click.argument("files", nargs=-1, required=True)
-@click.option("--heldout", metavar="FILE", help="Examples that must not stand in FILES.")
+@click.option("--heldout", metavar="FILE", help="Held-out examples, which FILES must not contain.")
 @click.option(
     "--base",
     type=click.Path(path_type=Path),
-    help="Folder of the model to train: its special tokens are looked for, its tokens counted.",
+    help="Folder of the model to train: finds its special tokens and counts tokens with its tokenizer.",
 )
 @click.option(
     "--max-length",
     type=click.IntRange(min=16),
     default=4096,
     show_default=True,
-    help="Tokens that an example may have; an estimate without --base.",
+    help="Maximum tokens of an example; estimated without --base.",
 )
 @json_option
 @click.pass_context
@@ -44,7 +44,7 @@ def check(
 ) -> None:
     """Report problems by line number; exit code 1 when a line cannot be trained on.
 
-    FILES are files, folders or hub datasets (hf:ORG/NAME), which are to be trained on together.
+    FILES are files, folders or hub datasets (hf:ORG/NAME) to train on together.
     """
     from svc.dataset.checks.base_tokenizer import BaseTokenizer
     from svc.dataset.checks.check import check_files
@@ -74,7 +74,7 @@ def check(
 
 
 def _print_json(reports: "list[DataReport]") -> None:
-    """One report after the other, one problem a line: there may be millions."""
+    """Print one report after the other, one problem per line: there may be millions."""
     write = sys.stdout.write
     for place, report in enumerate(reports):
         head = json.dumps(_machine(report), indent=1, ensure_ascii=False)
@@ -113,14 +113,14 @@ def _show(report: "DataReport") -> None:
     if report.tokens:
         click.echo(f"  tokens: median {report.median_tokens}, longest {max(report.tokens)}")
     if report.labels:
-        balance = ", ".join(f"{answer} {count}" for answer, count in list(report.labels.items())[:_BALANCE_SHOWN])
+        balance = ", ".join(f"{answer} {count}" for answer, count in list(report.labels.items())[:_MAX_LABELS_SHOWN])
         click.echo(f"  answers: {printable(balance)}")
     click.echo(f"  problems: {problems.errors} errors, {len(problems) - problems.errors} warnings")
-    for problem in islice(problems, _SHOWN):
+    for problem in islice(problems, _MAX_SHOWN):
         colour = "red" if problem.severity is Severity.ERROR else "yellow"
         click.secho(f"  line {problem.line}: {problem.severity}: {problem.message} [{problem.code}]", fg=colour)
-    if len(problems) > _SHOWN:
-        click.echo(f"  … and {len(problems) - _SHOWN} more; --json shows all")
+    if len(problems) > _MAX_SHOWN:
+        click.echo(f"  … and {len(problems) - _MAX_SHOWN} more; --json shows all")
     if problems.codes:
         click.echo("  what to do:")
     for code, count in problems.codes.most_common():

@@ -1,4 +1,4 @@
-"""A name for the content of a data set: equal content, equal name, whatever the file is called."""
+"""Fingerprint of a data set's content, independent of file names."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ from svc.dataset.schema.example import ChatExample
 
 
 def fingerprint(examples: Iterable[ChatExample]) -> str:
-    """SHA-256 over the examples in their order, as `sha256:<hex>`; spacing and key order of the file do not count."""
+    """Return the SHA-256 over the examples in order, as `sha256:<hex>`, ignoring the file's spacing and key order."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(json.dumps(example.as_dict(), ensure_ascii=False, sort_keys=True).encode("utf-8") + b"\n")

@@ -1,8 +1,8 @@
-"""Prompts as hashes of eight bytes: how a version remembers what it was trained on, without the texts.
+"""Prompts as hashes of eight bytes: a version's record of its training prompts, without the texts.
 
-What a version has learnt is not held out again for a later version of its name. Prompts that differ in spacing and case
-alone have one hash. A text cannot be read back from it, but who has a prompt can see whether it is among them. Knows
-nothing of versions, and nothing of prompts that are only nearly the same.
+Examples that a version was trained on are not held out for a later version of the same name. Prompts that differ only
+in spacing and case have one hash. A hash does not reveal the text, but anyone who has a prompt can test whether it is
+among them. Knows nothing of versions, and nothing of near duplicates.
 """
 
 import hashlib
@@ -22,26 +22,26 @@ NO_PROMPTS: PromptHashes = np.zeros(0, np.uint64)
 
 
 def hash_text(text: str) -> int:
-    """Eight bytes of BLAKE2b, as a number."""
+    """Return eight bytes of BLAKE2b as a number."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 
 def hash_prompts(examples: Iterable[ChatExample]) -> PromptHashes:
-    """The hash of each example's prompt, in their order."""
+    """Return the hash of each example's prompt, in order."""
     return np.fromiter((hash_text(normal_prompt(example)) for example in examples), np.uint64)
 
 
 def write_prompt_hashes(path: Path, hashes: PromptHashes) -> None:
-    """Writes them sorted, each once, as a NumPy array without pickled objects: their order tells nothing."""
+    """Write the hashes sorted, each once, as a NumPy array without pickled objects: the order reveals nothing."""
     np.save(path, np.unique(hashes).astype("<u8"), allow_pickle=False)
 
 
 def read_prompt_hashes(path: Path) -> PromptHashes:
-    """Reads them.
+    """Read hashes from a file.
 
     Raises:
-        IntegrityError: the file is missing or is no such array.
+        IntegrityError: the file is missing or is not such an array.
     """
     todo = "restore it from a backup, or train again"
     try:
@@ -50,5 +50,5 @@ def read_prompt_hashes(path: Path) -> PromptHashes:
     except Exception as error:  # NumPy has several kinds for a damaged file
         raise IntegrityError(f"cannot read {path}: {error}", todo=todo) from error
     if not isinstance(hashes, np.ndarray) or hashes.dtype != np.uint64 or hashes.ndim != 1:
-        raise IntegrityError(f"{path} holds no hashes of prompts", expected="one row of 64-bit numbers", todo=todo)
+        raise IntegrityError(f"{path} contains no hashes of prompts", expected="one row of 64-bit numbers", todo=todo)
     return np.asarray(hashes, dtype=np.uint64)

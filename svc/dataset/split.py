@@ -1,9 +1,8 @@
-"""Which examples judge a version, and which general ones are mixed in: chosen by content and seed, so that it is the
-same choice wherever the files lie and in whatever order they are read.
+"""Selection of held-out examples and of general examples to mix in. It depends on content and seed only, so it is the
+same wherever the files are and in whatever order they are read.
 
-Near duplicates stay on one side: a held-out example that was nearly trained on measures memory. Each group of them
-decides for itself, by a hash, so that more data change nothing for the examples that were there. Knows nothing of files
-and versions.
+Near duplicates stay on one side: a held-out example that was nearly trained on measures memory. Each group is assigned
+by its own hash, so that more data change nothing for the existing examples. Knows nothing of files and versions.
 """
 
 import hashlib
@@ -22,11 +21,11 @@ from svc.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class HeldoutSplit:
-    """Examples in two parts, both in their order.
+    """Examples in two parts, both in their original order.
 
     Attributes:
-        learnt_before: how many of `train` would be held out if no earlier version had learnt their prompts, or nearly
-            the same ones.
+        learnt_before: number of examples in `train` that would be held out if no earlier version had been trained on
+            their prompts or near duplicates of them.
     """
 
     train: list[ChatExample]
@@ -37,21 +36,21 @@ class HeldoutSplit:
 def split_heldout(
     examples: Sequence[ChatExample], share: float, seed: int, learnt: PromptHashes = NO_PROMPTS
 ) -> HeldoutSplit:
-    """Parts examples into those to train on and those to hold out.
+    """Split examples into those to train on and those to hold out.
 
     A group of near duplicates is held out if the smallest hash of its prompts, as a share of all hashes, is below
-    `share`. So a group with k different prompts is held out with probability 1 - (1 - share) ** k: examples without a
-    near duplicate with just `share`, pairs nearly twice and groups of ten 6.5 times as often as one of ten. In data
-    with many near copies more than `share` is expected to be held out, and a large group goes as a whole.
+    `share`. So a group with k different prompts is held out with probability 1 - (1 - share) ** k: with a share of 0.1,
+    an example without near duplicates with probability 0.1, a pair nearly twice and a group of ten 6.5 times as often.
+    In data with many near copies more than `share` is expected to be held out; a large group is held out as a whole.
 
-    In return, more data move nothing from the held-out examples to the others, as long as these are still near
-    duplicates of each other, and more than one group is held out: where no hash is below `share`, the smallest one is
-    taken, and where all are, the group of the largest is trained on. A training example can become a held-out one if
-    a near duplicate of it comes with a smaller hash, which `learnt` prevents.
+    In return, more data move no held-out example to the training set, as long as its group is still near duplicates of
+    each other and more than one group is held out: if no hash is below `share`, the group with the smallest is held
+    out, and if all are, the group with the largest is trained on. A training example can become a held-out one if
+    a near duplicate with a smaller hash is added, which `learnt` prevents.
 
     Args:
-        share: of the range of hashes; about that of the examples.
-        seed: another seed holds out others.
+        share: of the range of hashes; about the share of the examples.
+        seed: another seed holds out other examples.
         learnt: prompts that an earlier version was trained on. A group with one of them is trained on.
 
     Raises:
@@ -74,7 +73,7 @@ def split_heldout(
 
 
 def put_sample_first(examples: Sequence[ChatExample], size: int, seed: int) -> list[ChatExample]:
-    """The same examples, so that the first ones are a random sample. Both parts are in their order."""
+    """Return the examples with a random sample first. Sample and rest each keep their order."""
     drawn = set(_seeded(range(len(examples)), examples, seed)[:size])
     order = sorted(range(len(examples)), key=lambda place: (place not in drawn, place))
     return [examples[place] for place in order]
@@ -87,37 +86,37 @@ def mix_general(
     share: float,
     seed: int,
 ) -> list[ChatExample]:
-    """Chooses the general examples that are trained on beside the task's, so that the model forgets less.
+    """Return the general examples to train on in addition to the task's, so that the model forgets less.
 
     Args:
-        general: what is chosen from; those whose prompt is held out are never chosen.
-        share: of the resulting training examples, that are general.
+        general: candidates; those whose prompt is held out are never chosen.
+        share: of general examples among all training examples.
 
     Raises:
-        DataError: there are too few.
+        DataError: there are too few candidates.
     """
     wanted = round(share / (1 - share) * len(train))
     kept_back = {normal_prompt(example) for example in heldout}
     usable = [place for place, example in enumerate(general) if normal_prompt(example) not in kept_back]
     if wanted > len(usable):
         raise DataError(
-            f"data.general holds {len(usable)} examples that are not held out",
-            expected=f"at least {wanted}: a share of {share:g} beside {len(train)} training examples",
+            f"data.general has {len(usable)} examples that are not held out",
+            expected=f"at least {wanted}: a share of {share:g} with {len(train)} training examples",
             todo="add general examples, or lower data.general_share",
         )
     return [general[place] for place in sorted(_seeded(usable, general, seed)[:wanted])]
 
 
 def group_near_duplicates(examples: Sequence[ChatExample]) -> NDArray[np.int64]:
-    """For each example the index of the first one of its group: those with equal prompts, and near duplicates."""
+    """Return for each example the index of the first one in its group of equal prompts and near duplicates."""
     return _groups(_table(examples))
 
 
 def near_leaks(examples: Sequence[ChatExample], heldout: Sequence[ChatExample]) -> list[int]:
-    """Indices of the examples that ask nearly the same as a held-out one."""
+    """Return the indices of the examples that are near duplicates of a held-out one."""
     sketches, count = _table([*heldout, *examples]).sketches, len(heldout)
-    found = nearest(sketches[count:], sketches[:count])
-    return [int(place) for place in np.flatnonzero(found >= 0)]
+    matches = nearest(sketches[count:], sketches[:count])
+    return [int(place) for place in np.flatnonzero(matches >= 0)]
 
 
 def _groups(table: LineTable) -> NDArray[np.int64]:
@@ -129,24 +128,24 @@ def _groups(table: LineTable) -> NDArray[np.int64]:
 def _held_groups(
     groups: NDArray[np.int64], free: NDArray[np.int64], smallest: NDArray[np.float64], share: float
 ) -> NDArray[np.int64]:
-    """The groups to hold out: at least one, and not all.
+    """Return the groups to hold out: at least one, and not all.
 
     Args:
-        free: those that may be.
-        smallest: hash of a group, by its number.
+        free: groups that may be held out.
+        smallest: smallest hash of each group, by its number.
     """
     if len(groups) < 2:
         raise DataError(
             "no held-out set can be split off: all examples are near duplicates of each other",
             expected="at least two different examples",
-            todo="add examples, or name a held-out file as data.heldout",
+            todo="add examples, or set data.heldout to a held-out file",
         )
     if not len(free):
         raise DataError(
-            "no held-out set can be split off: earlier versions of this name have learnt all examples, or nearly "
-            "the same ones",
+            "no held-out set can be split off: earlier versions of this name were trained on all examples or on near "
+            "duplicates",
             expected="at least one example that is new to them",
-            todo="add examples, name a held-out file as data.heldout, or train under another name",
+            todo="add examples, set data.heldout to a held-out file, or train under another name",
         )
     hashes = smallest[free]
     held = free[hashes < share]
@@ -156,7 +155,7 @@ def _held_groups(
 
 
 def _fractions(prompts: PromptHashes, seed: int) -> NDArray[np.float64]:
-    """A number from 0 to 1 for each prompt, which the seed decides."""
+    """Return a number from 0 to 1 for each prompt, determined by the seed."""
     salt = f"{seed}\x1f".encode()
     digests = (hashlib.blake2b(salt + int(prompt).to_bytes(8, "little"), digest_size=8).digest() for prompt in prompts)
     return np.fromiter((int.from_bytes(digest, "little") / 2**64 for digest in digests), np.float64)
@@ -170,7 +169,7 @@ def _table(examples: Sequence[ChatExample]) -> LineTable:
 
 
 def _seeded(places: Sequence[int], examples: Sequence[ChatExample], seed: int) -> list[int]:
-    """Places in an order that content and seed decide; of equal prompts the first place first."""
+    """Return the places in an order determined by content and seed; equal examples keep their order."""
 
     def key(place: int) -> tuple[bytes, int]:
         text = f"{seed}\x1f{normal_prompt(examples[place])}\x1f{examples[place].answer}"

@@ -1,6 +1,6 @@
-"""What a data set is, in a few numbers: kept with a version, whose training examples nobody keeps.
+"""Summary of a data set in a few numbers. It is stored with a version, whose training examples are not.
 
-No text of an example is in it but labels, which are few and short. Knows nothing of who shows it.
+It contains no text of examples except labels, which are few and short.
 """
 
 from collections import Counter
@@ -19,7 +19,7 @@ from svc.files.json_file import read_record
 DATA_SUMMARY_FILE = "data_summary.json"
 """In a version's reference folder."""
 _EDGES = sorted({round(1.25**power) for power in range(100)})
-"""Whole numbers: there are no bars between them that no length can be in."""
+"""Whole numbers, so that there is no bar that no length can be in."""
 
 
 class _Record(BaseModel):
@@ -27,11 +27,11 @@ class _Record(BaseModel):
 
 
 class Lengths(_Record):
-    """How long texts are, characters.
+    """Lengths of texts, characters.
 
     Attributes:
-        median, p95, longest: half of them, 95 % of them and all of them are at most so long.
-        edges: between the bars of a histogram, each a quarter above the one before; the last one is not reached.
+        median, p95, longest: upper bound of the length of 50 %, 95 % and 100 % of the texts.
+        edges: of the bars of a histogram, each a quarter above the previous; the last one is exclusive.
         counts: texts in each bar.
     """
 
@@ -43,7 +43,7 @@ class Lengths(_Record):
 
     @classmethod
     def of(cls, lengths: Sequence[int]) -> "Lengths":
-        """Of some texts, one at least."""
+        """Return the lengths of at least one text."""
         values = np.maximum(np.asarray(lengths), 1)
         first, last = np.searchsorted(_EDGES, [values.min(), values.max()], side="right")
         edges = _EDGES[first - 1 : last + 1]
@@ -53,15 +53,15 @@ class Lengths(_Record):
 
 
 class DataSummary(_Record):
-    """What was trained on, and how it relates to what was held out.
+    """Figures of the training set, and its overlap with the held-out set.
 
     Attributes:
-        general: how many of the training examples are general ones.
+        general: number of training examples that are general.
         prompts, answers: lengths of all turns before the answer together, and of the answer, in training.
-        labels: of the training examples that are not general, the most frequent first, spacing and case aside; empty
-            where answers are no labels.
-        near_duplicates: training examples that ask the same as an earlier one, or nearly.
-        near_heldout: held-out examples that ask the same as a training example, or nearly.
+        labels: of the training examples that are not general, the most frequent first, ignoring spacing and case; empty
+            if the answers are not labels.
+        near_duplicates: training examples with the same or nearly the same prompt as an earlier one.
+        near_heldout: held-out examples with the same or nearly the same prompt as a training example.
     """
 
     train: int
@@ -75,11 +75,11 @@ class DataSummary(_Record):
 
 
 def summarize_data(train: Sequence[ChatExample], heldout: Sequence[ChatExample], general: int = 0) -> DataSummary:
-    """The summary.
+    """Return the summary.
 
     Args:
-        train: one at least.
-        general: so many of them, at the end, are general.
+        train: at least one example.
+        general: number of general examples, which are the last ones of `train`.
     """
     return DataSummary(
         train=len(train),
@@ -94,20 +94,20 @@ def summarize_data(train: Sequence[ChatExample], heldout: Sequence[ChatExample],
 
 
 def _labels(examples: Sequence[ChatExample]) -> dict[str, int]:
-    """How often each label stands; empty where an answer is no label, or there are too many different ones."""
-    found: Counter[str] = Counter()
+    """Return the count of each label; empty if an answer is not a label, or there are too many different ones."""
+    counts: Counter[str] = Counter()
     for example in examples:
         label = find_label(example.answer)
-        if label is None or len(found) > FEW_ANSWERS:
+        if label is None or len(counts) > FEW_ANSWERS:
             return {}
-        found[normal(label)] += 1
-    return few_labels(found, len(examples))
+        counts[normal(label)] += 1
+    return few_labels(counts, len(examples))
 
 
 def read_data_summary(path: Path) -> DataSummary:
-    """Reads what `model_dump_json` wrote.
+    """Read a summary that `model_dump_json` wrote.
 
     Raises:
-        IntegrityError: there is no such file, or it is no summary.
+        IntegrityError: the file is missing, or is not a summary.
     """
     return read_record(path, DataSummary)

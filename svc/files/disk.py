@@ -1,6 +1,6 @@
-"""Files that are whole or not there, also after a kill or a power cut; and what a full disk looks like.
+"""Files that are complete or absent, also after a kill or a power cut; and the detection of a full disk.
 
-Knows nothing of what is in the files.
+Knows nothing of the files' contents.
 """
 
 import errno
@@ -15,7 +15,7 @@ _FULL = 1_000_000  # bytes; a disk with less cannot take another file of weights
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file beside its place, syncs it and renames it there: at any moment it is the old one or the new one."""
+    """Write a file atomically: a temporary file in the same folder is synced, then renamed to the path."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("wb") as file:
         file.write(content)
@@ -26,7 +26,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes names in a folder survive a power cut."""
+    """Sync the names in a folder, so that they survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -35,7 +35,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_files(folder: Path) -> None:
-    """Makes a folder's files survive a power cut, with their names."""
+    """Sync a folder's files and their names, so that they survive a power cut."""
     for path in folder.iterdir():
         if path.is_file():
             with path.open("rb") as file:
@@ -44,31 +44,31 @@ def sync_files(folder: Path) -> None:
 
 
 def close_to_others(folder: Path, marks: Iterable[str]) -> None:
-    """Takes a folder of ours, if it is there, from all other users, and with it what is in it.
+    """Remove all other users' access to a folder of ours, if it exists, and so to its content.
 
-    A folder that is everybody's, as /tmp, or that holds other things stays as it is, whoever calls it ours.
+    A shared folder such as /tmp, or one with other content, is left unchanged, even if it is configured as ours.
 
     Args:
-        marks: names one of which stands in a folder of ours that is not empty.
+        marks: a folder of ours that is not empty contains at least one of these names.
     """
     with suppress(FileNotFoundError):
-        found, names = folder.stat(), set(os.listdir(folder))
-        everybodys = found.st_mode & (stat.S_IWOTH | stat.S_ISVTX)
-        ours = found.st_uid == os.getuid() and not everybodys and (not names or names & set(marks))
-        if ours and found.st_mode & 0o077:
+        status, names = folder.stat(), set(os.listdir(folder))
+        shared = status.st_mode & (stat.S_IWOTH | stat.S_ISVTX)
+        ours = status.st_uid == os.getuid() and not shared and (not names or names & set(marks))
+        if ours and status.st_mode & 0o077:
             folder.chmod(0o700)
 
 
 def is_full(error: Exception, folder: Path) -> bool:
-    """Whether an error says that the disk is full, or the share of it that a user may fill.
+    """Return whether an error means that the disk, or the user's quota, is full.
 
-    Libraries say it in their own words; torch reports a write that was cut off as a position that it did not expect.
+    Libraries report it in their own words; torch reports a truncated write as an unexpected position.
 
     Args:
-        folder: where was written.
+        folder: the folder that was written to.
     """
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    told = str(error)
-    cut_off = "unexpected pos" in told and shutil.disk_usage(folder).free < _FULL
-    return cut_off or "No space left" in told or "os error 28" in told
+    message = str(error)
+    cut_off = "unexpected pos" in message and shutil.disk_usage(folder).free < _FULL
+    return cut_off or "No space left" in message or "os error 28" in message

@@ -1,4 +1,4 @@
-"""A file that holds one JSON object, or one in each line; or an error that names it, and the line."""
+"""Files with one JSON object, or one per line. Errors name the file and the line."""
 
 import json
 from pathlib import Path
@@ -10,14 +10,14 @@ from svc.errors import IntegrityError
 
 _Record = TypeVar("_Record", bound=BaseModel)
 _TODO = "restore it from a backup, or train again"
-"""Of what is kept with a version."""
+"""For files that are stored with a version."""
 
 
 def read_json_object(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A file that holds one JSON object.
+    """Return the JSON object in a file.
 
     Args:
-        default: what stands for a file that is not there; None: it must be.
+        default: returned if there is no file; None: a missing file is an error.
 
     Raises:
         IntegrityError: the file is missing or damaged.
@@ -27,17 +27,18 @@ def read_json_object(path: Path, default: dict[str, Any] | None = None) -> dict[
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise IntegrityError(f"cannot read {path}: {error}", expected="a JSON file of a whole model folder") from error
+        expected = "a JSON file of a complete model folder"
+        raise IntegrityError(f"cannot read {path}: {error}", expected=expected) from error
     if not isinstance(content, dict):
-        raise IntegrityError(f"{path} holds a {type(content).__name__}", expected="a JSON object")
+        raise IntegrityError(f"{path} contains a {type(content).__name__}", expected="a JSON object")
     return content
 
 
 def read_record(path: Path, kind: type[_Record]) -> _Record:
-    """What `model_dump_json` of a kind wrote, of what is kept with a version.
+    """Return the record that `model_dump_json` wrote to a file of a version.
 
     Raises:
-        IntegrityError: there is no such file, or it holds none.
+        IntegrityError: the file is missing, or contains no such record.
     """
     try:
         return kind.model_validate_json(path.read_bytes())
@@ -46,16 +47,16 @@ def read_record(path: Path, kind: type[_Record]) -> _Record:
 
 
 def read_records(path: Path, kind: type[_Record], what: str) -> tuple[_Record, ...]:
-    """One in each line, likewise.
+    """Return the records in a file, one per line.
 
     Args:
-        what: each is, for the error.
+        what: name of such a record, for the error.
 
     Raises:
-        IntegrityError: there is no such file, or a line of it holds none.
+        IntegrityError: the file is missing, or a line contains no such record.
     """
     try:
-        lines = path.read_bytes().splitlines()  # of bytes: U+2028 is good JSON and ends no line
+        lines = path.read_bytes().splitlines()  # of bytes: U+2028 is valid JSON and not a line end
     except OSError as error:
         raise IntegrityError(f"cannot read {path}: {error}", todo=_TODO) from error
     return tuple(_line(path, number, line, kind, what) for number, line in enumerate(lines, start=1))
@@ -65,4 +66,4 @@ def _line(path: Path, number: int, line: bytes, kind: type[_Record], what: str) 
     try:
         return kind.model_validate_json(line)
     except ValidationError as error:
-        raise IntegrityError(f"{path}:{number} is no {what}: {error}", todo=_TODO) from error
+        raise IntegrityError(f"{path}:{number} is not a {what}: {error}", todo=_TODO) from error

@@ -1,4 +1,4 @@
-"""A lock file that says who holds it. The kernel gives it back when its holder dies, however it dies."""
+"""A lock file that names its holder. The kernel releases the lock when the holder dies, however it dies."""
 
 import fcntl
 import json
@@ -11,16 +11,16 @@ from typing import IO, Any
 
 from svc.errors import BusyError
 
-_LOOK_S = 0.5
+_TAKE_TIMEOUT_S = 0.5
 _PAUSE_S = 0.01
 
 
 @contextmanager
 def locked_file(path: Path) -> Iterator[IO[str]]:
-    """The exclusively locked file for the body, at its end; a process that inherits it holds the lock too.
+    """Yield the exclusively locked file, positioned at its end; a process that inherits it holds the lock too.
 
     Raises:
-        BlockingIOError: another process holds it, or has removed it in that moment.
+        BlockingIOError: another process holds the lock, or removed the file just now.
     """
     with path.open("a+", encoding="utf-8") as file:
         _take(file)
@@ -30,7 +30,7 @@ def locked_file(path: Path) -> Iterator[IO[str]]:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds the lock; another that looks at the same time does not count."""
+    """Return whether a process holds the lock; one that only checks it at the same time does not count."""
     try:
         with path.open("r", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -43,14 +43,14 @@ def is_locked(path: Path) -> bool:
 
 @contextmanager
 def hold_lock(path: Path, what: str, **info: Any) -> Iterator[None]:
-    """Holds an exclusive lock for the body.
+    """Hold an exclusive lock during the body.
 
     Args:
-        what: the thing that is locked, for the error's text.
-        info: JSON values that `lock_holder` gives to others, beside `pid`.
+        what: the locked thing, for the error's text.
+        info: JSON values that `lock_holder` returns to others, in addition to `pid`.
 
     Raises:
-        BusyError: another process holds it; names the process.
+        BusyError: another process holds the lock; names the process.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -60,7 +60,7 @@ def hold_lock(path: Path, what: str, **info: Any) -> Iterator[None]:
             holder = _read(path)
             raise BusyError(
                 f"{what} is in use by process {holder.get('pid', 'unknown')}",
-                todo=f"wait for it, or end it: kill {holder.get('pid', 'PID')}",
+                todo=f"wait for that process, or stop it: kill {holder.get('pid', 'PID')}",
             ) from None
         file.truncate(0)
         json.dump({"pid": os.getpid(), **info}, file)
@@ -69,12 +69,12 @@ def hold_lock(path: Path, what: str, **info: Any) -> Iterator[None]:
 
 
 def lock_holder(path: Path) -> dict[str, Any] | None:
-    """What the holder says of itself; None when nobody holds the lock."""
+    """Return what the holder wrote about itself; None if nobody holds the lock."""
     return _read(path) if is_locked(path) else None
 
 
 def _lies_at(path: Path, file: IO[str]) -> bool:
-    """Whether others that lock the path find this file: whoever had it may have removed or renamed its folder."""
+    """Return whether the path still leads to this file: the previous holder may have removed or renamed its folder."""
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except FileNotFoundError:
@@ -82,8 +82,8 @@ def _lies_at(path: Path, file: IO[str]) -> bool:
 
 
 def _take(file: IO[str]) -> None:
-    """Tries for a moment: `is_locked` of another process has the lock while it looks, some microseconds long."""
-    deadline = time.monotonic() + _LOOK_S
+    """Take the lock, with retries: another process in `is_locked` holds it for some microseconds."""
+    deadline = time.monotonic() + _TAKE_TIMEOUT_S
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -97,6 +97,6 @@ def _take(file: IO[str]) -> None:
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text("utf-8"))
-    except (ValueError, FileNotFoundError):  # the holder has not written yet, or has removed it
+    except (ValueError, FileNotFoundError):  # the holder has not written it yet, or has removed it
         return {}
     return content if isinstance(content, dict) else {}

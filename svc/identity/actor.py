@@ -1,4 +1,4 @@
-"""Who does something that is written into the audit log, and from where."""
+"""The user or key that makes a change recorded in the audit log, and its origin."""
 
 import os
 import pwd
@@ -10,7 +10,7 @@ from svc.identity.principal import Principal
 
 @dataclass(frozen=True, slots=True)
 class Actor:
-    """Somebody.
+    """Author of a change.
 
     Attributes:
         name: `user:NAME` of the operating system, or `key:ID`.
@@ -22,18 +22,18 @@ class Actor:
 
     @classmethod
     def local(cls) -> "Actor":
-        """Whoever runs this process; not what the environment says, which anybody can set."""
+        """Return the user who runs this process, from the system and not the environment, which anybody can set."""
         try:
             user = pwd.getpwuid(os.getuid()).pw_name
-        except KeyError:  # as in a container
+        except KeyError:  # the uid has no name, for example in a container
             user = str(os.getuid())
         return cls(f"user:{user}", socket.gethostname())
 
     @classmethod
     def of(cls, principal: Principal, address: str) -> "Actor":
-        """Whoever has a key.
+        """Return a key as actor.
 
         Args:
-            address: where the request came from.
+            address: of the client.
         """
         return cls(f"key:{principal.key_id}", address)

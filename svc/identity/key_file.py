@@ -1,4 +1,4 @@
-"""The file from which a command takes its key: never the command line, which everybody on a machine can read."""
+"""Files with keys: a command never takes a key from its command line, which every user of a machine can read."""
 
 import os
 import stat
@@ -9,27 +9,27 @@ from svc.identity.key_secret import key_id_of
 
 
 def read_key(path: Path) -> str:
-    """The key of this service in a file.
+    """Return the key of this service in a file.
 
     Raises:
-        SettingsError: it cannot be read, others can read it too, or it holds no secret.
+        SettingsError: the file cannot be read, can be read by others, or contains no secret.
     """
     secret = read_secret(path, "svc keys rotate")
     if key_id_of(secret) is None:
         raise SettingsError(
-            f"the key file {path} holds no key of this service", expected="what `svc keys create` has printed"
+            f"the key file {path} contains no key of this service", expected="the secret that `svc keys create` printed"
         )
     return secret
 
 
 def read_secret(path: Path, renew: str) -> str:
-    """The key in a file, of whatever service.
+    """Return the key of any service in a file.
 
     Args:
-        renew: what to do where others may have it.
+        renew: how to replace a key that others may have copied.
 
     Raises:
-        SettingsError: it cannot be read, others can read it too, or it is empty.
+        SettingsError: the file cannot be read, can be read by others, or is empty.
     """
     try:
         with path.open(encoding="utf-8") as file:
@@ -37,14 +37,14 @@ def read_secret(path: Path, renew: str) -> str:
             secret = file.read(1024).strip()
     except (OSError, ValueError) as error:
         raise SettingsError(
-            f"the key file {path} cannot be read: {error}", expected="a file that holds the key"
+            f"the key file {path} cannot be read: {error}", expected="a file that contains the key"
         ) from error
     if mode & 0o077:
         raise SettingsError(
-            f"others can read the key file {path} (mode {mode:04o})",
+            f"the key file {path} can be read by other users (mode {mode:04o})",
             expected="a file that only its owner can read",
-            todo=f"chmod 600 {path}; who may have read it, has it: {renew}",
+            todo=f"chmod 600 {path}; anyone who could read the file may have copied the key: {renew}",
         )
     if not secret:
-        raise SettingsError(f"the key file {path} holds no key", expected="a file that holds the key")
+        raise SettingsError(f"the key file {path} is empty", expected="a file that contains the key")
     return secret

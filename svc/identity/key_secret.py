@@ -3,10 +3,10 @@
     ts_k3v9q0xa_5yD0...Qe1x4T9a
        └─ id ─┘ └ 190 bits ┘└ CRC-32 ┘
 
-Everybody may read the id: it stands in rows, metrics and tables. The prefix lets scanners of repositories and logs find
-a secret, and the checksum tells a typo from a wrong secret before anything is looked up.
+The id is public: it appears in rows, metrics and tables. The prefix lets scanners of repositories and logs find a
+secret, and the checksum tells a typo from an invalid secret before any lookup.
 
-Kept is its SHA-256. A slow hash as for passwords would defend nothing: nobody can try 2^190 secrets, however fast the
+Only the SHA-256 is stored. A slow hash as for passwords would not help: nobody can try 2^190 secrets, however fast the
 hash is, and each request would pay for it.
 """
 
@@ -27,18 +27,18 @@ _ID_LENGTH, _RANDOM_LENGTH, _CHECKSUM_LENGTH = 8, 32, 6
 
 
 def new_key_id() -> str:
-    """A random id; whoever keeps it sees to it that it is new."""
+    """Return a random id; the caller that stores it ensures that it is unique."""
     return "".join(secrets.choice(_ID_LETTERS) for _ in range(_ID_LENGTH))
 
 
 def new_secret(key_id: str) -> str:
-    """A new secret of a key."""
+    """Return a new secret of a key."""
     start = f"{PREFIX}{key_id}_" + "".join(secrets.choice(_LETTERS) for _ in range(_RANDOM_LENGTH))
     return start + _checksum(start)
 
 
 def key_id_of(secret: str) -> str | None:
-    """The id in a secret; None of what is none, or has a typo."""
+    """Return the id in a secret; None if the text is not a secret, or has a typo."""
     match = _SECRET.fullmatch(secret)
     if match is None or secret[-_CHECKSUM_LENGTH:] != _checksum(secret[:-_CHECKSUM_LENGTH]):
         return None
@@ -46,24 +46,24 @@ def key_id_of(secret: str) -> str | None:
 
 
 def hide_secrets(text: str) -> str:
-    """A text with `[key]` in place of each secret, or a good part of one: for what is told or kept."""
+    """Return a text with `[key]` in place of each secret, or of most of one, to print or store it."""
     return _PART.sub("[key]", text) if PREFIX in text else text
 
 
 def hash_secret(secret: str) -> str:
-    """What is kept of a secret."""
+    """Return the stored form of a secret."""
     return hashlib.sha256(secret.encode("utf-8")).hexdigest()
 
 
-def is_hash_of(kept: str, found: str) -> bool:
-    """Whether two hashes are one; takes as long whether they are or not."""
-    return hmac.compare_digest(kept, found)
+def is_hash_of(stored: str, hashed: str) -> bool:
+    """Return whether two hashes are equal, in constant time."""
+    return hmac.compare_digest(stored, hashed)
 
 
 def _checksum(text: str) -> str:
-    """CRC-32 in base 62."""
-    left, letters = binascii.crc32(text.encode("ascii")), ""
+    """Return the CRC-32 in base 62."""
+    rest, letters = binascii.crc32(text.encode("ascii")), ""
     for _ in range(_CHECKSUM_LENGTH):
-        left, digit = divmod(left, len(_LETTERS))
+        rest, digit = divmod(rest, len(_LETTERS))
         letters = _LETTERS[digit] + letters
     return letters

@@ -1,4 +1,4 @@
-"""Who asks: a key with its scopes and limits. Knows nothing of secrets or of how requests come in."""
+"""Principals: keys with their scopes and limits. Knows nothing of secrets or of the transport of requests."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -7,23 +7,23 @@ from svc.errors import PermissionDeniedError
 
 
 class Scope(StrEnum):
-    """What a key may be used for."""
+    """Permission of a key."""
 
     INFER = "infer"
     FEEDBACK = "feedback"
     METRICS = "metrics"
     TRAIN = "train"
     ADMIN = "admin"
-    """All of the others, and whatever changes the service."""
+    """Includes all other scopes, and every change of the service."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much a key may use; None: as much as the server has.
+    """Limits of a key; None: only the server's own.
 
     Attributes:
-        concurrent: requests at once.
-        tokens_per_day: in and out together, from midnight UTC.
+        concurrent: concurrent requests.
+        tokens_per_day: prompts and answers together, from midnight UTC.
     """
 
     requests_per_minute: int | None = None
@@ -35,12 +35,12 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """A key, as whoever answers its requests knows it.
+    """A key as the server knows it, without its secret.
 
     Attributes:
-        name: what people call the key.
-        models: names of models that it may ask, whichever version; None: all.
-        weight: its share beside other keys where there is not enough for all.
+        name: for people.
+        models: names of models that the key may use, in any version; None: all.
+        weight: share of this key relative to other keys when capacity is short.
     """
 
     key_id: str
@@ -51,11 +51,11 @@ class Principal:
     weight: int = 1
 
     def may(self, scope: Scope) -> bool:
-        """Whether it may do something."""
+        """Return whether the key has a scope."""
         return scope in self.scopes or Scope.ADMIN in self.scopes
 
     def may_ask(self, model: str) -> bool:
-        """Whether it may ask a model.
+        """Return whether the key may use a model.
 
         Args:
             model: NAME, NAME@N or NAME@alias.
@@ -63,13 +63,13 @@ class Principal:
         return self.models is None or model.partition("@")[0] in self.models
 
     def require(self, scope: Scope) -> None:
-        """Raises where it may not do something.
+        """Check that the key has a scope.
 
         Raises:
             PermissionDeniedError: names the scope.
         """
         if not self.may(scope):
             raise PermissionDeniedError(
-                f"the key {self.key_id} has not the scope {scope}",
+                f"the key {self.key_id} lacks the scope {scope}",
                 expected=f"a key with {scope}; this one has {', '.join(sorted(self.scopes))}",
             )

@@ -146,7 +146,7 @@ def test_a_home_of_an_older_release_is_closed(tmp_path: Path) -> None:
         (["train", "none.yaml"], 4, "cannot open recipe none.yaml"),
         (["show", "nobody"], 8, "there is no model 'nobody'"),
         (["show", "nobody@1"], 8, "there is no version nobody@1"),
-        (["show", "nobody@latest"], 8, "'nobody@latest' names no version"),
+        (["show", "nobody@latest"], 8, "'nobody@latest' is not a version"),
         (["show", "/etc"], 8, "there is no model '/etc'"),
         (["show", ""], 8, "there is no model ''"),
         (["show", "*"], 8, "there is no model '*'"),

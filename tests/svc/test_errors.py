@@ -17,8 +17,8 @@ def kinds(root: type[SvcError] = SvcError) -> Iterator[type[SvcError]]:
 
 
 def test_the_text_has_all_three_parts() -> None:
-    error = DataError("x.jsonl:3: not JSON", expected="one object in a line", todo="mend the line")
-    assert str(error) == "x.jsonl:3: not JSON\n  expected: one object in a line\n  do: mend the line"
+    error = DataError("x.jsonl:3: not JSON", expected="one object in a line", todo="fix the line")
+    assert str(error) == "x.jsonl:3: not JSON\n  expected: one object in a line\n  do: fix the line"
 
 
 def test_parts_that_are_not_given_leave_no_line() -> None:

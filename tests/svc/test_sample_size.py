@@ -42,6 +42,6 @@ def test_a_number_of_examples_is_rounded_up_to_two_digits(examples: int, said: s
 
 def test_what_examples_detect_is_said_with_its_assumption() -> None:
     assert say_detectable(200) == (
-        "200 held-out examples decide about a loss that is 0.063 or more from its limit, in four of five samples, "
+        "200 held-out examples detect a loss that is 0.063 or more from its limit, in four of five samples, "
         "if 10 % of the answers change"
     )

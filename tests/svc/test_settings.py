@@ -103,7 +103,7 @@ def test_an_empty_variable_is_not_given(monkeypatch: pytest.MonkeyPatch) -> None
 def test_an_unknown_variable_is_refused_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "1")
     text = refusal()
-    assert f"environment variable {name} names no setting" in text
+    assert f"environment variable {name} is not a setting" in text
     assert "SVC_SERVE__PORT" in text
     assert f"unset {name}" in text
 
@@ -131,9 +131,9 @@ def test_a_wrong_variable_is_refused(name: str, value: str, text: str, monkeypat
         ("serve: {port: 70000}", "setting 'serve.port' is 70000"),
         ("serve: {port: [1]}", "setting 'serve.port' is [1]"),
         ("engine: yes please", "setting 'engine' is 'yes please'"),
-        ("home: ~nobody-of-this-name/x", "~nobody-of-this-name is no user"),
-        ("- a\n- b", "holds a list"),
-        ("5", "holds a int"),
+        ("home: ~nobody-of-this-name/x", "~nobody-of-this-name is not a user"),
+        ("- a\n- b", "contains a list"),
+        ("5", "contains a int"),
         ("1: 2", "has the key 1"),
         ("serve: {port: 1", "cannot read settings"),
         ("home: 2024-13-45", "cannot read settings"),

@@ -1,7 +1,7 @@
-"""A base model's own tokenizer and chat template: which tokens are special, and how many tokens an example has.
+"""A base model's tokenizer and chat template: its special tokens, and the number of tokens of an example.
 
-The whole conversation is counted, also what a template writes after the last answer (mostly a line end), which training
-leaves out.
+The whole conversation is counted, including the template's text after the last answer (mostly a line end), which
+training leaves out.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ class BaseTokenizer:
         special_tokens: texts of the tokens that an example should not contain.
 
     Raises:
-        DataError: the folder has no tokenizer that can be read, or no chat template.
+        DataError: the folder has no readable tokenizer, or no chat template.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -46,13 +46,13 @@ class BaseTokenizer:
         """Return the number of tokens of a conversation with its tools.
 
         Raises:
-            RowError: the chat template refuses the conversation.
+            RowError: the chat template rejects the conversation.
         """
         from jinja2 import TemplateError
 
         try:
             encoding = self._tokenizer.apply_chat_template(**example.templated(), return_dict=True, **self._kwargs)
-        except (TemplateError, TypeError) as error:  # the latter of templates that need tools
-            wrong = f"the base model's chat template refuses it: {error}"
-            raise RowError(Code.TEMPLATE_REFUSES, wrong, expected="turns that the base model knows") from error
+        except (TemplateError, TypeError) as error:  # TypeError: from templates that need tools
+            wrong = f"the base model's chat template rejects it: {error}"
+            raise RowError(Code.TEMPLATE_REFUSES, wrong, expected="turns that the base model supports") from error
         return len(encoding["input_ids"])

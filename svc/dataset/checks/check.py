@@ -1,8 +1,8 @@
-"""What is wrong with data files, line by line, before any model is loaded.
+"""Checks data files line by line, before any model is loaded.
 
-Errors are lines that cannot be trained on. Warnings are lines that can, and that a person should look at. Files are
-streamed: of each example some 200 bytes stay in memory, never its text; what needs all of them (copies, leaks, labels)
-is found at the end.
+Errors are lines that cannot be trained on. Warnings are lines that a person should check. Files are streamed: about 200
+bytes of each example stay in memory, never its text; checks that need all examples (copies, leaks, labels) run at the
+end.
 """
 
 from array import array
@@ -26,21 +26,21 @@ from svc.dataset.readers.reader import Line, read_lines
 from svc.dataset.schema.example import ChatExample, Role, normal_prompt
 
 MAX_LENGTH = 4096
-"""Tokens from which on an example is called too long, when the caller does not say."""
-_BYTES_A_TOKEN = 4.2  # English under a byte-level BPE of 49,152 entries; other languages have fewer
-_LONG_ANSWER = 200
+"""Default maximum length of an example, tokens."""
+_BYTES_PER_TOKEN = 4.2  # English under a byte-level BPE of 49,152 entries; other languages have fewer
+_MAX_COUNTED_ANSWER = 200
 
 OnRead = Callable[[int], None]
 
 
 @dataclass(slots=True)
 class DataReport:
-    """What a file holds.
+    """Examples and problems of one file.
 
     Attributes:
-        lengths: characters of each good example, all texts together.
-        tokens: of each good example; empty where they were not counted.
-        answers: how often each final answer occurs; not counted any more once they are too many to be labels.
+        lengths: characters of each valid example, all texts together.
+        tokens: of each valid example; empty if they were not counted.
+        answers: count of each final answer; incomplete once there are too many to be labels.
     """
 
     file: str
@@ -53,12 +53,12 @@ class DataReport:
 
     @property
     def median_characters(self) -> int:
-        """Median length of an example, characters; 0 when there is none."""
+        """Median length of an example, characters; 0 without examples."""
         return _median(self.lengths)
 
     @property
     def median_tokens(self) -> int:
-        """Median length of an example, tokens; 0 where they were not counted."""
+        """Median length of an example, tokens; 0 if they were not counted."""
         return _median(self.tokens)
 
     @property
@@ -83,17 +83,17 @@ def check_files(
     base: BaseTokenizer | None = None,
     on_read: OnRead = lambda position: None,
 ) -> list[DataReport]:
-    """Reads all files and reports every problem.
+    """Check all files and report every problem.
 
     Args:
-        paths: what is to be trained on, together.
-        heldout: examples that must not stand in them: training on these makes every later figure a lie.
-        max_length: tokens that an example may have.
-        base: counts tokens, and has special tokens beside the known ones; without it tokens are estimated.
-        on_read: told how many bytes of all files were read so far.
+        paths: files to train on, together.
+        heldout: files whose examples must not be in them: training on these falsifies every later figure.
+        max_length: maximum tokens of an example.
+        base: counts tokens, and adds its special tokens to the known ones; without it tokens are estimated.
+        on_read: called with the bytes of all files that were read so far.
 
     Returns:
-        One report for each of the paths, then one for each held-out file, in which examples are not compared.
+        One report for each of the paths, then one for each held-out file, whose examples are not compared.
 
     Raises:
         DataError: a file that cannot be opened.
@@ -109,7 +109,7 @@ def check_files(
             if line.example:
                 table.add(index, line.number, line.example, look_at_answer(line.example))
         if not report.examples:
-            report.add(last, Code.EMPTY, "no example in the whole file")
+            report.add(last, Code.EMPTY, "the file contains no example")
         read += path.stat().st_size
         held = len(table) if index < len(heldout) else held
     _compare(reports, table.finish(), held)
@@ -117,7 +117,7 @@ def check_files(
 
 
 def shared_prompts(examples: Sequence[ChatExample], others: Sequence[ChatExample]) -> list[int]:
-    """Indices of the examples whose prompt is also that of another one, spacing and case aside."""
+    """Return the indices of the examples whose prompt is also that of another one, ignoring spacing and case."""
     prompts = {normal_prompt(other) for other in others}
     return [index for index, example in enumerate(examples) if normal_prompt(example) in prompts]
 
@@ -129,7 +129,7 @@ class _LineChecks:
         self._max_length = max_length
         self._base = base
         self._text = TextChecks(base.special_tokens if base else ()).problems
-        self._shared_text = lru_cache(maxsize=64)(self._text)  # one system turn stands in all lines
+        self._shared_text = lru_cache(maxsize=64)(self._text)  # one system turn is in all lines
 
     def check(self, report: DataReport, line: Line) -> None:
         report.lines += 1
@@ -144,8 +144,8 @@ class _LineChecks:
     def _check_example(self, report: DataReport, line: Line, example: ChatExample) -> None:
         report.examples += 1
         report.lengths.append(min(example.characters, 2**32 - 1))
-        if len(report.answers) <= FEW_ANSWERS:  # with more they are free text
-            report.answers[example.answer[:_LONG_ANSWER]] += 1
+        if len(report.answers) <= FEW_ANSWERS:  # more are free text
+            report.answers[example.answer[:_MAX_COUNTED_ANSWER]] += 1
         before = None
         for message, where in zip(example.messages, line.fields, strict=True):
             check = self._shared_text if message.role is Role.SYSTEM else self._text
@@ -169,7 +169,7 @@ class _LineChecks:
 
     def _check_length(self, report: DataReport, number: int, example: ChatExample) -> None:
         if self._base is None:
-            tokens, about = round(example.utf8_bytes / _BYTES_A_TOKEN), "about "
+            tokens, about = round(example.utf8_bytes / _BYTES_PER_TOKEN), "about "
         else:
             try:
                 tokens, about = self._base.count(example), ""
@@ -184,25 +184,25 @@ class _LineChecks:
 def _too_long(example: ChatExample, tokens: int, about: str, limit: int) -> str:
     characters = example.characters
     over = round(characters * (1 - limit / tokens))
-    lost = "the whole answer among them" if over >= len(example.answer) else "all in the answer"
-    text = f"{characters} characters, {about}{tokens} tokens, where {limit} are the maximum"
+    lost = "including the whole answer" if over >= len(example.answer) else "all of them in the answer"
+    text = f"{characters} characters, {about}{tokens} tokens; the maximum is {limit}"
     return f"{text}: the last {over} characters would be cut, {lost}"
 
 
 def _compare(reports: list[DataReport], table: LineTable, held: int) -> None:
-    """Report what needs all lines: copies, leaks, odd answers.
+    """Report problems that need all lines: copies, leaks, odd answers.
 
     Args:
-        held: so many of the first examples are the held-out ones.
+        held: number of held-out examples, which come first.
     """
     train = table.rows[held:]
     odd: dict[int, tuple[Code, str]] = {}
     for tasks in ("beginnings", "endings"):
         odd |= odd_answers(train[tasks], train["answers"], train["labels"], train["kinds"])
     copies = _copies(table, held)
-    found = np.any([others >= 0 for *_, others in copies], axis=0)
-    found[list(odd)] = True
-    for place in np.flatnonzero(found):
+    reported = np.any([others >= 0 for *_, others in copies], axis=0)
+    reported[list(odd)] = True
+    for place in np.flatnonzero(reported):
         row, report = train[place], reports[train["files"][place]]
         for code, text, source, others in copies:
             if others[place] < 0:
@@ -222,8 +222,8 @@ def _copies(table: LineTable, held: int) -> list[tuple[Code, str, Rows, NDArray[
     """Find the training examples that repeat another example.
 
     Returns:
-        For each kind: its text, with a gap for the line of the other example; the rows among which the other one is;
-        and its place there for each training example, or -1.
+        For each kind: its text, with a placeholder for the other example's line; the rows that contain the other
+        example; and its place there for each training example, or -1.
     """
     heldout, train = table.rows[:held], table.rows[held:]
     sketches = table.sketches[held:]
@@ -236,10 +236,10 @@ def _copies(table: LineTable, held: int) -> list[tuple[Code, str, Rows, NDArray[
     near = np.where((same_pair >= 0) | (same_prompt >= 0) | other_task, -1, near)
     return [
         (Code.LEAK, "{} has the same prompt", heldout, leak),
-        (Code.NEAR_LEAK, "{} asks nearly the same", heldout, near_leak),
+        (Code.NEAR_LEAK, "{} has nearly the same prompt", heldout, near_leak),
         (Code.DUPLICATE, "same as {}", train, same_pair),
         (Code.CONTRADICTION, "same prompt as {}, another answer", train, same_prompt),
-        (Code.NEAR_DUPLICATE, "asks nearly the same as {}", train, near),
+        (Code.NEAR_DUPLICATE, "nearly the same prompt as {}", train, near),
     ]
 
 

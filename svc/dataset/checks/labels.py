@@ -1,9 +1,9 @@
-"""Answers that do not look like the other answers to the same instruction: another label, or no JSON.
+"""Finds answers unlike the other answers to the same instruction: another label, or not JSON.
 
 A label is an answer from a small set: short text, or a JSON object with one text or number in it. The set is what the
-instruction lists, when the labels of nearly all examples stand in it. Where it lists none, a label that stands once
-beside labels that all stand often is doubted, unless it is a number among numbers. A rare way of writing a frequent
-label is doubted in any case. Knows nothing of files.
+instruction lists, if it contains the labels of nearly all examples. If it lists none, a label that occurs once among
+labels that all occur often is reported, unless it is a number among numbers. A rare spelling of a frequent label is
+always reported. Knows nothing of files.
 """
 
 import re
@@ -20,35 +20,35 @@ from svc.dataset.schema.example import ChatExample, Role
 from svc.dataset.schema.tool_calls import decode_inner
 
 FEW_ANSWERS = 50
-"""A task with at most so many different answers is one of labels."""
-_FEWEST_EXAMPLES = 10
+"""Maximum number of different answers of a task with labels."""
+_MIN_EXAMPLES = 10
 _EXCEPTIONS = 0.05
 _FEW = 3
-_LONGEST_LABEL = 40
-_LONGEST_INSTRUCTION = 20_000
-_OFTEN = 10
-_RARE_EXAMPLES = 100
+_MAX_LABEL_CHARS = 40
+_MAX_INSTRUCTION_CHARS = 20_000
+_MIN_FREQUENT = 10
+_MIN_EXAMPLES_FOR_RARE = 100
 
 
-_NUMBER = re.compile(r"(?:(?<!\d)[-+])?\d+(?:[.,]\d+)?")  # in 1-5 there is no -5
+_NUMBER = re.compile(r"(?:(?<!\d)[-+])?\d+(?:[.,]\d+)?")  # 1-5 does not contain -5
 _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
 """Letters of scripts without spaces between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese."""
 
 
 class AnswerKind(IntFlag):
-    """What is remembered of an answer."""
+    """Kind of an answer."""
 
     JSON = 1
     LABEL = 2
-    LISTED = 4  # stands as a word in the instruction
+    LISTED = 4  # a word of the instruction
     NUMBER = 8  # a label that is a number
 
 
 class Answer(NamedTuple):
-    """How an answer looks.
+    """Kind and label of an answer.
 
     Attributes:
-        label: what it says when it is a label: of JSON, the value in it; else empty.
+        label: the text, or the value in JSON; empty if the answer is not a label.
     """
 
     kind: AnswerKind
@@ -56,7 +56,7 @@ class Answer(NamedTuple):
 
 
 def look_at_answer(example: ChatExample) -> Answer:
-    """How an example's answer looks beside its instruction, the system turn or, without one, the prompt."""
+    """Return kind and label of an example's answer; its instruction is the system turn or, without one, the prompt."""
     answer = example.answer.strip()
     value = _json(answer)
     kind = AnswerKind(0) if value is None else AnswerKind.JSON
@@ -71,18 +71,18 @@ def look_at_answer(example: ChatExample) -> Answer:
         listed = _stands_in(label, first.content)
     else:
         texts = (message.content for message in example.prompt)
-        listed = any(_stands_in.__wrapped__(label, text) for text in texts if len(text) <= _LONGEST_INSTRUCTION)
+        listed = any(_stands_in.__wrapped__(label, text) for text in texts if len(text) <= _MAX_INSTRUCTION_CHARS)
     return Answer(kind | AnswerKind.LISTED if listed else kind, label)
 
 
 def find_label(answer: str) -> str | None:
-    """What an answer says when it is a label: of JSON, the value in it; None for what is no label."""
+    """Return the label of an answer, which in JSON is the value in it; None if the answer is not a label."""
     answer = answer.strip()
     return _label(answer, _json(answer))
 
 
 def few_labels(counts: Counter[str], examples: int) -> dict[str, int]:
-    """Return answers by frequency if they are few enough to be labels, else nothing."""
+    """Return answers by frequency if they are few enough to be labels, else an empty dict."""
     return dict(counts.most_common()) if 1 < len(counts) <= min(FEW_ANSWERS, examples // 2) else {}
 
 
@@ -92,26 +92,26 @@ def odd_answers(
     labels: NDArray[np.uint64],
     kinds: NDArray[np.uint8],
 ) -> dict[int, tuple[Code, str]]:
-    """Return the places of answers that are unlike the others to the same task, with what is odd.
+    """Return the places of answers that are unlike the others to the same task, each with the reason.
 
     Args:
         tasks, answers, labels: hashes, one for each example.
         kinds: `AnswerKind` of each.
     """
-    found: dict[int, tuple[Code, str]] = {}
+    odd: dict[int, tuple[Code, str]] = {}
     order = np.argsort(tasks, kind="stable")
     _, starts = np.unique(tasks[order], return_index=True)
     for places in np.split(order, starts[1:]):
-        if len(places) < _FEWEST_EXAMPLES:
+        if len(places) < _MIN_EXAMPLES:
             continue
         is_json = kinds[places] & AnswerKind.JSON > 0
         if few := _exceptions(is_json):
             text = f"the answer is not JSON; those of all but {few} of {len(places)} examples are"
-            found |= dict.fromkeys(places[~is_json].tolist(), (Code.ANSWER_NOT_JSON, text))
+            odd |= dict.fromkeys(places[~is_json].tolist(), (Code.ANSWER_NOT_JSON, text))
             places = places[is_json]
-        odd = _odd_labels(kinds[places], answers[places], labels[places])
-        found |= {int(places[at]): (Code.LABEL_NOT_IN_SET, text) for at, text in odd.items()}
-    return found
+        odd_labels = _odd_labels(kinds[places], answers[places], labels[places])
+        odd |= {int(places[at]): (Code.LABEL_NOT_IN_SET, text) for at, text in odd_labels.items()}
+    return odd
 
 
 def _odd_labels(kinds: NDArray[np.uint8], answers: NDArray[np.uint64], labels: NDArray[np.uint64]) -> dict[int, str]:
@@ -127,35 +127,36 @@ def _odd_labels(kinds: NDArray[np.uint8], answers: NDArray[np.uint64], labels: N
         return {}
     listed, once = kinds[places] & AnswerKind.LISTED > 0, counts == 1
     unlisted = _exceptions(listed)
-    frequent = len(places) >= _RARE_EXAMPLES and once.sum() <= 2 and bool((counts[~once] >= _OFTEN).all())
+    often = bool((counts[~once] >= _MIN_FREQUENT).all())
+    frequent = len(places) >= _MIN_EXAMPLES_FOR_RARE and once.sum() <= 2 and often
     odd: dict[int, str] = {}
     if unlisted:
-        text = f"the label does not stand in the instruction; those of all but {unlisted} of {len(listed)} examples do"
+        text = f"the label is not in the instruction; those of all but {unlisted} of {len(listed)} examples are"
         odd |= dict.fromkeys(places[~listed], text)
     elif frequent and len(different) > 2:
-        text = f"the label stands once; the other {int((~once).sum())} stand {_OFTEN} times and more"
+        text = f"the label occurs once; the other {int((~once).sum())} occur at least {_MIN_FREQUENT} times each"
         odd |= dict.fromkeys(places[once[which] & ~listed & ~_usual_numbers(kinds[places])], text)
     if others and (unlisted or listed.all() or frequent):
-        text = f"the answer is no label; those of all but {others} of {len(kinds)} examples are"
+        text = f"the answer is not a label; those of all but {others} of {len(kinds)} examples are"
         odd |= dict.fromkeys(np.flatnonzero(~is_label), text)
     forms = labels[places][first]  # equal if two answers differ only in case, spacing or the JSON around the label
     for form, count in enumerate(counts):
         most = counts[forms == forms[form]].max()
-        if most >= _OFTEN and count <= max(_FEW, _EXCEPTIONS * most):
-            odd |= dict.fromkeys(places[which == form], f"the label is written in another way {most} times")
+        if most >= _MIN_FREQUENT and count <= max(_FEW, _EXCEPTIONS * most):
+            odd |= dict.fromkeys(places[which == form], f"the label has another spelling {most} times")
     return odd
 
 
 def _usual_numbers(kinds: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Which labels are numbers, where most are: a scale may have values that are rare."""
+    """Return which labels are numbers, if most are: a scale may have rare values."""
     numbers = kinds & AnswerKind.NUMBER > 0
     return numbers if numbers.mean() > 0.5 else np.zeros_like(numbers)
 
 
 def _exceptions(usual: NDArray[np.bool_]) -> int:
-    """How many are unusual, where these are few; 0 where there are none, or too many to be exceptions."""
+    """Return the number of unusual values if they are few; 0 if there are none, or too many to be exceptions."""
     count = int((~usual).sum())
-    few = len(usual) >= _FEWEST_EXAMPLES and count <= max(_FEW, _EXCEPTIONS * len(usual))
+    few = len(usual) >= _MIN_EXAMPLES and count <= max(_FEW, _EXCEPTIONS * len(usual))
     return count if few and count < len(usual) / 2 else 0
 
 
@@ -171,12 +172,12 @@ def _label(answer: str, value: object | None) -> str | None:
         answer = str(inner[0]) if len(inner) == 1 and isinstance(inner[0], str | int | float) else ""
     elif value is not None:
         return None
-    return answer if answer.strip() and len(answer) <= _LONGEST_LABEL and "\n" not in answer else None
+    return answer if answer.strip() and len(answer) <= _MAX_LABEL_CHARS and "\n" not in answer else None
 
 
 @lru_cache(maxsize=1024)
 def _stands_in(label: str, text: str) -> bool:
-    """Whether a label stands in a text as a word of its own, or within a range of numbers that stands there."""
+    """Return whether a label is a word of a text, or a number within a range that the text names."""
     label, text = label.lower(), text.lower()
     at = text.find(label)
     while at >= 0:
@@ -188,8 +189,8 @@ def _stands_in(label: str, text: str) -> bool:
 
 
 def _is_between(value: float, text: str) -> bool:
-    """Whether a text names a smaller number and a larger one, as in "from 1 to 5"."""
-    numbers = [_number(found) for found in _NUMBER.findall(text)]
+    """Return whether a text names a smaller number and a larger one, as in "from 1 to 5"."""
+    numbers = [_number(number) for number in _NUMBER.findall(text)]
     return min(numbers, default=value) < value < max(numbers, default=value)
 
 

@@ -1,4 +1,4 @@
-"""What is remembered of each example while a file streams by: 65 bytes, and 130 of its sketch; never its text."""
+"""Data that stay in memory of each example of a streamed file: 65 bytes, and 130 of its sketch; never its text."""
 
 import struct
 from functools import lru_cache
@@ -36,15 +36,15 @@ class LineTable(NamedTuple):
         rows: numbers and hashes.
             files: index of the file.
             lines: number in the file.
-            prompts: hash of all turns before the answer; equal for equal prompts, spacing and case aside.
-            pairs: the same of prompt and answer together.
-            systems: the same of the system turn and the tools; 0 where there are none.
+            prompts: hash of all turns before the answer; equal for equal prompts, ignoring spacing and case.
+            pairs: such a hash of prompt and answer together.
+            systems: such a hash of the system turn and the tools; 0 without them.
             beginnings, endings: equal for examples of one task: hash of the system turn or, without one, of the first
-                and of the last words of the prompt, where an instruction stands.
+                and of the last words of the prompt, where instructions are.
             answers: hash of the exact answer.
-            labels: hash of what the answer says as a label, spacing and case aside; 0 where it is none.
+            labels: hash of the answer's label, ignoring spacing and case; 0 if it is not a label.
             kinds: `AnswerKind` of the answer.
-        sketches: of what was asked, for near duplicates.
+        sketches: of the prompts, for near duplicates.
     """
 
     rows: Rows
@@ -52,7 +52,7 @@ class LineTable(NamedTuple):
 
 
 class LineTableBuilder:
-    """Takes examples one by one."""
+    """Builds a table from one example after the other."""
 
     def __init__(self) -> None:
         self._rows = bytearray()
@@ -62,11 +62,11 @@ class LineTableBuilder:
         return len(self._rows) // _ROW.itemsize
 
     def add(self, file: int, line: int, example: ChatExample, answer: Answer = _NO_LABEL) -> None:
-        """Takes the next example.
+        """Add the next example.
 
         Args:
             file: index of its file.
-            answer: how its answer looks.
+            answer: kind and label of its answer.
         """
         prompt = normal_prompt(example)
         first = example.messages[0]
@@ -91,13 +91,13 @@ class LineTableBuilder:
 
 
 def first_with_same(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """For each place the first one that holds the same key; its own where it is the first."""
+    """Return for each place the first place with the same key, which may be itself."""
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
     return first[inverse]
 
 
 def _asked(example: ChatExample) -> str:
-    """What is compared for near duplicates: all turns before the answer but the system's, which many share."""
+    """Return the text compared for near duplicates: the prompt without the system turn, which many share."""
     return "\n".join(message.content for message in example.prompt if message.role is not Role.SYSTEM)
 
 
@@ -111,5 +111,5 @@ def _last_words(text: str) -> str:
 
 @lru_cache(maxsize=128)
 def _normal_hash(*texts: str) -> int:
-    """Of texts that come again and again: system turns, tools, labels."""
+    """Return the hash of texts that recur often: system turns, tools, labels."""
     return hash_text("\x1d".join(map(normal, texts)))

@@ -1,14 +1,14 @@
-"""Which of very many texts say nearly the same, in 128 bytes a text and without comparing each with each.
+"""Finds near duplicates among very many texts, with 128 bytes per text and without comparing all pairs.
 
 MinHash (Broder 1997) of runs of three words estimates the Jaccard similarity of two texts; texts that share one of 16
 bands of 4 values are compared (locality-sensitive hashing, Indyk and Motwani 1998): of pairs with similarity 0.8 it
 misses 2 in 10,000. The standard error of an estimate is 0.06. datasketch, with which the tests compare it, takes ten
-times as long and 3 kB a text (6,000 questions of 60 words: 1.7 s where this takes 0.15).
+times as long and 3 kB per text (6,000 questions of 60 words: 1.7 s instead of 0.15 s).
 
-Runs that stand in more than 5 % of the first 2,000 texts, and in more than 4 different ones, are the task's wording and
-not a text's own: they are left out, so that two short questions under the same long instruction are not taken for
-copies. Where fewer than 24 runs are left, texts count as near only if these are the same: in a short text, one other
-word is another question.
+Runs that occur in more than 5 % of the first 2,000 texts, and in more than 4 different ones, are the task's wording:
+they are left out, so that two short questions under the same long instruction do not count as copies. If fewer than 24
+runs are left, texts count as near only if all runs are the same: in a short text, one different word makes another
+question.
 """
 
 import re
@@ -21,18 +21,18 @@ from numpy.typing import NDArray
 from svc.dataset.text.plain_text import unified
 
 SIMILAR = 0.7
-"""Jaccard similarity from which on two texts are near duplicates."""
+"""Minimum Jaccard similarity of near duplicates."""
 _VALUES = 64
 _BAND = 4
-_FEWEST_RUNS = 24
+_MIN_RUNS = 24
 _SAMPLE = 2_000
 _COMMON_SHARE = 0.05
 _COMMON_TEXTS = 4
-"""So many different texts of the sample may share a run in any case: a small file may hold that many altered copies."""
-_TOGETHER = 256
+"""Different texts of the sample that may always share a run: a small file may contain that many altered copies."""
+_BATCH = 256
 _MAX_WORDS = 4_096
 _MAX_CHARS = 60_000
-_PAIRS_TOGETHER = 2**16
+_PAIR_BATCH = 2**16
 _WORD = re.compile("[\u3040-\u30ff\u3400-\u9fff]|[^\\W\u3040-\u30ff\u3400-\u9fff]+")
 """A word; in Chinese and Japanese, a character."""
 _ASCII_WORDS = bytes(code if _WORD.fullmatch(chr(code)) else 0x20 for code in range(128)) + bytes(128)
@@ -48,13 +48,13 @@ _SKETCH = np.dtype([("values", np.uint16, _VALUES), ("runs", np.uint16)])
 Sketches = NDArray[np.void]
 """One row for each text.
 
-`values`: the low 16 bits of the least hash under each of 64 functions. `runs`: how many different runs of three words
-the text has, without the common ones; 0 if it cannot be compared.
+`values`: the low 16 bits of the smallest hash under each of 64 functions. `runs`: number of different runs of three
+words in the text, without the common ones; 0 if it cannot be compared.
 """
 
 
 class Sketcher:
-    """Takes texts one by one; memory is 130 bytes a text."""
+    """Builds sketches of one text after the other, with 130 bytes of memory per text."""
 
     def __init__(self) -> None:
         self._rows = bytearray()
@@ -62,14 +62,14 @@ class Sketcher:
         self._common: Numbers | None = None
 
     def add(self, text: str) -> None:
-        """Takes the next text. Spacing, case and punctuation do not count."""
+        """Add the next text. Spacing, case and punctuation do not count."""
         hashes = list(map(zlib.crc32, _words(unified(text[:_MAX_CHARS]))[:_MAX_WORDS]))
         self._waiting.append(np.array([*_EDGE, *hashes, *_EDGE] if hashes else [], dtype=np.uint32))
-        if len(self._waiting) >= (_SAMPLE if self._common is None else _TOGETHER):
+        if len(self._waiting) >= (_SAMPLE if self._common is None else _BATCH):
             self._flush()
 
     def finish(self) -> Sketches:
-        """Return the sketches of all texts, in their order."""
+        """Return the sketches of all texts, in order."""
         self._flush()
         return np.frombuffer(self._rows, _SKETCH)
 
@@ -77,15 +77,15 @@ class Sketcher:
         waiting, self._waiting = self._waiting, []
         if self._common is None and waiting:
             self._common = _common_runs(waiting)
-        for start in range(0, len(waiting), _TOGETHER):
-            self._rows += _sketch(waiting[start : start + _TOGETHER], self._common).tobytes()
+        for start in range(0, len(waiting), _BATCH):
+            self._rows += _sketch(waiting[start : start + _BATCH], self._common).tobytes()
 
 
 def clusters(sketches: Sketches) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Groups near duplicates, and what is near to these.
+    """Group near duplicates transitively.
 
     Returns:
-        For each text the index of its group's first text, and of the first text that is near to it; -1: none before it.
+        For each text the index of its group's first text, and of the first text near to it; -1 if no earlier one is.
     """
     count = len(sketches)
     group, earlier = np.arange(count), np.full(count, count)
@@ -106,16 +106,16 @@ def clusters(sketches: Sketches) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 
 def nearest(sketches: Sketches, others: Sketches) -> NDArray[np.int64]:
-    """For each text the index of one of the others that is near to it; -1: none found."""
-    found = np.full(len(sketches), -1)
+    """Return for each text the index of one of the others that is near to it; -1 if there is none."""
+    matches = np.full(len(sketches), -1)
     usable, theirs = np.flatnonzero(sketches["runs"]), np.flatnonzero(others["runs"])
     for band in range(_VALUES // _BAND):
         place = places_in(_band(sketches, band)[usable], _band(others, band)[theirs])
         match = np.flatnonzero(place >= 0)
         one, other = usable[match], theirs[place[match]]
         near = _near(sketches, one, others, other)
-        found[one[near]] = other[near]
-    return found
+        matches[one[near]] = other[near]
+    return matches
 
 
 def places_in(keys: NDArray[np.uint64], others: NDArray[np.uint64]) -> NDArray[np.int64]:
@@ -128,14 +128,14 @@ def places_in(keys: NDArray[np.uint64], others: NDArray[np.uint64]) -> NDArray[n
 
 
 def _words(text: str) -> list[bytes]:
-    """The words of a text without case; ASCII, which most texts are, in a fifth of the time."""
+    """Return the words of a text in lower case; ASCII, as in most texts, takes a fifth of the time."""
     if text.isascii():
         return text.encode("ascii").translate(_ASCII_WORDS).split()
     return [word.encode("utf-8", "surrogatepass") for word in _WORD.findall(text)]
 
 
 def _runs_of_three(texts: Sequence[Numbers]) -> tuple[Numbers, NDArray[np.int64]]:
-    """All runs of all texts, and the text that each belongs to; those of one text sorted, each once."""
+    """Return all runs of all texts, and the text that each belongs to; runs of one text are sorted and unique."""
     words = np.concatenate(texts)
     owner = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
     if len(words) < 3:
@@ -148,14 +148,14 @@ def _runs_of_three(texts: Sequence[Numbers]) -> tuple[Numbers, NDArray[np.int64]
 
 
 def _mixed(numbers: Numbers) -> Numbers:
-    """MurmurHash3's finalizer: every bit depends on every other."""
+    """Apply MurmurHash3's finalizer: every bit depends on every other."""
     numbers = (numbers ^ numbers >> np.uint32(16)) * np.uint32(0x85EBCA6B)
     numbers = (numbers ^ numbers >> np.uint32(13)) * np.uint32(0xC2B2AE35)
     return numbers ^ numbers >> np.uint32(16)
 
 
 def _common_runs(texts: Sequence[Numbers]) -> Numbers:
-    runs, _ = _runs_of_three(list({text.tobytes(): text for text in texts}.values()))  # exact copies are no wording
+    runs, _ = _runs_of_three(list({text.tobytes(): text for text in texts}.values()))  # exact copies do not count
     different, texts_with = np.unique(runs, return_counts=True)
     return different[texts_with > max(_COMMON_TEXTS, _COMMON_SHARE * len(texts))]
 
@@ -177,7 +177,7 @@ def _sketch(texts: Sequence[Numbers], common: Numbers | None) -> Sketches:
 
 
 def _band(sketches: Sketches, band: int) -> NDArray[np.uint64]:
-    """Four values of 16 bits are one of 64."""
+    """Return four values of 16 bits as one of 64."""
     part = np.ascontiguousarray(sketches["values"][:, band * _BAND : (band + 1) * _BAND])
     return part.view(np.uint64).ravel()
 
@@ -185,20 +185,20 @@ def _band(sketches: Sketches, band: int) -> NDArray[np.uint64]:
 def _near(
     sketches: Sketches, ones: NDArray[np.int64], others: Sketches, theirs: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
-    """Which pairs are similar enough."""
+    """Return for each pair whether it is similar enough."""
     near = np.zeros(len(ones), np.bool_)
-    for start in range(0, len(ones), _PAIRS_TOGETHER):
-        part = slice(start, start + _PAIRS_TOGETHER)
+    for start in range(0, len(ones), _PAIR_BATCH):
+        part = slice(start, start + _PAIR_BATCH)
         one, other = sketches[ones[part]], others[theirs[part]]
         equal = np.count_nonzero(one["values"] == other["values"], axis=1)
         few, many = np.minimum(one["runs"], other["runs"]), np.maximum(one["runs"], other["runs"])
-        short = (few < _FEWEST_RUNS) & ((equal < _VALUES) | (few < many))
+        short = (few < _MIN_RUNS) & ((equal < _VALUES) | (few < many))
         near[part] = (equal >= SIMILAR * _VALUES) & ~short & (few >= 0.6 * many)
     return near
 
 
 def unite(group: NDArray[np.int64], ones: NDArray[np.int64], others: NDArray[np.int64]) -> None:
-    """Makes one group of the groups of each pair, in place: the one with the smaller number.
+    """Merge the groups of each pair in place, into the group with the smaller number.
 
     Args:
         group: for each text the index of its group's first text.

@@ -1,6 +1,6 @@
-"""What a text should not hold: tokens that end turns, template code, control characters, wrongly decoded UTF-8.
+"""Suspicious content of texts: special tokens, template code, control characters, wrongly decoded UTF-8.
 
-All of these are doubts about a text, not faults: it stays text, and can be trained on. Knows nothing of examples.
+All of these are warnings: the text can be trained on. Knows nothing of examples.
 """
 
 import re
@@ -29,21 +29,21 @@ _JINJA = re.compile(
     r"|(?<![\\\w{}^$=])\{\{(?!-?[\d\s.]{1,60}\}\})-?[ \t]{0,20}[\w.\[\]'\"]{1,80}"  # not a number: C++ has {{1}}
     r"(?:[ \t]{0,20}(?:[|*/+(\[~<>-]|[=!]=|\b(?:if|is|in|and|or|not)\b)[^{};\n]{0,200})?[ \t]{0,20}-?\}\}"
 )
-"""Repetitions are bounded or end at a brace, so that every text takes a time in proportion to its length."""
+"""Repetitions are bounded or end at a brace, so that the time is linear in a text's length."""
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x84\x86-\x9f]")
 _HIDDEN = re.compile("\u202e|(?<![\U0001f3f4\U000e0020-\U000e007e])[\U000e0020-\U000e007f]")
-"""What hides text or its order; tag characters after a black flag make the flag of a region."""
+"""Characters that hide text or its order. Tag characters after a black flag are excluded: they are a region's flag."""
 
 _GOOD = re.compile("\x85|(?<=Å)[²³±]|(?<=[A-ZÀ-Þ]Ã)[”»]|»(?=[ÄÖÜ])")
-"""What ftfy doubts and is good: a line end, units (Å²), quotes after words in capitals and around German (»Öl«)."""
-_SHOWN = 60
+"""Valid text that ftfy doubts: a line end, units (Å²), quotes after words in capitals and around German (»Öl«)."""
+_MAX_SHOWN = 60
 
 
 class TextChecks:
     """The checks of one text.
 
     Args:
-        tokens: further special tokens, of the base model that will be trained.
+        tokens: additional special tokens, of the base model to train.
     """
 
     def __init__(self, tokens: Iterable[str] = ()) -> None:
@@ -52,26 +52,26 @@ class TextChecks:
         self._marks = None if own else ("<", "[")
 
     def problems(self, text: str) -> tuple[tuple[Code, str], ...]:
-        """Return what is doubtful in a text, each kind once, with the first place where it stands."""
+        """Return the suspicious parts of a text, each kind once, with its first position."""
         return tuple(self._find(text))
 
     def _find(self, text: str) -> Iterator[tuple[Code, str]]:
         if self._marks is None or any(mark in text for mark in self._marks):
-            yield from _first(self._special, text, Code.SPECIAL_TOKEN, "holds the special token")
+            yield from _first(self._special, text, Code.SPECIAL_TOKEN, "contains the special token")
         if "{" in text:
-            yield from _first(_JINJA, text, Code.TEMPLATE_CODE, "holds template code")
-        if found := _CONTROL.search(text):
-            yield Code.CONTROL_CHARACTER, f"holds the control character U+{ord(found[0]):04X} at {found.start()}"
+            yield from _first(_JINJA, text, Code.TEMPLATE_CODE, "contains template code")
+        if match := _CONTROL.search(text):
+            yield Code.CONTROL_CHARACTER, f"contains the control character U+{ord(match[0]):04X} at {match.start()}"
         if not text.isascii():
-            if found := _HIDDEN.search(text):
-                yield Code.CONTROL_CHARACTER, f"holds the character U+{ord(found[0]):04X}, unseen, at {found.start()}"
+            if match := _HIDDEN.search(text):
+                yield Code.CONTROL_CHARACTER, f"contains invisible character U+{ord(match[0]):04X} at {match.start()}"
             if (place := text.find("\ufffd")) >= 0:
-                yield Code.MOJIBAKE, f"holds U+FFFD, which stands for what could not be read, at {place}"
+                yield Code.MOJIBAKE, f"contains U+FFFD, which replaces an unreadable character, at {place}"
             yield from _first(
                 BADNESS_RE, _GOOD.sub(" ", text), Code.MOJIBAKE, "seems to be UTF-8 read as another encoding:"
             )
 
 
 def _first(pattern: re.Pattern[str], text: str, code: Code, what: str) -> Iterator[tuple[Code, str]]:
-    if found := pattern.search(text):
-        yield code, f"{what} {found[0][:_SHOWN]!r} at {found.start()}"
+    if match := pattern.search(text):
+        yield code, f"{what} {match[0][:_MAX_SHOWN]!r} at {match.start()}"

@@ -1,1 +1,1 @@
-"""What can be wrong with a line, and where it is told."""
+"""Problems of lines, and the log that collects them."""

@@ -1,4 +1,4 @@
-"""What can be wrong with an example: every kind has a code, a severity and what to do about it.
+"""Problems of examples: every kind has a code, a severity and a remedy.
 
 docs/data.md explains each code; a test compares. Knows nothing of files beyond their names.
 """
@@ -50,34 +50,34 @@ class Code(StrEnum):
 
 
 _ERRORS = {
-    Code.UNREADABLE: "fetch or unpack the file again; what stands after this place was not read",
+    Code.UNREADABLE: "fetch or unpack the file again; the rest of the file was not read",
     Code.NOT_UTF8: "save the file as UTF-8",
-    Code.NOT_JSON: "mend the line, or drop it",
+    Code.NOT_JSON: "fix the line, or drop it",
     Code.TOO_LARGE: "split the example, or drop it",
     Code.WRONG_FORMAT: "write the example in one of the formats of docs/data.md",
     Code.MIXED_FORMATS: "keep one format in a file; several files may differ",
     Code.WRONG_ROLE: "correct the role",
     Code.WRONG_CONTENT: "give the turn its text as a string, or drop the example",
-    Code.WRONG_TURNS: "bring the turns in order, so that the assistant's answer is the last, or drop the example",
-    Code.WRONG_TOOLS: "write tools and tool calls as OpenAI's API has them, or drop the example",
-    Code.WRONG_WEIGHT: "give assistant turns the weight 1 (learn) or 0 (do not), and others none",
+    Code.WRONG_TURNS: "reorder the turns so that the assistant's answer is the last, or drop the example",
+    Code.WRONG_TOOLS: "write tools and tool calls in the format of OpenAI's API, or drop the example",
+    Code.WRONG_WEIGHT: "give assistant turns the weight 1 (learn) or 0 (do not learn), and other turns no weight",
     Code.TEMPLATE_REFUSES: "change the example's turns, or choose another base",
     Code.EMPTY: "check whether this is the right file",
-    Code.LEAK: "drop the line here, or in the held-out set: else the held-out figures mean nothing",
+    Code.LEAK: "drop the line here, or in the held-out set: otherwise the held-out figures mean nothing",
 }
 _WARNINGS = {
-    Code.BLANK: "nothing; it is skipped",
-    Code.NEAR_LEAK: "look at both; drop one if the held-out one can be answered from the other",
-    Code.DUPLICATE: "drop one, unless it is meant to weigh double",
-    Code.NEAR_DUPLICATE: "look at both, and drop one if they say the same",
+    Code.BLANK: "nothing: the line is skipped",
+    Code.NEAR_LEAK: "compare both; drop one if the held-out one can be answered from the other",
+    Code.DUPLICATE: "drop one, unless it should count twice",
+    Code.NEAR_DUPLICATE: "compare both, and drop one if they say the same",
     Code.CONTRADICTION: "decide which answer is right, and drop the other",
-    Code.SPECIAL_TOKEN: "take the token out unless the text is about it: a model may take it for the end of a turn",
+    Code.SPECIAL_TOKEN: "remove the token unless the text is about it: a model may read it as the end of a turn",
     Code.TEMPLATE_CODE: "check that it belongs in the text; it is never run here, but other tools may run it",
-    Code.CONTROL_CHARACTER: "take the character out",
+    Code.CONTROL_CHARACTER: "remove the character",
     Code.MOJIBAKE: "convert the source again, as UTF-8",
     Code.TOO_LONG: "shorten or split the example, or raise the maximum length if memory allows",
-    Code.SAME_ROLE_TWICE: "join the turns, or check whether one between them is missing; some chat templates refuse it",
-    Code.ASSISTANT_FIRST: "put the user turn before it, or drop it; some chat templates refuse it",
+    Code.SAME_ROLE_TWICE: "join the turns, or add a missing turn between them; some chat templates reject it",
+    Code.ASSISTANT_FIRST: "put the user turn before it, or drop it; some chat templates reject it",
     Code.LABEL_NOT_IN_SET: "correct the label, or add it to the instruction",
     Code.ANSWER_NOT_JSON: "write the answer as JSON like the others, or drop the example",
 }
@@ -86,17 +86,17 @@ TODO: dict[Code, str] = {**_ERRORS, **_WARNINGS}
 
 
 def severity_of(code: Code) -> Severity:
-    """An error is a line that cannot be trained on; a warning one that can, and that a person should look at."""
+    """Return the severity: an error is a line that cannot be trained on, a warning one that a person should check."""
     return Severity.ERROR if code in _ERRORS else Severity.WARNING
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One finding.
+    """One problem of one line.
 
     Attributes:
-        line: from 1; of a Parquet file the row.
-        field: where in the example, as the file names it; empty for the example as a whole.
+        line: from 1; the row of a Parquet file.
+        field: path in the example, as the file names it; empty for the example as a whole.
     """
 
     file: str
@@ -109,7 +109,7 @@ class Problem:
 
 
 def printable(text: str) -> str:
-    """A text of which no part moves a terminal's cursor or cannot be written as UTF-8: such characters as escapes."""
+    """Return a text with escapes for characters that move a terminal's cursor or cannot be written as UTF-8."""
     if text.isprintable():
         return text
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
@@ -119,8 +119,8 @@ class RowError(DataError):
     """An example that cannot be trained on.
 
     Args:
-        field: where in the example; the message begins with it.
-        wrong: what is wrong there, with the value, which may be any text.
+        field: path in the example; the message begins with it.
+        wrong: the fault, with the value, which may be any text.
     """
 
     def __init__(self, code: Code, wrong: str, *, field: str = "", expected: str = "") -> None:
@@ -131,5 +131,5 @@ class RowError(DataError):
         self._detail = wrong
 
     def at(self, field: str) -> "RowError":
-        """The same error under another name of the field."""
+        """Return the same error under another name of the field."""
         return RowError(self.code, self._detail, field=field, expected=self.expected)

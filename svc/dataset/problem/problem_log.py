@@ -25,7 +25,7 @@ class ProblemLog:
 
     @property
     def errors(self) -> int:
-        """Number of problems because of which a line cannot be trained on."""
+        """Number of problems that prevent training on their line."""
         return sum(count for code, count in self.codes.items() if severity_of(code) is Severity.ERROR)
 
     def __len__(self) -> int:

@@ -1,9 +1,9 @@
-"""What was left out of a training run: the bad lines as they stood, and what is wrong with each.
+"""Lines that a training run skipped: their bytes, and the problem of each.
 
     FOLDER/train.jsonl      the bytes of every bad line of train.jsonl
     FOLDER/problems.jsonl   file, line, code and message of each
 
-A line that is mended can be put back into the data.
+A fixed line can be put back into the data.
 """
 
 import json
@@ -17,10 +17,10 @@ _INDEX = "problems.jsonl"
 
 
 class BadLines:
-    """Collects bad lines; the folder is made with the first one, and what an earlier run left there goes.
+    """Collects bad lines. The folder is created with the first line; content of an earlier run is deleted.
 
     Args:
-        folder: belongs to this object alone.
+        folder: used by this object only.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -30,7 +30,7 @@ class BadLines:
         shutil.rmtree(folder, ignore_errors=True)
 
     def add(self, path: Path, number: int, raw: bytes, problem: RowError) -> None:
-        """Keeps one line.
+        """Store one line.
 
         Args:
             raw: its bytes.
@@ -44,7 +44,7 @@ class BadLines:
             index.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
     def _name(self, path: Path) -> str:
-        """The file's own name, without compression; of two with the same name the second gets a number."""
+        """Return the file's name without compression suffix; the second file with the same name gets a number."""
         if path not in self._names:
             name = path.stem if path.suffix.lower() in COMPRESSIONS else path.name
             name += ".jsonl" if name.endswith(".parquet") else ""

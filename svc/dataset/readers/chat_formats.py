@@ -1,4 +1,4 @@
-"""The forms in which people keep examples, and how each becomes a chat example.
+"""Formats of examples, and their conversion to chat examples.
 
 A format is recognised by its keys. Nothing is guessed: a row with the keys of two formats is an error. Knows nothing of
 files.
@@ -28,7 +28,7 @@ _PLACE = re.compile(r"messages\[(\d+)\](?:\.(\w+))?")
 
 
 class Format(StrEnum):
-    """How a row says what was asked and answered."""
+    """Format of a row."""
 
     CHAT = "chat"
     SHAREGPT = "sharegpt"
@@ -48,17 +48,17 @@ KEYS: dict[Format, tuple[str, ...]] = {
     Format.OPENAI_EVALS_OUTPUT: ("datasource_item",),
     Format.OPENAI_EVALS_ITEM: ("item",),
 }
-"""The keys that a row of the format has; one with the keys of several has the first."""
+"""Keys of each format; a row with the keys of several has the first format."""
 _OWN_KEYS = {Format.OPENAI_EVALS_ITEM, Format.OPENAI_EVALS_OUTPUT}
-"""Formats whose key may as well be one of somebody's own beside another format's."""
+"""Formats whose key may also be an unrelated key in a row of another format."""
 _OPTIONAL_KEYS = {"input", "system", "history", "tools", "functions", "sample"}
 READ_KEYS = _OPTIONAL_KEYS.union(*KEYS.values())
-"""All keys of a row that are looked at."""
+"""All keys of a row that are read."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Turns:
-    """Chat turns, and for each the name of the field in the file that its role and its content come from."""
+    """Chat turns, and for each the fields of the file that its role and its content come from."""
 
     turns: list[dict[str, Any]] = field(default_factory=list)
     fields: list[tuple[str, str]] = field(default_factory=list)
@@ -109,9 +109,9 @@ def parse_row(value: Any, form: Format) -> tuple[ChatExample, tuple[str, ...]]:
     Raises:
         RowError: the row has another format, or is wrong in its own; fields are named as the file names them.
     """
-    found, keys = recognise(value), _quoted(KEYS[form])
-    if found is not None and found is not form:
-        wrong = f"a row in the format {found.value} in a file of {form.value}"
+    own, keys = recognise(value), _quoted(KEYS[form])
+    if own is not None and own is not form:
+        wrong = f"a row in the format {own.value} in a file of {form.value}"
         raise RowError(Code.MIXED_FORMATS, wrong, expected=f"{keys} in every row")
     if not isinstance(value, dict):
         raise RowError(Code.WRONG_FORMAT, f"the line is {kind_of(value)}", expected=f"an object with {keys}")
@@ -120,7 +120,7 @@ def parse_row(value: Any, form: Format) -> tuple[ChatExample, tuple[str, ...]]:
         raise RowError(Code.WRONG_FORMAT, wrong, expected=keys)
     for other in KEYS:
         if other is not form and other not in _OWN_KEYS and _has_keys(value, other):
-            wrong = f"{keys} beside {_quoted(KEYS[other])}"
+            wrong = f"{keys} together with {_quoted(KEYS[other])}"
             raise RowError(Code.MIXED_FORMATS, wrong, expected="one format in a line")
     if form is Format.CHAT:
         return _read_chat(value)
@@ -207,15 +207,15 @@ def _read_sharegpt(value: dict[str, Any], chat: _Turns) -> None:
     for index, item in enumerate(turns):
         place = f"conversations[{index}]"
         turn = expect(dict, item, place, '{"from": ..., "value": ...}')
-        who, text = ("from", "value") if turn.get("from") is not None or "role" not in turn else ("role", "content")
-        speaker, content = turn.get(who), turn.get(text)
+        key, text = ("from", "value") if turn.get("from") is not None or "role" not in turn else ("role", "content")
+        speaker, content = turn.get(key), turn.get(text)
         if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
-            found, expected = f"{speaker!r:.80}" if who in turn else "missing", f"one of {', '.join(_SHAREGPT_ROLES)}"
-            raise RowError(Code.WRONG_ROLE, f"is {found}", field=f"{place}.{who}", expected=expected)
+            shown, expected = f"{speaker!r:.80}" if key in turn else "missing", f"one of {', '.join(_SHAREGPT_ROLES)}"
+            raise RowError(Code.WRONG_ROLE, f"is {shown}", field=f"{place}.{key}", expected=expected)
         more: dict[str, Any] = {"weight": turn.get("weight"), "name": turn.get("name")}
         if speaker in _CALLS:
             more["tool_calls"], content = _called(content, f"{place}.{text}"), None
-        chat.add(_SHAREGPT_ROLES[speaker], content, f"{place}.{text}", f"{place}.{who}", **more)
+        chat.add(_SHAREGPT_ROLES[speaker], content, f"{place}.{text}", f"{place}.{key}", **more)
 
 
 def _called(content: Any, field: str) -> list[dict[str, Any]]:
@@ -229,7 +229,7 @@ def _called(content: Any, field: str) -> list[dict[str, Any]]:
 
 
 def _absent(value: Any) -> bool:
-    """Empty text in an optional column is none: CSV and Alpaca files have it."""
+    """Return whether an optional value is missing: CSV and Alpaca files have empty text instead."""
     return value is None or (isinstance(value, str) and not value.strip())
 
 

@@ -1,7 +1,7 @@
 """Records of CSV files: the header names the keys, every cell is text.
 
-Cells of the columns that hold lists (`messages`, `conversations`, `tools`, `history`) are JSON. The separator is the
-one of comma, semicolon and tabulator under which the header has the keys of a format.
+Cells of the columns with lists (`messages`, `conversations`, `tools`, `history`) are JSON. The separator is the one of
+comma, semicolon and tab with which the header has the keys of a format.
 """
 
 import codecs
@@ -22,7 +22,7 @@ _NAMED_SEPARATOR = re.compile(r'"?sep=([^\w\s"]|\t)"?')
 
 
 def read_csv(stream: BinaryIO) -> Iterator[Row]:
-    """Yields every record under the line where it begins."""
+    """Yield every record with the number of its first line."""
     csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW_BYTES))
     lines = _Lines(stream)
     separator, names = _find_header(lines)
@@ -38,7 +38,7 @@ def read_csv(stream: BinaryIO) -> Iterator[Row]:
         except StopIteration:
             return
         except csv.Error as reason:
-            not_csv = RowError(Code.WRONG_FORMAT, f"not CSV: {reason}", expected="cells as RFC 4180 has them")
+            not_csv = RowError(Code.WRONG_FORMAT, f"not CSV: {reason}", expected="cells as in RFC 4180")
             error = too_large() if "field larger" in str(reason) else not_csv
         except UnicodeDecodeError as reason:
             error = not_utf8(reason)
@@ -49,7 +49,7 @@ def read_csv(stream: BinaryIO) -> Iterator[Row]:
 
 
 class _Lines:
-    """The lines of a file as text; remembers the bytes of those that were taken since `taken` was emptied."""
+    """The lines of a file as text; `taken` has the bytes of those read since it was last cleared."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -91,7 +91,7 @@ def _find_header(lines: _Lines) -> tuple[str, list[str]]:
 def _value(names: list[str], cells: list[str], raw: bytes) -> dict[str, Any]:
     raw.decode("utf-8")
     if len(cells) != len(names):
-        expected = "one cell for each column; a cell with separators or line ends stands in quotes"
+        expected = "one cell for each column; quotes around a cell with separators or line ends"
         raise RowError(Code.WRONG_FORMAT, f"{len(cells)} cells where the header has {len(names)}", expected=expected)
     value: dict[str, Any] = dict(zip(names, cells, strict=True))
     for column in _JSON_COLUMNS & set(value):

@@ -1,4 +1,4 @@
-"""From a data file to its records: which container it is, and how it is compressed. Both are said by its name."""
+"""From a data file to its records. Its name tells the container format and the compression."""
 
 import bz2
 import gzip
@@ -35,29 +35,29 @@ _DECOMPRESS: dict[str, Callable[[BinaryIO], Any]] = {
 COMPRESSIONS = tuple(_DECOMPRESS)
 CONTAINERS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 SUITES = (".yaml", ".yml")
-"""Read where such a file is named itself; in a folder it may be a recipe."""
-_TOLD_EVERY = 256  # rows
+"""Read only if the file itself is given; in a folder it may be a recipe."""
+_REPORT_EVERY = 256  # rows
 
 
 def is_data_file(path: Path) -> bool:
-    """Whether a name says that the file holds examples."""
+    """Return whether a file's name means that it contains examples."""
     return bare_name(path).endswith(CONTAINERS)
 
 
 def bare_name(path: Path) -> str:
-    """A file's name without its compression, in lower case."""
+    """Return a file's name in lower case without its compression suffix."""
     name = path.name.lower()
     return name[: -len(path.suffix)] if path.suffix.lower() in COMPRESSIONS else name
 
 
 def read_rows(path: Path, on_read: Callable[[int], None] = lambda position: None) -> Iterator[Row]:
-    """Yields the records of a file; a name of no known kind is read as JSONL.
+    """Yield the records of a file; a file of unknown type is read as JSONL.
 
     Args:
-        on_read: told from time to time how many bytes of the file, as it lies on the disk, were read.
+        on_read: called at intervals with the bytes of the file on disk that were read so far.
 
     Raises:
-        DataError: there is no such file, or it cannot be opened.
+        DataError: the file does not exist or cannot be opened.
     """
     with ExitStack() as stack:
         try:
@@ -75,12 +75,12 @@ def read_rows(path: Path, on_read: Callable[[int], None] = lambda position: None
         try:
             stream = stack.enter_context(io.BufferedReader(decompress(file))) if decompress else file
             for number, row in enumerate(_records(path, stream), start=1):
-                if number % _TOLD_EVERY == 0:
+                if number % _REPORT_EVERY == 0:
                     on_read(file.tell())
                 yield row
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-            wrong = f"cannot be read on: {str(error)[:200] or type(error).__name__}"
-            yield Row(number + 1, b"", error=RowError(Code.UNREADABLE, wrong, expected="a whole file"))
+            wrong = f"cannot be read further: {str(error)[:200] or type(error).__name__}"
+            yield Row(number + 1, b"", error=RowError(Code.UNREADABLE, wrong, expected="a complete file"))
 
 
 def _records(path: Path, stream: io.BufferedReader) -> Iterator[Row]:

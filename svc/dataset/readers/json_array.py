@@ -1,8 +1,8 @@
-"""Records of a JSON file that is one long list; never held in memory as a whole.
+"""Records of a JSON file that is one long list; never in memory as a whole.
 
-ijson reads such lists three times as fast. It knows no line of an element and keeps none of its bytes, which bad lines
-are told and kept by; it takes the last of a key that comes twice, makes `?` of half a surrogate pair, and ends at the
-first byte that is not UTF-8 and at the first NaN, after which good elements may come.
+ijson reads such lists three times as fast. But it reports neither the line nor the bytes of an element, which reports
+of bad lines need; it takes the last of duplicate keys, turns half a surrogate pair into `?`, and stops at the first
+byte that is not UTF-8 and at the first NaN, although good elements may follow.
 """
 
 import codecs
@@ -20,12 +20,12 @@ _NO_SPACE = re.compile(r"[^ \t\r\n]")
 
 
 def starts_with_list(head: bytes) -> bool:
-    """Whether a file that begins so is one list, and not JSONL."""
+    """Return whether a file with this beginning is one list, and not JSONL."""
     return head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
 
 
 def read_list(stream: BinaryIO) -> Iterator[Row]:
-    """Yields the elements of a list. After a fault in its JSON nothing more can be found: that is the last row."""
+    """Yield the elements of a list. A fault in its JSON is the last row: no later element can be found."""
     return _ListReader(stream).rows()
 
 
@@ -90,14 +90,14 @@ class _ListReader:
         return Row(line, raw, value, fault)
 
     def _next(self) -> str:
-        """Goes to the next character that is no space; empty at the end of the file."""
+        """Advance to the next character that is not white space and return it; empty at the end of the file."""
         while True:
-            found = _NO_SPACE.search(self._text, self._at)
-            end = found.start() if found else len(self._text)
+            match = _NO_SPACE.search(self._text, self._at)
+            end = match.start() if match else len(self._text)
             self._line += self._text.count("\n", self._at, end)
             self._at = end
-            if found or self._ended:
-                return found[0] if found else ""
+            if match or self._ended:
+                return match[0] if match else ""
             self._fill(_BLOCK)
 
     def _fill(self, size: int) -> None:
@@ -107,7 +107,7 @@ class _ListReader:
         self._at = 0
 
     def _give_up(self, line: int, error: RowError) -> Row:
-        """Where the element ends cannot be known, so that no later one can be found."""
+        """Return the last row: the element's end is unknown, so no later element can be found."""
         self._lost = True
         rest = self._text[self._at : self._at + MAX_ROW_BYTES]
         return Row(line, rest.encode("utf-8", "surrogateescape"), error=error)

@@ -1,6 +1,6 @@
-"""Records of JSONL files; never held in memory as a whole.
+"""Records of JSONL files; never in memory as a whole.
 
-Lines end at the LF byte alone: `str.splitlines` also breaks at U+2028, which is good JSON.
+Lines end only at the LF byte: `str.splitlines` also breaks at U+2028, which is valid JSON.
 """
 
 import codecs
@@ -15,7 +15,7 @@ _BLOCK = 2**20
 
 
 def read_jsonl(stream: BinaryIO) -> Iterator[Row]:
-    """Yields every line; memory is bounded by the longest line, and that by `MAX_ROW_BYTES`."""
+    """Yield every line; memory is bounded by the longest line, at most `MAX_ROW_BYTES`."""
     number = 0
     while raw := stream.readline(MAX_ROW_BYTES + 1):
         number += 1

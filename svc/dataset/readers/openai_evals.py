@@ -1,7 +1,7 @@
-"""What OpenAI's evals leave: lines of the open-source `evals`, data sources of the hosted product, and its results.
+"""Files of OpenAI's evals: lines of the open-source `evals`, data sources of the hosted product, and its results.
 
-Data sources have whatever keys their owner chose. Question and answer are known by customary names; where there is not
-exactly one of each, the row is refused.
+The keys of data sources are chosen by their owner. Question and answer are recognised by customary names; without
+exactly one of each, the row is rejected.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ ANSWERS = (
 
 
 def turns_of_line(value: dict[str, Any]) -> list[dict[str, Any]]:
-    """`input` and `ideal` of the open-source `evals`.
+    """Return the turns of a row with `input` and `ideal`, as in the open-source `evals`.
 
     Raises:
         RowError: names the field.
@@ -27,7 +27,7 @@ def turns_of_line(value: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def turns_of_item(value: dict[str, Any]) -> list[dict[str, Any]]:
-    """`{"item": {...}}` of a data source.
+    """Return the turns of `{"item": {...}}` of a data source.
 
     Raises:
         RowError: names the field.
@@ -38,7 +38,7 @@ def turns_of_item(value: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def turns_of_output(value: dict[str, Any]) -> list[dict[str, Any]]:
-    """One result of a run: what was asked, with the reference of its item; what a model answered is not read.
+    """Return the turns of one result of a run: the question, with its item's reference; the model's answer is ignored.
 
     Raises:
         RowError: names the field.
@@ -53,11 +53,11 @@ def turns_of_output(value: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _key(item: dict[str, Any], names: Sequence[str], field: str) -> str:
-    found = [name for name in names if item.get(name) is not None]
-    if len(found) != 1:
-        has = ", ".join(found) if found else f"none, only {sorted(item)!r:.120}"
+    present = [name for name in names if item.get(name) is not None]
+    if len(present) != 1:
+        has = ", ".join(present) if present else f"none, only {sorted(item)!r:.120}"
         raise RowError(Code.WRONG_FORMAT, f"has {has}", field=field, expected=f"exactly one of {', '.join(names)}")
-    return found[0]
+    return present[0]
 
 
 def _turns(value: Any, field: str) -> list[dict[str, Any]]:
@@ -70,7 +70,7 @@ def _turns(value: Any, field: str) -> list[dict[str, Any]]:
 
 
 def _text(content: Any) -> Any:
-    """Content in parts is one text where all of them are."""
+    """Return content in parts as one text, if all parts are text."""
     if not isinstance(content, list):
         return content
     texts = [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
@@ -78,7 +78,7 @@ def _text(content: Any) -> Any:
 
 
 def _answer(value: Any, field: str) -> dict[str, Any]:
-    """An example has one reference: of several that count as right none is chosen here."""
+    """Return the reference as a turn. An example has one: no choice is made among several accepted answers."""
     if isinstance(value, list):
         if len(value) != 1:
             wrong = f"has {len(value)} answers"

@@ -1,7 +1,6 @@
-"""Records of Parquet files, a batch of rows in memory at a time.
+"""Records of Parquet files, one batch of rows in memory at a time.
 
-Only the columns of the formats are read: what stands in others is nobody's concern, and may be nothing that Python has
-a type for.
+Only the columns of the formats are read: others are irrelevant, and may have types that Python lacks.
 """
 
 import json
@@ -17,10 +16,10 @@ _BATCH_ROWS = 256
 
 
 def read_parquet(path: Path, on_read: Callable[[int], None]) -> Iterator[Row]:
-    """Yields every row; its number stands for the line.
+    """Yield every row; its number takes the place of the line.
 
     Args:
-        on_read: told how many bytes of the file were read, about.
+        on_read: called with the approximate number of bytes that were read so far.
     """
     import pyarrow
     import pyarrow.parquet
@@ -39,15 +38,15 @@ def read_parquet(path: Path, on_read: Callable[[int], None]) -> Iterator[Row]:
                     yield Row(number, b"", error=fault) if fault else _row(number, batch, place, others)
                 on_read(size * number // total)
     except (pyarrow.ArrowException, OSError) as error:
-        wrong = RowError(Code.UNREADABLE, f"cannot be read: {str(error)[:200]}", expected="a whole Parquet file")
+        wrong = RowError(Code.UNREADABLE, f"cannot be read: {str(error)[:200]}", expected="a complete Parquet file")
         yield Row(number + 1, b"", error=wrong)
 
 
 def _row(number: int, batch: Any, place: int, others: list[str]) -> Row:
-    """One row.
+    """Return one row.
 
     Args:
-        others: columns that are not read: named without a value, so that an error can say what is there.
+        others: columns that are not read: included without a value, so that errors can name them.
     """
     try:
         value = batch.slice(place, 1).to_pylist()[0]

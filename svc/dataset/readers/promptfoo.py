@@ -1,7 +1,7 @@
 """Promptfoo's YAML as rows in the chat format: every test with every prompt, its variables and its reference answer.
 
-Templates are Nunjucks, which is a language: only names are replaced here, and anything else in braces is refused. So is
-code in other files; text in a file beside the YAML or below is read. What becomes no example is an error of its test.
+Templates are Nunjucks, a language: only names are replaced here; anything else in braces and code in other files are
+rejected. Text files in the YAML's folder or below are read. A test that yields no example is an error of that test.
 """
 
 import json
@@ -23,14 +23,14 @@ _CODE = re.compile(r"\{\{|\{%|\{#")
 _FILE = "file://"
 _TEXT_FILES = (".txt", ".md", ".json")
 _REFERENCES = ("equals", "similar", "levenshtein", "rouge-n", "bleu", "meteor", "factuality", "contains", "icontains")
-"""Assertions whose value is an answer; the first that a test has is its reference."""
+"""Assertions whose value is an answer; the first one in a test is its reference."""
 
 
 def read_promptfoo(path: Path, stream: BinaryIO) -> Iterator[Row]:
-    """Yields a row for each test and prompt, by the line at which the test begins.
+    """Yield a row for each test and prompt, with the first line of the test.
 
     Args:
-        path: of the file; files that it names are beside it.
+        path: of the file; files that it names are in the same folder or below.
     """
     raw = stream.read(MAX_ROW_BYTES + 1)
     try:
@@ -60,7 +60,7 @@ class _Suite:
 
     Attributes:
         folder: of the file.
-        prompts: each a text, or turns.
+        prompts: each a text or a list of turns.
     """
 
     folder: Path
@@ -88,36 +88,36 @@ class _Suite:
         if isinstance(value, str) and value.startswith(_FILE):
             return _read_beside(self.folder, value, f"vars.{name}")
         if isinstance(value, list):
-            raise _fault(f"vars.{name}", "is a list, of which Promptfoo makes several tests", "one value for each test")
+            raise _fault(f"vars.{name}", "is a list, which Promptfoo expands to several tests", "one value per test")
         return value
 
 
 def _reference(assertions: list[Any], variables: dict[str, Any]) -> str:
-    given = [one for one in assertions if isinstance(one, dict)]
+    given = [assertion for assertion in assertions if isinstance(assertion, dict)]
     for kind in _REFERENCES:
-        values = {str(one.get("value")) for one in given if one.get("type") == kind}
+        values = {str(assertion.get("value")) for assertion in given if assertion.get("type") == kind}
         if len(values) > 1:
             raise _fault("assert", f"has {len(values)} different values of type {kind}", "one reference answer")
         if values:
             return _render(values.pop(), variables, "assert")
-    kinds = ", ".join(sorted({str(one.get("type")) for one in given})) or "none"
+    kinds = ", ".join(sorted({str(assertion.get("type")) for assertion in given})) or "none"
     raise _fault("assert", f"has no reference answer, only {kinds:.200}", f"one of type {', '.join(_REFERENCES)}")
 
 
 def _render(template: str, variables: dict[str, Any], field: str) -> str:
-    """Puts variables in place of their names, and nothing else: what they hold is no template.
+    """Replace names by the values of variables; values are not templates.
 
     Raises:
-        RowError: a name that is not known, or code.
+        RowError: the template has an unknown name, or code.
     """
     if _CODE.search(_NAME.sub("", template)):
-        raise _fault(field, f"has code in its template: {template!r:.120}", "names alone, as {{question}}")
+        raise _fault(field, f"has code in its template: {template!r:.120}", "names only, as {{question}}")
 
     def value_of(name: re.Match[str]) -> str:
         value: Any = variables
         for key in name[1].split("."):
             if not isinstance(value, dict) or key not in value:
-                raise _fault(field, f"has {name[0]}, which vars does not have", f"one of {', '.join(variables) or '-'}")
+                raise _fault(field, f"has {name[0]}, which is not in vars", f"one of {', '.join(variables) or '-'}")
             value = value[key]
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
@@ -125,14 +125,14 @@ def _render(template: str, variables: dict[str, Any], field: str) -> str:
 
 
 def _read_beside(folder: Path, reference: str, field: str) -> str:
-    """The text of a file that the YAML names.
+    """Return the text of a file that the YAML names.
 
     Raises:
-        RowError: it lies elsewhere, holds code, or cannot be read.
+        RowError: the file is outside the folder, contains code, or cannot be read.
     """
     path = (folder / reference.removeprefix(_FILE)).resolve()
     if not path.is_relative_to(folder.resolve()) or path.suffix not in _TEXT_FILES:
-        expected = f"a file in the folder of the YAML or below, which ends in {', '.join(_TEXT_FILES)}"
+        expected = f"a file in the YAML's folder or below, with a name that ends in {', '.join(_TEXT_FILES)}"
         raise _fault(field, f"is {reference!r:.120}", expected)
     try:
         with path.open("rb") as file:
@@ -143,7 +143,7 @@ def _read_beside(folder: Path, reference: str, field: str) -> str:
 
 def _read_suite(folder: Path, value: Any) -> _Suite:
     if not isinstance(value, dict) or "tests" not in value:
-        raise _fault("", "is no Promptfoo file", "a mapping with prompts and tests")
+        raise _fault("", "is not a Promptfoo file", "a mapping with prompts and tests")
     if not isinstance(value["tests"], list):
         raise _fault("tests", f"is {value['tests']!r:.80}", "a list of tests in this file")
     default = _mapping(value.get("defaultTest"), "defaultTest")
@@ -155,7 +155,7 @@ def _read_suite(folder: Path, value: Any) -> _Suite:
 
 
 def _prompt(folder: Path, prompt: Any) -> Any:
-    """A text, or the turns that a text is when it is JSON."""
+    """Return a prompt's text, or its turns if the text is a JSON list."""
     if isinstance(prompt, dict):
         prompt = prompt.get("raw", prompt.get("id"))
     if not isinstance(prompt, str):
@@ -173,11 +173,9 @@ def _prompt(folder: Path, prompt: Any) -> Any:
 
 
 def _test_lines(text: str) -> list[int]:
-    """Where each test begins, from 1."""
+    """Return the first line of each test, from 1."""
     root: Any = yaml.compose(text, Loader=yaml.SafeLoader)
-    *_, tests = (
-        node for key, node in root.value if key.value == "tests"
-    )  # of a key that comes twice YAML takes the last
+    *_, tests = (node for key, node in root.value if key.value == "tests")  # YAML takes the last of duplicate keys
     return [node.start_mark.line + 1 for node in tests.value]
 
 

@@ -1,6 +1,6 @@
-"""From data files to chat examples, one problem per bad line and never a guess.
+"""From data files to chat examples, with one problem per bad line and no guessing.
 
-A file has one format, the one of most of its first rows; a row in another is an error.
+A file has one format, that of most of its first rows; a row in another format is an error.
 """
 
 import json
@@ -26,12 +26,12 @@ Source = str | Path
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of a file: an example, or what is wrong with it; both empty when it is blank.
+    """One line of a file: an example or an error; both empty if the line is blank.
 
     Attributes:
         number: from 1.
         raw: the line's bytes.
-        fields: for each message of the example, where in the line its text stands.
+        fields: for each message of the example, the path of its text in the line.
     """
 
     number: int
@@ -42,20 +42,20 @@ class Line:
 
 
 def read_lines(path: Path, on_read: Callable[[int], None] = lambda position: None) -> Iterator[Line]:
-    """Yields every line of a data file; memory is bounded by the longest line.
+    """Yield every line of a data file; memory is bounded by the longest line.
 
     Args:
-        on_read: told from time to time how many bytes of the file were read.
+        on_read: called at intervals with the bytes of the file that were read so far.
 
     Raises:
-        DataError: there is no such file, or it cannot be opened.
+        DataError: the file does not exist or cannot be opened.
     """
     rows = read_rows(path, on_read)
     head: list[Row] = []
     while len(head) < _HEAD_ROWS and sum(len(row.raw) for row in head) < _HEAD_BYTES and (row := next(rows, None)):
         head.append(row)
     formats = Counter(form for row in head if (form := recognise(row.value)))
-    # Chat if there is none; the first of two that are equally frequent.
+    # Default: chat. Of two equally frequent formats, the first one.
     form = formats.most_common(1)[0][0] if formats else Format.CHAT
     for row in chain(head, rows):
         parsed: tuple[ChatExample | None, tuple[str, ...]] = (None, ())
@@ -76,17 +76,17 @@ def read_examples(
     bad_lines: BadLines | None = None,
     kept_back: Sequence[ChatExample] = (),
 ) -> list[ChatExample]:
-    """All examples of one or more sources, in their order; the first bad line stops it.
+    """Return all examples of one or more sources, in order.
 
     Args:
         sources: files, folders, or hub datasets as `hf:ORG/NAME`.
-        minimum: fewest examples that are of use.
-        cache: folder for what is fetched from the hub.
-        bad_lines: takes the bad lines, which then stop nothing.
+        minimum: minimum number of examples.
+        cache: folder for files fetched from the hub.
+        bad_lines: collects bad lines; None: the first bad line is an error.
         kept_back: held-out examples; a line with the prompt of one is bad.
 
     Raises:
-        DataError: a bad line, by number, or too few examples.
+        DataError: a bad line, with its number, or too few examples.
     """
     given = [sources] if isinstance(sources, str | Path) else list(sources)
     held = {normal_prompt(example) for example in kept_back}
@@ -102,22 +102,22 @@ def read_examples(
                 examples.append(line.example)
     if len(examples) < minimum:
         raise DataError(
-            f"{', '.join(map(str, given))} holds {len(examples)} example{'' if len(examples) == 1 else 's'}",
+            f"{', '.join(map(str, given))} has {len(examples)} example{'' if len(examples) == 1 else 's'}",
             expected=f"at least {minimum}",
-            todo="add examples; a few hundred are where fine-tuning begins to pay",
+            todo="add examples; fine-tuning begins to pay with a few hundred",
         )
     return examples
 
 
 def write_examples(path: Path, examples: Iterable[ChatExample]) -> None:
-    """Writes examples as JSONL in UTF-8."""
+    """Write examples as JSONL in UTF-8."""
     lines = (json.dumps(example.as_dict(), ensure_ascii=False) + "\n" for example in examples)
     path.write_text("".join(lines), "utf-8")
 
 
 def _refuse(path: Path, line: Line, error: RowError, bad_lines: BadLines | None) -> None:
     todo = f"run `svc data check {path}` for all problems, and fix or remove those lines; or train with --skip-bad"
-    if error.code is Code.UNREADABLE:  # not a bad line: nobody knows how many examples are missing
+    if error.code is Code.UNREADABLE:  # not a bad line: the number of missing examples is unknown
         todo = error.todo
     elif bad_lines is not None:
         bad_lines.add(path, line.number, line.raw, error)

@@ -1,7 +1,7 @@
-"""Where examples are: a file, a folder, or a dataset of the Hugging Face hub; all become a list of files.
+"""Sources of examples: a file, a folder, or a dataset of the Hugging Face hub; each becomes a list of files.
 
-A hub dataset is written `hf:ORG/NAME`, because `ORG/NAME` alone is also a good path. Only its data files are fetched;
-code that comes with a dataset is never run.
+A hub dataset is written `hf:ORG/NAME`, because `ORG/NAME` is also a valid path. Only its data files are fetched; code
+that comes with a dataset is never run.
 """
 
 import re
@@ -16,20 +16,20 @@ HUB_PREFIX = "hf:"
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w.-]+))?(?:/(?P<within>.+))?")
 _NO_EXAMPLES = {"dataset_info.json", "dataset_infos.json", "state.json"}
 DEFAULT_CACHE = Path("~/.cache/tuneserve/base")
-"""Where the hub's files go when the caller has no settings at hand."""
+"""Folder for the hub's files if the caller has no settings."""
 
 
 def data_files(source: str | Path, cache: Path | None = None, *, fetch: Callable[..., Any] | None = None) -> list[Path]:
-    """The files of a source, in their order.
+    """Return the files of a source, in order.
 
     Args:
-        source: a file; a folder, of which all data files in it are taken, sorted by path; or
+        source: a file; a folder, whose data files are taken, sorted by path; or
             `hf:ORG/NAME[@REVISION][/FILE-OR-FOLDER]`.
-        cache: folder for what is fetched from the hub.
-        fetch: takes the place of `huggingface_hub.snapshot_download`.
+        cache: folder for files fetched from the hub.
+        fetch: replaces `huggingface_hub.snapshot_download`.
 
     Raises:
-        DataError: a folder without data files, or a hub dataset that cannot be had.
+        DataError: a folder without data files, or a hub dataset that cannot be fetched.
     """
     text = str(source)
     if text.startswith(HUB_PREFIX):
@@ -60,7 +60,7 @@ def _hub_files(source: str, cache: Path, fetch: Callable[..., Any] | None) -> li
     named = _HUB_ID.fullmatch(source.removeprefix(HUB_PREFIX))
     if not named or ".." in (named["within"] or "").split("/"):
         expected = "hf:ORG/NAME, or hf:ORG/NAME@REVISION/FOLDER"
-        raise DataError(f"{source!r} names no hub dataset", expected=expected, todo="correct it")
+        raise DataError(f"{source!r} is not a hub dataset", expected=expected, todo="correct the name")
     snapshot = _snapshot(named["id"], named["revision"], cache, fetch)
     path = snapshot / (named["within"] or "")
     if not path.exists():
@@ -68,7 +68,7 @@ def _hub_files(source: str, cache: Path, fetch: Callable[..., Any] | None) -> li
         raise DataError(
             f"{named['id']} has no data file or folder {named['within']!r}",
             expected=f"one of {', '.join(names) or 'none: it is empty'}",
-            todo="correct what stands after the dataset's name",
+            todo="correct the part after the dataset's name",
         )
     return data_files(path)
 
@@ -81,7 +81,7 @@ def _snapshot(dataset: str, revision: str | None, cache: Path, fetch: Callable[.
         raise DataError(
             f"cannot fetch {dataset}: huggingface_hub is not installed",
             expected="the extra `train`",
-            todo="pip install 'tuneserve[train]', or copy the dataset here and name its folder",
+            todo="pip install 'tuneserve[train]', or copy the dataset to this machine and give its folder",
         ) from error
     from svc.terminal import waiting
 
@@ -95,11 +95,11 @@ def _snapshot(dataset: str, revision: str | None, cache: Path, fetch: Callable[.
         raise DataError(
             f"dataset {dataset} is not in the cache and the Hugging Face hub cannot be reached",
             expected="a network, or the dataset as a local folder",
-            todo="check the network, or copy the dataset here and name its folder",
+            todo="check the network, or copy the dataset to this machine and give its folder",
         ) from error
     except (HfHubHTTPError, HFValidationError) as error:
         raise DataError(
-            f"the Hugging Face hub refuses dataset {dataset}: {(str(error).strip().splitlines() or ['?'])[0]}",
+            f"the Hugging Face hub rejected dataset {dataset}: {(str(error).strip().splitlines() or ['?'])[0]}",
             expected="the id of a public dataset, or of one that HF_TOKEN may read",
             todo="check the id; for a gated dataset accept its terms on the hub and set HF_TOKEN",
         ) from error

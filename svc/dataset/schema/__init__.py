@@ -1,1 +1,1 @@
-"""A chat example: its turns, its tool calls, and its prompt in a form in which equal ones are equal."""
+"""Chat examples: turns, tool calls, and a canonical form of the prompt."""

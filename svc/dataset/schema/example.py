@@ -1,7 +1,7 @@
-"""One chat example: what a model learns from and is judged by.
+"""One chat example, for training and evaluation.
 
-Knows nothing of tokenizers: lengths here are characters, and special tokens stay text. Files and formats are
-elsewhere: this is what they all become.
+Knows nothing of tokenizers: lengths here are characters, and special tokens stay text. All file formats are converted
+to this form.
 """
 
 import json
@@ -27,7 +27,7 @@ from svc.dataset.text.plain_text import is_blank, normal
 
 
 class Role(StrEnum):
-    """Who speaks a turn."""
+    """Author of a turn."""
 
     SYSTEM = "system"
     USER = "user"
@@ -41,9 +41,9 @@ class Message:
 
     Attributes:
         content: blank only in an assistant turn with tool calls.
-        name: who of several users or tools speaks.
-        tool_call_id: of a tool's turn, the call that it answers.
-        weight: of an assistant turn: 0 is not learnt, 1 is; None where the example does not say.
+        name: of the user or tool, if there are several.
+        tool_call_id: in a tool's turn, the call that it answers.
+        weight: of an assistant turn: 1 is learnt, 0 is not; None if the example has none.
     """
 
     role: Role
@@ -54,18 +54,18 @@ class Message:
     weight: int | None = None
 
     def spoken(self) -> dict[str, Any]:
-        """The OpenAI form of the turn as a model is shown it: a weight says something about it, not in it."""
+        """Return the OpenAI form of the turn as a model sees it, without its weight."""
         return {key: value for key, value in self.as_dict().items() if key != "weight"}
 
     def templated(self) -> dict[str, Any]:
-        """The form that chat templates take, in which the arguments of calls are objects and not JSON text."""
+        """Return the form for chat templates, in which the arguments of calls are objects and not JSON text."""
         turn = self.spoken()
         for call in turn.get("tool_calls", ()):
             call["function"]["arguments"] = json.loads(call["function"]["arguments"])
         return turn
 
     def as_dict(self) -> dict[str, Any]:
-        """The OpenAI form of the turn."""
+        """Return the OpenAI form of the turn."""
         turn: dict[str, Any] = {"role": self.role.value, "content": self.content}
         if self.tool_calls:
             turn["tool_calls"] = [call.as_dict() for call in self.tool_calls]
@@ -78,9 +78,9 @@ class ChatExample:
     """A conversation that ends in the assistant's answer.
 
     Attributes:
-        messages: system turn (optional, first), then user, assistant and tool turns; the last is the assistant's, and
+        messages: system turn (optional, first), then user, assistant and tool turns; the last is the assistant's and
             has text.
-        tools: what the assistant may call: OpenAI's definitions, each as JSON text.
+        tools: that the assistant may call: OpenAI's definitions, each as JSON text.
     """
 
     messages: tuple[Message, ...]
@@ -103,7 +103,7 @@ class ChatExample:
 
     @property
     def texts(self) -> Iterator[str]:
-        """All that a model is shown: contents, names, calls and tools."""
+        """All texts that a model sees: contents, names, calls and tools."""
         for message in self.messages:
             yield message.content
             if message.name:
@@ -120,14 +120,14 @@ class ChatExample:
 
     @property
     def utf8_bytes(self) -> int:
-        """Length of all texts in UTF-8: nearer than characters to what a tokenizer of bytes makes of any script."""
+        """Length of all texts in UTF-8: a better estimate of tokens than characters, for byte-level tokenizers."""
         return sum(len(text) if text.isascii() else len(text.encode()) for text in self.texts)
 
     @property
     def learnt(self) -> tuple[int, ...]:
-        """Indices of the assistant turns to learn: the last one, or where any has a weight, all whose weight is not 0.
+        """Indices of the assistant turns to learn: the last one, or if any has a weight, all whose weight is not 0.
 
-        As OpenAI's fine-tuning has it: there a turn without a weight counts as one of weight 1.
+        As in OpenAI's fine-tuning, where a turn without a weight counts as weight 1.
         """
         if all(message.weight is None for message in self.messages):
             return (len(self.messages) - 1,)
@@ -135,22 +135,22 @@ class ChatExample:
         return tuple(place for place, turn in turns if turn.role is Role.ASSISTANT and turn.weight != 0)
 
     def templated(self, turns: int | None = None) -> dict[str, Any]:
-        """The arguments `conversation` and `tools` of transformers' `apply_chat_template`.
+        """Return the arguments `conversation` and `tools` of transformers' `apply_chat_template`.
 
         Args:
-            turns: so many of the first turns; None: all.
+            turns: number of turns from the start; None: all.
         """
         tools = [json.loads(tool) for tool in self.tools]
         return {"conversation": [message.templated() for message in self.messages[:turns]], "tools": tools or None}
 
     def as_dict(self) -> dict[str, Any]:
-        """The JSONL form."""
+        """Return the JSONL form."""
         tools = {"tools": [json.loads(tool) for tool in self.tools]} if self.tools else {}
         return {"messages": [message.as_dict() for message in self.messages], **tools}
 
 
 def normal_prompt(example: ChatExample) -> str:
-    """Return a text that is equal for equal prompts, spacing and case aside."""
+    """Return a text that is equal for equal prompts, ignoring spacing and case."""
     return "\x1f".join(map(_normal_turn, example.prompt))
 
 
@@ -160,7 +160,7 @@ def _normal_turn(message: Message) -> str:
 
 
 def parse_example(value: dict[str, Any]) -> ChatExample:
-    """Return the example that one decoded JSON object with `messages` holds.
+    """Return the example in one decoded JSON object with `messages`.
 
     Keys other than `messages` and `tools` are ignored, except the older `functions`, which is an error.
 
@@ -172,7 +172,7 @@ def parse_example(value: dict[str, Any]) -> ChatExample:
     _check_order(messages)
     example = ChatExample(messages, parse_tools(value.get("tools")))
     if value.get("functions") and not example.tools:
-        raise RowError(Code.WRONG_TOOLS, "is of the old function calling", field="functions", expected="'tools'")
+        raise RowError(Code.WRONG_TOOLS, "is the deprecated function calling", field="functions", expected="'tools'")
     if any([message.tool_calls or message.role is Role.TOOL for message in messages]):  # noqa: C419 - twice as fast
         _check_calls(example)
     return example
@@ -182,11 +182,11 @@ def _parse_message(where: str, value: Any) -> Message:
     turn = expect(dict, value, where, '{"role": ..., "content": ...}')
     role = turn.get("role")
     if not isinstance(role, str) or role not in _ROLES:
-        found = f"{role!r:.80}" if "role" in turn else "missing"
-        raise RowError(Code.WRONG_ROLE, f"is {found}", field=f"{where}.role", expected=f"one of {', '.join(Role)}")
+        value = f"{role!r:.80}" if "role" in turn else "missing"
+        raise RowError(Code.WRONG_ROLE, f"is {value}", field=f"{where}.role", expected=f"one of {', '.join(Role)}")
     calls = parse_calls(where, role, turn.get("tool_calls"))
     if turn.get("function_call") is not None:
-        wrong, field = "is of the old function calling", f"{where}.function_call"
+        wrong, field = "is the deprecated function calling", f"{where}.function_call"
         raise RowError(Code.WRONG_TOOLS, wrong, field=field, expected="'tool_calls'")
     content = _parse_content(f"{where}.content", turn, may_be_blank=bool(calls))
     if len(turn) == 2:  # role and content: most turns of most files
@@ -209,8 +209,8 @@ def _parse_content(field: str, turn: dict[str, Any], *, may_be_blank: bool) -> s
     if content is None and may_be_blank:
         return ""
     if not isinstance(content, str):
-        found = kind_of(content) if "content" in turn else "missing"
-        raise RowError(Code.WRONG_CONTENT, f"is {found}", field=field, expected="a string")
+        kind = kind_of(content) if "content" in turn else "missing"
+        raise RowError(Code.WRONG_CONTENT, f"is {kind}", field=field, expected="a string")
     if not may_be_blank and is_blank(content):
         raise RowError(Code.WRONG_CONTENT, "is blank", field=field, expected="some text")
     check_encodable(field, content)
@@ -223,7 +223,7 @@ def _parse_weight(field: str, role: str, weight: Any) -> int | None:
     if isinstance(weight, bool) or not isinstance(weight, int | float) or weight not in (0, 1):
         raise RowError(Code.WRONG_WEIGHT, f"is {weight!r:.80}", field=field, expected="0 or 1")
     if role != Role.ASSISTANT:
-        wrong = f"stands in a {role} turn"
+        wrong = f"is in a {role} turn"
         raise RowError(Code.WRONG_WEIGHT, wrong, field=field, expected="weights in assistant turns")
     return int(weight)
 
@@ -232,7 +232,7 @@ def _check_order(messages: tuple[Message, ...]) -> None:
     roles = [message.role for message in messages]
     if Role.SYSTEM in roles[1:]:
         field = f"messages[{roles.index(Role.SYSTEM, 1)}]"
-        raise RowError(Code.WRONG_TURNS, "is a system turn", field=field, expected="it stands first, or not at all")
+        raise RowError(Code.WRONG_TURNS, "is a system turn", field=field, expected="a system turn first, or none")
     if roles[-1] is not Role.ASSISTANT:
         wrong = f"the last turn is {roles[-1]}" if Role.ASSISTANT in roles else "no assistant turn"
         raise RowError(Code.WRONG_TURNS, wrong, expected="a final assistant turn: the answer to learn")
@@ -240,15 +240,15 @@ def _check_order(messages: tuple[Message, ...]) -> None:
         raise RowError(Code.WRONG_TURNS, "no user turn", expected="at least one user turn before the answer")
     if is_blank(messages[-1].content):
         wrong, field = "is blank in the final turn, which has tool calls only", f"messages[{len(messages) - 1}].content"
-        expected = "text: the final answer is what a version is judged by"
+        expected = "text: a version is evaluated by the final answer"
         raise RowError(Code.WRONG_CONTENT, wrong, field=field, expected=expected)
     if all(message.weight == 0 for message in messages if message.role is Role.ASSISTANT):
         wrong = "every assistant turn has the weight 0"
-        raise RowError(Code.WRONG_WEIGHT, wrong, expected="one at least that is learnt")
+        raise RowError(Code.WRONG_WEIGHT, wrong, expected="at least one assistant turn that is learnt")
 
 
 def _check_calls(example: ChatExample) -> None:
-    """Check that tool turns follow every call, and a call precedes every tool turn; chat templates pair them or fail.
+    """Check that every call has tool turns after it, and every tool turn a call before it: templates pair them or fail.
 
     Calls without an id are only counted, and one tool turn may hold the results of all of them, as in ShareGPT files.
     """
@@ -259,7 +259,7 @@ def _check_calls(example: ChatExample) -> None:
         if message.role is not Role.TOOL:
             if ids or (unnamed and not answered):
                 wrong = "has a call that no tool turn after it answers"
-                expected = "what the tool gives back, for every call before the next turn of another role"
+                expected = "the tool's result for every call, before the next turn of another role"
                 raise RowError(Code.WRONG_TURNS, wrong, field=caller, expected=expected)
             caller = f"{field}.tool_calls"
             _check_offered(message.tool_calls, offered, caller)
@@ -273,9 +273,9 @@ def _check_calls(example: ChatExample) -> None:
         elif identity is None and ids:
             del ids[next(iter(ids))]
         else:
-            found = "" if identity is None else f" for the call {identity!r:.80}"
-            wrong = f"is a tool turn{found} with no such call before it"
-            expected = "the assistant's call first, then what the tool gives back"
+            call = "" if identity is None else f" for the call {identity!r:.80}"
+            wrong = f"is a tool turn{call} with no such call before it"
+            expected = "the assistant's call first, then the tool's result"
             raise RowError(Code.WRONG_TURNS, wrong, field=field, expected=expected)
         answered = True
 
@@ -292,5 +292,5 @@ def _call_ids(calls: tuple[ToolCall, ...], field: str) -> dict[str, None]:
     for identity, count in named.items():
         if count > 1:
             wrong = f"has the id {identity!r:.80} twice"
-            raise RowError(Code.WRONG_TOOLS, wrong, field=field, expected="an id for each call")
+            raise RowError(Code.WRONG_TOOLS, wrong, field=field, expected="a unique id for each call")
     return dict.fromkeys(named)

@@ -1,7 +1,7 @@
-"""A chat example as token ids: what a model sees, and which of it are answers that are learnt and scored.
+"""A chat example as token ids, with the ranges of the answers that are learnt and scored.
 
-Written once, by the trainer: training, evaluation and every later run of the held-out set read the same ids, so that a
-loss and a log-likelihood speak of the same tokens. Knows no tokenizer.
+Written once, by the trainer: training, evaluation and every later run of the held-out set read the same ids, so that
+loss and log-likelihood refer to the same tokens. Knows no tokenizer.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,11 +19,11 @@ Place = Annotated[int, Field(ge=0)]
 
 @dataclass(frozen=True, slots=True)
 class TokenizedExample:
-    """Token ids of a conversation, up to and with the token that ends its last answer.
+    """Token ids of a conversation, up to and including the token that ends its last answer.
 
     Attributes:
-        learnt: start and end of each answer that is learnt, with the token that ends it; the end is exclusive. At least
-            one, in their order.
+        learnt: start and exclusive end of each answer that is learnt, including the token that ends it. At least one,
+            in order.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -33,26 +33,26 @@ class TokenizedExample:
 
     @property
     def prompt(self) -> tuple[int, ...]:
-        """What stands before the last answer that is learnt."""
+        """Tokens before the last answer that is learnt."""
         return self.input_ids[: self.learnt[-1][0]]
 
     @property
     def answer(self) -> tuple[int, ...]:
-        """The last answer that is learnt, with the token that ends it."""
+        """The last answer that is learnt, including the token that ends it."""
         return self.input_ids[slice(*self.learnt[-1])]
 
     def of_learnt(self, values: Sequence[Value]) -> list[Value]:
-        """Those that belong to tokens that are learnt.
+        """Return the values of the tokens that are learnt.
 
         Args:
-            values: one for each token from the first learnt one on.
+            values: one for each token, starting with the first learnt one.
         """
         first = self.learnt[0][0]
         return [value for start, end in self.learnt for value in values[start - first : end - first]]
 
     @property
     def scored(self) -> int:
-        """How many tokens are learnt."""
+        """Number of tokens that are learnt."""
         return sum(end - start for start, end in self.learnt)
 
 
@@ -60,7 +60,7 @@ _LINE = TypeAdapter(TokenizedExample)
 
 
 def write_tokenized(path: Path, examples: Iterable[TokenizedExample]) -> None:
-    """Write one line of JSON for each example, in their order."""
+    """Write one line of JSON for each example, in order."""
     path.write_bytes(b"".join(_LINE.dump_json(example) + b"\n" for example in examples))
 
 

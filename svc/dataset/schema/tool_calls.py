@@ -1,6 +1,6 @@
-"""Tools that an example offers and calls, as OpenAI's API has them.
+"""Tools that an example offers and calls, in the format of OpenAI's API.
 
-Arguments and definitions are kept as JSON text: hashable, and the same after a round trip. Nothing here is ever run.
+Arguments and definitions are stored as JSON text: hashable, and the same after a round trip. Nothing here is ever run.
 """
 
 import json
@@ -11,19 +11,19 @@ from svc.dataset.problem.problem import Code, RowError
 from svc.dataset.text.decode import decode_text
 
 _MAX_DEPTH = 64
-"""Of a tool's schema and of a call's arguments: templates walk them recursively."""
+"""Nesting of a tool's schema and of a call's arguments: templates walk them recursively."""
 Value = TypeVar("Value")
 _FUNCTION = (None, "function")
-"""The types of a tool and of a call; the only one there is may be left out."""
+"""Types of a tool and of a call; the only existing type may be left out."""
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A function that the assistant wants to have called.
+    """A function call by the assistant.
 
     Attributes:
-        arguments: a JSON object as text, as OpenAI's API has it.
-        id: what the tool's turn refers to; may be missing.
+        arguments: a JSON object as text, as in OpenAI's API.
+        id: referred to by the tool's turn; may be missing.
     """
 
     name: str
@@ -31,26 +31,26 @@ class ToolCall:
     id: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """The OpenAI form."""
+        """Return the OpenAI form."""
         identity = {} if self.id is None else {"id": self.id}
         return {**identity, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
 
 
 def parse_calls(where: str, role: str, calls: Any) -> tuple[ToolCall, ...]:
-    """The calls of one turn.
+    """Return the calls of one turn.
 
     Args:
-        where: the turn, as `messages[1]`.
+        where: path of the turn, for example `messages[1]`.
         calls: the value of its `tool_calls`.
 
     Raises:
-        RowError: not as OpenAI's API has them.
+        RowError: the calls are not in the format of OpenAI's API.
     """
     if calls is None or calls == []:
         return ()
     field = f"{where}.tool_calls"
     if role != "assistant":
-        raise RowError(Code.WRONG_TOOLS, f"stand in a {role} turn", field=field, expected="calls by the assistant")
+        raise RowError(Code.WRONG_TOOLS, f"are in a {role} turn", field=field, expected="calls by the assistant")
     expect(list, calls, field, "a list of calls", Code.WRONG_TOOLS)
     return tuple(_parse_call(f"{field}[{index}]", call) for index, call in enumerate(calls))
 
@@ -72,13 +72,13 @@ def _parse_call(field: str, call: Any) -> ToolCall:
 
 
 def parse_tools(tools: Any) -> tuple[str, ...]:
-    """Definitions of tools, each as JSON text.
+    """Return the definitions of tools, each as JSON text.
 
     Args:
-        tools: a list in OpenAI's form, or the same list as JSON text, as some files have it.
+        tools: a list in OpenAI's form, or the same list as JSON text, as in some files.
 
     Raises:
-        RowError: neither.
+        RowError: the value is neither.
     """
     if tools is None:
         return ()
@@ -96,13 +96,13 @@ def parse_tools(tools: Any) -> tuple[str, ...]:
 
 
 def names_of(tools: tuple[str, ...]) -> list[str]:
-    """The names of tools that `parse_tools` gave back."""
+    """Return the names of tools that `parse_tools` returned."""
     return [json.loads(tool)["function"]["name"] for tool in tools]
 
 
 def _parse_tool(field: str, tool: Any) -> str:
     if isinstance(tool, dict) and "function" not in tool and isinstance(tool.get("name"), str):
-        tool = {"type": "function", "function": tool}  # the definition alone, as ShareGPT files have it
+        tool = {"type": "function", "function": tool}  # only the definition, as in ShareGPT files
     function = tool.get("function") if isinstance(tool, dict) else None
     if (
         not isinstance(function, dict)
@@ -130,7 +130,7 @@ def json_text(value: Any) -> str:
 
 
 def decode_inner(text: str) -> Any:
-    """Strict JSON inside a string; None where it is none."""
+    """Return the strict JSON value in a string; None if it is not JSON."""
     try:
         return decode_text(text)
     except RowError:
@@ -143,7 +143,7 @@ def _is_too_deep(value: Any, levels: int = _MAX_DEPTH) -> bool:
 
 
 def kind_of(value: Any) -> str:
-    """A JSON value's type, as a person says it."""
+    """Return a JSON value's type in words."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
     return "null" if value is None else names.get(type(value), type(value).__name__)
 
@@ -171,19 +171,19 @@ def expect_turns(value: Any, field: str) -> list[Any]:
 
 
 def check_encodable(field: str, text: str) -> None:
-    """Raise RowError if a text holds half of a surrogate pair, which JSON can escape and UTF-8 cannot hold."""
+    """Raise RowError if a text contains half of a surrogate pair, which JSON can escape and UTF-8 cannot encode."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        wrong = "holds half of a surrogate pair"
-        raise RowError(Code.WRONG_CONTENT, wrong, field=field, expected="text that UTF-8 can hold") from None
+        wrong = "contains half of a surrogate pair"
+        raise RowError(Code.WRONG_CONTENT, wrong, field=field, expected="text that UTF-8 can encode") from None
 
 
 def optional_text(where: str, key: str, value: Any) -> str | None:
     """Return a string that may be missing; an empty one counts as missing, as in Parquet and CSV.
 
     Raises:
-        RowError: the value has another type, or UTF-8 cannot hold it.
+        RowError: the value has another type, or UTF-8 cannot encode it.
     """
     if value is None or value == "":
         return None

@@ -1,4 +1,4 @@
-"""JSON, strictly: UTF-8, no NaN, no key twice in an object; each fault as an error of its line."""
+"""Strict JSON: UTF-8, no NaN, no duplicate key in an object; each fault becomes an error of its line."""
 
 import json
 from collections import Counter
@@ -26,10 +26,10 @@ def decode(raw: bytes) -> Any:
 
 
 def decode_text(text: str) -> Any:
-    """One JSON value.
+    """Return one JSON value.
 
     Raises:
-        RowError: not JSON.
+        RowError: the text is not JSON.
     """
     try:
         return STRICT.decode(text)
@@ -38,27 +38,27 @@ def decode_text(text: str) -> Any:
 
 
 def explain(error: ValueError | RecursionError) -> RowError:
-    """What the JSON reader's error means."""
+    """Return the error of a line for an error of the JSON reader."""
     if isinstance(error, json.JSONDecodeError):
         wrong = f"not JSON: {error.msg} at column {error.colno}"
     elif isinstance(error, RecursionError):
         wrong = "not usable JSON: nested too deeply"
-    else:  # Python reads no integer of more than 4300 digits
+    else:  # Python rejects integers of more than 4300 digits
         wrong = "not usable JSON: a number with too many digits"
     return RowError(Code.NOT_JSON, wrong, expected="one JSON object in a line")
 
 
 def _refuse_constant(name: str) -> Any:
-    raise RowError(Code.NOT_JSON, f"not JSON: {name}", expected="JSON knows no NaN and no Infinity")
+    raise RowError(Code.NOT_JSON, f"not JSON: {name}", expected="JSON has no NaN and no Infinity")
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         twice = min(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise RowError(Code.NOT_JSON, f"key {twice!r} twice in one object", expected="each key once")
+        raise RowError(Code.NOT_JSON, f"duplicate key {twice!r} in one object", expected="each key once")
     return value
 
 
 STRICT = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_refuse_duplicates)
-"""Raises RowError for NaN, Infinity and a key that comes twice."""
+"""Raises RowError for NaN, Infinity and duplicate keys."""

@@ -1,4 +1,4 @@
-"""What of a text counts: whether it shows anything, and when two texts are the same to a reader.
+"""Comparison of texts: whether a text shows anything, and whether two texts look the same to a reader.
 
 Knows nothing of examples.
 """
@@ -10,23 +10,23 @@ _INVISIBLE = {"Zs", "Zl", "Zp", "Cc", "Cf"}
 _FILLERS = "\u115f\u1160\u2800\u3164\uffa0"
 """Letters and symbols by category, but without a glyph: Hangul fillers and the blank Braille pattern."""
 _UNIFIED = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | dict.fromkeys((0xAD, 0x200B, 0x2060, 0xFEFF))
-"""Full-width letters are ASCII; hyphens that only show at a line's end and spaces without a width are nothing.
+"""Full-width letters become ASCII; hyphens that only show at a line's end and spaces without a width are removed.
 
-Not so the joiners U+200C and U+200D, which change a word in Persian and Hindi and an emoji; nor all of NFKC, under
-which 5² would be 52.
+The joiners U+200C and U+200D stay, because they change a word in Persian and Hindi and an emoji. NFKC is not applied,
+because it would turn 5² into 52.
 """
 _TO_UNIFY = re.compile("[\uff01-\uff5e\u00ad\u200b\u2060\ufeff]")
 
 
 def is_blank(text: str) -> bool:
-    """Whether a text has no character that can be seen."""
+    """Return whether a text has no visible character."""
     if "!" <= text[:1] <= "~":
         return False  # nearly every text, in a tenth of the time
     return not any(unicodedata.category(letter) not in _INVISIBLE and letter not in _FILLERS for letter in text)
 
 
 def unified(text: str) -> str:
-    """A text in one way of writing it: without regard to case, to composed letters and to what cannot be seen."""
+    """Return a text in a canonical form that ignores case, composition of letters and invisible characters."""
     if text.isascii():
         return text.lower()
     if _TO_UNIFY.search(text):
@@ -35,5 +35,5 @@ def unified(text: str) -> str:
 
 
 def normal(text: str) -> str:
-    """The same, without regard to spacing either."""
+    """Return the canonical form of `unified`, ignoring spacing too."""
     return " ".join(unified(text).split())

@@ -56,10 +56,10 @@ def test_what_the_held_out_examples_can_detect_is_said_when_they_are_named(tmp_p
     for path, count in ((train, 3), (heldout, 40)):
         turns = ([QUESTION | {"content": f"{path.stem} {number}"}, ANSWER] for number in range(count))
         path.write_text("\n".join(json.dumps({"messages": turn}) for turn in turns))
-    said = "40 held-out examples decide about a loss that is 0.140 or more from its limit, in four of five samples"
+    said = "40 held-out examples detect a loss that is 0.140 or more from its limit, in four of five samples"
     assert said in check(str(train), "--heldout", str(heldout)).output
-    assert "decide about a loss" not in check(str(train)).output
-    assert "decide about a loss" not in check(str(train), "--heldout", str(heldout), "--json").output
+    assert "detect a loss" not in check(str(train)).output
+    assert "detect a loss" not in check(str(train), "--heldout", str(heldout), "--json").output
 
 
 def test_answers_are_shown_without_what_a_terminal_obeys(tmp_path: Path) -> None:

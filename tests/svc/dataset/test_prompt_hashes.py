@@ -49,5 +49,5 @@ def test_a_file_that_was_cut_off_is_told(tmp_path: Path, size: int) -> None:
 def test_a_file_of_something_else_is_told(tmp_path: Path, write: Callable[[BytesIO], None]) -> None:
     write(content := BytesIO())
     (tmp_path / "h.npy").write_bytes(content.getvalue())
-    with pytest.raises(IntegrityError, match="holds no hashes of prompts"):
+    with pytest.raises(IntegrityError, match="contains no hashes of prompts"):
         read_prompt_hashes(tmp_path / "h.npy")

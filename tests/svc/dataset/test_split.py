@@ -103,7 +103,7 @@ def test_what_would_be_held_out_if_it_had_not_been_learnt_is_counted() -> None:
 
 def test_examples_that_were_all_learnt_cannot_be_split() -> None:
     examples = unrelated(0, 5)
-    with pytest.raises(DataError, match="have learnt all examples") as caught:
+    with pytest.raises(DataError, match="were trained on all examples") as caught:
         split_heldout(examples, 0.2, 0, hash_prompts(examples))
     assert "data.heldout" in caught.value.todo
 
@@ -170,5 +170,5 @@ def test_general_examples_are_chosen_by_the_seed() -> None:
 
 
 def test_held_out_prompts_are_no_general_examples() -> None:
-    with pytest.raises(DataError, match="holds 1 examples"):
+    with pytest.raises(DataError, match="has 1 examples"):
         mix_general([chat("t")], [chat("g"), chat("H ", "x")], [chat("h")], 0.7, 0)

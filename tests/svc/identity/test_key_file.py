@@ -25,7 +25,7 @@ def test_a_private_file_is_read(tmp_path: Path, mode: int) -> None:
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o644])
 def test_a_file_that_others_can_use_is_refused(tmp_path: Path, mode: int) -> None:
-    with pytest.raises(SettingsError, match="others can read") as raised:
+    with pytest.raises(SettingsError, match="can be read by other users") as raised:
         read_key(key_file(tmp_path, mode=mode))
     assert "chmod 600" in raised.value.todo
     assert SECRET not in str(raised.value)
@@ -35,7 +35,7 @@ def test_a_file_that_others_can_use_is_refused(tmp_path: Path, mode: int) -> Non
     "content", ["", "none", SECRET[:-1], f"Bearer {SECRET}"], ids=["empty", "other", "cut", "more"]
 )
 def test_a_file_without_a_key_is_refused_and_not_shown(tmp_path: Path, content: str) -> None:
-    with pytest.raises(SettingsError, match="holds no key") as raised:
+    with pytest.raises(SettingsError, match=r"contains no key|is empty") as raised:
         read_key(key_file(tmp_path, content))
     assert not content or content not in str(raised.value)
 

@@ -20,7 +20,7 @@ def test_an_admin_may_do_everything(scope: Scope) -> None:
 
 
 def test_who_lacks_a_scope_is_told_which() -> None:
-    with pytest.raises(PermissionDeniedError, match="has not the scope train"):
+    with pytest.raises(PermissionDeniedError, match="lacks the scope train"):
         CLIENT.require(Scope.TRAIN)
 
 

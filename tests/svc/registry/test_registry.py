@@ -300,9 +300,9 @@ def test_an_alias_is_the_version_that_it_was_given(
     [
         ("@3", "there is no version {name}@3"),
         ("@candidate", "{name} has no alias 'candidate'"),
-        ("@newest", "'{name}@newest' names no version"),
+        ("@newest", "'{name}@newest' is not a version"),
         ("-x", "there is no model '{name}-x'"),
-        ("@1@1", "'{name}@1@1' names no version"),
+        ("@1@1", "'{name}@1@1' is not a version"),
     ],
 )
 def test_what_is_not_there_is_named_with_what_is(

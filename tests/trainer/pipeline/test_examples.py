@@ -51,12 +51,12 @@ def test_skipping_all_but_one_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_single_example_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"t\.jsonl holds 1 example"):
+    with pytest.raises(DataError, match=r"t\.jsonl has 1 example"):
         read(tmp_path, TRAIN[:1], HELDOUT)
 
 
 def test_an_empty_heldout_set_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"h\.jsonl holds 0 examples"):
+    with pytest.raises(DataError, match=r"h\.jsonl has 0 examples"):
         read(tmp_path, TRAIN, [])
 
 
@@ -208,7 +208,7 @@ def test_general_examples_are_never_held_out(tmp_path: Path) -> None:
 
 def test_too_few_general_examples_are_refused(tmp_path: Path) -> None:
     write_examples(tmp_path / "g.jsonl", lines_of(1, "general"))
-    with pytest.raises(DataError, match=r"data\.general holds 1 examples"):
+    with pytest.raises(DataError, match=r"data\.general has 1 examples"):
         read(tmp_path, TRAIN, HELDOUT, general=tmp_path / "g.jsonl", general_share=0.5)
 
 

@@ -123,9 +123,7 @@ def test_what_the_examples_can_detect_is_told_before_training(
     with pytest.raises(InterruptedRunError):
         make(WORSE_QUANTIZED).train_version()
     told = " ".join(capsys.readouterr().err.split())
-    assert (
-        "7 held-out examples decide about a loss that is 0.335 or more from its limit, in four of five samples" in told
-    )
+    assert "7 held-out examples detect a loss that is 0.335 or more from its limit, in four of five samples" in told
     assert "evaluate.max_gptq_loss is 0.05: about 320 pass a version that has lost nothing" in told
 
 
@@ -136,7 +134,7 @@ def test_nothing_is_told_of_what_the_examples_can_detect_when_no_share_is_limite
     stages.broken = {Stage.TRAIN}
     with pytest.raises(InterruptedRunError):
         make(WORSE_QUANTIZED, evaluate=evaluate).train_version()
-    assert "decide about a loss" not in capsys.readouterr().err
+    assert "detect a loss" not in capsys.readouterr().err
 
 
 def test_a_loss_that_the_recipe_allows_becomes_a_version(make: Make) -> None:
@@ -214,6 +212,6 @@ def test_a_key_that_others_can_read_is_told_before_training(make: Make, stages: 
     key = tmp_path / "judge.key"
     key.write_text("secret")
     key.chmod(0o644)
-    with pytest.raises(SettingsError, match="others can read the key file"):
+    with pytest.raises(SettingsError, match="can be read by other users"):
         make(judge={"url": "http://127.0.0.1:1/v1", "model": "wise", "key_file": str(key)}).train_version()
     assert stages.ran == []

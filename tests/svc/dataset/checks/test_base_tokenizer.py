@@ -98,7 +98,7 @@ def test_the_maximum_is_in_the_tokens_of_the_base(tmp_path: Path) -> None:
     path = data(tmp_path / "x.jsonl", example)
     assert report(path, "--base", folder, "--max-length", tokens)["problems"] == []
     [problem] = report(path, "--base", folder, "--max-length", tokens - 1)["problems"]
-    assert f" {tokens} tokens, where {tokens - 1} are the maximum" in problem["message"]
+    assert f" {tokens} tokens; the maximum is {tokens - 1}" in problem["message"]
 
 
 def test_lengths_in_tokens_are_shown(tmp_path: Path) -> None:

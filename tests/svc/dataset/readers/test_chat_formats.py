@@ -181,11 +181,11 @@ def test_fingerprints_of_plain_chats_are_what_they_were() -> None:
             Code.WRONG_TOOLS,
             "conversations[1].value is",
         ),
-        ({"prompt": "a", "completion": "b", "conversations": []}, Code.MIXED_FORMATS, "beside"),
+        ({"prompt": "a", "completion": "b", "conversations": []}, Code.MIXED_FORMATS, "together"),
         (
             {"messages": [turn("user", "a"), turn("assistant", "b")], "instruction": "a", "output": "b"},
             Code.MIXED_FORMATS,
-            "'messages' beside 'instruction' and 'output'",
+            "'messages' together with 'instruction' and 'output'",
         ),
         ({"messages": [turn("user", "a"), turn("assistant", "b") | {"weight": 2}]}, Code.WRONG_WEIGHT, "weight is 2"),
         ({"messages": [turn("user", "a"), turn("assistant", "b") | {"weight": 0}]}, Code.WRONG_WEIGHT, "weight 0"),

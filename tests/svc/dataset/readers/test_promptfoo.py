@@ -45,7 +45,7 @@ def test_every_test_with_every_prompt_is_an_example(tmp_path: Path) -> None:
     [
         ("{% for x in y %}", "{vars: {x: a}, assert: [{type: equals, value: b}]}", "code in its template"),
         ("{{ x | upper }}", "{vars: {x: a}, assert: [{type: equals, value: b}]}", "code in its template"),
-        ("{{ y }}", "{vars: {x: a}, assert: [{type: equals, value: b}]}", "which vars does not have"),
+        ("{{ y }}", "{vars: {x: a}, assert: [{type: equals, value: b}]}", "which is not in vars"),
         ("{{ x }}", "{vars: {x: a}, assert: [{type: llm-rubric, value: b}]}", "no reference answer, only llm-rubric"),
         ("{{ x }}", "{vars: {x: a}}", "no reference answer"),
         ("{{ x }}", "{vars: {x: [a, b]}, assert: [{type: equals, value: b}]}", "is a list"),

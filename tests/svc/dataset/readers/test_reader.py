@@ -40,13 +40,13 @@ def test_an_empty_file_is_too_few_examples(tmp_path: Path, content: bytes) -> No
     path = tmp_path / "empty.jsonl"
     path.write_bytes(content)
     error = failure(path)
-    assert f"{path} holds 0 examples" in error.wrong
+    assert f"{path} has 0 examples" in error.wrong
     assert error.expected == "at least 1"
 
 
 def test_a_single_example_is_too_few_to_train_on(tmp_path: Path) -> None:
     error = failure(write_lines(tmp_path / "one.jsonl", chat().as_dict()), minimum=2)
-    assert "holds 1 example" in error.wrong
+    assert "has 1 example" in error.wrong
     assert error.expected == "at least 2"
 
 
@@ -56,7 +56,7 @@ def test_a_single_example_is_too_few_to_train_on(tmp_path: Path) -> None:
         (b'{"messages": [', "not JSON"),
         (b'{"messages": [{"role": "user", "content": "caf\xe9"}]}', "byte 0xe9 at position 46 is not UTF-8"),
         (b'{"messages": [{"role": "user", "content": "Which?"}]}', "no assistant turn"),
-        (b'{"messages": [], "messages": []}', "key 'messages' twice"),
+        (b'{"messages": [], "messages": []}', "duplicate key 'messages'"),
         (b'{"weight": NaN}', "not JSON: NaN"),
         (b'{"weight": ' + b"9" * 5000 + b"}", "a number with too many digits"),
         (b"[" * 100_000, "nested too deeply"),
@@ -78,7 +78,7 @@ def test_an_object_with_very_many_keys_is_read_in_proportion_to_its_length(tmp_p
     path = tmp_path / "train.jsonl"
     path.write_text("{" + ", ".join([*keys, keys[500]]) + "}")
     began = time.process_time()
-    assert "key '500' twice" in failure(path).wrong
+    assert "duplicate key '500'" in failure(path).wrong
     assert time.process_time() - began < 5
 
 

@@ -90,18 +90,18 @@ def refusal(source: str, fetch: Hub) -> DataError:
 def test_an_unreachable_hub_is_told_with_what_to_do(tmp_path: Path) -> None:
     error = refusal("hf:org/name", Hub(tmp_path, LocalEntryNotFoundError("offline")))
     assert "dataset org/name is not in the cache and the Hugging Face hub cannot be reached" in error.wrong
-    assert "copy the dataset here" in error.todo
+    assert "copy the dataset to this machine" in error.todo
 
 
 def test_an_unknown_dataset_is_told(tmp_path: Path) -> None:
     error = refusal("hf:org/name", Hub(tmp_path, HFValidationError("no such dataset\n\nmore")))
-    assert error.wrong == "the Hugging Face hub refuses dataset org/name: no such dataset"
+    assert error.wrong == "the Hugging Face hub rejected dataset org/name: no such dataset"
 
 
 @pytest.mark.parametrize("source", ["hf:", "hf:name", "hf:org/name/../../etc", "hf:org/na me"])
 def test_what_names_no_dataset_is_refused_before_anything_is_fetched(tmp_path: Path, source: str) -> None:
     hub = Hub(tmp_path)
-    assert f"{source!r} names no hub dataset" in refusal(source, hub).wrong
+    assert f"{source!r} is not a hub dataset" in refusal(source, hub).wrong
     assert hub.asked == {}
 
 

@@ -46,7 +46,7 @@ def test_a_good_example_is_read_whole() -> None:
         ((turn("user", True), ANSWER), "messages[0].content is a boolean"),
         ((USER, turn("assistant", {"section": "net"})), "messages[1].content is an object"),
         ((USER, turn("assistant", " \n")), "messages[1].content is blank"),
-        ((turn("user", "\ud83d"), ANSWER), "messages[0].content holds half of a surrogate pair"),
+        ((turn("user", "\ud83d"), ANSWER), "messages[0].content contains half of a surrogate pair"),
         (("hello",), "messages[0] is a string"),
         ((), "messages is an empty list"),
     ],
