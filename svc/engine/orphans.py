@@ -1,8 +1,8 @@
-"""What tells a later server of an engine that runs: its lock, and a record of what it holds.
+"""How a later server finds an engine that still runs: by its lock, and a record of its process and weights.
 
-The engine itself holds the lock: it inherits the locked file when it is started, so that the kernel gives the lock back
-when it is dead, however it died, and whatever became of the server that started it. The record names the process, what
-it was started with, and what it was last verified to hold. Knows nothing of sockets, of HTTP or of versions.
+The engine itself holds the lock: it inherits the locked file at its start, so that the kernel releases the lock when
+the engine is dead, however it died, and whatever happened to the server that started it. The record names the process,
+its launch, and the weights that were last verified. Knows nothing of sockets, HTTP or versions.
 """
 
 import contextlib
@@ -33,14 +33,14 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 @dataclass(frozen=True, slots=True)
 class EngineRecord:
-    """What is known of an engine beside its folder.
+    """Record of a running engine.
 
     Attributes:
-        pid: of the process that was started; the group of all its processes has the same number.
-        boot, ticks: when that process began, see `start_of`: guards against a number that is used again.
-        launch: what it was started with, see svc.engine.vllm.launch.launch_digest.
-        plan: how that was chosen, for people, see svc.engine.vllm.plan.EnginePlan.rows.
-        holds: what it was last verified to hold; None while nobody knows.
+        pid: of the started process; its process group has the same number.
+        boot, ticks: start of that process, see `start_of`: guards against a reused pid.
+        launch: digest of its launch, see svc.engine.vllm.launch.launch_digest.
+        plan: the choices for its launch, for people, see svc.engine.vllm.plan.EnginePlan.rows.
+        holds: the content that was last verified; None if unknown.
     """
 
     pid: int
@@ -53,10 +53,10 @@ class EngineRecord:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[IO[str]]:
-    """The locked file, for a process that is started in the body and inherits it.
+    """Yield the locked file, for a process that is started in the body and inherits it.
 
     Raises:
-        EngineError: another engine has it.
+        EngineError: another engine holds the lock.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -64,29 +64,29 @@ def locked(folder: Path) -> Iterator[IO[str]]:
         except BlockingIOError:
             pids = ", ".join(str(process.pid) for process in _holders(folder))
             raise EngineError(
-                f"an engine runs in {folder} already, processes {pids}", todo="end them, then start again"
+                f"an engine already runs in {folder}, processes {pids}", todo="stop these processes, then start again"
             ) from None
         yield file
 
 
 def write_record(folder: Path, record: EngineRecord) -> None:
-    """Replaces the record at once: a reader finds the old one or the new one."""
+    """Replace the record atomically."""
     write_whole(folder / RECORD_FILE, json.dumps({_FOLDER: str(folder.resolve())} | asdict(record)).encode("utf-8"))
 
 
 def read_record(folder: Path) -> EngineRecord | None:
-    """The record; None where there is none, or it is damaged, or a copy: the engine is that of another home then."""
+    """Return the record; None if it is missing, damaged or copied from another home, which then owns the engine."""
     try:
-        found = json.loads((folder / RECORD_FILE).read_text("utf-8"))
-        if found.pop(_FOLDER) != str(folder.resolve()):
+        record = json.loads((folder / RECORD_FILE).read_text("utf-8"))
+        if record.pop(_FOLDER) != str(folder.resolve()):
             return None
-        return EngineRecord(**found | {"pid": int(found["pid"]), "ticks": int(found["ticks"])})
+        return EngineRecord(**record | {"pid": int(record["pid"]), "ticks": int(record["ticks"])})
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
 
 def find_engine(folder: Path) -> psutil.Process | None:
-    """The process in the record, if it runs still and holds the lock."""
+    """Return the process in the record, if it still runs and holds the lock."""
     record = read_record(folder)
     if record is None or not is_locked(folder / LOCK_FILE):
         return None
@@ -98,32 +98,32 @@ def find_engine(folder: Path) -> psutil.Process | None:
 
 
 def end_engine(folder: Path, known: psutil.Process | None = None) -> None:
-    """Ends all processes of the engine that was started last in a folder: the first one, then what it left behind.
+    """Stop all processes of the engine that was started last in a folder: the first one, then its remaining children.
 
-    Looks again until nothing is left: an engine that is starting begins processes while it is being ended.
+    It repeats until no process remains: an engine that is starting creates processes while it is being stopped.
 
     Args:
-        known: its first process, for who has started or adopted it: whatever became of the folder.
+        known: its first process, if the caller started or adopted it, whatever happened to the folder.
     """
     record = read_record(folder)
     engine = known if known and runs(known) else find_engine(folder)
     if engine:
         end_processes([engine])
     for _ in range(_END_ROUNDS):
-        left = _group_of(engine.pid) if engine else _left_by(record) if record else []
+        remaining = _group_of(engine.pid) if engine else _left_by(record) if record else []
         if is_locked(folder / LOCK_FILE):
-            left += [process for process in _holders(folder) if process not in left]
-        if not left:
+            remaining += [process for process in _holders(folder) if process not in remaining]
+        if not remaining:
             break
-        end_processes(left)
+        end_processes(remaining)
     (folder / RECORD_FILE).unlink(missing_ok=True)
 
 
 def start_of(pid: int) -> tuple[str, int]:
-    """When a process began: the machine's boot, and clock ticks since then. A time of day would move with the clock.
+    """Return a process's start: boot id and clock ticks since boot. A time of day would move with the clock.
 
     Raises:
-        psutil.NoSuchProcess: there is none.
+        psutil.NoSuchProcess: there is no such process.
     """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text("utf-8", errors="replace")
@@ -133,7 +133,7 @@ def start_of(pid: int) -> tuple[str, int]:
 
 
 def runs(process: psutil.Process) -> bool:
-    """A process that has ended stays in the table until its parent looks, and in a container nobody may ever look."""
+    """Return whether a process runs and is not a zombie; in a container, zombies may never be reaped."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -141,7 +141,7 @@ def runs(process: psutil.Process) -> bool:
 
 
 def end_processes(processes: list[psutil.Process]) -> None:
-    """SIGTERM, and SIGKILL after the grace."""
+    """Send SIGTERM, and SIGKILL after the grace period."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -155,30 +155,34 @@ def end_processes(processes: list[psutil.Process]) -> None:
 
 
 def _holders(folder: Path) -> list[psutil.Process]:
-    """Who has the lock's file open: also an engine whose server died before it wrote the record."""
+    """Return the processes that have the lock's file open, including an engine whose server died before the record."""
     lock = str((folder / LOCK_FILE).resolve())
-    return _processes(lambda one: one.pid != os.getpid() and any(file.path == lock for file in one.open_files()))
+
+    def has_open(process: psutil.Process) -> bool:
+        return process.pid != os.getpid() and any(file.path == lock for file in process.open_files())
+
+    return _processes(has_open)
 
 
 def _group_of(number: int) -> list[psutil.Process]:
-    """The processes of a group: an engine's core outlives it where it is killed."""
-    return _processes(lambda one: os.getpgid(one.pid) == number and runs(one))
+    """Return the processes of a group: an engine's core outlives an engine that is killed."""
+    return _processes(lambda process: os.getpgid(process.pid) == number and runs(process))
 
 
 def _left_by(record: EngineRecord) -> list[psutil.Process]:
-    """What runs still of the group of an engine that may have ended.
+    """Return the remaining processes of the group of an engine that may have exited.
 
-    A number is not given to a new process while a group has it. It may be when the whole group has ended: only what
-    began in the same boot, no earlier than the engine, and runs the same interpreter is its own.
+    A pid is not reused while a group has it, but it may be after the whole group has exited: only processes that began
+    in the same boot, not before the engine, and run the same interpreter belong to it.
     """
     with contextlib.suppress(psutil.NoSuchProcess):
         if start_of(record.pid) != (record.boot, record.ticks):
             return []
     python = os.path.realpath(sys.executable)
 
-    def is_its_own(one: psutil.Process) -> bool:
-        boot, ticks = start_of(one.pid)
-        return boot == record.boot and ticks >= record.ticks and os.path.realpath(one.exe()) == python
+    def is_its_own(process: psutil.Process) -> bool:
+        boot, ticks = start_of(process.pid)
+        return boot == record.boot and ticks >= record.ticks and os.path.realpath(process.exe()) == python
 
     return _processes(is_its_own, _group_of(record.pid))
 
@@ -186,14 +190,14 @@ def _left_by(record: EngineRecord) -> list[psutil.Process]:
 def _processes(
     fits: Callable[[psutil.Process], bool], among: Iterable[psutil.Process] | None = None
 ) -> list[psutil.Process]:
-    """Those that fit; one that has ended, or is somebody else's, does not.
+    """Return the processes that fit, without those that have exited or belong to other users.
 
     Args:
-        among: these; None: all.
+        among: candidates; None: all processes.
     """
-    found = list[psutil.Process]()
+    fitting = list[psutil.Process]()
     for process in psutil.process_iter() if among is None else among:
         with contextlib.suppress(psutil.Error, OSError):
             if fits(process):
-                found.append(process)
-    return found
+                fitting.append(process)
+    return fitting

@@ -1,8 +1,8 @@
-"""Probes: short token sequences whose log-probabilities tell one set of weights from another.
+"""Probes: short token sequences whose log-probabilities distinguish one set of weights from another.
 
-Taken when a version is qualified, checked after every load. They say *which weights run*, not whether they are good.
-An engine of another kind (version of vLLM, device, instruction set, compiled or not) rounds otherwise: there, probes
-are taken again, and the tolerance is never loosened.
+Measured when a version is qualified, checked after every load. They show *which weights run*, not whether they are
+good. An engine of another kind (version of vLLM, device, instruction set, compiled or not) rounds differently: there,
+probes are measured again, and the tolerance is never loosened.
 """
 
 import asyncio
@@ -32,11 +32,11 @@ Scored = tuple[Sequence[int], int]
 
 
 class EngineFacts(BaseModel):
-    """What decides how an engine rounds.
+    """Properties that determine how an engine rounds.
 
     Attributes:
-        dtype: in which numbers it computes.
-        kernel: whose kernel multiplies by 4-bit weights; vLLM's also for a model that has none.
+        dtype: number type in which it computes.
+        kernel: implementation that multiplies by 4-bit weights; vLLM's also for a model without such weights.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,19 +50,19 @@ class EngineFacts(BaseModel):
 
     @property
     def key(self) -> str:
-        """A text that equal facts share."""
+        """Text that is the same for equal facts."""
         return self.model_dump_json()
 
 
 class Probe(BaseModel):
-    """One sequence and what the version gives for it.
+    """One sequence and the version's log-probabilities for it.
 
     Attributes:
         token_ids: at most 64.
         start: index of the first token of the answer.
         logprobs: natural-log probability of each token from `start` on.
-        tolerance: largest absolute difference in any of them, nats.
-        engine: where they were measured.
+        tolerance: maximum absolute difference of any of them, nats.
+        engine: on which they were measured.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -81,7 +81,7 @@ class Probe(BaseModel):
 
 
 def engine_facts(settings: EngineSettings, capabilities: DeviceCapabilities, model: Path) -> EngineFacts:
-    """The facts of an engine that is started with these settings on this device.
+    """Return the facts of an engine that is started with these settings on this device.
 
     Args:
         model: its folder.
@@ -101,11 +101,11 @@ def engine_facts(settings: EngineSettings, capabilities: DeviceCapabilities, mod
 
 
 def choose_sequences(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], count: int) -> list[Scored]:
-    """Cuts prompts with their answers to probes of at most 64 tokens, evenly picked.
+    """Return evenly picked prompts with their answers, cut to at most 64 tokens.
 
     Args:
         pairs: token ids of prompts and of their answers.
-        count: how many, at most 8.
+        count: number of sequences, at most 8.
 
     Returns:
         Pairs of a sequence and the index where its answer starts.
@@ -113,16 +113,16 @@ def choose_sequences(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], count
     step = max(1, len(pairs) // count)
     chosen: list[Scored] = []
     for prompt, answer in pairs[::step][:count]:
-        kept_answer = tuple(answer)[: MAX_TOKENS // 2]
-        kept_prompt = tuple(prompt)[-(MAX_TOKENS - len(kept_answer)) :]
-        chosen.append((kept_prompt + kept_answer, len(kept_prompt)))
+        cut_answer = tuple(answer)[: MAX_TOKENS // 2]
+        cut_prompt = tuple(prompt)[-(MAX_TOKENS - len(cut_answer)) :]
+        chosen.append((cut_prompt + cut_answer, len(cut_prompt)))
     return chosen
 
 
 async def measure_probes(
     client: EngineClient, sequences: Sequence[Scored], *, repeats: int
 ) -> list[list[tuple[float, ...]]]:
-    """Measures all sequences again and again, together and alone: what differs is the engine's own noise.
+    """Measure all sequences repeatedly, together and alone; the differences are the engine's noise.
 
     After each batch one sequence is measured alone, in turn: that shows the same noise in a fifth of the time.
 
@@ -146,13 +146,13 @@ async def measure_probes(
 def make_probes(
     sequences: Sequence[Scored], measured: Sequence[Sequence[tuple[float, ...]]], facts: EngineFacts
 ) -> tuple[Probe, ...]:
-    """Probes whose tolerance is twice the largest difference between any measurement and the first, at least 0.001.
+    """Return probes whose tolerance is twice the largest difference of any measurement to the first, at least 0.001.
 
     Args:
-        measured: as `measure_probes` gives it; measurements of several engines of one kind may be joined.
+        measured: from `measure_probes`; measurements of several engines of one kind may be joined.
 
     Raises:
-        ProbeError: a measurement that is no finite number.
+        ProbeError: a measurement is not a finite number.
     """
     probes = []
     for index, (token_ids, start) in enumerate(sequences):
@@ -160,9 +160,9 @@ def make_probes(
         noise = max(_difference(reference, run[index]) for run in measured)
         if math.isinf(noise):
             raise ProbeError(
-                f"sequence {index + 1} has a log-probability that is no finite number",
+                f"sequence {index + 1} has a log-probability that is not a finite number",
                 expected="finite numbers at every measurement",
-                todo="train again, with a lower learning rate: the weights are not usable",
+                todo="train again with a lower learning rate: the weights are not usable",
             )
         tolerance = max(MIN_TOLERANCE, 2 * noise)
         probe = Probe(token_ids=tuple(token_ids), start=start, logprobs=reference, tolerance=tolerance, engine=facts)
@@ -171,18 +171,18 @@ def make_probes(
 
 
 async def check_probes(client: EngineClient, probes: Sequence[Probe]) -> float:
-    """Asks the engine for all probes at once and compares.
+    """Measure all probes concurrently on the engine and compare.
 
     Returns:
         The largest difference, nats.
 
     Raises:
-        ProbeError: a difference beyond its probe's tolerance, or nothing to compare.
+        ProbeError: a difference exceeds its probe's tolerance, or there is no probe.
     """
     if not probes:
         raise ProbeError("the version has no probes for this format", todo="qualify the version again")
     measured = await _measure(client, [(probe.token_ids, probe.start) for probe in probes])
-    differences = [_difference(probe.logprobs, found) for probe, found in zip(probes, measured, strict=True)]
+    differences = [_difference(probe.logprobs, values) for probe, values in zip(probes, measured, strict=True)]
     for number, (probe, difference) in enumerate(zip(probes, differences, strict=True), start=1):
         if not difference <= probe.tolerance:  # also true for NaN
             raise ProbeError(
@@ -197,7 +197,7 @@ async def _measure(client: EngineClient, sequences: Sequence[Scored]) -> list[tu
     return await asyncio.gather(*(client.logprobs(token_ids, start) for token_ids, start in sequences))
 
 
-def _difference(expected: Sequence[float], found: Sequence[float]) -> float:
-    if any(not math.isfinite(value) for value in found):
+def _difference(expected: Sequence[float], measured: Sequence[float]) -> float:
+    if any(not math.isfinite(value) for value in measured):
         return math.inf
-    return max(abs(one - other) for one, other in zip(expected, found, strict=True))
+    return max(abs(one - other) for one, other in zip(expected, measured, strict=True))

@@ -1,4 +1,4 @@
-"""Where an engine is in its life, and how far a start has come."""
+"""States of an engine, and phases of its start."""
 
 from enum import StrEnum
 
@@ -11,20 +11,20 @@ class EngineState(StrEnum):
     SWAPPING = "swapping"
     DRAINING = "draining"
     RETIRING = "retiring"
-    """Another engine took its place; it answers its last requests."""
+    """Another engine has replaced it; it answers its last requests."""
     IDLE = "idle"
-    """Nobody asks: it was ended, or sleeps on its GPU; the next request brings it back."""
+    """Without requests: it was stopped, or sleeps on its GPU; the next request restores it."""
     STOPPED = "stopped"
     FAILED = "failed"
 
 
 class EnginePhase(StrEnum):
-    """The phases of a start, in their order. The value is what a person reads."""
+    """The phases of a start, in order. The value is the text for people."""
 
     PYTHON = "starting Python"
     ARGUMENTS = "reading arguments"
     CORE = "starting the engine core"
     WEIGHTS = "loading weights"
-    CACHE = "making room for keys and values"
+    CACHE = "allocating the key-value cache"
     WARM_UP = "warming up"
     SOCKET = "opening the socket"

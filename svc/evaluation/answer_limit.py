@@ -1,6 +1,6 @@
-"""Limits on the answers to held-out examples: how many tokens the answer to each example may have.
+"""Limits on the answers to held-out examples: maximum tokens of each answer.
 
-A fixed limit gives every answer the same number of tokens, so that a longer reference can only be missed. Without one,
+A fixed limit gives every answer the same number of tokens, so that a longer reference cannot be matched. Without one,
 the limit follows from the example's own reference. Knows token ids and texts, no tokenizer and no engine.
 """
 
@@ -12,8 +12,8 @@ from svc.dataset.schema.tokenized_example import TokenizedExample
 REFERENCE_FACTOR = 1.5
 """Times the reference's tokens: an answer may be half again as long and still be right in other words."""
 SPARE_TOKENS = 16
-"""For short references: half of a label's few tokens is too little for another wording, and a chat template may have
-the model write more than one token at its end."""
+"""For short references: half of a label's few tokens is too little for another wording, and with some chat templates
+the model ends an answer with more than one token."""
 
 
 def answer_limits(examples: Sequence[TokenizedExample], *, context: int, fixed: int | None) -> tuple[int, ...]:
@@ -39,10 +39,10 @@ def _limit_of(example: TokenizedExample, context: int) -> int:
     start, end = example.learnt[-1]
     length = len(example.input_ids)
     if end == length:
-        tokens, left = length - start, context - start
-    else:  # The last turn has weight 0: where its answer starts is not recorded, so both numbers are bounds.
-        tokens, left = length - end, context - length + 1
-    return max(1, min(_limit_of_tokens(tokens), left))
+        tokens, available = length - start, context - start
+    else:  # The last turn has weight 0: the start of its answer is not recorded, so both numbers are bounds.
+        tokens, available = length - end, context - length + 1
+    return max(1, min(_limit_of_tokens(tokens), available))
 
 
 def _limit_of_tokens(tokens: int) -> int:

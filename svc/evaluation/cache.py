@@ -1,6 +1,6 @@
-"""What a model answered to examples before, so that no later run asks it again: a base is judged once, not in each run.
+"""Cache of a model's results, so that no later run repeats them: a base is evaluated once, not in each run.
 
-One line of JSON for each example. Knows nothing of who asks and of what is judged.
+One line of JSON for each example.
 """
 
 import hashlib
@@ -33,23 +33,23 @@ class EvaluationCache:
     """The results of one model under one set of conditions.
 
     Args:
-        folder: of the caches of all models; made when the first result is kept.
-        conditions: all that decides an answer but its limit: which weights, what kind of engine.
+        folder: of the caches of all models; created with the first result.
+        conditions: everything that determines an answer except its limit: weights and kind of engine.
     """
 
     def __init__(self, folder: Path, *conditions: str) -> None:
         self._path = folder / f"{hashlib.sha256(chr(0).join(conditions).encode()).hexdigest()[:32]}.jsonl"
 
     def find(self, examples: Sequence[ChatExample], limits: Sequence[int]) -> tuple[ExampleResult, ...] | None:
-        """The results of these examples, in their order; None where one of them is not known.
+        """Return the results of these examples, in order; None if one of them is missing.
 
         Args:
-            limits: tokens that each answer may have; an answer under another limit may be another one.
+            limits: maximum tokens of each answer; another limit may give another answer.
         """
         return find_results(self._read(), examples, limits)
 
     def add(self, examples: Sequence[ChatExample], results: Sequence[ExampleResult]) -> None:
-        """Keeps the results of examples, in the same order, without scores: other metrics would give others."""
+        """Store the results of examples, in the same order, without scores, which depend on the metrics."""
         known = self._read()
         answers = [result.model_copy(update={"scores": {}}) for result in results]
         known |= results_by_example(zip(examples, answers, strict=True))
@@ -63,19 +63,19 @@ class EvaluationCache:
         except FileNotFoundError:
             return {}
         except (OSError, ValidationError):
-            log.warning("%s cannot be read: its examples are asked again", self._path, exc_info=True)
+            log.warning("%s cannot be read: its examples are evaluated again", self._path, exc_info=True)
             return {}
         return {(line.example, line.result.limit): line.result for line in lines}
 
 
 def results_by_example(pairs: Iterable[tuple[ChatExample, ExampleResult]]) -> KnownResults:
-    """Return results in the form that `find_results` reads."""
+    """Return results in the form for `find_results`."""
     return {(fingerprint([example]), result.limit): result for example, result in pairs}
 
 
 def find_results(
     known: KnownResults, examples: Sequence[ChatExample], limits: Sequence[int]
 ) -> tuple[ExampleResult, ...] | None:
-    """Return the results of these examples, in their order; None if one of them is not known under its limit."""
-    found = [known.get((fingerprint([one]), limit)) for one, limit in zip(examples, limits, strict=True)]
-    return tuple(result for result in found if result is not None) if all(found) else None
+    """Return the results of these examples, in order; None if one of them is missing under its limit."""
+    results = [known.get((fingerprint([example]), limit)) for example, limit in zip(examples, limits, strict=True)]
+    return tuple(result for result in results if result is not None) if all(results) else None

@@ -1,7 +1,8 @@
-"""Two models on the same examples: how much each metric differs, with its interval, and where the answers differ most.
+"""Comparison of two models on the same examples: the difference by each metric, with its interval, and the answers that
+differ most.
 
-Paired: the difference is taken example by example, so that what both find hard cancels out. All is said of the second
-model against the first. Knows nothing of who was asked, and how.
+It is paired: differences are taken example by example, so that shared difficulty cancels out. All figures are of the
+second model relative to the first.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,20 +22,20 @@ from svc.evaluation.results import ExampleResult
 
 SHOWN = 20
 """Examples that are shown side by side."""
-_FEWEST_DIFFERENT = 6
-"""Of fewer examples that differ, all do in one direction by chance more often than once in twenty times."""
+_MIN_DIFFERENT = 6
+"""Fewer differing examples all have the same direction by chance more often than once in twenty times."""
 _EQUAL = 1e-9
 
 
 class Direction(StrEnum):
-    """What one model is compared with another, by one metric."""
+    """Outcome of a comparison by one metric."""
 
     BETTER = "better"
     WORSE = "worse"
     UNDECIDED = "undecided"
-    """The interval of the difference has 0 in it, or too few examples differ."""
+    """The interval of the difference contains 0, or too few examples differ."""
     DIFFERENT = "different"
-    """Beyond doubt, by a metric that says nothing of better or worse."""
+    """Significantly different by a descriptive metric."""
 
 
 class _Part(BaseModel):
@@ -58,11 +59,11 @@ class MetricComparison(_Part):
 
 
 class Tally(_Part):
-    """On how many examples the second model is the better one.
+    """Number of examples on which the second model is better, worse or equal.
 
     Attributes:
-        metric: by whose scores.
-        p_value: of the exact sign test, both sides: how often chance alone gives a lead as large. 1 without a lead.
+        metric: whose scores are compared.
+        p_value: of the two-sided exact sign test: probability of such a lead by chance. 1 without a lead.
     """
 
     metric: str
@@ -73,13 +74,13 @@ class Tally(_Part):
 
 
 class DifferentAnswers(_Part):
-    """One example that the two answer otherwise.
+    """One example with different answers.
 
     Attributes:
         place: of the example, from 0.
         asked: its last user turn.
-        gain: the second's score minus the first's, positive where the second is better.
-        edits: characters to change in one answer to make it the other.
+        gain: the second's score minus the first's, positive if the second is better.
+        edits: edit distance of the answers, characters.
     """
 
     place: int
@@ -92,13 +93,13 @@ class DifferentAnswers(_Part):
 
 
 class VersionComparison(_Part):
-    """The second model against the first.
+    """The second model compared with the first.
 
     Attributes:
-        metrics: by name, the primary one first; beside them the share of answers that ended at their limit as
+        metrics: by name, the primary one first; in addition the share of answers that were cut off at their limit as
             `cut_off`, and the negative log-likelihood of the references as `nll`.
-        left_out: why a metric is not among them, by its name.
-        different: those that differ most, by the tally's scores and then by edits.
+        left_out: reasons for missing metrics, by name.
+        different: answers that differ most, by the tally's scores and then by edits.
     """
 
     examples: int
@@ -110,7 +111,7 @@ class VersionComparison(_Part):
 
     @property
     def direction(self) -> Direction:
-        """By the primary metric."""
+        """Outcome by the primary metric."""
         return self.metrics[self.primary].direction
 
 
@@ -122,23 +123,23 @@ def compare(
     *,
     no_tokens: str = "",
 ) -> VersionComparison:
-    """Compares two models' results.
+    """Compare two models' results.
 
     Args:
-        first, second: one result for each example, in the same order; their scores are made anew.
+        first, second: one result for each example, in the same order; their scores are computed again.
         metrics: the primary one first.
-        no_tokens: why nothing that counts in a model's own tokens can be compared: log-likelihoods are not known, or
-            the two have different tokenizers. Empty: it can.
+        no_tokens: why metrics in a model's own tokens cannot be compared: log-likelihoods are unknown, or the models
+            have different tokenizers. Empty: they can.
 
     Raises:
-        DataError: no metric is left to compare by.
+        DataError: no comparable metric is left.
         SvcError: a metric failed.
     """
     usable = [metric for metric in (*metrics, CutOff(), Nll()) if not (no_tokens and metric.in_tokens)]
     primary = next((metric for metric in usable if metric in metrics and metric.better is not Better.NEITHER), None)
     if primary is None:
         raise DataError(
-            f"nothing is left to compare by: {no_tokens}", todo="name a metric of the answers: --metric exact_match"
+            f"no metric is left for the comparison: {no_tokens}", todo="use a metric of texts: --metric exact_match"
         )
     judged = [metric for metric in metrics if metric in usable]
     one, other = (Answered(examples, judge(examples, results, 0.0, judged).results) for results in (first, second))
@@ -171,7 +172,7 @@ def _by_metric(metric: Metric, one: Answered, other: Answered) -> MetricComparis
 
 
 def _direction(difference: Interval, better: Better, differing: int) -> Direction:
-    if difference.low <= 0 <= difference.high or differing < _FEWEST_DIFFERENT:
+    if difference.low <= 0 <= difference.high or differing < _MIN_DIFFERENT:
         return Direction.UNDECIDED
     if better is Better.NEITHER:
         return Direction.DIFFERENT
@@ -179,10 +180,10 @@ def _direction(difference: Interval, better: Better, differing: int) -> Directio
 
 
 def _gains(primary: Metric, one: Answered, other: Answered) -> tuple[list[float], str]:
-    """By how much the second is better on each example, and by whose scores.
+    """Return the second model's gain on each example, and the name of the metric whose scores were used.
 
-    A metric of all examples together has none of its own: it gets those of the metric that monitoring watches in its
-    place, if that is among them, or exact match.
+    A metric of all examples together has no scores: those of the metric that monitoring uses instead are taken, if it
+    is among the results, else exact match.
     """
     by = primary.name if primary.scored else primary.watched_by
     if by in one.results[0].scores:

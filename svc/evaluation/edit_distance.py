@@ -1,10 +1,10 @@
-"""Levenshtein's distance of two texts: so many characters are put in, left out or replaced to make one the other."""
+"""Levenshtein distance of two texts: inserted, deleted and replaced characters."""
 
 
 def edit_distance(first: str, second: str) -> int:
-    """By Myers' bit vectors (1999, as Hyyrö 2003 has it): a column of the usual table is one Python integer.
+    """Return the distance by Myers' bit vectors (1999, as in Hyyrö 2003): a column of the usual table is one integer.
 
-    Answers of thousands of characters take milliseconds, and not the seconds of a loop over both.
+    Answers of thousands of characters take milliseconds, instead of seconds with a loop over both.
     """
     if not first or not second:
         return len(first) + len(second)

@@ -1,8 +1,8 @@
-"""A model at any OpenAI endpoint: of another provider, or this service's own gateway. It answers examples, or judges.
+"""A model at any OpenAI endpoint, of another provider or this service's gateway. It answers examples, or is a judge.
 
-What differs between providers is found out by asking: some take no temperature, or call the length of an answer
-otherwise. None gives log-probabilities of a prompt, so that a reference's likelihood is not known. The key goes into no
-message, no log and no file.
+Differences between providers are detected by their errors: some accept no temperature, or have another name for the
+limit of an answer. None returns log-probabilities of a prompt, so a reference's likelihood is unknown. The key is never
+written to a message, a log or a file.
 """
 
 import asyncio
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 CONCURRENCY = 8
-"""Less than of our own engine: providers limit the rate."""
+"""Lower than for our own engine: providers limit the rate."""
 _TIMEOUT_S, _CONNECT_S = 300.0, 10.0
-_TRIES = 5
-_LONGEST_PAUSE_S = 60.0
-_SHOWN = 300
+_MAX_TRIES = 5
+_MAX_PAUSE_S = 60.0
+_MAX_SHOWN = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +36,9 @@ class Endpoint:
     """A model behind a URL.
 
     Attributes:
-        url: what `/chat/completions` is appended to, as `https://api.openai.com/v1`.
+        url: base URL to which `/chat/completions` is appended, for example `https://api.openai.com/v1`.
         model: its name there.
-        key: sent as a bearer token; None for an endpoint that needs none.
+        key: sent as a bearer token; None if the endpoint needs none.
     """
 
     url: str
@@ -47,28 +47,28 @@ class Endpoint:
 
     @classmethod
     def parse(cls, text: str, key: str | None) -> "Endpoint":
-        """Reads `https://HOST/v1#MODEL`.
+        """Return the endpoint that `https://HOST/v1#MODEL` names.
 
         Raises:
-            SettingsError: it is no such URL, or the key would cross a network in plain text.
+            SettingsError: the text has another form, or the key would cross a network in plain text.
         """
         url, _, model = text.partition("#")
         if not model:
-            raise SettingsError("this endpoint names no model", expected="https://HOST/v1#MODEL")
+            raise SettingsError("the endpoint has no model name", expected="https://HOST/v1#MODEL")
         endpoint = cls(url.rstrip("/"), model, key)
         endpoint.check()
         return endpoint
 
     def check(self) -> None:
-        """Refuses what cannot be an endpoint, or would show the key.
+        """Check the URL.
 
         Raises:
-            SettingsError: it is no URL, or the key would cross a network in plain text.
+            SettingsError: the URL is not valid, or the key would cross a network in plain text.
         """
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
             raise SettingsError(
-                f"the URL of the model {self.model} is no endpoint's", expected="https://HOST/v1, the key in a file"
+                f"the URL of the model {self.model} is not valid", expected="https://HOST/v1, with the key in a file"
             )
         if self.key and parts.scheme == "http" and not is_loopback(parts.hostname):
             raise SettingsError(
@@ -77,10 +77,10 @@ class Endpoint:
 
     @asynccontextmanager
     async def chat(self, transport: "httpx.AsyncBaseTransport | None" = None) -> AsyncIterator["Chat"]:
-        """Connect to it.
+        """Yield a client of the endpoint.
 
         Args:
-            transport: in place of the network.
+            transport: replaces the network.
         """
         import httpx
 
@@ -95,10 +95,10 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What it answered.
+    """An endpoint's answer.
 
     Attributes:
-        tokens: of the answer, in its own tokens; 0 where it does not say.
+        tokens: of the answer, by the model's own tokenizer; 0 if not reported.
     """
 
     text: str
@@ -107,7 +107,7 @@ class Completion:
 
 
 class Chat:
-    """Asks one endpoint as it wants to be asked, and again where that may help; so many requests at a time.
+    """Client of one endpoint that adapts to its options, retries, and limits concurrent requests.
 
     Args:
         http: closed by the caller.
@@ -116,7 +116,7 @@ class Chat:
     def __init__(self, http: "httpx.AsyncClient", endpoint: Endpoint) -> None:
         self._http = http
         self._endpoint = endpoint
-        self._options: dict[str, Any] = {"temperature": 0}  # of every request; a refused one is left out
+        self._options: dict[str, Any] = {"temperature": 0}  # of every request; a rejected one is left out
         self._limit_name = "max_tokens"
         self._places = asyncio.Semaphore(CONCURRENCY)
 
@@ -125,17 +125,17 @@ class Chat:
 
         Args:
             messages: in OpenAI's form.
-            limit: tokens that the answer may have; None: as the provider has it.
-            more: of this request alone.
+            limit: maximum tokens of the answer; None: the provider's default.
+            more: options of this request only.
 
         Raises:
-            EngineError: it did not answer, or refused, or answered something else.
+            EngineError: it did not answer, rejected the request, or answered something else.
         """
         async with self._places:
             answer = await self._post({"model": self._endpoint.model, "messages": list(messages), **more}, limit)
         try:
-            said = answer.json()
-            choice, usage = said["choices"][0], said.get("usage") or {}
+            completion = answer.json()
+            choice, usage = completion["choices"][0], completion.get("usage") or {}
             return Completion(
                 text=str(choice["message"]["content"] or ""),
                 tokens=int(usage.get("completion_tokens", 0)),
@@ -143,38 +143,38 @@ class Chat:
             )
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise EngineError(
-                f"{self._endpoint} answered {self._told(answer)}", expected="a chat completion of OpenAI's API"
+                f"{self._endpoint} answered {self._shown(answer)}", expected="a chat completion of OpenAI's API"
             ) from error
 
     async def _post(self, body: dict[str, Any], limit: int | None) -> "httpx.Response":
         import httpx
 
-        url, why = f"{self._endpoint.url.rstrip('/')}/chat/completions", ""
-        for tried in range(_TRIES):
+        url, wrong = f"{self._endpoint.url.rstrip('/')}/chat/completions", ""
+        for tried in range(_MAX_TRIES):
             options, pause = self._current_options(limit), 2.0**tried
             try:
                 answer = await self._http.post(url, json=body | options)
             except httpx.HTTPError as error:
-                why = f"does not answer: {type(error).__name__} {error}".strip()
+                wrong = f"does not answer: {type(error).__name__} {error}".strip()
             else:
                 if answer.is_success:
                     return answer
-                why = f"answered {answer.status_code} {self._told(answer)}"
-                # Another request may have found out meanwhile what this one was refused for.
+                wrong = f"answered {answer.status_code} {self._shown(answer)}"
+                # Another request may already have adapted the options for which this one was rejected.
                 if self._current_options(limit) != options or self._adapt(answer):
                     continue
                 if answer.status_code != httpx.codes.TOO_MANY_REQUESTS and not answer.is_server_error:
                     break
                 pause = _wanted_pause(answer, pause)
-            if tried + 1 < _TRIES:
-                await asyncio.sleep(min(pause, _LONGEST_PAUSE_S))
-        raise EngineError(f"{self._endpoint} {why}", todo="check its URL, its model and the key")
+            if tried + 1 < _MAX_TRIES:
+                await asyncio.sleep(min(pause, _MAX_PAUSE_S))
+        raise EngineError(f"{self._endpoint} {wrong}", todo="check its URL, its model and the key")
 
     def _current_options(self, limit: int | None) -> dict[str, Any]:
         return self._options | ({} if limit is None else {self._limit_name: limit})
 
     def _adapt(self, answer: "httpx.Response") -> bool:
-        """Whether it refused an option that can be had otherwise; later requests have it so."""
+        """Change the options for later requests if this rejection allows it; return whether they changed."""
         if answer.status_code not in (400, 422):
             return False
         if "max_completion_tokens" in answer.text and self._limit_name == "max_tokens":
@@ -182,10 +182,10 @@ class Chat:
             return True
         return "temperature" in answer.text and self._options.pop("temperature", None) is not None
 
-    def _told(self, answer: "httpx.Response") -> str:
-        """Some answer with the key that they were sent."""
+    def _shown(self, answer: "httpx.Response") -> str:
+        """Return the answer's text without the key, which some providers repeat."""
         text = answer.text.replace(self._endpoint.key, "…") if self._endpoint.key else answer.text
-        return " ".join(text.split())[:_SHOWN]
+        return " ".join(text.split())[:_MAX_SHOWN]
 
 
 async def ask_endpoint(
@@ -196,12 +196,12 @@ async def ask_endpoint(
     on_done: Callable[[], None] = lambda: None,
     transport: "httpx.AsyncBaseTransport | None" = None,
 ) -> tuple[ExampleResult, ...]:
-    """The greedy answers to examples, in their order. Their `nll` says nothing: it is 0.
+    """Return the greedy answers to examples, in order. Their `nll` is meaningless: 0.
 
     Args:
-        limits: tokens that each answer may have.
+        limits: maximum tokens of each answer.
         on_done: called after each.
-        transport: in place of the network.
+        transport: replaces the network.
 
     Raises:
         EngineError: see `Chat.complete`.
@@ -210,7 +210,7 @@ async def ask_endpoint(
 
         async def ask(example: ChatExample, limit: int) -> ExampleResult:
             turns = [message.spoken() for message in example.prompt]
-            # The tools stand in the prompt, and the answer is text: as our own engine is asked.
+            # Tools are in the prompt, and the answer is text, as in requests to our own engine.
             tools = {"tools": example.as_dict()["tools"], "tool_choice": "none"} if example.tools else {}
             answer = await chat.complete(turns, limit=limit, **tools)
             on_done()
@@ -229,8 +229,8 @@ async def ask_endpoint(
 
 
 async def all_or_none(work: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
-    """What all give; where one fails, the others ask no more: it costs money."""
-    tasks = [asyncio.create_task(one) for one in work]
+    """Return all results; if one fails, cancel the others, which cost money."""
+    tasks = [asyncio.create_task(coroutine) for coroutine in work]
     try:
         return await asyncio.gather(*tasks)
     finally:
@@ -239,7 +239,7 @@ async def all_or_none(work: Iterable[Coroutine[Any, Any, Result]]) -> list[Resul
 
 
 def _wanted_pause(answer: "httpx.Response", default: float) -> float:
-    """What `Retry-After` says; a date in it is passed over."""
+    """Return the seconds in `Retry-After`; the default if it is missing or a date."""
     try:
         return max(0.0, float(answer.headers["retry-after"]))
     except (KeyError, ValueError):

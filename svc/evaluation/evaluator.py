@@ -1,8 +1,7 @@
-"""The one evaluator: the trainer, the gates and the monitoring all judge by it, through the endpoint that serves.
+"""The evaluator of trainer, gates and monitoring, which uses the endpoint that serves.
 
-Greedy answers are compared with references. The reference's own log-likelihood shows what exact match is too coarse
-for: it is that of the tokens that training learns, with the one that ends the answer, and so the loss of training.
-Knows nothing of who asks and of what is done with the report.
+Greedy answers are compared with references. The reference's log-likelihood shows differences for which exact match is
+too coarse: it covers the tokens that training learns, including the one that ends the answer, so it is training's loss.
 """
 
 import asyncio
@@ -28,17 +27,17 @@ from svc.evaluation.metrics.tokens import CutOff, Nll
 from svc.evaluation.results import ExampleResult
 
 CONCURRENCY = 16
-"""So many requests are under way together."""
+"""Concurrent requests."""
 
 
 class MetricReport(BaseModel):
-    """What one metric says of the answers.
+    """Result of one metric.
 
     Attributes:
-        title: the metric's, for people.
+        title: of the metric, for people.
         estimate: with its 95 % interval.
-        better: which values are.
-        unit: what is counted.
+        better: which values are better.
+        unit: of the values.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,21 +49,21 @@ class MetricReport(BaseModel):
 
     @classmethod
     def of(cls, metric: Metric, estimate: Interval) -> "MetricReport":
-        """Return the report of a metric with this figure."""
+        """Return the report of a metric with this estimate."""
         return cls(title=metric.title, estimate=estimate, better=metric.better, unit=metric.unit)
 
 
 class EvaluationReport(BaseModel):
-    """How good the answers to a held-out set are.
+    """Quality of the answers to a held-out set.
 
     Attributes:
-        examples: how many were asked.
+        examples: number of evaluated examples.
         exact_match: share of answers equal to the reference.
-        valid_json: share of answers that are JSON; None when the references are not.
-        cut_off: share of answers that ended at their limit of tokens, not by themselves.
-        nll: negative log-likelihood of the reference answers, nats a token, mean over all their tokens.
+        valid_json: share of answers that are JSON; None if the references are not.
+        cut_off: share of answers that were cut off at their limit of tokens.
+        nll: negative log-likelihood of the reference answers, nats per token, mean over all their tokens.
         hits: exact match of each example, for paired comparison.
-        seconds: time for all answers and scores; 0 where they were known.
+        seconds: time for all answers and scores; 0 if they were cached.
         metrics: by name.
         primary: name of the metric that gates, and that monitoring repeats.
     """
@@ -83,7 +82,7 @@ class EvaluationReport(BaseModel):
 
     @property
     def figures(self) -> dict[str, MetricReport]:
-        """What each metric says, by its name, the primary one first."""
+        """Reports of all metrics by name, the primary one first."""
         return {self.primary: self.metrics[self.primary]} | self.metrics
 
     @property
@@ -95,7 +94,7 @@ class EvaluationReport(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """The figures, and what they were made of: one result for each example, in their order."""
+    """The report, and the results that it was computed from, one for each example, in order."""
 
     report: EvaluationReport
     results: tuple[ExampleResult, ...]
@@ -110,12 +109,13 @@ async def evaluate(
     trained: bool = True,
     on_done: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Asks all examples and scores the answers.
+    """Answer all examples with the model and score the answers.
 
     Args:
-        tokenized: the same examples, in their order, as they are trained on.
-        limits: tokens that each answer may have, see svc.evaluation.answer_limit.
-        trained: on such examples, so that many answers will be the reference; decides the time and nothing else.
+        tokenized: the same examples in the same order, as tokenized for training.
+        limits: maximum tokens of each answer, see svc.evaluation.answer_limit.
+        trained: whether the model was trained on such examples, so that many answers equal the reference; affects only
+            the time.
         on_done: called after each example.
 
     Raises:
@@ -135,7 +135,7 @@ async def ask_examples(
     trained: bool = True,
     on_done: Callable[[], None] = lambda: None,
 ) -> tuple[ExampleResult, ...]:
-    """Asks all examples, and judges nothing; arguments and errors as for `evaluate`."""
+    """Return the results of all examples without a report; arguments and errors as for `evaluate`."""
     places = asyncio.Semaphore(CONCURRENCY)
 
     async def ask(example: ChatExample, tokens: TokenizedExample, limit: int) -> ExampleResult:
@@ -150,17 +150,17 @@ async def ask_examples(
 async def ask_example(
     client: EngineClient, example: ChatExample, tokenized: TokenizedExample, *, limit: int, trained: bool = True
 ) -> ExampleResult:
-    """Asks one example and scores the answer.
+    """Answer one example with the model and score the answer.
 
     Args:
         tokenized: the same example.
-        limit: tokens that the answer may have.
+        limit: maximum tokens of the answer.
         trained: as for `evaluate`.
 
     Raises:
         EngineError: the engine failed a request.
     """
-    # Scoring reads the whole prompt, past the prefix cache, and takes twice the time of an answer. It fills the cache.
+    # Scoring computes the whole prompt without the prefix cache, in twice the time of an answer. It fills the cache.
     reference = None if trained else await score(client, tokenized)
     answer = await client.chat(example.prompt, max_tokens=limit, tools=example.tools)
     if reference is None and _is_reference(answer, tokenized):
@@ -180,29 +180,29 @@ async def ask_example(
 
 
 def _is_reference(answer: Answer, tokenized: TokenizedExample) -> bool:
-    """Whether the model gave the reference token by token, so that the answer's log-probability is the reference's."""
+    """Return whether the answer is the reference token by token, so that both have the same log-probability."""
     whole = len(tokenized.learnt) == 1 and tokenized.learnt[0][1] == len(tokenized.input_ids)
     return whole and answer.token_ids == tokenized.answer and len(answer.logprobs) == len(answer.token_ids)
 
 
 async def score(client: EngineClient, tokenized: TokenizedExample) -> float:
-    """Mean natural-log probability of all tokens that are learnt, each given all before it.
+    """Return the mean natural-log probability of all tokens that are learnt, each given all before it.
 
     Raises:
-        EngineError: the engine refused, or gave no finite number.
+        EngineError: the engine rejected the request, or returned a number that is not finite.
     """
     logprobs = await client.logprobs(tokenized.input_ids, tokenized.learnt[0][0])
     return _finite(statistics.fmean(tokenized.of_learnt(logprobs)))
 
 
 async def mean_logprob(client: EngineClient, prompt: Sequence[int], answer: Sequence[int]) -> float:
-    """Mean natural-log probability of a text's tokens, given a prompt.
+    """Return the mean natural-log probability of a text's tokens, given a prompt.
 
     Args:
-        prompt, answer: token ids, one at least of each.
+        prompt, answer: token ids, at least one of each.
 
     Raises:
-        EngineError: the engine refused, or gave no finite number.
+        EngineError: the engine rejected the request, or returned a number that is not finite.
     """
     return _finite(statistics.fmean(await client.logprobs([*prompt, *answer], len(prompt))))
 
@@ -210,8 +210,8 @@ async def mean_logprob(client: EngineClient, prompt: Sequence[int], answer: Sequ
 def _finite(logprob: float) -> float:
     if not math.isfinite(logprob):
         raise EngineError(
-            "the engine gave a log-probability that is no finite number",
-            todo="the weights are not usable: train again, with a lower learning rate",
+            "the engine returned a log-probability that is not a finite number",
+            todo="train again with a lower learning rate: the weights are not usable",
         )
     return logprob
 
@@ -222,11 +222,11 @@ def judge(
     seconds: float,
     metrics: Sequence[Metric] | None = None,
 ) -> Evaluation:
-    """Return the figures of results; all scores are computed again from the answers.
+    """Return the report on results; all scores are computed again from the answers.
 
     Args:
         results: one for each example, in the same order.
-        seconds: that asking took; 0 where all were known.
+        seconds: time for the answers; 0 if all were cached.
         metrics: the primary one first; None: those of the task.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a diagnosis finds: the fault, the numbers that show it, the rule, and the key to change."""
+"""Findings of a diagnosis: the fault, its numbers, the rule, and the key to change."""
 
 from enum import StrEnum
 
@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class FindingKind(StrEnum):
-    """The faults of a training that its numbers show. docs/diagnosis.md has the rule of each; a test compares."""
+    """Faults of a training run. docs/diagnosis.md has the rule of each; a test compares."""
 
     DIVERGENCE = "divergence"
     LEARNING_RATE_HIGH = "learning_rate_high"
@@ -21,21 +21,21 @@ class FindingKind(StrEnum):
 
     @property
     def words(self) -> str:
-        """As people say it."""
+        """Name for people."""
         return self.value.replace("_", " ")
 
 
-class _Said(BaseModel):
+class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Advice(_Said):
-    """What to change.
+class Advice(_Record):
+    """A change to try.
 
     Attributes:
         key: of the recipe, dotted.
-        before: its value in the run; empty where it has none.
-        value: the one to try.
+        before: its value in the run; empty if it has none.
+        value: to try.
     """
 
     key: str
@@ -46,13 +46,13 @@ class Advice(_Said):
         return f"{self.key} from {self.before} to {self.value}" if self.before else f"{self.key}: {self.value}"
 
 
-class Finding(_Said):
+class Finding(_Record):
     """One fault.
 
     Attributes:
-        what: in a sentence, with the numbers.
+        what: a sentence with the numbers.
         advice: the change to try first.
-        rule: by which it was found.
+        rule: that detected it.
     """
 
     kind: FindingKind

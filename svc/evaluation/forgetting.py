@@ -1,4 +1,4 @@
-"""What a model has forgotten of general things by learning a task: the same questions before and after."""
+"""Forgetting: loss of general knowledge by training, measured with the same questions before and after."""
 
 from collections.abc import Sequence
 
@@ -13,16 +13,16 @@ from svc.evaluation.results import ExampleResult
 
 
 class Forgetting(BaseModel):
-    """Answers to general questions, of a base and of what was made of it.
+    """Answers of a base and of a version trained from it to general questions.
 
     Attributes:
         questions: name of their file.
-        fingerprint: of the questions and of what is right.
+        fingerprint: of the questions and their accepted answers.
         before, after: share of right answers.
-        difference: after minus before, question by question: below 0, something was forgotten.
-        nll_before, nll_after: negative log-likelihood of the references, nats a token; finer than the share.
-        nll_difference: above 0, they have become less likely.
-        lost, gained: questions that only the base, or only the version, answers rightly.
+        difference: after minus before, paired by question; below 0: something was forgotten.
+        nll_before, nll_after: negative log-likelihood of the references, nats per token; finer than the share.
+        nll_difference: above 0: they have become less likely.
+        lost, gained: questions that only the base, or only the version, answers correctly.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,34 +43,34 @@ class Forgetting(BaseModel):
 def measure_forgetting(
     questions: GeneralSet, before: Sequence[ExampleResult], after: Sequence[ExampleResult]
 ) -> Forgetting:
-    """Compares the answers of base and version.
+    """Compare the answers of base and version.
 
     Args:
-        before, after: one result for each question, in their order.
+        before, after: one result for each question, in order.
     """
-    found = compare(questions.examples, before, after, [Contains(questions.accepted)])
-    right, likely = found.metrics[Contains.name], found.metrics[Nll.name]
+    comparison = compare(questions.examples, before, after, [Contains(questions.accepted)])
+    right, likely = comparison.metrics[Contains.name], comparison.metrics[Nll.name]
     return Forgetting(
         questions=questions.name,
         fingerprint=questions.fingerprint,
-        examples=found.examples,
+        examples=comparison.examples,
         before=right.first,
         after=right.second,
         difference=right.difference,
         nll_before=likely.first,
         nll_after=likely.second,
         nll_difference=likely.difference,
-        lost=found.tally.losses,
-        gained=found.tally.wins,
+        lost=comparison.tally.losses,
+        gained=comparison.tally.wins,
     )
 
 
-def tracked(found: Forgetting) -> dict[str, float]:
-    """Its figures by the names that MLflow shows them by."""
+def tracked(forgetting: Forgetting) -> dict[str, float]:
+    """Return its figures by their names in MLflow."""
     return {
-        "general_before": found.before.value,
-        "general_after": found.after.value,
-        "general_difference": found.difference.value,
-        "general_nll_before": found.nll_before.value,
-        "general_nll_after": found.nll_after.value,
+        "general_before": forgetting.before.value,
+        "general_after": forgetting.after.value,
+        "general_difference": forgetting.difference.value,
+        "general_nll_before": forgetting.nll_before.value,
+        "general_nll_after": forgetting.nll_after.value,
     }

@@ -1,4 +1,4 @@
-"""Figures with intervals; no figure is given without its uncertainty."""
+"""Estimates with 95 % intervals; no figure is reported without its uncertainty."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,11 +11,11 @@ from svc.sample_size import Z_INTERVAL
 
 Floats = NDArray[np.float64]
 _RESAMPLES = 2000
-_AT_ONCE = 1_000_000
-"""Places drawn in one go: with 100,000 examples all of them would take gigabytes."""
+_BATCH = 1_000_000
+"""Places drawn in one batch: with 100,000 examples all of them would take gigabytes."""
 
 Statistic = Callable[[Floats], Floats]
-"""From how often each example was drawn, one row a resample, to one value a resample."""
+"""Function from the number of times each example was drawn, one row per resample, to one value per resample."""
 
 
 class Interval(BaseModel):
@@ -32,10 +32,10 @@ class Interval(BaseModel):
 
 
 def proportion(hits: int, total: int) -> Interval:
-    """Share of hits with Wilson's score interval, which stays right near 0 and 1 (Wilson 1927).
+    """Return the share of hits with Wilson's score interval, which stays valid near 0 and 1 (Wilson 1927).
 
     Raises:
-        ValueError: nothing was counted.
+        ValueError: the total is 0.
     """
     if not 0 <= hits <= total or total == 0:
         raise ValueError(f"{hits} hits of {total}")
@@ -46,10 +46,10 @@ def proportion(hits: int, total: int) -> Interval:
 
 
 def mean(values: Sequence[float], weights: Sequence[float] | None = None) -> Interval:
-    """Mean with its bootstrap interval.
+    """Return the mean with its bootstrap interval.
 
     Args:
-        weights: of the values, not all 0; what is drawn anew is a value with its weight. None: all count the same.
+        weights: of the values, not all 0; each resample draws values with their weights. None: equal weights.
 
     Raises:
         ValueError: no values.
@@ -58,7 +58,7 @@ def mean(values: Sequence[float], weights: Sequence[float] | None = None) -> Int
 
 
 def weighted_mean(values: Sequence[float], weights: Sequence[float] | None = None) -> Statistic:
-    """The mean of values as a statistic of how often each was drawn."""
+    """Return the mean of values as a statistic of the number of times each was drawn."""
     weight = np.ones(len(values)) if weights is None else np.array(weights, dtype=float)
     weighted = np.array(values, dtype=float) * weight
 
@@ -71,10 +71,10 @@ def weighted_mean(values: Sequence[float], weights: Sequence[float] | None = Non
 def paired_difference(
     first: Sequence[float], second: Sequence[float], weights: Sequence[float] | None = None
 ) -> Interval:
-    """Mean of second minus first, example by example, with its interval: what both find hard cancels out.
+    """Return the mean of second minus first, paired by example, with its interval: shared difficulty cancels out.
 
     Args:
-        weights: of the examples; None: all count the same.
+        weights: of the examples; None: equal weights.
     """
     return mean([after - before for before, after in zip(first, second, strict=True)], weights)
 
@@ -83,8 +83,8 @@ def share_difference(differences: Sequence[float]) -> Interval:
     """Return the mean of paired differences of shares, each between -1 and 1, with its adjusted Wald interval.
 
     One difference of 1 and one of -1 are added (Bonett and Price 2012, J. Educ. Behav. Stat. 37, for answers that are
-    right or wrong). So the interval does not shrink to nothing where no answer changes, as a bootstrap interval does,
-    and of 50 or more examples leaves out 0 only where at least six answers change in one direction.
+    right or wrong). So the interval does not shrink to a point if no answer changes, as a bootstrap interval does, and
+    with 50 or more examples it excludes 0 only if at least six answers change in one direction.
 
     Raises:
         ValueError: no differences.
@@ -100,9 +100,9 @@ def share_difference(differences: Sequence[float]) -> Interval:
 
 
 def bootstrap(examples: int, statistic: Statistic) -> Interval:
-    """A statistic of all examples with its percentile interval (seeded: equal values, equal interval).
+    """Return a statistic of all examples with its percentile interval (seeded: equal values, equal interval).
 
-    What is drawn is how often each example counts, so that a statistic of thousands of resamples is a matrix product.
+    Resamples are drawn as counts of each example, so that a statistic of thousands of resamples is a matrix product.
 
     Raises:
         ValueError: no examples.
@@ -110,7 +110,7 @@ def bootstrap(examples: int, statistic: Statistic) -> Interval:
     if not examples:
         raise ValueError("no values")
     generator = np.random.default_rng(0)
-    rows = max(1, _AT_ONCE // examples)
+    rows = max(1, _BATCH // examples)
     drawn = []
     for start in range(0, _RESAMPLES, rows):
         count = min(rows, _RESAMPLES - start)

@@ -1,8 +1,8 @@
-"""A judge: a model at any OpenAI endpoint that says which of two answers is the better one.
+"""A judge: a model at any OpenAI endpoint that decides which of two answers is better.
 
-It sends prompts, references and answers to that endpoint, so it is off until it is named, and says where they go before
-they do. Judges favour the answer that stands first, so each pair is asked in both orders; how often both say the same
-is part of the report.
+Prompts, references and answers are sent to that endpoint, so it is off by default, and the destination is printed
+before they are sent. Judges favour the first answer, so each pair is judged in both orders; the report includes the
+agreement of both orders.
 """
 
 import asyncio
@@ -19,8 +19,8 @@ from svc.evaluation.endpoint import CONCURRENCY, Chat, Endpoint, all_or_none
 from svc.evaluation.intervals import Interval, mean, proportion
 from svc.terminal import console, counting
 
-_UNREAD = 0.1
-"""A judge that gives no verdict more often is none."""
+_MAX_UNREAD_SHARE = 0.1
+"""Maximum share of pairs without a verdict."""
 _LAST_WORD = re.compile(r"\b(A|B|TIE)\W*$")
 _INSTRUCTION = """\
 You compare two answers to the same conversation. Say which one serves the user better: is it right, does it do what \
@@ -41,15 +41,15 @@ _POINTS = {Preference.FIRST: 0.0, Preference.TIE: 0.5, Preference.SECOND: 1.0}
 
 
 class JudgeReport(BaseModel):
-    """What a judge says of two models.
+    """A judge's verdicts on two models.
 
     Attributes:
         url, model: of the judge.
-        pairs: that have a verdict in both orders.
-        unread: pairs that the judge gave none for; they are left out.
+        pairs: with a verdict in both orders.
+        unread: pairs without a verdict; they are left out.
         win_rate: of the second model over the first: 1 for each pair that it wins, 0.5 for a tie, mean of both orders.
-        agreement: share of pairs of which both orders say the same.
-        verdicts: of each pair that was given, in both orders; empty for one that was not read.
+        agreement: share of pairs with the same verdict in both orders.
+        verdicts: of each pair, in both orders; empty for one without a verdict.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -71,24 +71,24 @@ async def judge_answers(
     *,
     title: str,
 ) -> JudgeReport:
-    """Ask the judge for each pair of answers, in both orders. An equal pair is a tie, and is not asked.
+    """Return the judge's verdicts on each pair of answers, in both orders. An equal pair is a tie, and is not sent.
 
     Args:
-        first, second: what two models answered to each example.
-        title: of the progress that is shown.
+        first, second: two models' answers to each example.
+        title: of the progress bar.
 
     Raises:
-        SettingsError: the endpoint is none.
-        JudgeError: it refused, or gave too few verdicts.
+        SettingsError: the endpoint is not valid.
+        JudgeError: it rejected a request, or gave too few verdicts.
     """
     endpoint.check()
     asked = sum(one.strip() != other.strip() for one, other in zip(first, second, strict=True))
     console.print(
-        f"  the judge {endpoint.model} at {endpoint.url} is sent {asked} prompts with reference and both answers",
+        f"  sending {asked} prompts with reference and both answers to the judge {endpoint.model} at {endpoint.url}",
         markup=False,
         soft_wrap=True,
     )
-    pairs = asyncio.Semaphore(CONCURRENCY)  # both orders of a pair are asked before the next: progress counts pairs
+    pairs = asyncio.Semaphore(CONCURRENCY)  # both orders of a pair come before the next: progress counts pairs
     with counting(title, len(first)) as advance:
         async with endpoint.chat() as chat:
 
@@ -102,7 +102,7 @@ async def judge_answers(
                 verdicts = await all_or_none(map(compare, examples, first, second))
             except EngineError as error:
                 raise JudgeError(
-                    f"the judge {endpoint.model} gives no answer: {error.wrong}",
+                    f"the judge {endpoint.model} does not answer: {error.wrong}",
                     expected=error.expected,
                     todo="check judge.url, judge.model and judge.key_file",
                 ) from error
@@ -110,7 +110,7 @@ async def judge_answers(
 
 
 async def _compare(chat: Chat, example: ChatExample, first: str, second: str) -> tuple[Preference, ...]:
-    """Return the verdicts of both orders, both in the pair's own; empty if one of them cannot be read."""
+    """Return the verdicts of both orders, both relative to the given order; empty if one cannot be read."""
     if first.strip() == second.strip():
         return Preference.TIE, Preference.TIE
     shown, turned = await _ask(chat, example, first, second), await _ask(chat, example, second, first)
@@ -126,20 +126,20 @@ async def _ask(chat: Chat, example: ChatExample, first: str, second: str) -> Pre
 
 
 def _read_verdict(text: str) -> Preference | None:
-    """The one word of an answer, or the last one of an answer that explains itself: "a" is an article there."""
-    found = _LAST_WORD.fullmatch(text.strip(" \n*_\"'").upper()) or _LAST_WORD.search(text)
+    """Return the only word of an answer, or the last one of an explanation, in which "a" may be an article."""
+    match = _LAST_WORD.fullmatch(text.strip(" \n*_\"'").upper()) or _LAST_WORD.search(text)
     named = {"A": Preference.FIRST, "B": Preference.SECOND, "TIE": Preference.TIE}
-    return named[found[1]] if found else None
+    return named[match[1]] if match else None
 
 
 def _report(endpoint: Endpoint, verdicts: Sequence[tuple[Preference, ...]]) -> JudgeReport:
     read = [both for both in verdicts if both]
     unread = len(verdicts) - len(read)
-    if not read or unread > _UNREAD * len(verdicts):
+    if not read or unread > _MAX_UNREAD_SHARE * len(verdicts):
         raise JudgeError(
             f"the judge {endpoint.model} gave no verdict for {unread} of {len(verdicts)} pairs",
             expected="A, B or TIE",
-            todo="name a model that follows instructions: judge.model",
+            todo="set judge.model to a model that follows instructions",
         )
     return JudgeReport(
         url=endpoint.url,

@@ -1,7 +1,7 @@
-"""Measures while nothing else keeps the machine busy, or says how busy it was.
+"""Measures while no other process keeps the machine busy, or reports how busy it was.
 
-An engine on a CPU that was measured beside another training gave 4 tokens/s where 140 were right. Knows processors
-only: another process on the same GPU goes unnoticed.
+An engine on a CPU that was measured during another training decoded 4 tokens/s instead of 140. Only processors are
+checked: another process on the same GPU goes unnoticed.
 """
 
 import asyncio
@@ -17,13 +17,13 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 MAX_OTHERS_SHARE = 0.1
-"""Of all processors: what a system at rest and a progress bar take, and an engine does not miss."""
+"""Share of all processors that an idle system and a progress bar use, which does not affect an engine."""
 _TRIES = 3
 _PAUSE_S = 10.0
 
 
 def machine_s() -> float:
-    """Return the processor time that all processes of this machine have used, and its host took away, seconds."""
+    """Return the processor time that all processes of this machine have used and its host has stolen, seconds."""
     times = psutil.cpu_times()
     return sum(times[:]) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0)
 
@@ -34,19 +34,20 @@ async def measure_quietly(
     *,
     used_s: Callable[[], float] = machine_s,
 ) -> tuple[Result, float]:
-    """Measure, and again after a pause if others kept the machine busy; three times at most.
+    """Measure, and repeat after a pause if other processes kept the machine busy; at most three times.
 
     Args:
-        own_s: returns the processor time of what is measured, seconds; this process is added.
+        own_s: returns the processor time of the measured processes, seconds; this process is added.
         used_s: returns that of all processes.
 
     Returns:
-        The result of the quietest time, and the share of all processors that others used meanwhile.
+        The result with the least disturbance, and the share of all processors that other processes used meanwhile.
     """
     best: tuple[Result, float] | None = None
     for attempt in range(_TRIES):
         if attempt:
-            log.warning("others used %.0f %% of the processors: measuring again", 100 * (best or (None, 0.0))[1])
+            share = 100 * (best or (None, 0.0))[1]
+            log.warning("other processes used %.0f %% of the processors: measuring again", share)
             await asyncio.sleep(_PAUSE_S)
         began, before = time.monotonic(), used_s() - own_s() - time.process_time()
         result = await measure()

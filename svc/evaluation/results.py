@@ -1,7 +1,7 @@
-"""What a model did with each held-out example: kept with a version, so that later answers can be compared one by one.
+"""Results of each held-out example, stored with a version so that later answers can be compared one by one.
 
-One line of JSON for each example, in the order of the held-out file; fewer lines than that file has where only its
-first examples were asked. Knows nothing of where the file lies and of how it is protected.
+One line of JSON for each example, in the order of the held-out file; fewer lines than in that file if only its first
+examples were evaluated.
 """
 
 from collections.abc import Sequence
@@ -13,18 +13,18 @@ from svc.files.json_file import read_records
 
 
 class ExampleResult(BaseModel):
-    """The answer to one example, and how good it is.
+    """The answer to one example, and its scores.
 
     Attributes:
         answer: greedy.
-        tokens: of the answer, the one that ended it among them.
-        limit: tokens that the answer could have.
-        finish_reason: the engine's.
+        tokens: of the answer, including the one that ended it.
+        limit: maximum tokens of the answer.
+        finish_reason: from the engine.
         logprob: mean natural-log probability of the answer's tokens; None for an empty answer.
-        nll: negative log-likelihood of the reference answer, nats a token.
-        scored: tokens that `nll` is the mean of; 1 where nothing was scored.
-        hit: the answer is the reference, but for white space around.
-        scores: what each metric that scores examples gives this one, by its name.
+        nll: negative log-likelihood of the reference answer, nats per token.
+        scored: number of tokens of which `nll` is the mean; 1 if nothing was scored.
+        hit: whether the answer equals the reference, ignoring surrounding white space.
+        scores: of this example by each metric that scores examples, by the metric's name.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -41,7 +41,7 @@ class ExampleResult(BaseModel):
 
     @property
     def cut_off(self) -> bool:
-        """Whether the answer ended at its limit, not by itself."""
+        """Whether the answer was cut off at its limit."""
         return self.finish_reason == "length"
 
 
@@ -51,19 +51,19 @@ def largest_limit(results: Sequence[ExampleResult]) -> int:
 
 
 def token_weights(results: Sequence[ExampleResult]) -> list[float]:
-    """Return how many tokens are behind each log-likelihood."""
+    """Return the number of tokens of each log-likelihood."""
     return [float(result.scored) for result in results]
 
 
 def write_results(path: Path, results: Sequence[ExampleResult]) -> None:
-    """Writes one line for each result, in their order."""
+    """Write one line for each result, in order."""
     path.write_text("".join(f"{result.model_dump_json()}\n" for result in results), "utf-8")
 
 
 def read_results(path: Path) -> tuple[ExampleResult, ...]:
-    """Reads them again.
+    """Read results from a file.
 
     Raises:
-        IntegrityError: there is no such file, or a line of it is no result.
+        IntegrityError: the file is missing, or a line is not a result.
     """
     return read_records(path, ExampleResult, "result of an example")

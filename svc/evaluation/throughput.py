@@ -1,4 +1,4 @@
-"""How fast an engine answers, under fixed conditions, so that formats can be compared on one machine."""
+"""Speed of an engine under fixed conditions, so that formats can be compared on one machine."""
 
 import asyncio
 import time
@@ -8,13 +8,13 @@ from svc.engine.client import EngineClient
 from svc.evaluation.intervals import Interval, mean
 
 STREAMS = 8
-"""So many at once are what a format's speed is told for."""
+"""Concurrent streams at which a format's speed is reported."""
 TOKENS = 16
 REPEATS = 3
 
 
 async def first_token_seconds(client: EngineClient, prompt: Sequence[int]) -> Interval:
-    """From a prompt that is in no cache to its first token, three times, alone.
+    """Return the time from an uncached prompt to its first token, measured three times without other requests.
 
     Args:
         prompt: token ids.
@@ -29,11 +29,11 @@ async def first_token_seconds(client: EngineClient, prompt: Sequence[int]) -> In
 
 
 async def decoding_speed(client: EngineClient, prompts: Sequence[Sequence[int]], streams: int) -> Interval:
-    """Generated tokens a second, three times 16 a stream, of prompts that are in the cache.
+    """Return the generated tokens per second, measured three times with 16 per stream, with cached prompts.
 
     Args:
-        prompts: token ids; used in turn when there are fewer than streams.
-        streams: at once.
+        prompts: token ids; used in turn if there are fewer than streams.
+        streams: concurrent requests.
     """
     chosen = [prompts[index % len(prompts)] for index in range(streams)]
     await asyncio.gather(*(client.generate(prompt, tokens=1) for prompt in chosen))

@@ -1,6 +1,6 @@
-"""How a training went, step by step: one line of JSON for each point, in the reference folder of a version.
+"""Training curve: one line of JSON for each point, in the reference folder of a version.
 
-Point 0 is the model before its first step. Knows nothing of who draws or judges a curve.
+Point 0 is the model before its first step.
 """
 
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ class TrainingPoint(BaseModel):
     """One step of the optimizer.
 
     Attributes:
-        step: how many were taken; 0 before the first.
+        step: number of steps so far; 0 before the first.
         epoch: passes over the examples so far.
-        loss: of this step's examples, before it changed the weights, nats an answer token; None at step 0.
-        heldout_loss: after the step, nats an answer token; None where it was not measured.
-        heldout_each: the same of each held-out example that was measured, in one order at all points.
+        loss: of this step's examples, before the update of the weights, nats per answer token; None at step 0.
+        heldout_loss: after the step, nats per answer token; None if it was not measured.
+        heldout_each: the same of each measured held-out example, in the same order at all points.
         learning_rate: of this step; None at step 0.
-        grad_norm: before it was shortened; None at step 0, and where float16 left the step out.
-        tokens_per_second: prompt and answer, without padding; None at step 0. The one figure that a clock decides.
+        grad_norm: before clipping; None at step 0, and if float16 skipped the step.
+        tokens_per_second: prompt and answer, without padding; None at step 0. The only figure that depends on a clock.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -41,14 +41,14 @@ class TrainingPoint(BaseModel):
 
 
 def write_training_curve(path: Path, points: Sequence[TrainingPoint]) -> None:
-    """Writes one line for each point."""
+    """Write one line for each point."""
     path.write_text("".join(f"{point.model_dump_json(exclude_defaults=True)}\n" for point in points), "utf-8")
 
 
 def read_training_curve(path: Path) -> tuple[TrainingPoint, ...]:
-    """Reads them again.
+    """Read the points from a file.
 
     Raises:
-        IntegrityError: there is no such file, or a line of it is no point.
+        IntegrityError: the file is missing, or a line is not a point.
     """
     return read_records(path, TrainingPoint, "point of a training curve")

@@ -1,7 +1,7 @@
 """Verdict of a gate on a loss: not worse by more than a margin, worse by more than it, or undecided.
 
-A gate that rejects only a proven loss passes a bad version if the examples are few: 12 of 27 right answers lost, of 60
-questions, do not prove a loss of more than 0.1. So `passed` has to be proven as well. The third outcome, `undecided`,
+A gate that rejects only a proven loss passes a bad version if there are few examples: 12 of 27 right answers lost, of
+60 questions, do not prove a loss of more than 0.1. So `passed` must be proven as well. The third outcome, `undecided`,
 comes with the number of examples that would decide.
 """
 
@@ -13,22 +13,22 @@ from svc.evaluation.intervals import Interval
 from svc.sample_size import Z_INTERVAL, about, detectable_loss, examples_needed
 
 _MAX_EXAMPLES = 1_000_000
-"""Nobody asks more."""
-_ROUNDING = 1e-9  # 0.745 - 0.695 is a little more than 0.05 to a computer
+"""Larger sets are impractical."""
+_ROUNDING = 1e-9  # 0.745 - 0.695 is slightly more than 0.05 in floating point
 
 
 class GateOutcome(StrEnum):
-    """What the interval of a loss says about a margin."""
+    """Position of a loss's interval relative to a margin."""
 
     PASSED = "passed"
-    """It excludes a loss beyond the margin."""
+    """The interval excludes a loss beyond the margin."""
     FAILED = "failed"
-    """It proves a loss beyond the margin."""
+    """The interval proves a loss beyond the margin."""
     UNDECIDED = "undecided"
 
 
 class Gate(StrEnum):
-    """What a gate limits, named as its key in the recipe's section `evaluate`."""
+    """A limited loss, named as its key in the recipe's section `evaluate`."""
 
     GPTQ_LOSS = "max_gptq_loss"
     GPTQ_NLL = "max_gptq_nll"
@@ -36,7 +36,7 @@ class Gate(StrEnum):
 
     @property
     def counted(self) -> str:
-        """What its examples are called."""
+        """Word for its examples."""
         return "questions" if self is Gate.FORGETTING else "examples"
 
 
@@ -45,14 +45,14 @@ class _Record(BaseModel):
 
 
 class Verdict(_Record):
-    """A loss compared with the margin that is allowed.
+    """A loss compared with the allowed margin.
 
     Attributes:
-        loss: by how much the second model is worse, with its 95 % interval; below 0, it is better.
-        detectable: how far from the margin a loss has to be for so many examples, scattered as these are, to decide
-            in four of five samples.
-        examples_to_decide: about so many would decide in four of five samples if the loss stays as it is. None if the
-            outcome is decided, and if the loss is so near to the margin that more than a million would be needed.
+        loss: of the second model, with its 95 % interval; below 0: it is better.
+        detectable: distance of a loss from the margin at which this number of examples, with this variance, decides in
+            four of five samples.
+        examples_to_decide: approximate number that decides in four of five samples if the loss stays the same. None if
+            the outcome is decided, or if the loss is so near to the margin that more than a million would be needed.
     """
 
     outcome: GateOutcome
@@ -67,8 +67,8 @@ class GateReport(_Record):
     """Verdict of one gate of a version.
 
     Attributes:
-        measured: what was lost, with the figures before and after.
-        limit: the recipe's key that sets the margin, and what the margin is relative to.
+        measured: the measured loss, with the figures before and after.
+        limit: the recipe's key that sets the margin, and the reference of the margin.
     """
 
     gate: Gate
@@ -81,17 +81,17 @@ class GateReport(_Record):
         counted = f"{verdict.examples} {self.gate.counted}"
         match verdict.outcome:
             case GateOutcome.PASSED:
-                said = f"a larger loss is excluded with {counted}"
+                reason = f"a larger loss is excluded with {counted}"
             case GateOutcome.FAILED:
-                said = f"a loss of {verdict.loss.low:.3f} or more is proven with {counted}"
+                reason = f"a loss of {verdict.loss.low:.3f} or more is proven with {counted}"
             case GateOutcome.UNDECIDED:
                 number = verdict.examples_to_decide
                 decide = f"about {about(number)} would decide" if number else "the loss is too near to the limit"
                 between = verdict.loss.low <= verdict.margin < verdict.loss.high
-                what = f"a loss of up to {verdict.loss.high:.3f} cannot be excluded with {counted}"
-                said = f"{what if between else f'{counted} are too few'}; {decide}"
+                possible = f"a loss of up to {verdict.loss.high:.3f} cannot be excluded with {counted}"
+                reason = f"{possible if between else f'{counted} are too few'}; {decide}"
         allowed = f"at most {verdict.margin:.3f} ({self.limit})"
-        return f"{self.measured}, loss {verdict.loss}, {allowed}: {verdict.outcome}: {said}"
+        return f"{self.measured}, loss {verdict.loss}, {allowed}: {verdict.outcome}: {reason}"
 
 
 def judge(loss: Interval, margin: float, examples: int, *, fewest: int = 1) -> Verdict:
@@ -101,10 +101,10 @@ def judge(loss: Interval, margin: float, examples: int, *, fewest: int = 1) -> V
     that the interval's width implies, by the normal approximation of svc.sample_size.
 
     Args:
-        loss: paired, above 0 where the second model is worse.
-        margin: the largest loss that is allowed.
+        loss: paired, above 0 if the second model is worse.
+        margin: maximum allowed loss.
         examples: that both models answered, at least 1.
-        fewest: fewer examples decide nothing: a bootstrap interval of very few is too narrow.
+        fewest: minimum number for a decision: a bootstrap interval of very few examples is too narrow.
     """
     if examples < fewest:
         outcome = GateOutcome.UNDECIDED

@@ -173,7 +173,7 @@ class DoubleEngine:
         if self._park.failing_starts > 0 or self.replica in self._park.unable:
             self._park.failing_starts = max(0, self._park.failing_starts - 1)
             self.kill()
-            raise EngineError("vLLM ended with code 1 before it was ready: no memory")
+            raise EngineError("vLLM exited with code 1 before it was ready: no memory")
         server = SocketServer(self.double, self.socket)
         try:
             await server.start()

@@ -65,7 +65,7 @@ class Engines:
     def __call__(self, folder: Path) -> DoubleEngine:
         if self.refusals:
             self.refusals -= 1
-            raise EngineError("vLLM ended with code 1 before it was ready")
+            raise EngineError("vLLM exited with code 1 before it was ready")
         assert not any(engine.runs for engine in self.launched), "two engines would need twice the memory"
         double = EngineDouble(weights=str(folder), name="tiny")
         self.change(len(self.launched), double)

@@ -1,1 +1,1 @@
-"""One vLLM server as a process: what is chosen for it, its start, its client; and what is added to it (plugin.py)."""
+"""One vLLM server as a process: its configuration, start and client; and our changes to it (plugin.py)."""

@@ -1,4 +1,4 @@
-"""One choice of how an engine is started: its value, and where that came from."""
+"""One choice for the launch of an engine: its value and its origin."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ AUTO = "auto"
 
 
 class Origin(StrEnum):
-    """Where a choice came from."""
+    """Origin of a choice."""
 
     ARGS = "engine.args"
     SETTING = "setting"
@@ -30,9 +30,9 @@ class Choice:
     """One choice.
 
     Attributes:
-        name: vLLM's name for it, where it has one.
-        reason: in a few words; empty where the origin says it all.
-        arguments: for vLLM's command line; none where it was given there already, or is vLLM's own choice.
+        name: vLLM's name for it, if it has one.
+        reason: in a few words; empty if the origin is enough.
+        arguments: for vLLM's command line; empty if the user gave them, or if vLLM chooses.
         variables: for its environment.
     """
 
@@ -50,17 +50,17 @@ def as_argument(name: str, value: Value, origin: Origin, reason: str = "") -> Ch
 
 
 def as_given(name: str, args: Sequence[str], *others: str) -> Choice | None:
-    """Return what `engine.args` give for a choice; None where they do not.
+    """Return the choice that `engine.args` contain; None without one.
 
     Args:
-        others: further options for it.
+        others: additional names of its option.
     """
     value = given(args, _option(name), *others)
     return None if value is None else Choice(name, as_number(value), Origin.ARGS)
 
 
 def as_number(text: str) -> int | float | str:
-    """Return the number that a text is, else the text; vLLM also takes `4k`."""
+    """Return a text as a number if it is one, else the text; vLLM also accepts `4k`."""
     for kind in (int, float):
         try:
             return kind(text)

@@ -1,7 +1,7 @@
-"""One connection to an engine's unix socket: requests of clients one after the other, each with its answer as it comes.
+"""One connection to an engine's unix socket: clients' requests one after the other, each with its streamed answer.
 
-Bytes of an answer wait here until they are taken, and no more than so many: the engine is not read from then. Knows
-nothing of versions, nor of what a request or an answer says.
+Bytes of an answer are buffered until they are read; when the buffer is full, reading from the engine pauses. Knows
+nothing of versions, nor of the content of requests and answers.
 """
 
 import asyncio
@@ -9,21 +9,21 @@ from collections import deque
 from time import perf_counter
 from typing import cast
 
-_MOST_WAITING_BYTES = 256 * 1024
-"""Of an answer, not taken yet. As much again may come with the last read."""
-_MOST_AT_ONCE_BYTES = 64 * 1024
-"""Of parts that are taken together; one may be larger."""
-_MOST_STRAY_BYTES = 64 * 1024
-"""In a row that are no part of a body: the head of an answer, and what stands around its chunks."""
+_MAX_BUFFERED_BYTES = 256 * 1024
+"""Unread bytes of an answer. As much again may come with the last read."""
+_MAX_JOINED_BYTES = 64 * 1024
+"""Size of parts that are returned together; a single part may be larger."""
+_MAX_STRAY_BYTES = 64 * 1024
+"""Consecutive bytes outside a body: the head of an answer, and the framing of its chunks."""
 _CONTENT_TYPE, _CONTENT_LENGTH, _TRANSFER_ENCODING = b"content-type", b"content-length", b"transfer-encoding"
 
 
 class ConnectionFailedError(Exception):
-    """A request could not be made, or its answer did not come."""
+    """A request could not be sent, or its answer did not arrive."""
 
 
 class UnreachableError(ConnectionFailedError):
-    """The engine took no connection; it has seen nothing of the request."""
+    """The engine accepted no connection; it has seen nothing of the request."""
 
 
 class BrokenConnectionError(ConnectionFailedError):
@@ -35,28 +35,28 @@ class MalformedAnswerError(BrokenConnectionError):
 
 
 class SilenceError(ConnectionFailedError):
-    """No byte came for too long."""
+    """No byte arrived for too long."""
 
 
 class EngineConnection(asyncio.Protocol):
-    """Sends a request, and has its answer until the next request.
+    """A connection that sends one request at a time and stores its answer until the next request.
 
     Args:
-        silence_s: longest wait for the next bytes, seconds.
-        all_open: it is in this set from when it is connected until it is closed.
+        silence_s: maximum wait for the next bytes, seconds.
+        all_open: set that contains the connection while it is open.
 
     Attributes:
-        status: of the answer, once its head has come.
-        content_type: of the answer, likewise; empty where the engine says none.
-        answered: at least a byte of the answer has come.
-        complete: all of the answer has come.
-        arrived: when the part that was taken last came, seconds. The clock stands still while the engine is not read
-            from, so that the difference of two parts has none of the time for which their reader was late.
-        idle_since: when the last answer was done with, by the loop's clock.
+        status: of the answer, after its head has arrived.
+        content_type: of the answer, likewise; empty if the engine sends none.
+        answered: whether at least one byte of the answer has arrived.
+        complete: whether the whole answer has arrived.
+        arrived: arrival of the part that was read last, seconds. The clock is stopped while reading is paused, so that
+            the time between two parts does not include delays of their reader.
+        idle_since: end of the last answer, by the loop's clock.
     """
 
     def __init__(self, silence_s: float, all_open: "set[EngineConnection]") -> None:
-        # Comes with the extras for serving; who only imports this can do without.
+        # Part of the extras for serving; an import of this module does not need it.
         from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
         self._loop = asyncio.get_running_loop()
@@ -67,10 +67,10 @@ class EngineConnection(asyncio.Protocol):
         self._transport: asyncio.Transport  # from `connection_made` on
         self._waiter: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._error: ConnectionFailedError | None = None  # once there is one, the connection is closed for good
+        self._error: ConnectionFailedError | None = None  # set once, when the connection is closed
         self._heard = self.idle_since = 0.0
         self._asked = self._usable = False
-        self._paused_at: float | None = None  # None while the engine is read from
+        self._paused_at: float | None = None  # None unless reading is paused
         self._reset()
 
     def _reset(self) -> None:
@@ -84,14 +84,14 @@ class EngineConnection(asyncio.Protocol):
 
     @property
     def is_closed(self) -> bool:
-        """It takes no request any more."""
+        """Whether it accepts no more requests."""
         return self._transport.is_closing()
 
     async def ask(self, request: bytes) -> None:
-        """Sends a request and returns when the head of its answer has come.
+        """Send a request and wait for the head of its answer.
 
         Raises:
-            BrokenConnectionError, SilenceError: there is no answer; the connection is closed.
+            BrokenConnectionError, SilenceError: no answer arrived; the connection is closed.
         """
         if self._error is not None:
             raise self._error
@@ -109,47 +109,45 @@ class EngineConnection(asyncio.Protocol):
             raise
 
     async def read_some(self) -> bytes:
-        """Return the next bytes of the body that came together, as soon as there are some; nothing at its end.
-
-        They are at most about 64 KiB.
+        """Return the next bytes of the body that arrived together, at most about 64 KiB; empty at its end.
 
         Raises:
-            BrokenConnectionError, SilenceError: the rest will not come.
+            BrokenConnectionError, SilenceError: the rest will not arrive.
         """
         while not self._parts:
             if self.complete:
                 return b""
             await self._more()
-        taken = self._next()
+        part = self._next()
         if not self._parts:
-            self._read_on()
-        return taken
+            self._resume()
+        return part
 
     def release(self) -> bool:
-        """Ends the work on an answer; whether the connection can take the next request. It is closed where not."""
+        """Finish an answer; return whether the connection can be reused. It is closed if not."""
         if not (self.complete and self._usable):
             self.close()
             return False
         self._asked = False
         self._parts.clear()
-        self._read_on()
+        self._resume()
         self.idle_since = self._loop.time()
         return True
 
     def close(self) -> None:
-        """Closes it at once: the engine ends its work on what was not answered."""
+        """Close it immediately: the engine cancels an unfinished request."""
         self._fail(BrokenConnectionError("the connection was closed here"))
 
     def _next(self) -> bytes:
-        """Return the parts that came first and together, up to about `_MOST_AT_ONCE_BYTES`."""
-        self.arrived, taken = self._parts.popleft()
-        if not self._parts:  # as nearly always in a stream
+        """Return the first parts that arrived together, up to about `_MAX_JOINED_BYTES`."""
+        self.arrived, first = self._parts.popleft()
+        if not self._parts:  # nearly always true in a stream
             self._waiting_bytes = 0
-            return taken
-        parts, size = [taken], len(taken)
+            return first
+        parts, size = [first], len(first)
         while self._parts:
             arrived, part = self._parts[0]
-            if arrived != self.arrived or size + len(part) > _MOST_AT_ONCE_BYTES:
+            if arrived != self.arrived or size + len(part) > _MAX_JOINED_BYTES:
                 break
             self._parts.popleft()
             parts.append(part)
@@ -158,7 +156,7 @@ class EngineConnection(asyncio.Protocol):
         return b"".join(parts)
 
     def _more(self) -> asyncio.Future[None]:
-        """Done when something has come, or an error in its place; whoever lacks something then calls it again."""
+        """Return a future that is done when bytes arrived or an error occurred; callers loop over it."""
         if self._error is not None:
             raise self._error
         self._heard = self._loop.time()
@@ -167,11 +165,11 @@ class EngineConnection(asyncio.Protocol):
 
     def _wake(self) -> None:
         waiter, self._waiter = self._waiter, None
-        if waiter is not None and not waiter.done():  # who waits may have been cancelled
+        if waiter is not None and not waiter.done():  # the waiting task may have been cancelled
             waiter.set_result(None)
 
     def _fail(self, error: ConnectionFailedError) -> None:
-        """Closes the connection; what has come of the answer can still be read."""
+        """Close the connection; the part of the answer that has arrived can still be read."""
         self._usable = False
         if self._error is None:
             self._error = error
@@ -182,18 +180,18 @@ class EngineConnection(asyncio.Protocol):
         self._wake()
 
     def _check_silence(self) -> None:
-        """Runs once in a while, and not for each part: it looks when the last one came."""
+        """Check the arrival of the last part; runs at intervals, not for each part."""
         self._timer = None
         if not self._asked:
             return
         now = self._loop.time()
-        since = self._heard if self._waiter is not None else now  # who takes nothing cannot complain
+        since = self._heard if self._waiter is not None else now  # without a waiting reader there is no silence
         if now - since >= self._silence_s:
-            self._fail(SilenceError(f"the engine said nothing for {self._silence_s:g} s"))
+            self._fail(SilenceError(f"the engine sent nothing for {self._silence_s:g} s"))
         else:
             self._timer = self._loop.call_at(since + self._silence_s, self._check_silence)
 
-    def _read_on(self) -> None:
+    def _resume(self) -> None:
         if self._paused_at is None:
             return
         self._paused_s += perf_counter() - self._paused_at
@@ -201,17 +199,15 @@ class EngineConnection(asyncio.Protocol):
         if self._usable:
             self._transport.resume_reading()
 
-    # What the event loop calls.
+    # Called by the event loop.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begins."""
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's are none by their class
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's class is not a subclass
         self._usable = True
         self._all_open.add(self)
 
     def data_received(self, data: bytes) -> None:
-        """Takes a part of an answer."""
-        if not self._asked:  # nobody asked
+        if not self._asked:  # bytes without a request
             self.close()
             return
         self.answered = True
@@ -223,30 +219,28 @@ class EngineConnection(asyncio.Protocol):
         except self._parser_errors as error:
             self._fail(MalformedAnswerError(f"the engine's answer is not HTTP/1.1: {error!r}"))
             return
-        if self._stray_bytes > _MOST_STRAY_BYTES:
-            self._fail(MalformedAnswerError(f"over {_MOST_STRAY_BYTES} bytes of the answer are no part of its body"))
+        if self._stray_bytes > _MAX_STRAY_BYTES:
+            self._fail(MalformedAnswerError(f"over {_MAX_STRAY_BYTES} bytes of the answer are outside its body"))
             return
-        if self._waiting_bytes > _MOST_WAITING_BYTES and self._paused_at is None:
+        if self._waiting_bytes > _MAX_BUFFERED_BYTES and self._paused_at is None:
             self._paused_at = perf_counter()
             self._transport.pause_reading()
         self._wake()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Ends."""
         error = BrokenConnectionError("the engine closed the connection")
         error.__cause__ = exc
         self._fail(error)
         self._all_open.discard(self)
 
-    # What the parser calls.
+    # Called by the parser.
 
     def on_message_begin(self) -> None:
-        """One answer to a request; anything behind it is none."""
+        """Reject a second answer to one request."""
         if self._has_head:
             raise ValueError("bytes after the answer")
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Keeps what is needed."""
         name = name.lower()
         if name == _CONTENT_TYPE:
             self.content_type = value.decode("latin-1")
@@ -254,23 +248,21 @@ class EngineConnection(asyncio.Protocol):
             self._has_length = True
 
     def on_headers_complete(self) -> None:
-        """Only an answer that says where it ends can be told from one that broke off."""
+        """Check the head: only an answer with a known end can be distinguished from a broken one."""
         if not self._has_length:
-            raise ValueError("neither content-length nor chunks")
+            raise ValueError("the response has neither Content-Length nor chunked encoding")
         if self._parser.get_http_version() != "1.1":
             raise ValueError("another version of HTTP")
         self.status = self._parser.get_status_code()
         if self.status < 200:
-            raise ValueError("a step of an upgrade that nobody asked for")
+            raise ValueError("an unrequested upgrade")
         self._has_head = True
 
     def on_body(self, body: bytes) -> None:
-        """Keeps a part until it is taken."""
         self._parts.append((self._part_arrived, body))
         self._waiting_bytes += len(body)
         self._stray_bytes = 0
 
     def on_message_complete(self) -> None:
-        """The answer has an end."""
         self.complete = True
         self._usable = self._usable and self._parser.should_keep_alive()

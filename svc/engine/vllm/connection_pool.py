@@ -1,8 +1,8 @@
-"""Clients' requests to one engine, over connections that are kept: most requests need no new one.
+"""Clients' requests to one engine over pooled connections, so that most requests need no new connection.
 
-What the server asks the engine itself goes over others (svc.engine.client), so that a reload never queues behind
-streams. Our own, because the cheapest library takes three times as long for a request, and does not tell whether an
-engine can have seen one that failed: docs/engine.md has the figures.
+The server's own requests use separate connections (svc.engine.client), so that a reload never queues behind streams.
+Our own implementation, because the cheapest library takes three times as long for a request, and does not tell whether
+an engine can have seen a failed one: docs/engine.md has the figures.
 """
 
 import asyncio
@@ -20,25 +20,25 @@ from svc.engine.vllm.connection import (
 )
 
 _CONNECT_TIMEOUT_S = 5.0
-"""A local socket answers at once, or its engine has hundreds of connections to take first."""
+"""A local socket connects immediately, unless its engine has hundreds of connections to accept first."""
 _CONNECT_PAUSE_S = 0.005
 _IDLE_S = 3.0
 """vLLM closes a connection that was idle for 5 s (VLLM_HTTP_TIMEOUT_KEEP_ALIVE)."""
-_MOST_WHOLE_BYTES = 64 * 2**20
+_MAX_BODY_BYTES = 64 * 2**20
 _EVENT_STREAM = "text/event-stream"
 
 
 class EngineConnections:
-    """As many connections as requests at once: how many may run is for the gateway to say.
+    """A pool with one connection per concurrent request; the gateway limits their number.
 
     Args:
         socket: the engine's unix socket.
-        silence_s: longest wait for the next bytes of an answer, seconds.
-        connect_timeout_s: longest wait for a connection, seconds.
-        idle_s: how long a connection is kept without a request, seconds; less than the engine keeps it.
+        silence_s: maximum wait for the next bytes of an answer, seconds.
+        connect_timeout_s: maximum wait for a connection, seconds.
+        idle_s: time after which an idle connection is closed, seconds; less than the engine's.
 
     Attributes:
-        is_closed: it takes no requests any more.
+        is_closed: whether it accepts no more requests.
     """
 
     def __init__(
@@ -54,15 +54,15 @@ class EngineConnections:
         self._connect_timeout_s = connect_timeout_s
         self._idle_s = idle_s
         self._open: set[EngineConnection] = set()
-        self._idle: list[EngineConnection] = []  # the one that was used last is the last
+        self._idle: list[EngineConnection] = []  # the most recently used is the last
         self._sweeping: asyncio.TimerHandle | None = None
         self.is_closed = False
 
     def post(self, path: str, payload: bytes, request_id: str, header_lines: str = "") -> "EngineAnswer":
-        """A request with JSON, sent when its `async with` is entered.
+        """Return a request with JSON, sent when its `async with` is entered.
 
         Args:
-            header_lines: further ones of its head, each with its end.
+            header_lines: additional header lines, each with its line end.
         """
         head = (
             f"POST {path} HTTP/1.1\r\nhost: engine\r\naccept-encoding: identity\r\ncontent-type: application/json\r\n"
@@ -71,11 +71,11 @@ class EngineConnections:
         return EngineAnswer(self, head.encode("latin-1") + payload)
 
     def get(self, path: str) -> "EngineAnswer":
-        """A request without a body, likewise."""
+        """Return a request without a body, likewise."""
         return EngineAnswer(self, f"GET {path} HTTP/1.1\r\nhost: engine\r\naccept-encoding: identity\r\n\r\n".encode())
 
     def close(self) -> None:
-        """Closes all connections, those whose answers are under way among them."""
+        """Close all connections, including those in use."""
         self.is_closed = True
         if self._sweeping is not None:
             self._sweeping.cancel()
@@ -85,7 +85,7 @@ class EngineConnections:
             connection.close()
 
     def take(self) -> EngineConnection | None:
-        """A connection that is kept: the one that was used last, so that others become old and are closed."""
+        """Return the most recently used idle connection, so that others age and are closed; None without one."""
         while self._idle:
             connection = self._idle.pop()
             if not connection.is_closed:
@@ -95,10 +95,10 @@ class EngineConnections:
         return None
 
     async def connect(self) -> EngineConnection:
-        """A new connection.
+        """Return a new connection.
 
         Raises:
-            UnreachableError: there is none.
+            UnreachableError: the engine accepts no connection.
         """
         try:
             async with asyncio.timeout(self._connect_timeout_s):
@@ -109,15 +109,15 @@ class EngineConnections:
                 except BaseException:
                     connected.close()
                     raise
-        except OSError as error:  # which a TimeoutError is too
-            raise UnreachableError(f"the engine takes no connection: {error!r}") from error
+        except OSError as error:  # includes TimeoutError
+            raise UnreachableError(f"the engine accepts no connection: {error!r}") from error
         if self.is_closed:
             connection.close()
             raise UnreachableError("the connections to this engine were closed")
         return connection
 
     def give_back(self, connection: EngineConnection) -> None:
-        """Keeps a connection whose answer is complete; closes another."""
+        """Return a connection to the pool if its answer is complete; close it otherwise."""
         if connection.release():
             self._idle.append(connection)
             if self._sweeping is None:
@@ -128,26 +128,26 @@ class EngineConnections:
 
     @property
     def _oldest(self) -> float:
-        """When a connection was last used that is kept no longer."""
+        """Time of last use before which idle connections are closed."""
         return asyncio.get_running_loop().time() - self._idle_s
 
     def _sweep(self) -> None:
-        """Closes those that were kept for too long; one timer for all."""
+        """Close connections that were idle for too long; one timer for all."""
         self._sweeping, oldest = None, self._oldest
-        kept = [connection for connection in self._idle if connection.idle_since > oldest]
-        for connection in self._idle[: len(self._idle) - len(kept)]:
+        recent = [connection for connection in self._idle if connection.idle_since > oldest]
+        for connection in self._idle[: len(self._idle) - len(recent)]:
             connection.close()
-        self._idle = [connection for connection in kept if not connection.is_closed]
+        self._idle = [connection for connection in recent if not connection.is_closed]
         if self._idle:
             at = self._idle[0].idle_since + self._idle_s
             self._sweeping = asyncio.get_running_loop().call_at(at, self._sweep)
 
 
 class EngineAnswer:
-    """One request and its answer, within an `async with`. Leaving it early ends the engine's work.
+    """One request and its answer, within an `async with`. Leaving it early cancels the request in the engine.
 
-    Where a kept connection breaks before a byte of the answer came, the request is sent once more, on a new one: the
-    engine may have closed it just then.
+    If a pooled connection breaks before the first byte of the answer, the request is sent once more, on a new one: the
+    engine may have closed the pooled one just then.
 
     Entering raises:
         UnreachableError: nothing was sent.
@@ -157,20 +157,20 @@ class EngineAnswer:
     def __init__(self, pool: EngineConnections, request: bytes) -> None:
         self._pool = pool
         self._request = request
-        self._connection: EngineConnection  # only within the `async with`: afterwards it is another request's
+        self._connection: EngineConnection  # only within the `async with`: afterwards another request may use it
 
     async def __aenter__(self) -> Self:
-        kept = self._pool.take()
-        if kept is None:
-            self._connection = await self._asked_anew()
+        pooled = self._pool.take()
+        if pooled is None:
+            self._connection = await self._ask_on_new_connection()
             return self
         try:
-            await kept.ask(self._request)
-            self._connection = kept
+            await pooled.ask(self._request)
+            self._connection = pooled
         except BrokenConnectionError as broken:
-            if kept.answered or self._pool.is_closed:
+            if pooled.answered or self._pool.is_closed:
                 raise
-            self._connection = await self._asked_again(broken)
+            self._connection = await self._ask_again(broken)
         return self
 
     async def __aexit__(
@@ -179,74 +179,71 @@ class EngineAnswer:
         self.end()
 
     def end(self) -> None:
-        """What leaving the `async with` does."""
+        """End the request, as leaving the `async with` does."""
         connection = self._connection
         del self._connection
         self._pool.give_back(connection)
 
-    async def _asked_anew(self) -> EngineConnection:
+    async def _ask_on_new_connection(self) -> EngineConnection:
         connection = await self._pool.connect()
         await connection.ask(self._request)
         return connection
 
-    async def _asked_again(self, broken: BrokenConnectionError) -> EngineConnection:
+    async def _ask_again(self, broken: BrokenConnectionError) -> EngineConnection:
         try:
-            return await self._asked_anew()
+            return await self._ask_on_new_connection()
         except UnreachableError:
-            # A socket that was closed over a request that nobody had read is reset; without that, the engine may have
-            # died of the request, and no other shall get it.
+            # A socket that is closed with an unread request is reset; without a reset, the engine may have died of the
+            # request, and no other engine must get it.
             if isinstance(broken.__cause__, ConnectionError):
                 raise
             raise broken from None
 
     @property
     def status(self) -> int:
-        """The HTTP status."""
         return self._connection.status
 
     @property
     def content_type(self) -> str:
-        """As the engine says it; empty where it does not."""
+        """The engine's Content-Type; empty without one."""
         return self._connection.content_type
 
     @property
     def arrived(self) -> float:
-        """When the last `read_some` came from the engine, seconds; see EngineConnection."""
+        """Arrival of the last `read_some` from the engine, seconds; see EngineConnection."""
         return self._connection.arrived
 
     @property
     def is_event_stream(self) -> bool:
-        """The body is server-sent events."""
+        """Whether the body is server-sent events."""
         return self._connection.content_type.startswith(_EVENT_STREAM)
 
     def read_some(self) -> Coroutine[object, object, bytes]:
-        """Return the next bytes of the body that came together, as soon as there are some; nothing at its end.
-
-        They are at most about 64 KiB.
+        """Return the next bytes of the body that arrived together, at most about 64 KiB; empty at its end.
 
         Raises:
-            BrokenConnectionError, SilenceError: the rest will not come.
+            BrokenConnectionError, SilenceError: the rest will not arrive.
         """
         return self._connection.read_some()
 
     async def read(self) -> bytes:
-        """The rest of the body; raises as `read_some`."""
+        """Return the rest of the body; raises as `read_some`."""
         parts, size = list[bytes](), 0
         while part := await self._connection.read_some():
             parts.append(part)
             size += len(part)
-            if size > _MOST_WHOLE_BYTES:
-                raise MalformedAnswerError(f"the engine's answer has over {_MOST_WHOLE_BYTES} bytes")
+            if size > _MAX_BODY_BYTES:
+                raise MalformedAnswerError(f"the engine's answer has over {_MAX_BODY_BYTES} bytes")
         return b"".join(parts)
 
 
 async def _connected(path: str) -> sockets.socket:
-    """A connected socket; waits while more connections wait for the engine than its backlog has room for.
+    """Return a connected socket; wait while the engine's backlog is full.
 
-    Not asyncio's `sock_connect`, which takes a socket for connected that the kernel refused for that.
+    asyncio's `sock_connect` would treat a socket as connected that the kernel rejected because of a full backlog.
 
     Raises:
-        OSError: nobody listens.
+        OSError: no process listens.
     """
     connecting = sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM)
     try:

@@ -1,7 +1,7 @@
-"""Which variables of our environment an engine inherits: those of its libraries, and no secrets.
+"""Environment variables that an engine inherits: those of its libraries, and no secrets.
 
-An engine has native code of many libraries in it, and writes a log. Whatever else stands in a server's environment, as
-cloud credentials or a token of the hub, is not its business.
+An engine runs native code of many libraries, and writes a log. It must not get other variables of the server's
+environment, such as cloud credentials or a token of the hub.
 """
 
 import os
@@ -16,16 +16,16 @@ _INHERITED = re.compile(
     "|TRITON|VLLM|XDG)(_.*)?",
     re.DOTALL,
 )
-"""Variables of Python, the C library, PyTorch, vLLM and what they are built on: most by the word before the first
+"""Variables of Python, the C library, PyTorch, vLLM and their dependencies: most by the word before the first
 underscore."""
 _SECRET_WORDS = frozenset({"CREDENTIALS", "KEY", "PASSWORD", "SECRET", "TOKEN"})
 
 
 def inherited_environment(also: Iterable[str] = ()) -> dict[str, str]:
-    """The variables that an engine gets of ours.
+    """Return the variables that an engine inherits.
 
     Args:
-        also: names of further ones, as `engine.environment` gives them.
+        also: names of additional ones, from `engine.environment`.
     """
     named = frozenset(also)
     return {name: value for name, value in os.environ.items() if name in named or _is_inherited(name)}

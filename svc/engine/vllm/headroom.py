@@ -1,7 +1,7 @@
-"""Whether there is memory for more engines beside those that run.
+"""Estimates whether the free memory is enough for additional engines.
 
-An estimate made before a start, so that a server or a swap says what is missing and does not find out from the kernel
-or from CUDA.
+The estimate is made before a start, so that a server or a swap reports the shortage instead of failing in the kernel or
+in CUDA.
 """
 
 from collections.abc import Sequence
@@ -14,16 +14,16 @@ from svc.engine.vllm.plan import GIB, plan_engine
 from svc.settings import Device
 
 ENGINE_OVERHEAD = 2 * GIB
-"""What one engine takes beside weights, keys and values. On a CPU 1.8 GiB were measured with vLLM 0.32 and a model of a
-few megabytes: Python and torch in three processes, as where vLLM binds threads; in two it is 0.7 less. On a GPU it was
-not measured: what the CUDA context and a long prompt need."""
+"""Memory of one engine in addition to weights, keys and values. On a CPU 1.8 GiB were measured with vLLM 0.32 and a
+model of a few megabytes: Python and torch in three processes, as when vLLM binds threads; with two it is 0.7 less. On a
+GPU it was not measured: the need of the CUDA context and a long prompt."""
 
 
 def shortage(specs: Sequence[EngineSpec]) -> str | None:
-    """Why engines would not find the memory that they need together; None where they would.
+    """Return why there is not enough memory for these engines together; None if there is.
 
-    Each needs its weights, room for its adapters, keys and values of one sequence, and what any engine takes. Where the
-    share of a GPU is given, vLLM wants all of that share to be free.
+    Each needs its weights, its adapters' memory, keys and values of one sequence, and `ENGINE_OVERHEAD`. If the share
+    of a GPU is set, vLLM requires all of that share to be free.
 
     Args:
         specs: the engines, all on one device.
@@ -37,15 +37,15 @@ def shortage(specs: Sequence[EngineSpec]) -> str | None:
         where = "of the GPU "
     if needed <= free:
         return None
-    one = "it needs" if len(specs) == 1 else f"{len(specs)} engines need"
-    return f"{one} about {needed / GIB:.1f} GiB, {free / GIB:.1f} GiB {where}are free"
+    subject = "it needs" if len(specs) == 1 else f"{len(specs)} engines need"
+    return f"{subject} about {needed / GIB:.1f} GiB, {free / GIB:.1f} GiB {where}are free"
 
 
 def backup_shortage(spec: EngineSpec) -> str | None:
-    """Why the machine cannot keep what an engine frees when it sleeps; None where it can.
+    """Return why main memory cannot hold the weights of a sleeping engine; None if it can.
 
-    vLLM copies weights and room for adapters to pinned memory, block by block, and torch rounds each block up to a
-    power of two: up to twice as much.
+    vLLM copies weights and adapters' memory to pinned memory, block by block, and torch rounds each block up to a power
+    of two: up to twice as much.
     """
     wide = is_wide(choose_dtype(spec.settings, spec.capabilities, spec.facts))
     needed = 2 * (weight_bytes(spec.facts, wide=wide) + (spec.lora.memory if spec.lora else 0))
@@ -56,7 +56,7 @@ def backup_shortage(spec: EngineSpec) -> str | None:
 
 
 def _needed(spec: EngineSpec, machine: Machine) -> tuple[int, int]:
-    """What an engine needs, and what is free where it would run, bytes."""
+    """Return an engine's need, and the free memory of its device, bytes."""
     model = spec.facts
     wide = is_wide(choose_dtype(spec.settings, spec.capabilities, model))
     length = min(spec.settings.max_model_len, model.context or spec.settings.max_model_len)

@@ -1,7 +1,7 @@
-"""Linear layers of GPTQ models on a CPU for which vLLM has no 4-bit kernel of its own: one without AVX-512.
+"""Linear layers of GPTQ models on a CPU without AVX-512, for which vLLM has no 4-bit kernel.
 
-The product is PyTorch's own operator for weights of 4 bits, which has kernels for AVX2 and AVX-512. Weights stay in 4
-bits, in the operator's layout; scales take 4 bytes a group instead of 2. Imported only inside vLLM.
+The product is PyTorch's operator for weights of 4 bits, which has kernels for AVX2 and AVX-512. Weights stay in 4 bits,
+in the operator's layout; scales take 4 bytes per group instead of 2. Imported only inside vLLM.
 """
 
 import torch
@@ -10,9 +10,9 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import unpack_qua
 from vllm.scalar_type import scalar_types
 
 _GROUP_SIZES = (256, 128, 64, 32)
-"""Those that the operator takes, in PyTorch 2.13."""
+"""Group sizes of the operator, in PyTorch 2.13."""
 _WIDTH = 32
-"""Inputs and outputs are multiples of it: what the operator's blocks take, and vLLM's own kernel asks for."""
+"""Inputs and outputs must be multiples of it, for the operator's blocks as for vLLM's own kernel."""
 
 
 class Int4LinearKernel(MPLinearKernel):
@@ -20,25 +20,24 @@ class Int4LinearKernel(MPLinearKernel):
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """Capabilities are of GPUs."""
-        return -1
+        return -1  # capabilities are of GPUs
 
     @classmethod
     def can_implement(cls, c: MPLinearLayerConfig) -> tuple[bool, str | None]:
-        """Whether the operator takes such a layer, and why not."""
+        """Return whether the operator supports such a layer, and if not, the reason."""
         inputs, outputs = c.partition_weight_shape
         if c.weight_type != scalar_types.uint4b8 or c.zero_points:
-            return False, f"weights are {c.weight_type}; symmetric ones of 4 bits are taken"
+            return False, f"weights are {c.weight_type}; only symmetric ones of 4 bits are supported"
         if c.act_type != torch.bfloat16:
-            return False, f"activations are in {c.act_type}; the operator is fast in bfloat16 alone"
+            return False, f"activations are in {c.act_type}; the operator is fast only in bfloat16"
         if inputs % _WIDTH or outputs % _WIDTH:
-            return False, f"the layer is {inputs} x {outputs}; multiples of {_WIDTH} are taken"
+            return False, f"the layer is {inputs} x {outputs}; only multiples of {_WIDTH} are supported"
         if c.group_size != -1 and c.group_size % _GROUP_SIZES[-1]:
-            return False, f"groups of {c.group_size} inputs; multiples of {_GROUP_SIZES[-1]} are taken"
+            return False, f"groups of {c.group_size} inputs; only multiples of {_GROUP_SIZES[-1]} are supported"
         return True, None
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Brings weights and scales into the operator's layout; called after each load, a reload in place too."""
+        """Convert weights and scales to the operator's layout; called after each load, including a reload in place."""
         inputs = self.config.partition_weight_shape[0]
         self._group_size = operator_group_size(self.config.group_size, inputs)
         groups = inputs // self._group_size
@@ -48,7 +47,7 @@ class Int4LinearKernel(MPLinearKernel):
             setattr(layer, self.w_zp_name, None)  # 8 for every group
 
     def apply_weights(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """The layer's outputs.
+        """Return the layer's outputs.
 
         Args:
             x: [..., in], bfloat16.
@@ -66,7 +65,7 @@ class Int4LinearKernel(MPLinearKernel):
 
 
 def operator_group_size(group_size: int, inputs: int) -> int:
-    """The largest group of the operator's that divides a model's.
+    """Return the largest group size of the operator that divides a model's.
 
     Args:
         group_size: inputs that share a scale, a multiple of 32; -1: all.
@@ -77,7 +76,7 @@ def operator_group_size(group_size: int, inputs: int) -> int:
 
 
 def pack_weights(packed: torch.Tensor) -> torch.Tensor:
-    """From GPTQ's layout to the operator's.
+    """Convert weights from GPTQ's layout to the operator's.
 
     Args:
         packed: [in / 8, out], int32, eight inputs in each.
@@ -90,7 +89,7 @@ def pack_weights(packed: torch.Tensor) -> torch.Tensor:
 
 
 def spread_scales(scales: torch.Tensor, groups: int) -> torch.Tensor:
-    """Scales as the operator takes them: beside what it adds to a weight, which is 0.
+    """Return scales in the operator's layout, each with the offset of a weight, which is 0.
 
     Args:
         scales: [groups of the model, out].

@@ -1,7 +1,7 @@
-"""How one vLLM server is started: its arguments and environment, from a spec. What of them is chosen, plan.py says.
+"""Launch of one vLLM server: its arguments and environment, from a spec. plan.py makes the choices.
 
-The seam for other launchers: whoever can run `command(spec)` with `environment(spec)` somewhere, and reach its HTTP
-surface, has an engine.
+This is the interface for other launchers: running `command(spec)` with `environment(spec)` anywhere, with access to its
+HTTP API, gives an engine.
 """
 
 import hashlib
@@ -31,11 +31,11 @@ from svc.settings import Device, EngineSettings, GptqKernel
 
 SOCKET_FILE = "engine.sock"
 HUGGING_FACE_FORMAT = ["--config-format", "hf", "--tokenizer-mode", "hf"]
-"""Mistral's folders hold a model twice: by default vLLM reads `params.json` and `tekken.json`, while training reads
-`config.json` and `tokenizer.json`. `engine.args` come later, so they overrule this."""
+"""Mistral's folders contain a model twice: by default vLLM reads `params.json` and `tekken.json`, while training reads
+`config.json` and `tokenizer.json`. `engine.args` come later, so they override this."""
 _ENTRY, _OLD_ENTRY = "vllm.entrypoints.launchers.api_server.entry", "vllm.entrypoints.openai.api_server"
 _LISTS = ("VLLM_DISABLED_KERNELS", "VLLM_PLUGINS")
-"""Variables of vLLM that hold names with commas between them."""
+"""Variables of vLLM that contain names separated by commas."""
 _OUTPUT_LAYER = "lm_head"
 _LOG_LEVEL = "VLLM_LOGGING_LEVEL"
 _SLEEP_FLAG, _SLEEP_MODE = "enable-sleep-mode", "enable_sleep_mode"
@@ -49,16 +49,16 @@ class EngineSpec:
 
     Attributes:
         model: folder with config, safetensors and tokenizer.
-        served_name: the one model name that the engine answers to.
+        served_name: the engine's only model name.
         runtime: private folder for its socket.
-        state: folder for its lock and record, which a later server looks into.
-        log: file that takes its output.
+        state: folder for its lock and record, which a later server reads.
+        log: file for its output.
         cache: folder for compiled kernels.
         capabilities: of this device.
-        template_kwargs: what the chat template is given; None: what the model's folder says.
-        lora: room for adapters beside the model; None: it takes none.
-        engines: how many share the machine, this one among them.
-        idles: its model has an idle time.
+        template_kwargs: arguments of the chat template; None: as in the model's folder.
+        lora: capacity for adapters; None: no adapters.
+        engines: number of engines that share the machine, including this one.
+        idles: whether its model has an idle time.
     """
 
     model: Path
@@ -76,12 +76,12 @@ class EngineSpec:
 
     @property
     def socket(self) -> Path:
-        """The unix socket it listens on."""
+        """The unix socket that it listens on."""
         return self.runtime / SOCKET_FILE
 
     @cached_property
     def plan(self) -> plan.EnginePlan:
-        """What is chosen for it, by the machine as it is when this is first asked; takes up to seconds on a GPU."""
+        """Choices for its launch, from the machine's state at the first access, which takes up to seconds on a GPU."""
         machine = read_machine(gpus=self.device is Device.CUDA)
         planned = plan.plan_engine(
             self.settings, self.capabilities, machine, self.facts, self.cache, engines=self.engines
@@ -92,28 +92,28 @@ class EngineSpec:
 
     @property
     def device(self) -> Device:
-        """Where it will run."""
+        """Device that it will run on."""
         return self.capabilities.device(self.settings)
 
     @cached_property
     def engine_capabilities(self) -> EngineCapabilities:
-        """What the engine will be able to do; reads the model's folder when this is first asked.
+        """Capabilities of the engine; the first access reads the model's folder.
 
-        vLLM packs experts for a CPU when it loads them, and not when it loads them again: 0.32 was off by 2.5 nats a
-        token after a reload (Qwen3-MoE, Mixtral), and by 0.01 in an engine that started with the same files.
+        vLLM packs experts for a CPU at the first load but not at a reload: 0.32 was off by 2.5 nats per token after a
+        reload (Qwen3-MoE, Mixtral), and by 0.01 in an engine that started with the same files.
         """
         return EngineCapabilities(
             reloads=self.device is not Device.CPU or not self.facts.experts,
             adapters=self.lora.max_loaded if self.lora else 0,
             unprobed=self._unprobed(),
-            # With the flag vLLM 0.32 does not start on a CPU, and takes a GPU's memory by an allocator of its own.
+            # With the flag vLLM 0.32 does not start on a CPU, and uses its own allocator for a GPU's memory.
             sleeps=self.idles
             and self.device is Device.CUDA
             and given_flag(self.settings.args, _SLEEP_FLAG) is not False,
         )
 
     def _unprobed(self) -> str | None:
-        """Why it cannot be probed: adapters may change the output layer. Where room for them is ours, none does."""
+        """Return why it cannot be probed: adapters may change the output layer, except in slots that we configure."""
         args = self.settings.args
         if self.lora is None and not given_flag(args, "enable-lora"):
             return None
@@ -122,7 +122,7 @@ class EngineSpec:
 
     @cached_property
     def facts(self) -> ModelFacts:
-        """What its model's folder says."""
+        """Facts from its model's folder."""
         facts = read_model_facts(self.model)
         if self.template_kwargs is None:
             return facts
@@ -132,57 +132,57 @@ class EngineSpec:
 def _sleep_choice(args: Sequence[str]) -> Choice:
     if given_flag(args, _SLEEP_FLAG):
         return Choice(_SLEEP_MODE, True, Origin.ARGS)
-    why = "idle_s: it frees the GPU when nobody asks"
-    return Choice(_SLEEP_MODE, True, Origin.SETTING, why, (f"--{_SLEEP_FLAG}",))
+    reason = "idle_s: the GPU is freed while there are no requests"
+    return Choice(_SLEEP_MODE, True, Origin.SETTING, reason, (f"--{_SLEEP_FLAG}",))
 
 
 def command(spec: EngineSpec) -> list[str]:
-    """The server's argument list. Only safetensors are loaded, and no code that comes with a model is run."""
+    """Return the server's argument list. Only safetensors are loaded, and no code that comes with a model is run."""
     arguments = [sys.executable, "-m", entry_module()]
     arguments += ["--model", str(spec.model), "--served-model-name", spec.served_name, "--uds", str(spec.socket)]
     arguments += HUGGING_FACE_FORMAT
     if given(spec.settings.args, "--load-format") is None:
         arguments += ["--load-format", "safetensors"]
     if given_flag(spec.settings.args, "log-error-stack") is None:
-        # The development mode switches it on, and the stack of a refused request ends with the text of the request.
+        # The development mode enables it, and the stack of a rejected request ends with the text of the request.
         arguments.append("--no-log-error-stack")
     return [*arguments, *spec.plan.arguments, *spec.settings.args]
 
 
 @cache
 def entry_module() -> str:
-    """The module that starts vLLM's server; an older vLLM has it elsewhere. Nothing of vLLM is imported."""
-    found = find_spec("vllm")
-    folders = [Path(folder) for folder in (found.submodule_search_locations or [])] if found else []
+    """Return the module that starts vLLM's server, which moved between versions. Nothing of vLLM is imported."""
+    package = find_spec("vllm")
+    folders = [Path(folder) for folder in (package.submodule_search_locations or [])] if package else []
     file = Path(*_ENTRY.split(".")[1:]).with_suffix(".py")
     return _ENTRY if any((folder / file).is_file() for folder in folders) else _OLD_ENTRY
 
 
 def environment(spec: EngineSpec) -> dict[str, str]:
-    """The server's environment.
+    """Return the server's environment.
 
-    The development mode opens the endpoints that reload weights; only the private socket reaches them.
+    The development mode enables the endpoints that reload weights; only the private socket reaches them.
     """
     variables = {
         "VLLM_SERVER_DEV_MODE": "1",
-        "VLLM_RPC_BASE_PATH": str(spec.runtime),  # the sockets between its processes, which it leaves behind
+        "VLLM_RPC_BASE_PATH": str(spec.runtime),  # sockets between its processes, which it does not remove
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",
         QUIET_VARIABLE: "1",
         EMPTY_TOKENS_VARIABLE: "1",
     }
-    # vLLM would let the first, an older way to give the size of its cache, overrule an argument. The second is ours.
-    # The third opens endpoints that nobody needs where no adapters are served.
+    # In vLLM the first, an older setting of the cache size, overrides an argument. The next two are ours. The last
+    # enables endpoints that are not needed without adapters.
     withheld = ("VLLM_CPU_KVCACHE_SPACE", INT4_LINEAR_VARIABLE, LORA_VARIABLE, RUNTIME_VARIABLE)
     ours = inherited_environment(spec.settings.environment)
     inherited = {name: value for name, value in ours.items() if name not in withheld}
-    # The phases of a start are read from its log; TRL, once imported, has every vLLM log errors alone.
+    # The phases of a start are read from its log; TRL, once imported, makes every vLLM log errors only.
     if inherited.get(_LOG_LEVEL) != "DEBUG":
         variables[_LOG_LEVEL] = "INFO"
     chosen = spec.plan.variables
     if "VLLM_PLUGINS" in inherited:
-        chosen["VLLM_PLUGINS"] = _PLUGIN  # a list that a person gave would leave ours out
+        chosen["VLLM_PLUGINS"] = _PLUGIN  # a list from the user would not contain ours
     for name in _LISTS:
         if name in chosen and inherited.get(name):
             chosen[name] = f"{inherited[name]},{chosen[name]}"
@@ -190,26 +190,26 @@ def environment(spec: EngineSpec) -> dict[str, str]:
 
 
 def launch_digest(spec: EngineSpec) -> str:
-    """What two engines of one folder have in common that were started alike, with whichever weights; as hex SHA-256.
+    """Return a digest (hex SHA-256) that is equal for two engines of one folder with the same launch, with any weights.
 
-    What an engine holds is told by its record, and by probes; how much memory was free at its start does not matter.
+    Its content is known from its record and from probes; the free memory at its start does not matter.
     """
-    # How many share a GPU is part of how an engine was started, unless its share is given.
+    # The number of engines that share a GPU is part of the launch, unless the share is given.
     shares = spec.device is Device.CUDA and spec.settings.gpu_memory_share is None
     without = {"start_timeout_s", "gptq_kernel"} if shares else {"start_timeout_s", "gptq_kernel", "replicas"}
-    settings, able = spec.settings.model_dump(mode="json", exclude=without), spec.capabilities
-    parts: list[Any] = [able.engine_device.value, able.vllm, spec.served_name, settings]
-    # Only what the machine decides: what follows from the model is known from what the engine holds.
-    if (dtype := choose_dtype(spec.settings, able, spec.facts)).origin is Origin.MACHINE:
+    settings, capabilities = spec.settings.model_dump(mode="json", exclude=without), spec.capabilities
+    parts: list[Any] = [capabilities.engine_device.value, capabilities.vllm, spec.served_name, settings]
+    # Only choices by the machine: those by the model follow from the engine's content.
+    if (dtype := choose_dtype(spec.settings, capabilities, spec.facts)).origin is Origin.MACHINE:
         parts.append({dtype.name: dtype.value})
-    if choose_gptq_kernel(spec.settings, able, spec.facts) is GptqKernel.TORCH:
+    if choose_gptq_kernel(spec.settings, capabilities, spec.facts) is GptqKernel.TORCH:
         parts.append({"gptq_kernel": GptqKernel.TORCH.value})
     if spec.facts.template_kwargs:
         parts.append({"chat_template_kwargs": dict(spec.facts.template_kwargs)})
-    if spec.lora is not None:  # then its folder is the base, which no reload changes
+    if spec.lora is not None:  # its folder is the base, which no reload changes
         parts.append({"base": str(spec.model), "lora": spec.lora.parts()})
-    if spec.engine_capabilities.sleeps:  # without the flag vLLM would say that it sleeps, and free nothing
+    if spec.engine_capabilities.sleeps:  # without the flag vLLM would report that it sleeps, and free nothing
         parts.append("sleeps")
-    if any(name in os.environ for name in CPU_LIMITS):  # the engine rounds as it was limited when it was started
-        parts.append(able.hardware(spec.settings))
+    if any(name in os.environ for name in CPU_LIMITS):  # limits at its start determine how the engine rounds
+        parts.append(capabilities.hardware(spec.settings))
     return hashlib.sha256(json.dumps(parts).encode("utf-8")).hexdigest()

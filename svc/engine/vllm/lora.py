@@ -1,4 +1,4 @@
-"""How an engine is started that applies LoRA adapters beside its base: vLLM's runtime LoRA."""
+"""Launch options of an engine that applies LoRA adapters to its base: vLLM's runtime LoRA."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,32 +7,32 @@ from svc.engine.vllm.choice import Choice, Origin, Value, as_argument, as_given
 from svc.engine.vllm.plugin import LORA_VARIABLE
 
 RUNTIME_VARIABLE = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
-"""Opens the endpoints that load and unload adapters; only the private socket reaches them."""
+"""Enables the endpoints that load and unload adapters; only the private socket reaches them."""
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes for `--max-lora-rank`."""
+"""Values that vLLM accepts for `--max-lora-rank`."""
 LARGEST_RANK = _RANKS[-1]
-_LEAST_RANK = 16
-_MOST_BATCHED = 8
+_MIN_RANK = 16
+_MAX_BATCHED = 8
 USUAL_TARGETS = frozenset(
     {
         *("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"),
         *("gate_proj", "up_proj", "gate_up_proj", "down_proj"),
     }
 )
-"""Layers of attention and of the perceptron after it, as most architectures call them, and as vLLM fuses them. With all
-layers, thus with the output layer too, log-probabilities of a prompt end vLLM 0.32 on a CPU."""
+"""Layers of attention and of the perceptron after it, as most architectures name them, and as vLLM fuses them. With all
+layers, including the output layer, log-probabilities of a prompt kill vLLM 0.32 on a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoraSlots:
-    """Room for adapters in an engine.
+    """Capacity of an engine for adapters.
 
     Attributes:
         max_loaded: adapters in its memory.
-        max_batched: of them in one batch.
-        max_rank: largest rank, one that vLLM takes.
-        targets: ends of the names of the layers that adapters may change, sorted.
-        bytes: what one adapter may take in memory.
+        max_batched: different adapters in one batch.
+        max_rank: maximum rank, one that vLLM accepts.
+        targets: last parts of the names of the layers that adapters may change, sorted.
+        bytes: maximum memory of one adapter.
     """
 
     max_loaded: int
@@ -43,28 +43,28 @@ class LoraSlots:
 
     @property
     def memory(self) -> int:
-        """What all of it takes, bytes."""
+        """Memory of all adapters, bytes."""
         return self.bytes * (self.max_loaded + self.max_batched)
 
     def parts(self) -> list[Value]:
-        """What two engines with equal room have in common."""
+        """Return values that are equal for equal capacities."""
         return [self.max_loaded, self.max_batched, self.max_rank, *self.targets]
 
 
 def choose_slots(*, max_loaded: int, max_rank: int | None, rank: int, targets: frozenset[str], size: int) -> LoraSlots:
-    """Room for adapters like one that is there.
+    """Return the capacity for adapters like an existing one.
 
     Args:
         max_loaded, max_rank: the settings.
-        rank: of the adapter; what is not above `max_rank`.
-        targets: ends of the names of the layers that it changes.
+        rank: of the adapter; at most `max_rank`.
+        targets: last parts of the names of the layers that it changes.
         size: of its files, bytes.
     """
-    wanted = max(rank, _LEAST_RANK) if max_rank is None else max_rank
-    largest = next((one for one in _RANKS if one >= wanted), LARGEST_RANK)
+    wanted = max(rank, _MIN_RANK) if max_rank is None else max_rank
+    largest = next((accepted for accepted in _RANKS if accepted >= wanted), LARGEST_RANK)
     return LoraSlots(
         max_loaded=max_loaded,
-        max_batched=min(_MOST_BATCHED, max_loaded),
+        max_batched=min(_MAX_BATCHED, max_loaded),
         max_rank=largest,
         targets=tuple(sorted(targets | USUAL_TARGETS)),
         bytes=size * largest // max(rank, 1),
@@ -72,10 +72,10 @@ def choose_slots(*, max_loaded: int, max_rank: int | None, rank: int, targets: f
 
 
 def lora_choices(slots: LoraSlots, args: Sequence[str]) -> tuple[Choice, ...]:
-    """What is passed to vLLM for it.
+    """Return the choices for a capacity.
 
     Args:
-        args: `engine.args`, which go before.
+        args: `engine.args`, which take precedence.
     """
     values: dict[str, Value] = {
         "max_loras": slots.max_batched,
@@ -83,10 +83,10 @@ def lora_choices(slots: LoraSlots, args: Sequence[str]) -> tuple[Choice, ...]:
         "max_lora_rank": slots.max_rank,
     }
     variables = ((RUNTIME_VARIABLE, "True"), (LORA_VARIABLE, "1"))
-    enabled = Choice("enable_lora", True, Origin.DEFAULT, "adapters beside the base", ("--enable-lora",), variables)
+    enabled = Choice("enable_lora", True, Origin.DEFAULT, "adapters of the base", ("--enable-lora",), variables)
     targets = ("--lora-target-modules", *slots.targets)
     layers = Choice("lora_target_modules", " ".join(slots.targets), Origin.MODEL, "never the output layer", targets)
-    room = (
+    limits = (
         as_given(name, args) or as_argument(name, value, Origin.SETTING, "adapters") for name, value in values.items()
     )
-    return (enabled, *room, layers)
+    return (enabled, *limits, layers)

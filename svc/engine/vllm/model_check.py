@@ -1,7 +1,7 @@
-"""Whether vLLM can serve a model, from the config alone: its own validation, in a process of its own.
+"""Checks from the config alone whether vLLM can serve a model: vLLM's own validation, in a separate process.
 
-It takes 9 s, nearly all of them vLLM's import, so the caller starts the check, does other work and then reads the
-answer. Run as a module this file is that process. No weights are read, so a model that is too large passes.
+It takes 9 s, nearly all for vLLM's import, so the caller starts the check, does other work and then reads the answer.
+This file, run as a module, is that process. No weights are read, so a model that is too large passes.
 """
 
 import json
@@ -28,7 +28,7 @@ class ModelCheck:
 
     Args:
         folder: of the model.
-        command: what the process runs.
+        command: of the process.
         process: prints vLLM's reason as JSON, or null.
     """
 
@@ -42,7 +42,7 @@ class ModelCheck:
 
         Raises:
             BaseModelError: vLLM cannot serve the model; gives vLLM's reason.
-            EngineError: vLLM did not start, or gave no answer.
+            EngineError: vLLM did not start, or did not answer.
         """
         try:
             answer, log = self._process.communicate(timeout=_TIMEOUT_S)
@@ -57,17 +57,17 @@ class ModelCheck:
         if reason is not None:
             raise BaseModelError(
                 f"vLLM {installed_vllm()[1]} cannot serve the model in {self._folder}: {reason}",
-                expected="an architecture that vLLM has, with a config that it accepts",
-                todo="choose another base, train the adapter alone (formats: [adapter]), or check engine.args",
+                expected="an architecture that vLLM supports, with a config that it accepts",
+                todo="choose another base, train only the adapter (formats: [adapter]), or check engine.args",
             )
 
 
 @contextmanager
 def model_check(folder: Path, settings: EngineSettings) -> Iterator[ModelCheck]:
-    """Start the check; on leaving the body it is stopped if it still runs.
+    """Start the check; it is stopped at the end of the body if it still runs.
 
     Args:
-        settings: `args` and `environment` count as for an engine that serves the model.
+        settings: `args` and `environment` apply as for an engine that serves the model.
     """
     command = [sys.executable, "-m", __name__, "--model", str(folder), *HUGGING_FACE_FORMAT, *settings.args]
     environment = inherited_environment(settings.environment) | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -81,17 +81,17 @@ def model_check(folder: Path, settings: EngineSettings) -> Iterator[ModelCheck]:
 
 
 def _refusal(arguments: Sequence[str]) -> str | None:
-    """Return vLLM's reason not to serve a model, shortened; None: it would serve it."""
+    """Return vLLM's reason not to serve a model, shortened; None if it can serve it."""
     from pydantic import ValidationError
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
-    known, _ = parser.parse_known_args(list(arguments))  # the server's own arguments say nothing of the model
+    known, _ = parser.parse_known_args(list(arguments))  # the server's own arguments do not concern the model
     try:
         EngineArgs.from_cli_args(known).create_model_config()
     except ValidationError as error:
-        return "; ".join(_shortened(str(one["msg"])) for one in error.errors())
+        return "; ".join(_shortened(str(detail["msg"])) for detail in error.errors())
     except (ValueError, TypeError, KeyError, OSError, NotImplementedError, RuntimeError) as error:
         return _shortened(f"{type(error).__name__}: {error}")
     return None
@@ -103,7 +103,7 @@ def _shortened(reason: str) -> str:
 
 
 if __name__ == "__main__":
-    # vLLM logs to standard output, and so may code below Python.
+    # vLLM logs to standard output, and native code may write there too.
     answer_to = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     os.write(answer_to, json.dumps(_refusal(sys.argv[1:])).encode("utf-8"))

@@ -1,4 +1,4 @@
-"""In which numbers an engine computes, whose kernel multiplies by 4-bit weights, and what weights take so."""
+"""Number type of an engine, its kernel for 4-bit weights, and the resulting size of the weights."""
 
 from svc.engine.device import DeviceCapabilities, NumberType
 from svc.engine.model_facts import ModelFacts
@@ -8,16 +8,16 @@ from svc.errors import EngineError
 from svc.settings import Device, EngineSettings, GptqKernel
 
 GPTQ = "gptq"
-"""What the config of a model in 4 bits names as its quantization."""
+"""Quantization method in the config of a model in 4 bits."""
 _WIDE = (NumberType.FLOAT32.value, "float")
 """vLLM's names for numbers of 32 bits."""
 _VLLM_KERNELS = "CPUWNA16LinearKernel,ZentorchWNA16LinearKernel"
-"""vLLM's own kernels for 4-bit weights on a CPU. The first says yes also where its operator is missing, the second
-where the package zentorch is installed; both are asked before a plugin's."""
+"""vLLM's own kernels for 4-bit weights on a CPU. The first claims support even without its operator, the second if the
+package zentorch is installed; both are tried before a plugin's."""
 
 
 def choose_dtype(settings: EngineSettings, capabilities: DeviceCapabilities, model: ModelFacts) -> Choice:
-    """In which numbers an engine computes: as the model is stored, unless the device is slow in them.
+    """Return the number type of an engine: as the model is stored, unless that is slow on the device.
 
     Raises:
         EngineError: the model is in GPTQ, which cannot be served there.
@@ -28,41 +28,41 @@ def choose_dtype(settings: EngineSettings, capabilities: DeviceCapabilities, mod
         _check_gptq_dtype(str(choice.value), kernel, own)
         return choice
     if kernel is GptqKernel.TORCH:
-        return as_argument(name, NumberType.BFLOAT16.value, Origin.MACHINE, "what PyTorch's 4-bit kernel takes")
+        return as_argument(name, NumberType.BFLOAT16.value, Origin.MACHINE, "as PyTorch's 4-bit kernel needs")
     if cpu and not capabilities.cpu_bfloat16 and model.quantization is None:
-        reason = f"{capabilities.instruction_set} has no fast numbers of 16 bits"
+        reason = f"{capabilities.instruction_set} has no fast 16-bit arithmetic"
         return as_argument(name, NumberType.FLOAT32.value, Origin.MACHINE, reason)
     if own is None or own == NumberType.FLOAT32:
         return Choice(name, AUTO, Origin.VLLM, "16 bits")
     if cpu:
-        return Choice(name, own, Origin.MODEL, "as it is stored")
-    return Choice(name, own, Origin.MODEL, "as it is stored; vLLM takes float16 on a GPU that has no bfloat16")
+        return Choice(name, own, Origin.MODEL, "as stored")
+    return Choice(name, own, Origin.MODEL, "as stored; vLLM uses float16 on a GPU without bfloat16")
 
 
 def _check_gptq_dtype(value: str, kernel: GptqKernel | None, own: str | None) -> None:
-    """Refuses a number type in which the kernel does not multiply.
+    """Check that the kernel supports a number type.
 
     Args:
-        value: what `engine.args` say.
-        own: in which the model is stored; what vLLM takes for `auto`.
+        value: from `engine.args`.
+        own: in which the model is stored; vLLM uses it for `auto`.
 
     Raises:
         EngineError: vLLM would not start with it.
     """
-    taken = {GptqKernel.VLLM: ("bfloat16", "float16", "half", AUTO), GptqKernel.TORCH: ("bfloat16", AUTO)}
-    if kernel is None or ((own if value == AUTO else value) or AUTO) in taken[kernel]:
+    supported = {GptqKernel.VLLM: ("bfloat16", "float16", "half", AUTO), GptqKernel.TORCH: ("bfloat16", AUTO)}
+    if kernel is None or ((own if value == AUTO else value) or AUTO) in supported[kernel]:
         return
     raise EngineError(
-        f"--dtype {value} in engine.args, and a model in GPTQ",
-        expected=f"{' or '.join(taken[kernel])}: what the kernel of {kernel} takes",
-        todo="leave --dtype out of engine.args: where float32 is faster, merged versions get it by themselves",
+        f"engine.args contain --dtype {value}, which a model in GPTQ does not support",
+        expected=f"{' or '.join(supported[kernel])}, with the kernel {kernel}",
+        todo="remove --dtype from engine.args: merged versions get float32 automatically where it is faster",
     )
 
 
 def choose_gptq_kernel(
     settings: EngineSettings, capabilities: DeviceCapabilities, model: ModelFacts
 ) -> GptqKernel | None:
-    """Whose kernel multiplies by 4-bit weights; None for a model that has none.
+    """Return the kernel for 4-bit weights; None for a model without them.
 
     Raises:
         EngineError: there is no kernel for it.
@@ -71,7 +71,7 @@ def choose_gptq_kernel(
 
 
 def explain_gptq_kernel(settings: EngineSettings, capabilities: DeviceCapabilities) -> Choice:
-    """Whose kernel multiplies by 4-bit weights, and why.
+    """Return the choice of the kernel for 4-bit weights, with its reason.
 
     Raises:
         EngineError: there is no kernel for it.
@@ -87,14 +87,14 @@ def explain_gptq_kernel(settings: EngineSettings, capabilities: DeviceCapabiliti
 
 
 def is_wide(dtype: Choice) -> bool:
-    """Whether an engine computes in 32 bits."""
+    """Return whether an engine computes in 32 bits."""
     return dtype.value in _WIDE
 
 
 def weight_bytes(model: ModelFacts, *, wide: bool) -> int:
-    """What a model's weights take in memory, bytes: in 32 bits twice what they take on disk in 16.
+    """Return the memory of a model's weights, bytes: in 32 bits twice their size on disk in 16.
 
     Args:
-        wide: the engine computes in 32 bits.
+        wide: whether the engine computes in 32 bits.
     """
     return model.weights * 2 if wide and model.dtype != NumberType.FLOAT32 else model.weights

@@ -1,7 +1,7 @@
-"""How an engine is started here: each choice with its value, and where that came from.
+"""Choices for the launch of an engine on this machine, each with its value and origin.
 
-What a person gave comes first: `engine.args`, then settings. The rest follows from the machine and the model, and what
-vLLM decides well by itself is left to it. Knows no process and reads nothing: facts in, choices out.
+The user's choices come first: `engine.args`, then settings. The rest follows from the machine and the model, or is left
+to vLLM if its choice is good. Knows no process and reads nothing: facts in, choices out.
 """
 
 import json
@@ -22,17 +22,17 @@ from svc.settings import Device, EngineSettings
 GIB = 2**30
 _BLOCK_SIZE = 32
 _MEMORY_SHARE = 2
-"""Keys and values get one half of what is free beside the weights; the other is for what a long prompt needs."""
+"""Keys and values get one half of the memory that the weights leave free; the other half is for long prompts."""
 _UNKNOWN_KV_CACHE = 4 * GIB
 _GPU_SHARE = 0.9
-"""vLLM takes 0.92 by itself. A reload in place needs some room beside what vLLM has measured at its start."""
+"""vLLM's default is 0.92. A reload in place needs some memory in addition to what vLLM measured at its start."""
 _GPU_MARGIN = GIB // 2
-"""vLLM compares its share with what is free after it has made its CUDA context, which takes about this."""
-_LEAST_GPU_SHARE = 0.01
+"""Approximate size of vLLM's CUDA context, after whose creation vLLM compares its share with the free memory."""
+_MIN_GPU_SHARE = 0.01
 _SHARE_OPTIONS = ("--gpu-memory-utilization", "--device-memory-utilization")
 _ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
-"""vLLM's executor for a model in the process of its scheduler. By the short name, `uni`, a CPU gets `mp` in its place,
-a process of its own in which vLLM sets how OpenMP binds its threads."""
+"""vLLM's executor for a model in the process of its scheduler. Under the short name `uni`, a CPU gets `mp` instead, a
+separate process in which vLLM sets how OpenMP binds its threads."""
 _OTHER_PARALLELISM = (("--pipeline-parallel-size", "-pp"), ("--data-parallel-size", "-dp"))
 
 
@@ -47,16 +47,16 @@ class EnginePlan:
 
     @property
     def arguments(self) -> list[str]:
-        """What the choices add to vLLM's command line."""
+        """Arguments of all choices for vLLM's command line."""
         return [argument for choice in self.choices for argument in choice.arguments]
 
     @property
     def variables(self) -> dict[str, str]:
-        """What they add to its environment."""
+        """Variables of all choices for its environment."""
         return dict(pair for choice in self.choices for pair in choice.variables)
 
     def rows(self) -> list[dict[str, Value]]:
-        """For people and machines to read."""
+        """Return the choices as JSON, for people and machines."""
         return [
             {"name": choice.name, "value": choice.value, "origin": choice.origin.value, "reason": choice.reason}
             for choice in self.choices
@@ -72,16 +72,16 @@ def plan_engine(
     *,
     engines: int = 1,
 ) -> EnginePlan:
-    """Chooses everything for one engine.
+    """Return all choices for one engine.
 
     Args:
         capabilities: of the device on which it will run.
-        machine: as it is now.
+        machine: its current state.
         cache: folder for compiled kernels.
-        engines: how many share the machine, this one among them.
+        engines: number of engines that share the machine, including this one.
 
     Raises:
-        EngineError: the model's format cannot be served there, or the engine is to have more cores than there are.
+        EngineError: the model's format cannot be served there, or more cores are set than exist.
     """
     return _Planner(settings, capabilities, machine, model, cache, engines).plan()
 
@@ -127,7 +127,7 @@ class _Planner:
 
     def _which_device(self) -> Choice:
         if self._settings.device is Device.AUTO:
-            return Choice("device", self._device.value, Origin.MACHINE, "what the installed vLLM is built for")
+            return Choice("device", self._device.value, Origin.MACHINE, "the installed vLLM is built for it")
         return Choice("device", self._device.value, Origin.SETTING)
 
     def _max_model_len(self) -> Choice:
@@ -136,7 +136,7 @@ class _Planner:
             return choice
         if own is not None and own < self._settings.max_model_len:
             # vLLM refuses to start with more.
-            return as_argument(name, own, Origin.MODEL, f"made for {own:,} tokens")
+            return as_argument(name, own, Origin.MODEL, f"the model's context length, {own:,} tokens")
         return as_argument(name, self._settings.max_model_len, self._origin(name), "tokens")
 
     def _max_num_seqs(self) -> Choice:
@@ -152,7 +152,7 @@ class _Planner:
         if given_flag(self._args, "enforce-eager") is not None:
             return Choice(name, eager, Origin.ARGS, variables=variables)
         arguments = ("--enforce-eager",) if eager else ()
-        reason = "on a CPU, compiling costs a minute and gains a quarter" if self._cpu else "a GPU gains by compiling"
+        reason = "on a CPU, compiling costs a minute and gains a quarter" if self._cpu else "compiling pays on a GPU"
         return Choice(name, eager, Origin.MACHINE, reason, arguments, variables)
 
     def _block_size(self) -> Choice:
@@ -160,8 +160,8 @@ class _Planner:
         if choice := as_given(name, self._args):
             return choice
         if not self._cpu:
-            return Choice(name, AUTO, Origin.VLLM, "what the attention kernel of this GPU takes")
-        # The prefix cache keeps whole blocks: with vLLM's 128 tokens most of a short prompt is read again each time.
+            return Choice(name, AUTO, Origin.VLLM, "as the GPU's attention kernel needs")
+        # The prefix cache stores whole blocks: with vLLM's 128 tokens most of a short prompt is computed again.
         return as_argument(name, _BLOCK_SIZE, Origin.DEFAULT, "tokens; short prompts share whole blocks")
 
     def _executor(self, ranks: int) -> Choice:
@@ -172,8 +172,8 @@ class _Planner:
             return Choice(name, AUTO, Origin.VLLM, "a process for each rank")
         if machine.threads_bind is not None or machine.nodes > 1:
             return Choice(name, AUTO, Origin.VLLM, "binds threads to cores")
-        # One import of torch and vLLM less, 8 of 32 s; its tokens come a tenth faster, and it takes 0.7 GiB less.
-        return as_argument(name, _ONE_PROCESS, Origin.MACHINE, "no thread is far from its memory")
+        # Saves one import of torch and vLLM, 8 of 32 s; decoding is a tenth faster, with 0.7 GiB less memory.
+        return as_argument(name, _ONE_PROCESS, Origin.MACHINE, "the machine has one memory node")
 
     def _threads(self, ranks: int, *, bindable: bool) -> Choice:
         name, variable = "threads", "VLLM_CPU_OMP_THREADS_BIND"
@@ -184,7 +184,7 @@ class _Planner:
             return Choice(name, AUTO, Origin.VLLM, "one memory node for each rank")
         (most, reason), count, origin = self._most_cores(), self._settings.cores, Origin.SETTING
         if count is None:
-            # Threads of two engines that wait for each other on one core slow both to a quarter.
+            # Threads of two engines that compete for one core slow both to a quarter.
             count, origin = max(1, most // self._engines), Origin.MACHINE
             reason += f"; {self._engines} engines share them" if self._engines > 1 else ""
         elif count > most:
@@ -192,12 +192,12 @@ class _Planner:
         if count == len(cores) and bindable:
             numbers = ",".join(str(core) for core in cores)
             return Choice(name, count, origin, reason, variables=((variable, numbers),))
-        # Bound to numbered cores, all engines of a machine, or containers of a host, would crowd on the first ones.
+        # Bound to numbered cores, all engines of a machine, or containers of a host, would share the first ones.
         free = ((variable, "nobind"), ("OMP_NUM_THREADS", str(count)))
         return Choice(name, count, origin, reason, variables=free)
 
     def _most_cores(self) -> tuple[int, str]:
-        """How many this process may keep busy, and why."""
+        """Return the number of cores this process may use, and the reason."""
         cores, quota = len(self._machine.cores), self._machine.quota
         if quota is not None and quota < cores:
             return max(1, int(quota)), f"a quota of {quota:g} cores"
@@ -209,27 +209,27 @@ class _Planner:
         if choice := as_given(name, self._args):
             return choice
         if given(self._args, *_SHARE_OPTIONS) is not None:
-            return Choice(name, AUTO, Origin.ARGS, f"what {_SHARE_OPTIONS[0]} leaves")
+            return Choice(name, AUTO, Origin.ARGS, f"the rest of {_SHARE_OPTIONS[0]}")
         if setting is not None:
             return as_argument(name, int(setting * GIB), Origin.SETTING, _gib(setting * GIB))
         free = max(0, self._machine.free - weight_bytes(self._model, wide=wide))
-        one = self._sequence_bytes(length, block, wide=wide)
-        # One sequence must fit, or vLLM does not start; but never into more than there is.
-        least = min(one or GIB, self._machine.memory // _MEMORY_SHARE)
-        room = max(free // _MEMORY_SHARE, least)
-        most, origin, why = _UNKNOWN_KV_CACHE, Origin.DEFAULT, "the model does not say what a token takes"
-        if one is not None and (count := _integer(concurrency.value)) is not None:
-            most, origin = one * (count + 1), Origin.MODEL  # one more, because vLLM keeps a block for itself
-            why = f"{count} sequences of {length.value} tokens use no more"
-        if most > room:
-            most, origin, why = room, Origin.MACHINE, f"half of {_gib(free)} free beside the weights"
-            if room == least:
-                why = f"one sequence; only {_gib(free)} is free beside the weights"
-        size = max(1, most // ranks)
-        return as_argument(name, size, origin, f"{_gib(size)}: {why}")
+        sequence = self._sequence_bytes(length, block, wide=wide)
+        # One sequence must fit, or vLLM does not start; but never more than the machine has.
+        minimum = min(sequence or GIB, self._machine.memory // _MEMORY_SHARE)
+        available = max(free // _MEMORY_SHARE, minimum)
+        total, origin, reason = _UNKNOWN_KV_CACHE, Origin.DEFAULT, "the size of a token in the cache is unknown"
+        if sequence is not None and (count := _integer(concurrency.value)) is not None:
+            total, origin = sequence * (count + 1), Origin.MODEL  # one more, because vLLM reserves a block
+            reason = f"enough for {count} sequences of {length.value} tokens"
+        if total > available:
+            total, origin, reason = available, Origin.MACHINE, f"half of {_gib(free)} free after the weights"
+            if available == minimum:
+                reason = f"one sequence; only {_gib(free)} is free after the weights"
+        size = max(1, total // ranks)
+        return as_argument(name, size, origin, f"{_gib(size)}: {reason}")
 
     def _sequence_bytes(self, length: Choice, block: Choice, *, wide: bool) -> int | None:
-        """Keys and values of the longest sequence, in whole blocks."""
+        """Return the size of keys and values of the longest sequence, in whole blocks."""
         tokens, block_size = _integer(length.value) or self._model.context, _integer(block.value) or _BLOCK_SIZE
         if tokens is None or self._model.token_bytes is None:
             return None
@@ -245,7 +245,7 @@ class _Planner:
             return Choice(name, AUTO, Origin.VLLM, "nvidia-smi shows no GPU")
         fullest, engines = min(gpus, key=lambda gpu: gpu.free / gpu.memory), self._engines
         free = int(100 * (fullest.free - _GPU_MARGIN) / fullest.memory) / 100
-        share = max(_LEAST_GPU_SHARE, min(int(100 * _GPU_SHARE / engines) / 100, free))
+        share = max(_MIN_GPU_SHARE, min(int(100 * _GPU_SHARE / engines) / 100, free))
         reason = f"{_gib(fullest.free)} of {_gib(fullest.memory)} is free"
         if engines > 1:
             reason += f"; {engines} engines share it"
@@ -276,7 +276,7 @@ class _Planner:
 
     def _content_format(self) -> Choice:
         name = "chat_template_content_format"
-        # By itself vLLM gives texts as lists of parts to a template that can take them, which need not trim those.
+        # By default vLLM passes texts as lists of parts to templates that accept them, which may not trim those.
         return as_given(name, self._args) or as_argument(name, "string", Origin.DEFAULT, "as in training")
 
     def _template_kwargs(self) -> Choice | None:
@@ -295,13 +295,13 @@ class _Planner:
 
 def is_eager(settings: EngineSettings, device: Device) -> bool:
     """Return whether compilation is skipped: as `engine.args` say, else on the CPU."""
-    said = given_flag(settings.args, "enforce-eager")
-    return device is Device.CPU if said is None else said
+    flag = given_flag(settings.args, "enforce-eager")
+    return device is Device.CPU if flag is None else flag
 
 
 def _integer(value: Value | None) -> int | None:
-    found = as_number(value) if isinstance(value, str) else value
-    return found if isinstance(found, int) and found > 0 else None
+    number = as_number(value) if isinstance(value, str) else value
+    return number if isinstance(number, int) and number > 0 else None
 
 
 def _counted(number: int, noun: str) -> str:

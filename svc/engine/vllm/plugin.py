@@ -1,7 +1,7 @@
-"""The plugin that vLLM finds by its entry point `vllm.general_plugins`, in each of its processes.
+"""The plugin that vLLM loads through the entry point `vllm.general_plugins`, in each of its processes.
 
-Does nothing in a vLLM that this project did not start: only `svc.engine.vllm.launch` sets the variables that it looks
-for.
+It does nothing in a vLLM that this project did not start: only `svc.engine.vllm.launch` sets the variables that enable
+it.
 """
 
 import logging
@@ -12,19 +12,19 @@ from functools import cache
 from typing import Any
 
 INT4_LINEAR_VARIABLE = "TUNESERVE_INT4_LINEAR"
-"""Set to 1 in the environment of an engine that is to use our 4-bit kernel."""
+"""Set to 1 in the environment of an engine that uses our 4-bit kernel."""
 LORA_VARIABLE = "TUNESERVE_LORA"
 """Set to 1 in the environment of an engine that applies adapters."""
 QUIET_VARIABLE = "TUNESERVE_QUIET_ERRORS"
-"""Set to 1 in the environment of an engine whose log is to hold no text of a request."""
+"""Set to 1 in the environment of an engine whose log must not contain text of requests."""
 EMPTY_TOKENS_VARIABLE = "TUNESERVE_EMPTY_TOKENS"
-"""Set to 1 in the environment of an engine that clients ask for log-probabilities."""
-_TOLD_BY = ("vllm.entrypoints.", "uvicorn.")
-"""The loggers of what reads requests. Those of the core, whose errors say why an engine ends, are left as they are."""
+"""Set to 1 in the environment of an engine from which clients can request log-probabilities."""
+_REQUEST_LOGGERS = ("vllm.entrypoints.", "uvicorn.")
+"""Loggers of code that reads requests. Those of the core, whose errors explain an engine's exit, are unchanged."""
 
 
 def register() -> None:
-    """Does what the variables ask for. vLLM may call it more than once."""
+    """Apply the changes that the variables enable. vLLM may call it more than once."""
     if os.environ.get(QUIET_VARIABLE) == "1" and not isinstance(logging.getLogRecordFactory(), _QuietRecords):
         logging.setLogRecordFactory(_QuietRecords(logging.getLogRecordFactory()))
     if os.environ.get(INT4_LINEAR_VARIABLE) == "1":
@@ -36,22 +36,21 @@ def register() -> None:
 
 
 class _QuietRecords:
-    """Makes log records in which an error of a request has its stack and its kind, and not its message.
+    """Factory of log records in which an error of a request has its stack and its type, but not its message.
 
-    vLLM logs the errors of `/v1/messages` and of streams, uvicorn those that nobody caught; pydantic's and vLLM's own
-    messages quote the request.
+    vLLM logs the errors of `/v1/messages` and of streams, uvicorn uncaught ones; pydantic's and vLLM's messages quote
+    the request.
 
     Args:
-        make: the factory of records that is used otherwise.
+        make: the factory that it wraps.
     """
 
     def __init__(self, make: Callable[..., logging.LogRecord]) -> None:
         self._make = make
 
     def __call__(self, *args: Any, **kwargs: Any) -> logging.LogRecord:
-        """A record, as `logging` asks for it."""
         record = self._make(*args, **kwargs)
-        if not record.name.startswith(_TOLD_BY):
+        if not record.name.startswith(_REQUEST_LOGGERS):
             return record
         if isinstance(record.args, tuple):
             record.args = tuple(type(arg).__name__ if isinstance(arg, BaseException) else arg for arg in record.args)
@@ -63,7 +62,7 @@ class _QuietRecords:
 
 
 def _register_int4_linear() -> None:
-    """Adds the 4-bit linear kernel to those that vLLM may choose on a CPU."""
+    """Add the 4-bit linear kernel to those that vLLM may choose on a CPU."""
     from vllm.model_executor.kernels.linear import register_linear_kernel
     from vllm.platforms import PlatformEnum
 
@@ -72,13 +71,13 @@ def _register_int4_linear() -> None:
     register_linear_kernel(Int4LinearKernel, PlatformEnum.CPU, "mp")
 
 
-@cache  # once a process, however often vLLM asks
+@cache  # once per process, however often vLLM calls it
 def _apply_no_adapter_to_the_base() -> None:
-    """Has vLLM answer the base's requests with the base on a CPU, also beside requests of adapters.
+    """Make vLLM on a CPU answer the base's requests with the base, also in a batch with requests of adapters.
 
-    In a batch of both, the tokens of the base have the slot -1, which its kernels for GPUs skip. Those for CPUs take it
-    as an index, that of the last slot, and answer with the adapter there (vllm-project/vllm#48421). Zeros between the
-    two halves of an adapter make it add nothing.
+    In such a batch, the tokens of the base have the slot -1, which its kernels for GPUs skip. Those for CPUs use it as
+    an index, that of the last slot, and answer with the adapter there (vllm-project/vllm#48421). Zeros between the two
+    halves of an adapter make it add nothing.
     """
     from vllm.lora.ops import torch_ops
     from vllm.lora.ops.torch_ops import lora_ops
@@ -96,11 +95,11 @@ def _apply_no_adapter_to_the_base() -> None:
 
 @cache
 def _show_ids_without_a_token_as_empty() -> None:
-    """Have vLLM answer with an empty token for an id that has none.
+    """Make vLLM answer with an empty token for an id without a token.
 
     A model may have more rows than its tokenizer has tokens: Phi-3 has 32,064 and 32,011. With a vocabulary of
-    SentencePiece, vLLM 0.32 ends its output handler, and with it the front for all clients, where such an id is among
-    log-probabilities; a client can name one in `logprob_token_ids`.
+    SentencePiece, such an id among log-probabilities stops vLLM 0.32's output handler, and with it the front for all
+    clients; a client can name one in `logprob_token_ids`.
     """
     from vllm.tokenizers import detokenizer_utils
 

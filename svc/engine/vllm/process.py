@@ -1,7 +1,7 @@
-"""The life of one vLLM process on this machine: started or adopted, ready, ended, and never forgotten.
+"""Life cycle of one vLLM process on this machine: started or adopted, ready, stopped, and never left behind unnoticed.
 
-An engine outlives a server that is killed. The next one finds it in its folder, and adopts it or ends it. Does not
-restart anything: that is the supervisor's decision. Files, locks and processes are waited for in threads: clients'
+An engine outlives a server that is killed. The next server finds it in its folder, and adopts or stops it. This module
+restarts nothing: the supervisor decides. Waiting for files, locks and processes happens in threads, because clients'
 requests run in the event loop.
 """
 
@@ -33,18 +33,18 @@ Result = TypeVar("Result")
 
 _POLL_S = 0.1
 _CPU_NICENESS = 5
-"""Added to the server's own, for an engine that computes on the CPU. Its threads keep every core busy, and with equal
-priorities the server's event loop waited 20 ms for one in a hundredth of its turns, now 8 ms (docs/reliability.md)."""
+"""Added to the server's own niceness for an engine on the CPU. Its threads keep every core busy, and with equal
+priorities the server's event loop waited 20 ms for a core in 1 % of its turns, now 8 ms (docs/reliability.md)."""
 
 
 class EngineProcess:
-    """One vLLM server as a process of its own, which outlives us where we die.
+    """One vLLM server as a separate process, which outlives this one.
 
     Args:
-        spec: what to start; its runtime folder must be private to this user.
+        spec: of the engine; its runtime folder must be private to this user.
 
     Attributes:
-        client: for what we ask it ourselves.
+        client: for the server's own requests.
         plan: see `LastingEngine.plan`.
     """
 
@@ -60,27 +60,27 @@ class EngineProcess:
 
     @property
     def socket(self) -> Path:
-        """The unix socket on which it answers."""
+        """The unix socket on which it listens."""
         return self.spec.socket
 
     @property
     def capabilities(self) -> EngineCapabilities:
-        """What it can do; known before it starts."""
+        """Capabilities, known before the start."""
         return self.spec.engine_capabilities
 
     async def start(self, on_phase: Callable[[EnginePhase], None] = lambda phase: None) -> None:
-        """Starts the server and returns when it answers. What an earlier one left in the folder is ended.
+        """Start the engine and return when it answers. An engine that an earlier server left in the folder is stopped.
 
         Args:
-            on_phase: hears what it is doing.
+            on_phase: called with each phase of the start.
 
         Raises:
-            EngineError: it ended, or was not ready in `start_timeout_s`; names the log and its last error.
+            EngineError: it exited, or was not ready within `start_timeout_s`; names the log and its last error.
         """
-        await _in_own_thread(lambda: end_engine(self.spec.state))  # and its memory is free again for the plan
+        await _in_own_thread(lambda: end_engine(self.spec.state))  # before the plan, which counts free memory
         self.plan = (await asyncio.to_thread(lambda: self.spec.plan)).rows()
         try:
-            self._watch(await _to_its_end(self._spawn))
+            self._watch(await _uncancelled(self._spawn))
             await self._ready(on_phase)
         except BaseException:
             await self.stop()
@@ -90,9 +90,9 @@ class EngineProcess:
         self._remove_sockets()
         log = self.spec.log
         log.parent.mkdir(parents=True, exist_ok=True)
-        if log.exists():  # it may tell why the one before died
+        if log.exists():  # it may show why the previous engine died
             log.replace(log.with_name(f"{log.name}.1"))
-        # asyncio's own subprocesses are killed when their loop ends, and these need not be.
+        # asyncio's subprocesses are killed when their loop ends; an engine must outlive it.
         with log.open("wb") as output, locked(self.spec.state) as lock:
             self._child = subprocess.Popen(
                 command(self.spec),
@@ -100,15 +100,15 @@ class EngineProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                # A group, so that Ctrl-C does not reach it. No session: the kernel's autogroup shares the cores out to
-                # sessions, and under Linux 6.18 an engine that served left 0.1 s in 68 to one that started.
+                # A group, so that Ctrl-C does not reach it. Not a session: the kernel's autogroup divides the cores
+                # among sessions, and under Linux 6.18 a serving engine left a starting one 0.1 s in 68.
                 process_group=0,
                 pass_fds=[lock.fileno()],
             )
         if self.spec.device is Device.CPU:
             niceness = min(19, os.getpriority(os.PRIO_PROCESS, 0) + _CPU_NICENESS)
             os.setpriority(os.PRIO_PROCESS, self._child.pid, niceness)
-        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended already: nothing can be left behind
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has already exited: nothing can be left behind
             self._process = process = psutil.Process(self._child.pid)
             started = start_of(process.pid)
             record = EngineRecord(process.pid, *started, launch_digest(self.spec), self.spec.plan.rows())
@@ -116,7 +116,7 @@ class EngineProcess:
         return self._child.pid
 
     def _watch(self, pid: int) -> None:
-        """Has the event loop notice its end, without looking: to look takes a descriptor, and there may be none left.
+        """Make the event loop notice its exit without polling: a poll needs a descriptor, and none may be left.
 
         Raises:
             ProcessLookupError: there is no such process.
@@ -134,7 +134,7 @@ class EngineProcess:
         self._ended.set()
 
     async def orphan_holds(self) -> str | None:
-        """What an engine holds that was started alike by an earlier server and runs still; None where none does."""
+        """Return the content of an engine with the same launch that an earlier server left running, or None."""
         return await asyncio.to_thread(self._orphan_holds)
 
     def _orphan_holds(self) -> str | None:
@@ -144,7 +144,7 @@ class EngineProcess:
         return record.holds if find_engine(self.spec.state) else None
 
     async def adopt(self) -> None:
-        """Takes the engine that an earlier server left in the folder, in place of a start.
+        """Adopt the engine that an earlier server left in the folder, instead of a start.
 
         Raises:
             EngineError: it does not answer.
@@ -157,15 +157,15 @@ class EngineProcess:
         try:
             self._watch(self._process.pid)
         except ProcessLookupError:
-            raise EngineError(f"the engine in {self.spec.state} ended just now", todo="start a new one") from None
+            raise EngineError(f"the engine in {self.spec.state} has just exited", todo="start a new one") from None
 
     async def record(self, holds: str | None) -> None:
-        """Writes down what it holds, for a server that comes later; None while nobody knows.
+        """Record its content for a later server; None if unknown.
 
         Raises:
-            OSError: that cannot be written down.
+            OSError: the record cannot be written.
         """
-        await _to_its_end(lambda: self._record(holds))
+        await _uncancelled(lambda: self._record(holds))
 
     def _record(self, holds: str | None) -> None:
         record = read_record(self.spec.state)
@@ -173,13 +173,13 @@ class EngineProcess:
             write_record(self.spec.state, replace(record, holds=holds))
 
     def memory(self) -> int | None:
-        """Bytes that its processes hold of the machine's memory, shared pages in part; None where none runs."""
-        with contextlib.suppress(psutil.Error):  # it is ending
+        """Return the main memory that its processes use, bytes, shared pages in part; None if none runs."""
+        with contextlib.suppress(psutil.Error):  # it is exiting
             return sum(process.memory_full_info().pss for process in self._processes()) or None
         return None
 
     def processor_s(self) -> float:
-        """Return the processor time that its processes have used, seconds; 0 where none runs."""
+        """Return the processor time that its processes have used, seconds; 0 if none runs."""
         with contextlib.suppress(psutil.Error):
             return sum(sum(process.cpu_times()[:2]) for process in self._processes())
         return 0.0
@@ -194,20 +194,20 @@ class EngineProcess:
         return [self._process, *self._process.children(recursive=True)] if self._process else []
 
     async def wait(self) -> int | None:
-        """Returns the exit code when the server has ended: 0 when it was never started, None of one adopted."""
+        """Wait until it has exited and return the exit code: 0 if it was never started, None if it was adopted."""
         if self._child is None and self._process is None:
             return 0
         await self._ended.wait()
         return self._child.wait() if self._child else None
 
     async def stop(self) -> None:
-        """Ends the server and all its processes: first asked, then killed."""
+        """Stop the engine and all its processes: first SIGTERM, then SIGKILL."""
         await asyncio.shield(_in_own_thread(self._end))
         self._unwatch()
         await self.client.close()
 
     def _remove_sockets(self) -> None:
-        """Its own, and those between its processes: vLLM removes none."""
+        """Remove its socket and those between its processes: vLLM removes none."""
         for path in self.spec.runtime.glob("*"):
             if path.is_socket():
                 path.unlink(missing_ok=True)
@@ -220,10 +220,10 @@ class EngineProcess:
         self._remove_sockets()
 
     async def sleep(self) -> None:
-        """Frees its GPU.
+        """Free its GPU.
 
         Raises:
-            EngineError: the machine has no memory for its weights, or it does not sleep.
+            EngineError: main memory is too small for its weights, or it does not sleep.
         """
         # Torch keeps the memory of the first sleep for the next one.
         if not self._has_backup and (shortage := await asyncio.to_thread(backup_shortage, self.spec)):
@@ -232,7 +232,7 @@ class EngineProcess:
         self._has_backup = True
 
     async def wake(self) -> None:
-        """Takes its GPU again.
+        """Restore it on its GPU.
 
         Raises:
             EngineError: it does not wake.
@@ -240,35 +240,35 @@ class EngineProcess:
         await self.client.wake()
 
     async def leave(self) -> None:
-        """Lets it run, for a later server; this object is of no more use."""
+        """Detach from it and let it run, for a later server; this object is not usable any more."""
         if self._child:
-            self._child.returncode = 0  # tells Python that nobody waits for it
+            self._child.returncode = 0  # else Python warns that the child was not waited for
         self._child = self._process = None
         self._unwatch()
         await self.client.close()
 
     async def _ready(self, on_phase: Callable[[EnginePhase], None]) -> None:
-        assert self._child is not None  # noqa: S101 - it was spawned just now
+        assert self._child is not None  # noqa: S101 - it was just spawned
         deadline = time.monotonic() + self.spec.settings.start_timeout_s
-        phases, told = PhaseReader(self.spec.log), EnginePhase.PYTHON
-        on_phase(told)
+        phases, reported = PhaseReader(self.spec.log), EnginePhase.PYTHON
+        on_phase(reported)
         while time.monotonic() < deadline:
             if self._child.poll() is not None:
                 last_error = await asyncio.to_thread(self._last_error)
                 raise EngineError(
-                    f"vLLM ended with code {self._child.returncode} before it was ready: {last_error}",
-                    todo=f"see {self.spec.log}",
+                    f"vLLM exited with code {self._child.returncode} before it was ready: {last_error}",
+                    todo=f"check {self.spec.log}",
                 )
             if self.spec.socket.exists() and await self.client.healthy():
                 return
             phase = await asyncio.to_thread(phases.look)
-            if phase != told:
+            if phase != reported:
                 on_phase(phase)
-                told = phase
+                reported = phase
             await asyncio.sleep(_POLL_S)
         raise EngineError(
             f"vLLM was not ready after {self.spec.settings.start_timeout_s:.0f} s",
-            todo=f"see {self.spec.log}; raise engine.start_timeout_s for a large model",
+            todo=f"check {self.spec.log}; raise engine.start_timeout_s for a large model",
         )
 
     def _last_error(self) -> str:
@@ -278,15 +278,15 @@ class EngineProcess:
 
 
 def _in_own_thread(work: Callable[[], Result]) -> "asyncio.Future[Result]":
-    """Run work in a new thread. Ending an engine can take long, and must keep no thread that all else shares."""
+    """Run work in a new thread. Stopping an engine can take long, and must not occupy a shared thread."""
     thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine-end")
     working = asyncio.get_running_loop().run_in_executor(thread, work)
     thread.shutdown(wait=False)  # the thread ends with its work
     return working
 
 
-async def _to_its_end(work: Callable[[], Result]) -> Result:
-    """Works in a thread. Who is cancelled meanwhile hears it at its end: what was begun can be undone then."""
+async def _uncancelled(work: Callable[[], Result]) -> Result:
+    """Run work in a thread. A cancellation takes effect after it is done, so that the caller can undo it."""
     working = asyncio.ensure_future(asyncio.to_thread(work))
     try:
         return await asyncio.shield(working)

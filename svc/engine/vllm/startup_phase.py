@@ -1,4 +1,4 @@
-"""What a starting vLLM is doing, by its log."""
+"""Phase of a starting vLLM, from its log."""
 
 import re
 from pathlib import Path
@@ -17,10 +17,10 @@ _ORDER = list(EnginePhase)
 
 
 class PhaseReader:
-    """Follows one start; reads of the log only what has come since the last look.
+    """Follows one start; reads only the log's new lines each time.
 
     Args:
-        log: vLLM's output since this start; it may not be there yet.
+        log: vLLM's output since this start; it may not exist yet.
     """
 
     def __init__(self, log: Path) -> None:
@@ -29,11 +29,11 @@ class PhaseReader:
         self._phase = EnginePhase.PYTHON
 
     def look(self) -> EnginePhase:
-        """The phase that the log has reached; never one before the last look's."""
+        """Return the phase that the log has reached; never an earlier one than before."""
         try:
             with self._log.open("rb") as file:
                 file.seek(self._position)
-                # What is after the last newline is not a whole line yet.
+                # The text after the last newline is not a complete line yet.
                 new = file.read().rpartition(b"\n")[0]
         except FileNotFoundError:
             return self._phase

@@ -1,1 +1,1 @@
-"""General questions that no version is trained on: what a model forgets by learning a task."""
+"""General questions that no version is trained on, to measure forgetting."""

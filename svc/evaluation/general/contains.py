@@ -1,4 +1,4 @@
-"""Whether an answer has one of the texts that would be right in it: fair to models that answer in sentences."""
+"""Metric for answers that contain an accepted text, which is fair to models that answer in sentences."""
 
 import re
 from collections.abc import Sequence
@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from svc.evaluation.metrics.metric import Answered, Metric
 
 _WORD = re.compile(r"\d{1,3}(?:,\d{3})+(?!\w)|\d+(?:\.\d+)?(?!\w)|\w+|[^\w\s]")
-"""A number, a word, or a sign: `1,000` is not 1, `1,2` is 1 and 2, and `{"a":1}` is `{"a": 1}`."""
+"""A number, a word, or a sign: `1,000` does not contain 1, `1,2` contains 1 and 2, and `{"a":1}` equals `{"a": 1}`."""
 
 
 class Contains(Metric):
-    """Share of answers with an accepted text as whole words in them, without regard to case and spacing.
+    """Share of answers that contain an accepted text as whole words, ignoring case and spacing.
 
     Args:
-        accepted: for each example, in their order.
+        accepted: for each example, in order.
     """
 
     name = "contains"

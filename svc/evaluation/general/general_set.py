@@ -1,4 +1,4 @@
-"""The general questions: the set that comes with the package, or the user's own."""
+"""The general questions: the set shipped with the package, or a user's own."""
 
 import hashlib
 import json
@@ -14,18 +14,18 @@ from svc.errors import DataError
 
 SHIPPED = "general.jsonl"
 MAX_TOKENS = 32
-"""Longest answer: the questions want a word or a sentence."""
+"""Limit of an answer: the questions ask for a word or a sentence."""
 _JSON_LINES = (".jsonl", ".ndjson")
 
 
 @dataclass(frozen=True, slots=True)
 class GeneralSet:
-    """Questions, and what is right.
+    """Questions with accepted answers.
 
     Attributes:
         name: of the file.
-        examples: with a reference answer each.
-        accepted: for each example the texts of which an answer must have one.
+        examples: each with a reference answer.
+        accepted: for each example the texts of which an answer must contain one.
     """
 
     name: str
@@ -34,29 +34,29 @@ class GeneralSet:
 
     @property
     def fingerprint(self) -> str:
-        """Equal where the same is asked, and the same is right; as `sha256:<hex>`."""
+        """Digest of questions and accepted answers, as `sha256:<hex>`."""
         rows = [[example.as_dict(), texts] for example, texts in zip(self.examples, self.accepted, strict=True)]
         return f"sha256:{hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()}"
 
     def first(self, count: int | None) -> "GeneralSet":
-        """So many of the first questions; None: all."""
+        """Return this number of questions from the start; None: all."""
         return GeneralSet(self.name, self.examples[:count], self.accepted[:count])
 
 
 def shipped_general_set() -> GeneralSet:
-    """The one of this package."""
+    """Return the set shipped with this package."""
     return read_general_set(Path(str(files("svc.evaluation.general") / SHIPPED)))
 
 
 def read_general_set(path: Path) -> GeneralSet:
-    """Reads a data file, of which JSON lines may say what is accepted.
+    """Read questions from a data file; rows of JSON lines may have a key `accepted`.
 
     Raises:
-        DataError: it cannot be read, a line is no example, or `accepted` is no list of texts.
+        DataError: the file cannot be read, a line is not an example, or `accepted` is not a list of texts.
     """
     rows = list(_rows(path))
     if not rows:
-        raise DataError(f"{path} holds no examples", expected="general questions with their answers")
+        raise DataError(f"{path} has no examples", expected="general questions with their answers")
     return GeneralSet(path.name, tuple(example for example, _ in rows), tuple(texts for _, texts in rows))
 
 
@@ -70,11 +70,11 @@ def _rows(path: Path) -> Iterator[tuple[ChatExample, tuple[str, ...]]]:
                 todo=f"run `svc data check {path}` for all problems",
             )
         if line.example:
-            said = json.loads(line.raw).get("accepted") if with_accepted else None
-            yield line.example, (line.example.answer,) if said is None else _accepted(path, line.number, said)
+            accepted = json.loads(line.raw).get("accepted") if with_accepted else None
+            yield line.example, (line.example.answer,) if accepted is None else _texts(path, line.number, accepted)
 
 
-def _accepted(path: Path, number: int, said: Any) -> tuple[str, ...]:
-    if isinstance(said, list) and said and all(isinstance(text, str) and text.strip() for text in said):
-        return tuple(said)
-    raise DataError(f"{path}:{number}: accepted is {said!r:.80}", expected="a list of texts, none of them blank")
+def _texts(path: Path, number: int, accepted: Any) -> tuple[str, ...]:
+    if isinstance(accepted, list) and accepted and all(isinstance(text, str) and text.strip() for text in accepted):
+        return tuple(accepted)
+    raise DataError(f"{path}:{number}: accepted is {accepted!r:.80}", expected="a list of texts, none of them blank")

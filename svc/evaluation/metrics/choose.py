@@ -1,4 +1,4 @@
-"""Which metrics judge a task, and which of them is the primary one: by its references, unless the recipe says."""
+"""Selection of a task's metrics and of the primary one: from the references, unless the recipe names them."""
 
 import re
 from collections.abc import Sequence
@@ -26,14 +26,14 @@ from svc.evaluation.metrics.tokens import Length, Perplexity
 from svc.evaluation.results import ExampleResult
 
 ENTRY_POINTS = "tuneserve.metrics"
-"""The group in which an installed package offers metrics: classes of `Metric`, made without arguments."""
+"""Group in which an installed package offers metrics: classes of `Metric`, constructed without arguments."""
 _NAME = re.compile("[a-z0-9_]+")
 _MOSTLY = 0.95
 _SEE = "correct evaluate.metrics or evaluate.primary; see docs/evaluation.md"
 
 
 class Task(StrEnum):
-    """What kind of answers is wanted."""
+    """Kind of a task's answers."""
 
     LABELS = "labels"
     JSON = "json"
@@ -42,13 +42,13 @@ class Task(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class MetricOptions:
-    """What a recipe says of metrics.
+    """A recipe's options for metrics.
 
     Attributes:
         names: of metrics; None: those of the task.
         primary: name of the primary one; None: the task's.
         schema: file of a JSON schema; None: inferred from the references.
-        seconds: that a function of the user's may take.
+        seconds: time limit of a user's function.
     """
 
     names: tuple[str, ...] | None = None
@@ -69,7 +69,7 @@ _PLAIN = (
     Perplexity(),
     Length(),
 )
-"""Metrics that need nothing but their name."""
+"""Metrics that need only their name."""
 _TASKS = {
     Task.LABELS: ("accuracy", "macro_f1", "exact_match"),
     Task.JSON: ("field_accuracy", "schema_valid", "valid_json", "exact_match"),
@@ -79,9 +79,9 @@ _ALWAYS = ("perplexity", "length")
 
 
 def find_task(references: Sequence[ChatExample]) -> Task:
-    """What kind of answers the references are.
+    """Return the kind of task, from the references.
 
-    Labels are few, as for the data check, or stand in the instruction; JSON are objects or lists.
+    Labels are few, as in the data check, or are listed in the instruction; JSON are objects or lists.
     """
     looks = [look_at_answer(example) for example in references]
     if all(look.kind & AnswerKind.LABEL for look in looks):
@@ -93,17 +93,17 @@ def find_task(references: Sequence[ChatExample]) -> Task:
 
 
 def choose_metrics(examples: Sequence[ChatExample], options: MetricOptions | None = None) -> tuple[Metric, ...]:
-    """Return the metrics that examples are judged by, the primary one first.
+    """Return the metrics that evaluate examples, the primary one first.
 
     Args:
-        examples: with their references, all of the held-out set.
+        examples: with their references, the whole held-out set.
 
     Raises:
-        RecipeError: a name that no metric has, or a metric that cannot judge these references.
+        RecipeError: an unknown metric, or a metric that cannot evaluate these references.
     """
     options = options or MetricOptions()
     of_task = _of_task(examples)
-    names = [one for name in options.names or of_task for one in _GROUPS.get(name, (name,))]
+    names = [member for name in options.names or of_task for member in _GROUPS.get(name, (name,))]
     metrics = [_make(name, examples, options) for name in names]
     if options.primary:
         (name, *_) = _GROUPS.get(options.primary, (options.primary,))
@@ -114,7 +114,7 @@ def choose_metrics(examples: Sequence[ChatExample], options: MetricOptions | Non
         primary = (first or judging or metrics)[0]
     if primary.better is Better.NEITHER:
         raise RecipeError(
-            f"the metric {primary.name} cannot be the primary one: by it nothing is better or worse",
+            f"the metric {primary.name} cannot be the primary one: none of its values is better or worse",
             expected="a metric whose values are better when higher, or when lower",
             todo=_SEE,
         )
@@ -122,19 +122,19 @@ def choose_metrics(examples: Sequence[ChatExample], options: MetricOptions | Non
 
 
 def named_metric(name: str) -> Metric:
-    """Return a metric that needs nothing but its name.
+    """Return a metric that needs only its name.
 
     Raises:
-        RecipeError: no metric has it, or it cannot be loaded.
+        RecipeError: the metric is unknown, or cannot be loaded.
     """
     return _make(name, (), MetricOptions())
 
 
 def try_on_references(metrics: Sequence[Metric], examples: Sequence[ChatExample]) -> None:
-    """Let each metric judge the references as if they were answers: a fault shows before an hour of training.
+    """Evaluate the references with each metric as if they were answers, to find faults before an hour of training.
 
     Raises:
-        SvcError: a metric cannot judge them.
+        SvcError: a metric cannot evaluate them.
     """
     results = [
         ExampleResult(
@@ -175,7 +175,7 @@ def _make(name: str, examples: Sequence[ChatExample], options: MetricOptions) ->
         return _load(offered[name])
     known = [*(metric.name for metric in _PLAIN), SchemaValid.name, *sorted(offered.names), *_GROUPS]
     raise RecipeError(
-        f"there is no metric {name!r}", expected=f"{', '.join(known)}, or a function as ./FILE.py:FUNCTION", todo=_SEE
+        f"unknown metric {name!r}", expected=f"{', '.join(known)}, or a function as ./FILE.py:FUNCTION", todo=_SEE
     )
 
 
@@ -183,7 +183,7 @@ def _require_json(name: str, examples: Sequence[ChatExample]) -> None:
     for place, example in enumerate(examples):
         if read_json(example.answer) is None:
             raise RecipeError(
-                f"the metric {name} compares JSON, and the reference of held-out example {place} is none: "
+                f"the metric {name} compares JSON, but the reference of held-out example {place} is not JSON: "
                 f"{example.answer!r:.80}",
                 todo=_SEE,
             )

@@ -1,6 +1,6 @@
-"""A Python function of the user's, as a metric: it runs in a process of its own, with a time limit.
+"""A user's Python function as a metric: it runs in a separate process, with a time limit.
 
-Its file is the user's, and so is what it imports. Whatever it does to its process, this one is not harmed.
+The file and its imports are the user's; damage to its process does not affect this one.
 """
 
 import contextlib
@@ -24,11 +24,11 @@ _SPEC = re.compile(r"(?P<path>.+\.py):(?P<function>\w+)")
 
 @dataclass(frozen=True, slots=True)
 class FunctionSpec:
-    """Where a function is.
+    """Place of a function.
 
     Attributes:
         path: of its file.
-        function: its name there.
+        function: its name in the file.
     """
 
     path: Path
@@ -36,13 +36,13 @@ class FunctionSpec:
 
     @classmethod
     def parse(cls, text: str) -> "FunctionSpec | None":
-        """Reads `FILE.py:FUNCTION`; None for what is not meant so."""
-        found = _SPEC.fullmatch(text)
-        return found and cls(Path(found["path"]), found["function"])
+        """Return the place that `FILE.py:FUNCTION` names; None for a text of another form."""
+        match = _SPEC.fullmatch(text)
+        return match and cls(Path(match["path"]), match["function"])
 
     @property
     def name(self) -> str:
-        """The metric's: of the file and the function, once where they are the same."""
+        """The metric's name: that of file and function, once if they are the same."""
         words = dict.fromkeys((self.path.stem.lower(), self.function.lower()))
         return re.sub(r"[^a-z0-9_]", "_", "_".join(words))
 
@@ -51,14 +51,14 @@ class FunctionSpec:
 
 
 class FunctionMetric(Metric):
-    """The mean of what a function gives each example; higher is better.
+    """The mean of a function's scores of the examples; higher is better.
 
-    The function is called once, as `function(answers, references)`, or `function(answers, references, prompts)` where
-    it takes three: lists of text, prompts as lists of OpenAI messages. It returns one number for each answer.
+    The function is called once, as `function(answers, references)`, or `function(answers, references, prompts)` if it
+    has three parameters: lists of text, prompts as lists of OpenAI messages. It returns one number for each answer.
 
     Args:
-        seconds: that one call may take.
-        name: of the metric; None: as the function's place says.
+        seconds: time limit of a call.
+        name: of the metric; None: from the function's place.
     """
 
     unit = Unit.NUMBER
@@ -72,43 +72,43 @@ class FunctionMetric(Metric):
     def score(self, answered: Answered) -> list[float]:
         prompts = [[message.spoken() for message in example.prompt] for example in answered.examples]
         texts = {"answers": answered.answers, "references": answered.references, "prompts": prompts}
-        said = self._call(json.dumps(texts).encode())
-        if "error" in said:
+        output = self._call(json.dumps(texts).encode())
+        if "error" in output:
             raise RecipeError(
-                f"the metric {self.spec} failed:\n{said['error']}",
+                f"the metric {self.spec} failed:\n{output['error']}",
                 expected="a list of one finite number for each answer",
                 todo="fix the function",
             )
-        return list(said["scores"])
+        return list(output["scores"])
 
     def _call(self, given: bytes) -> dict[str, Any]:
-        """Return what the worker writes.
+        """Return the worker's output.
 
         Raises:
-            RecipeError: it took too long, or its process ended.
+            RecipeError: it took too long, or its process exited.
         """
         if not self.spec.path.is_file():
-            raise RecipeError(f"the metric {self.spec}: there is no such file", todo="correct evaluate.metrics")
+            raise RecipeError(f"the file of the metric {self.spec} does not exist", todo="correct evaluate.metrics")
         arguments = [function_worker.__file__, str(self.spec.path), self.spec.function, str(math.ceil(self._seconds))]
-        # -B: Python takes the bytecode that it left for the file as it is now, where both are of the same second.
+        # -B: Python would use outdated bytecode if the file was changed within the same second.
         command = [sys.executable, "-B", *arguments]
         with subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         ) as process:
             try:
-                said, _ = process.communicate(given, timeout=self._seconds)
+                output, _ = process.communicate(given, timeout=self._seconds)
             except subprocess.TimeoutExpired as error:
                 raise RecipeError(
                     f"the metric {self.spec} was not done after {self._seconds:g} s",
-                    todo="make it faster, raise evaluate.metric_seconds, or judge fewer examples: evaluate.limit",
+                    todo="make it faster, raise evaluate.metric_seconds, or evaluate fewer examples: evaluate.limit",
                 ) from error
             finally:
                 with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)  # with all that it started
+                    os.killpg(process.pid, signal.SIGKILL)  # with all its children
         try:
-            return dict(json.loads(said))
+            return dict(json.loads(output))
         except ValueError as error:
             raise RecipeError(
-                f"the metric {self.spec} ended its process, exit code {process.returncode}",
-                todo="see what it printed above; it must return its scores",
+                f"the metric {self.spec} exited its process with code {process.returncode}",
+                todo="read its output above; the function must return its scores",
             ) from error

@@ -1,4 +1,4 @@
-"""Calls one function of one file: a program of its own, which must import nothing of ours.
+"""Calls one function of one file: a separate program, which must import nothing of this project.
 
     python function_worker.py FILE FUNCTION SECONDS < {"answers": [...], "references": [...], "prompts": [...]}
 
@@ -19,18 +19,18 @@ _SPARE_S = 10
 
 
 def main(path: str, function: str, seconds: str) -> None:
-    """Reads, calls, writes."""
-    signal.alarm(int(seconds) + _SPARE_S)  # it ends of itself, where whoever waits for it was killed
+    """Read the texts, call the function and write its scores."""
+    signal.alarm(int(seconds) + _SPARE_S)  # stops this process if its parent was killed
     given = json.load(sys.stdin)
     answer = os.dup(1)
     os.dup2(2, 1)
     try:
-        said: dict[str, Any] = {"scores": _call(path, function, given)}
-    except BaseException as error:  # noqa: BLE001 - the boundary of this process: it is told to the caller
-        said = {"error": _tail(error)}
+        output: dict[str, Any] = {"scores": _call(path, function, given)}
+    except BaseException as error:  # noqa: BLE001 - the boundary of this process: the caller gets the error
+        output = {"error": _tail(error)}
     sys.stdout.flush()
     with os.fdopen(answer, "w") as out:
-        json.dump(said, out)
+        json.dump(output, out)
     os._exit(0)  # threads that the function left would hold the process
 
 
@@ -38,7 +38,7 @@ def _call(path: str, function: str, given: dict[str, Any]) -> list[float]:
     sys.path[0] = os.path.dirname(os.path.abspath(path))
     spec = importlib.util.spec_from_file_location(os.path.basename(path).removesuffix(".py"), path)
     if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is no Python file")
+        raise ImportError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -47,7 +47,7 @@ def _call(path: str, function: str, given: dict[str, Any]) -> list[float]:
     if len(inspect.signature(score).parameters) > 2:
         texts.append(given["prompts"])
     returned = score(*texts)
-    if isinstance(returned, str | bytes | dict):  # their parts are no scores
+    if isinstance(returned, str | bytes | dict):  # their parts are not scores
         raise TypeError(f"{function} returned {returned!r:.80}")
     try:
         return [float(value) for value in returned]

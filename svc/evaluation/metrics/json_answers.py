@@ -24,7 +24,7 @@ _TYPES = {
 
 
 def is_json(text: str) -> bool:
-    """Whether the text is one valid JSON object or array."""
+    """Return whether a text is one valid JSON object or array."""
     return read_json(text) is not None
 
 
@@ -54,8 +54,8 @@ class ValidJson(AnswerMetric):
 class FieldAccuracy(AnswerMetric):
     """Share of the reference's fields that the answer has with the same value, mean over examples.
 
-    A field is a value that holds no other: of objects in objects and of lists each counts. Fields that the reference
-    has not cost nothing here: `schema_valid` finds them. An answer that is no JSON has none.
+    A field is a value that contains no other; those of nested objects and lists count each. Fields that the reference
+    lacks do not count here: `schema_valid` finds them. An answer that is not JSON has no fields.
     """
 
     name = "field_accuracy"
@@ -70,7 +70,7 @@ class FieldAccuracy(AnswerMetric):
 
 
 def _fields(value: Any, path: _Path = ()) -> Iterator[tuple[_Path, Any]]:
-    """All values that hold no other, by their path; an object or list without any is a value too."""
+    """Yield all values that contain no other, by path; an empty object or list is a value too."""
     if isinstance(value, dict | list) and value:
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _fields(inner, (*path, key))
@@ -79,7 +79,7 @@ def _fields(value: Any, path: _Path = ()) -> Iterator[tuple[_Path, Any]]:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Equal in JSON: 1 and 1.0 are, 1 and true are not."""
+    """Return whether values are equal in JSON: 1 and 1.0 are, 1 and true are not."""
     return bool(one == other) and isinstance(one, bool) is isinstance(other, bool)
 
 
@@ -87,7 +87,7 @@ class SchemaValid(AnswerMetric):
     """Share of answers that a JSON schema accepts: a program that reads them can rely on their keys and types.
 
     Args:
-        schema: JSON Schema, draft 2020-12 unless it says another.
+        schema: JSON Schema, draft 2020-12 unless it names another.
     """
 
     name = "schema_valid"
@@ -100,7 +100,7 @@ class SchemaValid(AnswerMetric):
         return float(self.accepts(answer))
 
     def accepts(self, answer: str) -> bool:
-        """Whether an answer is JSON that the schema accepts."""
+        """Return whether an answer is JSON that the schema accepts."""
         value = read_json(answer)
         return value is not None and bool(self._validator.is_valid(value))
 
@@ -114,8 +114,8 @@ class SchemaValid(AnswerMetric):
 def infer_schema(references: Sequence[Any]) -> JsonSchema:
     """Return the narrowest schema of this kind that accepts all references.
 
-    Types of values; of an object its keys, those that all have required and no others allowed; of a list one schema for
-    all items. No bounds and no sets of values: a right answer may have a value that no reference has.
+    It has types of values; for an object its keys, required if all references have them, and no others allowed; for a
+    list one schema for all items. It has no bounds and no enumerations: a right answer may have a new value.
     """
     schema: JsonSchema = {"type": sorted({_TYPES[type(value)] for value in references})}
     if {"integer", "number"} <= set(schema["type"]):
@@ -136,7 +136,7 @@ def read_schema(path: Path) -> JsonSchema:
     """Read a JSON schema.
 
     Raises:
-        RecipeError: there is no such file, or it is no JSON schema.
+        RecipeError: the file is missing, or is not a JSON schema.
     """
     from jsonschema.exceptions import SchemaError
     from jsonschema.validators import Draft202012Validator, validator_for
@@ -144,13 +144,13 @@ def read_schema(path: Path) -> JsonSchema:
     try:
         schema = json.loads(path.read_text("utf-8"))
         if not isinstance(schema, dict):
-            raise TypeError(f"it holds {schema!r:.80}")
+            raise TypeError(f"it contains {schema!r:.80}")
         validator_for(schema, default=Draft202012Validator).check_schema(schema)
     except (OSError, ValueError, TypeError, SchemaError) as error:
         reason = f"{error.message} at {error.json_path}" if isinstance(error, SchemaError) else error
         raise RecipeError(
             f"cannot read the JSON schema {path}: {reason}",
             expected="an object, see https://json-schema.org",
-            todo="correct evaluate.json_schema or leave it out",
+            todo="correct evaluate.json_schema, or remove it",
         ) from error
     return schema

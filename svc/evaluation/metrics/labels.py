@@ -9,10 +9,10 @@ from svc.evaluation.metrics.metric import Answered, AnswerMetric, SetMetric
 
 
 def label_of(answer: str) -> str:
-    """Return the label of an answer, found as the data check finds the labels of references.
+    """Return the label of an answer, by the rules of the data check for labels of references.
 
     Spacing and case do not count. The label of JSON with one value in it is that value, and that of any other answer
-    its text. An answer without a label has its text as one, which no reference has: it counts as a wrong class.
+    its text. An answer without a label gets its text as one, which no reference has: it counts as a wrong class.
     """
     return normal(find_label(answer) or answer)
 
@@ -28,11 +28,11 @@ class Accuracy(AnswerMetric):
 
 
 class MacroF1(SetMetric):
-    """F1 of each label, all counted the same: a rare label that is never found shows, which accuracy hides.
+    """Mean F1 of all labels with equal weight: it shows a rare label that is never found, which accuracy hides.
 
-    scikit-learn's `f1_score(average="macro", zero_division=0, labels=...)` over the labels that references have. An
-    answer that is none of them misses its reference's label, and lowers the precision of none. In a resample the labels
-    are those of its references.
+    scikit-learn's `f1_score(average="macro", zero_division=0, labels=...)` over the labels of the references. An answer
+    with another label misses its reference's label, and lowers no label's precision. In a resample the labels are those
+    of its references.
     """
 
     name = "macro_f1"
@@ -43,7 +43,10 @@ class MacroF1(SetMetric):
         references = np.array([label_of(reference) for reference in answered.references], object)
         answers = np.array([label_of(answer) for answer in answered.answers], object)
         labels = np.unique(references)
-        right, given = references[:, None] == labels, answers[:, None] == labels  # a row an example, a column a label
+        right, given = (
+            references[:, None] == labels,
+            answers[:, None] == labels,
+        )  # a row per example, a column per label
 
         def macro_f1(drawn: Floats) -> Floats:
             support, hits = drawn @ right, drawn @ (right & given)

@@ -1,7 +1,7 @@
-"""The port: what a metric is to the evaluator, the gates and the monitoring, which know none of them by name.
+"""The metric port: evaluator, gates and monitoring use it and know no metric by name.
 
-Most metrics give each example a score. Scores are stored with the results, so that two models are compared example by
-example. A metric of a whole set, as macro-F1 and perplexity, resamples the set for its interval.
+Most metrics score each example. Scores are stored with the results, so that two models are compared example by example.
+A metric of a whole set, such as macro-F1 and perplexity, resamples the set for its interval.
 """
 
 import math
@@ -22,11 +22,11 @@ class Better(StrEnum):
     HIGHER = "higher"
     LOWER = "lower"
     NEITHER = "neither"
-    """It describes, and judges nothing."""
+    """Descriptive: no value is better."""
 
 
 class Unit(StrEnum):
-    """What a value counts, which decides how it is shown and how a limit on its loss is read."""
+    """Unit of a metric, which determines its display and the meaning of a limit on its loss."""
 
     SHARE = "share"
     """Between 0 and 1."""
@@ -36,32 +36,32 @@ class Unit(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """Examples, and what one model answered to each, in their order."""
+    """Examples with one model's results, in the same order."""
 
     examples: Sequence[ChatExample]
     results: Sequence[ExampleResult]
 
     @property
     def answers(self) -> list[str]:
-        """The model's."""
+        """The model's answers."""
         return [result.answer for result in self.results]
 
     @property
     def references(self) -> list[str]:
-        """The right answers."""
+        """The reference answers."""
         return [example.answer for example in self.examples]
 
 
 class Metric(ABC):
-    """One way to judge answers.
+    """A measure of answers.
 
     Attributes:
         name: for machines, of a to z, digits and `_`.
         title: for people.
-        scored: whether each example has a score of its own.
-        watched_by: name of the metric that monitoring repeats instead, if examples have no scores; empty: this one.
-        in_tokens: whether it counts tokens of the model's own tokenizer, so that it says nothing beside a model that
-            has another one.
+        scored: whether each example has its own score.
+        watched_by: name of the metric that monitoring uses instead, if examples have no scores; empty: this one.
+        in_tokens: whether it counts tokens of the model's tokenizer, so that models with different tokenizers cannot be
+            compared by it.
     """
 
     name: str
@@ -77,14 +77,14 @@ class Metric(ABC):
         """Return the score of each example; empty if examples have none.
 
         Raises:
-            SvcError: the metric cannot judge these answers.
+            SvcError: the metric cannot evaluate these answers.
         """
 
     def checked_score(self, answered: Answered) -> list[float]:
-        """Return the scores of a metric that may come from a package or a user's file.
+        """Return the scores, checked because the metric may come from a package or a user's file.
 
         Raises:
-            SvcError: the metric cannot judge these answers, or its scores are not one finite number for each.
+            SvcError: the metric cannot evaluate these answers, or its scores are not one finite number for each.
         """
         scores = self.score(answered)
         if self.scored and (fault := _fault(scores, len(answered.results))):
@@ -96,18 +96,18 @@ class Metric(ABC):
         return scores
 
     def stored_scores(self, answered: Answered) -> list[float]:
-        """Return the scores that the results have stored."""
+        """Return the scores stored in the results."""
         return [result.scores[self.name] for result in answered.results]
 
     def estimate(self, answered: Answered) -> Interval:
-        """Return the figure of all examples, whose results have their scores."""
+        """Return the estimate over all examples, whose results have scores."""
         return mean_or_proportion(self.stored_scores(answered))
 
     def difference(self, before: Answered, after: Answered) -> Interval:
-        """Return the figure of the second minus that of the first, example by example.
+        """Return the paired difference of the second to the first.
 
         Args:
-            before, after: of the same examples, with results that have their scores.
+            before, after: of the same examples, with results that have scores.
         """
         return paired_difference(self.stored_scores(before), self.stored_scores(after))
 
@@ -130,7 +130,7 @@ class SetMetric(Metric):
 
     @abstractmethod
     def statistic(self, answered: Answered) -> Statistic:
-        """Return the figure as a function of how often each example is drawn."""
+        """Return the metric as a function of the number of times each example is drawn."""
 
     def score(self, answered: Answered) -> list[float]:
         return []
@@ -144,7 +144,7 @@ class SetMetric(Metric):
 
 
 def _fault(scores: Sequence[float], answers: int) -> str | None:
-    """Return what is wrong with scores; None if there is one finite number for each answer."""
+    """Return the fault of scores; None if there is one finite number for each answer."""
     if len(scores) != answers:
         return f"it returned {len(scores)} scores for {answers} answers"
     wrong = next((place for place, score in enumerate(scores) if not math.isfinite(score)), None)

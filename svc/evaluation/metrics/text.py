@@ -7,12 +7,12 @@ from svc.evaluation.metrics.metric import AnswerMetric
 
 
 def matches(answer: str, reference: str) -> bool:
-    """Exact match but for white space around."""
+    """Return whether texts are equal, ignoring surrounding white space."""
     return answer.strip() == reference.strip()
 
 
 class ExactMatch(AnswerMetric):
-    """Share of answers equal to the reference, but for white space around."""
+    """Share of answers equal to the reference, ignoring surrounding white space."""
 
     name = "exact_match"
     title = "exact match"
@@ -24,11 +24,11 @@ class ExactMatch(AnswerMetric):
 class Rouge(AnswerMetric):
     """ROUGE (Lin 2004): F-measure of rouge-score's `RougeScorer`, mean over examples.
 
-    Without its stemmer, which is for English alone. It reads letters a to z and digits, so that a text in another
-    script has no words for it: chrF is for those.
+    Without its stemmer, which is for English only. It reads letters a to z and digits, so a text in another script has
+    no words for it: use chrF for those.
 
     Args:
-        kind: what is counted: "1" words, "2" pairs of words, "L" words in order.
+        kind: unit that is counted: "1" words, "2" pairs of words, "L" words in order.
     """
 
     def __init__(self, kind: str) -> None:
@@ -45,7 +45,7 @@ class Rouge(AnswerMetric):
 
 
 class Chrf(AnswerMetric):
-    """chrF (Popović 2015), runs of characters that an answer shares with its reference, in any language.
+    """chrF (Popović 2015): sequences of characters that an answer shares with its reference, in any language.
 
     sacrebleu's `sentence_chrf`, as a share of 1, mean over examples: chrF2 with 6 characters and no words.
     """
@@ -56,5 +56,5 @@ class Chrf(AnswerMetric):
     def score_answer(self, answer: str, reference: str) -> float:
         from sacrebleu import sentence_chrf
 
-        # The last bits of a perfect answer's score are above 1.
+        # Rounding errors make a perfect answer's score slightly more than 1.
         return min(1.0, sentence_chrf(answer, [reference]).score / 100)

@@ -1,4 +1,4 @@
-"""Metrics of tokens: how likely the model finds the reference's, and how many its answer has."""
+"""Metrics of tokens: likelihood of the reference's tokens, and length of the answers."""
 
 import numpy as np
 
@@ -6,8 +6,8 @@ from svc.evaluation.intervals import Floats, Statistic, weighted_mean
 from svc.evaluation.metrics.metric import Answered, Better, Metric, SetMetric, Unit
 from svc.evaluation.results import token_weights
 
-_LARGEST_NATS = 700.0
-"""Its exponential is still a number."""
+_MAX_NATS = 700.0
+"""Its exponential is still finite."""
 
 
 class Nll(SetMetric):
@@ -18,14 +18,14 @@ class Nll(SetMetric):
     better = Better.LOWER
     unit = Unit.NUMBER
     in_tokens = True
-    watched_by = "exact_match"  # monitoring always watches the log-likelihood too
+    watched_by = "exact_match"  # monitoring always includes the log-likelihood
 
     def statistic(self, answered: Answered) -> Statistic:
         return weighted_mean([result.nll for result in answered.results], token_weights(answered.results))
 
 
 class Perplexity(Nll):
-    """Exponential of the log-likelihood: among so many equally likely tokens the model would have to guess."""
+    """Exponential of the negative log-likelihood: number of equally likely tokens with the same uncertainty."""
 
     name = "perplexity"
     title = "perplexity"
@@ -34,13 +34,13 @@ class Perplexity(Nll):
         nll = super().statistic(answered)
 
         def perplexity(drawn: Floats) -> Floats:
-            return np.asarray(np.exp(np.minimum(nll(drawn), _LARGEST_NATS)))
+            return np.asarray(np.exp(np.minimum(nll(drawn), _MAX_NATS)))
 
         return perplexity
 
 
 class CutOff(Metric):
-    """Share of answers that ended at their limit of tokens, not by themselves."""
+    """Share of answers that were cut off at their limit of tokens."""
 
     name = "cut_off"
     title = "cut off at the limit"
@@ -54,7 +54,7 @@ class CutOff(Metric):
 
 
 class Length(Metric):
-    """Mean tokens of an answer, the one that ends it among them. It says what changed, not what is better."""
+    """Mean tokens of an answer, including the one that ends it. Descriptive: no length is better."""
 
     name = "length"
     title = "length"

@@ -128,7 +128,7 @@ def test_a_person_is_asked_when_there_is_a_terminal(
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
     monkeypatch.setattr(sys.stdin, "readline", lambda *_: f"{answer}\n")
     ended = svc("--home", "again", "restore", "backups")
-    assert "Go on?" in ended.err
+    assert "Continue?" in ended.err
     assert (ended.code == 0, (tmp_path / "again" / "svc.db").exists()) == ((answer == "y"),) * 2
 
 

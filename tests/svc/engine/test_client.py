@@ -253,7 +253,7 @@ async def ask_logprobs(client: EngineClient) -> object:
 )
 async def test_an_answer_that_is_none_is_an_engine_error(ask: Ask, answer: bytes) -> None:
     async with answering(lambda request: httpx.Response(200, content=answer)) as client:
-        with pytest.raises(EngineError, match="cannot be understood"):
+        with pytest.raises(EngineError, match="cannot be read"):
             await ask(client)
 
 

@@ -90,8 +90,8 @@ def test_pytorchs_kernel_can_be_asked_for_on_any_cpu() -> None:
 @pytest.mark.parametrize(
     ("device", "asked_for", "told", "todo"),
     [
-        (AVX2, GptqKernel.VLLM, "no kernel for GPTQ on x86_64-avx2", "leave engine.gptq_kernel out"),
-        (HOPPER, GptqKernel.TORCH, "runs on cuda", "leave engine.gptq_kernel out"),
+        (AVX2, GptqKernel.VLLM, "no kernel for GPTQ on x86_64-avx2", "remove engine.gptq_kernel from the settings"),
+        (HOPPER, GptqKernel.TORCH, "runs on cuda", "remove engine.gptq_kernel from the settings"),
         (HOPPER.model_copy(update={"vllm_gptq": False}), GptqKernel.AUTO, "no kernel for GPTQ", "--format merged"),
     ],
 )
@@ -262,7 +262,7 @@ def test_torch_that_does_not_import_is_an_error_with_what_to_look_at(
         raise failure
 
     monkeypatch.setattr("subprocess.run", run)
-    with pytest.raises(EngineError, match=r"could not be asked.*(libcudart|timed out)") as caught:
+    with pytest.raises(EngineError, match=r"cannot be read from torch.*(libcudart|timed out)") as caught:
         ask_capabilities()
     assert "svc.engine.device" in caught.value.todo
 

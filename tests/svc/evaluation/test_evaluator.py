@@ -207,7 +207,7 @@ async def test_one_failed_request_is_no_report() -> None:
 @pytest.mark.parametrize("noise", [math.nan, -math.inf])
 async def test_weights_that_give_no_number_are_no_report(noise: float) -> None:
     async with client_of(EngineDouble(probe_noise=noise)) as client:
-        with pytest.raises(EngineError, match="no finite number"):
+        with pytest.raises(EngineError, match="not a finite number"):
             await judged(client, [chat("a")], limit=1)
 
 
@@ -217,7 +217,7 @@ async def test_an_answer_without_a_number_is_no_report(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(EngineClient, "logprobs", logprobs)
     async with client_of(EngineDouble(probe_noise=math.nan)) as client:
-        with pytest.raises(EngineError, match="no finite number"):
+        with pytest.raises(EngineError, match="not a finite number"):
             await judged(client, [chat("a")], limit=1)
 
 

@@ -30,7 +30,7 @@ def endpoint(server: JudgeServer, key: str | None = None) -> Endpoint:
 
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint_module, "_LONGEST_PAUSE_S", 0.01)
+    monkeypatch.setattr(endpoint_module, "_MAX_PAUSE_S", 0.01)
 
 
 async def test_a_judge_with_an_opinion_has_the_same_in_both_orders() -> None:
@@ -87,7 +87,10 @@ async def test_without_a_key_none_is_sent() -> None:
 async def test_where_data_goes_is_said_before_it_does(capsys: pytest.CaptureFixture[str]) -> None:
     with judge_server(prefer_good, failures=[(401, {}, "wrong key")] * 9) as server, pytest.raises(JudgeError):
         await judge(PAIRS, endpoint(server))
-    assert f"the judge wise at {server.url} is sent 6 prompts" in capsys.readouterr().err
+    assert (
+        f"sending 6 prompts with reference and both answers to the judge wise at {server.url}"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -173,7 +176,7 @@ async def test_an_endpoint_that_is_away_is_told() -> None:
 
 @pytest.mark.parametrize("url", ["api.openai.com", "ftp://host/v1", "https://user:pass@host/v1", "https://"])
 async def test_what_is_no_endpoint_is_refused(url: str) -> None:
-    with pytest.raises(SettingsError, match="no endpoint's"):
+    with pytest.raises(SettingsError, match="is not valid"):
         await judge(PAIRS, Endpoint(url, "wise"))
 
 

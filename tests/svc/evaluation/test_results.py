@@ -63,7 +63,7 @@ def test_each_example_has_one_line(tmp_path: Path) -> None:
 def test_a_line_that_is_no_result_is_refused_by_its_number(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "merged.jsonl"
     path.write_bytes(RESULT.model_dump_json().encode() + b"\n" + line + b"\n")
-    with pytest.raises(IntegrityError, match=r"merged\.jsonl:2 is no result"):
+    with pytest.raises(IntegrityError, match=r"merged\.jsonl:2 is not a result"):
         read_results(path)
 
 

@@ -26,5 +26,5 @@ def test_what_was_not_measured_takes_no_room(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["{", '{"step":-1,"epoch":0}\n', '{"step":1,"epoch":0,"other":1}\n'])
 def test_a_damaged_line_is_told(content: str, tmp_path: Path) -> None:
     (tmp_path / "training.jsonl").write_text(content, "utf-8")
-    with pytest.raises(IntegrityError, match=r"training\.jsonl:1 is no point"):
+    with pytest.raises(IntegrityError, match=r"training\.jsonl:1 is not a point"):
         read_training_curve(tmp_path / "training.jsonl")

@@ -31,7 +31,7 @@ def test_what_was_chosen_for_the_device_is_told_before_training(make: Make, caps
     make(capabilities=AVX2).train_version()
     told = " ".join(capsys.readouterr().err.split())
     assert "train: float32 on cpu (x86_64-avx2 has no fast bfloat16)" in told
-    assert "merged: float32 on cpu (x86_64-avx2 has no fast numbers of 16 bits)" in told
+    assert "merged: float32 on cpu (x86_64-avx2 has no fast 16-bit arithmetic)" in told
     assert "gptq: bfloat16 on cpu, kernel of torch (vLLM has none for x86_64-avx2)" in told
 
 

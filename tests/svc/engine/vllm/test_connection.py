@@ -98,7 +98,7 @@ class TestBrokenAnswers:
             await until_closed(server)
 
     async def test_a_body_that_is_read_whole_has_a_limit(self, socket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("svc.engine.vllm.connection_pool._MOST_WHOLE_BYTES", 1)
+        monkeypatch.setattr("svc.engine.vllm.connection_pool._MAX_BODY_BYTES", 1)
         async with engine(socket, say(ANSWER)) as (pool, _):
             with pytest.raises(MalformedAnswerError):
                 await ask(pool)

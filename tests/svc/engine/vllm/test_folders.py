@@ -74,6 +74,6 @@ def test_another_users_folder_is_refused(parent: Path, tmp_path: Path, monkeypat
 
 def test_a_folder_for_temporary_files_that_is_gone_says_what_to_do(parent: Path, tmp_path: Path) -> None:
     parent.rmdir()
-    with pytest.raises(EngineError, match="cannot make") as caught:
+    with pytest.raises(EngineError, match="cannot create") as caught:
         runtime_folder(tmp_path, "serve")
     assert "TMPDIR" in caught.value.todo

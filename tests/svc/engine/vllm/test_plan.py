@@ -149,7 +149,7 @@ def test_a_sequence_takes_whole_blocks() -> None:
 def test_the_cache_is_no_more_than_half_of_what_is_free_beside_the_weights() -> None:
     made = plan(machine=replace(HOST, free=2 * GIB + GIB // 4))
     assert origin_and_value(made, "kv_cache_memory_bytes") == (Origin.MACHINE, GIB)
-    assert made["kv_cache_memory_bytes"].reason == "1.0 GiB: half of 2.0 GiB free beside the weights"
+    assert made["kv_cache_memory_bytes"].reason == "1.0 GiB: half of 2.0 GiB free after the weights"
 
 
 def test_one_sequence_is_tried_where_little_is_free() -> None:
@@ -452,7 +452,7 @@ def test_a_person_decides_on_the_number_type() -> None:
 def test_a_number_type_with_which_vllm_would_not_start_is_refused_for_gptq(
     capabilities: DeviceCapabilities, value: str, own: str | None, taken: bool
 ) -> None:
-    with nullcontext() if taken else pytest.raises(EngineError, match=f"--dtype {value} in engine.args"):
+    with nullcontext() if taken else pytest.raises(EngineError, match=f"--dtype {value}, which"):
         plan(capabilities=capabilities, model=replace(GPTQ, dtype=own), args=("--dtype", value))
     plan(capabilities=capabilities, args=("--dtype", value))
 

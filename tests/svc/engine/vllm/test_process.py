@@ -250,7 +250,7 @@ async def test_the_log_of_the_one_before_is_kept(engine_in: Start, folder: Path)
 
 async def test_one_that_ends_at_once_says_its_last_error_and_its_log(engine_in: Start) -> None:
     engine = engine_in("crash")
-    with pytest.raises(EngineError, match="ended with code 3 before it was ready: ValueError: bad weights") as caught:
+    with pytest.raises(EngineError, match="exited with code 3 before it was ready: ValueError: bad weights") as caught:
         await engine.start()
     assert str(engine.spec.log) in caught.value.todo
 

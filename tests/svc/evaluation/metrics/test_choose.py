@@ -95,7 +95,7 @@ def test_what_judges_nothing_is_no_primary_metric(options: MetricOptions) -> Non
 
 @pytest.mark.parametrize("name", ["field_accuracy", "schema_valid"])
 def test_what_compares_json_refuses_references_that_are_none(name: str) -> None:
-    with pytest.raises(RecipeError, match=f"{name} compares JSON, and the reference of held-out example 1"):
+    with pytest.raises(RecipeError, match=f"{name} compares JSON, but the reference of held-out example 1"):
         choose_metrics([OBJECTS[0], TEXTS[0]], MetricOptions((name,)))
 
 

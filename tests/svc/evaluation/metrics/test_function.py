@@ -70,8 +70,8 @@ def test_texts_of_any_language_arrive(write: Write) -> None:
         ("return [1.0, float('inf')]", "the score of answer 2 is inf"),
         ("return [1.0, 'good']", "score returned [1.0, 'good']: could not convert string to float: 'good'"),
         ("raise SystemExit(3)", "SystemExit: 3"),
-        ("import os\nos._exit(3)", "exit code 3"),
-        ("import os\nos.kill(os.getpid(), 9)", "exit code -9"),
+        ("import os\nos._exit(3)", "with code 3"),
+        ("import os\nos.kill(os.getpid(), 9)", "with code -9"),
     ],
 )
 def test_whatever_goes_wrong_is_told_with_the_file_and_the_function(write: Write, body: str, wrong: str) -> None:
