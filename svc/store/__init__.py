@@ -1,1 +1,1 @@
-"""The SQL store: what is wanted and what was done about it."""
+"""The SQL store: desired states, and records of what happened."""

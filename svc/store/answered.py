@@ -1,4 +1,4 @@
-"""What a version answered and what people said of it, as streams: the view of requests that monitoring compares."""
+"""A version's answers and their feedback as streams: the view of requests that monitoring compares."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ _GOOD_STATUS = 200
 
 @dataclass(frozen=True, slots=True)
 class RatedAnswer:
-    """A person's word on one answer.
+    """A person's rating of one answer.
 
     Attributes:
         id: of the request's row.
-        person: whom the client asked for, hashed; empty where it names nobody.
+        person: hash of the client's name for its user; empty if it names none.
     """
 
     id: int
@@ -34,10 +34,10 @@ class RatedAnswer:
 
 
 def was_answered(store: Store, target: Target, *, after: datetime | None, before: datetime) -> bool:
-    """Return whether a version in a format answered a request well that began between two times.
+    """Return whether a version in a format completed a request that began between two times.
 
     Args:
-        after: None: since ever.
+        after: None: no lower limit.
     """
     good = RequestRow.status == _GOOD_STATUS, RequestRow.outcome == RequestOutcome.COMPLETE
     query = select(RequestRow.id).where(answered_by(target), *good, RequestRow.started_at < before)
@@ -48,19 +48,19 @@ def was_answered(store: Store, target: Target, *, after: datetime | None, before
 
 
 def texts_of(store: Store, request_ids: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """The kept prompts and answers of requests, by what clients know them by."""
+    """Return the stored prompts and answers of requests, by the request ids that clients see."""
     query = select(RequestRow).where(RequestRow.request_id.in_(request_ids), RequestRow.prompt.is_not(None))
     with Session(store) as session:
         return {row.request_id: (row.prompt or "", row.answer or "") for row in session.scalars(query)}
 
 
 def read_ratings(store: Store, target: Target, *, newest: int) -> list[RatedAnswer]:
-    """The newest ratings of a version's answers, in the order in which they were given."""
+    """Return the newest ratings of a version's answers, in the order in which they were given."""
     return _ratings(store, answered_by(target), newest)
 
 
 def read_earlier_ratings(store: Store, target: Target, *, newest: int) -> list[RatedAnswer]:
-    """The newest ratings of what other versions of the name, or other formats, answered before this one first did."""
+    """Return the newest ratings of answers by other versions or formats of the name before this one's first answer."""
     first = select(RequestRow.id).where(answered_by(target)).order_by(RequestRow.id).limit(1)
     with Session(store) as session:
         began = session.scalar(first)
@@ -88,7 +88,7 @@ def _ratings(store: Store, which: ColumnElement[bool], newest: int) -> list[Rate
 
 
 def answered_by(target: Target) -> ColumnElement[bool]:
-    """Rows of requests that a version in a format was to answer."""
+    """Return the condition for rows of requests to a version in a format."""
     return and_(
         RequestRow.model == target.version.name,
         RequestRow.number == target.version.number,

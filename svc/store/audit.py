@@ -1,8 +1,8 @@
-"""The audit log: who did what, when, from where, why. Rows are added and never changed, and each one's hash covers the
-hash before it, so that a row that was changed, removed or put between is found.
+"""The audit log: who did what, when, from where, why. Rows are added and never changed, and each row's hash covers the
+previous hash, so that changed, removed and inserted rows are detected.
 
-The database refuses changes by triggers. Whoever may drop those can also write all later hashes anew, or cut off the
-newest rows: that is found by whoever has kept a hash of before elsewhere.
+Triggers in the database reject changes. A user who can drop them can also rewrite all later hashes, or delete the
+newest rows: an earlier hash that is stored elsewhere detects that.
 """
 
 import hashlib
@@ -23,15 +23,15 @@ from svc.store.database import exclusive
 from svc.store.tables import AuditRow
 
 FIRST_HASH = "0" * 64
-"""What the first row has for the hash before it."""
+"""Previous hash of the first row."""
 _READ_TOGETHER = 1_000
 
 
 class Action(StrEnum):
-    """What was done."""
+    """Action of an event."""
 
     SERVE = "serve"
-    """A server was started with another version than it served last, or a model was added with one."""
+    """A server was started with another version than it served last, or a model was added."""
     PROMOTE = "promote"
     ROLLBACK = "rollback"
     CREATE_KEY = "key.create"
@@ -41,17 +41,17 @@ class Action(StrEnum):
     COLLECT = "gc"
     FORGET = "forget"
     BACKUP = "backup"
-    """Before it begins: whoever has the copy can read what is in the home."""
+    """Recorded before it begins: a copy lets its owner read the home's content."""
     RESTORE = "restore"
     ACCEPT_DRIFT = "drift.accept"
 
 
 @dataclass(frozen=True, slots=True)
 class AuditEntry:
-    """What is to be written.
+    """An event to record.
 
     Attributes:
-        subject: what it was done to: a version, a key, a path.
+        subject: a version, a key, a path.
         details: JSON values.
     """
 
@@ -64,10 +64,10 @@ class AuditEntry:
 
 @dataclass(frozen=True, slots=True)
 class AuditEvent:
-    """What was written.
+    """A recorded event.
 
     Attributes:
-        id: 1 of the first, and one more of each.
+        id: consecutive, from 1.
         at: ISO 8601, UTC.
         action: of `Action`, or of another release.
         actor: see `Actor.name`.
@@ -86,7 +86,7 @@ class AuditEvent:
 
 @dataclass(frozen=True, slots=True)
 class ChainFault:
-    """The first row that is not what was written."""
+    """The first altered row."""
 
     id: int
     wrong: str
@@ -94,10 +94,10 @@ class ChainFault:
 
 @dataclass(frozen=True, slots=True)
 class ChainReport:
-    """What a verification found.
+    """Result of a verification.
 
     Attributes:
-        events: that are as they were written, from the first one on.
+        events: number of unaltered events from the first one on.
         head: the hash of the last of them.
     """
 
@@ -107,13 +107,13 @@ class ChainReport:
 
 
 def record_event(store: Store, entry: AuditEntry) -> int:
-    """Writes an event by itself; returns its id."""
+    """Record an event in its own transaction; return its id."""
     with exclusive(store) as session:
         return append_event(session, entry)
 
 
 def append_event(session: Session, entry: AuditEntry) -> int:
-    """Writes an event in the transaction of what it tells of, which is an `exclusive` one; returns its id."""
+    """Record an event in the `exclusive` transaction of the change that it describes; return its id."""
     last = session.scalar(select(AuditRow).order_by(AuditRow.id.desc()).limit(1))
     row = AuditRow(
         id=last.id + 1 if last else 1,
@@ -135,10 +135,10 @@ def append_event(session: Session, entry: AuditEntry) -> int:
 def read_events(
     store: Store, *, newest: int, action: str | None = None, subject: str | None = None, since: datetime | None = None
 ) -> list[AuditEvent]:
-    """The newest events, in order.
+    """Return the newest events, in order.
 
     Args:
-        newest: so many at most.
+        newest: maximum number.
         subject: exactly this, or all versions of this name.
     """
     query = select(AuditRow).order_by(AuditRow.id.desc()).limit(newest)
@@ -156,7 +156,7 @@ def read_events(
 
 
 def _event(row: AuditRow) -> AuditEvent:
-    """Return the event of a row, whatever stands in it: a row that somebody changed is shown as it is."""
+    """Return the event of a row, whatever its content: an altered row is shown as it is."""
     values = {one.name: getattr(row, one.name) for one in fields(AuditEvent)}
     return AuditEvent(**values | {"details": _details(row.details)})
 
@@ -185,9 +185,9 @@ def _wrong(row: AuditRow, id: int, previous_hash: str) -> ChainFault | None:
     if row.id != id:
         return ChainFault(id, f"it is missing; row {row.id} comes next")
     if row.previous_hash != previous_hash:
-        return ChainFault(id, "it does not follow the row before")
+        return ChainFault(id, "it does not follow the previous row")
     if row.hash != _hash(row):
-        return ChainFault(id, "it was changed: its hash is not that of its content")
+        return ChainFault(id, "it was changed: its hash does not match its content")
     return None
 
 
@@ -197,15 +197,15 @@ def _hash(row: AuditRow) -> str:
 
 
 def _details(text: str) -> dict[str, Any]:
-    """Also of a row that somebody has changed, which is to be seen."""
+    """Return the details of a row, also of an altered one, so that it can be shown."""
     try:
-        found = json.loads(text)
+        details = json.loads(text)
     except ValueError:
-        found = None
-    return found if isinstance(found, dict) else {"unreadable": text}
+        details = None
+    return details if isinstance(details, dict) else {"unreadable": text}
 
 
 def _storable(text: str) -> str:
-    """Without secrets, which nobody could take out again, and what UTF-8 or a terminal cannot hold, as bytes of a
-    command line that are no text."""
+    """Return a text without secrets, which could not be removed again, and without characters that UTF-8 or a terminal
+    cannot handle, such as bytes of a command line that are not text."""
     return hide_secrets(text).encode("utf-8", "replace").decode("utf-8").replace("\0", "?")

@@ -1,4 +1,4 @@
-"""Opens the SQL store: SQLite in WAL mode under the home, brought to the newest schema before use."""
+"""Opens the SQL store: SQLite in WAL mode under the home, migrated to the newest schema before use."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,8 +30,8 @@ def open_database(home: Path) -> Store:
     """
     home.mkdir(parents=True, exist_ok=True)
     path = home / "svc.db"
-    path.touch(mode=0o600)  # it may hold what users wrote; SQLite's other files get the same mode
-    store = create_engine(f"sqlite:///{path}", hide_parameters=True)  # errors are logged; what users wrote is not
+    path.touch(mode=0o600)  # it may contain users' texts; SQLite's other files get the same mode
+    store = create_engine(f"sqlite:///{path}", hide_parameters=True)  # errors are logged, without users' texts
     event.listen(store, "connect", _prepare_sqlite)
     _migrate(store)
     return store
@@ -39,7 +39,7 @@ def open_database(home: Path) -> Store:
 
 @contextmanager
 def exclusive(store: Store) -> Iterator[Session]:
-    """A transaction for the body that runs beside no other one of these: what it reads holds until it has written."""
+    """Run the body in an exclusive write transaction: values that it reads stay valid until it has written."""
     with Session(store) as session, session.begin():
         session.connection().exec_driver_sql("BEGIN IMMEDIATE")
         yield session
@@ -65,7 +65,7 @@ def _migrate(store: Store) -> None:
 
     config = _configuration()
     with store.begin() as connection:
-        # One process migrates, all of it or nothing; another one waits, and finds nothing left to do.
+        # One process migrates, all or nothing; others wait, and then find nothing to do.
         connection.exec_driver_sql("BEGIN IMMEDIATE")
         config.attributes["connection"] = connection
         if current is None:
@@ -78,13 +78,13 @@ def _migrate(store: Store) -> None:
             raise RegistryError(
                 f"{store.url.database} has tables of another release: revision {current}",
                 expected=f"revision {_newest_revision()}",
-                todo="use the release that wrote it, or another SVC_HOME",
+                todo="use the release that wrote the tables, or another SVC_HOME",
             ) from error
 
 
 @cache
 def _newest_revision() -> str | None:
-    """Read once: every script is executed for it, and none changes while the process runs."""
+    """Return the newest revision, read once: reading executes every script, and none changes at run time."""
     from alembic.script import ScriptDirectory
 
     newest: str | None = ScriptDirectory.from_config(_configuration()).get_current_head()

@@ -1,4 +1,4 @@
-"""Which models a server shall serve: one row a name; which version of each, its desired state says."""
+"""Models that a server serves: one row per name. The version of each is in its desired state."""
 
 from collections.abc import Collection
 from datetime import UTC, datetime
@@ -14,13 +14,13 @@ _ADD = insert(DeploymentRow).on_conflict_do_nothing()
 
 
 def deployed_names(store: Store) -> list[str]:
-    """The names, in the order in which they were added."""
+    """Return the names, in the order in which they were added."""
     with store.connect() as connection:
         return list(connection.scalars(_NAMES))
 
 
 def set_deployments(store: Store, names: Collection[str]) -> None:
-    """Replace all names by these, in this order; one that is there keeps its place."""
+    """Replace all names by these, in this order; an existing name keeps its place."""
     with store.begin() as connection:
         connection.execute(delete(DeploymentRow).where(DeploymentRow.name.not_in(names)))
         for name in names:
@@ -28,12 +28,12 @@ def set_deployments(store: Store, names: Collection[str]) -> None:
 
 
 def add_deployment(store: Store, name: str) -> None:
-    """Add a name, unless it is there."""
+    """Add a name, unless it exists."""
     with store.begin() as connection:
         connection.execute(_ADD, {"name": name, "added_at": datetime.now(UTC)})
 
 
 def remove_deployment(store: Store, name: str) -> bool:
-    """Remove a name; return whether it was there."""
+    """Remove a name; return whether it existed."""
     with store.begin() as connection:
         return connection.execute(delete(DeploymentRow).where(DeploymentRow.name == name)).rowcount > 0

@@ -1,4 +1,4 @@
-"""Desired states: one row a name, changed by compare-and-set, so that of two promotions at once one is told to wait."""
+"""Desired states: one row per name, changed by compare-and-set, so that one of two concurrent promotions must wait."""
 
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -15,17 +15,17 @@ from svc.store.tables import DesiredRow, target_columns
 from svc.version import Format, Target, VersionId
 
 _READ = select(DesiredRow.__table__).where(DesiredRow.name == bindparam("name"))
-"""Made once, as for each model it is asked several times a second: to make it takes longer than to execute it."""
+"""Built once: it runs several times per second for each model, and building it takes longer than executing it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Desired:
-    """What a name shall serve.
+    """Desired version of a name.
 
     Attributes:
-        previous: what it served before: where a rollback goes.
-        generation: grows with every change.
-        forced: why a version that failed a check shall be served all the same; None of any other.
+        previous: the version before, to which a rollback returns.
+        generation: increases with every change.
+        forced: reason to serve a version although it failed a check; None for any other.
     """
 
     target: Target
@@ -40,14 +40,14 @@ class Desired:
 
 
 def read_desired(store: Store, name: str) -> Desired | None:
-    """The desired state of a name, or None when nothing was ever promoted."""
+    """Return the desired state of a name; None if nothing was ever promoted."""
     with store.connect() as connection:
         row = connection.execute(_READ, {"name": name}).one_or_none()
         return _desired(row) if row else None
 
 
 def desired_names(store: Store) -> list[str]:
-    """All names that have a desired state."""
+    """Return all names with a desired state."""
     with Session(store) as session:
         return list(session.scalars(select(DesiredRow.name).order_by(DesiredRow.name)))
 
@@ -61,23 +61,23 @@ def change_desired(
     forced: str | None = None,
     entry: AuditEntry | None = None,
 ) -> Desired:
-    """Compare-and-set.
+    """Compare and set the desired state; return the new one.
 
     Args:
-        seen: the state that the decision was made on; None when there was none.
-        forced: why, where the version failed a check.
-        entry: goes into the audit log with the change, and gets its details here; None where nobody asked for it, as
-            where a server puts back what it could not bring.
+        seen: the state on which the decision was based; None if there was none.
+        forced: reason, if the version failed a check.
+        entry: recorded in the audit log with the change, with details added here; None if no user requested it, for
+            example if a server reverts a failed change.
 
     Raises:
-        BusyError: somebody else changed it since.
+        BusyError: the state has changed since.
     """
     name, generation = target.version.name, (seen.generation if seen else 0) + 1
     with exclusive(store) as session:
         row = session.get(DesiredRow, name)
         if (row.generation if row else 0) != generation - 1:
             raise BusyError(
-                f"somebody else changed what {name} serves just now", todo="see `svc status`, then try again"
+                f"the desired version of {name} was just changed by another user", todo="check svc status, then retry"
             )
         session.merge(
             DesiredRow(

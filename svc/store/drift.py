@@ -1,7 +1,7 @@
-"""Drift: where the watch over a version's traffic stands, and the alarms that it called.
+"""Drift: state of the detection for a version's traffic, and its alarms.
 
-What a state and a report say is monitoring's; here they are texts. An alarm is also a signal to others: what moved,
-since when, and by which requests it is seen.
+The content of states and reports belongs to monitoring; here they are texts. An alarm tells others the moved feature,
+since when, and which requests show it.
 """
 
 from collections.abc import Sequence
@@ -16,17 +16,17 @@ from svc.store.tables import DriftAlarmRow, DriftBaselineRow, DriftStateRow, is_
 from svc.version import Target
 
 KEPT_ALARMS = 100
-"""Of a version in a format: the newest, and those that last."""
+"""Stored alarms of a version in a format, in addition to those that last."""
 
 
 @dataclass(frozen=True, slots=True)
 class DriftState:
-    """Where the watch over one signal stands.
+    """State of the detection for one signal.
 
     Attributes:
         signal: its name.
-        state: what the next check starts from, JSON.
-        report: what the last check saw, JSON.
+        state: start of the next check, JSON.
+        report: result of the last check, JSON.
     """
 
     signal: str
@@ -40,11 +40,11 @@ class DriftAlarm:
     """One alarm.
 
     Attributes:
-        feature: what moved.
-        since: when the requests began in which it was seen.
+        feature: that moved.
+        since: start of the requests that show it.
         ended_at: None while it lasts.
-        moved: how it moved, JSON.
-        examples: ids of requests by which it is seen best.
+        moved: the movement, JSON.
+        examples: ids of the requests that show it best.
         id: of its row; None before it has one.
     """
 
@@ -59,7 +59,7 @@ class DriftAlarm:
 
 
 def read_drift_states(store: Store, target: Target) -> dict[str, DriftState]:
-    """The states of a version in a format, by signal."""
+    """Return the states of a version in a format, by signal."""
     query = select(DriftStateRow).where(is_of(DriftStateRow, target))
     with Session(store) as session:
         return {row.signal: row.read(DriftState) for row in session.scalars(query)}
@@ -72,11 +72,11 @@ def keep_drift(
     alarms: Sequence[DriftAlarm],
     baseline: bytes | None = None,
 ) -> None:
-    """Keep what a check found, all or nothing.
+    """Store the results of a check, all or nothing.
 
     Args:
-        alarms: that began or ended; one with an id takes the place of that row.
-        baseline: traffic that was accepted as the one to compare with.
+        alarms: that began or ended; one with an id replaces that row.
+        baseline: traffic that was accepted as the reference.
     """
     key, mine = target_columns(target), is_of(DriftAlarmRow, target)
     newest = select(DriftAlarmRow.id).where(mine).order_by(DriftAlarmRow.id.desc()).limit(KEPT_ALARMS)
@@ -93,13 +93,13 @@ def keep_drift(
 
 
 def read_drift_baseline(store: Store, target: Target) -> bytes | None:
-    """Return the traffic that was accepted as the one to compare with; None where the examples are that."""
+    """Return the traffic that was accepted as the reference; None if the examples are the reference."""
     with Session(store) as session:
         return session.scalar(select(DriftBaselineRow.data).where(is_of(DriftBaselineRow, target)))
 
 
 def read_drift_alarms(store: Store, target: Target) -> list[DriftAlarm]:
-    """The alarms of a version in a format that are kept, the newest first."""
+    """Return the stored alarms of a version in a format, the newest first."""
     query = select(DriftAlarmRow).where(is_of(DriftAlarmRow, target)).order_by(DriftAlarmRow.id.desc())
     with Session(store) as session:
         return [row.read(DriftAlarm, examples=row.examples.splitlines()) for row in session.scalars(query)]

@@ -1,6 +1,6 @@
-"""Features of a bounded sample of requests, which drift is measured by. They hold no text.
+"""Features of a bounded sample of requests, from which drift is measured. They contain no text.
 
-Each belongs to the row of its request and is deleted with that row. Knows nothing of how features are made.
+Each belongs to the row of its request and is deleted with that row. Knows nothing of how features are computed.
 """
 
 import json
@@ -29,7 +29,7 @@ class Item:
     Attributes:
         prompt: numbers and categories of the prompt, by feature.
         answer: those of the answer without its log-probability, which is scored later; None: the answer lacks the
-            feature. Empty where the version keeps no answers to compare with.
+            feature. Empty if the version has no stored answers to compare with.
         topic: the prompt's place in the text space, float32.
         wanted: the answer that the prompt asks for, as a place in the text space, float32.
         words: sorted keyed hashes of the prompt's distinct words, int32.
@@ -48,12 +48,12 @@ class Item:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredItem:
-    """An item in the store, with what its request's row has.
+    """An item in the store, with columns of its request's row.
 
     Attributes:
-        id: grows in the order in which items were stored; never used twice.
-        logprob: mean of the answer's tokens, nats; None where the answer was not scored, or not yet.
-        client: whom the request was for, hashed, or else the id of its key; empty where neither is known.
+        id: increases in the order in which items were stored; never reused.
+        logprob: mean of the answer's tokens, nats; None if the answer was not scored, or not yet.
+        client: hash of the request's user, else the id of its key; empty if neither is known.
     """
 
     id: int
@@ -65,11 +65,10 @@ class StoredItem:
 def add_items(store: Store, target: Target, items: Sequence[Item]) -> int:
     """Store items of a version in a format, all or nothing.
 
-    Items whose request is not in the store are left out, because it was deleted meanwhile, and so are items of requests
-    that have one.
+    Items are skipped if their request was deleted meanwhile, or already has an item.
 
     Returns:
-        How many were stored.
+        The number of stored items.
     """
     ids = [item.request_id for item in items]
     with exclusive(store) as session:  # no request is deleted between the look-up and the insert
@@ -88,7 +87,7 @@ def read_items(store: Store, target: Target, *, after: int, newest: int) -> list
 
     Args:
         after: only items with a larger id.
-        newest: at most so many, the newest ones.
+        newest: maximum number, the newest ones.
     """
     query = _items_of(target).where(DriftItemRow.id > after).order_by(DriftItemRow.id.desc()).limit(newest)
     with Session(store) as session:
@@ -118,13 +117,13 @@ def prune_items(store: Store, target: Target, keep: Collection[int], newest: int
 
     Args:
         keep: ids of items that stay.
-        newest: so many of the newest items stay too.
+        newest: number of newest items that stay too.
 
     Returns:
-        How many were deleted.
+        The number of deleted items.
     """
-    ids, kept = item_ids(store, target), set(keep)
-    old = [id for id in ids[: max(0, len(ids) - newest)] if id not in kept]
+    ids, keep_ids = item_ids(store, target), set(keep)
+    old = [id for id in ids[: max(0, len(ids) - newest)] if id not in keep_ids]
     for start in range(0, len(old), _DELETED_TOGETHER):
         with store.begin() as connection:
             connection.execute(delete(DriftItemRow).where(DriftItemRow.id.in_(old[start : start + _DELETED_TOGETHER])))
@@ -156,8 +155,8 @@ def _columns(target: Target, item: Item, request: int) -> dict[str, object]:
     }
 
 
-def _read(found: "Row[DriftItemRow, str, datetime, float | None, str | None, str | None]") -> StoredItem:
-    row, request_id, started_at, logprob, user_hash, key_id = found
+def _read(joined: "Row[DriftItemRow, str, datetime, float | None, str | None, str | None]") -> StoredItem:
+    row, request_id, started_at, logprob, user_hash, key_id = joined
     item = Item(
         request_id,
         started_at,

@@ -1,4 +1,4 @@
-"""Forgets requests on demand: rows, prompts and answers, and what people said of them, of a user, a key or a time."""
+"""Deletes requests on demand, with prompts, answers and feedback: by user, key or time."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,11 +13,11 @@ from svc.store.tables import FeedbackRow, RequestRow
 
 @dataclass(frozen=True, slots=True)
 class Forgotten:
-    """How much.
+    """Numbers of deleted requests.
 
     Attributes:
-        contents: of the requests, those of which prompt or answer were kept.
-        feedback: of the requests, those of which people said something.
+        contents: those with a stored prompt or answer.
+        feedback: those with feedback.
     """
 
     requests: int
@@ -26,22 +26,22 @@ class Forgotten:
 
 
 def of_user(user: str) -> ColumnElement[bool]:
-    """The requests for a user, by what the client called it."""
+    """Return the condition for requests of a user, by the client's name for the user."""
     return RequestRow.user_hash == hash_user(user)
 
 
 def of_key(key_id: str) -> ColumnElement[bool]:
-    """The requests of a key."""
+    """Return the condition for requests of a key."""
     return RequestRow.key_id == key_id
 
 
 def before(moment: datetime) -> ColumnElement[bool]:
-    """The requests that came before a moment."""
+    """Return the condition for requests before a time."""
     return RequestRow.started_at < moment
 
 
 def count_requests(store: Store, which: ColumnElement[bool]) -> Forgotten:
-    """How much there is to forget."""
+    """Return the numbers of requests that meet a condition."""
     with_content = RequestRow.prompt.is_not(None) | RequestRow.answer.is_not(None)
     with Session(store) as session:
         requests = session.scalar(select(func.count()).select_from(RequestRow).where(which))
@@ -51,15 +51,15 @@ def count_requests(store: Store, which: ColumnElement[bool]) -> Forgotten:
 
 
 def forget_requests(store: Store, which: ColumnElement[bool]) -> Forgotten:
-    """Removes them; what was forgotten is not left readable in the file of SQLite either."""
-    found = count_requests(store, which)
+    """Delete requests; their content is not left readable in SQLite's file either."""
+    counts = count_requests(store, which)
     with store.connect() as connection:
         _pragma(connection, "secure_delete=ON")
-        gone, _ = delete_requests(connection, which)
+        deleted, _ = delete_requests(connection, which)
         _pragma(connection, "wal_checkpoint(TRUNCATE)")
-    return Forgotten(gone, min(found.contents, gone), min(found.feedback, gone))
+    return Forgotten(deleted, min(counts.contents, deleted), min(counts.feedback, deleted))
 
 
 def _pragma(connection: Connection, text: str) -> None:
     connection.exec_driver_sql(f"PRAGMA {text}")
-    connection.rollback()  # it is in force, and what comes next begins a transaction of its own
+    connection.rollback()  # the pragma stays in force, and the next statement begins its own transaction

@@ -1,4 +1,4 @@
-"""What people say of answers: one word for each request, the last one counts."""
+"""Feedback on answers: one rating for each request, of which the last one counts."""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,11 +21,11 @@ class Rating(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Feedback:
-    """A person's word on one answer.
+    """A person's feedback on one answer.
 
     Attributes:
-        label: what kind of answer it was, in the caller's own words.
-        correction: what the answer should have been; redacted.
+        label: kind of answer, in the caller's words.
+        correction: the right answer; redacted.
     """
 
     rating: Rating
@@ -35,12 +35,12 @@ class Feedback:
 
 @dataclass(frozen=True, slots=True)
 class KeptFeedback:
-    """Where a word went.
+    """Result of storing feedback.
 
     Attributes:
-        version: that gave the answer; None for a request that none answered.
-        replaced: an earlier word on the same answer, which is forgotten.
-        grown_bytes: what the row of the request takes more than before; less than 0 for a shorter correction.
+        version: that gave the answer; None for an unanswered request.
+        replaced: earlier rating of the same answer, which is deleted.
+        grown_bytes: growth of the request's row; negative for a shorter correction.
     """
 
     version: VersionId | None
@@ -51,18 +51,18 @@ class KeptFeedback:
 def keep_feedback(
     store: Store, request_id: str, feedback: Feedback, *, key_id: str | None = None
 ) -> KeptFeedback | None:
-    """Keeps it with its request, the newest of that id.
+    """Store feedback with its request, the newest of that id.
 
     Args:
-        key_id: only a request of this key is found; None: of any, as where there are no keys.
+        key_id: restricts the search to requests of this key; None: of any, as without keys.
 
     Returns:
-        None when no such request is kept: who asks does not learn whether another key has one.
+        None if no such request is stored: the caller does not learn whether another key has one.
     """
     newest = select(RequestRow).where(RequestRow.request_id == request_id).order_by(RequestRow.id.desc()).limit(1)
     if key_id is not None:
         newest = newest.where(RequestRow.key_id == key_id)
-    with exclusive(store) as session:  # a second word at the same moment waits here, and finds the first
+    with exclusive(store) as session:  # concurrent feedback waits here, and finds the first
         request = session.scalar(newest)
         if request is None:
             return None

@@ -1,6 +1,6 @@
-"""Runs of the held-out set on the engine that serves: what a version gives today for what it was judged by.
+"""Runs of the held-out set on the serving engine: a version's current results on the examples of its evaluation.
 
-Figures of each example alone; its texts are in the registry. Judges nothing.
+Only figures of each example are stored; its texts are in the registry.
 """
 
 import json
@@ -18,22 +18,22 @@ from svc.version import Target
 
 _RESULTS = ("places", "hits", "nll", "metric", "scores")
 KEPT_RUNS = 200
-"""Of each name: the newest ones; at the default pace they go back 50 days."""
+"""Newest runs of each name; at the default interval they cover 50 days."""
 
 
 class HoldoutCause(StrEnum):
-    """Why the set was asked."""
+    """Reason for a run."""
 
     START = "start"
     """An engine was started."""
     SWAP = "swap"
     """Weights were loaded into a running engine."""
     SCHEDULE = "schedule"
-    """It was time again."""
+    """The interval had passed."""
 
 
 class HoldoutOutcome(StrEnum):
-    """How a run ended. One that a swap or the engine's death cut off is not kept."""
+    """Outcome of a run. A run that a swap or the engine's death interrupted is not stored."""
 
     COMPLETED = "completed"
     FAILED = "failed"
@@ -45,14 +45,14 @@ class HoldoutRun:
 
     Attributes:
         engine: the kind of engine that answered.
-        reason: why it failed; None for a completed one.
-        places: of the examples that were asked, in the held-out file and so among the registered results. None for a
-            failed run.
-        hits: whether the answer to each is its reference.
-        nll: negative log-likelihood of each reference answer, nats a token.
-        metric: name of the metric that `scores` are of; None for a failed run.
+        reason: of the failure; None for a completed run.
+        places: of the evaluated examples in the held-out file, and so among the registered results. Empty for a failed
+            run.
+        hits: whether each answer equals its reference.
+        nll: negative log-likelihood of each reference answer, nats per token.
+        metric: name of the metric of `scores`; None for a failed run.
         scores: of each answer.
-        id: of its row; None before it has one. A later row has a greater one.
+        id: of its row; None before it has one. Ids increase.
     """
 
     target: Target
@@ -71,7 +71,7 @@ class HoldoutRun:
 
 
 def add_holdout_run(store: Store, run: HoldoutRun) -> None:
-    """Keeps a run, and forgets the oldest of its name beyond `KEPT_RUNS`."""
+    """Store a run, and delete the oldest ones of its name beyond `KEPT_RUNS`."""
     results = json.dumps({name: getattr(run, name) for name in _RESULTS} | {"hits": [int(hit) for hit in run.hits]})
     of_name = HoldoutRunRow.name == run.target.version.name
     newest = select(HoldoutRunRow.id).where(of_name).order_by(HoldoutRunRow.id.desc()).limit(KEPT_RUNS)
@@ -82,17 +82,17 @@ def add_holdout_run(store: Store, run: HoldoutRun) -> None:
 
 
 def newest_holdout_run(store: Store, target: Target, *, completed: bool = True) -> HoldoutRun | None:
-    """The newest run of a version in a format.
+    """Return the newest run of a version in a format.
 
     Args:
-        completed: whether failed ones are passed over.
+        completed: whether failed ones are skipped.
     """
     query = select(HoldoutRunRow).where(is_of(HoldoutRunRow, target)).order_by(HoldoutRunRow.id.desc())
     return _first(store, query.where(HoldoutRunRow.outcome == HoldoutOutcome.COMPLETED) if completed else query)
 
 
 def first_holdout_run(store: Store, target: Target, engine: EngineFacts) -> HoldoutRun | None:
-    """The oldest completed run of a version in a format on one kind of engine, of those that are kept."""
+    """Return the oldest stored completed run of a version in a format on one kind of engine."""
     completed = HoldoutRunRow.outcome == HoldoutOutcome.COMPLETED
     query = select(HoldoutRunRow).where(is_of(HoldoutRunRow, target), completed, HoldoutRunRow.engine == engine.key)
     return _first(store, query.order_by(HoldoutRunRow.id))

@@ -1,4 +1,4 @@
-"""Keys: one row each, changed only together with an event of the audit log. Of secrets there are hashes alone."""
+"""Keys: one row each, changed only together with an event of the audit log. Only hashes of secrets are stored."""
 
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -23,7 +23,7 @@ class Key:
     Attributes:
         hash: of its secret.
         expires_at: None: never.
-        previous_hash: of the secret before the last rotation, which is right until `previous_until`.
+        previous_hash: of the secret before the last rotation, which is valid until `previous_until`.
     """
 
     principal: Principal
@@ -36,31 +36,30 @@ class Key:
 
     @property
     def id(self) -> str:
-        """Its id."""
         return self.principal.key_id
 
     def usable(self, now: datetime) -> bool:
-        """Whether its secret is right now."""
+        """Return whether the key is neither revoked nor expired."""
         return self.revoked_at is None and not self.expired(now)
 
     def expired(self, now: datetime) -> bool:
-        """Whether its time is over."""
+        """Return whether the key has expired."""
         return self.expires_at is not None and self.expires_at <= now
 
 
 def add_key(store: Store, key: Key, entry: AuditEntry) -> None:
-    """Adds a key.
+    """Add a key.
 
     Raises:
-        RefusedError: its name is that of a key which is not revoked, or its id is taken.
+        RefusedError: another key that is not revoked has its name, or its id exists.
     """
     principal = key.principal
     with exclusive(store) as session:
-        alike = or_(KeyRow.id == key.id, (KeyRow.name == principal.name) & KeyRow.revoked_at.is_(None))
-        if session.scalar(select(KeyRow.id).where(alike).limit(1)):
+        same = or_(KeyRow.id == key.id, (KeyRow.name == principal.name) & KeyRow.revoked_at.is_(None))
+        if session.scalar(select(KeyRow.id).where(same).limit(1)):
             raise RefusedError(
-                f"there is a key {principal.name!r} already",
-                todo="choose another name, or give that one a new secret: svc keys rotate",
+                f"a key {principal.name!r} already exists",
+                todo="choose another name, or replace that key's secret: svc keys rotate",
             )
         session.add(
             KeyRow.of(
@@ -77,10 +76,10 @@ def add_key(store: Store, key: Key, entry: AuditEntry) -> None:
 
 
 def replace_secret(store: Store, key_id: str, hash: str, *, previous_until: datetime, entry: AuditEntry) -> None:
-    """From now on a key has another secret.
+    """Replace a key's secret.
 
     Args:
-        previous_until: so long the one before is right too; one before that is not.
+        previous_until: time until which the previous secret stays valid; older ones are invalid.
 
     Raises:
         RefusedError: the key is revoked.
@@ -93,10 +92,10 @@ def replace_secret(store: Store, key_id: str, hash: str, *, previous_until: date
 
 
 def revoke_key(store: Store, key_id: str, *, at: datetime, entry: AuditEntry) -> None:
-    """From now on a key is right no more, for ever.
+    """Revoke a key permanently.
 
     Raises:
-        RefusedError: it is revoked already.
+        RefusedError: the key is already revoked.
     """
     with exclusive(store) as session:
         row = _unrevoked(session, key_id)
@@ -105,36 +104,36 @@ def revoke_key(store: Store, key_id: str, *, at: datetime, entry: AuditEntry) ->
 
 
 def keys_revision(store: Store) -> int:
-    """Grows with every change to any key; 0 where there never was one. Cheap: one entry of an index."""
-    with store.connect() as connection:  # looked at twice a second: without the ORM, a third of the time
+    """Return a number that increases with every change to any key; 0 without keys. Cheap: one entry of an index."""
+    with store.connect() as connection:  # read twice per second: without the ORM, a third of the time
         return connection.scalar(_REVISION) or 0
 
 
 def read_keys(store: Store) -> list[Key]:
-    """All keys, the oldest first."""
+    """Return all keys, the oldest first."""
     with Session(store) as session:
         return [_key(row) for row in session.scalars(select(KeyRow).order_by(KeyRow.created_at, KeyRow.id))]
 
 
 def find_key(store: Store, text: str) -> Key:
-    """The key with an id, or the one with a name that is not revoked.
+    """Return the key with an id, or the one with a name that is not revoked.
 
     Raises:
-        NotFoundError: there is none.
+        NotFoundError: there is no such key.
     """
     named = (KeyRow.name == text) & KeyRow.revoked_at.is_(None)
     with Session(store) as session:
         query = select(KeyRow).where(or_(KeyRow.id == text, named))
-        row = session.scalar(query.order_by(KeyRow.id != text).limit(1))  # an id goes before a name
+        row = session.scalar(query.order_by(KeyRow.id != text).limit(1))  # an id takes precedence over a name
         if row is None:
             raise no_such_key(text)
         return _key(row)
 
 
 def no_such_key(text: str) -> NotFoundError:
-    """Who gives a whole secret in place of an id finds no more than its beginning in an error or a log."""
+    """Return the error of an unknown key; of a secret given instead of an id, it shows only the beginning."""
     shown = f"{text[:11]}..." if len(text) > 63 or text.startswith("ts_") else text
-    return NotFoundError(f"there is no key {shown!r}", expected="its id or its name", todo="see `svc keys list`")
+    return NotFoundError(f"there is no key {shown!r}", expected="its id or its name", todo="list keys: svc keys list")
 
 
 def _next_revision(session: Session) -> int:
@@ -144,7 +143,7 @@ def _next_revision(session: Session) -> int:
 def _unrevoked(session: Session, key_id: str) -> KeyRow:
     row = session.get_one(KeyRow, key_id)
     if row.revoked_at is not None:
-        raise RefusedError(f"the key {key_id} is revoked", todo="make another: svc keys create")
+        raise RefusedError(f"the key {key_id} is revoked", todo="create a new key: svc keys create")
     return row
 
 

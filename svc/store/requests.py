@@ -1,4 +1,4 @@
-"""Requests that ended, one row each, and how long they are kept. Knows nothing of HTTP."""
+"""Ended requests, one row each, and their retention. Knows nothing of HTTP."""
 
 import hashlib
 from collections.abc import Sequence
@@ -15,59 +15,58 @@ from svc.store.tables import RequestRow
 from svc.version import Format, VersionId
 
 _ROW_BYTES = 170
-"""What a row without content takes, with its share of the indexes; measured."""
-_KEPT_SHARE = 0.9  # of the size limit after a pruning, so that not each one has to rank all rows
+"""Size of a row without content, with its share of the indexes; measured."""
+_KEPT_SHARE = 0.9  # of the size limit after a pruning, so that not every pruning has to rank all rows
 _DELETED_TOGETHER = 2_000  # rows in one transaction: no other writer waits long for it
 
 
 class RequestOutcome(StrEnum):
-    """How a request ended: a stream that broke has the status 200 and is no good answer."""
+    """Outcome of a request. A broken stream has HTTP status 200 but counts as failed."""
 
     COMPLETE = "complete"
     REFUSED = "refused"
-    """Answered with an error, and not begun: the client's mistake, or no place for it now."""
+    """Rejected with an error before it began: the client's mistake, or no capacity now."""
     CLIENT_GONE = "client_gone"
     CLIENT_SLOW = "client_slow"
-    """Cut off, because it took too little of its answer."""
+    """Cut off, because the client read its answer too slowly."""
     ENGINE_ERROR = "engine_error"
     SERVER_ERROR = "server_error"
 
 
 class Dropped(StrEnum):
-    """Why a row is not kept, or not all of it."""
+    """Reason for which a row, or a part of it, is not stored."""
 
     QUEUE_FULL = "queue_full"
     STORE_FAILED = "store_failed"
     CONTENT_LIMIT = "content_limit"
-    """The row is kept, its prompt and answer are not: they are too long, or too many wait."""
+    """The row is stored without prompt and answer: they are too long, or too many wait."""
     CONTENT_UNREADABLE = "content_unreadable"
     """As above: they are not text, and so cannot be redacted."""
     CONTENT_UNREDACTED = "content_unredacted"
-    """As above, or feedback without its correction and label: an own pattern took too long on them."""
+    """As above, or feedback without its correction and label: a custom pattern took too long on them."""
     FEATURES = "features"
-    """The row is stored, its features for drift are not: its text cannot be read or is too long, or too many wait."""
+    """The row is stored without features for drift: its text is unreadable or too long, or too many rows wait."""
 
 
 class RequestRecord(NamedTuple):
-    """One request that ended. A tuple, since one is made for each request, on the event loop.
+    """One ended request. A tuple, because one is created for each request, on the event loop.
 
     Attributes:
         request_id: the server's own.
-        client_request_id: what the client called it, if anything.
+        client_request_id: the client's own, if any.
         model: the served name, or `unknown`.
-        version: what answered; None where none did.
+        version: that answered; None if none did.
         key_id: of the caller's key; None for a server without keys.
-        status: HTTP status as sent, 499 when the client left first.
+        status: HTTP status as sent, 499 if the client disconnected first.
         reason: error code; None for a good answer.
-        finish_reason: the engine's, of the first choice.
+        finish_reason: from the engine, of the first choice.
         seconds: from the request's last byte to the answer's last.
         first_token_seconds: to the first streamed token.
-        prompt: only where content is kept: JSON of the messages, or the prompt; redacted.
-        answer: only where content is kept: text of the first choice; redacted.
-        temperature: as the client sent it; None where it did not, or sent no number.
-        max_tokens: the longest answer that the client asked for, likewise.
-        outcome: how it ended.
-        user_hash: `hash_user` of what the client called its user, if anything.
+        prompt: only if content is stored: JSON of the messages, or the prompt; redacted.
+        answer: only if content is stored: text of the first choice; redacted.
+        temperature: as sent by the client; None if it sent none, or not a number.
+        max_tokens: the client's limit of the answer, likewise.
+        user_hash: `hash_user` of the client's name for its user, if any.
     """
 
     request_id: str
@@ -94,29 +93,29 @@ class RequestRecord(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Roughly what it takes in the store; its own id stands in an index too."""
+        """Approximate size in the store; its id is in an index too."""
         texts = (self.prompt, self.answer, self.client_request_id, self.user_hash)
         content = sum(len(text.encode("utf-8")) for text in texts if text)
         return _ROW_BYTES + 2 * len(self.request_id) + content
 
 
 def hash_user(user: str) -> str:
-    """What is kept of a client's own name for a user, often a mail address: enough to find what is to be forgotten."""
+    """Return the stored hash of a client's name for a user, often a mail address, to find requests for deletion."""
     return hashlib.sha256(user.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-_AT_ONCE = 100
-"""Rows of one statement, which keeps the interpreter for a millisecond or two: no answer notices."""
+_BATCH_ROWS = 100
+"""Rows of one statement, which holds the interpreter for a millisecond or two, too short to delay answers."""
 
 
 def add_requests(store: Store, records: Sequence[RequestRecord]) -> None:
-    """Writes a batch, all or nothing.
+    """Write a batch, all or nothing.
 
-    By the driver: to have SQLAlchemy look at every value of every row takes longer than all that the database does.
+    It uses the driver directly: SQLAlchemy's processing of every value takes longer than the database's work.
     """
     with store.begin() as connection:
-        for start in range(0, len(records), _AT_ONCE):
-            connection.exec_driver_sql(_INSERT, [_row(each) for each in records[start : start + _AT_ONCE]])
+        for start in range(0, len(records), _BATCH_ROWS):
+            connection.exec_driver_sql(_INSERT, [_row(record) for record in records[start : start + _BATCH_ROWS]])
 
 
 _COLUMNS = [*("number" if name == "version" else name for name in RequestRecord._fields), "bytes"]
@@ -125,8 +124,8 @@ _INSERT = f"INSERT INTO requests ({', '.join(_COLUMNS)}) VALUES ({_VALUES})"  # 
 
 
 def _row(record: RequestRecord) -> tuple[Any, ...]:
-    """A record's values, as SQLite has them, in the order of `_COLUMNS`."""
-    # Enums as plain texts: the driver asks their class at length whether they are something else.
+    """Return a record's values in SQLite's form, in the order of `_COLUMNS`."""
+    # Enums as plain texts: the driver's adaptation of other classes is slow.
     stored: dict[str, Any] = {
         "started_at": record.started_at.astimezone(UTC).replace(tzinfo=None).isoformat(" ", "microseconds"),
         "version": record.version.number if record.version else None,
@@ -138,11 +137,11 @@ def _row(record: RequestRecord) -> tuple[Any, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
-    """What a pruning did.
+    """Result of a pruning.
 
     Attributes:
-        rows: that went.
-        left_bytes: what those that stay take together.
+        rows: number of deleted rows.
+        left_bytes: size of the remaining rows.
     """
 
     rows: int
@@ -150,48 +149,48 @@ class Pruned:
 
 
 def newest_request_at(store: Store) -> datetime | None:
-    """Return when the request that was stored last began; None where there is none.
+    """Return the start of the request that was stored last; None without requests.
 
-    By id, the order in which they ended: a clock may have been wrong.
+    By id, the order in which they ended, because a clock may have been wrong.
     """
     with Session(store) as session:
         return session.scalar(select(RequestRow.started_at).order_by(RequestRow.id.desc()).limit(1))
 
 
 def prune_requests(store: Store, *, before: datetime | None, max_bytes: int, known_bytes: int | None = None) -> Pruned:
-    """Deletes rows by age, then the oldest ones by size; with each its feedback.
+    """Delete rows by age, then the oldest ones by size, each with its feedback.
 
     Args:
-        before: rows that started earlier go; None: none goes by its age.
-        max_bytes: of all rows together; past it, a tenth of it is made free.
-        known_bytes: what all rows take together or more, as who writes them reckons: within the limit they are not
-            summed up, for which all of them are read. None where nobody knows.
+        before: rows that started earlier are deleted; None: no deletion by age.
+        max_bytes: of all rows together; beyond it, a tenth of it is freed.
+        known_bytes: upper bound of the size of all rows, counted by their writer: within the limit, the sum over all
+            rows is not computed. None if unknown.
     """
-    gone, gone_bytes = 0, 0
+    deleted, deleted_bytes = 0, 0
     if before is not None:
         with store.connect() as connection:
-            gone, gone_bytes = delete_requests(connection, RequestRow.started_at < before)
-    left = None if known_bytes is None else max(0, known_bytes - gone_bytes)
-    if left is not None and left <= max_bytes:
-        return Pruned(gone, left)
+            deleted, deleted_bytes = delete_requests(connection, RequestRow.started_at < before)
+    size = None if known_bytes is None else max(0, known_bytes - deleted_bytes)
+    if size is not None and size <= max_bytes:
+        return Pruned(deleted, size)
     with Session(store) as session:
-        left = int(session.scalar(select(func.sum(RequestRow.bytes))) or 0)
-        if left <= max_bytes:
-            return Pruned(gone, left)
-        # By id, the order in which they ended: a clock may have been wrong.
+        size = int(session.scalar(select(func.sum(RequestRow.bytes))) or 0)
+        if size <= max_bytes:
+            return Pruned(deleted, size)
+        # By id, the order in which they ended, because a clock may have been wrong.
         newer = func.sum(RequestRow.bytes).over(order_by=RequestRow.id.desc()).label("newer")
         ranked = select(RequestRow.id, newer).subquery()
         last = session.scalar(select(func.max(ranked.c.id)).where(ranked.c.newer > _KEPT_SHARE * max_bytes))
     with store.connect() as connection:
         oldest, oldest_bytes = delete_requests(connection, RequestRow.id <= last)
-    return Pruned(gone + oldest, left - oldest_bytes)
+    return Pruned(deleted + oldest, size - oldest_bytes)
 
 
 def delete_requests(connection: Connection, which: ColumnElement[bool]) -> tuple[int, int]:
-    """Delete rows with their feedback, the oldest first, some in each transaction of the connection.
+    """Delete rows with their feedback, the oldest first, in several transactions of the connection.
 
     Returns:
-        How many rows went, and the bytes that they took.
+        The number of deleted rows, and their size in bytes.
     """
     rows, size = 0, 0
     while True:

@@ -1,4 +1,4 @@
-"""Probes that were taken again because the engine here is of another kind than the one that qualified the version."""
+"""Probes that were measured again because this engine is of another kind than the one that qualified the version."""
 
 from pydantic import TypeAdapter
 from sqlalchemy import Engine as Store
@@ -12,14 +12,14 @@ _PROBES = TypeAdapter(tuple[Probe, ...])
 
 
 def find_retaken_probes(store: Store, target: Target, facts: EngineFacts) -> tuple[Probe, ...] | None:
-    """The probes for this kind of engine, or None when none were taken yet."""
+    """Return the probes for this kind of engine; None if none were measured yet."""
     with Session(store) as session:
         row = session.get(RetakenProbesRow, target_columns(target) | {"engine": facts.key})
         return _PROBES.validate_json(row.probes) if row else None
 
 
 def keep_retaken_probes(store: Store, target: Target, facts: EngineFacts, probes: tuple[Probe, ...]) -> None:
-    """Keeps probes for later loads."""
+    """Store probes for later loads."""
     text = _PROBES.dump_json(probes).decode("utf-8")
     with Session(store) as session, session.begin():
         session.merge(RetakenProbesRow(**target_columns(target), engine=facts.key, probes=text))

@@ -1,4 +1,4 @@
-"""How likely a version finds what it answered: which rows can be scored, and where the score goes."""
+"""Scores of answers by their likelihood under the version: selection of rows, and storage of scores."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -12,16 +12,16 @@ from svc.store.answered import answered_by
 from svc.store.tables import RequestRow
 from svc.version import Target
 
-_ENDS = ("stop", "length")  # and not tool calls, of which no text is kept
+_ENDS = ("stop", "length")  # not tool calls, whose text is not stored
 _BLANKS = " \t\r\n"
 MOST_TOKENS = 2_048
 """Of prompt and answer together. vLLM does not budget the memory for the log-probabilities of a prompt, and their JSON
-takes a hundred bytes a token."""
+takes a hundred bytes per token."""
 
 
 @dataclass(frozen=True, slots=True)
 class KeptAnswer:
-    """A row whose content was kept.
+    """A row with stored content.
 
     Attributes:
         prompt: JSON of the messages.
@@ -35,28 +35,28 @@ class KeptAnswer:
 def newest_unscored(
     store: Store, target: Target, *, route: str, since: datetime, without: Sequence[str], passed: Collection[int]
 ) -> KeptAnswer | None:
-    """The newest greedy answer of a version in a format that has no score yet.
+    """Return the newest greedy answer of a version in a format without a score.
 
     Args:
-        route: where it was asked.
-        since: answers to older requests are left out.
-        without: texts that neither prompt nor answer may hold.
-        passed: rows to leave out; some hundreds at most.
+        route: of the request.
+        since: older requests are skipped.
+        without: texts that neither prompt nor answer may contain.
+        passed: rows to skip; some hundreds at most.
     """
     query = (
         select(RequestRow.id, RequestRow.prompt, RequestRow.answer)
         .where(answered_by(target), _can_be_scored(without))
         .where(RequestRow.route == route, RequestRow.started_at >= since, RequestRow.id.not_in(passed))
-        .order_by(RequestRow.started_at.desc())  # as the index that also finds the hour: else all rows are looked at
+        .order_by(RequestRow.started_at.desc())  # the index that also finds the hour: else all rows are scanned
         .limit(1)
     )
     with Session(store) as session:
-        found = session.execute(query).first()
-    return KeptAnswer(found.id, found.prompt or "", found.answer or "") if found else None
+        row = session.execute(query).first()
+    return KeptAnswer(row.id, row.prompt or "", row.answer or "") if row else None
 
 
 def keep_logprob(store: Store, row: int, logprob: float) -> None:
-    """Writes the score of a row; nothing, where it was forgotten meanwhile."""
+    """Store the score of a row, unless the row was deleted meanwhile."""
     with store.begin() as connection:
         connection.execute(update(RequestRow).where(RequestRow.id == row).values(logprob=logprob))
 

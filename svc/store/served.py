@@ -1,4 +1,4 @@
-"""Which version served under a name, and from when to when. The server writes it, `svc history` shows it."""
+"""Periods in which versions were served under a name. The server writes them, `svc history` shows them."""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,34 +15,34 @@ from svc.version import Target
 
 
 class Began(StrEnum):
-    """Why a version began to serve."""
+    """Reason for the start of a period."""
 
     START = "start"
     """A server started an engine with it."""
     ADOPTED = "adopted"
-    """A server started, and its engine was running already."""
+    """A server started and adopted its running engine."""
     SWAP = "swap"
-    """It was promoted."""
+    """The version was promoted."""
 
 
 class Ended(StrEnum):
-    """Why it ended."""
+    """Reason for the end of a period."""
 
     SWAP = "swap"
-    """Another version took its place."""
+    """Another version replaced it."""
     STOP = "stop"
-    """The server was stopped, or serves the model no more."""
+    """The server was stopped, or the model was removed from it."""
     LOST = "lost"
-    """The server died; the end is when the next one began, at the latest."""
+    """The server died; the recorded end is the start of the next one, an upper bound."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServedSpan:
-    """A time in which a version served.
+    """A period in which a version was served.
 
     Attributes:
-        generation: of the desired state that it came with.
-        ended_at: None while it lasts, or where its server has died and none came after.
+        generation: of its desired state.
+        ended_at: None while it lasts, or if its server died and no other followed.
     """
 
     target: Target
@@ -54,10 +54,10 @@ class ServedSpan:
 
 
 def begin_serving(store: Store, desired: Desired, began_by: Began, at: datetime | None = None) -> None:
-    """Writes that a version serves from now on; after a swap that left the version which served, nothing.
+    """Record that a version is served from now on; a swap to the version already served changes nothing.
 
     Args:
-        at: when it began; default: now.
+        at: start; default: now.
     """
     now = at or datetime.now(UTC)
     with exclusive(store) as session:
@@ -72,14 +72,14 @@ def begin_serving(store: Store, desired: Desired, began_by: Began, at: datetime 
 
 
 def end_serving(store: Store, name: str, at: datetime | None = None) -> None:
-    """Writes that nothing serves under a name any more."""
+    """Record that no version is served under a name any more."""
     with exclusive(store) as session:
         for row in session.scalars(_lasting(name)):
             row.ended_at, row.ended_by = at or datetime.now(UTC), Ended.STOP
 
 
 def served_spans(store: Store, name: str) -> list[ServedSpan]:
-    """All times of a name, in order."""
+    """Return all periods of a name, in order."""
     query = select(ServedRow).where(ServedRow.name == name).order_by(ServedRow.id)
     with Session(store) as session:
         return [row.read(ServedSpan, target=target_of(row)) for row in session.scalars(query)]

@@ -14,42 +14,42 @@ from svc.version import Target
 
 
 class SwapOutcome(StrEnum):
-    """How a swap ended."""
+    """Outcome of a swap."""
 
     SUCCEEDED = "succeeded"
     REFUSED = "refused"
-    """Found unfit before the engine was touched."""
+    """A check failed before the engine was changed."""
     RESTORED = "restored"
-    """Found unfit after the load; the version before is back, and its probes were right."""
+    """A check failed after the load; the previous version is loaded again and verified by its probes."""
     CANCELLED = "cancelled"
-    """Another version was wanted meanwhile; the version before serves until that comes."""
+    """The desired version changed meanwhile; the previous version is served until that one is loaded."""
     FAILED = "failed"
-    """The engine died, or the version before could be brought back only by a new one."""
+    """The engine died, or the previous version could be restored only by a new engine."""
 
 
 class SwapKind(StrEnum):
-    """How the version comes into the engines."""
+    """Way in which the version is loaded into the engines."""
 
     INPLACE = "inplace"
-    """Other weights in the only engine; requests wait meanwhile."""
+    """Reload weights in the only engine; requests are queued meanwhile."""
     BLUEGREEN = "bluegreen"
-    """A second engine takes the place of the first."""
+    """A second engine replaces the first."""
     ROLLING = "rolling"
     """In place, one engine after the other; the others answer meanwhile."""
     ADAPTER = "adapter"
-    """Another adapter beside the base that the engines hold; nobody waits."""
+    """Load another adapter of the base that the engines serve; no request waits."""
 
 
 @dataclass(frozen=True, slots=True)
 class SwapResult:
-    """How a swap went.
+    """Result of a swap.
 
     Attributes:
-        reason: why it did not succeed.
-        queued_s: how long admission was closed, seconds; None where no request had to wait.
-        running: requests in the engines when it began.
-        queued: most requests that waited at once; None where none had to.
-        kind: None where it was refused before that was known.
+        reason: of the failure.
+        queued_s: time for which admission was closed, seconds; None if no request had to wait.
+        running: requests in the engines at its start.
+        queued: maximum number of requests that waited concurrently; None if none had to.
+        kind: None if it was rejected before that was known.
         took_s: from the first check to the end, seconds.
     """
 
@@ -67,8 +67,8 @@ class SwapRecord:
     """One swap.
 
     Attributes:
-        result: None while it is under way.
-        steps: what was done so far.
+        result: None while it is running.
+        steps: done so far.
     """
 
     id: int
@@ -80,7 +80,7 @@ class SwapRecord:
 
 
 def begin_swap(store: Store, desired: Desired) -> int:
-    """Writes that a swap has begun; returns its id. One that a server left open for the same wish goes on."""
+    """Record the start of a swap; return its id. An unfinished swap of the same desired state is continued."""
     last = find_swap(store, desired.name, desired.generation)
     if last is not None and last.result is None:
         return last.id
@@ -92,19 +92,19 @@ def begin_swap(store: Store, desired: Desired) -> int:
 
 
 def add_step(store: Store, swap_id: int, text: str) -> None:
-    """Adds a step to a swap."""
+    """Record a step of a swap."""
     with Session(store) as session, session.begin():
         session.add(SwapStepRow(swap_id=swap_id, at=datetime.now(UTC), text=text))
 
 
 def end_swap(store: Store, swap_id: int, result: SwapResult) -> None:
-    """Writes how a swap ended."""
+    """Record the result of a swap."""
     with store.begin() as connection:
         connection.execute(update(SwapRow).where(SwapRow.id == swap_id).values(**asdict(result)))
 
 
 def find_swap(store: Store, name: str, generation: int | None = None) -> SwapRecord | None:
-    """The last swap of a name, or the last one for a generation of its desired state."""
+    """Return the last swap of a name, or the last one for a generation of its desired state."""
     query = select(SwapRow).where(SwapRow.name == name).order_by(SwapRow.id.desc()).limit(1)
     if generation is not None:
         query = query.where(SwapRow.generation == generation)

@@ -1,6 +1,6 @@
 """The tables. Changed only together with a migration (svc/store/migrations).
 
-`Table.of` and `Table.read` bring records of the other modules into rows and back, by the names of their fields.
+`Table.of` and `Table.read` convert records of the other modules to rows and back, by the names of their fields.
 """
 
 from collections.abc import Callable
@@ -20,17 +20,17 @@ Record = TypeVar("Record")
 
 
 class UtcDateTime(sa.TypeDecorator[datetime]):
-    """A point in time, always with its zone; SQLite itself forgets it."""
+    """A point in time, always with its zone, which SQLite does not store."""
 
     impl = sa.DateTime(timezone=True)
     cache_ok = True
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """To the database: as UTC."""
+        """Convert a value to UTC for the database."""
         return None if value is None else value.astimezone(UTC)
 
     def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """From the database: as UTC."""
+        """Return a value of the database with the zone UTC."""
         return None if value is None else value.replace(tzinfo=UTC)
 
 
@@ -48,20 +48,20 @@ class Table(DeclarativeBase):
 
     @classmethod
     def of(cls, record: object, **others: Any) -> Self:
-        """A row of a record.
+        """Return a row of a record.
 
         Args:
-            others: columns that the record does not have, or has in another form.
+            others: columns that the record lacks, or has in another form.
         """
         columns = {column.name for column in cls.__table__.columns if hasattr(record, column.name)}
         return cls(**{name: getattr(record, name) for name in columns - others.keys()}, **others)
 
     def read(self, kind: Callable[..., Record], **others: Any) -> Record:
-        """The record of a row; pydantic brings the columns into the types of its fields.
+        """Return the record of a row; pydantic converts the columns to the types of its fields.
 
         Args:
             kind: its dataclass.
-            others: fields that are no columns, or are in another form.
+            others: fields that are not columns, or have another form.
         """
         adapter, names = _reader(kind)
         record: Record = adapter.validate_python({name: getattr(self, name) for name in names - others.keys()} | others)
@@ -74,7 +74,7 @@ def _reader(kind: Any) -> tuple[TypeAdapter[Any], frozenset[str]]:
 
 
 class DesiredRow(Table):
-    """Which version a name shall serve. `generation` grows with every change, so that a stale writer notices."""
+    """Desired version of a name. `generation` increases with every change, so that a stale writer is detected."""
 
     __tablename__ = "desired"
 
@@ -89,7 +89,7 @@ class DesiredRow(Table):
 
 
 class DeploymentRow(Table):
-    """A model that a server shall serve; with which version, its desired state says."""
+    """A model to serve; its version is in its desired state."""
 
     __tablename__ = "deployments"
 
@@ -98,7 +98,7 @@ class DeploymentRow(Table):
 
 
 class SwapRow(Table):
-    """One attempt to bring a desired version into the engine. Without an outcome it is under way, or was cut off."""
+    """One attempt to load a desired version into the engine. Without an outcome it is running, or was interrupted."""
 
     __tablename__ = "swaps"
 
@@ -118,7 +118,7 @@ class SwapRow(Table):
 
 
 class SwapStepRow(Table):
-    """What a swap did, step by step, for whoever follows it."""
+    """One step of a swap, for those who follow it."""
 
     __tablename__ = "swap_steps"
 
@@ -129,7 +129,7 @@ class SwapStepRow(Table):
 
 
 class RetakenProbesRow(Table):
-    """Probes of a version as another kind of engine than the one that qualified it gives them."""
+    """Probes of a version, measured on another kind of engine than the one that qualified it."""
 
     __tablename__ = "retaken_probes"
 
@@ -141,7 +141,7 @@ class RetakenProbesRow(Table):
 
 
 class RequestRow(Table):
-    """One request that ended. `bytes` is roughly what the row takes, for retention by size."""
+    """One ended request. `bytes` is the approximate size of the row, for retention by size."""
 
     __tablename__ = "requests"
 
@@ -172,7 +172,7 @@ class RequestRow(Table):
 
 
 class FeedbackRow(Table):
-    """What a person said of an answer. It leaves with its request."""
+    """A person's feedback on an answer. It is deleted with its request."""
 
     __tablename__ = "feedback"
 
@@ -184,7 +184,7 @@ class FeedbackRow(Table):
 
 
 class HoldoutRunRow(Table):
-    """The held-out set of a version, asked again on the engine that serves it. `results` is JSON, without texts."""
+    """A run of a version's held-out set on the engine that serves it. `results` is JSON, without texts."""
 
     __tablename__ = "holdout_runs"
 
@@ -202,7 +202,7 @@ class HoldoutRunRow(Table):
 
 
 class DriftStateRow(Table):
-    """Where the watch over one signal of a version's traffic stands; `state` and `report` are monitoring's JSON."""
+    """State of drift detection for one signal of a version's traffic; `state` and `report` are monitoring's JSON."""
 
     __tablename__ = "drift_states"
 
@@ -216,7 +216,7 @@ class DriftStateRow(Table):
 
 
 class DriftAlarmRow(Table):
-    """One alarm. Without an end it lasts. `examples` are ids of requests, a line each."""
+    """One alarm. Without an end it lasts. `examples` are ids of requests, one per line."""
 
     __tablename__ = "drift_alarms"
 
@@ -240,7 +240,7 @@ class DriftItemRow(Table):
     """
 
     __tablename__ = "drift_items"
-    # Ids are never used twice: a reader's cursor stays valid when all rows were deleted.
+    # Ids are never reused: a reader's cursor stays valid after all rows were deleted.
     __table_args__ = (sa.Index("ix_drift_items_target", "name", "number", "format"), {"sqlite_autoincrement": True})
 
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -256,7 +256,7 @@ class DriftItemRow(Table):
 
 
 class DriftBaselineRow(Table):
-    """Traffic of a version that was accepted: later traffic is compared with it, and not with the examples."""
+    """Accepted traffic of a version, with which later traffic is compared instead of the examples."""
 
     __tablename__ = "drift_baselines"
 
@@ -267,7 +267,7 @@ class DriftBaselineRow(Table):
 
 
 class KeyRow(Table):
-    """A key, revoked ones too. `revision` grows with every change to any of them; lists are separated by spaces."""
+    """A key, possibly revoked. `revision` increases with every change to any key; lists are separated by spaces."""
 
     __tablename__ = "keys"
 
@@ -291,7 +291,7 @@ class KeyRow(Table):
 
 
 class AuditRow(Table):
-    """What somebody did. Never changed and never deleted; `at` is a text, because the hash covers it as it stands."""
+    """An audit event. Never changed and never deleted; `at` is a text, because the hash covers it literally."""
 
     __tablename__ = "audit"
 
@@ -317,7 +317,7 @@ def _refuse_audit_changes(target: object, connection: sa.Connection, **options: 
 
 
 class UsageRow(Table):
-    """What a key used of a model in an hour. `key_id` is empty where there was none."""
+    """Usage of a model by a key in an hour. `key_id` is empty without a key."""
 
     __tablename__ = "usage"
 
@@ -330,7 +330,7 @@ class UsageRow(Table):
 
 
 class ServedRow(Table):
-    """A time in which a version served under its name. Without an end it lasts, or its server died."""
+    """A period in which a version was served under its name. Without an end it lasts, or its server died."""
 
     __tablename__ = "served"
 
@@ -369,5 +369,5 @@ def target_of(row: TargetRow) -> Target:
 
 
 def is_of(table: type[TargetRow], target: Target) -> sa.ColumnElement[bool]:
-    """Return the condition that a row is of a version in a format."""
+    """Return the condition for rows of a version in a format."""
     return sa.and_(*(getattr(table, name) == value for name, value in target_columns(target).items()))

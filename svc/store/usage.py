@@ -1,4 +1,4 @@
-"""What keys used: requests and tokens by hour, key and model. Figures alone, which outlive the rows of requests."""
+"""Usage of keys: requests and tokens by hour, key and model. These figures outlive the rows of requests."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ from svc.store.tables import UsageRow
 
 
 class UsageOf(NamedTuple):
-    """What a figure is of.
+    """Hour, key and model of a figure.
 
     Attributes:
-        hour: its beginning.
-        key_id: empty where there was none.
+        hour: its start.
+        key_id: empty without a key.
     """
 
     hour: datetime
@@ -27,14 +27,14 @@ class UsageOf(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """How much. A tuple, since it is made for each request."""
+    """Amount of usage. A tuple, because one is created for each request."""
 
     requests: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
 
     def plus(self, other: "Usage") -> "Usage":
-        """Both together."""
+        """Return the sum of both."""
         return Usage(
             self.requests + other.requests, self.tokens_in + other.tokens_in, self.tokens_out + other.tokens_out
         )
@@ -49,7 +49,7 @@ _ADD = _ROW.on_conflict_do_update(
 
 @dataclass(frozen=True, slots=True)
 class UsageTotal:
-    """What a key used of a model; see `UsageOf`."""
+    """Usage of a model by a key; see `UsageOf`."""
 
     key_id: str
     model: str
@@ -57,12 +57,12 @@ class UsageTotal:
 
 
 def hour_of(moment: datetime) -> datetime:
-    """The beginning of its hour."""
+    """Return the start of a time's hour."""
     return moment.astimezone(UTC).replace(minute=0, second=0, microsecond=0)
 
 
 def add_usage(store: Store, used: Mapping[UsageOf, Usage]) -> None:
-    """Adds to what is there, all or nothing; several processes may at once."""
+    """Add to the stored usage, all or nothing; several processes may do so concurrently."""
     if not used:
         return
     with store.begin() as connection:
@@ -70,7 +70,7 @@ def add_usage(store: Store, used: Mapping[UsageOf, Usage]) -> None:
 
 
 def usage_since(store: Store, since: datetime) -> list[UsageTotal]:
-    """What was used by each key of each model from the hour of a moment on, the most first."""
+    """Return the usage of each key and model since the hour of a time, the most first."""
     tokens_in, tokens_out = func.sum(UsageRow.tokens_in), func.sum(UsageRow.tokens_out)
     query = (
         select(UsageRow.key_id, UsageRow.model, func.sum(UsageRow.requests), tokens_in, tokens_out)
@@ -83,7 +83,7 @@ def usage_since(store: Store, since: datetime) -> list[UsageTotal]:
 
 
 def last_used(store: Store) -> dict[str, datetime]:
-    """The hour in which each key was used last."""
+    """Return the hour in which each key was used last."""
     with Session(store) as session:
         query = select(UsageRow.key_id, func.max(UsageRow.hour, type_=UsageRow.hour.type)).group_by(UsageRow.key_id)
         return {row[0]: row[1] for row in session.execute(query)}

@@ -58,7 +58,7 @@ def test_names_do_not_touch_each_other(store: Store) -> None:
 def test_who_decided_on_an_older_state_is_refused(store: Store) -> None:
     seen = change_desired(store, None, target(1), None)
     change_desired(store, seen, target(2), seen.target)
-    with pytest.raises(BusyError, match="somebody else changed what tiny serves"):
+    with pytest.raises(BusyError, match="the desired version of tiny was just changed"):
         change_desired(store, seen, target(3), seen.target)
     assert read_desired(store, "tiny") == Desired(target(2), target(1), 2)
 
