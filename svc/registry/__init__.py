@@ -1,1 +1,1 @@
-"""Model versions: what they are made of, where they lie, and which one a name means. The only owner of their paths."""
+"""Model versions: their content, their folders, and the resolution of names. The only owner of their paths."""

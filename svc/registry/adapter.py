@@ -1,6 +1,6 @@
-"""What the adapter of a version is, and why vLLM could not apply it beside its base while it runs.
+"""The adapter of a version, and why vLLM cannot apply it to its base at run time.
 
-vLLM takes LoRA and rsLoRA so (vllm/lora/peft_helper.py). What trains anything else is served merged.
+vLLM supports LoRA and rsLoRA (vllm/lora/peft_helper.py). Other kinds of adapters are served merged.
 """
 
 from collections.abc import Mapping
@@ -24,29 +24,29 @@ _KINDS = {"ADALORA": "AdaLoRA", "VERA": "VeRA"}
 _FEATURES = {
     "use_dora": "DoRA",
     "lora_bias": "LoRA with a bias",
-    "modules_to_save": "LoRA with further layers that were trained whole",
+    "modules_to_save": "LoRA with additional fully trained layers",
     "trainable_token_indices": "LoRA with trained embeddings",
     "target_parameters": "LoRA of the experts of a mixture",
     "alora_invocation_tokens": "activated LoRA",
-    "layer_replication": "LoRA with layers that stand in the model several times",
+    "layer_replication": "LoRA with replicated layers",
     "use_bdlora": "block-diagonal LoRA",
     "use_qalora": "QALoRA",
 }
-"""Names in PEFT's config, and what an adapter is where they say anything but no."""
+"""Keys of PEFT's config, and the kind of adapter if they are set."""
 _PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
-"""Ways to begin the training that leave the base's weights alone; the others, as PiSSA and OLoRA, do not."""
+"""Initializations that do not change the base's weights; others, such as PiSSA and OLoRA, do."""
 _NOT_TARGETS = frozenset({"lm_head", "embed_tokens"})
-"""Adapted, they would have vLLM keep an output layer for each adapter, which ends its CPU engine at the next probe."""
+"""Adapted, they make vLLM store an output layer for each adapter, which kills its CPU engine at the next probe."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterBase:
-    """What has to be the same for two adapters to be applied beside one engine.
+    """Properties that two adapters must share to be applied by one engine.
 
     Attributes:
         folder: of the base model.
-        revision: what pins its content.
-        template_kwargs: what its chat template is given.
+        revision: that pins its content.
+        template_kwargs: arguments of its chat template.
     """
 
     folder: Path
@@ -61,9 +61,9 @@ class AdapterFacts:
     Attributes:
         folder: its files.
         rank: the largest of any layer.
-        targets: ends of the names of the layers that it changes, as `q_proj`.
+        targets: last parts of the names of the layers that it changes, for example `q_proj`.
         bytes: size of its files.
-        failed: checks that the version failed when it was registered.
+        failed: checks that the version failed at registration.
     """
 
     version: VersionId
@@ -76,11 +76,11 @@ class AdapterFacts:
 
 
 def read_adapter(registry: Registry, version: VersionId) -> AdapterFacts:
-    """Reads a version's adapter; not its weights.
+    """Read the facts of a version's adapter, without its weights.
 
     Raises:
-        NotFoundError: no such version, it has no adapter, or its base is gone.
-        RefusedError: vLLM cannot apply it beside its base; says why.
+        NotFoundError: the version does not exist, or has no adapter, or its base is missing.
+        RefusedError: vLLM cannot apply it to its base; gives the reason.
         IntegrityError: its config is missing or damaged.
     """
     folder, manifest = registry.artifact(version, Format.ADAPTER), registry.manifest(version)
@@ -92,11 +92,11 @@ def read_adapter(registry: Registry, version: VersionId) -> AdapterFacts:
         raise NotFoundError(
             f"the base model of {version} is not in {base} any more",
             expected="the folder on which the adapter was trained",
-            todo=f"put it back, or serve the version without it: --format {Format.MERGED}",
+            todo=f"restore {base}, or serve the version without it: --format {Format.MERGED}",
         )
     template = read_chat_template(base) or ""
     if pin_date(template) != template:
-        raise _refused(version, "its base's chat template writes today's date, which it was trained without")
+        raise _refused(version, "its base's chat template inserts today's date, but it was trained without")
     kwargs = choose_template_kwargs(base, manifest.recipe.get("chat_template_kwargs"))
     return AdapterFacts(
         version=version,
@@ -110,7 +110,7 @@ def read_adapter(registry: Registry, version: VersionId) -> AdapterFacts:
 
 
 def adapter_refusal(config: Mapping[str, Any]) -> str | None:
-    """Why vLLM cannot apply an adapter beside its base; None where it can.
+    """Return why vLLM cannot apply an adapter to its base; None if it can.
 
     Args:
         config: PEFT's, of the adapter.
@@ -118,14 +118,14 @@ def adapter_refusal(config: Mapping[str, Any]) -> str | None:
     kind, start = str(config.get("peft_type")), config.get("init_lora_weights", True)
     if kind != "LORA":
         return f"it is {_KINDS.get(kind, kind)}"
-    if found := [name for key, name in _FEATURES.items() if config.get(key)]:
-        return f"it is {found[0]}"
+    if features := [name for key, name in _FEATURES.items() if config.get(key)]:
+        return f"it is {features[0]}"
     if config.get("bias", "none") != "none":
         return "it has trained biases"
     if isinstance(start, str) and start.lower() not in _PLAIN_STARTS:
-        return f"it began with {start}, which changes the base's weights"
+        return f"it was initialized by {start}, which changes the base's weights"
     if not isinstance(config.get("target_modules"), list) or not isinstance(config.get("r"), int):
-        return "its config does not name the layers that it changes, and its rank"
+        return "its config lacks the names of the layers that it changes, or its rank"
     if changed := sorted(_NOT_TARGETS & _targets(config)):
         return f"it changes {', '.join(changed)}"
     return None

@@ -1,4 +1,4 @@
-"""`svc models`, `svc show`, `svc ui`: what the registry holds. `svc models rm`, `svc gc`: what can go."""
+"""`svc models`, `svc show` and `svc ui` show the registry. `svc models rm` and `svc gc` free disk space."""
 
 import sys
 
@@ -31,7 +31,7 @@ def models(ctx: click.Context, as_json: bool) -> None:
         print_json(rows)
         return
     if not rows:
-        click.echo("no versions yet: `svc train RECIPE` makes one")
+        click.echo("no versions yet: `svc train RECIPE` creates one")
         return
     shown = ("version", "aliases", "created", "base", "formats", "checks", "quality")
     print_table(shown, ([row[column] for column in shown] for row in rows))
@@ -68,39 +68,39 @@ def rm(ctx: click.Context, versions: tuple[str, ...], reason: str | None, as_jso
 @click.option(
     "--older-than", default=14.0, show_default=True, type=click.FloatRange(0), help="Days since the last use."
 )
-@click.option("--dry-run", is_flag=True, help="Show what would go, and remove nothing.")
+@click.option("--dry-run", is_flag=True, help="Show what would be deleted, and delete nothing.")
 @reason_option
 @json_option
 @click.pass_context
 def gc(ctx: click.Context, older_than: float, dry_run: bool, reason: str | None, as_json: bool) -> None:
-    """Remove what old runs, sweeps, interrupted work, logs and caches have left; versions stay."""
+    """Delete files left by old runs, sweeps, interrupted work, logs and caches; versions stay."""
     from svc.registry.housekeeping import find_reclaimable, reclaim
     from svc.store.audit import Action, AuditEntry, record_event
     from svc.store.database import open_database
 
     settings = settings_of(ctx)
     store = open_database(settings.home)
-    gone, failed = [], 0
-    for found in list(find_reclaimable(Registry.of(settings), settings.home, older_than)):
+    reclaimed, failed = [], 0
+    for item in list(find_reclaimable(Registry.of(settings), settings.home, older_than)):
         try:
             if not dry_run:
-                reclaim(found)
-                details = {"bytes": found.size, "why": found.why}
-                record_event(store, AuditEntry(Action.COLLECT, str(found.path), Actor.local(), reason, details))
+                reclaim(item)
+                details = {"bytes": item.size, "why": item.why}
+                record_event(store, AuditEntry(Action.COLLECT, str(item.path), Actor.local(), reason, details))
         except (BusyError, OSError) as error:
             failed += 1
-            click.echo(f"kept {found.path}: {error}", err=True)
+            click.echo(f"kept {item.path}: {error}", err=True)
             continue
-        gone.append(found)
+        reclaimed.append(item)
         if not as_json:
-            click.echo(f"{found.path}: {found.size / 1e6:.0f} MB, {found.why}")
+            click.echo(f"{item.path}: {item.size / 1e6:.0f} MB, {item.why}")
     if as_json:
         from svc.terminal import print_json
 
-        print_json([{"path": str(one.path), "bytes": one.size, "why": one.why} for one in gone])
+        print_json([{"path": str(item.path), "bytes": item.size, "why": item.why} for item in reclaimed])
     else:
-        total = f"{sum(found.size for found in gone) / 1e6:.0f} MB"
-        click.echo(f"{total} would be free; nothing was removed" if dry_run else f"{total} freed")
+        total = f"{sum(item.size for item in reclaimed) / 1e6:.0f} MB"
+        click.echo(f"{total} would be freed; nothing was deleted" if dry_run else f"{total} freed")
     ctx.exit(1 if failed else 0)
 
 
@@ -121,7 +121,7 @@ def _row(manifest: Manifest, aliases: list[str]) -> dict[str, str]:
 
 @click.command()
 @click.argument("version")
-@click.option("--parity", is_flag=True, help="Show its parity report: is what was trained what is served?")
+@click.option("--parity", is_flag=True, help="Show its parity report: the trained compared with the served model.")
 @json_option
 @click.pass_context
 def show(ctx: click.Context, version: str, parity: bool, as_json: bool) -> None:
@@ -163,14 +163,14 @@ def _show_parity(registry: Registry, manifest: Manifest, *, as_json: bool) -> No
 @click.option("--port", default=5000, show_default=True, help="Port of the pages, on 127.0.0.1.")
 @click.pass_context
 def ui(ctx: click.Context, port: int) -> None:
-    """Start MLflow's pages on this machine; Ctrl-C ends them."""
+    """Start MLflow's pages on this machine; Ctrl-C stops them."""
     import os
     import socket
 
     registry = Registry.of(settings_of(ctx))
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", port)) == 0:
-            raise BusyError(f"port {port} is in use", todo="choose another: svc ui --port 5001")
+            raise BusyError(f"port {port} is in use", todo=f"choose another port: svc ui --port {port + 1}")
     click.echo(f"http://127.0.0.1:{port}", err=True)
     arguments = ["--backend-store-uri", registry.tracking.uri, "--host", "127.0.0.1", "--port", str(port)]
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", "ui", *arguments])  # noqa: S606 - no shell is wanted

@@ -1,4 +1,4 @@
-"""Files of a version: their hashes, and what a safetensors header says without reading the weights."""
+"""Files of a version: their hashes, and the headers of safetensors files, read without the weights."""
 
 import hashlib
 import json
@@ -11,11 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from svc.errors import IntegrityError
 from svc.model_folder.weight_files import weight_files
 
-_AT_ONCE = 2**24  # bytes
+_BLOCK = 2**24  # bytes
 
 
 class FileRecord(BaseModel):
-    """One file of a version, as its manifest knows it. `path` is relative to the version's folder."""
+    """One file of a version in its manifest. `path` is relative to the version's folder."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -26,7 +26,7 @@ class FileRecord(BaseModel):
 
 @dataclass(frozen=True, slots=True, order=True)
 class Tensor:
-    """What a header says of one tensor."""
+    """A tensor's entry in a header."""
 
     name: str
     dtype: str
@@ -34,10 +34,10 @@ class Tensor:
 
 
 def record_file(root: Path, path: Path) -> FileRecord:
-    """Hashes one file.
+    """Return the record of one file.
 
     Args:
-        root: the version's folder, to which the path is made relative.
+        root: the version's folder, to which the path is relative.
     """
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -45,7 +45,7 @@ def record_file(root: Path, path: Path) -> FileRecord:
 
 
 def record_files(root: Path, folder: Path) -> tuple[FileRecord, ...]:
-    """Hashes every file below a folder, in the order of their paths.
+    """Return the records of all files below a folder, in the order of their paths.
 
     Args:
         root: the version's folder, to which paths are relative.
@@ -55,10 +55,10 @@ def record_files(root: Path, folder: Path) -> tuple[FileRecord, ...]:
 
 
 def verify_files(root: Path, records: Iterable[FileRecord]) -> None:
-    """Compares files on disk with their records.
+    """Compare files on disk with their records.
 
     Raises:
-        IntegrityError: names the first file that is missing or not the same.
+        IntegrityError: names the first file that is missing or was changed.
     """
     for record in records:
         path = root / record.path
@@ -66,10 +66,10 @@ def verify_files(root: Path, records: Iterable[FileRecord]) -> None:
             raise IntegrityError(
                 f"{path} is missing", todo="restore the version's folder from a backup, or train again"
             )
-        found = record_file(root, path)
-        if found != record:
+        current = record_file(root, path)
+        if current != record:
             raise IntegrityError(
-                f"{path} was changed after registration: sha256 {found.sha256[:12]}…, {found.bytes} bytes",
+                f"{path} was changed after registration: sha256 {current.sha256[:12]}…, {current.bytes} bytes",
                 expected=f"sha256 {record.sha256[:12]}…, {record.bytes} bytes",
                 todo="restore the file from a backup, or train again; a version is never edited",
             )
@@ -79,7 +79,7 @@ def read_headers(folder: Path) -> tuple[Tensor, ...]:
     """Return all tensors of a model folder, sorted by name.
 
     Raises:
-        IntegrityError: no such file, or one that is cut off or damaged.
+        IntegrityError: there is no weight file, or one is incomplete or damaged.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -87,24 +87,24 @@ def read_headers(folder: Path) -> tuple[Tensor, ...]:
     for path in weight_files(folder):
         try:
             with safe_open(path, framework="numpy") as file:
-                for name in file.keys():  # noqa: SIM118 - the object is no mapping
+                for name in file.keys():  # noqa: SIM118 - the object is not a mapping
                     part = file.get_slice(name)
                     tensors.append(Tensor(name, str(part.get_dtype()), tuple(part.get_shape())))
         except (SafetensorError, OSError) as error:
             raise IntegrityError(f"{path} is not a complete safetensors file: {error}") from error
     if not tensors:
-        raise IntegrityError(f"{folder} holds no safetensors file", expected="the weights of a model")
+        raise IntegrityError(f"{folder} contains no safetensors file", expected="the weights of a model")
     return tuple(sorted(tensors))
 
 
 def hash_tensor(folder: Path, name: str) -> str:
-    """SHA-256 of a tensor's bytes.
+    """Return the SHA-256 of a tensor's bytes.
 
     Args:
-        name: one that `read_headers` found in the folder.
+        name: from `read_headers` of the folder.
 
     Raises:
-        IntegrityError: no file of the folder holds it.
+        IntegrityError: no file of the folder contains it.
     """
     for path in weight_files(folder):
         with path.open("rb") as file:
@@ -115,9 +115,9 @@ def hash_tensor(folder: Path, name: str) -> str:
                 continue
             start, end = header[name]["data_offsets"]
             file.seek(8 + size + start)
-            digest, left = hashlib.sha256(), end - start
-            while left > 0 and (part := file.read(min(_AT_ONCE, left))):
+            digest, remaining = hashlib.sha256(), end - start
+            while remaining > 0 and (part := file.read(min(_BLOCK, remaining))):
                 digest.update(part)
-                left -= len(part)
+                remaining -= len(part)
             return digest.hexdigest()
-    raise IntegrityError(f"{folder} has no tensor {name}", expected="a whole model folder")
+    raise IntegrityError(f"{folder} has no tensor {name}", expected="a complete model folder")

@@ -1,10 +1,10 @@
-"""Whether one version can be loaded in place of another: equal fingerprints, and only then.
+"""Compatibility of versions: one can be loaded in place of another only if their fingerprints are equal.
 
-A reload replaces tensors and nothing else. So everything that vLLM reads once at its start must be the same:
-architecture, shapes, quantization, tokenizer, chat template and what that is given, default sampling.
+A reload replaces only tensors. So everything that vLLM reads once at its start must be the same: architecture, shapes,
+quantization, tokenizer, chat template and its arguments, default sampling.
 
-One tensor too. Where input and output embeddings are one matrix, vLLM's CPU engine keeps a packed copy of it for the
-output, which a reload leaves as it was. Adapters do not change that matrix; full fine-tuning does.
+One tensor too: if input and output embeddings share a matrix, vLLM's CPU engine has a packed copy of it for the output,
+which a reload does not update. Adapters do not change that matrix; full fine-tuning does.
 """
 
 import hashlib
@@ -18,11 +18,11 @@ from svc.model_folder.chat_template import TemplateKwargs, read_chat_template, r
 from svc.model_folder.weight_files import TOKENIZER_FILES
 from svc.registry.files import hash_tensor, read_headers, record_file
 
-# Said by the library that wrote the file, not by the model.
+# Written by the library that saved the file; not properties of the model.
 _VOLATILE = {"transformers_version", "use_cache", "quantization_config", "name_or_path"}
 
-# The fields of a quantization that decide which kernel runs on which layout, with their defaults. Everything else,
-# `meta` above all, is bookkeeping of the tool that quantized.
+# The fields of a quantization that determine kernel and layout, with their defaults. All others, mainly `meta`, are
+# bookkeeping of the quantization tool.
 _QUANTIZATION_DEFAULTS: dict[str, Any] = {
     "quant_method": "gptq",
     "bits": None,
@@ -40,14 +40,14 @@ _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "add_bos_
 
 
 def compatibility_fingerprint(folder: Path, template_kwargs: TemplateKwargs | None = None) -> str:
-    """SHA-256 over all that a reload in place cannot change, as `sha256:<hex>`.
+    """Return the SHA-256 over everything that a reload in place cannot change, as `sha256:<hex>`.
 
     Args:
         folder: a model folder: config.json, weights, tokenizer.
-        template_kwargs: what the chat template is given; None: what the folder says.
+        template_kwargs: arguments of the chat template; None: those in the folder.
 
     Raises:
-        IntegrityError: a file that is missing or damaged.
+        IntegrityError: a file is missing or damaged.
     """
     config = read_json_object(folder / "config.json")
     tokenizer_config = read_json_object(folder / "tokenizer_config.json", default={})
@@ -81,9 +81,9 @@ def _digest(parts: dict[str, Any]) -> str:
 
 
 def _tokenizer(folder: Path) -> dict[str, Any]:
-    """Return what decides the token ids of a text.
+    """Return the content that determines the token ids of a text.
 
-    Of tokenizer.json all but truncation and padding, which the last caller has set. A folder without it, as those of
+    That is tokenizer.json without truncation and padding, which the last caller has set. A folder without it, as of
     many SentencePiece models, has a vocabulary in other files: their hashes.
     """
     if (folder / "tokenizer.json").is_file():
@@ -96,9 +96,9 @@ def _tokenizer(folder: Path) -> dict[str, Any]:
 
 
 def _shared_embedding(folder: Path, config: dict[str, Any], names: list[str]) -> str | None:
-    """SHA-256 of the embedding that is the output's too; None where the output has its own.
+    """Return the SHA-256 of an embedding that the output shares; None if the output has its own.
 
-    A config need not say so: some kinds of models share it by default, and save no output then.
+    The config may not say so: some kinds of models share it by default, and then save no output.
     """
     text = config.get("text_config", config)
     if not text.get("tie_word_embeddings", config.get("tie_word_embeddings")) and any(
@@ -110,7 +110,7 @@ def _shared_embedding(folder: Path, config: dict[str, Any], names: list[str]) ->
 
 
 def normal_quantization(config: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The fields of a quantization that matter to the kernel, defaults filled in; None when there is none."""
+    """Return the fields of a quantization that affect the kernel, with defaults; None without quantization."""
     if config is None:
         return None
     normal = {key: config.get(key, default) for key, default in _QUANTIZATION_DEFAULTS.items()}
@@ -119,12 +119,12 @@ def normal_quantization(config: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _quantization(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
-    found = config.get("quantization_config")
-    if found is not None and not isinstance(found, dict):
+    quantization = config.get("quantization_config")
+    if quantization is not None and not isinstance(quantization, dict):
         raise IntegrityError(
-            f"{folder / 'config.json'}: quantization_config is {found!r:.80}", expected="a JSON object"
+            f"{folder / 'config.json'}: quantization_config is {quantization!r:.80}", expected="a JSON object"
         )
-    return found
+    return quantization
 
 
 def _stable(config: dict[str, Any]) -> dict[str, Any]:
@@ -132,5 +132,5 @@ def _stable(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _content(token: Any) -> Any:
-    """A special token is written as a string or as an object around it."""
+    """Return the text of a special token, which is a string or an object with it."""
     return token.get("content") if isinstance(token, dict) else token

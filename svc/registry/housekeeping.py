@@ -1,8 +1,8 @@
-"""Frees disk: versions that nobody needs, what runs, sweeps, logs and caches have left. Never what may be served again.
+"""Frees disk space: unneeded versions, and files left by runs, sweeps, logs and caches. Never what may be served again.
 
-A version is needed where an alias means it, where a name serves it or is about to, where a rollback would go, and where
-one of these is an adapter and it is the base. A version that a server has loaded beside these as an adapter is not: the
-server lets it go when it is removed.
+A version is needed if it has an alias, is served or about to be, is the target of a rollback, or is the base of one of
+these that is an adapter. A version that a server has loaded in addition as an adapter is not needed: the server unloads
+it when it is removed.
 """
 
 import logging
@@ -28,19 +28,19 @@ log = logging.getLogger(__name__)
 
 _DAY_S = 86_400
 _REGISTERED = "register.json"
-"""In the folder of a run that is finished (trainer.pipeline.run_folder); its weights lie in folders named by format."""
+"""In the folder of a finished run (trainer.pipeline.run_folder); its weights are in folders named by format."""
 _REMOVING = ".removing"
-"""Beside the versions of a name: held by whoever removes one."""
+"""Lock in the folder of a name's versions, held during a removal."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reclaimable:
-    """Something that can go.
+    """A file or folder that can be deleted.
 
     Attributes:
-        size: bytes on the disk; files that something else shares are counted with that.
-        why: why nobody needs it.
-        touched: when something in it was changed last, seconds since the epoch.
+        size: bytes on disk, without files that are linked elsewhere.
+        why: reason for which it is not needed.
+        touched: last change of its content, seconds since the epoch.
     """
 
     path: Path
@@ -50,35 +50,35 @@ class Reclaimable:
 
 
 def protected(registry: Registry, store: Store, name: str) -> dict[VersionId, str]:
-    """The versions of a name that must stay, each with the reason."""
-    found = {version: f"has the alias {alias}" for alias, version in registry.tracking.aliases(name).items()}
+    """Return the versions of a name that must stay, each with the reason."""
+    reasons = {version: f"has the alias {alias}" for alias, version in registry.tracking.aliases(name).items()}
     desired = read_desired(store, name)
     if desired is not None:
         if desired.previous is not None:
-            found[desired.previous.version] = "is where a rollback goes"
-        found[desired.target.version] = "is served, or is about to be"
-    return _bases(registry, store, name) | found
+            reasons[desired.previous.version] = "is the target of a rollback"
+        reasons[desired.target.version] = "is served, or about to be"
+    return _bases(registry, store, name) | reasons
 
 
 def _bases(registry: Registry, store: Store, name: str) -> dict[VersionId, str]:
-    """The versions of a name that are bases of adapters which some name serves, or would after a rollback."""
-    found: dict[VersionId, str] = {}
-    wishes = [wish for of in desired_names(store) if (wish := read_desired(store, of))]
-    for target in [target for wish in wishes for target in (wish.previous, wish.target) if target]:
+    """Return the versions of a name that are bases of adapters which are served, or would be after a rollback."""
+    reasons: dict[VersionId, str] = {}
+    states = [state for desired in desired_names(store) if (state := read_desired(store, desired))]
+    for target in [target for state in states for target in (state.previous, state.target) if target]:
         if target.format is Format.ADAPTER:
-            with suppress(NotFoundError, IntegrityError):  # it is gone or damaged: what its base was, nobody knows
+            with suppress(NotFoundError, IntegrityError):  # missing or damaged: its base is unknown
                 base = VersionId.parse(registry.manifest(target.version).base.origin)
                 if base.name == name:
-                    found[base] = f"is the base of the adapter {target.version}"
-    return found
+                    reasons[base] = f"is the base of the adapter {target.version}"
+    return reasons
 
 
 def remove_version(registry: Registry, store: Store, version: VersionId) -> int:
-    """Removes a version with all its files; its number stays used. Returns the bytes that are free now.
+    """Remove a version with all its files; its number stays used. Return the freed bytes.
 
     Raises:
         NotFoundError: there is no such version.
-        BusyError: it is needed.
+        BusyError: the version is needed.
     """
     if version not in registry.versions(version.name):
         registry.manifest(version)
@@ -87,11 +87,11 @@ def remove_version(registry: Registry, store: Store, version: VersionId) -> int:
     hidden = folder.with_name(f".removed-{version.number}")
     with hold_lock(folder.parent / _REMOVING, f"removing versions of {version.name}"):
         _refuse(registry, store, version)
-        shutil.rmtree(hidden, ignore_errors=True)  # of a removal that was cut off
-        os.utime(folder)  # renamed, it would be as old as the version to whoever looks for leftovers
-        folder.rename(hidden)  # from here on nobody can choose it
+        shutil.rmtree(hidden, ignore_errors=True)  # of an interrupted removal
+        os.utime(folder)  # else the renamed folder would have the version's age in a search for leftovers
+        folder.rename(hidden)  # from here on it cannot be chosen
         try:
-            _refuse(registry, store, version)  # somebody may have, just before
+            _refuse(registry, store, version)  # it may have been chosen just before
             registry.tracking.discard(version)
         except BaseException:
             hidden.rename(folder)
@@ -104,44 +104,44 @@ def remove_version(registry: Registry, store: Store, version: VersionId) -> int:
 
 
 def _run_of(registry: Registry, version: VersionId) -> Path | None:
-    """The folder of the run that made a version; None of a damaged version, or where the folder has gone."""
+    """Return the folder of the run that created a version; None if the version is damaged or the folder is missing."""
     try:
         folder = registry.models.parent / RUNS_FOLDER / registry.manifest(version).run
     except IntegrityError:
-        log.warning("%s cannot be read: what its run has left stays", version, exc_info=True)
+        log.warning("%s cannot be read: the files of its run stay", version, exc_info=True)
         return None
     return folder if folder.is_dir() else None
 
 
 def _drop_weights(run: Path) -> None:
-    """Removes a run's names for the weights that the registry had, so that they are free; not while it is worked on."""
+    """Remove a run's links to a removed version's weights, to free their space; not while the run is active."""
     try:
         with hold_lock(run / RUN_LOCK, f"the run {run.name}"):
             for format in Format:
                 shutil.rmtree(run / format.value, ignore_errors=True)
     except BusyError:
-        log.warning("%s is worked on: its weights stay", run)
+        log.warning("%s is active: its weights stay", run)
 
 
 def _refuse(registry: Registry, store: Store, version: VersionId) -> None:
     swap = find_swap(store, version.name)
     if swap is not None and swap.result is None:
-        # Whether it succeeds decides where a rollback goes.
-        raise BusyError(f"{version.name} is being changed to {swap.target}", todo="wait for it: see `svc status`")
+        # Its outcome determines the target of a rollback.
+        raise BusyError(f"a swap of {version.name} to {swap.target} is running", todo="wait for its end: svc status")
     reason = protected(registry, store, version.name).get(version)
     if reason:
         raise BusyError(
             f"{version} {reason}",
             expected="a version that no alias, no server and no rollback needs",
-            todo="promote another version first; see `svc status` and `svc models`",
+            todo="promote another version first; check `svc status` and `svc models`",
         )
 
 
 def find_reclaimable(registry: Registry, home: Path, older_than_days: float) -> Iterator[Reclaimable]:
-    """What interrupted work and time have left.
+    """Yield leftovers of interrupted work, and old files.
 
-    Runs and sweeps that were not finished can go on, and a rotated log may still be read: all are kept for some days.
-    Whatever a process works on is passed over.
+    Unfinished runs and sweeps can be resumed, and a rotated log may still be read: all are kept for some days. Files in
+    use by a process are skipped.
     """
     now = time.time()
     before = now - older_than_days * _DAY_S
@@ -152,56 +152,56 @@ def find_reclaimable(registry: Registry, home: Path, older_than_days: float) -> 
 
 
 def _leftovers(models: Path, home: Path) -> Iterator[tuple[Path, str]]:
-    """All that nobody works on, whatever its age, each with why nobody needs it."""
-    for folder in _folders(models.glob("*/.*")):  # a registration takes minutes, and less than a day
-        yield folder, "a registration or a removal was cut off"
+    """Yield everything that is not in use, of any age, each with the reason for which it is not needed."""
+    for folder in _folders(models.glob("*/.*")):  # a registration takes minutes, less than a day
+        yield folder, "left by an interrupted registration or removal"
     for folder in _folders((home / RUNS_FOLDER).glob("*")):
         if lock_holder(folder / RUN_LOCK) is None:
-            finished = "the version is registered" if (folder / _REGISTERED).is_file() else "the run was given up"
-            yield folder, f"{finished}, and nobody has touched it since"
+            finished = "the version is registered" if (folder / _REGISTERED).is_file() else "the run is unfinished"
+            yield folder, f"{finished}, and unchanged since"
     for folder in _folders((home / SWEEPS_FOLDER).glob("*")):
         if lock_holder(folder / RUN_LOCK) is None:
-            yield folder, "trials that nobody has touched since"
+            yield folder, "trials that are unchanged since"
     for path in sorted((home / "logs").glob("*.log.*")):
-        yield path, "a log that was rotated"
+        yield path, "a rotated log"
     for path in sorted((home / "cache").glob("*/*")):
         if path.name != _REMOVING and not path.is_symlink():
-            yield path, "a cache that is made again where it is needed"
+            yield path, "a cache that is recreated when needed"
 
 
-def reclaim(found: Reclaimable) -> None:
-    """Removes it, if it is still what was found. A folder goes as a whole: no part of a run passes for a finished one.
+def reclaim(item: Reclaimable) -> None:
+    """Delete an item if it is unchanged. A folder is deleted as a whole: no part of a run may look like a finished one.
 
     Raises:
-        BusyError: somebody has taken it up meanwhile.
+        BusyError: the item is in use or was changed meanwhile.
     """
-    path = found.path
+    path = item.path
     if not path.is_dir():
         path.unlink(missing_ok=True)
         return
     lock = path / RUN_LOCK if path.parent.name in (RUNS_FOLDER, SWEEPS_FOLDER) else path.parent / _REMOVING
     with hold_lock(lock, str(path)):
-        if _newest(path, time.time()) > found.touched:
-            raise BusyError(f"{path} was changed just now", todo="nothing: it is kept")
+        if _newest(path, time.time()) > item.touched:
+            raise BusyError(f"{path} was just changed", todo="nothing: it is kept")
         hidden = path if path.name.startswith(".removed-") else path.with_name(f".removed-{path.name}")
         path.rename(hidden)
         shutil.rmtree(hidden)
 
 
-def _folders(found: Iterator[Path]) -> list[Path]:
-    """Links are somebody's own arrangement, and stay."""
-    return sorted(path for path in found if path.is_dir() and not path.is_symlink())
+def _folders(paths: Iterator[Path]) -> list[Path]:
+    """Return the folders, sorted, without links, which users have set up and which stay."""
+    return sorted(path for path in paths if path.is_dir() and not path.is_symlink())
 
 
 def _newest(path: Path, now: float) -> float:
-    """When something in it was changed last; the lock of a run is written by whoever looks at it."""
+    """Return the time of the last change below a path, ignoring the lock of a run, which every check writes."""
     try:
-        return max(one.lstat().st_mtime for one in (path, *path.rglob("*")) if one.name != RUN_LOCK)
-    except FileNotFoundError:  # it is being published, or rotated
+        return max(entry.lstat().st_mtime for entry in (path, *path.rglob("*")) if entry.name != RUN_LOCK)
+    except FileNotFoundError:  # it is being published or rotated
         return now
 
 
 def size_on_disk(path: Path) -> int:
-    """Bytes that are free when it has gone: a file with another name elsewhere stays."""
+    """Return the bytes that a deletion frees: files that are linked elsewhere do not count."""
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     return sum(file.stat().st_size for file in files if file.stat().st_nlink == 1)

@@ -1,4 +1,4 @@
-"""The manifest: what a version is, beside its weights, written once and last."""
+"""The manifest: the facts of a version besides its weights, written once and last."""
 
 import json
 from datetime import datetime
@@ -31,9 +31,9 @@ class BaseRecord(_Record):
     """The model that was fine-tuned.
 
     Attributes:
-        origin: what the recipe said.
-        revision: what pins its content.
-        licence: as its publisher states it; None when unknown.
+        origin: as named in the recipe.
+        revision: that pins its content.
+        licence: as stated by its publisher; None if unknown.
     """
 
     origin: str
@@ -42,7 +42,7 @@ class BaseRecord(_Record):
 
 
 class DataRecord(_Record):
-    """What was trained on and judged by."""
+    """Data of training and evaluation."""
 
     train_fingerprint: str
     train_examples: int
@@ -54,7 +54,7 @@ class FormatRecord(_Record):
     """The version in one format.
 
     Attributes:
-        fingerprint: versions with the same one can replace each other in a running engine.
+        fingerprint: versions with equal fingerprints can replace each other in a running engine.
         evaluation: on the engine; None for a format that was not served.
         load_seconds: reload in place into a running engine.
         tokens_per_second: decoded, over 8 streams.
@@ -74,17 +74,17 @@ class FormatRecord(_Record):
 
 
 class Manifest(_Record):
-    """All that is known of a version. Training figures are in MLflow under `tracking_run`.
+    """All facts of a version. Training figures are in MLflow under `tracking_run`.
 
     Attributes:
-        reference: the files that later traffic and answers are compared with.
-        base_evaluation: None where the base was not asked: it is compared with the merged model alone.
-        failed: checks that the version failed; one that has any was registered on request, and cannot be promoted.
-        parity: that what was trained is what is served; None where no format is served.
-        judge: what a judge says of the merged model beside the base; None where none was named.
-        findings: what is wrong with its training.
-        forgetting: None where no general questions were asked.
-        gates: verdicts on what quantizing and training cost; empty where nothing limits that.
+        reference: the files for comparisons with later traffic and answers.
+        base_evaluation: None if the base was not evaluated: it is compared only with the merged model.
+        failed: failed checks; a version with any was registered on request, and cannot be promoted.
+        parity: comparison of the trained with the served model; None if no format is served.
+        judge: a judge's comparison of the merged model with the base; None without a judge.
+        findings: faults of its training.
+        forgetting: None if no general questions were asked.
+        gates: verdicts on the losses by quantization and training; empty without limits.
     """
 
     schema_version: Literal[1] = 1
@@ -115,33 +115,33 @@ class Manifest(_Record):
 
     @property
     def undecided(self) -> tuple[str, ...]:
-        """The gates for which the examples were too few, each as a sentence; without those that count as failed."""
+        """The gates with too few examples, each as a sentence; without those that count as failed."""
         undecided = (str(gate) for gate in self.gates if gate.verdict.outcome is GateOutcome.UNDECIDED)
         return tuple(gate for gate in undecided if gate not in self.failed)
 
     @property
     def judged_examples(self) -> int:
-        """By how many held-out examples its formats were judged; 0 of an adapter alone."""
+        """Number of held-out examples on which its formats were evaluated; 0 for a version with only an adapter."""
         return next((record.evaluation.examples for record in self.formats.values() if record.evaluation), 0)
 
     @property
     def primary_title(self) -> str:
-        """The metric that it was judged by first of all; empty of an adapter alone."""
+        """Title of the primary metric; empty for a version with only an adapter."""
         report = next((record.evaluation for record in self.formats.values() if record.evaluation), None)
         return report.figures[report.primary].title if report else ""
 
     @property
     def max_answer_tokens(self) -> int | None:
         """The recipe's limit on answers to held-out examples, tokens; None: by each reference."""
-        found: int | None = self.recipe.get("evaluate", {}).get("max_tokens")
-        return found
+        limit: int | None = self.recipe.get("evaluate", {}).get("max_tokens")
+        return limit
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Reads a version's manifest.
+    """Read a version's manifest.
 
     Raises:
-        IntegrityError: it is missing, or is no manifest, or is another version's.
+        IntegrityError: the file is missing, is not a manifest, or is another version's.
     """
     path = folder / MANIFEST_FILE
     manifest = read_record(path, Manifest)
@@ -151,6 +151,6 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes it whole or not at all."""
+    """Write a manifest atomically."""
     content = json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False)
     write_whole(folder / MANIFEST_FILE, content.encode("utf-8"))

@@ -1,7 +1,7 @@
-"""What a version's parity report says: that what was trained is what is served, check by check.
+"""A version's parity report: checks that the trained model equals the served one.
 
-Made once, before registration, of the files that are registered and on the engine that serves them. Knows nothing of
-how it is measured (trainer/parity) and of how it is shown.
+Created once, before registration, from the registered files and on the engine that serves them. Knows nothing of its
+measurement (trainer/parity) and of its display.
 """
 
 import math
@@ -18,12 +18,12 @@ class _Record(BaseModel):
 
 
 class ParityCheck(_Record):
-    """One thing that must be equal.
+    """One comparison.
 
     Attributes:
-        name: of what is compared.
-        found: what it is.
-        expected: what it must be, with the limit.
+        name: of the compared property.
+        found: its value.
+        expected: the required value, with the limit.
     """
 
     name: str
@@ -36,12 +36,12 @@ class ParityCheck(_Record):
 
 
 class Differences(_Record):
-    """How two models differ on the same tokens, each given all before it.
+    """Differences of two models on the same tokens, each given all before it.
 
     Attributes:
-        nats: log-probability of each token in the second less that in the first, by example.
-        agreement: share of tokens before which both find the same token likeliest.
-        diverges_at: example and token where they first do not; None where they always do.
+        nats: log-probability of each token in the second minus that in the first, by example.
+        agreement: share of tokens with the same top-1 token in both.
+        diverges_at: example and token of the first different top-1 token; None if all are the same.
     """
 
     nats: tuple[tuple[float, ...], ...]
@@ -50,34 +50,34 @@ class Differences(_Record):
 
     @property
     def all(self) -> list[float]:
-        """Of all tokens."""
-        return [one for example in self.nats for one in example]
+        """Differences of all tokens, nats."""
+        return [difference for example in self.nats for difference in example]
 
     @property
     def mean(self) -> float:
-        """Mean of the absolute differences, nats a token."""
-        return fmean(abs(one) for one in self.all)
+        """Mean of the absolute differences, nats per token."""
+        return fmean(map(abs, self.all))
 
     @property
     def largest(self) -> float:
         """The largest absolute difference, nats."""
-        return max(abs(one) for one in self.all)
+        return max(map(abs, self.all))
 
     @property
     def shift(self) -> float:
-        """By how much the negative log-likelihood is higher in the second, nats a token."""
+        """Increase of the negative log-likelihood from the first to the second, nats per token."""
         return -math.fsum(self.all) / len(self.all)
 
 
 class Speed(_Record):
-    """How a format runs on the engine, each measured several times.
+    """Speed of a format on the engine, each figure measured several times.
 
     Attributes:
-        load_seconds: reload in place; None of a model that only a new engine loads.
-        first_token_seconds: from a prompt that is in no cache to the first token, alone.
+        load_seconds: reload in place; None for a model that only a new engine can load.
+        first_token_seconds: from an uncached prompt to the first token, without other requests.
         tokens_per_second: decoded, by the number of streams.
-        memory_bytes: of the engine's processes; None where that cannot be told.
-        others_share: of the machine's processors, used by other processes while this was measured.
+        memory_bytes: of the engine's processes; None if unknown.
+        others_share: of the machine's processors, used by other processes during the measurement.
     """
 
     load_seconds: Interval | None
@@ -91,11 +91,10 @@ class ParityReport(_Record):
     """The report.
 
     Attributes:
-        checks: all of them.
-        differences: what was compared, token by token, by its name.
-        speed: of the formats that are served.
+        differences: token by token, by name of the comparison.
+        speed: of the served formats.
         examples: held-out examples that were compared token by token.
-        seconds: that making it took.
+        seconds: time to create it.
     """
 
     checks: tuple[ParityCheck, ...]
@@ -106,5 +105,5 @@ class ParityReport(_Record):
 
     @property
     def failed(self) -> tuple[str, ...]:
-        """What failed, as a person reads it."""
+        """Failed checks, as text for people."""
         return tuple(str(check) for check in self.checks if not check.passed)

@@ -1,4 +1,4 @@
-"""A version's parity report as one HTML page that needs nothing else: tables, and a picture of the differences."""
+"""A version's parity report as one self-contained HTML page: tables, and a plot of the differences."""
 
 from pathlib import Path
 

@@ -1,6 +1,6 @@
-"""The primary metric of a version, as it is kept with it: what judged it once must judge it again, on any machine.
+"""The primary metric of a version, stored with it so that the same metric evaluates it again on any machine.
 
-Most metrics are a name. A schema and a function of the user's are a file beside the held-out answers.
+Most metrics are a name. A schema or a user's function is a file in the folder of the held-out answers.
 """
 
 import json
@@ -20,10 +20,10 @@ _FUNCTION = "metric-{name}.py"
 
 
 def write_primary_metric(folder: Path, metric: Metric) -> None:
-    """Keeps what a metric needs.
+    """Write the files that a metric needs.
 
     Args:
-        folder: what is to be `REFERENCE_FOLDER` of a version.
+        folder: that becomes `REFERENCE_FOLDER` of a version.
     """
     match metric:
         case SchemaValid():
@@ -33,32 +33,32 @@ def write_primary_metric(folder: Path, metric: Metric) -> None:
 
 
 def watched_metric(registry: Registry, target: Target, *, run_functions: bool) -> Metric:
-    """What says of each held-out example how good its answer is: the primary metric, or what that is made of.
+    """Return the metric that scores each held-out example: the primary metric, or the one that it is watched by.
 
     Args:
-        run_functions: whether a function that the version brought may run: it is code of whoever registered it.
+        run_functions: whether the version's own function may run, which is code of the user who registered it.
 
     Raises:
         NotFoundError: no such version or format.
         RecipeError: the metric is not installed here.
-        IntegrityError: a file of it is missing or was changed.
+        IntegrityError: a file of the metric is missing or was changed.
     """
     report = registry.format(target.version, target.format).evaluation
     name = report.primary if report else ExactMatch.name
-    kept = {Path(record.path).name for record in registry.manifest(target.version).reference}
-    if name == SchemaValid.name and _SCHEMA in kept:
+    files = {Path(record.path).name for record in registry.manifest(target.version).reference}
+    if name == SchemaValid.name and _SCHEMA in files:
         return SchemaValid(read_schema(registry.reference(target.version, _SCHEMA)))
     function = _FUNCTION.format(name=name)
-    if function in kept:
+    if function in files:
         return _function(registry, target, function, name) if run_functions else ExactMatch()
     metric = named_metric(name)
     return named_metric(metric.watched_by) if metric.watched_by else metric
 
 
 def _function(registry: Registry, target: Target, file: str, name: str) -> Metric:
-    said = registry.manifest(target.version).recipe.get("evaluate", {})
-    named = [said.get("primary"), *(said.get("metrics") or ())]
-    specs = (FunctionSpec.parse(one) for one in named if one)
+    options = registry.manifest(target.version).recipe.get("evaluate", {})
+    named = [options.get("primary"), *(options.get("metrics") or ())]
+    specs = (FunctionSpec.parse(text) for text in named if text)
     spec = next(spec for spec in specs if spec and spec.name == name)
     copy = FunctionSpec(registry.reference(target.version, file), spec.function)
-    return FunctionMetric(copy, said.get("metric_seconds", 60.0), name)
+    return FunctionMetric(copy, options.get("metric_seconds", 60.0), name)

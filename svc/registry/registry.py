@@ -2,8 +2,8 @@
 
     models/NAME/N/manifest.json  adapter/  merged/  gptq/  heldout.jsonl  reference/
 
-A version appears all at once: it is built in a hidden folder beside, its manifest is written last, and one rename
-publishes it. A folder without a manifest is no version. A version is never changed: its files are read-only.
+A version is published atomically: it is built in a hidden folder of its name, its manifest is written last, and one
+rename publishes it. A folder without a manifest is not a version. A version is never changed: its files are read-only.
 """
 
 import logging
@@ -32,18 +32,18 @@ log = logging.getLogger(__name__)
 
 HELDOUT_FILE = "heldout.jsonl"
 REFERENCE_FOLDER = "reference"
-"""What the registration leaves for later comparisons: `BASE_RESULTS_FILE`, `results_file` of each format, the
-training's curve, a sample of the prompts, the text space, and which prompts were learnt."""
+"""Files for later comparisons: `BASE_RESULTS_FILE`, `results_file` of each format, the training curve, a sample of the
+prompts, the text space, and the hashes of the training prompts."""
 HELDOUT_TOKENS_FILE = "heldout_tokens.jsonl"
-"""In `REFERENCE_FOLDER`: the examples of `HELDOUT_FILE` as token ids, in their order."""
+"""In `REFERENCE_FOLDER`: the examples of `HELDOUT_FILE` as token ids, in order."""
 
 
 BASE_RESULTS_FILE = "base.jsonl"
-"""In `REFERENCE_FOLDER`: what the base answered to the held-out examples that the merged model was asked too."""
+"""In `REFERENCE_FOLDER`: the base's results on the held-out examples that the merged model answered too."""
 
 
 def results_file(format: Format) -> str:
-    """The file in `REFERENCE_FOLDER` that says what a format answered to each held-out example."""
+    """Return the name of the file in `REFERENCE_FOLDER` with a format's results on each held-out example."""
     return f"{format}.jsonl"
 
 
@@ -51,8 +51,8 @@ class Registry:
     """The versions of one home.
 
     Args:
-        models: the folder that holds them.
-        tracking: MLflow, which allocates numbers and keeps aliases.
+        models: the folder that contains them.
+        tracking: MLflow, which allocates numbers and stores aliases.
     """
 
     def __init__(self, models: Path, tracking: Tracking) -> None:
@@ -61,7 +61,7 @@ class Registry:
 
     @classmethod
     def of(cls, settings: Settings) -> "Registry":
-        """The registry that the settings name."""
+        """Return the registry of the settings' home."""
         settings.home.mkdir(parents=True, exist_ok=True)
         if settings.tracking_uri:
             return cls(settings.home / "models", Tracking(settings.tracking_uri))
@@ -69,51 +69,49 @@ class Registry:
         return cls(settings.home / "models", tracking)
 
     def names(self) -> list[str]:
-        """All names that have a version."""
+        """Return all names with a version."""
         return sorted({version.name for version in self.versions()})
 
     def versions(self, name: str | None = None) -> list[VersionId]:
-        """All versions, of all names or of one, by name and number."""
+        """Return all versions, of all names or of one, by name and number."""
         if name is not None and not re.fullmatch(NAME_PATTERN, name):
             return []
         folders = [path.parent for path in self.models.glob(f"{name or '*'}/*/{MANIFEST_FILE}")]
         return sorted(VersionId(f.parent.name, int(f.name)) for f in folders if re.fullmatch(NUMBER_PATTERN, f.name))
 
     def folder(self, version: VersionId) -> Path:
-        """Where a version lies, or would lie."""
+        """Return the folder of a version, which may not exist."""
         return self.models / version.name / str(version.number)
 
     def artifact(self, version: VersionId, format: Format) -> Path:
-        """The model folder of a version in a format.
+        """Return the model folder of a version in a format.
 
         Raises:
-            NotFoundError: no such version, or not in that format.
+            NotFoundError: the version, or its format, does not exist.
         """
         self.format(version, format)
         return self.folder(version) / format.value
 
     def manifest(self, version: VersionId) -> Manifest:
-        """A version's manifest.
+        """Return a version's manifest.
 
         Raises:
-            NotFoundError: no such version; says which there are.
-            IntegrityError: a manifest that cannot be read.
+            NotFoundError: the version does not exist; lists existing ones.
+            IntegrityError: the manifest cannot be read.
         """
         if not (self.folder(version) / MANIFEST_FILE).is_file():
             known = self.versions(version.name)
-            has = (
-                ", ".join(str(one) for one in known) or f"no version; names are {', '.join(self.names()) or 'none yet'}"
-            )
+            has = ", ".join(map(str, known)) or f"no version; existing names: {', '.join(self.names()) or 'none yet'}"
             raise NotFoundError(
-                f"there is no version {version}", expected=f"{version.name} has {has}", todo="see `svc models`"
+                f"there is no version {version}", expected=f"{version.name} has {has}", todo="list them: svc models"
             )
         return read_manifest(self.folder(version))
 
     def format(self, version: VersionId, format: Format) -> FormatRecord:
-        """A version's record of one format.
+        """Return a version's record of one format.
 
         Raises:
-            NotFoundError: no such version, or not in that format.
+            NotFoundError: the version, or its format, does not exist.
         """
         formats = self.manifest(version).formats
         if format not in formats:
@@ -121,17 +119,17 @@ class Registry:
         return formats[format]
 
     def resolve(self, text: str) -> VersionId:
-        """The version that `NAME@N`, `NAME@alias` or `NAME` (production, else the newest) means.
+        """Return the version that `NAME@N`, `NAME@alias` or `NAME` (production, else the newest) means.
 
         Raises:
-            NotFoundError: there is none.
+            NotFoundError: there is no such version.
         """
         name, _, suffix = text.partition("@")
         if suffix in set(Alias):
-            found = self.tracking.alias(name, Alias(suffix)) if self.versions(name) else None
-            if found is None:
-                raise NotFoundError(f"{name} has no alias {suffix!r}", todo="see `svc models`")
-            return found
+            aliased = self.tracking.alias(name, Alias(suffix)) if self.versions(name) else None
+            if aliased is None:
+                raise NotFoundError(f"{name} has no alias {suffix!r}", todo="list aliases: svc models")
+            return aliased
         if suffix:
             version = VersionId.parse(text)
             self.manifest(version)
@@ -140,23 +138,23 @@ class Registry:
         if not known:
             raise NotFoundError(
                 f"there is no model {text!r}",
-                expected=f"one of {', '.join(self.names()) or 'none yet: `svc train` makes one'}",
+                expected=f"one of {', '.join(self.names()) or 'none yet: `svc train` creates one'}",
             )
         return self.tracking.alias(name, Alias.PRODUCTION) or known[-1]
 
     def verify(self, version: VersionId, format: Format) -> None:
-        """Compares the files of one format with the manifest.
+        """Compare the files of one format with the manifest.
 
         Raises:
-            IntegrityError: a file that is missing or was changed.
+            IntegrityError: a file is missing or was changed.
         """
         verify_files(self.folder(version), self.format(version, format).files)
 
     def heldout(self, version: VersionId) -> list[ChatExample]:
-        """The examples that a version was judged by; `evaluate.limit` may have left out the later ones.
+        """Return a version's held-out examples; with `evaluate.limit` only the first ones were evaluated.
 
         Raises:
-            NotFoundError: no such version.
+            NotFoundError: the version does not exist.
             IntegrityError: the file is missing or was changed.
         """
         record = self.manifest(version).heldout
@@ -164,13 +162,13 @@ class Registry:
         return read_examples(self.folder(version) / record.path)
 
     def reference(self, version: VersionId, file: str) -> Path:
-        """A file of what later traffic and answers are compared with, checked.
+        """Return the path of a verified file for comparisons with later traffic and answers.
 
         Args:
             file: its name in `REFERENCE_FOLDER`.
 
         Raises:
-            NotFoundError: no such version, or it has no such file.
+            NotFoundError: the version, or its file, does not exist.
             IntegrityError: the file is missing or was changed.
         """
         path = f"{REFERENCE_FOLDER}/{file}"
@@ -181,21 +179,21 @@ class Registry:
         return self.folder(version) / path
 
     def results(self, version: VersionId, format: Format) -> tuple[ExampleResult, ...]:
-        """What a version answered to its held-out examples at registration: the first ones, in the file's order.
+        """Return a version's results on its held-out examples at registration: the first ones, in the file's order.
 
         Raises:
-            NotFoundError: no such version, or its answers in this format were not kept, as those of an adapter.
+            NotFoundError: the version does not exist, or has no results in this format, as for an adapter.
             IntegrityError: the file is missing or was changed.
         """
         if format is Format.ADAPTER:
-            raise NotFoundError(f"{version} has registered answers as a whole model, and none as an adapter")
+            raise NotFoundError(f"{version} has registered answers only as a merged model, not as an adapter")
         return read_results(self.reference(version, results_file(format)))
 
     def base_results(self, version: VersionId) -> tuple[ExampleResult, ...]:
-        """What the base of a version answered to the held-out examples, as `results`.
+        """Return the results of a version's base on the held-out examples, as `results`.
 
         Raises:
-            NotFoundError: no such version, or its base was not asked.
+            NotFoundError: the version does not exist, or its base was not evaluated.
             IntegrityError: the file is missing or was changed.
         """
         return read_results(self.reference(version, BASE_RESULTS_FILE))
@@ -212,34 +210,34 @@ class Registry:
     def learnt_prompts(self, name: str) -> PromptHashes:
         """Return the prompts that the versions of a name were trained on.
 
-        A damaged version is told in the log and keeps nobody from training another one.
+        A damaged version is logged and does not prevent training another one.
         """
-        found = [NO_PROMPTS]
+        hashes = [NO_PROMPTS]
         for version in self.versions(name):
             try:
-                found.append(read_prompt_hashes(self.reference(version, TRAINED_PROMPTS_FILE)))
+                hashes.append(read_prompt_hashes(self.reference(version, TRAINED_PROMPTS_FILE)))
             except NotFoundError:  # removed since it was listed
                 continue
             except IntegrityError:
-                log.warning("what %s has learnt may be held out: its files cannot be read", version, exc_info=True)
-        return np.unique(np.concatenate(found))
+                log.warning("prompts of %s may be held out: its files cannot be read", version, exc_info=True)
+        return np.unique(np.concatenate(hashes))
 
     def publish(
         self, name: str, run_id: str, content: dict[str, Path], manifest: Callable[[VersionId, Path], Manifest]
     ) -> Manifest:
-        """Makes a version of finished files. Either all of it is there afterwards, or nothing.
+        """Publish a version of finished files, all or nothing, and return its manifest.
 
         Args:
             name: the model's name.
-            run_id: the MLflow run that made it.
-            content: what goes into the version's folder: its name there, and the file or folder. Files are linked
-                where the file system can, so nothing is copied within one disk.
-            manifest: makes the manifest, given the number and the folder with the content in place.
+            run_id: the MLflow run that created it.
+            content: of the version's folder: names there, with their source file or folder. Files are linked if the
+                file system can, so nothing is copied within one disk.
+            manifest: returns the manifest, given the number and the folder with the content in place.
         """
         parent = self.models / name
         parent.mkdir(parents=True, exist_ok=True)
         version = self.tracking.allocate(name, source=str(parent), run_id=run_id)
-        while self.folder(version).exists():  # a folder that MLflow does not know; its number stays used
+        while self.folder(version).exists():  # a folder unknown to MLflow; its number stays used
             version = self.tracking.allocate(name, source=str(parent), run_id=run_id)
         staging = parent / f".{version.number}"
         try:
@@ -247,8 +245,8 @@ class Registry:
             staging.mkdir()
             for target, source in content.items():
                 _link(source, staging / target)
-            made = manifest(version, staging)
-            write_manifest(staging, made)
+            published = manifest(version, staging)
+            write_manifest(staging, published)
             for path in staging.rglob("*"):
                 if path.is_file():
                     path.chmod(0o444)
@@ -258,7 +256,7 @@ class Registry:
             self.tracking.discard(version)
             raise
         sync_folder(parent)
-        return made
+        return published
 
 
 def _link(source: Path, target: Path) -> None:

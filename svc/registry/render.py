@@ -1,4 +1,4 @@
-"""A version on one screen: what it is made of, how good it is, how large and how fast in each format."""
+"""A version on one screen: its base and data, and quality, size and speed of each format."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,21 +15,22 @@ from svc.terminal import output
 
 
 def print_version(manifest: Manifest, folder: Path) -> None:
-    """Prints it to stdout."""
+    """Print a version to stdout."""
     base, data = manifest.base, manifest.data
     output.print(f"[bold]{manifest.id}[/bold]  {folder}")
     output.print(
         f"base {base.origin} (licence: {base.licence or 'unknown'}), trained on {data.train_examples} examples"
     )
-    judged = f"judged by {manifest.judged_examples} of {data.heldout_examples} held-out examples"
-    output.print(f"{judged}, first of all by {manifest.primary_title}\n" if manifest.judged_examples else f"{judged}\n")
+    evaluated = f"evaluated on {manifest.judged_examples} of {data.heldout_examples} held-out examples"
+    primary = f"; primary metric: {manifest.primary_title}" if manifest.judged_examples else ""
+    output.print(f"{evaluated}{primary}\n")
     output.print(evaluation_table(manifest))
     if manifest.forgetting:
         _print_forgetting(manifest.forgetting)
     if manifest.judge:
         output.print(f"\n{_judge(manifest.judge)}", markup=False)
     for failure in manifest.failed:
-        output.print(f"[red]cannot be promoted, it failed a check:[/red] {failure}")
+        output.print(f"[red]cannot be promoted because of a failed check:[/red] {failure}")
     for gate in manifest.gates:
         if str(gate) not in manifest.failed:
             style = "yellow" if gate.verdict.outcome is GateOutcome.UNDECIDED else None
@@ -39,18 +40,18 @@ def print_version(manifest: Manifest, folder: Path) -> None:
         output.print(f"  try: {escape(str(finding.advice))}")
         output.print(f"  rule: {escape(finding.rule)}", style="dim")
     if not manifest.findings:
-        output.print("\ndiagnosis: no fault was found in the training")
-    output.print(f"\nall of it with pictures and answers: svc report {manifest.id}")
+        output.print("\ndiagnosis: no fault found in the training")
+    output.print(f"\nfull report with plots and answers: svc report {manifest.id}")
 
 
-def _print_forgetting(found: Forgetting) -> None:
+def _print_forgetting(result: Forgetting) -> None:
     output.print(
-        f"\n{found.examples} general questions: {found.before} right before training, {found.after} after, difference "
-        f"{found.difference}; {found.lost} lost, {found.gained} gained",
+        f"\n{result.examples} general questions: {result.before} right before training, {result.after} after, "
+        f"difference {result.difference}; {result.lost} lost, {result.gained} gained",
         soft_wrap=True,
     )
     output.print(
-        f"their NLL / token: {found.nll_before} before, {found.nll_after} after, difference {found.nll_difference}",
+        f"their NLL / token: {result.nll_before} before, {result.nll_after} after, difference {result.nll_difference}",
         soft_wrap=True,
     )
 
@@ -58,23 +59,23 @@ def _print_forgetting(found: Forgetting) -> None:
 def _judge(report: JudgeReport) -> str:
     return (
         f"the judge {report.model} at {report.url}: merged wins {report.win_rate} of {report.pairs} pairs "
-        f"with the base (ties count half), the same in both orders {report.agreement}"
+        f"with the base (ties count half), agreement of both orders {report.agreement}"
     )
 
 
 def print_parity(report: ParityReport, page: Path) -> None:
-    """Prints a parity report, and where its page is."""
+    """Print a parity report, and the path of its page."""
     table = Table("check", "", "found", "expected", box=None)
     for check in report.checks:
         table.add_row(
             check.name, "passed" if check.passed else "[red]failed[/red]", escape(check.found), escape(check.expected)
         )
     output.print(table)
-    output.print(f"\n{report.examples} examples compared in {report.seconds:.0f} s; with pictures: {page}")
+    output.print(f"\n{report.examples} examples compared in {report.seconds:.0f} s; with plots: {page}")
 
 
 def evaluation_table(manifest: Manifest) -> Table:
-    """Base, merged and GPTQ beside each other: quality with 95 % intervals, primary metric first; size, speed."""
+    """Return a table of base, merged and GPTQ: quality with 95 % intervals, primary metric first; size, speed."""
     records = {format.value: record for format, record in manifest.formats.items() if record.evaluation}
     reports = {"base": manifest.base_evaluation} | {name: record.evaluation for name, record in records.items()}
     judged = {name: report for name, report in reports.items() if report}

@@ -1,4 +1,4 @@
-"""Where and how long a version was trained: kept with it, for whoever asks what it took. Decides nothing."""
+"""Record of a version's training: machine and time, stored with it for information only."""
 
 import platform
 from pathlib import Path
@@ -19,7 +19,7 @@ class MachineRecord(BaseModel):
         processor: as the kernel names it.
         cores: logical ones that this process may use.
         memory: that it may use, bytes.
-        gpus: names of those that it may use.
+        gpus: names of GPUs that it may use.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -33,7 +33,7 @@ class MachineRecord(BaseModel):
 
     @classmethod
     def of_this_one(cls) -> "MachineRecord":
-        """Of the machine that this runs on."""
+        """Return the record of this machine."""
         machine = read_machine(gpus=True)
         return cls(
             processor=_processor(),
@@ -50,11 +50,11 @@ class RunRecord(BaseModel):
 
     Attributes:
         machine: that registered the version; stages of an interrupted run may have run elsewhere.
-        number_type: in which matrix products were computed.
+        number_type: of matrix products.
         steps: of the optimizer.
         tokens: prompt and answer tokens seen, without padding.
-        tokens_per_second, seconds: of the optimizer's run, in the process that ended it.
-        best_step: the step whose weights these are, where the best were asked for.
+        tokens_per_second, seconds: of the optimizer's run, in the process that finished it.
+        best_step: the step of these weights, if the best ones were requested.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

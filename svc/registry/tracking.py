@@ -1,7 +1,7 @@
-"""MLflow: runs with their curves, registered versions and aliases, where people look at them.
+"""MLflow: runs with their curves, registered versions and aliases, for people to browse.
 
-Version numbers are allocated here, because MLflow never gives one twice, not even after a deletion. The files of a
-version lie elsewhere (registry.py); MLflow knows where.
+Version numbers are allocated here, because MLflow never reuses one, not even after a deletion. The files of a version
+are elsewhere (registry.py); MLflow stores their path.
 """
 
 import logging
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 
 LOSS, HELDOUT_LOSS = "loss", "heldout_loss"
-"""What a trainer reports to MLflow as its loss (trainer.callbacks.loss_log)."""
+"""Names of a trainer's losses in MLflow (trainer.callbacks.loss_log)."""
 PARENT, RUN_NAME = "mlflow.parentRunId", "mlflow.runName"
-"""Tags by which MLflow's pages show runs below another one, and name them."""
+"""Tags with which MLflow's pages nest and name runs."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunFigures:
-    """How a run stands. Whether somebody works on it is not MLflow's to say: a run that was killed stays open there.
+    """Figures of a run. MLflow does not know whether it is active: a killed run stays open there.
 
     Attributes:
         metrics: the newest value of each.
@@ -46,8 +46,8 @@ class Tracking:
 
     Args:
         uri: `sqlite:////absolute/path` or the URL of a tracking server.
-        artifacts: folder for pages of new experiments; None: where the tracking server has them. Without a server and
-            without this, MLflow would write below whatever folder a command is started in.
+        artifacts: folder for pages of new experiments; None: the tracking server's. Without a server and without this
+            folder, MLflow would write below the working folder.
     """
 
     def __init__(self, uri: str, artifacts: Path | None = None) -> None:
@@ -67,10 +67,10 @@ class Tracking:
 
     @contextmanager
     def _asking(self) -> Iterator[None]:
-        """Brings MLflow's errors in the body into ours.
+        """Convert MLflow's errors in the body to ours.
 
         Raises:
-            NotFoundError: MLflow does not know what was asked for.
+            NotFoundError: MLflow does not know the requested object.
             RegistryError: MLflow does not answer.
         """
         from mlflow.exceptions import MlflowException
@@ -83,15 +83,15 @@ class Tracking:
             raise RegistryError(f"MLflow at {self.uri} does not answer: {error.message}") from error
 
     def start_run(self, experiment: str, tags: dict[str, str]) -> str:
-        """Creates a run and returns its id; `attach` makes it the active one."""
-        found = self._client.get_experiment_by_name(experiment)
+        """Create a run and return its id; `attach` makes it the active one."""
+        existing = self._client.get_experiment_by_name(experiment)
         folder = str(self._artifacts / experiment) if self._artifacts else None
-        experiment_id = found.experiment_id if found else self._client.create_experiment(experiment, folder)
+        experiment_id = existing.experiment_id if existing else self._client.create_experiment(experiment, folder)
         return str(self._client.create_run(experiment_id, tags=tags).info.run_id)
 
     @contextmanager
     def attach(self, run_id: str) -> Iterator[None]:
-        """Marks a run as running inside, and afterwards as finished or failed."""
+        """Mark a run as running during the body, and then as finished or failed."""
         import mlflow
 
         _ = self._client
@@ -100,10 +100,10 @@ class Tracking:
             yield
 
     def log_metrics(self, run_id: str, metrics: dict[str, float], step: int = 0) -> None:
-        """Adds figures to a run.
+        """Add figures to a run.
 
         Args:
-            step: the optimizer's, of figures that make up a curve.
+            step: of the optimizer, for figures of a curve.
         """
         from mlflow.entities import Metric
 
@@ -111,24 +111,24 @@ class Tracking:
         self._client.log_batch(run_id, metrics=[Metric(key, value, now, step) for key, value in metrics.items()])
 
     def log_file(self, run_id: str, path: Path) -> None:
-        """Adds a file to a run, as a picture; one of the same name is replaced."""
+        """Add a file to a run, for example a plot; a file of the same name is replaced."""
         self._client.log_artifact(run_id, str(path))
 
     def end_run(self, run_id: str, *, failed: bool = False) -> None:
-        """Marks a run that was not attached as finished or failed."""
+        """Mark a run that was not attached as finished or failed."""
         self._client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
 
     def log_parameters(self, run_id: str, parameters: dict[str, str]) -> None:
-        """Says what a run was made with; said again, it must be the same."""
+        """Record the parameters of a run; recorded again, they must be the same."""
         from mlflow.entities import Param
 
         self._client.log_batch(run_id, params=[Param(key, value) for key, value in parameters.items()])
 
     def log_page(self, version: VersionId, run_id: str, page: str) -> str:
-        """Puts the page of a version beside the figures of its run; returns where MLflow's own pages have it.
+        """Add the page of a version to its run; return its address within MLflow's pages.
 
         Raises:
-            RegistryError: MLflow does not take it.
+            RegistryError: MLflow rejected the page.
         """
         from mlflow.exceptions import MlflowException
 
@@ -136,32 +136,33 @@ class Tracking:
             self._client.log_text(run_id, page, _page_name(version))
             experiment = self._client.get_run(run_id).info.experiment_id
         except (MlflowException, OSError) as error:
-            raise RegistryError(f"MLflow at {self.uri} does not take the page of {version}: {error}") from error
+            raise RegistryError(f"MLflow at {self.uri} rejected the page for {version}: {error}") from error
         return f"#/experiments/{experiment}/runs/{run_id}/artifacts/{_page_name(version)}"
 
     def experiments(self) -> list[str]:
-        """Names of everything that was ever trained, but MLflow's own default.
+        """Return the names of all experiments except MLflow's default: of everything that was ever trained.
 
         Raises:
             RegistryError: MLflow does not answer.
         """
         with self._asking():
-            return sorted(one.name for one in self._client.search_experiments() if one.name != "Default")
+            names = (experiment.name for experiment in self._client.search_experiments())
+            return sorted(name for name in names if name != "Default")
 
     def newest_run(self, experiment: str) -> RunFigures | None:
-        """The run of an experiment that was started last; None where there is none.
+        """Return the run of an experiment that was started last; None without runs.
 
         Raises:
             RegistryError: MLflow does not answer.
         """
         with self._asking():
-            found = self._client.get_experiment_by_name(experiment)
-            newest = ["attributes.start_time DESC"]
-            runs = self._client.search_runs([found.experiment_id], order_by=newest, max_results=1) if found else []
+            existing = self._client.get_experiment_by_name(experiment)
+            ids, newest = [existing.experiment_id] if existing else [], ["attributes.start_time DESC"]
+            runs = self._client.search_runs(ids, order_by=newest, max_results=1) if ids else []
         return _figures(runs[0]) if runs else None
 
     def run(self, run_id: str) -> RunFigures | None:
-        """One run; None where MLflow does not know it.
+        """Return one run; None if MLflow does not know it.
 
         Raises:
             RegistryError: MLflow does not answer.
@@ -171,7 +172,7 @@ class Tracking:
         return None
 
     def allocate(self, name: str, source: str, run_id: str) -> VersionId:
-        """Registers the next version of a name and returns its number."""
+        """Register the next version of a name and return it."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -182,7 +183,7 @@ class Tracking:
         return VersionId(name, int(version.version))
 
     def discard(self, version: VersionId) -> None:
-        """Takes back an allocation with its page; the number stays used. One that MLflow does not know is no error.
+        """Delete an allocation with its page; the number stays used. An unknown version is not an error.
 
         Raises:
             RegistryError: MLflow does not answer.
@@ -199,24 +200,24 @@ class Tracking:
             get_artifact_repository(folder, tracking_uri=self.uri).delete_artifacts(_page_name(version))
 
     def annotate(self, version: VersionId, description: str, tags: dict[str, str]) -> None:
-        """What MLflow's page shows of a version."""
+        """Set the description and tags of a version on MLflow's page."""
         self._client.update_model_version(version.name, str(version.number), description)
         for key, value in tags.items():
             self._client.set_model_version_tag(version.name, str(version.number), key, value)
 
     def alias(self, name: str, alias: Alias) -> VersionId | None:
-        """The version that an alias means, or None."""
+        """Return the version that an alias means, or None."""
         return self.aliases(name).get(alias)
 
     def aliases(self, name: str) -> dict[Alias, VersionId]:
-        """All our aliases of a name; empty for a name that MLflow does not know."""
+        """Return all our aliases of a name; empty for a name that MLflow does not know."""
         with suppress(NotFoundError), self._asking():
-            found = self._client.get_registered_model(name).aliases
-            return {Alias(key): VersionId(name, int(number)) for key, number in found.items() if key in set(Alias)}
+            aliases = self._client.get_registered_model(name).aliases
+            return {Alias(key): VersionId(name, int(number)) for key, number in aliases.items() if key in set(Alias)}
         return {}
 
     def set_alias(self, version: VersionId, alias: Alias) -> None:
-        """Moves an alias."""
+        """Set or move an alias."""
         self._client.set_registered_model_alias(version.name, alias.value, str(version.number))
 
 

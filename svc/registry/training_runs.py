@@ -1,9 +1,9 @@
-"""The training runs of a home as others than the trainer see them: whose they are, and which somebody works on.
+"""The training runs of a home as seen from outside the trainer: their models, and which are active.
 
     $SVC_HOME/runs/NAME-KEY/   lock  mlflow.json
 
-A run is worked on while its lock is held: from its first stage to its last, however long a step takes, and no longer
-than its process lives. Knows nothing of stages, and nothing of runs in other homes.
+A run is active while its lock is held: from its first stage to its last, however long a step takes, and no longer than
+its process lives. Knows nothing of stages, and nothing of runs in other homes.
 """
 
 import re
@@ -26,9 +26,9 @@ class TrainingRun:
 
     Attributes:
         name: of the model.
-        running: a process works on it.
-        tracking_run: its run in MLflow; None before it has one, and of a run that nobody works on.
-        written_at: when a file of its folder was last written, seconds since 1970; None for a run that nobody works on.
+        running: whether it is active.
+        tracking_run: its run in MLflow; None before it has one, and for an inactive run.
+        written_at: last write to a file of its folder, seconds since 1970; None for an inactive run.
     """
 
     name: str
@@ -38,11 +38,11 @@ class TrainingRun:
 
 
 def find_training_runs(home: Path) -> Iterator[TrainingRun]:
-    """All runs that were not removed.
+    """Yield all runs that were not removed.
 
     Raises:
-        OSError: a lock cannot be looked at.
-        IntegrityError: a file of a run that is worked on is damaged.
+        OSError: a lock cannot be checked.
+        IntegrityError: a file of an active run is damaged.
     """
     for lock in sorted((home / RUNS_FOLDER).glob(f"*/{RUN_LOCK}")):
         name, _, _ = lock.parent.name.rpartition("-")
@@ -54,7 +54,7 @@ def find_training_runs(home: Path) -> Iterator[TrainingRun]:
 
 
 def _written_at(folder: Path) -> float:
-    """Return when a file below a folder was last written; files that are removed meanwhile are skipped."""
+    """Return the time of the last write below a folder; files that are removed meanwhile are skipped."""
     times = [folder.stat().st_mtime]
     for path in folder.rglob("*"):
         with suppress(FileNotFoundError):

@@ -81,7 +81,7 @@ def test_what_is_no_safetensors_file_is_found(tmp_path: Path, content: bytes) ->
 
 def test_a_folder_without_weights_is_found(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(IntegrityError, match="holds no safetensors file"):
+    with pytest.raises(IntegrityError, match="contains no safetensors file"):
         read_headers(tmp_path)
 
 

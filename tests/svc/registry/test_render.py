@@ -85,5 +85,5 @@ def test_the_verdict_of_each_gate_is_shown_once(manifest: Manifest, capsys: pyte
 
 def test_exact_match_is_shown_when_it_is_the_primary_metric(svc: Svc, register: Register) -> None:
     made = register(None)
-    assert "first of all by exact match" in svc("show", str(made.id)).out
+    assert "primary metric: exact match" in svc("show", str(made.id)).out
     assert "exact match 0.500" in " ".join(svc("models").out.split())

@@ -67,7 +67,7 @@ def test_pages_lie_in_the_folder_for_them(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_page_that_mlflow_does_not_take_is_an_error(tracking: Tracking, name: str) -> None:
-    with pytest.raises(RegistryError, match="does not take the page of"):
+    with pytest.raises(RegistryError, match="rejected the page for"):
         tracking.log_page(VersionId(name, 1), "no-such-run", "<p>page</p>")
 
 
