@@ -1,1 +1,1 @@
-"""Copies of a home that can be made while it is used, and homes made of them."""
+"""Backups of a home that is in use, and their restoration."""

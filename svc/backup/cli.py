@@ -1,4 +1,4 @@
-"""`svc backup`, `svc restore`: a home's copy, and a home of it."""
+"""`svc backup` copies a home, `svc restore` creates a home from the copy."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
     from svc.backup.restored_keys import RestoredKeys
 
 _SHOWN = {"name", "release", "versions", "tracking", "left_out"}
-_ELSEWHERE = "back up its database with its own means, as pg_dump for PostgreSQL, right after this"
+_ELSEWHERE = "back up its database with its own tools, such as pg_dump for PostgreSQL, right after this"
 _folder = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path, file_okay=False))
 
 
 @click.command()
 @_folder
-@click.option("--keep", default=7, show_default=True, type=click.IntRange(1), help="Snapshots that stay.")
-@click.option("--verify", is_flag=True, help="Compare weights that were copied before with their hashes, too.")
+@click.option("--keep", default=7, show_default=True, type=click.IntRange(1), help="Number of snapshots to keep.")
+@click.option("--verify", is_flag=True, help="Compare weights of earlier backups with their hashes too.")
 @json_option
 @click.pass_context
 def backup(ctx: click.Context, folder: Path, keep: int, verify: bool, as_json: bool) -> None:
-    """Copy the home into DIR as a snapshot, while it is used; weights that are there are not copied again."""
+    """Copy the home to DIR as a snapshot, also while it is in use; weights already in DIR are not copied again."""
     from svc.backup.archive import Archive
     from svc.backup.backup import Backup
     from svc.store.audit import Action, AuditEntry, record_event
@@ -36,10 +36,10 @@ def backup(ctx: click.Context, folder: Path, keep: int, verify: bool, as_json: b
 
     settings = settings_of(ctx)
     if not settings.home.is_dir():
-        raise NotFoundError(f"there is no home {settings.home}", todo="name it: svc --home FOLDER backup DIR")
+        raise NotFoundError(f"the home {settings.home} does not exist", todo="svc --home FOLDER backup DIR")
     folder = folder.absolute()
     if folder.is_relative_to(settings.home):
-        raise click.UsageError("DIR lies in the home: what destroys the one would destroy the other")
+        raise click.UsageError("DIR is inside the home: damage to one would destroy both")
     store = open_database(settings.home)
     record_event(store, AuditEntry(Action.BACKUP, str(folder), Actor.local()))
     made = Backup(settings, Archive(folder), verify, _progress).run(keep)
@@ -56,7 +56,7 @@ def backup(ctx: click.Context, folder: Path, keep: int, verify: bool, as_json: b
         click.echo(f"not in it: MLflow at {snapshot.tracking}, which has curves and aliases: {_ELSEWHERE}", err=True)
     if snapshot.left_out:
         raise IntegrityError(
-            "the snapshot can be restored, but not all is in it: "
+            "the snapshot can be restored but is incomplete: "
             + "; ".join(f"{version}: {why}" for version, why in snapshot.left_out.items()),
             todo="restore them from an older snapshot, or remove them: svc models rm",
         )
@@ -64,19 +64,19 @@ def backup(ctx: click.Context, folder: Path, keep: int, verify: bool, as_json: b
 
 @click.command()
 @_folder
-@click.option("--snapshot", "name", metavar="NAME", help="Which one.  [default: the newest]")
-@click.option("--list", "listing", is_flag=True, help="Show which snapshots there are, and restore nothing.")
-@click.option("--revoke-keys", is_flag=True, help="Revoke all keys of the snapshot: only new ones are valid then.")
+@click.option("--snapshot", "name", metavar="NAME", help="Snapshot to restore.  [default: the newest]")
+@click.option("--list", "listing", is_flag=True, help="List the snapshots, and restore nothing.")
+@click.option("--revoke-keys", is_flag=True, help="Revoke all keys of the snapshot, so that only new keys are valid.")
 @yes_option
 @json_option
 @click.pass_context
 def restore(
     ctx: click.Context, folder: Path, name: str | None, listing: bool, revoke_keys: bool, yes: bool, as_json: bool
 ) -> None:
-    """Make a home of a snapshot in DIR. The home must be empty; every file is compared with its hash.
+    """Create a home from a snapshot in DIR. The home must be empty; every file is compared with its hash.
 
-    Keys are as of the snapshot, but a key that a newer snapshot in DIR has revoked stays revoked. Keys that will be
-    valid are listed, and must be confirmed.
+    Keys are those of the snapshot, but a key that is revoked in a newer snapshot in DIR stays revoked. Keys that will
+    be valid are listed, and must be confirmed.
     """
     from svc.backup.archive import Archive
     from svc.backup.restore import Restore
@@ -110,7 +110,7 @@ def restore(
         return
     click.secho(f"{settings.home} is as of {snapshot.name}: {len(snapshot.versions)} versions", fg="green")
     if snapshot.tracking:
-        click.echo(f"restore MLflow at {snapshot.tracking} of the same time, before you serve", err=True)
+        click.echo(f"before you serve, restore MLflow at {snapshot.tracking} to the same time", err=True)
 
 
 @contextmanager
@@ -146,7 +146,7 @@ def _key_rows(keys: "RestoredKeys") -> dict[str, Any]:
 
 
 def _show_keys(keys: dict[str, Any]) -> None:
-    """Print to stderr, which a pipe does not take."""
+    """Print to stderr, which is not part of a pipe."""
     from svc.terminal import console, print_table
 
     for name in keys["unread_snapshots"]:
@@ -168,10 +168,12 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 def _confirm_keys(keys: "RestoredKeys", *, asks: bool) -> None:
     if asks:
-        click.confirm("Keys that were revoked after the newest snapshot are valid again. Go on?", abort=True, err=True)
+        click.confirm(
+            "Keys that were revoked after the newest snapshot are valid again. Continue?", abort=True, err=True
+        )
         return
     names = ", ".join(f"{key.principal.name} ({key.id})" for key in keys.valid)
     raise RefusedError(
-        f"the restored home would accept keys, and nobody was asked: {names}",
+        f"the restored home would accept keys without confirmation: {names}",
         todo="add --yes if all of them may be valid, or --revoke-keys to revoke them all",
     )

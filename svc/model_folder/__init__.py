@@ -1,1 +1,1 @@
-"""A folder with a model, as the hub publishes it."""
+"""Model folders in the format of the hub."""

@@ -1,8 +1,8 @@
-"""What a chat template is given beside the conversation, the same in training, in evaluation and in serving.
+"""Arguments of a chat template besides the conversation, the same in training, evaluation and serving.
 
-Templates of thinking models write a thinking block into a prompt, or into the last answer, unless they are told not to;
-others write today's date. A model that learnt its answers with one setting and is asked with another answers wrongly,
-and nothing else shows it.
+Templates of thinking models insert a thinking block into a prompt, or into the last answer, unless it is disabled;
+others insert today's date. A model that was trained with one setting and is used with another answers wrongly, without
+any other symptom.
 """
 
 import json
@@ -15,10 +15,10 @@ from svc.files.disk import write_whole
 from svc.files.json_file import read_json_object
 
 TEMPLATE_KWARGS_FILE = "chat_template_kwargs.json"
-"""In a served model's folder; none where the template is given nothing."""
+"""In a served model's folder; missing without arguments."""
 
 _DATE = date(2024, 7, 26)
-"""What Llama's templates take where they cannot know the date."""
+"""Date that Llama's templates use if the current date is unavailable."""
 _TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 TemplateValue = bool | int | float | str
@@ -28,15 +28,15 @@ _DEFAULTS: dict[str, TemplateValue] = {
     "enable_thinking": False,
     "date_string": f"{_DATE:%d %b %Y}",
 }
-"""Given to a template in which the word stands, and with which a prompt is the same on every day."""
+"""Passed to a template that contains the name, so that a prompt is the same on every day."""
 
 
 def choose_template_kwargs(folder: Path, given: TemplateKwargs | None) -> dict[str, TemplateValue]:
-    """What to give a model's template: what a recipe says, else what it was given before, else the defaults.
+    """Return the arguments of a model's template: the recipe's, else those stored with the model, else the defaults.
 
     Args:
-        folder: of the model that will be trained.
-        given: the recipe's; None where it says nothing.
+        folder: of the model to train.
+        given: the recipe's; None if it has none.
 
     Raises:
         IntegrityError: see `read_template_kwargs`.
@@ -50,17 +50,17 @@ def choose_template_kwargs(folder: Path, given: TemplateKwargs | None) -> dict[s
 
 
 def pin_date(template: str) -> str:
-    """A template with a fixed date in place of today's, where it takes none that it is given, as SmolLM3's.
+    """Return a template with a fixed date instead of today's, if it has no argument for it, as SmolLM3's.
 
-    Else a version would be trained with one prompt, and asked with another on each day.
+    Otherwise a version would be trained with one prompt, and used with another on each day.
     """
     if "date_string" in template:
         return template
-    return _TODAY.sub(lambda found: json.dumps(_DATE.strftime(found[2])), template)
+    return _TODAY.sub(lambda match: json.dumps(_DATE.strftime(match[2])), template)
 
 
 def read_chat_template(folder: Path) -> str | None:
-    """The template of a model folder; None where it has none, or several by name."""
+    """Return the template of a model folder; None if it has none, or several by name."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text("utf-8")
@@ -72,7 +72,7 @@ def read_chat_template(folder: Path) -> str | None:
 
 
 def read_template_kwargs(folder: Path) -> dict[str, TemplateValue]:
-    """What the template of a model folder is given.
+    """Return the stored arguments of a model folder's template.
 
     Raises:
         IntegrityError: the file is damaged.
@@ -81,6 +81,6 @@ def read_template_kwargs(folder: Path) -> dict[str, TemplateValue]:
 
 
 def write_template_kwargs(folder: Path, kwargs: TemplateKwargs) -> None:
-    """Writes the file, where there is anything to write."""
+    """Write the file, if there are arguments."""
     if kwargs:
         write_whole(folder / TEMPLATE_KWARGS_FILE, json.dumps(dict(kwargs), sort_keys=True).encode("utf-8"))

@@ -1,7 +1,7 @@
-"""Which files of a model folder transformers and vLLM read: its weights and its tokenizer.
+"""Files of a model folder that transformers and vLLM read: its weights and its tokenizer.
 
-A folder from the hub often holds more: the same weights in the publisher's own format (`consolidated.safetensors`,
-`original/`), its parameters (`params.json`), pictures. None of that counts here.
+A folder from the hub often contains more: the same weights in the publisher's own format (`consolidated.safetensors`,
+`original/`), its parameters (`params.json`), pictures. These are ignored here.
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ from svc.files.json_file import read_json_object
 
 WEIGHTS_INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-"""Each of them alone is a tokenizer."""
+"""Each of them is sufficient as a tokenizer."""
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -30,7 +30,7 @@ def weight_files(folder: Path) -> list[Path]:
     if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
         raise IntegrityError(
             f"{index} does not name the files of the weights",
-            expected='{"weight_map": {"TENSOR": "FILE", ...}}, all files beside the index',
+            expected='{"weight_map": {"TENSOR": "FILE", ...}}, all files in the folder of the index',
             todo="download the model again",
         )
     return [folder / name for name in sorted(names)]

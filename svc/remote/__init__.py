@@ -1,1 +1,1 @@
-"""How a server listens, and how a command on this machine or another one reaches it."""
+"""Addresses of a server, and clients that reach it from this machine or another one."""

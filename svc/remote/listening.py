@@ -1,4 +1,4 @@
-"""Addresses that a command of ours listens on: their URL, and why they cannot be had."""
+"""Addresses that a command listens on: their URL, and the errors of binding them."""
 
 import errno
 import ipaddress
@@ -8,12 +8,12 @@ from svc.errors import BusyError, SettingsError, SvcError
 
 
 def address_family(host: str) -> socket.AddressFamily:
-    """IPv6 for an address that has a colon, else IPv4."""
+    """Return IPv6 for an address with a colon, else IPv4."""
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach what listens there. A name is none, but for localhost."""
+    """Return whether an address is loopback. Host names other than `localhost` are treated as not loopback."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -21,14 +21,15 @@ def is_loopback(host: str) -> bool:
 
 
 def http_url(host: str, port: int, *, tls: bool = False) -> str:
-    """The URL of a server there."""
+    """Return the URL of a server at an address."""
     return f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def listen_error(host: str, port: int, error: OSError | UnicodeError) -> SvcError:
-    """What to tell of an address that could not be bound: BusyError for a port in use, else SettingsError."""
+    """Return the error of an address that cannot be bound: BusyError for a port in use, else SettingsError."""
     if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
-        return BusyError(f"port {port} on {host} is in use", todo="end its owner, or choose another: --port")
+        todo = "stop the process that uses the port, or choose another with --port"
+        return BusyError(f"port {port} on {host} is in use", todo=todo)
     return SettingsError(
         f"cannot listen on {host}:{port}: {getattr(error, 'strerror', error)}", todo="correct --host, --port"
     )

@@ -1,4 +1,4 @@
-"""What is asked of a server's administration over HTTP, and the errors of there as those of here."""
+"""Requests to a server's administration over HTTP. Its errors are raised as the same errors here."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,25 +26,25 @@ _ERRORS: Mapping[str, type[SvcError]] = {
     "host_not_allowed": SettingsError,
     "too_many_wrong_keys": AuthenticationError,
 }
-"""By the code of the answer; any other one is a server that does not answer as it should."""
+"""By the code of the answer; any other code means that the server does not answer correctly."""
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteServer:
-    """A server that is asked with a key."""
+    """Client of a server's administration, with a key."""
 
     address: ServerAddress
 
     def get(self, path: str, **query: str) -> dict[str, Any]:
-        """Reads something.
+        """Return the answer to a read request.
 
         Raises:
-            SvcError: what the server says; ServerNotRunningError where it says nothing that can be understood.
+            SvcError: the server's error; ServerNotRunningError for an invalid answer.
         """
         return self._ask("GET", path, params=query)
 
     def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Changes something; what is None is left out.
+        """Send a change, without values that are None, and return the answer.
 
         Raises:
             SvcError: as `get`.
@@ -58,24 +58,25 @@ class RemoteServer:
         try:
             with self.address.client() as client:
                 answer = client.request(method, path, **given)
-                found = answer.json()
+                content = answer.json()
         except (httpx.HTTPError, ValueError) as error:
             raise ServerNotRunningError(
-                f"the server on {url} does not answer: {error!r}", todo="see whether it runs, and the address"
+                f"the server on {url} does not answer: {error!r}",
+                todo="check that the server is running and that the address is right",
             ) from error
-        if answer.is_success and isinstance(found, dict):
-            return found
-        raise told_error(url, answer.status_code, found)
+        if answer.is_success and isinstance(content, dict):
+            return content
+        raise told_error(url, answer.status_code, content)
 
 
 def told_error(url: str, status: int, answer: object) -> SvcError:
-    """What a server's answer that is no success says.
+    """Return the error in a server's error answer.
 
     Args:
-        answer: its JSON; anything where it is none.
+        answer: its JSON, of any type.
     """
-    told = answer.get("error") if isinstance(answer, dict) else None
-    if not isinstance(told, dict):
+    content = answer.get("error") if isinstance(answer, dict) else None
+    if not isinstance(content, dict):
         return ServerNotRunningError(f"{url} answers {status}, and not as a server of this service")
-    kind = _ERRORS.get(str(told.get("code")), ServerNotRunningError)
-    return kind(f"{url} says: {told.get('message')}")
+    kind = _ERRORS.get(str(content.get("code")), ServerNotRunningError)
+    return kind(f"{url} says: {content.get('message')}")

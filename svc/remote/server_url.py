@@ -1,6 +1,6 @@
-"""Where the server of a home listens: what it says in the lock that it holds. And what it says when asked.
+"""Address of a home's server, from the lock that it holds, and its status.
 
-On the machine it is asked through the socket in its home, which needs no key.
+On the same machine, requests use the socket in its home, which needs no key.
 """
 
 from collections.abc import Mapping
@@ -26,13 +26,13 @@ _CONNECT_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class ServerAddress:
-    """How to reach a server.
+    """Address of a server.
 
     Attributes:
         url: its root, for people too.
-        socket: the one in its home; None where it is reached by the URL.
-        key: sent with each request; None where none is needed.
-        authority: file with the certificates that the server's is checked by; None for those of the machine.
+        socket: the one in its home; None: the URL is used.
+        key: sent with each request; None if none is needed.
+        authority: file with the CA certificates that verify the server; None: the machine's.
     """
 
     url: str
@@ -42,16 +42,16 @@ class ServerAddress:
 
     @classmethod
     def with_key(cls, url: str, key_file: Path | None, authority: Path | None) -> "ServerAddress":
-        """A server that is reached by its URL.
+        """Return the address of a server that is reached by its URL.
 
         Raises:
-            SettingsError: the key would cross a network in plain text, others can read its file, or it is no URL.
+            SettingsError: the key would cross a network in plain text, others can read its file, or the URL is invalid.
         """
         from urllib.parse import urlsplit
 
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
-            raise SettingsError("this is no URL of a server", expected="https://HOST:PORT")
+            raise SettingsError("the URL of the server is not valid", expected="https://HOST:PORT")
         if key_file and parts.scheme == "http" and not is_loopback(parts.hostname):
             raise SettingsError(
                 f"the key would cross the network to {parts.hostname} in plain text", todo="use https://, or a tunnel"
@@ -59,14 +59,14 @@ class ServerAddress:
         return cls(url.rstrip("/"), key=read_key(key_file) if key_file else None, authority=authority)
 
     def client(self, timeout_s: float = _TIMEOUT_S) -> "httpx.Client":
-        """What asks it.
+        """Return an HTTP client of the server.
 
         Args:
-            timeout_s: longest silence.
+            timeout_s: maximum silence, seconds.
         """
         import httpx
 
-        # A server on this machine is asked by no name that a proxy from the environment could know.
+        # A proxy from the environment cannot know the name of a server on this machine.
         transport = httpx.HTTPTransport(uds=str(self.socket)) if self.socket else None
         return httpx.Client(
             headers={"authorization": f"Bearer {self.key}"} if self.key else None,
@@ -86,15 +86,15 @@ class ServerAddress:
             return ssl.create_default_context(cafile=str(self.authority))
         except OSError as error:
             raise SettingsError(
-                f"{self.authority} cannot be used to check the server: {error}", expected="certificates in PEM"
+                f"{self.authority} cannot be used to verify the server: {error}", expected="certificates in PEM"
             ) from error
 
 
 def server_address(settings: Settings) -> ServerAddress:
-    """Where the server listens that uses this home.
+    """Return the address of the server that uses this home.
 
     Raises:
-        ServerNotRunningError: there is none.
+        ServerNotRunningError: no server is running.
     """
     holder = lock_holder(settings.home / LOCK_FILE)
     if holder is None or "url" not in holder:
@@ -104,7 +104,7 @@ def server_address(settings: Settings) -> ServerAddress:
 
 
 def read_status(address: ServerAddress) -> Mapping[str, Any]:
-    """What a server's /svc/status says.
+    """Return a server's /svc/status.
 
     Raises:
         ServerNotRunningError: it does not answer.
@@ -116,5 +116,5 @@ def read_status(address: ServerAddress) -> Mapping[str, Any]:
             return dict(client.get("/svc/status").raise_for_status().json())
     except (httpx.HTTPError, ValueError) as error:
         raise ServerNotRunningError(
-            f"the server on {address.url} does not answer: {error!r}", todo="see its log, then try again"
+            f"the server on {address.url} does not answer: {error!r}", todo="check its log, then try again"
         ) from error

@@ -49,7 +49,7 @@ def test_a_home_that_is_not_there_is_not_made(svc: Svc, tmp_path: Path) -> None:
 def test_a_folder_in_the_home_is_refused(svc: Svc, used: UsedHome) -> None:
     ended = svc("--home", used.settings.home, "backup", used.settings.home / "backups")
     assert ended.code == 2
-    assert "lies in the home" in ended.err
+    assert "is inside the home" in ended.err
 
 
 def test_a_restore_over_a_home_is_refused(svc: Svc, used: UsedHome) -> None:
