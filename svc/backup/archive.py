@@ -4,8 +4,8 @@
     DIR/snapshots/TIME/          svc.db  mlflow.db  files/  snapshot.json, which is written last
     DIR/lock
 
-A version never changes, so it is copied once. What changes is small, and each snapshot has it whole: an older one can
-be restored too. Nothing is linked with the home: what damages a file there must leave its copy alone.
+A version never changes, so it is copied once. Everything else is small, and each snapshot has all of it: an older
+snapshot can be restored too. No file is linked with the home: damage to a file there must not affect its copy.
 """
 
 import re
@@ -28,15 +28,15 @@ _NAME = re.compile(r"\d{8}T\d{6}\.\d{3}Z")
 
 
 class Snapshot(BaseModel):
-    """What a home was at one time.
+    """State of a home at one time.
 
     Attributes:
-        name: the time, in UTC, as its folder is called.
-        release: of tuneserve that made it.
-        versions: `NAME@N` of those that belong to it.
-        files: of its own folder, which are all but its weights.
-        tracking: the MLflow server that has runs and aliases; None where they are in `mlflow.db`.
-        left_out: versions that are damaged, or are missing, and why.
+        name: the time, in UTC, which is also its folder's name.
+        release: of tuneserve that created it.
+        versions: `NAME@N` of the included versions.
+        files: of its own folder: everything except weights.
+        tracking: the MLflow server with runs and aliases; None if they are in `mlflow.db`.
+        left_out: damaged or missing versions, with the reason.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,7 +54,7 @@ class Archive:
     """The backups in one folder.
 
     Args:
-        folder: is made where it is not there, closed to others.
+        folder: created if missing, closed to others.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -67,35 +67,35 @@ class Archive:
         return str(self._folder)
 
     def prepare(self) -> None:
-        """Makes its folders. Prompts and answers lie in them."""
+        """Create its folders, which will contain prompts and answers."""
         for folder in (self._folder, self.models, self._snapshots):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def begin(self) -> Path:
-        """A folder for the next snapshot; without a record it is none yet."""
-        for left in self._folders():
-            if not (left / _RECORD_FILE).is_file():  # of one that was cut off
-                shutil.rmtree(left)
-        # To the millisecond: MLflow goes on reading a database that was removed, under the name that it had.
+        """Create the folder of the next snapshot, which counts only when its record is written."""
+        for unfinished in self._folders():
+            if not (unfinished / _RECORD_FILE).is_file():  # of an interrupted backup
+                shutil.rmtree(unfinished)
+        # To the millisecond: MLflow continues to read a removed database under its old name.
         now = datetime.now(UTC)
         folder = self._snapshots / f"{now:%Y%m%dT%H%M%S}.{now.microsecond // 1000:03}Z"
         folder.mkdir(mode=0o700)
         return folder
 
     def finish(self, snapshot: Snapshot) -> None:
-        """Makes it one that can be restored."""
+        """Write the record of a snapshot, after which it can be restored."""
         write_whole(self.folder(snapshot) / _RECORD_FILE, snapshot.model_dump_json(indent=1).encode("utf-8"))
 
     def folder(self, snapshot: Snapshot) -> Path:
-        """Where its own files are."""
+        """Return the folder of a snapshot's own files."""
         return self._snapshots / snapshot.name
 
     def version(self, version: VersionId) -> Path:
-        """Where the copy of a version is, or would be."""
+        """Return the folder of a version's copy, which may not exist."""
         return self.models / version.name / str(version.number)
 
     def newest_at(self) -> datetime | None:
-        """Return when the newest finished snapshot was made; None without one. No record is read.
+        """Return the time of the newest finished snapshot; None without one. No record is read.
 
         Raises:
             OSError: the folder cannot be read.
@@ -105,7 +105,7 @@ class Archive:
         return datetime.strptime(newest.name, "%Y%m%dT%H%M%S.%f%z") if newest else None
 
     def snapshots(self) -> list[Snapshot]:
-        """All that can be restored, the oldest first.
+        """Return all snapshots that can be restored, the oldest first.
 
         Raises:
             IntegrityError: a record cannot be read.
@@ -124,7 +124,7 @@ class Archive:
         return found
 
     def find(self, name: str | None) -> Snapshot:
-        """One of them.
+        """Return one snapshot.
 
         Args:
             name: None for the newest.
@@ -142,10 +142,10 @@ class Archive:
         return chosen[-1]
 
     def prune(self, keep: int) -> tuple[str, ...]:
-        """Removes the oldest snapshots, and versions that none is left of. Returns the snapshots.
+        """Remove the oldest snapshots, and versions that no remaining snapshot has. Return the removed snapshots.
 
         Args:
-            keep: so many stay.
+            keep: number of snapshots that stay.
         """
         found = self.snapshots()
         gone, stay = found[:-keep], found[-keep:]

@@ -1,9 +1,9 @@
-"""Makes a snapshot of a home that is used: servers promote, trainings register, somebody removes versions.
+"""Creates a snapshot of a home in use: servers promote, trainings register, users remove versions.
 
-What the databases of a snapshot name must be in it. So they are copied before the weights, and the store before MLflow:
-a version is known to MLflow before the store can name it. A version that they need stays, unless it is needed no more
-and is removed before it is copied: then the databases are copied again. Versions that are registered meanwhile come
-with the next backup.
+Every version that the databases of a snapshot name must be in it. So they are copied before the weights, and the store
+before MLflow, because MLflow knows a version before the store can name it. A needed version stays in the home, unless
+it becomes unneeded and is removed before it is copied: then the databases are copied again. Versions that are
+registered meanwhile are in the next backup.
 """
 
 import shutil
@@ -34,10 +34,10 @@ _NOT_COPIED = (".db", ".db-wal", ".db-shm", ".db-journal", ".lock")
 
 @dataclass(frozen=True, slots=True)
 class BackupReport:
-    """What a backup did.
+    """Result of a backup.
 
     Attributes:
-        snapshot: what can be restored now.
+        snapshot: that can be restored now.
         copied: versions that were copied now.
         pruned: older snapshots that were removed.
     """
@@ -52,7 +52,7 @@ class Backup:
     """Backs up one home into one archive.
 
     Attributes:
-        verify: compares what was copied before with its hashes too, and copies it again where it is damaged.
+        verify: whether earlier copies are compared with their hashes too, and damaged ones copied again.
     """
 
     settings: Settings
@@ -62,15 +62,15 @@ class Backup:
     _copied: list[str] = field(default_factory=list, init=False)
 
     def run(self, keep: int) -> BackupReport:
-        """Makes a snapshot.
+        """Create a snapshot.
 
         Args:
-            keep: so many stay.
+            keep: number of snapshots that stay.
 
         Raises:
-            BusyError: another backup runs.
-            DiskSpaceError: there is not enough room.
-            IntegrityError: a database is damaged, or the archive is another home's.
+            BusyError: another backup is running.
+            DiskSpaceError: there is not enough disk space.
+            IntegrityError: a database is damaged, or the archive belongs to another home.
         """
         self.archive.prepare()
         with hold_lock(self.archive.lock, f"the backup in {self.archive}"):
@@ -96,7 +96,7 @@ class Backup:
         raise AssertionError("the last try makes one")
 
     def _take(self, folder: Path, *, is_last: bool) -> Snapshot | None:
-        """Fill the folder of a snapshot; return None where a version has gone that the databases need."""
+        """Fill the folder of a snapshot; return None if a version was removed that the databases need."""
         home, tracking_uri, registry = self.settings.home, self.settings.tracking_uri, Registry.of(self.settings)
         there = set(registry.versions())  # first: those that MLflow's copy will know
         copy_database(home / STORE_FILE, folder / STORE_FILE)
@@ -155,18 +155,18 @@ class Backup:
 
     def _no_room(self, wrong: str) -> DiskSpaceError:
         return DiskSpaceError(
-            wrong, todo="make room, or keep fewer snapshots: --keep; those that are there can be restored"
+            wrong, todo="free disk space, or keep fewer snapshots: --keep; existing ones can still be restored"
         )
 
 
 def _other_files(home: Path) -> list[Path]:
-    """What somebody put beside the folders: settings, key files."""
+    """Return files that a user put into the home: settings, key files."""
     files = [path for path in home.iterdir() if path.is_file() and not path.is_symlink()]
     return sorted(path for path in files if not path.name.endswith(_NOT_COPIED) and not path.name.startswith("."))
 
 
 def _needed_versions(registry: Registry, folder: Path) -> set[VersionId]:
-    """Return what an alias, a desired state, a rollback, an adapter or a swap under way needs.
+    """Return the versions that an alias, a desired state, a rollback, an adapter or a running swap needs.
 
     Args:
         registry: the folder with the versions, and the copy of MLflow's database.

@@ -1,4 +1,4 @@
-"""Copies files so that a copy is whole and right, or not there."""
+"""Copies files so that a copy is complete and verified, or absent."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ _BUSY_S = 30.0
 
 OnBytes = Callable[[int], None]
 Progress = Callable[[int], AbstractContextManager[OnBytes]]
-"""Called with the number of bytes of weights that will be copied; yields a callback for how many more were."""
+"""Called with the total bytes of weights to copy; yields a callback for the bytes of each step."""
 
 
 @contextmanager
@@ -28,18 +28,18 @@ def no_progress(total: int) -> Iterator[OnBytes]:
 
 
 def files_of(manifest: Manifest) -> tuple[FileRecord, ...]:
-    """Every file of a version whose hash its manifest has."""
+    """Return all files of a version that have a hash in its manifest."""
     return (manifest.heldout, *manifest.reference, *(file for each in manifest.formats.values() for file in each.files))
 
 
 def is_copied(manifest: Manifest, target: Path, *, verify: bool = False) -> bool:
-    """Whether a version has been copied: the same manifest, and files of the right size.
+    """Return whether a version has been copied: the same manifest, and files of the right size.
 
     Args:
         verify: compare the files with their hashes too.
 
     Raises:
-        IntegrityError: what is there is another version of this name and number, or its manifest is damaged.
+        IntegrityError: the copy is another version of this name and number, or its manifest is damaged.
     """
     if not (target / MANIFEST_FILE).exists():
         return False
@@ -61,14 +61,14 @@ def is_copied(manifest: Manifest, target: Path, *, verify: bool = False) -> bool
 
 
 def copy_version(manifest: Manifest, source: Path, target: Path, on_bytes: OnBytes) -> None:
-    """Copies a version's folder, and compares what was written with the manifest.
+    """Copy a version's folder, and compare the copy with the manifest.
 
     Args:
-        on_bytes: called with how many more were copied.
+        on_bytes: called with the bytes of each step.
 
     Raises:
-        FileNotFoundError: it was removed meanwhile.
-        IntegrityError: a file is not what the manifest says.
+        FileNotFoundError: the version was removed meanwhile.
+        IntegrityError: a file differs from the manifest.
     """
     staging = target.with_name(f".{target.name}")
     shutil.rmtree(staging, ignore_errors=True)
@@ -100,12 +100,12 @@ def copy_file(source: str | Path, target: str | Path, on_bytes: OnBytes = lambda
 
 
 def copy_database(source: Path, target: Path) -> None:
-    """Copies an SQLite database as it is at one moment, whoever writes to it meanwhile.
+    """Copy a consistent state of an SQLite database that may be written to meanwhile.
 
-    In one step: one of several begins anew whenever somebody writes.
+    It is copied in one step, because a copy in several steps restarts with every write.
 
     Raises:
-        IntegrityError: the copy is damaged, as the database is then.
+        IntegrityError: the copy is damaged, and so is the database.
     """
     target.touch(mode=0o600)
     with (

@@ -1,6 +1,7 @@
-"""Makes a home of a snapshot. The databases come last: until then it is an empty home that no server may use.
+"""Creates a home from a snapshot. The databases come last: until then it is an empty home that no server may use.
 
-The store is put aside first, where keys are revoked in it: a home never has one that accepts a revoked key.
+The store is first copied to a separate folder, in which its keys are revoked, so that a home never accepts a revoked
+key.
 """
 
 import os
@@ -31,9 +32,9 @@ class Restore:
     """Restores one snapshot.
 
     Attributes:
-        home: that it becomes.
-        revoke_keys: no key of the snapshot is accepted afterwards.
-        on_keys: called with those that are, before anything is copied into the home; stops the restore where it raises.
+        home: to create.
+        revoke_keys: whether all keys of the snapshot are revoked.
+        on_keys: called with the keys before anything is copied into the home; stops the restore if it raises.
     """
 
     archive: Archive
@@ -43,10 +44,10 @@ class Restore:
     on_keys: Callable[[RestoredKeys], None] = lambda keys: None
 
     def run(self, snapshot: Snapshot) -> None:
-        """Restores it; one that was cut off goes on.
+        """Restore the snapshot, or resume an interrupted restore.
 
         Raises:
-            BusyError: a server uses the home, or a backup is made.
+            BusyError: a server uses the home, or a backup is running.
             SettingsError: the home is not empty.
             IntegrityError: the snapshot is damaged; nothing of it is used then.
         """
@@ -68,7 +69,7 @@ class Restore:
                 shutil.rmtree(aside, ignore_errors=True)
 
     def _put_aside(self, snapshot: Snapshot, aside: Path) -> RestoredKeys:
-        """Copies the store, and revokes keys in the copy."""
+        """Copy the store, and revoke keys in the copy."""
         shutil.rmtree(aside, ignore_errors=True)  # of a restore that was killed
         aside.mkdir(mode=0o700)
         copy_file(self.archive.folder(snapshot) / STORE_FILE, aside / STORE_FILE)
@@ -96,13 +97,13 @@ class Restore:
         if begun not in (None, snapshot.name):
             raise SettingsError(
                 f"the snapshot {begun} was being restored into {self.home}",
-                todo=f"go on with it: --snapshot {begun}; or restore into another home",
+                todo=f"resume it: --snapshot {begun}; or restore into another home",
             )
         if begun is None and (content := set(os.listdir(self.home)) - _NO_CONTENT):
             raise SettingsError(
                 f"the home {self.home} is not empty: it has {', '.join(sorted(content)[:3])}",
                 expected="a new or an empty folder",
-                todo="restore into another: svc --home NEW restore DIR; or move this one away",
+                todo="restore into another home: svc --home NEW restore DIR; or move this one away",
             )
 
     def _copy_versions(self, snapshot: Snapshot) -> None:

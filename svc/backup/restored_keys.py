@@ -1,4 +1,4 @@
-"""Which keys a restored store would accept. What was revoked after its snapshot was taken stays revoked."""
+"""Keys that a restored store would accept. Keys that were revoked after its snapshot stay revoked."""
 
 import sqlite3
 from collections.abc import Mapping
@@ -20,10 +20,10 @@ class RestoredKeys:
     """The keys of a store that is being restored.
 
     Attributes:
-        valid: those that are accepted once it is restored.
+        valid: keys that are accepted after the restore.
         last_used: the hour in which each key was used last, by id; as of the snapshot.
-        revoked: those that were revoked now, by the name of the newer snapshot that has them revoked, or "" where all
-            were to be.
+        revoked: keys that were revoked now, each with the newer snapshot in which it is revoked, or "" if all keys
+            are revoked on request.
         rotated: ids of valid keys that have another secret in a newer snapshot: the old one is valid again.
         unread: newer snapshots whose store cannot be read.
     """
@@ -39,7 +39,7 @@ def settle_keys(store: Store, archive: Archive, snapshot: Snapshot, *, revoke_al
     """Revoke the keys that newer snapshots of an archive have revoked, each with its event in the audit log.
 
     Args:
-        store: the copy of the snapshot's, which is nobody's yet.
+        store: the copy of the snapshot's, not in use yet.
         revoke_all: revoke all others too.
     """
     keyring, revoked, rotated = Keyring(store, Actor.local()), list[tuple[Key, str]](), set[str]()

@@ -1,1 +1,1 @@
-"""The report of a version: everything that is known of it on one page."""
+"""The report of a version: all its facts on one page."""

@@ -1,4 +1,4 @@
-"""`svc report`: everything that is known of a version, as one page."""
+"""`svc report` writes all facts of a version as one page."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from svc.registry.registry import Registry
     type=click.Path(path_type=Path, dir_okay=False),
     help="File to write.  [default: NAME-N.html in the working folder]",
 )
-@click.option("--open", "show", is_flag=True, help="Show it in the browser.")
+@click.option("--open", "show", is_flag=True, help="Open the file in the browser.")
 @json_option
 @click.pass_context
 def report(ctx: click.Context, version: str, output: Path | None, show: bool, as_json: bool) -> None:

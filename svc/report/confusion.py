@@ -1,4 +1,4 @@
-"""Which label was given in place of which: the confusion matrix of a task whose answers are labels."""
+"""The confusion matrix of a task whose answers are labels."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from svc.evaluation.metrics.choose import Task, find_task
 from svc.evaluation.metrics.labels import label_of
 from svc.evaluation.results import ExampleResult
 
-_MOST_LABELS = 25
+_MAX_LABELS = 25
 _OTHERS = "(other labels)"
 _NONE = "(no label)"
 
@@ -30,15 +30,15 @@ class ConfusionMatrix:
 
 
 def confusion_matrix(examples: Sequence[ChatExample], results: Sequence[ExampleResult]) -> ConfusionMatrix | None:
-    """The matrix; None where the references are no labels.
+    """Return the matrix; None if the references are not labels.
 
     Args:
-        results: one for each example, in their order.
+        results: one for each example, in order.
     """
     if not results or find_task(examples) is not Task.LABELS:
         return None
     frequency = Counter(label_of(example.answer) for example in examples)
-    labels = sorted(label for label, _ in frequency.most_common(_MOST_LABELS))
+    labels = sorted(label for label, _ in frequency.most_common(_MAX_LABELS))
     if len(frequency) > len(labels):
         labels.append(_OTHERS)
     place = {label: labels.index(label if label in labels else _OTHERS) for label in frequency}

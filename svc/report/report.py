@@ -1,4 +1,4 @@
-"""Everything that a version stores, gathered for one page. Knows nothing of how it is shown."""
+"""The data of a version's report, gathered for one page. Knows nothing of its display."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ class Report:
     """The report.
 
     Attributes:
-        confusion: of the format that stands for the version; None where answers are no labels.
-        heldout_labels: how often each label stands in the held-out examples, where `data` has labels.
+        confusion: of the format that represents the version; None if answers are not labels.
+        heldout_labels: count of each label in the held-out examples, if `data` has labels.
     """
 
     manifest: Manifest
@@ -64,10 +64,10 @@ class Report:
 
 
 def gather_report(registry: Registry, version: VersionId) -> Report:
-    """Read what a version stores.
+    """Return the report's data of a version.
 
     Raises:
-        NotFoundError: no such version.
+        NotFoundError: the version does not exist.
         IntegrityError: a file of it is missing or was changed.
     """
     manifest = registry.manifest(version)

@@ -1,4 +1,4 @@
-"""Texts of strangers, made fit for a page: not too long, and with nothing that a reader cannot see."""
+"""Untrusted texts for a page: limited in length, with invisible characters made visible."""
 
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ class CutText(NamedTuple):
 
 
 def cut_text(text: str) -> CutText:
-    """A beginning that fits between others, and the rest up to a limit."""
+    """Return a short beginning of a text, and the rest up to a limit."""
     shown = visible(text[:LONGEST])
     start = "".join(shown.splitlines(keepends=True)[:_PREVIEW_LINES])[:_PREVIEW]
     left_out = max(0, len(text) - LONGEST)
@@ -32,7 +32,7 @@ def cut_text(text: str) -> CutText:
 
 
 def visible(text: str) -> str:
-    """Control characters as the pictures that Unicode has for them: some of them no HTML may hold."""
+    """Return a text with Unicode's pictures of control characters, some of which HTML must not contain."""
     return text.translate(_PICTURES)
 
 
