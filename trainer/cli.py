@@ -14,18 +14,18 @@ if TYPE_CHECKING:
 
 
 _set_option = click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a recipe's key: train.epochs=2."
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe: train.epochs=2."
 )
 
 
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @_set_option
-@click.option("--quick", is_flag=True, help="First try the set-up: a tenth of the data, one epoch, -> NAME-quick.")
-@click.option("--curve", is_flag=True, help="Train on 10 to 100 % of the data: what would more of it bring?")
-@click.option("--register-failed", is_flag=True, help="Register what fails a check too; it cannot be promoted.")
-@click.option("--skip-bad", is_flag=True, help="Leave out lines that cannot be trained on, and keep them in a folder.")
-@click.option("--anyway", is_flag=True, help="Begin also what cannot fit into this machine.")
+@click.option("--quick", is_flag=True, help="Test the set-up as NAME-quick: a tenth of the data, one epoch.")
+@click.option("--curve", is_flag=True, help="Train on 10 to 100 % of the data to see the effect of more data.")
+@click.option("--register-failed", is_flag=True, help="Also register a version that fails a check; not promotable.")
+@click.option("--skip-bad", is_flag=True, help="Skip lines that cannot be trained on, and store them in a folder.")
+@click.option("--anyway", is_flag=True, help="Start even if the run cannot fit into this machine.")
 @json_option
 @click.pass_context
 def train(
@@ -39,7 +39,7 @@ def train(
     anyway: bool,
     as_json: bool,
 ) -> None:
-    """Make a version of RECIPE, from where an earlier try was interrupted."""
+    """Train and register a version of RECIPE; an interrupted run is resumed."""
     from svc.dataset.readers.bad_lines import BadLines
     from svc.registry.registry import Registry
     from svc.terminal import console, quiet_libraries
@@ -52,7 +52,7 @@ def train(
     loaded = load_recipe(recipe, overrides)
     if curve:
         if quick or register_failed or skip_bad:
-            raise click.UsageError("--curve makes no version: it goes with --set, --anyway and --json only")
+            raise click.UsageError("--curve registers no version: combine it with --set, --anyway and --json only")
         from trainer.sweep.cli import learning_curve
 
         learning_curve(settings, loaded, anyway=anyway, as_json=as_json)
@@ -65,19 +65,19 @@ def train(
     learnt = registry.learnt_prompts(loaded.name)
     examples = read_run_examples(loaded, cache=settings.base_cache, bad_lines=bad_lines, learnt=learnt)
     if bad_lines and bad_lines.count:
-        console.print(f"[yellow]left out {bad_lines.count} bad lines: they lie in {bad_lines.folder}[/yellow]")
+        console.print(f"[yellow]{bad_lines.count} bad lines skipped; they are stored in {bad_lines.folder}[/yellow]")
     from trainer.pipeline.estimate import estimate_here
     from trainer.pipeline.find_base import find_base
     from trainer.pipeline.quick_trial import quick_trial
     from trainer.pipeline.stages import open_pipeline
 
-    made = quick_trial(loaded, examples) if quick else (loaded, examples)
-    expected = estimate_here(*made, settings, anyway=anyway)
+    task = quick_trial(loaded, examples) if quick else (loaded, examples)
+    expected = estimate_here(*task, settings, anyway=anyway)
     base = find_base(loaded.base, settings)
-    pipeline = open_pipeline(settings, registry, *made, base, register_failed=register_failed, expected=expected)
+    pipeline = open_pipeline(settings, registry, *task, base, register_failed=register_failed, expected=expected)
     manifest = registry.manifest(pipeline.train_version())
     if quick:
-        _foretell(loaded, pipeline.run)
+        _print_training_time(loaded, pipeline.run)
     if as_json:
         from svc.terminal import print_json
 
@@ -92,14 +92,14 @@ def train(
 @click.argument("recipe", type=click.Path(path_type=Path))
 @_set_option
 @click.option(
-    "--device", "names", multiple=True, metavar="NAME", help="Only these: here, rtx-4090, ...  [default: all]"
+    "--device", "names", multiple=True, metavar="NAME", help="Estimate for this device: here, rtx-4090, ...  [all]"
 )
 @json_option
 @click.pass_context
 def estimate(
     ctx: click.Context, recipe: Path, overrides: tuple[str, ...], names: tuple[str, ...], as_json: bool
 ) -> None:
-    """Memory, time and cost of RECIPE here and on GPUs, from the base's config alone."""
+    """Estimate memory, time and cost of RECIPE here and on GPUs, from the base's config alone."""
     from svc.terminal import print_json, quiet_libraries
     from trainer.estimate.render import as_json as to_json
     from trainer.estimate.render import print_estimate
@@ -110,15 +110,15 @@ def estimate(
     quiet_libraries()
     settings = settings_of(ctx)
     loaded = load_recipe(recipe, overrides)
-    made = estimate_devices(loaded, read_run_examples(loaded, cache=settings.base_cache), settings, names)
+    result = estimate_devices(loaded, read_run_examples(loaded, cache=settings.base_cache), settings, names)
     if as_json:
-        print_json(to_json(made))
+        print_json(to_json(result))
     else:
-        print_estimate(made)
+        print_estimate(result)
 
 
-def _foretell(recipe: "Recipe", run: "Run") -> None:
-    """Says what the whole run will take."""
+def _print_training_time(recipe: "Recipe", run: "Run") -> None:
+    """Print the expected training time of the complete run."""
     from svc.terminal import console
     from trainer.pipeline.quick_trial import whole_run_seconds
     from trainer.recipe.stage import Stage

@@ -74,9 +74,9 @@ def test_a_version_stores_its_answers_with_their_log_probabilities(home: Path) -
 
 def test_a_killed_run_resumes_from_its_last_finished_stage(home: Path) -> None:
     output = (home / "resumed.txt").read_text("utf-8")
-    assert "train: done before" in output
-    assert "merge: done before" in output
-    assert "evaluate: done before" not in output
+    assert "train: already done" in output
+    assert "merge: already done" in output
+    assert "evaluate: already done" not in output
 
 
 def test_the_same_recipe_does_not_register_a_second_version(home: Path, workplace: Path) -> None:

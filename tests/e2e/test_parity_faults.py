@@ -86,6 +86,6 @@ def test_a_version_is_not_registered_when_its_served_form_differs_from_training(
     done = svc(home, "train", str(workplace / "recipe.yaml"), "--set", "qualify.restart=false", capture_output=True)
     assert done.returncode != 0
     message = " ".join(done.stderr.split())
-    assert "what would be served is not what was trained" in message
+    assert "the model to serve differs from the trained model" in message
     assert check in message
     assert svc_json(home, "models") == []

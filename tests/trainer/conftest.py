@@ -1,4 +1,4 @@
-"""A complete chat model that is small enough to train in a second: random weights, byte-level tokenizer."""
+"""A complete chat model, small enough to train in a second: random weights, byte-level tokenizer."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer(chat_template: str = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
-    """One token a byte."""
+    """Return a tokenizer with one token per byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -33,7 +33,7 @@ def make_tokenizer(chat_template: str = CHAT_TEMPLATE) -> PreTrainedTokenizerFas
 
 
 def make_model(folder: Path, **config: Any) -> Path:
-    """Writes the model; `config` changes its shape."""
+    """Write the model and return its folder; `config` changes its shape."""
     tokenizer = make_tokenizer()
     shape = {
         "vocab_size": len(tokenizer),
@@ -54,13 +54,13 @@ def make_model(folder: Path, **config: Any) -> Path:
 
 
 def make_example(user: str, answer: str, system: str = "Say the colour in one word.") -> ChatExample:
-    """One question with its answer."""
+    """Return one question with its answer."""
     turns = (Message(Role.SYSTEM, system), Message(Role.USER, user), Message(Role.ASSISTANT, answer))
     return ChatExample(turns)
 
 
 def make_recipe(**sections: Any) -> Recipe:
-    """A recipe; the files that it names need not exist."""
+    """Return a recipe; the files that it names need not exist."""
     data = {"train": "train.jsonl", "heldout": "heldout.jsonl"}
     return Recipe.model_validate({"name": "tiny", "base": "./base", "data": data, **sections})
 
@@ -72,18 +72,18 @@ def losses_of(summary: TrainingSummary) -> list[float]:
 
 @pytest.fixture(autouse=True)
 def measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests run beside each other, so the machine is never quiet."""
+    """Accept any load of other processes: tests run in parallel, so the machine is never quiet."""
     monkeypatch.setattr("svc.evaluation.quiet_machine.MAX_OTHERS_SHARE", 2.0)
 
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Read only."""
+    """Return the folder of a model that tests must not change."""
     return make_model(tmp_path_factory.mktemp("model") / "base")
 
 
 @pytest.fixture(scope="session")
 def examples() -> list[ChatExample]:
-    """Twelve questions of different lengths."""
+    """Return twelve questions of different lengths."""
     colours = ["red", "blue", "green"]
     return [make_example(f"number {'x' * number}", colours[number % 3]) for number in range(12)]

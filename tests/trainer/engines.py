@@ -1,4 +1,4 @@
-"""Engines for qualification, without a process: the engine's double behind the real client."""
+"""Engines for qualification without a process: the engine's double behind the real client."""
 
 import asyncio
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from tests.svc.engine.in_process import client_of
 
 
 class DoubleEngine:
-    """One engine that holds a folder."""
+    """An engine with the weights of one folder."""
 
     def __init__(self, double: EngineDouble) -> None:
         self.double = double
@@ -23,25 +23,25 @@ class DoubleEngine:
         self.capabilities = EngineCapabilities()
 
     def memory(self) -> int | None:
-        """Some."""
+        """Return a constant."""
         return 2**30
 
     def processor_s(self) -> float:
-        """None: it is this process."""
+        """Return 0: the double has no process."""
         return 0.0
 
     async def start(self, on_phase: Callable[[EnginePhase], None] = lambda phase: None) -> None:
-        """It is ready at once."""
+        """Mark the engine as ready immediately."""
         self.runs = True
 
     async def wait(self) -> int:
-        """It ends only when it is stopped."""
+        """Wait until the engine is stopped."""
         while self.runs:
             await asyncio.sleep(0.01)
         return 0
 
     async def stop(self) -> None:
-        """Ends it."""
+        """Stop the engine and close its client."""
         self.runs = False
         await self.client.close()
 
@@ -50,10 +50,10 @@ class Engines:
     """Launches doubles, one after the other.
 
     Attributes:
-        launched: all of them.
-        change: changes a double before it starts; is told how many were launched before.
-        refusals: so many launches fail.
-        reload: whether they load other weights in place.
+        launched: all engines that were launched.
+        change: changes a double before it starts; receives the number of earlier launches.
+        refusals: number of launches that fail.
+        reload: whether engines can load other weights in place.
     """
 
     def __init__(self) -> None:
@@ -75,10 +75,10 @@ class Engines:
 
     @property
     def started_with(self) -> list[str]:
-        """What each held at its start."""
+        """Name of the weights with which each engine started."""
         return [engine.loaded_at_start for engine in self.launched]
 
     @property
     def running(self) -> int:
-        """How many were not stopped."""
+        """Number of engines that were not stopped."""
         return sum(engine.runs for engine in self.launched)

@@ -1,4 +1,4 @@
-"""`svc train` knows what earlier versions of the name have learnt before it reads the examples."""
+"""`svc train` knows the prompts that earlier versions of the name have learnt before it reads the examples."""
 
 from pathlib import Path
 
@@ -15,9 +15,9 @@ from tests.svc.registry.manifests import make_manifest
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "told"), [("triage", True), ("other", False)])
-def test_what_versions_of_the_name_have_learnt_is_known_when_data_are_read(
-    svc: Svc, tmp_path: Path, name: str, told: bool
+@pytest.mark.parametrize(("name", "warned"), [("triage", True), ("other", False)])
+def test_learnt_prompts_of_earlier_versions_are_known_when_data_are_read(
+    svc: Svc, tmp_path: Path, name: str, warned: bool
 ) -> None:
     examples = [chat(f"question {number}") for number in range(40)]
     folder = tmp_path / "home" / "models" / "triage" / "1"
@@ -29,4 +29,4 @@ def test_what_versions_of_the_name_have_learnt_is_known_when_data_are_read(
     (tmp_path / "recipe.yaml").write_text(f"name: {name}\nbase: ./no-such-base\ndata: {{train: train.jsonl}}\n")
     ended = svc("--home", tmp_path / "home", "train", tmp_path / "recipe.yaml")
     assert ended.code != 0
-    assert ("an earlier version of triage has learnt them" in " ".join(ended.err.split())) is told
+    assert ("an earlier version of triage has learnt them" in " ".join(ended.err.split())) is warned

@@ -1,4 +1,4 @@
-"""`svc estimate`, and what `svc train` does with it."""
+"""`svc estimate`, and the use of the estimate by `svc train`."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from trainer.estimate import devices
 
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Of a base that is a config alone."""
+    """Return a recipe whose base consists of a config only."""
     monkeypatch.setattr(devices, "this_machine", lambda *_: cpu_device())
     monkeypatch.setattr(devices, "read_capabilities", lambda _: None)
     write_examples(tmp_path / "train.jsonl", [chat(f"question {number}") for number in range(40)])
@@ -24,12 +24,12 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_a_config_alone_is_enough(svc: Svc, tmp_path: Path, recipe: Path) -> None:
+def test_estimate_needs_only_the_bases_config(svc: Svc, tmp_path: Path, recipe: Path) -> None:
     ended = svc("--home", tmp_path / "home", "estimate", recipe, "--set", "method=qlora", "--json")
     assert ended.code == 0
-    told = json.loads(ended.out)
-    assert told["base"]["parameters"] == 68_976_648_192
-    assert {one["name"]: one["fits"] for one in told["devices"]} == {
+    content = json.loads(ended.out)
+    assert content["base"]["parameters"] == 68_976_648_192
+    assert {device["name"]: device["fits"] for device in content["devices"]} == {
         "here": False,
         "rtx-3090": False,
         "rtx-4090": False,
@@ -40,16 +40,14 @@ def test_a_config_alone_is_enough(svc: Svc, tmp_path: Path, recipe: Path) -> Non
     }
 
 
-def test_devices_can_be_chosen_and_what_does_not_fit_is_told_what_to_change(
-    svc: Svc, tmp_path: Path, recipe: Path
-) -> None:
+def test_estimate_says_what_to_change_when_a_chosen_device_is_too_small(svc: Svc, tmp_path: Path, recipe: Path) -> None:
     ended = svc("--home", tmp_path / "home", "estimate", recipe, "--device", "a100-80", "--device", "h200")
     assert ended.code == 0
     assert "A100 80 GB: fits with quantization=nf4" in ended.out
     assert "RTX 4090" not in ended.out
 
 
-def test_a_base_without_a_config_is_told_what_to_download(svc: Svc, tmp_path: Path, recipe: Path) -> None:
+def test_estimate_says_what_to_download_when_the_base_has_no_config(svc: Svc, tmp_path: Path, recipe: Path) -> None:
     (tmp_path / "empty").mkdir()
     ended = svc("--home", tmp_path / "home", "estimate", recipe, "--set", f"base={tmp_path / 'empty'}")
     assert ended.code == 5
@@ -57,7 +55,7 @@ def test_a_base_without_a_config_is_told_what_to_download(svc: Svc, tmp_path: Pa
 
 
 @pytest.mark.parametrize("command", [["train"], ["train", "--curve"], ["sweep"]], ids=" ".join)
-def test_training_that_cannot_fit_is_refused_before_any_work(
+def test_command_is_rejected_before_any_work_when_training_cannot_fit(
     svc: Svc, tmp_path: Path, recipe: Path, command: list[str]
 ) -> None:
     ended = svc("--home", tmp_path / "home", *command, recipe)
@@ -67,7 +65,9 @@ def test_training_that_cannot_fit_is_refused_before_any_work(
 
 
 @pytest.mark.parametrize("command", [["train"], ["train", "--curve"], ["sweep"]], ids=" ".join)
-def test_anyway_goes_on_to_what_fails_next(svc: Svc, tmp_path: Path, recipe: Path, command: list[str]) -> None:
+def test_command_continues_to_the_next_fault_when_anyway_is_set(
+    svc: Svc, tmp_path: Path, recipe: Path, command: list[str]
+) -> None:
     ended = svc("--home", tmp_path / "home", *command, recipe, "--anyway")
     assert ended.code == 5  # the folder has no weights
     assert "lacks model.safetensors" in ended.err

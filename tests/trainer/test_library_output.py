@@ -1,4 +1,4 @@
-"""What libraries print or log by themselves stays away from the terminal."""
+"""Output and logs of libraries do not reach the terminal."""
 
 import logging
 
@@ -7,13 +7,15 @@ import pytest
 from trainer.library_output import library_output_to_log
 
 
-def test_what_a_library_prints_is_logged(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+def test_output_of_a_library_is_logged_instead_of_printed(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.DEBUG, "trainer.library_output"), library_output_to_log():
         print("a banner")
     assert (capsys.readouterr().out, caplog.messages) == ("", ["a banner"])
 
 
-def test_a_library_that_configures_the_root_logger_does_so_for_itself_alone() -> None:
+def test_root_logger_is_restored_when_a_library_configures_it() -> None:
     root = logging.getLogger()
     before = root.level, root.handlers[:]
     with library_output_to_log():

@@ -1,4 +1,4 @@
-"""A format is judged as it will be served: loaded in place, and verified on an engine of its own."""
+"""A format is evaluated as it will be served: loaded in place, and verified on a new engine."""
 
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ BASE, MERGED, GPTQ = Path("/run/base"), Path("/run/merged"), Path("/run/gptq")
 
 
 def answered_by(weights: str) -> str:
-    """What the double answers when it holds these weights."""
+    """Return the double's answer with these weights."""
     return " ".join(f"{weights}.{index}" for index in range(4))
 
 
@@ -44,20 +44,20 @@ def qualifier(engines: Engines, heldout: list[ChatExample] | None = None, **sect
     return Qualifier(engines, lambda folder: FACTS, *parts, context=CONTEXT)
 
 
-async def test_the_merged_model_is_loaded_in_place_of_its_base_and_then_by_a_fresh_engine() -> None:
+async def test_merged_model_is_loaded_in_the_bases_engine_and_then_in_a_new_engine() -> None:
     engines = Engines()
     await qualifier(engines).base_and_merged(BASE, MERGED, same_fingerprint=True)
     assert engines.started_with == ["base", "merged"]
     assert Path(engines.launched[0].double.weights) == MERGED
 
 
-async def test_a_model_that_does_not_fit_in_place_gets_an_engine_of_its_own() -> None:
+async def test_merged_model_gets_its_own_engine_when_its_fingerprint_differs_from_the_bases() -> None:
     engines = Engines()
     await qualifier(engines).base_and_merged(BASE, MERGED, same_fingerprint=False)
     assert engines.started_with == ["base", "merged", "merged"]
 
 
-async def test_what_an_engine_cannot_load_in_place_gets_an_engine_of_its_own() -> None:
+async def test_merged_model_gets_its_own_engine_when_the_engine_cannot_reload() -> None:
     engines = Engines()
     engines.reload = False
     _, merged = await qualifier(engines).base_and_merged(BASE, MERGED, same_fingerprint=True)
@@ -66,21 +66,21 @@ async def test_what_an_engine_cannot_load_in_place_gets_an_engine_of_its_own() -
     assert merged.reading.speed.load_seconds is None
 
 
-async def test_the_quantized_model_is_loaded_in_place_and_afresh() -> None:
+async def test_quantized_model_is_loaded_in_place_and_in_a_new_engine() -> None:
     engines = Engines()
     await qualifier(engines).alone(GPTQ, "gptq")
     assert engines.started_with == ["gptq", "gptq"]
     assert "/collective_rpc" in engines.launched[0].double.calls
 
 
-async def test_each_is_judged_with_its_own_weights() -> None:
+async def test_base_and_merged_model_are_evaluated_with_their_own_weights() -> None:
     heldout = [make_example("a", answered_by("base")), make_example("b", answered_by("merged"))]
     base, merged = await qualifier(Engines(), heldout).base_and_merged(BASE, MERGED, same_fingerprint=True)
     assert base.evaluation.report.hits == (True, False)
     assert merged.evaluation.hits == (False, True)
 
 
-async def test_the_answers_of_a_format_are_kept_one_by_one() -> None:
+async def test_results_have_the_answer_to_each_example() -> None:
     heldout = [make_example("a", answered_by("base")), make_example("b", answered_by("merged"))]
     _, merged = await qualifier(Engines(), heldout).base_and_merged(BASE, MERGED, same_fingerprint=True)
     gptq = await qualifier(Engines(), heldout).alone(GPTQ, "gptq")
@@ -89,7 +89,7 @@ async def test_the_answers_of_a_format_are_kept_one_by_one() -> None:
         assert tuple(result.hit for result in qualified.results) == qualified.evaluation.hits
 
 
-async def test_probes_are_those_of_the_weights_and_of_this_kind_of_engine() -> None:
+async def test_probes_belong_to_the_weights_and_name_the_engine() -> None:
     qualified = await qualifier(Engines(), qualify={"repeats": 1}).alone(GPTQ, "gptq")
     assert len(qualified.probes) == 4
     for probe in qualified.probes:
@@ -98,15 +98,15 @@ async def test_probes_are_those_of_the_weights_and_of_this_kind_of_engine() -> N
         assert probe.engine == FACTS
 
 
-async def test_time_and_speed_are_measured() -> None:
+async def test_load_time_and_speed_are_measured() -> None:
     qualified = await qualifier(Engines()).alone(GPTQ, "gptq")
     speed = qualified.reading.speed
     assert speed.load_seconds is not None and speed.load_seconds.low > 0
     assert speed.first_token_seconds.low > 0
-    assert {streams: found.low > 0 for streams, found in speed.tokens_per_second.items()} == {1: True, 8: True}
+    assert {streams: rate.low > 0 for streams, rate in speed.tokens_per_second.items()} == {1: True, 8: True}
 
 
-async def test_in_place_and_afresh_must_agree() -> None:
+async def test_format_is_rejected_when_reloaded_and_new_engine_disagree() -> None:
     engines = Engines()
 
     def differ(number: int, double: EngineDouble) -> None:
@@ -118,33 +118,33 @@ async def test_in_place_and_afresh_must_agree() -> None:
     assert engines.running == 0
 
 
-async def test_the_second_engine_can_be_left_out() -> None:
+async def test_no_second_engine_is_started_when_restart_is_false() -> None:
     engines = Engines()
     await qualifier(engines, qualify={"repeats": 1, "restart": False}).alone(GPTQ, "gptq")
     assert engines.started_with == ["gptq"]
     assert engines.running == 0
 
 
-async def test_base_and_formats_have_the_limits_of_each_reference_when_the_recipe_fixes_none() -> None:
+async def test_answer_limits_follow_each_reference_when_the_recipe_sets_none() -> None:
     heldout = [make_example("a", "one"), make_example("b", " ".join(["word"] * 100))]
     base, merged = await qualifier(Engines(), heldout).base_and_merged(BASE, MERGED, same_fingerprint=True)
     gptq = await qualifier(Engines(), heldout).alone(GPTQ, "gptq")
     for results in (base.evaluation.results, merged.results, gptq.results):
-        assert [result.limit for result in results] == [19, 168]  # 2 and 101 tokens with the one at the end
+        assert [result.limit for result in results] == [19, 168]  # 2 and 101 tokens, including the end token
 
 
-async def test_general_questions_keep_their_limit_when_held_out_ones_have_their_own() -> None:
+async def test_general_questions_keep_their_limit_when_held_out_examples_have_their_own() -> None:
     base, merged = await asking_general(Engines()).base_and_merged(BASE, MERGED, same_fingerprint=True)
     assert {result.limit for result in (*base.general, *merged.general)} == {MAX_TOKENS}
 
 
-async def test_no_more_examples_are_asked_than_the_recipe_says() -> None:
+async def test_number_of_asked_examples_is_the_recipes_limit() -> None:
     qualified = await qualifier(Engines(), evaluate={"limit": 2}).alone(GPTQ, "gptq")
     assert qualified.evaluation.examples == 2
 
 
 def asking_general(engines: Engines, **options: Any) -> Qualifier:
-    """One that asks two general questions too, of which the base answers the first and the merged model the second."""
+    """Return a qualifier that also asks two general questions: base knows the first, the merged model the second."""
     heldout = [make_example("q", "free text")]
     questions = [make_example("one", answered_by("base")), make_example("two", answered_by("merged"))]
     general = GeneralQuestions(questions, list(map(tokenized, questions)), **options)
@@ -155,13 +155,13 @@ def asking_general(engines: Engines, **options: Any) -> Qualifier:
 
 
 @pytest.mark.parametrize("same", [True, False])
-async def test_general_questions_are_asked_before_and_after(same: bool) -> None:
+async def test_general_questions_are_asked_of_base_and_merged_model(same: bool) -> None:
     base, merged = await asking_general(Engines()).base_and_merged(BASE, MERGED, same_fingerprint=same)
     assert [result.hit for result in base.general] == [True, False]
     assert [result.hit for result in merged.general] == [False, True]
 
 
-async def test_what_the_base_answered_to_them_before_is_not_asked_again() -> None:
+async def test_base_is_not_asked_general_questions_when_its_answers_are_known() -> None:
     known = (
         ExampleResult(
             answer="known", tokens=2, limit=32, finish_reason="stop", logprob=-0.5, nll=1.0, scored=1, hit=True
@@ -175,23 +175,23 @@ async def test_what_the_base_answered_to_them_before_is_not_asked_again() -> Non
     assert len(asked) == 1
 
 
-async def test_the_quantized_model_is_not_asked_them() -> None:
+async def test_quantized_model_is_not_asked_general_questions() -> None:
     assert (await asking_general(Engines()).alone(GPTQ, "gptq")).general == ()
 
 
-async def test_a_single_example_is_enough() -> None:
+async def test_format_is_qualified_when_there_is_one_example() -> None:
     qualified = await qualifier(Engines(), [make_example("a", "b")]).alone(GPTQ, "gptq")
     assert len(qualified.probes) == 1
 
 
-async def test_no_engine_is_left_behind() -> None:
+async def test_no_engine_runs_after_the_qualification() -> None:
     engines = Engines()
     await qualifier(engines).base_and_merged(BASE, MERGED, same_fingerprint=True)
     assert engines.running == 0
 
 
 @pytest.mark.parametrize("same", [True, False])
-async def test_no_engine_is_left_behind_by_a_failure(same: bool) -> None:
+async def test_no_engine_runs_when_the_qualification_failed(same: bool) -> None:
     engines = Engines()
 
     def refuse(number: int, double: EngineDouble) -> None:
@@ -203,7 +203,7 @@ async def test_no_engine_is_left_behind_by_a_failure(same: bool) -> None:
     assert engines.running == 0
 
 
-async def test_an_engine_that_answers_nonsense_is_told_at_once() -> None:
+async def test_qualification_fails_when_the_engine_answers_with_an_error() -> None:
     engines = Engines()
 
     def refuse(number: int, double: EngineDouble) -> None:

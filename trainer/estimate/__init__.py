@@ -1,1 +1,1 @@
-"""What a recipe will take, before it is run: memory, disk, time, money; from the base's config, without weights."""
+"""Estimate of a recipe's memory, disk, time and cost before it runs, from the base's config, without weights."""

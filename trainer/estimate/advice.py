@@ -1,8 +1,8 @@
-"""What to change in a recipe that does not fit: the fewest keys, in the order of what they cost.
+"""Advice for a recipe that does not fit: the fewest changes of keys, cheapest first.
 
-Each proposal was computed with all its changes, so that it is true as far as the estimate is. First comes what changes
-no result (smaller batches with more accumulation, checkpointing), then what rounds the optimizer's moments, then what
-changes the method, last what learns less.
+Each proposal is estimated with all its changes, so it is as accurate as the estimate. First come changes without effect
+on the result (smaller batches with more accumulation, checkpointing), then rounding of the optimizer's moments, then
+another method, last changes that learn less.
 """
 
 import json
@@ -15,13 +15,13 @@ from trainer.estimate.estimate import memory_on
 from trainer.estimate.model_shape import ModelShape
 from trainer.recipe.sections import Optimizer, Recipe, Train
 
-_FEWEST_RANKS, _SHORTEST = 8, 256
+_MIN_RANK, _MIN_LENGTH = 8, 256
 
 Changes = dict[str, Any]
 
 
 def advise(recipe: Recipe, shape: ModelShape, workload: Workload, device: ComputeDevice) -> dict[str, Any] | None:
-    """Keys and values with which it fits; empty where it does as it is, None where nothing helps."""
+    """Return keys and values with which the recipe fits; empty if it fits unchanged, None if no change helps."""
 
     def fits(changes: Changes) -> bool:
         changed = changed_recipe(recipe, changes)
@@ -32,17 +32,18 @@ def advise(recipe: Recipe, shape: ModelShape, workload: Workload, device: Comput
     if fits(changes):
         return changes
     for step in _steps(recipe, device):
-        if "method" in step:  # an adapter's moments are small whatever they are stored in
+        if "method" in step:  # an adapter's moments are small in any format
             changes.pop("train.optimizer", None)
         changes = changes | step
         smallest = changes | _batch(recipe.train, 1)
         if fits(smallest):
-            return next(found for size in _sizes(recipe.train) if fits(found := changes | _batch(recipe.train, size)))
+            candidates = (changes | _batch(recipe.train, size) for size in _sizes(recipe.train))
+            return next(candidate for candidate in candidates if fits(candidate))
     return None
 
 
 def changed_recipe(recipe: Recipe, changes: Changes) -> Recipe:
-    """The recipe with other values of dotted keys."""
+    """Return the recipe with other values of dotted keys."""
     content = recipe.model_dump(exclude_unset=True)
     for key, value in changes.items():
         section, _, name = key.rpartition(".")
@@ -51,7 +52,7 @@ def changed_recipe(recipe: Recipe, changes: Changes) -> Recipe:
 
 
 def _steps(recipe: Recipe, device: ComputeDevice) -> Iterator[Changes]:
-    """Each is taken beside those before it."""
+    """Yield changes, cheapest first; each applies in addition to the earlier ones."""
     yield {}
     asked = recipe.train.gradient_checkpointing
     if asked is False or (asked is None and device.cpu):
@@ -65,17 +66,17 @@ def _steps(recipe: Recipe, device: ComputeDevice) -> Iterator[Changes]:
         yield {"method": "qlora"}
     elif recipe.base_quantization is None:
         yield {"quantization": "nf4"}
-    if recipe.rank > _FEWEST_RANKS:
-        yield {"adapter.rank": _FEWEST_RANKS}
+    if recipe.rank > _MIN_RANK:
+        yield {"adapter.rank": _MIN_RANK}
     longest = recipe.train.max_length
-    while (longest := longest // 2) >= _SHORTEST:
+    while (longest := longest // 2) >= _MIN_LENGTH:
         yield {"train.max_length": longest, "train.too_long": "drop"}
 
 
 def _sizes(train: Train) -> list[int]:
-    """Batches of which the same number of steps can be made, the largest first."""
+    """Return the batch sizes that divide the recipe's, so that the number of steps stays the same; largest first."""
     size = train.batch_size
-    return [one for one in range(size, 0, -1) if size % one == 0]
+    return [divisor for divisor in range(size, 0, -1) if size % divisor == 0]
 
 
 def _batch(train: Train, size: int) -> Changes:
@@ -86,7 +87,7 @@ def _batch(train: Train, size: int) -> Changes:
 
 
 def as_text(changes: Changes) -> str:
-    """For `--set`, and for people."""
+    """Return changes as text for `--set` and for messages."""
     return ", ".join(
         f"{key}={json.dumps(value) if not isinstance(value, str) else value}" for key, value in changes.items()
     )

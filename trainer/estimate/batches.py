@@ -1,8 +1,8 @@
-"""The batches that a training will be made of: what decides its memory and its time.
+"""The batches of a training, which decide its memory and time.
 
-They are the trainer's own, of the examples' real lengths: padding, grouping by length and shared prompts count as they
-will. Without the base's tokenizer, texts are cut into pieces of 4.2 characters, which is what tokens of English text
-come to; other languages and code take more tokens.
+They are the trainer's own batches, with the examples' real lengths: padding, grouping by length and shared prompts are
+counted as in training. Without the base's tokenizer, texts are cut into pieces of 4.2 characters, the average token of
+English text; other languages and code need more tokens.
 """
 
 import math
@@ -22,19 +22,19 @@ from trainer.recipe.sections import Recipe, TooLong, Train
 
 CHARACTERS_A_TOKEN = 4.2
 _TURN = 5
-"""Tokens by which a chat template marks a turn."""
-_MOST = 1000
-"""Examples that are looked at; more are drawn from."""
+"""Tokens with which a chat template marks a turn."""
+_MAX_EXAMPLES = 1000
+"""Number of examples to measure; a larger data set is sampled."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What goes through the model at once.
+    """Examples that pass the model together.
 
     Attributes:
-        rows: examples.
-        length: of the longest, tokens.
-        shared: tokens that all begin with, and that are computed once.
+        rows: number of examples.
+        length: tokens of the longest example.
+        shared: tokens of the prefix that all examples share and that is computed once.
         answers: tokens that are learnt.
     """
 
@@ -45,7 +45,7 @@ class Batch:
 
     @property
     def computed(self) -> int:
-        """Tokens that go through the model."""
+        """Number of tokens that pass the model."""
         return self.shared + self.rows * (self.length - self.shared)
 
 
@@ -54,11 +54,11 @@ class Workload:
     """All batches of a run.
 
     Attributes:
-        examples: that are trained on.
-        tokens: of them all, in one epoch, without padding.
-        batches: of one epoch, or of a sample of its examples.
-        repeats: how often `batches` go through the model in the whole run.
-        largest: the batch that takes most memory.
+        examples: number of training examples.
+        tokens: tokens of one epoch, without padding.
+        batches: batches of one epoch, or of a sample of its examples.
+        repeats: how often `batches` pass the model in the complete run.
+        largest: the batch that needs the most memory.
         counted: whether the base's own tokenizer counted the tokens.
     """
 
@@ -71,16 +71,16 @@ class Workload:
 
 
 def read_workload(examples: Sequence[ChatExample], recipe: Recipe, folder: Path) -> Workload:
-    """Return the batches that a recipe makes of examples.
+    """Return the batches of a recipe's training with these examples.
 
     Args:
-        folder: with the base's tokenizer, if it has one.
+        folder: folder with the base's tokenizer, if it has one.
 
     Raises:
-        DataError: the chat template refuses an example.
+        DataError: the chat template rejects an example.
     """
     train, counted = recipe.train, any((folder / name).is_file() for name in TOKENIZER_FILES)
-    chosen = np.random.default_rng(recipe.data.seed).permutation(len(examples))[:_MOST]
+    chosen = np.random.default_rng(recipe.data.seed).permutation(len(examples))[:_MAX_EXAMPLES]
     rows = _tokenize([examples[index] for index in sorted(chosen)], folder, recipe, counted=counted)
     in_rows = sum(len(row.input_ids) for row in rows)
     tokens = in_rows * len(examples) / len(rows)
@@ -93,7 +93,7 @@ def read_workload(examples: Sequence[ChatExample], recipe: Recipe, folder: Path)
         batches, in_epoch = tuple(plan_batches(rows, train)), math.ceil(len(examples) / train.batch_size)
         if len(rows) == len(examples):
             largest = max(batches, key=lambda batch: batch.computed)
-        else:  # a sample says nothing of the largest batch: it is that of the longest examples
+        else:  # a sample does not contain the largest batch, which is that of the longest examples
             longest = sorted(examples, key=_characters)[-train.batch_size :]
             largest = measure_batch(_tokenize(longest, folder, recipe, counted=counted))
     in_run = train.steps * train.gradient_accumulation if train.steps else train.epochs * in_epoch
@@ -101,7 +101,7 @@ def read_workload(examples: Sequence[ChatExample], recipe: Recipe, folder: Path)
 
 
 def with_batch_size(workload: Workload, size: int) -> Workload:
-    """The same examples with another number of them at once; for memory, and near enough for time."""
+    """Return the workload with another batch size; exact for memory, and close enough for time."""
     largest = workload.largest
     answers = math.ceil(largest.answers * size / largest.rows)
     shared = largest.shared if size > 1 else 0
@@ -109,7 +109,7 @@ def with_batch_size(workload: Workload, size: int) -> Workload:
 
 
 def shortened(workload: Workload, longest: int) -> Workload:
-    """The largest batch where no example is longer; for memory alone."""
+    """Return the workload with its largest batch cut to a length; for memory only."""
     largest = workload.largest
     length = min(largest.length, longest)
     cut = Batch(largest.rows, length, min(largest.shared, length), min(largest.answers, largest.rows * length))
@@ -117,13 +117,13 @@ def shortened(workload: Workload, longest: int) -> Workload:
 
 
 def unshared(workload: Workload) -> Workload:
-    """The same batches where each example goes through the model by itself."""
+    """Return the same batches without shared prefixes."""
     batches = tuple(replace(batch, shared=0) for batch in workload.batches)
     return replace(workload, batches=batches, largest=replace(workload.largest, shared=0))
 
 
 def plan_batches(rows: Sequence[TokenizedExample], train: Train) -> list[Batch]:
-    """The batches of our trainer's first epoch, of its steps where none are accumulated."""
+    """Return the batches of our trainer's first epoch, as for steps without accumulation."""
     from trainer.data.length_grouped_sampler import LengthGroupedSampler
 
     size, step = train.batch_size, train.batch_size * train.gradient_accumulation
@@ -134,18 +134,18 @@ def plan_batches(rows: Sequence[TokenizedExample], train: Train) -> list[Batch]:
 
 
 def measure_batch(rows: Sequence[TokenizedExample]) -> Batch:
-    """What these examples come to, side by side."""
+    """Return the batch of these examples, padded to the longest."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
     from trainer.training.loss import shared_prefix
 
-    some = [training_row(row) for row in rows]
+    training_rows = [training_row(row) for row in rows]
     ids, labels = (
-        pad_sequence([torch.tensor(row[key]) for row in some], batch_first=True, padding_value=padding)
+        pad_sequence([torch.tensor(row[key]) for row in training_rows], batch_first=True, padding_value=padding)
         for key, padding in (("input_ids", 0), ("labels", IGNORED))
     )
-    return Batch(len(some), ids.shape[1], shared_prefix(ids, labels), int((labels != IGNORED).sum()))
+    return Batch(len(training_rows), ids.shape[1], shared_prefix(ids, labels), int((labels != IGNORED).sum()))
 
 
 def _tokenize(
@@ -167,7 +167,7 @@ def _shorten(row: TokenizedExample, longest: int) -> TokenizedExample:
 
 
 def cut_into_pieces(example: ChatExample) -> TokenizedExample:
-    """An example as it might be tokenized, where no tokenizer is at hand: equal beginnings stay equal."""
+    """Return an example cut into pieces in place of tokens; equal prefixes of texts stay equal."""
     ids: list[int] = []
     learnt = []
     for turn, message in enumerate(example.messages):

@@ -1,8 +1,8 @@
-"""Time that training takes: operations of its matrix products by the speed that they reach, and passes over memory.
+"""Time of a training: the operations of its matrix products divided by their speed, plus passes over memory.
 
-A weight's product with a token is 2 operations; the gradient for the token is 2 more, and for the weight 2 where it is
-trained (Kaplan et al. 2020, section 2.1, with what LoRA leaves out). Checkpointing computes the forward pass twice.
-Attention has two products forward and four backward, with as many tokens as there are up to each.
+A weight's product with a token is 2 operations; the gradient for the token is 2 more, and for a trained weight another
+2 (Kaplan et al. 2020, section 2.1, without the part that LoRA saves). Checkpointing computes the forward pass twice.
+Attention has two products forward and four backward, for each token with all tokens up to it.
 """
 
 from trainer.estimate.batches import Batch, Workload
@@ -11,14 +11,14 @@ from trainer.estimate.memory import Training
 from trainer.recipe.sections import AdapterType
 
 _ADAM_BYTES = 28
-"""Read and written for a trained weight in a step: weight, gradient and two moments, all but the gradient both ways."""
+"""Memory traffic of a trained weight per step: gradient read; weight and two moments read and written."""
 _UNPACKED_BYTES = {True: 12.0, False: 2.6}
-"""Memory traffic of a weight that is unpacked from NF4: its half byte, its 2 in 16 bits. On a CPU (true) bitsandbytes
-goes over it several times."""
+"""Memory traffic of a weight unpacked from NF4: its half byte and its 2 bytes in 16 bits. On a CPU (true) bitsandbytes
+passes over the weight several times."""
 
 _LAUNCHES_S = 2e-3
-"""To start the kernels of a layer, forward and backward, at some 200 of them and 10 microseconds each: what a small
-model takes on a GPU, however fast that multiplies. Assumed, not measured."""
+"""Seconds to start a layer's kernels, forward and backward: about 200 of them at 10 microseconds each, the time of a
+small model on any fast GPU. Assumed, not measured."""
 
 
 def training_seconds(training: Training, workload: Workload, device: ComputeDevice) -> float:
@@ -47,7 +47,7 @@ def batch_operations(training: Training, batch: Batch) -> float:
 
 
 def _adapter_products(training: Training) -> float:
-    """Return how many weights of the adapter each token is multiplied by."""
+    """Return the number of adapter weights that each token is multiplied with."""
     shape, rank = training.shape, training.recipe.rank
     match training.recipe.adapter_type:
         case None:
@@ -59,11 +59,11 @@ def _adapter_products(training: Training) -> float:
 
 
 def _memory_traffic(training: Training) -> float:
-    """Return the bytes that a batch reads and writes whatever its size: each pass through the layers unpacks NF4."""
+    """Return the bytes that a batch of any size reads and writes: each pass through the layers unpacks NF4."""
     passes = 3 if training.checkpointing else 2
     return passes * _UNPACKED_BYTES[training.cpu] * training.shape.linear_weights if training.nf4 else 0.0
 
 
 def _up_to(tokens: int) -> int:
-    """Return the pairs of a token with itself or an earlier one."""
+    """Return the number of pairs of a token with itself or an earlier token."""
     return tokens * (tokens + 1) // 2

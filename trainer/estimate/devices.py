@@ -1,7 +1,7 @@
-"""The devices that an estimate is made for: GPUs of devices.yaml, and this machine.
+"""The devices of an estimate: the GPUs of devices.yaml, and this machine.
 
-This machine's matrix speed is measured once, in the number type that training uses, and kept under `$SVC_HOME/cache` by
-what the processor is; the best of some runs counts, since others may use the machine meanwhile.
+This machine's matrix speed is measured once, in training's number type, and stored under `$SVC_HOME/cache` by the kind
+of processor; the fastest of several runs counts, because other processes may use the machine meanwhile.
 """
 
 import hashlib
@@ -32,13 +32,13 @@ HERE = "here"
 """The name of this machine."""
 _GIB = 2**30
 _USABLE = 0.97
-"""Share of a GPU's memory that a process gets: the driver keeps some."""
+"""Share of a GPU's memory that a process can use: the driver reserves the rest."""
 _CPU_BANDWIDTH = 1e10
-"""Bytes a second of a CPU's memory by a few cores, in passes over whole tensors."""
+"""Bytes per second that a few cores of a CPU read or write in passes over whole tensors."""
 
 
 def training_kind(recipe: Recipe) -> Method:
-    """Return the method that takes as long as the recipe: of LoRA it matters whether the base is quantized."""
+    """Return the method with the recipe's training speed; only for LoRA the base's quantization matters."""
     if recipe.adapter_type is None:
         return Method.FULL
     if recipe.adapter_type is AdapterType.LORA and recipe.base_quantization is Quantization.NF4:
@@ -58,23 +58,23 @@ CPU_UTILIZATION: dict[NumberType, dict[Method, float]] = {
     NumberType.BFLOAT16: _BFLOAT16_UTILIZATION,
     NumberType.FLOAT32: _BFLOAT16_UTILIZATION | {Method.LORA: 0.60},
 }
-"""The share of the machine's matrix speed that training reaches, by `make bench-estimate` on two idle AVX-512 cores:
-between what batches of 4 and of 16 reach. In float32 LoRA's was measured (docs/training-speed.md); the others are taken
-for the same, which holds (docs/estimate.md)."""
+"""Share of the machine's matrix speed that training reaches, measured by `make bench-estimate` on two idle AVX-512
+cores, between the values for batches of 4 and of 16. In float32 only LoRA was measured (docs/training-speed.md); the
+other values are assumed to be the same, which holds (docs/estimate.md)."""
 
 
 @dataclass(frozen=True, slots=True)
 class ComputeDevice:
-    """Where training may run.
+    """A device on which training may run.
 
     Attributes:
-        memory: bytes that training may take.
-        speed: operations a second of bare matrix products.
-        bandwidth: bytes a second from memory.
-        utilization: the share of `speed` that training reaches; a kind that is not there is as LoRA.
-        dollars: an hour; None for this machine.
-        here: whether it is this machine.
-        ram: bytes of main memory that a process may take beside a GPU; None where it is not known, as of a listed GPU.
+        memory: bytes that training may use.
+        speed: operations per second of bare matrix products.
+        bandwidth: bytes per second from memory.
+        utilization: the share of `speed` that training reaches; a missing method has LoRA's share.
+        dollars: price per hour; None for this machine.
+        here: whether the device is this machine.
+        ram: bytes of main memory that a process may use in addition to a GPU; None if unknown, as for listed GPUs.
     """
 
     name: str
@@ -90,12 +90,12 @@ class ComputeDevice:
     ram: float | None = None
 
     def effective_speed(self, kind: Method) -> float:
-        """Operations a second that training gets."""
+        """Return the operations per second that training reaches."""
         return self.speed * self.utilization.get(kind, self.utilization[Method.LORA])
 
 
 class _Listed(BaseModel):
-    """A GPU as devices.yaml has it."""
+    """Entry of a GPU in devices.yaml."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -109,7 +109,7 @@ class _Listed(BaseModel):
     price_source: str
 
     def named(self, name: str) -> ComputeDevice:
-        """Return the GPU under its name in the file."""
+        """Return the device with its name in the file."""
         return ComputeDevice(
             name=name,
             label=self.label,
@@ -131,29 +131,30 @@ class _Catalogue(BaseModel):
 
 
 def read_devices(path: Path = DEVICES_FILE) -> dict[str, ComputeDevice]:
-    """Return the GPUs that are listed, by name.
+    """Return the listed GPUs by name.
 
     Raises:
-        SettingsError: the file is not as it should be.
+        SettingsError: the file cannot be read or is not valid.
     """
     try:
         listed = _Catalogue.model_validate(yaml.safe_load(path.read_text("utf-8"))).devices
     except (OSError, yaml.YAMLError, ValidationError) as error:
-        raise SettingsError(f"{path} cannot be used: {error}", expected="devices as those that came with it") from error
-    return {name: one.named(name) for name, one in listed.items()}
+        raise SettingsError(f"{path} is not valid: {error}", expected="devices in the format of that file") from error
+    return {name: device.named(name) for name, device in listed.items()}
 
 
 def choose_devices(names: Sequence[str], home: Path) -> list[ComputeDevice]:
-    """This machine and all GPUs that are listed, or those that are named.
+    """Return the named devices, or this machine and all listed GPUs if no name is given.
 
     Raises:
         SettingsError: no device has this name.
-        EngineError: this machine cannot be asked.
+        EngineError: the capabilities of this machine cannot be read.
     """
     listed = read_devices()
     known = (HERE, *listed)
     if unknown := [name for name in names if name not in known]:
-        raise SettingsError(f"no device {unknown[0]!r}", expected=", ".join(known), todo=f"add it to {DEVICES_FILE}")
+        todo = f"add the device to {DEVICES_FILE}"
+        raise SettingsError(f"unknown device {unknown[0]!r}", expected=", ".join(known), todo=todo)
     chosen = names or known
     return [
         this_machine(read_capabilities(home), read_machine(gpus=True), home) if name == HERE else listed[name]
@@ -162,11 +163,11 @@ def choose_devices(names: Sequence[str], home: Path) -> list[ComputeDevice]:
 
 
 def this_machine(capabilities: DeviceCapabilities, machine: Machine, home: Path) -> ComputeDevice:
-    """Where `svc train` would run.
+    """Return this machine as the device of `svc train`.
 
     Args:
-        machine: as it is now; its first GPU counts where training uses one.
-        home: keeps the measured speed in its cache.
+        machine: its present state; the first GPU is used if training uses a GPU.
+        home: folder whose cache stores the measured speed.
     """
     number_type = capabilities.training_type
     speed = measured_speed(capabilities, number_type, home)
@@ -175,7 +176,7 @@ def this_machine(capabilities: DeviceCapabilities, machine: Machine, home: Path)
         utilization: Mapping[Method, float] = CPU_UTILIZATION.get(number_type, CPU_UTILIZATION[NumberType.FLOAT32])
         memory, bandwidth = ram, _CPU_BANDWIDTH
     else:
-        # Shares of a measured speed, which is nine tenths of the listed one.
+        # Used as shares of the measured speed, which is nine tenths of the listed one.
         similar = next(iter(read_devices().values()))
         utilization, bandwidth = similar.utilization, similar.bandwidth
         memory = float(machine.gpus[0].free) if machine.gpus else 0.0
@@ -195,21 +196,21 @@ def this_machine(capabilities: DeviceCapabilities, machine: Machine, home: Path)
 
 
 def measured_speed(capabilities: DeviceCapabilities, number_type: NumberType, home: Path) -> float:
-    """Of bare matrix products here: as it was measured before, or by measuring now, a second or two."""
+    """Return the speed of bare matrix products here, from the cache or measured now, in a second or two."""
     cores = len(os.sched_getaffinity(0))
     identity = f"{capabilities.model_dump_json()}{number_type}{cores}"
     path = home / "cache" / f"matrix-speed-{hashlib.sha256(identity.encode('utf-8')).hexdigest()[:12]}.json"
     try:
         return float(json.loads(path.read_bytes())["operations_per_second"])
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # not measured yet, or what is there is not whole
-    with waiting("measuring how fast this machine multiplies (once)"):
+        pass  # not measured yet, or the file is damaged
+    with waiting("measuring the matrix speed of this machine (once)"):
         speed = measure_matrix_speed(2048, 1024, 2816, number_type, repeats=10, summarize=min)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps({"operations_per_second": speed, "number_type": number_type}).encode("utf-8"))
     except OSError:
-        log.warning("%s cannot be written: the speed is measured again the next time", path, exc_info=True)
+        log.warning("%s cannot be written: the speed will be measured again next time", path, exc_info=True)
     return speed
 
 
@@ -221,13 +222,13 @@ def measure_matrix_speed(
     repeats: int = 15,
     summarize: Callable[[list[float]], float] = statistics.median,
 ) -> float:
-    """Operations a second of a layer's product and of its two gradients', one after the other.
+    """Return the operations per second of a layer's product and of the products for its two gradients, in sequence.
 
     Args:
         tokens: rows of the layer's input.
-        width: of the input.
-        height: of the output.
-        summarize: the seconds of all repeats.
+        width: width of the input.
+        height: width of the output.
+        summarize: reduces the seconds of all repeats to one number.
     """
     import torch
 

@@ -1,8 +1,8 @@
-"""What a recipe takes on each device: memory by part, whether it fits, the largest batch, time and money.
+"""Estimate of a recipe on each device: memory by part, whether it fits, the largest batch, time and cost.
 
-An estimate, not a promise: on this machine's kind memory was within a fifth of what was measured, and time within a
-third (docs/estimate.md). A refusal is therefore made from `least_memory`, which no batch and no setting makes smaller.
-Training takes one GPU, and so does the estimate: several GPUs help the engine alone, and are not counted.
+On machines of this kind, the estimated memory was within a fifth of the measured one, and the time within a third
+(docs/estimate.md). A run is therefore refused only by `least`, which no batch and no setting makes smaller. Training
+uses one GPU, and so does the estimate: several GPUs help only the engine, and are not counted.
 """
 
 from bisect import bisect_right
@@ -17,22 +17,22 @@ from trainer.estimate.model_shape import ModelShape
 from trainer.estimate.stages import EnginePart, StageMemory, engine_memory, stage_memory
 from trainer.recipe.sections import Recipe
 
-_LARGEST_BATCH = 1024
-"""More examples at once than anyone wants."""
+_MAX_BATCH = 1024
+"""Largest batch size to consider."""
 
 
 @dataclass(frozen=True)
 class DeviceEstimate:
-    """What a recipe takes on one device.
+    """Estimate of a recipe on one device.
 
     Attributes:
         parts: bytes of training at its peak.
         least: bytes without which no step is possible.
-        engine: bytes of the engine that serves the merged model, with one sequence of the longest that it takes.
-        stages: what each stage takes, training among them.
-        largest_batch: examples at once that fit; 0 where not even one does.
-        seconds: of the optimizer's run.
-        dollars: for them; None where nobody asks for any.
+        engine: bytes of the engine that serves the merged model, with one sequence of maximum length.
+        stages: memory and disk of each stage, including training.
+        largest_batch: largest batch size that fits; 0 if not even one example fits.
+        seconds: time of the optimizer's run.
+        dollars: price of this time; None for a device without a price.
     """
 
     device: ComputeDevice
@@ -46,33 +46,33 @@ class DeviceEstimate:
 
     @property
     def memory(self) -> float:
-        """Of training, bytes."""
+        """Bytes of training at its peak."""
         return sum(self.parts.values())
 
     @property
     def ram(self) -> float:
         """Bytes of main memory that the largest stage needs on a machine with a GPU; 0 without a GPU."""
-        return 0.0 if self.device.cpu else max(one.peak.ram for one in self.stages)
+        return 0.0 if self.device.cpu else max(stage.peak.ram for stage in self.stages)
 
     @property
     def fits(self) -> bool:
-        """Whether training does."""
+        """Whether training fits into the device's memory."""
         return self.memory <= self.device.memory
 
     @property
     def engine_fits(self) -> bool:
-        """Whether the engine does."""
+        """Whether the engine fits into the device's memory."""
         return sum(self.engine.values()) <= self.device.memory
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a recipe takes.
+    """Estimate of a recipe on several devices.
 
     Attributes:
-        trained: weights that are trained.
-        disk: bytes that a run writes, beside the base.
-        devices: those that were asked for.
+        trained: number of trained weights.
+        disk: bytes that a run writes, without the base.
+        devices: estimates for the requested devices.
     """
 
     recipe: Recipe
@@ -84,8 +84,8 @@ class Estimate:
 
     @property
     def here(self) -> DeviceEstimate:
-        """On this machine, which must be one of the devices."""
-        return next(one for one in self.devices if one.device.here)
+        """Estimate for this machine, which must be one of the devices."""
+        return next(estimate for estimate in self.devices if estimate.device.here)
 
 
 def estimate_recipe(
@@ -94,12 +94,12 @@ def estimate_recipe(
     """Return the estimate of a recipe on each device.
 
     Args:
-        served_length: tokens of the longest sequence that an engine takes.
+        served_length: maximum tokens of a sequence in the engine.
     """
-    each = tuple(estimate_device(recipe, shape, workload, device, served_length) for device in devices)
+    estimates = tuple(estimate_device(recipe, shape, workload, device, served_length) for device in devices)
     trained = Training(recipe, shape, devices[0].cpu, devices[0].number_type).trained
-    disk = sum(one.peak.disk for one in each[0].stages)  # the same on every device
-    return Estimate(recipe, shape, workload, trained, disk, each)
+    disk = sum(stage.peak.disk for stage in estimates[0].stages)  # the same on every device
+    return Estimate(recipe, shape, workload, trained, disk, estimates)
 
 
 def estimate_device(
@@ -129,12 +129,12 @@ def memory_on(recipe: Recipe, shape: ModelShape, workload: Workload, device: Com
 def _on_device(
     recipe: Recipe, shape: ModelShape, workload: Workload, device: ComputeDevice
 ) -> tuple[Training, Workload]:
-    """Return the training, and the batches as they go through the model there."""
+    """Return the training, and the batches as they are computed on the device."""
     training = Training(recipe, shape, device.cpu, device.number_type)
     return training, workload if training.shares_prompts else unshared(workload)
 
 
 def _largest_batch(training: Training, workload: Workload, memory: float) -> int:
-    """Return how many examples as long as the longest fit at once; 0 if not even one does."""
-    sizes = range(1, _LARGEST_BATCH + 1)
+    """Return the largest batch size with examples of the longest one's length that fits; 0 if not even one fits."""
+    sizes = range(1, _MAX_BATCH + 1)
     return bisect_right(sizes, memory, key=lambda size: training.peak(with_batch_size(workload, size).largest))

@@ -1,10 +1,10 @@
-"""Memory that training takes at its peak, by part.
+"""Peak memory of training, by part.
 
 Weights, gradients and the optimizer's state are counted as in Rajbhandari et al. 2020 (ZeRO, section 3.1), the
 quantized base as in Dettmers et al. 2023 (QLoRA, section 3: 4 bits, and 0.127 for the scales of scales), checkpointed
-activations as in Korthikanti et al. 2022 (section 5). What a layer keeps for its backward pass was counted in this
-trainer with `torch.autograd.graph.saved_tensors_hooks`: its answers-only head, its LoRA and attention on CPUs, and
-PEFT's layers keep other things than the papers' models.
+activations as in Korthikanti et al. 2022 (section 5). The tensors that a layer saves for its backward pass were counted
+in this trainer with `torch.autograd.graph.saved_tensors_hooks`: its answers-only head, its LoRA and attention on CPUs,
+and PEFT's layers save other tensors than the papers' models.
 """
 
 from dataclasses import dataclass
@@ -19,26 +19,26 @@ from trainer.recipe.sections import AdapterType, Optimizer, Quantization, Recipe
 FLOAT32, BFLOAT16 = 4, 2
 """Bytes of a number."""
 _ADAM = 2 * FLOAT32
-"""Two moments (Kingma and Ba 2015), in the numbers of the trained weights."""
+"""Two moments (Kingma and Ba 2015), in the number type of the trained weights."""
 _NF4 = (4 + 0.127) / 8
 """Bytes of a weight in NF4, with its share of the scales."""
 PROCESS = 0.75e9
-"""Python with torch, transformers, PEFT and TRL, before a model is loaded: 0.69 GB measured, and the command's own."""
+"""Python with torch, transformers, PEFT and TRL, before a model is loaded: 0.69 GB measured, plus the command."""
 _QUANTIZING = 0.16e9
-"""What it leaves in a process, measured with SmolLM2-135M: bitsandbytes, and pages of the file that weights were read
-from, which the kernel takes back when it needs them."""
+"""Memory that remains after quantizing, measured with SmolLM2-135M: bitsandbytes, and pages of the weights' file, which
+the kernel can reclaim."""
 _CUDA = 0.75 * 2**30
-"""The CUDA context and what cuBLAS works in: 0.4 to 0.8 GiB by driver and GPU."""
+"""The CUDA context and cuBLAS's workspace: 0.4 to 0.8 GiB by driver and GPU."""
 _FRAGMENTS_CPU, _FRAGMENTS_GPU = 1.07, 1.1
-"""Times the activations: what the allocator holds and cannot use, and what lives for moments. Measured on a CPU, where
-every batch has another length; on GPUs a tenth is assumed."""
+"""Factors on the activations for fragmentation and short-lived tensors. Measured on a CPU, where every batch has a
+different length; on GPUs a tenth is assumed."""
 _LOGITS_AT_ONCE = 2**26  # as in trainer.training.loss
 _TILE = 4096 * 8192 * 6
 """Bytes of the part of the logits that TRL's head has in memory on a GPU."""
 
 
 class Part(StrEnum):
-    """What memory is taken for."""
+    """Purpose of memory."""
 
     WEIGHTS = "weights"
     QUANTIZED = "quantized base"
@@ -53,10 +53,10 @@ class Part(StrEnum):
 
 @dataclass(frozen=True)
 class Training:
-    """A recipe's training of one model on one kind of device: what memory and time depend on, but for the batches.
+    """Training of one model on one kind of device: everything except the batches that decides memory and time.
 
     Attributes:
-        number_type: in which matrix products are computed.
+        number_type: number type of the matrix products.
     """
 
     recipe: Recipe
@@ -76,13 +76,13 @@ class Training:
 
     @property
     def checkpointing(self) -> bool:
-        """Whether layers are computed twice and keep only their inputs; as trainer.training.arguments chooses it."""
+        """Whether layers are computed twice and save only their inputs; same choice as trainer.training.arguments."""
         asked = self.recipe.train.gradient_checkpointing
         return not self.cpu if asked is None else asked
 
     @property
     def shares_prompts(self) -> bool:
-        """Whether the common beginning of a batch is computed once; see trainer.training.loss."""
+        """Whether the common prefix of a batch is computed once; see trainer.training.loss."""
         train, shape = self.recipe.train, self.shape
         whole_rows = self.checkpointing or train.neftune_alpha is not None or train.packing or shape.experts
         return self.cpu and shape.shares_keys and not whole_rows
@@ -94,13 +94,13 @@ class Training:
 
     @cached_property
     def trained(self) -> int:
-        """How many numbers are trained, as PEFT makes them."""
+        """Number of trained values in PEFT's parameters."""
         shape, rank = self.shape, self.recipe.rank
         layers = shape.target_shapes
         match self.recipe.adapter_type:
             case None:
                 return shape.parameters
-            case AdapterType.VERA:  # a vector of the rank and one of the outputs
+            case AdapterType.VERA:  # a vector over the rank and one over the outputs
                 return sum(rank + outputs for _, outputs in layers)
             case AdapterType.ADALORA:  # two matrices and the singular values between them
                 return sum(self.recipe.initial_rank * (inputs + outputs + 1) for inputs, outputs in layers)
@@ -113,9 +113,9 @@ class Training:
 
     @property
     def paged_bytes(self) -> float:
-        """Bytes of moments that can leave the GPU: those of large parameters, which adapters do not have.
+        """Bytes of moments that can be moved out of the GPU: those of large parameters, which adapters do not have.
 
-        bitsandbytes pages no parameter of fewer than 100,000 weights; one of rank 16 and 4,096 inputs has 65,536.
+        bitsandbytes pages no parameter with fewer than 100,000 weights; one of rank 16 and 4,096 inputs has 65,536.
         """
         optimizer = self.recipe.train.optimizer
         paged = optimizer.is_paged and self.full and not self.cpu
@@ -124,7 +124,7 @@ class Training:
     def memory(self, batch: Batch) -> dict[Part, float]:
         """Return the bytes by part, at the peak of the step with this batch."""
         recipe, shape = self.recipe, self.shape
-        # AdaLoRA's allocator has three means of how much each weight matters.
+        # AdaLoRA's allocator stores three averages of each weight's importance.
         means = 3 * FLOAT32 if recipe.adapter_type is AdapterType.ADALORA else 0
         parts = self._base()
         if not self.full:
@@ -133,7 +133,7 @@ class Training:
         parts[Part.OPTIMIZER] = (moment_bytes(recipe.train.optimizer) + means) * self.trained - self.paged_bytes
         parts[Part.ACTIVATIONS] = self._activations(batch) * (_FRAGMENTS_CPU if self.cpu else _FRAGMENTS_GPU)
         if self.cpu:
-            # Logits, those that the loss makes of them, and their gradient.
+            # Logits, the loss's copy of them, and their gradient.
             parts[Part.LOGITS] = 3 * FLOAT32 * min(_LOGITS_AT_ONCE, batch.answers * shape.vocabulary)
             parts[Part.RUNTIME] = PROCESS + (_QUANTIZING if self.nf4 else 0)
         else:
@@ -146,7 +146,7 @@ class Training:
 
     @property
     def least(self) -> float:
-        """Bytes without which no step is possible, whatever the batch: weights, gradients and the optimizer's state."""
+        """Bytes without which no step is possible with any batch: weights, gradients and the optimizer's state."""
         parts = self.memory(Batch(1, 1, 0, 1))
         needed = (Part.WEIGHTS, Part.QUANTIZED, Part.ADAPTER, Part.GRADIENTS, Part.OPTIMIZER)
         return sum(parts.get(part, 0) for part in needed)
@@ -155,17 +155,17 @@ class Training:
         shape = self.shape
         if self.full:
             parts: dict[Part, float] = {Part.WEIGHTS: FLOAT32 * shape.parameters}
-            if self.number_type is not NumberType.FLOAT32:  # autocast makes them in the forward pass
+            if self.number_type is not NumberType.FLOAT32:  # autocast creates copies in the forward pass
                 parts[Part.COPIES] = self.size * (shape.linear_weights + shape.expert_weights + shape.head)
             return parts
         if not self.nf4:
             return {Part.WEIGHTS: self.size * shape.parameters}
-        # Embeddings, norms and experts stay; a layer's weights are unpacked while it computes.
+        # Embeddings, norms and experts are not quantized; a layer's weights are unpacked while it computes.
         unpacked = shape.parameters - shape.linear_weights + shape.largest_layer
         return {Part.WEIGHTS: self.size * unpacked, Part.QUANTIZED: _NF4 * shape.linear_weights}
 
     def _shared_projections(self) -> int:
-        """Return how many random numbers all VeRA layers share; they are not trained."""
+        """Return the number of untrained random values that all VeRA layers share."""
         layers = self.shape.target_shapes
         if self.recipe.adapter_type is not AdapterType.VERA or not layers:
             return 0
@@ -175,50 +175,50 @@ class Training:
         shape, kind = self.shape, self.recipe.adapter_type
         layer = self._layer_bytes(batch) * batch.computed
         experts = shape.expert_weights if shape.adapts_experts and kind is AdapterType.LORA else 0
-        whole_experts = self.size * experts / shape.layers  # with their update added, which PEFT makes for each pass
+        whole_experts = self.size * experts / shape.layers  # PEFT adds the update to all experts in each pass
         # DoRA adds a layer's update to its weights, in float32, for their norms.
         norms = 3 * FLOAT32 * shape.largest_layer if kind is AdapterType.DORA else 0
         if self.checkpointing:
-            kept = shape.layers * self.size * shape.hidden * batch.computed
-            return kept + norms + 2 * (layer + whole_experts)  # and of the layer that is computed again, its gradients
+            inputs = shape.layers * self.size * shape.hidden * batch.computed
+            return inputs + norms + 2 * (layer + whole_experts)  # twice: with the gradients of the recomputed layer
         return norms + shape.layers * (layer + whole_experts)
 
     def _layer_bytes(self, batch: Batch) -> float:
-        """Return the bytes that a layer keeps for each token."""
+        """Return the bytes that a layer saves for each token."""
         shape, size = self.shape, self.size
         q, kv = shape.queries, shape.keys
-        repeated = batch.rows * batch.length / batch.computed  # keys of a shared beginning are copied for each row
-        norms = (4 if self.full else 2) * FLOAT32 * shape.hidden  # they compute in float32
+        repeated = batch.rows * batch.length / batch.computed  # keys of a shared prefix are copied for each row
+        norms = (4 if self.full else 2) * FLOAT32 * shape.hidden  # norms are computed in float32
         if self.cpu and size == 2 and not self.full and batch.length <= 512:  # trainer.cpu.fused_attention
             attention = size * (2 * q + 2 * kv * repeated + shape.heads * batch.length)
-        else:  # PyTorch's gets keys and values for every query head
+        else:  # PyTorch's attention receives keys and values for every query head
             attention = size * (2 * q + 2 * q * repeated)
         return norms + attention + size * (3 * shape.inner + self._linear_inputs())
 
     def _linear_inputs(self) -> float:
-        """Return how many numbers the linear layers of a block keep for each token, without the feed-forward block."""
+        """Return the number of values that a block's linear layers save per token, without the feed-forward block."""
         recipe, shape = self.recipe, self.shape
         h, q, m = shape.hidden, shape.queries, shape.inner
         layers = len(shape.target_shapes) / shape.layers
-        inputs = sum(one for one, _ in shape.target_shapes) / shape.layers
-        outputs = sum(one for _, one in shape.target_shapes) / shape.layers
+        inputs = sum(width for width, _ in shape.target_shapes) / shape.layers
+        outputs = sum(width for _, width in shape.target_shapes) / shape.layers
         dropout, inner = recipe.adapter.dropout, 2 * recipe.rank * layers
-        # Layers with the same input keep it once; with dropout each keeps its own, and what that was multiplied by.
-        kept_inputs = 2 * inputs if dropout else 2 * h + q + m
+        # Layers with the same input save it once; with dropout each layer saves its own input and the dropout mask.
+        saved_inputs = 2 * inputs if dropout else 2 * h + q + m
         match recipe.adapter_type:
             case None:
                 return 5 * h + m if self.size == 2 else 2 * h + m
-            case AdapterType.VERA:  # it trains vectors alone, so it keeps what comes out of its matrices
+            case AdapterType.VERA:  # only vectors are trained, so the outputs of its matrices are saved
                 return m + outputs + inner
             case AdapterType.ADALORA if self.size == 4:
-                return kept_inputs + recipe.initial_rank * layers
-            case AdapterType.ADALORA:  # under autocast it keeps what comes out, which it divides by the number of ranks
+                return saved_inputs + recipe.initial_rank * layers
+            case AdapterType.ADALORA:  # under autocast its outputs are saved, which it divides by the number of ranks
                 return inputs + outputs + 2 * recipe.initial_rank * layers
-            case AdapterType.DORA:  # it scales what comes out, once with the update and once without
+            case AdapterType.DORA:  # its outputs are scaled, once with the update and once without
                 return inputs + 2 * outputs + inner
         if self.size == 4 or (self.cpu and not self.nf4 and not dropout):
-            return kept_inputs + inner / 2
-        return inputs + inner  # under autocast PEFT casts each layer's input anew
+            return saved_inputs + inner / 2
+        return inputs + inner  # under autocast PEFT casts each layer's input again
 
 
 def number_size(number_type: NumberType) -> int:
@@ -229,7 +229,7 @@ def number_size(number_type: NumberType) -> int:
 def moment_bytes(optimizer: Optimizer) -> float:
     """Return the bytes of a trained weight's two moments.
 
-    In 8 bits they have a scale in float32 for each block of 256. bitsandbytes leaves parameters of fewer than 4,096
-    weights in float32, which are not counted apart.
+    8-bit moments have a scale in float32 for each block of 256. bitsandbytes leaves parameters of fewer than 4,096
+    weights in float32, which are not counted separately.
     """
     return 2 * (1 + FLOAT32 / 256) if optimizer.is_8bit else _ADAM

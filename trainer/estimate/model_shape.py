@@ -1,8 +1,7 @@
-"""How large a base model is, from its config.json alone: the model is built without weights, and its layers are
-counted.
+"""Size of a base model from its config.json alone: the model is built without weights, and its layers are counted.
 
-So every architecture that transformers knows is counted exactly, mixtures too. Of any other one the widths in its
-config are taken for those of a Llama with full attention, and that is said: `notes` tell what is not known.
+So every architecture that transformers knows is counted exactly, including mixtures of experts. For other architectures
+the widths in the config are taken as those of a Llama with full attention; `notes` say what is not known.
 """
 
 from collections.abc import Mapping
@@ -31,21 +30,21 @@ class ModelShape:
     """Layers and widths of a model.
 
     Attributes:
-        architecture: as its config names it.
-        parameters: all weights; those that two layers share count once.
-        hidden: width of what goes from layer to layer.
-        inner: width inside of a feed-forward block that a token passes, of all experts that it passes together.
-        layers: how many.
-        heads, kv_heads, head_width: of attention.
-        vocabulary: tokens.
-        linear: inputs and outputs of each linear layer but the output head, by name.
-        targets: those of them that an adapter changes.
-        experts: shapes [experts, rows, columns] of the parameters that hold all experts of a layer.
-        experts_share: of the experts that a token passes.
-        adapts_experts: whether an adapter changes them too.
-        context: tokens that the model was made for; None where its config does not say.
-        shares_keys: whether every layer attends to all earlier tokens, so that a common beginning can be computed once.
-        notes: what is not known, as sentences.
+        architecture: name in the config.
+        parameters: number of weights; those that two layers share count once.
+        hidden: width of the hidden states between layers.
+        inner: inner width of the feed-forward block for one token; the sum over all experts that the token passes.
+        layers: number of layers.
+        heads, kv_heads, head_width: heads of attention, and their width.
+        vocabulary: number of tokens.
+        linear: inputs and outputs of each linear layer except the output head, by name.
+        targets: names of the linear layers that an adapter changes.
+        experts: shapes [experts, rows, columns] of the parameters that contain all experts of a layer.
+        experts_share: share of the experts that a token passes.
+        adapts_experts: whether an adapter changes the experts too.
+        context: maximum tokens of the model; None if the config does not say.
+        shares_keys: whether every layer attends to all earlier tokens, so that a common prefix can be computed once.
+        notes: unknown facts, as sentences.
     """
 
     architecture: str
@@ -73,17 +72,17 @@ class ModelShape:
 
     @cached_property
     def linear_weights(self) -> int:
-        """Of all linear layers but the head: what NF4 quantizes."""
+        """Weights of all linear layers except the head, which NF4 quantizes."""
         return sum(inputs * outputs for inputs, outputs in self.linear.values())
 
     @cached_property
     def expert_weights(self) -> int:
-        """Of all experts."""
+        """Weights of all experts."""
         return sum(prod(shape) for shape in self.experts)
 
     @property
     def used_weights(self) -> float:
-        """Of the layers that one token is multiplied by, without the head."""
+        """Weights that one token is multiplied with, without the head."""
         return self.linear_weights + self.expert_weights * self.experts_share
 
     @cached_property
@@ -108,14 +107,14 @@ class ModelShape:
 
 
 def read_model_shape(folder: Path, preset: Targets = Targets.ALL_LINEAR) -> ModelShape:
-    """Counts the model of a folder's config.json; no weights are read.
+    """Return the shape of the model in a folder's config.json; no weights are read.
 
     Args:
-        preset: which layers an adapter changes.
+        preset: the layers that an adapter changes.
 
     Raises:
-        BaseModelError: there is no config, or it does not even say how wide the model is.
-        RecipeError: no layer is what the preset asks for.
+        BaseModelError: the config is missing, or lacks even the widths of the model.
+        RecipeError: the model has no layer of the preset.
     """
     config, notes = _read_config(folder)
     try:
@@ -130,7 +129,7 @@ def read_model_shape(folder: Path, preset: Targets = Targets.ALL_LINEAR) -> Mode
 
 
 def _read_config(folder: Path) -> tuple["PreTrainedConfig", tuple[str, ...]]:
-    """The config, and what had to be guessed for it."""
+    """Return the config, and notes on guesses."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -143,14 +142,14 @@ def _read_config(folder: Path) -> tuple["PreTrainedConfig", tuple[str, ...]]:
 
 
 def _as_llama(path: Path, content: dict[str, Any]) -> tuple["PreTrainedConfig", tuple[str, ...]]:
-    """What an unknown architecture would be if it were a Llama: no smaller, unless it has more than one part."""
+    """Return the config of a Llama of the same widths, which is no smaller unless the model has several parts."""
     from transformers import LlamaConfig
 
     text = content.get("text_config")
     widths = content | text if isinstance(text, dict) else content
     if missing := [name for name in _NEEDED if not isinstance(widths.get(name), int)]:
         raise BaseModelError(
-            f"{path} has model_type {content.get('model_type')!r}, which transformers does not know, and does not say "
+            f"{path} has model_type {content.get('model_type')!r}, which transformers does not know, and lacks "
             f"{', '.join(missing)}",
             expected="an architecture that transformers knows",
             todo="choose another base, or update transformers",
@@ -166,11 +165,11 @@ def _as_llama(path: Path, content: dict[str, Any]) -> tuple["PreTrainedConfig", 
 
 
 def count_model(model: "PreTrainedModel", preset: Targets, notes: tuple[str, ...] = ()) -> ModelShape:
-    """Return the shape of a model, whose weights need not be there.
+    """Return the shape of a model, also of one without weights.
 
     Args:
-        preset: which layers an adapter changes.
-        notes: what had to be guessed.
+        preset: the layers that an adapter changes.
+        notes: notes on guesses.
     """
     from trainer.training.loss import keeps_all_keys
 
@@ -180,9 +179,9 @@ def count_model(model: "PreTrainedModel", preset: Targets, notes: tuple[str, ...
     all_linear = ends == ALL_LINEAR
     targets = linear if all_linear else [name for name in linear if any(name.endswith(f".{end}") for end in ends)]
     experts = tuple((shape[0], shape[1], shape[2]) for name in fused_experts(model) if (shape := weights[name].shape))
-    many = max((shape[0] for shape in experts), default=0)
-    used = next((found for name in _USED_EXPERTS if (found := getattr(config, name, None))), many)
-    if many and used == many:
+    total = max((shape[0] for shape in experts), default=0)
+    used = next((value for name in _USED_EXPERTS if (value := getattr(config, name, None))), total)
+    if total and used == total:
         notes += ("the config does not say how many experts a token passes: all are counted",)
     heads = config.num_attention_heads
     return ModelShape(
@@ -198,7 +197,7 @@ def count_model(model: "PreTrainedModel", preset: Targets, notes: tuple[str, ...
         linear=linear,
         targets=tuple(targets),
         experts=experts,
-        experts_share=used / many if many else 1.0,
+        experts_share=used / total if total else 1.0,
         adapts_experts=bool(experts) and all_linear,
         context=getattr(config, "max_position_embeddings", None),
         shares_keys=keeps_all_keys(config),
@@ -212,10 +211,10 @@ def _inner(
     experts: tuple[tuple[int, int, int], ...],
     used: int,
 ) -> int:
-    """The width of a feed-forward block as its layers have it: configs name it in many ways, or not at all."""
+    """Return the inner width of a feed-forward block; from its layers if the config does not name it."""
     own = getattr(config, "intermediate_size", None)
     if experts:
-        # Gate and up stand in one parameter, [experts, 2 x inner, hidden] or the other way round.
+        # Gate and up are one parameter, [experts, 2 x inner, hidden] or with the last two swapped.
         widest = max(max(shape[1:]) for shape in experts)
         return int((getattr(config, "moe_intermediate_size", None) or own or widest) * used)
     return int(own or max((size for shape in linear.values() for size in shape), default=4 * config.hidden_size))

@@ -1,7 +1,7 @@
-"""Whether a run is refused before it begins: only what cannot be, by what no batch makes smaller, stage by stage.
+"""Refusal of runs that cannot fit, before they start: stage by stage, by the memory that no batch makes smaller.
 
-A wrong refusal is worse than none. So what is needed at least is compared with all memory that the machine may ever
-use, not with what is free now.
+A wrong refusal is worse than none. So the minimum need is compared with all memory of the machine, not with the memory
+that is free now.
 """
 
 import shutil
@@ -18,24 +18,24 @@ from trainer.estimate.stages import StageMemory
 from trainer.recipe.stage import Stage
 
 _FEWER_FORMATS = (Format.MERGED, Format.GPTQ, Format.ADAPTER)
-_ANYWAY = "--anyway tries all the same"
+_ANYWAY = "--anyway starts the run nevertheless"
 
 
 def refuse_memory(estimate: Estimate, machine: Machine) -> None:
-    """Raises where training does not fit into memory.
+    """Raise if training does not fit into memory.
 
     Raises:
-        InsufficientMemoryError: by how much, and what to change.
+        InsufficientMemoryError: names the missing memory, and the keys to change.
     """
     here = estimate.here
     whole = float(machine.memory if here.device.cpu or not machine.gpus else machine.gpus[0].memory)
     if here.least > whole:
         changes = advise(estimate.recipe, estimate.shape, estimate.workload, here.device)
-        todo = f"set {as_text(changes)}" if changes else "take a smaller base, or another machine: see `svc estimate`"
+        todo = f"set {as_text(changes)}" if changes else "use a smaller base or another machine: see `svc estimate`"
         raise InsufficientMemoryError(
-            f"weights, gradients and the optimizer's state take {here.least / 1e9:.1f} GB at least, and "
+            f"weights, gradients and the optimizer's state need at least {here.least / 1e9:.1f} GB, but "
             f"{here.device.label} has {whole / 1e9:.1f} GB: {(here.least - whole) / 1e9:.1f} GB too few",
-            expected="room for them, whatever the batch",
+            expected="memory for them, which no smaller batch reduces",
             todo=f"{todo}; {_ANYWAY}",
         )
 
@@ -43,8 +43,8 @@ def refuse_memory(estimate: Estimate, machine: Machine) -> None:
 def refuse_stages(estimate: Estimate, machine: Machine) -> None:
     """Raise if a stage after training does not fit into memory.
 
-    An engine may use several GPUs and main memory too, and parity runs on the CPU where the GPU is too small: what they
-    need of a GPU is compared with all memory of the machine.
+    An engine may use several GPUs and main memory too, and parity runs on the CPU if the GPU is too small: their need
+    of GPU memory is compared with all memory of the machine.
 
     Raises:
         InsufficientMemoryError: names the stage, what is missing, and formats with which every stage fits.
@@ -54,7 +54,7 @@ def refuse_stages(estimate: Estimate, machine: Machine) -> None:
             whole = _all_memory(machine) if stage.least.device else float(machine.memory)
             need = max(stage.least.device, stage.least.ram)
             raise InsufficientMemoryError(
-                f"stage {stage.stage} needs {need / 1e9:.1f} GB at least, and this machine has {whole / 1e9:.1f} GB: "
+                f"stage {stage.stage} needs at least {need / 1e9:.1f} GB, but this machine has {whole / 1e9:.1f} GB: "
                 f"{lack / 1e9:.1f} GB too few",
                 expected="memory for every stage of the run",
                 todo=f"{_other_formats(estimate, machine)}; {_ANYWAY}",
@@ -73,28 +73,28 @@ def _all_memory(machine: Machine) -> float:
 
 
 def _other_formats(estimate: Estimate, machine: Machine) -> str:
-    """Return the one format with which every stage fits, as a change of the recipe."""
+    """Return the only format with which every stage fits, as a change of the recipe."""
     recipe, device = estimate.recipe, estimate.here.device
     for format in _FEWER_FORMATS if recipe.adapter_type else _FEWER_FORMATS[:-1]:
         changed = changed_recipe(recipe, {"formats": [format]})
-        # Stages after training do not depend on the length of a sequence at least.
-        one = estimate_device(changed, estimate.shape, estimate.workload, device, served_length=1)
-        if (format,) != recipe.formats and all(_missing(stage, machine) <= 0 for stage in one.stages):
+        # The minimum of stages after training does not depend on the length of a sequence.
+        alternative = estimate_device(changed, estimate.shape, estimate.workload, device, served_length=1)
+        if (format,) != recipe.formats and all(_missing(stage, machine) <= 0 for stage in alternative.stages):
             return f"set formats=[{format}]"
-    return "take a smaller base, or another machine: see `svc estimate`"
+    return "use a smaller base or another machine: see `svc estimate`"
 
 
 def refuse_disk(estimate: Estimate, home: Path) -> None:
     """Raise if a version does not fit on the disk.
 
     Args:
-        home: on the disk that a run writes to.
+        home: folder on the disk that a run writes to.
 
     Raises:
-        DiskSpaceError: names the stage at which the disk is full, and how much is missing.
+        DiskSpaceError: names the stage that fills the disk, and the missing space.
     """
     if any((home / "runs").glob(f"{estimate.recipe.name}-*")):
-        return  # what an earlier try has written is not written again
+        return  # the outputs of an earlier run are not written again
     folder = next(above for above in (home, *home.absolute().parents) if above.exists())
     stages = estimate.here.stages
     free, written = shutil.disk_usage(folder).free, list(accumulate(stage.least.disk for stage in stages))
@@ -102,7 +102,7 @@ def refuse_disk(estimate: Estimate, home: Path) -> None:
     if need > free:
         stage = stages[bisect_right(written, free)]
         raise DiskSpaceError(
-            f"the run writes {need / 1e9:.1f} GB at least in {home}, {free / 1e9:.1f} GB are free: the disk is full at "
-            f"stage {stage.stage}",
+            f"the run writes at least {need / 1e9:.1f} GB in {home}, but only {free / 1e9:.1f} GB are free: stage "
+            f"{stage.stage} fills the disk",
             todo=f"free {(need - free) / 1e9:.1f} GB or set SVC_HOME to another disk; {_ANYWAY}",
         )

@@ -1,4 +1,4 @@
-"""An estimate for people, and for machines."""
+"""Output of an estimate as tables and as JSON."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -18,47 +18,48 @@ _GB = 1e9
 
 
 def print_estimate(estimate: Estimate) -> None:
-    """Print memory by part and by stage, one line a device, and what to change where it does not fit."""
+    """Print memory by part and by stage, one line per device, and the changes with which the recipe fits."""
     _print_head(estimate)
     output.print(_parts_table(estimate.devices))
     output.print(_stages_table(estimate.devices))
     output.print(_devices_table(estimate.devices))
-    for one in estimate.devices:
-        advice = [] if one.fits else [advice_text(estimate, one.device)]
-        for text in (*advice, *lacking(one)):
-            output.print(f"{one.device.label}: {text}")
-    output.print(f"Disk: {_size(estimate.disk)} beside the base. Time and cost are of training alone, on one GPU.")
+    for on_device in estimate.devices:
+        advice = [] if on_device.fits else [advice_text(estimate, on_device.device)]
+        for text in (*advice, *lacking(on_device)):
+            output.print(f"{on_device.device.label}: {text}")
+    output.print(f"Disk: {_size(estimate.disk)} without the base. Time and cost are those of training, on one GPU.")
 
 
 def print_short(estimate: Estimate) -> None:
-    """Print what `svc train` says before it begins."""
+    """Print the estimate that `svc train` shows before it starts."""
     here = estimate.here
     console.print(
-        f"  estimate: {_size(here.memory)} of memory, {_size(here.device.memory)} are free; training takes about "
+        f"  estimate: {_size(here.memory)} of memory ({_size(here.device.memory)} are free); training takes about "
         f"{_duration(here.seconds)}; {_size(estimate.disk)} on disk",
         soft_wrap=True,
     )
-    advice = [] if here.fits else [f"it may not fit: {advice_text(estimate, here.device)}"]
+    advice = [] if here.fits else [f"training may not fit: {advice_text(estimate, here.device)}"]
     for text in (*advice, *lacking(here)):
         console.print(f"  [yellow]{text}[/yellow]", soft_wrap=True)
 
 
-def lacking(one: DeviceEstimate) -> list[str]:
+def lacking(estimate: DeviceEstimate) -> list[str]:
     """Return a sentence for each stage after training that needs more memory than is free on the device."""
-    free = {"of the GPU": one.device.memory, "of main memory": one.device.memory if one.device.cpu else one.device.ram}
+    device = estimate.device
+    free = {"of the GPU": device.memory, "of main memory": device.memory if device.cpu else device.ram}
     return [
         f"stage {stage.stage} needs about {_size(need)} {where}, {_size(memory)} are free"
-        for stage in one.stages
+        for stage in estimate.stages
         for (where, memory), need in zip(free.items(), (stage.peak.device, stage.peak.ram), strict=True)
         if stage.stage is not Stage.TRAIN and memory is not None and need > memory
     ]
 
 
 def advice_text(estimate: Estimate, device: ComputeDevice) -> str:
-    """What to change so that it fits."""
+    """Return the changes with which the recipe fits, as a sentence."""
     changes = advise(estimate.recipe, estimate.shape, estimate.workload, device)
     if changes is None:
-        return "nothing in the recipe makes it fit: take a smaller base or another device"
+        return "no change of the recipe makes it fit: use a smaller base or another device"
     return f"fits with {as_text(changes)}"
 
 
@@ -74,26 +75,27 @@ def as_json(estimate: Estimate) -> dict[str, Any]:
         },
         "data": {"examples": workload.examples, "tokens": round(workload.tokens), "tokenizer": workload.counted},
         "disk": round(estimate.disk),
-        "devices": [_device_json(estimate, one) for one in estimate.devices],
+        "devices": [_device_json(estimate, on_device) for on_device in estimate.devices],
     }
 
 
-def _device_json(estimate: Estimate, one: DeviceEstimate) -> dict[str, Any]:
+def _device_json(estimate: Estimate, on_device: DeviceEstimate) -> dict[str, Any]:
+    device, dollars = on_device.device, on_device.dollars
     return {
-        "name": one.device.name,
-        "label": one.device.label,
-        "available": round(one.device.memory),
-        "memory": round(one.memory),
-        "parts": _rounded(one.parts),
-        "engine": _rounded(one.engine),
-        "ram": round(one.ram),
-        "stages": [{"stage": stage.stage.value} | _rounded(asdict(stage.peak)) for stage in one.stages],
-        "fits": one.fits,
-        "engine_fits": one.engine_fits,
-        "largest_batch": one.largest_batch,
-        "seconds": round(one.seconds, 1),
-        "dollars": None if one.dollars is None else round(one.dollars, 2),
-        "changes": {} if one.fits else advise(estimate.recipe, estimate.shape, estimate.workload, one.device),
+        "name": device.name,
+        "label": device.label,
+        "available": round(device.memory),
+        "memory": round(on_device.memory),
+        "parts": _rounded(on_device.parts),
+        "engine": _rounded(on_device.engine),
+        "ram": round(on_device.ram),
+        "stages": [{"stage": stage.stage.value} | _rounded(asdict(stage.peak)) for stage in on_device.stages],
+        "fits": on_device.fits,
+        "engine_fits": on_device.engine_fits,
+        "largest_batch": on_device.largest_batch,
+        "seconds": round(on_device.seconds, 1),
+        "dollars": None if dollars is None else round(dollars, 2),
+        "changes": {} if on_device.fits else advise(estimate.recipe, estimate.shape, estimate.workload, device),
     }
 
 
@@ -104,13 +106,13 @@ def _rounded(figures: Mapping[Any, float]) -> dict[str, int]:
 def _print_head(estimate: Estimate) -> None:
     shape, workload, recipe = estimate.shape, estimate.workload, estimate.recipe
     kind = recipe.adapter_type.value if recipe.adapter_type else recipe.method.value
-    quantized = f" beside {recipe.base_quantization}" if recipe.base_quantization else ""
+    quantized = f" on {recipe.base_quantization}" if recipe.base_quantization else ""
     output.print(
         f"{recipe.base}: {shape.parameters:,} parameters ({shape.architecture}); {kind}{quantized} trains "
         f"{estimate.trained:,}"
     )
-    counted = "counted by its tokenizer" if workload.counted else "at 4.2 characters each: no tokenizer is at hand"
-    output.print(f"{workload.examples:,} examples, {workload.tokens:,.0f} tokens an epoch, {counted}")
+    counted = "counted by its tokenizer" if workload.counted else "at 4.2 characters each: the base has no tokenizer"
+    output.print(f"{workload.examples:,} examples, {workload.tokens:,.0f} tokens per epoch, {counted}")
     for note in shape.notes:
         output.print(f"[yellow]{note}[/yellow]")
 
@@ -128,7 +130,7 @@ def _parts_table(devices: Sequence[DeviceEstimate]) -> Table:
 
 
 def _stages_table(devices: Sequence[DeviceEstimate]) -> Table:
-    """Return a table with a row for each stage; for a GPU as its memory plus main memory, GB."""
+    """Return a table with a row for each stage, in GB; for a GPU its memory plus main memory."""
     titles = [one.device.label if one.device.cpu else f"{one.device.label} + RAM" for one in devices]
     table = Table("stage, GB", *(Column(title, justify="right") for title in (*titles, "disk")), box=None)
     for of_stage in zip(*(one.stages for one in devices), strict=True):

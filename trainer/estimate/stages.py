@@ -1,9 +1,9 @@
-"""Memory and disk that each stage of a run takes, before the run.
+"""Estimate of memory and disk of each stage, before a run.
 
-The stages run one after the other, and each frees its memory before the next starts, so a run needs the largest of
-them and not their sum; what they write stays, so disk is their sum. Figures are peaks of resident memory, with mapped
-pages of files. Formulas are arithmetic where nothing else is said; their constants were measured with
-`benchmarks.stage_memory` on a CPU (docs/estimate.md). Nothing was measured on a GPU.
+The stages run in sequence, and each frees its memory before the next starts, so a run needs the memory of its largest
+stage; their outputs are kept, so disk space adds up. Figures are peaks of resident memory, including mapped pages of
+files. Formulas are arithmetic unless stated otherwise; their constants were measured with `benchmarks.stage_memory` on
+a CPU (docs/estimate.md). Nothing was measured on a GPU.
 """
 
 from dataclasses import dataclass
@@ -20,20 +20,20 @@ from trainer.export.gptq import calibration_type
 from trainer.recipe.stage import Stage, choose_stages
 
 _GPTQ_BYTES, _GROUP_BYTES = 0.5, 2.5
-"""Of a weight in GPTQ, and of a group's scale in float16 and zero in 4 bits."""
+"""Bytes of a weight in GPTQ, and of a group's scale in float16 and zero in 4 bits."""
 _GPTQMODEL = 1.0e9
-"""The process in which gptqmodel works, without a model."""
+"""Bytes of gptqmodel's process without a model."""
 _MATRIX_COPIES, _HESSIAN_COPIES, _HIDDEN_COPIES = 3, 2, 3
-"""Of the matrix that is rounded, of its Hessian, and of what flows between layers for all calibration tokens."""
+"""Copies of the matrix that is rounded, of its Hessian, and of the hidden states of all calibration tokens."""
 _COMPARED_COPIES = 12
-"""Of a layer in float32 while its merged weights are compared with base plus adapter (trainer.parity.adapter)."""
+"""Float32 copies of a layer while its merged weights are compared with base plus adapter (trainer.parity.adapter)."""
 _PARITY_ROOM = 1.2, 2 * 2**30
-"""A model is scored on a GPU if this multiple of its weights and these bytes are free there; as
+"""A model is scored on a GPU if this multiple of its weights plus these bytes are free there; the same rule as in
 `trainer.parity.scores.choose_device`."""
 
 
 class EnginePart(StrEnum):
-    """What the engine takes memory for."""
+    """Purpose of the engine's memory."""
 
     WEIGHTS = "weights"
     KEYS = "keys and values"
@@ -42,7 +42,7 @@ class EnginePart(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Bytes of GPU memory, of main memory, and of disk."""
+    """Required bytes of GPU memory, main memory and disk."""
 
     device: float = 0.0
     ram: float = 0.0
@@ -51,11 +51,11 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class StageMemory:
-    """What one stage takes.
+    """Memory and disk of one stage.
 
     Attributes:
-        peak: at its peak; of disk, what it writes.
-        least: without which it cannot run, whatever the batch: a stage is refused by this alone.
+        peak: need at its peak; of disk, the bytes that it writes.
+        least: minimum without which it cannot run with any batch; only this leads to a refusal.
     """
 
     stage: Stage
@@ -66,11 +66,11 @@ class StageMemory:
 def stage_memory(
     training: Training, workload: Workload, device: ComputeDevice, served_length: int
 ) -> tuple[StageMemory, ...]:
-    """Return what each stage takes that the recipe needs, in their order; judging and registering take next to nothing.
+    """Return the needs of the recipe's stages, in their order; judging and registering need almost nothing.
 
     Args:
-        workload: the batches that are trained on.
-        served_length: tokens of the longest sequence that an engine takes.
+        workload: the batches of the training.
+        served_length: maximum tokens of a sequence in the engine.
     """
     recipe, shape = training.recipe, training.shape
     needs = []
@@ -102,9 +102,9 @@ def gptq_bytes(group_size: int, shape: ModelShape) -> float:
 
 
 def engine_memory(shape: ModelShape, number_type: NumberType, served_length: int) -> dict[EnginePart, float]:
-    """Return the memory of an engine with the merged weights, as svc.engine.vllm.headroom counts it before a start.
+    """Return the memory of an engine with the merged weights, counted as in svc.engine.vllm.headroom before a start.
 
-    Keys and values are those of the longest sequence that the engine takes.
+    Keys and values are those of one sequence of maximum length.
     """
     size, length = number_size(number_type), min(served_length, shape.context or served_length)
     return {
@@ -115,9 +115,9 @@ def engine_memory(shape: ModelShape, number_type: NumberType, served_length: int
 
 
 def _train(training: Training, workload: Workload) -> tuple[Need, Need]:
-    """The parts of `trainer.estimate.memory`. A GPU gets the model from main memory, which holds it whole.
+    """Return the sum of `trainer.estimate.memory`; a GPU loads the model from main memory, which contains all of it.
 
-    All checkpoints that lie on the disk together have weights in float32 and two moments.
+    Each of the checkpoints on the disk contains weights in float32 and two moments.
     """
     recipe, shape = training.recipe, training.shape
     kept = recipe.checkpoints.keep + 1 + recipe.stopping.keep_best
@@ -132,22 +132,22 @@ def _train(training: Training, workload: Workload) -> tuple[Need, Need]:
 
 
 def _merge(training: Training) -> tuple[Need, Need]:
-    """Two copies in bf16 of the largest tensor, or four in float32 of the largest adapted one.
+    """Return the memory of two copies in bf16 of the largest tensor, or four in float32 of the largest adapted one.
 
-    After full fine-tuning the base and what was trained are compared: a layer of each, mapped and read, their
-    difference, and where they differ.
+    After full fine-tuning the base and the trained model are compared: a layer of each, mapped and read, their
+    difference, and the mask of differences.
     """
     largest = _largest_layer(training)
     if training.full:
         return Need(ram=PROCESS + 6 * BFLOAT16 * largest), Need()
     written = BFLOAT16 * training.shape.parameters
     working = max(2 * BFLOAT16 * _largest_tensor(training.shape), 4 * FLOAT32 * largest)
-    least = 2 * FLOAT32 * largest  # the sum, and what it is made of
+    least = 2 * FLOAT32 * largest  # the sum, and a summand
     return Need(ram=PROCESS + _adapter(training) + working, disk=written), Need(ram=least, disk=written)
 
 
 def _engine(training: Training, weights: float, served_length: int) -> tuple[Need, Need]:
-    """An engine, a process of its own, with the keys and values of one sequence."""
+    """Return the needs of an engine, in its own process, with the keys and values of one sequence."""
     parts = engine_memory(training.shape, training.number_type, served_length) | {EnginePart.WEIGHTS: weights}
     size = sum(parts.values())
     peak = Need(ram=PROCESS + size) if training.cpu else Need(device=size, ram=PROCESS + weights + ENGINE_OVERHEAD)
@@ -156,12 +156,12 @@ def _engine(training: Training, weights: float, served_length: int) -> tuple[Nee
 
 
 def _quantize(training: Training, example_tokens: float) -> tuple[Need, Need]:
-    """One layer of the model, and GPTQ's work on its largest matrix, in a process of its own.
+    """Return the needs of one layer of the model and of GPTQ's work on its largest matrix, in a separate process.
 
-    gptqmodel reads a layer from the merged model's files when its turn comes, and writes the finished one to the
-    disk (`offload_to_disk`), from where the model's files are put together: so the disk has it twice. The input
-    embeddings are in memory whole, an output head of its own is not. Of the matrix, GPTQ has copies in float32; of the
-    squared inputs (the Hessian), itself and its inverse. Fitted to docs/estimate.md's measurements.
+    gptqmodel reads each layer from the merged model's files in turn, and writes the finished layer to the disk
+    (`offload_to_disk`), from which the model's files are written: so the disk has every layer twice. The input
+    embeddings are completely in memory, an untied output head is not. GPTQ has float32 copies of the matrix, and the
+    squared inputs (the Hessian) with their inverse. Fitted to docs/estimate.md's measurements.
     """
     recipe, shape = training.recipe, training.shape
     size = number_size(calibration_type(training.number_type))
@@ -179,10 +179,10 @@ def _quantize(training: Training, example_tokens: float) -> tuple[Need, Need]:
 
 
 def _parity(training: Training, memory: float) -> tuple[Need, Need]:
-    """One copy of the model with the adapter, and copies in float32 of a layer whose weights are compared.
+    """Return the needs of one copy of the model with the adapter, and float32 copies of a layer under comparison.
 
-    On the GPU if that fits, else on the CPU. There, weights in bfloat16 are mapped pages of the files, which the system
-    can take back: slow to read again, but no reason to refuse.
+    They are on the GPU if they fit, else on the CPU. There, weights in bfloat16 are mapped pages of the files, which
+    the system can reclaim: reading them again is slow, but no reason for a refusal.
     """
     number_type = calibration_type(training.number_type)
     weights = number_size(number_type) * training.shape.parameters
@@ -197,7 +197,7 @@ def _parity(training: Training, memory: float) -> tuple[Need, Need]:
 
 
 def _computed(training: Training, size: float, ram: float = 0.0, disk: float = 0.0) -> Need:
-    """Return what the device needs that computes; if it is a GPU, with what is needed of main memory as well."""
+    """Return the need of the device that computes; for a GPU with the need of main memory as well."""
     return Need(ram=size, disk=disk) if training.cpu else Need(device=size, ram=ram, disk=disk)
 
 

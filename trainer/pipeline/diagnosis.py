@@ -1,4 +1,4 @@
-"""A run's numbers, gathered from its stages, for its diagnosis."""
+"""Collects the numbers of a run's stages for its diagnosis."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -22,15 +22,15 @@ def diagnose_training(
     qualified: Mapping[Format, Qualified],
     general_change: Interval | None = None,
 ) -> tuple[Finding, ...]:
-    """What is wrong with a training.
+    """Return the faults that a training shows.
 
     Args:
-        curve: of the training.
-        qualified: the formats that can be served; the merged one is what was trained.
-        general_change: of the score on general tasks, by the training.
+        curve: loss curve of the training.
+        qualified: the formats that can be served; the merged format is the trained model.
+        general_change: change of the score on general tasks by the training.
     """
     data, merged = recipe.data, qualified.get(Format.MERGED)
-    judged = examples.heldout[: len(merged.results)] if merged else examples.heldout
+    evaluated = examples.heldout[: len(merged.results)] if merged else examples.heldout
     return diagnose(
         TrainingRun(
             settings=TrainingSettings(
@@ -49,17 +49,17 @@ def diagnose_training(
             train_examples=len(examples.train),
             contradictions=count_contradictions(examples.train),
             evaluation=merged.evaluation if merged else None,
-            cut_off={format.value: one.evaluation.cut_off for format, one in qualified.items()},
+            cut_off={format.value: served.evaluation.cut_off for format, served in qualified.items()},
             results=merged.results if merged else (),
-            answers=[example.answer for example in judged],
-            learns_one_turn=all(len(example.learnt) == 1 for example in judged),
+            answers=[example.answer for example in evaluated],
+            learns_one_turn=all(len(example.learnt) == 1 for example in evaluated),
             general_change=general_change,
         )
     )
 
 
 def count_contradictions(examples: Sequence[ChatExample]) -> int:
-    """Examples whose prompt and tools stand among them with another answer too."""
+    """Return the number of examples whose prompt and tools also occur with a different answer."""
     answers: dict[object, set[str]] = defaultdict(set)
     keys = [(normal_prompt(example), example.tools) for example in examples]
     for key, example in zip(keys, examples, strict=True):

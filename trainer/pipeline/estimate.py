@@ -1,4 +1,4 @@
-"""What a recipe takes: from its file and its examples to figures, to a refusal, and beside what training took."""
+"""Memory and time of a recipe: the estimate, the refusal of a run that cannot fit, the comparison with training."""
 
 from dataclasses import replace
 
@@ -19,12 +19,12 @@ from trainer.training.summary import TrainingSummary
 
 
 def estimate_devices(recipe: Recipe, examples: Examples, settings: Settings, names: tuple[str, ...] = ()) -> Estimate:
-    """What a recipe takes on these devices; on all where none is named.
+    """Return the estimate of a recipe on the named devices, or on all if no name is given.
 
     Raises:
         SvcError: a name, the base's config or an example is wrong.
     """
-    devices = choose_devices(names, settings.home)  # a wrong name is told before anything is read
+    devices = choose_devices(names, settings.home)  # first, so that a wrong name fails before anything is read
     folder = find_config(recipe.base, settings)
     shape = read_model_shape(folder, recipe.adapter.targets)
     workload = read_workload(examples.train, recipe, folder)
@@ -34,44 +34,44 @@ def estimate_devices(recipe: Recipe, examples: Examples, settings: Settings, nam
 def estimate_here(
     recipe: Recipe, examples: Examples, settings: Settings, *, anyway: bool, makes_version: bool = True
 ) -> DeviceEstimate | None:
-    """Says what training will take here, and refuses what cannot be; None where the base's config is not understood.
+    """Print and return the estimate for this machine; None if the base's config is not understood.
 
     Args:
-        anyway: refuses nothing.
-        makes_version: merged and quantized models are written too; else adapters alone.
+        anyway: do not raise if the run cannot fit.
+        makes_version: merged and quantized models are written too, not only adapters.
 
     Raises:
-        InsufficientMemoryError: it cannot fit.
-        DiskSpaceError: there is no room for the version.
+        InsufficientMemoryError: the run cannot fit into memory.
+        DiskSpaceError: the version does not fit on the disk.
     """
     try:
-        made = estimate_devices(recipe, examples, settings, (HERE,))
-    except SvcError as error:  # what is wrong with base or data, training says itself
+        estimate = estimate_devices(recipe, examples, settings, (HERE,))
+    except SvcError as error:  # training itself reports faults of base and data
         console.print(f"  [dim]no estimate: {error.wrong}[/dim]")
         return None
-    print_short(made)
+    print_short(estimate)
     if not anyway:
         machine = read_machine(gpus=True)
-        refuse_memory(made, machine)
+        refuse_memory(estimate, machine)
         if makes_version:
-            refuse_stages(made, machine)
-            refuse_disk(made, settings.home)
-    return made.here
+            refuse_stages(estimate, machine)
+            refuse_disk(estimate, settings.home)
+    return estimate.here
 
 
 def compare_with_real(expected: DeviceEstimate, summary: TrainingSummary) -> TrainingSummary:
-    """Says both, and returns the summary with what was estimated."""
+    """Print measured and estimated figures; return the summary with the estimates added."""
     compared = replace(summary, estimated_memory=expected.memory, estimated_seconds=expected.seconds)
     if summary.peak_memory is not None:
         console.print(
-            f"  memory: {summary.peak_memory / 1e9:.2f} GB, {expected.memory / 1e9:.2f} were estimated; "
-            f"time: {summary.seconds:.0f} s, {expected.seconds:.0f} were estimated"
+            f"  memory: {summary.peak_memory / 1e9:.2f} GB (estimated {expected.memory / 1e9:.2f}); "
+            f"time: {summary.seconds:.0f} s (estimated {expected.seconds:.0f})"
         )
     return compared
 
 
 def estimate_metrics(summary: TrainingSummary) -> dict[str, float]:
-    """For the tracking server: estimated, real, and their ratios where both are known."""
+    """Return estimated and measured figures for the tracking server, as far as they are known."""
     figures = {
         "estimate.memory": summary.estimated_memory,
         "estimate.memory_real": summary.peak_memory,

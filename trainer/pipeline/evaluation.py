@@ -1,6 +1,6 @@
-"""The models of a run on the engine: base, merged and GPTQ are asked the held-out examples, and their answers judged.
+"""Evaluation of a run's models (base, merged, GPTQ) on the engine, with the held-out examples.
 
-Answers are judged by the metrics that the recipe names now, whenever they were given.
+Answers are scored by the metrics that the recipe names now, also if they were generated earlier.
 """
 
 import asyncio
@@ -45,7 +45,7 @@ class Evaluated(BaseModel):
 
     Attributes:
         base_results: the answers behind the report.
-        base_general: to the general questions; none where none were asked.
+        base_general: the base's answers to the general questions; empty if none were asked.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -61,13 +61,13 @@ class RunEvaluation:
     """Evaluates the models of one run.
 
     Args:
-        capabilities: of this device.
+        capabilities: capabilities of this device.
         heldout: all examples; `options.limit` of them are asked.
-        questions: general ones; None where none are asked.
-        formats: that the recipe asks for.
-        name: of the model in requests.
-        template_kwargs: what the base's chat template is given: the base is asked as its versions are.
-        launch: makes engines; default: vLLM processes on this machine.
+        questions: general questions; None if none are asked.
+        formats: formats that the recipe asks for.
+        name: name of the model in requests.
+        template_kwargs: arguments of the chat template, the same for the base as for its versions.
+        launch: creates engines; default: vLLM processes on this machine.
     """
 
     settings: Settings
@@ -85,32 +85,32 @@ class RunEvaluation:
 
     @cached_property
     def tokenized(self) -> list[TokenizedExample]:
-        """The held-out examples as they are trained on."""
+        """The held-out examples, tokenized as in training."""
         return tokenize_as_trained(self.base.folder, self.heldout, self.template_kwargs)
 
     @property
     def compared(self) -> list[TokenizedExample]:
-        """Those that are compared token by token."""
+        """The examples that are compared token by token."""
         return choose_examples(self.tokenized[: self.options.limit])
 
     @property
     def context(self) -> int:
-        """Tokens of a prompt with its answer that an engine here accepts."""
+        """Maximum number of tokens of a prompt with its answer on this machine's engine."""
         longest = self.settings.engine.max_model_len
         return min(longest, read_model_facts(self.base.folder).context or longest)
 
     @cached_property
     def metrics(self) -> Sequence[Metric]:
-        """Chosen by all held-out examples, as later where they are asked again.
+        """Metrics, chosen from all held-out examples, as in later evaluations of the version.
 
         Raises:
-            RecipeError: the recipe names a metric that does not exist, or that cannot judge them.
+            RecipeError: the recipe names a metric that does not exist or cannot score these examples.
         """
         return choose_metrics(self.heldout, self.options.metric_options)
 
     @cached_property
     def forgetting(self) -> ForgettingTest | None:
-        """None where no general questions are asked: by the recipe, or since the base is not judged either."""
+        """None if no general questions are asked: by the recipe, or because the base is not evaluated either."""
         if self.questions is None or Format.MERGED not in self.formats:
             return None
         tokenized = tokenize_as_trained(self.base.folder, self.questions.examples, self.template_kwargs)
@@ -118,22 +118,22 @@ class RunEvaluation:
 
     @property
     def evaluated(self) -> Evaluated | None:
-        """The result of the stage `evaluate`; None where base and merged model are not asked for."""
+        """Result of the stage `evaluate`; None if the recipe does not ask for the merged format."""
         return self.run.load(Stage.EVALUATE, Evaluated) if Format.MERGED in self.formats else None
 
     @property
     def qualified(self) -> dict[Format, Qualified]:
         """The formats that can be served."""
-        found = {Format.MERGED: self.evaluated.merged} if self.evaluated else {}
+        qualified = {Format.MERGED: self.evaluated.merged} if self.evaluated else {}
         if Format.GPTQ in self.formats:
-            found[Format.GPTQ] = self.run.load(Stage.QUALIFY, Qualified)
-        return found
+            qualified[Format.GPTQ] = self.run.load(Stage.QUALIFY, Qualified)
+        return qualified
 
     def check(self) -> None:
-        """Check before training that everything can be asked and judged.
+        """Check before training that every example can be asked and scored.
 
         Raises:
-            SvcError: an example does not fit into the engine, or a metric cannot judge.
+            SvcError: an example does not fit into the engine, or a metric cannot score the references.
         """
         check_served_length(self.tokenized, self.context, "held-out", room=self.options.max_tokens or 0)
         if self.forgetting:
@@ -141,13 +141,13 @@ class RunEvaluation:
         try_on_references(self.metrics, self.heldout[: self.options.limit])
 
     def evaluate(self) -> Evaluated:
-        """Evaluate base and merged model; a base that was asked the same before is not asked again."""
+        """Evaluate base and merged model; a base with stored answers to the same examples is not asked again."""
         base, merged, test = self.base, self.run.merged, self.forgetting
         general = test.prepare(base.revision, base.folder) if test else None
         qualifier, cache = self._qualifier(general), self._cache(base.revision, base.folder)
         known, known_general = cache.find(qualifier.judged, qualifier.limits), general.of_base if general else ()
         if known and known_general is not None:
-            console.print("  base: judged before on these examples")
+            console.print("  base: already evaluated on these examples")
             answers = BaseAnswers(judge(qualifier.judged, known, seconds=0.0), known_general)
             qualified = asyncio.run(qualifier.alone(merged, "merged", general=True))
         else:
@@ -163,18 +163,19 @@ class RunEvaluation:
         return asyncio.run(self._qualifier().alone(self.run.gptq, "gptq"))
 
     def keep_merged(self, revision: str, folder: Path, merged: Qualified) -> None:
-        """Store the answers of a registered merged model, for a version that it is the base of."""
+        """Store the answers of a registered merged model, for versions that use it as their base."""
         self._keep(revision, folder, merged.results, merged.general)
 
-    def judge_format(self, found: Qualified) -> Qualified:
-        """Return a format judged again by the metrics; its answers are those that were measured."""
-        judged = judge(self.heldout[: len(found.results)], found.results, found.evaluation.seconds, self.metrics)
-        return found.model_copy(update={"evaluation": judged.report, "results": judged.results})
+    def judge_format(self, measured: Qualified) -> Qualified:
+        """Return a format with its stored answers scored again by the metrics."""
+        results = measured.results
+        evaluation = judge(self.heldout[: len(results)], results, measured.evaluation.seconds, self.metrics)
+        return measured.model_copy(update={"evaluation": evaluation.report, "results": evaluation.results})
 
-    def judge_base(self, found: Evaluated) -> Evaluation:
-        """Return the base's report and results, judged again by the metrics."""
-        results = found.base_results
-        return judge(self.heldout[: len(results)], results, found.base.seconds, self.metrics)
+    def judge_base(self, evaluated: Evaluated) -> Evaluation:
+        """Return the base's report and results, scored again by the metrics."""
+        results = evaluated.base_results
+        return judge(self.heldout[: len(results)], results, evaluated.base.seconds, self.metrics)
 
     def _keep(
         self, revision: str, model: Path, results: Sequence[ExampleResult], general: Sequence[ExampleResult]
@@ -184,7 +185,7 @@ class RunEvaluation:
             self.forgetting.keep(revision, model, general)
 
     def _cache(self, revision: str, model: Path) -> EvaluationCache:
-        """Return the answers that a model has given before, on an engine as it is started now."""
+        """Return the stored answers of a model on an engine with the present settings."""
         kwargs = self.template_kwargs
         return evaluation_cache(self.settings, self.capabilities, revision, model, template_kwargs=kwargs)
 

@@ -1,4 +1,4 @@
-"""Where answers are kept that no model needs to be asked for again: one place for training and for comparing."""
+"""Cache of models' answers, shared by training and comparison, so that no model is asked twice."""
 
 import json
 from pathlib import Path
@@ -18,12 +18,12 @@ def evaluation_cache(
     *,
     template_kwargs: TemplateKwargs,
 ) -> EvaluationCache:
-    """What a model has answered before, on an engine as it is started now.
+    """Return the cache of a model's answers on an engine with the present settings.
 
     Args:
-        revision: names the model's content.
-        model: its folder.
-        template_kwargs: what its chat template is given.
+        revision: identifies the model's content.
+        model: folder of the model.
+        template_kwargs: arguments of its chat template.
     """
     facts = engine_facts(settings.engine, capabilities, model)
     arguments = " ".join(settings.engine.args)

@@ -1,4 +1,4 @@
-"""The engine that a run's models are asked on: as the server's, but with no more memory than an evaluation uses."""
+"""The engine for a run's evaluations: as the server's, but with no more memory than an evaluation uses."""
 
 from pathlib import Path
 
@@ -24,18 +24,18 @@ def evaluation_engine(
     name: str,
     template_kwargs: TemplateKwargs,
 ) -> EngineProcess:
-    """A vLLM process on this machine, not started.
+    """Return a vLLM process on this machine, not started.
 
     Args:
-        model: folder that it serves.
-        run: the run's folder, where it keeps its state and its log.
-        name: of the model in requests.
-        template_kwargs: what its chat template is given.
+        model: folder of the model to serve.
+        run: the run's folder, for the engine's state and log.
+        name: name of the model in requests.
+        template_kwargs: arguments of its chat template.
     """
     home, engine = settings.home, settings.engine
-    # No more keys and values than an evaluation uses: to fill 3 GiB with zeros takes 4 s of each start.
+    # No larger KV cache than an evaluation uses: filling 3 GiB with zeros takes 4 s of each start.
     sequences = min(engine.max_concurrency, CONCURRENCY)
-    # vLLM makes logits of all tokens of a step that are scored, and does not budget the memory for them.
+    # vLLM computes logits for all scored tokens of a step, and does not budget the memory for them.
     scored = [] if given(engine.args, "--max-num-batched-tokens") is not None else [_SCORED_AT_ONCE]
     spec = EngineSpec(
         model=model,

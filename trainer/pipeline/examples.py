@@ -1,4 +1,4 @@
-"""The examples of a run: what is trained on, and what the version is judged by."""
+"""The examples of a run: those for training and those for evaluation."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -19,21 +19,21 @@ from svc.terminal import console
 from trainer.recipe.sections import Data, Evaluate, Recipe
 
 _MANY_HELD = 2.0
-"""Times the share that was asked for, from which on it is told."""
+"""Multiple of `data.heldout_share` above which a warning is printed."""
 _FEW = 20
-"""Examples that chance may hold out beyond it."""
+"""Examples that chance may hold out beyond the share."""
 
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """What is trained on and judged by, and their fingerprints.
+    """Examples for training and for evaluation, with their fingerprints.
 
     Attributes:
         train: the task's examples, then the general ones.
-        heldout: those that are asked come first.
-        given: the task's examples as the files have them, before any was held out or left out.
-        general: how many of `train`, at its end, are general.
-        questions: general ones, which none of `train` is; None where none are asked.
+        heldout: held-out examples; those that are asked come first.
+        given: the task's examples in the files, before any was held out or left out.
+        general: number of general examples at the end of `train`.
+        questions: general questions, of which `train` contains none; None if none are asked.
     """
 
     train: tuple[ChatExample, ...]
@@ -52,15 +52,15 @@ def read_run_examples(
     bad_lines: BadLines | None = None,
     learnt: PromptHashes = NO_PROMPTS,
 ) -> Examples:
-    """Reads a recipe's data.
+    """Load a recipe's data.
 
     Args:
         cache: folder for datasets of the hub.
-        bad_lines: takes lines that cannot be trained on, leaks among them; without it the first one stops the run.
+        bad_lines: collects lines that cannot be trained on, including leaks; without it, the first such line raises.
         learnt: prompts that earlier versions of the recipe's name were trained on.
 
     Raises:
-        DataError: a file that cannot be trained on; names file and line.
+        DataError: a file cannot be trained on; names file and line.
     """
     data = recipe.data
     read = partial(read_examples, cache=cache, bad_lines=bad_lines)
@@ -68,7 +68,7 @@ def read_run_examples(
     readable = read(data.train, minimum=2 if heldout else 3, kept_back=heldout if bad_lines else ())
     given = (*readable, *heldout)
     if heldout:
-        _tell_learnt(recipe.name, heldout, learnt)
+        _warn_learnt(recipe.name, heldout, learnt)
     else:
         readable, heldout = _split(recipe, readable, learnt)
     if recipe.evaluate.limit:
@@ -85,21 +85,21 @@ def read_run_examples(
     train = _leave_out(train, questions)
     kept_back = (*heldout, *(questions.examples if questions else ()))
     general = mix_general(train, read(data.general), kept_back, data.general_share, data.seed) if data.general else []
-    whole = (*train, *general)
-    prints = fingerprint(whole), fingerprint(heldout)
-    return Examples(whole, tuple(heldout), *prints, given, len(general), questions)
+    mixed = (*train, *general)
+    prints = fingerprint(mixed), fingerprint(heldout)
+    return Examples(mixed, tuple(heldout), *prints, given, len(general), questions)
 
 
 def _questions(evaluate: Evaluate) -> GeneralSet | None:
-    """The general questions that a recipe asks."""
+    """Return the general questions that a recipe asks."""
     if evaluate.general is False:
         return None
-    whole = shipped_general_set() if evaluate.general is True else read_general_set(evaluate.general)
-    return whole.first(evaluate.general_limit)
+    questions = shipped_general_set() if evaluate.general is True else read_general_set(evaluate.general)
+    return questions.first(evaluate.general_limit)
 
 
 def _leave_out(train: list[ChatExample], questions: GeneralSet | None) -> list[ChatExample]:
-    """The training examples but those that ask a general question; says how many.
+    """Return the training examples without those that ask a general question; print the number left out.
 
     Raises:
         DataError: fewer than two are left.
@@ -117,30 +117,30 @@ def _leave_out(train: list[ChatExample], questions: GeneralSet | None) -> list[C
             expected="at least 2 others",
             todo="set evaluate.general to false, or to a file with other questions",
         )
-    return [example for place, example in enumerate(train) if place not in asked]
+    return [example for index, example in enumerate(train) if index not in asked]
 
 
 def _split(
     recipe: Recipe, examples: list[ChatExample], learnt: PromptHashes
 ) -> tuple[list[ChatExample], list[ChatExample]]:
-    """Examples to train on, and to hold out; those that are not held out since they were learnt before are told."""
+    """Return the examples to train on and those to hold out; warn about examples that earlier versions learnt."""
     share, count = recipe.data.heldout_share, len(examples)
     split = split_heldout(examples, share, recipe.data.seed, learnt)
     if len(split.heldout) > max(_MANY_HELD * share * count, share * count + _FEW):
         console.print(
-            f"[yellow]{len(split.heldout)} of {count} examples are held out at data.heldout_share {share:g}: near "
-            "duplicates stay together. Lower it, or drop near duplicates[/yellow]"
+            f"[yellow]{len(split.heldout)} of {count} examples are held out, more than data.heldout_share {share:g}, "
+            "because near duplicates stay together. Lower the share, or drop near duplicates[/yellow]"
         )
     if split.learnt_before:
         console.print(
-            f"[yellow]{split.learnt_before} examples are trained on that would be held out: an earlier version of "
+            f"[yellow]{split.learnt_before} examples are trained on instead of held out: an earlier version of "
             f"{recipe.name} has learnt them, or nearly the same. {len(split.heldout)} are held out[/yellow]"
         )
     return split.train, split.heldout
 
 
-def _tell_learnt(name: str, heldout: list[ChatExample], learnt: PromptHashes) -> None:
-    """A held-out file stays as it is: whoever wrote it may want to ask just these."""
+def _warn_learnt(name: str, heldout: list[ChatExample], learnt: PromptHashes) -> None:
+    """Warn about learnt prompts in a held-out file; the file is used unchanged, its author may want these prompts."""
     if count := int(np.isin(hash_prompts(heldout), learnt).sum()):
         console.print(
             f"[yellow]{count} of {len(heldout)} held-out prompts were learnt by an earlier version of {name}: "
@@ -149,14 +149,15 @@ def _tell_learnt(name: str, heldout: list[ChatExample], learnt: PromptHashes) ->
 
 
 def _refuse_leaks(data: Data, train: list[ChatExample], heldout: list[ChatExample]) -> None:
-    """Examples that are held out stop a run; examples that are nearly held out are told."""
+    """Raise if a training example is held out too; warn if one is nearly the same as a held-out example."""
     check = f"svc data check {' '.join(data.train)} --heldout {' '.join(data.heldout or ())}"
     leaked = shared_prompts(train, heldout)
     if leaked:
         raise DataError(
-            f"{len(leaked)} training examples have the prompt of a held-out one, the first is number {leaked[0] + 1}",
-            expected="a held-out set that is never trained on: else its figures mean nothing",
+            f"{len(leaked)} training examples have the prompt of a held-out example; the first is number "
+            f"{leaked[0] + 1}",
+            expected="held-out examples that are never trained on, because figures on trained ones mean nothing",
             todo=f"{check}, and drop those lines; or train with --skip-bad",
         )
     if data.heldout and (near := near_leaks(train, heldout)):
-        console.print(f"[yellow]{len(near)} training examples ask nearly the same as a held-out one: {check}[/yellow]")
+        console.print(f"[yellow]{len(near)} training prompts are nearly the same as held-out ones: {check}[/yellow]")

@@ -1,4 +1,4 @@
-"""The base model that a recipe names, which may be a version of the registry."""
+"""Resolves the base model that a recipe names, which may be a version of the registry."""
 
 import hashlib
 from pathlib import Path
@@ -28,7 +28,7 @@ def find_base(name: str, settings: Settings) -> Base:
 
 
 def find_config(name: str, settings: Settings) -> Path:
-    """A folder with the config.json of a base model; weights are neither fetched nor read.
+    """Return a folder with the config.json of a base model; weights are neither fetched nor read.
 
     Raises:
         BaseModelError: there is no such base.
@@ -40,11 +40,11 @@ def find_config(name: str, settings: Settings) -> Path:
 
 
 def merged_revision(manifest: Manifest) -> str:
-    """What names the content of a version's merged model where it is the base of another, as `sha256:<hex>`."""
+    """Return the digest (`sha256:<hex>`) of a merged model that another version uses as its base."""
     return format_revision(manifest, Format.MERGED)
 
 
 def format_revision(manifest: Manifest, format: Format) -> str:
-    """What names the content of a version in a format, as `sha256:<hex>`."""
+    """Return the digest (`sha256:<hex>`) of a version's files in a format."""
     hashes = " ".join(file.sha256 for file in manifest.formats[format].files)
     return f"sha256:{hashlib.sha256(hashes.encode()).hexdigest()}"

@@ -1,6 +1,4 @@
-"""The general questions of one run: asked of base and merged model, kept for whoever needs the answers, compared,
-and judged: has the version forgotten more than the recipe allows?
-"""
+"""Forgetting in one run: base and merged model answer general questions; the loss is compared with a limit."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,11 +16,11 @@ from trainer.qualification import GeneralQuestions
 
 @dataclass(frozen=True, slots=True)
 class ForgettingTest:
-    """The same questions before and after.
+    """The general questions of a run, with the cache of their answers.
 
     Args:
-        tokenized: the questions as they would be trained on.
-        cache: of the answers of a model, given its revision and its folder.
+        tokenized: the questions, tokenized as in training.
+        cache: returns the cache of a model's answers, given its revision and its folder.
     """
 
     questions: GeneralSet
@@ -30,34 +28,34 @@ class ForgettingTest:
     cache: Callable[[str, Path], EvaluationCache]
 
     def prepare(self, revision: str, base: Path) -> GeneralQuestions:
-        """What is asked, with what this base answered before."""
+        """Return the questions, with the base's stored answers if there are any."""
         examples = self.questions.examples
         known = self.cache(revision, base).find(examples, [MAX_TOKENS] * len(examples))
         return GeneralQuestions(examples, self.tokenized, known)
 
     def keep(self, revision: str, model: Path, answers: Sequence[ExampleResult]) -> None:
-        """Keeps what a model answered; nothing, where it was not asked."""
+        """Store a model's answers, if it was asked."""
         if answers:
             self.cache(revision, model).add(self.questions.examples, answers)
 
     def compare(self, before: Sequence[ExampleResult], after: Sequence[ExampleResult]) -> Forgetting | None:
-        """What was forgotten; None where one of both was not asked."""
+        """Return the measured forgetting; None if one of the two models was not asked."""
         return measure_forgetting(self.questions, before, after) if before and after else None
 
 
-def judge_forgetting(found: Forgetting, margin: float) -> GateReport:
+def judge_forgetting(forgetting: Forgetting, margin: float) -> GateReport:
     """Return the verdict on the right answers to general questions that training lost.
 
     Args:
-        margin: the share of right answers that it may lose.
+        margin: the share of right answers that training may lose.
     """
-    same = found.examples - found.lost - found.gained
-    loss = share_difference([1.0] * found.lost + [-1.0] * found.gained + [0.0] * same)
+    lost, gained, examples = forgetting.lost, forgetting.gained, forgetting.examples
+    loss = share_difference([1.0] * lost + [-1.0] * gained + [0.0] * (examples - lost - gained))
     change = f"training {'lost' if loss.value >= 0 else 'gained'} {abs(loss.value):.3f}"
     return GateReport(
         gate=Gate.FORGETTING,
-        measured=f"{change} of the right answers to {found.examples} general questions: "
-        f"{found.before} before, {found.after} after",
+        measured=f"{change} of the right answers to {examples} general questions: "
+        f"{forgetting.before} before, {forgetting.after} after",
         limit=f"evaluate.{Gate.FORGETTING}",
-        verdict=judge(loss, margin, found.examples),
+        verdict=judge(loss, margin, examples),
     )

@@ -1,4 +1,4 @@
-"""The gates of a version: what each allows, what it can detect, and what follows from its verdict."""
+"""The gates of a version: what each allows, the loss that it can detect, and the effect of its verdict."""
 
 from svc.errors import TrainingError
 from svc.evaluation.metrics.metric import Metric, Unit
@@ -10,10 +10,10 @@ from trainer.pipeline.examples import Examples
 from trainer.recipe.sections import Recipe, Undecided
 
 _QUANTIZE_BETTER = (
-    "raise quantize.samples, lower quantize.group_size to 32, or serve the merged model alone: formats: [merged]; "
-    "training is not done again"
+    "raise quantize.samples, lower quantize.group_size to 32, or serve only the merged model with formats: [merged]; "
+    "training is not repeated"
 )
-_TRAIN_LESS = "train less: a lower train.learning_rate or adapter.rank, fewer train.epochs; or mix in data.general"
+_TRAIN_LESS = "lower train.learning_rate, adapter.rank or train.epochs, or mix in data.general"
 _HOLD_OUT_MORE = "hold out more examples: data.heldout, data.heldout_share or evaluate.limit"
 _ASK_MORE = "ask more questions: evaluate.general_limit, or a larger file in evaluate.general"
 
@@ -22,7 +22,7 @@ def check_gate(report: GateReport, undecided: Undecided) -> None:
     """Print a warning for an undecided gate.
 
     Args:
-        undecided: the recipe's key.
+        undecided: the recipe's `evaluate.undecided`.
 
     Raises:
         TrainingError: the gate failed, or is undecided and the recipe rejects that.
@@ -44,7 +44,7 @@ def check_gate(report: GateReport, undecided: Undecided) -> None:
 
 
 def say_gates(recipe: Recipe, examples: Examples, primary: Metric) -> None:
-    """Print for each limit on a share of answers how far from it a loss has to be for its examples to decide."""
+    """Print, for each limit on a share of answers, how far from the limit a loss must be to be decided."""
     limits = recipe.evaluate
     if {Format.MERGED, Format.GPTQ} <= set(recipe.formats) and primary.unit is Unit.SHARE:
         asked = len(examples.heldout[: limits.limit])
@@ -54,7 +54,7 @@ def say_gates(recipe: Recipe, examples: Examples, primary: Metric) -> None:
 
 
 def _say(gate: Gate, asked: int, counted: str, margin: float) -> None:
-    if margin >= 1:  # limits nothing
+    if margin >= 1:  # no loss exceeds it
         return
     needed = f": about {about(examples_needed(margin))} pass a version that has lost nothing" if margin > 0 else ""
     console.print(f"  {say_detectable(asked, counted)}; evaluate.{gate} is {margin:g}{needed}", soft_wrap=True)

@@ -1,7 +1,7 @@
-"""Is the quantized model worse than the merged one? Both were asked the same examples.
+"""Tests whether the quantized model is worse than the merged one on the same examples.
 
-By the primary metric, and by the log-likelihood: where neither model gives the reference, as with free text and exact
-match, a broken one would pass by the metric alone.
+The primary metric and the log-likelihood are both compared: if neither model gives the reference, as with free text and
+exact match, a broken model would pass by the metric alone.
 """
 
 from collections.abc import Sequence
@@ -15,20 +15,20 @@ from trainer.qualification import Qualified
 from trainer.recipe.sections import Evaluate
 
 _MIN_NLL_MARGIN = 0.005
-"""Nats per token. Where the merged model is nearly certain, a share of it is less than the engine's rounding."""
-_FEWEST_DIFFERENCES = 8
+"""Nats per token. If the merged model is nearly certain, a share of its NLL is less than the engine's rounding."""
+_MIN_DIFFERENCES = 8
 """Fewer examples all differ in one direction by chance once in 128 times, and a bootstrap interval does not show it."""
 
 
 def judge_gptq(
     metric: Metric, examples: Sequence[ChatExample], merged: Qualified, gptq: Qualified, limits: Evaluate
 ) -> tuple[GateReport, GateReport]:
-    """Return the verdicts on what quantizing cost: of the primary metric, and of the log-likelihood.
+    """Return the verdicts on the loss by quantizing: in the primary metric and in log-likelihood.
 
     Args:
-        metric: the primary one.
-        examples: that both models answered.
-        limits: what quantizing may cost.
+        metric: the primary metric.
+        examples: the examples that both models answered.
+        limits: the section with the allowed losses.
     """
     return _judge_metric(metric, examples, merged, gptq, limits), _judge_nll(merged, gptq, limits)
 
@@ -44,7 +44,7 @@ def _judge_metric(
         change += f"{'to' if loss.value >= 0 else 'off'} the {metric.title}"
     else:
         change = f"GPTQ {'lost' if loss.value >= 0 else 'gained'} {abs(loss.value):.3f} of {metric.title}"
-    # A share may lose so much; a figure without a scale of its own, so much relative to the merged model's.
+    # For a share the limit is absolute; for a metric without a fixed scale it is relative to the merged model's value.
     relative = metric.unit is not Unit.SHARE
     return GateReport(
         gate=Gate.GPTQ_LOSS,
@@ -54,13 +54,13 @@ def _judge_metric(
             loss,
             limits.max_gptq_loss * (abs(value.value) if relative else 1),
             len(merged.results),
-            fewest=_FEWEST_DIFFERENCES if relative else 1,
+            fewest=_MIN_DIFFERENCES if relative else 1,
         ),
     )
 
 
 def _loss(metric: Metric, before: Answered, after: Answered) -> Interval:
-    """Return by how much the second model is worse; by a share never surer than if no answer had changed."""
+    """Return by how much the second model is worse; for a share, no narrower than if no answer had changed."""
     sign = 1 if metric.better is Better.LOWER else -1
     if metric.unit is Unit.SHARE and metric.scored:
         pairs = zip(metric.stored_scores(before), metric.stored_scores(after), strict=True)
@@ -76,16 +76,17 @@ def _loss(metric: Metric, before: Answered, after: Answered) -> Interval:
 def _judge_nll(merged: Qualified, gptq: Qualified, limits: Evaluate) -> GateReport:
     before, after = merged.evaluation.nll, gptq.evaluation.nll
     weights = token_weights(merged.results)
-    added = paired_difference([one.nll for one in merged.results], [one.nll for one in gptq.results], weights)
+    merged_nll, gptq_nll = [result.nll for result in merged.results], [result.nll for result in gptq.results]
+    added = paired_difference(merged_nll, gptq_nll, weights)
     return GateReport(
         gate=Gate.GPTQ_NLL,
-        measured=f"GPTQ finds the right answers {'less' if added.value > 0 else 'at least as'} likely: "
-        f"{before} nats a token merged, {after} quantized",
+        measured=f"GPTQ makes the right answers {'less' if added.value > 0 else 'at least as'} likely: "
+        f"{before} nats per token merged, {after} quantized",
         limit=f"evaluate.{Gate.GPTQ_NLL} times the merged model's, at least {_MIN_NLL_MARGIN} nats",
         verdict=judge(
             added,
             max(limits.max_gptq_nll * before.value, _MIN_NLL_MARGIN),
             len(merged.results),
-            fewest=_FEWEST_DIFFERENCES,
+            fewest=_MIN_DIFFERENCES,
         ),
     )

@@ -1,4 +1,4 @@
-"""The model that a recipe names as its judge: where it is, and what it says of the merged model beside the base."""
+"""The recipe's judge: its endpoint, and its verdict on the merged model compared with the base."""
 
 import asyncio
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ from trainer.recipe.sections import Judge
 
 
 def judge_endpoint(judge: Judge) -> Endpoint | None:
-    """Where the recipe's judge is; None where it names none.
+    """Return the endpoint of the recipe's judge; None if the recipe names no judge.
 
     Raises:
-        SettingsError: it is no endpoint, or others can read the file of its key.
+        SettingsError: the URL is not an endpoint, or other users can read the key file.
     """
     if judge.url is None or judge.model is None:
         return None
@@ -28,17 +28,17 @@ def judge_endpoint(judge: Judge) -> Endpoint | None:
 def compare_answers(
     judge: Judge, heldout: Sequence[ChatExample], base: Sequence[ExampleResult], merged: Sequence[ExampleResult]
 ) -> JudgeReport:
-    """What the judge says of the merged model's answers beside the base's.
+    """Return the judge's comparison of the merged model's answers with the base's.
 
     Args:
-        judge: names one.
+        judge: must have a url and a model.
         heldout: all examples; the first ones were answered.
 
     Raises:
-        SvcError: the judge cannot be asked, or gives no verdicts.
+        SvcError: the judge cannot be reached, or its answers are not verdicts.
     """
     endpoint = judge_endpoint(judge)
-    assert endpoint is not None  # noqa: S101 - whoever calls knows that one is named
+    assert endpoint is not None  # noqa: S101 - callers make sure that the recipe names a judge
     before, after = ([result.answer for result in results] for results in (base, merged))
     asked = heldout[: len(before)]
     return asyncio.run(judge_answers(endpoint, asked, before, after, title="judging merged beside base"))

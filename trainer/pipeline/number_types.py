@@ -1,4 +1,4 @@
-"""Says in which numbers a run trains and its formats are served on this machine, and why."""
+"""Prints the number types in which a run trains and its formats are served on this machine, with the reasons."""
 
 from collections.abc import Sequence
 
@@ -11,10 +11,10 @@ from svc.version import Format
 
 
 def say_number_types(able: DeviceCapabilities, engine: EngineSettings, formats: Sequence[Format]) -> None:
-    """What was chosen for this device, and why.
+    """Print the number types chosen for this device, and the reasons.
 
     Args:
-        formats: that the recipe asks for.
+        formats: formats that the recipe asks for.
 
     Raises:
         EngineError: GPTQ cannot be served here.
@@ -33,5 +33,5 @@ def say_number_types(able: DeviceCapabilities, engine: EngineSettings, formats: 
             _say("merged", f"{dtype.value} on {served}", dtype.reason)
 
 
-def _say(what: str, choice: str, reason: str) -> None:
-    console.print(f"  {what}: {choice}" + (f" ({reason})" if reason else ""))
+def _say(use: str, choice: str, reason: str) -> None:
+    console.print(f"  {use}: {choice}" + (f" ({reason})" if reason else ""))

@@ -1,7 +1,7 @@
-"""Whether a base can go through all stages, checked before the first: in seconds, without reading its weights.
+"""Checks before the first stage that a base can go through all stages: in seconds, without reading its weights.
 
-What would fail hours later for a reason that shows in the base's own files fails here: a config that cannot be
-copied, a tokenizer that does not belong to the weights, layers that cannot be quantized, a model that vLLM lacks.
+Faults that show in the base's own files fail here instead of hours later: a config that cannot be copied, a tokenizer
+that does not belong to the weights, layers that cannot be quantized, an architecture that vLLM lacks.
 """
 
 import tempfile
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 
 
 def check_base(base: Path, recipe: Recipe, capabilities: DeviceCapabilities, engine: EngineSettings) -> None:
-    """Check a base for all that the recipe asks for.
+    """Check that a base supports everything that the recipe asks for.
 
     Args:
         base: folder of the base model.
 
     Raises:
-        BaseModelError: something about the base itself; says what.
+        BaseModelError: the base itself has a fault.
         IntegrityError: a file of its weights is damaged.
         RecipeError, TrainingError: its layers cannot be quantized, or not with these options; or the optimizer does not
             work on this machine.
@@ -68,15 +68,15 @@ def _check_architecture(base: Path, config: "PreTrainedConfig") -> None:
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise BaseModelError(
             f"transformers has no language model for model_type {config.model_type!r}, which {base} has",
-            expected="a model that continues text",
+            expected="a causal language model",
             todo="choose another base",
         )
 
 
 def _check_weights(base: Path, config: "PreTrainedConfig") -> None:
-    """Refuse damaged files, and two different output matrices where the config ties them.
+    """Reject damaged files, and an output matrix that differs from the embedding although the config ties them.
 
-    Of two, transformers keeps both, and vLLM drops the second.
+    transformers keeps both matrices, and vLLM drops the second.
     """
     names = [tensor.name for tensor in read_headers(base)]
     if not config.get_text_config().tie_word_embeddings:
@@ -85,38 +85,39 @@ def _check_weights(base: Path, config: "PreTrainedConfig") -> None:
     embedding = next((name for name in names if name.endswith("embed_tokens.weight")), None)
     if head and embedding and hash_tensor(base, head) != hash_tensor(base, embedding):
         raise BaseModelError(
-            f"the config of {base} says that output layer and embedding are one matrix, and its files hold two that "
-            "differ: training would use both, and the engine one",
+            f"the config of {base} ties output layer and embedding, but its files contain two matrices that differ: "
+            "training would use both, the engine only one",
             expected="tie_word_embeddings: false in config.json, or one matrix",
             todo=f"set tie_word_embeddings to false in {base / 'config.json'}",
         )
 
 
 def _check_long_rope(base: Path, config: "PreTrainedConfig", max_model_len: int) -> None:
-    """Refuse a context in which vLLM rotates positions otherwise than training, as of Phi-3.5 beyond 4,096 tokens.
+    """Reject a context length with which vLLM rotates positions differently from training (Phi-3.5: above 4,096).
 
-    LongRoPE has factors for short texts and for long ones. transformers chooses by the length of each text, vLLM once
-    for all requests, by the longest that it accepts.
+    LongRoPE has factors for short texts and for long texts. transformers chooses by the length of each text, vLLM once
+    for all requests, by the maximum length that it accepts.
     """
     rope = config.get_text_config().rope_parameters or {}
     original = rope.get("original_max_position_embeddings")
     if rope.get("rope_type") == "longrope" and original and max_model_len > original:
         raise BaseModelError(
-            f"{base} has LongRoPE factors for texts of up to {original} tokens and for longer ones. With "
-            f"engine.max_model_len {max_model_len} vLLM uses the latter for every request, and training for long texts",
+            f"{base} has LongRoPE factors for texts of up to {original} tokens and for longer texts. With "
+            f"engine.max_model_len {max_model_len}, vLLM uses the latter for every request, training only for long "
+            "texts",
             expected=f"engine.max_model_len of at most {original}",
             todo=f"set engine.max_model_len to {original}",
         )
 
 
 def _check_copy(base: Path) -> None:
-    """Compare the base with an untouched copy as the parity report will compare it with the version."""
+    """Compare the base with an unchanged copy, in the same way as the parity report compares it with the version."""
     with tempfile.TemporaryDirectory(prefix="base-copy-") as folder:
         copy = Path(folder)
         copy_shipped_files(base, copy)
         if different := [*other_files(base, copy), *other_config(base, copy)]:
             raise BaseModelError(
                 f"a copy of {base} differs from it: {', '.join(different)}",
-                expected="a config that transformers reads the same each time",
-                todo="report this with the base's config.json; another base may work",
+                expected="a config that transformers always reads with the same result",
+                todo="report this with the base's config.json, or choose another base",
             )

@@ -1,6 +1,6 @@
-"""A quick trial of a recipe: a tenth of the examples, one epoch, all stages, under a name of its own.
+"""Quick trial of a recipe: a tenth of the examples, one epoch, all stages, under its own name.
 
-It tries the set-up, from the data to the engine, before hours are spent on it. Its version says nothing of quality.
+The trial tests the set-up, from the data to the engine, before hours are spent. Its version says nothing about quality.
 """
 
 import math
@@ -13,19 +13,19 @@ from trainer.training.summary import TrainingSummary
 
 _SHARE = 0.1
 _SUFFIX = "-quick"
-_LONGEST_NAME = 63
-_FEWEST = 2
-"""Examples below which nothing is learnt or judged."""
+_MAX_NAME_LENGTH = 63
+_MIN_EXAMPLES = 2
+"""With fewer examples nothing can be learnt or evaluated."""
 
 
 def quick_trial(recipe: Recipe, examples: Examples) -> tuple[Recipe, Examples]:
-    """The recipe and the examples of the trial: the first tenth of those to train on and of those to judge by."""
-    train = examples.train[: max(_FEWEST, math.ceil(_SHARE * len(examples.train)))]
-    heldout = examples.heldout[: max(_FEWEST, math.ceil(_SHARE * len(examples.heldout)))]
+    """Return the recipe and the examples of the trial: the first tenth of the training and of the held-out examples."""
+    train = examples.train[: max(_MIN_EXAMPLES, math.ceil(_SHARE * len(examples.train)))]
+    heldout = examples.heldout[: max(_MIN_EXAMPLES, math.ceil(_SHARE * len(examples.heldout)))]
     content = recipe.model_dump(exclude_unset=True)
-    content["name"] = recipe.name[: _LONGEST_NAME - len(_SUFFIX)] + _SUFFIX
+    content["name"] = recipe.name[: _MAX_NAME_LENGTH - len(_SUFFIX)] + _SUFFIX
     content["train"] = content.get("train", {}) | {"epochs": 1.0, "steps": None}
-    # It is trained too little to say what quantizing costs, and what is forgotten.
+    # The trial is trained too little to show what quantizing costs and what is forgotten.
     limits = {"max_gptq_loss": 1.0, "max_gptq_nll": 1.0, "max_forgetting": None, "undecided": Undecided.WARN}
     content["evaluate"] = content.get("evaluate", {}) | limits
     questions = examples.questions
@@ -36,19 +36,19 @@ def quick_trial(recipe: Recipe, examples: Examples) -> tuple[Recipe, Examples]:
         train_fingerprint=fingerprint(train),
         heldout_fingerprint=fingerprint(heldout),
         general=max(0, len(train) + examples.general - len(examples.train)),
-        questions=questions and questions.first(max(_FEWEST, math.ceil(_SHARE * len(questions.examples)))),
+        questions=questions and questions.first(max(_MIN_EXAMPLES, math.ceil(_SHARE * len(questions.examples)))),
     )
     return Recipe.model_validate(content), cut
 
 
 def whole_run_seconds(train: Train, trial: TrainingSummary) -> float | None:
-    """How long the optimizer will run in the whole run, from its speed in the trial; None where no step told that.
+    """Return the training time of the complete run, from the speed of the trial; None if the speed is not known.
 
     Args:
-        train: the whole run's.
-        trial: what the trial's training said.
+        train: section of the complete run.
+        trial: summary of the trial's training.
     """
-    if trial.tokens_per_second == 0:  # it was cut off after its last step
+    if trial.tokens_per_second == 0:  # the trial was interrupted after its last step
         return None
-    whole = train.steps or trial.steps * train.epochs / _SHARE
-    return trial.tokens / trial.tokens_per_second * whole / trial.steps
+    steps = train.steps or trial.steps * train.epochs / _SHARE
+    return trial.tokens / trial.tokens_per_second * steps / trial.steps

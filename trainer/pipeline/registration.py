@@ -1,6 +1,6 @@
-"""What a run has made becomes a version: checked against the recipe's limits, put together, and registered once.
+"""Turns the results of a run into a version: checked against the recipe's limits, assembled, and registered once.
 
-The checks come last, so that with other limits nothing is measured again.
+The checks come last, so that nothing is measured again if the limits change.
 """
 
 import logging
@@ -70,7 +70,7 @@ class Registered(BaseModel):
     """Result of the stage `register`.
 
     Attributes:
-        failed: what the version failed; it was registered all the same.
+        failed: checks that the version failed; it was registered nevertheless.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -81,18 +81,18 @@ class Registered(BaseModel):
 
     @property
     def version(self) -> VersionId:
-        """The version that was made."""
+        """The registered version."""
         return VersionId(self.name, self.number)
 
 
 @dataclass(frozen=True)
 class Registration:
-    """Puts a version together from what the stages of its run have left.
+    """Assembles a version from the results of its run's stages.
 
     Args:
-        evaluation: of the run's models.
-        number_type: in which the run was trained.
-        tracking_run: the MLflow run of this run.
+        evaluation: evaluation of the run's models.
+        number_type: number type of the training.
+        tracking_run: id of the MLflow run.
     """
 
     registry: Registry
@@ -106,33 +106,34 @@ class Registration:
 
     @cached_property
     def training(self) -> TrainingSummary:
-        """How the training went."""
+        """Summary of the training."""
         return self.run.load(Stage.TRAIN, TrainingSummary)
 
     @cached_property
     def evaluated(self) -> Evaluated | None:
-        """What base and merged model answered; None where they were not asked."""
+        """Answers of base and merged model; None if they were not asked."""
         return self.evaluation.evaluated
 
     @cached_property
     def base_evaluation(self) -> Evaluation | None:
-        """The base's answers, judged; None where it was not asked."""
+        """Evaluation of the base's answers; None if the base was not asked."""
         return self.evaluation.judge_base(self.evaluated) if self.evaluated else None
 
     @cached_property
     def qualified(self) -> dict[Format, Qualified]:
-        """The formats that can be served, judged."""
-        return {format: self.evaluation.judge_format(one) for format, one in self.evaluation.qualified.items()}
+        """The formats that can be served, scored by the recipe's metrics."""
+        measured = self.evaluation.qualified
+        return {format: self.evaluation.judge_format(qualified) for format, qualified in measured.items()}
 
     @cached_property
     def forgetting(self) -> Forgetting | None:
-        """None where no general questions were asked."""
-        test, found = self.evaluation.forgetting, self.evaluated
-        return test.compare(found.base_general, found.merged.general) if test and found else None
+        """Measured forgetting; None if no general questions were asked."""
+        test, evaluated = self.evaluation.forgetting, self.evaluated
+        return test.compare(evaluated.base_general, evaluated.merged.general) if test and evaluated else None
 
     @cached_property
     def gates(self) -> tuple[GateReport, ...]:
-        """Verdicts on what quantizing and training cost, where the recipe limits that."""
+        """Verdicts on the losses by quantizing and training, as far as the recipe limits them."""
         limits = self.recipe.evaluate
         reports: list[GateReport] = []
         if len(self.qualified) == 2:
@@ -145,34 +146,34 @@ class Registration:
 
     @cached_property
     def report(self) -> ParityReport | None:
-        """None where nothing is served."""
+        """Parity report; None if no format is served."""
         return self.run.load(Stage.PARITY, ParityReport) if self.qualified else None
 
     @property
     def primary(self) -> Metric:
-        """The metric that gates."""
+        """The primary metric, by which GPTQ is gated."""
         return self.evaluation.metrics[0]
 
     def figures(self) -> dict[str, float]:
         """Return the figures of base and formats, for the reports that the recipe names."""
-        reports = {format.value: one.evaluation for format, one in self.qualified.items()}
+        reports = {format.value: qualified.evaluation for format, qualified in self.qualified.items()}
         if self.evaluated:
             reports["base"] = self.evaluated.base
         figures = {f"exact_match_{name}": report.exact_match.value for name, report in reports.items()}
         return figures | {f"nll_{name}": report.nll.value for name, report in reports.items()}
 
     def register(self, *, failed_too: bool) -> Manifest:
-        """Register the version, or find the one that an interrupted try has registered.
+        """Register the version, or return the manifest that an interrupted run has already registered.
 
         Args:
-            failed_too: a version that fails a check is registered all the same, as one that cannot be promoted.
+            failed_too: also register a version that fails a check; it cannot be promoted.
 
         Raises:
-            TrainingError: it fails a check.
+            TrainingError: the version fails a check.
         """
         failed = self._check(failed_too=failed_too)
         manifest = self._published(failed) or self._publish(failed)
-        reports = {format: one.evaluation for format, one in self.qualified.items()}
+        reports = {format: qualified.evaluation for format, qualified in self.qualified.items()}
         figures = {f"exact_match_{format}": str(report.exact_match) for format, report in reports.items()}
         figures |= {
             f"{self.primary.name}_{format}": str(report.figures[report.primary].estimate)
@@ -191,16 +192,16 @@ class Registration:
         return manifest
 
     def _log_report(self, manifest: Manifest) -> str | None:
-        """Has MLflow show the report, and returns where; None where it does not: a version is whole without."""
+        """Log the report to MLflow and return its URL; None if MLflow fails: the version is complete without it."""
         try:
             page = report_page(gather_report(self.registry, manifest.id))
             return self.registry.tracking.log_page(manifest.id, self.tracking_run, page)
-        except Exception:  # the version is finished, and `svc report` tells what is wrong
-            log.warning("MLflow has no report of %s", manifest.id, exc_info=True)
+        except Exception:  # the version is finished, and `svc report` shows the cause
+            log.warning("the report of %s could not be logged to MLflow", manifest.id, exc_info=True)
             return None
 
     def _check(self, *, failed_too: bool) -> tuple[str, ...]:
-        """What the version fails."""
+        """Return the checks that the version fails."""
         failed = []
         gates = (partial(check_gate, gate, self.recipe.evaluate.undecided) for gate in self.gates)
         checks: list[Callable[[], None]] = [self._check_parity, *gates]
@@ -217,45 +218,46 @@ class Registration:
     def _check_parity(self) -> None:
         if self.report is not None and self.report.failed:
             raise TrainingError(
-                f"what would be served is not what was trained: {'; '.join(self.report.failed)}",
-                todo="see the numbers; --register-failed registers it with its report, and it cannot be promoted",
+                f"the model to serve differs from the trained model: {'; '.join(self.report.failed)}",
+                todo="check these numbers; --register-failed registers the version with its report, without promotion",
             )
 
     def _published(self, failed: tuple[str, ...]) -> Manifest | None:
-        """What a try published that was cut off before it could say so."""
-        for made in reversed(self.registry.versions(self.recipe.name)):
+        """Return the manifest that a run published before it was interrupted; None if there is none."""
+        for version_id in reversed(self.registry.versions(self.recipe.name)):
             try:
-                manifest = self.registry.manifest(made)
+                manifest = self.registry.manifest(version_id)
             except IntegrityError:
-                log.warning("%s cannot be read", made, exc_info=True)  # it is damaged, and not what was made here
+                log.warning("%s cannot be read", version_id, exc_info=True)  # damaged, so not created by this run
                 continue
-            if manifest.tracking_run == self.tracking_run and manifest.failed == failed and self._made(manifest):
+            if manifest.tracking_run == self.tracking_run and manifest.failed == failed and self._matches(manifest):
                 return manifest
         return None
 
-    def _made(self, manifest: Manifest) -> bool:
-        """Whether a version of this training is what this recipe makes of it."""
-        judged = manifest.data.heldout_fingerprint == self.examples.heldout_fingerprint
-        found = {format: record.evaluation for format, record in manifest.formats.items() if record.evaluation}
-        same = found == {format: one.evaluation for format, one in self.qualified.items()}  # a metric may be mended
+    def _matches(self, manifest: Manifest) -> bool:
+        """Return whether a version of this training is the one that this recipe describes."""
+        same = manifest.data.heldout_fingerprint == self.examples.heldout_fingerprint
+        recorded = {format: record.evaluation for format, record in manifest.formats.items() if record.evaluation}
+        # The evaluations differ if a metric function was fixed since.
+        same = same and recorded == {format: qualified.evaluation for format, qualified in self.qualified.items()}
         same = same and manifest.forgetting == self.forgetting and manifest.gates == self.gates
-        return judged and same and manifest.recipe == self.recipe.model_dump(mode="json")
+        return same and manifest.recipe == self.recipe.model_dump(mode="json")
 
     def _publish(self, failed: tuple[str, ...]) -> Manifest:
         heldout = self.run.folder / HELDOUT_FILE
-        heldout.unlink(missing_ok=True)  # of an interrupted try: one file with its version's, which nobody may write
+        heldout.unlink(missing_ok=True)  # an interrupted run's file is hard-linked to its version, which is read-only
         write_examples(heldout, self.examples.heldout)
         content = {Format.ADAPTER.value: self.run.adapter} if self.recipe.adapter_type else {}
         content |= {format.value: self.run.folder / format.value for format in self.qualified}
         content |= {HELDOUT_FILE: heldout, REFERENCE_FOLDER: self._reference()}
         return self.registry.publish(self.recipe.name, self.tracking_run, content, partial(self._manifest, failed))
 
-    def _manifest(self, failed: tuple[str, ...], made: VersionId, folder: Path) -> Manifest:
-        """Return the manifest of a version whose files are in their place, in its folder."""
+    def _manifest(self, failed: tuple[str, ...], version_id: VersionId, folder: Path) -> Manifest:
+        """Return the manifest of a version whose files are complete in its folder."""
         forgotten = self.forgetting.difference if self.forgetting else None
         return Manifest(
-            name=made.name,
-            number=made.number,
+            name=version_id.name,
+            number=version_id.number,
             created_at=datetime.now(UTC),
             run=self.run.folder.name,
             tracking_run=self.tracking_run,
@@ -284,19 +286,20 @@ class Registration:
         formats = {}
         if self.recipe.adapter_type:
             formats[Format.ADAPTER] = FormatRecord(files=record_files(folder, folder / Format.ADAPTER))
-        for format, found in self.qualified.items():
+        for format, qualified in self.qualified.items():
+            speed = qualified.reading.speed
             formats[format] = FormatRecord(
                 files=record_files(folder, folder / format),
                 fingerprint=compatibility_fingerprint(folder / format),
-                evaluation=found.evaluation,
-                probes=found.probes,
-                load_seconds=load.value if (load := found.reading.speed.load_seconds) else None,
-                tokens_per_second=found.reading.speed.tokens_per_second[STREAMS].value,
+                evaluation=qualified.evaluation,
+                probes=qualified.probes,
+                load_seconds=speed.load_seconds.value if speed.load_seconds else None,
+                tokens_per_second=speed.tokens_per_second[STREAMS].value,
             )
         return formats
 
     def _reference(self) -> Path:
-        """Puts together what later traffic and answers are compared with; anew, for the same reason as the above."""
+        """Write the reference for later traffic and answers, in a new folder for the same reason as in `_publish`."""
         folder = self.run.fresh(self.run.reference)
         folder.mkdir()
         if self.report is not None:
@@ -313,7 +316,7 @@ class Registration:
         return folder
 
     def _record(self) -> RunRecord:
-        """Return what the training took, for the version to keep."""
+        """Return the record of the training run that is stored with the version."""
         training = self.training
         return RunRecord(
             machine=MachineRecord.of_this_one(),
@@ -327,11 +330,11 @@ class Registration:
 
 
 def _write_data_reference(folder: Path, examples: Examples, seed: int) -> None:
-    """Writes the four files.
+    """Write drift sample, text space, data summary and hashes of the trained prompts.
 
     Args:
         folder: the reference folder of a run.
-        seed: of the sample.
+        seed: seed of the sample.
     """
     drawn = draw_drift_sample(examples.given, seed)
     write_examples(folder / DRIFT_SAMPLE_FILE, drawn.sample)
@@ -343,10 +346,10 @@ def _write_data_reference(folder: Path, examples: Examples, seed: int) -> None:
 
 
 def _library_versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for library in _LIBRARIES:
         try:
-            found[library] = version(library)
+            versions[library] = version(library)
         except PackageNotFoundError:
             continue
-    return found
+    return versions

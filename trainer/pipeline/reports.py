@@ -1,7 +1,7 @@
-"""Where a run's curves and figures go beside MLflow: Weights & Biases, TensorBoard.
+"""Trackers of a run's curves and figures in addition to MLflow: Weights & Biases, TensorBoard.
 
-transformers' own callbacks are not used: they see the training alone and not what is evaluated after it, W&B's begins
-another run when a training goes on, and sends the model's whole configuration. Both packages are optional.
+transformers' own callbacks are not used: they see only the training, not the evaluation after it; W&B's starts a new
+run when a training is resumed, and sends the model's complete configuration. Both packages are optional.
 """
 
 import os
@@ -21,29 +21,29 @@ _RUN_ID = "wandb_run_id"
 
 
 Report = Callable[[int, Mapping[str, float]], None]
-"""Takes figures at a step of the optimizer."""
+"""Callback that receives figures at a step of the optimizer."""
 
 
 def check_reports(wanted: tuple[ReportTo, ...]) -> None:
-    """Looks for what is needed, before hours are spent.
+    """Check packages and keys of the trackers before hours are spent.
 
     Raises:
         RecipeError: a package is not installed, or W&B has no key and is not offline.
     """
-    for one in wanted:
-        if one is not ReportTo.MLFLOW and find_spec(one.value) is None:
+    for tracker in wanted:
+        if tracker is not ReportTo.MLFLOW and find_spec(tracker.value) is None:
             raise RecipeError(
-                f"report_to names {one.value}, and its package is not installed",
-                expected=f"the extra `{one.value}`",
-                todo=f"pip install 'tuneserve[{one.value}]', or leave it out of report_to",
+                f"report_to contains {tracker.value}, but its package is not installed",
+                expected=f"the extra `{tracker.value}`",
+                todo=f"pip install 'tuneserve[{tracker.value}]', or remove {tracker.value} from report_to",
             )
     if ReportTo.WANDB in wanted and os.environ.get("WANDB_MODE", "online") not in _OFFLINE:
         import wandb
 
         if not wandb.api.api_key:
             raise RecipeError(
-                "report_to names wandb, which has no key",
-                expected="WANDB_API_KEY, or WANDB_MODE=offline: then nothing is sent",
+                "report_to contains wandb, but W&B has no API key",
+                expected="WANDB_API_KEY, or WANDB_MODE=offline, with which nothing is sent",
                 todo="set one of the two, or run `wandb login`",
             )
 
@@ -52,13 +52,13 @@ def check_reports(wanted: tuple[ReportTo, ...]) -> None:
 def open_reports(
     wanted: tuple[ReportTo, ...], folder: Path, name: str, run: str, parameters: dict[str, str]
 ) -> Iterator[list[Report]]:
-    """Open the reports that the recipe names beside MLflow, for the body.
+    """Open the trackers that the recipe names in addition to MLflow, and close them after the body.
 
     Args:
-        folder: the run's own, for all that is written; a run that goes on is found in it.
-        name: of the model.
-        run: of the run.
-        parameters: what decides the result.
+        folder: folder of this run for all files; a resumed run is found in it.
+        name: name of the model.
+        run: name of the run.
+        parameters: values that decide the result.
     """
     with ExitStack() as stack:
         reports = []
@@ -71,10 +71,10 @@ def open_reports(
 
 @contextmanager
 def _wandb_run(folder: Path, name: str, run: str, parameters: dict[str, str]) -> Iterator[Report]:
-    """Open one run of W&B, which goes on where the same training had one before.
+    """Open a W&B run, or resume the one that the same training had before.
 
-    Key, entity, project and mode are W&B's own variables. Nothing but parameters and figures is sent: no code, no Git
-    state, no output of the terminal, no load of the machine.
+    Key, entity, project and mode are W&B's own variables. Only parameters and figures are sent: no code, no Git state,
+    no terminal output, no load of the machine.
     """
     import wandb
 
@@ -97,7 +97,7 @@ def _wandb_run(folder: Path, name: str, run: str, parameters: dict[str, str]) ->
     started.define_metric("step")
     started.define_metric("*", step_metric="step")
     try:
-        # W&B counts calls itself, and refuses to go back: the optimizer's step is a figure of its own.
+        # W&B counts calls itself and rejects earlier steps, so the optimizer's step is logged as a figure.
         yield lambda step, figures: started.log({**figures, "step": step})
     finally:
         started.finish()
@@ -105,12 +105,12 @@ def _wandb_run(folder: Path, name: str, run: str, parameters: dict[str, str]) ->
 
 @contextmanager
 def _tensorboard(folder: Path, parameters: dict[str, str]) -> Iterator[Report]:
-    """Open an event file for this process; what a killed one wrote beyond its last checkpoint is discarded."""
+    """Open an event file for this process; events of a killed process after its last checkpoint are discarded."""
     writer: Any = None
 
     def report(step: int, figures: Mapping[str, float]) -> None:
         nonlocal writer
-        if writer is None:  # the first step of this process says what is discarded
+        if writer is None:  # events from this process's first step on are discarded
             from torch.utils.tensorboard import SummaryWriter
 
             writer = SummaryWriter(str(folder), purge_step=step)

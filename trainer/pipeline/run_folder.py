@@ -1,10 +1,10 @@
-"""One training run on disk: its folder, its stages, and how far it came.
+"""One training run on disk: its folder, its stages and their progress.
 
     $SVC_HOME/runs/NAME-KEY/   train.json  adapter/  merge.json  merged/  evaluate.json  ...
 
-A stage is done when its result file is there with the key of what the stage reads now; it is written last and
-atomically, so a stage that was interrupted is done again from its start, and none that was finished is. The folder's
-key is that of training: recipes that train the same share it.
+A stage is done if its result file exists with the key of the stage's present input. The file is written last and
+atomically, so an interrupted stage is repeated from its start, and a finished stage is not repeated. The folder's key
+is that of training: recipes with the same training share the folder.
 """
 
 import json
@@ -33,18 +33,18 @@ class Run:
     """A run's folder.
 
     Args:
-        folder: made when the run starts.
-        keys: of what each stage reads now.
+        folder: created when the run starts.
+        keys: key of each stage's present input.
 
     Attributes:
         adapter: the trained adapter.
         merged: the merged model.
         gptq: the quantized model.
-        checkpoints: what an interrupted training goes on from.
-        reference: what the version is compared with later.
-        reports: what the recipe's `report_to` writes beside MLflow.
-        tracking: file that names the run of MLflow.
-        lock: held while somebody works on the run.
+        checkpoints: checkpoints from which an interrupted training is resumed.
+        reference: reference with which later traffic is compared.
+        reports: files of the trackers in `report_to` other than MLflow.
+        tracking: file with the id of the MLflow run.
+        lock: held by the process that works on the run.
     """
 
     def __init__(self, folder: Path, keys: StageKeys) -> None:
@@ -56,78 +56,78 @@ class Run:
 
     @classmethod
     def of(cls, runs: Path, recipe: Recipe, base: Base, examples: Examples) -> "Run":
-        """The run that a recipe means: one folder for each training, whatever is made of it afterwards."""
+        """Return the run of a recipe: one folder for each training, for all formats made from it."""
         keys = stage_keys(recipe, base, examples)
         return cls(runs / f"{recipe.name}-{keys[Stage.TRAIN]}", keys)
 
     def done(self, stage: Stage, *outputs: Path) -> bool:
-        """Whether a stage was finished, from what it would read now.
+        """Return whether a stage was finished with its present input.
 
         Args:
-            outputs: folders that it wrote and that are needed still.
+            outputs: folders that the stage wrote and that are still needed.
         """
         try:
-            said = read_json_object(self._result(stage), default={})
-        except IntegrityError:  # of a power cut, or of nobody here: it is done again
-            log.warning("%s cannot be read: the stage is done again", self._result(stage), exc_info=True)
+            stored = read_json_object(self._result(stage), default={})
+        except IntegrityError:  # after a power cut, or written by another program: the stage is repeated
+            log.warning("%s cannot be read: the stage is repeated", self._result(stage), exc_info=True)
             return False
-        return said.get("key") == self._keys[stage] and all(output.is_dir() for output in outputs)
+        return stored.get("key") == self._keys[stage] and all(output.is_dir() for output in outputs)
 
     def begin(self, stage: Stage) -> None:
-        """Marks a stage as not finished, before what it wrote is written anew."""
+        """Mark a stage as unfinished, before its outputs are written again."""
         self._result(stage).unlink(missing_ok=True)
 
     def save(self, stage: Stage, result: Result) -> Result:
-        """Marks a stage as finished.
+        """Mark a stage as finished and return its result.
 
         Args:
             result: a dataclass or a pydantic model.
         """
         for folder in self._weights:
             if folder.is_dir():
-                sync_files(folder)  # a stage is not done before what it made would survive a power cut
-        said = {"key": self._keys[stage], "result": TypeAdapter(type(result)).dump_python(result, mode="json")}
-        write_whole(self._result(stage), json.dumps(said, indent=1).encode("utf-8"))
+                sync_files(folder)  # a stage is not done before its outputs would survive a power cut
+        stored = {"key": self._keys[stage], "result": TypeAdapter(type(result)).dump_python(result, mode="json")}
+        write_whole(self._result(stage), json.dumps(stored, indent=1).encode("utf-8"))
         return result
 
     def load(self, stage: Stage, kind: type[Result]) -> Result:
-        """The result of a finished stage."""
+        """Return the result of a finished stage."""
         return TypeAdapter(kind).validate_python(read_json_object(self._result(stage))["result"])
 
     def fresh(self, folder: Path) -> Path:
-        """Removes what an interrupted stage left in a folder, and returns the folder's path."""
+        """Remove a folder that an interrupted stage may have left, and return its path."""
         shutil.rmtree(folder, ignore_errors=True)
         return folder
 
     def forget_registration(self) -> None:
-        """Lets the version be registered anew, in an MLflow run of its own: what was registered has been removed."""
+        """Allow the version to be registered again, in a new MLflow run, after the registered one was removed."""
         for path in (self._result(Stage.REGISTER), self.tracking):
             path.unlink(missing_ok=True)
 
     def clean(self) -> None:
-        """Removes what nobody needs once the version is registered.
+        """Remove folders that are not needed after registration.
 
-        Weights that are one file with the registry's cost nothing, and let a later recipe quantize anew without
-        training; others go.
+        Weights that are hard-linked to the registry's take no space, and let a later recipe quantize again without
+        training; other weights are removed.
         """
         for folder in self.folder.iterdir():
             if folder.is_dir() and folder != self.reports and (folder not in self._weights or not _is_linked(folder)):
                 shutil.rmtree(folder)
 
     def require_space(self, stage: Stage, need: int) -> None:
-        """Checks for room before a stage starts.
+        """Check the free disk space before a stage starts.
 
         Args:
             need: bytes that the stage writes.
 
         Raises:
-            DiskSpaceError: says how much is missing, and where.
+            DiskSpaceError: the disk has less free space.
         """
         free = shutil.disk_usage(self.folder).free
         if free < need:
             raise DiskSpaceError(
-                f"stage {stage} needs {need / 1e6:.0f} MB in {self.folder}, {free / 1e6:.0f} MB are free",
-                todo=f"free {(need - free) / 1e6:.0f} MB or set SVC_HOME to another disk; what is done is kept",
+                f"stage {stage} needs {need / 1e6:.0f} MB in {self.folder}, but only {free / 1e6:.0f} MB are free",
+                todo=f"free {(need - free) / 1e6:.0f} MB or set SVC_HOME to another disk; finished stages are kept",
             )
 
     def _result(self, stage: Stage) -> Path:
@@ -135,5 +135,5 @@ class Run:
 
 
 def _is_linked(folder: Path) -> bool:
-    """Whether all of its weights have another name elsewhere."""
+    """Return whether all weights of a folder have a second hard link."""
     return all(path.stat().st_nlink > 1 for path in folder.glob("*.safetensors"))

@@ -1,4 +1,4 @@
-"""How the stages of a run are run: in their order, each resumed where it was cut off, and what a failure says."""
+"""Runs the stages of a run in their order, skips finished ones, and turns failures into errors with a next step."""
 
 import re
 import traceback
@@ -16,7 +16,7 @@ from trainer.recipe.stage import Stage
 
 _SPARE_BYTES = 200_000_000  # logs, results, the tracking database
 _AGAIN = "run the same command again: finished stages and checkpoints are kept"
-_OURS = tuple(Path(__file__).parents[2] / package for package in ("svc", "trainer"))
+_OWN_PACKAGES = tuple(Path(__file__).parents[2] / package for package in ("svc", "trainer"))
 _PACKAGES = re.compile(r"(?:site|dist)-packages/(\w+)")
 _CHILD_FRAME = re.compile(r'^  File "(.+)", line \d+', re.MULTILINE)
 LOG_FILE = "error.log"
@@ -28,9 +28,9 @@ class Step:
     """One stage.
 
     Attributes:
-        work: returns the stage's result.
-        need: bytes that it may write.
-        outputs: folders that it writes.
+        work: runs the stage and returns its result.
+        need: bytes that the stage may write.
+        outputs: folders that the stage writes.
     """
 
     work: Callable[[], object]
@@ -39,15 +39,15 @@ class Step:
 
 
 def run_stages(run: Run, steps: Mapping[Stage, Step]) -> None:
-    """Run the stages that are not complete, in their order.
+    """Run the unfinished stages, in their order.
 
     Raises:
-        InterruptedRunError: a signal came; the same command goes on.
-        SvcError: a stage failed; stages that were complete before it are kept.
+        InterruptedRunError: a signal arrived; the same command resumes the run.
+        SvcError: a stage failed; finished stages are kept.
     """
     for stage, step in steps.items():
         if run.done(stage, *step.outputs):
-            console.print(f"[dim]{stage}: done before[/dim]")
+            console.print(f"[dim]{stage}: already done[/dim]")
             continue
         run.require_space(stage, step.need + _SPARE_BYTES)
         console.print(f"[bold]{stage}[/bold]")
@@ -58,7 +58,7 @@ def run_stages(run: Run, steps: Mapping[Stage, Step]) -> None:
 
 @contextmanager
 def _explained(stage: Stage, run: Path) -> Iterator[None]:
-    """Inside, an exception that is not ours says which stage failed and what to do; memory is released afterwards."""
+    """Turn a library's exception into an error with the stage and the next step; release memory after the body."""
     try:
         yield
     except KeyboardInterrupt as error:
@@ -68,7 +68,7 @@ def _explained(stage: Stage, run: Path) -> Iterator[None]:
     except Exception as error:
         if is_full(error, run):
             raise DiskSpaceError(
-                f"no room in {run} for what stage {stage} writes: {error}", todo=f"free some space and {_AGAIN}"
+                f"stage {stage} filled the disk of {run}: {error}", todo=f"free some space there and {_AGAIN}"
             ) from error
         if failure := stage_failure(stage, error, run):
             raise failure from error
@@ -78,13 +78,13 @@ def _explained(stage: Stage, run: Path) -> Iterator[None]:
 
 
 def stage_failure(stage: Stage, error: Exception, run: Path) -> TrainingError | None:
-    """Return the error to raise in place of a library's; None where our own code failed.
+    """Return the error to raise in place of a library's; None if our own code failed.
 
-    Defects of our own code keep their traceback on the terminal; those of a library go to a file beside the run.
+    Defects of our own code keep their traceback on the terminal; a library's traceback is written to a file.
 
     Args:
-        error: as it was caught, with its traceback.
-        run: folder of the run, which gets the traceback.
+        error: the caught exception with its traceback.
+        run: folder of the run, for the file with the traceback.
     """
     library = failed_library(error)
     if library is None:
@@ -99,7 +99,7 @@ def stage_failure(stage: Stage, error: Exception, run: Path) -> TrainingError | 
 
 
 def failed_library(error: BaseException) -> str | None:
-    """Return the package that our code called when the exception was raised; None where it was raised by our own code.
+    """Return the package that our code called when the exception was raised; None if our own code raised it.
 
     The traceback of an exception from a child process is one of its notes (svc.child_process).
     """
@@ -108,7 +108,7 @@ def failed_library(error: BaseException) -> str | None:
         frames += _CHILD_FRAME.findall(note)
     called = None
     for file in frames:
-        if any(Path(file).is_relative_to(package) for package in _OURS):
+        if any(Path(file).is_relative_to(package) for package in _OWN_PACKAGES):
             called = None
         elif package := _PACKAGES.search(file):
             called = called or package[1]

@@ -1,8 +1,8 @@
-"""What decides the result of each stage of a run, as one short key a stage.
+"""Keys of the stages of a run: a short hash of everything that decides a stage's result.
 
-A stage's key is made of what the stage reads: keys of the recipe, data, and the keys of the stages before it whose
-files it takes. So a change of `quantize` leaves training, merging and their evaluation done. Answers are
-judged, and compared with limits, when the version is registered: with other metrics and limits nothing is asked again.
+A stage's key is computed from what the stage reads: keys of the recipe, data, and the keys of the earlier stages whose
+files it reads. So a change of `quantize` leaves training, merging and their evaluation done. Answers are scored, and
+compared with limits, when the version is registered: other metrics and limits do not repeat the evaluation.
 """
 
 import hashlib
@@ -18,38 +18,39 @@ from trainer.recipe.stage import Stage
 
 _LIMITS = ("max_gptq_loss", "max_gptq_nll", "max_forgetting", "undecided")
 _METRICS = ("metrics", "primary", "json_schema", "metric_seconds")
-"""Of the section `evaluate`: what judges the answers at registration, and what the figures are compared with."""
+"""Keys of the section `evaluate` that only matter at registration: limits, and metrics of the answers."""
 
 _GENERAL = ("general", "general_limit")
-"""Of the same: which questions are asked, of which the content decides."""
+"""Keys of the same section that choose the general questions; the questions' content is hashed instead."""
 
 
 StageKeys = Mapping[Stage, str]
 
 
 def stage_keys(recipe: Recipe, base: Base, examples: Examples) -> StageKeys:
-    """The key of each stage.
+    """Return the key of each stage.
 
-    Where data lie, how often a training is saved, and whether it draws a curve of held-out loss, decides no result.
+    The paths of data, the interval of checkpoints, and the curve of held-out loss are left out: they decide no result.
     """
-    said = recipe.model_dump(mode="json")
+    content = recipe.model_dump(mode="json")
     measured = examples.heldout_fingerprint if recipe.stopping.measures else None
-    adapter = said["adapter"] | {"type": recipe.adapter_type}  # a method is a name for this and for the next
-    said["stopping"].pop("curve")
-    learnt = [adapter, recipe.base_quantization, *(said[key] for key in ("chat_template_kwargs", "train", "stopping"))]
+    adapter = content["adapter"] | {"type": recipe.adapter_type}  # `method` only names this type and the quantization
+    content["stopping"].pop("curve")
+    training = [content[key] for key in ("chat_template_kwargs", "train", "stopping")]
+    learnt = [adapter, recipe.base_quantization, *training]
     train = _key(base.revision, examples.train_fingerprint, measured, learnt)
     merge = _key(train)
-    asked = {key: value for key, value in said["evaluate"].items() if key not in _LIMITS + _METRICS + _GENERAL}
-    judged = [examples.heldout_fingerprint, asked, said["qualify"]]
+    asked = {key: value for key, value in content["evaluate"].items() if key not in _LIMITS + _METRICS + _GENERAL}
+    evaluated = [examples.heldout_fingerprint, asked, content["qualify"]]
     questions = [examples.questions.fingerprint] if examples.questions else []
-    evaluate = _key(merge, judged, *questions)
-    quantize = _key(merge, said["quantize"])
-    qualify = _key(quantize, judged)
-    parity = _key(evaluate, qualify, said["formats"])
-    judge = _key(evaluate, said["judge"]["url"], said["judge"]["model"])
+    evaluate = _key(merge, evaluated, *questions)
+    quantize = _key(merge, content["quantize"])
+    qualify = _key(quantize, evaluated)
+    parity = _key(evaluate, qualify, content["formats"])
+    judge = _key(evaluate, content["judge"]["url"], content["judge"]["model"])
     compared = [judge] if recipe.judge.url else []
-    limits = [said["evaluate"][key] for key in _LIMITS + _METRICS]
-    judging = [_content(path) for path in recipe.evaluate.metric_files]
+    limits = [content["evaluate"][key] for key in _LIMITS + _METRICS]
+    metrics = [_content(path) for path in recipe.evaluate.metric_files]
     return {
         Stage.TRAIN: train,
         Stage.MERGE: merge,
@@ -58,12 +59,12 @@ def stage_keys(recipe: Recipe, base: Base, examples: Examples) -> StageKeys:
         Stage.QUALIFY: qualify,
         Stage.PARITY: parity,
         Stage.JUDGE: judge,
-        Stage.REGISTER: _key(parity, recipe.name, limits, judging, compared),
+        Stage.REGISTER: _key(parity, recipe.name, limits, metrics, compared),
     }
 
 
 def _content(path: Path) -> str | None:
-    """Of a function that was mended, the key is another one; None for what cannot be read, which is told later."""
+    """Return the hash of a file, which changes when a metric function is fixed; None if unreadable (reported later)."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError:

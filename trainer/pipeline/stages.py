@@ -1,9 +1,9 @@
-"""From a recipe to a registered version, stage by stage; each stage goes on from the files of the one before.
+"""From a recipe to a registered version, stage by stage; each stage reads the files of the earlier ones.
 
 train -> merge -> evaluate (base, merged) -> quantize -> qualify (gptq) -> parity -> judge -> register
 
-Which of them there are follows from the formats that the recipe asks for. What was measured is compared with the
-recipe's limits last, so that with other limits nothing is measured again.
+The recipe's formats decide which stages run. Measurements are compared with the recipe's limits last, so that nothing
+is measured again if the limits change.
 """
 
 import shutil
@@ -59,10 +59,10 @@ class Pipeline:
     """One run with everything that its stages need.
 
     Args:
-        capabilities: of this device.
-        launch: makes engines; default: vLLM processes on this machine.
-        register_failed: a version that fails a check is registered all the same, as one that cannot be promoted.
-        expected: what training was estimated to take here; None where it was not.
+        capabilities: capabilities of this device.
+        launch: creates engines; default: vLLM processes on this machine.
+        register_failed: also register a version that fails a check; it cannot be promoted.
+        expected: estimate of the training on this machine; None if there is none.
     """
 
     settings: Settings
@@ -77,12 +77,12 @@ class Pipeline:
     expected: DeviceEstimate | None = None
 
     def train_version(self) -> VersionId:
-        """Run what is left to do, and return the version.
+        """Run the unfinished stages and return the version.
 
         Raises:
             BusyError: another process works on this run.
-            InterruptedRunError: a signal came; the same command goes on.
-            SvcError: a stage failed; what was finished before it is kept.
+            InterruptedRunError: a signal arrived; the same command resumes the run.
+            SvcError: a stage failed; finished stages are kept.
         """
         check_reports(self.recipe.report_to)
         self.run.folder.mkdir(parents=True, exist_ok=True)
@@ -93,32 +93,32 @@ class Pipeline:
             return self.run.load(Stage.REGISTER, Registered).version
 
     def _reopen_registration(self) -> None:
-        """Have the version registered again if it was removed, or if it failed a check that it has to pass now."""
+        """Repeat the registration if the version was removed, or if it failed a check that it must pass now."""
         if not self.run.done(Stage.REGISTER):
             return
         registered = self.run.load(Stage.REGISTER, Registered)
         if registered.version not in self.registry.versions(registered.name):
-            console.print(f"{registered.version} was removed: this makes another")
+            console.print(f"{registered.version} was removed: a new version is registered")
             self.run.forget_registration()
         elif registered.failed and not self.register_failed:
             self.run.begin(Stage.REGISTER)
 
     @property
     def _full(self) -> bool:
-        """Whether there is no adapter: training writes the whole model."""
+        """Whether training writes the complete model instead of an adapter."""
         return self.recipe.adapter_type is None
 
     @property
     def _trained(self) -> Path:
-        """The folder that training writes."""
+        """Folder that training writes."""
         return self.run.merged if self._full else self.run.adapter
 
     def _steps(self) -> dict[Stage, Step]:
-        """The stages that the recipe's formats need: merging and quantizing write no more than the base has.
+        """Return the stages that the recipe's formats need; merging and quantizing write no more than the base's size.
 
-        A checkpoint of full fine-tuning holds weights in float32 and two moments, with AdamW six times the base in
-        bf16. Beside those that are kept there are the one that is being written, and the best. Those of a run that goes
-        on are on the disk already.
+        A checkpoint of full fine-tuning contains weights in float32 and two moments, with AdamW six times the base in
+        bf16. In addition to the kept checkpoints there are the one being written and the best one. Those of a resumed
+        run are on the disk already.
         """
         run, size = self.run, sum(path.stat().st_size for path in weight_files(self.base.folder))
         kept = self.recipe.checkpoints.keep + 1 + self.recipe.stopping.keep_best
@@ -184,14 +184,14 @@ class Pipeline:
 
     @contextmanager
     def _report_to(self) -> Iterator["Report"]:
-        """Takes figures to all that the recipe names, as one run in each whatever cuts this one off."""
+        """Open a callback that sends figures to all trackers of the recipe, to the same run in each after a resume."""
         recipe, run, run_id = self.recipe, self.run, self._tracking_run()
         with open_reports(recipe.report_to, run.reports, recipe.name, run.folder.name, recipe.flat()) as reports:
 
             def report(step: int, figures: dict[str, float]) -> None:
                 self.registry.tracking.log_metrics(run_id, figures, step)
-                for each in reports:
-                    each(step, figures)
+                for send in reports:
+                    send(step, figures)
 
             yield report
 
@@ -202,7 +202,7 @@ class Pipeline:
         else:
             summary = merge_adapter(self.base.folder, self.run.adapter, self.run.fresh(self.run.merged))
         write_template_kwargs(self.run.merged, self._evaluation.template_kwargs)
-        shutil.rmtree(self.run.checkpoints, ignore_errors=True)  # what they led to is verified
+        shutil.rmtree(self.run.checkpoints, ignore_errors=True)  # the trained model is verified
         return summary
 
     def _quantize(self) -> QuantizeSummary:
@@ -219,20 +219,22 @@ class Pipeline:
     def _compare(self) -> ParityReport:
         from trainer.parity.report import Made, make_report  # torch
 
-        asked = self._evaluation
-        folders = {format: (self.run.folder / format, one.reading) for format, one in asked.qualified.items()}
+        evaluation = self._evaluation
+        folders = {
+            format: (self.run.folder / format, qualified.reading) for format, qualified in evaluation.qualified.items()
+        }
         made = Made(self.base.folder, None if self._full else self.run.adapter, self.run.merged, folders)
-        judged = len(asked.heldout[: asked.options.limit])
+        evaluated = len(evaluation.heldout[: evaluation.options.limit])
         number_type = calibration_type(self.capabilities.training_type)
-        report = make_report(made, self.recipe, asked.compared, judged, number_type=number_type)
+        report = make_report(made, self.recipe, evaluation.compared, evaluated, number_type=number_type)
         passed = sum(check.passed for check in report.checks)
-        found = f"  {passed} of {len(report.checks)} checks passed"
-        console.print(found if report.failed else f"{found}: what was trained is what is served")
+        summary = f"  {passed} of {len(report.checks)} checks passed"
+        console.print(summary if report.failed else f"{summary}: the model to serve is the trained model")
         return report
 
     def _judge_pairs(self) -> JudgeReport:
-        found = self.run.load(Stage.EVALUATE, Evaluated)
-        return compare_answers(self.recipe.judge, self.examples.heldout, found.base_results, found.merged.results)
+        answers = self.run.load(Stage.EVALUATE, Evaluated)
+        return compare_answers(self.recipe.judge, self.examples.heldout, answers.base_results, answers.merged.results)
 
     def _register(self) -> Registered:
         number_type, tracking_run = self.capabilities.training_type, self._tracking_run()
@@ -248,7 +250,7 @@ class Pipeline:
         return Registered(name=manifest.name, number=manifest.number, failed=manifest.failed)
 
     def _tracking_run(self) -> str:
-        """The MLflow run of this folder."""
+        """Return the id of this folder's MLflow run."""
         tags = {"tuneserve.run": self.run.folder.name, "tuneserve.base": self.base.origin}
         return tracked_run(self.run.tracking, lambda: self.registry.tracking.start_run(self.recipe.name, tags))
 
@@ -263,7 +265,7 @@ def open_pipeline(
     register_failed: bool = False,
     expected: DeviceEstimate | None = None,
 ) -> Pipeline:
-    """The pipeline of a recipe, in the folder where an earlier try of it lies."""
+    """Return the pipeline of a recipe, in the folder of its earlier runs if there are any."""
     run, capabilities = Run.of(settings.home / "runs", recipe, base, examples), read_capabilities(settings.home)
     parts = (settings, capabilities, registry, recipe, base, examples, run)
     return Pipeline(*parts, register_failed=register_failed, expected=expected)

@@ -1,4 +1,4 @@
-"""The MLflow run that belongs to a folder: made once, so that what is resumed goes on in it."""
+"""The MLflow run of a folder: created once, so that a resumed run continues it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,7 @@ from svc.files.disk import write_whole
 
 
 class TrackedRun(BaseModel):
-    """What the folder keeps of it."""
+    """Content of `mlflow.json`."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -17,11 +17,11 @@ class TrackedRun(BaseModel):
 
 
 def tracked_run(path: Path, start: Callable[[], str]) -> str:
-    """The id of a folder's run.
+    """Return the id of a folder's MLflow run.
 
     Args:
         path: the folder's `mlflow.json`.
-        start: starts a run, where the folder has none; returns its id.
+        start: starts a run if the folder has none, and returns its id.
 
     Raises:
         ValidationError: the file is damaged.

@@ -1,1 +1,1 @@
-"""What a recipe says, section by section, and how its file is read."""
+"""The recipe: its sections, its stages and the reader of its file."""

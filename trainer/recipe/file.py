@@ -1,4 +1,4 @@
-"""A recipe's file: YAML, with changes from the command line, and errors that name the key and what is meant by it."""
+"""Reader of recipe files: YAML with overrides from the command line; errors name the key and its value."""
 
 import re
 from pathlib import Path
@@ -13,13 +13,13 @@ from trainer.recipe.sections import Recipe, suggest
 
 
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
-    """Reads a recipe.
+    """Load a recipe.
 
     Args:
-        overrides: `key=value` with a dotted key and a YAML value, as `train.epochs=2`.
+        overrides: `key=value` with a dotted key and a YAML value, for example `train.epochs=2`.
 
     Raises:
-        RecipeError: no such file, not YAML, an unknown key, a wrong type; names the key and its value.
+        RecipeError: the file is missing or not YAML, or a key is unknown or has a wrong type; names key and value.
     """
     try:
         content = parse_yaml(path.read_text("utf-8"))
@@ -28,7 +28,7 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     except ValueError as error:
         raise RecipeError(f"{path} is not YAML: {error}", expected="a YAML mapping in UTF-8") from error
     if not isinstance(content, dict):
-        raise RecipeError(f"{path} holds {content!r:.80}", expected="a YAML mapping: name, base, data, ...")
+        raise RecipeError(f"{path} contains {content!r:.80}", expected="a YAML mapping: name, base, data, ...")
     for override in overrides:
         _set(content, override)
     try:
@@ -40,12 +40,12 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
 def _set(content: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
-        raise RecipeError(f"--set {override!r}", expected="key=value, as train.epochs=2")
+        raise RecipeError(f"--set {override!r}", expected="key=value, for example train.epochs=2")
     *sections, last = key.split(".")
     for section in sections:
         content = content.setdefault(section, {})
         if not isinstance(content, dict):
-            raise RecipeError(f"--set {override!r}: {section} is no section", expected="key=value, as train.epochs=2")
+            raise RecipeError(f"--set {override!r}: {section} is not a section", expected="the dotted name of a key")
     try:
         content[last] = parse_yaml(value)
     except ValueError as error:
@@ -61,7 +61,7 @@ def _explain(path: Path, error: ValidationError) -> RecipeError:
                 problems.append(f"unknown key {key!r}{suggest(key, [*recipe_keys(), *Recipe.model_fields])}")
             case "missing":
                 problems.append(f"{key!r} is missing")
-            case _ if not key:  # of the recipe as a whole
+            case _ if not key:  # the problem concerns the whole recipe
                 problems.append(str(problem["ctx"]["error"]))
             case _:
                 problems.append(f"{key!r} is {problem['input']!r}: {problem['msg'][:1].lower()}{problem['msg'][1:]}")
@@ -71,5 +71,5 @@ def _explain(path: Path, error: ValidationError) -> RecipeError:
 
 
 def recipe_keys() -> list[str]:
-    """Every key of a recipe, dotted."""
+    """Return all keys of a recipe, dotted."""
     return dotted_keys(Recipe)

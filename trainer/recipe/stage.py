@@ -1,4 +1,4 @@
-"""The stages of a run, and which of them a recipe needs."""
+"""The stages of a run, and the choice of those that a recipe needs."""
 
 from enum import StrEnum
 
@@ -7,7 +7,7 @@ from trainer.recipe.sections import Recipe
 
 
 class Stage(StrEnum):
-    """The stages, in their order."""
+    """A stage of a run; members are in the order of execution."""
 
     TRAIN = "train"
     MERGE = "merge"
@@ -20,7 +20,7 @@ class Stage(StrEnum):
 
 
 def choose_stages(recipe: Recipe) -> tuple[Stage, ...]:
-    """Return the stages that the recipe's formats need, in their order."""
+    """Return the stages that the recipe's formats need, in the order of execution."""
     formats = set(recipe.formats)
     merged, gptq = Format.MERGED in formats, Format.GPTQ in formats
     needed = {

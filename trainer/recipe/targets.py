@@ -1,10 +1,10 @@
-"""The presets of layers that an adapter is put on. trainer.model.target_modules finds them in a model."""
+"""Presets of the layers that get an adapter. trainer.model.target_modules finds them in a model."""
 
 from enum import StrEnum
 
 
 class Targets(StrEnum):
-    """What an adapter is put on."""
+    """Preset of layers that get an adapter."""
 
     ATTENTION_MIN = "attention-min"
     """Query and value projections, as in the paper on LoRA (Hu et al. 2021, section 4.2)."""

@@ -51,7 +51,7 @@ def test_what_is_free_now_decides_nothing(tmp_path: Path) -> None:
 
 def test_a_disk_too_small_for_the_merged_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     set_free(monkeypatch, 5e9)
-    with pytest.raises(DiskSpaceError, match=r"5\.0 GB are free"):
+    with pytest.raises(DiskSpaceError, match=r"only 5\.0 GB are free"):
         refuse_disk(estimated("qlora"), tmp_path)
 
 
@@ -66,10 +66,10 @@ def test_a_run_that_has_written_before_is_not_refused_for_its_own_files(
 def test_a_stage_that_cannot_fit_is_named_with_what_is_missing_and_a_format_with_which_all_fit() -> None:
     """Llama 2 7B in bf16 takes 13.5 GB in the engine that evaluates it, and a third of it in 4 bits."""
     with pytest.raises(
-        InsufficientMemoryError, match=r"stage evaluate needs 13\.5 GB .* has 12\.0 GB: 1\.5 GB"
+        InsufficientMemoryError, match=r"stage evaluate needs at least 13\.5 GB, .* has 12\.0 GB: 1\.5 GB"
     ) as caught:
         refuse_stages(estimated("qlora"), machine(12e9))
-    assert caught.value.todo == "set formats=[gptq]; --anyway tries all the same"
+    assert caught.value.todo == "set formats=[gptq]; --anyway starts the run nevertheless"
 
 
 def test_the_adapter_alone_is_proposed_when_no_engine_has_memory_for_either_format() -> None:
@@ -95,5 +95,5 @@ def test_a_stage_on_a_gpu_is_not_refused_when_several_gpus_and_main_memory_hold_
 
 def test_a_full_disk_is_told_with_the_stage_that_fills_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     set_free(monkeypatch, 14e9)  # the merged model takes 13.5 GB
-    with pytest.raises(DiskSpaceError, match="the disk is full at stage quantize"):
+    with pytest.raises(DiskSpaceError, match="stage quantize fills the disk"):
         refuse_disk(estimated("qlora"), tmp_path)

@@ -1,4 +1,4 @@
-"""What stands in for the stages that need a real model, and the examples of a recipe."""
+"""Stand-ins for the stages that need a real model, and the examples of a recipe."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,12 +23,12 @@ from trainer.training.summary import TrainingSummary
 
 TRAIN = tuple(make_example(f"q {number}", "yes") for number in range(3))
 WORSE_QUANTIZED = tuple(make_example(f"ask {place}", "merged.0 merged.1 merged.2 merged.3") for place in range(7))
-"""Examples that the double answers rightly when it holds the merged weights, and wrongly with any other: enough of
-them to prove a loss of answers, and too few for one of likelihood."""
+"""Examples that the double answers correctly only with the merged weights: enough to prove a loss of answers, and too
+few to prove a loss of likelihood."""
 
 
 CURVE = tuple(TrainingPoint(step=step, epoch=step / 3, loss=1 / step) for step in (1, 2, 3))
-"""Of a training that took place in a double."""
+"""Curve of a simulated training."""
 
 
 Make = Callable[..., Pipeline]
@@ -36,13 +36,13 @@ Make = Callable[..., Pipeline]
 
 @dataclass
 class Stages:
-    """The stages that need a real model, in its place: each writes a little and says that it ran.
+    """Stand-ins for the stages that need a real model: each writes small files and records that it ran.
 
     Attributes:
-        ran: which ran, in order.
+        ran: stages that ran, in order.
         broken: stages that are interrupted in the middle.
-        number_types: those that they were told to compute in.
-        compared: the formats of each parity report.
+        number_types: number types with which stages were called.
+        compared: formats of each parity report.
         unequal: checks of the parity report that fail.
     """
 
@@ -55,7 +55,7 @@ class Stages:
     def train_model(
         self, base: Path, data: Any, recipe: Any, out: Path, checkpoints: Path, report: Any, *, number_type: NumberType
     ) -> Any:
-        """Writes an adapter, or a trained model."""
+        """Write an adapter, or a trained model."""
         self.number_types.append(number_type)
         self._run(Stage.TRAIN, out)
         if recipe.method is Method.FULL:
@@ -66,27 +66,27 @@ class Stages:
         return TrainingSummary(3, 30, 10.0, 3.0, points=CURVE)
 
     def merge_adapter(self, base: Path, adapter: Path, out: Path) -> MergeSummary:
-        """Writes other weights of the same shape."""
+        """Write other weights of the same shape."""
         self._run(Stage.MERGE, out)
         write_model(out, seed=1)
         return MergeSummary(2, 0.5, 0.1)
 
     def check_base(self, base: Path, recipe: Recipe, capabilities: Any, engine: Any) -> None:
-        """Refuse GPTQ in groups of 128."""
+        """Reject GPTQ in groups of 128."""
         if Format.GPTQ in recipe.formats and recipe.quantize.group_size == 128:
             raise RecipeError("quantize.group_size is 128")
 
     def quantize_gptq(
         self, merged: Path, examples: Any, recipe: Any, out: Path, *, number_type: NumberType
     ) -> QuantizeSummary:
-        """Writes a quantized model."""
+        """Write a quantized model."""
         self.number_types.append(number_type)
         self._run(Stage.QUANTIZE, out)
         write_model(out, quantization=GPTQ)
         return QuantizeSummary(2, 8, 80, "layer.0", 0.01, 2.0)
 
     def make_report(self, made: Made, recipe: Any, compared: Any, judged: int, *, number_type: Any) -> ParityReport:
-        """Finds what it is told to."""
+        """Return a report in which the checks `unequal` fail."""
         self.compared.append(sorted(made.formats))
         return make_parity(*self.unequal)
 

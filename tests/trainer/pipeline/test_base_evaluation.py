@@ -1,4 +1,4 @@
-"""A base is judged once on the same examples."""
+"""A base is evaluated once on the same examples."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ from trainer.pipeline.find_base import merged_revision
 pytestmark = pytest.mark.slow
 
 
-def test_a_base_that_was_judged_on_these_examples_is_not_asked_again(make: Make, engines: Engines) -> None:
+def test_base_is_not_asked_again_when_it_was_evaluated_on_the_same_examples(make: Make, engines: Engines) -> None:
     first = make()
     asked = first.registry.manifest(first.train_version()).base_evaluation
     assert asked is not None
@@ -25,22 +25,22 @@ def test_a_base_that_was_judged_on_these_examples_is_not_asked_again(make: Make,
     assert known == asked.model_copy(update={"seconds": 0.0})
 
 
-def test_a_base_is_asked_again_on_other_examples(make: Make, engines: Engines) -> None:
+def test_base_is_asked_again_when_the_examples_differ(make: Make, engines: Engines) -> None:
     make().train_version()
     launched = len(engines.launched)
     make(heldout=(make_example("three", "red"),)).train_version()
     assert engines.started_with[launched] == "base"
 
 
-def test_a_version_that_is_a_base_was_judged_when_it_was_made(make: Make, engines: Engines) -> None:
+def test_base_is_not_asked_when_it_is_a_registered_version(make: Make, engines: Engines) -> None:
     first = make()
     version = first.train_version()
     manifest, launched = first.registry.manifest(version), len(engines.launched)
     folder = first.registry.artifact(version, Format.MERGED)
     second = replace(make(train={"seed": 1}), base=Base(folder, str(version), None, merged_revision(manifest)))
-    judged = second.registry.manifest(second.train_version()).base_evaluation
+    evaluation = second.registry.manifest(second.train_version()).base_evaluation
     assert str(folder) not in [engine.double.weights for engine in engines.launched[launched:]]
     merged = manifest.formats[Format.MERGED].evaluation
     assert merged is not None
-    assert judged is not None
-    assert judged.hits == merged.hits
+    assert evaluation is not None
+    assert evaluation.hits == merged.hits

@@ -1,4 +1,4 @@
-"""A run's numbers reach its diagnosis, and what is found is kept and shown with the version."""
+"""The diagnosis of a run uses the run's numbers, and is stored and shown with the version."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -35,23 +35,23 @@ def examples(train: tuple[ChatExample, ...] = MANY) -> Examples:
 def found(shape: Shape, **sections: Any) -> dict[FindingKind, str]:
     recipe = make_recipe(**sections)
     curve = simulate(shape, 0).curve
-    return {one.kind: str(one.advice) for one in diagnose_training(recipe, examples(), curve, {})}
+    return {finding.kind: str(finding.advice) for finding in diagnose_training(recipe, examples(), curve, {})}
 
 
 WELL = falling(3, 0.2, 12)
 
 
-def test_a_healthy_curve_has_no_finding() -> None:
+def test_diagnosis_is_empty_when_the_curve_is_healthy() -> None:
     assert found(WELL) == {}
 
 
 @pytest.mark.parametrize(("method", "rate"), [("lora", "0.0005"), ("full", "5e-05"), ("vera", "0.06")])
-def test_the_usual_rate_is_that_of_the_method(method: str, rate: str) -> None:
+def test_advice_names_the_methods_default_when_the_learning_rate_is_low(method: str, rate: str) -> None:
     advice = found(lambda share: 3.0, method=method, train={"learning_rate": 1e-6})
     assert advice == {FindingKind.LEARNING_RATE_LOW: f"train.learning_rate from 1e-06 to {rate}"}
 
 
-def test_only_answers_that_were_asked_are_compared_when_a_limit_leaves_some_out() -> None:
+def test_diagnosis_compares_only_asked_answers_when_evaluation_is_limited() -> None:
     heldout = tuple(make_example(f"h {number}", ("yes", "no")[number % 2]) for number in range(80))
     of = replace(examples(), heldout=heldout)
     results = answered(60, 0, right=lambda place: 0.9)
@@ -61,7 +61,7 @@ def test_only_answers_that_were_asked_are_compared_when_a_limit_leaves_some_out(
     assert diagnose_training(make_recipe(), of, simulate(WELL, 0).curve, {Format.MERGED: merged}) == ()
 
 
-def test_every_advice_names_a_key_of_the_recipe() -> None:
+def test_advice_always_names_a_key_of_the_recipe() -> None:
     keys = recipe_keys()
     lost = Interval(value=-0.1, low=-0.2, high=-0.05)
     for shape in (lambda share: 2 + share, falling(3, 0.1, 0.5), WELL):
@@ -70,13 +70,13 @@ def test_every_advice_names_a_key_of_the_recipe() -> None:
             assert finding.advice.key in keys
 
 
-def test_same_prompts_with_other_answers_contradict_each_other() -> None:
+def test_examples_contradict_when_equal_prompts_have_different_answers() -> None:
     asked = [make_example("one", "a"), make_example("ONE ", "b"), make_example("two", "a"), make_example("two", "a ")]
     assert count_contradictions(asked) == 2
 
 
 @pytest.mark.slow
-def test_a_version_keeps_its_diagnosis_and_shows_it(
+def test_findings_are_stored_and_printed_with_the_version(
     make: Make, engines: Engines, capsys: pytest.CaptureFixture[str]
 ) -> None:
     engines.change = lambda number, double: setattr(double, "finish_reason", "stop")
@@ -84,12 +84,15 @@ def test_a_version_keeps_its_diagnosis_and_shows_it(
     version = pipeline.train_version()
     manifest = pipeline.registry.manifest(version)
     assert manifest.findings
-    assert {one.kind for one in manifest.findings} == {FindingKind.TOO_LITTLE_DATA, FindingKind.HELDOUT_TOO_SMALL}
+    assert {finding.kind for finding in manifest.findings} == {
+        FindingKind.TOO_LITTLE_DATA,
+        FindingKind.HELDOUT_TOO_SMALL,
+    }
     capsys.readouterr()
     print_version(manifest, Path("folder"))
-    told = " ".join(capsys.readouterr().out.split())
-    assert "too little data: 3 training examples try: data.train from 3 examples to 100 examples" in told
-    assert "rule: fewer than 50 training examples" in told
+    output = " ".join(capsys.readouterr().out.split())
+    assert "too little data: 3 training examples try: data.train from 3 examples to 100 examples" in output
+    assert "rule: fewer than 50 training examples" in output
 
 
 @pytest.mark.slow
@@ -97,17 +100,15 @@ def test_a_version_keeps_its_diagnosis_and_shows_it(
     ("evaluate", "advice"),
     [({}, "data.train: read the cut answers"), ({"max_tokens": 3}, "evaluate.max_tokens from 3 to 6, or null")],
 )
-def test_a_version_shows_that_its_answers_were_cut_when_they_end_at_the_limit(
+def test_version_shows_cut_answers_when_they_end_at_the_limit(
     make: Make, capsys: pytest.CaptureFixture[str], evaluate: dict[str, Any], advice: str
 ) -> None:
     pipeline = make(evaluate=evaluate)  # the engine's double ends no answer by itself
     manifest = pipeline.registry.manifest(pipeline.train_version())
     capsys.readouterr()
     print_version(manifest, Path("folder"))
-    told = " ".join(capsys.readouterr().out.split())
+    output = " ".join(capsys.readouterr().out.split())
     share = "1.000 [0.342, 1.000]"
-    assert f"cut off at the limit {share} {share} {share}" in told
-    assert (
-        f"answers cut off: held-out answers ended at their limit of tokens, as a share of all answers: {share}" in told
-    )
-    assert f"try: {advice}" in told
+    assert f"cut off at the limit {share} {share} {share}" in output
+    assert f"held-out answers ended at their limit of tokens, as a share of all answers: {share}" in output
+    assert f"try: {advice}" in output

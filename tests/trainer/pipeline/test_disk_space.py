@@ -1,4 +1,4 @@
-"""A disk that is full, or fills up, is told before work is lost."""
+"""Runs on a full disk stop with an error before work is lost."""
 
 import shutil
 from collections import namedtuple
@@ -20,7 +20,7 @@ def free_bytes(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 0, free))
 
 
-def test_a_full_disk_is_told_before_anything_is_written(
+def test_run_fails_before_writing_when_the_disk_is_full(
     pipeline: Pipeline, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free_bytes(monkeypatch, 1000)
@@ -30,7 +30,7 @@ def test_a_full_disk_is_told_before_anything_is_written(
     assert [path.name for path in pipeline.run.folder.iterdir()] == ["lock"]
 
 
-def test_a_disk_that_fills_up_stops_before_the_next_stage_and_keeps_what_is_done(
+def test_run_stops_before_the_next_stage_and_keeps_finished_ones_when_the_disk_fills_up(
     make: Make, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     merge = stages.merge_adapter
@@ -51,7 +51,7 @@ def test_a_disk_that_fills_up_stops_before_the_next_stage_and_keeps_what_is_done
     assert stages.ran.count(Stage.MERGE) == 1
 
 
-def test_a_disk_that_is_full_within_a_stage_is_told_and_the_run_goes_on(
+def test_run_reports_a_full_disk_and_can_be_resumed_when_a_stage_fills_it(
     make: Make, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fill(*_: Any) -> None:
@@ -59,7 +59,7 @@ def test_a_disk_that_is_full_within_a_stage_is_told_and_the_run_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(stages_module, "merge_adapter", fill)
-        with pytest.raises(DiskSpaceError, match="for what stage merge writes"):
+        with pytest.raises(DiskSpaceError, match="stage merge filled the disk"):
             make().train_version()
     make().train_version()
     assert stages.ran.count(Stage.TRAIN) == 1

@@ -1,4 +1,4 @@
-"""Estimates beside a real training."""
+"""Comparison of estimates with a real training."""
 
 import pytest
 
@@ -16,11 +16,11 @@ from trainer.training.summary import TrainingSummary
 SUMMARY = TrainingSummary(steps=1, tokens=1, tokens_per_second=1, seconds=9, peak_memory=5)
 
 
-def test_both_are_said_and_kept(capsys: pytest.CaptureFixture[str]) -> None:
+def test_estimate_is_printed_and_stored_with_the_measured_figures(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = make_recipe()
     expected = estimate_device(recipe, published("llama-2-7b"), even_workload(9, 99, recipe), cpu_device(), 99)
     compared = compare_with_real(expected, SUMMARY)
-    assert "were estimated" in " ".join(capsys.readouterr().err.split())
+    assert "(estimated" in " ".join(capsys.readouterr().err.split())
     assert estimate_metrics(compared) == {
         "estimate.memory": expected.memory,
         "estimate.memory_real": 5,
@@ -31,7 +31,7 @@ def test_both_are_said_and_kept(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("method", [Method.LORA, Method.FULL])
-def test_memory_is_near_to_that_of_the_real_training(method: Method) -> None:
+def test_estimated_memory_is_close_to_that_of_a_real_training(method: Method) -> None:
     base = resolve_base("smollm2-135m-instruct", load_settings().base_cache).folder
-    (found,) = measure([Case(method, 4, 2, base, NumberType.BFLOAT16)], cpu_device())
-    assert abs(found.memory_ratio - 1) < MEMORY
+    (measured,) = measure([Case(method, 4, 2, base, NumberType.BFLOAT16)], cpu_device())
+    assert abs(measured.memory_ratio - 1) < MEMORY

@@ -1,4 +1,4 @@
-"""The examples of a run: which are trained on, which are held out, and what is refused."""
+"""The examples of a run: which are trained on, which are held out, and which data are rejected."""
 
 import gzip
 import json
@@ -29,44 +29,46 @@ TRAIN = [make_example(f"question {number}", "yes") for number in range(6)]
 HELDOUT = [make_example("another", "no")]
 
 
-def test_examples_are_read_with_their_fingerprints(tmp_path: Path) -> None:
+def test_training_and_heldout_sets_have_different_fingerprints(tmp_path: Path) -> None:
     examples = read(tmp_path, TRAIN, HELDOUT)
     assert examples.train == tuple(TRAIN)
     assert examples.heldout == tuple(HELDOUT)
     assert examples.train_fingerprint != examples.heldout_fingerprint
 
 
-def test_skip_and_limit_choose_a_part(tmp_path: Path) -> None:
+def test_skip_and_limit_select_a_part_of_the_training_examples(tmp_path: Path) -> None:
     assert read(tmp_path, TRAIN, HELDOUT, skip=1, limit=3).train == tuple(TRAIN[1:4])
 
 
-def test_a_part_has_a_fingerprint_of_its_own(tmp_path: Path) -> None:
+def test_fingerprint_differs_when_only_a_part_is_trained_on(tmp_path: Path) -> None:
     whole, part = read(tmp_path, TRAIN, HELDOUT), read(tmp_path, TRAIN, HELDOUT, limit=3)
     assert whole.train_fingerprint != part.train_fingerprint
 
 
-def test_skipping_all_but_one_is_refused(tmp_path: Path) -> None:
+def test_data_is_rejected_when_skip_leaves_one_example(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="leaves 1 of 6 examples"):
         read(tmp_path, TRAIN, HELDOUT, skip=5)
 
 
-def test_a_single_example_is_refused(tmp_path: Path) -> None:
+def test_data_is_rejected_when_the_file_has_one_example(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"t\.jsonl has 1 example"):
         read(tmp_path, TRAIN[:1], HELDOUT)
 
 
-def test_an_empty_heldout_set_is_refused(tmp_path: Path) -> None:
+def test_data_is_rejected_when_the_heldout_file_is_empty(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"h\.jsonl has 0 examples"):
         read(tmp_path, TRAIN, [])
 
 
-def test_training_on_the_heldout_set_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="1 training examples have the prompt of a held-out one, the first is number 3"):
+def test_data_is_rejected_when_a_training_prompt_is_held_out(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match="1 training examples have the prompt of a held-out example; the first is number 3"
+    ):
         read(tmp_path, TRAIN, [make_example("Question  2", "no")])
 
 
-def lines_of(count: int, what: str = "question") -> list[ChatExample]:
-    return [make_example(f"{what} {number}", "yes") for number in range(count)]
+def lines_of(count: int, prompt: str = "question") -> list[ChatExample]:
+    return [make_example(f"{prompt} {number}", "yes") for number in range(count)]
 
 
 def read_train(folder: Path, examples: list[ChatExample], **data: Any) -> Examples:
@@ -74,13 +76,13 @@ def read_train(folder: Path, examples: list[ChatExample], **data: Any) -> Exampl
     return read_run_examples(make_recipe(data={"train": folder / "t.jsonl", **data}))
 
 
-def test_without_a_heldout_set_a_tenth_is_held_out(tmp_path: Path) -> None:
+def test_a_tenth_is_held_out_when_no_heldout_file_is_named(tmp_path: Path) -> None:
     examples = read_train(tmp_path, lines_of(400))
     assert abs(len(examples.heldout) - 40) < 24  # four standard deviations
     assert {*examples.train, *examples.heldout} == set(lines_of(400))
 
 
-def test_the_seed_decides_what_is_held_out(tmp_path: Path) -> None:
+def test_heldout_examples_depend_on_the_seed_only(tmp_path: Path) -> None:
     first, again = (read_train(tmp_path, lines_of(40)).heldout for _ in range(2))
     assert first == again
     assert read_train(tmp_path, lines_of(40), seed=1).heldout != first
@@ -91,37 +93,39 @@ def split_again(folder: Path, learnt: PromptHashes) -> Examples:
     return read_run_examples(make_recipe(data={"train": folder / "t.jsonl", "heldout_share": 0.3}), learnt=learnt)
 
 
-def test_what_an_earlier_version_learnt_is_not_held_out(tmp_path: Path) -> None:
+def test_example_is_not_held_out_when_an_earlier_version_learnt_it(tmp_path: Path) -> None:
     before = split_again(tmp_path, NO_PROMPTS).heldout
     after = split_again(tmp_path, hash_prompts(before[:4]))
     assert after.heldout == before[4:]
     assert set(before[:4]) < set(after.train)
 
 
-def test_how_much_stays_in_training_since_it_was_learnt_is_told(
+def test_number_of_examples_kept_in_training_is_printed_when_they_were_learnt_before(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = split_again(tmp_path, NO_PROMPTS).heldout
     split_again(tmp_path, hash_prompts(before[:4]))
-    told = " ".join(capsys.readouterr().err.split())
-    assert "4 examples are trained on that would be held out: an earlier version of tiny has learnt them" in told
+    output = " ".join(capsys.readouterr().err.split())
+    assert "4 examples are trained on instead of held out: an earlier version of tiny has learnt them" in output
 
 
-def test_a_version_is_the_same_run_after_it_was_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    made = split_again(tmp_path, NO_PROMPTS)
-    assert split_again(tmp_path, hash_prompts(made.train)) == made
+def test_examples_are_the_same_when_the_recipes_own_version_exists(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = split_again(tmp_path, NO_PROMPTS)
+    assert split_again(tmp_path, hash_prompts(first.train)) == first
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize(("copies", "told"), [(6, True), (1, False)])
-def test_near_duplicates_that_make_the_held_out_set_large_are_told(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], copies: int, told: bool
+@pytest.mark.parametrize(("copies", "warned"), [(6, True), (1, False)])
+def test_warning_is_printed_when_near_duplicates_enlarge_the_heldout_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], copies: int, warned: bool
 ) -> None:
     """Six in each group: 1 - 0.9 ** 6 is 47 % of the groups."""
     chance = random.Random(0)
     texts = [text(chance, 60, 60) for _ in range(240 // copies)]
-    read_train(tmp_path, [make_example(f"{one} {number}", "yes") for one in texts for number in range(copies)])
-    assert ("near duplicates stay together" in " ".join(capsys.readouterr().err.split())) is told
+    read_train(tmp_path, [make_example(f"{prompt} {number}", "yes") for prompt in texts for number in range(copies)])
+    assert ("near duplicates stay together" in " ".join(capsys.readouterr().err.split())) is warned
 
 
 def read_named(folder: Path, learnt: PromptHashes) -> Examples:
@@ -131,11 +135,11 @@ def read_named(folder: Path, learnt: PromptHashes) -> Examples:
     return read_run_examples(recipe, learnt=learnt)
 
 
-def test_a_named_held_out_file_stays_as_it_is_whatever_was_learnt(tmp_path: Path) -> None:
+def test_heldout_file_is_unchanged_when_its_prompts_were_learnt(tmp_path: Path) -> None:
     assert read_named(tmp_path, hash_prompts(lines_of(2, "held"))).heldout == tuple(lines_of(3, "held"))
 
 
-def test_how_many_prompts_of_a_named_held_out_file_were_learnt_is_told(
+def test_number_of_learnt_prompts_is_printed_when_the_heldout_file_contains_some(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     read_named(tmp_path, hash_prompts(lines_of(2, "held")))
@@ -144,7 +148,7 @@ def test_how_many_prompts_of_a_named_held_out_file_were_learnt_is_told(
     )
 
 
-def test_of_a_held_out_file_that_nobody_learnt_nothing_is_told(
+def test_nothing_is_printed_when_no_prompt_of_the_heldout_file_was_learnt(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     read_named(tmp_path, hash_prompts(TRAIN))
@@ -158,32 +162,32 @@ def limited(folder: Path, limit: int | None, seed: int = 0) -> tuple[ChatExample
     return read_run_examples(make_recipe(data=data, evaluate={"limit": limit})).heldout
 
 
-def test_the_examples_that_are_asked_are_drawn_and_come_first(tmp_path: Path) -> None:
+def test_asked_examples_are_drawn_at_random_and_come_first_when_evaluation_is_limited(tmp_path: Path) -> None:
     asked = limited(tmp_path, 8)[:8]
     assert not set(asked) <= set(lines_of(20, "held"))
     assert list(asked) == [example for example in lines_of(40, "held") if example in asked]
 
 
-def test_the_seed_of_the_data_decides_which_examples_are_asked(tmp_path: Path) -> None:
+def test_asked_examples_differ_when_the_data_seed_differs(tmp_path: Path) -> None:
     assert limited(tmp_path, 8)[:8] != limited(tmp_path, 8, seed=1)[:8]
 
 
-def test_without_a_limit_held_out_examples_are_in_the_order_of_their_file(tmp_path: Path) -> None:
+def test_heldout_examples_keep_the_order_of_their_file_when_there_is_no_limit(tmp_path: Path) -> None:
     assert limited(tmp_path, None) == tuple(lines_of(40, "held"))
 
 
-def test_what_was_given_is_all_that_stands_in_the_files_of_the_task(tmp_path: Path) -> None:
+def test_given_examples_are_all_of_the_tasks_files_when_the_recipe_limits_training(tmp_path: Path) -> None:
     write_examples(tmp_path / "g.jsonl", lines_of(9, "general"))
     copies = [*TRAIN, *TRAIN[:2]]
     examples = read(tmp_path, copies, HELDOUT, limit=3, general=tmp_path / "g.jsonl", general_share=0.25)
     assert examples.given == (*copies, *HELDOUT)
 
 
-def test_what_was_given_is_not_split(tmp_path: Path) -> None:
+def test_given_examples_include_held_out_ones_when_the_file_is_split(tmp_path: Path) -> None:
     assert read_train(tmp_path, lines_of(40)).given == tuple(lines_of(40))
 
 
-def test_sources_are_joined_in_their_order(tmp_path: Path) -> None:
+def test_sources_are_concatenated_in_the_order_of_the_recipe(tmp_path: Path) -> None:
     write_examples(tmp_path / "a.jsonl", TRAIN[:3])
     write_examples(tmp_path / "b.jsonl", TRAIN[3:])
     write_examples(tmp_path / "h.jsonl", HELDOUT)
@@ -191,7 +195,7 @@ def test_sources_are_joined_in_their_order(tmp_path: Path) -> None:
     assert read_run_examples(make_recipe(data=paths)).train == (*TRAIN[3:], *TRAIN[:3])
 
 
-def test_general_examples_are_their_share_of_the_training_examples(tmp_path: Path) -> None:
+def test_general_examples_are_general_share_of_the_training_examples(tmp_path: Path) -> None:
     write_examples(tmp_path / "g.jsonl", lines_of(20, "general"))
     examples = read(tmp_path, lines_of(15), HELDOUT, general=tmp_path / "g.jsonl", general_share=0.25)
     assert (len(examples.train), examples.general) == (20, 5)
@@ -199,20 +203,20 @@ def test_general_examples_are_their_share_of_the_training_examples(tmp_path: Pat
     assert examples.train_fingerprint != read(tmp_path, lines_of(15), HELDOUT).train_fingerprint
 
 
-def test_general_examples_are_never_held_out(tmp_path: Path) -> None:
+def test_general_example_is_not_mixed_in_when_it_is_held_out(tmp_path: Path) -> None:
     write_examples(tmp_path / "g.jsonl", [*HELDOUT, *lines_of(2, "general")])
     examples = read(tmp_path, TRAIN, HELDOUT, general=tmp_path / "g.jsonl", general_share=0.25)
     assert examples.heldout == tuple(HELDOUT)
     assert set(examples.train[-2:]) == set(lines_of(2, "general"))
 
 
-def test_too_few_general_examples_are_refused(tmp_path: Path) -> None:
+def test_data_is_rejected_when_there_are_too_few_general_examples(tmp_path: Path) -> None:
     write_examples(tmp_path / "g.jsonl", lines_of(1, "general"))
     with pytest.raises(DataError, match=r"data\.general has 1 examples"):
         read(tmp_path, TRAIN, HELDOUT, general=tmp_path / "g.jsonl", general_share=0.5)
 
 
-def test_bad_lines_and_leaks_are_left_out_and_kept_as_they_stood(tmp_path: Path) -> None:
+def test_bad_lines_and_leaks_are_skipped_and_stored_unchanged_when_skipping_is_on(tmp_path: Path) -> None:
     lines = [json.dumps(example.as_dict()).encode() for example in (*TRAIN, *HELDOUT)]
     bad = b'{"messages": [{"role": "user", "content": "caf\xe9"}]}\r\n'
     (tmp_path / "t.jsonl").write_bytes(lines[0] + b"\n" + bad + b"\n".join(lines[1:]))
@@ -226,7 +230,7 @@ def test_bad_lines_and_leaks_are_left_out_and_kept_as_they_stood(tmp_path: Path)
     assert [(entry["line"], entry["code"]) for entry in entries] == [(2, "not_utf8"), (8, "leak")]
 
 
-def test_a_file_that_is_cut_off_stops_a_run_that_leaves_bad_lines_out(tmp_path: Path) -> None:
+def test_run_stops_at_a_truncated_file_when_bad_lines_are_skipped(tmp_path: Path) -> None:
     lines = [json.dumps(example.as_dict()).encode() for example in TRAIN]
     (tmp_path / "t.jsonl.gz").write_bytes(gzip.compress(b"\n".join(lines))[:-8])
     write_examples(tmp_path / "h.jsonl", HELDOUT)
@@ -247,7 +251,9 @@ def with_questions(folder: Path, train: list[ChatExample], **evaluate: Any) -> E
     return read_run_examples(make_recipe(data=paths, evaluate={"general": folder / "g.jsonl"} | evaluate))
 
 
-def test_general_questions_are_never_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_example_is_left_out_when_it_is_a_general_question(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     trained_on = make_example("What is  RED?", "some other answer")
     examples = with_questions(tmp_path, [*TRAIN, trained_on])
     assert examples.train == tuple(TRAIN)
@@ -255,7 +261,7 @@ def test_general_questions_are_never_trained_on(tmp_path: Path, capsys: pytest.C
     assert "1 training examples are left out" in capsys.readouterr().err
 
 
-def test_they_are_not_mixed_in_either(tmp_path: Path) -> None:
+def test_general_example_is_not_mixed_in_when_it_is_a_general_question(tmp_path: Path) -> None:
     write_examples(tmp_path / "mixed.jsonl", [*QUESTIONS, make_example("what is three?", "a number")])
     for name, rows in {"t": TRAIN, "h": HELDOUT, "g": QUESTIONS}.items():
         write_examples(tmp_path / f"{name}.jsonl", rows)
@@ -264,24 +270,24 @@ def test_they_are_not_mixed_in_either(tmp_path: Path) -> None:
     assert read_run_examples(recipe).train[-1].question == "what is three?"
 
 
-def test_training_on_nothing_but_general_questions_is_refused(tmp_path: Path) -> None:
+def test_data_is_rejected_when_nearly_all_examples_are_general_questions(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="all but 1 of 3 training examples are general questions") as raised:
         with_questions(tmp_path, [*QUESTIONS, TRAIN[0]])
     assert "evaluate.general" in raised.value.todo
 
 
 @pytest.mark.parametrize(("limit", "asked"), [(1, 1), (None, 2)])
-def test_so_many_of_them_are_asked_as_the_recipe_says(tmp_path: Path, limit: int | None, asked: int) -> None:
+def test_number_of_general_questions_follows_general_limit(tmp_path: Path, limit: int | None, asked: int) -> None:
     questions = with_questions(tmp_path, TRAIN, general_limit=limit).questions
     assert questions is not None
     assert questions.examples == tuple(QUESTIONS[:asked])
 
 
-def test_none_are_asked_where_the_recipe_says_so(tmp_path: Path) -> None:
+def test_no_general_questions_are_asked_when_general_is_false(tmp_path: Path) -> None:
     assert with_questions(tmp_path, [*TRAIN, QUESTIONS[0]], general=False).questions is None
 
 
-def test_those_of_the_package_are_asked_by_default(tmp_path: Path) -> None:
+def test_the_packages_general_questions_are_asked_by_default(tmp_path: Path) -> None:
     questions = read(tmp_path, TRAIN, HELDOUT).questions
     assert questions is not None
     assert questions.name == "general.jsonl"

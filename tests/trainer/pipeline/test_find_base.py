@@ -1,4 +1,4 @@
-"""What a recipe may name as its base."""
+"""Resolution of the base that a recipe names."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from trainer.pipeline.find_base import find_base
 from trainer.pipeline.stages import Pipeline
 
 
-def test_a_registered_version_is_a_base(pipeline: Pipeline) -> None:
+def test_base_is_the_merged_model_when_a_version_is_named(pipeline: Pipeline) -> None:
     version = pipeline.train_version()
     base = find_base(str(version), pipeline.settings)
     assert base.folder == pipeline.registry.artifact(version, Format.MERGED)
@@ -19,7 +19,7 @@ def test_a_registered_version_is_a_base(pipeline: Pipeline) -> None:
     assert base.revision.startswith("sha256:")
 
 
-def test_a_registered_version_that_was_altered_is_no_base(pipeline: Pipeline) -> None:
+def test_base_is_rejected_when_the_versions_files_were_changed(pipeline: Pipeline) -> None:
     version = pipeline.train_version()
     weights = pipeline.registry.artifact(version, Format.MERGED) / "model.safetensors"
     weights.chmod(0o644)
@@ -29,11 +29,11 @@ def test_a_registered_version_that_was_altered_is_no_base(pipeline: Pipeline) ->
 
 
 @pytest.mark.parametrize("base", ["nobody@1", "nobody@production", "@"])
-def test_a_version_that_is_not_there_is_no_base(tmp_path: Path, base: str) -> None:
+def test_base_is_not_found_when_the_version_does_not_exist(tmp_path: Path, base: str) -> None:
     with pytest.raises(NotFoundError):
         find_base(base, Settings(home=tmp_path))
 
 
-def test_an_unknown_base_is_refused(tmp_path: Path) -> None:
+def test_base_is_rejected_when_its_name_is_unknown(tmp_path: Path) -> None:
     with pytest.raises(BaseModelError, match="unknown base model 'no-such-model'"):
         find_base("no-such-model", Settings(home=tmp_path, base_cache=tmp_path))

@@ -1,4 +1,4 @@
-"""A version says what was forgotten by training it, and is refused where that is more than the recipe allows."""
+"""A version records what training made it forget, and is rejected if that exceeds the recipe's limit."""
 
 from dataclasses import replace
 from typing import Any
@@ -25,7 +25,7 @@ NONE = Interval(value=0.0, low=0.0, high=0.0)
 
 
 def questions(*right: str) -> GeneralSet:
-    """Ten, all answered rightly by who says such words: the double says the name of its weights."""
+    """Return ten questions whose right answers contain these words: the double answers with the name of its weights."""
     asked = tuple(make_example(f"general {number}", " ".join(right)) for number in range(10))
     return GeneralSet("own.jsonl", asked, (right,) * 10)
 
@@ -35,32 +35,32 @@ def asking(pipeline: Pipeline, general: GeneralSet) -> Pipeline:
 
 
 @pytest.mark.slow
-def test_a_version_says_what_was_forgotten(make: Make) -> None:
+def test_version_and_mlflow_record_the_forgetting(make: Make) -> None:
     pipeline = asking(make(), questions("base.0"))
     manifest = pipeline.registry.manifest(pipeline.train_version())
-    found = manifest.forgetting
-    assert found is not None
-    assert (found.before.value, found.after.value, found.lost, found.gained) == (1, 0, 10, 0)
-    assert found.difference.value == -1
+    forgetting = manifest.forgetting
+    assert forgetting is not None
+    assert (forgetting.before.value, forgetting.after.value) == (1, 0)
+    assert (forgetting.lost, forgetting.gained, forgetting.difference.value) == (10, 0, -1)
     run = pipeline.registry.tracking.run(manifest.tracking_run)
     assert run is not None
     assert run.metrics["general_difference"] == -1
 
 
 @pytest.mark.slow
-def test_without_questions_it_says_nothing(make: Make) -> None:
+def test_version_has_no_forgetting_when_no_questions_are_asked(make: Make) -> None:
     pipeline = make()
     assert pipeline.registry.manifest(pipeline.train_version()).forgetting is None
 
 
 @pytest.mark.slow
-def test_nothing_is_asked_where_the_base_is_not_judged(make: Make) -> None:
+def test_no_general_questions_are_asked_when_the_base_is_not_evaluated(make: Make) -> None:
     pipeline = asking(make(formats=["gptq"]), questions("base.0"))
     assert pipeline.registry.manifest(pipeline.train_version()).forgetting is None
 
 
 @pytest.mark.slow
-def test_more_than_the_recipe_allows_is_refused_and_with_another_limit_nothing_is_asked_again(
+def test_version_is_rejected_when_it_forgot_too_much_and_no_model_is_asked_again_when_the_limit_changes(
     make: Make, engines: Engines
 ) -> None:
     with pytest.raises(TrainingError, match=r"training lost 1\.000 of the right answers to 10 general questions"):
@@ -71,33 +71,33 @@ def test_more_than_the_recipe_allows_is_refused_and_with_another_limit_nothing_i
 
 
 @pytest.mark.slow
-def test_a_base_is_asked_once(make: Make, engines: Engines) -> None:
+def test_base_is_not_asked_general_questions_again_when_trained_again(make: Make, engines: Engines) -> None:
     general = questions("base.0")
     asking(make(), general).train_version()
     launched = len(engines.launched)
     again = asking(make(train={"seed": 1}), general)
-    found = again.registry.manifest(again.train_version()).forgetting
-    assert found is not None
-    assert found.before.value == 1
+    forgetting = again.registry.manifest(again.train_version()).forgetting
+    assert forgetting is not None
+    assert forgetting.before.value == 1
     assert "base" not in engines.started_with[launched:]
 
 
 @pytest.mark.slow
-def test_a_version_that_is_a_base_was_asked_when_it_was_made(make: Make, engines: Engines) -> None:
+def test_base_is_not_asked_general_questions_when_it_is_a_registered_version(make: Make, engines: Engines) -> None:
     general = questions("merged.0")
     first = asking(make(), general)
     manifest, launched = first.registry.manifest(first.train_version()), len(engines.launched)
     folder = first.registry.artifact(manifest.id, Format.MERGED)
     base = Base(folder, str(manifest.id), None, merged_revision(manifest))
-    found = asking(replace(make(train={"seed": 1}), base=base), general)
-    forgetting = found.registry.manifest(found.train_version()).forgetting
+    second = asking(replace(make(train={"seed": 1}), base=base), general)
+    forgetting = second.registry.manifest(second.train_version()).forgetting
     assert forgetting is not None
     assert forgetting.before.value == 1
     assert str(folder) not in [engine.double.weights for engine in engines.launched[launched:]]
 
 
 def lost(before: int, after: int, total: int = 100) -> Forgetting:
-    """So many right answers before and after, the first ones."""
+    """Return forgetting with these numbers of right answers before and after training; the first ones are right."""
     first, second = ([index < hits for index in range(total)] for hits in (before, after))
     return Forgetting(
         questions="own.jsonl",
@@ -118,15 +118,15 @@ def lost(before: int, after: int, total: int = 100) -> Forgetting:
     ("before", "after", "most"),
     [
         *((50, 50, 0.0), (50, 60, 0.0), (50, 30, 0.3)),
-        (50, 42, 0.05),  # 0.08, and it may as well be 0.03
+        (50, 42, 0.05),  # 0.08, but 0.03 is possible too
         (50, 45, 0.0),  # five lost and none gained: by chance more often than once in twenty times
     ],
 )
-def test_a_version_is_not_refused_when_no_loss_beyond_the_limit_is_proven(before: int, after: int, most: float) -> None:
+def test_version_is_accepted_when_no_loss_beyond_the_limit_is_proven(before: int, after: int, most: float) -> None:
     check_gate(judge_forgetting(lost(before, after), most), Undecided.WARN)
 
 
-def test_12_of_27_known_answers_lost_are_a_warning_when_a_tenth_of_60_is_allowed(
+def test_version_gets_a_warning_when_12_of_27_known_answers_are_lost_and_a_tenth_of_60_is_allowed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     report = judge_forgetting(lost(27, 15, total=60), 0.1)
@@ -137,7 +137,7 @@ def test_12_of_27_known_answers_lost_are_a_warning_when_a_tenth_of_60_is_allowed
     )
 
 
-def test_an_undecided_version_is_refused_when_the_recipe_says_so() -> None:
+def test_undecided_version_is_rejected_when_undecided_is_fail() -> None:
     with pytest.raises(TrainingError, match="undecided: a loss of up to") as raised:
         check_gate(judge_forgetting(lost(27, 15, total=60), 0.1), Undecided.FAIL)
     assert "evaluate.undecided is fail" in raised.value.expected
@@ -145,7 +145,7 @@ def test_an_undecided_version_is_refused_when_the_recipe_says_so() -> None:
 
 
 @pytest.mark.parametrize(("before", "after"), [(50, 50), (50, 60), (50, 49)])
-def test_a_version_passes_when_a_loss_beyond_the_limit_is_excluded(
+def test_version_passes_when_a_loss_beyond_the_limit_is_excluded(
     before: int, after: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report = judge_forgetting(lost(before, after), 0.1)
@@ -155,7 +155,7 @@ def test_a_version_passes_when_a_loss_beyond_the_limit_is_excluded(
 
 
 @pytest.mark.parametrize(("before", "after", "most"), [(50, 20, 0.1), (50, 44, 0.0), (10, 0, 0.02)])
-def test_a_version_is_refused_when_a_loss_beyond_the_limit_is_proven(before: int, after: int, most: float) -> None:
+def test_version_is_rejected_when_a_loss_beyond_the_limit_is_proven(before: int, after: int, most: float) -> None:
     with pytest.raises(TrainingError, match="of the right answers to 100 general questions") as raised:
         check_gate(judge_forgetting(lost(before, after), most), Undecided.WARN)
     assert raised.value.expected == f"at most {most:.3f} (evaluate.max_forgetting)"
@@ -163,6 +163,6 @@ def test_a_version_is_refused_when_a_loss_beyond_the_limit_is_proven(before: int
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.5])
-def test_a_limit_is_a_share(value: Any) -> None:
+def test_max_forgetting_is_rejected_when_it_is_not_a_share(value: Any) -> None:
     with pytest.raises(ValueError, match="max_forgetting"):
         Evaluate(max_forgetting=value)

@@ -1,4 +1,4 @@
-"""A quantized model that is proven worse is refused, by the primary metric and by the log-likelihood."""
+"""A quantized model is rejected if the primary metric or the log-likelihood proves that it is worse."""
 
 import random
 from collections.abc import Sequence
@@ -25,24 +25,24 @@ REFERENCE = "a short line that says what the package is for"
 
 
 def qualified(answers: Sequence[str], nll: Sequence[float], *, metric: Metric | None = None) -> Qualified:
-    """What was found of a format; one answer and one negative log-likelihood for each example."""
-    found = [
+    """Return a format's results with these answers and negative log-likelihoods, one for each example."""
+    results = [
         ExampleResult(
             answer=answer,
             tokens=2,
             limit=8,
             finish_reason="stop",
             logprob=-0.5,
-            nll=one,
+            nll=value,
             scored=1,
             hit=answer == REFERENCE,
         )
-        for answer, one in zip(answers, nll, strict=True)
+        for answer, value in zip(answers, nll, strict=True)
     ]
-    judged = judge(examples(len(found)), found, 1.0, [metric or ExactMatch()])
+    evaluation = judge(examples(len(results)), results, 1.0, [metric or ExactMatch()])
     return Qualified(
-        evaluation=judged.report,
-        results=judged.results,
+        evaluation=evaluation.report,
+        results=evaluation.results,
         probes=(),
         reading=EngineReading(prompts_differ=(), scores=(), speed=SPEED),
     )
@@ -65,12 +65,12 @@ def check(merged: Qualified, gptq: Qualified, metric: Metric | None = None, **li
 
 
 def won(hits: int, total: int) -> Qualified:
-    """A format that gives so many of the right answers, and finds all equally likely."""
+    """Return a format with this number of right answers, all equally likely."""
     return qualified([REFERENCE if index < hits else "no" for index in range(total)], [1.0] * total)
 
 
 def likely(mean: float, *, spread: float = 0.02, seed: int = 0, total: int = 40) -> Qualified:
-    """A format that never gives the reference, as with free text, and finds it likely around a mean, nats a token."""
+    """Return a format that never gives the reference, as with free text, with NLLs around a mean, nats per token."""
     generator = random.Random(seed)
     return qualified(["no"] * total, [mean + generator.uniform(-spread, spread) for _ in range(total)])
 
@@ -79,23 +79,23 @@ def likely(mean: float, *, spread: float = 0.02, seed: int = 0, total: int = 40)
     ("merged", "gptq", "total", "most"),
     [
         *((156, 156, 200, 0.0), (156, 160, 200, 0.0), (200, 0, 200, 1.0), (0, 0, 200, 0.0)),
-        (156, 145, 200, 0.05),  # 0.055, and it may as well be 0.03
+        (156, 145, 200, 0.05),  # 0.055, but 0.03 is possible too
         (10, 9, 10, 0.05),
     ],
 )
-def test_lost_answers_are_not_refused_when_no_loss_beyond_the_limit_is_proven(
+def test_lost_answers_are_accepted_when_no_loss_beyond_the_limit_is_proven(
     merged: int, gptq: int, total: int, most: float
 ) -> None:
     check(won(merged, total), won(gptq, total), max_gptq_loss=most)
 
 
 @pytest.mark.parametrize(("merged", "gptq", "most"), [(160, 100, 0.05), (156, 130, 0.05), (20, 0, 0.0)])
-def test_lost_answers_are_refused_when_a_loss_beyond_the_limit_is_proven(merged: int, gptq: int, most: float) -> None:
+def test_lost_answers_are_rejected_when_a_loss_beyond_the_limit_is_proven(merged: int, gptq: int, most: float) -> None:
     with pytest.raises(TrainingError, match="of exact match"):
         check(won(merged, 200), won(gptq, 200), max_gptq_loss=most)
 
 
-def test_a_refused_loss_gives_both_figures_and_their_difference() -> None:
+def test_error_has_both_figures_and_their_difference_when_a_loss_is_rejected() -> None:
     with pytest.raises(TrainingError) as caught:
         check(won(160, 200), won(100, 200))
     assert "GPTQ lost 0.300 of exact match: 0.800 [" in caught.value.wrong
@@ -106,38 +106,38 @@ def test_a_refused_loss_gives_both_figures_and_their_difference() -> None:
 
 
 @pytest.mark.parametrize(("merged", "gptq"), [(0.1, 0.104), (2.0, 2.03), (2.0, 1.0)])
-def test_less_likely_answers_within_the_limits_pass(merged: float, gptq: float) -> None:
+def test_quantized_model_passes_when_the_likelihood_loss_is_within_the_limit(merged: float, gptq: float) -> None:
     check(likely(merged), likely(gptq))
 
 
 @pytest.mark.parametrize(("merged", "gptq"), [(0.1, 0.12), (2.0, 2.15), (2.0, 8.0)])
-def test_a_model_of_free_text_that_finds_the_right_answers_less_likely_is_refused(merged: float, gptq: float) -> None:
-    with pytest.raises(TrainingError, match="finds the right answers less likely"):
+def test_free_text_model_is_rejected_when_right_answers_become_less_likely(merged: float, gptq: float) -> None:
+    with pytest.raises(TrainingError, match="makes the right answers less likely"):
         check(likely(merged), likely(gptq))
 
 
-def test_a_refused_likelihood_gives_both_figures_and_the_limit() -> None:
+def test_error_has_both_figures_and_the_limit_when_a_likelihood_is_rejected() -> None:
     with pytest.raises(TrainingError) as caught:
         check(likely(2.0), likely(2.5), max_gptq_nll=0.1)
-    assert "nats a token merged" in caught.value.wrong
+    assert "nats per token merged" in caught.value.wrong
     assert "loss 0.500 [0.500, 0.500]" in caught.value.wrong
     assert caught.value.expected.startswith("at most 0.200 (evaluate.max_gptq_nll")
     assert caught.value.todo
 
 
-def test_a_limit_of_the_recipe_holds() -> None:
+def test_likelihood_loss_is_accepted_when_the_recipe_raises_the_limit() -> None:
     check(likely(2.0), likely(2.1), max_gptq_nll=0.1)
 
 
-def test_noise_refuses_no_more_than_one_in_twenty() -> None:
-    """The interval is of 95 %, and only one of its ends refuses."""
-    refused = 0
+def test_at_most_one_in_twenty_models_is_rejected_when_the_difference_is_noise() -> None:
+    """The interval covers 95 %, and only one of its ends leads to rejection."""
+    rejected = 0
     for seed in range(40):
         try:
             check(likely(2.0, spread=1.0, seed=seed), likely(2.0, spread=1.0, seed=1000 + seed))
         except TrainingError:
-            refused += 1
-    assert refused <= 2
+            rejected += 1
+    assert rejected <= 2
 
 
 def test_likelihood_is_undecided_when_examples_are_too_few() -> None:
@@ -146,7 +146,7 @@ def test_likelihood_is_undecided_when_examples_are_too_few() -> None:
 
 
 def first_answers(lost: int, gained: int, total: int) -> tuple[Qualified, Qualified]:
-    """Formats that differ on the first answers alone: lost ones, then gained ones."""
+    """Return formats that differ only on the first answers: first lost ones, then gained ones."""
     merged = [REFERENCE if not lost <= place < lost + gained else "no" for place in range(total)]
     gptq = [REFERENCE if place >= lost else "no" for place in range(total)]
     return qualified(merged, [1.0] * total), qualified(gptq, [1.0] * total)
@@ -163,43 +163,43 @@ def first_answers(lost: int, gained: int, total: int) -> tuple[Qualified, Qualif
         (30, 0, 200, GateOutcome.FAILED),
     ],
 )
-def test_a_loss_within_the_limit_is_passed_only_when_the_examples_prove_it(
+def test_loss_within_the_limit_passes_only_when_the_examples_prove_it(
     lost: int, gained: int, total: int, wanted: GateOutcome
 ) -> None:
     loss, nll = judged(*first_answers(lost, gained, total))
     assert (loss.verdict.outcome, nll.verdict.outcome) == (wanted, GateOutcome.PASSED)
 
 
-def test_an_ordinary_first_version_is_not_refused_and_the_warning_says_how_many_examples_would_decide(
+def test_warning_names_the_number_of_examples_needed_when_a_small_loss_is_undecided(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     check(*first_answers(10, 4, 200))
-    told = " ".join(capsys.readouterr().err.split())
-    assert told.startswith("GPTQ lost 0.030 of exact match: 0.980 [")
-    assert told.endswith(
+    output = " ".join(capsys.readouterr().err.split())
+    assert output.startswith("GPTQ lost 0.030 of exact match: 0.980 [")
+    assert output.endswith(
         "undecided: a loss of up to 0.068 cannot be excluded with 200 examples; about 1,600 would decide"
     )
 
 
-def test_a_metric_of_the_whole_set_is_undecided_when_no_answer_changes_and_examples_are_few() -> None:
+def test_set_level_metric_is_undecided_when_no_answer_changes_and_examples_are_few() -> None:
     loss, _ = judged(won(20, 30), won(20, 30), MacroF1())
     assert (loss.verdict.loss.value, loss.verdict.outcome) == (0, GateOutcome.UNDECIDED)
 
 
-def test_a_gain_is_said_as_a_gain() -> None:
+def test_report_says_gained_when_the_quantized_model_is_better() -> None:
     loss, _ = judged(won(100, 200), won(120, 200))
     assert loss.verdict.outcome is GateOutcome.PASSED
     assert loss.measured.startswith("GPTQ gained 0.100 of exact match: 0.500 [")
 
 
 def written(kept: float, metric: Metric, nll: float = 1.0, total: int = 40) -> Qualified:
-    """A format whose every answer has that share of the reference's words, and never all of them."""
+    """Return a format whose answers have this share of the reference's words, and never all of them."""
     words = REFERENCE.split()
     answers = [" ".join([*words[: round(kept * len(words))], f"other{place}"]) for place in range(total)]
     return qualified(answers, [nll] * total, metric=metric)
 
 
-def test_a_broken_model_of_free_text_is_refused_where_exact_match_sees_nothing() -> None:
+def test_broken_free_text_model_is_rejected_when_exact_match_is_zero_for_both() -> None:
     metric = Rouge("L")
     merged, broken = written(0.8, metric), written(0.0, metric)
     assert merged.evaluation.exact_match.value == broken.evaluation.exact_match.value == 0.0
@@ -207,12 +207,12 @@ def test_a_broken_model_of_free_text_is_refused_where_exact_match_sees_nothing()
         check(merged, broken, metric)
 
 
-def test_a_model_of_free_text_that_writes_as_well_passes() -> None:
+def test_free_text_model_passes_when_it_writes_equally_well() -> None:
     metric = Rouge("L")
     check(written(0.8, metric), written(0.8, metric), metric)
 
 
-def test_a_perplexity_may_rise_by_a_share_of_the_merged_models() -> None:
+def test_perplexity_limit_is_relative_to_the_merged_model() -> None:
     metric, merged = Perplexity(), likely(2.0)
     check(merged, likely(2.04), metric, max_gptq_nll=1.0)
     with pytest.raises(TrainingError, match=r"GPTQ added .* to the perplexity") as caught:
@@ -220,13 +220,13 @@ def test_a_perplexity_may_rise_by_a_share_of_the_merged_models() -> None:
     assert "times the merged model's" in caught.value.expected
 
 
-def test_a_metric_without_scores_of_examples_gates_too() -> None:
+def test_quantized_model_is_rejected_when_a_set_level_metric_proves_a_loss() -> None:
     with pytest.raises(TrainingError, match="of macro-F1"):
         check(won(160, 200), won(100, 200), MacroF1())
 
 
 class Points(Metric):
-    """A metric of the user's, on a scale of its own."""
+    """A user's metric with its own scale."""
 
     name = "points"
     title = "points"
@@ -237,7 +237,7 @@ class Points(Metric):
         return [100.0 * len(answer.split()) for answer in answered.answers]
 
 
-def test_the_users_own_metric_may_lose_a_share_of_the_merged_models() -> None:
+def test_limit_of_the_users_own_metric_is_relative_to_the_merged_model() -> None:
     metric = Points()
     check(written(0.8, metric), written(0.8, metric), metric)
     with pytest.raises(TrainingError, match=r"GPTQ lost 100\.000 of points: 900\.000") as caught:

@@ -1,4 +1,4 @@
-"""What cannot work is refused before training: on real folders, vLLM's own validation stubbed but for one test."""
+"""Bases that cannot work are rejected before training: real folders, vLLM's validation stubbed except in one test."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ RECIPE = {"quantize": {"group_size": 32}}
 
 class _Passed:
     def wait(self) -> None:
-        """Find nothing."""
+        """Find no fault."""
 
 
 @contextmanager
@@ -64,7 +64,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], type[SvcError], str]] = {
     "fewer embedding rows than ids": (
         lambda base: change_json(base / "config.json", vocab_size=257),
         BaseModelError,
-        "has the id 257, and the model has 257 embedding rows",
+        "has the id 257, but the model has 257 embedding rows",
     ),
     "impossible config": (
         lambda base: change_json(base / "config.json", num_attention_heads=3),
@@ -77,7 +77,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], type[SvcError], str]] = {
         "transformers has no language model for model_type 'vit'",
     ),
     "damaged shard": (cut_shard, IntegrityError, "is not a complete safetensors file"),
-    "two output matrices": (untie, BaseModelError, "its files hold two that differ"),
+    "two output matrices": (untie, BaseModelError, "its files contain two matrices that differ"),
     "no end token": (no_end, BaseModelError, "names no token that ends an answer"),
     "tokenizer with code": (
         lambda base: change_json(
@@ -97,12 +97,12 @@ def base(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     return Path(shutil.copytree(tiny_base, tmp_path / "base"))
 
 
-def test_a_whole_base_passes(base: Path) -> None:
+def test_base_passes_when_it_is_complete(base: Path) -> None:
     check(base)
 
 
 @pytest.mark.parametrize(("plant", "error", "wrong"), FAULTS.values(), ids=FAULTS)
-def test_a_base_is_refused_when_a_later_stage_would_fail(
+def test_base_is_rejected_when_a_later_stage_would_fail(
     base: Path, plant: Callable[[Path], None], error: type[SvcError], wrong: str
 ) -> None:
     plant(base)
@@ -111,22 +111,22 @@ def test_a_base_is_refused_when_a_later_stage_would_fail(
     assert wrong in raised.value.wrong
 
 
-def test_a_context_is_refused_when_vllm_would_use_the_long_factors_of_long_rope(base: Path) -> None:
+def test_context_length_is_rejected_when_vllm_would_use_long_rope_factors(base: Path) -> None:
     factors = {"short_factor": [1.0] * 16, "long_factor": [2.0] * 16}
     scaling = {"type": "longrope", "original_max_position_embeddings": 4096, **factors}
     change_json(base / "config.json", rope_scaling=scaling, rope_parameters=None, max_position_embeddings=131072)
     recipe = make_recipe(**RECIPE)
     check_base(base, recipe, AVX512, EngineSettings(max_model_len=4096))
-    with pytest.raises(BaseModelError, match=r"With engine\.max_model_len 4097 vLLM uses the latter"):
+    with pytest.raises(BaseModelError, match=r"With engine\.max_model_len 4097, vLLM uses the latter"):
         check_base(base, recipe, AVX512, EngineSettings(max_model_len=4097))
 
 
-def test_a_group_size_is_refused_when_no_layer_divides_by_it(base: Path) -> None:
+def test_group_size_is_rejected_when_it_divides_no_layer_width(base: Path) -> None:
     with pytest.raises(RecipeError, match=r"quantize\.group_size is 128"):
         check(base, quantize={"group_size": 128})
 
 
-def test_an_architecture_is_refused_when_gptqmodel_lacks_it(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_architecture_is_rejected_when_gptqmodel_lacks_it(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gptqmodel.models.auto.SUPPORTED_MODELS", ["qwen3"])
     with pytest.raises(TrainingError, match=r"gptqmodel .+ cannot quantize 'llama'"):
         check(base)
@@ -134,8 +134,8 @@ def test_an_architecture_is_refused_when_gptqmodel_lacks_it(base: Path, monkeypa
 
 
 @pytest.mark.slow
-def test_a_model_that_vllm_lacks_is_refused_with_its_reason(tiny_base: Path, tmp_path: Path) -> None:
-    """By the installed vLLM; that it accepts what it has is seen by every end-to-end training."""
+def test_base_is_rejected_with_vllms_reason_when_vllm_lacks_the_architecture(tiny_base: Path, tmp_path: Path) -> None:
+    """Uses the installed vLLM; every end-to-end training shows that supported architectures pass."""
     base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
     change_json(base / "config.json", architectures=["RwkvForCausalLM"], model_type="rwkv")
     with model_check(base, EngineSettings()) as asked, pytest.raises(BaseModelError) as raised:

@@ -1,4 +1,4 @@
-"""A quick trial: little of everything, and nothing else changed."""
+"""Quick trials: fewer examples, one epoch, no other change."""
 
 import pytest
 
@@ -15,18 +15,18 @@ def examples(train: int, heldout: int) -> Examples:
     return Examples(many, judged, fingerprint(many), fingerprint(judged), (*many, *judged))
 
 
-def test_a_tenth_is_trained_and_judged_for_one_epoch() -> None:
+def test_trial_uses_a_tenth_of_the_examples_for_one_epoch() -> None:
     recipe, cut = quick_trial(make_recipe(train={"epochs": 5, "steps": 900}), examples(101, 40))
     assert (len(cut.train), len(cut.heldout)) == (11, 4)
     assert (recipe.train.epochs, recipe.train.steps) == (1.0, None)
     assert cut.train_fingerprint == fingerprint(cut.train)
 
 
-def test_its_version_has_a_name_of_its_own() -> None:
+def test_trial_version_has_its_own_name() -> None:
     assert quick_trial(make_recipe(), examples(20, 20))[0].name == "tiny-quick"
 
 
-def test_all_else_stays() -> None:
+def test_trial_keeps_all_other_keys_of_the_recipe() -> None:
     whole = make_recipe(method="vera", train={"batch_size": 4}, quantize={"group_size": 32})
     recipe, _ = quick_trial(whole, examples(20, 20))
     assert (recipe.method, recipe.rank, recipe.train.batch_size, recipe.quantize) == (
@@ -37,28 +37,28 @@ def test_all_else_stays() -> None:
     )
 
 
-def test_a_long_name_is_cut() -> None:
+def test_trial_name_is_cut_when_the_recipes_name_is_long() -> None:
     name = quick_trial(make_recipe(name="a" * 63), examples(20, 20))[0].name
     assert name == "a" * 57 + "-quick"
 
 
-def test_few_examples_leave_two() -> None:
+def test_trial_uses_two_examples_when_a_tenth_is_fewer() -> None:
     _, cut = quick_trial(make_recipe(), examples(5, 3))
     assert (len(cut.train), len(cut.heldout)) == (2, 2)
 
 
 @pytest.mark.parametrize(("train", "seconds"), [({"epochs": 3}, 600.0), ({"steps": 50}, 100.0)])
-def test_the_whole_run_is_foretold(train: dict[str, int], seconds: float) -> None:
+def test_time_of_the_complete_run_is_predicted_from_the_trial(train: dict[str, int], seconds: float) -> None:
     trial = TrainingSummary(10, 100, 5.0, 20.0)
     assert whole_run_seconds(make_recipe(train=train).train, trial) == seconds
 
 
-def test_it_is_foretold_from_the_speed_of_a_trial_that_was_cut_off() -> None:
-    """The seconds are those of its last process alone."""
+def test_time_is_predicted_from_the_speed_when_the_trial_was_resumed() -> None:
+    """The trial's seconds are those of its last process alone."""
     trial = TrainingSummary(10, 100, 5.0, 2.0)
     assert whole_run_seconds(make_recipe(train={"epochs": 3}).train, trial) == 600.0
 
 
-def test_a_trial_without_a_step_of_its_own_foretells_nothing() -> None:
+def test_no_time_is_predicted_when_the_resumed_trial_took_no_step() -> None:
     trial = TrainingSummary(10, 100, 0.0, 0.1)
     assert whole_run_seconds(make_recipe().train, trial) is None

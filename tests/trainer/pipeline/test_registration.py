@@ -1,4 +1,4 @@
-"""Registering goes on where it was cut off, and minds no version that is gone or damaged."""
+"""Registration resumes after an interruption, and ignores removed and damaged versions."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from tests.trainer.pipeline.stand_ins import Make
 pytestmark = pytest.mark.slow
 
 
-def test_a_registration_that_was_interrupted_goes_on_with_the_version_that_it_published(
+def test_published_version_is_returned_when_the_registration_was_interrupted(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline = make()
@@ -34,7 +34,7 @@ def test_a_registration_that_was_interrupted_goes_on_with_the_version_that_it_pu
     assert [(path, path.stat().st_mtime_ns) for path in files] == before
 
 
-def test_a_recipe_whose_version_was_removed_makes_another(make: Make, tmp_path: Path) -> None:
+def test_next_version_is_registered_when_the_recipes_version_was_removed(make: Make, tmp_path: Path) -> None:
     pipeline = make()
     first = pipeline.train_version()
     remove_version(pipeline.registry, new_store(tmp_path), first)
@@ -42,7 +42,7 @@ def test_a_recipe_whose_version_was_removed_makes_another(make: Make, tmp_path: 
     assert make().train_version() == VersionId(first.name, first.number + 1)
 
 
-def test_a_damaged_version_of_the_name_is_in_nobodys_way(make: Make) -> None:
+def test_registration_succeeds_when_another_version_of_the_name_is_damaged(make: Make) -> None:
     pipeline = make()
     first = pipeline.train_version()
     manifest = pipeline.registry.folder(first) / "manifest.json"

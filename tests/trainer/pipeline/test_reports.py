@@ -1,4 +1,4 @@
-"""`report_to`: W&B offline and TensorBoard have the parameters, the losses and the figures, and nothing is sent."""
+"""`report_to`: W&B offline and TensorBoard receive parameters, losses and figures, and nothing is sent."""
 
 import socket
 import sys
@@ -20,7 +20,7 @@ WANDB, TENSORBOARD, MLFLOW = (ReportTo.WANDB,), (ReportTo.TENSORBOARD,), (Report
 
 @pytest.fixture
 def listener(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
-    """Stands where W&B's server would: a connection to it is a network attempt."""
+    """Listen in place of W&B's server: a connection is a network attempt."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0.5)
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
@@ -46,7 +46,7 @@ def write(wanted: tuple[ReportTo, ...], folder: Path, losses: dict[int, float]) 
 @pytest.mark.slow
 @pytest.mark.usefixtures("offline")
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_wandb_offline_has_parameters_and_losses_and_goes_on_as_the_same_run(tmp_path: Path) -> None:
+def test_wandb_continues_the_same_run_when_training_is_resumed_offline(tmp_path: Path) -> None:
     write(WANDB, tmp_path, {1: 3.0, 2: 2.5})
     write(WANDB, tmp_path, {3: 2.0})
     first, second = read_offline_runs(tmp_path)
@@ -57,7 +57,7 @@ def test_wandb_offline_has_parameters_and_losses_and_goes_on_as_the_same_run(tmp
     assert first.config["train.epochs"] == "2"
 
 
-def test_tensorboard_has_losses_and_discards_what_is_done_again(tmp_path: Path) -> None:
+def test_tensorboard_discards_repeated_steps_when_training_is_resumed(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     write(TENSORBOARD, tmp_path, {1: 3.0, 2: 2.5, 3: 9.0})
@@ -68,7 +68,9 @@ def test_tensorboard_has_losses_and_discards_what_is_done_again(tmp_path: Path) 
     assert "parameters/text_summary" in events.Tags()["tensors"]
 
 
-def test_mlflow_alone_writes_nothing_and_loads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_tracker_is_loaded_and_nothing_written_when_only_mlflow_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)  # an import would fail
     check_reports(MLFLOW)
     write(MLFLOW, tmp_path, {1: 3.0})
@@ -76,24 +78,24 @@ def test_mlflow_alone_writes_nothing_and_loads_nothing(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("package", ["wandb", "tensorboard"])
-def test_a_missing_package_is_told_with_the_command_that_installs_it(
+def test_error_has_the_install_command_when_a_trackers_package_is_missing(
     package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = util.find_spec
-    monkeypatch.setattr("trainer.pipeline.reports.find_spec", lambda name: None if name == package else found(name))
-    with pytest.raises(RecipeError, match=f"report_to names {package}") as caught:
+    find_spec = util.find_spec
+    monkeypatch.setattr("trainer.pipeline.reports.find_spec", lambda name: None if name == package else find_spec(name))
+    with pytest.raises(RecipeError, match=f"report_to contains {package}") as caught:
         check_reports((ReportTo(package),))
     assert f"pip install 'tuneserve[{package}]'" in caught.value.todo
 
 
-def test_without_a_key_wandb_is_refused_before_anything_is_sent(
+def test_wandb_is_rejected_before_anything_is_sent_when_it_has_no_key(
     monkeypatch: pytest.MonkeyPatch, listener: socket.socket, tmp_path: Path
 ) -> None:
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(RecipeError, match="no key") as caught:
+    with pytest.raises(RecipeError, match="no API key") as caught:
         check_reports(WANDB)
     assert "WANDB_MODE=offline" in caught.value.expected
     with pytest.raises(TimeoutError):
@@ -103,7 +105,7 @@ def test_without_a_key_wandb_is_refused_before_anything_is_sent(
 @pytest.mark.slow
 @pytest.mark.usefixtures("offline")
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_a_run_that_was_interrupted_reports_losses_and_figures_as_one_run(make: Make, stages: Stages) -> None:
+def test_trackers_show_one_run_when_the_pipeline_was_interrupted(make: Make, stages: Stages) -> None:
     pipeline = make(report_to=["mlflow", "wandb", "tensorboard"])
     stages.broken = {Stage.MERGE}
     with pytest.raises(InterruptedRunError):

@@ -1,4 +1,4 @@
-"""A run's folder: which recipe it belongs to, and how far it came."""
+"""A run's folder: the recipes that share it, and the progress of its stages."""
 
 import os
 import shutil
@@ -37,7 +37,7 @@ def folder(recipe: Recipe, base: Base = BASE, examples: Examples = EXAMPLES) -> 
     return Run.of(Path("/runs"), recipe, base, examples).folder
 
 
-def test_the_same_recipe_on_the_same_data_is_the_same_run() -> None:
+def test_run_folder_is_the_same_when_recipe_and_data_are_the_same() -> None:
     assert folder(make_recipe()) == folder(make_recipe())
     assert folder(make_recipe()).name.startswith("tiny-")
 
@@ -54,12 +54,12 @@ def test_the_same_recipe_on_the_same_data_is_the_same_run() -> None:
     ],
     ids=str,
 )
-def test_another_training_is_another_run(change: dict[str, Any]) -> None:
+def test_run_folder_differs_when_a_key_of_the_training_differs(change: dict[str, Any]) -> None:
     assert folder(make_recipe(**change)) != folder(make_recipe())
 
 
 @pytest.mark.parametrize(
-    ("method", "said"),
+    ("method", "spelled_out"),
     [
         ({"method": "lora"}, {}),
         ({"method": "dora"}, {"adapter": {"type": "dora"}}),
@@ -67,11 +67,13 @@ def test_another_training_is_another_run(change: dict[str, Any]) -> None:
         ({"method": "qlora"}, {"method": "lora", "quantization": "nf4"}),
     ],
 )
-def test_a_method_and_what_it_means_are_the_same_run(method: dict[str, Any], said: dict[str, Any]) -> None:
-    assert folder(make_recipe(**method)) == folder(make_recipe(**said))
+def test_run_folder_is_the_same_when_a_method_is_written_as_type_and_quantization(
+    method: dict[str, Any], spelled_out: dict[str, Any]
+) -> None:
+    assert folder(make_recipe(**method)) == folder(make_recipe(**spelled_out))
 
 
-def test_another_base_is_another_run() -> None:
+def test_run_folder_differs_when_the_base_differs() -> None:
     assert folder(make_recipe(), base=replace(BASE, revision="sha256:9")) != folder(make_recipe())
 
 
@@ -81,11 +83,11 @@ OTHER_TRAIN, OTHER_HELDOUT = (
 )
 
 
-def test_other_training_data_are_another_run() -> None:
+def test_run_folder_differs_when_the_training_data_differ() -> None:
     assert folder(make_recipe(), examples=OTHER_TRAIN) != folder(make_recipe())
 
 
-def test_other_heldout_data_are_another_run_where_training_looks_at_them() -> None:
+def test_run_folder_differs_when_the_heldout_data_differ_and_stop_the_training() -> None:
     assert folder(make_recipe(), examples=OTHER_HELDOUT) == folder(make_recipe())
     looks = make_recipe(stopping={"patience": 2})
     assert folder(looks, examples=OTHER_HELDOUT) != folder(looks)
@@ -113,24 +115,24 @@ JUDGED = {Stage.EVALUATE, Stage.QUALIFY, Stage.PARITY, Stage.JUDGE, Stage.REGIST
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else None,
 )
-def test_a_change_does_the_stages_again_that_read_it_and_those_that_go_on_from_them(
+def test_only_stages_that_depend_on_a_key_are_repeated_when_it_changes(
     change: dict[str, Any], again: set[Stage]
 ) -> None:
     before, after = (stage_keys(recipe, BASE, EXAMPLES) for recipe in (make_recipe(), make_recipe(**change)))
     assert {stage for stage in Stage if before[stage] != after[stage]} == again
 
 
-def test_other_heldout_examples_are_judged_anew() -> None:
+def test_evaluations_are_repeated_when_the_heldout_examples_differ() -> None:
     before, after = (stage_keys(make_recipe(), BASE, examples) for examples in (EXAMPLES, OTHER_HELDOUT))
     assert {stage for stage in Stage if before[stage] != after[stage]} == JUDGED
 
 
-def test_the_same_data_in_another_place_is_the_same_run() -> None:
+def test_run_folder_is_the_same_when_base_and_data_were_moved() -> None:
     moved = make_recipe(base="/mnt/base", data={"train": "/mnt/t.jsonl", "heldout": "/mnt/h.jsonl"})
     assert folder(moved) == folder(make_recipe())
 
 
-def test_a_stage_is_done_when_its_result_is_saved(run: Run) -> None:
+def test_stage_is_done_when_its_result_is_saved(run: Run) -> None:
     assert not run.done(Stage.TRAIN)
     run.save(Stage.TRAIN, Figures(0.1, (1, 2)))
     assert run.done(Stage.TRAIN)
@@ -138,31 +140,31 @@ def test_a_stage_is_done_when_its_result_is_saved(run: Run) -> None:
     assert run.load(Stage.TRAIN, Figures) == Figures(0.1, (1, 2))
 
 
-def test_a_stage_that_read_something_else_is_not_done(run: Run) -> None:
+def test_stage_is_not_done_when_its_input_changed(run: Run) -> None:
     run.save(Stage.TRAIN, Figures(0.1, ()))
     assert not Run(run.folder, {Stage.TRAIN: "other"}).done(Stage.TRAIN)
 
 
-def test_a_stage_whose_files_have_gone_is_not_done(run: Run) -> None:
+def test_stage_is_not_done_when_its_outputs_are_missing(run: Run) -> None:
     run.save(Stage.TRAIN, Figures(0.1, ()))
     assert not run.done(Stage.TRAIN, run.adapter)
     run.adapter.mkdir()
     assert run.done(Stage.TRAIN, run.adapter)
 
 
-def test_a_stage_that_begins_anew_is_not_done(run: Run) -> None:
+def test_stage_is_not_done_when_it_begins_again(run: Run) -> None:
     run.save(Stage.TRAIN, Figures(0.1, ()))
     run.begin(Stage.TRAIN)
     assert not run.done(Stage.TRAIN)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", "{}"])
-def test_a_result_that_is_none_is_not_done(run: Run, content: str) -> None:
+def test_stage_is_not_done_when_its_result_file_is_invalid(run: Run, content: str) -> None:
     (run.folder / "train.json").write_text(content)
     assert not run.done(Stage.TRAIN)
 
 
-def test_a_result_that_was_cut_off_is_no_result(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stage_is_not_done_when_saving_its_result_fails(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def cut_off(descriptor: int) -> None:
         raise OSError("no space left on device")
 
@@ -173,7 +175,7 @@ def test_a_result_that_was_cut_off_is_no_result(run: Run, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("linked", [True, False])
-def test_weights_stay_where_they_are_one_file_with_the_registrys(run: Run, linked: bool) -> None:
+def test_weights_are_kept_only_when_they_are_linked_to_the_registry(run: Run, linked: bool) -> None:
     run.save(Stage.TRAIN, Figures(0.1, ()))
     for folder in (run.adapter, run.merged, run.gptq, run.checkpoints):
         folder.mkdir()
@@ -191,19 +193,21 @@ def free_bytes(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 0, free))
 
 
-def test_room_enough_passes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_space_check_passes_when_enough_is_free(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     free_bytes(monkeypatch, 500_000_000)
     run.require_space(Stage.MERGE, 500_000_000)
 
 
-def test_too_little_room_says_how_much_and_where(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_names_missing_space_and_folder_when_too_little_is_free(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     free_bytes(monkeypatch, 200_000_000)
     with pytest.raises(DiskSpaceError) as caught:
         run.require_space(Stage.MERGE, 500_000_000)
-    assert caught.value.wrong == f"stage merge needs 500 MB in {run.folder}, 200 MB are free"
+    assert caught.value.wrong == f"stage merge needs 500 MB in {run.folder}, but only 200 MB are free"
     assert "free 300 MB" in caught.value.todo
 
 
-def test_where_data_lie_does_not_make_another_run() -> None:
+def test_run_folder_is_the_same_when_the_data_paths_differ() -> None:
     moved = make_recipe(data={"train": ["/mnt/t", "hf:a/b"], "heldout": "/mnt/h.jsonl", "general": "/mnt/g"})
     assert folder(moved) == folder(make_recipe())

@@ -1,4 +1,4 @@
-"""A library that fails within a stage gives an error of ours, and the traceback goes to a file."""
+"""A library's failure within a stage becomes our own error, and its traceback is written to a file."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +19,7 @@ from trainer.recipe.stage import Stage
 
 
 def fail_in_torch() -> None:
-    """Fail as gptqmodel did with a padding token that has no embedding row."""
+    """Fail in the same way as gptqmodel did with a padding token without an embedding row."""
     import torch
 
     torch.nn.Embedding(10, 4, padding_idx=12)
@@ -31,7 +31,7 @@ def caught(work: Callable[[], Any]) -> Exception:
     return raised.value
 
 
-def test_a_stage_names_the_library_the_cause_and_the_log_when_a_library_fails(
+def test_error_names_library_cause_and_log_when_a_library_fails(
     make: Make, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stages_module, "quantize_gptq", lambda *_, **__: fail_in_torch())
@@ -47,12 +47,12 @@ def test_a_stage_names_the_library_the_cause_and_the_log_when_a_library_fails(
     assert "padding_idx=12" in log.read_text("utf-8")
 
 
-def test_the_library_is_named_when_it_fails_in_a_child_process() -> None:
+def test_failed_library_is_named_when_it_fails_in_a_child_process() -> None:
     assert failed_library(caught(lambda: in_child_process(fail_in_torch))) == "torch"
 
 
-def test_the_library_that_our_code_called_is_named_when_it_fails_deeper() -> None:
-    """click calls a function of these tests, which calls numpy: ours called click."""
+def test_called_library_is_named_when_one_of_its_dependencies_fails() -> None:
+    """click calls a function of these tests, which calls numpy: our code called click."""
     import click
 
     command = click.Command("fail", callback=lambda: np.zeros(2).reshape(3))
@@ -60,12 +60,12 @@ def test_the_library_that_our_code_called_is_named_when_it_fails_deeper() -> Non
     assert failed_library(error) == "click"
 
 
-def test_our_own_defect_keeps_its_traceback(tmp_path: Path) -> None:
+def test_no_library_is_named_when_our_own_code_fails(tmp_path: Path) -> None:
     error = caught(lambda: read_json_object(None))  # type: ignore[arg-type]
     assert failed_library(error) is None
     assert stage_failure(Stage.MERGE, error, tmp_path) is None
     assert not (tmp_path / LOG_FILE).exists()
 
 
-def test_a_library_is_not_blamed_when_our_code_fails_above_it() -> None:
+def test_no_library_is_named_when_our_code_fails_in_a_librarys_callback() -> None:
     assert failed_library(caught(lambda: read_headers(None))) is None  # type: ignore[arg-type]

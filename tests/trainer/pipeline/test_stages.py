@@ -1,4 +1,4 @@
-"""From a recipe to a version, with stages that take no time: order, resumption, and what a failure leaves behind."""
+"""From a recipe to a version, with fast stand-ins for the stages: order, resumption, and state after a failure."""
 
 import pytest
 
@@ -20,29 +20,31 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(("capabilities", "number_type"), [(AVX512, NumberType.BFLOAT16), (AVX2, NumberType.FLOAT32)])
-def test_training_and_quantizing_compute_in_numbers_that_are_fast_here(
+def test_training_and_quantizing_use_the_number_type_that_is_fast_on_the_device(
     make: Make, stages: Stages, capabilities: DeviceCapabilities, number_type: NumberType
 ) -> None:
     make(capabilities=capabilities).train_version()
     assert stages.number_types == [number_type, number_type]
 
 
-def test_what_was_chosen_for_the_device_is_told_before_training(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+def test_number_types_and_their_reasons_are_printed_before_training(
+    make: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
     make(capabilities=AVX2).train_version()
-    told = " ".join(capsys.readouterr().err.split())
-    assert "train: float32 on cpu (x86_64-avx2 has no fast bfloat16)" in told
-    assert "merged: float32 on cpu (x86_64-avx2 has no fast 16-bit arithmetic)" in told
-    assert "gptq: bfloat16 on cpu, kernel of torch (vLLM has none for x86_64-avx2)" in told
+    output = " ".join(capsys.readouterr().err.split())
+    assert "train: float32 on cpu (x86_64-avx2 has no fast bfloat16)" in output
+    assert "merged: float32 on cpu (x86_64-avx2 has no fast 16-bit arithmetic)" in output
+    assert "gptq: bfloat16 on cpu, kernel of torch (vLLM has none for x86_64-avx2)" in output
 
 
-def test_a_format_that_cannot_be_served_here_is_told_before_training(make: Make, stages: Stages) -> None:
+def test_run_fails_before_training_when_a_format_cannot_be_served_here(make: Make, stages: Stages) -> None:
     pipeline = make(capabilities=AVX2, engine=EngineSettings(device=Device.CPU, gptq_kernel=GptqKernel.VLLM))
     with pytest.raises(EngineError, match="no kernel for GPTQ"):
         pipeline.train_version()
     assert stages.ran == []
 
 
-def test_a_recipe_becomes_a_version_in_all_formats(pipeline: Pipeline, stages: Stages) -> None:
+def test_version_has_all_formats_when_the_recipe_names_none(pipeline: Pipeline, stages: Stages) -> None:
     version = pipeline.train_version()
     assert version.number == 1
     assert stages.ran == [Stage.TRAIN, Stage.MERGE, Stage.QUANTIZE]
@@ -51,19 +53,19 @@ def test_a_recipe_becomes_a_version_in_all_formats(pipeline: Pipeline, stages: S
         pipeline.registry.verify(version, format)
 
 
-def test_others_see_that_a_run_is_worked_on_in_every_stage(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_is_shown_as_running_in_every_stage(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Stage, bool]] = []
 
-    def look(run: Run, stage: Stage, need: int) -> None:
-        (found,) = find_training_runs(pipeline.settings.home)
-        seen.append((stage, found.running))
+    def record(run: Run, stage: Stage, need: int) -> None:
+        (training_run,) = find_training_runs(pipeline.settings.home)
+        seen.append((stage, training_run.running))
 
-    monkeypatch.setattr(Run, "require_space", look)
+    monkeypatch.setattr(Run, "require_space", record)
     pipeline.train_version()
     assert seen == [(stage, True) for stage in Stage if stage is not Stage.JUDGE]
 
 
-def test_another_quantization_trains_nothing_again_and_makes_the_next_version(make: Make, stages: Stages) -> None:
+def test_only_quantizing_is_repeated_when_the_group_size_changes(make: Make, stages: Stages) -> None:
     first = make().train_version()
     ran = len(stages.ran)
     pipeline = make(quantize={"group_size": 32})
@@ -85,7 +87,7 @@ def test_another_quantization_trains_nothing_again_and_makes_the_next_version(ma
     ],
     ids=str,
 )
-def test_only_the_formats_that_are_asked_for_are_made_and_judged(
+def test_only_named_formats_are_created_and_evaluated(
     make: Make, stages: Stages, engines: Engines, formats: list[str], ran: list[Stage], started: list[str]
 ) -> None:
     pipeline = make(formats=formats)
@@ -96,7 +98,7 @@ def test_only_the_formats_that_are_asked_for_are_made_and_judged(
     assert (manifest.base_evaluation is not None) == ("merged" in formats)
 
 
-def test_another_format_goes_on_from_what_is_done(make: Make, stages: Stages, engines: Engines) -> None:
+def test_finished_stages_are_kept_when_a_format_is_added(make: Make, stages: Stages, engines: Engines) -> None:
     make(formats=["merged"]).train_version()
     ran, launched = len(stages.ran), len(engines.launched)
     assert make().train_version().number == 2
@@ -104,11 +106,11 @@ def test_another_format_goes_on_from_what_is_done(make: Make, stages: Stages, en
     assert engines.started_with[launched:] == ["gptq", "gptq"]
 
 
-def test_a_width_that_cannot_be_quantized_is_no_matter_where_gptq_is_not_asked_for(make: Make) -> None:
+def test_group_size_is_not_checked_when_gptq_is_not_named(make: Make) -> None:
     assert make(formats=["merged"], quantize={"group_size": 128}).train_version().number == 1
 
 
-def test_a_short_context_is_no_error_when_prompts_and_references_fit(make: Make, stages: Stages) -> None:
+def test_short_context_is_accepted_when_prompts_and_references_fit(make: Make, stages: Stages) -> None:
     short = EngineSettings(device=Device.CPU, max_model_len=16)
     pipeline = make(engine=short, formats=["merged"])
     version = pipeline.train_version()
@@ -119,7 +121,9 @@ def test_a_short_context_is_no_error_when_prompts_and_references_fit(make: Make,
         make(engine=short, formats=["merged"], evaluate={"max_tokens": 16}, train={"seed": 1}).train_version()
 
 
-def test_a_finished_run_gives_its_version_again_and_does_nothing(make: Make, stages: Stages, engines: Engines) -> None:
+def test_finished_run_returns_its_version_without_work_when_repeated(
+    make: Make, stages: Stages, engines: Engines
+) -> None:
     version = make().train_version()
     ran, launched = list(stages.ran), len(engines.launched)
     assert make().train_version() == version
@@ -128,7 +132,9 @@ def test_a_finished_run_gives_its_version_again_and_does_nothing(make: Make, sta
 
 
 @pytest.mark.parametrize("broken", [Stage.TRAIN, Stage.MERGE, Stage.QUANTIZE])
-def test_an_interrupted_stage_is_done_again_and_none_before_it(make: Make, stages: Stages, broken: Stage) -> None:
+def test_only_the_interrupted_stage_is_repeated_when_a_run_is_resumed(
+    make: Make, stages: Stages, broken: Stage
+) -> None:
     stages.broken = {broken}
     with pytest.raises(InterruptedRunError):
         make().train_version()
@@ -140,9 +146,7 @@ def test_an_interrupted_stage_is_done_again_and_none_before_it(make: Make, stage
 
 
 @pytest.mark.parametrize("broken", [Stage.TRAIN, Stage.MERGE, Stage.QUANTIZE])
-def test_what_an_interrupted_stage_left_does_not_get_into_the_version(
-    make: Make, stages: Stages, broken: Stage
-) -> None:
+def test_version_has_no_partial_files_when_a_stage_was_interrupted(make: Make, stages: Stages, broken: Stage) -> None:
     stages.broken = {broken}
     with pytest.raises(InterruptedRunError):
         make().train_version()
@@ -152,7 +156,7 @@ def test_what_an_interrupted_stage_left_does_not_get_into_the_version(
     assert not list(folder.rglob("half-written"))
 
 
-def test_an_evaluation_that_failed_is_done_again_alone(make: Make, stages: Stages, engines: Engines) -> None:
+def test_only_the_evaluation_is_repeated_when_it_failed(make: Make, stages: Stages, engines: Engines) -> None:
     engines.refusals = 1
     with pytest.raises(EngineError):
         make().train_version()
@@ -161,7 +165,7 @@ def test_an_evaluation_that_failed_is_done_again_alone(make: Make, stages: Stage
     assert engines.started_with == ["base", "merged", "gptq", "gptq"]
 
 
-def test_a_resumed_run_goes_on_in_its_mlflow_run(make: Make, stages: Stages) -> None:
+def test_mlflow_run_is_the_same_when_a_run_is_resumed(make: Make, stages: Stages) -> None:
     stages.broken = {Stage.MERGE}
     with pytest.raises(InterruptedRunError):
         make().train_version()
@@ -171,14 +175,16 @@ def test_a_resumed_run_goes_on_in_its_mlflow_run(make: Make, stages: Stages) -> 
     assert pipeline.registry.manifest(pipeline.train_version()).tracking_run == begun
 
 
-def test_a_second_one_on_the_same_run_is_refused_and_changes_nothing(pipeline: Pipeline, stages: Stages) -> None:
+def test_second_process_is_rejected_and_changes_nothing_when_the_run_is_locked(
+    pipeline: Pipeline, stages: Stages
+) -> None:
     with hold_lock(pipeline.run.lock, "it"), pytest.raises(BusyError, match=pipeline.run.folder.name):
         pipeline.train_version()
     assert stages.ran == []
     assert [path.name for path in pipeline.run.folder.iterdir()] == ["lock"]
 
 
-def test_a_group_size_that_does_not_fit_is_told_before_training(make: Make, stages: Stages) -> None:
+def test_run_fails_before_training_when_the_group_size_does_not_fit(make: Make, stages: Stages) -> None:
     with pytest.raises(RecipeError, match=r"quantize\.group_size is 128"):
         make(quantize={"group_size": 128}).train_version()
     assert stages.ran == []

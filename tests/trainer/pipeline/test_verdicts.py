@@ -1,4 +1,4 @@
-"""Checks that a version fails: it becomes none, or one that says so."""
+"""Versions that fail a check: rejected, or registered with the failure."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from trainer.recipe.stage import Stage
 pytestmark = pytest.mark.slow
 
 
-def test_what_is_compared_with_other_limits_is_not_measured_again(make: Make, stages: Stages, engines: Engines) -> None:
+def test_nothing_is_measured_again_when_a_limit_is_raised(make: Make, stages: Stages, engines: Engines) -> None:
     with pytest.raises(TrainingError, match=r"GPTQ lost 1\.000"):
         make(WORSE_QUANTIZED).train_version()
     ran, launched = len(stages.ran), len(engines.launched)
@@ -27,36 +27,38 @@ def test_what_is_compared_with_other_limits_is_not_measured_again(make: Make, st
     assert (len(stages.ran), len(engines.launched)) == (ran, launched)
 
 
-def test_a_version_that_fails_is_registered_where_that_is_asked_for(make: Make) -> None:
+def test_failing_version_is_registered_when_register_failed_is_set(make: Make) -> None:
     pipeline = replace(make(WORSE_QUANTIZED), register_failed=True)
     (failure,) = pipeline.registry.manifest(pipeline.train_version()).failed
     assert failure.startswith("GPTQ lost 1.000 of accuracy")
     assert pipeline.train_version().number == 1
 
 
-def test_a_failed_version_that_is_registered_is_none_to_whoever_asks_for_a_good_one(make: Make) -> None:
+def test_run_fails_again_when_only_a_failed_version_is_registered(make: Make) -> None:
     replace(make(WORSE_QUANTIZED), register_failed=True).train_version()
     with pytest.raises(TrainingError, match=r"GPTQ lost 1\.000"):
         make(WORSE_QUANTIZED).train_version()
 
 
-def test_a_version_that_is_not_what_was_trained_becomes_none_and_nothing_is_measured_again(
+def test_version_is_rejected_without_measuring_again_when_parity_fails(
     make: Make, stages: Stages, engines: Engines
 ) -> None:
     stages.unequal = ["another template", "wrong scale"]
-    with pytest.raises(TrainingError, match=r"is not what was trained: another template: <other>.*; wrong scale"):
+    with pytest.raises(
+        TrainingError, match=r"differs from the trained model: another template: <other>.*; wrong scale"
+    ):
         make().train_version()
     launched = len(engines.launched)
     pipeline = replace(make(), register_failed=True)
     manifest = pipeline.registry.manifest(pipeline.train_version())
     assert len(engines.launched) == launched
     assert [failure.partition(": another")[0] for failure in manifest.failed] == [
-        "what would be served is not what was trained"
+        "the model to serve differs from the trained model"
     ]
     assert manifest.parity == make_parity(*stages.unequal)
 
 
-def test_a_version_has_its_parity_report_and_its_page(make: Make, stages: Stages) -> None:
+def test_version_has_its_parity_report_and_page(make: Make, stages: Stages) -> None:
     pipeline = make()
     version = pipeline.train_version()
     assert stages.compared == [[Format.GPTQ, Format.MERGED]]
@@ -65,8 +67,8 @@ def test_a_version_has_its_parity_report_and_its_page(make: Make, stages: Stages
     assert "All 1 checks passed" in page
 
 
-def test_a_check_that_passes_by_now_makes_a_version_beside_the_failed_one(make: Make, stages: Stages) -> None:
-    """As after a release that measures otherwise: the recipe is the same, and the failed version is not the answer."""
+def test_new_version_is_registered_when_a_failed_check_passes_now(make: Make, stages: Stages) -> None:
+    """As after a release that measures differently: the same recipe must not return the failed version."""
     stages.unequal = ["another template"]
     failed = replace(make(), register_failed=True).train_version()
     stages.unequal = []
@@ -77,7 +79,7 @@ def test_a_check_that_passes_by_now_makes_a_version_beside_the_failed_one(make: 
     assert pipeline.registry.manifest(version).failed == ()
 
 
-def test_a_later_try_makes_the_next_number(make: Make) -> None:
+def test_version_gets_the_next_number_when_an_earlier_one_failed(make: Make) -> None:
     failed = replace(make(WORSE_QUANTIZED), register_failed=True).train_version()
     pipeline = make(WORSE_QUANTIZED, evaluate={"max_gptq_loss": 1.0})
     version = pipeline.train_version()
@@ -85,7 +87,7 @@ def test_a_later_try_makes_the_next_number(make: Make) -> None:
     assert pipeline.registry.manifest(version).failed == ()
 
 
-def test_a_quantized_model_that_is_worse_becomes_no_version(make: Make) -> None:
+def test_no_version_is_registered_when_the_quantized_model_is_worse(make: Make) -> None:
     pipeline = make(WORSE_QUANTIZED)
     with pytest.raises(TrainingError, match=r"GPTQ lost 1\.000 of accuracy"):
         pipeline.train_version()
@@ -93,7 +95,7 @@ def test_a_quantized_model_that_is_worse_becomes_no_version(make: Make) -> None:
     assert not pipeline.run.done(Stage.REGISTER)
 
 
-def test_an_undecided_version_is_registered_with_a_warning_and_keeps_its_verdicts(
+def test_undecided_version_is_registered_with_a_warning_and_its_verdicts(
     make: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pipeline = make()
@@ -101,12 +103,12 @@ def test_an_undecided_version_is_registered_with_a_warning_and_keeps_its_verdict
     assert [gate.gate for gate in manifest.gates] == [Gate.GPTQ_LOSS, Gate.GPTQ_NLL]
     assert {gate.verdict.outcome for gate in manifest.gates} == {GateOutcome.UNDECIDED}
     assert manifest.failed == ()
-    told = " ".join(capsys.readouterr().err.split())
-    assert all(" ".join(gate.split()) in told for gate in manifest.undecided)
-    assert "cannot be excluded with 2 examples" in told
+    output = " ".join(capsys.readouterr().err.split())
+    assert all(" ".join(gate.split()) in output for gate in manifest.undecided)
+    assert "cannot be excluded with 2 examples" in output
 
 
-def test_an_undecided_version_is_refused_when_the_recipe_says_so_and_nothing_is_measured_again(
+def test_undecided_version_is_rejected_without_measuring_again_when_undecided_is_fail(
     make: Make, stages: Stages, engines: Engines
 ) -> None:
     with pytest.raises(TrainingError, match="undecided: a loss of up to"):
@@ -116,19 +118,19 @@ def test_an_undecided_version_is_refused_when_the_recipe_says_so_and_nothing_is_
     assert (len(stages.ran), len(engines.launched)) == (ran, launched)
 
 
-def test_what_the_examples_can_detect_is_told_before_training(
+def test_detectable_loss_is_printed_before_training(
     make: Make, stages: Stages, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stages.broken = {Stage.TRAIN}
     with pytest.raises(InterruptedRunError):
         make(WORSE_QUANTIZED).train_version()
-    told = " ".join(capsys.readouterr().err.split())
-    assert "7 held-out examples detect a loss that is 0.335 or more from its limit, in four of five samples" in told
-    assert "evaluate.max_gptq_loss is 0.05: about 320 pass a version that has lost nothing" in told
+    output = " ".join(capsys.readouterr().err.split())
+    assert "7 held-out examples detect a loss that is 0.335 or more from its limit, in four of five samples" in output
+    assert "evaluate.max_gptq_loss is 0.05: about 320 pass a version that has lost nothing" in output
 
 
 @pytest.mark.parametrize("evaluate", [{"max_gptq_loss": 1.0}, {"metrics": "perplexity"}])
-def test_nothing_is_told_of_what_the_examples_can_detect_when_no_share_is_limited(
+def test_detectable_loss_is_not_printed_when_no_share_is_limited(
     make: Make, stages: Stages, capsys: pytest.CaptureFixture[str], evaluate: dict[str, Any]
 ) -> None:
     stages.broken = {Stage.TRAIN}
@@ -137,21 +139,21 @@ def test_nothing_is_told_of_what_the_examples_can_detect_when_no_share_is_limite
     assert "detect a loss" not in capsys.readouterr().err
 
 
-def test_a_loss_that_the_recipe_allows_becomes_a_version(make: Make) -> None:
+def test_version_is_registered_when_the_recipe_allows_its_loss(make: Make) -> None:
     assert make(WORSE_QUANTIZED, evaluate={"max_gptq_loss": 1.0}).train_version().number == 1
 
 
 PREFIX = "merged.0 merged.1 merged.2 merged.3"
 
 
-def test_a_quantized_model_of_free_text_that_is_broken_becomes_no_version(make: Make) -> None:
-    """The double answers with the name of its weights: near the references when it holds the merged ones."""
+def test_no_version_is_registered_when_the_quantized_free_text_model_is_broken(make: Make) -> None:
+    """The double answers with the name of its weights: close to the references if it has the merged ones."""
     heldout = tuple(make_example(f"write {place}", f"{PREFIX} and more of {place}") for place in range(20))
     with pytest.raises(TrainingError, match=r"GPTQ lost 0\.\d+ of ROUGE-L"):
         make(heldout).train_version()
 
 
-def test_other_metrics_ask_nothing_again(make: Make, stages: Stages, engines: Engines) -> None:
+def test_no_model_is_asked_again_when_the_metrics_change(make: Make, stages: Stages, engines: Engines) -> None:
     version = make().train_version()
     ran, launched = len(stages.ran), len(engines.launched)
     pipeline = make(evaluate={"metrics": ["chrf", "exact_match"]})
@@ -165,7 +167,7 @@ def test_other_metrics_ask_nothing_again(make: Make, stages: Stages, engines: En
     assert set(pipeline.registry.results(other, Format.MERGED)[0].scores) == {"chrf", "exact_match"}
 
 
-def test_a_metric_that_fails_is_told_before_training(make: Make, stages: Stages, tmp_path: Path) -> None:
+def test_run_fails_before_training_when_a_metric_function_fails(make: Make, stages: Stages, tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text("def score(answers, references):\n    return []\n", "utf-8")
     with pytest.raises(RecipeError, match="returned 0 scores for 2 answers"):
@@ -173,29 +175,29 @@ def test_a_metric_that_fails_is_told_before_training(make: Make, stages: Stages,
     assert stages.ran == []
 
 
-def test_a_metric_that_was_mended_judges_anew(make: Make, tmp_path: Path) -> None:
+def test_answers_are_scored_again_when_a_metric_function_was_fixed(make: Make, tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
-    found = []
+    values = []
     for score in (0.25, 0.75):
         path.write_text(f"def score(answers, references):\n    return [{score}] * len(answers)\n", "utf-8")
         pipeline = make(evaluate={"metrics": f"{path}:score"})
         report = pipeline.registry.manifest(pipeline.train_version()).formats[Format.MERGED].evaluation
         assert report is not None
-        found.append(report.figures["mine_score"].estimate.value)
-    assert found == [0.25, 0.75]
+        values.append(report.figures["mine_score"].estimate.value)
+    assert values == [0.25, 0.75]
 
 
-def test_a_judge_is_asked_once_and_its_verdict_stays_with_the_version(
+def test_judge_is_asked_once_and_its_verdict_is_stored_with_the_version(
     make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     key = tmp_path / "judge.key"
     key.write_text("secret\n")
     key.chmod(0o600)
     with judge_server(lambda first, second: "A" if first.startswith("merged") else "B") as server:
-        said = {"url": server.url, "model": "wise", "key_file": str(key)}
-        make(WORSE_QUANTIZED, judge=said, evaluate={"max_gptq_loss": 1.0}).train_version()
+        judge = {"url": server.url, "model": "wise", "key_file": str(key)}
+        make(WORSE_QUANTIZED, judge=judge, evaluate={"max_gptq_loss": 1.0}).train_version()
         asked = len(server.requests)
-        pipeline = make(WORSE_QUANTIZED, judge=said, evaluate={"max_gptq_loss": 1.0, "metrics": "exact_match"})
+        pipeline = make(WORSE_QUANTIZED, judge=judge, evaluate={"max_gptq_loss": 1.0, "metrics": "exact_match"})
         report = pipeline.registry.manifest(pipeline.train_version()).judge
     assert (asked, len(server.requests), set(server.keys)) == (14, 14, {"Bearer secret"})
     assert report is not None
@@ -203,12 +205,14 @@ def test_a_judge_is_asked_once_and_its_verdict_stays_with_the_version(
     assert server.url in capsys.readouterr().err
 
 
-def test_without_a_judge_nothing_is_compared(make: Make) -> None:
+def test_version_has_no_verdict_when_there_is_no_judge(make: Make) -> None:
     pipeline = make()
     assert pipeline.registry.manifest(pipeline.train_version()).judge is None
 
 
-def test_a_key_that_others_can_read_is_told_before_training(make: Make, stages: Stages, tmp_path: Path) -> None:
+def test_run_fails_before_training_when_others_can_read_the_judges_key(
+    make: Make, stages: Stages, tmp_path: Path
+) -> None:
     key = tmp_path / "judge.key"
     key.write_text("secret")
     key.chmod(0o644)

@@ -1,4 +1,4 @@
-"""What a version keeps of the run that made it."""
+"""Content that a version stores of its training run."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from trainer.recipe.stage import Stage
 pytestmark = pytest.mark.slow
 
 
-def test_a_version_keeps_what_its_chat_template_was_given(make: Make, engines: Engines) -> None:
+def test_version_stores_the_chat_templates_arguments(make: Make, engines: Engines) -> None:
     pipeline = make(chat_template_kwargs={"enable_thinking": False})
     version = pipeline.train_version()
     for format in (Format.MERGED, Format.GPTQ):
@@ -38,15 +38,15 @@ def test_a_version_keeps_what_its_chat_template_was_given(make: Make, engines: E
         assert read_template_kwargs(folder) == {"enable_thinking": False}
         assert pipeline.registry.manifest(version).formats[format].fingerprint == compatibility_fingerprint(folder)
         pipeline.registry.verify(version, format)
-    assert engines.started_with[:2] == ["base", "merged"], "the merged model was not judged in the base's engine"
+    assert engines.started_with[:2] == ["base", "merged"], "the merged model was not evaluated in the base's engine"
 
 
-def test_a_template_that_is_given_nothing_leaves_no_file(pipeline: Pipeline) -> None:
+def test_no_file_of_template_arguments_is_written_when_there_are_none(pipeline: Pipeline) -> None:
     folder = pipeline.registry.artifact(pipeline.train_version(), Format.MERGED)
     assert not (folder / "chat_template_kwargs.json").exists()
 
 
-def test_the_manifest_says_what_it_was_made_of(pipeline: Pipeline) -> None:
+def test_manifest_records_base_data_recipe_and_libraries(pipeline: Pipeline) -> None:
     manifest = pipeline.registry.manifest(pipeline.train_version())
     assert (manifest.base.origin, manifest.base.revision, manifest.base.licence) == ("./base", "sha256:0", "Apache-2.0")
     assert manifest.data.train_fingerprint == pipeline.examples.train_fingerprint
@@ -56,7 +56,7 @@ def test_the_manifest_says_what_it_was_made_of(pipeline: Pipeline) -> None:
     assert "torch" in manifest.libraries
 
 
-def test_the_manifest_has_the_verification_of_each_served_format(pipeline: Pipeline) -> None:
+def test_manifest_has_the_verification_of_each_served_format(pipeline: Pipeline) -> None:
     version = pipeline.train_version()
     for format in (Format.MERGED, Format.GPTQ):
         record = pipeline.registry.format(version, format)
@@ -65,12 +65,12 @@ def test_the_manifest_has_the_verification_of_each_served_format(pipeline: Pipel
         assert record.fingerprint == compatibility_fingerprint(pipeline.registry.artifact(version, format))
 
 
-def test_the_version_keeps_the_curve_of_its_training(pipeline: Pipeline) -> None:
+def test_version_stores_the_curve_of_its_training(pipeline: Pipeline) -> None:
     version = pipeline.train_version()
     assert read_training_curve(pipeline.registry.reference(version, TRAINING_CURVE_FILE)) == CURVE
 
 
-def test_the_version_keeps_what_each_served_format_answered(pipeline: Pipeline) -> None:
+def test_version_stores_the_answers_of_each_served_format(pipeline: Pipeline) -> None:
     version = pipeline.train_version()
     for format in (Format.MERGED, Format.GPTQ):
         results = pipeline.registry.results(version, format)
@@ -82,37 +82,37 @@ def test_the_version_keeps_what_each_served_format_answered(pipeline: Pipeline) 
         assert total / tokens == pytest.approx(evaluation.nll.value)
 
 
-def test_the_version_keeps_what_its_base_answered(make: Make) -> None:
+def test_version_stores_the_bases_answers_when_they_come_from_the_cache(make: Make) -> None:
     first = make()
     asked = first.registry.base_results(first.train_version())
     again = make(train={"seed": 1})
     known = again.registry.base_results(again.train_version())
     assert [result.answer.split()[0] for result in asked] == ["base.0"] * 2
-    assert known == asked, "what was found in the cache is not what was answered"
+    assert known == asked, "the cached answers differ from the given ones"
 
 
-def test_the_bases_answers_have_scores_of_the_recipes_metrics(make: Make) -> None:
+def test_base_and_merged_answers_have_the_scores_of_the_recipes_metrics(make: Make) -> None:
     pipeline = make(evaluate={"metrics": ["chrf"]})
     version = pipeline.train_version()
     results = pipeline.registry.base_results(version), pipeline.registry.results(version, Format.MERGED)
-    assert {tuple(result.scores) for found in results for result in found} == {("chrf",)}
+    assert {tuple(result.scores) for of_model in results for result in of_model} == {("chrf",)}
 
 
-def test_where_the_base_is_not_asked_it_has_no_answers(make: Make) -> None:
+def test_version_has_no_base_answers_when_the_base_is_not_asked(make: Make) -> None:
     pipeline = make(formats=["gptq"])
     version = pipeline.train_version()
     with pytest.raises(NotFoundError, match=r"has no reference/base\.jsonl"):
         pipeline.registry.base_results(version)
 
 
-def test_of_a_limited_evaluation_the_first_answers_are_kept(make: Make) -> None:
+def test_version_stores_only_asked_answers_when_evaluation_is_limited(make: Make) -> None:
     pipeline = make(evaluate={"limit": 1})
     version = pipeline.train_version()
     assert len(pipeline.registry.results(version, Format.GPTQ)) == 1
     assert len(pipeline.registry.heldout(version)) == 2
 
 
-def test_answers_survive_an_interruption(make: Make, stages: Stages) -> None:
+def test_answers_are_kept_when_a_later_stage_is_interrupted(make: Make, stages: Stages) -> None:
     stages.broken = {Stage.QUANTIZE}
     with pytest.raises(InterruptedRunError):
         make().train_version()
@@ -123,7 +123,7 @@ def test_answers_survive_an_interruption(make: Make, stages: Stages) -> None:
     assert pipeline.registry.results(pipeline.train_version(), Format.MERGED) == answered
 
 
-def test_an_interrupted_registration_leaves_nothing_in_what_a_version_is_compared_with(
+def test_reference_folder_is_written_again_when_the_registration_was_interrupted(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(self: Registry, *arguments: object) -> None:
@@ -151,58 +151,58 @@ def test_an_interrupted_registration_leaves_nothing_in_what_a_version_is_compare
         "training.jsonl",
     )
     assert recorded == [f"reference/{file}" for file in files]
-    kept = (pipeline.registry.folder(version) / "reference").iterdir()
-    assert {f"reference/{path.name}" for path in kept} == set(recorded)
+    stored = (pipeline.registry.folder(version) / "reference").iterdir()
+    assert {f"reference/{path.name}" for path in stored} == set(recorded)
 
 
-def test_what_prompts_are_compared_with_is_drawn_of_all_that_was_given(pipeline: Pipeline) -> None:
+def test_drift_sample_is_drawn_from_all_given_examples(pipeline: Pipeline) -> None:
     version = pipeline.train_version()
     sample = read_examples(pipeline.registry.reference(version, DRIFT_SAMPLE_FILE))
     assert sample == draw_drift_sample(pipeline.examples.given, pipeline.recipe.data.seed).sample
 
 
-def test_the_text_space_knows_the_words_of_all_prompts_but_those_that_are_compared(make: Make) -> None:
-    """Or every live prompt would have more unknown words than the reference."""
-    judged = tuple(make_example(word, "red") for word in ("xylophone", "marimba", "celesta", "timpani"))
-    pipeline = make(heldout=judged, data={"train": "train.jsonl", "seed": 0})
+def test_text_space_knows_the_words_of_all_prompts_except_the_drift_sample(make: Make) -> None:
+    """Otherwise every live prompt would have more unknown words than the reference."""
+    heldout = tuple(make_example(word, "red") for word in ("xylophone", "marimba", "celesta", "timpani"))
+    pipeline = make(heldout=heldout, data={"train": "train.jsonl", "seed": 0})
     version = pipeline.train_version()
     space = load_text_space(pipeline.registry.reference(version, TEXT_SPACE_FILE))
     drawn = draw_drift_sample(pipeline.examples.given, 0)
-    sampled = [example.question for example in drawn.sample if example in judged]
-    assert sampled, "another seed is needed: only held-out prompts have words of their own"
+    sampled = [example.question for example in drawn.sample if example in heldout]
+    assert sampled, "another seed is needed: only held-out prompts have words that no other prompt has"
     assert space.unknown_words([example.question for example in drawn.rest]).tolist() == [0.0] * len(drawn.rest)
     assert space.unknown_words(sampled).tolist() == [1.0] * len(sampled)
 
 
-def test_the_version_keeps_which_prompts_it_learnt(pipeline: Pipeline) -> None:
+def test_version_stores_the_hashes_of_its_trained_prompts(pipeline: Pipeline) -> None:
     learnt = pipeline.registry.learnt_prompts(pipeline.train_version().name)
     assert set(learnt.tolist()) == set(hash_prompts(TRAIN).tolist())
 
 
-def test_the_version_keeps_a_summary_of_its_data(make: Make) -> None:
+def test_version_stores_a_summary_of_its_data(make: Make) -> None:
     pipeline = make()
-    kept = read_data_summary(pipeline.registry.reference(pipeline.train_version(), DATA_SUMMARY_FILE))
-    assert kept == summarize_data(pipeline.examples.train, pipeline.examples.heldout)
+    stored = read_data_summary(pipeline.registry.reference(pipeline.train_version(), DATA_SUMMARY_FILE))
+    assert stored == summarize_data(pipeline.examples.train, pipeline.examples.heldout)
 
 
-def test_the_version_keeps_what_its_training_took(pipeline: Pipeline) -> None:
+def test_version_stores_steps_time_and_machine_of_its_training(pipeline: Pipeline) -> None:
     record = read_record(pipeline.registry.reference(pipeline.train_version(), RUN_RECORD_FILE), RunRecord)
     assert (record.steps, record.tokens, record.seconds) == (3, 30, 3.0)
     assert record.number_type == pipeline.capabilities.training_type
     assert record.machine == MachineRecord.of_this_one()
 
 
-def test_an_unserved_adapter_has_no_verification(pipeline: Pipeline) -> None:
+def test_adapter_has_no_verification_when_it_is_not_served(pipeline: Pipeline) -> None:
     record = pipeline.registry.format(pipeline.train_version(), Format.ADAPTER)
     assert (record.evaluation, record.probes) == (None, ())
 
 
-def test_the_weights_of_a_finished_run_take_no_room_beside_the_registrys(pipeline: Pipeline) -> None:
+def test_weights_of_a_finished_run_are_hard_links_to_the_registrys(pipeline: Pipeline) -> None:
     pipeline.train_version()
     assert all(path.stat().st_nlink > 1 for path in pipeline.run.folder.rglob("*.safetensors"))
 
 
-def test_mlflow_has_the_page_that_svc_report_writes(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_has_the_same_page_as_svc_report(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow import MlflowClient
 
     monkeypatch.setattr(registration, "report_page", report_page)
@@ -212,34 +212,32 @@ def test_mlflow_has_the_page_that_svc_report_writes(pipeline: Pipeline, monkeypa
     assert Path(page).read_text("utf-8") == report_page(gather_report(pipeline.registry, version))
 
 
-def test_a_version_is_registered_where_its_report_cannot_be_made(
+def test_version_is_registered_when_its_report_cannot_be_written(
     make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*arguments: object) -> None:
-        raise OSError("no room")
+        raise OSError("disk full")
 
     monkeypatch.setattr(registration, "report_page", fail)
     pipeline = make()
     version = pipeline.train_version()
     assert version in pipeline.registry.versions()
-    assert f"MLflow has no report of {version}" in caplog.text
+    assert f"the report of {version} could not be logged to MLflow" in caplog.text
 
 
-def test_mlflow_shows_what_a_version_is(pipeline: Pipeline) -> None:
+def test_mlflow_shows_description_and_figures_of_a_version(pipeline: Pipeline) -> None:
     from mlflow import MlflowClient
 
     version = pipeline.train_version()
-    found = MlflowClient(pipeline.registry.tracking.uri, pipeline.registry.tracking.uri).get_model_version(
-        version.name, str(version.number)
-    )
     client = MlflowClient(pipeline.registry.tracking.uri, pipeline.registry.tracking.uri)
-    run = client.get_run(found.run_id)
-    [page] = client.list_artifacts(found.run_id)
-    where = f"#/experiments/{run.info.experiment_id}/runs/{found.run_id}/artifacts/{page.path}"
+    shown = client.get_model_version(version.name, str(version.number))
+    run = client.get_run(shown.run_id)
+    [page] = client.list_artifacts(shown.run_id)
+    link = f"#/experiments/{run.info.experiment_id}/runs/{shown.run_id}/artifacts/{page.path}"
     assert page.path == f"{version.name}-{version.number}.html"
-    assert found.description == f"./base on 3 examples. [Report]({where})"
-    assert found.tags["source"] == str(pipeline.registry.folder(version))
-    assert found.tags["exact_match_gptq"].startswith("0.000")
+    assert shown.description == f"./base on 3 examples. [Report]({link})"
+    assert shown.tags["source"] == str(pipeline.registry.folder(version))
+    assert shown.tags["exact_match_gptq"].startswith("0.000")
     report = pipeline.registry.manifest(version).formats[Format.GPTQ].evaluation
     assert report is not None
-    assert found.tags[f"{report.primary}_gptq"] == str(report.figures[report.primary].estimate)
+    assert shown.tags[f"{report.primary}_gptq"] == str(report.figures[report.primary].estimate)

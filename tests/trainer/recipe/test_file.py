@@ -1,4 +1,4 @@
-"""A recipe that is wrong says where and how, before anything is trained."""
+"""Recipe files: errors name the key and its value, before anything is trained."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,7 @@ Write = Callable[..., Path]
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Writes a recipe: the smallest good one, with changes."""
+    """Return a function that writes the smallest valid recipe with changes."""
 
     def write(**changes: Any) -> Path:
         path = tmp_path / "recipe.yaml"
@@ -36,19 +36,19 @@ def refusal(path: Path, *overrides: str) -> str:
     return str(caught.value)
 
 
-def test_three_keys_are_enough(write: Write) -> None:
+def test_other_keys_have_defaults_when_name_base_and_training_data_are_given(write: Write) -> None:
     recipe = load_recipe(write())
     assert (recipe.name, recipe.base) == ("tiny", "org/model")
     assert recipe.train == Recipe.model_fields["train"].default
 
 
-def test_what_is_said_is_taken(write: Write) -> None:
+def test_values_of_the_file_replace_defaults(write: Write) -> None:
     recipe = load_recipe(write(train={"epochs": 2.5}, adapter={"rank": 4}, evaluate={"limit": 10}))
     assert (recipe.train.epochs, recipe.adapter.rank, recipe.evaluate.limit) == (2.5, 4, 10)
     assert recipe.alpha == 8
 
 
-def test_paths_are_relative_to_the_recipe(
+def test_paths_are_relative_to_the_recipe_when_the_working_folder_is_another(
     write: Write, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(base="./base")
@@ -58,13 +58,13 @@ def test_paths_are_relative_to_the_recipe(
     assert recipe.base == str(tmp_path / "base")
 
 
-def test_several_sources_are_a_list_and_hub_datasets_are_no_paths(write: Write, tmp_path: Path) -> None:
+def test_hub_datasets_are_not_resolved_as_paths_when_sources_are_a_list(write: Write, tmp_path: Path) -> None:
     data = load_recipe(write(data={"train": ["a.csv", "hf:org/name", "folder"]})).data
     assert data.train == (str(tmp_path / "a.csv"), "hf:org/name", str(tmp_path / "folder"))
     assert (data.heldout, data.general) == (None, None)
 
 
-def test_paths_from_the_root_and_from_home_stay_what_they_are(write: Write) -> None:
+def test_paths_are_unchanged_when_absolute_or_in_the_home_folder(write: Write) -> None:
     recipe = load_recipe(write(base="~/model.gguf", data={"train": "/data/t.jsonl", "heldout": "~/h.jsonl"}))
     assert recipe.base == str(Path.home() / "model.gguf")
     assert recipe.data.train == ("/data/t.jsonl",)
@@ -72,7 +72,7 @@ def test_paths_from_the_root_and_from_home_stay_what_they_are(write: Write) -> N
 
 
 @pytest.mark.parametrize("base", ["smollm2-135m-instruct", "org/model", "tiny@3"])
-def test_a_base_that_is_no_path_stays_what_it_is(write: Write, base: str) -> None:
+def test_base_is_unchanged_when_it_is_not_a_path(write: Write, base: str) -> None:
     assert load_recipe(write(base=base)).base == base
 
 
@@ -103,64 +103,64 @@ def test_a_base_that_is_no_path_stays_what_it_is(write: Write, base: str) -> Non
     ],
     ids=str,
 )
-def test_a_wrong_key_is_named_with_its_value(write: Write, changes: dict[str, Any], text: str) -> None:
-    told = refusal(write(**changes))
-    assert text in told
-    assert "see docs/recipe.md" in told
+def test_error_names_key_and_value_when_a_key_is_wrong(write: Write, changes: dict[str, Any], text: str) -> None:
+    message = refusal(write(**changes))
+    assert text in message
+    assert "see docs/recipe.md" in message
 
 
-def test_all_mistakes_are_told_at_once(write: Write) -> None:
-    told = refusal(write(trian={}, adapter={"rank": 0}))
-    assert "'trian'" in told
-    assert "'adapter.rank'" in told
+def test_error_lists_every_problem_when_several_keys_are_wrong(write: Write) -> None:
+    message = refusal(write(trian={}, adapter={"rank": 0}))
+    assert "'trian'" in message
+    assert "'adapter.rank'" in message
 
 
-def test_noise_on_packed_rows_is_refused(write: Write) -> None:
-    with pytest.raises(RecipeError, match="neftune_alpha with train"):
+def test_recipe_is_rejected_when_neftune_is_used_with_packing(write: Write) -> None:
+    with pytest.raises(RecipeError, match="neftune_alpha cannot be used with"):
         load_recipe(write(train={"packing": True, "neftune_alpha": 5}))
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_error_names_the_recipe_when_the_file_is_missing(tmp_path: Path) -> None:
     assert f"cannot open recipe {tmp_path / 'none.yaml'}: No such file" in refusal(tmp_path / "none.yaml")
 
 
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        (b"", "holds None"),
-        (b"- a", "holds ['a']"),
-        (b"just text", "holds 'just text'"),
+        (b"", "contains None"),
+        (b"- a", "contains ['a']"),
+        (b"just text", "contains 'just text'"),
         (b"name: [", "is not YAML"),
         (b"name: caf\xe9", "is not YAML"),
         (b"name: 2024-13-45", "is not YAML"),
         (b"name: !!python/object:os.system x", "is not YAML"),
     ],
 )
-def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, content: bytes, text: str) -> None:
+def test_file_is_rejected_when_it_is_not_a_yaml_mapping(tmp_path: Path, content: bytes, text: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_bytes(content)
     assert text in refusal(path)
 
 
-def test_set_changes_a_key(write: Write) -> None:
+def test_set_overrides_a_key_of_the_file(write: Write) -> None:
     recipe = load_recipe(write(train={"epochs": 9, "seed": 5}), ("train.epochs=2", "name=other", "adapter.rank=8"))
     assert (recipe.train.epochs, recipe.train.seed, recipe.name, recipe.adapter.rank) == (2, 5, "other", 8)
 
 
-def test_the_last_set_of_a_key_wins(write: Write) -> None:
+def test_last_override_wins_when_a_key_is_set_twice(write: Write) -> None:
     assert load_recipe(write(), ("train.epochs=2", "train.epochs=3")).train.epochs == 3
 
 
-def test_set_takes_yaml_values(write: Write) -> None:
+def test_set_parses_its_value_as_yaml(write: Write) -> None:
     recipe = load_recipe(write(), ("evaluate.limit=null", "qualify.restart=no", "train.learning_rate=2.0e-4"))
     assert (recipe.evaluate.limit, recipe.qualify.restart, recipe.train.learning_rate) == (None, False, 2e-4)
 
 
-def test_set_takes_a_learning_rate_as_people_write_it(write: Write) -> None:
+def test_set_accepts_a_learning_rate_without_decimal_point(write: Write) -> None:
     assert load_recipe(write(), ("train.learning_rate=2e-4",)).train.learning_rate == 2e-4
 
 
-def test_a_path_that_is_set_is_relative_to_the_recipe_too(write: Write, tmp_path: Path) -> None:
+def test_path_is_relative_to_the_recipe_when_given_with_set(write: Write, tmp_path: Path) -> None:
     assert load_recipe(write(), ("data.train=other.jsonl",)).data.train == (str(tmp_path / "other.jsonl"),)
 
 
@@ -170,7 +170,7 @@ def test_a_path_that_is_set_is_relative_to_the_recipe_too(write: Write, tmp_path
         ("train.epochs", "--set 'train.epochs'"),
         ("=2", "--set '=2'"),
         ("train..epochs=2", "--set 'train..epochs=2'"),
-        ("name.x=2", "name is no section"),
+        ("name.x=2", "name is not a section"),
         ("train.epochs=[", "'[' is not a YAML value"),
         ("train.epochs=2024-13-45", "'2024-13-45' is not a YAML value"),
         ("train.epochs=two", "'train.epochs' is 'two'"),
@@ -178,11 +178,11 @@ def test_a_path_that_is_set_is_relative_to_the_recipe_too(write: Write, tmp_path
         ("train=5", "'train' is 5"),
     ],
 )
-def test_a_wrong_set_is_named(write: Write, override: str, text: str) -> None:
+def test_error_names_the_override_when_set_is_invalid(write: Write, override: str, text: str) -> None:
     assert text in refusal(write(), override)
 
 
-def test_keys_are_all_leaves() -> None:
+def test_recipe_keys_are_the_leaves_of_the_schema() -> None:
     dumped = Recipe.model_validate(GOOD).model_dump()
     leaves = {
         f"{key}.{inner}" if inner else key
@@ -193,7 +193,7 @@ def test_keys_are_all_leaves() -> None:
 
 
 @given(mappings_of(recipe_keys()))
-def test_any_mapping_is_a_recipe_or_a_recipe_error(
+def test_mapping_loads_or_raises_a_recipe_error(
     tmp_path_factory: pytest.TempPathFactory, content: dict[str, Any]
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "any.yaml"
@@ -206,7 +206,9 @@ def test_any_mapping_is_a_recipe_or_a_recipe_error(
 
 
 @given(st.sampled_from(recipe_keys()), json_values)
-def test_any_value_of_a_key_is_taken_or_refused(tmp_path_factory: pytest.TempPathFactory, key: str, value: Any) -> None:
+def test_error_names_the_key_when_its_value_is_rejected(
+    tmp_path_factory: pytest.TempPathFactory, key: str, value: Any
+) -> None:
     section, _, inner = key.rpartition(".")
     change = {inner: value} if not section else {section: GOOD.get(section, {}) | {inner: value}}
     path = tmp_path_factory.getbasetemp() / "value.yaml"
@@ -214,17 +216,17 @@ def test_any_value_of_a_key_is_taken_or_refused(tmp_path_factory: pytest.TempPat
     try:
         load_recipe(path)
     except RecipeError as error:
-        assert key in error.wrong  # noqa: PT017 - either outcome is right
+        assert key in error.wrong  # noqa: PT017 - both outcomes are valid
 
 
 @given(st.text(max_size=30) | st.from_regex(r"[a-z.]{1,12}=.{0,12}"))
-def test_any_set_is_taken_or_refused(tmp_path_factory: pytest.TempPathFactory, override: str) -> None:
+def test_override_loads_or_raises_a_recipe_error(tmp_path_factory: pytest.TempPathFactory, override: str) -> None:
     path = tmp_path_factory.getbasetemp() / "set.yaml"
     path.write_text(yaml.safe_dump(GOOD), "utf-8")
     try:
         load_recipe(path, (override,))
     except RecipeError as error:
-        assert error.wrong  # noqa: PT017 - either outcome is right
+        assert error.wrong  # noqa: PT017 - both outcomes are valid
 
 
 @pytest.mark.parametrize(
@@ -239,7 +241,7 @@ def test_any_set_is_taken_or_refused(tmp_path_factory: pytest.TempPathFactory, o
     ],
     ids=str,
 )
-def test_a_method_is_a_name_for_an_adapters_type_and_a_quantization(
+def test_method_implies_adapter_type_and_quantization(
     write: Write, sections: dict[str, Any], kind: str | None, quantization: str | None
 ) -> None:
     recipe = load_recipe(write(**sections))
@@ -247,20 +249,20 @@ def test_a_method_is_a_name_for_an_adapters_type_and_a_quantization(
 
 
 @pytest.mark.parametrize(
-    ("sections", "told"),
+    ("sections", "message"),
     [
         (
             {"method": "vera", "adapter": {"type": "dora"}},
-            "means adapter.type vera, and adapter.type is dora",
+            "means adapter.type vera, but adapter.type is dora",
         ),
-        ({"method": "full", "adapter": {"type": "lora"}}, "adapter.type means nothing for method full"),
-        ({"method": "full", "quantization": "nf4"}, "keeps weights frozen, and method full trains them all"),
-        ({"adapter": {"type": "vera", "alpha": 3}}, "adapter.alpha means nothing for vera"),
+        ({"method": "full", "adapter": {"type": "lora"}}, "adapter.type is not used by method full"),
+        ({"method": "full", "quantization": "nf4"}, "freezes the weights, but method full trains them all"),
+        ({"adapter": {"type": "vera", "alpha": 3}}, "adapter.alpha is not used by vera"),
         ({"formats": []}, "'formats' is []"),
-        ({"formats": ["gptq", "gptq"]}, "formats names one twice"),
-        ({"method": "full", "formats": ["adapter"]}, "formats names adapter, and method full trains none"),
+        ({"formats": ["gptq", "gptq"]}, "formats contains a format twice"),
+        ({"method": "full", "formats": ["adapter"]}, "formats contains adapter, but method full trains no adapter"),
     ],
     ids=str,
 )
-def test_two_keys_that_contradict_each_other_are_refused(write: Write, sections: dict[str, Any], told: str) -> None:
-    assert told in refusal(write(**sections))
+def test_recipe_is_rejected_when_two_keys_contradict(write: Write, sections: dict[str, Any], message: str) -> None:
+    assert message in refusal(write(**sections))

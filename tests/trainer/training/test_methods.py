@@ -249,9 +249,9 @@ def test_rslora_scales_by_the_root_of_the_rank(tiny_base: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "adapter", "told"),
     [
-        ("full", {"rank": 8}, "adapter.rank means nothing for method full"),
-        ("vera", {"alpha": 8}, "adapter.alpha means nothing for vera"),
-        ("adalora", {"rslora": True}, "adapter.rslora means nothing for adalora"),
+        ("full", {"rank": 8}, "adapter.rank is not used by method full"),
+        ("vera", {"alpha": 8}, "adapter.alpha is not used by vera"),
+        ("adalora", {"rslora": True}, "adapter.rslora is not used by adalora"),
     ],
 )
 def test_a_key_without_meaning_is_refused(method: str, adapter: dict[str, object], told: str) -> None:
