@@ -1,4 +1,4 @@
-"""Keeps what libraries print away from the terminal: it goes to the log, where it can be looked up.
+"""Redirects the output of libraries from the terminal to the log.
 
 gptqmodel prints a banner and tables to stdout, and PEFT imports it for every model it wraps. Stdout is for results.
 """
@@ -30,10 +30,10 @@ class _LogLines(io.TextIOBase):
 
 @contextmanager
 def library_output_to_log() -> Iterator[None]:
-    """Inside, stdout is this module's logger; progress, which goes to stderr, is not touched.
+    """Redirect stdout to this module's logger within the body; progress, which is printed to stderr, is unchanged.
 
-    The root logger is afterwards as it was: tokenicer, which gptqmodel imports, has it print what every library logs.
-    Enter it after a progress display: rich puts its own stdout in place when it starts.
+    The root logger is restored: tokenicer, which gptqmodel imports, makes it print the logs of every library. Enter the
+    context after starting a progress display, because rich replaces stdout when it starts.
     """
     root = logging.getLogger()
     level, handlers = root.level, root.handlers[:]

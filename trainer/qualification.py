@@ -1,7 +1,7 @@
-"""Qualification: a format is judged, and its probes taken, on the engine that will serve it.
+"""Qualification: a format is evaluated, and its probes measured, on the engine that will serve it.
 
-The weights are loaded twice, in place into a running engine and by an engine of their own, and both must give the
-same log-probabilities. This verifies that a hot swap serves what was evaluated.
+The weights are loaded twice, in place in a running engine and by a new engine, and both must give the same
+log-probabilities. This verifies that a hot swap serves the evaluated weights.
 """
 
 import time
@@ -44,12 +44,12 @@ _LOADS = 3
 
 
 class EngineReading(BaseModel):
-    """What the parity report compares with what the trainer has, read on the engine that holds a format.
+    """Measurements of a format on the engine, which the parity report compares with those of the trainer.
 
     Attributes:
-        prompts_differ: places of the judged examples whose prompt the engine has in other tokens than training.
-        scores: of the answers of the examples that are compared token by token.
-        speed: of the format.
+        prompts_differ: indices of the judged examples whose prompt has other tokens in the engine than in training.
+        scores: scores of the answers of the examples that are compared token by token.
+        speed: speed of the format.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -64,8 +64,8 @@ class Qualified(BaseModel):
 
     Attributes:
         results: the answers behind the evaluation.
-        general: the answers to general questions; none where none were asked.
-        reading: for the parity report.
+        general: the answers to general questions; empty if none were asked.
+        reading: measurements for the parity report.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -79,11 +79,11 @@ class Qualified(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class GeneralQuestions:
-    """What base and merged model are asked beside the task.
+    """Questions outside the task for base and merged model.
 
     Attributes:
-        tokenized: the same, as they would be trained on.
-        of_base: what the base answered earlier; None: it is asked.
+        tokenized: the same questions, tokenized as in training.
+        of_base: stored answers of the base; None: the base is asked.
     """
 
     examples: Sequence[ChatExample]
@@ -93,10 +93,10 @@ class GeneralQuestions:
 
 @dataclass(frozen=True, slots=True)
 class BaseAnswers:
-    """What the base answered.
+    """Answers of the base.
 
     Attributes:
-        general: to the general questions; none where none were asked.
+        general: the answers to the general questions; empty if none were asked.
     """
 
     evaluation: Evaluation
@@ -107,19 +107,19 @@ class Qualifier:
     """Qualifies formats of one run.
 
     Args:
-        launch: makes a new, unstarted engine for a model folder.
-        facts: the kind of engine that it makes for a model folder.
-        evaluate: how many of the examples are asked, and how long an answer may be.
-        qualify: the probes that are taken.
-        heldout: examples to judge by.
-        tokenized: the same examples, as they are trained on.
-        compared: those of them that the parity report compares token by token.
-        context: tokens of a prompt with its answer that the engine accepts.
-        general: asked of base and merged model too; None for nothing.
+        launch: creates a new, unstarted engine for a model folder.
+        facts: returns the kind of engine that `launch` creates for a model folder.
+        evaluate: the number of examples to ask, and the maximum length of answers.
+        qualify: the probes to measure.
+        heldout: examples for the evaluation.
+        tokenized: the same examples, tokenized as in training.
+        compared: the examples that the parity report compares token by token.
+        context: maximum tokens of a prompt with its answer in the engine.
+        general: questions to base and merged model; None for none.
 
     Attributes:
-        judged: those that are asked.
-        limits: tokens that each of their answers may have.
+        judged: the examples that are asked.
+        limits: maximum tokens of each answer.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class Qualifier:
     async def base_and_merged(
         self, base: Path, merged: Path, *, same_fingerprint: bool
     ) -> tuple[BaseAnswers, Qualified]:
-        """Judges the base, then the merged model: in one engine where they fit in place of each other."""
+        """Evaluate the base, then the merged model; in one engine if the merged model can be loaded in place."""
         engine = await self._start(base)
         try:
             evaluation = await self._judge(engine.client, "base", trained=False)
@@ -161,10 +161,10 @@ class Qualifier:
             await engine.stop()
 
     async def alone(self, folder: Path, text: str, *, general: bool = False) -> Qualified:
-        """Judges a format in an engine of its own.
+        """Evaluate a format in a separate engine.
 
         Args:
-            general: ask it the general questions too.
+            general: ask the general questions too.
         """
         engine = await self._start(folder)
         try:
@@ -173,7 +173,7 @@ class Qualifier:
             await engine.stop()
 
     async def _qualify(self, engine: Engine, folder: Path, text: str, *, general: bool) -> Qualified:
-        """Loads in place where it can, measures, and measures again on a fresh engine; ends the given one."""
+        """Load in place if possible, measure, and measure again on a new engine; the given engine is stopped."""
         client, options = engine.client, self._options
         loads, others_share = await measure_quietly(partial(self._loads, engine, folder), engine.processor_s)
         judged = await self._judge(client, text)
@@ -198,11 +198,11 @@ class Qualifier:
         )
 
     async def _loads(self, engine: Engine, folder: Path) -> list[float]:
-        """Load in place a few times and return how long each took, seconds; none where the engine does not."""
+        """Load in place a few times and return the seconds of each; empty if the engine cannot load in place."""
         return [await self._load(engine.client, folder) for _ in range(_LOADS if engine.capabilities.reloads else 0)]
 
     async def _load(self, client: EngineClient, folder: Path) -> float:
-        """Loads in place, and returns how long that took, seconds."""
+        """Load in place and return the seconds."""
         started = time.monotonic()
         await client.reload_weights(folder)
         seconds = time.monotonic() - started
@@ -212,7 +212,7 @@ class Qualifier:
     async def _read(
         self, engine: Engine, prompts: Sequence[Sequence[int]], load_seconds: Interval | None, loading_share: float
     ) -> EngineReading:
-        """Read the engine; `loading_share` is the share of the processors that others used during the loads."""
+        """Measure on the engine; `loading_share` is the share of the processors that others used during the loads."""
         client = engine.client
         asked = [await client.prompt_tokens(example.prompt, example.tools) for example in self.judged]
         pairs = enumerate(zip(asked, self._tokenized, strict=True))
@@ -230,7 +230,7 @@ class Qualifier:
             others_share=max(others_share, loading_share),
         )
         return EngineReading(
-            prompts_differ=tuple(place for place, (prompt, one) in pairs if not _begins_with(one, prompt)),
+            prompts_differ=tuple(index for index, (prompt, row) in pairs if not _begins_with(row, prompt)),
             scores=await score_on_engine(client, self._compared),
             speed=speed,
         )
@@ -241,7 +241,7 @@ class Qualifier:
             difference = await check_probes(engine.client, probes)
         finally:
             await engine.stop()
-        console.print(f"  {text}: loaded in place and by a fresh engine, logprobs differ by {difference:.4f}")
+        console.print(f"  {text}: logprobs of a reload in place and of a new engine differ by {difference:.4f}")
 
     async def _judge(self, client: EngineClient, text: str, *, trained: bool = True) -> Evaluation:
         with counting(f"evaluating {text}", len(self.judged)) as advance:
@@ -250,7 +250,7 @@ class Qualifier:
             )
 
     async def _ask_general(self, client: EngineClient, text: str) -> tuple[ExampleResult, ...]:
-        """Of both alike: neither was trained on them."""
+        """Ask the general questions, on which neither base nor merged model was trained."""
         if self._general is None:
             return ()
         examples, tokenized = self._general.examples, self._general.tokenized
@@ -269,6 +269,6 @@ class Qualifier:
 
 
 def _begins_with(example: TokenizedExample, prompt: Sequence[int]) -> bool:
-    """Whether training had the prompt in the engine's tokens, and the last answer after it, where that is learnt."""
+    """Return whether training had the prompt in the engine's tokens, followed by the last answer if it is learnt."""
     answered = example.learnt[-1][1] == len(example.input_ids)
     return example.input_ids[: len(prompt)] == tuple(prompt) and (not answered or example.prompt == tuple(prompt))

@@ -45,7 +45,7 @@ def refusal(published: Path) -> str | None:
     config = json.loads((published / "config.json").read_text("utf-8"))
     tokenizer = published / "tokenizer_config.json"
     if any(key in config for key in _OTHER_CONTENT):
-        return "takes more than text"
+        return "is not a text-only model"
     if "quantization_config" in config:
         return "is already quantized"
     if (

@@ -1,1 +1,1 @@
-"""Where base models come from, and what is checked of them."""
+"""Base models: their sources and their checks."""

@@ -1,4 +1,4 @@
-"""What a folder must hold to be a base model: a complete chat model for text, in floating-point safetensors."""
+"""Checks that a folder is a base model: a complete chat model for text, in floating-point safetensors."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ def check_folder(folder: Path) -> None:
     """Check a base model's file names and configs; weights are not read.
 
     Raises:
-        BaseModelError: what is missing or wrong.
+        BaseModelError: a file is missing, or the model is not supported.
     """
     if not folder.is_dir():
         raise BaseModelError(f"no folder {folder}", todo="check the path; paths in a recipe are relative to the recipe")
@@ -40,13 +40,13 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
         raise BaseModelError(
             f"{folder} is already quantized",
             expected=f"weights in {', '.join(sorted(_FLOATS))}",
-            todo="use the model that it was quantized from",
+            todo="use the model from which it was quantized",
         )
     if parts := [key for key in _OTHER_SENSES if config.get(key)]:
         raise BaseModelError(
-            f"{folder} takes more than text: its config has {', '.join(parts)}",
-            expected="a language model for text alone",
-            todo="take the family's text model, as gemma-3-1b-it or gemma-2-2b-it of Gemma",
+            f"{folder} is not a text-only model: its config has {', '.join(parts)}",
+            expected="a language model for text only",
+            todo="use the family's text model, for example gemma-3-1b-it or gemma-2-2b-it of Gemma",
         )
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -66,23 +66,23 @@ def _missing_weights(folder: Path) -> list[str]:
             return [path.name for path in weight_files(folder) if not path.is_file()]
         except IntegrityError as error:
             raise BaseModelError(error.wrong, expected=error.expected, todo=error.todo) from error
-    found = [path.name for path in weight_files(folder)]
-    if _WEIGHTS in found and len(found) > 1:  # vLLM loads all of them, transformers this one
-        found.remove(_WEIGHTS)
+    names = [path.name for path in weight_files(folder)]
+    if _WEIGHTS in names and len(names) > 1:  # vLLM loads all of them, transformers only `_WEIGHTS`
+        names.remove(_WEIGHTS)
         raise BaseModelError(
-            f"{folder} holds {', '.join(found)} beside {_WEIGHTS}, and no {WEIGHTS_INDEX} that says which files "
+            f"{folder} contains {', '.join(names)} and {_WEIGHTS}, but no {WEIGHTS_INDEX} that says which files "
             "belong to the model",
             expected=f"{_WEIGHTS} alone, or several files with an index",
-            todo=f"move {', '.join(found)} to another folder",
+            todo=f"move {', '.join(names)} to another folder",
         )
-    if _WEIGHTS in found:
+    if _WEIGHTS in names:
         return []
-    if found:
+    if names:
         return [WEIGHTS_INDEX]
     if pickles := sorted(file.name for file in folder.glob("*.bin")):
         raise BaseModelError(
             f"{folder} has its weights only in pickle: {', '.join(pickles)}",
-            expected="*.safetensors; loading a pickle runs whatever code it holds",
+            expected="*.safetensors, because loading a pickle runs the code in it",
             todo="use a revision with safetensors, or convert the model with its publisher's tools",
         )
     return [_WEIGHTS]
@@ -106,5 +106,5 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise BaseModelError(f"cannot read {path}: {error}", expected="a JSON object in UTF-8") from error
     if not isinstance(content, dict):
-        raise BaseModelError(f"{path} holds a {type(content).__name__}", expected="a JSON object")
+        raise BaseModelError(f"{path} contains a {type(content).__name__}", expected="a JSON object")
     return content

@@ -1,4 +1,4 @@
-"""What is in a base model's files: their hash, which names the content, and the licence."""
+"""Content of a base model's files: the hash that identifies it, and the licence."""
 
 import hashlib
 import json
@@ -26,13 +26,13 @@ SHIPPED_FILES = (
     "vocab.json",
     "vocab.txt",
 )
-"""What a model has beside its weights and config, and what is made of it takes over byte for byte; of a chat template
-that writes today's date, all but that."""
+"""Files of a model other than weights and config. Models derived from it contain them byte for byte, except a chat
+template that writes today's date."""
 _HASHED = (".json", ".jinja", ".model", ".txt")
 
 
 def read_licence(folder: Path) -> str | None:
-    """What the model card's header says."""
+    """Return the licence in the model card's header."""
     card = folder / "README.md"
     if not card.is_file():
         return None
@@ -82,14 +82,14 @@ def _write_config(model: Path, out: Path, quantization: Mapping[str, Any] | None
 
 
 def pinned_template(model: Path) -> str | None:
-    """What is served in place of a model's chat template: one that writes today's date; None where that is not so."""
+    """Return the template to serve in place of one that writes today's date; None for any other template."""
     template = read_chat_template(model) or ""
     pinned = pin_date(template)
     return pinned if pinned != template else None
 
 
 def hash_files(files: list[Path]) -> str:
-    """One SHA-256 over the content; of one file it is that file's own, of several also over their names."""
+    """Return a SHA-256 of the files: of one file its own hash, of several files also over their names."""
     digest = hashlib.sha256()
     with waiting("Hashing the base model"):
         for file in files:

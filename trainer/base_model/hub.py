@@ -13,7 +13,7 @@ _HUB_FILES = ["model.safetensors", "model-*-of-*.safetensors", *_CONFIG_FILES]
 
 
 def fetch_snapshot(base: str, cache: Path) -> Path:
-    """A folder of the cache with a model's files; named by its commit.
+    """Return a folder of the cache with a model's files, named by its commit.
 
     Raises:
         BaseModelError: no network, or the hub refuses it.
@@ -22,7 +22,7 @@ def fetch_snapshot(base: str, cache: Path) -> Path:
 
 
 def fetch_config(base: str, cache: Path) -> Path:
-    """A folder of the cache with a model's config and tokenizer; its weights are not fetched.
+    """Return a folder of the cache with a model's config and tokenizer; its weights are not fetched.
 
     Raises:
         BaseModelError: no network, or the hub refuses it.
@@ -32,7 +32,7 @@ def fetch_config(base: str, cache: Path) -> Path:
 
     try:
         return Path(snapshot_download(base, cache_dir=cache / "hub", local_files_only=True))
-    except LocalEntryNotFoundError:  # a place of its own: what lies beside the weights would pass for the whole model
+    except LocalEntryNotFoundError:  # a separate folder: in the weights' folder it would seem to be the complete model
         return _fetch(base, cache / "configs", _CONFIG_FILES)
 
 
@@ -42,7 +42,7 @@ def _fetch(base: str, folder: Path, patterns: list[str]) -> Path:
     from huggingface_hub.utils.tqdm import tqdm
 
     class Bar(tqdm):
-        """On a terminal, the one bar of a library that is shown: it may take an hour."""
+        """Progress bar, shown on terminals only, because a download may take an hour."""
 
         def __init__(self, *arguments: Any, **named: Any) -> None:
             super().__init__(*arguments, **named | {"disable": not console.is_terminal})  # type: ignore[no-untyped-call]
@@ -61,7 +61,7 @@ def _fetch(base: str, folder: Path, patterns: list[str]) -> Path:
         ) from error
     except (HfHubHTTPError, HFValidationError) as error:
         raise BaseModelError(
-            f"the Hugging Face hub refuses {base}: {str(error).strip().splitlines()[0]}",
+            f"the Hugging Face hub rejected {base}: {str(error).strip().splitlines()[0]}",
             expected="the id of a public model, or of one that HF_TOKEN may read",
             todo="check the id; for a gated model accept its terms on the hub and set HF_TOKEN",
         ) from error

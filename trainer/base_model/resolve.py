@@ -1,4 +1,4 @@
-"""Where a base model comes from: a known id, a GGUF file, a local folder or the Hugging Face hub.
+"""Resolves a base model: a known id, a GGUF file, a local folder or a model of the Hugging Face hub.
 
 Whatever the source, training gets one folder: config.json, safetensors weights, tokenizer, chat template. Weights in
 pickle and models that bring their own Python code are refused, because loading them runs what a stranger wrote.
@@ -25,11 +25,11 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """A base model that is ready to be trained.
+    """A base model that is ready for training.
 
     Attributes:
         folder: config.json, *.safetensors, tokenizer files, chat template.
-        origin: what the recipe said.
+        origin: name in the recipe.
         licence: as the source states it, None where it does not.
         revision: names the content: `sha256:<hex>` of the wheel, GGUF file or folder, or the hub's commit.
     """
@@ -41,11 +41,11 @@ class Base:
 
 
 def resolve_base(base: str, cache: Path) -> Base:
-    """Finds a base model, fetching and converting it where needed.
+    """Return a base model; fetch and convert it if necessary.
 
     Args:
         base: a known id, a path to a folder or a .gguf file, or a hub id as `org/name`.
-        cache: folder for what is fetched or converted; shared by any number of processes.
+        cache: folder for fetched and converted models; any number of processes may share it.
 
     Raises:
         BaseModelError: unknown, unreachable, incomplete, not in safetensors, or without a chat template.
@@ -62,13 +62,13 @@ def resolve_base(base: str, cache: Path) -> Base:
         return _from_hub(base, cache)
     raise BaseModelError(
         f"unknown base model {base!r}",
-        expected=f"one of {', '.join(KNOWN)}; a folder as ./name; a .gguf file; a Hugging Face id as org/name",
+        expected=f"one of {', '.join(KNOWN)}; a folder (./name); a .gguf file; a Hugging Face id (org/name)",
         todo="correct `base` in the recipe",
     )
 
 
 def resolve_config(base: str, cache: Path) -> Path:
-    """A folder with a base model's config.json, and with its tokenizer if that is at hand; weights need not be there.
+    """Return a folder with a base model's config.json, and with its tokenizer if available; weights may be missing.
 
     Args:
         base: as for `resolve_base`.
@@ -103,7 +103,7 @@ def _from_wheel(base: str, wheel: Wheel, cache: Path) -> Base:
 def _from_gguf(base: str, path: Path, cache: Path) -> Base:
     if not path.is_file():
         raise BaseModelError(
-            f"no GGUF file {path}", todo="check the path; paths in a recipe are relative to the recipe"
+            f"the GGUF file {path} does not exist", todo="check the path; paths in a recipe are relative to the recipe"
         )
     revision = hash_files([path])
     target = cache / "gguf" / revision.removeprefix("sha256:")[:32]
@@ -112,7 +112,7 @@ def _from_gguf(base: str, path: Path, cache: Path) -> Base:
 
 
 def _convert_gguf(path: Path, folder: Path, licence: str | None) -> None:
-    """Writes a GGUF model as bf16 safetensors; the licence goes into a model card, where the hub has it too.
+    """Write a GGUF model as bf16 safetensors, with the licence in a model card, as on the hub.
 
     Raises:
         BaseModelError: transformers cannot read it, or it has no chat template.
@@ -141,7 +141,7 @@ def _convert_gguf(path: Path, folder: Path, licence: str | None) -> None:
 
 
 def _gguf_licence(path: Path) -> str | None:
-    """What the file says of its licence."""
+    """Return the licence in the file's metadata."""
     from gguf import GGUFReader
 
     field = GGUFReader(path).get_field("general.license")
@@ -155,9 +155,9 @@ def _from_hub(base: str, cache: Path) -> Base:
 
 
 def _publish(target: Path, build: Callable[[Path], None]) -> Path:
-    """Builds a folder beside its place and renames it there: seen complete or not at all.
+    """Build a folder under a temporary name and rename it, so that it is never visible incomplete.
 
-    Two processes may build the same one; the second to finish drops its own.
+    Two processes may build the same folder; the second one to finish deletes its own.
     """
     if target.is_dir():
         return target

@@ -1,1 +1,1 @@
-"""What only a CPU needs to train at a bearable speed. Imports torch."""
+"""Code that makes training on a CPU fast enough. Imports torch."""

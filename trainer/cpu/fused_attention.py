@@ -18,21 +18,21 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 _NAME = "tuneserve"
-_LONGEST = 512
-"""Keys. With more, PyTorch's attention is as fast: it leaves out what causality hides."""
+_MAX_KEYS = 512
+"""Number of keys. With more, PyTorch's attention is as fast, because it skips masked positions."""
 
 
 def fuse_attention(model: PreTrainedModel) -> bool:
-    """Lets a model that computes attention by PyTorch's function do it by this one; returns whether it did so.
+    """Replace PyTorch's attention function of a model by this one; return whether the model accepted it.
 
-    Weights and what is saved know nothing of it.
+    Weights and saved files are not affected.
     """
     if model.config._attn_implementation != "sdpa":
         return False
     AttentionInterface.register(_NAME, attention)
     AttentionMaskInterface.register(_NAME, sdpa_mask)
     model.set_attn_implementation(_NAME)
-    return bool(model.config._attn_implementation == _NAME)  # some models refuse, and keep theirs
+    return bool(model.config._attn_implementation == _NAME)  # some models reject it and keep their own
 
 
 def attention(
@@ -45,7 +45,7 @@ def attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """As transformers calls it, for one layer.
+    """Compute attention of one layer, with transformers' signature.
 
     Args:
         module: the layer, which says whether it is causal.
@@ -74,7 +74,7 @@ def _is_plain(
     dropout: float,
     others: dict[str, Any],
 ) -> bool:
-    """Whether this is softmax(s Q K^T) V under a mask that all heads share, and of a kind that is faster so."""
+    """Return whether this is softmax(s Q K^T) V under a mask shared by all heads, of a size that is faster here."""
     query, key, value = inputs
     if key.shape != value.shape or any(tensor.dtype is not torch.bfloat16 for tensor in inputs):
         return False
@@ -85,11 +85,11 @@ def _is_plain(
     elif mask.dtype is not torch.bool or mask.dim() != 4 or mask.shape[1] != 1:
         return False
     special = any(others.get(name) is not None for name in ("position_bias", "cache"))
-    return dropout == 0 and not special and key.shape[2] <= _LONGEST
+    return dropout == 0 and not special and key.shape[2] <= _MAX_KEYS
 
 
 class _Attention(torch.autograd.Function):
-    """softmax(s Q K^T) V. Queries that share a key head stand below each other, as one matrix."""
+    """softmax(s Q K^T) V. Queries that share a key head are stacked as one matrix."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, masked: Tensor, scale: float) -> Tensor:
@@ -115,7 +115,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """The chain rule; the softmax's as in FlashAttention (Dao et al. 2022, appendix B.2)."""
+        """Apply the chain rule; for the softmax as in FlashAttention (Dao et al. 2022, appendix B.2)."""
         rows, key, value, weights, mixed = ctx.saved_tensors
         gradient = gradient.reshape(mixed.shape)
         for_value = torch.bmm(weights.transpose(1, 2), gradient)

@@ -21,7 +21,7 @@ from torch.nn.functional import linear
 
 
 def fuse_lora(model: torch.nn.Module) -> int:
-    """Replaces the forward of every plain LoRA layer in the model; returns how many there are.
+    """Replace the forward of every plain LoRA layer in the model; return the number of such layers.
 
     Weights and their names stay as they are, so that checkpoints and merges know nothing of it.
     """
@@ -32,7 +32,7 @@ def fuse_lora(model: torch.nn.Module) -> int:
 
 
 def _forward(layer: Linear, original: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Asked at each call: an adapter may be switched off, merged or exchanged meanwhile."""
+    """Compute a layer's output; checks each call, because an adapter may have been disabled, merged or exchanged."""
     if args or kwargs or not _is_plain(layer, x):
         return original(x, *args, **kwargs)
     (name,) = layer.active_adapters
@@ -43,7 +43,7 @@ def _forward(layer: Linear, original: Callable[..., Tensor], x: Tensor, *args: A
 
 
 def _is_plain(layer: Linear, x: Tensor) -> bool:
-    """Whether this is W x + b + s B A x with a frozen W, no dropout, and no type but W's between input and output."""
+    """Return whether this is W x + b + s B A x with a frozen W, no dropout, and only W's type from input to output."""
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return False
     name = layer.active_adapters[0]
@@ -91,9 +91,9 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """The chain rule, with s taken into B.
+        """Apply the chain rule, with s multiplied into B.
 
-        The weight with its update is computed again: kept, those of all layers take as much memory as the model.
+        The weight with its update is computed again: storing those of all layers needs as much memory as the model.
         """
         rows, inner, weight, low, high = ctx.saved_tensors
         gradient = gradient.reshape(-1, gradient.shape[-1])
@@ -111,7 +111,7 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def _fits_into_weight(number_type: torch.dtype, rows: int, width: int) -> bool:
-    """Whether a product of [rows, width] with a weight takes the update into the weight: exactly enough, and cheaper.
+    """Return whether to add the update to the weight before a product with [rows, width]: exact enough and cheaper.
 
     What the product gives has as many columns as the weight has other than `width`: of [rows, columns] and
     [width, columns] the smaller is updated.

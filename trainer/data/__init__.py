@@ -1,1 +1,1 @@
-"""Examples as a model sees them: token ids, packed rows, and their order."""
+"""Examples in the form that a model trains on: token ids, packed rows, and their order."""

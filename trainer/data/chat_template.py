@@ -1,10 +1,10 @@
-"""A chat example as token ids: what the model sees, and where its answers are.
+"""A chat example as token ids, with the positions of its answers.
 
-The base model's own chat template decides, so that training, calibration and serving see the same text. The engine
-writes the prompt and the model goes on: so what is learnt is the prompt and, right after it, the answer with its end,
-also where the template writes the whole conversation otherwise. A template that lets the model think before it answers,
-or begin with anything else, is refused, since examples that only have answers do not teach that. Knows nothing of
-batches or losses.
+The base model's own chat template is used, so that training, calibration and serving see the same text. In serving, the
+engine writes the prompt and the model continues it: so an example is the prompt directly followed by the answer with
+its end, even if the template writes the complete conversation differently. A template that makes the model think before
+the answer, or begin with any other text, is rejected, because examples with answers alone do not teach that. Knows
+nothing of batches or losses.
 """
 
 import re
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # PyTorch's label for positions that are not scored
-_SHOWN = 60
-_MARK = "\u241f"  # in place of an answer, to see where the template writes it: its own symbol for a separator
+_MAX_SHOWN = 60
+_MARK = "\u241f"  # Unicode's symbol for a separator; replaces an answer to find its position in the template's text
 _THINKS = re.compile(r"<\|?(start_)?think(ing)?\|?>\s*$", re.IGNORECASE)
-"""A prompt that lets the model think first."""
+"""Matches a prompt that makes the model think first."""
 
 
 def training_row(example: TokenizedExample) -> dict[str, list[int]]:
-    """The trainer's form: labels are the ids in the answers that are learnt, and -100 elsewhere."""
+    """Return the trainer's form of an example: labels are the ids of learnt answers, and -100 elsewhere."""
     ids = list(example.input_ids)
     labels = [IGNORED] * len(ids)
     for start, end in example.learnt:
@@ -43,20 +43,20 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     """Load the tokenizer of a model folder, with its chat template. No code from the folder is run.
 
     Raises:
-        BaseModelError: transformers cannot read it, or it has no chat template.
+        BaseModelError: transformers cannot read the tokenizer, or it has no chat template.
     """
     from transformers import AutoTokenizer
 
     try:
-        # Where mistral_common is installed and the folder holds tekken.json, transformers would take that, which has no
-        # chat template; the engine reads tokenizer.json too.
+        # With mistral_common installed, transformers would prefer the folder's tekken.json, which has no chat template;
+        # the engine reads tokenizer.json too.
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, mistral_format=False
         )
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
         raise BaseModelError(
             f"transformers cannot read the tokenizer in {folder}: {error}",
-            expected="a tokenizer that transformers knows, without code of its own",
+            expected="a tokenizer that transformers knows, without custom code",
             todo="download the model's tokenizer files again, or choose another base",
         ) from error
     if not tokenizer.chat_template:
@@ -86,14 +86,14 @@ def tokenize_examples(
     stops: set[int],
     template_kwargs: TemplateKwargs,
 ) -> list[TokenizedExample]:
-    """Applies the chat template to every example.
+    """Apply the chat template to every example.
 
     Args:
         stops: ids of the tokens that end an answer.
-        template_kwargs: what the template is given, see svc.model_folder.chat_template.choose_template_kwargs.
+        template_kwargs: arguments of the template, see svc.model_folder.chat_template.choose_template_kwargs.
 
     Raises:
-        DataError: the template refuses an example, as some do with a system turn, or what would be learnt is not the
+        DataError: the template rejects an example, as some do with a system turn, or the learnt text would not be the
             answer that the engine will ask for.
     """
     rows = []
@@ -107,13 +107,13 @@ def tokenize_examples(
 def tokenize_as_trained(
     folder: Path, examples: Sequence[ChatExample], template_kwargs: TemplateKwargs
 ) -> list[TokenizedExample]:
-    """Examples as training sees them that starts from a model folder; see `load_tokenizer` and `tokenize_examples`."""
+    """Return examples as training from a model folder sees them; see `load_tokenizer` and `tokenize_examples`."""
     tokenizer = load_tokenizer(folder)
     return tokenize_examples(tokenizer, examples, stop_tokens(folder, tokenizer), template_kwargs)
 
 
 class _Answer(NamedTuple):
-    """The conversation up to an answer, and where that answer stands."""
+    """Token ids of the conversation up to an answer, and the answer's position."""
 
     ids: list[int]
     start: int
@@ -122,10 +122,10 @@ class _Answer(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Conversation:
-    """An example as a base model's chat template writes it.
+    """An example in the form of a base model's chat template.
 
     Attributes:
-        number: of the example, for errors.
+        number: number of the example, for errors.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -144,18 +144,18 @@ class _Conversation:
         turns = sorted({*self.example.learnt, len(self.example.messages) - 1})
         try:
             answers = [self._answer(turn) for turn in turns]
-        except (TemplateError, TypeError) as error:  # the latter of templates that need tools
+        except (TemplateError, TypeError) as error:  # templates that need tools raise TypeError
             raise DataError(
-                f"the base model's chat template refuses example {self.number}: {error}",
-                expected="turns that the base model knows",
+                f"the base model's chat template rejects example {self.number}: {error}",
+                expected="turns that the base model supports",
                 todo="change the example's turns, or choose another base",
             ) from error
         last = answers[-1]
         if any(answer.ids[: answer.end] != last.ids[: answer.end] for answer in answers):
             raise DataError(
-                f"in example {self.number} the chat template writes an earlier answer otherwise than the last one",
-                expected="a template that writes a turn the same wherever it stands, to learn more than the last one",
-                todo="make an example of each answer, or leave out `weight`",
+                f"in example {self.number} the chat template writes an earlier answer differently from the last one",
+                expected="a template that writes a turn the same at any position, to learn more than the last answer",
+                todo="write a separate example for each answer, or remove `weight`",
             )
         learnt = [answer for turn, answer in zip(turns, answers, strict=True) if turn in self.example.learnt]
         return TokenizedExample(tuple(last.ids[: last.end]), tuple((answer.start, answer.end) for answer in learnt))
@@ -165,9 +165,9 @@ class _Conversation:
         learnt = self._after_prompt(turn, prompt)
         before, ids = self._ids(prompt), self._ids(prompt + learnt)
         start = len(before)
-        if ids[:start] != before:  # a token reaches over the place where the model goes on: the engine has none such
+        if ids[:start] != before:  # a token crosses the boundary of prompt and answer, which never happens in serving
             ids = [*before, *self._ids(learnt)]
-        ends = [place for place in range(start, len(ids)) if ids[place] in self.stops]
+        ends = [index for index in range(start, len(ids)) if ids[index] in self.stops]
         if not ends:
             ids = [*ids, min(self.stops)]
         return _Answer(ids, start, ends[-1] + 1 if ends else len(ids))
@@ -176,31 +176,31 @@ class _Conversation:
         """Return the answer with its end, as the template writes them.
 
         Raises:
-            DataError: the model would learn something else.
+            DataError: the model would learn a different text.
         """
         message, conversation = self.example.messages[turn], self._text(turn + 1)
         todo = "set chat_template_kwargs in the recipe to what this template needs, or choose another base"
         if conversation.startswith(prompt):
             learnt = conversation[len(prompt) :]
         else:
-            # The prompt may end in a block of thoughts that is closed already, or have the system turn elsewhere.
+            # The prompt may end with a closed block of thoughts, or have the system turn at another position.
             marked = replace(self.example, messages=(*self.example.messages[:turn], replace(message, content=_MARK)))
             before, *others = replace(self, example=marked)._text(turn + 1).split(_MARK)
             if message.tool_calls or len(others) != 1 or not conversation.startswith(before) or _THINKS.search(prompt):
                 same = _common_prefix(prompt, conversation)
-                written, asked = (text[same : same + _SHOWN] for text in (conversation, prompt))
+                written, asked = (text[same : same + _MAX_SHOWN] for text in (conversation, prompt))
                 raise DataError(
                     f"in example {self.number} the conversation does not begin with its prompt: the base model's chat "
-                    f"template goes on with {written!r}, and asks with {asked!r}",
+                    f"template continues with {written!r} in the conversation and with {asked!r} in the prompt",
                     expected="a template that writes a turn the same in a prompt and in a conversation",
                     todo=todo,
                 )
             learnt = conversation[len(before) :]
-        # White space is the template's own matter; what a model calls, it writes in its own form.
+        # Templates may change white space, and write tool calls in their own form.
         if not message.tool_calls and not "".join(learnt.split()).startswith("".join(message.content.split())):
             raise DataError(
-                f"in example {self.number} the model would learn {learnt[:_SHOWN]!r}, and its answer is "
-                f"{message.content[:_SHOWN]!r}",
+                f"in example {self.number} the model would learn {learnt[:_MAX_SHOWN]!r}, but its answer is "
+                f"{message.content[:_MAX_SHOWN]!r}",
                 expected="a template that writes the answer right after the prompt",
                 todo=todo,
             )
@@ -215,10 +215,10 @@ class _Conversation:
         return str(text)
 
     def _ids(self, text: str) -> list[int]:
-        """Return the token ids of what a template has written: it has put special tokens where they belong."""
+        """Return the token ids of a template's text, which contains its special tokens already."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
 
-def _common_prefix(one: str, other: str) -> int:
-    return next((place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))
+def _common_prefix(first: str, second: str) -> int:
+    return next((index for index, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), len(first))

@@ -1,6 +1,6 @@
-"""What becomes of examples that are longer than a row may be, and whether what is left can be served.
+"""Handling of examples that are longer than `train.max_length`, and the check that examples can be served.
 
-Knows token ids alone.
+Knows only token ids.
 """
 
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ from trainer.recipe.sections import TooLong, Train
 
 
 def fit_length(rows: Sequence[TokenizedExample], train: Train) -> list[TokenizedExample]:
-    """The examples that are trained on, each of at most `train.max_length` tokens; says how many were not.
+    """Return the training examples with at most `train.max_length` tokens each; print the number of longer ones.
 
     Raises:
-        DataError: examples are too long, and that is an error; or fewer than two are left.
+        DataError: examples are too long and `train.too_long` is error, or fewer than two are left.
     """
     longer = [number for number, row in enumerate(rows, start=1) if len(row.input_ids) > train.max_length]
     if not longer:
@@ -26,8 +26,8 @@ def fit_length(rows: Sequence[TokenizedExample], train: Train) -> list[Tokenized
         raise DataError(
             f"{len(longer)} of {len(rows)} examples are longer than {train.max_length} tokens; "
             f"the longest, number {rows.index(longest) + 1}, has {len(longest.input_ids)}",
-            expected="whole examples",
-            todo=f"set train.max_length to {len(longest.input_ids)} or more, or shorten those examples; or set "
+            expected="examples that fit completely",
+            todo=f"set train.max_length to {len(longest.input_ids)} or more, shorten those examples, or set "
             "train.too_long to drop or truncate",
         )
     if train.too_long is TooLong.TRUNCATE:
@@ -37,7 +37,7 @@ def fit_length(rows: Sequence[TokenizedExample], train: Train) -> list[Tokenized
     dropped = len(rows) - len(kept)
     console.print(
         f"  [yellow]{len(longer)} of {len(rows)} examples are longer than {train.max_length} tokens, the first is "
-        f"number {longer[0]}: {dropped} were left out, {len(longer) - dropped} cut[/yellow]"
+        f"number {longer[0]}: {dropped} were dropped, {len(longer) - dropped} cut[/yellow]"
     )
     if len(kept) < 2:
         raise DataError(
@@ -49,28 +49,28 @@ def fit_length(rows: Sequence[TokenizedExample], train: Train) -> list[Tokenized
 
 
 def _cut(row: TokenizedExample, length: int) -> TokenizedExample | None:
-    """Its beginning; None where nothing of that is learnt."""
+    """Return the example cut to a length; None if no answer is left."""
     learnt = tuple((start, min(end, length)) for start, end in row.learnt if start < length)
     return replace(row, input_ids=row.input_ids[:length], learnt=learnt) if learnt else None
 
 
 def check_served_length(rows: Sequence[TokenizedExample], longest: int, what: str, *, room: int = 0) -> None:
-    """Raises where an example would not fit into the engine.
+    """Raise if an example does not fit into the engine.
 
     Args:
-        longest: tokens of a prompt with its answer that the engine takes.
-        what: the examples are, as `held-out`.
-        room: tokens for an answer after the prompt, if that is more than the example's own.
+        longest: maximum tokens of a prompt with its answer in the engine.
+        what: kind of the examples, for example `held-out`.
+        room: tokens for an answer after the prompt, if more than the example's own answer.
 
     Raises:
-        DataError: names the longest.
+        DataError: names the longest example.
     """
-    # To score an answer, vLLM is sent prompt and answer as a prompt, which must leave room for one more token.
+    # To score an answer, vLLM gets prompt and answer as a prompt, after which one more token must fit.
     sizes = [max(len(row.input_ids) + 1, len(row.prompt) + room) for row in rows]
     if sizes and (needed := max(sizes)) > longest:
         raise DataError(
             f"{sum(size > longest for size in sizes)} of {len(rows)} {what} examples need more than {longest} tokens; "
             f"the longest, number {sizes.index(needed) + 1}, needs {needed} with its answer",
-            expected="examples that the engine can be asked, as clients will ask it",
-            todo=f"set engine.max_model_len to {needed} or more where the model takes so many, or shorten them",
+            expected="examples that fit into a request to the engine",
+            todo=f"set engine.max_model_len to {needed} or more if the model supports it, or shorten the examples",
         )

@@ -1,7 +1,7 @@
-"""Packing: several examples in one row, so that short ones fill the length that a row may have.
+"""Packing: several examples in one row, so that short ones fill the maximum length of a row.
 
-Positions begin anew with each example. From that, transformers masks attention between them, so that an example is
-learnt as it would be alone. Imports torch and TRL.
+Positions start again with each example. From them transformers derives a mask of attention between examples, so that an
+example is learnt as it would be alone. Imports torch and TRL.
 """
 
 from collections.abc import Sequence
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
 
 
 def refuse_recurrent(config: "PreTrainedConfig") -> None:
-    """Packed examples are kept apart by masking attention; a recurrent state knows no mask.
+    """Reject models with a recurrent state, which the attention mask between packed examples does not separate.
 
     Raises:
-        RecipeError: the model has layers with such a state.
+        RecipeError: the model has recurrent layers.
     """
     if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=config).layers):
         raise RecipeError(
-            f"train.packing with a base model of type {config.model_type}: its recurrent layers would carry their "
-            "state from one example into the next",
+            f"train.packing cannot be used with a base model of type {config.model_type}: its recurrent layers would "
+            "carry their state from one example into the next",
             todo="set train.packing to false",
         )
 
 
 def pack(rows: "Dataset", max_length: int) -> "Dataset":
-    """Examples in as few rows as best-fit-decreasing finds, each with `seq_lengths`, the lengths of its examples.
+    """Return examples packed into few rows by best-fit decreasing; `seq_lengths` are the lengths of a row's examples.
 
     Args:
         rows: `input_ids` and `labels`, none longer than `max_length`.
@@ -49,17 +49,17 @@ def pack(rows: "Dataset", max_length: int) -> "Dataset":
 
 
 def collate_packed(rows: Sequence[dict[str, Any]], pad_token: int) -> dict[str, Tensor]:
-    """A batch of packed rows, padded on the right; a row without `seq_lengths` is one example.
+    """Return a batch of packed rows, padded on the right; a row without `seq_lengths` is one example.
 
     Returns:
         input_ids, labels, position_ids, attention_mask: [rows, longest row].
     """
 
     def padded(values: list[list[int]], filler: int) -> Tensor:
-        return pad_sequence([torch.tensor(one) for one in values], batch_first=True, padding_value=filler)
+        return pad_sequence([torch.tensor(row) for row in values], batch_first=True, padding_value=filler)
 
     lengths = [row.get("seq_lengths", [len(row["input_ids"])]) for row in rows]
-    positions = [[place for length in row for place in range(length)] for row in lengths]
+    positions = [[position for length in row for position in range(length)] for row in lengths]
     return {
         "input_ids": padded([row["input_ids"] for row in rows], pad_token),
         "labels": padded([row["labels"] for row in rows], IGNORED),

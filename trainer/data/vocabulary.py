@@ -1,7 +1,7 @@
-"""Whether the ids that a tokenizer gives have rows in the model's embedding.
+"""Check that a tokenizer's ids have rows in the model's embedding.
 
-Published tokenizers may have more ids than the model has rows: Gemma 3 1B's has one for pictures. That does no harm as
-long as none of these ids is used; used, it is an index error in the middle of training, quantizing or serving.
+Published tokenizers may have more ids than the model has rows: Gemma 3 1B's has one for pictures. This is harmless
+unless such an id is used, which is an index error in the middle of training, quantizing or serving.
 """
 
 from collections.abc import Collection, Sequence
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 def check_tokenizer(
     folder: Path, tokenizer: "PreTrainedTokenizerBase", stops: Collection[int], embedding_rows: int
 ) -> None:
-    """Check all ids that every text may contain, and those that libraries use by themselves.
+    """Check all ids that any text may contain, and those that libraries use by themselves.
 
     Args:
-        folder: of the model, for the error.
+        folder: folder of the model, for the error.
         stops: ids of the tokens that end an answer.
-        embedding_rows: of the model.
+        embedding_rows: number of rows of the model's embedding.
 
     Raises:
         BaseModelError: no token ends an answer, or an id has no row.
@@ -32,33 +32,33 @@ def check_tokenizer(
         raise BaseModelError(
             f"{folder} names no token that ends an answer",
             expected="eos_token in tokenizer_config.json, or eos_token_id in generation_config.json",
-            todo="add the one that ends a turn in the chat template, or choose another base",
+            todo="add the token that ends a turn in the chat template, or choose another base",
         )
     named = {role: getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad", "unk")}
     for role, token in (named | {f"end-of-answer {stop}": stop for stop in stops}).items():
         if token is not None and token >= embedding_rows:
             raise BaseModelError(
-                f"the {role} token {tokenizer.convert_ids_to_tokens(token)!r} of {folder} has the id {token}, and the "
+                f"the {role} token {tokenizer.convert_ids_to_tokens(token)!r} of {folder} has the id {token}, but the "
                 f"model has {embedding_rows} embedding rows",
                 expected=f"an id below {embedding_rows}",
-                todo=f"name an existing token in {folder / 'tokenizer_config.json'}, as the end token for padding, or "
-                "use the tokenizer that belongs to these weights",
+                todo=f"name an existing token in {folder / 'tokenizer_config.json'} (for padding the end token), or "
+                "use the tokenizer of these weights",
             )
     added = tokenizer.added_tokens_decoder
     ordinary = max((token for token in tokenizer.get_vocab().values() if token not in added), default=0)
     if ordinary >= embedding_rows:
         raise BaseModelError(
-            f"the tokenizer in {folder} has ids up to {ordinary}, and the model has {embedding_rows} embedding rows",
+            f"the tokenizer in {folder} has ids up to {ordinary}, but the model has {embedding_rows} embedding rows",
             expected=f"ids below {embedding_rows}",
-            todo="use the tokenizer that belongs to these weights",
+            todo="use the tokenizer of these weights",
         )
 
 
 def check_ids(rows: Sequence[TokenizedExample], embedding_rows: int, what: str) -> None:
-    """Check the ids of examples, which may name tokens that no other text contains.
+    """Check the ids of examples, which may contain special tokens that other texts lack.
 
     Args:
-        what: the examples are, as `training`.
+        what: kind of the examples, for example `training`.
 
     Raises:
         DataError: names the first example with an id that has no row.
@@ -66,8 +66,8 @@ def check_ids(rows: Sequence[TokenizedExample], embedding_rows: int, what: str) 
     for number, row in enumerate(rows, start=1):
         if (largest := max(row.input_ids)) >= embedding_rows:
             raise DataError(
-                f"{what} example {number} contains the token {largest}, and the model has {embedding_rows} embedding "
+                f"{what} example {number} contains the token {largest}, but the model has {embedding_rows} embedding "
                 "rows",
                 expected=f"ids below {embedding_rows}",
-                todo="remove the special token from its text, or choose another base",
+                todo="remove the special token from the example's text, or choose another base",
             )

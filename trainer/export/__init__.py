@@ -1,1 +1,1 @@
-"""From trained weights to what is served: merged, and quantized with GPTQ."""
+"""From trained weights to the served formats: merged, and quantized with GPTQ."""

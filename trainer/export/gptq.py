@@ -1,8 +1,8 @@
-"""GPTQ with gptqmodel: a merged model in, a 4-bit one out.
+"""GPTQ with gptqmodel: quantizes a merged model to 4 bits.
 
 Rounding is calibrated on training examples, never on held-out ones. Activation order is `act_group_aware`: vLLM
-refuses `desc_act` with groups on every platform. Where bfloat16 is slow the layers are computed in float32, and the
-files are the same kind of files. Knows nothing of what rounding costs in quality: the evaluation says.
+rejects `desc_act` with groups on every platform. On devices with slow bfloat16 the layers are computed in float32; the
+files have the same types. Knows nothing of the loss of quality by rounding, which the evaluation measures.
 """
 
 import json
@@ -40,35 +40,35 @@ from trainer.recipe.sections import Quantize, Recipe
 _IN_ONE = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj") | dict.fromkeys(
     ("gate_proj", "up_proj"), "gate_up_proj"
 )
-"""Layers that the engine has as one."""
+"""Layers that the engine fuses into one."""
 _BITS = 4
-"""The only width that the engine's CPU kernel takes."""
+"""The only width that the engine's CPU kernel supports."""
 _BATCH = 4  # calibration examples in one forward pass
 _SCALE_ERROR = 2.0
 """A group's scale is the one with the least squared error of its weights, not the one that reaches the largest."""
-_SCALE_STEPS, _SMALLEST_SCALE = 20, 0.5
-"""Tried are 1, 0.95, 0.9 and so on of the scale that reaches the largest weight. gptqmodel's own 80 steps, down to 0.2,
-take eight times as long, and 400 held-out examples of the example task showed no difference."""
+_SCALE_STEPS, _MIN_SCALE = 20, 0.5
+"""The search tries 1, 0.95, 0.9 and so on times the scale that reaches the largest weight. gptqmodel's own 80 steps,
+down to 0.2, take eight times as long, and 400 held-out examples of the example task showed no difference."""
 _CPU_BLOCK = 32
-"""Columns that are rounded one after the other before the rest of the layer is corrected for all of them. The result is
-the same, but scales see more corrections; in gptqmodel's own blocks of 128, four times as many are corrected singly."""
+"""Number of columns that are rounded in sequence before the rest of the layer is corrected for all of them. The result
+is the same, but scales see more corrections; gptqmodel's own blocks of 128 correct four times as many one by one."""
 _QUANTIZED_MIXTURES = ("olmoe", "qwen3_moe")
-"""Mixtures of which gptqmodel 7.6 quantizes every expert and writes it under the base's own name. It leaves the experts
-of GraniteMoE and MiniMax M2 whole without a word, and renames those of Mixtral, Phi-3.5-MoE and gpt-oss."""
+"""Mixtures of which gptqmodel 7.6 quantizes every expert and writes it under the base's own name. It silently skips the
+experts of GraniteMoE and MiniMax M2, and renames those of Mixtral, Phi-3.5-MoE and gpt-oss."""
 _EXPERT = re.compile(r"(.+\.experts\.\d+\.\w+)\.weight")
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizeSummary:
-    """How quantizing went.
+    """Summary of a quantization.
 
     Attributes:
-        layers: linear layers, and matrices of experts, that are 4-bit now.
-        samples: calibration examples.
-        tokens: of those examples.
-        worst_layer: where rounding changed the output most.
-        worst_loss: there, gptqmodel's mean squared error on the calibration examples.
-        seconds: in all.
+        layers: number of quantized linear layers and matrices of experts.
+        samples: number of calibration examples.
+        tokens: number of tokens of those examples.
+        worst_layer: layer whose output rounding changed most.
+        worst_loss: gptqmodel's mean squared error of that layer on the calibration examples.
+        seconds: total time.
     """
 
     layers: int
@@ -87,13 +87,13 @@ def quantize_gptq(
     *,
     number_type: NumberType,
 ) -> QuantizeSummary:
-    """Writes the model in 4-bit GPTQ safetensors, with tokenizer and chat template, to `out`.
+    """Write the model as 4-bit GPTQ safetensors, with tokenizer and chat template, to `out`.
 
     Args:
         model: folder of the merged model.
         examples: training examples, of which `quantize.samples` are picked by the recipe's seed.
-        out: created if need be. Equal input gives an equal config.json.
-        number_type: in which the model's layers are computed; what is written has the same types whatever it is.
+        out: created if missing. Equal input gives an equal config.json.
+        number_type: number type in which the layers are computed; it does not change the types of the files.
 
     Raises:
         RecipeError: `quantize.group_size` does not fit the model; raised before any work.
@@ -126,16 +126,16 @@ def quantize_gptq(
 
 
 def check_layers(model: Path, group_size: int, multiple: int = 1) -> list[str]:
-    """The names of the layers to quantize, if their shapes can be quantized and served so; loads no weights.
+    """Return the names of the layers to quantize, after checking their shapes; loads no weights.
 
     Args:
-        group_size: of inputs; must divide each layer's.
-        multiple: of which the outputs of what the engine has as one layer must be one; above 1 for an engine on a CPU.
+        group_size: number of inputs that share a scale; must divide each layer's inputs.
+        multiple: the outputs of each layer of the engine must be a multiple of this; above 1 for an engine on a CPU.
 
     Raises:
-        RecipeError: names the first layer whose width does not divide, and the sizes that would.
-        TrainingError: names the first layer that the engine's kernel for 4-bit weights does not take, or an expert that
-            cannot be quantized or served so.
+        RecipeError: `group_size` does not divide a layer's width; names the layer, and the sizes that fit.
+        TrainingError: the engine's kernel for 4-bit weights does not support a layer, or an expert cannot be quantized
+            or served.
     """
     shapes = layer_shapes(model)
     if experts := expert_names(model):
@@ -147,10 +147,10 @@ def check_layers(model: Path, group_size: int, multiple: int = 1) -> list[str]:
 
 
 def check_quantizer(model: Path) -> None:
-    """Check that gptqmodel has a definition of the model's architecture: for any other it guesses the layers.
+    """Check that gptqmodel has a definition of the model's architecture; it would guess the layers of any other.
 
     Raises:
-        TrainingError: it has none.
+        TrainingError: gptqmodel has no definition.
     """
     with library_output_to_log():
         from gptqmodel.models.auto import SUPPORTED_MODELS
@@ -158,8 +158,8 @@ def check_quantizer(model: Path) -> None:
     if family not in SUPPORTED_MODELS:
         raise TrainingError(
             f"gptqmodel {version('gptqmodel')} cannot quantize {family!r}, the model_type of {model}",
-            expected="an architecture that gptqmodel has",
-            todo="leave gptq out: formats: [merged]; or choose another base",
+            expected="an architecture that gptqmodel supports",
+            todo="remove gptq from the formats, formats: [merged]; or choose another base",
         )
 
 
@@ -169,22 +169,22 @@ def _check_experts(model: Path, expert: str, *, on_cpu: bool) -> None:
     family = load_config(model).get_text_config().model_type
     if family not in _QUANTIZED_MIXTURES:
         raise TrainingError(
-            f"{expert!r} holds the experts of a mixture, and those of {family!r} cannot be quantized for the engine",
+            f"{expert!r} contains the experts of a mixture, and those of {family!r} cannot be quantized for the engine",
             expected=f"a mixture of experts of {' or '.join(_QUANTIZED_MIXTURES)}, or a model without experts",
-            todo="leave gptq out: formats: [merged]; or choose another base",
+            todo="remove gptq from the formats, formats: [merged]; or choose another base",
         )
     if on_cpu and not torch.cpu._is_amx_tile_supported():
         raise TrainingError(
-            f"{expert!r} holds the experts of a mixture, and the engine multiplies by experts in 4 bits on no such CPU",
+            f"{expert!r} contains the experts of a mixture, and on this CPU the engine does not support 4-bit experts",
             expected="a CPU with AMX, or a GPU",
-            todo="leave gptq out: formats: [merged]; or train and serve on a GPU",
+            todo="remove gptq from the formats, formats: [merged]; or train and serve on a GPU",
         )
 
 
 def _expert_shapes(model: Path) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of each expert's matrices; files hold them one by one, unlike the model in memory."""
-    found = {match[1]: tensor.shape for tensor in read_headers(model) if (match := _EXPERT.fullmatch(tensor.name))}
-    return {name: (inputs, outputs) for name, (outputs, inputs) in found.items()}
+    """Return inputs and outputs of each expert's matrices, which are separate in the files, unlike in memory."""
+    shapes = {match[1]: tensor.shape for tensor in read_headers(model) if (match := _EXPERT.fullmatch(tensor.name))}
+    return {name: (inputs, outputs) for name, (outputs, inputs) in shapes.items()}
 
 
 def _check_inputs(widths: dict[str, int], group_size: int) -> None:
@@ -194,9 +194,9 @@ def _check_inputs(widths: dict[str, int], group_size: int) -> None:
     sizes = get_args(Quantize.model_fields["group_size"].annotation)
     fitting = [str(size) for size in sizes if not any(width % size for width in widths.values())]
     raise RecipeError(
-        f"quantize.group_size is {group_size}, and layer {misfit!r} is {widths[misfit]} wide",
+        f"quantize.group_size is {group_size}, but layer {misfit!r} is {widths[misfit]} wide",
         expected=f"a size that divides every layer's width: {', '.join(fitting) or f'none of {sizes} does'}",
-        todo=f"set quantize.group_size to {fitting[-1]}" if fitting else "leave gptq out: formats: [merged]",
+        todo=f"set quantize.group_size to {fitting[-1]}" if fitting else "set formats: [merged], without gptq",
     )
 
 
@@ -209,7 +209,7 @@ def _check_outputs(outputs: dict[str, int], multiple: int) -> None:
     if misfit is not None:
         raise TrainingError(
             f"layer {misfit!r} has {together[misfit]} outputs",
-            expected=f"a multiple of {multiple}: no other is served in GPTQ on this device",
+            expected=f"a multiple of {multiple}, which GPTQ requires on this device",
             todo="choose another base, or train and serve on a GPU",
         )
 
@@ -222,23 +222,23 @@ def calibration_rows(model: Path, examples: Sequence[ChatExample], recipe: Recip
 
 
 def pick_calibration(examples: Sequence[ChatExample], samples: int, seed: int) -> list[ChatExample]:
-    """A random choice that the seed decides; all, when there are fewer."""
+    """Return a random choice by the seed; all examples if there are fewer."""
     return random.Random(seed).sample(list(examples), min(samples, len(examples)))  # noqa: S311
 
 
 def calibration_type(number_type: NumberType) -> NumberType:
-    """In which numbers the layers of a calibration are computed where training multiplies in these.
+    """Return the number type for the layers of a calibration, given that of the training.
 
-    Not in float16: what flows through a model can be larger than 65504, and no scaled loss saves it here. Float32 costs
-    memory for one layer at a time, and takes weights from bf16 and back without a rounding.
+    Never float16: activations can exceed 65504, and no loss scaling helps here. Float32 costs memory for one layer at a
+    time, and converts weights from bf16 and back without rounding.
     """
     return NumberType.BFLOAT16 if number_type is NumberType.BFLOAT16 else NumberType.FLOAT32
 
 
 def link_with_padding(model: Path, copy: Path) -> None:
-    """Make a copy of a model folder, of links, whose config names a padding token that the embedding has.
+    """Create a copy of a model folder, of links, whose config names a padding token with an embedding row.
 
-    gptqmodel pads calibration examples, and masks the padding. Where the config names no token for it, or one that has
+    gptqmodel pads calibration examples, and masks the padding. If the config names no padding token, or one that has
     another role, gptqmodel looks for usual names in the vocabulary, and may find one without an embedding row.
     """
     copy.mkdir()
@@ -260,12 +260,12 @@ def _run_gptqmodel(
     offload: str,
     number_type: NumberType,
 ) -> list[dict[str, Any]]:
-    """Quantizes and saves; returns gptqmodel's record of every layer.
+    """Quantize and save; return gptqmodel's record of every layer.
 
-    In a process of its own: its threads work on whatever is raised, and abort a process that ends meanwhile.
+    Runs in a separate process: gptqmodel's threads continue after an exception, and abort a process that then ends.
 
     Args:
-        offload: an empty folder for what is passing.
+        offload: an empty folder for temporary files.
     """
     # gptqmodel sizes its thread pool by this, and on two cores its own default is too small for its model loader.
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, os.cpu_count() or 2)))
@@ -294,7 +294,7 @@ def _run_gptqmodel(
 
         quantized.layer_callback = layer_complete
         ids = [{"input_ids": list(row), "attention_mask": [1] * len(row)} for row in calibration]
-        # gptqmodel leaves a folder of logs where it is called.
+        # gptqmodel creates a folder of logs in the working folder.
         with library_output_to_log(), chdir(offload), faster_rounding(cpu=not torch.cuda.is_available()):
             log = quantized.quantize(ids, batch_size=_BATCH, calibration_data_min_length=1)
             quantized.save(str(out.absolute()))
@@ -303,16 +303,16 @@ def _run_gptqmodel(
 
 @contextmanager
 def faster_rounding(*, cpu: bool) -> Iterator[None]:
-    """Inside, gptqmodel searches scales in our steps and rounds in our blocks; no option reaches its own.
+    """Make gptqmodel search scales in our steps and round in our blocks, for which it has no options.
 
     Args:
-        cpu: where the layers are; on a GPU gptqmodel has a kernel for its own blocks.
+        cpu: whether the layers are on a CPU; on a GPU gptqmodel has a kernel for its own blocks.
     """
     from gptqmodel.quantization.gptq import GPTQ
     from gptqmodel.quantization.quantizer import Quantizer
 
     configure, quantize = Quantizer.configure, GPTQ.quantize
-    Quantizer.configure = partialmethod(configure, grid=_SCALE_STEPS, maxshrink=_SMALLEST_SCALE)
+    Quantizer.configure = partialmethod(configure, grid=_SCALE_STEPS, maxshrink=_MIN_SCALE)
     if cpu:
         GPTQ.quantize = partialmethod(quantize, blocksize=_CPU_BLOCK)
     try:

@@ -1,4 +1,4 @@
-"""Adds an adapter to its base model, and has verified that this happened."""
+"""Merges an adapter into its base model, and verifies the result."""
 
 import json
 import re
@@ -24,16 +24,15 @@ def merge_adapter(base: Path, adapter: Path, out: Path) -> MergeSummary:
     """Write base plus adapter as bf16 safetensors, with the base's tokenizer and templates as they are, to `out`.
 
     The sum is taken in float32 and rounded so that an adapter's small changes are not lost (`trainer.model.rounding`).
-    Tensors are read, merged, written and compared one after the other: memory follows the largest of them, not the
-    model.
+    Tensors are read, merged, written and compared one by one: memory depends on the largest tensor, not on the model.
 
     Args:
         base: folder of the model that the adapter was trained on.
         adapter: folder with adapter_config.json and adapter_model.safetensors.
 
     Raises:
-        TrainingError: a module that the adapter targets has the base's weights still, or another tensor differs, or
-            the adapter has tensors that are not part of an adapted layer.
+        TrainingError: a module that the adapter targets still has the base's weights, another tensor differs, or the
+            adapter has tensors that are not part of an adapted layer.
     """
     with waiting("Merging the adapter into the base model"), library_output_to_log():
         changed = _merge(base, adapter, out)
@@ -43,7 +42,7 @@ def merge_adapter(base: Path, adapter: Path, out: Path) -> MergeSummary:
 
 
 def unused_modules(adapter: Path) -> set[str]:
-    """Modules to which AdaLoRA gave no rank in the end: they keep the base's weights, as they must."""
+    """Return the modules without a final rank of AdaLoRA, which correctly keep the base's weights."""
     config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
     unused = {
         name for name, kept in (config.get("rank_pattern") or {}).items() if isinstance(kept, list) and not any(kept)
@@ -100,23 +99,23 @@ def _merge_layer(layer: Any, weight: "torch.Tensor") -> "torch.Tensor":
     """Return the sum of a layer's weight and its adapter, as PEFT computes it.
 
     Args:
-        layer: of PEFT, around a layer that has the weight's shape and takes no memory.
+        layer: PEFT's layer around a layer with the weight's shape that needs no memory.
     """
     import torch
 
-    whole, name = layer.get_base_layer(), getattr(layer, "parameter_name", "weight")
-    empty = getattr(whole, name)
-    setattr(whole, name, torch.nn.Parameter(weight, requires_grad=False))
+    base_layer, name = layer.get_base_layer(), getattr(layer, "parameter_name", "weight")
+    empty = getattr(base_layer, name)
+    setattr(base_layer, name, torch.nn.Parameter(weight, requires_grad=False))
     layer.merge(safe_merge=True)
-    merged: torch.Tensor = getattr(whole, name).data
-    setattr(whole, name, empty)
+    merged: torch.Tensor = getattr(base_layer, name).data
+    setattr(base_layer, name, empty)
     return merged
 
 
 def _without_weights(base: Path) -> "PreTrainedModel":
     """Return the model with one zero, expanded to the shape, in place of each weight.
 
-    PEFT moves an adapter to the device of its layer: on the meta device the adapter would lose its numbers too.
+    PEFT moves an adapter to the device of its layer: on the meta device the adapter would lose its weights too.
     """
     import torch
 

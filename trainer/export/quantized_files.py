@@ -1,9 +1,9 @@
-"""The files that gptqmodel writes, made into those of the architecture and of the model that was quantized.
+"""Converts gptqmodel's files to those of the architecture and of the source model.
 
-gptqmodel quantizes feed-forward layers that are two in one, as Phi-3's `gate_up_proj`, as `gate_proj` and `up_proj` and
-writes these; the engine looks for the names of the architecture. GPTQ rounds each row of a layer by itself, with
-statistics of the layer's inputs, and those are the same for both, so that the two side by side are what quantizing the
-whole would have given. Knows nothing of rounding.
+gptqmodel quantizes and writes fused feed-forward layers, such as Phi-3's `gate_up_proj`, as `gate_proj` and `up_proj`;
+the engine looks for the names of the architecture. GPTQ rounds each row of a layer separately, with statistics of the
+layer's inputs, which are the same for both parts, so their concatenation equals quantizing the fused layer. Knows
+nothing of rounding.
 """
 
 import json
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     import torch
 
 _PARTS = {"gate_up_proj": ("gate_proj", "up_proj")}
-# Tensors of a packed layer, with the dimension along which its outputs lie.
+# Tensors of a packed layer, with the dimension of its outputs.
 _OUTPUT_DIMENSION = {"qweight": 1, "qzeros": 1, "scales": 1, "bias": 0}
 _INPUT_GROUPS = "g_idx"
-_PASSING = {"offload_to_disk_path"}  # of the metadata that gptqmodel writes: differs in every run
+_PASSING = {"offload_to_disk_path"}  # keys of gptqmodel's metadata that differ in every run
 
 
 def write_bfloat16(folder: Path) -> None:
-    """Write a quantized model's weights again, as if it had been computed in bf16: those in float32 are not quantized.
+    """Write a quantized model's unquantized weights, which are in float32, in bf16.
 
     They come from a merged model in bf16, so that nothing is rounded. Packed layers have their own types already.
     """
@@ -40,11 +40,11 @@ def write_bfloat16(folder: Path) -> None:
 
 
 def join_fused_layers(folder: Path, layers: list[str]) -> None:
-    """Writes a quantized model's safetensors again, if one of its layers was taken apart; else does nothing.
+    """Write a quantized model's safetensors again with joined layers, if gptqmodel has split a layer.
 
     Args:
         folder: the quantized model.
-        layers: names of the layers that the architecture has.
+        layers: names of the architecture's layers.
 
     Raises:
         TrainingError: two parts group their inputs differently.
@@ -77,15 +77,15 @@ def _parts(layer: str) -> list[str]:
 
 
 def _join(tensors: "dict[str, torch.Tensor]", layer: str, parts: list[str]) -> None:
-    """Replaces the tensors of the parts by those of the layer."""
+    """Replace the tensors of the parts by those of the layer."""
     import torch
 
     groups = [tensors.pop(f"{part}.{_INPUT_GROUPS}") for part in parts]
     if any(not torch.equal(group, groups[0]) for group in groups):
         raise TrainingError(
             f"{' and '.join(parts)} were quantized with different groups of inputs",
-            expected=f"the same groups, because the engine has them as one layer {layer!r}",
-            todo="serve this model merged, without GPTQ",
+            expected=f"the same groups, because in the engine they are one layer, {layer!r}",
+            todo="set formats: [merged], without gptq",
         )
     tensors[f"{layer}.{_INPUT_GROUPS}"] = groups[0]
     for kind, dimension in _OUTPUT_DIMENSION.items():
@@ -97,22 +97,22 @@ def check_packed(folder: Path, layers: list[str]) -> None:
     """Check that each of the layers is packed in a quantized model.
 
     Raises:
-        TrainingError: one is not.
+        TrainingError: a layer is not packed.
     """
     written = {tensor.name for tensor in read_headers(folder)}
     if missing := [name for name in layers if f"{name}.qweight" not in written]:
         raise TrainingError(
             f"{len(missing)} of {len(layers)} layers were not quantized, the first is {missing[0]!r}",
             expected="every linear layer in 4 bits",
-            todo="see the log for gptqmodel's reason; more quantize.samples may help",
+            todo="check the log for gptqmodel's reason; raising quantize.samples may help",
         )
 
 
 def finish_folder(model: Path, out: Path) -> None:
     """Replace the config, tokenizer and templates that gptqmodel wrote by the model's own.
 
-    Of gptqmodel's only the quantization config stays, without what differs between two runs on equal input: it writes
-    the model's config as its loader has changed it. Gemma 3's had the frequencies twice, in two shapes.
+    Only gptqmodel's quantization config is kept, without keys that differ between two runs on equal input: gptqmodel
+    writes the config as its loader has changed it. Gemma 3's had the frequencies twice, in two shapes.
     """
     (out / "quant_log.csv").unlink(missing_ok=True)
     path = out / "quantize_config.json"

@@ -1,7 +1,7 @@
-"""Safetensors files that are written tensor by tensor, in any order, with the names that `save_pretrained` gives them.
+"""Writer of safetensors files, tensor by tensor in any order, with the file names of `save_pretrained`.
 
-safetensors' own writer needs all tensors of a file in memory. The format begins with the place of each, which follows
-from the shapes. Imports torch.
+safetensors' own writer needs all tensors of a file in memory. The format begins with the offset of each tensor, which
+follows from the shapes. Imports torch.
 """
 
 import json
@@ -15,7 +15,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 
 from svc.model_folder.weight_files import WEIGHTS_INDEX
 
-_LARGEST_FILE = "5GB"
+_MAX_FILE_SIZE = "5GB"
 _NAMES = {torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
 
 
@@ -23,16 +23,16 @@ _NAMES = {torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32", torch.
 def open_tensor_files(
     folder: Path, shapes: Mapping[str, torch.Tensor], parameters: int
 ) -> Iterator[Callable[[str, torch.Tensor], None]]:
-    """Begin the files of a model, and its index where there are several; give what writes one of the tensors.
+    """Open the files of a model, and yield a function that writes one tensor; several files get an index.
 
     Args:
-        folder: created if need be.
-        shapes: what will be written, by its name in the files; without weights, in the types of the files.
-        parameters: of the model, for the index.
+        folder: created if missing.
+        shapes: tensors without weights, by their names in the files, in the types of the files.
+        parameters: number of the model's parameters, for the index.
     """
     folder.mkdir(parents=True, exist_ok=True)
     split = split_torch_state_dict_into_shards(
-        dict(shapes), filename_pattern="model{suffix}.safetensors", max_shard_size=_LARGEST_FILE
+        dict(shapes), filename_pattern="model{suffix}.safetensors", max_shard_size=_MAX_FILE_SIZE
     )
     with ExitStack() as stack:
         places: dict[str, tuple[BinaryIO, int]] = {}
@@ -53,7 +53,7 @@ def open_tensor_files(
 
 
 def _begin(file: BinaryIO, shapes: Mapping[str, torch.Tensor]) -> dict[str, tuple[BinaryIO, int]]:
-    """Write the header, with the largest numbers first as safetensors does; return the place of each tensor."""
+    """Write the header, with the widest number types first as safetensors does; return the offset of each tensor."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     starts, end = {}, 0
     for name, tensor in sorted(shapes.items(), key=lambda item: (-item[1].itemsize, item[0])):

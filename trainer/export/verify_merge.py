@@ -1,8 +1,8 @@
-"""Verifies that training got into the weights, by comparing every tensor of what was written with the base's.
+"""Verifies that training changed the weights, by comparing every written tensor with the base's.
 
-A merge that silently does nothing gives a version that answers like the base; a merge that touches more than the
-adapter names gives one that nobody trained. What full fine-tuning wrote is compared in the same way. Knows nothing of
-quality: whether the change is a good one is for the evaluation to say.
+A merge that silently does nothing gives a version that answers like the base; a merge that changes other tensors gives
+an untrained version. The output of full fine-tuning is compared in the same way. Knows nothing of quality, which the
+evaluation measures.
 """
 
 from collections.abc import Mapping
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class MergeSummary:
-    """What training changed.
+    """Changes of the weights by training.
 
     Attributes:
-        modules: linear layers, and parameters of experts, that changed.
-        smallest_changed_share: share of weights that differ, in the layer where it is smallest. A learnt change that
-            is finer than bf16 is rounded away, so that it is below 1.
+        modules: number of changed linear layers and parameters of experts.
+        smallest_changed_share: smallest share of a layer's weights that differ. It is below 1, because learnt changes
+            smaller than the precision of bf16 are rounded away.
         largest_change: largest difference of one weight.
     """
 
@@ -37,14 +37,14 @@ class MergeSummary:
 
 
 def verify_full(base: Path, trained: Path) -> MergeSummary:
-    """The same for a model of which every weight was trained.
+    """Return the changes of a model of which every weight was trained.
 
     Args:
         base: folder of the base model.
-        trained: folder of what became of it.
+        trained: folder of the trained model.
 
     Raises:
-        TrainingError: a linear layer or an expert's parameter has the base's weights still.
+        TrainingError: a linear layer or an expert's parameter still has the base's weights.
     """
     with waiting("Comparing the trained weights with the base's"), library_output_to_log():
         learnt = {*layer_widths(base), *expert_names(base)}
@@ -52,17 +52,17 @@ def verify_full(base: Path, trained: Path) -> MergeSummary:
 
 
 def adapted_tensors(model: "PeftModel") -> dict[str, str]:
-    """What an adapter changes: a linear layer or a parameter of experts, by the name of the adapter's own layer."""
+    """Return the linear layers and expert parameters that an adapter changes, by the name of the adapter's layer."""
     from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    found = {}
+    adapted = {}
     for name, module in model.get_base_model().named_modules():
-        if isinstance(module, ParamWrapper):  # one around the other for each parameter of a module
-            found[name] = f"{name.replace('.base_layer', '')}.{module.parameter_name}"
+        if isinstance(module, ParamWrapper):  # nested, one for each parameter of a module
+            adapted[name] = f"{name.replace('.base_layer', '')}.{module.parameter_name}"
         elif isinstance(module, BaseTunerLayer):
-            found[name] = name
-    return found
+            adapted[name] = name
+    return adapted
 
 
 def compare_folders(base: Path, merged: Path, targets: set[str], *, others_change: bool = False) -> MergeSummary:
@@ -83,15 +83,15 @@ def compare_weights(
 
     Args:
         base, merged: tensors by parameter name.
-        targets: modules that the adapter names, as `model.layers.0.mlp.up_proj`, or parameters.
-        others_change: embeddings, norms and biases may differ too.
+        targets: modules that the adapter names, such as `model.layers.0.mlp.up_proj`, or parameters.
+        others_change: whether embeddings, norms and biases may differ too.
 
     Raises:
         TrainingError: names the first module that is wrong.
     """
     expected = {name if name in base else f"{name}.weight" for name in targets}
     if unknown := sorted(expected - set(base)):
-        raise merge_failed(f"the adapter targets {unknown[0]!r}, which the base model does not have")
+        raise merge_failed(f"the adapter targets {unknown[0]!r}, which the base model lacks")
     if set(base) != set(merged):
         raise merge_failed(f"tensor {min(set(base) ^ set(merged))!r} is in only one of base and merged model")
     changes = []
@@ -100,7 +100,7 @@ def compare_weights(
         if name in expected:
             changes.append(_change(name, before, after))
         elif not before.equal(after):
-            raise merge_failed(f"tensor {name!r} differs from the base's, and the adapter does not target it")
+            raise merge_failed(f"tensor {name!r} differs from the base's, but the adapter does not target it")
     if not changes:
         raise merge_failed("the adapter targets no module")
     shares, largest = zip(*changes, strict=True)
@@ -108,7 +108,7 @@ def compare_weights(
 
 
 def _change(name: str, before: "torch.Tensor", after: "torch.Tensor") -> tuple[float, float]:
-    """Return the share of weights that differ and the largest difference; raise where there is none."""
+    """Return the share of weights that differ and the largest difference; raise if no weight differs."""
     differing = int((before != after).sum())
     if not differing:
         raise merge_failed(f"module {name.removesuffix('.weight')!r} still has the base's weights")
@@ -116,9 +116,9 @@ def _change(name: str, before: "torch.Tensor", after: "torch.Tensor") -> tuple[f
 
 
 def merge_failed(wrong: str) -> TrainingError:
-    """The error of a merge that did not do what it must."""
+    """Return the error of a wrong merge."""
     return TrainingError(
-        f"the merge did not do what it must: {wrong}",
-        expected="every module that the adapter targets changes, and nothing else",
+        f"the merge is wrong: {wrong}",
+        expected="changes in every module that the adapter targets, and in no other tensor",
         todo="check that the adapter was trained on this base and that its training loss fell",
     )

@@ -1,1 +1,1 @@
-"""The model that is trained: how it is loaded, and what is trainable in it."""
+"""The trained model: its loading, its adapters and its layers."""

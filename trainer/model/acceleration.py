@@ -1,4 +1,4 @@
-"""What makes training fast on which machine: one choice each, from facts, with its reason.
+"""Options that make training fast on a machine, each chosen from facts with a reason.
 
 Knows no model and no recipe. What a choice needs in the environment and does not find, it goes without. The loss and
 the layers that are used on a CPU alone are chosen where they are (trainer.training.loss).
@@ -18,11 +18,11 @@ class Attention(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """The machine and what is installed on it.
+    """The machine and its installed packages.
 
     Attributes:
         cuda: whether training runs on an NVIDIA GPU.
-        capability: of that GPU, as (9, 0) for Hopper; None without one.
+        capability: compute capability of the GPU, for example (9, 0) for Hopper; None without a GPU.
         flash_attention_2, flash_attention_3, liger_kernels: whether they are installed, in a release that transformers
             takes. Who only looks for the import names takes FlashAttention 4 for 2.
     """
@@ -36,15 +36,14 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Acceleration:
-    """How to train on a machine.
+    """Options for training on a machine.
 
     Attributes:
         attention: FlashAttention 3 is written for Hopper alone; 2 needs Ampere or later. Elsewhere PyTorch chooses.
         padding_free: rows of a batch go through as one, so that no padding is computed. Only FlashAttention keeps rows
             apart by their lengths; with SDPA they would need a mask as large as the square of the batch.
         liger_kernels: fused RMSNorm, rotary embedding and SwiGLU in Triton. There is no Triton on a CPU.
-        gradient_checkpointing: layers are computed twice to keep little of them. Memory is what a GPU lacks, time is
-            what a CPU lacks.
+        gradient_checkpointing: layers are computed twice to save memory, which is scarce on a GPU; on a CPU time is.
     """
 
     attention: Attention
@@ -54,7 +53,7 @@ class Acceleration:
 
 
 def machine_facts() -> Facts:
-    """The facts of this machine."""
+    """Return the facts of this machine."""
     import torch
     from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_liger_kernel_available
 
@@ -69,7 +68,7 @@ def machine_facts() -> Facts:
 
 
 def choose_acceleration(facts: Facts, *, flash: bool = True) -> Acceleration:
-    """The choices for a machine; see `Acceleration` for the reason of each.
+    """Return the options for a machine; see `Acceleration` for the reason of each.
 
     Args:
         flash: whether the model takes FlashAttention.
@@ -86,7 +85,7 @@ def choose_acceleration(facts: Facts, *, flash: bool = True) -> Acceleration:
 def _attention(facts: Facts) -> Attention:
     if not facts.cuda or facts.capability is None:
         return Attention.SDPA
-    # FlashAttention 3 was not made to run on what came after Hopper.
+    # FlashAttention 3 does not support the architectures after Hopper.
     if facts.flash_attention_3 and facts.capability[0] == 9:
         return Attention.FLASH_3
     if facts.flash_attention_2 and facts.capability >= (8, 0):

@@ -1,4 +1,4 @@
-"""What AdaLoRA needs besides its layers.
+"""AdaLoRA's schedule of ranks, and the state of its allocator.
 
 Its ranks are shared out by a plan that must fit the run. After each step somebody must tell its allocator, which masks
 the directions that matter least, and neither transformers' trainer nor TRL's does. Imports torch and PEFT.
@@ -15,14 +15,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 _ALLOCATOR_FILE = "rank_allocator.safetensors"
 _WARMUP, _FINAL = 0.1, 0.3
-"""Shares of all steps in which all ranks are kept at first, and those that were chosen at last."""
+"""Shares of all steps at the start in which all ranks are kept, and at the end in which the chosen ranks are fixed."""
 
 
 def rank_plan(steps: int) -> dict[str, int]:
-    """When AdaLoRA shares out ranks in a run of so many steps, as PEFT's config names it.
+    """Return the steps of a run in which AdaLoRA distributes ranks, by the names in PEFT's config.
 
-    Ranks are shared out for good by what at least one earlier step has measured, so that it takes two steps. The plan
-    of a run of one has its second step behind the end, and all ranks stay.
+    The final distribution uses measurements of at least one earlier step, so it needs two steps. In a run of one step
+    the second one is never reached, and all ranks are kept.
     """
     planned = max(steps, 2)
     warmup = round(_WARMUP * steps) if steps > 1 else 1
@@ -31,7 +31,7 @@ def rank_plan(steps: int) -> dict[str, int]:
 
 
 class RankAllocation(TrainerCallback):
-    """Tells AdaLoRA's allocator of each step, between the optimizer's step and the end of its gradients.
+    """Updates AdaLoRA's allocator in each step, after the optimizer's step and before its gradients are cleared.
 
     Args:
         model: with an AdaLoRA adapter.
@@ -41,26 +41,25 @@ class RankAllocation(TrainerCallback):
         self._model = model
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """`global_step` counts this step only afterwards."""
+        """Update the allocator; `global_step` does not count this step yet."""
         step, config = state.global_step + 1, self._model.peft_config["default"]
         if step < config.total_step - config.tfinal:
-            # In float16 the optimizer leaves out a step whose gradients are not finite: means of importance would stay
-            # so.
+            # In float16 the optimizer skips a step whose gradients are not finite, which would spoil the means.
             useful = not kwargs["optimizer"].step_was_skipped
-        else:  # where every step before was left out, nothing says what to share ranks out by
+        else:  # if all earlier steps were skipped, there are no measurements for distributing ranks
             useful = bool(config.rank_pattern or self._model.base_model.rankallocator.exp_avg_ipt)
         if useful:
             self._model.base_model.update_and_allocate(step)
 
     def save(self, folder: Path) -> None:
-        """Writes the allocator's running means and its masks beside a checkpoint's weights."""
+        """Write the allocator's running means and its masks to a checkpoint's folder."""
         allocator, config = self._model.base_model.rankallocator, self._model.peft_config["default"]
         kinds = {"ipt": allocator.ipt, "mean": allocator.exp_avg_ipt, "uncertainty": allocator.exp_avg_unc}
         tensors = {f"{kind}/{name}": value for kind, values in kinds.items() for name, value in values.items()}
         save_file(tensors, folder / _ALLOCATOR_FILE, {"rank_pattern": json.dumps(config.rank_pattern)})
 
     def restore(self, folder: Path) -> None:
-        """Reads what `save` wrote."""
+        """Load the state that `save` wrote."""
         allocator, config = self._model.base_model.rankallocator, self._model.peft_config["default"]
         kinds = {"ipt": allocator.ipt, "mean": allocator.exp_avg_ipt, "uncertainty": allocator.exp_avg_unc}
         device = next(self._model.parameters()).device

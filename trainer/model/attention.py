@@ -1,4 +1,4 @@
-"""Which of transformers' implementations of attention computes what the model's config says.
+"""Choice among transformers' implementations of attention of one that follows the model's config.
 
 Its default, PyTorch's scaled dot product attention, leaves out the soft cap on attention scores of Gemma 2 without a
 word, while the engine applies it: the model that was trained would not be the one that is served.
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 
 def attention_implementation(config: "PreTrainedConfig") -> str | None:
-    """What to pass as `attn_implementation`; None leaves the choice to transformers."""
+    """Return the value for `attn_implementation`; None leaves the choice to transformers."""
     return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
 
 
 def takes_flash_attention(base: Path) -> bool:
-    """Whether the model's code in transformers can use FlashAttention: some cannot, and loading them with it fails.
+    """Return whether the model's code in transformers supports FlashAttention; otherwise loading with it fails.
 
     Args:
         base: folder of the base model.

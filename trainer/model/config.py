@@ -1,4 +1,4 @@
-"""The config of a model folder, as transformers reads it: old spellings understood, defaults filled in."""
+"""The config of a model folder, read by transformers: old spellings are understood, defaults filled in."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +23,7 @@ def load_config(folder: Path) -> "PreTrainedConfig":
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise BaseModelError(
             f"transformers cannot read {folder / 'config.json'}: {error}",
-            expected="the config of an architecture that transformers knows, without code of its own",
+            expected="the config of an architecture that transformers knows, without custom code",
             todo="download the model's config.json again, or choose another base",
         ) from error
     return config

@@ -1,7 +1,8 @@
-"""The experts of a mixture: how many there are, and which of a model's parameters they are.
+"""The experts of a mixture: their number, and the parameters that contain them.
 
-transformers keeps the experts of a layer in two parameters with one matrix for each expert, which are no linear layers:
-what looks for those alone passes over nine tenths of a model without a word. Knows nothing of routing, nor of adapters.
+transformers stores the experts of a layer in two parameters with one matrix for each expert. These are not linear
+layers, so code that handles only linear layers silently misses nine tenths of a model. Knows nothing of routing and
+adapters.
 """
 
 from typing import TYPE_CHECKING
@@ -14,13 +15,13 @@ _NAMES = (_COMMON, "num_local_experts", "n_routed_experts")
 
 
 def count_experts(config: "PreTrainedConfig") -> int:
-    """How many experts a layer of the model has; 0 in a model that is no mixture."""
+    """Return the number of experts per layer; 0 if the model is not a mixture."""
     name = _name(config)
     return int(getattr(config.get_text_config(), name)) if name else 0
 
 
 def name_experts(config: "PreTrainedConfig") -> None:
-    """Has configs of this kind know their number of experts as `num_experts`, as TRL asks each mixture.
+    """Make configs of this kind provide their number of experts as `num_experts`, the name that TRL uses.
 
     transformers gave Mixtral's that second name, and not Granite's. What a config is written as stays as it is.
     """
@@ -37,7 +38,7 @@ def _name(config: "PreTrainedConfig") -> str | None:
 
 
 def fused_experts(model: "PreTrainedModel") -> list[str]:
-    """Names of the parameters [experts, rows, columns], as `model.layers.0.mlp.experts.gate_up_proj`."""
+    """Return the names of parameters [experts, rows, columns], such as `model.layers.0.mlp.experts.gate_up_proj`."""
     return [
         f"{name}.{parameter}"
         for name, module in model.named_modules()

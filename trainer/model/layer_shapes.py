@@ -11,22 +11,22 @@ if TYPE_CHECKING:
 
 
 def layer_widths(model: Path) -> dict[str, int]:
-    """Input width of every linear layer but the output head, by name."""
+    """Return the input width of every linear layer except the output head, by name."""
     return {name: inputs for name, (inputs, _) in layer_shapes(model).items()}
 
 
 def expert_names(model: Path) -> list[str]:
-    """Names of the parameters that hold the experts of a mixture; none of a model that is no mixture."""
+    """Return the names of the parameters that contain the experts of a mixture; empty if the model is not a mixture."""
     return fused_experts(empty_model(model))
 
 
 def layer_shapes(model: Path) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of every linear layer but the output head, by name."""
+    """Return inputs and outputs of every linear layer except the output head, by name."""
     return linear_layers(empty_model(model))
 
 
 def linear_layers(model: "PreTrainedModel") -> dict[str, tuple[int, int]]:
-    """Return inputs and outputs of a model's linear layers but the output head; experts of a mixture are none."""
+    """Return inputs and outputs of a model's linear layers, without the output head and the experts of a mixture."""
     import torch
 
     head = model.get_output_embeddings()
@@ -38,7 +38,7 @@ def linear_layers(model: "PreTrainedModel") -> dict[str, tuple[int, int]]:
 
 
 def empty_model(model: Path) -> "PreTrainedModel":
-    """The model without weights."""
+    """Return the model without weights."""
     return without_weights(load_config(model))
 
 

@@ -16,7 +16,7 @@ from trainer.recipe.sections import Quantization
 
 @dataclass(frozen=True, slots=True)
 class ModelForm:
-    """In which form a base model is loaded.
+    """Form in which a base model is loaded.
 
     Attributes:
         number_type: in which matrix products are computed.
@@ -53,7 +53,7 @@ def load_model(base: Path, form: ModelForm) -> PreTrainedModel:
             bnb_4bit_compute_dtype=number_type,
         )
     implementation: str | None = form.attention.value
-    if form.attention is Attention.SDPA:  # FlashAttention knows soft caps
+    if form.attention is Attention.SDPA:  # FlashAttention supports soft caps
         implementation = attention_implementation(load_config(base)) or implementation
     model: PreTrainedModel
     model, loaded = AutoModelForCausalLM.from_pretrained(
@@ -75,7 +75,7 @@ def load_model(base: Path, form: ModelForm) -> PreTrainedModel:
 
 
 def _keep_layout(model: PreTrainedModel) -> None:
-    """Keeps bitsandbytes from packing weights for a kernel of CPUs with bfloat16, and from then on multiplying by it.
+    """Prevent bitsandbytes from packing weights for a kernel of CPUs with bfloat16, and from using this kernel.
 
     It does so as soon as held-out loss is measured; the kernel knows no gradient and no float32, and nothing goes back.
     """

@@ -1,4 +1,4 @@
-"""The adapter of each method, as PEFT makes it.
+"""The adapter of each method, created by PEFT.
 
 Knows nothing of data or of the optimizer's run. Imports torch and PEFT.
 """
@@ -26,13 +26,13 @@ from trainer.recipe.targets import Targets
 
 
 def add_adapter(model: PreTrainedModel, recipe: Recipe, steps: int) -> PreTrainedModel | PeftModel:
-    """The model with the recipe's adapter on it, in float32; the model itself for full fine-tuning.
+    """Return the model with the recipe's adapter in float32; the unchanged model for full fine-tuning.
 
     Args:
-        steps: of the whole run; AdaLoRA plans by it.
+        steps: number of steps of the complete run, for AdaLoRA's schedule.
 
     Raises:
-        RecipeError: no layer is what `adapter.targets` asks for, or the method cannot train the experts of a mixture.
+        RecipeError: the model has no layer of `adapter.targets`, or the method cannot train the experts of a mixture.
     """
     if recipe.adapter_type is None:
         return model
@@ -47,10 +47,10 @@ def add_adapter(model: PreTrainedModel, recipe: Recipe, steps: int) -> PreTraine
 
 
 def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
-    """A model with a trained adapter on it, whose numbers are those of its file also where the model's are bf16."""
+    """Return a model with a trained adapter, with exactly the weights of its file even if the model is in bf16."""
     _import_gptqmodel()
     with warnings.catch_warnings(), _targets_as_named():
-        # PEFT reads AdaLoRA's masks as ranks of plain LoRA, and says that none applies; they are applied all the same.
+        # PEFT mistakes AdaLoRA's masks for ranks of plain LoRA and warns that none applies; they are applied anyway.
         warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
         loaded = PeftModel.from_pretrained(model, str(adapter), use_safetensors=True)
     if isinstance(loaded.active_peft_config, AdaLoraConfig):
@@ -69,8 +69,8 @@ def _import_gptqmodel() -> None:
 
 
 def _load_unrounded(model: PeftModel, adapter: Path) -> None:
-    """Loads AdaLoRA's matrices once more: for the ranks that were kept PEFT makes them anew in the base's number type,
-    loads, and makes them float32 afterwards, when bf16 has rounded them."""
+    """Load AdaLoRA's matrices again: PEFT creates those of the kept ranks in the base's number type, loads them, and
+    converts them to float32 only afterwards, when bf16 has rounded them."""
     weights = dict(model.named_parameters())
     name = model.active_adapter
     for key, trained in load_file(adapter / SAFETENSORS_WEIGHTS_NAME).items():
@@ -79,7 +79,7 @@ def _load_unrounded(model: PeftModel, adapter: Path) -> None:
 
 
 def _refuse_experts(recipe: Recipe, experts: list[str]) -> None:
-    """Refuses what PEFT has for linear layers alone.
+    """Reject methods that PEFT supports only for linear layers.
 
     Raises:
         RecipeError: names the first of these experts.
@@ -87,24 +87,25 @@ def _refuse_experts(recipe: Recipe, experts: list[str]) -> None:
     named = f"{experts[0]!r} and {len(experts) - 1} others of this mixture of experts have one matrix for each expert"
     if recipe.adapter_type is not AdapterType.LORA:
         raise RecipeError(
-            f"{named}, and {recipe.adapter_type} changes single matrices only",
+            f"{named}, but {recipe.adapter_type} changes only single matrices",
             expected=f"method {Method.LORA}, {Method.QLORA} or {Method.FULL}",
-            todo=f"set method to {Method.LORA}, or adapter.targets to {Targets.ATTENTION}, which leaves experts alone",
+            todo=f"set method to {Method.LORA}, or adapter.targets to {Targets.ATTENTION}, which skips the experts",
         )
     if recipe.adapter.dropout > 0:
         raise RecipeError(
-            f"{named}, and adapter.dropout is {recipe.adapter.dropout}",
-            expected="no dropout: PEFT adds an update to such weights themselves, not to what comes out of them",
-            todo=f"remove adapter.dropout, or set adapter.targets to {Targets.ATTENTION}, which leaves experts alone",
+            f"{named}, but adapter.dropout is {recipe.adapter.dropout}",
+            expected="no dropout, because PEFT adds the update to these weights, not to their outputs",
+            todo=f"remove adapter.dropout, or set adapter.targets to {Targets.ATTENTION}, which skips the experts",
         )
 
 
 @contextmanager
 def _targets_as_named() -> Iterator[None]:
-    """Inside, PEFT puts an adapter where its config says.
+    """Make PEFT use exactly the targets of its config, within the body.
 
-    It takes targets of some mixtures for those of adapters from before transformers had experts in one parameter, and
-    changes them: shared experts and layers without experts drop out, the router comes in, and one rank doubles.
+    PEFT mistakes the targets of some mixtures for those of adapters from before transformers had experts in one
+    parameter, and changes them: shared experts and layers without experts are dropped, the router is added, and one
+    rank doubles.
     """
     before = transformers_weight_conversion._MOE_TARGET_MODULE_MAPPING
     transformers_weight_conversion._MOE_TARGET_MODULE_MAPPING = {}
@@ -115,11 +116,11 @@ def _targets_as_named() -> Iterator[None]:
 
 
 def adapter_config(recipe: Recipe, targets: list[str] | str, steps: int, experts: Sequence[str] = ()) -> PeftConfig:
-    """What PEFT is told.
+    """Return PEFT's config.
 
     Args:
         targets: layer names or ends of them, or `all-linear`.
-        steps: of the whole run.
+        steps: number of steps of the complete run.
         experts: names of parameters that are no linear layers; LoRA's and QLoRA's only.
     """
     adapter, common = recipe.adapter, {"target_modules": targets, "task_type": "CAUSAL_LM"}

@@ -1,6 +1,6 @@
-"""Memory that one model leaves to the next, or a stage to another process: the engine.
+"""Release of memory between models, and between a stage and another process: the engine.
 
-Knows nothing of what is computed.
+Knows nothing of the computation.
 """
 
 import gc
@@ -8,7 +8,7 @@ import sys
 
 
 def release_memory() -> None:
-    """Gives back what nobody uses any more.
+    """Release unused memory.
 
     Trainers and models refer to each other in circles, which only the collector frees; and of a GPU's memory PyTorch
     keeps what it once had, so that an engine would find the device full.

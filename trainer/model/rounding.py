@@ -1,4 +1,4 @@
-"""From float32 to bf16 without losing small changes: up or down by chance, so that nothing is lost in the mean.
+"""Stochastic rounding from float32 to bf16: up or down at random, so that small changes are kept on average.
 
 What was learnt is often finer than bf16. Rounded to the nearest, it vanishes from most weights at once, and in one
 direction: after four steps of LoRA a merged SmolLM2 found held-out answers less likely than base and adapter by 0.16
@@ -11,11 +11,11 @@ from collections.abc import Iterable
 import torch
 
 _STEP = 1 << 16
-"""Between two bf16 numbers, in the bits of a float32: bf16 is their upper half."""
+"""Distance of two bf16 numbers in the bits of a float32: bf16 is their upper half."""
 
 
 class StochasticRounding:
-    """Chance, the same in every run: the same weights in the same order give the same bits."""
+    """Random rounding that is the same in every run: the same weights in the same order give the same bits."""
 
     def __init__(self) -> None:
         self._chance = torch.Generator().manual_seed(0)
@@ -23,7 +23,7 @@ class StochasticRounding:
     @torch.no_grad()
     def to_bfloat16(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the weights, which are finite and in float32, each as one of its neighbours."""
-        # The bits of a float32 grow with its size, so that a sum of them carries over into the half that bf16 keeps.
+        # The bits of a float32 grow with its size, so their sum carries into the upper half, which is the bf16 number.
         bits = weight.detach().cpu().contiguous().view(torch.int32)
         drawn = torch.randint(0, _STEP, bits.shape, generator=self._chance, dtype=torch.int32)
         total = drawn.add_(bits).bitwise_and_(-_STEP)
@@ -31,7 +31,7 @@ class StochasticRounding:
 
 
 def round_to_bfloat16(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Rounds in place. The same parameters give the same bits.
+    """Round in place. The same parameters give the same bits.
 
     Args:
         parameters: finite. Those that are not in float32 stay as they are.
@@ -43,6 +43,6 @@ def round_to_bfloat16(parameters: Iterable[torch.nn.Parameter]) -> None:
 
 
 def neighbours(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The bf16 numbers between which these float32 numbers lie: that towards 0, and the next one away from it."""
+    """Return the two bf16 neighbours of float32 numbers: the one towards 0, and the next one away from 0."""
     lower = weights.contiguous().view(torch.int32) & -_STEP
     return lower.view(torch.float32), (lower + _STEP).view(torch.float32)

@@ -1,8 +1,8 @@
 """Weights of a model folder by the names of the model's parameters, each read from its file on request.
 
-No model is loaded, so that memory holds only what a caller keeps. Files may have other names and other tensors than the
-model: transformers renames some, and joins the experts of a mixture into one parameter. The functions of its loader are
-called here too, for one parameter at a time. Imports torch and transformers.
+No model is loaded, so memory contains only the tensors that a caller keeps. Files may have other names and tensors than
+the model: transformers renames some, and joins the experts of a mixture into one parameter. The functions of its loader
+are called here for one parameter at a time. Imports torch and transformers.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -33,7 +33,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 class StoredWeights(Mapping[str, torch.Tensor]):
-    """Tensors by parameter name, in bf16: what a model has that was loaded from the folder.
+    """Tensors by parameter name in bf16, as in a model loaded from the folder.
 
     Args:
         folder: a model in safetensors.
@@ -44,28 +44,28 @@ class StoredWeights(Mapping[str, torch.Tensor]):
 
     def __init__(self, folder: Path) -> None:
         self.model: PreTrainedModel = empty_model(folder)
-        """Without weights."""
+        """The model without weights."""
         self._folder = folder
         self._shapes: Tensors = self.model.state_dict()
         self._files = _files_of_tensors(folder)
         conversions = get_model_conversion_mapping(self.model)
-        renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
-        converters = [one for one in conversions if isinstance(one, WeightConverter)]
-        self._converters = {pattern: one for one in converters for pattern in one.source_patterns}
-        self._sources: dict[str, list[tuple[str, str | None]]] = {}  # by the first of the parameters made of them
-        for stored in sorted(self._files, key=dot_natural_key):  # in which experts are joined
+        renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+        converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
+        self._converters = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        self._sources: dict[str, list[tuple[str, str | None]]] = {}  # by the first parameter made from the tensors
+        for stored in sorted(self._files, key=dot_natural_key):  # the order in which experts are joined
             name, pattern = self._rename(stored, renamings, converters)
             if name in self._shapes:
                 self._sources.setdefault(name, []).append((stored, pattern))
-        # `save_pretrained` reverts those that loading has used.
-        self.model._weight_conversions = [one for one in conversions if one.was_used()]
+        # `save_pretrained` reverts the conversions that loading has used.
+        self.model._weight_conversions = [conversion for conversion in conversions if conversion.was_used()]
         self._first_of = {made: first for first in self._sources for made in self._made_of(first)}
         self._ties = self._find_ties()
         if missing := sorted(name for name in self._shapes if self._ties.get(name, name) not in self._first_of):
             raise IntegrityError(
                 f"the weights in {folder} lack {len(missing)} tensors of the model, the first is {missing[0]!r}",
                 expected="all weights of the architecture that config.json names",
-                todo="download or make the model again",
+                todo="download or create the model again",
             )
 
     def __iter__(self) -> Iterator[str]:
@@ -92,15 +92,15 @@ class StoredWeights(Mapping[str, torch.Tensor]):
             raise IntegrityError(
                 f"tensor {name!r} in {self._folder} has the shape {list(tensor.shape)}",
                 expected=f"{list(self._shapes[name].shape)}, by config.json",
-                todo="download or make the model again",
+                todo="download or create the model again",
             )
         return tensor
 
     def saved_together(self) -> list[list[str]]:
         """Return the parameters that `save_pretrained` writes, in groups that do not depend on each other.
 
-        Without those that are tied to another. A group has more than one parameter only where several of them are one
-        tensor in the files; then all parameters are one group.
+        Tied parameters are left out. A group has more than one parameter only if several of them are one tensor in the
+        files; then all parameters are one group.
         """
         tied_to_another = set(self.model.all_tied_weights_keys) & (set(self._ties) | set(self._ties.values()))
         ignored = self.model._keys_to_ignore_on_save or set()
@@ -112,22 +112,22 @@ class StoredWeights(Mapping[str, torch.Tensor]):
         return [names]
 
     def saved_shapes(self) -> Tensors:
-        """Return what `save_pretrained` writes of the model in bf16, without weights, by the names in the files."""
+        """Return the tensors that `save_pretrained` writes for the model in bf16, without weights, by name."""
         shapes = {name: self._shapes[name] for group in self.saved_together() for name in group}
-        whole = {
+        complete = {
             name: shape.to(torch.bfloat16) if shape.is_floating_point() else shape for name, shape in shapes.items()
         }
-        # Parts of a tensor count as large as the whole, if they are views of it.
+        # Views of a tensor count with the size of the complete tensor.
         return {
             name: torch.empty_like(part, memory_format=torch.contiguous_format)
-            for name, part in self.as_saved(whole).items()
+            for name, part in self.as_saved(complete).items()
         }
 
     def as_saved(self, tensors: Tensors) -> Tensors:
         """Return tensors under the names, and in the parts, that `save_pretrained` gives them in a file.
 
         Args:
-            tensors: whole groups of `saved_together`, by parameter name.
+            tensors: complete groups of `saved_together`, by parameter name.
         """
         saved: Tensors = revert_weight_conversion(self.model, tensors)
         return saved
@@ -135,7 +135,7 @@ class StoredWeights(Mapping[str, torch.Tensor]):
     def _rename(
         self, stored: str, renamings: list[WeightRenaming], converters: list[WeightConverter]
     ) -> tuple[str, str | None]:
-        """As transformers' `convert_and_load_state_dict_in_model`."""
+        """Convert in the same way as transformers' `convert_and_load_state_dict_in_model`."""
         prefix = self.model.base_model_prefix
         name, pattern = rename_source_key(stored, renamings, converters, prefix, self._shapes)
         if name not in self._shapes and stored in self._shapes:
@@ -143,13 +143,13 @@ class StoredWeights(Mapping[str, torch.Tensor]):
         return name, pattern
 
     def _made_of(self, first: str) -> list[str]:
-        """Names of the parameters that are made together with this one."""
+        """Return the names of the parameters that are created together with this one."""
         if all(pattern is None for _, pattern in self._sources[first]):
             return [first]
         return list(self._convert(first, _without_weights))
 
     def _convert(self, first: str, read: Callable[[Any, str], torch.Tensor]) -> Tensors:
-        """Return a parameter, and those that are made together with it.
+        """Return a parameter, and those that are created together with it.
 
         Args:
             read: returns a tensor of an open file by its name there.
@@ -165,7 +165,7 @@ class StoredWeights(Mapping[str, torch.Tensor]):
         return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
 
     def _find_ties(self) -> dict[str, str]:
-        """Parameters that share another's weights, with that: as transformers ties what it has loaded.
+        """Return tied parameters with the parameter whose weights they share, as transformers ties them after loading.
 
         Where both are in the files, they are tied only if they are equal.
         """
@@ -198,8 +198,8 @@ def _in_type(dtype: torch.dtype, file: Any, stored: str) -> torch.Tensor:
 
 
 def _files_of_tensors(folder: Path) -> dict[str, Path]:
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
-            found |= dict.fromkeys(file.keys(), path)
-    return found
+            paths |= dict.fromkeys(file.keys(), path)
+    return paths

@@ -1,1 +1,1 @@
-"""The parity report: what was trained is what is served."""
+"""The parity report: checks that the served model is the trained model."""

@@ -1,7 +1,7 @@
-"""Whether a merged model holds its base plus the adapter, once, with the scale that the recipe says.
+"""Check that a merged model is its base plus the adapter, applied once, with the recipe's scale.
 
-Weight by weight: what was written is compared with the sum, of which it must be one of the two bf16 neighbours, and
-its changes with the adapter's. Imports torch.
+Each written weight must be one of the two bf16 neighbours of the sum, and its change is compared with the adapter's.
+Imports torch.
 """
 
 import json
@@ -19,24 +19,24 @@ from trainer.model.rounding import neighbours
 from trainer.recipe.sections import AdapterType, Recipe
 
 _ROUNDED_SUM, _ROUNDED_BASE = 1.0, 0.5
-"""Steps of bf16 that a weight may be off: one of the sum, which is rounded up or down, and half of one of the base,
-which is rounded to the nearest where it is published in other numbers, as Llama 2 in float16."""
+"""Allowed deviation of a weight in bf16 steps: one step of the sum, which is rounded up or down, and half a step of the
+base, which is rounded to nearest if it is published in another number type, as Llama 2 in float16."""
 _ONCE = 0.02
-"""By how much an adapter may be in the weights more or less than once: rounding moves a trained one by less than a
-hundredth."""
+"""Allowed deviation from one application of the adapter; rounding moves a trained one by less than a hundredth."""
 _SIGMAS = 5.0
-"""Of what chance does when it rounds a small change: beyond this one module of two millions lies."""
+"""Allowed deviation in standard deviations of random rounding of small changes; one module in two millions exceeds it.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """How often an adapter is in the merged weights.
+    """How many times an adapter is contained in the merged weights.
 
     Attributes:
-        lowest, highest: of its modules: 1 where the change is the adapter's, 2 where it was added twice.
-        wrong: a module where this is not 1 within what rounding does, None if there is none.
-        off: share of weights that are not the sum, in the module where it is largest.
-        module: that module.
+        lowest, highest: extremes over the modules: 1 if the change is the adapter's, 2 if it was added twice.
+        wrong: a module whose value is not 1 within rounding; None if there is none.
+        off: largest share of a module's weights that are not the sum.
+        module: the module with this share.
     """
 
     lowest: float
@@ -48,10 +48,10 @@ class Applied:
 
 @torch.no_grad()
 def compare(model: PeftModel, merged: Mapping[str, torch.Tensor]) -> Applied:
-    """Compares the merged weights with base plus adapter.
+    """Compare the merged weights with base plus adapter.
 
     Args:
-        model: the base with the adapter beside it; weights of the base in any number type that holds bf16.
+        model: the base with the unmerged adapter; weights of the base in any number type that contains bf16.
         merged: tensors by parameter name.
     """
     times, wrong, off = [], [], [(0.0, "")]
@@ -65,7 +65,7 @@ def compare(model: PeftModel, merged: Mapping[str, torch.Tensor]) -> Applied:
         if (size := float(change.square().sum())) > 0:
             times.append(float((change * (written - base)).sum()) / size)
             above = (total - lower).abs()  # rounded up with the probability above / step
-            variance = above * (step - above) + base_step.square() / 12  # the latter where the base was rounded
+            variance = above * (step - above) + base_step.square() / 12  # the second term if the base was rounded
             if abs(times[-1] - 1) > _ONCE + _SIGMAS * float((change.square() * variance).sum()) ** 0.5 / size:
                 wrong.append(name)
     return Applied(min(times, default=0.0), max(times, default=0.0), min(wrong, default=None), *max(off))
@@ -78,18 +78,18 @@ def _step(weights: torch.Tensor) -> torch.Tensor:
 
 
 def _changes(model: PeftModel) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """Each adapted tensor's name, the base's weights, and what the adapter adds to them."""
-    whole = model.get_base_model()
+    """Yield each adapted tensor's name, the base's weights, and the adapter's change of them."""
+    base_model = model.get_base_model()
     for name, tensor in adapted_tensors(model).items():
-        layer: Any = whole.get_submodule(name)
+        layer: Any = base_model.get_submodule(name)
         adapter = layer.active_adapters[0]
-        if isinstance(layer, ParamWrapper):  # of experts, which are one parameter
+        if isinstance(layer, ParamWrapper):  # experts, which are one parameter
             yield tensor, *_change_of_experts(layer, adapter)
             continue
         change = layer.get_delta_weight(adapter).float()
         base = layer.get_base_layer().weight.float()
         magnitude: Any = getattr(layer, "lora_magnitude_vector", None)
-        if magnitude:  # DoRA: a direction, and its length for each output (Liu et al. 2024, eq. 5)
+        if magnitude:  # DoRA: a direction, and a length per output (Liu et al. 2024, eq. 5)
             direction = base + change
             length = direction.norm(dim=1, keepdim=True)
             change = magnitude[adapter].weight.float()[:, None] / length * direction - base
@@ -97,7 +97,7 @@ def _changes(model: PeftModel) -> Iterator[tuple[str, torch.Tensor, torch.Tensor
 
 
 def _change_of_experts(layer: ParamWrapper, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The base's weights, and what the adapter adds: PEFT gives that in the weights' own type, where bf16 rounds it."""
+    """Return the base's weights and the adapter's change, in float32: PEFT would return the change rounded to bf16."""
     parameter = layer.get_param()
     stored, parameter.data = parameter.data, parameter.data.float()
     try:
@@ -107,12 +107,12 @@ def _change_of_experts(layer: ParamWrapper, adapter: str) -> tuple[torch.Tensor,
 
 
 def scale_of(adapter: Path, recipe: Recipe) -> tuple[float, float] | None:
-    """By what an adapter's update is multiplied, as its config says and as the recipe does; None of VeRA."""
+    """Return the scale of an adapter's update in its config and in the recipe; None for VeRA."""
     if recipe.adapter_type is AdapterType.VERA:
         return None
     config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
-    if recipe.adapter_type is AdapterType.ADALORA:  # each layer's is divided by the rank that it has in the end
+    if recipe.adapter_type is AdapterType.ADALORA:  # each layer divides it by its final rank
         return config["lora_alpha"], recipe.alpha
     rooted = bool(config.get("use_rslora"))
-    said = config["lora_alpha"] / (config["r"] ** 0.5 if rooted else config["r"])
-    return said, recipe.alpha / (recipe.rank**0.5 if recipe.adapter.rslora else recipe.rank)
+    written = config["lora_alpha"] / (config["r"] ** 0.5 if rooted else config["r"])
+    return written, recipe.alpha / (recipe.rank**0.5 if recipe.adapter.rslora else recipe.rank)

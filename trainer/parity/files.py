@@ -1,7 +1,7 @@
-"""Whether a model folder has what its base has beside the weights, and weights that can be read whole.
+"""Check that a model folder has the same files as its base, apart from weights, and complete files of weights.
 
-Tokenizer, chat template and generation config byte for byte: a served model that tokenizes otherwise answers otherwise,
-and nothing else shows it. Reads no weights but their names and sizes.
+Tokenizer, chat template and generation config are compared byte for byte: a served model with another tokenization
+answers differently, and no other check would show it. Of weights only names and sizes are read.
 """
 
 from pathlib import Path
@@ -13,11 +13,11 @@ from trainer.base_model.content import SHIPPED_FILES, TEMPLATE_FILE, pinned_temp
 from trainer.model.config import load_config
 
 _MAY_DIFFER = {"_name_or_path", "quantization_config", "transformers_version"}
-"""Keys of a config that say where weights are and how they are packed, and not what they compute."""
+"""Keys of a config that describe the location and packing of weights, not the computation."""
 
 
 def other_files(base: Path, folder: Path) -> list[str]:
-    """Names of the files, of those that a model ships beside its weights, that are not the base's byte for byte."""
+    """Return the names of files shipped with the weights that differ from the base's."""
     shipped = {name: _content(base / name) for name in SHIPPED_FILES}
     if pinned := pinned_template(base):
         shipped[TEMPLATE_FILE] = pinned.encode("utf-8")
@@ -29,31 +29,31 @@ def _content(path: Path) -> bytes | None:
 
 
 def other_config(base: Path, folder: Path) -> list[str]:
-    """Return the keys of a folder's config whose meaning is not that of the base's.
+    """Return the keys of a folder's config whose meaning differs from the base's.
 
-    Both are read by the same transformers, which the engine has too: it fills in defaults, and knows that `rope_theta`
-    and `rope_parameters` are one thing.
+    Both are read by the same transformers as in the engine, which fills in defaults, and knows that `rope_theta` and
+    `rope_parameters` mean the same.
 
     Raises:
         BaseModelError: transformers cannot read the base's config.
     """
-    before = load_config(base).to_dict() | {"dtype": "bfloat16"}  # in which all weights are written
+    before = load_config(base).to_dict() | {"dtype": "bfloat16"}  # the type of all written weights
     try:
         after = load_config(folder).to_dict()
-    except BaseModelError:  # a config with impossible values, as a width that the heads do not divide
+    except BaseModelError:  # a config with impossible values, such as a width that the heads do not divide
         return ["all keys: transformers cannot read it"]
     return sorted(key for key in {*before, *after} - _MAY_DIFFER if _plain(before.get(key)) != _plain(after.get(key)))
 
 
 def _plain(value: Any) -> Any:
-    """Without what may differ further inside, as in a config that holds another."""
+    """Return a value without keys that may differ, also in nested configs."""
     if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items() if key not in _MAY_DIFFER}
+        return {key: _plain(inner) for key, inner in value.items() if key not in _MAY_DIFFER}
     return value
 
 
 def unreadable_weights(folder: Path) -> str | None:
-    """What is wrong with the files of weights; None where they are whole."""
+    """Return the fault of the files of weights; None if they are complete."""
     try:
         read_headers(folder)
     except IntegrityError as error:

@@ -1,7 +1,7 @@
-"""Whether a quantized model's weights are those of the model that was quantized, but for the rounding to four bits.
+"""Check that a quantized model's weights are those of its source model, except for rounding to four bits.
 
-Layer by layer, from the files. GPTQ moves weights beyond their own rounding, so that their layer's answers stay; how
-much that may be follows from measurement and is stated below. Imports torch.
+Compares layer by layer, from the files. GPTQ moves weights beyond their own rounding to preserve their layer's outputs;
+the allowed change follows from measurements and is stated below. Imports torch.
 """
 
 import math
@@ -15,9 +15,9 @@ from safetensors import safe_open
 
 from svc.model_folder.weight_files import weight_files
 
-MOST_OFF = 0.45
-"""Length of a layer's change as a share of its weights'. Measured: 0.12 of tiny models, 0.24 of SmolLM2's worst layer
-with 32 samples and groups of 64. Scales that are off by half change a layer by 0.5."""
+MAX_OFF = 0.45
+"""Norm of a layer's change divided by that of its weights. Measured: 0.12 for tiny models, 0.24 for SmolLM2's worst
+layer with 32 samples and groups of 64. Scales that are off by half change a layer by 0.5."""
 _PACKED = ".qweight"
 _ZERO_POINT = 8  # symmetric four bits
 _IN_ONE_NUMBER = 8
@@ -25,16 +25,16 @@ _IN_ONE_NUMBER = 8
 
 @torch.no_grad()
 def compare(gptq: Path, merged: Path) -> tuple[float, str]:
-    """Compare every quantized layer, one after the other, by the names that the files have.
+    """Compare every quantized layer, one after the other, by the names in the files.
 
     Args:
         gptq: folder of the quantized model.
-        merged: folder of the model that was quantized.
+        merged: folder of the source model.
 
     Returns:
-        Length of the change as a share of the weights', in the layer where it is largest, and that layer.
+        The largest norm of a layer's change divided by that of its weights, and the layer.
     """
-    found = []
+    changes = []
     with ExitStack() as stack:
         before, after = (_open(folder, stack) for folder in (merged, gptq))
         for layer in sorted(name.removesuffix(_PACKED) for name in after if name.endswith(_PACKED)):
@@ -42,23 +42,23 @@ def compare(gptq: Path, merged: Path) -> tuple[float, str]:
             weight = before[f"{layer}.weight"]().float()
             rounded = expand(after[f"{layer}{_PACKED}"](), after[f"{layer}.scales"](), groups)
             off = float((rounded - weight).norm() / weight.norm())
-            found.append((math.inf if math.isnan(off) else off, layer))
-    return max(found)
+            changes.append((math.inf if math.isnan(off) else off, layer))
+    return max(changes)
 
 
 def _open(folder: Path, stack: ExitStack) -> dict[str, Callable[[], torch.Tensor]]:
-    """Return what reads each tensor of a folder, by the tensor's name."""
+    """Return a reader for each tensor of a folder, by the tensor's name."""
     files = [stack.enter_context(safe_open(path, framework="pt")) for path in weight_files(folder)]
     return {name: partial(file.get_tensor, name) for file in files for name in file.keys()}  # noqa: SIM118 - no mapping
 
 
 def expand(packed: torch.Tensor, scales: torch.Tensor, groups: torch.Tensor | None) -> torch.Tensor:
-    """The weights of a layer, [outputs, inputs], in float32.
+    """Return the weights of a layer, [outputs, inputs], in float32.
 
     Args:
         packed: [inputs / 8, outputs], int32: eight inputs in a number, the first in its lowest bits.
         scales: [groups, outputs].
-        groups: the group of each input; None: they follow each other.
+        groups: the group of each input; None: consecutive groups.
     """
     shifts = torch.arange(0, 4 * _IN_ONE_NUMBER, 4, dtype=torch.int32)
     numbers = (packed[:, None, :] >> shifts[None, :, None]) & 15

@@ -1,8 +1,8 @@
-"""The parity report of a version: its files and the engine's answers beside what training had, check by check.
+"""The parity report of a version: compares its files and the engine's answers with training, check by check.
 
-Everything is compared with the same held-out examples in the ids that training saw. How far two right implementations
-differ on the same weights is measured with it, so that the limit of what is compared follows this machine's rounding.
-Knows no thresholds but those below, each with where it comes from. Imports torch.
+All comparisons use the same held-out examples in the token ids of training. The difference of two correct
+implementations on the same weights is measured too, so that the limits follow this machine's rounding. All thresholds
+are below, each with its source. Imports torch.
 """
 
 import time
@@ -30,22 +30,22 @@ from trainer.recipe.sections import Recipe
 BESIDE_TRAINED = "merged: beside what was trained"
 """Name of the check to which all others lead."""
 _NOT_THE_SUM = 1e-3
-"""Share of a module's weights that may not be the sum within a step of bf16: sums near 0, whose terms cancel."""
-_LEAST = 0.02
-"""Nats a token. Where two models are nearly the same, whatever differs by less changes no answer."""
+"""Share of a module's weights that may be over a bf16 step off the sum: sums near 0, whose terms cancel."""
+_MIN_LIMIT = 0.02
+"""Nats per token. A smaller difference of two nearly identical models changes no answer."""
 _TIMES_FLOOR = 3.0
-"""Two sums of independent rounding differ by 1.4 times one; the rest is for few tokens."""
-_MOST_FLOOR = 0.1
-"""Nats a token in the mean. A right engine in bf16 differs from transformers by 0.01 to 0.03, a wrong one by nats."""
+"""Two sums of independent rounding differ by 1.4 times one; the rest is a margin for few tokens."""
+_MAX_FLOOR = 0.1
+"""Nats per token on average. A correct bf16 engine differs from transformers by 0.01 to 0.03, a wrong one by nats."""
 
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What a run has made.
+    """Outputs of a run.
 
     Attributes:
         adapter: None after full fine-tuning.
-        formats: folders of those that will be served, each with what was read of it on the engine.
+        formats: folders of the formats to serve, each with its measurements on the engine.
     """
 
     base: Path
@@ -57,20 +57,20 @@ class Made:
 def make_report(
     made: Made, recipe: Recipe, compared: Sequence[TokenizedExample], judged: int, *, number_type: NumberType
 ) -> ParityReport:
-    """Makes the report.
+    """Return the report.
 
     Args:
-        compared: the examples whose scores the readings hold.
-        judged: how many examples' prompts were compared.
-        number_type: in which the trainer's own models compute.
+        compared: the examples whose scores are in the readings.
+        judged: number of examples whose prompts were compared.
+        number_type: number type in which the trainer's own models compute.
     """
     started = time.monotonic()
     checks: list[ParityCheck] = []
     differences: dict[str, Differences] = {}
     for format, (folder, reading) in made.formats.items():
         checks += [*_check_files(made.base, folder, format), _check_tokens(format, reading, judged)]
-    if all(check.passed for check in checks):  # what cannot be read cannot be compared
-        with waiting("Comparing what is served with what was trained"), library_output_to_log():
+    if all(check.passed for check in checks):  # unreadable files cannot be compared
+        with waiting("Comparing the model to serve with the trained model"), library_output_to_log():
             more, differences = _compare(made, recipe, compared, number_type)
         checks += more
     return ParityReport(
@@ -96,7 +96,7 @@ def _check_tokens(format: Format, reading: EngineReading, judged: int) -> Parity
     wrong = reading.prompts_differ
     found = f"{judged - len(wrong)} of {judged} prompts equal"
     if wrong:
-        found += f", the first other one is example {wrong[0] + 1}"
+        found += f"; the first different one is example {wrong[0] + 1}"
     return _check(f"{format}: tokens of the engine", not wrong, found, "the ids that training saw")
 
 
@@ -109,33 +109,33 @@ def _compare(
     if made.adapter is not None:
         applied, trained = _read_trained(made.base, made.adapter, made.merged, compared, number_type)
         checks += _check_adapter(applied, adapter_parity.scale_of(made.adapter, recipe))
-        release_memory()  # of one model, before the next is loaded
-    whole = score(load(made.merged, number_type), compared)
+        release_memory()  # before the next model is loaded
+    merged = score(load(made.merged, number_type), compared)
     if trained is not None:
-        merge = differences["merged beside trained, both in transformers"] = between(trained, whole)
+        merge = differences["merged beside trained, both in transformers"] = between(trained, merged)
         if Format.MERGED not in made.formats:
-            checks.append(_at_most(BESIDE_TRAINED, merge, _MOST_FLOOR))
+            checks.append(_at_most(BESIDE_TRAINED, merge, _MAX_FLOOR))
     if Format.MERGED in made.formats:
         _, reading = made.formats[Format.MERGED]
-        floor, served = between(whole, reading.scores), between(trained or whole, reading.scores)
+        floor, served = between(merged, reading.scores), between(trained or merged, reading.scores)
         differences["engine beside transformers, the same weights"] = floor
         differences["merged on the engine beside trained"] = served
-        limit = min(_MOST_FLOOR, max(_LEAST, _TIMES_FLOOR * floor.mean))
-        checks.append(_at_most("merged: the engine beside transformers, the same weights", floor, _MOST_FLOOR))
+        limit = min(_MAX_FLOOR, max(_MIN_LIMIT, _TIMES_FLOOR * floor.mean))
+        checks.append(_at_most("merged: the engine beside transformers, the same weights", floor, _MAX_FLOOR))
         checks.append(_at_most(BESIDE_TRAINED, served, limit))
     if Format.GPTQ in made.formats:
         folder, quantized = made.formats[Format.GPTQ]
         off, layer = gptq_parity.compare(folder, made.merged)
-        found, most = f"{off:.3f} of a layer's length at most, in {layer}", gptq_parity.MOST_OFF
+        found, most = f"{off:.3f} of a layer's norm at most, in {layer}", gptq_parity.MAX_OFF
         checks.append(_check("gptq: rounding of weights", off <= most, found, f"at most {most}"))
-        differences["gptq on the engine beside trained"] = between(trained or whole, quantized.scores)
+        differences["gptq on the engine beside trained"] = between(trained or merged, quantized.scores)
     return checks, differences
 
 
 def _read_trained(
     base: Path, adapter: Path, merged: Path, compared: Sequence[TokenizedExample], number_type: NumberType
 ) -> tuple[adapter_parity.Applied, Scores]:
-    """Return how the adapter is in the merged weights, and the scores of base plus adapter."""
+    """Return the comparison of adapter and merged weights, and the scores of base plus adapter."""
     model = load_adapter(load(base, number_type), adapter)
     applied = adapter_parity.compare(model, StoredWeights(merged))
     sum_in_float32(model)
@@ -159,10 +159,10 @@ def _check_adapter(applied: adapter_parity.Applied, scale: tuple[float, float] |
 
 def _at_most(name: str, differences: Differences, limit: float) -> ParityCheck:
     found = (
-        f"{differences.mean:.4f} nats a token in the mean, {differences.largest:.3f} at most, "
-        f"likeliest token the same in {differences.agreement:.1%}"
+        f"{differences.mean:.4f} nats per token on average, {differences.largest:.3f} at most, "
+        f"same top-1 token in {differences.agreement:.1%}"
     )
-    return _check(name, differences.mean <= limit, found, f"at most {limit:.3f} in the mean")
+    return _check(name, differences.mean <= limit, found, f"at most {limit:.3f} on average")
 
 
 def _check(name: str, passed: bool, found: str, expected: str) -> ParityCheck:
@@ -170,12 +170,12 @@ def _check(name: str, passed: bool, found: str, expected: str) -> ParityCheck:
 
 
 def between(first: Scores, second: Scores) -> Differences:
-    """How two scorings of the same examples differ, the second less the first."""
-    pairs = [list(zip(one, other, strict=True)) for one, other in zip(first, second, strict=True)]
-    same = [[one.likeliest == other.likeliest for one, other in example] for example in pairs]
+    """Return the differences of two scorings of the same examples, the second minus the first."""
+    pairs = [list(zip(before, after, strict=True)) for before, after in zip(first, second, strict=True)]
+    same = [[before.likeliest == after.likeliest for before, after in example] for example in pairs]
     diverged = ((at, example.index(False)) for at, example in enumerate(same) if not all(example))
     return Differences(
-        nats=tuple(tuple(other.logprob - one.logprob for one, other in example) for example in pairs),
+        nats=tuple(tuple(after.logprob - before.logprob for before, after in example) for example in pairs),
         agreement=sum(map(sum, same)) / sum(map(len, same)),
         diverges_at=next(diverged, None),
     )

@@ -1,6 +1,6 @@
-"""What the trainer's own models find of held-out answers, token by token: base with adapter, and the merged model.
+"""Scores of held-out answers by the trainer's own models, token by token: base with adapter, and the merged model.
 
-In transformers, with the adapter beside the base and not in it: the model that training had. Imports torch.
+Uses transformers with the unmerged adapter, which is the model of training. Imports torch.
 """
 
 import math
@@ -21,10 +21,10 @@ from trainer.model.attention import attention_implementation
 from trainer.model.config import load_config
 
 _WITH_LAYERS = 1.2
-"""Times the weights: for the adapter, and for copies of one layer in float32 while its weights are compared. Of an 8B
+"""Factor on the weights for the adapter and for float32 copies of one layer while its weights are compared. For an 8B
 model these are about twelve of 0.23 GB."""
 _WITH_LOGITS = 2 * 2**30
-"""Bytes for the logits of one answer in float32, and what a forward pass needs."""
+"""Bytes for the logits of one answer in float32, and for a forward pass."""
 
 
 def load(folder: Path, number_type: NumberType) -> PreTrainedModel:
@@ -45,20 +45,20 @@ def choose_device(size: int, free: int | None) -> str:
 
     Args:
         size: bytes of the model's weights.
-        free: bytes of GPU memory that are free; None without a GPU.
+        free: free bytes of GPU memory; None without a GPU.
     """
     return "cuda" if free is not None and size * _WITH_LAYERS + _WITH_LOGITS <= free else "cpu"
 
 
 def sum_in_float32(model: torch.nn.Module) -> None:
-    """Makes an adapted layer add its adapter before it rounds, as a merged layer does; of use where a model is in bf16.
+    """Make adapted layers add their adapter before rounding, as merged layers do; useful if a model is in bf16.
 
-    PEFT adds to what the base's layer has rounded already. What an adapter adds is often finer than that, and vanishes
-    from most sums, always towards the base: SmolLM2 with a second adapter on a merged first one was off by 0.020 nats a
-    token in bf16, where base and adapter in float32 and the merged model in bf16 differ by 0.004.
+    PEFT adds the adapter's output to the already rounded output of the base's layer. It is often smaller than the
+    rounding step and vanishes from most sums, always towards the base: SmolLM2 with a second adapter on a merged first
+    one was off by 0.020 nats per token in bf16, where base and adapter in float32 and the merged model differ by 0.004.
 
     Args:
-        model: with an adapter beside its linear layers; weights stay as they are.
+        model: a model with an unmerged adapter; its weights are not changed.
     """
     for layer in model.modules():
         base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else None
@@ -68,10 +68,10 @@ def sum_in_float32(model: torch.nn.Module) -> None:
 
 
 class _LinearInFloat32(torch.nn.Linear):
-    """A layer whose weights stay in 16 bits and whose result does not.
+    """A layer with 16-bit weights and a float32 result.
 
-    A class, because a function of the instance that knows the instance is a reference cycle: the model would stay in
-    memory when nobody uses the model any more.
+    A class, because a function on the instance that refers to the instance is a reference cycle, which would keep an
+    unused model in memory.
     """
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -85,10 +85,10 @@ def _rounded(dtype: torch.dtype, layer: torch.nn.Module, inputs: Any, output: to
 
 @torch.no_grad()
 def score(model: torch.nn.Module, examples: Sequence[TokenizedExample]) -> Scores:
-    """What a model finds of the examples' answers.
+    """Return a model's scores of the examples' answers.
 
     Args:
-        model: takes token ids, and `logits_to_keep` as transformers' models do.
+        model: accepts token ids and `logits_to_keep`, as transformers' models do.
     """
     device = next(model.parameters()).device
     return tuple(tuple(example.of_learnt(_score(model, example, device))) for example in examples)
@@ -97,7 +97,7 @@ def score(model: torch.nn.Module, examples: Sequence[TokenizedExample]) -> Score
 def _score(model: torch.nn.Module, example: TokenizedExample, device: torch.device) -> list[TokenScore]:
     first = example.learnt[0][0]
     ids = torch.tensor([example.input_ids], device=device)
-    # The logits that predict a token stand before it, and those at the end predict none.
+    # The logits at a position predict the next token; those at the last position predict none.
     logits = model(input_ids=ids, logits_to_keep=len(example.input_ids) - first + 1).logits[0, :-1].float()
     logprobs = logits.log_softmax(dim=-1)
     of_tokens = logprobs.gather(1, ids[0, first:, None])[:, 0]

@@ -1,4 +1,4 @@
-"""Finding a base model; nothing here needs a network."""
+"""Resolution of base models; no test needs a network."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ def copy(tiny_base: Path, target: Path) -> Path:
     return Path(shutil.copytree(tiny_base, target))
 
 
-def test_a_complete_folder_is_taken_where_it_lies(tiny_base: Path, tmp_path: Path) -> None:
+def test_complete_folder_is_used_in_place(tiny_base: Path, tmp_path: Path) -> None:
     assert resolve_base(str(tiny_base), tmp_path).folder == tiny_base
 
 
@@ -81,9 +81,7 @@ def shard(folder: Path) -> Path:
     return folder
 
 
-def test_a_second_copy_of_the_weights_counts_for_nothing_when_an_index_names_the_first(
-    tiny_base: Path, tmp_path: Path
-) -> None:
+def test_second_copy_of_the_weights_is_ignored_when_an_index_names_the_first(tiny_base: Path, tmp_path: Path) -> None:
     folder = shard(copy(tiny_base, tmp_path / "base"))
     before, facts = resolve_base(str(folder), tmp_path), read_model_facts(folder)
     (folder / "consolidated.safetensors").write_bytes(b"the same in Mistral's own format")
@@ -97,7 +95,7 @@ def test_a_second_copy_of_the_weights_counts_for_nothing_when_an_index_names_the
 def test_a_second_file_of_weights_is_refused_when_no_index_says_which_counts(tiny_base: Path, tmp_path: Path) -> None:
     folder = copy(tiny_base, tmp_path / "base")
     (folder / "consolidated.safetensors").write_bytes(b"the same again")
-    with pytest.raises(BaseModelError, match=r"holds consolidated\.safetensors beside model\.safetensors"):
+    with pytest.raises(BaseModelError, match=r"contains consolidated\.safetensors and model\.safetensors"):
         resolve_base(str(folder), tmp_path)
 
 
@@ -139,7 +137,7 @@ def test_the_hub_is_asked_for_one_copy_of_the_weights_and_no_code_when_it_has_mo
 def test_weights_in_pickle_are_refused_with_the_reason(tiny_base: Path, tmp_path: Path) -> None:
     folder = copy(tiny_base, tmp_path / "base")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(BaseModelError, match="loading a pickle runs whatever code it holds"):
+    with pytest.raises(BaseModelError, match="loading a pickle runs the code in it"):
         resolve_base(str(folder), tmp_path)
 
 
@@ -153,7 +151,7 @@ def test_a_quantized_model_is_refused(tiny_base: Path, tmp_path: Path) -> None:
 def test_a_model_that_also_sees_is_refused(tiny_base: Path, tmp_path: Path) -> None:
     folder = copy(tiny_base, tmp_path / "base")
     change_config(folder, model_type="gemma3", vision_config={"model_type": "siglip_vision_model"})
-    with pytest.raises(BaseModelError, match="takes more than text: its config has vision_config"):
+    with pytest.raises(BaseModelError, match="is not a text-only model: its config has vision_config"):
         resolve_base(str(folder), tmp_path)
 
 
@@ -172,7 +170,7 @@ def test_an_unknown_id_lists_what_is_accepted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("base", ["./nowhere", "nowhere.gguf"])
-def test_a_path_that_is_not_there_is_named(tmp_path: Path, base: str) -> None:
+def test_error_names_the_path_when_it_does_not_exist(tmp_path: Path, base: str) -> None:
     with pytest.raises(BaseModelError, match="nowhere"):
         resolve_base(base, tmp_path)
 

@@ -1,4 +1,4 @@
-"""Attention as whole products is PyTorch's attention, and what it does not know goes to that."""
+"""Attention as matrix products equals PyTorch's attention, which is used for unsupported cases."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from trainer.cpu.fused_attention import attention, fuse_attention
 
 @pytest.fixture(autouse=True)
 def whole_products(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
-    """The shapes of queries that went through whole products, and not to PyTorch."""
+    """Record the shapes of queries that were computed by matrix products instead of PyTorch."""
     seen: list[torch.Size] = []
     apply = fused_attention._Attention.apply
 
@@ -28,7 +28,7 @@ def whole_products(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
 
 
 class Layer(torch.nn.Module):
-    """What transformers asks of a layer."""
+    """The attributes of a layer that transformers reads."""
 
     def __init__(self, heads_per_key: int, is_causal: bool = True) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ def check(layer: Layer, inputs: list[torch.Tensor], mask: torch.Tensor | None) -
 
 
 def results(function: Any, layer: Layer, inputs: list[torch.Tensor], mask: torch.Tensor | None) -> list[torch.Tensor]:
-    """Output and gradients."""
+    """Return output and gradients."""
     inputs = [tensor.detach().requires_grad_() for tensor in inputs]
     output, weights = function(layer, *inputs, mask, scaling=SCALING)
     assert weights is None
@@ -144,7 +144,7 @@ def test_each_row_of_a_batch_has_its_own_mask(whole_products: list[torch.Size]) 
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_what_is_not_plain_goes_to_pytorch(monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]) -> None:
+def test_pytorch_is_used_when_attention_is_not_plain(monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]) -> None:
     monkeypatch.setattr(fused_attention, "sdpa_attention_forward", lambda *args, **kwargs: ("pytorch", None))
     query, key, value = tensors(2, 4, 2, 6, 0, 8)
     arguments: dict[str, Any] = {"attention_mask": None} | change
@@ -167,10 +167,10 @@ def test_other_numbers_and_value_heads_of_another_size_go_to_pytorch(
     assert not whole_products
 
 
-def test_long_rows_go_to_pytorch(whole_products: list[torch.Size], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pytorch_is_used_when_rows_are_long(whole_products: list[torch.Size], monkeypatch: pytest.MonkeyPatch) -> None:
     query, key, value = tensors(2, 4, 2, 6, 0, 8)
     for longest, calls in ((5, 0), (6, 1)):
-        monkeypatch.setattr(fused_attention, "_LONGEST", longest)
+        monkeypatch.setattr(fused_attention, "_MAX_KEYS", longest)
         attention(Layer(2), query, key, value, None)
         assert len(whole_products) == calls
 

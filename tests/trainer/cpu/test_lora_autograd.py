@@ -1,4 +1,4 @@
-"""A fused LoRA layer is PEFT's, and leaves alone what it does not know."""
+"""A fused LoRA layer equals PEFT's, which is used for unsupported cases."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ from trainer.cpu.lora_autograd import fuse_lora
 
 
 class OneLayer(torch.nn.Module):
-    """The least that PEFT takes."""
+    """The smallest model that PEFT accepts."""
 
     def __init__(self, width: int, height: int, bias: bool = False) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ def adapted(width: int = 8, height: int = 12, bias: bool = True, **config: Any) 
 
 
 def results(model: PeftModel, x: torch.Tensor) -> list[torch.Tensor]:
-    """Output, and the gradients of everything that has one."""
+    """Return the output, and all gradients."""
     x = x.clone().requires_grad_()
     y = model(x)
     learnt = [weight for weight in model.parameters() if weight.requires_grad]
@@ -142,7 +142,7 @@ def test_in_bf16_it_is_no_farther_from_the_truth_than_peft() -> None:
 
 
 def adapted_like(model: PeftModel) -> PeftModel:
-    """The same weights in float32."""
+    """Return the same weights in float32."""
     other = adapted(64, 64)
     other.load_state_dict({name: weight.float() for name, weight in model.state_dict().items()})
     return other
@@ -158,7 +158,7 @@ def adapted_like(model: PeftModel) -> PeftModel:
     ],
     ids=["DoRA", "a bias in the adapter", "switched off", "merged"],
 )
-def test_what_it_does_not_know_goes_through_peft(
+def test_peft_is_used_when_the_layer_is_not_plain_lora(
     config: dict[str, Any], change: Callable[[PeftModel], None] | None
 ) -> None:
     plain, fused = adapted(**config), adapted(**config)

@@ -1,4 +1,4 @@
-"""What is learnt is the answer that the engine will ask for, on the real templates of the families that TRL knows."""
+"""Training learns the answer that the engine will ask for, with the real templates of the families in TRL."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -40,7 +40,7 @@ def source(family: str) -> str:
 
 
 def learnt(family: str, turns: list[tuple[str, str]], kwargs: TemplateKwargs) -> list[str]:
-    """The texts that are learnt of a conversation."""
+    """Return the learnt texts of a conversation."""
     tokenizer = make_tokenizer(source(family))
     tokenizer.bos_token = "<bos>"
     example = parse_example({"messages": [{"role": role, "content": text} for role, text in turns]})
@@ -68,7 +68,7 @@ def test_a_thinking_block_that_would_be_learnt_is_refused(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", REFUSED)
-def test_a_template_that_nothing_mends_is_refused_with_the_reason(family: str) -> None:
+def test_template_is_rejected_with_the_reason_when_no_argument_fixes_it(family: str) -> None:
     with pytest.raises(DataError, match=REFUSED[family]):
         learnt(family, CONVERSATIONS["one turn"], {})
 
@@ -126,7 +126,7 @@ def test_thoughts_in_the_examples_are_learnt_where_the_recipe_asks_for_thinking(
     assert text.startswith("<think>\nI look.\n</think>\n\nnet")
 
 
-def test_no_token_reaches_over_the_place_where_the_model_goes_on() -> None:
+def test_no_token_crosses_the_end_of_the_prompt() -> None:
     """The engine's prompt ends there; a token of both sides would never be in it."""
     tokenizer = make_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}")
     tokenizer.add_tokens(["ab"])
@@ -154,7 +154,7 @@ def base(folder: Path, family: str) -> Path:
         ("llama3", {"date_string": "1 Jan 2026"}, {"date_string": "1 Jan 2026"}),
     ],
 )
-def test_without_a_word_of_the_recipe_thinking_is_off_and_the_date_is_fixed(
+def test_thinking_is_off_and_the_date_fixed_by_default(
     family: str, given: TemplateKwargs | None, chosen: TemplateKwargs, tmp_path: Path
 ) -> None:
     assert choose_template_kwargs(base(tmp_path / "base", family), given) == chosen

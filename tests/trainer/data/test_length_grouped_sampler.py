@@ -18,7 +18,7 @@ def test_every_example_comes_once_an_epoch(lengths: list[int], batch: int, seed:
     assert sorted(order) == list(range(len(lengths)))
 
 
-def test_no_random_number_of_the_process_counts() -> None:
+def test_order_does_not_depend_on_the_process_random_numbers() -> None:
     order = LengthGroupedSampler(range(1, 50), 4, 7)
     first = list(order)
     torch.rand(5)
@@ -56,7 +56,7 @@ def test_short_and_long_batches_alternate_when_lengths_differ() -> None:
 
 
 def test_only_the_last_batch_of_an_epoch_is_partial_when_examples_do_not_fill_it() -> None:
-    """Else later batches would hold examples of two groups of lengths."""
+    """Otherwise later batches would contain examples of two groups of lengths."""
     lengths = [100] * 48 + [10] * 49
     for seed in range(20):
         order = [lengths[index] for index in LengthGroupedSampler(lengths, 16, seed)]

@@ -1,4 +1,4 @@
-"""Packed examples fill rows, and none sees another."""
+"""Packed examples fill rows, and none attends to another."""
 
 import pytest
 import torch

@@ -30,7 +30,7 @@ def test_a_token_that_nothing_uses_may_lie_beyond_the_rows(tokenizer: PreTrained
 
 def test_a_padding_token_is_refused_when_it_lies_beyond_the_rows(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    with pytest.raises(BaseModelError, match=r"pad token '\[PAD\]' of model has the id 258, and the model has 258"):
+    with pytest.raises(BaseModelError, match=r"pad token '\[PAD\]' of model has the id 258, but the model has 258"):
         check_tokenizer(FOLDER, tokenizer, {257}, 258)
 
 
@@ -41,7 +41,7 @@ def test_an_end_token_is_refused_when_it_lies_beyond_the_rows(tokenizer: PreTrai
 
 def test_a_tokenizer_is_refused_when_ordinary_text_lies_beyond_the_rows(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.eos_token = tokenizer.pad_token = None
-    with pytest.raises(BaseModelError, match="has ids up to 255, and the model has 200 embedding rows"):
+    with pytest.raises(BaseModelError, match="has ids up to 255, but the model has 200 embedding rows"):
         check_tokenizer(FOLDER, tokenizer, {100}, 200)
 
 

@@ -1,4 +1,4 @@
-"""Published models by their config.json alone, and devices."""
+"""Published models as config.json files, and devices."""
 
 from functools import cache
 from pathlib import Path
@@ -15,12 +15,12 @@ FOLDER = Path(__file__).with_name("configs")
 
 @cache
 def published(name: str, preset: Targets = Targets.ALL_LINEAR) -> ModelShape:
-    """A published model's shape."""
+    """Return a published model's shape."""
     return read_model_shape(FOLDER / name, preset)
 
 
 def cpu_device(memory: float = 16e9, number_type: NumberType = NumberType.BFLOAT16) -> ComputeDevice:
-    """A machine without a GPU."""
+    """Return a machine without a GPU."""
     utilization = CPU_UTILIZATION[number_type]
     return ComputeDevice("here", "this machine", True, number_type, memory, 3e11, 1e10, utilization, here=True)
 
@@ -28,7 +28,7 @@ def cpu_device(memory: float = 16e9, number_type: NumberType = NumberType.BFLOAT
 def even_workload(
     examples: int, length: int, recipe: Recipe, *, answers: int | None = None, shared: int = 0
 ) -> Workload:
-    """Return a run on examples of one length, as published figures are of.
+    """Return a run on examples of one length, as in published figures.
 
     Args:
         answers: tokens of each that are learnt; default all.

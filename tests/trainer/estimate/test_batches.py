@@ -1,4 +1,4 @@
-"""Batches are the trainer's own, of the examples at hand."""
+"""Batches are the trainer's own, of the given examples."""
 
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def test_packed_rows_are_full(tiny_base: Path, examples: list[ChatExample]) -> N
     assert read_workload(examples, recipe, tiny_base).largest.length == 256
 
 
-def test_of_many_examples_some_are_looked_at_and_the_longest_one_is_among_them(tmp_path: Path) -> None:
+def test_longest_example_is_measured_when_a_large_set_is_sampled(tmp_path: Path) -> None:
     examples = [*(make_example(f"number {n}", "a") for n in range(1500)), make_example("long " * 200, "a")]
     workload = read_workload(examples, make_recipe(train={"batch_size": 4}), tmp_path)
     assert workload.examples == 1501

@@ -1,4 +1,4 @@
-"""Devices: the listed ones, and this machine's measured speed."""
+"""Listed devices, and this machine's measured speed."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def test_the_guides_gpus_are_listed() -> None:
     assert set(read_devices()) >= {"rtx-3090", "rtx-4090", "a100-40", "a100-80", "h100", "h200"}
 
 
-def test_a_device_that_nobody_knows_is_told_with_those_that_are(tmp_path: Path) -> None:
+def test_error_lists_the_devices_when_a_name_is_unknown(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="'rtx-9090'") as caught:
         choose_devices(["rtx-9090"], tmp_path)
     assert "rtx-4090" in caught.value.expected
@@ -32,7 +32,7 @@ def test_a_listed_price_can_be_changed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["devices: 3", "[", "devices: {a: {label: x}}"])
-def test_a_file_that_is_not_right_is_an_error_that_names_it(tmp_path: Path, content: str) -> None:
+def test_error_names_devices_yaml_when_it_is_invalid(tmp_path: Path, content: str) -> None:
     file = tmp_path / "devices.yaml"
     file.write_text(content)
     with pytest.raises(SettingsError, match=r"devices\.yaml"):
@@ -46,7 +46,7 @@ def test_the_speed_of_this_machine_is_measured_once(tmp_path: Path, monkeypatch:
     assert first == measured_speed(ABLE, NumberType.FLOAT32, tmp_path) == 5e9
 
 
-def test_another_number_type_is_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speed_is_measured_again_when_the_number_type_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = iter([5e9, 7e9])
     monkeypatch.setattr(devices, "measure_matrix_speed", lambda *_, **__: next(measured))
     measured_speed(ABLE, NumberType.FLOAT32, tmp_path)

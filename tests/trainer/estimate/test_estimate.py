@@ -1,4 +1,4 @@
-"""Estimates beside published figures, and advice that is true."""
+"""Estimates compared with published figures, and correctness of the advice."""
 
 from dataclasses import replace
 from typing import Any
@@ -91,7 +91,7 @@ def test_the_largest_batch_fits_and_one_more_does_not() -> None:
 @pytest.mark.parametrize("device", list(DEVICES))
 @pytest.mark.parametrize("name", ["llama-2-7b", "llama-2-13b", "llama-2-70b", "mixtral-8x7b"])
 @pytest.mark.parametrize("method", ["full", "lora", "qlora", "dora"])
-def test_advice_is_true(device: str, name: str, method: str) -> None:
+def test_recipe_fits_when_the_advice_is_followed(device: str, name: str, method: str) -> None:
     recipe, shape = make_recipe(method=method, train={"batch_size": 16, "max_length": 2048}), published(name)
     workload = even_workload(1000, 2048, recipe)
     changes = advise(recipe, shape, workload, DEVICES[device])
@@ -114,7 +114,7 @@ def test_a_smaller_batch_with_more_accumulation_comes_first() -> None:
     assert as_text(changes) == "train.batch_size=8, train.gradient_accumulation=2"
 
 
-def test_what_fits_needs_no_change() -> None:
+def test_advice_is_empty_when_the_recipe_fits() -> None:
     recipe = make_recipe(method="qlora", train={"batch_size": 1})
     assert advise(recipe, published("llama-2-7b"), even_workload(100, 512, recipe), DEVICES["h100"]) == {}
 
@@ -137,7 +137,7 @@ def test_an_engine_in_float32_takes_twice_the_weights() -> None:
 
 
 def test_an_optimizer_of_8_bits_comes_before_another_method_when_all_weights_are_trained() -> None:
-    """Llama 3.1 8B takes 128 GB at least in float32, 48 GB less with moments in 8 bits."""
+    """Llama 3.1 8B needs at least 128 GB in float32, 48 GB less with 8-bit moments."""
     recipe, device = make_recipe(method="full", train={"batch_size": 1}), replace(DEVICES["h200"], memory=110e9)
     changes = advise(recipe, published("llama-3.1-8b"), even_workload(100, 512, recipe), device)
     assert changes == {"train.optimizer": "adamw-8bit"}

@@ -1,4 +1,4 @@
-"""Memory by part: published facts, the real adapter's size, and what can only grow."""
+"""Memory by part: published facts, the real adapter's size, and monotonic growth."""
 
 from typing import Any
 
@@ -83,7 +83,9 @@ def test_experts_have_an_adapter_each() -> None:
 @pytest.mark.parametrize("cpu", [True, False])
 @settings(max_examples=20, deadline=None)
 @given(rows=st.integers(1, 64), length=st.integers(16, 4096), rank=st.integers(1, 128), checkpointing=st.booleans())
-def test_more_never_takes_less(method: str, cpu: bool, rows: int, length: int, rank: int, checkpointing: bool) -> None:
+def test_memory_never_shrinks_when_batch_or_rank_grows(
+    method: str, cpu: bool, rows: int, length: int, rank: int, checkpointing: bool
+) -> None:
     def memory(rows: int, length: int, rank: int) -> float:
         adapter = {} if method == "full" else {"adapter": {"rank": rank}}
         recipe = make_recipe(method=method, train={"gradient_checkpointing": checkpointing}, **adapter)
@@ -97,7 +99,7 @@ def test_more_never_takes_less(method: str, cpu: bool, rows: int, length: int, r
         assert memory(rows, length + 1, rank) >= least
 
 
-def test_checkpointing_keeps_less() -> None:
+def test_activations_are_smaller_with_checkpointing() -> None:
     kept, again = (gpu_memory("llama-3.1-8b", "lora", batch=4, gradient_checkpointing=asked) for asked in (False, True))
     assert again < kept / 2
 
@@ -124,7 +126,7 @@ def test_a_layer_keeps_in_float32_what_is_estimated(method: str, dropout: float)
 
 
 def kept_bytes(recipe: Recipe, layers: int, length: int) -> int:
-    """What a forward pass keeps for the backward pass, beside weights."""
+    """Return the bytes that a forward pass saves for the backward pass, without weights."""
     model = add_adapter(small_llama(layers), recipe, 10)
     weights = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers())}
     kept: dict[int, torch.UntypedStorage] = {}

@@ -41,7 +41,7 @@ def test_a_preset_takes_its_layers_alone() -> None:
     assert len(published("llama-2-7b", Targets.ATTENTION_MIN).targets) == 2 * 32
 
 
-def test_an_unknown_architecture_is_counted_as_a_llama_and_that_is_said(tmp_path: Path) -> None:
+def test_unknown_architecture_is_counted_as_a_llama_with_a_note(tmp_path: Path) -> None:
     widths = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "brand-new", **widths}))
     shape = read_model_shape(tmp_path)
@@ -49,14 +49,14 @@ def test_an_unknown_architecture_is_counted_as_a_llama_and_that_is_said(tmp_path
     assert "brand-new" in shape.notes[0]
 
 
-def test_a_config_that_says_nothing_of_the_width_is_an_error_that_names_the_key(tmp_path: Path) -> None:
+def test_error_names_the_key_when_the_config_lacks_a_width(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "brand-new", "vocab_size": 5}')
     with pytest.raises(BaseModelError, match="hidden_size"):
         read_model_shape(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "not json"])
-def test_what_is_no_config_is_an_error(tmp_path: Path, content: str) -> None:
+def test_error_is_raised_when_config_json_is_not_a_config(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(BaseModelError):
         read_model_shape(tmp_path)

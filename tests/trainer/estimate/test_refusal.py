@@ -1,4 +1,4 @@
-"""A training is refused only when it cannot be."""
+"""A run is refused only if it cannot fit."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -33,19 +33,19 @@ def set_free(monkeypatch: pytest.MonkeyPatch, free: float) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
 
 
-def test_what_cannot_fit_is_refused_with_how_much_is_missing_and_what_to_change(tmp_path: Path) -> None:
+def test_error_has_missing_memory_and_changes_when_training_cannot_fit(tmp_path: Path) -> None:
     with pytest.raises(InsufficientMemoryError, match=r"has 32\.0 GB: 75\.8 GB too few") as caught:
         refuse_memory(estimated("full"), machine(32e9))
     assert "--anyway" in caught.value.todo
 
 
-def test_what_would_fit_with_a_smaller_batch_is_not_refused(tmp_path: Path) -> None:
+def test_training_is_not_rejected_when_a_smaller_batch_would_fit(tmp_path: Path) -> None:
     estimate = estimated("lora")
     assert not estimate.here.fits
     refuse_memory(estimate, machine(24e9))
 
 
-def test_what_is_free_now_decides_nothing(tmp_path: Path) -> None:
+def test_training_is_not_rejected_when_only_free_memory_is_short(tmp_path: Path) -> None:
     refuse_memory(estimated("qlora"), machine(16e9))
 
 
@@ -93,7 +93,7 @@ def test_a_stage_on_a_gpu_is_not_refused_when_several_gpus_and_main_memory_hold_
         refuse_stages(estimate, replace(two, gpus=two.gpus[:1]))
 
 
-def test_a_full_disk_is_told_with_the_stage_that_fills_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_names_the_stage_that_fills_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     set_free(monkeypatch, 14e9)  # the merged model takes 13.5 GB
     with pytest.raises(DiskSpaceError, match="stage quantize fills the disk"):
         refuse_disk(estimated("qlora"), tmp_path)

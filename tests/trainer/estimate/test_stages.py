@@ -1,4 +1,4 @@
-"""Memory and disk of each stage: its formula, and which stages there are."""
+"""Memory and disk of each stage, and the choice of stages."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""GPTQ: what is checked before it and tidied after it, and once the real thing on a tiny model."""
+"""GPTQ: checks before it, clean-up after it, and a real quantization of a tiny model."""
 
 import json
 import shutil
@@ -52,7 +52,7 @@ def test_a_group_size_that_does_not_fit_names_layer_and_sizes(tiny_base: Path) -
 
 def test_a_model_that_no_group_size_fits_is_served_merged(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base", hidden_size=48)
-    with pytest.raises(RecipeError, match=r"leave gptq out: formats: \[merged\]"):
+    with pytest.raises(RecipeError, match=r"set formats: \[merged\], without gptq"):
         check_layers(base, 32)
 
 
@@ -68,7 +68,7 @@ def test_layers_that_the_engine_has_as_one_count_together(tmp_path: Path) -> Non
 
 
 def make_mixture(folder: Path, family: str, width: int = 32) -> Path:
-    """Writes a chat model with four experts in each layer."""
+    """Write a chat model with four experts in each layer."""
     tokenizer = make_tokenizer()
     shape = {
         "vocab_size": len(tokenizer),
@@ -104,7 +104,7 @@ def test_a_group_size_that_does_not_fit_an_expert_names_it(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("family", ["mixtral", "granitemoe"])
 def test_a_mixture_that_gptqmodel_does_not_quantize_is_refused_by_its_experts(family: str, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=rf"experts\.gate_up_proj' holds the experts .* of '{family}'"):
+    with pytest.raises(TrainingError, match=rf"experts\.gate_up_proj' contains the experts .* of '{family}'"):
         check_layers(make_mixture(tmp_path / "base", family), 32)
 
 
@@ -115,7 +115,7 @@ def test_a_mixture_is_refused_where_the_engine_has_no_kernel_for_its_experts(
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     check_layers(base, 32, 32)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    with pytest.raises(TrainingError, match="on no such CPU"):
+    with pytest.raises(TrainingError, match="on this CPU the engine does not support 4-bit experts"):
         check_layers(base, 32, 32)
 
 
@@ -132,7 +132,7 @@ def test_every_expert_is_quantized_under_its_name(family: str, examples: list[Ch
     assert summary.layers == len(packed)
 
 
-def test_it_is_checked_before_quantizing(tiny_base: Path, examples: list[ChatExample], tmp_path: Path) -> None:
+def test_shapes_are_checked_before_quantizing(tiny_base: Path, examples: list[ChatExample], tmp_path: Path) -> None:
     with pytest.raises(RecipeError):
         quantize_gptq(
             tiny_base,
@@ -168,7 +168,7 @@ def test_quantizing_is_given_rows_of_at_most_max_length_tokens_when_examples_are
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class GivenError(Exception):
-        """Stops before the work, with what it was to work on."""
+        """Record the arguments and stop before the work."""
 
     def refuse(work: Any, model: Path, calibration: Any, *others: Any) -> None:
         raise GivenError(calibration)
@@ -281,7 +281,7 @@ def test_two_runs_give_the_same_complete_folder_and_show_our_progress_alone(
 
 @pytest.mark.slow
 def test_a_model_computed_in_float32_differs_in_roundings_alone(tmp_path: Path) -> None:
-    """Of packed weights and their scales: every other file and tensor is the same."""
+    """Only packed weights and their scales differ: every other file and tensor is the same."""
     base = make_model(
         tmp_path / "base", hidden_size=128, intermediate_size=256, num_key_value_heads=2, attention_bias=True
     )
@@ -347,7 +347,7 @@ print("found", *found())
 
 @pytest.mark.slow
 def test_gptqmodel_rounds_in_our_steps_and_blocks_while_we_quantize() -> None:
-    """Of its own: a release that has them elsewhere would take its own, and eight times as long."""
+    """If a release of gptqmodel moves them, it would use its own values, which take eight times as long."""
     done = subprocess.run([sys.executable, "-c", SEARCH], capture_output=True, text=True, check=True)
     told = [line for line in done.stdout.splitlines() if line.startswith("found")]
     assert told == ["found 20 0.5 32", "found 20 0.5 128", "found 100 0.8 128"]

@@ -1,4 +1,4 @@
-"""Merging: exactly what the adapter targets changes."""
+"""Merging changes exactly the tensors that the adapter targets."""
 
 import shutil
 from pathlib import Path
@@ -16,7 +16,7 @@ from trainer.model.rounding import neighbours
 
 
 def make_adapter(base: Path, folder: Path) -> Path:
-    """An adapter on all linear layers that changes each of them."""
+    """Return an adapter on all linear layers that changes each of them."""
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
         LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False),

@@ -1,4 +1,4 @@
-"""The merge of single tensors writes the bytes that merging the whole model in memory writes."""
+"""Merging tensor by tensor writes the same bytes as merging the complete model in memory."""
 
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ def test_merge_writes_the_bytes_of_the_whole_model_merge_for_every_mixture(tmp_p
 
 
 def test_merge_writes_the_bytes_of_the_whole_model_merge_when_layers_are_joined_in_the_files(tmp_path: Path) -> None:
-    """As no family that is tested with an engine: several parameters are one stored tensor."""
+    """A case that no family tested with an engine has: several parameters are one stored tensor."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "head_dim": 32}
     config = AutoConfig.for_model("hrm_text", **sizes, num_layers_per_stack=1, vocab_size=100)
     AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(tmp_path / "base")
@@ -146,7 +146,7 @@ def test_merge_writes_an_index_when_the_model_does_not_fit_into_one_file(
     adapter = make_adapter(base, tmp_path / "adapter")
     merge_whole_model(base, adapter, tmp_path / "whole")
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.bfloat16)
-    monkeypatch.setattr(tensor_files, "_LARGEST_FILE", "1MB")
+    monkeypatch.setattr(tensor_files, "_MAX_FILE_SIZE", "1MB")
     whole.save_pretrained(tmp_path / "expected", max_shard_size="1MB")
     merge_adapter(base, adapter, tmp_path / "merged")
     written, expected = weight_bytes(tmp_path / "merged"), weight_bytes(tmp_path / "expected")

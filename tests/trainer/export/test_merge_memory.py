@@ -32,7 +32,7 @@ def make_llama(folder: Path, layers: int) -> Path:
 
 
 def peak_of_merge(folder: Path, layers: int) -> int:
-    """Return the peak memory, in bytes, of a process that merges a model of so many layers."""
+    """Return the peak memory in bytes of a process that merges a model with this number of layers."""
     base = make_llama(folder / "base", layers)
     adapter = make_adapter(base, folder / "adapter", adapter={"rank": 2})
     command = [sys.executable, "-c", MEASURE, str(base), str(adapter), str(folder / "merged")]

@@ -1,4 +1,4 @@
-"""Files that are written tensor by tensor are those that safetensors writes of all tensors."""
+"""Files written tensor by tensor are the same as safetensors' own files."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,7 @@ def test_file_has_the_bytes_that_safetensors_writes_when_tensors_come_in_any_ord
 def test_index_names_the_file_of_each_tensor_when_one_file_is_too_small(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensor_files, "_LARGEST_FILE", 50)
+    monkeypatch.setattr(tensor_files, "_MAX_FILE_SIZE", 50)
     write(tmp_path, list(TENSORS))
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text("utf-8"))
     assert index["metadata"] == {"total_parameters": 99, "total_size": sum(one.nbytes for one in TENSORS.values())}

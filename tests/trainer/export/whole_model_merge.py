@@ -1,4 +1,4 @@
-"""The merge as transformers and PEFT do it, on a whole model in memory: what the merge of single tensors must equal."""
+"""The merge by transformers and PEFT of a complete model in memory, which the merge by tensors must equal."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Each machine gets the switches that are right for it."""
+"""Each machine gets the options that suit it."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -68,7 +68,7 @@ def test_liger_kernels_are_used_where_they_are_installed() -> None:
 
 
 def test_a_package_of_another_project_is_no_flash_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """FlashAttention 4 is imported by the name of 2; that it cannot be used here is seen by its distribution."""
+    """FlashAttention 4 has the import name of 2; only its distribution shows that it cannot be used here."""
     (tmp_path / "flash_attn").mkdir()
     (tmp_path / "flash_attn" / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)

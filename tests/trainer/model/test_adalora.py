@@ -1,4 +1,4 @@
-"""AdaLoRA's plan fits a run of any length, also one whose first steps an optimizer in float16 leaves out."""
+"""AdaLoRA's schedule fits a run of any length, also if an optimizer in float16 skips its first steps."""
 
 from types import SimpleNamespace
 
@@ -16,14 +16,14 @@ SHAPE = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidd
 
 
 def kept_ranks(model: PeftModel) -> int:
-    """Of all layers together."""
+    """Return the number of ranks of all layers together."""
     values = [weight for name, weight in model.named_parameters() if ".lora_E." in name]
     assert len(values) == LAYERS
     return sum(int(value.count_nonzero()) for value in values)
 
 
 def run(steps: int, *, skipped: int = 0) -> PeftModel:
-    """A model after so many steps with random gradients, of which the optimizer leaves out the first ones."""
+    """Return a model after steps with random gradients, of which the optimizer skips the first ones."""
     set_seed(0)
     recipe = make_recipe(method="adalora", adapter={"rank": RANK})
     config = adapter_config(recipe, ["q_proj", "v_proj"], steps)

@@ -1,4 +1,4 @@
-"""The implementation of attention that is chosen computes what the config says."""
+"""The chosen implementation of attention follows the config."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Experts that are one three-dimensional parameter: adapted with all other layers, or refused by name."""
+"""Experts in one three-dimensional parameter: adapted with all other layers, or rejected by name."""
 
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ def make_mixture(family: str) -> PreTrainedModel:
 
 
 def adapted(model: PreTrainedModel, **sections: Any) -> set[str]:
-    """Names of the tensors that an adapter changes."""
+    """Return the names of the tensors that an adapter changes."""
     with_adapter = add_adapter(model, make_recipe(**sections), steps=10)
     assert isinstance(with_adapter, PeftModel)
     return set(adapted_tensors(with_adapter).values())
@@ -121,7 +121,7 @@ def test_a_dense_model_has_no_experts() -> None:
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A complete chat model; read only."""
+    """Return a complete chat model that tests must not change."""
     folder = tmp_path_factory.mktemp("mixture") / "base"
     set_seed(0)
     Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE, num_experts=4)).bfloat16().save_pretrained(folder)

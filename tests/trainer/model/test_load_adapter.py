@@ -1,4 +1,4 @@
-"""A trained adapter on a model again: as it was saved, whatever the model's own number type."""
+"""A loaded adapter has its saved weights in any number type of the model."""
 
 import subprocess
 import sys
@@ -26,7 +26,7 @@ def base(tmp_path: Path) -> Path:
 
 
 def trained_adapter(base: Path, folder: Path, method: Method) -> Path:
-    """An adapter with random numbers; of AdaLoRA's ranks one was taken away."""
+    """Write an adapter with random weights; one of AdaLoRA's ranks was pruned."""
     recipe = make_recipe(method=method, adapter={"rank": 2})
     model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
     tuned = get_peft_model(model, adapter_config(recipe, ["q_proj", "v_proj"], 10))
@@ -42,7 +42,7 @@ def trained_adapter(base: Path, folder: Path, method: Method) -> Path:
 
 @pytest.mark.parametrize("number_type", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", [method for method in Method if method not in (Method.FULL, Method.QLORA)])
-def test_its_numbers_are_those_of_the_file(
+def test_loaded_adapter_has_the_weights_of_its_file(
     base: Path, tmp_path: Path, method: Method, number_type: torch.dtype
 ) -> None:
     adapter = trained_adapter(base, tmp_path / "adapter", method)

@@ -1,4 +1,4 @@
-"""What a stage has finished with is freed before the next one starts."""
+"""Unused memory of a stage is freed before the next stage starts."""
 
 import weakref
 
@@ -6,13 +6,13 @@ from trainer.model.release_memory import release_memory
 
 
 class Model:
-    """Refers to itself, as a model and its trainer do."""
+    """An object in a reference cycle, like a model and its trainer."""
 
     def __init__(self) -> None:
         self.trainer = self
 
 
-def test_what_refers_to_itself_is_freed() -> None:
+def test_memory_is_freed_when_objects_form_a_reference_cycle() -> None:
     model = weakref.ref(Model())
     release_memory()
     assert model() is None

@@ -1,4 +1,4 @@
-"""Rounding to bf16 by chance: to a neighbour, and to the number itself in the mean."""
+"""Stochastic rounding to bf16: to a neighbour, and on average to the number itself."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def test_a_number_becomes_one_of_its_neighbours(numbers: list[float]) -> None:
 
 
 @given(st.lists(NUMBERS, min_size=1, max_size=20))
-def test_what_bf16_holds_stays(numbers: list[float]) -> None:
+def test_number_is_unchanged_when_bf16_represents_it(numbers: list[float]) -> None:
     weights = torch.tensor(numbers).bfloat16()
     assert torch.equal(rounded(weights.float()), weights)
 
@@ -47,7 +47,7 @@ def test_the_same_weights_give_the_same_bits() -> None:
 
 
 def test_one_weight_is_not_rounded_as_another_is() -> None:
-    """Else errors would add up over layers."""
+    """Otherwise errors would add up over layers."""
     one, other = (torch.nn.Parameter(torch.full((1000,), 1 + 2e-3)) for _ in range(2))
     round_to_bfloat16([one, other])
     assert 0.3 < float((one == other).float().mean()) < 0.7

@@ -1,4 +1,4 @@
-"""Weights that are read one by one are those of the model that transformers loads."""
+"""Weights read one by one equal those of the model that transformers loads."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The presets of target modules, on empty models of every architecture that has its own names for them."""
+"""The presets of target modules, on empty models of every architecture with its own layer names."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ def empty_model(family: str) -> PreTrainedModel:
 
 
 def changed_layers(model: PreTrainedModel, targets: list[str] | str) -> set[str]:
-    """Names of the layers that PEFT puts an adapter on."""
+    """Return the names of the layers that get an adapter from PEFT."""
     config = LoraConfig(r=1, target_modules=targets, task_type="CAUSAL_LM")
     return set(get_peft_model(model, config).base_model.targeted_module_names)
 
@@ -72,7 +72,7 @@ def test_all_linear_is_more_than_attention_and_not_the_head(family: str) -> None
 
 
 @pytest.mark.parametrize("preset", [Targets.ATTENTION_MIN, Targets.ATTENTION])
-def test_where_nothing_fits_the_layers_that_there_are_are_named(preset: Targets) -> None:
+def test_error_names_the_layers_when_no_layer_fits_the_preset(preset: Targets) -> None:
     with pytest.raises(RecipeError) as caught:
         target_modules(empty_model("mamba"), preset)
     assert preset.value in caught.value.wrong

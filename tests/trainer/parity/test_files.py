@@ -1,4 +1,4 @@
-"""The config beside merged weights: the base's own, compared by meaning and not by spelling."""
+"""The config of merged weights is the base's own, compared by meaning and not by spelling."""
 
 import json
 from pathlib import Path

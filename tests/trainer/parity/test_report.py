@@ -1,4 +1,4 @@
-"""Right versions pass every check of the parity report; each planted fault fails the check that is made for it."""
+"""Correct versions pass every check of the parity report; each planted fault fails its check."""
 
 import gc
 import json
@@ -48,7 +48,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Version:
-    """What a run has made, with its recipe and the held-out examples in tokens."""
+    """Outputs of a run, with its recipe and the held-out examples as tokens."""
 
     made: Made
     recipe: Recipe
@@ -73,17 +73,17 @@ class Version:
 
     @property
     def merged(self) -> Path:
-        """Its folder."""
+        """Folder of the format."""
         return self.made.merged
 
     @property
     def gptq(self) -> Path:
-        """Its folder."""
+        """Folder of the format."""
         return self.made.formats[Format.GPTQ][0]
 
 
 def quantize(merged: Path, out: Path) -> Path:
-    """Rounds every linear layer to the nearest of 16 values, in GPTQ's layout."""
+    """Round every linear layer to the nearest of 16 values, in GPTQ's layout."""
     shutil.copytree(merged, out)
     tensors = {}
     for name, weight in load_file(merged / "model.safetensors").items():
@@ -154,8 +154,10 @@ def test_a_right_version_passes_when_its_base_is_published_in_float16(tmp_path: 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "vera"])
 @pytest.mark.parametrize("trained", [1e-2, 1e-3])
-def test_what_little_was_learnt_is_served(tmp_path: Path, tiny_base: Path, kind: str, trained: float) -> None:
-    """Though it is finer than bf16."""
+def test_parity_passes_when_the_learnt_change_is_small(
+    tmp_path: Path, tiny_base: Path, kind: str, trained: float
+) -> None:
+    """The change is smaller than the precision of bf16."""
     report = make_version(tmp_path, tiny_base, trained=trained, **KINDS[kind]).report()
     assert report.failed == ()
     assert report.differences["merged beside trained, both in transformers"].mean < 1e-3
@@ -302,7 +304,7 @@ def test_another_alpha_than_the_recipes_is_found(tmp_path: Path, tiny_base: Path
 
 
 def test_an_engine_that_computes_something_else_is_found(version: Version) -> None:
-    """Though all files are right."""
+    """All files are correct."""
     scores = score(load(version.made.base, TYPE), version.examples)
     formats = {Format.MERGED: (version.merged, EngineReading(prompts_differ=(), scores=scores, speed=SPEED))}
     made = replace(version.made, formats=formats)
@@ -318,7 +320,7 @@ def test_tokens_that_training_did_not_see_are_found(version: Version) -> None:
     made = replace(version.made, formats={Format.MERGED: (version.merged, reading)})
     report = make_report(made, version.recipe, version.examples, 3, number_type=TYPE)
     (failure,) = report.failed
-    assert failure.startswith("merged: tokens of the engine: 1 of 3 prompts equal, the first other one is example 2")
+    assert failure.startswith("merged: tokens of the engine: 1 of 3 prompts equal; the first different")
 
 
 def test_a_version_of_full_fine_tuning_has_no_adapter_to_compare(tmp_path: Path, tiny_base: Path) -> None:

@@ -1,4 +1,4 @@
-"""In bf16, what an adapter adds reaches the sum, however fine it is: as it reaches the merged weights."""
+"""In bf16, even small outputs of an adapter reach the sum, as they reach the merged weights."""
 
 import gc
 import weakref
@@ -38,7 +38,7 @@ def fine_adapter(kind: str, inputs: torch.Tensor) -> tuple[PeftModel, torch.Tens
 
 
 def arrived(model: PeftModel, inputs: torch.Tensor, without: torch.Tensor, added: torch.Tensor) -> float:
-    """Which part of what the adapter adds is in the output."""
+    """Return the share of the adapter's output that reaches the sum."""
     found = model(inputs)
     assert found.dtype is torch.bfloat16
     change = found.float() - without.to(torch.bfloat16).float()
@@ -58,7 +58,7 @@ def test_a_change_finer_than_bf16_arrives(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["lora", "vera"])
 @torch.no_grad()
 def test_a_change_finer_than_bf16_does_not_arrive_as_peft_adds_it(kind: str) -> None:
-    """Why it is done: where this fails, PEFT has mended it, and `sum_in_float32` can go."""
+    """If this fails, PEFT has fixed its rounding, and `sum_in_float32` can be deleted."""
     torch.manual_seed(0)
     inputs = torch.randn(2048, WIDTH).to(torch.bfloat16)
     model, without, added = fine_adapter(kind, inputs.float())
