@@ -7,7 +7,7 @@ import pytest
 from docs.generate import FOLDER
 from svc.evaluation.finding import FindingKind
 from trainer.diagnosis import curve_rules, heldout_rules, label_rules
-from trainer.diagnosis.window import FEW_STEPS, FEWEST_MEASURED
+from trainer.diagnosis.window import FEW_STEPS, MIN_MEASURED
 
 PAGE = (FOLDER / "diagnosis.md").read_text("utf-8")
 
@@ -53,7 +53,7 @@ def test_every_fault_has_a_section_with_a_change(kind: FindingKind) -> None:
         ),
         (FindingKind.OVERFITTING, f"by more than {heldout_rules.RISE:.0%}"),
         (FindingKind.OVERFITTING, f"at {heldout_rules.FALSE_ALARMS:.0%}"),
-        (FindingKind.OVERFITTING, f"{FEWEST_MEASURED} measured examples"),
+        (FindingKind.OVERFITTING, f"{MIN_MEASURED} measured examples"),
         (FindingKind.TOO_LITTLE_DATA, f"Fewer than {heldout_rules.FEW_EXAMPLES} training examples"),
         (FindingKind.TOO_LITTLE_DATA, f"fewer than {heldout_rules.MANY_EXAMPLES:,}"),
         (
@@ -61,7 +61,7 @@ def test_every_fault_has_a_section_with_a_change(kind: FindingKind) -> None:
             f"{heldout_rules.GAP_OF_MANY_EPOCHS:g} times it from {heldout_rules.MANY_EPOCHS} epochs",
         ),
         (FindingKind.LABEL_NOISE, f"at most {label_rules.STILL_LEARNING:.0%} of its level at the end"),
-        (FindingKind.LABEL_NOISE, f"{label_rules.FEWEST_ASKED} or more held-out answers"),
+        (FindingKind.LABEL_NOISE, f"{label_rules.MIN_ASKED} or more held-out answers"),
         (FindingKind.LABEL_NOISE, f"of {label_rules.LEARNT:g} or more"),
         (FindingKind.LABEL_NOISE, f"More than {label_rules.WRONG:.0%} of the surest third"),
         (FindingKind.LABEL_NOISE, f"below {label_rules.SURE:g}"),

@@ -1,8 +1,8 @@
-"""At which steps held-out loss is measured, and on how many examples.
+"""Steps at which held-out loss is measured, and number of measured examples.
 
-Where the recipe asks for it, on all of them. Else on a few, so that every run has a curve of it that costs less than a
-twentieth of its time, or a quarter of a short run's. Follows from the recipe, the data and the trainer's state, so that
-a resumed run measures as an uninterrupted one. Imports transformers.
+If the recipe asks for held-out loss, all examples are measured. Otherwise a few, so that every run has a curve that
+costs less than a twentieth of its time, or a quarter of a short run's. The schedule follows from the recipe, the data
+and the trainer's state, so that a resumed run measures as an uninterrupted one. Imports transformers.
 """
 
 import random
@@ -12,29 +12,29 @@ from typing import Any
 
 from transformers import TrainerState
 
-from trainer.diagnosis.window import FEW_STEPS, FEWEST_STEPS
+from trainer.diagnosis.window import FEW_STEPS, MIN_STEPS
 from trainer.recipe.sections import Stopping
 
-_MEASUREMENTS = 10  # in a run whose recipe asks for some, and does not say how often
+_MEASUREMENTS = 10  # of a run whose recipe asks for measurements without an interval
 _SHARE = 0.08
-"""Tokens that are measured for the curve, for each that is trained on. An example costs 0.37 times what it costs in
-training (SmolLM2-135M, LoRA, batches of four, a CPU)."""
-_FEWEST, _MOST = 8, 64
-"""Examples on which the curve is measured."""
+"""Measured tokens per trained token. Measuring an example costs 0.37 times as much as training on it (SmolLM2-135M,
+LoRA, batches of four, a CPU)."""
+_MIN_EXAMPLES, _MAX_EXAMPLES = 8, 64
+"""Number of examples on which the curve is measured."""
 _POINTS = 6
-"""Measurements that a curve has at most, with the one before the first step."""
+"""Maximum number of measurements, including the one before the first step."""
 _SHORT_SHARE, _SHORT_POINTS = 0.6, 3
-"""The same of a short run, which takes little time: a twentieth would be too few examples to tell whether their loss
+"""The same for a short run, which takes little time: a twentieth would be too few examples to tell whether their loss
 falls in the second half of the steps."""
 
 
 @dataclass(frozen=True, slots=True)
 class HeldoutSchedule:
-    """When held-out loss is measured: so often in a run, at even distances, and at its end.
+    """Schedule of measurements: evenly spaced in the run, and at its end.
 
     Attributes:
-        every_steps: steps between two; None: `points` in the whole run.
-        untrained: whether step 0 is one, before the first step.
+        every_steps: steps between two measurements; None: `points` measurements in the run.
+        untrained: whether to measure before the first step.
     """
 
     every_steps: int | None
@@ -43,11 +43,11 @@ class HeldoutSchedule:
 
     @classmethod
     def of(cls, stopping: Stopping) -> "HeldoutSchedule":
-        """As the recipe asks."""
+        """Return the schedule of the recipe's section."""
         return cls(stopping.every_steps, _MEASUREMENTS)
 
     def due(self, state: TrainerState) -> bool:
-        """Whether the step that was taken last is one."""
+        """Return whether a measurement is due after the last step."""
         step, last = state.global_step, state.max_steps
         if step == 0:
             return self.untrained
@@ -60,11 +60,11 @@ class HeldoutSchedule:
 
 @dataclass(frozen=True, slots=True)
 class HeldoutCurve:
-    """The measurements that every run has.
+    """The measurements of a run's curve.
 
     Attributes:
-        rows: those that are measured; none where the run is too short for it.
-        schedule: when.
+        rows: measured examples; empty if the run is too short.
+        schedule: schedule of the measurements.
     """
 
     rows: list[dict[str, Any]]
@@ -72,21 +72,21 @@ class HeldoutCurve:
 
     @classmethod
     def affordable(cls, heldout: Sequence[dict[str, Any]], trained_tokens: float, steps: int) -> "HeldoutCurve":
-        """What costs less than a twentieth of the run: two to six measurements of 8 to 64 examples.
+        """Return two to six measurements of 8 to 64 examples, which cost less than a twentieth of the run.
 
-        A short run whose curve is judged has up to three, which cost less than a quarter of it.
+        A short run whose curve is diagnosed has up to three, which cost less than a quarter of the run.
 
         Args:
             heldout: all rows.
-            trained_tokens: in all steps together.
+            trained_tokens: tokens of all steps together.
         """
         tokens = sum(len(row["input_ids"]) for row in heldout) / max(1, len(heldout))
-        short = FEWEST_STEPS <= steps < FEW_STEPS
+        short = MIN_STEPS <= steps < FEW_STEPS
         share, points = (_SHORT_SHARE, _SHORT_POINTS) if short else (_SHARE, _POINTS)
         passes = int(share * trained_tokens / tokens) if heldout else 0
-        measurements = min(points, passes // _FEWEST)
+        measurements = min(points, passes // _MIN_EXAMPLES)
         if measurements < 2:
             return cls([], HeldoutSchedule(None, 1))
-        count = min(_MOST, passes // measurements, len(heldout))
+        count = min(_MAX_EXAMPLES, passes // measurements, len(heldout))
         chosen = random.Random(0).sample(list(heldout), count)  # noqa: S311 - no secret; files are often sorted
         return cls(chosen, HeldoutSchedule(None, measurements - 1))

@@ -1,1 +1,1 @@
-"""`svc compare`: two models are asked the same examples, and their answers compared."""
+"""`svc compare`: two models answer the same examples, and their answers are compared."""

@@ -1,4 +1,4 @@
-"""Asks models: what was answered before is taken as it is, for the others one engine runs after the other."""
+"""Asks models: stored answers are used again; other models run on engines, one after the other."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,16 +30,16 @@ from trainer.data.length import check_served_length
 from trainer.pipeline.evaluation_cache import evaluation_cache
 
 LaunchModel = Callable[..., Engine]
-"""Makes a new, unstarted engine for a model folder with its `template_kwargs`."""
+"""Creates a new, unstarted engine for a model folder with its `template_kwargs`."""
 Tokenize = Callable[[Path, Sequence[ChatExample], TemplateKwargs], list[TokenizedExample]]
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """What one model answered.
+    """Answers of one model.
 
     Attributes:
-        kept: nothing was asked.
+        kept: whether all answers were stored before, and the model was not asked.
     """
 
     results: tuple[ExampleResult, ...]
@@ -47,19 +47,19 @@ class Answers:
 
 
 _Asked = tuple[Sequence[TokenizedExample], Sequence[int]]
-"""The examples as one model is asked them, and the tokens that each answer may have."""
+"""The examples, tokenized for one model, and the maximum tokens of each answer."""
 
 
 @dataclass(frozen=True)
 class Interview:
-    """The same examples for each model.
+    """Asks several models the same examples.
 
     Args:
         max_tokens: fixed limit of every answer, tokens; None: by each reference.
-        launch: makes a new, unstarted engine for a model folder.
-        fresh: ask also what was answered before.
-        tokenize: examples as training sees them.
-        transport: to endpoints, in place of the network.
+        launch: creates a new, unstarted engine for a model folder.
+        fresh: do not use stored answers.
+        tokenize: tokenizes examples as training does.
+        transport: replaces the network to endpoints.
     """
 
     settings: Settings
@@ -73,10 +73,10 @@ class Interview:
     transport: httpx.AsyncBaseTransport | None = None
 
     async def ask(self, models: Sequence[Model]) -> list[Answers]:
-        """The answers of each, in the order of the models.
+        """Return the answers of each model, in the order of the models.
 
         Raises:
-            SvcError: an engine or an endpoint failed, or an example is too long; no engine is left running.
+            SvcError: an engine or an endpoint failed, or an example is too long; all engines are stopped.
         """
         local = {model.revision: model for model in models if isinstance(model, LocalModel)}
         prepared = {revision: self._prepare(model) for revision, model in local.items()}
@@ -95,9 +95,9 @@ class Interview:
     async def _at_endpoint(self, endpoint: Endpoint, local: Sequence[_Asked]) -> tuple[ExampleResult, ...]:
         """Ask an endpoint, whose tokenizer is unknown.
 
-        The limits of its answers are those of a local model beside it, so that both may answer equally long. Two
-        endpoints get an upper bound from the bytes of each reference: a limit that is too high costs some tokens, and
-        one that is too low would cut right answers.
+        Its answers have the limits of the local model that it is compared with, so that both have the same maximum
+        length. Two endpoints get an upper bound from the bytes of each reference: a limit that is too high costs some
+        tokens, one that is too low would cut right answers.
         """
         if local:
             (_, limits), *_ = local
@@ -109,26 +109,26 @@ class Interview:
     async def _on_engines(
         self, models: dict[str, LocalModel], prepared: dict[str, _Asked]
     ) -> dict[str, tuple[ExampleResult, ...]]:
-        """By revision. A model that fits in place of the one before takes over its engine."""
-        engine, holds, found = None, "", {}
+        """Return answers by revision. A compatible model is loaded in place of the one before, in the same engine."""
+        engine, loaded, results = None, "", {}
         try:
             for revision, model in models.items():
-                fits = compatibility_fingerprint(model.folder, model.template_kwargs)
-                if engine is not None and engine.capabilities.reloads and holds == fits:
+                wanted = compatibility_fingerprint(model.folder, model.template_kwargs)
+                if engine is not None and engine.capabilities.reloads and loaded == wanted:
                     await engine.client.reload_weights(model.folder)
                     await engine.client.reset_prefix_cache()
                 else:
                     if engine is not None:
                         await engine.stop()
-                    engine, holds = self.launch(model.folder, template_kwargs=model.template_kwargs), fits
+                    engine, loaded = self.launch(model.folder, template_kwargs=model.template_kwargs), wanted
                     with advancing("engine", tuple(EnginePhase)) as on_phase:
                         await engine.start(on_phase)
-                found[revision] = await self._on_engine(engine, model, prepared[revision])
-                self._cache(model).add(self.examples, found[revision])
+                results[revision] = await self._on_engine(engine, model, prepared[revision])
+                self._cache(model).add(self.examples, results[revision])
         finally:
             if engine is not None:
                 await engine.stop()
-        return found
+        return results
 
     async def _on_engine(self, engine: Engine, model: LocalModel, asked: _Asked) -> tuple[ExampleResult, ...]:
         (tokenized, limits), trained = asked, model.manifest is not None
@@ -138,7 +138,7 @@ class Interview:
             )
 
     def _prepare(self, model: LocalModel) -> _Asked:
-        """Before any engine starts, so that what cannot be asked is told at once."""
+        """Tokenize and check the examples before any engine starts, so that faults show immediately."""
         tokenized = self.tokenize(model.folder, self.examples, model.template_kwargs)
         longest = self.settings.engine.max_model_len
         served = min(longest, read_model_facts(model.folder).context or longest)
@@ -146,13 +146,13 @@ class Interview:
         return tokenized, answer_limits(tokenized, context=served, fixed=self.max_tokens)
 
     def _known(self, model: LocalModel, limits: Sequence[int]) -> tuple[ExampleResult, ...] | None:
-        """What a model has answered to all of the examples, asked alike on such an engine."""
+        """Return stored answers to all examples, asked in the same way on the same kind of engine; None if missing."""
         if self.fresh:
             return None
         return self._cache(model).find(self.examples, limits) or self._registered(model, limits)
 
     def _registered(self, model: LocalModel, limits: Sequence[int]) -> tuple[ExampleResult, ...] | None:
-        """What a version answered when it was registered."""
+        """Return a version's answers from its registration; None if they are not comparable."""
         manifest, format = model.manifest, model.format
         if manifest is None or format is None:
             return None

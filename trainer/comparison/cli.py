@@ -12,31 +12,31 @@ from svc.invocation import json_option, settings_of
 if TYPE_CHECKING:
     from svc.evaluation.endpoint import Endpoint
 
-_RENEW = "have it replaced where it is from"
+_RENEW = "ask its issuer to replace it"
 
 
 @click.command()
 @click.argument("first", metavar="A")
 @click.argument("second", metavar="B")
-@click.option("--data", multiple=True, metavar="FILE", help="What to ask.  [default: the versions' held-out set]")
-@click.option("--limit", type=click.IntRange(min=1), help="Ask so many of the first examples.")
+@click.option("--data", multiple=True, metavar="FILE", help="Examples to ask.  [default: the versions' held-out set]")
+@click.option("--limit", type=click.IntRange(min=1), help="Number of examples to ask, from the first.")
 @click.option(
-    "--format", type=click.Choice(["merged", "gptq"]), help="Of versions.  [default: gptq where there is one]"
+    "--format", type=click.Choice(["merged", "gptq"]), help="Format of versions.  [default: gptq if there is one]"
 )
 @click.option(
     "--max-tokens",
     type=click.IntRange(min=1),
-    help="Longest answer.  [default: as a version was asked, else by its reference]",
+    help="Maximum tokens of an answer.  [default: as the version was evaluated, else by each reference]",
 )
-@click.option("--metric", "metrics", multiple=True, metavar="NAME", help="Judge by it.  [default: those of the task]")
-@click.option("--primary", metavar="NAME", help="The metric that says which is better.")
-@click.option("--fresh", is_flag=True, help="Ask again what was answered before.")
+@click.option("--metric", "metrics", multiple=True, metavar="NAME", help="Metric.  [default: those of the task]")
+@click.option("--primary", metavar="NAME", help="The metric that decides which model is better.")
+@click.option("--fresh", is_flag=True, help="Ask all examples again instead of using stored answers.")
 @click.option("--endpoint-key-file", type=click.Path(path_type=Path), help="File with the key of an endpoint.")
 @click.option("--endpoint-key-variable", metavar="NAME", help="Environment variable with the key of an endpoint.")
-@click.option("--judge-url", metavar="URL", help="OpenAI endpoint of a judge: prompts, references, answers go there.")
-@click.option("--judge-model", metavar="NAME", help="Its name there.")
-@click.option("--judge-key-file", type=click.Path(path_type=Path), help="File with its key.")
-@click.option("--fail-if-worse", is_flag=True, help="Exit with code 1 if B is worse than A beyond doubt.")
+@click.option("--judge-url", metavar="URL", help="OpenAI endpoint of a judge, which receives all texts.")
+@click.option("--judge-model", metavar="NAME", help="Name of the judge at this endpoint.")
+@click.option("--judge-key-file", type=click.Path(path_type=Path), help="File with the judge's key.")
+@click.option("--fail-if-worse", is_flag=True, help="Exit with code 1 if B is significantly worse than A.")
 @json_option
 @click.pass_context
 def compare(
@@ -51,10 +51,10 @@ def compare(
     as_json: bool,
     **wanted: Any,
 ) -> None:
-    """Ask A and B the same examples, and say which answers better.
+    """Ask the models A and B the same examples, and show which answers better.
 
-    Each is a version (NAME, NAME@N, NAME@alias), a base as in a recipe, or a model elsewhere as
-    https://HOST/v1#MODEL, to which the prompts are sent.
+    A and B are versions (NAME, NAME@N, NAME@alias), bases as in a recipe, or remote models
+    (https://HOST/v1#MODEL), to which the prompts are sent.
     """
     from svc.evaluation.comparison import Direction
     from svc.terminal import print_json, quiet_libraries
@@ -80,23 +80,23 @@ def _judge(url: str | None, model: str | None, key_file: Path | None) -> "Endpoi
     if not url and not model and not key_file:
         return None
     if not url or not model:
-        raise click.UsageError("a judge needs both, --judge-url and --judge-model")
+        raise click.UsageError("a judge needs both --judge-url and --judge-model")
     judge = Endpoint(url, model, read_secret(key_file, _RENEW) if key_file else None)
     judge.check()
     return judge
 
 
 def _key(file: Path | None, variable: str | None) -> str | None:
-    """Never from the command line, which everybody on a machine can read."""
+    """Return the endpoint's key; never from the command line, which every user of the machine can read."""
     from svc.identity.key_file import read_secret
 
     if file and variable:
-        raise click.UsageError("--endpoint-key-file and --endpoint-key-variable say the same")
+        raise click.UsageError("--endpoint-key-file and --endpoint-key-variable cannot be combined")
     if file:
         return read_secret(file, _RENEW)
     if not variable:
         return None
     key = os.environ.get(variable, "").strip()
     if not key:
-        raise SettingsError(f"the environment variable {variable} is not set", expected="one that holds the key")
+        raise SettingsError(f"the environment variable {variable} is not set", expected="a variable with the key")
     return key

@@ -1,4 +1,4 @@
-"""One comparison from its words to its result: who, what, asked, compared. What leaves this machine is told before."""
+"""One comparison, from the command's arguments to its result. Prints before it starts which data leave this machine."""
 
 import asyncio
 from collections.abc import Sequence
@@ -25,12 +25,12 @@ from trainer.data.chat_template import tokenize_as_trained
 from trainer.pipeline.evaluation_engine import evaluation_engine
 
 FOLDER = "compare"
-"""In the home: the log of the engine, and a lock."""
+"""Folder in the home for the engine's log and a lock."""
 
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """Two models, what they were asked, what they answered, and what follows."""
+    """Two models with their questions, their answers and the comparison."""
 
     models: Sequence[Model]
     questions: Questions
@@ -49,26 +49,26 @@ def compare_models(
     tokenize: Tokenize = tokenize_as_trained,
     transport: httpx.AsyncBaseTransport | None = None,
 ) -> Compared:
-    """Compares B with A.
+    """Compare model B with model A.
 
     Args:
         registry, capabilities: default: those of the settings, and of this machine.
-        launch: makes a new, unstarted engine; default: a vLLM process on this machine.
+        launch: creates a new, unstarted engine; default: a vLLM process on this machine.
         tokenize, transport: see `Interview`.
 
     Raises:
         BusyError: another comparison runs in this home.
-        SvcError: a model, the data or a metric cannot be had, or an engine failed.
+        SvcError: a model, the data or a metric is missing or unusable, or an engine failed.
     """
     registry = registry or Registry.of(settings)
     format = Format(wanted.format) if wanted.format else None
     find = partial(find_model, registry=registry, settings=settings, format=format, key=wanted.key)
-    one, other = find(wanted.first), find(wanted.second)
-    models = [asked_alike(one, other), asked_alike(other, one)]
+    first_model, second_model = find(wanted.first), find(wanted.second)
+    models = [asked_alike(first_model, second_model), asked_alike(second_model, first_model)]
     questions = choose_questions(models, registry, wanted, settings.base_cache)
     metrics = choose_metrics(questions.whole, questions.options)
     try_on_references(metrics, questions.examples)
-    _tell(models, questions, registry)
+    _warn(models, questions, registry)
     folder = settings.home / FOLDER
     with hold_lock(folder / "lock", "svc compare in this home"):
         able = capabilities or read_capabilities(settings.home)
@@ -85,33 +85,33 @@ def compare_models(
             transport,
         )
         answers = asyncio.run(interview.ask(models))
-    first, second = (found.results for found in answers)
+    first, second = (of_model.results for of_model in answers)
     comparison = compare(questions.examples, first, second, metrics, no_tokens=_why_no_tokens(models))
     judge = None
     if wanted.judge:
-        said = ([result.answer for result in results] for results in (first, second))
-        judge = asyncio.run(judge_answers(wanted.judge, questions.examples, *said, title="judging B beside A"))
+        texts = ([result.answer for result in results] for results in (first, second))
+        judge = asyncio.run(judge_answers(wanted.judge, questions.examples, *texts, title="judging B against A"))
     return Compared(models, questions, answers, comparison, judge)
 
 
-def _tell(models: Sequence[Model], questions: Questions, registry: Registry) -> None:
-    """Say what leaves the machine, and whose figures are too good."""
+def _warn(models: Sequence[Model], questions: Questions, registry: Registry) -> None:
+    """Print which data leave the machine, and which models were trained on the examples."""
     count = len(questions.examples)
     for model in models:
-        said = ""
+        message = ""
         if isinstance(model, Endpoint):
-            said = f"the prompts of {count} examples are sent to {model.url}"
+            message = f"the prompts of {count} examples are sent to {model.url}"
         elif model.manifest and (learnt := count_learnt(model.manifest, questions.examples, registry)):
-            said = f"{model} was trained on {learnt} of {count} prompts: its figures are too good on them"
-        if said:
-            console.print(said, style="yellow", markup=False, soft_wrap=True)
+            message = f"{model} was trained on {learnt} of {count} prompts: its figures are too good on them"
+        if message:
+            console.print(message, style="yellow", markup=False, soft_wrap=True)
 
 
 def _why_no_tokens(models: Sequence[Model]) -> str:
-    """Why nothing that counts in tokens can be compared; empty where it can."""
+    """Return the reason why metrics over tokens cannot be compared; empty if they can."""
     if any(isinstance(model, Endpoint) for model in models):
-        return "an endpoint elsewhere gives no log-probabilities of a prompt, and counts in tokens of its own"
+        return "a remote endpoint returns no log-probabilities of a prompt, and has its own tokens"
     folders = {model.folder for model in models if isinstance(model, LocalModel)}
     if len({tokenizer_fingerprint(folder) for folder in folders}) > 1:
-        return "the two have different tokenizers"
+        return "the two models have different tokenizers"
     return ""

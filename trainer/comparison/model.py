@@ -1,4 +1,4 @@
-"""What `svc compare` is given: a version, a base model, or an endpoint elsewhere."""
+"""The models of `svc compare`: a version, a base model, or a remote endpoint."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,14 +17,14 @@ from trainer.pipeline.find_base import format_revision
 
 @dataclass(frozen=True, slots=True)
 class LocalModel:
-    """One that an engine here can hold.
+    """A model that an engine on this machine can load.
 
     Attributes:
-        name: for people.
-        revision: names its content.
-        template_kwargs: what its chat template is given.
-        manifest: of a version; None of a base.
-        format: of a version.
+        name: name for display.
+        revision: identifies its content.
+        template_kwargs: arguments of its chat template.
+        manifest: manifest of a version; None for a base.
+        format: format of a version; None for a base.
     """
 
     name: str
@@ -42,15 +42,15 @@ Model = LocalModel | Endpoint
 
 
 def find_model(text: str, registry: Registry, settings: Settings, *, format: Format | None, key: str | None) -> Model:
-    """What a word on the command line means.
+    """Return the model that an argument of the command line names.
 
     Args:
-        text: an endpoint as https://HOST/v1#MODEL; `NAME`, `NAME@N` or `NAME@alias`; or a base as in a recipe.
-        format: of a version; None: GPTQ where it has that, as it is served.
-        key: for an endpoint.
+        text: an endpoint (https://HOST/v1#MODEL); `NAME`, `NAME@N` or `NAME@alias`; or a base as in a recipe.
+        format: format of a version; None: GPTQ if the version has it, as in serving.
+        key: key for an endpoint.
 
     Raises:
-        SvcError: there is no such thing, or it is damaged.
+        SvcError: the model does not exist, or is damaged.
     """
     if "://" in text:
         return Endpoint.parse(text, key)
@@ -59,7 +59,7 @@ def find_model(text: str, registry: Registry, settings: Settings, *, format: For
     is_base = text in KNOWN or "/" in text or text.endswith(".gguf") or text.startswith((".", "~"))
     if not is_base:
         raise NotFoundError(
-            f"{text!r} is no version and no base model",
+            f"{text!r} is neither a version nor a base model",
             expected=f"a version of {', '.join(registry.names()) or 'none yet'}; a base: {', '.join(KNOWN)}, ./FOLDER, "
             "ORG/NAME; or an endpoint: https://HOST/v1#MODEL",
             todo="see `svc models`",
@@ -69,7 +69,7 @@ def find_model(text: str, registry: Registry, settings: Settings, *, format: For
 
 
 def asked_alike(base: Model, other: Model) -> Model:
-    """A base, asked as the version that was made of it is; any other model as it is."""
+    """Return a base with the template arguments of the version trained from it; any other model unchanged."""
     version = other.manifest if isinstance(other, LocalModel) else None
     if isinstance(base, Endpoint) or base.manifest or version is None or version.base.revision != base.revision:
         return base
@@ -78,13 +78,14 @@ def asked_alike(base: Model, other: Model) -> Model:
 
 
 def _version(manifest: Manifest, registry: Registry, format: Format | None) -> LocalModel:
-    whole = [one for one in (Format.GPTQ, Format.MERGED) if one in manifest.formats]
-    chosen = format or next(iter(whole), None)
-    if chosen not in whole:
+    comparable = [format for format in (Format.GPTQ, Format.MERGED) if format in manifest.formats]
+    chosen = format or next(iter(comparable), None)
+    if chosen not in comparable:
+        expected = f"one of {', '.join(comparable)}" if comparable else "merged or gptq: adapters cannot be compared"
         raise NotFoundError(
-            f"{manifest.id} has no format {chosen or 'that is a whole model'}",
-            expected=f"one of {', '.join(whole)}" if whole else "merged or gptq: an adapter alone is not compared",
-            todo="train it with formats: [merged]",
+            f"{manifest.id} has no format {chosen or 'that contains a complete model'}",
+            expected=expected,
+            todo="train the version with formats: [merged]",
         )
     registry.verify(manifest.id, chosen)
     folder = registry.artifact(manifest.id, chosen)

@@ -1,4 +1,4 @@
-"""What two models are asked: a file, or the held-out set that both versions have in common; and by which metrics."""
+"""The questions to two models: a file, or the held-out set that both versions share; and the metrics."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,11 +21,11 @@ from trainer.recipe.sections import Evaluate
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What the command line says; its options have the same names.
+    """Arguments of the command line; its options have the same names.
 
     Attributes:
-        key: for endpoints among the models.
-        judge: compares the answers too; None for none.
+        key: key for endpoints among the models.
+        judge: compares the answers too; None for no judge.
     """
 
     first: str
@@ -43,13 +43,13 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Questions:
-    """What is asked.
+    """The questions of a comparison.
 
     Attributes:
-        origin: where the examples are from, for people.
+        origin: source of the examples, for display.
         max_tokens: fixed limit of every answer, tokens; None: by each reference.
-        options: which metrics judge the answers.
-        whole: all examples of the origin, which decide what kind of task it is however few are asked.
+        options: metrics of the answers.
+        whole: all examples of the origin, which decide the kind of task even if few are asked.
     """
 
     examples: Sequence[ChatExample]
@@ -60,12 +60,12 @@ class Questions:
 
 
 def choose_questions(models: Sequence[Model], registry: Registry, wanted: Wanted, cache: Path) -> Questions:
-    """Return the examples, and how they are asked.
+    """Return the examples, and the way to ask them.
 
     Args:
-        wanted: without data, the held-out set of the versions among the models is asked, as much of it as they were
-            judged by; without metrics, it is judged as its version was.
-        cache: of hub datasets.
+        wanted: without data, the held-out set of the versions among the models is used, limited to the examples of
+            their evaluation; without metrics, the metrics of the version.
+        cache: folder for hub datasets.
 
     Raises:
         DataError: the versions have different held-out sets, there is none, or the data cannot be read.
@@ -77,12 +77,12 @@ def choose_questions(models: Sequence[Model], registry: Registry, wanted: Wanted
         whole = read_examples(wanted.data, cache=cache)
         return Questions(whole[: wanted.limit], ", ".join(wanted.data), longest, options, whole)
     if not versions:
-        raise DataError("neither of the two has a held-out set", todo="say what to ask: --data FILE")
+        raise DataError("neither model has a held-out set", todo="name the examples to ask: --data FILE")
     if len({version.data.heldout_fingerprint for version in versions}) > 1:
         raise DataError(
             f"{versions[0].id} and {versions[1].id} have different held-out sets",
-            expected="versions that were judged by the same examples",
-            todo="say what to ask: --data FILE",
+            expected="versions that were evaluated on the same examples",
+            todo="name the examples to ask: --data FILE",
         )
     counts = [count for count in (wanted.limit, *(version.judged_examples for version in versions)) if count]
     whole = registry.heldout(versions[0].id)
@@ -93,7 +93,7 @@ def choose_questions(models: Sequence[Model], registry: Registry, wanted: Wanted
 
 
 def count_learnt(version: Manifest, examples: Sequence[ChatExample], registry: Registry) -> int:
-    """Return how many prompts a version was trained on, or the versions that it continues."""
+    """Return the number of prompts that a version, or a version that it continues, was trained on."""
     prompts, learnt = hash_prompts(examples), np.zeros(len(examples), bool)
     continued: Manifest | None = version
     while continued is not None:
@@ -105,5 +105,5 @@ def count_learnt(version: Manifest, examples: Sequence[ChatExample], registry: R
 def _base_version(version: Manifest, registry: Registry) -> Manifest | None:
     try:
         return registry.manifest(VersionId.parse(version.base.origin))
-    except NotFoundError:  # its base is no version, or one that was removed
+    except NotFoundError:  # the base is not a version, or was removed
         return None

@@ -1,4 +1,4 @@
-"""A comparison on the terminal, and as JSON with everything that was answered."""
+"""Output of a comparison: on the terminal, and as JSON with all answers."""
 
 from typing import Any
 
@@ -14,9 +14,9 @@ from trainer.comparison.ask import Answers
 from trainer.comparison.job import Compared
 from trainer.comparison.model import LocalModel, Model
 
-_SHOWN = 160
-"""Characters of a text that are shown."""
-_SAID = {
+_MAX_SHOWN = 160
+"""Maximum number of characters to show of a text."""
+_VERDICTS = {
     Direction.BETTER: "[green]B is better[/green]",
     Direction.WORSE: "[red]B is worse[/red]",
     Direction.UNDECIDED: "no significant difference",
@@ -25,10 +25,10 @@ _SAID = {
 
 
 def print_compared(compared: Compared) -> None:
-    """Prints it to stdout."""
+    """Print a comparison to stdout."""
     comparison, questions = compared.comparison, compared.questions
-    for letter, model, said in zip("AB", compared.models, compared.answers, strict=True):
-        output.print(f"[bold]{letter}[/bold]  {escape(str(model))}{'  (kept answers)' if said.kept else ''}")
+    for letter, model, answers in zip("AB", compared.models, compared.answers, strict=True):
+        output.print(f"[bold]{letter}[/bold]  {escape(str(model))}{'  (stored answers)' if answers.kept else ''}")
     output.print(f"{comparison.examples} examples of {escape(questions.origin)}, {_limit(questions.max_tokens)}\n")
     table = Table("", "A", "B", "B - A", "", box=None)
     for figures in comparison.metrics.values():
@@ -38,7 +38,7 @@ def print_compared(compared: Compared) -> None:
         output.print(f"[dim]{escape(name)} is left out: {escape(reason)}[/dim]")
     primary, tally = comparison.metrics[comparison.primary], comparison.tally
     by = escape(tally.metric)
-    output.print(f"\nBy {escape(primary.title)}: [bold]{_SAID[comparison.direction]}[/bold] (95 %)")
+    output.print(f"\nBy {escape(primary.title)}: [bold]{_VERDICTS[comparison.direction]}[/bold] (95 %)")
     output.print(
         f"By {by} B wins {tally.wins}, loses {tally.losses}, ties {tally.ties}; sign test p = {tally.p_value:.2g}"
     )
@@ -52,8 +52,8 @@ def print_compared(compared: Compared) -> None:
     if comparison.different:
         count = len(comparison.different)
         output.print(f"\nThe {count} examples that differ most, by {by}, then by edits between the answers:")
-    for one in comparison.different:
-        _print_example(one, tally.metric)
+    for example in comparison.different:
+        _print_example(example, tally.metric)
 
 
 def _limit(max_tokens: int | None) -> str:
@@ -63,16 +63,16 @@ def _limit(max_tokens: int | None) -> str:
 
 
 def _row(compared: MetricComparison) -> tuple[str, ...]:
-    said = "" if compared.direction is Direction.UNDECIDED else _SAID[compared.direction]
+    verdict = "" if compared.direction is Direction.UNDECIDED else _VERDICTS[compared.direction]
     figures = (str(estimate) for estimate in (compared.first, compared.second, compared.difference))
-    return escape(compared.title), *(escape(figure) for figure in figures), said
+    return escape(compared.title), *(escape(figure) for figure in figures), verdict
 
 
-def _print_example(one: DifferentAnswers, metric: str) -> None:
-    lead = "tie" if one.gain == 0 else f"{'B' if one.gain > 0 else 'A'} by {abs(one.gain):.3g} {metric}"
-    output.print(f"\n[bold]{one.place + 1}[/bold]  {escape(lead)}, {one.edits} edits", soft_wrap=True)
+def _print_example(shown: DifferentAnswers, metric: str) -> None:
+    lead = "tie" if shown.gain == 0 else f"{'B' if shown.gain > 0 else 'A'} by {abs(shown.gain):.3g} {metric}"
+    output.print(f"\n[bold]{shown.place + 1}[/bold]  {escape(lead)}, {shown.edits} edits", soft_wrap=True)
     table = Table(show_header=False, box=None, padding=(0, 1, 0, 2))
-    for title, text in (("asked", one.asked), ("right", one.reference), ("A", one.first), ("B", one.second)):
+    for title, text in (("asked", shown.asked), ("right", shown.reference), ("A", shown.first), ("B", shown.second)):
         table.add_row(f"[dim]{title}[/dim]", escape(_short(text)))
     output.print(table)
 
@@ -80,11 +80,11 @@ def _print_example(one: DifferentAnswers, metric: str) -> None:
 def _short(text: str) -> str:
     """Return the text on one line, with its end cut off."""
     line = " ".join(text.split())
-    return line if len(line) <= _SHOWN else f"{line[:_SHOWN]}…"
+    return line if len(line) <= _MAX_SHOWN else f"{line[:_MAX_SHOWN]}…"
 
 
 def everything(compared: Compared) -> dict[str, Any]:
-    """Figures, and what each model answered to each example."""
+    """Return the figures, and each model's answer to each example."""
     likely = Nll.name in compared.comparison.metrics
     first, second = compared.answers
     rows = zip(compared.questions.examples, first.results, second.results, strict=True)
@@ -109,5 +109,5 @@ def _model(model: Model, answers: Answers) -> dict[str, Any]:
 
 
 def _result(result: ExampleResult, *, likely: bool) -> dict[str, Any]:
-    """Without the likelihood of the reference where it is not known of both."""
+    """Return a result, without the likelihood of the reference unless it is known for both models."""
     return result.model_dump(mode="json", exclude={"scores"} if likely else {"scores", "nll", "scored", "logprob"})

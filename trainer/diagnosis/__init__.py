@@ -1,1 +1,1 @@
-"""What was wrong with a training, in words, from its numbers."""
+"""Diagnosis of a training from its numbers: the faults found, in words."""

@@ -1,4 +1,4 @@
-"""What the curve of the training loss shows: divergence, a learning rate too high or too low, underfitting."""
+"""Rules on the curve of the training loss: divergence, a learning rate too high or too low, underfitting."""
 
 import math
 from itertools import accumulate
@@ -9,34 +9,34 @@ from trainer.diagnosis.training_run import TrainingRun, TrainingSettings
 from trainer.diagnosis.window import Window, start_of, taken, width, window_of, windows
 
 SURE = 3.0
-"""Standard errors from which on a difference of windows is none by chance. Many pairs of windows are looked at, so a
+"""Standard errors above which a difference of windows is not chance. Many pairs of windows are compared, so a
 difference must be large as well."""
 ABOVE_START = 0.1
-"""Of the loss before the first step; a smaller rise is not worth another run."""
+"""Share of the loss before the first step; a smaller rise is not worth another run."""
 GIVEN_BACK = 0.25
-"""Of what was gained: a loss that gives back so much was thrown off, not shaken by hard batches."""
+"""Share of the fall so far: a loss that rises by this much was thrown off, not shaken by hard batches."""
 UNFINISHED_SHARE, HELDOUT_SHARE = 0.2, 0.12
-"""Of the whole fall of the training loss, and of held-out loss, in the last third of the learning. A loss that
-approaches its end exponentially, and has a share of 0.2 there, is three quarters of the way to it."""
+"""Share of the total fall of the training loss, and of held-out loss, in the last third of the learning. A loss that
+approaches its limit exponentially, and has a share of 0.2 there, is three quarters of the way to the limit."""
 LATE_SURE = 2.0
-"""Standard errors by which the late fall exceeds chance: of held-out loss over the same examples, where measured,
-else of the training loss. One comparison is made, so that fewer are enough than for pairs of windows."""
+"""Standard errors by which the late fall exceeds chance: of held-out loss over the same examples, if measured, else of
+the training loss. Only one comparison is made, so fewer are enough than for pairs of windows."""
 USUAL_TIMES = 3.0
-"""Times the usual rate, from which on the rate is to blame: neighbouring rates of a search differ by as much."""
+"""Multiple of the usual rate from which the rate counts as the cause: neighbouring rates of a search differ by this."""
 
 
 def find_divergence(run: TrainingRun) -> Finding | None:
-    """The loss ends above where it began."""
-    found = windows(run.curve)
-    if not found:
+    """Return a finding if the loss ends above its start."""
+    parts = windows(run.curve)
+    if not parts:
         return None
-    starts = (start_of(run.curve), found[0])
-    start = next((one for one in starts if _is_above(found[-1], one, ABOVE_START * one.mean)), None)
+    starts = (start_of(run.curve), parts[0])
+    start = next((window for window in starts if _is_above(parts[-1], window, ABOVE_START * window.mean)), None)
     if start is None:
         return None
     return Finding(
         kind=FindingKind.DIVERGENCE,
-        what=f"the training loss rose from {start.mean:.3f} at the start to {found[-1].mean:.3f} at the end",
+        what=f"the training loss rose from {start.mean:.3f} at the start to {parts[-1].mean:.3f} at the end",
         advice=_slower(run.settings),
         rule=f"the mean loss of the last tenth of the steps is above that of the first, or before the first step, by "
         f"more than {SURE:g} standard errors and {ABOVE_START:.0%}",
@@ -44,53 +44,53 @@ def find_divergence(run: TrainingRun) -> Finding | None:
 
 
 def find_high_rate(run: TrainingRun) -> Finding | None:
-    """The loss jumps up on its way down: above where it began, or far above where it had come to."""
-    found = windows(run.curve)
-    if not found or find_divergence(run):
+    """Return a finding if the loss jumps up during its fall: above its start, or far above an earlier value."""
+    parts = windows(run.curve)
+    if not parts or find_divergence(run):
         return None
     start = start_of(run.curve)
-    lowest, worst = max(_pairs([start, *found]), key=lambda pair: pair[1].mean - pair[0].mean)
+    lowest, worst = max(_pairs([start, *parts]), key=lambda pair: pair[1].mean - pair[0].mean)
     if not _is_above(worst, lowest, max(ABOVE_START * start.mean, GIVEN_BACK * (start.mean - lowest.mean))):
         return None
     return Finding(
         kind=FindingKind.LEARNING_RATE_HIGH,
         what=f"the training loss rose from {lowest.mean:.3f} at step {lowest.step} to {worst.mean:.3f} at step "
-        f"{worst.step} before it fell to {found[-1].mean:.3f}",
+        f"{worst.step} before it fell to {parts[-1].mean:.3f}",
         advice=_slower(run.settings),
         rule=f"the mean loss of a tenth of the steps is above that of an earlier tenth or the loss before the first "
-        f"step, by more than {SURE:g} standard errors, {ABOVE_START:.0%} of the latter and {GIVEN_BACK:.0%} of what "
-        "was gained",
+        f"step, by more than {SURE:g} standard errors, {ABOVE_START:.0%} of the latter and {GIVEN_BACK:.0%} of the "
+        "fall so far",
     )
 
 
 def find_low_rate(run: TrainingRun) -> Finding | None:
-    """It was still learning at the end, or had not begun, at a rate far below the usual one."""
+    """Return a finding if the loss was still falling at the end, or hardly fell, at a rate far below the usual one."""
     settings = run.settings
     if settings.learning_rate * USUAL_TIMES > settings.usual_learning_rate:
         return None
-    found = windows(run.curve)
-    if not found:
+    parts = windows(run.curve)
+    if not parts:
         return None
-    fall, error = found[0].above(found[-1])
+    fall, error = parts[0].above(parts[-1])
     flat = fall <= SURE * error
     if not flat and not _unfinished(run):
         return None
-    where = f"from {found[0].mean:.3f} at the start to {found[-1].mean:.3f} at the end"
+    change = f"from {parts[0].mean:.3f} at the start to {parts[-1].mean:.3f} at the end"
     return Finding(
         kind=FindingKind.LEARNING_RATE_LOW,
-        what=f"the training loss hardly fell: {where}" if flat else f"the training loss fell {where}, and was not done",
+        what=f"the training loss hardly fell: {change}" if flat else f"the training loss was still falling, {change}",
         advice=Advice(
             key="train.learning_rate",
             before=f"{settings.learning_rate:g}",
             value=f"{settings.usual_learning_rate:g}",
         ),
         rule=f"the rate is at most a third of the method's default, and the last third of the learning brought more "
-        f"than {UNFINISHED_SHARE:.0%} of the fall, or nothing fell",
+        f"than {UNFINISHED_SHARE:.0%} of the fall, or the loss did not fall",
     )
 
 
 def find_underfitting(run: TrainingRun) -> Finding | None:
-    """It was still learning at the end, at a usual rate."""
+    """Return a finding if the loss was still falling at the end, at a usual rate."""
     if run.settings.learning_rate * USUAL_TIMES <= run.settings.usual_learning_rate or not (ends := _unfinished(run)):
         return None
     first, two_thirds, last = ends
@@ -105,7 +105,7 @@ def find_underfitting(run: TrainingRun) -> Finding | None:
 
 
 def not_learnt(settings: TrainingSettings, what: str, rule: str) -> Finding:
-    """Return the finding that a run had too few steps, or if its rate is far above the default, that the rate is."""
+    """Return the finding of too few steps, or of a high learning rate if the rate is far above the default."""
     if settings.learning_rate >= USUAL_TIMES * settings.usual_learning_rate:
         return Finding(
             kind=FindingKind.LEARNING_RATE_HIGH,
@@ -127,14 +127,14 @@ def not_learnt(settings: TrainingSettings, what: str, rule: str) -> Finding:
 def late_windows(run: TrainingRun) -> tuple[Window, Window, Window] | None:
     """Return the windows at the start, after two thirds of the learning, and at the end; None if the run is too short.
 
-    Learning is the sum of the learning rates, not the number of steps: a rate that falls to 0 slows every run down.
+    Learning is measured as the sum of learning rates, not of steps: a rate that falls to 0 slows every run down.
     """
     steps = taken(run.curve)
     if not windows(run.curve):
         return None
     size = width(len(steps))
     sums = list(accumulate(point.learning_rate or 0.0 for point in steps))
-    end = next(place for place, total in enumerate(sums, start=1) if total >= sums[-1] * 2 / 3)
+    end = next(count for count, total in enumerate(sums, start=1) if total >= sums[-1] * 2 / 3)
     if not 2 * size <= end <= len(steps) - size:
         return None
     first, second, last = (window_of(steps[at - size : at]) for at in (size, end, len(steps)))
@@ -142,24 +142,24 @@ def late_windows(run: TrainingRun) -> tuple[Window, Window, Window] | None:
 
 
 def _unfinished(run: TrainingRun) -> tuple[Window, Window, Window] | None:
-    """Return these windows if too much of the fall came after the second."""
-    found = late_windows(run)
-    if not found or find_high_rate(run):  # what was thrown off falls for as long as it comes back
+    """Return the late windows if too much of the fall came after the second."""
+    parts = late_windows(run)
+    if not parts or find_high_rate(run):  # a loss that was thrown off falls while it recovers
         return None
-    first, second, last = found
+    first, second, last = parts
     fall, error = first.above(last)
     late, late_error = second.above(last)
     if fall <= SURE * error or late <= UNFINISHED_SHARE * fall:
         return None
     heldout = _late_heldout(run, second.step)
     sure = late > LATE_SURE * late_error if heldout is None else heldout
-    return found if sure else None
+    return parts if sure else None
 
 
 def _late_heldout(run: TrainingRun, step: int) -> bool | None:
     """Return whether much of the fall of held-out loss came after a step; None if not measured before and after."""
-    found = [point for point in run.curve if len(point.heldout_each) > 1]
-    measured = [point for point in found if len(point.heldout_each) == len(found[-1].heldout_each)]
+    points = [point for point in run.curve if len(point.heldout_each) > 1]
+    measured = [point for point in points if len(point.heldout_each) == len(points[-1].heldout_each)]
     before = [point for point in measured if point.step <= step]
     if len(before) < 2 or measured[0].step > 0 or measured[-1].step <= step:
         return None
@@ -168,18 +168,18 @@ def _late_heldout(run: TrainingRun, step: int) -> bool | None:
     return fmean(excess) > LATE_SURE * stdev(excess) / math.sqrt(len(excess))
 
 
-def _pairs(found: list[Window]) -> list[tuple[Window, Window]]:
-    """Each window with the lowest up to it."""
-    return [(min(found[: place + 1], key=lambda one: one.mean), window) for place, window in enumerate(found)]
+def _pairs(parts: list[Window]) -> list[tuple[Window, Window]]:
+    """Return each window with the lowest window up to it."""
+    return [(min(parts[: index + 1], key=lambda part: part.mean), window) for index, window in enumerate(parts)]
 
 
 def _is_above(window: Window, other: Window, least: float) -> bool:
-    """Whether its mean is above another's by this, and beyond chance."""
+    """Return whether a window's mean exceeds another's by at least this, and beyond chance."""
     difference, error = window.above(other)
     return difference > max(SURE * error, least)
 
 
 def _slower(settings: TrainingSettings) -> Advice:
-    """As a run that is ended for it is told: trainer.callbacks.divergence."""
+    """Return the same advice as for a run that was stopped for divergence: trainer.callbacks.divergence."""
     rate = settings.learning_rate
     return Advice(key="train.learning_rate", before=f"{rate:g}", value=f"{rate / 3:.1g}")

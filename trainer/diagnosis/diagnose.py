@@ -1,4 +1,4 @@
-"""All rules on one run: pure functions of its numbers, so that one run has one diagnosis."""
+"""All rules on one run: pure functions of its numbers, so that a run always has the same diagnosis."""
 
 from svc.evaluation.finding import Advice, Finding, FindingKind
 from trainer.diagnosis.curve_rules import (
@@ -17,25 +17,25 @@ from trainer.diagnosis.label_rules import find_label_noise
 from trainer.diagnosis.training_run import TrainingRun
 
 FORGOTTEN = 0.02
-"""Of a score between 0 and 1: less is not worth another run."""
+"""Loss of a score between 0 and 1; a smaller loss is not worth another run."""
 _RULES = (find_divergence, find_high_rate, find_low_rate, find_overfitting, find_too_little_data)
 
 
 def diagnose(run: TrainingRun) -> tuple[Finding, ...]:
-    """What is wrong with a run; nothing for a healthy one."""
-    found = [finding for rule in _RULES if (finding := rule(run))]
-    # What is learnt by heart still falls, and each of the others makes a model unsure, or sure of too much.
+    """Return the findings on a run; none for a healthy one."""
+    findings = [finding for rule in _RULES if (finding := rule(run))]
+    # The loss of memorized examples still falls, and each other fault makes a model unsure, or overconfident.
     for rule in (find_underfitting, find_label_noise):
-        if not found and (finding := rule(run)):
-            found.append(finding)
+        if not findings and (finding := rule(run)):
+            findings.append(finding)
     return (
-        *found,
+        *findings,
         *(finding for rule in (find_forgetting, find_small_heldout, find_cut_answers) if (finding := rule(run))),
     )
 
 
 def find_forgetting(run: TrainingRun) -> Finding | None:
-    """What the base could do is lost."""
+    """Return a finding if the score on general tasks fell by the training."""
     change, share = run.general_change, run.settings.general_share
     if change is None or change.high >= 0 or change.value > -FORGOTTEN:
         return None
@@ -48,5 +48,5 @@ def find_forgetting(run: TrainingRun) -> Finding | None:
         kind=FindingKind.FORGETTING,
         what=f"the score on general tasks changed by {change}",
         advice=advice,
-        rule=f"the 95 % interval of the change lies below 0, and the score fell by more than {FORGOTTEN:g}",
+        rule=f"the 95 % interval of the change is below 0, and the score fell by more than {FORGOTTEN:g}",
     )

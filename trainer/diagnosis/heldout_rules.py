@@ -1,4 +1,4 @@
-"""What the held-out set shows: overfitting, too little data, that it is too small to tell, and cut answers."""
+"""Rules on the held-out set: overfitting, too little data, a held-out set that is too small, and cut answers."""
 
 import math
 from statistics import fmean, stdev
@@ -9,25 +9,25 @@ from trainer.diagnosis.training_run import TrainingRun, TrainingSettings
 from trainer.diagnosis.window import measured_points, start_of, taken, width, window_of, windows
 
 FALSE_ALARMS = 0.05
-"""Share of healthy runs in which the paired test alone may find a rise; shared out between the measurements."""
+"""Share of healthy runs in which the paired test alone may find a rise; divided among the measurements."""
 RISE = 0.1
-"""Of the lowest held-out loss: a smaller rise is not worth another run."""
+"""Share of the lowest held-out loss: a smaller rise is not worth another run."""
 FEW_EXAMPLES = 50
 """OpenAI's guide to fine-tuning sees clear improvements from 50 to 100 examples on."""
 MANY_EXAMPLES = 1000
 GAP, GAP_OF_MANY_EPOCHS, MANY_EPOCHS = 2.0, 1.5, 10
-"""Ratio of held-out to training loss above which a model has memorized its examples. The second applies from so many
-epochs on: a model that has seen an example ten times has memorized it, so a smaller gap is enough. Of 20 runs of
+"""Ratio of held-out to training loss above which a model has memorized its examples. The second applies from
+MANY_EPOCHS on: a model that has seen an example ten times has memorized it, so a smaller gap is enough. Of 20 runs of
 20 epochs on 60 examples 16 were found by the first and 18 by the second (benchmarks.diagnosis, seeds 3000 to 3019)."""
 WIDEST = 0.2
-"""Of an interval of exact match: with a wider one, a version that is ten points worse looks the same."""
+"""Maximum width of the interval of exact match: with a wider one, a version that is ten points worse looks the same."""
 
 CUT_OFF = 0.02
 """Share of answers that ended at their limit: fewer barely move a figure."""
 
 
 def find_overfitting(run: TrainingRun) -> Finding | None:
-    """Held-out loss rose since its lowest point while the training loss went on falling."""
+    """Return a finding if held-out loss rose after its lowest point while the training loss continued to fall."""
     measured = measured_points(run.curve)
     if run.settings.keeps_best or len(measured) < 2:
         return None
@@ -45,20 +45,20 @@ def find_overfitting(run: TrainingRun) -> Finding | None:
         f"{last.heldout_loss:.3f} at the end, by {mean_rise:.3f} [±{2 * error:.3f}] on the same {len(rise)} examples, "
         "while the training loss fell",
         advice=_stop_earlier(run.settings, lowest),
-        rule=f"held-out loss rose by more than {RISE:.0%} since its lowest point, which chance does in less than one "
-        f"of {1 / FALSE_ALARMS:.0f} runs (paired t-test over the examples, Bonferroni over the measurements), and the "
-        "training loss fell",
+        rule=f"held-out loss rose by more than {RISE:.0%} since its lowest point, which happens by chance in less than "
+        f"one of {1 / FALSE_ALARMS:.0f} runs (paired t-test over the examples, Bonferroni over the measurements), and "
+        "the training loss fell",
     )
 
 
 def find_too_little_data(run: TrainingRun) -> Finding | None:
-    """Few examples, learnt by heart."""
+    """Return a finding if there are very few examples, or few that were memorized."""
     settings, count = run.settings, run.train_examples
     if count < FEW_EXAMPLES:
         what = f"{count} training examples"
     elif count < MANY_EXAMPLES and (gap := _gap(run)) and gap[1] > _least_gap(run) * gap[0]:
         what = (
-            f"{count} training examples were learnt by heart: their loss is {gap[0]:.3f} at the end, that of held-out "
+            f"{count} training examples were memorized: their loss is {gap[0]:.3f} at the end, that of held-out "
             f"examples at least {gap[1]:.3f}"
         )
     else:
@@ -80,13 +80,13 @@ def find_too_little_data(run: TrainingRun) -> Finding | None:
 
 
 def find_small_heldout(run: TrainingRun) -> Finding | None:
-    """The figures are too uncertain to compare versions by."""
+    """Return a finding if the figures are too uncertain to compare versions."""
     if run.evaluation is None:
         return None
     match, asked, settings = run.evaluation.exact_match, run.evaluation.examples, run.settings
     if match.high - match.low <= WIDEST:
         return None
-    # Where the interval is wide because few were asked, so is the estimate of its width: half is the worst case.
+    # With few asked examples, the estimated width is uncertain too: a share of one half is the worst case.
     wanted = math.ceil((2 * 1.96 * 0.5 / WIDEST) ** 2)
     if settings.evaluate_limit is not None and settings.evaluate_limit <= asked:
         advice = Advice(key="evaluate.limit", before=str(settings.evaluate_limit), value=str(wanted))
@@ -97,7 +97,7 @@ def find_small_heldout(run: TrainingRun) -> Finding | None:
         advice = Advice(key="data.heldout", before=f"{asked} examples", value=f"{wanted} examples")
     return Finding(
         kind=FindingKind.HELDOUT_TOO_SMALL,
-        what=f"{asked} held-out examples cannot tell good from worse: exact match is {match}",
+        what=f"{asked} held-out examples are too few to compare versions: exact match is {match}",
         advice=advice,
         rule=f"the 95 % interval of exact match is wider than {WIDEST:g}",
     )
@@ -112,16 +112,16 @@ def find_cut_answers(run: TrainingRun) -> Finding | None:
     if fixed is None:
         advice = Advice(
             key="data.train",
-            value="read the cut answers (`svc report`): if they go on after the reference, check that every training "
-            "answer is complete, then train longer (train.epochs); if they repeat themselves, train longer or with a "
-            "lower train.learning_rate; if they are right so far, set evaluate.max_tokens to more tokens",
+            value="read the cut answers (`svc report`): if they continue after the reference, check that every "
+            "training answer is complete, then train longer (train.epochs); if they repeat themselves, train longer or "
+            "with a lower train.learning_rate; if they are right up to the cut, raise evaluate.max_tokens",
         )
     else:
         advice = Advice(
             key="evaluate.max_tokens",
             before=str(fixed),
-            value=f"{2 * fixed}, or null for a limit by each reference; if as many are cut then, the model does not "
-            "end its answers",
+            value=f"{2 * fixed}, or null for a limit by each reference; if as many answers are cut then, the model "
+            "does not end its answers",
         )
     shares = ", ".join(f"{share} of {format}" for format, share in cut.items())
     return Finding(
@@ -139,7 +139,7 @@ def _critical(examples: int, comparisons: int) -> float:
 
 
 def _fell_between(run: TrainingRun, lowest: TrainingPoint, last: TrainingPoint) -> bool:
-    """Whether the training loss around the end is below that around the lowest point, and below that of the base."""
+    """Return whether the training loss fell after the lowest point, to a value below that of the base."""
     steps = taken(run.curve)
     size = width(len(steps))
     until = [point for point in steps if point.step <= max(lowest.step, size)][-size:]
@@ -162,17 +162,17 @@ def _least_gap(run: TrainingRun) -> float:
 
 
 def _gap(run: TrainingRun) -> tuple[float, float] | None:
-    """Training loss at the end, and the least that held-out loss is, both nats a token; None in the first epoch.
+    """Return the training loss at the end and a lower bound of held-out loss, in nats per token; None in epoch 1.
 
-    Until an example has come twice its training loss is a held-out one.
+    The training loss of an example's first pass is a held-out loss.
     """
-    found = windows(run.curve)
-    if not found or run.curve[-1].epoch <= 1.0:
+    parts = windows(run.curve)
+    if not parts or run.curve[-1].epoch <= 1.0:
         return None
     if run.evaluation is not None:
-        return found[-1].mean, run.evaluation.nll.low
+        return parts[-1].mean, run.evaluation.nll.low
     measured = measured_points(run.curve)
     if not measured:
         return None
     each = measured[-1].heldout_each
-    return found[-1].mean, fmean(each) - 2 * stdev(each) / math.sqrt(len(each))
+    return parts[-1].mean, fmean(each) - 2 * stdev(each) / math.sqrt(len(each))

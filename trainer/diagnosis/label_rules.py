@@ -1,4 +1,4 @@
-"""What the answers show of the labels: that some are wrong, or were not learnt."""
+"""Rules on labels, from the answers: some labels are wrong, or were not learnt."""
 
 import math
 from collections import Counter
@@ -12,16 +12,16 @@ from trainer.diagnosis.curve_rules import USUAL_TIMES, late_windows, not_learnt
 from trainer.diagnosis.training_run import TrainingRun
 from trainer.diagnosis.window import FEW_STEPS, measured_points, taken
 
-MOST_LABELS = 50
-"""Different answers; with more the task is not one of labels. As `svc data check` has it."""
-FEWEST_ASKED = 60
-"""Held-out examples, so that a third of them are twenty."""
+MAX_LABELS = 50
+"""Number of different answers above which a task does not count as labelling; the same as in `svc data check`."""
+MIN_ASKED = 60
+"""Minimum number of held-out examples, so that a third of them are twenty."""
 WRONG = 0.06
-"""Share of the surest third of the answers. Of the section task 2 to 4 % are wrong there, and 25 to 35 % in all."""
+"""Share of wrong answers in the surest third. On the section task 2 to 4 % are wrong there, and 25 to 35 % in all."""
 LEARNT, SURE = 0.7, 0.88
-"""Mean probability of the surest third, and of the surest sixth. A model below the first has not learnt its task. Where
-labels are right some examples are easy, and the model is surer of them than the second: 0.96 on the section task. Wrong
-labels that were drawn at random stand at easy examples too, and a model that has learnt their share is as unsure."""
+"""Mean probability of the surest third, and of the surest sixth. A model below the first has not learnt its task. With
+right labels some examples are easy, and the model's probability for them is above the second: 0.96 on the section task.
+Randomly drawn wrong labels affect easy examples too, and a model that has learnt their share is as unsure."""
 STILL_LEARNING = 0.3
 """Fall of the training loss in the last third of the learning, as a share of its level at the end, above which a model
 is still learning. Such a model is unsure of right labels too. Label noise was found in 5 of 300 healthy runs without
@@ -31,31 +31,31 @@ GAINED = 0.05
 """Share of the entropy of the labels that the prompts explain: below it, the model has learnt only how frequent each
 label is."""
 HARDLY_GAINED, STILL_FALLING, LATE_SURE = 0.15, 0.15, 1.5
-"""The same share of a model that has hardly begun, and what the training loss then falls by in the last third of the
-learning if more steps would help: as a share of its level at the end, and in standard errors. With labels that nothing
-explains it falls by 7 % at most (docs/diagnosis.md)."""
+"""The same share for a model that has hardly started to learn, and the fall of the training loss in the last third of
+the learning above which more steps would help: as a share of its level at the end, and in standard errors. With labels
+that nothing explains, the loss falls by 7 % at most (docs/diagnosis.md)."""
 PARTLY_GAINED, HELDOUT_FALLING, HELDOUT_SURE = 0.5, 0.05, 2.0
-"""The same share of a model that has learnt a part in a short run, and the fall of held-out loss in the second half of
-the steps from which on more steps would help: as a share of its level at the end, and in standard errors over the same
+"""The same share for a model that has learnt a part in a short run, and the fall of held-out loss in the second half of
+the steps above which more steps would help: as a share of its level at the end, and in standard errors over the same
 examples."""
 
 
 def find_label_noise(run: TrainingRun) -> Finding | None:
-    """The answers that the model is surest of are often not the reference, or the examples contradict each other."""
+    """Return a finding if the model's surest answers often differ from the reference, or if examples contradict."""
     if not _are_labels(run.answers):
         return None
     if run.train_examples and run.contradictions / run.train_examples > CONTRADICTED:
         return _finding(
-            f"{run.contradictions} of {run.train_examples} training examples have the prompt of another one, "
-            "and another answer"
+            f"{run.contradictions} of {run.train_examples} training examples have the prompt of another example, "
+            "but a different answer"
         )
-    if len(run.results) < FEWEST_ASKED:
+    if len(run.results) < MIN_ASKED:
         return None
     if run.learns_one_turn and (finding := _find_unlearnt(run)):
         return finding
     ordered = sorted(run.results, key=probability, reverse=True)
     third, sixth = ordered[: len(ordered) // 3], ordered[: len(ordered) // 6]
-    wrong = proportion(sum(not one.hit for one in third), len(third))
+    wrong = proportion(sum(not result.hit for result in third), len(third))
     sure, surest = (fmean(map(probability, part)) for part in (third, sixth))
     if wrong.low <= WRONG or sure < LEARNT or surest > SURE or _falls_late(run, STILL_LEARNING):
         return None
@@ -66,16 +66,16 @@ def find_label_noise(run: TrainingRun) -> Finding | None:
 
 
 def _find_unlearnt(run: TrainingRun) -> Finding | None:
-    """Return why the labels were not learnt, if they were not: a rate too high, too few steps, or wrong labels."""
+    """Return the reason why labels were not learnt: a rate too high, too few steps, or wrong labels; else None."""
     counts, asked = Counter(run.answers), len(run.answers)
     surprise = [-math.log(counts[answer] / asked) for answer in run.answers]
-    gain = [known - one.nll * one.scored for known, one in zip(surprise, run.results, strict=True)]
+    gain = [known - result.nll * result.scored for known, result in zip(surprise, run.results, strict=True)]
     entropy, mean = fmean(surprise), fmean(gain)
     nothing = mean + 2 * stdev(gain) / math.sqrt(asked) <= GAINED * entropy
     amount = "nothing" if nothing else "little" if mean <= HARDLY_GAINED * entropy else "only a part"
     what = (
         f"the prompts tell the model {amount} of the labels: its loss on {asked} held-out "
-        f"answers is {entropy - mean:.3f} nats an answer, and {entropy:.3f} if each label is as probable as it is "
+        f"answers is {entropy - mean:.3f} nats per answer, and {entropy:.3f} if each label is as probable as it is "
         "frequent"
     )
     settings, steps = run.settings, len(taken(run.curve))
@@ -102,9 +102,9 @@ def _find_unlearnt(run: TrainingRun) -> Finding | None:
 
 
 def _still_falls(run: TrainingRun) -> bool:
-    """Return whether held-out loss fell in the second half of the steps; where it was not measured, the training loss.
+    """Return whether held-out loss fell in the second half of the steps; the training loss if it was not measured.
 
-    The training loss comes second: what is learnt by heart lowers it as well.
+    The training loss is only the second choice, because memorizing lowers it as well.
     """
     measured = measured_points(run.curve)
     middle = [point for point in measured if 0 < 2 * point.step <= measured[-1].step + 1]
@@ -120,23 +120,23 @@ def _falls_late(run: TrainingRun, share: float, errors: float = 0.0) -> bool:
     """Return whether the training loss fell in the last third of the learning.
 
     Args:
-        share: of its level at the end, by which it fell at least.
-        errors: standard errors by which it fell at least.
+        share: minimum fall, as a share of the level at the end.
+        errors: minimum fall in standard errors.
     """
-    if not (found := late_windows(run)):
+    if not (parts := late_windows(run)):
         return False
-    _, second, last = found
+    _, second, last = parts
     late, error = second.above(last)
     return late > max(share * last.mean, errors * error)
 
 
 def probability(result: ExampleResult) -> float:
-    """That the model gives its whole answer; 0 for an empty one."""
+    """Return the probability of the model's complete answer; 0 for an empty one."""
     return 0.0 if result.logprob is None else math.exp(result.logprob * result.tokens)
 
 
 def _are_labels(answers: Sequence[str]) -> bool:
-    return 1 < len(set(answers)) <= min(MOST_LABELS, len(answers) // 2)
+    return 1 < len(set(answers)) <= min(MAX_LABELS, len(answers) // 2)
 
 
 def _finding(what: str) -> Finding:
@@ -144,9 +144,9 @@ def _finding(what: str) -> Finding:
         kind=FindingKind.LABEL_NOISE,
         what=what,
         advice=Advice(key="data.train", value="correct or drop wrong labels: see `svc data check`"),
-        rule=f"answers are labels, the run has none of the faults above; of {FEWEST_ASKED} or more held-out answers "
+        rule=f"answers are labels, the run has none of the faults above; of {MIN_ASKED} or more held-out answers "
         f"the surest third has a mean probability of {LEARNT:g} or more, and beyond doubt more than {WRONG:.0%} of it "
-        f"are wrong, the surest sixth has one below {SURE:g}, and the training loss fell by at most "
+        f"are wrong, the surest sixth has a mean probability below {SURE:g}, and the training loss fell by at most "
         f"{STILL_LEARNING:.0%} of its end in the last third of the learning; or the prompts explain beyond doubt at "
         f"most {GAINED:.0%} of the entropy of the labels; or more than {CONTRADICTED:.0%} of the training "
         "examples contradict another",

@@ -1,4 +1,4 @@
-"""The numbers of a training that a diagnosis reads. Knows nothing of where they come from."""
+"""The numbers of a training that a diagnosis reads. Knows nothing of their source."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,18 +11,18 @@ from svc.evaluation.training_curve import TrainingPoint
 
 @dataclass(frozen=True, slots=True)
 class TrainingSettings:
-    """What the recipe said, as far as a finding proposes another value.
+    """Values of the recipe for which findings propose other values.
 
     Attributes:
-        learning_rate: the largest.
-        usual_learning_rate: the default of what was trained.
-        steps: where the recipe gives steps, not epochs.
+        learning_rate: peak learning rate.
+        usual_learning_rate: default learning rate of the method.
+        steps: number of steps; None if the recipe names epochs.
         keeps_best: the run ended with the weights of the lowest held-out loss.
-        limit: so many training examples at most.
-        heldout_share: None where the held-out set is a file of its own.
-        evaluate_limit: so many held-out examples are asked at most.
+        limit: maximum number of training examples.
+        heldout_share: None if the held-out set is a separate file.
+        evaluate_limit: maximum number of asked held-out examples.
         max_answer_tokens: fixed limit of every held-out answer; None: by each reference.
-        general_share: None where no general examples were mixed in.
+        general_share: None if no general examples were mixed in.
     """
 
     learning_rate: float
@@ -39,18 +39,18 @@ class TrainingSettings:
 
 @dataclass(frozen=True, slots=True)
 class TrainingRun:
-    """One run, as far as it was measured.
+    """Measurements of one run.
 
     Attributes:
         curve: every step.
-        train_examples: that were trained on.
-        contradictions: training examples whose prompt stands among them with another answer too.
+        train_examples: number of training examples.
+        contradictions: number of training examples whose prompt also occurs with a different answer.
         answers: the reference answers of `results`; of all held-out examples if none was asked.
-        learns_one_turn: whether the loss of each of them is that of its answer alone, and of no earlier turn.
-        evaluation: of the trained model; None where it was not served.
+        learns_one_turn: whether the loss of each of them is only that of its answer, without earlier turns.
+        evaluation: evaluation of the trained model; None if it was not served.
         cut_off: by format, the share of held-out answers that ended at their limit.
-        results: what it answered to each held-out example.
-        general_change: the score on general tasks after the training less the one before; None if not measured.
+        results: the trained model's result on each held-out example.
+        general_change: the score on general tasks after training minus the one before; None if not measured.
     """
 
     settings: TrainingSettings

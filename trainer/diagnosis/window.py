@@ -1,4 +1,4 @@
-"""Means over neighbouring steps with their errors: the loss of one batch says little."""
+"""Means over neighbouring steps with their errors, because the loss of one batch says little."""
 
 import math
 from collections.abc import Sequence
@@ -7,16 +7,16 @@ from statistics import fmean, stdev
 
 from svc.evaluation.training_curve import TrainingPoint
 
-FEWEST_STEPS = 20
-"""Of a shorter run the curve says nothing."""
+MIN_STEPS = 20
+"""The curve of a shorter run says nothing."""
 FEW_STEPS = 50
 """A run of fewer steps is short: its labels may be unknown only because of that, and its held-out loss is measured on
 more examples."""
-FEWEST_MEASURED = 8
-"""Held-out examples; fewer tell nothing of the others."""
-_SMALLEST, _SHARE = 5, 10  # steps, and the part of the run
+MIN_MEASURED = 8
+"""Minimum number of held-out examples; fewer say nothing about others."""
+_MIN_WIDTH, _SHARE = 5, 10  # steps, and the divisor of the run's steps
 _FIRST = 2
-"""Steps before which nothing was learnt, or so little that it does not show: the rate still rises."""
+"""Number of first steps whose loss shows no learning yet: the learning rate still rises."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +24,9 @@ class Window:
     """Neighbouring steps.
 
     Attributes:
-        step: the last of them.
-        mean: of their losses.
-        error: the standard error of the mean.
+        step: the last step.
+        mean: mean of the losses.
+        error: standard error of the mean.
     """
 
     step: int
@@ -34,36 +34,36 @@ class Window:
     error: float
 
     def above(self, other: "Window") -> tuple[float, float]:
-        """How far its mean is above another's, and the standard error of that."""
+        """Return the difference of this mean to another window's, and its standard error."""
         return self.mean - other.mean, math.hypot(self.error, other.error)
 
 
 def window_of(points: Sequence[TrainingPoint]) -> Window:
-    """The window of these steps, two at least."""
+    """Return the window of these steps, at least two."""
     losses = [point.loss for point in points if point.loss is not None]
     return Window(points[-1].step, fmean(losses), stdev(losses) / math.sqrt(len(losses)))
 
 
 def taken(curve: Sequence[TrainingPoint]) -> list[TrainingPoint]:
-    """The points that are steps: not the one before the first."""
+    """Return the points that are steps, without the measurement before the first step."""
     return [point for point in curve if point.loss is not None]
 
 
 def measured_points(curve: Sequence[TrainingPoint]) -> list[TrainingPoint]:
-    """The points with held-out losses of examples enough, all of the same."""
-    found = [point for point in curve if len(point.heldout_each) >= FEWEST_MEASURED]
-    return [point for point in found if len(point.heldout_each) == len(found[-1].heldout_each)]
+    """Return the points with held-out losses of enough examples, the same in all points."""
+    points = [point for point in curve if len(point.heldout_each) >= MIN_MEASURED]
+    return [point for point in points if len(point.heldout_each) == len(points[-1].heldout_each)]
 
 
 def width(steps: int) -> int:
-    """How many steps a window has in a run of so many."""
-    return max(_SMALLEST, steps // _SHARE)
+    """Return the number of steps of a window in a run of this many steps."""
+    return max(_MIN_WIDTH, steps // _SHARE)
 
 
 def windows(curve: Sequence[TrainingPoint]) -> list[Window]:
-    """The run in windows of a tenth of its steps, the last of which ends with it; none of a run that is too short."""
+    """Return the run in windows of a tenth of its steps, aligned to its end; empty if the run is too short."""
     steps = taken(curve)
-    if len(steps) < FEWEST_STEPS:
+    if len(steps) < MIN_STEPS:
         return []
     size = width(len(steps))
     ends = range(len(steps), size - 1, -size)
@@ -71,9 +71,9 @@ def windows(curve: Sequence[TrainingPoint]) -> list[Window]:
 
 
 def start_of(curve: Sequence[TrainingPoint]) -> Window:
-    """The loss before training: of the first steps, which have changed little, or on held-out examples if that is more.
+    """Return the loss before training: of the first steps, or on held-out examples, whichever is higher.
 
-    The higher of the two, because a held-out set may be harder or easier than what is trained on.
+    The higher value is used because a held-out set may be harder or easier than the training examples.
     """
     steps = taken(curve)
     spread = stdev([point.loss or 0.0 for point in steps[: width(len(steps))]])

@@ -1,1 +1,1 @@
-"""The search for a recipe's best values, and how much more data would bring: many trials from one base."""
+"""Search for a recipe's best values, and estimate of the gain from more data: many trials from one base."""

@@ -1,4 +1,4 @@
-"""`svc sweep`, and what `svc train --curve` does."""
+"""`svc sweep` and `svc train --curve`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a recipe's key: train.epochs=2.")
-@click.option("--register", is_flag=True, help="Train the winner in full, and register it.")
-@click.option("--anyway", is_flag=True, help="Begin also what cannot fit into this machine.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key: train.epochs=2.")
+@click.option("--register", is_flag=True, help="Train the winner completely, and register it.")
+@click.option("--anyway", is_flag=True, help="Start even if a training cannot fit into this machine.")
 @json_option
 @click.pass_context
 def sweep(
     ctx: click.Context, recipe: Path, overrides: tuple[str, ...], register: bool, anyway: bool, as_json: bool
 ) -> None:
-    """Search for the best values of RECIPE, from where an earlier try was interrupted."""
+    """Search for the best values of RECIPE; an interrupted sweep is resumed."""
     from svc.terminal import print_json, quiet_libraries
     from trainer.recipe.file import load_recipe
 
@@ -43,8 +43,8 @@ def sweep(
         print_sweep(result, place.folder, picture)
     version = _register(settings, place, result.winner, as_json=as_json) if register else None
     if as_json:
-        made = {"folder": str(place.folder), "picture": str(picture), "version": version}
-        print_json(result.model_dump(mode="json") | made)
+        outputs = {"folder": str(place.folder), "picture": str(picture), "version": version}
+        print_json(result.model_dump(mode="json") | outputs)
 
 
 def learning_curve(settings: "Settings", recipe: "Recipe", *, anyway: bool, as_json: bool) -> None:
@@ -76,8 +76,8 @@ def _open_workplace(
 
     Args:
         kind: `sweep` or `curve`.
-        anyway: also if a training cannot fit into this machine.
-        makes_version: the winner is registered.
+        anyway: open it even if a training cannot fit into this machine.
+        makes_version: whether the winner will be registered.
 
     Raises:
         InsufficientMemoryError: a training cannot fit.
@@ -99,7 +99,7 @@ def _open_workplace(
 
 
 def _register(settings: "Settings", place: "Workplace", winner: "Values", *, as_json: bool) -> str:
-    """Train the winner as `svc train` does, and return its version."""
+    """Train the winner in the same way as `svc train`, and return its version."""
     from svc.registry.registry import Registry
     from svc.registry.render import print_version
     from trainer.pipeline.stages import open_pipeline

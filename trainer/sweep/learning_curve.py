@@ -1,6 +1,6 @@
 """`svc train --curve`: trains on parts of the data and estimates the gain of twice as much by a power law.
 
-loss(n) = floor + scale * n^-exponent, as learning curves of neural networks mostly go (Hestness et al. 2017).
+loss(n) = floor + scale * n^-exponent, the form of most learning curves of neural networks (Hestness et al. 2017).
 """
 
 from collections import defaultdict
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 
 CURVE_FILE = "curve.json"
 _MIN_EXAMPLES = 20
-"""A tenth of fewer is too little to train on."""
+"""With fewer examples, a tenth is too little to train on."""
 _SHARES = (0.1, 0.25, 0.5, 1.0)
 _MIN_POINTS = 4
 _EXPONENTS = np.linspace(0.05, 2.0, 79)
 _MAX_MISFIT = 0.15
-"""Of the fall of the measured losses: a fit that misses one of them by more describes another curve."""
+"""Share of the fall of the measured losses: a fit with a larger error at one point describes another curve."""
 _MIN_GAIN = 0.02
-"""Of the loss with all examples: a smaller gain is little."""
+"""Share of the loss with all examples; a smaller gain counts as little."""
 
 
 class Benefit(StrEnum):
-    """What twice the data would bring."""
+    """Benefit of twice as much data."""
 
     WORTH = "worth it"
     LITTLE = "little"
@@ -65,7 +65,7 @@ class PowerLaw(_Result):
     exponent: float
 
     def at(self, examples: "Floats") -> "Floats":
-        """Return the losses that it predicts."""
+        """Return the predicted losses."""
         return np.asarray(self.floor + self.scale * examples**-self.exponent)
 
 
@@ -74,7 +74,7 @@ class LearningCurve(_Result):
 
     Attributes:
         base: held-out loss before any training.
-        law: None if the points do not fit one; then `doubled` and `gain` are None, too.
+        law: None if no power law fits the points; then `doubled` and `gain` are None, too.
         doubled: predicted loss with twice the examples.
         gain: predicted loss with all examples minus that with twice as many.
         sentence: the conclusion for a person.
@@ -90,23 +90,24 @@ class LearningCurve(_Result):
 
 
 def run_curve(place: "Workplace") -> LearningCurve:
-    """Make the trainings that are left and write the curve; the caller holds the workplace.
+    """Run the remaining trainings and write the curve; the caller holds the workplace.
 
     Raises:
         DataError: there are too few examples.
-        InterruptedRunError: a signal came; the same command goes on.
+        InterruptedRunError: a signal arrived; the same command resumes the curve.
         TrainingError: a training's loss exploded, or memory was short.
     """
     examples, rows = place.examples.train, place.data.train
     if len(examples) < _MIN_EXAMPLES:
-        raise DataError(f"{len(examples)} examples", expected=f"at least {_MIN_EXAMPLES} for a learning curve")
+        raise DataError(f"only {len(examples)} examples", expected=f"at least {_MIN_EXAMPLES} for a learning curve")
     base = place.base_loss()
     points, each = [], []
     for part in nested_subsets([example.answer for example in examples], place.recipe.data.seed):
         console.print(f"[bold]{len(part)} of {len(examples)} examples[/bold]")
         outcome = place.run_trial({}, lambda step, loss: None, [rows[number] for number in part])
         if outcome.loss is None:
-            raise TrainingError(f"the training on {len(part)} examples: {outcome.why}", todo="see docs/training.md")
+            wrong = f"the training on {len(part)} examples failed: {outcome.why}"
+            raise TrainingError(wrong, todo="see docs/training.md")
         console.print(f"  held-out loss {outcome.loss}")
         points.append(Point(examples=len(part), loss=outcome.loss, steps=outcome.steps, seconds=outcome.seconds))
         each.append(outcome.heldout_each)
@@ -116,16 +117,16 @@ def run_curve(place: "Workplace") -> LearningCurve:
 
 
 def nested_subsets(labels: Sequence[Hashable], seed: int) -> list[tuple[int, ...]]:
-    """Return the places of each share's examples. A subset contains the one before and has its share of each label.
+    """Return the indices of each share's examples. A subset contains the one before and has its share of each label.
 
     Args:
-        labels: of all examples; if each label is unique, the subsets are random.
+        labels: labels of all examples; if each label is unique, the subsets are random.
     """
     generator = np.random.default_rng(seed)
     groups = defaultdict(list)
     for place in generator.permutation(len(labels)).tolist():
         groups[labels[place]].append(place)
-    # A label's examples stand at even distances between 0 and 1, from a random start: any beginning has its share.
+    # A label's examples are spaced evenly between 0 and 1, from a random start: any prefix has its share.
     order = np.empty(len(labels))
     for places in groups.values():
         order[places] = (np.arange(len(places)) + generator.random()) / len(places)
@@ -160,7 +161,7 @@ def fit(examples: "Floats", losses: "Floats") -> "Floats":
 def extrapolate(
     points: Sequence[Point], each: Sequence[Sequence[float]], tokens: Sequence[int], base: Interval
 ) -> LearningCurve:
-    """Return what follows from trainings on parts of the data.
+    """Return the conclusion from trainings on parts of the data.
 
     Intervals are a bootstrap over the held-out examples, with the same draws for all points.
 
@@ -181,7 +182,7 @@ def extrapolate(
     floor, scale, exponent = fit(sizes, losses[None])[0]
     law = PowerLaw(floor=floor, scale=scale, exponent=exponent)
     if why := _misfit(law, sizes, losses):
-        sentence = f"What more data would bring cannot be told: {why}."
+        sentence = f"The benefit of more data cannot be estimated: {why}."
         return LearningCurve(points=tuple(points), base=base, sentence=sentence)
     now, doubled_size = sizes[-1], 2 * sizes[-1]
     doubled = bootstrap(len(weights), lambda drawn: fitted(drawn, doubled_size))
@@ -203,15 +204,15 @@ def extrapolate(
 def _misfit(law: PowerLaw, sizes: "Floats", losses: "Floats") -> str | None:
     """Return the reason why the points allow no extrapolation."""
     if len(sizes) < _MIN_POINTS:
-        return f"there are {len(sizes)} points, and a fit needs {_MIN_POINTS}"
+        return f"there are {len(sizes)} points, but a fit needs {_MIN_POINTS}"
     fall = losses[0] - losses[-1]
     if fall <= 0 or law.scale == 0:
         return "held-out loss did not fall with more data"
     errors = losses - law.at(sizes)
     worst = np.abs(errors).argmax()
     if abs(errors[worst]) > _MAX_MISFIT * fall:
-        at = f"at {sizes[worst]:.0f} examples the best one is off by {errors[worst]:+.3f}"
-        return f"the points lie on no power law; {at}"
+        at = f"at {sizes[worst]:.0f} examples the best fit is off by {errors[worst]:+.3f}"
+        return f"no power law fits the points; {at}"
     return None
 
 
@@ -222,7 +223,7 @@ def print_curve(curve: LearningCurve, heldout: int) -> None:
     for point in curve.points:
         table.add_row(f"{point.examples}", str(point.loss), f"{point.steps}", f"{point.seconds:.0f} s")
     if curve.doubled:
-        table.add_row(f"{2 * curve.points[-1].examples} (foretold)", str(curve.doubled))
+        table.add_row(f"{2 * curve.points[-1].examples} (predicted)", str(curve.doubled))
     output.print(table)
-    output.print(f"\nnats an answer token on {heldout} held-out examples, with 95 % intervals")
+    output.print(f"\nnats per answer token on {heldout} held-out examples, with 95 % intervals")
     output.print(f"[bold]{curve.sentence}[/bold]")

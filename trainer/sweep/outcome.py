@@ -1,4 +1,4 @@
-"""Results of trials, and the choice between them: a difference that may be chance does not count."""
+"""Results of trials, and the choice among them: differences that may be chance do not count."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Status(StrEnum):
     COMPLETE = "complete"
     PRUNED = "pruned"
     FAIL = "failed"
-    """Its loss exploded, or memory was short."""
+    """The loss exploded, or memory was short."""
 
 
 class Summary(BaseModel):
@@ -46,10 +46,10 @@ class TrialOutcome(Summary):
     """Result of a trial.
 
     Attributes:
-        key: of the training (`trainer.sweep.values.training_key`).
+        key: key of the training (`trainer.sweep.values.training_key`).
         heldout_each: loss of each held-out example, in the same order in all trials.
         points: every step of the training.
-        watched: held-out loss by step, as measured on fewer examples while the trial trained.
+        watched: held-out loss by step, measured on fewer examples during the training.
     """
 
     key: str

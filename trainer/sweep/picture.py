@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _KEYS = {Phase.LEARNING_RATE: [RATE], Phase.RANK: [RANK], Phase.EPOCHS: [EPOCHS]}
-_LABEL = "held-out loss, nats a token"
+_LABEL = "held-out loss, nats per token"
 
 
 def draw_sweep(result: SweepResult, path: Path) -> Path:
-    """Draw held-out loss by value: one panel for each phase, or for each key of an own space."""
+    """Draw held-out loss by value: one panel for each phase, or for each key of the recipe's space."""
     from matplotlib.figure import Figure
 
     panels: dict[str, list[Line]] = defaultdict(list)
@@ -34,7 +34,7 @@ def draw_sweep(result: SweepResult, path: Path) -> Path:
     axes[0].set_ylabel(_LABEL)
     for axis, (key, lines) in zip(axes, panels.items(), strict=False):
         axis.set_xlabel(key)
-        # As texts, values are at even distances: rates are a factor apart, and targets have no size.
+        # Values are drawn as texts at equal distances: rates differ by factors, and targets have no size.
         for line in sorted(lines, key=lambda line: _order(line.values[key])):
             colour = "tab:orange" if line.values == result.winner else "tab:blue"
             _mark(axis, show(line.values[key]), line.loss, colour)
@@ -70,7 +70,7 @@ def _mark(axis: "Axes", place: float | str, loss: Interval | None, colour: str) 
 
 
 def _save(figure: "Figure", path: Path) -> Path:
-    """Write a figure; the same figure is the same file."""
+    """Write a figure; the same figure gives the same file."""
     import matplotlib as mpl
 
     with mpl.rc_context({"svg.hashsalt": "tuneserve"}):

@@ -1,8 +1,8 @@
 """The order in which a sweep tries values: phase by phase, or through the recipe's own space.
 
-Optuna's studies, one for each phase, propose values of own spaces and decide which trials are pruned. A sweep that is
-run again asks and tells new studies from its first trial on. Its trainings are known and the sampler is seeded, so all
-decisions are the same. Knows nothing of training.
+Optuna's studies, one for each phase, propose values of the recipe's space and decide which trials are pruned. A resumed
+sweep repeats all calls to Optuna with new studies. The results of its trainings are stored and the sampler is seeded,
+so all decisions are the same. Knows nothing of training.
 """
 
 import itertools
@@ -35,7 +35,7 @@ _DROPOUTS = (0.05, 0.1)
 _UNPRUNED = 2
 """Trials of a phase that finish before the first one is pruned."""
 _RANDOM = 5
-"""Trials of an own space that are drawn at random before the sampler chooses by their results."""
+"""Trials of the recipe's space that are drawn at random before the sampler uses their results."""
 
 Space = Mapping[str, Sequence[Any] | Between]
 
@@ -73,23 +73,23 @@ class Search:
     notes: list[str] = field(default_factory=list)
 
     def run(self) -> TrialOutcome:
-        """Make all trials and return the winner. The first is the recipe as it is, which is never pruned.
+        """Run all trials and return the winner. The first trial is the unchanged recipe, which is never pruned.
 
         Raises:
             TrainingError: no trial of a phase was completed.
         """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        (as_it_is,) = self._trials(Phase.RECIPE, {}, {})
+        (unchanged,) = self._trials(Phase.RECIPE, {}, {})
         sweep = self.recipe.sweep
         if sweep.space is None:
-            best = [self._phases(as_it_is)]
+            best = [self._phases(unchanged)]
         else:
             best = sorted(self._trials(Phase.SPACE, {}, sweep.space, sweep.trials), key=lambda trial: trial.mean)[:1]
-        return self.comparison.choose([as_it_is, *best])
+        return self.comparison.choose([unchanged, *best])
 
-    def _phases(self, as_it_is: TrialOutcome) -> TrialOutcome:
+    def _phases(self, unchanged: TrialOutcome) -> TrialOutcome:
         ranks = possible_ranks(self.recipe)
-        best = self._learning_rate(as_it_is)
+        best = self._learning_rate(unchanged)
         if ranks:
             order = sorted(ranks, key=lambda rank: rank != self.recipe.rank)
             best = self.comparison.choose([*self._trials(Phase.RANK, best.values, {RANK: order})] or [best])
@@ -98,28 +98,28 @@ class Search:
             best = self._dropout(self._targets(best, ranks[-1]))
         return best
 
-    def _learning_rate(self, as_it_is: TrialOutcome) -> TrialOutcome:
-        """Try learning rates from the recipe's own outwards, and higher ones while the highest is chosen."""
+    def _learning_rate(self, unchanged: TrialOutcome) -> TrialOutcome:
+        """Try learning rates outwards from the recipe's own, and higher ones while the highest is chosen."""
         rates, own = learning_rates(self.recipe), self.recipe.learning_rate
         top = rates[-1]
         order = [*sorted(rates, key=lambda rate: abs(math.log(rate / own))), 2 * top, 4 * top]
         trials: list[TrialOutcome] = []
 
         def choose() -> TrialOutcome:
-            # No rate is cheaper than another: after the recipe's own, the best is preferred.
+            # All rates cost the same: after the recipe's own, the best is preferred.
             return self.comparison.choose([*trials[:1], *sorted(trials[1:], key=lambda trial: trial.mean)])
 
         for trial in self._trials(Phase.LEARNING_RATE, {EPOCHS: 1.0, STEPS: None}, {RATE: order}):
             trials.append(trial)
             rate = trial.values[RATE]
             if rate > top:
-                self.notes.append(f"learning rate {rate:g} was tried since the highest one, {rate / 2:g}, was taken")
+                self.notes.append(f"learning rate {rate:g} was tried because the highest, {rate / 2:g}, was the best")
             if len(trials) >= len(rates) and choose().values[RATE] < max(rate, top):
                 break
-        return choose() if trials else as_it_is
+        return choose() if trials else unchanged
 
     def _epochs(self, best: TrialOutcome) -> TrialOutcome:
-        """Try one epoch, and each further one while the one before has lowered held-out loss."""
+        """Try one epoch, and further ones while the last one has lowered held-out loss."""
         own = None if self.recipe.train.steps else self.recipe.train.epochs
         lengths = sorted({*_EPOCHS, own or 1.0})
         trials: list[TrialOutcome] = []
@@ -145,17 +145,17 @@ class Search:
         """Try dropout if the best or the longest training overfits."""
         longest = [best, *(trial for phase, trial in self.tried if phase is Phase.EPOCHS)][-1]
         if not (best.overfits or longest.overfits):
-            self.notes.append("dropout was not tried: held-out loss rose in no training beyond chance")
+            self.notes.append("dropout was not tried: no training showed overfitting beyond chance")
             return best
         targets = {TARGETS: best.values[TARGETS]} if TARGETS in best.values else {}
         trials = self._trials(Phase.DROPOUT, {**longest.values, **targets}, {DROPOUT: _DROPOUTS})
         return self.comparison.choose([best, *trials])
 
     def _trials(self, phase: Phase, fixed: Values, space: Space, most: int | None = None) -> Iterator[TrialOutcome]:
-        """Make the trials of a phase, one after the other, until `sweep.seconds` are over.
+        """Run the trials of a phase, one after the other, until `sweep.seconds` have passed.
 
         Args:
-            fixed: values that all of them have.
+            fixed: values of all trials.
             most: number of trials; None for every combination of the space, which has lists only.
         """
         study = optuna.create_study(
@@ -177,7 +177,7 @@ class Search:
             result = f"held-out loss {outcome.loss}" if outcome.loss else f"{outcome.status}: {outcome.why}"
             console.print(f"  {result}, {outcome.seconds:.0f} s", soft_wrap=True)
             reported = study.trials[-1].intermediate_values
-            for step in outcome.watched.keys() - reported.keys():  # of a training that was made before
+            for step in outcome.watched.keys() - reported.keys():  # of an earlier training
                 trial.report(outcome.watched[step], step)
             value = outcome.mean if outcome.loss else None
             study.tell(trial, value, TrialState[outcome.status.name])
@@ -188,7 +188,7 @@ class Search:
         limit = self.recipe.sweep.seconds
         if limit is None or self.seconds < limit:
             return False
-        note = f"trials were left out: sweep.seconds, {limit:g}, were over"
+        note = f"trials were skipped: sweep.seconds ({limit:g}) have passed"
         self.notes += [] if note in self.notes else [note]
         return True
 
@@ -214,7 +214,7 @@ def possible_ranks(recipe: Recipe) -> list[int]:
 
 
 def _combinations(space: Space, most: int | None) -> Sequence[dict[str, Any] | None]:
-    """Return every combination of a space's values; where they are too many, None for each value of the sampler."""
+    """Return every combination of a space's values; if there are too many, None for each trial of the sampler."""
     lists = [values for values in space.values() if not isinstance(values, Between)]
     if most is not None and (len(lists) < len(space) or math.prod(map(len, lists)) > most):
         return [None] * most
@@ -232,4 +232,4 @@ def _distribution(values: Sequence[Any] | Between) -> BaseDistribution:
 def _watch(trial: optuna.Trial, step: int, loss: float) -> None:
     trial.report(loss, step)
     if trial.should_prune():
-        raise optuna.TrialPruned(f"at step {step}, where it had {loss:.3f}")
+        raise optuna.TrialPruned(f"at step {step} with loss {loss:.3f}")

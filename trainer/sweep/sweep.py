@@ -36,12 +36,12 @@ class SweepResult(BaseModel):
 
     Attributes:
         winner: values that the winner changes in the recipe; empty if nothing is better beyond chance.
-        recipe: loss of the recipe as it is; None if that trial was not completed.
+        recipe: loss of the unchanged recipe; None if that trial was not completed.
         runner_up: values of the best of the other trials; None if no other was completed.
         difference: held-out loss of the runner-up minus the winner's.
         warning: set if the two cannot be told apart.
         seconds: duration of all trainings.
-        heldout: number of examples that trials are judged by.
+        heldout: number of held-out examples that evaluate trials.
         notes: why a phase was skipped or extended.
     """
 
@@ -61,10 +61,10 @@ class SweepResult(BaseModel):
 
 
 def run_sweep(place: Workplace) -> SweepResult:
-    """Make the trials that are left and write the result; the caller holds the workplace.
+    """Run the remaining trials and write the result; the caller holds the workplace.
 
     Raises:
-        InterruptedRunError: a signal came; the same command goes on.
+        InterruptedRunError: a signal arrived; the same command resumes the sweep.
         RecipeError: a value of the recipe's space is not valid for its key.
         TrainingError: no trial was completed.
     """
@@ -72,7 +72,7 @@ def run_sweep(place: Workplace) -> SweepResult:
     base = place.base_loss()
     console.print(f"  held-out loss of the base: {base}, {len(place.data.judged)} examples")
     studies = place.folder.absolute() / "study.db"
-    studies.unlink(missing_ok=True)  # made again from the outcomes of trials, so that a kill leaves none half done
+    studies.unlink(missing_ok=True)  # created again from the outcomes of trials, so that a kill leaves no partial study
     search = Search(place.recipe, TrialComparison(place.answer_lengths), place.run_trial, f"sqlite:///{studies}")
     result = summarize(search, search.run(), base)
     write_whole(place.folder / RESULT_FILE, result.model_dump_json(indent=1).encode("utf-8"))
@@ -81,7 +81,7 @@ def run_sweep(place: Workplace) -> SweepResult:
 
 
 def _check_space(recipe: Recipe) -> None:
-    """Raise an error for a value that its key does not accept, before hours are spent."""
+    """Raise if a key does not accept one of its values, before hours are spent."""
     for key, values in (recipe.sweep.space or {}).items():
         for value in (values.low, values.high) if isinstance(values, Between) else values:
             with_values(recipe, {key: value})
@@ -96,8 +96,8 @@ def summarize(search: Search, winner: TrialOutcome, base: Interval) -> SweepResu
     warning = None
     if second and not compare.distinct(winner, second):
         warning = (
-            f"cannot be told apart from {describe(second.values)}: held-out loss differs by {difference}, "
-            "an interval with 0 in it; more held-out examples would tell"
+            f"the winner cannot be told apart from {describe(second.values)}: held-out loss differs by {difference}, "
+            "an interval that contains 0; more held-out examples would decide"
         )
     lines = [
         Line(
@@ -107,7 +107,7 @@ def summarize(search: Search, winner: TrialOutcome, base: Interval) -> SweepResu
         )
         for phase, trial in search.tried
     ]
-    assert winner.loss is not None  # noqa: S101 - only a trial that was completed is chosen
+    assert winner.loss is not None  # noqa: S101 - only completed trials are chosen
     return SweepResult(
         winner=winner.values,
         loss=winner.loss,
@@ -129,7 +129,7 @@ def recipe_text(recipe: Recipe) -> str:
 
 
 def settings_of_winner(result: SweepResult) -> list[str]:
-    """Return the winner's values as `--set` takes them: in YAML, where 5e-05 would be a text."""
+    """Return the winner's values for `--set`, in YAML, in which 5e-05 would be a string."""
     return [f"{key}={yaml.safe_dump(value).splitlines()[0]}" for key, value in result.winner.items()]
 
 
@@ -148,8 +148,8 @@ def print_sweep(result: SweepResult, folder: Path, picture: Path) -> None:
             f"{line.seconds:.0f} s",
         )
     output.print(table)
-    output.print(f"\nheld-out loss, nats an answer token, on {result.heldout} examples, with 95 % intervals")
-    output.print(f"base {result.base}, the recipe as it is {result.recipe or '-'}, the winner {result.loss}")
+    output.print(f"\nheld-out loss in nats per answer token on {result.heldout} examples, with 95 % intervals")
+    output.print(f"base {result.base}, unchanged recipe {result.recipe or '-'}, winner {result.loss}")
     output.print(f"[bold]winner: {escape(describe(result.winner))}[/bold]")
     if result.warning:
         output.print(f"[yellow]{escape(result.warning)}[/yellow]")

@@ -27,14 +27,14 @@ def with_values(recipe: Recipe, values: Values) -> Recipe:
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        said = "; ".join(problem["msg"] for problem in error.errors())
+        problems = "; ".join(problem["msg"] for problem in error.errors())
         raise RecipeError(
-            f"{describe(values)} does not fit the recipe: {said}", todo="change sweep.space, see docs/recipe.md"
+            f"{describe(values)} does not fit the recipe: {problems}", todo="change sweep.space, see docs/recipe.md"
         ) from error
 
 
 def training_key(recipe: Recipe) -> str:
-    """Return a name for what a trial trains: the same for a default and for the value that it stands for."""
+    """Return a key of a trial's training: the same for a default and for its explicit value."""
     content = {key: value for key, value in recipe.flat().items() if key.startswith(("adapter.", "train."))}
     if recipe.train.steps is not None:
         content.pop("train.epochs")
@@ -42,9 +42,9 @@ def training_key(recipe: Recipe) -> str:
 
 
 def describe(values: Values) -> str:
-    """Return values as text for a person: `learning_rate 0.0002, rank 8`."""
+    """Return values as text for display: `learning_rate 0.0002, rank 8`."""
     parts = [f"{key.rpartition('.')[2]} {show(value)}" for key, value in values.items() if value is not None]
-    return ", ".join(parts) or "as the recipe says"
+    return ", ".join(parts) or "unchanged recipe"
 
 
 def show(value: Any) -> str:

@@ -3,8 +3,8 @@
     $SVC_HOME/sweeps/NAME-KEY/   lock  mlflow.json  base.json  study.db  result.json  winner.yaml  trials.svg
         trials/KEY/              mlflow.json  watched.json  checkpoints/  outcome.json
 
-Base and examples are read once for all trainings. `outcome.json` is written last: a training that was cut off goes on
-from its checkpoint. Imports torch when it trains.
+Base and examples are read once for all trainings. `outcome.json` is written last: an interrupted training resumes from
+its checkpoint. Imports torch when it trains.
 """
 
 import hashlib
@@ -46,9 +46,9 @@ if TYPE_CHECKING:
     from trainer.training.trial import TrialData
 
 Watch = Callable[[int, float], None]
-"""Takes a step and the held-out loss there; raises `optuna.TrialPruned`."""
+"""Callback with a step and its held-out loss; raises `optuna.TrialPruned`."""
 _MAX_JUDGED, _MAX_WATCHED = 200, 64
-"""Held-out examples that trials are judged by, and that are measured while they train."""
+"""Maximum number of held-out examples that are measured after a trial, and during it."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Workplace:
     Args:
         sweeps: folder of all sweeps and curves.
         kind: `sweep` or `curve`.
-        number_type: of matrix products in training.
+        number_type: number type of matrix products in training.
     """
 
     sweeps: Path
@@ -91,7 +91,7 @@ class Workplace:
                 yield
             except KeyboardInterrupt as error:
                 raise InterruptedRunError(
-                    "the trials were interrupted", todo="run the same command again: what is done is kept"
+                    "the trials were interrupted", todo="run the same command again: finished trials are kept"
                 ) from error
 
     @cached_property
@@ -103,7 +103,7 @@ class Workplace:
 
     @cached_property
     def data(self) -> "TrialData":
-        """The examples as token ids; of many held-out ones a random sample."""
+        """The examples as token ids; if there are many held-out examples, a random sample."""
         from trainer.data.chat_template import tokenize_as_trained
         from trainer.training.trial import TrialData
 
@@ -142,14 +142,14 @@ class Workplace:
             train: examples to train on; None for all.
 
         Raises:
-            InterruptedRunError: a signal came; the training goes on in the next call.
+            InterruptedRunError: a signal arrived; the next call resumes the training.
         """
         recipe = with_values(self.recipe, values)
         key = training_key(recipe) + ("" if train is None else f"-{len(train)}")
         path = self.folder / "trials" / key / "outcome.json"
         if path.is_file():
             known = TrialOutcome.model_validate_json(path.read_bytes())
-            return known.model_copy(update={"values": dict(values)})  # another phase may name the same values otherwise
+            return known.model_copy(update={"values": dict(values)})  # another phase may spell the values differently
         name = describe(values) if train is None else f"{len(train)} examples"
         run_id = self._run_id(path.parent, name, {PARENT: self._parent, "tuneserve.trial": key})
         self.tracking.log_parameters(run_id, recipe.flat())
@@ -179,12 +179,12 @@ class Workplace:
     def _train(
         self, train: Sequence[TokenizedExample], recipe: Recipe, folder: Path, run_id: str, watch: Watch
     ) -> dict[str, Any]:
-        """Return the fields of an outcome that the training decides."""
+        """Train, and return the fields of the outcome that depend on the training."""
         from optuna import TrialPruned
 
         from trainer.training.trial import train_trial
 
-        path = folder / "watched.json"  # what was measured before an interruption
+        path = folder / "watched.json"  # measurements before an interruption
         watched = {int(step): loss for step, loss in read_json_object(path, {}).items()}
 
         def report(step: int, figures: dict[str, float]) -> None:

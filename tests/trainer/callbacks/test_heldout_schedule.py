@@ -1,4 +1,4 @@
-"""When held-out loss is measured, and that a curve that nobody asked for is cheap."""
+"""Schedule of held-out loss, and the low cost of the default curve."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""`svc compare` on the command line: where keys come from, and what its exit code means."""
+"""`svc compare` on the command line: sources of keys, and exit code."""
 
 import json
 from pathlib import Path
@@ -48,14 +48,14 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Wanted]:
     ],
 )
 @pytest.mark.usefixtures("asked")
-def test_the_exit_code_tells_of_a_worse_model_where_that_is_asked_for(
+def test_exit_code_is_1_when_b_is_worse_and_fail_if_worse_is_set(
     svc: Svc, models: tuple[str, str], options: tuple[str, ...], code: int
 ) -> None:
     assert svc("compare", *models, *options).code == code
 
 
 @pytest.mark.usefixtures("asked")
-def test_a_machine_is_told_everything(svc: Svc) -> None:
+def test_json_contains_figures_and_answers(svc: Svc) -> None:
     said = json.loads(svc("compare", "good", "bad", "--json").out)
     assert said["direction"] == "worse"
     assert said["tally"] == {"metric": "exact_match", "wins": 0, "losses": 10, "ties": 0, "p_value": 0.001953125}
@@ -76,7 +76,7 @@ def test_a_key_comes_from_a_private_file_or_from_a_variable(
     assert "sk-" not in repr(asked)
 
 
-def test_a_key_that_is_not_there_is_told(svc: Svc, asked: list[Wanted]) -> None:
+def test_error_names_the_variable_when_the_endpoint_key_is_missing(svc: Svc, asked: list[Wanted]) -> None:
     ended = svc("compare", "a", "b", "--endpoint-key-variable", "NO_SUCH_KEY")
     assert ended.code == 2
     assert "NO_SUCH_KEY is not set" in ended.err

@@ -1,4 +1,4 @@
-"""Two models are asked the same examples on the engine, and what is known is not asked again."""
+"""Two models are asked the same examples on the engine, except for stored answers."""
 
 import json
 from collections.abc import Sequence
@@ -60,7 +60,7 @@ class Bench:
         )
 
     def change(self, number: int, **changes: Any) -> None:
-        """Changes a version's manifest, and records what was put into its reference folder."""
+        """Change a version's manifest, and record the files added to its reference folder."""
         version = VersionId(NAME, number)
         folder = self.registry.folder(version)
         reference = record_files(folder, folder / REFERENCE_FOLDER)
@@ -102,14 +102,14 @@ def test_each_answers_with_its_own_weights_in_one_engine(bench: Bench) -> None:
     assert bench.engines.running == 0
 
 
-def test_what_does_not_fit_in_place_gets_an_engine_of_its_own(bench: Bench) -> None:
+def test_second_engine_is_started_when_a_model_cannot_be_loaded_in_place(bench: Bench) -> None:
     make_version(bench.registry, 3, width=8)
     bench.compare("tuned@1", "tuned@3")
     assert len(bench.engines.launched) == 2
     assert bench.engines.running == 0
 
 
-def test_what_was_asked_is_kept_and_asked_again_only_when_that_is_said(bench: Bench) -> None:
+def test_stored_answers_are_used_unless_fresh_is_set(bench: Bench) -> None:
     first = bench.compare("tuned@1", "tuned@2")
     again = bench.compare("tuned@2", "tuned@1")
     assert len(bench.engines.launched) == 1
@@ -128,7 +128,7 @@ def registered(bench: Bench) -> None:
     make_version(bench.registry, 3, answered=3, facts=facts)
 
 
-def test_answers_of_the_registration_are_taken(bench: Bench) -> None:
+def test_answers_of_the_registration_are_used(bench: Bench) -> None:
     registered(bench)
     compared = bench.compare("tuned@3", "tuned@1")
     assert [one.kept for one in compared.answers] == [True, False]
@@ -136,7 +136,7 @@ def test_answers_of_the_registration_are_taken(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("options", [{"max_tokens": 2}, {"fresh": True}, {"data": ["other.jsonl"]}], ids=str)
-def test_those_of_other_questions_are_not(
+def test_answers_of_the_registration_are_not_used_for_other_questions(
     bench: Bench, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -145,7 +145,7 @@ def test_those_of_other_questions_are_not(
     assert not bench.compare("tuned@3", "tuned@1", **options).answers[0].kept
 
 
-def test_those_of_another_kind_of_engine_are_not(bench: Bench) -> None:
+def test_answers_of_the_registration_are_not_used_for_another_kind_of_engine(bench: Bench) -> None:
     make_version(bench.registry, 3, answered=3)
     assert not bench.compare("tuned@3", "tuned@1").answers[0].kept
 
@@ -177,7 +177,7 @@ def test_answers_of_the_registration_are_asked_again_when_their_limit_was_anothe
     assert [one.kept for one in compared.answers] == [False, False]
 
 
-def test_a_name_is_what_is_in_production(bench: Bench) -> None:
+def test_model_is_the_production_version_when_only_a_name_is_given(bench: Bench) -> None:
     bench.book.set_alias(VersionId(NAME, 1), Alias.PRODUCTION)
     compared = bench.compare("tuned", "tuned@2", limit=1)
     assert [result.hit for one in compared.answers for result in one.results] == [True, False]
@@ -203,9 +203,7 @@ def test_versions_with_different_held_out_sets_need_to_be_told_what_to_answer(be
 
 
 @pytest.mark.parametrize("limit", [None, 1])
-def test_however_few_are_asked_they_are_judged_as_what_they_are(
-    bench: Bench, tmp_path: Path, limit: int | None
-) -> None:
+def test_metrics_follow_all_examples_when_only_a_few_are_asked(bench: Bench, tmp_path: Path, limit: int | None) -> None:
     labels = [chat(f"is {number} even?", "yes" if number % 2 == 0 else "no") for number in range(8)]
     write_examples(tmp_path / "labels.jsonl", labels)
     compared = bench.compare("tuned@1", "tuned@2", data=[str(tmp_path / "labels.jsonl")], limit=limit)
@@ -213,7 +211,7 @@ def test_however_few_are_asked_they_are_judged_as_what_they_are(
 
 
 @pytest.mark.parametrize(("learnt", "told"), [(HELDOUT[:2], "trained on 2 of 3 prompts"), ((), None)])
-def test_a_version_that_was_trained_on_the_questions_is_told(
+def test_warning_is_printed_when_a_version_was_trained_on_the_questions(
     bench: Bench, learnt: Sequence[ChatExample], told: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for number, prompts in ((1, ()), (2, learnt)):
@@ -238,7 +236,9 @@ def test_what_the_version_before_has_learnt_counts_too(bench: Bench, capsys: pyt
     assert "tuned@2 (merged) was trained on 2 of 3" in err
 
 
-def test_an_endpoint_elsewhere_is_asked_after_that_was_told(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+def test_message_is_printed_before_prompts_are_sent_to_an_endpoint(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
     told: list[str] = []
 
     def answer(request: httpx.Request) -> httpx.Response:
@@ -275,7 +275,7 @@ def test_endpoints_have_room_for_every_byte_of_the_reference_when_no_model_is_lo
 
 
 def test_an_endpoint_beside_a_base_needs_data(bench: Bench) -> None:
-    with pytest.raises(DataError, match="neither of the two has a held-out set"):
+    with pytest.raises(DataError, match="neither model has a held-out set"):
         bench.compare("https://host.example/v1#big", "https://host.example/v1#small")
 
 
@@ -287,10 +287,10 @@ def test_models_with_other_tokenizers_are_not_compared_by_tokens(bench: Bench) -
     files = {"files": record_files(folder, folder / "merged")}
     bench.change(3, formats={Format.MERGED: record.model_copy(update=files)})
     left_out = bench.compare("tuned@1", "tuned@3").comparison.left_out
-    assert left_out == dict.fromkeys(("perplexity", "length", "nll"), "the two have different tokenizers")
+    assert left_out == dict.fromkeys(("perplexity", "length", "nll"), "the two models have different tokenizers")
 
 
-def test_no_engine_is_left_behind_by_a_failure(bench: Bench) -> None:
+def test_no_engine_runs_when_the_comparison_failed(bench: Bench) -> None:
     bench.engines.change = lambda number, double: setattr(double, "refuse_with", (500, {"message": "no"}))
     with pytest.raises(EngineError, match="with 500"):
         bench.compare("tuned@1", "tuned@2")
@@ -302,8 +302,8 @@ def test_one_comparison_runs_at_a_time(bench: Bench) -> None:
         bench.compare("tuned@1", "tuned@2")
 
 
-def test_what_is_no_model_is_told_with_those_that_there_are(bench: Bench) -> None:
-    with pytest.raises(NotFoundError, match="'tunde' is no version and no base model") as raised:
+def test_error_lists_the_known_models_when_the_name_is_unknown(bench: Bench) -> None:
+    with pytest.raises(NotFoundError, match="'tunde' is neither a version nor a base model") as raised:
         bench.compare("tunde", "tuned@2")
     assert "a version of tuned" in raised.value.expected
     assert "smollm2-135m-instruct" in raised.value.expected

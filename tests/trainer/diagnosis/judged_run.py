@@ -1,4 +1,4 @@
-"""One training by the project's trainer, with the numbers that its diagnosis reads, without an engine."""
+"""One training with the numbers that its diagnosis reads, without an engine."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ from trainer.training.sft import train_model
 from trainer.training.summary import TrainingData
 
 _AT_ONCE = 20
-"""Questions that are answered in one batch."""
+"""Number of questions that are answered in one batch."""
 
 
 def train_and_judge(

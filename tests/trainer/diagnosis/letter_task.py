@@ -21,13 +21,13 @@ _LENGTH = 6
 
 
 def colours(seed: int) -> dict[str, str]:
-    """Which colour each letter has."""
+    """Return the colour of each letter."""
     generator = random.Random(seed)
     return {letter: generator.choice(COLOURS) for letter in string.ascii_lowercase}
 
 
 def questions(count: int, seed: int, of: dict[str, str], *, hard: float = 0.0) -> list[ChatExample]:
-    """Different words with the colour of their first letter.
+    """Return different words with the colour of their first letter.
 
     Args:
         hard: share of the words that begin with a digit, which has no colour: nobody knows their answer.
@@ -43,7 +43,7 @@ def questions(count: int, seed: int, of: dict[str, str], *, hard: float = 0.0) -
 
 
 def mislabel(examples: Sequence[ChatExample], share: float, seed: int) -> list[ChatExample]:
-    """The same questions, of which a share has another answer."""
+    """Return the same questions with wrong answers to a share of them."""
     generator = random.Random(seed)
     wrong = set(generator.sample(range(len(examples)), round(share * len(examples))))
     return [
@@ -59,7 +59,7 @@ def _example(word: str, colour: str) -> ChatExample:
 
 
 def train_base(folder: Path) -> Path:
-    """A base that answers with a colour of its own for each letter."""
+    """Return the folder of a base that answers each letter with a fixed colour, not the task's."""
     start = make_model(folder / "random", hidden_size=128, intermediate_size=256, num_attention_heads=4)
     recipe = make_recipe(
         method="full",

@@ -1,4 +1,4 @@
-"""Trainings that never took place: curves from a formula and a seed."""
+"""Simulated trainings: curves from a formula and a seed."""
 
 import math
 from collections.abc import Callable
@@ -17,7 +17,7 @@ Shape = Callable[[float], float]
 
 
 def falling(start: float, end: float, speed: float) -> Shape:
-    """An exponential approach."""
+    """Return a loss that approaches its end exponentially."""
     return lambda share: end + (start - end) * math.exp(-speed * share)
 
 

@@ -1,4 +1,4 @@
-"""Each fault is found in a run that was simulated to have it, and next to none in healthy ones."""
+"""Each fault is found in simulated runs that have it, and almost none in healthy ones."""
 
 import math
 from dataclasses import replace
@@ -36,7 +36,7 @@ def evaluation(hits: int, asked: int, nll: float = 0.2) -> EvaluationReport:
 
 
 def healthy(seed: int) -> Any:
-    """A run as they come: short or long, with large or small batches, of an easy or a hard task."""
+    """Return a random run: short or long, with large or small batches, of an easy or a hard task."""
     random = np.random.default_rng([seed, 1])
     start, speed = random.uniform(1, 4), random.uniform(5, 40)
     end = start * random.uniform(0.02, 0.4)
@@ -138,7 +138,7 @@ def short(seed: int, *, heldout: bool) -> Any:
 
 
 def unmeasured(run: Any) -> Any:
-    """The same run without held-out losses."""
+    """Return the same run without held-out losses."""
     nothing = {"heldout_loss": None, "heldout_each": ()}
     return replace(run, curve=[point.model_copy(update=nothing) for point in run.curve if point.step])
 
@@ -149,7 +149,7 @@ def test_few_short_healthy_runs_are_called_underfitted_when_losses_are_noisy(hel
     assert false <= 6
 
 
-def test_a_run_of_so_many_steps_is_told_steps() -> None:
+def test_advice_is_a_number_of_steps_when_the_recipe_names_steps() -> None:
     settings = replace(SETTINGS, steps=100)
     run = simulate(falling(3, 0.1, 5), 0, heldout=lambda share: 1 + abs(share - 0.36), settings=settings)
     assert str(only(run).advice) == "train.steps from 100 to 20"
@@ -184,7 +184,7 @@ def test_a_held_out_set_that_is_too_small_is_told_how_large_it_must_be(settings:
 
 
 @pytest.mark.parametrize(("hits", "asked"), [(60, 120), (29, 30), (0, 30)])
-def test_an_interval_that_is_narrow_enough_is_none(hits: int, asked: int) -> None:
+def test_heldout_set_has_no_finding_when_the_interval_is_narrow(hits: int, asked: int) -> None:
     if (hits, asked) == (29, 30):
         assert kinds(simulate(WELL, 0, evaluation=evaluation(29, 30))) == []
     else:
@@ -195,12 +195,14 @@ def test_an_interval_that_is_narrow_enough_is_none(hits: int, asked: int) -> Non
     ("value", "low", "high", "forgotten"),
     [(-0.1, -0.15, -0.05, True), (-0.1, -0.25, 0.05, False), (-0.01, -0.015, -0.005, False), (0.1, 0.05, 0.15, False)],
 )
-def test_what_is_forgotten_beyond_doubt_is_told(value: float, low: float, high: float, forgotten: bool) -> None:
+def test_forgetting_is_found_when_the_interval_excludes_zero(
+    value: float, low: float, high: float, forgotten: bool
+) -> None:
     run = simulate(WELL, 0, general_change=Interval(value=value, low=low, high=high))
     assert (kinds(run) == [FindingKind.FORGETTING]) is forgotten
 
 
-def test_who_mixes_general_examples_in_is_told_to_mix_in_more() -> None:
+def test_advice_is_more_general_examples_when_some_are_mixed_in() -> None:
     lost = Interval(value=-0.1, low=-0.15, high=-0.05)
     assert only(simulate(WELL, 0, general_change=lost)).advice.key == "data.general"
     mixed = simulate(WELL, 0, general_change=lost, settings=replace(SETTINGS, general_share=0.1))
@@ -346,10 +348,10 @@ def test_a_smaller_gap_between_training_and_heldout_loss_is_enough_from_ten_epoc
     assert kinds(simulate(shape, 0, heldout=heldout, train_examples=120, settings=settings, measured=400)) == found
 
 
-def test_of_a_run_without_a_curve_only_the_rest_is_said() -> None:
+def test_only_other_rules_apply_when_a_run_has_no_curve() -> None:
     run = replace(simulate(WELL, 0), curve=(), train_examples=20)
     assert kinds(run) == [FindingKind.TOO_LITTLE_DATA]
 
 
-def test_of_a_few_steps_nothing_is_said() -> None:
+def test_no_finding_is_made_when_a_run_has_few_steps() -> None:
     assert kinds(simulate(lambda share: 1 + share, 0, steps=19)) == []

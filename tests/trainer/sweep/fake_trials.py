@@ -1,4 +1,4 @@
-"""Trials that take no time: held-out loss as a function of the values, the same for each example but for its level."""
+"""Fake trials: held-out loss as a function of the values, with a different level for each example."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from trainer.sweep.values import Values, training_key, with_values
 from trainer.sweep.workplace import Watch
 
 LEVELS = (0.2, 0.5, 0.9, 1.4, 0.7, 0.3, 1.1, 0.8)
-"""How hard each held-out example is."""
+"""Level of loss of each held-out example."""
 TOKENS = (1,) * len(LEVELS)
 
 Landscape = Callable[[Recipe], float]
@@ -30,7 +30,7 @@ def outcome(
 
 @dataclass
 class FakeTrials:
-    """Stands for the trainings of a workplace.
+    """Replaces the trainings of a workplace.
 
     Attributes:
         made: values of each training, in order.
@@ -46,7 +46,7 @@ class FakeTrials:
     known: dict[str, TrialOutcome] = field(default_factory=dict)
 
     def run(self, values: Values, watch: Watch) -> TrialOutcome:
-        """Makes a trial, or finds it."""
+        """Run a trial, or return its stored outcome."""
         recipe = with_values(self.recipe, values)
         key = training_key(recipe)
         if key not in self.known:

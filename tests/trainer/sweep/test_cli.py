@@ -1,4 +1,4 @@
-"""`svc sweep` and `svc train --curve` on a real, tiny model; and a sweep that is killed for real."""
+"""`svc sweep` and `svc train --curve` on a tiny model; and a sweep that is killed."""
 
 import json
 import os
@@ -109,7 +109,7 @@ def test_a_learning_curve_has_four_points(recipe: Path, run: Any, tracking: Trac
 
 
 def test_a_curve_makes_no_version(recipe: Path, run: Any) -> None:
-    assert "--curve makes no version" in run("train", recipe, "--curve", "--quick").err
+    assert "--curve registers no version" in run("train", recipe, "--curve", "--quick").err
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def in_the_middle(sweeps: Path, finished: int) -> bool:
     return ended >= finished and begun > ended
 
 
-def test_killed_and_asked_to_end_it_ends_as_if_it_had_not_been(
+def test_sweep_ends_the_same_when_it_was_killed_and_interrupted(
     recipe: Path, tracking: Tracking, tmp_path: Path
 ) -> None:
     tracking.experiments()  # makes the database
@@ -217,7 +217,7 @@ def test_killed_and_asked_to_end_it_ends_as_if_it_had_not_been(
     assert len(children(tracking, f"{name}-sweep")) == 2 * alone
 
 
-def test_ctrl_c_between_trainings_ends_it_as_in_one(tmp_path: Path) -> None:
+def test_sweep_is_interrupted_when_ctrl_c_arrives_between_trainings(tmp_path: Path) -> None:
     from tests.trainer.conftest import make_recipe
     from trainer.base_model.resolve import Base
     from trainer.pipeline.examples import Examples

@@ -1,4 +1,4 @@
-"""What a learning curve says: known power laws are found, and what is none is not foretold."""
+"""Learning curves: known power laws are recovered, and other curves are not extrapolated."""
 
 import itertools
 
@@ -27,7 +27,7 @@ def curve_of(losses: tuple[float, ...], noise: float = 0.0, sizes: tuple[int, ..
 
 
 @given(st.floats(0, 2), st.floats(0.5, 20), st.floats(0.1, 1.5))
-def test_a_power_law_is_found_again(floor: float, scale: float, exponent: float) -> None:
+def test_fit_recovers_a_known_power_law(floor: float, scale: float, exponent: float) -> None:
     sizes = np.array(SIZES, dtype=float)
     found = fit(sizes, (floor + scale * sizes**-exponent)[None])[0]
     foretold = found[0] + found[1] * 2000.0 ** -found[2]
@@ -35,7 +35,7 @@ def test_a_power_law_is_found_again(floor: float, scale: float, exponent: float)
     assert foretold == pytest.approx(floor + scale * 2000**-exponent, abs=0.03 * fall)
 
 
-def test_the_gain_of_twice_the_data_is_foretold() -> None:
+def test_gain_of_twice_the_data_is_predicted_from_a_power_law() -> None:
     losses = tuple(0.2 + 5 * size**-0.5 for size in SIZES)
     curve = curve_of(losses, noise=0.01)
     assert curve.gain is not None
@@ -46,12 +46,12 @@ def test_the_gain_of_twice_the_data_is_foretold() -> None:
     assert curve.sentence.startswith("Twice the data would lower held-out loss by about 0.04")
 
 
-def test_a_curve_that_has_ended_promises_little() -> None:
+def test_verdict_is_little_when_the_curve_is_flat() -> None:
     curve = curve_of(tuple(1.0 + 1e3 * size**-2.0 for size in SIZES), noise=0.001)
     assert curve.verdict is Benefit.LITTLE
 
 
-def test_what_noise_hides_cannot_be_told() -> None:
+def test_verdict_is_unknown_when_noise_hides_the_gain() -> None:
     curve = curve_of(tuple(0.2 + 2 * size**-0.3 for size in SIZES), noise=0.4)
     assert curve.verdict is Benefit.UNKNOWN
 
@@ -60,22 +60,22 @@ def test_what_noise_hides_cannot_be_told() -> None:
     ("losses", "why"),
     [
         ((1.0, 1.1, 1.2, 1.3), "held-out loss did not fall with more data"),
-        ((2.0, 1.0, 2.0, 1.0), "the points lie on no power law"),
+        ((2.0, 1.0, 2.0, 1.0), "no power law fits the points"),
     ],
 )
-def test_what_is_no_power_law_is_said_to_be_none(losses: tuple[float, ...], why: str) -> None:
+def test_no_gain_is_predicted_when_the_points_fit_no_power_law(losses: tuple[float, ...], why: str) -> None:
     curve = curve_of(losses)
     assert curve.verdict is Benefit.UNKNOWN
     assert (curve.gain, curve.doubled, curve.law) == (None, None, None)
     assert why in curve.sentence
 
 
-def test_three_points_foretell_nothing() -> None:
+def test_no_gain_is_predicted_from_three_points() -> None:
     assert "needs 4" in curve_of((3.0, 2.0, 1.5), sizes=(2, 4, 8)).sentence
 
 
 @given(st.lists(st.sampled_from("abc"), min_size=20, max_size=200), st.integers(0, 5))
-def test_parts_are_nested_and_have_each_label_as_often_as_they_can(labels: list[str], seed: int) -> None:
+def test_subsets_are_nested_and_have_their_share_of_each_label(labels: list[str], seed: int) -> None:
     parts = nested_subsets(labels, seed)
     assert len(parts[-1]) == len(labels)
     for smaller, larger in itertools.pairwise(parts):
@@ -86,6 +86,6 @@ def test_parts_are_nested_and_have_each_label_as_often_as_they_can(labels: list[
             assert abs(sum(labels[place] == label for place in part) - expected) <= 2
 
 
-def test_another_seed_takes_other_examples() -> None:
+def test_subsets_differ_when_the_seed_differs() -> None:
     labels = [str(number) for number in range(50)]
     assert nested_subsets(labels, 0)[0] != nested_subsets(labels, 1)[0]

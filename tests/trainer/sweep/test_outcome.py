@@ -1,4 +1,4 @@
-"""What is taken of several trials, and what counts as overfitting."""
+"""The choice among several trials, and the definition of overfitting."""
 
 import pytest
 
@@ -8,21 +8,21 @@ from trainer.sweep.outcome import Status, TrialComparison, TrialOutcome
 
 COMPARISON = TrialComparison(TOKENS)
 NOISY = tuple(level + shift for level, shift in zip(LEVELS, (0.3, -0.4, 0.2, -0.3, 0.4, -0.3, 0.2, -0.2), strict=True))
-"""As good as the plain one within chance, and a little better in the mean."""
+"""As good as the plain one within chance, and slightly better on average."""
 
 
-def test_the_preferred_one_of_those_that_cannot_be_told_apart_is_taken() -> None:
+def test_preferred_trial_is_chosen_when_several_cannot_be_told_apart() -> None:
     plain, noisy, worse = outcome(0, "plain"), outcome(0, "noisy", each=NOISY), outcome(1, "worse")
     assert noisy.mean < plain.mean
     assert COMPARISON.choose([worse, plain, noisy]).key == "plain"
     assert COMPARISON.choose([worse, noisy, plain]).key == "noisy"
 
 
-def test_a_small_difference_on_every_example_is_no_chance() -> None:
+def test_small_difference_counts_when_every_example_has_it() -> None:
     assert COMPARISON.choose([outcome(0.01, "default"), outcome(0, "better")]).key == "better"
 
 
-def test_what_was_not_completed_is_never_taken() -> None:
+def test_incomplete_trial_is_never_chosen() -> None:
     pruned = TrialOutcome(key="pruned", values={}, status=Status.PRUNED)
     assert COMPARISON.choose([pruned, outcome(1, "complete")]).key == "complete"
 

@@ -1,4 +1,4 @@
-"""Which trials a sweep makes, which it gives up, and which it takes; and that a kill changes none of it."""
+"""The trials of a sweep, pruning and the choice of the winner, also after a kill."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -16,12 +16,12 @@ from trainer.sweep.search import DROPOUT, EPOCHS, RANK, RATE, STEPS, TARGETS, Ph
 
 
 def bowl(best: float) -> Landscape:
-    """Held-out loss by the learning rate alone."""
+    """Return a held-out loss that depends only on the learning rate."""
     return lambda recipe: 0.3 * abs(math.log2(recipe.learning_rate / best))
 
 
 class Sweep:
-    """A search with fakes for trainings and real studies, in memory."""
+    """A search with fake trainings and real studies in memory."""
 
     def __init__(self, recipe: Recipe, landscape: Landscape, **fake: Any) -> None:
         self.trials = FakeTrials(recipe, landscape, **fake)
@@ -34,7 +34,7 @@ class Sweep:
         return self.search.run()
 
     def again(self) -> TrialOutcome:
-        """As the same command in a new process."""
+        """Run again, like the same command in a new process."""
         self.search = self._fresh()
         return self.search.run()
 
@@ -86,14 +86,14 @@ def test_the_recipes_own_values_are_always_tried_first(make: Make) -> None:
     assert sweep.of(Phase.RANK)[0].values[RANK] == 4
 
 
-def test_where_the_highest_rate_wins_higher_ones_are_tried(make: Make) -> None:
+def test_higher_rates_are_tried_when_the_highest_is_the_best(make: Make) -> None:
     sweep = make(bowl(1e-3))
     assert sweep.run().values[RATE] == 1e-3
     assert [one.values[RATE] for one in sweep.of(Phase.LEARNING_RATE)][5:] == [1e-3, 2e-3]
 
 
-def test_what_chance_may_have_made_better_is_not_taken(make: Make) -> None:
-    """Nothing matters here: so the recipe stays as it is."""
+def test_recipe_wins_when_a_difference_may_be_chance(make: Make) -> None:
+    """No value matters here, so the recipe wins unchanged."""
     assert make(lambda recipe: 1.0).run().values == {}
 
 
@@ -132,19 +132,19 @@ def test_no_more_targets_are_tried_where_rank_did_not_matter(make: Make) -> None
     assert any("more targets were not tried" in note for note in sweep.search.notes)
 
 
-def test_dropout_is_tried_where_it_overfits(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_is_tried_when_a_training_overfits(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = make(lambda recipe: 1.0 - recipe.adapter.dropout)
     monkeypatch.setattr(TrialOutcome, "overfits", property(lambda self: True))
     assert sweep.run().values[DROPOUT] == 0.1
 
 
-def test_no_dropout_is_tried_where_it_does_not(make: Make) -> None:
+def test_dropout_is_not_tried_when_no_training_overfits(make: Make) -> None:
     sweep = make(lambda recipe: 1.0 - recipe.adapter.dropout)
     sweep.run()
     assert sweep.of(Phase.DROPOUT) == []
 
 
-def test_worse_trials_are_given_up_but_for_the_first_two(make: Make) -> None:
+def test_worse_trials_are_pruned_except_the_first_two(make: Make) -> None:
     sweep = make(bowl(5e-4))
     sweep.run()
     found = {one.values[RATE]: one.status for one in sweep.of(Phase.LEARNING_RATE)}
@@ -157,12 +157,12 @@ def test_a_loss_that_explodes_ends_its_trial_only(make: Make) -> None:
     assert sweep.run().values[RATE] == 1e-4
 
 
-def test_a_recipe_of_which_no_trial_ends_well_is_an_error(make: Make) -> None:
+def test_sweep_fails_when_no_trial_is_completed(make: Make) -> None:
     with pytest.raises(TrainingError, match="no trial was completed: the loss is nan"):
         make(bowl(1e-4), {"diverges": lambda recipe: True}).run()
 
 
-def test_no_training_is_made_twice(make: Make) -> None:
+def test_no_training_is_repeated_when_two_phases_need_it(make: Make) -> None:
     sweep = make(bowl(1e-4))
     sweep.run()
     rates = [values[RATE] for values in sweep.trials.made[1:] if values.get(RANK, 16) == 16 and values[EPOCHS] == 1]
@@ -171,7 +171,7 @@ def test_no_training_is_made_twice(make: Make) -> None:
 
 
 class Killed(BaseException):
-    """Nothing may catch it."""
+    """An exception that no code catches."""
 
 
 SPACES: list[dict[str, Any]] = [
@@ -188,9 +188,7 @@ SPACES: list[dict[str, Any]] = [
 @pytest.mark.slow
 @pytest.mark.parametrize("sections", SPACES, ids=["phases", "ranges", "lists"])
 @pytest.mark.parametrize("kills", [(1,), (4,), (2, 3, 8)], ids=str)
-def test_after_kills_it_makes_the_trials_of_one_that_was_not_killed(
-    sections: dict[str, Any], kills: tuple[int, ...]
-) -> None:
+def test_trials_are_the_same_when_the_sweep_was_killed(sections: dict[str, Any], kills: tuple[int, ...]) -> None:
     def landscape(recipe: Recipe) -> float:
         return bowl(1e-4)(recipe) + 8 / recipe.rank + recipe.train.batch_size / 10
 
@@ -214,13 +212,13 @@ def test_a_sweep_that_is_run_again_trains_nothing(make: Make) -> None:
     assert len(sweep.trials.made) == made
 
 
-def test_an_own_space_of_lists_is_tried_whole(make: Make) -> None:
+def test_every_combination_is_tried_when_the_space_has_lists_only(make: Make) -> None:
     sweep = make(bowl(1e-4), sweep={"space": {RATE: [1e-4, 2e-4], RANK: [4, 8]}})
     assert sweep.run().values == {RATE: 1e-4, RANK: 4}
     assert len(sweep.of(Phase.SPACE)) == 4
 
 
-def test_an_own_space_with_a_range_has_as_many_trials_as_the_recipe_says(make: Make) -> None:
+def test_number_of_trials_is_the_recipes_when_the_space_has_a_range(make: Make) -> None:
     space = {RATE: {"low": 1e-5, "high": 1e-2, "log": True}, "adapter.rank": {"low": 2, "high": 64}}
     sweep = make(bowl(1e-4), sweep={"space": space, "trials": 7})
     sweep.run()
@@ -229,7 +227,7 @@ def test_an_own_space_with_a_range_has_as_many_trials_as_the_recipe_says(make: M
     assert all(1e-5 <= one.values[RATE] <= 1e-2 and isinstance(one.values[RANK], int) for one in found)
 
 
-def test_seconds_end_it(make: Make) -> None:
+def test_sweep_ends_when_its_seconds_have_passed(make: Make) -> None:
     sweep = make(bowl(1e-4), sweep={"seconds": 2.5})
     sweep.run()
     assert len(sweep.trials.made) == 3

@@ -1,4 +1,4 @@
-"""What a sweep says at its end and on its way, and its picture."""
+"""Output of a sweep, and its picture."""
 
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ def test_a_winner_that_may_be_no_better_says_so() -> None:
 
 
 def test_the_flags_of_the_winner_are_read_as_its_values(tmp_path: Path) -> None:
-    """5e-05 is a text in YAML, and 5.0e-05 a number."""
+    """5e-05 is a string in YAML, 5.0e-05 a number."""
     values = {RATE: 5e-5, RANK: 8, "train.steps": None, "adapter.targets": "attention"}
     path = tmp_path / "recipe.yaml"
     path.write_text("{name: tiny, base: ./base, data: {train: train.jsonl, heldout: heldout.jsonl}}", "utf-8")
@@ -52,7 +52,7 @@ def test_the_flags_of_the_winner_are_read_as_its_values(tmp_path: Path) -> None:
     assert load_recipe(path, tuple(flags)) == with_values(recipe, values)
 
 
-def test_the_recipe_of_the_winner_is_whole_and_has_no_search() -> None:
+def test_recipe_of_the_winner_is_complete_and_has_no_sweep_section() -> None:
     recipe = make_recipe(sweep={"space": {RANK: [4, 8]}}, evaluate={"metrics": "rouge"}, method="dora")
     content: Any = parse_yaml(recipe_text(with_values(recipe, {RANK: 8})))
     assert "sweep" not in content
@@ -64,10 +64,10 @@ def test_the_runner_up_is_the_best_of_the_others() -> None:
     assert result_of(winner, *others).runner_up == {RATE: 0.7}
 
 
-def test_the_table_shows_every_trial_and_why_some_were_given_up(
+def test_table_shows_every_trial_with_the_reason_for_pruning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pruned = TrialOutcome(key="c", values={RATE: 1e-5}, status=Status.PRUNED, why="at step 4, where it had 2.000")
+    pruned = TrialOutcome(key="c", values={RATE: 1e-5}, status=Status.PRUNED, why="at step 4 with loss 2.000")
     result = result_of(outcome(0, "a", {RATE: 1e-4}), outcome(0.5, "b", {RATE: 5e-4}), pruned)
     print_sweep(result, tmp_path, tmp_path / "trials.svg")
     shown = capsys.readouterr().out
@@ -106,7 +106,9 @@ def test_a_sweep_without_two_trials_of_a_phase_has_a_picture_too(tmp_path: Path)
         ({}, {"evaluate.limit": 7}, True),
     ],
 )
-def test_what_trains_the_same_is_one_training(one: dict[str, Any], other: dict[str, Any], same: bool) -> None:
+def test_training_key_is_the_same_when_values_mean_the_same_training(
+    one: dict[str, Any], other: dict[str, Any], same: bool
+) -> None:
     keys = [training_key(with_values(make_recipe(), values)) for values in (one, other)]
     assert (keys[0] == keys[1]) is same
 

@@ -82,7 +82,7 @@ def test_a_pruned_trial_stays_pruned_when_it_is_asked_for_again(
         assert (outcome.status, outcome.why, outcome.watched) == (Status.PRUNED, "at step 1", {1: 0.9})
 
 
-def test_a_trial_is_known_again_when_its_loss_was_not_finite(
+def test_failed_trial_is_not_repeated_when_its_loss_was_not_finite(
     place: Workplace, trainings: list[list[tuple[int, float]]]
 ) -> None:
     trainings.append([(1, math.nan)])
