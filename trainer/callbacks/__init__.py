@@ -1,1 +1,1 @@
-"""What watches a run, step by step. Imports transformers."""
+"""Callbacks that watch a run step by step. Imports transformers."""

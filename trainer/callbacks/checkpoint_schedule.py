@@ -1,7 +1,7 @@
-"""When a checkpoint is due: after so many steps, after so many minutes, and at once when the run is asked to end.
+"""Schedule of checkpoints: by steps, by minutes, and immediately when a signal stops the run.
 
 transformers' own checkpoint on SIGTERM waits for three seconds and then for the end of a step, which may take minutes
-here, and a kill while it writes leaves half a folder. Imports transformers.
+here, and a kill while it writes leaves an incomplete folder. Imports transformers.
 """
 
 import time
@@ -15,12 +15,12 @@ from trainer.recipe.sections import Checkpoints
 
 
 class CheckpointSchedule(TrainerCallback):
-    """Asks for checkpoints.
+    """Requests checkpoints.
 
     Args:
-        due: the recipe's section.
-        preemption: ends the run after the step.
-        clock: seconds.
+        due: the recipe's section `checkpoints`.
+        preemption: its signal stops the run after the step.
+        clock: returns seconds.
     """
 
     def __init__(
@@ -32,11 +32,11 @@ class CheckpointSchedule(TrainerCallback):
         self._last = clock()
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """The minutes count from here."""
+        """Start counting minutes."""
         self._last = self._clock()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Looks after each step."""
+        """Request a checkpoint if one is due after the step."""
         every = self._due.every_steps
         if self._preemption.by is not None:
             control.should_save = control.should_training_stop = True
@@ -44,10 +44,10 @@ class CheckpointSchedule(TrainerCallback):
             control.should_save = True
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Measuring held-out loss takes as long as many steps: a signal is not left waiting for another one."""
+        """Stop the run after a measurement, which takes as long as many steps, if a signal has arrived."""
         if self._preemption.by is not None:
             control.should_save = control.should_training_stop = True
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """The minutes count from the last checkpoint, whatever asked for it."""
+        """Restart counting minutes after any checkpoint."""
         self._last = self._clock()

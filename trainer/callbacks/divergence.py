@@ -1,4 +1,4 @@
-"""A run that gets worse instead of better: found after some steps, not after the night.
+"""Detection of diverging runs after some steps instead of after a night.
 
 Imports transformers.
 """
@@ -17,19 +17,19 @@ from trainer.callbacks.loss_log import LOSS
 _FIRST, _LAST = 5, 20
 """Steps whose mean losses are compared. The first are few, because a rate that is far too high explodes within 20."""
 _SKIPPED = 20
-"""Steps in a row that the optimizer left out: in float16 a few are how the scale of the loss is found, by halving."""
+"""Allowed consecutive steps that the optimizer skips: in float16 the scale of the loss is found by halving."""
 _TIMES, _NATS = 2.0, 1.0
-"""An exploded mean loss is twice that of the first steps, and a nat more."""
+"""An exploded mean loss is at least twice that of the first steps, and one nat more."""
 _SURE = 4.0
-"""Standard errors of the difference, as every step is a comparison. Losses of a batch depend on its examples, so the
-error is from the scatter of the steps: where easy and hard batches alternate, many hard ones in a row are chance."""
+"""Standard errors of the difference; high, because every step is a comparison. A batch's loss depends on its examples,
+so the error is the scatter of the steps: if easy and hard batches alternate, many hard ones in a row are chance."""
 
 
 class DivergenceWatch(TrainerCallback):
-    """Ends a run whose loss explodes, or whose gradient is not finite.
+    """Stops a run whose loss explodes, or whose gradient is not finite.
 
     Args:
-        learning_rate: the run's, of which a lower one is proposed.
+        learning_rate: learning rate of the run; errors propose a lower one.
     """
 
     def __init__(self, learning_rate: float) -> None:
@@ -37,10 +37,10 @@ class DivergenceWatch(TrainerCallback):
         self._skipped = 0
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        """Looks at each step.
+        """Check loss and gradient of a step.
 
         Raises:
-            TrainingError: says what to change.
+            TrainingError: the run diverges.
         """
         if "grad_norm" in logs:
             self._check_gradient(logs["grad_norm"], state.global_step, kwargs.get("optimizer"))
@@ -69,29 +69,29 @@ def _losses(entries: Iterable[dict[str, float]]) -> Iterator[float]:
 
 
 def diverged(wrong: str, learning_rate: float, *, first_in_float16: bool = False) -> TrainingError:
-    """What to do about it.
+    """Return the error for a diverged run.
 
     Args:
-        first_in_float16: the first loss of a run in float16 is not finite: nothing was learnt yet that could explode.
+        first_in_float16: the first loss of a run in float16 is not finite, so that learning cannot be the cause.
     """
     if first_in_float16:
         return TrainingError(
-            f"{wrong}: what flows through this model is too large for float16",
-            expected="a model that was made for float16, or a GPU with bfloat16 (Ampere and later)",
+            f"{wrong}: the activations of this model are too large for float16",
+            expected="a model trained in float16, or a GPU with bfloat16 (Ampere and later)",
             todo="use another base or another device",
         )
     return TrainingError(
         wrong,
         expected="a finite loss that falls",
-        todo=f"lower train.learning_rate from {learning_rate:g} to {learning_rate / 3:.1g}, for a start; "
-        "that is another run, and begins anew",
+        todo=f"lower train.learning_rate from {learning_rate:g} to {learning_rate / 3:.1g} first; "
+        "this is a new run, which starts from the beginning",
     )
 
 
 def _exploded(first: Sequence[float], last: Sequence[float]) -> bool:
-    """Return whether the last losses are far above the first: in the mean and beyond chance, or the least of them.
+    """Return whether the last losses are far above the first: on average and beyond chance, or even the lowest one.
 
-    A loss that keeps growing is the second kind: its growth counts as scatter.
+    The second condition finds a loss that grows steadily, because its growth counts as scatter.
     """
     start, highest = fmean(first), max(first)
     rise = fmean(last) - start

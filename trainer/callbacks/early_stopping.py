@@ -1,7 +1,7 @@
-"""Held-out loss while a run trains: it is measured when it is due, says which weights are best, and when to stop.
+"""Held-out loss during training: measured on schedule, it selects the best weights and stops the run.
 
-All of it follows from the losses in the trainer's state, so that a resumed run decides as an uninterrupted one.
-transformers' EarlyStoppingCallback counts in itself, and wants its own checkpoints for the best weights. Imports
+All decisions follow from the losses in the trainer's state, so that a resumed run decides as an uninterrupted one.
+transformers' EarlyStoppingCallback has its own counters, and needs its own checkpoints for the best weights. Imports
 transformers.
 """
 
@@ -16,12 +16,12 @@ from trainer.recipe.sections import Stopping
 
 
 class EarlyStopping(TrainerCallback):
-    """Asks for measurements, for a checkpoint of the best weights, and for the end.
+    """Requests measurements, a checkpoint of the best weights, and the end of the run.
 
     Args:
-        stopping: the recipe's section.
-        schedule: when held-out loss is measured.
-        measure: makes the measurement before the first step, and one before which a run was cut off.
+        stopping: the recipe's section `stopping`.
+        schedule: steps at which held-out loss is measured.
+        measure: measures before the first step, and again if a run was interrupted before a due measurement.
     """
 
     def __init__(
@@ -32,17 +32,17 @@ class EarlyStopping(TrainerCallback):
         self._measure = measure
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Weights and state are those of the checkpoint already."""
+        """Measure if a due measurement is missing; weights and state are already those of the checkpoint."""
         if misses_measurement(state, self._schedule):
             self._measure()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Measures at fixed steps and at the last."""
+        """Request the measurements that are due."""
         if self._schedule.due(state):
             control.should_evaluate = True
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Keeps the best, and stops when patience is at its end; then too there is a checkpoint, to know it by."""
+        """Request a checkpoint of the best weights; if patience is exhausted, stop with a checkpoint."""
         if self._stopping.keep_best and best_step(state) == state.global_step:
             control.should_save = True
         if out_of_patience(state, self._stopping.patience):
@@ -50,18 +50,18 @@ class EarlyStopping(TrainerCallback):
 
 
 def misses_measurement(state: TrainerState, schedule: HeldoutSchedule) -> bool:
-    """Whether a measurement is due that is not there: at the start, and where a run was cut off before it."""
+    """Return whether a due measurement is missing: at the start, or because the run was interrupted before it."""
     return schedule.due(state) and state.global_step not in heldout_losses(state)
 
 
 def best_step(state: TrainerState) -> int | None:
-    """The step of the lowest held-out loss, the first of equals; None when none was measured after a step."""
+    """Return the step of the lowest held-out loss, the first of equals; None without a measurement after a step."""
     losses = _after_a_step(state)
     return min(losses, key=lambda step: losses[step]) if losses else None
 
 
 def out_of_patience(state: TrainerState, patience: int | None) -> bool:
-    """Whether the last so many measurements brought no lower loss."""
+    """Return whether none of the last `patience` measurements had a lower loss."""
     best = best_step(state)
     if patience is None or best is None:
         return False
@@ -69,5 +69,5 @@ def out_of_patience(state: TrainerState, patience: int | None) -> bool:
 
 
 def _after_a_step(state: TrainerState) -> dict[int, float]:
-    """Measurements of weights that were trained: those of the base are no result of a run."""
+    """Return the measurements after step 0, because the base's loss is not a result of the run."""
     return {step: loss for step, loss in heldout_losses(state).items() if step > 0}

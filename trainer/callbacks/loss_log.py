@@ -1,8 +1,7 @@
-"""The loss curve: what each step cost, reported as a hundred points.
+"""The loss curve: the loss of each step, reported as a hundred points.
 
-The trainer keeps the loss of every step in its state, which is in every checkpoint. Points are means over it at fixed
-steps, so that a resumed run draws the curve of one that was never interrupted. Imports
-transformers.
+The trainer stores the loss of every step in its state, which is in every checkpoint. Points are means at fixed steps,
+so that a resumed run draws the same curve as an uninterrupted one. Imports transformers.
 """
 
 import math
@@ -17,27 +16,27 @@ from svc.evaluation.training_curve import TrainingPoint
 LOSS, HELDOUT_LOSS = "loss", "heldout_loss"
 TOKENS_PER_SECOND = "tokens_per_second"
 HELDOUT_EACH, HELDOUT_SET = "heldout_each", "heldout_set"
-"""In the trainer's state beside a held-out loss: that of each example, and which examples they are."""
+"""Keys in the trainer's state with a held-out loss: the loss of each example, and a hash of the examples."""
 _POINTS = 100
 
 Report = Callable[[int, dict[str, float]], None]
-"""Takes a step and its figures."""
+"""Callback with a step and its figures."""
 
 
 def step_losses(state: TrainerState) -> dict[int, float]:
-    """Loss of each step, nats a token."""
+    """Return the loss of each step in nats per token."""
     return {entry["step"]: entry[LOSS] for entry in state.log_history if LOSS in entry}
 
 
 def heldout_losses(state: TrainerState) -> dict[int, float]:
-    """Held-out loss at each step where it was measured, nats a token."""
+    """Return the held-out loss of each measured step in nats per token."""
     return {entry["step"]: entry[HELDOUT_LOSS] for entry in state.log_history if HELDOUT_LOSS in entry}
 
 
 def training_points(state: TrainerState) -> tuple[TrainingPoint, ...]:
-    """Every step, and what was measured before the first.
+    """Return every step, and the measurement before the first one.
 
-    A run that went on with other held-out examples has only those measurements that can be compared with the last.
+    If a run was resumed with other held-out examples, only measurements comparable with the last one are returned.
     """
     measured = {entry["step"]: entry for entry in state.log_history if HELDOUT_LOSS in entry}
     current = list(measured.values())[-1].get(HELDOUT_SET) if measured else None
@@ -61,17 +60,17 @@ def _point(step: int, taken: dict[str, Any], measured: dict[str, Any]) -> Traini
 
 
 class LossReport(TrainerCallback):
-    """Reports the curve while it is drawn.
+    """Reports the curve during training.
 
     Args:
-        report: where to.
+        report: receives the points.
     """
 
     def __init__(self, report: Report) -> None:
         self._report = report
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        """Passes on what was measured, and every hundredth step the mean of the steps since."""
+        """Report held-out losses, and after each hundredth of the run the mean of its steps."""
         step, every = state.global_step, max(1, state.max_steps // _POINTS)
         if HELDOUT_LOSS in logs:
             self._report(step, {HELDOUT_LOSS: logs[HELDOUT_LOSS]})

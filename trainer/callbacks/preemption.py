@@ -1,7 +1,7 @@
-"""A run that is asked to end: the notice of a spot machine, an administrator's kill, Ctrl-C.
+"""Signals that stop a run: the notice of a spot machine, an administrator's kill, Ctrl-C.
 
-The first signal gives up the step that is under way, whose end may be minutes off, or is noted until what must not be
-cut in two has ended; the second ends the process as it would without us.
+The first signal abandons the current step, which may take minutes to finish, or is recorded until work that must not be
+interrupted has finished; the second signal ends the process in the default way.
 """
 
 import signal
@@ -16,11 +16,11 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StepAbandoned(KeyboardInterrupt):
-    """A step was given up; nothing that it began has changed what the run goes on from. No error, as its base."""
+    """A step was abandoned before it changed the state from which the run resumes. Like its base, no error."""
 
 
 class Preemption:
-    """Whether a signal came, and which."""
+    """The signal that was received, if any."""
 
     def __init__(self) -> None:
         self.by: signal.Signals | None = None
@@ -28,49 +28,49 @@ class Preemption:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Around work that may be given up at any moment.
+        """Allow signals to interrupt the body at any moment.
 
         Raises:
-            StepAbandoned: a signal comes meanwhile, or came before.
+            StepAbandoned: a signal arrives in the body, or arrived before.
         """
         self._interruptible = True
         try:
-            self._look()
+            self._check()
             yield
         finally:
             self._interruptible = False
 
     def receive(self, by: signal.Signals) -> None:
-        """A signal came."""
+        """Record a signal, and raise if the present work is interruptible."""
         self.by = by
-        self._look()
+        self._check()
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         if self.by is not None and self._interruptible:
             raise StepAbandoned(self.by.name)
 
 
 @contextmanager
 def preemption() -> Iterator[Preemption]:
-    """Inside, the first SIGTERM or Ctrl-C comes to this; outside the main thread, which gets none, nothing does."""
-    found = Preemption()
+    """Pass the body's first SIGTERM or Ctrl-C to the yielded object; other threads than the main one get no signals."""
+    received = Preemption()
     if threading.current_thread() is not threading.main_thread():
-        yield found
+        yield received
         return
     before = {number: signal.getsignal(number) for number in _SIGNALS}
 
     def note(number: int, frame: FrameType | None) -> None:
         for each, handler in before.items():
             signal.signal(each, handler)
-        # Who reads the log may have heard the same signal: rich ends the process where it cannot write.
+        # The reader of the log may have received the same signal: rich ends the process if it cannot write.
         with suppress(OSError, RuntimeError, SystemExit):
-            console.print(f"  {signal.Signals(number).name}: giving up this step; once more to end at once")
-        found.receive(signal.Signals(number))
+            console.print(f"  {signal.Signals(number).name}: abandoning this step; repeat to stop immediately")
+        received.receive(signal.Signals(number))
 
     for number in _SIGNALS:
         signal.signal(number, note)
     try:
-        yield found
+        yield received
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)

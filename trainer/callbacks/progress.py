@@ -1,4 +1,4 @@
-"""Shows a training run: a live bar on a terminal, else a line every 15 s and one at its end.
+"""Progress of a training run: a live bar on a terminal, else a line every 15 s and one at the end.
 
 Imports transformers.
 """
@@ -15,10 +15,10 @@ from svc.terminal import console, heartbeat
 
 
 class TrainingProgress(TrainerCallback):
-    """Loss, tokens a second and time left.
+    """Shows loss, tokens per second and remaining time.
 
     Args:
-        bar: one that is started and stopped by the caller.
+        bar: progress bar that the caller starts and stops.
     """
 
     def __init__(self, bar: Progress) -> None:
@@ -27,29 +27,29 @@ class TrainingProgress(TrainerCallback):
         self._loss, self._speed = "-", 0.0
         self._step, self._last = 0, 0
         self._started = time.monotonic()
-        self._before = (0, 0)  # steps and tokens of the processes that came before
+        self._before = (0, 0)  # steps and tokens of earlier processes
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Starts the clock."""
+        """Start the clock."""
         self._started = time.monotonic()
         self._before = (state.global_step, int(state.num_input_tokens_seen))
         self._step, self._last = state.global_step, state.max_steps
         self._bar.update(self._task, total=state.max_steps)
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        """Keeps the newest loss."""
+        """Store the newest loss."""
         if "loss" in logs:
             self._loss = f"{logs['loss']:.3f}"
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Moves the bar."""
+        """Move the bar."""
         elapsed = time.monotonic() - self._started
         self._speed = (state.num_input_tokens_seen - self._before[1]) / elapsed
         self._step = state.global_step
         self._bar.update(self._task, completed=state.global_step, loss=self._loss, speed=self._speed)
 
     def line(self) -> str:
-        """How far it is, for a log."""
+        """Return the progress as a line for a log."""
         elapsed = time.monotonic() - self._started
         if self._step == self._before[0]:
             return f"Training: step {self._step + 1}/{self._last}, {elapsed:.0f} s so far"
@@ -62,7 +62,7 @@ class TrainingProgress(TrainerCallback):
 
 @contextmanager
 def training_progress() -> Iterator[TrainingProgress]:
-    """The callback, with its bar shown inside."""
+    """Yield the callback, and show its bar within the body."""
     columns = (TextColumn("Training"), BarColumn(), MofNCompleteColumn())
     fields = TextColumn("loss {task.fields[loss]}  {task.fields[speed]:.0f} tokens/s  left")
     with Progress(*columns, fields, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:

@@ -1,4 +1,4 @@
-"""A recipe as arguments of TRL's trainer, on the machine that there is. Imports torch and TRL."""
+"""Arguments of TRL's trainer for a recipe on this machine. Imports torch and TRL."""
 
 import math
 from pathlib import Path
@@ -13,10 +13,10 @@ from trainer.training.optimizer import check_optimizer, choose_optimizer
 
 
 def count_steps(rows: int, train: Train) -> int:
-    """The optimizer's steps in a whole run, as transformers counts them.
+    """Return the number of optimizer steps in a complete run, as transformers counts them.
 
     Args:
-        rows: examples, or packed rows.
+        rows: number of examples, or of packed rows.
     """
     if train.steps is not None:
         return train.steps
@@ -25,7 +25,7 @@ def count_steps(rows: int, train: Train) -> int:
 
 
 def checkpoints_layers(train: Train) -> bool:
-    """Whether layers are computed twice: as the recipe says, or as the machine needs."""
+    """Return whether layers are computed twice: the recipe's choice, or the machine's default."""
     asked = train.gradient_checkpointing
     return choose_acceleration(machine_facts()).gradient_checkpointing if asked is None else asked
 
@@ -33,10 +33,10 @@ def checkpoints_layers(train: Train) -> bool:
 def training_arguments(
     recipe: Recipe, out: Path, acceleration: Acceleration, steps: int, number_type: NumberType
 ) -> SFTConfig:
-    """The arguments of TRL's trainer.
+    """Return the arguments of TRL's trainer.
 
     Args:
-        steps: of the whole run.
+        steps: number of steps of the complete run.
 
     Raises:
         RecipeError: the optimizer does not work on this machine.
@@ -67,13 +67,13 @@ def training_arguments(
         use_liger_kernel=acceleration.liger_kernels,
         dataloader_pin_memory=accelerated,
         include_num_input_tokens_seen="all" if acceleration.padding_free else "non_padding",
-        logging_steps=1,  # the state holds the loss of every step: what a curve, a watch and a resumed run need
+        logging_steps=1,  # curve, divergence watch and resumed runs need the loss of every step in the state
         logging_nan_inf_filter=False,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
     )
-    # transformers would share a batch out between all GPUs that it sees, which TRL refuses: training takes one.
+    # transformers would split a batch among all visible GPUs, which TRL rejects: training uses one GPU.
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1
     return arguments

@@ -1,11 +1,11 @@
-"""Checkpoints on disk: whole and verified, or not there.
+"""Checkpoints on disk: either complete and verified, or absent.
 
     checkpoints/step-00000120/   weights.safetensors  optimizer.pt  scheduler.pt  rng_state.pth  trainer_state.json
                                  in float16: scaler.pt; AdaLoRA: rank_allocator.safetensors
                                  files.json: size and SHA-256 of each
 
-A checkpoint is written beside its place, synced, and renamed there, so that a kill at any moment leaves the one before.
-Knows nothing of what is in the files.
+A checkpoint is written to a temporary folder, synced, and renamed, so that a kill at any moment leaves the one before.
+Knows nothing of the content of the files.
 """
 
 import logging
@@ -31,8 +31,8 @@ class CheckpointFolder:
     """The checkpoints of one run.
 
     Args:
-        folder: made with the first checkpoint.
-        keep: how many of the newest stay.
+        folder: created with the first checkpoint.
+        keep: number of newest checkpoints to keep.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -41,16 +41,16 @@ class CheckpointFolder:
 
     @contextmanager
     def writing(self, step: int, best: int | None = None) -> Iterator[Path]:
-        """A folder to write a checkpoint to; it takes its place, and old ones go, when the body has ended.
+        """Yield a folder for a new checkpoint; after the body, it gets its final path, and old ones are deleted.
 
-        Later ones go too: they are damaged, since the run goes on from one before, and would pass for the newest.
+        Later checkpoints are deleted too: the run resumed before them, so they are damaged, and would seem the newest.
 
         Args:
             step: the optimizer's steps so far.
-            best: the step whose checkpoint stays, however old.
+            best: the step whose checkpoint is kept at any age.
 
         Raises:
-            DiskSpaceError: the disk is full; the checkpoints before are kept.
+            DiskSpaceError: the disk is full; earlier checkpoints are kept.
         """
         temporary = self.folder / f"{_UNFINISHED}{step}"
         shutil.rmtree(temporary, ignore_errors=True)
@@ -62,47 +62,47 @@ class CheckpointFolder:
             temporary.rename(self.at(step))
             sync_folder(self.folder)
         except Exception as error:
-            full = is_full(error, self.folder)  # before what was written makes room again
+            full = is_full(error, self.folder)  # before the deletion frees space
             shutil.rmtree(temporary, ignore_errors=True)
             if not full:
                 raise
             raise DiskSpaceError(
-                f"no room for the checkpoint of step {step} in {self.folder}",
-                expected="room for one more checkpoint than checkpoints.keep says",
-                todo=f"free some space and run it again: {self._newest_kept()}",
+                f"the disk of {self.folder} has too little space for the checkpoint of step {step}",
+                expected="space for one more checkpoint than checkpoints.keep",
+                todo=f"free some space and run the same command again: {self._newest_kept()}",
             ) from error
         self._prune(step, best)
 
     def newest(self) -> Path | None:
-        """The newest checkpoint that is whole; damaged ones are passed over."""
+        """Return the newest complete checkpoint; damaged ones are skipped."""
         for folder in reversed(self._all()):
             if self._whole(folder):
                 return folder
-            log.warning("checkpoint %s is damaged and passed over", folder)
+            log.warning("checkpoint %s is damaged and was skipped", folder)
         return None
 
     def whole(self, step: int) -> Path:
-        """The checkpoint of a step.
+        """Return the complete checkpoint of a step.
 
         Raises:
-            IntegrityError: it is missing or damaged.
+            IntegrityError: the checkpoint is missing or damaged.
         """
         if not self._whole(self.at(step)):
             raise IntegrityError(
-                f"checkpoint {self.at(step)} is missing or damaged, and is the one with the lowest held-out loss",
+                f"checkpoint {self.at(step)}, which has the lowest held-out loss, is missing or damaged",
                 todo=f"remove {self.folder} and train again, or set stopping.keep_best to false",
             )
         return self.at(step)
 
     def at(self, step: int) -> Path:
-        """Where the checkpoint of a step lies."""
+        """Return the path of a step's checkpoint."""
         return self.folder / f"{_PREFIX}{step:08d}"
 
     def _all(self) -> list[Path]:
         return sorted(self.folder.glob(f"{_PREFIX}*"))
 
     def _seal(self, folder: Path) -> None:
-        """Syncs every file, and records their hashes last."""
+        """Sync every file, and write the list of their hashes last."""
         records = record_files(folder, folder)
         sync_files(folder)
         write_whole(folder / _FILES, _RECORDS.dump_json(records))
@@ -119,9 +119,9 @@ class CheckpointFolder:
         old = [folder for folder in self._all() if folder not in later][: -self._keep]
         for folder in later + [folder for folder in old if best is None or folder != self.at(best)]:
             shutil.rmtree(folder)
-        for left in self.folder.glob(f"{_UNFINISHED}*"):
-            shutil.rmtree(left)
+        for unfinished in self.folder.glob(f"{_UNFINISHED}*"):
+            shutil.rmtree(unfinished)
 
     def _newest_kept(self) -> str:
         kept = self._all()
-        return f"it goes on from {kept[-1].name}" if kept else "it begins anew, since this was the first checkpoint"
+        return f"training resumes from {kept[-1].name}" if kept else "training starts again, without a checkpoint"

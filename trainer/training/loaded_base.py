@@ -1,4 +1,4 @@
-"""A base model that many trainings of one process start from: read from the disk once, and never changed.
+"""A base model that is shared by many trainings of one process: read from the disk once, and never changed.
 
 Imports torch and transformers.
 """
@@ -15,13 +15,13 @@ from trainer.model.load import ModelForm, load_model
 
 
 class LoadedBase:
-    """Gives every training a model of its own, with hooks, adapter and types of its own.
+    """Provides each training with its own model, with separate hooks, adapter and types.
 
-    Frozen weights are one memory in all of them; weights that are trained are copied, and so are quantized ones, which
+    All models share the memory of frozen weights; trained weights are copied, and so are quantized ones, which
     libraries change when they move them.
 
     Args:
-        folder: of the base model.
+        folder: folder of the base model.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -31,18 +31,18 @@ class LoadedBase:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The base's."""
+        """Tokenizer of the base."""
         return load_tokenizer(self.folder)
 
     def load(self, base: Path, form: ModelForm) -> PreTrainedModel:
-        """As trainer.model.load.load_model; reads the folder where it has not yet, or in another form."""
+        """Return a copy of the model, as trainer.model.load.load_model; the folder is read once per form."""
         if self._model is None or form != self._form:
             self._model, self._form = load_model(base, form), form
         return copy.deepcopy(self._model, {} if form.full else _shared(self._model))
 
 
 def _shared(model: PreTrainedModel) -> dict[int, torch.nn.Parameter]:
-    """What a copy takes in place of each weight: another parameter on the same memory."""
+    """Return a new parameter on the same memory for each weight, for use as `deepcopy`'s memo."""
     return {
         id(weight): torch.nn.Parameter(weight.data, requires_grad=weight.requires_grad)
         for weight in model.parameters()

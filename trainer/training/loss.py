@@ -1,8 +1,8 @@
 """TRL's trainer with a loss that a CPU can afford: shared prompts once, the head at answer positions only.
 
 On the CPU TRL scores every position and computes entropy over the vocabulary; on other devices its own loss already
-scores answer positions alone, and is used as it is where its logits are the model's. There is no state but the
-trainer's own, so that a checkpoint goes on as if nothing had been. Imports torch and TRL.
+scores only answer positions, and is used if its logits are those of the model. No state is added to the trainer's own,
+so that checkpoints resume unchanged. Imports torch and TRL.
 """
 
 from collections.abc import Iterator
@@ -26,9 +26,9 @@ from trainer.cpu.lora_autograd import fuse_lora
 from trainer.data.chat_template import IGNORED
 from trainer.model.experts import count_experts, name_experts
 
-_WORTH_SHARING = 16  # tokens; a shorter prefix does not repay a second pass through the model
+_MIN_SHARED = 16  # tokens; a shorter prefix does not repay a second pass through the model
 _LOGITS_AT_ONCE = 2**26  # 256 MiB in float32, and as much for their gradient
-_TRIED, _LARGEST_TRIED = 16, 100.0  # hidden states on which TRL's head is tried, and the largest logit that they give
+_TRIED, _LARGEST_TRIED = 16, 100.0  # number of hidden states that test TRL's head, and their largest logit
 
 
 class AnswerTrainer(SFTTrainer):
@@ -40,9 +40,9 @@ class AnswerTrainer(SFTTrainer):
         super().__init__(*args, **kwargs)
         on_cpu, config = self.args.device.type == "cpu", self.model.config.get_text_config()
         name_experts(config)
-        if self.aux_loss_enabled and not count_experts(config):  # Granite 4's small ones are mixtures in name alone
+        if self.aux_loss_enabled and not count_experts(config):  # Granite 4's small models are mixtures only by name
             self.aux_loss_enabled, config.output_router_logits = False, False
-        # A mixture of experts has a second loss, that TRL adds. TRL's head is right for each of them.
+        # A mixture of experts has a second loss, which TRL adds. TRL's head is right for all of them.
         self._scores_answers = not self.aux_loss_enabled and (on_cpu or not fused_head_is_right(self.model))
         if on_cpu:
             fuse_lora(self.model)
@@ -55,28 +55,28 @@ class AnswerTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Mean cross entropy of the answer tokens, nats; with AdaLoRA, its regularisation added.
+        """Return the mean cross entropy of the answer tokens in nats; with AdaLoRA, its regularisation is added.
 
         Raises:
             TrainingError: the loss is not finite.
         """
         input_ids, labels, positions = inputs["input_ids"], inputs["labels"], inputs.get("position_ids")
-        # With FlashAttention TRL keeps packed examples apart; without, only the mask that follows from positions does.
+        # With FlashAttention TRL separates packed examples; without, only the mask derived from positions does.
         packed = positions is not None and not self.padding_free
         outputs = None
         if return_outputs or self.aux_loss_enabled or not (self._scores_answers or packed):
             if packed:
-                del inputs["attention_mask"]  # with one, transformers does not look for the examples in a row
+                del inputs["attention_mask"]  # with a mask, transformers does not separate the examples of a row
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             loss, outputs = result if return_outputs else (result, None)
         else:
             answer_tokens = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-            # NEFTune's noise is scaled by the length of what goes through the model at once.
+            # NEFTune's noise is scaled by the length of the sequence that passes the model.
             share = self.args.neftune_noise_alpha is None
             loss = answer_loss(model, input_ids, labels, positions, share_prefix=share) / answer_tokens
         penalty = orthogonality_penalty(self.model)
         if penalty is not None and model.training:
-            # Like TRL's second losses: the sum over accumulated batches is taken, so each brings its share.
+            # As for TRL's second losses: accumulated batches are summed, so each batch adds its share.
             loss = loss + penalty / (self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1)
         if not torch.isfinite(loss):
             raise diverged(
@@ -88,15 +88,15 @@ class AnswerTrainer(SFTTrainer):
 
 
 def fused_head_is_right(model: PreTrainedModel | PeftModel) -> bool:
-    """Whether TRL's head gives the log-probabilities that the model's own forward gives.
+    """Return whether TRL's head computes the same log-probabilities as the model's own forward.
 
-    TRL multiplies hidden states by the head's weights itself, and knows by their names in a config what most models do
-    to logits: Granite's and Cohere's scale, Gemma's soft cap. What it does not know, as RecurrentGemma's cap and
-    Inkling's scale, it leaves out without a word. Hidden states that give logits of up to 100 tell the two apart, which
-    is far above the roundings of any number type.
+    TRL multiplies hidden states by the head's weights itself, and knows by config keys how most models change logits:
+    Granite's and Cohere's scale, Gemma's soft cap. Unknown changes, such as RecurrentGemma's cap and Inkling's scale,
+    are silently left out. Hidden states with logits of up to 100 show the difference, far above the rounding of any
+    number type.
 
     Args:
-        model: to which TRL has added its head.
+        model: a model to which TRL has added its head.
     """
     base = _without_adapter(model)
     weight = base.get_output_embeddings().weight
@@ -118,17 +118,17 @@ def answer_loss(
     *,
     share_prefix: bool = True,
 ) -> Tensor:
-    """Cross entropy summed over the answer tokens, nats.
+    """Return the cross entropy summed over the answer tokens, in nats.
 
-    What all prompts of the batch begin with, as a system prompt, goes through the model once and is attended to from
-    its keys and values; the gradient flows back through them, so that this is the loss of the whole batch. Padding
-    needs no mask: it stands on the right, and attention is causal.
+    The common prefix of all prompts of the batch, such as a system prompt, passes the model once, and the rows attend
+    to its keys and values; the gradient flows back through them, so that this is the loss of the complete batch.
+    Padding needs no mask: it is on the right, and attention is causal.
 
     Args:
         input_ids: [batch, length].
-        labels: [batch, length]; the token id where it is to be learnt, anywhere in a row, else -100.
-        position_ids: [batch, length]; of packed rows, where they begin anew with each example.
-        share_prefix: false takes every row by itself.
+        labels: [batch, length]; the token id at learnt positions, which may be anywhere in a row, else -100.
+        position_ids: [batch, length]; for packed rows, in which they start again with each example.
+        share_prefix: if false, each row passes the model completely.
     """
     hidden, targets = _before_answers(model, input_ids, labels, position_ids, share_prefix=share_prefix)
     return _summed_cross_entropy(model, hidden, targets, _LOGITS_AT_ONCE)
@@ -137,7 +137,7 @@ def answer_loss(
 def answer_token_losses(
     model: PreTrainedModel | PeftModel, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None
 ) -> Tensor:
-    """Cross entropy of each answer token, nats, row after row; without a gradient. Arguments as of `answer_loss`."""
+    """Return the cross entropy of each answer token in nats, row by row, without a gradient; see `answer_loss`."""
     hidden, targets = _before_answers(model, input_ids, labels, position_ids, share_prefix=True)
     size = max(1, _LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
     parts = zip(hidden.split(size), targets.split(size), strict=True)
@@ -152,7 +152,7 @@ def _before_answers(
     *,
     share_prefix: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Hidden states before the answer tokens, and these tokens."""
+    """Return the hidden states before the answer tokens, and these tokens."""
     share_prefix = share_prefix and position_ids is None and _can_share(model)
     shared = shared_prefix(input_ids, labels) if share_prefix else 0
     cache = None
@@ -166,10 +166,10 @@ def _before_answers(
 
 
 def orthogonality_penalty(model: torch.nn.Module) -> Tensor | None:
-    """AdaLoRA's weighted regularisation, that PEFT adds only to a loss that the model computes; None for others.
+    """Return AdaLoRA's weighted regularisation, which PEFT adds only to the model's own loss; None for other adapters.
 
     Its singular vectors are free matrices that are pulled towards orthogonality (Zhang et al. 2023, eq. 4). PEFT's own
-    code computes it here, around a model that does nothing but return a loss of 0.
+    code computes the penalty here, around a model that only returns a loss of 0.
     """
     tuner = getattr(model, "base_model", None)
     if not isinstance(tuner, AdaLoraModel):
@@ -187,19 +187,19 @@ def _hidden_states(
     cache: DynamicCache | None,
     position_ids: Tensor | None,
 ) -> Tensor:
-    """What the model makes logits of at the positions before learnt tokens, [number of them, width].
+    """Return the head's inputs at the positions before learnt tokens, [number of learnt tokens, width].
 
-    `logits_to_keep` would score the same positions for all rows, or ten times as many: rows end at different places.
-    What the head itself gives here is not used.
+    `logits_to_keep` would score the same positions in all rows, up to ten times as many, because rows end at different
+    positions. The output of the head is not used here.
 
     Args:
-        learnt: [batch, length - 1], true where the next token is learnt.
+        learnt: [batch, length - 1], true if the next token is learnt.
     """
-    found: list[Tensor] = []
+    selected: list[Tensor] = []
 
     def select(decoder: torch.nn.Module, inputs: tuple[Any, ...], output: ModelOutput) -> ModelOutput:
-        found.append(output.last_hidden_state[:, :-1][learnt])
-        output.last_hidden_state = output.last_hidden_state[:1, :1]  # for none PyTorch copies the head's weights
+        selected.append(output.last_hidden_state[:, :-1][learnt])
+        output.last_hidden_state = output.last_hidden_state[:1, :1]  # with no row PyTorch copies the head's weights
         return output
 
     hook = _decoder(model).register_forward_hook(select)
@@ -207,19 +207,19 @@ def _hidden_states(
         model(input_ids=input_ids, past_key_values=cache, use_cache=cache is not None, position_ids=position_ids)
     finally:
         hook.remove()
-    return found[0]
+    return selected[0]
 
 
 def _summed_cross_entropy(
     model: PreTrainedModel | PeftModel, hidden: Tensor, targets: Tensor, logits_at_once: int
 ) -> Tensor:
-    """Cross entropy at these positions, summed.
+    """Return the cross entropy summed over these positions.
 
-    Long answers are scored in parts, and the logits of a part are computed again for its gradient, so that they never
-    stand in memory for all positions.
+    Long answers are scored in parts, and the logits of a part are computed again for its gradient, so that the logits
+    of all positions are never in memory together.
 
     Args:
-        hidden: [positions, width], as `_hidden_states` has it.
+        hidden: [positions, width], from `_hidden_states`.
         targets: [positions], token ids.
         logits_at_once: positions times vocabulary.
     """
@@ -236,37 +236,37 @@ def _cross_entropy(model: PreTrainedModel | PeftModel, hidden: Tensor, targets: 
 
 
 def _logits(model: PreTrainedModel | PeftModel, hidden: Tensor) -> Tensor:
-    """The model's own forward makes them: some models scale or cap them, or scale what they are made of.
+    """Return the logits by the model's own forward, because some models scale or cap them, or scale hidden states.
 
     Args:
-        hidden: [positions, width], as `_hidden_states` has it.
+        hidden: [positions, width], from `_hidden_states`.
 
     Returns:
         [positions, vocabulary], in float32.
     """
-    nothing = torch.zeros(1, 1, dtype=torch.long, device=hidden.device)
+    ignored = torch.zeros(1, 1, dtype=torch.long, device=hidden.device)
     with _forward_replaced(_decoder(model), _DecoderOutput(last_hidden_state=hidden.unsqueeze(dim=0))):
-        logits: Tensor = model(input_ids=nothing, use_cache=False).logits
+        logits: Tensor = model(input_ids=ignored, use_cache=False).logits
     return logits[0].float()
 
 
 def _decoder(model: PreTrainedModel | PeftModel) -> torch.nn.Module:
-    """The part of the model that gives what logits are made of."""
+    """Return the part of the model that computes the head's inputs."""
     base = _without_adapter(model)
     decoder = base.get_decoder()
-    # transformers names a part of the head for ModernBERT's, and the whole for Llama 4's.
-    found: torch.nn.Module = decoder if isinstance(decoder, PreTrainedModel) and decoder is not base else base.model
-    return found
+    # `get_decoder` returns a part of the head for ModernBERT's decoder, and the complete model for Llama 4.
+    module: torch.nn.Module = decoder if isinstance(decoder, PreTrainedModel) and decoder is not base else base.model
+    return module
 
 
 def _without_adapter(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The model that the adapter's layers are in."""
+    """Return the model that contains the adapter's layers."""
     base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
     return base
 
 
 class _DecoderOutput(MoeModelOutputWithPast):
-    """Hidden states, and None for whatever else a model takes from its decoder."""
+    """Hidden states, and None for every other attribute of a decoder's output."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
@@ -275,7 +275,7 @@ class _DecoderOutput(MoeModelOutputWithPast):
 
 @contextmanager
 def _forward_replaced(module: torch.nn.Module, output: Any) -> Iterator[None]:
-    """Inside, the module returns this, whatever it is given."""
+    """Make the module return this output for every input, within the body."""
     before = vars(module).get("forward")
     module.forward = lambda *args, **kwargs: output
     try:
@@ -287,11 +287,11 @@ def _forward_replaced(module: torch.nn.Module, output: Any) -> Iterator[None]:
 
 
 def shared_prefix(input_ids: Tensor, labels: Tensor) -> int:
-    """Tokens that all rows begin with and that predict no answer token; 0 for a single row, and where it does not pay.
+    """Return the length of the rows' common prefix that predicts no answer token; 0 for one row or a short prefix.
 
     Args:
         input_ids: [batch, length].
-        labels: [batch, length], -100 where nothing is to be learnt.
+        labels: [batch, length], -100 at positions that are not learnt.
     """
     if len(input_ids) < 2:
         return 0
@@ -300,14 +300,14 @@ def shared_prefix(input_ids: Tensor, labels: Tensor) -> int:
     predicts[:-1] = (labels[:, 1:] != IGNORED).any(dim=0)
     ends = (differs | predicts).nonzero()
     shared = int(ends[0]) if len(ends) else 0
-    return shared if shared >= _WORTH_SHARING else 0
+    return shared if shared >= _MIN_SHARED else 0
 
 
 def _can_share(model: PreTrainedModel | PeftModel) -> bool:
-    """Whether keys and values can be shared: not with checkpointed layers, which are run without a cache."""
+    """Return whether keys and values can be shared: not with checkpointed layers, which run without a cache."""
     return not _without_adapter(model).is_gradient_checkpointing and keeps_all_keys(model.config)
 
 
 def keeps_all_keys(config: PreTrainedConfig) -> bool:
-    """Whether every layer attends to all earlier positions: a sliding window or a recurrent state cannot be shared."""
+    """Return whether all layers attend to all earlier positions: no sliding window and no recurrent state."""
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)

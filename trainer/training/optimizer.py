@@ -1,4 +1,4 @@
-"""The optimizer that a recipe names, by transformers' name, and whether it works on this machine."""
+"""transformers' name of a recipe's optimizer, and the check that it works on this machine."""
 
 from importlib.util import find_spec
 
@@ -17,10 +17,10 @@ def choose_optimizer(optimizer: Optimizer, *, scaled: bool) -> str:
     """Return transformers' name of an optimizer.
 
     Args:
-        scaled: the loss is scaled, as in float16.
+        scaled: whether the loss is scaled, as in float16.
     """
     if optimizer is Optimizer.ADAMW and scaled:
-        # accelerate does not notice that the fused one leaves out a step, as happens with a scaled loss.
+        # accelerate does not notice when the fused optimizer skips a step, which happens with a scaled loss.
         return "adamw_torch"
     return _NAMES[optimizer]
 
@@ -36,8 +36,7 @@ def check_optimizer(optimizer: Optimizer, *, cuda: bool) -> None:
     if optimizer.is_paged and not cuda:
         unpaged = Optimizer.ADAMW_8BIT if optimizer.is_8bit else Optimizer.ADAMW
         raise RecipeError(
-            f"train.optimizer {optimizer} moves its state between the memory of a GPU and of the machine, and training "
-            "runs on the CPU",
+            f"train.optimizer {optimizer} moves its state between GPU and main memory, but training runs on the CPU",
             expected=f"{Optimizer.ADAMW} or {Optimizer.ADAMW_8BIT} on a CPU",
             todo=f"set train.optimizer to {unpaged}",
         )

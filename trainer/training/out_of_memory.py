@@ -1,4 +1,4 @@
-"""What to do when training runs out of memory: which setting to lower, and to what.
+"""Advice when training runs out of memory: the setting to lower, and its new value.
 
 Imports torch.
 """
@@ -15,10 +15,10 @@ from trainer.training.arguments import checkpoints_layers
 
 @contextmanager
 def advising_on_memory(recipe: Recipe) -> Iterator[None]:
-    """Inside, a lack of memory says which setting to lower.
+    """Turn out-of-memory errors of the body into an error that names the setting to lower.
 
     Raises:
-        TrainingError: memory is short.
+        TrainingError: training ran out of memory.
     """
     try:
         yield
@@ -29,35 +29,35 @@ def advising_on_memory(recipe: Recipe) -> Iterator[None]:
 
 
 def out_of_memory(recipe: Recipe, error: Exception, *, checkpointing: bool) -> TrainingError | None:
-    """What to do about a lack of memory: the cheapest change that helps; None when the error is another one.
+    """Return an error with the cheapest change that helps; None if the error is not a lack of memory.
 
     Args:
-        checkpointing: whether layers were computed twice to keep little of them, as the recipe or the machine decided.
+        checkpointing: whether layers were computed twice to save memory, by the recipe or the machine's default.
     """
-    told = str(error)
-    if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in told:
+    message = str(error)
+    if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in message:
         return None
     return TrainingError(
-        f"out of memory: {told.strip().splitlines()[0] if told else 'the machine has no more'}",
-        expected=f"room for train.batch_size {recipe.train.batch_size} of up to {recipe.train.max_length} tokens",
-        todo=f"{cheaper(recipe, checkpointing=checkpointing)}; that is another run, and begins anew",
+        f"out of memory: {message.strip().splitlines()[0] if message else 'the machine has no free memory'}",
+        expected=f"memory for train.batch_size {recipe.train.batch_size} of up to {recipe.train.max_length} tokens",
+        todo=f"{cheaper(recipe, checkpointing=checkpointing)}; this is a new run, which starts from the beginning",
     )
 
 
 def cheaper(recipe: Recipe, *, checkpointing: bool) -> str:
-    """The next setting to lower, and to what: first what changes no result, last what changes the method."""
+    """Return the next setting to change: first those without effect on the result, last the method."""
     train = recipe.train
     if train.batch_size > 1:
-        # The largest divisor: a step has as many examples as before.
+        # With the largest divisor, a step has as many examples as before.
         size = next(size for size in range(train.batch_size // 2, 0, -1) if train.batch_size % size == 0)
         accumulation = train.gradient_accumulation * train.batch_size // size
         return (
             f"set train.batch_size to {size} and train.gradient_accumulation to {accumulation}: the steps stay the same"
         )
     if not checkpointing:
-        return "set train.gradient_checkpointing to true: slower by a third, and the result is the same"
+        return "set train.gradient_checkpointing to true: a third slower, with the same result"
     if recipe.adapter_type is not None and recipe.base_quantization is None:
-        return "set quantization to nf4: the frozen weights take a quarter of the memory, or less"
+        return "set quantization to nf4: the frozen weights need a quarter of the memory or less"
     if recipe.adapter_type is None:
-        return "set method to lora: an optimizer's state for all weights is what takes most"
+        return "set method to lora: the optimizer's state for all weights needs the most memory"
     return f"set train.max_length to {train.max_length // 2} and drop the longer examples, or use a smaller base model"

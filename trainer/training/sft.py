@@ -1,7 +1,7 @@
-"""Supervised fine-tuning: chat examples and a base model in, an adapter or a trained model out.
+"""Supervised fine-tuning: from chat examples and a base model to an adapter or a trained model.
 
-Only answers are learnt, up to and with the token that ends them; all other turns are context. Knows nothing of where
-examples come from, of registered versions, or of how good the result is. Imports torch and TRL.
+Only answers are learnt, including the token that ends them; all other turns are context. Knows nothing of the source of
+the examples, of registered versions, or of the quality of the result. Imports torch and TRL.
 """
 
 import logging
@@ -61,24 +61,24 @@ def train_model(
     *,
     number_type: NumberType,
 ) -> TrainingSummary:
-    """Trains what the recipe's method trains, and writes it with the tokenizer's files to `out`.
+    """Train an adapter or the complete model, as the recipe says, and write it with the tokenizer's files to `out`.
 
-    A run that was cut off goes on from its newest whole checkpoint, and ends as if it had not been. One that was begun
-    in another number type goes on in this one, says so, and ends near to that.
+    An interrupted run resumes from its newest complete checkpoint, with the same result as an uninterrupted run. A run
+    that started in another number type is converted, with a message, and its result is close to that.
 
     Args:
         base: folder of the base model (trainer.base_model.resolve).
-        out: created if need be; gets adapter_config.json and adapter_model.safetensors, or for full fine-tuning the
-            whole model in bf16.
+        out: created if missing; receives adapter_config.json and adapter_model.safetensors, or with full fine-tuning
+            the complete model in bf16.
         checkpoints: folder of this run's checkpoints.
-        report: is told of the loss curve while it is drawn.
-        number_type: in which matrix products are computed; trained weights are in float32 whatever it is.
+        report: callback for the loss curve.
+        number_type: number type of the matrix products; trained weights are always in float32.
 
     Raises:
-        DataError: examples longer than `train.max_length` tokens or than the engine takes, or that the chat template
-            refuses, or that contain a token without an embedding row.
-        DiskSpaceError: no room for a checkpoint.
-        InterruptedRunError: a signal came, and a checkpoint was written.
+        DataError: an example is longer than `train.max_length` or than the engine accepts, is rejected by the chat
+            template, or contains a token without an embedding row.
+        DiskSpaceError: the disk has too little space for a checkpoint.
+        InterruptedRunError: a signal arrived, and a checkpoint was written.
         TrainingError: the loss or a weight is not finite, the loss explodes, or memory is short; says what to change.
     """
     tokenizer = load_tokenizer(base)
@@ -97,19 +97,19 @@ def train_model(
                     base, tokenizer, rows, heldout, recipe, out, checkpoints, report, asked, number_type
                 )
             seconds = run_trainer(trainer, recipe.stopping, asked, number_type)
-        # A signal ends the process from here on: the weights are written anew from the last checkpoint.
+        # A signal ends the process from here on: the next run writes the weights from the last checkpoint.
         _save(trainer, tokenizer, out, full=recipe.adapter_type is None)
     return summarize(trainer, seconds, kept_best=recipe.stopping.keep_best)
 
 
 def run_trainer(trainer: ResumableTrainer, stopping: Stopping, asked: Preemption, number_type: NumberType) -> float:
-    """Trains to the end; returns the seconds of this process's part."""
+    """Train to the end; return the seconds spent in this process."""
     newest = trainer.checkpoints.newest()
     if newest is not None:
         state = TrainerState.load_from_json(str(newest / "trainer_state.json"))
-        console.print(f"  going on from step {state.global_step} of {state.max_steps}")
+        console.print(f"  resuming from step {state.global_step} of {state.max_steps}")
     started = time.monotonic()
-    # A run may have been cut off after its last step: another one would be too many.
+    # A run may have been interrupted after its last step: then no further step must be taken.
     if newest is not None and (state.global_step >= state.max_steps or out_of_patience(state, stopping.patience)):
         trainer.load_weights(newest)
         trainer.state = state
@@ -118,8 +118,8 @@ def run_trainer(trainer: ResumableTrainer, stopping: Stopping, asked: Preemption
     else:
         if newest is not None and (before := number_type_of(newest)) is not number_type:
             console.print(
-                f"  converted at step {state.global_step} from {before} to {number_type}, which this machine computes "
-                "in: the result is not bit for bit that of an uninterrupted run"
+                f"  converted at step {state.global_step} from {before} to {number_type}, this machine's number type: "
+                "the result differs in rounding from that of an uninterrupted run"
             )
         with training_progress() as progress:
             trainer.add_callback(progress)
@@ -135,16 +135,16 @@ def run_trainer(trainer: ResumableTrainer, stopping: Stopping, asked: Preemption
         if stopping.keep_best and best not in (None, trainer.state.global_step):
             trainer.load_weights(trainer.checkpoints.whole(best))
         trainer.check_finite()
-    if asked.by is not None:  # also if the signal came after the steps
+    if asked.by is not None:  # also if the signal arrived after the steps
         raise InterruptedRunError(
             f"{asked.by.name} after step {trainer.state.global_step} of {trainer.state.max_steps}",
-            todo="run the same command again: it goes on from there",
+            todo="run the same command again: it resumes from there",
         )
     return seconds
 
 
 def summarize(trainer: ResumableTrainer, seconds: float, *, kept_best: bool) -> TrainingSummary:
-    """What is kept of how a run went."""
+    """Return the summary of a run."""
     state = trainer.state
     tokens = int(state.num_input_tokens_seen)
     here = tokens - int(getattr(trainer, "_initial_num_input_tokens_seen", tokens))
@@ -162,7 +162,7 @@ def summarize(trainer: ResumableTrainer, seconds: float, *, kept_best: bool) -> 
 def _peak_memory() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # it is told in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # in KiB
 
 
 def build_trainer(
@@ -180,12 +180,12 @@ def build_trainer(
     curve: HeldoutCurve | None = None,
     load: Callable[[Path, ModelForm], PreTrainedModel] = load_model,
 ) -> ResumableTrainer:
-    """Trained weights are in float32: Adam's small steps vanish in 16 bits.
+    """Return the trainer of a run. Trained weights are in float32: Adam's small steps vanish in 16 bits.
 
     Args:
-        heldout: measured while it trains, as the recipe says or as the run affords.
-        curve: what is measured in their place, and when.
-        load: where the base's weights come from.
+        heldout: examples measured during training, as the recipe says or as the run can afford.
+        curve: replaces these examples, and the schedule of their measurement.
+        load: loads the base's weights.
     """
     acceleration = choose_acceleration(machine_facts(), flash=takes_flash_attention(base))
     if recipe.train.neftune_alpha is not None:  # its noise is scaled by the length of a row
@@ -199,7 +199,7 @@ def build_trainer(
     set_seed(recipe.train.seed)
     form = ModelForm(number_type, recipe.base_quantization, recipe.adapter_type is None, acceleration.attention)
     model = load(base, form)
-    set_seed(recipe.train.seed)  # the adapter's start, whatever was drawn for weights that a base lacks
+    set_seed(recipe.train.seed)  # for the adapter: loading may have drawn random weights that the base lacks
     steps = count_steps(len(dataset), recipe.train)
     model = add_adapter(model, recipe, steps)
     measured = [training_row(row) for row in heldout]
@@ -235,7 +235,7 @@ def build_trainer(
 
 
 def _trained_tokens(rows: list[TokenizedExample], dataset_rows: int, steps: int, train: Train) -> float:
-    """About how many tokens all steps see."""
+    """Return the approximate number of tokens in all steps."""
     in_a_step = min(train.batch_size * train.gradient_accumulation, dataset_rows)
     return steps * in_a_step / dataset_rows * sum(len(row.input_ids) for row in rows)
 
@@ -246,7 +246,7 @@ def _save(trainer: ResumableTrainer, tokenizer: PreTrainedTokenizerBase, out: Pa
         round_to_bfloat16(model.parameters())
         model = model.to(torch.bfloat16)  # buffers, and the config
     with warnings.catch_warnings():
-        # AdaLoRA may leave a layer no rank; PEFT takes its empty tensors for shards that were not gathered.
+        # AdaLoRA may prune all ranks of a layer; PEFT mistakes its empty tensors for shards that were not gathered.
         warnings.filterwarnings("ignore", r"Adapter 'default': \d+ LoRA tensor\(s\) have invalid shape")
         model.save_pretrained(out)
     tokenizer.save_pretrained(out)

@@ -1,4 +1,4 @@
-"""What goes into a training run, and what is kept of how it went. Read without torch."""
+"""Input and summary of a training run. Read without torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,17 +9,17 @@ from svc.evaluation.training_curve import TrainingPoint
 
 @dataclass(frozen=True, slots=True)
 class TrainingSummary:
-    """How a training run went.
+    """Summary of a training run.
 
     Attributes:
-        steps: of the optimizer.
+        steps: number of optimizer steps.
         tokens: prompt and answer tokens seen, without padding.
-        tokens_per_second: in the process that ended the run.
-        seconds: of the optimizer's run alone, without loading, in the process that ended it.
-        best_step: the step whose weights these are, where the best were asked for.
-        points: every step, with held-out loss where it was measured.
-        peak_memory: bytes that the process had at most until the end of training, or had of the GPU's memory.
-        estimated_memory, estimated_seconds: what was said before it began.
+        tokens_per_second: speed in the process that finished the run.
+        seconds: time of the optimizer's run without loading, in the process that finished it.
+        best_step: the step of these weights, if the recipe keeps the best.
+        points: every step, with held-out loss if it was measured.
+        peak_memory: peak bytes of the process until the end of training, or of its GPU memory.
+        estimated_memory, estimated_seconds: the estimates before the run.
     """
 
     steps: int
@@ -35,10 +35,10 @@ class TrainingSummary:
 
 @dataclass(frozen=True, slots=True)
 class TrainingData:
-    """What is learnt, and what held-out loss is measured on while it is.
+    """Examples to learn, and held-out examples whose loss is measured during training.
 
     Attributes:
-        served_length: tokens of the longest example that can be served; None where nothing will be.
+        served_length: maximum tokens of an example that can be served; None if no format will be served.
     """
 
     train: Sequence[ChatExample]

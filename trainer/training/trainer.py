@@ -1,9 +1,9 @@
-"""A trainer whose run can be cut off anywhere and goes on as if it had not been.
+"""A trainer whose run can be interrupted at any moment and resumed with the same result.
 
-A checkpoint holds all that the next step depends on: trained weights, optimizer, schedule, random numbers, position in
-the data, the losses so far, AdaLoRA's allocator, and in float16 the scale of the loss. It says in which numbers it was
-computed; trained weights are in float32 in any case, so that a machine with other numbers can go on from it. Imports
-torch and TRL.
+A checkpoint contains everything that the next step depends on: trained weights, optimizer, schedule, random numbers,
+position in the data, the losses so far, AdaLoRA's allocator, and in float16 the scale of the loss. It names the number
+type of its computation; trained weights are always in float32, so that a machine with another number type can resume
+it. Imports torch and TRL.
 """
 
 import hashlib
@@ -37,15 +37,15 @@ _NUMBER_TYPE = "number_type"  # in the header of the weights' file
 
 
 class ResumableTrainer(AnswerTrainer):
-    """`AnswerTrainer` with checkpoints that are whole, an order of data without hidden state, and held-out loss.
+    """`AnswerTrainer` with complete checkpoints, an order of data without hidden state, and held-out loss.
 
     Args:
-        checkpoints: where they go.
-        number_type: in which the run computes here.
-        heldout: rows as those that are trained on; empty when held-out loss is not measured.
-        heldout_schedule: when it is; None for never.
-        allocation: AdaLoRA's, which has a state of its own.
-        preemption: a signal that it hears of ends a step, or a measurement of held-out loss, in the middle.
+        checkpoints: folder of the checkpoints.
+        number_type: number type of the computation in this process.
+        heldout: rows in the form of the training rows; empty if held-out loss is not measured.
+        heldout_schedule: steps at which held-out loss is measured; None for never.
+        allocation: AdaLoRA's allocation of ranks, which has its own state.
+        preemption: its signals interrupt a step, or a measurement of held-out loss, in the middle.
     """
 
     def __init__(
@@ -74,13 +74,13 @@ class ResumableTrainer(AnswerTrainer):
             self.add_callback(allocation)
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
-        """Mean loss of the held-out answers' tokens, nats. Draws no random number."""
+        """Return the mean loss of the held-out answers' tokens in nats. Draws no random number."""
         with self._preemption.interruptible():
             sums = self.loss_sums(self._heldout)
         tokens = [answer_tokens(row) for row in self._heldout]
         figures = {HELDOUT_LOSS: sum(sums) / sum(tokens)}
         self.log(figures)
-        # Beside the figure, and not among what is reported: so that two measurements are compared example by example.
+        # Stored with the figure but not reported: allows comparing two measurements example by example.
         self.state.log_history[-1] |= {
             HELDOUT_EACH: [total / count for total, count in zip(sums, tokens, strict=True)],
             HELDOUT_SET: self._heldout_set,
@@ -89,15 +89,15 @@ class ResumableTrainer(AnswerTrainer):
         return figures
 
     def loss_sums(self, examples: Sequence[dict[str, Any]]) -> list[float]:
-        """Loss of each example, summed over its answers' tokens. Draws no random number.
+        """Return the loss of each example, summed over its answers' tokens. Draws no random number.
 
         Args:
-            examples: rows as those that are trained on, of like lengths side by side.
+            examples: rows in the form of the training rows, sorted so that neighbours have similar lengths.
         """
         self.model.eval()
         sums: list[float] = []
         size = self.args.per_device_train_batch_size
-        # Autocast is on already but after a resume at the end of a run, which prepares no model.
+        # Autocast is already on, except after a resume at the end of a run, which prepares no model.
         with torch.no_grad(), self.accelerator.autocast(), self.compute_loss_context_manager():
             for start in range(0, len(examples), size):
                 rows = examples[start : start + size]
@@ -109,17 +109,17 @@ class ResumableTrainer(AnswerTrainer):
         return sums
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the speed of the step to what is said of it."""
+        """Log figures, with the speed of the step added to its loss."""
         if LOSS in logs:
             logs[TOKENS_PER_SECOND] = self._step_start.tokens_per_second
         super().log(logs, start_time)
 
     def training_step(self, *args: Any, **options: Any) -> torch.Tensor:
-        """Forward and backward of a batch, which change nothing that a checkpoint holds but for random numbers.
+        """Run forward and backward of a batch, which change only the random numbers of a checkpoint's content.
 
         Raises:
-            StepAbandoned: a signal came.
-            NoStepLeftError: a measurement that was made up for before this step ended the run.
+            StepAbandoned: a signal arrived.
+            NoStepLeftError: a missed measurement, repeated before this step, ended the run.
         """
         if self.control.should_training_stop:
             raise NoStepLeftError
@@ -127,21 +127,21 @@ class ResumableTrainer(AnswerTrainer):
             return super().training_step(*args, **options)
 
     def save_step_start(self) -> None:
-        """Writes the checkpoint before the step that was given up, where it is not there and a step was taken since."""
+        """Write the checkpoint before the abandoned step, unless it exists or this process has taken no step."""
         if self._saved_step != self.state.global_step and self._step_start.restore(self.state):
             self._save_checkpoint(self.model, None)
 
     def load_weights(self, checkpoint: Path) -> None:
-        """Takes the trained weights of a checkpoint, and AdaLoRA's ranks.
+        """Load the trained weights of a checkpoint, and AdaLoRA's ranks.
 
         Raises:
-            IntegrityError: it is of another model.
+            IntegrityError: the checkpoint belongs to another model.
         """
         trained = self._trained()
         saved = load_file(checkpoint / _WEIGHTS)
         if set(saved) != set(trained):
             raise IntegrityError(
-                f"{checkpoint} holds other weights than are trained, as {min(set(saved) ^ set(trained))!r}",
+                f"{checkpoint} does not contain the trained weights, for example {min(set(saved) ^ set(trained))!r}",
                 todo=f"remove {checkpoint.parent} and train again",
             )
         with torch.no_grad():
@@ -154,14 +154,14 @@ class ResumableTrainer(AnswerTrainer):
         return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
 
     def check_finite(self) -> None:
-        """Looks at the trained weights.
+        """Raise if a trained weight is not finite.
 
         Raises:
-            TrainingError: one is not finite.
+            TrainingError: names the weight.
         """
         for name, weight in self._trained().items():
             if not torch.isfinite(weight).all():
-                raise diverged(f"{name} holds a value that is not finite", self.args.learning_rate)
+                raise diverged(f"{name} contains a value that is not finite", self.args.learning_rate)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         self.check_finite()
@@ -172,7 +172,7 @@ class ResumableTrainer(AnswerTrainer):
                 {_NUMBER_TYPE: self._number_type},
             )
             self._save_optimizer_and_scheduler(str(folder))
-            self._save_scaler(str(folder))  # does nothing but in float16
+            self._save_scaler(str(folder))  # only in float16
             self._save_rng_state(str(folder))
             if self._allocation is not None:
                 self._allocation.save(folder)
@@ -183,7 +183,7 @@ class ResumableTrainer(AnswerTrainer):
         self.load_weights(Path(resume_from_checkpoint))
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        """Passes over the scale of a checkpoint in float16 where nothing is scaled; without one it starts as always."""
+        """Load the scale of the loss, unless this process does not scale it."""
         if self.accelerator.scaler is not None:
             super()._load_scaler(checkpoint)
 
@@ -194,16 +194,16 @@ class ResumableTrainer(AnswerTrainer):
 
 
 def answer_tokens(row: dict[str, Any]) -> int:
-    """Tokens of a row that are learnt or judged."""
+    """Return the number of a row's tokens that are learnt or evaluated."""
     return sum(label != IGNORED for label in row["labels"])
 
 
 class NoStepLeftError(Exception):
-    """The run had ended, and transformers begins another step."""
+    """The run has ended, but transformers starts another step."""
 
 
 class _StepStart(TrainerCallback):
-    """What a step changes before its weights: random numbers, and the count of tokens. And how fast it was."""
+    """State that a step changes before the weights (random numbers, count of tokens), and the speed of the step."""
 
     def __init__(self) -> None:
         self._random: tuple[Any, Any, torch.Tensor, list[torch.Tensor]] | None = None
@@ -212,24 +212,24 @@ class _StepStart(TrainerCallback):
         self.tokens_per_second = 0.0
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Starts the clock: no token of the step is counted yet."""
+        """Start the clock; no token of the step is counted yet."""
         self._tokens_before, self._began = int(state.num_input_tokens_seen), time.monotonic()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Keeps them for the next one."""
+        """Store the state for the next step."""
         on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         self._random = random.getstate(), np.random.get_state(), torch.get_rng_state(), on_gpus
         self._tokens = int(state.num_input_tokens_seen)
         self.tokens_per_second = (self._tokens - self._tokens_before) / max(time.monotonic() - self._began, 1e-9)
 
     def restore(self, state: TrainerState) -> bool:
-        """Puts them back; false where this process has taken no step."""
+        """Restore the state; return false if this process has taken no step."""
         if self._random is None:
             return False
-        plain, numpys, torchs, on_gpus = self._random
-        random.setstate(plain)
-        np.random.set_state(numpys)
-        torch.set_rng_state(torchs)
+        python_state, numpy_state, torch_state, on_gpus = self._random
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
         if on_gpus:
             torch.cuda.set_rng_state_all(on_gpus)
         state.num_input_tokens_seen = self._tokens
@@ -237,7 +237,7 @@ class _StepStart(TrainerCallback):
 
 
 def hear_signals_between_layers(model: torch.nn.Module) -> None:
-    """Lets Python run after each layer of a backward pass too, where it would be one call: signals are heard there."""
+    """Let Python handle signals after each layer of a backward pass, which otherwise is one call."""
     names = set(getattr(model, "_no_split_modules", None) or ())
 
     def hook(module: torch.nn.Module, inputs: Any, output: Any) -> None:
@@ -251,7 +251,7 @@ def hear_signals_between_layers(model: torch.nn.Module) -> None:
 
 
 def number_type_of(checkpoint: Path) -> NumberType:
-    """In which numbers a checkpoint was computed."""
+    """Return the number type in which a checkpoint was computed."""
     with safe_open(checkpoint / _WEIGHTS, framework="pt") as file:
-        # One that does not say it is from when all training was in bfloat16.
+        # Checkpoints without this entry were computed in bfloat16.
         return NumberType((file.metadata() or {}).get(_NUMBER_TYPE, NumberType.BFLOAT16))

@@ -1,6 +1,6 @@
-"""One training for its held-out loss alone: no weights are written, nothing is merged or served. Imports torch and TRL.
+"""One training only for its held-out loss: no weights are written, merged or served. Imports torch and TRL.
 
-A trial computes what `train_model` does with the same recipe, bit for bit, whatever was trained in the process before.
+A trial computes bit for bit the same as `train_model` with the same recipe, after any earlier training in the process.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,18 +25,18 @@ from trainer.training.sft import build_trainer, run_trainer, summarize
 from trainer.training.trainer import ResumableTrainer, answer_tokens
 
 _MEASUREMENTS = 3
-"""Of the watched examples: after each third of the steps."""
+"""Number of measurements of the watched examples: one after each third of the steps."""
 _STOPPING = Stopping(curve=False)
-"""What a trial has in place of the recipe's section."""
+"""Replaces the recipe's section `stopping` in a trial."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrialData:
-    """What is learnt and what a trial is judged by, as token ids.
+    """Training and held-out examples of a trial, as token ids.
 
     Attributes:
-        watched: measured while it trains.
-        judged: measured when it has been trained; of like lengths side by side.
+        watched: held-out examples that are measured during training.
+        judged: held-out examples that are measured after training; sorted by length.
     """
 
     train: Sequence[TokenizedExample]
@@ -46,11 +46,11 @@ class TrialData:
 
 @dataclass(frozen=True, slots=True)
 class TrialRun:
-    """How a trial went.
+    """Result of a trial.
 
     Attributes:
-        steps: of the optimizer.
-        heldout_each: nats an answer token of each judged example.
+        steps: number of optimizer steps.
+        heldout_each: nats per answer token of each judged example.
         points: every step, with the losses of the watched examples.
     """
 
@@ -68,14 +68,14 @@ def train_trial(
     *,
     number_type: NumberType,
 ) -> TrialRun:
-    """Trains as the recipe says but for its section `stopping`, or goes on from a checkpoint.
+    """Train by the recipe without its section `stopping`, or resume from a checkpoint.
 
     Args:
-        checkpoints: this trial's own folder.
-        report: is told of losses; what it raises ends the trial.
+        checkpoints: folder of this trial alone.
+        report: callback for losses; its exceptions end the trial.
 
     Raises:
-        InterruptedRunError: a signal came, and a checkpoint was written.
+        InterruptedRunError: a signal arrived, and a checkpoint was written.
         TrainingError: the loss or a weight is not finite, the loss explodes, or memory is short.
     """
     with _open(base, data, recipe, checkpoints, report, number_type) as (trainer, asked):
@@ -85,7 +85,7 @@ def train_trial(
         except StepAbandoned as error:
             trainer.save_step_start()
             raise InterruptedRunError(
-                f"{error} after the last step of a trial", todo="run the same command again: it goes on from there"
+                f"{error} after the last step of a trial", todo="run the same command again: it resumes from there"
             ) from error
         summary = summarize(trainer, seconds, kept_best=False)
     return TrialRun(summary.steps, each, summary.points)
@@ -94,10 +94,10 @@ def train_trial(
 def untrained_losses(
     base: LoadedBase, data: TrialData, recipe: Recipe, folder: Path, *, number_type: NumberType
 ) -> tuple[float, ...]:
-    """Of each judged example, before the first step: what the base itself makes of it.
+    """Return the base's loss on each judged example, before the first step.
 
     Raises:
-        InterruptedRunError: a signal came.
+        InterruptedRunError: a signal arrived.
     """
     with _open(base, data, recipe, folder, None, number_type) as (trainer, asked):
         try:

@@ -1,4 +1,4 @@
-"""What watches a run: its clock, its held-out loss, its loss; each decides from the trainer's state alone."""
+"""Callbacks of a run decide from the trainer's state alone: on clock, held-out loss and loss."""
 
 import signal
 from collections.abc import Iterable
@@ -69,7 +69,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run() -> None:
 
 
 class Optimizer:
-    """As accelerate tells of it."""
+    """An optimizer that reports skipped steps as accelerate does."""
 
     step_was_skipped = True
 

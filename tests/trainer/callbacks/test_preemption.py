@@ -1,4 +1,4 @@
-"""A signal is heard in the middle of a step, of a measurement and of loading, and what is saved goes on bit-equal."""
+"""A signal interrupts steps, measurements and loading, and the saved run resumes with equal bits."""
 
 import os
 import signal
@@ -58,7 +58,7 @@ def weights(folder: Path) -> bytes:
 
 
 def signal_at_call(patch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> None:
-    """Sends SIGTERM after so many calls of a function, before it returns."""
+    """Send SIGTERM after a number of calls of a function, before it returns."""
     original, calls = getattr(owner, name), 0
 
     def counted(*args: Any, **options: Any) -> Any:
@@ -83,7 +83,7 @@ def signal_at_call(patch: pytest.MonkeyPatch, owner: Any, name: str, call: int) 
         (Method.ADALORA, 4, 1),
     ],
 )
-def test_a_step_that_was_given_up_is_taken_again(
+def test_abandoned_step_is_taken_again_when_the_run_resumes(
     tiny_base: Path,
     data: TrainingData,
     tmp_path: Path,
@@ -102,7 +102,7 @@ def test_a_step_that_was_given_up_is_taken_again(
     assert weights(tmp_path / "b") == weights(tmp_path / "a")
 
 
-def test_so_it_is_in_float32(
+def test_abandoned_step_is_taken_again_when_training_in_float32(
     tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = train(tiny_base, data, make(), tmp_path / "a", NumberType.FLOAT32)
@@ -121,7 +121,7 @@ STOPPING = {"every_steps": 2, "keep_best": True}
     ("method", "measurement"),
     [(Method.LORA, 1), (Method.LORA, 4), (Method.LORA, 6), (Method.FULL, 2), (Method.FULL, 6)],
 )
-def test_a_measurement_that_was_given_up_is_made_again(
+def test_abandoned_measurement_is_repeated_when_the_run_resumes(
     tiny_base: Path,
     data: TrainingData,
     tmp_path: Path,
@@ -133,7 +133,7 @@ def test_a_measurement_that_was_given_up_is_made_again(
     check_measurement(tiny_base, data, make(method, stopping=STOPPING), tmp_path, monkeypatch, measurement)
 
 
-def test_a_measurement_that_was_given_up_may_be_the_one_that_ends_the_run(
+def test_repeated_measurement_can_end_the_run(
     tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train = {"batch_size": 3, "epochs": 6, "learning_rate": 3.0}  # so high that the loss rises on every processor
@@ -150,7 +150,7 @@ def check_measurement(
     monkeypatch: pytest.MonkeyPatch,
     measurement: int | None,
 ) -> TrainingSummary:
-    """Give up a measurement, the last one where none is given, and compare with a run that was not interrupted."""
+    """Abandon a measurement (default: the last), and compare with an uninterrupted run."""
     whole = train(base, data, recipe, folder / "a")
     measurement = whole.steps // 2 if measurement is None else measurement
     with monkeypatch.context() as patch:
@@ -162,7 +162,7 @@ def check_measurement(
     return whole
 
 
-def test_loading_is_given_up(
+def test_loading_is_abandoned_when_a_signal_arrives(
     tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = False
@@ -179,7 +179,7 @@ def test_loading_is_given_up(
 
 
 class Layer(torch.nn.Module):
-    """As a decoder's: nothing in it runs Python in the backward pass."""
+    """A layer like a decoder's, in which no Python code runs in the backward pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -196,7 +196,7 @@ class Stack(torch.nn.Sequential):
     _no_split_modules = ("Layer",)
 
 
-def test_a_signal_is_heard_between_the_layers_of_a_backward_pass() -> None:
+def test_signal_is_handled_between_the_layers_of_a_backward_pass() -> None:
     model = Stack(*(Layer() for _ in range(3)))
     hear_signals_between_layers(model)
     last = model(torch.ones(1, 4)).sum()
@@ -207,14 +207,14 @@ def test_a_signal_is_heard_between_the_layers_of_a_backward_pass() -> None:
     assert asked.by is signal.SIGTERM
 
 
-def test_what_may_not_be_given_up_goes_on() -> None:
+def test_uninterruptible_work_finishes_when_a_signal_arrives() -> None:
     asked = Preemption()
     asked.receive(signal.SIGINT)
     with pytest.raises(StepAbandoned), asked.interruptible():
         pytest.fail("it was begun after the signal")
 
 
-def test_a_signal_is_heard_where_nobody_reads_the_log_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signal_is_handled_when_the_log_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """As after Ctrl-C in `svc train | tee log`: rich ends the process when it cannot write."""
 
     def broken(*args: Any) -> None:

@@ -60,7 +60,7 @@ ROWS = [
 
 
 class Gradients(TrainerCallback):
-    """Keeps what the first step of the optimizer is given."""
+    """Records the gradients of the optimizer's first step."""
 
     def __init__(self) -> None:
         self.kept: dict[str, torch.Tensor] = {}
@@ -168,7 +168,7 @@ def test_a_mixture_in_name_alone_has_no_second_loss(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model", [LLAMA, MIXTURE, *SCALED.values()], ids=["plain", "mixture", *SCALED])
-def test_trls_head_is_taken_where_it_is_right(model: PreTrainedModel) -> None:
+def test_trls_head_is_used_when_it_is_correct(model: PreTrainedModel) -> None:
     model = copy.deepcopy(model)
     add_fused_lm_head(model)
     assert fused_head_is_right(model)
@@ -182,7 +182,7 @@ WRONG = {
 
 @pytest.mark.parametrize("number_type", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("model", WRONG.values(), ids=WRONG)
-def test_trls_head_is_not_taken_where_it_is_wrong(model: PreTrainedModel, number_type: torch.dtype) -> None:
+def test_trls_head_is_not_used_when_it_is_wrong(model: PreTrainedModel, number_type: torch.dtype) -> None:
     model = copy.deepcopy(model).to(number_type)
     add_fused_lm_head(model)
     assert not fused_head_is_right(model)

@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there."""
+"""Checkpoints are either complete or absent."""
 
 import errno
 import os
@@ -19,7 +19,7 @@ def steps(folder: CheckpointFolder) -> list[str]:
     return sorted(path.name for path in folder.folder.iterdir())
 
 
-def test_the_newest_is_found(tmp_path: Path) -> None:
+def test_newest_checkpoint_is_returned(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path / "checkpoints", keep=3)
     assert folder.newest() is None
     for step in (9, 10, 100):
@@ -27,7 +27,7 @@ def test_the_newest_is_found(tmp_path: Path) -> None:
     assert folder.newest() == folder.at(100)
 
 
-def test_old_ones_go_and_the_best_stays(tmp_path: Path) -> None:
+def test_old_checkpoints_are_deleted_except_the_best(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path, keep=2)
     for step in range(1, 6):
         write(folder, step, best=2 if step >= 2 else None)
@@ -35,7 +35,7 @@ def test_old_ones_go_and_the_best_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["shorter", "changed", "missing", "unrecorded"])
-def test_a_damaged_one_is_passed_over(tmp_path: Path, damage: str) -> None:
+def test_damaged_checkpoint_is_skipped(tmp_path: Path, damage: str) -> None:
     folder = CheckpointFolder(tmp_path, keep=2)
     write(folder, 1)
     write(folder, 2)
@@ -53,7 +53,7 @@ def test_a_damaged_one_is_passed_over(tmp_path: Path, damage: str) -> None:
 
 
 @pytest.mark.parametrize("keep", [1, 2])
-def test_damaged_later_ones_do_not_count_as_the_newest(tmp_path: Path, keep: int) -> None:
+def test_later_damaged_checkpoints_are_deleted_when_a_new_one_is_written(tmp_path: Path, keep: int) -> None:
     folder = CheckpointFolder(tmp_path, keep)
     for step in (10, 20, 30):
         write(folder, step, best=10)
@@ -65,7 +65,7 @@ def test_damaged_later_ones_do_not_count_as_the_newest(tmp_path: Path, keep: int
     assert {path.name for path in folder.folder.iterdir()} <= {folder.at(step).name for step in (10, 12)}
 
 
-def test_one_that_is_asked_for_and_damaged_is_refused(tmp_path: Path) -> None:
+def test_error_is_raised_when_the_requested_checkpoint_is_damaged(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path, keep=2)
     write(folder, 1)
     assert folder.whole(1) == folder.at(1)
@@ -75,7 +75,7 @@ def test_one_that_is_asked_for_and_damaged_is_refused(tmp_path: Path) -> None:
             folder.whole(step)
 
 
-def test_one_that_is_not_finished_is_none(tmp_path: Path) -> None:
+def test_unfinished_checkpoint_is_ignored(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path, keep=2)
     write(folder, 1)
     with pytest.raises(KeyboardInterrupt), folder.writing(2):
@@ -94,15 +94,18 @@ def test_one_that_is_not_finished_is_none(tmp_path: Path) -> None:
     ],
     ids=["python", "torch", "safetensors"],
 )
-def test_a_full_disk_leaves_the_one_before_and_says_so(tmp_path: Path, error: Exception) -> None:
+def test_previous_checkpoint_is_kept_when_the_disk_is_full(tmp_path: Path, error: Exception) -> None:
     folder = CheckpointFolder(tmp_path, keep=2)
     write(folder, 1)
-    with pytest.raises(DiskSpaceError, match="no room for the checkpoint of step 2") as caught, folder.writing(2):
+    with (
+        pytest.raises(DiskSpaceError, match="too little space for the checkpoint of step 2") as caught,
+        folder.writing(2),
+    ):
         raise error
-    assert "goes on from step-00000001" in caught.value.todo
+    assert "resumes from step-00000001" in caught.value.todo
     assert steps(folder) == [folder.at(1).name]
 
 
-def test_another_error_stays_what_it_is(tmp_path: Path) -> None:
+def test_other_errors_are_passed_on_unchanged(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="something else"), CheckpointFolder(tmp_path, keep=1).writing(1):
         raise ValueError("something else")

@@ -1,4 +1,4 @@
-"""The cheap loss is the real one: for labels anywhere, in parts, for other models and for other adapters."""
+"""The cheap loss equals the full one: for labels at any position, in parts, for other models and adapters."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ LLAMA = LlamaForCausalLM(LlamaConfig(**SHAPE)).float()
 
 @st.composite
 def batches(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-padded rows that begin alike; any token may be learnt."""
+    """Right-padded rows with a common prefix; any token may be learnt."""
     tokens, learnt = st.integers(0, VOCABULARY - 1), st.booleans()
     prefix = draw(st.lists(tokens, max_size=24))
     rows = draw(st.lists(st.lists(st.tuples(tokens, learnt), min_size=2, max_size=8), min_size=1, max_size=4))
@@ -64,7 +64,7 @@ def batches(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def batch(rows: int = 4, length: int = 40, shared: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two learnt stretches in each row, behind a shared prompt."""
+    """Two learnt spans in each row, after a shared prompt."""
     ids = torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
     ids[:, :shared] = ids[0, :shared]
     labels = torch.full_like(ids, IGNORED)
@@ -87,7 +87,7 @@ def gradient(loss: torch.Tensor, model: torch.nn.Module) -> torch.Tensor:
 
 
 def assert_same(model: PreTrainedModel | PeftModel) -> None:
-    """Loss and gradient of the two ways are equal."""
+    """Check that loss and gradient of the two computations are equal."""
     cheap, real = (loss(model, *batch()) for loss in (answer_loss, whole_loss))
     torch.testing.assert_close(cheap, real, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(gradient(cheap, model), gradient(real, model), rtol=1e-3, atol=1e-4)
@@ -95,13 +95,13 @@ def assert_same(model: PreTrainedModel | PeftModel) -> None:
 
 @settings(max_examples=15, deadline=None)
 @given(batches())
-def test_labels_may_stand_anywhere(labelled: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_loss_is_correct_when_labels_are_at_any_position(labelled: tuple[torch.Tensor, torch.Tensor]) -> None:
     torch.testing.assert_close(answer_loss(LLAMA, *labelled), whole_loss(LLAMA, *labelled), rtol=1e-4, atol=1e-4)
 
 
 @settings(max_examples=10, deadline=None)
 @given(batches(), st.integers(1, 5))
-def test_in_parts_it_is_the_same(labelled: tuple[torch.Tensor, torch.Tensor], positions: int) -> None:
+def test_loss_is_the_same_when_computed_in_parts(labelled: tuple[torch.Tensor, torch.Tensor], positions: int) -> None:
     hidden = torch.randn(12, SHAPE["hidden_size"], generator=torch.Generator().manual_seed(0), requires_grad=True)
     targets = torch.arange(12)
     whole, parts = (loss._summed_cross_entropy(LLAMA, hidden, targets, size * VOCABULARY) for size in (12, positions))
@@ -141,7 +141,7 @@ def test_long_answers_never_have_all_their_logits_at_once(monkeypatch: pytest.Mo
         "a decoder in the decoder",
     ],
 )
-def test_it_is_the_same_for_other_models(model: PreTrainedModel) -> None:
+def test_loss_is_the_same_for_other_architectures(model: PreTrainedModel) -> None:
     assert_same(model.float())
 
 
@@ -155,13 +155,13 @@ def test_it_is_the_same_for_other_models(model: PreTrainedModel) -> None:
     ],
     ids=lambda adapter: f"{type(adapter).__name__}{'-DoRA' if getattr(adapter, 'use_dora', False) else ''}",
 )
-def test_it_is_the_same_for_every_kind_of_adapter(adapter: PeftConfig) -> None:
+def test_loss_is_the_same_for_every_adapter_type(adapter: PeftConfig) -> None:
     set_seed(0)
     adapter.task_type = "CAUSAL_LM"
     assert_same(get_peft_model(LlamaForCausalLM(LlamaConfig(**SHAPE)), adapter))
 
 
-def test_it_is_the_same_with_checkpointed_layers() -> None:
+def test_loss_is_the_same_when_layers_are_checkpointed() -> None:
     model = LlamaForCausalLM(LlamaConfig(**SHAPE)).train()
     model.gradient_checkpointing_enable()
     assert_same(model)

@@ -1,4 +1,4 @@
-"""Every method: it learns, its adapter is merged as it was trained, and it goes on where it was cut off."""
+"""Every method learns, is merged as it was trained, and resumes after an interruption."""
 
 import json
 from pathlib import Path
@@ -58,7 +58,7 @@ def trained(tiny_base: Path, examples: list[ChatExample], tmp_path_factory: pyte
 
 
 @pytest.mark.parametrize("method", Method)
-def test_it_learns(trained: Trained, method: Method) -> None:
+def test_held_out_answers_become_likelier_with_every_method(trained: Trained, method: Method) -> None:
     losses = losses_of(trained[method][1])
     assert losses[-1] < losses[0] - 0.2
 
@@ -102,7 +102,7 @@ def test_full_fine_tuning_writes_bf16(trained: Trained) -> None:
 def test_every_type_of_adapter_learns_beside_weights_in_four_bits(
     kind: AdapterType, tiny_base: Path, examples: list[ChatExample], tmp_path: Path
 ) -> None:
-    """QDoRA and the like: no method has their name."""
+    """Combinations such as QDoRA, for which there is no method name."""
     rate = 0.1 if kind is AdapterType.VERA else 2e-2
     made = make_recipe(
         adapter={"type": kind, "rank": 4},
@@ -125,7 +125,7 @@ def test_qlora_trains_on_four_bits(tiny_base: Path) -> None:
 
 
 class Products(TorchDispatchMode):
-    """Records the types of what is multiplied, forwards and backwards."""
+    """Records the types of matrix products, forward and backward."""
 
     NAMES = ("mm", "addmm", "bmm", "baddbmm", "linear", "attention", "mv", "dequantize_4bit", "gemv_4bit", "gemm_4bit")
 

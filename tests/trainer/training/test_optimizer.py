@@ -1,4 +1,4 @@
-"""Optimizers: transformers' names, which of them this machine refuses, and that those of 8 bits train and resume."""
+"""Optimizers: transformers' names, rejection on this machine, and training and resuming with 8-bit moments."""
 
 import importlib.util
 from pathlib import Path

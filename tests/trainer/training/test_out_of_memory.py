@@ -1,4 +1,4 @@
-"""Advice in a lack of memory: a setting, a value, and the cheapest first."""
+"""Advice when memory is short: a setting with a value, cheapest first."""
 
 from typing import Any
 
@@ -42,11 +42,11 @@ def test_layers_are_computed_twice_before_the_method_is_changed() -> None:
     ],
     ids=["cuda", "cpu", "python"],
 )
-def test_a_lack_of_memory_is_known(error: Exception) -> None:
+def test_out_of_memory_errors_are_recognized(error: Exception) -> None:
     found = out_of_memory(make_recipe(), error, checkpointing=False)
     assert found is not None
     assert "out of memory" in found.wrong
 
 
-def test_another_error_is_none() -> None:
+def test_other_errors_are_not_taken_for_out_of_memory() -> None:
     assert out_of_memory(make_recipe(), RuntimeError("shapes do not match"), checkpointing=False) is None

@@ -1,4 +1,4 @@
-"""A run that is cut off anywhere ends as one that was not: the same curve, the same weights, bit for bit."""
+"""A run interrupted at any moment ends as an uninterrupted one: same curve and weights, bit for bit."""
 
 import json
 import math
@@ -45,7 +45,7 @@ def recipe(method: Method = Method.LORA, **sections: Any) -> Recipe:
 
 
 class Killed(BaseException):
-    """Nothing in the trainer may catch it."""
+    """An exception that no code of the trainer catches."""
 
 
 def train_until(
@@ -57,7 +57,7 @@ def train_until(
     monkeypatch: Any,
     number_type: NumberType = BFLOAT16,
 ) -> None:
-    """Trains, and is cut off when the step has been taken, before its checkpoint."""
+    """Train, and interrupt after a step, before its checkpoint."""
 
     class Kill(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -90,7 +90,7 @@ def data(examples: list[ChatExample]) -> TrainingData:
 
 
 @pytest.mark.parametrize("method", Method)
-def test_it_ends_as_if_it_had_not_been_cut_off(
+def test_resumed_run_ends_as_uninterrupted_when_it_was_cut_off(
     method: Method, tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Cut off in an epoch's middle, at its end, and after its first step; each time it goes on from the step before."""
@@ -117,7 +117,7 @@ def test_it_ends_as_if_it_had_not_been_cut_off(
 
 
 @pytest.mark.parametrize("method", Method)
-def test_so_it_is_in_float32(
+def test_resumed_run_ends_as_uninterrupted_when_training_in_float32(
     method: Method, tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = train_in(FLOAT32, tiny_base, data, recipe(method), tmp_path / "a")
@@ -153,7 +153,7 @@ def left_out(folder: Path, step: int) -> list[int]:
 
 @pytest.mark.parametrize("method", [Method.FULL, Method.LORA, Method.ADALORA])
 @pytest.mark.usefixtures("scaled_on_cpu")
-def test_so_it_is_in_float16_with_a_scaled_loss(
+def test_resumed_run_ends_as_uninterrupted_when_training_in_float16(
     method: Method, tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = train_in(FLOAT16, tiny_base, data, recipe(method), tmp_path / "a")
@@ -180,7 +180,7 @@ def test_a_step_that_is_left_out_leaves_adaloras_means_finite(
     ("begun", "goes_on"), [(BFLOAT16, FLOAT32), (FLOAT32, BFLOAT16), (FLOAT16, FLOAT32), (FLOAT32, FLOAT16)]
 )
 @pytest.mark.usefixtures("scaled_on_cpu")
-def test_on_a_machine_with_other_numbers_it_goes_on_and_says_so(
+def test_run_is_converted_with_a_message_when_the_machine_has_another_number_type(
     begun: NumberType,
     goes_on: NumberType,
     tiny_base: Path,
@@ -195,7 +195,7 @@ def test_on_a_machine_with_other_numbers_it_goes_on_and_says_so(
     resumed = train_in(goes_on, tiny_base, data, recipe(), tmp_path / "b")
     told = " ".join(capsys.readouterr().err.split())
     assert f"converted at step 6 from {begun} to {goes_on}" in told
-    assert "not bit for bit that of an uninterrupted run" in told
+    assert "differs in rounding from that of an uninterrupted run" in told
     assert resumed.steps == whole.steps
     assert losses_of(resumed)[-1] == pytest.approx(losses_of(whole)[-1], rel=0.05)
     newest = CheckpointFolder(tmp_path / "b" / "checkpoints", 2).newest()
@@ -215,7 +215,7 @@ def test_a_finished_run_is_not_converted(
     assert "converted" not in capsys.readouterr().err
 
 
-def test_a_checkpoint_that_does_not_say_its_numbers_is_in_bfloat16(tmp_path: Path) -> None:
+def test_checkpoint_counts_as_bfloat16_when_it_names_no_number_type(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(1)}, tmp_path / "weights.safetensors")
     assert trainer_module.number_type_of(tmp_path) is BFLOAT16
 
@@ -231,7 +231,7 @@ def test_a_checkpoint_that_does_not_say_its_numbers_is_in_bfloat16(tmp_path: Pat
     ],
     ids=["accumulation", "steps", "stopping", "curve", "packing"],
 )
-def test_so_it_is_with_other_settings(
+def test_resumed_run_ends_as_uninterrupted_with_other_settings(
     sections: dict[str, Any], tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = recipe(**sections)
@@ -257,7 +257,9 @@ def test_so_it_is_with_other_settings(
     assert weights(tmp_path / "b") == weights(tmp_path / "a")
 
 
-def test_how_often_it_is_saved_changes_nothing(tiny_base: Path, data: TrainingData, tmp_path: Path) -> None:
+def test_result_is_the_same_when_the_checkpoint_interval_differs(
+    tiny_base: Path, data: TrainingData, tmp_path: Path
+) -> None:
     for name, every in (("a", 1), ("b", 5)):
         made = recipe(checkpoints={"every_steps": every})
         train_model(
@@ -271,7 +273,7 @@ def test_how_often_it_is_saved_changes_nothing(tiny_base: Path, data: TrainingDa
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
 
 
-def test_cut_off_after_its_last_step_it_takes_no_other(
+def test_no_step_is_taken_when_the_run_was_interrupted_after_its_last_one(
     tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = train_model(
@@ -285,7 +287,7 @@ def test_cut_off_after_its_last_step_it_takes_no_other(
     assert (tmp_path / "trained" / "adapter_model.safetensors").read_bytes() == first
 
 
-def test_a_damaged_checkpoint_is_passed_over(
+def test_run_resumes_from_an_earlier_checkpoint_when_the_newest_is_damaged(
     tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train_model(
@@ -341,8 +343,10 @@ def files(folder: Path) -> set[str]:
     return {os.path.join(root, name) for root, folders, names in os.walk(folder) for name in (*folders, *names)}
 
 
-def test_killed_at_any_moment_it_ends_the_same(tiny_base: Path, data: TrainingData, tmp_path: Path) -> None:
-    """With SIGKILL, each time as soon as some other file of a checkpoint appears, whole or not."""
+def test_result_is_the_same_when_the_run_was_killed_at_any_moment(
+    tiny_base: Path, data: TrainingData, tmp_path: Path
+) -> None:
+    """Each SIGKILL comes as soon as another file of a checkpoint appears, complete or not."""
     a, b = tmp_path / "a", tmp_path / "b"
     for folder in (a, b):
         folder.mkdir()
@@ -380,7 +384,7 @@ def test_killed_at_any_moment_it_ends_the_same(tiny_base: Path, data: TrainingDa
     assert weights(b) == weights(a)
 
 
-def test_a_signal_ends_it_with_a_checkpoint(
+def test_checkpoint_is_written_when_a_signal_stops_the_run(
     tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save = CheckpointFolder.writing
@@ -402,7 +406,7 @@ def test_a_signal_ends_it_with_a_checkpoint(
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_ctrl_c_while_the_trained_weights_are_written_ends_it(
+def test_run_is_interrupted_when_ctrl_c_arrives_while_weights_are_written(
     tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sft, "_save", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))

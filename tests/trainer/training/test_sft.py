@@ -1,4 +1,4 @@
-"""Training: what is learnt, what is refused, and that the cheap loss is the real one."""
+"""Training: learnt tokens, rejected data, and equality of the cheap and the full loss."""
 
 from functools import cached_property
 from pathlib import Path
@@ -94,7 +94,7 @@ def test_another_seed_gives_another_adapter(
 
 
 def heldout_losses(summary: TrainingSummary) -> dict[int, float]:
-    """Held-out loss of the trained weights, by step."""
+    """Return the held-out loss of the trained weights by step."""
     points = (point for point in summary.points if point.step > 0)
     return {point.step: point.heldout_loss for point in points if point.heldout_loss is not None}
 
@@ -179,7 +179,7 @@ def test_a_template_that_rewrites_earlier_answers_is_refused() -> None:
         "{{ message['content'] }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>:{% endif %}"
     )
     turns = [turn | {"weight": 1} if turn["role"] == "assistant" else turn for turn in CONVERSATION]
-    with pytest.raises(DataError, match="writes an earlier answer otherwise"):
+    with pytest.raises(DataError, match="writes an earlier answer differently"):
         learnt_texts(turns, template)
 
 
@@ -219,7 +219,7 @@ def test_an_end_that_the_template_leaves_out_is_added() -> None:
     ],
     ids=["turns", "no tools"],
 )
-def test_what_the_template_refuses_is_named(template: str, why: str) -> None:
+def test_error_names_the_example_when_the_template_rejects_it(template: str, why: str) -> None:
     tokenizer = make_tokenizer(template)
     with pytest.raises(DataError, match=f"refuses example 1: {why}"):
         tokenize_examples(tokenizer, [make_example("which?", "red")], {tokenizer.eos_token_id}, {})
@@ -233,7 +233,7 @@ def test_the_generation_config_names_further_ends(tiny_base: Path, tmp_path: Pat
 
 @st.composite
 def batches(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-padded rows that begin alike, each with an answer at its end."""
+    """Right-padded rows with a common prefix, each with an answer at its end."""
     tokens = st.integers(0, 49)
     prefix = draw(st.lists(tokens, max_size=24))
     row = st.tuples(st.lists(tokens, min_size=1, max_size=6), st.lists(tokens, min_size=1, max_size=4))
@@ -261,20 +261,22 @@ def gradient(loss: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
 
 @settings(max_examples=15, deadline=None)
 @given(batches())
-def test_the_cheap_loss_is_the_real_one(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_cheap_loss_is_the_full_loss(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
     torch.testing.assert_close(answer_loss(LLAMA, *batch), whole_loss(LLAMA, *batch), rtol=1e-4, atol=1e-4)
 
 
 @settings(max_examples=8, deadline=None)
 @given(batches())
-def test_its_gradient_is_the_real_one(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_gradient_of_the_cheap_loss_is_that_of_the_full_loss(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
     cheap, real = (gradient(loss(LLAMA, *batch), LLAMA) for loss in (answer_loss, whole_loss))
     torch.testing.assert_close(cheap, real, rtol=1e-3, atol=1e-4)
 
 
 @settings(max_examples=5, deadline=None)
 @given(batches())
-def test_it_is_the_real_one_with_sliding_windows_and_capped_logits(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_cheap_loss_is_the_full_loss_with_sliding_windows_and_capped_logits(
+    batch: tuple[torch.Tensor, torch.Tensor],
+) -> None:
     set_seed(0)
     model = Gemma2ForCausalLM(Gemma2Config(**SHAPE, sliding_window=4, pad_token_id=0, bos_token_id=1, eos_token_id=2))
     torch.testing.assert_close(answer_loss(model, *batch), whole_loss(model, *batch), rtol=1e-4, atol=1e-4)
@@ -416,7 +418,7 @@ def test_a_run_of_one_step_learns(tiny_base: Path, examples: list[ChatExample], 
     assert all(weight.any() for name, weight in weights.items() if "lora_B" in name)
 
 
-def test_several_gpus_are_no_reason_to_share_out_a_batch(
+def test_batch_is_not_split_when_there_are_several_gpus(
     tiny_base: Path, examples: list[ChatExample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = vars(TrainingArguments)["_setup_devices"].func

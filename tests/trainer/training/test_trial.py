@@ -1,4 +1,4 @@
-"""Trials: what was trained in the process before changes nothing, and what they give is what a training gives."""
+"""Trials give the result of a separate training, whatever was trained in the process before."""
 
 import os
 import signal
@@ -67,7 +67,7 @@ def curve(run: TrialRun) -> list[tuple[int, float | None, tuple[float, ...]]]:
 
 
 @pytest.mark.parametrize("method", Method)
-def test_a_trial_after_others_is_a_training_by_itself(
+def test_trial_equals_a_separate_training_when_others_ran_before(
     method: Method, attempt: Try, tiny_base: Path, examples: list[ChatExample], tmp_path: Path
 ) -> None:
     others = {"batch_size": 3, "learning_rate": 5e-2, "seed": 3}
@@ -97,7 +97,7 @@ def test_the_watched_examples_are_measured_three_times(attempt: Try) -> None:
     assert {point.step: len(point.heldout_each) for point in found.points if point.heldout_each} == {2: 3, 4: 3, 6: 3}
 
 
-def test_the_base_is_what_a_training_begins_with(
+def test_untrained_losses_are_those_at_step_zero(
     tiny_base: Path, data: TrialData, examples: list[ChatExample], tmp_path: Path
 ) -> None:
     losses = untrained_losses(LoadedBase(tiny_base), data, recipe(), tmp_path / "unused", number_type=TYPE)
@@ -126,10 +126,10 @@ def test_the_base_is_read_once(attempt: Try, monkeypatch: pytest.MonkeyPatch) ->
 
 
 class Stop(Exception):
-    """Ends a trial from its report."""
+    """Raised by a report to end a trial."""
 
 
-def test_what_a_report_raises_ends_the_trial(attempt: Try) -> None:
+def test_trial_ends_when_its_report_raises(attempt: Try) -> None:
     def report(step: int, figures: dict[str, float]) -> None:
         if HELDOUT_LOSS in figures:
             raise Stop
@@ -138,7 +138,7 @@ def test_what_a_report_raises_ends_the_trial(attempt: Try) -> None:
         attempt(recipe(), "trial", report)
 
 
-def test_a_signal_writes_a_checkpoint_from_which_it_goes_on(attempt: Try, tmp_path: Path) -> None:
+def test_trial_resumes_from_a_checkpoint_when_a_signal_arrived(attempt: Try, tmp_path: Path) -> None:
     whole = attempt(recipe(), "whole")
 
     def report(step: int, figures: dict[str, float]) -> None:
@@ -153,7 +153,9 @@ def test_a_signal_writes_a_checkpoint_from_which_it_goes_on(attempt: Try, tmp_pa
     assert (resumed.heldout_each, curve(resumed)) == (whole.heldout_each, curve(whole))
 
 
-def test_a_signal_in_the_last_measurement_keeps_what_was_trained(attempt: Try, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_is_kept_when_a_signal_arrives_in_the_last_measurement(
+    attempt: Try, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = attempt(recipe(), "whole")
     judge = trial_module._judge
 
