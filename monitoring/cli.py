@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 @click.option(
     "--interval", type=click.FloatRange(0.2), default=2.0, show_default=True, help="Seconds between refreshes."
 )
-@click.option("--verbose", is_flag=True, help="Also show how the engine was started: each choice and its origin.")
+@click.option("--verbose", is_flag=True, help="Also show the engine's settings and where each value comes from.")
 @json_option
 @click.pass_context
 def status(

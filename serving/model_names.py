@@ -65,12 +65,12 @@ class ModelNames:
         return self.name, *map(str, sorted(self.versions)), f"{self.name}@{Alias.PRODUCTION}"
 
     def resolve(self, model: str) -> VersionId | None:
-        """Return the version that a client's model name means; None for the version of any ready engine.
+        """Return the version that a client's model name refers to; None for production, which any ready engine answers.
 
-        With adapters, the version may not be loaded yet, or not exist.
+        With adapters, the returned version may not be loaded, or may not exist: the caller checks.
 
         Raises:
-            ModelNotFoundError: no version has this name.
+            ModelNotFoundError: the name is not served here.
             EngineUnavailableError: nothing is loaded yet.
         """
         if self._served is None:

@@ -57,7 +57,7 @@ def _listener(descriptor: int) -> socket.socket:
     if not tcp or not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         listener.detach()
         raise SettingsError(
-            "the service manager passed a socket that is not TCP, or does not listen",
+            "the service manager passed a socket that is not a listening TCP socket",
             expected="ListenStream=ADDRESS:PORT and Accept=no in the .socket unit",
         )
     return listener

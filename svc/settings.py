@@ -239,7 +239,9 @@ def _otlp_endpoint(text: str) -> str:
     if url.scheme not in ("http", "https") or not url.hostname or url.query or url.fragment:
         raise ValueError("is not a URL; expected for example http://collector:4318")
     if "@" in url.netloc:
-        raise ValueError("contains a password, which everybody could read; see docs/traces.md for headers")
+        raise ValueError(
+            "contains a password, which anyone who sees the settings could read; use headers, see docs/traces.md"
+        )
     return text
 
 

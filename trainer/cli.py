@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 _set_option = click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe: train.epochs=2."
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key, for example train.epochs=2."
 )
 
 

@@ -15,7 +15,7 @@ class BackgroundSlotEndedError(Exception):
 
 
 class BackgroundSlot:
-    """The one place for the server's own requests."""
+    """The only slot for the server's own requests."""
 
     def __init__(self) -> None:
         self._open, self._quiet = asyncio.Event(), asyncio.Event()
@@ -23,7 +23,7 @@ class BackgroundSlot:
 
     @property
     def taken(self) -> bool:
-        """Whether one of the server's own requests holds the place."""
+        """Whether one of the server's own requests holds the slot."""
         return self._taken is not None
 
     def show(self, *, open: bool, running: int) -> None:
@@ -35,7 +35,7 @@ class BackgroundSlot:
 
     @asynccontextmanager
     async def take(self, patience_s: float) -> AsyncIterator[None]:
-        """Wait for a moment without requests, and hold the place during the body.
+        """Wait for a moment without requests, and hold the slot during the body.
 
         Args:
             patience_s: longest wait for such a moment; after it, the body runs concurrently with clients' requests.

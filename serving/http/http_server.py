@@ -22,7 +22,7 @@ _WARNING_LIMIT = WarningLimit()
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn's server without its signal handlers: `serve` handles signals, which must also stop a start in progress.
+    """uvicorn's server without its signal handlers; those of serving.server also interrupt a start in progress.
 
     Args:
         most: maximum number of open connections.

@@ -60,7 +60,7 @@ class Gateway:
         request_limits: limits on the structure of one request.
         buffers: answers that wait for their clients.
         limiter: enforces the limits of keys.
-        usage: counts the usage of keys.
+        usage: counts the usage per key.
         begin_trace: returns a request's place in its trace, from its headers; None if traces are off.
         clock: monotonic time, seconds.
         adapter_slots, production_slots: limits on requests waiting for adapters, and for adapters in production.

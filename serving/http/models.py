@@ -26,8 +26,8 @@ def require_model(router: Router, principal: Principal | None, model: str) -> No
     """Check that a key may use a model.
 
     Raises:
-        ModelNotFoundError: it may not, or the model does not exist: the key does not learn which. Lists the models that
-            it may use.
+        ModelNotFoundError: it may not, or the model does not exist; the error does not say which, and lists the models
+            that the key may use.
     """
     if principal is None or principal.models is None:
         return

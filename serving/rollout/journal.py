@@ -58,7 +58,7 @@ class Journal:
         self._writer.submit(self._write_end, swap_id, result)
 
     def serves(self, desired: Desired, began_by: Began) -> None:
-        """Record in the background that a version serves from now on; retried until it is written."""
+        """Record in the background that a version is now serving; retry until written."""
         now = datetime.now(UTC)
         self._writer.submit(self._write, lambda: begin_serving(self._store, desired, began_by, now))
 

@@ -263,7 +263,7 @@ class _FeatureMaker:
             except NotFoundError:
                 off.add(target)
             except IntegrityError as error:
-                log.error("no features of requests of %s are stored: %s", target, error)
+                log.error("drift features of requests to %s cannot be stored: %s", target, error)
                 off.add(target)
             except Exception as error:  # noqa: BLE001 - the boundary of this process; the error's message may contain a text
                 lost += len(group)

@@ -183,7 +183,7 @@ class RequestLog:
     def _log_slow_pattern(self, error: RedactionTimeoutError) -> None:
         if error.pattern not in self._slow_patterns:
             self._slow_patterns.add(error.pattern)
-            log.error("content is not stored: %s", error)
+            log.error("the content of a request was not stored (logged once per pattern): %s", error)
 
     def _drop(self, content: Content, reason: Dropped) -> None:
         """Count content that is lost, for each use that it had."""

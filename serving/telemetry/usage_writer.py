@@ -1,4 +1,4 @@
-"""Writes the usage of keys to the store, every few seconds and at the end, in a thread.
+"""Writes the usage per key to the store, every few seconds and at the end, in a thread.
 
 First it reads today's usage of each key, for limits that survive a restart. Nothing is written before that, because
 the server's own counts would be read back.
@@ -52,7 +52,7 @@ class UsageWriter:
                     known = True
                 await asyncio.to_thread(self._meter.flush)
             except SQLAlchemyError:
-                log.exception("the usage of keys was not written; trying again")
+                log.exception("could not write the usage per key; retrying")
             await asyncio.sleep(self._every_s)
 
     def close(self) -> None:
@@ -60,7 +60,7 @@ class UsageWriter:
         try:
             self._meter.flush()
         except SQLAlchemyError:
-            log.exception("the usage of keys in the last seconds was not written")
+            log.exception("could not write the usage per key of the last seconds")
 
 
 def _used_today(store: Store) -> Mapping[str, int]:

@@ -1,4 +1,4 @@
-"""Counts the usage of keys in memory, and adds it to the store at intervals.
+"""Counts the usage per key in memory, and adds it to the store at intervals.
 
 `add` takes a few microseconds and never waits, so it may be called on an event loop; `flush` writes one row for each
 key, model and hour, and belongs in a thread. A server that dies loses the usage since its last flush.

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     default=50,
     show_default=True,
     type=click.IntRange(1),
-    help="Maximum number of events, the newest.",
+    help="Maximum number of events; shows the newest.",
 )
 @click.option("--action", metavar="TEXT", help="Only events of this action, for example promote.")
 @click.option("--subject", metavar="TEXT", help="Only events of this subject: NAME, NAME@N, key:ID.")

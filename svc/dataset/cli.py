@@ -35,7 +35,7 @@ def data() -> None:
     type=click.IntRange(min=16),
     default=4096,
     show_default=True,
-    help="Maximum tokens of an example; estimated without --base.",
+    help="Maximum tokens per example; without --base, its tokens are estimated.",
 )
 @json_option
 @click.pass_context

@@ -53,13 +53,13 @@ class Lengths(_Record):
 
 
 class DataSummary(_Record):
-    """Figures of the training set, and its overlap with the held-out set.
+    """Statistics of the training set, and its overlap with the held-out set.
 
     Attributes:
-        general: number of training examples that are general.
-        prompts, answers: lengths of all turns before the answer together, and of the answer, in training.
-        labels: of the training examples that are not general, the most frequent first, ignoring spacing and case; empty
-            if the answers are not labels.
+        general: training examples that come from data.general.
+        prompts, answers: lengths of the training prompts (all turns before the answer) and answers.
+        labels: count of each label among the other training examples, the most frequent first, ignoring spacing and
+            case; empty if the answers are not labels.
         near_duplicates: training examples with the same or nearly the same prompt as an earlier one.
         near_heldout: held-out examples with the same or nearly the same prompt as a training example.
     """

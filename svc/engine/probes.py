@@ -160,8 +160,8 @@ def make_probes(
         noise = max(_difference(reference, run[index]) for run in measured)
         if math.isinf(noise):
             raise ProbeError(
-                f"sequence {index + 1} has a log-probability that is not a finite number",
-                expected="finite numbers at every measurement",
+                f"the engine returned a log-probability for probe {index + 1} that is not finite",
+                expected="finite log-probabilities",
                 todo="train again with a lower learning rate: the weights are not usable",
             )
         tolerance = max(MIN_TOLERANCE, 2 * noise)

@@ -139,7 +139,8 @@ def compare(
     primary = next((metric for metric in usable if metric in metrics and metric.better is not Better.NEITHER), None)
     if primary is None:
         raise DataError(
-            f"no metric is left for the comparison: {no_tokens}", todo="use a metric of texts: --metric exact_match"
+            f"none of the metrics can compare these models: {no_tokens}",
+            todo="choose a metric that compares texts: --metric exact_match",
         )
     judged = [metric for metric in metrics if metric in usable]
     one, other = (Answered(examples, judge(examples, results, 0.0, judged).results) for results in (first, second))

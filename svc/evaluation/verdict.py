@@ -48,11 +48,11 @@ class Verdict(_Record):
     """A loss compared with the allowed margin.
 
     Attributes:
-        loss: of the second model, with its 95 % interval; below 0: it is better.
-        detectable: distance of a loss from the margin at which this number of examples, with this variance, decides in
-            four of five samples.
-        examples_to_decide: approximate number that decides in four of five samples if the loss stays the same. None if
-            the outcome is decided, or if the loss is so near to the margin that more than a million would be needed.
+        loss: how much worse the second model is, with its 95 % interval; negative if it is better.
+        detectable: smallest distance between loss and margin that so many examples with this variance decide with 80 %
+            power.
+        examples_to_decide: approximate number of examples for 80 % power if the loss stays the same. None if the
+            outcome is decided, or if the loss is so near to the margin that more than a million would be needed.
     """
 
     outcome: GateOutcome

@@ -101,10 +101,9 @@ class Registry:
         """
         if not (self.folder(version) / MANIFEST_FILE).is_file():
             known = self.versions(version.name)
-            has = ", ".join(map(str, known)) or f"no version; existing names: {', '.join(self.names()) or 'none yet'}"
-            raise NotFoundError(
-                f"there is no version {version}", expected=f"{version.name} has {has}", todo="list them: svc models"
-            )
+            names = f"a version of {', '.join(self.names()) or 'none yet'}"
+            expected = f"one of {', '.join(map(str, known))}" if known else names
+            raise NotFoundError(f"there is no version {version}", expected=expected, todo="list them: svc models")
         return read_manifest(self.folder(version))
 
     def format(self, version: VersionId, format: Format) -> FormatRecord:
@@ -219,7 +218,11 @@ class Registry:
             except NotFoundError:  # removed since it was listed
                 continue
             except IntegrityError:
-                log.warning("prompts of %s may be held out: its files cannot be read", version, exc_info=True)
+                log.warning(
+                    "held-out examples may include training prompts of %s, whose files cannot be read",
+                    version,
+                    exc_info=True,
+                )
         return np.unique(np.concatenate(hashes))
 
     def publish(

@@ -71,7 +71,7 @@ class Tracking:
 
         Raises:
             NotFoundError: MLflow does not know the requested object.
-            RegistryError: MLflow does not answer.
+            RegistryError: MLflow does not answer, or answers with an error.
         """
         from mlflow.exceptions import MlflowException
 
@@ -80,7 +80,7 @@ class Tracking:
         except MlflowException as error:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                 raise NotFoundError(str(error.message)) from error
-            raise RegistryError(f"MLflow at {self.uri} does not answer: {error.message}") from error
+            raise RegistryError(f"MLflow at {self.uri} failed: {error.message}") from error
 
     def start_run(self, experiment: str, tags: dict[str, str]) -> str:
         """Create a run and return its id; `attach` makes it the active one."""

@@ -86,7 +86,7 @@ class ServerAddress:
             return ssl.create_default_context(cafile=str(self.authority))
         except OSError as error:
             raise SettingsError(
-                f"{self.authority} cannot be used to verify the server: {error}", expected="certificates in PEM"
+                f"{self.authority} cannot be used to verify the server: {error}", expected="PEM-encoded CA certificates"
             ) from error
 
 

@@ -25,7 +25,7 @@ class DriftState:
 
     Attributes:
         signal: its name.
-        state: start of the next check, JSON.
+        state: detector state from which the next check continues, JSON.
         report: result of the last check, JSON.
     """
 

@@ -133,7 +133,9 @@ def find_key(store: Store, text: str) -> Key:
 def no_such_key(text: str) -> NotFoundError:
     """Return the error of an unknown key; of a secret given instead of an id, it shows only the beginning."""
     shown = f"{text[:11]}..." if len(text) > 63 or text.startswith("ts_") else text
-    return NotFoundError(f"there is no key {shown!r}", expected="its id or its name", todo="list keys: svc keys list")
+    return NotFoundError(
+        f"there is no key {shown!r}", expected="the id or the name of a key", todo="list keys: svc keys list"
+    )
 
 
 def _next_revision(session: Session) -> int:

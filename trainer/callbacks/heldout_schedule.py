@@ -60,11 +60,10 @@ class HeldoutSchedule:
 
 @dataclass(frozen=True, slots=True)
 class HeldoutCurve:
-    """The measurements of a run's curve.
+    """Held-out examples to measure during a run, and when.
 
     Attributes:
-        rows: measured examples; empty if the run is too short.
-        schedule: schedule of the measurements.
+        rows: examples to measure; empty if the run is too short.
     """
 
     rows: list[dict[str, Any]]

@@ -59,7 +59,7 @@ def find_model(text: str, registry: Registry, settings: Settings, *, format: For
     is_base = text in KNOWN or "/" in text or text.endswith(".gguf") or text.startswith((".", "~"))
     if not is_base:
         raise NotFoundError(
-            f"{text!r} is neither a version nor a base model",
+            f"{text!r} is not a version, a base model or an endpoint",
             expected=f"a version of {', '.join(registry.names()) or 'none yet'}; a base: {', '.join(KNOWN)}, ./FOLDER, "
             "ORG/NAME; or an endpoint: https://HOST/v1#MODEL",
             todo="see `svc models`",

@@ -56,7 +56,7 @@ def lacking(estimate: DeviceEstimate) -> list[str]:
 
 
 def advice_text(estimate: Estimate, device: ComputeDevice) -> str:
-    """Return the changes with which the recipe fits, as a sentence."""
+    """Return, as a sentence, the recipe changes that make it fit on the device, or that none do."""
     changes = advise(estimate.recipe, estimate.shape, estimate.workload, device)
     if changes is None:
         return "no change of the recipe makes it fit: use a smaller base or another device"

@@ -130,7 +130,7 @@ class RunEvaluation:
         return qualified
 
     def check(self) -> None:
-        """Check before training that every example can be asked and scored.
+        """Check before training that every example fits into the engine and can be scored.
 
         Raises:
             SvcError: an example does not fit into the engine, or a metric cannot score the references.

@@ -117,7 +117,7 @@ def _check_copy(base: Path) -> None:
         copy_shipped_files(base, copy)
         if different := [*other_files(base, copy), *other_config(base, copy)]:
             raise BaseModelError(
-                f"a copy of {base} differs from it: {', '.join(different)}",
-                expected="a config that transformers always reads with the same result",
-                todo="report this with the base's config.json, or choose another base",
+                f"transformers reads {base} and a copy of it differently: {', '.join(different)}",
+                expected="a base that can be copied without a change",
+                todo="open an issue with the base's config.json, or choose another base",
             )

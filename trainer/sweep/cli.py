@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key: train.epochs=2.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key, for example train.epochs=2."
+)
 @click.option("--register", is_flag=True, help="Train the winner completely, and register it.")
 @click.option("--anyway", is_flag=True, help="Start even if a training cannot fit into this machine.")
 @json_option

@@ -9,16 +9,16 @@ from svc.evaluation.metrics.metric import Answered, AnswerMetric, SetMetric
 
 
 def label_of(answer: str) -> str:
-    """Return the label of an answer, by the rules of the data check for labels of references.
+    """Return the label of an answer, found by the same rules as the data check's, ignoring spacing and case.
 
-    Spacing and case do not count. The label of JSON with one value in it is that value, and that of any other answer
-    its text. An answer without a label gets its text as one, which no reference has: it counts as a wrong class.
+    The label of JSON with one value is that value; of any other answer, its text. If no label is found, the whole text
+    is returned: it equals no reference's label, so it counts as a wrong class.
     """
     return normal(find_label(answer) or answer)
 
 
 class Accuracy(AnswerMetric):
-    """Share of answers with the label of their reference: scikit-learn's `accuracy_score` of the labels."""
+    """Share of answers whose label equals the reference's: scikit-learn's `accuracy_score` of the labels."""
 
     name = "accuracy"
     title = "accuracy"

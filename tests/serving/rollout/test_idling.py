@@ -151,9 +151,7 @@ async def test_waiting_requests_are_rejected_and_the_start_retried_when_it_fails
                 await asyncio.sleep(0.01)
 
 
-async def test_engine_is_stopped_before_its_next_start_when_it_could_not_be_stopped(
-    idling: Home, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_failed_stop_is_retried_before_the_next_start(idling: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     failures = fail_to_end_once(monkeypatch)
     async with idling.serving(f"{NAME}@1") as client:
         await become(client, tuned="idle")

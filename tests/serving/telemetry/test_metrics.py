@@ -63,7 +63,7 @@ def requests_of(registry: CollectorRegistry, served: Target) -> float | None:
     return registry.get_sample_value("svc_requests_total", labels)
 
 
-def test_answers_without_a_version_are_counted_under_unknown(
+def test_requests_without_a_known_model_are_counted_under_model_unknown(
     registry: CollectorRegistry, metrics: GatewayMetrics
 ) -> None:
     metrics.request_ended(None, Route.COMPLETIONS, 404, 0.1, reason=ErrorCode.MODEL_NOT_FOUND)

@@ -176,5 +176,5 @@ def test_a_primary_metric_that_is_left_out_leaves_its_place_to_another() -> None
 
 def test_where_nothing_is_left_that_is_told() -> None:
     examples, one, other = pairs([("net", "net", "mail", 1.0, 1.0)])
-    with pytest.raises(DataError, match="no metric is left for the comparison: elsewhere"):
+    with pytest.raises(DataError, match="none of the metrics can compare these models: elsewhere"):
         compare(examples, one.results, other.results, [Perplexity(), Length()], no_tokens="elsewhere")

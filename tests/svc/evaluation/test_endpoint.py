@@ -165,7 +165,7 @@ def test_an_endpoint_is_a_url_with_its_model(slash: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["https://host/v1", "ftp://host/v1#m", "https://#m", "https://me:pw@host/v1#m"])
-def test_another_url_is_refused_and_not_repeated(text: str) -> None:
+def test_invalid_url_is_refused_and_not_echoed(text: str) -> None:
     with pytest.raises(SettingsError) as raised:
         Endpoint.parse(text, None)
     assert text not in str(raised.value)

@@ -244,7 +244,7 @@ def test_a_damaged_version_is_told_and_keeps_nobody_from_training(
     path.unlink()
     with caplog.at_level(logging.WARNING):
         assert learnt(registry, name, chat("one"), chat("two")) == [False, True]
-    assert f"prompts of {damaged.id} may be held out" in caplog.text
+    assert f"may include training prompts of {damaged.id}" in caplog.text
 
 
 @pytest.mark.parametrize("file", ["../heldout.jsonl", "", ".", "../merged/config.json", "/etc/passwd"])

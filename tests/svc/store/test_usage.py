@@ -50,7 +50,7 @@ def test_more_tokens_than_32_bits_hold_are_counted(store: Store) -> None:
     assert usage_since(store, NOON)[0].usage.tokens_in == 2**41
 
 
-def test_of_many_additions_at_once_none_is_lost(store: Store) -> None:
+def test_concurrent_additions_are_not_lost(store: Store) -> None:
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(lambda _: add_usage(store, {OF: Usage(1, 2, 3)}), range(64)))
     assert usage_since(store, NOON)[0].usage == Usage(64, 128, 192)

@@ -303,7 +303,7 @@ def test_one_comparison_runs_at_a_time(bench: Bench) -> None:
 
 
 def test_error_lists_the_known_models_when_the_name_is_unknown(bench: Bench) -> None:
-    with pytest.raises(NotFoundError, match="'tunde' is neither a version nor a base model") as raised:
+    with pytest.raises(NotFoundError, match="'tunde' is not a version, a base model or an endpoint") as raised:
         bench.compare("tunde", "tuned@2")
     assert "a version of tuned" in raised.value.expected
     assert "smollm2-135m-instruct" in raised.value.expected

@@ -146,7 +146,7 @@ def train(
     ("method", "number_type"),
     [("lora", NumberType.BFLOAT16), ("lora", NumberType.FLOAT32), ("qlora", NumberType.BFLOAT16)],
 )
-def test_the_merged_mixture_answers_as_the_adapter_on_its_base(
+def test_the_merged_mixture_answers_like_the_adapter_on_its_base(
     method: str, number_type: NumberType, mixture: Path, examples: list[ChatExample], tmp_path: Path
 ) -> None:
     losses = losses_of(train(mixture, method, examples, tmp_path / "adapter", number_type))

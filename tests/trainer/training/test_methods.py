@@ -71,7 +71,7 @@ def test_what_it_writes_is_safetensors(trained: Trained, method: Method) -> None
 
 
 @pytest.mark.parametrize("method", ADAPTED)
-def test_the_merged_model_answers_as_the_adapter_on_its_base(
+def test_the_merged_model_answers_like_the_adapter_on_its_base(
     trained: Trained, method: Method, tiny_base: Path, tmp_path: Path
 ) -> None:
     adapter = trained[method][0]

@@ -138,7 +138,7 @@ def test_trial_ends_when_its_report_raises(attempt: Try) -> None:
         attempt(recipe(), "trial", report)
 
 
-def test_trial_resumes_from_a_checkpoint_when_a_signal_arrived(attempt: Try, tmp_path: Path) -> None:
+def test_trial_resumes_from_a_checkpoint_after_a_signal(attempt: Try, tmp_path: Path) -> None:
     whole = attempt(recipe(), "whole")
 
     def report(step: int, figures: dict[str, float]) -> None:

@@ -63,7 +63,7 @@ def test_a_single_example_is_too_few_to_train_on(tmp_path: Path) -> None:
         (GOOD + GOOD, "not JSON: Extra data"),
     ],
 )
-def test_a_bad_line_is_named_by_number_and_says_what_to_run(tmp_path: Path, line: bytes, text: str) -> None:
+def test_error_names_the_bad_line_and_the_command_to_run(tmp_path: Path, line: bytes, text: str) -> None:
     path = tmp_path / "train.jsonl"
     path.write_bytes(GOOD + b"\n\n" + line + b"\n" + GOOD)
     error = failure(path)

@@ -226,7 +226,7 @@ class TestUnreachable:
 
 
 class TestLeaving:
-    async def test_early_ends_the_engines_work(self, socket: Path) -> None:
+    async def test_leaving_early_ends_the_engines_work(self, socket: Path) -> None:
         async with engine(socket, say(STREAM, chunk(b"x"))) as (pool, server):
             async with pool.post("/", b"", "1") as answer:
                 assert await answer.read_some() == b"x"
