@@ -102,7 +102,7 @@ def test_what_is_served_and_what_was_before_stay(
     serve(store, served, before)
     with pytest.raises(BusyError, match="is served"):
         remove_version(registry, store, served)
-    with pytest.raises(BusyError, match="a rollback goes"):
+    with pytest.raises(BusyError, match="is the target of a rollback"):
         remove_version(registry, store, before)
     remove_version(registry, store, other)
     assert registry.versions(served.name) == [before, served]

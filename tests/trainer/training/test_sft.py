@@ -221,7 +221,7 @@ def test_an_end_that_the_template_leaves_out_is_added() -> None:
 )
 def test_error_names_the_example_when_the_template_rejects_it(template: str, why: str) -> None:
     tokenizer = make_tokenizer(template)
-    with pytest.raises(DataError, match=f"refuses example 1: {why}"):
+    with pytest.raises(DataError, match=f"rejects example 1: {why}"):
         tokenize_examples(tokenizer, [make_example("which?", "red")], {tokenizer.eos_token_id}, {})
 
 
