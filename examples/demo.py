@@ -52,7 +52,7 @@ if not console.is_terminal:
 
 
 class DemoError(SvcError):
-    """A promise of the demo was broken."""
+    """A step of the demo had another result than expected."""
 
 
 @dataclass
@@ -238,10 +238,11 @@ def run(*arguments: str) -> None:
     """
     console.print(f"$ svc {' '.join(arguments)}", style="cyan", markup=False, soft_wrap=True)
     sys.stdout.flush()
-    done = svc(HOME, *arguments)
-    if done.returncode:
+    completed = svc(HOME, *arguments)
+    if completed.returncode:
         raise DemoError(
-            f"svc {arguments[0]} exited with code {done.returncode}", todo="read the error above; run `make demo` again"
+            f"svc {arguments[0]} exited with code {completed.returncode}",
+            todo="read the error above; run `make demo` again",
         )
 
 

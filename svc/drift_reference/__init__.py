@@ -1,1 +1,1 @@
-"""What a version keeps of its examples for drift, and the features of prompts and answers that are compared."""
+"""The data that a version stores about its examples for drift, and the compared features of prompts and answers."""

@@ -1,9 +1,9 @@
-"""What a person can read off an answer: its length, its end, whether it is what the task wants.
+"""Features of an answer that a person can understand: its length, its end, whether it has the form of the task.
 
-How long an answer is, how it ends and how likely it is depend on how it was sampled, and held-out answers are greedy.
-Of live ones, only those that were asked for with temperature 0 are compared in these three, and as if they had been
-cut where held-out answers were; otherwise every client that likes a higher temperature would be drift. Each held-out
-answer has its own limit, and a live prompt has no reference to derive one from: the largest of the limits applies.
+The length, end and likelihood of an answer depend on its sampling, and held-out answers are greedy. These three are
+compared only for live answers with temperature 0, as if they had been truncated where held-out answers were; otherwise
+every client with a higher temperature would count as drift. Each held-out answer has its own limit, and a live prompt
+has no reference to derive one from: the largest of the limits applies.
 """
 
 import re
@@ -17,9 +17,9 @@ from svc.drift_reference.sample import NO, NOT_THERE, YES, Sample
 from svc.evaluation.metrics.json_answers import is_json
 
 _ENDS = ("stop", "length")
-_MOST_LABELS = 30
-_FEWEST_OF_LABEL = 3
-"""References a label, in the mean; fewer are texts, not labels."""
+_MAX_LABELS = 30
+_MIN_PER_LABEL = 3
+"""References per label, on average; with fewer, the references are texts, not labels."""
 _REFUSAL = re.compile(
     r"\b(?:i(?:'m| am) (?:sorry|unable|not able)"
     r"|i (?:can(?:'t|not| not)|won't|will not) (?:help|assist|answer|provide|do|comply|fulfil)"
@@ -27,34 +27,34 @@ _REFUSAL = re.compile(
     re.IGNORECASE,
 )
 _REFUSAL_CHARS = 200
-"""A refusal says so at once."""
+"""A refusal begins with it."""
 
 
 class AnswerFeature(StrEnum):
-    """Each is a line of the drift table."""
+    """Lines of the drift table."""
 
     TOKENS = "answer_tokens"
     """Length; greedy answers only."""
     LOGPROB = "answer_logprob"
-    """Mean log-probability of its tokens, in tenths of a nat, since scoring again rounds otherwise by hundredths; only
-    greedy answers that were scored."""
+    """Mean log-probability of its tokens, rounded to tenths of a nat, because a second scoring differs by hundredths;
+    greedy answers with a score only."""
     FINISH_REASON = "finish_reason"
     """`stop` or `length`; greedy answers only."""
     EMPTY = "empty"
     REFUSAL = "refusal"
-    """It begins as refusals in English do."""
+    """The answer begins like a refusal in English."""
     VALID_JSON = "valid_json"
-    """Only where all held-out references are JSON; of answers that ended where held-out ones could."""
+    """Only if all held-out references are JSON; answers that ended within the limit of held-out ones."""
     LABEL = "label"
-    """The answer, where the references are a few labels, else `other`; of the same answers."""
+    """Only if the references are a few labels: the answer if it is one, else `other`; of the same answers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What is compared of an answer; None is what is not known.
+    """The compared properties of an answer; unknown ones are None.
 
     Attributes:
-        greedy: it was sampled as held-out answers are; else its length, end and likelihood are not compared.
+        greedy: sampled as held-out answers are; otherwise its length, end and likelihood are not compared.
         logprob: mean over its tokens, nats.
     """
 
@@ -66,22 +66,22 @@ class Answer:
 
 
 class AnswerSampler:
-    """Makes samples of answers that can be compared with each other.
+    """Creates samples of answers that can be compared with each other.
 
     Args:
-        references: the right answers of the held-out set; they tell whether the task is JSON, or labels.
-        cut: where live answers count as cut, tokens: the largest limit of the held-out ones.
+        references: the right answers of the held-out set; they determine whether the task is JSON, or labels.
+        cut: length in tokens at which live answers count as truncated: the largest limit of the held-out ones.
     """
 
     def __init__(self, references: Sequence[str], cut: int) -> None:
         self.cut = cut
         self._wants_json = bool(references) and all(is_json(reference) for reference in references)
         labels = {reference.strip() for reference in references}
-        few = len(labels) <= min(_MOST_LABELS, len(references) / _FEWEST_OF_LABEL)
-        self._labels = labels if few else set()
+        are_labels = len(labels) <= min(_MAX_LABELS, len(references) / _MIN_PER_LABEL)
+        self._labels = labels if are_labels else set()
 
     def sample(self, answers: Sequence[Answer]) -> Sample:
-        """Features of answers."""
+        """Return the features of answers."""
         numbers = {
             AnswerFeature.TOKENS: [self._tokens(answer) for answer in answers],
             AnswerFeature.LOGPROB: [self._logprob(answer) for answer in answers],
@@ -113,11 +113,11 @@ class AnswerSampler:
         return "length" if (answer.tokens or 0) > self.cut else answer.finish_reason
 
     def _empty(self, answer: Answer) -> str:
-        """An answer of tool calls has no text either, and is none."""
+        """Return whether the answer is empty. An answer of tool calls has no text either, but does not count."""
         return _yes(answer.text if answer.finish_reason in _ENDS else None, lambda text: not text.strip())
 
     def _whole(self, answer: Answer) -> str | None:
-        """The text, where it ended by itself before held-out answers were cut: a part of JSON is none."""
+        """Return the text if it ended by itself within the limit of held-out answers: truncated JSON is not JSON."""
         ended = answer.finish_reason == "stop" and answer.tokens is not None and answer.tokens <= self.cut
         return answer.text if ended else None
 
@@ -128,23 +128,23 @@ class AnswerSampler:
 
 
 def is_greedy(temperature: float | None, max_tokens: int | None, cut: int) -> bool:
-    """Whether a request was sampled as held-out ones are.
+    """Return whether a request was sampled as held-out ones are.
 
     Args:
-        temperature: as the client sent it; None is the model's own default, which mostly is not 0.
-        max_tokens: likewise; None is no limit.
+        temperature: as the client sent it; None is the model's own default, which is rarely 0.
+        max_tokens: as the client sent it; None is no limit.
         cut: the largest limit of held-out answers, tokens.
     """
     return temperature == 0 and (max_tokens is None or max_tokens >= cut)
 
 
 def compared_logprob(logprob: float | None, *, greedy: bool) -> float:
-    """Return the log-probability of an answer as it is compared; NaN where it is not."""
+    """Return the log-probability of an answer as compared; NaN if it is not compared."""
     return _number(round(logprob, 1) if greedy and logprob is not None else None)
 
 
 def is_refusal(text: str) -> bool:
-    """Whether an answer begins as refusals do."""
+    """Return whether an answer begins like a refusal."""
     return bool(_REFUSAL.search(text[:_REFUSAL_CHARS].replace("\u2019", "'")))
 
 
@@ -152,5 +152,5 @@ def _number(value: float | None) -> float:
     return np.nan if value is None else float(value)
 
 
-def _yes(text: str | None, says: Callable[[str], bool]) -> str:
-    return NOT_THERE if text is None else YES if says(text) else NO
+def _yes(text: str | None, predicate: Callable[[str], bool]) -> str:
+    return NOT_THERE if text is None else YES if predicate(text) else NO

@@ -1,12 +1,11 @@
-"""The prompts that live traffic is compared with: a plain random sample of the examples that a version was made from.
+"""The prompts that live traffic is compared with: a plain random sample of a version's examples.
 
-Plain, because the held-out set is none: where it is split off, nothing in it is nearly the same as a training example,
-while traffic holds what is nearly the same as one. So traffic would be called drift for being nearer to the training
-text than the held-out set is.
+The held-out set is not such a sample: where it is split off, it has no near duplicates of training examples, but
+traffic has some. So traffic would count as drift for being nearer to the training text than the held-out set is.
 
-What traffic is compared by, the text space, is made from the other examples, which lie as far from the sample as from
+The text space, in which traffic is compared, is fitted on the other examples, which are as far from the sample as from
 traffic. A space that knew the sample's own words would tell it from all traffic. (Tried: an alarm in every stream.)
-Knows nothing of the tests.
+Independent of the tests.
 """
 
 import random
@@ -16,18 +15,18 @@ from dataclasses import dataclass
 from svc.dataset.schema.example import ChatExample
 
 DRIFT_SAMPLE_FILE = "drift_sample.jsonl"
-MOST_SAMPLED = 500
-"""Five times the largest window that is compared. More find no shift sooner, and each test takes longer."""
+MAX_SAMPLED = 500
+"""Five times the largest compared window. More examples detect no shift sooner, and each test takes longer."""
 _SHARE = 0.5
-"""Of all examples. Of few, both parts are needed: a small sample allows small windows only."""
+"""Of all examples. With few examples, both parts are needed: a small sample allows small windows only."""
 
 
 @dataclass(frozen=True, slots=True)
 class DriftSample:
-    """Examples in two parts that have nothing to do with each other but their origin.
+    """Examples in two parts that are independent of each other.
 
     Attributes:
-        sample: in random order, as traffic comes: the same question twice does not stand together.
+        sample: in random order, like traffic: repeated questions are not adjacent.
         rest: the others.
     """
 
@@ -36,13 +35,13 @@ class DriftSample:
 
 
 def draw_drift_sample(given: Sequence[ChatExample], seed: int) -> DriftSample:
-    """Draws it: half of the examples, at least one and at most 500.
+    """Draw half of the examples, at least one and at most 500.
 
-    Each line of the files is as likely as any other, whatever it says: a question that is often asked is often drawn.
+    Each line of the files is equally likely: a frequent question is drawn frequently.
 
     Args:
-        given: the examples of all files before anything is left out, at least two.
+        given: the examples of all files before any is left out, at least two.
     """
     order = random.Random(seed).sample(range(len(given)), len(given))  # noqa: S311 - no secret
-    size = min(MOST_SAMPLED, max(1, int(_SHARE * len(given))))
+    size = min(MAX_SAMPLED, max(1, int(_SHARE * len(given))))
     return DriftSample([given[place] for place in order[:size]], [given[place] for place in sorted(order[size:])])

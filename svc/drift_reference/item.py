@@ -1,6 +1,6 @@
-"""Items of requests, made from their texts as the reference's samples are, and brought back into samples.
+"""Items of requests: computed from texts as the reference's samples are, and converted back into samples.
 
-One place for both sides of a comparison. Knows nothing of where items are stored.
+One place for both sides of a comparison. Independent of the items' storage.
 """
 
 import math
@@ -18,10 +18,10 @@ from svc.store.requests import RequestRecord
 
 
 class ItemMaker:
-    """Makes items of requests of one version in one format.
+    """Creates items of requests of one version in one format.
 
     Raises:
-        NotFoundError: the version keeps nothing to compare prompts with.
+        NotFoundError: the version has no prompts to compare with.
     """
 
     def __init__(self, reference: Reference) -> None:
@@ -55,7 +55,7 @@ class ItemMaker:
         ]
 
     def _answers(self, records: Sequence[RequestRecord]) -> Sample:
-        """Features of the answers, without their log-probabilities: none of them is scored yet."""
+        """Return features of the answers, without log-probabilities: none of them has a score yet."""
         sampler = self._reference.answer_sampler
         if sampler is None:
             return Sample(len(records))
@@ -79,7 +79,7 @@ def prompt_sample(items: Sequence[Item], like: Sample) -> Sample:
     """Return the prompts of items as a sample.
 
     Args:
-        like: the reference; a feature that an item lacks counts as not there.
+        like: the reference; a feature that an item lacks counts as missing.
     """
     views = [np.array([item.topic for item in items]), np.array([item.wanted for item in items])]
     shaped = zip(views, like.views, strict=True)
@@ -94,8 +94,8 @@ def answer_sample(items: Sequence[Item], logprobs: Sequence[float | None], like:
     """Return the answers of items as a sample.
 
     Args:
-        logprobs: of each answer, None where it was not scored.
-        like: the reference; a feature that an item lacks counts as not there.
+        logprobs: of each answer, None if it has no score.
+        like: the reference; a feature that an item lacks counts as missing.
     """
     rows: list[Mapping[str, float | str | None]] = []
     for item, logprob in zip(items, logprobs, strict=True):

@@ -1,6 +1,6 @@
-"""Hashes of words and of conversations that tell nothing to a reader of the database alone.
+"""Hashes of words and of conversations, from which a reader of the database alone learns nothing.
 
-The hashes are made with a random key of the home, a file beside the database: a person who has only the database cannot
+The hashes use a random key of the home, a file beside the database: a person who has only the database cannot
 test whether a given word was in a prompt. They are equal for equal texts, which is all that a comparison needs.
 """
 
@@ -36,7 +36,7 @@ class KeyedHash:
 
     @classmethod
     def of_home(cls, home: Path) -> "KeyedHash":
-        """Return the hash of a home; its key is made at first use.
+        """Return the hash of a home; its key is created at first use.
 
         Raises:
             IntegrityError: the file with the key is damaged.

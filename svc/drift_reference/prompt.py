@@ -1,4 +1,4 @@
-"""What a person can read off a prompt: its length, its language, its words, what stands before it."""
+"""Features of a prompt that a person can understand: its length, language, words and preceding turns."""
 
 import re
 from collections.abc import Sequence
@@ -16,14 +16,14 @@ _SYMBOL = re.compile(r"[^\w\s]")
 
 
 class PromptFeature(StrEnum):
-    """Each is a column of the drift table."""
+    """Lines of the drift table."""
 
     CHARACTERS = "characters"
     """Length of the last user turn."""
     DISTINCT_WORDS = "distinct_words"
-    """Share of its words that are not said twice."""
+    """Number of distinct words per word."""
     UNKNOWN_WORDS = "unknown_words"
-    """Share of its distinct words that no prompt has of which the text space was made."""
+    """Share of its distinct words that are in none of the text space's prompts."""
     WORD_LENGTH = "word_length"
     """Mean, characters."""
     SYMBOLS = "symbols"
@@ -33,17 +33,17 @@ class PromptFeature(StrEnum):
     LANGUAGE = "language"
     """ISO 639 code."""
     SYSTEM_PROMPT = "system_prompt"
-    """Its checksum; a prompt with a date in it is another one each day, on both sides alike."""
+    """Its checksum; a system prompt with a date in it differs each day, in the reference and in live traffic."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What is compared of a request.
+    """The compared parts of a request.
 
     Attributes:
         text: the last user turn.
         turns: user and assistant turns before the answer.
-        system: the system turn; empty where there is none.
+        system: the system turn; empty if there is none.
         opening: the messages up to and including the first user turn, the same for all turns of a conversation.
     """
 
@@ -54,24 +54,24 @@ class Prompt:
 
 
 class PromptSampler:
-    """Makes samples of prompts that can be compared with each other.
+    """Creates samples of prompts that can be compared with each other.
 
     Args:
-        space: of the version; made from none of the prompts that are compared.
+        space: of the version; fitted on none of the compared prompts.
     """
 
     def __init__(self, space: TextSpace) -> None:
         self._space = space
 
     def sample(self, prompts: Sequence[Prompt]) -> Sample:
-        """Return features and views of prompts. Of a long text, all features but its length read `head_and_tail`."""
+        """Return features and views of prompts. For a long text, all features except its length use `head_and_tail`."""
         texts = [head_and_tail(prompt.text) for prompt in prompts]
-        words = [_WORD.findall(text.lower()) for text in texts]
+        word_lists = [_WORD.findall(text.lower()) for text in texts]
         numbers = {
             PromptFeature.CHARACTERS: [len(prompt.text) for prompt in prompts],
-            PromptFeature.DISTINCT_WORDS: [len(set(found)) / max(1, len(found)) for found in words],
+            PromptFeature.DISTINCT_WORDS: [len(set(words)) / max(1, len(words)) for words in word_lists],
             PromptFeature.UNKNOWN_WORDS: self._space.unknown_words(texts),
-            PromptFeature.WORD_LENGTH: [sum(map(len, found)) / max(1, len(found)) for found in words],
+            PromptFeature.WORD_LENGTH: [sum(map(len, words)) / max(1, len(words)) for words in word_lists],
             PromptFeature.SYMBOLS: [len(_SYMBOL.findall(text)) / max(1, len(text)) for text in texts],
             PromptFeature.TURNS: [prompt.turns for prompt in prompts],
         }
@@ -96,7 +96,7 @@ def language(text: str) -> str:
 
 
 def _in_single(view: Floats) -> Floats:
-    """Round to single precision, in which live vectors are stored: both sides of a comparison are alike."""
+    """Round to single precision, in which live vectors are stored: both sides of a comparison are rounded equally."""
     return view.astype(np.float32).astype(np.float64)
 
 

@@ -1,8 +1,8 @@
-"""A version's reference: what the prompts that it was made for and its answers look like, as samples.
+"""A version's reference: samples of the prompts that it was trained for and of its answers.
 
-Read from what the registry keeps. Prompts are those of a random sample of all examples that it was made from; answers
-are those to the held-out examples, the only ones that it was asked and has not learnt. Both are redacted as live texts
-were when they were kept, so that a mail address is none in both.
+Read from the registry. Prompts are a random sample of all of its examples; answers are those to the held-out examples,
+the only ones that it was asked and was not trained on. Both are redacted as live texts are before they are stored, so
+that mail addresses are blanked in both.
 """
 
 import json
@@ -28,17 +28,17 @@ from svc.registry.registry import Registry
 from svc.version import Target
 
 _MAX_ANSWERS = 1_000
-"""To held-out prompts, evenly picked; more make no share surer that matters, and take seconds to redact."""
+"""To held-out prompts, evenly spaced; more make shares no more precise than needed, and take seconds to redact."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What live traffic of a version in a format is compared with.
+    """Samples that live traffic of a version in a format is compared with.
 
     Attributes:
-        prompts: None where the version keeps no text space.
-        answers: to the held-out examples; None where it keeps no answers.
-        missing: why one of them is None.
+        prompts: None if the version has no text space.
+        answers: to the held-out examples; None if the version has no stored answers.
+        missing: the reason why one of them is None.
         words: `KeyedHash.words` of each of the prompts.
         hashes: of the home.
     """
@@ -53,11 +53,11 @@ class Reference:
 
 
 def read_reference(registry: Registry, target: Target, redactor: Redactor) -> Reference:
-    """Reads it.
+    """Read the reference of a version.
 
     Raises:
         NotFoundError: no such version.
-        IntegrityError: its files are not what its manifest says.
+        IntegrityError: its files differ from its manifest.
     """
     version = target.version
     examples = registry.heldout(version)
@@ -90,16 +90,16 @@ def read_reference(registry: Registry, target: Target, redactor: Redactor) -> Re
 
 
 def _heldout_answer(example: ChatExample, result: ExampleResult, redactor: Redactor) -> Answer:
-    """As a live one would be kept: an answer of which something was blanked has no score."""
+    """Return the answer as a live one is stored: with a redacted text in prompt or answer, it has no score."""
     texts = [*(message.content for message in example.prompt), result.answer]
-    whole = all(redactor.text(text) == text for text in texts)
-    logprob = result.logprob if whole else None
+    unredacted = all(redactor.text(text) == text for text in texts)
+    logprob = result.logprob if unredacted else None
     return Answer(redactor.text(result.answer), result.tokens, result.finish_reason, logprob, greedy=True)
 
 
-def read_prompt(kept: str) -> Prompt:
-    """A prompt as its row keeps it: JSON of the messages, or of the text of a plain completion."""
-    content = json.loads(kept) if kept else ""
+def read_prompt(stored: str) -> Prompt:
+    """Return a prompt from its row's column: JSON of the messages, or of the text of a plain completion."""
+    content = json.loads(stored) if stored else ""
     if not isinstance(content, list):
         return Prompt(str(content), opening=str(content))
     messages = [message for message in content if isinstance(message, dict)]
@@ -114,16 +114,16 @@ def _reference_prompt(example: ChatExample, redactor: Redactor) -> Prompt:
 
 
 def _prompt(turns: Sequence[tuple[str, str]]) -> Prompt:
-    asked = [text for role, text in turns if role == "user"]
+    questions = [text for role, text in turns if role == "user"]
     system = "\n".join(text for role, text in turns if role in ("system", "developer"))
-    spoken = sum(role in ("user", "assistant") for role, _ in turns)
+    count = sum(role in ("user", "assistant") for role, _ in turns)
     first = next((place for place, (role, _) in enumerate(turns) if role == "user"), len(turns))
     opening = "\n".join(f"{role}: {text}" for role, text in turns[: first + 1])
-    return Prompt(asked[-1] if asked else "", spoken, system, opening)
+    return Prompt(questions[-1] if questions else "", count, system, opening)
 
 
 def _text(content: Any) -> str:
-    """The text of a message's content, which may come in parts."""
+    """Return the text of a message's content, which may consist of parts."""
     if isinstance(content, list):
         parts = [part.get("text") for part in content if isinstance(part, dict)]
         return "\n".join(text for text in parts if isinstance(text, str))

@@ -1,4 +1,4 @@
-"""Things that are compared, one a row: their features, and where they lie in text space."""
+"""Compared items, one per row: their features, and their positions in text space."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,21 +10,21 @@ Floats = NDArray[np.float64]
 Names = NDArray[np.str_]
 
 NOT_THERE = ""
-"""A category that an item does not have; a number that it does not have is NaN. Neither is compared."""
+"""A missing category; a missing number is NaN. Neither is compared."""
 
 YES, NO = "yes", "no"
-"""Categories of a feature that is there or not."""
+"""Categories of a boolean feature."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Items in the order in which they came.
+    """Items in order of arrival.
 
     Attributes:
-        size: how many.
+        size: number of items.
         numbers: a value for each item, by feature.
         categories: a name for each item, by feature.
-        views: items by axes, one array a view of the text; none where texts are not compared.
+        views: items by axes, one array per view of the text; empty if texts are not compared.
     """
 
     size: int
@@ -33,11 +33,11 @@ class Sample:
     views: tuple[Floats, ...] = ()
 
     def part(self, start: int, stop: int) -> "Sample":
-        """The items from `start` up to, but without, `stop`."""
+        """Return the items from `start` up to, but without, `stop`."""
         return self.at(np.arange(self.size)[start:stop])
 
     def at(self, places: NDArray[np.intp]) -> "Sample":
-        """The items at these places, in this order."""
+        """Return the items at these places, in this order."""
         return Sample(
             len(places),
             {name: values[places] for name, values in self.numbers.items()},
@@ -46,7 +46,7 @@ class Sample:
         )
 
     def followed_by(self, other: "Sample") -> "Sample":
-        """These items, then those of a sample with the same features."""
+        """Return these items, then those of a sample with the same features."""
         return Sample(
             self.size + other.size,
             {name: np.concatenate([values, other.numbers[name]]) for name, values in self.numbers.items()},

@@ -1,13 +1,13 @@
-"""A map from prompts to vectors, made from a version's examples: what tells one topic from another.
+"""A map from prompts to vectors, fitted on a version's examples; it separates topics.
 
-Two views of a prompt: where it lies among those prompts (latent semantic analysis of character n-grams,
-Deerwester et al. 1990), and which answer it asks for (a ridge regression from there to their answers). With the
-second, a change of topics that matters to the task is seen in about two thirds of the prompts; Lipton et al. 2018 and
-Rabanser et al. 2019 found such a gain with a classifier's outputs.
+Two views of a prompt: its position among those prompts (latent semantic analysis of character n-grams,
+Deerwester et al. 1990), and the answer that it asks for (a ridge regression from there to their answers). With the
+second, a change of topics that matters to the task is detected with about two thirds of the prompts; Lipton et al. 2018
+and Rabanser et al. 2019 found such a gain with a classifier's outputs.
 
-It is made from other examples than those that live prompts are compared with (drift_sample.py), so that neither of the
-two is nearer to it than the other: that is what a permutation test between them needs. Texts cannot be read back from
-it: n-grams and words are kept as hashes. Knows nothing of tests, windows or the served model.
+It is fitted on other examples than those that live prompts are compared with (drift_sample.py), so that neither of the
+two is nearer to it than the other, as a permutation test between them requires. Texts cannot be recovered from
+it: n-grams and words are stored as hashes. Independent of tests, windows and the served model.
 """
 
 from collections.abc import Sequence
@@ -39,22 +39,22 @@ _MARKS = (
     "\u102b-\u103e\u1056-\u1059\u105e-\u1060\u1062-\u1064\u1067-\u106d\u1071-\u1074\u1082-\u108d\u108f\u109a-\u109d"
     "\u17b4-\u17d3\u17dd\u3099\u309a"
 )
-"""Vowels and tones that are written on the letter before them."""
+"""Combining vowels and tones, which belong to the letter before them."""
 WORD = rf"[{_UNSPACED}][{_MARKS}]*|[^\W\d_{_UNSPACED}]+"
-"""A run of letters; of a script that is written without spaces, a single letter with its marks."""
+"""A run of letters; in a script without spaces, a single letter with its marks."""
 _BUCKETS = 2**14
 _WORD_BUCKETS = 2**20
 _AXES = 256
 _TOPIC_AXES = 64
-"""Of the axes, those that are compared as they are; the answer is predicted from all of them."""
+"""Number of axes that are compared directly; the answer is predicted from all axes."""
 _ANSWER_AXES = 32
 _RIDGE = 0.3
 _MAX_EXAMPLES = 5_000
-"""More examples make no better axes, and cost memory."""
+"""More examples do not improve the axes, and cost memory."""
 _END_CHARS = 1_000
 """Characters of a long text that are read at its beginning and at its end; n-grams of all of it cost 30 ms."""
-_TOGETHER = 100
-"""Texts whose n-grams are in memory at once, before they are added up."""
+_BATCH = 100
+"""Number of texts whose n-grams are in memory at the same time, before they are added up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +62,8 @@ class Embedding:
     """Prompts as vectors.
 
     Attributes:
-        topic: prompts by axes; where they lie among those that the map was made from.
-        answer: prompts by axes; the answer that they ask for. No axes where all answers were the same.
+        topic: prompts by axes; their positions among those that the map was fitted on.
+        answer: prompts by axes; the answer that they ask for. No axes if all answers were equal.
     """
 
     topic: Floats
@@ -72,7 +72,7 @@ class Embedding:
 
 @dataclass(frozen=True, slots=True)
 class TextSpace:
-    """The map. All arrays are what `save_text_space` keeps.
+    """A fitted map. `save_text_space` stores all of its arrays.
 
     Attributes:
         idf: weight of each n-gram bucket.
@@ -87,20 +87,20 @@ class TextSpace:
     words: NDArray[np.int32]
 
     def embed(self, prompts: Sequence[str]) -> Embedding:
-        """Prompts as vectors."""
+        """Return prompts as vectors."""
         if not prompts:
             return Embedding(np.zeros((0, min(_TOPIC_AXES, len(self.axes)))), np.zeros((0, self.answers.shape[1])))
         placed = np.asarray(_weighted(_ngrams(prompts), self.idf) @ self.axes.T, dtype=np.float64)
         return Embedding(placed[:, :_TOPIC_AXES], placed @ self.answers)
 
     def unknown_words(self, prompts: Sequence[str]) -> Floats:
-        """Share of the distinct words of each prompt that no prompt of the map has; 0 for one without words."""
+        """Return the share of each prompt's distinct words that no prompt of the map has; 0 for one without words."""
         if not prompts:
             return np.zeros(0)
-        found = _words(prompts)
-        shares = np.zeros(found.shape[0])
-        for row in range(found.shape[0]):
-            words = found.indices[found.indptr[row] : found.indptr[row + 1]]
+        counts = _words(prompts)
+        shares = np.zeros(counts.shape[0])
+        for row in range(counts.shape[0]):
+            words = counts.indices[counts.indptr[row] : counts.indptr[row + 1]]
             if len(words):
                 places = np.minimum(np.searchsorted(self.words, words), len(self.words) - 1)
                 shares[row] = (self.words[places] != words).mean() if len(self.words) else 1.0
@@ -113,10 +113,10 @@ def head_and_tail(text: str) -> str:
 
 
 def fit_text_space(prompts: Sequence[str], answers: Sequence[str]) -> TextSpace:
-    """Makes the map.
+    """Fit the map.
 
     Args:
-        prompts: at least one; beyond 5,000, evenly picked.
+        prompts: at least one; of more than 5,000, evenly spaced ones are used.
         answers: one for each prompt.
     """
     from sklearn.feature_extraction.text import TfidfTransformer
@@ -129,8 +129,8 @@ def fit_text_space(prompts: Sequence[str], answers: Sequence[str]) -> TextSpace:
     weighted = _weighted(counts, idf)
     axes = _main_axes(weighted, _AXES)
     placed = weighted @ axes.T
-    wanted = _ngrams(answers)
-    weighted_answers = _weighted(wanted, TfidfTransformer().fit(wanted).idf_.astype(np.float32))
+    answer_counts = _ngrams(answers)
+    weighted_answers = _weighted(answer_counts, TfidfTransformer().fit(answer_counts).idf_.astype(np.float32))
     differing = np.unique(answers).size > 1
     targets = weighted_answers @ _main_axes(weighted_answers, _ANSWER_AXES if differing else 0).T
     return TextSpace(
@@ -142,43 +142,43 @@ def fit_text_space(prompts: Sequence[str], answers: Sequence[str]) -> TextSpace:
 
 
 def save_text_space(path: Path, space: TextSpace) -> None:
-    """Writes it as a NumPy archive without pickled objects; the axes in half precision, which no comparison sees."""
+    """Write a NumPy archive without pickled objects; axes in half precision, which affects no comparison."""
     arrays = {field.name: getattr(space, field.name) for field in fields(space)}
     np.savez_compressed(path, allow_pickle=False, **{**arrays, "axes": space.axes.astype(np.float16)})
 
 
 def load_text_space(path: Path) -> TextSpace:
-    """Reads it.
+    """Load a map from its archive.
 
     Raises:
-        IntegrityError: it is missing or is no such archive.
+        IntegrityError: the file is missing or not such an archive.
     """
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {field.name: archive[field.name] for field in fields(TextSpace)}
-    except Exception as error:  # NumPy and zipfile have ten kinds for a damaged file
+    except Exception as error:  # NumPy and zipfile raise ten types for a damaged file
         raise IntegrityError(f"cannot read {path}: {error}", todo="restore it from a backup, or train again") from error
     return TextSpace(**{**arrays, "axes": arrays["axes"].astype(np.float32)})
 
 
 def _answer_map(placed: Floats, targets: Floats) -> Floats:
-    """Prompt axes by answer axes. The intercept is left out: it moves all prompts alike, which no comparison sees."""
+    """Return prompt axes by answer axes. The intercept is left out: it moves all prompts equally."""
     from sklearn.linear_model import Ridge
 
     if not targets.shape[1]:
         return np.zeros((placed.shape[1], 0))
-    found = Ridge(_RIDGE).fit(placed, targets).coef_
-    return np.asarray(found, dtype=np.float64).reshape(targets.shape[1], -1).T  # of one target it has one dimension
+    coefficients = Ridge(_RIDGE).fit(placed, targets).coef_  # one-dimensional for one target
+    return np.asarray(coefficients, dtype=np.float64).reshape(targets.shape[1], -1).T
 
 
 def _main_axes(matrix: "csr_matrix", count: int) -> Floats:
-    """The strongest axes of a matrix of weights; no more than it can have."""
+    """Return the strongest axes of a matrix of weights; at most as many as its shape allows."""
     from sklearn.decomposition import TruncatedSVD
 
     count = min(count, min(matrix.shape) - 1)
     if count < 1:
         return np.zeros((0, matrix.shape[1]))
-    # Of texts that are all alike it divides by their spread, for a figure that is not used.
+    # For equal texts, scikit-learn divides by their variance of 0, for an attribute that is not used.
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.asarray(TruncatedSVD(count, random_state=0).fit(matrix).components_, dtype=np.float64)
 
@@ -192,17 +192,17 @@ def _words(texts: Sequence[str]) -> "csr_matrix":
 
 
 def _hashed(texts: Sequence[str], **options: object) -> "csr_matrix":
-    """Counts of hashed parts, texts by buckets."""
+    """Return counts of hashed parts, texts by buckets."""
     from scipy.sparse import vstack
     from sklearn.feature_extraction.text import HashingVectorizer
 
     hasher = HashingVectorizer(alternate_sign=False, norm=None, **options)
     cut = [head_and_tail(text) for text in texts]
-    return vstack([hasher.transform(cut[at : at + _TOGETHER]) for at in range(0, len(cut), _TOGETHER)]).tocsr()
+    return vstack([hasher.transform(cut[at : at + _BATCH]) for at in range(0, len(cut), _BATCH)]).tocsr()
 
 
 def _weighted(counts: "csr_matrix", idf: NDArray[np.float32]) -> "csr_matrix":
-    """Sublinear TF-IDF with rows of length 1."""
+    """Return sublinear TF-IDF weights with rows of length 1."""
     from sklearn.preprocessing import normalize
 
     weighted = counts.astype(np.float64, copy=True)

@@ -1,4 +1,4 @@
-"""The answers of a version and its base: each metric with its change, the verdicts, and the examples worth reading."""
+"""The answers of a version and its base: metrics with their changes, verdicts, and selected examples."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,20 +15,20 @@ from svc.evaluation.results import ExampleResult
 from svc.version import Format
 
 BASE = "base"
-"""The model that was fine-tuned, beside the names of formats."""
+"""Name of the base model, where other models have the names of formats."""
 WORST = 10
 SIDE_BY_SIDE = 20
 _WITHOUT_SCORES: dict[str, Metric] = {metric.name: metric for metric in (MacroF1(), Perplexity(), CutOff(), Nll())}
-"""Metrics whose scores are not stored with the results, and that need nothing but the results."""
+"""Metrics whose scores are not stored with the results, and that are computed from the results alone."""
 
 
 @dataclass(frozen=True, slots=True)
 class MetricRow:
-    """One metric of all models that were asked.
+    """One metric of all evaluated models.
 
     Attributes:
         estimates: by model.
-        changes: from the base, example by example, by format; a format is left out where this cannot be told.
+        changes: paired differences from the base, by format; without formats for which they cannot be computed.
     """
 
     name: str
@@ -41,10 +41,10 @@ class MetricRow:
 
 @dataclass(frozen=True, slots=True)
 class ModelComparison:
-    """One model beside another, by the primary metric.
+    """One model compared with another by the primary metric.
 
     Attributes:
-        change: from the other one, example by example; None where only the two intervals are known.
+        change: paired difference from the other model; None if only the two intervals are known.
     """
 
     model: str
@@ -57,11 +57,11 @@ class ModelComparison:
 
 @dataclass(frozen=True)
 class Judged:
-    """The held-out examples that were asked, and what came of it. Examples are named by their line in the file, from 1.
+    """Held-out examples with the models' answers. An example is identified by its line in the file, from 1.
 
     Attributes:
-        evaluations: by model, the base first; empty for a version that was not served.
-        results: the same with answers.
+        evaluations: by model, the base first; empty for a version that was not evaluated.
+        results: answers and scores, in the same order.
     """
 
     examples: Sequence[ChatExample]
@@ -70,18 +70,18 @@ class Judged:
 
     @property
     def tuned(self) -> str | None:
-        """The format that stands for the version: merged, where it was judged; None where none was."""
+        """Return the format that represents the version: merged if it was evaluated; None if no format was."""
         return next((format for format in (Format.MERGED, Format.GPTQ) if format in self.evaluations), None)
 
     @cached_property
     def rows(self) -> tuple[MetricRow, ...]:
-        """All metrics, the primary one first; the share of cut answers and the log-likelihood last."""
+        """Return all metrics, the primary one first; the share of truncated answers and the log-likelihood last."""
         if self.tuned is None:
             return ()
         figures = {model: evaluation.all_figures for model, evaluation in self.evaluations.items()}
         rows = []
         for name, figure in figures[self.tuned].items():
-            estimates = {model: found[name].estimate for model, found in figures.items()}
+            estimates = {model: by_metric[name].estimate for model, by_metric in figures.items()}
             pairs = ((model, self.change(name, BASE, model)) for model in figures if model != BASE)
             changes = {model: change for model, change in pairs if change is not None}
             rows.append(MetricRow(name, figure.title, figure.unit, figure.better, estimates, changes))
@@ -89,7 +89,7 @@ class Judged:
 
     @cached_property
     def verdicts(self) -> tuple[ModelComparison, ...]:
-        """Each format beside the base, then GPTQ beside merged."""
+        """Return comparisons of each format with the base, then of GPTQ with merged."""
         formats = [model for model in self.evaluations if model != BASE]
         pairs = [(format, BASE) for format in formats if BASE in self.evaluations]
         if {Format.MERGED, Format.GPTQ} <= set(formats):
@@ -108,26 +108,26 @@ class Judged:
         return ModelComparison(model, other, outcome, value, before, change)
 
     def change(self, metric: str, before: str, after: str) -> Interval | None:
-        """What a metric of one model has more than of another, example by example; None where that cannot be told."""
+        """Return the paired difference of a metric between two models; None if it cannot be computed."""
         first, second = self.results.get(before), self.results.get(after)
         if not first or not second:
             return None
         if metric in _WITHOUT_SCORES:
             return _WITHOUT_SCORES[metric].difference(Answered(self.examples, first), Answered(self.examples, second))
         if all(metric in result.scores for result in (*first, *second)):
-            return paired_difference([one.scores[metric] for one in first], [one.scores[metric] for one in second])
+            return paired_difference([r.scores[metric] for r in first], [r.scores[metric] for r in second])
         return None
 
     @cached_property
     def worst(self) -> tuple[int, ...]:
-        """Wrong answers with the lowest primary metric, among equals those whose reference is least likely."""
+        """Return lines of the worst wrong answers by the primary metric; ties: the least likely reference first."""
         results = self.results.get(self.tuned or "", ())
         wrong = [line for line, result in enumerate(results, 1) if not result.hit]
         return tuple(sorted(wrong, key=lambda line: (self._goodness(results, line), -results[line - 1].nll))[:WORST])
 
     @cached_property
     def lost(self) -> tuple[int, ...]:
-        """What the base answered better, by the primary metric: the largest losses."""
+        """Return lines that the base answered better by the primary metric, the largest losses first."""
         base, tuned = self.results.get(BASE, ()), self.results.get(self.tuned or "", ())
         lines = range(1, min(len(base), len(tuned)) + 1)
         losses = {line: self._goodness(base, line) - self._goodness(tuned, line) for line in lines}
@@ -137,13 +137,13 @@ class Judged:
 
     @cached_property
     def side_by_side(self) -> tuple[int, ...]:
-        """Twenty of all, evenly spread over the held-out file: chosen by no answer."""
+        """Return up to 20 lines, evenly spaced over the held-out file, whatever their answers."""
         count = len(self.results.get(self.tuned or "", ()))
         chosen = min(count, SIDE_BY_SIDE)
         return tuple(place * count // chosen + 1 for place in range(chosen))
 
     def _goodness(self, results: Sequence[ExampleResult], line: int) -> float:
-        """The higher the better: by the primary metric or, where it gives single answers no score, by a hit."""
+        """Return a score, higher is better: by the primary metric or, if it scores no single answers, by a hit."""
         result, primary = results[line - 1], self.rows[0]
         sign = -1 if primary.better is Better.LOWER else 1
         return sign * result.scores[primary.name] if primary.name in result.scores else float(result.hit)

@@ -1,7 +1,7 @@
-"""The report as one HTML page that needs nothing else: no script, no network, light, dark and on paper.
+"""The report as one self-contained HTML page: no script, no network; light, dark and print styles.
 
-What models answered is text of strangers. The template escapes all that is put into it, and the page's own policy lets
-a browser load and run nothing.
+Models' answers are untrusted text. The template escapes every inserted value, and the page's content security policy
+lets a browser load and run nothing.
 """
 
 from functools import cache
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 
 def report_page(report: Report) -> str:
-    """The page."""
     return (
         _environment()
         .get_template("report.html.jinja")
@@ -45,33 +44,33 @@ def report_page(report: Report) -> str:
 
 
 def say_verdict(verdict: ModelComparison, metric: str) -> str:
-    """A verdict as a sentence.
+    """Return a verdict as a sentence.
 
     Args:
-        metric: title of the primary one.
+        metric: title of the primary metric.
     """
     model = f"the {verdict.model} model"
     other = "its base" if verdict.other == BASE else f"the {verdict.other} model"
     if verdict.outcome is Direction.UNDECIDED:
-        said = f"No difference beyond doubt between {model} and {other}"
+        outcome = f"No significant difference between {model} and {other}"
     else:
-        said = f"{model.capitalize()} is {verdict.outcome} than {other}"
+        outcome = f"{model.capitalize()} is {verdict.outcome} than {other}"
     change = f", a change of {signed(verdict.change)}" if verdict.change else ""
-    return f"{said}: {metric} {verdict.value} against {verdict.before}{change}."
+    return f"{outcome}: {metric} {verdict.value}, compared with {verdict.before}{change}."
 
 
 def signed(change: Interval) -> str:
-    """A change with its interval, each with its sign."""
+    """Return a change and its interval, all with signs."""
     return minus(f"{change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}]")
 
 
 def minus(text: str) -> str:
-    """A number with the sign that is as wide as a plus."""
+    """Return a number with a minus sign that is as wide as a plus."""
     return text.replace("-", "\N{MINUS SIGN}")
 
 
 def duration(seconds: float) -> str:
-    """As a person says it."""
+    """Return a duration in seconds, minutes, or hours and minutes."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -79,7 +78,7 @@ def duration(seconds: float) -> str:
 
 
 def _plots(report: Report) -> dict[str, str]:
-    found = {
+    plots = {
         "shares": plot_shares(report.judged.rows),
         "numbers": plot_numbers(report.judged.rows),
         "loss": plot_loss(report.curve),
@@ -87,11 +86,11 @@ def _plots(report: Report) -> dict[str, str]:
         "lengths": plot_lengths(report.data),
         "labels": plot_labels(report.data.labels, report.heldout_labels),
     }
-    return {name: svg for name, svg in found.items() if svg}
+    return {name: svg for name, svg in plots.items() if svg}
 
 
 def _engines(manifest: Manifest) -> dict[str, EngineFacts]:
-    """The engine that each format was judged on."""
+    """Return the engine on which each format was evaluated."""
     return {format.value: record.probes[0].engine for format, record in manifest.formats.items() if record.probes}
 
 
@@ -99,7 +98,7 @@ def _engines(manifest: Manifest) -> dict[str, EngineFacts]:
 def _environment() -> "Environment":
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    made = Environment(
+    environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         undefined=StrictUndefined,
@@ -107,5 +106,5 @@ def _environment() -> "Environment":
         lstrip_blocks=True,
     )
     filters = (say_verdict, minus, duration, cut_text, visible)
-    made.filters |= {one.__name__: one for one in filters}
-    return made
+    environment.filters |= {function.__name__: function for function in filters}
+    return environment

@@ -1,1 +1,1 @@
-"""The report's figures, one file each."""
+"""The report's figures, by subject."""

@@ -1,4 +1,4 @@
-"""How a training went: its loss with the held-out loss, and its learning rate."""
+"""The curves of a training: training loss and held-out loss, and learning rate."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -19,14 +19,14 @@ _HEIGHT = 250
 _FEW_POINTS = 40
 _WINDOW = 0.05
 _STEEP = 20
-"""Where the largest loss is so many times the median one, only a logarithmic axis shows both."""
+"""If the largest loss exceeds the median by this factor, only a logarithmic axis shows both."""
 
 
 def plot_loss(curve: Sequence[TrainingPoint]) -> str | None:
-    """Loss of each step, smoothed where there are many, and held-out loss; None where there is no point."""
+    """Plot the loss of each step, also smoothed if there are many, and the held-out loss; None without points."""
     steps, losses = _series(curve, "loss")
     held_steps, held = _series(curve, "heldout_loss")
-    examples = max((len(point.heldout_each) for point in curve), default=0)  # fewer than were judged
+    examples = max((len(point.heldout_each) for point in curve), default=0)  # fewer than were evaluated
     everything = np.concatenate([losses, held])
     if not len(everything):
         return None
@@ -58,7 +58,7 @@ def plot_loss(curve: Sequence[TrainingPoint]) -> str | None:
 
 
 def plot_learning_rate(curve: Sequence[TrainingPoint]) -> str | None:
-    """The learning rate of each step; None where there is none."""
+    """Plot the learning rate of each step; None without points."""
     steps, rates = _series(curve, "learning_rate")
     if not len(steps):
         return None
@@ -81,12 +81,12 @@ def _finish(axes: "Axes") -> None:
 
 
 def _series(curve: Sequence[TrainingPoint], name: str) -> tuple["Floats", "Floats"]:
-    """Steps and values of one figure, where it has any."""
-    found = [(point.step, value) for point in curve if (value := getattr(point, name)) is not None]
-    return np.array([step for step, _ in found], dtype=float), np.array([value for _, value in found], dtype=float)
+    """Return the steps that have a value of this figure, and the values."""
+    points = [(point.step, value) for point in curve if (value := getattr(point, name)) is not None]
+    return np.array([step for step, _ in points], dtype=float), np.array([value for _, value in points], dtype=float)
 
 
 def _smoothed(values: "Floats") -> "Floats":
-    """Return means over a twentieth of all steps, around each; of fewer at both ends."""
+    """Return centered moving means over a twentieth of all steps, with shorter windows at both ends."""
     window = np.ones(2 * max(1, round(len(values) * _WINDOW / 2)) + 1)
     return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")

@@ -1,4 +1,4 @@
-"""The data of a training: how long its texts are, and how often each label stands."""
+"""The data of a training: lengths of texts, and frequencies of labels."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 _HEIGHT = 250
 _ROW = 21
 _MANY_DECADES = 10**3.5
-_MOST_LABELS = 25
+_MAX_LABELS = 25
 
 
 def plot_lengths(data: DataSummary) -> str:
-    """Two histograms over one logarithmic axis: prompts, and answers."""
+    """Plot two histograms over one logarithmic axis: prompts and answers."""
     parts = {"prompts": (data.prompts, Colour.MERGED), "answers": (data.answers, Colour.GPTQ)}
 
     def draw(figure: "Figure") -> None:
@@ -46,14 +46,14 @@ def plot_lengths(data: DataSummary) -> str:
 
 
 def plot_labels(trained: Mapping[str, int], heldout: Mapping[str, int]) -> str | None:
-    """Share of each label in training and held-out examples; None where there are no labels.
+    """Plot the share of each label in training and held-out examples; None if there are no labels.
 
     Args:
-        trained: counts, the most frequent first; so many as fit are drawn.
+        trained: counts, the most frequent first; at most 25 are drawn.
     """
     if not trained:
         return None
-    labels = list(trained)[:_MOST_LABELS]
+    labels = list(trained)[:_MAX_LABELS]
     series = (
         ("training", trained, Colour.MERGED, "s"),
         ("held-out", heldout, Colour.GPTQ, "D"),

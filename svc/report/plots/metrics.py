@@ -1,4 +1,4 @@
-"""The figures of base, merged and GPTQ as dots with their intervals."""
+"""Metrics of base, merged and GPTQ as dots with intervals."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -20,13 +20,13 @@ _LOOKS = {
     Format.MERGED.value: (Colour.MERGED, "s"),
     Format.GPTQ.value: (Colour.GPTQ, "D"),
 }
-"""Colour and mark of a model: either tells it from the others."""
+"""Colour and mark of a model; each identifies it."""
 _ROW = 46
-_LONGEST_TITLE = 24
+_MAX_TITLE_CHARS = 24
 
 
 def plot_shares(rows: Sequence[MetricRow]) -> str | None:
-    """All metrics that are shares and better when higher, on one axis from 0 to 1; None where there is none."""
+    """Plot all metrics that are shares and better when higher, on one axis from 0 to 1; None without such metrics."""
     shares = [row for row in rows if row.unit is Unit.SHARE and row.better is Better.HIGHER]
     if not shares:
         return None
@@ -42,12 +42,12 @@ def plot_shares(rows: Sequence[MetricRow]) -> str | None:
 
 
 def plot_numbers(rows: Sequence[MetricRow]) -> str | None:
-    """All that are no shares and say which is better, each on an axis of its own; None where there is none.
+    """Plot all metrics that are not shares and have a better direction, each on its own axis; None without such ones.
 
-    Perplexity is left out: it says what the log-likelihood says.
+    Perplexity is left out: it is a function of the log-likelihood.
     """
-    judging = [row for row in rows if row.better is not Better.NEITHER]
-    numbers = [row for row in judging if row.unit is not Unit.SHARE and row.name != Perplexity.name]
+    directed = [row for row in rows if row.better is not Better.NEITHER]
+    numbers = [row for row in directed if row.unit is not Unit.SHARE and row.name != Perplexity.name]
     if not numbers:
         return None
 
@@ -70,16 +70,16 @@ def _describe(rows: Sequence[MetricRow]) -> str:
 
 
 def _dots(axes: "Axes", rows: Sequence[MetricRow]) -> None:
-    """Draw rows from the top down, in each the models from the top down."""
+    """Draw rows from top to bottom, and in each row the models from top to bottom."""
     models = [model for model in _LOOKS if any(model in row.estimates for row in rows)]
     for at, model in enumerate(models):
         colour, mark = _LOOKS[model]
         offset = (at - (len(models) - 1) / 2) * 0.24
-        found = {place + offset: row.estimates[model] for place, row in enumerate(rows) if model in row.estimates}
-        spans = np.array([(one.value - one.low, one.high - one.value) for one in found.values()])
+        dots = {place + offset: row.estimates[model] for place, row in enumerate(rows) if model in row.estimates}
+        spans = np.array([(dot.value - dot.low, dot.high - dot.value) for dot in dots.values()])
         axes.errorbar(
-            [one.value for one in found.values()],
-            list(found),
+            [dot.value for dot in dots.values()],
+            list(dots),
             xerr=spans.clip(0).T,
             fmt=mark,
             markersize=6,
@@ -101,4 +101,4 @@ def _legend(figure: "Figure", axes: "Axes") -> None:
 
 
 def _title(row: MetricRow) -> str:
-    return row.title if len(row.title) <= _LONGEST_TITLE else f"{row.title[: _LONGEST_TITLE - 1]}…"
+    return row.title if len(row.title) <= _MAX_TITLE_CHARS else f"{row.title[: _MAX_TITLE_CHARS - 1]}…"

@@ -1,7 +1,7 @@
-"""Draws a figure with matplotlib as SVG that takes its colours and its typeface from the page around it.
+"""Draws a figure with matplotlib as SVG that inherits colours and typeface from its page.
 
-So one figure does for light, dark and print: matplotlib is given a colour that stands for a role, and the page's
-stylesheet says what that role looks like. Knows nothing of what is drawn.
+So one figure works for light, dark and print: matplotlib gets a placeholder colour for each role, and the page's
+stylesheet defines the role's colour. Independent of what is drawn.
 """
 
 import io
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 400
-"""Of every figure, in units of which a letter has 12: two are side by side on a desktop, one fills a phone."""
+"""Width of every figure, in units of which a letter has 12: two fit side by side on a desktop, one fills a phone."""
 _FONT = 12
 
 
 class Colour(StrEnum):
-    """A role, as the colour that stands for it in matplotlib; the page's variable has the role's name."""
+    """A role and its placeholder colour in matplotlib; the page's variable has the role's name."""
 
     INK = "#010101"
     MUTED = "#010102"
@@ -47,7 +47,7 @@ _STYLE: dict[Any, Any] = {
     "path.simplify_threshold": 1.0,  # a curve of 50,000 steps takes 37 kB
     "svg.fonttype": "none",
     "text.color": Colour.INK.value,
-    "text.parse_math": False,  # a label may hold dollar signs
+    "text.parse_math": False,  # labels may contain dollar signs
     "xtick.color": Colour.LINE.value,
     "xtick.labelcolor": Colour.MUTED.value,
     "ytick.color": Colour.LINE.value,
@@ -56,30 +56,30 @@ _STYLE: dict[Any, Any] = {
 
 
 def draw_svg(name: str, description: str, height: float, draw: Callable[["Figure"], None]) -> str:
-    """One figure as an `<svg>` element, the same bytes for the same data.
+    """Return a figure as an `<svg>` element, the same bytes for the same data.
 
     Args:
-        name: of the figure, unlike that of any other on its page.
-        description: what it shows, for who cannot see it.
+        name: of the figure, unique on its page.
+        description: text alternative for screen readers.
         height: in units of `WIDTH`.
-        draw: puts axes into an empty figure.
+        draw: adds axes to an empty figure.
     """
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells when it makes a cache of fonts
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # else it logs the creation of its font cache
     import matplotlib
     from matplotlib.figure import Figure
 
-    written = io.StringIO()
+    output = io.StringIO()
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # fonts that lack a letter: the browser has others
+        warnings.simplefilter("ignore")  # about fonts that lack a letter: the browser has other fonts
         figure = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
         draw(figure)
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(written, format="svg", transparent=True, metadata=nothing)
-    return _for_page(written.getvalue(), description, height)
+        no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(output, format="svg", transparent=True, metadata=no_metadata)
+    return _for_page(output.getvalue(), description, height)
 
 
 def _for_page(svg: str, description: str, height: float) -> str:
-    """Without a size, ids, typefaces and rules of its own."""
+    """Return the figure without its own size, ids, typefaces and rules."""
     body = svg[svg.index("<defs>", svg.index("<svg")) :]
     body = re.sub(r"<style.*?</style>", "", body, count=1, flags=re.DOTALL)
     body = re.sub(r' id="[a-zA-Z0-9.]+_[0-9_]+"', "", body)

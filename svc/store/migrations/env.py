@@ -1,4 +1,4 @@
-"""Run by Alembic; the connection comes from svc/store/database.py."""
+"""Alembic's entry point; the connection comes from svc/store/database.py."""
 
 from alembic import context
 

@@ -63,15 +63,15 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_cut_answers_are_counted_and_marked_when_a_person_reads_them(versions: JudgedVersions) -> None:
+def test_truncated_answers_are_counted_and_marked(versions: JudgedVersions) -> None:
     report = gather_report(versions.registry, versions.publish(LABELS, {"merged": right(LABELS, 0)}).id)
     results = list(report.judged.results["merged"])
     results[2] = results[2].model_copy(update={"finish_reason": "length"})
     cut = replace(report, judged=replace(report.judged, results={"merged": results[:3]}))
     whole, marked = Page(report_page(report)), section(report_page(cut), "worst")
     assert "cut off at the limit" in whole.text
-    assert "cut off at the limit of its tokens" not in whole.text
-    assert marked.count("cut off at the limit of its tokens") == 1
+    assert "truncated at the token limit" not in whole.text
+    assert marked.count("truncated at the token limit") == 1
 
 
 NOISE = Finding(
@@ -113,7 +113,7 @@ def page(versions: JudgedVersions) -> str:
     return page_of(versions, versions.publish(LABELS, ANSWERS))
 
 
-def test_the_page_is_well_formed_and_every_link_leads_somewhere(page: str) -> None:
+def test_page_is_well_formed_and_every_link_has_a_target(page: str) -> None:
     found = Page(page)
     assert found.open == []
     assert max(found.ids.values()) == 1
@@ -121,7 +121,7 @@ def test_the_page_is_well_formed_and_every_link_leads_somewhere(page: str) -> No
     assert links <= {f"#{name}" for name in found.ids}
 
 
-def test_the_page_loads_nothing_and_runs_nothing(page: str) -> None:
+def test_page_loads_nothing_and_runs_nothing(page: str) -> None:
     found = Page(page)
     assert not found.tags.keys() & {"script", "iframe", "object", "embed", "link", "img", "form", "base"}
     assert not [name for _, name, _ in found.attributes if name.startswith("on") or name in ("src", "srcset", "action")]
@@ -142,7 +142,7 @@ ATTACKS = [
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_what_a_model_or_a_user_wrote_is_text(versions: JudgedVersions, attack: str) -> None:
+def test_text_of_a_model_or_a_user_is_escaped(versions: JudgedVersions, attack: str) -> None:
     label = attack[:40]
     examples = [chat(f"{attack} {place}", (label, "net")[place % 2]) for place in range(20)]
     answers = {BASE: [attack] * 20, "merged": [attack] * 10 + ["net"] * 10}
@@ -157,58 +157,58 @@ def test_what_a_model_or_a_user_wrote_is_text(versions: JudgedVersions, attack: 
 
 @settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), min_size=3, max_size=5))
-def test_whatever_is_answered_the_page_is_well_formed(versions: JudgedVersions, texts: list[str]) -> None:
+def test_page_is_well_formed_whatever_the_answers(versions: JudgedVersions, texts: list[str]) -> None:
     examples = [chat(f"q {place}", "a") for place in range(len(texts))]
     assert Page(page_of(versions, versions.publish(examples, {"merged": texts}))).open == []
 
 
-def test_a_long_answer_is_cut_and_says_so(versions: JudgedVersions) -> None:
+def test_long_answer_is_cut_with_a_note(versions: JudgedVersions) -> None:
     answers = ["z" * 300_000, *(example.answer for example in TEXTS[1:])]
     page = page_of(versions, versions.publish(TEXTS, {"merged": answers}))
     assert len(page) < 200_000
     assert "296,000 more characters are not shown" in page
 
 
-def test_nothing_is_shown_as_nothing(versions: JudgedVersions) -> None:
+def test_empty_and_blank_answers_are_marked(versions: JudgedVersions) -> None:
     page = page_of(versions, versions.publish(TEXTS[:4], {"merged": ["", "\n ", "x", "y"]}))
-    assert page.count(">nothing<") == page.count(">only white space<") > 0
+    assert page.count(">empty<") == page.count(">only white space<") > 0
 
 
-def test_one_version_has_one_page(versions: JudgedVersions) -> None:
+def test_page_has_the_same_bytes_when_it_is_written_again(versions: JudgedVersions) -> None:
     made = versions.publish(LABELS, ANSWERS)
     assert page_of(versions, made) == page_of(versions, made)
 
 
-def test_sections_come_in_the_order_in_which_a_person_asks(versions: JudgedVersions) -> None:
+def test_sections_are_in_the_order_of_interest(versions: JudgedVersions) -> None:
     answers = {BASE: right(LABELS, 10), "merged": ["x", *right(LABELS, 50)[1:]]}
     made = versions.publish(LABELS, answers, findings=(NOISE,), forgetting=FORGETTING)
     page = page_of(versions, made)
     wanted = "diagnosis metrics labels training worst lost side-by-side forgetting parity data made"
     assert re.findall(r'<section id="([^"]*)"', page) == wanted.split()
     assert "data.train: drop line 7" in section(page, "diagnosis")
-    assert "3 that only the base answers rightly" in section(page, "forgetting")
+    assert "3 that only the base answers correctly" in section(page, "forgetting")
 
 
-def test_a_training_without_a_fault_is_said_to_have_none(versions: JudgedVersions) -> None:
+def test_page_says_so_when_no_fault_was_found(versions: JudgedVersions) -> None:
     page = page_of(versions, versions.publish(LABELS, ANSWERS, findings=()))
-    assert "No fault was found in the training" in section(page, "diagnosis")
+    assert "No rule found a fault in the training" in section(page, "diagnosis")
 
 
-def test_what_there_is_not_is_left_out(versions: JudgedVersions) -> None:
+def test_missing_parts_are_left_out(versions: JudgedVersions) -> None:
     page = page_of(versions, versions.publish(TEXTS, {}, parity=None))
     assert re.findall(r'<section id="([^"]*)"', page) == ["diagnosis", "training", "data", "made"]
     assert "only an adapter is registered" in page
 
 
-def test_a_failed_check_stands_at_the_beginning(versions: JudgedVersions) -> None:
+def test_failed_check_is_at_the_beginning(versions: JudgedVersions) -> None:
     made = versions.publish(LABELS, ANSWERS, failed=("gptq lost 0.1",), parity=make_parity("template"))
     head, _, rest = page_of(versions, made).partition("<main>")
-    assert "it failed a check:</span> gptq lost 0.1" in head
-    assert "Every parity check passed" not in head
+    assert "failed check:</span> gptq lost 0.1" in head
+    assert "parity checks passed" not in head
     assert '<span class="bad">failed</span>' in section(rest, "parity")
 
 
-def test_every_figure_says_in_words_what_it_shows(page: str) -> None:
+def test_every_figure_has_a_text_alternative(page: str) -> None:
     labels = [value for tag, name, value in Page(page).attributes if tag == "svg" and name == "aria-label"]
     assert len(labels) == Page(page).tags["svg"] == 6
     assert all(len(label) > 20 for label in labels)
@@ -220,21 +220,21 @@ def test_headings_do_not_skip_a_level(page: str) -> None:
     assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
 
 
-def test_every_table_has_a_caption_and_scrolls_alone(page: str) -> None:
+def test_every_table_has_a_caption_and_its_own_scroll_area(page: str) -> None:
     tags = Page(page).tags
     assert tags["table"] == tags["caption"] == page.count('<div class="scroll" tabindex="0"><table')
 
 
-def test_all_turns_of_a_prompt_are_there(versions: JudgedVersions) -> None:
+def test_all_turns_of_a_prompt_are_shown(versions: JudgedVersions) -> None:
     from svc.dataset.schema.example import Message, Role
 
     turns = (Message(Role.SYSTEM, "be brief"), Message(Role.USER, "what is it?"), Message(Role.ASSISTANT, "a tool"))
     page = page_of(versions, versions.publish([ChatExample(turns)] * 2, {"merged": ["a tool", "x"]}))
-    assert "whole prompt, 2 turns" in page
+    assert "complete prompt, 2 turns" in page
     assert "be brief" in page
 
 
-def test_an_example_has_the_answers_of_all_models(versions: JudgedVersions) -> None:
+def test_example_has_the_answers_of_all_models(versions: JudgedVersions) -> None:
     answers = {BASE: right(LABELS, 0), "merged": right(LABELS, 60), "gptq": right(LABELS, 60)}
     first, *_ = re.findall(
         r"<article.*?</article>",
@@ -253,11 +253,11 @@ def test_an_example_has_the_answers_of_all_models(versions: JudgedVersions) -> N
         (("gptq", "merged", Direction.WORSE), "The gptq model is worse than the merged model: accuracy"),
         (
             ("gptq", "merged", Direction.UNDECIDED),
-            "No difference beyond doubt between the gptq model and the merged model",
+            "No significant difference between the gptq model and the merged model",
         ),
     ],
 )
-def test_a_verdict_is_a_sentence(verdict: tuple[str, str, Direction], said: str) -> None:
+def test_verdict_is_a_sentence(verdict: tuple[str, str, Direction], said: str) -> None:
     estimate, change = Interval(value=0.5, low=0.4, high=0.6), Interval(value=-0.1, low=-0.2, high=0.0)
     sentence = say_verdict(ModelComparison(*verdict, estimate, estimate, change), "accuracy")
     assert sentence.startswith(said)
@@ -265,5 +265,5 @@ def test_a_verdict_is_a_sentence(verdict: tuple[str, str, Direction], said: str)
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(9.6, "10 s"), (150, "2 min"), (3 * 3600 + 300, "3 h 5 min")])
-def test_a_duration_is_said_as_a_person_does(seconds: float, said: str) -> None:
+def test_duration_has_a_suitable_unit(seconds: float, said: str) -> None:
     assert duration(seconds) == said

@@ -1,4 +1,4 @@
-"""Features of requests are kept, an alarm is of one feature, traffic can be accepted; what windows found is dropped."""
+"""Store features of requests, alarms by feature and accepted traffic; drop the results of windows."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -8,7 +8,7 @@ down_revision = "initial"
 
 
 def upgrade() -> None:
-    """Change the tables."""
+    """Add the tables and the column, and delete alarms and states."""
     op.create_table(
         "drift_items",
         sa.Column("id", sa.Integer(), nullable=False),

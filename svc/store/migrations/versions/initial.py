@@ -1,4 +1,4 @@
-"""The first schema. A new store gets its tables from svc/store/tables.py, with the newest revision: nothing is run."""
+"""The first schema. A new store gets its tables and revision from svc/store/tables.py; no migration is run."""
 
 revision = "initial"
 down_revision = None
