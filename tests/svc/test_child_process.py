@@ -58,7 +58,7 @@ if __name__ == "__main__":
 """
 
 
-def test_it_may_clean_up_when_its_work_is_done(tmp_path: Path) -> None:
+def test_child_may_clean_up_when_its_work_is_done(tmp_path: Path) -> None:
     """Killed at once, it leaves semaphores, and Python warns of each when the caller ends."""
     script = tmp_path / "leaves_late.py"
     script.write_text(LEAVES_LATE, "utf-8")
@@ -68,13 +68,13 @@ def test_it_may_clean_up_when_its_work_is_done(tmp_path: Path) -> None:
     assert (done.stdout, done.stderr) == ("done\n", "")
 
 
-def test_what_is_returned_comes_from_another_process() -> None:
+def test_result_comes_from_another_process() -> None:
     process, text = in_child_process(describe, "ab", times=2)
     assert process != os.getpid()
     assert text == "abab"
 
 
-def test_our_errors_keep_their_parts() -> None:
+def test_own_errors_keep_their_parts() -> None:
     with pytest.raises(RecipeError) as caught:
         in_child_process(refuse)
     assert (caught.value.wrong, caught.value.expected, caught.value.todo) == ("size 3", "4", "write 4")
@@ -87,7 +87,7 @@ def test_any_error_shows_where_it_was_raised() -> None:
 
 
 @pytest.mark.parametrize(("by", "todo"), [(signal.SIGKILL, "free some memory"), (signal.SIGABRT, "read its output")])
-def test_a_process_that_dies_is_told_from_one_that_the_system_killed(by: signal.Signals, todo: str) -> None:
+def test_crashed_process_is_distinguished_from_one_that_the_system_killed(by: signal.Signals, todo: str) -> None:
     with pytest.raises(TrainingError, match=f"died with exit code -{by.value}") as caught:
         in_child_process(die, by)
     assert todo in caught.value.todo
@@ -106,7 +106,7 @@ except KeyboardInterrupt:
 
 
 @pytest.mark.parametrize(("by", "exit_code"), [(signal.SIGINT, 16), (signal.SIGKILL, -signal.SIGKILL)])
-def test_it_ends_with_its_caller(tmp_path: Path, by: signal.Signals, exit_code: int) -> None:
+def test_child_ends_with_its_caller(tmp_path: Path, by: signal.Signals, exit_code: int) -> None:
     mark = tmp_path / "mark"
     caller = subprocess.Popen([sys.executable, "-c", CALLER, str(mark)])
     deadline = time.monotonic() + 30

@@ -32,7 +32,7 @@ def test_help_loads_no_heavy_library() -> None:
     assert not loaded_after(code) & set(NOT_FOR_HELP)
 
 
-def test_no_room_but_the_trainer_needs_torch_at_import() -> None:
+def test_only_the_trainer_package_needs_torch_at_import() -> None:
     assert not loaded_after("import svc.cli, serving, monitoring, svc.registry.registry") & set(HEAVY)
 
 
@@ -56,7 +56,9 @@ def test_every_command_has_help(svc: Svc, command: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [SvcError, *kinds()])
-def test_an_error_is_text_and_its_exit_code(svc: Svc, monkeypatch: pytest.MonkeyPatch, kind: type[SvcError]) -> None:
+def test_error_is_printed_as_text_with_its_exit_code(
+    svc: Svc, monkeypatch: pytest.MonkeyPatch, kind: type[SvcError]
+) -> None:
     @click.command()
     def fail() -> None:
         raise kind("the disk is on fire", expected="a cool disk", todo="call somebody")
@@ -69,7 +71,7 @@ def test_an_error_is_text_and_its_exit_code(svc: Svc, monkeypatch: pytest.Monkey
     assert ended.out == ""
 
 
-def test_a_defect_keeps_its_traceback(svc: Svc, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_defect_keeps_its_traceback(svc: Svc, monkeypatch: pytest.MonkeyPatch) -> None:
     @click.command()
     def fail() -> None:
         raise ZeroDivisionError
@@ -81,7 +83,7 @@ def test_a_defect_keeps_its_traceback(svc: Svc, monkeypatch: pytest.MonkeyPatch)
         cli.main()
 
 
-def test_an_interruption_is_130(svc: Svc, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interruption_exits_with_130(svc: Svc, monkeypatch: pytest.MonkeyPatch) -> None:
     @click.command()
     def fail() -> None:
         raise KeyboardInterrupt
@@ -113,7 +115,7 @@ cli.main()
 """
 
 
-def test_sigterm_lets_a_command_clean_up_as_an_interruption_does() -> None:
+def test_sigterm_lets_a_command_clean_up_like_an_interruption() -> None:
     with subprocess.Popen([sys.executable, "-c", SLOW_COMMAND], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "waiting\n"
@@ -124,7 +126,7 @@ def test_sigterm_lets_a_command_clean_up_as_an_interruption_does() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("existed", [False, True])
-def test_the_home_and_what_is_in_it_are_its_users_alone(tmp_path: Path, existed: bool) -> None:
+def test_home_and_its_content_are_readable_only_by_their_user(tmp_path: Path, existed: bool) -> None:
     home = tmp_path / "home"
     if existed:
         home.mkdir()
@@ -133,7 +135,7 @@ def test_the_home_and_what_is_in_it_are_its_users_alone(tmp_path: Path, existed:
     assert [path for path in (home, *home.rglob("*")) if path.stat().st_mode & 0o077] == []
 
 
-def test_a_home_of_an_older_release_is_closed(tmp_path: Path) -> None:
+def test_home_of_an_older_release_is_closed_to_others(tmp_path: Path) -> None:
     (tmp_path / "home").mkdir(mode=0o755)
     subprocess.run([sys.executable, "-m", "svc.cli", "--home", tmp_path / "home", "status"], capture_output=True)
     assert (tmp_path / "home").stat().st_mode & 0o777 == 0o700
@@ -157,37 +159,37 @@ def test_a_home_of_an_older_release_is_closed(tmp_path: Path) -> None:
         (["train", "--fast"], 2, "No such option"),
     ],
 )
-def test_a_mistake_is_named_and_has_its_exit_code(svc: Svc, arguments: list[str], code: int, text: str) -> None:
+def test_mistake_is_named_and_has_its_exit_code(svc: Svc, arguments: list[str], code: int, text: str) -> None:
     ended = svc(*arguments)
     assert ended.code == code
     assert text in ended.err
     assert "Traceback" not in ended.err + ended.out
 
 
-def test_an_unknown_variable_stops_every_command(svc: Svc, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_variable_stops_every_command(svc: Svc, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SVC_HOEM", "x")
     ended = svc("status")
     assert ended.code == 2
     assert "SVC_HOEM" in ended.err
 
 
-def test_the_home_flag_goes_before_the_environment(svc: Svc, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_home_option_overrides_the_environment(svc: Svc, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SVC_HOME", "below")
     assert f"no server runs on {tmp_path / 'above'}" in svc("--home", "above", "status").err
 
 
-def test_no_traceback_reaches_a_terminal(tmp_path: Path) -> None:
+def test_no_traceback_is_printed_to_a_terminal(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "svc.cli", "data", "check", "none.jsonl"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 3
     assert done.stderr.startswith("error: cannot open data file none.jsonl")
 
 
-def test_no_models_yet_says_how_to_make_one(svc: Svc) -> None:
+def test_empty_list_of_models_says_how_to_create_one(svc: Svc) -> None:
     assert "svc train RECIPE" in svc("models").out
 
 
-def test_no_models_yet_is_an_empty_list_for_machines(svc: Svc) -> None:
+def test_empty_list_of_models_is_an_empty_json_list(svc: Svc) -> None:
     assert json.loads(svc("models", "--json").out) == []
 
 
@@ -196,30 +198,30 @@ def data_check(svc: Svc, path: Path, *options: str | Path) -> tuple[int, Any]:
     return ended.code, json.loads(ended.out)
 
 
-def test_good_data_ends_with_0(svc: Svc, tmp_path: Path) -> None:
+def test_good_data_exits_with_0(svc: Svc, tmp_path: Path) -> None:
     write_examples(tmp_path / "good.jsonl", [chat("a"), chat("b")])
     code, reports = data_check(svc, tmp_path / "good.jsonl")
     assert (code, reports[0]["examples"], reports[0]["errors"]) == (0, 2, 0)
 
 
-def test_bad_data_ends_with_1_and_names_the_line(svc: Svc, tmp_path: Path) -> None:
+def test_bad_data_exits_with_1_and_names_the_line(svc: Svc, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text(json.dumps(chat().as_dict()) + "\n{}\n")
     code, reports = data_check(svc, tmp_path / "bad.jsonl")
     assert (code, [problem["line"] for problem in reports[0]["problems"]]) == (1, [2])
 
 
-def test_warnings_alone_end_with_0(svc: Svc, tmp_path: Path) -> None:
+def test_warnings_alone_exit_with_0(svc: Svc, tmp_path: Path) -> None:
     write_examples(tmp_path / "twice.jsonl", [chat("a"), chat("a")])
     assert data_check(svc, tmp_path / "twice.jsonl")[0] == 0
 
 
-def test_a_leak_ends_with_1(svc: Svc, tmp_path: Path) -> None:
+def test_leak_exits_with_1(svc: Svc, tmp_path: Path) -> None:
     write_examples(tmp_path / "train.jsonl", [chat("a"), chat("b")])
     write_examples(tmp_path / "heldout.jsonl", [chat("b")])
     assert data_check(svc, tmp_path / "train.jsonl", "--heldout", tmp_path / "heldout.jsonl")[0] == 1
 
 
-def test_a_person_reads_problems_by_line(svc: Svc, tmp_path: Path) -> None:
+def test_problems_are_printed_by_line(svc: Svc, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text(json.dumps(chat().as_dict()) + "\n{}\n")
     ended = svc("data", "check", tmp_path / "bad.jsonl")
     assert ended.code == 1

@@ -16,25 +16,25 @@ def kinds(root: type[SvcError] = SvcError) -> Iterator[type[SvcError]]:
             yield from kinds(kind)
 
 
-def test_the_text_has_all_three_parts() -> None:
+def test_text_has_all_three_parts() -> None:
     error = DataError("x.jsonl:3: not JSON", expected="one object in a line", todo="fix the line")
     assert str(error) == "x.jsonl:3: not JSON\n  expected: one object in a line\n  do: fix the line"
 
 
-def test_parts_that_are_not_given_leave_no_line() -> None:
+def test_missing_parts_have_no_line() -> None:
     assert str(DataError("wrong")) == "wrong"
 
 
-def test_a_script_can_tell_the_errors_apart() -> None:
+def test_exit_codes_distinguish_the_errors() -> None:
     codes = {kind.__name__: kind.exit_code for kind in kinds() if kind is not ProbeError}
     assert len(set(codes.values())) == len(codes)
     assert SvcError.exit_code not in codes.values()
 
 
-def test_a_failed_probe_is_an_engine_error() -> None:
+def test_failed_probe_is_an_engine_error() -> None:
     assert ProbeError.exit_code == errors.EngineError.exit_code
 
 
 @pytest.mark.parametrize("kind", [SvcError, *kinds()])
-def test_exit_codes_are_none_of_the_shells(kind: type[SvcError]) -> None:
+def test_exit_codes_differ_from_those_of_shells(kind: type[SvcError]) -> None:
     assert 0 < kind.exit_code < 126

@@ -3,7 +3,7 @@
 from svc.one_shot_event import OneShotEvent
 
 
-def test_whoever_listens_hears_of_the_end() -> None:
+def test_every_callback_is_called_at_the_event() -> None:
     signal, heard = OneShotEvent(), list[str]()
     signal.listen(lambda: heard.append("one"))
     signal.listen(lambda: heard.append("two"))
@@ -13,7 +13,7 @@ def test_whoever_listens_hears_of_the_end() -> None:
     assert (signal.ended, signal.error, heard) == (True, error, ["one", "two"])
 
 
-def test_it_ends_once() -> None:
+def test_event_happens_once() -> None:
     signal, heard = OneShotEvent(), list[str]()
     signal.listen(lambda: heard.append("one"))
     signal.end()
@@ -21,14 +21,14 @@ def test_it_ends_once() -> None:
     assert (signal.error, heard) == (None, ["one"])
 
 
-def test_who_comes_after_the_end_hears_of_it_at_once() -> None:
+def test_callback_added_after_the_event_is_called_immediately() -> None:
     signal, heard = OneShotEvent(), list[str]()
     signal.end()
     signal.listen(lambda: heard.append("one"))
     assert heard == ["one"]
 
 
-def test_who_has_gone_hears_nothing() -> None:
+def test_removed_callback_is_not_called() -> None:
     signal, heard = OneShotEvent(), list[str]()
 
     def listener() -> None:
@@ -40,7 +40,7 @@ def test_who_has_gone_hears_nothing() -> None:
     assert heard == []
 
 
-def test_who_goes_when_he_hears_keeps_nobody_else_from_hearing() -> None:
+def test_callback_that_removes_itself_does_not_prevent_the_others() -> None:
     signal, heard = OneShotEvent(), list[str]()
 
     def first() -> None:

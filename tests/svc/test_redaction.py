@@ -17,7 +17,7 @@ REDACTOR = Redactor()
 @pytest.mark.parametrize(
     "mail", ["a@b.de", "jane.doe+x@mail.example.co.uk", "JANE_DOE@EXAMPLE.COM", "müller@müller.de", "x%y@a-b.org"]
 )
-def test_mail_addresses_are_blanked(mail: str) -> None:
+def test_mail_addresses_are_redacted(mail: str) -> None:
     assert REDACTOR.text(f"Write to {mail}, please.") == "Write to [mail], please."
 
 
@@ -41,7 +41,7 @@ def test_mail_addresses_are_blanked(mail: str) -> None:
         "+33\u00a01\u00a042\u00a068\u00a053\u00a000",
     ],
 )
-def test_phone_numbers_are_blanked(phone: str) -> None:
+def test_phone_numbers_are_redacted(phone: str) -> None:
     assert REDACTOR.text(f"Call {phone}.") == "Call [phone]."
 
 
@@ -56,7 +56,7 @@ def test_phone_numbers_are_blanked(phone: str) -> None:
         "4111\u00a01111\u00a01111\u00a01111",
     ],
 )
-def test_card_numbers_are_blanked(card: str) -> None:
+def test_card_numbers_are_redacted(card: str) -> None:
     assert REDACTOR.text(f"Card {card}!") == "Card [card]!"
 
 
@@ -76,7 +76,7 @@ def test_card_numbers_are_blanked(card: str) -> None:
         "sha256 7f83b1657ff1fc53b92dc18148a1d65dfc2d4b1fa3d677284addd200126d9069",
     ],
 )
-def test_what_is_no_private_number_stays(text: str) -> None:
+def test_numbers_that_are_not_private_are_unchanged(text: str) -> None:
     assert REDACTOR.text(text) == text
 
 
@@ -89,31 +89,31 @@ def test_what_is_no_private_number_stays(text: str) -> None:
         "ts_00000000_41111111111111111111111111111111111111",  # a card number in it
     ],
 )
-def test_keys_of_this_service_are_blanked(around: str, secret: str) -> None:
+def test_keys_of_this_service_are_redacted(around: str, secret: str) -> None:
     assert REDACTOR.text(around.replace("{}", secret)) == around.replace("{}", "[key]")
 
 
 @pytest.mark.parametrize(
     "text", ["ts_abcd0123", "ts_config_file", "its_abcd0123_0123456789abcdef", "ts_abcd0123_short"]
 )
-def test_what_only_begins_like_a_key_stays(text: str) -> None:
+def test_text_that_only_begins_like_a_key_is_unchanged(text: str) -> None:
     assert REDACTOR.text(text) == text
 
 
-def test_an_own_pattern_leaves_nothing_of_a_key() -> None:
+def test_custom_pattern_leaves_no_part_of_a_key() -> None:
     assert Redactor([r"\d+"]).text("ts_abcd0123_0a1b2c3d4e5f6789abcdefgh") == "[key]"
 
 
 @pytest.mark.parametrize("around", ["id-{}", "{}-", "{} 12", "{},{}"])
-def test_what_stands_close_by_does_not_hide_a_card(around: str) -> None:
+def test_neighbouring_text_does_not_hide_a_card_number(around: str) -> None:
     assert REDACTOR.text(around.replace("{}", "4111111111111111")) == around.replace("{}", "[card]")
 
 
-def test_own_patterns_are_blanked_first() -> None:
+def test_custom_patterns_are_redacted_first() -> None:
     assert Redactor([r"TICKET-\d+", r"jane@\S+"]).text("TICKET-12 of jane@b.de") == "[redacted] of [redacted]"
 
 
-def test_strings_are_blanked_wherever_they_stand() -> None:
+def test_strings_are_redacted_at_any_depth() -> None:
     value = [
         {"role": "user", "content": [{"type": "text", "text": "a@b.de"}], "n": 4111111111111111, "x": [None, True, 7]}
     ]
@@ -127,7 +127,7 @@ def test_no_mail_address_survives(mail: str, after: str) -> None:
 
 
 @given(st.integers(10**11, 10**18 - 1), st.sampled_from(["", " ", "-"]))
-def test_no_number_with_a_right_check_digit_survives(stem: int, between: str) -> None:
+def test_no_number_with_a_valid_check_digit_survives(stem: int, between: str) -> None:
     card = next(f"{stem}{digit}" for digit in range(10) if _checks(f"{stem}{digit}"))
     written = between.join(card[index : index + 4] for index in range(0, len(card), 4))
     assert REDACTOR.text(f"({written})") == "([card])"
@@ -142,7 +142,7 @@ def _checks(number: str) -> bool:
 
 
 @given(st.text())
-def test_blanking_twice_changes_nothing_more(text: str) -> None:
+def test_second_redaction_changes_nothing(text: str) -> None:
     once = REDACTOR.text(text)
     assert REDACTOR.text(once) == once
 
@@ -150,7 +150,7 @@ def test_blanking_twice_changes_nothing_more(text: str) -> None:
 @pytest.mark.parametrize(
     "unit", ["a", "a.", "1", "1 ", "a@", "+1", "0", "(1", "- ", "a@b.", "00", "ts_", "ts_abcd0123_"]
 )
-def test_no_text_makes_it_slow(unit: str) -> None:
+def test_no_text_makes_redaction_slow(unit: str) -> None:
     """Ten times the text takes about ten times as long, not a hundred times."""
 
     def seconds(length: int) -> float:
@@ -166,7 +166,7 @@ def test_no_text_makes_it_slow(unit: str) -> None:
 @pytest.mark.parametrize(
     "secret", ["a@b.de", "4111 1111 1111 1111", "+49 30 901820", "order 77", "ts_abcd0123_0123456789abcdefghijkl"]
 )
-def test_a_text_that_was_blanked_shows_it(secret: str) -> None:
+def test_redacted_text_is_recognizable(secret: str) -> None:
     blanked = Redactor([r"order \d+"]).text(f"It is {secret}.")
     assert [placeholder in blanked for placeholder in PLACEHOLDERS].count(True) == 1
 
@@ -184,13 +184,13 @@ def blank_endless() -> None:
     assert ENDLESS not in str(raised.value)
 
 
-def test_an_own_pattern_that_takes_too_long_is_ended() -> None:
+def test_custom_pattern_that_takes_too_long_is_stopped() -> None:
     began = time.monotonic()
     blank_endless()
     assert time.monotonic() - began < 8 * LIMIT_S
 
 
-def test_the_limit_is_of_all_texts_of_a_value_together() -> None:
+def test_time_limit_applies_to_all_texts_of_a_value_together() -> None:
     began = time.monotonic()
     with pytest.raises(RedactionTimeoutError):
         Redactor([SLOW]).strings([{"content": "a" * 20 + "!"}] * 100_000)
@@ -208,7 +208,7 @@ def test_other_threads_run_while_a_pattern_takes_long() -> None:
 
 
 @pytest.mark.parametrize("pattern", [r"(?<!x)TICKET-\d+(?=\b)", r"(?i)ticket-\d{2,}", r"[[T]ICKET-12", r"\bT\w+-\d+\b"])
-def test_own_patterns_mean_what_they_do_to_python(pattern: str) -> None:
+def test_custom_patterns_have_the_meaning_of_pythons_re(pattern: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         expected = re.sub(pattern, "[redacted]", "TICKET-12 and ticket-77")

@@ -8,7 +8,7 @@ from svc.errors import NotFoundError
 from svc.version import NAME_PATTERN, VersionId
 
 
-def test_a_version_reads_as_it_is_written() -> None:
+def test_version_is_parsed_as_it_is_printed() -> None:
     assert VersionId.parse("my-model.v2@17") == VersionId("my-model.v2", 17)
     assert str(VersionId("my-model.v2", 17)) == "my-model.v2@17"
 
@@ -41,7 +41,7 @@ def test_a_version_reads_as_it_is_written() -> None:
         "a" * 64 + "@1",
     ],
 )
-def test_what_is_no_version_is_refused_with_what_would_be(text: str) -> None:
+def test_text_that_is_not_a_version_is_rejected_with_the_expected_form(text: str) -> None:
     with pytest.raises(NotFoundError) as caught:
         VersionId.parse(text)
     assert repr(text) in caught.value.wrong
@@ -49,7 +49,7 @@ def test_what_is_no_version_is_refused_with_what_would_be(text: str) -> None:
 
 
 @given(st.text() | st.from_regex(r"\A[a-z0-9._-]{1,5}@\d{1,4}\Z"))
-def test_any_text_is_a_version_that_reads_the_same_or_is_refused(text: str) -> None:
+def test_any_text_is_a_version_that_round_trips_or_is_rejected(text: str) -> None:
     try:
         version = VersionId.parse(text)
     except NotFoundError:
@@ -59,10 +59,10 @@ def test_any_text_is_a_version_that_reads_the_same_or_is_refused(text: str) -> N
 
 
 @given(st.from_regex(NAME_PATTERN, fullmatch=True).filter(lambda name: "\n" not in name), st.integers(1, 999_999_999))
-def test_every_version_that_can_be_is_read(name: str, number: int) -> None:
+def test_every_possible_version_is_parsed(name: str, number: int) -> None:
     version = VersionId(name, number)
     assert VersionId.parse(str(version)) == version
 
 
-def test_versions_are_in_the_order_of_their_numbers() -> None:
+def test_versions_are_ordered_by_their_numbers() -> None:
     assert VersionId("a", 9) < VersionId("a", 10) < VersionId("b", 1)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from svc.yaml_text import parse_yaml
 
 
-def test_a_mapping_is_read() -> None:
+def test_mapping_is_read() -> None:
     assert parse_yaml("a: {b: [1, 2.5, yes]}") == {"a": {"b": [1, 2.5, True]}}
 
 
@@ -28,7 +28,7 @@ def test_a_mapping_is_read() -> None:
     ],
 )
 @pytest.mark.slow
-def test_what_cannot_be_is_a_value_error(text: str) -> None:
+def test_invalid_yaml_is_a_value_error(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         parse_yaml(text)
 

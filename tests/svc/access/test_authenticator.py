@@ -46,31 +46,33 @@ def fault_of(authenticator: Authenticator, secret: str | None) -> KeyFault:
     return raised.value.fault
 
 
-def test_a_right_secret_is_its_principal(authenticator: Authenticator, issued: IssuedKey) -> None:
+def test_principal_is_returned_when_the_secret_is_valid(authenticator: Authenticator, issued: IssuedKey) -> None:
     assert authenticator.grant(issued.secret).principal == issued.key.principal
 
 
 @pytest.mark.parametrize("secret", [None, ""])
-def test_no_secret_is_told(authenticator: Authenticator, secret: str | None) -> None:
+def test_request_without_a_secret_is_rejected_with_its_reason(authenticator: Authenticator, secret: str | None) -> None:
     assert fault_of(authenticator, secret) is KeyFault.MISSING
 
 
 @pytest.mark.parametrize("secret", ["none", "sk-0123456789abcdef0123456789", "ts_", "é", "Bearer x", "x" * 100_000])
-def test_what_is_no_secret_is_told(authenticator: Authenticator, secret: str) -> None:
+def test_text_that_is_not_a_secret_is_rejected_with_its_reason(authenticator: Authenticator, secret: str) -> None:
     assert fault_of(authenticator, secret) is KeyFault.MALFORMED
 
 
-def test_a_typo_is_told(authenticator: Authenticator, issued: IssuedKey) -> None:
+def test_mistyped_secret_is_reported_as_such(authenticator: Authenticator, issued: IssuedKey) -> None:
     last = issued.secret[-1]
     assert fault_of(authenticator, issued.secret[:-1] + ("a" if last != "a" else "b")) is KeyFault.MALFORMED
 
 
 @pytest.mark.parametrize("key_id", [None, "nobody00"])
-def test_a_secret_of_nobody_is_told(authenticator: Authenticator, issued: IssuedKey, key_id: str | None) -> None:
+def test_well_formed_secret_of_no_key_is_rejected(
+    authenticator: Authenticator, issued: IssuedKey, key_id: str | None
+) -> None:
     assert fault_of(authenticator, new_secret(key_id or issued.key.id)) is KeyFault.UNKNOWN
 
 
-def test_whoever_has_a_wrong_secret_does_not_learn_what_became_of_the_key(
+def test_wrong_secret_does_not_reveal_the_state_of_its_key(
     authenticator: Authenticator, issued: IssuedKey, keyring: Keyring
 ) -> None:
     keyring.revoke(issued.key.id)
@@ -78,7 +80,7 @@ def test_whoever_has_a_wrong_secret_does_not_learn_what_became_of_the_key(
     assert fault_of(authenticator, new_secret(issued.key.id)) is KeyFault.UNKNOWN
 
 
-def test_a_revocation_is_heard_at_the_next_look(
+def test_revocation_takes_effect_at_the_next_check(
     authenticator: Authenticator, issued: IssuedKey, keyring: Keyring
 ) -> None:
     keyring.revoke("ci")
@@ -86,19 +88,19 @@ def test_a_revocation_is_heard_at_the_next_look(
     assert fault_of(authenticator, issued.secret) is KeyFault.REVOKED
 
 
-def test_a_new_key_is_heard_at_the_next_look(authenticator: Authenticator, keyring: Keyring) -> None:
+def test_new_key_is_valid_at_the_next_check(authenticator: Authenticator, keyring: Keyring) -> None:
     made = keyring.create(INFER)
     authenticator.look()
     assert authenticator.grant(made.secret).principal == made.key.principal
 
 
-def test_a_key_expires_without_a_look(authenticator: Authenticator, issued: IssuedKey, clock: Clock) -> None:
+def test_key_expires_without_a_check(authenticator: Authenticator, issued: IssuedKey, clock: Clock) -> None:
     clock.forward(days=1)
     authenticator._looked_at = clock.monotonic()
     assert fault_of(authenticator, issued.secret) is KeyFault.EXPIRED
 
 
-def test_a_rotated_secret_is_wrong_at_the_next_look(
+def test_rotated_secret_is_rejected_at_the_next_check(
     authenticator: Authenticator, issued: IssuedKey, keyring: Keyring
 ) -> None:
     rotated = keyring.rotate("ci")
@@ -107,7 +109,7 @@ def test_a_rotated_secret_is_wrong_at_the_next_look(
     assert authenticator.grant(rotated.secret).principal == issued.key.principal
 
 
-def test_a_rotated_secret_is_right_until_its_grace_has_passed(
+def test_rotated_secret_is_accepted_until_its_grace_has_passed(
     authenticator: Authenticator, issued: IssuedKey, keyring: Keyring, clock: Clock
 ) -> None:
     keyring.rotate("ci", grace=timedelta(seconds=30))
@@ -117,7 +119,7 @@ def test_a_rotated_secret_is_right_until_its_grace_has_passed(
     assert fault_of(authenticator, issued.secret) is KeyFault.UNKNOWN
 
 
-def test_a_second_rotation_ends_the_first_secret(
+def test_second_rotation_ends_the_first_secret(
     authenticator: Authenticator, issued: IssuedKey, keyring: Keyring
 ) -> None:
     second = keyring.rotate("ci", grace=timedelta(hours=1))
@@ -134,7 +136,7 @@ def queries(store: Store) -> list[str]:
     return sent
 
 
-def test_no_key_right_or_wrong_asks_the_store(authenticator: Authenticator, issued: IssuedKey, store: Store) -> None:
+def test_authentication_never_reads_the_store(authenticator: Authenticator, issued: IssuedKey, store: Store) -> None:
     sent = queries(store)
     authenticator.grant(issued.secret)
     for wrong in ("x", new_secret("nobody00"), new_secret(issued.key.id)):
@@ -142,7 +144,7 @@ def test_no_key_right_or_wrong_asks_the_store(authenticator: Authenticator, issu
     assert sent == []
 
 
-def test_a_look_without_a_change_reads_one_number(authenticator: Authenticator, store: Store) -> None:
+def test_check_reads_one_number_when_nothing_changed(authenticator: Authenticator, store: Store) -> None:
     sent = queries(store)
     authenticator.look()
     assert [statement.split("\n")[0] for statement in sent] == ["SELECT max(keys.revision) AS max_1 "]
@@ -163,12 +165,12 @@ def test_no_secret_stays_in_memory(authenticator: Authenticator, issued: IssuedK
     assert kept() is None
 
 
-def test_who_never_looked_lets_nobody_in(store: Store, issued: IssuedKey) -> None:
+def test_all_keys_are_rejected_before_the_first_check(store: Store, issued: IssuedKey) -> None:
     with pytest.raises(KeysUnavailableError):
         Authenticator(store).grant(issued.secret)
 
 
-def test_what_was_known_is_right_for_a_minute_and_no_longer(
+def test_known_keys_are_valid_for_one_minute_without_a_check(
     authenticator: Authenticator, issued: IssuedKey, clock: Clock
 ) -> None:
     clock.forward(seconds=60)
@@ -180,7 +182,9 @@ def test_what_was_known_is_right_for_a_minute_and_no_longer(
     assert authenticator.grant(issued.secret).principal
 
 
-def test_a_backup_of_before_is_heard(authenticator: Authenticator, issued: IssuedKey, store: Store) -> None:
+def test_key_is_unknown_when_a_backup_without_it_was_restored(
+    authenticator: Authenticator, issued: IssuedKey, store: Store
+) -> None:
     with store.begin() as connection:
         connection.exec_driver_sql("DELETE FROM keys")
     authenticator.look()
@@ -189,7 +193,7 @@ def test_a_backup_of_before_is_heard(authenticator: Authenticator, issued: Issue
 
 
 @pytest.mark.slow
-async def test_a_revocation_is_heard_within_a_second(store: Store) -> None:
+async def test_revocation_takes_effect_within_a_second(store: Store) -> None:
     keyring, authenticator = Keyring(store, ALICE), Authenticator(store)
     issued = keyring.create(INFER)
     following = asyncio.create_task(authenticator.follow())
@@ -231,7 +235,7 @@ async def test_changes_of_keys_are_noticed_when_the_default_executor_is_blocked(
     assert not any(thread.is_alive() for thread in threads)
 
 
-async def test_a_store_that_fails_does_not_end_the_looking(
+async def test_checks_continue_when_the_store_fails(
     authenticator: Authenticator,
     keyring: Keyring,
     monkeypatch: pytest.MonkeyPatch,
@@ -260,7 +264,7 @@ async def test_a_store_that_fails_does_not_end_the_looking(
     assert caplog.text.count("keys cannot be read") == 2
 
 
-def test_no_log_has_a_secret_or_a_hash(
+def test_no_log_contains_a_secret_or_a_hash(
     authenticator: Authenticator, issued: IssuedKey, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.DEBUG):
@@ -271,9 +275,7 @@ def test_no_log_has_a_secret_or_a_hash(
     assert issued.key.hash not in caplog.text
 
 
-def test_what_was_granted_ends_when_its_key_is_revoked(
-    authenticator: Authenticator, issued: IssuedKey, keyring: Keyring
-) -> None:
+def test_grant_ends_when_its_key_is_revoked(authenticator: Authenticator, issued: IssuedKey, keyring: Keyring) -> None:
     grant = authenticator.grant(issued.secret)
     authenticator.end_wrong()
     assert not grant.ended.ended
@@ -284,9 +286,7 @@ def test_what_was_granted_ends_when_its_key_is_revoked(
     assert grant.ended.error.fault is KeyFault.REVOKED
 
 
-def test_what_was_granted_to_a_secret_ends_with_the_secret(
-    authenticator: Authenticator, issued: IssuedKey, keyring: Keyring
-) -> None:
+def test_grant_ends_when_its_secret_ends(authenticator: Authenticator, issued: IssuedKey, keyring: Keyring) -> None:
     grant = authenticator.grant(issued.secret)
     keyring.rotate("ci")
     authenticator.look()
@@ -294,7 +294,7 @@ def test_what_was_granted_to_a_secret_ends_with_the_secret(
     assert isinstance(grant.ended.error, InvalidKeyError)
 
 
-def test_all_that_comes_with_a_secret_has_one_grant_also_when_other_keys_change(
+def test_requests_with_one_secret_share_a_grant_when_other_keys_change(
     authenticator: Authenticator, issued: IssuedKey, keyring: Keyring
 ) -> None:
     grant = authenticator.grant(issued.secret)
@@ -304,7 +304,7 @@ def test_all_that_comes_with_a_secret_has_one_grant_also_when_other_keys_change(
     assert authenticator.grant(issued.secret) is grant
 
 
-def test_a_secret_that_comes_again_is_right_no_longer_than_its_key(
+def test_repeated_secret_is_rejected_when_its_key_has_expired(
     authenticator: Authenticator, issued: IssuedKey, clock: Clock
 ) -> None:
     authenticator.grant(issued.secret)
@@ -313,7 +313,7 @@ def test_a_secret_that_comes_again_is_right_no_longer_than_its_key(
     assert fault_of(authenticator, issued.secret) is KeyFault.EXPIRED
 
 
-def test_a_secret_that_comes_again_is_right_no_longer_than_its_grace(
+def test_repeated_secret_is_rejected_when_its_grace_has_passed(
     authenticator: Authenticator, issued: IssuedKey, keyring: Keyring, clock: Clock
 ) -> None:
     keyring.rotate("ci", grace=timedelta(seconds=30))
@@ -323,7 +323,7 @@ def test_a_secret_that_comes_again_is_right_no_longer_than_its_grace(
     assert fault_of(authenticator, issued.secret) is KeyFault.UNKNOWN
 
 
-def test_a_secret_that_comes_again_is_right_only_while_keys_can_be_checked(
+def test_repeated_secret_is_accepted_only_while_keys_can_be_checked(
     authenticator: Authenticator, issued: IssuedKey, clock: Clock
 ) -> None:
     authenticator.grant(issued.secret)
@@ -340,7 +340,7 @@ def test_a_secret_that_comes_again_is_right_only_while_keys_can_be_checked(
         ("DELETE FROM keys", KeyFault.UNKNOWN),
     ],
 )
-def test_a_secret_that_comes_again_is_checked_against_the_newest_keys(
+def test_repeated_secret_is_checked_against_the_newest_keys(
     authenticator: Authenticator, issued: IssuedKey, store: Store, change: str, fault: KeyFault
 ) -> None:
     authenticator.grant(issued.secret)
@@ -350,7 +350,7 @@ def test_a_secret_that_comes_again_is_checked_against_the_newest_keys(
 
 
 @pytest.mark.parametrize("followed", [False, True])
-def test_a_grant_has_what_its_key_may_now(
+def test_grant_has_the_current_permissions_of_its_key(
     authenticator: Authenticator, issued: IssuedKey, store: Store, followed: bool
 ) -> None:
     authenticator.grant(issued.secret)
@@ -361,7 +361,7 @@ def test_a_grant_has_what_its_key_may_now(
     assert authenticator.grant(issued.secret).principal.limits.concurrent == 7
 
 
-def test_a_key_that_is_valid_again_has_another_grant_than_the_one_that_ended(
+def test_key_that_is_valid_again_gets_a_new_grant(
     authenticator: Authenticator, issued: IssuedKey, store: Store
 ) -> None:
     ended = authenticator.grant(issued.secret)
@@ -378,7 +378,7 @@ def change_keys(store: Store, statement: str) -> None:
         connection.exec_driver_sql(statement)
 
 
-def test_a_grant_ends_when_its_key_expires(authenticator: Authenticator, issued: IssuedKey, clock: Clock) -> None:
+def test_grant_ends_when_its_key_expires(authenticator: Authenticator, issued: IssuedKey, clock: Clock) -> None:
     grant = authenticator.grant(issued.secret)
     clock.forward(days=1)
     authenticator.end_wrong()
@@ -386,6 +386,6 @@ def test_a_grant_ends_when_its_key_expires(authenticator: Authenticator, issued:
     assert grant.ended.error.fault is KeyFault.EXPIRED
 
 
-def test_a_grant_shows_no_hash(authenticator: Authenticator, issued: IssuedKey) -> None:
+def test_grant_shows_no_hash(authenticator: Authenticator, issued: IssuedKey) -> None:
     grant = authenticator.grant(issued.secret)
     assert issued.key.hash not in repr(grant)

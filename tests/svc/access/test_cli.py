@@ -35,9 +35,7 @@ def authenticator(home: Path = Path(".svc")) -> Authenticator:
     return made
 
 
-def test_the_first_admin_key_is_made_on_the_machine_in_a_home_that_is_its_owners_alone(
-    svc: Svc, tmp_path: Path
-) -> None:
+def test_first_admin_key_is_created_locally_in_a_home_that_only_its_owner_can_read(svc: Svc, tmp_path: Path) -> None:
     ended = svc("keys", "create", "--scope", "admin")
     assert ended.code == 0
     assert authenticator().grant(ended.out.strip()).principal.may(Scope.TRAIN)
@@ -45,21 +43,21 @@ def test_the_first_admin_key_is_made_on_the_machine_in_a_home_that_is_its_owners
     assert (tmp_path / ".svc" / "svc.db").stat().st_mode & 0o077 == 0
 
 
-def test_a_pipe_gets_the_secret_and_nothing_else(svc: Svc) -> None:
+def test_pipe_gets_only_the_secret(svc: Svc) -> None:
     ended = svc("keys", "create")
     assert key_id_of(ended.out.removesuffix("\n")) is not None
     assert "shown only once" in ended.err
     assert ended.out.strip() not in ended.err
 
 
-def test_a_key_without_options_is_a_clients(svc: Svc) -> None:
+def test_key_is_a_client_key_when_no_option_is_given(svc: Svc) -> None:
     made = create(svc)
     principal = authenticator().grant(made["secret"]).principal
     assert (principal.scopes, principal.models) == (frozenset({Scope.INFER, Scope.FEEDBACK}), None)
     assert (principal.limits, principal.weight) == (Limits(), 1)
 
 
-def test_a_key_has_what_its_options_say(svc: Svc) -> None:
+def test_key_has_the_values_of_its_options(svc: Svc) -> None:
     options = ["--name", "ci", "--scope", "infer", "--scope", "metrics", "--model", "tickets", "--model", "reviews"]
     limits = ["--requests-per-minute", "60", "--tokens-in-per-minute", "1000", "--tokens-out-per-minute", "500"]
     made = create(svc, *options, *limits, "--concurrent", "4", "--tokens-per-day", "10000", "--weight", "3")
@@ -73,7 +71,7 @@ def test_a_key_has_what_its_options_say(svc: Svc) -> None:
 @pytest.mark.parametrize(
     "when", [lambda: "90d", lambda: (datetime.now(UTC) + timedelta(days=90)).isoformat()], ids=["span", "time"]
 )
-def test_a_key_ends_when_it_was_told_to(svc: Svc, when: Callable[[], str]) -> None:
+def test_key_expires_at_the_given_time(svc: Svc, when: Callable[[], str]) -> None:
     ends = datetime.fromisoformat(create(svc, "--expires", when())["expires_at"])
     assert abs(ends - datetime.now(UTC) - timedelta(days=90)) < timedelta(minutes=1)
 
@@ -81,13 +79,13 @@ def test_a_key_ends_when_it_was_told_to(svc: Svc, when: Callable[[], str]) -> No
 @pytest.mark.parametrize(
     "options", [["--scope", "root"], ["--expires", "soon"], ["--concurrent", "0"], ["--weight", "0"]]
 )
-def test_an_option_that_is_wrong_is_an_error_of_the_command_line(svc: Svc, options: list[str]) -> None:
+def test_wrong_option_is_a_usage_error(svc: Svc, options: list[str]) -> None:
     ended = svc("keys", "create", *options)
     assert ended.code == 2
     assert options[0] in ended.err
 
 
-def test_a_key_that_has_expired_before_it_began_is_refused(svc: Svc) -> None:
+def test_key_that_would_expire_before_it_begins_is_rejected(svc: Svc) -> None:
     assert svc("keys", "create", "--expires", "2020-01-01").code == SettingsError.exit_code
 
 
@@ -103,17 +101,17 @@ def test_keys_are_listed_without_secrets(svc: Svc) -> None:
         assert key.hash not in ended.out + ended.err
 
 
-def test_a_list_of_none_says_how_to_make_the_first(svc: Svc) -> None:
+def test_empty_list_says_how_to_create_the_first_key(svc: Svc) -> None:
     assert "svc keys create --scope admin" in svc("keys", "list").out
 
 
-def test_when_a_key_was_used_last_is_listed(svc: Svc) -> None:
+def test_list_shows_when_a_key_was_last_used(svc: Svc) -> None:
     hour = hour_of(datetime.now(UTC))
     add_usage(open_database(Path(".svc")), {UsageOf(hour, create(svc)["key_id"], "tickets"): Usage(1, 1, 1)})
     assert json.loads(svc("keys", "list", "--json").out)[0]["last_used"] == hour.isoformat()
 
 
-def test_a_revoked_key_is_wrong_and_is_listed_where_all_are(svc: Svc) -> None:
+def test_revoked_key_is_rejected_and_listed_with_all_keys(svc: Svc) -> None:
     made = create(svc, "--name", "ci")
     ended = svc("keys", "revoke", "ci", "--yes", "--reason", "leaked")
     assert "is revoked" in ended.out
@@ -125,14 +123,16 @@ def test_a_revoked_key_is_wrong_and_is_listed_where_all_are(svc: Svc) -> None:
     assert svc("keys", "revoke", made["key_id"], "--yes").code == RefusedError.exit_code
 
 
-def test_a_key_that_there_is_not_is_named(svc: Svc) -> None:
+def test_unknown_key_is_named_in_the_error(svc: Svc) -> None:
     ended = svc("keys", "revoke", "nobody", "--yes")
     assert ended.code == NotFoundError.exit_code
     assert "'nobody'" in ended.err
 
 
 @pytest.mark.parametrize("command", ["revoke", "rotate"])
-def test_what_ends_a_secret_at_once_is_asked_about(svc: Svc, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_confirmation_is_required_when_a_secret_ends_immediately(
+    svc: Svc, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = create(svc, "--name", "ci")
     monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
     ended = svc("keys", command, "ci")
@@ -142,7 +142,7 @@ def test_what_ends_a_secret_at_once_is_asked_about(svc: Svc, command: str, monke
 
 
 @pytest.mark.parametrize("command", ["revoke", "rotate"])
-def test_a_machine_is_asked_nothing(svc: Svc, command: str) -> None:
+def test_machine_is_asked_nothing(svc: Svc, command: str) -> None:
     made = create(svc, "--name", "ci")
     ended = svc("keys", command, "ci", "--json")
     assert ended.code == 2
@@ -150,7 +150,7 @@ def test_a_machine_is_asked_nothing(svc: Svc, command: str) -> None:
     assert authenticator().grant(made["secret"]).principal
 
 
-def test_a_rotation_gives_another_secret_and_ends_the_old_one(svc: Svc) -> None:
+def test_rotation_creates_a_new_secret_and_ends_the_old_one(svc: Svc) -> None:
     made = create(svc, "--name", "ci")
     rotated = svc("keys", "rotate", "ci", "--yes").out.strip()
     assert authenticator().grant(rotated).principal.key_id == made["key_id"]
@@ -158,7 +158,7 @@ def test_a_rotation_gives_another_secret_and_ends_the_old_one(svc: Svc) -> None:
         authenticator().grant(made["secret"])
 
 
-def test_a_rotation_with_a_grace_asks_nothing_and_leaves_both_right(svc: Svc) -> None:
+def test_rotation_with_a_grace_needs_no_confirmation_and_both_secrets_are_valid(svc: Svc) -> None:
     made = create(svc, "--name", "ci")
     ended = svc("keys", "rotate", "ci", "--grace", "1h")
     assert "the old secret is valid until" in ended.err
@@ -182,7 +182,7 @@ def used(svc: Svc) -> str:
     return key_id
 
 
-def test_usage_is_told_by_key_and_model(svc: Svc, used: str) -> None:
+def test_usage_is_shown_by_key_and_model(svc: Svc, used: str) -> None:
     rows = json.loads(svc("usage", "--json").out)
     assert rows[0] == {
         "key_id": used, "name": "ci", "model": "tickets", "requests": 3, "tokens_in": 3000, "tokens_out": 500
@@ -190,21 +190,21 @@ def test_usage_is_told_by_key_and_model(svc: Svc, used: str) -> None:
     assert [(row["key_id"], row["model"]) for row in rows] == [(used, "tickets"), (None, "tickets"), (used, "reviews")]
 
 
-def test_usage_since_a_day_leaves_out_what_was_before(svc: Svc, used: str) -> None:
+def test_usage_since_a_day_excludes_earlier_usage(svc: Svc, used: str) -> None:
     assert {row["key_id"] for row in json.loads(svc("usage", "--since", "1d", "--json").out)} == {used}
 
 
-def test_a_table_of_usage_has_the_sum(svc: Svc, used: str) -> None:
+def test_usage_table_has_a_total(svc: Svc, used: str) -> None:
     last = svc("usage").out.splitlines()[-1].split()
     assert last == ["all", "11", "3,080", "512"]
 
 
-def test_usage_as_csv_is_read_by_others(svc: Svc, used: str) -> None:
+def test_usage_is_valid_csv(svc: Svc, used: str) -> None:
     rows = list(csv.DictReader(io.StringIO(svc("usage", "--csv").out)))
     assert [row["tokens_in"] for row in rows] == ["3000", "70", "10"]
     assert rows[1]["key_id"] == ""
 
 
-def test_no_usage_is_no_error(svc: Svc) -> None:
+def test_no_usage_is_not_an_error(svc: Svc) -> None:
     ended = svc("usage")
     assert (ended.code, "no usage since" in ended.out) == (0, True)

@@ -29,12 +29,12 @@ def three(store: Store) -> Store:
     return store
 
 
-def test_an_empty_log_is_no_error(svc: Svc) -> None:
+def test_empty_log_is_not_an_error(svc: Svc) -> None:
     ended = svc("audit")
     assert (ended.code, ended.out) == (0, "no matching event\n")
 
 
-def test_people_see_who_did_what_from_where_and_why(svc: Svc, three: Store) -> None:
+def test_table_shows_actor_action_origin_and_reason(svc: Svc, three: Store) -> None:
     lines = svc("audit").out.splitlines()
     assert len(lines) == 4
     for text in ("user:alice", "box", "promote", "tickets@2", "[bold]"):
@@ -42,7 +42,7 @@ def test_people_see_who_did_what_from_where_and_why(svc: Svc, three: Store) -> N
     assert "name ci" in lines[3]
 
 
-def test_machines_get_everything(svc: Svc, three: Store) -> None:
+def test_json_output_has_all_fields(svc: Svc, three: Store) -> None:
     rows = json.loads(svc("audit", "--json").out)
     assert [(row["id"], row["subject"]) for row in rows] == [(1, "tickets@1"), (2, "tickets@2"), (3, "key:abcd0123")]
     assert rows[2]["details"] == {"name": "ci"}
@@ -58,18 +58,18 @@ def test_machines_get_everything(svc: Svc, three: Store) -> None:
         (["--since", "2999-01-01"], []),
     ],
 )
-def test_events_are_chosen(svc: Svc, three: Store, options: list[str], found: list[int]) -> None:
+def test_events_are_filtered(svc: Svc, three: Store, options: list[str], found: list[int]) -> None:
     assert [row["id"] for row in json.loads(svc("audit", "--json", *options).out)] == found
 
 
-def test_a_log_that_nobody_changed_is_verified(svc: Svc, three: Store) -> None:
+def test_unaltered_log_is_verified(svc: Svc, three: Store) -> None:
     ended = svc("audit", "--verify")
     assert ended.code == 0
     assert "3 events are unaltered" in ended.out
     assert verify_chain(three).head in ended.out
 
 
-def test_a_log_that_was_changed_says_which_row_is_wrong_first(svc: Svc, three: Store) -> None:
+def test_altered_log_is_reported_with_the_first_wrong_row(svc: Svc, three: Store) -> None:
     with three.begin() as connection:
         connection.exec_driver_sql("DROP TRIGGER audit_no_UPDATE")
         connection.exec_driver_sql("UPDATE audit SET actor = 'user:bob' WHERE id >= 2")
@@ -81,7 +81,7 @@ def test_a_log_that_was_changed_says_which_row_is_wrong_first(svc: Svc, three: S
     assert json.loads(told.out)["fault"]["id"] == 2
 
 
-def test_a_hash_that_was_kept_is_looked_for(svc: Svc, three: Store) -> None:
+def test_verify_fails_when_the_expected_hash_is_not_in_the_log(svc: Svc, three: Store) -> None:
     assert svc("audit", "--verify", "--expect", verify_chain(three).head).code == 0
     assert svc("audit", "--verify", "--expect", "0" * 64).code == IntegrityError.exit_code
     assert svc("audit", "--expect", "x").code == 2
@@ -98,13 +98,13 @@ def served(store: Store) -> Store:
     return store
 
 
-def test_people_see_which_version_served_when(svc: Svc, served: Store) -> None:
+def test_history_shows_which_version_was_served_when(svc: Svc, served: Store) -> None:
     first, second = svc("history", "tickets").out.splitlines()[1:]
     assert first.split() == ["2026-01-02", "12:00:00", "2026-01-03", "12:00:00", "tickets@1", "gptq", "start", "swap"]
     assert second.split() == ["2026-01-03", "12:00:00", "tickets@2", "gptq", "swap", "user:alice", "it", "is", "better"]
 
 
-def test_machines_see_it_too(svc: Svc, served: Store) -> None:
+def test_history_is_available_as_json(svc: Svc, served: Store) -> None:
     rows = json.loads(svc("history", "tickets", "--json").out)
     assert [(row["version"], row["who"], row["until"]) for row in rows] == [
         ("tickets@1", None, "2026-01-03T12:00:00.000+00:00"),
@@ -112,7 +112,7 @@ def test_machines_see_it_too(svc: Svc, served: Store) -> None:
     ]
 
 
-def test_a_model_that_never_served_has_no_history(svc: Svc) -> None:
+def test_model_that_was_never_served_has_no_history(svc: Svc) -> None:
     assert svc("history", "nobody").code == NotFoundError.exit_code
     assert json.loads(svc("history", "nobody", "--json").out) == []
 
@@ -130,7 +130,7 @@ def requested(svc: Svc, store: Store) -> str:
     "options",
     [["--user", "a@b.de"], ["--key", "ci"], ["--before", "1h"], ["--before", f"{datetime.now(UTC):%Y-%m-%d}"]],
 )
-def test_what_is_meant_is_removed_counted_and_in_the_audit_log(
+def test_selected_requests_are_deleted_counted_and_recorded_in_the_audit_log(
     svc: Svc, store: Store, requested: str, options: list[str]
 ) -> None:
     ended = svc("forget", *options, "--yes", "--reason", "article 17")
@@ -141,13 +141,13 @@ def test_what_is_meant_is_removed_counted_and_in_the_audit_log(
     assert event.details == {"requests": 1, "contents": 1, "feedback": 0}
 
 
-def test_the_audit_log_does_not_name_a_user_who_was_forgotten(svc: Svc, store: Store, requested: str) -> None:
+def test_audit_log_does_not_name_a_forgotten_user(svc: Svc, store: Store, requested: str) -> None:
     svc("forget", "--user", "a@b.de", "--yes")
     assert read_events(store, newest=1)[0].subject == f"user:{hash_user('a@b.de')}"
     assert "a@b.de" not in svc("audit", "--json").out
 
 
-def test_nothing_is_removed_before_it_is_confirmed(
+def test_nothing_is_deleted_before_confirmation(
     svc: Svc, store: Store, requested: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
@@ -158,22 +158,22 @@ def test_nothing_is_removed_before_it_is_confirmed(
     assert read_events(store, newest=1)[0].action == "key.create"
 
 
-def test_machines_get_the_figures_and_are_asked_nothing(svc: Svc, requested: str) -> None:
+def test_machines_get_the_counts_without_a_confirmation(svc: Svc, requested: str) -> None:
     assert svc("forget", "--key", requested, "--json").code == 2
     told = json.loads(svc("forget", "--key", requested, "--yes", "--json").out)
     assert told == {"requests": 1, "contents": 1, "feedback": 0}
 
 
 @pytest.mark.parametrize("options", [[], ["--user", "a", "--key", "b"], ["--before", "1d", "--user", ""]])
-def test_one_thing_is_forgotten_at_a_time(svc: Svc, options: list[str]) -> None:
+def test_only_one_selection_is_accepted_at_a_time(svc: Svc, options: list[str]) -> None:
     ended = svc("forget", *options, "--yes")
     assert (ended.code, "give exactly one of" in ended.err) == (2, True)
 
 
-def test_a_key_that_there_is_not_is_named(svc: Svc) -> None:
+def test_unknown_key_is_named_in_the_error(svc: Svc) -> None:
     assert svc("forget", "--key", "nobody", "--yes").code == NotFoundError.exit_code
 
 
-def test_what_is_of_a_day_to_come_is_everything(svc: Svc, store: Store, requested: str) -> None:
+def test_all_requests_are_selected_when_the_day_is_in_the_future(svc: Svc, store: Store, requested: str) -> None:
     tomorrow = datetime.now(UTC) + timedelta(days=1)
     assert "deleted 2 requests" in svc("forget", "--before", tomorrow.isoformat(), "--yes").out

@@ -24,11 +24,11 @@ def minute(number: int) -> datetime:
     return NOON + timedelta(minutes=number)
 
 
-def test_nothing_ever_served(store: Store) -> None:
+def test_history_is_empty_when_nothing_was_ever_served(store: Store) -> None:
     assert read_history(store, "tickets") == []
 
 
-def test_who_wanted_a_version_and_why_is_told(store: Store) -> None:
+def test_history_says_who_wanted_a_version_and_why(store: Store) -> None:
     first = change_desired(store, None, target(1), None, entry=AuditEntry(Action.SERVE, "tickets@1", ALICE))
     begin_serving(store, first, Began.START)
     entry = AuditEntry(Action.PROMOTE, "tickets@2", ALICE, "it is better")
@@ -41,14 +41,14 @@ def test_who_wanted_a_version_and_why_is_told(store: Store) -> None:
 
 
 @pytest.mark.parametrize("subject", ["reviews@1", "tickets2@1"])
-def test_another_model_has_another_history(store: Store, subject: str) -> None:
+def test_each_model_has_its_own_history(store: Store, subject: str) -> None:
     begin_serving(store, Desired(target(1), None, 1), Began.START)
     record_event(store, AuditEntry(Action.PROMOTE, subject, ALICE, details={"generation": 1}))
     (row,) = read_history(store, "tickets")
     assert row["action"] is None
 
 
-def test_the_removal_of_a_version_is_no_wish_for_it(store: Store) -> None:
+def test_removal_of_a_version_is_not_a_request_for_it(store: Store) -> None:
     begin_serving(store, Desired(target(1), None, 1), Began.START)
     record_event(store, AuditEntry(Action.REMOVE_VERSION, "tickets@9", ALICE, details={"generation": 1}))
     assert read_history(store, "tickets")[0]["action"] is None

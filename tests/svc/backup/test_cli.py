@@ -10,7 +10,7 @@ from tests.command_line import Svc
 from tests.svc.backup.conftest import UsedHome
 
 
-def test_a_backup_and_a_restore_say_what_they_did(svc: Svc, used: UsedHome, tmp_path: Path) -> None:
+def test_backup_and_restore_report_their_results(svc: Svc, used: UsedHome, tmp_path: Path) -> None:
     version = used.publish()
     made = svc("--home", used.settings.home, "backup", "backups", "--json")
     assert made.code == 0, made.err
@@ -24,14 +24,14 @@ def test_a_backup_and_a_restore_say_what_they_did(svc: Svc, used: UsedHome, tmp_
     assert sorted(event.action for event in events) == ["backup", "restore"]
 
 
-def test_people_are_told_too(svc: Svc, used: UsedHome) -> None:
+def test_backup_and_restore_report_their_results_to_people(svc: Svc, used: UsedHome) -> None:
     version = used.publish()
     assert "1 versions, 1 of them copied now" in svc("--home", used.settings.home, "backup", "backups").out
     assert str(version) in svc("restore", "backups", "--list").out
     assert "1 versions" in svc("--home", "again", "restore", "backups").out
 
 
-def test_a_backup_without_a_needed_version_is_an_error_that_names_it(svc: Svc, used: UsedHome, tmp_path: Path) -> None:
+def test_missing_needed_version_is_an_error_that_names_it(svc: Svc, used: UsedHome, tmp_path: Path) -> None:
     version = used.publish()
     used.promote(version)
     used.registry.folder(version).rename(tmp_path / "elsewhere")
@@ -41,18 +41,18 @@ def test_a_backup_without_a_needed_version_is_an_error_that_names_it(svc: Svc, u
     assert svc("--home", "again", "restore", "backups").code == 0
 
 
-def test_a_home_that_is_not_there_is_not_made(svc: Svc, tmp_path: Path) -> None:
+def test_missing_home_is_not_created(svc: Svc, tmp_path: Path) -> None:
     assert svc("--home", "nowhere", "backup", "backups").code == NotFoundError.exit_code
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_a_folder_in_the_home_is_refused(svc: Svc, used: UsedHome) -> None:
+def test_folder_inside_the_home_is_rejected(svc: Svc, used: UsedHome) -> None:
     ended = svc("--home", used.settings.home, "backup", used.settings.home / "backups")
     assert ended.code == 2
     assert "is inside the home" in ended.err
 
 
-def test_a_restore_over_a_home_is_refused(svc: Svc, used: UsedHome) -> None:
+def test_restore_over_an_existing_home_is_rejected(svc: Svc, used: UsedHome) -> None:
     svc("--home", used.settings.home, "backup", "backups")
     ended = svc("--home", used.settings.home, "restore", "backups")
     assert ended.code == SettingsError.exit_code

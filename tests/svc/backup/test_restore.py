@@ -15,20 +15,20 @@ from tests.svc.backup.conftest import BackUp, RestoreAs, UsedHome, progress
 from tests.svc.registry.manifests import make_manifest
 
 
-def test_a_home_that_is_not_empty_is_refused(used: UsedHome, archive: Archive, back_up: BackUp) -> None:
+def test_home_that_is_not_empty_is_rejected(used: UsedHome, archive: Archive, back_up: BackUp) -> None:
     back_up()
     with pytest.raises(SettingsError, match="is not empty"):
         Restore(archive, used.settings.home).run(archive.find(None))
 
 
-def test_a_home_in_use_is_refused(archive: Archive, back_up: BackUp, tmp_path: Path) -> None:
+def test_home_in_use_is_rejected(archive: Archive, back_up: BackUp, tmp_path: Path) -> None:
     back_up()
     home = tmp_path / "again"
     with hold_lock(home / "serve.lock", "the home"), pytest.raises(BusyError):
         Restore(archive, home).run(archive.find(None))
 
 
-def test_a_restore_that_was_cut_off_goes_on(used: UsedHome, archive: Archive, back_up: BackUp, tmp_path: Path) -> None:
+def test_interrupted_restore_continues(used: UsedHome, archive: Archive, back_up: BackUp, tmp_path: Path) -> None:
     first, second = used.publish(), used.publish()
     snapshot, home, totals = back_up().snapshot, tmp_path / "again", list[int]()
 
@@ -46,7 +46,7 @@ def test_a_restore_that_was_cut_off_goes_on(used: UsedHome, archive: Archive, ba
         Restore(archive, home).run(snapshot)
 
 
-def test_a_snapshot_with_another_database_is_refused(archive: Archive, back_up: BackUp, tmp_path: Path) -> None:
+def test_snapshot_with_an_altered_database_is_rejected(archive: Archive, back_up: BackUp, tmp_path: Path) -> None:
     snapshot = back_up().snapshot
     with (archive.folder(snapshot) / "svc.db").open("ab") as file:
         file.write(b"x")
@@ -55,7 +55,7 @@ def test_a_snapshot_with_another_database_is_refused(archive: Archive, back_up: 
     assert not (tmp_path / "again" / "svc.db").exists()
 
 
-def test_a_version_that_was_altered_in_the_backup_is_refused(
+def test_version_altered_in_the_backup_is_rejected(
     used: UsedHome, archive: Archive, back_up: BackUp, restore_as: RestoreAs, tmp_path: Path
 ) -> None:
     version = used.publish()
@@ -68,7 +68,7 @@ def test_a_version_that_was_altered_in_the_backup_is_refused(
     assert not (tmp_path / "again" / "svc.db").exists()
 
 
-def test_an_older_snapshot_can_be_chosen(used: UsedHome, archive: Archive, back_up: BackUp, tmp_path: Path) -> None:
+def test_older_snapshot_can_be_chosen(used: UsedHome, archive: Archive, back_up: BackUp, tmp_path: Path) -> None:
     first = used.publish()
     older = back_up().snapshot
     used.publish()
@@ -79,12 +79,12 @@ def test_an_older_snapshot_can_be_chosen(used: UsedHome, archive: Archive, back_
         archive.find("19990101T000000.000Z")
 
 
-def test_a_folder_that_is_no_backup_is_told(tmp_path: Path) -> None:
+def test_folder_that_is_not_a_backup_is_reported(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="no snapshot"):
         Archive(tmp_path / "nothing").find(None)
 
 
-def test_a_restored_home_registers_further_versions(used: UsedHome, back_up: BackUp, restore_as: RestoreAs) -> None:
+def test_restored_home_can_register_versions(used: UsedHome, back_up: BackUp, restore_as: RestoreAs) -> None:
     first = used.publish()
     back_up()
     registry = Registry.of(restore_as("again"))

@@ -36,7 +36,7 @@ def states(home: Path) -> dict[str, bool]:
     return {key.principal.name: key.usable(datetime.now(UTC)) for key in ring(home).all()}
 
 
-def test_a_key_stays_revoked_when_any_newer_snapshot_has_it_revoked(
+def test_key_stays_revoked_when_any_newer_snapshot_has_it_revoked(
     used: UsedHome, archive: Archive, back_up: BackUp, tmp_path: Path
 ) -> None:
     create(used, "stolen", "retired", "fine")
@@ -58,7 +58,7 @@ def test_a_key_stays_revoked_when_any_newer_snapshot_has_it_revoked(
     assert verify_chain(store).fault is None
 
 
-def test_the_archive_is_not_changed_when_newer_snapshots_are_read(
+def test_archive_is_not_changed_when_newer_snapshots_are_read(
     used: UsedHome, archive: Archive, back_up: BackUp, tmp_path: Path
 ) -> None:
     create(used, "one")
@@ -69,7 +69,7 @@ def test_the_archive_is_not_changed_when_newer_snapshots_are_read(
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-def test_the_home_has_no_store_when_the_keys_are_not_confirmed(
+def test_home_has_no_store_when_the_keys_are_not_confirmed(
     used: UsedHome, archive: Archive, back_up: BackUp, tmp_path: Path
 ) -> None:
     create(used, "one")
@@ -88,7 +88,7 @@ def test_the_home_has_no_store_when_the_keys_are_not_confirmed(
     assert states(home) == {"one": True}
 
 
-def test_a_restore_is_refused_when_keys_would_be_valid_and_nobody_can_be_asked(
+def test_restore_is_rejected_when_keys_would_be_valid_and_nobody_can_be_asked(
     svc: Svc, used: UsedHome, tmp_path: Path
 ) -> None:
     (issued,) = create(used, "laptop")
@@ -103,7 +103,7 @@ def test_a_restore_is_refused_when_keys_would_be_valid_and_nobody_can_be_asked(
     assert issued.key.id in shown and "2026-01-02 03:00" in shown
 
 
-def test_a_restore_goes_on_when_the_keys_are_confirmed_by_an_option(svc: Svc, used: UsedHome, tmp_path: Path) -> None:
+def test_restore_continues_when_the_keys_are_confirmed_by_an_option(svc: Svc, used: UsedHome, tmp_path: Path) -> None:
     create(used, "laptop", "stolen")
     svc("--home", used.settings.home, "backup", "backups")
     name = json.loads(svc("restore", "backups", "--list", "--json").out)[0]["name"]
@@ -120,7 +120,7 @@ def test_a_restore_goes_on_when_the_keys_are_confirmed_by_an_option(svc: Svc, us
 
 
 @pytest.mark.parametrize("answer", ["y", "n"])
-def test_a_person_is_asked_when_there_is_a_terminal(
+def test_confirmation_is_requested_when_there_is_a_terminal(
     svc: Svc, used: UsedHome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str
 ) -> None:
     create(used, "laptop")
@@ -144,7 +144,7 @@ def test_only_new_keys_are_valid_when_all_are_revoked(svc: Svc, used: UsedHome, 
     assert len(read_keys(open_database(tmp_path / "again"))) == 3
 
 
-def test_a_newer_snapshot_is_named_when_its_store_cannot_be_read(svc: Svc, used: UsedHome, tmp_path: Path) -> None:
+def test_newer_snapshot_is_named_when_its_store_cannot_be_read(svc: Svc, used: UsedHome, tmp_path: Path) -> None:
     create(used, "laptop")
     svc("--home", used.settings.home, "backup", "backups")
     svc("--home", used.settings.home, "backup", "backups")

@@ -52,7 +52,7 @@ def going(*steps: Callable[[], None]) -> Iterator[list[Exception]]:
             thread.join()
 
 
-def test_every_snapshot_is_whole_while_versions_come_serve_and_go(
+def test_every_snapshot_is_complete_when_versions_are_added_served_and_removed_concurrently(
     used: UsedHome, archive: Archive, tmp_path: Path
 ) -> None:
     used.promote(used.publish())

@@ -19,7 +19,7 @@ def test_prompts_that_differ_in_spacing_and_case_have_one_hash() -> None:
     assert hashes[0] == hashes[1] != hashes[2]
 
 
-def test_the_hash_is_that_by_which_copies_are_found() -> None:
+def test_hash_is_the_one_that_finds_duplicates() -> None:
     """What is kept of versions is compared with the table of the next one's examples."""
     builder, examples = LineTableBuilder(), [chat("a"), chat("b")]
     for number, example in enumerate(examples):
@@ -27,18 +27,18 @@ def test_the_hash_is_that_by_which_copies_are_found() -> None:
     assert builder.finish().rows["prompts"].tolist() == hash_prompts(examples).tolist()
 
 
-def test_hashes_that_were_written_are_read_again_sorted_and_each_once(tmp_path: Path) -> None:
+def test_written_hashes_are_read_back_sorted_and_distinct(tmp_path: Path) -> None:
     write_prompt_hashes(tmp_path / "h.npy", np.array([2**64 - 1, 5, 7, 5], np.uint64))
     assert read_prompt_hashes(tmp_path / "h.npy").tolist() == [5, 7, 2**64 - 1]
 
 
-def test_a_prompt_takes_eight_bytes(tmp_path: Path) -> None:
+def test_prompt_takes_eight_bytes(tmp_path: Path) -> None:
     write_prompt_hashes(tmp_path / "h.npy", hash_prompts(chat(f"question {number}") for number in range(1000)))
     assert (tmp_path / "h.npy").stat().st_size <= 8 * 1000 + 128
 
 
 @pytest.mark.parametrize("size", [0, 5, 100, 130])
-def test_a_file_that_was_cut_off_is_told(tmp_path: Path, size: int) -> None:
+def test_truncated_file_is_reported(tmp_path: Path, size: int) -> None:
     write_prompt_hashes(path := tmp_path / "h.npy", hash_prompts([chat("a"), chat("b")]))
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(IntegrityError, match=r"cannot read .*h\.npy"):
@@ -46,7 +46,7 @@ def test_a_file_that_was_cut_off_is_told(tmp_path: Path, size: int) -> None:
 
 
 @pytest.mark.parametrize("write", [partial(np.save, arr=np.zeros(3)), partial(np.savez, arr=np.zeros(3, np.uint64))])
-def test_a_file_of_something_else_is_told(tmp_path: Path, write: Callable[[BytesIO], None]) -> None:
+def test_file_of_another_kind_is_reported(tmp_path: Path, write: Callable[[BytesIO], None]) -> None:
     write(content := BytesIO())
     (tmp_path / "h.npy").write_bytes(content.getvalue())
     with pytest.raises(IntegrityError, match="contains no hashes of prompts"):

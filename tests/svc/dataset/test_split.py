@@ -47,7 +47,7 @@ def test_near_duplicates_stay_on_one_side(seed: int, split_seed: int, share: flo
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3])
-def test_of_real_examples_the_share_is_held_out(share: float) -> None:
+def test_held_out_share_is_the_requested_one_for_real_examples(share: float) -> None:
     """Hardly any of them has a near duplicate. Four standard deviations of 1,200 throws are 0.035 and 0.053."""
     examples = read_examples(TASK / "train.jsonl")
     split = split_heldout(examples, share, 0)
@@ -55,7 +55,7 @@ def test_of_real_examples_the_share_is_held_out(share: float) -> None:
 
 
 @pytest.mark.slow
-def test_a_group_is_held_out_as_often_as_the_smallest_of_its_hashes_is_below_the_share() -> None:
+def test_group_is_held_out_when_its_smallest_hash_is_below_the_share() -> None:
     """Of its copies one differs in case alone, and has no hash of its own: three hashes, and 1 - 0.9 ** 3 is 0.271."""
     examples = with_copies(1)
     copied = {example.answer for example in examples if sum(one.answer == example.answer for one in examples) > 1}
@@ -68,7 +68,7 @@ def test_a_group_is_held_out_as_often_as_the_smallest_of_its_hashes_is_below_the
 
 @given(st.integers(0, 2**32), st.integers(0, 9), st.integers(0, 60))
 @settings(max_examples=15, deadline=None)
-def test_unrelated_examples_move_none_of_those_that_were_there(seed: int, split_seed: int, more: int) -> None:
+def test_unrelated_new_examples_move_no_existing_example(seed: int, split_seed: int, more: int) -> None:
     before = split_heldout(examples := with_copies(seed), 0.2, split_seed)
     after = split_heldout([*unrelated(seed + 1, more), *examples], 0.2, split_seed)
     assert set(before.heldout) <= set(after.heldout)
@@ -77,7 +77,7 @@ def test_unrelated_examples_move_none_of_those_that_were_there(seed: int, split_
 
 @given(st.integers(0, 2**32), st.integers(0, 9), st.sets(st.integers(0, 69), max_size=30))
 @settings(max_examples=15, deadline=None)
-def test_no_group_of_which_an_earlier_version_learnt_a_prompt_is_held_out(
+def test_group_with_a_prompt_that_an_earlier_version_was_trained_on_is_not_held_out(
     seed: int, split_seed: int, places: set[int]
 ) -> None:
     examples = with_copies(seed)
@@ -88,46 +88,46 @@ def test_no_group_of_which_an_earlier_version_learnt_a_prompt_is_held_out(
 
 @given(st.integers(0, 2**32), st.integers(0, 9), st.floats(0.01, 0.99))
 @settings(max_examples=15, deadline=None)
-def test_the_version_that_was_made_of_a_split_changes_nothing_in_it(seed: int, split_seed: int, share: float) -> None:
+def test_version_that_was_trained_on_a_split_does_not_change_it(seed: int, split_seed: int, share: float) -> None:
     """Or the same recipe would be another run after it was done."""
     split = split_heldout(examples := with_copies(seed), share, split_seed)
     again = split_heldout(examples, share, split_seed, hash_prompts(split.train))
     assert (again.train, again.heldout) == (split.train, split.heldout)
 
 
-def test_what_would_be_held_out_if_it_had_not_been_learnt_is_counted() -> None:
+def test_examples_that_are_not_held_out_because_they_were_trained_on_are_counted() -> None:
     examples = unrelated(0, 60)
     held = split_heldout(examples, 0.2, 0).heldout
     assert split_heldout(examples, 0.2, 0, hash_prompts(held[:3])).learnt_before == 3
 
 
-def test_examples_that_were_all_learnt_cannot_be_split() -> None:
+def test_examples_that_were_all_trained_on_cannot_be_split() -> None:
     examples = unrelated(0, 5)
     with pytest.raises(DataError, match="were trained on all examples") as caught:
         split_heldout(examples, 0.2, 0, hash_prompts(examples))
     assert "data.heldout" in caught.value.todo
 
 
-def test_the_order_of_the_examples_does_not_matter() -> None:
+def test_order_of_the_examples_does_not_matter() -> None:
     examples = [chat(f"question {number}") for number in range(50)]
     one = split_heldout(examples, 0.1, 3).heldout
     other = split_heldout(examples[::-1], 0.1, 3).heldout
     assert one == other[::-1] != []
 
 
-def test_another_seed_holds_out_others() -> None:
+def test_another_seed_holds_out_other_examples() -> None:
     examples = unrelated(0, 50)
     assert split_heldout(examples, 0.2, 0).heldout != split_heldout(examples, 0.2, 1).heldout
 
 
-def test_one_at_least_is_held_out_and_equal_prompts_stay_together() -> None:
+def test_at_least_one_example_is_held_out_and_equal_prompts_stay_together() -> None:
     examples = [chat("a", "1"), chat("a", "2"), chat("b", "3")]
     splits = [split_heldout(examples, 0.01, seed) for seed in range(8)]
     assert {tuple(split.heldout) for split in splits} == {tuple(examples[:2]), tuple(examples[2:])}
     assert list(group_near_duplicates(examples)) == [0, 0, 2]
 
 
-def test_one_at_least_is_trained_on() -> None:
+def test_at_least_one_example_is_trained_on() -> None:
     examples = unrelated(0, 4)
     assert len(split_heldout(examples, 0.9999, 0).train) == 1
 
@@ -139,7 +139,7 @@ def test_copies_of_one_example_cannot_be_split() -> None:
 
 
 @given(st.integers(0, 50), st.integers(0, 9), st.integers(1, 60))
-def test_a_sample_comes_first_and_all_else_keeps_its_order(count: int, seed: int, size: int) -> None:
+def test_sample_comes_first_and_the_rest_keeps_its_order(count: int, seed: int, size: int) -> None:
     examples = [chat(f"question {number}") for number in range(count)]
     placed = [examples.index(example) for example in put_sample_first(examples, size, seed)]
     assert sorted(placed) == list(range(count))
@@ -147,7 +147,7 @@ def test_a_sample_comes_first_and_all_else_keeps_its_order(count: int, seed: int
     assert placed[size:] == sorted(placed[size:])
 
 
-def test_a_sample_is_of_all_the_file() -> None:
+def test_every_example_is_sampled_equally_often() -> None:
     """Each of forty examples is among ten in a quarter of the draws."""
     examples = [chat(f"question {number}") for number in range(40)]
     draws = [put_sample_first(examples, 10, seed)[:10] for seed in range(400)]
@@ -155,7 +155,7 @@ def test_a_sample_is_of_all_the_file() -> None:
     assert min(often) > 0.15 and max(often) < 0.35  # 4.6 standard deviations
 
 
-def test_a_sample_is_the_same_in_whatever_order_the_examples_are() -> None:
+def test_sample_does_not_depend_on_the_order_of_the_examples() -> None:
     examples = [chat(f"question {number}") for number in range(40)]
     one, other = put_sample_first(examples, 10, 0)[:10], put_sample_first(examples[::-1], 10, 0)[:10]
     assert one == other[::-1]
@@ -169,6 +169,6 @@ def test_general_examples_are_chosen_by_the_seed() -> None:
     assert mix_general(train, general, [], 0.1, 1) != chosen
 
 
-def test_held_out_prompts_are_no_general_examples() -> None:
+def test_held_out_prompts_are_not_general_examples() -> None:
     with pytest.raises(DataError, match="has 1 examples"):
         mix_general([chat("t")], [chat("g"), chat("H ", "x")], [chat("h")], 0.7, 0)

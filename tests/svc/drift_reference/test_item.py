@@ -97,9 +97,7 @@ def same(one: Sample, other: Sample) -> None:
 
 @settings(max_examples=25)
 @given(st.lists(answers, min_size=1, max_size=3), st.none() | st.floats(-9, 0))
-def test_items_are_the_samples_that_the_reference_is_made_of(
-    records: list[RequestRecord], logprob: float | None
-) -> None:
+def test_items_convert_to_the_same_samples_as_their_texts(records: list[RequestRecord], logprob: float | None) -> None:
     items = maker.make(records)
     assert REFERENCE.prompts is not None and REFERENCE.answers is not None
     same(prompt_sample(items, REFERENCE.prompts), REFERENCE.prompt_sampler.sample([*map(_prompt, records)]))  # type: ignore[union-attr]
@@ -115,7 +113,7 @@ def _greedy(record: RequestRecord) -> bool:
     return record.temperature == 0 and (record.max_tokens is None or record.max_tokens >= answer_sampler.cut)
 
 
-def test_stored_items_are_the_same_samples(tmp_path: Path) -> None:
+def test_stored_items_convert_to_the_same_samples(tmp_path: Path) -> None:
     store = new_store(tmp_path)
     records = [chat(text)._replace(request_id=text) for text in TEXTS]
     add_requests(store, records)
@@ -128,46 +126,46 @@ def test_stored_items_are_the_same_samples(tmp_path: Path) -> None:
     same(answer_sample(stored, none, REFERENCE.answers), answer_sample(items, none, REFERENCE.answers))
 
 
-def test_a_feature_counts_as_not_there_when_an_item_lacks_it() -> None:
+def test_feature_counts_as_missing_when_an_item_lacks_it() -> None:
     like = Sample(0, {"new": np.zeros(0)}, {"newer": np.array([], dtype=np.str_)}, (np.zeros((0, 4)), np.zeros((0, 3))))
     found = answer_sample(maker.make([chat("a")]), [None], like)
     assert np.isnan(found.numbers["new"]).all()
     assert found.categories["newer"].tolist() == [""]
 
 
-def test_no_items_are_an_empty_sample() -> None:
+def test_sample_is_empty_when_there_are_no_items() -> None:
     assert REFERENCE.prompts is not None
     empty = prompt_sample([], REFERENCE.prompts)
     assert empty.size == 0
     same(empty.followed_by(REFERENCE.prompts), REFERENCE.prompts)
 
 
-def test_all_turns_of_a_conversation_share_it_and_others_do_not() -> None:
+def test_conversation_hash_is_equal_for_all_turns_of_a_conversation_and_for_no_other() -> None:
     first, second = make(chat("Where is it?")), make(chat("Where is it?", "Here.", "Thanks!"))
     assert first.conversation == second.conversation
     others = [chat("Where is she?"), chat("Where is it?", system=""), chat("Thanks!")]
     assert len({first.conversation, *(make(other).conversation for other in others)}) == 4
 
 
-def test_a_plain_completion_is_its_own_conversation() -> None:
+def test_plain_completion_is_its_own_conversation() -> None:
     one, same_one, other = (make(RECORD._replace(prompt=json.dumps(text))) for text in ("a", "a", "b"))
     assert one.conversation == same_one.conversation != other.conversation
 
 
-def test_the_words_are_those_of_the_last_user_turn() -> None:
+def test_words_are_those_of_the_last_user_turn() -> None:
     assert make(chat("elephant", "no", "my parcel")).words.tolist() == REFERENCE.hashes.words("parcel my").tolist()
 
 
-def test_the_answer_has_no_log_probability_yet() -> None:
+def test_answer_has_no_log_probability_before_it_is_scored() -> None:
     assert AnswerFeature.LOGPROB not in make(chat("a")).answer
 
 
-def test_no_item_can_be_made_when_there_is_nothing_to_compare_with() -> None:
+def test_items_cannot_be_created_when_the_version_has_no_reference() -> None:
     with pytest.raises(NotFoundError, match="adapter"):
         ItemMaker(Reference(None, None, None, None, "an adapter", [], REFERENCE.hashes))
 
 
-def test_the_reference_has_the_words_of_its_prompts(tmp_path: Path) -> None:
+def test_reference_has_the_words_of_its_prompts(tmp_path: Path) -> None:
     registry = open_registry(tmp_path)
     register(registry, examples=20)
     reference = read_reference(registry, target(), Redactor())
@@ -179,7 +177,7 @@ def test_the_reference_has_the_words_of_its_prompts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-32-le"])
-def test_no_text_of_a_request_is_in_the_database(tmp_path: Path, encoding: str) -> None:
+def test_database_contains_no_text_of_a_request(tmp_path: Path, encoding: str) -> None:
     store = new_store(tmp_path)
     record = chat("Featherstonehaugh lost Cholmondeley", "Marjoribanks", "Where is Featherstonehaugh?")
     record = record._replace(answer="Beauchamp")

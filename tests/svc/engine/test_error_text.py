@@ -40,7 +40,7 @@ OWN_PYDANTIC = (
         (repr(PROMPT), "…"),
     ],
 )
-def test_what_is_quoted_of_a_request_is_left_out(message: str, told: str) -> None:
+def test_quoted_parts_of_a_request_are_left_out(message: str, told: str) -> None:
     assert without_values(message) == told
 
 
@@ -57,11 +57,11 @@ def test_what_is_quoted_of_a_request_is_left_out(message: str, told: str) -> Non
         "",
     ],
 )
-def test_what_quotes_nothing_stays(message: str) -> None:
+def test_text_without_quotes_is_unchanged(message: str) -> None:
     assert without_values(message) == message
 
 
-def test_it_is_one_short_line() -> None:
+def test_error_text_is_one_short_line() -> None:
     told = without_values("a word\n" * 10_000)
     assert len(told) < 250
     assert "\n" not in told
@@ -78,9 +78,9 @@ def test_it_is_one_short_line() -> None:
         (b"[" * 100_000, ""),
     ],
 )
-def test_the_message_of_an_answer_is_found(body: bytes, told: str) -> None:
+def test_message_of_an_answer_is_found(body: bytes, told: str) -> None:
     assert told_error(body) == told
 
 
-def test_an_answer_that_is_no_object_has_no_error() -> None:
+def test_answer_that_is_not_an_object_has_no_error() -> None:
     assert error_of(b'"text"') is None

@@ -43,36 +43,36 @@ def test_cores_are_those_of_the_affinity(limits: Limits, monkeypatch: pytest.Mon
     assert read_machine(gpus=False).cores == (3, 5)
 
 
-def test_without_limits_all_memory_is_there(limits: Limits) -> None:
+def test_all_memory_is_available_without_limits(limits: Limits) -> None:
     found = read_machine(gpus=False)
     assert found.memory == psutil.virtual_memory().total
     assert 0 < found.free < found.memory
     assert found.quota is None
 
 
-def test_the_quota_of_a_cgroup_is_in_cores(limits: Limits) -> None:
+def test_quota_of_a_cgroup_is_in_cores(limits: Limits) -> None:
     limits("0::/\n", {"cgroup/cpu.max": "150000 100000"})
     assert read_machine(gpus=False).quota == 1.5
 
 
-def test_the_least_quota_above_the_process_counts(limits: Limits) -> None:
+def test_smallest_quota_above_the_process_counts(limits: Limits) -> None:
     files = {"cgroup/a/b/cpu.max": "400000 100000", "cgroup/a/cpu.max": "200000 100000", "cgroup/cpu.max": "max 100000"}
     limits("0::/a/b\n", files)
     assert read_machine(gpus=False).quota == 2.0
 
 
-def test_the_limit_of_a_cgroup_is_all_memory_there_is(limits: Limits) -> None:
+def test_limit_of_a_cgroup_is_the_total_memory(limits: Limits) -> None:
     limits("0::/\n", {"cgroup/memory.max": str(GIB), "cgroup/memory.current": str(GIB // 4)})
     found = read_machine(gpus=False)
     assert (found.memory, found.free) == (GIB, 3 * GIB // 4)
 
 
-def test_a_limit_that_is_used_up_leaves_nothing(limits: Limits) -> None:
+def test_no_memory_is_available_when_the_limit_is_used_up(limits: Limits) -> None:
     limits("0::/\n", {"cgroup/memory.max": str(GIB), "cgroup/memory.current": str(2 * GIB)})
     assert read_machine(gpus=False).free == 0
 
 
-def test_the_first_version_of_cgroups_is_read_too(limits: Limits) -> None:
+def test_cgroups_v1_are_read(limits: Limits) -> None:
     files = {
         "cgroup/cpu/cpu.cfs_quota_us": "300000",
         "cgroup/cpu/cpu.cfs_period_us": "100000",
@@ -85,7 +85,7 @@ def test_the_first_version_of_cgroups_is_read_too(limits: Limits) -> None:
     assert (found.quota, found.memory, found.free) == (3.0, GIB, GIB // 2)
 
 
-def test_no_limit_of_the_first_version_is_no_limit(limits: Limits) -> None:
+def test_maximum_value_of_cgroups_v1_means_no_limit(limits: Limits) -> None:
     files = {
         "cgroup/cpu/cpu.cfs_quota_us": "-1",
         "cgroup/cpu/cpu.cfs_period_us": "100000",
@@ -116,17 +116,17 @@ def test_memory_nodes_are_those_of_its_cores(
     assert read_machine(gpus=False).nodes == nodes  # of core 7 nothing is known
 
 
-def test_vllms_own_variable_for_threads_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllms_own_variable_for_threads_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-1")
     assert read_machine(gpus=False).threads_bind == "0-1"
 
 
-def test_without_nvidia_smi_there_are_no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machine_has_no_gpus_without_nvidia_smi(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_QUERY", ["/no/such/nvidia-smi"])
     assert read_machine(gpus=True).gpus == ()
 
 
-def test_gpus_are_asked_of_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_are_read_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "answer").write_text(ANSWER)
     monkeypatch.setattr(machine, "_QUERY", ["cat", str(tmp_path / "answer")])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
@@ -148,15 +148,15 @@ def test_gpus_are_asked_of_nvidia_smi(tmp_path: Path, monkeypatch: pytest.Monkey
         ("MIG-1234", []),
     ],
 )
-def test_visible_are_the_gpus_that_cuda_would_use(visible: str | None, frees: list[int]) -> None:
+def test_visible_gpus_are_those_that_cuda_would_use(visible: str | None, frees: list[int]) -> None:
     assert [gpu.free // MIB for gpu in visible_gpus(ANSWER, visible)] == frees
 
 
 @pytest.mark.parametrize("answer", ["", "NVIDIA-SMI has failed", "0, GPU-a, [N/A], [N/A], NVIDIA GB10"])
-def test_an_answer_without_figures_shows_no_gpu(answer: str) -> None:
+def test_output_without_figures_shows_no_gpu(answer: str) -> None:
     assert visible_gpus(answer, None) == ()
 
 
 @given(st.text(), st.none() | st.text())
-def test_any_answer_can_be_read(answer: str, visible: str | None) -> None:
+def test_any_output_can_be_read(answer: str, visible: str | None) -> None:
     assert visible_gpus(answer, visible) == ()

@@ -33,34 +33,34 @@ def test_facts_are_those_of_the_config(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"])
-def test_a_mixture_has_experts(tmp_path: Path, key: str) -> None:
+def test_mixture_model_has_experts(tmp_path: Path, key: str) -> None:
     assert read(tmp_path, {**SMOLLM2, key: 8}).experts
     assert read(tmp_path, {"text_config": {**SMOLLM2, key: 8}}).experts
 
 
 @pytest.mark.parametrize("said", [{}, {"num_experts": 1}, {"num_experts": 0}, {"num_experts": None}])
-def test_a_dense_model_has_none(tmp_path: Path, said: dict[str, Any]) -> None:
+def test_dense_model_has_no_experts(tmp_path: Path, said: dict[str, Any]) -> None:
     assert not read(tmp_path, {**SMOLLM2, **said}).experts
 
 
-def test_a_token_keeps_a_key_and_a_value_in_each_layer(tmp_path: Path) -> None:
+def test_token_has_a_key_and_a_value_in_each_layer(tmp_path: Path) -> None:
     assert read(tmp_path, SMOLLM2).token_bytes == 2 * 30 * 3 * 64 * 2
 
 
-def test_the_size_of_a_head_may_be_its_own(tmp_path: Path) -> None:
+def test_head_size_may_be_explicit(tmp_path: Path) -> None:
     assert read(tmp_path, {**SMOLLM2, "head_dim": 128}).token_bytes == 2 * 30 * 3 * 128 * 2
 
 
-def test_without_grouped_heads_all_keep_keys_and_values(tmp_path: Path) -> None:
+def test_all_heads_have_keys_and_values_without_grouped_heads(tmp_path: Path) -> None:
     config = {key: value for key, value in SMOLLM2.items() if key != "num_key_value_heads"}
     assert read(tmp_path, config).kv_heads == 9
 
 
-def test_the_text_part_of_a_model_with_other_parts_counts(tmp_path: Path) -> None:
+def test_text_part_of_a_multimodal_model_counts(tmp_path: Path) -> None:
     assert read(tmp_path, {"text_config": SMOLLM2, "dtype": "float16"}).kv_heads == 3
 
 
-def test_the_weights_are_all_their_files(tmp_path: Path) -> None:
+def test_weights_are_the_sum_of_their_files(tmp_path: Path) -> None:
     for number, size in enumerate((100, 20)):
         (tmp_path / f"model-{number}.safetensors").write_bytes(b"x" * size)
     assert read(tmp_path, SMOLLM2).weights == 120
@@ -72,23 +72,23 @@ def test_ranks_divide_all_heads(tmp_path: Path, ranks: int, divides: bool) -> No
 
 
 @pytest.mark.parametrize(("group_size", "divides"), [(64, True), (128, False), (-1, True)])
-def test_ranks_leave_groups_of_quantized_weights_whole(tmp_path: Path, group_size: int, divides: bool) -> None:
+def test_ranks_keep_groups_of_quantized_weights_complete(tmp_path: Path, group_size: int, divides: bool) -> None:
     config = {**SMOLLM2, "quantization_config": {"bits": 4, "group_size": group_size}}
     assert read(tmp_path, config).divides(3) is divides
 
 
 @pytest.mark.parametrize("content", ["", "[]", "no json", "null"])
-def test_a_damaged_config_says_nothing(tmp_path: Path, content: str) -> None:
+def test_damaged_config_gives_no_facts(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_text(content)
     assert read_model_facts(tmp_path) == ModelFacts()
 
 
-def test_no_folder_says_nothing(tmp_path: Path) -> None:
+def test_missing_folder_gives_no_facts(tmp_path: Path) -> None:
     assert read_model_facts(tmp_path / "none") == ModelFacts()
 
 
 @given(st.dictionaries(st.sampled_from([*SMOLLM2, "text_config", "quantization_config", "head_dim"]), json_values))
-def test_whatever_a_config_says_can_be_read(tmp_path_factory: pytest.TempPathFactory, config: dict[str, Any]) -> None:
+def test_any_config_can_be_read(tmp_path_factory: pytest.TempPathFactory, config: dict[str, Any]) -> None:
     facts = read(tmp_path_factory.getbasetemp(), config)
     assert facts.token_bytes is None or facts.token_bytes > 0
     assert facts.divides(1) or facts.heads is not None

@@ -51,11 +51,11 @@ async def check(double: EngineDouble, probes: Sequence[Probe]) -> float:
         return await check_probes(client, probes)
 
 
-async def test_the_same_weights_pass_with_no_difference() -> None:
+async def test_same_weights_pass_with_no_difference() -> None:
     assert await check(EngineDouble(), await probes_of(EngineDouble())) == 0.0
 
 
-async def test_noise_within_the_tolerance_passes_and_is_told() -> None:
+async def test_noise_within_the_tolerance_passes_and_is_reported() -> None:
     probes = await probes_of(EngineDouble())
     assert await check(EngineDouble(probe_noise=MIN_TOLERANCE / 2), probes) == pytest.approx(MIN_TOLERANCE / 2)
 
@@ -74,19 +74,19 @@ async def test_other_weights_fail() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-async def test_a_log_probability_that_is_no_number_fails(value: float) -> None:
+async def test_log_probability_that_is_nan_fails(value: float) -> None:
     probes = await probes_of(EngineDouble())
     with pytest.raises(ProbeError):
         await check(EngineDouble(probe_noise=value), probes)
 
 
-async def test_a_probe_that_was_recorded_without_a_number_fails() -> None:
+async def test_probe_that_was_recorded_with_nan_fails() -> None:
     damaged = [probe.model_copy(update={"logprobs": (math.nan, -1.0)}) for probe in await probes_of(EngineDouble())]
     with pytest.raises(ProbeError):
         await check(EngineDouble(), damaged)
 
 
-async def test_no_probes_fail() -> None:
+async def test_empty_list_of_probes_fails() -> None:
     with pytest.raises(ProbeError, match="has no probes"):
         await check(EngineDouble(), [])
 
@@ -107,12 +107,12 @@ async def test_sequences_are_measured_alone_and_in_a_batch() -> None:
     assert all(run == measured[0] for run in measured)
 
 
-def test_equal_measurements_give_the_floor_of_the_tolerance() -> None:
+def test_tolerance_has_its_minimum_when_measurements_are_equal() -> None:
     probes = make_probes(SEQUENCES[:1], [[(-1.0, -2.0)], [(-1.0, -2.0)]], FACTS)
     assert probes[0].tolerance == MIN_TOLERANCE == 1e-3
 
 
-def test_the_tolerance_is_twice_the_measured_noise() -> None:
+def test_tolerance_is_twice_the_measured_noise() -> None:
     probes = make_probes(SEQUENCES[:1], [[(-1.0, -2.0)], [(-1.0, -2.01)], [(-1.02, -2.0)]], FACTS)
     assert probes[0].logprobs == (-1.0, -2.0)
     assert probes[0].tolerance == pytest.approx(0.04)
@@ -120,7 +120,7 @@ def test_the_tolerance_is_twice_the_measured_noise() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
 @pytest.mark.parametrize("run", [0, 1])
-def test_no_probe_is_made_of_what_is_no_number(value: float, run: int) -> None:
+def test_no_probe_is_created_from_nan(value: float, run: int) -> None:
     measured = [[(-1.0, -2.0)], [(-1.0, -2.0)]]
     measured[run] = [(-1.0, value)]
     with pytest.raises(ProbeError, match="that is not finite"):
@@ -142,7 +142,7 @@ tokens = st.lists(st.integers(0, 50_000), min_size=1, max_size=150)
 
 
 @given(st.lists(st.tuples(tokens, tokens), min_size=1, max_size=40), st.integers(1, MAX_PROBES))
-def test_chosen_sequences_are_few_short_and_end_a_prompt_before_its_answer(
+def test_chosen_sequences_are_few_and_short_and_end_a_prompt_before_its_answer(
     pairs: list[tuple[list[int], list[int]]], count: int
 ) -> None:
     chosen = choose_sequences(pairs, count)
@@ -154,7 +154,7 @@ def test_chosen_sequences_are_few_short_and_end_a_prompt_before_its_answer(
         assert any(tuple(p)[-start:] == prompt and tuple(a)[: len(answer)] == answer for p, a in pairs)
 
 
-def test_sequences_are_picked_over_the_whole_set() -> None:
+def test_sequences_are_chosen_from_the_whole_set() -> None:
     pairs = [([number], [number]) for number in range(16)]
     assert [token_ids[0] for token_ids, _ in choose_sequences(pairs, 4)] == [0, 4, 8, 12]
 
@@ -173,7 +173,7 @@ def test_sequences_are_picked_over_the_whole_set() -> None:
         {"note": "x"},
     ],
 )
-def test_a_probe_that_proves_nothing_cannot_be_made(change: dict[str, object]) -> None:
+def test_probe_that_proves_nothing_cannot_be_created(change: dict[str, object]) -> None:
     good = {"token_ids": (1, 2, 3, 4), "start": 2, "logprobs": (-1.0, -2.0), "tolerance": 1e-3, "engine": FACTS}
     Probe.model_validate(good)
     with pytest.raises(ValidationError):
@@ -190,13 +190,13 @@ def facts_of(
 GPTQ: dict[str, Any] = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
 
 
-def test_facts_tell_compiled_from_eager(tmp_path: Path) -> None:
+def test_facts_distinguish_compiled_from_eager(tmp_path: Path) -> None:
     eager, compiled = (facts_of(tmp_path, args=(value,)) for value in ("--enforce-eager", "--no-enforce-eager"))
     assert eager != compiled
     assert eager == facts_of(tmp_path)
 
 
-def test_facts_know_number_type_and_kernel(tmp_path: Path) -> None:
+def test_facts_have_number_type_and_kernel(tmp_path: Path) -> None:
     merged, gptq = facts_of(tmp_path, AVX2), facts_of(tmp_path, AVX2, GPTQ)
     assert (merged.dtype, merged.kernel) == ("float32", GptqKernel.VLLM)
     assert (gptq.dtype, gptq.kernel) == ("bfloat16", GptqKernel.TORCH)

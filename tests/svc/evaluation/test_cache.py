@@ -28,29 +28,29 @@ def cache(tmp_path: Path) -> EvaluationCache:
     return cache
 
 
-def test_results_come_in_the_order_of_the_examples(cache: EvaluationCache) -> None:
+def test_results_have_the_order_of_the_examples(cache: EvaluationCache) -> None:
     assert find(cache, EXAMPLES[::-1]) == tuple(RESULTS[::-1])
 
 
-def test_scores_are_not_kept(cache: EvaluationCache) -> None:
+def test_scores_are_not_cached(cache: EvaluationCache) -> None:
     scored = RESULTS[0].model_copy(update={"scores": {"accuracy": 1.0}})
     cache.add([chat("d", "4")], [scored])
     assert find(cache, [chat("d", "4")]) == (RESULTS[0],)
 
 
-def test_a_part_of_the_examples_is_known_too(cache: EvaluationCache) -> None:
+def test_cache_answers_for_a_part_of_the_examples(cache: EvaluationCache) -> None:
     assert find(cache, EXAMPLES[1:]) == tuple(RESULTS[1:])
 
 
-def test_one_example_that_was_never_asked_leaves_none_known(cache: EvaluationCache) -> None:
+def test_cache_has_no_results_when_one_example_was_never_asked(cache: EvaluationCache) -> None:
     assert find(cache, [*EXAMPLES, chat("d", "4")]) is None
 
 
-def test_an_example_with_another_reference_is_another(cache: EvaluationCache) -> None:
+def test_example_with_another_reference_is_another_example(cache: EvaluationCache) -> None:
     assert find(cache, [chat("a", "2")]) is None
 
 
-def test_answers_are_asked_again_when_their_limit_is_another(cache: EvaluationCache) -> None:
+def test_answers_are_generated_again_when_their_limit_changes(cache: EvaluationCache) -> None:
     assert find(cache, EXAMPLES, limit=8) is None
     shorter = [result.model_copy(update={"limit": 8}) for result in RESULTS]
     cache.add(EXAMPLES, shorter)
@@ -58,19 +58,19 @@ def test_answers_are_asked_again_when_their_limit_is_another(cache: EvaluationCa
     assert find(cache, EXAMPLES) == tuple(RESULTS)
 
 
-def test_what_is_added_later_is_known_beside_the_rest(cache: EvaluationCache) -> None:
+def test_results_added_later_are_found_with_the_earlier_ones(cache: EvaluationCache) -> None:
     cache.add([chat("d", "4")], RESULTS[:1])
     assert find(cache, [chat("d", "4"), *EXAMPLES]) == (RESULTS[0], *RESULTS)
 
 
 @pytest.mark.parametrize("conditions", [("sha256:2", "eager"), ("sha256:1", "compiled"), ("sha256:1",)])
-def test_other_weights_and_other_conditions_know_nothing(
+def test_cache_is_empty_for_other_weights_and_conditions(
     cache: EvaluationCache, tmp_path: Path, conditions: tuple[str, ...]
 ) -> None:
     assert find(EvaluationCache(tmp_path / "cache", *conditions), EXAMPLES) is None
 
 
-def test_a_damaged_file_is_asked_anew(cache: EvaluationCache, tmp_path: Path) -> None:
+def test_damaged_cache_file_is_ignored(cache: EvaluationCache, tmp_path: Path) -> None:
     [path] = (tmp_path / "cache").iterdir()
     path.write_bytes(path.read_bytes()[:-5])
     assert find(cache, EXAMPLES) is None

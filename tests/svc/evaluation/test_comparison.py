@@ -59,7 +59,7 @@ def against(
 @pytest.mark.slow
 @settings(max_examples=30)
 @given(rows)
-def test_the_other_way_round_all_differences_are_mirrored(given: list[tuple[str, str, str, float, float]]) -> None:
+def test_differences_are_mirrored_when_the_models_are_swapped(given: list[tuple[str, str, str, float, float]]) -> None:
     examples, one, other = pairs(given)
     there = compare(examples, one.results, other.results, ALL)
     back = compare(examples, other.results, one.results, ALL)
@@ -76,7 +76,7 @@ def test_the_other_way_round_all_differences_are_mirrored(given: list[tuple[str,
 
 @settings(max_examples=20)
 @given(rows)
-def test_a_model_against_itself_differs_nowhere(given: list[tuple[str, str, str, float, float]]) -> None:
+def test_model_compared_with_itself_has_no_differences(given: list[tuple[str, str, str, float, float]]) -> None:
     examples, one, _ = pairs(given)
     found = compare(examples, one.results, one.results, ALL)
     for compared in found.metrics.values():
@@ -95,12 +95,16 @@ def test_a_model_against_itself_differs_nowhere(given: list[tuple[str, str, str,
         (["net", "mail"] * 10, ["mail", "net"] * 10, Direction.UNDECIDED),
     ],
 )
-def test_what_the_second_is_by_the_primary_metric(first: list[str], second: list[str], direction: Direction) -> None:
+def test_direction_is_that_of_the_second_model_by_the_primary_metric(
+    first: list[str], second: list[str], direction: Direction
+) -> None:
     assert against(first, second).direction is direction
 
 
 @pytest.mark.parametrize(("differing", "direction"), [(5, Direction.UNDECIDED), (6, Direction.BETTER)])
-def test_what_chance_gives_once_in_twenty_times_is_not_beyond_doubt(differing: int, direction: Direction) -> None:
+def test_difference_that_chance_gives_once_in_twenty_times_is_not_significant(
+    differing: int, direction: Direction
+) -> None:
     first = ["mail"] * differing + ["net"] * 20
     found = against(first, ["net"] * len(first))
     assert found.metrics["exact_match"].difference.low > 0
@@ -108,7 +112,7 @@ def test_what_chance_gives_once_in_twenty_times_is_not_beyond_doubt(differing: i
     assert (found.tally.p_value < 0.05) is (direction is Direction.BETTER)
 
 
-def test_less_is_better_for_a_log_likelihood() -> None:
+def test_lower_log_likelihood_is_better() -> None:
     examples, one, other = pairs([("net", "net", "net", 2.0 + place / 10, 1.0) for place in range(10)])
     found = compare(examples, one.results, other.results, [ExactMatch(), Perplexity()])
     assert found.metrics["nll"].direction is Direction.BETTER
@@ -116,13 +120,13 @@ def test_less_is_better_for_a_log_likelihood() -> None:
     assert found.direction is Direction.UNDECIDED
 
 
-def test_a_longer_answer_is_another_one_and_no_better_one() -> None:
+def test_longer_answer_is_different_but_not_better() -> None:
     examples, one, other = pairs([("net", "net", "net" + "t" * (place + 1), 1.0, 1.0) for place in range(10)])
     found = compare(examples, one.results, other.results, [ExactMatch(), Length()])
     assert found.metrics["length"].direction is Direction.DIFFERENT
 
 
-def test_wins_losses_and_ties_with_the_exact_sign_test() -> None:
+def test_wins_losses_and_ties_are_counted_with_the_exact_sign_test() -> None:
     first = ["mail"] * 8 + ["net"] * 2 + ["net"] * 10
     second = ["net"] * 8 + ["mail"] * 2 + ["net"] * 10
     tally = against(first, second).tally
@@ -130,7 +134,7 @@ def test_wins_losses_and_ties_with_the_exact_sign_test() -> None:
     assert tally.p_value == pytest.approx(0.109375)  # 2 * (1 + 10 + 45) / 1024
 
 
-def test_a_metric_of_all_examples_together_is_tallied_by_the_one_that_is_watched_in_its_place() -> None:
+def test_corpus_metric_is_tallied_by_its_watched_metric() -> None:
     examples, one, other = pairs([("net", "mail", '{"s": "net"}', 1.0, 1.0)] * 3 + [("mail", "x", "y", 1.0, 1.0)])
     with_it = compare(examples, one.results, other.results, [MacroF1(), Accuracy()])
     without = compare(examples, one.results, other.results, [MacroF1()])
@@ -138,7 +142,7 @@ def test_a_metric_of_all_examples_together_is_tallied_by_the_one_that_is_watched
     assert (without.tally.metric, without.tally.wins) == ("exact_match", 0)
 
 
-def test_the_examples_that_differ_most_come_first_then_those_with_most_edits() -> None:
+def test_examples_that_differ_most_come_first_and_ties_by_number_of_edits() -> None:
     first = ["net", "net", "no", "mail", "net"]
     second = ["a long other answer", "mail", "no, and more", "mail", "net"]
     found = against(first, second).different
@@ -148,17 +152,17 @@ def test_the_examples_that_differ_most_come_first_then_those_with_most_edits() -
     assert (found[1].asked, found[1].reference, found[1].first, found[1].second) == ("q 1", "net", "net", "mail")
 
 
-def test_no_more_examples_are_shown_than_are_read() -> None:
+def test_number_of_shown_examples_is_limited() -> None:
     assert len(against(["net"] * 50, ["mail"] * 50).different) == SHOWN
 
 
-def test_models_with_other_tokens_are_not_compared_by_them() -> None:
+def test_token_metrics_are_left_out_when_tokenizers_differ() -> None:
     found = against(["net"], ["mail"], no_tokens="the two have different tokenizers")
     assert set(found.metrics) == {"exact_match", "cut_off"}
     assert found.left_out == dict.fromkeys(("perplexity", "nll"), "the two have different tokenizers")
 
 
-def test_the_model_that_cuts_fewer_answers_off_is_better_when_the_difference_is_beyond_doubt() -> None:
+def test_model_that_truncates_fewer_answers_is_better_when_the_difference_is_significant() -> None:
     examples = [chat(f"q {place}", "net") for place in range(20)]
     cut = [result("net", "net", end="length" if place < 15 else "stop") for place in range(20)]
     whole = [result("net", "net")] * 20
@@ -167,14 +171,14 @@ def test_the_model_that_cuts_fewer_answers_off_is_better_when_the_difference_is_
     assert (found.difference.value, found.direction) == (-0.75, Direction.BETTER)
 
 
-def test_a_primary_metric_that_is_left_out_leaves_its_place_to_another() -> None:
+def test_another_metric_is_primary_when_the_primary_one_is_left_out() -> None:
     examples, one, other = pairs([("net", "net", "mail", 1.0, 1.0)])
     metrics = choose_metrics(examples, MetricOptions(names=("perplexity", "length", "exact_match")))
     found = compare(examples, one.results, other.results, metrics, no_tokens="elsewhere")
     assert found.primary == "exact_match"
 
 
-def test_where_nothing_is_left_that_is_told() -> None:
+def test_comparison_without_any_metric_is_an_error() -> None:
     examples, one, other = pairs([("net", "net", "mail", 1.0, 1.0)])
     with pytest.raises(DataError, match="none of the metrics can compare these models: elsewhere"):
         compare(examples, one.results, other.results, [Perplexity(), Length()], no_tokens="elsewhere")

@@ -84,7 +84,7 @@ async def test_each_answer_has_its_own_limit_when_limits_differ() -> None:
     assert [result.limit for result in results] == [8, 24]
 
 
-async def test_without_a_key_none_is_sent() -> None:
+async def test_no_key_is_sent_when_none_is_set() -> None:
     provider = Provider()
     await ask(provider, Endpoint("http://127.0.0.1:8000/v1", "mine"))
     assert "authorization" not in provider.requests[0].headers
@@ -97,9 +97,7 @@ async def test_without_a_key_none_is_sent() -> None:
         ("'temperature' does not support 0 with this model", "temperature", None),
     ],
 )
-async def test_an_option_that_is_refused_is_asked_for_otherwise(
-    refused: str, gone: str, instead: str | None, pauses: list[float]
-) -> None:
+async def test_rejected_option_is_replaced(refused: str, gone: str, instead: str | None, pauses: list[float]) -> None:
     provider = Provider(*[refused_option(refused, gone)] * 4)
     results = await ask(provider)
     assert [result.answer for result in results] == ["yes", "yes"]
@@ -109,26 +107,26 @@ async def test_an_option_that_is_refused_is_asked_for_otherwise(
     assert pauses == []
 
 
-async def test_a_busy_endpoint_is_asked_again_when_it_says(pauses: list[float]) -> None:
+async def test_busy_endpoint_is_asked_again_at_the_requested_time(pauses: list[float]) -> None:
     provider = Provider(refusal(429, "slow down", **{"retry-after": "7"}), refusal(503, "overloaded"))
     assert len(await ask(provider)) == 2
     assert pauses == [7, 2]
 
 
-async def test_one_that_stays_busy_is_given_up() -> None:
+async def test_endpoint_that_stays_busy_is_an_error() -> None:
     provider = Provider(*[refusal(503, "overloaded")] * 20)
     with pytest.raises(EngineError, match="answered 503 overloaded"):
         await ask(provider)
 
 
-async def test_a_refusal_is_told_without_the_key_and_not_repeated() -> None:
+async def test_rejection_is_reported_without_the_key_and_not_repeated() -> None:
     provider = Provider(*[refusal(401, f"Incorrect API key provided: {KEY}")] * 20)
     with pytest.raises(EngineError, match=r"big-model at https://elsewhere\.example/v1 answered 401") as raised:
         await ask(provider)
     assert KEY not in str(raised.value) + repr(raised.value) + repr(ENDPOINT)
 
 
-async def test_after_a_refusal_nothing_more_is_asked() -> None:
+async def test_no_further_request_is_sent_after_a_rejection() -> None:
     asked: list[httpx.Request] = []
 
     async def refuse(request: httpx.Request) -> httpx.Response:
@@ -146,12 +144,12 @@ async def test_after_a_refusal_nothing_more_is_asked() -> None:
 
 
 @pytest.mark.parametrize("body", [{}, {"choices": []}, {"choices": [{"message": None}]}, []])
-async def test_an_answer_of_another_shape_is_told(body: Any) -> None:
+async def test_answer_of_another_form_is_reported(body: Any) -> None:
     with pytest.raises(EngineError, match="answered "):
         await ask(Provider(lambda _: httpx.Response(200, json=body)))
 
 
-async def test_no_answer_is_told() -> None:
+async def test_missing_answer_is_reported() -> None:
     def away(request: httpx.Request) -> httpx.Response:
         raise httpx.ConnectError("refused")
 
@@ -160,18 +158,18 @@ async def test_no_answer_is_told() -> None:
 
 
 @pytest.mark.parametrize("slash", ["", "/"])
-def test_an_endpoint_is_a_url_with_its_model(slash: str) -> None:
+def test_endpoint_is_a_url_with_its_model(slash: str) -> None:
     assert Endpoint.parse(f"https://host/v1{slash}#org/model-1", None) == Endpoint("https://host/v1", "org/model-1")
 
 
 @pytest.mark.parametrize("text", ["https://host/v1", "ftp://host/v1#m", "https://#m", "https://me:pw@host/v1#m"])
-def test_invalid_url_is_refused_and_not_echoed(text: str) -> None:
+def test_invalid_url_is_rejected_and_not_repeated(text: str) -> None:
     with pytest.raises(SettingsError) as raised:
         Endpoint.parse(text, None)
     assert text not in str(raised.value)
 
 
-def test_a_key_crosses_no_network_in_plain_text() -> None:
+def test_key_is_not_sent_over_a_network_in_plain_text() -> None:
     with pytest.raises(SettingsError, match="in plain text"):
         Endpoint.parse("http://host/v1#m", KEY)
     assert Endpoint.parse("http://127.0.0.1:8000/v1#m", KEY).key == KEY

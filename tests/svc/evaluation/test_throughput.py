@@ -8,7 +8,7 @@ from tests.svc.engine.in_process import client_of
 
 
 @pytest.mark.parametrize("streams", [1, 8])
-async def test_every_stream_generates_its_tokens_of_a_prompt_that_was_read_before(streams: int) -> None:
+async def test_every_stream_generates_its_tokens_from_a_prompt_that_is_already_cached(streams: int) -> None:
     double = EngineDouble(tokens=TOKENS)
     async with client_of(double) as client:
         speed = await decoding_speed(client, [[1, 2], [3, 4], [5, 6]], streams)
@@ -19,13 +19,13 @@ async def test_every_stream_generates_its_tokens_of_a_prompt_that_was_read_befor
     assert "/reset_prefix_cache" not in double.calls
 
 
-async def test_a_slower_engine_has_fewer_tokens_a_second() -> None:
+async def test_slower_engine_has_fewer_tokens_per_second() -> None:
     async with client_of(EngineDouble(tokens=TOKENS, token_delay_s=0.004)) as client:
         speed = await decoding_speed(client, [[1, 2]], 8)
     assert speed.high <= 8 / 0.004
 
 
-async def test_the_first_token_is_waited_for_from_a_cold_cache_each_time() -> None:
+async def test_first_token_is_measured_with_a_cold_cache_each_time() -> None:
     double = EngineDouble(token_delay_s=0.01)
     async with client_of(double) as client:
         seconds = await first_token_seconds(client, [1, 2])

@@ -13,18 +13,18 @@ CURVE = (
 )
 
 
-def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
+def test_written_curve_is_read_back(tmp_path: Path) -> None:
     write_training_curve(tmp_path / "training.jsonl", CURVE)
     assert read_training_curve(tmp_path / "training.jsonl") == CURVE
 
 
-def test_what_was_not_measured_takes_no_room(tmp_path: Path) -> None:
+def test_missing_values_are_not_stored(tmp_path: Path) -> None:
     write_training_curve(tmp_path / "training.jsonl", [TrainingPoint(step=2, epoch=1.0, loss=0.5)])
     assert (tmp_path / "training.jsonl").read_text("utf-8") == '{"step":2,"epoch":1.0,"loss":0.5}\n'
 
 
 @pytest.mark.parametrize("content", ["{", '{"step":-1,"epoch":0}\n', '{"step":1,"epoch":0,"other":1}\n'])
-def test_a_damaged_line_is_told(content: str, tmp_path: Path) -> None:
+def test_damaged_line_is_reported(content: str, tmp_path: Path) -> None:
     (tmp_path / "training.jsonl").write_text(content, "utf-8")
     with pytest.raises(IntegrityError, match=r"training\.jsonl:1 is not a point"):
         read_training_curve(tmp_path / "training.jsonl")

@@ -28,14 +28,14 @@ def outcome(lost: int, gained: int, examples: int, margin: float) -> GateOutcome
 
 
 @given(changed())
-def test_the_interval_of_a_share_difference_holds_its_value(counts: tuple[int, int, int]) -> None:
+def test_interval_of_a_share_difference_contains_its_value(counts: tuple[int, int, int]) -> None:
     loss = loss_of(*counts)
     assert -1 <= loss.low <= loss.value <= loss.high <= 1
     assert loss.low < loss.high
 
 
 @given(changed())
-def test_the_interval_turns_round_when_the_two_models_are_swapped(counts: tuple[int, int, int]) -> None:
+def test_interval_is_mirrored_when_the_two_models_are_swapped(counts: tuple[int, int, int]) -> None:
     lost, gained, examples = counts
     loss, other = loss_of(*counts), loss_of(gained, lost, examples)
     assert (loss.low, loss.high) == pytest.approx((-other.high, -other.low))

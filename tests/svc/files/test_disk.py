@@ -21,7 +21,7 @@ from svc.files.disk import close_to_others, is_full, sync_files, write_whole
         (0o777, [], False),
     ],
 )
-def test_only_a_folder_of_ours_is_closed_to_others(tmp_path: Path, mode: int, names: list[str], closed: bool) -> None:
+def test_only_own_folders_are_closed_to_others(tmp_path: Path, mode: int, names: list[str], closed: bool) -> None:
     """Somebody may call /tmp a home."""
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -32,7 +32,7 @@ def test_only_a_folder_of_ours_is_closed_to_others(tmp_path: Path, mode: int, na
     assert (folder.stat().st_mode & 0o7777 == 0o700) is closed
 
 
-def test_a_file_is_replaced(tmp_path: Path) -> None:
+def test_file_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "file.json"
     for content in (b"old", b"new"):
         write_whole(path, content)
@@ -40,7 +40,7 @@ def test_a_file_is_replaced(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_write_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_file_stays_when_a_write_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file.json"
     write_whole(path, b"old")
 
@@ -73,12 +73,12 @@ def test_every_file_of_a_folder_and_its_names_are_synced(tmp_path: Path, monkeyp
         (ValueError("something else"), False),
     ],
 )
-def test_a_full_disk_is_known(tmp_path: Path, error: Exception, full: bool) -> None:
+def test_full_disk_is_recognized(tmp_path: Path, error: Exception, full: bool) -> None:
     assert is_full(error, tmp_path) is full
 
 
 @pytest.mark.parametrize(("free", "full"), [(4096, True), (10**9, False)])
-def test_a_write_that_torch_found_cut_off_is_a_full_disk_where_there_is_no_room(
+def test_truncated_write_of_torch_is_a_full_disk_when_no_space_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, full: bool
 ) -> None:
     usage = namedtuple("usage", "total used free")

@@ -38,24 +38,26 @@ def holder(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
         process.kill()
 
 
-def test_a_second_holder_is_refused_and_told_who_has_it(tmp_path: Path, holder: "subprocess.Popen[str]") -> None:
+def test_second_holder_is_rejected_and_told_who_holds_the_lock(tmp_path: Path, holder: "subprocess.Popen[str]") -> None:
     with pytest.raises(BusyError) as caught, hold_lock(tmp_path / "lock", "the run tiny-1"):
         pass
     assert caught.value.wrong == f"the run tiny-1 is in use by process {holder.pid}"
     assert f"kill {holder.pid}" in caught.value.todo
 
 
-def test_others_can_read_what_the_holder_says(tmp_path: Path, holder: "subprocess.Popen[str]") -> None:
+def test_others_can_read_the_holders_information(tmp_path: Path, holder: "subprocess.Popen[str]") -> None:
     assert lock_holder(tmp_path / "lock") == {"pid": holder.pid, "url": "http://x"}
 
 
-def test_a_refused_one_does_not_change_what_the_holder_says(tmp_path: Path, holder: "subprocess.Popen[str]") -> None:
+def test_rejected_holder_does_not_change_the_holders_information(
+    tmp_path: Path, holder: "subprocess.Popen[str]"
+) -> None:
     with pytest.raises(BusyError), hold_lock(tmp_path / "lock", "it", url="http://y"):
         pass
     assert lock_holder(tmp_path / "lock") == {"pid": holder.pid, "url": "http://x"}
 
 
-def test_a_holder_that_was_killed_leaves_the_lock_free(tmp_path: Path, holder: "subprocess.Popen[str]") -> None:
+def test_lock_is_free_when_its_holder_was_killed(tmp_path: Path, holder: "subprocess.Popen[str]") -> None:
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     assert lock_holder(tmp_path / "lock") is None
@@ -63,17 +65,17 @@ def test_a_holder_that_was_killed_leaves_the_lock_free(tmp_path: Path, holder: "
         assert lock_holder(tmp_path / "lock") == {"pid": os.getpid()}
 
 
-def test_the_lock_is_free_after_an_error_in_its_body(tmp_path: Path) -> None:
+def test_lock_is_free_after_an_error_in_its_body(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), hold_lock(tmp_path / "lock", "it"):
         raise ZeroDivisionError
     assert lock_holder(tmp_path / "lock") is None
 
 
-def test_a_lock_that_nobody_ever_held_has_no_holder(tmp_path: Path) -> None:
+def test_lock_that_was_never_held_has_no_holder(tmp_path: Path) -> None:
     assert lock_holder(tmp_path / "lock") is None
 
 
-def test_a_child_does_not_keep_the_lock_of_its_parent(tmp_path: Path) -> None:
+def test_child_does_not_keep_the_lock_of_its_parent(tmp_path: Path) -> None:
     with hold_lock(tmp_path / "lock", "it"):
         child = subprocess.Popen([sys.executable, "-c", "import time; print(1, flush=True); time.sleep(60)"], stdout=-1)
         assert child.stdout is not None
@@ -85,7 +87,7 @@ def test_a_child_does_not_keep_the_lock_of_its_parent(tmp_path: Path) -> None:
         child.communicate()
 
 
-def test_asking_who_holds_it_never_gets_in_the_way(tmp_path: Path) -> None:
+def test_reading_the_holder_never_interferes_with_locking(tmp_path: Path) -> None:
     """`svc status` asks while `svc serve` starts."""
     path = tmp_path / "lock"
     asking = "import sys; from pathlib import Path; from svc.files.lock import lock_holder\nprint(1, flush=True)\n"
@@ -104,7 +106,7 @@ def test_asking_who_holds_it_never_gets_in_the_way(tmp_path: Path) -> None:
             process.kill()
 
 
-def test_a_child_that_inherits_the_locked_file_keeps_the_lock(tmp_path: Path) -> None:
+def test_child_that_inherits_the_locked_file_keeps_the_lock(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with locked_file(path) as file:
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=[file.fileno()])
@@ -116,12 +118,12 @@ def test_a_child_that_inherits_the_locked_file_keeps_the_lock(tmp_path: Path) ->
     assert not is_locked(path)
 
 
-def test_a_file_is_locked_once(tmp_path: Path) -> None:
+def test_file_is_locked_once(tmp_path: Path) -> None:
     with locked_file(tmp_path / "lock"), pytest.raises(BlockingIOError), locked_file(tmp_path / "lock"):
         pass
 
 
-def test_a_lock_whose_folder_was_renamed_while_it_was_waited_for_is_not_held(
+def test_lock_is_not_held_when_its_folder_was_renamed_during_the_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever removes a run holds its lock, renames the folder and deletes it."""

@@ -13,55 +13,55 @@ from svc.redaction import Redactor
 LETTERS = string.digits + string.ascii_letters
 
 
-def test_a_secret_says_whose_it_is() -> None:
+def test_secret_contains_its_keys_id() -> None:
     key_id = new_key_id()
     assert key_id_of(new_secret(key_id)) == key_id
 
 
-def test_a_secret_has_the_form_that_scanners_look_for() -> None:
+def test_secret_has_the_form_that_secret_scanners_look_for() -> None:
     assert re.fullmatch(r"ts_[0-9a-z]{8}_[0-9A-Za-z]{38}", new_secret(new_key_id()))
 
 
-def test_secrets_of_one_key_have_nothing_but_its_id_in_common() -> None:
+def test_secrets_of_one_key_share_only_its_id() -> None:
     parts = {new_secret("abcd0123").removeprefix("ts_abcd0123_")[:32] for _ in range(200)}
     assert len(parts) == 200
     assert {part[place] for part in parts for place in range(32)} == set(LETTERS)
 
 
 @given(st.integers(0, 49), st.sampled_from(LETTERS))
-def test_one_wrong_letter_is_found(place: int, letter: str) -> None:
+def test_one_wrong_letter_is_detected(place: int, letter: str) -> None:
     secret = new_secret("abcd0123")
     typo = secret[:place] + letter + secret[place + 1 :]
     assert (key_id_of(typo) is None) == (typo != secret)
 
 
 @given(st.integers(12, 48))
-def test_two_letters_the_wrong_way_round_are_found(place: int) -> None:
+def test_two_swapped_letters_are_detected(place: int) -> None:
     secret = new_secret("abcd0123")
     typo = secret[:place] + secret[place + 1] + secret[place] + secret[place + 2 :]
     assert (key_id_of(typo) is None) == (typo != secret)
 
 
-def test_a_space_before_it_makes_it_no_secret() -> None:
+def test_text_with_a_leading_space_is_not_a_secret() -> None:
     assert key_id_of(" " + new_secret("abcd0123")) is None
 
 
 @pytest.mark.parametrize("text", ["", "none", "sk-1234", "ts_abcd0123_", "ts_é"])
-def test_other_texts_are_no_secrets(text: str) -> None:
+def test_other_texts_are_not_secrets(text: str) -> None:
     assert key_id_of(text) is None
 
 
 @given(st.text())
-def test_no_text_is_an_error(text: str) -> None:
+def test_any_text_can_be_parsed(text: str) -> None:
     assert key_id_of(text) is None
     assert len(hash_secret(text.encode("utf-8", "replace").decode())) == 64
 
 
-def test_a_line_end_after_it_is_no_part_of_a_secret() -> None:
+def test_line_end_after_a_secret_is_ignored() -> None:
     assert key_id_of(new_secret("abcd0123") + "\n") is None
 
 
-def test_the_hash_of_a_secret_is_its_own() -> None:
+def test_each_secret_has_its_own_hash() -> None:
     one, other = new_secret("abcd0123"), new_secret("abcd0123")
     assert is_hash_of(hash_secret(one), hash_secret(one))
     assert not is_hash_of(hash_secret(one), hash_secret(other))
@@ -73,11 +73,11 @@ def test_no_secret_survives_redaction(before: str, after: str) -> None:
     assert secret not in Redactor([r"\d{4}"]).text(f"{before}:{secret}{after}")
 
 
-def test_secrets_are_hidden_in_a_text() -> None:
+def test_secrets_are_redacted_in_a_text() -> None:
     one, other = new_secret("abcd0123"), new_secret("abcd0124")
     assert hide_secrets(f"say {one}, {other[:30]} and ts_abcd0123") == "say [key], [key] and ts_abcd0123"
 
 
 @pytest.mark.parametrize("text", ["", "nothing", "rts_abcd0123_0123456789", "ts_short_0123456789"])
-def test_nothing_else_is_hidden(text: str) -> None:
+def test_nothing_else_is_redacted(text: str) -> None:
     assert hide_secrets(text) == text

@@ -34,7 +34,7 @@ def same(tmp_path: Path) -> Callable[[Change, Change], bool]:
 Same = Callable[[Change, Change], bool]
 
 
-def test_two_trainings_of_one_model_fit(same: Same) -> None:
+def test_two_trainings_of_one_model_have_one_fingerprint(same: Same) -> None:
     assert same({"seed": 1}, {"seed": 2})
 
 
@@ -50,17 +50,17 @@ def with_embedding(value: float, head: bool, **config: Any) -> Change:
     ("head", "config"),
     [(False, {}), (True, {"tie_word_embeddings": True}), (True, {"text_config": {"tie_word_embeddings": True}})],
 )
-def test_an_embedding_that_is_the_output_too_cannot_be_changed(same: Same, head: bool, config: Change) -> None:
+def test_fingerprint_includes_an_embedding_that_is_also_the_output(same: Same, head: bool, config: Change) -> None:
     assert not same(with_embedding(1, head, **config), with_embedding(2, head, **config))
     assert same(with_embedding(1, head, **config), with_embedding(1, head, **config))
 
 
 @pytest.mark.parametrize("config", [{}, {"tie_word_embeddings": False}])
-def test_an_embedding_beside_an_output_of_its_own_can(same: Same, config: Change) -> None:
+def test_fingerprint_excludes_an_embedding_when_the_output_is_separate(same: Same, config: Change) -> None:
     assert same(with_embedding(1, True, **config), with_embedding(2, True, **config))
 
 
-def test_two_quantizations_of_one_model_fit(same: Same) -> None:
+def test_two_quantizations_of_one_model_have_one_fingerprint(same: Same) -> None:
     meta = {"quantizer": ["gptqmodel:7.7.0"], "offload_to_disk_path": "/tmp/z9", "damp_percent": 0.1}
     assert same({"quantization": GPTQ, "seed": 1}, {"quantization": GPTQ | {"meta": meta}, "seed": 2})
 
@@ -94,7 +94,7 @@ def test_two_quantizations_of_one_model_fit(same: Same) -> None:
     ],
     ids=str,
 )
-def test_what_a_reload_cannot_change_does_not_fit(same: Same, change: Change) -> None:
+def test_fingerprint_changes_with_everything_that_a_reload_cannot_change(same: Same, change: Change) -> None:
     assert not same({"quantization": GPTQ}, {"quantization": GPTQ, **change})
 
 
@@ -113,18 +113,18 @@ def test_what_a_reload_cannot_change_does_not_fit(same: Same, change: Change) ->
     ],
     ids=str,
 )
-def test_what_a_tool_wrote_about_itself_does_not_count(same: Same, one: Change, other: Change) -> None:
+def test_metadata_written_by_tools_do_not_count(same: Same, one: Change, other: Change) -> None:
     assert same(one, other)
 
 
-def test_a_template_in_a_file_of_its_own_is_the_same_template(tmp_path: Path) -> None:
+def test_template_in_a_separate_file_is_the_same_template(tmp_path: Path) -> None:
     one = write_model(tmp_path / "one")
     other = write_model(tmp_path / "other", tokenizer_config={"chat_template": None})
     (other / "chat_template.jinja").write_text(TEMPLATE)
     assert compatibility_fingerprint(one) == compatibility_fingerprint(other)
 
 
-def test_what_the_template_is_given_counts(tmp_path: Path) -> None:
+def test_template_arguments_count(tmp_path: Path) -> None:
     one, other = write_model(tmp_path / "one"), write_model(tmp_path / "other")
     plain = compatibility_fingerprint(one)
     write_template_kwargs(other, {"enable_thinking": False})
@@ -134,20 +134,20 @@ def test_what_the_template_is_given_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["{", "[]"])
-def test_a_damaged_file_of_what_the_template_is_given_is_named(tmp_path: Path, content: str) -> None:
+def test_damaged_file_of_template_arguments_is_named(tmp_path: Path, content: str) -> None:
     model = write_model(tmp_path / "one")
     (model / "chat_template_kwargs.json").write_text(content)
     with pytest.raises(IntegrityError, match=r"chat_template_kwargs\.json"):
         compatibility_fingerprint(model)
 
 
-def test_how_weights_are_split_into_files_does_not_count(tmp_path: Path) -> None:
+def test_split_of_weights_into_files_does_not_count(tmp_path: Path) -> None:
     one, other = write_model(tmp_path / "one"), write_model(tmp_path / "other")
     (other / "model.safetensors").rename(other / "model-00001-of-00001.safetensors")
     assert compatibility_fingerprint(one) == compatibility_fingerprint(other)
 
 
-def test_a_sentencepiece_model_is_a_tokenizer_when_there_is_no_tokenizer_json(tmp_path: Path) -> None:
+def test_sentencepiece_model_is_a_tokenizer_when_there_is_no_tokenizer_json(tmp_path: Path) -> None:
     folders = [write_model(tmp_path / name) for name in ("one", "same", "other")]
     for folder, vocabulary in zip(folders, (b"a", b"a", b"b"), strict=True):
         (folder / "tokenizer.json").unlink()
@@ -159,7 +159,7 @@ def test_a_sentencepiece_model_is_a_tokenizer_when_there_is_no_tokenizer_json(tm
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "model.safetensors"])
-def test_a_missing_file_is_an_integrity_error(tmp_path: Path, file: str) -> None:
+def test_missing_file_is_an_integrity_error(tmp_path: Path, file: str) -> None:
     folder = write_model(tmp_path)
     (folder / file).unlink()
     with pytest.raises(IntegrityError):
@@ -167,14 +167,14 @@ def test_a_missing_file_is_an_integrity_error(tmp_path: Path, file: str) -> None
 
 
 @pytest.mark.parametrize("content", ["", "[]", "5", "{", '{"quantization_config": "gptq"}', "[" * 100_000])
-def test_a_damaged_config_is_an_integrity_error(tmp_path: Path, content: str) -> None:
+def test_damaged_config_is_an_integrity_error(tmp_path: Path, content: str) -> None:
     folder = write_model(tmp_path)
     (folder / "config.json").write_text(content)
     with pytest.raises(IntegrityError):
         compatibility_fingerprint(folder)
 
 
-def test_no_quantization_is_none() -> None:
+def test_normal_form_of_no_quantization_is_none() -> None:
     assert normal_quantization(None) is None
 
 
@@ -184,7 +184,7 @@ configs = st.dictionaries(
 
 
 @given(configs)
-def test_a_normal_quantization_is_its_own_normal(config: dict[str, Any]) -> None:
+def test_normal_form_of_a_quantization_is_stable(config: dict[str, Any]) -> None:
     normal = normal_quantization(config)
     assert json.dumps(normal_quantization(normal)) == json.dumps(normal)
 

@@ -36,7 +36,7 @@ def store(tmp_path: Path) -> Store:
     return new_store(tmp_path)
 
 
-def test_a_version_goes_with_its_files_and_its_number_stays_used(
+def test_version_is_removed_with_its_files_and_its_number_is_not_reused(
     registry: Registry,
     store: Store,
     publish: Publish,
@@ -56,7 +56,7 @@ def run_of(registry: Registry, made: Manifest) -> Path:
     return run
 
 
-def test_what_its_run_has_of_a_version_goes_with_it_and_its_room_is_free(
+def test_run_files_of_a_removed_version_are_removed_and_their_space_is_counted(
     registry: Registry, store: Store, publish: Publish
 ) -> None:
     made = publish()
@@ -66,7 +66,7 @@ def test_what_its_run_has_of_a_version_goes_with_it_and_its_room_is_free(
     assert [path.name for path in run.iterdir()] == ["lock"]
 
 
-def test_the_weights_of_a_run_that_is_worked_on_stay(registry: Registry, store: Store, publish: Publish) -> None:
+def test_weights_of_a_running_training_are_not_removed(registry: Registry, store: Store, publish: Publish) -> None:
     made = publish()
     run = run_of(registry, made)
     with hold_lock(run / "lock", "it"):
@@ -75,7 +75,7 @@ def test_the_weights_of_a_run_that_is_worked_on_stay(registry: Registry, store: 
 
 
 @pytest.mark.parametrize("alias", Alias)
-def test_what_an_alias_means_stays(
+def test_version_with_an_alias_is_not_removed(
     registry: Registry,
     store: Store,
     publish: Publish,
@@ -93,7 +93,7 @@ def serve(store: Store, version: VersionId, before: VersionId | None) -> None:
     change_desired(store, None, Target(version, Format.MERGED), previous)
 
 
-def test_what_is_served_and_what_was_before_stay(
+def test_served_version_and_previous_version_are_not_removed(
     registry: Registry,
     store: Store,
     publish: Publish,
@@ -110,7 +110,7 @@ def test_what_is_served_and_what_was_before_stay(
 
 @pytest.mark.parametrize("served", [True, False])
 @pytest.mark.parametrize("format", Format)
-def test_the_base_of_an_adapter_that_is_served_or_was_before_stays(
+def test_base_of_a_served_or_previous_adapter_is_not_removed(
     registry: Registry, store: Store, name: str, content: dict[str, Path], run: str, format: Format, served: bool
 ) -> None:
     base = registry.publish(name, run, content, make_manifest).id
@@ -128,7 +128,7 @@ def test_the_base_of_an_adapter_that_is_served_or_was_before_stays(
         remove_version(registry, store, base)
 
 
-def test_where_what_is_served_is_damaged_others_can_be_removed_still(
+def test_other_versions_can_be_removed_when_the_served_one_is_damaged(
     registry: Registry, store: Store, publish: Publish
 ) -> None:
     damaged, other = publish().id, publish().id
@@ -140,7 +140,7 @@ def test_where_what_is_served_is_damaged_others_can_be_removed_still(
     assert registry.versions(damaged.name) == [damaged]
 
 
-def test_a_version_that_is_promoted_in_that_moment_stays(
+def test_version_that_is_promoted_concurrently_is_not_removed(
     registry: Registry,
     store: Store,
     publish: Publish,
@@ -161,7 +161,7 @@ def test_a_version_that_is_promoted_in_that_moment_stays(
     assert registry.versions(version.name) == [version]
 
 
-def test_nothing_goes_while_a_swap_decides_where_a_rollback_goes(
+def test_no_version_is_removed_while_a_swap_decides_the_target_of_a_rollback(
     registry: Registry, store: Store, publish: Publish
 ) -> None:
     before, served, other = publish().id, publish().id, publish().id
@@ -174,7 +174,7 @@ def test_nothing_goes_while_a_swap_decides_where_a_rollback_goes(
     assert before in registry.versions(before.name)
 
 
-def test_a_version_that_is_being_removed_is_no_interrupted_removal(
+def test_version_that_is_being_removed_is_not_an_interrupted_removal(
     registry: Registry, store: Store, tmp_path: Path, publish: Publish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However old it is: it may come back."""
@@ -186,14 +186,14 @@ def test_a_version_that_is_being_removed_is_no_interrupted_removal(
     assert found == [[]]
 
 
-def test_a_version_that_mlflow_does_not_know_goes_too(registry: Registry, store: Store, publish: Publish) -> None:
+def test_version_unknown_to_mlflow_is_removed(registry: Registry, store: Store, publish: Publish) -> None:
     version = publish().id
     registry.tracking.discard(version)
     remove_version(registry, store, version)
     assert registry.versions(version.name) == []
 
 
-def test_a_version_stays_where_mlflow_fails(
+def test_version_is_not_removed_when_mlflow_fails(
     registry: Registry, store: Store, publish: Publish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     version = publish().id
@@ -208,7 +208,7 @@ def test_a_version_stays_where_mlflow_fails(
     registry.verify(version, Format.MERGED)
 
 
-def test_a_version_that_is_not_there_is_named(registry: Registry, store: Store) -> None:
+def test_missing_version_is_named(registry: Registry, store: Store) -> None:
     with pytest.raises(NotFoundError, match="no version nobody@7"):
         remove_version(registry, store, VersionId("nobody", 7))
 
@@ -234,7 +234,7 @@ def paths(registry: Registry, home: Path, days: float = 14) -> list[Path]:
 
 
 @pytest.mark.parametrize("kind", ["runs", "sweeps"])
-def test_old_ones_go_and_young_ones_and_those_that_run_stay(registry: Registry, tmp_path: Path, kind: str) -> None:
+def test_old_runs_are_removed_and_recent_and_running_ones_stay(registry: Registry, tmp_path: Path, kind: str) -> None:
     old, _ = make_run(tmp_path, "old", 15, kind), make_run(tmp_path, "young", 13, kind)
     working = make_run(tmp_path, "working", 15, kind)
     with hold_lock(working / "lock", "a run"):
@@ -246,7 +246,7 @@ def test_old_ones_go_and_young_ones_and_those_that_run_stay(registry: Registry, 
 
 
 @pytest.mark.parametrize("kind", ["runs", "sweeps"])
-def test_one_that_is_taken_up_meanwhile_stays(registry: Registry, tmp_path: Path, kind: str) -> None:
+def test_run_that_is_resumed_concurrently_stays(registry: Registry, tmp_path: Path, kind: str) -> None:
     old = make_run(tmp_path, "old", 15, kind)
     (found,) = find_reclaimable(registry, tmp_path, 14)
     assert found.size >= 1000
@@ -255,7 +255,7 @@ def test_one_that_is_taken_up_meanwhile_stays(registry: Registry, tmp_path: Path
     assert (old / "checkpoints" / "weights").is_file()
 
 
-def test_a_run_that_went_on_meanwhile_stays(registry: Registry, tmp_path: Path) -> None:
+def test_run_that_continued_concurrently_stays(registry: Registry, tmp_path: Path) -> None:
     old = make_run(tmp_path, "old", 15)
     (found,) = find_reclaimable(registry, tmp_path, 14)
     (old / "checkpoints" / "newer").touch()
@@ -264,14 +264,14 @@ def test_a_run_that_went_on_meanwhile_stays(registry: Registry, tmp_path: Path) 
     assert old.is_dir()
 
 
-def test_a_run_on_another_disk_stays(registry: Registry, tmp_path: Path) -> None:
+def test_run_on_another_disk_stays(registry: Registry, tmp_path: Path) -> None:
     elsewhere = make_run(tmp_path / "elsewhere", "old", 15)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "old").symlink_to(elsewhere)
     assert paths(registry, tmp_path) == []
 
 
-def test_a_registration_that_was_cut_off_goes_and_one_that_runs_stays(
+def test_interrupted_registration_is_removed_and_a_running_one_stays(
     registry: Registry,
     tmp_path: Path,
     publish: Publish,
@@ -283,7 +283,7 @@ def test_a_registration_that_was_cut_off_goes_and_one_that_runs_stays(
     assert paths(registry, tmp_path, 0) == [parent / ".7"]
 
 
-def test_rotated_logs_go_and_those_that_are_written_stay(registry: Registry, tmp_path: Path) -> None:
+def test_rotated_logs_are_removed_and_current_ones_stay(registry: Registry, tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     for log in ("engine-0.log", "engine-0.log.1"):
         (tmp_path / "logs" / log).write_text("x")
@@ -291,7 +291,7 @@ def test_rotated_logs_go_and_those_that_are_written_stay(registry: Registry, tmp
     assert paths(registry, tmp_path) == [tmp_path / "logs" / "engine-0.log.1"]
 
 
-def test_old_caches_go_and_young_ones_stay(registry: Registry, tmp_path: Path) -> None:
+def test_old_caches_are_removed_and_recent_ones_stay(registry: Registry, tmp_path: Path) -> None:
     compiled, judged, young = (
         tmp_path / "cache" / name for name in ("vllm/compiled", "evaluations/1", "evaluations/2")
     )
@@ -308,7 +308,7 @@ def test_old_caches_go_and_young_ones_stay(registry: Registry, tmp_path: Path) -
     assert [path for path in (compiled, judged, young) if path.exists()] == [young]
 
 
-def test_a_dry_run_removes_nothing(svc: Svc, tmp_path: Path) -> None:
+def test_dry_run_removes_nothing(svc: Svc, tmp_path: Path) -> None:
     old = make_run(tmp_path / ".svc", "old", 15)
     ended = svc("gc", "--dry-run")
     assert ended.code == 0
@@ -320,7 +320,7 @@ def test_a_dry_run_removes_nothing(svc: Svc, tmp_path: Path) -> None:
     assert not old.exists()
 
 
-def test_what_was_removed_and_why_is_in_the_audit_log(svc: Svc, tmp_path: Path) -> None:
+def test_removals_and_reasons_are_in_the_audit_log(svc: Svc, tmp_path: Path) -> None:
     old = make_run(tmp_path / ".svc", "old", 15)
     svc("gc", "--reason", "the disk is full")
     (event,) = read_events(open_database(tmp_path / ".svc"), newest=9)
@@ -328,7 +328,7 @@ def test_what_was_removed_and_why_is_in_the_audit_log(svc: Svc, tmp_path: Path) 
     assert event.details["bytes"] >= 1000
 
 
-def test_a_version_that_was_removed_is_in_the_audit_log_and_one_that_stays_is_not(
+def test_audit_log_has_removed_versions_and_no_remaining_ones(
     svc: Svc, registry: Registry, tmp_path: Path, publish: Publish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Registry, "of", lambda settings: registry)
@@ -339,13 +339,13 @@ def test_a_version_that_was_removed_is_in_the_audit_log_and_one_that_stays_is_no
     assert (event.action, event.subject, event.reason) == ("version.remove", str(gone), "too old")
 
 
-def test_rm_says_which_version_does_not_exist(svc: Svc) -> None:
+def test_rm_names_the_version_that_does_not_exist(svc: Svc) -> None:
     ended = svc("models", "rm", "nobody@1")
     assert ended.code == NotFoundError.exit_code
     assert "nobody@1" in ended.err
 
 
-def test_the_file_of_a_finished_run_is_the_trainers() -> None:
+def test_file_of_a_finished_run_is_the_trainers() -> None:
     """Spelt out there, because what all share knows nothing of the trainer."""
     from trainer.pipeline.run_folder import Run
     from trainer.recipe.stage import Stage

@@ -29,13 +29,13 @@ def manifest(folder: Path) -> Manifest:
     return make_manifest(VersionId("tiny", 3), folder)
 
 
-def test_what_is_written_is_read(folder: Path, manifest: Manifest) -> None:
+def test_written_manifest_is_read_back(folder: Path, manifest: Manifest) -> None:
     write_manifest(folder, manifest)
     assert read_manifest(folder) == manifest
     assert manifest.id == VersionId("tiny", 3)
 
 
-def test_only_undecided_gates_are_named_as_such(folder: Path) -> None:
+def test_only_undecided_gates_are_listed_as_undecided(folder: Path) -> None:
     made = make_manifest(VersionId("tiny", 3), folder, gates=(gate_report(0.04), gate_report(0.09)))
     write_manifest(folder, made)
     (undecided,) = read_manifest(folder).undecided
@@ -44,24 +44,24 @@ def test_only_undecided_gates_are_named_as_such(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("base_evaluation", [report(), None], ids=["beside its base", "in the format that is served"])
-def test_it_says_by_how_many_examples_it_was_judged(folder: Path, base_evaluation: EvaluationReport | None) -> None:
+def test_manifest_has_the_number_of_evaluated_examples(folder: Path, base_evaluation: EvaluationReport | None) -> None:
     (folder / "gptq").mkdir()
     made = make_manifest(VersionId("tiny", 3), folder, base_evaluation=base_evaluation)
     assert made.judged_examples == 2
 
 
-def test_an_adapter_alone_was_judged_by_none(folder: Path) -> None:
+def test_adapter_alone_was_evaluated_on_no_examples(folder: Path) -> None:
     (folder / "adapter").mkdir()
     adapter = FormatRecord(files=())
     assert make_manifest(VersionId("tiny", 3), folder, formats={Format.ADAPTER: adapter}).judged_examples == 0
 
 
-def test_nothing_is_left_beside_it(folder: Path, manifest: Manifest) -> None:
+def test_no_temporary_file_remains(folder: Path, manifest: Manifest) -> None:
     write_manifest(folder, manifest)
     assert {path.name for path in folder.iterdir()} == {MANIFEST_FILE, "heldout.jsonl"}
 
 
-def test_a_manifest_appears_whole_or_not_at_all(
+def test_manifest_appears_completely_or_not_at_all(
     folder: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def cut_off(descriptor: int) -> None:
@@ -74,7 +74,7 @@ def test_a_manifest_appears_whole_or_not_at_all(
 
 
 @pytest.mark.parametrize(("name", "number"), [("tiny", "4"), ("other", "3")])
-def test_the_manifest_of_another_version_is_refused(
+def test_manifest_of_another_version_is_rejected(
     folder: Path, manifest: Manifest, tmp_path: Path, name: str, number: str
 ) -> None:
     write_manifest(folder, manifest)
@@ -86,7 +86,7 @@ def test_the_manifest_of_another_version_is_refused(
     assert caught.value.expected == f"{name}@{number}"
 
 
-def test_no_manifest_is_an_integrity_error(folder: Path) -> None:
+def test_missing_manifest_is_an_integrity_error(folder: Path) -> None:
     with pytest.raises(IntegrityError, match=r"cannot read .*manifest\.json"):
         read_manifest(folder)
 
@@ -100,7 +100,7 @@ def test_no_manifest_is_an_integrity_error(folder: Path) -> None:
         ({}, None),
     ],
 )
-def test_limit_of_answers_is_the_recipes_or_none_when_it_fixes_none(
+def test_limit_of_answers_is_the_recipes_or_none_when_it_sets_none(
     manifest: Manifest, recipe: dict[str, Any], limit: int | None
 ) -> None:
     assert manifest.model_copy(update={"recipe": recipe}).max_answer_tokens == limit
@@ -123,7 +123,7 @@ Edit = Callable[[dict[str, Any]], object]
         lambda content: content.update(formats={"onnx": {"files": []}}),
     ],
 )
-def test_a_manifest_that_was_edited_out_of_shape_is_refused(folder: Path, manifest: Manifest, edit: Edit) -> None:
+def test_manifest_with_invalid_content_is_rejected(folder: Path, manifest: Manifest, edit: Edit) -> None:
     content = manifest.model_dump(mode="json")
     edit(content)
     (folder / MANIFEST_FILE).write_text(json.dumps(content))
@@ -132,7 +132,7 @@ def test_a_manifest_that_was_edited_out_of_shape_is_refused(folder: Path, manife
 
 
 @pytest.mark.parametrize("cut", [0, 1, 100, -1])
-def test_a_manifest_that_is_cut_off_is_refused(folder: Path, manifest: Manifest, cut: int) -> None:
+def test_truncated_manifest_is_rejected(folder: Path, manifest: Manifest, cut: int) -> None:
     write_manifest(folder, manifest)
     (folder / MANIFEST_FILE).write_bytes((folder / MANIFEST_FILE).read_bytes()[:cut])
     with pytest.raises(IntegrityError, match="cannot read"):

@@ -46,7 +46,7 @@ def manifest(tmp_path: Path) -> Manifest:
     return make_manifest(VersionId("tiny", 1), tmp_path, base_evaluation=text_report("what"), formats=formats)
 
 
-def test_the_primary_metric_stands_first_and_every_figure_has_its_interval(manifest: Manifest) -> None:
+def test_primary_metric_comes_first_and_every_figure_has_its_interval(manifest: Manifest) -> None:
     heads, first, *others = shown(evaluation_table(manifest))
     assert [head.strip() for head in heads] == ["base", "merged"]
     assert first[0].strip() == "ROUGE-L"
@@ -58,9 +58,7 @@ def test_the_primary_metric_stands_first_and_every_figure_has_its_interval(manif
     ]
 
 
-def test_what_was_forgotten_is_shown_where_it_was_measured(
-    manifest: Manifest, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_forgetting_is_shown_when_it_was_measured(manifest: Manifest, capsys: pytest.CaptureFixture[str]) -> None:
     before, after = (answered([(text, "right")] * 10).results for text in ("so: right", "wrong"))
     questions = GeneralSet("own.jsonl", (chat("q", "right"),) * 10, (("right",),) * 10)
     found = measure_forgetting(questions, before, after)
@@ -72,7 +70,7 @@ def test_what_was_forgotten_is_shown_where_it_was_measured(
     assert "general questions" not in capsys.readouterr().out
 
 
-def test_the_verdict_of_each_gate_is_shown_once(manifest: Manifest, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verdict_of_each_gate_is_shown_once(manifest: Manifest, capsys: pytest.CaptureFixture[str]) -> None:
     gates = (gate_report(0.04), gate_report(0.09))
     print_version(manifest.model_copy(update={"gates": gates}), Path())
     told = " ".join(capsys.readouterr().out.split())

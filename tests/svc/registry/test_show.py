@@ -44,7 +44,7 @@ def register(
     return register
 
 
-def test_the_checks_are_shown_with_where_the_page_is(svc: Svc, register: Register) -> None:
+def test_checks_are_shown_with_the_path_of_the_page(svc: Svc, register: Register) -> None:
     made = register(make_parity("template"))
     ended = svc("show", str(made.id), "--parity")
     told = " ".join(ended.out.split())
@@ -53,13 +53,13 @@ def test_the_checks_are_shown_with_where_the_page_is(svc: Svc, register: Registe
     assert f"models/{made.name}/{made.number}/reference/parity.html" in "".join(ended.out.split())
 
 
-def test_machines_get_all_numbers(svc: Svc, register: Register) -> None:
+def test_json_output_has_all_numbers(svc: Svc, register: Register) -> None:
     made = register(make_parity())
     told = json.loads(svc("show", str(made.id), "--parity", "--json").out)
     assert ParityReport.model_validate(told) == make_parity()
 
 
-def test_a_version_of_an_older_release_has_no_report(svc: Svc, register: Register) -> None:
+def test_version_of_an_older_release_has_no_report(svc: Svc, register: Register) -> None:
     made = register(None)
     ended = svc("show", str(made.id), "--parity")
     assert ended.code == NotFoundError.exit_code

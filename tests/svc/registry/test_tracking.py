@@ -18,24 +18,24 @@ def mlflow(tracking: Tracking) -> MlflowClient:
     return MlflowClient(tracking.uri, tracking.uri)
 
 
-def test_numbers_go_up_by_one(tracking: Tracking, name: str, run: str) -> None:
+def test_numbers_increase_by_one(tracking: Tracking, name: str, run: str) -> None:
     assert [tracking.allocate(name, "/models", run).number for _ in range(3)] == [1, 2, 3]
 
 
-def test_a_number_that_was_taken_back_is_not_given_again(tracking: Tracking, name: str, run: str) -> None:
+def test_number_of_a_withdrawn_version_is_not_reused(tracking: Tracking, name: str, run: str) -> None:
     first = tracking.allocate(name, "/models", run)
     tracking.discard(first)
     assert tracking.allocate(name, "/models", run) == VersionId(name, 2)
 
 
-def test_a_version_leads_to_its_run(tracking: Tracking, name: str, run: str, mlflow: MlflowClient) -> None:
+def test_version_has_a_link_to_its_run(tracking: Tracking, name: str, run: str, mlflow: MlflowClient) -> None:
     version = tracking.allocate(name, "/models", run)
     tracking.annotate(version, "tiny on 12 examples", {"exact_match_gptq": "0.5"})
     found = mlflow.get_model_version(name, "1")
     assert (found.run_id, found.description, found.tags) == (run, "tiny on 12 examples", {"exact_match_gptq": "0.5"})
 
 
-def test_a_version_has_its_page_beside_its_run(tracking: Tracking, name: str, mlflow: MlflowClient) -> None:
+def test_page_of_a_version_is_stored_with_its_run(tracking: Tracking, name: str, mlflow: MlflowClient) -> None:
     run = tracking.start_run(name, {})
     one, two = (tracking.allocate(name, "/models", run) for _ in range(2))
     tracking.log_page(one, run, "<p>first</p>")
@@ -45,9 +45,7 @@ def test_a_version_has_its_page_beside_its_run(tracking: Tracking, name: str, ml
     assert mlflow.download_artifacts(run, f"{name}-2.html").endswith(f"{name}-2.html")
 
 
-def test_a_version_that_is_taken_back_takes_its_page_with_it(
-    tracking: Tracking, name: str, mlflow: MlflowClient
-) -> None:
+def test_page_is_deleted_with_its_withdrawn_version(tracking: Tracking, name: str, mlflow: MlflowClient) -> None:
     run = tracking.start_run(name, {})
     one, two = (tracking.allocate(name, "/models", run) for _ in range(2))
     for version in (one, two):
@@ -56,7 +54,7 @@ def test_a_version_that_is_taken_back_takes_its_page_with_it(
     assert [artifact.path for artifact in mlflow.list_artifacts(run)] == [f"{name}-2.html"]
 
 
-def test_pages_lie_in_the_folder_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_are_in_their_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     registry = Registry.of(Settings(home=tmp_path / "home"))
     run = registry.tracking.start_run("tiny", {})
@@ -66,17 +64,17 @@ def test_pages_lie_in_the_folder_for_them(tmp_path: Path, monkeypatch: pytest.Mo
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
 
 
-def test_a_page_that_mlflow_does_not_take_is_an_error(tracking: Tracking, name: str) -> None:
+def test_page_that_mlflow_rejects_is_an_error(tracking: Tracking, name: str) -> None:
     with pytest.raises(RegistryError, match="rejected the page for"):
         tracking.log_page(VersionId(name, 1), "no-such-run", "<p>page</p>")
 
 
-def test_a_name_that_mlflow_does_not_know_has_no_aliases(tracking: Tracking, name: str) -> None:
+def test_name_unknown_to_mlflow_has_no_aliases(tracking: Tracking, name: str) -> None:
     assert tracking.aliases(name) == {}
     assert tracking.alias(name, Alias.PRODUCTION) is None
 
 
-def test_an_alias_moves(tracking: Tracking, name: str, run: str) -> None:
+def test_alias_moves(tracking: Tracking, name: str, run: str) -> None:
     one, two = (tracking.allocate(name, "/models", run) for _ in range(2))
     tracking.set_alias(one, Alias.PRODUCTION)
     tracking.set_alias(two, Alias.PRODUCTION)
@@ -84,7 +82,7 @@ def test_an_alias_moves(tracking: Tracking, name: str, run: str) -> None:
     assert tracking.aliases(name) == {Alias.PRODUCTION: two, Alias.SHADOW: one}
 
 
-def test_aliases_of_others_are_left_out(tracking: Tracking, name: str, run: str, mlflow: MlflowClient) -> None:
+def test_aliases_of_other_versions_are_left_out(tracking: Tracking, name: str, run: str, mlflow: MlflowClient) -> None:
     tracking.allocate(name, "/models", run)
     mlflow.set_registered_model_alias(name, "favourite", "1")
     assert tracking.aliases(name) == {}
@@ -96,13 +94,13 @@ def test_runs_of_one_name_are_in_one_experiment(tracking: Tracking, name: str, m
     assert runs[0].data.tags["tuneserve.run"] == f"{name}-1"
 
 
-def test_figures_are_kept_with_the_run(tracking: Tracking, mlflow: MlflowClient) -> None:
+def test_figures_are_stored_with_the_run(tracking: Tracking, mlflow: MlflowClient) -> None:
     run = tracking.start_run("tests", {})
     tracking.log_metrics(run, {"exact_match": 0.75})
     assert mlflow.get_run(run).data.metrics == {"exact_match": 0.75}
 
 
-def test_a_run_says_when_it_was_started_and_its_newest_figures(tracking: Tracking, mlflow: MlflowClient) -> None:
+def test_run_has_its_start_time_and_newest_figures(tracking: Tracking, mlflow: MlflowClient) -> None:
     run = tracking.start_run("tests", {})
     for step, loss in enumerate((0.75, 0.5)):
         tracking.log_metrics(run, {"loss": loss}, step)
@@ -112,22 +110,22 @@ def test_a_run_says_when_it_was_started_and_its_newest_figures(tracking: Trackin
     assert found.metrics == {"loss": 0.5}
 
 
-def test_a_run_that_mlflow_does_not_know_is_none(tracking: Tracking) -> None:
+def test_run_unknown_to_mlflow_is_none(tracking: Tracking) -> None:
     assert tracking.run("0" * 32) is None
 
 
-def test_the_newest_run_is_the_one_that_was_started_last(tracking: Tracking, name: str, mlflow: MlflowClient) -> None:
+def test_newest_run_is_the_one_that_was_started_last(tracking: Tracking, name: str, mlflow: MlflowClient) -> None:
     first = mlflow.get_run(tracking.start_run(name, {})).info
     last = mlflow.create_run(first.experiment_id, start_time=first.start_time + 1000).info.run_id
     mlflow.create_run(first.experiment_id, start_time=first.start_time - 1000)
     assert tracking.newest_run(name) == tracking.run(last)
 
 
-def test_a_name_that_was_never_trained_has_no_newest_run(tracking: Tracking, name: str) -> None:
+def test_name_that_was_never_trained_has_no_newest_run(tracking: Tracking, name: str) -> None:
     assert tracking.newest_run(name) is None
 
 
-def test_what_a_trainer_logs_goes_to_the_attached_run(tracking: Tracking, mlflow: MlflowClient) -> None:
+def test_trainers_log_goes_to_the_attached_run(tracking: Tracking, mlflow: MlflowClient) -> None:
     import mlflow as fluent
 
     run = tracking.start_run("tests", {})
@@ -138,7 +136,7 @@ def test_what_a_trainer_logs_goes_to_the_attached_run(tracking: Tracking, mlflow
     assert fluent.active_run() is None
 
 
-def test_an_mlflow_that_does_not_answer_is_a_registry_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_that_does_not_answer_is_a_registry_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(RegistryError, match="does not answer"):
         Tracking("http://127.0.0.1:9").aliases("tiny")

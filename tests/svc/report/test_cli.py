@@ -22,23 +22,23 @@ def version(versions: JudgedVersions, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(versions.publish(LABELS, {BASE: right(LABELS, 9), "merged": right(LABELS, 50)}).id)
 
 
-def test_it_writes_a_page_into_the_working_folder_and_says_where(svc: Svc, version: str, tmp_path: Path) -> None:
+def test_page_is_written_to_the_working_folder_and_its_path_is_printed(svc: Svc, version: str, tmp_path: Path) -> None:
     ended = svc("report", version)
     path = tmp_path / f"{version.replace('@', '-')}.html"
     assert (ended.code, ended.out) == (0, f"{path}\n")
     assert f"<title>{version}</title>" in path.read_text("utf-8")
 
 
-def test_it_writes_where_it_is_told_to(svc: Svc, version: str, tmp_path: Path) -> None:
+def test_page_is_written_to_the_output_path(svc: Svc, version: str, tmp_path: Path) -> None:
     assert svc("report", version, "--output", "other.html").out == f"{tmp_path / 'other.html'}\n"
     assert (tmp_path / "other.html").is_file()
 
 
-def test_a_name_alone_is_its_newest_version(svc: Svc, version: str) -> None:
+def test_name_alone_means_its_newest_version(svc: Svc, version: str) -> None:
     assert svc("report", version.partition("@")[0]).out.endswith("-1.html\n")
 
 
-def test_machines_get_the_path_and_all_figures(svc: Svc, version: str, tmp_path: Path) -> None:
+def test_json_output_has_the_path_and_all_figures(svc: Svc, version: str, tmp_path: Path) -> None:
     told = json.loads(svc("report", version, "--json").out)
     assert told["path"] == str(tmp_path / f"{version.replace('@', '-')}.html")
     assert told["version"] == version
@@ -48,17 +48,17 @@ def test_machines_get_the_path_and_all_figures(svc: Svc, version: str, tmp_path:
     assert len(told["side_by_side"]) == 20
 
 
-def test_a_folder_that_is_not_there_is_a_plain_error(svc: Svc, version: str) -> None:
+def test_missing_output_folder_is_an_error_without_a_traceback(svc: Svc, version: str) -> None:
     ended = svc("report", version, "--output", "nowhere/page.html")
     assert ended.code == 2
     assert "nowhere" in ended.err
 
 
-def test_a_version_that_is_not_there_is_not_found(svc: Svc, version: str, tmp_path: Path) -> None:
+def test_missing_version_is_not_found(svc: Svc, version: str, tmp_path: Path) -> None:
     ended = svc("report", version.replace("@1", "@7"))
     assert ended.code == NotFoundError.exit_code
     assert list(tmp_path.glob("*.html")) == []
 
 
-def test_show_says_how_to_get_it(svc: Svc, version: str) -> None:
+def test_show_prints_the_command_for_the_report(svc: Svc, version: str) -> None:
     assert f"svc report {version}" in svc("show", version).out

@@ -19,7 +19,7 @@ def matrix(pairs: list[tuple[str, str]]) -> ConfusionMatrix | None:
 
 
 @given(st.lists(st.tuples(st.sampled_from(LABELS), st.sampled_from(LABELS)), min_size=6))
-def test_it_is_that_of_scikit_learn(pairs: list[tuple[str, str]]) -> None:
+def test_confusion_matrix_equals_that_of_scikit_learn(pairs: list[tuple[str, str]]) -> None:
     pairs += [(label, label) for label in LABELS]
     found = matrix(pairs)
     assert found is not None
@@ -28,20 +28,20 @@ def test_it_is_that_of_scikit_learn(pairs: list[tuple[str, str]]) -> None:
     assert [list(row) for row in found.counts] == wanted.tolist()
 
 
-def test_what_is_no_label_has_a_column_of_its_own() -> None:
+def test_answers_that_are_not_labels_have_their_own_column() -> None:
     found = matrix([("net", "net"), ("net", "I do not know"), ("games", "games"), ("games", "net")] * 2)
     assert found is not None
     assert found.given == ("games", "net", "(no label)")
     assert found.counts == ((2, 2, 0), (0, 2, 2))
 
 
-def test_how_a_label_is_written_does_not_count() -> None:
+def test_case_and_format_of_a_label_do_not_matter() -> None:
     found = matrix([("net", '{"section": "Net"}'), ("net", "NET "), ("games", "games"), ("games", "Games")])
     assert found is not None
     assert found.counts == ((2, 0), (0, 2))
 
 
-def test_the_rare_ones_of_many_labels_are_one() -> None:
+def test_rare_labels_are_combined_when_there_are_many() -> None:
     pairs = [(f"label {place:02}", f"label {place:02}") for place in range(30) for _ in range(2 + (place < 25))]
     found = matrix(pairs)
     assert found is not None
@@ -52,5 +52,5 @@ def test_the_rare_ones_of_many_labels_are_one() -> None:
 
 
 @pytest.mark.parametrize("pairs", [[], [(f"a long answer, number {place}", "a") for place in range(9)]])
-def test_texts_have_none(pairs: list[tuple[str, str]]) -> None:
+def test_texts_have_no_confusion_matrix(pairs: list[tuple[str, str]]) -> None:
     assert matrix(pairs) is None

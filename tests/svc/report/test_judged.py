@@ -40,7 +40,7 @@ def right(examples: Sequence[ChatExample], count: int) -> list[str]:
     ("base", "merged", "outcome"),
     [(10, 50, Direction.BETTER), (50, 10, Direction.WORSE), (30, 31, Direction.UNDECIDED)],
 )
-def test_a_verdict_is_what_the_interval_of_the_change_says(base: int, merged: int, outcome: Direction) -> None:
+def test_verdict_follows_from_the_interval_of_the_change(base: int, merged: int, outcome: Direction) -> None:
     found = judged(LABELS, {BASE: right(LABELS, base), "merged": right(LABELS, merged)})
     [verdict] = found.verdicts
     assert (verdict.model, verdict.other, verdict.outcome) == ("merged", BASE, outcome)
@@ -48,19 +48,19 @@ def test_a_verdict_is_what_the_interval_of_the_change_says(base: int, merged: in
     assert verdict.change.value == pytest.approx((merged - base) / 60)
 
 
-def test_gptq_stands_beside_the_base_and_beside_merged() -> None:
+def test_gptq_is_compared_with_the_base_and_with_merged() -> None:
     found = judged(LABELS, {BASE: right(LABELS, 5), "merged": right(LABELS, 50), "gptq": right(LABELS, 49)})
     pairs = [(verdict.model, verdict.other) for verdict in found.verdicts]
     assert pairs == [("merged", BASE), ("gptq", BASE), ("gptq", "merged")]
 
 
-def test_the_primary_metric_decides_and_comes_first() -> None:
+def test_primary_metric_decides_and_comes_first() -> None:
     found = judged(TEXTS, {BASE: right(TEXTS, 0), "merged": right(TEXTS, 20)})
     assert found.rows[0].name == "rouge_l"
     assert found.rows[-1].name == "nll"
 
 
-def test_every_metric_has_its_change_example_by_example() -> None:
+def test_every_metric_has_its_paired_change() -> None:
     found = judged(LABELS, {BASE: right(LABELS, 10), "merged": right(LABELS, 40)})
     changes = {row.name: row.changes["merged"].value for row in found.rows}
     assert set(changes) == {"accuracy", "macro_f1", "exact_match", "perplexity", "length", "cut_off", "nll"}
@@ -70,24 +70,22 @@ def test_every_metric_has_its_change_example_by_example() -> None:
 
 
 @pytest.mark.parametrize(("base", "outcome"), [(0, Direction.BETTER), (20, Direction.UNDECIDED)])
-def test_intervals_must_not_touch_when_the_changes_of_single_examples_are_unknown(
-    base: int, outcome: Direction
-) -> None:
+def test_intervals_must_not_overlap_when_paired_changes_are_unknown(base: int, outcome: Direction) -> None:
     found = judged(LABELS, {BASE: right(LABELS, base), "merged": right(LABELS, 24)}, kept=["merged"])
     [verdict] = found.verdicts
     assert (verdict.outcome, verdict.change) == (outcome, None)
 
 
-def test_gptq_stands_for_a_version_without_merged() -> None:
+def test_gptq_represents_a_version_without_merged() -> None:
     assert judged(LABELS, {"gptq": right(LABELS, 10)}).tuned == "gptq"
 
 
-def test_of_a_version_that_was_not_served_nothing_is_said() -> None:
+def test_version_that_was_not_evaluated_has_no_verdicts() -> None:
     found = Judged([], {}, {})
     assert (found.tuned, found.rows, found.verdicts) == (None, (), ())
 
 
-def test_lower_is_better_where_the_metric_says_so() -> None:
+def test_lower_value_is_better_when_the_metric_says_so() -> None:
     made = {
         BASE: evaluation(LABELS, right(LABELS, 9), [3.0] * 60),
         "merged": evaluation(LABELS, right(LABELS, 9), [1.0] * 60),
@@ -97,7 +95,7 @@ def test_lower_is_better_where_the_metric_says_so() -> None:
     assert verdict.outcome is Direction.BETTER
 
 
-def test_the_change_of_macro_f1_is_that_of_its_metric() -> None:
+def test_change_of_macro_f1_is_that_of_its_metric() -> None:
     from svc.evaluation.metrics.labels import MacroF1
 
     found = judged(LABELS, {BASE: right(LABELS, 10), "merged": right(LABELS, 40)})

@@ -13,7 +13,7 @@ from tests.svc.report.test_judged import LABELS, right
 ANSWERS = {BASE: right(LABELS, 10), "merged": right(LABELS, 50), "gptq": right(LABELS, 45)}
 
 
-def test_everything_is_there(versions: JudgedVersions) -> None:
+def test_report_contains_everything_that_the_version_has(versions: JudgedVersions) -> None:
     made = versions.publish(LABELS, ANSWERS)
     report = gather_report(versions.registry, made.id)
     assert report.manifest == made
@@ -29,25 +29,25 @@ def test_everything_is_there(versions: JudgedVersions) -> None:
     assert len(report.judged.side_by_side) == 20
 
 
-def test_of_a_limited_evaluation_the_examples_are_those_that_were_asked(versions: JudgedVersions) -> None:
+def test_examples_are_the_evaluated_ones_when_the_evaluation_is_limited(versions: JudgedVersions) -> None:
     made = versions.publish(LABELS, {"merged": right(LABELS, 50)}, judged=21)
     report = gather_report(versions.registry, made.id)
     assert report.judged.side_by_side[-1] == 20
     assert report.heldout_labels == {"net": 20, "games": 20, "java": 20}
 
 
-def test_an_adapter_alone_was_not_judged(versions: JudgedVersions) -> None:
+def test_adapter_alone_was_not_evaluated(versions: JudgedVersions) -> None:
     report = gather_report(versions.registry, versions.publish(LABELS, {}).id)
     assert (report.judged.tuned, report.judged.rows, report.judged.verdicts, report.confusion) == (None, (), (), None)
 
 
-def test_a_version_that_is_not_there_is_not_found(versions: JudgedVersions) -> None:
+def test_missing_version_is_not_found(versions: JudgedVersions) -> None:
     with pytest.raises(NotFoundError, match="there is no version"):
         gather_report(versions.registry, VersionId(versions.name, 7))
 
 
 @pytest.mark.parametrize("file", ["base.jsonl", "training.jsonl", "data_summary.json", "run.json"])
-def test_a_file_that_was_changed_is_refused(versions: JudgedVersions, file: str) -> None:
+def test_changed_file_is_rejected(versions: JudgedVersions, file: str) -> None:
     made = versions.publish(LABELS, ANSWERS)
     path = versions.registry.folder(made.id) / "reference" / file
     path.chmod(0o644)

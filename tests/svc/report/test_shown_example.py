@@ -6,19 +6,19 @@ from tests.svc.report.judged_versions import evaluation
 from tests.svc.report.test_judged import LABELS, TEXTS, judged, right
 
 
-def test_the_worst_have_the_lowest_score() -> None:
+def test_worst_answers_have_the_lowest_scores() -> None:
     answers = [one.answer for one in TEXTS]
     answers[4], answers[7] = "nothing of it", "a tool that does number"
     assert judged(TEXTS, {"merged": answers}).worst == (5, 8)
 
 
-def test_of_equal_scores_the_least_likely_reference_is_the_worst() -> None:
+def test_least_likely_reference_is_the_worst_when_scores_are_equal() -> None:
     made = evaluation(LABELS, right(LABELS, 57), [1.0] * 58 + [3.0, 2.0])
     found = Judged(LABELS, {"merged": made.report}, {"merged": made.results})
     assert found.worst == (59, 60, 58)
 
 
-def test_a_metric_that_is_better_when_lower_has_its_worst_at_the_top() -> None:
+def test_worst_answers_have_the_highest_scores_when_lower_is_better() -> None:
     found = judged(TEXTS, {"merged": ["x"] * len(TEXTS)})
     results = [
         one.model_copy(update={"scores": {"rouge_l": float(at)}}) for at, one in enumerate(found.results["merged"])
@@ -29,25 +29,25 @@ def test_a_metric_that_is_better_when_lower_has_its_worst_at_the_top() -> None:
     assert Judged(TEXTS, {"merged": report}, {"merged": results}).worst[:2] == (30, 29)
 
 
-def test_no_right_answer_is_among_the_worst() -> None:
+def test_correct_answers_are_never_among_the_worst() -> None:
     assert judged(LABELS, {"merged": right(LABELS, 60)}).worst == ()
 
 
-def test_lost_is_what_the_base_had_right() -> None:
+def test_lost_answers_are_those_that_only_the_base_has_right() -> None:
     base, tuned = right(LABELS, 10), right(LABELS, 60)
     tuned[3] = tuned[6] = tuned[50] = "none of them"
     assert judged(LABELS, {BASE: base, "merged": tuned}).lost == (4, 7)
 
 
-def test_without_the_answers_of_the_base_nothing_is_lost() -> None:
+def test_no_answer_is_lost_when_the_base_has_no_answers() -> None:
     found = judged(LABELS, {BASE: right(LABELS, 60), "merged": right(LABELS, 0)}, kept=["merged"])
     assert found.lost == ()
 
 
-def test_twenty_are_spread_over_all_whatever_was_answered() -> None:
+def test_twenty_examples_are_evenly_spaced_whatever_the_answers() -> None:
     one, other = (judged(LABELS, {"merged": right(LABELS, count)}) for count in (0, 60))
     assert one.side_by_side == other.side_by_side == tuple(range(1, 61, 3))
 
 
-def test_of_few_all_are_shown() -> None:
+def test_all_examples_are_shown_when_there_are_few() -> None:
     assert judged(TEXTS[:7], {"merged": right(TEXTS[:7], 3)}).side_by_side == tuple(range(1, 8))

@@ -8,32 +8,32 @@ from svc.report.text import LONGEST, cut_text, visible
 
 
 @given(st.text(max_size=9_000))
-def test_nothing_is_lost_but_what_is_said_to_be_left_out(text: str) -> None:
+def test_cut_text_loses_only_the_counted_characters(text: str) -> None:
     cut = cut_text(text)
     assert cut.start + cut.rest == visible(text[:LONGEST])
     assert cut.left_out == max(0, len(text) - LONGEST)
 
 
 @given(st.text(max_size=9_000))
-def test_what_is_not_folded_is_short(text: str) -> None:
+def test_beginning_of_a_text_is_short(text: str) -> None:
     start = cut_text(text).start
     assert len(start) <= 350
     assert start.count("\n") <= 7
 
 
-def test_a_short_text_is_not_folded() -> None:
+def test_short_text_is_not_folded() -> None:
     assert cut_text("two\nlines") == ("two\nlines", "", 0)
 
 
-def test_a_text_of_many_lines_is_folded() -> None:
+def test_text_of_many_lines_is_folded() -> None:
     assert cut_text("\n".join("abcdefghij")).start == "a\nb\nc\nd\ne\nf\n"
 
 
 @pytest.mark.parametrize(("text", "shown"), [("\x00", "␀"), ("\x1b[31m", "␛[31m"), ("\x7f", "␡"), ("\ud800", "�")])
-def test_what_cannot_be_seen_is_shown(text: str, shown: str) -> None:
+def test_invisible_characters_are_made_visible(text: str, shown: str) -> None:
     assert visible(text) == shown
 
 
-def test_scripts_of_all_directions_stay() -> None:
+def test_scripts_of_all_directions_are_unchanged() -> None:
     text = "مرحبا 👩‍👩‍👧 हिन्दी\tend\n"
     assert visible(text) == text

@@ -24,20 +24,20 @@ from tests.svc.store.test_requests import RECORD, kept
 ONE = Target(VersionId("tiny", 1), Format.GPTQ)
 
 
-def test_migrations_give_the_tables_that_the_code_knows(store: Store) -> None:
+def test_migrations_create_the_tables_of_the_code(store: Store) -> None:
     with store.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         assert compare_metadata(context, Table.metadata) == []
 
 
-def test_what_was_written_is_there_when_it_is_opened_again(tmp_path: Path) -> None:
+def test_written_rows_are_read_when_the_store_is_opened_again(tmp_path: Path) -> None:
     change_desired(open_database(tmp_path), None, ONE, None)
     found = read_desired(open_database(tmp_path), "tiny")
     assert found is not None
     assert found.target == ONE
 
 
-def test_a_store_of_another_release_is_refused_with_its_revision(tmp_path: Path) -> None:
+def test_store_of_another_release_is_rejected_with_its_revision(tmp_path: Path) -> None:
     store = open_database(tmp_path)
     with store.begin() as connection:
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0011'")
@@ -45,7 +45,7 @@ def test_a_store_of_another_release_is_refused_with_its_revision(tmp_path: Path)
         open_database(tmp_path)
 
 
-def test_a_store_of_the_first_schema_gets_the_new_tables_and_keeps_its_rows(tmp_path: Path) -> None:
+def test_store_of_the_first_schema_gets_the_new_tables_and_keeps_its_rows(tmp_path: Path) -> None:
     store = open_database(tmp_path)
     add_requests(store, [RECORD])
     with store.begin() as connection:
@@ -55,7 +55,7 @@ def test_a_store_of_the_first_schema_gets_the_new_tables_and_keeps_its_rows(tmp_
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = 'initial'")
     store.dispose()
     migrated = open_database(tmp_path)
-    test_migrations_give_the_tables_that_the_code_knows(migrated)
+    test_migrations_create_the_tables_of_the_code(migrated)
     assert kept(migrated) == [RECORD.request_id]
     assert add_items(migrated, ONE, [item(RECORD.request_id)]) == 1
     assert _schema(migrated) == _schema(open_database(tmp_path / "new"))
@@ -74,14 +74,14 @@ def test_readers_do_not_wait_for_writers_and_commits_survive_a_power_cut(store: 
         assert connection.scalar(sa.text("PRAGMA synchronous")) == 2
 
 
-def test_nobody_else_can_read_what_users_wrote(tmp_path: Path) -> None:
+def test_only_the_owner_can_read_the_store(tmp_path: Path) -> None:
     with open_database(tmp_path).connect():
         modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.glob("svc.db*")}
     assert set(modes) == {"svc.db", "svc.db-wal", "svc.db-shm"}
     assert set(modes.values()) == {0o600}
 
 
-def test_a_step_without_its_swap_is_refused(store: Store) -> None:
+def test_step_without_its_swap_is_rejected(store: Store) -> None:
     with pytest.raises(IntegrityError, match="FOREIGN KEY"), store.begin() as connection:
         connection.execute(sa.text("INSERT INTO swap_steps (swap_id, at, text) VALUES (99, '2026-01-01', 'x')"))
 
@@ -98,7 +98,7 @@ print(read_desired(open_database(Path(sys.argv[1])), "tiny"))
 
 
 @pytest.mark.slow
-def test_two_processes_that_open_a_new_store_at_once_both_get_it(tmp_path: Path) -> None:
+def test_two_processes_can_open_a_new_store_concurrently(tmp_path: Path) -> None:
     """`svc serve` and `svc promote` on a new home."""
     arguments = [sys.executable, "-c", OPENER, str(tmp_path)]
     processes = [
@@ -115,7 +115,7 @@ def test_two_processes_that_open_a_new_store_at_once_both_get_it(tmp_path: Path)
     assert [process.communicate()[0] for process in processes] == ["None\n"] * 3
 
 
-def test_a_migration_that_fails_leaves_nothing_half_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_migration_is_rolled_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object, **options: object) -> None:
         raise OSError("no space left on device")
 

@@ -40,24 +40,26 @@ def three(store: Store) -> Store:
     return store
 
 
-def test_what_is_meant_goes_with_its_feedback_and_the_rest_stays(three: Store, which: ColumnElement[bool]) -> None:
+def test_selected_requests_are_deleted_with_their_feedback_and_the_rest_stays(
+    three: Store, which: ColumnElement[bool]
+) -> None:
     assert forget_requests(three, which) == Forgotten(requests=1, contents=1, feedback=1)
     assert kept(three) == ["other", "nobody"]
     with Session(three) as session:
         assert session.scalar(select(func.count()).select_from(FeedbackRow)) == 1
 
 
-def test_what_would_go_is_counted_and_stays(three: Store, which: ColumnElement[bool]) -> None:
+def test_count_of_selected_requests_deletes_nothing(three: Store, which: ColumnElement[bool]) -> None:
     assert count_requests(three, which) == Forgotten(1, 1, 1)
     assert len(kept(three)) == 3
 
 
-def test_where_there_is_nothing_nothing_goes(three: Store) -> None:
+def test_nothing_is_deleted_when_the_selection_is_empty(three: Store) -> None:
     assert forget_requests(three, of_key("nobody00")) == Forgotten(0, 0, 0)
     assert len(kept(three)) == 3
 
 
-def test_many_go_in_several_transactions(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_requests_are_deleted_in_several_transactions(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(requests, "_DELETED_TOGETHER", 3)
     add_requests(store, [MINE._replace(request_id=str(number)) for number in range(10)])
     assert forget_requests(store, of_key("abcd0123")).requests == 10
@@ -69,24 +71,24 @@ def in_files(home: Path, text: str) -> bool:
     return any(text.encode() in path.read_bytes() for path in home.glob("svc.db*"))
 
 
-def test_its_text_is_in_no_file_of_the_database_either(three: Store, tmp_path: Path) -> None:
+def test_deleted_text_is_in_no_file_of_the_database(three: Store, tmp_path: Path) -> None:
     assert in_files(tmp_path / "home", MARK)
     forget_requests(three, of_key("abcd0123"))
     assert not in_files(tmp_path / "home", MARK)
 
 
-def test_nobody_can_read_who_a_user_is(three: Store, tmp_path: Path) -> None:
+def test_stored_user_cannot_be_identified(three: Store, tmp_path: Path) -> None:
     assert not in_files(tmp_path / "home", "a@b.de")
 
 
 @pytest.mark.parametrize("change", [str.upper, lambda user: user + " ", lambda user: user[:-1]])
-def test_another_user_is_another_one(change: Callable[[str], str]) -> None:
+def test_different_users_have_different_hashes(change: Callable[[str], str]) -> None:
     assert hash_user(change("a@b.de")) != hash_user("a@b.de")
 
 
-def test_any_name_of_a_user_has_a_hash() -> None:
+def test_any_user_name_has_a_hash() -> None:
     assert len({hash_user(user) for user in ("", "\ud800", "x" * 10_000, "é")}) == 4
 
 
-def test_the_hash_of_a_user_counts_for_the_size() -> None:
+def test_hash_of_a_user_counts_for_the_size() -> None:
     assert MINE.bytes - MINE._replace(user_hash=None).bytes == 32

@@ -30,7 +30,7 @@ def at(minutes: int, **fields: Any) -> RequestRecord:
     return KEPT._replace(started_at=NOON + timedelta(minutes=minutes), **fields)
 
 
-def test_the_newest_comes_first_and_then_the_one_before(store: Store) -> None:
+def test_newest_answer_is_returned_first(store: Store) -> None:
     add_requests(store, [at(1, answer="old"), at(3, answer="new"), at(2, answer="older")])
     answers = []
     while (row := newest(store)) is not None:
@@ -41,7 +41,7 @@ def test_the_newest_comes_first_and_then_the_one_before(store: Store) -> None:
         assert session.scalars(select(RequestRow.logprob)).all() == [-0.5] * 3
 
 
-def test_what_was_tried_is_passed_over(store: Store) -> None:
+def test_attempted_answers_are_skipped(store: Store) -> None:
     add_requests(store, [at(1, answer="old"), at(2, answer="new")])
     first = newest(store)
     assert first is not None
@@ -75,7 +75,7 @@ def test_what_was_tried_is_passed_over(store: Store) -> None:
         {"tokens_out": None},
     ],
 )
-def test_what_cannot_be_compared_is_not_scored(store: Store, fields: dict[str, Any]) -> None:
+def test_answers_that_cannot_be_compared_are_not_scored(store: Store, fields: dict[str, Any]) -> None:
     add_requests(store, [KEPT._replace(**fields)])
     assert newest(store) is None
 
@@ -89,12 +89,12 @@ def test_what_cannot_be_compared_is_not_scored(store: Store, fields: dict[str, A
         {"tokens_in": MOST_TOKENS - 1, "tokens_out": 1},
     ],
 )
-def test_what_can_be_is(store: Store, fields: dict[str, Any]) -> None:
+def test_answers_that_can_be_compared_are_scored(store: Store, fields: dict[str, Any]) -> None:
     add_requests(store, [KEPT._replace(**fields)])
     assert newest(store) is not None
 
 
-def test_a_row_that_was_forgotten_meanwhile_takes_no_score(store: Store) -> None:
+def test_row_that_was_deleted_meanwhile_gets_no_score(store: Store) -> None:
     add_requests(store, [KEPT])
     row = newest(store)
     assert row is not None
@@ -103,7 +103,7 @@ def test_a_row_that_was_forgotten_meanwhile_takes_no_score(store: Store) -> None
     assert newest(store) is None
 
 
-def test_only_the_last_hour_is_looked_at(store: Store) -> None:
+def test_only_answers_of_the_last_hour_are_scored(store: Store) -> None:
     """A store without any row that can be scored holds a month of others."""
     statements: list[Any] = []
 

@@ -39,7 +39,7 @@ def report(*arguments: object) -> dict[str, Any]:
     return found
 
 
-def test_they_are_those_of_training_and_what_the_template_writes_after_the_answer(tmp_path: Path) -> None:
+def test_token_counts_equal_those_of_training_plus_the_template_text_after_the_answer(tmp_path: Path) -> None:
     folder = base(tmp_path / "base")
     training = load_tokenizer(folder)
     examples = [chat("a question", "an answer"), chat("ü" * 50, "{}")]
@@ -52,7 +52,7 @@ def test_they_are_those_of_training_and_what_the_template_writes_after_the_answe
         assert 0 <= tokenizer.count(example) - len(row.input_ids) <= after
 
 
-def test_calls_and_tools_are_counted(tmp_path: Path) -> None:
+def test_tool_calls_and_tools_are_counted(tmp_path: Path) -> None:
     template = "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ c.function.arguments.city }}{% endfor %}"
     template += "{{ m.content }}{% endfor %}{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}"
     tokenizer = BaseTokenizer(base(tmp_path / "base", template))
@@ -68,21 +68,21 @@ def test_calls_and_tools_are_counted(tmp_path: Path) -> None:
     assert tokenizer.count(parse_example({"messages": turns, "tools": tools})) > tokenizer.count(plain)
 
 
-def test_a_refusal_of_the_template_says_why(tmp_path: Path) -> None:
+def test_error_has_the_reason_when_the_template_rejects_an_example(tmp_path: Path) -> None:
     tokenizer = BaseTokenizer(base(tmp_path / "base", NO_SYSTEM))
     with pytest.raises(RowError, match="no system turn") as caught:
         tokenizer.count(ChatExample((Message(Role.SYSTEM, "s"), *chat("q", "a").messages)))
     assert caught.value.code is Code.TEMPLATE_REFUSES
 
 
-def test_a_template_that_needs_tools_refuses_an_example_without(tmp_path: Path) -> None:
+def test_template_that_needs_tools_rejects_an_example_without_tools(tmp_path: Path) -> None:
     tokenizer = BaseTokenizer(base(tmp_path / "base", "{% for tool in tools %}{{ tool }}{% endfor %}"))
     with pytest.raises(RowError, match="not iterable") as caught:
         tokenizer.count(chat("q", "a"))
     assert caught.value.code is Code.TEMPLATE_REFUSES
 
 
-def test_a_refused_example_is_an_error_of_its_line(tmp_path: Path) -> None:
+def test_rejected_example_is_an_error_of_its_line(tmp_path: Path) -> None:
     folder = base(tmp_path / "base", NO_SYSTEM)
     refused = ChatExample((Message(Role.SYSTEM, "s"), *chat("q", "a").messages))
     path = data(tmp_path / "x.jsonl", chat("one", "1"), refused)
@@ -91,7 +91,7 @@ def test_a_refused_example_is_an_error_of_its_line(tmp_path: Path) -> None:
     assert found["errors"] == 1
 
 
-def test_the_maximum_is_in_the_tokens_of_the_base(tmp_path: Path) -> None:
+def test_maximum_length_is_in_tokens_of_the_base(tmp_path: Path) -> None:
     folder = base(tmp_path / "base")
     example = chat("many words " * 20, "an answer")
     tokens = BaseTokenizer(folder).count(example)
@@ -101,7 +101,7 @@ def test_the_maximum_is_in_the_tokens_of_the_base(tmp_path: Path) -> None:
     assert f" {tokens} tokens; the maximum is {tokens - 1}" in problem["message"]
 
 
-def test_lengths_in_tokens_are_shown(tmp_path: Path) -> None:
+def test_lengths_are_shown_in_tokens(tmp_path: Path) -> None:
     folder = base(tmp_path / "base")
     path = data(tmp_path / "x.jsonl", chat("q", "a"), chat("a longer question", "a"))
     shorter, longer = (
@@ -112,13 +112,13 @@ def test_lengths_in_tokens_are_shown(tmp_path: Path) -> None:
     assert f"longest {longer}" in check(path, "--base", folder).stdout
 
 
-def test_without_a_base_none_are_counted(tmp_path: Path) -> None:
+def test_no_tokens_are_counted_without_a_base(tmp_path: Path) -> None:
     found = report(data(tmp_path / "x.jsonl", chat("q", "a")))
     assert (found["median_tokens"], found["longest_tokens"]) == (None, None)
 
 
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, ""])
-def test_a_folder_that_cannot_count_is_refused(tmp_path: Path, template: str) -> None:
+def test_folder_without_a_usable_tokenizer_is_rejected(tmp_path: Path, template: str) -> None:
     folder = base(tmp_path / "base", template)
     if template:
         (folder / "tokenizer.json").write_text("{")
@@ -126,7 +126,7 @@ def test_a_folder_that_cannot_count_is_refused(tmp_path: Path, template: str) ->
         BaseTokenizer(folder)
 
 
-def test_the_special_tokens_of_the_base_are_found_in_texts(tmp_path: Path) -> None:
+def test_special_tokens_of_the_base_are_found_in_texts(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["⟪end⟫"], special_tokens=True)
     tokenizer.add_tokens(["the"])

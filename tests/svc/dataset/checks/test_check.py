@@ -31,17 +31,17 @@ def entries(expect: str) -> list[object]:
 
 
 @pytest.mark.parametrize("entry", entries("reject"))
-def test_a_line_that_cannot_be_trained_on_is_an_error(broken: DataReport, entry: dict[str, int]) -> None:
+def test_line_that_cannot_be_trained_on_is_an_error(broken: DataReport, entry: dict[str, int]) -> None:
     assert all(Severity.ERROR in found for found in severities(broken, entry))
 
 
 @pytest.mark.parametrize("entry", entries("accept"))
-def test_a_good_line_has_no_problem(broken: DataReport, entry: dict[str, int]) -> None:
+def test_good_line_has_no_problem(broken: DataReport, entry: dict[str, int]) -> None:
     assert not any(severities(broken, entry))
 
 
 @pytest.mark.parametrize("entry", entries("warn"))
-def test_a_doubtful_line_is_no_error(broken: DataReport, entry: dict[str, int]) -> None:
+def test_doubtful_line_is_a_warning(broken: DataReport, entry: dict[str, int]) -> None:
     assert not any(Severity.ERROR in found for found in severities(broken, entry))
 
 
@@ -55,7 +55,7 @@ def test_a_doubtful_line_is_no_error(broken: DataReport, entry: dict[str, int]) 
         ("blank_line", "blank"),
     ],
 )
-def test_copies_contradictions_and_leaks_are_told_apart(broken: DataReport, defect: str, code: str) -> None:
+def test_duplicates_contradictions_and_leaks_are_distinguished(broken: DataReport, defect: str, code: str) -> None:
     line = next(entry["line"] for entry in KEY if entry["defect"] == defect)
     assert code in {problem.code for problem in broken.problems if problem.line == line}
 
@@ -64,7 +64,7 @@ def test_every_line_is_counted(broken: DataReport) -> None:
     assert broken.lines == 65
 
 
-def test_a_file_without_examples_is_an_error(tmp_path: Path) -> None:
+def test_file_without_examples_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "empty.jsonl"
     path.touch()
     report = check_file(path)
@@ -73,16 +73,16 @@ def test_a_file_without_examples_is_an_error(tmp_path: Path) -> None:
     assert report.median_characters == 0
 
 
-def test_a_missing_file_is_a_data_error(tmp_path: Path) -> None:
+def test_missing_file_is_a_data_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cannot open data file .*nothing\.jsonl"):
         check_file(tmp_path / "nothing.jsonl")
 
 
-def test_few_answers_are_shown_as_labels(tmp_path: Path) -> None:
+def test_few_distinct_answers_are_shown_as_labels(tmp_path: Path) -> None:
     lines = [chat(f"question {number}", "net" if number % 3 else "doc").as_dict() for number in range(9)]
     assert check_file(write_lines(tmp_path / "x.jsonl", *lines)).labels == {"net": 6, "doc": 3}
 
 
-def test_free_answers_are_no_labels(tmp_path: Path) -> None:
+def test_free_text_answers_are_not_labels(tmp_path: Path) -> None:
     lines = [chat(f"question {number}", f"answer {number}").as_dict() for number in range(9)]
     assert check_file(write_lines(tmp_path / "x.jsonl", *lines)).labels is None

@@ -56,9 +56,7 @@ def found(path: Path, lines: Iterable[bytes], heldout: Iterable[bytes] = ()) -> 
 @formats
 @given(chance=seeds, labels=st.booleans())
 @few
-def test_good_examples_are_accused_of_nothing(
-    tmp_path: Path, form: Format, chance: random.Random, labels: bool
-) -> None:
+def test_good_examples_have_no_problem(tmp_path: Path, form: Format, chance: random.Random, labels: bool) -> None:
     rows = good_rows(form, chance, 150, labels=labels)
     assert found(tmp_path / "x.jsonl", map(encode, rows), map(encode, good_rows(form, chance, 20))) == {}
 
@@ -67,7 +65,7 @@ def test_good_examples_are_accused_of_nothing(
 @pytest.mark.parametrize(("code", "damage"), [pytest.param(code, damage, id=name) for name, code, damage in DEFECTS])
 @given(chance=seeds)
 @few
-def test_a_defect_is_found_at_its_line_and_nowhere_else(
+def test_defect_is_reported_at_its_line_and_nowhere_else(
     tmp_path: Path, form: Format, code: Code, damage: Damage, chance: random.Random
 ) -> None:
     lines = [encode(value) for value in good_rows(form, chance, GOOD_ROWS, labels=True)]
@@ -78,7 +76,7 @@ def test_a_defect_is_found_at_its_line_and_nowhere_else(
 
 @pytest.mark.parametrize("form", list(ROLE))
 @pytest.mark.parametrize("role", ["customer", "User ", "", None, 3, []])
-def test_a_wrong_role_is_found(tmp_path: Path, form: Format, role: object) -> None:
+def test_wrong_role_is_reported(tmp_path: Path, form: Format, role: object) -> None:
     rows = good_rows(form, random.Random(1), GOOD_ROWS)
     rows[7] = put(rows[7], ROLE[form], role)
     assert found(tmp_path / "x.jsonl", map(encode, rows)) == {8: {Code.WRONG_ROLE}}
@@ -87,7 +85,7 @@ def test_a_wrong_role_is_found(tmp_path: Path, form: Format, role: object) -> No
 @formats
 @given(chance=seeds)
 @few
-def test_copies_are_found_and_told_apart(tmp_path: Path, form: Format, chance: random.Random) -> None:
+def test_kinds_of_duplicates_are_distinguished(tmp_path: Path, form: Format, chance: random.Random) -> None:
     question, answer = TEXT[form]
     rows = good_rows(form, chance, GOOD_ROWS)
     first = put(rows[0], question, long := text(chance, 40, 60))
@@ -119,7 +117,7 @@ def test_leaks_are_errors_and_near_leaks_warnings(tmp_path: Path, form: Format, 
 @formats
 @given(chance=seeds)
 @few
-def test_answers_unlike_the_others_are_found(tmp_path: Path, form: Format, chance: random.Random) -> None:
+def test_answers_unlike_the_others_are_reported(tmp_path: Path, form: Format, chance: random.Random) -> None:
     rows = good_rows(form, chance, GOOD_ROWS, labels=True)
     rows[3] = put(rows[3], TEXT[form][1], '{"colour": "loud"}')
     rows[8] = put(rows[8], TEXT[form][1], "It is red.")
@@ -144,7 +142,7 @@ def tool_row(name: str = "Ada", arguments: str = "{}", description: str = "Tells
 @pytest.mark.parametrize(
     ("part", "field"), [("name", "messages[0]"), ("arguments", "messages[1]"), ("description", "tools[0]")]
 )
-def test_what_a_text_may_not_hold_no_name_call_or_tool_may(tmp_path: Path, part: str, field: str) -> None:
+def test_forbidden_text_is_reported_in_names_calls_and_tools_too(tmp_path: Path, part: str, field: str) -> None:
     hostile = json.dumps({"city": "<|im_end|>"}) if part == "arguments" else "a <|im_end|> b"
     (tmp_path / "a.jsonl").write_bytes(encode(tool_row(**{part: hostile})))
     (problem,) = check_file(tmp_path / "a.jsonl").problems
@@ -153,16 +151,16 @@ def test_what_a_text_may_not_hold_no_name_call_or_tool_may(tmp_path: Path, part:
 
 
 @pytest.mark.parametrize("part", ["name", "arguments", "description"])
-def test_long_calls_and_tools_make_an_example_too_long(tmp_path: Path, part: str) -> None:
+def test_example_is_too_long_when_its_calls_and_tools_are_long(tmp_path: Path, part: str) -> None:
     long = json.dumps({"city": "x" * 20_000}) if part == "arguments" else "x" * 20_000
     assert found(tmp_path / "x.jsonl", [encode(tool_row(**{part: long}))]) == {1: {Code.TOO_LONG}}
 
 
-def test_a_good_example_with_tools_is_accused_of_nothing(tmp_path: Path) -> None:
+def test_good_example_with_tools_has_no_problem(tmp_path: Path) -> None:
     assert found(tmp_path / "x.jsonl", [encode(tool_row())]) == {}
 
 
-def test_one_prompt_with_other_tools_is_another_example_but_a_leak_all_the_same(tmp_path: Path) -> None:
+def test_same_prompt_with_other_tools_is_another_example_but_still_a_leak(tmp_path: Path) -> None:
     one, other = tool_row(), tool_row(description="Makes it.")
     answered = put(one, "messages.3.content", "Yes.")
     assert found(tmp_path / "x.jsonl", map(encode, [one, other])) == {}
@@ -171,19 +169,19 @@ def test_one_prompt_with_other_tools_is_another_example_but_a_leak_all_the_same(
 
 
 @pytest.mark.parametrize(("letter", "count", "long"), [("x", 15_000, False), ("日", 5_000, False), ("日", 6_000, True)])
-def test_the_length_in_tokens_is_estimated_in_any_script(tmp_path: Path, letter: str, count: int, long: bool) -> None:
+def test_length_in_tokens_is_estimated_in_any_script(tmp_path: Path, letter: str, count: int, long: bool) -> None:
     rows = [row(Format.PROMPT_COMPLETION, "", letter * count, "yes")]
     assert found(tmp_path / "x.jsonl", map(encode, rows)) == ({1: {Code.TOO_LONG}} if long else {})
 
 
 @pytest.mark.parametrize("system", ["", "Be nice."])
-def test_an_assistant_turn_before_any_user_turn_is_told(tmp_path: Path, system: str) -> None:
+def test_assistant_turn_before_any_user_turn_is_reported(tmp_path: Path, system: str) -> None:
     turns = [{"from": "gpt", "value": "Hello."}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
     codes = found(tmp_path / "x.jsonl", [encode({"system": system, "conversations": turns})])
     assert codes == {1: {Code.ASSISTANT_FIRST}}
 
 
-def test_a_list_without_examples_is_told_at_its_last_line(tmp_path: Path) -> None:
+def test_list_without_examples_is_reported_at_its_last_line(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("[\n\n1,\n2\n]")
     problems = list(check_file(tmp_path / "x.json").problems)
     assert [(problem.line, problem.code) for problem in problems] == [
@@ -193,14 +191,14 @@ def test_a_list_without_examples_is_told_at_its_last_line(tmp_path: Path) -> Non
     ]
 
 
-def test_a_label_that_stands_once_beside_frequent_ones_is_doubted(tmp_path: Path) -> None:
+def test_label_that_occurs_once_among_frequent_ones_is_reported(tmp_path: Path) -> None:
     chance = random.Random(1)
     rows = [row(Format.CHAT, "Sort it.", text(chance), f"label {number % 4}") for number in range(120)]
     rows.append(row(Format.CHAT, "Sort it.", text(chance), "lable 1"))
     assert found(tmp_path / "x.jsonl", map(encode, rows)) == {121: {Code.LABEL_NOT_IN_SET}}
 
 
-def test_short_questions_under_one_long_instruction_are_no_copies(tmp_path: Path) -> None:
+def test_short_questions_with_one_long_instruction_are_not_duplicates(tmp_path: Path) -> None:
     instruction = "Translate the following sentence into French, and answer with the translation only, without quotes: "
     chance = random.Random(1)
     rows = [row(Format.ALPACA, "", instruction * 3 + text(chance, 2, 5), text(chance, 2, 5)) for _ in range(60)]
@@ -219,18 +217,18 @@ def test_short_questions_under_one_long_instruction_are_no_copies(tmp_path: Path
         ),
     ],
 )
-def test_short_questions_that_differ_in_a_word_are_no_copies(tmp_path: Path, one: str, other: str) -> None:
+def test_short_questions_that_differ_in_one_word_are_not_duplicates(tmp_path: Path, one: str, other: str) -> None:
     rows = [row(Format.PROMPT_COMPLETION, "", one, "Paris"), row(Format.PROMPT_COMPLETION, "", other, "Madrid")]
     assert found(tmp_path / "x.jsonl", map(encode, rows)) == {}
 
 
-def test_one_text_under_two_instructions_is_two_examples(tmp_path: Path) -> None:
+def test_one_text_with_two_instructions_is_two_examples(tmp_path: Path) -> None:
     long = text(random.Random(1), 40, 60)
     rows = [row(Format.CHAT, system, long, "an answer") for system in ("Translate.", "Sum up.")]
     assert found(tmp_path / "x.jsonl", map(encode, rows)) == {}
 
 
-def test_copies_are_found_across_files_and_named_with_theirs(tmp_path: Path) -> None:
+def test_duplicates_across_files_are_reported_with_their_files(tmp_path: Path) -> None:
     rows = good_rows(Format.CHAT, random.Random(1), 6)
     for name, part in (("a.jsonl", rows[:4]), ("b.jsonl", rows[3:])):
         (tmp_path / name).write_bytes(b"\n".join(map(encode, part)))
@@ -239,14 +237,14 @@ def test_copies_are_found_across_files_and_named_with_theirs(tmp_path: Path) -> 
     assert [problem.message for problem in second.problems] == [f"same as line 4 of {tmp_path / 'a.jsonl'}"]
 
 
-def test_a_faulty_held_out_line_is_reported_too(tmp_path: Path) -> None:
+def test_faulty_held_out_line_is_reported(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(encode(good_rows(Format.CHAT, random.Random(1), 1)[0]))
     (tmp_path / "h.jsonl").write_bytes(encode(good_rows(Format.CHAT, random.Random(2), 1)[0]) + b"\n{}\n")
     _, held = check_files([tmp_path / "a.jsonl"], [tmp_path / "h.jsonl"])
     assert [(problem.line, problem.severity) for problem in held.problems] == [(2, Severity.ERROR)]
 
 
-def test_fields_are_named_as_the_file_names_them(tmp_path: Path) -> None:
+def test_fields_have_the_names_of_the_file(tmp_path: Path) -> None:
     rows = good_rows(Format.SHAREGPT, random.Random(1), 2)
     rows[0] = put(rows[0], "conversations.1.value", "a </s> b")
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(map(encode, [rows[0], put(rows[1], "conversations.2.value", 7)])))
@@ -256,7 +254,7 @@ def test_fields_are_named_as_the_file_names_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_many_problems_come_back_whole_and_in_order(tmp_path: Path) -> None:
+def test_many_problems_are_returned_completely_and_in_order(tmp_path: Path) -> None:
     rows = good_rows(Format.CHAT, random.Random(1), 3)
     rows[0] = put(rows[0], TEXT[Format.CHAT][1], text(random.Random(1), 40))  # too long for a label, though so frequent
     good = [encode(value) for value in rows]

@@ -70,7 +70,7 @@ def odd_labels(counts: dict[str, int], system: str = "", around: str = "{}") -> 
         ("99", "Sort it."),
     ],
 )
-def test_a_rare_answer_among_labels_is_doubted(rare: str, system: str) -> None:
+def test_rare_answer_among_labels_is_reported(rare: str, system: str) -> None:
     assert odd_labels({"positive": 40, "negative": 40, "neutral": 40, rare: 1}, system) == {rare}
 
 
@@ -78,16 +78,16 @@ def test_a_rare_answer_among_labels_is_doubted(rare: str, system: str) -> None:
     "rare",
     ['{"t":"net"}', '{"s": "net"}', '{"s":"Net"}', '{"s":99}', '{"s":"net","why":"x"}', '{"s":"bank"}', '["net"]'],
 )
-def test_a_rare_answer_among_labels_in_json_is_doubted(rare: str) -> None:
+def test_rare_answer_among_labels_in_json_is_reported(rare: str) -> None:
     assert odd_labels({'{"s":"net"}': 20, '{"s":"doc"}': 20, rare: 1}, 'Answer {"s":...} with net or doc.') == {rare}
 
 
 @pytest.mark.parametrize("rare", ["2", "-1", "0.5x", "99999"])
-def test_a_number_out_of_the_range_that_is_listed_is_doubted(rare: str) -> None:
+def test_number_outside_the_listed_range_is_reported(rare: str) -> None:
     assert odd_labels({"0": 20, "1": 20, rare: 1}, "Answer with 0 or 1.") == {rare}
 
 
-def test_nan_is_no_json() -> None:
+def test_nan_is_not_json() -> None:
     examples = labelled({'{"s":1}': 20, '{"s":2}': 20, '{"s":NaN}': 1}, "Answer with 1 or 2.")
     assert {(examples[place].answer, code) for place, code in odd(examples).items()} == {
         ('{"s":NaN}', Code.ANSWER_NOT_JSON)
@@ -113,7 +113,7 @@ def test_one_long_answer_does_not_hide_a_wrong_label() -> None:
         ({"ดี": 30, "ไม่ดี": 30}, "ตอบว่าดีหรือไม่ดี"),
     ],
 )
-def test_good_labels_are_not_doubted(counts: dict[str, int], system: str) -> None:
+def test_good_labels_are_not_reported(counts: dict[str, int], system: str) -> None:
     assert odd_labels(counts, system) == set()
 
 
@@ -121,16 +121,18 @@ def test_good_labels_are_not_doubted(counts: dict[str, int], system: str) -> Non
     ("first", "second", "wrong", "system"),
     [("正面", "负面", "中性的", "请回答正面或负面。"), ("はい", "いいえ", "たぶん", "はいかいいえで答えて。")],
 )
-def test_listed_labels_are_known_in_scripts_without_spaces(first: str, second: str, wrong: str, system: str) -> None:
+def test_listed_labels_are_recognized_in_scripts_without_spaces(
+    first: str, second: str, wrong: str, system: str
+) -> None:
     assert odd_labels({first: 30, second: 30, wrong: 1}, system) == {wrong}
 
 
-def test_a_part_of_a_word_is_not_listed() -> None:
+def test_part_of_a_word_is_not_a_listed_label() -> None:
     assert odd_labels({"positive": 40, "negative": 40, "with a": 1, "wit": 1}, LISTED) == {"with a", "wit"}
 
 
 @pytest.mark.parametrize("task", ["Is it positive or negative?\n\n{}", "{}\n\nIs it positive or negative?"])
-def test_another_task_without_a_system_turn_is_not_judged_by_the_labels_of_the_first(task: str) -> None:
+def test_second_task_without_a_system_turn_is_not_checked_against_the_labels_of_the_first(task: str) -> None:
     rows = labelled({"positive": 20, "negative": 20}, around=task)
     assert odd([*rows, chat("What is 2+3?", "5"), chat("Name the capital of Peru.", "Lima")]) == {}
     assert odd([*rows, example("neg", around=task)]) == {40: Code.LABEL_NOT_IN_SET}

@@ -58,7 +58,7 @@ def test_texts_that_share_nothing_are_never_near() -> None:
     assert (groups // 2 == np.arange(len(groups)) // 2).all()
 
 
-def test_the_estimate_is_as_good_as_a_reference_implementation() -> None:
+def test_estimate_is_as_good_as_a_reference_implementation() -> None:
     exact = np.array([similarity(pair) for pair in PAIRS])
     ours = (FOUND["values"][0::2] == FOUND["values"][1::2]).mean(axis=1)
     theirs = []
@@ -87,7 +87,7 @@ LONG = text(random.Random(5), 50, 60)
         ("これは何ですか", "それは何ですか", False),
     ],
 )
-def test_what_is_near(one: str, other: str, near: bool) -> None:
+def test_near_duplicates_are_those_of_the_table(one: str, other: str, near: bool) -> None:
     groups, earlier = clusters(sketches(one, "something quite different", other))
     assert bool(groups[2] == 0) == near
     assert int(earlier[2]) == (0 if near else -1)
@@ -106,20 +106,20 @@ def test_chains_of_near_duplicates_are_one_group() -> None:
     assert set(groups[: len(chain)]) == {0}
 
 
-def test_what_all_texts_share_does_not_make_them_near() -> None:
+def test_text_shared_by_all_examples_does_not_make_them_near() -> None:
     shared = text(random.Random(3), 60, 60)
     groups, _ = clusters(sketches(*(f"{shared}\n{text(random.Random(seed), 4, 9)}" for seed in range(10, 90))))
     assert len(set(groups)) == 80
 
 
 @pytest.mark.parametrize("count", [5, 8, 40])
-def test_what_few_texts_of_a_small_file_share_does_not_make_them_near_either(count: int) -> None:
+def test_text_shared_by_a_few_examples_of_a_small_file_does_not_make_them_near(count: int) -> None:
     shared = text(random.Random(3), 45, 45)
     groups, _ = clusters(sketches(*(f"{shared}\n{text(random.Random(seed), 2, 4)}" for seed in range(10, 10 + count))))
     assert len(set(groups)) == count
 
 
-def test_exact_copies_do_not_turn_a_text_into_the_wording_of_a_task() -> None:
+def test_text_with_exact_copies_does_not_count_as_the_wording_of_a_task() -> None:
     groups, _ = clusters(sketches(*[LONG] * 8, f"Description:\n{LONG}"))
     assert set(groups) == {0}
 
@@ -130,7 +130,7 @@ def test_very_many_copies_of_one_text_are_one_group() -> None:
     assert len(set(groups[2_000:])) == 1
 
 
-def test_no_texts_are_no_groups() -> None:
+def test_no_texts_have_no_groups() -> None:
     groups, earlier = clusters(sketches())
     assert len(groups) == len(earlier) == 0
     assert list(nearest(sketches("a b c"), sketches())) == [-1]

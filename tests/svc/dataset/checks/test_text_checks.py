@@ -34,7 +34,7 @@ def codes(text: str, *tokens: str) -> set[Code]:
 
 
 @pytest.mark.parametrize("text", GOOD)
-def test_good_texts_are_not_doubted(text: str) -> None:
+def test_good_texts_have_no_problem(text: str) -> None:
     assert codes(text) == set()
 
 
@@ -45,7 +45,7 @@ def test_good_texts_are_not_doubted(text: str) -> None:
         *("{{ a == b }}", "{{ x if y else z }}", "{{ a and not b }}", "{{ x['k'] }}", "{{ f(1) }}", "{{- x -}}"),
     ],
 )
-def test_template_code_is_told(text: str) -> None:
+def test_template_code_is_reported(text: str) -> None:
     assert codes(text) == {Code.TEMPLATE_CODE}
 
 
@@ -56,23 +56,23 @@ def test_template_code_is_told(text: str) -> None:
         *("<|turn>model", "<turn|>", "<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<tool_response|>"),
     ],
 )
-def test_special_tokens_of_known_families_are_told(text: str) -> None:
+def test_special_tokens_of_known_families_are_reported(text: str) -> None:
     assert codes(text) == {Code.SPECIAL_TOKEN}
 
 
 @pytest.mark.parametrize(
     "text", ["a\u202eb", "a\U000e0041\U000e0042", "🏴 \U000e0067", "\U000e007f", "\U000e0020x"], ids=ascii
 )
-def test_characters_that_hide_text_are_told(text: str) -> None:
+def test_characters_that_hide_text_are_reported(text: str) -> None:
     assert codes(text) == {Code.CONTROL_CHARACTER}
 
 
-def test_what_stands_for_lost_bytes_is_told() -> None:
+def test_replacement_characters_of_lost_bytes_are_reported() -> None:
     assert codes("caf\ufffd") == {Code.MOJIBAKE}
 
 
 @given(st.text(alphabet="äöüéèñçßøåžšł€–“”’ž", min_size=1, max_size=9), st.text("abc", min_size=1, max_size=5))  # noqa: RUF001
-def test_wrongly_decoded_text_is_told(wrong: str, around: str) -> None:
+def test_wrongly_decoded_text_is_reported(wrong: str, around: str) -> None:
     decoded = wrong.encode().decode("cp1252", "replace")
     assert "\ufffd" in decoded or Code.MOJIBAKE in codes(around + decoded + around)
 
@@ -106,31 +106,31 @@ def garbled(text: str) -> str:
 
 
 @pytest.mark.parametrize("language", SENTENCES)
-def test_a_sentence_is_told_from_itself_wrongly_decoded(language: str) -> None:
+def test_sentence_is_distinguished_from_its_wrongly_decoded_form(language: str) -> None:
     sentence = SENTENCES[language]
     assert (codes(sentence), codes(sentence.upper())) == (set(), set())
     assert Code.MOJIBAKE in codes(garbled(sentence))
 
 
-def test_what_is_told_stands_where_it_is_said_to_stand() -> None:
+def test_reported_text_is_at_the_reported_position() -> None:
     [(code, text)] = TextChecks().problems("3 Å², \x85 cafÃ©")
     assert code is Code.MOJIBAKE
     assert text.endswith("'fÃ©' at 10")
 
 
-def test_further_special_tokens_are_found_when_they_are_given() -> None:
+def test_additional_special_tokens_are_found_when_they_are_given() -> None:
     assert codes("here ⟪end⟫ there", "⟪end⟫") == {Code.SPECIAL_TOKEN}
     assert codes("here ⟪end⟫ there") == set()
 
 
 @pytest.mark.parametrize("part", ["{{[", "[", "{{a|", " ", "{{a ", "{% if ", "{#", "{{ a if", "{{1", "<|", "Ã"])
 @pytest.mark.parametrize("begin", ["", "{{", "{{a", "{{a|", "{% if", "{{ a ", "{#"])
-def test_a_text_is_checked_in_proportion_to_its_length(begin: str, part: str) -> None:
+def test_duration_of_a_check_is_proportional_to_the_length_of_the_text(begin: str, part: str) -> None:
     began = time.process_time()
     codes(begin + part * (60_000 // len(part)))
     assert time.process_time() - began < 2
 
 
 @given(st.text())
-def test_any_text_is_checked(text: str) -> None:
+def test_any_text_can_be_checked(text: str) -> None:
     assert codes(text) <= {Code.SPECIAL_TOKEN, Code.TEMPLATE_CODE, Code.CONTROL_CHARACTER, Code.MOJIBAKE}

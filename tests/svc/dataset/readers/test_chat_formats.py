@@ -71,11 +71,11 @@ def test_every_format_gives_the_same_example(form: Format) -> None:
     ],
     ids=str,
 )
-def test_spellings_that_people_use_are_taken(value: Any) -> None:
+def test_common_spellings_are_accepted(value: Any) -> None:
     assert parse(value) == chat("i", "o")
 
 
-def test_alpaca_puts_the_input_after_the_instruction_and_the_history_before() -> None:
+def test_alpaca_input_follows_the_instruction_and_history_precedes_it() -> None:
     value = {"instruction": "Translate.", "input": "bread", "output": "pain", "history": [["Hello", "Bonjour"]]}
     assert [message.content for message in parse(value).messages] == ["Hello", "Bonjour", "Translate.\n\nbread", "pain"]
 
@@ -104,7 +104,7 @@ BESIDE = (Format.CHAT, Format.SHAREGPT, Format.ALPACA, Format.PROMPT_COMPLETION)
 
 
 @pytest.mark.parametrize("form", BESIDE)
-def test_a_system_prompt_may_stand_beside_the_turns(form: Format) -> None:
+def test_system_prompt_may_be_a_separate_field(form: Format) -> None:
     value = row(form, "be short", "which", "that")
     if form in (Format.CHAT, Format.SHAREGPT):
         key = "messages" if form is Format.CHAT else "conversations"
@@ -126,7 +126,9 @@ def test_a_system_prompt_may_stand_beside_the_turns(form: Format) -> None:
         (None, "x", "messages"),
     ],
 )
-def test_fields_are_named_as_they_stand_beside_a_system_prompt(system: Any, turns: Any, field: str) -> None:
+def test_fields_have_the_names_of_the_file_when_a_system_prompt_is_separate(
+    system: Any, turns: Any, field: str
+) -> None:
     assert refusal({"system": system, "messages": turns}, Format.CHAT).field == field
 
 
@@ -148,13 +150,13 @@ def with_weights(*weights: int | None) -> ChatExample:
         ((1, None), (1, 3)),
     ],
 )
-def test_weights_say_what_is_learnt(weights: tuple[int | None, ...], learnt: tuple[int, ...]) -> None:
+def test_weights_decide_which_turns_are_trained_on(weights: tuple[int | None, ...], learnt: tuple[int, ...]) -> None:
     example = with_weights(*weights)
     assert example.learnt == learnt
     assert parse_example(example.as_dict()) == example
 
 
-def test_fingerprints_of_plain_chats_are_what_they_were() -> None:
+def test_fingerprints_of_plain_chats_have_not_changed() -> None:
     assert fingerprint([chat("a", "b")]) == ("sha256:01060f258c742b9d436aa1de5b903edb809032b7416b567d156163f40aefc0d5")
 
 
@@ -217,14 +219,14 @@ def test_fingerprints_of_plain_chats_are_what_they_were() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_wrong_row_is_refused_by_its_field(value: Any, code: Code, text: str) -> None:
+def test_wrong_row_is_rejected_with_its_field(value: Any, code: Code, text: str) -> None:
     error = refusal(value)
     assert error.code is code
     assert text in error.wrong
     assert not error.field or error.wrong.startswith(error.field)
 
 
-def test_tools_that_are_nested_without_end_are_refused() -> None:
+def test_endlessly_nested_tools_are_rejected() -> None:
     deep: Any = "x"
     for _ in range(200):
         deep = {"a": deep}
@@ -232,7 +234,7 @@ def test_tools_that_are_nested_without_end_are_refused() -> None:
     assert refusal({**WITH_TOOLS, "tools": [{"type": "function", "function": function}]}).code is Code.WRONG_TOOLS
 
 
-def test_the_format_of_a_file_is_that_of_most_rows(tmp_path: Path) -> None:
+def test_format_of_a_file_is_that_of_most_rows(tmp_path: Path) -> None:
     rows = [row(Format.ALPACA, "", f"question {number}", "a") for number in range(5)]
     path = write_lines(tmp_path / "x.jsonl", row(Format.CHAT, "s", "u", "a"), *rows)
     errors = [line.error for line in read_lines(path)]

@@ -55,7 +55,9 @@ def test_every_test_with_every_prompt_is_an_example(tmp_path: Path) -> None:
         ("{{ x }}", "oops", "is 'oops'"),
     ],
 )
-def test_what_becomes_no_example_is_an_error_of_its_line(prompt: str, test: str, wrong: str, tmp_path: Path) -> None:
+def test_test_that_cannot_become_an_example_is_an_error_of_its_line(
+    prompt: str, test: str, wrong: str, tmp_path: Path
+) -> None:
     (tmp_path.parent / "secret.txt").write_text("secret", "utf-8")
     (line,) = lines(tmp_path, f'prompts: ["{prompt}"]\ntests:\n  - {test}\n')
     assert line.example is None
@@ -65,7 +67,7 @@ def test_what_becomes_no_example_is_an_error_of_its_line(prompt: str, test: str,
     assert line.number == 3
 
 
-def test_text_beside_the_file_is_read(tmp_path: Path) -> None:
+def test_text_in_a_neighbouring_file_is_read(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("Ask {{x}}\n", "utf-8")
     (line,) = lines(tmp_path, "prompts: ['file://p.txt']\ntests: [{vars: {x: a}, assert: [{type: equals, value: b}]}]")
     assert line.example is not None
@@ -73,6 +75,6 @@ def test_text_beside_the_file_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["- a", "tests: file://x.csv", "prompts: [a\n", "tests: []"])
-def test_what_is_no_suite_is_one_error(text: str, tmp_path: Path) -> None:
+def test_file_that_is_not_a_suite_is_one_error(text: str, tmp_path: Path) -> None:
     (line,) = lines(tmp_path, text)
     assert line.error is not None

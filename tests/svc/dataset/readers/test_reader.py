@@ -24,19 +24,19 @@ def failure(path: Path, **options: Any) -> DataError:
     return caught.value
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_missing_file_is_named(tmp_path: Path) -> None:
     error = failure(tmp_path / "train.jsonl")
     assert f"cannot open data file {tmp_path / 'train.jsonl'}: No such file" in error.wrong
     assert "check the path" in error.todo
 
 
-def test_a_folder_without_data_files_is_named(tmp_path: Path) -> None:
+def test_folder_without_data_files_is_named(tmp_path: Path) -> None:
     (tmp_path / "README.md").touch()
     assert f"no data file in folder {tmp_path}" in failure(tmp_path).wrong
 
 
 @pytest.mark.parametrize("content", [b"", b"\n  \n"])
-def test_an_empty_file_is_too_few_examples(tmp_path: Path, content: bytes) -> None:
+def test_empty_file_has_too_few_examples(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "empty.jsonl"
     path.write_bytes(content)
     error = failure(path)
@@ -44,7 +44,7 @@ def test_an_empty_file_is_too_few_examples(tmp_path: Path, content: bytes) -> No
     assert error.expected == "at least 1"
 
 
-def test_a_single_example_is_too_few_to_train_on(tmp_path: Path) -> None:
+def test_single_example_is_too_few_to_train_on(tmp_path: Path) -> None:
     error = failure(write_lines(tmp_path / "one.jsonl", chat().as_dict()), minimum=2)
     assert "has 1 example" in error.wrong
     assert error.expected == "at least 2"
@@ -63,7 +63,7 @@ def test_a_single_example_is_too_few_to_train_on(tmp_path: Path) -> None:
         (GOOD + GOOD, "not JSON: Extra data"),
     ],
 )
-def test_error_names_the_bad_line_and_the_command_to_run(tmp_path: Path, line: bytes, text: str) -> None:
+def test_bad_line_is_named_by_number_with_the_command_to_run(tmp_path: Path, line: bytes, text: str) -> None:
     path = tmp_path / "train.jsonl"
     path.write_bytes(GOOD + b"\n\n" + line + b"\n" + GOOD)
     error = failure(path)
@@ -73,7 +73,7 @@ def test_error_names_the_bad_line_and_the_command_to_run(tmp_path: Path, line: b
     assert f"svc data check {path}" in error.todo
 
 
-def test_an_object_with_very_many_keys_is_read_in_proportion_to_its_length(tmp_path: Path) -> None:
+def test_time_to_read_an_object_is_proportional_to_its_number_of_keys(tmp_path: Path) -> None:
     keys = [f'"{number}": 1' for number in range(100_000)]
     path = tmp_path / "train.jsonl"
     path.write_text("{" + ", ".join([*keys, keys[500]]) + "}")
@@ -82,13 +82,13 @@ def test_an_object_with_very_many_keys_is_read_in_proportion_to_its_length(tmp_p
     assert time.process_time() - began < 5
 
 
-def test_a_byte_order_mark_and_windows_line_ends_are_no_fault(tmp_path: Path) -> None:
+def test_byte_order_mark_and_windows_line_ends_are_accepted(tmp_path: Path) -> None:
     path = tmp_path / "windows.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + GOOD + b"\r\n" + GOOD + b"\r\n")
     assert read_examples(path) == [chat(), chat()]
 
 
-def test_lines_end_at_line_feeds_alone(tmp_path: Path) -> None:
+def test_lines_end_only_at_line_feeds(tmp_path: Path) -> None:
     example = chat(user="one\u2028two\x85three\u2029")
     write_examples(tmp_path / "x.jsonl", [example, chat()])
     assert read_examples(tmp_path / "x.jsonl") == [example, chat()]
@@ -98,7 +98,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lam
 
 
 @given(st.lists(st.builds(chat, texts, texts), min_size=1, max_size=5))
-def test_what_is_written_is_read_again(tmp_path_factory: pytest.TempPathFactory, examples: list[Any]) -> None:
+def test_written_examples_are_read_back(tmp_path_factory: pytest.TempPathFactory, examples: list[Any]) -> None:
     path = tmp_path_factory.getbasetemp() / "round.jsonl"
     write_examples(path, examples)
     assert read_examples(path) == examples

@@ -21,7 +21,7 @@ def wrong(*turns: Any) -> str:
     return str(caught.value)
 
 
-def test_a_good_example_is_read_whole() -> None:
+def test_good_example_is_read_completely() -> None:
     value = {"messages": [turn("system", "Be short."), USER, ANSWER], "id": 7}
     example = parse_example(value)
     assert example.as_dict() == {"messages": value["messages"]}
@@ -51,7 +51,7 @@ def test_a_good_example_is_read_whole() -> None:
         ((), "messages is an empty list"),
     ],
 )
-def test_a_bad_turn_is_named_with_its_place_and_value(turns: tuple[Any, ...], text: str) -> None:
+def test_bad_turn_is_named_with_its_place_and_value(turns: tuple[Any, ...], text: str) -> None:
     assert text in wrong(*turns)
 
 
@@ -64,18 +64,18 @@ def test_a_bad_turn_is_named_with_its_place_and_value(turns: tuple[Any, ...], te
         ({"messages": {"role": "user"}}, "messages is an object"),
     ],
 )
-def test_a_line_of_another_form_is_named(value: Any, text: str) -> None:
+def test_line_of_another_form_is_named(value: Any, text: str) -> None:
     with pytest.raises(DataError) as caught:
         parse_row(value, Format.CHAT)
     assert text in caught.value.wrong
     assert caught.value.expected
 
 
-def test_a_large_bad_value_does_not_fill_the_screen() -> None:
+def test_large_bad_value_is_truncated_in_the_error() -> None:
     assert len(wrong(turn("x" * 100_000, "y"), ANSWER)) < 300
 
 
-def test_the_length_is_that_of_all_that_a_model_is_shown() -> None:
+def test_length_counts_everything_that_a_model_is_shown() -> None:
     call = {"id": "1", "type": "function", "function": {"name": "rain", "arguments": '{"a": "日"}'}}
     turns = [USER | {"name": "Ada"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
     turns += [turn("tool", "no") | {"tool_call_id": "1"}, ANSWER]

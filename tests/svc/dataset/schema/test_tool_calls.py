@@ -54,11 +54,11 @@ def refusal(*turns: Any, **more: Any) -> RowError:
         (calling("1"), giving("1"), ANSWER, USER, calling("2"), giving("2")),
     ],
 )
-def test_calls_with_their_answers_are_taken(turns: tuple[Any, ...]) -> None:
+def test_calls_with_their_answers_are_accepted(turns: tuple[Any, ...]) -> None:
     assert parse(*turns, ANSWER).answer == "No."
 
 
-def test_a_last_turn_with_text_may_call() -> None:
+def test_last_turn_with_text_may_have_calls() -> None:
     assert parse(calling("1") | {"content": "I look."}).messages[-1].tool_calls
 
 
@@ -78,15 +78,13 @@ def test_a_last_turn_with_text_may_call() -> None:
         ((calling("1"), USER), "messages[1].tool_calls"),
     ],
 )
-def test_a_call_without_an_answer_and_an_answer_without_a_call_are_refused(turns: tuple[Any, ...], field: str) -> None:
+def test_call_without_an_answer_and_answer_without_a_call_are_rejected(turns: tuple[Any, ...], field: str) -> None:
     error = refusal(*turns, ANSWER)
     assert (error.code, error.field) == (Code.WRONG_TURNS, field)
 
 
 @given(st.lists(st.sampled_from(["a", "b", "c", "d"]), unique=True, min_size=1), st.randoms(), st.data())
-def test_answers_may_come_in_any_order_but_none_may_be_missing(
-    ids: list[str], chance: Any, data: st.DataObject
-) -> None:
+def test_answers_may_be_in_any_order_but_none_may_be_missing(ids: list[str], chance: Any, data: st.DataObject) -> None:
     answers = [giving(name) for name in ids]
     chance.shuffle(answers)
     parse(calling(*ids), *answers, ANSWER)
@@ -94,7 +92,7 @@ def test_answers_may_come_in_any_order_but_none_may_be_missing(
     assert refusal(calling(*ids), *answers, ANSWER).code is Code.WRONG_TURNS
 
 
-def test_a_sharegpt_observation_without_a_call_is_refused_by_its_own_name() -> None:
+def test_sharegpt_observation_without_a_call_is_rejected_by_its_own_name() -> None:
     turns = [("human", "q"), ("gpt", "x"), ("observation", "no"), ("gpt", "b")]
     value = {"conversations": [{"from": who, "value": said} for who, said in turns]}
     with pytest.raises(RowError) as caught:
@@ -102,7 +100,7 @@ def test_a_sharegpt_observation_without_a_call_is_refused_by_its_own_name() -> N
     assert (caught.value.code, caught.value.field) == (Code.WRONG_TURNS, "conversations[2].value")
 
 
-def test_very_many_tools_and_calls_are_checked_in_proportion_to_their_number() -> None:
+def test_time_to_check_tools_and_calls_is_proportional_to_their_number() -> None:
     ids = [str(number) for number in range(20_000)]
     tools = [{"name": f"f{name}"} for name in ids]
     calls = [{"id": name, "function": {"name": f"f{name}", "arguments": "{}"}} for name in ids]
@@ -112,11 +110,11 @@ def test_very_many_tools_and_calls_are_checked_in_proportion_to_their_number() -
     assert time.process_time() - began < 5
 
 
-def test_two_calls_with_one_id_are_refused() -> None:
+def test_two_calls_with_one_id_are_rejected() -> None:
     assert refusal(calling("1", "1"), giving("1"), giving("1"), ANSWER).code is Code.WRONG_TOOLS
 
 
-def test_a_call_of_what_is_not_offered_is_refused() -> None:
+def test_call_of_a_tool_that_is_not_offered_is_rejected() -> None:
     error = refusal(calling("1", name="snow"), giving("1"), ANSWER, tools=[FUNCTION])
     assert error.code is Code.WRONG_TOOLS
     assert "'snow'" in error.wrong and "rain" in error.expected
@@ -128,17 +126,17 @@ def test_a_call_of_what_is_not_offered_is_refused() -> None:
     ["x", "[1]", '{"city": NaN}', '{"city": 1, "city": 2}', '{"city": "\\ud800"}', {"city": "\ud800"}, [], 5],
     ids=repr,
 )
-def test_arguments_that_are_no_strict_json_object_are_refused(arguments: Any) -> None:
+def test_arguments_that_are_not_a_strict_json_object_are_rejected(arguments: Any) -> None:
     error = refusal(calling("1", arguments=arguments), giving("1"), ANSWER)
     assert error.code in (Code.WRONG_TOOLS, Code.WRONG_CONTENT)
 
 
 @pytest.mark.parametrize("more", [{"name": " "}, {"name": 5}, {"name": None}], ids=repr)
-def test_a_call_without_a_name_is_refused(more: dict[str, Any]) -> None:
+def test_call_without_a_name_is_rejected(more: dict[str, Any]) -> None:
     assert refusal(calling("1", **more), giving("1"), ANSWER).code is Code.WRONG_TOOLS
 
 
-def test_a_call_of_another_type_is_refused() -> None:
+def test_call_of_another_type_is_rejected() -> None:
     made = calling("1")
     made["tool_calls"][0]["type"] = "banana"
     assert refusal(made, giving("1"), ANSWER).code is Code.WRONG_TOOLS
@@ -156,18 +154,18 @@ def test_a_call_of_another_type_is_refused() -> None:
     ],
     ids=json.dumps,
 )
-def test_tools_that_no_api_takes_are_refused(tools: Any) -> None:
+def test_tools_that_no_api_accepts_are_rejected(tools: Any) -> None:
     assert refusal(ANSWER, tools=tools).code is Code.WRONG_TOOLS
 
 
 @pytest.mark.parametrize(
     "function", [{"name": "f"}, {"name": "f", "description": None, "parameters": None, "strict": True}], ids=json.dumps
 )
-def test_what_a_tool_may_leave_out_it_may(function: dict[str, Any]) -> None:
+def test_optional_fields_of_a_tool_may_be_missing(function: dict[str, Any]) -> None:
     assert len(parse(ANSWER, tools=[function, {"type": "function", "function": FUNCTION}]).tools) == 2
 
 
-def test_the_old_function_calling_is_refused_and_not_dropped() -> None:
+def test_old_function_calling_is_rejected_instead_of_dropped() -> None:
     called = {"role": "assistant", "content": "I look.", "function_call": {"name": "rain", "arguments": "{}"}}
     assert refusal(called, USER, ANSWER).code is Code.WRONG_TOOLS
     assert refusal(ANSWER, functions=[FUNCTION]).code is Code.WRONG_TOOLS

@@ -17,17 +17,17 @@ words = st.text(st.characters(codec="utf-8"))
 
 
 @given(st.text(alphabet=NOTHING))
-def test_what_shows_nothing_is_blank(text: str) -> None:
+def test_text_without_visible_characters_is_blank(text: str) -> None:
     assert is_blank(text)
 
 
 @given(words, st.sampled_from(["a", "5", ".", "ß", "日", "\U0001fae9", "\uf8ff", "\u0301", "\U000f0000"]), words)
-def test_what_shows_something_is_not(before: str, shown: str, after: str) -> None:
+def test_text_with_visible_characters_is_not_blank(before: str, shown: str, after: str) -> None:
     assert not is_blank(before + shown + after)
 
 
 @pytest.mark.parametrize("text", list(NOTHING))
-def test_a_turn_that_shows_nothing_is_refused(text: str) -> None:
+def test_turn_without_visible_characters_is_rejected(text: str) -> None:
     for turns in ([turn("user", text), turn("assistant", "a")], [turn("user", "a"), turn("assistant", text)]):
         with pytest.raises(RowError) as caught:
             parse_example({"messages": turns})
@@ -45,7 +45,7 @@ def test_a_turn_that_shows_nothing_is_refused(text: str) -> None:
         ("a\u3000b", "A  b"),
     ],
 )
-def test_what_looks_the_same_is_the_same(one: str, other: str) -> None:
+def test_texts_that_look_the_same_are_equal(one: str, other: str) -> None:
     assert normal(one) == normal(other)
     assert normal_prompt(chat(one)) == normal_prompt(chat(other))
     first, second = sketches(one, other)["values"]
@@ -55,10 +55,10 @@ def test_what_looks_the_same_is_the_same(one: str, other: str) -> None:
 @pytest.mark.parametrize(
     ("one", "other"), [("5²", "52"), ("m²", "m2"), ("क्\u200dष", "क्ष"), ("👩\u200d👧", "👩👧"), ("ﬁ x", "f x")]
 )
-def test_what_says_something_else_is_not(one: str, other: str) -> None:
+def test_texts_with_different_content_differ(one: str, other: str) -> None:
     assert normal(one) != normal(other)
 
 
 @given(words)
-def test_the_way_of_composing_letters_does_not_count(text: str) -> None:
+def test_unicode_composition_does_not_matter(text: str) -> None:
     assert normal(unicodedata.normalize("NFD", text)) == normal(unicodedata.normalize("NFC", text))

@@ -35,7 +35,9 @@ class TestBrokenAnswers:
             (STREAM + chunk(b"{}") + b"0\r\n", b"{}"),
         ],
     )
-    async def test_what_came_can_be_read_before_the_error(self, socket: Path, said: bytes, came: bytes | None) -> None:
+    async def test_received_bytes_can_be_read_before_the_error(
+        self, socket: Path, said: bytes, came: bytes | None
+    ) -> None:
         found = None
 
         async def read() -> None:
@@ -70,7 +72,7 @@ class TestBrokenAnswers:
             STREAM + b"fffffffffffffffffff\r\n{}\r\n",
         ],
     )
-    async def test_what_is_no_http_is_an_error_at_once(self, socket: Path, said: bytes) -> None:
+    async def test_response_that_is_not_http_is_an_immediate_error(self, socket: Path, said: bytes) -> None:
         async with engine(socket, say(said)) as (pool, server):
             with pytest.raises(MalformedAnswerError):
                 await asyncio.wait_for(ask(pool), 5)
@@ -86,7 +88,7 @@ class TestBrokenAnswers:
         ],
         ids=["value", "name", "extension", "trailer"],
     )
-    async def test_a_head_and_whatever_is_like_one_ends(self, socket: Path, said: bytes) -> None:
+    async def test_endless_head_of_a_response_is_rejected(self, socket: Path, said: bytes) -> None:
         async def reply(peer: Peer) -> None:
             await peer.say(said)
             for _ in range(1000):
@@ -97,7 +99,9 @@ class TestBrokenAnswers:
                 await asyncio.wait_for(ask(pool), 5)
             await until_closed(server)
 
-    async def test_a_body_that_is_read_whole_has_a_limit(self, socket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test_body_that_is_read_completely_has_a_limit(
+        self, socket: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr("svc.engine.vllm.connection_pool._MAX_BODY_BYTES", 1)
         async with engine(socket, say(ANSWER)) as (pool, _):
             with pytest.raises(MalformedAnswerError):
@@ -106,14 +110,14 @@ class TestBrokenAnswers:
 
 class TestSilence:
     @pytest.mark.parametrize("said", [b"", b"HTTP/1.1", STREAM, STREAM + chunk(b"{}")])
-    async def test_an_engine_that_says_nothing_more_is_given_up(self, socket: Path, said: bytes) -> None:
+    async def test_request_times_out_when_the_engine_is_silent(self, socket: Path, said: bytes) -> None:
         async with engine(socket, say(said), silence_s=0.1) as (pool, server):
             with pytest.raises(SilenceError):
                 await asyncio.wait_for(ask(pool), 5)
             await until_closed(server)
             assert len(server.requests) == 1
 
-    async def test_nor_on_a_kept_connection_is_it_asked_again(self, socket: Path) -> None:
+    async def test_request_on_a_reused_connection_is_not_repeated_when_the_engine_is_silent(self, socket: Path) -> None:
         async with engine(socket, say(ANSWER), silence, silence_s=0.1) as (pool, server):
             await ask(pool)
             with pytest.raises(SilenceError):
@@ -121,7 +125,7 @@ class TestSilence:
             assert len(server.requests) == 2
 
     @pytest.mark.slow
-    async def test_an_answer_may_take_longer_than_a_silence(self, socket: Path) -> None:
+    async def test_answer_may_take_longer_than_the_silence_timeout(self, socket: Path) -> None:
         async def reply(peer: Peer) -> None:
             await peer.say(STREAM)
             for _ in range(10):
@@ -133,7 +137,7 @@ class TestSilence:
             assert await ask(pool) == b"x" * 10
             assert await ask(pool) == b"x" * 10
 
-    async def test_who_takes_nothing_cannot_call_the_engine_silent(self, socket: Path) -> None:
+    async def test_engine_does_not_count_as_silent_when_the_reader_is_slow(self, socket: Path) -> None:
         clock = asyncio.get_running_loop().time
         async with (
             engine(socket, say(STREAM, chunk(b"x")), silence_s=0.1) as (pool, _),
@@ -148,7 +152,7 @@ class TestSilence:
 
 
 class TestArrival:
-    async def test_each_part_has_its_own_time_when_all_are_taken_late(self, socket: Path) -> None:
+    async def test_each_part_has_its_own_timeout_when_all_are_read_late(self, socket: Path) -> None:
         async def reply(peer: Peer) -> None:
             await peer.say(STREAM + chunk(b"a"))
             await asyncio.sleep(0.1)
@@ -160,7 +164,7 @@ class TestArrival:
         assert [part for part, _ in came] == [b"a", b"bc"]
         assert came[1][1] - came[0][1] > 0.09
 
-    async def test_time_stands_still_when_the_engine_is_not_read_from(self, socket: Path) -> None:
+    async def test_timeout_is_suspended_when_the_engine_is_not_read_from(self, socket: Path) -> None:
         async def reply(peer: Peer) -> None:
             await peer.say(STREAM)
             for _ in range(200):
@@ -200,19 +204,19 @@ PARTS = st.lists(st.binary(min_size=1, max_size=40), max_size=6)
 
 
 @given(body=PARTS, chunked=st.booleans(), cuts=st.sets(st.integers(1, 600)))
-def test_wherever_the_bytes_are_cut_the_answer_is_the_same(body: list[bytes], chunked: bool, cuts: set[int]) -> None:
+def test_answer_is_the_same_wherever_the_bytes_are_split(body: list[bytes], chunked: bool, cuts: set[int]) -> None:
     whole = b"".join(body)
     length = HEAD + b"content-type: text/event-stream\r\ncontent-length: %d\r\n\r\n" % len(whole)
     said = STREAM + b"".join(map(chunk, body)) + LAST_CHUNK if chunked else length + whole
     assert asyncio.run(answer_of(cut(said, sorted(at for at in cuts if at < len(said))))) == whole
 
 
-async def test_also_at_every_byte() -> None:
+async def test_answer_is_the_same_when_the_bytes_are_split_at_every_byte() -> None:
     said = STREAM + chunk(b"one") + chunk(b"two") + LAST_CHUNK
     assert await answer_of([bytes([byte]) for byte in said]) == b"onetwo"
 
 
-async def test_a_connection_that_was_lost_before_it_was_asked_is_an_error_at_once() -> None:
+async def test_lost_connection_is_an_immediate_error_when_no_request_was_sent() -> None:
     connection = EngineConnection(10, set())
     connection.connection_made(Wire())
     connection.connection_lost(None)
@@ -249,6 +253,6 @@ async def answer_of(pieces: list[bytes]) -> bytes:
     return b"".join(found)
 
 
-def test_all_that_can_go_wrong_is_one_kind() -> None:
+def test_all_failures_are_one_exception_type() -> None:
     for kind in (UnreachableError, BrokenConnectionError, MalformedAnswerError, SilenceError):
         assert issubclass(kind, ConnectionFailedError)

@@ -21,16 +21,16 @@ OPTION = "--max-model-len"
         ["--max-model-len", "1", "--max_model_len=4k"],
     ],
 )
-def test_every_spelling_is_found_and_the_last_one_counts(arguments: list[str]) -> None:
+def test_every_spelling_of_an_option_is_found_and_the_last_one_counts(arguments: list[str]) -> None:
     assert given(arguments, OPTION) == "4k"
 
 
 @pytest.mark.parametrize("arguments", [[], ["--max-model-length", "4"], ["--model", "x"], ["max-model-len"], ["--"]])
-def test_other_arguments_are_not_taken_for_it(arguments: list[str]) -> None:
+def test_other_arguments_do_not_match_the_option(arguments: list[str]) -> None:
     assert given(arguments, OPTION) is None
 
 
-def test_a_short_name_has_no_beginnings() -> None:
+def test_short_option_has_no_abbreviations() -> None:
     assert given(["-tp", "2"], "--tensor-parallel-size", "-tp") == "2"
     assert given(["-t", "2"], "--tensor-parallel-size", "-tp") is None
 
@@ -47,7 +47,7 @@ def test_a_short_name_has_no_beginnings() -> None:
         (["--enable-lora"], None),
     ],
 )
-def test_a_flag_is_on_off_or_not_given(arguments: list[str], value: bool | None) -> None:
+def test_flag_is_on_off_or_not_given(arguments: list[str], value: bool | None) -> None:
     assert given_flag(arguments, "enforce-eager") is value
 
 

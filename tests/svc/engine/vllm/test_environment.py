@@ -22,7 +22,7 @@ def empty(monkeypatch: pytest.MonkeyPatch) -> None:
         *("VLLM_LOGGING_LEVEL", "TOKENIZERS_PARALLELISM", "XDG_CACHE_HOME"),
     ],
 )
-def test_what_its_libraries_read_is_inherited(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_variables_that_the_engines_libraries_read_are_inherited(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "x")
     assert inherited_environment() == {name: "x"}
 
@@ -34,11 +34,11 @@ def test_what_its_libraries_read_is_inherited(monkeypatch: pytest.MonkeyPatch, n
         *("VLLM_API_KEY", "OPENAI_API_KEY", "MLFLOW_TRACKING_PASSWORD", "SVC_HOME", "DATABASE_URL", "PATHOLOGY"),
     ],
 )
-def test_a_secret_and_what_is_nobodys_business_are_not(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_secrets_and_unrelated_variables_are_not_inherited(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "x")
     assert inherited_environment() == {}
 
 
-def test_a_variable_that_a_person_names_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variable_named_in_the_settings_is_inherited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_PLUGIN_KEY", "x")
     assert inherited_environment(["MY_PLUGIN_KEY"]) == {"MY_PLUGIN_KEY": "x"}

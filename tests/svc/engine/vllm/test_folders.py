@@ -19,34 +19,34 @@ def parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "run"
 
 
-def test_it_is_closed_to_others(parent: Path, tmp_path: Path) -> None:
+def test_folder_is_closed_to_others(parent: Path, tmp_path: Path) -> None:
     folder = runtime_folder(tmp_path, "serve")
     assert folder.parent == parent
     assert folder.stat().st_mode & 0o777 == 0o700
 
 
-def test_a_home_and_a_purpose_have_one_folder(parent: Path, tmp_path: Path) -> None:
+def test_home_and_purpose_have_one_folder(parent: Path, tmp_path: Path) -> None:
     assert runtime_folder(tmp_path, "serve") == runtime_folder(tmp_path / "x" / "..", "serve")
 
 
-def test_homes_and_purposes_do_not_share(parent: Path, tmp_path: Path) -> None:
+def test_homes_and_purposes_do_not_share_folders(parent: Path, tmp_path: Path) -> None:
     folders = {runtime_folder(home, purpose) for home in (tmp_path, tmp_path / "b") for purpose in ("serve", "run-1")}
     assert len(folders) == 4
 
 
-def test_the_path_of_the_socket_is_short_however_deep_the_home_lies() -> None:
+def test_path_of_the_socket_is_short_however_deep_the_home_is() -> None:
     folder = runtime_folder(Path("/" + "deep/" * 60), "a-run-with-a-long-name" * 5)
     folder.rmdir()
     assert len(str(folder / SOCKET_FILE)) < 108
 
 
-def test_a_folder_that_is_open_to_others_is_refused(parent: Path, tmp_path: Path) -> None:
+def test_folder_that_is_open_to_others_is_rejected(parent: Path, tmp_path: Path) -> None:
     runtime_folder(tmp_path, "serve").chmod(0o755)
     with pytest.raises(EngineError, match="not a private folder"):
         runtime_folder(tmp_path, "serve")
 
 
-def test_a_link_in_its_place_is_refused(parent: Path, tmp_path: Path) -> None:
+def test_link_in_place_of_the_folder_is_rejected(parent: Path, tmp_path: Path) -> None:
     folder = runtime_folder(tmp_path, "serve")
     folder.rmdir()
     (tmp_path / "other").mkdir(mode=0o700)
@@ -55,7 +55,7 @@ def test_a_link_in_its_place_is_refused(parent: Path, tmp_path: Path) -> None:
         runtime_folder(tmp_path, "serve")
 
 
-def test_a_file_in_its_place_is_refused(parent: Path, tmp_path: Path) -> None:
+def test_file_in_place_of_the_folder_is_rejected(parent: Path, tmp_path: Path) -> None:
     folder = runtime_folder(tmp_path, "serve")
     folder.rmdir()
     folder.touch()
@@ -63,7 +63,7 @@ def test_a_file_in_its_place_is_refused(parent: Path, tmp_path: Path) -> None:
         runtime_folder(tmp_path, "serve")
 
 
-def test_another_users_folder_is_refused(parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_users_folder_is_rejected(parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = os.getuid()
     folder = runtime_folder(tmp_path, "serve")
     monkeypatch.setattr(os, "getuid", lambda: own + 1)
@@ -72,7 +72,7 @@ def test_another_users_folder_is_refused(parent: Path, tmp_path: Path, monkeypat
         runtime_folder(tmp_path, "serve")
 
 
-def test_a_folder_for_temporary_files_that_is_gone_says_what_to_do(parent: Path, tmp_path: Path) -> None:
+def test_missing_folder_for_temporary_files_is_an_error_with_advice(parent: Path, tmp_path: Path) -> None:
     parent.rmdir()
     with pytest.raises(EngineError, match="cannot create") as caught:
         runtime_folder(tmp_path, "serve")

@@ -43,13 +43,13 @@ def host(free: int, *gpus: int) -> Machine:
     return Machine(cores=(0, 1), quota=None, memory=64 * GIB, free=free, gpus=found)
 
 
-def test_there_is_room_for_weights_one_sequence_and_an_engine(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+def test_memory_suffices_for_weights_one_sequence_and_an_engine(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
     sequence = 2 * 2 * 256 * 2 * 1024
     assert shortage(monkeypatch, model, host(3 * GIB + ENGINE + sequence)) is None
     assert shortage(monkeypatch, model, host(3 * GIB + ENGINE + sequence - 1)) is not None
 
 
-def test_several_engines_need_it_several_times(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+def test_several_engines_need_a_multiple_of_the_memory(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
     one = 3 * GIB + ENGINE + 2 * 2 * 256 * 2 * 1024
     assert shortage(monkeypatch, model, host(2 * one), engines=2) is None
     said = shortage(monkeypatch, model, host(2 * one - 1), engines=2)
@@ -57,36 +57,38 @@ def test_several_engines_need_it_several_times(monkeypatch: pytest.MonkeyPatch, 
     assert shortage(monkeypatch, model, host(0), engines=0) is None
 
 
-def test_a_longer_context_needs_more(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+def test_longer_context_needs_more_memory(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
     free = 3 * GIB + ENGINE + 2 * 2 * 256 * 2 * 512
     assert shortage(monkeypatch, model, host(free), max_model_len=512) is None
     assert shortage(monkeypatch, model, host(free), max_model_len=513) is not None
 
 
-def test_what_is_short_is_told(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+def test_shortage_is_reported(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
     assert shortage(monkeypatch, model, host(4 * GIB)) == "it needs about 5.0 GiB, 4.0 GiB are free"
 
 
-def test_on_a_gpu_its_own_memory_counts(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+def test_memory_of_the_gpu_counts_on_a_gpu(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
     assert shortage(monkeypatch, model, host(0, 6 * GIB)) is None
     said = shortage(monkeypatch, model, host(64 * GIB, 4 * GIB))
     assert said == "it needs about 5.0 GiB, 4.0 GiB of the GPU are free"
 
 
-def test_of_several_gpus_the_fullest_decides(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+def test_gpu_with_the_least_free_memory_decides_when_there_are_several(
+    monkeypatch: pytest.MonkeyPatch, model: Path
+) -> None:
     assert shortage(monkeypatch, model, host(0, 3 * GIB, 3 * GIB)) is None
     assert shortage(monkeypatch, model, host(0, 70 * GIB, GIB)) is not None
     assert shortage(monkeypatch, model, host(0, 70 * GIB, GIB), tensor_parallel=1) is None
 
 
-def test_a_share_that_was_set_must_be_free(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+def test_configured_share_of_gpu_memory_must_be_free(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
     assert shortage(monkeypatch, model, host(0, 40 * GIB), gpu_memory_share=0.5) is None
     said = shortage(monkeypatch, model, host(0, 39 * GIB), gpu_memory_share=0.5)
     assert said == "it needs about 40.0 GiB, 39.0 GiB of the GPU are free"
     assert shortage(monkeypatch, model, host(0, 39 * GIB), args=("--gpu-memory-utilization", "0.5")) is not None
 
 
-def test_room_for_adapters_is_needed_too(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+def test_memory_for_adapters_is_needed_too(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
     monkeypatch.setattr(headroom, "read_machine", lambda **_: host(3 * GIB + ENGINE + 2 * 2 * 256 * 2 * 1024))
     spec = EngineSpec(model, "tuned", model, model, model / "engine.log", model, AVX512, EngineSettings(device="cpu"))
     assert headroom.shortage([spec]) is None
@@ -95,7 +97,7 @@ def test_room_for_adapters_is_needed_too(monkeypatch: pytest.MonkeyPatch, model:
 
 
 @pytest.mark.parametrize(("free", "enough"), [(6 * GIB, True), (6 * GIB - 1, False)])
-def test_an_engine_sleeps_where_the_machine_has_twice_its_weights(
+def test_engine_can_sleep_when_the_machine_has_twice_its_weights(
     monkeypatch: pytest.MonkeyPatch, model: Path, free: int, enough: bool
 ) -> None:
     monkeypatch.setattr(headroom, "read_machine", lambda **_: host(free))
@@ -103,7 +105,7 @@ def test_an_engine_sleeps_where_the_machine_has_twice_its_weights(
     assert (headroom.backup_shortage(spec) is None) is enough
 
 
-def test_room_for_adapters_sleeps_with_the_weights(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+def test_memory_for_adapters_sleeps_with_the_weights(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
     monkeypatch.setattr(headroom, "read_machine", lambda **_: host(6 * GIB))
     slots = LoraSlots(max_loaded=1, max_batched=1, max_rank=16, targets=(), bytes=GIB)
     spec = EngineSpec(model, "tuned", model, model, model / "engine.log", model, HOPPER, lora=slots)

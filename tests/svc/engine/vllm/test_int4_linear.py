@@ -81,7 +81,7 @@ class Layer:
 
 @pytest.mark.parametrize("group_size", WRITTEN)
 @pytest.mark.parametrize("rows", [1, 3, 8, 65])
-def test_outputs_are_those_of_the_dequantized_weights(group_size: int, rows: int) -> None:
+def test_outputs_equal_those_of_the_dequantized_weights(group_size: int, rows: int) -> None:
     Layer(256, 192, group_size).check(rows)
 
 
@@ -93,7 +93,7 @@ def test_outputs_are_those_of_the_dequantized_weights(group_size: int, rows: int
     seed=st.integers(0, 100),
 )
 @settings(max_examples=60)
-def test_every_shape_that_is_taken_is_computed_right(
+def test_every_accepted_shape_is_computed_correctly(
     groups: int, group_size: int, blocks: int, rows: int, seed: int
 ) -> None:
     from svc.engine.vllm.int4_linear import Int4LinearKernel
@@ -103,13 +103,13 @@ def test_every_shape_that_is_taken_is_computed_right(
     Layer(inputs, outputs, group_size, seed).check(rows)
 
 
-def test_a_bias_is_added() -> None:
+def test_bias_is_added() -> None:
     import torch
 
     Layer(64, 64, 32).check(5, torch.randn(64).to(torch.bfloat16))
 
 
-def test_rows_may_have_any_number_of_dimensions() -> None:
+def test_inputs_may_have_any_number_of_dimensions() -> None:
     import torch
 
     layer = Layer(64, 96, 32)
@@ -119,7 +119,7 @@ def test_rows_may_have_any_number_of_dimensions() -> None:
 
 
 @pytest.mark.parametrize("group_size", WRITTEN)
-def test_after_a_load_in_place_it_is_the_new_weights(group_size: int) -> None:
+def test_new_weights_are_used_after_a_reload_in_place(group_size: int) -> None:
     layer = Layer(256, 64, group_size)
     layer.load(seed=7)
     layer.check(4)
@@ -138,7 +138,7 @@ def test_weights_stay_in_four_bits() -> None:
     ("inputs", "outputs", "group_size", "told"),
     [(48, 64, -1, "48 x 64"), (64, 40, 32, "64 x 40"), (64, 64, 16, "groups of 16"), (96, 64, 48, "groups of 48")],
 )
-def test_what_the_operator_does_not_take_is_refused_with_the_reason(
+def test_shapes_that_the_operator_does_not_support_are_rejected_with_the_reason(
     inputs: int, outputs: int, group_size: int, told: str
 ) -> None:
     from svc.engine.vllm.int4_linear import Int4LinearKernel
@@ -148,7 +148,7 @@ def test_what_the_operator_does_not_take_is_refused_with_the_reason(
     assert told in str(reason)
 
 
-def test_other_kinds_of_weights_and_numbers_are_refused() -> None:
+def test_other_types_of_weights_and_numbers_are_rejected() -> None:
     import torch
     from vllm.scalar_type import scalar_types
 

@@ -42,20 +42,20 @@ def write_config(folder: Path, content: str) -> None:
     (folder / "model" / "config.json").write_text(content)
 
 
-def test_it_listens_on_the_private_socket_alone(tmp_path: Path) -> None:
+def test_engine_listens_only_on_the_private_socket(tmp_path: Path) -> None:
     arguments = command(spec(tmp_path))
     assert option(arguments, "--uds") == str(tmp_path / "run" / "engine.sock")
     assert "--host" not in arguments
     assert "--port" not in arguments
 
 
-def test_it_loads_safetensors_and_no_code_of_a_model(tmp_path: Path) -> None:
+def test_engine_loads_safetensors_and_no_code_of_a_model(tmp_path: Path) -> None:
     arguments = command(spec(tmp_path))
     assert option(arguments, "--load-format") == "safetensors"
     assert "--trust-remote-code" not in arguments
 
 
-def test_it_reads_the_same_half_of_a_folder_as_training_when_the_folder_holds_a_model_twice(tmp_path: Path) -> None:
+def test_engine_reads_the_hugging_face_files_when_a_folder_contains_a_model_twice(tmp_path: Path) -> None:
     arguments = command(spec(tmp_path))
     assert (option(arguments, "--config-format"), option(arguments, "--tokenizer-mode")) == ("hf", "hf")
 
@@ -82,7 +82,7 @@ def test_experts_are_not_loaded_in_place_on_a_cpu(tmp_path: Path, config: str, d
         (Device.CUDA, ("--enable-lora",), True),
     ],
 )
-def test_an_engine_that_dies_of_probes_is_known(
+def test_engine_that_would_die_of_probes_is_recognized(
     tmp_path: Path, device: Device, arguments: tuple[str, ...], probed: bool
 ) -> None:
     able = spec(tmp_path, device=device, args=arguments).engine_capabilities
@@ -93,14 +93,14 @@ def test_an_engine_that_dies_of_probes_is_known(
     ("arguments", "probed"),
     [((), True), (("--enable-lora",), True), (("--lora-target-modules", "q_proj", "lm_head"), False)],
 )
-def test_room_for_adapters_that_is_ours_leaves_the_output_layer_alone(
+def test_own_adapter_slots_do_not_include_the_output_layer(
     tmp_path: Path, arguments: tuple[str, ...], probed: bool
 ) -> None:
     able = replace(spec(tmp_path, args=arguments), lora=SLOTS).engine_capabilities
     assert (able.adapters, able.unprobed is None) == (SLOTS.max_loaded, probed)
 
 
-def test_without_room_for_adapters_it_takes_none(tmp_path: Path) -> None:
+def test_engine_accepts_no_adapters_without_slots(tmp_path: Path) -> None:
     assert spec(tmp_path).engine_capabilities.adapters == 0
 
 
@@ -120,7 +120,7 @@ def idle(folder: Path, **settings: Any) -> EngineSpec:
         (Device.CUDA, False, ("--enable-sleep-mode",), False),
     ],
 )
-def test_an_engine_sleeps_on_a_gpu_where_its_model_has_an_idle_time(
+def test_sleep_mode_is_enabled_on_a_gpu_when_the_model_has_an_idle_time(
     tmp_path: Path, device: Device, idles: bool, arguments: tuple[str, ...], sleeps: bool
 ) -> None:
     made = replace(spec(tmp_path, device=device, args=arguments), idles=idles)
@@ -128,13 +128,13 @@ def test_an_engine_sleeps_on_a_gpu_where_its_model_has_an_idle_time(
     assert ("--enable-sleep-mode" in command(made)) is ("--enable-sleep-mode" in arguments or sleeps)
 
 
-def test_the_sleep_mode_in_the_arguments_is_not_passed_twice(tmp_path: Path) -> None:
+def test_sleep_mode_in_the_arguments_is_not_passed_twice(tmp_path: Path) -> None:
     given = idle(tmp_path, device=Device.CUDA, args=("--enable_sleep_mode",))
     assert "--enable-sleep-mode" not in command(given)
     assert given.plan["enable_sleep_mode"].origin is Origin.ARGS
 
 
-def test_an_engine_that_sleeps_was_started_otherwise_than_one_that_cannot(tmp_path: Path) -> None:
+def test_launch_digest_depends_on_the_sleep_mode(tmp_path: Path) -> None:
     def differs(device: Device) -> bool:
         return launch_digest(spec(tmp_path, device=device)) != launch_digest(idle(tmp_path, device=device))
 
@@ -142,25 +142,25 @@ def test_an_engine_that_sleeps_was_started_otherwise_than_one_that_cannot(tmp_pa
     assert not differs(Device.CPU)
 
 
-def test_it_answers_to_one_name(tmp_path: Path) -> None:
+def test_engine_serves_one_model_name(tmp_path: Path) -> None:
     arguments = command(spec(tmp_path))
     assert option(arguments, "--served-model-name") == "tuned"
     assert option(arguments, "--model") == str(tmp_path / "model")
 
 
 @pytest.mark.parametrize(("own", "used"), [(512, "512"), (100_000, "2048")])
-def test_the_context_is_never_longer_than_the_models(tmp_path: Path, own: int, used: str) -> None:
+def test_context_is_never_longer_than_the_models(tmp_path: Path, own: int, used: str) -> None:
     write_config(tmp_path, json.dumps({"max_position_embeddings": own}))
     assert option(command(spec(tmp_path)), "--max-model-len") == used
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "no json", '{"max_position_embeddings": null}'])
-def test_a_model_that_does_not_say_gets_the_setting(tmp_path: Path, content: str) -> None:
+def test_context_is_that_of_the_setting_when_the_model_has_none(tmp_path: Path, content: str) -> None:
     write_config(tmp_path, content)
     assert option(command(spec(tmp_path, max_model_len=99)), "--max-model-len") == "99"
 
 
-def test_further_arguments_come_last_so_that_they_win(tmp_path: Path) -> None:
+def test_additional_arguments_come_last_so_that_they_win(tmp_path: Path) -> None:
     assert command(spec(tmp_path, args=("--seed", "1")))[-2:] == ["--seed", "1"]
 
 
@@ -173,7 +173,7 @@ def test_further_arguments_come_last_so_that_they_win(tmp_path: Path) -> None:
         (Device.CUDA, ("--enforce-eager",), True),
     ],
 )
-def test_compilation_is_skipped_on_the_cpu_unless_said_otherwise(
+def test_compilation_is_skipped_on_the_cpu_by_default(
     tmp_path: Path, device: Device, arguments: tuple[str, ...], expected: bool
 ) -> None:
     made = spec(tmp_path, device=device, args=arguments)
@@ -181,9 +181,7 @@ def test_compilation_is_skipped_on_the_cpu_unless_said_otherwise(
     assert ("TORCHDYNAMO_DISABLE" in environment(made)) is expected
 
 
-def test_the_environment_opens_the_reload_and_closes_the_network(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_environment_allows_reloads_and_disables_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret")
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     variables = environment(spec(tmp_path))
@@ -194,12 +192,12 @@ def test_the_environment_opens_the_reload_and_closes_the_network(
     assert "HF_TOKEN" not in variables
 
 
-def test_the_engine_may_use_the_cores_that_this_process_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_may_use_the_cores_of_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {5, 3})
     assert environment(spec(tmp_path))["OMP_NUM_THREADS"] == "2"
 
 
-def test_the_size_of_the_cache_is_not_overruled_by_an_inherited_variable(
+def test_inherited_variable_does_not_override_the_size_of_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
@@ -208,7 +206,7 @@ def test_the_size_of_the_cache_is_not_overruled_by_an_inherited_variable(
     assert "VLLM_CPU_KVCACHE_SPACE" not in environment(made)
 
 
-def test_one_engine_has_one_plan_whatever_the_machine_does_meanwhile(
+def test_plan_of_an_engine_does_not_change_when_the_machine_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = spec(tmp_path)
@@ -219,11 +217,11 @@ def test_one_engine_has_one_plan_whatever_the_machine_does_meanwhile(
     assert environment(made)["OMP_NUM_THREADS"] == "1"
 
 
-def test_a_load_format_in_the_arguments_is_not_passed_twice(tmp_path: Path) -> None:
+def test_load_format_in_the_arguments_is_not_passed_twice(tmp_path: Path) -> None:
     assert command(spec(tmp_path, args=("--load_format=dummy",))).count("--load-format") == 0
 
 
-def test_engines_that_share_a_gpu_by_number_are_started_otherwise_with_another_number(tmp_path: Path) -> None:
+def test_launch_digest_depends_on_the_number_of_engines_when_they_share_a_gpu(tmp_path: Path) -> None:
     def differs(**settings: Any) -> bool:
         one, two = (launch_digest(spec(tmp_path, replicas=number, **settings)) for number in (1, 2))
         return one != two
@@ -236,12 +234,12 @@ def test_engines_that_share_a_gpu_by_number_are_started_otherwise_with_another_n
 GPTQ = json.dumps({"dtype": "bfloat16", "quantization_config": {"quant_method": "gptq", "bits": 4}})
 
 
-def test_it_is_started_by_the_entry_that_vllm_has(tmp_path: Path) -> None:
+def test_engine_is_started_by_the_entry_point_that_vllm_has(tmp_path: Path) -> None:
     arguments = command(spec(tmp_path))
     assert arguments[1:3] == ["-m", "vllm.entrypoints.launchers.api_server.entry"]
 
 
-def test_an_older_vllm_is_started_by_its_older_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_older_vllm_is_started_by_its_older_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "vllm").mkdir()
     (tmp_path / "vllm" / "__init__.py").touch()
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -253,7 +251,7 @@ def test_an_older_vllm_is_started_by_its_older_entry(tmp_path: Path, monkeypatch
         entry_module.cache_clear()
 
 
-def test_names_that_a_person_gave_vllm_stay_beside_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_served_names_in_the_arguments_are_kept_with_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_config(tmp_path, GPTQ)
     monkeypatch.setenv("VLLM_DISABLED_KERNELS", "TheirKernel")
     monkeypatch.setenv("VLLM_PLUGINS", "theirs")
@@ -262,12 +260,12 @@ def test_names_that_a_person_gave_vllm_stay_beside_ours(tmp_path: Path, monkeypa
     assert variables["VLLM_PLUGINS"] == "theirs,tuneserve"
 
 
-def test_our_plugin_is_loaded_where_a_person_names_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_plugin_is_loaded_when_the_user_names_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", "theirs")
     assert environment(spec(tmp_path))["VLLM_PLUGINS"] == "theirs,tuneserve"
 
 
-def test_its_log_holds_no_text_of_a_request(tmp_path: Path) -> None:
+def test_log_contains_no_text_of_a_request(tmp_path: Path) -> None:
     """The development mode alone would log the stacks of refused requests, which end with their texts."""
     assert "--no-log-error-stack" in command(spec(tmp_path))
     assert not any("log-requests" in argument or "log-outputs" in argument for argument in command(spec(tmp_path)))
@@ -275,13 +273,13 @@ def test_its_log_holds_no_text_of_a_request(tmp_path: Path) -> None:
     assert "--no-log-error-stack" not in command(spec(tmp_path, args=("--log-error-stack",)))
 
 
-def test_without_a_list_of_plugins_vllm_loads_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_loads_all_plugins_when_no_list_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_config(tmp_path, GPTQ)
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     assert "VLLM_PLUGINS" not in environment(spec(tmp_path, gptq_kernel=GptqKernel.TORCH))
 
 
-def test_an_engine_that_computes_otherwise_was_started_otherwise(tmp_path: Path) -> None:
+def test_launch_digest_depends_on_how_the_engine_computes(tmp_path: Path) -> None:
     write_config(tmp_path, GPTQ)
     gptq, other = spec(tmp_path), spec(tmp_path, gptq_kernel=GptqKernel.TORCH)
     assert launch_digest(gptq) != launch_digest(other)
@@ -290,7 +288,7 @@ def test_an_engine_that_computes_otherwise_was_started_otherwise(tmp_path: Path)
     assert launch_digest(spec(tmp_path)) != launch_digest(replace(spec(tmp_path), capabilities=AVX2))
 
 
-def test_an_engine_that_was_limited_otherwise_was_started_otherwise(
+def test_launch_digest_depends_on_the_limit_of_the_instruction_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)  # whoever runs the tests may be limited
@@ -300,7 +298,7 @@ def test_an_engine_that_was_limited_otherwise_was_started_otherwise(
 
 
 @pytest.mark.parametrize(("given", "used"), [(None, "INFO"), ("ERROR", "INFO"), ("DEBUG", "DEBUG")])
-def test_vllm_logs_what_the_phases_are_read_from(
+def test_vllm_logs_the_lines_from_which_phases_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str | None, used: str
 ) -> None:
     """TRL sets the variable to ERROR in the process that trains, and then evaluates."""
@@ -311,12 +309,12 @@ def test_vllm_logs_what_the_phases_are_read_from(
     assert environment(spec(tmp_path))["VLLM_LOGGING_LEVEL"] == used
 
 
-def test_our_variable_for_vllm_is_not_inherited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_variable_for_vllm_is_not_inherited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(INT4_LINEAR_VARIABLE, "1")
     assert INT4_LINEAR_VARIABLE not in environment(spec(tmp_path))
 
 
-def test_the_template_is_given_what_the_models_folder_says(tmp_path: Path) -> None:
+def test_chat_template_gets_the_arguments_of_the_models_folder(tmp_path: Path) -> None:
     write_config(tmp_path, "{}")
     plain = launch_digest(spec(tmp_path))
     assert "--default-chat-template-kwargs" not in command(spec(tmp_path))
@@ -325,7 +323,7 @@ def test_the_template_is_given_what_the_models_folder_says(tmp_path: Path) -> No
     assert launch_digest(spec(tmp_path)) != plain
 
 
-def test_what_an_engine_is_told_to_give_the_template_goes_before_the_folder(tmp_path: Path) -> None:
+def test_engines_template_arguments_override_those_of_the_folder(tmp_path: Path) -> None:
     write_config(tmp_path, "{}")
     write_template_kwargs(tmp_path / "model", {"enable_thinking": False})
     told = replace(spec(tmp_path), template_kwargs={"enable_thinking": True})
@@ -334,7 +332,7 @@ def test_what_an_engine_is_told_to_give_the_template_goes_before_the_folder(tmp_
     assert "--default-chat-template-kwargs" not in command(nothing)
 
 
-def test_arguments_go_before_what_the_folder_gives_the_template(tmp_path: Path) -> None:
+def test_command_line_arguments_override_template_arguments_of_the_folder(tmp_path: Path) -> None:
     write_config(tmp_path, "{}")
     write_template_kwargs(tmp_path / "model", {"enable_thinking": False})
     given = spec(tmp_path, args=("--default-chat-template-kwargs", "{}"))
@@ -342,7 +340,7 @@ def test_arguments_go_before_what_the_folder_gives_the_template(tmp_path: Path) 
     assert given.plan["default_chat_template_kwargs"].origin is Origin.ARGS
 
 
-def test_the_template_gets_texts_as_in_training(tmp_path: Path) -> None:
+def test_template_gets_content_as_strings_as_in_training(tmp_path: Path) -> None:
     assert option(command(spec(tmp_path)), "--chat-template-content-format") == "string"
     given = command(spec(tmp_path, args=("--chat-template-content-format", "openai")))
     assert option(given, "--chat-template-content-format") == "openai"

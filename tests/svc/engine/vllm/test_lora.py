@@ -21,30 +21,30 @@ def chosen(**changes: Any) -> LoraSlots:
 @pytest.mark.parametrize(
     ("rank", "largest"), [(1, 16), (16, 16), (17, 32), (64, 64), (200, 256), (300, 320), (512, 512)]
 )
-def test_the_largest_rank_is_the_smallest_that_fits(rank: int, largest: int) -> None:
+def test_largest_rank_is_the_smallest_that_fits(rank: int, largest: int) -> None:
     assert chosen(rank=rank).max_rank == largest
 
 
-def test_a_person_can_say_the_largest_rank() -> None:
+def test_largest_rank_can_be_set() -> None:
     assert chosen(max_rank=4).max_rank == 8
     assert chosen(max_rank=100, rank=16).max_rank == 128
 
 
-def test_no_more_adapters_are_batched_than_loaded() -> None:
+def test_number_of_batched_adapters_is_at_most_that_of_loaded_ones() -> None:
     assert chosen(max_loaded=4).max_batched == 4
     assert chosen(max_loaded=500).max_batched == 8
 
 
-def test_the_layers_are_the_usual_ones_and_the_adapters_own_but_never_the_output_layer() -> None:
+def test_adapted_layers_are_the_usual_ones_and_the_adapters_own_except_the_output_layer() -> None:
     assert set(chosen(targets=frozenset({"c_attn"})).targets) == USUAL_TARGETS | {"c_attn"}
     assert "lm_head" not in chosen().targets
 
 
-def test_its_memory_is_that_of_adapters_of_the_largest_rank() -> None:
+def test_adapter_memory_is_that_of_adapters_of_the_largest_rank() -> None:
     assert chosen(rank=8, size=100, max_loaded=3).memory == 200 * (3 + 3)
 
 
-def test_an_engine_with_room_for_adapters_is_told_so(tmp_path: Path) -> None:
+def test_engine_with_adapter_slots_gets_the_arguments_for_them(tmp_path: Path) -> None:
     made = replace(spec(tmp_path), lora=SLOTS)
     arguments = command(made)
     assert "--enable-lora" in arguments
@@ -55,19 +55,19 @@ def test_an_engine_with_room_for_adapters_is_told_so(tmp_path: Path) -> None:
     assert made.plan["max_lora_rank"].value == 16
 
 
-def test_what_a_person_gives_goes_before(tmp_path: Path) -> None:
+def test_arguments_override_adapter_settings(tmp_path: Path) -> None:
     made = replace(spec(tmp_path, args=("--max-loras", "2")), lora=SLOTS)
     assert made.plan["max_loras"].value == 2
     assert command(made).count("--max-loras") == 1
 
 
-def test_an_engine_without_is_started_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_without_adapter_slots_is_started_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(RUNTIME_VARIABLE, "True")
     assert "--enable-lora" not in command(spec(tmp_path))
     assert RUNTIME_VARIABLE not in environment(spec(tmp_path))
 
 
-def test_engines_with_other_room_or_another_base_are_started_differently(tmp_path: Path) -> None:
+def test_launch_digest_depends_on_adapter_slots_and_base(tmp_path: Path) -> None:
     made = replace(spec(tmp_path), lora=SLOTS)
     others = [
         spec(tmp_path),

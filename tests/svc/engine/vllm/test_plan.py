@@ -72,7 +72,7 @@ APART = [
 
 
 @pytest.mark.parametrize(("settings", "machine", "origin"), APART)
-def test_with_a_process_of_its_own_the_model_has_threads_bound_to_all_cores(
+def test_model_threads_are_bound_to_all_cores_when_the_model_has_its_own_process(
     settings: dict[str, Any], machine: dict[str, Any], origin: Origin
 ) -> None:
     made = plan(machine=replace(HOST, cores=(2, 5), **machine), **settings)
@@ -83,12 +83,12 @@ def test_with_a_process_of_its_own_the_model_has_threads_bound_to_all_cores(
     assert "OMP_NUM_THREADS" not in made.variables
 
 
-def test_a_gpu_has_vllms_own_executor() -> None:
+def test_gpu_uses_vllms_own_executor() -> None:
     assert "--distributed-executor-backend" not in plan(GPU, machine=replace(HOST, gpus=(H100,))).arguments
 
 
 @pytest.mark.parametrize(("quota", "threads"), [(2.0, "2"), (2.9, "2"), (0.5, "1"), (1.0, "1")])
-def test_under_a_quota_threads_are_few_and_bound_to_no_core(quota: float, threads: str) -> None:
+def test_threads_are_few_and_unbound_when_there_is_a_quota(quota: float, threads: str) -> None:
     made = plan(machine=replace(HOST, cores=tuple(range(64)), quota=quota))
     assert made.variables["OMP_NUM_THREADS"] == threads
     assert made.variables["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
@@ -96,7 +96,7 @@ def test_under_a_quota_threads_are_few_and_bound_to_no_core(quota: float, thread
 
 @pytest.mark.parametrize(("engines", "threads"), [(1, "8"), (2, "4"), (3, "2"), (9, "1")])
 @pytest.mark.parametrize("nodes", [1, 2])
-def test_engines_share_out_the_cores(engines: int, threads: str, nodes: int) -> None:
+def test_engines_share_the_cores(engines: int, threads: str, nodes: int) -> None:
     variables = plan(machine=replace(HOST, nodes=nodes), engines=engines).variables
     bound = variables["VLLM_CPU_OMP_THREADS_BIND"]
     assert variables.get("OMP_NUM_THREADS", str(len(bound.split(",")))) == threads
@@ -104,27 +104,27 @@ def test_engines_share_out_the_cores(engines: int, threads: str, nodes: int) -> 
     assert engines == 1 or bound == "nobind"
 
 
-def test_a_quota_is_shared_out_too() -> None:
+def test_engines_share_a_quota() -> None:
     assert plan(machine=replace(HOST, quota=5.0), engines=2).variables["OMP_NUM_THREADS"] == "2"
 
 
-def test_the_setting_for_cores_goes_before_the_share() -> None:
+def test_setting_for_cores_overrides_the_share() -> None:
     made = plan(cores=6, engines=2)
     assert origin_and_value(made, "threads") == (Origin.SETTING, 6)
     assert made.variables["OMP_NUM_THREADS"] == "6"
 
 
 @pytest.mark.parametrize(("quota", "most"), [(None, 8), (3.5, 3)])
-def test_more_cores_than_there_are_are_refused(quota: float | None, most: int) -> None:
+def test_more_cores_than_the_machine_has_are_rejected(quota: float | None, most: int) -> None:
     with pytest.raises(EngineError, match=rf"cores is {most + 1}\n  expected: at most {most}"):
         plan(machine=replace(HOST, quota=quota), cores=most + 1)
 
 
-def test_a_quota_above_the_cores_changes_nothing() -> None:
+def test_quota_above_the_cores_changes_nothing() -> None:
     assert plan(machine=replace(HOST, quota=8.0)) == plan()
 
 
-def test_vllms_own_variable_for_threads_is_left_as_it_is() -> None:
+def test_vllms_own_variable_for_threads_is_unchanged() -> None:
     made = plan(machine=replace(HOST, threads_bind="0-3"))
     assert origin_and_value(made, "threads") == (Origin.ENVIRONMENT, "0-3")
     assert made.variables["VLLM_CPU_OMP_THREADS_BIND"] == "0-3"
@@ -136,57 +136,57 @@ def test_several_ranks_on_a_cpu_are_bound_by_vllm() -> None:
     assert "VLLM_CPU_OMP_THREADS_BIND" not in made.variables
 
 
-def test_the_cache_is_what_the_longest_sequences_can_use() -> None:
+def test_cache_has_the_size_that_the_longest_sequences_can_use() -> None:
     made = plan(max_model_len=2048, max_concurrency=10)
     assert origin_and_value(made, "kv_cache_memory_bytes") == (Origin.MODEL, 11 * 2048 * 23_040)
     assert "10 sequences of 2048 tokens" in made["kv_cache_memory_bytes"].reason
 
 
-def test_a_sequence_takes_whole_blocks() -> None:
+def test_sequence_uses_complete_blocks() -> None:
     assert plan(max_model_len=33, max_concurrency=1)["kv_cache_memory_bytes"].value == 2 * 64 * 23_040
 
 
-def test_the_cache_is_no_more_than_half_of_what_is_free_beside_the_weights() -> None:
+def test_cache_is_at_most_half_of_the_free_memory_without_the_weights() -> None:
     made = plan(machine=replace(HOST, free=2 * GIB + GIB // 4))
     assert origin_and_value(made, "kv_cache_memory_bytes") == (Origin.MACHINE, GIB)
     assert made["kv_cache_memory_bytes"].reason == "1.0 GiB: half of 2.0 GiB free after the weights"
 
 
-def test_one_sequence_is_tried_where_little_is_free() -> None:
+def test_cache_for_one_sequence_is_attempted_when_little_memory_is_free() -> None:
     made = plan(machine=replace(HOST, free=0))
     assert made["kv_cache_memory_bytes"].value == 2048 * 23_040
 
 
-def test_a_model_that_does_not_say_what_a_token_takes_gets_a_few_gib() -> None:
+def test_cache_has_a_few_gib_when_the_memory_per_token_is_unknown() -> None:
     assert origin_and_value(plan(model=ModelFacts()), "kv_cache_memory_bytes") == (Origin.DEFAULT, 4 * GIB)
 
 
-def test_the_setting_for_the_cache_goes_before_the_machine() -> None:
+def test_setting_for_the_cache_overrides_the_computed_size() -> None:
     assert origin_and_value(plan(kv_cache_gib=1.5), "kv_cache_memory_bytes") == (Origin.SETTING, 3 * GIB // 2)
 
 
-def test_arguments_change_what_the_cache_is_made_for() -> None:
+def test_arguments_change_the_computed_size_of_the_cache() -> None:
     made = plan(args=("--max-model-len", "1024", "--max-num-seqs=1", "--block-size", "16"))
     assert made["kv_cache_memory_bytes"].value == 2 * 1024 * 23_040
 
 
-def test_float32_takes_twice_the_cache() -> None:
+def test_float32_needs_twice_the_cache() -> None:
     wide = plan(args=("--dtype", "float32"))["kv_cache_memory_bytes"].value
     assert isinstance(wide, int)
     assert wide / 2 == plan()["kv_cache_memory_bytes"].value
 
 
-def test_a_share_of_memory_in_the_arguments_is_not_overruled_by_a_size() -> None:
+def test_memory_share_in_the_arguments_is_not_overridden_by_a_size() -> None:
     made = plan(args=("--gpu-memory-utilization", "0.4"), kv_cache_gib=2)
     assert made["kv_cache_memory_bytes"].origin is Origin.ARGS
     assert "--kv-cache-memory-bytes" not in made.arguments
 
 
-def test_a_context_beyond_the_models_is_cut() -> None:
+def test_context_beyond_the_models_is_limited() -> None:
     assert origin_and_value(plan(max_model_len=9000), "max_model_len") == (Origin.MODEL, 8192)
 
 
-def test_what_a_person_set_is_told_from_a_default() -> None:
+def test_settings_and_defaults_have_different_origins() -> None:
     assert plan(max_model_len=2048)["max_model_len"].origin is Origin.SETTING
     assert plan()["max_model_len"].origin is Origin.DEFAULT
 
@@ -196,38 +196,38 @@ def gpus(count: int, gpu: Gpu = H100) -> Machine:
 
 
 @pytest.mark.parametrize(("count", "ranks"), [(0, 1), (1, 1), (2, 1), (3, 3), (4, 3), (8, 3)])
-def test_as_many_gpus_share_the_layers_as_divide_the_heads(count: int, ranks: int) -> None:
+def test_layers_are_split_over_as_many_gpus_as_divide_the_heads(count: int, ranks: int) -> None:
     assert plan(GPU, gpus(count))["tensor_parallel_size"].value == ranks
 
 
-def test_groups_of_quantized_weights_stay_whole() -> None:
+def test_groups_of_quantized_weights_are_not_split() -> None:
     assert plan(GPU, gpus(3), replace(MODEL, group_size=128))["tensor_parallel_size"].value == 1
 
 
-def test_a_model_of_unknown_heads_is_not_divided() -> None:
+def test_model_with_an_unknown_number_of_heads_is_not_split() -> None:
     assert plan(GPU, gpus(4), ModelFacts())["tensor_parallel_size"].value == 1
 
 
 @pytest.mark.parametrize("args", [("-pp", "3"), ("--data-parallel-size=3",)])
-def test_gpus_that_arguments_take_otherwise_are_not_taken_twice(args: tuple[str, ...]) -> None:
+def test_gpus_used_by_arguments_are_not_used_twice(args: tuple[str, ...]) -> None:
     assert plan(GPU, gpus(8), args=args)["tensor_parallel_size"].value == 1
     assert plan(GPU, gpus(9), args=args)["tensor_parallel_size"].value == 3
 
 
-def test_the_setting_for_parallelism_goes_before_the_machine() -> None:
+def test_setting_for_parallelism_overrides_the_computed_one() -> None:
     assert origin_and_value(plan(GPU, gpus(4), tensor_parallel=2), "tensor_parallel_size") == (Origin.SETTING, 2)
 
 
-def test_an_empty_gpu_is_taken_to_nine_tenths() -> None:
+def test_nine_tenths_of_an_empty_gpu_are_used() -> None:
     assert origin_and_value(plan(GPU, gpus(1)), "gpu_memory_utilization") == (Origin.MACHINE, 0.9)
 
 
-def test_of_a_gpu_that_others_use_only_what_is_free_is_taken() -> None:
+def test_only_free_memory_is_used_when_others_use_the_gpu() -> None:
     busy = replace(H100, free=40 * GIB)
     assert plan(GPU, gpus(1, busy))["gpu_memory_utilization"].value == 0.49
 
 
-def test_the_fullest_of_the_gpus_that_are_used_decides() -> None:
+def test_gpu_with_the_least_free_memory_decides() -> None:
     machine = replace(HOST, gpus=(H100, replace(H100, free=20 * GIB)))
     assert plan(GPU, machine, tensor_parallel=2)["gpu_memory_utilization"].value == 0.24
     assert plan(GPU, machine, tensor_parallel=1)["gpu_memory_utilization"].value == 0.9
@@ -238,24 +238,24 @@ def test_several_engines_share_the_gpu() -> None:
     assert plan(GPU, gpus(1), engines=3)["gpu_memory_utilization"].value == 0.3
 
 
-def test_the_setting_for_gpu_memory_goes_before_the_machine() -> None:
+def test_setting_for_gpu_memory_overrides_the_computed_share() -> None:
     assert origin_and_value(plan(GPU, gpus(1), gpu_memory_share=0.3), "gpu_memory_utilization") == (Origin.SETTING, 0.3)
 
 
-def test_gpus_that_are_not_seen_are_left_to_vllm() -> None:
+def test_gpus_that_cannot_be_seen_are_left_to_vllm() -> None:
     made = plan(GPU)
     assert made["gpu_memory_utilization"].origin is Origin.VLLM
     assert "--gpu-memory-utilization" not in made.arguments
 
 
 @pytest.mark.parametrize("name", ["enable_prefix_caching", "enable_chunked_prefill"])
-def test_what_vllm_decides_well_is_shown_and_not_passed(name: str) -> None:
+def test_values_that_vllm_decides_well_are_shown_and_not_passed(name: str) -> None:
     made = plan(GPU, gpus(1))
     assert made[name].origin is Origin.VLLM
     assert made[name].arguments == ()
 
 
-def test_a_switch_in_the_arguments_is_shown() -> None:
+def test_flag_in_the_arguments_is_shown() -> None:
     made = plan(args=("--no-enable-prefix-caching",))
     assert origin_and_value(made, "enable_prefix_caching") == (Origin.ARGS, False)
 
@@ -271,11 +271,11 @@ def test_arguments_decide_on_compilation(args: tuple[str, ...], value: bool) -> 
     assert "--enforce-eager" not in made.arguments
 
 
-def test_compiled_kernels_are_kept_under_the_home() -> None:
+def test_compiled_kernels_are_stored_in_the_home() -> None:
     assert plan().variables["VLLM_CACHE_ROOT"] == str(CACHE)
 
 
-def test_rows_are_for_people_and_machines() -> None:
+def test_rows_are_available_as_text_and_as_json() -> None:
     rows = plan(kv_cache_gib=2).rows()
     assert next(row for row in rows if row["name"] == "kv_cache_memory_bytes") == {
         "name": "kv_cache_memory_bytes",
@@ -326,14 +326,14 @@ OPTIONS = {
 
 
 @given(machines(), facts)
-def test_the_cache_is_positive_and_below_the_memory_there_is(machine: Machine, model: ModelFacts) -> None:
+def test_cache_is_positive_and_smaller_than_the_memory(machine: Machine, model: ModelFacts) -> None:
     size = plan(CPU, machine, model)["kv_cache_memory_bytes"].value
     assert isinstance(size, int)
     assert 0 < size < machine.memory
 
 
 @given(machines(), facts)
-def test_the_cache_leaves_the_weights_their_room(machine: Machine, model: ModelFacts) -> None:
+def test_cache_leaves_memory_for_the_weights(machine: Machine, model: ModelFacts) -> None:
     size = plan(CPU, machine, model)["kv_cache_memory_bytes"].value
     one_sequence = 2048 * (model.token_bytes or GIB)
     assert isinstance(size, int)
@@ -341,21 +341,21 @@ def test_the_cache_leaves_the_weights_their_room(machine: Machine, model: ModelF
 
 
 @given(machines(), facts)
-def test_threads_are_never_more_than_cores_or_quota(machine: Machine, model: ModelFacts) -> None:
+def test_threads_never_exceed_cores_or_quota(machine: Machine, model: ModelFacts) -> None:
     threads = plan(CPU, machine, model)["threads"].value
     assert isinstance(threads, int)
     assert 1 <= threads <= min(len(machine.cores), max(1, machine.quota or len(machine.cores)))
 
 
 @given(machines(), facts)
-def test_ranks_divide_the_model_and_are_no_more_than_gpus(machine: Machine, model: ModelFacts) -> None:
+def test_ranks_divide_the_model_and_do_not_exceed_the_gpus(machine: Machine, model: ModelFacts) -> None:
     ranks = plan(GPU, machine, model)["tensor_parallel_size"].value
     assert isinstance(ranks, int)
     assert ranks == 1 or (ranks <= len(machine.gpus) and model.divides(ranks))
 
 
 @given(machines(), facts)
-def test_a_share_of_gpu_memory_is_one_that_vllm_takes(machine: Machine, model: ModelFacts) -> None:
+def test_share_of_gpu_memory_is_one_that_vllm_accepts(machine: Machine, model: ModelFacts) -> None:
     share = plan(GPU, machine, model)["gpu_memory_utilization"].value
     assert share == "auto" if not machine.gpus else isinstance(share, float) and 0 < share <= 0.9
 
@@ -375,7 +375,7 @@ def test_no_argument_is_passed_twice_and_each_is_shown_as_given(
 
 
 @given(machines(), facts, st.sampled_from([CPU, GPU]))
-def test_every_choice_has_its_own_name(machine: Machine, model: ModelFacts, device: Device) -> None:
+def test_every_choice_has_a_unique_name(machine: Machine, model: ModelFacts, device: Device) -> None:
     names = [choice.name for choice in plan(device, machine, model).choices]
     assert len(names) == len(set(names))
 
@@ -384,13 +384,13 @@ GPTQ = replace(MODEL, quantization="gptq", group_size=64)
 
 
 @pytest.mark.parametrize("able", [AVX2, AVX512_ALONE])
-def test_without_16_bits_that_are_fast_merged_weights_are_served_in_float32(able: DeviceCapabilities) -> None:
+def test_merged_weights_are_served_in_float32_when_16_bits_are_slow(able: DeviceCapabilities) -> None:
     made = plan(capabilities=able)
     assert origin_and_value(made, "dtype") == (Origin.MACHINE, "float32")
     assert made.arguments[made.arguments.index("--dtype") + 1] == "float32"
 
 
-def test_float32_takes_twice_the_memory() -> None:
+def test_float32_needs_twice_the_memory() -> None:
     tight = replace(HOST, free=GIB)
     small, wide = (plan(machine=tight, capabilities=able)["kv_cache_memory_bytes"] for able in (AVX512, AVX2))
     assert (small.value, wide.value) == ((GIB - MODEL.weights) // 2, (GIB - 2 * MODEL.weights) // 2)
@@ -399,11 +399,11 @@ def test_float32_takes_twice_the_memory() -> None:
     assert wide_roomy == 2 * roomy
 
 
-def test_weights_that_are_stored_in_float32_are_no_larger_in_memory() -> None:
+def test_weights_stored_in_float32_are_no_larger_in_memory() -> None:
     assert weight_bytes(replace(MODEL, dtype="float32"), wide=True) == MODEL.weights
 
 
-def test_without_a_kernel_of_vllms_gptq_is_served_by_pytorchs_in_bfloat16() -> None:
+def test_gptq_is_served_by_pytorchs_kernel_in_bfloat16_when_vllm_has_none() -> None:
     made = plan(model=replace(GPTQ, dtype="float16"), capabilities=AVX2)
     assert origin_and_value(made, "gptq_kernel") == (Origin.MACHINE, "torch")
     assert origin_and_value(made, "dtype") == (Origin.MACHINE, "bfloat16")
@@ -412,7 +412,7 @@ def test_without_a_kernel_of_vllms_gptq_is_served_by_pytorchs_in_bfloat16() -> N
 
 
 @pytest.mark.parametrize(("device", "capabilities"), [(CPU, AVX512), (GPU, HOPPER)])
-def test_where_vllm_has_a_kernel_nothing_is_added(device: Device, capabilities: DeviceCapabilities) -> None:
+def test_nothing_is_added_when_vllm_has_a_kernel(device: Device, capabilities: DeviceCapabilities) -> None:
     made = plan(device, model=GPTQ, capabilities=capabilities)
     assert origin_and_value(made, "gptq_kernel") == (Origin.MACHINE, "vllm")
     assert origin_and_value(made, "dtype") == (Origin.MODEL, "bfloat16")
@@ -420,18 +420,18 @@ def test_where_vllm_has_a_kernel_nothing_is_added(device: Device, capabilities: 
     assert "--dtype" not in made.arguments
 
 
-def test_the_setting_takes_pytorchs_kernel_where_vllm_has_one_too() -> None:
+def test_setting_selects_pytorchs_kernel_when_vllm_has_one_too() -> None:
     made = plan(model=GPTQ, gptq_kernel="torch")
     assert origin_and_value(made, "gptq_kernel") == (Origin.SETTING, "torch")
     assert made.variables[INT4_LINEAR_VARIABLE] == "1"
 
 
-def test_a_model_that_is_not_quantized_needs_no_such_kernel() -> None:
+def test_model_that_is_not_quantized_needs_no_gptq_kernel() -> None:
     made = plan(capabilities=AVX2, gptq_kernel="vllm")
     assert "gptq_kernel" not in [choice.name for choice in made.choices]
 
 
-def test_a_person_decides_on_the_number_type() -> None:
+def test_setting_decides_on_the_number_type() -> None:
     made = plan(capabilities=AVX2, args=("--dtype", "bfloat16"))
     assert origin_and_value(made, "dtype") == (Origin.ARGS, "bfloat16")
 
@@ -449,7 +449,7 @@ def test_a_person_decides_on_the_number_type() -> None:
         (AVX512, "auto", None, True),
     ],
 )
-def test_a_number_type_with_which_vllm_would_not_start_is_refused_for_gptq(
+def test_number_type_with_which_vllm_would_not_start_is_rejected_for_gptq(
     capabilities: DeviceCapabilities, value: str, own: str | None, taken: bool
 ) -> None:
     with nullcontext() if taken else pytest.raises(EngineError, match=f"--dtype {value}, which"):
@@ -457,6 +457,6 @@ def test_a_number_type_with_which_vllm_would_not_start_is_refused_for_gptq(
     plan(capabilities=capabilities, args=("--dtype", value))
 
 
-def test_gptq_that_cannot_be_served_is_refused_before_the_start() -> None:
+def test_gptq_that_cannot_be_served_is_rejected_before_the_start() -> None:
     with pytest.raises(EngineError, match="no kernel for GPTQ"):
         plan(model=GPTQ, capabilities=AVX2, gptq_kernel="vllm")

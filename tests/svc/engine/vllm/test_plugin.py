@@ -19,13 +19,13 @@ from svc.engine.vllm.plugin import (
 )
 
 
-def test_vllm_finds_it_by_its_entry_point() -> None:
+def test_vllm_finds_the_plugin_by_its_entry_point() -> None:
     found = [point for point in entry_points(group="vllm.general_plugins") if point.name == "tuneserve"]
     assert [point.load() for point in found] == [register], "run `make install` again"
 
 
 @pytest.mark.parametrize("value", ["", "0", None])
-def test_in_a_vllm_that_we_did_not_start_it_imports_nothing(value: str | None) -> None:
+def test_plugin_imports_nothing_when_vllm_was_started_by_others(value: str | None) -> None:
     code = "import sys; from svc.engine.vllm.plugin import register; register(); assert 'vllm' not in sys.modules"
     names = (EMPTY_TOKENS_VARIABLE, INT4_LINEAR_VARIABLE, LORA_VARIABLE, QUIET_VARIABLE)
     subprocess.run([sys.executable, "-c", code], check=True, env=dict.fromkeys(names, value) if value else {})
@@ -57,7 +57,7 @@ def logged(name: str) -> str:
 
 @pytest.mark.usefixtures("quiet")
 @pytest.mark.parametrize("name", ["vllm.entrypoints.anthropic.api_router", "uvicorn.error"])
-def test_an_error_of_a_request_is_logged_without_its_message(name: str) -> None:
+def test_error_of_a_request_is_logged_without_its_message(name: str) -> None:
     first, *stack = logged(name).splitlines()
     assert first == "Error in create_messages: ValueError"
     assert "in logged" in stack[0]
@@ -67,11 +67,11 @@ def test_an_error_of_a_request_is_logged_without_its_message(name: str) -> None:
 
 @pytest.mark.usefixtures("quiet")
 @pytest.mark.parametrize("name", ["vllm.v1.engine.core", "svc"])
-def test_an_error_of_the_core_is_logged_whole(name: str) -> None:
+def test_error_of_the_core_is_logged_completely(name: str) -> None:
     assert "ValueError: my SECRET" in logged(name)
 
 
-def test_in_a_vllm_that_we_did_not_start_errors_are_logged_whole() -> None:
+def test_errors_are_logged_completely_when_vllm_was_started_by_others() -> None:
     register()
     assert "ValueError: my SECRET" in logged("uvicorn.error")
 
@@ -89,7 +89,7 @@ def test_vllms_library_for_avx2_still_lacks_a_4_bit_kernel() -> None:
 
 
 @pytest.mark.slow
-def test_in_an_engine_that_asks_for_it_the_kernel_is_registered() -> None:
+def test_kernel_is_registered_when_the_engine_requests_it() -> None:
     code = (
         "from svc.engine.vllm.plugin import register; register(); "
         "from vllm.model_executor.kernels.linear import _POSSIBLE_KERNELS; from vllm.platforms import PlatformEnum; "
@@ -116,7 +116,7 @@ print(torch.allclose(whole, expected), torch.allclose(parts, of_base))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ours", [True, False])
-def test_in_a_batch_with_adapters_the_base_is_answered_by_the_base(ours: bool) -> None:
+def test_base_answers_its_own_requests_in_a_batch_with_adapters(ours: bool) -> None:
     """Where a release does so by itself, the second case fails, and the plugin has nothing left to do there."""
     environment = os.environ | ({LORA_VARIABLE: "1"} if ours else {})
     command = [sys.executable, "-c", MIXED_BATCH]
@@ -141,6 +141,6 @@ assert convert_ids_list_to_tokens(tokenizer, [1, 2]) == [" a", ""]
 
 
 @pytest.mark.slow
-def test_vllm_shows_an_empty_token_when_an_id_of_a_sentencepiece_vocabulary_has_none() -> None:
+def test_vllm_shows_an_empty_token_when_an_id_of_a_sentencepiece_vocabulary_has_no_text() -> None:
     pytest.importorskip("vllm")
     subprocess.run([sys.executable, "-c", TOKENS], check=True, env=os.environ | {EMPTY_TOKENS_VARIABLE: "1"})

@@ -126,19 +126,19 @@ def no_descriptors_left() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-async def test_it_is_started_when_it_answers(engine_in: Start) -> None:
+async def test_engine_is_started_when_it_answers(engine_in: Start) -> None:
     engine = engine_in("ready")
     await engine.start()
     assert await engine.client.healthy()
 
 
-async def test_an_engine_on_a_cpu_has_a_lower_priority_than_the_server(engine_in: Start) -> None:
+async def test_engine_on_a_cpu_has_a_lower_priority_than_the_server(engine_in: Start) -> None:
     engine = engine_in("ready")
     await engine.start()
     assert psutil.Process(pid_of(engine)).nice() > psutil.Process().nice()
 
 
-async def test_a_person_hears_what_it_is_doing(engine_in: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_progress_of_a_start_is_reported(engine_in: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[EnginePhase] = []
     engine = engine_in("hang", start_timeout_s=2)  # a busy machine starts Python slowly
     with pytest.raises(EngineError):
@@ -146,7 +146,7 @@ async def test_a_person_hears_what_it_is_doing(engine_in: Start, monkeypatch: py
     assert heard == [EnginePhase.PYTHON, EnginePhase.ARGUMENTS]
 
 
-async def test_stopping_ends_it_and_takes_its_socket_away(engine_in: Start) -> None:
+async def test_stop_ends_the_engine_and_removes_its_socket(engine_in: Start) -> None:
     engine = engine_in("ready")
     await engine.start()
     await engine.stop()
@@ -155,7 +155,7 @@ async def test_stopping_ends_it_and_takes_its_socket_away(engine_in: Start) -> N
     assert await engine.wait() == -signal.SIGTERM
 
 
-async def test_the_sockets_between_its_processes_go_with_it_and_those_of_one_that_was_killed_before(
+async def test_stop_removes_sockets_between_processes_also_those_of_a_killed_predecessor(
     engine_in: Start, folder: Path
 ) -> None:
     def bind(name: str) -> None:
@@ -171,7 +171,7 @@ async def test_the_sockets_between_its_processes_go_with_it_and_those_of_one_tha
     assert not [path for path in folder.iterdir() if path.is_socket()]
 
 
-async def test_stopping_ends_its_children_too(engine_in: Start) -> None:
+async def test_stop_ends_child_processes(engine_in: Start) -> None:
     engine = engine_in("family")
     await engine.start()
     child = child_of(engine)
@@ -180,7 +180,7 @@ async def test_stopping_ends_its_children_too(engine_in: Start) -> None:
     assert not lives(child)
 
 
-async def test_children_of_an_engine_that_died_are_ended(engine_in: Start) -> None:
+async def test_children_of_a_dead_engine_are_stopped(engine_in: Start) -> None:
     engine = engine_in("family")
     await engine.start()
     psutil.Process(pid_of(engine)).kill()
@@ -189,7 +189,7 @@ async def test_children_of_an_engine_that_died_are_ended(engine_in: Start) -> No
     assert not lives(child_of(engine))
 
 
-async def test_one_that_ignores_the_request_is_killed(engine_in: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_engine_that_ignores_sigterm_is_killed(engine_in: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(orphans, "STOP_GRACE_S", 0.2)
     engine = engine_in("stubborn")
     await engine.start()
@@ -197,7 +197,7 @@ async def test_one_that_ignores_the_request_is_killed(engine_in: Start, monkeypa
     assert await engine.wait() == -signal.SIGKILL
 
 
-async def test_it_is_ended_when_the_default_executor_is_blocked(engine_in: Start) -> None:
+async def test_engine_is_stopped_when_the_default_executor_is_blocked(engine_in: Start) -> None:
     engine = engine_in("ready")
     await engine.start()
     pid = pid_of(engine)
@@ -207,20 +207,20 @@ async def test_it_is_ended_when_the_default_executor_is_blocked(engine_in: Start
     assert not lives(pid)
 
 
-async def test_stopping_twice_is_no_fault(engine_in: Start) -> None:
+async def test_second_stop_is_not_an_error(engine_in: Start) -> None:
     engine = engine_in("ready")
     await engine.start()
     await engine.stop()
     await engine.stop()
 
 
-async def test_one_that_was_never_started_can_be_stopped(engine_in: Start) -> None:
+async def test_engine_that_was_never_started_can_be_stopped(engine_in: Start) -> None:
     engine = engine_in("ready")
     await engine.stop()
     assert await engine.wait() == 0
 
 
-async def test_its_death_is_noticed(engine_in: Start) -> None:
+async def test_death_of_the_engine_is_noticed(engine_in: Start) -> None:
     engine = engine_in("ready")
     await engine.start()
     psutil.Process(pid_of(engine)).kill()
@@ -228,7 +228,9 @@ async def test_its_death_is_noticed(engine_in: Start) -> None:
     assert not await engine.client.healthy()
 
 
-async def test_without_a_descriptor_left_it_is_not_taken_for_dead_and_its_death_is_noticed(engine_in: Start) -> None:
+async def test_death_is_noticed_and_a_live_engine_not_taken_for_dead_when_no_descriptor_is_left(
+    engine_in: Start,
+) -> None:
     engine = engine_in("ready")
     await engine.start()
     ended = asyncio.create_task(engine.wait())
@@ -240,7 +242,7 @@ async def test_without_a_descriptor_left_it_is_not_taken_for_dead_and_its_death_
         assert await asyncio.wait_for(ended, 5) == -signal.SIGKILL
 
 
-async def test_the_log_of_the_one_before_is_kept(engine_in: Start, folder: Path) -> None:
+async def test_log_of_the_previous_engine_is_kept(engine_in: Start, folder: Path) -> None:
     with pytest.raises(EngineError):
         await engine_in("crash").start()
     await engine_in("ready").start()
@@ -248,14 +250,14 @@ async def test_the_log_of_the_one_before_is_kept(engine_in: Start, folder: Path)
     assert "bad weights" not in (folder / "logs" / "engine.log").read_text()
 
 
-async def test_one_that_ends_at_once_says_its_last_error_and_its_log(engine_in: Start) -> None:
+async def test_engine_that_exits_immediately_is_an_error_with_its_last_error_and_its_log(engine_in: Start) -> None:
     engine = engine_in("crash")
     with pytest.raises(EngineError, match="exited with code 3 before it was ready: ValueError: bad weights") as caught:
         await engine.start()
     assert str(engine.spec.log) in caught.value.todo
 
 
-async def test_one_that_is_not_ready_in_time_is_ended(engine_in: Start) -> None:
+async def test_engine_that_is_not_ready_in_time_is_stopped(engine_in: Start) -> None:
     engine = engine_in("hang", start_timeout_s=0.3)
     with pytest.raises(EngineError, match="not ready after 0 s") as caught:
         await engine.start()
@@ -263,7 +265,7 @@ async def test_one_that_is_not_ready_in_time_is_ended(engine_in: Start) -> None:
     assert not lives(pid_of(engine))
 
 
-async def test_a_start_that_is_given_up_leaves_nothing_behind(engine_in: Start) -> None:
+async def test_cancelled_start_leaves_nothing_behind(engine_in: Start) -> None:
     engine = engine_in("hang")
     start = asyncio.create_task(engine.start())
     while engine._child is None:
@@ -274,7 +276,7 @@ async def test_a_start_that_is_given_up_leaves_nothing_behind(engine_in: Start) 
     assert not lives(pid_of(engine))
 
 
-async def test_a_start_that_is_given_up_while_its_process_is_begun_leaves_nothing_behind(
+async def test_start_that_is_cancelled_while_its_process_is_created_leaves_nothing_behind(
     engine_in: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun = threading.Event()
@@ -311,22 +313,20 @@ async def whole_life(engine_in: Start) -> None:
         await engine_in("crash").start()
 
 
-async def test_no_step_of_its_life_waits_in_the_event_loop(engine_in: Start) -> None:
+async def test_no_step_of_the_life_cycle_blocks_the_event_loop(engine_in: Start) -> None:
     with watched_loop() as watch:
         await whole_life(engine_in)
     assert watch.waits == []
 
 
-async def test_no_step_of_its_life_computes_for_long_in_the_event_loop(engine_in: Start) -> None:
+async def test_no_step_of_the_life_cycle_computes_for_long_in_the_event_loop(engine_in: Start) -> None:
     await whole_life(engine_in)  # what is imported at its first use is imported
     with watched_loop() as watch:
         await whole_life(engine_in)
     assert watch.slow == []
 
 
-async def test_the_engine_of_a_parent_that_was_killed_is_ended_at_the_next_start(
-    engine_in: Start, folder: Path
-) -> None:
+async def test_engine_of_a_killed_parent_is_stopped_at_the_next_start(engine_in: Start, folder: Path) -> None:
     arguments = [sys.executable, "-c", PARENT, str(folder), str(SERVER)]
     parent = await asyncio.create_subprocess_exec(*arguments, stdout=subprocess.PIPE)
     assert parent.stdout is not None
@@ -344,7 +344,7 @@ async def test_the_engine_of_a_parent_that_was_killed_is_ended_at_the_next_start
             psutil.Process(orphan).kill()
 
 
-async def test_another_process_with_a_number_used_again_is_left_alone(engine_in: Start, folder: Path) -> None:
+async def test_process_that_reuses_the_pid_is_not_touched(engine_in: Start, folder: Path) -> None:
     stranger = await asyncio.create_subprocess_exec(sys.executable, "-c", "import time; time.sleep(60)")
     (folder / "engine.json").write_text(json.dumps({"pid": stranger.pid, "created": 1.0}))
     try:
@@ -356,14 +356,14 @@ async def test_another_process_with_a_number_used_again_is_left_alone(engine_in:
 
 
 @pytest.mark.parametrize("record", ["", "{", "[]", "{}", '{"pid": "x", "created": 1}', '{"pid": -5, "created": 1}'])
-async def test_a_record_that_is_damaged_does_not_stop_a_start(engine_in: Start, folder: Path, record: str) -> None:
+async def test_damaged_record_does_not_prevent_a_start(engine_in: Start, folder: Path, record: str) -> None:
     (folder / "engine.json").write_text(record)
     engine = engine_in("ready")
     await engine.start()
     assert await engine.client.healthy()
 
 
-async def test_an_engine_whose_weights_the_machine_cannot_keep_is_not_asked_to_sleep(
+async def test_engine_is_not_put_to_sleep_when_the_machine_cannot_hold_its_weights(
     engine_in: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, engine = list[str](), engine_in("ready")
@@ -378,7 +378,7 @@ async def test_an_engine_whose_weights_the_machine_cannot_keep_is_not_asked_to_s
     assert asked == []
 
 
-async def test_the_memory_of_the_first_sleep_is_there_for_the_next(
+async def test_memory_of_the_first_sleep_is_available_to_the_next(
     engine_in: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, engine, answers = list[str](), engine_in("ready"), iter([None, "full"])

@@ -29,65 +29,65 @@ def line(question: str, answer: str, **more: object) -> dict[str, object]:
     return {"messages": turns, **more}
 
 
-def test_every_reference_of_the_package_is_right() -> None:
+def test_every_reference_of_the_package_is_correct() -> None:
     assert right(SHIPPED, [example.answer for example in SHIPPED.examples]) == [1.0] * 120
 
 
-def test_every_accepted_text_is_right_alone() -> None:
+def test_every_accepted_text_is_correct_alone() -> None:
     for example, texts in zip(SHIPPED.examples, SHIPPED.accepted, strict=True):
         for text in texts:
             assert right(GeneralSet("", (example,), (texts,)), [text]) == [1.0], text
 
 
-def test_no_question_is_answered_by_being_repeated_unless_that_is_asked_for() -> None:
+def test_repeated_question_is_not_a_correct_answer_unless_repetition_is_the_task() -> None:
     repeated = right(SHIPPED, [example.question for example in SHIPPED.examples])
     found = [example.question for example, score in zip(SHIPPED.examples, repeated, strict=True) if score]
     assert all("banana" in question or "OK" in question for question in found), found
 
 
-def test_no_question_is_asked_twice() -> None:
+def test_all_questions_are_different() -> None:
     assert len({normal_prompt(example) for example in SHIPPED.examples}) == len(SHIPPED.examples)
 
 
-def test_an_answer_to_everything_is_rarely_right() -> None:
+def test_constant_answer_is_rarely_correct() -> None:
     for answer in ("yes", "1", "I do not know.", "The answer is a number.", ""):
         assert sum(right(SHIPPED, [answer] * len(SHIPPED.examples))) <= 2
 
 
-def test_the_first_half_has_the_same_kinds_as_the_whole() -> None:
+def test_first_half_has_the_same_kinds_of_questions_as_the_whole() -> None:
     path = Path(__file__).parents[4] / "svc" / "evaluation" / "general" / "general.jsonl"
     kinds = [json.loads(row)["kind"] for row in path.read_text("utf-8").splitlines()]
     whole, half = Counter(kinds), Counter(kinds[:HALF])
     assert all(abs(half[kind] - whole[kind] / 2) <= 1 for kind in whole)
 
 
-def test_a_file_says_what_is_accepted_or_the_reference_is(tmp_path: Path) -> None:
+def test_accepted_answers_are_those_of_the_file_or_the_reference(tmp_path: Path) -> None:
     rows = [line("one", "It is a.", accepted=["a", "b"]), line("two", "c")]
     questions = read_general_set(write_lines(tmp_path / "own.jsonl", *rows))
     assert questions.accepted == (("a", "b"), ("c",))
     assert right(questions, ["maybe b", "It is C!"]) == [1, 1]
 
 
-def test_any_data_file_will_do(tmp_path: Path) -> None:
+def test_any_data_file_is_accepted(tmp_path: Path) -> None:
     (tmp_path / "own.csv").write_text("prompt,completion\nwhat is red?,a colour\n", "utf-8")
     questions = read_general_set(tmp_path / "own.csv")
     assert questions.accepted == (("a colour",),)
 
 
 @pytest.mark.parametrize("accepted", ["a", [], [1], [" "], {}])
-def test_accepted_answers_of_another_form_are_refused_by_line(tmp_path: Path, accepted: object) -> None:
+def test_accepted_answers_of_another_form_are_rejected_by_line(tmp_path: Path, accepted: object) -> None:
     rows = [line("one", "a"), line("two", "b", accepted=accepted)]
     with pytest.raises(DataError, match=r"own\.jsonl:2: accepted is"):
         read_general_set(write_lines(tmp_path / "own.jsonl", *rows))
 
 
 @pytest.mark.parametrize("rows", [[], [{"messages": []}]])
-def test_a_file_without_questions_is_refused(tmp_path: Path, rows: list[dict[str, object]]) -> None:
+def test_file_without_questions_is_rejected(tmp_path: Path, rows: list[dict[str, object]]) -> None:
     with pytest.raises(DataError, match=r"own\.jsonl"):
         read_general_set(write_lines(tmp_path / "own.jsonl", *rows))
 
 
-def test_other_questions_or_other_right_answers_have_another_fingerprint() -> None:
+def test_fingerprint_changes_with_questions_and_accepted_answers() -> None:
     (first, *others), accepted = SHIPPED.examples, SHIPPED.accepted
     same = GeneralSet("elsewhere.jsonl", SHIPPED.examples, accepted)
     fewer = GeneralSet(SHIPPED.name, tuple(others), accepted[1:])

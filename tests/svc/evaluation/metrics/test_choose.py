@@ -43,7 +43,7 @@ def names(examples: list[ChatExample], options: MetricOptions | None = None) -> 
         ([*LABELS, *OBJECTS], Task.TEXT),
     ],
 )
-def test_the_task_is_read_off_the_references(examples: list[ChatExample], task: Task) -> None:
+def test_task_is_detected_from_the_references(examples: list[ChatExample], task: Task) -> None:
     assert find_task(examples) is task
 
 
@@ -61,45 +61,45 @@ def test_each_task_has_its_metrics_the_primary_one_first(examples: list[ChatExam
     assert names(examples) == [*expected, "perplexity", "length"]
 
 
-def test_a_recipe_says_which_metrics_there_are() -> None:
+def test_recipe_selects_the_metrics() -> None:
     assert names(TEXTS, MetricOptions(("rouge", "length"))) == ["rouge_l", "rouge_1", "rouge_2", "length"]
 
 
-def test_the_tasks_own_primary_metric_stays_so_among_those_that_are_named() -> None:
+def test_primary_metric_of_the_task_stays_primary_among_selected_ones() -> None:
     assert names(LABELS, MetricOptions(("exact_match", "accuracy")))[0] == "accuracy"
 
 
-def test_without_it_the_first_that_judges_is_the_primary_one() -> None:
+def test_first_metric_with_a_direction_is_primary_when_the_tasks_own_is_not_selected() -> None:
     assert names(TEXTS, MetricOptions(("length", "chrf", "exact_match"))) == ["chrf", "length", "exact_match"]
 
 
 @pytest.mark.parametrize("primary", ["chrf", "perplexity", "macro_f1", "exact_match"])
-def test_a_recipe_says_which_is_the_primary_one(primary: str) -> None:
+def test_recipe_selects_the_primary_metric(primary: str) -> None:
     chosen = names(TEXTS, MetricOptions(primary=primary))
     assert chosen[0] == primary
     assert len(chosen) == len(set(chosen))
 
 
 @pytest.mark.parametrize("options", [MetricOptions(("rogue",)), MetricOptions(primary="rogue")])
-def test_a_metric_that_does_not_exist_is_told_with_those_that_do(options: MetricOptions) -> None:
+def test_unknown_metric_is_reported_with_the_known_ones(options: MetricOptions) -> None:
     with pytest.raises(RecipeError, match="'rogue'") as caught:
         choose_metrics(TEXTS, options)
     assert {"rouge_l", "rouge", "chrf"} <= set(caught.value.expected.replace(",", "").split())
 
 
 @pytest.mark.parametrize("options", [MetricOptions(("length",)), MetricOptions(primary="length")])
-def test_what_judges_nothing_is_no_primary_metric(options: MetricOptions) -> None:
+def test_metric_without_a_direction_cannot_be_primary(options: MetricOptions) -> None:
     with pytest.raises(RecipeError, match="length cannot be the primary one"):
         choose_metrics(TEXTS, options)
 
 
 @pytest.mark.parametrize("name", ["field_accuracy", "schema_valid"])
-def test_what_compares_json_refuses_references_that_are_none(name: str) -> None:
+def test_json_metric_rejects_references_that_are_not_json(name: str) -> None:
     with pytest.raises(RecipeError, match=f"{name} compares JSON, but the reference of held-out example 1"):
         choose_metrics([OBJECTS[0], TEXTS[0]], MetricOptions((name,)))
 
 
-def test_a_schema_of_the_recipe_must_accept_the_references(tmp_path: Path) -> None:
+def test_schema_of_the_recipe_must_accept_the_references(tmp_path: Path) -> None:
     path = tmp_path / "schema.json"
     path.write_text('{"properties": {"size": {"maximum": 5}}}', "utf-8")
     with pytest.raises(RecipeError, match="does not accept the reference of held-out example 6"):
@@ -111,7 +111,7 @@ def offer(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setattr(choose, "entry_points", lambda **chosen: offered.select(**chosen))
 
 
-def test_an_installed_package_offers_a_metric(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_installed_package_provides_a_metric(monkeypatch: pytest.MonkeyPatch) -> None:
     offer(monkeypatch, f"{__name__}:Own")
     assert names(TEXTS, MetricOptions(("own",))) == ["own"]
 
@@ -119,14 +119,14 @@ def test_an_installed_package_offers_a_metric(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("value", "wrong"), [("no_such_module:Own", "cannot be loaded"), (f"{__name__}:Answered", "cannot be loaded")]
 )
-def test_a_package_that_offers_none_is_named(monkeypatch: pytest.MonkeyPatch, value: str, wrong: str) -> None:
+def test_package_that_provides_no_metric_is_named(monkeypatch: pytest.MonkeyPatch, value: str, wrong: str) -> None:
     offer(monkeypatch, value)
     with pytest.raises(RecipeError, match=wrong) as caught:
         choose_metrics(TEXTS, MetricOptions(("own",)))
     assert value in caught.value.wrong
 
 
-def test_references_judged_as_answers_show_a_fault_early(tmp_path: Path) -> None:
+def test_fault_of_a_metric_is_found_early_by_scoring_the_references(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text("def score(answers, references):\n    return 1 / 0\n", "utf-8")
     metrics = choose_metrics(TEXTS, MetricOptions((f"{path}:score",)))

@@ -26,32 +26,32 @@ def write(tmp_path: Path) -> Write:
     return write
 
 
-def test_it_gives_each_answer_a_score(write: Write) -> None:
+def test_function_gives_each_answer_a_score(write: Write) -> None:
     assert write("return [len(a) + (a == r) for a, r in zip(answers, references)]").score(GIVEN) == [2.0, 1.0]
 
 
-def test_it_may_see_the_prompts(write: Write) -> None:
+def test_function_may_read_the_prompts(write: Write) -> None:
     metric = write(
         "return [p[-1]['content'] == f'q {i}' for i, p in enumerate(prompts)]", signature="answers, _, prompts"
     )
     assert metric.score(GIVEN) == [1.0, 1.0]
 
 
-def test_what_it_prints_breaks_nothing(write: Write, capfd: pytest.CaptureFixture[str]) -> None:
+def test_output_of_the_function_is_harmless(write: Write, capfd: pytest.CaptureFixture[str]) -> None:
     assert write("print('{\"scores\": [9]}')\nreturn [0.5, 1]").score(GIVEN) == [0.5, 1.0]
     assert "scores" in capfd.readouterr().err
 
 
-def test_it_may_return_an_array(write: Write) -> None:
+def test_function_may_return_an_array(write: Write) -> None:
     assert write("import numpy\nreturn numpy.array([0.25, 1])").score(GIVEN) == [0.25, 1.0]
 
 
-def test_it_imports_what_lies_beside_it(write: Write, tmp_path: Path) -> None:
+def test_function_can_import_its_neighbouring_files(write: Write, tmp_path: Path) -> None:
     (tmp_path / "length.py").write_text("two = 2", "utf-8")
     assert write("import length\nreturn [length.two] * 2").score(GIVEN) == [2.0, 2.0]
 
 
-def test_texts_of_any_language_arrive(write: Write) -> None:
+def test_texts_of_any_language_are_passed(write: Write) -> None:
     metric = write("return [ord(a) for a in answers]")
     assert metric.score(answered([("日", "x")])) == [float(ord("日"))]
 
@@ -74,7 +74,7 @@ def test_texts_of_any_language_arrive(write: Write) -> None:
         ("import os\nos.kill(os.getpid(), 9)", "with code -9"),
     ],
 )
-def test_whatever_goes_wrong_is_told_with_the_file_and_the_function(write: Write, body: str, wrong: str) -> None:
+def test_any_failure_is_reported_with_the_file_and_the_function(write: Write, body: str, wrong: str) -> None:
     with pytest.raises(RecipeError) as caught:
         write(body).checked_score(GIVEN)
     assert wrong in caught.value.wrong
@@ -82,7 +82,7 @@ def test_whatever_goes_wrong_is_told_with_the_file_and_the_function(write: Write
     assert caught.value.todo or caught.value.expected
 
 
-def test_a_traceback_is_of_the_users_lines(write: Write) -> None:
+def test_traceback_has_only_the_users_lines(write: Write) -> None:
     with pytest.raises(RecipeError) as caught:
         write("value = {}\nreturn value['score']").score(GIVEN)
     assert "return value['score']" in caught.value.wrong
@@ -91,7 +91,7 @@ def test_a_traceback_is_of_the_users_lines(write: Write) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("body", ["while True: pass", "import subprocess\nsubprocess.run(['sleep', '60'])"])
-def test_it_ends_when_its_time_is_over(write: Write, body: str) -> None:
+def test_function_is_stopped_when_its_time_is_over(write: Write, body: str) -> None:
     started = time.monotonic()
     with pytest.raises(RecipeError, match=r"not done after 1 s"):
         write(body, seconds=1.0).score(GIVEN)
@@ -99,7 +99,7 @@ def test_it_ends_when_its_time_is_over(write: Write, body: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["missing.py:score", "my_metric.py:other"])
-def test_a_function_that_is_not_there_is_named(write: Write, tmp_path: Path, name: str) -> None:
+def test_missing_function_is_named(write: Write, tmp_path: Path, name: str) -> None:
     write("return []")
     spec = FunctionSpec.parse(str(tmp_path / name))
     assert spec is not None
@@ -111,15 +111,15 @@ def test_a_function_that_is_not_there_is_named(write: Write, tmp_path: Path, nam
     ("text", "name"),
     [("./my_metric.py:score", "my_metric_score"), ("/a/Score.py:score", "score"), ("b-c.py:f", "b_c_f")],
 )
-def test_its_name_is_that_of_the_file_and_the_function(text: str, name: str) -> None:
+def test_name_of_the_metric_is_that_of_the_file_and_the_function(text: str, name: str) -> None:
     spec = FunctionSpec.parse(text)
     assert spec is not None and spec.name == name
 
 
 @pytest.mark.parametrize("text", ["rouge", "my_metric:score", "x.py", "x.py:"])
-def test_other_names_are_no_functions(text: str) -> None:
+def test_other_names_are_not_functions(text: str) -> None:
     assert FunctionSpec.parse(text) is None
 
 
-def test_no_answers_are_no_question(write: Write) -> None:
+def test_function_is_not_called_when_there_are_no_answers(write: Write) -> None:
     assert write("return []").score(Answered([], [])) == []

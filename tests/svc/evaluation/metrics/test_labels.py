@@ -18,17 +18,17 @@ pairs = st.lists(st.tuples(answers, labels), min_size=1, max_size=40)
 @pytest.mark.parametrize(
     "answer", ["net", " net\n", "NET", '{"section":"net"}', '{ "section": "Net" }', '{"other":"net"}']
 )
-def test_a_label_is_found_in_whatever_spacing_case_or_json(answer: str) -> None:
+def test_label_is_found_in_any_spacing_case_or_json(answer: str) -> None:
     assert label_of(answer) == "net"
 
 
 @pytest.mark.parametrize("answer", ["", "nets", '["net"]', '{"a":"net","b":1}', "net " * 20])
-def test_what_is_no_label_is_none_of_the_labels(answer: str) -> None:
+def test_text_that_is_not_a_label_matches_no_label(answer: str) -> None:
     assert label_of(answer) != "net"
 
 
 @given(pairs)
-def test_accuracy_is_scikit_learns(given_pairs: list[tuple[str, str]]) -> None:
+def test_accuracy_equals_scikit_learns(given_pairs: list[tuple[str, str]]) -> None:
     judged = with_scores(Accuracy(), answered(given_pairs))
     right = [label_of(reference) for reference in judged.references]
     expected = accuracy_score(right, [label_of(answer) for answer in judged.answers])
@@ -36,7 +36,7 @@ def test_accuracy_is_scikit_learns(given_pairs: list[tuple[str, str]]) -> None:
 
 
 @given(pairs)
-def test_macro_f1_is_scikit_learns_over_the_labels_of_the_references(given_pairs: list[tuple[str, str]]) -> None:
+def test_macro_f1_equals_scikit_learns_over_the_labels_of_the_references(given_pairs: list[tuple[str, str]]) -> None:
     judged = answered(given_pairs)
     right = [label_of(reference) for reference in judged.references]
     given_labels = [label_of(answer) for answer in judged.answers]
@@ -46,7 +46,7 @@ def test_macro_f1_is_scikit_learns_over_the_labels_of_the_references(given_pairs
     assert 0 <= estimate.low <= estimate.high <= 1
 
 
-def test_a_label_that_is_never_found_costs_macro_f1_what_accuracy_hides() -> None:
+def test_macro_f1_falls_when_a_label_is_never_predicted_and_accuracy_hides_it() -> None:
     judged = with_scores(Accuracy(), answered([("net", "net")] * 95 + [("net", "doc")] * 5))
     assert Accuracy().estimate(judged).value == 0.95
     assert MacroF1().estimate(judged).value < 0.5
@@ -61,7 +61,7 @@ def test_macro_f1_of_two_models_is_compared_on_the_same_examples() -> None:
     assert MacroF1().difference(before, before).high == 0
 
 
-def test_macro_f1_of_a_thousand_answers_takes_no_time() -> None:
+def test_macro_f1_of_a_thousand_answers_is_fast() -> None:
     judged = answered([(f"label {place % 20}", f"label {place % 19}") for place in range(1000)])
     MacroF1().estimate(judged)
     started = time.process_time()

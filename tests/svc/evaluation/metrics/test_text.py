@@ -20,7 +20,7 @@ pairs = st.lists(st.tuples(texts, texts), min_size=1, max_size=10)
 
 @settings(deadline=None)  # the first call imports
 @given(pairs, st.sampled_from(["1", "2", "L"]))
-def test_rouge_is_rouge_scores_own(given_pairs: list[tuple[str, str]], kind: str) -> None:
+def test_rouge_equals_that_of_rouge_score(given_pairs: list[tuple[str, str]], kind: str) -> None:
     scorer, name = RougeScorer(["rouge1", "rouge2", "rougeL"]), f"rouge{kind}"
     expected = [scorer.score(reference, answer)[name].fmeasure for answer, reference in given_pairs]
     metric = Rouge(kind)
@@ -31,7 +31,7 @@ def test_rouge_is_rouge_scores_own(given_pairs: list[tuple[str, str]], kind: str
 
 @settings(deadline=None)
 @given(pairs)
-def test_chrf_is_sacrebleus_as_a_share(given_pairs: list[tuple[str, str]]) -> None:
+def test_chrf_equals_sacrebleus_as_a_share(given_pairs: list[tuple[str, str]]) -> None:
     expected = [sentence_chrf(answer, [reference]).score / 100 for answer, reference in given_pairs]
     scores = Chrf().score(answered(given_pairs))
     assert scores == pytest.approx(expected)
@@ -45,7 +45,7 @@ def test_perplexity_is_the_exponential_of_the_mean_over_tokens() -> None:
     assert math.exp(0.5) <= estimate.low < estimate.value < estimate.high <= math.exp(3)
 
 
-def test_an_unlikely_answer_has_a_perplexity_all_the_same() -> None:
+def test_perplexity_is_finite_when_an_answer_is_very_unlikely() -> None:
     assert math.isfinite(Perplexity().estimate(answered([("a", "a")], nll=[1e6])).value)
 
 

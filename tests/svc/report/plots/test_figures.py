@@ -39,7 +39,7 @@ ROWS = [
 ]
 
 
-def test_shares_and_numbers_are_apart() -> None:
+def test_shares_and_numbers_are_in_separate_figures() -> None:
     shares, numbers = plot_shares(ROWS), plot_numbers(ROWS)
     assert label_of(shares) == "accuracy: base 0.500 [0.450, 0.550], gptq 0.500 [0.450, 0.550]"
     assert label_of(numbers).startswith("nll: base 2.000")
@@ -47,7 +47,7 @@ def test_shares_and_numbers_are_apart() -> None:
     assert "length" not in (numbers or "")
 
 
-def test_a_figure_of_nothing_is_none() -> None:
+def test_figure_without_data_is_none() -> None:
     assert plot_shares(ROWS[1:]) is None
     assert plot_numbers([ROWS[0], ROWS[4]]) is None
     assert plot_loss([]) is None
@@ -55,7 +55,7 @@ def test_a_figure_of_nothing_is_none() -> None:
     assert plot_labels({}, {}) is None
 
 
-def test_the_curve_says_where_it_began_and_ended() -> None:
+def test_description_of_the_curve_has_its_first_and_last_values() -> None:
     said = label_of(plot_loss(curve()))
     assert re.fullmatch(
         r"training loss from 2\.\d+ to 0\.\d+ in 80 steps; held-out loss from 2\.900 to 0\.503, lowest 0\.503", said
@@ -63,29 +63,29 @@ def test_the_curve_says_where_it_began_and_ended() -> None:
     assert label_of(plot_learning_rate(curve())) == "learning rate, 0.00049 at most"
 
 
-def test_a_run_without_held_out_loss_has_a_curve() -> None:
+def test_run_without_held_out_loss_has_a_curve() -> None:
     points = [TrainingPoint(step=step, epoch=1, loss=1 / step) for step in (1, 2)]
     assert label_of(plot_loss(points)) == "training loss from 1.000 to 0.500 in 2 steps"
 
 
-def test_a_figure_of_many_steps_is_no_larger_than_one_of_some() -> None:
+def test_figure_of_many_steps_is_at_most_three_times_as_large_as_one_of_a_few_hundred() -> None:
     many = plot_loss(curve(50_000))
     assert many is not None
     assert len(many) < 3 * len(plot_loss(curve(300)) or "")
 
 
 @pytest.mark.parametrize("exploded", [False, True])
-def test_a_loss_that_exploded_is_drawn_on_a_logarithmic_axis(exploded: bool) -> None:
+def test_exploded_loss_is_drawn_on_a_logarithmic_axis(exploded: bool) -> None:
     points = [TrainingPoint(step=step, epoch=1, loss=2 + math.sin(step)) for step in range(1, 60)]
     points += [TrainingPoint(step=60, epoch=1, loss=5000.0)] * exploded
     assert ("10^" in (plot_loss(points) or "") or "mathdefault" in (plot_loss(points) or "")) == exploded
 
 
-def test_lengths_are_told_of_prompts_and_answers() -> None:
+def test_description_of_lengths_has_prompts_and_answers() -> None:
     said = label_of(plot_lengths(summarize_data([chat("x" * 100, "y" * 7)] * 3, [])))
     assert said.startswith("prompts: half have at most 100 characters")
     assert "answers: half have at most 7 characters" in said
 
 
-def test_labels_stand_beside_those_that_are_held_out() -> None:
+def test_description_of_labels_has_training_and_held_out_counts() -> None:
     assert label_of(plot_labels({"net": 5, "games": 2}, {"net": 1})).endswith("by label: net 5 and 1, games 2 and 0")
