@@ -1,4 +1,4 @@
-"""Work in a process of its own: what comes back, and that it ends when it shall."""
+"""Work in a separate process: its result, and its end."""
 
 import os
 import signal
@@ -59,7 +59,7 @@ if __name__ == "__main__":
 
 
 def test_child_may_clean_up_when_its_work_is_done(tmp_path: Path) -> None:
-    """Killed at once, it leaves semaphores, and Python warns of each when the caller ends."""
+    """A child that is killed immediately leaks semaphores, and Python warns of each when the caller ends."""
     script = tmp_path / "leaves_late.py"
     script.write_text(LEAVES_LATE, "utf-8")
     done = subprocess.run(

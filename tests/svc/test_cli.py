@@ -1,4 +1,4 @@
-"""The command line: help at once, errors as text with their own exit code, and no library loaded that nobody needs."""
+"""The command line: immediate help, errors as text with their exit codes, and no unneeded libraries."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ NOT_FOR_HELP = (*HEAVY, "mlflow", "fastapi", "sklearn", "scipy")
 
 
 def loaded_after(code: str) -> set[str]:
-    """The top-level packages that a fresh interpreter has after running code."""
+    """Return the top-level packages that a fresh interpreter has loaded after running code."""
     report = "\nimport json, sys; print('\\n' + json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
     done = subprocess.run([sys.executable, "-c", code + report], capture_output=True, text=True, check=True)
     return set(json.loads(done.stdout.splitlines()[-1]))

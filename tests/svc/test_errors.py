@@ -1,4 +1,4 @@
-"""Every error says what was wrong, what was expected and what to do, and has an exit code that scripts can trust."""
+"""Every error says what is wrong, what was expected and what to do, and has a stable exit code."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from svc.errors import DataError, ProbeError, SvcError
 
 
 def kinds(root: type[SvcError] = SvcError) -> Iterator[type[SvcError]]:
-    """All kinds of error below one that stand in svc/errors.py; rooms that are imported have more."""
+    """Return all subclasses of an error in svc/errors.py; other packages define more."""
     for kind in root.__subclasses__():
         if kind.__module__ == errors.__name__:
             yield kind

@@ -1,4 +1,4 @@
-"""Whoever waits for an end hears of it once, at once, and no more after he has gone."""
+"""Every listener is called once, immediately, and not after it was removed."""
 
 from svc.one_shot_event import OneShotEvent
 

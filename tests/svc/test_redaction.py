@@ -1,4 +1,4 @@
-"""What must not be kept is blanked, what only looks like it is not, and no text makes it slow."""
+"""Private data are redacted, similar texts are not, and no text makes redaction slow."""
 
 import re
 import threading

@@ -1,4 +1,4 @@
-"""How many examples a loss needs to be detected, checked against simulated versions."""
+"""Number of examples needed to detect a loss, checked with simulated versions."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Settings come from four places, the later before the earlier, and nothing that is misspelt passes."""
+"""Settings come from four places, later ones override earlier ones, and misspelt names are rejected."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +18,7 @@ Write = Callable[[str], Path]
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working folder."""
+    """Return an empty working folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

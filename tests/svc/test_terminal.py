@@ -17,7 +17,7 @@ Show = Callable[[bool], io.StringIO]
 
 @pytest.fixture
 def shown(monkeypatch: pytest.MonkeyPatch) -> Show:
-    """Puts a terminal, or a pipe, in the place of stderr; gives what is written to it."""
+    """Replace stderr by a terminal or a pipe; return the text written to it."""
 
     def shown(is_terminal: bool) -> io.StringIO:
         file = io.StringIO()

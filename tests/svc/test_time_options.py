@@ -1,4 +1,4 @@
-"""Spans and points of time as people type them."""
+"""Durations and times as users type them."""
 
 from datetime import UTC, datetime, timedelta
 

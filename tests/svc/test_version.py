@@ -1,4 +1,4 @@
-"""NAME@N, and nothing that only looks like it."""
+"""NAME@N, and rejection of similar texts."""
 
 import pytest
 from hypothesis import given

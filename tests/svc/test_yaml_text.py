@@ -1,4 +1,4 @@
-"""Whatever a person wrote, it is a value or a ValueError."""
+"""Any text is a value or a ValueError."""
 
 import pytest
 from hypothesis import given

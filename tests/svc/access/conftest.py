@@ -1,4 +1,4 @@
-"""A store in a folder of the test, keys in it, and a clock that the test moves."""
+"""Fixtures: a store in the test's folder, a keyring, and a clock that the test advances."""
 
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,37 +14,36 @@ ALICE = Actor("user:alice", "box")
 
 
 class Clock:
-    """A time that stands until it is moved."""
+    """Clock that stands still until it is advanced."""
 
     def __init__(self) -> None:
         self.at = datetime(2026, 1, 2, 12, tzinfo=UTC)
 
     def now(self) -> datetime:
-        """The time."""
+        """Return the time."""
         return self.at
 
     def monotonic(self) -> float:
-        """Seconds since some moment."""
+        """Return the seconds since a fixed moment."""
         return self.at.timestamp()
 
     def forward(self, **span: float) -> None:
-        """Lets time go by."""
+        """Advance the time."""
         self.at += timedelta(**span)
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    """An empty store."""
     return open_database(tmp_path / "home")
 
 
 @pytest.fixture
 def clock() -> Clock:
-    """Noon."""
+    """Return a clock that shows noon."""
     return Clock()
 
 
 @pytest.fixture
 def keyring(store: Store, clock: Clock) -> Keyring:
-    """An empty ring."""
+    """Return an empty keyring."""
     return Keyring(store, ALICE, now=clock.now)

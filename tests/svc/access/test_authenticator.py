@@ -1,4 +1,4 @@
-"""Right secrets are let in at once, all others are told why not, and a change is heard at the next look."""
+"""Valid secrets are accepted immediately, others rejected with a reason; changes take effect at the next check."""
 
 import asyncio
 import gc
@@ -32,7 +32,7 @@ def issued(keyring: Keyring, clock: Clock) -> IssuedKey:
 
 @pytest.fixture
 def authenticator(store: Store, clock: Clock, issued: IssuedKey) -> Authenticator:
-    """Has looked once."""
+    """Return an authenticator that has read the keys once."""
     made = Authenticator(store, now=clock.now, clock=clock.monotonic)
     made.look()
     return made
@@ -130,7 +130,7 @@ def test_second_rotation_ends_the_first_secret(
 
 
 def queries(store: Store) -> list[str]:
-    """What is sent to the store from now on."""
+    """Return the queries that are sent to the store from now on."""
     sent: list[str] = []
     event.listen(store, "before_cursor_execute", lambda *arguments: sent.append(arguments[2]))
     return sent
@@ -151,7 +151,7 @@ def test_check_reads_one_number_when_nothing_changed(authenticator: Authenticato
 
 
 class Text(str):
-    """Can be watched until it is gone, which a `str` cannot."""
+    """Text with weak references, which a `str` does not support."""
 
 
 @pytest.mark.parametrize("right", [True, False])

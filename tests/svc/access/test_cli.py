@@ -1,4 +1,4 @@
-"""`svc keys` and `svc usage` as they are typed."""
+"""`svc keys` and `svc usage` as commands."""
 
 import csv
 import io
@@ -21,7 +21,7 @@ from tests.command_line import Svc
 
 
 def create(svc: Svc, *options: str) -> dict[str, Any]:
-    """A new key, as machines get it."""
+    """Create a key and return the JSON output."""
     ended = svc("keys", "create", *options, "--json")
     assert ended.code == 0, ended.err
     found: dict[str, Any] = json.loads(ended.out)
@@ -29,7 +29,7 @@ def create(svc: Svc, *options: str) -> dict[str, Any]:
 
 
 def authenticator(home: Path = Path(".svc")) -> Authenticator:
-    """As a server that has just looked."""
+    """Return an authenticator that has just read the keys."""
     made = Authenticator(open_database(home))
     made.look()
     return made
@@ -168,7 +168,7 @@ def test_rotation_with_a_grace_needs_no_confirmation_and_both_secrets_are_valid(
 
 @pytest.fixture
 def used(svc: Svc) -> str:
-    """The id of a key that used two models, in a store in which somebody without a key used one."""
+    """Return the id of a key that used two models, in a store with usage of one model without a key."""
     key_id: str = create(svc, "--name", "ci")["key_id"]
     hour = hour_of(datetime.now(UTC))
     add_usage(

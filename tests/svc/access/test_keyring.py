@@ -1,4 +1,4 @@
-"""Keys are made with what was asked for, and their secrets are kept nowhere."""
+"""Keys are created with the requested properties, and their secrets are not stored."""
 
 from datetime import timedelta
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What keys use is counted at once and written now and then; nothing is counted twice or lost by a store that fails."""
+"""Usage is counted immediately and written periodically; a failing store neither loses nor doubles it."""
 
 from concurrent.futures import ThreadPoolExecutor
 

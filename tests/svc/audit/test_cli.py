@@ -1,4 +1,4 @@
-"""`svc audit`, `svc history` and `svc forget` as they are typed."""
+"""`svc audit`, `svc history` and `svc forget` as commands."""
 
 import io
 import json
@@ -22,7 +22,7 @@ ALICE = Actor("user:alice", "box")
 
 @pytest.fixture
 def three(store: Store) -> Store:
-    """A log of three events."""
+    """Return a store with three events."""
     for number in (1, 2):
         record_event(store, AuditEntry(Action.PROMOTE, f"tickets@{number}", ALICE, "[bold]", {"before": None}))
     record_event(store, AuditEntry(Action.REVOKE_KEY, "key:abcd0123", ALICE, "leaked", {"name": "ci"}))
@@ -89,7 +89,7 @@ def test_verify_fails_when_the_expected_hash_is_not_in_the_log(svc: Svc, three: 
 
 @pytest.fixture
 def served(store: Store) -> Store:
-    """Two versions, of which the second serves."""
+    """Record two served versions, of which the second is being served."""
     first = change_desired(store, None, Target(VersionId("tickets", 1), Format.GPTQ), None)
     begin_serving(store, first, Began.START, at=datetime(2026, 1, 2, 12, tzinfo=UTC))
     entry = AuditEntry(Action.PROMOTE, "tickets@2", ALICE, "it is better")
@@ -119,7 +119,7 @@ def test_model_that_was_never_served_has_no_history(svc: Svc) -> None:
 
 @pytest.fixture
 def requested(svc: Svc, store: Store) -> str:
-    """The id of a key with one request, of a user; another request has neither, and is of today."""
+    """Return the id of a key with one request of a user; another request of today has neither."""
     key_id: str = json.loads(svc("keys", "create", "--name", "ci", "--json").out)["key_id"]
     mine = RECORD._replace(request_id="mine", key_id=key_id, user_hash=hash_user("a@b.de"), prompt="secret")
     add_requests(store, [mine, RECORD._replace(request_id="other", started_at=datetime.now(UTC))])

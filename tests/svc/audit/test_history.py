@@ -1,4 +1,4 @@
-"""Which version served when, who wanted it, and what is known of the time before it was written down."""
+"""Which version was served when and who wanted it, also for the time before serving was recorded."""
 
 from datetime import UTC, datetime, timedelta
 

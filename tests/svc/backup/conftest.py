@@ -1,4 +1,4 @@
-"""A home with an MLflow and a store of its own, and what makes versions in it."""
+"""A home with its own MLflow and store, and fixtures that create versions in it."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -31,7 +31,7 @@ NAME = "tickets"
 
 @dataclass
 class UsedHome:
-    """A home, and what is done to it.
+    """A home and the operations on it.
 
     Attributes:
         content: of every version.
@@ -45,11 +45,11 @@ class UsedHome:
     run: str
 
     def publish(self) -> VersionId:
-        """Registers a version."""
+        """Register a version."""
         return self.registry.publish(NAME, self.run, self.content, make_manifest).id
 
     def promote(self, version: VersionId) -> None:
-        """Has it serve, as a server does."""
+        """Make a version the served one, as a server does."""
         seen, target = read_desired(self.store, NAME), Target(version, Format.MERGED)
         entry = AuditEntry(Action.PROMOTE, str(version), Actor.local())
         change_desired(self.store, seen, target, seen.target if seen else None, entry=entry)
@@ -58,14 +58,14 @@ class UsedHome:
 
 @pytest.fixture(scope="session")
 def new_mlflow(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The database of an MLflow with one run, and the run."""
+    """Return the database of an MLflow with one run, and the run."""
     path = tmp_path_factory.mktemp("new-mlflow") / "mlflow.db"
     return path, Tracking(f"sqlite:///{path}").start_run("tests", {})
 
 
 @pytest.fixture
 def used(tmp_path: Path, new_mlflow: tuple[Path, str]) -> UsedHome:
-    """Without versions."""
+    """Return a home without versions."""
     settings = Settings(home=tmp_path / "home")
     store = new_store(settings.home)
     shutil.copyfile(new_mlflow[0], settings.home / "mlflow.db")
@@ -76,7 +76,7 @@ def used(tmp_path: Path, new_mlflow: tuple[Path, str]) -> UsedHome:
 
 @pytest.fixture
 def archive(tmp_path: Path) -> Archive:
-    """An empty one."""
+    """Return an empty archive."""
     return Archive(tmp_path / "backups")
 
 
@@ -85,14 +85,14 @@ BackUp = Callable[..., BackupReport]
 
 @pytest.fixture
 def back_up(used: UsedHome, archive: Archive) -> BackUp:
-    """Backs the home up; takes what `Backup` takes."""
+    """Return a function that backs the home up, with the arguments of `Backup`."""
     return lambda **options: Backup(used.settings, archive, **options).run(keep=9)
 
 
 def progress(
     on_start: Callable[[int], object] = lambda total: None, on_bytes: OnBytes = lambda count: None
 ) -> Progress:
-    """What copying tells of itself, as two functions."""
+    """Return two functions that collect the progress of copying."""
 
     @contextmanager
     def begin(total: int) -> Iterator[OnBytes]:
@@ -107,7 +107,7 @@ RestoreAs = Callable[[str], Settings]
 
 @pytest.fixture
 def restore_as(archive: Archive, tmp_path: Path) -> RestoreAs:
-    """Restores the newest snapshot into a new home."""
+    """Return a function that restores the newest snapshot into a new home."""
 
     def restore(name: str) -> Settings:
         settings = Settings(home=tmp_path / name)

@@ -1,4 +1,4 @@
-"""A snapshot has all that its databases name, is whole or not there, and copies no version twice."""
+"""A snapshot contains everything that its databases name, is complete or absent, and copies no version twice."""
 
 import os
 import sqlite3
@@ -222,7 +222,7 @@ def test_remote_mlflow_server_is_named(used: UsedHome, archive: Archive) -> None
 
 
 def _overwrite(path: Path) -> None:
-    """With as many bytes; other versions may have the same file."""
+    """Overwrite a file with as many other bytes; other versions may have the same file."""
     size = path.stat().st_size
     path.unlink()
     path.write_bytes(b"x" * size)

@@ -1,4 +1,4 @@
-"""What `svc backup` and `svc restore` say, and that both are in the audit log."""
+"""Output of `svc backup` and `svc restore`, and their events in the audit log."""
 
 import json
 from pathlib import Path

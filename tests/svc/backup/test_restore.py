@@ -1,4 +1,4 @@
-"""A home is as it was, or is not used: what is damaged, not empty or in use is refused."""
+"""A home is restored completely or not used: damaged, non-empty and used folders are rejected."""
 
 from pathlib import Path
 

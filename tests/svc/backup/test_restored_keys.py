@@ -1,4 +1,4 @@
-"""A restore brings no revoked key back, as far as it can know, and asks about the others."""
+"""A restore reactivates no key that is known to be revoked, and asks for confirmation of the others."""
 
 import json
 import sys
@@ -32,7 +32,7 @@ def create(used: UsedHome, *names: str) -> list[IssuedKey]:
 
 
 def states(home: Path) -> dict[str, bool]:
-    """Whether each key is valid, by name."""
+    """Return whether each key is valid, by name."""
     return {key.principal.name: key.usable(datetime.now(UTC)) for key in ring(home).all()}
 
 

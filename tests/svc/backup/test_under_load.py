@@ -1,4 +1,4 @@
-"""Snapshots of a home in which versions come, serve and go are whole, each of them."""
+"""Every snapshot of a home is complete while versions are registered, served and removed."""
 
 import itertools
 import threading
@@ -31,7 +31,7 @@ SNAPSHOTS = 5
 
 @contextmanager
 def going(*steps: Callable[[], None]) -> Iterator[list[Exception]]:
-    """Each step again and again, in a thread of its own, for the body of the `with`; yields what they raised."""
+    """Repeat each step in its own thread while the body runs; yield the exceptions."""
     ended, failures = threading.Event(), list[Exception]()
 
     def repeat(step: Callable[[], None]) -> None:
@@ -93,7 +93,7 @@ def test_every_snapshot_is_complete_when_versions_are_added_served_and_removed_c
 
 
 def check_home(settings: Settings) -> None:
-    """What is named is there and loads, MLflow knows every version, and the audit log is as it was written."""
+    """Check that everything named exists and loads, MLflow knows every version, and the audit log is unaltered."""
     registry, store = Registry.of(settings), open_database(settings.home)
     versions, desired = set(registry.versions(NAME)), read_desired(store, NAME)
     assert desired is not None

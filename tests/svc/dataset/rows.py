@@ -1,4 +1,4 @@
-"""Good examples made at random, in every format, and the defects that data files have."""
+"""Random good examples in every format, and the defects that data files have."""
 
 import copy
 import json
@@ -50,7 +50,7 @@ ROLE = {Format.CHAT: "messages.1.role", Format.SHAREGPT: "conversations.1.from"}
 
 
 def text(chance: random.Random, least: int = 3, most: int = 60) -> str:
-    """Words, marks and emoji that no other text is likely to have."""
+    """Return words, marks and emoji that hardly any other text has."""
     count = chance.randint(least, most)
     letters = "".join(chance.choices(LETTERS, k=9 * count))  # drawn at once: word by word takes longer than the check
     lengths, marks = chance.choices(range(2, 10), k=count), chance.choices(AFTER_WORD, k=count)
@@ -59,7 +59,7 @@ def text(chance: random.Random, least: int = 3, most: int = 60) -> str:
 
 
 def row(form: Format, system: str, user: str, answer: str) -> Row:
-    """One example in a format."""
+    """Return one example in a format."""
     match form:
         case Format.CHAT:
             turns = [("system", system), ("user", user), ("assistant", answer)]
@@ -84,20 +84,20 @@ def _asked(system: str, user: str) -> list[Row]:
 
 
 def good_rows(form: Format, chance: random.Random, count: int, *, labels: bool = False) -> list[Row]:
-    """Examples without a fault; with labels, in JSON."""
+    """Return examples without a fault; with labels, in JSON."""
     answers = [json.dumps({"colour": chance.choice(["red", "green", "blue"])}) if labels else "" for _ in range(count)]
     return [row(form, SYSTEM, text(chance), answer or text(chance, 1, 20)) for answer in answers]
 
 
 def get(value: Any, path: str) -> Any:
-    """The part of a row at a dotted path."""
+    """Return the part of a row at a dotted path."""
     for key in path.split("."):
         value = value[int(key)] if isinstance(value, list) else value[key]
     return value
 
 
 def put(value: Row, path: str, new: Any) -> Row:
-    """The row with another part."""
+    """Return the row with another part."""
     changed = copy.deepcopy(value)
     above, _, last = path.rpartition(".")
     target = get(changed, above) if above else changed
@@ -107,7 +107,7 @@ def put(value: Row, path: str, new: Any) -> Row:
 
 
 def drop(value: Row, path: str) -> Row:
-    """The row without a part."""
+    """Return the row without a part."""
     changed = copy.deepcopy(value)
     above, _, last = path.rpartition(".")
     del (get(changed, above) if above else changed)[last]
@@ -118,7 +118,7 @@ Damage = Callable[[Format, Row, random.Random], bytes]
 
 
 def _text(insert: str) -> Damage:
-    """Puts something into the question, anywhere."""
+    """Insert a text at a random place of the question."""
 
     def damage(form: Format, value: Row, chance: random.Random) -> bytes:
         path = TEXT[form][0]
@@ -138,7 +138,7 @@ def _raw(change: Callable[[bytes], bytes]) -> Damage:
 
 
 def encode(value: Any) -> bytes:
-    """As a line without its end."""
+    """Return a row as a line without its end."""
     return json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
@@ -188,5 +188,5 @@ DEFECTS: list[tuple[str, Code, Damage]] = [
 
 
 def check_file(path: Path, heldout: Path | None = None) -> DataReport:
-    """Checks one file; see `check_files`."""
+    """Check one file; see `check_files`."""
     return check_files([path], [heldout] if heldout else [])[0]

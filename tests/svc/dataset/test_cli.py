@@ -1,4 +1,4 @@
-"""What `svc data check` prints, whatever stands in the files."""
+"""Output of `svc data check`, whatever the content of the files."""
 
 import json
 import os

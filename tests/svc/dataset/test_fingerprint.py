@@ -1,4 +1,4 @@
-"""Equal examples have equal fingerprints, others do not."""
+"""Equal examples have equal fingerprints; different ones do not."""
 
 import json
 from pathlib import Path

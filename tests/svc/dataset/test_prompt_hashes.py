@@ -1,4 +1,4 @@
-"""What a version has learnt is known again without its texts."""
+"""Prompts that a version was trained on are recognized without their texts."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +20,7 @@ def test_prompts_that_differ_in_spacing_and_case_have_one_hash() -> None:
 
 
 def test_hash_is_the_one_that_finds_duplicates() -> None:
-    """What is kept of versions is compared with the table of the next one's examples."""
+    """Stored hashes of versions are compared with the table of the next version's examples."""
     builder, examples = LineTableBuilder(), [chat("a"), chat("b")]
     for number, example in enumerate(examples):
         builder.add(0, number, example)

@@ -1,4 +1,4 @@
-"""What is held out is chosen by content and seed, and nothing near to it is trained on."""
+"""Held-out examples are chosen by content and seed, and none of their near duplicates is trained on."""
 
 import random
 
@@ -19,7 +19,7 @@ TASK = ROOT / "examples" / "debian-triage"
 
 
 def with_copies(seed: int) -> list[ChatExample]:
-    """Forty texts, of which every fourth comes again in three near copies."""
+    """Return forty texts, every fourth with three near copies."""
     chance, made = random.Random(seed), []
     for number in range(40):
         words = text(chance, 40, 60)
@@ -30,7 +30,7 @@ def with_copies(seed: int) -> list[ChatExample]:
 
 
 def unrelated(seed: int, count: int) -> list[ChatExample]:
-    """Texts that no other seed makes."""
+    """Return texts that no other seed creates."""
     chance = random.Random(seed)
     return [chat(text(chance, 40, 60), f"answer {seed} {number}") for number in range(count)]
 
@@ -48,7 +48,7 @@ def test_near_duplicates_stay_on_one_side(seed: int, split_seed: int, share: flo
 
 @pytest.mark.parametrize("share", [0.1, 0.3])
 def test_held_out_share_is_the_requested_one_for_real_examples(share: float) -> None:
-    """Hardly any of them has a near duplicate. Four standard deviations of 1,200 throws are 0.035 and 0.053."""
+    """Hardly any of them has a near duplicate. Four standard deviations of 1,200 draws are 0.035 and 0.053."""
     examples = read_examples(TASK / "train.jsonl")
     split = split_heldout(examples, share, 0)
     assert abs(len(split.heldout) / len(examples) - share) < 4 * (share * (1 - share) / len(examples)) ** 0.5
@@ -56,7 +56,7 @@ def test_held_out_share_is_the_requested_one_for_real_examples(share: float) -> 
 
 @pytest.mark.slow
 def test_group_is_held_out_when_its_smallest_hash_is_below_the_share() -> None:
-    """Of its copies one differs in case alone, and has no hash of its own: three hashes, and 1 - 0.9 ** 3 is 0.271."""
+    """One of its copies differs only in case and has no hash of its own: three hashes, and 1 - 0.9 ** 3 is 0.271."""
     examples = with_copies(1)
     copied = {example.answer for example in examples if sum(one.answer == example.answer for one in examples) > 1}
     held = [split_heldout(examples, 0.1, seed).heldout for seed in range(100)]
@@ -89,7 +89,7 @@ def test_group_with_a_prompt_that_an_earlier_version_was_trained_on_is_not_held_
 @given(st.integers(0, 2**32), st.integers(0, 9), st.floats(0.01, 0.99))
 @settings(max_examples=15, deadline=None)
 def test_version_that_was_trained_on_a_split_does_not_change_it(seed: int, split_seed: int, share: float) -> None:
-    """Or the same recipe would be another run after it was done."""
+    """Otherwise the same recipe would be another run after it has finished."""
     split = split_heldout(examples := with_copies(seed), share, split_seed)
     again = split_heldout(examples, share, split_seed, hash_prompts(split.train))
     assert (again.train, again.heldout) == (split.train, split.heldout)

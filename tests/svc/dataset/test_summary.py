@@ -1,4 +1,4 @@
-"""A data set in numbers."""
+"""Statistics of a data set."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What traffic is compared with is drawn as traffic is, and apart from what it is compared by."""
+"""The reference sample is drawn like traffic, and separately from the text space."""
 
 from collections import Counter
 from itertools import pairwise

@@ -73,7 +73,7 @@ answers = st.builds(
 
 
 def chat(*contents: str, system: str = "You sort parcels.") -> RequestRecord:
-    """A request with these turns, the user's first."""
+    """Return a request with these turns, the user's first."""
     roles = ("user", "assistant") * len(contents)
     messages = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]
     return RECORD._replace(prompt=json.dumps([{"role": "system", "content": system}, *messages]))

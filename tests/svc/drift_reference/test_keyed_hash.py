@@ -1,4 +1,4 @@
-"""Equal texts have equal hashes in one home, and nobody without the home's key can test a text."""
+"""Equal texts have equal hashes in one home, and texts cannot be tested without the home's key."""
 
 import threading
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is read off a prompt is what a person reads, of any text, and says the same of live and held-out prompts."""
+"""Features of any prompt are those that a person would count, equally for live and held-out prompts."""
 
 import re
 from dataclasses import replace

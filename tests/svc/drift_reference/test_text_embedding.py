@@ -1,4 +1,4 @@
-"""Prompts on one topic lie together, any text has a place, and no training text can be read back."""
+"""Prompts on one topic are close, any text has a position, and no training text can be recovered."""
 
 import io
 import random
@@ -48,7 +48,7 @@ def archive(**arrays: Any) -> bytes:
 
 
 def assert_same_place(one: TextSpace, other: TextSpace, prompts: list[str]) -> None:
-    """But for what half precision loses."""
+    """Compare positions within the error of half precision."""
     found, again = one.embed(prompts), other.embed(prompts)
     assert found.topic == pytest.approx(again.topic, abs=2e-3)
     assert found.answer == pytest.approx(again.answer, abs=2e-3)

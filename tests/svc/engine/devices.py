@@ -1,4 +1,4 @@
-"""Devices of each kind, as torch and vLLM would tell of them."""
+"""Devices of each kind, as torch and vLLM report them."""
 
 from svc.engine.device import DeviceCapabilities, TorchGpu
 from svc.settings import Device

@@ -1,4 +1,4 @@
-"""Stands in for vLLM's server as a child process: `fake_server.py MODE SOCKET`. Standard library only, so it is quick.
+"""Fake of vLLM's server as a child process: `fake_server.py MODE SOCKET`. Standard library only, so it starts fast.
 
 Modes: ready, crash, hang (never listens), stubborn (ignores SIGTERM), family (has a child of its own),
 late (begins its child while it is being ended).
@@ -13,33 +13,33 @@ import time
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Healthy, whatever is asked."""
+    """Handler that answers every request as healthy."""
 
     def do_GET(self) -> None:
-        """Answers 200."""
+        """Answer 200."""
         self.send_response(200)
         self.send_header("content-length", "0")
         self.end_headers()
 
     def address_string(self) -> str:
-        """A unix socket has no address."""
+        """Return a fixed text: a unix socket has no address."""
         return "socket"
 
 
 def begin_child() -> None:
-    """A process that outlives this one, with the files that this one has open."""
+    """Start a process that outlives this one and inherits its open files."""
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], close_fds=False)
     print(f"child {child.pid}", flush=True)
 
 
 def begin_child_and_end(*_: object) -> None:
-    """As an engine that is killed in its start."""
+    """Exit like an engine that is killed while it starts."""
     begin_child()
     sys.exit()
 
 
 def main(mode: str, socket: str) -> None:
-    """Says what vLLM would, and listens."""
+    """Print vLLM's log lines, and listen."""
     print("non-default args: {}", flush=True)
     if mode == "crash":
         print("INFO loading\nValueError: bad weights\nshutting down", flush=True)

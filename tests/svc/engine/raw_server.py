@@ -1,4 +1,4 @@
-"""A server on a unix socket that reads requests and says the bytes that it is told to: for answers that are none."""
+"""A server on a unix socket that reads requests and sends given bytes, also invalid responses."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -13,12 +13,12 @@ Reply = Callable[["Peer"], Awaitable[None]]
 
 
 def chunk(data: bytes) -> bytes:
-    """As a part of a chunked body."""
+    """Return data as a chunk of a chunked body."""
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
 def say(*parts: bytes, then_hang_up: bool = False) -> Reply:
-    """A reply of these bytes, each part for itself."""
+    """Return a reply that sends these parts one by one."""
 
     async def reply(peer: Peer) -> None:
         for part in parts:
@@ -31,7 +31,7 @@ def say(*parts: bytes, then_hang_up: bool = False) -> Reply:
 
 
 async def silence(peer: "Peer") -> None:
-    """A reply of nothing."""
+    """Send nothing."""
 
 
 class Peer(asyncio.Protocol):
@@ -54,26 +54,26 @@ class Peer(asyncio.Protocol):
         self.said = 0
 
     async def say(self, data: bytes) -> None:
-        """Sends bytes, and returns when the client's socket has room for more."""
+        """Send bytes, and return when the client's socket can accept more."""
         self._transport.write(data)
         self.said += len(data)
         await self._room.wait()
 
     def hang_up(self) -> None:
-        """Closes the connection."""
+        """Close the connection."""
         self._transport.close()
 
     def stop_reading(self) -> None:
-        """Leaves what comes from now on unread."""
+        """Stop reading received data."""
         self._transport.pause_reading()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begins."""
+        """Register the connection."""
         self._transport = cast(asyncio.Transport, transport)
         self._server.peers.append(self)
 
     def data_received(self, data: bytes) -> None:
-        """Replies once a request is complete."""
+        """Reply when a request is complete."""
         self._received += data
         head, blank, body = self._received.partition(b"\r\n\r\n")
         lengths = [line for line in head.split(b"\r\n") if line.startswith(b"content-length:")]
@@ -83,22 +83,22 @@ class Peer(asyncio.Protocol):
             self._replying = asyncio.ensure_future(self._server.reply()(self))
 
     def pause_writing(self) -> None:
-        """The client reads no more."""
+        """Note that the client does not read."""
         self._room.clear()
 
     def resume_writing(self) -> None:
-        """It does."""
+        """Note that the client reads again."""
         self._room.set()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Ends."""
+        """Note the end of the connection."""
         self.closed.set()
         if self._replying is not None:
             self._replying.cancel()
 
 
 class RawServer:
-    """Answers each request with a reply of its own; the last of them stays.
+    """Server that answers each request with the next reply, and further requests with the last one.
 
     Attributes:
         requests: as they came.
@@ -112,25 +112,24 @@ class RawServer:
         self._server: asyncio.Server
 
     def reply(self) -> Reply:
-        """The next."""
+        """Return the next reply."""
         return self._replies.pop(0) if len(self._replies) > 1 else self._replies[0]
 
     @property
     def open(self) -> int:
-        """How many connections are open."""
+        """Return the number of open connections."""
         return sum(not peer.closed.is_set() for peer in self.peers)
 
     async def start(self, socket: Path) -> None:
-        """Listens."""
         loop = asyncio.get_running_loop()
         self._server = await loop.create_unix_server(lambda: Peer(self), str(socket), backlog=2048)
 
     def stop_listening(self) -> None:
-        """Takes no connection any more."""
+        """Stop accepting connections."""
         self._server.close()
 
     async def stop(self) -> None:
-        """Ends it, and what runs in it."""
+        """Stop the server and its running replies."""
         self._server.close()
         for peer in self.peers:
             peer.hang_up()
@@ -139,7 +138,7 @@ class RawServer:
 
 @asynccontextmanager
 async def raw_server(socket: Path, *replies: Reply) -> AsyncIterator[RawServer]:
-    """A server for the body."""
+    """Run a server for the body."""
     server = RawServer(*replies)
     await server.start(socket)
     try:

@@ -1,4 +1,4 @@
-"""The client asks as vLLM expects to be asked, and every answer that is no answer is an EngineError."""
+"""The client sends the requests that vLLM expects, and every invalid answer is an EngineError."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -188,7 +188,7 @@ async def test_engine_whose_core_died_is_not_healthy() -> None:
     ("status", "health"), [(200, Health.GOOD), (503, Health.DEAD), (500, Health.BAD), (599, Health.BAD)]
 )
 async def test_health_is_determined_by_the_status(status: int, health: Health) -> None:
-    """503 is what vLLM says when its core is dead."""
+    """vLLM answers 503 when its core is dead."""
     async with answering(lambda request: httpx.Response(status)) as client:
         assert await client.health() is health
 
@@ -258,7 +258,7 @@ async def test_invalid_answer_is_an_engine_error(ask: Ask, answer: bytes) -> Non
 
 
 async def test_engine_is_not_reported_dead_when_it_closes_a_reused_connection(tmp_path: Path) -> None:
-    """The engine gives up an idle connection just when the next request is on its way."""
+    """The engine closes an idle connection while the next request is being sent."""
     body = b'{"tokens": [1]}'
 
     async def answer_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -1,4 +1,4 @@
-"""What a device can do: what follows from the facts, and that they are asked once."""
+"""Capabilities of a device: conclusions from the facts, and that facts are detected once."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ AUTO = EngineSettings()
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
-    """The installed distributions with their versions; the test fills it."""
+    """Return the installed distributions with their versions; the test fills it."""
     distributions: dict[str, str] = {}
 
     def version(name: str) -> str:
@@ -37,7 +37,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One entry for each time that torch and vLLM were asked; they tell of a CPU with AVX2."""
+    """Return one entry for each detection with torch and vLLM; they report a CPU with AVX2."""
     times: list[int] = []
 
     def ask() -> DeviceCapabilities:

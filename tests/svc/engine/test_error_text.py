@@ -1,4 +1,4 @@
-"""What an engine says of its errors reaches a log without what it quotes of a request."""
+"""Errors of an engine are logged without the quoted parts of a request."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A model's facts are those of its config; what it does not say is not known, and nothing it says is a fault here."""
+"""Facts of a model are those of its config; missing ones are unknown, and no config raises an error."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Probes pass the weights they were taken from, within the engine's own noise, and no others."""
+"""Probes accept the weights from which they were recorded, within the engine's noise, and no others."""
 
 import json
 import math

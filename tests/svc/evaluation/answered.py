@@ -1,4 +1,4 @@
-"""Answers beside references, without a model."""
+"""Answers and references, without a model."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from tests.svc.chats import chat
 
 
 def answered(pairs: Sequence[tuple[str, str]], nll: Sequence[float] = (), scored: int = 3) -> Answered:
-    """Answers and references.
+    """Return answers and references.
 
     Args:
         nll: of each reference; default 1.
@@ -32,5 +32,5 @@ def answered(pairs: Sequence[tuple[str, str]], nll: Sequence[float] = (), scored
 
 
 def with_scores(metric: Metric, given: Answered) -> Answered:
-    """The same with the metric's scores."""
+    """Return the same with the metric's scores."""
     return Answered(given.examples, judge(given.examples, given.results, 0.0, [metric]).results)

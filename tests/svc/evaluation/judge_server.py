@@ -1,4 +1,4 @@
-"""An OpenAI endpoint on a real socket, whose model judges as it is told."""
+"""An OpenAI endpoint on a real socket, whose model gives predefined verdicts."""
 
 import json
 import threading
@@ -14,7 +14,7 @@ Answer = Callable[[str, str], str]
 
 @dataclass
 class JudgeServer:
-    """What it does, and what it was sent.
+    """State of the server and its received requests.
 
     Attributes:
         answer: of the model.
@@ -31,7 +31,7 @@ class JudgeServer:
     body: bytes | None = None
 
     def respond(self, body: dict[str, Any], key: str | None) -> tuple[int, dict[str, str], bytes]:
-        """Of one request."""
+        """Answer one request."""
         self.requests.append(body)
         self.keys.append(key)
         if self.failures:
@@ -47,7 +47,7 @@ class JudgeServer:
 
 @contextmanager
 def judge_server(answer: Answer, **options: Any) -> Iterator[JudgeServer]:
-    """Serves while the body runs."""
+    """Run a server while the body runs."""
     judge = JudgeServer(answer, **options)
 
     class Handler(BaseHTTPRequestHandler):
@@ -64,7 +64,7 @@ def judge_server(answer: Answer, **options: Any) -> Iterator[JudgeServer]:
             self.wfile.write(content)
 
         def log_message(self, *args: Any) -> None:
-            """Says nothing."""
+            """Log nothing."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})

@@ -1,4 +1,4 @@
-"""What a model answered before is found again, for the same weights and conditions alone."""
+"""Earlier answers of a model are found again, only for the same weights and conditions."""
 
 from collections.abc import Sequence
 from pathlib import Path

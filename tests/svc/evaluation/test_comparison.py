@@ -1,4 +1,4 @@
-"""The second model against the first: what holds whatever they answered, and what is said of clear cases."""
+"""Comparison of a second model with a first: properties for any answers, and results for clear cases."""
 
 import math
 from collections.abc import Sequence
@@ -51,7 +51,7 @@ def pairs(given: Sequence[tuple[str, str, str, float, float]]) -> tuple[list[Cha
 def against(
     first: Sequence[str], second: Sequence[str], reference: str = "net", **options: object
 ) -> VersionComparison:
-    """By exact match, of models that find all references equally likely."""
+    """Compare by exact match two models that find all references equally likely."""
     examples, one, other = pairs([(reference, a, b, 1.0, 1.0) for a, b in zip(first, second, strict=True)])
     return compare(examples, one.results, other.results, [ExactMatch(), Perplexity()], **options)  # type: ignore[arg-type]
 

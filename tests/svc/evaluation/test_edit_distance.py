@@ -1,4 +1,4 @@
-"""The distance is that of the textbook's table."""
+"""The distance equals that of the textbook's table."""
 
 import pytest
 from hypothesis import given

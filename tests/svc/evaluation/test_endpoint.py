@@ -1,4 +1,4 @@
-"""An endpoint elsewhere is asked as its provider wants it, and its key shows nowhere."""
+"""A remote endpoint gets the requests that its provider accepts, and its key is never shown."""
 
 import asyncio
 import json
@@ -20,7 +20,7 @@ Answer = Callable[[dict[str, Any]], httpx.Response]
 
 
 class Provider:
-    """Answers `yes` to everything, unless it is told otherwise.
+    """Provider that answers `yes` to every request unless other answers are given.
 
     Attributes:
         answers: what the first requests get instead.
@@ -43,7 +43,7 @@ def yes(body: dict[str, Any]) -> httpx.Response:
 
 
 def refused_option(text: str, option: str) -> Answer:
-    """Of a provider that refuses it whenever it comes."""
+    """Return a provider that always rejects an option."""
     return lambda body: httpx.Response(400, text=text) if option in body else yes(body)
 
 

@@ -1,4 +1,4 @@
-"""The evaluator asks every example through the endpoint, and its report is the one of those answers."""
+"""The evaluator asks every example through the endpoint, and its report is that of these answers."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The same questions before and after training: how many right answers were lost."""
+"""The same questions before and after training: number of right answers that were lost."""
 
 from svc.evaluation.forgetting import measure_forgetting, tracked
 from svc.evaluation.general.general_set import GeneralSet

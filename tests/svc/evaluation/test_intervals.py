@@ -1,4 +1,4 @@
-"""Figures come with intervals that hold."""
+"""Figures have intervals with the stated coverage."""
 
 import math
 import random

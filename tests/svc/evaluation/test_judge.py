@@ -1,4 +1,4 @@
-"""A judge compares two answers in both orders, over a real socket, and says where it sends them."""
+"""A judge compares two answers in both orders, over a real socket, and prints where they are sent."""
 
 from collections.abc import Sequence
 

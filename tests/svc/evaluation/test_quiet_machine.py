@@ -1,4 +1,4 @@
-"""What is measured beside others is measured again, and the quietest time counts."""
+"""A measurement on a busy machine is repeated, and the quietest one counts."""
 
 import asyncio
 import time

@@ -1,4 +1,4 @@
-"""What was answered at registration is read as it was written, or not at all."""
+"""Results of the registration are read as they were written, or not at all."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A training's curve is read as it was written, and a damaged file is told."""
+"""A training's curve is read as it was written, and a damaged file is reported."""
 
 from pathlib import Path
 

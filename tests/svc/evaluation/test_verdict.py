@@ -1,4 +1,4 @@
-"""A loss within the margin has to be proven, as a loss beyond it has to be."""
+"""A loss within the margin has to be proven, as has a loss beyond it."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ MARGINS = st.floats(0, 1)
 
 @st.composite
 def changed(draw: st.DrawFn, most: int = 300) -> tuple[int, int, int]:
-    """Answers lost, answers gained, and of how many."""
+    """Return a change of so many lost and gained answers of all."""
     examples = draw(st.integers(1, most))
     lost = draw(st.integers(0, examples))
     return lost, draw(st.integers(0, examples - lost)), examples
@@ -52,7 +52,7 @@ def test_six_answers_lost_and_none_gained_are_a_proven_loss_and_five_are_not(
 @pytest.mark.parametrize("true_loss", [0.02, 0.1, 0.3])
 @pytest.mark.parametrize("examples", [30, 60, 200])
 def test_a_version_worse_than_the_margin_passes_no_more_than_one_time_in_ten(true_loss: float, examples: int) -> None:
-    """The margin is the true loss, which has to be excluded by chance: once in forty times, nominally."""
+    """The margin is the true loss, which is excluded by chance: once in forty times, nominally."""
     lost = np.random.default_rng(0).binomial(examples, true_loss, 2000)
     seen, counts = np.unique(lost, return_counts=True)
     passed = sum(

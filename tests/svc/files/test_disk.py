@@ -1,4 +1,4 @@
-"""A file is the old one or the new one; a full disk is known by what libraries say of it."""
+"""A file is the old one or the new one; a full disk is recognized by the errors of libraries."""
 
 import errno
 import os
@@ -22,7 +22,7 @@ from svc.files.disk import close_to_others, is_full, sync_files, write_whole
     ],
 )
 def test_only_own_folders_are_closed_to_others(tmp_path: Path, mode: int, names: list[str], closed: bool) -> None:
-    """Somebody may call /tmp a home."""
+    """A user may set /tmp as a home."""
     folder = tmp_path / "folder"
     folder.mkdir()
     for name in names:

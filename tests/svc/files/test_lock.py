@@ -1,4 +1,4 @@
-"""A lock is held by one process, which is named, and is free when that process is gone, however it went."""
+"""A lock is held by one process, which is named, and is free when that process has ended in any way."""
 
 import os
 import signal
@@ -29,7 +29,7 @@ with hold_lock(Path(sys.argv[1]), "the run", url="http://x"):
 
 @pytest.fixture
 def holder(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
-    """Another process that holds the lock."""
+    """Run another process that holds the lock."""
     arguments = [sys.executable, "-c", HOLDER, str(tmp_path / "lock")]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -88,7 +88,7 @@ def test_child_does_not_keep_the_lock_of_its_parent(tmp_path: Path) -> None:
 
 
 def test_reading_the_holder_never_interferes_with_locking(tmp_path: Path) -> None:
-    """`svc status` asks while `svc serve` starts."""
+    """`svc status` reads the holder while `svc serve` starts."""
     path = tmp_path / "lock"
     asking = "import sys; from pathlib import Path; from svc.files.lock import lock_holder\nprint(1, flush=True)\n"
     loop = asking + "while True: lock_holder(Path(sys.argv[1]))"
@@ -126,7 +126,7 @@ def test_file_is_locked_once(tmp_path: Path) -> None:
 def test_lock_is_not_held_when_its_folder_was_renamed_during_the_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever removes a run holds its lock, renames the folder and deletes it."""
+    """A process that removes a run holds its lock, renames the folder and deletes it."""
     path, waits, take = tmp_path / "run" / "lock", threading.Event(), lock._take
 
     def take_later(file: IO[str]) -> None:

@@ -1,4 +1,4 @@
-"""Who is written into the audit log."""
+"""The actor in the audit log."""
 
 import os
 import pwd

@@ -1,4 +1,4 @@
-"""A key comes from a file that nobody else can read."""
+"""A key is read from a file that no other user can read."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A secret says whose it is, cannot be guessed, and shows a typo."""
+"""A secret identifies its key, cannot be guessed, and detects typos."""
 
 import re
 import string

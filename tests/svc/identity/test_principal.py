@@ -1,4 +1,4 @@
-"""What a key may do, and what it may ask."""
+"""Permissions of a key, and the models that it may request."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A chat template writes the same prompt on every day."""
+"""A chat template renders the same prompt on every day."""
 
 from importlib.resources import files
 

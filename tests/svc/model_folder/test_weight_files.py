@@ -1,4 +1,4 @@
-"""Which files of a folder from the hub hold the model."""
+"""The weight files in a folder from the hub."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A registry in a folder of the test, on the MLflow that all tests share."""
+"""A registry in the test's folder, on the MLflow that all tests share."""
 
 import itertools
 from collections.abc import Callable
@@ -19,30 +19,29 @@ _numbers = itertools.count(1)
 
 @pytest.fixture
 def name() -> str:
-    """A name that no other test uses."""
+    """Return a name that no other test uses."""
     return f"model-{next(_numbers)}"
 
 
 @pytest.fixture(scope="session")
 def run(tracking: Tracking) -> str:
-    """An MLflow run that makes versions."""
+    """Return an MLflow run that creates versions."""
     return tracking.start_run("tests", {})
 
 
 @pytest.fixture
 def registry(tmp_path: Path, tracking: Tracking) -> Registry:
-    """An empty registry."""
     return Registry(tmp_path / "models", tracking)
 
 
 @pytest.fixture
 def content(tmp_path: Path) -> dict[str, Path]:
-    """What becomes a version: merged weights and a held-out set."""
+    """Return the content of a version: merged weights and a held-out set."""
     write_examples(tmp_path / HELDOUT_FILE, [chat("a"), chat("b")])
     return {"merged": write_model(tmp_path / "work" / "merged"), HELDOUT_FILE: tmp_path / HELDOUT_FILE}
 
 
 @pytest.fixture
 def publish(registry: Registry, name: str, content: dict[str, Path], run: str) -> Callable[[], Manifest]:
-    """Makes another version."""
+    """Return a function that publishes another version."""
     return lambda: registry.publish(name, run, content, make_manifest)

@@ -1,4 +1,4 @@
-"""A manifest of whatever files a version has."""
+"""Manifests for any files of a version."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,7 +25,7 @@ def exact_match_metrics(estimate: Interval) -> dict[str, MetricReport]:
 
 
 def report(hits: int = 1, total: int = 2) -> EvaluationReport:
-    """An evaluation with so many hits, the first ones."""
+    """Return an evaluation with this many hits, the first examples."""
     return EvaluationReport(
         examples=total,
         exact_match=proportion(hits, total),
@@ -40,14 +40,14 @@ def report(hits: int = 1, total: int = 2) -> EvaluationReport:
 
 
 def result(answer: str = "a", *, hit: bool = True) -> ExampleResult:
-    """What a version answered to one example."""
+    """Return a version's answer to one example."""
     return ExampleResult(
         answer=answer, tokens=2, limit=8, finish_reason="stop", logprob=-0.5, nll=1.0, scored=1, hit=hit
     )
 
 
 def gate_report(high: float = 0.09) -> GateReport:
-    """The verdict on a loss of 0.01 of 60 examples; the highest that cannot be excluded decides which."""
+    """Return the verdict on a loss of 0.01 of 60 examples, which depends on the highest loss that is not excluded."""
     loss = Interval(value=0.01, low=0.02 - high, high=high)
     return GateReport(
         gate=Gate.GPTQ_LOSS,
@@ -58,7 +58,7 @@ def gate_report(high: float = 0.09) -> GateReport:
 
 
 def make_manifest(version: VersionId, folder: Path, **changes: Any) -> Manifest:
-    """Records all formats that lie in the folder."""
+    """Return a manifest with all formats in the folder."""
     present = [format for format in Format if (folder / format).is_dir()]
     values: dict[str, Any] = {
         "name": version.name,

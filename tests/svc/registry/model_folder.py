@@ -1,4 +1,4 @@
-"""A model folder as small as one can be: all that a fingerprint reads, and weights of a few bytes."""
+"""A minimal model folder: everything that a fingerprint reads, and weights of a few bytes."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def write_model(
     generation: dict[str, Any] | None = None,
     seed: int = 0,
 ) -> Path:
-    """Writes it; arguments are merged over the defaults, `tensors` takes their place."""
+    """Write a model folder; arguments are merged over the defaults, `tensors` replaces them."""
     folder.mkdir(parents=True, exist_ok=True)
     whole = CONFIG | (config or {}) | ({"quantization_config": quantization} if quantization else {})
     files = {

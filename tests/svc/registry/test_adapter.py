@@ -1,4 +1,4 @@
-"""Which adapters vLLM can apply beside their base, and what is told of the others."""
+"""Adapters that vLLM can apply to their base, and the errors of others."""
 
 import json
 import shutil

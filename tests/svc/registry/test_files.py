@@ -1,4 +1,4 @@
-"""Files are known by their content; whatever is changed about them is found, with its name."""
+"""Files are identified by their content; every change is detected and named."""
 
 import hashlib
 from collections.abc import Callable

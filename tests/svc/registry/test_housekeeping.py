@@ -1,4 +1,4 @@
-"""What is needed stays, whoever asks; what is not goes with all its files."""
+"""Needed versions stay, whoever removes; unneeded ones are removed with all their files."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def test_version_is_removed_with_its_files_and_its_number_is_not_reused(
 
 
 def run_of(registry: Registry, made: Manifest) -> Path:
-    """The run's folder, with its own names for the version's weights."""
+    """Return the run's folder, with its own links to the version's weights."""
     run = registry.models.parent / "runs" / made.run
     shutil.copytree(registry.folder(made.id) / "merged", run / "merged", copy_function=os.link)
     return run
@@ -177,7 +177,7 @@ def test_no_version_is_removed_while_a_swap_decides_the_target_of_a_rollback(
 def test_version_that_is_being_removed_is_not_an_interrupted_removal(
     registry: Registry, store: Store, tmp_path: Path, publish: Publish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However old it is: it may come back."""
+    """However old it is: it may be restored."""
     version = publish().id
     age(registry.folder(version), 100)
     found: list[list[Path]] = []
@@ -214,7 +214,7 @@ def test_missing_version_is_named(registry: Registry, store: Store) -> None:
 
 
 def age(path: Path, days: float) -> None:
-    """Makes all of it so old."""
+    """Set the age of all files."""
     when = time.time() - days * 86_400
     for one in (*path.rglob("*"), path):
         os.utime(one, (when, when))
@@ -346,7 +346,7 @@ def test_rm_names_the_version_that_does_not_exist(svc: Svc) -> None:
 
 
 def test_file_of_a_finished_run_is_the_trainers() -> None:
-    """Spelt out there, because what all share knows nothing of the trainer."""
+    """The name is repeated there, because svc does not import the trainer."""
     from trainer.pipeline.run_folder import Run
     from trainer.recipe.stage import Stage
 

@@ -1,4 +1,4 @@
-"""A version is judged again by what judged it, from what it keeps alone."""
+"""A version is evaluated again by its own metric, from its own files alone."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +22,7 @@ Keep = Callable[..., Target]
 
 @pytest.fixture
 def keep(tmp_path: Path, registry: Registry, run: str, name: str, content: dict[str, Path]) -> Keep:
-    """Registers a version that was judged by a metric."""
+    """Return a function that registers a version evaluated by a metric."""
 
     def keep(metric: Metric | None, primary: str, **recipe: Any) -> Target:
         reference = tmp_path / "kept"

@@ -1,4 +1,4 @@
-"""A version is there as a whole or not at all, is never changed, and is found by each of its names."""
+"""A version exists completely or not at all, never changes, and is found by each of its names."""
 
 import logging
 import stat
@@ -163,7 +163,7 @@ def test_altered_file_is_named(registry: Registry, publish: Publish) -> None:
 
 @pytest.fixture
 def with_results(registry: Registry, name: str, content: dict[str, Path], run: str, tmp_path: Path) -> Manifest:
-    """A version that kept what it answered to the first of its two held-out examples."""
+    """Return a version with the stored answer to the first of its two held-out examples."""
     (tmp_path / REFERENCE_FOLDER).mkdir()
     write_results(tmp_path / REFERENCE_FOLDER / results_file(Format.MERGED), [result("first")])
     return registry.publish(name, run, content | {REFERENCE_FOLDER: tmp_path / REFERENCE_FOLDER}, make_manifest)
@@ -204,7 +204,7 @@ def test_altered_held_out_set_is_rejected(registry: Registry, publish: Publish) 
 def publish_trained(
     registry: Registry, name: str, content: dict[str, Path], run: str, tmp_path: Path
 ) -> Callable[[ChatExample], Manifest]:
-    """Makes another version, which was trained on one example."""
+    """Return a function that publishes a version that was trained on one example."""
 
     def publish(example: ChatExample) -> Manifest:
         folder = tmp_path / REFERENCE_FOLDER
@@ -322,7 +322,7 @@ def test_missing_version_is_named_with_the_existing_ones(
 
 
 @pytest.mark.parametrize("text", ["", "*", "**", "/etc", "..", "[", "a/../..", "@production", "*@production", "\0"])
-def test_no_text_reaches_a_path_outside_the_names(registry: Registry, publish: Publish, text: str) -> None:
+def test_text_that_is_not_a_version_is_not_found(registry: Registry, publish: Publish, text: str) -> None:
     publish()
     with pytest.raises(NotFoundError):
         registry.resolve(text)

@@ -1,4 +1,4 @@
-"""What a training took, as the version keeps it."""
+"""Machine and duration of a training, as stored with the version."""
 
 import os
 import platform

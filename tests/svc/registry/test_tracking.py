@@ -1,4 +1,4 @@
-"""MLflow gives numbers once, keeps aliases, and says so when it is not there."""
+"""MLflow assigns each number once, stores aliases, and is reported when it does not answer."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from svc.version import Alias, VersionId
 
 @pytest.fixture
 def mlflow(tracking: Tracking) -> MlflowClient:
-    """What a person sees in MLflow's pages."""
+    """Return a client that reads what MLflow's pages show."""
     return MlflowClient(tracking.uri, tracking.uri)
 
 

@@ -1,4 +1,4 @@
-"""Which runs are worked on: by their locks, whatever else is in their folders."""
+"""Active runs are recognized by their locks, whatever else is in their folders."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from tests.svc.chats import chat
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A run of `tiny` that was interrupted before it had a run in MLflow."""
+    """Return the folder of a run of `tiny` that was interrupted before it had a run in MLflow."""
     folder = tmp_path / "runs" / "tiny-0123456789ab"
     folder.mkdir(parents=True)
     (folder / "lock").write_text('{"pid": 1}')
@@ -42,7 +42,7 @@ def test_run_that_is_being_removed_is_not_listed(folder: Path, tmp_path: Path) -
 
 
 def test_listed_runs_are_those_that_the_trainer_creates(tmp_path: Path) -> None:
-    """Their files are spelt out there, because what all share knows nothing of the trainer."""
+    """Their file names are repeated there, because svc does not import the trainer."""
     from trainer.base_model.resolve import Base
     from trainer.pipeline.examples import Examples
     from trainer.pipeline.run_folder import Run

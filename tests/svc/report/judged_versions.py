@@ -1,4 +1,4 @@
-"""Versions that keep everything, with answers as they are given."""
+"""Versions with all of their files and given answers."""
 
 import itertools
 import math
@@ -32,7 +32,7 @@ RUN = RunRecord(
 
 
 def curve(steps: int = 80) -> list[TrainingPoint]:
-    """A loss that falls, with a held-out loss every tenth step."""
+    """Return a falling loss with a held-out loss every tenth step."""
     return [
         TrainingPoint(
             step=step,
@@ -47,7 +47,7 @@ def curve(steps: int = 80) -> list[TrainingPoint]:
 
 
 def answer(text: str, reference: str, nll: float = 1.0) -> ExampleResult:
-    """What a model said to one example."""
+    """Return the result of one answer."""
     hit = text.strip() == reference.strip()
     return ExampleResult(
         answer=text,
@@ -62,7 +62,7 @@ def answer(text: str, reference: str, nll: float = 1.0) -> ExampleResult:
 
 
 def evaluation(examples: Sequence[ChatExample], answers: Sequence[str], nlls: Sequence[float] = ()) -> Evaluation:
-    """What comes of answers, by the metrics of the task."""
+    """Return the evaluation of answers by the metrics of the task."""
     nll = itertools.chain(nlls, itertools.repeat(1.0))
     results = [answer(text, one.answer, next(nll)) for one, text in zip(examples, answers, strict=True)]
     return judge(examples, results, 2.0)
@@ -70,7 +70,7 @@ def evaluation(examples: Sequence[ChatExample], answers: Sequence[str], nlls: Se
 
 @dataclass(frozen=True)
 class JudgedVersions:
-    """Publishes them.
+    """Publisher of such versions.
 
     Args:
         name: of the model.
@@ -91,7 +91,7 @@ class JudgedVersions:
         judged: int | None = None,
         **changes: Any,
     ) -> Manifest:
-        """A version.
+        """Publish a version.
 
         Args:
             answers: of base, merged, gptq: those that were judged.

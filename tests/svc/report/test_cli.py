@@ -1,4 +1,4 @@
-"""`svc report`: a file in the working folder."""
+"""`svc report` writes a file to the working folder."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def version(versions: JudgedVersions, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A version where the command finds it."""
+    """Return a version in the registry that the command uses."""
     monkeypatch.setattr(Registry, "of", lambda settings: versions.registry)
     return str(versions.publish(LABELS, {BASE: right(LABELS, 9), "merged": right(LABELS, 50)}).id)
 

@@ -1,4 +1,4 @@
-"""Is it better than its base, and by how much?"""
+"""Comparison of a version with its base."""
 
 from collections.abc import Mapping, Sequence
 
@@ -18,7 +18,7 @@ TEXTS = [chat(f"q {place}", f"a tool that does number {place} of all things") fo
 def judged(
     examples: Sequence[ChatExample], answers: Mapping[str, Sequence[str]], *, kept: Sequence[str] | None = None
 ) -> Judged:
-    """What these answers make.
+    """Return the data of these answers.
 
     Args:
         kept: models whose answers are known; default all.
@@ -32,7 +32,7 @@ def judged(
 
 
 def right(examples: Sequence[ChatExample], count: int) -> list[str]:
-    """Answers of which the first so many are right."""
+    """Return answers of which the first `count` are right."""
     return [one.answer if place < count else "none of them" for place, one in enumerate(examples)]
 
 

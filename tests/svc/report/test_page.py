@@ -1,4 +1,4 @@
-"""The report as a page: complete, harmless, and the same wherever it is looked at."""
+"""The report as a page: complete, safe, and independent of its environment."""
 
 import itertools
 import re
@@ -32,7 +32,7 @@ _VOID = {"meta", "use", "path", "link", "br", "img"}
 
 
 class Page(HTMLParser):
-    """What a browser finds."""
+    """Elements of a page as a browser parses them."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -97,19 +97,19 @@ FORGETTING = Forgetting(
 
 
 def page_of(versions: JudgedVersions, made: Manifest) -> str:
-    """Its page."""
+    """Return the page of a version."""
     return report_page(gather_report(versions.registry, made.id))
 
 
 def section(page: str, name: str) -> str:
-    """One of its sections."""
+    """Return a section of the page."""
     [found] = re.findall(rf'<section id="{name}">.*?</section>', page, re.DOTALL)
     return str(found)
 
 
 @pytest.fixture
 def page(versions: JudgedVersions) -> str:
-    """Of a version that keeps everything."""
+    """Return the page of a version that has all files."""
     return page_of(versions, versions.publish(LABELS, ANSWERS))
 
 

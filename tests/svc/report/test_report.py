@@ -1,4 +1,4 @@
-"""All that a version keeps, gathered."""
+"""The report's data of a version."""
 
 import pytest
 

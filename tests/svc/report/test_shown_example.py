@@ -1,4 +1,4 @@
-"""Which examples a person is shown."""
+"""Selection of the shown examples."""
 
 from svc.evaluation.metrics.metric import Better
 from svc.report.judged import BASE, Judged

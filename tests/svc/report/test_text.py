@@ -1,4 +1,4 @@
-"""Texts of strangers on a page."""
+"""Untrusted texts on a page."""
 
 import pytest
 from hypothesis import given

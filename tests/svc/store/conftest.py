@@ -1,4 +1,4 @@
-"""A store in a folder of the test."""
+"""A store in the test's folder."""
 
 from pathlib import Path
 
@@ -10,5 +10,4 @@ from tests.new_store import new_store
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    """An empty store."""
     return new_store(tmp_path / "home")

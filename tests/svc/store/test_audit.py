@@ -1,4 +1,4 @@
-"""The audit log keeps what was written, in order, and shows which row is no longer that."""
+"""The audit log stores events in order, and detects altered rows."""
 
 import subprocess
 import sys
@@ -29,14 +29,14 @@ ENTRY = AuditEntry(Action.PROMOTE, "tickets@2", ALICE, "it is better", {"before"
 
 @pytest.fixture
 def five(store: Store) -> Store:
-    """A log of five events."""
+    """Return a store with five events."""
     for number in range(1, 6):
         record_event(store, AuditEntry(Action.PROMOTE, f"tickets@{number}", ALICE))
     return store
 
 
 def tamper(store: Store, statement: str) -> None:
-    """What somebody does who may change the database itself."""
+    """Alter the database as a person with write access could."""
     with store.begin() as connection:
         for trigger in connection.scalars(sa.text("SELECT name FROM sqlite_master WHERE type = 'trigger'")).all():
             connection.exec_driver_sql(f"DROP TRIGGER {trigger}")
@@ -111,7 +111,7 @@ def test_truncated_log_is_detected_by_an_earlier_hash(five: Store) -> None:
     assert (fault.id, "cut off" in fault.wrong) == (5, True)
 
 
-def test_event_is_written_in_the_transaction_of_its_change(store: Store) -> None:
+def test_event_is_rolled_back_when_its_transaction_fails(store: Store) -> None:
     def write_and_fail() -> None:
         with exclusive(store) as session:
             append_event(session, ENTRY)

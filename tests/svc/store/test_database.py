@@ -1,4 +1,4 @@
-"""The store is made at first use, comes to the newest schema, and survives what is done to it."""
+"""The store is created at first use, migrated to the newest schema, and survives interruptions."""
 
 import subprocess
 import sys
@@ -62,7 +62,7 @@ def test_store_of_the_first_schema_gets_the_new_tables_and_keeps_its_rows(tmp_pa
 
 
 def _schema(store: Store) -> set[str]:
-    """What SQLite says of the new tables, whatever its spaces and the order of its constraints."""
+    """Return SQLite's description of the new tables without spaces and the order of constraints."""
     query = "SELECT sql FROM sqlite_master WHERE tbl_name IN ('drift_items', 'drift_baselines') AND sql IS NOT NULL"
     with store.connect() as connection:
         return {"".join(sorted(sql.split())) for sql in connection.scalars(sa.text(query))}

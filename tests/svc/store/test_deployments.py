@@ -1,4 +1,4 @@
-"""Which models are served is a set that is added to, taken from, or set."""
+"""The set of served models is extended, reduced or replaced."""
 
 from sqlalchemy import Engine as Store
 

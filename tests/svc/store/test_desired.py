@@ -1,4 +1,4 @@
-"""Of two changes that start from one state, one wins and the other is told."""
+"""Of two changes based on one state, one wins and the other is rejected."""
 
 import threading
 from dataclasses import replace

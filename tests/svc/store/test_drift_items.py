@@ -21,7 +21,7 @@ OTHERS = [Target(VersionId("tiny", 1), Format.GPTQ), Target(VersionId("tiny", 2)
 
 
 def item(request_id: str, *, characters: float = 7.0) -> Item:
-    """Features of a request."""
+    """Return features of a request."""
     return Item(
         request_id,
         NOON,
@@ -35,7 +35,7 @@ def item(request_id: str, *, characters: float = 7.0) -> Item:
 
 
 def add(store: Store, count: int, target: Target = TARGET) -> list[int]:
-    """Items of requests that are in the store; returns the ids of all items."""
+    """Add items of stored requests; return the ids of all items."""
     add_items(store, target, [item(f"req-{number}", characters=number) for number in range(count)])
     return item_ids(store, target)
 

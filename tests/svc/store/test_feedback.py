@@ -1,4 +1,4 @@
-"""One word for each request, the last one counts."""
+"""One feedback per request; the last one counts."""
 
 from concurrent.futures import ThreadPoolExecutor
 

@@ -1,4 +1,4 @@
-"""Runs of the held-out set are found by what they were made of, and the oldest are forgotten."""
+"""Runs of the held-out set are found by their inputs, and the oldest are deleted."""
 
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta

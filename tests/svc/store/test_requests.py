@@ -1,4 +1,4 @@
-"""Rows of requests are written whole, and forgotten by age and by size, with what people said of them."""
+"""Rows of requests are written completely, and deleted by age and size together with their feedback."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,7 +39,7 @@ RECORD = RequestRecord(
 
 
 def fill(store: Store, count: int, **fields: object) -> None:
-    """Rows a minute apart, the newest at noon."""
+    """Add rows one minute apart, the newest at noon."""
     started = [NOON - timedelta(minutes=count - 1 - index) for index in range(count)]
     ids = [f"req-{index}" for index in range(count)]
     records = [RECORD._replace(request_id=id, started_at=at, **fields) for id, at in zip(ids, started, strict=True)]  # type: ignore[arg-type]
@@ -48,7 +48,7 @@ def fill(store: Store, count: int, **fields: object) -> None:
 
 @contextmanager
 def statements(store: Store) -> Iterator[list[str]]:
-    """What is sent to the store in the body of the `with`."""
+    """Collect the statements that are sent to the store in the body of the `with`."""
     sent: list[str] = []
 
     def hear(connection: object, cursor: object, statement: str, *_: object) -> None:
@@ -179,7 +179,7 @@ def test_feedback_is_deleted_with_its_request(store: Store) -> None:
 
 
 def test_size_of_a_row_is_about_its_estimate(store: Store) -> None:
-    """Retention by size is worth as much as this figure."""
+    """Retention by size is only as precise as this estimate."""
     with store.connect() as connection:
         before = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
         size = connection.exec_driver_sql("PRAGMA page_size").scalar_one()

@@ -1,4 +1,4 @@
-"""Probes that were taken again belong to one version, in one format, on one kind of engine."""
+"""Retaken probes belong to one version, in one format, on one kind of engine."""
 
 import pytest
 from sqlalchemy import Engine as Store

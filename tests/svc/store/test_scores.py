@@ -1,4 +1,4 @@
-"""Only greedy answers whose text is whole are scored, the newest first."""
+"""Only greedy answers with complete texts are scored, the newest first."""
 
 from collections.abc import Collection
 from datetime import timedelta
@@ -104,7 +104,7 @@ def test_row_that_was_deleted_meanwhile_gets_no_score(store: Store) -> None:
 
 
 def test_only_answers_of_the_last_hour_are_scored(store: Store) -> None:
-    """A store without any row that can be scored holds a month of others."""
+    """A store without any row that can be scored contains a month of others."""
     statements: list[Any] = []
 
     def explain(connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:

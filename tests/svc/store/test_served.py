@@ -1,4 +1,4 @@
-"""From when to when a version served, also where a server died."""
+"""When each version was served, also if a server died."""
 
 from datetime import UTC, datetime, timedelta
 

@@ -1,4 +1,4 @@
-"""The journal says what a swap did, step by step, and how it ended."""
+"""The journal records the steps of a swap and its outcome."""
 
 from datetime import UTC, datetime, timedelta
 

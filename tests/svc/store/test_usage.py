@@ -1,4 +1,4 @@
-"""Figures are added up by hour, key and model, whoever writes at the same time."""
+"""Usage is summed by hour, key and model, also with concurrent writers."""
 
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta, timezone

@@ -1,4 +1,4 @@
-"""With a base model's folder, lengths are in its own tokens, by its own chat template."""
+"""With a base model's folder, lengths are in its tokens, using its chat template."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The check finds every line that cannot be trained on, and none that can."""
+"""The check reports every line that cannot be trained on, and no other line."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ def broken() -> DataReport:
 
 
 def severities(report: DataReport, entry: dict[str, int]) -> list[set[Severity]]:
-    """What was found at each line of a defect."""
+    """Return the severities of the problems at each line of a defect."""
     lines = range(entry["line"], entry["line"] + entry["lines"])
     return [{problem.severity for problem in report.problems if problem.line == line} for line in lines]
 

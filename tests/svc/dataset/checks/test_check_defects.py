@@ -1,4 +1,4 @@
-"""Every defect is found in every format, at its line, and no good line is accused of anything."""
+"""Every defect is reported in every format at its line, and good lines are not reported."""
 
 import json
 import random
@@ -41,7 +41,7 @@ formats = pytest.mark.parametrize(
 
 
 def found(path: Path, lines: Iterable[bytes], heldout: Iterable[bytes] = ()) -> dict[int, set[Code]]:
-    """What the check says of each line, where it says anything."""
+    """Return the problems of each line that has any."""
     path.write_bytes(b"".join(line + b"\n" for line in lines))
     kept_back = path.with_name("heldout.jsonl")
     kept_back.write_bytes(b"".join(line + b"\n" for line in heldout))

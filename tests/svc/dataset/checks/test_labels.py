@@ -1,4 +1,4 @@
-"""Answers that are unlike the others to the same task are told, and good ones are not."""
+"""Answers unlike the others to the same task are reported, and good ones are not."""
 
 import random
 from collections.abc import Sequence
@@ -18,13 +18,13 @@ UNIQUE = random.Random(4)
 
 
 def example(answer: str, system: str = "", around: str = "{}") -> ChatExample:
-    """A question of its own with an answer."""
+    """Return an example with a unique question."""
     turns = chat(around.replace("{}", text(UNIQUE, 8, 12)), answer).messages
     return ChatExample((Message(Role.SYSTEM, system), *turns) if system else turns)
 
 
 def odd(examples: Sequence[ChatExample]) -> dict[int, Code]:
-    """The places of the odd ones."""
+    """Return the places of the unusual answers."""
     builder = LineTableBuilder()
     for number, one in enumerate(examples):
         builder.add(0, number, one, look_at_answer(one))
@@ -37,14 +37,14 @@ def odd(examples: Sequence[ChatExample]) -> dict[int, Code]:
 
 
 def labelled(counts: dict[str, int], system: str = "", around: str = "{}") -> list[ChatExample]:
-    """So many examples of each answer, mixed."""
+    """Return the given numbers of examples of each answer, shuffled."""
     answers = [answer for answer, count in counts.items() for _ in range(count)]
     random.Random(1).shuffle(answers)
     return [example(answer, system, around) for answer in answers]
 
 
 def odd_labels(counts: dict[str, int], system: str = "", around: str = "{}") -> set[str]:
-    """The answers that are doubted, each wherever it stands."""
+    """Return the reported answers."""
     examples = labelled(counts, system, around)
     places = odd(examples)
     assert all(code is Code.LABEL_NOT_IN_SET for code in places.values())

@@ -1,4 +1,4 @@
-"""What is remembered of each example."""
+"""The stored facts of each example."""
 
 from svc.dataset.checks.line_table import LineTableBuilder
 from tests.svc.chats import chat

@@ -1,4 +1,4 @@
-"""Near duplicates are those that the definition says, whatever the number of texts."""
+"""Near duplicates follow their definition, whatever the number of texts."""
 
 import random
 
@@ -30,7 +30,7 @@ def similarity(pair: Pair) -> float:
 
 
 def pairs(count: int) -> list[Pair]:
-    """Texts and copies in which some words are others."""
+    """Return texts and copies with some replaced words."""
     chance, made = random.Random(1), []
     for _ in range(count):
         words = [f"w{chance.randrange(10**6)}" for _ in range(chance.randint(60, 120))]

@@ -1,4 +1,4 @@
-"""Doubtful texts are told, and texts that only look so are not."""
+"""Doubtful texts are reported, and texts that only look doubtful are not."""
 
 import time
 
@@ -101,7 +101,7 @@ SENTENCES = {
 
 
 def garbled(text: str) -> str:
-    """UTF-8 read as Windows-1252, its five undefined bytes as what they are in Latin-1."""
+    """Return UTF-8 decoded as Windows-1252, its five undefined bytes as in Latin-1."""
     return "".join(bytes([byte]).decode("cp1252", "ignore") or chr(byte) for byte in text.encode())
 
 

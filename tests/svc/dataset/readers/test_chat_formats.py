@@ -1,4 +1,4 @@
-"""Every format becomes the same chat example; what is none is refused by the name of its field."""
+"""Every format becomes the same chat example; other values are rejected with the name of the field."""
 
 import json
 from pathlib import Path

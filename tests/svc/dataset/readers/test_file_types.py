@@ -1,4 +1,4 @@
-"""The same examples come out of every container, and damage to one is told at its line."""
+"""Every file type gives the same examples, and damage is reported at its line."""
 
 import bz2
 import csv

@@ -1,4 +1,4 @@
-"""What OpenAI's evals leave becomes chat examples; where question or answer is not certain the row is refused."""
+"""Results of OpenAI's evals become chat examples; rows with an ambiguous question or answer are rejected."""
 
 from typing import Any
 

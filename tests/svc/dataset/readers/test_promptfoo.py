@@ -1,4 +1,4 @@
-"""Promptfoo's YAML: tests become examples, templates run no code, and what is none is told by its line."""
+"""Promptfoo's tests become examples, templates run no code, and invalid tests are reported by their line."""
 
 from pathlib import Path
 

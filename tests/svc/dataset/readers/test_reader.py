@@ -1,4 +1,4 @@
-"""A data file is read line by line, and whatever its bytes are, it is examples or reports."""
+"""A data file is read line by line; any bytes become examples or reports."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""A source becomes files: one, those of a folder, or those of a hub dataset."""
+"""A source becomes files: one file, those of a folder, or those of a hub dataset."""
 
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def test_examples_of_a_folder_are_read_in_that_order(tmp_path: Path) -> None:
 
 
 class Hub:
-    """In the place of `snapshot_download`: notes what was asked for."""
+    """Replacement of `snapshot_download` that records its arguments."""
 
     def __init__(self, folder: Path, error: Exception | None = None) -> None:
         self.folder = folder

@@ -1,4 +1,4 @@
-"""What is a chat example, and what is said of a value that is none."""
+"""Valid chat examples, and the errors of other values."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Token ids of examples survive their journey to disk, and what is no such file is told."""
+"""Token ids of examples round-trip through a file, and other files are reported."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Tools are as OpenAI's API has them, and every call has its answer and every answer its call."""
+"""Tools have the form of OpenAI's API; every call has an answer and every answer a call."""
 
 import json
 import time
@@ -18,14 +18,14 @@ FUNCTION = {"name": "rain", "description": "Tells it.", "parameters": {"type": "
 
 
 def calling(*ids: str | None, **more: Any) -> dict[str, Any]:
-    """An assistant turn that calls once for each id."""
+    """Return an assistant turn with a call for each id."""
     function = {"name": "rain", "arguments": "{}", **more}
     calls = [{"type": "function", "function": function} | ({"id": name} if name else {}) for name in ids]
     return {"role": "assistant", "content": None, "tool_calls": calls}
 
 
 def giving(identity: str | None = None) -> dict[str, Any]:
-    """A tool turn."""
+    """Return a tool turn."""
     return turn("tool", "dry") | ({"tool_call_id": identity} if identity else {})
 
 

@@ -1,4 +1,4 @@
-"""Texts that show nothing are blank, and texts that look the same are the same."""
+"""Texts without visible characters are blank, and texts that look the same are equal."""
 
 import unicodedata
 

@@ -1,4 +1,4 @@
-"""What tests of an engine's connections need."""
+"""Fixture for tests of an engine's connections."""
 
 import tempfile
 from collections.abc import Iterator
@@ -9,6 +9,6 @@ import pytest
 
 @pytest.fixture
 def socket() -> Iterator[Path]:
-    """Where an engine listens; short, because the path of a unix socket has room for 107 bytes."""
+    """Return a short path for an engine's socket: the path of a unix socket has at most 107 bytes."""
     with tempfile.TemporaryDirectory(prefix="svc") as folder:
         yield Path(folder) / "engine.sock"

@@ -1,4 +1,4 @@
-"""Connections to a server that says the bytes that it is told to."""
+"""Connections to a server that sends given bytes."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -13,20 +13,20 @@ from tests.svc.engine.raw_server import RawServer, Reply, raw_server
 async def engine(
     socket: Path, *replies: Reply, silence_s: float = 10.0, idle_s: float = 10.0
 ) -> AsyncIterator[tuple[EngineConnections, RawServer]]:
-    """Connections to a server that replies so."""
+    """Run a server with these replies, and yield connections to it."""
     async with raw_server(socket, *replies) as server:
         with closing(EngineConnections(socket, silence_s=silence_s, idle_s=idle_s)) as pool:
             yield pool, server
 
 
 async def ask(pool: EngineConnections, payload: bytes = b"{}") -> bytes:
-    """The body of an answer."""
+    """Return the body of an answer."""
     async with pool.post("/v1/completions", payload, "req-1") as answer:
         return await answer.read()
 
 
 async def until_closed(server: RawServer) -> None:
-    """Returns when no connection is open at the server."""
+    """Return when no connection is open at the server."""
     async with asyncio.timeout(5):
         for peer in server.peers:
             await peer.closed.wait()

@@ -1,4 +1,4 @@
-"""Whatever an engine does with a request, its answer is whole or an error, and nothing stays."""
+"""Whatever an engine does with a request, its answer is complete or an error, and no connection leaks."""
 
 import asyncio
 from pathlib import Path
@@ -182,21 +182,21 @@ class TestArrival:
 
 
 class Wire(asyncio.Transport):
-    """What a connection writes goes nowhere."""
+    """Transport that discards written data."""
 
     def __init__(self) -> None:
         super().__init__()
         self._closing = False
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Nowhere."""
+        """Discard the data."""
 
     def abort(self) -> None:
-        """Closes it."""
+        """Close the transport."""
         self._closing = True
 
     def is_closing(self) -> bool:
-        """Whether it was closed."""
+        """Return whether the transport was closed."""
         return self._closing
 
 
@@ -225,12 +225,12 @@ async def test_lost_connection_is_an_immediate_error_when_no_request_was_sent() 
 
 
 def cut(data: bytes, at: list[int]) -> list[bytes]:
-    """The data in pieces."""
+    """Return the data in pieces."""
     return [data[start:end] for start, end in zip([0, *at], [*at, len(data)], strict=True)]
 
 
 async def answer_of(pieces: list[bytes]) -> bytes:
-    """The body of an answer that comes so, taken as it comes."""
+    """Return the body of an answer that arrives in these pieces, read on arrival."""
     connection = EngineConnection(10, set())
     connection.connection_made(Wire())
     asking = asyncio.ensure_future(connection.ask(b""))

@@ -1,4 +1,4 @@
-"""Requests share connections; none is lost with one that breaks, and nothing of one reaches another."""
+"""Requests share connections; a broken one loses no request, and no data of one request reaches another."""
 
 import asyncio
 import socket as sockets

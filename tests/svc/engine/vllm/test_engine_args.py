@@ -1,4 +1,4 @@
-"""What a person gives to vLLM is found however vLLM lets it be written."""
+"""Users' arguments for vLLM are found in every spelling that vLLM accepts."""
 
 import pytest
 from hypothesis import given as over

@@ -1,4 +1,4 @@
-"""An engine inherits what its libraries read, and no secrets."""
+"""An engine inherits the variables that its libraries read, and no secrets."""
 
 import os
 

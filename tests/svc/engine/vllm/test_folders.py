@@ -1,4 +1,4 @@
-"""The engine's socket lies in a folder that no other user can enter."""
+"""The engine's socket is in a folder that no other user can enter."""
 
 import os
 import tempfile
@@ -13,7 +13,7 @@ from svc.errors import EngineError
 
 @pytest.fixture
 def parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where runtime folders are made."""
+    """Return the folder in which runtime folders are created."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "run"))
     (tmp_path / "run").mkdir()
     return tmp_path / "run"

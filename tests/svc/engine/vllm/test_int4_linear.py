@@ -1,4 +1,4 @@
-"""The 4-bit kernel: a layer's outputs are those of its dequantized weights, whatever its groups, after each load."""
+"""The 4-bit kernel: outputs equal those of the dequantized weights, for all groups, after each load."""
 
 from dataclasses import replace
 from importlib import import_module
@@ -16,7 +16,7 @@ WRITTEN = (32, 64, 128, -1)
 
 @pytest.fixture(scope="module", autouse=True)
 def _vllm() -> None:
-    """Imported once, before hypothesis counts anything."""
+    """Import vLLM before hypothesis measures time."""
     import_module("svc.engine.vllm.int4_linear")
 
 
@@ -30,7 +30,7 @@ def config(inputs: int, outputs: int, group_size: int) -> Any:
 
 
 class Layer:
-    """A quantized layer as vLLM has it, with its weights beside it in float32."""
+    """A quantized layer in vLLM's form, with its weights in float32."""
 
     def __init__(self, inputs: int, outputs: int, group_size: int, seed: int = 0) -> None:
         import torch
@@ -44,7 +44,7 @@ class Layer:
         self.load(seed)
 
     def load(self, seed: int) -> None:
-        """As vLLM does at a start, and at a reload in place: parameters in GPTQ's layout, then the kernel's."""
+        """Load as vLLM does at a start and at a reload in place: parameters in GPTQ's layout, then the kernel's."""
         import torch
 
         random = torch.Generator().manual_seed(seed)
@@ -63,7 +63,7 @@ class Layer:
         self.kernel.process_weights_after_loading(self.module)
 
     def check(self, rows: int, bias: Any = None) -> None:
-        """Its outputs are within what rounding to bfloat16 explains of those of the weights in float32."""
+        """Check that outputs differ from those of the float32 weights by no more than rounding to bfloat16 explains."""
         import torch
 
         x = torch.randn(rows, self.inputs, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)

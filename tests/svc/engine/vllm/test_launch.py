@@ -1,4 +1,4 @@
-"""How the engine is started: what it may load, where it listens, and what it is told about the machine."""
+"""How the engine is started: what it may load, where it listens, and its arguments for the machine."""
 
 import json
 import os
@@ -105,7 +105,7 @@ def test_engine_accepts_no_adapters_without_slots(tmp_path: Path) -> None:
 
 
 def idle(folder: Path, **settings: Any) -> EngineSpec:
-    """Of a model with an idle time."""
+    """Return the specification for a model with an idle time."""
     return replace(spec(folder, **settings), idles=True)
 
 
@@ -266,7 +266,7 @@ def test_own_plugin_is_loaded_when_the_user_names_others(tmp_path: Path, monkeyp
 
 
 def test_log_contains_no_text_of_a_request(tmp_path: Path) -> None:
-    """The development mode alone would log the stacks of refused requests, which end with their texts."""
+    """The development mode alone would log the stacks of rejected requests, which end with their texts."""
     assert "--no-log-error-stack" in command(spec(tmp_path))
     assert not any("log-requests" in argument or "log-outputs" in argument for argument in command(spec(tmp_path)))
     assert environment(spec(tmp_path))[QUIET_VARIABLE] == "1"
@@ -301,7 +301,7 @@ def test_launch_digest_depends_on_the_limit_of_the_instruction_set(
 def test_vllm_logs_the_lines_from_which_phases_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str | None, used: str
 ) -> None:
-    """TRL sets the variable to ERROR in the process that trains, and then evaluates."""
+    """TRL sets the variable to ERROR in the process that trains and then evaluates."""
     if given is None:
         monkeypatch.delenv("VLLM_LOGGING_LEVEL", raising=False)
     else:

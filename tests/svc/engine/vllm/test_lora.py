@@ -1,4 +1,4 @@
-"""How an engine with room for adapters is started, and that one without is started as before."""
+"""How an engine with adapter slots is started, and that one without is started as before."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is chosen for an engine: by the person first, then by machine and model, and never beyond what there is."""
+"""Choices for an engine: the user's first, then those for machine and model, within the available resources."""
 
 from contextlib import nullcontext
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The plugin is silent in a vLLM that somebody else started."""
+"""The plugin does nothing in a vLLM that was started by others."""
 
 import io
 import logging
@@ -33,7 +33,7 @@ def test_plugin_imports_nothing_when_vllm_was_started_by_others(value: str | Non
 
 @pytest.fixture
 def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An engine that we started."""
+    """Set the variable of an engine that we started."""
     factory = logging.getLogRecordFactory()
     monkeypatch.setenv(QUIET_VARIABLE, "1")
     register()
@@ -43,7 +43,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def logged(name: str) -> str:
-    """What a logger writes of an error."""
+    """Return the log output of an error."""
     written = io.StringIO()
     logger = logging.Logger(name)  # of nobody else, who may have silenced it
     logger.addHandler(logging.StreamHandler(written))
@@ -78,7 +78,7 @@ def test_errors_are_logged_completely_when_vllm_was_started_by_others() -> None:
 
 @pytest.mark.slow
 def test_vllms_library_for_avx2_still_lacks_a_4_bit_kernel() -> None:
-    """Where a release brings one, the plugin has nothing left to do on such CPUs."""
+    """If a release has one, the plugin is no longer needed on such CPUs."""
     code = (
         "import torch; torch.cpu._is_avx512_supported = lambda: False; "
         "from vllm.platforms import current_platform; current_platform.import_kernels(); "
@@ -117,7 +117,7 @@ print(torch.allclose(whole, expected), torch.allclose(parts, of_base))
 @pytest.mark.slow
 @pytest.mark.parametrize("ours", [True, False])
 def test_base_answers_its_own_requests_in_a_batch_with_adapters(ours: bool) -> None:
-    """Where a release does so by itself, the second case fails, and the plugin has nothing left to do there."""
+    """If a release does so by itself, the second case fails, and the plugin is no longer needed there."""
     environment = os.environ | ({LORA_VARIABLE: "1"} if ours else {})
     command = [sys.executable, "-c", MIXED_BATCH]
     ended = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True)

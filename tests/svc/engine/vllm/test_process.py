@@ -1,4 +1,4 @@
-"""An engine process is ready when it answers, says why when it does not, and is never left behind."""
+"""An engine process is ready when it answers, reports the reason when it does not, and is never left behind."""
 
 import asyncio
 import json
@@ -59,14 +59,14 @@ Start = Callable[..., EngineProcess]
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """Short, for the path of a socket."""
+    """Return a folder with a short path, for a socket."""
     with TemporaryDirectory(prefix="svc") as name:
         yield Path(name)
 
 
 @pytest.fixture
 async def engine_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Start]:
-    """Makes an engine in a mode of the fake server; all are ended after the test."""
+    """Return a function that creates an engine in a mode of the fake server; all are stopped after the test."""
     made: list[EngineProcess] = []
     monkeypatch.setattr(process_module, "_POLL_S", 0.02)
 
@@ -111,7 +111,7 @@ def child_of(engine: EngineProcess) -> int:
 
 @contextmanager
 def no_descriptors_left() -> Iterator[None]:
-    """This process can open nothing in the body."""
+    """Let this process open no files in the body."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 256), hard))
     opened = []
@@ -301,7 +301,7 @@ async def test_start_that_is_cancelled_while_its_process_is_created_leaves_nothi
 
 
 async def whole_life(engine_in: Start) -> None:
-    """Started, left, adopted and ended; and one that does not start."""
+    """Start, detach, adopt and stop an engine, and start one that fails."""
     engine, later = engine_in("ready"), engine_in("ready")
     await engine.start()
     await engine.record("one")

@@ -1,4 +1,4 @@
-"""The phase of a start is the furthest one that the engine's log has reached."""
+"""The phase of a start is the latest one in the engine's log."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Metrics follow from the task, and from the recipe where it says other ones."""
+"""Metrics follow from the task, unless the recipe selects others."""
 
 import json
 from importlib.metadata import EntryPoint, EntryPoints
@@ -22,7 +22,7 @@ JAPANESE = [chat(f"q {place}", f"これは文 {place} です") for place in rang
 
 
 class Own(ExactMatch):
-    """What a package offers."""
+    """Metric that a package provides."""
 
     name = "own"
     title = "own"

@@ -1,4 +1,4 @@
-"""An answer is the reference, or it is not."""
+"""An answer equals the reference, or it does not."""
 
 import pytest
 

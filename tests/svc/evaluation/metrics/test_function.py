@@ -1,4 +1,4 @@
-"""A function of the user's judges, in a process of its own; whatever it does is an error that names it."""
+"""A user's function scores answers in its own process; every failure is an error that names the function."""
 
 import time
 from collections.abc import Callable

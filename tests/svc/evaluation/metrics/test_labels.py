@@ -1,4 +1,4 @@
-"""Accuracy and macro-F1 are scikit-learn's on the same labels."""
+"""Accuracy and macro-F1 equal scikit-learn's on the same labels."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""ROUGE, chrF, perplexity and length are those of their libraries and formulas."""
+"""ROUGE, chrF, perplexity and length equal those of their libraries and formulas."""
 
 import math
 from statistics import fmean

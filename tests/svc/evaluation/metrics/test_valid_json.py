@@ -1,4 +1,4 @@
-"""What is JSON, and what is none."""
+"""Valid and invalid JSON."""
 
 import json
 from typing import Any
