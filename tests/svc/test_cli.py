@@ -43,16 +43,16 @@ def test_no_command_loads_torch_before_it_runs() -> None:
 
 
 def test_help_lists_every_command(svc: Svc) -> None:
-    ended = svc("--help")
-    assert ended.code == 0
-    assert all(name in ended.out and text in ended.out for name, (_, text) in cli.COMMANDS.items())
+    result = svc("--help")
+    assert result.code == 0
+    assert all(name in result.out and text in result.out for name, (_, text) in cli.COMMANDS.items())
 
 
 @pytest.mark.parametrize("command", list(cli.COMMANDS))
 def test_every_command_has_help(svc: Svc, command: str) -> None:
-    ended = svc(command, "-h")
-    assert ended.code == 0
-    assert f"svc {command}" in ended.out
+    result = svc(command, "-h")
+    assert result.code == 0
+    assert f"svc {command}" in result.out
 
 
 @pytest.mark.parametrize("kind", [SvcError, *kinds()])
@@ -65,10 +65,10 @@ def test_error_is_printed_as_text_with_its_exit_code(
 
     monkeypatch.setattr(sys.modules[__name__], "failing", fail, raising=False)
     monkeypatch.setitem(cli.COMMANDS, "fail", (f"{__name__}:failing", "Fails."))
-    ended = svc("fail")
-    assert ended.code == kind.exit_code
-    assert ended.err == "error: the disk is on fire\n  expected: a cool disk\n  do: call somebody\n"
-    assert ended.out == ""
+    result = svc("fail")
+    assert result.code == kind.exit_code
+    assert result.err == "error: the disk is on fire\n  expected: a cool disk\n  do: call somebody\n"
+    assert result.out == ""
 
 
 def test_defect_keeps_its_traceback(svc: Svc, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,9 +90,9 @@ def test_interruption_exits_with_130(svc: Svc, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(sys.modules[__name__], "failing", fail, raising=False)
     monkeypatch.setitem(cli.COMMANDS, "fail", (f"{__name__}:failing", "Fails."))
-    ended = svc("fail")
-    assert ended.code == 130
-    assert "interrupted" in ended.err
+    result = svc("fail")
+    assert result.code == 130
+    assert "interrupted" in result.err
 
 
 SLOW_COMMAND = """
@@ -160,17 +160,17 @@ def test_home_of_an_older_release_is_closed_to_others(tmp_path: Path) -> None:
     ],
 )
 def test_mistake_is_named_and_has_its_exit_code(svc: Svc, arguments: list[str], code: int, text: str) -> None:
-    ended = svc(*arguments)
-    assert ended.code == code
-    assert text in ended.err
-    assert "Traceback" not in ended.err + ended.out
+    result = svc(*arguments)
+    assert result.code == code
+    assert text in result.err
+    assert "Traceback" not in result.err + result.out
 
 
 def test_unknown_variable_stops_every_command(svc: Svc, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SVC_HOEM", "x")
-    ended = svc("status")
-    assert ended.code == 2
-    assert "SVC_HOEM" in ended.err
+    result = svc("status")
+    assert result.code == 2
+    assert "SVC_HOEM" in result.err
 
 
 def test_home_option_overrides_the_environment(svc: Svc, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -194,8 +194,8 @@ def test_empty_list_of_models_is_an_empty_json_list(svc: Svc) -> None:
 
 
 def data_check(svc: Svc, path: Path, *options: str | Path) -> tuple[int, Any]:
-    ended = svc("data", "check", path, "--json", *options)
-    return ended.code, json.loads(ended.out)
+    result = svc("data", "check", path, "--json", *options)
+    return result.code, json.loads(result.out)
 
 
 def test_good_data_exits_with_0(svc: Svc, tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_leak_exits_with_1(svc: Svc, tmp_path: Path) -> None:
 
 def test_problems_are_printed_by_line(svc: Svc, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text(json.dumps(chat().as_dict()) + "\n{}\n")
-    ended = svc("data", "check", tmp_path / "bad.jsonl")
-    assert ended.code == 1
-    assert "1 examples in 2 lines" in ended.out
-    assert "line 2: error: no 'messages', only []" in ended.out
+    result = svc("data", "check", tmp_path / "bad.jsonl")
+    assert result.code == 1
+    assert "1 examples in 2 lines" in result.out
+    assert "line 2: error: no 'messages', only []" in result.out

@@ -155,7 +155,7 @@ def test_no_text_makes_redaction_slow(unit: str) -> None:
 
     def seconds(length: int) -> float:
         text = (unit * length)[:length]
-        started = time.thread_time()  # a busy machine is no slow text
+        started = time.thread_time()  # a busy machine must not count as a slow text
         REDACTOR.text(text)
         return time.thread_time() - started
 

@@ -22,9 +22,9 @@ from tests.command_line import Svc
 
 def create(svc: Svc, *options: str) -> dict[str, Any]:
     """Create a key and return the JSON output."""
-    ended = svc("keys", "create", *options, "--json")
-    assert ended.code == 0, ended.err
-    found: dict[str, Any] = json.loads(ended.out)
+    result = svc("keys", "create", *options, "--json")
+    assert result.code == 0, result.err
+    found: dict[str, Any] = json.loads(result.out)
     return found
 
 
@@ -36,18 +36,18 @@ def authenticator(home: Path = Path(".svc")) -> Authenticator:
 
 
 def test_first_admin_key_is_created_locally_in_a_home_that_only_its_owner_can_read(svc: Svc, tmp_path: Path) -> None:
-    ended = svc("keys", "create", "--scope", "admin")
-    assert ended.code == 0
-    assert authenticator().grant(ended.out.strip()).principal.may(Scope.TRAIN)
+    result = svc("keys", "create", "--scope", "admin")
+    assert result.code == 0
+    assert authenticator().grant(result.out.strip()).principal.may(Scope.TRAIN)
     assert (tmp_path / ".svc").stat().st_mode & 0o077 == 0
     assert (tmp_path / ".svc" / "svc.db").stat().st_mode & 0o077 == 0
 
 
 def test_pipe_gets_only_the_secret(svc: Svc) -> None:
-    ended = svc("keys", "create")
-    assert key_id_of(ended.out.removesuffix("\n")) is not None
-    assert "shown only once" in ended.err
-    assert ended.out.strip() not in ended.err
+    result = svc("keys", "create")
+    assert key_id_of(result.out.removesuffix("\n")) is not None
+    assert "shown only once" in result.err
+    assert result.out.strip() not in result.err
 
 
 def test_key_is_a_client_key_when_no_option_is_given(svc: Svc) -> None:
@@ -80,9 +80,9 @@ def test_key_expires_at_the_given_time(svc: Svc, when: Callable[[], str]) -> Non
     "options", [["--scope", "root"], ["--expires", "soon"], ["--concurrent", "0"], ["--weight", "0"]]
 )
 def test_wrong_option_is_a_usage_error(svc: Svc, options: list[str]) -> None:
-    ended = svc("keys", "create", *options)
-    assert ended.code == 2
-    assert options[0] in ended.err
+    result = svc("keys", "create", *options)
+    assert result.code == 2
+    assert options[0] in result.err
 
 
 def test_key_that_would_expire_before_it_begins_is_rejected(svc: Svc) -> None:
@@ -113,8 +113,8 @@ def test_list_shows_when_a_key_was_last_used(svc: Svc) -> None:
 
 def test_revoked_key_is_rejected_and_listed_with_all_keys(svc: Svc) -> None:
     made = create(svc, "--name", "ci")
-    ended = svc("keys", "revoke", "ci", "--yes", "--reason", "leaked")
-    assert "is revoked" in ended.out
+    result = svc("keys", "revoke", "ci", "--yes", "--reason", "leaked")
+    assert "is revoked" in result.out
     with pytest.raises(InvalidKeyError, match="is revoked"):
         authenticator().grant(made["secret"])
     assert json.loads(svc("keys", "list", "--json").out) == []
@@ -124,9 +124,9 @@ def test_revoked_key_is_rejected_and_listed_with_all_keys(svc: Svc) -> None:
 
 
 def test_unknown_key_is_named_in_the_error(svc: Svc) -> None:
-    ended = svc("keys", "revoke", "nobody", "--yes")
-    assert ended.code == NotFoundError.exit_code
-    assert "'nobody'" in ended.err
+    result = svc("keys", "revoke", "nobody", "--yes")
+    assert result.code == NotFoundError.exit_code
+    assert "'nobody'" in result.err
 
 
 @pytest.mark.parametrize("command", ["revoke", "rotate"])
@@ -135,18 +135,18 @@ def test_confirmation_is_required_when_a_secret_ends_immediately(
 ) -> None:
     made = create(svc, "--name", "ci")
     monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
-    ended = svc("keys", command, "ci")
-    assert ended.code == 130
-    assert "Continue?" in ended.err
+    result = svc("keys", command, "ci")
+    assert result.code == 130
+    assert "Continue?" in result.err
     assert authenticator().grant(made["secret"]).principal
 
 
 @pytest.mark.parametrize("command", ["revoke", "rotate"])
 def test_machine_is_asked_nothing(svc: Svc, command: str) -> None:
     made = create(svc, "--name", "ci")
-    ended = svc("keys", command, "ci", "--json")
-    assert ended.code == 2
-    assert "--yes" in ended.err
+    result = svc("keys", command, "ci", "--json")
+    assert result.code == 2
+    assert "--yes" in result.err
     assert authenticator().grant(made["secret"]).principal
 
 
@@ -160,9 +160,9 @@ def test_rotation_creates_a_new_secret_and_ends_the_old_one(svc: Svc) -> None:
 
 def test_rotation_with_a_grace_needs_no_confirmation_and_both_secrets_are_valid(svc: Svc) -> None:
     made = create(svc, "--name", "ci")
-    ended = svc("keys", "rotate", "ci", "--grace", "1h")
-    assert "the old secret is valid until" in ended.err
-    for secret in (made["secret"], ended.out.strip()):
+    result = svc("keys", "rotate", "ci", "--grace", "1h")
+    assert "the old secret is valid until" in result.err
+    for secret in (made["secret"], result.out.strip()):
         assert authenticator().grant(secret).principal.key_id == made["key_id"]
 
 
@@ -206,5 +206,5 @@ def test_usage_is_valid_csv(svc: Svc, used: str) -> None:
 
 
 def test_no_usage_is_not_an_error(svc: Svc) -> None:
-    ended = svc("usage")
-    assert (ended.code, "no usage since" in ended.out) == (0, True)
+    result = svc("usage")
+    assert (result.code, "no usage since" in result.out) == (0, True)

@@ -30,8 +30,8 @@ def three(store: Store) -> Store:
 
 
 def test_empty_log_is_not_an_error(svc: Svc) -> None:
-    ended = svc("audit")
-    assert (ended.code, ended.out) == (0, "no matching event\n")
+    result = svc("audit")
+    assert (result.code, result.out) == (0, "no matching event\n")
 
 
 def test_table_shows_actor_action_origin_and_reason(svc: Svc, three: Store) -> None:
@@ -63,19 +63,19 @@ def test_events_are_filtered(svc: Svc, three: Store, options: list[str], found: 
 
 
 def test_unaltered_log_is_verified(svc: Svc, three: Store) -> None:
-    ended = svc("audit", "--verify")
-    assert ended.code == 0
-    assert "3 events are unaltered" in ended.out
-    assert verify_chain(three).head in ended.out
+    result = svc("audit", "--verify")
+    assert result.code == 0
+    assert "3 events are unaltered" in result.out
+    assert verify_chain(three).head in result.out
 
 
 def test_altered_log_is_reported_with_the_first_wrong_row(svc: Svc, three: Store) -> None:
     with three.begin() as connection:
         connection.exec_driver_sql("DROP TRIGGER audit_no_UPDATE")
         connection.exec_driver_sql("UPDATE audit SET actor = 'user:bob' WHERE id >= 2")
-    ended = svc("audit", "--verify")
-    assert ended.code == IntegrityError.exit_code
-    assert "the first bad row is 2" in ended.err
+    result = svc("audit", "--verify")
+    assert result.code == IntegrityError.exit_code
+    assert "the first bad row is 2" in result.err
     told = svc("audit", "--verify", "--json")
     assert told.code == IntegrityError.exit_code
     assert json.loads(told.out)["fault"]["id"] == 2
@@ -89,7 +89,7 @@ def test_verify_fails_when_the_expected_hash_is_not_in_the_log(svc: Svc, three: 
 
 @pytest.fixture
 def served(store: Store) -> Store:
-    """Record two served versions, of which the second is being served."""
+    """Return a store with two versions that were served; the second one still is."""
     first = change_desired(store, None, Target(VersionId("tickets", 1), Format.GPTQ), None)
     begin_serving(store, first, Began.START, at=datetime(2026, 1, 2, 12, tzinfo=UTC))
     entry = AuditEntry(Action.PROMOTE, "tickets@2", ALICE, "it is better")
@@ -133,8 +133,8 @@ def requested(svc: Svc, store: Store) -> str:
 def test_selected_requests_are_deleted_counted_and_recorded_in_the_audit_log(
     svc: Svc, store: Store, requested: str, options: list[str]
 ) -> None:
-    ended = svc("forget", *options, "--yes", "--reason", "article 17")
-    assert ended.out == "deleted 1 requests, 1 with content, 0 with feedback\n"
+    result = svc("forget", *options, "--yes", "--reason", "article 17")
+    assert result.out == "deleted 1 requests, 1 with content, 0 with feedback\n"
     assert kept(store) == ["other"]
     event = read_events(store, newest=1)[0]
     assert (event.action, event.reason) == ("forget", "article 17")
@@ -151,23 +151,23 @@ def test_nothing_is_deleted_before_confirmation(
     svc: Svc, store: Store, requested: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
-    ended = svc("forget", "--key", requested)
-    assert ended.code == 130
-    assert "1 requests will be deleted, 1 with content" in ended.err
+    result = svc("forget", "--key", requested)
+    assert result.code == 130
+    assert "1 requests will be deleted, 1 with content" in result.err
     assert len(kept(store)) == 2
     assert read_events(store, newest=1)[0].action == "key.create"
 
 
 def test_machines_get_the_counts_without_a_confirmation(svc: Svc, requested: str) -> None:
     assert svc("forget", "--key", requested, "--json").code == 2
-    told = json.loads(svc("forget", "--key", requested, "--yes", "--json").out)
-    assert told == {"requests": 1, "contents": 1, "feedback": 0}
+    output = json.loads(svc("forget", "--key", requested, "--yes", "--json").out)
+    assert output == {"requests": 1, "contents": 1, "feedback": 0}
 
 
 @pytest.mark.parametrize("options", [[], ["--user", "a", "--key", "b"], ["--before", "1d", "--user", ""]])
 def test_only_one_selection_is_accepted_at_a_time(svc: Svc, options: list[str]) -> None:
-    ended = svc("forget", *options, "--yes")
-    assert (ended.code, "give exactly one of" in ended.err) == (2, True)
+    result = svc("forget", *options, "--yes")
+    assert (result.code, "give exactly one of" in result.err) == (2, True)
 
 
 def test_unknown_key_is_named_in_the_error(svc: Svc) -> None:

@@ -92,7 +92,7 @@ def back_up(used: UsedHome, archive: Archive) -> BackUp:
 def progress(
     on_start: Callable[[int], object] = lambda total: None, on_bytes: OnBytes = lambda count: None
 ) -> Progress:
-    """Return two functions that collect the progress of copying."""
+    """Return a progress of copying that calls these functions."""
 
     @contextmanager
     def begin(total: int) -> Iterator[OnBytes]:

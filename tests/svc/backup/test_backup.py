@@ -165,7 +165,7 @@ def test_interrupted_snapshot_does_not_count(used: UsedHome, archive: Archive, b
 
     with pytest.raises(KeyboardInterrupt):
         back_up(progress=progress(cut_off))
-    (archive.models.parent / "snapshots" / "20260101T000000.000Z").mkdir()  # of one that was killed
+    (archive.models.parent / "snapshots" / "20260101T000000.000Z").mkdir()  # of a killed backup
     assert archive.snapshots() == []
     back_up()
     assert len(list((archive.models.parent / "snapshots").iterdir())) == 1

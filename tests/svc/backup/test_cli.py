@@ -14,12 +14,12 @@ def test_backup_and_restore_report_their_results(svc: Svc, used: UsedHome, tmp_p
     version = used.publish()
     made = svc("--home", used.settings.home, "backup", "backups", "--json")
     assert made.code == 0, made.err
-    said = json.loads(made.out)
-    assert (said["versions"], said["copied"], said["left_out"]) == ([str(version)], [str(version)], {})
+    output = json.loads(made.out)
+    assert (output["versions"], output["copied"], output["left_out"]) == ([str(version)], [str(version)], {})
     assert [event.action for event in read_events(used.store, newest=9)] == ["backup"]
     restored = svc("--home", "again", "restore", "backups", "--json")
     assert restored.code == 0, restored.err
-    assert json.loads(restored.out)["name"] == said["snapshot"]
+    assert json.loads(restored.out)["name"] == output["snapshot"]
     events = read_events(open_database(tmp_path / "again"), newest=9)
     assert sorted(event.action for event in events) == ["backup", "restore"]
 
@@ -35,9 +35,9 @@ def test_missing_needed_version_is_an_error_that_names_it(svc: Svc, used: UsedHo
     version = used.publish()
     used.promote(version)
     used.registry.folder(version).rename(tmp_path / "elsewhere")
-    ended = svc("--home", used.settings.home, "backup", "backups")
-    assert ended.code == IntegrityError.exit_code
-    assert f"{version}: it is needed" in ended.err
+    result = svc("--home", used.settings.home, "backup", "backups")
+    assert result.code == IntegrityError.exit_code
+    assert f"{version}: it is needed" in result.err
     assert svc("--home", "again", "restore", "backups").code == 0
 
 
@@ -47,13 +47,13 @@ def test_missing_home_is_not_created(svc: Svc, tmp_path: Path) -> None:
 
 
 def test_folder_inside_the_home_is_rejected(svc: Svc, used: UsedHome) -> None:
-    ended = svc("--home", used.settings.home, "backup", used.settings.home / "backups")
-    assert ended.code == 2
-    assert "is inside the home" in ended.err
+    result = svc("--home", used.settings.home, "backup", used.settings.home / "backups")
+    assert result.code == 2
+    assert "is inside the home" in result.err
 
 
 def test_restore_over_an_existing_home_is_rejected(svc: Svc, used: UsedHome) -> None:
     svc("--home", used.settings.home, "backup", "backups")
-    ended = svc("--home", used.settings.home, "restore", "backups")
-    assert ended.code == SettingsError.exit_code
-    assert "is not empty" in ended.err
+    result = svc("--home", used.settings.home, "restore", "backups")
+    assert result.code == SettingsError.exit_code
+    assert "is not empty" in result.err

@@ -95,11 +95,11 @@ def test_restore_is_rejected_when_keys_would_be_valid_and_nobody_can_be_asked(
     add_usage(used.store, {UsageOf(datetime(2026, 1, 2, 3, tzinfo=UTC), issued.key.id, "tickets"): Usage(1, 2, 3)})
     svc("--home", used.settings.home, "backup", "backups")
     for options in ([], ["--json"]):
-        ended = svc("--home", "again", "restore", "backups", *options)
-        assert ended.code == RefusedError.exit_code
-        assert f"laptop ({issued.key.id})" in ended.err and "--revoke-keys" in ended.err
+        result = svc("--home", "again", "restore", "backups", *options)
+        assert result.code == RefusedError.exit_code
+        assert f"laptop ({issued.key.id})" in result.err and "--revoke-keys" in result.err
         assert not (tmp_path / "again" / "svc.db").exists()
-    shown = next(line for line in ended.err.splitlines() if "infer" in line)
+    shown = next(line for line in result.err.splitlines() if "infer" in line)
     assert issued.key.id in shown and "2026-01-02 03:00" in shown
 
 
@@ -110,12 +110,12 @@ def test_restore_continues_when_the_keys_are_confirmed_by_an_option(svc: Svc, us
     Keyring(used.store, Actor.local()).revoke("stolen")
     Keyring(used.store, Actor.local()).rotate("laptop")
     svc("--home", used.settings.home, "backup", "backups")
-    ended = svc("--home", "again", "restore", "backups", "--snapshot", name, "--yes", "--json")
-    assert ended.code == 0, ended.err
-    keys = json.loads(ended.out)["keys"]
+    result = svc("--home", "again", "restore", "backups", "--snapshot", name, "--yes", "--json")
+    assert result.code == 0, result.err
+    keys = json.loads(result.out)["keys"]
     assert [(key["name"], key["rotated_later"]) for key in keys["valid"]] == [("laptop", True)]
     assert [key["name"] for key in keys["revoked"]] == ["stolen"]
-    assert "revoked: stolen" in ended.err and "its secret was replaced later" in ended.err
+    assert "revoked: stolen" in result.err and "its secret was replaced later" in result.err
     assert states(tmp_path / "again") == {"laptop": True, "stolen": False}
 
 
@@ -127,16 +127,16 @@ def test_confirmation_is_requested_when_there_is_a_terminal(
     svc("--home", used.settings.home, "backup", "backups")
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
     monkeypatch.setattr(sys.stdin, "readline", lambda *_: f"{answer}\n")
-    ended = svc("--home", "again", "restore", "backups")
-    assert "Continue?" in ended.err
-    assert (ended.code == 0, (tmp_path / "again" / "svc.db").exists()) == ((answer == "y"),) * 2
+    result = svc("--home", "again", "restore", "backups")
+    assert "Continue?" in result.err
+    assert (result.code == 0, (tmp_path / "again" / "svc.db").exists()) == ((answer == "y"),) * 2
 
 
 def test_only_new_keys_are_valid_when_all_are_revoked(svc: Svc, used: UsedHome, tmp_path: Path) -> None:
     create(used, "laptop", "phone")
     svc("--home", used.settings.home, "backup", "backups")
-    ended = svc("--home", "again", "restore", "backups", "--revoke-keys")
-    assert ended.code == 0, ended.err
+    result = svc("--home", "again", "restore", "backups", "--revoke-keys")
+    assert result.code == 0, result.err
     assert states(tmp_path / "again") == {"laptop": False, "phone": False}
     events = read_events(open_database(tmp_path / "again"), newest=9)
     assert [event.reason for event in events if event.action == "key.revoke"] == ["svc restore --revoke-keys"] * 2
@@ -150,7 +150,7 @@ def test_newer_snapshot_is_named_when_its_store_cannot_be_read(svc: Svc, used: U
     svc("--home", used.settings.home, "backup", "backups")
     first, second = (row["name"] for row in json.loads(svc("restore", "backups", "--list", "--json").out))
     (tmp_path / "backups" / "snapshots" / second / "svc.db").write_bytes(b"x" * 5000)
-    ended = svc("--home", "again", "restore", "backups", "--snapshot", first, "--yes")
-    assert ended.code == 0, ended.err
-    assert f"the newer snapshot {second}" in ended.err
+    result = svc("--home", "again", "restore", "backups", "--snapshot", first, "--yes")
+    assert result.code == 0, result.err
+    assert f"the newer snapshot {second}" in result.err
     assert Settings(home=tmp_path / "again").home.is_dir()

@@ -37,7 +37,7 @@ AFTER_WORD = [*[""] * (4 * len(MARKS)), *MARKS]
 """A mark after one word in five."""
 SYSTEM = "Which colour has it? Answer with one of: red, green, blue."
 Row = dict[str, Any]
-TEXT = {  # where question and answer lie
+TEXT = {  # paths of question and answer
     Format.CHAT: ("messages.1.content", "messages.2.content"),
     Format.SHAREGPT: ("conversations.1.value", "conversations.2.value"),
     Format.ALPACA: ("instruction", "output"),
@@ -52,7 +52,7 @@ ROLE = {Format.CHAT: "messages.1.role", Format.SHAREGPT: "conversations.1.from"}
 def text(chance: random.Random, least: int = 3, most: int = 60) -> str:
     """Return words, marks and emoji that hardly any other text has."""
     count = chance.randint(least, most)
-    letters = "".join(chance.choices(LETTERS, k=9 * count))  # drawn at once: word by word takes longer than the check
+    letters = "".join(chance.choices(LETTERS, k=9 * count))  # in one draw: word by word takes longer than the check
     lengths, marks = chance.choices(range(2, 10), k=count), chance.choices(AFTER_WORD, k=count)
     marked = [letters[9 * at : 9 * at + length] + marks[at] for at, length in enumerate(lengths)]
     return " ".join(marked).strip() or "word"

@@ -62,7 +62,7 @@ def test_group_is_held_out_when_its_smallest_hash_is_below_the_share() -> None:
     held = [split_heldout(examples, 0.1, seed).heldout for seed in range(100)]
     in_groups = sum(len({example.answer for example in one} & copied) for one in held) / (100 * len(copied))
     alone = sum(len({example.answer for example in one} - copied) for one in held) / (100 * (40 - len(copied)))
-    assert in_groups == pytest.approx(0.271, abs=0.06)  # four standard deviations of 1,000 throws
+    assert in_groups == pytest.approx(0.271, abs=0.06)  # four standard deviations of 1,000 draws
     assert alone == pytest.approx(0.1, abs=0.025)  # of 3,000
 
 

@@ -56,17 +56,17 @@ def assert_same_place(one: TextSpace, other: TextSpace, prompts: list[str]) -> N
 
 @pytest.mark.parametrize("view", ["topic", "answer"])
 def test_prompts_on_two_topics_are_far_apart(view: str) -> None:
-    made = space()
-    plants = getattr(made.embed(["water for the garden", "my tulips", "roses, roses"]), view)
-    trains = getattr(made.embed(["the next train", "to Berlin by train", "Paris is late"]), view)
+    fitted = space()
+    plants = getattr(fitted.embed(["water for the garden", "my tulips", "roses, roses"]), view)
+    trains = getattr(fitted.embed(["the next train", "to Berlin by train", "Paris is late"]), view)
     assert distance(plants, trains) > 1.2 * max(distance(plants, plants), distance(trains, trains))
 
 
 def test_answer_view_separates_prompts_by_the_answer_they_ask_for() -> None:
-    # Both say all the same words but for one, and only that decides the answer.
+    # The prompts differ in one word, which decides the answer.
     prompts = [f"{first} {rest} please" for rest in ("one", "two", "three", "four") for first in ("sell", "keep")]
-    made = fit_text_space(prompts, ["yes", "no"] * 4)
-    same, other = made.embed(["sell five please", "sell six please"]), made.embed(["keep five please"])
+    fitted = fit_text_space(prompts, ["yes", "no"] * 4)
+    same, other = fitted.embed(["sell five please", "sell six please"]), fitted.embed(["keep five please"])
 
     def told(ones: Floats, others: Floats) -> float:
         return distance(ones, others) / distance(ones[:1], ones[1:])
@@ -80,17 +80,17 @@ def test_same_examples_give_the_same_space() -> None:
 
 
 def test_saved_space_is_loaded(tmp_path: Path) -> None:
-    made = space()
-    loaded = load_text_space(save(tmp_path, made))
-    assert_same_place(made, loaded, [*PROMPTS, "a rose on a train", *ODD])
-    assert made.unknown_words(PROMPTS).tolist() == loaded.unknown_words(PROMPTS).tolist()
+    fitted = space()
+    loaded = load_text_space(save(tmp_path, fitted))
+    assert_same_place(fitted, loaded, [*PROMPTS, "a rose on a train", *ODD])
+    assert fitted.unknown_words(PROMPTS).tolist() == loaded.unknown_words(PROMPTS).tolist()
 
 
 def test_loaded_space_has_the_types_of_the_saved_one(tmp_path: Path) -> None:
-    made = space()
-    loaded = load_text_space(save(tmp_path, made))
+    fitted = space()
+    loaded = load_text_space(save(tmp_path, fitted))
     for field in fields(TextSpace):
-        one, other = getattr(made, field.name), getattr(loaded, field.name)
+        one, other = getattr(fitted, field.name), getattr(loaded, field.name)
         assert (one.dtype, one.shape) == (other.dtype, other.shape)
 
 
@@ -109,8 +109,8 @@ def test_text_without_words_has_no_unknown_words(text: str) -> None:
 
 @pytest.mark.parametrize("text", ODD)
 def test_any_text_has_a_finite_position(text: str) -> None:
-    found = space().embed([text])
-    assert np.isfinite(found.topic).all() and np.isfinite(found.answer).all()
+    embedding = space().embed([text])
+    assert np.isfinite(embedding.topic).all() and np.isfinite(embedding.answer).all()
 
 
 def test_empty_text_is_at_the_origin() -> None:
@@ -118,9 +118,9 @@ def test_empty_text_is_at_the_origin() -> None:
 
 
 def test_case_does_not_matter() -> None:
-    made = space()
-    assert_same_place(made, made, ["ROSES NEED WATER"])
-    assert made.embed(["ROSES"]).topic == pytest.approx(made.embed(["roses"]).topic)
+    fitted = space()
+    assert_same_place(fitted, fitted, ["ROSES NEED WATER"])
+    assert fitted.embed(["ROSES"]).topic == pytest.approx(fitted.embed(["roses"]).topic)
 
 
 def test_only_the_beginning_and_the_end_of_a_long_text_are_read() -> None:
@@ -139,20 +139,20 @@ def test_text_is_cut_in_the_middle_only_when_it_is_long(length: int) -> None:
 
 def test_space_is_fitted_on_the_ends_of_long_examples() -> None:
     middle = " elephant" * 1000
-    made = fit_text_space([f"{prompt}{' a' * 600}{middle}{' a' * 600} {prompt}" for prompt in PROMPTS], ANSWERS)
-    assert made.unknown_words(["roses elephant"]).tolist() == [0.5]
+    fitted = fit_text_space([f"{prompt}{' a' * 600}{middle}{' a' * 600} {prompt}" for prompt in PROMPTS], ANSWERS)
+    assert fitted.unknown_words(["roses elephant"]).tolist() == [0.5]
 
 
 def test_words_of_a_sentence_without_spaces_are_known_individually() -> None:
-    made = fit_text_space(["我的包裹在哪里", "我要退款", "包裹坏了"], ["where", "money", "broken"])
-    assert made.unknown_words(["我的包裹坏了", "我的狗", "大象"]).tolist() == pytest.approx([0, 1 / 3, 1])
+    fitted = fit_text_space(["我的包裹在哪里", "我要退款", "包裹坏了"], ["where", "money", "broken"])
+    assert fitted.unknown_words(["我的包裹坏了", "我的狗", "大象"]).tolist() == pytest.approx([0, 1 / 3, 1])
 
 
 @pytest.mark.parametrize("prompts", [[], ["roses"], ["roses", "", "trains"]])
 def test_result_has_a_row_for_each_prompt(prompts: list[str]) -> None:
-    made = space()
-    found = made.embed(prompts)
-    assert len(found.topic) == len(found.answer) == len(made.unknown_words(prompts)) == len(prompts)
+    fitted = space()
+    embedding = fitted.embed(prompts)
+    assert len(embedding.topic) == len(embedding.answer) == len(fitted.unknown_words(prompts)) == len(prompts)
 
 
 @settings(max_examples=15)
@@ -182,9 +182,9 @@ def test_space_can_be_fitted_when_examples_are_few_or_equal(prompts: list[str], 
 
 
 def works(made: TextSpace) -> None:
-    found = made.embed(["roses", "a train", ""])
-    assert (found.topic.ndim, found.answer.ndim) == (2, 2)
-    assert np.isfinite(found.topic).all() and np.isfinite(found.answer).all()
+    embedding = made.embed(["roses", "a train", ""])
+    assert (embedding.topic.ndim, embedding.answer.ndim) == (2, 2)
+    assert np.isfinite(embedding.topic).all() and np.isfinite(embedding.answer).all()
 
 
 def test_answer_view_has_no_axes_when_all_answers_are_equal() -> None:
@@ -196,7 +196,7 @@ def test_space_is_fitted_on_evenly_spaced_examples_when_there_are_too_many(monke
     few = space()
     monkeypatch.undo()
     assert 1 < few.axes.shape[0] < space().axes.shape[0]
-    # They are of all of the file.
+    # They come from the whole file.
     assert few.unknown_words(["roses", "train"]).tolist() == [0, 0]
 
 

@@ -44,10 +44,10 @@ def test_cores_are_those_of_the_affinity(limits: Limits, monkeypatch: pytest.Mon
 
 
 def test_all_memory_is_available_without_limits(limits: Limits) -> None:
-    found = read_machine(gpus=False)
-    assert found.memory == psutil.virtual_memory().total
-    assert 0 < found.free < found.memory
-    assert found.quota is None
+    machine = read_machine(gpus=False)
+    assert machine.memory == psutil.virtual_memory().total
+    assert 0 < machine.free < machine.memory
+    assert machine.quota is None
 
 
 def test_quota_of_a_cgroup_is_in_cores(limits: Limits) -> None:
@@ -63,8 +63,8 @@ def test_smallest_quota_above_the_process_counts(limits: Limits) -> None:
 
 def test_limit_of_a_cgroup_is_the_total_memory(limits: Limits) -> None:
     limits("0::/\n", {"cgroup/memory.max": str(GIB), "cgroup/memory.current": str(GIB // 4)})
-    found = read_machine(gpus=False)
-    assert (found.memory, found.free) == (GIB, 3 * GIB // 4)
+    machine = read_machine(gpus=False)
+    assert (machine.memory, machine.free) == (GIB, 3 * GIB // 4)
 
 
 def test_no_memory_is_available_when_the_limit_is_used_up(limits: Limits) -> None:
@@ -79,10 +79,10 @@ def test_cgroups_v1_are_read(limits: Limits) -> None:
         "cgroup/memory/memory.limit_in_bytes": str(GIB),
         "cgroup/memory/memory.usage_in_bytes": str(GIB // 2),
     }
-    # Within a container the path may be the host's, and is not there.
+    # In a container, the path may be the host's and not exist.
     limits("4:memory:/docker/abc\n1:cpu:/docker/abc\n", files)
-    found = read_machine(gpus=False)
-    assert (found.quota, found.memory, found.free) == (3.0, GIB, GIB // 2)
+    machine = read_machine(gpus=False)
+    assert (machine.quota, machine.memory, machine.free) == (3.0, GIB, GIB // 2)
 
 
 def test_maximum_value_of_cgroups_v1_means_no_limit(limits: Limits) -> None:
@@ -92,8 +92,8 @@ def test_maximum_value_of_cgroups_v1_means_no_limit(limits: Limits) -> None:
         "cgroup/memory/memory.limit_in_bytes": "9223372036854771712",
     }
     limits("4:memory:/\n1:cpu:/\n", files)
-    found = read_machine(gpus=False)
-    assert (found.quota, found.memory) == (None, psutil.virtual_memory().total)
+    machine = read_machine(gpus=False)
+    assert (machine.quota, machine.memory) == (None, psutil.virtual_memory().total)
 
 
 def test_free_memory_is_that_of_the_first_cores_node(limits: Limits, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +113,7 @@ def test_memory_nodes_are_those_of_its_cores(
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: cores)
     limits("", {f"node/node{node}/cpu{core}": "" for node, core in ((0, 0), (0, 1), (1, 2), (2, 3))})
-    assert read_machine(gpus=False).nodes == nodes  # of core 7 nothing is known
+    assert read_machine(gpus=False).nodes == nodes  # core 7 is unknown
 
 
 def test_vllms_own_variable_for_threads_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

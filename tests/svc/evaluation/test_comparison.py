@@ -78,13 +78,13 @@ def test_differences_are_mirrored_when_the_models_are_swapped(given: list[tuple[
 @given(rows)
 def test_model_compared_with_itself_has_no_differences(given: list[tuple[str, str, str, float, float]]) -> None:
     examples, one, _ = pairs(given)
-    found = compare(examples, one.results, one.results, ALL)
-    for compared in found.metrics.values():
+    comparison = compare(examples, one.results, one.results, ALL)
+    for compared in comparison.metrics.values():
         assert (compared.difference.low, compared.difference.value, compared.difference.high) == (0, 0, 0)
         assert compared.direction is Direction.UNDECIDED
-    assert (found.tally.wins, found.tally.losses, found.tally.ties) == (0, 0, len(examples))
-    assert found.tally.p_value == 1
-    assert found.different == ()
+    assert (comparison.tally.wins, comparison.tally.losses, comparison.tally.ties) == (0, 0, len(examples))
+    assert comparison.tally.p_value == 1
+    assert comparison.different == ()
 
 
 @pytest.mark.parametrize(
@@ -106,24 +106,24 @@ def test_difference_that_chance_gives_once_in_twenty_times_is_not_significant(
     differing: int, direction: Direction
 ) -> None:
     first = ["mail"] * differing + ["net"] * 20
-    found = against(first, ["net"] * len(first))
-    assert found.metrics["exact_match"].difference.low > 0
-    assert found.direction is direction
-    assert (found.tally.p_value < 0.05) is (direction is Direction.BETTER)
+    comparison = against(first, ["net"] * len(first))
+    assert comparison.metrics["exact_match"].difference.low > 0
+    assert comparison.direction is direction
+    assert (comparison.tally.p_value < 0.05) is (direction is Direction.BETTER)
 
 
 def test_lower_log_likelihood_is_better() -> None:
     examples, one, other = pairs([("net", "net", "net", 2.0 + place / 10, 1.0) for place in range(10)])
-    found = compare(examples, one.results, other.results, [ExactMatch(), Perplexity()])
-    assert found.metrics["nll"].direction is Direction.BETTER
-    assert found.metrics["perplexity"].direction is Direction.BETTER
-    assert found.direction is Direction.UNDECIDED
+    comparison = compare(examples, one.results, other.results, [ExactMatch(), Perplexity()])
+    assert comparison.metrics["nll"].direction is Direction.BETTER
+    assert comparison.metrics["perplexity"].direction is Direction.BETTER
+    assert comparison.direction is Direction.UNDECIDED
 
 
 def test_longer_answer_is_different_but_not_better() -> None:
     examples, one, other = pairs([("net", "net", "net" + "t" * (place + 1), 1.0, 1.0) for place in range(10)])
-    found = compare(examples, one.results, other.results, [ExactMatch(), Length()])
-    assert found.metrics["length"].direction is Direction.DIFFERENT
+    comparison = compare(examples, one.results, other.results, [ExactMatch(), Length()])
+    assert comparison.metrics["length"].direction is Direction.DIFFERENT
 
 
 def test_wins_losses_and_ties_are_counted_with_the_exact_sign_test() -> None:
@@ -145,11 +145,16 @@ def test_corpus_metric_is_tallied_by_its_watched_metric() -> None:
 def test_examples_that_differ_most_come_first_and_ties_by_number_of_edits() -> None:
     first = ["net", "net", "no", "mail", "net"]
     second = ["a long other answer", "mail", "no, and more", "mail", "net"]
-    found = against(first, second).different
-    assert [one.place for one in found] == [0, 1, 2]
-    assert [one.gain for one in found] == [-1, -1, 0]
-    assert found[2].edits == len(", and more")
-    assert (found[1].asked, found[1].reference, found[1].first, found[1].second) == ("q 1", "net", "net", "mail")
+    differing = against(first, second).different
+    assert [one.place for one in differing] == [0, 1, 2]
+    assert [one.gain for one in differing] == [-1, -1, 0]
+    assert differing[2].edits == len(", and more")
+    assert (differing[1].asked, differing[1].reference, differing[1].first, differing[1].second) == (
+        "q 1",
+        "net",
+        "net",
+        "mail",
+    )
 
 
 def test_number_of_shown_examples_is_limited() -> None:
@@ -157,25 +162,25 @@ def test_number_of_shown_examples_is_limited() -> None:
 
 
 def test_token_metrics_are_left_out_when_tokenizers_differ() -> None:
-    found = against(["net"], ["mail"], no_tokens="the two have different tokenizers")
-    assert set(found.metrics) == {"exact_match", "cut_off"}
-    assert found.left_out == dict.fromkeys(("perplexity", "nll"), "the two have different tokenizers")
+    comparison = against(["net"], ["mail"], no_tokens="the two have different tokenizers")
+    assert set(comparison.metrics) == {"exact_match", "cut_off"}
+    assert comparison.left_out == dict.fromkeys(("perplexity", "nll"), "the two have different tokenizers")
 
 
 def test_model_that_truncates_fewer_answers_is_better_when_the_difference_is_significant() -> None:
     examples = [chat(f"q {place}", "net") for place in range(20)]
     cut = [result("net", "net", end="length" if place < 15 else "stop") for place in range(20)]
     whole = [result("net", "net")] * 20
-    found = compare(examples, cut, whole, [ExactMatch()]).metrics["cut_off"]
-    assert (found.first, found.second) == (proportion(15, 20), proportion(0, 20))
-    assert (found.difference.value, found.direction) == (-0.75, Direction.BETTER)
+    truncation = compare(examples, cut, whole, [ExactMatch()]).metrics["cut_off"]
+    assert (truncation.first, truncation.second) == (proportion(15, 20), proportion(0, 20))
+    assert (truncation.difference.value, truncation.direction) == (-0.75, Direction.BETTER)
 
 
 def test_another_metric_is_primary_when_the_primary_one_is_left_out() -> None:
     examples, one, other = pairs([("net", "net", "mail", 1.0, 1.0)])
     metrics = choose_metrics(examples, MetricOptions(names=("perplexity", "length", "exact_match")))
-    found = compare(examples, one.results, other.results, metrics, no_tokens="elsewhere")
-    assert found.primary == "exact_match"
+    comparison = compare(examples, one.results, other.results, metrics, no_tokens="elsewhere")
+    assert comparison.primary == "exact_match"
 
 
 def test_comparison_without_any_metric_is_an_error() -> None:

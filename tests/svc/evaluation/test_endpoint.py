@@ -43,7 +43,7 @@ def yes(body: dict[str, Any]) -> httpx.Response:
 
 
 def refused_option(text: str, option: str) -> Answer:
-    """Return a provider that always rejects an option."""
+    """Return an answer that rejects every request with the option."""
     return lambda body: httpx.Response(400, text=text) if option in body else yes(body)
 
 
@@ -133,7 +133,7 @@ async def test_no_further_request_is_sent_after_a_rejection() -> None:
         asked.append(request)
         loop = asyncio.get_running_loop()
         answered = loop.create_future()
-        loop.call_later(0.001, answered.set_result, None)  # as a network does, it takes a moment
+        loop.call_later(0.001, answered.set_result, None)  # like a network, with a delay
         await answered
         return httpx.Response(401, text="no")
 

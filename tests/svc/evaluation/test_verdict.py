@@ -13,7 +13,7 @@ MARGINS = st.floats(0, 1)
 
 @st.composite
 def changed(draw: st.DrawFn, most: int = 300) -> tuple[int, int, int]:
-    """Return a change of so many lost and gained answers of all."""
+    """Draw the numbers of lost answers, gained answers and examples."""
     examples = draw(st.integers(1, most))
     lost = draw(st.integers(0, examples))
     return lost, draw(st.integers(0, examples - lost)), examples
@@ -107,7 +107,7 @@ def test_the_number_of_examples_that_would_decide_is_named_only_when_undecided_a
         assert needed is None
         return
     if needed is None:
-        assert verdict.loss.value == pytest.approx(margin, abs=1e-2)  # or more than a million would be needed
+        assert verdict.loss.value == pytest.approx(margin, abs=1e-2)  # otherwise more than a million would be needed
         return
     assert needed > counts[2]
     if needed < 10**6:

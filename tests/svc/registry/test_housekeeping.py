@@ -59,18 +59,18 @@ def run_of(registry: Registry, made: Manifest) -> Path:
 def test_run_files_of_a_removed_version_are_removed_and_their_space_is_counted(
     registry: Registry, store: Store, publish: Publish
 ) -> None:
-    made = publish()
-    run = run_of(registry, made)
-    size = made.formats[Format.MERGED].bytes
-    assert remove_version(registry, store, made.id) >= size > 0
+    manifest = publish()
+    run = run_of(registry, manifest)
+    size = manifest.formats[Format.MERGED].bytes
+    assert remove_version(registry, store, manifest.id) >= size > 0
     assert [path.name for path in run.iterdir()] == ["lock"]
 
 
 def test_weights_of_a_running_training_are_not_removed(registry: Registry, store: Store, publish: Publish) -> None:
-    made = publish()
-    run = run_of(registry, made)
+    manifest = publish()
+    run = run_of(registry, manifest)
     with hold_lock(run / "lock", "it"):
-        remove_version(registry, store, made.id)
+        remove_version(registry, store, manifest.id)
     assert list((run / "merged").iterdir())
 
 
@@ -310,13 +310,13 @@ def test_old_caches_are_removed_and_recent_ones_stay(registry: Registry, tmp_pat
 
 def test_dry_run_removes_nothing(svc: Svc, tmp_path: Path) -> None:
     old = make_run(tmp_path / ".svc", "old", 15)
-    ended = svc("gc", "--dry-run")
-    assert ended.code == 0
-    assert "nothing was deleted" in ended.out
+    result = svc("gc", "--dry-run")
+    assert result.code == 0
+    assert "nothing was deleted" in result.out
     assert old.is_dir()
     assert read_events(open_database(tmp_path / ".svc"), newest=9) == []
-    ended = svc("gc", "--json")
-    assert [Path(row["path"]).name for row in json.loads(ended.out)] == ["old"]
+    result = svc("gc", "--json")
+    assert [Path(row["path"]).name for row in json.loads(result.out)] == ["old"]
     assert not old.exists()
 
 
@@ -340,9 +340,9 @@ def test_audit_log_has_removed_versions_and_no_remaining_ones(
 
 
 def test_rm_names_the_version_that_does_not_exist(svc: Svc) -> None:
-    ended = svc("models", "rm", "nobody@1")
-    assert ended.code == NotFoundError.exit_code
-    assert "nobody@1" in ended.err
+    result = svc("models", "rm", "nobody@1")
+    assert result.code == NotFoundError.exit_code
+    assert "nobody@1" in result.err
 
 
 def test_file_of_a_finished_run_is_the_trainers() -> None:

@@ -125,8 +125,8 @@ def test_killed_publication_leaves_no_version_and_the_next_one_works(
     assert registry.versions() == []
     with pytest.raises(NotFoundError):
         registry.resolve(name)
-    made = publish()
-    assert registry.versions() == [made.id]
+    manifest = publish()
+    assert registry.versions() == [manifest.id]
 
 
 def test_number_whose_folder_exists_is_skipped(registry: Registry, publish: Publish, name: str) -> None:

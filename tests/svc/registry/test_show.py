@@ -46,21 +46,21 @@ def register(
 
 def test_checks_are_shown_with_the_path_of_the_page(svc: Svc, register: Register) -> None:
     made = register(make_parity("template"))
-    ended = svc("show", str(made.id), "--parity")
-    told = " ".join(ended.out.split())
-    assert ended.code == 0
+    result = svc("show", str(made.id), "--parity")
+    told = " ".join(result.out.split())
+    assert result.code == 0
     assert "template failed <other> the base's" in told
-    assert f"models/{made.name}/{made.number}/reference/parity.html" in "".join(ended.out.split())
+    assert f"models/{made.name}/{made.number}/reference/parity.html" in "".join(result.out.split())
 
 
 def test_json_output_has_all_numbers(svc: Svc, register: Register) -> None:
     made = register(make_parity())
-    told = json.loads(svc("show", str(made.id), "--parity", "--json").out)
-    assert ParityReport.model_validate(told) == make_parity()
+    output = json.loads(svc("show", str(made.id), "--parity", "--json").out)
+    assert ParityReport.model_validate(output) == make_parity()
 
 
 def test_version_of_an_older_release_has_no_report(svc: Svc, register: Register) -> None:
     made = register(None)
-    ended = svc("show", str(made.id), "--parity")
-    assert ended.code == NotFoundError.exit_code
-    assert "has no parity report" in ended.err
+    result = svc("show", str(made.id), "--parity")
+    assert result.code == NotFoundError.exit_code
+    assert "has no parity report" in result.err

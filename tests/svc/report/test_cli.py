@@ -23,9 +23,9 @@ def version(versions: JudgedVersions, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_page_is_written_to_the_working_folder_and_its_path_is_printed(svc: Svc, version: str, tmp_path: Path) -> None:
-    ended = svc("report", version)
+    result = svc("report", version)
     path = tmp_path / f"{version.replace('@', '-')}.html"
-    assert (ended.code, ended.out) == (0, f"{path}\n")
+    assert (result.code, result.out) == (0, f"{path}\n")
     assert f"<title>{version}</title>" in path.read_text("utf-8")
 
 
@@ -39,24 +39,24 @@ def test_name_alone_means_its_newest_version(svc: Svc, version: str) -> None:
 
 
 def test_json_output_has_the_path_and_all_figures(svc: Svc, version: str, tmp_path: Path) -> None:
-    told = json.loads(svc("report", version, "--json").out)
-    assert told["path"] == str(tmp_path / f"{version.replace('@', '-')}.html")
-    assert told["version"] == version
-    assert told["metrics"]["accuracy"]["estimates"]["merged"]["value"] == pytest.approx(50 / 60)
-    assert told["metrics"]["accuracy"]["changes"]["merged"]["value"] == pytest.approx(41 / 60)
-    assert told["verdicts"][0]["outcome"] == "better"
-    assert len(told["side_by_side"]) == 20
+    output = json.loads(svc("report", version, "--json").out)
+    assert output["path"] == str(tmp_path / f"{version.replace('@', '-')}.html")
+    assert output["version"] == version
+    assert output["metrics"]["accuracy"]["estimates"]["merged"]["value"] == pytest.approx(50 / 60)
+    assert output["metrics"]["accuracy"]["changes"]["merged"]["value"] == pytest.approx(41 / 60)
+    assert output["verdicts"][0]["outcome"] == "better"
+    assert len(output["side_by_side"]) == 20
 
 
 def test_missing_output_folder_is_an_error_without_a_traceback(svc: Svc, version: str) -> None:
-    ended = svc("report", version, "--output", "nowhere/page.html")
-    assert ended.code == 2
-    assert "nowhere" in ended.err
+    result = svc("report", version, "--output", "nowhere/page.html")
+    assert result.code == 2
+    assert "nowhere" in result.err
 
 
 def test_missing_version_is_not_found(svc: Svc, version: str, tmp_path: Path) -> None:
-    ended = svc("report", version.replace("@1", "@7"))
-    assert ended.code == NotFoundError.exit_code
+    result = svc("report", version.replace("@1", "@7"))
+    assert result.code == NotFoundError.exit_code
     assert list(tmp_path.glob("*.html")) == []
 
 

@@ -21,34 +21,34 @@ def matrix(pairs: list[tuple[str, str]]) -> ConfusionMatrix | None:
 @given(st.lists(st.tuples(st.sampled_from(LABELS), st.sampled_from(LABELS)), min_size=6))
 def test_confusion_matrix_equals_that_of_scikit_learn(pairs: list[tuple[str, str]]) -> None:
     pairs += [(label, label) for label in LABELS]
-    found = matrix(pairs)
-    assert found is not None
-    assert (found.labels, found.given) == (LABELS, LABELS)
+    confusion = matrix(pairs)
+    assert confusion is not None
+    assert (confusion.labels, confusion.given) == (LABELS, LABELS)
     wanted = of_sklearn([one for one, _ in pairs], [other for _, other in pairs], labels=LABELS)
-    assert [list(row) for row in found.counts] == wanted.tolist()
+    assert [list(row) for row in confusion.counts] == wanted.tolist()
 
 
 def test_answers_that_are_not_labels_have_their_own_column() -> None:
-    found = matrix([("net", "net"), ("net", "I do not know"), ("games", "games"), ("games", "net")] * 2)
-    assert found is not None
-    assert found.given == ("games", "net", "(no label)")
-    assert found.counts == ((2, 2, 0), (0, 2, 2))
+    confusion = matrix([("net", "net"), ("net", "I do not know"), ("games", "games"), ("games", "net")] * 2)
+    assert confusion is not None
+    assert confusion.given == ("games", "net", "(no label)")
+    assert confusion.counts == ((2, 2, 0), (0, 2, 2))
 
 
 def test_case_and_format_of_a_label_do_not_matter() -> None:
-    found = matrix([("net", '{"section": "Net"}'), ("net", "NET "), ("games", "games"), ("games", "Games")])
-    assert found is not None
-    assert found.counts == ((2, 0), (0, 2))
+    confusion = matrix([("net", '{"section": "Net"}'), ("net", "NET "), ("games", "games"), ("games", "Games")])
+    assert confusion is not None
+    assert confusion.counts == ((2, 0), (0, 2))
 
 
 def test_rare_labels_are_combined_when_there_are_many() -> None:
     pairs = [(f"label {place:02}", f"label {place:02}") for place in range(30) for _ in range(2 + (place < 25))]
-    found = matrix(pairs)
-    assert found is not None
-    assert len(found.labels) == 26
-    assert found.labels[-1] == "(other labels)"
-    assert found.counts[-1][-1] == 10
-    assert sum(map(sum, found.counts)) == len(pairs)
+    confusion = matrix(pairs)
+    assert confusion is not None
+    assert len(confusion.labels) == 26
+    assert confusion.labels[-1] == "(other labels)"
+    assert confusion.counts[-1][-1] == 10
+    assert sum(map(sum, confusion.counts)) == len(pairs)
 
 
 @pytest.mark.parametrize("pairs", [[], [(f"a long answer, number {place}", "a") for place in range(9)]])

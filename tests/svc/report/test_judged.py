@@ -41,38 +41,38 @@ def right(examples: Sequence[ChatExample], count: int) -> list[str]:
     [(10, 50, Direction.BETTER), (50, 10, Direction.WORSE), (30, 31, Direction.UNDECIDED)],
 )
 def test_verdict_follows_from_the_interval_of_the_change(base: int, merged: int, outcome: Direction) -> None:
-    found = judged(LABELS, {BASE: right(LABELS, base), "merged": right(LABELS, merged)})
-    [verdict] = found.verdicts
+    comparison = judged(LABELS, {BASE: right(LABELS, base), "merged": right(LABELS, merged)})
+    [verdict] = comparison.verdicts
     assert (verdict.model, verdict.other, verdict.outcome) == ("merged", BASE, outcome)
     assert verdict.change is not None
     assert verdict.change.value == pytest.approx((merged - base) / 60)
 
 
 def test_gptq_is_compared_with_the_base_and_with_merged() -> None:
-    found = judged(LABELS, {BASE: right(LABELS, 5), "merged": right(LABELS, 50), "gptq": right(LABELS, 49)})
-    pairs = [(verdict.model, verdict.other) for verdict in found.verdicts]
+    comparison = judged(LABELS, {BASE: right(LABELS, 5), "merged": right(LABELS, 50), "gptq": right(LABELS, 49)})
+    pairs = [(verdict.model, verdict.other) for verdict in comparison.verdicts]
     assert pairs == [("merged", BASE), ("gptq", BASE), ("gptq", "merged")]
 
 
 def test_primary_metric_decides_and_comes_first() -> None:
-    found = judged(TEXTS, {BASE: right(TEXTS, 0), "merged": right(TEXTS, 20)})
-    assert found.rows[0].name == "rouge_l"
-    assert found.rows[-1].name == "nll"
+    comparison = judged(TEXTS, {BASE: right(TEXTS, 0), "merged": right(TEXTS, 20)})
+    assert comparison.rows[0].name == "rouge_l"
+    assert comparison.rows[-1].name == "nll"
 
 
 def test_every_metric_has_its_paired_change() -> None:
-    found = judged(LABELS, {BASE: right(LABELS, 10), "merged": right(LABELS, 40)})
-    changes = {row.name: row.changes["merged"].value for row in found.rows}
+    comparison = judged(LABELS, {BASE: right(LABELS, 10), "merged": right(LABELS, 40)})
+    changes = {row.name: row.changes["merged"].value for row in comparison.rows}
     assert set(changes) == {"accuracy", "macro_f1", "exact_match", "perplexity", "length", "cut_off", "nll"}
-    for row in found.rows:
+    for row in comparison.rows:
         difference = row.estimates["merged"].value - row.estimates[BASE].value
         assert changes[row.name] == pytest.approx(difference, abs=1e-9)
 
 
 @pytest.mark.parametrize(("base", "outcome"), [(0, Direction.BETTER), (20, Direction.UNDECIDED)])
 def test_intervals_must_not_overlap_when_paired_changes_are_unknown(base: int, outcome: Direction) -> None:
-    found = judged(LABELS, {BASE: right(LABELS, base), "merged": right(LABELS, 24)}, kept=["merged"])
-    [verdict] = found.verdicts
+    comparison = judged(LABELS, {BASE: right(LABELS, base), "merged": right(LABELS, 24)}, kept=["merged"])
+    [verdict] = comparison.verdicts
     assert (verdict.outcome, verdict.change) == (outcome, None)
 
 
@@ -81,8 +81,8 @@ def test_gptq_represents_a_version_without_merged() -> None:
 
 
 def test_version_that_was_not_evaluated_has_no_verdicts() -> None:
-    found = Judged([], {}, {})
-    assert (found.tuned, found.rows, found.verdicts) == (None, (), ())
+    comparison = Judged([], {}, {})
+    assert (comparison.tuned, comparison.rows, comparison.verdicts) == (None, (), ())
 
 
 def test_lower_value_is_better_when_the_metric_says_so() -> None:
@@ -98,6 +98,6 @@ def test_lower_value_is_better_when_the_metric_says_so() -> None:
 def test_change_of_macro_f1_is_that_of_its_metric() -> None:
     from svc.evaluation.metrics.labels import MacroF1
 
-    found = judged(LABELS, {BASE: right(LABELS, 10), "merged": right(LABELS, 40)})
-    before, after = (Answered(LABELS, found.results[model]) for model in (BASE, "merged"))
-    assert found.change("macro_f1", BASE, "merged") == MacroF1().difference(before, after)
+    comparison = judged(LABELS, {BASE: right(LABELS, 10), "merged": right(LABELS, 40)})
+    before, after = (Answered(LABELS, comparison.results[model]) for model in (BASE, "merged"))
+    assert comparison.change("macro_f1", BASE, "merged") == MacroF1().difference(before, after)

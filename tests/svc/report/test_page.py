@@ -114,17 +114,19 @@ def page(versions: JudgedVersions) -> str:
 
 
 def test_page_is_well_formed_and_every_link_has_a_target(page: str) -> None:
-    found = Page(page)
-    assert found.open == []
-    assert max(found.ids.values()) == 1
-    links = {value for _, name, value in found.attributes if name in ("href", "xlink:href")}
-    assert links <= {f"#{name}" for name in found.ids}
+    parsed = Page(page)
+    assert parsed.open == []
+    assert max(parsed.ids.values()) == 1
+    links = {value for _, name, value in parsed.attributes if name in ("href", "xlink:href")}
+    assert links <= {f"#{name}" for name in parsed.ids}
 
 
 def test_page_loads_nothing_and_runs_nothing(page: str) -> None:
-    found = Page(page)
-    assert not found.tags.keys() & {"script", "iframe", "object", "embed", "link", "img", "form", "base"}
-    assert not [name for _, name, _ in found.attributes if name.startswith("on") or name in ("src", "srcset", "action")]
+    parsed = Page(page)
+    assert not parsed.tags.keys() & {"script", "iframe", "object", "embed", "link", "img", "form", "base"}
+    assert not [
+        name for _, name, _ in parsed.attributes if name.startswith("on") or name in ("src", "srcset", "action")
+    ]
     assert not re.findall(r"@import|url\((?!#)|https?://(?!www\.w3\.org/)", page)
     [policy] = re.findall(r'Content-Security-Policy" content="([^"]*)"', page)
     assert policy.startswith("default-src 'none'; style-src 'unsafe-inline'; img-src data:")
@@ -146,12 +148,14 @@ def test_text_of_a_model_or_a_user_is_escaped(versions: JudgedVersions, attack: 
     label = attack[:40]
     examples = [chat(f"{attack} {place}", (label, "net")[place % 2]) for place in range(20)]
     answers = {BASE: [attack] * 20, "merged": [attack] * 10 + ["net"] * 10}
-    made = versions.publish(examples, answers, failed=(attack,), recipe={"name": attack}, libraries={attack: attack})
+    manifest = versions.publish(
+        examples, answers, failed=(attack,), recipe={"name": attack}, libraries={attack: attack}
+    )
     plain = versions.publish(LABELS[:20], {BASE: ["net"] * 20, "merged": ["x"] * 20}, failed=("x",))
-    found, other = Page(page_of(versions, made)), Page(page_of(versions, plain))
+    found, other = Page(page_of(versions, manifest)), Page(page_of(versions, plain))
     assert found.open == []
     assert attack in found.text
-    assert found.tags.keys() <= other.tags.keys(), "an attack made elements"
+    assert found.tags.keys() <= other.tags.keys(), "an attack manifest elements"
     assert not [name for _, name, _ in found.attributes if name.startswith("on")]
 
 
@@ -175,14 +179,14 @@ def test_empty_and_blank_answers_are_marked(versions: JudgedVersions) -> None:
 
 
 def test_page_has_the_same_bytes_when_it_is_written_again(versions: JudgedVersions) -> None:
-    made = versions.publish(LABELS, ANSWERS)
-    assert page_of(versions, made) == page_of(versions, made)
+    manifest = versions.publish(LABELS, ANSWERS)
+    assert page_of(versions, manifest) == page_of(versions, manifest)
 
 
 def test_sections_are_in_the_order_of_interest(versions: JudgedVersions) -> None:
     answers = {BASE: right(LABELS, 10), "merged": ["x", *right(LABELS, 50)[1:]]}
-    made = versions.publish(LABELS, answers, findings=(NOISE,), forgetting=FORGETTING)
-    page = page_of(versions, made)
+    manifest = versions.publish(LABELS, answers, findings=(NOISE,), forgetting=FORGETTING)
+    page = page_of(versions, manifest)
     wanted = "diagnosis metrics labels training worst lost side-by-side forgetting parity data made"
     assert re.findall(r'<section id="([^"]*)"', page) == wanted.split()
     assert "data.train: drop line 7" in section(page, "diagnosis")
@@ -201,8 +205,8 @@ def test_missing_parts_are_left_out(versions: JudgedVersions) -> None:
 
 
 def test_failed_check_is_at_the_beginning(versions: JudgedVersions) -> None:
-    made = versions.publish(LABELS, ANSWERS, failed=("gptq lost 0.1",), parity=make_parity("template"))
-    head, _, rest = page_of(versions, made).partition("<main>")
+    manifest = versions.publish(LABELS, ANSWERS, failed=("gptq lost 0.1",), parity=make_parity("template"))
+    head, _, rest = page_of(versions, manifest).partition("<main>")
     assert "failed check:</span> gptq lost 0.1" in head
     assert "parity checks passed" not in head
     assert '<span class="bad">failed</span>' in section(rest, "parity")

@@ -30,8 +30,8 @@ def test_report_contains_everything_that_the_version_has(versions: JudgedVersion
 
 
 def test_examples_are_the_evaluated_ones_when_the_evaluation_is_limited(versions: JudgedVersions) -> None:
-    made = versions.publish(LABELS, {"merged": right(LABELS, 50)}, judged=21)
-    report = gather_report(versions.registry, made.id)
+    manifest = versions.publish(LABELS, {"merged": right(LABELS, 50)}, judged=21)
+    report = gather_report(versions.registry, manifest.id)
     assert report.judged.side_by_side[-1] == 20
     assert report.heldout_labels == {"net": 20, "games": 20, "java": 20}
 
@@ -48,9 +48,9 @@ def test_missing_version_is_not_found(versions: JudgedVersions) -> None:
 
 @pytest.mark.parametrize("file", ["base.jsonl", "training.jsonl", "data_summary.json", "run.json"])
 def test_changed_file_is_rejected(versions: JudgedVersions, file: str) -> None:
-    made = versions.publish(LABELS, ANSWERS)
-    path = versions.registry.folder(made.id) / "reference" / file
+    manifest = versions.publish(LABELS, ANSWERS)
+    path = versions.registry.folder(manifest.id) / "reference" / file
     path.chmod(0o644)
     path.write_bytes(path.read_bytes() + b"\n")
     with pytest.raises(IntegrityError, match="was changed after registration"):
-        gather_report(versions.registry, made.id)
+        gather_report(versions.registry, manifest.id)

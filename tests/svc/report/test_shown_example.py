@@ -14,16 +14,16 @@ def test_worst_answers_have_the_lowest_scores() -> None:
 
 def test_least_likely_reference_is_the_worst_when_scores_are_equal() -> None:
     made = evaluation(LABELS, right(LABELS, 57), [1.0] * 58 + [3.0, 2.0])
-    found = Judged(LABELS, {"merged": made.report}, {"merged": made.results})
-    assert found.worst == (59, 60, 58)
+    comparison = Judged(LABELS, {"merged": made.report}, {"merged": made.results})
+    assert comparison.worst == (59, 60, 58)
 
 
 def test_worst_answers_have_the_highest_scores_when_lower_is_better() -> None:
-    found = judged(TEXTS, {"merged": ["x"] * len(TEXTS)})
+    comparison = judged(TEXTS, {"merged": ["x"] * len(TEXTS)})
     results = [
-        one.model_copy(update={"scores": {"rouge_l": float(at)}}) for at, one in enumerate(found.results["merged"])
+        one.model_copy(update={"scores": {"rouge_l": float(at)}}) for at, one in enumerate(comparison.results["merged"])
     ]
-    report = found.evaluations["merged"]
+    report = comparison.evaluations["merged"]
     lower = report.metrics["rouge_l"].model_copy(update={"better": Better.LOWER})
     report = report.model_copy(update={"metrics": report.metrics | {"rouge_l": lower}})
     assert Judged(TEXTS, {"merged": report}, {"merged": results}).worst[:2] == (30, 29)
@@ -40,8 +40,8 @@ def test_lost_answers_are_those_that_only_the_base_has_right() -> None:
 
 
 def test_no_answer_is_lost_when_the_base_has_no_answers() -> None:
-    found = judged(LABELS, {BASE: right(LABELS, 60), "merged": right(LABELS, 0)}, kept=["merged"])
-    assert found.lost == ()
+    comparison = judged(LABELS, {BASE: right(LABELS, 60), "merged": right(LABELS, 0)}, kept=["merged"])
+    assert comparison.lost == ()
 
 
 def test_twenty_examples_are_evenly_spaced_whatever_the_answers() -> None:

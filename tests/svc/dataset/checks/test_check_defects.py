@@ -256,7 +256,7 @@ def test_fields_have_the_names_of_the_file(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_many_problems_are_returned_completely_and_in_order(tmp_path: Path) -> None:
     rows = good_rows(Format.CHAT, random.Random(1), 3)
-    rows[0] = put(rows[0], TEXT[Format.CHAT][1], text(random.Random(1), 40))  # too long for a label, though so frequent
+    rows[0] = put(rows[0], TEXT[Format.CHAT][1], text(random.Random(1), 40))  # too long for a label, although frequent
     good = [encode(value) for value in rows]
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\n".join([*good, *([b"{", good[0]] * 5_000)]))

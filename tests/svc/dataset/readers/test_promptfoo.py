@@ -32,7 +32,7 @@ def test_every_test_with_every_prompt_is_an_example(tmp_path: Path) -> None:
     read = lines(tmp_path, SUITE)
     assert [line.number for line in read] == [8, 8, 12, 12]
     assert [(line.example.question, line.example.answer) for line in read if line.example] == [
-        ("Which colour has {{ grass }}?", "green"),  # what a variable holds is no template
+        ("Which colour has {{ grass }}?", "green"),  # the value of a variable is not a template
         ("{{ grass }}?", "green"),
         ("Which colour has snow?", "white"),
         ("snow?", "white"),

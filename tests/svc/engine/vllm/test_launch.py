@@ -186,7 +186,7 @@ def test_environment_allows_reloads_and_disables_the_network(tmp_path: Path, mon
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     variables = environment(spec(tmp_path))
     assert variables["VLLM_SERVER_DEV_MODE"] == "1"
-    assert variables["VLLM_RPC_BASE_PATH"] == str(tmp_path / "run")  # and not where all users write
+    assert variables["VLLM_RPC_BASE_PATH"] == str(tmp_path / "run")  # instead of a folder that all users can write
     assert variables["HF_HUB_OFFLINE"] == "1"
     assert variables["VLLM_NO_USAGE_STATS"] == "1"
     assert "HF_TOKEN" not in variables
@@ -243,7 +243,7 @@ def test_older_vllm_is_started_by_its_older_entry_point(tmp_path: Path, monkeypa
     (tmp_path / "vllm").mkdir()
     (tmp_path / "vllm" / "__init__.py").touch()
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "vllm", raising=False)  # another test may have imported the real one
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)  # another test may have imported the real module
     entry_module.cache_clear()
     try:
         assert entry_module() == "vllm.entrypoints.openai.api_server"
@@ -291,7 +291,7 @@ def test_launch_digest_depends_on_how_the_engine_computes(tmp_path: Path) -> Non
 def test_launch_digest_depends_on_the_limit_of_the_instruction_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)  # whoever runs the tests may be limited
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)  # the environment of the tests may set it
     free = launch_digest(spec(tmp_path))
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
     assert launch_digest(spec(tmp_path)) != free

@@ -54,12 +54,12 @@ def origin_and_value(plan: EnginePlan, name: str) -> tuple[Origin, object]:
 
 
 def test_model_and_scheduler_share_a_process_with_as_many_threads_as_cores() -> None:
-    made = plan(machine=replace(HOST, cores=(2, 5)))
-    assert made["distributed_executor_backend"].origin is Origin.MACHINE
-    assert made.arguments[made.arguments.index("--distributed-executor-backend") + 1].endswith(".UniProcExecutor")
-    assert origin_and_value(made, "threads") == (Origin.MACHINE, 2)
-    assert made.variables["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
-    assert made.variables["OMP_NUM_THREADS"] == "2"
+    chosen = plan(machine=replace(HOST, cores=(2, 5)))
+    assert chosen["distributed_executor_backend"].origin is Origin.MACHINE
+    assert chosen.arguments[chosen.arguments.index("--distributed-executor-backend") + 1].endswith(".UniProcExecutor")
+    assert origin_and_value(chosen, "threads") == (Origin.MACHINE, 2)
+    assert chosen.variables["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    assert chosen.variables["OMP_NUM_THREADS"] == "2"
 
 
 APART = [
@@ -75,12 +75,12 @@ APART = [
 def test_model_threads_are_bound_to_all_cores_when_the_model_has_its_own_process(
     settings: dict[str, Any], machine: dict[str, Any], origin: Origin
 ) -> None:
-    made = plan(machine=replace(HOST, cores=(2, 5), **machine), **settings)
-    assert made["distributed_executor_backend"].origin is origin
-    assert "--distributed-executor-backend" not in made.arguments
-    assert origin_and_value(made, "threads") == (Origin.MACHINE, 2)
-    assert made.variables["VLLM_CPU_OMP_THREADS_BIND"] == "2,5"
-    assert "OMP_NUM_THREADS" not in made.variables
+    chosen = plan(machine=replace(HOST, cores=(2, 5), **machine), **settings)
+    assert chosen["distributed_executor_backend"].origin is origin
+    assert "--distributed-executor-backend" not in chosen.arguments
+    assert origin_and_value(chosen, "threads") == (Origin.MACHINE, 2)
+    assert chosen.variables["VLLM_CPU_OMP_THREADS_BIND"] == "2,5"
+    assert "OMP_NUM_THREADS" not in chosen.variables
 
 
 def test_gpu_uses_vllms_own_executor() -> None:
@@ -89,9 +89,9 @@ def test_gpu_uses_vllms_own_executor() -> None:
 
 @pytest.mark.parametrize(("quota", "threads"), [(2.0, "2"), (2.9, "2"), (0.5, "1"), (1.0, "1")])
 def test_threads_are_few_and_unbound_when_there_is_a_quota(quota: float, threads: str) -> None:
-    made = plan(machine=replace(HOST, cores=tuple(range(64)), quota=quota))
-    assert made.variables["OMP_NUM_THREADS"] == threads
-    assert made.variables["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    chosen = plan(machine=replace(HOST, cores=tuple(range(64)), quota=quota))
+    assert chosen.variables["OMP_NUM_THREADS"] == threads
+    assert chosen.variables["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
 
 
 @pytest.mark.parametrize(("engines", "threads"), [(1, "8"), (2, "4"), (3, "2"), (9, "1")])
@@ -100,7 +100,7 @@ def test_engines_share_the_cores(engines: int, threads: str, nodes: int) -> None
     variables = plan(machine=replace(HOST, nodes=nodes), engines=engines).variables
     bound = variables["VLLM_CPU_OMP_THREADS_BIND"]
     assert variables.get("OMP_NUM_THREADS", str(len(bound.split(",")))) == threads
-    # Bound to cores by number they would all have the same ones.
+    # If they were bound to cores by number, all would use the same cores.
     assert engines == 1 or bound == "nobind"
 
 
@@ -109,9 +109,9 @@ def test_engines_share_a_quota() -> None:
 
 
 def test_setting_for_cores_overrides_the_share() -> None:
-    made = plan(cores=6, engines=2)
-    assert origin_and_value(made, "threads") == (Origin.SETTING, 6)
-    assert made.variables["OMP_NUM_THREADS"] == "6"
+    chosen = plan(cores=6, engines=2)
+    assert origin_and_value(chosen, "threads") == (Origin.SETTING, 6)
+    assert chosen.variables["OMP_NUM_THREADS"] == "6"
 
 
 @pytest.mark.parametrize(("quota", "most"), [(None, 8), (3.5, 3)])
@@ -125,21 +125,21 @@ def test_quota_above_the_cores_changes_nothing() -> None:
 
 
 def test_vllms_own_variable_for_threads_is_unchanged() -> None:
-    made = plan(machine=replace(HOST, threads_bind="0-3"))
-    assert origin_and_value(made, "threads") == (Origin.ENVIRONMENT, "0-3")
-    assert made.variables["VLLM_CPU_OMP_THREADS_BIND"] == "0-3"
+    chosen = plan(machine=replace(HOST, threads_bind="0-3"))
+    assert origin_and_value(chosen, "threads") == (Origin.ENVIRONMENT, "0-3")
+    assert chosen.variables["VLLM_CPU_OMP_THREADS_BIND"] == "0-3"
 
 
 def test_several_ranks_on_a_cpu_are_bound_by_vllm() -> None:
-    made = plan(tensor_parallel=2)
-    assert made["threads"].origin is Origin.VLLM
-    assert "VLLM_CPU_OMP_THREADS_BIND" not in made.variables
+    chosen = plan(tensor_parallel=2)
+    assert chosen["threads"].origin is Origin.VLLM
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in chosen.variables
 
 
 def test_cache_has_the_size_that_the_longest_sequences_can_use() -> None:
-    made = plan(max_model_len=2048, max_concurrency=10)
-    assert origin_and_value(made, "kv_cache_memory_bytes") == (Origin.MODEL, 11 * 2048 * 23_040)
-    assert "10 sequences of 2048 tokens" in made["kv_cache_memory_bytes"].reason
+    chosen = plan(max_model_len=2048, max_concurrency=10)
+    assert origin_and_value(chosen, "kv_cache_memory_bytes") == (Origin.MODEL, 11 * 2048 * 23_040)
+    assert "10 sequences of 2048 tokens" in chosen["kv_cache_memory_bytes"].reason
 
 
 def test_sequence_uses_complete_blocks() -> None:
@@ -147,14 +147,14 @@ def test_sequence_uses_complete_blocks() -> None:
 
 
 def test_cache_is_at_most_half_of_the_free_memory_without_the_weights() -> None:
-    made = plan(machine=replace(HOST, free=2 * GIB + GIB // 4))
-    assert origin_and_value(made, "kv_cache_memory_bytes") == (Origin.MACHINE, GIB)
-    assert made["kv_cache_memory_bytes"].reason == "1.0 GiB: half of 2.0 GiB free after the weights"
+    chosen = plan(machine=replace(HOST, free=2 * GIB + GIB // 4))
+    assert origin_and_value(chosen, "kv_cache_memory_bytes") == (Origin.MACHINE, GIB)
+    assert chosen["kv_cache_memory_bytes"].reason == "1.0 GiB: half of 2.0 GiB free after the weights"
 
 
 def test_cache_for_one_sequence_is_attempted_when_little_memory_is_free() -> None:
-    made = plan(machine=replace(HOST, free=0))
-    assert made["kv_cache_memory_bytes"].value == 2048 * 23_040
+    chosen = plan(machine=replace(HOST, free=0))
+    assert chosen["kv_cache_memory_bytes"].value == 2048 * 23_040
 
 
 def test_cache_has_a_few_gib_when_the_memory_per_token_is_unknown() -> None:
@@ -166,8 +166,8 @@ def test_setting_for_the_cache_overrides_the_computed_size() -> None:
 
 
 def test_arguments_change_the_computed_size_of_the_cache() -> None:
-    made = plan(args=("--max-model-len", "1024", "--max-num-seqs=1", "--block-size", "16"))
-    assert made["kv_cache_memory_bytes"].value == 2 * 1024 * 23_040
+    chosen = plan(args=("--max-model-len", "1024", "--max-num-seqs=1", "--block-size", "16"))
+    assert chosen["kv_cache_memory_bytes"].value == 2 * 1024 * 23_040
 
 
 def test_float32_needs_twice_the_cache() -> None:
@@ -177,9 +177,9 @@ def test_float32_needs_twice_the_cache() -> None:
 
 
 def test_memory_share_in_the_arguments_is_not_overridden_by_a_size() -> None:
-    made = plan(args=("--gpu-memory-utilization", "0.4"), kv_cache_gib=2)
-    assert made["kv_cache_memory_bytes"].origin is Origin.ARGS
-    assert "--kv-cache-memory-bytes" not in made.arguments
+    chosen = plan(args=("--gpu-memory-utilization", "0.4"), kv_cache_gib=2)
+    assert chosen["kv_cache_memory_bytes"].origin is Origin.ARGS
+    assert "--kv-cache-memory-bytes" not in chosen.arguments
 
 
 def test_context_beyond_the_models_is_limited() -> None:
@@ -243,21 +243,21 @@ def test_setting_for_gpu_memory_overrides_the_computed_share() -> None:
 
 
 def test_gpus_that_cannot_be_seen_are_left_to_vllm() -> None:
-    made = plan(GPU)
-    assert made["gpu_memory_utilization"].origin is Origin.VLLM
-    assert "--gpu-memory-utilization" not in made.arguments
+    chosen = plan(GPU)
+    assert chosen["gpu_memory_utilization"].origin is Origin.VLLM
+    assert "--gpu-memory-utilization" not in chosen.arguments
 
 
 @pytest.mark.parametrize("name", ["enable_prefix_caching", "enable_chunked_prefill"])
 def test_values_that_vllm_decides_well_are_shown_and_not_passed(name: str) -> None:
-    made = plan(GPU, gpus(1))
-    assert made[name].origin is Origin.VLLM
-    assert made[name].arguments == ()
+    chosen = plan(GPU, gpus(1))
+    assert chosen[name].origin is Origin.VLLM
+    assert chosen[name].arguments == ()
 
 
 def test_flag_in_the_arguments_is_shown() -> None:
-    made = plan(args=("--no-enable-prefix-caching",))
-    assert origin_and_value(made, "enable_prefix_caching") == (Origin.ARGS, False)
+    chosen = plan(args=("--no-enable-prefix-caching",))
+    assert origin_and_value(chosen, "enable_prefix_caching") == (Origin.ARGS, False)
 
 
 @pytest.mark.parametrize(
@@ -265,10 +265,10 @@ def test_flag_in_the_arguments_is_shown() -> None:
     [(("--enforce-eager",), True), (("--no-enforce-eager",), False), (("--no_enforce_eager",), False)],
 )
 def test_arguments_decide_on_compilation(args: tuple[str, ...], value: bool) -> None:
-    made = plan(args=args)
-    assert origin_and_value(made, "enforce_eager") == (Origin.ARGS, value)
-    assert ("TORCHDYNAMO_DISABLE" in made.variables) is value
-    assert "--enforce-eager" not in made.arguments
+    chosen = plan(args=args)
+    assert origin_and_value(chosen, "enforce_eager") == (Origin.ARGS, value)
+    assert ("TORCHDYNAMO_DISABLE" in chosen.variables) is value
+    assert "--enforce-eager" not in chosen.arguments
 
 
 def test_compiled_kernels_are_stored_in_the_home() -> None:
@@ -366,11 +366,11 @@ def test_no_argument_is_passed_twice_and_each_is_shown_as_given(
 ) -> None:
     names = {name: f"--{name[2:].replace('-', '_')}" if underscores else name for name in options}
     args = tuple(f"{spelled}={OPTIONS[name]}" for name, spelled in names.items())
-    made = plan(device, machine, model, args)
-    passed = [argument for argument in made.arguments if argument.startswith("--")]
+    chosen = plan(device, machine, model, args)
+    passed = [argument for argument in chosen.arguments if argument.startswith("--")]
     assert len(passed) == len(set(passed))
     assert not set(passed) & options
-    shown = {f"--{choice.name.replace('_', '-')}": choice.origin for choice in made.choices}
+    shown = {f"--{choice.name.replace('_', '-')}": choice.origin for choice in chosen.choices}
     assert all(shown[name] is Origin.ARGS for name in options & set(shown))
 
 
@@ -385,9 +385,9 @@ GPTQ = replace(MODEL, quantization="gptq", group_size=64)
 
 @pytest.mark.parametrize("able", [AVX2, AVX512_ALONE])
 def test_merged_weights_are_served_in_float32_when_16_bits_are_slow(able: DeviceCapabilities) -> None:
-    made = plan(capabilities=able)
-    assert origin_and_value(made, "dtype") == (Origin.MACHINE, "float32")
-    assert made.arguments[made.arguments.index("--dtype") + 1] == "float32"
+    chosen = plan(capabilities=able)
+    assert origin_and_value(chosen, "dtype") == (Origin.MACHINE, "float32")
+    assert chosen.arguments[chosen.arguments.index("--dtype") + 1] == "float32"
 
 
 def test_float32_needs_twice_the_memory() -> None:
@@ -404,36 +404,36 @@ def test_weights_stored_in_float32_are_no_larger_in_memory() -> None:
 
 
 def test_gptq_is_served_by_pytorchs_kernel_in_bfloat16_when_vllm_has_none() -> None:
-    made = plan(model=replace(GPTQ, dtype="float16"), capabilities=AVX2)
-    assert origin_and_value(made, "gptq_kernel") == (Origin.MACHINE, "torch")
-    assert origin_and_value(made, "dtype") == (Origin.MACHINE, "bfloat16")
-    assert made.variables[INT4_LINEAR_VARIABLE] == "1"
-    assert made.variables["VLLM_DISABLED_KERNELS"] == "CPUWNA16LinearKernel,ZentorchWNA16LinearKernel"
+    chosen = plan(model=replace(GPTQ, dtype="float16"), capabilities=AVX2)
+    assert origin_and_value(chosen, "gptq_kernel") == (Origin.MACHINE, "torch")
+    assert origin_and_value(chosen, "dtype") == (Origin.MACHINE, "bfloat16")
+    assert chosen.variables[INT4_LINEAR_VARIABLE] == "1"
+    assert chosen.variables["VLLM_DISABLED_KERNELS"] == "CPUWNA16LinearKernel,ZentorchWNA16LinearKernel"
 
 
 @pytest.mark.parametrize(("device", "capabilities"), [(CPU, AVX512), (GPU, HOPPER)])
 def test_nothing_is_added_when_vllm_has_a_kernel(device: Device, capabilities: DeviceCapabilities) -> None:
-    made = plan(device, model=GPTQ, capabilities=capabilities)
-    assert origin_and_value(made, "gptq_kernel") == (Origin.MACHINE, "vllm")
-    assert origin_and_value(made, "dtype") == (Origin.MODEL, "bfloat16")
-    assert not {INT4_LINEAR_VARIABLE, "VLLM_DISABLED_KERNELS"} & set(made.variables)
-    assert "--dtype" not in made.arguments
+    chosen = plan(device, model=GPTQ, capabilities=capabilities)
+    assert origin_and_value(chosen, "gptq_kernel") == (Origin.MACHINE, "vllm")
+    assert origin_and_value(chosen, "dtype") == (Origin.MODEL, "bfloat16")
+    assert not {INT4_LINEAR_VARIABLE, "VLLM_DISABLED_KERNELS"} & set(chosen.variables)
+    assert "--dtype" not in chosen.arguments
 
 
 def test_setting_selects_pytorchs_kernel_when_vllm_has_one_too() -> None:
-    made = plan(model=GPTQ, gptq_kernel="torch")
-    assert origin_and_value(made, "gptq_kernel") == (Origin.SETTING, "torch")
-    assert made.variables[INT4_LINEAR_VARIABLE] == "1"
+    chosen = plan(model=GPTQ, gptq_kernel="torch")
+    assert origin_and_value(chosen, "gptq_kernel") == (Origin.SETTING, "torch")
+    assert chosen.variables[INT4_LINEAR_VARIABLE] == "1"
 
 
 def test_model_that_is_not_quantized_needs_no_gptq_kernel() -> None:
-    made = plan(capabilities=AVX2, gptq_kernel="vllm")
-    assert "gptq_kernel" not in [choice.name for choice in made.choices]
+    chosen = plan(capabilities=AVX2, gptq_kernel="vllm")
+    assert "gptq_kernel" not in [choice.name for choice in chosen.choices]
 
 
 def test_setting_decides_on_the_number_type() -> None:
-    made = plan(capabilities=AVX2, args=("--dtype", "bfloat16"))
-    assert origin_and_value(made, "dtype") == (Origin.ARGS, "bfloat16")
+    chosen = plan(capabilities=AVX2, args=("--dtype", "bfloat16"))
+    assert origin_and_value(chosen, "dtype") == (Origin.ARGS, "bfloat16")
 
 
 @pytest.mark.parametrize(

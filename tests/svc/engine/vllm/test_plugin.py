@@ -45,7 +45,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def logged(name: str) -> str:
     """Return the log output of an error."""
     written = io.StringIO()
-    logger = logging.Logger(name)  # of nobody else, who may have silenced it
+    logger = logging.Logger(name)  # not shared, because other tests may have silenced it
     logger.addHandler(logging.StreamHandler(written))
     text = "my SECRET"
     try:

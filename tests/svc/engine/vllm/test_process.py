@@ -292,7 +292,7 @@ async def test_start_that_is_cancelled_while_its_process_is_created_leaves_nothi
     engine = engine_in("hang")
     start = asyncio.create_task(engine.start())
     await asyncio.to_thread(begun.wait)
-    for _ in range(3):  # as a server that is told again and again
+    for _ in range(3):  # like a server that gets repeated signals
         start.cancel()
         await asyncio.sleep(0.01)
     with pytest.raises(asyncio.CancelledError):
@@ -320,7 +320,7 @@ async def test_no_step_of_the_life_cycle_blocks_the_event_loop(engine_in: Start)
 
 
 async def test_no_step_of_the_life_cycle_computes_for_long_in_the_event_loop(engine_in: Start) -> None:
-    await whole_life(engine_in)  # what is imported at its first use is imported
+    await whole_life(engine_in)  # modules that are imported at first use are loaded
     with watched_loop() as watch:
         await whole_life(engine_in)
     assert watch.slow == []

@@ -56,9 +56,10 @@ def test_figure_without_data_is_none() -> None:
 
 
 def test_description_of_the_curve_has_its_first_and_last_values() -> None:
-    said = label_of(plot_loss(curve()))
+    description = label_of(plot_loss(curve()))
     assert re.fullmatch(
-        r"training loss from 2\.\d+ to 0\.\d+ in 80 steps; held-out loss from 2\.900 to 0\.503, lowest 0\.503", said
+        r"training loss from 2\.\d+ to 0\.\d+ in 80 steps; held-out loss from 2\.900 to 0\.503, lowest 0\.503",
+        description,
     )
     assert label_of(plot_learning_rate(curve())) == "learning rate, 0.00049 at most"
 
@@ -82,9 +83,9 @@ def test_exploded_loss_is_drawn_on_a_logarithmic_axis(exploded: bool) -> None:
 
 
 def test_description_of_lengths_has_prompts_and_answers() -> None:
-    said = label_of(plot_lengths(summarize_data([chat("x" * 100, "y" * 7)] * 3, [])))
-    assert said.startswith("prompts: half have at most 100 characters")
-    assert "answers: half have at most 7 characters" in said
+    description = label_of(plot_lengths(summarize_data([chat("x" * 100, "y" * 7)] * 3, [])))
+    assert description.startswith("prompts: half have at most 100 characters")
+    assert "answers: half have at most 7 characters" in description
 
 
 def test_description_of_labels_has_training_and_held_out_counts() -> None:
