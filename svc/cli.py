@@ -31,14 +31,14 @@ COMMANDS = {
     "remove": ("serving.cli:remove", "Remove a model from the running server."),
     "promote": ("serving.cli:promote", "Put another version into production."),
     "rollback": ("serving.cli:rollback", "Go back to the previous version."),
-    "status": ("monitoring.cli:status", "Show what is running, and how well."),
+    "status": ("monitoring.cli:status", "Show the served versions and how well they run."),
     "drift": ("monitoring.drift.cli:drift", "Compare live traffic with a version's examples."),
     "monitor": ("monitoring.cli:monitor", "Export all metrics to Prometheus."),
     "dashboards": ("monitoring.dashboards.cli:dashboards", "Write the Grafana dashboards."),
     "chat": ("serving.cli:chat", "Talk to the served model in the terminal."),
     "keys": ("svc.access.cli:keys", "Create, list, rotate and revoke keys."),
     "usage": ("svc.access.cli:usage", "Show tokens and requests by key and model."),
-    "audit": ("svc.audit.cli:audit", "Show who changed what, and verify that the log is unaltered."),
+    "audit": ("svc.audit.cli:audit", "Show the audit log, and verify that it is unaltered."),
     "history": ("svc.audit.cli:history", "Show which version of a model was served when."),
     "forget": ("svc.audit.cli:forget", "Delete logged requests by user, key or time range."),
     "gc": ("svc.registry.cli:gc", "Delete files left by old runs, sweeps, logs and caches."),
@@ -49,7 +49,7 @@ COMMANDS = {
 
 
 class LazyGroup(click.Group):
-    """Group that imports a command's module when the command is needed, and takes its help from the table."""
+    """click group that imports a command's module on first use and takes its help from the table."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return all names, in the order of the table."""

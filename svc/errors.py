@@ -1,4 +1,4 @@
-"""The error tree. Every error says what was wrong, what was expected and what to do next.
+"""The exception hierarchy. Every error says what was wrong, what was expected and what to do next.
 
 Errors are raised where a fault is detected and caught only at a boundary: the command line prints the text and exits
 with `exit_code`; the gateway maps the class to an HTTP status (serving/http/errors.py).
@@ -8,12 +8,12 @@ from typing import ClassVar
 
 
 class SvcError(Exception):
-    """Root of all errors that a user can cause or fix.
+    """Base class of all errors that a user can cause or fix.
 
     Args:
-        wrong: what was wrong, with the value.
-        expected: what would be right; may be empty if `wrong` already says it.
-        todo: the next thing to do.
+        wrong: the thing and what is wrong with it, including the value.
+        expected: noun phrase that completes "expected: ..."; empty if `wrong` already says it.
+        todo: the next step for the user; a command if possible.
     """
 
     exit_code: ClassVar[int] = 1
@@ -34,7 +34,7 @@ class SvcError(Exception):
 
 
 class SettingsError(SvcError):
-    """A setting that does not exist or has a wrong value."""
+    """An unknown setting, or a setting with an invalid value."""
 
     exit_code = 2
 
@@ -46,13 +46,13 @@ class DataError(SvcError):
 
 
 class RecipeError(SvcError):
-    """A recipe with an unknown key, a wrong type or an impossible combination."""
+    """A recipe with an unknown key, a value of the wrong type, or values that contradict each other."""
 
     exit_code = 4
 
 
 class BaseModelError(SvcError):
-    """A base model that cannot be found or is not complete."""
+    """A base model that is missing, incomplete or unsupported."""
 
     exit_code = 5
 
@@ -64,31 +64,31 @@ class DiskSpaceError(SvcError):
 
 
 class BusyError(SvcError):
-    """Another process holds a run, a home or a port that this one needs."""
+    """Another process is using a run, a home or a port that this one needs."""
 
     exit_code = 7
 
 
 class NotFoundError(SvcError):
-    """A name, version, alias or format that is not in the registry."""
+    """A model, version, alias, format or other named thing that does not exist."""
 
     exit_code = 8
 
 
 class IntegrityError(SvcError):
-    """Stored data that is damaged or altered: a version whose files differ from its manifest."""
+    """Stored data that is damaged or altered, for example a version whose files differ from its manifest."""
 
     exit_code = 9
 
 
 class RegistryError(SvcError):
-    """The registry cannot be read or written."""
+    """The registry or the store cannot be read or written."""
 
     exit_code = 15
 
 
 class EngineError(SvcError):
-    """The engine did not start, died, or gave an invalid answer."""
+    """The engine did not start, died, or returned an error or an invalid answer."""
 
     exit_code = 10
 
@@ -98,19 +98,19 @@ class ProbeError(EngineError):
 
 
 class SwapError(SvcError):
-    """A swap that was not completed; the previous version is served again."""
+    """A swap that failed; the previous version is served again."""
 
     exit_code = 11
 
 
 class TrainingError(SvcError):
-    """A training stage whose result cannot be used."""
+    """A training stage that failed, or whose result is unusable."""
 
     exit_code = 12
 
 
 class ServerNotRunningError(SvcError):
-    """A command needs a running server, and there is none."""
+    """No server is running, or the server does not answer correctly."""
 
     exit_code = 13
 
@@ -122,13 +122,13 @@ class RefusedError(SvcError):
 
 
 class InterruptedRunError(SvcError):
-    """A training run that was stopped before its end; the same command resumes it."""
+    """A training run that was stopped before it finished; the same command resumes it."""
 
     exit_code = 16
 
 
 class InsufficientMemoryError(SvcError):
-    """A training run that cannot fit into the available memory; raised before it starts."""
+    """A training run that does not fit in the available memory; raised before it starts."""
 
     exit_code = 20
 
@@ -140,12 +140,12 @@ class AuthenticationError(SvcError):
 
 
 class PermissionDeniedError(SvcError):
-    """A valid key that lacks the permission."""
+    """A valid key that lacks the required scope."""
 
     exit_code = 18
 
 
 class JudgeError(SvcError):
-    """A judge that cannot be reached, rejected the request, or did not answer with a verdict."""
+    """A judge that cannot be reached, rejected the request, or returned too few verdicts."""
 
     exit_code = 19

@@ -1,6 +1,6 @@
 """One settings object for all packages: defaults < svc.yaml < `SVC_*` environment < flags.
 
-An unknown key is an error in every source, because a misspelt setting that is ignored is found at 3 in the morning.
+An unknown key is an error in every source, because a misspelt setting would otherwise be ignored silently.
 Keys of a recipe (trainer/recipe/sections.py) are not settings: settings belong to a machine, recipes to a model.
 """
 
@@ -23,7 +23,7 @@ from svc.yaml_text import parse_yaml
 ENV_PREFIX = "SVC_"
 DEFAULT_FILE = Path("svc.yaml")
 _PASSWORD = re.compile(r"//[^/\s]*@")
-"""In a URL that is rejected: removed from the error's text."""
+"""User and password in a rejected URL; the error's text must not contain them."""
 
 
 def _absolute(path: Path) -> Path:
@@ -44,7 +44,7 @@ Network = Annotated[str, AfterValidator(_network)]
 
 
 class Device(StrEnum):
-    """Hardware that the engine runs on."""
+    """Device that the engine runs on."""
 
     AUTO = "auto"
     CPU = "cpu"
@@ -52,7 +52,7 @@ class Device(StrEnum):
 
 
 class GptqKernel(StrEnum):
-    """Implementation of the kernel that multiplies by the 4-bit weights of a GPTQ model."""
+    """Kernel that multiplies by a GPTQ model's 4-bit weights."""
 
     AUTO = "auto"
     VLLM = "vllm"
@@ -60,7 +60,7 @@ class GptqKernel(StrEnum):
 
 
 class SwapChoice(StrEnum):
-    """Way in which engines switch to another version."""
+    """Method by which engines switch to another version."""
 
     AUTO = "auto"
     BLUEGREEN = "bluegreen"
@@ -71,111 +71,109 @@ class _Section(BaseModel):
 
 
 class EngineSettings(_Section):
-    """Start of vLLM. Unset values follow from machine and model; `svc status --verbose` shows them with their reasons.
+    """Launch of vLLM. Unset values depend on machine and model; `svc status --verbose` shows them with their reasons.
 
-    Other arguments of vLLM are passed in `args`, which override everything else.
+    `args` passes other arguments to vLLM and overrides everything else.
     """
 
     device: Device = Field(
         Device.AUTO, description="cpu, cuda, or auto: the device that the installed vLLM is built for"
     )
-    max_model_len: int = Field(2048, ge=16, description="context length, tokens; at most the model's own")
+    max_model_len: int = Field(2048, ge=16, description="maximum context length, tokens; at most the model's own")
     kv_cache_gib: float | None = Field(
         None,
         gt=0,
         description="key-value cache on the CPU, GiB; default: as needed, up to half of the free memory",
     )
     gpu_memory_share: float | None = Field(
-        None, gt=0, le=1, description="share of a GPU's memory; default: 0.9, or less if other processes use the GPU"
+        None, gt=0, le=1, description="share of the GPU's memory; default: 0.9, or less if other processes use the GPU"
     )
     tensor_parallel: int | None = Field(
         None,
         ge=1,
-        description="GPUs that share each layer; default: as many as the machine has and the model's heads divide by",
+        description="GPUs that share each layer; default: all of the machine's that divide the model's heads evenly",
     )
     gptq_kernel: GptqKernel = Field(
         GptqKernel.AUTO,
         description="vllm, torch (on any CPU), or auto: vLLM's, or PyTorch's on a CPU for which vLLM has no kernel",
     )
-    max_concurrency: int = Field(64, ge=1, description="sequences decoded together")
+    max_concurrency: int = Field(64, ge=1, description="maximum number of sequences decoded concurrently")
     cores: int | None = Field(
         None,
         ge=1,
-        description="cores for each engine on a CPU; default: this process's cores, divided among the engines that "
-        "are served at its start",
+        description="CPU cores per engine; default: this process's cores, divided by the number of engines that run "
+        "when it starts",
     )
-    replicas: int = Field(1, ge=1, le=64, description="engines that serve one model")
-    start_timeout_s: float = Field(600.0, gt=0, description="maximum start time of an engine, seconds")
+    replicas: int = Field(1, ge=1, le=64, description="number of engines per model")
+    start_timeout_s: float = Field(600.0, gt=0, description="maximum startup time of an engine, seconds")
     args: tuple[str, ...] = Field((), description="additional arguments for vLLM's server, passed unchanged")
     environment: tuple[str, ...] = Field(
-        (), description="names of variables passed to vLLM in addition to those of its libraries; secrets are withheld"
+        (), description="names of environment variables for vLLM besides those of its libraries; others are withheld"
     )
 
 
 class AdapterSettings(_Section):
-    """Versions that are served as adapters of one base: `svc serve NAME --format adapter`."""
+    """Engines that serve versions as adapters of one base: `svc serve NAME --format adapter`."""
 
-    max_loaded: int = Field(8, ge=1, le=10_000, description="adapters in an engine's memory; the least used is evicted")
+    max_loaded: int = Field(8, ge=1, le=10_000, description="maximum adapters per engine; least recently used go first")
     max_rank: int | None = Field(
         None,
         ge=1,
         le=512,
-        description="maximum rank; default: that of the version an engine starts with, at least 16",
+        description="maximum adapter rank; default: the rank of the version that the engine starts with, at least 16",
     )
 
 
 class ServeSettings(_Section):
-    """Address and limits of the gateway: everything that a client could grow has a limit."""
+    """Address and limits of the gateway: every resource that a client could exhaust has a limit."""
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on")
     allowed_hosts: tuple[str, ...] = Field(
-        (), description="host names of this server in addition to localhost and addresses; *: any"
+        (), description="host names that clients may use for this server besides localhost and IP addresses; *: any"
     )
     tls_certificate: AbsolutePath | None = Field(
-        None, description="file with the certificate and its chain, in PEM; reloaded when it changes"
+        None, description="PEM file with the certificate and its chain; reloaded when it changes"
     )
-    tls_key: AbsolutePath | None = Field(
-        None, description="file with the certificate's key, in PEM, without a password"
-    )
+    tls_key: AbsolutePath | None = Field(None, description="PEM file with the certificate's private key, not encrypted")
     behind_proxy: tuple[Network, ...] = Field(
         (),
         description="addresses or networks of the proxies that terminate TLS in front of this server; their "
-        "`X-Forwarded-For` and `-Proto` are trusted",
+        "`X-Forwarded-For` and `X-Forwarded-Proto` are trusted",
     )
     max_connections_per_address: int | None = Field(
         None,
         ge=1,
-        description="connections per address, or per /64 of IPv6; further ones are closed immediately; addresses in "
+        description="connections per address (IPv6: per /64); further ones are closed immediately; addresses in "
         "behind_proxy have no limit; default: half of all connections",
     )
     max_body_bytes: int = Field(4 * 2**20, ge=1024, description="maximum size of a request body, bytes")
     max_running: int = Field(
         256,
         ge=1,
-        description="concurrent requests in the engine, whose answers may have together this many times "
+        description="concurrent requests in the engine; their answers together may have this many times "
         "engine.max_model_len tokens; further requests get 429, or wait if they have a key",
     )
     max_queued: int = Field(
         256,
         ge=0,
-        description="queued requests, during a swap or for a free slot; further ones get 503 or 429; the same number "
-        "again may wait for adapters, half of them from one key or address",
+        description="requests queued during a swap or for a free slot; further ones get 503 or 429; as many again "
+        "may wait for adapters, half of them from one key or address",
     )
-    queue_timeout_s: float = Field(60.0, gt=0, description="maximum wait of a queued request, seconds")
+    queue_timeout_s: float = Field(60.0, gt=0, description="maximum time in the queue, seconds")
     drain_timeout_s: float = Field(
-        30.0, gt=0, description="maximum wait for running requests before a reload, seconds; then blue-green"
+        30.0, gt=0, description="maximum wait for running requests before a reload, seconds; then swap blue-green"
     )
     swap: SwapChoice = Field(
-        SwapChoice.AUTO, description="auto: in place if the version fits; bluegreen: always through a second engine"
+        SwapChoice.AUTO, description="auto: in place if compatible; bluegreen: always through a second engine"
     )
     idle_s: float | None = Field(
         None,
         gt=0,
-        description="time without a request, seconds, after which a model's engines are stopped, or sleep on a GPU; "
-        "the next request waits until they are back; default: never",
+        description="idle time, seconds, after which a model's engines are stopped or, on a GPU, put to sleep; "
+        "the next request waits until they are ready again; default: never",
     )
-    request_timeout_s: float = Field(600.0, gt=0, description="maximum silence of the engine within a request, seconds")
+    request_timeout_s: float = Field(600.0, gt=0, description="maximum time without engine output, seconds")
 
     @model_validator(mode="after")
     def _check_tls(self) -> Self:
@@ -185,7 +183,7 @@ class ServeSettings(_Section):
 
 
 class RequestLimits(_Section):
-    """Structure of one request. A request that exceeds a limit gets 400 and reaches no engine."""
+    """Limits on the structure of one request. A request that exceeds one gets 400 and reaches no engine."""
 
     reading_ms: float = Field(
         20.0,
@@ -193,13 +191,13 @@ class RequestLimits(_Section):
         description="maximum time for which parsing a body may block the gateway, estimated from its bytes, ms",
     )
     messages: int = Field(4096, ge=1, description="messages")
-    input_items: int = Field(2048, ge=1, description="elements of `input`, in which /v1/responses has its messages")
-    content_parts: int = Field(8192, ge=1, description="content parts and tool calls of all messages together")
+    input_items: int = Field(2048, ge=1, description="maximum elements of `input`, the messages of /v1/responses")
+    content_parts: int = Field(8192, ge=1, description="maximum content parts and tool calls, in all messages together")
     tools: int = Field(512, ge=1, description="tools")
     field_values: int = Field(
-        4096, ge=1, description="values in any other field, at all depths: logit_bias, metadata, documents, ..."
+        4096, ge=1, description="maximum values in any other field, at all depths: logit_bias, metadata, documents, ..."
     )
-    depth: int = Field(64, ge=1, le=500, description="levels of objects and arrays")
+    depth: int = Field(64, ge=1, le=500, description="maximum nesting depth of objects and arrays")
 
 
 def _pattern(text: str) -> str:
@@ -218,19 +216,19 @@ Pattern = Annotated[str, AfterValidator(_pattern)]
 
 
 class RequestLogSettings(_Section):
-    """Log of requests: figures always; features for drift; prompts and answers only for a share."""
+    """The request log: figures of every request, drift features of many, prompts and answers only of a share."""
 
-    max_age_days: float = Field(30.0, gt=0, le=36_500, description="older requests are deleted, with their feedback")
+    max_age_days: float = Field(30.0, gt=0, le=36_500, description="age of deletion, together with feedback, days")
     max_mib: int = Field(1024, ge=1, description="size beyond which the oldest requests are deleted, MiB")
     content_share: float = Field(0.0, ge=0, le=1, description="share of requests whose prompt and answer are stored")
     features: bool = Field(
-        True, description="store features of at most 10,000 prompts per day and version, without their text, for drift"
+        True, description="store drift features of at most 10,000 prompts per day and version, without their text"
     )
-    max_content_kib: int = Field(64, ge=1, description="longer content is not stored, KiB for prompt and for answer")
+    max_content_kib: int = Field(64, ge=1, description="maximum size of a stored prompt or answer, KiB; else dropped")
     redact: tuple[Pattern, ...] = Field(
         (),
         description="regular expressions to redact in content, besides mail addresses, phone and card numbers; content "
-        "on which they take longer than 0.25 s is not stored: avoid a repetition inside a repetition",
+        "on which they take longer than 0.25 s is not stored: avoid nested repetitions",
     )
 
 
@@ -246,11 +244,11 @@ def _otlp_endpoint(text: str) -> str:
 
 
 class TelemetrySettings(_Section):
-    """Traces of requests through OpenTelemetry, for a collector, Langfuse, Phoenix and others."""
+    """OpenTelemetry traces of requests, for a collector, Langfuse, Phoenix and others."""
 
     otlp_endpoint: Annotated[str, AfterValidator(_otlp_endpoint)] | None = Field(
         None,
-        description="URL to which spans are exported by OTLP over HTTP; `/v1/traces` is appended unless it ends so; "
+        description="URL to which spans are exported by OTLP over HTTP; `/v1/traces` is appended if missing; "
         "headers are in OTEL_EXPORTER_OTLP_HEADERS; default: no traces",
     )
     sample_share: float = Field(
@@ -262,30 +260,30 @@ class TelemetrySettings(_Section):
 
 
 class HoldoutSettings(_Section):
-    """The server's own requests to its engine, with lower priority than clients', from which drift is measured.
+    """Requests that the server itself sends to measure drift, with lower priority than clients' requests.
 
     The held-out set of the served version runs after each start and swap, and then periodically. Answers whose content
     is stored are scored by their likelihood under the version.
     """
 
     every_hours: float = Field(6.0, ge=0, description="interval between runs of the held-out set, hours; 0: no runs")
-    requests_per_minute: float = Field(60.0, gt=0, description="maximum rate, held-out examples and scores together")
-    scored_per_hour: int = Field(200, ge=0, description="live answers that are scored, the newest first; 0: none")
+    requests_per_minute: float = Field(60.0, gt=0, description="maximum rate of held-out examples and scores together")
+    scored_per_hour: int = Field(200, ge=0, description="maximum live answers to score, newest first; 0: none")
     run_functions: bool = Field(
         False,
-        description="run a version's metric function, which is code of the user who registered it; otherwise such a "
+        description="run a version's metric function, code written by the user who registered it; otherwise such a "
         "version is monitored by exact match",
     )
 
 
 class MonitorSettings(_Section):
-    """The exporter as a separate process: `svc monitor`."""
+    """`svc monitor`, the exporter as a separate process."""
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(9464, ge=0, le=65535, description="port to listen on")
     server: str = Field("", description="URL of the server to monitor; default: the server of this home")
     key_file: AbsolutePath | None = Field(
-        None, description="file with a key for `monitor.server` with the scope metrics; not needed on the same machine"
+        None, description="file that contains a metrics key for `monitor.server`; not needed on the same machine"
     )
     authority: AbsolutePath | None = Field(
         None, description="file with the CA certificates that verify `monitor.server`; default: the machine's"
@@ -301,12 +299,12 @@ class MonitorSettings(_Section):
 class ModelSettings(_Section):
     """Settings of one served model that differ from the general ones."""
 
-    engine: EngineSettings = Field(EngineSettings(), description="keys of `engine` that differ for this model")
+    engine: EngineSettings = Field(EngineSettings(), description="`engine` settings that differ for this model")
     idle_s: float | None = Field(None, gt=0, description="replaces `serve.idle_s`, seconds")
 
 
 class Settings(BaseSettings):
-    """All settings. `home` holds every byte of state except the cache of base models."""
+    """All settings. All state is in `home`, except the cache of base models."""
 
     model_config = SettingsConfigDict(
         env_prefix=ENV_PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True, env_ignore_empty=True
@@ -326,7 +324,7 @@ class Settings(BaseSettings):
     holdout: HoldoutSettings = HoldoutSettings()
     monitor: MonitorSettings = MonitorSettings()
     models: dict[str, ModelSettings] = Field(
-        {}, description="by model name: `{engine: {...}, idle_s: ...}` with the keys that differ for this model"
+        {}, description="by model name: `{engine: {...}, idle_s: ...}` with the settings that differ for this model"
     )
 
     def idle_s_of(self, name: str) -> float | None:
@@ -390,7 +388,7 @@ def _read_file(config: Path | None) -> dict[str, Any]:
         raise SettingsError(f"{path} contains a {type(content).__name__}", expected="a YAML mapping of settings")
     for key in content:
         if not isinstance(key, str):
-            raise SettingsError(f"{path} has the key {key!r}", expected="names of settings")
+            raise SettingsError(f"{path} has the key {key!r}", expected="setting names as text keys")
     return content
 
 
@@ -418,7 +416,7 @@ def setting_keys() -> list[str]:
 
 
 def _check_environment() -> None:
-    """Raise for unknown variables: pydantic-settings ignores them, and a misspelt one must not pass."""
+    """Raise SettingsError for an unknown `SVC_*` variable, which pydantic-settings would ignore."""
     known = {_variable(key) for key in [*setting_keys(), *Settings.model_fields]}
     for name in os.environ:
         if name.startswith(ENV_PREFIX) and name.upper() not in known:

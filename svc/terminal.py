@@ -37,7 +37,7 @@ _PLAIN_LINE_S = 15.0  # without a terminal, a long step prints one line per inte
 def quiet_libraries() -> None:
     """Limit libraries to warnings, without progress bars; call it before they are imported.
 
-    Some switch on logging for the whole process, HTTP clients log each request, their bars disturb ours.
+    Some enable logging for the whole process, HTTP clients log each request, and their progress bars disturb ours.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")
     for library in ("httpx", "httpcore", "alembic", "uvicorn.error", "tokenicer", "huggingface_hub"):
@@ -89,11 +89,11 @@ def heartbeat(line: Callable[[], str]) -> Iterator[None]:
 
 @contextmanager
 def _heartbeat_of(first: Progressed, line: Callable[[Progressed], str]) -> Iterator[Callable[[Progressed], None]]:
-    """Print the state every 15 s; yield a callback that sets it.
+    """Print the progress every 15 s; yield a callback that updates it.
 
     Args:
-        first: initial state.
-        line: returns the text for a state; the seconds since the start are added.
+        first: initial progress.
+        line: returns the text for a progress value; the elapsed seconds are appended.
     """
     started, newest = time.monotonic(), first
 
@@ -150,7 +150,7 @@ def advancing(text: str, phases: Sequence[str]) -> Iterator[Callable[[str], None
     """Show a progress bar over named phases of different lengths, with the time; yield a callback that starts a phase.
 
     Args:
-        phases: in their order; the bar shows how many have ended.
+        phases: names of the phases, in order; the bar shows how many are complete.
     """
     started = time.monotonic()
     if console.is_terminal:

@@ -12,7 +12,7 @@ _MAX_S = 36_500 * 86_400
 
 
 def parse_duration(text: str) -> timedelta:
-    """Return the duration of a number with a unit of s, m, h, d or w; 0 needs no unit.
+    """Return the duration in a text: a number with the unit s, m, h, d or w; 0 needs no unit.
 
     Raises:
         ValueError: the text is not a duration, or longer than a century.
@@ -35,12 +35,12 @@ def duration(text: str) -> timedelta:
 
 
 def time_to_come(text: str) -> datetime:
-    """click parameter type for a date, a date with a time, or a duration from now; the default time zone is UTC."""
+    """click parameter type for a future date or time, or a duration from now; the default time zone is UTC."""
     return _moment(text, 1)
 
 
 def time_past(text: str) -> datetime:
-    """The same for times in the past; durations count back from now."""
+    """click parameter type for a past date or time, or a duration before now; the default time zone is UTC."""
     return _moment(text, -1)
 
 

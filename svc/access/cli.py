@@ -31,7 +31,7 @@ def keys() -> None:
     "scopes",
     multiple=True,
     type=click.Choice([scope.value for scope in Scope]),
-    help="Permission of the key; may be given more than once.  [default: infer and feedback]",
+    help="Scope of the key; may be given more than once.  [default: infer and feedback]",
 )
 @click.option(
     "--model", "models", multiple=True, metavar="NAME", help="Model that the key may use; may be given more than once."
@@ -116,14 +116,14 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 @keys.command()
 @click.argument("key")
 @click.option(
-    "--grace", type=duration, default="0", show_default=True, help="Time for which the old secret stays valid: 1h."
+    "--grace", type=duration, default="0", show_default=True, help="Time that the old secret stays valid, such as 1h."
 )
 @reason_option
 @yes_option
 @json_option
 @click.pass_context
 def rotate(ctx: click.Context, key: str, grace: timedelta, reason: str | None, yes: bool, as_json: bool) -> None:
-    """Replace the secret of KEY, an id or a name; the new secret is printed to stdout once."""
+    """Replace the secret of KEY (id or name); the new secret is printed to stdout once."""
     key_id, title = _find(ctx, key)
     if not grace:
         confirm(f"The current secret of {title} will be invalid immediately. Continue?", yes=yes, as_json=as_json)
@@ -141,7 +141,7 @@ def rotate(ctx: click.Context, key: str, grace: timedelta, reason: str | None, y
 @json_option
 @click.pass_context
 def revoke(ctx: click.Context, key: str, reason: str | None, yes: bool, as_json: bool) -> None:
-    """Revoke KEY, an id or a name, permanently. A running server rejects it within a second."""
+    """Permanently revoke KEY (id or name). A running server rejects it within a second."""
     from svc.access.keyring import key_row
 
     key_id, title = _find(ctx, key)
@@ -171,7 +171,7 @@ def revoke(ctx: click.Context, key: str, reason: str | None, yes: bool, as_json:
 def usage(ctx: click.Context, since: datetime, as_csv: bool, as_json: bool) -> None:
     """Show requests and tokens by key and model, in whole hours."""
     if as_csv and as_json:
-        raise click.UsageError("--csv and --json exclude each other")
+        raise click.UsageError("--csv and --json cannot be combined")
     from svc.store.database import open_database
     from svc.store.keys import read_keys
     from svc.store.usage import usage_since
@@ -213,7 +213,7 @@ def usage(ctx: click.Context, since: datetime, as_csv: bool, as_json: bool) -> N
 
 
 def _rows(ctx: click.Context) -> list[dict[str, Any]]:
-    """Return the keys of the server that `svc --server` names, else of the home, as JSON."""
+    """Return all keys as JSON, from the server that `svc --server` names, else from the home."""
     if remote := remote_of(ctx):
         from svc.remote.remote_server import RemoteServer
 
@@ -222,7 +222,7 @@ def _rows(ctx: click.Context) -> list[dict[str, Any]]:
 
 
 def _find(ctx: click.Context, text: str) -> tuple[str, str]:
-    """Return the id of the key with this id, else with this name, and its title for people.
+    """Return the id and the display title of the key with this id or, if there is none, this name.
 
     Raises:
         NotFoundError: no key has this id or name.
@@ -241,9 +241,9 @@ def _change(
     """Change the keys of the server that `svc --server` names, else of the home; return the changed key as JSON.
 
     Args:
-        path: of the server's API.
-        asked: the request's body.
-        change: makes the same change in a home.
+        path: path in the server's API.
+        asked: body of the request.
+        change: function that makes the same change in the home.
     """
     if remote := remote_of(ctx):
         from pydantic_core import to_jsonable_python

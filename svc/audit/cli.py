@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 )
 @click.option("--action", metavar="TEXT", help="Only events of this action, for example promote.")
 @click.option("--subject", metavar="TEXT", help="Only events of this subject: NAME, NAME@N, key:ID.")
-@click.option("--since", type=time_past, metavar="TIME", help="Only events since then: 30d or 2026-01-31, in UTC.")
+@click.option("--since", type=time_past, metavar="TIME", help="Only events since this time: 30d or 2026-01-31, in UTC.")
 @json_option
 @click.pass_context
 def audit(ctx: click.Context, /, verify: bool, expected: str | None, as_json: bool, **chosen: Any) -> None:
@@ -73,7 +73,7 @@ def _verify(store: "Store", expected: str | None, *, as_json: bool) -> None:
         click.echo(f"store the newest hash elsewhere, for --expect: {report.head}")
     if report.fault is not None:
         raise IntegrityError(
-            f"the audit log was altered: the first bad row is {report.fault.id}: {report.fault.wrong}",
+            f"the audit log was altered: the first altered row is {report.fault.id}: {report.fault.wrong}",
             expected="an unbroken chain of unaltered rows",
             todo="find out who can write to the store, and compare with a backup",
         )
@@ -113,8 +113,8 @@ def history(ctx: click.Context, name: str, as_json: bool) -> None:
 
 
 @click.command()
-@click.option("--user", metavar="ID", help="Requests for this user, as named by clients.")
-@click.option("--key", metavar="KEY", help="Requests of this key, an id or a name.")
+@click.option("--user", metavar="ID", help="Requests of this user, by the name that clients send.")
+@click.option("--key", metavar="KEY", help="Requests with this key (id or name).")
 @click.option(
     "--before", type=time_past, metavar="TIME", help="Requests before this time, for example 2026-01-31 or 90d, in UTC."
 )

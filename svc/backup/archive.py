@@ -28,15 +28,15 @@ _NAME = re.compile(r"\d{8}T\d{6}\.\d{3}Z")
 
 
 class Snapshot(BaseModel):
-    """State of a home at one time.
+    """A copy of a home's state at one time.
 
     Attributes:
-        name: the time, in UTC, which is also its folder's name.
-        release: of tuneserve that created it.
+        name: time of the snapshot in UTC, which is also its folder's name.
+        release: tuneserve's release that created it.
         versions: `NAME@N` of the included versions.
-        files: of its own folder: everything except weights.
-        tracking: the MLflow server with runs and aliases; None if they are in `mlflow.db`.
-        left_out: damaged or missing versions, with the reason.
+        files: records of the files in the snapshot's folder: everything except weights.
+        tracking: MLflow server that stores runs and aliases; None if they are in `mlflow.db`.
+        left_out: why each damaged or missing version is not included, by version.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,7 +54,7 @@ class Archive:
     """The backups in one folder.
 
     Args:
-        folder: created if missing, closed to others.
+        folder: created if missing; other users get no access.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -72,7 +72,7 @@ class Archive:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def begin(self) -> Path:
-        """Create the folder of the next snapshot, which counts only when its record is written."""
+        """Create the folder of the next snapshot, which is ignored until `finish` has written its record."""
         for unfinished in self._folders():
             if not (unfinished / _RECORD_FILE).is_file():  # of an interrupted backup
                 shutil.rmtree(unfinished)
@@ -119,7 +119,7 @@ class Archive:
             except (OSError, ValidationError) as error:
                 raise IntegrityError(
                     f"cannot read {path}: {error}",
-                    todo=f"take another snapshot, or remove this one: rm -r {path.parent}",
+                    todo=f"create another snapshot, or remove this one: rm -r {path.parent}",
                 ) from error
         return found
 
@@ -137,7 +137,7 @@ class Archive:
         if not chosen:
             raise NotFoundError(
                 f"{self} has no snapshot {name or ''}".rstrip(),
-                expected=f"one of {', '.join(snapshot.name for snapshot in found) or 'none: it is no backup'}",
+                expected=f"one of {', '.join(each.name for each in found)}" if found else "a folder with backups",
             )
         return chosen[-1]
 

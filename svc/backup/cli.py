@@ -23,7 +23,7 @@ _folder = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path
 @click.command()
 @_folder
 @click.option("--keep", default=7, show_default=True, type=click.IntRange(1), help="Number of snapshots to keep.")
-@click.option("--verify", is_flag=True, help="Compare weights of earlier backups with their hashes too.")
+@click.option("--verify", is_flag=True, help="Also compare the weights in earlier backups with their hashes.")
 @json_option
 @click.pass_context
 def backup(ctx: click.Context, folder: Path, keep: int, verify: bool, as_json: bool) -> None:
@@ -53,7 +53,7 @@ def backup(ctx: click.Context, folder: Path, keep: int, verify: bool, as_json: b
             fg="green",
         )
     if snapshot.tracking:
-        click.echo(f"not in it: MLflow at {snapshot.tracking}, which has curves and aliases: {_ELSEWHERE}", err=True)
+        click.echo(f"not included: MLflow at {snapshot.tracking}, with curves and aliases: {_ELSEWHERE}", err=True)
     if snapshot.left_out:
         raise IntegrityError(
             "the snapshot can be restored but is incomplete: "
@@ -65,8 +65,8 @@ def backup(ctx: click.Context, folder: Path, keep: int, verify: bool, as_json: b
 @click.command()
 @_folder
 @click.option("--snapshot", "name", metavar="NAME", help="Snapshot to restore.  [default: the newest]")
-@click.option("--list", "listing", is_flag=True, help="List the snapshots, and restore nothing.")
-@click.option("--revoke-keys", is_flag=True, help="Revoke all keys of the snapshot, so that only new keys are valid.")
+@click.option("--list", "listing", is_flag=True, help="List the snapshots without restoring one.")
+@click.option("--revoke-keys", is_flag=True, help="Revoke all keys in the snapshot, so that only new keys are valid.")
 @yes_option
 @json_option
 @click.pass_context
@@ -75,7 +75,7 @@ def restore(
 ) -> None:
     """Create a home from a snapshot in DIR. The home must be empty; every file is compared with its hash.
 
-    Keys are those of the snapshot, but a key that is revoked in a newer snapshot in DIR stays revoked. Keys that will
+    The keys are those in the snapshot, but a key that a newer snapshot in DIR has revoked stays revoked. Keys that will
     be valid are listed, and must be confirmed.
     """
     from svc.backup.archive import Archive
@@ -108,7 +108,7 @@ def restore(
     if as_json:
         print_json({**snapshot.model_dump(include=_SHOWN), "home": str(settings.home), "keys": keys})
         return
-    click.secho(f"{settings.home} is as of {snapshot.name}: {len(snapshot.versions)} versions", fg="green")
+    click.secho(f"restored {settings.home} from {snapshot.name}: {len(snapshot.versions)} versions", fg="green")
     if snapshot.tracking:
         click.echo(f"before you serve, restore MLflow at {snapshot.tracking} to the same time", err=True)
 
@@ -146,14 +146,14 @@ def _key_rows(keys: "RestoredKeys") -> dict[str, Any]:
 
 
 def _show_keys(keys: dict[str, Any]) -> None:
-    """Print to stderr, which is not part of a pipe."""
+    """List the revoked and the valid keys on stderr, which a pipe does not capture."""
     from svc.terminal import console, print_table
 
     for name in keys["unread_snapshots"]:
-        click.echo(f"keys that the newer snapshot {name} has revoked are unknown: its store cannot be read", err=True)
+        click.echo(f"could not read the store of the newer snapshot {name}: keys revoked there are not known", err=True)
     for row in keys["revoked"]:
         source = row["revoked_in"]
-        why = f"the newer snapshot {source} has it revoked" if source else "--revoke-keys"
+        why = f"as in the newer snapshot {source}" if source else "--revoke-keys"
         click.echo(f"revoked: {row['name']} ({row['key_id']}): {why}", err=True)
     if keys["valid"]:
         click.echo("these keys will be valid:", err=True)
@@ -161,7 +161,7 @@ def _show_keys(keys: dict[str, Any]) -> None:
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    rotated = "its secret was replaced later; the old one is valid again" if row["rotated_later"] else ""
+    rotated = "its secret was rotated later; the old secret is valid again" if row["rotated_later"] else ""
     used = (row["last_used"] or "")[:16].replace("T", " ")
     return row["key_id"], row["name"], ", ".join(row["scopes"]), used, rotated
 
@@ -169,11 +169,11 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 def _confirm_keys(keys: "RestoredKeys", *, asks: bool) -> None:
     if asks:
         click.confirm(
-            "Keys that were revoked after the newest snapshot are valid again. Continue?", abort=True, err=True
+            "Keys that were revoked after the newest snapshot will be valid again. Continue?", abort=True, err=True
         )
         return
     names = ", ".join(f"{key.principal.name} ({key.id})" for key in keys.valid)
     raise RefusedError(
-        f"the restored home would accept keys without confirmation: {names}",
+        f"the keys that the restored home would accept are not confirmed: {names}",
         todo="add --yes if all of them may be valid, or --revoke-keys to revoke them all",
     )

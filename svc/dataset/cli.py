@@ -1,4 +1,4 @@
-"""`svc data check` reports problems of examples before training."""
+"""`svc data check` reports problems in examples before training."""
 
 import json
 import sys
@@ -28,21 +28,21 @@ def data() -> None:
 @click.option(
     "--base",
     type=click.Path(path_type=Path),
-    help="Folder of the model to train: finds its special tokens and counts tokens with its tokenizer.",
+    help="Folder of the model to train: its tokenizer names the special tokens and counts tokens.",
 )
 @click.option(
     "--max-length",
     type=click.IntRange(min=16),
     default=4096,
     show_default=True,
-    help="Maximum tokens per example; without --base, its tokens are estimated.",
+    help="Maximum tokens per example; without --base, tokens are estimated.",
 )
 @json_option
 @click.pass_context
 def check(
     ctx: click.Context, files: tuple[str, ...], heldout: str | None, base: Path | None, max_length: int, as_json: bool
 ) -> None:
-    """Report problems by line number; exit code 1 when a line cannot be trained on.
+    """Report problems by line number; exit code 1 if a line cannot be trained on.
 
     FILES are files, folders or hub datasets (hf:ORG/NAME) to train on together.
     """
@@ -74,7 +74,7 @@ def check(
 
 
 def _print_json(reports: "list[DataReport]") -> None:
-    """Print one report after the other, one problem per line: there may be millions."""
+    """Print the reports as a JSON list, one problem per line: there may be millions."""
     write = sys.stdout.write
     for place, report in enumerate(reports):
         head = json.dumps(_machine(report), indent=1, ensure_ascii=False)

@@ -1,7 +1,7 @@
 """Prompts as hashes of eight bytes: a version's record of its training prompts, without the texts.
 
 Examples that a version was trained on are not held out for a later version of the same name. Prompts that differ only
-in spacing and case have one hash. A hash does not reveal the text, but anyone who has a prompt can test whether it is
+in spacing and case share a hash. A hash does not reveal the text, but anyone who has a prompt can test whether it is
 among them. Knows nothing of versions, and nothing of near duplicates.
 """
 
@@ -50,5 +50,5 @@ def read_prompt_hashes(path: Path) -> PromptHashes:
     except Exception as error:  # NumPy has several kinds for a damaged file
         raise IntegrityError(f"cannot read {path}: {error}", todo=todo) from error
     if not isinstance(hashes, np.ndarray) or hashes.dtype != np.uint64 or hashes.ndim != 1:
-        raise IntegrityError(f"{path} contains no hashes of prompts", expected="one row of 64-bit numbers", todo=todo)
+        raise IntegrityError(f"{path} contains no hashes of prompts", expected="an array of 64-bit numbers", todo=todo)
     return np.asarray(hashes, dtype=np.uint64)

@@ -49,7 +49,7 @@ def split_heldout(
     a near duplicate with a smaller hash is added, which `learnt` prevents.
 
     Args:
-        share: of the range of hashes; about the share of the examples.
+        share: share of the range of hashes; about the share of examples that are held out.
         seed: another seed holds out other examples.
         learnt: prompts that an earlier version was trained on. A group with one of them is trained on.
 

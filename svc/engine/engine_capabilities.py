@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class EngineCapabilities:
-    """Capabilities on which rollout, verification and qualification depend.
+    """One engine's capabilities, on which rollout, verification and qualification depend.
 
     Whether an engine outlives its server and can be adopted follows from its type: svc.engine.engine.LastingEngine.
 
     Attributes:
         reloads: whether other weights of the same shapes can be loaded in place.
         adapters: maximum number of adapters loaded with its base; 0: no support for adapters.
-        unprobed: reason for which log-probabilities of a prompt are unavailable, so that probes cannot verify it; None
+        unprobed: reason why log-probabilities of a prompt, and so probes, are unavailable; None
             if they are available.
         sleeps: whether it can free its GPU while idle, and restore itself.
     """

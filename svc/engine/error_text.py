@@ -1,7 +1,7 @@
 """Removes request content from an engine's errors before they are logged or stored: only the beginning remains.
 
 vLLM's messages contain values of the request: after `value=` and `got`, in quotes, as lists and objects of Python or
-JSON, and for a body of a wrong shape as pydantic's `'input'`. The sender of the request gets them; readers of a log do
+JSON, and, for an invalid body, as pydantic's `'input'`. The request's sender gets them; readers of a log do
 not.
 """
 
@@ -32,7 +32,7 @@ def without_values(message: str) -> str:
 
 
 def error_of(body: bytes) -> Any:
-    """Return the value of `error` in vLLM's answer; None if the answer is not a JSON object."""
+    """Return the value of `error` in vLLM's answer; None if there is none."""
     try:
         answer = json.loads(body)
     except (ValueError, RecursionError):
@@ -41,7 +41,7 @@ def error_of(body: bytes) -> Any:
 
 
 def told_error(body: bytes) -> str:
-    """Return the message of an error answer without values; empty if it has none."""
+    """Return the message in an error answer, without the request's values; empty if there is none."""
     error = error_of(body)
     message = error.get("message") if isinstance(error, dict) else error
     return without_values(message) if isinstance(message, str) else ""

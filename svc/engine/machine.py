@@ -16,7 +16,7 @@ _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
 _NODES = Path("/sys/devices/system/node")
 _UNLIMITED = 2**60
-"""Version 1 of cgroups represents "no limit" by a number near 2^63."""
+"""Limits above this mean "no limit", for which cgroups v1 uses a number near 2^63."""
 _QUERY_S = 30.0
 _QUERY = ["nvidia-smi", "--query-gpu=index,uuid,memory.total,memory.free,name", "--format=csv,noheader,nounits"]
 _THREADS_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"
@@ -42,8 +42,8 @@ class Machine:
         free: memory that it may use now, bytes: on the memory node of its first core, where vLLM puts its cache, and
             under the limits of its cgroup. The kernel's file cache counts as used under such a limit, because vLLM
             counts it so before it allocates memory.
-        gpus: those that `CUDA_VISIBLE_DEVICES` leaves; empty without an answer of `nvidia-smi`.
-        nodes: number of memory nodes of those cores.
+        gpus: GPUs that `CUDA_VISIBLE_DEVICES` allows; empty if `nvidia-smi` does not answer.
+        nodes: number of memory nodes to which those cores belong.
         threads_bind: value of vLLM's environment variable `VLLM_CPU_OMP_THREADS_BIND`.
     """
 
@@ -121,7 +121,7 @@ def _quotas() -> Iterator[float]:
 
 
 def _memory_limits() -> Iterator[tuple[int, int]]:
-    """Yield limit and use of every cgroup around this process that has a limit, bytes."""
+    """Yield the memory limit and usage of every cgroup around this process that has a limit, bytes."""
     for folder in _cgroup_folders("memory"):
         limit = _read(folder / "memory.max") or _read(folder / "memory.limit_in_bytes")
         used = _read(folder / "memory.current") or _read(folder / "memory.usage_in_bytes")

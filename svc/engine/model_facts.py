@@ -1,4 +1,4 @@
-"""Facts in a model folder about the memory and the parallelism of an engine, read without loading the model.
+"""Facts in a model folder that determine an engine's memory and parallelism, read without loading the model.
 
 For models that do not cache keys and values of every layer (sliding windows, latent attention, state spaces), the size
 of a token in the cache is an upper bound.
@@ -22,18 +22,18 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_exp
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """Facts of one model; None if its config does not state them.
+    """Facts about one model. A fact that its config does not state is None.
 
     Attributes:
         weights: size of the safetensors files with its weights, bytes.
-        context: context length of the model, tokens.
-        dtype: in which its weights are stored, or were before quantization.
+        context: maximum context length, tokens.
+        dtype: number type in which the weights are stored, or were before quantization.
         heads: attention heads.
         kv_heads: heads with keys and values.
-        token_bytes: keys and values of one token over all layers, in 16 bits.
+        token_bytes: size of one token's keys and values in 16 bits over all layers, bytes.
         divided_widths: input widths of the layers that tensor parallelism divides; empty if unknown.
-        quantization: method, for example `gptq`; None if the weights are not quantized.
-        group_size: weights that share one scale, in a quantized model.
+        quantization: quantization method, for example `gptq`; None if the weights are not quantized.
+        group_size: number of weights that share one scale, in a quantized model.
         template_kwargs: names and values of the chat template's arguments.
         experts: whether it is a mixture of experts, of which each token uses only some.
     """

@@ -1,7 +1,7 @@
-"""How a later server finds an engine that still runs: by its lock, and a record of its process and weights.
+"""Engines that outlive their server: a later server finds one by its lock and a record of its process and weights.
 
 The engine itself holds the lock: it inherits the locked file at its start, so that the kernel releases the lock when
-the engine is dead, however it died, and whatever happened to the server that started it. The record names the process,
+the engine exits for any reason, whatever happened to the server that started it. The record names the process,
 its launch, and the weights that were last verified. Knows nothing of sockets, HTTP or versions.
 """
 
@@ -40,7 +40,7 @@ class EngineRecord:
         boot, ticks: start of that process, see `start_of`: guards against a reused pid.
         launch: digest of its launch, see svc.engine.vllm.launch.launch_digest.
         plan: the choices for its launch, for people, see svc.engine.vllm.plan.EnginePlan.rows.
-        holds: the content that was last verified; None if unknown.
+        holds: the last verified content; None if unknown.
     """
 
     pid: int
@@ -64,7 +64,7 @@ def locked(folder: Path) -> Iterator[IO[str]]:
         except BlockingIOError:
             pids = ", ".join(str(process.pid) for process in _holders(folder))
             raise EngineError(
-                f"an engine already runs in {folder}, processes {pids}", todo="stop these processes, then start again"
+                f"an engine already runs in {folder}, processes {pids}", todo="stop these processes, then retry"
             ) from None
         yield file
 
@@ -75,7 +75,7 @@ def write_record(folder: Path, record: EngineRecord) -> None:
 
 
 def read_record(folder: Path) -> EngineRecord | None:
-    """Return the record; None if it is missing, damaged or copied from another home, which then owns the engine."""
+    """Return the record; None if it is missing, damaged, or copied with a home that owns the engine."""
     try:
         record = json.loads((folder / RECORD_FILE).read_text("utf-8"))
         if record.pop(_FOLDER) != str(folder.resolve()):
@@ -98,12 +98,12 @@ def find_engine(folder: Path) -> psutil.Process | None:
 
 
 def end_engine(folder: Path, known: psutil.Process | None = None) -> None:
-    """Stop all processes of the engine that was started last in a folder: the first one, then its remaining children.
+    """Stop all processes of the engine that was last started in a folder: the first process, then its children.
 
-    It repeats until no process remains: an engine that is starting creates processes while it is being stopped.
+    Repeats until no process remains: a starting engine creates processes while it is being stopped.
 
     Args:
-        known: its first process, if the caller started or adopted it, whatever happened to the folder.
+        known: the engine's first process, if the caller knows it, in case the folder was changed.
     """
     record = read_record(folder)
     engine = known if known and runs(known) else find_engine(folder)
@@ -120,7 +120,7 @@ def end_engine(folder: Path, known: psutil.Process | None = None) -> None:
 
 
 def start_of(pid: int) -> tuple[str, int]:
-    """Return a process's start: boot id and clock ticks since boot. A time of day would move with the clock.
+    """Return a process's start: boot id and clock ticks since boot. A time of day would change with the clock.
 
     Raises:
         psutil.NoSuchProcess: there is no such process.
@@ -155,7 +155,7 @@ def end_processes(processes: list[psutil.Process]) -> None:
 
 
 def _holders(folder: Path) -> list[psutil.Process]:
-    """Return the processes that have the lock's file open, including an engine whose server died before the record."""
+    """Return the processes that have the lock's file open, including an engine that has no record yet."""
     lock = str((folder / LOCK_FILE).resolve())
 
     def has_open(process: psutil.Process) -> bool:
@@ -190,7 +190,7 @@ def _left_by(record: EngineRecord) -> list[psutil.Process]:
 def _processes(
     fits: Callable[[psutil.Process], bool], among: Iterable[psutil.Process] | None = None
 ) -> list[psutil.Process]:
-    """Return the processes that fit, without those that have exited or belong to other users.
+    """Return the processes for which `fits` is true, except those that have exited or belong to other users.
 
     Args:
         among: candidates; None: all processes.

@@ -1,6 +1,6 @@
 """Probes: short token sequences whose log-probabilities distinguish one set of weights from another.
 
-Measured when a version is qualified, checked after every load. They show *which weights run*, not whether they are
+Measured when a version is qualified, checked after every load. They show *which* weights are loaded, not that they are
 good. An engine of another kind (version of vLLM, device, instruction set, compiled or not) rounds differently: there,
 probes are measured again, and the tolerance is never loosened.
 """
@@ -32,11 +32,11 @@ Scored = tuple[Sequence[int], int]
 
 
 class EngineFacts(BaseModel):
-    """Properties that determine how an engine rounds.
+    """Properties of one engine that determine how it rounds.
 
     Attributes:
         dtype: number type in which it computes.
-        kernel: implementation that multiplies by 4-bit weights; vLLM's also for a model without such weights.
+        kernel: kernel for 4-bit weights; vLLM's if the model has none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -61,8 +61,8 @@ class Probe(BaseModel):
         token_ids: at most 64.
         start: index of the first token of the answer.
         logprobs: natural-log probability of each token from `start` on.
-        tolerance: maximum absolute difference of any of them, nats.
-        engine: on which they were measured.
+        tolerance: maximum absolute difference of any log-probability, nats.
+        engine: kind of engine on which the log-probabilities were measured.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -81,7 +81,7 @@ class Probe(BaseModel):
 
 
 def engine_facts(settings: EngineSettings, capabilities: DeviceCapabilities, model: Path) -> EngineFacts:
-    """Return the facts of an engine that is started with these settings on this device.
+    """Return the facts about an engine that is started with these settings on this device.
 
     Args:
         model: its folder.
@@ -122,9 +122,9 @@ def choose_sequences(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], count
 async def measure_probes(
     client: EngineClient, sequences: Sequence[Scored], *, repeats: int
 ) -> list[list[tuple[float, ...]]]:
-    """Measure all sequences repeatedly, together and alone; the differences are the engine's noise.
+    """Measure all sequences repeatedly, in batches and alone; the differences are the engine's noise.
 
-    After each batch one sequence is measured alone, in turn: that shows the same noise in a fifth of the time.
+    After each batch one sequence is measured alone, in turn, which shows the same noise in a fifth of the time.
 
     Args:
         repeats: batches, at least 1; 20 for a version's manifest.
@@ -149,7 +149,7 @@ def make_probes(
     """Return probes whose tolerance is twice the largest difference of any measurement to the first, at least 0.001.
 
     Args:
-        measured: from `measure_probes`; measurements of several engines of one kind may be joined.
+        measured: from `measure_probes`; measurements on several engines of one kind may be concatenated.
 
     Raises:
         ProbeError: a measurement is not a finite number.
@@ -160,7 +160,7 @@ def make_probes(
         noise = max(_difference(reference, run[index]) for run in measured)
         if math.isinf(noise):
             raise ProbeError(
-                f"the engine returned a log-probability for probe {index + 1} that is not finite",
+                f"a log-probability that the engine returned for probe {index + 1} is not finite",
                 expected="finite log-probabilities",
                 todo="train again with a lower learning rate: the weights are not usable",
             )

@@ -4,22 +4,22 @@ from enum import StrEnum
 
 
 class EngineState(StrEnum):
-    """The states of one engine; a request is admitted in `ready` only."""
+    """State of one engine; requests are admitted only in `ready`."""
 
     STARTING = "starting"
     READY = "ready"
     SWAPPING = "swapping"
     DRAINING = "draining"
     RETIRING = "retiring"
-    """Another engine has replaced it; it answers its last requests."""
+    """Replaced by another engine; completes its last requests."""
     IDLE = "idle"
-    """Without requests: it was stopped, or sleeps on its GPU; the next request restores it."""
+    """Stopped, or asleep on its GPU, for lack of requests; the next request restores it."""
     STOPPED = "stopped"
     FAILED = "failed"
 
 
 class EnginePhase(StrEnum):
-    """The phases of a start, in order. The value is the text for people."""
+    """Phase of an engine's start, in order. The value is the displayed text."""
 
     PYTHON = "starting Python"
     ARGUMENTS = "reading arguments"

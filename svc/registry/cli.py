@@ -66,14 +66,14 @@ def rm(ctx: click.Context, versions: tuple[str, ...], reason: str | None, as_jso
 
 @click.command()
 @click.option(
-    "--older-than", default=14.0, show_default=True, type=click.FloatRange(0), help="Days since the last use."
+    "--older-than", default=14.0, show_default=True, type=click.FloatRange(0), help="Minimum days since the last use."
 )
-@click.option("--dry-run", is_flag=True, help="Show what would be deleted, and delete nothing.")
+@click.option("--dry-run", is_flag=True, help="Show what would be deleted without deleting it.")
 @reason_option
 @json_option
 @click.pass_context
 def gc(ctx: click.Context, older_than: float, dry_run: bool, reason: str | None, as_json: bool) -> None:
-    """Delete files left by old runs, sweeps, interrupted work, logs and caches; versions stay."""
+    """Delete files left by old runs, sweeps, interrupted work, logs and caches; versions are not deleted."""
     from svc.registry.housekeeping import find_reclaimable, reclaim
     from svc.store.audit import Action, AuditEntry, record_event
     from svc.store.database import open_database
@@ -89,7 +89,7 @@ def gc(ctx: click.Context, older_than: float, dry_run: bool, reason: str | None,
                 record_event(store, AuditEntry(Action.COLLECT, str(item.path), Actor.local(), reason, details))
         except (BusyError, OSError) as error:
             failed += 1
-            click.echo(f"kept {item.path}: {error}", err=True)
+            click.echo(f"did not delete {item.path}: {error}", err=True)
             continue
         reclaimed.append(item)
         if not as_json:
@@ -121,7 +121,7 @@ def _row(manifest: Manifest, aliases: list[str]) -> dict[str, str]:
 
 @click.command()
 @click.argument("version")
-@click.option("--parity", is_flag=True, help="Show its parity report: the trained compared with the served model.")
+@click.option("--parity", is_flag=True, help="Show the parity report: the trained versus the served model.")
 @json_option
 @click.pass_context
 def show(ctx: click.Context, version: str, parity: bool, as_json: bool) -> None:
@@ -160,7 +160,7 @@ def _show_parity(registry: Registry, manifest: Manifest, *, as_json: bool) -> No
 
 
 @click.command()
-@click.option("--port", default=5000, show_default=True, help="Port of the pages, on 127.0.0.1.")
+@click.option("--port", default=5000, show_default=True, help="Port for MLflow's pages, on 127.0.0.1.")
 @click.pass_context
 def ui(ctx: click.Context, port: int) -> None:
     """Start MLflow's pages on this machine; Ctrl-C stops them."""

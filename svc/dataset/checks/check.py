@@ -38,9 +38,9 @@ class DataReport:
     """Examples and problems of one file.
 
     Attributes:
-        lengths: characters of each valid example, all texts together.
-        tokens: of each valid example; empty if they were not counted.
-        answers: count of each final answer; incomplete once there are too many to be labels.
+        lengths: total characters of each valid example.
+        tokens: number of tokens of each valid example; empty if they were not counted.
+        answers: how often each final answer occurs; incomplete if there are too many different ones to be labels.
     """
 
     file: str
@@ -63,7 +63,7 @@ class DataReport:
 
     @property
     def labels(self) -> dict[str, int] | None:
-        """Answers by frequency if there are few different ones, else None."""
+        """Count of each label, the most frequent first; None if the answers are too varied to be labels."""
         return few_labels(self.answers, self.examples) or None
 
     def add(self, line: int, code: Code, message: str, where: str = "") -> None:
@@ -87,13 +87,13 @@ def check_files(
 
     Args:
         paths: files to train on, together.
-        heldout: files whose examples must not be in them: training on these falsifies every later figure.
+        heldout: files with held-out examples: training on one of these falsifies every later figure.
         max_length: maximum tokens of an example.
-        base: counts tokens, and adds its special tokens to the known ones; without it tokens are estimated.
-        on_read: called with the bytes of all files that were read so far.
+        base: tokenizer that counts tokens and adds its special tokens to the known ones; None: tokens are estimated.
+        on_read: called with the number of bytes read so far, over all files.
 
     Returns:
-        One report for each of the paths, then one for each held-out file, whose examples are not compared.
+        One report for each of `paths`, then one for each held-out file; copies are reported for `paths` only.
 
     Raises:
         DataError: a file that cannot be opened.
@@ -117,13 +117,13 @@ def check_files(
 
 
 def shared_prompts(examples: Sequence[ChatExample], others: Sequence[ChatExample]) -> list[int]:
-    """Return the indices of the examples whose prompt is also that of another one, ignoring spacing and case."""
+    """Return the indices of the examples whose prompt also occurs in `others`, ignoring spacing and case."""
     prompts = {normal_prompt(other) for other in others}
     return [index for index, example in enumerate(examples) if normal_prompt(example) in prompts]
 
 
 class _LineChecks:
-    """Checks that need one line only."""
+    """Runs the checks that need one line only, and adds their problems to a report."""
 
     def __init__(self, max_length: int, base: BaseTokenizer | None) -> None:
         self._max_length = max_length
@@ -156,7 +156,7 @@ class _LineChecks:
             shown += [("call", f"{call.name} {call.arguments}") for call in message.tool_calls]
             for kind, content in shown:
                 for code, text in self._text(content):
-                    report.add(line.number, code, f"{turn} {text} of a {kind}", turn)
+                    report.add(line.number, code, f"{turn} {text} in a {kind}", turn)
             if message.role is before and message.role in (Role.USER, Role.ASSISTANT):
                 report.add(line.number, Code.SAME_ROLE_TWICE, f"{where}: two {before} turns in a row", where)
             if message.role is Role.ASSISTANT and before in (None, Role.SYSTEM):
@@ -222,8 +222,8 @@ def _copies(table: LineTable, held: int) -> list[tuple[Code, str, Rows, NDArray[
     """Find the training examples that repeat another example.
 
     Returns:
-        For each kind: its text, with a placeholder for the other example's line; the rows that contain the other
-        example; and its place there for each training example, or -1.
+        For each kind of copy: its code; its text, with a placeholder for the other example's line; the rows that have
+        the other example; and, for each training example, the index of its other example there, or -1.
     """
     heldout, train = table.rows[:held], table.rows[held:]
     sketches = table.sketches[held:]
@@ -244,6 +244,6 @@ def _copies(table: LineTable, held: int) -> list[tuple[Code, str, Rows, NDArray[
 
 
 def _earlier(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Return the first place with the same key, or -1 if that is the place itself."""
+    """Return for each key the index of its first occurrence; -1 for the first occurrence itself."""
     first = first_with_same(keys)
     return np.where(first == np.arange(len(keys)), -1, first)

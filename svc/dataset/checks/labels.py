@@ -36,7 +36,7 @@ _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3
 
 
 class AnswerKind(IntFlag):
-    """Kind of an answer."""
+    """Properties of an answer, which may be combined."""
 
     JSON = 1
     LABEL = 2
@@ -92,11 +92,11 @@ def odd_answers(
     labels: NDArray[np.uint64],
     kinds: NDArray[np.uint8],
 ) -> dict[int, tuple[Code, str]]:
-    """Return the places of answers that are unlike the others to the same task, each with the reason.
+    """Return the indices of answers unlike the others to the same task, each with the problem's code and text.
 
     Args:
         tasks, answers, labels: hashes, one for each example.
-        kinds: `AnswerKind` of each.
+        kinds: `AnswerKind` of each example's answer.
     """
     odd: dict[int, tuple[Code, str]] = {}
     order = np.argsort(tasks, kind="stable")
@@ -106,7 +106,7 @@ def odd_answers(
             continue
         is_json = kinds[places] & AnswerKind.JSON > 0
         if few := _exceptions(is_json):
-            text = f"the answer is not JSON; those of all but {few} of {len(places)} examples are"
+            text = f"the answer is not JSON; all but {few} of {len(places)} answers are"
             odd |= dict.fromkeys(places[~is_json].tolist(), (Code.ANSWER_NOT_JSON, text))
             places = places[is_json]
         odd_labels = _odd_labels(kinds[places], answers[places], labels[places])
@@ -131,19 +131,19 @@ def _odd_labels(kinds: NDArray[np.uint8], answers: NDArray[np.uint64], labels: N
     frequent = len(places) >= _MIN_EXAMPLES_FOR_RARE and once.sum() <= 2 and often
     odd: dict[int, str] = {}
     if unlisted:
-        text = f"the label is not in the instruction; those of all but {unlisted} of {len(listed)} examples are"
+        text = f"the label is not in the instruction; all but {unlisted} of {len(listed)} labels are"
         odd |= dict.fromkeys(places[~listed], text)
     elif frequent and len(different) > 2:
         text = f"the label occurs once; the other {int((~once).sum())} occur at least {_MIN_FREQUENT} times each"
         odd |= dict.fromkeys(places[once[which] & ~listed & ~_usual_numbers(kinds[places])], text)
     if others and (unlisted or listed.all() or frequent):
-        text = f"the answer is not a label; those of all but {others} of {len(kinds)} examples are"
+        text = f"the answer is not a label; all but {others} of {len(kinds)} answers are"
         odd |= dict.fromkeys(np.flatnonzero(~is_label), text)
     forms = labels[places][first]  # equal if two answers differ only in case, spacing or the JSON around the label
     for form, count in enumerate(counts):
         most = counts[forms == forms[form]].max()
         if most >= _MIN_FREQUENT and count <= max(_FEW, _EXCEPTIONS * most):
-            odd |= dict.fromkeys(places[which == form], f"the label has another spelling {most} times")
+            odd |= dict.fromkeys(places[which == form], f"the same label is spelled differently {most} times")
     return odd
 
 
@@ -161,7 +161,7 @@ def _exceptions(usual: NDArray[np.bool_]) -> int:
 
 
 def _json(answer: str) -> object | None:
-    """Return the object or list that an answer is, or None."""
+    """Return the JSON object or list in an answer; None if the answer is neither."""
     value: object = decode_inner(answer) if answer.startswith(("{", "[")) else None
     return value
 

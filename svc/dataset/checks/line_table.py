@@ -1,4 +1,4 @@
-"""Data that stay in memory of each example of a streamed file: 65 bytes, and 130 of its sketch; never its text."""
+"""Data about each example that stay in memory while files are streamed: 65 bytes and a sketch of 130, never text."""
 
 import struct
 from functools import lru_cache
@@ -52,7 +52,7 @@ class LineTable(NamedTuple):
 
 
 class LineTableBuilder:
-    """Builds a table from one example after the other."""
+    """Builds a table, one example at a time."""
 
     def __init__(self) -> None:
         self._rows = bytearray()
@@ -91,7 +91,7 @@ class LineTableBuilder:
 
 
 def first_with_same(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Return for each place the first place with the same key, which may be itself."""
+    """Return for each key the index of its first occurrence."""
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
     return first[inverse]
 

@@ -119,7 +119,7 @@ def nearest(sketches: Sketches, others: Sketches) -> NDArray[np.int64]:
 
 
 def places_in(keys: NDArray[np.uint64], others: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Return the first place of each key among the others, or -1."""
+    """Return the index of each key's first occurrence among the others, or -1."""
     if not len(others):
         return np.full(len(keys), -1)
     order = np.argsort(others, kind="stable")
@@ -202,7 +202,7 @@ def unite(group: NDArray[np.int64], ones: NDArray[np.int64], others: NDArray[np.
 
     Args:
         group: for each text the index of its group's first text.
-        ones, others: the pairs.
+        ones, others: the first and the second text of each pair.
     """
     while len(ones):
         one, other = group[ones], group[others]

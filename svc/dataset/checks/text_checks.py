@@ -1,4 +1,4 @@
-"""Suspicious content of texts: special tokens, template code, control characters, wrongly decoded UTF-8.
+"""Suspicious content in texts: special tokens, template code, control characters, wrongly decoded UTF-8.
 
 All of these are warnings: the text can be trained on. Knows nothing of examples.
 """
@@ -40,10 +40,10 @@ _MAX_SHOWN = 60
 
 
 class TextChecks:
-    """The checks of one text.
+    """Finds suspicious content in a text.
 
     Args:
-        tokens: additional special tokens, of the base model to train.
+        tokens: special tokens of the base model, in addition to the known ones.
     """
 
     def __init__(self, tokens: Iterable[str] = ()) -> None:
@@ -52,7 +52,7 @@ class TextChecks:
         self._marks = None if own else ("<", "[")
 
     def problems(self, text: str) -> tuple[tuple[Code, str], ...]:
-        """Return the suspicious parts of a text, each kind once, with its first position."""
+        """Return the code and the text of each kind of suspicious content, with its first position."""
         return tuple(self._find(text))
 
     def _find(self, text: str) -> Iterator[tuple[Code, str]]:

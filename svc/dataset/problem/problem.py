@@ -1,6 +1,6 @@
-"""Problems of examples: every kind has a code, a severity and a remedy.
+"""Problems in examples: every kind has a code, a severity and a remedy.
 
-docs/data.md explains each code; a test compares. Knows nothing of files beyond their names.
+docs/data.md explains each code, as a test checks. Knows nothing of files beyond their names.
 """
 
 from dataclasses import dataclass
@@ -57,7 +57,7 @@ _ERRORS = {
     Code.WRONG_FORMAT: "write the example in one of the formats of docs/data.md",
     Code.MIXED_FORMATS: "keep one format in a file; several files may differ",
     Code.WRONG_ROLE: "correct the role",
-    Code.WRONG_CONTENT: "give the turn its text as a string, or drop the example",
+    Code.WRONG_CONTENT: "write the turn's text as a string, or drop the example",
     Code.WRONG_TURNS: "reorder the turns so that the assistant's answer is the last, or drop the example",
     Code.WRONG_TOOLS: "write tools and tool calls in the format of OpenAI's API, or drop the example",
     Code.WRONG_WEIGHT: "give assistant turns the weight 1 (learn) or 0 (do not learn), and other turns no weight",
@@ -92,7 +92,7 @@ def severity_of(code: Code) -> Severity:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One problem of one line.
+    """A problem in one line of a data file.
 
     Attributes:
         line: from 1; the row of a Parquet file.
@@ -131,5 +131,5 @@ class RowError(DataError):
         self._detail = wrong
 
     def at(self, field: str) -> "RowError":
-        """Return the same error under another name of the field."""
+        """Return the same error with another field name."""
         return RowError(self.code, self._detail, field=field, expected=self.expected)

@@ -28,7 +28,7 @@ _PLACE = re.compile(r"messages\[(\d+)\](?:\.(\w+))?")
 
 
 class Format(StrEnum):
-    """Format of a row."""
+    """Layout of a row, recognised by its keys."""
 
     CHAT = "chat"
     SHAREGPT = "sharegpt"
@@ -121,7 +121,7 @@ def parse_row(value: Any, form: Format) -> tuple[ChatExample, tuple[str, ...]]:
     for other in KEYS:
         if other is not form and other not in _OWN_KEYS and _has_keys(value, other):
             wrong = f"{keys} together with {_quoted(KEYS[other])}"
-            raise RowError(Code.MIXED_FORMATS, wrong, expected="one format in a line")
+            raise RowError(Code.MIXED_FORMATS, wrong, expected="one format per line")
     if form is Format.CHAT:
         return _read_chat(value)
     if form in _EVALS:

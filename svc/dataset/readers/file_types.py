@@ -66,7 +66,7 @@ def read_rows(path: Path, on_read: Callable[[int], None] = lambda position: None
             raise DataError(
                 f"cannot open data file {path}: {error.strerror}",
                 expected="a file or folder of examples: JSONL, JSON, CSV or Parquet",
-                todo="check the path; paths in a recipe are relative to the recipe. hf:ORG/NAME is a hub dataset",
+                todo="check the path (in a recipe, it is relative to the recipe); write a hub dataset as hf:ORG/NAME",
             ) from error
         if bare_name(path).endswith(".parquet"):
             yield from read_parquet(path, on_read)

@@ -20,7 +20,7 @@ _NO_SPACE = re.compile(r"[^ \t\r\n]")
 
 
 def starts_with_list(head: bytes) -> bool:
-    """Return whether a file with this beginning is one list, and not JSONL."""
+    """Return whether a file that begins with these bytes is one list rather than JSONL."""
     return head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
 
 
@@ -118,7 +118,7 @@ class _ListReader:
 
 
 def _decode(text: str, at: int) -> tuple[Any, int, RowError | None]:
-    """Return an element, its end, and a fault that does not hide its end."""
+    """Return an element, the index after it, and an error that does not affect that index."""
     try:
         return *STRICT.raw_decode(text, at), None
     except RowError as fault:

@@ -78,7 +78,7 @@ def _text(content: Any) -> Any:
 
 
 def _answer(value: Any, field: str) -> dict[str, Any]:
-    """Return the reference as a turn. An example has one: no choice is made among several accepted answers."""
+    """Return the reference as a turn. Several accepted answers are an error, because an example has one reference."""
     if isinstance(value, list):
         if len(value) != 1:
             wrong = f"has {len(value)} answers"

@@ -16,7 +16,7 @@ _BATCH_ROWS = 256
 
 
 def read_parquet(path: Path, on_read: Callable[[int], None]) -> Iterator[Row]:
-    """Yield every row; its number takes the place of the line.
+    """Yield every row; its row number replaces the line number.
 
     Args:
         on_read: called with the approximate number of bytes that were read so far.

@@ -1,7 +1,7 @@
 """Promptfoo's YAML as rows in the chat format: every test with every prompt, its variables and its reference answer.
 
 Templates are Nunjucks, a language: only names are replaced here; anything else in braces and code in other files are
-rejected. Text files in the YAML's folder or below are read. A test that yields no example is an error of that test.
+rejected. Text files in the YAML's folder or below are read. A test that yields no example is an error.
 """
 
 import json
@@ -59,7 +59,7 @@ class _Suite:
     """The tests, and what all of them share.
 
     Attributes:
-        folder: of the file.
+        folder: folder that contains the file.
         prompts: each a text or a list of turns.
     """
 

@@ -26,7 +26,7 @@ Source = str | Path
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of a file: an example or an error; both empty if the line is blank.
+    """One line of a file: an example or an error; both None if the line is blank.
 
     Attributes:
         number: from 1.
@@ -103,8 +103,8 @@ def read_examples(
     if len(examples) < minimum:
         raise DataError(
             f"{', '.join(map(str, given))} has {len(examples)} example{'' if len(examples) == 1 else 's'}",
-            expected=f"at least {minimum}",
-            todo="add examples; fine-tuning begins to pay with a few hundred",
+            expected=f"at least {minimum} examples",
+            todo="add examples; fine-tuning usually needs a few hundred",
         )
     return examples
 

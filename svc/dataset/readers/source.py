@@ -67,7 +67,7 @@ def _hub_files(source: str, cache: Path, fetch: Callable[..., Any] | None) -> li
         names = sorted(file.name for file in snapshot.iterdir())
         raise DataError(
             f"{named['id']} has no data file or folder {named['within']!r}",
-            expected=f"one of {', '.join(names) or 'none: it is empty'}",
+            expected=f"one of {', '.join(names)}" if names else "a dataset with data files",
             todo="correct the part after the dataset's name",
         )
     return data_files(path)
@@ -80,7 +80,7 @@ def _snapshot(dataset: str, revision: str | None, cache: Path, fetch: Callable[.
     except ImportError as error:
         raise DataError(
             f"cannot fetch {dataset}: huggingface_hub is not installed",
-            expected="the extra `train`",
+            expected="the packages of the extra `train`",
             todo="pip install 'tuneserve[train]', or copy the dataset to this machine and give its folder",
         ) from error
     from svc.terminal import waiting
@@ -94,7 +94,7 @@ def _snapshot(dataset: str, revision: str | None, cache: Path, fetch: Callable[.
     except LocalEntryNotFoundError as error:
         raise DataError(
             f"dataset {dataset} is not in the cache and the Hugging Face hub cannot be reached",
-            expected="a network, or the dataset as a local folder",
+            expected="a network connection, or the dataset in a local folder",
             todo="check the network, or copy the dataset to this machine and give its folder",
         ) from error
     except (HfHubHTTPError, HFValidationError) as error:

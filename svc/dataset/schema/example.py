@@ -43,7 +43,7 @@ class Message:
         content: blank only in an assistant turn with tool calls.
         name: of the user or tool, if there are several.
         tool_call_id: in a tool's turn, the call that it answers.
-        weight: of an assistant turn: 1 is learnt, 0 is not; None if the example has none.
+        weight: of an assistant turn: 1 is learnt, 0 is not; None if the example sets none.
     """
 
     role: Role
@@ -172,7 +172,7 @@ def parse_example(value: dict[str, Any]) -> ChatExample:
     _check_order(messages)
     example = ChatExample(messages, parse_tools(value.get("tools")))
     if value.get("functions") and not example.tools:
-        raise RowError(Code.WRONG_TOOLS, "is the deprecated function calling", field="functions", expected="'tools'")
+        raise RowError(Code.WRONG_TOOLS, "is the deprecated form of tools", field="functions", expected="'tools'")
     if any([message.tool_calls or message.role is Role.TOOL for message in messages]):  # noqa: C419 - twice as fast
         _check_calls(example)
     return example
@@ -186,7 +186,7 @@ def _parse_message(where: str, value: Any) -> Message:
         raise RowError(Code.WRONG_ROLE, f"is {value}", field=f"{where}.role", expected=f"one of {', '.join(Role)}")
     calls = parse_calls(where, role, turn.get("tool_calls"))
     if turn.get("function_call") is not None:
-        wrong, field = "is the deprecated function calling", f"{where}.function_call"
+        wrong, field = "is the deprecated form of tool calls", f"{where}.function_call"
         raise RowError(Code.WRONG_TOOLS, wrong, field=field, expected="'tool_calls'")
     content = _parse_content(f"{where}.content", turn, may_be_blank=bool(calls))
     if len(turn) == 2:  # role and content: most turns of most files

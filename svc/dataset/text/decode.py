@@ -8,7 +8,7 @@ from svc.dataset.problem.problem import Code, RowError
 
 
 def not_utf8(error: UnicodeDecodeError, place: str = "") -> RowError:
-    """Return the error of bytes that are not UTF-8."""
+    """Return the error for bytes that are not UTF-8."""
     wrong = f"byte 0x{error.object[error.start]:02x}{place} is not UTF-8"
     return RowError(Code.NOT_UTF8, wrong, expected="text in UTF-8")
 
@@ -38,18 +38,18 @@ def decode_text(text: str) -> Any:
 
 
 def explain(error: ValueError | RecursionError) -> RowError:
-    """Return the error of a line for an error of the JSON reader."""
+    """Return the RowError for an error of the JSON parser."""
     if isinstance(error, json.JSONDecodeError):
         wrong = f"not JSON: {error.msg} at column {error.colno}"
     elif isinstance(error, RecursionError):
         wrong = "not usable JSON: nested too deeply"
     else:  # Python rejects integers of more than 4300 digits
         wrong = "not usable JSON: a number with too many digits"
-    return RowError(Code.NOT_JSON, wrong, expected="one JSON object in a line")
+    return RowError(Code.NOT_JSON, wrong, expected="one JSON object per line")
 
 
 def _refuse_constant(name: str) -> Any:
-    raise RowError(Code.NOT_JSON, f"not JSON: {name}", expected="JSON has no NaN and no Infinity")
+    raise RowError(Code.NOT_JSON, f"not JSON: {name}", expected="a finite number, because JSON has no NaN or Infinity")
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One choice for the launch of an engine: its value and its origin."""
+"""One option of an engine's launch: its value and its origin."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,11 +7,11 @@ from enum import StrEnum
 from svc.engine.vllm.engine_args import given
 
 AUTO = "auto"
-"""Left to vLLM."""
+"""Value of a choice that vLLM makes."""
 
 
 class Origin(StrEnum):
-    """Origin of a choice."""
+    """Source that determined a choice."""
 
     ARGS = "engine.args"
     SETTING = "setting"
@@ -27,13 +27,13 @@ Value = str | int | float | bool
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One choice.
+    """The value of one option of an engine's launch.
 
     Attributes:
-        name: vLLM's name for it, if it has one.
+        name: vLLM's name for the option, if it has one.
         reason: in a few words; empty if the origin is enough.
-        arguments: for vLLM's command line; empty if the user gave them, or if vLLM chooses.
-        variables: for its environment.
+        arguments: arguments to add to vLLM's command line; empty if the user gave them, or if vLLM chooses.
+        variables: variables to add to vLLM's environment.
     """
 
     name: str
@@ -50,7 +50,7 @@ def as_argument(name: str, value: Value, origin: Origin, reason: str = "") -> Ch
 
 
 def as_given(name: str, args: Sequence[str], *others: str) -> Choice | None:
-    """Return the choice that `engine.args` contain; None without one.
+    """Return the value of an option that `engine.args` contain; None if they lack it.
 
     Args:
         others: additional names of its option.

@@ -10,11 +10,11 @@ from time import perf_counter
 from typing import cast
 
 _MAX_BUFFERED_BYTES = 256 * 1024
-"""Unread bytes of an answer. As much again may come with the last read."""
+"""Maximum unread bytes of an answer. The last read may add as many again."""
 _MAX_JOINED_BYTES = 64 * 1024
-"""Size of parts that are returned together; a single part may be larger."""
+"""Maximum size of parts that are returned together; a single part may be larger."""
 _MAX_STRAY_BYTES = 64 * 1024
-"""Consecutive bytes outside a body: the head of an answer, and the framing of its chunks."""
+"""Maximum consecutive bytes outside a body: the head of an answer, and the framing of its chunks."""
 _CONTENT_TYPE, _CONTENT_LENGTH, _TRANSFER_ENCODING = b"content-type", b"content-length", b"transfer-encoding"
 
 
@@ -23,7 +23,7 @@ class ConnectionFailedError(Exception):
 
 
 class UnreachableError(ConnectionFailedError):
-    """The engine accepted no connection; it has seen nothing of the request."""
+    """The engine accepted no connection, so it has received nothing of the request."""
 
 
 class BrokenConnectionError(ConnectionFailedError):
@@ -31,7 +31,7 @@ class BrokenConnectionError(ConnectionFailedError):
 
 
 class MalformedAnswerError(BrokenConnectionError):
-    """The answer is not HTTP/1.1, or over a limit."""
+    """The answer is not HTTP/1.1, or exceeds a limit."""
 
 
 class SilenceError(ConnectionFailedError):
@@ -43,16 +43,16 @@ class EngineConnection(asyncio.Protocol):
 
     Args:
         silence_s: maximum wait for the next bytes, seconds.
-        all_open: set that contains the connection while it is open.
+        all_open: the pool's set of open connections, to which this one belongs while open.
 
     Attributes:
-        status: of the answer, after its head has arrived.
-        content_type: of the answer, likewise; empty if the engine sends none.
+        status: HTTP status of the answer, once its head has arrived.
+        content_type: Content-Type of the answer, likewise; empty if the engine sends none.
         answered: whether at least one byte of the answer has arrived.
         complete: whether the whole answer has arrived.
-        arrived: arrival of the part that was read last, seconds. The clock is stopped while reading is paused, so that
+        arrived: arrival time of the part that was read last, seconds. The clock stops while reading is paused, so that
             the time between two parts does not include delays of their reader.
-        idle_since: end of the last answer, by the loop's clock.
+        idle_since: time at which the last answer was completed, by the loop's clock.
     """
 
     def __init__(self, silence_s: float, all_open: "set[EngineConnection]") -> None:
@@ -124,7 +124,7 @@ class EngineConnection(asyncio.Protocol):
         return part
 
     def release(self) -> bool:
-        """Finish an answer; return whether the connection can be reused. It is closed if not."""
+        """Finish an answer; close the connection if it cannot be reused. Return whether it can."""
         if not (self.complete and self._usable):
             self.close()
             return False
@@ -135,7 +135,7 @@ class EngineConnection(asyncio.Protocol):
         return True
 
     def close(self) -> None:
-        """Close it immediately: the engine cancels an unfinished request."""
+        """Close the connection immediately: the engine cancels an unfinished request."""
         self._fail(BrokenConnectionError("the connection was closed here"))
 
     def _next(self) -> bytes:
@@ -156,7 +156,7 @@ class EngineConnection(asyncio.Protocol):
         return b"".join(parts)
 
     def _more(self) -> asyncio.Future[None]:
-        """Return a future that is done when bytes arrived or an error occurred; callers loop over it."""
+        """Return a future that is done as soon as bytes arrive or an error occurs; callers await it in a loop."""
         if self._error is not None:
             raise self._error
         self._heard = self._loop.time()
@@ -220,7 +220,7 @@ class EngineConnection(asyncio.Protocol):
             self._fail(MalformedAnswerError(f"the engine's answer is not HTTP/1.1: {error!r}"))
             return
         if self._stray_bytes > _MAX_STRAY_BYTES:
-            self._fail(MalformedAnswerError(f"over {_MAX_STRAY_BYTES} bytes of the answer are outside its body"))
+            self._fail(MalformedAnswerError(f"more than {_MAX_STRAY_BYTES} bytes of the answer are outside its body"))
             return
         if self._waiting_bytes > _MAX_BUFFERED_BYTES and self._paused_at is None:
             self._paused_at = perf_counter()

@@ -1,8 +1,8 @@
 """Clients' requests to one engine over pooled connections, so that most requests need no new connection.
 
 The server's own requests use separate connections (svc.engine.client), so that a reload never queues behind streams.
-Our own implementation, because the cheapest library takes three times as long for a request, and does not tell whether
-an engine can have seen a failed one: docs/engine.md has the figures.
+Our own implementation, because the fastest library takes three times as long per request, and does not report whether
+the engine may have received a failed one: docs/engine.md has the figures.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from svc.engine.vllm.connection import (
 )
 
 _CONNECT_TIMEOUT_S = 5.0
-"""A local socket connects immediately, unless its engine has hundreds of connections to accept first."""
+"""A local socket connects immediately, unless the engine must first accept hundreds of connections."""
 _CONNECT_PAUSE_S = 0.005
 _IDLE_S = 3.0
 """vLLM closes a connection that was idle for 5 s (VLLM_HTTP_TIMEOUT_KEEP_ALIVE)."""
@@ -59,7 +59,7 @@ class EngineConnections:
         self.is_closed = False
 
     def post(self, path: str, payload: bytes, request_id: str, header_lines: str = "") -> "EngineAnswer":
-        """Return a request with JSON, sent when its `async with` is entered.
+        """Return a POST request with a JSON body, which is sent on entering its `async with`.
 
         Args:
             header_lines: additional header lines, each with its line end.
@@ -71,7 +71,7 @@ class EngineConnections:
         return EngineAnswer(self, head.encode("latin-1") + payload)
 
     def get(self, path: str) -> "EngineAnswer":
-        """Return a request without a body, likewise."""
+        """Return a GET request, which is sent on entering its `async with`."""
         return EngineAnswer(self, f"GET {path} HTTP/1.1\r\nhost: engine\r\naccept-encoding: identity\r\n\r\n".encode())
 
     def close(self) -> None:
@@ -85,7 +85,7 @@ class EngineConnections:
             connection.close()
 
     def take(self) -> EngineConnection | None:
-        """Return the most recently used idle connection, so that others age and are closed; None without one."""
+        """Return the most recently used idle connection, so that the others expire; None if none is idle."""
         while self._idle:
             connection = self._idle.pop()
             if not connection.is_closed:
@@ -128,11 +128,11 @@ class EngineConnections:
 
     @property
     def _oldest(self) -> float:
-        """Time of last use before which idle connections are closed."""
+        """Idle connections that were last used before this time are closed."""
         return asyncio.get_running_loop().time() - self._idle_s
 
     def _sweep(self) -> None:
-        """Close connections that were idle for too long; one timer for all."""
+        """Close connections that were idle for too long; one timer serves all connections."""
         self._sweeping, oldest = None, self._oldest
         recent = [connection for connection in self._idle if connection.idle_since > oldest]
         for connection in self._idle[: len(self._idle) - len(recent)]:
@@ -146,7 +146,7 @@ class EngineConnections:
 class EngineAnswer:
     """One request and its answer, within an `async with`. Leaving it early cancels the request in the engine.
 
-    If a pooled connection breaks before the first byte of the answer, the request is sent once more, on a new one: the
+    If a pooled connection breaks before the first byte of the answer, the request is sent again on a new connection: the
     engine may have closed the pooled one just then.
 
     Entering raises:
@@ -210,7 +210,7 @@ class EngineAnswer:
 
     @property
     def arrived(self) -> float:
-        """Arrival of the last `read_some` from the engine, seconds; see EngineConnection."""
+        """Arrival time of the bytes that `read_some` last returned, seconds; see EngineConnection."""
         return self._connection.arrived
 
     @property
@@ -233,7 +233,7 @@ class EngineAnswer:
             parts.append(part)
             size += len(part)
             if size > _MAX_BODY_BYTES:
-                raise MalformedAnswerError(f"the engine's answer has over {_MAX_BODY_BYTES} bytes")
+                raise MalformedAnswerError(f"the engine's answer has more than {_MAX_BODY_BYTES} bytes")
         return b"".join(parts)
 
 

@@ -10,10 +10,10 @@ def given(arguments: Sequence[str], *options: str) -> str | None:
     """Return the value of an option in vLLM's arguments: `--block-size 32`, `--block_size=32`, or a prefix of its name.
 
     Args:
-        options: its names, with their dashes.
+        options: the option's names, with their dashes.
 
     Returns:
-        The last value, which is the one that counts; empty for a flag; None if it is not given.
+        The last value given, which takes effect; empty for a flag; None if the option is not given.
     """
     last = None
     for index, argument in enumerate(arguments):
@@ -34,7 +34,7 @@ def _is_one_of(name: str, options: Sequence[str]) -> bool:
 
 
 def given_flag(arguments: Sequence[str], flag: str) -> bool | None:
-    """Return whether arguments of vLLM enable (`--flag`) or disable (`--no-flag`) something; None: neither."""
+    """Return True if the arguments contain `--FLAG`, False for `--no-FLAG`, None for neither."""
     enabled = None
     for argument in arguments:
         if given([argument], f"--{flag}") is not None:

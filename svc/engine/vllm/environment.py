@@ -1,7 +1,7 @@
 """Environment variables that an engine inherits: those of its libraries, and no secrets.
 
 An engine runs native code of many libraries, and writes a log. It must not get other variables of the server's
-environment, such as cloud credentials or a token of the hub.
+environment, such as cloud credentials or a hub token.
 """
 
 import os
@@ -16,7 +16,7 @@ _INHERITED = re.compile(
     "|TRITON|VLLM|XDG)(_.*)?",
     re.DOTALL,
 )
-"""Variables of Python, the C library, PyTorch, vLLM and their dependencies: most by the word before the first
+"""Variables of Python, the C library, PyTorch, vLLM and their dependencies, mostly matched by the word before the first
 underscore."""
 _SECRET_WORDS = frozenset({"CREDENTIALS", "KEY", "PASSWORD", "SECRET", "TOKEN"})
 
@@ -25,7 +25,7 @@ def inherited_environment(also: Iterable[str] = ()) -> dict[str, str]:
     """Return the variables that an engine inherits.
 
     Args:
-        also: names of additional ones, from `engine.environment`.
+        also: names of additional variables, from `engine.environment`.
     """
     named = frozenset(also)
     return {name: value for name, value in os.environ.items() if name in named or _is_inherited(name)}

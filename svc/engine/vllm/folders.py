@@ -18,11 +18,11 @@ _STATES = "engines"
 def runtime_folder(home: Path, purpose: str) -> Path:
     """Create or check the folder for one engine of one home, and return it.
 
-    A unix socket's path has at most 107 characters, and homes may have long paths; so the folder has a short name under
+    A unix socket's path has at most 107 characters, and a home's path may be long; so the folder has a short name under
     the folder for temporary files. `$XDG_RUNTIME_DIR` is deleted when its user logs out, which a server may outlive.
 
     Args:
-        purpose: one engine at a time for each purpose.
+        purpose: distinguishes the folders of a home's engines; each is used by one engine at a time.
 
     Raises:
         EngineError: the folder belongs to another user, or is open to others.
@@ -44,7 +44,7 @@ def runtime_folder(home: Path, purpose: str) -> Path:
         raise EngineError(
             f"{folder} is not a private folder of this user",
             expected="a folder with mode 0700, owned by this user",
-            todo=f"check who created it, then remove it: rm -r {folder}",
+            todo=f"check who created the folder, then remove it: rm -r {folder}",
         )
     return folder
 

@@ -1,7 +1,7 @@
-"""Estimates whether the free memory is enough for additional engines.
+"""Estimates whether the free memory suffices for additional engines.
 
-The estimate is made before a start, so that a server or a swap reports the shortage instead of failing in the kernel or
-in CUDA.
+The estimate precedes a start, so that a server or a swap reports a shortage instead of running out of memory later, on
+the machine or in CUDA.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from svc.settings import Device
 ENGINE_OVERHEAD = 2 * GIB
 """Memory of one engine in addition to weights, keys and values. On a CPU 1.8 GiB were measured with vLLM 0.32 and a
 model of a few megabytes: Python and torch in three processes, as when vLLM binds threads; with two it is 0.7 less. On a
-GPU it was not measured: the need of the CUDA context and a long prompt."""
+GPU it is not measured but covers the CUDA context and a long prompt."""
 
 
 def shortage(specs: Sequence[EngineSpec]) -> str | None:
@@ -38,7 +38,7 @@ def shortage(specs: Sequence[EngineSpec]) -> str | None:
     if needed <= free:
         return None
     subject = "it needs" if len(specs) == 1 else f"{len(specs)} engines need"
-    return f"{subject} about {needed / GIB:.1f} GiB, {free / GIB:.1f} GiB {where}are free"
+    return f"{subject} about {needed / GIB:.1f} GiB, but only {free / GIB:.1f} GiB {where}are free"
 
 
 def backup_shortage(spec: EngineSpec) -> str | None:
@@ -52,11 +52,13 @@ def backup_shortage(spec: EngineSpec) -> str | None:
     free = read_machine(gpus=False).free
     if needed <= free:
         return None
-    return f"its weights may need {needed / GIB:.1f} GiB of the machine's memory, {free / GIB:.1f} GiB are free"
+    return (
+        f"its weights may need {needed / GIB:.1f} GiB of the machine's memory, but only {free / GIB:.1f} GiB are free"
+    )
 
 
 def _needed(spec: EngineSpec, machine: Machine) -> tuple[int, int]:
-    """Return an engine's need, and the free memory of its device, bytes."""
+    """Return the memory that an engine needs, and the free memory of its device, bytes."""
     model = spec.facts
     wide = is_wide(choose_dtype(spec.settings, spec.capabilities, model))
     length = min(spec.settings.max_model_len, model.context or spec.settings.max_model_len)

@@ -1,6 +1,6 @@
 """Linear layers of GPTQ models on a CPU without AVX-512, for which vLLM has no 4-bit kernel.
 
-The product is PyTorch's operator for weights of 4 bits, which has kernels for AVX2 and AVX-512. Weights stay in 4 bits,
+The product is PyTorch's operator for 4-bit weights, which has kernels for AVX2 and AVX-512. Weights stay in 4 bits,
 in the operator's layout; scales take 4 bytes per group instead of 2. Imported only inside vLLM.
 """
 
@@ -12,7 +12,7 @@ from vllm.scalar_type import scalar_types
 _GROUP_SIZES = (256, 128, 64, 32)
 """Group sizes of the operator, in PyTorch 2.13."""
 _WIDTH = 32
-"""Inputs and outputs must be multiples of it, for the operator's blocks as for vLLM's own kernel."""
+"""Divisor of inputs and outputs, required by the operator as by vLLM's own kernel."""
 
 
 class Int4LinearKernel(MPLinearKernel):
@@ -27,7 +27,7 @@ class Int4LinearKernel(MPLinearKernel):
         """Return whether the operator supports such a layer, and if not, the reason."""
         inputs, outputs = c.partition_weight_shape
         if c.weight_type != scalar_types.uint4b8 or c.zero_points:
-            return False, f"weights are {c.weight_type}; only symmetric ones of 4 bits are supported"
+            return False, f"weights are {c.weight_type}; only symmetric 4-bit weights are supported"
         if c.act_type != torch.bfloat16:
             return False, f"activations are in {c.act_type}; the operator is fast only in bfloat16"
         if inputs % _WIDTH or outputs % _WIDTH:
@@ -79,7 +79,7 @@ def pack_weights(packed: torch.Tensor) -> torch.Tensor:
     """Convert weights from GPTQ's layout to the operator's.
 
     Args:
-        packed: [in / 8, out], int32, eight inputs in each.
+        packed: [in / 8, out], int32, each with the weights of eight inputs.
 
     Returns:
         [out, in / 2], uint8.
@@ -89,11 +89,11 @@ def pack_weights(packed: torch.Tensor) -> torch.Tensor:
 
 
 def spread_scales(scales: torch.Tensor, groups: int) -> torch.Tensor:
-    """Return scales in the operator's layout, each with the offset of a weight, which is 0.
+    """Return scales in the operator's layout, each with an offset, which is 0.
 
     Args:
         scales: [groups of the model, out].
-        groups: of the operator; a multiple of the model's.
+        groups: the operator's number of groups, a multiple of the model's.
 
     Returns:
         [groups, out, 2].

@@ -35,12 +35,12 @@ HUGGING_FACE_FORMAT = ["--config-format", "hf", "--tokenizer-mode", "hf"]
 `config.json` and `tokenizer.json`. `engine.args` come later, so they override this."""
 _ENTRY, _OLD_ENTRY = "vllm.entrypoints.launchers.api_server.entry", "vllm.entrypoints.openai.api_server"
 _LISTS = ("VLLM_DISABLED_KERNELS", "VLLM_PLUGINS")
-"""Variables of vLLM that contain names separated by commas."""
+"""vLLM's variables that hold comma-separated names."""
 _OUTPUT_LAYER = "lm_head"
 _LOG_LEVEL = "VLLM_LOGGING_LEVEL"
 _SLEEP_FLAG, _SLEEP_MODE = "enable-sleep-mode", "enable_sleep_mode"
 _PLUGIN = "tuneserve"
-"""The name of our entry point in `vllm.general_plugins`."""
+"""Name of this project's entry point in `vllm.general_plugins`."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,11 @@ class EngineSpec:
         state: folder for its lock and record, which a later server reads.
         log: file for its output.
         cache: folder for compiled kernels.
-        capabilities: of this device.
+        capabilities: capabilities of this device.
         template_kwargs: arguments of the chat template; None: as in the model's folder.
         lora: capacity for adapters; None: no adapters.
         engines: number of engines that share the machine, including this one.
-        idles: whether its model has an idle time.
+        idles: whether the model has an idle time.
     """
 
     model: Path
@@ -81,7 +81,7 @@ class EngineSpec:
 
     @cached_property
     def plan(self) -> plan.EnginePlan:
-        """Choices for its launch, from the machine's state at the first access, which takes up to seconds on a GPU."""
+        """Choices for the launch, from the machine's state at the first access, which may take seconds on a GPU."""
         machine = read_machine(gpus=self.device is Device.CUDA)
         planned = plan.plan_engine(
             self.settings, self.capabilities, machine, self.facts, self.cache, engines=self.engines
@@ -113,7 +113,7 @@ class EngineSpec:
         )
 
     def _unprobed(self) -> str | None:
-        """Return why it cannot be probed: adapters may change the output layer, except in slots that we configure."""
+        """Return why the engine cannot be probed; None if it can."""
         args = self.settings.args
         if self.lora is None and not given_flag(args, "enable-lora"):
             return None
@@ -122,7 +122,7 @@ class EngineSpec:
 
     @cached_property
     def facts(self) -> ModelFacts:
-        """Facts from its model's folder."""
+        """Facts about the model, read from its folder."""
         facts = read_model_facts(self.model)
         if self.template_kwargs is None:
             return facts
@@ -190,9 +190,9 @@ def environment(spec: EngineSpec) -> dict[str, str]:
 
 
 def launch_digest(spec: EngineSpec) -> str:
-    """Return a digest (hex SHA-256) that is equal for two engines of one folder with the same launch, with any weights.
+    """Return a hex SHA-256 that is equal for two launches from one folder with the same options, whatever the weights.
 
-    Its content is known from its record and from probes; the free memory at its start does not matter.
+    The record and the probes tell an engine's content; the free memory at its start is ignored.
     """
     # The number of engines that share a GPU is part of the launch, unless the share is given.
     shares = spec.device is Device.CUDA and spec.settings.gpu_memory_share is None

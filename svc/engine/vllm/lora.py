@@ -19,7 +19,7 @@ USUAL_TARGETS = frozenset(
         *("gate_proj", "up_proj", "gate_up_proj", "down_proj"),
     }
 )
-"""Layers of attention and of the perceptron after it, as most architectures name them, and as vLLM fuses them. With all
+"""Attention and MLP layers, as most architectures name them and as vLLM fuses them. If adapters may change all
 layers, including the output layer, log-probabilities of a prompt kill vLLM 0.32 on a CPU."""
 
 
@@ -28,9 +28,9 @@ class LoraSlots:
     """Capacity of an engine for adapters.
 
     Attributes:
-        max_loaded: adapters in its memory.
-        max_batched: different adapters in one batch.
-        max_rank: maximum rank, one that vLLM accepts.
+        max_loaded: maximum number of loaded adapters.
+        max_batched: maximum number of different adapters in one batch.
+        max_rank: maximum rank, one of those that vLLM accepts.
         targets: last parts of the names of the layers that adapters may change, sorted.
         bytes: maximum memory of one adapter.
     """
@@ -52,13 +52,13 @@ class LoraSlots:
 
 
 def choose_slots(*, max_loaded: int, max_rank: int | None, rank: int, targets: frozenset[str], size: int) -> LoraSlots:
-    """Return the capacity for adapters like an existing one.
+    """Return the capacity for adapters similar to a given one.
 
     Args:
         max_loaded, max_rank: the settings.
-        rank: of the adapter; at most `max_rank`.
+        rank: the given adapter's rank; at most `max_rank`.
         targets: last parts of the names of the layers that it changes.
-        size: of its files, bytes.
+        size: total size of the adapter's files, bytes.
     """
     wanted = max(rank, _MIN_RANK) if max_rank is None else max_rank
     largest = next((accepted for accepted in _RANKS if accepted >= wanted), LARGEST_RANK)
@@ -72,7 +72,7 @@ def choose_slots(*, max_loaded: int, max_rank: int | None, rank: int, targets: f
 
 
 def lora_choices(slots: LoraSlots, args: Sequence[str]) -> tuple[Choice, ...]:
-    """Return the choices for a capacity.
+    """Return the launch choices that give an engine this capacity.
 
     Args:
         args: `engine.args`, which take precedence.

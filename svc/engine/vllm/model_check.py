@@ -1,6 +1,6 @@
 """Checks from the config alone whether vLLM can serve a model: vLLM's own validation, in a separate process.
 
-It takes 9 s, nearly all for vLLM's import, so the caller starts the check, does other work and then reads the answer.
+The check takes 9 s, mostly for vLLM's import, so the caller starts it, does other work and then reads the answer.
 This file, run as a module, is that process. No weights are read, so a model that is too large passes.
 """
 
@@ -28,7 +28,7 @@ class ModelCheck:
 
     Args:
         folder: of the model.
-        command: of the process.
+        command: command line of the process.
         process: prints vLLM's reason as JSON, or null.
     """
 
@@ -41,7 +41,7 @@ class ModelCheck:
         """Wait for the answer.
 
         Raises:
-            BaseModelError: vLLM cannot serve the model; gives vLLM's reason.
+            BaseModelError: vLLM cannot serve the model; contains vLLM's reason.
             EngineError: vLLM did not start, or did not answer.
         """
         try:
@@ -51,7 +51,7 @@ class ModelCheck:
             lines = log.strip().splitlines() if isinstance(error, ValueError) else []
             raise EngineError(
                 f"vLLM could not check the model in {self._folder}: {lines[-1] if lines else error}",
-                expected="an answer of vLLM's own validation",
+                expected="an answer from vLLM's own validation",
                 todo=f"run `{shlex.join(self._command)}`, which shows the whole error",
             ) from error
         if reason is not None:
@@ -64,7 +64,7 @@ class ModelCheck:
 
 @contextmanager
 def model_check(folder: Path, settings: EngineSettings) -> Iterator[ModelCheck]:
-    """Start the check; it is stopped at the end of the body if it still runs.
+    """Start the check; stop it at the end of the body if it is still running.
 
     Args:
         settings: `args` and `environment` apply as for an engine that serves the model.
@@ -81,7 +81,7 @@ def model_check(folder: Path, settings: EngineSettings) -> Iterator[ModelCheck]:
 
 
 def _refusal(arguments: Sequence[str]) -> str | None:
-    """Return vLLM's reason not to serve a model, shortened; None if it can serve it."""
+    """Return why vLLM cannot serve a model, shortened; None if it can."""
     from pydantic import ValidationError
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser

@@ -1,4 +1,4 @@
-"""Number type of an engine, its kernel for 4-bit weights, and the resulting size of the weights."""
+"""An engine's number type, its kernel for 4-bit weights, and the resulting size of the weights."""
 
 from svc.engine.device import DeviceCapabilities, NumberType
 from svc.engine.model_facts import ModelFacts
@@ -8,19 +8,19 @@ from svc.errors import EngineError
 from svc.settings import Device, EngineSettings, GptqKernel
 
 GPTQ = "gptq"
-"""Quantization method in the config of a model in 4 bits."""
+"""Quantization method in a 4-bit model's config."""
 _WIDE = (NumberType.FLOAT32.value, "float")
-"""vLLM's names for numbers of 32 bits."""
+"""vLLM's names for 32-bit numbers."""
 _VLLM_KERNELS = "CPUWNA16LinearKernel,ZentorchWNA16LinearKernel"
 """vLLM's own kernels for 4-bit weights on a CPU. The first claims support even without its operator, the second if the
 package zentorch is installed; both are tried before a plugin's."""
 
 
 def choose_dtype(settings: EngineSettings, capabilities: DeviceCapabilities, model: ModelFacts) -> Choice:
-    """Return the number type of an engine: as the model is stored, unless that is slow on the device.
+    """Return an engine's number type: the stored one, unless that is slow on the device.
 
     Raises:
-        EngineError: the model is in GPTQ, which cannot be served there.
+        EngineError: the model is in GPTQ, which cannot be served on this device.
     """
     name, own, kernel = "dtype", model.dtype, choose_gptq_kernel(settings, capabilities, model)
     cpu = capabilities.device(settings) is Device.CPU
@@ -28,7 +28,7 @@ def choose_dtype(settings: EngineSettings, capabilities: DeviceCapabilities, mod
         _check_gptq_dtype(str(choice.value), kernel, own)
         return choice
     if kernel is GptqKernel.TORCH:
-        return as_argument(name, NumberType.BFLOAT16.value, Origin.MACHINE, "as PyTorch's 4-bit kernel needs")
+        return as_argument(name, NumberType.BFLOAT16.value, Origin.MACHINE, "required by PyTorch's 4-bit kernel")
     if cpu and not capabilities.cpu_bfloat16 and model.quantization is None:
         reason = f"{capabilities.instruction_set} has no fast 16-bit arithmetic"
         return as_argument(name, NumberType.FLOAT32.value, Origin.MACHINE, reason)
@@ -44,7 +44,7 @@ def _check_gptq_dtype(value: str, kernel: GptqKernel | None, own: str | None) ->
 
     Args:
         value: from `engine.args`.
-        own: in which the model is stored; vLLM uses it for `auto`.
+        own: number type in which the model is stored; vLLM uses it for `auto`.
 
     Raises:
         EngineError: vLLM would not start with it.
@@ -54,7 +54,7 @@ def _check_gptq_dtype(value: str, kernel: GptqKernel | None, own: str | None) ->
         return
     raise EngineError(
         f"engine.args contain --dtype {value}, which a model in GPTQ does not support",
-        expected=f"{' or '.join(supported[kernel])}, with the kernel {kernel}",
+        expected=f"{' or '.join(supported[kernel])} with the kernel {kernel}",
         todo="remove --dtype from engine.args: merged versions get float32 automatically where it is faster",
     )
 
@@ -92,7 +92,7 @@ def is_wide(dtype: Choice) -> bool:
 
 
 def weight_bytes(model: ModelFacts, *, wide: bool) -> int:
-    """Return the memory of a model's weights, bytes: in 32 bits twice their size on disk in 16.
+    """Return the memory that a model's weights take, bytes: in 32 bits, twice their 16-bit size on disk.
 
     Args:
         wide: whether the engine computes in 32 bits.

@@ -22,7 +22,7 @@ from svc.settings import Device, EngineSettings
 GIB = 2**30
 _BLOCK_SIZE = 32
 _MEMORY_SHARE = 2
-"""Keys and values get one half of the memory that the weights leave free; the other half is for long prompts."""
+"""Keys and values get half of the memory that the weights leave free; the rest is for long prompts."""
 _UNKNOWN_KV_CACHE = 4 * GIB
 _GPU_SHARE = 0.9
 """vLLM's default is 0.92. A reload in place needs some memory in addition to what vLLM measured at its start."""
@@ -38,7 +38,7 @@ _OTHER_PARALLELISM = (("--pipeline-parallel-size", "-pp"), ("--data-parallel-siz
 
 @dataclass(frozen=True, slots=True)
 class EnginePlan:
-    """All choices for one engine."""
+    """All choices for the launch of one engine."""
 
     choices: tuple[Choice, ...]
 
@@ -47,16 +47,16 @@ class EnginePlan:
 
     @property
     def arguments(self) -> list[str]:
-        """Arguments of all choices for vLLM's command line."""
+        """Command-line arguments of all choices."""
         return [argument for choice in self.choices for argument in choice.arguments]
 
     @property
     def variables(self) -> dict[str, str]:
-        """Variables of all choices for its environment."""
+        """Environment variables of all choices."""
         return dict(pair for choice in self.choices for pair in choice.variables)
 
     def rows(self) -> list[dict[str, Value]]:
-        """Return the choices as JSON, for people and machines."""
+        """Return the choices as JSON objects, for display."""
         return [
             {"name": choice.name, "value": choice.value, "origin": choice.origin.value, "reason": choice.reason}
             for choice in self.choices
@@ -81,7 +81,7 @@ def plan_engine(
         engines: number of engines that share the machine, including this one.
 
     Raises:
-        EngineError: the model's format cannot be served there, or more cores are set than exist.
+        EngineError: the model's format cannot be served on this device, or `engine.cores` exceeds the available cores.
     """
     return _Planner(settings, capabilities, machine, model, cache, engines).plan()
 
@@ -152,7 +152,7 @@ class _Planner:
         if given_flag(self._args, "enforce-eager") is not None:
             return Choice(name, eager, Origin.ARGS, variables=variables)
         arguments = ("--enforce-eager",) if eager else ()
-        reason = "on a CPU, compiling costs a minute and gains a quarter" if self._cpu else "compiling pays on a GPU"
+        reason = "on a CPU, compiling costs a minute and gains a quarter" if self._cpu else "faster on a GPU"
         return Choice(name, eager, Origin.MACHINE, reason, arguments, variables)
 
     def _block_size(self) -> Choice:
@@ -160,7 +160,7 @@ class _Planner:
         if choice := as_given(name, self._args):
             return choice
         if not self._cpu:
-            return Choice(name, AUTO, Origin.VLLM, "as the GPU's attention kernel needs")
+            return Choice(name, AUTO, Origin.VLLM, "depends on the GPU's attention kernel")
         # The prefix cache stores whole blocks: with vLLM's 128 tokens most of a short prompt is computed again.
         return as_argument(name, _BLOCK_SIZE, Origin.DEFAULT, "tokens; short prompts share whole blocks")
 
@@ -169,7 +169,7 @@ class _Planner:
         if choice := as_given(name, self._args):
             return choice
         if ranks > 1 or any(given(self._args, *options) is not None for options in _OTHER_PARALLELISM):
-            return Choice(name, AUTO, Origin.VLLM, "a process for each rank")
+            return Choice(name, AUTO, Origin.VLLM, "one process per rank")
         if machine.threads_bind is not None or machine.nodes > 1:
             return Choice(name, AUTO, Origin.VLLM, "binds threads to cores")
         # Saves one import of torch and vLLM, 8 of 32 s; decoding is a tenth faster, with 0.7 GiB less memory.
@@ -181,7 +181,7 @@ class _Planner:
         if bound is not None:
             return Choice(name, bound, Origin.ENVIRONMENT, variable, variables=((variable, bound),))
         if ranks > 1:
-            return Choice(name, AUTO, Origin.VLLM, "one memory node for each rank")
+            return Choice(name, AUTO, Origin.VLLM, "one memory node per rank")
         (most, reason), count, origin = self._most_cores(), self._settings.cores, Origin.SETTING
         if count is None:
             # Threads of two engines that compete for one core slow both to a quarter.
@@ -217,19 +217,19 @@ class _Planner:
         # One sequence must fit, or vLLM does not start; but never more than the machine has.
         minimum = min(sequence or GIB, self._machine.memory // _MEMORY_SHARE)
         available = max(free // _MEMORY_SHARE, minimum)
-        total, origin, reason = _UNKNOWN_KV_CACHE, Origin.DEFAULT, "the size of a token in the cache is unknown"
+        total, origin, reason = _UNKNOWN_KV_CACHE, Origin.DEFAULT, "the cache size per token is unknown"
         if sequence is not None and (count := _integer(concurrency.value)) is not None:
             total, origin = sequence * (count + 1), Origin.MODEL  # one more, because vLLM reserves a block
             reason = f"enough for {count} sequences of {length.value} tokens"
         if total > available:
-            total, origin, reason = available, Origin.MACHINE, f"half of {_gib(free)} free after the weights"
+            total, origin, reason = available, Origin.MACHINE, f"half of the {_gib(free)} free after the weights"
             if available == minimum:
                 reason = f"one sequence; only {_gib(free)} is free after the weights"
         size = max(1, total // ranks)
         return as_argument(name, size, origin, f"{_gib(size)}: {reason}")
 
     def _sequence_bytes(self, length: Choice, block: Choice, *, wide: bool) -> int | None:
-        """Return the size of keys and values of the longest sequence, in whole blocks."""
+        """Return the size of the longest sequence's keys and values, bytes in whole blocks; None if unknown."""
         tokens, block_size = _integer(length.value) or self._model.context, _integer(block.value) or _BLOCK_SIZE
         if tokens is None or self._model.token_bytes is None:
             return None
@@ -272,7 +272,7 @@ class _Planner:
         name, value = flag.replace("-", "_"), given_flag(self._args, flag)
         if value is not None:
             return Choice(name, value, Origin.ARGS)
-        return Choice(name, AUTO, Origin.VLLM, "on for every model that can")
+        return Choice(name, AUTO, Origin.VLLM, "on for every model that supports it")
 
     def _content_format(self) -> Choice:
         name = "chat_template_content_format"
@@ -294,7 +294,7 @@ class _Planner:
 
 
 def is_eager(settings: EngineSettings, device: Device) -> bool:
-    """Return whether compilation is skipped: as `engine.args` say, else on the CPU."""
+    """Return whether compilation is skipped: as given in `engine.args`, else on a CPU only."""
     flag = given_flag(settings.args, "enforce-eager")
     return device is Device.CPU if flag is None else flag
 

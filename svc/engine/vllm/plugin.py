@@ -16,15 +16,15 @@ INT4_LINEAR_VARIABLE = "TUNESERVE_INT4_LINEAR"
 LORA_VARIABLE = "TUNESERVE_LORA"
 """Set to 1 in the environment of an engine that applies adapters."""
 QUIET_VARIABLE = "TUNESERVE_QUIET_ERRORS"
-"""Set to 1 in the environment of an engine whose log must not contain text of requests."""
+"""Set to 1 in the environment of an engine whose log must not contain requests' text."""
 EMPTY_TOKENS_VARIABLE = "TUNESERVE_EMPTY_TOKENS"
 """Set to 1 in the environment of an engine from which clients can request log-probabilities."""
 _REQUEST_LOGGERS = ("vllm.entrypoints.", "uvicorn.")
-"""Loggers of code that reads requests. Those of the core, whose errors explain an engine's exit, are unchanged."""
+"""Loggers of code that handles requests. The core's loggers, whose errors explain an engine's exit, are unchanged."""
 
 
 def register() -> None:
-    """Apply the changes that the variables enable. vLLM may call it more than once."""
+    """Apply the changes that the variables enable. vLLM may call this function more than once."""
     if os.environ.get(QUIET_VARIABLE) == "1" and not isinstance(logging.getLogRecordFactory(), _QuietRecords):
         logging.setLogRecordFactory(_QuietRecords(logging.getLogRecordFactory()))
     if os.environ.get(INT4_LINEAR_VARIABLE) == "1":
@@ -36,13 +36,13 @@ def register() -> None:
 
 
 class _QuietRecords:
-    """Factory of log records in which an error of a request has its stack and its type, but not its message.
+    """Factory of log records that keep the stack and the type of a request's error, but not its message.
 
-    vLLM logs the errors of `/v1/messages` and of streams, uvicorn uncaught ones; pydantic's and vLLM's messages quote
+    vLLM logs errors in `/v1/messages` and streams, uvicorn logs uncaught ones; pydantic's and vLLM's messages quote
     the request.
 
     Args:
-        make: the factory that it wraps.
+        make: the factory to wrap.
     """
 
     def __init__(self, make: Callable[..., logging.LogRecord]) -> None:
@@ -73,10 +73,10 @@ def _register_int4_linear() -> None:
 
 @cache  # once per process, however often vLLM calls it
 def _apply_no_adapter_to_the_base() -> None:
-    """Make vLLM on a CPU answer the base's requests with the base, also in a batch with requests of adapters.
+    """Make vLLM on a CPU answer requests for the base with the base, even in a batch with requests for adapters.
 
-    In such a batch, the tokens of the base have the slot -1, which its kernels for GPUs skip. Those for CPUs use it as
-    an index, that of the last slot, and answer with the adapter there (vllm-project/vllm#48421). Zeros between the two
+    In such a batch, the base's tokens have the slot -1, which vLLM's GPU kernels skip. Its CPU kernels use -1 as
+    the index of the last slot, and apply the adapter there (vllm-project/vllm#48421). Zeros between the two
     halves of an adapter make it add nothing.
     """
     from vllm.lora.ops import torch_ops
@@ -95,7 +95,7 @@ def _apply_no_adapter_to_the_base() -> None:
 
 @cache
 def _show_ids_without_a_token_as_empty() -> None:
-    """Make vLLM answer with an empty token for an id without a token.
+    """Make vLLM show a token id that has no token as an empty token.
 
     A model may have more rows than its tokenizer has tokens: Phi-3 has 32,064 and 32,011. With a vocabulary of
     SentencePiece, such an id among log-probabilities stops vLLM 0.32's output handler, and with it the front for all

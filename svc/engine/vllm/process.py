@@ -1,4 +1,4 @@
-"""Life cycle of one vLLM process on this machine: started or adopted, ready, stopped, and never left behind unnoticed.
+"""Life cycle of one vLLM process on this machine: start or adoption, readiness, stop; no process is left unnoticed.
 
 An engine outlives a server that is killed. The next server finds it in its folder, and adopts or stops it. This module
 restarts nothing: the supervisor decides. Waiting for files, locks and processes happens in threads, because clients'
@@ -33,7 +33,7 @@ Result = TypeVar("Result")
 
 _POLL_S = 0.1
 _CPU_NICENESS = 5
-"""Added to the server's own niceness for an engine on the CPU. Its threads keep every core busy, and with equal
+"""Added to the server's niceness for an engine on the CPU. The engine's threads keep every core busy; with equal
 priorities the server's event loop waited 20 ms for a core in 1 % of its turns, now 8 ms (docs/reliability.md)."""
 
 
@@ -41,10 +41,10 @@ class EngineProcess:
     """One vLLM server as a separate process, which outlives this one.
 
     Args:
-        spec: of the engine; its runtime folder must be private to this user.
+        spec: engine to start; its runtime folder must be private to this user.
 
     Attributes:
-        client: for the server's own requests.
+        client: client for the server's own requests.
         plan: see `LastingEngine.plan`.
     """
 
@@ -69,13 +69,13 @@ class EngineProcess:
         return self.spec.engine_capabilities
 
     async def start(self, on_phase: Callable[[EnginePhase], None] = lambda phase: None) -> None:
-        """Start the engine and return when it answers. An engine that an earlier server left in the folder is stopped.
+        """Start the engine and return when it answers. Stops an engine that an earlier server left in the folder.
 
         Args:
             on_phase: called with each phase of the start.
 
         Raises:
-            EngineError: it exited, or was not ready within `start_timeout_s`; names the log and its last error.
+            EngineError: vLLM exited, or was not ready within `start_timeout_s`; names the log and its last error.
         """
         await _in_own_thread(lambda: end_engine(self.spec.state))  # before the plan, which counts free memory
         self.plan = (await asyncio.to_thread(lambda: self.spec.plan)).rows()
@@ -116,7 +116,7 @@ class EngineProcess:
         return self._child.pid
 
     def _watch(self, pid: int) -> None:
-        """Make the event loop notice its exit without polling: a poll needs a descriptor, and none may be left.
+        """Make the event loop notice the process's exit without polling, which would fail if no descriptor is free.
 
         Raises:
             ProcessLookupError: there is no such process.
@@ -134,7 +134,7 @@ class EngineProcess:
         self._ended.set()
 
     async def orphan_holds(self) -> str | None:
-        """Return the content of an engine with the same launch that an earlier server left running, or None."""
+        """Return the content of an engine that an earlier server left running with the same launch, or None."""
         return await asyncio.to_thread(self._orphan_holds)
 
     def _orphan_holds(self) -> str | None:
@@ -144,10 +144,10 @@ class EngineProcess:
         return record.holds if find_engine(self.spec.state) else None
 
     async def adopt(self) -> None:
-        """Adopt the engine that an earlier server left in the folder, instead of a start.
+        """Adopt the engine that an earlier server left in the folder, instead of starting one.
 
         Raises:
-            EngineError: it does not answer.
+            EngineError: the engine does not answer, or has just exited.
         """
         self._process = await asyncio.to_thread(find_engine, self.spec.state)
         record = await asyncio.to_thread(read_record, self.spec.state)
@@ -160,7 +160,7 @@ class EngineProcess:
             raise EngineError(f"the engine in {self.spec.state} has just exited", todo="start a new one") from None
 
     async def record(self, holds: str | None) -> None:
-        """Record its content for a later server; None if unknown.
+        """Record the loaded content for a later server; None if unknown.
 
         Raises:
             OSError: the record cannot be written.
@@ -173,19 +173,19 @@ class EngineProcess:
             write_record(self.spec.state, replace(record, holds=holds))
 
     def memory(self) -> int | None:
-        """Return the main memory that its processes use, bytes, shared pages in part; None if none runs."""
+        """Return the engine's main memory, bytes, with a share of the shared pages; None if no process runs."""
         with contextlib.suppress(psutil.Error):  # it is exiting
             return sum(process.memory_full_info().pss for process in self._processes()) or None
         return None
 
     def processor_s(self) -> float:
-        """Return the processor time that its processes have used, seconds; 0 if none runs."""
+        """Return the processor time of the engine's processes, seconds; 0 if none runs."""
         with contextlib.suppress(psutil.Error):
             return sum(sum(process.cpu_times()[:2]) for process in self._processes())
         return 0.0
 
     def front_s(self) -> float | None:
-        """Return the processor time of vLLM's front, the process that was started, seconds; None if unknown."""
+        """Return the processor time of vLLM's HTTP process, the one that was started, seconds; None if unknown."""
         with contextlib.suppress(psutil.Error):
             return sum(self._process.cpu_times()[:2]) if self._process else None
         return None
@@ -194,7 +194,7 @@ class EngineProcess:
         return [self._process, *self._process.children(recursive=True)] if self._process else []
 
     async def wait(self) -> int | None:
-        """Wait until it has exited and return the exit code: 0 if it was never started, None if it was adopted."""
+        """Wait until the engine has exited; return its exit code, 0 if it was never started, None if adopted."""
         if self._child is None and self._process is None:
             return 0
         await self._ended.wait()
@@ -207,7 +207,7 @@ class EngineProcess:
         await self.client.close()
 
     def _remove_sockets(self) -> None:
-        """Remove its socket and those between its processes: vLLM removes none."""
+        """Remove the engine's sockets, including those between its processes: vLLM removes none."""
         for path in self.spec.runtime.glob("*"):
             if path.is_socket():
                 path.unlink(missing_ok=True)
@@ -220,27 +220,27 @@ class EngineProcess:
         self._remove_sockets()
 
     async def sleep(self) -> None:
-        """Free its GPU.
+        """Free the engine's GPU.
 
         Raises:
-            EngineError: main memory is too small for its weights, or it does not sleep.
+            EngineError: the free main memory is too small for the weights, or vLLM failed.
         """
         # Torch keeps the memory of the first sleep for the next one.
         if not self._has_backup and (shortage := await asyncio.to_thread(backup_shortage, self.spec)):
-            raise EngineError(f"the engine does not sleep: {shortage}")
+            raise EngineError(f"the engine cannot be put to sleep: {shortage}")
         await self.client.sleep()
         self._has_backup = True
 
     async def wake(self) -> None:
-        """Restore it on its GPU.
+        """Restore the engine on its GPU.
 
         Raises:
-            EngineError: it does not wake.
+            EngineError: vLLM failed to wake up.
         """
         await self.client.wake()
 
     async def leave(self) -> None:
-        """Detach from it and let it run, for a later server; this object is not usable any more."""
+        """Detach from the engine and leave it running for a later server; this object is no longer usable."""
         if self._child:
             self._child.returncode = 0  # else Python warns that the child was not waited for
         self._child = self._process = None
@@ -278,7 +278,7 @@ class EngineProcess:
 
 
 def _in_own_thread(work: Callable[[], Result]) -> "asyncio.Future[Result]":
-    """Run work in a new thread. Stopping an engine can take long, and must not occupy a shared thread."""
+    """Run work in a new thread. Stopping an engine can take long, and would block a shared thread."""
     thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine-end")
     working = asyncio.get_running_loop().run_in_executor(thread, work)
     thread.shutdown(wait=False)  # the thread ends with its work
@@ -286,7 +286,7 @@ def _in_own_thread(work: Callable[[], Result]) -> "asyncio.Future[Result]":
 
 
 async def _uncancelled(work: Callable[[], Result]) -> Result:
-    """Run work in a thread. A cancellation takes effect after it is done, so that the caller can undo it."""
+    """Run work in a thread. A cancellation takes effect after the work is done, so that the caller can undo it."""
     working = asyncio.ensure_future(asyncio.to_thread(work))
     try:
         return await asyncio.shield(working)

@@ -1,4 +1,4 @@
-"""Phase of a starting vLLM, from its log."""
+"""Reads the startup phase of vLLM from its log."""
 
 import re
 from pathlib import Path
@@ -29,7 +29,7 @@ class PhaseReader:
         self._phase = EnginePhase.PYTHON
 
     def look(self) -> EnginePhase:
-        """Return the phase that the log has reached; never an earlier one than before."""
+        """Return the phase that the log has reached; never earlier than the previous result."""
         try:
             with self._log.open("rb") as file:
                 file.seek(self._position)

@@ -52,8 +52,8 @@ def test_key_stays_revoked_when_any_newer_snapshot_has_it_revoked(
     store = open_database(tmp_path / oldest.name)
     revoked = [event for event in read_events(store, newest=9) if event.action == "key.revoke"]
     assert sorted(str(event.reason) for event in revoked) == [
-        f"the snapshot {second.name} has it revoked",
-        f"the snapshot {third.name} has it revoked",
+        f"revoked in the snapshot {second.name}",
+        f"revoked in the snapshot {third.name}",
     ]
     assert verify_chain(store).fault is None
 

@@ -53,7 +53,7 @@ def test_several_engines_need_a_multiple_of_the_memory(monkeypatch: pytest.Monke
     one = 3 * GIB + ENGINE + 2 * 2 * 256 * 2 * 1024
     assert shortage(monkeypatch, model, host(2 * one), engines=2) is None
     said = shortage(monkeypatch, model, host(2 * one - 1), engines=2)
-    assert said == "2 engines need about 10.0 GiB, 10.0 GiB are free"
+    assert said == "2 engines need about 10.0 GiB, but only 10.0 GiB are free"
     assert shortage(monkeypatch, model, host(0), engines=0) is None
 
 
@@ -63,8 +63,8 @@ def test_longer_context_needs_more_memory(monkeypatch: pytest.MonkeyPatch, model
     assert shortage(monkeypatch, model, host(free), max_model_len=513) is not None
 
 
-def test_shortage_is_reported(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
-    assert shortage(monkeypatch, model, host(4 * GIB)) == "it needs about 5.0 GiB, 4.0 GiB are free"
+def test_what_is_short_is_told(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+    assert shortage(monkeypatch, model, host(4 * GIB)) == "it needs about 5.0 GiB, but only 4.0 GiB are free"
 
 
 def test_memory_of_the_gpu_counts_on_a_gpu(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
@@ -93,7 +93,7 @@ def test_memory_for_adapters_is_needed_too(monkeypatch: pytest.MonkeyPatch, mode
     spec = EngineSpec(model, "tuned", model, model, model / "engine.log", model, AVX512, EngineSettings(device="cpu"))
     assert headroom.shortage([spec]) is None
     slots = LoraSlots(max_loaded=1, max_batched=1, max_rank=16, targets=(), bytes=GIB)
-    assert headroom.shortage([replace(spec, lora=slots)]) == "it needs about 7.0 GiB, 5.0 GiB are free"
+    assert headroom.shortage([replace(spec, lora=slots)]) == "it needs about 7.0 GiB, but only 5.0 GiB are free"
 
 
 @pytest.mark.parametrize(("free", "enough"), [(6 * GIB, True), (6 * GIB - 1, False)])
@@ -110,4 +110,4 @@ def test_memory_for_adapters_sleeps_with_the_weights(monkeypatch: pytest.MonkeyP
     slots = LoraSlots(max_loaded=1, max_batched=1, max_rank=16, targets=(), bytes=GIB)
     spec = EngineSpec(model, "tuned", model, model, model / "engine.log", model, HOPPER, lora=slots)
     said = headroom.backup_shortage(spec)
-    assert said == "its weights may need 10.0 GiB of the machine's memory, 6.0 GiB are free"
+    assert said == "its weights may need 10.0 GiB of the machine's memory, but only 6.0 GiB are free"
