@@ -1,7 +1,7 @@
-"""Limits on the answers to held-out examples: maximum tokens of each answer.
+"""Limits on the length of answers to held-out examples, in tokens.
 
-A fixed limit gives every answer the same number of tokens, so that a longer reference cannot be matched. Without one,
-the limit follows from the example's own reference. Knows token ids and texts, no tokenizer and no engine.
+A fixed limit applies to every answer, so that no answer can match a longer reference. Without a fixed limit,
+each example's reference determines the limit. Knows token ids and texts, no tokenizer and no engine.
 """
 
 import math
@@ -10,25 +10,25 @@ from collections.abc import Sequence
 from svc.dataset.schema.tokenized_example import TokenizedExample
 
 REFERENCE_FACTOR = 1.5
-"""Times the reference's tokens: an answer may be half again as long and still be right in other words."""
+"""Factor on the reference's tokens: a right answer in other words may be half again as long."""
 SPARE_TOKENS = 16
-"""For short references: half of a label's few tokens is too little for another wording, and with some chat templates
+"""For short references: half of a label's few tokens is too little for another wording, and with some templates
 the model ends an answer with more than one token."""
 
 
 def answer_limits(examples: Sequence[TokenizedExample], *, context: int, fixed: int | None) -> tuple[int, ...]:
-    """Return the limit of each example's answer, tokens.
+    """Return the limit on each example's answer, tokens.
 
     Args:
-        context: tokens of a prompt with its answer that the engine accepts. vLLM refuses a request whose prompt and
+        context: maximum tokens of a prompt with its answer. vLLM rejects a request whose prompt and
             limit together exceed it.
-        fixed: the recipe's `evaluate.max_tokens`, which applies to every example; None: by each reference.
+        fixed: the recipe's `evaluate.max_tokens`, for every example; None: each reference determines the limit.
     """
     return tuple(_limit_of(example, context) if fixed is None else fixed for example in examples)
 
 
 def limit_of_text(reference: str) -> int:
-    """Return the limit of an answer whose model has an unknown tokenizer, tokens.
+    """Return the limit on an answer by a model with an unknown tokenizer, tokens.
 
     A tokenizer makes at most one token of each UTF-8 byte: the number of bytes is an upper bound.
     """

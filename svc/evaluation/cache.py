@@ -1,4 +1,4 @@
-"""Cache of a model's results, so that no later run repeats them: a base is evaluated once, not in each run.
+"""Cache of a model's results, so that a base is evaluated once and not in every run.
 
 One line of JSON for each example.
 """
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 KnownResults = dict[tuple[str, int], ExampleResult]
-"""By the example's fingerprint and the answer's limit."""
+"""Results by the example's fingerprint and the answer's limit."""
 
 
 class _Line(BaseModel):
@@ -30,11 +30,11 @@ class _Line(BaseModel):
 
 
 class EvaluationCache:
-    """The results of one model under one set of conditions.
+    """Cached results of one model under one set of conditions.
 
     Args:
         folder: of the caches of all models; created with the first result.
-        conditions: everything that determines an answer except its limit: weights and kind of engine.
+        conditions: everything that determines an answer except its limit, such as weights and kind of engine.
     """
 
     def __init__(self, folder: Path, *conditions: str) -> None:
@@ -63,13 +63,13 @@ class EvaluationCache:
         except FileNotFoundError:
             return {}
         except (OSError, ValidationError):
-            log.warning("%s cannot be read: its examples are evaluated again", self._path, exc_info=True)
+            log.warning("could not read %s: its examples will be evaluated again", self._path, exc_info=True)
             return {}
         return {(line.example, line.result.limit): line.result for line in lines}
 
 
 def results_by_example(pairs: Iterable[tuple[ChatExample, ExampleResult]]) -> KnownResults:
-    """Return results in the form for `find_results`."""
+    """Return results by example and limit, for `find_results`."""
     return {(fingerprint([example]), result.limit): result for example, result in pairs}
 
 

@@ -1,7 +1,7 @@
 """Comparison of two models on the same examples: the difference by each metric, with its interval, and the answers that
 differ most.
 
-It is paired: differences are taken example by example, so that shared difficulty cancels out. All figures are of the
+It is paired: differences are taken example by example, so that shared difficulty cancels out. All figures describe the
 second model relative to the first.
 """
 
@@ -23,12 +23,12 @@ from svc.evaluation.results import ExampleResult
 SHOWN = 20
 """Examples that are shown side by side."""
 _MIN_DIFFERENT = 6
-"""Fewer differing examples all have the same direction by chance more often than once in twenty times."""
+"""With fewer differing examples, all of them favour one model by chance more than once in twenty comparisons."""
 _EQUAL = 1e-9
 
 
 class Direction(StrEnum):
-    """Outcome of a comparison by one metric."""
+    """Outcome for the second model by one metric."""
 
     BETTER = "better"
     WORSE = "worse"
@@ -43,10 +43,10 @@ class _Part(BaseModel):
 
 
 class MetricComparison(_Part):
-    """Two models by one metric.
+    """Both models' figures by one metric.
 
     Attributes:
-        difference: the second's figure minus the first's, paired.
+        difference: the second model's figure minus the first's, paired by example.
     """
 
     title: str
@@ -62,8 +62,8 @@ class Tally(_Part):
     """Number of examples on which the second model is better, worse or equal.
 
     Attributes:
-        metric: whose scores are compared.
-        p_value: of the two-sided exact sign test: probability of such a lead by chance. 1 without a lead.
+        metric: name of the metric whose scores are compared.
+        p_value: probability of such a lead by chance, by the two-sided exact sign test; 1 without a lead.
     """
 
     metric: str
@@ -74,12 +74,12 @@ class Tally(_Part):
 
 
 class DifferentAnswers(_Part):
-    """One example with different answers.
+    """An example that the two models answer differently.
 
     Attributes:
-        place: of the example, from 0.
-        asked: its last user turn.
-        gain: the second's score minus the first's, positive if the second is better.
+        place: index of the example, from 0.
+        asked: the example's last user turn.
+        gain: how much better the second model's score is; negative if the first's is better.
         edits: edit distance of the answers, characters.
     """
 
@@ -93,13 +93,13 @@ class DifferentAnswers(_Part):
 
 
 class VersionComparison(_Part):
-    """The second model compared with the first.
+    """Result of comparing a second model with a first one.
 
     Attributes:
-        metrics: by name, the primary one first; in addition the share of answers that were cut off at their limit as
+        metrics: by name, the primary one first; includes the share of answers that were cut off at their limit as
             `cut_off`, and the negative log-likelihood of the references as `nll`.
-        left_out: reasons for missing metrics, by name.
-        different: answers that differ most, by the tally's scores and then by edits.
+        left_out: why each missing metric is left out, by the metric's name.
+        different: examples whose answers differ most, by the tally's scores and then by edits.
     """
 
     examples: int
@@ -128,8 +128,8 @@ def compare(
     Args:
         first, second: one result for each example, in the same order; their scores are computed again.
         metrics: the primary one first.
-        no_tokens: why metrics in a model's own tokens cannot be compared: log-likelihoods are unknown, or the models
-            have different tokenizers. Empty: they can.
+        no_tokens: why metrics in the models' tokens cannot be compared: log-likelihoods are unknown, or the models
+            have different tokenizers. Empty if they can.
 
     Raises:
         DataError: no comparable metric is left.
@@ -140,7 +140,7 @@ def compare(
     if primary is None:
         raise DataError(
             f"none of the metrics can compare these models: {no_tokens}",
-            todo="choose a metric that compares texts: --metric exact_match",
+            todo="choose a metric that compares text, for example --metric exact_match",
         )
     judged = [metric for metric in metrics if metric in usable]
     one, other = (Answered(examples, judge(examples, results, 0.0, judged).results) for results in (first, second))
@@ -183,7 +183,7 @@ def _direction(difference: Interval, better: Better, differing: int) -> Directio
 def _gains(primary: Metric, one: Answered, other: Answered) -> tuple[list[float], str]:
     """Return the second model's gain on each example, and the name of the metric whose scores were used.
 
-    A metric of all examples together has no scores: those of the metric that monitoring uses instead are taken, if it
+    A metric of the whole set has no score per example: the metric that monitoring uses in its place is taken, if it
     is among the results, else exact match.
     """
     by = primary.name if primary.scored else primary.watched_by

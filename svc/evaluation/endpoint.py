@@ -1,7 +1,7 @@
-"""A model at any OpenAI endpoint, of another provider or this service's gateway. It answers examples, or is a judge.
+"""A model at any OpenAI endpoint, such as another provider's or this gateway. It answers examples or acts as judge.
 
-Differences between providers are detected by their errors: some accept no temperature, or have another name for the
-limit of an answer. None returns log-probabilities of a prompt, so a reference's likelihood is unknown. The key is never
+Differences between providers are detected by their errors: some reject a temperature, or have another name for the
+answer's limit. None returns log-probabilities of a prompt, so a reference's likelihood is unknown. The key is never
 written to a message, a log or a file.
 """
 
@@ -37,8 +37,8 @@ class Endpoint:
 
     Attributes:
         url: base URL to which `/chat/completions` is appended, for example `https://api.openai.com/v1`.
-        model: its name there.
-        key: sent as a bearer token; None if the endpoint needs none.
+        model: the model's name at the endpoint.
+        key: API key, sent as a bearer token; None if the endpoint needs none.
     """
 
     url: str
@@ -98,7 +98,7 @@ class Completion:
     """An endpoint's answer.
 
     Attributes:
-        tokens: of the answer, by the model's own tokenizer; 0 if not reported.
+        tokens: tokens of the answer, by the model's own tokenizer; 0 if not reported.
     """
 
     text: str
@@ -110,7 +110,7 @@ class Chat:
     """Client of one endpoint that adapts to its options, retries, and limits concurrent requests.
 
     Args:
-        http: closed by the caller.
+        http: client, which the caller closes.
     """
 
     def __init__(self, http: "httpx.AsyncClient", endpoint: Endpoint) -> None:
@@ -126,10 +126,10 @@ class Chat:
         Args:
             messages: in OpenAI's form.
             limit: maximum tokens of the answer; None: the provider's default.
-            more: options of this request only.
+            more: options for this request only.
 
         Raises:
-            EngineError: it did not answer, rejected the request, or answered something else.
+            EngineError: the endpoint did not answer, rejected the request, or returned another kind of answer.
         """
         async with self._places:
             answer = await self._post({"model": self._endpoint.model, "messages": list(messages), **more}, limit)
@@ -143,7 +143,7 @@ class Chat:
             )
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise EngineError(
-                f"{self._endpoint} answered {self._shown(answer)}", expected="a chat completion of OpenAI's API"
+                f"{self._endpoint} answered {self._shown(answer)}", expected="a chat completion in OpenAI's format"
             ) from error
 
     async def _post(self, body: dict[str, Any], limit: int | None) -> "httpx.Response":
@@ -168,7 +168,7 @@ class Chat:
                 pause = _wanted_pause(answer, pause)
             if tried + 1 < _MAX_TRIES:
                 await asyncio.sleep(min(pause, _MAX_PAUSE_S))
-        raise EngineError(f"{self._endpoint} {wrong}", todo="check its URL, its model and the key")
+        raise EngineError(f"{self._endpoint} {wrong}", todo="check the endpoint's URL, model name and API key")
 
     def _current_options(self, limit: int | None) -> dict[str, Any]:
         return self._options | ({} if limit is None else {self._limit_name: limit})
@@ -196,11 +196,11 @@ async def ask_endpoint(
     on_done: Callable[[], None] = lambda: None,
     transport: "httpx.AsyncBaseTransport | None" = None,
 ) -> tuple[ExampleResult, ...]:
-    """Return the greedy answers to examples, in order. Their `nll` is meaningless: 0.
+    """Return the greedy answers to examples, in order. Their `nll` is 0 and meaningless.
 
     Args:
         limits: maximum tokens of each answer.
-        on_done: called after each.
+        on_done: called after each example.
         transport: replaces the network.
 
     Raises:
@@ -229,7 +229,7 @@ async def ask_endpoint(
 
 
 async def all_or_none(work: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
-    """Return all results; if one fails, cancel the others, which cost money."""
+    """Return all results; if one fails, cancel the others, which would cost money."""
     tasks = [asyncio.create_task(coroutine) for coroutine in work]
     try:
         return await asyncio.gather(*tasks)

@@ -1,7 +1,7 @@
-"""The evaluator of trainer, gates and monitoring, which uses the endpoint that serves.
+"""Evaluation for trainer, gates and monitoring, through the same endpoint that serves clients.
 
-Greedy answers are compared with references. The reference's log-likelihood shows differences for which exact match is
-too coarse: it covers the tokens that training learns, including the one that ends the answer, so it is training's loss.
+Greedy answers are compared with references. The reference's log-likelihood shows differences that exact match is too
+coarse for. It covers the tokens that training learns, including the one that ends the answer: it is training's loss.
 """
 
 import asyncio
@@ -34,10 +34,10 @@ class MetricReport(BaseModel):
     """Result of one metric.
 
     Attributes:
-        title: of the metric, for people.
-        estimate: with its 95 % interval.
+        title: name of the metric for display.
+        estimate: the metric's value with its 95 % interval.
         better: which values are better.
-        unit: of the values.
+        unit: unit of the values.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -65,7 +65,7 @@ class EvaluationReport(BaseModel):
         hits: exact match of each example, for paired comparison.
         seconds: time for all answers and scores; 0 if they were cached.
         metrics: by name.
-        primary: name of the metric that gates, and that monitoring repeats.
+        primary: name of the metric that gates use and that monitoring measures again.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -87,14 +87,14 @@ class EvaluationReport(BaseModel):
 
     @property
     def all_figures(self) -> dict[str, MetricReport]:
-        """The same, with the share of cut answers and the log-likelihood last."""
+        """Reports of `figures`, followed by the share of cut-off answers and the log-likelihood."""
         last = {CutOff.name: MetricReport.of(CutOff(), self.cut_off), Nll.name: MetricReport.of(Nll(), self.nll)}
         return self.figures | last
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """The report, and the results that it was computed from, one for each example, in order."""
+    """A report, and the results it was computed from, one for each example, in order."""
 
     report: EvaluationReport
     results: tuple[ExampleResult, ...]
@@ -109,7 +109,7 @@ async def evaluate(
     trained: bool = True,
     on_done: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Answer all examples with the model and score the answers.
+    """Send all examples to the model and score its answers.
 
     Args:
         tokenized: the same examples in the same order, as tokenized for training.
@@ -119,7 +119,7 @@ async def evaluate(
         on_done: called after each example.
 
     Raises:
-        EngineError: the engine failed a request; there is no report over a part of the examples.
+        EngineError: a request failed; no report is made of only some of the examples.
     """
     started = time.monotonic()
     results = await ask_examples(client, examples, tokenized, limits=limits, trained=trained, on_done=on_done)
@@ -150,10 +150,10 @@ async def ask_examples(
 async def ask_example(
     client: EngineClient, example: ChatExample, tokenized: TokenizedExample, *, limit: int, trained: bool = True
 ) -> ExampleResult:
-    """Answer one example with the model and score the answer.
+    """Send one example to the model and score its answer.
 
     Args:
-        tokenized: the same example.
+        tokenized: the same example as tokenized for training.
         limit: maximum tokens of the answer.
         trained: as for `evaluate`.
 
@@ -180,7 +180,7 @@ async def ask_example(
 
 
 def _is_reference(answer: Answer, tokenized: TokenizedExample) -> bool:
-    """Return whether the answer is the reference token by token, so that both have the same log-probability."""
+    """Return whether the answer's tokens are the reference's, so that both have the same log-probability."""
     whole = len(tokenized.learnt) == 1 and tokenized.learnt[0][1] == len(tokenized.input_ids)
     return whole and answer.token_ids == tokenized.answer and len(answer.logprobs) == len(answer.token_ids)
 
@@ -222,12 +222,12 @@ def judge(
     seconds: float,
     metrics: Sequence[Metric] | None = None,
 ) -> Evaluation:
-    """Return the report on results; all scores are computed again from the answers.
+    """Return the report on these results, with all scores computed again from the answers.
 
     Args:
         results: one for each example, in the same order.
         seconds: time for the answers; 0 if all were cached.
-        metrics: the primary one first; None: those of the task.
+        metrics: the primary one first; None: the task's default metrics.
 
     Raises:
         SvcError: a metric failed.

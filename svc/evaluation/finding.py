@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class FindingKind(StrEnum):
-    """Faults of a training run. docs/diagnosis.md has the rule of each; a test compares."""
+    """Kind of fault in a training run. docs/diagnosis.md has the rule for each, as a test checks."""
 
     DIVERGENCE = "divergence"
     LEARNING_RATE_HIGH = "learning_rate_high"
@@ -21,7 +21,7 @@ class FindingKind(StrEnum):
 
     @property
     def words(self) -> str:
-        """Name for people."""
+        """Name for display."""
         return self.value.replace("_", " ")
 
 
@@ -30,12 +30,12 @@ class _Record(BaseModel):
 
 
 class Advice(_Record):
-    """A change to try.
+    """A change to the recipe that is worth trying.
 
     Attributes:
-        key: of the recipe, dotted.
-        before: its value in the run; empty if it has none.
-        value: to try.
+        key: the recipe's key, dotted.
+        before: value in the run; empty if none was set.
+        value: value to try.
     """
 
     key: str
@@ -47,12 +47,12 @@ class Advice(_Record):
 
 
 class Finding(_Record):
-    """One fault.
+    """One fault found in a training run.
 
     Attributes:
         what: a sentence with the numbers.
         advice: the change to try first.
-        rule: that detected it.
+        rule: the rule that detected the fault.
     """
 
     kind: FindingKind

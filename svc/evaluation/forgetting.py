@@ -13,16 +13,16 @@ from svc.evaluation.results import ExampleResult
 
 
 class Forgetting(BaseModel):
-    """Answers of a base and of a version trained from it to general questions.
+    """Comparison of a base's and its version's answers to general questions.
 
     Attributes:
-        questions: name of their file.
-        fingerprint: of the questions and their accepted answers.
-        before, after: share of right answers.
-        difference: after minus before, paired by question; below 0: something was forgotten.
+        questions: name of the questions' file.
+        fingerprint: digest of the questions and their accepted answers.
+        before, after: share of right answers, of the base and of the version.
+        difference: after minus before, paired by question; negative if the version answers fewer correctly.
         nll_before, nll_after: negative log-likelihood of the references, nats per token; finer than the share.
-        nll_difference: above 0: they have become less likely.
-        lost, gained: questions that only the base, or only the version, answers correctly.
+        nll_difference: after minus before; positive if the references have become less likely.
+        lost, gained: number of questions that only the base, or only the version, answers correctly.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -66,7 +66,7 @@ def measure_forgetting(
 
 
 def tracked(forgetting: Forgetting) -> dict[str, float]:
-    """Return its figures by their names in MLflow."""
+    """Return the figures of a comparison by their names in MLflow."""
     return {
         "general_before": forgetting.before.value,
         "general_after": forgetting.after.value,

@@ -12,10 +12,10 @@ from svc.sample_size import Z_INTERVAL
 Floats = NDArray[np.float64]
 _RESAMPLES = 2000
 _BATCH = 1_000_000
-"""Places drawn in one batch: with 100,000 examples all of them would take gigabytes."""
+"""Indices drawn in one batch: drawing all at once would take gigabytes with 100,000 examples."""
 
 Statistic = Callable[[Floats], Floats]
-"""Function from the number of times each example was drawn, one row per resample, to one value per resample."""
+"""Maps how often each example was drawn (one row per resample) to one value per resample."""
 
 
 class Interval(BaseModel):
@@ -35,7 +35,7 @@ def proportion(hits: int, total: int) -> Interval:
     """Return the share of hits with Wilson's score interval, which stays valid near 0 and 1 (Wilson 1927).
 
     Raises:
-        ValueError: the total is 0.
+        ValueError: `total` is 0.
     """
     if not 0 <= hits <= total or total == 0:
         raise ValueError(f"{hits} hits of {total}")
@@ -49,7 +49,7 @@ def mean(values: Sequence[float], weights: Sequence[float] | None = None) -> Int
     """Return the mean with its bootstrap interval.
 
     Args:
-        weights: of the values, not all 0; each resample draws values with their weights. None: equal weights.
+        weights: weight of each value, not all 0; a resample draws values with their weights. None: equal weights.
 
     Raises:
         ValueError: no values.
@@ -58,7 +58,7 @@ def mean(values: Sequence[float], weights: Sequence[float] | None = None) -> Int
 
 
 def weighted_mean(values: Sequence[float], weights: Sequence[float] | None = None) -> Statistic:
-    """Return the mean of values as a statistic of the number of times each was drawn."""
+    """Return the mean of these values as a `Statistic`."""
     weight = np.ones(len(values)) if weights is None else np.array(weights, dtype=float)
     weighted = np.array(values, dtype=float) * weight
 
@@ -74,7 +74,7 @@ def paired_difference(
     """Return the mean of second minus first, paired by example, with its interval: shared difficulty cancels out.
 
     Args:
-        weights: of the examples; None: equal weights.
+        weights: weight of each example; None: equal weights.
     """
     return mean([after - before for before, after in zip(first, second, strict=True)], weights)
 
@@ -100,7 +100,7 @@ def share_difference(differences: Sequence[float]) -> Interval:
 
 
 def bootstrap(examples: int, statistic: Statistic) -> Interval:
-    """Return a statistic of all examples with its percentile interval (seeded: equal values, equal interval).
+    """Return a statistic of all examples with its percentile interval (seeded, so equal values give equal intervals).
 
     Resamples are drawn as counts of each example, so that a statistic of thousands of resamples is a matrix product.
 
@@ -124,7 +124,7 @@ def bootstrap(examples: int, statistic: Statistic) -> Interval:
 
 
 def mean_or_proportion(values: Sequence[float]) -> Interval:
-    """Return the mean with the interval that fits its values: Wilson's if all of them are 0 or 1."""
+    """Return the mean with its interval: Wilson's if all values are 0 or 1, else the bootstrap's."""
     if values and set(values) <= {0, 1}:
         return proportion(round(math.fsum(values)), len(values))
     return mean(values)

@@ -1,6 +1,6 @@
 """A judge: a model at any OpenAI endpoint that decides which of two answers is better.
 
-Prompts, references and answers are sent to that endpoint, so it is off by default, and the destination is printed
+Prompts, references and answers are sent to that endpoint, so judging is off by default, and the destination is printed
 before they are sent. Judges favour the first answer, so each pair is judged in both orders; the report includes the
 agreement of both orders.
 """
@@ -29,7 +29,7 @@ with one word and nothing else: A, B, or TIE if neither is better."""
 
 
 class Preference(StrEnum):
-    """Which answer of a pair is better."""
+    """A verdict: which answer of a pair is better."""
 
     FIRST = "first"
     SECOND = "second"
@@ -44,12 +44,12 @@ class JudgeReport(BaseModel):
     """A judge's verdicts on two models.
 
     Attributes:
-        url, model: of the judge.
-        pairs: with a verdict in both orders.
-        unread: pairs without a verdict; they are left out.
-        win_rate: of the second model over the first: 1 for each pair that it wins, 0.5 for a tie, mean of both orders.
+        url, model: the judge's endpoint and model.
+        pairs: number of pairs with a verdict in both orders.
+        unread: number of pairs without a verdict; they are left out of all figures.
+        win_rate: of the second model over the first: 1 for a win, 0.5 for a tie, mean over pairs and both orders.
         agreement: share of pairs with the same verdict in both orders.
-        verdicts: of each pair, in both orders; empty for one without a verdict.
+        verdicts: both verdicts on each pair; empty for a pair without a verdict.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -71,20 +71,20 @@ async def judge_answers(
     *,
     title: str,
 ) -> JudgeReport:
-    """Return the judge's verdicts on each pair of answers, in both orders. An equal pair is a tie, and is not sent.
+    """Return the judge's verdicts on each pair of answers, in both orders. Identical answers are a tie, and not sent.
 
     Args:
         first, second: two models' answers to each example.
-        title: of the progress bar.
+        title: text beside the progress bar.
 
     Raises:
         SettingsError: the endpoint is not valid.
-        JudgeError: it rejected a request, or gave too few verdicts.
+        JudgeError: the judge did not answer, rejected a request, or returned too few verdicts.
     """
     endpoint.check()
     asked = sum(one.strip() != other.strip() for one, other in zip(first, second, strict=True))
     console.print(
-        f"  sending {asked} prompts with reference and both answers to the judge {endpoint.model} at {endpoint.url}",
+        f"  sending {asked} prompts with references and both answers to the judge {endpoint.model} at {endpoint.url}",
         markup=False,
         soft_wrap=True,
     )
@@ -110,7 +110,7 @@ async def judge_answers(
 
 
 async def _compare(chat: Chat, example: ChatExample, first: str, second: str) -> tuple[Preference, ...]:
-    """Return the verdicts of both orders, both relative to the given order; empty if one cannot be read."""
+    """Return the verdicts in both orders, each relative to the given order; empty if one is unreadable."""
     if first.strip() == second.strip():
         return Preference.TIE, Preference.TIE
     shown, turned = await _ask(chat, example, first, second), await _ask(chat, example, second, first)
@@ -126,7 +126,7 @@ async def _ask(chat: Chat, example: ChatExample, first: str, second: str) -> Pre
 
 
 def _read_verdict(text: str) -> Preference | None:
-    """Return the only word of an answer, or the last one of an explanation, in which "a" may be an article."""
+    """Return the verdict in the answer's only word, or in an explanation's last; None if there is none."""
     match = _LAST_WORD.fullmatch(text.strip(" \n*_\"'").upper()) or _LAST_WORD.search(text)
     named = {"A": Preference.FIRST, "B": Preference.SECOND, "TIE": Preference.TIE}
     return named[match[1]] if match else None
@@ -137,7 +137,7 @@ def _report(endpoint: Endpoint, verdicts: Sequence[tuple[Preference, ...]]) -> J
     unread = len(verdicts) - len(read)
     if not read or unread > _MAX_UNREAD_SHARE * len(verdicts):
         raise JudgeError(
-            f"the judge {endpoint.model} gave no verdict for {unread} of {len(verdicts)} pairs",
+            f"the judge {endpoint.model} returned no verdict on {unread} of {len(verdicts)} pairs",
             expected="A, B or TIE",
             todo="set judge.model to a model that follows instructions",
         )

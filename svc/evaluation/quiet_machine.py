@@ -1,6 +1,6 @@
-"""Measures while no other process keeps the machine busy, or reports how busy it was.
+"""Measures while other processes leave the machine idle, or else reports how busy they kept it.
 
-An engine on a CPU that was measured during another training decoded 4 tokens/s instead of 140. Only processors are
+An engine measured on a CPU during an unrelated training decoded 4 tokens/s instead of 140. Only processors are
 checked: another process on the same GPU goes unnoticed.
 """
 
@@ -17,13 +17,13 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 MAX_OTHERS_SHARE = 0.1
-"""Share of all processors that an idle system and a progress bar use, which does not affect an engine."""
+"""Share of all processors that an idle system and a progress bar use; too little to affect an engine."""
 _TRIES = 3
 _PAUSE_S = 10.0
 
 
 def machine_s() -> float:
-    """Return the processor time that all processes of this machine have used and its host has stolen, seconds."""
+    """Return the processor time used by all processes of this machine and stolen by its host, seconds."""
     times = psutil.cpu_times()
     return sum(times[:]) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0)
 
@@ -38,7 +38,7 @@ async def measure_quietly(
 
     Args:
         own_s: returns the processor time of the measured processes, seconds; this process is added.
-        used_s: returns that of all processes.
+        used_s: returns the processor time of all processes, seconds.
 
     Returns:
         The result with the least disturbance, and the share of all processors that other processes used meanwhile.
@@ -47,7 +47,7 @@ async def measure_quietly(
     for attempt in range(_TRIES):
         if attempt:
             share = 100 * (best or (None, 0.0))[1]
-            log.warning("other processes used %.0f %% of the processors: measuring again", share)
+            log.warning("other processes used %.0f %% of the processors: retrying the measurement", share)
             await asyncio.sleep(_PAUSE_S)
         began, before = time.monotonic(), used_s() - own_s() - time.process_time()
         result = await measure()

@@ -13,18 +13,18 @@ from svc.files.json_file import read_records
 
 
 class ExampleResult(BaseModel):
-    """The answer to one example, and its scores.
+    """A model's answer to one example, and its scores.
 
     Attributes:
-        answer: greedy.
-        tokens: of the answer, including the one that ended it.
+        answer: the greedy answer.
+        tokens: number of tokens in the answer, including the one that ended it.
         limit: maximum tokens of the answer.
-        finish_reason: from the engine.
+        finish_reason: the engine's `finish_reason`.
         logprob: mean natural-log probability of the answer's tokens; None for an empty answer.
         nll: negative log-likelihood of the reference answer, nats per token.
-        scored: number of tokens of which `nll` is the mean; 1 if nothing was scored.
+        scored: number of tokens over which `nll` is the mean; 1 if nothing was scored.
         hit: whether the answer equals the reference, ignoring surrounding white space.
-        scores: of this example by each metric that scores examples, by the metric's name.
+        scores: this example's score by each metric that scores examples, by the metric's name.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -46,12 +46,12 @@ class ExampleResult(BaseModel):
 
 
 def largest_limit(results: Sequence[ExampleResult]) -> int:
-    """Return the largest limit of the answers, tokens; there must be at least one answer."""
+    """Return the largest limit on the answers, tokens; there must be at least one answer."""
     return max(result.limit for result in results)
 
 
 def token_weights(results: Sequence[ExampleResult]) -> list[float]:
-    """Return the number of tokens of each log-likelihood."""
+    """Return each result's number of scored tokens, as the weight of its log-likelihood."""
     return [float(result.scored) for result in results]
 
 

@@ -14,7 +14,7 @@ REPEATS = 3
 
 
 async def first_token_seconds(client: EngineClient, prompt: Sequence[int]) -> Interval:
-    """Return the time from an uncached prompt to its first token, measured three times without other requests.
+    """Return the time to the first token of an uncached prompt, measured three times without other requests.
 
     Args:
         prompt: token ids.
@@ -32,7 +32,7 @@ async def decoding_speed(client: EngineClient, prompts: Sequence[Sequence[int]],
     """Return the generated tokens per second, measured three times with 16 per stream, with cached prompts.
 
     Args:
-        prompts: token ids; used in turn if there are fewer than streams.
+        prompts: token ids; reused in turn if there are fewer than streams.
         streams: concurrent requests.
     """
     chosen = [prompts[index % len(prompts)] for index in range(streams)]

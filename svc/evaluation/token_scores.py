@@ -1,4 +1,4 @@
-"""A model's scores of each token of a given answer: its log-probability, and the top-1 token.
+"""A model's score for each token of a given answer: the log-probability and the top-1 token.
 
 The form is the same for the engine and the trainer's own model, so that both can be compared token by token.
 """
@@ -11,15 +11,15 @@ from svc.engine.client import EngineClient
 
 _MAX_EXAMPLES = 32
 _MAX_TOKENS = 2048
-"""Of all examples together: a quantized model of 135 million weights scores them in 20 s on two cores with AVX2."""
+"""Maximum tokens of all examples: a quantized 135M model scores them in 20 s on two cores with AVX2."""
 
 
 class TokenScore(NamedTuple):
-    """Score of one token, given all before it.
+    """Score of one token, given all tokens before it.
 
     Attributes:
-        logprob: its natural-log probability.
-        likeliest: id of the top-1 token.
+        logprob: the token's natural-log probability.
+        likeliest: id of the top-1 token at this position.
     """
 
     logprob: float
@@ -44,7 +44,7 @@ def choose_examples(tokenized: Sequence[TokenizedExample]) -> list[TokenizedExam
 
 
 async def score_on_engine(client: EngineClient, examples: Sequence[TokenizedExample]) -> Scores:
-    """Return the engine's scores of the examples' answers, one example after the other.
+    """Return the engine's scores for the examples' answers; examples are sent one at a time.
 
     Raises:
         EngineError: the engine rejected a request.

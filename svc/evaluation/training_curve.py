@@ -15,17 +15,17 @@ TRAINING_CURVE_FILE = "training.jsonl"
 
 
 class TrainingPoint(BaseModel):
-    """One step of the optimizer.
+    """Figures of one step of the optimizer.
 
     Attributes:
         step: number of steps so far; 0 before the first.
         epoch: passes over the examples so far.
-        loss: of this step's examples, before the update of the weights, nats per answer token; None at step 0.
-        heldout_loss: after the step, nats per answer token; None if it was not measured.
-        heldout_each: the same of each measured held-out example, in the same order at all points.
-        learning_rate: of this step; None at step 0.
-        grad_norm: before clipping; None at step 0, and if float16 skipped the step.
-        tokens_per_second: prompt and answer, without padding; None at step 0. The only figure that depends on a clock.
+        loss: loss on this step's examples before the weights are updated, nats per answer token; None at step 0.
+        heldout_loss: loss on held-out examples after the step, nats per answer token; None if not measured.
+        heldout_each: the same loss for each measured held-out example, in the same order at all points.
+        learning_rate: learning rate of this step; None at step 0.
+        grad_norm: norm of the gradients before clipping; None at step 0, or if float16 training skipped the step.
+        tokens_per_second: prompt and answer tokens, without padding; None at step 0. Not reproducible.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

@@ -1,7 +1,7 @@
-"""Verdict of a gate on a loss: not worse by more than a margin, worse by more than it, or undecided.
+"""Verdict of a gate: a loss is within the allowed margin, beyond the margin, or undecided.
 
-A gate that rejects only a proven loss passes a bad version if there are few examples: 12 of 27 right answers lost, of
-60 questions, do not prove a loss of more than 0.1. So `passed` must be proven as well. The third outcome, `undecided`,
+A gate that rejects only a proven loss passes a bad version if there are few examples: losing 12 of 27 right answers to
+60 questions does not prove a loss of more than 0.1. So `passed` must be proven too. The third outcome, `undecided`,
 comes with the number of examples that would decide.
 """
 
@@ -13,12 +13,12 @@ from svc.evaluation.intervals import Interval
 from svc.sample_size import Z_INTERVAL, about, detectable_loss, examples_needed
 
 _MAX_EXAMPLES = 1_000_000
-"""Larger sets are impractical."""
+"""Maximum number of examples to recommend; larger sets are impractical."""
 _ROUNDING = 1e-9  # 0.745 - 0.695 is slightly more than 0.05 in floating point
 
 
 class GateOutcome(StrEnum):
-    """Position of a loss's interval relative to a margin."""
+    """Outcome of a gate, from the position of the loss's interval relative to the margin."""
 
     PASSED = "passed"
     """The interval excludes a loss beyond the margin."""
@@ -28,7 +28,7 @@ class GateOutcome(StrEnum):
 
 
 class Gate(StrEnum):
-    """A limited loss, named as its key in the recipe's section `evaluate`."""
+    """A kind of loss with a limit, named as the limit's key in the recipe's section `evaluate`."""
 
     GPTQ_LOSS = "max_gptq_loss"
     GPTQ_NLL = "max_gptq_nll"
@@ -36,7 +36,7 @@ class Gate(StrEnum):
 
     @property
     def counted(self) -> str:
-        """Word for its examples."""
+        """Noun for what the gate counts, for messages."""
         return "questions" if self is Gate.FORGETTING else "examples"
 
 
@@ -45,11 +45,11 @@ class _Record(BaseModel):
 
 
 class Verdict(_Record):
-    """A loss compared with the allowed margin.
+    """Result of comparing a loss with the allowed margin.
 
     Attributes:
         loss: how much worse the second model is, with its 95 % interval; negative if it is better.
-        detectable: smallest distance between loss and margin that so many examples with this variance decide with 80 %
+        detectable: smallest distance of the loss from the margin that this number of examples decides with 80 %
             power.
         examples_to_decide: approximate number of examples for 80 % power if the loss stays the same. None if the
             outcome is decided, or if the loss is so near to the margin that more than a million would be needed.
@@ -64,11 +64,11 @@ class Verdict(_Record):
 
 
 class GateReport(_Record):
-    """Verdict of one gate of a version.
+    """Verdict of one gate on a version.
 
     Attributes:
-        measured: the measured loss, with the figures before and after.
-        limit: the recipe's key that sets the margin, and the reference of the margin.
+        measured: text with the figures before and after.
+        limit: text with the recipe's key for the margin, and the figure of which a relative margin is a share.
     """
 
     gate: Gate
@@ -103,8 +103,8 @@ def judge(loss: Interval, margin: float, examples: int, *, fewest: int = 1) -> V
     Args:
         loss: paired, above 0 if the second model is worse.
         margin: maximum allowed loss.
-        examples: that both models answered, at least 1.
-        fewest: minimum number for a decision: a bootstrap interval of very few examples is too narrow.
+        examples: number of examples that both models answered, at least 1.
+        fewest: minimum number of examples for a decision: a bootstrap interval over very few is too narrow.
     """
     if examples < fewest:
         outcome = GateOutcome.UNDECIDED

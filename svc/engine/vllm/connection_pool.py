@@ -146,7 +146,7 @@ class EngineConnections:
 class EngineAnswer:
     """One request and its answer, within an `async with`. Leaving it early cancels the request in the engine.
 
-    If a pooled connection breaks before the first byte of the answer, the request is sent again on a new connection: the
+    If a pooled connection breaks before the answer's first byte, the request is sent again on a new connection: the
     engine may have closed the pooled one just then.
 
     Entering raises:

@@ -52,9 +52,7 @@ def backup_shortage(spec: EngineSpec) -> str | None:
     free = read_machine(gpus=False).free
     if needed <= free:
         return None
-    return (
-        f"its weights may need {needed / GIB:.1f} GiB of the machine's memory, but only {free / GIB:.1f} GiB are free"
-    )
+    return f"its weights may need {needed / GIB:.1f} GiB of main memory, but only {free / GIB:.1f} GiB are free"
 
 
 def _needed(spec: EngineSpec, machine: Machine) -> tuple[int, int]:

@@ -13,7 +13,7 @@ class Contains(Metric):
     """Share of answers that contain an accepted text as whole words, ignoring case and spacing.
 
     Args:
-        accepted: for each example, in order.
+        accepted: accepted texts of each example, in order.
     """
 
     name = "contains"

@@ -14,7 +14,7 @@ from svc.errors import DataError
 
 SHIPPED = "general.jsonl"
 MAX_TOKENS = 32
-"""Limit of an answer: the questions ask for a word or a sentence."""
+"""Maximum tokens of an answer: the questions ask for a word or a sentence."""
 _JSON_LINES = (".jsonl", ".ndjson")
 
 
@@ -23,9 +23,9 @@ class GeneralSet:
     """Questions with accepted answers.
 
     Attributes:
-        name: of the file.
-        examples: each with a reference answer.
-        accepted: for each example the texts of which an answer must contain one.
+        name: name of the file.
+        examples: the questions, each with a reference answer.
+        accepted: for each example, the accepted texts; a right answer contains one of them.
     """
 
     name: str
@@ -39,7 +39,7 @@ class GeneralSet:
         return f"sha256:{hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()}"
 
     def first(self, count: int | None) -> "GeneralSet":
-        """Return this number of questions from the start; None: all."""
+        """Return the first `count` questions; None: all."""
         return GeneralSet(self.name, self.examples[:count], self.accepted[:count])
 
 

@@ -26,14 +26,14 @@ from svc.evaluation.metrics.tokens import Length, Perplexity
 from svc.evaluation.results import ExampleResult
 
 ENTRY_POINTS = "tuneserve.metrics"
-"""Group in which an installed package offers metrics: classes of `Metric`, constructed without arguments."""
+"""Entry-point group in which packages offer metrics: `Metric` classes whose constructor needs no arguments."""
 _NAME = re.compile("[a-z0-9_]+")
 _MOSTLY = 0.95
 _SEE = "correct evaluate.metrics or evaluate.primary; see docs/evaluation.md"
 
 
 class Task(StrEnum):
-    """Kind of a task's answers."""
+    """Kind of answers that a task requires."""
 
     LABELS = "labels"
     JSON = "json"
@@ -42,13 +42,13 @@ class Task(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class MetricOptions:
-    """A recipe's options for metrics.
+    """The recipe's choice of metrics.
 
     Attributes:
-        names: of metrics; None: those of the task.
-        primary: name of the primary one; None: the task's.
-        schema: file of a JSON schema; None: inferred from the references.
-        seconds: time limit of a user's function.
+        names: names of the metrics; None: the task's default metrics.
+        primary: name of the primary metric; None: the task's default.
+        schema: file with a JSON schema; None: the schema is inferred from the references.
+        seconds: time limit for a user's function.
     """
 
     names: tuple[str, ...] | None = None
@@ -69,7 +69,7 @@ _PLAIN = (
     Perplexity(),
     Length(),
 )
-"""Metrics that need only their name."""
+"""Metrics that need no options, by name."""
 _TASKS = {
     Task.LABELS: ("accuracy", "macro_f1", "exact_match"),
     Task.JSON: ("field_accuracy", "schema_valid", "valid_json", "exact_match"),
@@ -79,9 +79,9 @@ _ALWAYS = ("perplexity", "length")
 
 
 def find_task(references: Sequence[ChatExample]) -> Task:
-    """Return the kind of task, from the references.
+    """Infer the kind of task from the references.
 
-    Labels are few, as in the data check, or are listed in the instruction; JSON are objects or lists.
+    Answers are labels if they are few, as in the data check, or listed in the instruction; JSON if objects or lists.
     """
     looks = [look_at_answer(example) for example in references]
     if all(look.kind & AnswerKind.LABEL for look in looks):
@@ -96,7 +96,7 @@ def choose_metrics(examples: Sequence[ChatExample], options: MetricOptions | Non
     """Return the metrics that evaluate examples, the primary one first.
 
     Args:
-        examples: with their references, the whole held-out set.
+        examples: the whole held-out set, with references.
 
     Raises:
         RecipeError: an unknown metric, or a metric that cannot evaluate these references.
@@ -114,15 +114,15 @@ def choose_metrics(examples: Sequence[ChatExample], options: MetricOptions | Non
         primary = (first or judging or metrics)[0]
     if primary.better is Better.NEITHER:
         raise RecipeError(
-            f"the metric {primary.name} cannot be the primary one: none of its values is better or worse",
-            expected="a metric whose values are better when higher, or when lower",
+            f"the metric {primary.name} cannot be the primary metric: it does not rank models",
+            expected="a metric for which higher or lower values are better",
             todo=_SEE,
         )
     return tuple({metric.name: metric for metric in (primary, *metrics)}.values())
 
 
 def named_metric(name: str) -> Metric:
-    """Return a metric that needs only its name.
+    """Return the metric with this name, if it needs no options.
 
     Raises:
         RecipeError: the metric is unknown, or cannot be loaded.
@@ -131,7 +131,7 @@ def named_metric(name: str) -> Metric:
 
 
 def try_on_references(metrics: Sequence[Metric], examples: Sequence[ChatExample]) -> None:
-    """Evaluate the references with each metric as if they were answers, to find faults before an hour of training.
+    """Evaluate the references as if they were answers, to detect a metric's faults before training.
 
     Raises:
         SvcError: a metric cannot evaluate them.

@@ -1,6 +1,6 @@
 """A user's Python function as a metric: it runs in a separate process, with a time limit.
 
-The file and its imports are the user's; damage to its process does not affect this one.
+The file and its imports are the user's code; a crash of that process does not affect this one.
 """
 
 import contextlib
@@ -24,11 +24,11 @@ _SPEC = re.compile(r"(?P<path>.+\.py):(?P<function>\w+)")
 
 @dataclass(frozen=True, slots=True)
 class FunctionSpec:
-    """Place of a function.
+    """Location of a function: a file and a name in it.
 
     Attributes:
-        path: of its file.
-        function: its name in the file.
+        path: the function's file.
+        function: the function's name in the file.
     """
 
     path: Path
@@ -36,13 +36,13 @@ class FunctionSpec:
 
     @classmethod
     def parse(cls, text: str) -> "FunctionSpec | None":
-        """Return the place that `FILE.py:FUNCTION` names; None for a text of another form."""
+        """Return the location that `FILE.py:FUNCTION` names; None if the text has another form."""
         match = _SPEC.fullmatch(text)
         return match and cls(Path(match["path"]), match["function"])
 
     @property
     def name(self) -> str:
-        """The metric's name: that of file and function, once if they are the same."""
+        """The metric's name, from those of file and function; given once if both are the same."""
         words = dict.fromkeys((self.path.stem.lower(), self.function.lower()))
         return re.sub(r"[^a-z0-9_]", "_", "_".join(words))
 
@@ -51,14 +51,14 @@ class FunctionSpec:
 
 
 class FunctionMetric(Metric):
-    """The mean of a function's scores of the examples; higher is better.
+    """Metric by a user's function: the mean of its scores over the examples; higher is better.
 
     The function is called once, as `function(answers, references)`, or `function(answers, references, prompts)` if it
     has three parameters: lists of text, prompts as lists of OpenAI messages. It returns one number for each answer.
 
     Args:
-        seconds: time limit of a call.
-        name: of the metric; None: from the function's place.
+        seconds: time limit for a call.
+        name: name of the metric; None: derived from file and function.
     """
 
     unit = Unit.NUMBER
@@ -76,7 +76,7 @@ class FunctionMetric(Metric):
         if "error" in output:
             raise RecipeError(
                 f"the metric {self.spec} failed:\n{output['error']}",
-                expected="a list of one finite number for each answer",
+                expected="a list with one finite number for each answer",
                 todo="fix the function",
             )
         return list(output["scores"])
@@ -85,7 +85,7 @@ class FunctionMetric(Metric):
         """Return the worker's output.
 
         Raises:
-            RecipeError: it took too long, or its process exited.
+            RecipeError: the file is missing, or the function took too long or exited its process.
         """
         if not self.spec.path.is_file():
             raise RecipeError(f"the file of the metric {self.spec} does not exist", todo="correct evaluate.metrics")
@@ -99,8 +99,8 @@ class FunctionMetric(Metric):
                 output, _ = process.communicate(given, timeout=self._seconds)
             except subprocess.TimeoutExpired as error:
                 raise RecipeError(
-                    f"the metric {self.spec} was not done after {self._seconds:g} s",
-                    todo="make it faster, raise evaluate.metric_seconds, or evaluate fewer examples: evaluate.limit",
+                    f"the metric {self.spec} did not finish within {self._seconds:g} s",
+                    todo="speed up the function, raise evaluate.metric_seconds, or lower evaluate.limit",
                 ) from error
             finally:
                 with contextlib.suppress(ProcessLookupError):
@@ -109,6 +109,6 @@ class FunctionMetric(Metric):
             return dict(json.loads(output))
         except ValueError as error:
             raise RecipeError(
-                f"the metric {self.spec} exited its process with code {process.returncode}",
+                f"the process of the metric {self.spec} exited with code {process.returncode}",
                 todo="read its output above; the function must return its scores",
             ) from error

@@ -2,7 +2,7 @@
 
     python function_worker.py FILE FUNCTION SECONDS < {"answers": [...], "references": [...], "prompts": [...]}
 
-Writes {"scores": [...]} or {"error": TEXT}. What the function prints goes to stderr.
+Writes {"scores": [...]} or {"error": TEXT}. The function's own output is written to stderr.
 """
 
 import importlib.util
@@ -56,7 +56,7 @@ def _call(path: str, function: str, given: dict[str, Any]) -> list[float]:
 
 
 def _tail(error: BaseException) -> str:
-    """The last lines of the traceback, without the frames of this file."""
+    """Return the last lines of the traceback, without this file's frames."""
     frames = error.__traceback__
     while frames is not None and frames.tb_frame.f_code.co_filename == __file__:
         frames = frames.tb_next

@@ -1,4 +1,4 @@
-"""Answers that are JSON: validity, the fields of the reference, and its schema."""
+"""Metrics for JSON answers: validity, agreement with the reference's fields, and conformance to a schema."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -29,7 +29,7 @@ def is_json(text: str) -> bool:
 
 
 def read_json(text: str) -> dict[str, Any] | list[Any] | None:
-    """Return the JSON object or array that a text is; None for any other text."""
+    """Return the JSON object or array in a text; None if the text is neither."""
     try:
         value = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):  # a model that repeats "[" nests too deeply
@@ -52,9 +52,9 @@ class ValidJson(AnswerMetric):
 
 
 class FieldAccuracy(AnswerMetric):
-    """Share of the reference's fields that the answer has with the same value, mean over examples.
+    """Share of the reference's fields that have the same value in the answer, mean over examples.
 
-    A field is a value that contains no other; those of nested objects and lists count each. Fields that the reference
+    A field is a value that contains no other value, at any depth of objects and lists. Fields that the reference
     lacks do not count here: `schema_valid` finds them. An answer that is not JSON has no fields.
     """
 
@@ -70,7 +70,7 @@ class FieldAccuracy(AnswerMetric):
 
 
 def _fields(value: Any, path: _Path = ()) -> Iterator[tuple[_Path, Any]]:
-    """Yield all values that contain no other, by path; an empty object or list is a value too."""
+    """Yield the path and value of each field; an empty object or list is a field too."""
     if isinstance(value, dict | list) and value:
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _fields(inner, (*path, key))
@@ -84,7 +84,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 class SchemaValid(AnswerMetric):
-    """Share of answers that a JSON schema accepts: a program that reads them can rely on their keys and types.
+    """Share of answers that a JSON schema accepts: a program can rely on their keys and types.
 
     Args:
         schema: JSON Schema, draft 2020-12 unless it names another.
@@ -114,8 +114,8 @@ class SchemaValid(AnswerMetric):
 def infer_schema(references: Sequence[Any]) -> JsonSchema:
     """Return the narrowest schema of this kind that accepts all references.
 
-    It has types of values; for an object its keys, required if all references have them, and no others allowed; for a
-    list one schema for all items. It has no bounds and no enumerations: a right answer may have a new value.
+    It fixes types; for an object also its keys, required if all references have them, and allows no others; for a
+    list one schema of all items. It sets no bounds and lists no values, because a right answer may have a new value.
     """
     schema: JsonSchema = {"type": sorted({_TYPES[type(value)] for value in references})}
     if {"integer", "number"} <= set(schema["type"]):

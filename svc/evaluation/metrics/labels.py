@@ -1,4 +1,4 @@
-"""Answers that are labels: accuracy, and the F1 of each label."""
+"""Metrics for answers that are labels: accuracy and macro-F1."""
 
 import numpy as np
 
@@ -9,9 +9,9 @@ from svc.evaluation.metrics.metric import Answered, AnswerMetric, SetMetric
 
 
 def label_of(answer: str) -> str:
-    """Return the label of an answer, found by the same rules as the data check's, ignoring spacing and case.
+    """Return the label of an answer, found by the data check's rules, ignoring spacing and case.
 
-    The label of JSON with one value is that value; of any other answer, its text. If no label is found, the whole text
+    For JSON with one value, the label is that value; for others, the text. If no label is found, the whole text
     is returned: it equals no reference's label, so it counts as a wrong class.
     """
     return normal(find_label(answer) or answer)
@@ -28,11 +28,11 @@ class Accuracy(AnswerMetric):
 
 
 class MacroF1(SetMetric):
-    """Mean F1 of all labels with equal weight: it shows a rare label that is never found, which accuracy hides.
+    """Mean F1 of all labels with equal weight: it shows that a rare label is never predicted, which accuracy hides.
 
     scikit-learn's `f1_score(average="macro", zero_division=0, labels=...)` over the labels of the references. An answer
-    with another label misses its reference's label, and lowers no label's precision. In a resample the labels are those
-    of its references.
+    with another label misses its reference's label, and lowers no label's precision. A resample uses the labels
+    in its references.
     """
 
     name = "macro_f1"

@@ -1,4 +1,4 @@
-"""The metric port: evaluator, gates and monitoring use it and know no metric by name.
+"""The metric interface. Evaluator, gates and monitoring use it and know no metric by name.
 
 Most metrics score each example. Scores are stored with the results, so that two models are compared example by example.
 A metric of a whole set, such as macro-F1 and perplexity, resamples the set for its interval.
@@ -17,7 +17,7 @@ from svc.evaluation.results import ExampleResult
 
 
 class Better(StrEnum):
-    """Which of two values is the better one."""
+    """Whether higher or lower values of a metric are better."""
 
     HIGHER = "higher"
     LOWER = "lower"
@@ -26,7 +26,7 @@ class Better(StrEnum):
 
 
 class Unit(StrEnum):
-    """Unit of a metric, which determines its display and the meaning of a limit on its loss."""
+    """Unit of a metric; determines how values are displayed and how a limit on a loss is read."""
 
     SHARE = "share"
     """Between 0 and 1."""
@@ -53,15 +53,15 @@ class Answered:
 
 
 class Metric(ABC):
-    """A measure of answers.
+    """A measure of the quality of answers.
 
     Attributes:
-        name: for machines, of a to z, digits and `_`.
-        title: for people.
+        name: identifier of a to z, digits and `_`.
+        title: name for display.
         scored: whether each example has its own score.
-        watched_by: name of the metric that monitoring uses instead, if examples have no scores; empty: this one.
-        in_tokens: whether it counts tokens of the model's tokenizer, so that models with different tokenizers cannot be
-            compared by it.
+        watched_by: name of the metric that monitoring uses instead, if examples have no scores; empty: this metric.
+        in_tokens: whether values depend on the model's tokenizer, so that models with different tokenizers cannot be
+            compared.
     """
 
     name: str
@@ -84,14 +84,14 @@ class Metric(ABC):
         """Return the scores, checked because the metric may come from a package or a user's file.
 
         Raises:
-            SvcError: the metric cannot evaluate these answers, or its scores are not one finite number for each.
+            SvcError: the metric cannot evaluate these answers, or did not return one finite number for each.
         """
         scores = self.score(answered)
         if self.scored and (fault := _fault(scores, len(answered.results))):
             raise RecipeError(
                 f"the metric {self.name}: {fault}",
                 expected="one finite number for each answer",
-                todo="fix the metric, or name others: evaluate.metrics",
+                todo="fix the metric, or choose other metrics in evaluate.metrics",
             )
         return scores
 
@@ -104,16 +104,16 @@ class Metric(ABC):
         return mean_or_proportion(self.stored_scores(answered))
 
     def difference(self, before: Answered, after: Answered) -> Interval:
-        """Return the paired difference of the second to the first.
+        """Return `after` minus `before`, paired by example, with its interval.
 
         Args:
-            before, after: of the same examples, with results that have scores.
+            before, after: the same examples with two models' results, which have scores.
         """
         return paired_difference(self.stored_scores(before), self.stored_scores(after))
 
 
 class AnswerMetric(Metric):
-    """A metric that scores each answer by its reference alone."""
+    """A metric that scores each answer by comparing it with its reference."""
 
     @abstractmethod
     def score_answer(self, answer: str, reference: str) -> float:
@@ -130,7 +130,7 @@ class SetMetric(Metric):
 
     @abstractmethod
     def statistic(self, answered: Answered) -> Statistic:
-        """Return the metric as a function of the number of times each example is drawn."""
+        """Return the metric as a `Statistic`, a function of how often each example is drawn."""
 
     def score(self, answered: Answered) -> list[float]:
         return []
@@ -144,7 +144,7 @@ class SetMetric(Metric):
 
 
 def _fault(scores: Sequence[float], answers: int) -> str | None:
-    """Return the fault of scores; None if there is one finite number for each answer."""
+    """Return the fault in scores; None if there is one finite number for each answer."""
     if len(scores) != answers:
         return f"it returned {len(scores)} scores for {answers} answers"
     wrong = next((place for place, score in enumerate(scores) if not math.isfinite(score)), None)

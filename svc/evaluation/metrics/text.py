@@ -1,4 +1,4 @@
-"""Answers that are text: equal to the reference, or similar to it."""
+"""Metrics for answers that are text: equality with the reference, and similarity to it."""
 
 from functools import cached_property
 from typing import Any
@@ -24,11 +24,11 @@ class ExactMatch(AnswerMetric):
 class Rouge(AnswerMetric):
     """ROUGE (Lin 2004): F-measure of rouge-score's `RougeScorer`, mean over examples.
 
-    Without its stemmer, which is for English only. It reads letters a to z and digits, so a text in another script has
-    no words for it: use chrF for those.
+    The stemmer, for English only, is not used. Only letters a to z and digits count, so text in another script has
+    no words: use chrF instead.
 
     Args:
-        kind: unit that is counted: "1" words, "2" pairs of words, "L" words in order.
+        kind: unit of comparison: "1" words, "2" pairs of words, "L" the longest common subsequence of words.
     """
 
     def __init__(self, kind: str) -> None:
@@ -45,7 +45,7 @@ class Rouge(AnswerMetric):
 
 
 class Chrf(AnswerMetric):
-    """chrF (Popović 2015): sequences of characters that an answer shares with its reference, in any language.
+    """chrF (Popović 2015): overlap of an answer's and its reference's character sequences, in any language.
 
     sacrebleu's `sentence_chrf`, as a share of 1, mean over examples: chrF2 with 6 characters and no words.
     """

@@ -7,7 +7,7 @@ from svc.evaluation.metrics.metric import Answered, Better, Metric, SetMetric, U
 from svc.evaluation.results import token_weights
 
 _MAX_NATS = 700.0
-"""Its exponential is still finite."""
+"""Upper bound on the exponent, so that the exponential stays finite."""
 
 
 class Nll(SetMetric):
@@ -25,7 +25,7 @@ class Nll(SetMetric):
 
 
 class Perplexity(Nll):
-    """Exponential of the negative log-likelihood: number of equally likely tokens with the same uncertainty."""
+    """Exponential of the negative log-likelihood: number of equally likely tokens of equal uncertainty."""
 
     name = "perplexity"
     title = "perplexity"
@@ -54,7 +54,7 @@ class CutOff(Metric):
 
 
 class Length(Metric):
-    """Mean tokens of an answer, including the one that ends it. Descriptive: no length is better."""
+    """Mean number of tokens per answer, including the one that ends it. Descriptive: no length is better."""
 
     name = "length"
     title = "length"

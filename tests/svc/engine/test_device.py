@@ -266,7 +266,7 @@ def test_torch_that_cannot_be_imported_is_an_error_with_advice(
         raise failure
 
     monkeypatch.setattr("subprocess.run", run)
-    with pytest.raises(EngineError, match=r"cannot be read from torch.*(libcudart|timed out)") as caught:
+    with pytest.raises(EngineError, match=r"could not read .* from torch.*(libcudart|timed out)") as caught:
         ask_capabilities()
     assert "svc.engine.device" in caught.value.todo
 

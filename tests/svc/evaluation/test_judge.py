@@ -88,7 +88,7 @@ async def test_destination_of_the_data_is_printed_before_they_are_sent(capsys: p
     with judge_server(prefer_good, failures=[(401, {}, "wrong key")] * 9) as server, pytest.raises(JudgeError):
         await judge(PAIRS, endpoint(server))
     assert (
-        f"sending 6 prompts with reference and both answers to the judge wise at {server.url}"
+        f"sending 6 prompts with references and both answers to the judge wise at {server.url}"
         in capsys.readouterr().err
     )
 
@@ -104,8 +104,8 @@ async def test_verdict_is_read_in_any_common_form(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "B is a better answer", "Both are good.", "C", "neither", "Answer: Apple"])
-async def test_text_that_is_not_a_verdict_is_not_read_as_one(text: str) -> None:
-    with judge_server(lambda first, second: text) as server, pytest.raises(JudgeError, match="gave no verdict"):
+async def test_what_is_no_verdict_is_not_read_as_one(text: str) -> None:
+    with judge_server(lambda first, second: text) as server, pytest.raises(JudgeError, match="returned no verdict"):
         await judge(PAIRS[:1], endpoint(server))
 
 

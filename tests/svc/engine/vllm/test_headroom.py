@@ -70,7 +70,7 @@ def test_what_is_short_is_told(monkeypatch: pytest.MonkeyPatch, model: Path) -> 
 def test_memory_of_the_gpu_counts_on_a_gpu(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
     assert shortage(monkeypatch, model, host(0, 6 * GIB)) is None
     said = shortage(monkeypatch, model, host(64 * GIB, 4 * GIB))
-    assert said == "it needs about 5.0 GiB, 4.0 GiB of the GPU are free"
+    assert said == "it needs about 5.0 GiB, but only 4.0 GiB of the GPU are free"
 
 
 def test_gpu_with_the_least_free_memory_decides_when_there_are_several(
@@ -84,7 +84,7 @@ def test_gpu_with_the_least_free_memory_decides_when_there_are_several(
 def test_configured_share_of_gpu_memory_must_be_free(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
     assert shortage(monkeypatch, model, host(0, 40 * GIB), gpu_memory_share=0.5) is None
     said = shortage(monkeypatch, model, host(0, 39 * GIB), gpu_memory_share=0.5)
-    assert said == "it needs about 40.0 GiB, 39.0 GiB of the GPU are free"
+    assert said == "it needs about 40.0 GiB, but only 39.0 GiB of the GPU are free"
     assert shortage(monkeypatch, model, host(0, 39 * GIB), args=("--gpu-memory-utilization", "0.5")) is not None
 
 
@@ -110,4 +110,4 @@ def test_memory_for_adapters_sleeps_with_the_weights(monkeypatch: pytest.MonkeyP
     slots = LoraSlots(max_loaded=1, max_batched=1, max_rank=16, targets=(), bytes=GIB)
     spec = EngineSpec(model, "tuned", model, model, model / "engine.log", model, HOPPER, lora=slots)
     said = headroom.backup_shortage(spec)
-    assert said == "its weights may need 10.0 GiB of the machine's memory, but only 6.0 GiB are free"
+    assert said == "its weights may need 10.0 GiB of main memory, but only 6.0 GiB are free"

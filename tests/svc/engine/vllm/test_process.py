@@ -373,7 +373,7 @@ async def test_engine_is_not_put_to_sleep_when_the_machine_cannot_hold_its_weigh
 
     monkeypatch.setattr(engine.client, "sleep", sleep)
     monkeypatch.setattr(process_module, "backup_shortage", lambda spec: "2 GiB are needed, 1 GiB is free")
-    with pytest.raises(EngineError, match="does not sleep: 2 GiB are needed"):
+    with pytest.raises(EngineError, match="cannot be put to sleep: 2 GiB are needed"):
         await engine.sleep()
     assert asked == []
 
