@@ -1,4 +1,4 @@
 """Shared by all packages: errors, settings, data, registry, engine, store, evaluation, and the command line.
 
-It knows nothing of training, the HTTP API or Prometheus, and imports none of the packages above it.
+This package knows nothing of training, the HTTP API or Prometheus, and does not import the packages that have them.
 """

@@ -1,7 +1,7 @@
 """Runs a function in a separate process, for libraries whose threads, memory or patches would outlive the call.
 
-Unlike a thread, the process can be stopped at any moment: it stops when the caller is interrupted or its process is
-killed, and its memory is free again.
+Unlike a thread, the process can be stopped at any moment: it stops if the caller is interrupted or its process is
+killed, and its memory is released.
 """
 
 import gc
@@ -18,7 +18,7 @@ from svc.errors import TrainingError
 from svc.terminal import quiet_libraries
 
 _CLEAN_UP_S = 5.0
-"""For a finished process to remove what it named, such as semaphores: Python warns about each that is left."""
+"""Time for a finished process to clean up, for example named semaphores: Python warns about each that remains."""
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -30,10 +30,10 @@ def in_child_process(
     """Call `work` in a new process and return its result.
 
     Args:
-        work: a function of a module; it, its arguments and its result are pickled.
+        work: module-level function; the function, its arguments and its result are pickled.
 
     Raises:
-        TrainingError: the process died, for example because the system ran out of memory.
+        TrainingError: the process died, for example because memory ran out.
         BaseException: the exception that `work` raised, with its traceback as a note.
     """
     context = get_context("spawn")  # not forked: the caller has threads, for example torch's
@@ -72,7 +72,7 @@ def _work(sender: Connection, work: Callable[..., object], arguments: tuple[Any,
 
 
 def end_with_parent() -> None:
-    """Stop this process as soon as its parent is gone; call it first in a spawned process.
+    """Make this process stop as soon as its parent has exited; call this first in a spawned process.
 
     Ctrl-C is ignored here and handled by the parent: a terminal sends it to both.
     """
@@ -91,5 +91,5 @@ def _died(name: str, exit_code: int | None) -> TrainingError:
     if exit_code == -signal.SIGKILL:
         todo = "free some memory: the system kills the largest process when memory runs out"
     else:
-        todo = "read its output above"
-    return TrainingError(f"{name.lstrip('_')}, in its own process, died with exit code {exit_code}", todo=todo)
+        todo = "read the process's output above"
+    return TrainingError(f"{name.lstrip('_')}, in a separate process, died with exit code {exit_code}", todo=todo)

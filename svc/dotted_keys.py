@@ -1,10 +1,10 @@
-"""Keys that a file may set, from the pydantic model that reads it."""
+"""Lists the keys that a file may set, from the pydantic model that validates the file."""
 
 from pydantic import BaseModel
 
 
 def dotted_keys(model: type[BaseModel]) -> list[str]:
-    """Return every key of a model, those of its sections as `section.key`."""
+    """Return every key of a pydantic model; keys in sections are written `section.key`."""
     keys: list[str] = []
     for name, field in model.model_fields.items():
         section = field.annotation

@@ -18,8 +18,8 @@ def confirm(question: str, *, yes: bool, as_json: bool = False) -> None:
     """Ask for confirmation on the terminal before something is destroyed.
 
     Args:
-        yes: the command line already confirms.
-        as_json: the caller is a program, which cannot answer.
+        yes: whether the command line already confirms.
+        as_json: whether the caller is a program, which cannot answer.
 
     Raises:
         click.Abort: the answer was no.
@@ -27,7 +27,7 @@ def confirm(question: str, *, yes: bool, as_json: bool = False) -> None:
     if yes:
         return
     if as_json:
-        raise click.UsageError("--json needs --yes here: no question is asked")
+        raise click.UsageError("--json needs --yes for this command, because it asks no question")
     click.confirm(question, abort=True, err=True)
 
 
@@ -47,17 +47,17 @@ def remote_of(ctx: click.Context) -> ServerAddress | None:
 
 
 def settings_of(ctx: click.Context, **flags: Any) -> Settings:
-    """Return the settings of one invocation, which runs on the machine of its home.
+    """Return the settings for a command that needs a home on this machine.
 
     Args:
-        flags: a command's own flags, as `load_settings` takes them.
+        flags: the command's own flags, in the form for `load_settings`.
 
     Raises:
-        SettingsError: an unknown key or a wrong value.
+        SettingsError: a key is unknown or a value is invalid.
     """
     given = ctx.find_root().obj or {}
     if given.get("server"):
-        raise click.UsageError("--server works with status, promote, rollback and keys; this command needs a home")
+        raise click.UsageError("--server works only with status, promote, rollback and keys; this command needs a home")
     settings = load_settings(given.get("config"), home=given.get("home"), **flags)
     close_to_others(settings.home, _HOME_MARKS)  # if it was created or copied by other means
     return settings

@@ -1,6 +1,6 @@
-"""An event that happens once, such as the end of a connection or of a key's validity, and calls its listeners.
+"""An event that happens once, such as the end of a connection or of a key's validity, and calls listeners.
 
-A future costs several times as much in every request: it belongs to a loop, and copies a context for each callback.
+A future would cost several times as much per request: it is bound to a loop and copies a context for each callback.
 """
 
 from collections.abc import Callable
@@ -9,11 +9,11 @@ Listener = Callable[[], None]
 
 
 class OneShotEvent:
-    """The end of one thing.
+    """An event that happens at most once.
 
     Attributes:
-        ended: whether the end has happened.
-        error: the reason, if known.
+        ended: whether the event has happened.
+        error: error given as the event's reason; None if unknown.
     """
 
     __slots__ = ("_listeners", "ended", "error")
@@ -24,7 +24,7 @@ class OneShotEvent:
         self.error: Exception | None = None
 
     def end(self, error: Exception | None = None) -> None:
-        """Set the event and call all listeners, unless that has happened before."""
+        """Make the event happen and call all listeners; does nothing if it has already happened."""
         if self.ended:
             return
         self.ended, self.error = True, error

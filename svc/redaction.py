@@ -1,8 +1,8 @@
 """Redacts prompts and answers before they are stored: keys of this service, mail addresses, phone and card numbers, and
 matches of custom patterns.
 
-Patterns have limits: a number that only looks like a phone number is removed from the record (never from the answer),
-and a phone number written in an unusual way remains. Names and places have no pattern. To keep all of these out of the
+Patterns are imprecise: a number that only looks like a phone number is redacted in the log (never in the answer),
+and a phone number in an unusual notation remains. Names and places have no pattern. To keep all of these out of the
 log, store no content.
 
 Clients choose the text: every pattern here runs in linear time, and custom patterns within a time limit.
@@ -19,7 +19,7 @@ from svc.errors import SvcError
 from svc.identity.key_secret import KEY_ID_PATTERN, PREFIX
 
 LIMIT_S = 0.25
-"""CPU time of custom patterns on one text or JSON value, seconds. A linear pattern reads a MiB in 1 to 100 ms."""
+"""Maximum CPU time of custom patterns on one text or JSON value, seconds. Linear patterns read a MiB in 1 to 100 ms."""
 
 _GAP = " \u00a0\u202f\u2010\u2011-"  # spaces and hyphens, including those that do not break a line
 # Matches truncated and mistyped keys too: most of a secret is still a secret.
@@ -35,30 +35,30 @@ _PHONE = re.compile(
 _MIN_CARD_DIGITS = 13
 _OWN_BLANK, _KEY_BLANK, _MAIL_BLANK, _CARD_BLANK, _PHONE_BLANK = "[redacted]", "[key]", "[mail]", "[card]", "[phone]"
 PLACEHOLDERS = (_OWN_BLANK, _KEY_BLANK, _MAIL_BLANK, _CARD_BLANK, _PHONE_BLANK)
-"""Replacements of redacted parts. A text with one of them is not what a model read or wrote."""
+"""Replacements for redacted parts. A text that contains one differs from the text that the model read or wrote."""
 
 
 class RedactionTimeoutError(SvcError):
-    """A custom pattern takes too long on a text, which therefore cannot be stored.
+    """Raised if a custom pattern takes too long on a text, which therefore cannot be stored.
 
     Args:
-        pattern: as configured.
+        pattern: the pattern as configured.
     """
 
     def __init__(self, pattern: str) -> None:
         super().__init__(
             f"the pattern {pattern!r} of request_log.redact took longer than {LIMIT_S:g} s on a text",
-            expected="a pattern without a repetition inside a repetition",
-            todo="rewrite the pattern so that a text matches in one way only",
+            expected="a pattern without nested repetitions",
+            todo="rewrite the pattern so that it can match a text in only one way",
         )
         self.pattern = pattern
 
 
 class Redactor:
-    """Replaces each match by its kind in brackets.
+    """Replaces each match by the kind of data in brackets, for example `[mail]`.
 
     Args:
-        own: custom patterns, applied after the one for keys (a key of which they removed a part would not be
+        own: custom patterns, applied after the pattern for keys (a key from which they removed a part would not be
             recognised) and before all others.
     """
 
@@ -112,13 +112,13 @@ def compile_pattern(pattern: str) -> Any:
 
 
 class _Budget:
-    """The CPU time that is left for one text or value."""
+    """Remaining CPU time for custom patterns on one text or value."""
 
     def __init__(self) -> None:
         self._spent_s = 0.0
 
     def blank(self, pattern: Any, text: str) -> str:
-        """Return a text with a pattern's matches replaced."""
+        """Return a text with a custom pattern's matches replaced."""
         began = time.thread_time()  # without the time for which the thread waits: that says nothing about a pattern
         try:
             if self._spent_s >= LIMIT_S:
@@ -131,7 +131,7 @@ class _Budget:
 
 
 def _blank_card(match: re.Match[str]) -> str:
-    """Replace the longest prefix that is a card number: other digits may follow it directly."""
+    """Replace a match's longest prefix that is a card number: other digits may follow directly."""
     text = match[0]
     for end in range(len(text), _MIN_CARD_DIGITS - 1, -1):
         if text[end - 1].isdigit() and _luhn(text[:end]):
@@ -140,7 +140,7 @@ def _blank_card(match: re.Match[str]) -> str:
 
 
 def _luhn(number: str) -> bool:
-    """Check the check digit of ISO/IEC 7812, which nine of ten random numbers fail."""
+    """Return whether a number's check digit is valid (ISO/IEC 7812); nine of ten random numbers fail."""
     digits = [int(digit) for digit in number if digit.isdigit()]
     if len(digits) < _MIN_CARD_DIGITS:
         return False

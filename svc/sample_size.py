@@ -18,31 +18,31 @@ Z_INTERVAL = 1.959964
 _Z_POWER = 0.841621
 """Standard normal quantile at 0.8: a loss of that size is detected in four of five samples."""
 ASSUMED_CHANGED = 0.1
-"""Share of answers assumed to change between right and wrong, in either direction, until both models have answered."""
+"""Assumed share of answers that change between right and wrong, used until both models have answered."""
 
 
 def detectable_loss(examples: int, variance: float = ASSUMED_CHANGED) -> float:
-    """Return the smallest difference that this number of examples detects in four of five samples.
+    """Return the smallest difference that this number of examples detects with 80 % power.
 
     Args:
         examples: at least 1.
-        variance: of one example's difference.
+        variance: variance of one example's difference.
     """
     return (Z_INTERVAL + _Z_POWER) * math.sqrt(variance / examples)
 
 
 def examples_needed(loss: float, variance: float = ASSUMED_CHANGED) -> int:
-    """Return the number of examples that detect a difference in four of five samples.
+    """Return the number of examples that detects a difference with 80 % power.
 
     Args:
         loss: above 0.
-        variance: of one example's difference.
+        variance: variance of one example's difference.
     """
     return max(1, math.ceil(variance * ((Z_INTERVAL + _Z_POWER) / loss) ** 2))
 
 
 def about(examples: int) -> str:
-    """Return a number of examples rounded up to two significant digits, which is all that an approximation has."""
+    """Return a number of examples rounded up to two significant digits, because it is approximate."""
     step = 10 ** max(0, len(str(examples)) - 2)
     return f"{math.ceil(examples / step) * step:,}"
 

@@ -7,7 +7,7 @@ from enum import StrEnum
 from svc.errors import NotFoundError
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
-"""Safe as a folder, as a metric label and in a URL; at most 63 characters."""
+"""Pattern of names that are safe as folders, as metric labels and in URLs; at most 63 characters."""
 NUMBER_PATTERN = r"[1-9][0-9]{0,8}"
 
 
@@ -20,7 +20,7 @@ class Format(StrEnum):
 
 
 class Alias(StrEnum):
-    """A movable name for a version."""
+    """A name that can be moved between a model's versions."""
 
     PRODUCTION = "production"
     CANDIDATE = "candidate"

@@ -1,4 +1,4 @@
-"""Reads YAML that people write. PyYAML lets the errors of its conversions through; here all become ValueError."""
+"""Reads YAML written by people. PyYAML raises various errors while converting values; here all become ValueError."""
 
 from typing import Any
 

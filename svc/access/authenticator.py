@@ -1,10 +1,10 @@
-"""Turns a secret into a principal, from memory. The store is polled for changes twice per second.
+"""Authenticates secrets against keys in memory. The store is polled for changes twice per second.
 
 Every secret is checked against the keys in memory. The grant of a valid secret is cached by the secret's hash, so that
-all its requests share one; no secret stays in memory. An invalid secret is rejected by its checksum, by its id, which
-is not secret, or by its hash, which is compared in constant time; the store is not queried.
+all its requests share one grant; no secret stays in memory. An invalid secret is rejected by its checksum, its id
+(which is public) or its hash, which is compared in constant time; the store is not queried.
 
-It does not count failed attempts.
+Failed attempts are not counted here.
 """
 
 import asyncio
@@ -30,26 +30,26 @@ log = logging.getLogger(__name__)
 LOOK_S = 0.5
 """Interval between polls of the store: a revocation takes effect within a second."""
 _STALE_S = 60.0
-"""Age of the keys in memory beyond which all are rejected, because one may have been revoked meanwhile."""
+"""Maximum age of the keys in memory. Older ones are all rejected, because some may have been revoked since."""
 
 
 class KeyFault(StrEnum):
-    """Reason for which a key is rejected."""
+    """Reason why a key is rejected."""
 
     MISSING = "missing"
     MALFORMED = "malformed"
     """Not a secret, or a secret with a typo."""
     UNKNOWN = "unknown"
-    """A secret that was never issued, or was replaced by a rotation."""
+    """A well-formed secret that was never issued, or was replaced by a rotation."""
     REVOKED = "revoked"
     EXPIRED = "expired"
 
 
 class InvalidKeyError(AuthenticationError):
-    """A key that is not valid.
+    """Raised for a key that is missing, invalid, expired or revoked.
 
     Args:
-        fault: the reason, for counters.
+        fault: reason for the rejection, for metrics.
     """
 
     def __init__(self, fault: KeyFault, wrong: str, *, expected: str = "", todo: str = "") -> None:
@@ -58,18 +58,18 @@ class InvalidKeyError(AuthenticationError):
 
 
 class KeysUnavailableError(SvcError):
-    """The store has not answered for so long that no key can be considered valid."""
+    """Raised if the store has not answered for so long that no key can be considered valid."""
 
     retry_after_s = 2
 
 
 @dataclass(slots=True, eq=False)
 class Grant:
-    """The principal of a valid secret, until the secret becomes invalid. All requests with one secret share it.
+    """A valid secret's principal, until the secret becomes invalid. All requests with one secret share a grant.
 
     Attributes:
-        principal: as of the newest request.
-        ended: set, with an InvalidKeyError, when the secret is no longer valid.
+        principal: principal as of the newest request.
+        ended: event that happens, with an InvalidKeyError, once the secret is no longer valid.
     """
 
     principal: Principal
@@ -77,11 +77,11 @@ class Grant:
 
 
 class Authenticator:
-    """The keys of a store, in memory. Call `look` before the first `grant`, in any thread.
+    """Checks secrets against a store's keys, held in memory. Call `look` before the first `grant`, in any thread.
 
     Args:
-        now: the time, for expiry.
-        clock: monotonic time, seconds, for the age of the keys in memory.
+        now: returns the current time, for expiry.
+        clock: returns monotonic time in seconds, for the age of the keys in memory.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Authenticator:
 
     @property
     def empty(self) -> bool:
-        """Whether no key was ever created: the first one is created on the machine itself."""
+        """Whether no key was ever created."""
         return not self._keys
 
     def look(self) -> None:
@@ -118,9 +118,9 @@ class Authenticator:
         self._looked_at = began
 
     async def follow(self) -> None:
-        """Reload the keys periodically until cancelled, and end the grants that are no longer valid.
+        """Reload the keys periodically until cancelled, and end grants whose secrets have become invalid.
 
-        It has its own thread: if slow work occupied all shared threads, every key would be stale after a minute.
+        Loads run in their own thread: if slow work occupied all shared threads, keys would be rejected after a minute.
         """
         loop, thread = asyncio.get_running_loop(), ThreadPoolExecutor(max_workers=1, thread_name_prefix="keys")
         try:
@@ -128,7 +128,7 @@ class Authenticator:
                 try:
                     await loop.run_in_executor(thread, self.look)
                 except SQLAlchemyError:
-                    log.exception("keys cannot be read; those in memory remain valid for %.0f s", _STALE_S)
+                    log.exception("could not read the keys; those in memory remain valid for %.0f s", _STALE_S)
                 self.end_wrong()
                 await asyncio.sleep(LOOK_S)
         finally:
@@ -148,7 +148,7 @@ class Authenticator:
 
         Raises:
             InvalidKeyError: no key has this secret, or its key is not valid.
-            KeysUnavailableError: the keys were not read for too long.
+            KeysUnavailableError: the keys have not been read for too long.
         """
         if not secret:
             raise InvalidKeyError(KeyFault.MISSING, "missing API key", expected="Authorization: Bearer KEY")
@@ -168,7 +168,7 @@ class Authenticator:
         return grant
 
     def _check(self, key_id: str, hashed: str) -> Principal:
-        """Return the principal of a key, if a secret of this hash is valid for it.
+        """Return a key's principal, if a secret with this hash is valid for the key.
 
         Raises:
             InvalidKeyError: the secret is not the key's, or the key is revoked or expired.
@@ -184,7 +184,7 @@ class Authenticator:
 
 
 def _is_of(hashed: str, key: Key, now: datetime) -> bool:
-    """Return whether a hash matches a key's secret, or its previous secret within the grace of the last rotation."""
+    """Return whether a hash matches a key's secret or, within the last rotation's grace period, the previous secret."""
     if is_hash_of(key.hash, hashed):
         return True
     if key.previous_hash is None or key.previous_until is None or now >= key.previous_until:

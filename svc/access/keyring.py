@@ -1,4 +1,4 @@
-"""Creates, rotates and revokes keys, each with an event in the audit log. A secret is returned once, never stored."""
+"""Creates, rotates and revokes keys, each with an event in the audit log. Secrets are returned once, never stored."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ _KEY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,62}")
 
 @dataclass(frozen=True, slots=True)
 class IssuedKey:
-    """A key with its secret, which cannot be read again."""
+    """A new or rotated key with its secret, which cannot be retrieved later."""
 
     key: Key
     secret: str = field(repr=False)
@@ -33,11 +33,11 @@ class IssuedKey:
 
 
 class Keyring:
-    """The keys of one store.
+    """Reads and changes the keys in one store.
 
     Args:
-        actor: the user or key that changes them, for the audit log.
-        now: the time.
+        actor: user or key that makes the changes, for the audit log.
+        now: returns the current time.
     """
 
     def __init__(self, store: Store, actor: Actor, *, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
@@ -50,11 +50,11 @@ class Keyring:
         return read_keys(self._store)
 
     def last_used(self) -> dict[str, datetime]:
-        """Return the hour in which each key was used last."""
+        """Return the hour in which each key was last used, by id."""
         return last_used(self._store)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return all keys as JSON, each with the hour in which it was used last."""
+        """Return all keys as JSON, each with the hour of its last use."""
         used = self.last_used()
         return [{**key_row(key), "last_used": iso_seconds(used.get(key.id))} for key in self.all()]
 
@@ -72,12 +72,12 @@ class Keyring:
         """Create a key.
 
         Args:
-            name: default: its id.
-            models: names; None: all.
-            expires_at: None: never.
+            name: name of the key; None: its id.
+            models: names of the models that the key may use; None: all.
+            expires_at: time of expiry; None: never.
 
         Raises:
-            SettingsError: an invalid name, or an expiry in the past.
+            SettingsError: a name is invalid, or the expiry is in the past.
             RefusedError: another key that is not revoked has the name.
         """
         key_id, now = new_key_id(), self._now()
@@ -101,7 +101,7 @@ class Keyring:
 
         Args:
             text: its id or name.
-            grace: time for which the previous secret stays valid.
+            grace: time for which the old secret stays valid.
 
         Raises:
             NotFoundError: no key has this id or name.
@@ -137,15 +137,15 @@ class Keyring:
 def _check(name: str | None, models: frozenset[str] | None, expires_at: datetime | None, now: datetime) -> None:
     if name is not None and (not _KEY_NAME.fullmatch(name) or name.startswith(PREFIX)):
         raise SettingsError(
-            "the name of a key is not valid",
-            expected=f"at most 63 of A-Z a-z 0-9 . _ @ -, and not starting with {PREFIX}",
+            "the key's name is not valid",
+            expected=f"at most 63 of the characters A-Z a-z 0-9 . _ @ -, not starting with {PREFIX}",
         )
     for model in sorted(models or ()):
         if not re.fullmatch(NAME_PATTERN, model):
             wrong = f"{model!r} is not a model name"
             raise SettingsError(wrong, expected="a name without a version, for example tickets")
     if expires_at is not None and expires_at <= now:
-        raise SettingsError(f"{expires_at.isoformat()} is in the past", expected="a future time, as 90d or a date")
+        raise SettingsError(f"{expires_at.isoformat()} is in the past", expected="a future time, such as 90d or a date")
 
 
 def key_row(key: Key) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Counts the usage per key in memory, and adds it to the store at intervals.
+"""Counts usage per key in memory, and adds it to the store at intervals.
 
 `add` takes a few microseconds and never waits, so it may be called on an event loop; `flush` writes one row for each
-key, model and hour, and belongs in a thread. A server that dies loses the usage since its last flush.
+key, model and hour, and must be called in a thread. A server that dies loses the usage since its last flush.
 """
 
 import threading
@@ -14,14 +14,14 @@ from svc.store.usage import Usage, UsageOf, add_usage
 
 _HOUR_S = 3600
 _Of = tuple[int, str, str]
-"""Hours since 1970, key and model: a tuple instead of `UsageOf`, whose hash takes longer than everything else here."""
+"""Hours since 1970, key and model. A tuple, because hashing a `UsageOf` takes longer than everything else here."""
 
 
 class UsageMeter:
-    """Usage that is not yet in the store.
+    """Counter of usage that is not yet in the store.
 
     Args:
-        now: the time.
+        now: returns the current time.
     """
 
     def __init__(self, store: Store, *, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
@@ -34,8 +34,8 @@ class UsageMeter:
         """Count a request that has ended.
 
         Args:
-            key_id: None for a request without a key.
-            model: a name that the server knows, never a client's text.
+            key_id: id of the request's key; None without a key.
+            model: name of a model that the server knows, never a client's text.
         """
         with self._lock:
             hour = int(self._now().timestamp()) // _HOUR_S
@@ -45,7 +45,7 @@ class UsageMeter:
         """Write the usage since the last flush.
 
         Raises:
-            SQLAlchemyError: the store failed; the next flush tries again.
+            SQLAlchemyError: the store failed; the next flush retries.
         """
         with self._lock:
             used, self._used = self._used, {}

@@ -4,8 +4,8 @@
     DIR/snapshots/TIME/          svc.db  mlflow.db  files/  snapshot.json, which is written last
     DIR/lock
 
-A version never changes, so it is copied once. Everything else is small, and each snapshot has all of it: an older
-snapshot can be restored too. No file is linked with the home: damage to a file there must not affect its copy.
+A version never changes, so it is copied once. Everything else is small and copied into each snapshot, so that an older
+one can be restored too. No file is linked with the home: damage to a file there must not affect its copy.
 """
 
 import re
@@ -51,7 +51,7 @@ class Snapshot(BaseModel):
 
 
 class Archive:
-    """The backups in one folder.
+    """A folder with backups of one home.
 
     Args:
         folder: created if missing; other users get no access.
@@ -67,7 +67,7 @@ class Archive:
         return str(self._folder)
 
     def prepare(self) -> None:
-        """Create its folders, which will contain prompts and answers."""
+        """Create the archive's folders, private because they will contain prompts and answers."""
         for folder in (self._folder, self.models, self._snapshots):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
@@ -83,11 +83,11 @@ class Archive:
         return folder
 
     def finish(self, snapshot: Snapshot) -> None:
-        """Write the record of a snapshot, after which it can be restored."""
+        """Write a snapshot's record, which makes the snapshot restorable."""
         write_whole(self.folder(snapshot) / _RECORD_FILE, snapshot.model_dump_json(indent=1).encode("utf-8"))
 
     def folder(self, snapshot: Snapshot) -> Path:
-        """Return the folder of a snapshot's own files."""
+        """Return the folder with a snapshot's own files."""
         return self._snapshots / snapshot.name
 
     def version(self, version: VersionId) -> Path:
@@ -95,7 +95,7 @@ class Archive:
         return self.models / version.name / str(version.number)
 
     def newest_at(self) -> datetime | None:
-        """Return the time of the newest finished snapshot; None without one. No record is read.
+        """Return the time of the newest finished snapshot, without reading its record; None without one.
 
         Raises:
             OSError: the folder cannot be read.
@@ -127,7 +127,7 @@ class Archive:
         """Return one snapshot.
 
         Args:
-            name: None for the newest.
+            name: name of the snapshot; None: the newest.
 
         Raises:
             NotFoundError: there is no such snapshot.
@@ -145,7 +145,7 @@ class Archive:
         """Remove the oldest snapshots, and versions that no remaining snapshot has. Return the removed snapshots.
 
         Args:
-            keep: number of snapshots that stay.
+            keep: number of snapshots to keep.
         """
         found = self.snapshots()
         gone, stay = found[:-keep], found[-keep:]

@@ -1,9 +1,9 @@
-"""Creates a snapshot of a home in use: servers promote, trainings register, users remove versions.
+"""Creates a snapshot of a home that may be in use by servers, training runs and commands.
 
-Every version that the databases of a snapshot name must be in it. So they are copied before the weights, and the store
-before MLflow, because MLflow knows a version before the store can name it. A needed version stays in the home, unless
-it becomes unneeded and is removed before it is copied: then the databases are copied again. Versions that are
-registered meanwhile are in the next backup.
+A snapshot must contain every version that its databases name. So the databases are copied before weights, and the store
+before MLflow, because MLflow knows a version before the store can name it. A needed version stays in the home unless
+it becomes unneeded and is removed before it is copied; then the databases are copied again. Versions that are
+registered during a backup are in the next one.
 """
 
 import shutil
@@ -37,8 +37,8 @@ class BackupReport:
     """Result of a backup.
 
     Attributes:
-        snapshot: that can be restored now.
-        copied: versions that were copied now.
+        snapshot: the new snapshot.
+        copied: versions whose weights were copied; the others were already in the archive.
         pruned: older snapshots that were removed.
     """
 
@@ -49,10 +49,10 @@ class BackupReport:
 
 @dataclass
 class Backup:
-    """Backs up one home into one archive.
+    """A backup of one home into one archive.
 
     Attributes:
-        verify: whether earlier copies are compared with their hashes too, and damaged ones copied again.
+        verify: whether earlier copies are also compared with their hashes, and copied again if damaged.
     """
 
     settings: Settings
@@ -65,7 +65,7 @@ class Backup:
         """Create a snapshot.
 
         Args:
-            keep: number of snapshots that stay.
+            keep: number of snapshots to keep, including the new one.
 
         Raises:
             BusyError: another backup is running.
@@ -93,10 +93,10 @@ class Backup:
             except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
-        raise AssertionError("the last try makes one")
+        raise AssertionError("the last try returns a snapshot")
 
     def _take(self, folder: Path, *, is_last: bool) -> Snapshot | None:
-        """Fill the folder of a snapshot; return None if a version was removed that the databases need."""
+        """Fill the folder of a snapshot; return None if a version that the databases need was removed meanwhile."""
         home, tracking_uri, registry = self.settings.home, self.settings.tracking_uri, Registry.of(self.settings)
         there = set(registry.versions())  # first: those that MLflow's copy will know
         copy_database(home / STORE_FILE, folder / STORE_FILE)
@@ -111,7 +111,7 @@ class Backup:
         missing = needed - kept - left_out.keys()
         if missing and not is_last:
             return None
-        left_out |= dict.fromkeys(missing, "it is needed, and is not in the home")
+        left_out |= dict.fromkeys(missing, "needed, but missing from the home")
         return Snapshot(
             name=folder.name,
             release=release_of("tuneserve"),
@@ -122,7 +122,7 @@ class Backup:
         )
 
     def _copy(self, registry: Registry, wanted: Iterable[VersionId]) -> tuple[set[VersionId], dict[VersionId, str]]:
-        """Return the versions that are in the archive now, and why others are not; none of those that were removed."""
+        """Copy versions; return those now in the archive, and why others are not. Removed versions are in neither."""
         kept, left_out, to_copy = set[VersionId](), dict[VersionId, str](), list[Manifest]()
         for version in wanted:
             try:
@@ -155,12 +155,12 @@ class Backup:
 
     def _no_room(self, wrong: str) -> DiskSpaceError:
         return DiskSpaceError(
-            wrong, todo="free disk space, or keep fewer snapshots: --keep; existing ones can still be restored"
+            wrong, todo="free disk space, or keep fewer snapshots: --keep N; existing snapshots can still be restored"
         )
 
 
 def _other_files(home: Path) -> list[Path]:
-    """Return files that a user put into the home: settings, key files."""
+    """Return files that a user put into the home, such as settings and key files."""
     files = [path for path in home.iterdir() if path.is_file() and not path.is_symlink()]
     return sorted(path for path in files if not path.name.endswith(_NOT_COPIED) and not path.name.startswith("."))
 
@@ -169,8 +169,8 @@ def _needed_versions(registry: Registry, folder: Path) -> set[VersionId]:
     """Return the versions that an alias, a desired state, a rollback, an adapter or a running swap needs.
 
     Args:
-        registry: the folder with the versions, and the copy of MLflow's database.
-        folder: that has the copy of the store.
+        registry: registry over the home's versions and the copy of MLflow's database.
+        folder: folder that contains the copy of the store.
     """
     store, found = open_database(folder), set[VersionId]()
     try:

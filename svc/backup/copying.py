@@ -18,12 +18,12 @@ _BUSY_S = 30.0
 
 OnBytes = Callable[[int], None]
 Progress = Callable[[int], AbstractContextManager[OnBytes]]
-"""Called with the total bytes of weights to copy; yields a callback for the bytes of each step."""
+"""Context manager, given the total bytes to copy; yields a callback that takes the bytes copied in each step."""
 
 
 @contextmanager
 def no_progress(total: int) -> Iterator[OnBytes]:
-    """Show nothing."""
+    """Report no progress."""
     yield lambda count: None
 
 
@@ -33,20 +33,20 @@ def files_of(manifest: Manifest) -> tuple[FileRecord, ...]:
 
 
 def is_copied(manifest: Manifest, target: Path, *, verify: bool = False) -> bool:
-    """Return whether a version has been copied: the same manifest, and files of the right size.
+    """Return whether a complete copy of a version exists: the same manifest, and files of the right size.
 
     Args:
-        verify: compare the files with their hashes too.
+        verify: whether the files are also compared with their hashes.
 
     Raises:
-        IntegrityError: the copy is another version of this name and number, or its manifest is damaged.
+        IntegrityError: the copy is a different version with this name and number, or its manifest is damaged.
     """
     if not (target / MANIFEST_FILE).exists():
         return False
     if read_manifest(target) != manifest:
         raise IntegrityError(
-            f"{target} is another version than {manifest.id} of this home",
-            expected="backups of one home in a folder",
+            f"{target} is not the version {manifest.id} of this home",
+            expected="a folder with backups of this home only",
             todo="choose another folder",
         )
     files = files_of(manifest)
@@ -89,7 +89,7 @@ def copy_version(manifest: Manifest, source: Path, target: Path, on_bytes: OnByt
 
 
 def copy_file(source: str | Path, target: str | Path, on_bytes: OnBytes = lambda count: None) -> None:
-    """Copy a file with its mode, to the disk."""
+    """Copy a file with its mode, and sync the copy to the disk."""
     with open(source, "rb") as reading, open(target, "wb") as writing:
         os.fchmod(writing.fileno(), os.fstat(reading.fileno()).st_mode & 0o777)
         while part := reading.read(_AT_ONCE):
@@ -100,9 +100,9 @@ def copy_file(source: str | Path, target: str | Path, on_bytes: OnBytes = lambda
 
 
 def copy_database(source: Path, target: Path) -> None:
-    """Copy a consistent state of an SQLite database that may be written to meanwhile.
+    """Copy an SQLite database in a consistent state, even during writes.
 
-    It is copied in one step, because a copy in several steps restarts with every write.
+    The copy takes one step, because a copy in several steps restarts with every write.
 
     Raises:
         IntegrityError: the copy is damaged, and so is the database.

@@ -1,6 +1,6 @@
-"""Creates a home from a snapshot. The databases come last: until then it is an empty home that no server may use.
+"""Creates a home from a snapshot. The databases come last: until then, the home is empty and no server may use it.
 
-The store is first copied to a separate folder, in which its keys are revoked, so that a home never accepts a revoked
+The store is first copied to a separate folder, where keys are revoked, so that the home never accepts a revoked
 key.
 """
 
@@ -29,12 +29,12 @@ _NO_CONTENT = {LOCK_FILE, _MARK, _ASIDE, "lost+found"}
 
 @dataclass(frozen=True, slots=True)
 class Restore:
-    """Restores one snapshot.
+    """A restore of one home from an archive.
 
     Attributes:
-        home: to create.
+        home: folder of the home to create.
         revoke_keys: whether all keys of the snapshot are revoked.
-        on_keys: called with the keys before anything is copied into the home; stops the restore if it raises.
+        on_keys: called with the keys before anything is copied into the home; an exception stops the restore.
     """
 
     archive: Archive
@@ -49,7 +49,7 @@ class Restore:
         Raises:
             BusyError: a server uses the home, or a backup is running.
             SettingsError: the home is not empty.
-            IntegrityError: the snapshot is damaged; nothing of it is used then.
+            IntegrityError: the snapshot is damaged; none of its files are used.
         """
         self.home.mkdir(mode=0o700, parents=True, exist_ok=True)
         with (
@@ -69,7 +69,7 @@ class Restore:
                 shutil.rmtree(aside, ignore_errors=True)
 
     def _put_aside(self, snapshot: Snapshot, aside: Path) -> RestoredKeys:
-        """Copy the store, and revoke keys in the copy."""
+        """Copy the store to a separate folder and revoke keys in the copy."""
         shutil.rmtree(aside, ignore_errors=True)  # of a restore that was killed
         aside.mkdir(mode=0o700)
         copy_file(self.archive.folder(snapshot) / STORE_FILE, aside / STORE_FILE)
@@ -96,14 +96,14 @@ class Restore:
         begun = mark.read_text("utf-8") if mark.exists() else None
         if begun not in (None, snapshot.name):
             raise SettingsError(
-                f"the snapshot {begun} was being restored into {self.home}",
-                todo=f"resume it: --snapshot {begun}; or restore into another home",
+                f"{self.home} contains an interrupted restore of the snapshot {begun}",
+                todo=f"resume that restore: --snapshot {begun}; or restore into another home",
             )
         if begun is None and (content := set(os.listdir(self.home)) - _NO_CONTENT):
             raise SettingsError(
-                f"the home {self.home} is not empty: it has {', '.join(sorted(content)[:3])}",
+                f"the home {self.home} is not empty: it contains {', '.join(sorted(content)[:3])}",
                 expected="a new or an empty folder",
-                todo="restore into another home: svc --home NEW restore DIR; or move this one away",
+                todo="restore into another home: svc --home NEW restore DIR; or move this home away",
             )
 
     def _copy_versions(self, snapshot: Snapshot) -> None:

@@ -17,14 +17,14 @@ from svc.store.keys import Key
 
 @dataclass(frozen=True, slots=True)
 class RestoredKeys:
-    """The keys of a store that is being restored.
+    """The keys in a store that is being restored.
 
     Attributes:
-        valid: keys that are accepted after the restore.
-        last_used: the hour in which each key was used last, by id; as of the snapshot.
-        revoked: keys that were revoked now, each with the newer snapshot in which it is revoked, or "" if all keys
+        valid: keys that the restored home will accept.
+        last_used: hour of each key's last use before the snapshot, by id.
+        revoked: keys that this restore revoked, each with the newer snapshot in which it is revoked, or "" if all keys
             are revoked on request.
-        rotated: ids of valid keys that have another secret in a newer snapshot: the old one is valid again.
+        rotated: ids of valid keys with another secret in a newer snapshot; the old secret will be valid again.
         unread: newer snapshots whose store cannot be read.
     """
 
@@ -36,11 +36,11 @@ class RestoredKeys:
 
 
 def settle_keys(store: Store, archive: Archive, snapshot: Snapshot, *, revoke_all: bool) -> RestoredKeys:
-    """Revoke the keys that newer snapshots of an archive have revoked, each with its event in the audit log.
+    """Revoke the keys that are revoked in an archive's newer snapshots, each with an event in the audit log.
 
     Args:
-        store: the copy of the snapshot's, not in use yet.
-        revoke_all: revoke all others too.
+        store: copy of the snapshot's store, not yet in use.
+        revoke_all: whether all other keys are revoked too.
     """
     keyring, revoked, rotated = Keyring(store, Actor.local()), list[tuple[Key, str]](), set[str]()
     hashes, revoked_in, unread = _later(archive, snapshot)
@@ -61,7 +61,7 @@ def _later(archive: Archive, snapshot: Snapshot) -> tuple[dict[str, str], dict[s
     """Read the keys of newer snapshots.
 
     Returns:
-        By the keys' ids the hash of each secret in the newest snapshot, and the oldest snapshot that has a key revoked;
+        By key id: the secret's hash in the newest snapshot, and the oldest snapshot in which the key is revoked;
         and the snapshots whose store cannot be read.
     """
     hashes, revoked_in, unread = dict[str, str](), dict[str, str](), list[str]()

@@ -26,7 +26,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Sync the names in a folder, so that they survive a power cut."""
+    """Sync a folder's directory entries, so that they survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -35,7 +35,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_files(folder: Path) -> None:
-    """Sync a folder's files and their names, so that they survive a power cut."""
+    """Sync a folder's files and directory entries, so that they survive a power cut."""
     for path in folder.iterdir():
         if path.is_file():
             with path.open("rb") as file:
@@ -44,12 +44,12 @@ def sync_files(folder: Path) -> None:
 
 
 def close_to_others(folder: Path, marks: Iterable[str]) -> None:
-    """Remove all other users' access to a folder of ours, if it exists, and so to its content.
+    """Remove all other users' access to one of this service's folders, if it exists, and so to its content.
 
-    A shared folder such as /tmp, or one with other content, is left unchanged, even if it is configured as ours.
+    A shared folder such as /tmp, or one with other content, is left unchanged, even if it is configured as home.
 
     Args:
-        marks: a folder of ours that is not empty contains at least one of these names.
+        marks: names of which this service's folders contain at least one, unless they are empty.
     """
     with suppress(FileNotFoundError):
         status, names = folder.stat(), set(os.listdir(folder))
@@ -62,10 +62,10 @@ def close_to_others(folder: Path, marks: Iterable[str]) -> None:
 def is_full(error: Exception, folder: Path) -> bool:
     """Return whether an error means that the disk, or the user's quota, is full.
 
-    Libraries report it in their own words; torch reports a truncated write as an unexpected position.
+    Libraries report a full disk in different ways; torch reports a truncated write as an unexpected position.
 
     Args:
-        folder: the folder that was written to.
+        folder: folder that was written to.
     """
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)

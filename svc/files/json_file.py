@@ -10,14 +10,14 @@ from svc.errors import IntegrityError
 
 _Record = TypeVar("_Record", bound=BaseModel)
 _TODO = "restore it from a backup, or train again"
-"""For files that are stored with a version."""
+"""For files stored with a version."""
 
 
 def read_json_object(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
     """Return the JSON object in a file.
 
     Args:
-        default: returned if there is no file; None: a missing file is an error.
+        default: value to return if the file is missing; None: a missing file is an error.
 
     Raises:
         IntegrityError: the file is missing or damaged.
@@ -35,7 +35,7 @@ def read_json_object(path: Path, default: dict[str, Any] | None = None) -> dict[
 
 
 def read_record(path: Path, kind: type[_Record]) -> _Record:
-    """Return the record that `model_dump_json` wrote to a file of a version.
+    """Return the record in a version's file that `model_dump_json` wrote.
 
     Raises:
         IntegrityError: the file is missing, or contains no such record.
@@ -50,7 +50,7 @@ def read_records(path: Path, kind: type[_Record], what: str) -> tuple[_Record, .
     """Return the records in a file, one per line.
 
     Args:
-        what: name of such a record, for the error.
+        what: noun for a record, for the error's text.
 
     Raises:
         IntegrityError: the file is missing, or a line contains no such record.

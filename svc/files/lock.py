@@ -20,7 +20,7 @@ def locked_file(path: Path) -> Iterator[IO[str]]:
     """Yield the exclusively locked file, positioned at its end; a process that inherits it holds the lock too.
 
     Raises:
-        BlockingIOError: another process holds the lock, or removed the file just now.
+        BlockingIOError: another process holds the lock, or has just removed the file.
     """
     with path.open("a+", encoding="utf-8") as file:
         _take(file)
@@ -30,7 +30,7 @@ def locked_file(path: Path) -> Iterator[IO[str]]:
 
 
 def is_locked(path: Path) -> bool:
-    """Return whether a process holds the lock; one that only checks it at the same time does not count."""
+    """Return whether a process holds the lock; a concurrent check does not count."""
     try:
         with path.open("r", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -46,8 +46,8 @@ def hold_lock(path: Path, what: str, **info: Any) -> Iterator[None]:
     """Hold an exclusive lock during the body.
 
     Args:
-        what: the locked thing, for the error's text.
-        info: JSON values that `lock_holder` returns to others, in addition to `pid`.
+        what: noun for the locked thing, for the error's text.
+        info: JSON values that `lock_holder` returns in other processes, in addition to `pid`.
 
     Raises:
         BusyError: another process holds the lock; names the process.
@@ -69,7 +69,7 @@ def hold_lock(path: Path, what: str, **info: Any) -> Iterator[None]:
 
 
 def lock_holder(path: Path) -> dict[str, Any] | None:
-    """Return what the holder wrote about itself; None if nobody holds the lock."""
+    """Return the holder's `pid` and info; None if no process holds the lock."""
     return _read(path) if is_locked(path) else None
 
 
@@ -82,7 +82,7 @@ def _lies_at(path: Path, file: IO[str]) -> bool:
 
 
 def _take(file: IO[str]) -> None:
-    """Take the lock, with retries: another process in `is_locked` holds it for some microseconds."""
+    """Take the lock, with retries: another process in `is_locked` may hold the lock for microseconds."""
     deadline = time.monotonic() + _TAKE_TIMEOUT_S
     while True:
         try:

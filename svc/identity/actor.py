@@ -1,4 +1,4 @@
-"""The user or key that makes a change recorded in the audit log, and its origin."""
+"""The author of a change in the audit log: a user or a key, and where the change was made."""
 
 import os
 import pwd
@@ -10,7 +10,7 @@ from svc.identity.principal import Principal
 
 @dataclass(frozen=True, slots=True)
 class Actor:
-    """Author of a change.
+    """The user or key that makes a change.
 
     Attributes:
         name: `user:NAME` of the operating system, or `key:ID`.
@@ -22,7 +22,7 @@ class Actor:
 
     @classmethod
     def local(cls) -> "Actor":
-        """Return the user who runs this process, from the system and not the environment, which anybody can set."""
+        """Return the user who runs this process, as known to the system: environment variables can be forged."""
         try:
             user = pwd.getpwuid(os.getuid()).pw_name
         except KeyError:  # the uid has no name, for example in a container
@@ -31,9 +31,9 @@ class Actor:
 
     @classmethod
     def of(cls, principal: Principal, address: str) -> "Actor":
-        """Return a key as actor.
+        """Return a key as the author of a change.
 
         Args:
-            address: of the client.
+            address: the client's address.
         """
         return cls(f"key:{principal.key_id}", address)

@@ -1,4 +1,4 @@
-"""Files with keys: a command never takes a key from its command line, which every user of a machine can read."""
+"""Files with keys: commands never take a key as an argument, which every user of the machine can read."""
 
 import os
 import stat
@@ -9,7 +9,7 @@ from svc.identity.key_secret import key_id_of
 
 
 def read_key(path: Path) -> str:
-    """Return the key of this service in a file.
+    """Return the API key of this service that a file contains.
 
     Raises:
         SettingsError: the file cannot be read, can be read by others, or contains no secret.
@@ -23,10 +23,10 @@ def read_key(path: Path) -> str:
 
 
 def read_secret(path: Path, renew: str) -> str:
-    """Return the key of any service in a file.
+    """Return the API key, of any service, that a file contains.
 
     Args:
-        renew: how to replace a key that others may have copied.
+        renew: instruction for replacing a key that others may have copied.
 
     Raises:
         SettingsError: the file cannot be read, can be read by others, or is empty.

@@ -1,13 +1,13 @@
-"""The secret of a key: `ts_` + the key's id + `_` + 32 random characters + a checksum of 6.
+"""An API key's secret: `ts_` + the key's id + `_` + 32 random characters + a checksum of 6.
 
     ts_k3v9q0xa_5yD0...Qe1x4T9a
        └─ id ─┘ └ 190 bits ┘└ CRC-32 ┘
 
 The id is public: it appears in rows, metrics and tables. The prefix lets scanners of repositories and logs find a
-secret, and the checksum tells a typo from an invalid secret before any lookup.
+secret, and the checksum detects a typo before any lookup.
 
-Only the SHA-256 is stored. A slow hash as for passwords would not help: nobody can try 2^190 secrets, however fast the
-hash is, and each request would pay for it.
+Only the SHA-256 is stored. A slow password hash would not help: nobody can try 2^190 secrets, however fast the
+hash is, and it would slow down each request.
 """
 
 import binascii
@@ -32,7 +32,7 @@ def new_key_id() -> str:
 
 
 def new_secret(key_id: str) -> str:
-    """Return a new secret of a key."""
+    """Return a new secret for a key."""
     start = f"{PREFIX}{key_id}_" + "".join(secrets.choice(_LETTERS) for _ in range(_RANDOM_LENGTH))
     return start + _checksum(start)
 
@@ -46,12 +46,12 @@ def key_id_of(secret: str) -> str | None:
 
 
 def hide_secrets(text: str) -> str:
-    """Return a text with `[key]` in place of each secret, or of most of one, to print or store it."""
+    """Return a text with each complete or nearly complete secret replaced by `[key]`."""
     return _PART.sub("[key]", text) if PREFIX in text else text
 
 
 def hash_secret(secret: str) -> str:
-    """Return the stored form of a secret."""
+    """Return the hash under which a secret is stored."""
     return hashlib.sha256(secret.encode("utf-8")).hexdigest()
 
 
@@ -61,7 +61,7 @@ def is_hash_of(stored: str, hashed: str) -> bool:
 
 
 def _checksum(text: str) -> str:
-    """Return the CRC-32 in base 62."""
+    """Return a text's CRC-32 in base 62."""
     rest, letters = binascii.crc32(text.encode("ascii")), ""
     for _ in range(_CHECKSUM_LENGTH):
         rest, digit = divmod(rest, len(_LETTERS))

@@ -7,23 +7,23 @@ from svc.errors import PermissionDeniedError
 
 
 class Scope(StrEnum):
-    """Permission of a key."""
+    """Permission that a key may have."""
 
     INFER = "infer"
     FEEDBACK = "feedback"
     METRICS = "metrics"
     TRAIN = "train"
     ADMIN = "admin"
-    """Includes all other scopes, and every change of the service."""
+    """Includes all other scopes, and permits every change to the service."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Limits of a key; None: only the server's own.
+    """A key's limits. None: only the server's limits apply.
 
     Attributes:
-        concurrent: concurrent requests.
-        tokens_per_day: prompts and answers together, from midnight UTC.
+        concurrent: maximum number of concurrent requests.
+        tokens_per_day: maximum tokens of prompts and answers together, from midnight UTC.
     """
 
     requests_per_minute: int | None = None
@@ -35,10 +35,10 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """A key as the server knows it, without its secret.
+    """A key's identity, scopes and limits, without its secret.
 
     Attributes:
-        name: for people.
+        name: name for display.
         models: names of models that the key may use, in any version; None: all.
         weight: share of this key relative to other keys when capacity is short.
     """
@@ -71,5 +71,5 @@ class Principal:
         if not self.may(scope):
             raise PermissionDeniedError(
                 f"the key {self.key_id} lacks the scope {scope}",
-                expected=f"a key with {scope}; this one has {', '.join(sorted(self.scopes))}",
+                expected=f"a key with the scope {scope}; this key has {', '.join(sorted(self.scopes))}",
             )

@@ -1,7 +1,7 @@
-"""Arguments of a chat template besides the conversation, the same in training, evaluation and serving.
+"""A chat template's arguments besides the conversation, which must be the same in training, evaluation and serving.
 
 Templates of thinking models insert a thinking block into a prompt, or into the last answer, unless it is disabled;
-others insert today's date. A model that was trained with one setting and is used with another answers wrongly, without
+others insert today's date. A model that is used with another setting than in training answers wrongly, without
 any other symptom.
 """
 
@@ -15,10 +15,10 @@ from svc.files.disk import write_whole
 from svc.files.json_file import read_json_object
 
 TEMPLATE_KWARGS_FILE = "chat_template_kwargs.json"
-"""In a served model's folder; missing without arguments."""
+"""File in a served model's folder; missing if there are no arguments."""
 
 _DATE = date(2024, 7, 26)
-"""Date that Llama's templates use if the current date is unavailable."""
+"""The date that Llama's templates use if the current date is unavailable."""
 _TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 TemplateValue = bool | int | float | str
@@ -28,15 +28,15 @@ _DEFAULTS: dict[str, TemplateValue] = {
     "enable_thinking": False,
     "date_string": f"{_DATE:%d %b %Y}",
 }
-"""Passed to a template that contains the name, so that a prompt is the same on every day."""
+"""Argument for a template that contains its name, so that prompts do not change from day to day."""
 
 
 def choose_template_kwargs(folder: Path, given: TemplateKwargs | None) -> dict[str, TemplateValue]:
-    """Return the arguments of a model's template: the recipe's, else those stored with the model, else the defaults.
+    """Return the template's arguments: the recipe's, else those stored with the model, else the defaults.
 
     Args:
-        folder: of the model to train.
-        given: the recipe's; None if it has none.
+        folder: folder of the model to train.
+        given: arguments in the recipe; None without them.
 
     Raises:
         IntegrityError: see `read_template_kwargs`.
@@ -50,9 +50,9 @@ def choose_template_kwargs(folder: Path, given: TemplateKwargs | None) -> dict[s
 
 
 def pin_date(template: str) -> str:
-    """Return a template with a fixed date instead of today's, if it has no argument for it, as SmolLM3's.
+    """Return a template with today's date fixed, if no argument can set the date, as in SmolLM3's.
 
-    Otherwise a version would be trained with one prompt, and used with another on each day.
+    Otherwise a version would be trained with one prompt and used with a different one each day.
     """
     if "date_string" in template:
         return template
@@ -60,7 +60,7 @@ def pin_date(template: str) -> str:
 
 
 def read_chat_template(folder: Path) -> str | None:
-    """Return the template of a model folder; None if it has none, or several by name."""
+    """Return the chat template in a model folder; None if there is none, or if there are several named ones."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text("utf-8")
@@ -72,15 +72,15 @@ def read_chat_template(folder: Path) -> str | None:
 
 
 def read_template_kwargs(folder: Path) -> dict[str, TemplateValue]:
-    """Return the stored arguments of a model folder's template.
+    """Return the template's arguments stored in a model folder; empty if none are stored.
 
     Raises:
-        IntegrityError: the file is damaged.
+        IntegrityError: the arguments' file is damaged.
     """
     return read_json_object(folder / TEMPLATE_KWARGS_FILE, default={})
 
 
 def write_template_kwargs(folder: Path, kwargs: TemplateKwargs) -> None:
-    """Write the file, if there are arguments."""
+    """Write the arguments to a model folder; write no file if there are none."""
     if kwargs:
         write_whole(folder / TEMPLATE_KWARGS_FILE, json.dumps(dict(kwargs), sort_keys=True).encode("utf-8"))

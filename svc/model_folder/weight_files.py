@@ -1,7 +1,7 @@
-"""Files of a model folder that transformers and vLLM read: its weights and its tokenizer.
+"""The files in a model folder that transformers and vLLM read: weights and tokenizer.
 
 A folder from the hub often contains more: the same weights in the publisher's own format (`consolidated.safetensors`,
-`original/`), its parameters (`params.json`), pictures. These are ignored here.
+`original/`), parameters (`params.json`), pictures. These are ignored here.
 """
 
 from pathlib import Path
@@ -11,13 +11,13 @@ from svc.files.json_file import read_json_object
 
 WEIGHTS_INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-"""Each of them is sufficient as a tokenizer."""
+"""Each of these files is sufficient as a tokenizer."""
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files with the weights, sorted by name: those that the index names, else all.
+    """Return the safetensors files with the weights, sorted by name: those in the index, or all without an index.
 
-    Files that the index names are returned whether they exist or not.
+    Files in the index are returned even if they do not exist.
 
     Raises:
         IntegrityError: the index cannot be read, or names a file outside the folder.
@@ -29,8 +29,8 @@ def weight_files(folder: Path) -> list[Path]:
     names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
     if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
         raise IntegrityError(
-            f"{index} does not name the files of the weights",
-            expected='{"weight_map": {"TENSOR": "FILE", ...}}, all files in the folder of the index',
+            f"{index} does not name the weight files",
+            expected='{"weight_map": {"TENSOR": "FILE", ...}} with files in the same folder',
             todo="download the model again",
         )
     return [folder / name for name in sorted(names)]

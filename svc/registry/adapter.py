@@ -1,4 +1,4 @@
-"""The adapter of a version, and why vLLM cannot apply it to its base at run time.
+"""Adapters of versions: facts about an adapter, and why vLLM cannot apply it to its base at run time.
 
 vLLM supports LoRA and rsLoRA (vllm/lora/peft_helper.py). Other kinds of adapters are served merged.
 """
@@ -32,11 +32,11 @@ _FEATURES = {
     "use_bdlora": "block-diagonal LoRA",
     "use_qalora": "QALoRA",
 }
-"""Keys of PEFT's config, and the kind of adapter if they are set."""
+"""Unsupported kinds of adapters, by the key of PEFT's config that selects each."""
 _PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
-"""Initializations that do not change the base's weights; others, such as PiSSA and OLoRA, do."""
+"""Values of `init_lora_weights` that leave the base's weights unchanged, unlike PiSSA and OLoRA."""
 _NOT_TARGETS = frozenset({"lm_head", "embed_tokens"})
-"""Adapted, they make vLLM store an output layer for each adapter, which kills its CPU engine at the next probe."""
+"""Layers for which vLLM would store one output layer per adapter, which kills its CPU engine at the next probe."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +44,9 @@ class AdapterBase:
     """Properties that two adapters must share to be applied by one engine.
 
     Attributes:
-        folder: of the base model.
-        revision: that pins its content.
-        template_kwargs: arguments of its chat template.
+        folder: the base model's folder.
+        revision: revision that pins the base's content.
+        template_kwargs: arguments of the base's chat template.
     """
 
     folder: Path
@@ -56,14 +56,14 @@ class AdapterBase:
 
 @dataclass(frozen=True, slots=True)
 class AdapterFacts:
-    """One version's adapter.
+    """Facts about one version's adapter.
 
     Attributes:
-        folder: its files.
-        rank: the largest of any layer.
-        targets: last parts of the names of the layers that it changes, for example `q_proj`.
-        bytes: size of its files.
-        failed: checks that the version failed at registration.
+        folder: folder with the adapter's files.
+        rank: largest rank of any layer.
+        targets: last parts of the names of the adapted layers, for example `q_proj`.
+        bytes: total size of the adapter's files.
+        failed: checks that the version failed before its registration.
     """
 
     version: VersionId
@@ -80,8 +80,8 @@ def read_adapter(registry: Registry, version: VersionId) -> AdapterFacts:
 
     Raises:
         NotFoundError: the version does not exist, or has no adapter, or its base is missing.
-        RefusedError: vLLM cannot apply it to its base; gives the reason.
-        IntegrityError: its config is missing or damaged.
+        RefusedError: vLLM cannot apply the adapter to its base; contains the reason.
+        IntegrityError: the adapter's config is missing or damaged.
     """
     folder, manifest = registry.artifact(version, Format.ADAPTER), registry.manifest(version)
     config = read_json_object(folder / CONFIG_FILE)
@@ -90,13 +90,13 @@ def read_adapter(registry: Registry, version: VersionId) -> AdapterFacts:
     base = Path(str(config.get("base_model_name_or_path")))
     if not (base / "config.json").is_file():
         raise NotFoundError(
-            f"the base model of {version} is not in {base} any more",
-            expected="the folder on which the adapter was trained",
+            f"the base model of {version} is no longer in {base}",
+            expected="the folder of the base model that the adapter was trained on",
             todo=f"restore {base}, or serve the version without it: --format {Format.MERGED}",
         )
     template = read_chat_template(base) or ""
     if pin_date(template) != template:
-        raise _refused(version, "its base's chat template inserts today's date, but it was trained without")
+        raise _refused(version, "its base's chat template inserts today's date, which was fixed in training")
     kwargs = choose_template_kwargs(base, manifest.recipe.get("chat_template_kwargs"))
     return AdapterFacts(
         version=version,
@@ -110,10 +110,10 @@ def read_adapter(registry: Registry, version: VersionId) -> AdapterFacts:
 
 
 def adapter_refusal(config: Mapping[str, Any]) -> str | None:
-    """Return why vLLM cannot apply an adapter to its base; None if it can.
+    """Return why vLLM cannot apply an adapter to its base; None if vLLM can.
 
     Args:
-        config: PEFT's, of the adapter.
+        config: the adapter's config, written by PEFT.
     """
     kind, start = str(config.get("peft_type")), config.get("init_lora_weights", True)
     if kind != "LORA":
@@ -125,7 +125,7 @@ def adapter_refusal(config: Mapping[str, Any]) -> str | None:
     if isinstance(start, str) and start.lower() not in _PLAIN_STARTS:
         return f"it was initialized by {start}, which changes the base's weights"
     if not isinstance(config.get("target_modules"), list) or not isinstance(config.get("r"), int):
-        return "its config lacks the names of the layers that it changes, or its rank"
+        return "its config lacks the names of the adapted layers, or the rank"
     if changed := sorted(_NOT_TARGETS & _targets(config)):
         return f"it changes {', '.join(changed)}"
     return None

@@ -43,7 +43,7 @@ def models(ctx: click.Context, as_json: bool) -> None:
 @json_option
 @click.pass_context
 def rm(ctx: click.Context, versions: tuple[str, ...], reason: str | None, as_json: bool) -> None:
-    """Remove versions that no alias, no server and no rollback needs."""
+    """Remove versions that no alias, server or rollback needs."""
     from svc.registry.housekeeping import remove_version
     from svc.store.audit import Action, AuditEntry, record_event
     from svc.store.database import open_database

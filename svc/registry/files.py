@@ -1,4 +1,4 @@
-"""Files of a version: their hashes, and the headers of safetensors files, read without the weights."""
+"""A version's files: their hashes, and the headers of safetensors files, read without the weights."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ _BLOCK = 2**24  # bytes
 
 
 class FileRecord(BaseModel):
-    """One file of a version in its manifest. `path` is relative to the version's folder."""
+    """A manifest's record of one file. `path` is relative to the version's folder."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -26,7 +26,7 @@ class FileRecord(BaseModel):
 
 @dataclass(frozen=True, slots=True, order=True)
 class Tensor:
-    """A tensor's entry in a header."""
+    """A tensor's entry in the header of a safetensors file."""
 
     name: str
     dtype: str
@@ -58,7 +58,7 @@ def verify_files(root: Path, records: Iterable[FileRecord]) -> None:
     """Compare files on disk with their records.
 
     Raises:
-        IntegrityError: names the first file that is missing or was changed.
+        IntegrityError: a file is missing or was changed; names the first one.
     """
     for record in records:
         path = root / record.path
@@ -93,7 +93,7 @@ def read_headers(folder: Path) -> tuple[Tensor, ...]:
         except (SafetensorError, OSError) as error:
             raise IntegrityError(f"{path} is not a complete safetensors file: {error}") from error
     if not tensors:
-        raise IntegrityError(f"{folder} contains no safetensors file", expected="the weights of a model")
+        raise IntegrityError(f"{folder} contains no safetensors file", expected="a folder with a model's weights")
     return tuple(sorted(tensors))
 
 
@@ -101,7 +101,7 @@ def hash_tensor(folder: Path, name: str) -> str:
     """Return the SHA-256 of a tensor's bytes.
 
     Args:
-        name: from `read_headers` of the folder.
+        name: a tensor's name, as returned by `read_headers`.
 
     Raises:
         IntegrityError: no file of the folder contains it.

@@ -1,9 +1,9 @@
 """Compatibility of versions: one can be loaded in place of another only if their fingerprints are equal.
 
-A reload replaces only tensors. So everything that vLLM reads once at its start must be the same: architecture, shapes,
+A reload replaces only tensors, so everything that vLLM reads once at its start must be the same: architecture, shapes,
 quantization, tokenizer, chat template and its arguments, default sampling.
 
-One tensor too: if input and output embeddings share a matrix, vLLM's CPU engine has a packed copy of it for the output,
+So must one tensor: if input and output embeddings share a matrix, vLLM's CPU engine keeps a packed copy for the output,
 which a reload does not update. Adapters do not change that matrix; full fine-tuning does.
 """
 
@@ -40,11 +40,11 @@ _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "add_bos_
 
 
 def compatibility_fingerprint(folder: Path, template_kwargs: TemplateKwargs | None = None) -> str:
-    """Return the SHA-256 over everything that a reload in place cannot change, as `sha256:<hex>`.
+    """Return the SHA-256 of everything that a reload in place cannot change, as `sha256:<hex>`.
 
     Args:
         folder: a model folder: config.json, weights, tokenizer.
-        template_kwargs: arguments of the chat template; None: those in the folder.
+        template_kwargs: arguments of the chat template; None: the ones stored in the folder.
 
     Raises:
         IntegrityError: a file is missing or damaged.
@@ -67,10 +67,10 @@ def compatibility_fingerprint(folder: Path, template_kwargs: TemplateKwargs | No
 
 
 def tokenizer_fingerprint(folder: Path) -> str:
-    """SHA-256 of a model folder's tokenizer: equal where two models write a text in the same tokens.
+    """Return the SHA-256 of a model folder's tokenizer; equal for models that tokenize every text identically.
 
     Raises:
-        IntegrityError: its file is missing or damaged.
+        IntegrityError: the tokenizer's file is missing or damaged.
     """
     return _digest(_tokenizer(folder))
 
@@ -83,8 +83,8 @@ def _digest(parts: dict[str, Any]) -> str:
 def _tokenizer(folder: Path) -> dict[str, Any]:
     """Return the content that determines the token ids of a text.
 
-    That is tokenizer.json without truncation and padding, which the last caller has set. A folder without it, as of
-    many SentencePiece models, has a vocabulary in other files: their hashes.
+    That is tokenizer.json without truncation and padding, which its last user may have set. A folder without it, as
+    for many SentencePiece models, has its vocabulary in other files, whose hashes are returned.
     """
     if (folder / "tokenizer.json").is_file():
         tokenizer = read_json_object(folder / "tokenizer.json")
@@ -98,7 +98,7 @@ def _tokenizer(folder: Path) -> dict[str, Any]:
 def _shared_embedding(folder: Path, config: dict[str, Any], names: list[str]) -> str | None:
     """Return the SHA-256 of an embedding that the output shares; None if the output has its own.
 
-    The config may not say so: some kinds of models share it by default, and then save no output.
+    The config may not say so: some architectures share the embedding by default and then save no output layer.
     """
     text = config.get("text_config", config)
     if not text.get("tie_word_embeddings", config.get("tie_word_embeddings")) and any(
@@ -110,7 +110,7 @@ def _shared_embedding(folder: Path, config: dict[str, Any], names: list[str]) ->
 
 
 def normal_quantization(config: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return the fields of a quantization that affect the kernel, with defaults; None without quantization."""
+    """Return the quantization fields that affect the kernel, with defaults; None without quantization."""
     if config is None:
         return None
     normal = {key: config.get(key, default) for key, default in _QUANTIZATION_DEFAULTS.items()}
@@ -132,5 +132,5 @@ def _stable(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _content(token: Any) -> Any:
-    """Return the text of a special token, which is a string or an object with it."""
+    """Return the text of a special token, which is a string or an object that contains the text."""
     return token.get("content") if isinstance(token, dict) else token

@@ -1,8 +1,8 @@
-"""Frees disk space: unneeded versions, and files left by runs, sweeps, logs and caches. Never what may be served again.
+"""Frees disk space: unneeded versions, and files left by runs, sweeps, logs and caches; never a version in use.
 
-A version is needed if it has an alias, is served or about to be, is the target of a rollback, or is the base of one of
-these that is an adapter. A version that a server has loaded in addition as an adapter is not needed: the server unloads
-it when it is removed.
+A version is needed if it has an alias, is or will be served, is the target of a rollback, or is the base of one of
+these that is an adapter. A version that a server has loaded only as an additional adapter is not needed: the server
+unloads it after the removal.
 """
 
 import logging
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 _DAY_S = 86_400
 _REGISTERED = "register.json"
-"""In the folder of a finished run (trainer.pipeline.run_folder); its weights are in folders named by format."""
+"""File in a finished run's folder (trainer.pipeline.run_folder), whose weights are in one folder per format."""
 _REMOVING = ".removing"
 """Lock in the folder of a name's versions, held during a removal."""
 
@@ -38,9 +38,9 @@ class Reclaimable:
     """A file or folder that can be deleted.
 
     Attributes:
-        size: bytes on disk, without files that are linked elsewhere.
-        why: reason for which it is not needed.
-        touched: last change of its content, seconds since the epoch.
+        size: bytes that a deletion would free.
+        why: why the file or folder is not needed.
+        touched: time of the last change to the content, seconds since the epoch.
     """
 
     path: Path
@@ -50,18 +50,18 @@ class Reclaimable:
 
 
 def protected(registry: Registry, store: Store, name: str) -> dict[VersionId, str]:
-    """Return the versions of a name that must stay, each with the reason."""
+    """Return the versions of a name that must not be removed, each with the reason."""
     reasons = {version: f"has the alias {alias}" for alias, version in registry.tracking.aliases(name).items()}
     desired = read_desired(store, name)
     if desired is not None:
         if desired.previous is not None:
             reasons[desired.previous.version] = "is the target of a rollback"
-        reasons[desired.target.version] = "is served, or about to be"
+        reasons[desired.target.version] = "is served, or will be"
     return _bases(registry, store, name) | reasons
 
 
 def _bases(registry: Registry, store: Store, name: str) -> dict[VersionId, str]:
-    """Return the versions of a name that are bases of adapters which are served, or would be after a rollback."""
+    """Return the versions of a name that are bases of adapters that are served, or would be after a rollback."""
     reasons: dict[VersionId, str] = {}
     states = [state for desired in desired_names(store) if (state := read_desired(store, desired))]
     for target in [target for state in states for target in (state.previous, state.target) if target]:
@@ -74,7 +74,7 @@ def _bases(registry: Registry, store: Store, name: str) -> dict[VersionId, str]:
 
 
 def remove_version(registry: Registry, store: Store, version: VersionId) -> int:
-    """Remove a version with all its files; its number stays used. Return the freed bytes.
+    """Remove a version with all its files; its number is not reused. Return the freed bytes.
 
     Raises:
         NotFoundError: there is no such version.
@@ -85,7 +85,7 @@ def remove_version(registry: Registry, store: Store, version: VersionId) -> int:
     folder = registry.folder(version)
     run = _run_of(registry, version)
     hidden = folder.with_name(f".removed-{version.number}")
-    with hold_lock(folder.parent / _REMOVING, f"removing versions of {version.name}"):
+    with hold_lock(folder.parent / _REMOVING, f"the versions folder of {version.name}"):
         _refuse(registry, store, version)
         shutil.rmtree(hidden, ignore_errors=True)  # of an interrupted removal
         os.utime(folder)  # else the renamed folder would have the version's age in a search for leftovers
@@ -108,7 +108,7 @@ def _run_of(registry: Registry, version: VersionId) -> Path | None:
     try:
         folder = registry.models.parent / RUNS_FOLDER / registry.manifest(version).run
     except IntegrityError:
-        log.warning("%s cannot be read: the files of its run stay", version, exc_info=True)
+        log.warning("could not read %s: its run's files are not deleted", version, exc_info=True)
         return None
     return folder if folder.is_dir() else None
 
@@ -120,19 +120,19 @@ def _drop_weights(run: Path) -> None:
             for format in Format:
                 shutil.rmtree(run / format.value, ignore_errors=True)
     except BusyError:
-        log.warning("%s is active: its weights stay", run)
+        log.warning("%s is active: its weights are not deleted", run)
 
 
 def _refuse(registry: Registry, store: Store, version: VersionId) -> None:
     swap = find_swap(store, version.name)
     if swap is not None and swap.result is None:
         # Its outcome determines the target of a rollback.
-        raise BusyError(f"a swap of {version.name} to {swap.target} is running", todo="wait for its end: svc status")
+        raise BusyError(f"a swap of {version.name} to {swap.target} is running", todo="wait for the swap: svc status")
     reason = protected(registry, store, version.name).get(version)
     if reason:
         raise BusyError(
             f"{version} {reason}",
-            expected="a version that no alias, no server and no rollback needs",
+            expected="a version that no alias, server or rollback needs",
             todo="promote another version first; check `svc status` and `svc models`",
         )
 
@@ -152,16 +152,16 @@ def find_reclaimable(registry: Registry, home: Path, older_than_days: float) -> 
 
 
 def _leftovers(models: Path, home: Path) -> Iterator[tuple[Path, str]]:
-    """Yield everything that is not in use, of any age, each with the reason for which it is not needed."""
+    """Yield every item that is not in use, of any age, with the reason why it is not needed."""
     for folder in _folders(models.glob("*/.*")):  # a registration takes minutes, less than a day
         yield folder, "left by an interrupted registration or removal"
     for folder in _folders((home / RUNS_FOLDER).glob("*")):
         if lock_holder(folder / RUN_LOCK) is None:
             finished = "the version is registered" if (folder / _REGISTERED).is_file() else "the run is unfinished"
-            yield folder, f"{finished}, and unchanged since"
+            yield folder, f"{finished}, without recent changes"
     for folder in _folders((home / SWEEPS_FOLDER).glob("*")):
         if lock_holder(folder / RUN_LOCK) is None:
-            yield folder, "trials that are unchanged since"
+            yield folder, "a sweep without recent changes"
     for path in sorted((home / "logs").glob("*.log.*")):
         yield path, "a rotated log"
     for path in sorted((home / "cache").glob("*/*")):
@@ -170,10 +170,10 @@ def _leftovers(models: Path, home: Path) -> Iterator[tuple[Path, str]]:
 
 
 def reclaim(item: Reclaimable) -> None:
-    """Delete an item if it is unchanged. A folder is deleted as a whole: no part of a run may look like a finished one.
+    """Delete an item if it is unchanged. A folder is deleted as a whole: part of a run could look finished.
 
     Raises:
-        BusyError: the item is in use or was changed meanwhile.
+        BusyError: the item is in use, or was changed since it was found.
     """
     path = item.path
     if not path.is_dir():
@@ -182,7 +182,7 @@ def reclaim(item: Reclaimable) -> None:
     lock = path / RUN_LOCK if path.parent.name in (RUNS_FOLDER, SWEEPS_FOLDER) else path.parent / _REMOVING
     with hold_lock(lock, str(path)):
         if _newest(path, time.time()) > item.touched:
-            raise BusyError(f"{path} was just changed", todo="nothing: it is kept")
+            raise BusyError(f"{path} was just changed", todo="nothing: the folder is kept")
         hidden = path if path.name.startswith(".removed-") else path.with_name(f".removed-{path.name}")
         path.rename(hidden)
         shutil.rmtree(hidden)
@@ -202,6 +202,6 @@ def _newest(path: Path, now: float) -> float:
 
 
 def size_on_disk(path: Path) -> int:
-    """Return the bytes that a deletion frees: files that are linked elsewhere do not count."""
+    """Return the number of bytes that a deletion would free: files with another hard link do not count."""
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     return sum(file.stat().st_size for file in files if file.stat().st_nlink == 1)

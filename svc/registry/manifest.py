@@ -1,4 +1,4 @@
-"""The manifest: the facts of a version besides its weights, written once and last."""
+"""The manifest: all facts about a version, written once and last."""
 
 import json
 from datetime import datetime
@@ -31,9 +31,9 @@ class BaseRecord(_Record):
     """The model that was fine-tuned.
 
     Attributes:
-        origin: as named in the recipe.
-        revision: that pins its content.
-        licence: as stated by its publisher; None if unknown.
+        origin: name of the base in the recipe.
+        revision: revision that pins the base's content.
+        licence: licence stated by the publisher; None if unknown.
     """
 
     origin: str
@@ -42,7 +42,7 @@ class BaseRecord(_Record):
 
 
 class DataRecord(_Record):
-    """Data of training and evaluation."""
+    """The examples used for training and evaluation."""
 
     train_fingerprint: str
     train_examples: int
@@ -55,9 +55,9 @@ class FormatRecord(_Record):
 
     Attributes:
         fingerprint: versions with equal fingerprints can replace each other in a running engine.
-        evaluation: on the engine; None for a format that was not served.
-        load_seconds: reload in place into a running engine.
-        tokens_per_second: decoded, over 8 streams.
+        evaluation: quality measured on the engine; None for a format that was not served.
+        load_seconds: time to load the weights into a running engine.
+        tokens_per_second: tokens decoded per second with 8 concurrent streams.
     """
 
     files: tuple[FileRecord, ...]
@@ -74,17 +74,17 @@ class FormatRecord(_Record):
 
 
 class Manifest(_Record):
-    """All facts of a version. Training figures are in MLflow under `tracking_run`.
+    """All facts about one version. Training figures are in MLflow under `tracking_run`.
 
     Attributes:
-        reference: the files for comparisons with later traffic and answers.
-        base_evaluation: None if the base was not evaluated: it is compared only with the merged model.
-        failed: failed checks; a version with any was registered on request, and cannot be promoted.
+        reference: records of the files with which later traffic and answers are compared.
+        base_evaluation: quality of the base, for comparison with the merged model; None if not evaluated.
+        failed: failed checks. A version with failed checks was registered on request and cannot be promoted.
         parity: comparison of the trained with the served model; None if no format is served.
         judge: a judge's comparison of the merged model with the base; None without a judge.
-        findings: faults of its training.
-        forgetting: None if no general questions were asked.
-        gates: verdicts on the losses by quantization and training; empty without limits.
+        findings: faults found in the training run.
+        forgetting: loss of general knowledge; None if no general questions were evaluated.
+        gates: verdicts on the losses caused by quantization and training; empty if the recipe sets no limits.
     """
 
     schema_version: Literal[1] = 1
@@ -110,12 +110,12 @@ class Manifest(_Record):
 
     @property
     def id(self) -> VersionId:
-        """The version's name."""
+        """`NAME@N` of the version."""
         return VersionId(self.name, self.number)
 
     @property
     def undecided(self) -> tuple[str, ...]:
-        """The gates with too few examples, each as a sentence; without those that count as failed."""
+        """Texts of the undecided gates, without those that count as failed."""
         undecided = (str(gate) for gate in self.gates if gate.verdict.outcome is GateOutcome.UNDECIDED)
         return tuple(gate for gate in undecided if gate not in self.failed)
 
@@ -132,7 +132,7 @@ class Manifest(_Record):
 
     @property
     def max_answer_tokens(self) -> int | None:
-        """The recipe's limit on answers to held-out examples, tokens; None: by each reference."""
+        """The recipe's limit on answers to held-out examples, tokens; None: each reference determines the limit."""
         limit: int | None = self.recipe.get("evaluate", {}).get("max_tokens")
         return limit
 
@@ -141,7 +141,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read a version's manifest.
 
     Raises:
-        IntegrityError: the file is missing, is not a manifest, or is another version's.
+        IntegrityError: the file is missing, is not a manifest, or belongs to another version.
     """
     path = folder / MANIFEST_FILE
     manifest = read_record(path, Manifest)

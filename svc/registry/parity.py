@@ -1,7 +1,7 @@
-"""A version's parity report: checks that the trained model equals the served one.
+"""A version's parity report: checks that the served model equals the trained one.
 
-Created once, before registration, from the registered files and on the engine that serves them. Knows nothing of its
-measurement (trainer/parity) and of its display.
+Created once, before registration, from the files to register and on an engine that serves them. Knows nothing of its
+measurement (trainer/parity) or display.
 """
 
 import math
@@ -18,12 +18,12 @@ class _Record(BaseModel):
 
 
 class ParityCheck(_Record):
-    """One comparison.
+    """Result of one check in a parity report.
 
     Attributes:
-        name: of the compared property.
-        found: its value.
-        expected: the required value, with the limit.
+        name: name of the compared property.
+        found: the property's actual value.
+        expected: the required value or limit.
     """
 
     name: str
@@ -36,12 +36,12 @@ class ParityCheck(_Record):
 
 
 class Differences(_Record):
-    """Differences of two models on the same tokens, each given all before it.
+    """Differences between two models' scores of the same tokens, each given all tokens before it.
 
     Attributes:
-        nats: log-probability of each token in the second minus that in the first, by example.
-        agreement: share of tokens with the same top-1 token in both.
-        diverges_at: example and token of the first different top-1 token; None if all are the same.
+        nats: for each example and token, the second model's log-probability minus the first's.
+        agreement: share of positions at which both models have the same top-1 token.
+        diverges_at: example and position of the first different top-1 token; None if there is none.
     """
 
     nats: tuple[tuple[float, ...], ...]
@@ -50,7 +50,7 @@ class Differences(_Record):
 
     @property
     def all(self) -> list[float]:
-        """Differences of all tokens, nats."""
+        """Differences of all tokens in one list, nats."""
         return [difference for example in self.nats for difference in example]
 
     @property
@@ -70,14 +70,14 @@ class Differences(_Record):
 
 
 class Speed(_Record):
-    """Speed of a format on the engine, each figure measured several times.
+    """Speed of one format on the engine, each figure measured several times.
 
     Attributes:
-        load_seconds: reload in place; None for a model that only a new engine can load.
-        first_token_seconds: from an uncached prompt to the first token, without other requests.
-        tokens_per_second: decoded, by the number of streams.
-        memory_bytes: of the engine's processes; None if unknown.
-        others_share: of the machine's processors, used by other processes during the measurement.
+        load_seconds: time of a reload in place; None for a model that only a new engine can load.
+        first_token_seconds: time to the first token of an uncached prompt, without other requests.
+        tokens_per_second: tokens decoded per second, by the number of concurrent streams.
+        memory_bytes: memory of the engine's processes; None if unknown.
+        others_share: share of the machine's processors that other processes used during the measurement.
     """
 
     load_seconds: Interval | None
@@ -88,13 +88,13 @@ class Speed(_Record):
 
 
 class ParityReport(_Record):
-    """The report.
+    """All checks and measurements that compare the trained with the served model.
 
     Attributes:
-        differences: token by token, by name of the comparison.
-        speed: of the served formats.
-        examples: held-out examples that were compared token by token.
-        seconds: time to create it.
+        differences: differences token by token, by the name of the comparison.
+        speed: speed of each served format.
+        examples: number of held-out examples that were compared token by token.
+        seconds: time taken to create the report.
     """
 
     checks: tuple[ParityCheck, ...]
@@ -105,5 +105,5 @@ class ParityReport(_Record):
 
     @property
     def failed(self) -> tuple[str, ...]:
-        """Failed checks, as text for people."""
+        """Failed checks, as texts for display."""
         return tuple(str(check) for check in self.checks if not check.passed)

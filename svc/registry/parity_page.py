@@ -5,14 +5,14 @@ from pathlib import Path
 from svc.registry.parity import ParityReport
 
 PARITY_PAGE = "parity.html"
-"""In the version's reference folder."""
+"""Name of the page in the version's reference folder."""
 
 
 def parity_page(name: str, report: ParityReport) -> str:
     """Return the page.
 
     Args:
-        name: of the model.
+        name: the model's name.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 

@@ -1,6 +1,6 @@
-"""The primary metric of a version, stored with it so that the same metric evaluates it again on any machine.
+"""A version's primary metric, stored with the version so that any machine can evaluate it by the same metric.
 
-Most metrics are a name. A schema or a user's function is a file in the folder of the held-out answers.
+For most metrics the name is enough. A schema or a user's function is a file in the version's reference folder.
 """
 
 import json
@@ -23,7 +23,7 @@ def write_primary_metric(folder: Path, metric: Metric) -> None:
     """Write the files that a metric needs.
 
     Args:
-        folder: that becomes `REFERENCE_FOLDER` of a version.
+        folder: folder that becomes a version's `REFERENCE_FOLDER`.
     """
     match metric:
         case SchemaValid():
@@ -33,15 +33,15 @@ def write_primary_metric(folder: Path, metric: Metric) -> None:
 
 
 def watched_metric(registry: Registry, target: Target, *, run_functions: bool) -> Metric:
-    """Return the metric that scores each held-out example: the primary metric, or the one that it is watched by.
+    """Return the metric that scores each held-out example: the primary metric, or its `watched_by`.
 
     Args:
-        run_functions: whether the version's own function may run, which is code of the user who registered it.
+        run_functions: whether the version's own function may run, which is code from the user who registered it.
 
     Raises:
-        NotFoundError: no such version or format.
-        RecipeError: the metric is not installed here.
-        IntegrityError: a file of the metric is missing or was changed.
+        NotFoundError: the version, or its format, does not exist.
+        RecipeError: the metric is not installed on this machine.
+        IntegrityError: one of the metric's files is missing or was changed.
     """
     report = registry.format(target.version, target.format).evaluation
     name = report.primary if report else ExactMatch.name

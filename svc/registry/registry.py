@@ -1,8 +1,8 @@
-"""The registry of model versions: publishing, finding, verifying. The only owner of `$SVC_HOME/models`.
+"""The registry: publishes, finds and verifies model versions. Owns `$SVC_HOME/models`.
 
     models/NAME/N/manifest.json  adapter/  merged/  gptq/  heldout.jsonl  reference/
 
-A version is published atomically: it is built in a hidden folder of its name, its manifest is written last, and one
+A version is published atomically: it is built in a hidden folder beside the others, its manifest is written last, and a
 rename publishes it. A folder without a manifest is not a version. A version is never changed: its files are read-only.
 """
 
@@ -35,15 +35,15 @@ REFERENCE_FOLDER = "reference"
 """Files for later comparisons: `BASE_RESULTS_FILE`, `results_file` of each format, the training curve, a sample of the
 prompts, the text space, and the hashes of the training prompts."""
 HELDOUT_TOKENS_FILE = "heldout_tokens.jsonl"
-"""In `REFERENCE_FOLDER`: the examples of `HELDOUT_FILE` as token ids, in order."""
+"""File in `REFERENCE_FOLDER` with the examples of `HELDOUT_FILE` as token ids, in order."""
 
 
 BASE_RESULTS_FILE = "base.jsonl"
-"""In `REFERENCE_FOLDER`: the base's results on the held-out examples that the merged model answered too."""
+"""File in `REFERENCE_FOLDER` with the base's results on the held-out examples that the merged model answered."""
 
 
 def results_file(format: Format) -> str:
-    """Return the name of the file in `REFERENCE_FOLDER` with a format's results on each held-out example."""
+    """Return the name of the file in `REFERENCE_FOLDER` with a format's results on the held-out examples."""
     return f"{format}.jsonl"
 
 
@@ -51,8 +51,8 @@ class Registry:
     """The versions of one home.
 
     Args:
-        models: the folder that contains them.
-        tracking: MLflow, which allocates numbers and stores aliases.
+        models: folder with all versions.
+        tracking: MLflow, which allocates version numbers and stores aliases.
     """
 
     def __init__(self, models: Path, tracking: Tracking) -> None:
@@ -69,11 +69,11 @@ class Registry:
         return cls(settings.home / "models", tracking)
 
     def names(self) -> list[str]:
-        """Return all names with a version."""
+        """Return the names of all models that have a version."""
         return sorted({version.name for version in self.versions()})
 
     def versions(self, name: str | None = None) -> list[VersionId]:
-        """Return all versions, of all names or of one, by name and number."""
+        """Return all versions, or those of one name, sorted by name and number."""
         if name is not None and not re.fullmatch(NAME_PATTERN, name):
             return []
         folders = [path.parent for path in self.models.glob(f"{name or '*'}/*/{MANIFEST_FILE}")]
@@ -96,12 +96,12 @@ class Registry:
         """Return a version's manifest.
 
         Raises:
-            NotFoundError: the version does not exist; lists existing ones.
+            NotFoundError: the version does not exist; the error lists those that do.
             IntegrityError: the manifest cannot be read.
         """
         if not (self.folder(version) / MANIFEST_FILE).is_file():
             known = self.versions(version.name)
-            names = f"a version of {', '.join(self.names()) or 'none yet'}"
+            names = f"a version of {', '.join(self.names()) or 'a trained model'}"
             expected = f"one of {', '.join(map(str, known))}" if known else names
             raise NotFoundError(f"there is no version {version}", expected=expected, todo="list them: svc models")
         return read_manifest(self.folder(version))
@@ -118,7 +118,7 @@ class Registry:
         return formats[format]
 
     def resolve(self, text: str) -> VersionId:
-        """Return the version that `NAME@N`, `NAME@alias` or `NAME` (production, else the newest) means.
+        """Return the version that `NAME@N`, `NAME@alias` or `NAME` (production, else the newest) names.
 
         Raises:
             NotFoundError: there is no such version.
@@ -137,7 +137,7 @@ class Registry:
         if not known:
             raise NotFoundError(
                 f"there is no model {text!r}",
-                expected=f"one of {', '.join(self.names()) or 'none yet: `svc train` creates one'}",
+                expected=f"one of {', '.join(self.names())}" if self.names() else "a model created with `svc train`",
             )
         return self.tracking.alias(name, Alias.PRODUCTION) or known[-1]
 
@@ -185,11 +185,11 @@ class Registry:
             IntegrityError: the file is missing or was changed.
         """
         if format is Format.ADAPTER:
-            raise NotFoundError(f"{version} has registered answers only as a merged model, not as an adapter")
+            raise NotFoundError(f"{version} has registered answers for the format merged, not for the format adapter")
         return read_results(self.reference(version, results_file(format)))
 
     def base_results(self, version: VersionId) -> tuple[ExampleResult, ...]:
-        """Return the results of a version's base on the held-out examples, as `results`.
+        """Return the base's results on a version's held-out examples, in the order of `results`.
 
         Raises:
             NotFoundError: the version does not exist, or its base was not evaluated.
@@ -198,18 +198,18 @@ class Registry:
         return read_results(self.reference(version, BASE_RESULTS_FILE))
 
     def heldout_tokens(self, version: VersionId) -> tuple[TokenizedExample, ...]:
-        """Return the examples of `heldout` as the trainer tokenized them.
+        """Return the examples of `heldout`, as tokenized by the trainer.
 
         Raises:
-            NotFoundError: no such version.
+            NotFoundError: the version does not exist.
             IntegrityError: the file is missing or was changed.
         """
         return read_tokenized(self.reference(version, HELDOUT_TOKENS_FILE))
 
     def learnt_prompts(self, name: str) -> PromptHashes:
-        """Return the prompts that the versions of a name were trained on.
+        """Return hashes of the prompts that a name's versions were trained on.
 
-        A damaged version is logged and does not prevent training another one.
+        A damaged version is logged and skipped, so that another one can be trained.
         """
         hashes = [NO_PROMPTS]
         for version in self.versions(name):
@@ -219,7 +219,7 @@ class Registry:
                 continue
             except IntegrityError:
                 log.warning(
-                    "held-out examples may include training prompts of %s, whose files cannot be read",
+                    "could not read the training prompts of %s: held-out examples may include some of them",
                     version,
                     exc_info=True,
                 )
@@ -228,14 +228,14 @@ class Registry:
     def publish(
         self, name: str, run_id: str, content: dict[str, Path], manifest: Callable[[VersionId, Path], Manifest]
     ) -> Manifest:
-        """Publish a version of finished files, all or nothing, and return its manifest.
+        """Publish finished files as a version, all or nothing, and return its manifest.
 
         Args:
             name: the model's name.
-            run_id: the MLflow run that created it.
-            content: of the version's folder: names there, with their source file or folder. Files are linked if the
-                file system can, so nothing is copied within one disk.
-            manifest: returns the manifest, given the number and the folder with the content in place.
+            run_id: the MLflow run that created the version.
+            content: maps each name in the version's folder to its source file or folder. Files are linked if the
+                file system supports links, so nothing is copied within one disk.
+            manifest: returns the manifest, given the version and the folder that contains the content.
         """
         parent = self.models / name
         parent.mkdir(parents=True, exist_ok=True)

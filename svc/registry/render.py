@@ -1,4 +1,4 @@
-"""A version on one screen: its base and data, and quality, size and speed of each format."""
+"""Prints a version on one screen: base, data, and each format's quality, size and speed."""
 
 from collections.abc import Callable
 from pathlib import Path

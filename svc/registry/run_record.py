@@ -1,4 +1,4 @@
-"""Record of a version's training: machine and time, stored with it for information only."""
+"""Record of a version's training run: machine and time, stored with the version for information only."""
 
 import platform
 from pathlib import Path
@@ -8,18 +8,18 @@ from pydantic import BaseModel, ConfigDict
 from svc.engine.machine import read_machine
 
 RUN_RECORD_FILE = "run.json"
-"""In a version's reference folder."""
+"""Name of the file in a version's reference folder."""
 _CPUS = Path("/proc/cpuinfo")
 
 
 class MachineRecord(BaseModel):
-    """The machine.
+    """The machine that registered a version.
 
     Attributes:
-        processor: as the kernel names it.
-        cores: logical ones that this process may use.
-        memory: that it may use, bytes.
-        gpus: names of GPUs that it may use.
+        processor: the kernel's name for the processor.
+        cores: number of logical cores that the process may use.
+        memory: memory that the process may use, bytes.
+        gpus: names of GPUs that the process may use.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,15 +46,15 @@ class MachineRecord(BaseModel):
 
 
 class RunRecord(BaseModel):
-    """The training.
+    """Figures of a version's training run.
 
     Attributes:
-        machine: that registered the version; stages of an interrupted run may have run elsewhere.
-        number_type: of matrix products.
-        steps: of the optimizer.
-        tokens: prompt and answer tokens seen, without padding.
-        tokens_per_second, seconds: of the optimizer's run, in the process that finished it.
-        best_step: the step of these weights, if the best ones were requested.
+        machine: machine that registered the version; stages of an interrupted run may have run on others.
+        number_type: number type of matrix products.
+        steps: number of optimizer steps.
+        tokens: number of prompt and answer tokens trained on, without padding.
+        tokens_per_second, seconds: speed and duration of the optimizer's run, in the process that finished it.
+        best_step: step from which the weights are, if the recipe requests the best ones.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

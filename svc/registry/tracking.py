@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 
 
 LOSS, HELDOUT_LOSS = "loss", "heldout_loss"
-"""Names of a trainer's losses in MLflow (trainer.callbacks.loss_log)."""
+"""Names of the trainer's losses in MLflow (trainer.callbacks.loss_log)."""
 PARENT, RUN_NAME = "mlflow.parentRunId", "mlflow.runName"
-"""Tags with which MLflow's pages nest and name runs."""
+"""Tags by which MLflow's pages nest and name runs."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunFigures:
-    """Figures of a run. MLflow does not know whether it is active: a killed run stays open there.
+    """Figures of one MLflow run. MLflow cannot tell whether a run is active: a killed run stays open there.
 
     Attributes:
-        metrics: the newest value of each.
+        metrics: the newest value of each metric, by name.
     """
 
     started_at: datetime
@@ -46,7 +46,7 @@ class Tracking:
 
     Args:
         uri: `sqlite:////absolute/path` or the URL of a tracking server.
-        artifacts: folder for pages of new experiments; None: the tracking server's. Without a server and without this
+        artifacts: folder for the artifacts of new experiments; None: the tracking server's. Without a server and this
             folder, MLflow would write below the working folder.
     """
 
@@ -67,7 +67,7 @@ class Tracking:
 
     @contextmanager
     def _asking(self) -> Iterator[None]:
-        """Convert MLflow's errors in the body to ours.
+        """Convert MLflow's errors in the body to errors of this project.
 
         Raises:
             NotFoundError: MLflow does not know the requested object.
@@ -100,10 +100,10 @@ class Tracking:
             yield
 
     def log_metrics(self, run_id: str, metrics: dict[str, float], step: int = 0) -> None:
-        """Add figures to a run.
+        """Log figures to a run.
 
         Args:
-            step: of the optimizer, for figures of a curve.
+            step: optimizer step, for points of a curve.
         """
         from mlflow.entities import Metric
 
@@ -119,13 +119,13 @@ class Tracking:
         self._client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
 
     def log_parameters(self, run_id: str, parameters: dict[str, str]) -> None:
-        """Record the parameters of a run; recorded again, they must be the same."""
+        """Log a run's parameters; if they are logged again, the values must be the same."""
         from mlflow.entities import Param
 
         self._client.log_batch(run_id, params=[Param(key, value) for key, value in parameters.items()])
 
     def log_page(self, version: VersionId, run_id: str, page: str) -> str:
-        """Add the page of a version to its run; return its address within MLflow's pages.
+        """Add a version's page to its run; return the page's path within MLflow's pages.
 
         Raises:
             RegistryError: MLflow rejected the page.
@@ -140,7 +140,7 @@ class Tracking:
         return f"#/experiments/{experiment}/runs/{run_id}/artifacts/{_page_name(version)}"
 
     def experiments(self) -> list[str]:
-        """Return the names of all experiments except MLflow's default: of everything that was ever trained.
+        """Return the names of all experiments except MLflow's default; each is a trained model's.
 
         Raises:
             RegistryError: MLflow does not answer.
@@ -150,7 +150,7 @@ class Tracking:
             return sorted(name for name in names if name != "Default")
 
     def newest_run(self, experiment: str) -> RunFigures | None:
-        """Return the run of an experiment that was started last; None without runs.
+        """Return an experiment's most recently started run; None if it has no runs.
 
         Raises:
             RegistryError: MLflow does not answer.
@@ -183,7 +183,7 @@ class Tracking:
         return VersionId(name, int(version.version))
 
     def discard(self, version: VersionId) -> None:
-        """Delete an allocation with its page; the number stays used. An unknown version is not an error.
+        """Delete an allocation with its page; the number is not reused. An unknown version is not an error.
 
         Raises:
             RegistryError: MLflow does not answer.
@@ -200,17 +200,17 @@ class Tracking:
             get_artifact_repository(folder, tracking_uri=self.uri).delete_artifacts(_page_name(version))
 
     def annotate(self, version: VersionId, description: str, tags: dict[str, str]) -> None:
-        """Set the description and tags of a version on MLflow's page."""
+        """Set a version's description and tags in MLflow."""
         self._client.update_model_version(version.name, str(version.number), description)
         for key, value in tags.items():
             self._client.set_model_version_tag(version.name, str(version.number), key, value)
 
     def alias(self, name: str, alias: Alias) -> VersionId | None:
-        """Return the version that an alias means, or None."""
+        """Return the version that has an alias; None if no version has it."""
         return self.aliases(name).get(alias)
 
     def aliases(self, name: str) -> dict[Alias, VersionId]:
-        """Return all our aliases of a name; empty for a name that MLflow does not know."""
+        """Return this project's aliases of a name; empty if MLflow does not know the name."""
         with suppress(NotFoundError), self._asking():
             aliases = self._client.get_registered_model(name).aliases
             return {Alias(key): VersionId(name, int(number)) for key, number in aliases.items() if key in set(Alias)}

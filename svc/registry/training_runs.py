@@ -1,8 +1,8 @@
-"""The training runs of a home as seen from outside the trainer: their models, and which are active.
+"""A home's training runs, read from outside the trainer: their models, and which are active.
 
     $SVC_HOME/runs/NAME-KEY/   lock  mlflow.json
 
-A run is active while its lock is held: from its first stage to its last, however long a step takes, and no longer than
+A run is active while its lock is held: from its first stage to its last, even if a step takes long, and no longer than
 its process lives. Knows nothing of stages, and nothing of runs in other homes.
 """
 
@@ -22,13 +22,13 @@ _TRACKING_FILE = "mlflow.json"
 
 @dataclass(frozen=True, slots=True)
 class TrainingRun:
-    """One run's folder.
+    """A training run in a home, as recorded in its folder.
 
     Attributes:
-        name: of the model.
-        running: whether it is active.
-        tracking_run: its run in MLflow; None before it has one, and for an inactive run.
-        written_at: last write to a file of its folder, seconds since 1970; None for an inactive run.
+        name: the model's name.
+        running: whether the run is active.
+        tracking_run: id of the run in MLflow; None if the run has none yet, or is inactive.
+        written_at: time of the last write to a file in the folder, seconds since 1970; None for an inactive run.
     """
 
     name: str
@@ -38,7 +38,7 @@ class TrainingRun:
 
 
 def find_training_runs(home: Path) -> Iterator[TrainingRun]:
-    """Yield all runs that were not removed.
+    """Yield all runs whose folders exist.
 
     Raises:
         OSError: a lock cannot be checked.

@@ -26,10 +26,10 @@ def http_url(host: str, port: int, *, tls: bool = False) -> str:
 
 
 def listen_error(host: str, port: int, error: OSError | UnicodeError) -> SvcError:
-    """Return the error of an address that cannot be bound: BusyError for a port in use, else SettingsError."""
+    """Return the error for an address that cannot be bound: BusyError if the port is in use, else SettingsError."""
     if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
         todo = "stop the process that uses the port, or choose another with --port"
         return BusyError(f"port {port} on {host} is in use", todo=todo)
     return SettingsError(
-        f"cannot listen on {host}:{port}: {getattr(error, 'strerror', error)}", todo="correct --host, --port"
+        f"cannot listen on {host}:{port}: {getattr(error, 'strerror', error)}", todo="correct --host or --port"
     )

@@ -1,4 +1,4 @@
-"""Requests to a server's administration over HTTP. Its errors are raised as the same errors here."""
+"""Requests to a server's administration API. The server's errors are raised as the same classes here."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,17 +26,17 @@ _ERRORS: Mapping[str, type[SvcError]] = {
     "host_not_allowed": SettingsError,
     "too_many_wrong_keys": AuthenticationError,
 }
-"""By the code of the answer; any other code means that the server does not answer correctly."""
+"""Classes of errors by error code; any other code means that the server does not answer correctly."""
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteServer:
-    """Client of a server's administration, with a key."""
+    """Client of a server's administration API."""
 
     address: ServerAddress
 
     def get(self, path: str, **query: str) -> dict[str, Any]:
-        """Return the answer to a read request.
+        """Return the answer to a GET request.
 
         Raises:
             SvcError: the server's error; ServerNotRunningError for an invalid answer.
@@ -44,10 +44,10 @@ class RemoteServer:
         return self._ask("GET", path, params=query)
 
     def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Send a change, without values that are None, and return the answer.
+        """Send a POST request, without values that are None, and return the answer.
 
         Raises:
-            SvcError: as `get`.
+            SvcError: see `get`.
         """
         return self._ask("POST", path, json={name: value for name, value in body.items() if value is not None})
 
@@ -70,13 +70,13 @@ class RemoteServer:
 
 
 def told_error(url: str, status: int, answer: object) -> SvcError:
-    """Return the error in a server's error answer.
+    """Convert a server's error answer to the error to raise.
 
     Args:
-        answer: its JSON, of any type.
+        answer: the decoded JSON, of any type.
     """
     content = answer.get("error") if isinstance(answer, dict) else None
     if not isinstance(content, dict):
-        return ServerNotRunningError(f"{url} answers {status}, and not as a server of this service")
+        return ServerNotRunningError(f"{url} answered {status}, but not as a server of this service")
     kind = _ERRORS.get(str(content.get("code")), ServerNotRunningError)
     return kind(f"{url} says: {content.get('message')}")

@@ -1,4 +1,4 @@
-"""Address of a home's server, from the lock that it holds, and its status.
+"""The address of a home's server, read from the server's lock, and the server's status.
 
 On the same machine, requests use the socket in its home, which needs no key.
 """
@@ -26,12 +26,12 @@ _CONNECT_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class ServerAddress:
-    """Address of a server.
+    """A server's address, with the credentials to reach it.
 
     Attributes:
-        url: its root, for people too.
-        socket: the one in its home; None: the URL is used.
-        key: sent with each request; None if none is needed.
+        url: root URL, also for display.
+        socket: unix socket in the server's home; None: the URL is used.
+        key: API key sent with each request; None if none is needed.
         authority: file with the CA certificates that verify the server; None: the machine's.
     """
 
@@ -45,7 +45,7 @@ class ServerAddress:
         """Return the address of a server that is reached by its URL.
 
         Raises:
-            SettingsError: the key would cross a network in plain text, others can read its file, or the URL is invalid.
+            SettingsError: the URL is invalid, the key would cross a network in plain text, or its file is unusable.
         """
         from urllib.parse import urlsplit
 
@@ -59,10 +59,10 @@ class ServerAddress:
         return cls(url.rstrip("/"), key=read_key(key_file) if key_file else None, authority=authority)
 
     def client(self, timeout_s: float = _TIMEOUT_S) -> "httpx.Client":
-        """Return an HTTP client of the server.
+        """Return an HTTP client for the server.
 
         Args:
-            timeout_s: maximum silence, seconds.
+            timeout_s: maximum time without data from the server, seconds.
         """
         import httpx
 
@@ -107,7 +107,7 @@ def read_status(address: ServerAddress) -> Mapping[str, Any]:
     """Return a server's /svc/status.
 
     Raises:
-        ServerNotRunningError: it does not answer.
+        ServerNotRunningError: the server does not answer.
     """
     import httpx
 
@@ -116,5 +116,5 @@ def read_status(address: ServerAddress) -> Mapping[str, Any]:
             return dict(client.get("/svc/status").raise_for_status().json())
     except (httpx.HTTPError, ValueError) as error:
         raise ServerNotRunningError(
-            f"the server on {address.url} does not answer: {error!r}", todo="check its log, then try again"
+            f"the server on {address.url} does not answer: {error!r}", todo="check the server's log, then retry"
         ) from error

@@ -1,4 +1,4 @@
-"""A version's answers and their feedback as streams: the view of requests that monitoring compares."""
+"""A version's answers and their ratings, read in order for monitoring."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ class RatedAnswer:
     """A person's rating of one answer.
 
     Attributes:
-        id: of the request's row.
-        person: hash of the client's name for its user; empty if it names none.
+        id: id of the request's row.
+        person: hash of the user's name as sent by the client; empty if the client sends none.
     """
 
     id: int
@@ -34,10 +34,10 @@ class RatedAnswer:
 
 
 def was_answered(store: Store, target: Target, *, after: datetime | None, before: datetime) -> bool:
-    """Return whether a version in a format completed a request that began between two times.
+    """Return whether a version in a format answered a request that began between two times.
 
     Args:
-        after: None: no lower limit.
+        after: start of the period; None: no lower limit.
     """
     good = RequestRow.status == _GOOD_STATUS, RequestRow.outcome == RequestOutcome.COMPLETE
     query = select(RequestRow.id).where(answered_by(target), *good, RequestRow.started_at < before)
@@ -48,19 +48,19 @@ def was_answered(store: Store, target: Target, *, after: datetime | None, before
 
 
 def texts_of(store: Store, request_ids: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Return the stored prompts and answers of requests, by the request ids that clients see."""
+    """Return the stored prompts and answers of requests, by the request id that the client received."""
     query = select(RequestRow).where(RequestRow.request_id.in_(request_ids), RequestRow.prompt.is_not(None))
     with Session(store) as session:
         return {row.request_id: (row.prompt or "", row.answer or "") for row in session.scalars(query)}
 
 
 def read_ratings(store: Store, target: Target, *, newest: int) -> list[RatedAnswer]:
-    """Return the newest ratings of a version's answers, in the order in which they were given."""
+    """Return the newest ratings of a version's answers, the oldest first."""
     return _ratings(store, answered_by(target), newest)
 
 
 def read_earlier_ratings(store: Store, target: Target, *, newest: int) -> list[RatedAnswer]:
-    """Return the newest ratings of answers by other versions or formats of the name before this one's first answer."""
+    """Return the newest ratings of answers by the name's other versions or formats before the target's first answer."""
     first = select(RequestRow.id).where(answered_by(target)).order_by(RequestRow.id).limit(1)
     with Session(store) as session:
         began = session.scalar(first)

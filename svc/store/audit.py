@@ -1,4 +1,4 @@
-"""The audit log: who did what, when, from where, why. Rows are added and never changed, and each row's hash covers the
+"""The audit log: who did what, when, from where and why. Rows are only added, and each row's hash covers the
 previous hash, so that changed, removed and inserted rows are detected.
 
 Triggers in the database reject changes. A user who can drop them can also rewrite all later hashes, or delete the
@@ -23,15 +23,15 @@ from svc.store.database import exclusive
 from svc.store.tables import AuditRow
 
 FIRST_HASH = "0" * 64
-"""Previous hash of the first row."""
+"""Value used as the previous hash in the first row."""
 _READ_TOGETHER = 1_000
 
 
 class Action(StrEnum):
-    """Action of an event."""
+    """Kind of change that an event records."""
 
     SERVE = "serve"
-    """A server was started with another version than it served last, or a model was added."""
+    """A server was started with another version than the last one served, or a model was added."""
     PROMOTE = "promote"
     ROLLBACK = "rollback"
     CREATE_KEY = "key.create"
@@ -41,7 +41,7 @@ class Action(StrEnum):
     COLLECT = "gc"
     FORGET = "forget"
     BACKUP = "backup"
-    """Recorded before it begins: a copy lets its owner read the home's content."""
+    """Recorded before the backup begins: anyone who has the copy can read the home's content."""
     RESTORE = "restore"
     ACCEPT_DRIFT = "drift.accept"
 
@@ -51,8 +51,8 @@ class AuditEntry:
     """An event to record.
 
     Attributes:
-        subject: a version, a key, a path.
-        details: JSON values.
+        subject: changed thing: a version, a key or a path.
+        details: further facts about the change, as JSON values.
     """
 
     action: Action
@@ -67,10 +67,10 @@ class AuditEvent:
     """A recorded event.
 
     Attributes:
-        id: consecutive, from 1.
-        at: ISO 8601, UTC.
-        action: of `Action`, or of another release.
-        actor: see `Actor.name`.
+        id: consecutive number from 1.
+        at: time in ISO 8601, UTC.
+        action: a value of `Action`, or one written by another release.
+        actor: user or key, see `Actor.name`.
     """
 
     id: int
@@ -86,7 +86,7 @@ class AuditEvent:
 
 @dataclass(frozen=True, slots=True)
 class ChainFault:
-    """The first altered row."""
+    """The first altered row, and what is wrong with it."""
 
     id: int
     wrong: str
@@ -94,11 +94,11 @@ class ChainFault:
 
 @dataclass(frozen=True, slots=True)
 class ChainReport:
-    """Result of a verification.
+    """Result of verifying the log.
 
     Attributes:
-        events: number of unaltered events from the first one on.
-        head: the hash of the last of them.
+        events: number of events, from the first one, that are unaltered.
+        head: hash of the last unaltered event.
     """
 
     events: int
@@ -113,7 +113,7 @@ def record_event(store: Store, entry: AuditEntry) -> int:
 
 
 def append_event(session: Session, entry: AuditEntry) -> int:
-    """Record an event in the `exclusive` transaction of the change that it describes; return its id."""
+    """Record an event in the `exclusive` transaction of the change it describes; return its id."""
     last = session.scalar(select(AuditRow).order_by(AuditRow.id.desc()).limit(1))
     row = AuditRow(
         id=last.id + 1 if last else 1,
@@ -139,7 +139,7 @@ def read_events(
 
     Args:
         newest: maximum number.
-        subject: exactly this, or all versions of this name.
+        subject: exact subject, or a model's name for all its versions.
     """
     query = select(AuditRow).order_by(AuditRow.id.desc()).limit(newest)
     if action is not None:
@@ -156,16 +156,16 @@ def read_events(
 
 
 def _event(row: AuditRow) -> AuditEvent:
-    """Return the event of a row, whatever its content: an altered row is shown as it is."""
+    """Return a row as an event. Its values are not checked, so that an altered row can be shown."""
     values = {one.name: getattr(row, one.name) for one in fields(AuditEvent)}
     return AuditEvent(**values | {"details": _details(row.details)})
 
 
 def verify_chain(store: Store, *, expected: str | None = None) -> ChainReport:
-    """Reads all rows, and computes every hash again.
+    """Read all rows, compute every hash again, and report the first altered row.
 
     Args:
-        expected: a hash that was kept elsewhere; some row must have it.
+        expected: an earlier hash, stored elsewhere, that some row must have.
     """
     head, count, seen = FIRST_HASH, 0, expected is None
     query = select(AuditRow).order_by(AuditRow.id).execution_options(yield_per=_READ_TOGETHER)
@@ -176,18 +176,18 @@ def verify_chain(store: Store, *, expected: str | None = None) -> ChainReport:
             head, count, seen = row.hash, row.id, seen or row.hash == expected
     if not seen:
         return ChainReport(
-            count, head, ChainFault(count + 1, f"no row has the hash {expected}: rows were cut off or written anew")
+            count, head, ChainFault(count + 1, f"no row has the hash {expected}: rows were deleted or rewritten")
         )
     return ChainReport(count, head)
 
 
 def _wrong(row: AuditRow, id: int, previous_hash: str) -> ChainFault | None:
     if row.id != id:
-        return ChainFault(id, f"it is missing; row {row.id} comes next")
+        return ChainFault(id, f"row missing; the next row is {row.id}")
     if row.previous_hash != previous_hash:
-        return ChainFault(id, "it does not follow the previous row")
+        return ChainFault(id, "its previous hash is not that of the row before")
     if row.hash != _hash(row):
-        return ChainFault(id, "it was changed: its hash does not match its content")
+        return ChainFault(id, "its hash does not match its content")
     return None
 
 
@@ -197,7 +197,7 @@ def _hash(row: AuditRow) -> str:
 
 
 def _details(text: str) -> dict[str, Any]:
-    """Return the details of a row, also of an altered one, so that it can be shown."""
+    """Return the details in a row; those of an altered row are returned in a form that can be shown."""
     try:
         details = json.loads(text)
     except ValueError:

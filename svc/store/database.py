@@ -23,10 +23,10 @@ _BUSY_MS = 10_000  # two processes write: the server and the command line
 
 
 def open_database(home: Path) -> Store:
-    """Open the store of a home, and create or migrate it first.
+    """Open a home's store; create or migrate it first if needed.
 
     Raises:
-        RegistryError: another release wrote it.
+        RegistryError: another release wrote the store.
     """
     home.mkdir(parents=True, exist_ok=True)
     path = home / "svc.db"
@@ -39,7 +39,7 @@ def open_database(home: Path) -> Store:
 
 @contextmanager
 def exclusive(store: Store) -> Iterator[Session]:
-    """Run the body in an exclusive write transaction: values that it reads stay valid until it has written."""
+    """Run the body in an exclusive write transaction: no other writer can change what the body has read."""
     with Session(store) as session, session.begin():
         session.connection().exec_driver_sql("BEGIN IMMEDIATE")
         yield session
@@ -76,7 +76,7 @@ def _migrate(store: Store) -> None:
             command.upgrade(config, "head")
         except CommandError as error:
             raise RegistryError(
-                f"{store.url.database} has tables of another release: revision {current}",
+                f"{store.url.database} was written by another release: revision {current}",
                 expected=f"revision {_newest_revision()}",
                 todo="use the release that wrote the tables, or another SVC_HOME",
             ) from error
@@ -84,7 +84,7 @@ def _migrate(store: Store) -> None:
 
 @cache
 def _newest_revision() -> str | None:
-    """Return the newest revision, read once: reading executes every script, and none changes at run time."""
+    """Return the newest revision. It is cached, because reading it executes every migration script."""
     from alembic.script import ScriptDirectory
 
     newest: str | None = ScriptDirectory.from_config(_configuration()).get_current_head()

@@ -1,4 +1,4 @@
-"""Models that a server serves: one row per name. The version of each is in its desired state."""
+"""The models that a server serves: one row per name. Each model's version is in its desired state."""
 
 from collections.abc import Collection
 from datetime import UTC, datetime
@@ -20,7 +20,7 @@ def deployed_names(store: Store) -> list[str]:
 
 
 def set_deployments(store: Store, names: Collection[str]) -> None:
-    """Replace all names by these, in this order; an existing name keeps its place."""
+    """Replace all names by these, in this order; an existing name keeps its position."""
     with store.begin() as connection:
         connection.execute(delete(DeploymentRow).where(DeploymentRow.name.not_in(names)))
         for name in names:

@@ -1,4 +1,4 @@
-"""Desired states: one row per name, changed by compare-and-set, so that one of two concurrent promotions must wait."""
+"""Desired states: one row per name, changed by compare-and-set, so that one of two concurrent promotions fails."""
 
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -15,17 +15,17 @@ from svc.store.tables import DesiredRow, target_columns
 from svc.version import Format, Target, VersionId
 
 _READ = select(DesiredRow.__table__).where(DesiredRow.name == bindparam("name"))
-"""Built once: it runs several times per second for each model, and building it takes longer than executing it."""
+"""Built once: the query runs several times per second for each model, and building takes longer than executing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Desired:
-    """Desired version of a name.
+    """Desired state of a name: the version to serve.
 
     Attributes:
-        previous: the version before, to which a rollback returns.
-        generation: increases with every change.
-        forced: reason to serve a version although it failed a check; None for any other.
+        previous: version to which a rollback returns; None without one.
+        generation: number that increases with every change.
+        forced: reason for serving a version that failed a check; None for any other version.
     """
 
     target: Target
@@ -40,7 +40,7 @@ class Desired:
 
 
 def read_desired(store: Store, name: str) -> Desired | None:
-    """Return the desired state of a name; None if nothing was ever promoted."""
+    """Return the desired state of a name; None if no version of the name was ever promoted."""
     with store.connect() as connection:
         row = connection.execute(_READ, {"name": name}).one_or_none()
         return _desired(row) if row else None
@@ -61,16 +61,16 @@ def change_desired(
     forced: str | None = None,
     entry: AuditEntry | None = None,
 ) -> Desired:
-    """Compare and set the desired state; return the new one.
+    """Change the desired state if it is still `seen`; return the new state.
 
     Args:
         seen: the state on which the decision was based; None if there was none.
-        forced: reason, if the version failed a check.
-        entry: recorded in the audit log with the change, with details added here; None if no user requested it, for
+        forced: reason for serving a version that failed a check; None for any other version.
+        entry: event to record with the change, to which details are added; None if no user requested the change, for
             example if a server reverts a failed change.
 
     Raises:
-        BusyError: the state has changed since.
+        BusyError: the state is no longer `seen`.
     """
     name, generation = target.version.name, (seen.generation if seen else 0) + 1
     with exclusive(store) as session:

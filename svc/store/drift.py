@@ -1,7 +1,7 @@
-"""Drift: state of the detection for a version's traffic, and its alarms.
+"""Drift: the detectors' states for a version's traffic, and the alarms.
 
-The content of states and reports belongs to monitoring; here they are texts. An alarm tells others the moved feature,
-since when, and which requests show it.
+Only monitoring interprets states and reports; here they are texts. An alarm names the feature that drifted,
+since when, and requests that show the drift.
 """
 
 from collections.abc import Sequence
@@ -16,17 +16,17 @@ from svc.store.tables import DriftAlarmRow, DriftBaselineRow, DriftStateRow, is_
 from svc.version import Target
 
 KEPT_ALARMS = 100
-"""Stored alarms of a version in a format, in addition to those that last."""
+"""Maximum number of ended alarms that are stored for a version in a format."""
 
 
 @dataclass(frozen=True, slots=True)
 class DriftState:
-    """State of the detection for one signal.
+    """State and last result of drift detection for one signal.
 
     Attributes:
-        signal: its name.
-        state: detector state from which the next check continues, JSON.
-        report: result of the last check, JSON.
+        signal: the signal's name.
+        state: the detector's state after the last check, as JSON; the next check resumes from it.
+        report: result of the last check, as JSON.
     """
 
     signal: str
@@ -37,15 +37,15 @@ class DriftState:
 
 @dataclass(frozen=True, slots=True)
 class DriftAlarm:
-    """One alarm.
+    """An alarm: one feature drifted.
 
     Attributes:
-        feature: that moved.
-        since: start of the requests that show it.
-        ended_at: None while it lasts.
-        moved: the movement, JSON.
-        examples: ids of the requests that show it best.
-        id: of its row; None before it has one.
+        feature: the feature that drifted.
+        since: time of the first request that shows the drift.
+        ended_at: end of the alarm; None while it is active.
+        moved: how the feature drifted, as JSON.
+        examples: ids of the requests that show the drift best.
+        id: id of the alarm's row; None before the alarm is stored.
     """
 
     signal: str
@@ -59,7 +59,7 @@ class DriftAlarm:
 
 
 def read_drift_states(store: Store, target: Target) -> dict[str, DriftState]:
-    """Return the states of a version in a format, by signal."""
+    """Return the detection states for a version in a format, by signal."""
     query = select(DriftStateRow).where(is_of(DriftStateRow, target))
     with Session(store) as session:
         return {row.signal: row.read(DriftState) for row in session.scalars(query)}
@@ -75,8 +75,8 @@ def keep_drift(
     """Store the results of a check, all or nothing.
 
     Args:
-        alarms: that began or ended; one with an id replaces that row.
-        baseline: traffic that was accepted as the reference.
+        alarms: alarms that began or ended; an alarm with an id replaces the row with that id.
+        baseline: traffic newly accepted as the reference; None: unchanged.
     """
     key, mine = target_columns(target), is_of(DriftAlarmRow, target)
     newest = select(DriftAlarmRow.id).where(mine).order_by(DriftAlarmRow.id.desc()).limit(KEPT_ALARMS)
@@ -93,13 +93,13 @@ def keep_drift(
 
 
 def read_drift_baseline(store: Store, target: Target) -> bytes | None:
-    """Return the traffic that was accepted as the reference; None if the examples are the reference."""
+    """Return the traffic that was accepted as the reference; None if the version's examples are the reference."""
     with Session(store) as session:
         return session.scalar(select(DriftBaselineRow.data).where(is_of(DriftBaselineRow, target)))
 
 
 def read_drift_alarms(store: Store, target: Target) -> list[DriftAlarm]:
-    """Return the stored alarms of a version in a format, the newest first."""
+    """Return the stored alarms for a version in a format, the newest first."""
     query = select(DriftAlarmRow).where(is_of(DriftAlarmRow, target)).order_by(DriftAlarmRow.id.desc())
     with Session(store) as session:
         return [row.read(DriftAlarm, examples=row.examples.splitlines()) for row in session.scalars(query)]

@@ -1,6 +1,6 @@
-"""Features of a bounded sample of requests, from which drift is measured. They contain no text.
+"""Drift features of a bounded sample of requests. They contain no text.
 
-Each belongs to the row of its request and is deleted with that row. Knows nothing of how features are computed.
+Each item belongs to its request's row and is deleted with that row. Knows nothing of how features are computed.
 """
 
 import json
@@ -24,14 +24,14 @@ _DELETED_TOGETHER = 2_000  # rows in one transaction: no other writer waits long
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Item:
-    """Features of one request.
+    """Drift features of one request.
 
     Attributes:
-        prompt: numbers and categories of the prompt, by feature.
-        answer: those of the answer without its log-probability, which is scored later; None: the answer lacks the
-            feature. Empty if the version has no stored answers to compare with.
-        topic: the prompt's place in the text space, float32.
-        wanted: the answer that the prompt asks for, as a place in the text space, float32.
+        prompt: the prompt's numbers and categories, by the feature's name.
+        answer: the answer's, without its log-probability, which is scored later; None for a feature that the answer
+            lacks. Empty if the version has no registered answers to compare with.
+        topic: the prompt's vector in the text space, float32.
+        wanted: the vector in the text space of the answer that the prompt asks for, float32.
         words: sorted keyed hashes of the prompt's distinct words, int32.
         conversation: keyed hash of the messages up to the first user turn, the same for all turns of a conversation.
     """
@@ -48,12 +48,12 @@ class Item:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredItem:
-    """An item in the store, with columns of its request's row.
+    """A stored item, with columns of its request's row.
 
     Attributes:
-        id: increases in the order in which items were stored; never reused.
-        logprob: mean of the answer's tokens, nats; None if the answer was not scored, or not yet.
-        client: hash of the request's user, else the id of its key; empty if neither is known.
+        id: row id, which increases in the order of storing and is never reused.
+        logprob: mean log-probability of the answer's tokens, nats; None if the answer has no score, or none yet.
+        client: hash of the request's user or, without a user, the id of the key; empty if neither is known.
     """
 
     id: int
@@ -65,7 +65,7 @@ class StoredItem:
 def add_items(store: Store, target: Target, items: Sequence[Item]) -> int:
     """Store items of a version in a format, all or nothing.
 
-    Items are skipped if their request was deleted meanwhile, or already has an item.
+    Items are skipped if their request has been deleted, or already has an item.
 
     Returns:
         The number of stored items.
@@ -86,8 +86,8 @@ def read_items(store: Store, target: Target, *, after: int, newest: int) -> list
     """Return items of a version in a format, in order.
 
     Args:
-        after: only items with a larger id.
-        newest: maximum number, the newest ones.
+        after: return only items with a larger id.
+        newest: maximum number of items; the newest are returned.
     """
     query = _items_of(target).where(DriftItemRow.id > after).order_by(DriftItemRow.id.desc()).limit(newest)
     with Session(store) as session:
@@ -105,7 +105,7 @@ def item_ids(store: Store, target: Target, *, after: int = 0) -> list[int]:
     """Return the ids of all items of a version in a format, in order.
 
     Args:
-        after: only larger ids.
+        after: return only larger ids.
     """
     query = select(DriftItemRow.id).where(is_of(DriftItemRow, target), DriftItemRow.id > after)
     with Session(store) as session:
@@ -113,11 +113,11 @@ def item_ids(store: Store, target: Target, *, after: int = 0) -> list[int]:
 
 
 def prune_items(store: Store, target: Target, keep: Collection[int], newest: int) -> int:
-    """Delete all items of a version in a format except some.
+    """Delete all items of a version in a format except those to keep.
 
     Args:
-        keep: ids of items that stay.
-        newest: number of newest items that stay too.
+        keep: ids of items to keep.
+        newest: number of newest items to keep too.
 
     Returns:
         The number of deleted items.

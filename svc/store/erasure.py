@@ -16,8 +16,8 @@ class Forgotten:
     """Numbers of deleted requests.
 
     Attributes:
-        contents: those with a stored prompt or answer.
-        feedback: those with feedback.
+        contents: number of requests with a stored prompt or answer.
+        feedback: number of requests with feedback.
     """
 
     requests: int
@@ -26,12 +26,12 @@ class Forgotten:
 
 
 def of_user(user: str) -> ColumnElement[bool]:
-    """Return the condition for requests of a user, by the client's name for the user."""
+    """Return the condition for a user's requests, by the user's name as sent by the client."""
     return RequestRow.user_hash == hash_user(user)
 
 
 def of_key(key_id: str) -> ColumnElement[bool]:
-    """Return the condition for requests of a key."""
+    """Return the condition for requests made with a key."""
     return RequestRow.key_id == key_id
 
 
@@ -41,7 +41,7 @@ def before(moment: datetime) -> ColumnElement[bool]:
 
 
 def count_requests(store: Store, which: ColumnElement[bool]) -> Forgotten:
-    """Return the numbers of requests that meet a condition."""
+    """Count the requests that meet a condition."""
     with_content = RequestRow.prompt.is_not(None) | RequestRow.answer.is_not(None)
     with Session(store) as session:
         requests = session.scalar(select(func.count()).select_from(RequestRow).where(which))
@@ -51,7 +51,7 @@ def count_requests(store: Store, which: ColumnElement[bool]) -> Forgotten:
 
 
 def forget_requests(store: Store, which: ColumnElement[bool]) -> Forgotten:
-    """Delete requests; their content is not left readable in SQLite's file either."""
+    """Delete the requests that meet a condition, and erase their content from SQLite's file; return their numbers."""
     counts = count_requests(store, which)
     with store.connect() as connection:
         _pragma(connection, "secure_delete=ON")

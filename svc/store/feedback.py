@@ -1,4 +1,4 @@
-"""Feedback on answers: one rating for each request, of which the last one counts."""
+"""Feedback on answers: each request has at most one rating, the last one given."""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,8 +24,8 @@ class Feedback:
     """A person's feedback on one answer.
 
     Attributes:
-        label: kind of answer, in the caller's words.
-        correction: the right answer; redacted.
+        label: category of the answer, in the caller's words.
+        correction: the right answer, redacted.
     """
 
     rating: Rating
@@ -38,8 +38,8 @@ class KeptFeedback:
     """Result of storing feedback.
 
     Attributes:
-        version: that gave the answer; None for an unanswered request.
-        replaced: earlier rating of the same answer, which is deleted.
+        version: version that gave the answer; None for an unanswered request.
+        replaced: the answer's earlier rating, which is deleted; None without one.
         grown_bytes: growth of the request's row; negative for a shorter correction.
     """
 
@@ -51,13 +51,13 @@ class KeptFeedback:
 def keep_feedback(
     store: Store, request_id: str, feedback: Feedback, *, key_id: str | None = None
 ) -> KeptFeedback | None:
-    """Store feedback with its request, the newest of that id.
+    """Store feedback on the newest request with this id.
 
     Args:
-        key_id: restricts the search to requests of this key; None: of any, as without keys.
+        key_id: restricts the search to requests of this key; None: requests of any key.
 
     Returns:
-        None if no such request is stored: the caller does not learn whether another key has one.
+        None if no such request is stored, also if the request belongs to another key.
     """
     newest = select(RequestRow).where(RequestRow.request_id == request_id).order_by(RequestRow.id.desc()).limit(1)
     if key_id is not None:

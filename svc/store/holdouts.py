@@ -1,6 +1,6 @@
-"""Runs of the held-out set on the serving engine: a version's current results on the examples of its evaluation.
+"""Runs of the held-out set on the serving engine: a version's current results on its held-out examples.
 
-Only figures of each example are stored; its texts are in the registry.
+Only each example's figures are stored; the texts are in the registry.
 """
 
 import json
@@ -18,7 +18,7 @@ from svc.version import Target
 
 _RESULTS = ("places", "hits", "nll", "metric", "scores")
 KEPT_RUNS = 200
-"""Newest runs of each name; at the default interval they cover 50 days."""
+"""Number of runs stored per name; at the default interval they cover 50 days."""
 
 
 class HoldoutCause(StrEnum):
@@ -29,7 +29,7 @@ class HoldoutCause(StrEnum):
     SWAP = "swap"
     """Weights were loaded into a running engine."""
     SCHEDULE = "schedule"
-    """The interval had passed."""
+    """The interval since the last run has passed."""
 
 
 class HoldoutOutcome(StrEnum):
@@ -41,18 +41,18 @@ class HoldoutOutcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class HoldoutRun:
-    """One run.
+    """A run of a version's held-out set.
 
     Attributes:
-        engine: the kind of engine that answered.
-        reason: of the failure; None for a completed run.
-        places: of the evaluated examples in the held-out file, and so among the registered results. Empty for a failed
+        engine: kind of engine that answered.
+        reason: reason for the failure; None for a completed run.
+        places: indices of the evaluated examples in the held-out file and the registered results. Empty for a failed
             run.
         hits: whether each answer equals its reference.
         nll: negative log-likelihood of each reference answer, nats per token.
-        metric: name of the metric of `scores`; None for a failed run.
-        scores: of each answer.
-        id: of its row; None before it has one. Ids increase.
+        metric: name of the metric that gave `scores`; None for a failed run.
+        scores: score of each answer.
+        id: id of the run's row, larger for later runs; None before the run is stored.
     """
 
     target: Target
@@ -85,7 +85,7 @@ def newest_holdout_run(store: Store, target: Target, *, completed: bool = True) 
     """Return the newest run of a version in a format.
 
     Args:
-        completed: whether failed ones are skipped.
+        completed: whether failed runs are skipped.
     """
     query = select(HoldoutRunRow).where(is_of(HoldoutRunRow, target)).order_by(HoldoutRunRow.id.desc())
     return _first(store, query.where(HoldoutRunRow.outcome == HoldoutOutcome.COMPLETED) if completed else query)

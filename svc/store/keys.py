@@ -1,4 +1,4 @@
-"""Keys: one row each, changed only together with an event of the audit log. Only hashes of secrets are stored."""
+"""API keys: one row each, changed only together with an event in the audit log. Only hashes of secrets are stored."""
 
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -18,12 +18,12 @@ _REVISION = select(func.max(KeyRow.revision))
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One key.
+    """An API key.
 
     Attributes:
-        hash: of its secret.
-        expires_at: None: never.
-        previous_hash: of the secret before the last rotation, which is valid until `previous_until`.
+        hash: hash of the current secret.
+        expires_at: time of expiry; None: never.
+        previous_hash: hash of the secret before the last rotation, which is valid until `previous_until`.
     """
 
     principal: Principal
@@ -51,14 +51,14 @@ def add_key(store: Store, key: Key, entry: AuditEntry) -> None:
     """Add a key.
 
     Raises:
-        RefusedError: another key that is not revoked has its name, or its id exists.
+        RefusedError: the id exists, or another key that is not revoked has the name.
     """
     principal = key.principal
     with exclusive(store) as session:
         same = or_(KeyRow.id == key.id, (KeyRow.name == principal.name) & KeyRow.revoked_at.is_(None))
         if session.scalar(select(KeyRow.id).where(same).limit(1)):
             raise RefusedError(
-                f"a key {principal.name!r} already exists",
+                f"a key named {principal.name!r} already exists",
                 todo="choose another name, or replace that key's secret: svc keys rotate",
             )
         session.add(
@@ -104,7 +104,7 @@ def revoke_key(store: Store, key_id: str, *, at: datetime, entry: AuditEntry) ->
 
 
 def keys_revision(store: Store) -> int:
-    """Return a number that increases with every change to any key; 0 without keys. Cheap: one entry of an index."""
+    """Return a number that increases with every change to any key; 0 without keys. Cheap: reads one index entry."""
     with store.connect() as connection:  # read twice per second: without the ORM, a third of the time
         return connection.scalar(_REVISION) or 0
 
@@ -116,7 +116,7 @@ def read_keys(store: Store) -> list[Key]:
 
 
 def find_key(store: Store, text: str) -> Key:
-    """Return the key with an id, or the one with a name that is not revoked.
+    """Return the key with this id, or the key with this name that is not revoked.
 
     Raises:
         NotFoundError: there is no such key.
@@ -131,7 +131,7 @@ def find_key(store: Store, text: str) -> Key:
 
 
 def no_such_key(text: str) -> NotFoundError:
-    """Return the error of an unknown key; of a secret given instead of an id, it shows only the beginning."""
+    """Return the error for an unknown key. If a secret was given instead of an id, only its beginning is shown."""
     shown = f"{text[:11]}..." if len(text) > 63 or text.startswith("ts_") else text
     return NotFoundError(
         f"there is no key {shown!r}", expected="the id or the name of a key", todo="list keys: svc keys list"

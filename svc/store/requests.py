@@ -1,4 +1,4 @@
-"""Ended requests, one row each, and their retention. Knows nothing of HTTP."""
+"""The request log: one row for each ended request, and its retention. Knows nothing of HTTP."""
 
 import hashlib
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from svc.store.tables import RequestRow
 from svc.version import Format, VersionId
 
 _ROW_BYTES = 170
-"""Size of a row without content, with its share of the indexes; measured."""
+"""Measured size of a row without content, including index entries, bytes."""
 _KEPT_SHARE = 0.9  # of the size limit after a pruning, so that not every pruning has to rank all rows
 _DELETED_TOGETHER = 2_000  # rows in one transaction: no other writer waits long for it
 
@@ -25,48 +25,48 @@ class RequestOutcome(StrEnum):
 
     COMPLETE = "complete"
     REFUSED = "refused"
-    """Rejected with an error before it began: the client's mistake, or no capacity now."""
+    """Rejected with an error before it began: an invalid request, or no free capacity."""
     CLIENT_GONE = "client_gone"
     CLIENT_SLOW = "client_slow"
-    """Cut off, because the client read its answer too slowly."""
+    """Cut off because the client read the answer too slowly."""
     ENGINE_ERROR = "engine_error"
     SERVER_ERROR = "server_error"
 
 
 class Dropped(StrEnum):
-    """Reason for which a row, or a part of it, is not stored."""
+    """Reason why a row, or a part of it, is not stored."""
 
     QUEUE_FULL = "queue_full"
     STORE_FAILED = "store_failed"
     CONTENT_LIMIT = "content_limit"
-    """The row is stored without prompt and answer: they are too long, or too many wait."""
+    """The row is stored without prompt and answer: they are too long, or too many wait to be stored."""
     CONTENT_UNREADABLE = "content_unreadable"
-    """As above: they are not text, and so cannot be redacted."""
+    """The row is stored without prompt and answer: they are not text, and so cannot be redacted."""
     CONTENT_UNREDACTED = "content_unredacted"
-    """As above, or feedback without its correction and label: a custom pattern took too long on them."""
+    """The row is stored without prompt and answer, or feedback without texts: a custom pattern took too long."""
     FEATURES = "features"
-    """The row is stored without features for drift: its text is unreadable or too long, or too many rows wait."""
+    """The row is stored without drift features: the text is unreadable or too long, or too many rows wait."""
 
 
 class RequestRecord(NamedTuple):
-    """One ended request. A tuple, because one is created for each request, on the event loop.
+    """One ended request. A tuple, because it is created on the event loop for each request.
 
     Attributes:
-        request_id: the server's own.
-        client_request_id: the client's own, if any.
-        model: the served name, or `unknown`.
-        version: that answered; None if none did.
-        key_id: of the caller's key; None for a server without keys.
-        status: HTTP status as sent, 499 if the client disconnected first.
-        reason: error code; None for a good answer.
-        finish_reason: from the engine, of the first choice.
-        seconds: from the request's last byte to the answer's last.
-        first_token_seconds: to the first streamed token.
+        request_id: the server's id for the request.
+        client_request_id: the client's id for the request, if any.
+        model: served name of the model, or `unknown`.
+        version: version that answered; None if none did.
+        key_id: id of the caller's key; None for a server without keys.
+        status: HTTP status that was sent; 499 if the client disconnected first.
+        reason: error code; None for a successful answer.
+        finish_reason: the engine's, for the first choice.
+        seconds: time from the request's last byte to the answer's last byte.
+        first_token_seconds: time from the request's last byte to the first streamed token.
         prompt: only if content is stored: JSON of the messages, or the prompt; redacted.
         answer: only if content is stored: text of the first choice; redacted.
-        temperature: as sent by the client; None if it sent none, or not a number.
-        max_tokens: the client's limit of the answer, likewise.
-        user_hash: `hash_user` of the client's name for its user, if any.
+        temperature: as sent by the client; None if it was missing or not a number.
+        max_tokens: the client's limit on the answer, likewise.
+        user_hash: `hash_user` of the user's name as sent by the client, if any.
     """
 
     request_id: str
@@ -93,19 +93,19 @@ class RequestRecord(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Approximate size in the store; its id is in an index too."""
+        """Approximate size in the store; the request id is also in an index."""
         texts = (self.prompt, self.answer, self.client_request_id, self.user_hash)
         content = sum(len(text.encode("utf-8")) for text in texts if text)
         return _ROW_BYTES + 2 * len(self.request_id) + content
 
 
 def hash_user(user: str) -> str:
-    """Return the stored hash of a client's name for a user, often a mail address, to find requests for deletion."""
+    """Return the hash of a user's name, often a mail address, by which requests are stored and found for deletion."""
     return hashlib.sha256(user.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 _BATCH_ROWS = 100
-"""Rows of one statement, which holds the interpreter for a millisecond or two, too short to delay answers."""
+"""Rows per statement. One statement holds the interpreter for one or two ms, too short to delay answers."""
 
 
 def add_requests(store: Store, records: Sequence[RequestRecord]) -> None:
@@ -137,11 +137,11 @@ def _row(record: RequestRecord) -> tuple[Any, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
-    """Result of a pruning.
+    """Result of deleting old rows.
 
     Attributes:
         rows: number of deleted rows.
-        left_bytes: size of the remaining rows.
+        left_bytes: total size of the remaining rows.
     """
 
     rows: int
@@ -151,7 +151,7 @@ class Pruned:
 def newest_request_at(store: Store) -> datetime | None:
     """Return the start of the request that was stored last; None without requests.
 
-    By id, the order in which they ended, because a clock may have been wrong.
+    Requests are ordered by id, because a clock may have been wrong.
     """
     with Session(store) as session:
         return session.scalar(select(RequestRow.started_at).order_by(RequestRow.id.desc()).limit(1))
@@ -161,9 +161,9 @@ def prune_requests(store: Store, *, before: datetime | None, max_bytes: int, kno
     """Delete rows by age, then the oldest ones by size, each with its feedback.
 
     Args:
-        before: rows that started earlier are deleted; None: no deletion by age.
-        max_bytes: of all rows together; beyond it, a tenth of it is freed.
-        known_bytes: upper bound of the size of all rows, counted by their writer: within the limit, the sum over all
+        before: requests that began earlier are deleted; None: no deletion by age.
+        max_bytes: maximum size of all rows together; above it, a tenth of it is freed.
+        known_bytes: upper bound on the size of all rows, counted by their writer: if within the limit, the sum over all
             rows is not computed. None if unknown.
     """
     deleted, deleted_bytes = 0, 0
@@ -187,7 +187,7 @@ def prune_requests(store: Store, *, before: datetime | None, max_bytes: int, kno
 
 
 def delete_requests(connection: Connection, which: ColumnElement[bool]) -> tuple[int, int]:
-    """Delete rows with their feedback, the oldest first, in several transactions of the connection.
+    """Delete the rows that meet a condition, and their feedback, the oldest first, in several transactions.
 
     Returns:
         The number of deleted rows, and their size in bytes.

@@ -1,4 +1,4 @@
-"""Scores of answers by their likelihood under the version: selection of rows, and storage of scores."""
+"""Likelihood scores of stored answers: selects the answers to score, and stores the scores."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ from svc.version import Target
 _ENDS = ("stop", "length")  # not tool calls, whose text is not stored
 _BLANKS = " \t\r\n"
 MOST_TOKENS = 2_048
-"""Of prompt and answer together. vLLM does not budget the memory for the log-probabilities of a prompt, and their JSON
+"""Maximum size of prompt and answer together. vLLM does not budget memory for prompt log-probabilities; their JSON
 takes a hundred bytes per token."""
 
 
 @dataclass(frozen=True, slots=True)
 class KeptAnswer:
-    """A row with stored content.
+    """A request's row with stored prompt and answer.
 
     Attributes:
         prompt: JSON of the messages.
@@ -38,10 +38,10 @@ def newest_unscored(
     """Return the newest greedy answer of a version in a format without a score.
 
     Args:
-        route: of the request.
+        route: the request's route.
         since: older requests are skipped.
-        without: texts that neither prompt nor answer may contain.
-        passed: rows to skip; some hundreds at most.
+        without: texts; rows whose prompt or answer contains one are skipped.
+        passed: ids of rows to skip; a few hundred at most.
     """
     query = (
         select(RequestRow.id, RequestRow.prompt, RequestRow.answer)
@@ -56,7 +56,7 @@ def newest_unscored(
 
 
 def keep_logprob(store: Store, row: int, logprob: float) -> None:
-    """Store the score of a row, unless the row was deleted meanwhile."""
+    """Store a row's score, unless the row has been deleted."""
     with store.begin() as connection:
         connection.execute(update(RequestRow).where(RequestRow.id == row).values(logprob=logprob))
 

@@ -15,25 +15,25 @@ from svc.version import Target
 
 
 class Began(StrEnum):
-    """Reason for the start of a period."""
+    """Event that started a period."""
 
     START = "start"
-    """A server started an engine with it."""
+    """A server started an engine with the version."""
     ADOPTED = "adopted"
-    """A server started and adopted its running engine."""
+    """A server started and adopted a running engine with the version."""
     SWAP = "swap"
     """The version was promoted."""
 
 
 class Ended(StrEnum):
-    """Reason for the end of a period."""
+    """Event that ended a period."""
 
     SWAP = "swap"
     """Another version replaced it."""
     STOP = "stop"
     """The server was stopped, or the model was removed from it."""
     LOST = "lost"
-    """The server died; the recorded end is the start of the next one, an upper bound."""
+    """The server died; the recorded end is the next server's start, an upper bound."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +41,8 @@ class ServedSpan:
     """A period in which a version was served.
 
     Attributes:
-        generation: of its desired state.
-        ended_at: None while it lasts, or if its server died and no other followed.
+        generation: generation of the desired state.
+        ended_at: end of the period; None if it has not ended, or if the server died and none was started since.
     """
 
     target: Target
@@ -54,10 +54,10 @@ class ServedSpan:
 
 
 def begin_serving(store: Store, desired: Desired, began_by: Began, at: datetime | None = None) -> None:
-    """Record that a version is served from now on; a swap to the version already served changes nothing.
+    """Record the start of serving a version; changes nothing if the version is already being served.
 
     Args:
-        at: start; default: now.
+        at: time of the start; None: now.
     """
     now = at or datetime.now(UTC)
     with exclusive(store) as session:
@@ -72,7 +72,7 @@ def begin_serving(store: Store, desired: Desired, began_by: Began, at: datetime 
 
 
 def end_serving(store: Store, name: str, at: datetime | None = None) -> None:
-    """Record that no version is served under a name any more."""
+    """Record the end of serving a name."""
     with exclusive(store) as session:
         for row in session.scalars(_lasting(name)):
             row.ended_at, row.ended_by = at or datetime.now(UTC), Ended.STOP

@@ -18,24 +18,24 @@ class SwapOutcome(StrEnum):
 
     SUCCEEDED = "succeeded"
     REFUSED = "refused"
-    """A check failed before the engine was changed."""
+    """Rejected: a check failed before the engine was changed."""
     RESTORED = "restored"
-    """A check failed after the load; the previous version is loaded again and verified by its probes."""
+    """A check failed after the load; the previous version was loaded again and verified by its probes."""
     CANCELLED = "cancelled"
-    """The desired version changed meanwhile; the previous version is served until that one is loaded."""
+    """The desired version changed during the swap; the previous version is served until the new one is loaded."""
     FAILED = "failed"
     """The engine died, or the previous version could be restored only by a new engine."""
 
 
 class SwapKind(StrEnum):
-    """Way in which the version is loaded into the engines."""
+    """Method by which a swap loads the version into the engines."""
 
     INPLACE = "inplace"
     """Reload weights in the only engine; requests are queued meanwhile."""
     BLUEGREEN = "bluegreen"
     """A second engine replaces the first."""
     ROLLING = "rolling"
-    """In place, one engine after the other; the others answer meanwhile."""
+    """Reload the engines in place one at a time; the others answer meanwhile."""
     ADAPTER = "adapter"
     """Load another adapter of the base that the engines serve; no request waits."""
 
@@ -45,12 +45,12 @@ class SwapResult:
     """Result of a swap.
 
     Attributes:
-        reason: of the failure.
+        reason: reason for the failure.
         queued_s: time for which admission was closed, seconds; None if no request had to wait.
-        running: requests in the engines at its start.
-        queued: maximum number of requests that waited concurrently; None if none had to.
-        kind: None if it was rejected before that was known.
-        took_s: from the first check to the end, seconds.
+        running: number of requests in the engines at the swap's start.
+        queued: maximum number of requests that waited concurrently; None if no request had to wait.
+        kind: method of the swap; None if the swap was rejected before the method was known.
+        took_s: time from the first check to the end, seconds.
     """
 
     outcome: SwapOutcome
@@ -67,8 +67,8 @@ class SwapRecord:
     """One swap.
 
     Attributes:
-        result: None while it is running.
-        steps: done so far.
+        result: result of the swap; None while it is running.
+        steps: texts of the steps completed so far.
     """
 
     id: int
@@ -80,7 +80,7 @@ class SwapRecord:
 
 
 def begin_swap(store: Store, desired: Desired) -> int:
-    """Record the start of a swap; return its id. An unfinished swap of the same desired state is continued."""
+    """Record the start of a swap; return its id. An unfinished swap for the same desired state is resumed."""
     last = find_swap(store, desired.name, desired.generation)
     if last is not None and last.result is None:
         return last.id

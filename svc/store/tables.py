@@ -35,7 +35,7 @@ class UtcDateTime(sa.TypeDecorator[datetime]):
 
 
 class Table(DeclarativeBase):
-    """All tables of the store."""
+    """Base class of all tables of the store."""
 
     metadata = sa.MetaData(
         naming_convention={
@@ -48,20 +48,20 @@ class Table(DeclarativeBase):
 
     @classmethod
     def of(cls, record: object, **others: Any) -> Self:
-        """Return a row of a record.
+        """Return a record as a row.
 
         Args:
-            others: columns that the record lacks, or has in another form.
+            others: values of columns that the record lacks or has in another form.
         """
         columns = {column.name for column in cls.__table__.columns if hasattr(record, column.name)}
         return cls(**{name: getattr(record, name) for name in columns - others.keys()}, **others)
 
     def read(self, kind: Callable[..., Record], **others: Any) -> Record:
-        """Return the record of a row; pydantic converts the columns to the types of its fields.
+        """Return a row as a record; pydantic converts the columns to the types of its fields.
 
         Args:
-            kind: its dataclass.
-            others: fields that are not columns, or have another form.
+            kind: dataclass of the record.
+            others: values of fields that are not columns or have another form.
         """
         adapter, names = _reader(kind)
         record: Record = adapter.validate_python({name: getattr(self, name) for name in names - others.keys()} | others)
@@ -118,7 +118,7 @@ class SwapRow(Table):
 
 
 class SwapStepRow(Table):
-    """One step of a swap, for those who follow it."""
+    """One step of a swap, read by commands that follow it."""
 
     __tablename__ = "swap_steps"
 
@@ -202,7 +202,7 @@ class HoldoutRunRow(Table):
 
 
 class DriftStateRow(Table):
-    """State of drift detection for one signal of a version's traffic; `state` and `report` are monitoring's JSON."""
+    """Drift detection of one signal in a version's traffic; `state` and `report` are monitoring's JSON."""
 
     __tablename__ = "drift_states"
 
@@ -216,7 +216,7 @@ class DriftStateRow(Table):
 
 
 class DriftAlarmRow(Table):
-    """One alarm. Without an end it lasts. `examples` are ids of requests, one per line."""
+    """One drift alarm; active while it has no end. `examples` are ids of requests, one per line."""
 
     __tablename__ = "drift_alarms"
 
@@ -234,7 +234,7 @@ class DriftAlarmRow(Table):
 
 
 class DriftItemRow(Table):
-    """Features of one request for drift, without text. The row is deleted with its request.
+    """Drift features of one request, without text. The row is deleted with its request.
 
     `features` is JSON. `topic` and `wanted` are float32, `words` are int32, all little-endian.
     """
@@ -256,7 +256,7 @@ class DriftItemRow(Table):
 
 
 class DriftBaselineRow(Table):
-    """Accepted traffic of a version, with which later traffic is compared instead of the examples."""
+    """A version's accepted traffic, with which later traffic is compared instead of the version's examples."""
 
     __tablename__ = "drift_baselines"
 
@@ -291,7 +291,7 @@ class KeyRow(Table):
 
 
 class AuditRow(Table):
-    """An audit event. Never changed and never deleted; `at` is a text, because the hash covers it literally."""
+    """An audit event. Never changed and never deleted; `at` is text, because the hash covers it literally."""
 
     __tablename__ = "audit"
 
@@ -317,7 +317,7 @@ def _refuse_audit_changes(target: object, connection: sa.Connection, **options: 
 
 
 class UsageRow(Table):
-    """Usage of a model by a key in an hour. `key_id` is empty without a key."""
+    """A key's usage of a model in one hour. `key_id` is empty for requests without a key."""
 
     __tablename__ = "usage"
 
@@ -330,7 +330,7 @@ class UsageRow(Table):
 
 
 class ServedRow(Table):
-    """A period in which a version was served under its name. Without an end it lasts, or its server died."""
+    """A period in which a version was served under its name. Without an end, it lasts or the server died."""
 
     __tablename__ = "served"
 

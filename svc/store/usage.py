@@ -1,4 +1,4 @@
-"""Usage of keys: requests and tokens by hour, key and model. These figures outlive the rows of requests."""
+"""Usage of keys: requests and tokens by hour, key and model. These figures outlive the request log's rows."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ from svc.store.tables import UsageRow
 
 
 class UsageOf(NamedTuple):
-    """Hour, key and model of a figure.
+    """Hour, key and model that a usage figure belongs to.
 
     Attributes:
-        hour: its start.
-        key_id: empty without a key.
+        hour: start of the hour.
+        key_id: id of the key; empty for requests without a key.
     """
 
     hour: datetime
@@ -27,7 +27,7 @@ class UsageOf(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """Amount of usage. A tuple, because one is created for each request."""
+    """Numbers of requests and tokens. A tuple, because one is created for each request."""
 
     requests: int = 0
     tokens_in: int = 0
@@ -49,7 +49,7 @@ _ADD = _ROW.on_conflict_do_update(
 
 @dataclass(frozen=True, slots=True)
 class UsageTotal:
-    """Usage of a model by a key; see `UsageOf`."""
+    """A key's total usage of a model; see `UsageOf`."""
 
     key_id: str
     model: str
@@ -57,7 +57,7 @@ class UsageTotal:
 
 
 def hour_of(moment: datetime) -> datetime:
-    """Return the start of a time's hour."""
+    """Return the start of the hour that contains a time."""
     return moment.astimezone(UTC).replace(minute=0, second=0, microsecond=0)
 
 
@@ -70,7 +70,7 @@ def add_usage(store: Store, used: Mapping[UsageOf, Usage]) -> None:
 
 
 def usage_since(store: Store, since: datetime) -> list[UsageTotal]:
-    """Return the usage of each key and model since the hour of a time, the most first."""
+    """Return the usage by key and model since the start of a time's hour, the largest first."""
     tokens_in, tokens_out = func.sum(UsageRow.tokens_in), func.sum(UsageRow.tokens_out)
     query = (
         select(UsageRow.key_id, UsageRow.model, func.sum(UsageRow.requests), tokens_in, tokens_out)
@@ -83,7 +83,7 @@ def usage_since(store: Store, since: datetime) -> list[UsageTotal]:
 
 
 def last_used(store: Store) -> dict[str, datetime]:
-    """Return the hour in which each key was used last."""
+    """Return the hour in which each key was last used."""
     with Session(store) as session:
         query = select(UsageRow.key_id, func.max(UsageRow.hour, type_=UsageRow.hour.type)).group_by(UsageRow.key_id)
         return {row[0]: row[1] for row in session.execute(query)}

@@ -258,4 +258,4 @@ def test_shown_address_has_no_key(admin: IssuedKey, tmp_path: Path) -> None:
 def test_commands_for_a_home_are_rejected_remotely(home: Home) -> None:
     result = CliRunner().invoke(group, ["--server", "https://h", "add", NAME])
     assert result.exit_code == 2
-    assert "--server works with status, promote" in result.output
+    assert "--server works only with status, promote" in result.output

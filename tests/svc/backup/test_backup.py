@@ -108,7 +108,7 @@ def test_missing_needed_version_is_reported_and_the_rest_is_saved(used: UsedHome
     used.registry.folder(first).rename(used.settings.home / "elsewhere")
     made = back_up().snapshot
     assert made.versions == (str(second),)
-    assert made.left_out == {str(first): "it is needed, and is not in the home"}
+    assert made.left_out == {str(first): "needed, but missing from the home"}
 
 
 def test_damaged_version_is_reported_and_the_rest_is_saved(used: UsedHome, archive: Archive, back_up: BackUp) -> None:
@@ -145,7 +145,7 @@ def test_backup_of_another_home_into_the_same_folder_is_rejected(
     manifest = used.registry.folder(version) / "manifest.json"
     manifest.chmod(0o600)
     manifest.write_text(manifest.read_text("utf-8").replace('"run-1"', '"run-2"'))
-    with pytest.raises(IntegrityError, match="is another version than"):
+    with pytest.raises(IntegrityError, match="is not the version"):
         back_up()
 
 

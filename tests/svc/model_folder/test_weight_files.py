@@ -35,12 +35,12 @@ def test_every_safetensors_file_counts_when_there_is_no_index(tmp_path: Path) ->
 )
 def test_an_index_is_rejected_when_it_names_no_files(tmp_path: Path, index: object) -> None:
     write_folder(tmp_path, *SHARDS, index=index)
-    with pytest.raises(IntegrityError, match="does not name the files of the weights"):
+    with pytest.raises(IntegrityError, match="does not name the weight files"):
         weight_files(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "original/model.safetensors"])
 def test_an_index_is_rejected_when_a_file_lies_outside_the_folder(tmp_path: Path, name: str) -> None:
     write_folder(tmp_path, *SHARDS, index={"weight_map": {"a": SHARDS[0], "b": name}})
-    with pytest.raises(IntegrityError, match="does not name the files of the weights"):
+    with pytest.raises(IntegrityError, match="does not name the weight files"):
         weight_files(tmp_path)

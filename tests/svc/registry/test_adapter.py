@@ -84,7 +84,7 @@ def test_template_with_the_current_date_is_rejected(registry: Registry) -> None:
 def test_missing_base_is_reported_with_advice(registry: Registry) -> None:
     version = made(registry)
     shutil.rmtree(base_folder(registry))
-    with pytest.raises(NotFoundError, match=r"the base model of tuned@1 is not in .*base any more") as caught:
+    with pytest.raises(NotFoundError, match=r"the base model of tuned@1 is no longer in .*base") as caught:
         read_adapter(registry, version)
     assert "--format merged" in caught.value.todo
 

@@ -41,7 +41,7 @@ def test_store_of_another_release_is_rejected_with_its_revision(tmp_path: Path) 
     store = open_database(tmp_path)
     with store.begin() as connection:
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0011'")
-    with pytest.raises(RegistryError, match="tables of another release: revision 0011"):
+    with pytest.raises(RegistryError, match="was written by another release: revision 0011"):
         open_database(tmp_path)
 
 

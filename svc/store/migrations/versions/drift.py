@@ -1,4 +1,4 @@
-"""Store features of requests, alarms by feature and accepted traffic; drop the results of windows."""
+"""Adds features of requests and accepted traffic, and one feature per alarm; deletes earlier states and alarms."""
 
 import sqlalchemy as sa
 from alembic import op

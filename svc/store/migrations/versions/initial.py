@@ -1,4 +1,4 @@
-"""The first schema. A new store gets its tables and revision from svc/store/tables.py; no migration is run."""
+"""The first schema. A new store gets the newest tables from svc/store/tables.py, without migrations."""
 
 revision = "initial"
 down_revision = None
