@@ -248,7 +248,7 @@ def test_damaged_version_is_reported_and_does_not_prevent_training(
     path.unlink()
     with caplog.at_level(logging.WARNING):
         assert learnt(registry, name, chat("one"), chat("two")) == [False, True]
-    assert f"may include training prompts of {damaged.id}" in caplog.text
+    assert f"could not read the training prompts of {damaged.id}" in caplog.text
 
 
 @pytest.mark.parametrize("file", ["../heldout.jsonl", "", ".", "../merged/config.json", "/etc/passwd"])
