@@ -21,11 +21,11 @@ _set_option = click.option(
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @_set_option
-@click.option("--quick", is_flag=True, help="Test the set-up as NAME-quick: a tenth of the data, one epoch.")
-@click.option("--curve", is_flag=True, help="Train on 10 to 100 % of the data to see the effect of more data.")
-@click.option("--register-failed", is_flag=True, help="Also register a version that fails a check; not promotable.")
-@click.option("--skip-bad", is_flag=True, help="Skip lines that cannot be trained on, and store them in a folder.")
-@click.option("--anyway", is_flag=True, help="Start even if the run cannot fit into this machine.")
+@click.option("--quick", is_flag=True, help="Quick test of the recipe as NAME-quick: a tenth of the data, one epoch.")
+@click.option("--curve", is_flag=True, help="Train on 10 to 100 % of the data to predict the gain from more data.")
+@click.option("--register-failed", is_flag=True, help="Register the version even if it fails a check; not promotable.")
+@click.option("--skip-bad", is_flag=True, help="Skip lines that cannot be trained on, and save them in a folder.")
+@click.option("--anyway", is_flag=True, help="Start even if this machine has too little memory or disk space.")
 @json_option
 @click.pass_context
 def train(
@@ -39,7 +39,7 @@ def train(
     anyway: bool,
     as_json: bool,
 ) -> None:
-    """Train and register a version of RECIPE; an interrupted run is resumed."""
+    """Train a model by RECIPE and register it as a version; an interrupted run is resumed."""
     from svc.dataset.readers.bad_lines import BadLines
     from svc.registry.registry import Registry
     from svc.terminal import console, quiet_libraries
@@ -65,7 +65,7 @@ def train(
     learnt = registry.learnt_prompts(loaded.name)
     examples = read_run_examples(loaded, cache=settings.base_cache, bad_lines=bad_lines, learnt=learnt)
     if bad_lines and bad_lines.count:
-        console.print(f"[yellow]{bad_lines.count} bad lines skipped; they are stored in {bad_lines.folder}[/yellow]")
+        console.print(f"[yellow]{bad_lines.count} bad lines skipped; they are saved in {bad_lines.folder}[/yellow]")
     from trainer.pipeline.estimate import estimate_here
     from trainer.pipeline.find_base import find_base
     from trainer.pipeline.quick_trial import quick_trial
@@ -92,14 +92,14 @@ def train(
 @click.argument("recipe", type=click.Path(path_type=Path))
 @_set_option
 @click.option(
-    "--device", "names", multiple=True, metavar="NAME", help="Estimate for this device: here, rtx-4090, ...  [all]"
+    "--device", "names", multiple=True, metavar="NAME", help="Device to estimate for: here, rtx-4090, ...  [all]"
 )
 @json_option
 @click.pass_context
 def estimate(
     ctx: click.Context, recipe: Path, overrides: tuple[str, ...], names: tuple[str, ...], as_json: bool
 ) -> None:
-    """Estimate memory, time and cost of RECIPE here and on GPUs, from the base's config alone."""
+    """Estimate memory, time and cost of RECIPE, here and on GPUs, without reading the base's weights."""
     from svc.terminal import print_json, quiet_libraries
     from trainer.estimate.render import as_json as to_json
     from trainer.estimate.render import print_estimate
@@ -125,6 +125,6 @@ def _print_training_time(recipe: "Recipe", run: "Run") -> None:
     from trainer.training.summary import TrainingSummary
 
     seconds = whole_run_seconds(recipe.train, run.load(Stage.TRAIN, TrainingSummary))
-    console.print("the set-up works")
+    console.print("the quick test passed")
     if seconds is not None:
-        console.print(f"without --quick, training itself will take about {seconds / 60:.0f} min here")
+        console.print(f"without --quick, training alone will take about {seconds / 60:.0f} min on this machine")

@@ -30,7 +30,7 @@ class _LogLines(io.TextIOBase):
 
 @contextmanager
 def library_output_to_log() -> Iterator[None]:
-    """Redirect stdout to this module's logger within the body; progress, which is printed to stderr, is unchanged.
+    """Redirect stdout to this module's logger within the body; progress, which is printed to stderr, is not affected.
 
     The root logger is restored: tokenicer, which gptqmodel imports, makes it print the logs of every library. Enter the
     context after starting a progress display, because rich replaces stdout when it starts.

@@ -1,4 +1,4 @@
-"""Qualification: a format is evaluated, and its probes measured, on the engine that will serve it.
+"""Qualifies a format: evaluates the format and measures its probes on the engine that will serve it.
 
 The weights are loaded twice, in place in a running engine and by a new engine, and both must give the same
 log-probabilities. This verifies that a hot swap serves the evaluated weights.
@@ -47,9 +47,8 @@ class EngineReading(BaseModel):
     """Measurements of a format on the engine, which the parity report compares with those of the trainer.
 
     Attributes:
-        prompts_differ: indices of the judged examples whose prompt has other tokens in the engine than in training.
-        scores: scores of the answers of the examples that are compared token by token.
-        speed: speed of the format.
+        prompts_differ: indices of the evaluated examples whose prompt tokens differ between engine and training.
+        scores: token scores of the answers that the parity report compares.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -60,10 +59,10 @@ class EngineReading(BaseModel):
 
 
 class Qualified(BaseModel):
-    """A format that was verified on the engine.
+    """Results of a format that was verified on the engine.
 
     Attributes:
-        results: the answers behind the evaluation.
+        results: the format's answer to each evaluated example.
         general: the answers to general questions; empty if none were asked.
         reading: measurements for the parity report.
     """
@@ -79,11 +78,11 @@ class Qualified(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class GeneralQuestions:
-    """Questions outside the task for base and merged model.
+    """Questions outside the task, which both base and merged model answer.
 
     Attributes:
         tokenized: the same questions, tokenized as in training.
-        of_base: stored answers of the base; None: the base is asked.
+        of_base: the base's stored answers; None if the base has not answered the questions yet.
     """
 
     examples: Sequence[ChatExample]
@@ -93,7 +92,7 @@ class GeneralQuestions:
 
 @dataclass(frozen=True, slots=True)
 class BaseAnswers:
-    """Answers of the base.
+    """The base's evaluation, and its answers.
 
     Attributes:
         general: the answers to the general questions; empty if none were asked.
@@ -104,21 +103,21 @@ class BaseAnswers:
 
 
 class Qualifier:
-    """Qualifies formats of one run.
+    """Qualifies the formats of one run.
 
     Args:
         launch: creates a new, unstarted engine for a model folder.
         facts: returns the kind of engine that `launch` creates for a model folder.
-        evaluate: the number of examples to ask, and the maximum length of answers.
+        evaluate: the recipe's section, with the number of examples and the maximum length of answers.
         qualify: the probes to measure.
         heldout: examples for the evaluation.
         tokenized: the same examples, tokenized as in training.
         compared: the examples that the parity report compares token by token.
-        context: maximum tokens of a prompt with its answer in the engine.
+        context: maximum number of tokens in the engine, prompt and answer together.
         general: questions to base and merged model; None for none.
 
     Attributes:
-        judged: the examples that are asked.
+        judged: the examples that are evaluated.
         limits: maximum tokens of each answer.
     """
 
@@ -161,7 +160,7 @@ class Qualifier:
             await engine.stop()
 
     async def alone(self, folder: Path, text: str, *, general: bool = False) -> Qualified:
-        """Evaluate a format in a separate engine.
+        """Qualify a format on a separate engine.
 
         Args:
             general: ask the general questions too.
@@ -173,7 +172,7 @@ class Qualifier:
             await engine.stop()
 
     async def _qualify(self, engine: Engine, folder: Path, text: str, *, general: bool) -> Qualified:
-        """Load in place if possible, measure, and measure again on a new engine; the given engine is stopped."""
+        """Load a format in place if possible, measure it, and repeat on a new engine; the given engine is stopped."""
         client, options = engine.client, self._options
         loads, others_share = await measure_quietly(partial(self._loads, engine, folder), engine.processor_s)
         judged = await self._judge(client, text)
@@ -198,11 +197,11 @@ class Qualifier:
         )
 
     async def _loads(self, engine: Engine, folder: Path) -> list[float]:
-        """Load in place a few times and return the seconds of each; empty if the engine cannot load in place."""
+        """Return the seconds of a few loads in place; empty if the engine cannot load in place."""
         return [await self._load(engine.client, folder) for _ in range(_LOADS if engine.capabilities.reloads else 0)]
 
     async def _load(self, client: EngineClient, folder: Path) -> float:
-        """Load in place and return the seconds."""
+        """Load in place and return the duration in seconds."""
         started = time.monotonic()
         await client.reload_weights(folder)
         seconds = time.monotonic() - started
@@ -212,7 +211,7 @@ class Qualifier:
     async def _read(
         self, engine: Engine, prompts: Sequence[Sequence[int]], load_seconds: Interval | None, loading_share: float
     ) -> EngineReading:
-        """Measure on the engine; `loading_share` is the share of the processors that others used during the loads."""
+        """Measure on the engine; `loading_share` is the share of CPU time used by other processes during the loads."""
         client = engine.client
         asked = [await client.prompt_tokens(example.prompt, example.tools) for example in self.judged]
         pairs = enumerate(zip(asked, self._tokenized, strict=True))
@@ -250,7 +249,7 @@ class Qualifier:
             )
 
     async def _ask_general(self, client: EngineClient, text: str) -> tuple[ExampleResult, ...]:
-        """Ask the general questions, on which neither base nor merged model was trained."""
+        """Return the answers to the general questions, on which no model of the run was trained."""
         if self._general is None:
             return ()
         examples, tokenized = self._general.examples, self._general.tokenized
@@ -269,6 +268,6 @@ class Qualifier:
 
 
 def _begins_with(example: TokenizedExample, prompt: Sequence[int]) -> bool:
-    """Return whether training had the prompt in the engine's tokens, followed by the last answer if it is learnt."""
+    """Return whether a training example begins with the engine's prompt, then the last answer if that is learnt."""
     answered = example.learnt[-1][1] == len(example.input_ids)
     return example.input_ids[: len(prompt)] == tuple(prompt) and (not answered or example.prompt == tuple(prompt))

@@ -20,7 +20,7 @@ class CheckpointSchedule(TrainerCallback):
     Args:
         due: the recipe's section `checkpoints`.
         preemption: its signal stops the run after the step.
-        clock: returns seconds.
+        clock: returns the time in seconds.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Detection of diverging runs after some steps instead of after a night.
+"""Stops diverging runs after a few steps instead of after a night.
 
 Imports transformers.
 """
@@ -15,13 +15,13 @@ from svc.errors import TrainingError
 from trainer.callbacks.loss_log import LOSS
 
 _FIRST, _LAST = 5, 20
-"""Steps whose mean losses are compared. The first are few, because a rate that is far too high explodes within 20."""
+"""Steps whose mean losses are compared. The first are few, because a far too high rate explodes the loss within 20."""
 _SKIPPED = 20
-"""Allowed consecutive steps that the optimizer skips: in float16 the scale of the loss is found by halving."""
+"""Maximum consecutive steps that the optimizer may skip: in float16 the loss scale is found by halving."""
 _TIMES, _NATS = 2.0, 1.0
 """An exploded mean loss is at least twice that of the first steps, and one nat more."""
 _SURE = 4.0
-"""Standard errors of the difference; high, because every step is a comparison. A batch's loss depends on its examples,
+"""Minimum rise in standard errors; high, because every step is a comparison. A batch's loss depends on its examples,
 so the error is the scatter of the steps: if easy and hard batches alternate, many hard ones in a row are chance."""
 
 
@@ -72,12 +72,12 @@ def diverged(wrong: str, learning_rate: float, *, first_in_float16: bool = False
     """Return the error for a diverged run.
 
     Args:
-        first_in_float16: the first loss of a run in float16 is not finite, so that learning cannot be the cause.
+        first_in_float16: whether this is the first loss of a run in float16, so that training cannot be the cause.
     """
     if first_in_float16:
         return TrainingError(
             f"{wrong}: the activations of this model are too large for float16",
-            expected="a model trained in float16, or a GPU with bfloat16 (Ampere and later)",
+            expected="a model trained in float16, or a GPU that supports bfloat16 (Ampere and later)",
             todo="use another base or another device",
         )
     return TrainingError(

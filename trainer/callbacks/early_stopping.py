@@ -1,6 +1,6 @@
 """Held-out loss during training: measured on schedule, it selects the best weights and stops the run.
 
-All decisions follow from the losses in the trainer's state, so that a resumed run decides as an uninterrupted one.
+All decisions follow from the losses in the trainer's state, so that a resumed run decides like an uninterrupted one.
 transformers' EarlyStoppingCallback has its own counters, and needs its own checkpoints for the best weights. Imports
 transformers.
 """
@@ -21,7 +21,7 @@ class EarlyStopping(TrainerCallback):
     Args:
         stopping: the recipe's section `stopping`.
         schedule: steps at which held-out loss is measured.
-        measure: measures before the first step, and again if a run was interrupted before a due measurement.
+        measure: called before the first step, and after a resume if the run was interrupted before a due measurement.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ def misses_measurement(state: TrainerState, schedule: HeldoutSchedule) -> bool:
 
 
 def best_step(state: TrainerState) -> int | None:
-    """Return the step of the lowest held-out loss, the first of equals; None without a measurement after a step."""
+    """Return the first step with the lowest held-out loss; None if nothing was measured after a step."""
     losses = _after_a_step(state)
     return min(losses, key=lambda step: losses[step]) if losses else None
 

@@ -1,8 +1,8 @@
 """Steps at which held-out loss is measured, and number of measured examples.
 
-If the recipe asks for held-out loss, all examples are measured. Otherwise a few, so that every run has a curve that
+If the recipe asks for held-out loss, all examples are measured. Otherwise a few are, so that every run has a curve that
 costs less than a twentieth of its time, or a quarter of a short run's. The schedule follows from the recipe, the data
-and the trainer's state, so that a resumed run measures as an uninterrupted one. Imports transformers.
+and the trainer's state, so that a resumed run measures like an uninterrupted one. Imports transformers.
 """
 
 import random

@@ -20,7 +20,7 @@ HELDOUT_EACH, HELDOUT_SET = "heldout_each", "heldout_set"
 _POINTS = 100
 
 Report = Callable[[int, dict[str, float]], None]
-"""Callback with a step and its figures."""
+"""Callback that receives a step and its figures."""
 
 
 def step_losses(state: TrainerState) -> dict[int, float]:
@@ -34,7 +34,7 @@ def heldout_losses(state: TrainerState) -> dict[int, float]:
 
 
 def training_points(state: TrainerState) -> tuple[TrainingPoint, ...]:
-    """Return every step, and the measurement before the first one.
+    """Return a point for every step, and one for the measurement before the first step.
 
     If a run was resumed with other held-out examples, only measurements comparable with the last one are returned.
     """

@@ -1,4 +1,4 @@
-"""Signals that stop a run: the notice of a spot machine, an administrator's kill, Ctrl-C.
+"""Signals that stop a run: a spot machine's notice, an administrator's kill, Ctrl-C.
 
 The first signal abandons the current step, which may take minutes to finish, or is recorded until work that must not be
 interrupted has finished; the second signal ends the process in the default way.
@@ -16,11 +16,11 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StepAbandoned(KeyboardInterrupt):
-    """A step was abandoned before it changed the state from which the run resumes. Like its base, no error."""
+    """Raised to abandon a step before it changes the state from which the run resumes. Like its base, not an error."""
 
 
 class Preemption:
-    """The signal that was received, if any."""
+    """Holds the signal that was received, if any."""
 
     def __init__(self) -> None:
         self.by: signal.Signals | None = None
@@ -52,7 +52,7 @@ class Preemption:
 
 @contextmanager
 def preemption() -> Iterator[Preemption]:
-    """Pass the body's first SIGTERM or Ctrl-C to the yielded object; other threads than the main one get no signals."""
+    """Pass the body's first SIGTERM or Ctrl-C to the yielded object; only the main thread gets signals."""
     received = Preemption()
     if threading.current_thread() is not threading.main_thread():
         yield received
@@ -64,7 +64,7 @@ def preemption() -> Iterator[Preemption]:
             signal.signal(each, handler)
         # The reader of the log may have received the same signal: rich ends the process if it cannot write.
         with suppress(OSError, RuntimeError, SystemExit):
-            console.print(f"  {signal.Signals(number).name}: abandoning this step; repeat to stop immediately")
+            console.print(f"  {signal.Signals(number).name}: abandoning this step; send it again to stop immediately")
         received.receive(signal.Signals(number))
 
     for number in _SIGNALS:

@@ -37,7 +37,7 @@ class TrainingProgress(TrainerCallback):
         self._bar.update(self._task, total=state.max_steps)
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        """Store the newest loss."""
+        """Store the latest loss."""
         if "loss" in logs:
             self._loss = f"{logs['loss']:.3f}"
 

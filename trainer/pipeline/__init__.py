@@ -1,1 +1,1 @@
-"""The stages from a recipe to a registered version, each resumed where it was cut off."""
+"""The stages from a recipe to a registered version; finished stages are not repeated."""

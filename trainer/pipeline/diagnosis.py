@@ -1,4 +1,4 @@
-"""Collects the numbers of a run's stages for its diagnosis."""
+"""Collects a run's measurements for its diagnosis."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -22,12 +22,12 @@ def diagnose_training(
     qualified: Mapping[Format, Qualified],
     general_change: Interval | None = None,
 ) -> tuple[Finding, ...]:
-    """Return the faults that a training shows.
+    """Return the findings on a training run.
 
     Args:
         curve: loss curve of the training.
         qualified: the formats that can be served; the merged format is the trained model.
-        general_change: change of the score on general tasks by the training.
+        general_change: score on general tasks after training minus that before; None if not measured.
     """
     data, merged = recipe.data, qualified.get(Format.MERGED)
     evaluated = examples.heldout[: len(merged.results)] if merged else examples.heldout

@@ -1,4 +1,4 @@
-"""Memory and time of a recipe: the estimate, the refusal of a run that cannot fit, the comparison with training."""
+"""Estimates a recipe's memory and time, rejects runs that cannot fit, and compares estimates with measurements."""
 
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ def estimate_devices(recipe: Recipe, examples: Examples, settings: Settings, nam
     """Return the estimate of a recipe on the named devices, or on all if no name is given.
 
     Raises:
-        SvcError: a name, the base's config or an example is wrong.
+        SvcError: a name is unknown, or the base's config or an example is invalid.
     """
     devices = choose_devices(names, settings.home)  # first, so that a wrong name fails before anything is read
     folder = find_config(recipe.base, settings)
@@ -34,11 +34,11 @@ def estimate_devices(recipe: Recipe, examples: Examples, settings: Settings, nam
 def estimate_here(
     recipe: Recipe, examples: Examples, settings: Settings, *, anyway: bool, makes_version: bool = True
 ) -> DeviceEstimate | None:
-    """Print and return the estimate for this machine; None if the base's config is not understood.
+    """Print and return the estimate for this machine; None if no estimate is possible.
 
     Args:
         anyway: do not raise if the run cannot fit.
-        makes_version: merged and quantized models are written too, not only adapters.
+        makes_version: whether merged and quantized models are written, not only adapters.
 
     Raises:
         InsufficientMemoryError: the run cannot fit into memory.
@@ -71,7 +71,7 @@ def compare_with_real(expected: DeviceEstimate, summary: TrainingSummary) -> Tra
 
 
 def estimate_metrics(summary: TrainingSummary) -> dict[str, float]:
-    """Return estimated and measured figures for the tracking server, as far as they are known."""
+    """Return the known estimated and measured figures for the tracking server."""
     figures = {
         "estimate.memory": summary.estimated_memory,
         "estimate.memory_real": summary.peak_memory,

@@ -1,6 +1,6 @@
 """Evaluation of a run's models (base, merged, GPTQ) on the engine, with the held-out examples.
 
-Answers are scored by the metrics that the recipe names now, also if they were generated earlier.
+Stored answers are scored again by the metrics that the recipe names now.
 """
 
 import asyncio
@@ -44,7 +44,7 @@ class Evaluated(BaseModel):
     """Result of the stage `evaluate`.
 
     Attributes:
-        base_results: the answers behind the report.
+        base_results: the base's answer to each evaluated example.
         base_general: the base's answers to the general questions; empty if none were asked.
     """
 
@@ -61,12 +61,11 @@ class RunEvaluation:
     """Evaluates the models of one run.
 
     Args:
-        capabilities: capabilities of this device.
-        heldout: all examples; `options.limit` of them are asked.
+        heldout: all held-out examples; the first `options.limit` of them are evaluated.
         questions: general questions; None if none are asked.
-        formats: formats that the recipe asks for.
+        formats: the recipe's formats.
         name: name of the model in requests.
-        template_kwargs: arguments of the chat template, the same for the base as for its versions.
+        template_kwargs: arguments of the chat template, the same for the base and its versions.
         launch: creates engines; default: vLLM processes on this machine.
     """
 
@@ -90,18 +89,18 @@ class RunEvaluation:
 
     @property
     def compared(self) -> list[TokenizedExample]:
-        """The examples that are compared token by token."""
+        """The examples whose answers the parity report compares token by token."""
         return choose_examples(self.tokenized[: self.options.limit])
 
     @property
     def context(self) -> int:
-        """Maximum number of tokens of a prompt with its answer on this machine's engine."""
+        """Maximum number of tokens in this machine's engine, prompt and answer together."""
         longest = self.settings.engine.max_model_len
         return min(longest, read_model_facts(self.base.folder).context or longest)
 
     @cached_property
     def metrics(self) -> Sequence[Metric]:
-        """Metrics, chosen from all held-out examples, as in later evaluations of the version.
+        """Metrics, chosen by all held-out examples, as in later evaluations of the version.
 
         Raises:
             RecipeError: the recipe names a metric that does not exist or cannot score these examples.
@@ -110,7 +109,7 @@ class RunEvaluation:
 
     @cached_property
     def forgetting(self) -> ForgettingTest | None:
-        """None if no general questions are asked: by the recipe, or because the base is not evaluated either."""
+        """The test for forgetting; None without general questions, or if the base is not evaluated."""
         if self.questions is None or Format.MERGED not in self.formats:
             return None
         tokenized = tokenize_as_trained(self.base.folder, self.questions.examples, self.template_kwargs)
@@ -118,12 +117,12 @@ class RunEvaluation:
 
     @property
     def evaluated(self) -> Evaluated | None:
-        """Result of the stage `evaluate`; None if the recipe does not ask for the merged format."""
+        """Result of the stage `evaluate`; None if the recipe does not list the merged format."""
         return self.run.load(Stage.EVALUATE, Evaluated) if Format.MERGED in self.formats else None
 
     @property
     def qualified(self) -> dict[Format, Qualified]:
-        """The formats that can be served."""
+        """The results of the formats that can be served."""
         qualified = {Format.MERGED: self.evaluated.merged} if self.evaluated else {}
         if Format.GPTQ in self.formats:
             qualified[Format.GPTQ] = self.run.load(Stage.QUALIFY, Qualified)
@@ -141,7 +140,7 @@ class RunEvaluation:
         try_on_references(self.metrics, self.heldout[: self.options.limit])
 
     def evaluate(self) -> Evaluated:
-        """Evaluate base and merged model; a base with stored answers to the same examples is not asked again."""
+        """Evaluate base and merged model; the base's stored answers to the same examples are reused."""
         base, merged, test = self.base, self.run.merged, self.forgetting
         general = test.prepare(base.revision, base.folder) if test else None
         qualifier, cache = self._qualifier(general), self._cache(base.revision, base.folder)
@@ -185,7 +184,7 @@ class RunEvaluation:
             self.forgetting.keep(revision, model, general)
 
     def _cache(self, revision: str, model: Path) -> EvaluationCache:
-        """Return the stored answers of a model on an engine with the present settings."""
+        """Return the cache of a model's answers on an engine with the present settings."""
         kwargs = self.template_kwargs
         return evaluation_cache(self.settings, self.capabilities, revision, model, template_kwargs=kwargs)
 

@@ -1,4 +1,4 @@
-"""Cache of models' answers, shared by training and comparison, so that no model is asked twice."""
+"""Cache of models' answers, shared by training and comparison, so that no model answers an example twice."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ def evaluation_cache(
     """Return the cache of a model's answers on an engine with the present settings.
 
     Args:
-        revision: identifies the model's content.
+        revision: digest of the model's content.
         model: folder of the model.
         template_kwargs: arguments of its chat template.
     """

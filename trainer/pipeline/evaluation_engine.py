@@ -1,4 +1,4 @@
-"""The engine for a run's evaluations: as the server's, but with no more memory than an evaluation uses."""
+"""The engine for a run's evaluations: like the server's, but with no more memory than an evaluation needs."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def evaluation_engine(
         template_kwargs: arguments of its chat template.
     """
     home, engine = settings.home, settings.engine
-    # No larger KV cache than an evaluation uses: filling 3 GiB with zeros takes 4 s of each start.
+    # The KV cache is no larger than an evaluation needs: filling 3 GiB with zeros takes 4 s of each start.
     sequences = min(engine.max_concurrency, CONCURRENCY)
     # vLLM computes logits for all scored tokens of a step, and does not budget the memory for them.
     scored = [] if given(engine.args, "--max-num-batched-tokens") is not None else [_SCORED_AT_ONCE]

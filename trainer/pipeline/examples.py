@@ -21,7 +21,7 @@ from trainer.recipe.sections import Data, Evaluate, Recipe
 _MANY_HELD = 2.0
 """Multiple of `data.heldout_share` above which a warning is printed."""
 _FEW = 20
-"""Examples that chance may hold out beyond the share."""
+"""Number of held-out examples above the share that chance may explain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +30,8 @@ class Examples:
 
     Attributes:
         train: the task's examples, then the general ones.
-        heldout: held-out examples; those that are asked come first.
-        given: the task's examples in the files, before any was held out or left out.
+        heldout: held-out examples; those to evaluate are first.
+        given: the task's examples as read from the files, before any were held out or excluded.
         general: number of general examples at the end of `train`.
         questions: general questions, of which `train` contains none; None if none are asked.
     """
@@ -55,12 +55,12 @@ def read_run_examples(
     """Load a recipe's data.
 
     Args:
-        cache: folder for datasets of the hub.
+        cache: folder for hub datasets.
         bad_lines: collects lines that cannot be trained on, including leaks; without it, the first such line raises.
-        learnt: prompts that earlier versions of the recipe's name were trained on.
+        learnt: prompts on which earlier versions with the recipe's name were trained.
 
     Raises:
-        DataError: a file cannot be trained on; names file and line.
+        DataError: a line cannot be trained on; the message names file and line.
     """
     data = recipe.data
     read = partial(read_examples, cache=cache, bad_lines=bad_lines)
@@ -91,7 +91,7 @@ def read_run_examples(
 
 
 def _questions(evaluate: Evaluate) -> GeneralSet | None:
-    """Return the general questions that a recipe asks."""
+    """Return the recipe's general questions; None if there are none."""
     if evaluate.general is False:
         return None
     questions = shipped_general_set() if evaluate.general is True else read_general_set(evaluate.general)
@@ -99,22 +99,22 @@ def _questions(evaluate: Evaluate) -> GeneralSet | None:
 
 
 def _leave_out(train: list[ChatExample], questions: GeneralSet | None) -> list[ChatExample]:
-    """Return the training examples without those that ask a general question; print the number left out.
+    """Return the training examples without those that ask a general question; print the number excluded.
 
     Raises:
-        DataError: fewer than two are left.
+        DataError: fewer than two remain.
     """
     asked = set(shared_prompts(train, questions.examples)) if questions else set()
     if not asked:
         return train
     console.print(
-        f"[yellow]{len(asked)} training examples are left out: they are among the general questions "
+        f"[yellow]{len(asked)} training examples are excluded: they are also general questions "
         "(evaluate.general), which are never trained on[/yellow]"
     )
     if len(train) - len(asked) < 2:
         raise DataError(
             f"all but {len(train) - len(asked)} of {len(train)} training examples are general questions",
-            expected="at least 2 others",
+            expected="at least 2 other training examples",
             todo="set evaluate.general to false, or to a file with other questions",
         )
     return [example for index, example in enumerate(train) if index not in asked]
@@ -133,31 +133,31 @@ def _split(
         )
     if split.learnt_before:
         console.print(
-            f"[yellow]{split.learnt_before} examples are trained on instead of held out: an earlier version of "
-            f"{recipe.name} has learnt them, or nearly the same. {len(split.heldout)} are held out[/yellow]"
+            f"[yellow]{split.learnt_before} examples are used for training instead of held out: an earlier version of "
+            f"{recipe.name} was trained on them or on near duplicates. {len(split.heldout)} are held out[/yellow]"
         )
     return split.train, split.heldout
 
 
 def _warn_learnt(name: str, heldout: list[ChatExample], learnt: PromptHashes) -> None:
-    """Warn about learnt prompts in a held-out file; the file is used unchanged, its author may want these prompts."""
+    """Warn about learnt prompts in a held-out file; the file is used unchanged, because its author may want them."""
     if count := int(np.isin(hash_prompts(heldout), learnt).sum()):
         console.print(
-            f"[yellow]{count} of {len(heldout)} held-out prompts were learnt by an earlier version of {name}: "
-            "its figures, and those of a version that continues it, are too good on them[/yellow]"
+            f"[yellow]an earlier version of {name} was trained on {count} of {len(heldout)} held-out prompts: "
+            "its figures, and those of versions that continue it, are too good[/yellow]"
         )
 
 
 def _refuse_leaks(data: Data, train: list[ChatExample], heldout: list[ChatExample]) -> None:
-    """Raise if a training example is held out too; warn if one is nearly the same as a held-out example."""
+    """Raise if a training example has the prompt of a held-out one; warn if the prompts are nearly the same."""
     check = f"svc data check {' '.join(data.train)} --heldout {' '.join(data.heldout or ())}"
     leaked = shared_prompts(train, heldout)
     if leaked:
         raise DataError(
-            f"{len(leaked)} training examples have the prompt of a held-out example; the first is number "
+            f"{len(leaked)} training examples have the same prompt as a held-out example; the first is number "
             f"{leaked[0] + 1}",
-            expected="held-out examples that are never trained on, because figures on trained ones mean nothing",
-            todo=f"{check}, and drop those lines; or train with --skip-bad",
+            expected="held-out examples whose prompts are not in the training data",
+            todo=f"drop the lines listed by `{check}`; or train with --skip-bad",
         )
     if data.heldout and (near := near_leaks(train, heldout)):
-        console.print(f"[yellow]{len(near)} training prompts are nearly the same as held-out ones: {check}[/yellow]")
+        console.print(f"[yellow]{len(near)} training prompts nearly equal held-out ones: see {check}[/yellow]")

@@ -11,7 +11,7 @@ from trainer.base_model.resolve import Base, resolve_base, resolve_config
 
 
 def find_base(name: str, settings: Settings) -> Base:
-    """Return the base model that a recipe names: a registered version's merged weights, or what `resolve_base` knows.
+    """Return the base model that a recipe names: a version's merged weights, or a base that `resolve_base` finds.
 
     Raises:
         BaseModelError: there is no such base.

@@ -34,27 +34,27 @@ class ForgettingTest:
         return GeneralQuestions(examples, self.tokenized, known)
 
     def keep(self, revision: str, model: Path, answers: Sequence[ExampleResult]) -> None:
-        """Store a model's answers, if it was asked."""
+        """Store a model's answers, if there are any."""
         if answers:
             self.cache(revision, model).add(self.questions.examples, answers)
 
     def compare(self, before: Sequence[ExampleResult], after: Sequence[ExampleResult]) -> Forgetting | None:
-        """Return the measured forgetting; None if one of the two models was not asked."""
+        """Return the measured forgetting; None if one of the models has no answers."""
         return measure_forgetting(self.questions, before, after) if before and after else None
 
 
 def judge_forgetting(forgetting: Forgetting, margin: float) -> GateReport:
-    """Return the verdict on the right answers to general questions that training lost.
+    """Return the verdict on the correct answers to general questions that were lost in training.
 
     Args:
-        margin: the share of right answers that training may lose.
+        margin: the largest allowed loss, as a share of all questions.
     """
     lost, gained, examples = forgetting.lost, forgetting.gained, forgetting.examples
     loss = share_difference([1.0] * lost + [-1.0] * gained + [0.0] * (examples - lost - gained))
-    change = f"training {'lost' if loss.value >= 0 else 'gained'} {abs(loss.value):.3f}"
+    change = f"{'fell' if loss.value >= 0 else 'rose'} by {abs(loss.value):.3f} in training"
     return GateReport(
         gate=Gate.FORGETTING,
-        measured=f"{change} of the right answers to {examples} general questions: "
+        measured=f"the share of correct answers to {examples} general questions {change}: "
         f"{forgetting.before} before, {forgetting.after} after",
         limit=f"evaluate.{Gate.FORGETTING}",
         verdict=judge(loss, margin, examples),

@@ -1,4 +1,4 @@
-"""The gates of a version: what each allows, the loss that it can detect, and the effect of its verdict."""
+"""A version's gates: the loss that each allows, the loss that it can detect, and the effect of its verdict."""
 
 from svc.errors import TrainingError
 from svc.evaluation.metrics.metric import Metric, Unit
@@ -25,7 +25,7 @@ def check_gate(report: GateReport, undecided: Undecided) -> None:
         undecided: the recipe's `evaluate.undecided`.
 
     Raises:
-        TrainingError: the gate failed, or is undecided and the recipe rejects that.
+        TrainingError: the gate failed, or is undecided and `evaluate.undecided` is fail.
     """
     outcome, allowed = report.verdict.outcome, f"at most {report.verdict.margin:.3f} ({report.limit})"
     if outcome is GateOutcome.FAILED:
@@ -37,14 +37,14 @@ def check_gate(report: GateReport, undecided: Undecided) -> None:
         more = _ASK_MORE if report.gate is Gate.FORGETTING else _HOLD_OUT_MORE
         raise TrainingError(
             str(report),
-            expected=f"{allowed}, and a larger loss excluded, because evaluate.undecided is {undecided}",
+            expected=f"{allowed}, with a larger loss ruled out, because evaluate.undecided is {undecided}",
             todo=f"{more}; or set evaluate.undecided to {Undecided.WARN}",
         )
     console.print(f"[yellow]{report}[/yellow]", soft_wrap=True)
 
 
 def say_gates(recipe: Recipe, examples: Examples, primary: Metric) -> None:
-    """Print, for each limit on a share of answers, how far from the limit a loss must be to be decided."""
+    """Print, for each limit on a share of answers, how far from the limit a loss must be for a verdict."""
     limits = recipe.evaluate
     if {Format.MERGED, Format.GPTQ} <= set(recipe.formats) and primary.unit is Unit.SHARE:
         asked = len(examples.heldout[: limits.limit])

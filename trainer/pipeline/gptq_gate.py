@@ -15,9 +15,9 @@ from trainer.qualification import Qualified
 from trainer.recipe.sections import Evaluate
 
 _MIN_NLL_MARGIN = 0.005
-"""Nats per token. If the merged model is nearly certain, a share of its NLL is less than the engine's rounding."""
+"""Nats per token, because a share of a nearly certain merged model's NLL is less than the engine's rounding."""
 _MIN_DIFFERENCES = 8
-"""Fewer examples all differ in one direction by chance once in 128 times, and a bootstrap interval does not show it."""
+"""Fewer examples may all differ in one direction by chance (1 case in 128), which a bootstrap does not show."""
 
 
 def judge_gptq(
@@ -28,7 +28,7 @@ def judge_gptq(
     Args:
         metric: the primary metric.
         examples: the examples that both models answered.
-        limits: the section with the allowed losses.
+        limits: the recipe's section `evaluate`, which contains the allowed losses.
     """
     return _judge_metric(metric, examples, merged, gptq, limits), _judge_nll(merged, gptq, limits)
 
@@ -39,17 +39,14 @@ def _judge_metric(
     before, after = Answered(examples, merged.results), Answered(examples, gptq.results)
     value, loss = metric.estimate(before), _loss(metric, before, after)
     figures = f"{value} merged, {metric.estimate(after)} quantized"
-    if metric.better is Better.LOWER:
-        change = f"GPTQ {'added' if loss.value >= 0 else 'took'} {abs(loss.value):.3f} "
-        change += f"{'to' if loss.value >= 0 else 'off'} the {metric.title}"
-    else:
-        change = f"GPTQ {'lost' if loss.value >= 0 else 'gained'} {abs(loss.value):.3f} of {metric.title}"
+    raised = (loss.value >= 0) is (metric.better is Better.LOWER)
+    change = f"GPTQ {'raised' if raised else 'lowered'} {metric.title} by {abs(loss.value):.3f}"
     # For a share the limit is absolute; for a metric without a fixed scale it is relative to the merged model's value.
     relative = metric.unit is not Unit.SHARE
     return GateReport(
         gate=Gate.GPTQ_LOSS,
         measured=f"{change}: {figures}",
-        limit=f"evaluate.{Gate.GPTQ_LOSS}" + (" times the merged model's" if relative else ""),
+        limit=f"evaluate.{Gate.GPTQ_LOSS}" + (" times the merged model's value" if relative else ""),
         verdict=judge(
             loss,
             limits.max_gptq_loss * (abs(value.value) if relative else 1),
@@ -60,7 +57,7 @@ def _judge_metric(
 
 
 def _loss(metric: Metric, before: Answered, after: Answered) -> Interval:
-    """Return by how much the second model is worse; for a share, no narrower than if no answer had changed."""
+    """Return how much worse the second model is; a share's interval is as wide as for unchanged answers, or wider."""
     sign = 1 if metric.better is Better.LOWER else -1
     if metric.unit is Unit.SHARE and metric.scored:
         pairs = zip(metric.stored_scores(before), metric.stored_scores(after), strict=True)
@@ -80,9 +77,9 @@ def _judge_nll(merged: Qualified, gptq: Qualified, limits: Evaluate) -> GateRepo
     added = paired_difference(merged_nll, gptq_nll, weights)
     return GateReport(
         gate=Gate.GPTQ_NLL,
-        measured=f"GPTQ makes the right answers {'less' if added.value > 0 else 'at least as'} likely: "
+        measured=f"GPTQ makes the reference answers {'less' if added.value > 0 else 'at least as'} likely: "
         f"{before} nats per token merged, {after} quantized",
-        limit=f"evaluate.{Gate.GPTQ_NLL} times the merged model's, at least {_MIN_NLL_MARGIN} nats",
+        limit=f"evaluate.{Gate.GPTQ_NLL} times the merged model's value, at least {_MIN_NLL_MARGIN} nats",
         verdict=judge(
             added,
             max(limits.max_gptq_nll * before.value, _MIN_NLL_MARGIN),

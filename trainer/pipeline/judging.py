@@ -15,11 +15,11 @@ def judge_endpoint(judge: Judge) -> Endpoint | None:
     """Return the endpoint of the recipe's judge; None if the recipe names no judge.
 
     Raises:
-        SettingsError: the URL is not an endpoint, or other users can read the key file.
+        SettingsError: the URL is not that of an endpoint, or other users can read the key file.
     """
     if judge.url is None or judge.model is None:
         return None
-    key = read_secret(judge.key_file, "ask for another one") if judge.key_file else None
+    key = read_secret(judge.key_file, "ask its issuer to replace it") if judge.key_file else None
     endpoint = Endpoint(judge.url, judge.model, key)
     endpoint.check()
     return endpoint
@@ -41,4 +41,4 @@ def compare_answers(
     assert endpoint is not None  # noqa: S101 - callers make sure that the recipe names a judge
     before, after = ([result.answer for result in results] for results in (base, merged))
     asked = heldout[: len(before)]
-    return asyncio.run(judge_answers(endpoint, asked, before, after, title="judging merged beside base"))
+    return asyncio.run(judge_answers(endpoint, asked, before, after, title="judging merged against base"))

@@ -14,7 +14,7 @@ def say_number_types(able: DeviceCapabilities, engine: EngineSettings, formats: 
     """Print the number types chosen for this device, and the reasons.
 
     Args:
-        formats: formats that the recipe asks for.
+        formats: the recipe's formats.
 
     Raises:
         EngineError: GPTQ cannot be served here.
@@ -28,7 +28,7 @@ def say_number_types(able: DeviceCapabilities, engine: EngineSettings, formats: 
         dtype = choose_dtype(engine, able, ModelFacts(dtype=NumberType.BFLOAT16, quantization=quantization))
         if format is Format.GPTQ:
             kernel = explain_gptq_kernel(engine, able)
-            _say("gptq", f"{dtype.value} on {served}, kernel of {kernel.value}", kernel.reason)
+            _say("gptq", f"{dtype.value} on {served}, {kernel.value} kernel", kernel.reason)
         else:
             _say("merged", f"{dtype.value} on {served}", dtype.reason)
 

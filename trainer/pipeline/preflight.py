@@ -1,6 +1,6 @@
-"""Checks before the first stage that a base can go through all stages: in seconds, without reading its weights.
+"""Checks in seconds, before the first stage, that a base supports every stage of the run.
 
-Faults that show in the base's own files fail here instead of hours later: a config that cannot be copied, a tokenizer
+Faults in the base's own files raise here instead of hours later: a config that cannot be copied, a tokenizer
 that does not belong to the weights, layers that cannot be quantized, an architecture that vLLM lacks.
 """
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def check_base(base: Path, recipe: Recipe, capabilities: DeviceCapabilities, engine: EngineSettings) -> None:
-    """Check that a base supports everything that the recipe asks for.
+    """Check that a base supports everything that the recipe needs.
 
     Args:
         base: folder of the base model.
@@ -118,6 +118,6 @@ def _check_copy(base: Path) -> None:
         if different := [*other_files(base, copy), *other_config(base, copy)]:
             raise BaseModelError(
                 f"transformers reads {base} and a copy of it differently: {', '.join(different)}",
-                expected="a base that can be copied without a change",
+                expected="a base whose copy is read identically",
                 todo="open an issue with the base's config.json, or choose another base",
             )

@@ -1,6 +1,6 @@
 """Quick trial of a recipe: a tenth of the examples, one epoch, all stages, under its own name.
 
-The trial tests the set-up, from the data to the engine, before hours are spent. Its version says nothing about quality.
+The trial tests the set-up, from the data to the engine, before the complete run. Its version's quality means nothing.
 """
 
 import math
@@ -15,7 +15,7 @@ _SHARE = 0.1
 _SUFFIX = "-quick"
 _MAX_NAME_LENGTH = 63
 _MIN_EXAMPLES = 2
-"""With fewer examples nothing can be learnt or evaluated."""
+"""Minimum number of training examples, and of held-out examples."""
 
 
 def quick_trial(recipe: Recipe, examples: Examples) -> tuple[Recipe, Examples]:
@@ -25,7 +25,7 @@ def quick_trial(recipe: Recipe, examples: Examples) -> tuple[Recipe, Examples]:
     content = recipe.model_dump(exclude_unset=True)
     content["name"] = recipe.name[: _MAX_NAME_LENGTH - len(_SUFFIX)] + _SUFFIX
     content["train"] = content.get("train", {}) | {"epochs": 1.0, "steps": None}
-    # The trial is trained too little to show what quantizing costs and what is forgotten.
+    # The trial is trained too little to show the losses by quantizing and by forgetting.
     limits = {"max_gptq_loss": 1.0, "max_gptq_nll": 1.0, "max_forgetting": None, "undecided": Undecided.WARN}
     content["evaluate"] = content.get("evaluate", {}) | limits
     questions = examples.questions

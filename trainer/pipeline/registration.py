@@ -1,6 +1,6 @@
 """Turns the results of a run into a version: checked against the recipe's limits, assembled, and registered once.
 
-The checks come last, so that nothing is measured again if the limits change.
+The checks run last, so that nothing is measured again if the limits change.
 """
 
 import logging
@@ -111,12 +111,12 @@ class Registration:
 
     @cached_property
     def evaluated(self) -> Evaluated | None:
-        """Answers of base and merged model; None if they were not asked."""
+        """Result of the stage `evaluate`; None if the recipe does not list the merged format."""
         return self.evaluation.evaluated
 
     @cached_property
     def base_evaluation(self) -> Evaluation | None:
-        """Evaluation of the base's answers; None if the base was not asked."""
+        """Evaluation of the base's answers; None if the base was not evaluated."""
         return self.evaluation.judge_base(self.evaluated) if self.evaluated else None
 
     @cached_property
@@ -133,7 +133,7 @@ class Registration:
 
     @cached_property
     def gates(self) -> tuple[GateReport, ...]:
-        """Verdicts on the losses by quantizing and training, as far as the recipe limits them."""
+        """Verdicts on the losses by quantizing and training that the recipe limits."""
         limits = self.recipe.evaluate
         reports: list[GateReport] = []
         if len(self.qualified) == 2:
@@ -197,7 +197,7 @@ class Registration:
             page = report_page(gather_report(self.registry, manifest.id))
             return self.registry.tracking.log_page(manifest.id, self.tracking_run, page)
         except Exception:  # the version is finished, and `svc report` shows the cause
-            log.warning("the report of %s could not be logged to MLflow", manifest.id, exc_info=True)
+            log.warning("could not log the report of %s to MLflow", manifest.id, exc_info=True)
             return None
 
     def _check(self, *, failed_too: bool) -> tuple[str, ...]:
@@ -219,7 +219,7 @@ class Registration:
         if self.report is not None and self.report.failed:
             raise TrainingError(
                 f"the model to serve differs from the trained model: {'; '.join(self.report.failed)}",
-                todo="check these numbers; --register-failed registers the version with its report, without promotion",
+                todo="check these numbers; to register the version anyway, not promotable, use --register-failed",
             )
 
     def _published(self, failed: tuple[str, ...]) -> Manifest | None:
@@ -228,17 +228,17 @@ class Registration:
             try:
                 manifest = self.registry.manifest(version_id)
             except IntegrityError:
-                log.warning("%s cannot be read", version_id, exc_info=True)  # damaged, so not created by this run
+                log.warning("cannot read %s", version_id, exc_info=True)  # damaged, so not created by this run
                 continue
             if manifest.tracking_run == self.tracking_run and manifest.failed == failed and self._matches(manifest):
                 return manifest
         return None
 
     def _matches(self, manifest: Manifest) -> bool:
-        """Return whether a version of this training is the one that this recipe describes."""
+        """Return whether a version of this run has this recipe and these results."""
         same = manifest.data.heldout_fingerprint == self.examples.heldout_fingerprint
         recorded = {format: record.evaluation for format, record in manifest.formats.items() if record.evaluation}
-        # The evaluations differ if a metric function was fixed since.
+        # The evaluations differ if a metric function has been fixed since.
         same = same and recorded == {format: qualified.evaluation for format, qualified in self.qualified.items()}
         same = same and manifest.forgetting == self.forgetting and manifest.gates == self.gates
         return same and manifest.recipe == self.recipe.model_dump(mode="json")

@@ -21,11 +21,11 @@ _RUN_ID = "wandb_run_id"
 
 
 Report = Callable[[int, Mapping[str, float]], None]
-"""Callback that receives figures at a step of the optimizer."""
+"""Callback that receives figures and their optimizer step."""
 
 
 def check_reports(wanted: tuple[ReportTo, ...]) -> None:
-    """Check packages and keys of the trackers before hours are spent.
+    """Check the trackers' packages and keys before the first stage.
 
     Raises:
         RecipeError: a package is not installed, or W&B has no key and is not offline.
@@ -43,7 +43,7 @@ def check_reports(wanted: tuple[ReportTo, ...]) -> None:
         if not wandb.api.api_key:
             raise RecipeError(
                 "report_to contains wandb, but W&B has no API key",
-                expected="WANDB_API_KEY, or WANDB_MODE=offline, with which nothing is sent",
+                expected="WANDB_API_KEY, or WANDB_MODE=offline, which sends nothing",
                 todo="set one of the two, or run `wandb login`",
             )
 
@@ -55,10 +55,10 @@ def open_reports(
     """Open the trackers that the recipe names in addition to MLflow, and close them after the body.
 
     Args:
-        folder: folder of this run for all files; a resumed run is found in it.
+        folder: folder for the trackers' files of this run, which a resumed run uses again.
         name: name of the model.
         run: name of the run.
-        parameters: values that decide the result.
+        parameters: the recipe's values that affect the result.
     """
     with ExitStack() as stack:
         reports = []
@@ -71,10 +71,10 @@ def open_reports(
 
 @contextmanager
 def _wandb_run(folder: Path, name: str, run: str, parameters: dict[str, str]) -> Iterator[Report]:
-    """Open a W&B run, or resume the one that the same training had before.
+    """Open a W&B run, or resume the one that an earlier process opened for the same training.
 
-    Key, entity, project and mode are W&B's own variables. Only parameters and figures are sent: no code, no Git state,
-    no terminal output, no load of the machine.
+    Key, entity, project and mode are set by W&B's own variables. Only parameters and figures are sent: no code, no Git
+    state, no terminal output, no system metrics.
     """
     import wandb
 

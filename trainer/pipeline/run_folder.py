@@ -56,7 +56,7 @@ class Run:
 
     @classmethod
     def of(cls, runs: Path, recipe: Recipe, base: Base, examples: Examples) -> "Run":
-        """Return the run of a recipe: one folder for each training, for all formats made from it."""
+        """Return the run of a recipe: one folder for each training, shared by all formats created from it."""
         keys = stage_keys(recipe, base, examples)
         return cls(runs / f"{recipe.name}-{keys[Stage.TRAIN]}", keys)
 
@@ -69,7 +69,7 @@ class Run:
         try:
             stored = read_json_object(self._result(stage), default={})
         except IntegrityError:  # after a power cut, or written by another program: the stage is repeated
-            log.warning("%s cannot be read: the stage is repeated", self._result(stage), exc_info=True)
+            log.warning("cannot read %s; repeating the stage", self._result(stage), exc_info=True)
             return False
         return stored.get("key") == self._keys[stage] and all(output.is_dir() for output in outputs)
 

@@ -20,12 +20,12 @@ _OWN_PACKAGES = tuple(Path(__file__).parents[2] / package for package in ("svc",
 _PACKAGES = re.compile(r"(?:site|dist)-packages/(\w+)")
 _CHILD_FRAME = re.compile(r'^  File "(.+)", line \d+', re.MULTILINE)
 LOG_FILE = "error.log"
-"""In the run's folder: the traceback of the last failure."""
+"""File in the run's folder with the traceback of the last failure."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One stage.
+    """A stage's work, and the disk space that it needs.
 
     Attributes:
         work: runs the stage and returns its result.

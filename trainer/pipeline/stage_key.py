@@ -1,8 +1,8 @@
-"""Keys of the stages of a run: a short hash of everything that decides a stage's result.
+"""Keys of the stages of a run: a short hash of everything that affects a stage's result.
 
-A stage's key is computed from what the stage reads: keys of the recipe, data, and the keys of the earlier stages whose
-files it reads. So a change of `quantize` leaves training, merging and their evaluation done. Answers are scored, and
-compared with limits, when the version is registered: other metrics and limits do not repeat the evaluation.
+A stage's key is computed from the stage's inputs: recipe values, data, and the keys of the earlier stages whose files
+it reads. So a change of `quantize` does not repeat training, merging or their evaluation. Answers are scored, and
+compared with limits, when the version is registered: a change of metrics or limits does not repeat the evaluation.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from trainer.recipe.stage import Stage
 
 _LIMITS = ("max_gptq_loss", "max_gptq_nll", "max_forgetting", "undecided")
 _METRICS = ("metrics", "primary", "json_schema", "metric_seconds")
-"""Keys of the section `evaluate` that only matter at registration: limits, and metrics of the answers."""
+"""Keys of the section `evaluate` that affect only the registration: limits, and metrics of the answers."""
 
 _GENERAL = ("general", "general_limit")
 """Keys of the same section that choose the general questions; the questions' content is hashed instead."""
@@ -30,7 +30,7 @@ StageKeys = Mapping[Stage, str]
 def stage_keys(recipe: Recipe, base: Base, examples: Examples) -> StageKeys:
     """Return the key of each stage.
 
-    The paths of data, the interval of checkpoints, and the curve of held-out loss are left out: they decide no result.
+    Data paths, the checkpoint interval and the held-out loss curve are excluded: they do not affect the result.
     """
     content = recipe.model_dump(mode="json")
     measured = examples.heldout_fingerprint if recipe.stopping.measures else None

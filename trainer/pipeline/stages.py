@@ -59,7 +59,6 @@ class Pipeline:
     """One run with everything that its stages need.
 
     Args:
-        capabilities: capabilities of this device.
         launch: creates engines; default: vLLM processes on this machine.
         register_failed: also register a version that fails a check; it cannot be promoted.
         expected: estimate of the training on this machine; None if there is none.
@@ -98,7 +97,7 @@ class Pipeline:
             return
         registered = self.run.load(Stage.REGISTER, Registered)
         if registered.version not in self.registry.versions(registered.name):
-            console.print(f"{registered.version} was removed: a new version is registered")
+            console.print(f"{registered.version} was removed: registering a new version")
             self.run.forget_registration()
         elif registered.failed and not self.register_failed:
             self.run.begin(Stage.REGISTER)
@@ -184,7 +183,7 @@ class Pipeline:
 
     @contextmanager
     def _report_to(self) -> Iterator["Report"]:
-        """Open a callback that sends figures to all trackers of the recipe, to the same run in each after a resume."""
+        """Open a callback that sends figures to all the recipe's trackers; after a resume, each continues its run."""
         recipe, run, run_id = self.recipe, self.run, self._tracking_run()
         with open_reports(recipe.report_to, run.reports, recipe.name, run.folder.name, recipe.flat()) as reports:
 
@@ -229,7 +228,7 @@ class Pipeline:
         report = make_report(made, self.recipe, evaluation.compared, evaluated, number_type=number_type)
         passed = sum(check.passed for check in report.checks)
         summary = f"  {passed} of {len(report.checks)} checks passed"
-        console.print(summary if report.failed else f"{summary}: the model to serve is the trained model")
+        console.print(summary if report.failed else f"{summary}: the model to serve matches the trained model")
         return report
 
     def _judge_pairs(self) -> JudgeReport:

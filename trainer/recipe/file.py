@@ -1,4 +1,4 @@
-"""Reader of recipe files: YAML with overrides from the command line; errors name the key and its value."""
+"""Reads recipe files: YAML with command-line overrides; errors name the key and its value."""
 
 import re
 from pathlib import Path
@@ -19,7 +19,7 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
         overrides: `key=value` with a dotted key and a YAML value, for example `train.epochs=2`.
 
     Raises:
-        RecipeError: the file is missing or not YAML, or a key is unknown or has a wrong type; names key and value.
+        RecipeError: the file is missing or not YAML, or a key is unknown or has an invalid value.
     """
     try:
         content = parse_yaml(path.read_text("utf-8"))
@@ -28,7 +28,7 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     except ValueError as error:
         raise RecipeError(f"{path} is not YAML: {error}", expected="a YAML mapping in UTF-8") from error
     if not isinstance(content, dict):
-        raise RecipeError(f"{path} contains {content!r:.80}", expected="a YAML mapping: name, base, data, ...")
+        raise RecipeError(f"{path} contains {content!r:.80}", expected="a YAML mapping with name, base, data, ...")
     for override in overrides:
         _set(content, override)
     try:
@@ -40,12 +40,12 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
 def _set(content: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
-        raise RecipeError(f"--set {override!r}", expected="key=value, for example train.epochs=2")
+        raise RecipeError(f"cannot parse --set {override!r}", expected="key=value, for example train.epochs=2")
     *sections, last = key.split(".")
     for section in sections:
         content = content.setdefault(section, {})
         if not isinstance(content, dict):
-            raise RecipeError(f"--set {override!r}: {section} is not a section", expected="the dotted name of a key")
+            raise RecipeError(f"--set {override!r}: {section} is not a section", expected="a key such as train.epochs")
     try:
         content[last] = parse_yaml(value)
     except ValueError as error:

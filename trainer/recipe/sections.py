@@ -1,6 +1,6 @@
 """The recipe: what to train, as YAML. Every key except `name`, `base` and `data.train` has a default.
 
-Unknown keys and wrong types are errors: ignoring a misspelt hyperparameter costs a night of training.
+Unknown keys and wrong types are errors: ignoring a misspelt hyperparameter would waste a night of training.
 """
 
 import difflib
@@ -40,7 +40,7 @@ def _beside_recipe(path: Path | None, info: ValidationInfo) -> Path | None:
     try:
         return None if path is None else (folder / path.expanduser()).absolute()
     except RuntimeError as error:
-        raise ValueError(f"the home folder of {path} belongs to no user of this machine") from error
+        raise ValueError(f"cannot expand {path}: this machine has no such user") from error
 
 
 def _as_sources(value: Any) -> Any:
@@ -70,7 +70,7 @@ Sources = Annotated[
 
 
 def _metric_beside_recipe(name: str | None, info: ValidationInfo) -> str | None:
-    """Resolve the file of a metric that is a function; return the name of any other metric unchanged."""
+    """Resolve the path in a metric function's name; return the name of any other metric unchanged."""
     spec = name and FunctionSpec.parse(name)
     return f"{_beside_recipe(spec.path, info)}:{spec.function}" if spec else name
 
@@ -86,7 +86,7 @@ Metrics = Annotated[
     Field(min_length=1),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
 ]
-"""Names, or functions (`./FILE.py:FUNCTION`): a list, or a single one."""
+"""Metric names or functions (`./FILE.py:FUNCTION`): a list, or a single one."""
 
 
 class Data(_Section):
@@ -95,11 +95,11 @@ class Data(_Section):
     train: Sources
     """training examples"""
     heldout: Sources | None = None
-    """examples that evaluate the version and are never trained on; default: a part of `data.train`"""
+    """examples for evaluating the version, never used for training; default: a part of `data.train`"""
     heldout_share: float = Field(0.1, gt=0, lt=1)
     """share of `data.train` to hold out if `data.heldout` is not set"""
     general: Sources | None = None
-    """general examples to mix in, against forgetting"""
+    """general examples to mix into the training examples, to reduce forgetting"""
     general_share: float = Field(0.1, gt=0, lt=1)
     """share of general examples among the training examples"""
     seed: int = Field(0, ge=0)
@@ -131,7 +131,7 @@ class Quantization(StrEnum):
 
 
 class Method(StrEnum):
-    """Customary name of an adapter type combined with the base's quantization, or of training all weights."""
+    """Common name for an adapter type with the base's quantization, or for training all weights."""
 
     FULL = "full"
     """All weights are trained."""
@@ -151,21 +151,21 @@ class Adapter(_Section):
     """The adapter; not used by `method: full`."""
 
     type: AdapterType | None = None
-    """lora, dora, adalora or vera; default: the type that `method` names"""
+    """lora, dora, adalora or vera; default: the type implied by `method`"""
     rank: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """width of the update: a higher rank learns more and needs more memory; default 16, for vera 256"""
+    """rank of the update: a higher rank can learn more but needs more memory; default: 16, or 256 for vera"""
     alpha: Annotated[int, Field(ge=1)] | None = None
-    """scale: the update is multiplied by alpha / rank; default twice the rank; not used by vera"""
+    """scale: the update is multiplied by alpha / rank; default: twice the rank; not used by vera"""
     dropout: float = Field(0.0, ge=0, lt=1)
     """share of the adapter's inputs dropped in each step"""
     targets: Targets = Targets.ALL_LINEAR
-    """layers that get an adapter; attention-min: query and value"""
+    """layers that get an adapter: all-linear, attention, or attention-min for query and value only"""
     rslora: bool = False
-    """scale by alpha / sqrt(rank), so that large ranks learn as fast; LoRA only"""
+    """scale by alpha / sqrt(rank), so that large ranks learn as fast as small ones; lora and dora only"""
 
 
 class Schedule(StrEnum):
-    """Learning rate after the warmup."""
+    """Shape of the learning rate after the warmup."""
 
     LINEAR = "linear"
     COSINE = "cosine"
@@ -181,7 +181,7 @@ class TooLong(StrEnum):
 
 
 class Optimizer(StrEnum):
-    """Optimizer, and where its two moments per weight are stored."""
+    """Optimizer, with the size and the location of its two moments per weight."""
 
     ADAMW = "adamw"
     """AdamW with moments in float32 (Loshchilov and Hutter 2019)."""
@@ -190,7 +190,7 @@ class Optimizer(StrEnum):
     PAGED_ADAMW = "paged-adamw"
     """bitsandbytes' AdamW whose moments are moved to main memory when the GPU is full (Dettmers et al. 2023)."""
     PAGED_ADAMW_8BIT = "paged-adamw-8bit"
-    """Both."""
+    """bitsandbytes' AdamW with 8-bit moments that are moved to main memory when the GPU is full."""
 
     @property
     def is_8bit(self) -> bool:
@@ -204,17 +204,17 @@ class Optimizer(StrEnum):
 
 
 class Train(_Section):
-    """The optimizer's run."""
+    """The training itself: optimizer, learning rate, batches and lengths."""
 
     optimizer: Optimizer = Optimizer.ADAMW
     """adamw, adamw-8bit, paged-adamw or paged-adamw-8bit: 8-bit moments take a quarter of the memory, paged moments are
     moved to main memory when the GPU is full; see [training](training.md#optimizers)"""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """peak learning rate; default 5e-4, adalora 1e-2, vera 6e-2, full 5e-5"""
+    """peak learning rate; default: 5e-4, or 1e-2 for adalora, 6e-2 for vera and 5e-5 for full"""
     schedule: Schedule = Schedule.LINEAR
     """decay of the learning rate: linear or cosine to 0, or constant"""
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
-    """share of the steps in which the learning rate rises"""
+    """share of the steps used for the warmup, in which the learning rate rises"""
     epochs: float = Field(1.0, gt=0)
     """passes over the examples"""
     steps: Annotated[int, Field(ge=1)] | None = None
@@ -222,7 +222,7 @@ class Train(_Section):
     batch_size: int = Field(16, ge=1)
     """examples per batch on a device"""
     gradient_accumulation: int = Field(1, ge=1)
-    """batches per step: needs less memory than a larger batch"""
+    """batches per optimizer step; more batches need less memory than a larger batch"""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's weight decay"""
     max_grad_norm: float = Field(1.0, gt=0)
@@ -230,20 +230,20 @@ class Train(_Section):
     max_length: int = Field(1024, ge=16)
     """maximum length of an example in tokens"""
     too_long: TooLong = TooLong.ERROR
-    """what to do with longer examples: truncate leaves their end unlearnt; `--skip-bad` drops them"""
+    """error, drop or truncate: what to do with longer examples; with `--skip-bad`, error drops them too"""
     packing: bool = False
     """pack several examples, each attending only to itself, into one row of max_length tokens; a row counts as one
     example"""
     gradient_checkpointing: bool | None = None
     """recompute activations instead of storing them; default: true on a GPU, false on a CPU"""
     neftune_alpha: Annotated[float, Field(gt=0)] | None = None
-    """noise on the embeddings (Jain et al. 2023), customarily 5; default: no noise"""
+    """strength of the noise on the embeddings (Jain et al. 2023), usually 5; default: no noise"""
     seed: int = Field(0, ge=0, lt=2**32)
     """seed for the order of the examples and the adapter's initial weights"""
 
 
 class Stopping(_Section):
-    """Held-out loss during training. Its value on a set that chose the weights is slightly optimistic."""
+    """Held-out loss during training. If it selects the weights, its value is slightly too good."""
 
     every_steps: Annotated[int, Field(ge=1)] | None = None
     """steps between two measurements; default: a tenth of all steps, if another key needs measurements"""
@@ -252,12 +252,12 @@ class Stopping(_Section):
     keep_best: bool = False
     """keep the weights with the lowest held-out loss instead of the last ones"""
     curve: bool = True
-    """if no other key asks for measurements: measure held-out loss up to six times on up to 64 examples, in less than a
-    twentieth of the run; up to three times in less than a quarter of a run of 20 to 49 steps; changes no weights"""
+    """if no other key requires it, measure held-out loss up to six times on up to 64 examples, in under a twentieth of
+    the run's time, or in runs of 20 to 49 steps up to three times in under a quarter; has no effect on the weights"""
 
     @property
     def measures(self) -> bool:
-        """Whether the recipe asks for held-out loss."""
+        """Whether another key than `curve` requires held-out loss."""
         return self.every_steps is not None or self.patience is not None or self.keep_best
 
 
@@ -273,12 +273,12 @@ class Checkpoints(_Section):
 
 
 class Quantize(_Section):
-    """GPTQ in 4 bits. `group_size` must divide the model's layer widths: 64 fits most, large models often have 128."""
+    """GPTQ in 4 bits. `group_size` must divide the model's layer widths: 64 fits most; large models often use 128."""
 
     group_size: Literal[32, 64, 128] = 64
-    """weights that share a scale"""
+    """number of weights that share a scale"""
     samples: int = Field(64, ge=8, le=1024)
-    """number of training examples, cut to `train.max_length`, that calibrate GPTQ"""
+    """number of training examples, cut to `train.max_length`, for calibrating GPTQ"""
     sequential: bool = True
     """quantize a block's layers in turn, each on the outputs of the already quantized ones; slower"""
 
@@ -287,10 +287,10 @@ class Judge(_Section):
     """A model that compares the merged model's answers with the base's; see [evaluation](evaluation.md#a-judge)."""
 
     url: str | None = None
-    """OpenAI endpoint, for example `https://api.openai.com/v1`, which receives prompts, references and answers;
-    default: no judge"""
+    """OpenAI-compatible endpoint, for example `https://api.openai.com/v1`, which receives prompts, references and
+    answers; default: no judge"""
     model: str | None = None
-    """name of the judge at this endpoint"""
+    """the judge's model name at this endpoint"""
     key_file: Annotated[Path, AfterValidator(_beside_recipe)] | None = None
     """file with the API key, readable by its owner only; default: no key"""
 
@@ -302,7 +302,7 @@ class Judge(_Section):
 
 
 class Undecided(StrEnum):
-    """What a gate does if its interval neither excludes nor proves a loss beyond its limit."""
+    """Verdict of a gate whose interval neither excludes nor proves a loss above its limit."""
 
     WARN = "warn"
     FAIL = "fail"
@@ -314,36 +314,36 @@ class Evaluate(_Section):
     limit: Annotated[int, Field(ge=1)] | None = None
     """number of held-out examples, drawn at random with `data.seed`; default: all"""
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    """maximum length of an answer in tokens; default: 1.5 times the tokens of each example's reference and 16 more, see
+    """maximum length of an answer in tokens; default: 1.5 times the length of the example's reference plus 16, see
     [evaluation](evaluation.md#how-long-an-answer-may-be)"""
     metrics: Metrics | None = None
-    """metrics of the answers: names, `rouge` for all three, functions (`./FILE.py:FUNCTION`); default: those of the
+    """metrics for the answers: names, `rouge` for all three, or functions (`./FILE.py:FUNCTION`); default: those of the
     task, see [evaluation](evaluation.md)"""
     primary: Annotated[_NAME, AfterValidator(_metric_beside_recipe)] | None = None
-    """the metric that gates GPTQ and that monitoring measures again; default: the task's"""
+    """metric that gates GPTQ and that monitoring measures again; default: the task's primary metric"""
     json_schema: Annotated[Path, AfterValidator(_beside_recipe)] | None = None
     """file with the JSON Schema for `schema_valid`; default: inferred from the held-out answers"""
     metric_seconds: float = Field(60.0, gt=0)
-    """timeout in seconds of a metric function, for all answers together"""
+    """timeout of a metric function in seconds, for all answers together"""
     max_gptq_loss: float = Field(0.05, ge=0, le=1)
-    """loss of the primary metric that quantizing may cause; relative to the merged model's value if the metric is not a
-    share (for example perplexity); a version is rejected if a larger loss is proven"""
+    """largest allowed loss in the primary metric by quantizing; relative to the merged model's value if the metric is
+    not a share (for example perplexity); a version is rejected if a larger loss is proven"""
     # 4 bits cost SmolLM2-135M 0.042 [0.033, 0.053] on free text (synopsis task), and nothing of its ROUGE.
     max_gptq_nll: float = Field(0.05, ge=0)
-    """negative log-likelihood that quantizing may add, as a share of the merged model's; at least 0.005 nats; a version
-    is rejected if a larger loss is proven"""
+    """largest allowed increase of negative log-likelihood by quantizing, as a share of the merged model's; at least
+    0.005 nats; a version is rejected if a larger increase is proven"""
 
     general: Annotated[bool | Path, AfterValidator(_file_beside_recipe)] = True
-    """ask base and merged model general questions, which are never trained on: true for those of this package, a file
-    for your own, false for none; see [evaluation](evaluation.md#forgetting)"""
+    """send general questions, which are never trained on, to base and merged model: true for the built-in ones, a file
+    with your own, or false for none; see [evaluation](evaluation.md#forgetting)"""
     general_limit: Annotated[int, Field(ge=1)] | None = 60
     """number of general questions, from the first; null: all"""
     max_forgetting: Annotated[float, Field(ge=0, le=1)] | None = None
-    """share of right general answers that training may cost; a version is rejected if a larger loss is proven;
-    default: no limit"""
+    """largest allowed loss of correct answers to general questions, as a share of all; a version is rejected if a
+    larger loss is proven; default: no limit"""
     undecided: Undecided = Undecided.WARN
-    """warn or fail: what to do with a version if too few examples neither exclude nor prove a loss beyond one of these
-    limits; see [evaluation](evaluation.md#verdicts)"""
+    """warn or fail: what to do with a version if too few examples were evaluated to prove or exclude a loss above one
+    of these limits; see [evaluation](evaluation.md#verdicts)"""
 
     @property
     def metric_options(self) -> MetricOptions:
@@ -362,9 +362,9 @@ class Qualify(_Section):
     """The probes that verify, at every later load, that the engine runs these weights."""
 
     repeats: int = Field(20, ge=1)
-    """number of measurements of the engine's own noise, which is the minimum tolerance"""
+    """number of measurements of the engine's own noise, which sets the minimum tolerance"""
     restart: bool = True
-    """measure on a second engine too: weights loaded in place and weights loaded at start must agree"""
+    """measure on a second engine too: weights loaded in place and weights loaded at start must give the same results"""
 
 
 class ReportTo(StrEnum):
@@ -390,7 +390,7 @@ class Between(_Section):
 
 
 class Sweep(_Section):
-    """A search space of your own for `svc sweep`, in place of its phases; see [sweep](sweep.md#own-spaces)."""
+    """Custom search space for `svc sweep`, in place of its phases; see [sweep](sweep.md#own-spaces)."""
 
     space: (
         Annotated[dict[str, Annotated[tuple[Any, ...], Field(min_length=1)] | Between], Field(min_length=1)] | None
@@ -398,7 +398,7 @@ class Sweep(_Section):
     """keys of `train` and `adapter`, each with a list of values or `{low: , high: , log: true}`; default: the three
     phases"""
     trials: int = Field(20, ge=1)
-    """number of trials in `sweep.space`; lists with fewer combinations are tried completely"""
+    """maximum number of trials in `sweep.space`; if it has lists only and fewer combinations, all of them are tried"""
     seconds: Annotated[float, Field(gt=0)] | None = None
     """time in seconds after which no further trial is started; default: no limit"""
 
@@ -434,12 +434,12 @@ class Recipe(_Section):
     name: str = Field(pattern=NAME_PATTERN)
     """name under which clients request the model"""
     base: str = Field(min_length=1)
-    """known id, hub id, NAME@N, local folder or GGUF file"""
+    """base model: a known id, hub id, NAME@N, local folder or GGUF file"""
     method: Method = Method.LORA
     """full, lora, qlora, dora, adalora or vera; for other combinations, such as QDoRA, set `adapter.type` and
     `quantization` instead"""
     quantization: Quantization | None = None
-    """nf4: keep the frozen weights in 4 bits during training; default: the quantization that `method` names"""
+    """nf4: keep the frozen weights in 4 bits during training; default: the quantization implied by `method`"""
     chat_template_kwargs: dict[str, TemplateValue] | None = None
     """arguments of the base's chat template in training, evaluation and serving; default: `enable_thinking: false` and
     `date_string: 26 Jul 2024`, if the template uses them"""
@@ -474,26 +474,26 @@ class Recipe(_Section):
                 "not of an example"
             )
         if len(set(self.formats)) < len(self.formats):
-            raise ValueError("formats contains a format twice")
+            raise ValueError("formats lists a format twice")
         if self.method is Method.FULL and Format.ADAPTER in self.formats:
-            raise ValueError(f"formats contains adapter, but method {self.method} trains no adapter")
+            raise ValueError(f"formats lists adapter, but method {self.method} trains no adapter")
         implied, named = _ADAPTER_TYPES[self.method], self.adapter.type
         if "method" in self.model_fields_set and implied and named and named is not implied:
-            raise ValueError(f"method {self.method} means adapter.type {implied}, but adapter.type is {named}")
+            raise ValueError(f"method {self.method} implies adapter.type {implied}, but adapter.type is {named}")
         if self.method is Method.FULL and self.quantization:
             raise ValueError(f"quantization {self.quantization} freezes the weights, but method full trains them all")
         return self
 
     @model_validator(mode="after")
     def _fits_method(self) -> "Recipe":
-        """Reject adapter keys that the method ignores: their user would believe that they have an effect."""
+        """Reject adapter keys that the method ignores: a user would expect them to have an effect."""
         given, kind = self.adapter.model_fields_set, self.adapter_type
         if unused := given & _UNUSED.get(kind, frozenset()) if kind else given:
             raise ValueError(f"adapter.{min(unused)} is not used by {kind or f'method {self.method}'}")
         return self
 
     def flat(self) -> dict[str, str]:
-        """Return the values that decide the result as text, by dotted key; unset keys have the method's default."""
+        """Return the values that affect the result, as text by dotted key; an unset key has the method's default."""
         sections = self.model_dump(mode="json", exclude={"checkpoints", "data", "judge", "report_to", "sweep"})
         chosen: dict[str, Any] = {"train.learning_rate": self.learning_rate}
         if self.adapter_type is None:

@@ -25,7 +25,7 @@ def count_steps(rows: int, train: Train) -> int:
 
 
 def checkpoints_layers(train: Train) -> bool:
-    """Return whether layers are computed twice: the recipe's choice, or the machine's default."""
+    """Return whether gradients are checkpointed: the recipe's choice, or the machine's default."""
     asked = train.gradient_checkpointing
     return choose_acceleration(machine_facts()).gradient_checkpointing if asked is None else asked
 

@@ -4,8 +4,8 @@
                                  in float16: scaler.pt; AdaLoRA: rank_allocator.safetensors
                                  files.json: size and SHA-256 of each
 
-A checkpoint is written to a temporary folder, synced, and renamed, so that a kill at any moment leaves the one before.
-Knows nothing of the content of the files.
+A checkpoint is written to a temporary folder, synced, and renamed, so that a kill at any time leaves the previous one.
+The content of the files does not matter here.
 """
 
 import logging
@@ -41,13 +41,13 @@ class CheckpointFolder:
 
     @contextmanager
     def writing(self, step: int, best: int | None = None) -> Iterator[Path]:
-        """Yield a folder for a new checkpoint; after the body, it gets its final path, and old ones are deleted.
+        """Yield a folder for a new checkpoint; after the body, move it to its final path and delete old checkpoints.
 
         Later checkpoints are deleted too: the run resumed before them, so they are damaged, and would seem the newest.
 
         Args:
             step: the optimizer's steps so far.
-            best: the step whose checkpoint is kept at any age.
+            best: the step whose checkpoint is kept regardless of its age.
 
         Raises:
             DiskSpaceError: the disk is full; earlier checkpoints are kept.
@@ -78,7 +78,7 @@ class CheckpointFolder:
         for folder in reversed(self._all()):
             if self._whole(folder):
                 return folder
-            log.warning("checkpoint %s is damaged and was skipped", folder)
+            log.warning("skipping checkpoint %s, which is damaged", folder)
         return None
 
     def whole(self, step: int) -> Path:
@@ -124,4 +124,4 @@ class CheckpointFolder:
 
     def _newest_kept(self) -> str:
         kept = self._all()
-        return f"training resumes from {kept[-1].name}" if kept else "training starts again, without a checkpoint"
+        return f"training resumes from {kept[-1].name}" if kept else "training starts from the beginning"

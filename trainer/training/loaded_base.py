@@ -35,7 +35,7 @@ class LoadedBase:
         return load_tokenizer(self.folder)
 
     def load(self, base: Path, form: ModelForm) -> PreTrainedModel:
-        """Return a copy of the model, as trainer.model.load.load_model; the folder is read once per form."""
+        """Return a copy of the model, like trainer.model.load.load_model; the folder is read once per form."""
         if self._model is None or form != self._form:
             self._model, self._form = load_model(base, form), form
         return copy.deepcopy(self._model, {} if form.full else _shared(self._model))

@@ -1,4 +1,4 @@
-"""TRL's trainer with a loss that a CPU can afford: shared prompts once, the head at answer positions only.
+"""TRL's trainer with a cheaper loss for CPUs: shared prompts are computed once, the head at answer positions only.
 
 On the CPU TRL scores every position and computes entropy over the vocabulary; on other devices its own loss already
 scores only answer positions, and is used if its logits are those of the model. No state is added to the trainer's own,
@@ -71,7 +71,7 @@ class AnswerTrainer(SFTTrainer):
             loss, outputs = result if return_outputs else (result, None)
         else:
             answer_tokens = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-            # NEFTune's noise is scaled by the length of the sequence that passes the model.
+            # NEFTune's noise is scaled by the length of the sequence that the model gets.
             share = self.args.neftune_noise_alpha is None
             loss = answer_loss(model, input_ids, labels, positions, share_prefix=share) / answer_tokens
         penalty = orthogonality_penalty(self.model)
@@ -92,7 +92,7 @@ def fused_head_is_right(model: PreTrainedModel | PeftModel) -> bool:
 
     TRL multiplies hidden states by the head's weights itself, and knows by config keys how most models change logits:
     Granite's and Cohere's scale, Gemma's soft cap. Unknown changes, such as RecurrentGemma's cap and Inkling's scale,
-    are silently left out. Hidden states with logits of up to 100 show the difference, far above the rounding of any
+    are silently ignored. Hidden states with logits of up to 100 show the difference, far above the rounding of any
     number type.
 
     Args:
@@ -120,15 +120,15 @@ def answer_loss(
 ) -> Tensor:
     """Return the cross entropy summed over the answer tokens, in nats.
 
-    The common prefix of all prompts of the batch, such as a system prompt, passes the model once, and the rows attend
+    The common prefix of all prompts of the batch, such as a system prompt, is computed once, and the rows attend
     to its keys and values; the gradient flows back through them, so that this is the loss of the complete batch.
     Padding needs no mask: it is on the right, and attention is causal.
 
     Args:
         input_ids: [batch, length].
         labels: [batch, length]; the token id at learnt positions, which may be anywhere in a row, else -100.
-        position_ids: [batch, length]; for packed rows, in which they start again with each example.
-        share_prefix: if false, each row passes the model completely.
+        position_ids: [batch, length]; for packed rows, in which positions restart with each example.
+        share_prefix: if false, each row is computed completely.
     """
     hidden, targets = _before_answers(model, input_ids, labels, position_ids, share_prefix=share_prefix)
     return _summed_cross_entropy(model, hidden, targets, _LOGITS_AT_ONCE)
@@ -221,7 +221,7 @@ def _summed_cross_entropy(
     Args:
         hidden: [positions, width], from `_hidden_states`.
         targets: [positions], token ids.
-        logits_at_once: positions times vocabulary.
+        logits_at_once: maximum number of logits in memory, positions times vocabulary.
     """
     size = max(1, logits_at_once // model.config.get_text_config().vocab_size)
     if len(hidden) <= size:

@@ -1,4 +1,4 @@
-"""transformers' name of a recipe's optimizer, and the check that it works on this machine."""
+"""transformers' name for a recipe's optimizer, and the check that it works on this machine."""
 
 from importlib.util import find_spec
 
@@ -14,7 +14,7 @@ _NAMES = {
 
 
 def choose_optimizer(optimizer: Optimizer, *, scaled: bool) -> str:
-    """Return transformers' name of an optimizer.
+    """Return transformers' name for an optimizer.
 
     Args:
         scaled: whether the loss is scaled, as in float16.

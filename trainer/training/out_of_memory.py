@@ -32,7 +32,7 @@ def out_of_memory(recipe: Recipe, error: Exception, *, checkpointing: bool) -> T
     """Return an error with the cheapest change that helps; None if the error is not a lack of memory.
 
     Args:
-        checkpointing: whether layers were computed twice to save memory, by the recipe or the machine's default.
+        checkpointing: whether gradients were checkpointed, by the recipe's choice or the machine's default.
     """
     message = str(error)
     if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in message:

@@ -1,7 +1,7 @@
 """Supervised fine-tuning: from chat examples and a base model to an adapter or a trained model.
 
-Only answers are learnt, including the token that ends them; all other turns are context. Knows nothing of the source of
-the examples, of registered versions, or of the quality of the result. Imports torch and TRL.
+Only answers are learnt, including the token that ends them; all other turns are context. Does not depend on the
+source of the examples, on registered versions, or on the quality of the result. Imports torch and TRL.
 """
 
 import logging
@@ -64,7 +64,7 @@ def train_model(
     """Train an adapter or the complete model, as the recipe says, and write it with the tokenizer's files to `out`.
 
     An interrupted run resumes from its newest complete checkpoint, with the same result as an uninterrupted run. A run
-    that started in another number type is converted, with a message, and its result is close to that.
+    that started in another number type is converted, with a message, and its result is nearly the same.
 
     Args:
         base: folder of the base model (trainer.base_model.resolve).
@@ -79,7 +79,7 @@ def train_model(
             template, or contains a token without an embedding row.
         DiskSpaceError: the disk has too little space for a checkpoint.
         InterruptedRunError: a signal arrived, and a checkpoint was written.
-        TrainingError: the loss or a weight is not finite, the loss explodes, or memory is short; says what to change.
+        TrainingError: the loss or a weight is not finite, the loss explodes, or memory runs out.
     """
     tokenizer = load_tokenizer(base)
     stops = stop_tokens(base, tokenizer)
@@ -184,7 +184,7 @@ def build_trainer(
 
     Args:
         heldout: examples measured during training, as the recipe says or as the run can afford.
-        curve: replaces these examples, and the schedule of their measurement.
+        curve: replaces these examples, and when they are measured.
         load: loads the base's weights.
     """
     acceleration = choose_acceleration(machine_facts(), flash=takes_flash_attention(base))

@@ -1,4 +1,4 @@
-"""Input and summary of a training run. Read without torch."""
+"""Input and summary of a training run. Does not import torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ class TrainingSummary:
         tokens: prompt and answer tokens seen, without padding.
         tokens_per_second: speed in the process that finished the run.
         seconds: time of the optimizer's run without loading, in the process that finished it.
-        best_step: the step of these weights, if the recipe keeps the best.
+        best_step: the step whose weights were kept as the best; None if the last ones were kept.
         points: every step, with held-out loss if it was measured.
-        peak_memory: peak bytes of the process until the end of training, or of its GPU memory.
+        peak_memory: peak bytes of GPU memory, or on a CPU of the process, until the end of training.
         estimated_memory, estimated_seconds: the estimates before the run.
     """
 

@@ -37,7 +37,7 @@ _NUMBER_TYPE = "number_type"  # in the header of the weights' file
 
 
 class ResumableTrainer(AnswerTrainer):
-    """`AnswerTrainer` with complete checkpoints, an order of data without hidden state, and held-out loss.
+    """`AnswerTrainer` with complete checkpoints, a data order without hidden state, and held-out loss.
 
     Args:
         checkpoints: folder of the checkpoints.
@@ -115,7 +115,7 @@ class ResumableTrainer(AnswerTrainer):
         super().log(logs, start_time)
 
     def training_step(self, *args: Any, **options: Any) -> torch.Tensor:
-        """Run forward and backward of a batch, which change only the random numbers of a checkpoint's content.
+        """Run a batch forward and backward; of a checkpoint's content, only the random numbers change.
 
         Raises:
             StepAbandoned: a signal arrived.
@@ -199,11 +199,11 @@ def answer_tokens(row: dict[str, Any]) -> int:
 
 
 class NoStepLeftError(Exception):
-    """The run has ended, but transformers starts another step."""
+    """Raised if the run is complete but transformers starts another step."""
 
 
 class _StepStart(TrainerCallback):
-    """State that a step changes before the weights (random numbers, count of tokens), and the speed of the step."""
+    """Stores the state that a step changes before the weights (random numbers, token count), and measures its speed."""
 
     def __init__(self) -> None:
         self._random: tuple[Any, Any, torch.Tensor, list[torch.Tensor]] | None = None

@@ -1,4 +1,4 @@
-"""One training only for its held-out loss: no weights are written, merged or served. Imports torch and TRL.
+"""Trains only to measure held-out loss: no weights are written, merged or served. Imports torch and TRL.
 
 A trial computes bit for bit the same as `train_model` with the same recipe, after any earlier training in the process.
 """
@@ -68,15 +68,15 @@ def train_trial(
     *,
     number_type: NumberType,
 ) -> TrialRun:
-    """Train by the recipe without its section `stopping`, or resume from a checkpoint.
+    """Train with the recipe except its section `stopping`, or resume from a checkpoint.
 
     Args:
-        checkpoints: folder of this trial alone.
-        report: callback for losses; its exceptions end the trial.
+        checkpoints: folder for this trial's checkpoints only.
+        report: callback for losses; any exception that it raises stops the trial.
 
     Raises:
         InterruptedRunError: a signal arrived, and a checkpoint was written.
-        TrainingError: the loss or a weight is not finite, the loss explodes, or memory is short.
+        TrainingError: the loss or a weight is not finite, the loss explodes, or memory runs out.
     """
     with _open(base, data, recipe, checkpoints, report, number_type) as (trainer, asked):
         seconds = run_trainer(trainer, _STOPPING, asked, number_type)
@@ -103,9 +103,7 @@ def untrained_losses(
         try:
             return _judge(trainer, data.judged, asked)
         except StepAbandoned as error:
-            raise InterruptedRunError(
-                f"{error} while the base was measured", todo="run the same command again"
-            ) from error
+            raise InterruptedRunError(f"{error} while measuring the base", todo="run the same command again") from error
 
 
 @contextmanager

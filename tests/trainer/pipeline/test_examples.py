@@ -62,7 +62,7 @@ def test_data_is_rejected_when_the_heldout_file_is_empty(tmp_path: Path) -> None
 
 def test_data_is_rejected_when_a_training_prompt_is_held_out(tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match="1 training examples have the prompt of a held-out example; the first is number 3"
+        DataError, match="1 training examples have the same prompt as a held-out example; the first is number 3"
     ):
         read(tmp_path, TRAIN, [make_example("Question  2", "no")])
 
@@ -106,7 +106,7 @@ def test_number_of_examples_kept_in_training_is_printed_when_they_were_learnt_be
     before = split_again(tmp_path, NO_PROMPTS).heldout
     split_again(tmp_path, hash_prompts(before[:4]))
     output = " ".join(capsys.readouterr().err.split())
-    assert "4 examples are trained on instead of held out: an earlier version of tiny has learnt them" in output
+    assert "4 examples are used for training instead of held out: an earlier version of tiny was trained on them" in output
 
 
 def test_examples_are_the_same_when_the_recipes_own_version_exists(
@@ -143,7 +143,7 @@ def test_number_of_learnt_prompts_is_printed_when_the_heldout_file_contains_some
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     read_named(tmp_path, hash_prompts(lines_of(2, "held")))
-    assert "2 of 3 held-out prompts were learnt by an earlier version of tiny" in " ".join(
+    assert "an earlier version of tiny was trained on 2 of 3 held-out prompts" in " ".join(
         capsys.readouterr().err.split()
     )
 
@@ -258,7 +258,7 @@ def test_training_example_is_left_out_when_it_is_a_general_question(
     examples = with_questions(tmp_path, [*TRAIN, trained_on])
     assert examples.train == tuple(TRAIN)
     assert examples.train_fingerprint == with_questions(tmp_path, TRAIN).train_fingerprint
-    assert "1 training examples are left out" in capsys.readouterr().err
+    assert "1 training examples are excluded" in capsys.readouterr().err
 
 
 def test_general_example_is_not_mixed_in_when_it_is_a_general_question(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_no_general_questions_are_asked_when_the_base_is_not_evaluated(make: Mak
 def test_version_is_rejected_when_it_forgot_too_much_and_no_model_is_asked_again_when_the_limit_changes(
     make: Make, engines: Engines
 ) -> None:
-    with pytest.raises(TrainingError, match=r"training lost 1\.000 of the right answers to 10 general questions"):
+    with pytest.raises(TrainingError, match=r"correct answers to 10 general questions fell by 1\.000"):
         asking(make(evaluate={"max_forgetting": 0.5}), questions("base.0")).train_version()
     launched = len(engines.launched)
     asking(make(), questions("base.0")).train_version()
@@ -156,7 +156,7 @@ def test_version_passes_when_a_loss_beyond_the_limit_is_excluded(
 
 @pytest.mark.parametrize(("before", "after", "most"), [(50, 20, 0.1), (50, 44, 0.0), (10, 0, 0.02)])
 def test_version_is_rejected_when_a_loss_beyond_the_limit_is_proven(before: int, after: int, most: float) -> None:
-    with pytest.raises(TrainingError, match="of the right answers to 100 general questions") as raised:
+    with pytest.raises(TrainingError, match="correct answers to 100 general questions") as raised:
         check_gate(judge_forgetting(lost(before, after), most), Undecided.WARN)
     assert raised.value.expected == f"at most {most:.3f} (evaluate.max_forgetting)"
     assert "data.general" in raised.value.todo

@@ -98,7 +98,7 @@ def test_lost_answers_are_rejected_when_a_loss_beyond_the_limit_is_proven(merged
 def test_error_has_both_figures_and_their_difference_when_a_loss_is_rejected() -> None:
     with pytest.raises(TrainingError) as caught:
         check(won(160, 200), won(100, 200))
-    assert "GPTQ lost 0.300 of exact match: 0.800 [" in caught.value.wrong
+    assert "GPTQ lowered exact match by 0.300: 0.800 [" in caught.value.wrong
     assert "0.500 [" in caught.value.wrong
     assert "loss 0.300 [" in caught.value.wrong
     assert caught.value.expected == "at most 0.050 (evaluate.max_gptq_loss)"
@@ -112,7 +112,7 @@ def test_quantized_model_passes_when_the_likelihood_loss_is_within_the_limit(mer
 
 @pytest.mark.parametrize(("merged", "gptq"), [(0.1, 0.12), (2.0, 2.15), (2.0, 8.0)])
 def test_free_text_model_is_rejected_when_right_answers_become_less_likely(merged: float, gptq: float) -> None:
-    with pytest.raises(TrainingError, match="makes the right answers less likely"):
+    with pytest.raises(TrainingError, match="makes the reference answers less likely"):
         check(likely(merged), likely(gptq))
 
 
@@ -189,7 +189,7 @@ def test_set_level_metric_is_undecided_when_no_answer_changes_and_examples_are_f
 def test_report_says_gained_when_the_quantized_model_is_better() -> None:
     loss, _ = judged(won(100, 200), won(120, 200))
     assert loss.verdict.outcome is GateOutcome.PASSED
-    assert loss.measured.startswith("GPTQ gained 0.100 of exact match: 0.500 [")
+    assert loss.measured.startswith("GPTQ raised exact match by 0.100: 0.500 [")
 
 
 def written(kept: float, metric: Metric, nll: float = 1.0, total: int = 40) -> Qualified:
@@ -215,7 +215,7 @@ def test_free_text_model_passes_when_it_writes_equally_well() -> None:
 def test_perplexity_limit_is_relative_to_the_merged_model() -> None:
     metric, merged = Perplexity(), likely(2.0)
     check(merged, likely(2.04), metric, max_gptq_nll=1.0)
-    with pytest.raises(TrainingError, match=r"GPTQ added .* to the perplexity") as caught:
+    with pytest.raises(TrainingError, match=r"GPTQ raised perplexity by") as caught:
         check(merged, likely(2.1), metric, max_gptq_nll=1.0)
     assert "times the merged model's" in caught.value.expected
 

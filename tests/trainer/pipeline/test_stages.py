@@ -34,7 +34,7 @@ def test_number_types_and_their_reasons_are_printed_before_training(
     output = " ".join(capsys.readouterr().err.split())
     assert "train: float32 on cpu (x86_64-avx2 has no fast bfloat16)" in output
     assert "merged: float32 on cpu (x86_64-avx2 has no fast 16-bit arithmetic)" in output
-    assert "gptq: bfloat16 on cpu, kernel of torch (vLLM has none for x86_64-avx2)" in output
+    assert "gptq: bfloat16 on cpu, torch kernel (vLLM has none for x86_64-avx2)" in output
 
 
 def test_run_fails_before_training_when_a_format_cannot_be_served_here(make: Make, stages: Stages) -> None:

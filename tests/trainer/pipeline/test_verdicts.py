@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_nothing_is_measured_again_when_a_limit_is_raised(make: Make, stages: Stages, engines: Engines) -> None:
-    with pytest.raises(TrainingError, match=r"GPTQ lost 1\.000"):
+    with pytest.raises(TrainingError, match=r"GPTQ lowered accuracy by 1\.000"):
         make(WORSE_QUANTIZED).train_version()
     ran, launched = len(stages.ran), len(engines.launched)
     assert make(WORSE_QUANTIZED, evaluate={"max_gptq_loss": 1.0}).train_version().number == 1
@@ -30,13 +30,13 @@ def test_nothing_is_measured_again_when_a_limit_is_raised(make: Make, stages: St
 def test_failing_version_is_registered_when_register_failed_is_set(make: Make) -> None:
     pipeline = replace(make(WORSE_QUANTIZED), register_failed=True)
     (failure,) = pipeline.registry.manifest(pipeline.train_version()).failed
-    assert failure.startswith("GPTQ lost 1.000 of accuracy")
+    assert failure.startswith("GPTQ lowered accuracy by 1.000")
     assert pipeline.train_version().number == 1
 
 
 def test_run_fails_again_when_only_a_failed_version_is_registered(make: Make) -> None:
     replace(make(WORSE_QUANTIZED), register_failed=True).train_version()
-    with pytest.raises(TrainingError, match=r"GPTQ lost 1\.000"):
+    with pytest.raises(TrainingError, match=r"GPTQ lowered accuracy by 1\.000"):
         make(WORSE_QUANTIZED).train_version()
 
 
@@ -89,7 +89,7 @@ def test_version_gets_the_next_number_when_an_earlier_one_failed(make: Make) -> 
 
 def test_no_version_is_registered_when_the_quantized_model_is_worse(make: Make) -> None:
     pipeline = make(WORSE_QUANTIZED)
-    with pytest.raises(TrainingError, match=r"GPTQ lost 1\.000 of accuracy"):
+    with pytest.raises(TrainingError, match=r"GPTQ lowered accuracy by 1\.000"):
         pipeline.train_version()
     assert pipeline.registry.versions() == []
     assert not pipeline.run.done(Stage.REGISTER)
@@ -149,7 +149,7 @@ PREFIX = "merged.0 merged.1 merged.2 merged.3"
 def test_no_version_is_registered_when_the_quantized_free_text_model_is_broken(make: Make) -> None:
     """The double answers with the name of its weights: close to the references if it has the merged ones."""
     heldout = tuple(make_example(f"write {place}", f"{PREFIX} and more of {place}") for place in range(20))
-    with pytest.raises(TrainingError, match=r"GPTQ lost 0\.\d+ of ROUGE-L"):
+    with pytest.raises(TrainingError, match=r"GPTQ lowered ROUGE-L by 0\.\d+"):
         make(heldout).train_version()
 
 

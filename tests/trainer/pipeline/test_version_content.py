@@ -222,7 +222,7 @@ def test_version_is_registered_when_its_report_cannot_be_written(
     pipeline = make()
     version = pipeline.train_version()
     assert version in pipeline.registry.versions()
-    assert f"the report of {version} could not be logged to MLflow" in caplog.text
+    assert f"could not log the report of {version} to MLflow" in caplog.text
 
 
 def test_mlflow_shows_description_and_figures_of_a_version(pipeline: Pipeline) -> None:

@@ -253,14 +253,14 @@ def test_method_implies_adapter_type_and_quantization(
     [
         (
             {"method": "vera", "adapter": {"type": "dora"}},
-            "means adapter.type vera, but adapter.type is dora",
+            "implies adapter.type vera, but adapter.type is dora",
         ),
         ({"method": "full", "adapter": {"type": "lora"}}, "adapter.type is not used by method full"),
         ({"method": "full", "quantization": "nf4"}, "freezes the weights, but method full trains them all"),
         ({"adapter": {"type": "vera", "alpha": 3}}, "adapter.alpha is not used by vera"),
         ({"formats": []}, "'formats' is []"),
-        ({"formats": ["gptq", "gptq"]}, "formats contains a format twice"),
-        ({"method": "full", "formats": ["adapter"]}, "formats contains adapter, but method full trains no adapter"),
+        ({"formats": ["gptq", "gptq"]}, "formats lists a format twice"),
+        ({"method": "full", "formats": ["adapter"]}, "formats lists adapter, but method full trains no adapter"),
     ],
     ids=str,
 )
