@@ -149,7 +149,7 @@ async def test_undecided_version_is_promoted_with_a_warning(serving: Home) -> No
     make_version(serving.registry, 4, gates=(gate_report(0.04), gate_report(0.09)))
     result = await type_in(serving, "promote", f"{NAME}@4")
     assert result.stdout.startswith("tuned@4 (merged) is served")
-    assert result.stderr.count("warning: GPTQ lost 0.010 of accuracy") == 1
+    assert result.stderr.count("warning: GPTQ lowered accuracy by 0.010") == 1
     assert "a loss of up to 0.090 cannot be excluded with 60 examples; about 500 would decide" in result.stderr
 
 

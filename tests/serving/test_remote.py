@@ -91,7 +91,7 @@ async def test_undecided_version_is_promoted_with_a_warning_when_the_server_is_r
     make_version(home.registry, 4, gates=(gate_report(0.04), gate_report(0.09)))
     result = await remote("promote", f"{NAME}@4")
     assert result.exit_code == 0, result.output
-    assert result.stderr.count("warning: GPTQ lost 0.010 of accuracy") == 1
+    assert result.stderr.count("warning: GPTQ lowered accuracy by 0.010") == 1
 
 
 async def test_audit_log_has_the_key_and_the_peer(home: Home, remote: Remote, admin: IssuedKey) -> None:

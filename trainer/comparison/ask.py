@@ -1,4 +1,4 @@
-"""Asks models: stored answers are used again; other models run on engines, one after the other."""
+"""Collects models' answers: stored ones are reused; other models answer on engines, one after the other."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,10 +36,10 @@ Tokenize = Callable[[Path, Sequence[ChatExample], TemplateKwargs], list[Tokenize
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """Answers of one model.
+    """One model's answers to the examples.
 
     Attributes:
-        kept: whether all answers were stored before, and the model was not asked.
+        kept: whether all answers were stored, so that the model was not run.
     """
 
     results: tuple[ExampleResult, ...]
@@ -52,14 +52,14 @@ _Asked = tuple[Sequence[TokenizedExample], Sequence[int]]
 
 @dataclass(frozen=True)
 class Interview:
-    """Asks several models the same examples.
+    """Sends the same examples to several models.
 
     Args:
-        max_tokens: fixed limit of every answer, tokens; None: by each reference.
+        max_tokens: token limit of every answer; None: the limit depends on each reference.
         launch: creates a new, unstarted engine for a model folder.
-        fresh: do not use stored answers.
+        fresh: whether to ignore stored answers.
         tokenize: tokenizes examples as training does.
-        transport: replaces the network to endpoints.
+        transport: HTTP transport for requests to endpoints; None for the network.
     """
 
     settings: Settings
@@ -93,11 +93,11 @@ class Interview:
         return answers
 
     async def _at_endpoint(self, endpoint: Endpoint, local: Sequence[_Asked]) -> tuple[ExampleResult, ...]:
-        """Ask an endpoint, whose tokenizer is unknown.
+        """Return the answers of an endpoint, whose tokenizer is unknown.
 
         Its answers have the limits of the local model that it is compared with, so that both have the same maximum
         length. Two endpoints get an upper bound from the bytes of each reference: a limit that is too high costs some
-        tokens, one that is too low would cut right answers.
+        tokens; one that is too low would cut off correct answers.
         """
         if local:
             (_, limits), *_ = local
@@ -109,7 +109,7 @@ class Interview:
     async def _on_engines(
         self, models: dict[str, LocalModel], prepared: dict[str, _Asked]
     ) -> dict[str, tuple[ExampleResult, ...]]:
-        """Return answers by revision. A compatible model is loaded in place of the one before, in the same engine."""
+        """Return answers by revision. A compatible model replaces the previous one in the same engine."""
         engine, loaded, results = None, "", {}
         try:
             for revision, model in models.items():
@@ -146,7 +146,7 @@ class Interview:
         return tokenized, answer_limits(tokenized, context=served, fixed=self.max_tokens)
 
     def _known(self, model: LocalModel, limits: Sequence[int]) -> tuple[ExampleResult, ...] | None:
-        """Return stored answers to all examples, asked in the same way on the same kind of engine; None if missing."""
+        """Return stored answers to all examples with the same limits and kind of engine; None if any is missing."""
         if self.fresh:
             return None
         return self._cache(model).find(self.examples, limits) or self._registered(model, limits)

@@ -18,24 +18,24 @@ _RENEW = "ask its issuer to replace it"
 @click.command()
 @click.argument("first", metavar="A")
 @click.argument("second", metavar="B")
-@click.option("--data", multiple=True, metavar="FILE", help="Examples to ask.  [default: the versions' held-out set]")
-@click.option("--limit", type=click.IntRange(min=1), help="Number of examples to ask, from the first.")
+@click.option("--data", multiple=True, metavar="FILE", help="Examples to send.  [default: the versions' held-out set]")
+@click.option("--limit", type=click.IntRange(min=1), help="Number of examples to send, from the first.")
 @click.option(
     "--format", type=click.Choice(["merged", "gptq"]), help="Format of versions.  [default: gptq if there is one]"
 )
 @click.option(
     "--max-tokens",
     type=click.IntRange(min=1),
-    help="Maximum tokens of an answer.  [default: as the version was evaluated, else by each reference]",
+    help="Maximum tokens of an answer.  [default: as the version was evaluated, else by reference length]",
 )
-@click.option("--metric", "metrics", multiple=True, metavar="NAME", help="Metric.  [default: those of the task]")
+@click.option("--metric", "metrics", multiple=True, metavar="NAME", help="Metric to use.  [default: those of the task]")
 @click.option("--primary", metavar="NAME", help="The metric that decides which model is better.")
-@click.option("--fresh", is_flag=True, help="Ask all examples again instead of using stored answers.")
+@click.option("--fresh", is_flag=True, help="Generate all answers again instead of using stored ones.")
 @click.option("--endpoint-key-file", type=click.Path(path_type=Path), help="File that holds the endpoint's API key.")
 @click.option("--endpoint-key-variable", metavar="NAME", help="Environment variable that holds the endpoint's API key.")
-@click.option("--judge-url", metavar="URL", help="OpenAI endpoint of a judge, which receives all texts.")
-@click.option("--judge-model", metavar="NAME", help="Name of the judge at this endpoint.")
-@click.option("--judge-key-file", type=click.Path(path_type=Path), help="File with the judge's key.")
+@click.option("--judge-url", metavar="URL", help="OpenAI-compatible endpoint of a judge, which receives all texts.")
+@click.option("--judge-model", metavar="NAME", help="The judge's model name at this endpoint.")
+@click.option("--judge-key-file", type=click.Path(path_type=Path), help="File that holds the judge's API key.")
 @click.option("--fail-if-worse", is_flag=True, help="Exit with code 1 if B is significantly worse than A.")
 @json_option
 @click.pass_context
@@ -51,7 +51,7 @@ def compare(
     as_json: bool,
     **wanted: Any,
 ) -> None:
-    """Ask the models A and B the same examples, and show which answers better.
+    """Send the same examples to the models A and B, and show which one answers better.
 
     A and B are versions (NAME, NAME@N, NAME@alias), bases as in a recipe, or remote models
     (https://HOST/v1#MODEL), to which the prompts are sent.

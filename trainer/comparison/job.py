@@ -25,7 +25,7 @@ from trainer.data.chat_template import tokenize_as_trained
 from trainer.pipeline.evaluation_engine import evaluation_engine
 
 FOLDER = "compare"
-"""Folder in the home for the engine's log and a lock."""
+"""Folder in $SVC_HOME for the engine's log and a lock."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +108,9 @@ def _warn(models: Sequence[Model], questions: Questions, registry: Registry) -> 
 
 
 def _why_no_tokens(models: Sequence[Model]) -> str:
-    """Return the reason why metrics over tokens cannot be compared; empty if they can."""
+    """Return the reason why token metrics cannot be compared; empty if they can."""
     if any(isinstance(model, Endpoint) for model in models):
-        return "a remote endpoint returns no log-probabilities of a prompt, and has its own tokens"
+        return "a remote endpoint returns no log-probabilities for a prompt, and uses its own tokenizer"
     folders = {model.folder for model in models if isinstance(model, LocalModel)}
     if len({tokenizer_fingerprint(folder) for folder in folders}) > 1:
         return "the two models have different tokenizers"

@@ -21,7 +21,7 @@ class LocalModel:
 
     Attributes:
         name: name for display.
-        revision: identifies its content.
+        revision: digest of the model's content.
         template_kwargs: arguments of its chat template.
         manifest: manifest of a version; None for a base.
         format: format of a version; None for a base.
@@ -42,7 +42,7 @@ Model = LocalModel | Endpoint
 
 
 def find_model(text: str, registry: Registry, settings: Settings, *, format: Format | None, key: str | None) -> Model:
-    """Return the model that an argument of the command line names.
+    """Return the model that a command-line argument names.
 
     Args:
         text: an endpoint (https://HOST/v1#MODEL); `NAME`, `NAME@N` or `NAME@alias`; or a base as in a recipe.

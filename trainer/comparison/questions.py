@@ -21,11 +21,11 @@ from trainer.recipe.sections import Evaluate
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Arguments of the command line; its options have the same names.
+    """The command's arguments; its options have the same names.
 
     Attributes:
         key: key for endpoints among the models.
-        judge: compares the answers too; None for no judge.
+        judge: endpoint of a judge that compares the answers too; None for no judge.
     """
 
     first: str
@@ -47,9 +47,9 @@ class Questions:
 
     Attributes:
         origin: source of the examples, for display.
-        max_tokens: fixed limit of every answer, tokens; None: by each reference.
-        options: metrics of the answers.
-        whole: all examples of the origin, which decide the kind of task even if few are asked.
+        max_tokens: token limit of every answer; None: the limit depends on each reference.
+        options: metrics for the answers.
+        whole: all examples of the origin, which determine the kind of task even if few are sent.
     """
 
     examples: Sequence[ChatExample]
@@ -60,7 +60,7 @@ class Questions:
 
 
 def choose_questions(models: Sequence[Model], registry: Registry, wanted: Wanted, cache: Path) -> Questions:
-    """Return the examples, and the way to ask them.
+    """Return the examples, with the metrics and limits for the answers.
 
     Args:
         wanted: without data, the held-out set of the versions among the models is used, limited to the examples of
@@ -77,12 +77,12 @@ def choose_questions(models: Sequence[Model], registry: Registry, wanted: Wanted
         whole = read_examples(wanted.data, cache=cache)
         return Questions(whole[: wanted.limit], ", ".join(wanted.data), longest, options, whole)
     if not versions:
-        raise DataError("neither model has a held-out set", todo="name the examples to ask: --data FILE")
+        raise DataError("neither model has a held-out set", todo="name the examples with --data FILE")
     if len({version.data.heldout_fingerprint for version in versions}) > 1:
         raise DataError(
             f"{versions[0].id} and {versions[1].id} have different held-out sets",
             expected="versions that were evaluated on the same examples",
-            todo="name the examples to ask: --data FILE",
+            todo="name the examples with --data FILE",
         )
     counts = [count for count in (wanted.limit, *(version.judged_examples for version in versions)) if count]
     whole = registry.heldout(versions[0].id)

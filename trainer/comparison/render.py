@@ -15,7 +15,7 @@ from trainer.comparison.job import Compared
 from trainer.comparison.model import LocalModel, Model
 
 _MAX_SHOWN = 160
-"""Maximum number of characters to show of a text."""
+"""Maximum number of characters of a text that are shown."""
 _VERDICTS = {
     Direction.BETTER: "[green]B is better[/green]",
     Direction.WORSE: "[red]B is worse[/red]",
@@ -35,7 +35,7 @@ def print_compared(compared: Compared) -> None:
         table.add_row(*_row(figures))
     output.print(table)
     for name, reason in comparison.left_out.items():
-        output.print(f"[dim]{escape(name)} is left out: {escape(reason)}[/dim]")
+        output.print(f"[dim]{escape(name)} was not computed: {escape(reason)}[/dim]")
     primary, tally = comparison.metrics[comparison.primary], comparison.tally
     by = escape(tally.metric)
     output.print(f"\nBy {escape(primary.title)}: [bold]{_VERDICTS[comparison.direction]}[/bold] (95 %)")
@@ -78,7 +78,7 @@ def _print_example(shown: DifferentAnswers, metric: str) -> None:
 
 
 def _short(text: str) -> str:
-    """Return the text on one line, with its end cut off."""
+    """Return the text on one line, cut off at the maximum length."""
     line = " ".join(text.split())
     return line if len(line) <= _MAX_SHOWN else f"{line[:_MAX_SHOWN]}…"
 
@@ -109,5 +109,5 @@ def _model(model: Model, answers: Answers) -> dict[str, Any]:
 
 
 def _result(result: ExampleResult, *, likely: bool) -> dict[str, Any]:
-    """Return a result, without the likelihood of the reference unless it is known for both models."""
+    """Return a result; the reference's likelihood is included only if known for both models."""
     return result.model_dump(mode="json", exclude={"scores"} if likely else {"scores", "nll", "scored", "logprob"})

@@ -1,1 +1,1 @@
-"""Diagnosis of a training from its numbers: the faults found, in words."""
+"""Diagnoses a training run from its measurements: finds faults and explains them."""

@@ -9,12 +9,12 @@ from trainer.diagnosis.training_run import TrainingRun, TrainingSettings
 from trainer.diagnosis.window import Window, start_of, taken, width, window_of, windows
 
 SURE = 3.0
-"""Standard errors above which a difference of windows is not chance. Many pairs of windows are compared, so a
+"""Standard errors above which a difference between windows is not chance. Many pairs of windows are compared, so a
 difference must be large as well."""
 ABOVE_START = 0.1
-"""Share of the loss before the first step; a smaller rise is not worth another run."""
+"""Minimum rise as a share of the loss before the first step; a smaller one is not worth another run."""
 GIVEN_BACK = 0.25
-"""Share of the fall so far: a loss that rises by this much was thrown off, not shaken by hard batches."""
+"""Minimum rise as a share of the fall so far: hard batches alone cause smaller ones."""
 UNFINISHED_SHARE, HELDOUT_SHARE = 0.2, 0.12
 """Share of the total fall of the training loss, and of held-out loss, in the last third of the learning. A loss that
 approaches its limit exponentially, and has a share of 0.2 there, is three quarters of the way to the limit."""
@@ -22,11 +22,11 @@ LATE_SURE = 2.0
 """Standard errors by which the late fall exceeds chance: of held-out loss over the same examples, if measured, else of
 the training loss. Only one comparison is made, so fewer are enough than for pairs of windows."""
 USUAL_TIMES = 3.0
-"""Multiple of the usual rate from which the rate counts as the cause: neighbouring rates of a search differ by this."""
+"""Multiple of the usual rate at which the rate counts as the cause: neighbouring rates of a sweep differ by this."""
 
 
 def find_divergence(run: TrainingRun) -> Finding | None:
-    """Return a finding if the loss ends above its start."""
+    """Return a finding if the loss at the end is above the loss at the start."""
     parts = windows(run.curve)
     if not parts:
         return None
@@ -44,7 +44,7 @@ def find_divergence(run: TrainingRun) -> Finding | None:
 
 
 def find_high_rate(run: TrainingRun) -> Finding | None:
-    """Return a finding if the loss jumps up during its fall: above its start, or far above an earlier value."""
+    """Return a finding if the loss jumps up while falling: above the starting loss, or far above an earlier value."""
     parts = windows(run.curve)
     if not parts or find_divergence(run):
         return None
@@ -105,7 +105,7 @@ def find_underfitting(run: TrainingRun) -> Finding | None:
 
 
 def not_learnt(settings: TrainingSettings, what: str, rule: str) -> Finding:
-    """Return the finding of too few steps, or of a high learning rate if the rate is far above the default."""
+    """Return a finding of too few steps, or of a high learning rate if the rate is far above the default."""
     if settings.learning_rate >= USUAL_TIMES * settings.usual_learning_rate:
         return Finding(
             kind=FindingKind.LEARNING_RATE_HIGH,
@@ -142,7 +142,7 @@ def late_windows(run: TrainingRun) -> tuple[Window, Window, Window] | None:
 
 
 def _unfinished(run: TrainingRun) -> tuple[Window, Window, Window] | None:
-    """Return the late windows if too much of the fall came after the second."""
+    """Return the late windows if too much of the fall was after the second one; else None."""
     parts = late_windows(run)
     if not parts or find_high_rate(run):  # a loss that was thrown off falls while it recovers
         return None
@@ -174,7 +174,7 @@ def _pairs(parts: list[Window]) -> list[tuple[Window, Window]]:
 
 
 def _is_above(window: Window, other: Window, least: float) -> bool:
-    """Return whether a window's mean exceeds another's by at least this, and beyond chance."""
+    """Return whether a window's mean exceeds another's by at least `least`, and beyond chance."""
     difference, error = window.above(other)
     return difference > max(SURE * error, least)
 

@@ -1,4 +1,4 @@
-"""All rules on one run: pure functions of its numbers, so that a run always has the same diagnosis."""
+"""Applies all rules to a run: pure functions of its measurements, so that a run always has the same diagnosis."""
 
 from svc.evaluation.finding import Advice, Finding, FindingKind
 from trainer.diagnosis.curve_rules import (
@@ -17,7 +17,7 @@ from trainer.diagnosis.label_rules import find_label_noise
 from trainer.diagnosis.training_run import TrainingRun
 
 FORGOTTEN = 0.02
-"""Loss of a score between 0 and 1; a smaller loss is not worth another run."""
+"""Minimum loss of a score between 0 and 1; a smaller loss is not worth another run."""
 _RULES = (find_divergence, find_high_rate, find_low_rate, find_overfitting, find_too_little_data)
 
 
@@ -35,7 +35,7 @@ def diagnose(run: TrainingRun) -> tuple[Finding, ...]:
 
 
 def find_forgetting(run: TrainingRun) -> Finding | None:
-    """Return a finding if the score on general tasks fell by the training."""
+    """Return a finding if training lowered the score on general tasks."""
     change, share = run.general_change, run.settings.general_share
     if change is None or change.high >= 0 or change.value > -FORGOTTEN:
         return None

@@ -11,7 +11,7 @@ from trainer.diagnosis.window import measured_points, start_of, taken, width, wi
 FALSE_ALARMS = 0.05
 """Share of healthy runs in which the paired test alone may find a rise; divided among the measurements."""
 RISE = 0.1
-"""Share of the lowest held-out loss: a smaller rise is not worth another run."""
+"""Minimum rise as a share of the lowest held-out loss: a smaller one is not worth another run."""
 FEW_EXAMPLES = 50
 """OpenAI's guide to fine-tuning sees clear improvements from 50 to 100 examples on."""
 MANY_EXAMPLES = 1000
@@ -23,7 +23,7 @@ WIDEST = 0.2
 """Maximum width of the interval of exact match: with a wider one, a version that is ten points worse looks the same."""
 
 CUT_OFF = 0.02
-"""Share of answers that ended at their limit: fewer barely move a figure."""
+"""Share of answers that were cut off at their limit: a smaller share barely changes a figure."""
 
 
 def find_overfitting(run: TrainingRun) -> Finding | None:
@@ -52,7 +52,7 @@ def find_overfitting(run: TrainingRun) -> Finding | None:
 
 
 def find_too_little_data(run: TrainingRun) -> Finding | None:
-    """Return a finding if there are very few examples, or few that were memorized."""
+    """Return a finding if there are very few examples, or few examples that the model has memorized."""
     settings, count = run.settings, run.train_examples
     if count < FEW_EXAMPLES:
         what = f"{count} training examples"
@@ -104,7 +104,7 @@ def find_small_heldout(run: TrainingRun) -> Finding | None:
 
 
 def find_cut_answers(run: TrainingRun) -> Finding | None:
-    """Return a finding if more than `CUT_OFF` of a format's answers ended at their limit of tokens."""
+    """Return a finding if more than `CUT_OFF` of a format's answers were cut off at their token limit."""
     cut = {format: share for format, share in run.cut_off.items() if share.value > CUT_OFF}
     if not cut:
         return None

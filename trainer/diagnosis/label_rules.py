@@ -1,4 +1,4 @@
-"""Rules on labels, from the answers: some labels are wrong, or were not learnt."""
+"""Rules on labels, which the answers show: some labels are wrong, or were not learnt."""
 
 import math
 from collections import Counter
@@ -15,7 +15,7 @@ from trainer.diagnosis.window import FEW_STEPS, measured_points, taken
 MAX_LABELS = 50
 """Number of different answers above which a task does not count as labelling; the same as in `svc data check`."""
 MIN_ASKED = 60
-"""Minimum number of held-out examples, so that a third of them are twenty."""
+"""Minimum number of held-out examples, so that a third of them is at least twenty."""
 WRONG = 0.06
 """Share of wrong answers in the surest third. On the section task 2 to 4 % are wrong there, and 25 to 35 % in all."""
 LEARNT, SURE = 0.7, 0.88
@@ -41,7 +41,7 @@ examples."""
 
 
 def find_label_noise(run: TrainingRun) -> Finding | None:
-    """Return a finding if the model's surest answers often differ from the reference, or if examples contradict."""
+    """Return a finding if the model's surest answers often differ from the reference, or examples are contradictory."""
     if not _are_labels(run.answers):
         return None
     if run.train_examples and run.contradictions / run.train_examples > CONTRADICTED:
@@ -61,12 +61,12 @@ def find_label_noise(run: TrainingRun) -> Finding | None:
         return None
     return _finding(
         f"of the {len(third)} held-out answers that the model is surest of (mean probability {sure:.2f}), "
-        f"{wrong.value:.0%} [{wrong.low:.0%}, {wrong.high:.0%}] are not the reference"
+        f"{wrong.value:.0%} [{wrong.low:.0%}, {wrong.high:.0%}] differ from the reference"
     )
 
 
 def _find_unlearnt(run: TrainingRun) -> Finding | None:
-    """Return the reason why labels were not learnt: a rate too high, too few steps, or wrong labels; else None."""
+    """Return a finding if labels were not learnt, with the cause: a rate too high, too few steps, or wrong labels."""
     counts, asked = Counter(run.answers), len(run.answers)
     surprise = [-math.log(counts[answer] / asked) for answer in run.answers]
     gain = [known - result.nll * result.scored for known, result in zip(surprise, run.results, strict=True)]

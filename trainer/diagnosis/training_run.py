@@ -1,4 +1,4 @@
-"""The numbers of a training that a diagnosis reads. Knows nothing of their source."""
+"""The measurements of a training run that a diagnosis reads, whatever their source."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,17 +11,17 @@ from svc.evaluation.training_curve import TrainingPoint
 
 @dataclass(frozen=True, slots=True)
 class TrainingSettings:
-    """Values of the recipe for which findings propose other values.
+    """The recipe's values that findings may propose to change.
 
     Attributes:
         learning_rate: peak learning rate.
         usual_learning_rate: default learning rate of the method.
         steps: number of steps; None if the recipe names epochs.
-        keeps_best: the run ended with the weights of the lowest held-out loss.
-        limit: maximum number of training examples.
+        keeps_best: whether the run keeps the weights with the lowest held-out loss.
+        limit: maximum number of training examples; None for all.
         heldout_share: None if the held-out set is a separate file.
-        evaluate_limit: maximum number of asked held-out examples.
-        max_answer_tokens: fixed limit of every held-out answer; None: by each reference.
+        evaluate_limit: maximum number of evaluated held-out examples; None for all.
+        max_answer_tokens: token limit of every held-out answer; None: the limit depends on each reference.
         general_share: None if no general examples were mixed in.
     """
 
@@ -39,16 +39,16 @@ class TrainingSettings:
 
 @dataclass(frozen=True, slots=True)
 class TrainingRun:
-    """Measurements of one run.
+    """Settings and measurements of one run.
 
     Attributes:
         curve: every step.
         train_examples: number of training examples.
         contradictions: number of training examples whose prompt also occurs with a different answer.
-        answers: the reference answers of `results`; of all held-out examples if none was asked.
-        learns_one_turn: whether the loss of each of them is only that of its answer, without earlier turns.
+        answers: the reference answers of `results`; of all held-out examples if none were evaluated.
+        learns_one_turn: whether each example's loss covers only that answer, not earlier turns.
         evaluation: evaluation of the trained model; None if it was not served.
-        cut_off: by format, the share of held-out answers that ended at their limit.
+        cut_off: by format, the share of held-out answers that were cut off at their limit.
         results: the trained model's result on each held-out example.
         general_change: the score on general tasks after training minus the one before; None if not measured.
     """

@@ -1,4 +1,4 @@
-"""Means over neighbouring steps with their errors, because the loss of one batch says little."""
+"""Means over consecutive steps with their errors, because one batch's loss says little."""
 
 import math
 from collections.abc import Sequence
@@ -8,12 +8,12 @@ from statistics import fmean, stdev
 from svc.evaluation.training_curve import TrainingPoint
 
 MIN_STEPS = 20
-"""The curve of a shorter run says nothing."""
+"""Minimum number of steps; a shorter run's curve shows nothing."""
 FEW_STEPS = 50
 """A run of fewer steps is short: its labels may be unknown only because of that, and its held-out loss is measured on
 more examples."""
 MIN_MEASURED = 8
-"""Minimum number of held-out examples; fewer say nothing about others."""
+"""Minimum number of held-out examples; fewer are not representative."""
 _MIN_WIDTH, _SHARE = 5, 10  # steps, and the divisor of the run's steps
 _FIRST = 2
 """Number of first steps whose loss shows no learning yet: the learning rate still rises."""
@@ -21,7 +21,7 @@ _FIRST = 2
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Neighbouring steps.
+    """Mean loss of consecutive steps.
 
     Attributes:
         step: the last step.
@@ -34,12 +34,12 @@ class Window:
     error: float
 
     def above(self, other: "Window") -> tuple[float, float]:
-        """Return the difference of this mean to another window's, and its standard error."""
+        """Return this mean minus another window's, and the difference's standard error."""
         return self.mean - other.mean, math.hypot(self.error, other.error)
 
 
 def window_of(points: Sequence[TrainingPoint]) -> Window:
-    """Return the window of these steps, at least two."""
+    """Return the window of these steps, of which there must be at least two."""
     losses = [point.loss for point in points if point.loss is not None]
     return Window(points[-1].step, fmean(losses), stdev(losses) / math.sqrt(len(losses)))
 

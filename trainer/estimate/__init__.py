@@ -1,1 +1,1 @@
-"""Estimate of a recipe's memory, disk, time and cost before it runs, from the base's config, without weights."""
+"""Estimates a recipe's memory, disk space, time and cost before a run, without reading the base's weights."""

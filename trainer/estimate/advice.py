@@ -1,8 +1,8 @@
-"""Advice for a recipe that does not fit: the fewest changes of keys, cheapest first.
+"""Advice for a recipe that does not fit: the fewest changed keys, the cheapest changes first.
 
 Each proposal is estimated with all its changes, so it is as accurate as the estimate. First come changes without effect
 on the result (smaller batches with more accumulation, checkpointing), then rounding of the optimizer's moments, then
-another method, last changes that learn less.
+another method, and last changes that reduce what is learnt.
 """
 
 import json
@@ -43,7 +43,7 @@ def advise(recipe: Recipe, shape: ModelShape, workload: Workload, device: Comput
 
 
 def changed_recipe(recipe: Recipe, changes: Changes) -> Recipe:
-    """Return the recipe with other values of dotted keys."""
+    """Return the recipe with the changed values, by dotted key."""
     content = recipe.model_dump(exclude_unset=True)
     for key, value in changes.items():
         section, _, name = key.rpartition(".")

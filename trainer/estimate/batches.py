@@ -1,4 +1,4 @@
-"""The batches of a training, which decide its memory and time.
+"""The batches of a training run, which determine its memory and time.
 
 They are the trainer's own batches, with the examples' real lengths: padding, grouping by length and shared prompts are
 counted as in training. Without the base's tokenizer, texts are cut into pieces of 4.2 characters, the average token of
@@ -22,19 +22,19 @@ from trainer.recipe.sections import Recipe, TooLong, Train
 
 CHARACTERS_A_TOKEN = 4.2
 _TURN = 5
-"""Tokens with which a chat template marks a turn."""
+"""Number of tokens that a chat template adds to each turn."""
 _MAX_EXAMPLES = 1000
 """Number of examples to measure; a larger data set is sampled."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Examples that pass the model together.
+    """Examples that the model computes together.
 
     Attributes:
         rows: number of examples.
         length: tokens of the longest example.
-        shared: tokens of the prefix that all examples share and that is computed once.
+        shared: tokens of the prefix that all examples share, which is computed once.
         answers: tokens that are learnt.
     """
 
@@ -45,7 +45,7 @@ class Batch:
 
     @property
     def computed(self) -> int:
-        """Number of tokens that pass the model."""
+        """Number of tokens that the model computes."""
         return self.shared + self.rows * (self.length - self.shared)
 
 
@@ -57,7 +57,7 @@ class Workload:
         examples: number of training examples.
         tokens: tokens of one epoch, without padding.
         batches: batches of one epoch, or of a sample of its examples.
-        repeats: how often `batches` pass the model in the complete run.
+        repeats: how often `batches` are computed in the complete run.
         largest: the batch that needs the most memory.
         counted: whether the base's own tokenizer counted the tokens.
     """

@@ -1,8 +1,8 @@
-"""Time of a training: the operations of its matrix products divided by their speed, plus passes over memory.
+"""Time of a training run: the operations of its matrix products divided by their speed, plus passes over memory.
 
 A weight's product with a token is 2 operations; the gradient for the token is 2 more, and for a trained weight another
 2 (Kaplan et al. 2020, section 2.1, without the part that LoRA saves). Checkpointing computes the forward pass twice.
-Attention has two products forward and four backward, for each token with all tokens up to it.
+Attention has two products forward and four backward, for each token with itself and all earlier tokens.
 """
 
 from trainer.estimate.batches import Batch, Workload

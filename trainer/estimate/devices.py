@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 DEVICES_FILE = Path(__file__).with_name("devices.yaml")
 HERE = "here"
-"""The name of this machine."""
+"""Name of this machine as a device."""
 _GIB = 2**30
 _USABLE = 0.97
 """Share of a GPU's memory that a process can use: the driver reserves the rest."""
@@ -38,7 +38,7 @@ _CPU_BANDWIDTH = 1e10
 
 
 def training_kind(recipe: Recipe) -> Method:
-    """Return the method with the recipe's training speed; only for LoRA the base's quantization matters."""
+    """Return the method that has the recipe's training speed; the base's quantization matters only for LoRA."""
     if recipe.adapter_type is None:
         return Method.FULL
     if recipe.adapter_type is AdapterType.LORA and recipe.base_quantization is Quantization.NF4:
@@ -70,8 +70,8 @@ class ComputeDevice:
     Attributes:
         memory: bytes that training may use.
         speed: operations per second of bare matrix products.
-        bandwidth: bytes per second from memory.
-        utilization: the share of `speed` that training reaches; a missing method has LoRA's share.
+        bandwidth: bytes per second that memory transfers.
+        utilization: the share of `speed` that training reaches; methods that are missing have LoRA's share.
         dollars: price per hour; None for this machine.
         here: whether the device is this machine.
         ram: bytes of main memory that a process may use in addition to a GPU; None if unknown, as for listed GPUs.
@@ -95,7 +95,7 @@ class ComputeDevice:
 
 
 class _Listed(BaseModel):
-    """Entry of a GPU in devices.yaml."""
+    """A GPU's entry in devices.yaml."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -109,7 +109,7 @@ class _Listed(BaseModel):
     price_source: str
 
     def named(self, name: str) -> ComputeDevice:
-        """Return the device with its name in the file."""
+        """Return the entry as a device with this name."""
         return ComputeDevice(
             name=name,
             label=self.label,
@@ -139,7 +139,7 @@ def read_devices(path: Path = DEVICES_FILE) -> dict[str, ComputeDevice]:
     try:
         listed = _Catalogue.model_validate(yaml.safe_load(path.read_text("utf-8"))).devices
     except (OSError, yaml.YAMLError, ValidationError) as error:
-        raise SettingsError(f"{path} is not valid: {error}", expected="devices in the format of that file") from error
+        raise SettingsError(f"{path} is not valid: {error}", expected="the format of the installed file") from error
     return {name: device.named(name) for name, device in listed.items()}
 
 
@@ -148,7 +148,7 @@ def choose_devices(names: Sequence[str], home: Path) -> list[ComputeDevice]:
 
     Raises:
         SettingsError: no device has this name.
-        EngineError: the capabilities of this machine cannot be read.
+        EngineError: this machine's capabilities cannot be read.
     """
     listed = read_devices()
     known = (HERE, *listed)
@@ -166,7 +166,7 @@ def this_machine(capabilities: DeviceCapabilities, machine: Machine, home: Path)
     """Return this machine as the device of `svc train`.
 
     Args:
-        machine: its present state; the first GPU is used if training uses a GPU.
+        machine: the machine's present state; training uses at most its first GPU.
         home: folder whose cache stores the measured speed.
     """
     number_type = capabilities.training_type
@@ -210,7 +210,7 @@ def measured_speed(capabilities: DeviceCapabilities, number_type: NumberType, ho
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps({"operations_per_second": speed, "number_type": number_type}).encode("utf-8"))
     except OSError:
-        log.warning("%s cannot be written: the speed will be measured again next time", path, exc_info=True)
+        log.warning("cannot write %s: the speed will be measured again next time", path, exc_info=True)
     return speed
 
 

@@ -1,7 +1,7 @@
 """Estimate of a recipe on each device: memory by part, whether it fits, the largest batch, time and cost.
 
 On machines of this kind, the estimated memory was within a fifth of the measured one, and the time within a third
-(docs/estimate.md). A run is therefore refused only by `least`, which no batch and no setting makes smaller. Training
+(docs/estimate.md). A run is therefore refused only by `least`, which no batch size and no setting reduces. Training
 uses one GPU, and so does the estimate: several GPUs help only the engine, and are not counted.
 """
 
@@ -26,13 +26,13 @@ class DeviceEstimate:
     """Estimate of a recipe on one device.
 
     Attributes:
-        parts: bytes of training at its peak.
-        least: bytes without which no step is possible.
+        parts: bytes of training at its peak, by part.
+        least: minimum bytes of a training step with any batch.
         engine: bytes of the engine that serves the merged model, with one sequence of maximum length.
         stages: memory and disk of each stage, including training.
         largest_batch: largest batch size that fits; 0 if not even one example fits.
-        seconds: time of the optimizer's run.
-        dollars: price of this time; None for a device without a price.
+        seconds: time from the first training step to the last.
+        dollars: price of that time; None for a device without a price.
     """
 
     device: ComputeDevice
@@ -121,7 +121,7 @@ def estimate_device(
 
 
 def memory_on(recipe: Recipe, shape: ModelShape, workload: Workload, device: ComputeDevice) -> float:
-    """Return the bytes of training alone."""
+    """Return the peak bytes of training, without the other stages."""
     training, workload = _on_device(recipe, shape, workload, device)
     return training.peak(workload.largest)
 
@@ -129,12 +129,12 @@ def memory_on(recipe: Recipe, shape: ModelShape, workload: Workload, device: Com
 def _on_device(
     recipe: Recipe, shape: ModelShape, workload: Workload, device: ComputeDevice
 ) -> tuple[Training, Workload]:
-    """Return the training, and the batches as they are computed on the device."""
+    """Return the training and its batches, as this device computes them."""
     training = Training(recipe, shape, device.cpu, device.number_type)
     return training, workload if training.shares_prompts else unshared(workload)
 
 
 def _largest_batch(training: Training, workload: Workload, memory: float) -> int:
-    """Return the largest batch size with examples of the longest one's length that fits; 0 if not even one fits."""
+    """Return the largest batch size that fits if all examples are as long as the longest; 0 if not even one fits."""
     sizes = range(1, _MAX_BATCH + 1)
     return bisect_right(sizes, memory, key=lambda size: training.peak(with_batch_size(workload, size).largest))

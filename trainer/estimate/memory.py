@@ -4,7 +4,7 @@ Weights, gradients and the optimizer's state are counted as in Rajbhandari et al
 quantized base as in Dettmers et al. 2023 (QLoRA, section 3: 4 bits, and 0.127 for the scales of scales), checkpointed
 activations as in Korthikanti et al. 2022 (section 5). The tensors that a layer saves for its backward pass were counted
 in this trainer with `torch.autograd.graph.saved_tensors_hooks`: its answers-only head, its LoRA and attention on CPUs,
-and PEFT's layers save other tensors than the papers' models.
+and PEFT's layers do not save the same tensors as the papers' models.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ FLOAT32, BFLOAT16 = 4, 2
 _ADAM = 2 * FLOAT32
 """Two moments (Kingma and Ba 2015), in the number type of the trained weights."""
 _NF4 = (4 + 0.127) / 8
-"""Bytes of a weight in NF4, with its share of the scales."""
+"""Bytes per weight in NF4, including the weight's share of the scales."""
 PROCESS = 0.75e9
 """Python with torch, transformers, PEFT and TRL, before a model is loaded: 0.69 GB measured, plus the command."""
 _QUANTIZING = 0.16e9
@@ -38,7 +38,7 @@ _TILE = 4096 * 8192 * 6
 
 
 class Part(StrEnum):
-    """Purpose of memory."""
+    """Purpose for which training uses memory."""
 
     WEIGHTS = "weights"
     QUANTIZED = "quantized base"
@@ -53,7 +53,7 @@ class Part(StrEnum):
 
 @dataclass(frozen=True)
 class Training:
-    """Training of one model on one kind of device: everything except the batches that decides memory and time.
+    """Everything except the batches that determines the memory and time of a training run on one kind of device.
 
     Attributes:
         number_type: number type of the matrix products.
@@ -76,7 +76,7 @@ class Training:
 
     @property
     def checkpointing(self) -> bool:
-        """Whether layers are computed twice and save only their inputs; same choice as trainer.training.arguments."""
+        """Whether layers save only their inputs and are computed twice; decided like in trainer.training.arguments."""
         asked = self.recipe.train.gradient_checkpointing
         return not self.cpu if asked is None else asked
 
@@ -94,7 +94,7 @@ class Training:
 
     @cached_property
     def trained(self) -> int:
-        """Number of trained values in PEFT's parameters."""
+        """Number of trained values."""
         shape, rank = self.shape, self.recipe.rank
         layers = shape.target_shapes
         match self.recipe.adapter_type:
@@ -122,7 +122,7 @@ class Training:
         return moment_bytes(optimizer) * self.shape.parameters if paged else 0.0
 
     def memory(self, batch: Batch) -> dict[Part, float]:
-        """Return the bytes by part, at the peak of the step with this batch."""
+        """Return the bytes by part at the peak of a step with this batch."""
         recipe, shape = self.recipe, self.shape
         # AdaLoRA's allocator stores three averages of each weight's importance.
         means = 3 * FLOAT32 if recipe.adapter_type is AdapterType.ADALORA else 0
@@ -146,7 +146,7 @@ class Training:
 
     @property
     def least(self) -> float:
-        """Bytes without which no step is possible with any batch: weights, gradients and the optimizer's state."""
+        """Minimum bytes of a step with any batch: weights, gradients and the optimizer's state."""
         parts = self.memory(Batch(1, 1, 0, 1))
         needed = (Part.WEIGHTS, Part.QUANTIZED, Part.ADAPTER, Part.GRADIENTS, Part.OPTIMIZER)
         return sum(parts.get(part, 0) for part in needed)
@@ -222,7 +222,7 @@ class Training:
 
 
 def number_size(number_type: NumberType) -> int:
-    """Return the bytes of a number."""
+    """Return the bytes per number."""
     return FLOAT32 if number_type is NumberType.FLOAT32 else BFLOAT16
 
 

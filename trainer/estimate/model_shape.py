@@ -1,7 +1,7 @@
 """Size of a base model from its config.json alone: the model is built without weights, and its layers are counted.
 
 So every architecture that transformers knows is counted exactly, including mixtures of experts. For other architectures
-the widths in the config are taken as those of a Llama with full attention; `notes` say what is not known.
+the config's widths are assumed to be those of a Llama with full attention; `notes` say what is unknown.
 """
 
 from collections.abc import Mapping
@@ -33,16 +33,16 @@ class ModelShape:
         architecture: name in the config.
         parameters: number of weights; those that two layers share count once.
         hidden: width of the hidden states between layers.
-        inner: inner width of the feed-forward block for one token; the sum over all experts that the token passes.
+        inner: inner width of the feed-forward block for one token; summed over all experts that compute the token.
         layers: number of layers.
         heads, kv_heads, head_width: heads of attention, and their width.
         vocabulary: number of tokens.
         linear: inputs and outputs of each linear layer except the output head, by name.
         targets: names of the linear layers that an adapter changes.
         experts: shapes [experts, rows, columns] of the parameters that contain all experts of a layer.
-        experts_share: share of the experts that a token passes.
+        experts_share: share of the experts that compute a token.
         adapts_experts: whether an adapter changes the experts too.
-        context: maximum tokens of the model; None if the config does not say.
+        context: the model's maximum number of tokens; None if the config does not state it.
         shares_keys: whether every layer attends to all earlier tokens, so that a common prefix can be computed once.
         notes: unknown facts, as sentences.
     """
@@ -113,8 +113,8 @@ def read_model_shape(folder: Path, preset: Targets = Targets.ALL_LINEAR) -> Mode
         preset: the layers that an adapter changes.
 
     Raises:
-        BaseModelError: the config is missing, or lacks even the widths of the model.
-        RecipeError: the model has no layer of the preset.
+        BaseModelError: the config is missing or lacks the model's widths.
+        RecipeError: the model has no layer that the preset names.
     """
     config, notes = _read_config(folder)
     try:
@@ -129,7 +129,7 @@ def read_model_shape(folder: Path, preset: Targets = Targets.ALL_LINEAR) -> Mode
 
 
 def _read_config(folder: Path) -> tuple["PreTrainedConfig", tuple[str, ...]]:
-    """Return the config, and notes on guesses."""
+    """Return the config, and notes on assumptions."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -142,7 +142,7 @@ def _read_config(folder: Path) -> tuple["PreTrainedConfig", tuple[str, ...]]:
 
 
 def _as_llama(path: Path, content: dict[str, Any]) -> tuple["PreTrainedConfig", tuple[str, ...]]:
-    """Return the config of a Llama of the same widths, which is no smaller unless the model has several parts."""
+    """Return the config of a Llama with the same widths, which is no smaller unless the model has several parts."""
     from transformers import LlamaConfig
 
     text = content.get("text_config")
@@ -165,11 +165,11 @@ def _as_llama(path: Path, content: dict[str, Any]) -> tuple["PreTrainedConfig", 
 
 
 def count_model(model: "PreTrainedModel", preset: Targets, notes: tuple[str, ...] = ()) -> ModelShape:
-    """Return the shape of a model, also of one without weights.
+    """Return the shape of a model, which may have been built without weights.
 
     Args:
         preset: the layers that an adapter changes.
-        notes: notes on guesses.
+        notes: notes on assumptions.
     """
     from trainer.training.loss import keeps_all_keys
 
@@ -182,7 +182,7 @@ def count_model(model: "PreTrainedModel", preset: Targets, notes: tuple[str, ...
     total = max((shape[0] for shape in experts), default=0)
     used = next((value for name in _USED_EXPERTS if (value := getattr(config, name, None))), total)
     if total and used == total:
-        notes += ("the config does not say how many experts a token passes: all are counted",)
+        notes += ("the config does not say how many experts compute a token: all are counted",)
     heads = config.num_attention_heads
     return ModelShape(
         architecture=config.model_type,

@@ -1,7 +1,7 @@
-"""Refusal of runs that cannot fit, before they start: stage by stage, by the memory that no batch makes smaller.
+"""Rejects runs that cannot fit before they start: compares each stage's minimum memory with the machine's.
 
-A wrong refusal is worse than none. So the minimum need is compared with all memory of the machine, not with the memory
-that is free now.
+Rejecting a run that would fit is worse than starting one that fails. So the minimum need is compared with all memory
+of the machine, not with the memory that is free now.
 """
 
 import shutil
@@ -18,14 +18,14 @@ from trainer.estimate.stages import StageMemory
 from trainer.recipe.stage import Stage
 
 _FEWER_FORMATS = (Format.MERGED, Format.GPTQ, Format.ADAPTER)
-_ANYWAY = "--anyway starts the run nevertheless"
+_ANYWAY = "to start the run anyway, use --anyway"
 
 
 def refuse_memory(estimate: Estimate, machine: Machine) -> None:
     """Raise if training does not fit into memory.
 
     Raises:
-        InsufficientMemoryError: names the missing memory, and the keys to change.
+        InsufficientMemoryError: the message names the missing memory, and the keys to change.
     """
     here = estimate.here
     whole = float(machine.memory if here.device.cpu or not machine.gpus else machine.gpus[0].memory)
@@ -35,7 +35,7 @@ def refuse_memory(estimate: Estimate, machine: Machine) -> None:
         raise InsufficientMemoryError(
             f"weights, gradients and the optimizer's state need at least {here.least / 1e9:.1f} GB, but "
             f"{here.device.label} has {whole / 1e9:.1f} GB: {(here.least - whole) / 1e9:.1f} GB too few",
-            expected="memory for them, which no smaller batch reduces",
+            expected="memory for them, which a smaller batch does not reduce",
             todo=f"{todo}; {_ANYWAY}",
         )
 
@@ -47,7 +47,7 @@ def refuse_stages(estimate: Estimate, machine: Machine) -> None:
     of GPU memory is compared with all memory of the machine.
 
     Raises:
-        InsufficientMemoryError: names the stage, what is missing, and formats with which every stage fits.
+        InsufficientMemoryError: the message names the stage, the missing memory, and a format that fits.
     """
     for stage in estimate.here.stages:
         if (lack := _missing(stage, machine)) > 0:
@@ -62,7 +62,7 @@ def refuse_stages(estimate: Estimate, machine: Machine) -> None:
 
 
 def _missing(stage: StageMemory, machine: Machine) -> float:
-    """Return the bytes by which a stage after training does not fit; 0 or less if it does."""
+    """Return the bytes that a stage after training lacks; 0 or less if it fits."""
     if stage.stage is Stage.TRAIN:
         return 0.0
     return max(stage.least.ram - machine.memory, stage.least.device - _all_memory(machine))
@@ -73,7 +73,7 @@ def _all_memory(machine: Machine) -> float:
 
 
 def _other_formats(estimate: Estimate, machine: Machine) -> str:
-    """Return the only format with which every stage fits, as a change of the recipe."""
+    """Return a recipe change to one format with which every stage fits, or other advice if there is none."""
     recipe, device = estimate.recipe, estimate.here.device
     for format in _FEWER_FORMATS if recipe.adapter_type else _FEWER_FORMATS[:-1]:
         changed = changed_recipe(recipe, {"formats": [format]})
@@ -91,7 +91,7 @@ def refuse_disk(estimate: Estimate, home: Path) -> None:
         home: folder on the disk that a run writes to.
 
     Raises:
-        DiskSpaceError: names the stage that fills the disk, and the missing space.
+        DiskSpaceError: the message names the stage that fills the disk, and the missing space.
     """
     if any((home / "runs").glob(f"{estimate.recipe.name}-*")):
         return  # the outputs of an earlier run are not written again

@@ -27,14 +27,14 @@ def print_estimate(estimate: Estimate) -> None:
         advice = [] if on_device.fits else [advice_text(estimate, on_device.device)]
         for text in (*advice, *lacking(on_device)):
             output.print(f"{on_device.device.label}: {text}")
-    output.print(f"Disk: {_size(estimate.disk)} without the base. Time and cost are those of training, on one GPU.")
+    output.print(f"Disk: {_size(estimate.disk)} without the base. Time and cost are for training alone, on one GPU.")
 
 
 def print_short(estimate: Estimate) -> None:
     """Print the estimate that `svc train` shows before it starts."""
     here = estimate.here
     console.print(
-        f"  estimate: {_size(here.memory)} of memory ({_size(here.device.memory)} are free); training takes about "
+        f"  estimate: {_size(here.memory)} of memory ({_size(here.device.memory)} free); training takes about "
         f"{_duration(here.seconds)}; {_size(estimate.disk)} on disk",
         soft_wrap=True,
     )
@@ -48,7 +48,7 @@ def lacking(estimate: DeviceEstimate) -> list[str]:
     device = estimate.device
     free = {"of the GPU": device.memory, "of main memory": device.memory if device.cpu else device.ram}
     return [
-        f"stage {stage.stage} needs about {_size(need)} {where}, {_size(memory)} are free"
+        f"stage {stage.stage} needs about {_size(need)} {where}, but {_size(memory)} are free"
         for stage in estimate.stages
         for (where, memory), need in zip(free.items(), (stage.peak.device, stage.peak.ram), strict=True)
         if stage.stage is not Stage.TRAIN and memory is not None and need > memory
@@ -56,10 +56,10 @@ def lacking(estimate: DeviceEstimate) -> list[str]:
 
 
 def advice_text(estimate: Estimate, device: ComputeDevice) -> str:
-    """Return, as a sentence, the recipe changes that make it fit on the device, or that none do."""
+    """Return a sentence with the changes that make the recipe fit on the device, or saying that no change does."""
     changes = advise(estimate.recipe, estimate.shape, estimate.workload, device)
     if changes is None:
-        return "no change of the recipe makes it fit: use a smaller base or another device"
+        return "no change makes the recipe fit: use a smaller base or another device"
     return f"fits with {as_text(changes)}"
 
 

@@ -20,11 +20,11 @@ from trainer.export.gptq import calibration_type
 from trainer.recipe.stage import Stage, choose_stages
 
 _GPTQ_BYTES, _GROUP_BYTES = 0.5, 2.5
-"""Bytes of a weight in GPTQ, and of a group's scale in float16 and zero in 4 bits."""
+"""Bytes per weight in GPTQ, and per group for its scale in float16 and its zero point in 4 bits."""
 _GPTQMODEL = 1.0e9
-"""Bytes of gptqmodel's process without a model."""
+"""Bytes of gptqmodel's process before a model is loaded."""
 _MATRIX_COPIES, _HESSIAN_COPIES, _HIDDEN_COPIES = 3, 2, 3
-"""Copies of the matrix that is rounded, of its Hessian, and of the hidden states of all calibration tokens."""
+"""Number of copies of the matrix being rounded, of its Hessian, and of the hidden states of all calibration tokens."""
 _COMPARED_COPIES = 12
 """Float32 copies of a layer while its merged weights are compared with base plus adapter (trainer.parity.adapter)."""
 _PARITY_ROOM = 1.2, 2 * 2**30
@@ -54,8 +54,8 @@ class StageMemory:
     """Memory and disk of one stage.
 
     Attributes:
-        peak: need at its peak; of disk, the bytes that it writes.
-        least: minimum without which it cannot run with any batch; only this leads to a refusal.
+        peak: the stage's peak need; for disk, the bytes that the stage writes.
+        least: the stage's minimum need with any batch; only this need can reject a run.
     """
 
     stage: Stage
@@ -66,7 +66,7 @@ class StageMemory:
 def stage_memory(
     training: Training, workload: Workload, device: ComputeDevice, served_length: int
 ) -> tuple[StageMemory, ...]:
-    """Return the needs of the recipe's stages, in their order; judging and registering need almost nothing.
+    """Return the needs of the recipe's stages, in order, without judging and registering, which need almost nothing.
 
     Args:
         workload: the batches of the training.
@@ -115,7 +115,7 @@ def engine_memory(shape: ModelShape, number_type: NumberType, served_length: int
 
 
 def _train(training: Training, workload: Workload) -> tuple[Need, Need]:
-    """Return the sum of `trainer.estimate.memory`; a GPU loads the model from main memory, which contains all of it.
+    """Return the needs of training (trainer.estimate.memory); for a GPU, the complete model is first in main memory.
 
     Each of the checkpoints on the disk contains weights in float32 and two moments.
     """
@@ -132,7 +132,7 @@ def _train(training: Training, workload: Workload) -> tuple[Need, Need]:
 
 
 def _merge(training: Training) -> tuple[Need, Need]:
-    """Return the memory of two copies in bf16 of the largest tensor, or four in float32 of the largest adapted one.
+    """Return merging's needs: two bf16 copies of the largest tensor, or four float32 ones of the largest adapted one.
 
     After full fine-tuning the base and the trained model are compared: a layer of each, mapped and read, their
     difference, and the mask of differences.
@@ -156,11 +156,11 @@ def _engine(training: Training, weights: float, served_length: int) -> tuple[Nee
 
 
 def _quantize(training: Training, example_tokens: float) -> tuple[Need, Need]:
-    """Return the needs of one layer of the model and of GPTQ's work on its largest matrix, in a separate process.
+    """Return the needs of quantizing: one layer, and GPTQ's work on its largest matrix, in a separate process.
 
     gptqmodel reads each layer from the merged model's files in turn, and writes the finished layer to the disk
     (`offload_to_disk`), from which the model's files are written: so the disk has every layer twice. The input
-    embeddings are completely in memory, an untied output head is not. GPTQ has float32 copies of the matrix, and the
+    embeddings are completely in memory; an untied output head is not. GPTQ has float32 copies of the matrix, and the
     squared inputs (the Hessian) with their inverse. Fitted to docs/estimate.md's measurements.
     """
     recipe, shape = training.recipe, training.shape
@@ -179,10 +179,10 @@ def _quantize(training: Training, example_tokens: float) -> tuple[Need, Need]:
 
 
 def _parity(training: Training, memory: float) -> tuple[Need, Need]:
-    """Return the needs of one copy of the model with the adapter, and float32 copies of a layer under comparison.
+    """Return the needs of parity: one copy of the model with the adapter, and float32 copies of the compared layer.
 
     They are on the GPU if they fit, else on the CPU. There, weights in bfloat16 are mapped pages of the files, which
-    the system can reclaim: reading them again is slow, but no reason for a refusal.
+    the system can reclaim: reading them again is slow, but no reason to reject a run.
     """
     number_type = calibration_type(training.number_type)
     weights = number_size(number_type) * training.shape.parameters
@@ -197,7 +197,7 @@ def _parity(training: Training, memory: float) -> tuple[Need, Need]:
 
 
 def _computed(training: Training, size: float, ram: float = 0.0, disk: float = 0.0) -> Need:
-    """Return the need of the device that computes; for a GPU with the need of main memory as well."""
+    """Return a need of the computing device's memory; with a GPU, `ram` is needed in addition."""
     return Need(ram=size, disk=disk) if training.cpu else Need(device=size, ram=ram, disk=disk)
 
 
@@ -206,12 +206,12 @@ def _adapter(training: Training) -> float:
 
 
 def _largest_layer(training: Training) -> int:
-    """Return the weights of the largest parameter that training changes."""
+    """Return the number of weights of the largest parameter that training changes."""
     shape, full = training.shape, training.full
     experts = shape.experts if full or shape.adapts_experts else ()
     return max(map(prod, (*(shape.linear.values() if full else shape.target_shapes), *experts)), default=0)
 
 
 def _largest_tensor(shape: ModelShape) -> int:
-    """Return the weights of the largest parameter: of an embedding, a layer, or all experts of a layer."""
+    """Return the number of weights of the largest parameter: an embedding, a layer, or all experts of a layer."""
     return max([shape.head, shape.largest_layer, *map(prod, shape.experts)])

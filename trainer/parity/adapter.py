@@ -24,18 +24,18 @@ base, which is rounded to nearest if it is published in another number type, as 
 _ONCE = 0.02
 """Allowed deviation from one application of the adapter; rounding moves a trained one by less than a hundredth."""
 _SIGMAS = 5.0
-"""Allowed deviation in standard deviations of random rounding of small changes; one module in two millions exceeds it.
+"""Allowed deviation in standard deviations of random rounding of small changes; one module in two million exceeds it.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """How many times an adapter is contained in the merged weights.
+    """Result of comparing merged weights with base plus adapter.
 
     Attributes:
         lowest, highest: extremes over the modules: 1 if the change is the adapter's, 2 if it was added twice.
-        wrong: a module whose value is not 1 within rounding; None if there is none.
-        off: largest share of a module's weights that are not the sum.
+        wrong: a module whose value differs from 1 by more than rounding; None if there is none.
+        off: largest share of a module's weights that differ from the sum.
         module: the module with this share.
     """
 

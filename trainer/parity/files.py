@@ -1,7 +1,7 @@
-"""Check that a model folder has the same files as its base, apart from weights, and complete files of weights.
+"""Check that a model folder has the same files as its base, apart from weights, and complete weight files.
 
 Tokenizer, chat template and generation config are compared byte for byte: a served model with another tokenization
-answers differently, and no other check would show it. Of weights only names and sizes are read.
+answers differently, and no other check would show it. Only the names and sizes of weights are read.
 """
 
 from pathlib import Path
@@ -53,7 +53,7 @@ def _plain(value: Any) -> Any:
 
 
 def unreadable_weights(folder: Path) -> str | None:
-    """Return the fault of the files of weights; None if they are complete."""
+    """Return the fault of the weight files; None if they are complete."""
     try:
         read_headers(folder)
     except IntegrityError as error:

@@ -28,11 +28,11 @@ from trainer.qualification import EngineReading
 from trainer.recipe.sections import Recipe
 
 BESIDE_TRAINED = "merged: beside what was trained"
-"""Name of the check to which all others lead."""
+"""Name of the final check, which covers merging and serving together."""
 _NOT_THE_SUM = 1e-3
 """Share of a module's weights that may be over a bf16 step off the sum: sums near 0, whose terms cancel."""
 _MIN_LIMIT = 0.02
-"""Nats per token. A smaller difference of two nearly identical models changes no answer."""
+"""Nats per token. A smaller difference between two nearly identical models changes no answer."""
 _TIMES_FLOOR = 3.0
 """Two sums of independent rounding differ by 1.4 times one; the rest is a margin for few tokens."""
 _MAX_FLOOR = 0.1
@@ -41,10 +41,10 @@ _MAX_FLOOR = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """Outputs of a run.
+    """A run's outputs, which the parity report compares.
 
     Attributes:
-        adapter: None after full fine-tuning.
+        adapter: folder of the adapter; None after full fine-tuning.
         formats: folders of the formats to serve, each with its measurements on the engine.
     """
 

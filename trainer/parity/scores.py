@@ -1,4 +1,4 @@
-"""Scores of held-out answers by the trainer's own models, token by token: base with adapter, and the merged model.
+"""Scores held-out answers token by token with the trainer's own models: base with adapter, and the merged model.
 
 Uses transformers with the unmerged adapter, which is the model of training. Imports torch.
 """

@@ -1,1 +1,1 @@
-"""Search for a recipe's best values, and estimate of the gain from more data: many trials from one base."""
+"""Searches for a recipe's best values, and predicts the gain from more data: many trials from one base."""

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key, for example train.epochs=2."
 )
-@click.option("--register", is_flag=True, help="Train the winner completely, and register it.")
-@click.option("--anyway", is_flag=True, help="Start even if a training cannot fit into this machine.")
+@click.option("--register", is_flag=True, help="Train the winner with all stages, and register it.")
+@click.option("--anyway", is_flag=True, help="Start even if this machine has too little memory or disk space.")
 @json_option
 @click.pass_context
 def sweep(

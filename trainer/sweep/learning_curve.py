@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 
 CURVE_FILE = "curve.json"
 _MIN_EXAMPLES = 20
-"""With fewer examples, a tenth is too little to train on."""
+"""Minimum number of examples: a tenth of fewer is too little to train on."""
 _SHARES = (0.1, 0.25, 0.5, 1.0)
 _MIN_POINTS = 4
 _EXPONENTS = np.linspace(0.05, 2.0, 79)
 _MAX_MISFIT = 0.15
-"""Share of the fall of the measured losses: a fit with a larger error at one point describes another curve."""
+"""Maximum error of a fit at any point, as a share of the fall of the measured losses."""
 _MIN_GAIN = 0.02
 """Share of the loss with all examples; a smaller gain counts as little."""
 
 
 class Benefit(StrEnum):
-    """Benefit of twice as much data."""
+    """Verdict on the benefit of twice as much data."""
 
     WORTH = "worth it"
     LITTLE = "little"
@@ -70,11 +70,11 @@ class PowerLaw(_Result):
 
 
 class LearningCurve(_Result):
-    """The measured points and the conclusion from them.
+    """A learning curve's measured points, and the conclusion from them.
 
     Attributes:
         base: held-out loss before any training.
-        law: None if no power law fits the points; then `doubled` and `gain` are None, too.
+        law: None if no power law fits the points; then `doubled` and `gain` are None too.
         doubled: predicted loss with twice the examples.
         gain: predicted loss with all examples minus that with twice as many.
         sentence: the conclusion for a person.
@@ -117,7 +117,7 @@ def run_curve(place: "Workplace") -> LearningCurve:
 
 
 def nested_subsets(labels: Sequence[Hashable], seed: int) -> list[tuple[int, ...]]:
-    """Return the indices of each share's examples. A subset contains the one before and has its share of each label.
+    """Return the indices of each share's examples. A subset contains the previous one and its share of each label.
 
     Args:
         labels: labels of all examples; if each label is unique, the subsets are random.
@@ -202,7 +202,7 @@ def extrapolate(
 
 
 def _misfit(law: PowerLaw, sizes: "Floats", losses: "Floats") -> str | None:
-    """Return the reason why the points allow no extrapolation."""
+    """Return the reason why the points allow no extrapolation; None if they do."""
     if len(sizes) < _MIN_POINTS:
         return f"there are {len(sizes)} points, but a fit needs {_MIN_POINTS}"
     fall = losses[0] - losses[-1]

@@ -1,4 +1,4 @@
-"""Results of trials, and the choice among them: differences that may be chance do not count."""
+"""Trial results, and the choice among them: differences that may be chance do not count."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from svc.evaluation.training_curve import TrainingPoint
 
 
 class Status(StrEnum):
-    """How a trial ended; the names are those of Optuna's states."""
+    """Final state of a trial; the names are those of Optuna's states."""
 
     COMPLETE = "complete"
     PRUNED = "pruned"
     FAIL = "failed"
-    """The loss exploded, or memory was short."""
+    """The loss exploded, or memory ran out."""
 
 
 class Summary(BaseModel):
@@ -90,7 +90,7 @@ class TrialComparison:
         return paired_difference(first.heldout_each, second.heldout_each, self.tokens)
 
     def distinct(self, first: TrialOutcome, second: TrialOutcome) -> bool:
-        """Return whether the two differ beyond chance."""
+        """Return whether two outcomes differ beyond chance."""
         difference = self.difference(first, second)
         return difference.low > 0 or difference.high < 0
 

@@ -33,15 +33,15 @@ _RANKS = (8, 16, 32)
 _EPOCHS = (1.0, 2.0, 3.0)
 _DROPOUTS = (0.05, 0.1)
 _UNPRUNED = 2
-"""Trials of a phase that finish before the first one is pruned."""
+"""Number of a phase's trials that finish before any is pruned."""
 _RANDOM = 5
-"""Trials of the recipe's space that are drawn at random before the sampler uses their results."""
+"""Number of random trials in the recipe's space before the sampler uses their results."""
 
 Space = Mapping[str, Sequence[Any] | Between]
 
 
 class Phase(StrEnum):
-    """The purpose of a trial; each phase starts from the values that the one before has chosen."""
+    """Phase of a sweep; each phase starts from the values that the previous one chose."""
 
     LEARNING_RATE = "learning rate"
     RANK = "rank"
@@ -54,7 +54,7 @@ class Phase(StrEnum):
 
 @dataclass
 class Search:
-    """The search of one sweep.
+    """Runs the search of one sweep.
 
     Args:
         run_trial: trains with the given values, or returns the outcome of an earlier training.

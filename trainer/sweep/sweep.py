@@ -1,4 +1,4 @@
-"""A sweep from its first trial to its winner, and its result as files and as a table."""
+"""Runs a sweep from its first trial to its winner, and writes the result as files and as a table."""
 
 import shlex
 from pathlib import Path
@@ -35,9 +35,9 @@ class SweepResult(BaseModel):
     """Result of a sweep. Losses are in nats per answer token.
 
     Attributes:
-        winner: values that the winner changes in the recipe; empty if nothing is better beyond chance.
+        winner: values that the winner changes in the recipe; empty if no trial is better beyond chance.
         recipe: loss of the unchanged recipe; None if that trial was not completed.
-        runner_up: values of the best of the other trials; None if no other was completed.
+        runner_up: values of the second-best trial; None if no other trial was completed.
         difference: held-out loss of the runner-up minus the winner's.
         warning: set if the two cannot be told apart.
         seconds: duration of all trainings.
@@ -81,7 +81,7 @@ def run_sweep(place: Workplace) -> SweepResult:
 
 
 def _check_space(recipe: Recipe) -> None:
-    """Raise if a key does not accept one of its values, before hours are spent."""
+    """Raise before the first trial if a key does not accept one of its values."""
     for key, values in (recipe.sweep.space or {}).items():
         for value in (values.low, values.high) if isinstance(values, Between) else values:
             with_values(recipe, {key: value})
@@ -129,7 +129,7 @@ def recipe_text(recipe: Recipe) -> str:
 
 
 def settings_of_winner(result: SweepResult) -> list[str]:
-    """Return the winner's values for `--set`, in YAML, in which 5e-05 would be a string."""
+    """Return the winner's values for `--set`, as YAML, which would read 5e-05 as a string."""
     return [f"{key}={yaml.safe_dump(value).splitlines()[0]}" for key, value in result.winner.items()]
 
 

@@ -48,12 +48,12 @@ if TYPE_CHECKING:
 Watch = Callable[[int, float], None]
 """Callback with a step and its held-out loss; raises `optuna.TrialPruned`."""
 _MAX_JUDGED, _MAX_WATCHED = 200, 64
-"""Maximum number of held-out examples that are measured after a trial, and during it."""
+"""Maximum number of held-out examples measured after a trial, and during the trial."""
 
 
 @dataclass(frozen=True)
 class Workplace:
-    """The trainings of one command; the same recipe, data and base have the same folder.
+    """Runs the trainings of one command; the same recipe, data and base share a folder.
 
     Args:
         sweeps: folder of all sweeps and curves.
@@ -96,7 +96,7 @@ class Workplace:
 
     @cached_property
     def loaded(self) -> "LoadedBase":
-        """The base, read once."""
+        """The base, which is read once."""
         from trainer.training.loaded_base import LoadedBase
 
         return LoadedBase(self.base.folder)
@@ -137,7 +137,7 @@ class Workplace:
         """Train, or return the outcome of an earlier training.
 
         Args:
-            values: changes in the recipe.
+            values: the recipe's changed values.
             watch: called with each step and its held-out loss; prunes the trial by raising `optuna.TrialPruned`.
             train: examples to train on; None for all.
 
@@ -170,7 +170,7 @@ class Workplace:
         return outcome
 
     def publish(self, figures: Mapping[str, float], *files: Path) -> None:
-        """Add a result to the parent run in MLflow, and end that run."""
+        """Add a result to the parent run in MLflow, and close that run."""
         self.tracking.log_metrics(self._parent, dict(figures))
         for file in files:
             self.tracking.log_file(self._parent, file)

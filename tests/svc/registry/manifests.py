@@ -51,7 +51,7 @@ def gate_report(high: float = 0.09) -> GateReport:
     loss = Interval(value=0.01, low=0.02 - high, high=high)
     return GateReport(
         gate=Gate.GPTQ_LOSS,
-        measured="GPTQ lost 0.010 of accuracy: 0.700 [0.575, 0.801] merged, 0.690 [0.565, 0.793] quantized",
+        measured="GPTQ lowered accuracy by 0.010: 0.700 [0.575, 0.801] merged, 0.690 [0.565, 0.793] quantized",
         limit="evaluate.max_gptq_loss",
         verdict=judge(loss, 0.05, 60),
     )

@@ -69,7 +69,7 @@ def test_a_stage_that_cannot_fit_is_named_with_what_is_missing_and_a_format_with
         InsufficientMemoryError, match=r"stage evaluate needs at least 13\.5 GB, .* has 12\.0 GB: 1\.5 GB"
     ) as caught:
         refuse_stages(estimated("qlora"), machine(12e9))
-    assert caught.value.todo == "set formats=[gptq]; --anyway starts the run nevertheless"
+    assert caught.value.todo == "set formats=[gptq]; to start the run anyway, use --anyway"
 
 
 def test_the_adapter_alone_is_proposed_when_no_engine_has_memory_for_either_format() -> None:

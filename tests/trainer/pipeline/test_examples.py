@@ -106,7 +106,9 @@ def test_number_of_examples_kept_in_training_is_printed_when_they_were_learnt_be
     before = split_again(tmp_path, NO_PROMPTS).heldout
     split_again(tmp_path, hash_prompts(before[:4]))
     output = " ".join(capsys.readouterr().err.split())
-    assert "4 examples are used for training instead of held out: an earlier version of tiny was trained on them" in output
+    assert (
+        "4 examples are used for training instead of held out: an earlier version of tiny was trained on them" in output
+    )
 
 
 def test_examples_are_the_same_when_the_recipes_own_version_exists(

@@ -91,7 +91,7 @@ def test_lost_answers_are_accepted_when_no_loss_beyond_the_limit_is_proven(
 
 @pytest.mark.parametrize(("merged", "gptq", "most"), [(160, 100, 0.05), (156, 130, 0.05), (20, 0, 0.0)])
 def test_lost_answers_are_rejected_when_a_loss_beyond_the_limit_is_proven(merged: int, gptq: int, most: float) -> None:
-    with pytest.raises(TrainingError, match="of exact match"):
+    with pytest.raises(TrainingError, match="lowered exact match by"):
         check(won(merged, 200), won(gptq, 200), max_gptq_loss=most)
 
 
@@ -175,7 +175,7 @@ def test_warning_names_the_number_of_examples_needed_when_a_small_loss_is_undeci
 ) -> None:
     check(*first_answers(10, 4, 200))
     output = " ".join(capsys.readouterr().err.split())
-    assert output.startswith("GPTQ lost 0.030 of exact match: 0.980 [")
+    assert output.startswith("GPTQ lowered exact match by 0.030: 0.980 [")
     assert output.endswith(
         "undecided: a loss of up to 0.068 cannot be excluded with 200 examples; about 1,600 would decide"
     )
@@ -203,7 +203,7 @@ def test_broken_free_text_model_is_rejected_when_exact_match_is_zero_for_both() 
     metric = Rouge("L")
     merged, broken = written(0.8, metric), written(0.0, metric)
     assert merged.evaluation.exact_match.value == broken.evaluation.exact_match.value == 0.0
-    with pytest.raises(TrainingError, match=r"GPTQ lost 0\.\d+ of ROUGE-L: 0\.\d+ \["):
+    with pytest.raises(TrainingError, match=r"GPTQ lowered ROUGE-L by 0\.\d+: 0\.\d+ \["):
         check(merged, broken, metric)
 
 
@@ -240,6 +240,6 @@ class Points(Metric):
 def test_limit_of_the_users_own_metric_is_relative_to_the_merged_model() -> None:
     metric = Points()
     check(written(0.8, metric), written(0.8, metric), metric)
-    with pytest.raises(TrainingError, match=r"GPTQ lost 100\.000 of points: 900\.000") as caught:
+    with pytest.raises(TrainingError, match=r"GPTQ lowered points by 100\.000: 900\.000") as caught:
         check(written(0.8, metric), written(0.7, metric), metric)
     assert caught.value.expected.startswith("at most 45.000")
