@@ -21,19 +21,19 @@ from svc.store.swaps import SwapOutcome, SwapResult
 from svc.version import Format, Target, VersionId
 
 _COLLECTED_AFTER = 10_000
-"""New container objects. A request creates some hundred, and few of them outlive it."""
+"""Container allocations between collections. A request makes about a hundred, and frees nearly all of them."""
 
 _format_option = click.option(
     "--format",
     "format_name",
     type=click.Choice([Format.GPTQ.value, Format.MERGED.value, Format.ADAPTER.value]),
-    help="Format to serve; `adapter` serves many versions with one base model.",
+    help="Format to serve; `adapter` serves many versions on one base model.",
 )
 
 
 @click.command()
 @click.argument("models", nargs=-1)
-@click.option("--all", "every", is_flag=True, help="Every model that was ever served.")
+@click.option("--all", "every", is_flag=True, help="Serve every model that has ever been served.")
 @_format_option
 @click.option("--host", help="Address to listen on.")
 @click.option("--port", type=int, help="Port to listen on.")
@@ -48,12 +48,12 @@ def serve(
 ) -> None:
     """Serve MODELS to OpenAI clients until SIGTERM or Ctrl-C.
 
-    Each is NAME or NAME@N; the default is the models that were served last, or the only one. A version that is named
-    here becomes the production version; without one, the version that served last continues. If a server already runs
-    on this home, it serves MODELS too, as with `svc add`.
+    Each is NAME or NAME@N; the default is the models that were served last, or the only registered model. NAME@N
+    becomes the production version; NAME alone keeps the version that was served last. If a server is already running
+    on this home, MODELS are added to that server, as with `svc add`.
     """
     if every and models:
-        raise click.UsageError("give either models or --all")
+        raise click.UsageError("pass either MODELS or --all, not both")
     listen = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
     settings = settings_of(ctx, serve=listen or None)
     if models and not listen and lock_holder(settings.home / LOCK_FILE):
@@ -86,7 +86,7 @@ def serve(
             wanted = choose_deployments(registry, store, models, format, every=every)
             targets = ", ".join(str(desired.target) for desired in wanted)
             console.print(
-                f"{targets}: starting vLLM, about 40 s each if it is not running yet; logs: {settings.home / 'logs'}"
+                f"{targets}: starting vLLM (about 40 s each, if not running yet); logs: {settings.home / 'logs'}"
             )
             on_phase = bar.enter_context(advancing("engine", tuple(EnginePhase)))
             pending = {desired.name for desired in wanted}
@@ -117,9 +117,9 @@ def serve(
 
 
 def _spare_collector() -> None:
-    """Make Python's garbage collector run less often, and skip the objects that exist now, which stay until the end.
+    """Make Python's garbage collector run less often, and exclude the existing objects, which live until the exit.
 
-    It took a twelfth of the cost of a request; nearly all objects of a request are freed without it.
+    Collections took a twelfth of a request's CPU time, although nearly all of its objects are freed without them.
     """
     gc.collect()
     gc.freeze()
@@ -146,7 +146,7 @@ def _add(settings: Settings, model: str, format_name: str | None) -> None:
 @click.argument("name")
 @click.pass_context
 def remove(ctx: click.Context, name: str) -> None:
-    """Remove NAME from the running server, after its running requests."""
+    """Remove NAME from the running server after its running requests complete."""
     from serving.client.membership import Membership
 
     Membership.of(settings_of(ctx)).remove(name)
@@ -157,7 +157,7 @@ def remove(ctx: click.Context, name: str) -> None:
 @click.argument("version")
 @_format_option
 @click.option(
-    "--force", is_flag=True, help="Promote even if the version failed a check at its registration; needs --reason."
+    "--force", is_flag=True, help="Promote even if the version failed a check at registration; requires --reason."
 )
 @reason_option
 @json_option
@@ -165,10 +165,10 @@ def remove(ctx: click.Context, name: str) -> None:
 def promote(
     ctx: click.Context, version: str, format_name: str | None, force: bool, reason: str | None, as_json: bool
 ) -> None:
-    """Promote VERSION (NAME@N) to production, without losing a request."""
+    """Promote VERSION (NAME@N) to production without dropping a request."""
     reason = reason and reason.strip()
     if force and not reason:
-        raise click.UsageError("--force needs a --reason")
+        raise click.UsageError("--force requires --reason")
     administration = _administration(ctx)
     format = Format(format_name) if format_name else None
     change = administration.promote(VersionId.parse(version), format, force=force, reason=reason)
@@ -183,7 +183,7 @@ def promote(
 @json_option
 @click.pass_context
 def rollback(ctx: click.Context, name: str, reason: str | None, as_json: bool) -> None:
-    """Return NAME to its previous version; during a promotion, cancel it and keep the version that serves."""
+    """Roll NAME back to its previous version; during a promotion, cancel the promotion and keep the current version."""
     administration = _administration(ctx)
     _follow(administration, administration.rollback(name, reason=reason), as_json=as_json)
 
@@ -229,18 +229,18 @@ def _follow(administration: Administration, change: VersionChange, *, as_json: b
 
 
 def _served_now(administration: Administration, outcome: SwapOutcome, change: VersionChange) -> str:
-    """Return a text about the version that serves after a failed promotion."""
+    """Return a message that says which version is served after a failed promotion."""
     served = change.before
     with suppress(ServerNotRunningError):  # the previously desired version may never have served
         served = read_served(administration.server).get(served.version.name, served)
     if outcome is SwapOutcome.FAILED:
-        return f"the engine had to be replaced; `svc status` shows whether {served} serves again"
+        return f"the engine had to be replaced; `svc status` shows whether {served} is served again"
     return f"{served} is still served"
 
 
 def _waits(result: SwapResult) -> str:
     if result.queued_s is None:
-        return f"no request had to wait, {result.running} were running"
+        return f"no request was queued; {result.running} were running"
     queued = f"requests were queued for {result.queued_s:.2f} s, up to {result.queued} at a time"
     return f"{queued}; {result.running} were running"
 
@@ -250,7 +250,7 @@ def _waits(result: SwapResult) -> str:
 @click.option("--system", help="System prompt.")
 @click.pass_context
 def chat(ctx: click.Context, model: str, system: str | None) -> None:
-    """Talk to MODEL; an empty line or Ctrl-D ends it."""
+    """Chat with MODEL; exit with an empty line or Ctrl-D."""
     from serving.client.conversation import Conversation
     from svc.remote.server_url import server_address
 

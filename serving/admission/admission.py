@@ -1,9 +1,9 @@
 """Admission between HTTP and the engines: counts running requests, and queues requests while no engine accepts them.
 
 While an engine is changed and no other accepts requests, new requests wait, and none of them sees more than one
-version. When all places are taken, requests with a key wait too, and share free places by the weights of their keys; a
+version. When all slots are taken, requests with a key wait too, and share free slots by the weights of their keys; a
 request without a key is rejected, unless others wait: then it waits with them and has its share. The queue and the wait
-are bounded, because clients can grow them. The server's own requests have a place apart from these, and yield to every
+are bounded, because clients can grow them. The server's own requests have a slot apart from these, and yield to every
 request. Knows nothing of HTTP, of versions, or of why an engine is changed.
 
 One event loop, no locks: every change of state happens between two awaits.
@@ -32,7 +32,7 @@ class Admission:
     """Decides which requests run in the engine, wait or are rejected.
 
     Three facts decide: whether an engine accepts requests, whether one is being changed (a swap), and whether all
-    places or all tokens are taken: requests count by their maximum number of tokens, since one can ask for hundreds of
+    slots or all tokens are taken: requests count by their maximum number of tokens, since one can ask for hundreds of
     answers. If no engine accepts requests, admission is closed while one is being changed, whatever the result: a swap
     that has to restart the engine keeps its queued requests. Otherwise requests are rejected. Starts with no engine.
 
@@ -47,7 +47,7 @@ class Admission:
         running: requests in the engine.
         closed_s: how long admission was closed in the last change, seconds; None if it never was.
         queue: requests that wait.
-        background_slot: the place of the server's own request.
+        background_slot: the slot of the server's own request.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Admission:
 
     @property
     def queued(self) -> int:
-        """Number of requests that wait, for a place or for an adapter."""
+        """Number of requests that wait, for a slot or for an adapter."""
         return len(self.queue) + self._preparing
 
     @property
@@ -95,7 +95,7 @@ class Admission:
 
     @contextmanager
     def preparing(self) -> Iterator[None]:
-        """Count a request that waits in the body before it takes a place, so that the model is not idle."""
+        """Count a request that waits in the body before it takes a slot, so that the model is not idle."""
         self._preparing += 1
         try:
             yield
@@ -104,19 +104,19 @@ class Admission:
             self._last_ended_at = time.monotonic()
 
     async def enter(self, tokens: int, party: Party, *, may_wait: bool = False) -> None:
-        """Take a place until `leave`, after a wait if none is free.
+        """Take a slot until `leave`, after a wait if none is free.
 
         Args:
-            tokens: maximum number of tokens in the answers; the cost of the place.
+            tokens: maximum number of tokens in the answers; the cost of the slot.
             party: the tenant that sent the request.
-            may_wait: the request waits for a place like requests with a key: it has already waited for an adapter.
+            may_wait: the request waits for a slot like requests with a key: it has already waited for an adapter.
 
         Raises:
             TooManyTokensError: more tokens than may ever run.
             EngineUnavailableError: there is no engine.
             QueueOverflowError, QueueTimeoutError: an engine is being changed; the queue is full, or the request waited
                 for `queue_timeout_s`.
-            OverloadedError: all places are taken, and the request may not wait, or waited without getting one.
+            OverloadedError: all slots are taken, and the request may not wait, or waited without getting one.
         """
         if tokens > self._max_tokens:
             raise TooManyTokensError(
@@ -186,7 +186,7 @@ class Admission:
         self._show()
 
     def _enter(self, tokens: int, party: Party, may_wait: bool) -> bool:
-        """Take a place; return False if the request has to wait for one, behind others or because it may."""
+        """Take a slot; return False if the request has to wait for one, behind others or because it may."""
         if not self._ready:
             raise self._no_engine()
         if self.queue:
@@ -211,7 +211,7 @@ class Admission:
         )
 
     def _take_place(self, tokens: int) -> bool:
-        """Take a place; return False if none is free."""
+        """Take a slot; return False if none is free."""
         if self.running >= self._max_running or self._tokens + tokens > self._max_tokens:
             return False
         self.running += 1
@@ -220,7 +220,7 @@ class Admission:
         return True
 
     def leave(self, tokens: int) -> None:
-        """Release the place."""
+        """Release the slot."""
         self.running -= 1
         self._tokens -= tokens
         self._last_ended_at = time.monotonic()
@@ -229,13 +229,13 @@ class Admission:
         self._show()
 
     async def _wait(self, tokens: int, party: Party) -> None:
-        """Wait until a place is taken."""
+        """Wait until a slot is taken."""
         timeout_s, closed = self._wake_timeout_s if self._asleep else self._queue_timeout_s, self._closed
         try:
             place = self.queue.join(party, tokens)
             self._admit_waiting()  # its turn may be now: it may fit where the previous head of the queue does not
             await self.queue.until_given(place, timeout_s, lambda: self.leave(tokens))
-            while self._closed:  # a change began after the place was given, and before this task ran again
+            while self._closed:  # a change began after the slot was given, and before this task ran again
                 closed = True
                 self.leave(tokens)
                 place = self.queue.rejoin(place)
@@ -246,7 +246,7 @@ class Admission:
             raise OverloadedError(f"{error.wrong}; {self._full}", todo=error.todo) from error
 
     def _admit_waiting(self) -> None:
-        """Give free places to the requests whose turn it is; without an engine, reject all."""
+        """Give free slots to the requests whose turn it is; without an engine, reject all."""
         if self._closed:
             return
         if self._ready:

@@ -1,6 +1,6 @@
-"""A place for the server's own request, in addition to those of clients and with a lower priority.
+"""A slot for the server's own request, in addition to those of clients and with a lower priority.
 
-The request is not counted, and no client waits for it. The place is available while admission is open and there is an
+The request is not counted, and no client waits for it. The slot is available while admission is open and there is an
 engine; otherwise the request is cancelled: a swap does not wait for its answer, which could take longer than the swap
 may take.
 """
@@ -42,7 +42,7 @@ class BackgroundSlot:
 
         Raises:
             BackgroundSlotEndedError: the body was cancelled.
-            RuntimeError: the place is taken.
+            RuntimeError: the slot is taken.
         """
         await self._wait(patience_s)
         if self._taken is not None:

@@ -8,7 +8,7 @@ class Party(NamedTuple):
 
     Attributes:
         name: the id of a key, which only the operator creates; empty for all requests without a key together.
-        weight: its share relative to others when places are short.
+        weight: its share relative to others when slots are short.
     """
 
     name: str = ""

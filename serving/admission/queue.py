@@ -1,4 +1,4 @@
-"""Requests that wait for a place, bounded in number and time, and served fairly between tenants.
+"""Requests that wait for a slot, bounded in number and time, and served fairly between tenants.
 
 Start-time fair queueing (Goyal, Vin and Cheng, 1996). Each tenant has a virtual time, which advances by the cost of its
 requests divided by its weight; the tenant with the earliest time is next, and its own requests run in arrival order. A
@@ -31,7 +31,7 @@ class Place:
         tokens: maximum number of tokens in its answers.
         number: in arrival order.
         joined_at: time of arrival, by the event loop's clock, seconds.
-        given: done when the request gets its place or is rejected. A cancelled place stays in the queue until its own
+        given: done when the request gets its slot or is rejected. A cancelled slot stays in the queue until its own
             task removes it, in the same turn of the loop.
     """
 
@@ -56,7 +56,7 @@ class RequestQueue:
         self._max_queued = max_queued
         self._waiting: dict[str, deque[Place]] = {}  # by tenant, in arrival order
         self._times: dict[str, float] = {}  # by tenant, virtual start time of its next request
-        self._now = 0.0  # virtual start time of the last request that was given a place
+        self._now = 0.0  # virtual start time of the last request that was given a slot
         self._arrived = self._queued = 0
         self._wanted = asyncio.Event()
         self.most = 0
@@ -70,7 +70,7 @@ class RequestQueue:
             await self._wanted.wait()
 
     def charge(self, party: Party, tokens: int) -> None:
-        """Charge a tenant for a place that its request got, with or without waiting."""
+        """Charge a tenant for a slot that its request got, with or without waiting."""
         self._now = max(self._now, self._times.get(party.name, 0.0))
         self._times[party.name] = self._now + tokens / party.weight
 
@@ -92,26 +92,26 @@ class RequestQueue:
         return self._add(Place(party, tokens, self._arrived, loop.time(), loop.create_future()))
 
     def rejoin(self, place: Place) -> Place:
-        """Queue a request again that could not use the place that it was given; to be followed by `until_given`.
+        """Queue a request again that could not use the slot that it was given; to be followed by `until_given`.
 
-        The request keeps its turn and its time in the queue, its tenant is not charged for the unused place, and the
+        The request keeps its turn and its time in the queue, its tenant is not charged for the unused slot, and the
         request is queued even if the queue is full.
         """
         self._times[place.party.name] -= place.tokens / place.party.weight
         return self._add(replace(place, given=asyncio.get_running_loop().create_future()))
 
     async def until_given(self, place: Place, timeout_s: float, give_back: Callable[[], None]) -> None:
-        """Wait until the request is given its place.
+        """Wait until the request is given its slot.
 
         Args:
-            give_back: releases a place that was given at the moment when the request was cancelled.
+            give_back: releases a slot that was given at the moment when the request was cancelled.
 
         Raises:
             QueueOverflowError: the request gave way to another tenant.
             QueueTimeoutError: the request waited for `timeout_s`.
             AdmissionError: the request was rejected.
         """
-        # The timer settles the future itself: with asyncio.timeout a place given in the same tick would be lost.
+        # The timer settles the future itself: with asyncio.timeout a slot given in the same tick would be lost.
         timer = asyncio.get_running_loop().call_at(place.joined_at + timeout_s, self._expire, place, timeout_s)
         try:
             await place.given
@@ -125,10 +125,10 @@ class RequestQueue:
             timer.cancel()
 
     def give(self, take: Callable[[int], bool]) -> None:
-        """Give places to the requests whose turn it is, as long as places are free.
+        """Give slots to the requests whose turn it is, as long as slots are free.
 
         Args:
-            take: takes a place for a number of tokens; returns False if none is free.
+            take: takes a slot for a number of tokens; returns False if none is free.
         """
         while place := self._next():
             if not take(place.tokens):
@@ -144,7 +144,7 @@ class RequestQueue:
             self._refuse(place, error())
 
     def _next(self) -> Place | None:
-        """Return the first place of the tenant with the earliest time; of two tenants, that with the older request."""
+        """Return the first slot of the tenant with the earliest time; of two tenants, that with the older request."""
         heads = [next((place for place in line if not place.given.done()), None) for line in self._waiting.values()]
         return min(filter(None, heads), key=lambda head: (self._times[head.party.name], head.number), default=None)
 

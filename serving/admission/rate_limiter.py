@@ -1,7 +1,7 @@
 """Enforces the limits of keys: requests and tokens per minute, tokens per day, concurrent requests.
 
 A request reserves its maximum use before it waits for anything, and settles its actual use at its end. A request that
-is rejected because of its client's mistake counts as a request; one that is rejected because no place is free costs
+is rejected because of its client's mistake counts as a request; one that is rejected because no slot is free costs
 nothing. Kept in memory only, with one entry for each key in use; keys come from the store, and clients cannot create
 any. The server adds today's earlier usage when it starts.
 

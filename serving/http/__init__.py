@@ -1,1 +1,1 @@
-"""The HTTP surface: the paths, the life of one request, and the one map from errors to responses."""
+"""The HTTP API: its routes, the handling of a request, and the only mapping from errors to responses."""

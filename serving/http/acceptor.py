@@ -1,7 +1,7 @@
 """Accepts connections, up to a maximum number of open ones.
 
-An event loop's own server accepts every connection without counting, and a connection that never completes its TLS
-handshake reaches no protocol that could count it.
+asyncio's own server accepts an unlimited number of connections, and a connection that never completes its TLS
+handshake never reaches a protocol that could count it.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ _PAUSE_S = 1.0
 
 
 class Acceptor:
-    """Connects the connections of a listener to protocols; connections over the limits are closed.
+    """Passes a listener's connections to protocols; connections over the limits are closed.
 
     Args:
         make_protocol: returns a new protocol.
@@ -58,7 +58,7 @@ class Acceptor:
         self._resume()
 
     async def stop(self, patience_s: float) -> None:
-        """Stop accepting; connections that were accepted reach their protocols.
+        """Stop accepting connections, after passing accepted ones to their protocols.
 
         Args:
             patience_s: longest wait for handshakes.
@@ -80,7 +80,7 @@ class Acceptor:
         except (ConnectionAbortedError, BlockingIOError):  # its client has closed it, or another process accepted it
             return
         except OSError:  # no descriptors, no memory
-            log.exception("connections cannot be accepted; trying again in %g s", _PAUSE_S)
+            log.exception("cannot accept connections; retrying in %g s", _PAUSE_S)
             loop = asyncio.get_running_loop()
             loop.remove_reader(self._listener)
             self._pause = loop.call_later(_PAUSE_S, self._resume)
@@ -100,7 +100,7 @@ class Acceptor:
             return False
         if address is not None and not self._address_limit.enter(address):
             log.warning(
-                "%s has %d open connections, further ones are closed: serve.max_connections_per_address",
+                "%s has %d open connections (serve.max_connections_per_address); closing further ones",
                 address,
                 self._address_limit.most,
             )

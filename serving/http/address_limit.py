@@ -1,4 +1,4 @@
-"""Limits the connections of one address, so that no client locks out all others."""
+"""Limits the connections from one address, so that no client locks out all others."""
 
 import ipaddress
 from collections import Counter
@@ -8,11 +8,11 @@ from serving.http.peer import ip_of, peer_of
 
 
 class AddressLimit:
-    """Counts connections by peer: an address, or a /64 of IPv6.
+    """Counts connections by peer: an IPv4 address or an IPv6 /64 network.
 
     Args:
-        most: maximum number of connections of one peer.
-        unlimited: networks without a limit, such as those of proxies, which serve many clients each.
+        most: maximum number of connections from one peer.
+        unlimited: networks without a limit, such as a proxy's: a proxy connects for many clients.
     """
 
     def __init__(self, most: int, unlimited: Iterable[str] = ()) -> None:

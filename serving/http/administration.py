@@ -1,7 +1,7 @@
-"""Endpoints for admins on other machines: the same desired state, journal, keys and audit log as on this machine.
+"""Endpoints for admins on other machines; they use the same desired state, journal, keys and audit log as `svc`.
 
-Every path here needs a key with the scope `admin`, even while no key exists (serving.http.authentication): the first
-key is created on the machine.
+Every path here requires a key with the scope `admin`, even while no key exists (serving.http.authentication): the
+first key is created on the server's machine.
 """
 
 import asyncio
@@ -34,19 +34,19 @@ _NEW_SECRET = {"cache-control": "no-store"}
 
 
 class NothingToChangeError(NotFoundError):
-    """A change refers to something that does not exist."""
+    """Raised when a change refers to something that does not exist."""
 
 
 class ChangeConflictError(BusyError):
-    """A change conflicts with another one."""
+    """Raised when a change conflicts with another change."""
 
 
 class ChangeRefusedError(RefusedError):
-    """A change is refused."""
+    """Raised when a change is refused."""
 
 
 class ChangeInvalidError(SettingsError):
-    """A change has an invalid value."""
+    """Raised when a change has an invalid value."""
 
 
 class _Request(BaseModel):
@@ -56,7 +56,7 @@ class _Request(BaseModel):
 
 
 class PromoteRequest(_Request):
-    """Body: promote a version to production."""
+    """Request body for promoting a version to production."""
 
     version: str = Field(max_length=100)
     format: Format | None = None
@@ -64,7 +64,7 @@ class PromoteRequest(_Request):
 
 
 class RollbackRequest(_Request):
-    """Body: return to the previous version."""
+    """Request body for returning to the previous version."""
 
     model: str = Field(max_length=100)
 
@@ -82,7 +82,7 @@ class KeyLimits(BaseModel):
 
 
 class CreateKeyRequest(_Request):
-    """Body: create a key."""
+    """Request body for creating a key."""
 
     name: str | None = Field(None, max_length=63)
     scopes: frozenset[Scope] = Field(frozenset({Scope.INFER, Scope.FEEDBACK}), min_length=1)
@@ -93,14 +93,14 @@ class CreateKeyRequest(_Request):
 
 
 class RotateKeyRequest(_Request):
-    """Body: replace a key's secret."""
+    """Request body for replacing a key's secret."""
 
     key: str = Field(max_length=63)
     grace_s: float = Field(0.0, ge=0, le=10 * 365 * 86_400, allow_inf_nan=False)
 
 
 class RevokeKeyRequest(_Request):
-    """Body: revoke a key."""
+    """Request body for revoking a key."""
 
     key: str = Field(max_length=63)
 
@@ -126,7 +126,7 @@ class Administration:
         reason = given.reason and given.reason.strip()
         if given.force and not reason:
             raise SettingsError(
-                "'force' needs a 'reason'", expected="the reason to serve a version that failed a check"
+                "'force' requires a 'reason'", expected="the reason why a version that failed a check should be served"
             )
         actor = _actor(request)
         change = await asyncio.to_thread(
@@ -144,7 +144,7 @@ class Administration:
     async def _show_swap(self, request: Request) -> Response:
         name, generation = request.path_params["name"], request.query_params.get("generation")
         if generation is not None and not (generation.isdecimal() and len(generation) < 10):
-            raise SettingsError("'generation' is invalid", expected="the number from the answer to the change")
+            raise SettingsError("'generation' is invalid", expected="the generation number that the change returned")
         swap = await asyncio.to_thread(find_swap, self._store, name, int(generation) if generation else None)
         if swap is None:
             return JSONResponse({"swap": None})
@@ -196,7 +196,7 @@ class Administration:
 
 
 def _with_full_errors(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-    """Return an endpoint that shows errors in full: admins may know what is on the machine."""
+    """Return an endpoint whose errors are shown in full: admins may see the machine's paths and details."""
 
     async def answer(request: Request) -> Response:
         try:
@@ -226,7 +226,7 @@ async def _read(request: Request, kind: type[Body], expected: str) -> Body:
 
 
 def _actor(request: Request) -> Actor:
-    """Return the key's owner, or for a request through the socket in the home the socket's owner."""
+    """Return the key's owner or, for a request through the home's socket, the socket's owner."""
     principal = request_state(request.scope).principal
     if principal is None:
         return Actor.local()

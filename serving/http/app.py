@@ -1,8 +1,8 @@
-"""The HTTP surface: the complete list of paths.
+"""The HTTP application and its complete list of routes.
 
-No documentation pages, no CORS, no redirects. Small routes use FastAPI. Completions and token counts are pure ASGI, see
-serving.http.inference; they are looked up by path and bypass the framework, which takes several times as long as they
-do. Both pass through the same layers of ours.
+No documentation pages, no CORS, no redirects. Small routes use FastAPI. Completions and token counts are pure ASGI (see
+serving.http.inference): they are looked up by path and bypass the framework, whose overhead is several times their own
+cost. Both pass through the same authentication and middleware.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ from serving.telemetry.engine_metrics import EngineMetrics
 from svc.identity.principal import Scope as KeyScope
 
 _OPENMETRICS = "application/openmetrics-text"
-_FOR_ADMINS = "shown to keys with the scope admin only"
+_FOR_ADMINS = "shown only to keys with the scope 'admin'"
 
 
 def build_app(
@@ -48,9 +48,9 @@ def build_app(
     """Return the application for one gateway.
 
     Args:
-        gateway: answers completions; its router and metrics serve the other paths.
+        gateway: answers completions; the other routes use its router and metrics.
         feedback: answers /v1/feedback.
-        engine_metrics: refreshed for each /metrics; in the same registry as `gateway.metrics`.
+        engine_metrics: refreshed for each request to /metrics; in the same registry as `gateway.metrics`.
         status: returns the JSON values of /svc/status; called in a thread.
         authentication: admits requests.
         administration: answers administration requests.
@@ -80,7 +80,7 @@ def build_app(
 
 @dataclass(frozen=True, slots=True)
 class Application:
-    """The framework's application, and the endpoints that bypass it, by path."""
+    """Dispatches requests to the endpoints that bypass the framework, by path, or to the framework's application."""
 
     framework: FastAPI
     direct: Mapping[str, ASGIApp]
@@ -135,7 +135,7 @@ def _add_operations(
 def _without_inside(status: Mapping[str, Any]) -> dict[str, Any]:
     """Return the part of the status for keys with the scope `metrics`.
 
-    The process, the engines' plans and the texts of errors, which contain paths of the machine, are left out.
+    The process, the engines' plans and the error texts are left out, because they contain the machine's paths.
 
     Args:
         status: from `serving.deployments.Deployments.status`.

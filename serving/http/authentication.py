@@ -1,7 +1,7 @@
 """Authenticates and authorises requests before anything else in them is read, in particular their bodies.
 
-Keys are required as soon as one exists, and always for administration. Requests through the socket in the home need
-none: only the owner of the home can open it.
+Keys are required as soon as one exists, and always for administration. Requests through the home's socket need no
+key: only the home's owner can open the socket.
 """
 
 import logging
@@ -20,7 +20,7 @@ from svc.identity.principal import Scope
 log = logging.getLogger(__name__)
 
 _OPEN: Final = frozenset({"/health", "/health/live"})
-"""For load balancers and orchestrators, which hold no secrets. The answers show only whether the service is up."""
+"""For load balancers and orchestrators, which have no keys. The answers show only whether the service is up."""
 _SCOPES: Final = {
     **dict.fromkeys((route.value for route in (*Route, *TokenRoute)), Scope.INFER),
     "/v1/models": Scope.INFER,
@@ -34,11 +34,11 @@ _BEARER = b"bearer "
 
 
 class Authentication:
-    """Admits requests, and cancels those whose key becomes invalid.
+    """Admits requests, and cancels running ones if their key becomes invalid.
 
     Args:
         authenticator: has loaded the keys from the store.
-        keys_needed: require keys even if none exists, because other machines can reach the server.
+        keys_needed: require a key even while none exists, because other machines can reach the server.
         on_failure: called for each invalid key.
     """
 
@@ -51,11 +51,11 @@ class Authentication:
         self._failed = FailedKeys()
 
     async def run(self) -> None:
-        """Follow the store, and cancel running requests whose key becomes invalid, until cancelled."""
+        """Reload the keys from the store, and cancel running requests whose key became invalid, until cancelled."""
         await self._authenticator.follow()
 
     def needs_key(self, state: RequestState, path: str) -> bool:
-        """Return whether a request must come with a key."""
+        """Return whether a request must have a key."""
         if state.connection.through_socket:
             return False
         if self._keys_needed or not self._authenticator.empty:
@@ -64,12 +64,12 @@ class Authentication:
         return _needed_scope(path) is Scope.ADMIN
 
     def admit(self, state: RequestState, path: str) -> Grant:
-        """Return what a request's key grants.
+        """Return the grant of a request's key; None if no key is required.
 
         Raises:
             InvalidKeyError: the key is missing or invalid.
-            TooManyWrongKeysError: so were too many keys before it.
-            KeysUnavailableError: keys cannot be checked now.
+            TooManyWrongKeysError: the key is invalid, and so were too many before it from the same address.
+            KeysUnavailableError: the store with the keys cannot be read.
             PermissionDeniedError: the key lacks the scope.
         """
         try:
@@ -78,7 +78,7 @@ class Authentication:
             self._on_failure(error.fault)
             if self._failed.add(state.address):
                 sender = state.address or "here"
-                log.warning("many invalid keys from %s, the last one %s; more are answered 429", sender, error.fault)
+                log.warning("many invalid keys from %s, the last one %s; rejecting more with 429", sender, error.fault)
             raise
         needed = _needed_scope(path)
         if needed is not None:
@@ -87,7 +87,7 @@ class Authentication:
 
 
 class AuthenticationMiddleware:
-    """Wraps the application; the layer around it answers its errors."""
+    """ASGI layer that admits a request before passing it on; the layer around it turns errors into responses."""
 
     def __init__(self, app: ASGIApp, authentication: Authentication) -> None:
         self._app = app
@@ -115,7 +115,7 @@ def _needed_scope(path: str) -> Scope | None:
 
 
 def _secret(headers: Mapping[bytes, bytes]) -> str | None:
-    """Return the secret from the header of OpenAI's clients, else of Anthropic's."""
+    """Return the secret from the header that OpenAI's clients send, or else the one that Anthropic's clients send."""
     bearer = headers.get(b"authorization", b"")
     if bearer[: len(_BEARER)].lower() == _BEARER:
         return bearer[len(_BEARER) :].strip().decode("latin-1")

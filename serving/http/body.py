@@ -1,4 +1,4 @@
-"""Reads the body of a request: checks its media type, its size and the time it takes."""
+"""Reads a request body, with limits on its media type, size and arrival time."""
 
 import asyncio
 from collections.abc import Callable, Mapping
@@ -13,19 +13,19 @@ _JSON_TYPE = b"application/json"
 
 
 class BodyTooLargeError(SvcError):
-    """The body is over the limit."""
+    """Raised when a body is larger than the limit."""
 
 
 class BodyTimeoutError(SvcError):
-    """The body did not arrive in time."""
+    """Raised when a body did not arrive in time."""
 
 
 class MediaTypeError(SvcError):
-    """The Content-Type is not JSON."""
+    """Raised when the Content-Type is not JSON."""
 
 
 class ClientGoneError(Exception):
-    """The client closed the connection."""
+    """Raised when the client closed the connection."""
 
 
 async def read_body(
@@ -36,16 +36,16 @@ async def read_body(
     timeout_s: float = BODY_TIMEOUT_S,
     slot: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> bytes:
-    """Return the body of a request; its size is checked before and while it is read.
+    """Return a request's body; its size is checked before and during reading.
 
     Args:
-        slot: context manager entered while the rest of a body that comes in parts is read.
+        slot: context manager that is entered to read the rest of a body that arrives in several parts.
 
     Raises:
-        MediaTypeError: not `application/json`. A web page of another site can send any other type to a local port
+        MediaTypeError: not `application/json`. A web page from another site can send some other types to a local port
             without a preflight request.
-        BodyTooLargeError, BodyTimeoutError: over `max_bytes`, or incomplete after `timeout_s` seconds.
-        ClientGoneError: the client left before the end.
+        BodyTooLargeError, BodyTimeoutError: larger than `max_bytes`, or incomplete after `timeout_s` seconds.
+        ClientGoneError: the client disconnected before the end of the body.
     """
     media_type = headers.get(b"content-type", b"")
     if media_type != _JSON_TYPE and media_type.partition(b";")[0].strip().lower() != _JSON_TYPE:
@@ -74,10 +74,10 @@ async def _receive_rest(begin: bytes, receive: Receive, max_bytes: int) -> bytes
 
 
 async def discard_body(receive: Receive, *, most: int) -> None:
-    """Read and drop the rest of a body, up to `most` bytes.
+    """Read and discard the rest of a body, up to `most` bytes.
 
     Raises:
-        ClientGoneError: the client left before the end.
+        ClientGoneError: the client disconnected before the end of the body.
     """
     more = True
     while more and most > 0:
@@ -86,7 +86,7 @@ async def discard_body(receive: Receive, *, most: int) -> None:
 
 
 async def _receive_part(receive: Receive) -> tuple[bytes, bool]:
-    """Return the next part of a body, and whether more follow."""
+    """Return the next part of a body, and whether more parts follow."""
     message = await receive()
     if message["type"] == "http.disconnect":
         raise ClientGoneError

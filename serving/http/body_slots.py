@@ -1,6 +1,6 @@
-"""Limits how many bodies are received concurrently: a body takes memory before its model is known.
+"""Limits how many request bodies are received concurrently: a body takes memory before its model is known.
 
-A body that arrived together with its headers needs no place.
+A body that arrives together with its headers needs no slot.
 """
 
 from collections import Counter
@@ -11,12 +11,12 @@ from serving.admission.errors import OverloadedError
 
 
 class BodySlots:
-    """The places for requests whose bodies are being received.
+    """The slots for requests whose bodies are being received.
 
     Args:
-        most: number of places. One peer may take half of them: a client that sends slowly leaves places for the
-            others, and a proxy in front of all clients has enough.
-        doing: the phrase that an error uses for these requests.
+        most: number of slots. One peer may take half of them: a client that sends slowly leaves slots for the
+            others, and half are enough for a proxy in front of all clients.
+        doing: what the requests are doing, for the error "N requests are ...".
     """
 
     def __init__(self, most: int, doing: str = "being sent") -> None:
@@ -26,13 +26,13 @@ class BodySlots:
 
     @contextmanager
     def reading(self, peer: str) -> Iterator[None]:
-        """Take a place during the `with`.
+        """Hold a slot during the body of the `with`.
 
         Args:
-            peer: key or address that the request comes from.
+            peer: key or address that sent the request.
 
         Raises:
-            OverloadedError: no place is free. Not waited for: the other requests may never end.
+            OverloadedError: no slot is free. The request does not wait for one: the other requests may never end.
         """
         taken = self._reading.total()
         if taken >= self._most or self._reading[peer] >= max(1, self._most // 2):

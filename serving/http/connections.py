@@ -1,8 +1,8 @@
-"""Connections of clients: limited by file descriptors, and closed if the client sends no request or reads nothing.
+"""Client connections: limited by file descriptors, and closed if the client sends no request or reads nothing.
 
 uvicorn waits indefinitely for a first request and for headers of any size, and closes a connection only after its
-client has read everything. Without descriptors the server could not reach its engines. The limits here use asyncio's
-callbacks, the application's own requests, and one part of uvicorn: its parser is replaced.
+client has read everything. If clients used all file descriptors, the server could not reach its engines. The limits
+use asyncio's callbacks and notifications from the application; of uvicorn, only the parser is replaced.
 """
 
 import asyncio
@@ -19,24 +19,24 @@ from serving.http.request_parser import RequestParser
 from svc.one_shot_event import OneShotEvent
 
 REQUEST_DEADLINE_S = 15.0
-"""From the start of a connection, or its last answer, to the end of the next request's headers."""
+"""Limit on the time from a connection's start, or its last answer, to the end of the next request's headers."""
 FULL_DEADLINES = 4
-"""A client that reads nothing of its answer for this many deadlines is disconnected. Answers to completions have their
-own timeout, which is shorter and counted as `client_slow` (serving.http.delivery)."""
+"""A client that reads no part of its answer for this many deadlines is disconnected. Completions have their own,
+shorter timeout, which is counted as `client_slow` (serving.http.delivery)."""
 LAST_REQUEST_S = 1.0
 """When the server stops, requests that arrive on open connections within this time are still answered."""
 _STATE_KEY = "connection"
 _OWN_DESCRIPTORS = 512
-"""For the store, logs, the registry and the server's own requests to its engines."""
+"""File descriptors for the store, logs, the registry and the server's own requests to its engines."""
 _MAX_CONNECTIONS = 8192
-"""Even if the machine allows more: each takes some ten kilobytes."""
+"""Maximum number of connections even if the machine allows more: each takes about ten kilobytes."""
 
 
 def raise_descriptor_limit() -> int:
     """Raise this process's limit on open files to its maximum.
 
     Returns:
-        Maximum number of client connections: each may have one to an engine.
+        Maximum number of client connections; each may need a second descriptor for a connection to an engine.
     """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -45,18 +45,18 @@ def raise_descriptor_limit() -> int:
 
 
 def _nothing() -> None:
-    """The default of a connection's callbacks."""
+    """Do nothing; the default for a connection's callbacks."""
 
 
 @dataclass(slots=True)
 class Connection:
-    """A client's connection as its requests see it. Without a server, as in tests, it is never lost and never slow.
+    """A client's connection as its requests see it. The default, for tests without a server, is never lost or slow.
 
     Attributes:
-        through_socket: it came through a unix socket, which only its owner can open.
-        is_writable: writes do not wait. A lost connection accepts and discards all data.
-        lost: ends with the connection.
-        abort: closes it immediately, discarding unread data.
+        through_socket: the client used the unix socket, which only the socket's owner can open.
+        is_writable: set while writes do not wait. A lost connection accepts and discards all data.
+        lost: done once the connection is lost.
+        abort: closes the connection immediately, discarding unsent data.
         on_request, on_answered: called when a request begins, and when its answer is complete.
     """
 
@@ -73,7 +73,7 @@ def connection_of(scope: Scope) -> Connection:
 
 
 def watched(app: ASGIApp) -> ASGIApp:
-    """Return the application, extended to notify each connection when its requests begin and are answered."""
+    """Return the application, wrapped to notify each connection when its requests begin and are answered."""
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         connection = connection_of(scope)
@@ -87,7 +87,7 @@ def watched(app: ASGIApp) -> ASGIApp:
 
 
 class ClientProtocol(HttpToolsProtocol):
-    """uvicorn's protocol with limits, for an application that is `watched`.
+    """uvicorn's protocol with limits, for an application wrapped by `watched`.
 
     Args:
         deadline_s: see REQUEST_DEADLINE_S.
@@ -114,7 +114,7 @@ class ClientProtocol(HttpToolsProtocol):
         self._ending = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin to wait for the first request."""
+        """Start waiting for the first request."""
         self._client = cast(asyncio.Transport, transport)  # uvloop's transports are not a subclass of it
         connected = transport.get_extra_info("socket")
         self.connection.through_socket = connected is not None and connected.family == socket.AF_UNIX
@@ -167,9 +167,9 @@ class ClientProtocol(HttpToolsProtocol):
         self._waiting_since = asyncio.get_running_loop().time()
 
     def _check(self) -> None:
-        """Close the connection when its client sends no request or reads nothing.
+        """Close the connection if its client sends no request or reads nothing.
 
-        One timer serves all requests of a connection.
+        One timer serves all of a connection's requests.
         """
         loop, left_s = asyncio.get_running_loop(), self._deadline_s
         if self._full_since is not None and self._full_since + FULL_DEADLINES * self._deadline_s <= loop.time():

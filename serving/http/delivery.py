@@ -1,9 +1,9 @@
 """Sends an answer to its client from a buffer, so that no engine, and no swap, waits for a client that reads slowly.
 
-Buffers are bounded, for one answer, for one caller and for all together: when they are full, a stream is read from the
-engine no faster than its client reads it, and an answer that is not streamed is rejected. A client that reads too
-slowly is disconnected, which frees its buffer. A connection that is writable gets its data immediately: the buffer, and
-the task that empties it, are for the others. Knows nothing of engines or of an answer's content.
+Buffers are bounded per answer, per caller and in total: when they are full, a stream is read from the engine no faster
+than its client reads, and an answer that is not streamed is rejected. A client that reads too slowly is disconnected,
+which frees its buffer. Data for a writable connection is sent immediately; the buffer, and the task that empties it,
+serve the other connections. Knows nothing of engines or of an answer's content.
 """
 
 import asyncio
@@ -18,8 +18,8 @@ from serving.http.connections import Connection
 from svc.errors import SvcError
 
 PART_BYTES = 64 * 1024
-"""Of one write to a connection. uvicorn buffers as much again, so a client that is disconnected has read less than
-about twice that within `CLIENT_TIMEOUT_S`."""
+"""Maximum size of one write to a connection. uvicorn buffers as much again, so a disconnected client has read less
+than about twice that size within `CLIENT_TIMEOUT_S`."""
 MAX_ANSWER_BYTES = 16 * 2**20
 """Largest answer that is not streamed, and largest buffered part of a stream."""
 CLIENT_TIMEOUT_S = 30.0
@@ -35,16 +35,16 @@ class AnswerTooLargeError(SvcError):
 
 
 class AnswerBuffers:
-    """Memory of all answers that wait for their clients.
+    """Memory used by all answers that wait for their clients.
 
     Args:
-        max_bytes: of all answers together. One caller may have half of them, and always one answer: callers that read
-            slowly leave memory for the others.
-        max_answer_bytes: of one answer.
+        max_bytes: limit for all answers together. One caller may use half of them, but always enough for one answer:
+            callers that read slowly leave memory for the others.
+        max_answer_bytes: limit for one answer.
         client_timeout_s: longest time for a client to read a part, seconds.
 
     Attributes:
-        used: bytes in use now.
+        used: number of bytes in use.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class AnswerBuffers:
         return self._held.get(caller, 0)
 
     def take(self, size: int, held: int, caller: str) -> bool:
-        """Take memory for `size` bytes of an answer that has `held` already; return whether there was enough."""
+        """Reserve `size` more bytes for an answer that already holds `held`; return whether enough memory was free."""
         if held + size > self.max_answer_bytes or self.used + size > self._max_bytes:
             return False
         of_caller = self.held_by(caller) + size
@@ -93,9 +93,9 @@ class Delivery:
     If the body of the `async with` raised, the answer is ended only by `send_last`.
 
     Args:
-        send: ASGI's.
+        send: the ASGI callable.
         connection: the connection that `send` writes to.
-        caller: key or address whose share of the buffers it takes.
+        caller: key or address whose share of the buffers the answer uses.
 
     Attributes:
         begun: `start` was called.
@@ -149,25 +149,25 @@ class Delivery:
         self._headers, self.begun = headers, True
 
     def reserve(self, size: int) -> None:
-        """Reserve memory for a part of an answer that is `put` when it is complete.
+        """Reserve memory for a part of an answer that is read first, and `put` once it is complete.
 
         Raises:
             AnswerTooLargeError: the answer is over the limit.
-            OverloadedError: the buffers, or the caller's share, are full. Not waited for: answers that are half read
-                would wait for each other.
+            OverloadedError: the buffers, or the caller's share, are full. Waiting for memory could deadlock, because
+                half-read answers would wait for each other.
         """
         if self._held + size > self._buffers.max_answer_bytes:
             raise _too_large(self._held + size, self._buffers.max_answer_bytes)
         if not self._buffers.take(size, self._held, self._caller):
             raise OverloadedError(
-                f"{self._buffers.used} bytes of answers wait for their clients, "
+                f"{self._buffers.used} bytes of answers are waiting for their clients, "
                 f"{self._buffers.held_by(self._caller)} of them for {self._caller or 'here'}",
                 todo="send the request again later",
             )
         self._held += size
 
     def give_back(self, size: int) -> None:
-        """Return reserved memory that the complete answer does not need."""
+        """Release reserved memory that the complete answer does not need."""
         self._held -= size
         self._buffers.free(size, self._caller)
 
@@ -180,7 +180,7 @@ class Delivery:
         """Add a part of a stream; wait until the buffers have memory for it.
 
         Raises:
-            AnswerTooLargeError: this part alone is over the limit of an answer.
+            AnswerTooLargeError: this part alone is over the limit for an answer.
             ClientSlowError: the client was disconnected.
         """
         if self._connection.is_writable and not self._held and len(data) <= PART_BYTES:
@@ -223,7 +223,7 @@ class Delivery:
             self._buffers.free(0, self._caller)  # wakes a `put_event` that waits for memory
 
     async def _send_waiting(self, *, end: bool = False) -> None:
-        """Send the buffer in parts: many small events make one write. The last part may be the end of the answer."""
+        """Send the buffer in parts, with many small events in one write. The last part may be the end of the answer."""
         more = bool(self._waiting) or end
         while more:
             part = bytes(self._waiting[:PART_BYTES])

@@ -13,7 +13,7 @@ async def while_connected(state: RequestState, work: Coroutine[object, object, N
 
     Raises:
         ClientGoneError: the client disconnected first.
-        InvalidKeyError: its key became invalid first. Otherwise the exceptions of `work`.
+        InvalidKeyError: the client's key became invalid first. Exceptions raised by `work` are passed on.
     """
     signals = [state.connection.lost, *([state.grant.ended] if state.grant else ())]
     working, running, cancelled = asyncio.current_task(), True, False

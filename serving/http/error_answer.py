@@ -14,7 +14,7 @@ _DISCARDED_BYTES = 64 * 2**20
 
 
 async def answer_error(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
-    """Send the error; discard the rest of a body that was rejected before all of it had arrived."""
+    """Send the error, and discard the rest of a request body that was rejected before all of it had arrived."""
     response = error.response(scope["path"])
     if error.code not in _BODY_STILL_SENT:
         await response(scope, _no_receive, send)
@@ -24,7 +24,7 @@ async def answer_error(error: ApiError, scope: Scope, receive: Receive, send: Se
         more = {"more_body": True} if message["type"] == "http.response.body" else {}
         await send({**message, **more})
 
-    # The rest of the body is read: a connection closed before its client has sent everything loses the answer.
+    # The rest of the body is read: if a connection is closed while its client is still sending, the answer is lost.
     await response(scope, _no_receive, send_more)
     with suppress(ClientGoneError, TimeoutError):
         async with asyncio.timeout(BODY_TIMEOUT_S):

@@ -1,7 +1,7 @@
-"""The one map from errors to responses: status, type, code, headers.
+"""The only mapping from errors to responses: status, type, code, headers.
 
 Clients get `{"error": {"message", "type", "param", "code"}}` for every status, as OpenAI's client expects. On
-Anthropic's paths `type` has Anthropic's values, and `"type": "error"` stands next to `error`.
+Anthropic's paths `type` has Anthropic's values, and the object also contains `"type": "error"`.
 The code is also the label under which the error is counted. A message never contains a path or a traceback: only the
 errors listed here show their own message; all others are logged and answered as `internal_error`.
 """
@@ -66,7 +66,7 @@ ANTHROPIC_TYPES = {
     504: "timeout_error",
 }
 _MAX_RETRY_S = 120
-"""OpenAI's client does not wait longer than this for a retry; Anthropic's waits as long as retry-after says."""
+"""OpenAI's client ignores a longer retry-after; Anthropic's client waits as long as retry-after says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ class ApiError:
         return ANTHROPIC_TYPES.get(self.status, "api_error" if self.status >= 500 else "invalid_request_error")
 
     def body(self, path: str = "") -> bytes:
-        """Return the JSON of the answer, or of an event's data in a stream; secrets that a client sent are masked.
+        """Return the JSON for a response, or for an event's data in a stream; secrets that a client sent are masked.
 
         Args:
             path: of the request.
@@ -106,8 +106,8 @@ class ApiError:
     def response(self, path: str = "") -> Response:
         """Return the complete response.
 
-        Clients retry after 429 and any 5xx; `x-should-retry: false` stops them where a retry would fail again or only
-        be due after a long time.
+        Clients retry after 429 and any 5xx; `x-should-retry: false` prevents that if a retry would fail again or would
+        have to wait for long.
 
         Args:
             path: of the request.
@@ -171,13 +171,13 @@ def api_error(error: Exception) -> ApiError:
         param = ".".join(str(part) for part in first["loc"][1:])[:SHOWN_CHARS]
         return ApiError(422, ErrorCode.INVALID_REQUEST, str(first["msg"]), param or None)
     log.error("unexpected error in a request", exc_info=error)
-    return ApiError(500, ErrorCode.INTERNAL_ERROR, "the gateway failed on this request; see the server's log")
+    return ApiError(500, ErrorCode.INTERNAL_ERROR, "internal error in the gateway; see the server's log")
 
 
 def _shaped(error: SvcError, status: int, code: ErrorCode) -> ApiError:
     if isinstance(error, EngineFailedError):
-        log.error("the engine failed on a request: %s", error.wrong)
-        return ApiError(status, code, "the engine failed on this request; see the server's log")
+        log.error("an engine failed to answer a request: %s", error.wrong)
+        return ApiError(status, code, "the engine failed to answer this request; see the server's log")
     if isinstance(error, EngineRefusedError):
         status = error.status
     message = error.wrong
@@ -206,7 +206,7 @@ def _framework_error(error: HTTPException) -> ApiError:
 
 
 def install_handlers(app: FastAPI) -> None:
-    """Give errors of the framework and of the small routes the OpenAI shape."""
+    """Make errors from the framework and the small routes use OpenAI's error format."""
 
     async def answer(request: Request, error: Exception) -> Response:
         return api_error(error).response(request.url.path)

@@ -1,6 +1,6 @@
 """Forwards the events of a streamed answer as they arrive, and times and counts its tokens.
 
-The chunk with token counts, which the engine is always asked for, is forwarded only to clients that asked for it.
+The chunk with token counts, always requested from the engine, is forwarded only to clients that requested it.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,13 +17,13 @@ from svc.errors import EngineError
 
 @dataclass(slots=True)
 class EventStream:
-    """One streamed answer.
+    """Forwards one streamed answer to its client.
 
     Attributes:
-        begin: begins the answer to the client, with this content type.
-        between_tokens: observes the seconds between the arrivals of two tokens from the engine. A part may be read much
-            later, after a slow client has read the parts before it.
-        wants_usage: the client asked for the chunk with token counts.
+        begin: called with the engine's content type to begin the answer to the client.
+        between_tokens: called with the seconds between the arrivals of two tokens from the engine; with a slow client,
+            tokens may be read from the buffer much later than they arrived.
+        wants_usage: the client requested the chunk with token counts.
         show: rewrites each event first; see serving.replicas.balancer.Lease.
     """
 
@@ -75,7 +75,7 @@ class EventStream:
             raise failure
 
     def _passes(self, event: bytes) -> bool:
-        """Account for an event; return whether the client gets it."""
+        """Account for an event; return whether to forward it to the client."""
         event_kind = self.format.classify(event)
         if event_kind.error is not None:
             code = event_kind.error.get("code") if isinstance(event_kind.error, dict) else None

@@ -1,6 +1,6 @@
 """Limits how many invalid keys one peer may send per minute: enough for mistyped keys.
 
-Secrets cannot be guessed, so a valid key is never delayed by the invalid ones of another client at its address.
+Secrets cannot be guessed, so a valid key is never delayed because another client at its address sends invalid ones.
 """
 
 import math
@@ -13,14 +13,14 @@ from svc.errors import SvcError
 MAX_INVALID_PER_MINUTE = 20
 _MINUTE_S = 60.0
 _MAX_PEERS = 4096
-"""Beyond this number, the peer whose minute began first is forgotten."""
+"""Beyond this number of peers, the peer whose minute began first is forgotten."""
 
 
 class TooManyWrongKeysError(SvcError):
-    """A peer has sent too many invalid keys.
+    """Raised when a peer has sent too many invalid keys.
 
     Args:
-        retry_after_s: seconds until its minute is over.
+        retry_after_s: seconds until the peer's minute is over.
     """
 
     def __init__(self, wrong: str, *, retry_after_s: int, todo: str) -> None:
@@ -29,7 +29,7 @@ class TooManyWrongKeysError(SvcError):
 
 
 class FailedKeys:
-    """Counts invalid keys by peer, in minutes that begin with a peer's first one.
+    """Counts invalid keys by peer, in minutes that begin with a peer's first invalid key.
 
     Args:
         clock: monotonic time, seconds.
@@ -43,7 +43,7 @@ class FailedKeys:
         return len(self._peers)
 
     def add(self, address: str) -> bool:
-        """Count one; return whether it is the last one allowed in this minute.
+        """Count an invalid key; return whether it is the last one allowed in this minute.
 
         Raises:
             TooManyWrongKeysError: the peer is over the limit.

@@ -1,8 +1,8 @@
 """`POST /v1/feedback`: a person's rating of an answer, identified by the answer's `x-request-id`.
 
-A key may rate only the answers that it got itself; admins and clients that need no key may rate all of them.
+A key may rate only answers to its own requests; admins, and clients that need no key, may rate all answers.
 Each request has one rating; a second one replaces the first and is not counted again. A correction is stored even if
-content is not, because its sender wants it stored; it is redacted like content.
+content is not, because its sender wants it to be stored; corrections are redacted like content.
 """
 
 import asyncio
@@ -29,22 +29,22 @@ MAX_BODY_BYTES = 256 * 1024
 MAX_CORRECTION_CHARS = 32 * 1024
 MAX_LABEL_CHARS = 64
 _MAX_CONCURRENT = 64
-_EXAMPLE = '{"request_id": ..., "rating": "good" or "bad"}, optionally "correction" and "label"'
+_EXAMPLE = '{"request_id": ..., "rating": "good" or "bad"}, with an optional "correction" and "label"'
 _FLUSH_S = 5.0
 
 
 class RequestNotFoundError(NotFoundError):
-    """No stored request has the id."""
+    """Raised when no stored request has the id."""
 
 
 class RequestLogBusyError(SvcError):
-    """The request log is not up to date."""
+    """Raised when the request may still be waiting to be stored."""
 
     retry_after_s = 2
 
 
 class FeedbackRequest(BaseModel):
-    """Body: rate an answer."""
+    """Request body for rating an answer."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -58,8 +58,8 @@ class FeedbackIntake:
     """Receives feedback and stores it.
 
     Args:
-        request_log: the log in which a request may still wait to be stored.
-        on_given: called with the first rating of each request.
+        request_log: consulted for requests that are not stored yet.
+        on_given: called with each request's first rating.
     """
 
     def __init__(
@@ -69,14 +69,14 @@ class FeedbackIntake:
         self._request_log = request_log
         self._on_given = on_given
         self._at_once = 0
-        # Separate threads: /metrics must not wait behind feedback that waits for the store.
+        # Separate threads: requests to /metrics must not wait behind feedback that waits for the store.
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="feedback")
 
     async def answer(self, request: Request) -> Response:
         """Answer a request with feedback.
 
         Raises:
-            OverloadedError: too many requests with feedback are being handled.
+            OverloadedError: too many feedback requests are being handled.
             RequestNotFoundError: no request with this id is stored.
             RequestLogBusyError: the request is not stored yet.
             InvalidJsonError, InvalidRequestError: the body is not valid.
@@ -115,7 +115,7 @@ class FeedbackIntake:
         stored = keep_feedback(self._store, given.request_id, feedback, key_id=key_id)
         if stored is None:
             raise RequestNotFoundError(
-                "no request with this id is stored", expected="the x-request-id of an answer that is not too old"
+                "no request with this id is stored", expected="the x-request-id of a request that is still stored"
             )
         self._request_log.has_grown(stored.grown_bytes)
         return stored

@@ -1,8 +1,8 @@
-"""The host names that this server answers to.
+"""The host names under which this server may be addressed.
 
 A web page can make its own domain resolve to this machine (DNS rebinding) and then read answers as if they came from
 its own site. The domain is in the request's Host header, so only configured names are accepted there. Addresses are
-always accepted, since no page is served from one of ours.
+always accepted, since none of this server's addresses serves web pages.
 """
 
 import ipaddress
@@ -15,18 +15,18 @@ from svc.errors import SvcError
 ANY = "*"
 _LOOPBACK = "localhost"
 _MAX_ADDRESS_CHARS = 45
-"""Of IPv6 with an IPv4 address at its end."""
+"""Prefix of an IPv6 address that ends with an IPv4 address."""
 
 
 class HostNotAllowedError(SvcError):
-    """The Host header has a name that is not this server's."""
+    """Raised when the Host header has a name that is not this server's."""
 
 
 class AllowedHosts:
     """The accepted host names.
 
     Args:
-        names: in addition to `localhost`; `*` allows all.
+        names: names in addition to `localhost`; `*` allows every name.
     """
 
     def __init__(self, names: Iterable[str]) -> None:

@@ -1,4 +1,4 @@
-"""uvicorn with our limits, for one listener."""
+"""A uvicorn server for one listener, with limits on its connections."""
 
 import asyncio
 import logging
@@ -22,11 +22,11 @@ _WARNING_LIMIT = WarningLimit()
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn's server without its signal handlers; those of serving.server also interrupt a start in progress.
+    """uvicorn's server without its signal handlers; the handlers in serving.server also interrupt a start in progress.
 
     Args:
         most: maximum number of open connections.
-        address_limit: limit on the connections of one address.
+        address_limit: limit on the connections from one address.
         certificate: None for plain HTTP.
         deadline_s: see serving.http.connections.
     """
@@ -49,16 +49,16 @@ class HttpServer(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Capture no signals."""
+        """Install no signal handlers."""
         yield
 
     def stop(self) -> None:
-        """Stop `serve`; running requests may complete."""
+        """Make `serve` return after the running requests."""
         self.should_exit = True
         self._stopping.set()
 
     async def main_loop(self) -> None:
-        """Keep the Date header current; uvicorn's own loop also polls ten times a second whether to stop."""
+        """Keep the Date header current; unlike uvicorn's own loop, do not poll ten times per second whether to stop."""
         while not await self.on_tick(0):
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), _DATE_S)
@@ -98,7 +98,7 @@ def http_server(
 
     Args:
         most: maximum number of open connections.
-        most_per_address: maximum for one address that is not a proxy; None for no limit.
+        most_per_address: maximum number from one address that is not a proxy; None for no limit.
         certificate: None for plain HTTP.
         proxies: addresses whose forwarding headers are trusted; any other client can forge these headers.
         deadline_s: see serving.http.connections.

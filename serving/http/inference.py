@@ -1,11 +1,11 @@
-"""The data plane: one request from its first byte to the last byte of its answer.
+"""The data plane: handles a completion request from its first byte to the last byte of its answer.
 
 read -> route -> reserve -> load the adapter -> admit -> resolve -> forward -> answer. Bytes pass through unchanged,
 with three exceptions: the model's name on the way in, an adapter's private name on the way out, and the chunk with
 token counts in a stream, which is dropped for clients that did not ask for it.
 
 The response headers are sent with the first complete event: until then a failure can have its own status. Bytes that a
-client does not read immediately are buffered (serving.http.delivery) outside admission: the engine is done with them.
+client does not read immediately are buffered (serving.http.delivery) outside admission: the engine is done by then.
 """
 
 import asyncio
@@ -61,7 +61,7 @@ class Gateway:
         buffers: answers that wait for their clients.
         limiter: enforces the limits of keys.
         usage: counts the usage per key.
-        begin_trace: returns a request's place in its trace, from its headers; None if traces are off.
+        begin_trace: returns a request's trace, begun or continued from its headers; None if traces are off.
         clock: monotonic time, seconds.
         adapter_slots, production_slots: limits on requests waiting for adapters, and for adapters in production.
     """
@@ -83,7 +83,7 @@ class Gateway:
     def __post_init__(self) -> None:
         max_waiting = max(1, self.settings.max_queued)
         self.adapter_slots = BodySlots(max_waiting, "waiting for adapters")
-        self.production_slots = BodySlots(max_waiting, "waiting for the adapter of the version in production")
+        self.production_slots = BodySlots(max_waiting, "waiting for the production version's adapter")
 
     def endpoint(self, route: Route) -> ASGIApp:
         """Return the ASGI application for one path."""
@@ -92,7 +92,7 @@ class Gateway:
 
 @dataclass(frozen=True, slots=True)
 class _Endpoint:
-    """An object rather than a function, which Starlette would wrap in its request machinery."""
+    """A class, because Starlette would wrap a function in its request machinery."""
 
     gateway: Gateway
     route: Route
@@ -102,7 +102,7 @@ class _Endpoint:
 
 
 class Exchange:
-    """One request and its answer."""
+    """Handles one request, and sends its answer."""
 
     def __init__(self, gateway: Gateway, route: Route, scope: Scope, send: Send) -> None:
         self._gateway = gateway
@@ -157,7 +157,7 @@ class Exchange:
         await to.backend.check(to.model)
         served = to.backend.names.served
         self._state.version = served.version if served else None
-        # Delivered outside admission: the engine is done, and a client that reads slowly holds no place.
+        # Delivered outside admission: the engine is done, and a client that reads slowly holds no slot.
         self.account.work = work = request.work(to.backend.context)
         self._state.reservation = self.account.key.reserve(request, work, self.account.model)
         began = self._gateway.clock()
@@ -174,7 +174,7 @@ class Exchange:
                 await self._forward_to_another(to, engine, request, error)
 
     def _waiting_for_adapter(self, to: Destination) -> AbstractContextManager[None]:
-        """Take a place among the requests that wait for adapters; versions in production have places of their own."""
+        """Hold one of the slots for requests that wait for adapters; production versions have separate slots."""
         names, gateway = to.backend.names, self._gateway
         in_production = names.served is not None and names.resolve(to.model) in (None, names.served.version)
         slots = gateway.production_slots if in_production else gateway.adapter_slots
@@ -183,7 +183,7 @@ class Exchange:
     async def _forward_to_another(
         self, to: Destination, engine: Lease, request: CompletionRequest, refused: EngineUnreachableError
     ) -> None:
-        """Try one other engine, once: if it refuses the connection too, the cause is a different one."""
+        """Retry once, on another engine: if that refuses the connection too, more than one engine is affected."""
         try:
             async with to.backend.lease(to.model, without=engine) as other:
                 await self._forward(other, request)
@@ -191,7 +191,7 @@ class Exchange:
             raise refused from None
 
     async def _forward(self, engine: Lease, request: CompletionRequest) -> None:
-        """Send the request to the engine, and hand its answer to the delivery."""
+        """Send the request to the engine, and pass its answer to the delivery."""
         payload = request.payload(engine.engine_model)
         account = self.account
         account.served_by(engine.served, engine.pace)
@@ -234,7 +234,7 @@ class Exchange:
         )
 
     async def _fail(self, error: ApiError, receive: Receive) -> None:
-        """Answer with an error; within a stream as an event, without the event that ends a successful answer."""
+        """Answer with an error; within a stream, send an error event in place of the event that ends an answer."""
         self.account.failed(error.code)
         if not self.account.begun:
             self.account.status, self.account.begun = error.status, True
@@ -252,10 +252,10 @@ class Exchange:
 
 
 async def read_whole(answer: EngineAnswer, engine: Lease, delivery: Delivery) -> bytes:
-    """Return the body of an engine's answer, after reserving memory for it.
+    """Read and return the body of an engine's answer, reserving memory for it.
 
     Raises:
-        AnswerTooLargeError, OverloadedError: there is no memory for it.
+        AnswerTooLargeError, OverloadedError: the body is too large, or the buffers are full.
     """
     parts: list[bytes] = []
     while part := await answer.read_some():

@@ -14,10 +14,10 @@ Body = TypeVar("Body", bound=BaseModel)
 
 
 async def read_json(request: Request, kind: type[Body], *, max_bytes: int, expected: str) -> Body:
-    """Return the body of a request.
+    """Return a request's body, parsed and validated.
 
     Args:
-        expected: example that an error shows.
+        expected: example of a valid body, shown in errors.
 
     Raises:
         InvalidJsonError, InvalidRequestError: the body is not valid.

@@ -1,4 +1,4 @@
-"""The part of its key's limits that one request reserves, and its usage at the end."""
+"""The share of its key's limits that one request reserves, and the usage recorded at the request's end."""
 
 from serving.admission.errors import RateLimitedError
 from serving.admission.party import NO_KEY, Party
@@ -17,11 +17,11 @@ _CLIENT_LEFT = (RequestOutcome.CLIENT_GONE, RequestOutcome.CLIENT_SLOW)
 
 
 class KeyAccount:
-    """Limits and usage of one request; a request without a key has no limits but is counted too.
+    """One request's use of its key's limits, and its usage; a request without a key has no limits but is counted too.
 
     Attributes:
         body_bytes: size of the request.
-        token_events: forwarded events with tokens, for an answer whose token counts the engine does not send.
+        token_events: number of forwarded events with tokens, for answers without token counts from the engine.
     """
 
     def __init__(
@@ -41,14 +41,14 @@ class KeyAccount:
 
     @property
     def party(self) -> Party:
-        """Tenant whose share of the model the request uses."""
+        """Tenant that the request belongs to when tenants share the model."""
         return Party(self._principal.key_id, self._principal.weight) if self._principal else NO_KEY
 
     def reserve_request(self) -> None:
         """Count the request towards the key's requests per minute.
 
         Raises:
-            RateLimitedError: the key has none left.
+            RateLimitedError: the key has no requests left in this minute.
         """
         if self._principal is None:
             return
@@ -59,11 +59,11 @@ class KeyAccount:
             raise
 
     def reserve(self, request: CompletionRequest, work: int, model: str) -> Reservation | None:
-        """Reserve the request's maximum use of its key's other limits; return None without a key.
+        """Reserve the request's maximum use of its key's other limits; do nothing without a key.
 
         Args:
-            work: maximum number of tokens in its answers.
-            model: the model that it asks for, from a bounded set of names.
+            work: maximum number of tokens in the request's answers.
+            model: the requested model, from a bounded set of names.
 
         Raises:
             RateLimitedError: not enough is left.
@@ -85,8 +85,8 @@ class KeyAccount:
 
         Args:
             served: the version that answered; None if no version did.
-            reason: why it failed; None if it did not.
-            usage: as the engine sends it at the end of an answer.
+            reason: why the request failed; None if it succeeded.
+            usage: token counts from the engine, sent at the end of an answer.
             computed: estimated number of tokens that the engine generated for an answer whose client left.
         """
         spent = self._spent(reason, usage, computed) if served else None
@@ -105,8 +105,8 @@ class KeyAccount:
     def _spent(self, reason: ErrorCode | None, usage: Usage | None, computed: int) -> Usage | None:
         """Return the usage; None if the request was rejected, or failed before its first token.
 
-        If the client left, prompt and tokens are estimated: leaving early makes nothing free. An event may bring
-        several tokens, so the number of events is a lower bound.
+        If the client disconnected, the tokens of prompt and answer are estimated, so that disconnecting early saves
+        nothing. An event may contain several tokens, so the number of events is a lower bound.
         """
         client_left = outcome_of(reason) in _CLIENT_LEFT
         if reason and not self.token_events and not client_left:

@@ -1,9 +1,9 @@
-"""The outermost layer: adds the request id, version, processing time and remaining key limits to each response, and
-turns every exception into a response.
+"""The outermost layer: adds the request id, version, processing time and the key's remaining limits to each response,
+and turns every exception into a response.
 
-The server generates request ids, because feedback looks answers up by them and a client may use an id twice. The
-client's id is stored too, and returned. Only clients that may use a version are told its name. Pure ASGI, because the
-framework's middleware would sit between a stream and its client.
+The server generates request ids, because feedback refers to answers by id and a client may use an id twice. The
+client's id is stored and returned too. A version's name is sent only to clients that may use the version. Pure ASGI,
+because the framework's middleware would delay streams.
 """
 
 import os
@@ -27,13 +27,13 @@ _CLIENT_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")  # safe in a log line
 
 
 class RequestMiddleware:
-    """Wraps the application.
+    """The outermost ASGI layer.
 
     Args:
         app: the wrapped application.
-        router: source of the version in production if there is one model, for answers that no version gave.
+        router: if only one model is served, its production version is named in responses that no version generated.
         hosts: host names that are accepted.
-        limiter: source of the remaining limits of a key.
+        limiter: returns a key's remaining limits.
         clock: monotonic time, seconds.
     """
 
@@ -106,7 +106,7 @@ class RequestMiddleware:
 
 
 class _Randomness:
-    """Unguessable numbers, drawn in batches: the call to the kernel takes longer than the rest of creating an id."""
+    """Source of unguessable numbers, drawn in batches: the system call takes longer than the rest of creating an id."""
 
     _BYTES, _BATCH = 16, 256
 
@@ -122,7 +122,7 @@ class _Randomness:
 
 
 def _client_request_id(headers: Mapping[bytes, bytes]) -> str | None:
-    """Return the client's own id; an id with a secret in it is neither stored nor returned."""
+    """Return the client's own id; an id that contains a secret is neither stored nor returned."""
     for name in _CLIENT_HEADERS:
         value = headers.get(name)
         if value is not None and _CLIENT_ID.fullmatch(value):

@@ -1,4 +1,4 @@
-"""The model names that clients may use: listed and shown, but not deleted.
+"""Endpoints that list and show the model names that clients may use, and that refuse to delete models.
 
 Only the operator changes which versions are served and stored, by promotion and in the registry. A key that is limited
 to some models sees no others.
@@ -19,15 +19,15 @@ OWNER = "tuneserve"
 
 
 class ModelNotDeletableError(SvcError):
-    """A client asked to delete a model."""
+    """Raised when a client tries to delete a model."""
 
 
 def require_model(router: Router, principal: Principal | None, model: str) -> None:
     """Check that a key may use a model.
 
     Raises:
-        ModelNotFoundError: it may not, or the model does not exist; the error does not say which, and lists the models
-            that the key may use.
+        ModelNotFoundError: the key may not use the model, or the model does not exist; the error does not say which of
+            the two, and lists the models that the key may use.
     """
     if principal is None or principal.models is None:
         return
@@ -36,7 +36,7 @@ def require_model(router: Router, principal: Principal | None, model: str) -> No
     names = ", ".join(name for name in router.names() if principal.may_ask(name))
     raise ModelNotFoundError(
         f"model {model[:SHOWN_CHARS]!r} is not served here, or this key may not use it",
-        expected=f"one of {names}" if names else "a model that this key may use; none of those is served",
+        expected=f"one of {names}" if names else "a model that this key may use (none of them is served now)",
     )
 
 
@@ -68,6 +68,6 @@ def add_models(app: FastAPI, router: Router) -> None:
     async def delete_model(request: Request, name: str) -> NoReturn:
         await find_backend(request, name)
         raise ModelNotDeletableError(
-            f"model {name!r} is served, and models are not deleted over HTTP",
-            todo="ask the operator to promote another version and to delete this one on disk",
+            f"model {name!r} cannot be deleted: the API does not delete models",
+            todo="ask the operator to promote another version and to delete this one on the server",
         )

@@ -1,8 +1,8 @@
-"""The HTTP surface as an OpenAPI document, written by hand.
+"""The HTTP API as an OpenAPI document, written by hand.
 
 Completions are ASGI applications whose bodies the framework's router does not know, and the gateway checks only a few
 fields of a completion. The document describes what the gateway itself guarantees: the fields that it checks, and the
-shape of each status. Bodies of the engine are plain objects here; see vLLM's documentation for them.
+response format of each status. The engine's bodies are plain objects here; see vLLM's documentation for their fields.
 """
 
 from collections.abc import Mapping
@@ -38,9 +38,9 @@ _TURNS: Json = {
 }
 _ITEMS: Json = {"type": "array", "minItems": 1, "items": _OBJECT}
 _NEVER: Json = {"type": "null", "description": "not served"}
-_ONLY_FALSE: Json = {"enum": [False, None], "description": "only false is served"}
+_ONLY_FALSE: Json = {"enum": [False, None], "description": "only false is supported"}
 _COMMON: Json = {
-    "model": {"type": "string", "description": "NAME, NAME@production, or NAME@N of the loaded version"},
+    "model": {"type": "string", "description": "NAME, NAME@production, or NAME@N for a loaded version"},
     "stream": {"type": ["boolean", "null"]},
     "prompt_logprobs": _NEVER,
     "kv_transfer_params": _NEVER,
@@ -100,7 +100,7 @@ _TOKEN_REQUESTS: Mapping[TokenRoute, tuple[str, list[str], Json]] = {
         {"messages": _TURNS},
     ),
     TokenRoute.TOKENIZE: (
-        "The tokens of `prompt`, or of a chat's `messages`",
+        "Token ids of `prompt`, or of a chat's `messages`",
         ["model"],
         {"prompt": {"type": "string"}, "messages": _TURNS},
     ),
@@ -115,7 +115,7 @@ _ENGINE = {
     404: "no loaded version has this name",
     422: "the engine rejected the request",
     429: "too many requests are running, or a limit of the key is reached; see retry-after",
-    502: "the engine failed on this request",
+    502: "the engine failed to answer this request",
     503: "no engine is available, or the queue is full; see retry-after",
     504: "the engine did not answer in time",
 }
@@ -125,7 +125,7 @@ _KEYS = {
     429: "too many invalid API keys came from this address; see retry-after",
     503: "keys cannot be checked now",
 }
-_DEFECT = {500: "a defect of the gateway"}
+_DEFECT = {500: "an internal error in the gateway"}
 _OTHER_HOST = {421: "the Host header has a name that is not this server's"}
 _KEY_HEADERS: Json = {
     "bearer": {"type": "http", "scheme": "bearer"},
@@ -145,7 +145,7 @@ _CHANGE_REFUSED = {
     **_BAD_BODY,
     400: "the body is invalid",
     404: "the version, model or key does not exist",
-    409: "another change came first, or this one is refused",
+    409: "another change was made first, or this change is refused",
     **_DEFECT,
 }
 
@@ -167,7 +167,7 @@ def openapi_document() -> Json:
 
 
 def _schema(kind: type[BaseModel], schemas: Json) -> Json:
-    """Return the schema of a body; add the schemas that it refers to to `schemas`."""
+    """Return a body's schema, and add the schemas that it refers to to `schemas`."""
     schema = kind.model_json_schema(ref_template=f"{_SCHEMAS}{{model}}")
     schemas |= schema.pop("$defs", {})
     return schema
@@ -250,7 +250,7 @@ def _administration(schemas: Json) -> Json:
     }
     paths["/svc/keys"]["get"] = _operation("All keys, without secrets", _json(_OBJECT), _DEFECT)
     swap = _operation(
-        "The last swap of a model, or the one of a generation",
+        "A model's last swap, or the swap for a generation",
         _json(_OBJECT),
         {**_DEFECT, 400: "the generation is not a number"},
     )

@@ -6,13 +6,13 @@ from functools import lru_cache
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 _PREFIX_V6 = 64
-"""The network that one IPv6 subscriber has: addresses in it cost nothing."""
+"""Prefix length of the network that one IPv6 subscriber has, who can use any address in it."""
 _MAX_CHARS = 64
-"""Of a text from a proxy that is not an address."""
+"""Maximum length of a peer name that a proxy sent and that is not an address."""
 
 
 def peer_of(address: str) -> str:
-    """Return the part of an address that its owner cannot change at will."""
+    """Return the part of an address that its owner cannot change at will: an IPv4 address, or an IPv6 network."""
     return _peer_of(address[:_MAX_CHARS])
 
 

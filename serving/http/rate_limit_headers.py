@@ -1,7 +1,7 @@
-"""The remaining limits of a key, in the headers that clients of OpenAI's and of Anthropic's API read.
+"""Response headers with a key's remaining limits, as clients of OpenAI's and Anthropic's APIs read them.
 
-OpenAI has one header for tokens: it shows the token limit with the smallest share left. Anthropic also has one for
-input and one for output tokens, and gives the time at which a limit is full again, where OpenAI gives the duration.
+OpenAI has one header for tokens: it shows the token limit with the smallest share left. Anthropic also has separate
+headers for input and output tokens, and gives the time at which a limit is fully reset; OpenAI gives the duration.
 """
 
 import math
@@ -18,7 +18,7 @@ _TOKENS = (Limit.TOKENS_IN_PER_MINUTE, Limit.TOKENS_OUT_PER_MINUTE, Limit.TOKENS
 def rate_limit_headers(
     allowances: Mapping[Limit, Allowance], path: str, now: datetime | None = None
 ) -> list[tuple[bytes, bytes]]:
-    """Return the headers of an answer to `path`, for the limits that a key has."""
+    """Return the headers for an answer to `path`, with the limits that a key has."""
     requests, tokens = allowances.get(_REQUESTS), _tightest(allowances)
     headers: list[tuple[bytes, bytes]] = []
     for name, allowance in ((b"requests", requests), (b"tokens", tokens)):

@@ -1,4 +1,4 @@
-"""The account of one request: its key, the version that answered, times, tokens and outcome, for metrics and its row.
+"""The record of one request: its key, the version that answered, times, tokens and outcome, for metrics and its row.
 
 Filled in by serving.http.inference and, for streamed answers, by serving.http.event_stream.
 Knows nothing of connections, neither the client's nor the engine's.
@@ -25,20 +25,20 @@ from svc.version import Target
 
 
 class RequestAccount:
-    """Account of one request, from its arrival to its end.
+    """Record of one request, filled in from its arrival to its end.
 
     Args:
         state: identifies the request; its version is set here.
         metrics: counts the request.
         request_log: stores its row.
-        key: its use of its key's limits; settled at the end.
-        trace: its place in a trace, completed at the end; None if traces are off.
+        key: the request's use of its key's limits; settled at the end.
+        trace: the request's span, completed at the end; None if traces are off.
         clock: monotonic time, seconds.
 
     Attributes:
-        model: the model that it asks for, from a bounded set of names.
-        work: maximum number of tokens in its answers.
-        status: of the answer; None until the answer begins.
+        model: the requested model, from a bounded set of names.
+        work: maximum number of tokens in the request's answers.
+        status: HTTP status of the answer; None until the answer begins.
         begun: the headers of the answer were passed to the delivery, or sent.
         complete: the engine has sent the complete answer.
     """
@@ -64,7 +64,7 @@ class RequestAccount:
         self._arrived = datetime.now(UTC)
         self._started = clock()
         self._asked = 0.0  # when the request was sent to the engine
-        self._place_s = self._engine_s = 0.0  # waited for a place, and for the beginning of the engine's answer
+        self._place_s = self._engine_s = 0.0  # waited for a slot, and for the beginning of the engine's answer
         self._own_s: float | None = None  # the gateway's time before the answer began
         self._first_token_s: float | None = None
         self._request: CompletionRequest | None = None
@@ -82,7 +82,7 @@ class RequestAccount:
 
     @property
     def request_id(self) -> str:
-        """The server's id, not the client's."""
+        """The id that the server generated, not the client's."""
         return self._state.request_id
 
     def elapsed(self) -> float:
@@ -90,7 +90,7 @@ class RequestAccount:
         return self._clock() - self._started
 
     def body_read(self, size: int) -> None:
-        """Start the request's time: its body is complete."""
+        """Start measuring the request's time, because its body is complete."""
         self._started = self._clock()
         self.key.body_bytes = size
 
@@ -100,11 +100,11 @@ class RequestAccount:
             self._content = Content(self._route, request.members)
 
     def admitted(self, waited_s: float) -> None:
-        """Set how long the request waited for a place in an engine."""
+        """Set how long the request waited for admission."""
         self._place_s = waited_s
 
     def served_by(self, target: Target, pace: TokenPace) -> None:
-        """Set the version that is asked now, and the pace of its engine."""
+        """Set the version to which the request is sent now, and its engines' generation speed."""
         if self._request and target != self._served:
             self._gather_features(self._request, target)
         self._served, self._pace = target, pace
@@ -120,7 +120,7 @@ class RequestAccount:
             self._content.features = wanted
 
     def heard(self) -> None:
-        """Time a part from the engine; the last one before the answer begins counts."""
+        """Record the arrival of a part from the engine; the last call before the answer begins counts."""
         self._engine_s = self._clock() - self._asked
 
     def begin(self) -> float:
@@ -130,7 +130,7 @@ class RequestAccount:
         return self._own_s
 
     def keep(self, part: bytes) -> None:
-        """Collect a part of the answer, a body or an event, if content or features are stored."""
+        """Keep a part of the answer (a body or an event) if content or features are stored."""
         if self._content:
             self._content.add(part)
 
@@ -179,7 +179,7 @@ class RequestAccount:
             RuntimeError: `served_by` was not called yet.
         """
         if self._served is None:
-            raise RuntimeError("no version was asked yet")
+            raise RuntimeError("the request was not sent to a version yet")
         return self._served
 
     def end(self) -> None:
@@ -212,7 +212,7 @@ class RequestAccount:
             user_hash=hash_user(request.user) if request and request.user else None,
         )
         if trace := self.trace:
-            # A model name that is not served is text of the client.
+            # A model name that is not served is text from the client.
             model = request.model if request and served else self.model
             trace.end(
                 model=model,

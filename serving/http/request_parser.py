@@ -1,8 +1,8 @@
-"""Parses requests, limits their heads, and ignores offers of another protocol (`Upgrade: h2c`), see RFC 9110, 7.8.
+"""Parses requests, limits the size of their heads, and ignores protocol upgrades (`Upgrade: h2c`; RFC 9110, 7.8).
 
-Java's HttpClient and `curl --http2` send such offers. httptools stops at the head of the request and skips the body,
-whose bytes would be parsed as the next request. So the head is parsed a second time, without its `Upgrade` header; the
-first time, no request begins.
+Java's HttpClient and `curl --http2` offer upgrades. httptools then stops after the request's head, and would parse the
+body as the next request. So the head is parsed again without its `Upgrade` header, and only the second time begins a
+request.
 """
 
 from array import array
@@ -11,10 +11,10 @@ from typing import Protocol
 import httptools
 
 MAX_HEAD_BYTES = 64 * 1024
-"""Of one request's head or trailer, plus what one read may bring beyond it."""
+"""Maximum size of one request's head or trailer, and of the data that arrives in the same read."""
 MAX_WAITING = 512
-"""Unanswered requests of one connection; a client that pipelines more is disconnected. Without a limit one client
-queued 457,000 requests, 1.2 GB, in 20 s."""
+"""Maximum number of unanswered requests per connection; a client that pipelines more is disconnected. Without the
+limit, one client queued 457,000 requests, 1.2 GB, in 20 s."""
 
 
 class Requests(Protocol):
@@ -29,7 +29,7 @@ class Requests(Protocol):
 
 
 class RequestParser(httptools.HttpRequestParser):
-    """Parser of one connection, between httptools and the receiver of its requests.
+    """Parser for one connection, between httptools and the receiver of its requests.
 
     Attributes:
         unanswered: requests that have begun; decremented by the code that answers them.
@@ -44,7 +44,7 @@ class RequestParser(httptools.HttpRequestParser):
         self._reset()
 
     def feed_data(self, data: "bytes | bytearray | memoryview | array[int]") -> None:
-        """Parse what was received.
+        """Parse received data.
 
         Raises:
             httptools.HttpParserError: the request is malformed, or its head is too large.
@@ -66,7 +66,7 @@ class RequestParser(httptools.HttpRequestParser):
             raise httptools.HttpParserError("the head is too large")
 
     def close(self) -> None:
-        """Release the receiver of requests: a parser refers to itself, so only the garbage collector frees it."""
+        """Release the receiver of requests: only the garbage collector frees the parser, which refers to itself."""
         self._requests = None
 
     @property
@@ -80,7 +80,7 @@ class RequestParser(httptools.HttpRequestParser):
         return b"\r\n".join((start, *lines, b"", b""))
 
     def _reset(self) -> None:
-        """Expect the first request of a connection: behind one with `Connection: close` nothing is parsed."""
+        """Reset the parser to a connection's start: after a request with `Connection: close` it would parse nothing."""
         super().__init__(self)
         self.set_dangerous_leniencies(lenient_data_after_close=True)  # as in uvicorn's own
 

@@ -1,4 +1,4 @@
-"""The state of one request that all layers share: one object in its ASGI scope.
+"""The state of one request, shared by all layers: an object in the request's ASGI scope.
 
 The outermost layer (serving.http.middleware) creates it, authentication admits the request, and the endpoint adds the
 values that the outermost layer sends in the response headers.
@@ -25,14 +25,14 @@ class RequestState:
     """State of one request.
 
     Attributes:
-        request_id: the server's own.
-        headers: by lower-case name; the first of two with the same name.
-        address: the client's; empty through a unix socket.
+        request_id: the id that the server generated.
+        headers: values by lower-case name; of two headers with the same name, the first.
+        address: the client's address; empty for a unix socket.
         client_request_id: the client's own id, if it sent a valid one.
-        admitted: authentication has admitted the request.
-        grant: grant of its key; None if no key was needed.
+        admitted: whether authentication has admitted the request.
+        grant: the key's grant; None if no key was needed.
         version: the version that answers.
-        reservation: the part of its key's limits that the request holds.
+        reservation: the share of its key's limits that the request has reserved.
     """
 
     request_id: str
@@ -47,7 +47,7 @@ class RequestState:
 
     @property
     def principal(self) -> Principal | None:
-        """Sender of an admitted request; None if no key was needed, for a sender who may do everything.
+        """Sender of an admitted request; None if no key was needed: that sender has full access.
 
         Raises:
             RuntimeError: the request was not admitted.
@@ -58,7 +58,7 @@ class RequestState:
 
     @property
     def caller(self) -> str:
-        """Key or, without one, the peer that an admitted request counts for; empty through a unix socket."""
+        """Key or, without a key, peer to which an admitted request is attributed; empty for a unix socket."""
         principal = self.principal
         return principal.key_id if principal else peer_of(self.address)
 

@@ -1,4 +1,4 @@
-"""The server's TLS certificate, reloaded when its files change, as they do every few weeks."""
+"""The server's TLS certificate, reloaded when its files change, as at each renewal."""
 
 import asyncio
 import logging
@@ -15,7 +15,7 @@ Stamp = tuple[tuple[int, int, int], ...]
 
 
 class Certificate:
-    """A certificate with its chain, and its key, both in PEM.
+    """A certificate with its chain, and its private key, both in PEM.
 
     Args:
         certificate: file with the chain, the server's own certificate first.
@@ -37,7 +37,7 @@ class Certificate:
         except OSError as error:  # ssl.SSLError is one
             raise SettingsError(
                 f"the certificate {certificate} cannot be used with the key {key}: {error}",
-                expected="a certificate with its chain and its key without a password, in PEM",
+                expected="a certificate chain and its private key, in PEM, the key without a password",
                 todo="correct serve.tls_certificate and serve.tls_key",
             ) from error
 
@@ -60,9 +60,9 @@ class Certificate:
             self._load()  # into a context of its own: a certificate with another's key would leave ours half replaced
             self.context.load_cert_chain(*self._files, password=_no_password)
         except OSError as error:
-            log.error("the new certificate cannot be used, the previous one stays in use: %s", error)
+            log.error("cannot load the new certificate; keeping the previous one: %s", error)
         else:
-            log.info("new certificate loaded from %s", self._files[0])
+            log.info("loaded a new certificate from %s", self._files[0])
 
     def _load(self) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

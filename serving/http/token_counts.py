@@ -1,8 +1,8 @@
-"""`POST /v1/messages/count_tokens` and `POST /tokenize`: how many tokens a prompt has, before it is sent.
+"""`POST /v1/messages/count_tokens` and `POST /tokenize`: count a prompt's tokens before the prompt is sent.
 
-An engine counts tokens without its model, so these requests bypass admission, count towards no limit of a key (except
-that a rejected one counts as a request) and leave no row in the request log.
-Because they do use CPU, MAX_CONCURRENT of them are answered at a time, at most half of them for one caller.
+An engine counts tokens without its model, so these requests bypass admission, count towards no key limit (except that
+a rejected request counts towards the requests per minute) and are not stored in the request log.
+Because they use CPU, at most MAX_CONCURRENT of them are answered concurrently, and half of those for one caller.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from serving.replicas.transport import EngineCall
 
 MAX_CONCURRENT = 16
 _CHECKED_AS = {TokenRoute.COUNT_TOKENS: Route.MESSAGES, TokenRoute.TOKENIZE: Route.CHAT_COMPLETIONS}
-"""The route whose fields each request has: fields that are rejected there are rejected here too."""
+"""The completion route whose fields each path accepts: fields that are rejected there are rejected here too."""
 
 
 class TokenCounts:
@@ -44,7 +44,7 @@ class TokenCounts:
 
 @dataclass(frozen=True, slots=True)
 class _Endpoint:
-    """An object rather than a function, which Starlette would wrap in its request machinery."""
+    """A class, because Starlette would wrap a function in its request machinery."""
 
     counts: TokenCounts
     route: TokenRoute

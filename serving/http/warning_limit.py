@@ -1,4 +1,4 @@
-"""Limits how often warnings that any client can cause are logged, such as uvicorn's about a malformed request."""
+"""Limits how often warnings are logged that any client can cause, such as uvicorn's about malformed requests."""
 
 import logging
 import math
@@ -9,7 +9,7 @@ _INTERVAL_S = 60.0
 
 
 class WarningLimit(logging.Filter):
-    """Passes each warning once per minute, whatever its arguments, and all records of other levels.
+    """Logging filter that passes each warning once per minute, whatever its arguments, and all records of other levels.
 
     Args:
         clock: monotonic time, seconds.

@@ -82,7 +82,7 @@ def _future() -> "asyncio.Future[LoadedAdapter]":
 
 @dataclass(slots=True, eq=False)
 class _Slot:
-    """One adapter's place.
+    """One adapter's slot.
 
     Attributes:
         users: requests that use it, or will when it is loaded; the load itself counts as one.
@@ -100,10 +100,10 @@ class _Slot:
 
 @dataclass(slots=True, eq=False)
 class _Wait:
-    """Requests that wait for an adapter's place.
+    """Requests that wait for an adapter's slot.
 
     Attributes:
-        given: the place, whose users include them.
+        given: the slot, whose users include them.
     """
 
     count: int = 0
@@ -115,7 +115,7 @@ class AdapterCache:
 
     Args:
         max_loaded: maximum number of loaded adapters.
-        patience_s: longest wait of a request for a place, seconds.
+        patience_s: longest wait of a request for a slot, seconds.
         on_change: called after a load with its duration in seconds, and after an eviction with None.
     """
 
@@ -222,7 +222,7 @@ class AdapterCache:
         return not slot.closing or (for_operator and self._max_loaded > 1)
 
     async def _occupy(self, version: VersionId, for_operator: bool) -> _Slot:
-        """Wait for the version's place and return it; the caller must leave it."""
+        """Wait for the version's slot and return it; the caller must leave it."""
         if self._closed:
             raise _ended()
         slot = self._slots.get(version)
@@ -243,7 +243,7 @@ class AdapterCache:
             self._give_up(version, wait)
             if isinstance(error, TimeoutError):
                 raise QueueTimeoutError(
-                    f"waited {self._patience_s:g} s for a place for the adapter of {version}: all are in use",
+                    f"waited {self._patience_s:g} s for a slot for the adapter of {version}: all are in use",
                     todo="send the request again",
                 ) from None
             raise
@@ -266,7 +266,7 @@ class AdapterCache:
         self._give_places()
 
     def _give_places(self) -> None:
-        """Give places to the versions that were requested first; mark as many others as closing as are waited for."""
+        """Give slots to the versions that were requested first; mark as many others as closing as are waited for."""
         for unused in [slot for slot in self._slots.values() if slot.dropped and not slot.users]:
             self._evict(unused)
             self._start(self._unload_now())
@@ -284,7 +284,7 @@ class AdapterCache:
             slot.closing = place < len(self._waiting)
 
     def _new_slot(self, version: VersionId) -> _Slot | None:
-        """Return a place for a version and start its load; None if all places are in use."""
+        """Return a slot for a version and start its load; None if all slots are in use."""
         if len(self._slots) >= self._max_loaded:
             idle = next((slot for slot in self._slots.values() if not slot.users), None)
             if idle is None:

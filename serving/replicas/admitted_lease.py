@@ -1,6 +1,6 @@
-"""A place in admission and an engine for one request, whose adapter is loaded before it takes the place.
+"""A slot in admission and an engine for one request, whose adapter is loaded before it takes the slot.
 
-A request that waits for its adapter in a place would keep others from an idle engine. Knows nothing of HTTP.
+A request that waits for its adapter in a slot would keep others from an idle engine. Knows nothing of HTTP.
 """
 
 from collections.abc import Callable
@@ -14,11 +14,11 @@ from serving.replicas.balancer import Lease, Leasing
 
 
 class AdmittedLease:
-    """A place in admission and an engine, for the body of an `async with`.
+    """A slot in admission and an engine, for the body of an `async with`.
 
-    The engine and the version that answer are chosen after the request has its place: a request that was queued during
+    The engine and the version that answer are chosen after the request has its slot: a request that was queued during
     a swap gets the new version. If the adapter is not loaded then, because the engine was asleep, stopped or came with
-    the swap, the request releases its place, loads the adapter and is admitted again.
+    the swap, the request releases its slot, loads the adapter and is admitted again.
 
     Args:
         tokens, party: see Admission.enter.

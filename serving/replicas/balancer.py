@@ -84,7 +84,7 @@ class Balancer:
         Entering raises:
             ModelNotFoundError: no version has this name.
             EngineUnavailableError: no engine accepts requests now.
-            QueueTimeoutError: all places for adapters were in use for too long.
+            QueueTimeoutError: all slots for adapters were in use for too long.
             AdapterFailedError: the version's adapter could not be loaded, or failed its probes.
         """
         return Leasing(self, model, without)
@@ -131,7 +131,7 @@ class Balancer:
 
 
 class _Kept(NamedTuple):
-    """An adapter that is loaded for a request without a place in its engine yet.
+    """An adapter that is loaded for a request without a slot in its engine yet.
 
     Attributes:
         adapters: the engine's adapters; another object after a restart.

@@ -52,7 +52,7 @@ class Replica:
         on_change: called at each change of state.
         on_phase: called with the phases of a start.
         turn: lock held while an engine starts, shared with other engines on the device.
-        adapter_patience_s: longest wait of a request for a place for its adapter, seconds.
+        adapter_patience_s: longest wait of a request for a slot for its adapter, seconds.
         silence_s: longest silence of the engine within a client's request, seconds.
 
     Attributes:
@@ -190,7 +190,7 @@ class Replica:
 
         Raises:
             RuntimeError: the engine holds a version itself.
-            QueueTimeoutError: all places for adapters were in use for too long.
+            QueueTimeoutError: all slots for adapters were in use for too long.
             ModelNotFoundError: the engine cannot apply it.
             SvcError: it could not be loaded, or failed its probes.
         """

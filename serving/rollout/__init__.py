@@ -1,1 +1,1 @@
-"""Brings the served versions to the desired ones: the reconciler, the four kinds of swap, and their journal."""
+"""Makes the served versions match the desired ones: the reconciler, the four kinds of swap, and their journal."""

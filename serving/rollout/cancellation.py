@@ -1,7 +1,7 @@
 """Cancels a running swap when another version is desired.
 
-The swap checks for the request at the points where it can stop: cancelling its task from outside could interrupt a
-reload, after which the engine's weights are unknown.
+The swap checks for a cancellation wherever it can stop safely: cancelling its task from outside could interrupt a
+reload, and the engine's weights would be unknown.
 """
 
 import asyncio
@@ -16,18 +16,18 @@ Result = TypeVar("Result")
 
 
 class SupersededError(Exception):
-    """Another version is desired: the swap stops, and the previous version keeps serving."""
+    """Raised when another version is desired: the swap stops, and the previous version remains in production."""
 
 
 class Cancellation:
-    """Cancellation of one swap."""
+    """A request to cancel one swap, and its reason."""
 
     def __init__(self) -> None:
         self._asked = asyncio.Event()
         self._reason = ""
 
     def ask(self, reason: str) -> None:
-        """Request that the swap stops; the first reason is kept."""
+        """Request the cancellation; of several reasons, the first is kept."""
         if not self._asked.is_set():
             self._reason = reason
         self._asked.set()
@@ -42,7 +42,7 @@ class Cancellation:
             raise SupersededError(self._reason)
 
     async def outcome_of(self, work: "asyncio.Task[Result]") -> Result:
-        """Wait for a task's result, or for the cancellation, which does not stop the task.
+        """Wait for a task's result or for the cancellation; the cancellation does not cancel the task.
 
         Raises:
             SupersededError: the cancellation came first.

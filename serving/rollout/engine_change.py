@@ -1,10 +1,10 @@
 """Changes the version of one engine, in place or by replacing it, and restores the previous one if that fails.
 
 In place: stop sending requests -> drain -> reload -> reset the prefix cache -> check the probes. If no other engine
-accepts requests, they wait meanwhile. Blue-green: start a second engine with the version, check the probes, replace the
-first engine, drain it. No request waits, but both must fit into memory. A version that this kind of engine has never
-loaded needs an engine that starts with it: a second one, or, without memory for it, the same one after a restart. An
-adapter of the same base is loaded and checked while requests run.
+accepts requests, requests are queued meanwhile. Blue-green: start a second engine with the version, check the probes,
+replace the first engine, drain it. No request waits, but both engines must fit into memory. A version that this kind
+of engine has never loaded needs an engine that is started with it: a second engine, or the same engine after a restart
+if memory is short. An adapter of the same base is loaded and checked while requests run.
 
 A superseded change stops where it can: while it waits, while an engine starts, after a reload. A reload is not
 cancelled, because the engine's weights would be unknown.
@@ -36,11 +36,11 @@ log = logging.getLogger(__name__)
 _DRAIN_POLL_S = 0.1
 
 Result = tuple[SwapOutcome, str | None]
-"""Outcome, and the reason if it is not a success."""
+"""A change's outcome, and the reason if the change did not succeed."""
 
 
 class RequestsRunError(EngineError):
-    """Requests still run after the drain timeout; the engine keeps serving."""
+    """Raised when requests still run after the drain timeout; the engine keeps serving."""
 
 
 @dataclass(slots=True)
@@ -48,10 +48,10 @@ class SwapInProgress:
     """A swap in progress.
 
     Attributes:
-        kind, why, restart, reloads: see `Plan`; they change if the plan cannot be carried out.
-        queued_s: total time for which admission was closed; None while it never was.
-        running: requests in the engines at the beginning.
-        queued: largest number of requests that waited.
+        kind, why, restart, reloads: see `Plan`; updated if the plan cannot be carried out.
+        queued_s: total time for which admission was closed; None if it has not been closed.
+        running: number of requests in the engines at the beginning.
+        queued: largest number of requests that were queued at the same time.
     """
 
     current: Target
@@ -68,7 +68,7 @@ class SwapInProgress:
 
 
 class EngineChange:
-    """Changes the version in one engine of a pool at a time.
+    """Changes the version in a pool's engines, one engine at a time.
 
     Args:
         drain_timeout_s: longest wait for an engine's running requests before a change in place.
@@ -108,7 +108,7 @@ class EngineChange:
             return SwapOutcome.REFUSED, str(error)
 
     async def _by_adapter(self, change: SwapInProgress, engine: Replica) -> Result:
-        """Load and verify an adapter while requests run; new requests use it then."""
+        """Load and verify an adapter while requests run; new requests use it once it is verified."""
         try:
             result = await change.cancellation.interrupting(engine.bring(change.target))
         except SupersededError:
@@ -145,11 +145,11 @@ class EngineChange:
         change.report(result)
         self._serve_if_only(change)
         self._pool.replace(old, new)
-        change.report(f"new requests go to the second engine; {old.running} still run in the first")
+        change.report(f"new requests are sent to the second engine; {old.running} still run in the first")
         return SwapOutcome.SUCCEEDED, None
 
     async def _start_second(self, change: SwapInProgress, new: Replica) -> str:
-        """Start the second engine; return the result. If superseded, do not wait until the engine is stopped."""
+        """Start the second engine; return the verification result. If superseded, do not wait for the stop."""
         starting = asyncio.create_task(new.start(change.target))
         try:
             result = await change.cancellation.outcome_of(starting)
@@ -185,16 +185,16 @@ class EngineChange:
 
     @asynccontextmanager
     async def _without(self, change: SwapInProgress, engine: Replica) -> AsyncIterator[None]:
-        """Keep new requests from the engine: others get them, or they wait while there is no other."""
+        """Stop sending requests to the engine: they go to the other engines or, without others, wait in the queue."""
         try:
             async with self._admission.changing():
                 engine.enter(EngineState.DRAINING)
                 try:
                     if not self._pool.ready:
-                        change.report(f"queueing new requests, {self._admission.running} running")
+                        change.report(f"queueing new requests; {self._admission.running} running")
                     yield
                 except BaseException:
-                    # Cancelled, or a defect. The engine's weights are unknown, so it must get no requests.
+                    # Cancelled, or a defect. The engine's weights are unknown, so it must not receive requests.
                     if engine.state is not EngineState.READY:
                         engine.enter(EngineState.FAILED)
                     raise
@@ -225,7 +225,7 @@ class EngineChange:
             outcome = await self._restore(change, engine, error)
             return SwapOutcome.CANCELLED if outcome is SwapOutcome.RESTORED else outcome, str(error)
         except Exception as error:  # any error: weights that are not verified must not serve
-            log.warning("%s failed during or after its load", change.target, exc_info=error)
+            log.warning("%s: the load or its verification failed", change.target, exc_info=error)
             change.report(f"failed: {_line(error)}")
             return await self._restore(change, engine, error), str(error) or repr(error)
         self._serve_if_only(change)
@@ -244,7 +244,7 @@ class EngineChange:
             started = await self._start_before(change, engine)
             return SwapOutcome.CANCELLED if started else SwapOutcome.FAILED, str(error)
         except Exception as error:  # any error: the engine was stopped
-            log.warning("the engine did not start with %s", change.target, exc_info=error)
+            log.warning("could not start the engine with %s", change.target, exc_info=error)
             change.report(f"failed: {_line(error)}")
             return await self._replace_engine(change, engine), str(error) or repr(error)
         self._serve_if_only(change)
@@ -270,7 +270,7 @@ class EngineChange:
     async def _restore(self, change: SwapInProgress, engine: Replica, error: Exception) -> SwapOutcome:
         """Restore the previous version, in the same engine if it still answers, else in a new one.
 
-        Any error but a failed probe, in particular a failed reload, counts as the engine's death.
+        The engine counts as dead after any error except a failed probe, in particular after a failed reload.
         """
         if not isinstance(error, ProbeError | SupersededError):
             return await self._replace_engine(change, engine)
@@ -278,21 +278,21 @@ class EngineChange:
             await self._verification.files(change.current)
             await self._load(engine, change.current, change.report)
         except Exception as second:  # as above
-            log.warning("the engine cannot return to %s", change.current, exc_info=second)
+            log.warning("could not restore %s in the engine", change.current, exc_info=second)
             return await self._replace_engine(change, engine)
         engine.enter(EngineState.READY)
         return SwapOutcome.RESTORED
 
     async def replace_serving(self, change: SwapInProgress, engine: Replica) -> SwapOutcome:
-        """Replace a serving engine by a new one with the previous version, after draining it if possible."""
+        """Drain a serving engine if possible, and replace it with a new engine that runs the previous version."""
         async with self._without(change, engine):
             await self._end_requests(engine)
             if engine.running:
-                change.report(f"{engine.running} requests are cancelled")
+                change.report(f"{engine.running} requests are being cancelled")
             return SwapOutcome.RESTORED if await self._start_before(change, engine) else SwapOutcome.FAILED
 
     async def _end_requests(self, engine: Replica) -> None:
-        """Wait until no request runs, for RETIRE_TIMEOUT_S, or for `drain_timeout_s` while requests are queued."""
+        """Wait until no request runs, for at most RETIRE_TIMEOUT_S, or `drain_timeout_s` while requests are queued."""
         deadline, queueing = time.monotonic() + RETIRE_TIMEOUT_S, False
         while engine.running and time.monotonic() < deadline:
             if not queueing and not self._pool.ready:
@@ -301,18 +301,18 @@ class EngineChange:
                 await engine.drained(_DRAIN_POLL_S)
 
     async def _replace_engine(self, change: SwapInProgress, engine: Replica) -> SwapOutcome:
-        """Replace an engine that is dead or cannot be trusted by a new one with the previous version."""
-        change.report("the engine cannot continue: replacing it")
+        """Replace an engine that is dead or untrusted with a new one that runs the previous version."""
+        change.report("the engine cannot continue; replacing it")
         self._pool.count_restart()
         await self._start_before(change, engine)
         return SwapOutcome.FAILED
 
     async def _start_before(self, change: SwapInProgress, engine: Replica) -> bool:
-        """Start the engine with the previous version; return whether it starts. If not, the reviver tries again."""
+        """Start the engine with the previous version; return whether that succeeded. If not, the reviver retries."""
         try:
             await engine.start(change.current)
         except Exception as error:  # any error: it may be temporary
-            log.exception("the new engine did not start")
+            log.exception("could not start the new engine")
             change.report(f"the new engine did not start: {_line(error)}")
             return False
         change.report(f"a new engine runs {change.current}")
@@ -320,10 +320,10 @@ class EngineChange:
 
 
 def _resume(engine: Replica) -> None:
-    """Make an engine accept requests again, unless its version is unknown, as after sleeping."""
+    """Make an engine accept requests again, unless its version is unknown, for example after sleeping."""
     engine.enter(EngineState.READY if engine.target is not None else EngineState.FAILED)
 
 
 def _line(error: Exception) -> str:
-    """Return an error as a step: what was wrong, without what to do."""
+    """Return the text of a step for an error: what went wrong, without the advice."""
     return error.wrong if isinstance(error, SvcError) else repr(error)

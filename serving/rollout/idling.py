@@ -1,6 +1,6 @@
-"""Stops a model's engines when it has had no requests for a while, and starts one again with the next request.
+"""Stops a model's engines after a time without requests, and starts an engine again for the next request.
 
-That request waits, and is not rejected. This saves memory and, with a GPU, the device; the start takes as long as any.
+That request is queued, not rejected. Idling frees memory and, with a GPU, the device; the start is as slow as any.
 An engine that can sleep does so instead of stopping: it keeps its process, and its weights in the machine's memory.
 """
 
@@ -25,14 +25,14 @@ _MAX_CHECK_INTERVAL_S = 1.0
 
 
 class Idling:
-    """Idling of one model.
+    """Stops and wakes the engines of one model.
 
     Args:
-        target: returns the version that an engine is started with.
+        target: returns the version to start an engine with.
         idle_s: idle time after which engines stop or sleep, seconds; None for never.
         promoting: returns whether a swap is planned or in progress; the engines do not idle then.
-        make_room: stops engines of other idle models if this one's would not fit into memory.
-        on_error: called with the reason why an engine did not come back.
+        make_room: stops other idle models' engines if this model's would not fit into memory.
+        on_error: called with the reason why an engine could not be started again.
     """
 
     def __init__(
@@ -69,15 +69,15 @@ class Idling:
 
     @property
     def idle_s(self) -> float | None:
-        """Time without requests, seconds; None if the engines must not be stopped now."""
+        """Seconds since the last request; None if the engines must not be stopped now."""
         if self._idle_s is None or self._promoting() or not self._pool.ready or self._pool.has_others:
             return None
         return self._admission.idle_s if self._admission.idle_s > 0 else None
 
     async def sleep(self) -> bool:
-        """Let the engines sleep, or stop them, unless requests run or they are being changed; return whether it did.
+        """Put the engines to sleep or stop them, unless requests run or an engine is held; return whether all did.
 
-        An engine that cannot be stopped is tried again before its next start.
+        An engine that could not be stopped is stopped again before its next start.
         """
         members = self._pool.members
         if any(member.lock.locked() for member in members):
@@ -92,12 +92,12 @@ class Idling:
             for member in members:
                 member.enter(EngineState.IDLE)
             self._asleep.set()
-            log.info("%s: no requests, its engines sleep or are stopped", self._target())
+            log.info("%s: no requests; its engines were stopped or put to sleep", self._target())
             rests = await asyncio.gather(*(self._rest(member) for member in members))
         return all(rests)
 
     async def end_asleep(self) -> bool:
-        """Stop sleeping engines, which still hold some GPU memory, unless they are waking; return whether it did."""
+        """Stop sleeping engines, which hold some GPU memory, unless they are waking; return whether all stopped."""
         members = [member for member in self._pool.members if member.asleep]
         if not members or self._promoting() or any(member.lock.locked() for member in self._pool.members):
             return False
@@ -112,7 +112,7 @@ class Idling:
             try:
                 await member.sleep()
             except Exception:  # any error: it may be half asleep
-                log.warning("replica %d does not sleep, and is stopped", member.replica, exc_info=True)
+                log.warning("could not put replica %d to sleep; stopping it", member.replica, exc_info=True)
             else:
                 return True
         return await self._end(member)
@@ -121,7 +121,7 @@ class Idling:
         try:
             await member.stop(EngineState.IDLE)
         except Exception:  # any error: the next request tries again, and other models continue
-            log.exception("replica %d cannot be stopped", member.replica)
+            log.exception("could not stop replica %d", member.replica)
             return False
         return True
 
@@ -140,7 +140,7 @@ class Idling:
             await self._wake()
 
     async def _wake(self) -> None:
-        """Bring engines back for the first request that waits, unless a promotion has started one."""
+        """Start or wake engines for the first queued request, unless a promotion has started one."""
         await self._wanted()
         began = time.monotonic()
         try:
@@ -158,7 +158,7 @@ class Idling:
                     member.enter(EngineState.STOPPED)  # the reviver starts it
 
     async def _bring_back(self, began: float) -> None:
-        """Wake all sleeping engines; if none of them accepts requests then, start the first member."""
+        """Wake all sleeping engines; if none of them accepts requests afterwards, start the first member."""
         for member in self._pool.members:
             none_ready = not self._pool.ready
             if member.asleep and await self._woke(member) and none_ready:
@@ -174,7 +174,7 @@ class Idling:
         try:
             await member.wake(self._target())
         except Exception:  # any error: a new engine may work
-            log.warning("replica %d does not wake, and is restarted", member.replica, exc_info=True)
+            log.warning("could not wake replica %d; restarting it", member.replica, exc_info=True)
             return False
         return True
 
@@ -182,10 +182,10 @@ class Idling:
         try:
             await self._make_room()
         except SvcError as error:  # only an estimate: the start shows whether memory suffices
-            log.warning("%s is started nevertheless: %s", self._target(), error.wrong)
+            log.warning("could not free memory for %s; starting it nevertheless: %s", self._target(), error.wrong)
 
     async def _wanted(self) -> None:
-        """Wait until a request waits, or an engine was started for another reason."""
+        """Wait until a request is queued, or an engine was started for another reason."""
         while not self._pool.ready:
             wanted = asyncio.create_task(self._admission.queue.wanted())
             try:

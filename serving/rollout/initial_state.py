@@ -20,15 +20,15 @@ _PREFERRED = (Format.GPTQ, Format.MERGED)
 def choose_deployments(
     registry: Registry, store: Store, models: Sequence[str], format: Format | None, *, every: bool = False
 ) -> list[Desired]:
-    """Return one desired state for each model that a server starts with, and store the set of models.
+    """Return a desired state for each model that a server starts with, and store the set of models.
 
     Args:
-        models: see `choose_desired`; if empty, the models that were served last, or the only one.
+        models: see `choose_desired`; if empty, the models that were served last, or the only registered model.
         format: format of all named models.
-        every: every model that was ever served.
+        every: choose every model that has ever been served.
 
     Raises:
-        NotFoundError, RefusedError: see `choose_desired`; also if no model is named among several, or one twice.
+        NotFoundError, RefusedError: see `choose_desired`; also if none of several models is named, or one twice.
     """
     chosen = list(models) or (desired_names(store) if every else deployed_names(store))
     states = [choose_desired(registry, store, model, format) for model in chosen or [_only_name(registry, store)]]
@@ -44,7 +44,7 @@ def choose_deployments(
 
 
 def choose_desired(registry: Registry, store: Store, model: str, format: Format | None) -> Desired:
-    """Return the desired state to start from; write it to the store and the audit log if it is new.
+    """Return the desired state to start with, after writing a new one to the store and the audit log.
 
     Only a person on this machine can choose it.
 
@@ -54,7 +54,7 @@ def choose_desired(registry: Registry, store: Store, model: str, format: Format 
 
     Raises:
         NotFoundError: no such model, version or format.
-        RefusedError: a version that failed a check when it was registered, or an adapter that vLLM cannot apply.
+        RefusedError: the version failed a check at registration, or vLLM cannot apply its adapter.
     """
     stored = read_desired(store, model.partition("@")[0])
     version = stored.target.version if stored and "@" not in model else _resolve(registry, model)
@@ -89,14 +89,14 @@ def require_promotable(manifest: Manifest) -> None:
     """
     if manifest.failed:
         raise RefusedError(
-            f"{manifest.id} failed a check when it was registered: {'; '.join(manifest.failed)}",
+            f"{manifest.id} failed a check at registration: {'; '.join(manifest.failed)}",
             expected="a version that passed every check",
             todo=f"fix the cause and train again, or force it: svc promote {manifest.id} --force --reason TEXT",
         )
 
 
 def _resolve(registry: Registry, model: str) -> VersionId:
-    """Resolve a name in the registry; a bare name gives the newest version that passed every check, if any did."""
+    """Resolve a name in the registry; NAME alone means its newest version that passed every check, if there is one."""
     version = registry.resolve(model)
     if "@" in model or not registry.manifest(version).failed:
         return version
@@ -107,7 +107,7 @@ def _resolve(registry: Registry, model: str) -> VersionId:
 def _only_name(registry: Registry, store: Store) -> str:
     names = desired_names(store) or registry.names()
     if len(names) != 1:
-        known = ", ".join(names) or "none yet: create one with `svc train RECIPE`"
+        known = ", ".join(names) or "no models yet: create one with `svc train RECIPE`"
         raise NotFoundError("no model was named", expected=f"svc serve NAME..., of: {known}; or --all")
     return names[0]
 
@@ -118,7 +118,7 @@ def _best_format(registry: Registry, version: VersionId) -> Format:
         if format in formats:
             return format
     raise NotFoundError(
-        f"{version} has no format that can be served on its own",
+        f"{version} has no format that can be served without a base",
         expected=f"{' or '.join(_PREFERRED)}, it has {', '.join(formats)}",
         todo=f"serve it as an adapter of its base: --format {Format.ADAPTER}" if Format.ADAPTER in formats else "",
     )

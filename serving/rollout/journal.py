@@ -18,14 +18,14 @@ from svc.store.swaps import SwapResult, add_step, begin_swap, end_swap
 log = logging.getLogger(__name__)
 
 _ATTEMPTS = 5
-"""For a step, which may be lost; everything else is retried until it is written."""
+"""Number of attempts to write a step, which may be lost; all other records are retried until they are written."""
 _PAUSE_S = 1.0
 _MAX_PAUSE_S = 30.0
 _CLOSE_S = 20.0  # longer than the store waits for another writer
 
 
 class Journal:
-    """Writes the journal of swaps."""
+    """Writes swaps, their steps and results, and the served versions."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -39,10 +39,10 @@ class Journal:
         return self._unwritten.copy()
 
     async def begin(self, desired: Desired) -> int:
-        """Record the beginning of a swap; return its id. Does not wait for unwritten results of other swaps.
+        """Record the beginning of a swap; return its id. Results of other swaps that are still unwritten cause no wait.
 
         Raises:
-            SQLAlchemyError: the write failed; a swap that cannot be followed is not begun.
+            SQLAlchemyError: the write failed; the swap must not begin, because clients could not follow it.
         """
         return await asyncio.to_thread(begin_swap, self._store, desired)
 
@@ -63,12 +63,12 @@ class Journal:
         self._writer.submit(self._write, lambda: begin_serving(self._store, desired, began_by, now))
 
     def stopped(self, name: str) -> None:
-        """Record that a name is no longer served, likewise."""
+        """Record in the background that a name is no longer served; retry until written."""
         now = datetime.now(UTC)
         self._writer.submit(self._write, lambda: end_serving(self._store, name, now))
 
     def close(self, timeout_s: float | None = None) -> None:
-        """Write the pending records and stop. Those not written in time are lost; the next start ends such swaps.
+        """Write the pending records and stop. Records not written in time are lost; the next start closes their swaps.
 
         Args:
             timeout_s: longest time, seconds; by default longer than the wait for a busy store.
@@ -80,20 +80,20 @@ class Journal:
         except TimeoutError:
             self._gave_up.set()
             self._writer.shutdown(wait=False, cancel_futures=True)
-            log.error("the results of %d swaps were not written; the next start ends them", len(self._unwritten))
+            log.error("could not write the results of %d swaps; the next start closes them", len(self._unwritten))
 
     def _write_end(self, swap_id: int, result: SwapResult) -> None:
         if self._write(lambda: end_swap(self._store, swap_id, result)):
             self._unwritten.pop(swap_id, None)
 
     def _write(self, write: Callable[[], None], attempts: int | None = None) -> bool:
-        """Write and return whether it succeeded; without `attempts`, retry until it does or the journal is closed."""
+        """Write a record; return whether that succeeded. Without `attempts`, retry until success or the close."""
         failures, pause_s = 0, _PAUSE_S
         while True:
             try:
                 write()
             except Exception:  # the boundary of this thread, which must survive any error of the store
-                log.exception("cannot write the journal of swaps")
+                log.exception("cannot write to the journal of swaps")
             else:
                 return True
             failures += 1

@@ -15,7 +15,7 @@ _RETRY_S = 5.0
 
 
 class ProductionAlias:
-    """The alias of one model name."""
+    """The `production` alias of one model name."""
 
     def __init__(self, tracking: Tracking) -> None:
         self._tracking = tracking
@@ -24,7 +24,7 @@ class ProductionAlias:
         self._settled = asyncio.Event()
 
     async def read(self, name: str) -> VersionId | None:
-        """Return the version that served last according to MLflow; None also if MLflow does not answer."""
+        """Return the version served last according to MLflow; None if there is none or MLflow does not answer."""
         try:
             return await asyncio.to_thread(self._tracking.alias, name, Alias.PRODUCTION)
         except Exception:  # MLflow raises the errors of its transport
@@ -32,13 +32,13 @@ class ProductionAlias:
             return None
 
     def move(self, version: VersionId) -> None:
-        """Move the alias to a version, in the background."""
+        """Set the alias to a version, in the background."""
         self._wanted = version
         self._settled.clear()
         self._moved.set()
 
     async def settled(self, timeout_s: float) -> bool:
-        """Wait until MLflow has the alias; return False after `timeout_s`."""
+        """Wait until MLflow has stored the alias; return False after `timeout_s`."""
         try:
             async with asyncio.timeout(timeout_s):
                 await self._settled.wait()
@@ -47,7 +47,7 @@ class ProductionAlias:
         return True
 
     async def run(self) -> None:
-        """Run until cancelled. One write at a time, so that an older one never comes last."""
+        """Write the alias until cancelled, one write at a time: an older version must not overwrite a newer one."""
         while True:
             await self._moved.wait()
             self._moved.clear()
@@ -56,7 +56,7 @@ class ProductionAlias:
             try:
                 await asyncio.to_thread(self._tracking.set_alias, version, Alias.PRODUCTION)
             except Exception:  # as above
-                log.warning("MLflow did not set the production alias to %s; trying again", version, exc_info=True)
+                log.warning("MLflow did not set the production alias to %s; retrying", version, exc_info=True)
                 self._moved.set()
                 await asyncio.sleep(_RETRY_S)
             else:

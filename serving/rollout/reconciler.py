@@ -1,9 +1,9 @@
-"""Reconciles the served version with the desired one; nothing else starts, changes or stops engines.
+"""Reconciles the served version with the desired one; only code called from here starts, changes or stops engines.
 
-Two loops, which never change the same engine concurrently: if an engine is missing, start it, with longer pauses after
-failures; if the desired version changed, swap, and if that fails restore the desired state, so that it always names the
-served version. A swap stops when another version is desired. If the store does not answer, serving continues, and the
-desired version is read later.
+Two loops, which never change the same engine concurrently. One starts missing engines, with longer pauses after
+failures. The other swaps when the desired version changes; if a swap fails, it restores the desired state, which so
+always names the served version. A swap stops when another version is desired. If the store does not answer, serving
+continues, and the desired version is read later.
 """
 
 import asyncio
@@ -36,21 +36,21 @@ log = logging.getLogger(__name__)
 _POLL_S = 0.25
 _STORE_PAUSE_S = 2.0
 _ALIAS_WAIT_S = 5.0
-"""A promotion is reported as done when MLflow has the alias, or after this time."""
+"""A promotion is reported as done once MLflow has stored the alias, or after this time."""
 
 
 class Reconciler:
-    """Brings a model's engines to the desired version, and keeps them there.
+    """Makes a model's engines run the desired version, and keeps them running it.
 
     Args:
-        desired: desired version when the server starts.
+        desired: desired state when the server starts.
         slots: tells whether there is memory for another engine.
 
     Attributes:
         swap: changes the version of the engines.
         journal: records swaps; closed by the code that stops the server.
         reviver: starts missing engines.
-        last_error: reason of the last failed swap or start.
+        last_error: reason why the last swap or start failed.
         promoting: a swap is planned or in progress; the engines must not idle until it has ended.
     """
 
@@ -77,7 +77,7 @@ class Reconciler:
         self._alias = alias
         self.last_error: str | None = None
         self.promoting = False
-        # Until a swap has ended, only the previous version is known to work.
+        # Until a swap has completed, only the previous version is known to work.
         self.reviver = Reviver(
             pool,
             target=lambda: self._actual.target,
@@ -88,15 +88,15 @@ class Reconciler:
 
     @property
     def actual(self) -> Desired:
-        """The state that is served, or is being started."""
+        """The state that is being served or started."""
         return self._actual
 
     async def start(self) -> None:
-        """Start an engine with the desired version if none was adopted; others follow.
+        """Start an engine with the desired version if none was adopted; the reviver starts the others.
 
         Raises:
-            SvcError: the version cannot serve; at the first start a person is there to read the error. SwapError if
-                another version served before: that one is desired again, and the next start uses it.
+            SvcError: the version cannot be served. SwapError if another version was served before: that version becomes
+                the desired one again, and the next start uses it.
         """
         adopted = bool(self._pool.members)
         self._pool.fill()
@@ -128,8 +128,8 @@ class Reconciler:
     async def adopt(self) -> bool:
         """Adopt the engines that an earlier server left; return whether there was one. Call `start` next.
 
-        If only engines with the previous version were left, as by a server that died during a swap, that version serves
-        immediately, and `follow` carries out the desired version again.
+        If only engines with the previous version were left, for example by a server that died during a swap, that
+        version is served immediately, and `follow` starts the swap to the desired version again.
         """
         desired = self._actual
         if await self._adopt(desired):
@@ -151,7 +151,7 @@ class Reconciler:
             return bool(self._pool.members)
 
     async def follow(self) -> None:
-        """Carry out each desired version until cancelled. Call `start` first; `reviver.run` runs concurrently."""
+        """Swap to each desired version until cancelled. Call `start` first; `reviver.run` runs concurrently."""
         while True:
             desired = await self._changed()
             self.promoting = True
@@ -159,13 +159,13 @@ class Reconciler:
                 await self._promote(desired)
             except SQLAlchemyError as error:
                 self.last_error = f"the store does not answer: {error}"
-                log.exception("the store does not answer; serving continues")
+                log.exception("the store does not answer; continuing to serve the current version")
                 await asyncio.sleep(_STORE_PAUSE_S)
             finally:
                 self.promoting = False
 
     async def _changed(self) -> Desired:
-        """Wait for a desired state that was not carried out yet, and return it."""
+        """Wait for a desired state that is not in effect yet, and return it."""
         while True:
             try:
                 desired = await asyncio.to_thread(read_desired, self._store, self._actual.name)
@@ -174,17 +174,17 @@ class Reconciler:
                 elif desired is not None and desired.generation != self._actual.generation:
                     return desired
             except SQLAlchemyError:
-                log.exception("cannot read the desired state; serving continues")
+                log.exception("cannot read the desired state; continuing to serve the current version")
                 await asyncio.sleep(_STORE_PAUSE_S)
             await asyncio.sleep(_POLL_S)
 
     async def _cancel_superseded(self, desired: Desired, cancellation: Cancellation) -> None:
-        """Request the cancellation when another version is desired; promoting the same one again has no effect."""
+        """Cancel the swap when another version is desired; promoting the same version again has no effect."""
         while True:
             try:
                 newer = await asyncio.to_thread(read_desired, self._store, desired.name)
             except SQLAlchemyError:
-                log.exception("cannot read the desired state; the swap continues")
+                log.exception("cannot read the desired state; continuing the swap")
                 await asyncio.sleep(_STORE_PAUSE_S)
             else:
                 if newer is not None and newer.target != desired.target:
@@ -198,14 +198,14 @@ class Reconciler:
         report = partial(self.journal.step, swap_id)
         report(f"{before.target} is serving, {desired.target} is desired")
         if desired.forced:
-            report(f"it failed a check, but the promotion is forced: {desired.forced}")
+            report(f"the version failed a check, but the promotion is forced: {desired.forced}")
         cancellation = Cancellation()
         listening = asyncio.create_task(self._cancel_superseded(desired, cancellation))
         try:
             try:
                 result = await self._bring(desired, before, report, cancellation)
             except Exception as error:  # a defect; it must stop neither the server nor another model
-                log.exception("the swap to %s has a defect", desired.target)
+                log.exception("unexpected error in the swap to %s", desired.target)
                 result = self._give_up(before, error)
             try:
                 await self._settle(desired, before, result, cancellation)
@@ -216,17 +216,17 @@ class Reconciler:
             await asyncio.gather(listening, return_exceptions=True)
 
     def _give_up(self, before: Desired, error: Exception) -> SwapResult:
-        """Return the result of a swap with a defect. Engines with another than the previous version count as dead."""
+        """Return the result of a swap with an unexpected error. Engines without the previous version count as dead."""
         for engine in self._pool.ready:
             if engine.target != before.target:
-                engine.why = f"a swap failed: {error!r}"
+                engine.why = f"unexpected error in a swap: {error!r}"
                 engine.enter(EngineState.FAILED)
         result = SwapResult(SwapOutcome.FAILED, repr(error))
         self._metrics.swap_ended(result)
         return result
 
     async def _bring(self, desired: Desired, before: Desired, report: Report, cancellation: Cancellation) -> SwapResult:
-        """Make the desired version serve, by a swap, or by starting an engine if none serves."""
+        """Put the desired version into production by a swap or, if no engine serves, by starting one."""
         try:
             if not self._pool.ready:
                 async with cancellation.holding(self._pool, self._pool.members):
@@ -242,7 +242,7 @@ class Reconciler:
         return result
 
     async def _start(self, target: Target) -> str | None:
-        """Start the first engine with a version; return why it did not start. The reviver starts the others."""
+        """Start the first engine with a version; return the reason if that failed. The reviver starts the others."""
         for member in self._pool.members:
             if member.state is EngineState.IDLE:  # a sleeping engine holds the previous version
                 await member.stop()
@@ -264,10 +264,10 @@ class Reconciler:
             await self._rewrite(desired, before.target, before.previous)
 
     def _serves(self, began_by: Began | None = None) -> None:
-        """Publish the version that serves now.
+        """Publish the version that is now serving.
 
         Args:
-            began_by: reason of the change; None if the same version served before.
+            began_by: reason for the change; None if the same version was served before.
         """
         target = self._actual.target
         self._names.serve(target)
@@ -282,7 +282,7 @@ class Reconciler:
             self._serves(Began.START)
 
     def note_error(self, error: str) -> None:
-        """Set the reason why there is no engine, for the status."""
+        """Set the reason why no engine runs, for the status."""
         self.last_error = error
 
     async def _rewrite(self, seen: Desired, target: Target, previous: Target | None) -> None:
@@ -290,16 +290,16 @@ class Reconciler:
         try:
             self._actual = await asyncio.to_thread(change_desired, self._store, seen, target, previous)
         except BusyError:
-            log.info("another promotion came meanwhile; it is carried out next")
+            log.info("another promotion was requested meanwhile and will be carried out next")
 
     async def _correct_previous(self, before: Desired) -> None:
-        """Correct the previous version: a promotion during another one could only guess it."""
+        """Correct the recorded previous version: a promotion that is requested during another one can only guess it."""
         previous = before.previous if self._actual.target == before.target else before.target
         if self._actual.previous != previous:
             await self._rewrite(self._actual, self._actual.target, previous)
 
     async def _end_cut_off(self, result: SwapResult) -> None:
-        """Record the result of a swap during which the server stopped: this start has decided it."""
+        """Record the result of a swap that the server's stop interrupted: the version of this start decides it."""
         last = await asyncio.to_thread(find_swap, self._store, self._actual.name)
         if last is None or last.result is not None:
             return

@@ -116,7 +116,7 @@ async def test_promote_and_rollback_affect_one_model(serving: Home, other: str) 
 
 
 def test_serve_rejects_models_together_with_all(home: Home) -> None:
-    assert "either models or --all" in type_now(home, "serve", NAME, "--all").output
+    assert "either MODELS or --all" in type_now(home, "serve", NAME, "--all").output
 
 
 def models_of(home: Home) -> list[dict[str, Any]]:
@@ -157,14 +157,14 @@ async def test_version_that_failed_a_check_is_promoted_by_force_and_the_swap_sho
     make_version(serving.registry, 4, failed=("GPTQ lost 0.3",))
     result = await type_in(serving, "promote", f"{NAME}@4", "--force", "--reason", "the demo of Monday")
     assert "tuned@4 (merged) is served" in result.output
-    assert "it failed a check, but the promotion is forced: the demo of Monday" in result.output
+    assert "the version failed a check, but the promotion is forced: the demo of Monday" in result.output
 
 
 @pytest.mark.parametrize("options", [["--force"], ["--force", "--reason", " "]])
 async def test_force_needs_a_reason(serving: Home, options: list[str]) -> None:
     result = await type_in(serving, "promote", f"{NAME}@2", *options)
     assert result.exit_code == 2
-    assert "--force needs a --reason" in result.output
+    assert "--force requires --reason" in result.output
 
 
 async def test_force_is_not_recorded_when_the_version_passed(serving: Home) -> None:
@@ -307,7 +307,7 @@ async def test_refusal_shows_the_reason_and_the_served_version(serving: Home) ->
 async def test_failure_does_not_claim_that_the_previous_version_serves(serving: Home) -> None:
     serving.park.double.loadable = lambda folder: False
     error = error_of(await type_in(serving, "promote", f"{NAME}@2"))
-    assert "`svc status` shows whether tuned@1 (merged) serves again" in error.wrong
+    assert "`svc status` shows whether tuned@1 (merged) is served again" in error.wrong
 
 
 @pytest.mark.parametrize("command", [("promote", f"{NAME}@2"), ("rollback", NAME), ("chat", NAME)])

@@ -76,7 +76,7 @@ def test_previous_certificate_stays_in_use_when_the_new_one_is_broken(
     with caplog.at_level(logging.ERROR):
         for _ in range(3):
             certificate.look()
-    assert caplog.text.count("the previous one stays in use") == 1
+    assert caplog.text.count("keeping the previous one") == 1
     assert shown(certificate, trusted)
     if broken == "gone":
         return

@@ -115,7 +115,7 @@ def test_missing_format_does_not_become_desired(home: Home) -> None:
 
 def test_version_with_only_an_adapter_is_served_as_one_when_requested(home: Home) -> None:
     make_version(home.registry, 4, formats=(Format.ADAPTER,))
-    with pytest.raises(NotFoundError, match="no format that can be served on its own") as caught:
+    with pytest.raises(NotFoundError, match="no format that can be served without a base") as caught:
         choose(home, f"{NAME}@4")
     assert "--format adapter" in caught.value.todo
     assert choose(home, f"{NAME}@4", Format.ADAPTER) == (f"{NAME}@4", Format.ADAPTER)
