@@ -1,10 +1,10 @@
 """Admission between HTTP and the engines: counts running requests, and queues requests while no engine accepts them.
 
-While an engine is changed and no other accepts requests, new requests wait, and none of them sees more than one
-version. When all slots are taken, requests with a key wait too, and share free slots by the weights of their keys; a
-request without a key is rejected, unless others wait: then it waits with them and has its share. The queue and the wait
-are bounded, because clients can grow them. The server's own requests have a slot apart from these, and yield to every
-request. Knows nothing of HTTP, of versions, or of why an engine is changed.
+While an engine is changed and no other accepts requests, new requests wait, and none of them gets more than one
+version. When all slots are taken, requests with a key wait too, and share free slots by the weights of their keys. A
+request without a key is then rejected, unless others are already queued: in that case it is queued too, with a share.
+The queue and the wait are bounded, because clients could grow them. The server's own requests have a separate slot and
+yield to every other request. Knows nothing of HTTP, of versions, or of why an engine is changed.
 
 One event loop, no locks: every change of state happens between two awaits.
 """
@@ -29,25 +29,25 @@ _ENDED_POLL_S = 0.05
 
 
 class Admission:
-    """Decides which requests run in the engine, wait or are rejected.
+    """Decides which requests run in the engine, are queued or are rejected.
 
     Three facts decide: whether an engine accepts requests, whether one is being changed (a swap), and whether all
-    slots or all tokens are taken: requests count by their maximum number of tokens, since one can ask for hundreds of
-    answers. If no engine accepts requests, admission is closed while one is being changed, whatever the result: a swap
-    that has to restart the engine keeps its queued requests. Otherwise requests are rejected. Starts with no engine.
+    slots or all tokens are taken: a request counts with its maximum number of tokens, since it can ask for hundreds
+    of answers. If no engine accepts requests, requests are queued while one is being changed (admission is closed),
+    even during a swap that restarts the engine; otherwise requests are rejected. Initially there is no engine.
 
     Args:
         max_running: maximum number of requests in the engine.
-        max_tokens: maximum number of tokens that their answers may have together.
-        max_queued: maximum number of requests that wait.
-        queue_timeout_s: longest wait of one request, seconds.
+        max_tokens: maximum number of tokens that the running requests' answers may have in total.
+        max_queued: maximum number of queued requests.
+        queue_timeout_s: a request's longest wait in the queue, seconds.
         wake_timeout_s: longest wait for an engine that was stopped because it was idle, seconds.
 
     Attributes:
-        running: requests in the engine.
+        running: number of requests in the engine.
         closed_s: how long admission was closed in the last change, seconds; None if it never was.
-        queue: requests that wait.
-        background_slot: the slot of the server's own request.
+        queue: the queued requests.
+        background_slot: the slot for the server's own requests.
     """
 
     def __init__(
@@ -85,17 +85,17 @@ class Admission:
 
     @property
     def idle_s(self) -> float:
-        """Time since a request last ran or waited, seconds."""
+        """Seconds since a request last ran or waited; 0 while one does."""
         return 0.0 if self.running or self.queue or self._preparing else time.monotonic() - self._last_ended_at
 
     @property
     def unavailable_reason(self) -> str | None:
-        """Why there is no engine; None if there is one, even if it is being changed or is started on demand."""
+        """Why there is no engine; None if there is one, or if it is being changed or will be started on demand."""
         return None if self._asleep else self._unavailable
 
     @contextmanager
     def preparing(self) -> Iterator[None]:
-        """Count a request that waits in the body before it takes a slot, so that the model is not idle."""
+        """Count a request that waits before it takes a slot, so that the model is not considered idle."""
         self._preparing += 1
         try:
             yield
@@ -104,30 +104,30 @@ class Admission:
             self._last_ended_at = time.monotonic()
 
     async def enter(self, tokens: int, party: Party, *, may_wait: bool = False) -> None:
-        """Take a slot until `leave`, after a wait if none is free.
+        """Take a slot until `leave`; if none is free, wait for one.
 
         Args:
             tokens: maximum number of tokens in the answers; the cost of the slot.
             party: the tenant that sent the request.
-            may_wait: the request waits for a slot like requests with a key: it has already waited for an adapter.
+            may_wait: queue the request like requests with a key, because it has already waited for an adapter.
 
         Raises:
-            TooManyTokensError: more tokens than may ever run.
+            TooManyTokensError: the request asks for more tokens than may run at the same time.
             EngineUnavailableError: there is no engine.
             QueueOverflowError, QueueTimeoutError: an engine is being changed; the queue is full, or the request waited
                 for `queue_timeout_s`.
-            OverloadedError: all slots are taken, and the request may not wait, or waited without getting one.
+            OverloadedError: all slots are taken, and the request may not wait or has waited too long.
         """
         if tokens > self._max_tokens:
             raise TooManyTokensError(
-                f"the answers may take {tokens} tokens",
-                expected=f"at most {self._max_tokens} in one request: a smaller 'n' or 'max_tokens'",
+                f"the answers may have up to {tokens} tokens",
+                expected=f"at most {self._max_tokens} in one request; reduce 'n' or 'max_tokens'",
             )
         if self._closed or not self._enter(tokens, party, may_wait or party.has_key):
             await self._wait(tokens, party)
 
     async def ended(self) -> None:
-        """Wait until no request runs or waits. Only useful when no new ones arrive."""
+        """Wait until no request runs or waits. Only useful when no new requests arrive."""
         while self.running or self.queue or self._preparing:
             await asyncio.sleep(_ENDED_POLL_S)
 
@@ -149,33 +149,33 @@ class Admission:
             self._settle()
 
     def sleep(self) -> None:
-        """Queue requests while no engine accepts them, for as long as a start may take: they cause one."""
+        """Queue requests while no engine accepts them, for as long as a start may take: a request triggers a start."""
         self._asleep = True
         self._settle()
 
     def wake(self) -> None:
-        """Reject requests while no engine accepts them, including those that wait."""
+        """Reject requests while no engine accepts them, including those already queued."""
         self._asleep = False
         self._settle()
 
     def unavailable(self, reason: str | None) -> None:
-        """Note that no engine accepts requests: new ones are rejected immediately, or queued during a change.
+        """Record that no engine accepts requests: new requests are rejected immediately, or queued during a change.
 
         Args:
-            reason: shown to clients, such as "the engine is starting"; no paths. None for an engine that is being
-                changed.
+            reason: shown to clients, so without paths, such as "the engine is starting"; None for an engine that is
+                being changed.
         """
         self._ready, self._unavailable = False, reason or self._unavailable
         self.background_slot.end()
         self._settle()
 
     def available(self) -> None:
-        """Note that an engine accepts requests."""
+        """Record that an engine accepts requests."""
         self._ready, self._unavailable = True, None
         self._settle()
 
     def _settle(self) -> None:
-        """Apply a change of state: to waiting requests, the background slot and the clock."""
+        """Apply a change of state to queued requests, the background slot and the time of closed admission."""
         now = time.monotonic()
         if self._closed and self._closed_at is None:
             self._closed_at = now
@@ -186,7 +186,7 @@ class Admission:
         self._show()
 
     def _enter(self, tokens: int, party: Party, may_wait: bool) -> bool:
-        """Take a slot; return False if the request has to wait for one, behind others or because it may."""
+        """Take a slot; return False if the request must be queued; raise if it is rejected."""
         if not self._ready:
             raise self._no_engine()
         if self.queue:
@@ -229,7 +229,7 @@ class Admission:
         self._show()
 
     async def _wait(self, tokens: int, party: Party) -> None:
-        """Wait until a slot is taken."""
+        """Queue the request until it has a slot."""
         timeout_s, closed = self._wake_timeout_s if self._asleep else self._queue_timeout_s, self._closed
         try:
             place = self.queue.join(party, tokens)
@@ -246,7 +246,7 @@ class Admission:
             raise OverloadedError(f"{error.wrong}; {self._full}", todo=error.todo) from error
 
     def _admit_waiting(self) -> None:
-        """Give free slots to the requests whose turn it is; without an engine, reject all."""
+        """Give free slots to queued requests in their order; without an engine, reject all of them."""
         if self._closed:
             return
         if self._ready:

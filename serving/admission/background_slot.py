@@ -1,8 +1,7 @@
-"""A slot for the server's own request, in addition to those of clients and with a lower priority.
+"""A slot for the server's own requests, in addition to the clients' slots and with a lower priority.
 
-The request is not counted, and no client waits for it. The slot is available while admission is open and there is an
-engine; otherwise the request is cancelled: a swap does not wait for its answer, which could take longer than the swap
-may take.
+Such a request does not count as running, and no client waits for it. The slot is available while admission is open and
+there is an engine; otherwise the request is cancelled, because its answer could take longer than a swap may wait.
 """
 
 import asyncio
@@ -11,7 +10,7 @@ from contextlib import asynccontextmanager, suppress
 
 
 class BackgroundSlotEndedError(Exception):
-    """The server's own request was cancelled, for a swap or because the engine stopped; it may be sent again."""
+    """Raised when the server's own request was cancelled for a swap or an engine's stop; it may be sent again."""
 
 
 class BackgroundSlot:
@@ -35,10 +34,10 @@ class BackgroundSlot:
 
     @asynccontextmanager
     async def take(self, patience_s: float) -> AsyncIterator[None]:
-        """Wait for a moment without requests, and hold the slot during the body.
+        """Wait until no client's request runs, and hold the slot during the body.
 
         Args:
-            patience_s: longest wait for such a moment; after it, the body runs concurrently with clients' requests.
+            patience_s: longest wait for that, seconds; afterwards the body runs concurrently with clients' requests.
 
         Raises:
             BackgroundSlotEndedError: the body was cancelled.
@@ -46,7 +45,7 @@ class BackgroundSlot:
         """
         await self._wait(patience_s)
         if self._taken is not None:
-            raise RuntimeError("a background request runs already")
+            raise RuntimeError("a background request is already running")
         try:
             async with asyncio.timeout(None) as self._taken:
                 yield
@@ -63,7 +62,7 @@ class BackgroundSlot:
             self._taken.reschedule(asyncio.get_running_loop().time())
 
     async def _wait(self, patience_s: float) -> None:
-        """Wait until admission is open and no request runs, or after `patience_s` until it is open."""
+        """Wait until admission is open and no request runs; after `patience_s`, only until admission is open."""
         with suppress(TimeoutError):
             async with asyncio.timeout(patience_s):
                 await _until_set(self._quiet)
@@ -78,6 +77,6 @@ def _set(event: asyncio.Event, value: bool) -> None:
 
 
 async def _until_set(event: asyncio.Event) -> None:
-    """Return when the event is set, and still is when the waiter's turn comes."""
+    """Wait until the event is set and is still set when the waiting task runs."""
     while not event.is_set():
         await event.wait()

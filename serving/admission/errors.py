@@ -1,17 +1,17 @@
-"""Errors of requests that are not run, with the time after which a client may retry."""
+"""Errors for requests that are not run, with the time after which a client may retry."""
 
 from svc.errors import SvcError
 
 OVERLOADED_RETRY_S = 1
-"""Running requests complete all the time."""
+"""Retry time for a full server, since running requests complete all the time."""
 QUEUED_RETRY_S = 2
-"""A swap in place takes one to two seconds once the running requests are done."""
+"""Retry time during a change: a swap in place takes one to two seconds once the running requests are done."""
 ENGINE_RETRY_S = 20
-"""An engine start takes about 40 s; an OpenAI client that retries twice spans it."""
+"""Retry time for a missing engine: a start takes about 40 s, which two retries of an OpenAI client cover."""
 
 
 class AdmissionError(SvcError):
-    """The request never reached the engine: the client may send it again.
+    """Base of the errors for requests that never reached an engine and may be sent again.
 
     Attributes:
         retry_after_s: value of retry-after, seconds; below 120, because OpenAI clients ignore more.
@@ -21,13 +21,13 @@ class AdmissionError(SvcError):
 
 
 class OverloadedError(AdmissionError):
-    """The maximum number of requests is running, or their answers may take the maximum number of tokens."""
+    """The maximum number of requests is running, or their answers may use all available tokens."""
 
     retry_after_s = OVERLOADED_RETRY_S
 
 
 class TooManyTokensError(SvcError):
-    """The request asks for more tokens than may ever run."""
+    """The request asks for more tokens than may run at the same time."""
 
 
 class RateLimitedError(SvcError):
@@ -35,7 +35,7 @@ class RateLimitedError(SvcError):
 
     Args:
         limit: name of the limit.
-        retry_after_s: seconds until enough of it is free; None if the same request can never run.
+        retry_after_s: seconds until enough of the limit is free; None if the same request can never run.
     """
 
     def __init__(self, wrong: str, *, limit: str, retry_after_s: int | None, todo: str = "") -> None:

@@ -1,14 +1,14 @@
-"""The tenants that share a model: each key, and all requests without a key together."""
+"""The tenants that share a model: each key is one, and all requests without a key together are another."""
 
 from typing import NamedTuple
 
 
 class Party(NamedTuple):
-    """A tenant with its share. A tuple, which is cheaper to create for each request.
+    """A tenant and its share. A tuple, because one is created for each request and tuples are cheap to create.
 
     Attributes:
-        name: the id of a key, which only the operator creates; empty for all requests without a key together.
-        weight: its share relative to others when slots are short.
+        name: the key's id (only the operator creates keys); empty for the tenant of all requests without a key.
+        weight: the tenant's share, relative to others, when slots are scarce.
     """
 
     name: str = ""

@@ -2,13 +2,13 @@
 
 Start-time fair queueing (Goyal, Vin and Cheng, 1996). Each tenant has a virtual time, which advances by the cost of its
 requests divided by its weight; the tenant with the earliest time is next, and its own requests run in arrival order. A
-tenant that was idle starts at the time of the others: it neither gains credit nor owes any. So waiting tenants share by
-their weights, whatever their requests cost, and a tenant that asks for little waits for at most one request of each
-other tenant.
+tenant that was idle starts at the time of the others, so idling earns no credit. Waiting tenants therefore share by
+their weights, whatever their requests cost, and a tenant with few requests waits for at most one request of each other
+tenant.
 
-The head of the queue keeps its turn while it does not fit yet; otherwise smaller requests would overtake it for ever.
-When the queue is full, the tenant with the most waiting requests for its weight gives up its newest one for a tenant
-that has fewer.
+The head of the queue keeps its turn until it fits; otherwise smaller requests could overtake it forever.
+When the queue is full, the newest request of the tenant with the most waiting requests, relative to its weight, is
+rejected in favour of a tenant with fewer.
 """
 
 import asyncio
@@ -24,12 +24,12 @@ from serving.admission.party import Party
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Place:
-    """A request that waits.
+    """A queued request.
 
     Attributes:
         party: the tenant that sent the request.
         tokens: maximum number of tokens in its answers.
-        number: in arrival order.
+        number: position in arrival order.
         joined_at: time of arrival, by the event loop's clock, seconds.
         given: done when the request gets its slot or is rejected. A cancelled slot stays in the queue until its own
             task removes it, in the same turn of the loop.
@@ -43,13 +43,13 @@ class Place:
 
 
 class RequestQueue:
-    """The requests that wait.
+    """The queued requests of all tenants.
 
     Args:
-        max_queued: maximum number of waiting requests.
+        max_queued: maximum number of queued requests.
 
     Attributes:
-        most: largest number that waited at the same time, since it was reset.
+        most: largest number of requests queued at the same time since the last reset.
     """
 
     def __init__(self, *, max_queued: int) -> None:
@@ -65,17 +65,17 @@ class RequestQueue:
         return self._queued
 
     async def wanted(self) -> None:
-        """Return when a request waits."""
+        """Wait until a request is queued."""
         while not self._queued:
             await self._wanted.wait()
 
     def charge(self, party: Party, tokens: int) -> None:
-        """Charge a tenant for a slot that its request got, with or without waiting."""
+        """Charge a tenant for the slot given to its request, with or without a wait."""
         self._now = max(self._now, self._times.get(party.name, 0.0))
         self._times[party.name] = self._now + tokens / party.weight
 
     def join(self, party: Party, tokens: int) -> Place:
-        """Add a request to the queue; to be followed by `until_given`.
+        """Add a request to the queue and return its entry; to be followed by `until_given`.
 
         Args:
             tokens: maximum number of tokens in its answers.
@@ -92,7 +92,7 @@ class RequestQueue:
         return self._add(Place(party, tokens, self._arrived, loop.time(), loop.create_future()))
 
     def rejoin(self, place: Place) -> Place:
-        """Queue a request again that could not use the slot that it was given; to be followed by `until_given`.
+        """Queue a request again that could not use its slot, and return the new entry; to be followed by `until_given`.
 
         The request keeps its turn and its time in the queue, its tenant is not charged for the unused slot, and the
         request is queued even if the queue is full.
@@ -104,10 +104,10 @@ class RequestQueue:
         """Wait until the request is given its slot.
 
         Args:
-            give_back: releases a slot that was given at the moment when the request was cancelled.
+            give_back: called to release the slot if it was given just as the request was cancelled.
 
         Raises:
-            QueueOverflowError: the request gave way to another tenant.
+            QueueOverflowError: the queue is full, and the request gave way to another tenant's.
             QueueTimeoutError: the request waited for `timeout_s`.
             AdmissionError: the request was rejected.
         """
@@ -125,7 +125,7 @@ class RequestQueue:
             timer.cancel()
 
     def give(self, take: Callable[[int], bool]) -> None:
-        """Give slots to the requests whose turn it is, as long as slots are free.
+        """Give slots to the queued requests in their order, as long as slots are free.
 
         Args:
             take: takes a slot for a number of tokens; returns False if none is free.
@@ -138,21 +138,21 @@ class RequestQueue:
             self.charge(place.party, place.tokens)
 
     def send_away(self, error: Callable[[], AdmissionError]) -> None:
-        """Reject all requests that wait."""
+        """Reject all queued requests."""
         waiting = [place for line in self._waiting.values() for place in line if not place.given.done()]
         for place in waiting:
             self._refuse(place, error())
 
     def _next(self) -> Place | None:
-        """Return the first slot of the tenant with the earliest time; of two tenants, that with the older request."""
+        """Return the first request of the tenant with the earliest virtual time; of several, the oldest request."""
         heads = [next((place for place in line if not place.given.done()), None) for line in self._waiting.values()]
         return min(filter(None, heads), key=lambda head: (self._times[head.party.name], head.number), default=None)
 
     def _make_room(self, party: Party) -> None:
-        """Reject the newest request of the tenant with the most waiting requests for its weight.
+        """Reject the newest request of the tenant with the most waiting requests relative to its weight.
 
         Raises:
-            QueueOverflowError: no other tenant has more waiting requests than this one would have, each for its weight.
+            QueueOverflowError: relative to its weight, no other tenant has more requests than this one would have.
         """
         overflow = QueueOverflowError(
             f"the queue is full: {self._queued} requests wait for an engine",

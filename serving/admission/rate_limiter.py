@@ -1,13 +1,13 @@
 """Enforces the limits of keys: requests and tokens per minute, tokens per day, concurrent requests.
 
 A request reserves its maximum use before it waits for anything, and settles its actual use at its end. A request that
-is rejected because of its client's mistake counts as a request; one that is rejected because no slot is free costs
-nothing. Kept in memory only, with one entry for each key in use; keys come from the store, and clients cannot create
+is rejected because of a client error counts as a request; a request that is rejected because no slot is free costs
+nothing. The state is in memory only, with one entry per key in use; keys come from the store, and clients cannot create
 any. The server adds today's earlier usage when it starts.
 
-The tokens of a prompt are known after the engine has counted them. Until then they are estimated from the bytes of the
-request: text in most languages has three to five bytes per token, and a request has more because of its JSON. An
-estimate that is too low is corrected at the end of the request, and delays the next one.
+A prompt's tokens are known after the engine has counted them. Until then they are estimated from the request's size:
+text in most languages has three to five bytes per token, and a request has more because of its JSON. An estimate that
+is too low is corrected at the end of the request, and delays later requests.
 """
 
 import math
@@ -23,13 +23,13 @@ from svc.identity.principal import Limits, Principal
 _BYTES_PER_TOKEN = 4
 _DAY_S = 86_400
 _UNTIL_ONE_ENDS_S = 1.0
-"""Wait until a running request ends, at a time that is unknown."""
+"""Retry time when a running request must complete first, which happens at an unknown time."""
 _ROUNDING = 1e-9
 _NONE = Limits()
 
 
 class Limit(StrEnum):
-    """One limit of a key, named like the field of `svc.identity.principal.Limits`."""
+    """A kind of limit on a key, named like its field in `svc.identity.principal.Limits`."""
 
     REQUESTS_PER_MINUTE = "requests_per_minute"
     TOKENS_IN_PER_MINUTE = "tokens_in_per_minute"
@@ -42,13 +42,13 @@ _NAMED = {limit: limit.value.replace("_", " ") for limit in Limit} | {Limit.CONC
 
 
 class Demand(NamedTuple):
-    """The maximum use of a request.
+    """A request's maximum use of its key's limits.
 
     Attributes:
-        tokens_in: an estimate, see `estimated_tokens`.
-        tokens_out: maximum number of tokens in all of its answers.
-        said: the client limited the length of an answer. If not, the model's longest answer counts, but never more
-            than the limit: a request without a length waits for the whole limit, and is not rejected.
+        tokens_in: estimated number of tokens in the prompt; see `estimated_tokens`.
+        tokens_out: maximum number of tokens in all answers together.
+        said: the client limited the length of an answer. If not, the model's longest answer is reserved, but at most
+            the whole limit, so that a request without a length is delayed instead of never admitted.
     """
 
     tokens_in: int
@@ -60,10 +60,10 @@ _NO_DEMAND = Demand(0, 0, said=False)
 
 
 class Allowance(NamedTuple):
-    """The rest of a limit.
+    """The unused part of a limit.
 
     Attributes:
-        reset_s: seconds until it is full again.
+        reset_s: seconds until the whole limit is available again.
     """
 
     limit: int
@@ -72,15 +72,15 @@ class Allowance(NamedTuple):
 
 
 def estimated_tokens(size: int) -> int:
-    """Return the estimated number of tokens in the prompt of a request whose body has `size` bytes."""
+    """Return the estimated number of prompt tokens in a request whose body has `size` bytes."""
     return size // _BYTES_PER_TOKEN + 1
 
 
 class Reservation:
-    """The part of its key's limits that a request holds until it ends; to be settled once.
+    """The share of its key's limits that a request holds until it ends; to be settled once.
 
     Args:
-        held: for each limit the reserved amount, and the amount that was free before.
+        held: maps each limit to the reserved amount and the amount that was free before.
     """
 
     __slots__ = ("_held",)
@@ -92,7 +92,7 @@ class Reservation:
         return Reservation([*self._held, *other._held])
 
     def allowances(self) -> dict[Limit, Allowance]:
-        """Return the rest of each limit after this reservation; cheaper than asking the limiter again."""
+        """Return the unused part of each limit after this reservation; cheaper than asking the limiter again."""
         return {
             quota.limit: Allowance(quota.most, max(0, int(free) - amount), quota.reset_s())
             for quota, amount, free in self._held
@@ -105,7 +105,7 @@ class Reservation:
             quota.used += quota.spent(tokens_in, tokens_out)
 
     def release(self) -> None:
-        """Release everything: the request failed, but not because of its client."""
+        """Release everything, because the request failed without a client error."""
         for quota, amount, _ in self._held:
             quota.reserved -= amount
 
@@ -115,7 +115,7 @@ class RateLimiter:
 
     Args:
         clock: monotonic time, seconds.
-        wall: seconds since 1970.
+        wall: wall clock, seconds since 1970.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time) -> None:
@@ -127,7 +127,7 @@ class RateLimiter:
         """Reserve one of the key's requests per minute, before anything else is known about the request.
 
         Raises:
-            RateLimitedError: the key has none left.
+            RateLimitedError: the key has no requests left in this minute.
         """
         quotas = self._quotas(principal)
         return _reserve([each for each in quotas if each.limit is Limit.REQUESTS_PER_MINUTE], _NO_DEMAND)
@@ -139,10 +139,10 @@ class RateLimiter:
             begun: the reservation from `reserve_request`.
 
         Returns:
-            Both reservations together.
+            A reservation that includes `begun`.
 
         Raises:
-            RateLimitedError: not enough of a limit is left; of several limits, the one with the longest wait is named.
+            RateLimitedError: not enough of a limit is left; of several limits, it names the one with the longest wait.
         """
         quotas = self._quotas(principal)
         if begun is None:
@@ -150,18 +150,18 @@ class RateLimiter:
         return begun + _reserve([each for each in quotas if each.limit is not Limit.REQUESTS_PER_MINUTE], demand)
 
     def allowances(self, principal: Principal) -> dict[Limit, Allowance]:
-        """Return the rest of each limit that a key has."""
+        """Return the unused part of each limit that a key has."""
         return Reservation([(quota, 0, quota.free()) for quota in self._quotas(principal)]).allowances()
 
     def add_used_today(self, tokens: Mapping[str, int]) -> None:
-        """Add the tokens, in and out together, that keys used today before this server started."""
+        """Add the tokens (input plus output) that each key used today before this server started."""
         for key_id, used in tokens.items():
             quota = self._of_key(key_id)[Limit.TOKENS_PER_DAY]
             quota.forget()
             quota.used += used
 
     def _quotas(self, principal: Principal) -> list["_Quota"]:
-        """Return a quota for each limit that a key has; the operator may have changed them."""
+        """Return the quota for each limit that a key has, after applying the operator's changes to the limits."""
         if principal.limits == _NONE:
             return []
         held = []
@@ -205,18 +205,18 @@ def _reserve(quotas: Sequence["_Quota"], demand: Demand) -> Reservation:
 
 
 class _Quota(ABC):
-    """Use of one limit of a key.
+    """A key's use of one limit.
 
-    A request's maximum use stays reserved while it runs: reservations do not expire with time, unlike past use. So a
-    key never has more reserved and used together than its limit per minute.
+    A request's maximum use stays reserved while it runs: unlike past use, reservations do not expire with time. So the
+    sum of a key's reservations and past use never exceeds the limit.
 
     Args:
         clock: seconds.
 
     Attributes:
-        most: the limit.
-        used: past use that is not free again, as of the last `forget`.
-        reserved: reserved until settled.
+        most: the limit's maximum amount.
+        used: past use that has not expired, as of the last `forget`.
+        reserved: amount reserved by requests that are not settled.
     """
 
     def __init__(self, limit: Limit, clock: Callable[[], float]) -> None:
@@ -227,7 +227,7 @@ class _Quota(ABC):
 
     @abstractmethod
     def demanded(self, demand: Demand) -> int:
-        """Return the amount that a request reserves."""
+        """Return the amount that a request must reserve."""
 
     @abstractmethod
     def spent(self, tokens_in: int, tokens_out: int) -> int:
@@ -239,15 +239,15 @@ class _Quota(ABC):
 
     @abstractmethod
     def reset_s(self) -> float:
-        """Return the seconds until all past use has expired; ignores reservations, whose end is unknown."""
+        """Return the seconds until all past use has expired; reservations are ignored, because their end is unknown."""
 
     def free(self) -> float:
-        """Return the amount that may be reserved, plus a share of the limit for rounding; negative if overused."""
+        """Return the amount that may be reserved, plus a tolerance for rounding; negative if the limit is exceeded."""
         self.forget()
         return self.most - self.used - self.reserved + _ROUNDING * self.most
 
     def wait_s(self, amount: int) -> float:
-        """Return the seconds until `amount` may be reserved, if that is impossible now."""
+        """Return the seconds until `amount` may be reserved, given that it may not be reserved now."""
         missing = self.used + self.reserved + amount - self.most
         return _UNTIL_ONE_ENDS_S if missing > self.used + _ROUNDING * self.most else self._until_free_s(missing)
 
@@ -288,14 +288,14 @@ class _TokensIn(_OfMinute):
 
 class _TokensOut(_OfMinute):
     def demanded(self, demand: Demand) -> int:
-        """Return the whole limit at most if the client did not limit the length.
+        """Return the request's tokens; if the client did not limit the length, at most the whole limit.
 
         Raises:
             RateLimitedError: the client asks for more than the limit.
         """
         if demand.said and demand.tokens_out > self.most:
             raise RateLimitedError(
-                f"the answers may take {demand.tokens_out} tokens, more than the limit of this key: {self.most} "
+                f"the answers may have up to {demand.tokens_out} tokens, more than this key's limit: {self.most} "
                 f"{_NAMED[self.limit]}",
                 todo="send a smaller 'n' or 'max_tokens'",
                 limit=self.limit.value,
@@ -308,7 +308,7 @@ class _TokensOut(_OfMinute):
 
 
 class _Running(_Quota):
-    """A limit on concurrent requests: a request that ends is free."""
+    """A limit on concurrent requests: a request that has ended no longer counts."""
 
     def demanded(self, demand: Demand) -> int:
         return 1
@@ -324,7 +324,7 @@ class _Running(_Quota):
 
 
 class _TokensOfDay(_Quota):
-    """A limit per day, from midnight UTC; its clock is the seconds since 1970."""
+    """A limit per UTC day; its clock returns seconds since 1970."""
 
     def demanded(self, demand: Demand) -> int:
         tokens = demand.tokens_in + demand.tokens_out

@@ -1,1 +1,1 @@
-"""The wire formats of the routes, as the gateway needs them. Knows nothing of engines or versions."""
+"""The routes' wire formats, as far as the gateway needs them. Knows nothing of engines or versions."""

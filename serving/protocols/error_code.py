@@ -1,4 +1,4 @@
-"""The reasons why a request fails, for clients and for the metric of failures."""
+"""The reasons why a request fails, for clients and for the metric that counts failures."""
 
 from enum import StrEnum
 
@@ -38,7 +38,7 @@ class ErrorCode(StrEnum):
     ENGINE_ERROR = "engine_error"
     INTERNAL_ERROR = "internal_error"
     CLIENT_GONE = "client_gone"
-    """Only counted, like CLIENT_SLOW: the client is gone."""
+    """Counted but never sent, like CLIENT_SLOW, because the client has disconnected."""
     CLIENT_SLOW = "client_slow"
 
 

@@ -1,8 +1,8 @@
 """Limits on the JSON schemas and regular expressions in a request, because all clients share the engine.
 
 vLLM parses a grammar in the loop that also answers all other requests and the health check, and compiles it on threads
-that take CPU from them. The limits are from measurements of xgrammar 0.2.8 with a vocabulary of 49,000 tokens, on a
-machine with two cores:
+that compete with them for CPU. The limits are based on measurements of xgrammar 0.2.8 with a vocabulary of 49,000
+tokens, on a machine with two cores:
 
 - A pattern `[a-z]{0,N}` is parsed in 0.03 s for N = 500, 0.1 for 1,000, 1.7 for 4,000, and in more than 20 for 10,000.
   Nested, `([a-z]{0,N},){0,N}` is compiled in 2 s for N = 30 and in more than 8 for 60; N times `[a-z]?` in 0.5 s for
@@ -24,30 +24,30 @@ from serving.protocols.json_values import count_values
 from serving.protocols.refusal import Refusal
 
 MAX_BYTES = 64 * 1024
-"""Of all grammars of a request, as JSON."""
+"""Maximum size of all grammars in a request, as JSON."""
 MAX_VALUES = 8192
-"""In all grammars of a request; checking more would block the event loop."""
+"""Maximum number of values in all grammars of a request; checking more would block the event loop."""
 MAX_PROPERTIES = 500
-"""Of one object."""
+"""Maximum number of one object's properties."""
 MAX_CHOICES_OF_PROPERTIES = 2_000
-"""Number of an object's properties times the larger of `minProperties` and `maxProperties`."""
+"""Limit on the number of an object's properties times the larger of `minProperties` and `maxProperties`."""
 MAX_LENGTHS = 32
-"""Strings with a length limit in a request."""
+"""Maximum number of strings with a length limit in a request."""
 MAX_ATOMS = 1_000
-"""In one pattern, with its repetitions written out."""
+"""Maximum number of atoms (characters and classes) in one pattern, with its repetitions written out."""
 MAX_TOTAL_ATOMS = 10_000
 
 _ATOM = re.compile(r"\\.?|\[(?:\\.|[^\]\\])*\]?|\{(\d+)(?:,(\d*))?\}|\{,(\d+)\}|.", re.DOTALL)
 _JSON_TEXTS = ("json", "structural_tag")
 _MAX_STEPS = 8 * MAX_ATOMS
-"""For parsing a pattern: `|` and `?` are not atoms, and there could be 60,000 of them."""
+"""Maximum length of a pattern, since `|` and `?` are not atoms and there could be 60,000 of them."""
 _OPTIONAL = 20
-"""Number of atoms that an optional part counts as."""
+"""Number of atoms for which an optional part counts."""
 _MAX_NUMBER_DIGITS = 6  # a longer number exceeds the limits anyway
 
 
 def find_excessive_grammar(fields: Mapping[str, Any]) -> Refusal | None:
-    """Return the first grammar of a request that exceeds a limit; None if all together are within the limits."""
+    """Return a refusal for the first grammar that exceeds a limit; None if all together are within the limits."""
     grammars = {param: grammar for param, grammar in _grammars_of(fields) if grammar is not None}
     if not grammars or not (limit := excess([*grammars.values()])):
         return None
@@ -70,7 +70,7 @@ def _grammars_of(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def excess(grammar: Any) -> str | None:
-    """Return a text with the limit that a grammar exceeds; None if it is within all limits.
+    """Return a text with the first limit that a grammar exceeds; None if the grammar is within all limits.
 
     Args:
         grammar: a JSON value with schemas anywhere in it; text that is JSON is parsed, other text is EBNF.
@@ -87,9 +87,9 @@ def excess(grammar: Any) -> str | None:
         for pattern in _patterns(node):
             atoms += (size := written_out(pattern))
             if size > MAX_ATOMS:
-                return f"a pattern of at most {MAX_ATOMS} characters with its repetitions written out"
+                return f"a pattern with at most {MAX_ATOMS} characters, its repetitions written out"
             if atoms > MAX_TOTAL_ATOMS:
-                return f"patterns of at most {MAX_TOTAL_ATOMS} characters in total"
+                return f"patterns with at most {MAX_TOTAL_ATOMS} characters in total"
     return f"at most {MAX_LENGTHS} strings with a length limit" if lengths > MAX_LENGTHS else None
 
 
@@ -99,11 +99,11 @@ def _excess_of_properties(node: dict[str, Any]) -> str | None:
         return None
     count = len(properties)
     if count > MAX_PROPERTIES:
-        return f"at most {MAX_PROPERTIES} properties of an object"
+        return f"at most {MAX_PROPERTIES} properties per object"
     bounds = (node.get(name) for name in ("minProperties", "maxProperties"))
     bound = max((bound for bound in bounds if isinstance(bound, int | float)), default=0)
     if count * min(bound, count) > MAX_CHOICES_OF_PROPERTIES:
-        return f"number of an object's properties times 'maxProperties' at most {MAX_CHOICES_OF_PROPERTIES}"
+        return f"at most {MAX_CHOICES_OF_PROPERTIES} as an object's number of properties times 'maxProperties'"
     return None
 
 
@@ -119,7 +119,7 @@ def _objects(grammar: Any, *, read: bool = True) -> Iterator[dict[str, Any]]:
     """Yield all objects in a JSON value, at any depth.
 
     Args:
-        read: also yield objects in text that is JSON itself.
+        read: also parse strings that contain JSON, and yield their objects.
     """
     nodes = [grammar]
     while nodes:
@@ -141,7 +141,7 @@ def _read(value: Any) -> Any:
 def written_out(pattern: str) -> int:
     """Return the number of characters and classes in a regular expression with its bounded repetitions written out.
 
-    An optional part counts as `_OPTIONAL` of them. Counting stops beyond MAX_ATOMS.
+    An optional part counts `_OPTIONAL` times. Counting stops beyond MAX_ATOMS.
     """
     sums, last = [0], 0  # atoms in each open group, and in the part that a repetition would repeat
     before = ""

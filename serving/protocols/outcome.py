@@ -15,5 +15,5 @@ _OUTCOMES = {
 
 
 def outcome_of(reason: ErrorCode | None) -> RequestOutcome:
-    """Return the outcome of a request; `reason` is None if it did not fail."""
+    """Return a request's outcome; `reason` is None if the request succeeded."""
     return RequestOutcome.COMPLETE if reason is None else _OUTCOMES.get(reason, RequestOutcome.REFUSED)

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why the gateway rejects a request.
+    """An invalid field for which the gateway rejects a request, with the text of the error.
 
     Attributes:
         param: the invalid field.
-        wrong: what is wrong with it.
+        wrong: what is wrong with the field.
         expected: the values that are accepted; may be empty.
         todo: what the client can do; may be empty.
     """

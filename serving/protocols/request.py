@@ -1,7 +1,7 @@
 """Parses a completion request once: its JSON, and the few fields that the gateway must understand.
 
 The engine checks everything else. Only the serialised result of this parser reaches the engine, so that no second
-parser can read the client's bytes differently from the checks here.
+parser can interpret the client's bytes differently from the checks here.
 """
 
 import json
@@ -26,19 +26,19 @@ _MAX_TOKENS_FIELDS = {
     Route.RESPONSES: ("max_output_tokens",),
     Route.MESSAGES: ("max_tokens",),
 }
-"""Each route's fields for the maximum answer length; the first one that is set applies, as in the engine."""
+"""Each route's fields for the maximum answer length; of several, the first that is set applies, as in the engine."""
 _CONVERSATION_FIELD = {
     Route.CHAT_COMPLETIONS: "messages",
     Route.COMPLETIONS: "prompt",
     Route.RESPONSES: "input",
     Route.MESSAGES: "messages",
 }
-"""Each route's field with the conversation."""
+"""Each route's field that contains the conversation."""
 _WHO_CHARS = 256
 _NAMES_USER = frozenset({"user", "safety_identifier", "metadata"})
 _EMPTY = b"{}"
 _MAX_FALLBACK_BYTES = 256 * 1024
-"""Of a body that only the standard library accepts, which is several times as slow."""
+"""Limit on a body that only the standard library's parser accepts, which is several times as slow."""
 _NUMBERS = (int, float)
 _RESPONSES = Route.RESPONSES  # looking up an enum member takes longer than the rest of a check
 _HAS_STREAM_OPTIONS = frozenset({Route.CHAT_COMPLETIONS, Route.COMPLETIONS})
@@ -57,17 +57,17 @@ class InvalidRequestError(SvcError):
 
 
 class CompletionRequest(NamedTuple):
-    """The gateway's view of a request. A tuple, which is cheaper to create for each request.
+    """A parsed completion request. A tuple, because one is created for each request and tuples are cheap to create.
 
     Attributes:
         model: the client's model name, as sent.
-        members: the JSON object for the engine, without its model.
+        members: the members of the JSON object for the engine, without `model`.
         stream: the client wants server-sent events.
         wants_usage: the client wants the event with the token counts of a stream.
-        temperature: as sent; None if absent or not a number. The engine checks values, and has its defaults.
-        max_tokens: maximum answer length, likewise.
-        answers: number of answers, for all prompts together.
-        who: identifies a client or conversation; empty if the request has nothing to identify it.
+        temperature: as sent; None if absent or not a number. The engine checks the value and applies its default.
+        max_tokens: maximum answer length, as sent; None if absent or not a number.
+        answers: total number of answers to all prompts.
+        who: identifies the client or conversation; empty if the request contains nothing that does.
         user: the client's name for its user; None if not sent.
     """
 
@@ -91,7 +91,7 @@ class CompletionRequest(NamedTuple):
         """Return the maximum number of tokens that the engine may generate for the request.
 
         Args:
-            context: maximum length of prompt and answer together, tokens: the limit of an answer without its own.
+            context: maximum length of prompt and answer together, tokens; limits an answer without a limit of its own.
         """
         longest = context if self.max_tokens is None else min(max(1, self.max_tokens), context)
         return self.answers * longest
@@ -99,7 +99,7 @@ class CompletionRequest(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def _head(engine_model: str) -> bytes:
-    """Return the beginning of a payload; cached, because engines have few names."""
+    """Return the beginning of a payload, which contains the model's name; cached, because engines use few names."""
     return b'{"model":' + json.dumps(engine_model).encode("ascii")
 
 
@@ -117,14 +117,14 @@ def parse_request(body: bytes, route: Route, limits: RequestLimits = _LIMITS) ->
     """
     if takes_longer(body, limits.reading_ms):
         raise InvalidRequestError(
-            f"reading the request body would take longer than {limits.reading_ms:g} ms",
+            f"reading the request body would take more than {limits.reading_ms:g} ms",
             param="",
             expected="fewer objects, arrays and values, and numbers with fewer than 24 digits",
         )
     fields, to_json = _read_json(body)
     model = fields.pop("model", None)
     if not isinstance(model, str):
-        raise InvalidRequestError("'model' is missing or not a string", param="model", expected="a model name")
+        raise InvalidRequestError("'model' is missing or is not a string", param="model", expected="a model name")
     refusal = find_excess(fields, route, limits, body) or find_refusal(fields, route)
     if refusal:
         raise InvalidRequestError(refusal.wrong, param=refusal.param, expected=refusal.expected, todo=refusal.todo)
@@ -148,7 +148,7 @@ def parse_request(body: bytes, route: Route, limits: RequestLimits = _LIMITS) ->
 
 
 def _finite(number: str) -> float:
-    """Return a number with a point or an exponent. msgspec would take 24 us for 1e300, and 0.05 for most others."""
+    """Return a number with a decimal point or an exponent. msgspec takes 24 us for 1e300, and 0.05 us for most others."""
     value = float(number)
     if math.isinf(value):  # msgspec would write it as null
         raise ValueError("a number out of range")
@@ -159,7 +159,7 @@ _DECODER = msgspec.json.Decoder(float_hook=_finite)
 
 
 def _read_json(body: bytes) -> tuple[dict[str, Any], Callable[[dict[str, Any]], bytes]]:
-    """Return the object in a body, and the function that serialises it.
+    """Return a body's object, and the function that serialises it.
 
     msgspec is several times as fast, but also rejects valid JSON: lone surrogates, and numbers that Python can hold. So
     the standard library, which can also locate an error, parses what msgspec rejects.

@@ -4,7 +4,7 @@ from enum import StrEnum
 
 
 class Route(StrEnum):
-    """One kind of completion; the engine's own paths are the same."""
+    """A path for completions; the engine uses the same paths."""
 
     CHAT_COMPLETIONS = "/v1/chat/completions"
     COMPLETIONS = "/v1/completions"
@@ -13,11 +13,11 @@ class Route(StrEnum):
 
 
 class TokenRoute(StrEnum):
-    """Counts the tokens of a prompt; the engine's own paths are the same."""
+    """A path that counts a prompt's tokens; the engine uses the same paths."""
 
     COUNT_TOKENS = "/v1/messages/count_tokens"
     TOKENIZE = "/tokenize"
 
 
 ANTHROPIC_PATHS = frozenset({Route.MESSAGES.value, TokenRoute.COUNT_TOKENS.value})
-"""Paths of Anthropic's clients, which read other headers and errors than OpenAI's."""
+"""Paths for Anthropic's clients, which expect other headers and errors than OpenAI's clients."""

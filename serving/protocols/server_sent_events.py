@@ -1,7 +1,7 @@
 """Server-sent events as bytes: splits a stream into events, and reads the name and data of an event.
 
-Events are forwarded unchanged, and parsed only if they can contain a field of interest. The quick tests are exact,
-because a quote inside a JSON string is always escaped: a model cannot write the bytes of a key such as `"error":`.
+Events are forwarded unchanged, and parsed only if they can contain a field of interest. Searching for a key's bytes is
+reliable, because quotes inside JSON strings are always escaped: a model cannot generate `"error":` unescaped.
 Knows nothing of the meaning of a route's events, see serving.protocols.wire_formats.
 """
 
@@ -19,7 +19,7 @@ class EventSplitter:
         self._rest = b""
 
     def feed(self, chunk: bytes) -> list[bytes]:
-        """Return the events that are complete now, each with its blank line: joined, they are the stream."""
+        """Return the events that are now complete, each with its blank line: joined together, they equal the stream."""
         if not self._rest and chunk.find(b"\n\n") == len(chunk) - 2 >= 0 and b"\r" not in chunk:
             return [chunk]  # the usual case
         data = self._rest + chunk if self._rest else chunk

@@ -2,8 +2,8 @@
 
 vLLM validates a body with pydantic, which tries every member of a union and collects every error: about 6 microseconds
 for each error, 233 errors for one wrong item of `/v1/responses`. 4,096 of those, 16 KiB, blocked the thread for 25 s.
-So lists are limited in length, and elements of unions with an unusual form (serving.protocols.usual_forms) are limited
-further. docs/api.md has the limits, and the measured cost of the worst body within each.
+So lists are limited in length, with a stricter limit on elements of unions that have an unusual form
+(serving.protocols.usual_forms). docs/api.md has the limits, and the measured cost of the worst body within each.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,21 +18,21 @@ from svc.settings import RequestLimits
 Fields = Mapping[str, Any]
 
 _TURNS = {"messages": frozenset({"content", "tool_calls"}), "input": frozenset({"content", "output", "summary"})}
-"""Fields with a conversation, and the fields of its turns that have lists."""
+"""Maps fields that contain a conversation to those fields of its turns that contain lists."""
 _TOKEN_IDS = frozenset({"allowed_token_ids", "stop_token_ids", "logprob_token_ids"})
 _MIN_VALUE_BYTES = 2
-"""Of the shortest value, with its separator."""
+"""Bytes of the shortest value with its separator."""
 _GRAMMARS = frozenset({"response_format", "structured_outputs", "text", "output_config"})
-"""Their size and number of values are limited by serving.protocols.grammar_limits, which also parses them."""
+"""Fields whose size and number of values serving.protocols.grammar_limits limits; that module also parses them."""
 
 
 class _Unusual(NamedTuple):
     """Limits on elements for which vLLM has to try all members of a union.
 
     Attributes:
-        is_usual: returns whether an element has a form that vLLM accepts immediately.
+        is_usual: returns whether an element has a form that vLLM accepts without trying all members.
         most: maximum number of elements without such a form.
-        most_values: maximum number of values in them together.
+        most_values: maximum total number of values in those elements.
     """
 
     is_usual: Callable[[Any], bool]
@@ -48,7 +48,7 @@ _UNUSUAL: Mapping[tuple[Route, str], _Unusual] = {
 
 
 def find_excess(fields: Fields, route: Route, limits: RequestLimits, body: bytes) -> Refusal | None:
-    """Return the first limit on structure that a request exceeds; None if it is within all limits.
+    """Return a refusal for the first limit on structure that a request exceeds; None if it is within all limits.
 
     Args:
         body: the raw request: a limit that a body of this size cannot exceed is not checked.
@@ -70,7 +70,7 @@ def _excess_of(name: str, value: Any, route: Route, limits: RequestLimits, bound
     if type(value) is list:
         if name in _TOKEN_IDS:
             wrong = f"'{name}' has elements that are not token ids"
-            return None if _are_token_ids(value) else Refusal(name, wrong, "a list of integers from 0", "")
+            return None if _are_token_ids(value) else Refusal(name, wrong, "a list of non-negative integers", "")
         if name in _TURNS:
             return _excess_of_turns(name, value, limits, bound) or _excess_of_unusual(name, value, route, bound)
         if name == "system":
@@ -104,8 +104,8 @@ def _excess_of_unusual(name: str, elements: Sequence[Any], route: Route, bound: 
     return Refusal(
         f"{name}.{next(place for place, element in enumerate(elements) if element is unusual[0])}",
         f"{len(unusual)} elements of '{name}' have unknown fields or wrong types",
-        f"at most {limit.most} of those, with at most {limit.most_values} values in them",
-        "correct them: see limits on structure in docs/api.md",
+        f"at most {limit.most} such elements, with at most {limit.most_values} values in total",
+        "correct these elements; the limits on structure are in docs/api.md",
     )
 
 

@@ -1,7 +1,7 @@
 """The fields of a request that the engine would accept but the gateway rejects, each with its reason.
 
 Only fields with which one client can harm others: crash the shared engine, use its memory or time unnoticed, or make it
-contact other machines. The engine checks everything else. Knows the fields of vLLM 0.32, and that its types are lax.
+contact other machines. The engine checks everything else. Based on the fields of vLLM 0.32, whose types are lax.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,8 +12,8 @@ from serving.protocols.refusal import Refusal
 from serving.protocols.route import Route
 
 MAX_ANSWERS = 1024
-"""Answers to one request, however short; admission limits their tokens. vLLM has the same limit on the prompts of one
-request; its limit on `n` is 16,384 for each prompt."""
+"""Maximum number of answers to one request, however short; admission limits their tokens. vLLM has the same limit on
+the prompts in one request; its limit on `n` is 16,384 for each prompt."""
 
 Fields = Mapping[str, Any]
 
@@ -25,16 +25,16 @@ _TRANSFER = {
 """These name a host from which the engine fetches memory blocks, or keep blocks after the answer until they are
 fetched; `kv_transfer_params` in `vllm_xargs` make vLLM fail on an assertion."""
 _PROMPT_LOGPROBS = {
-    "prompt_logprobs": Refusal("prompt_logprobs", f"log-probabilities of the prompt are not served: {_ENDS_ENGINE}")
+    "prompt_logprobs": Refusal("prompt_logprobs", f"log-probabilities of the prompt are not supported: {_ENDS_ENGINE}")
 }
 """vLLM scores the whole prompt for these, which can exhaust or crash an engine."""
 _ECHO = {
     "echo": Refusal(
-        "echo", f"'echo' is not served for chat, because it asks for log-probabilities of the prompt: {_ENDS_ENGINE}"
+        "echo", f"'echo' is not supported for chat, because it requests the prompt's log-probabilities: {_ENDS_ENGINE}"
     )
 }
 """In chat, vLLM's `top_logprobs` is 0 by default, which is enough to score the prompt."""
-_PRIORITY = {"priority": Refusal("priority", "'priority' is not served: the server decides the order of requests")}
+_PRIORITY = {"priority": Refusal("priority", "'priority' is not supported: the server decides the order of requests")}
 """On an engine with `--scheduling-policy priority`, a client that sets it preempts the answers of all others; other
 engines reject it."""
 _MEDIA_OPTIONS = {
@@ -42,15 +42,15 @@ _MEDIA_OPTIONS = {
     for name in ("mm_processor_kwargs", "media_io_kwargs")
 }
 _STORED = {
-    "background": Refusal("background", "answers in the background are not served", "false", "wait for the answer"),
+    "background": Refusal("background", "background answers are not supported", "false", "wait for the answer"),
     "store": Refusal("store", "responses are not stored here", "false", "leave it out, and send all turns each time"),
     **{
         name: Refusal(name, "responses are not stored here", todo="send all turns in 'input'")
         for name in ("previous_response_id", "conversation")
     },
 }
-"""vLLM never deletes stored responses, and an answer in the background has no client: it would hold no place in
-admission, and no swap would know of it."""
+"""vLLM never deletes stored responses. A background answer has no client: it would hold no admission slot, and swaps
+would not wait for it."""
 _UNSUPPORTED: Mapping[Route, Mapping[str, Refusal]] = {
     # In responses and messages vLLM has no `echo` and no `n`; it ignores unknown fields.
     Route.CHAT_COMPLETIONS: _PROMPT_LOGPROBS | _ECHO | _TRANSFER | _PRIORITY | _MEDIA_OPTIONS,
@@ -81,8 +81,8 @@ def _transfer_in_xargs(fields: Fields) -> Refusal | None:
 def _echo_with_logprobs(fields: Fields) -> Refusal | None:
     if not fields.get("echo") or fields.get("logprobs") is None:
         return None
-    wrong = f"'echo' with 'logprobs' asks for log-probabilities of the prompt, which are not served: {_ENDS_ENGINE}"
-    return Refusal("echo", wrong, todo="send only one of the two")
+    wrong = f"'echo' with 'logprobs' requests the prompt's log-probabilities, which are not supported: {_ENDS_ENGINE}"
+    return Refusal("echo", wrong, todo="send only 'echo' or only 'logprobs'")
 
 
 _TEXT_PARTS = frozenset(
@@ -98,25 +98,25 @@ _MEDIA_KEYS = frozenset(
         *("video_url", "video_embeds", "prompt_embeds"),
     }
 )
-"""Keys that vLLM takes for media in a part without a type, or with a `uuid`."""
+"""Keys that vLLM treats as media in a part without a type, or with a `uuid`."""
 _TURNS = (("messages", ("content",)), ("input", ("content", "output")))
 
 
 def _media(fields: Fields) -> Refusal | None:
-    """Reject media: for a multimodal model vLLM fetches the URL of an image, audio or video, even one of this machine
-    or of a network that the client cannot reach. vLLM rejects media for other models itself."""
+    """Reject media: for a multimodal model vLLM fetches the URL of an image, audio or video, even from this machine or
+    from a network that the client cannot reach. For other models, vLLM itself rejects media."""
     for name, keys in _TURNS:
         turns = fields.get(name)
         for number, turn in enumerate(turns if isinstance(turns, list) else ()):
             for key in keys if isinstance(turn, dict) else ():
-                # Most content is a text, not a list.
+                # Most content is a string, not a list.
                 if isinstance(content := turn.get(key), list) and not _all_text(content):
                     return _no_text(f"{name}.{number}.{key}")
     return None if _all_text(fields.get("system")) else _no_text("system")
 
 
 def _no_text(param: str) -> Refusal:
-    return Refusal(param, "content other than text is not served", "only text parts", "send the content as text")
+    return Refusal(param, "only text content is supported", "text parts only", "send the content as text")
 
 
 def _all_text(content: Any) -> bool:
@@ -138,7 +138,7 @@ def _many_answers(fields: Fields) -> Refusal | None:
     if type(each) is not int:
         return Refusal("n", "'n' is not an integer", "an integer", "")  # the engine would also take "2" and 2.0
     if each * _count_prompts(fields.get("prompt")) > MAX_ANSWERS:
-        return Refusal("n", "too many answers in one request", f"'n' times prompts at most {MAX_ANSWERS}", "")
+        return Refusal("n", "too many answers in one request", f"at most {MAX_ANSWERS} as 'n' times prompts", "")
     return None
 
 
@@ -146,7 +146,7 @@ _SEVERAL = frozenset({Route.CHAT_COMPLETIONS, Route.COMPLETIONS})
 
 
 def count_answers(fields: Fields, route: Route) -> int:
-    """Return the number of answers that a request asks for; `find_refusal` must have passed it."""
+    """Return the number of answers that a request asks for; call it only after `find_refusal` returned None."""
     if route not in _SEVERAL:
         return 1
     return max(1, fields.get("n") or 1) * max(1, _count_prompts(fields.get("prompt")))

@@ -49,7 +49,7 @@ class _Assistant(_Form, tag_field="role", tag="assistant"):
 
 
 class _OneChatMessage(msgspec.Struct):
-    """A struct, because msgspec caches how it checks a struct; it would analyse a union each time, in 10 us."""
+    """A struct, because msgspec caches its analysis of a struct but would analyse a union each time, in 10 us."""
 
     element: _System | _Developer | _User | _ToolAnswer | _Assistant
 
@@ -127,12 +127,12 @@ class _FunctionTool(_Form, tag_field="type", tag="function"):
 
 
 def is_usual_message(message: Any) -> bool:
-    """Return whether a message of chat completions has a usual form."""
+    """Return whether a chat-completions message has a usual form."""
     return _fits({"element": message}, _OneChatMessage)
 
 
 def is_usual_item(item: Any) -> bool:
-    """Return whether an input item of responses has a usual form."""
+    """Return whether an input item for /v1/responses has a usual form."""
     if not isinstance(item, dict):
         return False
     if item.get("type", "message") != "message":
@@ -141,7 +141,7 @@ def is_usual_item(item: Any) -> bool:
 
 
 def is_usual_tool(tool: Any) -> bool:
-    """Return whether a tool of responses is an ordinary function."""
+    """Return whether a tool for /v1/responses is an ordinary function."""
     return _fits(tool, _FunctionTool)
 
 

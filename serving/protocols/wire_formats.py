@@ -1,8 +1,8 @@
-"""How each route writes its prompts and answers: token counts, end, text, finish reason.
+"""How each route encodes its prompts and answers: token counts, end, text, finish reason.
 
 Three formats: completions (chat and plain) end with `[DONE]`, responses and messages with an event of their own. All
 values are returned in the terms of chat completions. A part of an answer is a JSON body or one event of a stream. Knows
-the bytes that vLLM writes, and changes none.
+the bytes that vLLM writes, and changes none of them.
 
 Nearly all events of a stream contain one piece of text and nothing else. Each format recognises those without parsing,
 and parses only the others.
@@ -25,12 +25,12 @@ _PLAIN_TOKEN = re.compile(
     rb'data: \{"id":"[^"\\]*","object":"[a-z_.]+","created":\d+,"model":' + _TEXT + rb',"choices":\[\{"index":\d+,'
     rb'(?:"delta":\{"content":' + _TEXT + rb'\}|"text":' + _TEXT + rb")" + _NULLS + rb"\}\]" + _NULLS + rb"\}\n\n"
 )
-"""Matches the whole event, so it contains nothing else."""
+"""Matches a whole event, which therefore contains nothing else."""
 _USAGE = re.compile(rb'"usage"\s*:\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
 _FINISH_REASON = re.compile(rb'"finish_reason"\s*:\s*"([a-z_]{1,40})"')
 _DONE = b"[DONE]"
 _RESPONSE_ENDS = frozenset({"response.completed", "response.incomplete"})
-"""vLLM always ends with the first; OpenAI ends a truncated answer with the second."""
+"""vLLM always sends the first as the last event; OpenAI sends the second after a truncated answer."""
 _STOP_REASONS = {"end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length", "tool_use": "tool_calls"}
 
 
@@ -43,14 +43,14 @@ class Usage(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """The content of an event of a stream.
+    """The content of a stream's event.
 
     Attributes:
         token: it contains generated tokens, and is not the event with token counts.
         end: it ends a complete answer.
         usage: see `WireFormat.usage`.
         finish_reason: see `WireFormat.finish_reason`.
-        error: its top-level `error`; None if it is not an error.
+        error: the event's top-level `error`; None if it is not an error.
     """
 
     token: bool = False
@@ -61,11 +61,11 @@ class Seen:
 
 
 TOKEN = Seen(token=True)
-"""Tokens and nothing else."""
+"""Content of an event with tokens and nothing else."""
 
 
 class WireFormat(ABC):
-    """Reads the requests and answers of a route."""
+    """Reads a route's requests and answers."""
 
     _plain_head: bytes
     """Beginning of an event with text and nothing else."""
@@ -111,10 +111,10 @@ class WireFormat(ABC):
     def _part_text(self, part: bytes) -> str: ...
 
     def error_event(self, error: bytes) -> bytes:
-        """Return the event that ends a broken answer.
+        """Return the event that ends an incomplete answer.
 
         Args:
-            error: JSON object with `error`, in the format of the route.
+            error: JSON object with `error`, in the route's format.
         """
         return self._error_head + error + b"\n\n"
 
@@ -144,7 +144,7 @@ class CompletionsFormat(WireFormat):
         return reason[1].decode("ascii") if reason else None
 
     def is_token(self, event: bytes) -> bool:
-        """Exclude comments, the chunk that only opens a chat message, and the end."""
+        """Return False for comments, the chunk that only opens a chat message, and the end."""
         return event.startswith(b"data:") and b'"role":' not in event and not self.is_end(event)
 
     def is_end(self, event: bytes) -> bool:
@@ -222,7 +222,7 @@ class MessagesFormat(WireFormat):
     _plain_head = b"event: content_block_delta\ndata: "
 
     def usage(self, part: bytes) -> Usage | None:
-        """In a stream, read `message_delta`: the counts of the first event are those of an answer without tokens."""
+        """In a stream, read `message_delta`: the first event has the counts of an answer without tokens."""
         usage = self._end_of(part).get("usage")
         counts = _usage(usage, "input_tokens", "output_tokens")
         if not counts or not isinstance(usage, dict):
@@ -255,7 +255,7 @@ class MessagesFormat(WireFormat):
 
 
 def _last_usage(part: bytes) -> bytes | None:
-    """Return the JSON of the last counts: vLLM writes them after the model's text."""
+    """Return the JSON of the last token counts, which vLLM writes after the model's text."""
     at = part.rfind(b'"usage"')
     if at < 0:
         return None

@@ -1,11 +1,10 @@
 """The adapters that one engine has loaded: loaded on demand, with eviction of the least recently used one.
 
-An adapter is loaded at its first use, once for all requests that need it. An adapter in use is not evicted. When all
-are in use, requests for an adapter that is not loaded wait in order, and as many of the least recently used adapters as
-there are adapters waited for accept no new requests until they are replaced: no request waits longer than the running
-ones take.
+An adapter is loaded at its first use, once for all requests that need it. An adapter in use is not evicted. If all are
+in use, requests for other adapters wait in order. For each adapter that is waited for, one loaded adapter, the least
+recently used, stops accepting requests until it is replaced, so no wait is longer than the running requests take.
 
-Each name in the engine is used only once, because the prefix cache identifies an adapter by its name. Knows neither
+Names in the engine are never reused, because the prefix cache identifies an adapter by its name. Knows neither
 HTTP nor the contents of a version.
 """
 
@@ -28,8 +27,8 @@ class Checked:
     """Result of a verification.
 
     Attributes:
-        found: text for the journal.
-        verified: whether there was anything to compare with.
+        found: description of the result, for the journal.
+        verified: false if there was nothing to compare with.
     """
 
     found: str
@@ -51,7 +50,7 @@ class LoadedAdapter:
 
 @dataclass(frozen=True, slots=True)
 class AdapterUse:
-    """A loaded adapter that stays loaded for one request.
+    """One request's hold on a loaded adapter, which is not evicted meanwhile.
 
     Attributes:
         leave: to be called once, at the end of the request.
@@ -68,10 +67,10 @@ class AdapterLoader(Protocol):
         """Raise if the version has no adapter that clients may use in this engine; called before any eviction."""
 
     async def load(self, version: VersionId, name: str) -> Checked:
-        """Load an adapter under a name and verify it; raise if either fails."""
+        """Load an adapter under a name and verify it; raise if the load or the verification fails."""
 
     async def unload(self, name: str) -> None:
-        """Unload an adapter, which need not be loaded."""
+        """Unload an adapter; do nothing if it is not loaded."""
 
 
 def _future() -> "asyncio.Future[LoadedAdapter]":
@@ -82,12 +81,12 @@ def _future() -> "asyncio.Future[LoadedAdapter]":
 
 @dataclass(slots=True, eq=False)
 class _Slot:
-    """One adapter's slot.
+    """A slot in the engine, taken by one adapter.
 
     Attributes:
-        users: requests that use it, or will when it is loaded; the load itself counts as one.
-        closing: accepts no new requests, because requests wait for another adapter.
-        dropped: its version was removed; it is evicted when no request uses it.
+        users: number of requests that use the adapter or wait for its load; the load itself counts as one.
+        closing: the slot accepts no new requests, because requests wait for another adapter.
+        dropped: the version was removed; the adapter is evicted when no request uses it.
     """
 
     version: VersionId
@@ -100,10 +99,10 @@ class _Slot:
 
 @dataclass(slots=True, eq=False)
 class _Wait:
-    """Requests that wait for an adapter's slot.
+    """The requests that wait for a slot for the same adapter.
 
     Attributes:
-        given: the slot, whose users include them.
+        given: result is the slot, whose users include these requests.
     """
 
     count: int = 0
@@ -111,11 +110,11 @@ class _Wait:
 
 
 class AdapterCache:
-    """The adapters of one engine, from its start to its stop.
+    """The adapters that one engine has loaded, from the engine's start to its stop.
 
     Args:
         max_loaded: maximum number of loaded adapters.
-        patience_s: longest wait of a request for a slot, seconds.
+        patience_s: a request's longest wait for a slot, seconds.
         on_change: called after a load with its duration in seconds, and after an eviction with None.
     """
 
@@ -150,14 +149,14 @@ class AdapterCache:
         return slot is not None and not slot.dropped
 
     def is_ready(self, version: VersionId, *, for_operator: bool = False) -> bool:
-        """Return whether a version's adapter is loaded and accepts requests; for `for_operator` see `bring`."""
+        """Return whether a version's adapter is loaded and accepts requests; see `bring` about `for_operator`."""
         slot = self._slots.get(version)
         if slot is None or slot.dropped or not self._takes(slot, for_operator) or not slot.loaded.done():
             return False
         return slot.loaded.exception() is None
 
     def take(self, version: VersionId, *, for_operator: bool = False) -> AdapterUse | None:
-        """Return the use of an adapter that is ready; None if it would have to be waited for."""
+        """Return a hold on an adapter that is ready; None if the request would have to wait for it."""
         if not self.is_ready(version, for_operator=for_operator):
             return None
         slot = self._slots[version]
@@ -166,12 +165,12 @@ class AdapterCache:
         return AdapterUse(slot.loaded.result(), partial(self._leave, slot))
 
     async def bring(self, version: VersionId, *, for_operator: bool = False) -> AdapterUse:
-        """Return the use of an adapter, after loading it if necessary.
+        """Return a hold on an adapter, after loading the adapter if necessary.
 
         Args:
-            for_operator: the operator wants the version served: the loader does not check whether clients may use it.
-                If several adapters fit, it accepts requests even while others are waited for, and is loaded before
-                those.
+            for_operator: the operator wants the version to be served: the loader does not check whether clients may use
+                it. If there are several slots, the adapter accepts requests even while others are waited for, and is
+                loaded before those.
 
         Raises:
             QueueTimeoutError: all loaded adapters were in use for too long.
@@ -197,7 +196,7 @@ class AdapterCache:
             use.leave()
 
     def drop(self, version: VersionId) -> None:
-        """Handle the removal of a version: new requests for it are checked, and it is evicted when unused."""
+        """Handle the removal of a version: check new requests for it again, and evict its adapter once unused."""
         slot = self._slots.get(version)
         if slot is not None:
             slot.dropped = True
@@ -205,7 +204,7 @@ class AdapterCache:
             self._on_change(None)
 
     def close(self) -> None:
-        """Close the cache when the engine stops: waiting requests fail, and nothing is loaded any more."""
+        """Close the cache when the engine stops: fail waiting requests, and load no more adapters."""
         self._closed = True
         for task in self._tasks:
             task.cancel()
@@ -222,7 +221,7 @@ class AdapterCache:
         return not slot.closing or (for_operator and self._max_loaded > 1)
 
     async def _occupy(self, version: VersionId, for_operator: bool) -> _Slot:
-        """Wait for the version's slot and return it; the caller must leave it."""
+        """Wait for the version's slot and return it; the caller must release it with `leave`."""
         if self._closed:
             raise _ended()
         slot = self._slots.get(version)
@@ -243,7 +242,7 @@ class AdapterCache:
             self._give_up(version, wait)
             if isinstance(error, TimeoutError):
                 raise QueueTimeoutError(
-                    f"waited {self._patience_s:g} s for a slot for the adapter of {version}: all are in use",
+                    f"waited {self._patience_s:g} s for a slot for the adapter of {version}: all slots are in use",
                     todo="send the request again",
                 ) from None
             raise
@@ -266,7 +265,7 @@ class AdapterCache:
         self._give_places()
 
     def _give_places(self) -> None:
-        """Give slots to the versions that were requested first; mark as many others as closing as are waited for."""
+        """Give slots to the versions that were requested first, and close one used slot per version still waiting."""
         for unused in [slot for slot in self._slots.values() if slot.dropped and not slot.users]:
             self._evict(unused)
             self._start(self._unload_now())
@@ -305,7 +304,7 @@ class AdapterCache:
         task.add_done_callback(self._tasks.discard)
 
     async def _load(self, slot: _Slot) -> None:
-        """Load an adapter, one at a time; not cancelled when no request waits any more, since another may arrive."""
+        """Load an adapter, one at a time; the load continues if all its requests are gone, since another may arrive."""
         try:
             async with self._turn:
                 checked = await self._loaded(slot)
@@ -329,7 +328,7 @@ class AdapterCache:
             with suppress(Exception):  # the next load tries again
                 await self._unload()
             raise
-        # Called a turn of the loop later, when the adapter can be used.
+        # Called one iteration of the event loop later, when the adapter can be used.
         asyncio.get_running_loop().call_soon(self._on_change, time.monotonic() - began)
         return checked
 
@@ -339,7 +338,7 @@ class AdapterCache:
                 await self._unload()
 
     async def _unload(self) -> None:
-        """Unload evicted adapters; an unload that fails is tried again at the next load."""
+        """Unload evicted adapters; a failed unload is retried at the next load."""
         while self._to_unload:
             await self._loader.unload(self._to_unload[0])
             del self._to_unload[0]

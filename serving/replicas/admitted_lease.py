@@ -1,6 +1,6 @@
-"""A slot in admission and an engine for one request, whose adapter is loaded before it takes the slot.
+"""Leases an admission slot and an engine for one request, after loading the request's adapter.
 
-A request that waits for its adapter in a slot would keep others from an idle engine. Knows nothing of HTTP.
+A request that held a slot while waiting for its adapter would keep others from an idle engine. Knows nothing of HTTP.
 """
 
 from collections.abc import Callable
@@ -14,15 +14,15 @@ from serving.replicas.balancer import Lease, Leasing
 
 
 class AdmittedLease:
-    """A slot in admission and an engine, for the body of an `async with`.
+    """A lease of an admission slot and an engine, for the body of an `async with`.
 
-    The engine and the version that answer are chosen after the request has its slot: a request that was queued during
-    a swap gets the new version. If the adapter is not loaded then, because the engine was asleep, stopped or came with
-    the swap, the request releases its slot, loads the adapter and is admitted again.
+    The engine and the version are chosen after the request has its slot, so a request that was queued during a swap
+    gets the new version. If the adapter is not loaded then, because the engine was asleep, stopped or started by the
+    swap, the request releases its slot, loads the adapter and is admitted again.
 
     Args:
         tokens, party: see Admission.enter.
-        waiting: limits the number of requests that wait for adapters; entered for the wait only.
+        waiting: limits the number of requests that wait for adapters; entered only during such a wait.
 
     Entering raises the errors of `Admission.enter`, `Balancer.lease` and `waiting`.
     """

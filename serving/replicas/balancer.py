@@ -1,4 +1,4 @@
-"""Chooses the engine of a pool for a request, and the engine's name for the requested version.
+"""Chooses a pool's engine for a request, and the name of the requested version in that engine.
 
 Knows neither HTTP nor how engines start and stop.
 """
@@ -23,21 +23,21 @@ from svc.version import Format, Target
 
 
 class AdapterFailedError(EngineError):
-    """A version's adapter could not be loaded, or failed its probes; the next request tries again."""
+    """Raised when a version's adapter could not be loaded or failed its probes; the next request retries the load."""
 
     retry_after_s = ENGINE_RETRY_S
 
 
 class Lease(NamedTuple):
-    """An engine for one request.
+    """An engine leased to one request.
 
     Attributes:
-        http: connections to the engine.
+        http: client with connections to the engine.
         served: the version that answers.
-        engine_model: its name in the engine.
+        engine_model: the version's name in the engine.
         pace: generation speed of the model's engines.
-        show: replaces the engine's private name of an adapter by the version's name, in a complete event or body;
-            None if there is no private name.
+        show: replaces an adapter's private name with the version's name in a complete event or body; None if the
+            version has no private name.
     """
 
     http: EngineConnections
@@ -48,7 +48,7 @@ class Lease(NamedTuple):
 
 
 class Balancer:
-    """Spreads requests over the engines that are ready."""
+    """Distributes requests over the engines that are ready."""
 
     def __init__(self, pool: EnginePool, names: ModelNames) -> None:
         self._pool = pool
@@ -56,7 +56,7 @@ class Balancer:
         self.pace = TokenPace()
 
     async def check(self, model: str) -> None:
-        """Check that a model name can be served, if necessary in the registry.
+        """Check that a model name can be served; reads the registry only if necessary.
 
         Raises:
             ModelNotFoundError: no version has this name.
@@ -73,13 +73,13 @@ class Balancer:
             await adapters[0].check(wanted)
 
     def lease(self, model: str, *, without: Lease | None = None) -> "Leasing":
-        """Lease the engine with the fewest running requests for the body, after loading the adapter.
+        """Lease the engine with the fewest running requests for the body, after loading the version's adapter, if any.
 
-        Of engines that apply adapters, one that has loaded the version's is preferred.
+        Engines that have already loaded the adapter are preferred.
 
         Args:
             model: model name as the client sent it.
-            without: an engine that must not be chosen.
+            without: lease of an engine that must not be chosen.
 
         Entering raises:
             ModelNotFoundError: no version has this name.
@@ -107,10 +107,10 @@ class Balancer:
         return engine.lacks_adapter(served.version)
 
     def choose(self, model: str, without: Lease | None = None, kept: "_Kept | None" = None) -> tuple[Replica, Target]:
-        """Return an engine and the version that it answers with.
+        """Return an engine, and the version with which it answers the request.
 
         Args:
-            kept: its engine is chosen if it still has the adapter and the request still needs it.
+            kept: this engine is chosen if it still has the adapter and the request still needs that adapter.
 
         Raises:
             ModelNotFoundError, EngineUnavailableError: see `lease`.
@@ -131,10 +131,10 @@ class Balancer:
 
 
 class _Kept(NamedTuple):
-    """An adapter that is loaded for a request without a slot in its engine yet.
+    """An adapter held for a request that has not been admitted yet.
 
     Attributes:
-        adapters: the engine's adapters; another object after a restart.
+        adapters: the engine's adapters; the engine has another object after a restart.
     """
 
     engine: Replica
@@ -147,7 +147,7 @@ class _Kept(NamedTuple):
 
 
 class Leasing:
-    """A lease for the body of an `async with`. A class, since a generator costs several times as much.
+    """Context manager that leases an engine. A class, since a generator costs several times as much CPU time.
 
     Entering waits for the adapter. Callers that must not wait use `enter`, and `bring` for the wait.
     """
@@ -167,7 +167,7 @@ class Leasing:
         return self._balancer.lacks_adapter(self._model)
 
     async def bring(self) -> None:
-        """Load the adapter in an engine, if the version is served as one, and keep it for this lease until `drop`.
+        """Load the version's adapter, if it is served as one, in an engine, and hold it for this lease until `drop`.
 
         Raises:
             EngineUnavailableError: no engine accepts requests now, or the engine stopped meanwhile.
@@ -193,7 +193,7 @@ class Leasing:
             kept.use.leave()
 
     def enter(self) -> Lease | None:
-        """Return an engine, to be left with `__aexit__`; None if its adapter has to be loaded with `bring`.
+        """Return an engine, to be released with `__aexit__`; None if its adapter must be loaded with `bring` first.
 
         Raises:
             ModelNotFoundError, EngineUnavailableError: see `Balancer.lease`.
@@ -205,7 +205,7 @@ class Leasing:
             if self._use is None:
                 return None
             name = self._use.adapter.name
-            # Exact: no client can know the private name, which has a random part.
+            # Replacing the text is safe: no client can know the private name, which has a random part.
             show = methodcaller("replace", name.encode(), str(served.version).encode())
         self.drop()
         self._engine = engine
@@ -244,10 +244,10 @@ def _lacks_adapter(engine: Replica, served: Target) -> bool:
 
 
 async def _brought(engine: Replica, adapters: EngineAdapters, served: Target) -> AdapterUse:
-    """Return the use of a version's adapter.
+    """Return a hold on a version's adapter, after loading the adapter if necessary.
 
     Raises:
-        EngineUnavailableError: the engine died, or was stopped, meanwhile.
+        EngineUnavailableError: the engine died or was stopped meanwhile.
         AdapterFailedError: the adapter cannot be used; the log has the reason.
     """
     try:

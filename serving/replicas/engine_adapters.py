@@ -1,7 +1,7 @@
-"""Loads and verifies the adapters of one engine, and knows which are loaded.
+"""Loads and verifies the adapters of one engine, and keeps track of the loaded ones.
 
-The files of a version are compared with its manifest, loaded under a new name, and verified with its probes before a
-request may use them.
+A version's files are compared with its manifest, loaded under a new name, and verified with its probes before a
+request may use the adapter.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ class EngineAdapters:
     Args:
         model: the model that the engine was started with.
         unless_dead: cancels requests to an engine that died.
-        occupied: marks the engine as in use during the body.
+        occupied: context manager that marks the engine as in use.
         patience_s, on_change: see AdapterCache.
     """
 
@@ -76,11 +76,11 @@ class EngineAdapters:
         return self._cache.is_ready(version, for_operator=for_operator)
 
     def take(self, version: VersionId, *, for_operator: bool) -> AdapterUse | None:
-        """Return the use of an adapter that is ready; see AdapterCache.take."""
+        """Return a hold on an adapter that is ready; see AdapterCache.take."""
         return self._cache.take(version, for_operator=for_operator)
 
     async def bring(self, version: VersionId, *, for_operator: bool) -> AdapterUse:
-        """Return the use of an adapter, after loading it if necessary; see AdapterCache.bring."""
+        """Return a hold on an adapter, after loading the adapter if necessary; see AdapterCache.bring."""
         return await self._cache.bring(version, for_operator=for_operator)
 
     def use(self, version: VersionId, *, for_operator: bool = False) -> AbstractAsyncContextManager[LoadedAdapter]:
@@ -96,10 +96,10 @@ class EngineAdapters:
         self._cache.close()
 
     async def check(self, version: VersionId) -> None:
-        """Check that clients may have a version's adapter loaded.
+        """Check that a client's request may load a version's adapter.
 
         Raises:
-            ModelNotFoundError: they may not; the message for clients gives the reason, without paths.
+            ModelNotFoundError: it may not; the message, which clients see, has the reason and no paths.
         """
         if self.has(version):
             return
@@ -108,13 +108,13 @@ class EngineAdapters:
                 adapter = await self._verification.adapter(version, self._model)
             if adapter.failed:
                 raise RefusedError(
-                    f"{version} failed a check when it was registered",
+                    f"{version} failed a check at registration",
                     expected="a version that passed every check, or the one in production",
                 )
         except RefusedError as error:
             raise ModelNotFoundError(error.wrong, expected=error.expected, todo=error.todo) from error
         except (NotFoundError, IntegrityError) as error:
-            log.info("a client requested %s: %s", version, error.wrong)
+            log.info("rejected a client's request for %s: %s", version, error.wrong)
             raise _no_adapter(version) from error
 
     async def load(self, version: VersionId, name: str) -> Checked:
@@ -134,18 +134,18 @@ class EngineAdapters:
         except asyncio.CancelledError:
             raise
         except Exception as error:
-            log.exception("the adapter of %s could not be loaded or verified", version)
+            log.exception("could not load or verify the adapter of %s", version)
             if version not in await self._verification.registered(version.name):
                 raise _no_adapter(version) from error
             raise
-        log.info("the adapter of %s is loaded as %s: %s", version, name, checked.found)
+        log.info("loaded the adapter of %s as %s: %s", version, name, checked.found)
         return checked
 
     async def unload(self, name: str) -> None:
         await self._unless_dead(self._client.unload_adapter(name))
 
     async def unload_all(self) -> None:
-        """Unload the adapters that an earlier server left: their weights are unknown."""
+        """Unload the adapters that an earlier server loaded, because their weights are unknown."""
         for name in await self._client.adapters():
             await self._client.unload_adapter(name)
 

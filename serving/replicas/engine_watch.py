@@ -1,7 +1,7 @@
-"""Detects the death of an engine: its process has exited, its core is dead, or it answers no health checks.
+"""Detects an engine's death: its process has exited, its core is dead, or it does not answer health checks.
 
-An engine that answers no health check may be busy: vLLM's API server answers all clients from one thread. So silence
-alone does not mean death: the CPU time of the API server shows whether it works or hangs.
+An engine that does not answer health checks may be busy: vLLM's API server answers all clients from one thread. So
+silence alone does not mean death: the API server's CPU time shows whether it is working or hanging.
 """
 
 import asyncio
@@ -18,11 +18,11 @@ Result = TypeVar("Result")
 
 _HEALTH_S = 2.0
 _UNHEALTHY_S = 30.0
-"""The API server answers health checks even under load; silence for so long without CPU use means death."""
+"""Limit on silence without CPU use: a working API server answers health checks within this time even under load."""
 _BUSY_S = 300.0
-"""Limit for an API server that uses CPU all the time and answers nothing: it may loop for ever."""
+"""Limit on silence with CPU use: the API server may be in an endless loop."""
 _BUSY_SHARE = 0.05
-"""Share of one CPU core. A working API server uses more, even next to a busy engine core; a hanging one almost none."""
+"""Share of one CPU core that a working API server exceeds, even next to a busy engine core; a hanging one uses less."""
 
 
 class EngineWatch:
@@ -38,15 +38,15 @@ class EngineWatch:
 
     @property
     def suspected(self) -> bool:
-        """Whether a request has found the engine dead, and its health was not checked since."""
+        """Whether a request found the engine dead and the engine's health has not been checked since."""
         return self._suspected.is_set()
 
     def suspect(self) -> None:
-        """Report that a request found the engine dead: it gets no requests until its health was checked."""
+        """Report that a request found the engine dead: no requests are sent to it until its health has been checked."""
         self._suspected.set()
 
     def clear(self) -> None:
-        """Withdraw the suspicion: it concerned an earlier engine, or the time before a change."""
+        """Withdraw the suspicion, which concerned an earlier engine or the time before a change."""
         self._suspected.clear()
 
     async def died(self) -> str:
@@ -66,7 +66,7 @@ class EngineWatch:
                 health = await engine.client.health()
                 self._suspected.clear()
                 if health is Health.DEAD:
-                    return "its core is dead, or it refuses connections"
+                    return "its core is dead, or the API server refuses connections"
                 works = front.works()
                 if health is not Health.BAD:
                     answered = time.monotonic()
@@ -76,8 +76,8 @@ class EngineWatch:
             ended.cancel()
 
     async def unless_dead(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """Run a request to the engine, and fail if the engine dies. With a dead core, vLLM's API server waits for its
-        last answers before it exits, and the core never answers: a plain request would wait forever.
+        """Run a request to the engine, and fail if the engine dies. If the core dies, vLLM's API server waits for the
+        core's pending answers before it exits, and these never arrive: a plain request would wait forever.
 
         Raises:
             EngineError: the engine died meanwhile.
@@ -107,7 +107,7 @@ class _Front:
         self._at, self._used_s = time.monotonic(), engine.front_s()
 
     def works(self) -> bool:
-        """Return whether it has used CPU since the last call; False if unknown."""
+        """Return whether the process is using CPU, measured since the last call; False if unknown."""
         before, before_s = self._at, self._used_s
         self._at, self._used_s = time.monotonic(), self._engine.front_s()
         if before_s is None or self._used_s is None:

@@ -1,4 +1,4 @@
-"""The numbers of a home's engines: unique across models; they name an engine's folder and log."""
+"""The numbers of a home's engines, unique across models; an engine's folder and log are named by its number."""
 
 import asyncio
 import itertools
@@ -17,15 +17,15 @@ class EnginePlaces:
         """Take a number and return it.
 
         Args:
-            number: the number of an orphan; None for the lowest free one.
+            number: an orphaned engine's number; None for the lowest free number.
 
         Raises:
-            ValueError: another engine has it.
+            ValueError: another engine has this number.
         """
         if number is None:
             number = next(number for number in itertools.count() if number not in self._taken)
         elif number in self._taken:
-            raise ValueError(f"place {number} is taken")
+            raise ValueError(f"engine number {number} is taken")
         self._taken.add(number)
         return number
 
@@ -34,7 +34,7 @@ class EnginePlaces:
         self._taken.discard(number)
 
     async def orphans(self) -> list[int]:
-        """Return the numbers of engines that an earlier server left and this one has not taken."""
+        """Return the numbers of engines that an earlier server left running and this server has not taken."""
         return [number for number in await asyncio.to_thread(self._slots.numbers) if number not in self._taken]
 
     async def end_orphans(self) -> None:

@@ -1,7 +1,7 @@
 """The engines behind one model name: which of them accept requests, which is being changed, which is stopping.
 
-Engines that are ready accept requests; admission is notified when none is. Knows neither HTTP nor the contents of a
-version, and leaves decisions about engines to the reconciler.
+Engines that are ready accept requests; admission is notified when no engine is ready. Knows neither HTTP nor the
+contents of a version, and leaves decisions about engines to the reconciler.
 """
 
 import asyncio
@@ -29,17 +29,17 @@ _DOWN = {EngineState.FAILED, EngineState.STOPPED}
 
 
 class EnginePool:
-    """A fixed number of members, plus temporarily an engine that will replace a member or was replaced.
+    """The engines of one model: a fixed number of members and, temporarily, their replacements or replaced engines.
 
     Args:
-        make: returns a replica from its number and a callback for its changes.
-        places: the numbers of engines.
+        make: returns a replica, given its number and a callback for its changes.
+        places: assigns engine numbers.
         size: number of members after `fill`.
 
     Attributes:
         members: engines that accept requests when they are ready.
-        retirement: stops engines that are no longer members.
-        restarts: number of starts after a death.
+        retirement: stops engines that are no longer needed.
+        restarts: number of engine starts after a death.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class EnginePool:
 
     @property
     def all(self) -> list[Replica]:
-        """Members, and engines that join or leave."""
+        """Members, engines that may become members, and engines that were members."""
         return [*self.members, *self._others]
 
     @property
@@ -83,7 +83,7 @@ class EnginePool:
 
     @property
     def starting(self) -> int:
-        """Number of engines that are starting, and have yet to take their memory."""
+        """Number of engines that are starting and have not allocated all their memory yet."""
         return sum(engine.state is EngineState.STARTING for engine in self.all)
 
     @property
@@ -93,7 +93,7 @@ class EnginePool:
 
     @property
     def primary(self) -> Replica | None:
-        """The first member that accepts requests; it gets the server's own requests."""
+        """The first member that accepts requests; receives the server's own requests."""
         return next(iter(self.ready), None)
 
     @property
@@ -104,12 +104,12 @@ class EnginePool:
 
     @property
     def plan(self) -> list[dict[str, Any]] | None:
-        """How the first member was started; None if it was not."""
+        """How the first member was started; None if it has not been started."""
         return next((member.plan for member in self.members), None)
 
     @property
     def state(self) -> EngineState:
-        """State of the engines together: the best state of any of them."""
+        """Combined state of the engines: the best state of any member."""
         states = {member.state for member in self.members}
         order = (EngineState.READY, EngineState.SWAPPING, EngineState.DRAINING, EngineState.STARTING)
         least = self.members[0].state if self.members else EngineState.STOPPED
@@ -133,7 +133,7 @@ class EnginePool:
             self._names.set_loaded(held | {Target(adapter.version, Format.ADAPTER) for adapter in loaded})
 
     def sources(self) -> list[EngineSource]:
-        """Return the engines whose metrics can be read, including replaced ones."""
+        """Return the engines whose metrics can be read, including those that were replaced."""
         engines = [(engine, engine.target) for engine in self.all]
         return [EngineSource(engine.client, served, engine.replica) for engine, served in engines if served]
 
@@ -150,7 +150,7 @@ class EnginePool:
             self._show()
 
     def add(self) -> Replica:
-        """Return a new engine, unstarted, to `replace` a member with or to `drop`."""
+        """Return a new, unstarted engine, for use with `replace` or `drop`."""
         engine = self._made(self._places.take())
         self._others.append(engine)
         return engine
@@ -163,7 +163,7 @@ class EnginePool:
         self._show()
 
     def replace(self, old: Replica, new: Replica) -> None:
-        """Replace a member by a ready engine, between two requests; the old one stops after its last request."""
+        """Replace a member with a ready engine, between two requests; the old engine stops after its last request."""
         self._others.remove(new)
         self.members[self.members.index(old)] = new
         self._others.append(old)
@@ -175,10 +175,10 @@ class EnginePool:
         """Adopt engines that an earlier server left running with a version, as members.
 
         Args:
-            on_first: called for the first one, before it accepts requests; others are adopted while it serves.
+            on_first: called for the first engine before it accepts requests; others are adopted while it serves.
 
         Returns:
-            Whether at least one was adopted. Engines that failed the verification were stopped.
+            Whether at least one engine was adopted. Engines that failed the verification were stopped.
         """
         for number in await self._places.orphans():
             if len(self.members) == self._size:
@@ -203,7 +203,7 @@ class EnginePool:
 
     @property
     def down(self) -> list[Replica]:
-        """Members without a working engine: it died, or was never started."""
+        """Members without a working engine, because it died or was never started."""
         return [member for member in self.members if member.state in _DOWN]
 
     @asynccontextmanager
@@ -253,14 +253,14 @@ class EnginePool:
         try:
             why = await engine.watch.died()
         except Exception as error:  # an engine that cannot be watched counts as dead
-            log.exception("replica %d cannot be watched", engine.replica)
+            log.exception("cannot watch replica %d", engine.replica)
             why = repr(error)
         log.error("replica %d died: %s", engine.replica, why)
         engine.why = why
         engine.enter(EngineState.FAILED)
 
     def _show(self) -> None:
-        """Publish the state to admission, names and metrics."""
+        """Publish the engines' state to admission, names and metrics."""
         self._metrics.engine_states([engine.state for engine in self.all])
         ready = self.ready
         self._show_loaded()
@@ -274,7 +274,7 @@ class EnginePool:
 
 
 def _why_none(states: set[EngineState]) -> str | None:
-    """Return why no engine accepts requests, for clients; None if one is being changed, or is started on demand."""
+    """Return the reason, for clients, why no engine accepts requests; None during a change or a start on demand."""
     if states & _ASKED_FOR:
         return None
     if EngineState.STARTING in states:

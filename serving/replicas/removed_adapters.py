@@ -1,8 +1,8 @@
 """Evicts adapters of versions that were removed from the registry.
 
-Another process removes versions without asking the server: only versions that the store marks as needed are protected,
-and an adapter that a request loaded by its version number is not. Running requests complete with it; later requests
-fail because it no longer exists.
+Another process removes versions without asking the server. The store protects only versions that it marks as needed,
+not adapters that requests loaded by version number. Running requests complete with such an adapter; later requests
+fail because its version no longer exists.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ _POLL_S = 1.0
 
 
 class RemovedAdapters:
-    """Looks for adapters of removed versions in the engines of one model.
+    """Finds and evicts adapters of removed versions in one model's engines.
 
     Args:
         registered: returns the registered versions of the model.
@@ -34,7 +34,7 @@ class RemovedAdapters:
             try:
                 await self._check()
             except Exception:  # the boundary: loaded adapters keep serving, and are checked again
-                log.exception("cannot find out which versions were removed")
+                log.exception("cannot read which versions were removed")
             await asyncio.sleep(_POLL_S)
 
     async def _check(self) -> None:
@@ -51,5 +51,5 @@ class RemovedAdapters:
         registered = await self._registered()
         for adapters, version in loaded:
             if version not in registered:
-                log.info("%s was removed: its adapter is evicted", version)
+                log.info("%s was removed; evicting its adapter", version)
                 adapters.drop(version)

@@ -1,4 +1,4 @@
-"""Manages one engine: starts it with a version or adopts a running one, has it verified, and detects its death.
+"""Manages one engine: starts it with a version or adopts a running one, verifies its weights, and detects its death.
 
 The reconciler decides what to load and what to do after a death; the pool decides which engine gets a request.
 """
@@ -33,38 +33,38 @@ class LoadedWeights:
     """Identity of one load of verified weights; no two loads are equal, even of the same version.
 
     Attributes:
-        fresh: a new engine loaded them, not one that was running.
+        fresh: a new engine loaded the weights, not one that was already running.
     """
 
     fresh: bool
 
 
 NO_WEIGHTS = LoadedWeights(fresh=True)
-"""Before the first load."""
+"""The weights before the first load."""
 
 
 class Replica:
-    """One engine, the version that it holds, and its running requests.
+    """One engine slot of a model: its current engine, if any, the version that it holds, and its running requests.
 
     Args:
-        replica: its number, which names the engine's folder and log.
-        launch: returns an engine for a model, unstarted.
+        replica: the engine's number, which names its folder and log.
+        launch: returns an unstarted engine for a model.
         on_change: called at each change of state.
-        on_phase: called with the phases of a start.
+        on_phase: called with each phase of a start.
         turn: lock held while an engine starts, shared with other engines on the device.
-        adapter_patience_s: longest wait of a request for a slot for its adapter, seconds.
-        silence_s: longest silence of the engine within a client's request, seconds.
+        adapter_patience_s: a request's longest wait for an adapter slot, seconds.
+        silence_s: longest time without data from the engine during a client's request, seconds.
 
     Attributes:
-        target: version that the engine was last verified to hold, with adapters the one in production; None if unknown.
+        target: version that the engine was last verified to hold (with adapters: in production); None if unknown.
         checked: result of that verification.
-        why: reason of its last death.
+        why: reason for the engine's last death.
         lock: held while the engine is started, changed or stopped; see `EnginePool.held`.
         watch: detects the engine's death.
         asleep: the engine has freed its GPU.
-        adapters: adapters that it applies to its base; None if it holds a version itself.
+        adapters: adapters that the engine applies to its base; None if it holds a merged version.
         on_adapter: called after an adapter's load with its duration in seconds, and after an eviction with None.
-        reserved: requests for which an adapter is loaded, or is being loaded, here and that do not run yet.
+        reserved: number of requests that do not run yet but for which the engine has loaded or is loading an adapter.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Replica:
         self.watch = EngineWatch(lambda: self._started)
         self.target: Target | None = None
         self.checked: Checked | None = None
-        self.why = "it did not start"
+        self.why = "the engine did not start"
         self.asleep = False
         self._adapter_patience_s = adapter_patience_s
         self._model: ServedModel | None = None
@@ -106,7 +106,7 @@ class Replica:
 
     @property
     def client(self) -> EngineClient:
-        """Client for the server's own requests to the engine.
+        """Client for the server's own requests.
 
         Raises:
             RuntimeError: no engine runs.
@@ -115,7 +115,7 @@ class Replica:
 
     @property
     def http(self) -> EngineConnections:
-        """Connections for the requests of clients.
+        """Client with the connections for clients' requests.
 
         Raises:
             RuntimeError: no engine runs.
@@ -149,7 +149,7 @@ class Replica:
 
     @property
     def has_engine(self) -> bool:
-        """Whether there is an engine; it may have died a moment ago."""
+        """Whether the replica has an engine, which may have died a moment ago."""
         return self._engine is not None
 
     @property
@@ -159,7 +159,7 @@ class Replica:
 
     @property
     def unverified(self) -> set[VersionId]:
-        """Served versions that were not verified; with adapters, not only the one in production."""
+        """Served versions that were not verified, including those served as loaded adapters."""
         loaded = self.adapters.loaded if self.adapters else []
         versions = {each.version for each in loaded if not each.checked.verified}
         if self.target and self.checked and not self.checked.verified:
@@ -167,7 +167,7 @@ class Replica:
         return versions
 
     def serves(self, wanted: VersionId | None) -> Target | None:
-        """Return the target that answers a request for a version; None if this engine cannot serve it.
+        """Return the target with which this engine answers requests for a version; None if it cannot serve the version.
 
         Args:
             wanted: None for the version that the engine holds.
@@ -182,20 +182,20 @@ class Replica:
         return adapters is not None and not adapters.is_ready(version, for_operator=self._in_production(version))
 
     def take_adapter(self, version: VersionId) -> AdapterUse | None:
-        """Return the use of a version's adapter; None if a request has to wait for it, or the engine has none."""
+        """Return a hold on a version's adapter; None if a request must wait for it, or without adapters."""
         return self.adapters.take(version, for_operator=self._in_production(version)) if self.adapters else None
 
     async def bring_adapter(self, version: VersionId) -> AdapterUse:
-        """Return the use of a version's adapter, after loading it if necessary.
+        """Return a hold on a version's adapter, after loading the adapter if necessary.
 
         Raises:
-            RuntimeError: the engine holds a version itself.
+            RuntimeError: the engine holds a merged version and applies no adapters.
             QueueTimeoutError: all slots for adapters were in use for too long.
-            ModelNotFoundError: the engine cannot apply it.
-            SvcError: it could not be loaded, or failed its probes.
+            ModelNotFoundError: the engine cannot apply the adapter.
+            SvcError: the adapter could not be loaded, or failed its probes.
         """
         if self.adapters is None:
-            raise RuntimeError("the engine holds a version itself")
+            raise RuntimeError("the engine applies no adapters")
         return await self.adapters.bring(version, for_operator=self._in_production(version))
 
     def _in_production(self, version: VersionId) -> bool:
@@ -222,7 +222,7 @@ class Replica:
             self._idle.set()
 
     async def drained(self, timeout_s: float) -> None:
-        """Wait until no request runs. Only useful while the engine gets no new ones.
+        """Wait until no request runs. Only useful while the engine accepts no new requests.
 
         Raises:
             TimeoutError: a request still runs after `timeout_s` seconds.
@@ -240,7 +240,7 @@ class Replica:
         self._on_change(self)
 
     async def start(self, target: Target) -> str:
-        """Replace the engine by a new one with a version, and have it verified.
+        """Replace the engine with a new one that holds a version, and verify that.
 
         Returns:
             Result of the verification, for the journal.
@@ -267,7 +267,7 @@ class Replica:
         """Adopt the engine that an earlier server left here, if it holds the version and passes the verification.
 
         Returns:
-            Whether it was adopted. An engine with another version is left alone; one that fails is stopped.
+            Whether the engine was adopted. An engine with another version is left alone; one that fails is stopped.
         """
         engine = await self._launched(target)
         if await engine.orphan_holds() != str(target):
@@ -280,18 +280,18 @@ class Replica:
             await engine.adopt()
             await self._verify_again(target)
         except Exception:  # a new engine may work, or show the error
-            log.warning("the engine of an earlier server cannot be adopted", exc_info=True)
+            log.warning("cannot adopt the engine of an earlier server", exc_info=True)
             await self.stop()
             return False
         except BaseException:
             await self.stop()
             raise
-        log.info("replica %d: a running engine was adopted", self.replica)
+        log.info("replica %d: adopted a running engine", self.replica)
         self.enter(EngineState.READY)
         return True
 
     async def _launched(self, target: Target) -> LastingEngine:
-        """Return an unstarted engine; its folders are created."""
+        """Create the engine's folders, and return an unstarted engine."""
         self._model = await self._verification.model(target)
         return await asyncio.to_thread(self._launch, self._model)
 
@@ -305,7 +305,7 @@ class Replica:
         self._engine = self._http = None
 
     def _make_adapters(self) -> None:
-        """Create the adapters of a new engine, if it applies any; those of the previous engine are dropped."""
+        """Create a new engine's adapter cache if it applies adapters, and drop the previous engine's cache."""
         self._end_adapters()
         if self._model and self._started.capabilities.adapters:
             self.adapters = EngineAdapters(
@@ -364,22 +364,22 @@ class Replica:
         try:
             await self._started.record(str(target))
         except OSError:  # the engine can serve nevertheless
-            log.exception("replica %d: a later server cannot adopt it", self.replica)
+            log.exception("replica %d: cannot record its version; a later server will not adopt it", self.replica)
         log.info("replica %d holds %s: %s", self.replica, target, checked.found)
         return checked.found
 
     async def _verify_again(self, target: Target) -> None:
-        """Verify an engine that ran without us, after unloading its adapters, whose weights are unknown."""
+        """Verify an engine that an earlier server left, after unloading its adapters, whose weights are unknown."""
         self._make_adapters()
         if self.adapters is not None:
             await self.watch.unless_dead(self.adapters.unload_all())
         await self.verify(target)
 
     async def sleep(self) -> None:
-        """Make the engine free its GPU, and stop accepting requests. A later server does not adopt it.
+        """Make the engine release its GPU memory and stop accepting requests. A later server does not adopt the engine.
 
         Raises:
-            SvcError, OSError: the engine does not sleep, and must be stopped.
+            SvcError, OSError: the engine could not be put to sleep, and must be stopped.
         """
         await self.clear()
         self.enter(EngineState.IDLE)
@@ -390,7 +390,7 @@ class Replica:
         self.asleep = True
 
     async def wake(self, target: Target) -> None:
-        """Make the engine take its GPU again, and verify its version; an engine that fails is stopped.
+        """Make the engine allocate its GPU memory again, and verify its version; an engine that fails is stopped.
 
         Raises:
             SvcError: the engine did not wake, or holds other weights (ProbeError).
@@ -413,7 +413,7 @@ class Replica:
             Result of the verification, for the journal.
 
         Raises:
-            SvcError: it failed; the previous adapter stays in production.
+            SvcError: the load or the verification failed; the previous adapter stays in production.
         """
         result = await self.verify(target)
         self.weights = LoadedWeights(fresh=False)
@@ -442,7 +442,7 @@ class Replica:
             self._drop()
 
     async def leave(self) -> None:
-        """Leave the engine running: a server that starts later can adopt it."""
+        """Detach from the engine and leave it running: a server that starts later can adopt it."""
         self._end_adapters()
         if self._engine is not None:
             await self._engine.leave()

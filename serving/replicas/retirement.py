@@ -10,13 +10,13 @@ from serving.replicas.replica import Replica
 log = logging.getLogger(__name__)
 
 RETIRE_TIMEOUT_S = 3600.0
-"""Longest time for which a replaced engine is kept for its running requests: longer than any answer takes. Its memory
-is in use until then."""
+"""Longest time that a replaced engine keeps running for its requests: longer than any answer takes. The engine uses
+memory until then."""
 _RETRY_S = 30.0
 
 
 class Retirement:
-    """Stops engines that are not, or no longer, members of a pool.
+    """Stops engines that have not become, or no longer are, members of a pool.
 
     Args:
         drop: stops an engine.
@@ -29,7 +29,7 @@ class Retirement:
 
     @property
     def under_way(self) -> bool:
-        """Whether engines are still to be stopped."""
+        """Whether some engines have not been stopped yet."""
         return bool(self._endings)
 
     def after_requests(self, engine: Replica) -> None:
@@ -48,7 +48,7 @@ class Retirement:
         self._later(self._end_started(starting, engine))
 
     async def cut_off(self) -> None:
-        """Cancel all tasks, because the caller stops all engines; wait for cancelled starts to stop theirs."""
+        """Cancel all tasks, because the caller stops all engines; wait until cancelled starts have stopped theirs."""
         for task in self._endings:
             task.cancel()
         if self._cut_starts:  # they stop their engines themselves
@@ -69,7 +69,7 @@ class Retirement:
             await engine.drained(RETIRE_TIMEOUT_S)
         except TimeoutError:
             log.warning(
-                "replica %d: %d requests are cancelled after %g s", engine.replica, engine.running, RETIRE_TIMEOUT_S
+                "replica %d: cancelling %d requests after %g s", engine.replica, engine.running, RETIRE_TIMEOUT_S
             )
         await self._end(engine)
 
@@ -82,7 +82,7 @@ class Retirement:
             try:
                 await self._drop(engine)
             except Exception:  # it may still run, and so its number stays taken
-                log.exception("replica %d cannot be stopped; trying again in %g s", engine.replica, _RETRY_S)
+                log.exception("could not stop replica %d; retrying in %g s", engine.replica, _RETRY_S)
                 await asyncio.sleep(_RETRY_S)
             else:
                 return

@@ -1,4 +1,4 @@
-"""The model that an engine is started with for a version in a format, and the adapters that it can apply."""
+"""The model with which an engine is started for a version in a format, and the adapters that the engine can apply."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +14,11 @@ from svc.version import Format, Target
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """One engine's model.
+    """The model files and adapter capacity with which an engine is started.
 
     Attributes:
         folder: the version's model folder, or its base's if it is served as an adapter.
-        base: base of the adapters; None if the folder has the version itself.
+        base: the adapters' base model; None if the folder contains the version itself.
         lora: capacity for adapters; None without a base.
     """
 
@@ -28,12 +28,12 @@ class ServedModel:
 
     @property
     def template_kwargs(self) -> TemplateKwargs | None:
-        """Arguments of its chat template; None for those in the folder."""
+        """The chat template's arguments; None for those in the folder."""
         return dict(self.base.template_kwargs) if self.base else None
 
 
 def served_model(registry: Registry, target: Target, settings: AdapterSettings) -> ServedModel:
-    """Return the model that an engine is started with; reads the disk.
+    """Return the model with which an engine is started for a version; reads the disk.
 
     Raises:
         NotFoundError: no such version or format, or the base of its adapter is missing.
@@ -63,7 +63,7 @@ def require_fit(model: ServedModel, adapter: AdapterFacts) -> None:
         model: the model that the engine was started with.
 
     Raises:
-        RefusedError: it cannot; the message gives the reason, without paths.
+        RefusedError: the engine cannot apply the adapter; the message has the reason, without paths.
     """
     slots = model.lora
     if slots is None or adapter.base != model.base:
@@ -76,7 +76,7 @@ def require_fit(model: ServedModel, adapter: AdapterFacts) -> None:
         raise _too_large(adapter, slots.max_rank)
     if others := sorted(adapter.targets.difference(slots.targets)):
         raise RefusedError(
-            f"{adapter.version} changes the layers {', '.join(others)}, which the engine was not started for",
+            f"{adapter.version} changes the layers {', '.join(others)}, for which the engine was not started",
             expected=f"changes of {', '.join(slots.targets)}",
             todo=f"ask the operator for it: svc promote {adapter.version}",
         )
@@ -86,5 +86,5 @@ def _too_large(adapter: AdapterFacts, max_rank: int) -> RefusedError:
     return RefusedError(
         f"the adapter of {adapter.version} has rank {adapter.rank}",
         expected=f"at most {max_rank}: adapters.max_rank, or by default the rank that fits the engine's first version",
-        todo="raise adapters.max_rank and restart the engine, or serve the version with --format merged",
+        todo="increase adapters.max_rank and restart the engine, or serve the version with --format merged",
     )

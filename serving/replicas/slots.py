@@ -1,4 +1,4 @@
-"""The engines of one home: their processes and folders, by number, and the engines that this machine can start.
+"""The engine processes and folders of one home, by number, and the engines that this machine has memory for.
 
 The rest of the server reaches processes, the machine's memory and its device only through this module.
 """
@@ -30,10 +30,10 @@ class EngineSlots:
     """The engines of one home, by number.
 
     Args:
-        served: returns the models that are served, or will be after their engines have started: they share the machine.
+        served: returns the models that are served, or will be once their engines have started: all share the machine.
 
     Attributes:
-        turn: lock held while an engine starts: engines on one device start one after the other.
+        turn: lock held while an engine starts, since engines on one device must start one after the other.
     """
 
     def __init__(
@@ -54,14 +54,14 @@ class EngineSlots:
         return list(state_folders(self.settings.home))
 
     def end(self, number: int) -> None:
-        """Stop the engine with a number; takes some seconds."""
+        """Stop the engine with this number; takes some seconds."""
         end_engine(state_folder(self.settings.home, number))
 
     def shortage(self, engines: Mapping[Target, int]) -> str | None:
-        """Return the missing memory for a number of additional engines of each version; None if it suffices.
+        """Return a text about the memory missing for these additional engines of each version; None if memory suffices.
 
         Raises:
-            NotFoundError, RefusedError, IntegrityError: see serving.replicas.served_model; so does `capabilities`.
+            NotFoundError, RefusedError, IntegrityError: see serving.replicas.served_model; as for `capabilities`.
         """
         return shortage([*chain.from_iterable([self._spec_for(target)] * count for target, count in engines.items())])
 
@@ -78,7 +78,7 @@ class EngineSlots:
         return self.spec(0, name, served_model(self._registry, target, self.settings.adapters))
 
     def spec(self, number: int, name: str, model: ServedModel) -> EngineSpec:
-        """Return how an engine for a model is started; `name` is the model's name in the engine."""
+        """Return the specification for starting an engine with a model; `name` is the model's name in the engine."""
         home, served = self.settings.home, {*self._served(), name}
         return EngineSpec(
             model=model.folder,

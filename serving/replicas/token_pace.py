@@ -1,15 +1,15 @@
 """Generation speed of a model's engines for one answer, measured on recently completed answers.
 
-Used for answers whose client left, because the engine does not report how many tokens it generated. The error of the
-estimate is the difference between that answer's pace and the mean: due to its prompt's length and concurrent requests.
+Used for answers whose client disconnected, because the engine does not report how many tokens it generated. The error
+of the estimate is the difference between that answer's speed and the mean speed.
 """
 
 import math
 
 _DECAY_TOKENS = 2000.0
-"""After this many tokens of later answers, an answer has a third of its weight left."""
+"""After this many tokens of later answers, an answer's weight has decreased to about a third."""
 _FIRST_PACE = 100.0
-"""Tokens per second before the first measurement: a fast single stream."""
+"""Tokens per second assumed before the first measurement: the speed of a fast single stream."""
 
 
 class TokenPace:
@@ -27,12 +27,12 @@ class TokenPace:
         """Include a complete answer in the mean.
 
         Args:
-            tokens: in each of its choices, which are generated concurrently.
+            tokens: number of tokens in each of the answer's choices, which are generated concurrently.
         """
         decay = math.exp(-tokens / _DECAY_TOKENS)
         self._tokens = decay * self._tokens + tokens * tokens
         self._seconds = decay * self._seconds + tokens * seconds
 
     def tokens_in(self, seconds: float) -> float:
-        """Return the estimated number of tokens of one choice that are generated in `seconds`."""
+        """Return the estimated number of tokens that one choice gets in `seconds`."""
         return seconds * (self._tokens / self._seconds if self._seconds else _FIRST_PACE)

@@ -1,6 +1,6 @@
-"""One call to the engine, with its failures and rejections as typed errors.
+"""One call to the engine, whose failures and rejections become typed errors.
 
-The only module that knows vLLM's error texts. Whether an engine lives is never decided by a text.
+The only module that knows vLLM's error texts. A text never decides whether an engine is alive.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from svc.errors import EngineError
 
 _HEALTH_TIMEOUT_S = 2.0
 PASSED_STATUSES = frozenset({400, 413, 422, 429, 503})
-"""The engine rejected the client's request, or is overloaded; other statuses concern the gateway and the engine."""
+"""Statuses for requests that the engine rejects or is too busy for; other error statuses mean that it failed."""
 _MESSAGE_CHARS = 1000
 _TOO_LONG = ("maximum context length", "maximum model length", "cannot be greater than max_model_len")
 _GONE = "the engine stopped; it is being restarted"
@@ -47,9 +47,9 @@ class EngineSilentError(EngineError):
 
 
 class EngineFailedError(EngineError):
-    """The engine failed on this request, or rejected it because of a mistake of the gateway.
+    """Raised when the engine failed to answer a request, or rejected it because of an error in the gateway.
 
-    It is logged, and therefore quotes nothing of the request.
+    The message is logged, and therefore quotes nothing from the request.
     """
 
 
@@ -64,7 +64,7 @@ class EngineRefusedError(EngineError):
 
     Args:
         status: the engine's HTTP status.
-        param: the invalid field, if the engine names it.
+        param: the invalid field, if the engine names one.
     """
 
     def __init__(self, wrong: str, *, status: int, param: str | None) -> None:
@@ -80,7 +80,7 @@ class ContextLengthError(EngineRefusedError):
 class EngineCall:
     """Sends a request; the body of the `async with` reads the answer, and leaving it early cancels the engine's work.
 
-    A class, since a generator costs several times as much in every request.
+    A class, since a generator costs several times as much CPU time per request.
 
     Args:
         header_lines: additional header lines, each with its line end.
@@ -89,8 +89,8 @@ class EngineCall:
     Entering and leaving raises:
         EngineUnreachableError: nothing was sent.
         EngineDiedError, EngineSilentError: also while the answer is read.
-        EngineFailedError: the engine's answer is an error, or breaks off while the engine lives, as vLLM's streamed
-            responses do when it fails on them.
+        EngineFailedError: the engine's answer is an error, or breaks off while the engine is alive, as vLLM's
+            streamed responses do after an internal error.
         EngineBusyError, EngineRefusedError: the engine's answer is an error.
     """
 
@@ -137,7 +137,7 @@ class EngineCall:
             raise EngineFailedError("the engine broke off its answer") from error
         if isinstance(error, ConnectionFailedError):
             raise _failure(error) from error
-        # The health check decides whether an engine is dead: an error may quote text of the client.
+        # The health check decides whether an engine is dead, because an error may quote text from the client.
         if isinstance(error, EngineFailedError) and not await _lives(self._engine):
             raise EngineDiedError(_GONE) from error
 
@@ -183,7 +183,7 @@ def refusal(status: int, error: Any) -> EngineError:
 
 
 def for_clients(message: str) -> str:
-    """Return an engine's message without paths, tracebacks and details for its developers."""
+    """Return an engine's message without paths, tracebacks and other internals."""
     trace = _TRACEBACK.search(message)
     text = _FIELDS.sub("", message[: trace.start()] if trace else message)
     return _PATH.sub("<path>", text)[:_MESSAGE_CHARS].strip()

@@ -1,4 +1,4 @@
-"""Verifies that the engine runs a version's weights: by the hashes of its files, and by probes after the load."""
+"""Verifies that the engine runs a version's weights: by its files' hashes, and by probes after the load."""
 
 import asyncio
 import logging
@@ -25,13 +25,13 @@ log = logging.getLogger(__name__)
 _HASHING_THREADS = 4  # some may be busy with comparisons of superseded promotions
 _RETAKE_REPEATS = 5
 _ADAPTER_REPEATS = 2
-"""For an adapter at its first use, because a request waits for it."""
+"""Number of probes for an adapter at its first use, while a request waits for the adapter."""
 _OTHER_WEIGHTS_NATS = 0.5
-"""Mean difference. Other kernels differ in the second decimal, other weights by whole nats."""
+"""Mean difference in nats that shows other weights: kernels differ in the second decimal, weights by whole nats."""
 
 
 class UnknownProbesError(ProbeError):
-    """A version has no probes from this kind of engine, and this engine cannot be used to take any."""
+    """Raised when a version has no probes from this kind of engine, and this engine cannot be used to record any."""
 
 
 class Verification:
@@ -101,12 +101,12 @@ class Verification:
         return await self.folder(target)
 
     async def probes(self, engine: Engine, target: Target, *, fresh: bool) -> Checked:
-        """Check all probes on the engine concurrently.
+        """Check all probes on the engine, concurrently, and return the result.
 
-        A kind of engine that has not run this version before has no probes to compare with: there the probes are taken
-        again, and every later load is compared with them. Versions of one base can differ by less than two kinds of
-        engine do, so a load that did nothing would pass: only an engine that was started with the files gives probes.
-        For the same reason an engine that cannot be probed may only hold the version that it was started with.
+        If this kind of engine has not run the version before, there are no probes to compare with: new probes are
+        recorded, and every later load is compared with them. Versions of one base can differ by less than two kinds of
+        engine do, so a load that did nothing could pass: probes are only recorded on engines that were started with the
+        files. For the same reason an engine that cannot be probed may only hold the version that it was started with.
 
         Args:
             fresh: the engine was started with the version's files; otherwise it was running before.
@@ -123,20 +123,20 @@ class Verification:
             return Checked(await self._retake(client, target, recorded, facts))
         if known is None:
             raise UnknownProbesError(
-                f"{target} has no probes from this kind of engine, and the engine was not started with it",
+                f"{target} has no probes from this kind of engine, and this engine was not started with the version",
                 expected=f"probes from {facts.key}",
-                todo="start an engine with this version, which takes the probes",
+                todo="start an engine with this version; the probes are recorded then",
             )
         return await _compared(client, known)
 
     async def adapter_probes(self, engine: Engine, name: str, target: Target) -> Checked:
         """Check a loaded adapter as `probes` does, also while requests run.
 
-        An adapter has no probes of its own from its registration: the first time on a kind of engine, it is compared
-        with the probes of the version's merged weights, and must differ from the base.
+        No probes are recorded for adapters at registration: at its first load on a kind of engine, one is compared with
+        the probes of the version's merged weights, and must differ from the base.
 
         Args:
-            name: its name in the engine.
+            name: the adapter's name in the engine.
 
         Raises:
             ProbeError: the engine applies other weights, or none.
@@ -159,7 +159,7 @@ class Verification:
         return next((probes for probes in recorded if probes), ())
 
     async def has_probes(self, target: Target) -> bool:
-        """Return whether a version can be verified in a running engine; if not, one must start with its files.
+        """Return whether a version can be verified in a running engine; if not, an engine must start with its files.
 
         Raises:
             EngineError: the format cannot be served here.
@@ -171,7 +171,7 @@ class Verification:
         return (await asyncio.to_thread(self._registry.format, target.version, target.format)).probes
 
     async def _known(self, target: Target, recorded: tuple[Probe, ...], facts: EngineFacts) -> tuple[Probe, ...] | None:
-        """Return the probes of a kind of engine, from the registration or later; None if they must be taken again."""
+        """Return the probes for a kind of engine, from the registration or later; None if none have been recorded."""
         known = tuple(probe for probe in recorded if probe.engine == facts)
         if known or not recorded:
             return known
@@ -195,7 +195,7 @@ class Verification:
         *,
         without: EngineClient | None = None,
     ) -> str:
-        """Take probes again and store them.
+        """Record probes again, store them, and return a text for the journal.
 
         Args:
             without: client of the same engine without the adapter that `client` uses.
@@ -211,9 +211,9 @@ class Verification:
         await asyncio.to_thread(keep_retaken_probes, self._store, target, facts, probes)
         if without is None:
             log.warning(
-                "%s was qualified on another kind of engine (%s): probes taken again", target, recorded[0].engine
+                "%s was qualified on another kind of engine (%s): recorded its probes again", target, recorded[0].engine
             )
-        return f"{len(probes)} probes taken again: this kind of engine runs the version for the first time"
+        return f"{len(probes)} probes recorded again: this kind of engine runs the version for the first time"
 
 
 def _unverified(target: Target, why: str) -> Checked:
@@ -222,7 +222,7 @@ def _unverified(target: Target, why: str) -> Checked:
 
 
 def _unprobed(target: Target, why: str, *, fresh: bool) -> Checked:
-    """Return the result for an engine that cannot be probed: it holds the files whose hashes were compared.
+    """Return the result for an engine that cannot be probed: it was started with files whose hashes were compared.
 
     Raises:
         UnknownProbesError: the engine was running before, and may hold other weights.
@@ -230,7 +230,7 @@ def _unprobed(target: Target, why: str, *, fresh: bool) -> Checked:
     if not fresh:
         raise UnknownProbesError(
             f"cannot verify that the running engine holds {target}: {why}",
-            expected="an engine that was started with the version, or one that can be probed",
+            expected="an engine that was started with the version or can be probed",
             todo="start an engine with this version",
         )
     return _unverified(target, why)
@@ -242,15 +242,15 @@ async def _compared(client: EngineClient, known: Sequence[Probe]) -> Checked:
 
 
 def _refuse_other_weights(recorded: Sequence[Probe], measured: Sequence[Sequence[float]]) -> None:
-    """Prevent a load that did nothing, or loaded other weights, from becoming the version's reference.
+    """Check that the probes are the version's own, before they become its reference: the load may have done nothing.
 
     Raises:
-        ProbeError: the difference is larger than between kinds of engine.
+        ProbeError: the difference is larger than two kinds of engine explain.
     """
     difference = _mean_difference([probe.logprobs for probe in recorded], measured)
     if not difference <= _OTHER_WEIGHTS_NATS:  # also true for NaN
         raise ProbeError(
-            f"the probes differ by {difference:.2f} nats on average: not the version's weights",
+            f"the probes differ by {difference:.2f} nats on average: these are not the version's weights",
             expected=f"at most {_OTHER_WEIGHTS_NATS} between two kinds of engine",
             todo="qualify the version on this kind of engine",
         )
@@ -259,7 +259,7 @@ def _refuse_other_weights(recorded: Sequence[Probe], measured: Sequence[Sequence
 def _refuse_base(
     recorded: Sequence[Probe], measured: Sequence[Sequence[float]], base: Sequence[Sequence[float]]
 ) -> None:
-    """Prevent an adapter that the engine accepted but does not apply from becoming the version's reference.
+    """Check that the engine applies the adapter, before its probes become the version's reference.
 
     Raises:
         ProbeError: the engine's answers are those of the base, not of the version.

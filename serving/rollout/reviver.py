@@ -1,4 +1,4 @@
-"""Starts engines for members that have none, because it died or was never started. Skips engines held by a swap."""
+"""Starts engines for members without a running engine, after a death or before the first start; skips held engines."""
 
 import asyncio
 import logging
@@ -20,12 +20,12 @@ _BACKOFF_S: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
 
 @dataclass(slots=True)
 class _Turn:
-    """The next start of a member without an engine.
+    """The planned start of an engine for a member that has none.
 
     Attributes:
-        at: loop time, seconds.
-        attempts: number of failed starts.
-        died: the member had an engine.
+        at: time of the start by the event loop's clock, seconds.
+        attempts: number of failed starts so far.
+        died: whether the member's engine died, rather than never having been started.
     """
 
     at: float
@@ -34,16 +34,16 @@ class _Turn:
 
 
 class Reviver:
-    """Starts engines one after the other, with a longer pause after each failure of a member.
+    """Starts engines one after the other; the pause before a member's next start grows with each failure.
 
     Args:
-        target: returns the version to start with: during a swap the previous one.
+        target: returns the version to start engines with, which during a swap is the previous one.
         slots: tells whether there is memory for another engine.
         on_start: called when a member has an engine again.
         on_error: called with the reason why a member has no engine.
 
     Attributes:
-        backoff_s: pauses before the first, second, ... start after a death; the last one is repeated.
+        backoff_s: pauses before the first, second, ... start after a death; the last pause is repeated.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Reviver:
                     await self._revive(engine)
 
     async def _due(self) -> Replica:
-        """Wait for the turn of a member without an engine, stop the rest of its old engine, and return the member."""
+        """Wait until a member without an engine is due, clean up its old engine, and return the member."""
         now = asyncio.get_running_loop().time
         while True:
             self._note_deaths(now())
@@ -91,7 +91,7 @@ class Reviver:
         down = self._pool.down
         self._turns = {engine: turn for engine, turn in self._turns.items() if engine in down}
         for engine in down:
-            # An engine that a swap holds may be dead for a moment; the swap replaces it.
+            # An engine that a swap holds may be dead for a moment; the swap replaces the engine.
             if engine not in self._turns and not engine.lock.locked():
                 died = engine.state is EngineState.FAILED
                 if died:
@@ -99,7 +99,7 @@ class Reviver:
                 self._turns[engine] = _Turn(now + self.backoff_s[0], 0, died)
 
     async def _has_room(self, engine: Replica) -> bool:
-        """Return whether memory suffices next to engines that are not members, such as a swap's second one."""
+        """Return whether memory suffices in addition to engines that are not members, as a swap's second engine."""
         if not self._pool.has_others:
             return True
         try:
@@ -108,12 +108,12 @@ class Reviver:
         except (SvcError, OSError):
             return True  # the start fails with the same error
         if shortage:
-            log.info("replica %d waits for memory: %s", engine.replica, shortage)
+            log.info("not enough memory for replica %d; waiting: %s", engine.replica, shortage)
             self._turns[engine].at = asyncio.get_running_loop().time() + _ROOM_PAUSE_S
         return not shortage
 
     async def _revive(self, engine: Replica) -> None:
-        """Start an engine; if that fails, its next pause is longer."""
+        """Start an engine; if that fails, schedule the next attempt after a longer pause."""
         turn = self._turns[engine]
         if turn.died:
             self._pool.count_restart()
@@ -132,6 +132,6 @@ async def start_engine(engine: Replica, target: Target) -> str | None:
     try:
         await engine.start(target)
     except Exception as error:  # any error: it may be temporary
-        log.exception("the engine did not start with %s", target)
+        log.exception("could not start the engine with %s", target)
         return str(error) if isinstance(error, SvcError) else repr(error)
     return None

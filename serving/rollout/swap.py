@@ -1,9 +1,9 @@
-"""Changes the version of all engines, with no request lost and none answered by two versions.
+"""Changes the version of all engines without losing a request or answering one request with two versions.
 
-Engines are changed one after the other by `EngineChange`; the others answer meanwhile. After a failure, or when the
-swap is superseded, every engine holds the previous version, verified again; if admission opens for any other reason,
-there is no engine behind it. Each engine is held while it is changed: one that dies before or after its turn is
-restarted with the previous version, independently of the swap, and then changed.
+Engines are changed one after the other by `EngineChange`; the others answer meanwhile. If the swap fails or is
+superseded, the previous version is restored and verified again on every engine; an engine for which that fails accepts
+no requests. Each engine is held while it is changed: an engine that dies before or after its turn is restarted with
+the previous version, independently of the swap, and then changed.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ _HEALTH_POLL_S = 0.1
 
 
 class Swap:
-    """Changes the version in the engines of a pool.
+    """Changes the version in all engines of a pool.
 
     Args:
         planner: chooses the kind of swap.
@@ -57,11 +57,11 @@ class Swap:
     async def run(
         self, current: Target, target: Target, report: Report, cancellation: Cancellation | None = None
     ) -> SwapResult:
-        """Swap to `target`, or leave `current` serving. Problems with the two versions are results, not exceptions.
+        """Swap to `target`, or keep `current` in production. Problems with a version are returned, not raised.
 
         Args:
             current: version that the engines hold.
-            report: called for each step.
+            report: called with the text of each step.
             cancellation: stops the swap, restoring `current`.
         """
         began, cancellation = time.monotonic(), cancellation or Cancellation()
@@ -90,7 +90,7 @@ class Swap:
             change.report(str(error))
             outcome, reason = SwapOutcome.CANCELLED, str(error)
         except Exception as error:  # a defect; it is handled like any other failure
-            log.exception("the swap to %s has a defect", change.target)
+            log.exception("unexpected error in the swap to %s", change.target)
             change.report(f"failed: {error!r}")
             outcome, reason = SwapOutcome.FAILED, repr(error)
         if outcome is not SwapOutcome.SUCCEEDED:
@@ -115,17 +115,17 @@ class Swap:
             changed += 1
             if len(self._pool.members) > 1:
                 holding = sum(member.target == change.target for member in self._pool.ready)
-                change.report(f"{holding} of {len(self._pool.members)} engines hold {change.target}")
+                change.report(f"{holding} of {len(self._pool.members)} engines now hold {change.target}")
         if not changed:
             return SwapOutcome.FAILED, "the engine died before it was changed"
         return SwapOutcome.SUCCEEDED, None
 
     def _next(self, change: SwapInProgress) -> Replica | None:
-        """Return the first member to change, including one that is being started with the previous version."""
+        """Return the next member to change, which may be starting with the previous version; None if all are done."""
         return next((member for member in self._pool.members if not self._is_changed(change, member)), None)
 
     def _is_changed(self, change: SwapInProgress, engine: Replica) -> bool:
-        """Return whether the engine needs no change: it holds the version, or is dead."""
+        """Return whether the engine needs no change, because it holds the version or is dead."""
         return engine.target == change.target or engine in self._pool.down
 
     async def _back(self, change: SwapInProgress) -> SwapOutcome:
@@ -135,7 +135,7 @@ class Swap:
             The worst outcome; SUCCEEDED if no engine was changed.
         """
         worst = SwapOutcome.SUCCEEDED
-        # The way back cannot be cancelled.
+        # Restoring the previous version cannot be cancelled.
         back = replace(change, target=change.current, restart=not change.reloads, cancellation=Cancellation())
         for engine in [member for member in self._pool.ready if member.target == change.target]:
             if worst is SwapOutcome.SUCCEEDED:

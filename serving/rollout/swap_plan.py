@@ -18,10 +18,10 @@ from svc.version import Format, Target
 Report = Callable[[str], None]
 
 _ROOM_POLL_S = 1.0
-_SAME = "same architecture, quantization, tokenizer and template"
-_ONE_AFTER_THE_OTHER = "the version fits in place, one engine after the other"
+_SAME = "architecture, quantization, tokenizer and template are the same"
+_ONE_AFTER_THE_OTHER = "the version can be reloaded in place, one engine after the other"
 _DIFFERENT = "architecture, shapes, tokenizer, template or format differ"
-_NO_RELOAD = "engines of this kind do not reload it correctly in place"
+_NO_RELOAD = "engines of this kind do not reload the version correctly in place"
 _UNPROBED = "the engine's weights could not be verified after a reload"
 _FIRST_LOAD = (
     "there are no probes from this kind of engine yet; only an engine that starts with the version can give them"
@@ -30,12 +30,12 @@ _FIRST_LOAD = (
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How the engines get a version.
+    """A plan for changing the engines to a version.
 
     Attributes:
         why: reason for this kind of swap.
-        restart: in place, the first engine is restarted with the version instead of reloaded.
-        reloads: the other engines are then reloaded.
+        restart: in an in-place swap, the first engine is restarted with the version instead of reloaded.
+        reloads: after that restart, the other engines are reloaded.
     """
 
     kind: SwapKind
@@ -48,7 +48,7 @@ class SwapPlanner:
     """Chooses the kind of swap.
 
     Args:
-        choice: whether to start a second engine even if a reload in place is possible.
+        choice: setting that decides whether to start a second engine even if a reload in place is possible.
         slots: tells whether there is memory for another engine, and its capabilities.
         patience_s: longest wait for stopping engines to free memory and for starting ones to take theirs, seconds.
     """
@@ -71,11 +71,11 @@ class SwapPlanner:
         self._patience_s = patience_s
 
     async def plan(self, current: Target, target: Target, report: Report) -> Plan:
-        """Compare files and versions, and return the plan. A failed reload kills the engine, so all is checked first.
+        """Compare files and versions, and return the plan. All checks come first: a failed reload kills the engine.
 
         Args:
             current: version that the engines hold.
-            report: called for each step.
+            report: called with the text of each step.
 
         Raises:
             NotFoundError, IntegrityError: the version's files are missing or damaged.
@@ -84,7 +84,7 @@ class SwapPlanner:
             OSError, SQLAlchemyError: files or store cannot be read.
         """
         await self._verification.files(target)
-        report("files match the manifest")
+        report("the files match the manifest")
         if Format.ADAPTER in (current.format, target.format):
             plan = await self._with_adapter(current, target)
         elif not await asyncio.to_thread(self._fits, current, target):
@@ -111,10 +111,10 @@ class SwapPlanner:
         return Plan(SwapKind.ADAPTER, "an adapter of the same base")
 
     async def _in_place(self, target: Target) -> Plan:
-        """Plan a reload if engines of this kind can do it and verify it.
+        """Plan a reload if engines of this kind can perform and verify one.
 
-        Otherwise an engine starts with the version: a second one, or, without memory for it, the same one after a
-        restart.
+        Otherwise plan the start of an engine with the version: a second engine or, if memory is short, the same engine
+        after a restart.
         """
         several = len(self._pool.alive) > 1
         kind = SwapKind.ROLLING if several else SwapKind.INPLACE
@@ -133,7 +133,7 @@ class SwapPlanner:
         return Plan(kind, f"{why}; no memory for a second engine: {shortage}", restart=True, reloads=reloads)
 
     def _fits(self, current: Target, target: Target) -> bool:
-        """Compare the fingerprints from the creation of the versions; their files were verified since.
+        """Compare the versions' fingerprints, computed at their creation; the files have been verified since then.
 
         Computing them again parses both tokenizers, which blocks the interpreter, and with it every stream, for 100 ms
         or more: only for versions without a fingerprint, or with one from another release.

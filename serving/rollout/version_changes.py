@@ -1,6 +1,6 @@
-"""Changes the desired version of a model: checks which versions are allowed, and writes the change.
+"""Changes a model's desired version: checks whether the version may be served, and writes the change.
 
-The journal of swaps shows whether it was carried out.
+The journal of swaps shows whether the change was carried out.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,12 +19,12 @@ from svc.version import Format, Target, VersionId
 
 @dataclass(frozen=True, slots=True)
 class VersionChange:
-    """A change of the desired version.
+    """A change of a name's desired version.
 
     Attributes:
-        before: the desired version until now.
-        generation: generation of the new desired state; None if the target serves already.
-        undecided: gates of the version for which it had too few examples, each as a sentence.
+        before: the desired version before the change.
+        generation: generation of the new desired state; None if the target is already served, so that nothing changes.
+        undecided: quality gates that the version had too few examples to decide, each as a sentence.
     """
 
     target: Target
@@ -51,13 +51,13 @@ class VersionChanges:
         """Make a version the desired one.
 
         Args:
-            format: None for the format that serves now.
-            force: promote it even if it failed a check at its registration; `reason` says why.
+            format: None for the format that is served now.
+            force: promote the version even if it failed a check at registration; `reason` says why.
 
         Raises:
             NotFoundError: no such version or format, or the name is not served.
             RefusedError: the version cannot be served, or failed a check.
-            BusyError: its promotion is in progress, or the desired version was changed concurrently.
+            BusyError: the version's promotion is in progress, or the desired version was changed concurrently.
         """
         current, served = self._current(version.name)
         target = Target(version, format or current.target.format)
@@ -70,24 +70,24 @@ class VersionChanges:
         return replace(change, undecided=manifest.undecided)
 
     def rollback(self, name: str, *, reason: str | None, actor: Actor) -> VersionChange:
-        """Make the previous version the desired one, or during a promotion the one that serves.
+        """Make the previous version the desired one; during a promotion, the version that is being served.
 
         Raises:
-            NotFoundError: the name is not served, or served no version before.
+            NotFoundError: the name is not served, or has no previous version.
             BusyError: the desired version was changed concurrently.
         """
         current, served = self._current(name)
-        # During a promotion the version that serves stays: the previously desired one may never have served.
+        # During a promotion the served version stays: the previously desired one may never have been served.
         target = served if served != current.target else current.previous
         if target is None:
             raise NotFoundError(
-                f"{name} has served no version before {current.target}", todo=f"promote one: svc promote {name}@N"
+                f"{name} has no version before {current.target} to return to", todo=f"promote one: svc promote {name}@N"
             )
         entry = AuditEntry(Action.ROLLBACK, str(target.version), actor, reason)
         return self._change(current, served, target, entry)
 
     def _current(self, name: str) -> tuple[Desired, Target]:
-        """Return the desired state of a name, and the version that it serves."""
+        """Return a name's desired state, and the version that is served under the name."""
         served = self._served()
         desired = read_desired(self._store, name) if name in served else None
         if desired is None:

@@ -1,4 +1,4 @@
-"""Extracts the prompt and the answer of a request as texts from the forwarded bytes.
+"""Extracts a request's prompt and answer as texts from the forwarded bytes.
 
 Runs in the thread that writes records, long after the client was answered.
 """
@@ -11,21 +11,21 @@ from serving.protocols.wire_formats import wire_format
 from svc.redaction import Redactor
 
 MAX_ANSWER_BYTES = 4 * 2**20
-"""As events of some 200 bytes per token: 20,000 tokens."""
+"""Maximum size of a stored answer: 20,000 tokens as events of about 200 bytes."""
 
 
 @dataclass(slots=True)
 class Content:
-    """The forwarded bytes of one request.
+    """The forwarded bytes of one request and its answer.
 
     Attributes:
         route: determines their format.
-        payload: the JSON for the engine, without its model.
+        payload: the JSON for the engine, without `model`.
         answer: a JSON body, or the events of a stream.
         size: bytes in memory.
         too_long: the answer exceeded the limit, and is no longer kept in memory.
         stored: prompt and answer are stored with the row.
-        features: features of both are stored for drift.
+        features: drift features of prompt and answer are stored.
     """
 
     route: Route
@@ -50,10 +50,10 @@ class Content:
 
 
 def prompt_text(content: Content, redactor: Redactor) -> str:
-    """Return the redacted JSON of the messages, or of the prompt of a plain completion.
+    """Return the redacted JSON of the messages or of a plain completion's prompt.
 
     Raises:
-        ValueError: a prompt of token ids, which anyone with the tokenizer can read but no redaction pattern matches.
+        ValueError: the prompt consists of token ids, which are readable with the tokenizer but cannot be redacted.
     """
     prompt = wire_format(content.route).prompt(json.loads(content.payload))
     texts = prompt if isinstance(prompt, list) else [prompt]
@@ -63,9 +63,9 @@ def prompt_text(content: Content, redactor: Redactor) -> str:
 
 
 def answer_text(content: Content, redactor: Redactor) -> str:
-    """Return the redacted text of the first choice; empty if there is none, as in an answer with only tool calls.
+    """Return the redacted text of the first choice; empty if it has no text, as in an answer with only tool calls.
 
-    Redacted after joining: a number may be spread over many events.
+    The text is redacted after its events are joined: a number may be spread over many events.
     """
     return _encodable(redactor.text(wire_format(content.route).text(content.answer)))
 

@@ -1,4 +1,4 @@
-"""Prometheus instruments of the served models: their engines, rollouts and queues."""
+"""Prometheus instruments for the served models: their engines, rollouts and queues."""
 
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
@@ -22,7 +22,7 @@ class DeploymentInstruments:
     """The instruments, each with the label `model`.
 
     Args:
-        registry: registry for the instruments, which has only one DeploymentInstruments.
+        registry: registry for the instruments; each registry has only one DeploymentInstruments.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -89,7 +89,7 @@ class DeploymentMetrics:
             instruments.swaps.labels(model, outcome.value)
 
     def watch_admission(self, running: Callable[[], int], queued: Callable[[], int]) -> None:
-        """Read the two gauges from admission at each scrape."""
+        """Make two gauges read admission at each scrape."""
         self._instruments.running.labels(self._model).set_function(running)
         self._instruments.queued.labels(self._model).set_function(queued)
 
@@ -123,17 +123,17 @@ class DeploymentMetrics:
             self._instruments.swap_queued.labels(self._model).observe(result.queued)
 
     def woke(self, seconds: float) -> None:
-        """Time the start or wake of an engine that was idle."""
+        """Record the time to start or wake an idle engine."""
         self._instruments.wake_duration.labels(self._model).observe(seconds)
 
     def version_loaded(self, served: Target) -> None:
-        """Show the version that is loaded, and only that one."""
+        """Set the info metric to the version that is loaded, and remove the previous one."""
         self._forget(self._instruments.version_info)
         self._instruments.version_info.labels(self._model, str(served.version.number), served.format.value).set(1)
         self._on_loaded(served)
 
     def holdout_due(self, served: Target | None, every_s: float) -> None:
-        """Set the version whose held-out set is asked, and the interval; None if there is no set to ask."""
+        """Set the version whose held-out set is run, and the interval; None if there is no set to run."""
         self._forget(self._instruments.holdout_interval)
         if served:
             self._instruments.holdout_interval.labels(self._model, str(served.version.number)).set(every_s)

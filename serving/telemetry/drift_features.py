@@ -1,10 +1,10 @@
-"""Features of requests for drift, computed in a separate process and stored without text.
+"""Drift features of requests, computed in a separate process and stored without text.
 
     request log ──records with texts──▶ queue ──≤ 100 at a time──▶ process: items ──▶ store
 
 The imports for features take 2 s and 300 MB, and a prompt takes up to 5 ms of a core. So the process starts with the
-first request of a version that can be compared, stays, has a low priority (niceness 10), and exits with its parent. If
-it dies, the next batch starts another one. Texts are only in memory, and neither stored nor logged.
+first request for a version that can be compared, keeps running at a low priority (niceness 10), and exits with its
+parent. If it dies, the next batch starts another one. Texts are only in memory, and neither stored nor logged.
 """
 
 import logging
@@ -37,34 +37,34 @@ log = logging.getLogger(__name__)
 
 BURST = 2_000
 PER_DAY = 10_000
-"""Requests of a version whose features are stored; monitoring compares no more."""
+"""Maximum number of requests per version whose features are stored; monitoring compares no more."""
 MAX_QUEUED = 2_000
 MAX_QUEUED_BYTES = 64 * 2**20
 MAX_STORED = 50_000
-"""Newest items of a version in a format, some 100 MB; monitoring deletes old ones much earlier."""
+"""Maximum number of items kept per version and format, about 100 MB; monitoring deletes old ones much earlier."""
 _NICENESS = 10
 _DAY_S = 86_400.0
 _BATCH = 100
-"""A prompt takes 0.9 ms in a batch of 100, and 4.5 ms alone."""
+"""Maximum batch size. A prompt takes 0.9 ms in a batch of 100, and 4.5 ms alone."""
 _GATHER_S = 1.0
 _ANSWER_TIMEOUT_S = 600.0
-"""A process that does not answer within this time hangs. On a busy machine its start takes a minute."""
+"""A process that does not answer within this time is considered hung. On a busy machine its start takes a minute."""
 _PAUSE_S = 10.0
-"""After the process died during a batch, before another one starts."""
+"""Pause after the process died during a batch, before another one is started."""
 _CLOSE_S = 2.0
-"""For a full queue; no server waits for a process that has just started."""
+"""Time to store a full queue when the server stops; a process that has just started is not waited for."""
 _STOP_S = 0.1
 _PRUNED_AFTER = 1_000
-"""Number of newly stored items of a version after which old ones are pruned."""
+"""Number of newly stored items per version after which old ones are deleted."""
 _REFERENCES = 8
-"""In memory, 20 MB each."""
+"""Maximum number of references in memory, 20 MB each."""
 
 
 class FeatureProcess:
-    """Stores features of a bounded sample of requests.
+    """Stores drift features for a bounded sample of requests.
 
     Args:
-        on_dropped: called with the number of requests whose features are lost.
+        on_dropped: called with the number of requests whose features were lost.
         clock: monotonic time, seconds.
     """
 
@@ -91,7 +91,7 @@ class FeatureProcess:
         self._connection: Connection | None = None
 
     def wants(self, target: Target) -> bool:
-        """Decide whether features of a request are stored, and count it. Called only by the event loop."""
+        """Decide whether a request's features are stored, and count the request. Called only by the event loop."""
         if not self._compared.get(target, True):
             return False
         now = self._clock()
@@ -102,7 +102,7 @@ class FeatureProcess:
         return wanted
 
     def add(self, records: Sequence[RequestRecord]) -> None:
-        """Queue records that are in the store, with their redacted texts; return immediately."""
+        """Queue records that are already in the store, with their redacted texts; return immediately."""
         with self._lock:
             taken = 0
             for record in records:
@@ -119,7 +119,7 @@ class FeatureProcess:
         self._arrived.set()
 
     def close(self, timeout_s: float | None = None) -> None:
-        """Store queued records until `timeout_s` (default: `_CLOSE_S`) is over, and stop the process."""
+        """Store queued records for at most `timeout_s` (default: `_CLOSE_S`), and stop the process."""
         self._closing.set()
         self._arrived.set()
         if self._thread:
@@ -143,7 +143,7 @@ class FeatureProcess:
                 try:
                     self._store(batch)
                 except Exception:  # the boundary of this thread; no message here contains texts
-                    log.exception("features of %d requests are lost", len(batch))
+                    log.exception("could not store the features of %d requests", len(batch))
                     self._on_dropped(len(batch))
         self._stop_process()
 
@@ -158,7 +158,7 @@ class FeatureProcess:
         batch = [record for record in batch if self._can_compare(target_of(record))]
         if not batch:
             return
-        # A batch is tried twice: the process may have died of another cause. Stored features are not stored again.
+        # A batch is tried twice: the process may have died for another reason. Features that were stored are skipped.
         lost, off = self._ask(batch) or self._ask(batch) or (len(batch), set[Target]())
         self._compared.update(dict.fromkeys(off, False))
         if lost:
@@ -177,13 +177,13 @@ class FeatureProcess:
         except (OSError, EOFError) as error:  # TimeoutError is an OSError
             self._stop_process()
             if not self._closing.is_set():
-                log.error("the process for drift features died or hung: %s", type(error).__name__)
+                log.error("the process that computes drift features died or hung: %s", type(error).__name__)
                 self._closing.wait(_PAUSE_S)
             return None
         return answer
 
     def _can_compare(self, target: Target) -> bool:
-        """Return whether a version has a text space, without reading it."""
+        """Return whether a version has a text space, without loading it."""
         if target not in self._compared:
             try:
                 files = Registry.of(self._settings).manifest(target.version).reference
@@ -195,7 +195,7 @@ class FeatureProcess:
     def _running(self) -> Connection:
         """Return the connection to a running process; start it if necessary."""
         if self._process and not self._process.is_alive():
-            log.error("the process for drift features exited with code %s", self._process.exitcode)
+            log.error("the process that computes drift features exited with code %s", self._process.exitcode)
             self._stop_process()
         if self._connection is None:
             context = get_context("spawn")  # not forked: the server has threads
@@ -214,18 +214,18 @@ class FeatureProcess:
 
 
 def target_of(record: RequestRecord) -> Target:
-    """Return the version and the format that answered.
+    """Return the target (version and format) that answered.
 
     Raises:
         ValueError: no version answered.
     """
     if record.version is None or record.format is None:
-        raise ValueError(f"no version answered {record.request_id}")
+        raise ValueError(f"no version answered request {record.request_id}")
     return Target(record.version, record.format)
 
 
 def _work(connection: Connection, settings: Settings) -> None:
-    """Compute and store features until the parent is gone."""
+    """Compute and store features until the parent process has exited."""
     end_with_parent()
     os.nice(_NICENESS)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -236,7 +236,7 @@ def _work(connection: Connection, settings: Settings) -> None:
 
 
 class _FeatureMaker:
-    """Computes and stores features in the process."""
+    """Computes and stores features; runs in the separate process."""
 
     def __init__(self, settings: Settings) -> None:
         from svc.store.database import open_database
@@ -248,10 +248,10 @@ class _FeatureMaker:
         self._added: dict[Target, int] = {}  # since items were pruned
 
     def store(self, batch: Sequence[RequestRecord]) -> tuple[int, set[Target]]:
-        """Store the features of a batch.
+        """Compute and store the features of a batch.
 
         Returns:
-            Number of requests whose features were lost to a defect, and the targets without a reference.
+            Number of requests whose features were lost to an unexpected error, and the targets without a reference.
         """
         lost, off = 0, set[Target]()
         records: dict[Target, list[RequestRecord]] = {}
@@ -263,12 +263,14 @@ class _FeatureMaker:
             except NotFoundError:
                 off.add(target)
             except IntegrityError as error:
-                log.error("drift features of requests to %s cannot be stored: %s", target, error)
+                log.error("cannot store drift features for requests to %s: %s", target, error)
                 off.add(target)
             except Exception as error:  # noqa: BLE001 - the boundary of this process; the error's message may contain a text
                 lost += len(group)
                 where = "".join(traceback.format_tb(error.__traceback__))
-                log.error("features of %d requests are lost: %s\n%s", len(group), type(error).__name__, where)
+                log.error(
+                    "could not store the features of %d requests: %s\n%s", len(group), type(error).__name__, where
+                )
         return lost, off
 
     def _store_of(self, target: Target, records: Sequence[RequestRecord]) -> None:

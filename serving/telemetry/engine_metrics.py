@@ -1,7 +1,7 @@
-"""vLLM's own metrics on our page, each with the labels `model`, `version` and `replica`.
+"""vLLM's own metrics on the server's page, each with the labels `model`, `version` and `replica`.
 
-An engine listens on a private socket that scrapers cannot reach. Its counters continue over a change of version in
-place: each version's series then begins at the previous version's value, which `rate` and `increase` handle.
+An engine listens on a private socket that scrapers cannot reach. Its counters continue across an in-place swap: each
+version's series then begins at the previous version's value, which `rate` and `increase` handle.
 """
 
 import asyncio
@@ -20,14 +20,14 @@ from svc.version import Target
 log = logging.getLogger(__name__)
 
 _NOT_SHOWN = "vllm:lora_requests_info"
-"""Its labels contain the names of adapters, which are new at each load: the number of series would be unbounded."""
+"""Omitted: its labels contain adapter names, which are new at each load, so the number of series would be unbounded."""
 _TIMEOUT_S = 2.0
-"""Our own metrics must not wait for an engine that hangs: that is when they are needed."""
+"""Short, because the server's own metrics must not wait for a hung engine: they are needed most then."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineSource:
-    """An engine with metrics, and the version that it holds."""
+    """An engine whose metrics are read, and the version that it holds."""
 
     client: EngineClient
     served: Target
@@ -38,7 +38,7 @@ class EngineMetrics(Collector):
     """The engines' metric families from the last `refresh`.
 
     Args:
-        sources: returns the engines that answer now.
+        sources: returns the engines that are running now.
     """
 
     def __init__(self, sources: Callable[[], Sequence[EngineSource]]) -> None:
@@ -46,7 +46,7 @@ class EngineMetrics(Collector):
         self._families: list[Metric] = []
 
     async def refresh(self) -> None:
-        """Read the metrics of the engines; those of an engine that does not answer are left out."""
+        """Read the engines' metrics; omit an engine that does not answer."""
         sources = self._sources()
         pages = await asyncio.gather(*(_page(source) for source in sources))
         # In a thread, because it takes some milliseconds, and streams must not wait.
@@ -60,7 +60,7 @@ async def _page(source: EngineSource) -> str:
     try:
         return await source.client.metrics(timeout_s=_TIMEOUT_S)
     except EngineError as error:
-        log.debug("replica %d returned no metrics: %r", source.replica, error)
+        log.debug("could not read the metrics of replica %d: %r", source.replica, error)
         return ""
 
 
@@ -73,7 +73,7 @@ def _merged(sources: Sequence[EngineSource], pages: Sequence[str]) -> list[Metri
         try:
             families = [family for family in text_string_to_metric_families(page) if _is_shown(family.name)]
         except ValueError:
-            log.warning("the metrics of replica %d cannot be parsed", source.replica, exc_info=True)
+            log.warning("cannot parse the metrics of replica %d", source.replica, exc_info=True)
             continue
         for family in families:
             samples = [sample._replace(labels=added | sample.labels) for sample in family.samples]

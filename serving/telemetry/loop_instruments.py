@@ -1,8 +1,8 @@
 """A counter and a histogram for events of every request and every token, of which there are thousands per second.
 
-prometheus_client's instruments take a lock for each sample, check its labels and walk through the buckets. Samples of
-these come only from the event loop's thread, so they need no lock; a page that another thread writes meanwhile may miss
-the newest ones.
+prometheus_client's instruments take a lock for each sample, check its labels and walk through the buckets. These
+instruments need no lock, because only the event loop's thread adds samples; a page that another thread writes
+meanwhile may miss the newest samples.
 """
 
 import time
@@ -24,8 +24,8 @@ class LoopCounter(Collector):
     Args:
         name: of the metric.
         documentation: its help text.
-        labels: names, in the order of the values.
-        registry: where it registers itself.
+        labels: label names, in the order of the values.
+        registry: registry that exports the metric.
     """
 
     def __init__(self, name: str, documentation: str, labels: Sequence[str], *, registry: CollectorRegistry) -> None:
@@ -64,7 +64,7 @@ class LoopSeries:
         """Add a sample.
 
         Args:
-            exemplar: labels that identify its source; the newest of a bucket is shown.
+            exemplar: labels that identify the sample's source; each bucket shows its newest exemplar.
         """
         bucket = bisect_left(self._bounds, value)
         self.counts[bucket] += 1
@@ -74,14 +74,14 @@ class LoopSeries:
 
 
 class LoopHistogram(Collector):
-    """Series by label values.
+    """A histogram with one series for each set of label values.
 
     Args:
         name: of the metric.
         documentation: its help text.
-        labels: names, in the order of the values.
-        buckets: upper bounds, in ascending order, without infinity.
-        registry: where it registers itself.
+        labels: label names, in the order of the values.
+        buckets: upper bounds of the buckets, in ascending order, without infinity.
+        registry: registry that exports the metric.
     """
 
     def __init__(

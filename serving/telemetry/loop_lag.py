@@ -1,10 +1,10 @@
-"""Measures the lag of the event loop, by which every request and every stream is delayed."""
+"""Measures the event loop's lag, which delays every request and every stream."""
 
 import asyncio
 from collections.abc import Callable
 
 _EVERY_S = 0.1
-"""Three thousand samples in five minutes suffice for a 99th percentile; five times as many use 1 % of a core."""
+"""Gives 3,000 samples in five minutes, enough for a 99th percentile; five times as many would use 1 % of a core."""
 
 
 async def watch_loop_lag(observe: Callable[[float], None], every_s: float = _EVERY_S) -> None:

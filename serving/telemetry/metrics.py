@@ -1,8 +1,8 @@
 """The gateway's own Prometheus instruments, on a registry that is passed in.
 
 Clients cannot create series: models that are not served are counted under `unknown`, routes and reasons are enums, and
-a status is one that the gateway sends. The number of versions grows, so those without requests for a day are removed
-(`remove_idle`). The number of key ids grows too, but only the operator creates keys.
+only statuses that the gateway sends are counted. The number of versions grows, so versions without requests for a day
+are removed (`remove_idle`). The number of key ids grows too, but only the operator creates keys.
 Knows nothing of the engine's own metrics, nor of engines and rollouts (deployment_metrics).
 """
 
@@ -28,7 +28,7 @@ CLIENT_GONE_STATUS = 499
 """nginx's status for a client that left before its answer began; counted, but never sent."""
 UNKNOWN_MODEL = "unknown"
 IDLE_VERSION_TIMEOUT_S = 24 * 3600.0
-"""Time without requests after which the series of a version that is not served are removed. With 300 versions the page
+"""Time without requests after which an unserved version's series are removed. With the series of 300 versions the page
 had 2 MB."""
 _NOT_COMPLETIONS = {
     ErrorCode.PERMISSION_DENIED,
@@ -58,7 +58,7 @@ _LAG_BUCKETS_S = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0
 
 
 class GatewayMetrics:
-    """Counts and times the requests of the gateway.
+    """Counts and times the gateway's requests.
 
     Args:
         registry: where the instruments are registered; one GatewayMetrics for each registry.
@@ -67,7 +67,7 @@ class GatewayMetrics:
     Attributes:
         rows_stored: counts rows written to the store.
         spans_sent: counts spans that the receiver accepted.
-        loop_lagged: observes the delay with which the event loop woke up a task, seconds.
+        loop_lagged: called with the delay after which the event loop woke up a task, seconds.
     """
 
     def __init__(self, registry: CollectorRegistry, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -142,10 +142,10 @@ class GatewayMetrics:
         ).observe
 
     def show_errors(self, served: Target | None, model: str = UNKNOWN_MODEL) -> None:
-        """Create a version's error series before the first error, so that it shows as an increase.
+        """Create a version's error series before the first error, so that `increase` counts that error.
 
         Args:
-            served: None for requests that no version answers.
+            served: version that answers; None for requests that no version answers.
             model: model of those requests.
         """
         for code in set(ErrorCode) - _NOT_COMPLETIONS:
@@ -192,7 +192,7 @@ class GatewayMetrics:
         self._key_tokens.counts[model, key_id, "out"] += usage.completion
 
     def key_refused(self, key_id: str, model: str, limit: str) -> None:
-        """Count a request that was over a limit of its key."""
+        """Count a request that exceeded one of its key's limits."""
         self._key_refused.labels(model, key_id, limit).inc()
 
     def request_ended(
@@ -213,8 +213,8 @@ class GatewayMetrics:
             status: as sent, or `CLIENT_GONE_STATUS`.
             seconds: from the request's last byte to the answer's last.
             request_id: for the exemplar.
-            reason: why it failed, also within a stream; None if it did not.
-            model: if no version answered: the served model that it was for, one of a bounded set.
+            reason: why the request failed, possibly within a stream; None if it succeeded.
+            model: the requested model, used if no version answered; from a bounded set.
         """
         model, version = labels = self._version_labels(served.version) if served else (model, "")
         self._requests.counts[model, version, route, str(status), outcome_of(reason)] += 1
@@ -228,7 +228,7 @@ class GatewayMetrics:
         self._first_token_quantiles.observe(version, seconds)
 
     def between_tokens(self, served: Target) -> Callable[[float], None]:
-        """Return the observer of the seconds between two tokens; one look-up per answer, since tokens are many."""
+        """Return a function that records the seconds between two tokens; looked up once per answer, not per token."""
         return self._between_tokens.series(*self._version_labels(served.version)).observe
 
     def tokens(self, served: Target, usage: Usage) -> None:
@@ -237,7 +237,7 @@ class GatewayMetrics:
         self._tokens.counts[model, version, "out"] += usage.completion
 
     def request_failed(self, served: Target | None, code: ErrorCode, model: str = UNKNOWN_MODEL) -> None:
-        """Count an error under its reason, including errors in a stream with status 200.
+        """Count a failed request under its reason, including failures in a stream with status 200.
 
         Args:
             served, model: as for `request_ended`.
@@ -245,11 +245,11 @@ class GatewayMetrics:
         self._errors.counts[*self._labels(served, model), code.value] += 1
 
     def rows_dropped(self, reason: Dropped, count: int) -> None:
-        """Count rows, or their contents, that were not stored."""
+        """Count rows that were not stored, or were stored without their content."""
         self._rows_dropped.labels(reason.value).inc(count)
 
     def spans_dropped(self, reason: SpanDropped, count: int) -> None:
-        """Count spans, or their contents, that were not sent."""
+        """Count spans that were not sent, or were sent without their content."""
         self._spans_dropped.labels(reason.value).inc(count)
 
     def feedback_given(self, version: VersionId | None, rating: Rating) -> None:
@@ -264,7 +264,7 @@ class GatewayMetrics:
         return self._version_labels(served.version) if served else (model, "")
 
     def _version_labels(self, version: VersionId) -> tuple[str, str]:
-        """Return the values of `model` and `version`, and note that the version is used."""
+        """Return the labels' values for `model` and `version`, and record that the version is in use."""
         labels = version.name, str(version.number)
         self._used.add(labels)
         return labels

@@ -1,9 +1,9 @@
-"""Quantiles of the last five minutes, within one per cent, in little and bounded memory.
+"""Quantiles of the last five minutes, accurate to one per cent, in little and bounded memory.
 
 Samples are counted in buckets whose upper bounds grow by 2 %, as in a DDSketch (Masson, Rim and Lee 2019): the middle
 of a bucket is within 1 % of all its samples, and counts of several half minutes are merged exactly. Samples expire with
-their half minute. Histograms in Prometheus answer the same question over any time and many servers, at the resolution
-of their buckets; these are for an operator's quick look.
+their half minute. Prometheus histograms give quantiles for any time range and many servers, at the resolution of their
+buckets; these quantiles give an operator a quick overview.
 """
 
 import math
@@ -25,19 +25,19 @@ _RELATIVE_ACCURACY = 0.01
 _GROWTH = (1 + _RELATIVE_ACCURACY) / (1 - _RELATIVE_ACCURACY)
 _LOG_GROWTH = math.log(_GROWTH)
 _MIN_S = 1e-6
-"""Shorter times count as this one."""
+"""Shorter times are counted as this time."""
 
 _Version = tuple[str, str]
 
 
 class VersionQuantiles(Collector):
-    """A gauge with the quantiles of each version. A version without samples in the window has no series.
+    """A gauge with each version's quantiles. A version without samples in the window has no series.
 
     Args:
         name: of the gauge.
         documentation: its help text.
         clock: monotonic time, seconds.
-        registry: where it registers itself.
+        registry: registry that exports the gauge.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class VersionQuantiles(Collector):
             self._slots[-1][1][version][bucket] += 1
 
     def collect(self) -> Iterable[Metric]:
-        """Return a sample for each version and quantile."""
+        """Return a metric sample for each version and quantile."""
         oldest = int(self._clock() // SLOT_S) - SLOTS + 1
         merged: defaultdict[_Version, Counter[int]] = defaultdict(Counter)
         with self._lock:

@@ -1,6 +1,6 @@
-"""Writes a row for each request that ended, from one thread, in batches, and deletes old rows.
+"""Writes a row for each ended request, from one thread, in batches, and deletes old rows.
 
-A request never waits for it: rows that do not fit into the queue, or that the store rejects, are dropped and counted.
+Requests never wait for the log: rows that do not fit into the queue or that the store rejects are dropped and counted.
 Content is extracted, redacted and checked against its limit here, not while the request runs.
 """
 
@@ -37,14 +37,14 @@ log = logging.getLogger(__name__)
 MAX_QUEUED = 10_000
 MAX_QUEUED_CONTENT_BYTES = 64 * 2**20
 _BATCH = 1000
-"""Rows of one transaction: syncing the disk takes longer than writing them."""
+"""Maximum number of rows per transaction: syncing the disk takes longer than writing the rows."""
 _YIELD_S = 0.0005
 """Pause after each content. Without it the event loop has to wait for Python's switch interval, 5 ms, at each of its
-turns: with 8 streams at full load the 99th percentile was 113 ms, and 41 with it."""
+turns: with 8 streams at full load the 99th percentile was 113 ms, and with the pause 41 ms."""
 _SPANS_PER_PAUSE = 50
-"""Creating this many takes a millisecond or two."""
+"""Number of spans created at a time, which takes a millisecond or two."""
 _GATHER_S = 0.2
-"""The rows of this time go into one transaction, so that a busy server syncs its disk a few times per second."""
+"""Rows that end within this time are written in one transaction, so that a busy server syncs a few times per second."""
 _PRUNE_EVERY_S = 60.0
 _ESCAPED = 6  # growth of a character, at most, in ASCII-only JSON: \u00e9
 _GOOD_STATUS = 200
@@ -58,20 +58,20 @@ class _Entry(NamedTuple):
 
 
 class _Texts(NamedTuple):
-    """Prompt and answer of a request, redacted."""
+    """A request's redacted prompt and answer."""
 
     prompt: str
     answer: str
 
 
 class RequestLog:
-    """Writes the rows.
+    """The log of requests: queues records, and writes them to the store.
 
     Args:
         on_stored: called with the number of rows written.
-        on_dropped: called with the reason and the number of rows or contents lost.
+        on_dropped: called with the reason, and the number of rows or contents lost.
         spans: gets the rows of traced requests, including those that the store rejects.
-        features: stores features of some requests; closed with the log.
+        features: stores drift features for some requests; closed with the log.
         now: the wall clock.
     """
 
@@ -113,12 +113,12 @@ class RequestLog:
         self._thread.start()
 
     def wants_content(self) -> bool:
-        """Decide for one request whether its prompt and answer are stored."""
+        """Decide whether one request's prompt and answer are stored."""
         share = self._settings.content_share
         return share > 0 and random.random() < share  # noqa: S311 - a sample, no secret
 
     def wants_features(self, target: Target) -> bool:
-        """Decide for one request whether features of its prompt and answer are stored for drift."""
+        """Decide whether drift features of one request's prompt and answer are stored."""
         return self._features is not None and self._features.wants(target)
 
     def add(self, record: RequestRecord, content: Content | None = None, trace: RequestTrace | None = None) -> None:
@@ -146,7 +146,7 @@ class RequestLog:
             self._hurry.set()
 
     def is_queued(self, request_id: str) -> bool:
-        """Return whether a request's row is on its way to the store."""
+        """Return whether a request's row is still waiting to be stored."""
         return request_id in self._queued_ids
 
     def flush(self, timeout_s: float) -> bool:
@@ -157,12 +157,12 @@ class RequestLog:
         return done.wait(timeout_s)
 
     def close(self, timeout_s: float = _CLOSE_S) -> None:
-        """Write the queue and stop; rows that are not written after `timeout_s` are lost and counted."""
+        """Write the queued rows and stop; rows not written within `timeout_s` are lost and counted."""
         self._closing = True
         self._wake()
         self._thread.join(timeout_s)
         if self._thread.is_alive():
-            log.error("about %d rows of the request log were not written in time", len(self._queue))
+            log.error("could not write about %d rows of the request log in time", len(self._queue))
             self._on_dropped(Dropped.STORE_FAILED, len(self._queue))
         if self._features:
             self._features.close()
@@ -172,7 +172,7 @@ class RequestLog:
         self._arrived.set()
 
     def redacted(self, text: str | None) -> str | None:
-        """Return a text from another source, such as feedback, redacted; None if it must not be stored."""
+        """Return the redacted form of a text from another source, such as feedback; None if it must not be stored."""
         try:
             return self._redactor.text(text) if text else None
         except RedactionTimeoutError as error:
@@ -183,17 +183,17 @@ class RequestLog:
     def _log_slow_pattern(self, error: RedactionTimeoutError) -> None:
         if error.pattern not in self._slow_patterns:
             self._slow_patterns.add(error.pattern)
-            log.error("the content of a request was not stored (logged once per pattern): %s", error)
+            log.error("could not redact a request's content, so it is not stored (logged once per pattern): %s", error)
 
     def _drop(self, content: Content, reason: Dropped) -> None:
-        """Count content that is lost, for each use that it had."""
+        """Count lost content once for each use (storage, features) that it had."""
         if content.stored:
             self._on_dropped(reason, 1)
         if content.features:
             self._on_dropped(Dropped.FEATURES, 1)
 
     def has_grown(self, size: int) -> None:
-        """Add to the size of the rows in the store, including changes by other writers."""
+        """Add to the known size of the stored rows; other writers' changes are added too."""
         with self._lock:
             self._grown_bytes += size
 
@@ -233,7 +233,7 @@ class RequestLog:
             if records:
                 add_requests(self._store, records)
         except Exception:  # the boundary of this thread, which must survive a full disk and malformed requests
-            log.exception("%d rows of the request log were not written", len(entries))
+            log.exception("could not write %d rows of the request log", len(entries))
             self._on_dropped(Dropped.STORE_FAILED, len(entries))
         else:
             self.has_grown(sum(record.bytes for record in records))
@@ -241,7 +241,7 @@ class RequestLog:
             try:
                 self._add_features(entries, texts)
             except Exception:  # a boundary too: lost features must not stop this thread
-                log.exception("features of requests are lost")
+                log.exception("could not queue drift features of requests")
         self._queued_ids.difference_update(entry.record.request_id for entry in entries)
         for item in batch:
             self._queue.popleft()
@@ -257,13 +257,13 @@ class RequestLog:
             try:
                 spans.add(trace, record)
             except Exception:  # a boundary too: a failed span must not cost the row
-                log.exception("cannot create the span of request %s", record.request_id)
+                log.exception("cannot create the span for request %s", record.request_id)
                 spans.drop()
             if count % _SPANS_PER_PAUSE == 0:
                 time.sleep(_YIELD_S)
 
     def _add_features(self, entries: Sequence[_Entry], texts: Sequence[_Texts | None]) -> None:
-        """Pass records on for their features, after their rows are stored: features are deleted with their rows."""
+        """Pass records on to have their features stored, after their rows: features are deleted with their rows."""
         if self._features is None:
             return
         records = [
@@ -289,7 +289,7 @@ class RequestLog:
                 return None
             except (ValueError, RecursionError):  # one malformed request must not cost the others their rows
                 if content.stored:
-                    log.warning("the content of request %s cannot be stored", record.request_id, exc_info=True)
+                    log.warning("cannot store the content of request %s", record.request_id, exc_info=True)
                 self._drop(content, Dropped.CONTENT_UNREADABLE)
                 return None
             if max(len(prompt.encode("utf-8")), len(answer.encode("utf-8"))) <= limit:
@@ -307,11 +307,11 @@ class RequestLog:
             before = self._retention.oldest_kept(partial(newest_request_at, self._store))
             pruned = prune_requests(self._store, before=before, max_bytes=max_bytes, known_bytes=known)
         except Exception:  # the boundary of this thread, as above
-            log.exception("old rows of the request log were not deleted")
+            log.exception("could not delete old rows of the request log")
         else:
             self._stored_bytes = pruned.left_bytes
             if pruned.rows:
-                log.info("deleted %d old requests", pruned.rows)
+                log.info("deleted %d old rows of the request log", pruned.rows)
 
 
 def _stored(entry: _Entry, texts: _Texts | None) -> RequestRecord:

@@ -1,7 +1,7 @@
 """Decides when rows are too old to keep, by a wall clock that can be wrong.
 
-A clock that is a year ahead for a minute, because of a wrong time server or a virtual machine that resumes, would
-delete all rows. So the wall clock is trusted only while it advances like the time since boot. Knows nothing of rows.
+If a clock is a year ahead for a minute, because of a wrong time server or a virtual machine that resumes, all rows
+would be deleted. So the wall clock is trusted only while it advances at the same rate as the time since boot.
 """
 
 import logging
@@ -21,10 +21,10 @@ def _since_boot() -> float:
 
 
 class RetentionClock:
-    """Decides when rows are too old. Until the clock is trusted again, a day or `max_age` passes, whichever is shorter.
+    """Decides when rows are too old. A distrusted clock is trusted again after a day or `max_age`, whichever is shorter.
 
     Args:
-        max_age: of rows that are kept.
+        max_age: maximum age of rows that are kept.
         now: the wall clock.
         elapsed_s: seconds since a fixed moment, independent of the wall clock.
     """
@@ -47,8 +47,8 @@ class RetentionClock:
         """Return the time before which rows are too old; None while the clock is not trusted.
 
         Args:
-            newest: returns the time of the newest row, if any. Called at the first call: if that row is too old itself,
-                the clock may be wrong.
+            newest: returns the newest row's time; None without rows. Used at the first call: if even that row is too
+                old, the clock may be wrong.
         """
         now, elapsed_s = self._now(), self._elapsed_s()
         ahead_s = now.timestamp() - elapsed_s
@@ -67,11 +67,11 @@ class RetentionClock:
 
     def _warn(self, ahead_s: float) -> None:
         if self._trusted is None:
-            why = "all requests are older than request_log.max_age_days"
+            why = "all stored requests are older than request_log.max_age_days"
         else:
-            why = f"the clock has moved by {timedelta(seconds=round(ahead_s - self._trusted))}"
+            why = f"the clock jumped by {timedelta(seconds=round(ahead_s - self._trusted))}"
         steady = timedelta(seconds=self._doubt_s)
-        log.warning("%s: nothing is deleted by age until the clock has been steady for %s", why, steady)
+        log.warning("%s; deleting nothing by age until the clock has been steady for %s", why, steady)
 
 
 def _agree(ahead_s: float, before_s: float | None) -> bool:

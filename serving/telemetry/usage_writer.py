@@ -1,7 +1,7 @@
 """Writes the usage per key to the store, every few seconds and at the end, in a thread.
 
-First it reads today's usage of each key, for limits that survive a restart. Nothing is written before that, because
-the server's own counts would be read back.
+First it reads each key's usage today, so that limits survive a restart. Nothing is written before that, because the
+server's own counts would be read back.
 """
 
 import asyncio
@@ -19,14 +19,14 @@ from svc.store.usage import usage_since
 log = logging.getLogger(__name__)
 
 _EVERY_S = 5.0
-"""A server that dies loses this much usage; one row per interval is written for each key and model in use."""
+"""Interval between writes, and so the usage lost if the server dies; each write adds a row per key and model in use."""
 
 
 class UsageWriter:
     """Writes the counts of a meter to the store.
 
     Args:
-        on_known: called once with the tokens that each key has used today, by the key's id.
+        on_known: called once with a mapping from each key's id to the tokens that the key has used today.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class UsageWriter:
         try:
             self._meter.flush()
         except SQLAlchemyError:
-            log.exception("could not write the usage per key of the last seconds")
+            log.exception("could not write the last usage per key")
 
 
 def _used_today(store: Store) -> Mapping[str, int]:

@@ -26,7 +26,7 @@ _VALUE = re.compile(r"[\t -~]*")
 
 
 class LogLimit(logging.Filter):
-    """Passes one record per minute, however many batches a receiver rejects.
+    """Logging filter that passes one record per minute, however many batches a receiver rejects.
 
     Args:
         clock: monotonic time, seconds.
@@ -53,7 +53,7 @@ def otlp_exporter(endpoint: str) -> SpanExporter:
     """Return the SDK's exporter.
 
     Args:
-        endpoint: base URL of the receiver, or the URL for its traces.
+        endpoint: the receiver's base URL, or its URL for traces.
 
     Raises:
         SettingsError: a variable with headers is malformed.
@@ -76,6 +76,6 @@ def _check_headers(variable: str, text: str) -> None:
         if header.strip() and not (match and _VALUE.fullmatch(unquote(match[1]).strip())):
             raise SettingsError(
                 f"{variable}: header {number} is malformed",  # not shown, because it may be a secret
-                expected="name=value, separated by commas, for example Authorization=Basic%20dXNlcjpwYXNz",
+                expected="name=value pairs separated by commas, for example Authorization=Basic%20dXNlcjpwYXNz",
                 todo="percent-encode all characters of the value that are not letters or digits",
             )

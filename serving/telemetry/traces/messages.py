@@ -8,10 +8,10 @@ from typing import Any
 
 
 def input_messages(prompt: str) -> str:
-    """Return the JSON of the messages of a prompt.
+    """Return the JSON of a prompt's messages.
 
     Args:
-        prompt: JSON of messages, or of the texts of plain completions.
+        prompt: JSON of messages, or of a plain completion's texts.
     """
     turns = json.loads(prompt)
     turns = turns if isinstance(turns, list) else [turns]
@@ -19,7 +19,7 @@ def input_messages(prompt: str) -> str:
 
 
 def output_messages(answer: str, finish_reason: str | None) -> str:
-    """Return the JSON of the one message of an answer; without parts if it has no text."""
+    """Return the JSON of a list with the answer's one message, which has no parts if the answer has no text."""
     parts = [_text(answer)] if answer else []
     return _json([{"role": "assistant", "parts": parts, "finish_reason": finish_reason or "error"}])
 
@@ -43,7 +43,7 @@ def _role(item: dict[str, Any]) -> str:
 
 
 def _part(part: Any) -> dict[str, Any]:
-    """Return a text, a tool call or its result; other parts are unchanged, which the conventions allow."""
+    """Return a text, tool call or tool result in the conventions' format; other parts stay unchanged."""
     if not isinstance(part, dict):
         return _text(str(part))
     match part.get("type"):
@@ -75,5 +75,5 @@ def _result(id: Any, response: Any) -> dict[str, Any]:
 
 
 def _json(messages: list[dict[str, Any]]) -> str:
-    """Return JSON without lone surrogates, one of which would make a whole batch of spans fail."""
+    """Return JSON without lone surrogates, since one of them would make a whole batch of spans fail."""
     return json.dumps(messages, ensure_ascii=False).encode("utf-8", "replace").decode("utf-8")

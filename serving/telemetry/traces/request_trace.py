@@ -1,7 +1,7 @@
-"""The place of one request in its trace, and the values of its span that are not in the request's row.
+"""The position of one request in its trace, and the values of its span that are not in the request's row.
 
-Created and filled in on the event loop, so it has plain values only; another thread builds the span later.
-Loads nothing of OpenTelemetry.
+Created and filled in on the event loop, so it has only plain values; another thread builds the span later.
+Imports nothing from OpenTelemetry.
 """
 
 import time
@@ -24,17 +24,17 @@ class SpanDropped(StrEnum):
 
 @dataclass(slots=True)
 class RequestTrace:
-    """The beginning of one request's span, and at its end the gateway's values for it.
+    """The ids and start of one request's span and, after the request's end, the gateway's values for the span.
 
     Attributes:
-        parent_id: the client's span; None if the trace begins here.
-        state: the client's `tracestate`, valid; empty if there is none.
+        parent_id: id of the client's span; None if the trace begins here.
+        state: the client's `tracestate`; empty if there is none or it is invalid.
         sampled: the span is sent.
-        started_ns: arrival of the request, since 1970.
+        started_ns: arrival of the request, nanoseconds since 1970.
         ended_ns: end of the request, likewise; measured by the monotonic clock, so that no span is negative.
-        model: as the client named it, if that model is served; None otherwise.
+        model: the model name that the client sent, if that model is served; None otherwise.
         stream: the client wants server-sent events; None if unknown.
-        queue_s: wait for a place, seconds.
+        queue_s: wait for admission, seconds.
         overhead_s: the gateway's own time before the answer began, seconds; None if no answer began.
     """
 

@@ -1,7 +1,7 @@
-"""The span of a request that ended, following OpenTelemetry's conventions for GenAI and HTTP.
+"""The span for an ended request, following OpenTelemetry's conventions for GenAI and HTTP.
 
-The names are literals: the package of the conventions has deprecated those of GenAI, which moved to a repository of
-their own (open-telemetry/semantic-conventions-genai) that has no package yet. Attributes without a name in the
+The names are literals: the conventions' package has deprecated the GenAI names, which moved to a separate repository
+(open-telemetry/semantic-conventions-genai) that has no package yet. Attributes without a name in the
 conventions begin with `tuneserve.`.
 """
 
@@ -31,7 +31,7 @@ def span_name(record: RequestRecord) -> str:
 
 
 def span_status(record: RequestRecord) -> Status:
-    """Return an error if the server is at fault; a client's mistake or departure is not an error of a server span."""
+    """Return an error status if the server is at fault; client errors and disconnects are not errors of a server span."""
     if record.outcome in _SERVER_FAULTS or record.status >= 500:
         return Status(StatusCode.ERROR, record.reason)
     return Status(StatusCode.UNSET)

@@ -1,7 +1,7 @@
 """Traces of requests: begins each trace, and sends the span of each ended request to the receiver.
 
 Nothing here waits for the receiver. Spans that arrive faster than it accepts them are lost and counted, and so is the
-content of spans beyond the limit of the queue. OpenTelemetry's own code handles malformed Trace Context headers.
+content of spans beyond the queue's limit. OpenTelemetry's own code handles malformed Trace Context headers.
 """
 
 import logging
@@ -28,10 +28,10 @@ log = logging.getLogger(__name__)
 
 MAX_QUEUED = 4096
 MAX_QUEUED_CONTENT = 64 * 2**20
-"""Characters of all queued prompts and answers together."""
+"""Maximum number of characters in all queued prompts and answers."""
 _BATCH = 64
-"""Spans of one request to the receiver. Serialising them takes 5 ms, for which Python lets a thread keep the
-interpreter: with more spans, the event loop would have to wait for it several times."""
+"""Maximum number of spans per request to the receiver. Serialising them takes 5 ms, Python's switch interval: with
+more spans, the event loop would have to wait several times."""
 _EVERY_MS = 2000
 _CLOSE_S = 5.0
 _PARENT, _STATE = b"traceparent", b"tracestate"
@@ -41,18 +41,18 @@ class Tracer:
     """Begins traces, and continues those of clients: a span is a child of the client's, or begins a new trace.
 
     Args:
-        sample_share: sampled share of the traces that begin here; a client decides for its own.
+        sample_share: sampled share of the traces that begin here; for a client's trace, the client decides.
     """
 
     def __init__(self, sample_share: float) -> None:
         self._ids = RandomIdGenerator()
         self._sample_share = sample_share
         self._propagator = TraceContextTextMapPropagator()
-        # Its warnings quote the headers of clients, as often as they are sent.
+        # Disabled because its warnings quote clients' headers, each time that one is sent.
         logging.getLogger("opentelemetry.trace").setLevel(logging.ERROR)
 
     def begin(self, headers: Sequence[tuple[bytes, bytes]]) -> RequestTrace:
-        """Return the place of a new request in its trace."""
+        """Return the beginning of a new request's span, in the client's trace or in a new one."""
         parent = self._parent(headers)
         span_id = self._ids.generate_span_id()
         if parent is not None:
@@ -82,7 +82,7 @@ class Traces(SpanExporter):
     Args:
         exporter: sends batches.
         sample_share: sampled share of the traces that begin here.
-        release: the release of this server.
+        release: this server's release.
         on_sent: called with the number of spans that the receiver accepted.
         on_dropped: called with the reason and the number of spans lost.
     """
@@ -177,20 +177,20 @@ class Traces(SpanExporter):
         return result
 
     def shutdown(self) -> None:
-        """End waits between attempts; later batches are dropped immediately."""
+        """Stop waiting between attempts; later batches are dropped immediately."""
         if not self._ended:
             self._ended = True
             self._exporter.shutdown()
 
     def close(self, timeout_s: float = _CLOSE_S) -> None:
-        """Send the queue and stop; spans that the receiver has not accepted after `timeout_s` are lost and counted."""
+        """Send the queued spans and stop; spans that are not accepted within `timeout_s` are lost and counted."""
         # The SDK's own limit is half a minute, and cannot be set.
         ending = threading.Thread(target=self._processor.shutdown, name="traces-end", daemon=True)
         ending.start()
         ending.join(timeout_s)
         if ending.is_alive():
             self.shutdown()
-            log.error("about %d spans were not sent in time", self._queued)
+            log.error("could not send about %d spans in time", self._queued)
 
 
 def _content_size(attributes: Mapping[str, AnyValue]) -> int:

@@ -36,7 +36,7 @@ TICKET = {
 }
 
 SLOW = [
-    (optional(MAX_PROPERTIES + 1), "properties of an object"),
+    (optional(MAX_PROPERTIES + 1), "properties per object"),
     (optional(300, maxProperties=150), "maxProperties"),
     (optional(300, minProperties=150), "maxProperties"),
     (pattern("^[a-z]{0,10000}$"), "pattern"),

@@ -61,7 +61,7 @@ async def test_journal_shows_why_an_engine_is_started(elsewhere: Elsewhere) -> N
         text = "\n".join(control.steps)
         for part in ("no probes from this kind of engine", FULL, f"restarting the engine with {target(2)}"):
             assert part in text
-        assert "probes taken again" in text
+        assert "probes recorded again" in text
 
 
 async def test_probes_are_stored_and_the_version_is_reloaded_the_next_time(elsewhere: Elsewhere) -> None:

@@ -126,7 +126,7 @@ async def test_closing_gives_up_when_the_store_accepts_nothing(
     started = time.monotonic()
     journal.close(timeout_s=0.1)
     assert time.monotonic() - started < 1
-    assert "the results of 2 swaps were not written" in caplog.text
+    assert "could not write the results of 2 swaps" in caplog.text
     for thread in set(threading.enumerate()) - others:
         if thread.name.startswith("journal"):
             thread.join(1)

@@ -41,7 +41,7 @@ async def test_only_engine_restarts_each_time_when_there_is_no_memory(mixture: C
                 swap = await mixture.promote(number)
                 assert (swap.outcome, swap.kind) == (SwapOutcome.SUCCEEDED, SwapKind.INPLACE)
         load.check()
-        assert "do not reload it correctly in place" in "\n".join(mixture.steps)
+        assert "do not reload the version correctly in place" in "\n".join(mixture.steps)
     assert reloads(mixture) == 0
 
 

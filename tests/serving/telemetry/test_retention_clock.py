@@ -38,7 +38,7 @@ def test_no_row_expires_when_the_clock_is_a_year_ahead_for_a_minute(caplog: pyte
     assert clocks.after(timedelta(minutes=1)) is None
     assert clocks.after(timedelta(minutes=1), jump=-year) == clocks.wall - MONTH
     assert [record.getMessage() for record in caplog.records] == [
-        "the clock has moved by 365 days, 0:00:00: nothing is deleted by age until the clock has been steady for "
+        "the clock jumped by 365 days, 0:00:00; deleting nothing by age until the clock has been steady for "
         "1 day, 0:00:00"
     ]
 
@@ -75,7 +75,7 @@ def test_no_row_expires_for_a_day_when_all_rows_are_too_old_at_the_start(caplog:
     clocks.newest = clocks.wall
     assert clocks.after(23 * HOUR) is None
     assert clocks.after(HOUR) == clocks.wall - MONTH
-    assert len(caplog.records) == 1 and "all requests are older" in caplog.text
+    assert len(caplog.records) == 1 and "all stored requests are older" in caplog.text
 
 
 def test_clock_is_trusted_immediately_when_there_are_no_rows_at_the_start() -> None:
