@@ -1,1 +1,1 @@
-"""What happens to a version in use, read from the metrics that the server exports."""
+"""Monitoring of versions in production: status, metrics, held-out quality and drift."""

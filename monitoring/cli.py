@@ -1,4 +1,4 @@
-"""`svc status`: the state and figures of the running server on one screen. `svc monitor`: the exporter."""
+"""`svc status`: the running server's state and figures on one screen. `svc monitor`: the metrics exporter."""
 
 import dataclasses
 import os
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
 @click.option(
     "--interval", type=click.FloatRange(0.2), default=2.0, show_default=True, help="Seconds between refreshes."
 )
-@click.option("--verbose", is_flag=True, help="Also show the engine's settings and where each value comes from.")
+@click.option("--verbose", is_flag=True, help="Also show the engine's settings and the source of each value.")
 @json_option
 @click.pass_context
 def status(
     ctx: click.Context, models: tuple[str, ...], watch: bool, interval: float, verbose: bool, as_json: bool
 ) -> None:
-    """Show versions, engines, requests, latency and errors of the running server.
+    """Show the running server's versions, engines, requests, latency and errors.
 
-    MODELS are model names; without any, all served models are shown.
+    MODELS are model names; the default is all served models.
     """
     of = remote_of(ctx) or settings_of(ctx)
     if watch:
@@ -67,7 +67,7 @@ def _as_json(model: Mapping[str, Any], drift: Mapping[str, Any], *, verbose: boo
 
 
 def _watch(of: ServerAddress | Settings, models: Sequence[str], interval_s: float, *, verbose: bool) -> None:
-    """Show the status until Ctrl-C; wait for a server or a model that disappears."""
+    """Show the status until Ctrl-C; if the server or a model disappears, wait for its return."""
     from rich.live import Live
     from rich.text import Text
 
@@ -98,12 +98,12 @@ def _watch(of: ServerAddress | Settings, models: Sequence[str], interval_s: floa
 
 
 @click.command()
-@click.option("--server", help="URL of the server to watch.  [default: the server of this home]")
+@click.option("--server", help="URL of the server to watch.  [default: this home's server]")
 @click.option("--host", help="Address to listen on.")
 @click.option("--port", type=int, help="Port to listen on.")
 @click.pass_context
 def monitor(ctx: click.Context, server: str | None, host: str | None, port: int | None) -> None:
-    """Export metrics of the server, versions and training to Prometheus until SIGTERM or Ctrl-C."""
+    """Export the metrics of the server, versions and training to Prometheus until SIGTERM or Ctrl-C."""
     given = {"server": server, "host": host, "port": port}
     settings = settings_of(ctx, monitor={key: value for key, value in given.items() if value is not None} or None)
     from monitoring.drift.worker import DriftWorker
@@ -112,7 +112,7 @@ def monitor(ctx: click.Context, server: str | None, host: str | None, port: int 
     from svc.store.database import open_database
     from svc.terminal import console
 
-    # A tracking server that hangs must not delay the server's metrics: Prometheus gives up after ten seconds.
+    # A hung tracking server must not delay the server's metrics: Prometheus times out after ten seconds.
     os.environ |= {"MLFLOW_HTTP_REQUEST_TIMEOUT": "1", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     watch = settings.monitor
     watched = ServerAddress.with_key(watch.server, watch.key_file, watch.authority) if watch.server else None
@@ -140,11 +140,11 @@ def monitor(ctx: click.Context, server: str | None, host: str | None, port: int 
 
 
 def _look(of: ServerAddress | Settings, models: Sequence[str]) -> "Look":
-    """Read the status and metrics of a server.
+    """Return a server's status with its metrics.
 
     Args:
-        of: a remote server, or the settings of a home; drift is known only for a home.
-        models: names of the models to show; none: all.
+        of: a remote server, or a home's settings; drift is only included for a home.
+        models: names of the models to show; if empty, all models.
 
     Raises:
         ServerNotRunningError: no server runs, or it does not answer.
@@ -175,7 +175,7 @@ def _look(of: ServerAddress | Settings, models: Sequence[str]) -> "Look":
 
 
 def _only(state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Return the state limited to some of its models."""
+    """Return the state with only the selected models."""
     served = [model["model"] for model in state["models"]]
     for name in names:
         if name not in served and name not in state["refused"]:
@@ -195,7 +195,7 @@ def _store(home: Path) -> "Store":
 
 
 def _drift(settings: Settings, state: Mapping[str, Any]) -> dict[str, str]:
-    """Return the status of each drift signal and the held-out quality of the served version, as of the last check."""
+    """Return the served version's drift signals and held-out quality, as of the last check."""
     from monitoring.drift.production import read_drift
     from svc.registry.registry import Registry
     from svc.version import Format, Target, VersionId

@@ -1,14 +1,14 @@
 """Compare the quality of the served version with its registration by running the held-out set again.
 
-The same weights on the same kind of engine give the same figures except for rounding. So a change here is not drift of
-traffic but a fault of serving: other weights, a broken kernel, a cache that answers for another version.
+The same weights on the same kind of engine give the same figures except for rounding. So a change here is not traffic
+drift but a serving fault: other weights, a broken kernel, a cache that answers for another version.
 
 Another kind of engine than that of the registration rounds differently. There, later runs are compared with the first
-one; whether that one is good is not checked here, but by the probes (serving/replicas/verification.py).
+run there; only the probes (serving/replicas/verification.py) check whether that first run is good.
 
 The log-likelihood counts as changed if its mean change is larger than rounding explains and large enough to matter;
 the primary metric if an exact paired test of its scores is significant. Each test has one false alarm in 10,000 runs;
-at the default interval that is one in more than three years for both.
+at the default interval, both together have less than one in three years.
 
 The test flips signs (Fisher 1935): without a change, a score is as often higher as it is lower by the same amount.
 Equal answers have equal scores and carry no information. For scores of 0 or 1 it is McNemar's exact test.
@@ -33,23 +33,23 @@ from svc.version import Target
 
 ALPHA = 1e-4
 MIN_NLL_CHANGE = 0.05
-"""Nats per token; other weights change it by whole nats. Examples run one by one, as here, and in batches of 16, as at
-registration, differ by 0.01 on average: the engine rounds differently in a batch."""
+"""Change that matters, nats per token; other weights cause changes of whole nats. Running examples one by one, as here,
+instead of in batches of 16, as at registration, changes results by 0.01 on average: a batch is rounded differently."""
 _ROUNDING_NATS = 0.05
-"""Standard deviation of that difference for one example; 0.03 was measured."""
+"""Standard deviation of that rounding difference for one example; 0.03 was measured."""
 
 _SAME = 1e-9
-"""Scores of equal answers differ by less on any machine."""
+"""Smaller score differences are rounding: equal answers differ by less on any machine."""
 _FLIPS = 99_999
 
 
 class Figures(NamedTuple):
-    """Results of a version on one example.
+    """A version's results on one held-out example.
 
     Attributes:
         nll: negative log-likelihood of the reference answer, nats per token.
         weight: tokens of the reference answer.
-        score: by the watched metric.
+        score: score by the watched metric.
     """
 
     nll: float
@@ -59,7 +59,7 @@ class Figures(NamedTuple):
 
 
 class Quality(StrEnum):
-    """Quality of the served version compared with its registration."""
+    """Status of the served version's held-out quality, compared with its registration."""
 
     UNKNOWN = "unknown"
     """The held-out set has not been run again, or cannot be."""
@@ -69,15 +69,15 @@ class Quality(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class QualityReport:
-    """Result of the newest run of the held-out set.
+    """Comparison of the newest held-out run with the registration.
 
     Attributes:
         why: reason if quality is unknown.
         nll, registered_nll: of the reference answers, nats per token, mean over their tokens; on another kind of engine
             than the registration's, registered figures are replaced by those of the first run there.
-        nll_p: p-value of the mean change, if it were rounding.
-        exact_match, registered_exact_match: shares.
-        exact_match_p: p-value of McNemar's exact test; only for display if another metric is watched.
+        nll_p: p-value of the mean change under the hypothesis that only rounding differs.
+        exact_match, registered_exact_match: shares of the answers that match exactly.
+        exact_match_p: p-value of McNemar's exact test; only displayed, unless exact match is the watched metric.
         metric: name of the watched metric: the primary one, or its per-example part.
         score, registered_score: values of the watched metric.
         score_p: p-value of the exact test of its scores.
@@ -102,7 +102,7 @@ class QualityReport:
 
 
 def read_quality(registry: Registry, store: Store, target: Target) -> QualityReport:
-    """Compare the newest run of a target with its registration.
+    """Compare a target's newest held-out run with its registration, and return the result.
 
     Raises:
         IntegrityError: the registered results differ from the manifest.
@@ -133,7 +133,7 @@ def read_quality(registry: Registry, store: Store, target: Target) -> QualityRep
 
 
 def _registered(results: Sequence[ExampleResult], metric: str | None) -> dict[int, Figures]:
-    """Return the registered results by the index of the example."""
+    """Return a mapping from each example's index to its registered results."""
     return {
         place: Figures(
             result.nll,
@@ -150,12 +150,12 @@ def _by_exact_match(run: HoldoutRun) -> HoldoutRun:
 
 
 def judge(before: Mapping[int, Figures], run: HoldoutRun) -> QualityReport:
-    """Compare a completed run with earlier results, example by example.
+    """Compare a completed run with earlier results, example by example, and return the comparison.
 
     Args:
         before: results of registration, or of an earlier run, by index in the held-out file; examples without one are
             skipped.
-        run: with scores of the same metric.
+        run: the completed run, with scores by the same metric.
     """
     from scipy.stats import norm
 
@@ -188,7 +188,7 @@ def judge(before: Mapping[int, Figures], run: HoldoutRun) -> QualityReport:
 
 
 def _sign_flips(changes: NDArray[np.float64]) -> float:
-    """Return the p-value of the sum of changes under random signs; exact at any level.
+    """Return the p-value of the changes' sum if their signs were random; exact at any level.
 
     Up to 16 changes, all combinations of signs are used; otherwise 100,000 random ones including the observed one, so
     that the level is never exceeded (Phipson and Smyth 2010).

@@ -1,1 +1,1 @@
-"""An OpenAI-compatible gateway in front of vLLM engines, with swaps of their versions."""
+"""An OpenAI-compatible gateway in front of vLLM engines that swaps versions without downtime."""

@@ -1,4 +1,4 @@
-"""Builds the parts of one server, once, and passes their dependencies explicitly. Runs nothing."""
+"""Builds the parts of one server, once, and passes their dependencies explicitly. Starts nothing."""
 
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,8 +42,8 @@ from svc.store.requests import Dropped
 from svc.version import Target
 
 MAX_BUFFERED_BYTES = 256 * 2**20
-"""Of all answers together that wait for their clients: sixteen of the largest, a small part of the memory of a machine
-that runs an engine."""
+"""Limit on all answers that wait for their clients: sixteen of the largest size, a small part of the memory that a
+machine with an engine has."""
 
 if TYPE_CHECKING:
     from serving.telemetry.traces.traces import Traces
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class GatewayParts:
-    """The application that answers clients, and its parts that must be run or closed."""
+    """The application that answers clients, and the parts of it that must be run or closed."""
 
     app: Application
     request_log: RequestLog
@@ -87,7 +87,7 @@ def assemble(
         capabilities: capabilities of this device.
         authenticator: has loaded the keys from the store.
         make_slots: returns the object that starts and finds engines.
-        on_phase: called with the phases of an engine's start.
+        on_phase: called with each phase of an engine's start.
         on_ready: called with each version that starts to serve.
         on_failure: called with the reason why a model cannot be served.
     """
@@ -142,7 +142,7 @@ def assemble_gateway(
     sources: Callable[[], Sequence[EngineSource]],
     status: Callable[[], Mapping[str, Any]],
 ) -> GatewayParts:
-    """Return the parts that answer clients, in front of the router's backends.
+    """Return the application and the other parts that answer clients in front of the router's backends.
 
     Args:
         changes: writes the desired versions.
@@ -209,12 +209,12 @@ def _check_memory(slots: EngineSlots, targets: Sequence[Target]) -> None:
     """Check that there is memory for the engines of these versions.
 
     Raises:
-        EngineError: there is not; the message has the needed and the free memory.
+        EngineError: memory is short; the message has the needed and the free memory.
         NotFoundError: no such version or format.
     """
     missing = slots.shortage({target: slots.settings.engine_for(target.version.name).replicas for target in targets})
     if missing:
         raise EngineError(
             f"no memory for {', '.join(str(target) for target in targets)}: {missing}",
-            todo="serve fewer models, or lower `max_model_len` or `replicas` of each under `models` in svc.yaml",
+            todo="serve fewer models, or reduce each one's `max_model_len` or `replicas` under `models` in svc.yaml",
         )

@@ -90,7 +90,7 @@ class Deployment:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _keep_running(self, part: str, run: Callable[[], Awaitable[None]]) -> None:
-        """Run a part until cancelled. A defect stops neither the server nor the other parts and models."""
+        """Run a part until cancelled; restart it after an unexpected error, without stopping other parts or models."""
         task = asyncio.current_task()
         while True:
             try:
@@ -98,8 +98,8 @@ class Deployment:
             except Exception as error:
                 if task and task.cancelling():  # the defect is in the part's clean-up
                     raise
-                log.exception("%s: the part %r has a defect and is restarted", self.name, part)
-                self.reconciler.note_error(f"defect in {part}: {error!r}")
+                log.exception("%s: unexpected error in the part %r; restarting it", self.name, part)
+                self.reconciler.note_error(f"unexpected error in {part}: {error!r}")
             await asyncio.sleep(_RESTART_PAUSE_S)
 
     async def stop(self, *, leave: bool = False) -> None:
@@ -119,7 +119,7 @@ class Deployment:
         await asyncio.to_thread(self.reconciler.journal.close)
 
     def status(self) -> Mapping[str, Any]:
-        """Return the model's JSON values for /svc/status; reads the store."""
+        """Return the model's part of /svc/status as JSON values; reads the store."""
         actual, previous = self.reconciler.actual.target, self.reconciler.actual.previous
         unwritten = self.reconciler.journal.unwritten  # before the store, which has results that are written meanwhile
         swap = find_swap(self.store, self.name)

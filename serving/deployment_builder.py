@@ -1,4 +1,4 @@
-"""Builds the parts of one model, once, and passes their dependencies explicitly. Runs nothing."""
+"""Builds the parts of one model, once, and passes their dependencies explicitly. Starts nothing."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ from svc.store.desired import Desired
 
 @dataclass(frozen=True, slots=True)
 class DeploymentBuilder:
-    """Builds the parts of each model, on top of the parts that all models share."""
+    """Builds each model's parts from the parts that all models share."""
 
     settings: Settings
     registry: Registry

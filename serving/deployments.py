@@ -39,7 +39,7 @@ OnFailure = Callable[[Target, SvcError], None]
 
 
 class Deployments:
-    """The set of deployments, kept equal to the set in the store.
+    """A server's deployments, kept equal to the set of models in the store.
 
     Args:
         build: returns a deployment, from its first desired state and a function that frees memory for its engines.
@@ -49,7 +49,7 @@ class Deployments:
         on_failure: called with the reason why a model cannot be served.
 
     Attributes:
-        looked: set after the engines of an earlier server, if any, are adopted.
+        looked: set once an earlier server's engines, if any, have been adopted.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Deployments:
         return {"models": models, "refused": dict(self._refused), "pid": os.getpid()}
 
     async def run(self, wanted: Sequence[Desired]) -> None:
-        """Start these models, then follow the store until cancelled.
+        """Start these models, then follow changes of the store's set until cancelled.
 
         Raises:
             SvcError: none of the models can be served, or there is not enough memory for all.
@@ -162,7 +162,7 @@ class Deployments:
             await deployment.reconciler.start()
         except Exception as error:  # any error of one model must not affect the others
             log.exception("%s is not served", target)
-            failed = error if isinstance(error, SvcError) else EngineError(f"{target} does not start: {error!r}")
+            failed = error if isinstance(error, SvcError) else EngineError(f"could not start {target}: {error!r}")
         self._tasks[deployment.name] = asyncio.create_task(deployment.run())
         if failed:
             self._on_failure(target, failed)
@@ -179,7 +179,7 @@ class Deployments:
                     self._router.set_registered(await asyncio.to_thread(self._registered))
                     next_read = time.monotonic() + _REGISTERED_S
             except (SQLAlchemyError, OSError):
-                log.exception("cannot read the set of models; the current ones are still served")
+                log.exception("cannot read the set of models; continuing to serve the current ones")
             else:
                 # A model without a task could not be stopped earlier; it may have been added again since.
                 for name in [name for name in self._all if name not in names or name not in self._tasks]:
@@ -189,11 +189,11 @@ class Deployments:
             await asyncio.sleep(_POLL_S)
 
     async def _try(self, name: str, change: Callable[[str], Awaitable[None]]) -> None:
-        """Add or remove a model; if that fails, the next turn tries again. A defect of one model affects no other."""
+        """Add or remove a model; if that fails, the next turn retries. One model's failure affects no other."""
         try:
             await change(name)
         except Exception:
-            log.exception("%s cannot be added or removed; trying again", name)
+            log.exception("could not add or remove %s; retrying", name)
 
     async def _bring(self, name: str) -> None:
         """Start a model that was added; if it fails, remove it from the set and show the reason in the status."""
@@ -225,7 +225,7 @@ class Deployments:
                 idle = [(idle_s, each) for each in self.all if (idle_s := each.idling.idle_s) is not None]
                 longest = max(idle, key=itemgetter(0), default=None)
                 if longest is not None and await longest[1].idling.sleep():
-                    log.info("the engines of %s made room for %s: %s", longest[1].name, target, error.wrong)
+                    log.info("stopped %s's engines to free memory for %s: %s", longest[1].name, target, error.wrong)
                 elif not await self._end_asleep():
                     raise
 
@@ -233,7 +233,7 @@ class Deployments:
         """Stop the engines of the sleeping model that has been idle longest; return whether there was one."""
         for each in sorted(self.all, key=lambda each: each.admission.idle_s, reverse=True):
             if await each.idling.end_asleep():
-                log.info("the sleeping engines of %s are stopped", each.name)
+                log.info("stopped the sleeping engines of %s", each.name)
                 return True
         return False
 
@@ -251,4 +251,4 @@ class Deployments:
         await deployment.close()
         deployment.metrics.remove()
         del self._all[name]
-        log.info("%s is no longer served", name)
+        log.info("%s is no longer being served", name)

@@ -1,4 +1,4 @@
-"""The names of one served model, and the version that each means at the moment.
+"""The names of one served model, and the version to which each currently refers.
 
 Knows the loaded versions, but not how they were loaded. A name is resolved after admission, so that a request that was
 queued during a swap gets the new version. The router chooses the model of a request.
@@ -20,7 +20,7 @@ class ModelNotFoundError(NotFoundError):
 
 
 class ModelNames:
-    """The names that clients may use: `NAME`, `NAME@production`, `NAME@N` of loaded versions (of any, as adapters).
+    """The names that clients may use: `NAME`, `NAME@production`, `NAME@N` for loaded versions (with adapters, for any).
 
     Args:
         name: the served model name, without a version.
@@ -37,7 +37,7 @@ class ModelNames:
 
     @property
     def served(self) -> Target | None:
-        """The version in production; None before the first one."""
+        """The version in production; None before there is one."""
         return self._served
 
     @property

@@ -25,18 +25,18 @@ class Backend(Protocol):
 
     @property
     def names(self) -> ModelNames:
-        """Names for clients."""
+        """The names that clients may use."""
 
     @property
     def admission(self) -> Admission:
-        """Admission to its engines."""
+        """Admission to the model's engines."""
 
     @property
     def context(self) -> int:
-        """Maximum length of prompt and answer together, tokens: the limit of an answer without its own."""
+        """Maximum length of prompt and answer together, tokens; limits an answer without a limit of its own."""
 
     async def check(self, model: str) -> None:
-        """Check that a model name can be served, if necessary in the registry."""
+        """Check that a model name can be served; reads the registry only if necessary."""
 
     def lease(self, model: str, *, without: Lease | None = None) -> AbstractAsyncContextManager[Lease]:
         """Lease an engine for the body; see serving.replicas.balancer.Balancer.lease."""
@@ -49,7 +49,7 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """A part of a name's requests.
+    """A share of a name's requests.
 
     Attributes:
         backend: the backend that answers them.
@@ -89,7 +89,7 @@ class Router:
         """Set the shares of a model's requests.
 
         Raises:
-            ValueError: there are no shares, or all weights are 0, or one is negative.
+            ValueError: there are no shares, all weights are 0, or a weight is negative.
         """
         if not any(share.weight > 0 for share in shares) or any(share.weight < 0 for share in shares):
             raise ValueError(f"the shares of {name} have the weights {[share.weight for share in shares]}")

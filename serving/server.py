@@ -37,7 +37,7 @@ from svc.version import Target
 _SEND_BUFFER_BYTES = 128 * 1024
 _SOCKET = "http.sock"
 _LOCAL_CONNECTIONS = 64
-"""In addition to those of clients, so that users on the machine can always connect."""
+"""Number of connections in addition to the clients', so that users on the machine can always connect."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ def claim(settings: Settings, *, has_keys: bool = False, inherited: socket.socke
 
     Args:
         settings: settings with the address of `inherited`, see `at_address`.
-        has_keys: requests need a key.
+        has_keys: whether API keys exist.
         inherited: socket on which the service manager already listens.
 
     Raises:
@@ -85,7 +85,7 @@ def at_address(settings: Settings, listener: socket.socket) -> Settings:
 
 
 def require_safe(serve: ServeSettings, *, has_keys: bool) -> None:
-    """Check that other machines can neither use the server without a key nor read keys on the network.
+    """Check that other machines cannot use the server without a key, or read keys on the network.
 
     Raises:
         SettingsError: they could; the message names what is missing.
@@ -165,7 +165,7 @@ async def serve(
         on_phase: called with the phases of an engine's start.
         on_ready: called with each version that starts to serve.
         on_failure: called with the reason why a model cannot be served.
-        manager: notified when the first model serves, and that the server lives; None if there is none.
+        manager: notified when the first model serves, and regularly that the server is alive; None if there is none.
         make_slots: returns the object that starts and finds engines.
 
     Raises:
@@ -258,14 +258,14 @@ class _Server:
         stopping = asyncio.create_task(self._stopping.wait())
         defect = False
         try:
-            # The other tasks end by themselves only because of a defect, which must stop the whole server and not half
-            # of it; the engines are not affected, and the next server adopts them. A defect of one model is handled in
+            # The other tasks return only after an unexpected error, which must stop the whole server and not half of
+            # it; the engines are not affected, and the next server adopts them. One model's errors are handled in
             # serving.deployment.
             done, _ = await asyncio.wait({*serving, stopping, *control}, return_when=asyncio.FIRST_COMPLETED)
             defect = any(task.exception() and not isinstance(task.exception(), SvcError) for task in done)
         finally:
             self._manager.stopping()
-            # Control first: it would take the stop of an engine for a death.
+            # Stop the control tasks first: they would treat an engine's stop as a death.
             for task in (stopping, *control):
                 task.cancel()
             await asyncio.wait({stopping, *control})
@@ -283,7 +283,7 @@ class _Server:
             task.result()
 
     async def _let_in(self, http: HttpServer, listener: socket.socket) -> None:
-        """Accept clients, which wait in the listener, and are not refused, while running engines are adopted."""
+        """Accept clients once running engines are adopted; until then clients wait in the listener, and none is refused."""
         await self._parts.deployments.looked.wait()
         if not self._stopping.is_set():
             await http.serve(sockets=[listener])

@@ -16,7 +16,7 @@ from svc.errors import SettingsError
 log = logging.getLogger(__name__)
 
 _FIRST_DESCRIPTOR = 3
-"""First descriptor that the manager passes, after the standard streams."""
+"""First file descriptor that the manager passes, after the standard streams."""
 _BEAT_S = 5.0
 _PATIENCE_S = 60.0
 """Time that a start or stop may take after the last sign of life."""
@@ -67,8 +67,8 @@ class ServiceManager:
     """The service manager that started this process and watches it.
 
     Args:
-        address: address of its socket; None if there is none, and nothing is reported.
-        watchdog_s: time without a sign of life after which it considers the process hung; None for never.
+        address: address of the manager's socket; None if there is no manager, so that nothing is reported.
+        watchdog_s: time without a sign of life after which the manager considers the process hung; None for never.
     """
 
     def __init__(self, address: str | None, watchdog_s: float | None = None) -> None:

@@ -1,1 +1,1 @@
-"""Whether live traffic still looks like the examples that a version was made from."""
+"""Drift detection: compares live traffic with the examples that a version was trained on."""

@@ -1,4 +1,4 @@
-"""The drift alarms of a version: each feature has at most one active alarm."""
+"""A version's drift alarms; each feature has at most one active alarm."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ MOVED = TypeAdapter(Line)
 
 
 class AlarmBook:
-    """Alarms of earlier checks, and the changes of the current check.
+    """A version's stored alarms, updated by the current check.
 
     Attributes:
         changed: alarms that started or ended in this check.
@@ -33,11 +33,11 @@ class AlarmBook:
         self.changed: list[DriftAlarm] = []
 
     def lasting(self, signal: Signal) -> dict[str, DriftAlarm]:
-        """Return the active alarms of a signal by feature."""
+        """Return a signal's active alarms by feature."""
         return {feature: alarm for (of, feature), alarm in self._lasting.items() if of == signal}
 
     def report(self, signal: Signal) -> tuple[Lasting, ...]:
-        """Return the active alarms of a signal as a report shows them."""
+        """Return a signal's active alarms in the form used by reports."""
         return tuple(Lasting(alarm.feature, alarm.since) for alarm in self.lasting(signal).values())
 
     def begin(
@@ -46,7 +46,7 @@ class AlarmBook:
         """Start an alarm.
 
         Args:
-            moved: the feature and its change.
+            moved: the feature that changed, with its values.
             examples: ids of requests that show the change.
         """
         self.end(signal, moved.name, called_at)  # still active although the watch lost its state
@@ -67,7 +67,7 @@ class AlarmBook:
         self.changed.append(replace(alarm, ended_at=time))
 
     def end_forgotten(self, signal: Signal, states: Mapping[str, FeatureState], time: datetime) -> None:
-        """End alarms unknown to the watch: its state was lost, or another release had other features."""
+        """End stored alarms unknown to the detector: its state was lost, or another release had other features."""
         for feature in self.lasting(signal):
             if feature not in states or states[feature].alarm is None:
                 self.end(signal, feature, time)

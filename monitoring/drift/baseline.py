@@ -1,4 +1,4 @@
-"""Accepted traffic as bytes for the store: features and hashes of its requests, no text."""
+"""Serializes accepted traffic for the store: features and hashes of its requests, no text."""
 
 import io
 from typing import Any
@@ -13,7 +13,7 @@ Array = NDArray[Any]
 
 
 def baseline_bytes(baseline: Baseline) -> bytes:
-    """Return a NumPy archive without pickled objects."""
+    """Return the baseline as the bytes of a NumPy archive without pickled objects."""
     arrays = {
         **_arrays("prompts", baseline.prompts),
         **_arrays("answers", baseline.answers),

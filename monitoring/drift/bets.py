@@ -1,7 +1,7 @@
-"""The bets on a stream: sets of values, chosen before an item arrives, and the largest normal share of each set.
+"""The bets on a stream: sets of values, chosen before an item arrives, and each set's largest normal share.
 
 A share is normal up to `SLACK` times the upper end of the 90 % Wilson interval of the reference's share: day and night,
-weekends and a growing client change shares of topics and lengths by less, and are not drift. A doubled share is drift.
+weekends and a growing client change the shares of topics and lengths by less than that, and are not drift.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,20 +16,20 @@ from svc.drift_reference.sample import Floats, Names, Sample
 
 SLACK, SURE = 2.0, 1.64
 _MAX_BOUND = 0.7
-"""A set with a larger bound can win next to nothing."""
+"""Sets with a larger bound are not used: a bet on one could win almost nothing."""
 _TAILS = (0.0, 0.02, 0.1)
-"""Shares of the reference that lie outside the limits of a set, both tails together."""
+"""Shares of the reference beyond a tail set's limits, both tails together."""
 _MIN_SHARE = 0.02
-"""Of the reference; rarer categories share one set with new ones."""
+"""Share of the reference; rarer categories are in one set together with new categories."""
 
 
 @dataclass(frozen=True)
 class Bet:
-    """A set of values of one feature.
+    """A bet on a set of values of one feature.
 
     Attributes:
         bound: largest normal probability of the set.
-        hits: return for each item of a sample whether it is in the set.
+        hits: returns for each of a sample's items whether the item is in the set.
     """
 
     feature: str
@@ -38,10 +38,10 @@ class Bet:
 
 
 def upper_share(count: int, size: int, z: float) -> float:
-    """Return the upper end of the Wilson interval of a share.
+    """Return the upper end of the Wilson interval for a share.
 
     Args:
-        z: of the interval, standard errors.
+        z: half width of the interval in standard errors.
     """
     share = count / size
     middle = share + z * z / (2 * size)
@@ -49,7 +49,7 @@ def upper_share(count: int, size: int, z: float) -> float:
 
 
 def feature_bets(reference: Sample) -> list[Bet]:
-    """Return bets on the readable features of a sample: tails of numbers; frequent, rare and new categories."""
+    """Return bets on a sample's readable features: tails of numbers; frequent, rare and new categories."""
     bets = [bet for name, values in reference.numbers.items() for bet in _tail_bets(name, values)]
     bets += [bet for name, values in reference.categories.items() for bet in _category_bets(name, values)]
     return [bet for bet in bets if bet.bound < _MAX_BOUND]
@@ -110,7 +110,7 @@ def _name_hits(values: Names, inside: np.ndarray[tuple[int, ...], np.dtype[np.bo
 
 
 def hit_table(bets: Sequence[Bet], items: Sample) -> Hits:
-    """Return the hits of all bets (items x bets)."""
+    """Return which items hit which bets (items x bets)."""
     if not bets:
         return np.zeros((items.size, 0), dtype=np.int8)
     return np.stack([bet.hits(items) for bet in bets], axis=1)

@@ -1,6 +1,6 @@
 """The false alarm budget: at most 0.1 false drift alarms are expected in 10,000 requests.
 
-The budget covers all signals and features of a version. Each bet (monitoring.drift.evidence) has a fixed share of it.
+The budget covers all of a version's signals and features. Each bet (monitoring.drift.evidence) has a fixed share of it.
 """
 
 from collections.abc import Mapping

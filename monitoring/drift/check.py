@@ -1,6 +1,6 @@
-"""One drift check of a version: new requests go through the detector, and its results are stored.
+"""One drift check of a version: runs new requests through the detector, and stores the results.
 
-Results do not depend on how often checks run, or which process runs them. A lock of the home allows one at a time.
+Results do not depend on how often checks run or which process runs them. A lock in the home allows one at a time.
 """
 
 import logging
@@ -39,25 +39,25 @@ _TRAFFIC_STATE: Final = TypeAdapter(TrafficState)
 _RATING_STATE: Final = TypeAdapter(RatingState)
 _MIN_REFERENCE = 10
 _MAX_READ = 5_000
-"""Items per check: after days without a check, the newest."""
+"""Maximum number of items per check; after days without a check, only the newest ones are read."""
 _STALE = timedelta(hours=1)
-"""Time without features of new requests after which the server is taken to store none."""
+"""If new requests have had no features for this time, the server is assumed to store none."""
 _MAKING = timedelta(minutes=10)
-"""Maximum age of a request without features: the process that computes them has to start."""
+"""Requests without features are ignored until this age, because the process that computes features has to start."""
 _SCORING = timedelta(minutes=5)
-"""How long a check waits for the log-probability of an answer whose content is stored."""
+"""Longest wait for the log-probability of an answer whose content is stored."""
 _NO_FEATURES = "the server stores no features of new requests: set request_log.features and restart the server"
 State = TypeVar("State")
 
 
 @dataclass(frozen=True)
 class _Bets:
-    """The bets on a version's traffic.
+    """The detection on one version's traffic.
 
     Attributes:
-        accepted: the accepted traffic to compare with, if any.
+        accepted: the accepted traffic to compare with; None to compare with the version's examples.
         detector: None if nothing can be compared.
-        missing: why nothing, or no answers, can be compared.
+        missing: why nothing can be compared, or why answers cannot be.
     """
 
     target: Target
@@ -70,7 +70,7 @@ class DriftCheck:
     """Drift checks of the versions of one home; caches the detector of one version per name.
 
     Args:
-        settings: how the server redacts texts before it computes features.
+        settings: determine how the server redacts texts before it computes features.
         clock: returns the current time.
     """
 
@@ -90,7 +90,7 @@ class DriftCheck:
         self._bets: dict[str, _Bets] = {}
 
     def run(self, target: Target) -> list[SignalReport]:
-        """Check all new requests and ratings of a target, and store the results.
+        """Check a target's new requests and ratings, store the results, and return the reports.
 
         Raises:
             NotFoundError: the version does not exist.
@@ -103,7 +103,7 @@ class DriftCheck:
         return self._advance(target, traffic, ratings, AlarmBook(self._store, target), accepted, earlier)
 
     def accept(self, target: Target) -> list[str]:
-        """End the active alarms of a version: later traffic is compared with the traffic since they began.
+        """End a version's active alarms: later traffic is compared with the traffic since they began.
 
         Alarms of traffic and of ratings are accepted independently.
 
@@ -111,7 +111,7 @@ class DriftCheck:
             The features whose alarms ended.
 
         Raises:
-            RefusedError: no alarm is active, or too few requests or ratings arrived since for any to be accepted.
+            RefusedError: no alarm is active, or since the alarms began too few requests and ratings arrived.
             NotFoundError, IntegrityError: see `run`.
         """
         (traffic, ratings), alarms = self._states(target), AlarmBook(self._store, target)
@@ -160,7 +160,7 @@ class DriftCheck:
         """Check new requests and ratings, and store all results in one transaction.
 
         Args:
-            earlier: reports on traffic, still valid if there are no new requests.
+            earlier: previous reports on traffic, which are returned if there are no new requests.
         """
         lasting = [alarms.report(report.signal) for report in earlier]
         if self._is_idle(target, traffic, accepted, earlier) and lasting == [report.alarms for report in earlier]:
@@ -214,7 +214,7 @@ class DriftCheck:
     def _is_idle(
         self, target: Target, state: TrafficState, accepted: bytes | None, earlier: Sequence[SignalReport]
     ) -> bool:
-        """Return whether this process made these reports and no request arrived since."""
+        """Return whether this process made these reports and no request has arrived since then."""
         bets = self._bets.get(target.version.name)
         same = bets is not None and (bets.target, bets.accepted) == (target, accepted)
         compared = len(earlier) == len(SIGNALS) and earlier[0].status is not Status.OFF
@@ -228,14 +228,14 @@ class DriftCheck:
         return was_answered(self._store, target, after=since, before=self._clock() - _MAKING)
 
     def _items(self, target: Target, state: TrafficState) -> list[StoredItem]:
-        """Return the counted items, the newest items seen, and the new items, in order."""
+        """Return the items to process, in order: counted ones, the newest ones seen, and new ones."""
         kept = read_items_with(self._store, target, state.kept)
         newest = read_items(self._store, target, after=0, newest=_MAX_READ)
         items = sorted({item.id: item for item in (*kept, *newest)}.values(), key=lambda item: item.id)
         return [*takewhile(lambda item: item.id <= state.cursor or not self._is_awaited(item), items)]
 
     def _is_awaited(self, item: StoredItem) -> bool:
-        """Return whether the log-probability of an answer may still come."""
+        """Return whether an answer's log-probability may still be computed."""
         scored = item.logprob is not None or not self._scores
         return not scored and self._clock() - item.item.started_at < _SCORING
 
@@ -253,14 +253,14 @@ class DriftCheck:
         if reference.prompts is None:
             return _Bets(target, None, None, reference.missing)
         if reference.prompts.size < _MIN_REFERENCE:
-            few = f"too few examples to compare with: {reference.prompts.size}; at least {_MIN_REFERENCE} are needed"
+            few = f"too few examples to compare with: {reference.prompts.size} instead of at least {_MIN_REFERENCE}"
             return _Bets(target, None, None, few)
         baseline = Baseline(reference.prompts, reference.words, reference.answers or Sample(0))
         return _Bets(target, None, Detector(baseline), reference.missing)
 
 
 def read_reports(states: Mapping[str, DriftState]) -> list[SignalReport]:
-    """Return the reports of the last check, without those that another release wrote."""
+    """Return the last check's reports, without unreadable ones that another release wrote."""
     reports = list[SignalReport]()
     for signal in Signal:
         try:
@@ -272,9 +272,9 @@ def read_reports(states: Mapping[str, DriftState]) -> list[SignalReport]:
 
 
 def _read(kind: TypeAdapter[State], stored: DriftState | None, first: State) -> State:
-    """Return the stored state; `first` if there is none, or if another release wrote one that cannot be read."""
+    """Return the stored state, or `first` if there is none or the stored one, from another release, cannot be read."""
     try:
         return kind.validate_json(stored.state) if stored else first
     except ValidationError:
-        log.warning("drift detection starts anew: its stored state cannot be read", exc_info=True)
+        log.warning("cannot read the stored state of drift detection; starting anew", exc_info=True)
         return first

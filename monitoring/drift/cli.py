@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("model")
 @click.option(
-    "--accept", is_flag=True, help="End active alarms: compare later traffic with the traffic since they began."
+    "--accept", is_flag=True, help="End the active alarms, and compare later traffic with the traffic since they began."
 )
 @json_option
 @click.pass_context
 def drift(ctx: click.Context, model: str, accept: bool, as_json: bool) -> None:
     """Compare the live traffic of MODEL (NAME or NAME@N) with the examples it was trained on.
 
-    NAME is the version in production. Requests since the last check are checked first; how often checks run does not
-    affect alarms.
+    NAME means its version in production. Requests since the last check are checked first; alarms do not depend on how
+    often checks run.
     """
     settings = settings_of(ctx)
     from monitoring.drift.check import LOCK_FILE, DriftCheck
@@ -51,7 +51,7 @@ def drift(ctx: click.Context, model: str, accept: bool, as_json: bool) -> None:
     except BusyError:
         if accept:
             raise
-        console.print("svc monitor is running a check now; this is the result of the previous check")
+        console.print("svc monitor is running a check now; showing the result of the previous check")
     reports, quality = read_drift(registry, store, target)
     alarms = read_drift_alarms(store, target)
     stored = texts_of(store, [id for alarm in alarms for id in alarm.examples])

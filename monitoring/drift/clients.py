@@ -1,16 +1,16 @@
-"""Limit each client to about its usual share, so that a batch of one client does not look like a change of traffic."""
+"""Limit each client to about its usual share, so that a batch from one client does not look like changed traffic."""
 
 from collections import Counter, deque
 
 COMPARED = 100
-"""Newest counted requests, of which each client has a share."""
+"""Number of newest counted requests in which each client's share is limited."""
 _MIN_COUNT = 5
-"""Counted requests that any client may have."""
+"""Number of counted requests that every client may have, whatever its share."""
 _SLACK = 1.2
 
 
 class ClientShares:
-    """Limit on the requests of each client: its share of the requests seen before.
+    """Limits each client's counted requests to its share of the requests seen before.
 
     Args:
         seen: clients of the newest requests, counted or not, oldest first; the newest `COMPARED` are ignored, since
@@ -30,7 +30,7 @@ class ClientShares:
         """Add the client of the next request; return whether the request is within its share.
 
         Args:
-            client: empty if unknown; such a request always is.
+            client: empty if unknown; such a request is always within its share.
         """
         self._newest.append(client)
         if len(self._newest) > COMPARED:

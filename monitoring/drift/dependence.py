@@ -1,4 +1,4 @@
-"""How far items of a stream depend on earlier ones: runs of one topic, bursts of one client, conversations."""
+"""Estimates how far a stream's items depend on earlier ones: runs of one topic, bursts of one client, conversations."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,18 +9,18 @@ from numpy.typing import NDArray
 from svc.drift_reference.sample import NOT_THERE, Floats, Names, Sample
 
 MAX_LAG = 64
-"""Items; a longer dependence is a change of the stream."""
+"""Maximum dependence, items; a longer one is a change of the stream."""
 LAGS = MAX_LAG + 38
-"""Lags examined: beyond `MAX_LAG`, items are as similar as any two."""
+"""Number of lags examined; beyond `MAX_LAG`, items are as similar as any two items."""
 ROWS = 600
-"""Items used for the estimate, without the newest `MAX_LAG`: a change that begins makes the newest similar."""
+"""Number of items used, without the newest `MAX_LAG`, which are similar when a change begins."""
 MIN_ROWS = 25
 ENOUGH = 226
-"""Items from which all lags are examined; with fewer items, a fifth of their number."""
+"""Number of items from which on all lags are examined; with fewer items, lags up to a fifth of their number."""
 _SURE = 2.5
 """Standard errors beyond which items count as more similar."""
 _BURST_SHARE = 0.25
-"""Excess share of pairs with an equal feature over the reference: then the first items are a burst or a change."""
+"""If the share of pairs with an equal feature exceeds the reference's by this much, the items are a burst or change."""
 
 
 class Resemblance:
@@ -29,7 +29,7 @@ class Resemblance:
     Numbers are equal if they lie in the same quarter of the reference.
 
     Args:
-        usual: mean similarity of prompts of the reference.
+        usual: mean similarity of the reference's prompts.
         references: reference samples of prompts and of answers.
     """
 
@@ -62,7 +62,7 @@ class Resemblance:
         return Resemblances(among, similar, codes, self._usual, self._usually_shared)
 
     def _codes(self, samples: Sequence[Sample]) -> list[NDArray[np.intp]]:
-        """Return for each feature a code per item; equal codes mean a shared feature."""
+        """Return one code per item for each feature; equal codes mean an equal value."""
         codes = list[NDArray[np.intp]]()
         for sample, quarters in zip(samples, self._quarters, strict=True):
             for name, limits in quarters.items():

@@ -1,7 +1,7 @@
 """Compare the requests of a version with its reference: which requests count, and when alarms start and end.
 
-Pure: no store and no clock; the state is passed in as a value. So the benchmark and the tests replay streams through
-the code that watches traffic.
+Pure: no store and no clock; the state is passed in as a value. So benchmarks and tests replay streams through the same
+code that watches traffic.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,25 +28,25 @@ from monitoring.drift.near_copies import RARITY_REQUESTS, NearCopies, Words
 from svc.drift_reference.sample import Floats, Sample
 
 MEMORY = max(ROWS + LAGS, HISTORY + max(LEARNED_FROM)) + MAX_LAG
-"""Counted requests needed to check the next ones."""
+"""Number of previous counted requests needed to check new requests."""
 SEEN = RARITY_REQUESTS + COMPARED
-"""Requests, counted or not, that determine the rarity of words and the share of each client."""
+"""Number of previous requests, counted or not, that determine the rarity of words and each client's share."""
 _LEARNED_SHARE = 0.7
 """Share of the input's budget for the learned sets of the domain classifier: they detect changes that no single feature
 shows. All other bets have equal parts of the rest."""
 _JUDGE_EVERY = 20
-"""Items between two estimates of the dependence."""
+"""Number of items between two estimates of the dependence."""
 
 
 @dataclass(frozen=True)
 class Requests:
-    """Requests in order.
+    """A sequence of requests; each attribute has one entry per request.
 
     Attributes:
         prompts: with views.
         words: of each prompt.
         conversations: the conversation of each request.
-        times: start of each request, seconds since 1970.
+        times: each request's start, seconds since 1970.
         clients: the client of each request; empty if unknown.
     """
 
@@ -85,7 +85,7 @@ class Requests:
 
 
 class Seen(NamedTuple):
-    """A request that was seen, counted or not."""
+    """A previous request, counted or not."""
 
     words: Words
     client: str
@@ -93,7 +93,7 @@ class Seen(NamedTuple):
 
 @dataclass(frozen=True)
 class Baseline:
-    """The reference that requests are compared with.
+    """The reference with which requests are compared.
 
     Attributes:
         prompts: with views.
@@ -108,14 +108,14 @@ class Baseline:
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """State of the detection on a stream.
+    """The state of a stream's detection between two checks.
 
     Attributes:
         kept: number of counted requests.
         dependence: distance, in counted requests, within which they depend on each other.
-        steady_since: position of the last counted request during an alarm; 0 if there was none.
+        steady_since: position of the last counted request during an alarm; 0 if there was no alarm.
         features: state of the bets on each feature.
-        newest_kept: for each of the newest requests seen, whether it counted: a digit each, the newest last.
+        newest_kept: one digit for each of the newest requests seen, newest last: 1 if it was counted.
     """
 
     kept: int = 0
@@ -127,12 +127,12 @@ class Watch:
 
 @dataclass(frozen=True)
 class Advance:
-    """Result of taking new requests.
+    """Result of processing new requests.
 
     Attributes:
         kept: indexes of the counted requests.
         events: alarms that started or ended; positions are numbers of counted requests.
-        strengths: evidence on each feature, see `Evidence.strengths`.
+        strengths: evidence for a change of each feature, see `Evidence.strengths`.
     """
 
     watch: Watch
@@ -145,7 +145,7 @@ class Detector:
     """The bets on a version's traffic.
 
     Args:
-        baseline: the reference; near copies in it count once, as in traffic.
+        baseline: the reference; near copies in the reference count once, as in traffic.
     """
 
     def __init__(self, baseline: Baseline) -> None:
@@ -185,7 +185,7 @@ class Detector:
         """Process new requests.
 
         Args:
-            before: the newest counted requests: all, or at most `MEMORY`.
+            before: the newest counted requests, up to `MEMORY`.
             seen_before: the newest requests seen, counted or not.
         """
         kept = self._keep(before, seen_before, new)
@@ -234,6 +234,6 @@ class Detector:
         return np.array(kept, dtype=np.intp)
 
     def _fixed_hits(self, to_reference: Singles, new: Requests) -> Hits:
-        """Return the hits of new requests in the fixed sets (items x bets)."""
+        """Return which new requests are in which fixed sets (items x bets)."""
         parts = [self.classifier.far_hits(to_reference), hit_table(self._prompt_bets, new.prompts)]
         return np.concatenate([*parts, hit_table(self._answer_bets, new.answers)], axis=1)

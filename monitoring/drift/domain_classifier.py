@@ -22,16 +22,16 @@ from svc.drift_reference.sample import Floats, Sample
 
 CLASSIFIER = "domain_classifier"
 WIDTHS = (1.0, 0.55)
-"""For the two views of a prompt, topic and answer; chosen on training and held-out prompts."""
+"""Kernel widths for a prompt's two views, topic and answer; chosen on training and held-out prompts."""
 LEARNED_FROM = (16, 40)
 """Numbers of newest items from which sets are learned."""
 HISTORY = 400
-"""Items before those; their share of a learned set is normal too."""
+"""Number of items before those; their share of a learned set counts as normal too."""
 _MIN_HISTORY = 50
 _FAR = (0.0, 0.02, 0.1)
-"""Shares of the reference that count as far from it."""
+"""Shares of the reference's own prompts that count as far from the reference."""
 _LEARNED = (0.3, 0.5)
-"""Shares of the reference in a learned set."""
+"""Shares of the reference that a learned set contains."""
 _LEARNED_SLACK, _STEP_SLACK = 1.8, 1.1
 _MAX_LEARNED_BOUND = 0.95
 _NEAREST = 3
@@ -59,9 +59,9 @@ class DomainClassifier:
         reference: prompts with views.
 
     Attributes:
-        far_bounds: bounds of the fixed sets.
+        far_bounds: each fixed set's bound.
         learned: number of bets on learned sets.
-        usual: mean similarity of two prompts of the reference.
+        usual: mean similarity of two of the reference's prompts.
     """
 
     def __init__(self, reference: Sample) -> None:
@@ -88,7 +88,7 @@ class DomainClassifier:
         return self._similarity(ones.views, views).astype(np.float32)
 
     def separation(self, live: Sample) -> float:
-        """Return how well prompts are distinguished from the reference: the area under the ROC curve."""
+        """Return the area under the ROC curve: how well the classifier distinguishes prompts from the reference."""
         return separation(self._all_similar(live), live.size)
 
     def most_typical(self, live: Sample, count: int) -> list[int]:
@@ -101,13 +101,13 @@ class DomainClassifier:
         return self._similarity(both.views, both.views)
 
     def far_hits(self, to_reference: Singles) -> Hits:
-        """Return the hits of the fixed sets (items x bets), in the order of `far_bounds`."""
+        """Return which items are in which fixed sets (items x bets), in the order of `far_bounds`."""
         means, nearest = to_reference.mean(axis=1), _nearest(to_reference)
         hits = [row for mean, near in self._limits for row in (means < mean, nearest < near)]
         return np.where(np.stack(hits, axis=1), HIT, MISS).astype(np.int8)
 
     def learned_hits(self, similar: Similarities, place: int, dependence: float) -> tuple[Hits, Floats]:
-        """Return the hits of an item in the learned sets, and their bounds.
+        """Return in which learned sets an item is, and the sets' bounds.
 
         Args:
             place: index of the item.

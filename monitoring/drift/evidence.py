@@ -1,4 +1,4 @@
-"""Evidence that features of a stream have changed, collected by bets, and the rule for an alarm.
+"""Evidence that a stream's features have changed, collected by bets, and the rule for an alarm.
 
 A bet is on a set of values of a feature, such as "shorter than 99 % of the reference", with a bound: the largest
 probability of that set which still counts as unchanged. The bet stakes a part l of its money on each item; its money
@@ -27,12 +27,12 @@ STAKES = np.array([0.1, 0.35, 0.7])
 four items, the smallest finds a share of 1.5 times its bound in about 2,000 items."""
 _MIN_PATIENCE, _MAX_PATIENCE = 200, 1_000
 _LASTING = 20.0
-"""Times the patience: a statistic this large is a sign that the change continues. Without a change, fewer than one in
+"""Factor of the patience: a larger statistic is a sign that the change continues. Without a change, fewer than one in
 20 alarms has such a sign within its patience."""
 
 Hits = NDArray[np.int8]
 HIT, MISS, NOT_THERE = 1, 0, -1
-"""An item is in the set of a bet, is not, or has no value of the feature."""
+"""Codes for an item that is in a bet's set, is not in the set, or has no value for the feature."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class FeatureAlarm:
     quiet: int = 0
 
     def patience(self, dependence: float) -> float:
-        """Return how many items without a sign of the change end the alarm: four times those before it was raised.
+        """Return how many items without a sign of the change end the alarm: four times the number before it was raised.
 
         Dependent items carry less information, so the minimum grows with the dependence.
         """
@@ -59,7 +59,7 @@ class FeatureAlarm:
 
 @dataclass(frozen=True, slots=True)
 class FeatureState:
-    """State of the bets on one feature, each with every stake.
+    """State of the bets on one feature; each bet is made with every stake.
 
     Attributes:
         money: the statistics; during an alarm, since the last sign of the change.
@@ -76,8 +76,8 @@ class Event:
     """The start or end of an alarm of a feature.
 
     Attributes:
-        position: of the item that caused it.
-        alarm: None if it ended.
+        position: position of the item that caused the start or end.
+        alarm: the started alarm; None if an alarm ended.
     """
 
     position: int
@@ -86,11 +86,11 @@ class Event:
 
 
 class Evidence:
-    """The statistics of all bets of a stream.
+    """The statistics of all bets on a stream.
 
     Args:
         features: the feature of each bet.
-        weights: of each bet; their sum over all bets of the stream is at most 1.
+        weights: each bet's weight; the sum over all bets on the stream is at most 1.
         threshold: for the weighted sum of a feature's statistics: one alarm in so many items while nothing has changed.
         states: by feature, as returned by `states`; features whose bets have changed start anew.
     """
@@ -121,7 +121,7 @@ class Evidence:
 
         Args:
             hits: for each bet `HIT`, `MISS`, or `NOT_THERE`, which is no evidence.
-            bounds: of each bet, above 0.
+            bounds: each bet's bound, above 0.
             dependence: the L of this module's docstring.
         """
         there = hits != NOT_THERE

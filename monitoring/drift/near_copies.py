@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 Words = NDArray[np.int32]
 
 MIN_OVERLAP = 0.5
-"""Jaccard index of two prompts' words from which they are near copies; both the plain index and the one weighted by
-rarity must reach it."""
+"""Minimum Jaccard index of two near copies' words; both the plain index and the index weighted by rarity must reach
+this minimum."""
 COMPARED = 100
-"""Newest counted requests that a new one is compared with."""
+"""Number of newest counted requests with which a new request is compared."""
 RARITY_REQUESTS = 1_000
-"""Newest requests, counted or not, from which rarity is computed, together with the reference."""
+"""Number of newest requests, counted or not, from which rarity is computed, together with the reference."""
 FORGOTTEN_S = 86_400.0
 """A repetition after a day counts again: daily requests are part of the traffic."""
 
@@ -40,11 +40,11 @@ class NearCopies:
             self._count(frozenset(words.tolist()), 1)
 
     def remember(self, words: Words, time_s: float, *, kept: bool, seen: bool) -> None:
-        """Add a request of an earlier check.
+        """Add a request from an earlier check.
 
         Args:
             time_s: start of the request.
-            kept: the request counted.
+            kept: the request was counted.
             seen: the request is among the newest `RARITY_REQUESTS`.
         """
         if seen:
@@ -53,7 +53,7 @@ class NearCopies:
             self._kept.append((frozenset(words.tolist()), time_s))
 
     def is_near_copy(self, words: Words, time_s: float) -> bool:
-        """Add the next request, and return whether it nearly repeats a counted one."""
+        """Add the next request, and return whether it nearly repeats a counted request."""
         distinct = self.see(words)
         if any(time_s - time < FORGOTTEN_S and self._overlap(distinct, other) for other, time in self._kept):
             return True

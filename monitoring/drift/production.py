@@ -21,13 +21,13 @@ log = logging.getLogger(__name__)
 
 
 def production_targets(store: Store) -> list[Target]:
-    """Return the desired target of each model that a server of the home serves, or served last."""
+    """Return the desired target of each model that the home's server serves, or served last."""
     deployments = [read_desired(store, name) for name in deployed_names(store)]
     return [desired.target for desired in deployments if desired is not None]
 
 
 def read_drift(registry: Registry, store: Store, target: Target) -> tuple[list[SignalReport], QualityReport]:
-    """Return the reports of the last check of a target, and the result of the last run of its held-out set.
+    """Return the reports from a target's last check, and the result of its last held-out run.
 
     Raises:
         NotFoundError: the version does not exist.
@@ -38,7 +38,7 @@ def read_drift(registry: Registry, store: Store, target: Target) -> tuple[list[S
 
 
 class ProductionChecks:
-    """Repeated checks of all production targets; their references stay in memory."""
+    """Runs checks of all production targets repeatedly; keeps their references in memory."""
 
     def __init__(self, settings: Settings) -> None:
         self._lock = settings.home / LOCK_FILE
@@ -55,4 +55,4 @@ class ProductionChecks:
                     except Exception:  # also a defect: it would prevent the check of all later models every time
                         log.exception("the drift check of %s failed", target)
         except BusyError:
-            log.info("another process is running the drift check")
+            log.info("another process is running the drift check; skipping this one")

@@ -1,6 +1,6 @@
-"""Compare ratings of a version's answers with those of earlier versions: the report on people.
+"""Compare ratings of a version's answers with ratings of earlier versions' answers: the report on the signal `people`.
 
-Of all ratings by one person on one day, only the first counts.
+Only each person's first rating per day counts.
 """
 
 from collections.abc import Iterable, Sequence
@@ -33,7 +33,7 @@ class RatingState:
     Attributes:
         cursor: time of the newest rating seen, microseconds since 1970.
         memory: ids of the newest ratings.
-        base: the ratings to compare with, each (bad, corrected); fixed once collected.
+        base: the ratings to compare with, each a pair (bad, corrected); fixed once collected.
         position: number of compared ratings.
     """
 
@@ -47,9 +47,9 @@ class RatingState:
 def check_ratings(
     store: Store, target: Target, state: RatingState, now: datetime, alarms: AlarmBook
 ) -> tuple[RatingState, SignalReport]:
-    """Check new ratings; start and end alarms."""
+    """Check new ratings, start and end alarms, and return the new state and the report."""
     ratings = one_a_day(read_ratings(store, target, newest=_MAX_RATINGS))
-    # At most now: otherwise a clock that once ran ahead would make all later ratings old.
+    # At most the current time: otherwise a clock that once ran ahead would make all later ratings too old.
     newest = min(_micros(now), max((_micros(rating.given_at) for rating in ratings), default=0))
     base = state.base
     if not base:
@@ -61,7 +61,7 @@ def check_ratings(
             base, ratings = _pairs(ratings[:_MIN_REFERENCE]), ratings[_MIN_REFERENCE:]
     if not base:
         alarms.end_all(Signal.PEOPLE, now)  # from another release, whose state could not be read
-        why = f"fewer than {_MIN_REFERENCE} earlier ratings to compare with, counting one per person and day"
+        why = f"fewer than {_MIN_REFERENCE} earlier ratings to compare with (one per person and day counts)"
         return state, SignalReport(Signal.PEOPLE, Status.WAITING, why)
     known = set(state.memory)
     before = [rating for rating in ratings if rating.id in known]
@@ -140,17 +140,17 @@ class _Ratings:
 
 
 def accept_ratings(store: Store, target: Target, state: RatingState, since: datetime) -> RatingState:
-    """Return the state that compares later ratings with those since a time.
+    """Return the state that compares later ratings with the ratings since a time.
 
     Raises:
-        RefusedError: too few ratings were given since.
+        RefusedError: too few ratings were given since then.
     """
     ratings = [r for r in one_a_day(read_ratings(store, target, newest=_MAX_RATINGS)) if r.given_at >= since]
     if len(ratings) < _MIN_ACCEPTED:
         raise RefusedError(
             f"only {len(ratings)} ratings were given since the change",
             expected=f"at least {_MIN_ACCEPTED}, one per person and day",
-            todo=f"run `svc drift {target.version} --accept` when there are enough",
+            todo=f"repeat `svc drift {target.version} --accept` once there are enough",
         )
     return replace(state, base=_pairs(ratings), features={})
 

@@ -1,4 +1,4 @@
-"""Output of `svc drift` as text and as JSON."""
+"""Formats the output of `svc drift`, as text and as JSON."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -29,7 +29,7 @@ _COLOURS = {
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A request that shows an alarm.
+    """A request that shows an alarm's change.
 
     Attributes:
         prompt: the last user turn.
@@ -46,7 +46,7 @@ def drift_screen(
     alarms: Sequence[DriftAlarm],
     examples: Mapping[str, Example],
 ) -> RenderableType:
-    """Return the screen of `svc drift`.
+    """Return the text that `svc drift` prints.
 
     Args:
         alarms: newest first.

@@ -1,4 +1,4 @@
-"""The result of a check: the source of the table of `svc drift`, its JSON output and the metrics."""
+"""The result of a check, shown by `svc drift` as a table or JSON and exported as metrics."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,29 +15,29 @@ EXAMPLES = 5
 
 
 class Status(StrEnum):
-    """Status of a signal."""
+    """Status of a drift signal."""
 
     OFF = "off"
-    """The signal cannot be watched; the report says why."""
+    """The signal cannot be watched; the report has the reason."""
     WAITING = "waiting"
     """Too few requests or ratings so far."""
     UNWATCHED = "unwatched"
-    """There is traffic, but none of it can be compared; the report says why."""
+    """There is traffic, but none of it can be compared; the report has the reason."""
     STEADY = "steady"
     ALARM = "alarm"
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One feature of the newest items compared with the reference.
+    """The newest items' values of one feature, compared with the reference.
 
     Attributes:
-        name: of the feature, or `domain_classifier`.
+        name: the feature's name, or `domain_classifier`.
         score: size of the difference: for the classifier the area under its ROC curve (0.5: none), otherwise the
             population stability index beyond its expected value by chance (0: none).
-        evidence: for a change, on a logarithmic scale: 0 is none, 1 an alarm.
-        expected: of the reference: the median, or the share of the category that changed most.
-        live: the same for the items.
+        evidence: evidence for a change, on a logarithmic scale: 0 is none, 1 an alarm.
+        expected: the reference's median, or its share of the category that changed most.
+        live: the same value for the newest items.
     """
 
     name: str
@@ -64,12 +64,12 @@ class SignalReport:
     """The report on one signal.
 
     Attributes:
-        why: the reason for the status, or a note on it.
+        why: the reason for the status, or a note.
         items: requests, or ratings, compared since the version was first served.
         window: number of newest items that `lines` describe.
-        alarms: active alarms of its features.
+        alarms: the active alarms.
         uncompared: features without values in the newest items.
-        newest_at: when the newest item started, or was rated.
+        newest_at: time when the newest item started or was rated.
     """
 
     signal: Signal
@@ -84,7 +84,7 @@ class SignalReport:
 
 
 def feature_line(name: str, evidence: float, reference: Sample, live: Sample) -> Line | None:
-    """Return the line of a readable feature; None if the live items have no value of it."""
+    """Return the line for a readable feature; None if the live items have no values."""
     if name in reference.numbers:
         expected, actual = reference.numbers[name], live.numbers[name]
         if np.isnan(actual).all():
@@ -107,7 +107,7 @@ def most_moved(name: str, reference: Sample, live: Sample) -> list[int]:
 
 
 def _distances(name: str, reference: Sample, live: Sample) -> list[float]:
-    """Return negative distances of items from the usual values of a feature: smaller is farther."""
+    """Return the items' negative distances from a feature's usual values: smaller is farther."""
     if name in live.numbers:
         values = live.numbers[name]
         return list(-np.nan_to_num(np.abs(values - np.nanmedian(reference.numbers[name])), nan=-1.0))

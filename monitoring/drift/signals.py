@@ -1,4 +1,4 @@
-"""Ratings of answers as features to bet on."""
+"""Converts ratings of answers to features, and returns the bets on them."""
 
 from collections.abc import Sequence
 from enum import StrEnum
@@ -15,7 +15,7 @@ the hour."""
 
 
 class RatingFeature(StrEnum):
-    """Features of ratings; each is a line of the drift table."""
+    """The features of ratings; each is a line in the drift table."""
 
     BAD = "bad_ratings"
     CORRECTED = "corrections"

@@ -12,7 +12,7 @@ from svc.drift_reference.sample import Floats
 
 
 class Similarity:
-    """Similarity of two prompts, 0 to 1: the mean of Gaussian kernels, one per view.
+    """Computes the similarity of two prompts, 0 to 1: the mean of Gaussian kernels, one per view.
 
     The width is the median distance within the reference, as usual; for a view of answers 0.55 of it, since answers
     form groups.

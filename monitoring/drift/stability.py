@@ -1,4 +1,4 @@
-"""Size of the shift of one readable feature: the population stability index (PSI)."""
+"""Size of a readable feature's shift: the population stability index (PSI)."""
 
 from dataclasses import dataclass
 
@@ -26,12 +26,12 @@ class Stability:
 
     @property
     def beyond_chance(self) -> float:
-        """Return the difference, at least 0: comparable with the conventional limits for samples of any size."""
+        """Return `index` minus `by_chance`, at least 0: comparable with conventional limits for samples of any size."""
         return max(0.0, self.index - self.by_chance)
 
 
 def number_stability(reference: Floats, live: Floats) -> Stability:
-    """Return the index over the reference's deciles; missing values are ignored."""
+    """Return the index over bins at the reference's deciles; missing values are ignored."""
     reference, live = reference[~np.isnan(reference)], live[~np.isnan(live)]
     if not len(reference) or not len(live):
         return Stability(0.0, 0.0)
@@ -44,7 +44,7 @@ def number_stability(reference: Floats, live: Floats) -> Stability:
 
 
 def category_stability(reference: Names, live: Names) -> Stability:
-    """Return the index over all categories of either sample; missing values are ignored."""
+    """Return the index over all categories in either sample; missing values are ignored."""
     reference, live = reference[reference != NOT_THERE], live[live != NOT_THERE]
     if not len(reference) or not len(live):
         return Stability(0.0, 0.0)

@@ -19,16 +19,16 @@ from svc.store.drift_items import StoredItem
 
 SIGNALS = (Signal.INPUT, Signal.OUTPUT)
 _SHOWN = 100
-"""Newest requests covered by the lines of a report and the examples of an alarm."""
+"""Number of newest requests described by a report's lines and an alarm's examples."""
 _MIN_SHOWN = 10
 _TOGETHER = 500
-"""New requests processed together: time and memory grow with the square of their number."""
+"""Number of new requests processed together: time and memory grow with the square of this number."""
 _MIN_SEEN = 200
-"""Requests from which the share of compared ones is meaningful."""
+"""Number of requests from which on the share of compared requests is meaningful."""
 _FEW_KEPT, _NONE_KEPT = 0.2, 0.02
-"""Shares of the newest 1,000 requests. Below the first the report has a note; below the second nothing is watched."""
+"""Compared shares of the newest 1,000 requests. Below the first, a note is shown; below the second, nothing is watched."""
 _MIN_ACCEPTED, _MAX_ACCEPTED = 50, 500
-"""Limits on the requests of an accepted baseline."""
+"""Minimum and maximum number of requests in an accepted baseline."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class TrafficState:
 def check_traffic(
     detector: Detector, state: TrafficState, items: Sequence[StoredItem], alarms: AlarmBook, now: datetime
 ) -> tuple[TrafficState, list[SignalReport]]:
-    """Check new items; start and end alarms.
+    """Check new items, start and end alarms, and return the new state and the reports.
 
     Args:
         items: stored items in order: those of `state.kept`, the newest seen, and the new ones.
@@ -104,7 +104,7 @@ def accepted_baseline(detector: Detector, state: TrafficState, items: Sequence[S
     """Return the requests since the newest alarm began as the baseline for later ones.
 
     Raises:
-        RefusedError: too few requests were counted since.
+        RefusedError: too few requests were counted since then.
     """
     since = max(feature.alarm.since for feature in state.watch.features.values() if feature.alarm)
     count = min(state.watch.kept - since + 1, _MAX_ACCEPTED)
@@ -112,9 +112,9 @@ def accepted_baseline(detector: Detector, state: TrafficState, items: Sequence[S
     requests = requests_of([item for item in items if item.id in ids], detector)
     if requests.size < _MIN_ACCEPTED:
         raise RefusedError(
-            f"only {requests.size} comparable requests arrived since the change of traffic",
+            f"only {requests.size} comparable requests arrived since the change in traffic",
             expected=f"at least {_MIN_ACCEPTED}",
-            todo="repeat `svc drift MODEL --accept` when there are enough",
+            todo="repeat `svc drift MODEL --accept` once there are enough",
         )
     return Baseline(requests.prompts, requests.words, requests.answers)
 
@@ -211,5 +211,5 @@ def _status(watch: Watch, shown: int, *, compared: bool) -> tuple[Status, str]:
     share = newest.count("1") / len(newest)
     if len(newest) < _MIN_SEEN or share >= _FEW_KEPT:
         return Status.STEADY, ""
-    why = f"only {share:.0%} of the newest {len(newest)} requests are compared: the others nearly repeat those"
+    why = f"only {share:.0%} of the newest {len(newest)} requests are compared: the others nearly repeat earlier ones"
     return (Status.UNWATCHED if share < _NONE_KEPT else Status.STEADY), why

@@ -1,7 +1,7 @@
-"""Run drift checks next to the exporter in a separate process: one check takes seconds of a core.
+"""Run drift checks for the exporter in a separate process: one check takes seconds of CPU time.
 
-The process stays alive between checks, because its imports take seconds too. It is restarted if it dies, and ends with
-its parent.
+The process stays alive between checks, because its imports take seconds too. It is restarted if it dies, and exits
+with its parent.
 """
 
 import logging
@@ -19,10 +19,10 @@ from svc.settings import Settings
 log = logging.getLogger(__name__)
 
 _NICENESS = 10
-"""All other processes have priority."""
+"""Niceness of the process: all other processes have priority."""
 _LOOK_EVERY_S = 1.0
 _PAUSE_S = 10.0
-"""Before a dead process is restarted."""
+"""Pause before a dead process is restarted."""
 
 Prepare = Callable[[Settings], Callable[[], object]]
 
@@ -62,12 +62,12 @@ class DriftWorker:
                 process.terminate()
                 process.join()
                 return
-            log.error("the drift process ended with exit code %s; restarting it", process.exitcode)
+            log.error("the drift process exited with code %s; restarting it", process.exitcode)
             self._stop.wait(_PAUSE_S)
 
 
 def _work(prepare: Prepare, settings: Settings) -> None:
-    """Run checks on one core until the parent process is gone."""
+    """Run checks on one core until the parent process has exited."""
     from threadpoolctl import threadpool_limits
 
     end_with_parent()
@@ -79,5 +79,5 @@ def _work(prepare: Prepare, settings: Settings) -> None:
             try:
                 check()
             except Exception:  # the boundary of this process: the next check may succeed
-                log.exception("the drift check failed")
+                log.exception("drift check failed")
             time.sleep(settings.monitor.drift_every_s)

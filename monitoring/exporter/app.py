@@ -1,6 +1,6 @@
 """`svc monitor`: one page with the metrics of the server, versions, training runs and drift.
 
-A separate process, so that it survives the server. On another machine it exports only the server's page.
+A separate process, so that it survives the server's exit. On another machine it exports only the server's page.
 """
 
 import socket
@@ -45,12 +45,12 @@ def exporting(
         home: folder with the training runs.
         find_server: returns the server's current address; raises ServerNotRunningError.
         port: 0 for any free port.
-        checking: drift checks run.
-        certificate: of the server, in PEM; None if it has none.
+        checking: whether drift checks run.
+        certificate: the server's certificate, in PEM; None if it has none.
 
     Raises:
         BusyError: the port is in use.
-        SettingsError: this machine does not have the address.
+        SettingsError: the address does not belong to this machine.
     """
     metrics = CollectorRegistry()
     for collector in (
@@ -62,7 +62,7 @@ def exporting(
     ):
         metrics.register(collector)
     try:
-        # A host name means its IPv4 address, as for the server.
+        # A host name is resolved to its IPv4 address, as for the server.
         address = host if ":" in host else socket.gethostbyname(host)
         server, thread = start_http_server(port, address, metrics)
     except (OSError, UnicodeError) as error:  # the latter: not a valid host name
@@ -77,7 +77,7 @@ def exporting(
 
 
 def _page(metrics: CollectorRegistry) -> "WSGIApplication":
-    """Return prometheus_client's page with unchanged names of vLLM's metrics.
+    """Return prometheus_client's page with vLLM's metric names unchanged.
 
     Its OpenMetrics encoder writes `vllm:` as `vllm_` unless the client accepts UTF-8 names.
     """

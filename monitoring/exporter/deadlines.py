@@ -1,6 +1,6 @@
 """Expiry times of the server's certificate and keys, and the time of the last backup of the home.
 
-All are timestamps, not ages, so that a page stays right however long it is stored.
+All are timestamps, not ages, so that a page stays correct however long it is stored.
 """
 
 import logging
@@ -25,7 +25,7 @@ class DeadlineMetrics(Collector):
     """Collector that reads the certificate's file and the store at each scrape.
 
     Args:
-        certificate: in PEM, the server's own first; None if it has none.
+        certificate: PEM file, the server's own certificate first; None if the server has none.
     """
 
     def __init__(self, store: Store, certificate: Path | None) -> None:
@@ -33,7 +33,7 @@ class DeadlineMetrics(Collector):
         self._certificate = certificate
 
     def collect(self) -> Iterable[Metric]:
-        """Return the known times."""
+        """Return the metrics whose times are known."""
         certificate = GaugeMetricFamily(
             "svc_certificate_expiry_timestamp_seconds", "When the server's certificate expires", labels=[]
         )
@@ -43,7 +43,7 @@ class DeadlineMetrics(Collector):
             try:
                 certificate.add_metric([], _expiry(self._certificate))
             except (OSError, ValueError):
-                log.warning("the certificate %s cannot be read", self._certificate, exc_info=True)
+                log.warning("cannot read the certificate %s", self._certificate, exc_info=True)
         try:
             now = datetime.now(UTC)
             for stored in read_keys(self._store):
@@ -52,7 +52,7 @@ class DeadlineMetrics(Collector):
             if newest := self._newest_backup():
                 backup.add_metric([], newest)
         except SQLAlchemyError:
-            log.warning("the times of keys and backups cannot be read", exc_info=True)
+            log.warning("cannot read the times of keys and backups", exc_info=True)
         return certificate, key, backup
 
     def _newest_backup(self) -> float | None:
@@ -64,12 +64,12 @@ class DeadlineMetrics(Collector):
         try:
             made_at = Archive(Path(event.subject)).newest_at()
         except OSError:
-            log.warning("the backups in %s cannot be read", event.subject, exc_info=True)
+            log.warning("cannot read the backups in %s", event.subject, exc_info=True)
         return (made_at or datetime.fromisoformat(event.at)).timestamp()
 
 
 def _expiry(certificate: Path) -> float:
-    """Return the expiry time of the first certificate of a file.
+    """Return the expiry time of a file's first certificate.
 
     Raises:
         OSError: the file cannot be read.

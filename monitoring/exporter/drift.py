@@ -1,4 +1,4 @@
-"""Drift and held-out quality of the versions in production, from the newest checks and runs."""
+"""Metrics of the production versions' drift and held-out quality, from the newest checks and runs."""
 
 import logging
 from collections.abc import Iterable, Iterator
@@ -48,7 +48,7 @@ class DriftMetrics(Collector):
     """Collector that reads the results of checks from the store.
 
     Args:
-        checking: drift checks run; a version that was never checked then has the time 0 instead of no time.
+        checking: whether drift checks run; if so, a version that was never checked has the time 0 instead of no time.
     """
 
     def __init__(self, registry: Registry, store: Store, *, checking: bool = True) -> None:
@@ -70,7 +70,7 @@ class DriftMetrics(Collector):
         try:
             targets = production_targets(self._store)
         except SQLAlchemyError:
-            log.warning("drift metrics cannot be read", exc_info=True)
+            log.warning("cannot read drift metrics", exc_info=True)
             return families.values()
         for target in targets:
             version = [target.version.name, str(target.version.number)]
@@ -78,7 +78,7 @@ class DriftMetrics(Collector):
                 for name, labels, value in chain(self._signals(target), self._holdout(target)):
                     families[name].add_metric([*version, *labels], value)
             except (SvcError, SQLAlchemyError, ValueError):
-                log.warning("the drift metrics of %s cannot be read", target, exc_info=True)
+                log.warning("cannot read the drift metrics of %s", target, exc_info=True)
         return families.values()
 
     def _signals(self, target: Target) -> Iterator[_Sample]:

@@ -1,6 +1,6 @@
 """The server's own metrics page, passed through with the same names, and whether the server answered.
 
-A server that answers with something other than metrics may still serve clients: it is up, and its page is unreadable.
+A server that answers with something other than metrics may still serve clients: it counts as up, with a bad page.
 """
 
 import logging
@@ -19,7 +19,7 @@ from svc.remote.server_url import ServerAddress
 log = logging.getLogger(__name__)
 
 _TIMEOUT_S = 4.0
-"""Well below Prometheus' timeout of ten seconds, so that it learns that the server is down."""
+"""Well below Prometheus' timeout of ten seconds, so that a scrape can report that the server is down."""
 _OPENMETRICS = {"accept": "application/openmetrics-text; version=1.0.0; escaping=allow-utf-8"}
 
 
@@ -34,7 +34,7 @@ class ServerPage(Collector):
         self._find = find
 
     def collect(self) -> Iterable[Metric]:
-        """Return the server's metrics and three of the exporter."""
+        """Return the server's metrics and three of the exporter's own."""
         started = time.monotonic()
         answer = self._ask()
         seconds = time.monotonic() - started
@@ -46,7 +46,7 @@ class ServerPage(Collector):
         yield from families or ()
 
     def _ask(self) -> httpx.Response | None:
-        """Return the answer; None without one, or for a 5xx such as a proxy's 502, which is not the server's."""
+        """Return the answer; None if there is none or its status is 5xx, such as a proxy's 502."""
         try:
             with self._find().client(_TIMEOUT_S) as client:
                 # OpenMetrics is the only text format with exemplars.
@@ -66,5 +66,5 @@ def _families(answer: httpx.Response) -> list[Metric] | None:
         families: list[Metric] = list(text_string_to_metric_families(answer.text))  # type: ignore[no-untyped-call]
         return families
     except (httpx.HTTPStatusError, ValueError) as error:
-        log.warning("the metrics of the server cannot be read: %s", error)
+        log.warning("cannot read the server's metrics: %s", error)
         return None

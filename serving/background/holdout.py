@@ -1,7 +1,7 @@
-"""Runs the held-out set of the served version again on its engine, for as long as it serves.
+"""Repeatedly runs the served version's held-out set on its engine.
 
-After every load of weights, and then every few hours, the examples with an answer from the registration are asked in
-the same way, or a sample of them if there are many. The results are stored as a row; nothing here evaluates them.
+After every load of weights, and then every few hours, the examples that were answered at registration are sent in the
+same way, or a sample of them if there are many. A run's results are stored in a row; nothing here evaluates them.
 """
 
 import asyncio
@@ -41,10 +41,10 @@ log = logging.getLogger(__name__)
 
 _POLL_S = 1.0
 _PAUSE_S = 60.0
-"""After a defect, or if the store rejects the row."""
+"""Pause after an unexpected error, or if the store rejects the row."""
 _NEVER = "holdout.every_hours is 0"
 MAX_EXAMPLES = 200
-"""In one run. Each may wait scheduler.PATIENCE_S, 30 s: 200 take less than two hours, which leaves time for scores."""
+"""Maximum examples per run. Each may wait scheduler.PATIENCE_S, 30 s: 200 take less than two hours."""
 
 
 class HoldoutState(StrEnum):
@@ -76,9 +76,9 @@ class HoldoutRuns:
     """Runs the held-out set while the server runs.
 
     Attributes:
-        facts: returns the kind of engine that answers for a version in a format.
-        every_hours: from the start of one run to the start of the next; 0 for no runs.
-        run_functions: whether a metric function of a version may run.
+        facts: returns the kind of engine that serves a version in a format.
+        every_hours: interval from the start of one run to the start of the next, hours; 0 for no runs.
+        run_functions: whether a version's own metric function may be run.
     """
 
     scheduler: BackgroundScheduler
@@ -102,21 +102,21 @@ class HoldoutRuns:
     async def run(self) -> None:
         """Run until cancelled."""
         if not self.every_hours:
-            log.warning("the held-out set is not run again: %s", _NEVER)
+            log.warning("not running the held-out set again: %s", _NEVER)
         while True:
             try:
                 cause = self._due()
                 if cause:
                     await self._ask_all(cause)
             except SupersededError:
-                log.info("the run of the held-out set was dropped: the engine holds other weights now")
+                log.info("dropped the run of the held-out set: the engine now holds other weights")
             except Exception:  # the boundary: serving and later runs continue
-                log.exception("the held-out set could not be run")
+                log.exception("could not run the held-out set")
                 await asyncio.sleep(_PAUSE_S)
             await asyncio.sleep(_POLL_S)
 
     def status(self, target: Target) -> dict[str, Any]:
-        """Return the part of /svc/status for the version that serves."""
+        """Return the held-out set's part of /svc/status for the served version."""
         last = newest_holdout_run(self.store, target, completed=False)
         asked, total = self._progress or (0, 0)
         off = self._nothing_to_ask or self.scheduler.off if self.every_hours else _NEVER
@@ -136,7 +136,7 @@ class HoldoutRuns:
         }
 
     def _due(self) -> HoldoutCause | None:
-        """Return why the set must be run now; None if it must not."""
+        """Return the reason why the set must be run now; None if no run is due."""
         weights = self.pool.weights
         if not self.every_hours or self.scheduler.unfit or self.pool.state is not EngineState.READY:
             return None
@@ -148,7 +148,7 @@ class HoldoutRuns:
         """Do one run and store its outcome.
 
         Raises:
-            SupersededError: the run was cancelled, and must begin again.
+            SupersededError: the run was cancelled and must start again.
         """
         primary = self.pool.primary
         if primary is None or primary.target is None:
@@ -178,7 +178,7 @@ class HoldoutRuns:
         await self._keep(await asyncio.to_thread(self._scored, run, results))
 
     def _scored(self, run: HoldoutRun, results: dict[int, ExampleResult]) -> HoldoutRun:
-        """Return the run with each answer's score by the primary metric, or by exact match if that cannot run here."""
+        """Return the run with each answer's score by the primary metric, or exact match if that cannot run."""
         if not results:
             return run
         try:
@@ -191,18 +191,18 @@ class HoldoutRuns:
         return replace(run, metric=metric.name, scores=tuple(scores))
 
     async def _keep(self, run: HoldoutRun) -> None:
-        """Store a run, retrying until it succeeds: a busy moment must not lose the work of an hour."""
+        """Store a run, retrying until that succeeds: an hour's work must not be lost because the store is busy."""
         while True:
             try:
                 return await asyncio.to_thread(add_holdout_run, self.store, run)
             except SQLAlchemyError:
-                log.exception("the run of the held-out set of %s is not stored yet", run.target)
+                log.exception("could not store the run of the held-out set of %s; retrying", run.target)
                 await asyncio.sleep(_PAUSE_S)
 
     async def _attempt(
         self, weights: LoadedWeights, target: Target, cause: HoldoutCause
     ) -> tuple[dict[int, ExampleResult], str | None]:
-        """Return the results by the examples' places, or the reason why there are none."""
+        """Return the results by the examples' indexes, or the reason why there are none."""
         self._nothing_to_ask = None
         try:
             questions = await asyncio.to_thread(self._find_set, target)
@@ -214,14 +214,14 @@ class HoldoutRuns:
             raise
         except NotFoundError as error:
             self._nothing_to_ask = error.wrong
-            log.warning("the held-out set of %s is not run: %s", target, error.wrong)
+            log.warning("not running the held-out set of %s: %s", target, error.wrong)
             return {}, error.wrong
         except Exception as error:  # any error is the outcome of this run
             log.exception("the run of the held-out set of %s failed", target)
             return {}, error.wrong if isinstance(error, SvcError) else repr(error)
 
     def _find_set(self, target: Target) -> dict[int, _Question]:
-        """Return the examples to ask, by their places in the file."""
+        """Return the examples to run, by their indexes in the file."""
         registered = self.registry.results(target.version, target.format)
         examples = self.registry.heldout(target.version)
         tokenized = self.registry.heldout_tokens(target.version)
@@ -247,6 +247,6 @@ class HoldoutRuns:
 
 
 def _evenly(total: int, most: int) -> list[int]:
-    """Return all places, or `most` of them spread over the whole range."""
+    """Return all indexes, or `most` of them spread over the whole range."""
     count = min(total, most)
     return [(2 * at + 1) * total // (2 * count) for at in range(count)]

@@ -1,7 +1,7 @@
-"""The server's own (background) requests to its engine: one at a time, slowly, and after the requests of clients.
+"""The server's own (background) requests to its engine: one at a time, slowly, and after clients' requests.
 
-They use the engine's socket directly, not the gateway, so that the rows and metrics of requests do not include them;
-vLLM's own metrics and log do. Knows neither the contents of the requests nor the use of the answers.
+They use the engine's socket directly, not the gateway, so request rows and metrics do not include them; vLLM's own
+metrics and log do. Knows neither the requests' contents nor the use of the answers.
 """
 
 import asyncio
@@ -26,18 +26,18 @@ Result = TypeVar("Result")
 
 ID_PREFIX = "holdout-"
 PATIENCE_S = 30.0
-"""Longest wait of a background request for an idle engine; after it, the request runs concurrently with others. 200
+"""A background request's longest wait for an idle engine; then it runs concurrently with other requests. 200
 held-out examples then take less than two hours of the six between two runs."""
 _POLL_S = 1.0
 _MAX_DEATHS = 3
 _DEATHS_WITHIN_S = 24 * 3600.0
-"""An engine may die during a background request for any reason. After three deaths in a day the requests stop, to
-protect clients: a request that kills the engine would be sent to each new engine within minutes."""
+"""Number of engine deaths during background requests in a day, for any reason, after which these requests stop. This
+protects clients: a request that kills the engine would be sent to each new engine within minutes."""
 _WITH_ENGINE = {EngineState.READY, EngineState.DRAINING, EngineState.SWAPPING}
 
 
 class SupersededError(Exception):
-    """The engine was loaded again since the request was sent, or accepts no more of them."""
+    """Raised when the engine was loaded again since the request was sent, or background requests are off."""
 
 
 class BackgroundScheduler:
@@ -54,7 +54,7 @@ class BackgroundScheduler:
 
     @property
     def unfit(self) -> str | None:
-        """Why the current engine cannot answer such requests; None if it can, or there is none."""
+        """Why the current engine cannot answer such requests; None if it can or no engine runs."""
         primary = self._pool.primary
         able = primary.capabilities if primary else None
         return able.unprobed if able else None
@@ -65,15 +65,15 @@ class BackgroundScheduler:
         return self._given_up or self.unfit
 
     async def ask(self, weights: LoadedWeights, send: Callable[[EngineClient], Awaitable[Result]]) -> Result:
-        """Send a request in its turn, and again if it was cancelled and the engine still holds the same weights.
+        """Send a request in its turn; send it again if it was cancelled and the engine still holds the same weights.
 
         Args:
             weights: the weights that the engine must hold.
             send: sends the request and reads the answer.
 
         Raises:
-            SupersededError: the engine was loaded again since, or died too often during such requests.
-            EngineError: the engine rejected the request, or did not answer although it lives.
+            SupersededError: the engine was loaded again since then, or died too often during such requests.
+            EngineError: the engine rejected the request, or is alive but did not answer.
         """
         async with self._turn:
             while True:
@@ -114,4 +114,4 @@ class BackgroundScheduler:
         log.warning("the engine died during a background request, %d of %d", recent, _MAX_DEATHS)
         if recent >= _MAX_DEATHS:
             self._given_up = f"the engine died {recent} times in a day during background requests; see its log"
-            log.error("no more background requests: %s", self._given_up)
+            log.error("stopping background requests: %s", self._given_up)

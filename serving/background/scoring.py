@@ -1,7 +1,7 @@
 """Scores live answers by their log-probability under the version, comparable to the registered held-out answers.
 
-Only greedy answers whose content is stored unredacted: the text is scored again as part of a prompt, and a sampled or
-redacted text would get another value. Long answers are cut to the largest length of a held-out answer. One at a time,
+Only greedy answers with unredacted stored content are scored: the text is scored as part of a prompt, and a sampled
+or redacted text would get another value. Long answers are cut to a held-out answer's maximum length. One at a time,
 evenly over the hour, after the held-out set. Only the messages of a request are stored: answers with tools or a
 reasoning parser are scored without them.
 """
@@ -35,10 +35,10 @@ log = logging.getLogger(__name__)
 
 _POLL_S = 5.0
 _PAUSE_S = 60.0
-"""After a defect, or if nothing was found: finding nothing reads all requests of the hour."""
+"""Pause after an unexpected error, or if there was nothing to score: such a search reads all requests of the hour."""
 _OLDEST = timedelta(hours=1)
 _MAX_SKIPPED = 500
-"""Rows that were tried and have no score. Beyond this number the oldest may be tried again, at one request each."""
+"""Number of remembered rows that were tried without a score. Older ones may be tried again, at one request each."""
 
 
 @dataclass(eq=False)
@@ -46,7 +46,7 @@ class LiveScores:
     """Scores answers while the server runs.
 
     Attributes:
-        busy: returns whether the held-out set has priority now.
+        busy: returns whether the held-out set currently has priority.
         per_hour: maximum number of answers per hour; 0 for none.
     """
 
@@ -70,17 +70,17 @@ class LiveScores:
                 if self.per_hour and idle and self.scheduler.off is None:
                     pause_s = 0.0 if await self._score_newest() else _PAUSE_S
             except SupersededError:
-                log.debug("an answer was not scored: the engine holds other weights now")
+                log.debug("did not score an answer: the engine now holds other weights")
             except Exception:  # the boundary: serving and scoring continue
-                log.exception("live answers could not be scored")
+                log.exception("could not score live answers")
                 pause_s = _PAUSE_S
             await asyncio.sleep(max(pause_s, self._next_at - time.monotonic()))
 
     async def _score_newest(self) -> bool:
-        """Try to score one answer; return False if there was none.
+        """Try to score one answer; return False if there was no answer to score.
 
         Raises:
-            SupersededError: the engine was loaded again meanwhile.
+            SupersededError: the engine was loaded again in the meantime.
         """
         primary = self.pool.primary
         if primary is None or primary.target is None:
@@ -97,18 +97,18 @@ class LiveScores:
         try:
             logprob = await self.scheduler.ask(weights, lambda client: _score(client, row, cut))
         except EngineError as error:
-            log.info("the answer in row %d is not scored: %s", row.id, error.wrong)
+            log.info("could not score the answer in row %d: %s", row.id, error.wrong)
         else:
             await asyncio.to_thread(keep_logprob, self.store, row.id, logprob)
             self._passed.remove(row.id)
         return True
 
     def _find_cut(self, target: Target) -> int | None:
-        """Return the largest limit of held-out answers, tokens; None if the version has no such answers."""
+        """Return the held-out answers' largest length limit, tokens; None if the version has no such answers."""
         try:
             return largest_limit(self.registry.results(target.version, target.format))
         except (NotFoundError, IntegrityError) as error:
-            log.warning("no live answers of %s are scored: %s", target, error.wrong)
+            log.warning("not scoring live answers of %s: %s", target, error.wrong)
             return None
 
     def _find(self, target: Target) -> KeptAnswer | None:

@@ -15,7 +15,7 @@ _TIMEOUT_S = 600.0
 
 
 class Conversation:
-    """The turns of a conversation.
+    """A conversation with a model, as a list of turns.
 
     Args:
         server: the server that answers.
@@ -32,7 +32,7 @@ class Conversation:
         """Add a user turn and yield the answer as it arrives.
 
         Raises:
-            EngineError: the server rejected the request, or the answer broke off. The turn is removed again.
+            EngineError: the server rejected the request, or the answer broke off. The user turn is then removed.
         """
         turns = [*self._turns, {"role": "user", "content": text}]
         answer = ""

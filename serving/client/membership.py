@@ -23,7 +23,7 @@ _POLL_S = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Membership:
-    """The set of models of a running server."""
+    """The set of models that a running server serves."""
 
     registry: Registry
     store: Store
@@ -31,10 +31,10 @@ class Membership:
 
     @classmethod
     def of(cls, settings: Settings) -> "Membership":
-        """Return the set of one home.
+        """Return the set of a home's server.
 
         Raises:
-            ServerNotRunningError: no server runs on it.
+            ServerNotRunningError: no server uses the home.
         """
         server = server_address(settings)
         return cls(Registry.of(settings), open_database(settings.home), server)
@@ -49,7 +49,7 @@ class Membership:
         Raises:
             RefusedError: the model is served already, or cannot be served.
             NotFoundError: no such model, version or format.
-            ServerNotRunningError: the server has stopped, and serves the model after its next start.
+            ServerNotRunningError: the server has stopped; it will serve the model after its next start.
         """
         name = model.partition("@")[0]
         if name in deployed_names(self.store):
@@ -59,7 +59,7 @@ class Membership:
         with waiting(f"starting {target}"):
             while True:
                 status = read_status(self.server)
-                # While the model is in the set, the reason belongs to an earlier attempt.
+                # While the model is in the set, the reason is from an earlier attempt.
                 if (why := status["refused"].get(name)) and name not in deployed_names(self.store):
                     raise RefusedError(f"{target} is not served\n  why: {why}")
                 if _model(status, name).get("engine", {}).get("state") == EngineState.READY:
@@ -71,7 +71,7 @@ class Membership:
 
         Raises:
             NotFoundError: the model is not served.
-            ServerNotRunningError: the server has stopped; its next start is without the model.
+            ServerNotRunningError: the server has stopped; it will not serve the model after its next start.
         """
         if not remove_deployment(self.store, name):
             served = ", ".join(deployed_names(self.store)) or "none"

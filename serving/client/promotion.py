@@ -1,7 +1,7 @@
 """The client side of a promotion: changes the desired version, then follows the server's swap.
 
-On the server's machine through the store in its home, from elsewhere through its API (serving.client.remote). Both
-write the same desired state and read the same journal.
+Uses the home's store on the server's machine, and the server's API elsewhere (serving.client.remote). Both ways write
+the same desired state and read the same journal.
 """
 
 import time
@@ -42,7 +42,7 @@ class JournalEntry:
 
 
 class Administration(Protocol):
-    """Administration of a server."""
+    """Access to the administration of a server."""
 
     @property
     def server(self) -> ServerAddress:
@@ -55,14 +55,14 @@ class Administration(Protocol):
         """See `VersionChanges.rollback`."""
 
     def journal(self, name: str, generation: int | None = None) -> JournalEntry | None:
-        """Return the last swap of a name, or the one of a generation.
+        """Return a name's last swap, or the swap for a generation.
 
         Raises:
             ServerNotRunningError: the server does not answer.
         """
 
     def require_server(self) -> None:
-        """Check that a server runs, which can carry out a change.
+        """Check that a server is running, so that it can carry out a change.
 
         Raises:
             ServerNotRunningError: the server has stopped.
@@ -71,7 +71,7 @@ class Administration(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LocalAdministration:
-    """Administration of the server that uses a home, by the home's owner."""
+    """Access for a home's owner to the administration of the server that uses the home."""
 
     settings: Settings
     registry: Registry
@@ -101,7 +101,7 @@ class LocalAdministration:
         return self._changes.rollback(name, reason=reason, actor=Actor.local())
 
     def journal(self, name: str, generation: int | None = None) -> JournalEntry | None:
-        """Return the last swap of a name, or the one of a generation."""
+        """Return a name's last swap, or the swap for a generation."""
         swap = find_swap(self.store, name, generation)
         return JournalEntry(swap.target, swap.generation, swap.steps, swap.result) if swap else None
 
@@ -118,8 +118,8 @@ def follow(administration: Administration, change: VersionChange, on_step: Calla
         on_step: called once with each step of the server.
 
     Raises:
-        BusyError: another change came before the server began this one.
-        ServerNotRunningError: the server stopped meanwhile; it carries out the change after its next start.
+        BusyError: another change was made before the server began this one.
+        ServerNotRunningError: the server stopped meanwhile; it will carry out the change after its next start.
     """
     name, shown, unwritten = change.target.version.name, 0, None
     next_check = time.monotonic() + _UNWRITTEN_S
@@ -136,7 +136,7 @@ def follow(administration: Administration, change: VersionChange, on_step: Calla
         _refuse_without_server(administration, change)
         if time.monotonic() >= next_check:
             if unwritten:
-                on_step("the server could not write the result into its journal (see its log); this is from its status")
+                on_step("the server could not write the result to its journal (see its log); this is from its status")
                 return unwritten
             unwritten = _result_from_status(administration.server, change)
             next_check = time.monotonic() + _UNWRITTEN_S
@@ -165,7 +165,7 @@ def swap_result(row: Mapping[str, Any]) -> SwapResult | None:
 
 
 def _refuse_overtaken(administration: Administration, change: VersionChange) -> None:
-    """Raise if a newer change came first: the server carries out only the newest one."""
+    """Raise if a newer change was made first: the server carries out only the newest change."""
     last = administration.journal(change.target.version.name)
     if last and change.generation is not None and last.generation > change.generation:
         raise BusyError(
@@ -179,13 +179,13 @@ def _refuse_without_server(administration: Administration, change: VersionChange
         administration.require_server()
     except ServerNotRunningError as error:
         raise ServerNotRunningError(
-            f"the server stopped before {change.target} served",
-            todo=f"start it again, it will serve {change.target}: svc serve {change.target.version.name}",
+            f"the server stopped before {change.target} was served",
+            todo=f"start the server again; it will serve {change.target}: svc serve {change.target.version.name}",
         ) from error
 
 
 def _result_from_status(server: ServerAddress, change: VersionChange) -> SwapResult | None:
-    """Return the result of a swap from the server's status; None if it is not there."""
+    """Return a swap's result from the server's status; None if the status does not contain it."""
     with suppress(ServerNotRunningError):
         for model in read_status(server)["models"]:
             swap = model["last_swap"]

@@ -33,7 +33,7 @@ class RemoteAdministration:
         return _change(RemoteServer(self.server).post("/svc/rollback", {"model": name, "reason": reason}))
 
     def journal(self, name: str, generation: int | None = None) -> JournalEntry | None:
-        """Return the last swap of a name, or the one of a generation."""
+        """Return a name's last swap, or the swap for a generation."""
         query = {} if generation is None else {"generation": str(generation)}
         deadline = time.monotonic() + _PATIENCE_S
         while True:

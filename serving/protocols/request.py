@@ -148,7 +148,7 @@ def parse_request(body: bytes, route: Route, limits: RequestLimits = _LIMITS) ->
 
 
 def _finite(number: str) -> float:
-    """Return a number with a decimal point or an exponent. msgspec takes 24 us for 1e300, and 0.05 us for most others."""
+    """Return a number with a decimal point or an exponent. msgspec takes 24 us for 1e300 and 0.05 us for most."""
     value = float(number)
     if math.isinf(value):  # msgspec would write it as null
         raise ValueError("a number out of range")

@@ -268,9 +268,7 @@ class _FeatureMaker:
             except Exception as error:  # noqa: BLE001 - the boundary of this process; the error's message may contain a text
                 lost += len(group)
                 where = "".join(traceback.format_tb(error.__traceback__))
-                log.error(
-                    "could not store the features of %d requests: %s\n%s", len(group), type(error).__name__, where
-                )
+                log.error("could not store features of %d requests: %s\n%s", len(group), type(error).__name__, where)
         return lost, off
 
     def _store_of(self, target: Target, records: Sequence[RequestRecord]) -> None:

@@ -21,7 +21,7 @@ def _since_boot() -> float:
 
 
 class RetentionClock:
-    """Decides when rows are too old. A distrusted clock is trusted again after a day or `max_age`, whichever is shorter.
+    """Decides when rows are too old. A distrusted clock is trusted again after a day, or after `max_age` if shorter.
 
     Args:
         max_age: maximum age of rows that are kept.

@@ -31,7 +31,7 @@ def span_name(record: RequestRecord) -> str:
 
 
 def span_status(record: RequestRecord) -> Status:
-    """Return an error status if the server is at fault; client errors and disconnects are not errors of a server span."""
+    """Return an error status if the server is at fault; client errors and disconnects are not server errors."""
     if record.outcome in _SERVER_FAULTS or record.status >= 500:
         return Status(StatusCode.ERROR, record.reason)
     return Status(StatusCode.UNSET)

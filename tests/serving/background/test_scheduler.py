@@ -177,7 +177,7 @@ async def test_no_more_requests_are_sent_after_three_deaths(make: Make, caplog: 
             await asking.ask(control.replica.weights, put)
     assert asking.off is not None
     assert "died 3 times in a day" in asking.off
-    assert caplog.text.count("no more background requests") == 1
+    assert caplog.text.count("stopping background requests") == 1
 
 
 async def test_deaths_of_earlier_days_are_forgotten(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -199,7 +199,7 @@ async def test_nothing_is_scored_when_there_are_no_registered_answers(
         async with scoring_of(control):
             await asyncio.sleep(0.1)
         assert logprobs(control) == [None]
-    assert caplog.text.count("no live answers of tuned@1 (merged) are scored") == 1
+    assert caplog.text.count("not scoring live answers of tuned@1 (merged)") == 1
 
 
 async def test_answer_that_kills_the_engine_is_tried_once(control: Control) -> None:

@@ -132,7 +132,7 @@ async def test_result_is_reported_when_the_server_cannot_write_it(unwritten: Hom
     steps = list[str]()
     swap = await change(unwritten, 2, steps)
     assert (swap.outcome, swap.kind) == (SwapOutcome.SUCCEEDED, SwapKind.INPLACE)
-    assert "could not write the result into its journal" in steps[-1]
+    assert "could not write the result to its journal" in steps[-1]
     assert find_swap(unwritten.store, NAME, 2).result is None  # type: ignore[union-attr]
 
 
