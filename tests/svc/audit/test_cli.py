@@ -73,9 +73,9 @@ def test_altered_log_is_reported_with_the_first_wrong_row(svc: Svc, three: Store
     with three.begin() as connection:
         connection.exec_driver_sql("DROP TRIGGER audit_no_UPDATE")
         connection.exec_driver_sql("UPDATE audit SET actor = 'user:bob' WHERE id >= 2")
-    ended = svc("audit", "--verify")
-    assert ended.code == IntegrityError.exit_code
-    assert "the first altered row is 2" in ended.err
+    result = svc("audit", "--verify")
+    assert result.code == IntegrityError.exit_code
+    assert "the first altered row is 2" in result.err
     told = svc("audit", "--verify", "--json")
     assert told.code == IntegrityError.exit_code
     assert json.loads(told.out)["fault"]["id"] == 2

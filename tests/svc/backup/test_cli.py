@@ -35,9 +35,9 @@ def test_missing_needed_version_is_an_error_that_names_it(svc: Svc, used: UsedHo
     version = used.publish()
     used.promote(version)
     used.registry.folder(version).rename(tmp_path / "elsewhere")
-    ended = svc("--home", used.settings.home, "backup", "backups")
-    assert ended.code == IntegrityError.exit_code
-    assert f"{version}: needed, but missing" in ended.err
+    result = svc("--home", used.settings.home, "backup", "backups")
+    assert result.code == IntegrityError.exit_code
+    assert f"{version}: needed, but missing" in result.err
     assert svc("--home", "again", "restore", "backups").code == 0
 
 

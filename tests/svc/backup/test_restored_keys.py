@@ -115,7 +115,7 @@ def test_restore_continues_when_the_keys_are_confirmed_by_an_option(svc: Svc, us
     keys = json.loads(result.out)["keys"]
     assert [(key["name"], key["rotated_later"]) for key in keys["valid"]] == [("laptop", True)]
     assert [key["name"] for key in keys["revoked"]] == ["stolen"]
-    assert "revoked: stolen" in ended.err and "its secret was rotated later" in ended.err
+    assert "revoked: stolen" in result.err and "its secret was rotated later" in result.err
     assert states(tmp_path / "again") == {"laptop": True, "stolen": False}
 
 

@@ -104,7 +104,7 @@ async def test_verdict_is_read_in_any_common_form(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "B is a better answer", "Both are good.", "C", "neither", "Answer: Apple"])
-async def test_what_is_no_verdict_is_not_read_as_one(text: str) -> None:
+async def test_text_that_is_not_a_verdict_is_not_read_as_one(text: str) -> None:
     with judge_server(lambda first, second: text) as server, pytest.raises(JudgeError, match="returned no verdict"):
         await judge(PAIRS[:1], endpoint(server))
 

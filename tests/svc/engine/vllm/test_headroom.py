@@ -63,7 +63,7 @@ def test_longer_context_needs_more_memory(monkeypatch: pytest.MonkeyPatch, model
     assert shortage(monkeypatch, model, host(free), max_model_len=513) is not None
 
 
-def test_what_is_short_is_told(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+def test_shortage_is_reported(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
     assert shortage(monkeypatch, model, host(4 * GIB)) == "it needs about 5.0 GiB, but only 4.0 GiB are free"
 
 

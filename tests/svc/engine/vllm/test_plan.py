@@ -146,7 +146,7 @@ def test_sequence_uses_complete_blocks() -> None:
     assert plan(max_model_len=33, max_concurrency=1)["kv_cache_memory_bytes"].value == 2 * 64 * 23_040
 
 
-def test_the_cache_is_no_more_than_half_of_what_is_free_beside_the_weights() -> None:
+def test_cache_is_at_most_half_of_the_free_memory_without_the_weights() -> None:
     made = plan(machine=replace(HOST, free=2 * GIB + GIB // 4))
     assert origin_and_value(made, "kv_cache_memory_bytes") == (Origin.MACHINE, GIB)
     assert made["kv_cache_memory_bytes"].reason == "1.0 GiB: half of the 2.0 GiB free after the weights"
