@@ -9,7 +9,7 @@ from svc.model_folder.weight_files import TOKENIZER_FILES, WEIGHTS_INDEX, weight
 
 _WEIGHTS = "model.safetensors"
 _FLOATS = {"bfloat16", "float16", "float32"}
-_OTHER_SENSES = ("vision_config", "audio_config")
+_OTHER_MODALITIES = ("vision_config", "audio_config")
 
 
 def check_folder(folder: Path) -> None:
@@ -19,7 +19,9 @@ def check_folder(folder: Path) -> None:
         BaseModelError: a file is missing, or the model is not supported.
     """
     if not folder.is_dir():
-        raise BaseModelError(f"no folder {folder}", todo="check the path; paths in a recipe are relative to the recipe")
+        raise BaseModelError(
+            f"the folder {folder} does not exist", todo="check the path; paths in a recipe are relative to the recipe"
+        )
     missing = [] if (folder / "config.json").is_file() else ["config.json"]
     missing += _missing_weights(folder)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
@@ -42,7 +44,7 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
             expected=f"weights in {', '.join(sorted(_FLOATS))}",
             todo="use the model from which it was quantized",
         )
-    if parts := [key for key in _OTHER_SENSES if config.get(key)]:
+    if parts := [key for key in _OTHER_MODALITIES if config.get(key)]:
         raise BaseModelError(
             f"{folder} is not a text-only model: its config has {', '.join(parts)}",
             expected="a language model for text only",
@@ -81,7 +83,7 @@ def _missing_weights(folder: Path) -> list[str]:
         return [WEIGHTS_INDEX]
     if pickles := sorted(file.name for file in folder.glob("*.bin")):
         raise BaseModelError(
-            f"{folder} has its weights only in pickle: {', '.join(pickles)}",
+            f"{folder} contains weights only as pickle: {', '.join(pickles)}",
             expected="*.safetensors, because loading a pickle runs the code in it",
             todo="use a revision with safetensors, or convert the model with its publisher's tools",
         )
@@ -99,7 +101,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object of a base model.
 
     Raises:
-        BaseModelError: the file cannot be read, or holds something else.
+        BaseModelError: the file cannot be read, or does not contain an object.
     """
     try:
         content = json.loads(path.read_text("utf-8"))

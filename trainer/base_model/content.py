@@ -49,11 +49,11 @@ def model_files(folder: Path) -> list[Path]:
 
 
 def copy_shipped_files(model: Path, out: Path, quantization: Mapping[str, Any] | None = None) -> None:
-    """Put a model's config, tokenizer, chat template and generation config beside other weights, and remove any others.
+    """Copy a model's config, tokenizer, chat template and generation config to other weights; delete any others there.
 
     Args:
         out: folder of weights in bf16, which may be quantized.
-        quantization: how they are; None: they are not.
+        quantization: their quantization config; None if they are not quantized.
     """
     _write_config(model, out, quantization)
     for name in SHIPPED_FILES:
@@ -65,10 +65,10 @@ def copy_shipped_files(model: Path, out: Path, quantization: Mapping[str, Any] |
 
 
 def _write_config(model: Path, out: Path, quantization: Mapping[str, Any] | None) -> None:
-    """Write the model's own config.json, with the type of the weights and the quantization as they are in `out`.
+    """Write the model's own config.json, with the number type and the quantization of the weights in `out`.
 
-    Not the config that transformers saves: it spells keys in its own way (`rope_parameters` for `rope_theta`), adds
-    defaults, and TRL and gptqmodel change it while they work.
+    The config that transformers saves is not used: transformers renames keys (`rope_parameters` for `rope_theta`) and
+    adds defaults, and TRL and gptqmodel change the config while they work.
     """
     config = read_json_object(model / CONFIG_FILE)
     changed: dict[str, Any] = {key: "bfloat16" for key in ("dtype", "torch_dtype") if key in config}
@@ -89,7 +89,7 @@ def pinned_template(model: Path) -> str | None:
 
 
 def hash_files(files: list[Path]) -> str:
-    """Return a SHA-256 of the files: of one file its own hash, of several files also over their names."""
+    """Return a SHA-256: for one file, of its content; for several files, of their names, sizes and contents."""
     digest = hashlib.sha256()
     with waiting("Hashing the base model"):
         for file in files:

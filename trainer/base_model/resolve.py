@@ -1,8 +1,8 @@
 """Resolves a base model: a known id, a GGUF file, a local folder or a model of the Hugging Face hub.
 
-Whatever the source, training gets one folder: config.json, safetensors weights, tokenizer, chat template. Weights in
-pickle and models that bring their own Python code are refused, because loading them runs what a stranger wrote.
-Knows nothing of registered versions: the caller turns NAME@N into a folder.
+Training gets one folder from every source: config.json, safetensors weights, tokenizer, chat template. Weights in
+pickle and models with their own Python code are rejected, because loading them runs untrusted code. Knows nothing of
+registered versions: the caller turns NAME@N into a folder.
 """
 
 import os
@@ -30,8 +30,8 @@ class Base:
     Attributes:
         folder: config.json, *.safetensors, tokenizer files, chat template.
         origin: name in the recipe.
-        licence: as the source states it, None where it does not.
-        revision: names the content: `sha256:<hex>` of the wheel, GGUF file or folder, or the hub's commit.
+        licence: as the source states it; None if it states none.
+        revision: identifier of the content: `sha256:<hex>` of the wheel, GGUF file or folder, or the hub's commit.
     """
 
     folder: Path
@@ -44,7 +44,7 @@ def resolve_base(base: str, cache: Path) -> Base:
     """Return a base model; fetch and convert it if necessary.
 
     Args:
-        base: a known id, a path to a folder or a .gguf file, or a hub id as `org/name`.
+        base: a known id, a path to a folder or a .gguf file, or a hub id such as `org/name`.
         cache: folder for fetched and converted models; any number of processes may share it.
 
     Raises:

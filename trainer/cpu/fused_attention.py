@@ -1,11 +1,11 @@
-"""Attention in bfloat16 as whole matrix products, with one step of autograd: on a CPU the faster way for short rows.
+"""Attention in bfloat16 as unblocked matrix products in one step of autograd: faster on a CPU for short rows.
 
-PyTorch's own attention for CPUs goes through small blocks, and is given a copy of each key and value for all queries
-that share it. On the rows of a few hundred tokens that fine-tuning mostly has, two whole products forward and four
-backward take between a third and four fifths of its time in bfloat16 (two cores with AVX-512). In float32 they do not.
-Same formula; scores are rounded to bfloat16 before the softmax, as in transformers' `eager`.
+PyTorch's own attention for CPUs computes small blocks, and gets a copy of each key and value for every query head that
+shares it. On rows of a few hundred tokens, the usual ones in fine-tuning, two complete products forward and four
+backward take between a third and four fifths of its time in bfloat16 (two cores with AVX-512). In float32 they are not
+faster. Same formula; scores are rounded to bfloat16 before the softmax, as in transformers' `eager`.
 
-Longer rows, and whatever is not plain attention, are left to PyTorch. Imports torch.
+PyTorch computes longer rows and everything except plain attention. Imports torch.
 """
 
 from typing import Any
@@ -48,14 +48,14 @@ def attention(
     """Compute attention of one layer, with transformers' signature.
 
     Args:
-        module: the layer, which says whether it is causal.
+        module: the layer; its `is_causal` is read if `kwargs` has none.
         query: [batch, heads, queries, size].
         key: [batch, key heads, keys, size]; `heads` is a multiple of `key heads`.
         value: as `key`.
-        attention_mask: [batch or 1, 1, queries, keys], true where a query may look; None for causal attention.
+        attention_mask: [batch or 1, 1, queries, keys], true where a query may attend; None for causal attention.
 
     Returns:
-        [batch, queries, heads, size], and no weights.
+        [batch, queries, heads, size], and None in place of the weights.
     """
     if not _is_plain(module, (query, key, value), attention_mask, dropout, kwargs):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
@@ -63,8 +63,8 @@ def attention(
     if attention_mask is None:
         attention_mask = torch.ones(queries, queries, dtype=torch.bool).tril()[None, None]
     scale = size**-0.5 if scaling is None else scaling
-    mixed: Tensor = _Attention.apply(query, key, value, ~attention_mask, scale)
-    return mixed.transpose(1, 2).contiguous(), None
+    output: Tensor = _Attention.apply(query, key, value, ~attention_mask, scale)
+    return output.transpose(1, 2).contiguous(), None
 
 
 def _is_plain(
@@ -98,8 +98,8 @@ class _Attention(torch.autograd.Function):
             query: [batch, heads, queries, size].
             key: [batch, key heads, keys, size].
             value: as `key`.
-            masked: [batch or 1, 1, queries, keys], true where a query must not look.
-            scale: of the scores.
+            masked: [batch or 1, 1, queries, keys], true where a query must not attend.
+            scale: factor of the scores.
         """
         batch, groups, keys, size = key.shape
         rows = query.reshape(batch * groups, -1, size)
@@ -107,20 +107,20 @@ class _Attention(torch.autograd.Function):
         scores = torch.bmm(rows * scale, key.transpose(1, 2))
         scores.view(batch, -1, query.shape[2], keys).masked_fill_(masked, torch.finfo(scores.dtype).min)
         weights = scores.softmax(-1)
-        mixed = torch.bmm(weights, value)
-        ctx.save_for_backward(rows, key, value, weights, mixed)
+        output = torch.bmm(weights, value)
+        ctx.save_for_backward(rows, key, value, weights, output)
         ctx.scale, ctx.shapes = scale, (query.shape, (batch, groups, keys, size))
-        return mixed.view(query.shape)
+        return output.view(query.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Apply the chain rule; for the softmax as in FlashAttention (Dao et al. 2022, appendix B.2)."""
-        rows, key, value, weights, mixed = ctx.saved_tensors
-        gradient = gradient.reshape(mixed.shape)
+        rows, key, value, weights, output = ctx.saved_tensors
+        gradient = gradient.reshape(output.shape)
         for_value = torch.bmm(weights.transpose(1, 2), gradient)
         for_scores = torch.bmm(gradient, value.transpose(1, 2))
-        for_scores.sub_((gradient * mixed).sum(-1, keepdim=True)).mul_(weights)
+        for_scores.sub_((gradient * output).sum(-1, keepdim=True)).mul_(weights)
         for_query = torch.bmm(for_scores, key).mul_(ctx.scale)
         for_key = torch.bmm(for_scores.transpose(1, 2), rows).mul_(ctx.scale)
         shape, key_shape = ctx.shapes

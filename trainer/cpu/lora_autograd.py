@@ -1,12 +1,11 @@
 """LoRA's linear layers as one step of autograd each, where PEFT's forward needs ten.
 
 Under bf16 autocast PEFT casts a layer's input to the adapter's float32 and back, scales, adds and casts once more, and
-keeps what each of these needs for the backward pass. On a CPU these passes over memory take as long as the matrix
+stores tensors of each of these for the backward pass. On a CPU these passes over memory take as long as the matrix
 products. Here the adapter's small weights are cast instead of the layer's large inputs, the update is added inside its
-matrix product, and layers with the same input keep it once. Same formula; roundings to bf16 fall elsewhere.
+matrix product, and layers with the same input store it once. Same formula; values are rounded to bf16 at other points.
 
-Knows plain LoRA on `torch.nn.Linear` alone; what differs in any way goes through PEFT's own forward. Imports torch and
-PEFT.
+Supports only plain LoRA on `torch.nn.Linear`; every other layer uses PEFT's own forward. Imports torch and PEFT.
 """
 
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from torch.nn.functional import linear
 def fuse_lora(model: torch.nn.Module) -> int:
     """Replace the forward of every plain LoRA layer in the model; return the number of such layers.
 
-    Weights and their names stay as they are, so that checkpoints and merges know nothing of it.
+    Weights and their names do not change, so checkpoints and merges are not affected.
     """
     layers = [layer for layer in model.modules() if type(layer) is Linear and type(layer.base_layer) is torch.nn.Linear]
     for layer in layers:
@@ -32,7 +31,7 @@ def fuse_lora(model: torch.nn.Module) -> int:
 
 
 def _forward(layer: Linear, original: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Compute a layer's output; checks each call, because an adapter may have been disabled, merged or exchanged."""
+    """Compute a layer's output; check each call, as an adapter may have been disabled, merged or exchanged."""
     if args or kwargs or not _is_plain(layer, x):
         return original(x, *args, **kwargs)
     (name,) = layer.active_adapters
@@ -60,10 +59,10 @@ def _is_plain(layer: Linear, x: Tensor) -> bool:
 class _LoraLinear(torch.autograd.Function):
     """y = W x + b + s B A x; gradients for x, A and B.
 
-    The update s B A is added where there is less to pass over: to the outputs, or in float32 to the weight, which with
-    many rows is the smaller of the two. In 16 bits it is never added to the weight: it is smaller than the spacing of
-    numbers there, and would be rounded away. Does not know of float32 products that are computed in fewer bits
-    (`torch.set_float32_matmul_precision`), in which that would happen too.
+    The update s B A is added to the outputs, or, in float32 with many rows, to the weight, which is then the smaller
+    tensor. In 16 bits the update is never added to the weight: it is smaller than the spacing of numbers there, and
+    would be rounded away. So it would be in float32 products that are computed in fewer bits
+    (`torch.set_float32_matmul_precision`), which are not detected.
     """
 
     @staticmethod
@@ -113,7 +112,6 @@ class _LoraLinear(torch.autograd.Function):
 def _fits_into_weight(number_type: torch.dtype, rows: int, width: int) -> bool:
     """Return whether to add the update to the weight before a product with [rows, width]: exact enough and cheaper.
 
-    What the product gives has as many columns as the weight has other than `width`: of [rows, columns] and
-    [width, columns] the smaller is updated.
+    The product is [rows, columns] and the weight, or its transpose, [width, columns]: the smaller one is updated.
     """
     return number_type is torch.float32 and rows > width

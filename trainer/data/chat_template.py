@@ -69,10 +69,9 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
 
 
 def stop_tokens(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> set[int]:
-    """Return the ids of the tokens at which the engine ends an answer.
+    """Return the ids of the tokens at which the engine stops an answer.
 
-    They are the tokenizer's end token and those of generation_config.json; without that file vLLM takes those of
-    config.json.
+    They are the tokenizer's end token and those of generation_config.json; without that file vLLM reads config.json.
     """
     name = "generation_config.json" if (folder / "generation_config.json").is_file() else "config.json"
     configured = read_json_object(folder / name).get("eos_token_id")
@@ -93,8 +92,8 @@ def tokenize_examples(
         template_kwargs: arguments of the template, see svc.model_folder.chat_template.choose_template_kwargs.
 
     Raises:
-        DataError: the template rejects an example, as some do with a system turn, or the learnt text would not be the
-            answer that the engine will ask for.
+        DataError: the template rejects an example, as some do with a system turn, or the learnt text would differ from
+            the answer in serving.
     """
     rows = []
     with counting("Tokenizing", len(examples)) as advance:
@@ -107,7 +106,7 @@ def tokenize_examples(
 def tokenize_as_trained(
     folder: Path, examples: Sequence[ChatExample], template_kwargs: TemplateKwargs
 ) -> list[TokenizedExample]:
-    """Return examples as training from a model folder sees them; see `load_tokenizer` and `tokenize_examples`."""
+    """Return examples tokenized as for training from a model folder; see `load_tokenizer` and `tokenize_examples`."""
     tokenizer = load_tokenizer(folder)
     return tokenize_examples(tokenizer, examples, stop_tokens(folder, tokenizer), template_kwargs)
 
@@ -137,7 +136,7 @@ class _Conversation:
     def tokenized(self) -> TokenizedExample:
         """Return the token ids.
 
-        Every answer ends with an end token, also where the template omits the token or puts text after it.
+        Every answer ends with an end token, even if the template omits the token or puts text after it.
         """
         from jinja2 import TemplateError
 
@@ -187,11 +186,12 @@ class _Conversation:
             marked = replace(self.example, messages=(*self.example.messages[:turn], replace(message, content=_MARK)))
             before, *others = replace(self, example=marked)._text(turn + 1).split(_MARK)
             if message.tool_calls or len(others) != 1 or not conversation.startswith(before) or _THINKS.search(prompt):
-                same = _common_prefix(prompt, conversation)
-                written, asked = (text[same : same + _MAX_SHOWN] for text in (conversation, prompt))
+                common = _common_prefix(prompt, conversation)
+                in_conversation, in_prompt = (text[common : common + _MAX_SHOWN] for text in (conversation, prompt))
                 raise DataError(
                     f"in example {self.number} the conversation does not begin with its prompt: the base model's chat "
-                    f"template continues with {written!r} in the conversation and with {asked!r} in the prompt",
+                    f"template continues with {in_conversation!r} in the conversation and with {in_prompt!r} in the "
+                    "prompt",
                     expected="a template that writes a turn the same in a prompt and in a conversation",
                     todo=todo,
                 )
@@ -207,7 +207,7 @@ class _Conversation:
         return learnt
 
     def _text(self, turns: int, *, add_generation_prompt: bool = False) -> str:
-        """Return the first turns, as the engine will write them."""
+        """Return the text of the first turns, as the engine writes it."""
         arguments = self.example.templated(turns)
         text = self.tokenizer.apply_chat_template(
             **arguments, tokenize=False, add_generation_prompt=add_generation_prompt, **self.kwargs

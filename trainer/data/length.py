@@ -31,25 +31,25 @@ def fit_length(rows: Sequence[TokenizedExample], train: Train) -> list[Tokenized
             "train.too_long to drop or truncate",
         )
     if train.too_long is TooLong.TRUNCATE:
-        kept = [cut for row in rows if (cut := _cut(row, train.max_length))]
+        fitting = [truncated for row in rows if (truncated := _truncate(row, train.max_length))]
     else:
-        kept = [row for row in rows if len(row.input_ids) <= train.max_length]
-    dropped = len(rows) - len(kept)
+        fitting = [row for row in rows if len(row.input_ids) <= train.max_length]
+    dropped = len(rows) - len(fitting)
     console.print(
         f"  [yellow]{len(longer)} of {len(rows)} examples are longer than {train.max_length} tokens, the first is "
-        f"number {longer[0]}: {dropped} were dropped, {len(longer) - dropped} cut[/yellow]"
+        f"number {longer[0]}: {dropped} dropped, {len(longer) - dropped} truncated[/yellow]"
     )
-    if len(kept) < 2:
+    if len(fitting) < 2:
         raise DataError(
-            f"{len(kept)} of {len(rows)} examples fit into {train.max_length} tokens",
+            f"{len(fitting)} of {len(rows)} examples fit into {train.max_length} tokens",
             expected="at least 2",
             todo="raise train.max_length",
         )
-    return kept
+    return fitting
 
 
-def _cut(row: TokenizedExample, length: int) -> TokenizedExample | None:
-    """Return the example cut to a length; None if no answer is left."""
+def _truncate(row: TokenizedExample, length: int) -> TokenizedExample | None:
+    """Return the example truncated to a length; None if no answer is left."""
     learnt = tuple((start, min(end, length)) for start, end in row.learnt if start < length)
     return replace(row, input_ids=row.input_ids[:length], learnt=learnt) if learnt else None
 

@@ -18,7 +18,7 @@ _MAX_WINDOW = 50
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """Yields indices of examples.
+    """Sampler of the indices of examples.
 
     Args:
         lengths: tokens of each example.

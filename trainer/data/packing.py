@@ -1,7 +1,7 @@
 """Packing: several examples in one row, so that short ones fill the maximum length of a row.
 
-Positions start again with each example. From them transformers derives a mask of attention between examples, so that an
-example is learnt as it would be alone. Imports torch and TRL.
+Positions start again with each example. From them transformers derives an attention mask between examples, so that each
+example is learnt as in a row of its own. Imports torch and TRL.
 """
 
 from collections.abc import Sequence
@@ -55,8 +55,8 @@ def collate_packed(rows: Sequence[dict[str, Any]], pad_token: int) -> dict[str, 
         input_ids, labels, position_ids, attention_mask: [rows, longest row].
     """
 
-    def padded(values: list[list[int]], filler: int) -> Tensor:
-        return pad_sequence([torch.tensor(row) for row in values], batch_first=True, padding_value=filler)
+    def padded(values: list[list[int]], padding: int) -> Tensor:
+        return pad_sequence([torch.tensor(row) for row in values], batch_first=True, padding_value=padding)
 
     lengths = [row.get("seq_lengths", [len(row["input_ids"])]) for row in rows]
     positions = [[position for length in row for position in range(length)] for row in lengths]

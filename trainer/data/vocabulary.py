@@ -1,6 +1,6 @@
 """Check that a tokenizer's ids have rows in the model's embedding.
 
-Published tokenizers may have more ids than the model has rows: Gemma 3 1B's has one for pictures. This is harmless
+Published tokenizers may have more ids than the model has rows: Gemma 3 1B's has one for images. This is harmless
 unless such an id is used, which is an index error in the middle of training, quantizing or serving.
 """
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def check_tokenizer(
     folder: Path, tokenizer: "PreTrainedTokenizerBase", stops: Collection[int], embedding_rows: int
 ) -> None:
-    """Check all ids that any text may contain, and those that libraries use by themselves.
+    """Check the ids that ordinary text may contain, and those of the special tokens that libraries add.
 
     Args:
         folder: folder of the model, for the error.
@@ -26,7 +26,7 @@ def check_tokenizer(
         embedding_rows: number of rows of the model's embedding.
 
     Raises:
-        BaseModelError: no token ends an answer, or an id has no row.
+        BaseModelError: no token ends an answer, or an id has no embedding row.
     """
     if not stops:
         raise BaseModelError(

@@ -37,7 +37,7 @@ from trainer.model.config import load_config
 from trainer.model.layer_shapes import expert_names, layer_shapes
 from trainer.recipe.sections import Quantize, Recipe
 
-_IN_ONE = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj") | dict.fromkeys(
+_FUSED = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj") | dict.fromkeys(
     ("gate_proj", "up_proj"), "gate_up_proj"
 )
 """Layers that the engine fuses into one."""
@@ -45,13 +45,14 @@ _BITS = 4
 """The only width that the engine's CPU kernel supports."""
 _BATCH = 4  # calibration examples in one forward pass
 _SCALE_ERROR = 2.0
-"""A group's scale is the one with the least squared error of its weights, not the one that reaches the largest."""
+"""Exponent of the error that a group's scale minimizes, in place of the scale that reaches the largest weight."""
 _SCALE_STEPS, _MIN_SCALE = 20, 0.5
 """The search tries 1, 0.95, 0.9 and so on times the scale that reaches the largest weight. gptqmodel's own 80 steps,
 down to 0.2, take eight times as long, and 400 held-out examples of the example task showed no difference."""
 _CPU_BLOCK = 32
 """Number of columns that are rounded in sequence before the rest of the layer is corrected for all of them. The result
-is the same, but scales see more corrections; gptqmodel's own blocks of 128 correct four times as many one by one."""
+is the same, but scales include more corrections; gptqmodel's own blocks of 128 correct four times as many columns one
+by one."""
 _QUANTIZED_MIXTURES = ("olmoe", "qwen3_moe")
 """Mixtures of which gptqmodel 7.6 quantizes every expert and writes it under the base's own name. It silently skips the
 experts of GraniteMoE and MiniMax M2, and renames those of Mixtral, Phi-3.5-MoE and gpt-oss."""
@@ -182,7 +183,7 @@ def _check_experts(model: Path, expert: str, *, on_cpu: bool) -> None:
 
 
 def _expert_shapes(model: Path) -> dict[str, tuple[int, int]]:
-    """Return inputs and outputs of each expert's matrices, which are separate in the files, unlike in memory."""
+    """Return inputs and outputs of each expert's matrices, which are separate in the files but joined in memory."""
     shapes = {match[1]: tensor.shape for tensor in read_headers(model) if (match := _EXPERT.fullmatch(tensor.name))}
     return {name: (inputs, outputs) for name, (outputs, inputs) in shapes.items()}
 
@@ -201,33 +202,33 @@ def _check_inputs(widths: dict[str, int], group_size: int) -> None:
 
 
 def _check_outputs(outputs: dict[str, int], multiple: int) -> None:
-    together: Counter[str] = Counter()
+    fused: Counter[str] = Counter()
     for name, size in outputs.items():
         module, _, layer = name.rpartition(".")
-        together[f"{module}.{_IN_ONE.get(layer, layer)}"] += size
-    misfit = next((name for name, size in together.items() if size % multiple), None)
+        fused[f"{module}.{_FUSED.get(layer, layer)}"] += size
+    misfit = next((name for name, size in fused.items() if size % multiple), None)
     if misfit is not None:
         raise TrainingError(
-            f"layer {misfit!r} has {together[misfit]} outputs",
+            f"layer {misfit!r} has {fused[misfit]} outputs",
             expected=f"a multiple of {multiple}, which GPTQ requires on this device",
             todo="choose another base, or train and serve on a GPU",
         )
 
 
 def calibration_rows(model: Path, examples: Sequence[ChatExample], recipe: Recipe) -> list[tuple[int, ...]]:
-    """Return the token ids of the picked examples, each cut to `train.max_length`, the longest row of the training."""
+    """Return the token ids of the picked examples, truncated to `train.max_length`, the longest row of the training."""
     picked = pick_calibration(examples, recipe.quantize.samples, recipe.train.seed)
     rows = tokenize_as_trained(model, picked, choose_template_kwargs(model, recipe.chat_template_kwargs))
     return [row.input_ids[: recipe.train.max_length] for row in rows]
 
 
 def pick_calibration(examples: Sequence[ChatExample], samples: int, seed: int) -> list[ChatExample]:
-    """Return a random choice by the seed; all examples if there are fewer."""
+    """Return examples drawn at random by the seed; all of them if there are fewer."""
     return random.Random(seed).sample(list(examples), min(samples, len(examples)))  # noqa: S311
 
 
 def calibration_type(number_type: NumberType) -> NumberType:
-    """Return the number type for the layers of a calibration, given that of the training.
+    """Return the number type in which calibration computes layers, given that of the training.
 
     Never float16: activations can exceed 65504, and no loss scaling helps here. Float32 costs memory for one layer at a
     time, and converts weights from bf16 and back without rounding.
@@ -236,10 +237,10 @@ def calibration_type(number_type: NumberType) -> NumberType:
 
 
 def link_with_padding(model: Path, copy: Path) -> None:
-    """Create a copy of a model folder, of links, whose config names a padding token with an embedding row.
+    """Copy a model folder as links, with a config that names a padding token with an embedding row.
 
     gptqmodel pads calibration examples, and masks the padding. If the config names no padding token, or one that has
-    another role, gptqmodel looks for usual names in the vocabulary, and may find one without an embedding row.
+    another role, gptqmodel searches the vocabulary for usual names, and may choose one without an embedding row.
     """
     copy.mkdir()
     for file in model.iterdir():
@@ -262,7 +263,7 @@ def _run_gptqmodel(
 ) -> list[dict[str, Any]]:
     """Quantize and save; return gptqmodel's record of every layer.
 
-    Runs in a separate process: gptqmodel's threads continue after an exception, and abort a process that then ends.
+    Runs in a separate process: gptqmodel's threads continue after an exception, and abort the process when it exits.
 
     Args:
         offload: an empty folder for temporary files.
@@ -280,7 +281,7 @@ def _run_gptqmodel(
             act_group_aware=True,
             true_sequential=quantize.sequential,
             mse=_SCALE_ERROR,
-            # On a CPU too: the model is read layer by layer from its files, and finished layers leave main memory.
+            # On a CPU too: layers are read one by one from the files, and removed from main memory when finished.
             offload_to_disk=True,
             offload_to_disk_path=offload,
         )
@@ -303,7 +304,7 @@ def _run_gptqmodel(
 
 @contextmanager
 def faster_rounding(*, cpu: bool) -> Iterator[None]:
-    """Make gptqmodel search scales in our steps and round in our blocks, for which it has no options.
+    """Make gptqmodel search scales in our steps and round in our blocks; gptqmodel has no options for them.
 
     Args:
         cpu: whether the layers are on a CPU; on a GPU gptqmodel has a kernel for its own blocks.

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _PEFT_PREFIX = "base_model.model."  # before every name in an adapter's file
-_OF_A_LAYER = re.compile(r"\.(lora|vera)_")
+_ADAPTER_TENSOR = re.compile(r"\.(lora|vera)_")
 
 
 def merge_adapter(base: Path, adapter: Path, out: Path) -> MergeSummary:
-    """Write base plus adapter as bf16 safetensors, with the base's tokenizer and templates as they are, to `out`.
+    """Write base plus adapter as bf16 safetensors, with the base's unchanged tokenizer and templates, to `out`.
 
-    The sum is taken in float32 and rounded so that an adapter's small changes are not lost (`trainer.model.rounding`).
+    The sum is computed in float32 and rounded so that small changes are not lost (`trainer.model.rounding`).
     Tensors are read, merged, written and compared one by one: memory depends on the largest tensor, not on the model.
 
     Args:
@@ -45,7 +45,7 @@ def unused_modules(adapter: Path) -> set[str]:
     """Return the modules without a final rank of AdaLoRA, which correctly keep the base's weights."""
     config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
     unused = {
-        name for name, kept in (config.get("rank_pattern") or {}).items() if isinstance(kept, list) and not any(kept)
+        name for name, mask in (config.get("rank_pattern") or {}).items() if isinstance(mask, list) and not any(mask)
     }
     return {name.partition(".lora_")[0].removeprefix(_PEFT_PREFIX) for name in unused}
 
@@ -62,8 +62,8 @@ def _merge(base: Path, adapter: Path, out: Path) -> set[str]:
 
     with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
         tensors = list(file.keys())
-    if strange := [name for name in tensors if not _OF_A_LAYER.search(name)]:
-        raise merge_failed(f"{adapter} has the tensor {strange[0]!r}, which is not part of an adapted layer")
+    if unexpected := [name for name in tensors if not _ADAPTER_TENSOR.search(name)]:
+        raise merge_failed(f"{adapter} has the tensor {unexpected[0]!r}, which is not part of an adapted layer")
     weights, model = StoredWeights(base), load_adapter(_without_weights(base), adapter)
     layers = adapted_tensors(model)
     named = {name.partition(".lora_")[0] for name in tensors if ".lora_" in name}

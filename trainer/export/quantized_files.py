@@ -22,13 +22,13 @@ _PARTS = {"gate_up_proj": ("gate_proj", "up_proj")}
 # Tensors of a packed layer, with the dimension of its outputs.
 _OUTPUT_DIMENSION = {"qweight": 1, "qzeros": 1, "scales": 1, "bias": 0}
 _INPUT_GROUPS = "g_idx"
-_PASSING = {"offload_to_disk_path"}  # keys of gptqmodel's metadata that differ in every run
+_VOLATILE_KEYS = {"offload_to_disk_path"}  # of gptqmodel's metadata; they differ in every run
 
 
 def write_bfloat16(folder: Path) -> None:
     """Write a quantized model's unquantized weights, which are in float32, in bf16.
 
-    They come from a merged model in bf16, so that nothing is rounded. Packed layers have their own types already.
+    They come from a merged model in bf16, so nothing is rounded. Packed layers keep their types.
     """
     import torch
 
@@ -40,7 +40,7 @@ def write_bfloat16(folder: Path) -> None:
 
 
 def join_fused_layers(folder: Path, layers: list[str]) -> None:
-    """Write a quantized model's safetensors again with joined layers, if gptqmodel has split a layer.
+    """Rewrite a quantized model's safetensors with joined layers, if gptqmodel has split a layer.
 
     Args:
         folder: the quantized model.
@@ -50,11 +50,11 @@ def join_fused_layers(folder: Path, layers: list[str]) -> None:
         TrainingError: two parts group their inputs differently.
     """
     written = {tensor.name for tensor in read_headers(folder)}
-    apart = {layer: parts for layer in layers if (parts := _parts(layer)) and f"{parts[0]}.qweight" in written}
-    if not apart:
+    split = {layer: parts for layer in layers if (parts := _parts(layer)) and f"{parts[0]}.qweight" in written}
+    if not split:
         return
     tensors = _read(folder)
-    for layer, parts in apart.items():
+    for layer, parts in split.items():
         _join(tensors, layer, parts)
     _write(folder, tensors)
 
@@ -111,14 +111,14 @@ def check_packed(folder: Path, layers: list[str]) -> None:
 def finish_folder(model: Path, out: Path) -> None:
     """Replace the config, tokenizer and templates that gptqmodel wrote by the model's own.
 
-    Only gptqmodel's quantization config is kept, without keys that differ between two runs on equal input: gptqmodel
-    writes the config as its loader has changed it. Gemma 3's had the frequencies twice, in two shapes.
+    gptqmodel writes the config that its loader has changed; Gemma 3's had the frequencies twice, in two shapes. Only
+    its quantization config is kept, without keys that differ between two runs on equal input.
     """
     (out / "quant_log.csv").unlink(missing_ok=True)
     path = out / "quantize_config.json"
-    beside, quantization = read_json_object(path), read_json_object(out / CONFIG_FILE)["quantization_config"]
-    for written in (beside, quantization):
-        for key in _PASSING & set(written.get("meta") or {}):
+    standalone, quantization = read_json_object(path), read_json_object(out / CONFIG_FILE)["quantization_config"]
+    for written in (standalone, quantization):
+        for key in _VOLATILE_KEYS & set(written.get("meta") or {}):
             del written["meta"][key]
-    path.write_text(json.dumps(beside, indent=2, sort_keys=True) + "\n", "utf-8")
+    path.write_text(json.dumps(standalone, indent=2, sort_keys=True) + "\n", "utf-8")
     copy_shipped_files(model, out, quantization)

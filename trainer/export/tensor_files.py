@@ -53,7 +53,7 @@ def open_tensor_files(
 
 
 def _begin(file: BinaryIO, shapes: Mapping[str, torch.Tensor]) -> dict[str, tuple[BinaryIO, int]]:
-    """Write the header, with the widest number types first as safetensors does; return the offset of each tensor."""
+    """Write the header, with the widest number types first, as safetensors does; return each tensor's offset."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     starts, end = {}, 0
     for name, tensor in sorted(shapes.items(), key=lambda item: (-item[1].itemsize, item[0])):

@@ -1,7 +1,7 @@
 """Verifies that training changed the weights, by comparing every written tensor with the base's.
 
-A merge that silently does nothing gives a version that answers like the base; a merge that changes other tensors gives
-an untrained version. The output of full fine-tuning is compared in the same way. Knows nothing of quality, which the
+If a merge silently does nothing, the version answers like the base; if other tensors change, the version is not the one
+that was trained. The output of full fine-tuning is compared in the same way. Knows nothing of quality, which the
 evaluation measures.
 """
 
@@ -26,8 +26,8 @@ class MergeSummary:
 
     Attributes:
         modules: number of changed linear layers and parameters of experts.
-        smallest_changed_share: smallest share of a layer's weights that differ. It is below 1, because learnt changes
-            smaller than the precision of bf16 are rounded away.
+        smallest_changed_share: smallest share of a layer's weights that differ; below 1, because learnt changes smaller
+            than the precision of bf16 may be rounded away.
         largest_change: largest difference of one weight.
     """
 
@@ -79,7 +79,7 @@ def compare_weights(
     *,
     others_change: bool = False,
 ) -> MergeSummary:
-    """Raise unless the targeted modules' weights differ, and no others. Each tensor is looked up once, in turn.
+    """Return the changes; raise unless exactly the targeted weights differ. Each tensor is looked up once, in turn.
 
     Args:
         base, merged: tensors by parameter name.
@@ -87,7 +87,7 @@ def compare_weights(
         others_change: whether embeddings, norms and biases may differ too.
 
     Raises:
-        TrainingError: names the first module that is wrong.
+        TrainingError: a targeted module is unchanged, or another tensor differs; names the first one.
     """
     expected = {name if name in base else f"{name}.weight" for name in targets}
     if unknown := sorted(expected - set(base)):
@@ -116,7 +116,6 @@ def _change(name: str, before: "torch.Tensor", after: "torch.Tensor") -> tuple[f
 
 
 def merge_failed(wrong: str) -> TrainingError:
-    """Return the error of a wrong merge."""
     return TrainingError(
         f"the merge is wrong: {wrong}",
         expected="changes in every module that the adapter targets, and in no other tensor",

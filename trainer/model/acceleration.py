@@ -1,7 +1,7 @@
 """Options that make training fast on a machine, each chosen from facts with a reason.
 
-Knows no model and no recipe. What a choice needs in the environment and does not find, it goes without. The loss and
-the layers that are used on a CPU alone are chosen where they are (trainer.training.loss).
+Knows no model and no recipe. Options whose packages are not installed are left off. The loss and the layers that are
+used only on a CPU are chosen in trainer.training.loss.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from enum import StrEnum
 
 
 class Attention(StrEnum):
-    """transformers' names, for `attn_implementation`."""
+    """Implementation of attention, by transformers' name for `attn_implementation`."""
 
     FLASH_3 = "flash_attention_3"
     FLASH_2 = "flash_attention_2"
@@ -23,8 +23,8 @@ class Facts:
     Attributes:
         cuda: whether training runs on an NVIDIA GPU.
         capability: compute capability of the GPU, for example (9, 0) for Hopper; None without a GPU.
-        flash_attention_2, flash_attention_3, liger_kernels: whether they are installed, in a release that transformers
-            takes. Who only looks for the import names takes FlashAttention 4 for 2.
+        flash_attention_2, flash_attention_3, liger_kernels: whether they are installed in a release that transformers
+            supports. A check of the import names alone would mistake FlashAttention 4 for 2.
     """
 
     cuda: bool
@@ -39,11 +39,12 @@ class Acceleration:
     """Options for training on a machine.
 
     Attributes:
-        attention: FlashAttention 3 is written for Hopper alone; 2 needs Ampere or later. Elsewhere PyTorch chooses.
-        padding_free: rows of a batch go through as one, so that no padding is computed. Only FlashAttention keeps rows
-            apart by their lengths; with SDPA they would need a mask as large as the square of the batch.
-        liger_kernels: fused RMSNorm, rotary embedding and SwiGLU in Triton. There is no Triton on a CPU.
-        gradient_checkpointing: layers are computed twice to save memory, which is scarce on a GPU; on a CPU time is.
+        attention: FlashAttention 3 supports only Hopper; 2 needs Ampere or later. Otherwise PyTorch's SDPA is used.
+        padding_free: the rows of a batch are concatenated, so nothing is padded. Only FlashAttention separates rows
+            by their lengths; SDPA would need a mask whose size is the square of the batch's.
+        liger_kernels: fused RMSNorm, rotary embedding and SwiGLU in Triton, which does not run on a CPU.
+        gradient_checkpointing: layers are computed twice to save memory, the scarce resource on a GPU; on a CPU it is
+            time.
     """
 
     attention: Attention
@@ -53,7 +54,6 @@ class Acceleration:
 
 
 def machine_facts() -> Facts:
-    """Return the facts of this machine."""
     import torch
     from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_liger_kernel_available
 
@@ -71,7 +71,7 @@ def choose_acceleration(facts: Facts, *, flash: bool = True) -> Acceleration:
     """Return the options for a machine; see `Acceleration` for the reason of each.
 
     Args:
-        flash: whether the model takes FlashAttention.
+        flash: whether the model supports FlashAttention.
     """
     attention = _attention(facts) if flash else Attention.SDPA
     return Acceleration(

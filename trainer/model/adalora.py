@@ -1,7 +1,7 @@
 """AdaLoRA's schedule of ranks, and the state of its allocator.
 
-Its ranks are shared out by a plan that must fit the run. After each step somebody must tell its allocator, which masks
-the directions that matter least, and neither transformers' trainer nor TRL's does. Imports torch and PEFT.
+AdaLoRA distributes ranks by a schedule that depends on the number of steps. Its allocator masks the least important
+directions and must be called after each step; neither transformers' trainer nor TRL's calls it. Imports torch and PEFT.
 """
 
 import json
@@ -31,10 +31,10 @@ def rank_plan(steps: int) -> dict[str, int]:
 
 
 class RankAllocation(TrainerCallback):
-    """Updates AdaLoRA's allocator in each step, after the optimizer's step and before its gradients are cleared.
+    """Callback that updates AdaLoRA's allocator after the optimizer's step and before gradients are cleared.
 
     Args:
-        model: with an AdaLoRA adapter.
+        model: model with an AdaLoRA adapter.
     """
 
     def __init__(self, model: PeftModel) -> None:

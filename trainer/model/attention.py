@@ -1,7 +1,7 @@
-"""Choice among transformers' implementations of attention of one that follows the model's config.
+"""Choice of the implementation of attention in transformers that follows the model's config.
 
-Its default, PyTorch's scaled dot product attention, leaves out the soft cap on attention scores of Gemma 2 without a
-word, while the engine applies it: the model that was trained would not be the one that is served.
+The default, PyTorch's scaled dot product attention, silently omits Gemma 2's soft cap on attention scores, while the
+engine applies it: the served model would differ from the trained one.
 """
 
 from pathlib import Path

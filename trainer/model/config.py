@@ -1,4 +1,4 @@
-"""The config of a model folder, read by transformers: old spellings are understood, defaults filled in."""
+"""The config of a model folder, read by transformers, which converts old keys and adds defaults."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ def load_config(folder: Path) -> "PreTrainedConfig":
     """Load the config of a model folder. No code from the folder is run.
 
     Raises:
-        BaseModelError: transformers cannot read it, as with an impossible value or an unknown architecture.
+        BaseModelError: transformers cannot read it, for example because of an invalid value or unknown architecture.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig

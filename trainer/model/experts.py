@@ -23,13 +23,13 @@ def count_experts(config: "PreTrainedConfig") -> int:
 def name_experts(config: "PreTrainedConfig") -> None:
     """Make configs of this kind provide their number of experts as `num_experts`, the name that TRL uses.
 
-    transformers gave Mixtral's that second name, and not Granite's. What a config is written as stays as it is.
+    transformers defines this alias for Mixtral, and not for Granite. Written configs keep their own name.
     """
     text, name = config.get_text_config(), _name(config)
     if name and not hasattr(text, _COMMON):
         kind = type(text)
         known = kind.attribute_map
-        kind.attribute_map = known | {_COMMON: known.get(name, name)}  # a second name of a second name is not looked up
+        kind.attribute_map = known | {_COMMON: known.get(name, name)}  # aliases of aliases are not resolved
 
 
 def _name(config: "PreTrainedConfig") -> str | None:

@@ -21,12 +21,12 @@ def expert_names(model: Path) -> list[str]:
 
 
 def layer_shapes(model: Path) -> dict[str, tuple[int, int]]:
-    """Return inputs and outputs of every linear layer except the output head, by name."""
+    """Return the numbers of inputs and outputs of every linear layer except the output head, by name."""
     return linear_layers(empty_model(model))
 
 
 def linear_layers(model: "PreTrainedModel") -> dict[str, tuple[int, int]]:
-    """Return inputs and outputs of a model's linear layers, without the output head and the experts of a mixture."""
+    """Return inputs and outputs of a model's linear layers, except the output head and the experts of a mixture."""
     import torch
 
     head = model.get_output_embeddings()
@@ -38,7 +38,7 @@ def linear_layers(model: "PreTrainedModel") -> dict[str, tuple[int, int]]:
 
 
 def empty_model(model: Path) -> "PreTrainedModel":
-    """Return the model without weights."""
+    """Return the model of a folder, without weights."""
     return without_weights(load_config(model))
 
 

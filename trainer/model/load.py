@@ -19,10 +19,10 @@ class ModelForm:
     """Form in which a base model is loaded.
 
     Attributes:
-        number_type: in which matrix products are computed.
-        quantization: of the frozen weights.
-        full: every weight is trained.
-        attention: the fastest that the machine has.
+        number_type: number type of matrix products.
+        quantization: quantization of the frozen weights.
+        full: whether every weight is trained.
+        attention: fastest implementation that the machine supports.
     """
 
     number_type: NumberType
@@ -34,9 +34,9 @@ class ModelForm:
 def load_model(base: Path, form: ModelForm) -> PreTrainedModel:
     """Return the base model in the form that a recipe trains on.
 
-    Full fine-tuning steps on float32 weights, which the forward pass rounds to the number type: Adam's small steps
-    vanish in 16 bits. Frozen weights are in the number type, or where the recipe says so in NF4, whose scales are
-    quantized too.
+    Full fine-tuning updates float32 weights, which the forward pass rounds to the number type: in 16 bits Adam's small
+    updates would be rounded away. Frozen weights have the number type, or, if the recipe says so, NF4 with quantized
+    scales.
 
     Args:
         base: folder of the base model.
@@ -63,7 +63,7 @@ def load_model(base: Path, form: ModelForm) -> PreTrainedModel:
         attn_implementation=implementation,
         output_loading_info=True,
     )
-    if missing := sorted(loaded["missing_keys"]):  # transformers has drawn them at random
+    if missing := sorted(loaded["missing_keys"]):  # transformers has initialized them at random
         raise BaseModelError(
             f"the weights in {base} lack {len(missing)} tensors of the model, the first is {missing[0]!r}",
             expected="all weights of the architecture that config.json names",
@@ -77,9 +77,10 @@ def load_model(base: Path, form: ModelForm) -> PreTrainedModel:
 def _keep_layout(model: PreTrainedModel) -> None:
     """Prevent bitsandbytes from packing weights for a kernel of CPUs with bfloat16, and from using this kernel.
 
-    It does so as soon as held-out loss is measured; the kernel knows no gradient and no float32, and nothing goes back.
+    bitsandbytes packs at the first measurement of held-out loss, and never unpacks; the kernel supports neither
+    gradients nor float32.
     """
-    from bitsandbytes.nn.modules import Linear4bit  # a CPU trains by other methods without it
+    from bitsandbytes.nn.modules import Linear4bit  # optional on a CPU, which trains with other methods without it
 
     for layer in model.modules():
         if isinstance(layer, Linear4bit):

@@ -1,6 +1,6 @@
 """The adapter of each method, created by PEFT.
 
-Knows nothing of data or of the optimizer's run. Imports torch and PEFT.
+Knows nothing of data or the optimizer. Imports torch and PEFT.
 """
 
 import warnings
@@ -82,7 +82,7 @@ def _refuse_experts(recipe: Recipe, experts: list[str]) -> None:
     """Reject methods that PEFT supports only for linear layers.
 
     Raises:
-        RecipeError: names the first of these experts.
+        RecipeError: the recipe's method is one of them; names the first expert.
     """
     named = f"{experts[0]!r} and {len(experts) - 1} others of this mixture of experts have one matrix for each expert"
     if recipe.adapter_type is not AdapterType.LORA:
@@ -101,9 +101,9 @@ def _refuse_experts(recipe: Recipe, experts: list[str]) -> None:
 
 @contextmanager
 def _targets_as_named() -> Iterator[None]:
-    """Make PEFT use exactly the targets of its config, within the body.
+    """Make PEFT use exactly the targets of its config within the `with` block.
 
-    PEFT mistakes the targets of some mixtures for those of adapters from before transformers had experts in one
+    PEFT mistakes the targets of some mixtures for those of adapters from before transformers joined experts in one
     parameter, and changes them: shared experts and layers without experts are dropped, the router is added, and one
     rank doubles.
     """
@@ -121,7 +121,7 @@ def adapter_config(recipe: Recipe, targets: list[str] | str, steps: int, experts
     Args:
         targets: layer names or ends of them, or `all-linear`.
         steps: number of steps of the complete run.
-        experts: names of parameters that are no linear layers; LoRA's and QLoRA's only.
+        experts: names of the experts' parameters, which are not linear layers; only for LoRA and QLoRA.
     """
     adapter, common = recipe.adapter, {"target_modules": targets, "task_type": "CAUSAL_LM"}
     lora = common | {"lora_alpha": recipe.alpha, "lora_dropout": adapter.dropout}

@@ -1,7 +1,4 @@
-"""Release of memory between models, and between a stage and another process: the engine.
-
-Knows nothing of the computation.
-"""
+"""Release of memory between two models, and before another process, the engine, starts."""
 
 import gc
 import sys
@@ -10,8 +7,8 @@ import sys
 def release_memory() -> None:
     """Release unused memory.
 
-    Trainers and models refer to each other in circles, which only the collector frees; and of a GPU's memory PyTorch
-    keeps what it once had, so that an engine would find the device full.
+    Trainers and models form reference cycles, which only the garbage collector frees. PyTorch caches the GPU's memory,
+    so an engine would find the device full.
     """
     gc.collect()
     torch = sys.modules.get("torch")

@@ -81,7 +81,7 @@ class StoredWeights(Mapping[str, torch.Tensor]):
         """Read one parameter from the files.
 
         Args:
-            dtype: of the result; integers stay integers.
+            dtype: floating-point type of the result; integers keep their type.
 
         Raises:
             IntegrityError: its shape in the files is not the model's.
@@ -135,7 +135,7 @@ class StoredWeights(Mapping[str, torch.Tensor]):
     def _rename(
         self, stored: str, renamings: list[WeightRenaming], converters: list[WeightConverter]
     ) -> tuple[str, str | None]:
-        """Convert in the same way as transformers' `convert_and_load_state_dict_in_model`."""
+        """Return the parameter's name and its converter's pattern, as `convert_and_load_state_dict_in_model` does."""
         prefix = self.model.base_model_prefix
         name, pattern = rename_source_key(stored, renamings, converters, prefix, self._shapes)
         if name not in self._shapes and stored in self._shapes:

@@ -25,8 +25,8 @@ def target_modules(model: "PreTrainedModel", preset: Targets) -> list[str] | str
     """Return the value for PEFT's `target_modules`.
 
     Returns:
-        Ends of layer names, sorted, as `q_proj`; with the module that they are in, as `attn.proj`, where a layer
-        outside of attention ends so too. Of ALL_LINEAR PEFT's own word for it.
+        Sorted ends of layer names, such as `q_proj`; with the module, such as `attn.proj`, if a layer outside of
+        attention has the same end. For ALL_LINEAR, PEFT's own keyword.
 
     Raises:
         RecipeError: the model has no layer of the preset; names its layers.

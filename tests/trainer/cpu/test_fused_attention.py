@@ -39,7 +39,7 @@ class Layer(torch.nn.Module):
 def tensors(
     batch: int, heads: int, groups: int, queries: int, before: int, size: int, seed: int = 0
 ) -> list[torch.Tensor]:
-    """Query, key and value in the layout that models give them: heads beside each other in memory."""
+    """Return query, key and value in the layout of models: heads are adjacent in memory."""
     generator = torch.Generator().manual_seed(seed)
     return [
         torch.randn(batch, length, number, size, generator=generator).bfloat16().transpose(1, 2)
@@ -51,15 +51,15 @@ SCALING = 0.3
 
 
 def check(layer: Layer, inputs: list[torch.Tensor], mask: torch.Tensor | None) -> None:
-    """Against PyTorch's in float64: as exact as bfloat16 allows, also where a gradient should be 0.
+    """Compare with PyTorch's results in float64, within the precision of bfloat16, also where a gradient should be 0.
 
-    It allows a part of the same sums over absolute values: of all that was rounded, before anything cancels.
+    The tolerance is a share of the same sums over absolute values: of all rounded terms, before any of them cancel.
     """
     exact = [tensor.double() for tensor in inputs]
     wanted = results(sdpa_attention_forward, layer, exact, mask)
     sums = absolute_sums(layer, exact, mask)
-    for have, want, rounded in zip(results(attention, layer, inputs, mask), wanted, sums, strict=True):
-        assert (have.double() - want).norm() <= 2 * torch.finfo(torch.bfloat16).eps * rounded.norm()
+    for result, expected, rounded in zip(results(attention, layer, inputs, mask), wanted, sums, strict=True):
+        assert (result.double() - expected).norm() <= 2 * torch.finfo(torch.bfloat16).eps * rounded.norm()
 
 
 def results(function: Any, layer: Layer, inputs: list[torch.Tensor], mask: torch.Tensor | None) -> list[torch.Tensor]:
@@ -75,7 +75,7 @@ def gradient_of(output: torch.Tensor) -> torch.Tensor:
 
 
 def absolute_sums(layer: Layer, inputs: list[torch.Tensor], mask: torch.Tensor | None) -> list[torch.Tensor]:
-    """What is summed up for the output and for the gradients of query, key and value, without signs."""
+    """Return the sums of absolute values for the output and for the gradients of query, key and value."""
     query, key, value = inputs
     shared = (key.shape[1], layer.num_key_value_groups)
     key, value = (tensor.repeat_interleave(shared[1], 1) for tensor in (key, value))
@@ -88,7 +88,7 @@ def absolute_sums(layer: Layer, inputs: list[torch.Tensor], mask: torch.Tensor |
     of_shares = shares * (outer @ value.abs().mT)
     of_scores = SCALING * (of_shares + shares * of_shares.sum(-1, keepdim=True))
     of_keys, of_values = of_scores.mT @ query.abs(), shares.mT @ outer
-    return [output, of_scores @ key.abs(), *(one.unflatten(1, shared).sum(2) for one in (of_keys, of_values))]
+    return [output, of_scores @ key.abs(), *(each.unflatten(1, shared).sum(2) for each in (of_keys, of_values))]
 
 
 def causal(batch: int, queries: int, before: int) -> torch.Tensor:
@@ -106,7 +106,7 @@ def causal(batch: int, queries: int, before: int) -> torch.Tensor:
     masked=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_output_and_gradients_are_pytorchs(
+def test_output_and_gradients_equal_pytorchs(
     whole_products: list[torch.Size],
     batch: int,
     groups: int,
@@ -117,7 +117,7 @@ def test_output_and_gradients_are_pytorchs(
     masked: bool,
     seed: int,
 ) -> None:
-    before = before if masked else 0  # without a mask, queries are all there is
+    before = before if masked else 0  # without a mask there are no keys before the queries
     whole_products.clear()
     inputs = tensors(batch, groups * heads_per_key, groups, queries, before, size, seed)
     check(Layer(heads_per_key), inputs, causal(batch, queries, before) if masked else None)
@@ -125,7 +125,7 @@ def test_output_and_gradients_are_pytorchs(
 
 
 def test_each_row_of_a_batch_has_its_own_mask(whole_products: list[torch.Size]) -> None:
-    """As packed examples have, of different lengths."""
+    """Packed examples of different lengths have such masks."""
     mask = causal(2, 6, 0).clone()
     mask[0, :, 3:, :3] = False
     mask[1, :, 2:, :2] = False
@@ -157,10 +157,10 @@ def with_value_heads_of(size: int, number_type: torch.dtype) -> list[torch.Tenso
 
 
 @pytest.mark.parametrize(("size", "number_type"), [(4, torch.bfloat16), (8, torch.float32), (4, torch.float32)])
-def test_other_numbers_and_value_heads_of_another_size_go_to_pytorch(
+def test_pytorch_is_used_when_number_type_or_value_heads_differ(
     whole_products: list[torch.Size], size: int, number_type: torch.dtype
 ) -> None:
-    """The latter as with multi-head latent attention."""
+    """Multi-head latent attention has value heads of another size."""
     query, key, value = with_value_heads_of(size, number_type)
     output, _ = attention(Layer(2), query, key, value, None)
     assert output.shape == (2, 6, 4, size)
@@ -184,7 +184,7 @@ def tiny_model(implementation: str) -> Any:
     return AutoModelForCausalLM.from_config(config, attn_implementation=implementation, dtype=torch.bfloat16)
 
 
-def test_a_model_answers_the_same_and_saves_nothing_of_it(whole_products: list[torch.Size]) -> None:
+def test_fused_model_gives_the_same_logits_and_the_same_saved_config(whole_products: list[torch.Size]) -> None:
     model = tiny_model("sdpa")
     ids = torch.arange(20).view(2, 10)
     before, config = model(input_ids=ids).logits, model.config.to_json_string()
@@ -194,8 +194,8 @@ def test_a_model_answers_the_same_and_saves_nothing_of_it(whole_products: list[t
     assert model.config.to_json_string() == config
 
 
-def test_a_model_that_needs_another_attention_keeps_it() -> None:
-    """Soft-capped scores, for one, are computed by `eager` alone."""
+def test_attention_is_not_fused_when_the_model_needs_another_implementation() -> None:
+    """For example, only `eager` computes soft-capped scores."""
     model = tiny_model("eager")
     assert not fuse_attention(model)
     assert model.config._attn_implementation == "eager"

@@ -41,7 +41,7 @@ def results(model: PeftModel, x: torch.Tensor) -> list[torch.Tensor]:
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 9), st.integers(1, 9), st.booleans())
-def test_output_and_gradients_are_pefts(rows: int, length: int, width: int, height: int, bias: bool) -> None:
+def test_output_and_gradients_equal_pefts(rows: int, length: int, width: int, height: int, bias: bool) -> None:
     model = adapted(width, height, bias)
     x = torch.randn(rows, length, width)
     expected = results(model, x)
@@ -55,8 +55,8 @@ def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize(("width", "height"), [(24, 40), (40, 24), (32, 32), (40, 600), (600, 40)])
-def test_with_many_rows_gradients_are_those_of_the_formula(width: int, height: int) -> None:
-    """Rows are more than some of these sides, so that the update goes into the weight, in one pass or in both."""
+def test_gradients_equal_the_formulas_when_there_are_many_rows(width: int, height: int) -> None:
+    """There are more rows than some of these widths, so the update is added to the weight in one pass or in both."""
     model = adapted(width, height)
     layer = model.base_model.model.layer
     low, high = layer.lora_A["default"].weight, layer.lora_B["default"].weight
@@ -71,7 +71,7 @@ def test_with_many_rows_gradients_are_those_of_the_formula(width: int, height: i
         assert relative_error(got, wanted) < 1e-5
 
 
-def test_many_steps_with_many_rows_end_where_pefts_end() -> None:
+def test_weights_equal_pefts_after_many_steps_with_many_rows() -> None:
     x, wanted = torch.randn(2, 64, 8), torch.randn(2, 64, 12)
 
     def trained(fused: bool) -> tuple[float, torch.Tensor]:
@@ -92,7 +92,7 @@ def test_many_steps_with_many_rows_end_where_pefts_end() -> None:
     assert relative_error(weights, pefts_weights) < 1e-4
 
 
-def test_in_bf16_an_update_smaller_than_the_weights_spacing_is_not_lost() -> None:
+def test_update_smaller_than_the_weights_spacing_is_not_lost_in_bf16() -> None:
     """1 and 1.001 are the same number in bf16; the outputs, 0 without the update, show it."""
     model = adapted(2, 1, bias=False, r=1, lora_alpha=1)
     layer = model.base_model.model.layer
@@ -107,13 +107,13 @@ def test_in_bf16_an_update_smaller_than_the_weights_spacing_is_not_lost() -> Non
     torch.testing.assert_close(y.float(), torch.full((1, 50, 1), 2e-3), rtol=1e-2, atol=0)
 
 
-def test_neither_the_weight_changes_nor_is_another_kept() -> None:
+def test_weight_is_neither_changed_nor_stored_a_second_time() -> None:
     model = adapted(8, 12)
     weight = model.base_model.model.layer.base_layer.weight
-    before, kept = weight.clone(), []
+    before, stored = weight.clone(), []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept.append(tensor)
+        stored.append(tensor)
         return tensor
 
     fuse_lora(model)
@@ -121,11 +121,11 @@ def test_neither_the_weight_changes_nor_is_another_kept() -> None:
         y = model(torch.randn(2, 50, 8))
     y.sum().backward()
     assert torch.equal(weight, before)
-    alike = [tensor for tensor in kept if tensor.shape == weight.shape]
-    assert [tensor.data_ptr() for tensor in alike] == [weight.data_ptr()]
+    same_shape = [tensor for tensor in stored if tensor.shape == weight.shape]
+    assert [tensor.data_ptr() for tensor in same_shape] == [weight.data_ptr()]
 
 
-def test_in_bf16_it_is_no_farther_from_the_truth_than_peft() -> None:
+def test_error_in_bf16_is_not_larger_than_pefts() -> None:
     model = adapted(64, 64)
     x = torch.randn(4, 16, 64).bfloat16()
     model.base_model.model.layer.base_layer.bfloat16()
@@ -142,7 +142,7 @@ def test_in_bf16_it_is_no_farther_from_the_truth_than_peft() -> None:
 
 
 def adapted_like(model: PeftModel) -> PeftModel:
-    """Return the same weights in float32."""
+    """Return a model with the same weights in float32."""
     other = adapted(64, 64)
     other.load_state_dict({name: weight.float() for name, weight in model.state_dict().items()})
     return other
@@ -170,7 +170,7 @@ def test_peft_is_used_when_the_layer_is_not_plain_lora(
     assert torch.equal(plain(x), fused(x))
 
 
-def test_dropout_stays_at_work_while_training() -> None:
+def test_dropout_is_applied_only_while_training() -> None:
     model = adapted(lora_dropout=0.5).train()
     fuse_lora(model)
     x = torch.randn(2, 3, 8)
@@ -178,7 +178,7 @@ def test_dropout_stays_at_work_while_training() -> None:
     assert torch.equal(model.eval()(x), model(x))
 
 
-def test_names_of_weights_stay() -> None:
+def test_names_of_weights_are_unchanged_when_layers_are_fused() -> None:
     model = adapted()
     names = list(model.state_dict())
     fuse_lora(model)

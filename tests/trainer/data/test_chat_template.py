@@ -1,4 +1,4 @@
-"""Training learns the answer that the engine will ask for, with the real templates of the families in TRL."""
+"""Training learns the answer as in serving, with the real templates of the families in TRL."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -21,10 +21,10 @@ THINKING = [
     *("gemma4", "qwen3_5_nothink"),
 ]
 REFUSED = {
-    "deepseek_r1_distill": "does not begin with its prompt",  # its prompt opens a thinking block, whatever it is told
+    "deepseek_r1_distill": "does not begin with its prompt",  # its prompt always opens a thinking block
     "deepseekv3": "does not begin with its prompt",
-    "gptoss": "would learn",  # the name of a channel comes first, which only a parser takes out again
-    "smolvlm": "would learn",  # texts must be lists of parts: a plain one is dropped without a word
+    "gptoss": "would learn",  # the name of a channel comes first, which only a parser removes
+    "smolvlm": "would learn",  # texts must be lists of parts: plain ones are silently dropped
 }
 CONVERSATIONS = {
     "one turn": [("user", "Which?"), ("assistant", '{"section": "net"}')],
@@ -51,7 +51,7 @@ def learnt(family: str, turns: list[tuple[str, str]], kwargs: TemplateKwargs) ->
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("family", [*PLAIN, *THINKING])
-def test_the_answer_is_learnt_and_no_thinking_block(family: str, conversation: str) -> None:
+def test_answer_is_learnt_without_a_thinking_block(family: str, conversation: str) -> None:
     if family in NO_SYSTEM and conversation == "system":
         pytest.skip("the family has no system turn")
     turns = CONVERSATIONS[conversation]
@@ -61,7 +61,7 @@ def test_the_answer_is_learnt_and_no_thinking_block(family: str, conversation: s
 
 
 @pytest.mark.parametrize("family", ["nemotron_3_nano", "qwen3", "qwen3_5_think"])
-def test_a_thinking_block_that_would_be_learnt_is_refused(family: str) -> None:
+def test_example_is_rejected_when_a_thinking_block_would_be_learnt(family: str) -> None:
     with pytest.raises(DataError, match="think") as caught:
         learnt(family, CONVERSATIONS["one turn"], {})
     assert "chat_template_kwargs" in caught.value.todo
@@ -98,10 +98,10 @@ SYSTEM_IN_LAST_QUESTION = """{% if messages[0].role == 'system' %}{% set system 
     ],
     ids=["a closed block of thoughts", "the system turn in the question", "the same, several turns"],
 )
-def test_the_answer_is_learnt_after_the_prompt_that_a_conversation_has_otherwise(
+def test_answer_is_learnt_after_the_prompt_when_the_conversation_is_written_differently(
     template: str, turns: list[tuple[str, str]], prompt: str
 ) -> None:
-    """As Gemma 4's and Mistral Nemo's templates do. The answer is a word that stands in its end token, too."""
+    """Gemma 4's and Mistral Nemo's templates do this. The answer is a word that its end token contains, too."""
     tokenizer = make_tokenizer(template)
     example = parse_example({"messages": [{"role": role, "content": text} for role, text in turns]})
     assert isinstance(tokenizer.eos_token_id, int)
@@ -112,7 +112,7 @@ def test_the_answer_is_learnt_after_the_prompt_that_a_conversation_has_otherwise
 
 
 @pytest.mark.parametrize("opened", ["<think>\n", "<|START_THINKING|>", "<thinking>"])
-def test_a_prompt_that_lets_the_model_think_is_refused(opened: str) -> None:
+def test_example_is_rejected_when_the_prompt_makes_the_model_think(opened: str) -> None:
     template = CLOSED_THOUGHTS.replace("<think></think>", opened)
     tokenizer = make_tokenizer(template)
     example = parse_example({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
@@ -120,14 +120,14 @@ def test_a_prompt_that_lets_the_model_think_is_refused(opened: str) -> None:
         tokenize_examples(tokenizer, [example], {0}, {})
 
 
-def test_thoughts_in_the_examples_are_learnt_where_the_recipe_asks_for_thinking() -> None:
+def test_thoughts_in_examples_are_learnt_when_the_recipe_enables_thinking() -> None:
     turns = [("user", "Which?"), ("assistant", "<think>\nI look.\n</think>\n\nnet")]
     [text] = learnt("qwen3", turns, {"enable_thinking": True})
     assert text.startswith("<think>\nI look.\n</think>\n\nnet")
 
 
 def test_no_token_crosses_the_end_of_the_prompt() -> None:
-    """The engine's prompt ends there; a token of both sides would never be in it."""
+    """The engine's prompt ends there, so it never contains a token of both sides."""
     tokenizer = make_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}")
     tokenizer.add_tokens(["ab"])
     example = parse_example({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
@@ -154,13 +154,13 @@ def base(folder: Path, family: str) -> Path:
         ("llama3", {"date_string": "1 Jan 2026"}, {"date_string": "1 Jan 2026"}),
     ],
 )
-def test_thinking_is_off_and_the_date_fixed_by_default(
+def test_thinking_is_off_and_the_date_is_fixed_unless_the_recipe_sets_them(
     family: str, given: TemplateKwargs | None, chosen: TemplateKwargs, tmp_path: Path
 ) -> None:
     assert choose_template_kwargs(base(tmp_path / "base", family), given) == chosen
 
 
-def test_a_version_as_a_base_goes_on_with_what_it_was_given(tmp_path: Path) -> None:
+def test_template_arguments_are_the_versions_when_the_base_is_a_version(tmp_path: Path) -> None:
     folder = base(tmp_path / "base", "qwen3")
     (folder / "chat_template_kwargs.json").write_text('{"enable_thinking": true}')
     assert choose_template_kwargs(folder, None) == {"enable_thinking": True}

@@ -12,7 +12,7 @@ from trainer.data.length_grouped_sampler import LengthGroupedSampler
 @given(
     st.lists(st.integers(1, 500), min_size=1, max_size=80), st.integers(1, 9), st.integers(0, 2**31), st.integers(0, 9)
 )
-def test_every_example_comes_once_an_epoch(lengths: list[int], batch: int, seed: int, epoch: int) -> None:
+def test_every_example_is_drawn_once_per_epoch(lengths: list[int], batch: int, seed: int, epoch: int) -> None:
     order = LengthGroupedSampler(lengths, batch, seed)
     order.set_epoch(epoch)
     assert sorted(order) == list(range(len(lengths)))
@@ -27,18 +27,18 @@ def test_order_does_not_depend_on_the_process_random_numbers() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_epochs_and_seeds_differ() -> None:
+def test_order_differs_when_epoch_or_seed_differs() -> None:
     def order(seed: int, epoch: int) -> list[int]:
-        made = LengthGroupedSampler(range(1, 50), 4, seed)
-        made.set_epoch(epoch)
-        return list(made)
+        sampler = LengthGroupedSampler(range(1, 50), 4, seed)
+        sampler.set_epoch(epoch)
+        return list(sampler)
 
     assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
 
 
 @given(st.integers(0, 2**31))
-def test_a_small_set_has_little_padding_too(seed: int) -> None:
-    """Six batches; in any order, a third would be padding."""
+def test_padding_is_small_when_the_set_has_few_batches(seed: int) -> None:
+    """Six batches; in a random order, a third would be padding."""
     lengths = list(range(100, 196))
     order = [lengths[index] for index in LengthGroupedSampler(lengths, 16, seed)]
     padded = sum(16 * max(order[start : start + 16]) for start in range(0, 96, 16))
@@ -46,7 +46,7 @@ def test_a_small_set_has_little_padding_too(seed: int) -> None:
 
 
 def test_short_and_long_batches_alternate_when_lengths_differ() -> None:
-    """200 long and 200 short examples: were they sorted, the first half of the steps would have the long ones."""
+    """200 long and 200 short examples: if they were sorted, the first half of the steps would have the long ones."""
     lengths = [100] * 200 + [10] * 200
     for seed in range(20):
         order = [lengths[index] for index in LengthGroupedSampler(lengths, 10, seed)]
@@ -64,7 +64,7 @@ def test_only_the_last_batch_of_an_epoch_is_partial_when_examples_do_not_fill_it
         assert mixed <= 2  # one in each of the two windows that are sorted
 
 
-def test_a_batch_holds_examples_of_like_length() -> None:
+def test_batches_contain_examples_of_similar_length() -> None:
     lengths = [100 if number % 2 else 10 for number in range(64)]
     order = list(LengthGroupedSampler(lengths, 4, 0))
     mixed = sum(len({lengths[index] for index in order[start : start + 4]}) > 1 for start in range(0, 64, 4))

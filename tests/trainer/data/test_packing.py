@@ -33,17 +33,17 @@ rows = st.lists(
 
 
 def dataset(examples: list[tuple[list[int], int]]) -> Dataset:
-    """Each with its answer from an index on, or its last token alone."""
-    found = []
+    """Return rows whose answer starts at an index, or is only the last token."""
+    contents = []
     for ids, start in examples:
         answer = min(start, len(ids) - 1)
-        found.append({"input_ids": ids, "labels": [IGNORED] * answer + ids[answer:]})
-    return Dataset.from_list(found)
+        contents.append({"input_ids": ids, "labels": [IGNORED] * answer + ids[answer:]})
+    return Dataset.from_list(contents)
 
 
 @settings(max_examples=20, deadline=None)
 @given(rows)
-def test_the_loss_is_that_of_each_example_alone(examples: list[tuple[list[int], int]]) -> None:
+def test_loss_of_packed_examples_equals_the_loss_of_each_alone(examples: list[tuple[list[int], int]]) -> None:
     alone = torch.zeros(())
     for row in dataset(examples):
         alone = alone + answer_loss(MODEL, torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]]))
@@ -54,18 +54,18 @@ def test_the_loss_is_that_of_each_example_alone(examples: list[tuple[list[int], 
 
 @settings(max_examples=20, deadline=None)
 @given(rows)
-def test_every_example_is_there_once_and_whole(examples: list[tuple[list[int], int]]) -> None:
-    found = []
+def test_every_example_is_packed_once_and_completely(examples: list[tuple[list[int], int]]) -> None:
+    unpacked = []
     for row in pack(dataset(examples), LENGTH):
         assert len(row["input_ids"]) <= LENGTH
         start = 0
         for length in row["seq_lengths"]:
-            found.append(row["input_ids"][start : start + length])
+            unpacked.append(row["input_ids"][start : start + length])
             start += length
-    assert sorted(found) == sorted(ids for ids, _ in examples)
+    assert sorted(unpacked) == sorted(ids for ids, _ in examples)
 
 
-def test_rows_are_filled() -> None:
+def test_short_examples_share_rows_when_packed() -> None:
     assert len(pack(dataset([([1] * 8, 1)] * 9), LENGTH)) == 3
 
 
@@ -73,11 +73,11 @@ RECURRENT = [Lfm2Config(num_hidden_layers=2, layer_types=["conv", "full_attentio
 
 
 @pytest.mark.parametrize("config", RECURRENT, ids=lambda config: config.model_type)
-def test_a_recurrent_state_would_not_be_blind(config: PreTrainedConfig) -> None:
+def test_model_is_rejected_when_it_has_recurrent_layers(config: PreTrainedConfig) -> None:
     with pytest.raises(RecipeError, match="recurrent layers"):
         refuse_recurrent(config)
 
 
 @pytest.mark.parametrize("config", [LlamaConfig(), Gemma2Config()], ids=lambda config: config.model_type)
-def test_attention_is_masked(config: PreTrainedConfig) -> None:
+def test_model_is_accepted_when_it_has_only_attention_layers(config: PreTrainedConfig) -> None:
     refuse_recurrent(config)

@@ -15,7 +15,7 @@ FOLDER = Path("model")
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerBase:
-    """256 bytes and two special tokens, of which the second ends a turn."""
+    """Return a tokenizer with 256 bytes and two special tokens, of which the second ends a turn."""
     return make_tokenizer()
 
 
@@ -23,34 +23,34 @@ def test_a_tokenizer_passes_when_every_id_has_a_row(tokenizer: PreTrainedTokeniz
     check_tokenizer(FOLDER, tokenizer, {257}, 258)
 
 
-def test_a_token_that_nothing_uses_may_lie_beyond_the_rows(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_tokenizer_passes_when_only_an_unused_token_has_no_row(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     check_tokenizer(FOLDER, tokenizer, {257}, 258)
 
 
-def test_a_padding_token_is_refused_when_it_lies_beyond_the_rows(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_tokenizer_is_rejected_when_the_padding_token_has_no_row(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     with pytest.raises(BaseModelError, match=r"pad token '\[PAD\]' of model has the id 258, but the model has 258"):
         check_tokenizer(FOLDER, tokenizer, {257}, 258)
 
 
-def test_an_end_token_is_refused_when_it_lies_beyond_the_rows(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_tokenizer_is_rejected_when_an_end_token_has_no_row(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(BaseModelError, match="has the id 300"):
         check_tokenizer(FOLDER, tokenizer, {257, 300}, 258)
 
 
-def test_a_tokenizer_is_refused_when_ordinary_text_lies_beyond_the_rows(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_tokenizer_is_rejected_when_ordinary_tokens_have_no_row(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.eos_token = tokenizer.pad_token = None
     with pytest.raises(BaseModelError, match="has ids up to 255, but the model has 200 embedding rows"):
         check_tokenizer(FOLDER, tokenizer, {100}, 200)
 
 
-def test_a_base_is_refused_when_no_token_ends_an_answer(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_base_is_rejected_when_no_token_ends_an_answer(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(BaseModelError, match="names no token that ends an answer"):
         check_tokenizer(FOLDER, tokenizer, set(), 258)
 
 
-def test_an_example_is_named_when_it_contains_a_token_without_a_row() -> None:
+def test_error_names_the_example_when_a_token_has_no_row() -> None:
     rows = [TokenizedExample((1, 2), ((1, 2),)), TokenizedExample((1, 258), ((1, 2),))]
     check_ids(rows, 259, "training")
     with pytest.raises(DataError, match="training example 2 contains the token 258"):

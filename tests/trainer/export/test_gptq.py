@@ -1,4 +1,4 @@
-"""GPTQ: checks before it, clean-up after it, and a real quantization of a tiny model."""
+"""GPTQ: the checks before it, its files, and a real quantization of a tiny model."""
 
 import json
 import shutil
@@ -32,38 +32,38 @@ from trainer.export.gptq import (
 from trainer.export.quantized_files import finish_folder, write_bfloat16
 
 
-def test_a_group_size_that_fits_names_every_layer(tiny_base: Path) -> None:
+def test_every_layer_is_returned_when_the_group_size_fits(tiny_base: Path) -> None:
     layers = check_layers(tiny_base, 64)
     assert len(layers) == 2 * 7
     assert "model.layers.0.self_attn.q_proj" in layers
 
 
-def test_the_output_head_stays_whole(tmp_path: Path) -> None:
+def test_output_head_is_not_quantized(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base", tie_word_embeddings=False)
     assert "lm_head" not in check_layers(base, 32)
 
 
-def test_a_group_size_that_does_not_fit_names_layer_and_sizes(tiny_base: Path) -> None:
+def test_error_names_layer_and_sizes_when_the_group_size_does_not_fit(tiny_base: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         check_layers(tiny_base, 128)
     assert "'model.layers.0.self_attn.q_proj' is 64 wide" in caught.value.wrong
     assert caught.value.expected.endswith(": 32, 64")
 
 
-def test_a_model_that_no_group_size_fits_is_served_merged(tmp_path: Path) -> None:
+def test_error_proposes_merged_only_when_no_group_size_fits(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base", hidden_size=48)
     with pytest.raises(RecipeError, match=r"set formats: \[merged\], without gptq"):
         check_layers(base, 32)
 
 
-def test_a_layer_whose_outputs_the_engine_does_not_take_is_named(tmp_path: Path) -> None:
+def test_error_names_the_layer_when_the_engine_does_not_support_its_outputs(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base", intermediate_size=136)
     with pytest.raises(TrainingError, match=r"'model.layers.0.mlp.gate_up_proj' has 272 outputs"):
         check_layers(base, 8, 32)
     check_layers(base, 8, 8)
 
 
-def test_layers_that_the_engine_has_as_one_count_together(tmp_path: Path) -> None:
+def test_outputs_are_summed_when_the_engine_fuses_layers(tmp_path: Path) -> None:
     check_layers(make_model(tmp_path / "base", intermediate_size=144), 8, 32)
 
 
@@ -91,24 +91,24 @@ def make_mixture(folder: Path, family: str, width: int = 32) -> Path:
     return folder
 
 
-def test_every_expert_counts_as_a_layer(tmp_path: Path) -> None:
+def test_every_expert_is_checked_as_a_layer(tmp_path: Path) -> None:
     layers = check_layers(make_mixture(tmp_path / "base", "qwen3_moe"), 32)
     assert len(layers) == 2 * (4 + 4 * 3)
     assert "model.layers.1.mlp.experts.3.down_proj" in layers
 
 
-def test_a_group_size_that_does_not_fit_an_expert_names_it(tmp_path: Path) -> None:
+def test_error_names_the_expert_when_the_group_size_does_not_fit_it(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"'model\.layers\.0\.mlp\.experts\.0\.down_proj' is 32 wide"):
         check_layers(make_mixture(tmp_path / "base", "qwen3_moe"), 64)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "granitemoe"])
-def test_a_mixture_that_gptqmodel_does_not_quantize_is_refused_by_its_experts(family: str, tmp_path: Path) -> None:
+def test_mixture_is_rejected_when_gptqmodel_cannot_quantize_its_experts(family: str, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=rf"experts\.gate_up_proj' contains the experts .* of '{family}'"):
         check_layers(make_mixture(tmp_path / "base", family), 32)
 
 
-def test_a_mixture_is_refused_where_the_engine_has_no_kernel_for_its_experts(
+def test_mixture_is_rejected_when_the_engine_has_no_kernel_for_its_experts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = make_mixture(tmp_path / "base", "qwen3_moe")
@@ -121,7 +121,9 @@ def test_a_mixture_is_refused_where_the_engine_has_no_kernel_for_its_experts(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", _QUANTIZED_MIXTURES)
-def test_every_expert_is_quantized_under_its_name(family: str, examples: list[ChatExample], tmp_path: Path) -> None:
+def test_every_expert_is_quantized_under_the_name_in_the_base(
+    family: str, examples: list[ChatExample], tmp_path: Path
+) -> None:
     base = make_mixture(tmp_path / "base", family)
     recipe = make_recipe(quantize={"group_size": 32, "samples": 8})
     summary = quantize_gptq(base, examples, recipe, tmp_path / "gptq", number_type=NumberType.FLOAT32)
@@ -144,27 +146,27 @@ def test_shapes_are_checked_before_quantizing(tiny_base: Path, examples: list[Ch
     assert not (tmp_path / "gptq").exists()
 
 
-def test_calibration_is_picked_by_the_seed() -> None:
+def test_calibration_examples_depend_on_the_seed() -> None:
     examples = [make_example(str(number), "red") for number in range(50)]
     assert pick_calibration(examples, 10, seed=1) == pick_calibration(examples, 10, seed=1)
     assert pick_calibration(examples, 10, seed=1) != pick_calibration(examples, 10, seed=2)
 
 
-def test_too_few_examples_are_all_used(examples: list[ChatExample]) -> None:
+def test_all_examples_are_used_when_there_are_too_few(examples: list[ChatExample]) -> None:
     assert len(pick_calibration(examples, 1024, seed=0)) == len(examples)
 
 
 def test_calibration_rows_have_at_most_max_length_tokens_when_examples_are_longer(
     tiny_base: Path, examples: list[ChatExample]
 ) -> None:
-    whole = calibration_rows(tiny_base, examples, make_recipe())
-    middle = sorted(map(len, whole))[len(whole) // 2]
-    cut = calibration_rows(tiny_base, examples, make_recipe(train={"max_length": middle}))
-    assert cut == [row[:middle] for row in whole]
-    assert cut != whole
+    complete = calibration_rows(tiny_base, examples, make_recipe())
+    middle = sorted(map(len, complete))[len(complete) // 2]
+    truncated = calibration_rows(tiny_base, examples, make_recipe(train={"max_length": middle}))
+    assert truncated == [row[:middle] for row in complete]
+    assert truncated != complete
 
 
-def test_quantizing_is_given_rows_of_at_most_max_length_tokens_when_examples_are_longer(
+def test_quantization_gets_rows_of_at_most_max_length_tokens_when_examples_are_longer(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class GivenError(Exception):
@@ -182,7 +184,7 @@ def test_quantizing_is_given_rows_of_at_most_max_length_tokens_when_examples_are
 
 
 def write_configs(folder: Path, path: str, **changed: Any) -> Path:
-    """Write the configs that gptqmodel leaves."""
+    """Write the configs as gptqmodel does."""
     folder.mkdir()
     quantization = {"bits": 4, "meta": {"offload_to_disk_path": path, "quantizer": ["gptqmodel:7.6.0"]}}
     (folder / "config.json").write_text(json.dumps(changed | {"quantization_config": quantization}), "utf-8")
@@ -191,7 +193,7 @@ def write_configs(folder: Path, path: str, **changed: Any) -> Path:
 
 
 @pytest.mark.parametrize("name", ["config.json", "quantize_config.json"])
-def test_a_quantized_folder_is_the_same_when_gptqmodel_ran_in_another_temporary_folder(
+def test_configs_are_the_same_when_gptqmodel_ran_in_another_temporary_folder(
     tiny_base: Path, tmp_path: Path, name: str
 ) -> None:
     folders = [write_configs(tmp_path / side, f"/tmp/random-{side}") for side in ("one", "other")]
@@ -202,7 +204,7 @@ def test_a_quantized_folder_is_the_same_when_gptqmodel_ran_in_another_temporary_
     assert config.get("quantization_config", config) == {"bits": 4, "meta": {"quantizer": ["gptqmodel:7.6.0"]}}
 
 
-def test_a_quantized_config_is_the_models_own_when_gptqmodel_changed_it(tmp_path: Path) -> None:
+def test_quantized_config_is_the_models_own_when_gptqmodel_changed_it(tmp_path: Path) -> None:
     own = {"model_type": "gemma3_text", "rope_theta": 1000000, "torch_dtype": "bfloat16"}
     model = tmp_path / "model"
     model.mkdir()
@@ -215,10 +217,10 @@ def test_a_quantized_config_is_the_models_own_when_gptqmodel_changed_it(tmp_path
 
 
 @pytest.mark.parametrize("ends", [257, [256, 257, 0]])
-def test_padding_while_quantizing_is_a_token_of_the_embedding_without_another_role(
+def test_quantization_pads_with_a_token_that_has_an_embedding_row_and_no_other_role(
     tiny_base: Path, tmp_path: Path, ends: int | list[int]
 ) -> None:
-    """As with a Llama 3.1 whose tokenizer has `<|finetune_right_pad_id|>` beyond the embedding."""
+    """The tokenizer of Llama 3.1 has `<|finetune_right_pad_id|>`, which may have no embedding row."""
     model = Path(shutil.copytree(tiny_base, tmp_path / "model"))
     config = json.loads((model / "config.json").read_text("utf-8"))
     changed = config | {"pad_token_id": None, "bos_token_id": 1, "eos_token_id": ends}
@@ -232,22 +234,22 @@ def test_padding_while_quantizing_is_a_token_of_the_embedding_without_another_ro
 
 
 @pytest.mark.parametrize("number_type", NumberType)
-def test_layers_are_computed_in_float32_where_bfloat16_is_slow_or_absent(number_type: NumberType) -> None:
+def test_calibration_uses_float32_when_bfloat16_is_slow_or_missing(number_type: NumberType) -> None:
     bfloat16 = number_type is NumberType.BFLOAT16
     assert calibration_type(number_type) is (NumberType.BFLOAT16 if bfloat16 else NumberType.FLOAT32)
 
 
-def test_what_was_computed_in_float32_is_written_as_in_bfloat16(tmp_path: Path) -> None:
-    kept = torch.randn(8, 4).bfloat16()
+def test_unquantized_weights_are_written_in_bfloat16_when_computed_in_float32(tmp_path: Path) -> None:
+    embedding = torch.randn(8, 4).bfloat16()
     packed = {
         "up_proj.qweight": torch.arange(4, dtype=torch.int32),
         "up_proj.scales": torch.full((4,), 1e-3, dtype=torch.float16),
     }
-    save_file({"embed.weight": kept.float(), **packed}, tmp_path / "model.safetensors", {"format": "pt"})
+    save_file({"embed.weight": embedding.float(), **packed}, tmp_path / "model.safetensors", {"format": "pt"})
     write_bfloat16(tmp_path)
     written = load_file(tmp_path / "model.safetensors")
     assert written.keys() == {"embed.weight", *packed}
-    for name, tensor in {"embed.weight": kept, **packed}.items():
+    for name, tensor in {"embed.weight": embedding, **packed}.items():
         assert written[name].dtype is tensor.dtype
         assert torch.equal(written[name], tensor)
 
@@ -259,7 +261,7 @@ def quantize(base: Path, out: Path, number_type: NumberType = NumberType.BFLOAT1
 
 
 @pytest.mark.slow
-def test_two_runs_give_the_same_complete_folder_and_show_our_progress_alone(
+def test_two_quantizations_write_the_same_folder_and_print_only_our_progress(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     base = make_model(tmp_path / "base", hidden_size=128, intermediate_size=256, num_key_value_heads=2)
@@ -267,11 +269,10 @@ def test_two_runs_give_the_same_complete_folder_and_show_our_progress_alone(
     folders = [tmp_path / "one", tmp_path / "other"]
     for folder in folders:
         quantize(base, folder)
-    shown = capfd.readouterr()
-    assert not shown.out
+    output = capfd.readouterr()
+    assert not output.out
     ours = ("  Tokenizing: 8/8", "  Loading the", "  Quantizing layers: 2/2")
-    strange = [line for line in shown.err.splitlines() if not line.startswith(ours)]
-    assert not strange
+    assert all(line.startswith(ours) for line in output.err.splitlines()), output.err
     contents = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders]
     assert contents[0] == contents[1]
     assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= set(contents[0])
@@ -280,7 +281,7 @@ def test_two_runs_give_the_same_complete_folder_and_show_our_progress_alone(
 
 
 @pytest.mark.slow
-def test_a_model_computed_in_float32_differs_in_roundings_alone(tmp_path: Path) -> None:
+def test_only_packed_weights_and_scales_differ_when_layers_are_computed_in_float32(tmp_path: Path) -> None:
     """Only packed weights and their scales differ: every other file and tensor is the same."""
     base = make_model(
         tmp_path / "base", hidden_size=128, intermediate_size=256, num_key_value_heads=2, attention_bias=True
@@ -294,12 +295,12 @@ def test_a_model_computed_in_float32_differs_in_roundings_alone(tmp_path: Path) 
     ]
     assert files[0] == files[1]
     assert json.loads(files[0]["config.json"])["dtype"] == "bfloat16"
-    one, other = (load_file(folder / "model.safetensors") for folder in folders.values())
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert (other[name].dtype, other[name].shape) == (tensor.dtype, tensor.shape), name
+    in_bfloat16, in_float32 = (load_file(folder / "model.safetensors") for folder in folders.values())
+    assert in_bfloat16.keys() == in_float32.keys()
+    for name, tensor in in_bfloat16.items():
+        assert (in_float32[name].dtype, in_float32[name].shape) == (tensor.dtype, tensor.shape), name
         if not name.endswith((".qweight", ".scales")):
-            assert torch.equal(other[name], tensor), name
+            assert torch.equal(in_float32[name], tensor), name
 
 
 INTERRUPTED = """
@@ -314,7 +315,7 @@ except KeyboardInterrupt:
 
 
 @pytest.mark.slow
-def test_ctrl_c_is_heard_while_layers_are_quantized_and_leaves_nothing(tmp_path: Path) -> None:
+def test_ctrl_c_stops_quantization_and_leaves_no_temporary_files(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base", hidden_size=256, intermediate_size=1024, num_key_value_heads=2)
     process = subprocess.Popen([sys.executable, "-c", INTERRUPTED, str(base), str(tmp_path / "out")])
     deadline = time.monotonic() + 60
@@ -333,24 +334,24 @@ from gptqmodel import QuantizeConfig
 from gptqmodel.quantization.gptq import GPTQ
 from gptqmodel.quantization.quantizer import Quantizer
 from trainer.export.gptq import faster_rounding
-def found():
+def values():
     quantizer = Quantizer(QuantizeConfig(bits=4, group_size=32))
     quantizer.configure(perchannel=True)
     block = inspect.signature(GPTQ.__dict__["quantize"].__get__(object())).parameters["blocksize"].default
     return quantizer.grid, quantizer.maxshrink, block
 for cpu in (True, False):
     with faster_rounding(cpu=cpu):
-        print("found", *found())
-print("found", *found())
+        print("values", *values())
+print("values", *values())
 """
 
 
 @pytest.mark.slow
-def test_gptqmodel_rounds_in_our_steps_and_blocks_while_we_quantize() -> None:
-    """If a release of gptqmodel moves them, it would use its own values, which take eight times as long."""
-    done = subprocess.run([sys.executable, "-c", SEARCH], capture_output=True, text=True, check=True)
-    told = [line for line in done.stdout.splitlines() if line.startswith("found")]
-    assert told == ["found 20 0.5 32", "found 20 0.5 128", "found 100 0.8 128"]
+def test_gptqmodel_uses_our_steps_and_blocks_only_within_faster_rounding() -> None:
+    """A release of gptqmodel that renames them would use its own values, which take eight times as long."""
+    result = subprocess.run([sys.executable, "-c", SEARCH], capture_output=True, text=True, check=True)
+    values = [line for line in result.stdout.splitlines() if line.startswith("values")]
+    assert values == ["values 20 0.5 32", "values 20 0.5 128", "values 100 0.8 128"]
 
 
 OFFLOADED = """
@@ -361,11 +362,11 @@ from tests.trainer.export.test_gptq import quantize
 from trainer.export import gptq
 
 def main():
-    asked = gptqmodel.QuantizeConfig
+    original = gptqmodel.QuantizeConfig
 
     def config(**options):
         assert options["offload_to_disk"]
-        return asked(**options | {"offload_to_disk": sys.argv[3] == "offload"})
+        return original(**options | {"offload_to_disk": sys.argv[3] == "offload"})
 
     gptqmodel.QuantizeConfig = config
     gptq.in_child_process = lambda work, *arguments: work(*arguments)
@@ -380,9 +381,9 @@ if __name__ == "__main__":
 def test_quantized_files_are_the_same_bytes_when_layers_stay_in_memory(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base", hidden_size=128, intermediate_size=256, num_key_value_heads=2)
     written = []
-    for way in ("offload", "memory"):
-        out = tmp_path / way
-        command = [sys.executable, "-c", OFFLOADED, str(base), str(out), way]
+    for place in ("offload", "memory"):
+        out = tmp_path / place
+        command = [sys.executable, "-c", OFFLOADED, str(base), str(out), place]
         subprocess.run(command, capture_output=True, check=True)
         written.append((out / "model.safetensors").read_bytes())
     assert written[0] == written[1]

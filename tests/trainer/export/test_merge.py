@@ -41,7 +41,7 @@ def test_every_linear_layer_is_merged(tiny_base: Path, adapter: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-3])
-def test_the_sum_is_taken_in_float32_and_rounded_without_a_loss_in_the_mean(
+def test_sum_is_computed_in_float32_and_rounded_without_loss_on_average(
     tiny_base: Path, adapter: Path, tmp_path: Path, size: float
 ) -> None:
     module = "model.layers.1.mlp.up_proj"
@@ -58,14 +58,14 @@ def test_the_sum_is_taken_in_float32_and_rounded_without_a_loss_in_the_mean(
     assert float((change * (merged - base)).sum() / change.square().sum()) == pytest.approx(1, abs=0.05)
 
 
-def test_merging_again_gives_the_same_bits(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_merge_gives_the_same_bits_when_repeated(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
     for folder in ("one", "other"):
         merge_adapter(tiny_base, adapter, tmp_path / folder)
-    one, other = ((tmp_path / folder / "model.safetensors").read_bytes() for folder in ("one", "other"))
-    assert one == other
+    first, second = ((tmp_path / folder / "model.safetensors").read_bytes() for folder in ("one", "other"))
+    assert first == second
 
 
-def test_a_base_in_float32_keeps_its_nearest_weights_where_the_adapter_changes_nothing(
+def test_unchanged_weights_are_rounded_to_the_nearest_when_the_base_is_in_float32(
     tiny_base: Path, adapter: Path, tmp_path: Path
 ) -> None:
     base = shutil.copytree(tiny_base, tmp_path / "base")
@@ -77,41 +77,43 @@ def test_a_base_in_float32_keeps_its_nearest_weights_where_the_adapter_changes_n
     assert torch.equal(merged[name], weights[name].bfloat16())
 
 
-def test_the_merged_folder_is_a_whole_chat_model(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_merged_folder_is_a_complete_chat_model(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
     merge_adapter(tiny_base, adapter, tmp_path / "merged")
     names = {path.name for path in (tmp_path / "merged").iterdir()}
     wanted = {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "generation_config.json"}
     assert wanted <= names
 
 
-def test_an_adapter_that_changes_nothing_is_an_error(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_merge_fails_when_the_adapter_changes_nothing(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
     weights = load_file(adapter / "adapter_model.safetensors")
     change_adapter(adapter, {name: torch.zeros_like(w) for name, w in weights.items() if ".lora_B." in name})
     with pytest.raises(TrainingError, match=r"'model\.layers\.0\.mlp\.down_proj' still has the base's weights"):
         merge_adapter(tiny_base, adapter, tmp_path / "merged")
 
 
-def test_one_module_that_changes_nothing_is_named(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_error_names_the_module_when_the_adapter_does_not_change_it(
+    tiny_base: Path, adapter: Path, tmp_path: Path
+) -> None:
     name = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
     change_adapter(adapter, {name: torch.zeros(32, 4)})
     with pytest.raises(TrainingError, match=r"layers\.1\.self_attn\.v_proj"):
         merge_adapter(tiny_base, adapter, tmp_path / "merged")
 
 
-def test_a_module_that_the_base_does_not_have_is_named(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_error_names_the_module_when_the_base_lacks_it(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
     change_adapter(adapter, {"base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": torch.ones(4, 64)})
     with pytest.raises(TrainingError, match=r"layers\.9\.mlp\.up_proj"):
         merge_adapter(tiny_base, adapter, tmp_path / "merged")
 
 
-def test_a_nan_in_the_adapter_is_an_error(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_merge_fails_when_the_adapter_contains_nan(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
     name = "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"
     change_adapter(adapter, {name: torch.full((128, 4), torch.nan)})
     with pytest.raises(TrainingError, match="cannot be merged"):
         merge_adapter(tiny_base, adapter, tmp_path / "merged")
 
 
-def test_merge_fails_when_the_adapter_has_a_module_that_was_trained_whole(
+def test_merge_fails_when_the_adapter_contains_a_fully_trained_module(
     tiny_base: Path, adapter: Path, tmp_path: Path
 ) -> None:
     change_adapter(adapter, {"base_model.model.model.norm.weight": torch.ones(64)})
@@ -119,14 +121,14 @@ def test_merge_fails_when_the_adapter_has_a_module_that_was_trained_whole(
         merge_adapter(tiny_base, adapter, tmp_path / "merged")
 
 
-def test_a_tensor_that_nobody_targets_must_not_change() -> None:
+def test_error_names_the_tensor_when_it_changed_without_being_a_target() -> None:
     base = {"a.weight": torch.zeros(2), "b.weight": torch.zeros(2)}
     merged = {"a.weight": torch.ones(2), "b.weight": torch.tensor([0.0, 1.0])}
     with pytest.raises(TrainingError, match=r"'b\.weight' differs"):
         compare_weights(base, merged, {"a"})
 
 
-def test_a_tensor_that_is_lost_is_named() -> None:
+def test_error_names_the_tensor_when_the_merged_model_lacks_it() -> None:
     base = {"a.weight": torch.zeros(2), "b.weight": torch.zeros(2)}
     with pytest.raises(TrainingError, match=r"'b\.weight' is in only one"):
         compare_weights(base, {"a.weight": torch.ones(2)}, {"a"})

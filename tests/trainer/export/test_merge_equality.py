@@ -101,7 +101,7 @@ def test_merge_writes_the_bytes_of_the_whole_model_merge_for_every_mixture(tmp_p
 
 
 def test_merge_writes_the_bytes_of_the_whole_model_merge_when_layers_are_joined_in_the_files(tmp_path: Path) -> None:
-    """A case that no family tested with an engine has: several parameters are one stored tensor."""
+    """Several parameters are one stored tensor, which no family that is tested with an engine has."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "head_dim": 32}
     config = AutoConfig.for_model("hrm_text", **sizes, num_layers_per_stack=1, vocab_size=100)
     AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(tmp_path / "base")
@@ -141,7 +141,7 @@ def test_merge_writes_the_bytes_of_the_whole_model_merge_when_only_the_tied_head
 def test_merge_writes_an_index_when_the_model_does_not_fit_into_one_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
-    """The same files as `save_pretrained`, also of a base that has other shards."""
+    """The files equal those of `save_pretrained`, even if the base has other shards."""
     base = build_hub_model(tmp_path / "base", family)
     adapter = make_adapter(base, tmp_path / "adapter")
     merge_whole_model(base, adapter, tmp_path / "whole")

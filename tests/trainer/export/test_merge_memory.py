@@ -21,7 +21,7 @@ from trainer.export.merge import merge_adapter
 
 base, adapter, out = map(Path, sys.argv[1:])
 merge_adapter(base, adapter, out)
-status = Path("/proc/self/status").read_text()  # what getrusage tells begins with the parent's
+status = Path("/proc/self/status").read_text()  # the peak in getrusage includes the parent's
 print(1024 * int(status.partition("VmHWM:")[2].split()[0]))
 """
 
@@ -36,10 +36,10 @@ def peak_of_merge(folder: Path, layers: int) -> int:
     base = make_llama(folder / "base", layers)
     adapter = make_adapter(base, folder / "adapter", adapter={"rank": 2})
     command = [sys.executable, "-c", MEASURE, str(base), str(adapter), str(folder / "merged")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return int(done.stdout.split()[-1])
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(result.stdout.split()[-1])
 
 
 def test_merge_needs_no_more_memory_when_the_model_has_more_layers(tmp_path: Path) -> None:
-    one, many = (peak_of_merge(tmp_path / str(layers), layers) for layers in (1, LAYERS))
-    assert many - one < 5 * LARGEST
+    peak_of_one, peak_of_many = (peak_of_merge(tmp_path / str(layers), layers) for layers in (1, LAYERS))
+    assert peak_of_many - peak_of_one < 5 * LARGEST

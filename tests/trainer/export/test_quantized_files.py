@@ -49,7 +49,7 @@ def read(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def test_parts_become_one_layer_side_by_side(tmp_path: Path) -> None:
+def test_parts_are_concatenated_into_one_layer(tmp_path: Path) -> None:
     write(tmp_path, packed(PARTS[0], 1) | packed(PARTS[1], 2))
     join_fused_layers(tmp_path, [LAYER])
     joined = read(tmp_path)
@@ -62,7 +62,7 @@ def test_parts_become_one_layer_side_by_side(tmp_path: Path) -> None:
         assert tensor.shape[-1] == 2 * half
 
 
-def test_every_other_tensor_stays(tmp_path: Path) -> None:
+def test_other_tensors_are_unchanged_when_parts_are_joined(tmp_path: Path) -> None:
     other = packed(OTHER, 3)
     write(tmp_path, packed(PARTS[0], 1) | packed(PARTS[1], 2) | other)
     join_fused_layers(tmp_path, [LAYER, OTHER])
@@ -70,30 +70,30 @@ def test_every_other_tensor_stays(tmp_path: Path) -> None:
     assert all(torch.equal(joined[name], tensor) for name, tensor in other.items())
 
 
-def test_parts_in_two_files_leave_no_old_file(tmp_path: Path) -> None:
+def test_old_files_are_removed_when_parts_are_in_two_files(tmp_path: Path) -> None:
     write(tmp_path, packed(PARTS[0], 1), packed(PARTS[1], 2))
     join_fused_layers(tmp_path, [LAYER])
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
     assert set(read(tmp_path)) == set(packed(LAYER, 0))
 
 
-def test_a_model_without_fused_layers_is_not_written_again(tmp_path: Path) -> None:
+def test_files_are_not_rewritten_when_the_model_has_no_fused_layers(tmp_path: Path) -> None:
     path = write(tmp_path, packed(PARTS[0], 1) | packed(PARTS[1], 2)) / "model.safetensors"
     before = path.stat().st_mtime_ns
     join_fused_layers(tmp_path, [*PARTS, OTHER])
     assert path.stat().st_mtime_ns == before
 
 
-def test_parts_with_different_groups_are_refused(tmp_path: Path) -> None:
-    odd = packed(PARTS[1], 2)
-    odd[f"{PARTS[1]}.g_idx"] = odd[f"{PARTS[1]}.g_idx"].flip(0)
-    write(tmp_path, packed(PARTS[0], 1) | odd)
+def test_error_is_raised_when_parts_have_different_groups(tmp_path: Path) -> None:
+    other = packed(PARTS[1], 2)
+    other[f"{PARTS[1]}.g_idx"] = other[f"{PARTS[1]}.g_idx"].flip(0)
+    write(tmp_path, packed(PARTS[0], 1) | other)
     with pytest.raises(TrainingError, match="different groups"):
         join_fused_layers(tmp_path, [LAYER])
 
 
 @pytest.mark.slow
-def test_a_quantized_phi3_has_its_own_layers_and_nearly_its_weights(
+def test_quantized_phi3_has_its_architectures_layers_and_nearly_its_weights(
     tmp_path: Path, examples: list[ChatExample]
 ) -> None:
     from transformers import Phi3Config, Phi3ForCausalLM, set_seed
@@ -120,9 +120,9 @@ def test_a_quantized_phi3_has_its_own_layers_and_nearly_its_weights(
         == 4
     )
     with safe_open(tmp_path / "gptq" / "model.safetensors", framework="pt") as file:
-        found = dequantized({name: file.get_tensor(f"{LAYER}.{name}") for name in ("qweight", "scales", "g_idx")})
+        quantized = dequantized({name: file.get_tensor(f"{LAYER}.{name}") for name in ("qweight", "scales", "g_idx")})
     weight = model.get_submodule(LAYER).weight.detach().float()
-    assert (found - weight).norm() < 0.2 * weight.norm()
+    assert (quantized - weight).norm() < 0.2 * weight.norm()
 
 
 def dequantized(tensors: dict[str, torch.Tensor]) -> torch.Tensor:

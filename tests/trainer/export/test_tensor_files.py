@@ -44,7 +44,10 @@ def test_index_names_the_file_of_each_tensor_when_one_file_is_too_small(
     monkeypatch.setattr(tensor_files, "_MAX_FILE_SIZE", 50)
     write(tmp_path, list(TENSORS))
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text("utf-8"))
-    assert index["metadata"] == {"total_parameters": 99, "total_size": sum(one.nbytes for one in TENSORS.values())}
+    assert index["metadata"] == {
+        "total_parameters": 99,
+        "total_size": sum(tensor.nbytes for tensor in TENSORS.values()),
+    }
     assert len(set(index["weight_map"].values())) == 3
     for name, file in index["weight_map"].items():
         assert torch.equal(load_file(tmp_path / file)[name], TENSORS[name])

@@ -12,7 +12,7 @@ from trainer.model.rounding import round_to_bfloat16
 
 
 def merge_whole_model(base: Path, adapter: Path, out: Path) -> None:
-    """Write base plus adapter to `out`; no file but the weights is as a version has it."""
+    """Write base plus adapter to `out`; only the weight files equal those of a version."""
     model = load_adapter(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
     changed = set(adapted_tensors(model).values()) - unused_modules(adapter)
     merged = model.merge_and_unload(safe_merge=True)

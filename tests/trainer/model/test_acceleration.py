@@ -1,4 +1,4 @@
-"""Each machine gets the options that suit it."""
+"""Options for training are chosen by the machine and its packages."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,44 +31,46 @@ FACTS = st.builds(
         (HOPPER, {}, Attention.SDPA),
     ],
 )
-def test_attention_is_the_newest_that_is_installed_and_runs(
+def test_attention_is_the_newest_that_is_installed_and_supported(
     capability: tuple[int, int], packages: dict[str, bool], attention: Attention
 ) -> None:
     assert choose_acceleration(Facts(True, capability, **packages)).attention is attention
 
 
 @given(FACTS)
-def test_rows_go_without_padding_only_where_flash_attention_keeps_them_apart(facts: Facts) -> None:
+def test_batch_is_padding_free_only_when_flash_attention_is_used(facts: Facts) -> None:
     chosen = choose_acceleration(facts)
     assert chosen.padding_free == (chosen.attention is not Attention.SDPA)
 
 
 @given(st.fixed_dictionaries({package: st.booleans() for package in PACKAGES}))
-def test_what_is_installed_changes_nothing_on_a_cpu(packages: dict[str, bool]) -> None:
+def test_installed_packages_are_ignored_when_training_runs_on_a_cpu(packages: dict[str, bool]) -> None:
     assert choose_acceleration(Facts(False, None, **packages)) == choose_acceleration(Facts(cuda=False))
 
 
-def test_a_cpu_keeps_activations() -> None:
+def test_activations_are_stored_when_training_runs_on_a_cpu() -> None:
     assert not choose_acceleration(Facts(cuda=False)).gradient_checkpointing
 
 
-def test_a_gpu_computes_them_again() -> None:
+def test_activations_are_recomputed_when_training_runs_on_a_gpu() -> None:
     assert choose_acceleration(Facts(True, AMPERE)).gradient_checkpointing
 
 
 @given(FACTS)
-def test_a_model_that_cannot_use_flash_attention_gets_none(facts: Facts) -> None:
+def test_flash_attention_is_not_used_when_the_model_does_not_support_it(facts: Facts) -> None:
     chosen = choose_acceleration(facts, flash=False)
     assert (chosen.attention, chosen.padding_free) == (Attention.SDPA, False)
 
 
-def test_liger_kernels_are_used_where_they_are_installed() -> None:
+def test_liger_kernels_are_used_when_they_are_installed() -> None:
     assert choose_acceleration(Facts(True, AMPERE, **ALL)).liger_kernels
     assert not choose_acceleration(Facts(True, AMPERE)).liger_kernels
 
 
-def test_a_package_of_another_project_is_no_flash_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """FlashAttention 4 has the import name of 2; only its distribution shows that it cannot be used here."""
+def test_flash_attention_is_not_detected_when_only_the_import_name_matches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FlashAttention 4 has the import name of 2; only its distribution's name differs."""
     (tmp_path / "flash_attn").mkdir()
     (tmp_path / "flash_attn" / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)

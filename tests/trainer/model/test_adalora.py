@@ -16,7 +16,7 @@ SHAPE = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidd
 
 
 def kept_ranks(model: PeftModel) -> int:
-    """Return the number of ranks of all layers together."""
+    """Return the total number of ranks of all layers."""
     values = [weight for name, weight in model.named_parameters() if ".lora_E." in name]
     assert len(values) == LAYERS
     return sum(int(value.count_nonzero()) for value in values)
@@ -42,18 +42,18 @@ def run(steps: int, *, skipped: int = 0) -> PeftModel:
 
 
 @pytest.mark.parametrize("steps", [2, 3, 4, 5, 6, 7, 10, 25])
-def test_a_run_of_some_steps_ends_with_the_rank_that_was_asked_for(steps: int) -> None:
+def test_run_of_two_or_more_steps_ends_with_the_requested_rank(steps: int) -> None:
     assert kept_ranks(run(steps)) == LAYERS * RANK
 
 
-def test_a_run_of_one_step_keeps_all_ranks() -> None:
+def test_all_ranks_are_kept_when_a_run_has_one_step() -> None:
     assert kept_ranks(run(1)) == LAYERS * INITIAL_RANK
 
 
 @pytest.mark.parametrize(("steps", "skipped"), [(1, 1), (2, 2), (3, 1), (10, 10)])
-def test_a_run_that_measures_nothing_before_ranks_are_shared_out_keeps_all(steps: int, skipped: int) -> None:
+def test_all_ranks_are_kept_when_every_step_before_their_distribution_was_skipped(steps: int, skipped: int) -> None:
     assert kept_ranks(run(steps, skipped=skipped)) == LAYERS * INITIAL_RANK
 
 
-def test_a_step_that_is_left_out_is_made_up_for_by_those_after_it() -> None:
+def test_requested_rank_is_reached_when_the_first_step_was_skipped() -> None:
     assert kept_ranks(run(10, skipped=1)) == LAYERS * RANK

@@ -11,18 +11,18 @@ from trainer.model.attention import attention_implementation, takes_flash_attent
 
 def config_of(family: str) -> PreTrainedConfig:
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
-    # Weights so large that the cap of 50 matters.
+    # Weights are so large that the cap of 50 has an effect.
     extra = {"vocab_size": 64, "head_dim": 32, "num_key_value_heads": 1, "initializer_range": 0.5}
     special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     return AutoConfig.for_model(family, **shape, **extra, **special)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma", "gemma3_text"])
-def test_models_without_a_soft_cap_take_the_default(family: str) -> None:
+def test_default_attention_is_used_when_the_model_has_no_soft_cap(family: str) -> None:
     assert attention_implementation(config_of(family)) is None
 
 
-def test_the_soft_cap_of_gemma2_is_applied() -> None:
+def test_soft_cap_is_applied_when_the_model_is_gemma2() -> None:
     config = config_of("gemma2")
     set_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention_implementation(config)).eval()
@@ -34,7 +34,9 @@ def test_the_soft_cap_of_gemma2_is_applied() -> None:
         assert (capped - model(ids).logits).abs().max() > 0.01
 
 
-@pytest.mark.parametrize(("family", "takes"), [("llama", True), ("gemma2", True), ("doge", False)])
-def test_whether_a_model_takes_flash_attention_is_what_its_code_says(tmp_path: Path, family: str, takes: bool) -> None:
+@pytest.mark.parametrize(("family", "supported"), [("llama", True), ("gemma2", True), ("doge", False)])
+def test_flash_attention_is_supported_when_the_models_code_supports_it(
+    tmp_path: Path, family: str, supported: bool
+) -> None:
     AutoConfig.for_model(family).save_pretrained(tmp_path)
-    assert takes_flash_attention(tmp_path) is takes
+    assert takes_flash_attention(tmp_path) is supported

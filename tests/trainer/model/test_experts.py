@@ -42,7 +42,7 @@ SHAPE: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-# With shared experts, with a dense layer before the others, with routers that are linear layers, with none of it.
+# Families with shared experts, with a dense first layer, with routers that are linear layers, and with none of these.
 FAMILIES = {
     "qwen3_moe": "num_experts",
     "qwen2_moe": "num_experts",
@@ -68,7 +68,7 @@ def adapted(model: PreTrainedModel, **sections: Any) -> set[str]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_all_linear_is_every_linear_layer_and_every_expert(family: str) -> None:
+def test_all_linear_targets_every_linear_layer_and_every_expert(family: str) -> None:
     model = make_mixture(family)
     experts = {name for name, weight in model.named_parameters() if weight.ndim == 3}
     layers = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)} - {"lm_head"}
@@ -77,7 +77,7 @@ def test_all_linear_is_every_linear_layer_and_every_expert(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_all_linear_gives_all_of_them_one_rank(family: str) -> None:
+def test_all_linear_gives_layers_and_experts_the_same_rank(family: str) -> None:
     model = add_adapter(make_mixture(family), make_recipe(adapter={"rank": 2}), steps=10)
     ranks = {
         rank for module in model.modules() if isinstance(getattr(module, "r", None), dict) for rank in module.r.values()
@@ -86,27 +86,27 @@ def test_all_linear_gives_all_of_them_one_rank(family: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "vera", "adalora"])
-def test_attention_leaves_experts_alone(method: str) -> None:
-    adapter = {"targets": "attention-min"}  # VeRA wants all layers of one shape
+def test_experts_are_not_adapted_when_targets_are_attention(method: str) -> None:
+    adapter = {"targets": "attention-min"}  # VeRA requires all layers to have the same shape
     model = make_mixture("qwen3_moe")
     assert not adapted(model, method=method, adapter=adapter) & set(fused_experts(make_mixture("qwen3_moe")))
 
 
 @pytest.mark.parametrize("method", ["dora", "vera", "adalora"])
-def test_a_method_that_cannot_train_experts_is_refused_by_their_name(method: str) -> None:
+def test_recipe_is_rejected_when_the_method_cannot_train_experts(method: str) -> None:
     with pytest.raises(RecipeError) as caught:
         adapted(make_mixture("qwen3_moe"), method=method)
     assert "'model.layers.0.mlp.experts.gate_up_proj'" in caught.value.wrong
     assert "attention" in caught.value.todo
 
 
-def test_dropout_is_refused_where_experts_are_trained() -> None:
+def test_recipe_is_rejected_when_experts_are_trained_with_dropout() -> None:
     with pytest.raises(RecipeError, match=r"adapter\.dropout"):
         adapted(make_mixture("qwen3_moe"), adapter={"dropout": 0.1})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_config_knows_its_number_of_experts_by_the_common_name(family: str) -> None:
+def test_config_provides_num_experts_when_the_family_uses_another_name(family: str) -> None:
     config = AutoConfig.for_model(family, **{FAMILIES[family]: 5})
     written = config.to_json_string()
     name_experts(config)
@@ -114,7 +114,7 @@ def test_a_config_knows_its_number_of_experts_by_the_common_name(family: str) ->
     assert config.to_json_string() == written
 
 
-def test_a_dense_model_has_no_experts() -> None:
+def test_number_of_experts_is_0_when_the_model_is_dense() -> None:
     assert count_experts(AutoConfig.for_model("llama")) == 0
     assert not fused_experts(AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SHAPE)))
 
@@ -146,7 +146,7 @@ def train(
     ("method", "number_type"),
     [("lora", NumberType.BFLOAT16), ("lora", NumberType.FLOAT32), ("qlora", NumberType.BFLOAT16)],
 )
-def test_the_merged_mixture_answers_like_the_adapter_on_its_base(
+def test_merged_mixture_gives_the_outputs_of_the_adapter_on_its_base(
     method: str, number_type: NumberType, mixture: Path, examples: list[ChatExample], tmp_path: Path
 ) -> None:
     losses = losses_of(train(mixture, method, examples, tmp_path / "adapter", number_type))
@@ -156,22 +156,24 @@ def test_the_merged_mixture_answers_like_the_adapter_on_its_base(
     with torch.no_grad():
         untrained = base(IDS).logits
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)(IDS).logits
-        beside = load_adapter(base, tmp_path / "adapter")(IDS).logits
+        unmerged = load_adapter(base, tmp_path / "adapter")(IDS).logits
     for in_type in (torch.float32, torch.bfloat16):  # also where this machine computes in bf16
         model = load_adapter(AutoModelForCausalLM.from_pretrained(mixture, dtype=in_type), tmp_path / "adapter")
         applied = compare(model, StoredWeights(tmp_path / "merged"))
         assert (applied.wrong, applied.off) == (None, pytest.approx(0, abs=1e-3))
-    # In the mean: rounding to bf16 sends a token now and then to another expert.
-    assert (merged - beside).abs().mean() < 0.1 * (merged - untrained).abs().mean()
+    # On average: because of rounding to bf16 a few tokens are routed to another expert.
+    assert (merged - unmerged).abs().mean() < 0.1 * (merged - untrained).abs().mean()
 
 
 @pytest.mark.slow
-def test_full_fine_tuning_changes_experts_too(mixture: Path, examples: list[ChatExample], tmp_path: Path) -> None:
+def test_experts_change_when_the_method_is_full_fine_tuning(
+    mixture: Path, examples: list[ChatExample], tmp_path: Path
+) -> None:
     train(mixture, "full", examples, tmp_path / "trained")
     assert verify_full(mixture, tmp_path / "trained").modules == 2 * (4 + 2)
 
 
-def test_experts_that_were_not_trained_are_found(mixture: Path, tmp_path: Path) -> None:
+def test_verification_fails_when_experts_were_not_trained(mixture: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(mixture, dtype=torch.bfloat16)
     for name, weight in model.named_parameters():
         if "experts" not in name:

@@ -48,10 +48,10 @@ def test_loaded_adapter_has_the_weights_of_its_file(
     adapter = trained_adapter(base, tmp_path / "adapter", method)
     saved = load_file(adapter / "adapter_model.safetensors")
     model = load_adapter(LlamaForCausalLM.from_pretrained(base, dtype=number_type), adapter)
-    held = get_peft_model_state_dict(model)
+    loaded = get_peft_model_state_dict(model)
     assert saved
     for name, weight in saved.items():
-        assert torch.equal(held[name], weight), name
+        assert torch.equal(loaded[name], weight), name
 
 
 FIRST_ADAPTER = """
@@ -76,10 +76,10 @@ print("freed" if layer() is None else "kept")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loaded", [False, True], ids=["new", "loaded"])
-def test_model_is_freed_after_use_when_the_first_adapter_of_a_process_was_put_on_it(
+def test_model_is_freed_after_use_when_it_has_the_first_adapter_of_a_process(
     base: Path, tmp_path: Path, loaded: bool
 ) -> None:
     adapter = trained_adapter(base, tmp_path / "adapter", Method.LORA) if loaded else ""
     command = [sys.executable, "-c", FIRST_ADAPTER, str(base), str(adapter)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.split()[-1] == "freed"
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout.split()[-1] == "freed"

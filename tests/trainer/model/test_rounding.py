@@ -18,7 +18,7 @@ def rounded(weights: torch.Tensor) -> torch.Tensor:
 
 
 @given(st.lists(NUMBERS, min_size=1, max_size=20))
-def test_a_number_becomes_one_of_its_neighbours(numbers: list[float]) -> None:
+def test_number_becomes_one_of_its_bf16_neighbours_when_rounded(numbers: list[float]) -> None:
     weights = torch.tensor(numbers)
     lower, upper = neighbours(weights)
     result = rounded(weights).float()
@@ -34,25 +34,25 @@ def test_number_is_unchanged_when_bf16_represents_it(numbers: list[float]) -> No
 
 
 @pytest.mark.parametrize("number", [1 + 1e-4, -1 - 1e-4, 3.1e-5, -0.0123])
-def test_the_mean_is_the_number(number: float) -> None:
+def test_mean_of_many_roundings_is_the_number(number: float) -> None:
     weights = torch.full((200, 1000), number)
     lower, upper = neighbours(weights[0, :1])
     spread = float((upper - lower).abs()) / 2 / 200_000**0.5
     assert float(rounded(weights).double().mean()) == pytest.approx(float(weights[0, 0]), abs=5 * spread)
 
 
-def test_the_same_weights_give_the_same_bits() -> None:
+def test_rounding_gives_the_same_bits_when_weights_are_the_same() -> None:
     weights = torch.randn(1000)
     assert torch.equal(rounded(weights), rounded(weights))
 
 
-def test_one_weight_is_not_rounded_as_another_is() -> None:
+def test_equal_parameters_are_rounded_independently() -> None:
     """Otherwise errors would add up over layers."""
-    one, other = (torch.nn.Parameter(torch.full((1000,), 1 + 2e-3)) for _ in range(2))
-    round_to_bfloat16([one, other])
-    assert 0.3 < float((one == other).float().mean()) < 0.7
+    first, second = (torch.nn.Parameter(torch.full((1000,), 1 + 2e-3)) for _ in range(2))
+    round_to_bfloat16([first, second])
+    assert 0.3 < float((first == second).float().mean()) < 0.7
 
 
-def test_a_weight_in_16_bits_stays() -> None:
+def test_weight_is_unchanged_when_it_is_already_in_16_bits() -> None:
     weights = torch.randn(10).half()
     assert rounded(weights).dtype is torch.float16

@@ -52,8 +52,8 @@ def test_stored_weights_are_rounded_to_the_nearest_when_the_files_are_not_in_bf1
 def change_files(base: Path, **changed: torch.Tensor | None) -> None:
     """Replace tensors of a folder by others, or remove them."""
     weights = {**load_file(base / "model.safetensors"), **changed}
-    kept = {name: weight for name, weight in weights.items() if weight is not None}
-    save_file(kept, base / "model.safetensors", {"format": "pt"})
+    remaining = {name: weight for name, weight in weights.items() if weight is not None}
+    save_file(remaining, base / "model.safetensors", {"format": "pt"})
 
 
 def test_tied_head_is_the_embedding_when_only_one_of_them_is_in_the_files(tmp_path: Path) -> None:
@@ -71,20 +71,20 @@ def test_tied_head_is_its_own_tensor_when_the_files_have_another_one(tmp_path: P
     check_equal(base)
 
 
-def test_tensors_that_the_model_does_not_have_are_ignored(tmp_path: Path) -> None:
+def test_stored_tensors_are_ignored_when_the_model_lacks_them(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base")
     change_files(base, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
     check_equal(base)
 
 
-def test_missing_tensor_is_named(tmp_path: Path) -> None:
+def test_error_names_the_tensor_when_the_files_lack_it(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base")
     change_files(base, **{"model.layers.1.mlp.up_proj.weight": None})
     with pytest.raises(IntegrityError, match=r"lack 1 tensors .* 'model\.layers\.1\.mlp\.up_proj\.weight'"):
         StoredWeights(base)
 
 
-def test_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
+def test_error_names_the_tensor_when_its_shape_differs(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base")
     name = "model.layers.1.mlp.up_proj.weight"
     change_files(base, **{name: torch.zeros(3, 64)})

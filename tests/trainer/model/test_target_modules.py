@@ -26,7 +26,7 @@ EXPECTED = {
     "gpt_neox": (["query_key_value"], ["dense", "query_key_value"]),
     "bloom": (["query_key_value"], ["dense", "query_key_value"]),
     "mpt": (["Wqkv"], ["Wqkv", "out_proj"]),
-    # Its feed-forward layers are called as its attention's.
+    # Its feed-forward layers have the names of its attention layers.
     "gpt_bigcode": (["c_attn"], ["attn.c_proj", "c_attn"]),
 }
 
@@ -49,14 +49,14 @@ def changed_layers(model: PreTrainedModel, targets: list[str] | str) -> set[str]
 
 
 @pytest.mark.parametrize("family", EXPECTED)
-def test_a_preset_means_the_architectures_own_layers(family: str) -> None:
+def test_preset_selects_the_layer_names_of_each_architecture(family: str) -> None:
     model = empty_model(family)
-    found = (target_modules(model, Targets.ATTENTION_MIN), target_modules(model, Targets.ATTENTION))
-    assert found == EXPECTED[family]
+    targets = (target_modules(model, Targets.ATTENTION_MIN), target_modules(model, Targets.ATTENTION))
+    assert targets == EXPECTED[family]
 
 
 @pytest.mark.parametrize("family", EXPECTED)
-def test_peft_changes_attention_alone(family: str) -> None:
+def test_peft_adapts_only_attention_when_the_preset_is_attention(family: str) -> None:
     changed = changed_layers(empty_model(family), target_modules(empty_model(family), Targets.ATTENTION))
     assert changed
     assert all(".mlp" not in name and ".ffn" not in name for name in changed)
@@ -64,7 +64,7 @@ def test_peft_changes_attention_alone(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", EXPECTED)
-def test_all_linear_is_more_than_attention_and_not_the_head(family: str) -> None:
+def test_all_linear_includes_more_than_attention_but_not_the_head(family: str) -> None:
     attention = target_modules(empty_model(family), Targets.ATTENTION)
     everything = changed_layers(empty_model(family), target_modules(empty_model(family), Targets.ALL_LINEAR))
     assert everything > changed_layers(empty_model(family), attention)
