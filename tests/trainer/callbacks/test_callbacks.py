@@ -1,4 +1,4 @@
-"""Callbacks of a run decide from the trainer's state alone: on clock, held-out loss and loss."""
+"""Callbacks decide only from the trainer's state: on time, held-out loss and loss."""
 
 import signal
 from collections.abc import Iterable
@@ -26,44 +26,44 @@ def state(losses: Iterable[float] = (), heldout: dict[int, float] | None = None,
 
 
 def watch(losses: list[float], **logs: float) -> None:
-    found = state(losses)
-    DivergenceWatch(3e-4).on_log(ARGS, found, TrainerControl(), {"loss": losses[-1], **logs})
+    trainer_state = state(losses)
+    DivergenceWatch(3e-4).on_log(ARGS, trainer_state, TrainerControl(), {"loss": losses[-1], **logs})
 
 
-def test_a_loss_that_falls_goes_on() -> None:
+def test_run_continues_when_the_loss_falls() -> None:
     watch([3 - 0.02 * step for step in range(100)])
 
 
-def test_a_loss_of_a_few_bad_batches_goes_on() -> None:
+def test_run_continues_when_a_few_batches_have_a_high_loss() -> None:
     watch([1.0] * 60 + [9.0, 8.0] + [1.0] * 10)
 
 
-def test_a_small_loss_that_doubles_goes_on() -> None:
+def test_run_continues_when_a_small_loss_doubles() -> None:
     watch([0.1] * 40 + [0.4] * 40)
 
 
-def test_a_loss_that_explodes_ends_the_run_and_says_what_to_change() -> None:
+def test_run_stops_with_advice_when_the_loss_explodes() -> None:
     with pytest.raises(TrainingError, match=r"the loss explodes: 10\.000 in the last 20 steps") as caught:
         watch([3.0] * 40 + [10.0] * 20)
     assert "lower train.learning_rate from 0.0003 to 0.0001" in caught.value.todo
 
 
-def test_a_run_goes_on_when_more_hard_batches_come_later_by_chance() -> None:
+def test_run_continues_when_hard_batches_come_later_by_chance() -> None:
     watch([0.1] * 14 + [4.0] * 6 + [0.1] * 6 + [4.0] * 14)
 
 
-def test_a_run_ends_when_its_loss_explodes_within_twenty_steps() -> None:
+def test_run_stops_when_its_loss_explodes_within_twenty_steps() -> None:
     with pytest.raises(TrainingError, match=r"10\.000 in the last 20 steps up to step 30, 1\.000 in the first 5"):
         watch([1.0] * 6 + [10.0] * 24)
 
 
 @pytest.mark.parametrize("growth", [1.1, 1.5])
-def test_a_run_ends_when_its_loss_keeps_growing(growth: float) -> None:
+def test_run_stops_when_its_loss_keeps_growing(growth: float) -> None:
     with pytest.raises(TrainingError, match="the loss explodes"):
         watch([2.0] * 30 + [2.0 * growth**step for step in range(60)])
 
 
-def test_a_gradient_that_is_not_finite_ends_the_run() -> None:
+def test_run_stops_when_a_gradient_is_not_finite() -> None:
     with pytest.raises(TrainingError, match="the gradient is nan at step 1"):
         watch([3.0], grad_norm=float("nan"))
 
@@ -74,7 +74,7 @@ class Optimizer:
     step_was_skipped = True
 
 
-def test_steps_that_float16_leaves_out_go_on_but_not_for_ever() -> None:
+def test_run_stops_only_when_float16_skips_too_many_steps_in_sequence() -> None:
     watch = DivergenceWatch(3e-4)
 
     def step(**logs: float) -> None:
@@ -114,7 +114,7 @@ def test_a_checkpoint_is_due_by_steps() -> None:
     assert [step for step in range(1, 10) if asks(clock, step)] == [3, 6, 9]
 
 
-def test_a_signal_while_held_out_loss_is_measured_waits_for_no_other_step() -> None:
+def test_run_is_saved_and_stopped_when_a_signal_arrives_during_a_measurement() -> None:
     preemption, control = Preemption(), TrainerControl()
     clock = CheckpointSchedule(Checkpoints(), preemption, clock=lambda: 0.0)
     clock.on_evaluate(ARGS, state(), control)
@@ -136,13 +136,13 @@ def test_a_signal_while_held_out_loss_is_measured_waits_for_no_other_step() -> N
         ({}, 1, False),
     ],
 )
-def test_patience_ends_after_so_many_measurements_without_a_lower_loss(
+def test_patience_is_exhausted_after_that_many_measurements_without_a_lower_loss(
     losses: dict[int, float], patience: int | None, over: bool
 ) -> None:
     assert out_of_patience(state(heldout=losses), patience) is over
 
 
-def test_the_best_step_is_the_first_of_the_lowest() -> None:
+def test_best_step_is_the_first_with_the_lowest_loss() -> None:
     assert best_step(state(heldout={10: 1.0, 20: 0.5, 30: 0.5})) == 20
 
 
@@ -157,23 +157,23 @@ def test_held_out_loss_is_measured_at_fixed_steps_and_at_the_last() -> None:
 
 
 def reported(steps: int) -> dict[int, float]:
-    """Return what is reported of a run in which each step's loss is its number."""
-    found: dict[int, float] = {}
-    report = LossReport(lambda step, figures: found.update({step: figures["loss"]}))
+    """Return the reported losses of a run in which each step's loss is its number."""
+    reports: dict[int, float] = {}
+    report = LossReport(lambda step, figures: reports.update({step: figures["loss"]}))
     for step in range(1, steps + 1):
         losses = [float(number) for number in range(1, step + 1)]
         now = TrainerState(log_history=state(losses).log_history, global_step=step, max_steps=steps)
         report.on_log(ARGS, now, TrainerControl(), {"loss": float(step)})
-    return found
+    return reports
 
 
 def test_a_hundred_means_are_reported_when_a_run_is_long() -> None:
-    found = reported(1000)
-    assert len(found) == 100
-    assert found[10] == 5.5
+    reports = reported(1000)
+    assert len(reports) == 100
+    assert reports[10] == 5.5
 
 
-def test_the_last_step_is_reported_when_it_is_no_multiple() -> None:
+def test_last_step_is_reported_when_it_is_not_a_multiple_of_the_interval() -> None:
     assert list(reported(250))[-2:] == [248, 250]
     assert list(reported(201))[-2:] == [200, 201]
 
@@ -182,7 +182,7 @@ def test_every_step_is_reported_when_a_run_is_short() -> None:
     assert reported(30) == {step: float(step) for step in range(1, 31)}
 
 
-def test_a_model_that_float16_cannot_hold_is_not_blamed_on_the_learning_rate() -> None:
-    told = diverged("the loss is inf at step 1", 5e-4, first_in_float16=True)
-    assert "too large for float16" in told.wrong
-    assert "learning_rate" not in told.todo
+def test_learning_rate_is_not_blamed_when_the_model_does_not_fit_float16() -> None:
+    error = diverged("the loss is inf at step 1", 5e-4, first_in_float16=True)
+    assert "too large for float16" in error.wrong
+    assert "learning_rate" not in error.todo

@@ -27,14 +27,14 @@ def rows(count: int, tokens: int = 10) -> list[dict[str, Any]]:
         (HeldoutSchedule(4, 5), 10, [0, 4, 8, 10]),
     ],
 )
-def test_it_is_measured_before_the_first_step_at_even_distances_and_at_the_end(
+def test_heldout_loss_is_measured_before_the_first_step_at_even_distances_and_at_the_end(
     schedule: HeldoutSchedule, steps: int, at: list[int]
 ) -> None:
     assert measured(schedule, steps) == at
 
 
 @pytest.mark.parametrize(("trained", "heldout"), [(3_000, 20), (8_000, 200), (50_000, 200), (10**7, 500)])
-def test_a_curve_measures_a_twelfth_of_what_is_trained_on_and_no_more(trained: int, heldout: int) -> None:
+def test_curve_measures_at_most_a_twelfth_of_the_trained_tokens(trained: int, heldout: int) -> None:
     curve = HeldoutCurve.affordable(rows(heldout), trained, 1000)
     measurements = len(measured(curve.schedule, 1000))
     assert 2 <= measurements <= 6
@@ -43,7 +43,7 @@ def test_a_curve_measures_a_twelfth_of_what_is_trained_on_and_no_more(trained: i
 
 
 @pytest.mark.parametrize(("trained", "heldout"), [(1_000, 200), (10**6, 0)])
-def test_a_short_run_and_one_without_held_out_examples_have_none(trained: int, heldout: int) -> None:
+def test_no_curve_is_measured_when_the_run_is_short_or_has_no_heldout_examples(trained: int, heldout: int) -> None:
     assert HeldoutCurve.affordable(rows(heldout), trained, 1000).rows == []
 
 
@@ -51,13 +51,13 @@ def test_a_short_run_and_one_without_held_out_examples_have_none(trained: int, h
 def test_half_way_and_the_end_are_measured_on_more_examples_when_a_run_has_few_steps(
     batch: int, measured_examples: int
 ) -> None:
-    """A quarter of the time of a run that is short: a loss over fewer examples has too large an error."""
+    """A short run spends a quarter of its time on this: a loss over fewer examples has too large an error."""
     curve = HeldoutCurve.affordable(rows(120), 24 * batch * 10, 24)
     assert measured(curve.schedule, 24) == [0, 12, 24]
     assert len(curve.rows) == measured_examples
 
 
-def test_a_run_is_not_measured_more_often_when_its_curve_is_too_short_to_be_judged() -> None:
+def test_no_curve_is_measured_when_a_run_has_too_few_steps_to_be_diagnosed() -> None:
     assert HeldoutCurve.affordable(rows(120), 19 * 4 * 10, 19).rows == []
 
 
@@ -91,7 +91,7 @@ def test_a_gradient_that_is_not_finite_is_none() -> None:
     assert point.grad_norm is None
 
 
-def test_measurements_of_other_examples_than_the_last_are_left_out() -> None:
+def test_measurements_are_omitted_when_their_examples_differ_from_the_last_ones() -> None:
     points = training_points(
         history(
             {"step": 1, "loss": 2.0, "epoch": 0.5},

@@ -28,7 +28,7 @@ Interrupt = Callable[[int], None]
 
 
 def make(method: Method = Method.LORA, **sections: Any) -> Recipe:
-    """Twelve steps of two batches, with random numbers in each: dropout, and noise on the embeddings."""
+    """Return a recipe of twelve steps of two batches that use random numbers: dropout and noise on the embeddings."""
     train = {"batch_size": 3, "gradient_accumulation": 2, "epochs": 6, "learning_rate": 1e-2, "neftune_alpha": 5}
     adapter: dict[str, Any] = {} if method is Method.FULL else {"rank": 4}
     if method not in (Method.FULL, Method.ADALORA):
@@ -92,7 +92,7 @@ def test_abandoned_step_is_taken_again_when_the_run_resumes(
     batch: int,
     step: int,
 ) -> None:
-    """In the first or second batch of a step; each epoch has two steps."""
+    """The signal arrives in the first or second batch of a step; each epoch has two steps."""
     whole = train(tiny_base, data, make(method), tmp_path / "a")
     with monkeypatch.context() as patch:
         signal_at_call(patch, trainer_module.ResumableTrainer, "compute_loss", batch)
@@ -129,7 +129,7 @@ def test_abandoned_measurement_is_repeated_when_the_run_resumes(
     method: Method,
     measurement: int,
 ) -> None:
-    """In its second batch; the sixth comes after the last step."""
+    """The signal arrives in the measurement's second batch; the sixth measurement comes after the last step."""
     check_measurement(tiny_base, data, make(method, stopping=STOPPING), tmp_path, monkeypatch, measurement)
 
 
@@ -191,7 +191,7 @@ class Layer(torch.nn.Module):
 
 
 class Stack(torch.nn.Sequential):
-    """A model of such layers, as transformers describes one."""
+    """A model of such layers, with the attributes that transformers requires."""
 
     _no_split_modules = ("Layer",)
 
@@ -215,7 +215,7 @@ def test_uninterruptible_work_finishes_when_a_signal_arrives() -> None:
 
 
 def test_signal_is_handled_when_the_log_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As after Ctrl-C in `svc train | tee log`: rich ends the process when it cannot write."""
+    """This happens after Ctrl-C in `svc train | tee log`: rich exits the process when it cannot write."""
 
     def broken(*args: Any) -> None:
         raise SystemExit(1)

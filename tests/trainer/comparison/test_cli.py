@@ -21,21 +21,21 @@ from trainer.comparison.questions import Questions, Wanted
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Wanted]:
-    """What was wanted. A model whose name ends in "bad" answers wrongly."""
-    wishes: list[Wanted] = []
+    """Return the recorded requests. A model whose name ends in "bad" answers wrongly."""
+    requests: list[Wanted] = []
 
     def compare_models(settings: Settings, wanted: Wanted) -> Compared:
-        wishes.append(wanted)
+        requests.append(wanted)
         names = [wanted.first, wanted.second]
-        said = [answered([("no" if name.endswith("bad") else "yes", "yes")] * 10) for name in names]
+        evaluated = [answered([("no" if name.endswith("bad") else "yes", "yes")] * 10) for name in names]
         models = [LocalModel(name, Path(name), "sha256:0", {}) for name in names]
-        answers = [Answers(tuple(one.results), kept=False) for one in said]
-        questions = Questions(said[0].examples, "FILE", 8, MetricOptions(), said[0].examples)
-        found = compare(said[0].examples, said[0].results, said[1].results, [ExactMatch()])
-        return Compared(models, questions, answers, found)
+        answers = [Answers(tuple(evaluation.results), kept=False) for evaluation in evaluated]
+        questions = Questions(evaluated[0].examples, "FILE", 8, MetricOptions(), evaluated[0].examples)
+        comparison = compare(evaluated[0].examples, evaluated[0].results, evaluated[1].results, [ExactMatch()])
+        return Compared(models, questions, answers, comparison)
 
     monkeypatch.setattr(job, "compare_models", compare_models)
-    return wishes
+    return requests
 
 
 @pytest.mark.parametrize(
@@ -56,11 +56,11 @@ def test_exit_code_is_1_when_b_is_worse_and_fail_if_worse_is_set(
 
 @pytest.mark.usefixtures("asked")
 def test_json_contains_figures_and_answers(svc: Svc) -> None:
-    said = json.loads(svc("compare", "good", "bad", "--json").out)
-    assert said["direction"] == "worse"
-    assert said["tally"] == {"metric": "exact_match", "wins": 0, "losses": 10, "ties": 0, "p_value": 0.001953125}
-    assert len(said["answers"]) == 10
-    assert said["answers"][0]["b"]["answer"] == "no"
+    content = json.loads(svc("compare", "good", "bad", "--json").out)
+    assert content["direction"] == "worse"
+    assert content["tally"] == {"metric": "exact_match", "wins": 0, "losses": 10, "ties": 0, "p_value": 0.001953125}
+    assert len(content["answers"]) == 10
+    assert content["answers"][0]["b"]["answer"] == "no"
 
 
 def test_a_key_comes_from_a_private_file_or_from_a_variable(
@@ -83,7 +83,7 @@ def test_error_names_the_variable_when_the_endpoint_key_is_missing(svc: Svc, ask
     assert asked == []
 
 
-def test_a_judge_is_a_url_with_a_model(svc: Svc, asked: list[Wanted]) -> None:
+def test_judge_needs_both_a_url_and_a_model(svc: Svc, asked: list[Wanted]) -> None:
     svc("compare", "a", "b", "--judge-url", "https://judge.example/v1", "--judge-model", "m")
     assert asked[0].judge == Endpoint("https://judge.example/v1", "m")
     ended = svc("compare", "a", "b", "--judge-url", "https://judge.example/v1")
@@ -91,6 +91,6 @@ def test_a_judge_is_a_url_with_a_model(svc: Svc, asked: list[Wanted]) -> None:
     assert "a judge needs both" in ended.err
 
 
-def test_without_a_judge_none_is_asked(svc: Svc, asked: list[Wanted]) -> None:
+def test_no_judge_is_asked_when_none_is_named(svc: Svc, asked: list[Wanted]) -> None:
     svc("compare", "a", "b")
     assert asked[0].judge is None

@@ -90,11 +90,11 @@ def yes(request: httpx.Request) -> httpx.Response:
     return httpx.Response(200, json={"choices": [{"message": {"content": "yes"}, "finish_reason": "stop"}]})
 
 
-def test_each_answers_with_its_own_weights_in_one_engine(bench: Bench) -> None:
+def test_each_model_answers_with_its_own_weights_in_one_engine(bench: Bench) -> None:
     compared = bench.compare("tuned@1", "tuned@2", metrics=["exact_match"])
     tally = compared.comparison.tally
     assert (tally.wins, tally.losses, tally.ties) == (1, 1, 1)
-    assert [[result.hit for result in one.results] for one in compared.answers] == [
+    assert [[result.hit for result in answers.results] for answers in compared.answers] == [
         [True, False, False],
         [False, True, False],
     ]
@@ -113,16 +113,16 @@ def test_stored_answers_are_used_unless_fresh_is_set(bench: Bench) -> None:
     first = bench.compare("tuned@1", "tuned@2")
     again = bench.compare("tuned@2", "tuned@1")
     assert len(bench.engines.launched) == 1
-    assert [one.kept for one in first.answers] == [False, False]
-    assert [one.kept for one in again.answers] == [True, True]
+    assert [answers.kept for answers in first.answers] == [False, False]
+    assert [answers.kept for answers in again.answers] == [True, True]
     assert again.answers[0].results == first.answers[1].results
     fresh = bench.compare("tuned@1", "tuned@2", fresh=True)
-    assert [one.kept for one in fresh.answers] == [False, False]
+    assert [answers.kept for answers in fresh.answers] == [False, False]
     assert len(bench.engines.launched) == 2
 
 
 def registered(bench: Bench) -> None:
-    """Version 3 has the answers of its registration, from such an engine as runs here."""
+    """Give version 3 the answers of its registration, from the same kind of engine as here."""
     folder = bench.registry.artifact(VersionId(NAME, 1), Format.MERGED)
     facts = engine_facts(bench.settings.engine, AVX512, folder)
     make_version(bench.registry, 3, answered=3, facts=facts)
@@ -131,7 +131,7 @@ def registered(bench: Bench) -> None:
 def test_answers_of_the_registration_are_used(bench: Bench) -> None:
     registered(bench)
     compared = bench.compare("tuned@3", "tuned@1")
-    assert [one.kept for one in compared.answers] == [True, False]
+    assert [answers.kept for answers in compared.answers] == [True, False]
     assert {result.answer for result in compared.answers[0].results} == {"a"}
 
 
@@ -156,8 +156,8 @@ def test_limits_are_those_of_a_training_when_the_versions_fix_none(bench: Bench)
     compared = bench.compare("tuned@1", "tuned@2")
     seen = list(map(tokenized, HELDOUT))
     qualifier = Qualifier(bench.engines, _no_facts, Evaluate(), Qualify(), HELDOUT, seen, seen, context=2048)
-    for one in compared.answers:
-        assert tuple(result.limit for result in one.results) == qualifier.limits
+    for answers in compared.answers:
+        assert tuple(result.limit for result in answers.results) == qualifier.limits
     bodies = [body for body in bench.engines.launched[0].double.requests if "messages" in body]
     assert {body["max_tokens"] for body in bodies} == set(qualifier.limits)
 
@@ -170,20 +170,20 @@ def test_limits_stay_in_the_context_when_it_is_short(bench: Bench) -> None:
     assert [result.limit for result in results] == [16 - prompt for prompt in prompts]
 
 
-def test_answers_of_the_registration_are_asked_again_when_their_limit_was_another(bench: Bench) -> None:
+def test_answers_of_the_registration_are_not_used_when_their_limit_differs(bench: Bench) -> None:
     registered(bench)
     bench.change(3, recipe={})
     compared = bench.compare("tuned@3", "tuned@1")
-    assert [one.kept for one in compared.answers] == [False, False]
+    assert [answers.kept for answers in compared.answers] == [False, False]
 
 
 def test_model_is_the_production_version_when_only_a_name_is_given(bench: Bench) -> None:
     bench.book.set_alias(VersionId(NAME, 1), Alias.PRODUCTION)
     compared = bench.compare("tuned", "tuned@2", limit=1)
-    assert [result.hit for one in compared.answers for result in one.results] == [True, False]
+    assert [result.hit for answers in compared.answers for result in answers.results] == [True, False]
 
 
-def test_a_version_is_compared_as_it_is_served_or_as_is_said(bench: Bench) -> None:
+def test_version_is_compared_in_the_served_format_unless_another_is_named(bench: Bench) -> None:
     make_version(bench.registry, 3, formats=(Format.MERGED, Format.GPTQ))
     served = everything(bench.compare("tuned@3", "tuned@3"))
     merged = everything(bench.compare("tuned@3", "tuned@3", format="merged"))
@@ -193,7 +193,7 @@ def test_a_version_is_compared_as_it_is_served_or_as_is_said(bench: Bench) -> No
         bench.compare("tuned@3", "tuned@1", format="gptq")
 
 
-def test_versions_with_different_held_out_sets_need_to_be_told_what_to_answer(bench: Bench, tmp_path: Path) -> None:
+def test_data_option_is_required_when_versions_have_different_heldout_sets(bench: Bench, tmp_path: Path) -> None:
     data = bench.registry.manifest(VersionId(NAME, 2)).data.model_copy(update={"heldout_fingerprint": "other"})
     bench.change(2, data=data)
     with pytest.raises(DataError, match="tuned@1 and tuned@2 have different held-out sets"):
@@ -210,9 +210,9 @@ def test_metrics_follow_all_examples_when_only_a_few_are_asked(bench: Bench, tmp
     assert compared.comparison.primary == "accuracy"
 
 
-@pytest.mark.parametrize(("learnt", "told"), [(HELDOUT[:2], "trained on 2 of 3 prompts"), ((), None)])
+@pytest.mark.parametrize(("learnt", "warning"), [(HELDOUT[:2], "trained on 2 of 3 prompts"), ((), None)])
 def test_warning_is_printed_when_a_version_was_trained_on_the_questions(
-    bench: Bench, learnt: Sequence[ChatExample], told: str | None, capsys: pytest.CaptureFixture[str]
+    bench: Bench, learnt: Sequence[ChatExample], warning: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for number, prompts in ((1, ()), (2, learnt)):
         folder = bench.registry.folder(VersionId(NAME, number)) / REFERENCE_FOLDER
@@ -220,10 +220,12 @@ def test_warning_is_printed_when_a_version_was_trained_on_the_questions(
         bench.change(number)
     bench.compare("tuned@1", "tuned@2")
     err = capsys.readouterr().err
-    assert f"tuned@2 (merged) was {told}" in err if told else "prompts" not in err
+    assert f"tuned@2 (merged) was {warning}" in err if warning else "prompts" not in err
 
 
-def test_what_the_version_before_has_learnt_counts_too(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+def test_warning_counts_prompts_that_the_base_version_was_trained_on(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
     for number, prompts in ((1, HELDOUT[:1]), (2, HELDOUT[1:2])):
         folder = bench.registry.folder(VersionId(NAME, number)) / REFERENCE_FOLDER
         write_prompt_hashes(folder / TRAINED_PROMPTS_FILE, hash_prompts(prompts))
@@ -239,42 +241,40 @@ def test_what_the_version_before_has_learnt_counts_too(bench: Bench, capsys: pyt
 def test_message_is_printed_before_prompts_are_sent_to_an_endpoint(
     bench: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told: list[str] = []
+    messages: list[str] = []
 
     def answer(request: httpx.Request) -> httpx.Response:
-        told.append(capsys.readouterr().err)
+        messages.append(capsys.readouterr().err)
         return yes(request)
 
     bench.provider = httpx.MockTransport(answer)
     compared = bench.compare("tuned@1", "https://host.example/v1#big", key="sk-secret")
-    assert "the prompts of 3 examples are sent to https://host.example/v1" in told[0]
+    assert "the prompts of 3 examples are sent to https://host.example/v1" in messages[0]
     assert set(compared.comparison.left_out) == {"perplexity", "length", "nll"}
     assert {result.answer for result in compared.answers[1].results} == {"yes"}
-    said = everything(compared)
-    assert "nll" not in said["answers"][0]["a"]
-    assert "sk-secret" not in json.dumps(said)
+    content = everything(compared)
+    assert "nll" not in content["answers"][0]["a"]
+    assert "sk-secret" not in json.dumps(content)
 
 
-def test_an_endpoint_has_the_limits_of_the_local_model_when_there_is_one(bench: Bench) -> None:
+def test_endpoint_has_the_limits_of_the_local_model_when_one_exists(bench: Bench) -> None:
     bench.provider = httpx.MockTransport(yes)
     bench.change(1, recipe={})
     local, elsewhere = bench.compare("tuned@1", "https://host.example/v1#big").answers
     assert [result.limit for result in elsewhere.results] == [result.limit for result in local.results]
 
 
-def test_endpoints_have_room_for_every_byte_of_the_reference_when_no_model_is_local(
-    bench: Bench, tmp_path: Path
-) -> None:
+def test_endpoint_limit_counts_every_byte_of_the_reference_when_no_model_is_local(bench: Bench, tmp_path: Path) -> None:
     bench.provider = httpx.MockTransport(yes)
     write_examples(tmp_path / "data.jsonl", [chat("one", "äöü"), chat("two", "abc")])
     compared = bench.compare(
         "https://host.example/v1#big", "https://host.example/v1#small", data=[str(tmp_path / "data.jsonl")]
     )
-    for one in compared.answers:
-        assert [result.limit for result in one.results] == [25, 21]
+    for answers in compared.answers:
+        assert [result.limit for result in answers.results] == [25, 21]
 
 
-def test_an_endpoint_beside_a_base_needs_data(bench: Bench) -> None:
+def test_data_option_is_required_when_neither_model_has_a_heldout_set(bench: Bench) -> None:
     with pytest.raises(DataError, match="neither model has a held-out set"):
         bench.compare("https://host.example/v1#big", "https://host.example/v1#small")
 
@@ -309,7 +309,7 @@ def test_error_lists_the_known_models_when_the_name_is_unknown(bench: Bench) -> 
     assert "smollm2-135m-instruct" in raised.value.expected
 
 
-def test_a_person_sees_figures_verdict_and_answers(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+def test_printed_comparison_has_figures_verdict_and_answers(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     compared = bench.compare("tuned@1", "tuned@2", metrics=["exact_match"])
     capsys.readouterr()
     print_compared(compared)
@@ -327,7 +327,7 @@ def test_a_person_sees_figures_verdict_and_answers(bench: Bench, capsys: pytest.
         assert text in out
 
 
-def test_a_person_sees_how_answers_are_limited_when_it_is_by_reference(
+def test_printed_comparison_explains_the_limit_when_it_depends_on_references(
     bench: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bench.change(1, recipe={})
@@ -338,7 +338,7 @@ def test_a_person_sees_how_answers_are_limited_when_it_is_by_reference(
     assert "answers of at most 1.5 times their reference's tokens and 16 more" in out
 
 
-def test_a_judge_is_asked_where_one_is_named(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+def test_judge_is_asked_when_one_is_named(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     def prefer_two(first: str, second: str) -> str:
         return "A" if first.startswith("2") else "B"
 

@@ -61,7 +61,7 @@ def train_and_judge(
         train_examples=len(examples),
         evaluation=judge(heldout, results, 0.0).report,
         results=results,
-        answers=[one.answer for one in heldout],
+        answers=[example.answer for example in heldout],
     )
 
 
@@ -69,7 +69,7 @@ def train_and_judge(
 def answer(
     base: Path, trained: Path, examples: Sequence[ChatExample], *, number_type: NumberType, max_tokens: int
 ) -> tuple[ExampleResult, ...]:
-    """Return greedy answers and the log-likelihoods of the references, as the engine gives them."""
+    """Return greedy answers and the log-likelihoods of the references, as the engine does."""
     tokenizer, dtype = load_tokenizer(base), getattr(torch, number_type)
     if (trained / "adapter_config.json").is_file():
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
@@ -80,10 +80,10 @@ def answer(
     results: list[ExampleResult] = []
     for start in range(0, len(rows), _AT_ONCE):
         part = rows[start : start + _AT_ONCE]
-        tokens, said = _generate(model, tokenizer, part, max_tokens)
+        tokens, logprobs = _generate(model, tokenizer, part, max_tokens)
         results += [
-            _result(model, tokenizer, row, one, tokens[place], said[place], max_tokens)
-            for place, (row, one) in enumerate(zip(part, examples[start:], strict=False))
+            _result(model, tokenizer, row, example, tokens[place], logprobs[place], max_tokens)
+            for place, (row, example) in enumerate(zip(part, examples[start:], strict=False))
         ]
     return tuple(results)
 
@@ -107,7 +107,13 @@ def _generate(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any
 
 
 def _result(
-    model: Any, tokenizer: PreTrainedTokenizerBase, row: Any, example: ChatExample, tokens: Any, said: Any, limit: int
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    row: Any,
+    example: ChatExample,
+    tokens: Any,
+    answer_logprobs: Any,
+    limit: int,
 ) -> ExampleResult:
     (start, end), ids = row.learnt[0], torch.tensor([row.input_ids])
     logprobs = model(ids).logits[0].float().log_softmax(-1)
@@ -120,7 +126,7 @@ def _result(
         tokens=length,
         limit=limit,
         finish_reason="stop" if len(ends) else "length",
-        logprob=float(said[:length].mean()),
+        logprob=float(answer_logprobs[:length].mean()),
         nll=-sum(reference) / len(reference),
         scored=len(reference),
         hit=text.strip() == example.answer,

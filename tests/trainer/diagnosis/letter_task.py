@@ -16,7 +16,7 @@ from trainer.training.sft import train_model
 from trainer.training.summary import TrainingData
 
 COLOURS = ("blue", "gray", "pink", "gold")
-"""All of one length: batches are made of examples of one length, and would have one answer each."""
+"""All colours have one length: batches contain examples of one length, and would otherwise have one answer each."""
 _LENGTH = 6
 
 
@@ -47,10 +47,10 @@ def mislabel(examples: Sequence[ChatExample], share: float, seed: int) -> list[C
     generator = random.Random(seed)
     wrong = set(generator.sample(range(len(examples)), round(share * len(examples))))
     return [
-        _example(one.question, generator.choice([colour for colour in COLOURS if colour != one.answer]))
+        _example(example.question, generator.choice([colour for colour in COLOURS if colour != example.answer]))
         if place in wrong
-        else one
-        for place, one in enumerate(examples)
+        else example
+        for place, example in enumerate(examples)
     ]
 
 

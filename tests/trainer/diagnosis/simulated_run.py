@@ -32,7 +32,7 @@ def simulate(
     spread: float = 0.6,
     **more: Any,
 ) -> TrainingRun:
-    """A run with a linear schedule.
+    """Return a run with a linear schedule.
 
     Args:
         noise: of a batch's loss, as a share of it.
@@ -68,18 +68,18 @@ def simulate(
 
 
 def answered(count: int, seed: int, *, right: Shape, noise: float = 0.0) -> tuple[ExampleResult, ...]:
-    """Answers of a model that knows how sure it can be.
+    """Return the answers of a model that is well calibrated.
 
     Args:
         right: the probability of the right answer, from the easiest example (0) to the hardest (1).
         noise: share of the references that are wrong.
     """
     random = np.random.default_rng(seed)
-    found = []
+    results = []
     for place in range(count):
         sure = right(place / count)
         hit = random.random() < sure and random.random() >= noise
-        found.append(
+        results.append(
             ExampleResult(
                 answer="a",
                 tokens=1,
@@ -91,4 +91,4 @@ def answered(count: int, seed: int, *, right: Shape, noise: float = 0.0) -> tupl
                 hit=bool(hit),
             )
         )
-    return tuple(found)
+    return tuple(results)

@@ -56,8 +56,8 @@ def healthy(seed: int) -> Any:
 
 
 @pytest.mark.slow
-def test_of_six_hundred_healthy_runs_fewer_than_one_in_fifty_are_called_faulty() -> None:
-    false = {seed: found for seed in range(600) if (found := kinds(healthy(seed)))}
+def test_fewer_than_one_in_fifty_of_600_healthy_runs_has_a_finding() -> None:
+    false = {seed: findings for seed in range(600) if (findings := kinds(healthy(seed)))}
     assert len(false) < 12, false
 
 
@@ -114,14 +114,14 @@ def only(run: Any) -> Finding:
 WELL = falling(3, 0.2, 12)
 
 
-def test_advice_names_the_key_its_value_and_another() -> None:
+def test_advice_names_the_key_with_its_current_and_proposed_value() -> None:
     finding = only(simulate(lambda share: 2.0 + 0.8 * share, 0))
     assert str(finding.advice) == "train.learning_rate from 0.0005 to 0.0002"
     assert "the training loss rose from " in finding.what
     assert "3 standard errors" in finding.rule
 
 
-def test_a_run_that_overfits_is_told_the_epoch_of_its_lowest_loss() -> None:
+def test_finding_names_the_epoch_of_the_lowest_loss_when_a_run_overfits() -> None:
     settings = replace(SETTINGS, epochs=10.0)
     run = simulate(
         falling(3, 0.1, 5), 0, heldout=lambda share: 1 + abs(share - 0.36), settings=settings, train_examples=5000
@@ -130,7 +130,7 @@ def test_a_run_that_overfits_is_told_the_epoch_of_its_lowest_loss() -> None:
 
 
 def short(seed: int, *, heldout: bool) -> Any:
-    """A run that has learnt nearly all, of few steps with noisy losses, whose held-out set is small or not measured."""
+    """Return a nearly finished run of few steps with noisy losses, with a small held-out set or none."""
     random = np.random.default_rng([seed, 2])
     steps, speed = int(random.integers(20, 60)), random.uniform(4, 8)
     run = simulate(falling(2, 0.8, speed), seed, steps=steps, noise=0.4, measured=8, spread=2.0)
@@ -144,7 +144,7 @@ def unmeasured(run: Any) -> Any:
 
 
 @pytest.mark.parametrize("heldout", [True, False])
-def test_few_short_healthy_runs_are_called_underfitted_when_losses_are_noisy(heldout: bool) -> None:
+def test_few_short_healthy_runs_are_diagnosed_as_underfitted_when_losses_are_noisy(heldout: bool) -> None:
     false = sum(FindingKind.UNDERFITTING in kinds(short(seed, heldout=heldout)) for seed in range(300))
     assert false <= 6
 
@@ -155,13 +155,13 @@ def test_advice_is_a_number_of_steps_when_the_recipe_names_steps() -> None:
     assert str(only(run).advice) == "train.steps from 100 to 20"
 
 
-def test_a_run_that_keeps_its_best_weights_is_not_overfitted() -> None:
+def test_overfitting_is_not_diagnosed_when_the_best_weights_are_kept() -> None:
     settings = replace(SETTINGS, keeps_best=True)
     run = simulate(falling(3, 0.1, 5), 0, heldout=lambda share: 1 + abs(share - 0.36), settings=settings)
     assert kinds(run) == []
 
 
-def test_below_fifty_examples_there_is_too_little_data_whatever_the_curve() -> None:
+def test_too_little_data_is_diagnosed_below_fifty_examples_with_any_curve() -> None:
     finding = only(simulate(WELL, 0, train_examples=49))
     assert finding.kind is FindingKind.TOO_LITTLE_DATA
     assert str(finding.advice) == "data.train from 49 examples to 196 examples"
@@ -177,7 +177,9 @@ def test_below_fifty_examples_there_is_too_little_data_whatever_the_curve() -> N
         ({}, "data.heldout from 30 examples to 97 examples"),
     ],
 )
-def test_a_held_out_set_that_is_too_small_is_told_how_large_it_must_be(settings: dict[str, Any], advice: str) -> None:
+def test_finding_names_the_required_size_when_the_heldout_set_is_too_small(
+    settings: dict[str, Any], advice: str
+) -> None:
     run = simulate(WELL, 0, evaluation=evaluation(15, 30), settings=replace(SETTINGS, **settings))
     assert only(run).kind is FindingKind.HELDOUT_TOO_SMALL
     assert str(only(run).advice) == advice
@@ -209,19 +211,19 @@ def test_advice_is_more_general_examples_when_some_are_mixed_in() -> None:
     assert str(only(mixed).advice) == "data.general_share from 0.1 to 0.2"
 
 
-@pytest.mark.parametrize(("cut", "told"), [(0, False), (2, False), (3, True), (100, True)])
-def test_cut_answers_are_told_when_they_are_more_than_two_percent(cut: int, told: bool) -> None:
+@pytest.mark.parametrize(("cut", "reported"), [(0, False), (2, False), (3, True), (100, True)])
+def test_truncated_answers_are_reported_when_they_exceed_two_percent(cut: int, reported: bool) -> None:
     run = simulate(WELL, 0, cut_off={"merged": proportion(0, 100), "gptq": proportion(cut, 100)})
-    assert (kinds(run) == [FindingKind.ANSWERS_CUT_OFF]) is told
+    assert (kinds(run) == [FindingKind.ANSWERS_CUT_OFF]) is reported
 
 
-def test_only_formats_above_the_threshold_are_named_when_answers_are_cut() -> None:
+def test_only_formats_above_the_threshold_are_named_when_answers_are_truncated() -> None:
     finding = only(simulate(WELL, 0, cut_off={"merged": proportion(1, 100), "gptq": proportion(5, 100)}))
     assert finding.what.endswith(": 0.050 [0.022, 0.112] of gptq")
     assert "2%" in finding.rule
 
 
-def test_the_limit_is_to_be_raised_when_a_recipe_fixed_it() -> None:
+def test_advice_is_to_raise_the_limit_when_the_recipe_sets_it() -> None:
     cut = {"merged": proportion(5, 100)}
     fixed = only(simulate(WELL, 0, cut_off=cut, settings=replace(SETTINGS, max_answer_tokens=64)))
     assert str(fixed.advice).startswith("evaluate.max_tokens from 64 to 128, or null")
@@ -230,7 +232,7 @@ def test_the_limit_is_to_be_raised_when_a_recipe_fixed_it() -> None:
     assert "train.epochs" in by_reference.advice.value
 
 
-def test_examples_that_contradict_each_other_are_noise() -> None:
+def test_label_noise_is_diagnosed_when_examples_contradict_each_other() -> None:
     run = simulate(WELL, 0, contradictions=40, answers=LABELS)
     assert only(run).kind is FindingKind.LABEL_NOISE
     assert "40 of 1200 training examples" in only(run).what
@@ -238,18 +240,20 @@ def test_examples_that_contradict_each_other_are_noise() -> None:
 
 
 def predicted(gain: float, shape: Shape = WELL, **more: Any) -> Any:
-    """A run whose model knows this much more of an answer than how frequent its label is, nats."""
+    """Return a run whose held-out loss is by `gain` nats below the entropy of the labels."""
     results = answered(200, 0, right=lambda place: 0.3)
     nll = math.log(4) - gain
-    return simulate(shape, 0, results=[one.model_copy(update={"nll": nll}) for one in results], answers=LABELS, **more)
+    return simulate(
+        shape, 0, results=[result.model_copy(update={"nll": nll}) for result in results], answers=LABELS, **more
+    )
 
 
-def test_labels_are_noise_when_the_prompts_tell_the_model_nothing_of_them() -> None:
+def test_label_noise_is_diagnosed_when_prompts_do_not_determine_the_labels() -> None:
     assert only(predicted(0.0)).kind is FindingKind.LABEL_NOISE
     assert "tell the model nothing" in only(predicted(-0.3)).what
 
 
-def test_the_rate_is_blamed_when_it_is_far_above_the_default_and_nothing_is_learnt() -> None:
+def test_high_rate_is_diagnosed_when_it_is_far_above_the_default_and_nothing_is_learnt() -> None:
     fast = replace(SETTINGS, learning_rate=1.5e-2)
     assert str(only(replace(predicted(0.0), settings=fast)).advice) == "train.learning_rate from 0.015 to 0.0005"
 
@@ -261,13 +265,13 @@ def test_more_steps_are_advised_when_labels_are_hardly_learnt_and_the_loss_still
     assert "of the labels" in finding.what
 
 
-def test_a_short_run_that_learnt_nothing_of_its_labels_is_told_to_train_longer() -> None:
+def test_more_steps_are_advised_when_a_short_run_has_not_learnt_its_labels() -> None:
     run = predicted(0.0)
     assert kinds(replace(run, curve=run.curve[:30])) == [FindingKind.UNDERFITTING]
 
 
 def form_first(share: float) -> float:
-    """A loss that falls at once for the form of an answer, and slowly for its label."""
+    """Return a loss that falls fast for the form of an answer, and slowly for its label."""
     return 2.5 * math.exp(-12 * share) + 0.4 - 0.2 * share
 
 
@@ -275,7 +279,7 @@ def settled(share: float) -> float:
     return 2.5 * math.exp(-12 * share) + 0.2
 
 
-def test_a_short_run_is_told_to_train_longer_when_half_of_the_labels_is_unknown_and_heldout_loss_still_falls() -> None:
+def test_more_steps_are_advised_when_half_of_the_labels_is_unknown_and_heldout_loss_still_falls() -> None:
     finding = only(predicted(0.4, form_first, steps=30))
     assert finding.kind is FindingKind.UNDERFITTING
     assert "tell the model only a part of the labels" in finding.what
@@ -294,7 +298,7 @@ def test_a_short_run_on_a_hard_task_has_no_finding_when_heldout_loss_has_settled
     assert kinds(predicted(0.4, settled, steps=30)) == []
 
 
-def test_what_is_learnt_by_heart_does_not_count_as_learning_when_heldout_loss_has_settled() -> None:
+def test_memorized_examples_do_not_count_as_learnt_when_heldout_loss_has_settled() -> None:
     assert kinds(predicted(0.4, form_first, steps=30, heldout=settled)) == []
 
 
@@ -304,48 +308,48 @@ def test_the_training_loss_decides_when_heldout_loss_of_a_short_run_was_not_meas
     assert kinds(unmeasured(done)) == []
 
 
-def test_few_short_runs_on_hard_tasks_are_called_underfitted_when_they_are_done() -> None:
-    """The labels are half unknown whatever the training."""
+def test_few_short_runs_on_hard_tasks_have_a_finding_when_heldout_loss_has_settled() -> None:
+    """Half of the labels stay unknown however long the training is."""
     draw = np.random.default_rng(3)
-    made = (simulate(settled, seed, steps=int(draw.integers(20, 50)), measured=20) for seed in range(300))
+    runs = (simulate(settled, seed, steps=int(draw.integers(20, 50)), measured=20) for seed in range(300))
     hard = predicted(0.4)
-    false = sum(bool(kinds(replace(run, results=hard.results, answers=hard.answers))) for run in made)
+    false = sum(bool(kinds(replace(run, results=hard.results, answers=hard.answers))) for run in runs)
     assert false <= 6
 
 
-def test_the_rate_is_blamed_when_it_is_far_above_the_default_and_the_run_was_not_done() -> None:
+def test_high_rate_is_diagnosed_when_it_is_far_above_the_default_and_the_run_had_not_settled() -> None:
     run = simulate(falling(3, 0.1, 0.5), 1, settings=replace(SETTINGS, learning_rate=1.5e-2))
     assert str(only(run).advice) == "train.learning_rate from 0.015 to 0.0005"
 
 
-def test_labels_are_not_called_noise_when_a_hard_task_is_partly_learnt() -> None:
+def test_label_noise_is_not_diagnosed_when_a_hard_task_is_partly_learnt() -> None:
     assert kinds(predicted(0.2)) == []
 
 
-def test_several_answers_to_one_prompt_are_no_noise_where_answers_are_free_text() -> None:
+def test_label_noise_is_not_diagnosed_when_free_text_answers_to_one_prompt_differ() -> None:
     assert kinds(simulate(WELL, 0, contradictions=600, answers=[f"text {place}" for place in range(200)])) == []
 
 
-def test_a_model_that_has_not_learnt_its_task_says_nothing_of_the_labels() -> None:
+def test_label_noise_is_not_diagnosed_when_the_task_was_not_learnt() -> None:
     results = answered(200, 0, right=lambda place: 0.6 - 0.3 * place)
     assert kinds(simulate(WELL, 0, results=results, answers=LABELS)) == []
 
 
-@pytest.mark.parametrize(("shape", "found"), [(WELL, [FindingKind.LABEL_NOISE]), (falling(3, 0.05, 5), [])])
-def test_sure_wrong_answers_are_noise_only_when_the_training_loss_no_longer_falls(
-    shape: Shape, found: list[FindingKind]
+@pytest.mark.parametrize(("shape", "findings"), [(WELL, [FindingKind.LABEL_NOISE]), (falling(3, 0.05, 5), [])])
+def test_confident_wrong_answers_are_label_noise_only_when_the_training_loss_no_longer_falls(
+    shape: Shape, findings: list[FindingKind]
 ) -> None:
     results = answered(200, 0, right=lambda place: 0.98 - 0.6 * place, noise=0.2)
-    assert kinds(simulate(shape, 0, results=results, answers=LABELS)) == found
+    assert kinds(simulate(shape, 0, results=results, answers=LABELS)) == findings
 
 
-@pytest.mark.parametrize(("epochs", "found"), [(9.0, []), (10.0, [FindingKind.TOO_LITTLE_DATA])])
+@pytest.mark.parametrize(("epochs", "findings"), [(9.0, []), (10.0, [FindingKind.TOO_LITTLE_DATA])])
 def test_a_smaller_gap_between_training_and_heldout_loss_is_enough_from_ten_epochs_on(
-    epochs: float, found: list[FindingKind]
+    epochs: float, findings: list[FindingKind]
 ) -> None:
     settings = replace(SETTINGS, epochs=epochs)
     shape, heldout = falling(3, 0.2, 12), falling(3, 0.38, 12)
-    assert kinds(simulate(shape, 0, heldout=heldout, train_examples=120, settings=settings, measured=400)) == found
+    assert kinds(simulate(shape, 0, heldout=heldout, train_examples=120, settings=settings, measured=400)) == findings
 
 
 def test_only_other_rules_apply_when_a_run_has_no_curve() -> None:

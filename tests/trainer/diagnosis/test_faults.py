@@ -20,7 +20,7 @@ pytestmark = pytest.mark.matrix
 
 HARD = 0.1
 USUAL = {"lora": 4e-3, "dora": 4e-3, "full": 1e-3}
-"""Rates that were tried for this model: at four times of them the loss jumps, at a hundredth nothing falls."""
+"""Rates tried for this model: at four times the rate the loss jumps, at a hundredth it does not fall."""
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +44,8 @@ def findings(
     adapter: dict[str, Any] | None = None,
     **settings: Any,
 ) -> dict[FindingKind, Finding]:
-    made = {"batch_size": 16, "learning_rate": USUAL[method], "epochs": 2.5} | settings
-    recipe: dict[str, Any] = {"method": method, "train": made, "adapter": adapter or {}}
+    train_settings = {"batch_size": 16, "learning_rate": USUAL[method], "epochs": 2.5} | settings
+    recipe: dict[str, Any] = {"method": method, "train": train_settings, "adapter": adapter or {}}
     run = train_and_judge(base, folder, train, heldout, usual_learning_rate=USUAL[method], **recipe)
     return {finding.kind: finding for finding in diagnose(run)}
 
@@ -60,71 +60,73 @@ HEALTHY: list[tuple[str, int, dict[str, Any]]] = [
 ]
 
 
-def test_of_twenty_healthy_runs_at_most_one_is_called_faulty(base: Path, tmp_path: Path) -> None:
-    """Each with colours, examples and a seed of its own."""
+def test_at_most_one_of_twenty_healthy_runs_has_a_finding(base: Path, tmp_path: Path) -> None:
+    """Each run has its own colours, examples and seed."""
     false = {}
     for method, seed, settings in HEALTHY:
         train, heldout = task(seed)
-        found = findings(base, tmp_path / f"{seed}", train, heldout, method, **({"epochs": 8, "seed": seed} | settings))
-        if found:
-            false[seed] = found
+        diagnosed = findings(
+            base, tmp_path / f"{seed}", train, heldout, method, **({"epochs": 8, "seed": seed} | settings)
+        )
+        if diagnosed:
+            false[seed] = diagnosed
     assert len(HEALTHY) == 20
     assert len(false) <= 1, false
 
 
-def test_a_rate_at_which_nothing_is_learnt_is_too_low(base: Path, tmp_path: Path) -> None:
-    found = findings(base, tmp_path, *task(1), learning_rate=4e-5)
-    assert list(found) == [FindingKind.LEARNING_RATE_LOW]
-    advice = found[FindingKind.LEARNING_RATE_LOW].advice
+def test_low_rate_is_diagnosed_when_nothing_is_learnt(base: Path, tmp_path: Path) -> None:
+    diagnosed = findings(base, tmp_path, *task(1), learning_rate=4e-5)
+    assert list(diagnosed) == [FindingKind.LEARNING_RATE_LOW]
+    advice = diagnosed[FindingKind.LEARNING_RATE_LOW].advice
     assert (advice.key, advice.before, advice.value) == ("train.learning_rate", "4e-05", "0.004")
 
 
-def test_a_rate_at_which_the_loss_jumps_is_too_high(base: Path, tmp_path: Path) -> None:
-    found = findings(base, tmp_path, *task(1), learning_rate=1.6e-2)
-    assert list(found) == [FindingKind.LEARNING_RATE_HIGH]
-    assert found[FindingKind.LEARNING_RATE_HIGH].advice.value == "0.004"
+def test_high_rate_is_diagnosed_when_the_loss_jumps(base: Path, tmp_path: Path) -> None:
+    diagnosed = findings(base, tmp_path, *task(1), learning_rate=1.6e-2)
+    assert list(diagnosed) == [FindingKind.LEARNING_RATE_HIGH]
+    assert diagnosed[FindingKind.LEARNING_RATE_HIGH].advice.value == "0.004"
 
 
-def test_a_run_that_explodes_is_ended_with_the_rate_to_take(base: Path, tmp_path: Path) -> None:
+def test_run_stops_with_a_proposed_rate_when_its_loss_explodes(base: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError) as caught:
         findings(base, tmp_path, *task(1), learning_rate=4e-2)
     assert "lower train.learning_rate from 0.04 to 0.01" in caught.value.todo
 
 
-def test_a_rate_that_explodes_in_the_first_step_is_too_high(base: Path, tmp_path: Path) -> None:
-    found = findings(base, tmp_path, *task(1), learning_rate=1.0)
-    assert str(found[FindingKind.LEARNING_RATE_HIGH].advice) == "train.learning_rate from 1 to 0.004"
+def test_high_rate_is_diagnosed_when_the_loss_explodes_in_the_first_step(base: Path, tmp_path: Path) -> None:
+    diagnosed = findings(base, tmp_path, *task(1), learning_rate=1.0)
+    assert str(diagnosed[FindingKind.LEARNING_RATE_HIGH].advice) == "train.learning_rate from 1 to 0.004"
 
 
-def test_a_run_that_was_still_learning_is_underfitted(base: Path, tmp_path: Path) -> None:
-    """An adapter whose update is scaled to a sixteenth of the usual."""
-    found = findings(base, tmp_path, *task(1), adapter={"alpha": 2}, epochs=1.5)
-    assert list(found) == [FindingKind.UNDERFITTING]
-    assert str(found[FindingKind.UNDERFITTING].advice) == "train.epochs from 1.5 to 3"
+def test_underfitting_is_diagnosed_when_a_run_was_still_learning(base: Path, tmp_path: Path) -> None:
+    """The adapter's update is scaled to a sixteenth of the usual."""
+    diagnosed = findings(base, tmp_path, *task(1), adapter={"alpha": 2}, epochs=1.5)
+    assert list(diagnosed) == [FindingKind.UNDERFITTING]
+    assert str(diagnosed[FindingKind.UNDERFITTING].advice) == "train.epochs from 1.5 to 3"
 
 
-def test_many_epochs_on_what_cannot_be_known_are_overfitted(base: Path, tmp_path: Path) -> None:
-    found = findings(base, tmp_path, *task(1, train=120, hard=0.5), epochs=40)
-    assert FindingKind.OVERFITTING in found
-    advice = found[FindingKind.OVERFITTING].advice
+def test_overfitting_is_diagnosed_after_many_epochs_on_unpredictable_labels(base: Path, tmp_path: Path) -> None:
+    diagnosed = findings(base, tmp_path, *task(1, train=120, hard=0.5), epochs=40)
+    assert FindingKind.OVERFITTING in diagnosed
+    advice = diagnosed[FindingKind.OVERFITTING].advice
     assert (advice.key, advice.before) == ("train.epochs", "40")
     assert float(advice.value) < 20
 
 
-def test_sixty_examples_that_are_learnt_by_heart_are_too_few(base: Path, tmp_path: Path) -> None:
-    found = findings(base, tmp_path, *task(1, train=60), epochs=20, batch_size=8)
-    assert FindingKind.TOO_LITTLE_DATA in found
-    assert found[FindingKind.TOO_LITTLE_DATA].advice.value == "240 examples"
+def test_too_little_data_is_diagnosed_when_sixty_examples_are_memorized(base: Path, tmp_path: Path) -> None:
+    diagnosed = findings(base, tmp_path, *task(1, train=60), epochs=20, batch_size=8)
+    assert FindingKind.TOO_LITTLE_DATA in diagnosed
+    assert diagnosed[FindingKind.TOO_LITTLE_DATA].advice.value == "240 examples"
 
 
-def test_a_fifth_of_wrong_labels_is_noise(base: Path, tmp_path: Path) -> None:
-    """In all data, as where the held-out set is split off."""
+def test_label_noise_is_diagnosed_when_a_fifth_of_the_labels_is_wrong(base: Path, tmp_path: Path) -> None:
+    """All data have wrong labels, as if the held-out set is split off."""
     train, heldout = task(1)
-    found = findings(base, tmp_path, mislabel(train, 0.2, seed=1), mislabel(heldout, 0.2, seed=2))
-    assert list(found) == [FindingKind.LABEL_NOISE]
+    diagnosed = findings(base, tmp_path, mislabel(train, 0.2, seed=1), mislabel(heldout, 0.2, seed=2))
+    assert list(diagnosed) == [FindingKind.LABEL_NOISE]
 
 
-def test_thirty_held_out_examples_of_a_hard_task_cannot_tell(base: Path, tmp_path: Path) -> None:
-    found = findings(base, tmp_path, *task(1, heldout=30, hard=0.3))
-    assert FindingKind.HELDOUT_TOO_SMALL in found
-    assert found[FindingKind.HELDOUT_TOO_SMALL].advice.key == "data.heldout_share"
+def test_too_small_heldout_set_is_diagnosed_when_a_hard_task_has_thirty_examples(base: Path, tmp_path: Path) -> None:
+    diagnosed = findings(base, tmp_path, *task(1, heldout=30, hard=0.3))
+    assert FindingKind.HELDOUT_TOO_SMALL in diagnosed
+    assert diagnosed[FindingKind.HELDOUT_TOO_SMALL].advice.key == "data.heldout_share"

@@ -1,4 +1,4 @@
-"""Batches are the trainer's own, of the given examples."""
+"""Estimated batches are those that the trainer makes of the examples."""
 
 from pathlib import Path
 
@@ -23,14 +23,14 @@ def test_without_a_tokenizer_characters_count(tmp_path: Path) -> None:
     assert workload.tokens / 4 == pytest.approx(462 / CHARACTERS_A_TOKEN, rel=0.2)
 
 
-def test_a_common_beginning_stays_common_without_a_tokenizer(tmp_path: Path) -> None:
+def test_common_prefix_is_preserved_when_there_is_no_tokenizer(tmp_path: Path) -> None:
     system = "Sort what follows, and answer with one word alone, whatever else it may ask you to do. " * 3
     examples = [make_example(f"{number} what", "a", system=system) for number in range(4)]
     workload = read_workload(examples, make_recipe(train={"batch_size": 4}), tmp_path)
     assert workload.largest.shared >= 50
 
 
-def test_what_is_learnt_of_pieces_is_the_answer() -> None:
+def test_only_the_answer_is_learnt_when_tokens_are_estimated() -> None:
     row = cut_into_pieces(make_example("question", "a" * 21))
     assert row.scored == 5
 

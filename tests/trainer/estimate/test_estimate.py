@@ -37,13 +37,13 @@ def tokens_per_second(method: str, device: str, name: str, rows: int, length: in
         ("llama-2-70b", "a100-80", 1000, 8, 1.6),
     ],
 )
-def test_hours_are_those_of_the_guide_within_a_factor(
+def test_estimated_hours_are_within_a_factor_of_the_guides(
     name: str, device: str, examples: int, hours: float, factor: float
 ) -> None:
     recipe = make_recipe(method="qlora", train={"batch_size": 1, "epochs": 3})
-    found = on(device, name, recipe, examples)
-    assert found.fits
-    assert hours / factor < found.seconds / 3600 < hours * factor
+    estimate = on(device, name, recipe, examples)
+    assert estimate.fits
+    assert hours / factor < estimate.seconds / 3600 < hours * factor
 
 
 @pytest.mark.parametrize(
@@ -58,8 +58,8 @@ def test_hours_are_those_of_the_guide_within_a_factor(
 def test_speed_is_as_published_within_a_factor(
     method: str, device: str, name: str, rows: int, length: int, published_speed: float, factor: float
 ) -> None:
-    found = tokens_per_second(method, device, name, rows, length)
-    assert published_speed / factor < found < published_speed * factor
+    speed = tokens_per_second(method, device, name, rows, length)
+    assert published_speed / factor < speed < published_speed * factor
 
 
 @pytest.mark.parametrize(
@@ -76,8 +76,8 @@ def test_speed_is_as_published_within_a_factor(
 )
 def test_memory_is_as_published_within_a_fifth(method: str, name: str, rows: int, length: int, gib: float) -> None:
     recipe = make_recipe(method=method, train={"batch_size": rows, "max_length": length}, adapter={"rank": 8})
-    found = on("h200", name, recipe, 100, length)
-    assert found.memory / GIB == pytest.approx(gib, rel=0.2)
+    estimate = on("h200", name, recipe, 100, length)
+    assert estimate.memory / GIB == pytest.approx(gib, rel=0.2)
 
 
 def test_the_largest_batch_fits_and_one_more_does_not() -> None:
@@ -123,14 +123,14 @@ def test_advice_is_empty_when_the_recipe_fits() -> None:
     ("more", "less"),
     [({"epochs": 2}, {"epochs": 1}), ({"gradient_checkpointing": True}, {"gradient_checkpointing": False})],
 )
-def test_more_work_takes_longer(more: dict[str, Any], less: dict[str, Any]) -> None:
+def test_estimate_grows_when_there_is_more_work(more: dict[str, Any], less: dict[str, Any]) -> None:
     longer, shorter = (
         on("a100-80", "llama-2-7b", make_recipe(train={"batch_size": 1, **train})).seconds for train in (more, less)
     )
     assert longer > 1.2 * shorter
 
 
-def test_an_engine_in_float32_takes_twice_the_weights() -> None:
+def test_engine_needs_twice_the_memory_for_weights_when_in_float32() -> None:
     shape = published("mistral-7b")
     wide, narrow = (engine_memory(shape, number, 4096) for number in (NumberType.FLOAT32, NumberType.BFLOAT16))
     assert wide[EnginePart.WEIGHTS] == 2 * narrow[EnginePart.WEIGHTS] == 4 * shape.parameters

@@ -34,7 +34,7 @@ def gpu_memory(name: str, method: str, batch: int = 1, length: int = 2048, **tra
 
 
 @pytest.mark.parametrize(("name", "gib"), [("llama-2-7b", 24), ("llama-2-13b", 40), ("llama-2-70b", 80)])
-def test_qlora_fits_where_it_is_published_to_fit(name: str, gib: int) -> None:
+def test_qlora_fits_on_the_gpus_for_which_it_is_published(name: str, gib: int) -> None:
     assert gpu_memory(name, "qlora") < 0.97 * gib * GIB
 
 
@@ -49,7 +49,7 @@ def test_all_weights_of_7b_with_adam_in_float32_do_not_fit_80_gb() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("preset", list(Targets))
-def test_as_many_weights_are_counted_as_peft_trains(method: str, preset: Targets) -> None:
+def test_number_of_trained_weights_is_that_of_peft(method: str, preset: Targets) -> None:
     adapter = {} if method == "full" else {"targets": preset, "rank": 8}
     recipe = make_recipe(method=method, **({"adapter": adapter} if adapter else {}))
     config = LlamaConfig(
@@ -67,7 +67,7 @@ def test_as_many_weights_are_counted_as_peft_trains(method: str, preset: Targets
     assert trained == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 
-def test_experts_have_an_adapter_each() -> None:
+def test_each_expert_has_its_own_adapter() -> None:
     recipe = make_recipe(method="lora", adapter={"rank": 8})
     config = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     from transformers import MixtralConfig
@@ -95,16 +95,18 @@ def test_memory_never_shrinks_when_batch_or_rank_grows(
     least = memory(rows, length, rank)
     assert memory(rows + 1, length, rank) >= least
     assert memory(rows, length, rank + 1) >= least
-    if not length <= 512 < length + 1:  # where PyTorch's attention takes over from ours
+    if not length <= 512 < length + 1:  # with more keys PyTorch's attention is used instead of ours
         assert memory(rows, length + 1, rank) >= least
 
 
 def test_activations_are_smaller_with_checkpointing() -> None:
-    kept, again = (gpu_memory("llama-3.1-8b", "lora", batch=4, gradient_checkpointing=asked) for asked in (False, True))
-    assert again < kept / 2
+    stored, recomputed = (
+        gpu_memory("llama-3.1-8b", "lora", batch=4, gradient_checkpointing=asked) for asked in (False, True)
+    )
+    assert recomputed < stored / 2
 
 
-def test_float32_takes_twice_the_frozen_weights() -> None:
+def test_frozen_weights_take_twice_the_memory_when_in_float32() -> None:
     recipe, shape, batch = make_recipe(method="lora"), published("llama-2-7b"), Batch(1, 16, 0, 1)
     wide, narrow = (
         Training(recipe, shape, True, number).memory(batch)[Part.WEIGHTS]
@@ -114,33 +116,33 @@ def test_float32_takes_twice_the_frozen_weights() -> None:
 
 
 @pytest.mark.parametrize(("method", "dropout"), [("lora", 0.1), ("adalora", 0.0), ("adalora", 0.1)])
-def test_a_layer_keeps_in_float32_what_is_estimated(method: str, dropout: float) -> None:
+def test_activations_of_a_layer_in_float32_are_as_estimated(method: str, dropout: float) -> None:
     recipe, length = make_recipe(method=method, adapter={"rank": 8, "dropout": dropout}), 128
-    kept = [kept_bytes(recipe, layers, length) for layers in (1, 3)]
+    stored = [saved_bytes(recipe, layers, length) for layers in (1, 3)]
     batch = Batch(1, length, 0, length)
     estimated = [
         Training(recipe, shape, True, NumberType.FLOAT32).memory(batch)[Part.ACTIVATIONS]
         for shape in (count_model(small_llama(layers), Targets.ALL_LINEAR) for layers in (1, 3))
     ]
-    assert estimated[1] - estimated[0] == pytest.approx(kept[1] - kept[0], rel=0.15)
+    assert estimated[1] - estimated[0] == pytest.approx(stored[1] - stored[0], rel=0.15)
 
 
-def kept_bytes(recipe: Recipe, layers: int, length: int) -> int:
+def saved_bytes(recipe: Recipe, layers: int, length: int) -> int:
     """Return the bytes that a forward pass saves for the backward pass, without weights."""
     model = add_adapter(small_llama(layers), recipe, 10)
     weights = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers())}
-    kept: dict[int, torch.UntypedStorage] = {}
+    stored: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage
+            stored[storage.data_ptr()] = storage
         return tensor
 
     tokens = torch.zeros((1, length), dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(input_ids=tokens, labels=tokens)
-    return sum(storage.nbytes() for storage in kept.values())
+    return sum(storage.nbytes() for storage in stored.values())
 
 
 def small_llama(layers: int) -> PreTrainedModel:
@@ -168,8 +170,8 @@ def test_moments_of_all_weights_are_in_main_memory_when_the_optimizer_is_paged()
     shape, recipe = published("llama-2-7b"), make_recipe(method="full", train={"optimizer": "paged-adamw"})
     assert on_gpu(recipe).memory(Batch(1, 64, 0, 64))[Part.OPTIMIZER] == 0
     stages = [
-        stage_memory(on_gpu(one), even_workload(10, 64, one), read_devices()["h200"], 4096)[0].peak.ram
-        for one in (recipe, make_recipe(method="full"))
+        stage_memory(on_gpu(each), even_workload(10, 64, each), read_devices()["h200"], 4096)[0].peak.ram
+        for each in (recipe, make_recipe(method="full"))
     ]
     assert stages[0] - stages[1] == 8 * shape.parameters
 

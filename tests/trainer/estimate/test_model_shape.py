@@ -33,11 +33,11 @@ def test_a_token_passes_two_of_mixtrals_eight_experts() -> None:
     assert shape.used_weights + 2 * shape.head == pytest.approx(12.88e9, rel=0.01)  # 12.9B active, as published
 
 
-def test_the_head_is_no_layer_that_an_adapter_changes() -> None:
+def test_output_head_is_not_counted_as_an_adapted_layer() -> None:
     assert len(published("llama-2-7b").targets) == 7 * 32
 
 
-def test_a_preset_takes_its_layers_alone() -> None:
+def test_preset_counts_only_its_layers() -> None:
     assert len(published("llama-2-7b", Targets.ATTENTION_MIN).targets) == 2 * 32
 
 

@@ -1,4 +1,4 @@
-"""A run is refused only if it cannot fit."""
+"""A run is rejected only if it cannot fit."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -49,15 +49,15 @@ def test_training_is_not_rejected_when_only_free_memory_is_short(tmp_path: Path)
     refuse_memory(estimated("qlora"), machine(16e9))
 
 
-def test_a_disk_too_small_for_the_merged_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_is_rejected_when_the_disk_is_too_small_for_the_merged_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     set_free(monkeypatch, 5e9)
     with pytest.raises(DiskSpaceError, match=r"only 5\.0 GB are free"):
         refuse_disk(estimated("qlora"), tmp_path)
 
 
-def test_a_run_that_has_written_before_is_not_refused_for_its_own_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_is_not_rejected_when_its_own_files_fill_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     set_free(monkeypatch, 5e9)
     (tmp_path / "runs" / "tiny-0123").mkdir(parents=True)
     refuse_disk(estimated("qlora"), tmp_path)
@@ -78,11 +78,11 @@ def test_the_adapter_alone_is_proposed_when_no_engine_has_memory_for_either_form
     assert "set formats=[adapter]" in caught.value.todo
 
 
-def test_no_stage_is_refused_when_each_fits_by_its_least_need() -> None:
+def test_no_stage_is_rejected_when_the_minimum_of_each_fits() -> None:
     refuse_stages(estimated("qlora"), machine(16e9))
 
 
-def test_a_stage_on_a_gpu_is_not_refused_when_several_gpus_and_main_memory_hold_it_together() -> None:
+def test_gpu_stage_is_not_rejected_when_several_gpus_and_main_memory_fit_it_together() -> None:
     recipe = make_recipe(method="qlora")
     gpu = replace(read_devices()["rtx-4090"], here=True, memory=10e9)
     workload = even_workload(100, 1024, recipe)

@@ -20,7 +20,7 @@ SERVED = 4096
 
 def of_stages(name: str, recipe: Recipe, device: ComputeDevice) -> dict[Stage, StageMemory]:
     training = Training(recipe, published(name), device.cpu, device.number_type)
-    return {one.stage: one for one in stage_memory(training, even_workload(1000, 1024, recipe), device, SERVED)}
+    return {need.stage: need for need in stage_memory(training, even_workload(1000, 1024, recipe), device, SERVED)}
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_the_disk_of_all_stages_is_enough_for_every_format(method: str) -> None:
 @pytest.mark.parametrize("device", [cpu_device(), read_devices()["rtx-4090"]], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("method", ["full", "lora", "qlora", "dora", "adalora", "vera"])
 @pytest.mark.parametrize("name", ["llama-3.1-8b", "mixtral-8x7b"])
-def test_what_a_stage_needs_at_least_is_never_more_than_its_peak(device: ComputeDevice, method: str, name: str) -> None:
+def test_minimum_of_a_stage_is_never_above_its_peak(device: ComputeDevice, method: str, name: str) -> None:
     for stage in of_stages(name, make_recipe(method=method), device).values():
         assert stage.least.device <= stage.peak.device, stage
         assert stage.least.ram <= stage.peak.ram, stage
@@ -117,5 +117,5 @@ def table(device: ComputeDevice) -> str:
 
 
 @pytest.mark.parametrize("device", [cpu_device(), read_devices()["h100"]], ids=["cpu", "h100"])
-def test_the_documented_table_is_what_the_formulas_give(device: ComputeDevice) -> None:
+def test_documented_table_equals_the_results_of_the_formulas(device: ComputeDevice) -> None:
     assert table(device) in DOCS.read_text("utf-8")

@@ -66,9 +66,9 @@ class Version:
 
     def _read(self, folder: Path) -> EngineReading:
         scores: Scores = ()
-        if unreadable_weights(folder) is None:  # else no engine would have answered
-            whole = load(folder, TYPE) if folder == self.merged else dequantized(folder, self.made.base)
-            scores = score(whole, self.examples)
+        if unreadable_weights(folder) is None:  # otherwise no engine could answer
+            model = load(folder, TYPE) if folder == self.merged else dequantized(folder, self.made.base)
+            scores = score(model, self.examples)
         return EngineReading(prompts_differ=(), scores=scores, speed=SPEED)
 
     @property
@@ -102,7 +102,7 @@ def quantize(merged: Path, out: Path) -> Path:
 
 
 def dequantized(folder: Path, base: Path) -> torch.nn.Module:
-    """A model, of its base's shape, with the weights that a quantized folder stands for."""
+    """Return a model in the base's shape with the dequantized weights of a folder."""
     tensors = load_file(folder / "model.safetensors")
     weights = {name: tensor for name, tensor in tensors.items() if "_proj" not in name}
     for name in [name for name in tensors if name.endswith(".qweight")]:
@@ -114,7 +114,7 @@ def dequantized(folder: Path, base: Path) -> torch.nn.Module:
 
 
 def make_version(folder: Path, base: Path, *, trained: float = 0.3, **sections: Any) -> Version:
-    """A version whose adapter has changed by this share of its weights."""
+    """Return a version whose adapter has changed by this share of its weights."""
     recipe = make_recipe(**sections)
     torch.manual_seed(1)
     model = add_adapter(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), recipe, steps=20)
@@ -135,14 +135,14 @@ def make_version(folder: Path, base: Path, *, trained: float = 0.3, **sections: 
 
 
 @pytest.mark.parametrize("sections", KINDS.values(), ids=KINDS)
-def test_a_right_version_passes_every_check(tmp_path: Path, tiny_base: Path, sections: dict[str, Any]) -> None:
+def test_correct_version_passes_every_check(tmp_path: Path, tiny_base: Path, sections: dict[str, Any]) -> None:
     report = make_version(tmp_path, tiny_base, **sections).report()
     assert report.failed == ()
     assert {check.name.partition(":")[0] for check in report.checks} == {"merged", "gptq", "merge"}
 
 
-def test_a_right_version_passes_when_its_base_is_published_in_float16(tmp_path: Path, tiny_base: Path) -> None:
-    """As Llama 2 is: training rounds its weights to bf16, and merging does not."""
+def test_correct_version_passes_when_its_base_is_published_in_float16(tmp_path: Path, tiny_base: Path) -> None:
+    """Llama 2 is published so: training rounds its weights to bf16, and merging does not."""
     base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
     weights = load_file(base / "model.safetensors")
     finer = {name: weight.half() * (1 + torch.rand(weight.shape) / 256) for name, weight in weights.items()}
@@ -188,7 +188,7 @@ def test_model_with_the_adapter_is_freed_before_the_merged_model_is_loaded(
         return model
 
     monkeypatch.setattr("trainer.parity.report.load", observed)
-    gc.disable()  # the collector frees nothing by chance
+    gc.disable()  # so that the collector frees nothing by chance
     try:
         version.report(NumberType.BFLOAT16)
     finally:
@@ -215,7 +215,7 @@ def change_json(path: Path, **keys: Any) -> None:
 
 
 def scaled_update(times: float) -> Callable[[Version], None]:
-    """The adapter is in the merged weights so many times."""
+    """Return a change that merges the adapter this number of times."""
 
     def plant(version: Version) -> None:
         base = load_file(version.made.base / "model.safetensors")
@@ -291,19 +291,19 @@ FAULTS: dict[str, tuple[Callable[[Version], None], str]] = {
 
 
 @pytest.mark.parametrize(("plant", "check"), FAULTS.values(), ids=FAULTS)
-def test_a_planted_fault_fails_its_check(version: Version, plant: Callable[[Version], None], check: str) -> None:
+def test_check_fails_when_its_fault_is_planted(version: Version, plant: Callable[[Version], None], check: str) -> None:
     plant(version)
-    assert check in {found.name for found in version.report().checks if not found.passed}
+    assert check in {result.name for result in version.report().checks if not result.passed}
 
 
 @pytest.mark.parametrize("kind", ["lora", "adalora"])
-def test_another_alpha_than_the_recipes_is_found(tmp_path: Path, tiny_base: Path, kind: str) -> None:
+def test_check_fails_when_alpha_differs_from_the_recipe(tmp_path: Path, tiny_base: Path, kind: str) -> None:
     version = make_version(tmp_path, tiny_base, **KINDS[kind])
     wrong_alpha(version)
-    assert "merge: scale" in {found.name for found in version.report().checks if not found.passed}
+    assert "merge: scale" in {result.name for result in version.report().checks if not result.passed}
 
 
-def test_an_engine_that_computes_something_else_is_found(version: Version) -> None:
+def test_check_fails_when_the_engine_computes_other_scores(version: Version) -> None:
     """All files are correct."""
     scores = score(load(version.made.base, TYPE), version.examples)
     formats = {Format.MERGED: (version.merged, EngineReading(prompts_differ=(), scores=scores, speed=SPEED))}
@@ -315,7 +315,7 @@ def test_an_engine_that_computes_something_else_is_found(version: Version) -> No
     ]
 
 
-def test_tokens_that_training_did_not_see_are_found(version: Version) -> None:
+def test_check_fails_when_tokens_differ_from_those_of_training(version: Version) -> None:
     reading = EngineReading(prompts_differ=(1, 2), scores=(), speed=SPEED)
     made = replace(version.made, formats={Format.MERGED: (version.merged, reading)})
     report = make_report(made, version.recipe, version.examples, 3, number_type=TYPE)
@@ -323,7 +323,7 @@ def test_tokens_that_training_did_not_see_are_found(version: Version) -> None:
     assert failure.startswith("merged: tokens of the engine: 1 of 3 prompts equal; the first different")
 
 
-def test_a_version_of_full_fine_tuning_has_no_adapter_to_compare(tmp_path: Path, tiny_base: Path) -> None:
+def test_adapter_is_not_compared_when_the_method_is_full_fine_tuning(tmp_path: Path, tiny_base: Path) -> None:
     merged = make_model(tmp_path / "merged")
     change_weights(merged, lambda weights: {name: weight * 1.01 for name, weight in weights.items()})
     quantize(merged, tmp_path / "gptq")
@@ -334,7 +334,7 @@ def test_a_version_of_full_fine_tuning_has_no_adapter_to_compare(tmp_path: Path,
     assert version.report().failed == ()
 
 
-def test_without_a_merged_version_gptq_is_compared_with_what_was_trained(version: Version) -> None:
+def test_gptq_is_compared_with_the_trained_model_when_no_merged_format_exists(version: Version) -> None:
     alone = replace(version, made=replace(version.made, formats={Format.GPTQ: version.made.formats[Format.GPTQ]}))
     assert alone.report().failed == ()
     scaled_update(2)(version)

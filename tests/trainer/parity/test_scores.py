@@ -1,4 +1,4 @@
-"""In bf16, even small outputs of an adapter reach the sum, as they reach the merged weights."""
+"""In bf16, even small outputs of an adapter affect the sum, as they affect merged weights."""
 
 import gc
 import weakref
@@ -12,7 +12,7 @@ from trainer.parity.scores import choose_device, sum_in_float32
 
 WIDTH = 256
 SHARE_OF_A_STEP = 1 / 16
-"""What the adapter adds, in steps from one bf16 number to the next: 1/256 to 1/128 of a number."""
+"""The adapter's output in units of the spacing of bf16 numbers, which is 1/256 to 1/128 of a number."""
 KINDS: dict[str, Callable[[], PeftConfig]] = {
     "lora": lambda: LoraConfig(r=4, target_modules=["0"], init_lora_weights=False),
     "dora": lambda: LoraConfig(r=4, target_modules=["0"], init_lora_weights=False, use_dora=True),
@@ -21,7 +21,7 @@ KINDS: dict[str, Callable[[], PeftConfig]] = {
 
 
 def fine_adapter(kind: str, inputs: torch.Tensor) -> tuple[PeftModel, torch.Tensor, torch.Tensor]:
-    """A layer in bf16 with an adapter, what it gives without that, and what the adapter adds, both exactly."""
+    """Return a bf16 layer with an adapter, its exact output without the adapter, and the adapter's exact output."""
     plain = torch.nn.Sequential(torch.nn.Linear(WIDTH, WIDTH, bias=False))
     plain[0].weight.data = plain[0].weight.data.to(torch.bfloat16).float()
     without = plain(inputs)
@@ -39,15 +39,15 @@ def fine_adapter(kind: str, inputs: torch.Tensor) -> tuple[PeftModel, torch.Tens
 
 def arrived(model: PeftModel, inputs: torch.Tensor, without: torch.Tensor, added: torch.Tensor) -> float:
     """Return the share of the adapter's output that reaches the sum."""
-    found = model(inputs)
-    assert found.dtype is torch.bfloat16
-    change = found.float() - without.to(torch.bfloat16).float()
+    output = model(inputs)
+    assert output.dtype is torch.bfloat16
+    change = output.float() - without.to(torch.bfloat16).float()
     return float((change * added).sum() / (added * added).sum())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_a_change_finer_than_bf16_arrives(kind: str) -> None:
+def test_change_smaller_than_bf16_precision_affects_the_output(kind: str) -> None:
     torch.manual_seed(0)
     inputs = torch.randn(2048, WIDTH).to(torch.bfloat16)
     model, without, added = fine_adapter(kind, inputs.float())
@@ -57,7 +57,7 @@ def test_a_change_finer_than_bf16_arrives(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["lora", "vera"])
 @torch.no_grad()
-def test_a_change_finer_than_bf16_does_not_arrive_as_peft_adds_it(kind: str) -> None:
+def test_change_smaller_than_bf16_precision_is_lost_when_peft_adds_it(kind: str) -> None:
     """If this fails, PEFT has fixed its rounding, and `sum_in_float32` can be deleted."""
     torch.manual_seed(0)
     inputs = torch.randn(2048, WIDTH).to(torch.bfloat16)

@@ -22,7 +22,7 @@ Landscape = Callable[[Recipe], float]
 def outcome(
     loss: float, key: str = "", values: Values | None = None, each: Sequence[float] | None = None, **more: Any
 ) -> TrialOutcome:
-    """A complete one, which is as much worse than another on every example, unless `each` says otherwise."""
+    """Return a complete outcome whose loss differs equally on every example, unless `each` is given."""
     losses = tuple(each) if each else tuple(level + loss for level in LEVELS)
     complete = {"status": Status.COMPLETE, "loss": mean(losses), "heldout_each": losses, "steps": 3, "seconds": 1.0}
     return TrialOutcome(**{"key": key, "values": dict(values or {}), **complete, **more})
@@ -30,7 +30,7 @@ def outcome(
 
 @dataclass
 class FakeTrials:
-    """Replaces the trainings of a workplace.
+    """Replacement of a workplace's trainings.
 
     Attributes:
         made: values of each training, in order.

@@ -50,7 +50,7 @@ def recipe(request: pytest.FixtureRequest, tmp_path: Path, tiny_base: Path) -> P
 
 @pytest.fixture
 def run(svc: Svc, tmp_path: Path, tracking: Tracking, monkeypatch: pytest.MonkeyPatch) -> Any:
-    # By its address alone, MLflow would put files below the folder that the tests are run in.
+    # Without an artifact location MLflow would put files below the working folder of the tests.
     monkeypatch.setattr(Registry, "of", lambda settings: Registry(settings.home / "models", tracking))
     monkeypatch.setattr(capabilities, "read_capabilities", lambda home: AVX512)
 
@@ -62,9 +62,9 @@ def run(svc: Svc, tmp_path: Path, tracking: Tracking, monkeypatch: pytest.Monkey
 
 def children(tracking: Tracking, experiment: str) -> list[Any]:
     client = MlflowClient(tracking.uri)
-    found = client.get_experiment_by_name(experiment)
-    assert found is not None
-    return [run for run in client.search_runs([found.experiment_id]) if "mlflow.parentRunId" in run.data.tags]
+    stored = client.get_experiment_by_name(experiment)
+    assert stored is not None
+    return [run for run in client.search_runs([stored.experiment_id]) if "mlflow.parentRunId" in run.data.tags]
 
 
 def test_a_sweep_ends_with_a_table_a_picture_and_a_recipe(
@@ -82,7 +82,7 @@ def test_a_sweep_ends_with_a_table_a_picture_and_a_recipe(
     assert (won.learning_rate, won.rank) == (1e-2, result["winner"]["adapter.rank"])
     assert won.data == load_recipe(recipe).data
     runs = children(tracking, f"{won.name}-sweep")
-    assert len(runs) == 4  # the recipe as it is was one of them
+    assert len(runs) == 4  # one of them is the unchanged recipe
     assert {run.info.status for run in runs} == {"FINISHED"}
     files = MlflowClient(tracking.uri).list_artifacts(runs[0].data.tags["mlflow.parentRunId"])
     assert {file.path for file in files} == {"result.json", "trials.svg", "winner.yaml"}
@@ -90,8 +90,8 @@ def test_a_sweep_ends_with_a_table_a_picture_and_a_recipe(
     assert "winner: learning_rate 0.01" in table.out
     assert "--set train.learning_rate=0.01" in table.out
 
-    def pipeline(settings: Any, registry: Any, made: Recipe, *others: Any) -> Any:
-        assert (made.learning_rate, made.rank) == (won.learning_rate, won.rank)
+    def pipeline(settings: Any, registry: Any, winner: Recipe, *others: Any) -> Any:
+        assert (winner.learning_rate, winner.rank) == (won.learning_rate, won.rank)
         raise TrainingError("the winner is trained")
 
     monkeypatch.setattr(stages, "open_pipeline", pipeline)
@@ -108,7 +108,7 @@ def test_a_learning_curve_has_four_points(recipe: Path, run: Any, tracking: Trac
     assert len(children(tracking, f"{load_recipe(recipe).name}-curve")) == 4
 
 
-def test_a_curve_makes_no_version(recipe: Path, run: Any) -> None:
+def test_learning_curve_registers_no_version(recipe: Path, run: Any) -> None:
     assert "--curve registers no version" in run("train", recipe, "--curve", "--quick").err
 
 
@@ -120,14 +120,16 @@ def test_a_curve_makes_no_version(recipe: Path, run: Any) -> None:
         ("{adapter.rank: {low: 8, high: 4}}", "a range needs low below high"),
     ],
 )
-def test_a_wrong_space_is_refused_before_the_first_trial(recipe: Path, run: Any, space: str, why: str) -> None:
+def test_sweep_is_rejected_before_the_first_trial_when_the_space_is_invalid(
+    recipe: Path, run: Any, space: str, why: str
+) -> None:
     ended = run("sweep", recipe, "--set", f"sweep.space={space}")
     assert ended.code == 4
     assert why in " ".join(ended.err.split())
     assert "held-out loss of the base" not in ended.err
 
 
-# Imports once, then sweeps in a new process for each line that it reads: says its id, and how it ended.
+# Imports once, then sweeps in a new process for each line of input; prints the process id and the outcome.
 SCRIPT = """
 import os, signal, sys
 from pathlib import Path
@@ -173,7 +175,7 @@ def without_clock(sweeps: Path) -> Any:
 
 
 def in_the_middle(sweeps: Path, finished: int) -> bool:
-    """Whether so many trials have ended, and another one has begun."""
+    """Return whether this number of trials has ended and another one has started."""
     begun, ended = (len(list(sweeps.glob(f"*/trials/*/{name}"))) for name in ("mlflow.json", "outcome.json"))
     return ended >= finished and begun > ended
 
@@ -181,7 +183,7 @@ def in_the_middle(sweeps: Path, finished: int) -> bool:
 def test_sweep_ends_the_same_when_it_was_killed_and_interrupted(
     recipe: Path, tracking: Tracking, tmp_path: Path
 ) -> None:
-    tracking.experiments()  # makes the database
+    tracking.experiments()  # creates the database
     name = load_recipe(recipe).name
     with subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(recipe), tracking.uri],

@@ -15,7 +15,7 @@ BASE = Interval(value=3, low=3, high=3)
 
 
 def curve_of(losses: tuple[float, ...], noise: float = 0.0, sizes: tuple[int, ...] = SIZES) -> LearningCurve:
-    """Of 50 held-out examples that are as hard as they are; `noise` is what they gain differently."""
+    """Return the losses of 50 held-out examples of different difficulty; `noise` is the spread of their gains."""
     generator = np.random.default_rng(1)
     level = generator.normal(0, 0.3, 50)
     each = [loss + level - level.mean() for loss in losses]
@@ -29,10 +29,10 @@ def curve_of(losses: tuple[float, ...], noise: float = 0.0, sizes: tuple[int, ..
 @given(st.floats(0, 2), st.floats(0.5, 20), st.floats(0.1, 1.5))
 def test_fit_recovers_a_known_power_law(floor: float, scale: float, exponent: float) -> None:
     sizes = np.array(SIZES, dtype=float)
-    found = fit(sizes, (floor + scale * sizes**-exponent)[None])[0]
-    foretold = found[0] + found[1] * 2000.0 ** -found[2]
+    fitted = fit(sizes, (floor + scale * sizes**-exponent)[None])[0]
+    predicted = fitted[0] + fitted[1] * 2000.0 ** -fitted[2]
     fall = scale * (100**-exponent - 2000**-exponent)
-    assert foretold == pytest.approx(floor + scale * 2000**-exponent, abs=0.03 * fall)
+    assert predicted == pytest.approx(floor + scale * 2000**-exponent, abs=0.03 * fall)
 
 
 def test_gain_of_twice_the_data_is_predicted_from_a_power_law() -> None:

@@ -8,7 +8,7 @@ from trainer.sweep.outcome import Status, TrialComparison, TrialOutcome
 
 COMPARISON = TrialComparison(TOKENS)
 NOISY = tuple(level + shift for level, shift in zip(LEVELS, (0.3, -0.4, 0.2, -0.3, 0.4, -0.3, 0.2, -0.2), strict=True))
-"""As good as the plain one within chance, and slightly better on average."""
+"""Losses slightly better than the plain ones on average, but not significantly."""
 
 
 def test_preferred_trial_is_chosen_when_several_cannot_be_told_apart() -> None:

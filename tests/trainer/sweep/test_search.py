@@ -53,23 +53,23 @@ def make() -> Make:
     return make
 
 
-def test_three_phases_each_from_what_the_one_before_has_taken(make: Make) -> None:
+def test_each_phase_starts_from_the_winner_of_the_previous_one(make: Make) -> None:
     def landscape(recipe: Recipe) -> float:
         return bowl(1e-4)(recipe) + 8 / recipe.rank + 1 / recipe.train.epochs
 
     sweep = make(landscape)
     winner = sweep.run()
     assert winner.values == {EPOCHS: 3.0, STEPS: None, RATE: 1e-4, RANK: 32}
-    assert [one.values[RATE] for one in sweep.of(Phase.LEARNING_RATE)] == [5e-4, 2e-4, 1e-4, 5e-5, 1e-5]
-    assert [one.values[RANK] for one in sweep.of(Phase.RANK)] == [16, 8, 32]
-    assert [one.values[EPOCHS] for one in sweep.of(Phase.EPOCHS)] == [1, 2, 3]
+    assert [trial.values[RATE] for trial in sweep.of(Phase.LEARNING_RATE)] == [5e-4, 2e-4, 1e-4, 5e-5, 1e-5]
+    assert [trial.values[RANK] for trial in sweep.of(Phase.RANK)] == [16, 8, 32]
+    assert [trial.values[EPOCHS] for trial in sweep.of(Phase.EPOCHS)] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(("method", "highest"), [("lora", 5e-4), ("adalora", 1e-2), ("vera", 6e-2), ("full", 5e-5)])
 def test_rates_are_the_methods_own_with_its_default(make: Make, method: str, highest: float) -> None:
     sweep = make(bowl(highest / 5), method=method)
     sweep.run()
-    rates = [one.values[RATE] for one in sweep.of(Phase.LEARNING_RATE)]
+    rates = [trial.values[RATE] for trial in sweep.of(Phase.LEARNING_RATE)]
     assert sorted(rates) == pytest.approx([highest / 50, highest / 10, highest / 5, highest / 2.5, highest])
 
 
@@ -89,7 +89,7 @@ def test_the_recipes_own_values_are_always_tried_first(make: Make) -> None:
 def test_higher_rates_are_tried_when_the_highest_is_the_best(make: Make) -> None:
     sweep = make(bowl(1e-3))
     assert sweep.run().values[RATE] == 1e-3
-    assert [one.values[RATE] for one in sweep.of(Phase.LEARNING_RATE)][5:] == [1e-3, 2e-3]
+    assert [trial.values[RATE] for trial in sweep.of(Phase.LEARNING_RATE)][5:] == [1e-3, 2e-3]
 
 
 def test_recipe_wins_when_a_difference_may_be_chance(make: Make) -> None:
@@ -98,7 +98,7 @@ def test_recipe_wins_when_a_difference_may_be_chance(make: Make) -> None:
 
 
 def test_the_winner_is_never_worse_than_the_recipe(make: Make) -> None:
-    """Two epochs are the recipe's, and its rate is right for two only."""
+    """The recipe has two epochs, and its rate is right only for two."""
 
     def landscape(recipe: Recipe) -> float:
         return 0.0 if recipe.train.epochs == 2 and recipe.learning_rate == 5e-4 else 2.0 + recipe.learning_rate
@@ -106,10 +106,10 @@ def test_the_winner_is_never_worse_than_the_recipe(make: Make) -> None:
     assert make(landscape, train={"epochs": 2}).run().values == {}
 
 
-def test_no_further_epoch_is_tried_when_one_has_brought_nothing(make: Make) -> None:
+def test_no_further_epochs_are_tried_when_the_last_one_brought_no_gain(make: Make) -> None:
     sweep = make(lambda recipe: recipe.train.epochs)
     sweep.run()
-    assert [one.values[EPOCHS] for one in sweep.of(Phase.EPOCHS)] == [1, 2]
+    assert [trial.values[EPOCHS] for trial in sweep.of(Phase.EPOCHS)] == [1, 2]
 
 
 def test_a_recipe_with_steps_is_compared_as_it_is(make: Make) -> None:
@@ -117,7 +117,7 @@ def test_a_recipe_with_steps_is_compared_as_it_is(make: Make) -> None:
     assert sweep.run().values == {}
 
 
-def test_more_targets_are_tried_where_the_largest_rank_was_needed(make: Make) -> None:
+def test_more_targets_are_tried_when_the_largest_rank_won(make: Make) -> None:
     def landscape(recipe: Recipe) -> float:
         return 10 / recipe.rank + (recipe.adapter.targets != "all-linear")
 
@@ -125,7 +125,7 @@ def test_more_targets_are_tried_where_the_largest_rank_was_needed(make: Make) ->
     assert sweep.run().values[TARGETS] == "all-linear"
 
 
-def test_no_more_targets_are_tried_where_rank_did_not_matter(make: Make) -> None:
+def test_no_more_targets_are_tried_when_the_rank_made_no_difference(make: Make) -> None:
     sweep = make(bowl(5e-4), adapter={"targets": "attention"})
     sweep.run()
     assert sweep.of(Phase.TARGETS) == []
@@ -147,12 +147,12 @@ def test_dropout_is_not_tried_when_no_training_overfits(make: Make) -> None:
 def test_worse_trials_are_pruned_except_the_first_two(make: Make) -> None:
     sweep = make(bowl(5e-4))
     sweep.run()
-    found = {one.values[RATE]: one.status for one in sweep.of(Phase.LEARNING_RATE)}
-    assert {rate for rate, status in found.items() if status is Status.PRUNED} == {1e-3, 1e-4, 5e-5, 1e-5}
-    assert found[5e-4] is found[2e-4] is Status.COMPLETE
+    statuses = {trial.values[RATE]: trial.status for trial in sweep.of(Phase.LEARNING_RATE)}
+    assert {rate for rate, status in statuses.items() if status is Status.PRUNED} == {1e-3, 1e-4, 5e-5, 1e-5}
+    assert statuses[5e-4] is statuses[2e-4] is Status.COMPLETE
 
 
-def test_a_loss_that_explodes_ends_its_trial_only(make: Make) -> None:
+def test_only_one_trial_fails_when_its_loss_explodes(make: Make) -> None:
     sweep = make(bowl(1e-4), {"diverges": lambda recipe: recipe.learning_rate > 1e-4})
     assert sweep.run().values[RATE] == 1e-4
 
@@ -167,7 +167,7 @@ def test_no_training_is_repeated_when_two_phases_need_it(make: Make) -> None:
     sweep.run()
     rates = [values[RATE] for values in sweep.trials.made[1:] if values.get(RANK, 16) == 16 and values[EPOCHS] == 1]
     assert len(rates) == len(set(rates))
-    assert [values for values in sweep.trials.made if values.get(RATE, 5e-4) == 5e-4] == [{}]  # as the recipe says
+    assert [values for values in sweep.trials.made if values.get(RATE, 5e-4) == 5e-4] == [{}]  # the recipe's own values
 
 
 class Killed(BaseException):
@@ -194,22 +194,22 @@ def test_trials_are_the_same_when_the_sweep_was_killed(sections: dict[str, Any],
 
     whole = Sweep(make_recipe(**sections), landscape)
     won = whole.run()
-    cut = Sweep(make_recipe(**sections), landscape, broken=dict.fromkeys(kills, Killed()))
+    killed = Sweep(make_recipe(**sections), landscape, broken=dict.fromkeys(kills, Killed()))
     for attempt in range(len(kills)):
         with pytest.raises(Killed):
-            cut.run() if attempt == 0 else cut.again()
-    assert cut.again().values == won.values
-    assert cut.search.tried == whole.search.tried
-    once = [values for place, values in enumerate(cut.trials.made, start=1) if place not in kills]
-    assert once == whole.trials.made
+            killed.run() if attempt == 0 else killed.again()
+    assert killed.again().values == won.values
+    assert killed.search.tried == whole.search.tried
+    completed = [values for place, values in enumerate(killed.trials.made, start=1) if place not in kills]
+    assert completed == whole.trials.made
 
 
-def test_a_sweep_that_is_run_again_trains_nothing(make: Make) -> None:
+def test_nothing_is_trained_when_a_finished_sweep_is_repeated(make: Make) -> None:
     sweep = make(bowl(1e-4))
     won = sweep.run()
-    made = len(sweep.trials.made)
+    before = len(sweep.trials.made)
     assert sweep.again().values == won.values
-    assert len(sweep.trials.made) == made
+    assert len(sweep.trials.made) == before
 
 
 def test_every_combination_is_tried_when_the_space_has_lists_only(make: Make) -> None:
@@ -222,9 +222,9 @@ def test_number_of_trials_is_the_recipes_when_the_space_has_a_range(make: Make) 
     space = {RATE: {"low": 1e-5, "high": 1e-2, "log": True}, "adapter.rank": {"low": 2, "high": 64}}
     sweep = make(bowl(1e-4), sweep={"space": space, "trials": 7})
     sweep.run()
-    found = sweep.of(Phase.SPACE)
-    assert len(found) == 7
-    assert all(1e-5 <= one.values[RATE] <= 1e-2 and isinstance(one.values[RANK], int) for one in found)
+    trials = sweep.of(Phase.SPACE)
+    assert len(trials) == 7
+    assert all(1e-5 <= trial.values[RATE] <= 1e-2 and isinstance(trial.values[RANK], int) for trial in trials)
 
 
 def test_sweep_ends_when_its_seconds_have_passed(make: Make) -> None:

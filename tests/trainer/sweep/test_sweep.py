@@ -27,7 +27,7 @@ def result_of(winner: TrialOutcome, *others: TrialOutcome) -> SweepResult:
     )
 
 
-def test_a_winner_that_is_better_beyond_chance_has_no_warning() -> None:
+def test_no_warning_is_printed_when_the_winner_is_significantly_better() -> None:
     result = result_of(outcome(0, "a", {RATE: 1e-4}), outcome(0.5, "b", {RATE: 5e-4}))
     assert result.warning is None
     assert result.runner_up == {RATE: 5e-4}
@@ -35,7 +35,7 @@ def test_a_winner_that_is_better_beyond_chance_has_no_warning() -> None:
     assert result.difference.value == pytest.approx(0.5)
 
 
-def test_a_winner_that_may_be_no_better_says_so() -> None:
+def test_warning_is_printed_when_the_winner_may_not_be_better() -> None:
     each = [level + (0.3 if number % 2 else -0.3) for number, level in enumerate(LEVELS)]
     result = result_of(outcome(0, "a", {RATE: 1e-4}), outcome(0, "b", {RATE: 5e-4}, each=each))
     assert result.warning is not None
@@ -70,8 +70,8 @@ def test_table_shows_every_trial_with_the_reason_for_pruning(
     pruned = TrialOutcome(key="c", values={RATE: 1e-5}, status=Status.PRUNED, why="at step 4 with loss 2.000")
     result = result_of(outcome(0, "a", {RATE: 1e-4}), outcome(0.5, "b", {RATE: 5e-4}), pruned)
     print_sweep(result, tmp_path, tmp_path / "trials.svg")
-    shown = capsys.readouterr().out
-    assert all(text in shown for text in ("learning_rate 0.0001", "learning_rate 0.0005", "pruned at step 4"))
+    output = capsys.readouterr().out
+    assert all(text in output for text in ("learning_rate 0.0001", "learning_rate 0.0005", "pruned at step 4"))
 
 
 @pytest.mark.slow
@@ -95,7 +95,7 @@ def test_a_sweep_without_two_trials_of_a_phase_has_a_picture_too(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "same"),
+    ("first", "second", "same"),
     [
         ({}, {RATE: 5e-4}, True),
         ({}, {RANK: 16, "adapter.alpha": 32}, True),
@@ -107,9 +107,9 @@ def test_a_sweep_without_two_trials_of_a_phase_has_a_picture_too(tmp_path: Path)
     ],
 )
 def test_training_key_is_the_same_when_values_mean_the_same_training(
-    one: dict[str, Any], other: dict[str, Any], same: bool
+    first: dict[str, Any], second: dict[str, Any], same: bool
 ) -> None:
-    keys = [training_key(with_values(make_recipe(), values)) for values in (one, other)]
+    keys = [training_key(with_values(make_recipe(), values)) for values in (first, second)]
     assert (keys[0] == keys[1]) is same
 
 

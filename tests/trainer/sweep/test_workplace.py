@@ -33,23 +33,23 @@ def place(tmp_path: Path, tracking: Tracking) -> Workplace:
 
 @pytest.fixture
 def trainings(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[int, float]]]:
-    """What each training measures before it is interrupted; the last one completes."""
+    """Return the measurements of each training before it is interrupted; the last training completes."""
     from trainer.training.trial import TrialRun
 
-    left: list[list[tuple[int, float]]] = []
+    remaining: list[list[tuple[int, float]]] = []
 
     def train(base: Any, data: Any, recipe: Any, checkpoints: Path, report: Any, **others: Any) -> TrialRun:
-        for step, loss in left.pop(0):
+        for step, loss in remaining.pop(0):
             report(step, {"heldout_loss": loss})
-        if left:
+        if remaining:
             raise InterruptedRunError("a signal came")
         return TrialRun(3, (0.5,), ())
 
     monkeypatch.setattr("trainer.training.trial.train_trial", train)
-    return left
+    return remaining
 
 
-def test_measurements_before_an_interruption_count_when_the_trial_goes_on(
+def test_measurements_before_an_interruption_count_when_the_trial_resumes(
     place: Workplace, trainings: list[list[tuple[int, float]]]
 ) -> None:
     trainings += [[(1, 0.9)], [(2, 0.8)]]
@@ -61,12 +61,10 @@ def test_measurements_before_an_interruption_count_when_the_trial_goes_on(
     assert outcome.watched == {1: 0.9, 2: 0.8}
 
 
-def test_a_training_is_made_once_when_two_trials_ask_for_it(
-    place: Workplace, trainings: list[list[tuple[int, float]]]
-) -> None:
+def test_training_runs_once_when_two_trials_need_it(place: Workplace, trainings: list[list[tuple[int, float]]]) -> None:
     trainings.append([(1, 0.9)])
     values = {"train.learning_rate": place.recipe.learning_rate}
-    first, second = (place.run_trial(one, lambda step, loss: None) for one in ({}, values))
+    first, second = (place.run_trial(changed, lambda step, loss: None) for changed in ({}, values))
     assert second == first.model_copy(update={"values": values})
 
 

@@ -98,7 +98,7 @@ def adalora(model: PreTrainedModel, weight: float) -> PeftModel:
 
 
 def penalty_gradients(model: PeftModel, weight: float) -> dict[str, torch.Tensor]:
-    """Of AdaLoRA's own formula (Zhang et al. 2023, eq. 4), as PEFT weighs it: the mean over all factors."""
+    """Return the gradients of AdaLoRA's formula (Zhang et al. 2023, eq. 4), as the mean over all factors, like PEFT."""
     factors = {name: factor for name, factor in model.named_parameters() if "lora_A" in name or "lora_B" in name}
     norms = []
     for name, factor in factors.items():
@@ -116,10 +116,10 @@ MIXTURE = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE, **EXPERTS))
 @pytest.mark.parametrize(
     ("model", "trls"), [(LLAMA, False), (LLAMA, True), (MIXTURE, True)], ids=["ours", "TRL's", "mixture of experts"]
 )
-def test_a_step_counts_the_penalty_of_adalora_once(
+def test_adalora_penalty_is_counted_once_per_step(
     model: PreTrainedModel, trls: bool, accumulation: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = []
+    gradients_of = []
     for weight in (0.5, 0.0):
         trainer = make_trainer(adalora(model, weight), tmp_path, accumulation=accumulation)
         if trls:
@@ -129,8 +129,8 @@ def test_a_step_counts_the_penalty_of_adalora_once(
         gradients = Gradients()
         trainer.add_callback(gradients)
         trainer.train()
-        found.append(gradients.kept)
-    with_penalty, without = found
+        gradients_of.append(gradients.kept)
+    with_penalty, without = gradients_of
     for name, gradient in expected.items():
         torch.testing.assert_close(with_penalty[name] - without[name], gradient, rtol=1e-3, atol=1e-5)
 
@@ -146,7 +146,7 @@ SCALED = {
 
 
 @pytest.mark.parametrize("model", SCALED.values(), ids=SCALED)
-def test_the_loss_on_trls_path_is_that_of_the_models_own_logits(
+def test_loss_from_trl_equals_the_loss_of_the_models_own_logits(
     model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = make_trainer(copy.deepcopy(model), tmp_path)
@@ -158,7 +158,7 @@ def test_the_loss_on_trls_path_is_that_of_the_models_own_logits(
     torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_mixture_in_name_alone_has_no_second_loss(tmp_path: Path) -> None:
+def test_mixture_is_trained_without_auxiliary_loss_when_it_has_no_experts(tmp_path: Path) -> None:
     dense = GraniteMoeHybridForCausalLM(
         GraniteMoeHybridConfig(**SHAPE, num_local_experts=0, layer_types=["attention"] * 2, mamba_n_heads=4)
     )

@@ -49,7 +49,7 @@ LLAMA = LlamaForCausalLM(LlamaConfig(**SHAPE)).float()
 
 @st.composite
 def batches(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-padded rows with a common prefix; any token may be learnt."""
+    """Draw right-padded rows with a common prefix; any token may be learnt."""
     tokens, learnt = st.integers(0, VOCABULARY - 1), st.booleans()
     prefix = draw(st.lists(tokens, max_size=24))
     rows = draw(st.lists(st.lists(st.tuples(tokens, learnt), min_size=2, max_size=8), min_size=1, max_size=4))
@@ -64,7 +64,7 @@ def batches(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def batch(rows: int = 4, length: int = 40, shared: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two learnt spans in each row, after a shared prompt."""
+    """Return rows with two learnt spans after a shared prompt."""
     ids = torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
     ids[:, :shared] = ids[0, :shared]
     labels = torch.full_like(ids, IGNORED)
@@ -74,7 +74,7 @@ def batch(rows: int = 4, length: int = 40, shared: int = 20) -> tuple[torch.Tens
 
 
 def whole_loss(model: PreTrainedModel | PeftModel, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The textbook's way: logits at every position, padding masked by the labels alone."""
+    """Return the textbook loss: logits at every position, padding masked only by the labels."""
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     return torch.nn.functional.cross_entropy(
         logits.flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
@@ -109,7 +109,7 @@ def test_loss_is_the_same_when_computed_in_parts(labelled: tuple[torch.Tensor, t
     torch.testing.assert_close(*(torch.autograd.grad(loss, hidden)[0] for loss in (parts, whole)))
 
 
-def test_long_answers_never_have_all_their_logits_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_of_long_answers_are_never_all_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss, "_LOGITS_AT_ONCE", 4 * VOCABULARY)
     scored: list[int] = []
     hook = LLAMA.lm_head.register_forward_hook(lambda head, inputs, output: scored.append(output.shape[1]))
@@ -167,7 +167,7 @@ def test_loss_is_the_same_when_layers_are_checkpointed() -> None:
     assert_same(model)
 
 
-def test_the_penalty_of_adalora_is_what_peft_adds_to_a_loss_of_the_model() -> None:
+def test_adalora_penalty_equals_the_one_that_peft_adds_to_the_models_loss() -> None:
     set_seed(0)
     adapter = AdaLoraConfig(target_modules="all-linear", total_step=10, task_type="CAUSAL_LM", orth_reg_weight=0.3)
     model = get_peft_model(LlamaForCausalLM(LlamaConfig(**SHAPE)), adapter)

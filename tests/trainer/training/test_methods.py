@@ -1,4 +1,4 @@
-"""Every method learns, is merged as it was trained, and resumes after an interruption."""
+"""Every method learns, and its merged model equals the trained one."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ Trained = dict[Method, tuple[Path, TrainingSummary]]
 
 @pytest.fixture(scope="module")
 def trained(tiny_base: Path, examples: list[ChatExample], tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    found = {}
+    results = {}
     for method in Method:
         folder = tmp_path_factory.mktemp(method.value)
         summary = train_model(
@@ -53,25 +53,25 @@ def trained(tiny_base: Path, examples: list[ChatExample], tmp_path_factory: pyte
             folder / "checkpoints",
             number_type=NumberType.BFLOAT16,
         )
-        found[method] = folder / "trained", summary
-    return found
+        results[method] = folder / "trained", summary
+    return results
 
 
 @pytest.mark.parametrize("method", Method)
-def test_held_out_answers_become_likelier_with_every_method(trained: Trained, method: Method) -> None:
+def test_heldout_loss_falls_with_every_method(trained: Trained, method: Method) -> None:
     losses = losses_of(trained[method][1])
     assert losses[-1] < losses[0] - 0.2
 
 
 @pytest.mark.parametrize("method", Method)
-def test_what_it_writes_is_safetensors(trained: Trained, method: Method) -> None:
+def test_adapter_is_written_as_safetensors(trained: Trained, method: Method) -> None:
     names = {path.suffix for path in trained[method][0].rglob("*") if path.is_file()}
     assert ".safetensors" in names
     assert not names & {".bin", ".pt", ".pth", ".pkl"}
 
 
 @pytest.mark.parametrize("method", ADAPTED)
-def test_the_merged_model_answers_like_the_adapter_on_its_base(
+def test_merged_model_gives_the_outputs_of_the_adapter_on_its_base(
     trained: Trained, method: Method, tiny_base: Path, tmp_path: Path
 ) -> None:
     adapter = trained[method][0]
@@ -88,7 +88,7 @@ def test_full_fine_tuning_changes_every_layer(trained: Trained, tiny_base: Path)
     assert verify_full(tiny_base, trained[Method.FULL][0]).modules == 2 * 7
 
 
-def test_a_model_that_was_not_trained_is_found(tiny_base: Path) -> None:
+def test_verification_fails_when_the_model_was_not_trained(tiny_base: Path) -> None:
     with pytest.raises(TrainingError, match="still has the base's weights"):
         verify_full(tiny_base, tiny_base)
 
@@ -99,25 +99,25 @@ def test_full_fine_tuning_writes_bf16(trained: Trained) -> None:
 
 
 @pytest.mark.parametrize("kind", [AdapterType.DORA, AdapterType.ADALORA, AdapterType.VERA])
-def test_every_type_of_adapter_learns_beside_weights_in_four_bits(
+def test_every_type_of_adapter_learns_when_frozen_weights_are_in_4_bits(
     kind: AdapterType, tiny_base: Path, examples: list[ChatExample], tmp_path: Path
 ) -> None:
-    """Combinations such as QDoRA, for which there is no method name."""
+    """Test combinations without a method name, such as QDoRA."""
     rate = 0.1 if kind is AdapterType.VERA else 2e-2
-    made = make_recipe(
+    changed = make_recipe(
         adapter={"type": kind, "rank": 4},
         quantization="nf4",
         train={"batch_size": 4, "epochs": 8, "learning_rate": rate},
     )
     adapter = tmp_path / "adapter"
     summary = train_model(
-        tiny_base, TrainingData(examples), made, adapter, tmp_path / "checkpoints", number_type=NumberType.FLOAT32
+        tiny_base, TrainingData(examples), changed, adapter, tmp_path / "checkpoints", number_type=NumberType.FLOAT32
     )
     assert losses_of(summary)[-1] < losses_of(summary)[0] - 0.2
     assert merge_adapter(tiny_base, adapter, tmp_path / "merged").modules > 0
 
 
-def test_qlora_trains_on_four_bits(tiny_base: Path) -> None:
+def test_frozen_weights_are_in_4_bits_when_the_method_is_qlora(tiny_base: Path) -> None:
     layer = load_model(tiny_base, ModelForm(NumberType.BFLOAT16, Quantization.NF4)).model.layers[0].mlp.up_proj
     assert layer.weight.quant_state.quant_type == "nf4"
     assert layer.weight.quant_state.nested
@@ -137,21 +137,21 @@ class Products(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         name = str(func)
         if any(part in name for part in self.NAMES):
-            found = [x.dtype for x in (*args, result) if isinstance(x, torch.Tensor) and x.is_floating_point()]
-            self.types.setdefault(name, set()).update(found)
+            operand_types = [x.dtype for x in (*args, result) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+            self.types.setdefault(name, set()).update(operand_types)
         return result
 
 
 @pytest.mark.parametrize("method", Method)
 @pytest.mark.parametrize("number_type", [NumberType.BFLOAT16, NumberType.FLOAT32])
-def test_products_are_in_the_type_that_was_asked_for(
+def test_matrix_products_have_the_requested_number_type(
     method: Method, number_type: NumberType, tiny_base: Path, examples: list[ChatExample], tmp_path: Path
 ) -> None:
-    """All of them in float32: a single one in bfloat16 takes longer than the rest, where a CPU has no kernel for it."""
-    made = recipe(method, train={"batch_size": 4, "steps": 6}, stopping={"every_steps": 3})
+    """A single bfloat16 product in float32 training would dominate the time on a CPU without a kernel for bfloat16."""
+    changed = recipe(method, train={"batch_size": 4, "steps": 6}, stopping={"every_steps": 3})
     data, out = TrainingData(examples, examples[:5]), tmp_path / "trained"
     with Products() as products:
-        train_model(tiny_base, data, made, out, tmp_path / "checkpoints", number_type=number_type)
+        train_model(tiny_base, data, changed, out, tmp_path / "checkpoints", number_type=number_type)
         if method is not Method.FULL:
             merge_adapter(tiny_base, out, tmp_path / "merged")
     used = set().union(*products.types.values())
@@ -162,7 +162,7 @@ def test_products_are_in_the_type_that_was_asked_for(
 
 
 @pytest.mark.parametrize("number_type", [NumberType.BFLOAT16, NumberType.FLOAT32])
-def test_plain_lora_is_trained_by_fused_layers_alone(
+def test_every_layer_is_fused_when_the_adapter_is_plain_lora(
     number_type: NumberType,
     tiny_base: Path,
     examples: list[ChatExample],
@@ -173,27 +173,27 @@ def test_plain_lora_is_trained_by_fused_layers_alone(
         raise AssertionError("PEFT's own forward was called")
 
     monkeypatch.setattr(Linear, "forward", refuse)
-    made = recipe(Method.LORA, stopping={"every_steps": 3})
+    changed = recipe(Method.LORA, stopping={"every_steps": 3})
     data, out = TrainingData(examples, examples[:5]), tmp_path / "trained"
-    train_model(tiny_base, data, made, out, tmp_path / "checkpoints", number_type=number_type)
+    train_model(tiny_base, data, changed, out, tmp_path / "checkpoints", number_type=number_type)
 
 
-def test_measuring_held_out_loss_changes_nothing_in_qlora(
+def test_qlora_weights_are_the_same_when_heldout_loss_is_measured(
     tiny_base: Path, examples: list[ChatExample], tmp_path: Path
 ) -> None:
     """bitsandbytes packs weights for a kernel without a gradient when a model is evaluated on some CPUs."""
     written = []
     for name, stopping in (("without", {}), ("with", {"every_steps": 2})):
-        made = recipe(Method.QLORA, train={"batch_size": 4, "steps": 6}, stopping=stopping)
+        changed = recipe(Method.QLORA, train={"batch_size": 4, "steps": 6}, stopping=stopping)
         data = TrainingData(examples, examples[:5])
         train_model(
-            tiny_base, data, made, tmp_path / name, tmp_path / f"checkpoints-{name}", number_type=NumberType.BFLOAT16
+            tiny_base, data, changed, tmp_path / name, tmp_path / f"checkpoints-{name}", number_type=NumberType.BFLOAT16
         )
         written.append((tmp_path / name / "adapter_model.safetensors").read_bytes())
     assert written[0] == written[1]
 
 
-def test_qlora_computes_in_the_type_that_was_asked_for(tiny_base: Path) -> None:
+def test_qlora_computes_in_the_requested_number_type(tiny_base: Path) -> None:
     for number_type in NumberType:
         model = load_model(tiny_base, ModelForm(number_type, Quantization.NF4)).model
         assert model.layers[0].mlp.up_proj.compute_dtype is getattr(torch, number_type)
@@ -206,15 +206,15 @@ def test_adapters_are_trained_in_float32(trained: Trained) -> None:
         assert {weight.dtype for weight in weights.values()} == {torch.float32}, method
 
 
-def test_adalora_ends_with_the_mean_rank_that_was_asked_for(trained: Trained) -> None:
+def test_adalora_ends_with_the_requested_mean_rank(trained: Trained) -> None:
     config = json.loads((trained[Method.ADALORA][0] / "adapter_config.json").read_text("utf-8"))
-    kept = [sum(mask) for mask in config["rank_pattern"].values()]
-    assert len(kept) == 2 * 7
-    assert sum(kept) == 4 * len(kept)
-    assert len(set(kept)) > 1, "ranks differ, or nothing was shared out"
+    ranks = [sum(mask) for mask in config["rank_pattern"].values()]
+    assert len(ranks) == 2 * 7
+    assert sum(ranks) == 4 * len(ranks)
+    assert len(set(ranks)) > 1, "all ranks are equal, so none were distributed"
 
 
-def test_adalora_plans_by_the_real_number_of_steps() -> None:
+def test_adalora_schedule_uses_the_real_number_of_steps() -> None:
     config = adapter_config(recipe(Method.ADALORA), "all-linear", steps=200)
     assert isinstance(config, AdaLoraConfig)
     assert (config.total_step, config.tinit, config.tfinal, config.target_r, config.init_r) == (200, 20, 60, 4, 6)
@@ -224,36 +224,38 @@ def test_adalora_plans_by_the_real_number_of_steps() -> None:
 def test_a_quick_trial_of_adalora_is_trained_and_merged(
     batch_size: int, tiny_base: Path, examples: list[ChatExample], tmp_path: Path
 ) -> None:
-    """In three steps, two or one."""
-    made = recipe(Method.ADALORA, train={"batch_size": batch_size, "learning_rate": 2e-2})
+    """The batch sizes give three steps, two and one."""
+    changed = recipe(Method.ADALORA, train={"batch_size": batch_size, "learning_rate": 2e-2})
     out = tmp_path / "trained"
     summary = train_model(
-        tiny_base, TrainingData(examples), made, out, tmp_path / "checkpoints", number_type=NumberType.BFLOAT16
+        tiny_base, TrainingData(examples), changed, out, tmp_path / "checkpoints", number_type=NumberType.BFLOAT16
     )
     assert summary.steps == -(-len(examples) // batch_size)
     assert merge_adapter(tiny_base, out, tmp_path / "merged").modules > 0
 
 
-def test_a_module_without_rank_may_keep_the_base_weights(tmp_path: Path) -> None:
+def test_module_may_keep_the_base_weights_when_adalora_left_it_no_rank(tmp_path: Path) -> None:
     pattern = {"model.layers.0.mlp.up_proj.lora_E": [False] * 6, "model.layers.1.mlp.up_proj.lora_E": [True, False]}
     (tmp_path / "adapter_config.json").write_text(json.dumps({"rank_pattern": pattern}), "utf-8")
     assert unused_modules(tmp_path) == {"model.layers.0.mlp.up_proj"}
 
 
-def test_rslora_scales_by_the_root_of_the_rank(tiny_base: Path) -> None:
+def test_scaling_divides_by_the_root_of_the_rank_when_rslora_is_set(tiny_base: Path) -> None:
     config = adapter_config(recipe(Method.LORA, adapter={"rank": 16, "rslora": True}), "all-linear", steps=9)
     model = AutoModelForCausalLM.from_pretrained(tiny_base)
     assert get_peft_model(model, config).base_model.model.model.layers[0].mlp.up_proj.scaling["default"] == 8
 
 
 @pytest.mark.parametrize(
-    ("method", "adapter", "told"),
+    ("method", "adapter", "message"),
     [
         ("full", {"rank": 8}, "adapter.rank is not used by method full"),
         ("vera", {"alpha": 8}, "adapter.alpha is not used by vera"),
         ("adalora", {"rslora": True}, "adapter.rslora is not used by adalora"),
     ],
 )
-def test_a_key_without_meaning_is_refused(method: str, adapter: dict[str, object], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_recipe_is_rejected_when_a_key_has_no_meaning_for_the_method(
+    method: str, adapter: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
         make_recipe(method=method, adapter=adapter)

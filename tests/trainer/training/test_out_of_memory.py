@@ -28,9 +28,9 @@ def test_the_next_setting_to_lower_is_named_with_its_value(sections: dict[str, A
     assert advice in cheaper(make_recipe(**sections), checkpointing=True)
 
 
-def test_layers_are_computed_twice_before_the_method_is_changed() -> None:
-    made = make_recipe(train={"batch_size": 1})
-    assert "set train.gradient_checkpointing to true" in cheaper(made, checkpointing=False)
+def test_gradient_checkpointing_is_proposed_before_another_method() -> None:
+    recipe = make_recipe(train={"batch_size": 1})
+    assert "set train.gradient_checkpointing to true" in cheaper(recipe, checkpointing=False)
 
 
 @pytest.mark.parametrize(
@@ -43,10 +43,10 @@ def test_layers_are_computed_twice_before_the_method_is_changed() -> None:
     ids=["cuda", "cpu", "python"],
 )
 def test_out_of_memory_errors_are_recognized(error: Exception) -> None:
-    found = out_of_memory(make_recipe(), error, checkpointing=False)
-    assert found is not None
-    assert "out of memory" in found.wrong
+    advice = out_of_memory(make_recipe(), error, checkpointing=False)
+    assert advice is not None
+    assert "out of memory" in advice.wrong
 
 
-def test_other_errors_are_not_taken_for_out_of_memory() -> None:
+def test_other_errors_are_not_recognized_as_out_of_memory() -> None:
     assert out_of_memory(make_recipe(), RuntimeError("shapes do not match"), checkpointing=False) is None

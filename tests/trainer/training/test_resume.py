@@ -45,7 +45,7 @@ def recipe(method: Method = Method.LORA, **sections: Any) -> Recipe:
 
 
 class Killed(BaseException):
-    """An exception that no code of the trainer catches."""
+    """Exception that no code of the trainer catches."""
 
 
 def train_until(
@@ -93,7 +93,7 @@ def data(examples: list[ChatExample]) -> TrainingData:
 def test_resumed_run_ends_as_uninterrupted_when_it_was_cut_off(
     method: Method, tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cut off in an epoch's middle, at its end, and after its first step; each time it goes on from the step before."""
+    """Interrupt in the middle of an epoch, at its end and after its first step, and resume from the step before."""
     whole = train_model(
         tiny_base,
         data,
@@ -129,9 +129,9 @@ def test_resumed_run_ends_as_uninterrupted_when_training_in_float32(
 
 @pytest.fixture
 def scaled_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Float16 as on an older GPU, computed on the CPU, where accelerate itself scales no loss.
+    """Use float16 as on an older GPU, computed on the CPU, where accelerate does not scale the loss itself.
 
-    The scale begins so high that steps are left out, and grows after two steps, so that it matters where a run goes on.
+    The scale begins so high that steps are skipped, and grows after two steps, so a resumed run must restore the scale.
     """
     original = Accelerator.__init__
 
@@ -145,7 +145,7 @@ def scaled_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def left_out(folder: Path, step: int) -> list[int]:
-    """The steps up to a checkpoint whose gradients were not finite."""
+    """Return the steps up to a checkpoint whose gradients were not finite."""
     path = CheckpointFolder(folder / "checkpoints", 2).at(step) / "trainer_state.json"
     history = json.loads(path.read_text("utf-8"))["log_history"]
     return [entry["step"] for entry in history if not math.isfinite(entry.get("grad_norm", 0.0))]
@@ -160,13 +160,13 @@ def test_resumed_run_ends_as_uninterrupted_when_training_in_float16(
     for step in (3, 9):
         train_until(tiny_base, data, recipe(method), tmp_path / "b", step, monkeypatch, FLOAT16)
     resumed = train_in(FLOAT16, tiny_base, data, recipe(method), tmp_path / "b")
-    assert left_out(tmp_path / "a", STEPS), "no step was left out, which was to be tried"
+    assert left_out(tmp_path / "a", STEPS), "no step was skipped, so nothing was tested"
     assert without_clock(resumed) == without_clock(whole)
     assert weights(tmp_path / "b") == weights(tmp_path / "a")
 
 
 @pytest.mark.usefixtures("scaled_on_cpu")
-def test_a_step_that_is_left_out_leaves_adaloras_means_finite(
+def test_adaloras_means_stay_finite_when_a_step_is_skipped(
     tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train_until(tiny_base, data, recipe(Method.ADALORA), tmp_path, 7, monkeypatch, FLOAT16)
@@ -193,9 +193,9 @@ def test_run_is_converted_with_a_message_when_the_machine_has_another_number_typ
     train_until(tiny_base, data, recipe(), tmp_path / "b", 7, monkeypatch, begun)
     assert "converted" not in capsys.readouterr().err
     resumed = train_in(goes_on, tiny_base, data, recipe(), tmp_path / "b")
-    told = " ".join(capsys.readouterr().err.split())
-    assert f"converted at step 6 from {begun} to {goes_on}" in told
-    assert "differs in rounding from that of an uninterrupted run" in told
+    output = " ".join(capsys.readouterr().err.split())
+    assert f"converted at step 6 from {begun} to {goes_on}" in output
+    assert "differs in rounding from that of an uninterrupted run" in output
     assert resumed.steps == whole.steps
     assert losses_of(resumed)[-1] == pytest.approx(losses_of(whole)[-1], rel=0.05)
     newest = CheckpointFolder(tmp_path / "b" / "checkpoints", 2).newest()
@@ -205,7 +205,7 @@ def test_run_is_converted_with_a_message_when_the_machine_has_another_number_typ
         assert max(left_out(tmp_path / "b", STEPS)) > 6, "the scale of the loss was not found anew"
 
 
-def test_a_finished_run_is_not_converted(
+def test_run_is_not_converted_when_it_has_finished(
     tiny_base: Path, data: TrainingData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train_in(BFLOAT16, tiny_base, data, recipe(), tmp_path)
@@ -234,21 +234,21 @@ def test_checkpoint_counts_as_bfloat16_when_it_names_no_number_type(tmp_path: Pa
 def test_resumed_run_ends_as_uninterrupted_with_other_settings(
     sections: dict[str, Any], tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = recipe(**sections)
+    changed = recipe(**sections)
     whole = train_model(
         tiny_base,
         data,
-        made,
+        changed,
         tmp_path / "a" / "trained",
         tmp_path / "a" / "checkpoints",
         number_type=NumberType.BFLOAT16,
     )
     for step in (2, 6):
-        train_until(tiny_base, data, made, tmp_path / "b", step, monkeypatch)
+        train_until(tiny_base, data, changed, tmp_path / "b", step, monkeypatch)
     resumed = train_model(
         tiny_base,
         data,
-        made,
+        changed,
         tmp_path / "b" / "trained",
         tmp_path / "b" / "checkpoints",
         number_type=NumberType.BFLOAT16,
@@ -261,11 +261,11 @@ def test_result_is_the_same_when_the_checkpoint_interval_differs(
     tiny_base: Path, data: TrainingData, tmp_path: Path
 ) -> None:
     for name, every in (("a", 1), ("b", 5)):
-        made = recipe(checkpoints={"every_steps": every})
+        changed = recipe(checkpoints={"every_steps": every})
         train_model(
             tiny_base,
             data,
-            made,
+            changed,
             tmp_path / name / "trained",
             tmp_path / name / "checkpoints",
             number_type=NumberType.BFLOAT16,
@@ -314,7 +314,7 @@ def test_run_resumes_from_an_earlier_checkpoint_when_the_newest_is_damaged(
 
 
 KILLS = 8
-# Imports once, then trains in a new process for each line that it reads: says its id, and how it ended.
+# Imports once, then trains in a new process for each line of input; prints the process id and the outcome.
 SCRIPT = """
 import os, sys
 from pathlib import Path
@@ -339,14 +339,14 @@ for line in sys.stdin:
 
 
 def files(folder: Path) -> set[str]:
-    """All that is there, whatever goes away meanwhile."""
+    """Return all paths in a folder from which files may disappear meanwhile."""
     return {os.path.join(root, name) for root, folders, names in os.walk(folder) for name in (*folders, *names)}
 
 
 def test_result_is_the_same_when_the_run_was_killed_at_any_moment(
     tiny_base: Path, data: TrainingData, tmp_path: Path
 ) -> None:
-    """Each SIGKILL comes as soon as another file of a checkpoint appears, complete or not."""
+    """SIGKILL is sent each time another file of a checkpoint appears, complete or not."""
     a, b = tmp_path / "a", tmp_path / "b"
     for folder in (a, b):
         folder.mkdir()
@@ -416,7 +416,7 @@ def test_run_is_interrupted_when_ctrl_c_arrives_while_weights_are_written(
         )
 
 
-def test_a_signal_while_the_trained_weights_are_checked_interrupts_the_run(
+def test_run_is_interrupted_when_a_signal_arrives_while_trained_weights_are_checked(
     tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def after_training(state: TrainerState) -> int | None:

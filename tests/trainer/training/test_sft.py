@@ -69,7 +69,7 @@ def test_nothing_is_written_in_pickle(trained: Path) -> None:
     assert not [path.name for path in trained.rglob("*") if path.suffix in {".bin", ".pt", ".pth", ".pkl"}]
 
 
-def test_every_linear_layer_but_the_head_learns(trained: Path) -> None:
+def test_every_linear_layer_except_the_head_is_trained(trained: Path) -> None:
     high = {
         name: weight for name, weight in load_file(trained / "adapter_model.safetensors").items() if "lora_B" in name
     }
@@ -77,7 +77,7 @@ def test_every_linear_layer_but_the_head_learns(trained: Path) -> None:
     assert all(weight.any() for weight in high.values())
 
 
-def test_one_seed_gives_one_adapter(
+def test_adapters_are_equal_when_the_seed_is_the_same(
     tiny_base: Path, examples: list[ChatExample], trained: Path, tmp_path: Path
 ) -> None:
     train(tiny_base, examples, tmp_path / "again")
@@ -85,7 +85,7 @@ def test_one_seed_gives_one_adapter(
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_another_seed_gives_another_adapter(
+def test_adapters_differ_when_the_seed_differs(
     tiny_base: Path, examples: list[ChatExample], trained: Path, tmp_path: Path
 ) -> None:
     train(tiny_base, examples, tmp_path / "other", seed=1)
@@ -117,7 +117,7 @@ def test_too_long_examples_are_counted_before_training(tiny_base: Path, tmp_path
         train(tiny_base, examples, tmp_path / "adapter", max_length=300)
 
 
-def test_a_loss_that_is_not_finite_asks_for_a_lower_rate(
+def test_error_proposes_a_lower_rate_when_the_loss_is_not_finite(
     tiny_base: Path, examples: list[ChatExample], tmp_path: Path
 ) -> None:
     with pytest.raises(TrainingError, match="the loss is nan") as caught:
@@ -125,13 +125,13 @@ def test_a_loss_that_is_not_finite_asks_for_a_lower_rate(
     assert "lower train.learning_rate" in caught.value.todo
 
 
-def test_a_base_without_chat_template_is_refused(tmp_path: Path, examples: list[ChatExample]) -> None:
+def test_base_is_rejected_when_it_has_no_chat_template(tmp_path: Path, examples: list[ChatExample]) -> None:
     make_tokenizer(chat_template="").save_pretrained(tmp_path / "base")
     with pytest.raises(BaseModelError, match="no chat template"):
         train(tmp_path / "base", examples, tmp_path / "adapter")
 
 
-def test_the_answer_is_learnt_up_to_and_with_its_end() -> None:
+def test_answer_is_learnt_including_its_end_token() -> None:
     tokenizer = make_tokenizer()
     (example,) = tokenize_examples(tokenizer, [make_example("which?", "red")], {tokenizer.eos_token_id}, {})
     row = training_row(example)
@@ -167,12 +167,12 @@ CONVERSATION: list[dict[str, Any]] = [
         ({5: 0}, ["1", "2"]),
     ],
 )
-def test_weights_say_which_answers_are_learnt(weights: dict[int, int], learnt: list[str]) -> None:
+def test_learnt_answers_follow_the_weights_of_messages(weights: dict[int, int], learnt: list[str]) -> None:
     turns = [turn | ({"weight": weights[place]} if place in weights else {}) for place, turn in enumerate(CONVERSATION)]
     assert learnt_texts(turns) == [f"{answer}<|im_end|>" for answer in learnt]
 
 
-def test_a_template_that_rewrites_earlier_answers_is_refused() -> None:
+def test_example_is_rejected_when_the_template_rewrites_earlier_answers() -> None:
     template = (
         "{% for message in messages %}<|im_start|>"
         "{% if message['role'] == 'assistant' %}:{% if not loop.last %}before: {% endif %}{% endif %}"
@@ -183,7 +183,7 @@ def test_a_template_that_rewrites_earlier_answers_is_refused() -> None:
         learnt_texts(turns, template)
 
 
-def test_a_template_sees_tools_and_their_arguments_as_objects() -> None:
+def test_template_receives_tools_and_their_arguments_as_objects() -> None:
     template = (
         "{% for tool in tools %}{{ tool['function']['name'] }} {% endfor %}{% for message in messages %}"
         "{% for call in message['tool_calls'] or [] %}{{ call['function']['arguments']['city'] }}{% endfor %}"
@@ -204,7 +204,7 @@ def test_a_template_sees_tools_and_their_arguments_as_objects() -> None:
     assert text == "weather weather?<|im_end|>Rome<|im_end|>sun<|im_end|>It shines.<|im_end|>"
 
 
-def test_an_end_that_the_template_leaves_out_is_added() -> None:
+def test_end_token_is_added_when_the_template_omits_it() -> None:
     tokenizer = make_tokenizer("{% for message in messages %}{{ message['content'] }} {% endfor %}")
     (example,) = tokenize_examples(tokenizer, [make_example("which?", "red")], {tokenizer.eos_token_id}, {})
     row = training_row(example)
@@ -225,7 +225,7 @@ def test_error_names_the_example_when_the_template_rejects_it(template: str, why
         tokenize_examples(tokenizer, [make_example("which?", "red")], {tokenizer.eos_token_id}, {})
 
 
-def test_the_generation_config_names_further_ends(tiny_base: Path, tmp_path: Path) -> None:
+def test_stop_tokens_include_those_of_the_generation_config(tiny_base: Path, tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 7]}', "utf-8")
     tokenizer = make_tokenizer()
     assert stop_tokens(tmp_path, tokenizer) == {5, 7, tokenizer.eos_token_id}
@@ -233,7 +233,7 @@ def test_the_generation_config_names_further_ends(tiny_base: Path, tmp_path: Pat
 
 @st.composite
 def batches(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-padded rows with a common prefix, each with an answer at its end."""
+    """Draw right-padded rows with a common prefix, each with an answer at its end."""
     tokens = st.integers(0, 49)
     prefix = draw(st.lists(tokens, max_size=24))
     row = st.tuples(st.lists(tokens, min_size=1, max_size=6), st.lists(tokens, min_size=1, max_size=4))
@@ -248,7 +248,7 @@ def batches(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def whole_loss(model: PreTrainedModel, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The textbook's way: logits at every position, padding masked by the labels alone."""
+    """Return the textbook loss: logits at every position, padding masked only by the labels."""
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     return torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
@@ -285,7 +285,7 @@ def test_cheap_loss_is_the_full_loss_with_sliding_windows_and_capped_logits(
 def test_the_best_weights_are_those_of_the_best_step(
     tiny_base: Path, examples: list[ChatExample], tmp_path: Path
 ) -> None:
-    """At a constant rate, a run that ends at that step has the same ones."""
+    """At a constant rate, a run that ends at that step has the same weights."""
     data = TrainingData(examples, [make_example(f"number {letter}", "blue") for letter in "abc"])
     steady = {"batch_size": 4, "learning_rate": 0.05, "schedule": "constant", "warmup_ratio": 0}
     recipe = make_recipe(train=steady | {"steps": 30}, stopping={"every_steps": 1, "keep_best": True})
@@ -304,7 +304,7 @@ def test_the_best_weights_are_those_of_the_best_step(
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_a_run_stops_when_held_out_loss_no_longer_falls(
+def test_run_stops_when_heldout_loss_no_longer_falls(
     tiny_base: Path, examples: list[ChatExample], tmp_path: Path
 ) -> None:
     data = TrainingData(examples, [make_example(f"number {letter}", "blue") for letter in "abc"])
@@ -318,7 +318,7 @@ def test_a_run_stops_when_held_out_loss_no_longer_falls(
     assert summary.steps == best + 3 < 200
 
 
-def test_every_run_has_a_curve_of_held_out_loss_that_changes_no_weights(
+def test_weights_are_the_same_when_the_heldout_curve_is_measured(
     tiny_base: Path, examples: list[ChatExample], tmp_path: Path
 ) -> None:
     data = TrainingData(examples, [make_example(f"number {letter}", "blue") for letter in "abc"])
@@ -338,7 +338,7 @@ def test_every_run_has_a_curve_of_held_out_loss_that_changes_no_weights(
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_a_curve_knows_rate_gradient_and_speed_of_every_step(
+def test_curve_contains_rate_gradient_norm_and_speed_of_every_step(
     tiny_base: Path, examples: list[ChatExample], tmp_path: Path
 ) -> None:
     first, second, third = train(tiny_base, examples, tmp_path / "adapter", learning_rate=1e-2).points
@@ -352,7 +352,7 @@ def test_a_curve_knows_rate_gradient_and_speed_of_every_step(
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
-def test_a_schedule_warms_up_and_ends_as_it_says(
+def test_learning_rate_follows_the_schedule_from_warmup_to_end(
     schedule: str, tiny_base: Path, examples: list[ChatExample], tmp_path: Path
 ) -> None:
     rates: dict[int, float] = {}
@@ -370,8 +370,10 @@ def test_a_schedule_warms_up_and_ends_as_it_says(
     assert rates[20] == pytest.approx(1e-3) if schedule == "constant" else rates[20] < 1e-4
 
 
-def test_accumulated_batches_are_one_batch(tiny_base: Path, examples: list[ChatExample], tmp_path: Path) -> None:
-    """The same steps, up to the rounding of another order of sums."""
+def test_accumulated_batches_give_the_weights_of_one_large_batch(
+    tiny_base: Path, examples: list[ChatExample], tmp_path: Path
+) -> None:
+    """The steps are equal up to rounding, because sums have another order."""
     curves = []
     for batch, accumulation in ((4, 1), (2, 2)):
         out = tmp_path / str(batch) / "adapter"
@@ -382,14 +384,18 @@ def test_accumulated_batches_are_one_batch(tiny_base: Path, examples: list[ChatE
     assert losses[0] == pytest.approx(losses[1], rel=0.01)
 
 
-def test_packed_rows_learn_as_much_in_fewer_steps(tiny_base: Path, examples: list[ChatExample], tmp_path: Path) -> None:
+def test_packed_rows_train_on_the_same_tokens_in_fewer_steps(
+    tiny_base: Path, examples: list[ChatExample], tmp_path: Path
+) -> None:
     apart = train(tiny_base, examples, tmp_path / "a" / "adapter", batch_size=1, epochs=2)
     packed = train(tiny_base, examples, tmp_path / "b" / "adapter", batch_size=1, epochs=2, packing=True)
     assert packed.tokens == apart.tokens
     assert packed.steps < apart.steps / 4
 
 
-def test_packed_runs_measure_held_out_loss(tiny_base: Path, examples: list[ChatExample], tmp_path: Path) -> None:
+def test_heldout_loss_is_measured_when_rows_are_packed(
+    tiny_base: Path, examples: list[ChatExample], tmp_path: Path
+) -> None:
     recipe = make_recipe(
         train={"packing": True, "max_length": 128, "batch_size": 2}, stopping={"every_steps": 1}, adapter={"rank": 4}
     )
@@ -421,10 +427,10 @@ def test_a_run_of_one_step_learns(tiny_base: Path, examples: list[ChatExample], 
 def test_batch_is_not_split_when_there_are_several_gpus(
     tiny_base: Path, examples: list[ChatExample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = vars(TrainingArguments)["_setup_devices"].func
+    original = vars(TrainingArguments)["_setup_devices"].func
 
     def two_devices(arguments: TrainingArguments) -> torch.device:
-        device: torch.device = found(arguments)
+        device: torch.device = original(arguments)
         arguments._n_gpu = 2
         return device
 
@@ -434,27 +440,27 @@ def test_batch_is_not_split_when_there_are_several_gpus(
     assert train(tiny_base, examples, tmp_path / "adapter").steps == 3
 
 
-def test_noise_on_embeddings_is_of_a_size_with_and_without_a_common_beginning(
+def test_common_prefix_is_not_split_off_when_embeddings_have_noise(
     tiny_base: Path, examples: list[ChatExample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its scale follows from the length of what goes through the model at once: the examples, not their ends."""
-    seen = []
+    """The noise is scaled by the length of the model's input, which must be the complete example."""
+    lengths = []
     original = LlamaForCausalLM.forward
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.append(kwargs["input_ids"].shape[1])
+        lengths.append(kwargs["input_ids"].shape[1])
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
     train(tiny_base, examples, tmp_path / "adapter", neftune_alpha=5.0)
     shortest = min(len(row.input_ids) for row in tokenize_examples(make_tokenizer(), examples, {256}, {}))
-    assert min(length for length in seen if length > 1) >= shortest
+    assert min(length for length in lengths if length > 1) >= shortest
 
 
-def test_packed_examples_are_blind_to_each_other_in_a_mixture_of_experts(
+def test_packed_examples_do_not_attend_to_each_other_in_a_mixture_of_experts(
     examples: list[ChatExample], tmp_path: Path
 ) -> None:
-    """Its loss is TRL's, which adds that of the router; here it weighs nothing."""
+    """A mixture's loss is TRL's, which adds the router's loss; here the router's loss has weight 0."""
     tokenizer, shape = make_tokenizer(), SHAPE | {"vocab_size": len(make_tokenizer())}
     router = {
         "num_experts": 4,

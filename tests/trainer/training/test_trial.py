@@ -72,7 +72,7 @@ def test_trial_equals_a_separate_training_when_others_ran_before(
 ) -> None:
     others = {"batch_size": 3, "learning_rate": 5e-2, "seed": 3}
     attempt(recipe(method, train=others), "before")
-    found = attempt(recipe(method), "trial")
+    trial = attempt(recipe(method), "trial")
     alone = train_model(
         tiny_base,
         TrainingData(examples, examples[:5]),
@@ -81,8 +81,8 @@ def test_trial_equals_a_separate_training_when_others_ran_before(
         tmp_path / "alone-checkpoints",
         number_type=TYPE,
     )
-    assert [point.loss for point in found.points] == [point.loss for point in alone.points if point.step]
-    assert found.heldout_each == alone.points[-1].heldout_each
+    assert [point.loss for point in trial.points] == [point.loss for point in alone.points if point.step]
+    assert trial.heldout_each == alone.points[-1].heldout_each
 
 
 def test_the_watched_examples_are_measured_three_times(attempt: Try) -> None:
@@ -92,9 +92,9 @@ def test_the_watched_examples_are_measured_three_times(attempt: Try) -> None:
         if HELDOUT_LOSS in figures:
             reported.append(step)
 
-    found = attempt(recipe(), "trial", report)
+    trial = attempt(recipe(), "trial", report)
     assert reported == [2, 4, 6]
-    assert {point.step: len(point.heldout_each) for point in found.points if point.heldout_each} == {2: 3, 4: 3, 6: 3}
+    assert {point.step: len(point.heldout_each) for point in trial.points if point.heldout_each} == {2: 3, 4: 3, 6: 3}
 
 
 def test_untrained_losses_are_those_at_step_zero(
@@ -159,12 +159,12 @@ def test_training_is_kept_when_a_signal_arrives_in_the_last_measurement(
     whole = attempt(recipe(), "whole")
     judge = trial_module._judge
 
-    def judge_and_hear(trainer: Any, judged: Any, asked: Any) -> Any:
+    def judge_and_signal(trainer: Any, model: Any, questions: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
-        return judge(trainer, judged, asked)
+        return judge(trainer, model, questions)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trial_module, "_judge", judge_and_hear)
+        patch.setattr(trial_module, "_judge", judge_and_signal)
         with pytest.raises(InterruptedRunError):
             attempt(recipe(), "cut")
     steps: list[int] = []
