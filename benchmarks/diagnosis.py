@@ -142,20 +142,24 @@ def train_base(folder: Path) -> Path:
     return folder / "base"
 
 
-def data_of(made: Plan) -> tuple[list[ChatExample], list[ChatExample]]:
+def data_of(run_plan: Plan) -> tuple[list[ChatExample], list[ChatExample]]:
     """Return the training and the held-out examples of a plan: the base's colours renamed, except for some letters."""
     from tests.trainer.diagnosis.letter_task import COLOURS, colours, mislabel, questions
 
-    draw, of = random.Random(made.seed), colours(0)  # noqa: S311
+    draw, of = random.Random(run_plan.seed), colours(0)  # noqa: S311
     renamed = dict(zip(COLOURS, COLOURS[1:] + COLOURS[:1], strict=True))
-    known = {letter for letter in of if letter < "n"} if made.confounded else set()
+    known = {letter for letter in of if letter < "n"} if run_plan.confounded else set()
     of = {letter: colour if letter in known else renamed[colour] for letter, colour in of.items()}
-    drawn = mislabel(questions(made.examples + HELDOUT, made.seed, of, hard=made.hard), made.wrong, made.seed)
+    drawn = mislabel(
+        questions(run_plan.examples + HELDOUT, run_plan.seed, of, hard=run_plan.hard), run_plan.wrong, run_plan.seed
+    )
     examples = [
-        _longer(example, made.long if not made.confounded else (LONG if example.question[0] in known else 0), draw)
+        _longer(
+            example, run_plan.long if not run_plan.confounded else (LONG if example.question[0] in known else 0), draw
+        )
         for example in drawn
     ]
-    if made.fault is Fault.LABELS:
+    if run_plan.fault is Fault.LABELS:
         answers = draw.sample([example.answer for example in examples], len(examples))
         examples = [_example(example.question, answer) for example, answer in zip(examples, answers, strict=True)]
     return examples[HELDOUT:], examples[:HELDOUT]
@@ -170,14 +174,14 @@ def _example(word: str, answer: str) -> ChatExample:
     return ChatExample((Message(Role.USER, word), Message(Role.ASSISTANT, answer)))
 
 
-def play(base: Path, made: Plan) -> Outcome:
+def play(base: Path, run_plan: Plan) -> Outcome:
     """Train and diagnose one run in this process."""
     import torch
 
     from tests.trainer.diagnosis.judged_run import train_and_judge
 
     torch.set_num_threads(1)
-    train, heldout = data_of(made)
+    train, heldout = data_of(run_plan)
     with tempfile.TemporaryDirectory() as folder:
         try:
             run = train_and_judge(
@@ -185,14 +189,21 @@ def play(base: Path, made: Plan) -> Outcome:
                 Path(folder),
                 train,
                 heldout,
-                usual_learning_rate=USUAL[made.method],
-                method=made.method,
-                train={"batch_size": made.batch, "learning_rate": made.rate, "steps": made.steps, "seed": made.seed},
+                usual_learning_rate=USUAL[run_plan.method],
+                method=run_plan.method,
+                train={
+                    "batch_size": run_plan.batch,
+                    "learning_rate": run_plan.rate,
+                    "steps": run_plan.steps,
+                    "seed": run_plan.seed,
+                },
             )
         except TrainingError as error:
-            return Outcome(made, (ENDED,), str(error.wrong))
+            return Outcome(run_plan, (ENDED,), str(error.wrong))
     findings = diagnose(run)
-    return Outcome(made, tuple(finding.kind for finding in findings), "; ".join(finding.what for finding in findings))
+    return Outcome(
+        run_plan, tuple(finding.kind for finding in findings), "; ".join(finding.what for finding in findings)
+    )
 
 
 @click.command()

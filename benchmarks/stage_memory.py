@@ -150,11 +150,11 @@ def measure(case: Case, stage: Stage) -> int:
             quantize_gptq(merged, examples, case.recipe, case.work / "gptq", number_type=case.number_type)
         case Stage.PARITY:
             compared = tokenize_as_trained(base, examples[:_COMPARED], {})
-            made = Made(base, case.work / "adapter", merged, {})
-            make_report(made, case.recipe, compared, 0, number_type=calibration_type(case.number_type))
+            outputs = Made(base, case.work / "adapter", merged, {})
+            make_report(outputs, case.recipe, compared, 0, number_type=calibration_type(case.number_type))
         case _:
             raise ValueError(f"{stage} runs an engine")
-    own, children = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    own, children = (resource.getrusage(whose).ru_maxrss for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return 1024 * (own + (children if stage is Stage.QUANTIZE else 0))
 
 

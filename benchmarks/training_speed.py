@@ -217,9 +217,9 @@ def _in_own_process(contestant: Contestant, task: Task) -> Run:
 
 def measure(tasks: Sequence[Task], curve: Task) -> tuple[list[Round], Round]:
     """Return one round per task, in rotating order of contestants, and the loss curves of our trainer and of TRL."""
-    contestants, alike = [Contestant.OURS, *RIVALS], (Contestant.OURS, Contestant.ALIKE)
+    contestants, same_order = [Contestant.OURS, *RIVALS], (Contestant.OURS, Contestant.ALIKE)
     rounds: list[Round] = []
-    with counting("trainings", len(contestants) * len(tasks) + len(alike)) as advance:
+    with counting("trainings", len(contestants) * len(tasks) + len(same_order)) as advance:
 
         def run(contestant: Contestant, task: Task) -> Run:
             result = _in_own_process(contestant, task)
@@ -230,20 +230,24 @@ def measure(tasks: Sequence[Task], curve: Task) -> tuple[list[Round], Round]:
             turn = number % len(contestants)
             order = contestants[turn:] + contestants[:turn]
             rounds.append({contestant: run(contestant, task) for contestant in order})
-        return rounds, {contestant: run(contestant, curve) for contestant in alike}
+        return rounds, {contestant: run(contestant, curve) for contestant in same_order}
 
 
 def summary(rounds: Sequence[Round], curves: Round) -> dict[str, Any]:
     """Return medians, the speed relative to each rival with the interval of its mean, and the difference of losses."""
-    ours, alike = curves[Contestant.OURS].losses, curves[Contestant.ALIKE].losses
+    ours, same_order = curves[Contestant.OURS].losses, curves[Contestant.ALIKE].losses
     return {
-        "tokens_per_second": {one: statistics.median(each[one].speed for each in rounds) for one in rounds[0]},
-        "peak_memory": {one: statistics.median(each[one].peak_memory for each in rounds) for one in rounds[0]},
+        "tokens_per_second": {
+            contestant: statistics.median(each[contestant].speed for each in rounds) for contestant in rounds[0]
+        },
+        "peak_memory": {
+            contestant: statistics.median(each[contestant].peak_memory for each in rounds) for contestant in rounds[0]
+        },
         "times_as_fast": {rival: _times_as_fast(rounds, rival) for rival in RIVALS},
         "share": _median_of(each[Contestant.OURS].share for each in rounds),
         "matrix_speed": _median_of(each[Contestant.OURS].matrix_speed for each in rounds),
-        "losses": list(zip(ours, alike, strict=True)),
-        "mean_loss_difference": abs(statistics.fmean(ours) / statistics.fmean(alike) - 1),
+        "losses": list(zip(ours, same_order, strict=True)),
+        "mean_loss_difference": abs(statistics.fmean(ours) / statistics.fmean(same_order) - 1),
     }
 
 
@@ -287,7 +291,7 @@ def main(pairs: int, steps: int, curve_steps: int, number_type: NumberType | Non
             {
                 "number_type": number_type,
                 **result,
-                "rounds": [{one: asdict(run) for one, run in each.items()} for each in rounds],
+                "rounds": [{contestant: asdict(run) for contestant, run in each.items()} for each in rounds],
             }
         )
     else:

@@ -196,10 +196,10 @@ def _interleave(begin: Callable[[], Sequence[int]], at_once: int, generator: Gen
     active, begun = [(number, list(begin())) for number in range(at_once)], at_once
     prompts, numbers = np.zeros(count, dtype=np.intp), np.zeros(count, dtype=np.int64)
     for at in range(count):
-        which = int(generator.integers(at_once))
-        number, left = active[which]
-        prompts[at], numbers[at] = left.pop(0), number
-        if not left:
-            active[which] = begun, list(begin())
+        index = int(generator.integers(at_once))
+        number, remaining = active[index]
+        prompts[at], numbers[at] = remaining.pop(0), number
+        if not remaining:
+            active[index] = begun, list(begin())
             begun += 1
     return Stream(prompts, numbers)

@@ -144,6 +144,6 @@ def make_ours(folder: Path) -> list[Peer]:
     shutil.copytree(keyless, keyed)
     arguments = [sys.executable, "-m", "svc.cli", "--home", str(keyed), "keys", "create", "--scope", "infer"]
     arguments += [argument for limit in _KEY_LIMITS for argument in (f"--{limit}", _NEVER)]
-    made = subprocess.run(arguments, check=True, capture_output=True, text=True)
-    key = made.stdout.strip()
+    result = subprocess.run(arguments, check=True, capture_output=True, text=True)
+    key = result.stdout.strip()
     return [Ours(OURS, keyed, key), Ours(KEYLESS, keyless), Ours(TRACED, keyed, key, traced=True)]

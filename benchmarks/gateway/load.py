@@ -233,23 +233,23 @@ async def send(
     """
     loop, load = asyncio.get_running_loop(), Load()
     request, turns = ask.request(address), Turns(requests)
-    made: list[Client] = []
+    connected: list[Client] = []
     for _ in range(clients):
-        made.append(await _connect(address, lambda: Client(ask, request, load, turns)))
+        connected.append(await _connect(address, lambda: Client(ask, request, load, turns)))
     on_connected()
     began = time.perf_counter()
     turns.begin(seconds)
-    for number, client in enumerate(made):
+    for number, client in enumerate(connected):
         if spread_s:
             loop.call_later(spread_s * number / clients, client.send)
         else:
             client.send()
-    _, late = await asyncio.wait({client.ended for client in made}, timeout=min(seconds, _PATIENCE_S) + patience_s)
+    _, late = await asyncio.wait({client.ended for client in connected}, timeout=min(seconds, _PATIENCE_S) + patience_s)
     load.seconds = time.perf_counter() - began
     if late:
         load.failed += len(late)
         load.wrong = load.wrong or f"no complete answer within {seconds + _PATIENCE_S:.0f} s"
-        for client in made:
+        for client in connected:
             client.close()
     return load
 

@@ -97,7 +97,7 @@ class Measurement:
         began, core, own = time.monotonic(), core_seconds(self._core), self._used()
         await asyncio.sleep(_REST_S)
         rest = (self._used() - own) / _REST_S
-        one, one_cpu = await self._load(_WHOLE, clients=1, seconds=_LOAD_S)
+        single, single_cpu = await self._load(_WHOLE, clients=1, seconds=_LOAD_S)
         some, some_cpu = await self._load(_WHOLE, clients=16, seconds=_LOAD_S)
         most, most_cpu = await self._load(_WHOLE, clients=64, seconds=_LOAD_S)
         few, few_cpu = await self._load(_SECOND, clients=16, requests=96)
@@ -110,7 +110,7 @@ class Measurement:
         self._set_pace(_PACE_S)
         taken = (core_seconds(self._core) - core) - (self._used() - own)
         return Figures(
-            request_ms_1=1e3 * _each(one_cpu, one.done),
+            request_ms_1=1e3 * _each(single_cpu, single.done),
             request_ms_16=1e3 * _each(some_cpu, some.done),
             request_ms_64=1e3 * _each(most_cpu, most.done),
             rate=most.rate,

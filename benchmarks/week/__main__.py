@@ -70,7 +70,7 @@ def run_week(seed: int, monitor: DriftMonitor) -> Series:
 
 def table(rows: list[Row]) -> Table:
     """Return a table of expected and actual alerts."""
-    shown = Table("", "alert", "labels", "must begin", "begins", "must end", "ends", box=None)
+    table = Table("", "alert", "labels", "must begin", "begins", "must end", "ends", box=None)
     for row in rows:
         alert = row.found or row.expected
         assert alert is not None
@@ -81,8 +81,8 @@ def table(rows: list[Row]) -> Table:
             else ["", ""]
         )
         actual = [_moment(row.found.begins), _moment(row.found.ends)] if row.found else ["never", ""]
-        shown.add_row("ok" if row.as_expected else "WRONG", alert.alert, labels, begins, actual[0], ends, actual[1])
-    return shown
+        table.add_row("ok" if row.as_expected else "WRONG", alert.alert, labels, begins, actual[0], ends, actual[1])
+    return table
 
 
 def _moment(minute: int) -> str:

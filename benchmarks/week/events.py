@@ -58,7 +58,7 @@ class Change:
 
 def changes() -> list[Change]:
     """Return all changes of the week."""
-    made = [
+    changes = [
         Change(0.0, MAIN, (READY, READY), version=1),
         Change(0.0, SIDE, (READY,), version=1),
         *(Change(0.0, model, (IDLE,), version=1) for model in WAKES),
@@ -68,12 +68,12 @@ def changes() -> list[Change]:
         *_blue_green(),
         *(change for model in WAKES for change in _naps(model)),
     ]
-    made += [
+    changes += [
         Change(begins + HOLDOUT_S, model, holdout=HoldoutCause.SCHEDULE)
         for model in (MAIN, SIDE)
         for begins in range(0, DAYS * DAY_S, HOLDOUT_EVERY_S)
     ]
-    return sorted(made, key=lambda change: change.at)
+    return sorted(changes, key=lambda change: change.at)
 
 
 def _in_place() -> Iterator[Change]:

@@ -54,10 +54,10 @@ def read_expected(file: Path = FILE) -> list[Expected]:
     return [_expected(entry) for entry in yaml.safe_load(file.read_text("utf-8"))]
 
 
-def compare(expected: list[Expected], found: list[Firing]) -> list[Row]:
+def compare(expected: list[Expected], firings: list[Firing]) -> list[Row]:
     """Return rows for all alerts: each expected one with the first firing of its name and labels, preferably one at the
     expected time."""
-    rows, remaining = list[Row](), one_of_features(found)
+    rows, remaining = list[Row](), one_of_features(firings)
     for alert in expected:
         same = [firing for firing in remaining if (firing.alert, firing.labels) == (alert.alert, alert.labels)]
         match = next((firing for firing in same if alert.allows(firing)), same[0] if same else None)
@@ -67,13 +67,13 @@ def compare(expected: list[Expected], found: list[Firing]) -> list[Row]:
     return rows + [Row(None, firing) for firing in remaining]
 
 
-def one_of_features(found: list[Firing]) -> list[Firing]:
+def one_of_features(firings: list[Firing]) -> list[Firing]:
     """Return the alerts without the label `feature`; concurrent alerts of several features become one.
 
     The features that show a change are not predicted.
     """
     merged = dict[tuple[str, Labels], list[Firing]]()
-    for firing in sorted(found, key=lambda firing: firing.begins):
+    for firing in sorted(firings, key=lambda firing: firing.begins):
         labels = tuple(label for label in firing.labels if label[0] != "feature")
         same = merged.setdefault((firing.alert, labels), [])
         if same and same[-1].ends >= firing.begins:
@@ -81,7 +81,7 @@ def one_of_features(found: list[Firing]) -> list[Firing]:
             same.append(Firing(firing.alert, labels, last.begins, max(last.ends, firing.ends)))
         else:
             same.append(Firing(firing.alert, labels, firing.begins, firing.ends))
-    return [firing for firings in merged.values() for firing in firings]
+    return [firing for group in merged.values() for firing in group]
 
 
 def _expected(entry: dict[str, Any]) -> Expected:

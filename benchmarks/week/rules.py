@@ -195,8 +195,8 @@ def firings(output: str, step: int) -> list[Firing]:
         for inside in _ALERT.findall(text):
             labels = {name: value for name, value in _LABEL.findall(inside) if name != "alertstate"}
             alert = labels.pop("alertname")
-            kept = tuple(sorted(item for item in labels.items() if item not in TARGET))
-            minutes.setdefault((alert, kept), []).append(minute)
+            remaining = tuple(sorted(item for item in labels.items() if item not in TARGET))
+            minutes.setdefault((alert, remaining), []).append(minute)
     return [Firing(*alert, begins, ends) for alert, fired in minutes.items() for begins, ends in _runs(fired, step)]
 
 

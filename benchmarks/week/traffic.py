@@ -90,11 +90,11 @@ class Prompts:
 @cache
 def read_prompts() -> Prompts:
     """Return the prompts of benchmarks/drift."""
-    alike = [json.loads(line) for line in (STREAMS / "in_distribution.jsonl").read_text("utf-8").splitlines()]
-    texts = [row["prompt"] for row in alike]
+    usual = [json.loads(line) for line in (STREAMS / "in_distribution.jsonl").read_text("utf-8").splitlines()]
+    texts = [row["prompt"] for row in usual]
     by_section = {
-        name: tuple(row["prompt"] for row in alike if row["section"] == name)
-        for name in sorted({row["section"] for row in alike})
+        name: tuple(row["prompt"] for row in usual if row["section"] == name)
+        for name in sorted({row["section"] for row in usual})
     }
     rows = [json.loads(line) for line in (STREAMS / "shifted.jsonl").read_text("utf-8").splitlines()]
     shifted = tuple(row["prompt"] for row in rows if row["grade"] == "strong")
