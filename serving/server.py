@@ -283,7 +283,7 @@ class _Server:
             task.result()
 
     async def _let_in(self, http: HttpServer, listener: socket.socket) -> None:
-        """Accept clients once running engines are adopted; until then clients wait in the listener, and none is refused."""
+        """Accept clients once running engines are adopted; until then they wait in the listener, none is refused."""
         await self._parts.deployments.looked.wait()
         if not self._stopping.is_set():
             await http.serve(sockets=[listener])

@@ -26,7 +26,7 @@ _TOGETHER = 500
 _MIN_SEEN = 200
 """Number of requests from which on the share of compared requests is meaningful."""
 _FEW_KEPT, _NONE_KEPT = 0.2, 0.02
-"""Compared shares of the newest 1,000 requests. Below the first, a note is shown; below the second, nothing is watched."""
+"""Compared shares of the newest 1,000 requests: below the first, a note is shown; below the second, the watch stops."""
 _MIN_ACCEPTED, _MAX_ACCEPTED = 50, 500
 """Minimum and maximum number of requests in an accepted baseline."""
 
