@@ -26,7 +26,7 @@ def test_every_fault_has_a_section_with_a_change(kind: FindingKind) -> None:
     ("kind", "phrase"),
     [
         (FindingKind.DIVERGENCE, f"{curve_rules.SURE:g} standard errors and {curve_rules.ABOVE_START:.0%}"),
-        (FindingKind.UNDERFITTING, f"{curve_rules.UNFINISHED_SHARE:.0%} of the whole fall"),
+        (FindingKind.UNDERFITTING, f"{curve_rules.UNFINISHED_SHARE:.0%} of the total fall"),
         (FindingKind.UNDERFITTING, f"more than {curve_rules.HELDOUT_SHARE:.0%} of the fall of held-out loss"),
         (
             FindingKind.UNDERFITTING,
