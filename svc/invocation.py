@@ -57,7 +57,9 @@ def settings_of(ctx: click.Context, **flags: Any) -> Settings:
     """
     given = ctx.find_root().obj or {}
     if given.get("server"):
-        raise click.UsageError("--server works only with status, promote, rollback and keys; this command needs a home")
+        raise click.UsageError(
+            "--server works only with status, promote, rollback and keys; this command needs a home folder here"
+        )
     settings = load_settings(given.get("config"), home=given.get("home"), **flags)
     close_to_others(settings.home, _HOME_MARKS)  # if it was created or copied by other means
     return settings

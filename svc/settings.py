@@ -388,7 +388,7 @@ def _read_file(config: Path | None) -> dict[str, Any]:
         raise SettingsError(f"{path} contains a {type(content).__name__}", expected="a YAML mapping of settings")
     for key in content:
         if not isinstance(key, str):
-            raise SettingsError(f"{path} has the key {key!r}", expected="setting names as text keys")
+            raise SettingsError(f"{path} has a key that is not text: {key!r}", expected="names of settings as keys")
     return content
 
 

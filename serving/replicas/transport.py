@@ -173,7 +173,7 @@ def refusal(status: int, error: Any) -> EngineError:
     if status not in PASSED_STATUSES:
         return EngineFailedError(f"the engine answered {status}: {without_values(message)}")
     if status in (429, 503):
-        return EngineBusyError("the engine accepts no more requests now")
+        return EngineBusyError("the engine accepts no requests at the moment")
     text = for_clients(message) or "the engine rejected the request"
     kind = ContextLengthError if any(mark in message for mark in _TOO_LONG) else EngineRefusedError
     field = _FIELDS.search(message)  # messages name the field only in their text

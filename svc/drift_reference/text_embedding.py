@@ -113,10 +113,10 @@ def head_and_tail(text: str) -> str:
 
 
 def fit_text_space(prompts: Sequence[str], answers: Sequence[str]) -> TextSpace:
-    """Fit the map.
+    """Fit the map from prompts to vectors.
 
     Args:
-        prompts: at least one; of more than 5,000, evenly spaced ones are used.
+        prompts: at least one; if there are more than 5,000, an evenly spaced 5,000 of them are used.
         answers: one for each prompt.
     """
     from sklearn.feature_extraction.text import TfidfTransformer

@@ -22,10 +22,10 @@ from svc.version import Format, VersionId
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The report.
+    """The data of a version's report.
 
     Attributes:
-        confusion: of the format that represents the version; None if answers are not labels.
+        confusion: confusion matrix of the format that represents the version; None if answers are not labels.
         heldout_labels: count of each label in the held-out examples, if `data` has labels.
     """
 

@@ -134,7 +134,7 @@ def test_wrong_variable_is_rejected(name: str, value: str, text: str, monkeypatc
         ("home: ~nobody-of-this-name/x", "~nobody-of-this-name is not a user"),
         ("- a\n- b", "contains a list"),
         ("5", "contains a int"),
-        ("1: 2", "has the key 1"),
+        ("1: 2", "has a key that is not text: 1"),
         ("serve: {port: 1", "cannot read settings"),
         ("home: 2024-13-45", "cannot read settings"),
         ("home: !!bool maybe", "cannot read settings"),

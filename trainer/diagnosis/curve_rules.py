@@ -174,7 +174,7 @@ def _pairs(parts: list[Window]) -> list[tuple[Window, Window]]:
 
 
 def _is_above(window: Window, other: Window, least: float) -> bool:
-    """Return whether a window's mean exceeds another's by at least `least`, and beyond chance."""
+    """Return whether a window's mean exceeds another's by more than `least`, and beyond chance."""
     difference, error = window.above(other)
     return difference > max(SURE * error, least)
 

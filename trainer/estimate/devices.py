@@ -139,7 +139,9 @@ def read_devices(path: Path = DEVICES_FILE) -> dict[str, ComputeDevice]:
     try:
         listed = _Catalogue.model_validate(yaml.safe_load(path.read_text("utf-8"))).devices
     except (OSError, yaml.YAMLError, ValidationError) as error:
-        raise SettingsError(f"{path} is not valid: {error}", expected="the format of the installed file") from error
+        raise SettingsError(
+            f"cannot read devices from {path}: {error}", expected="the fields of docs/estimate.md"
+        ) from error
     return {name: device.named(name) for name, device in listed.items()}
 
 

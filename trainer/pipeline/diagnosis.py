@@ -26,7 +26,7 @@ def diagnose_training(
 
     Args:
         curve: loss curve of the training.
-        qualified: the formats that can be served; the merged format is the trained model.
+        qualified: the formats with a complete model; the merged format is the trained model.
         general_change: score on general tasks after training minus that before; None if not measured.
     """
     data, merged = recipe.data, qualified.get(Format.MERGED)

@@ -122,7 +122,7 @@ class RunEvaluation:
 
     @property
     def qualified(self) -> dict[Format, Qualified]:
-        """The results of the formats that can be served."""
+        """The results of the formats with a complete model: merged and GPTQ."""
         qualified = {Format.MERGED: self.evaluated.merged} if self.evaluated else {}
         if Format.GPTQ in self.formats:
             qualified[Format.GPTQ] = self.run.load(Stage.QUALIFY, Qualified)

@@ -44,10 +44,10 @@ class ForgettingTest:
 
 
 def judge_forgetting(forgetting: Forgetting, margin: float) -> GateReport:
-    """Return the verdict on the correct answers to general questions that were lost in training.
+    """Return the verdict on the fall of the share of correct answers to general questions: lost minus gained.
 
     Args:
-        margin: the largest allowed loss, as a share of all questions.
+        margin: the largest allowed fall of this share.
     """
     lost, gained, examples = forgetting.lost, forgetting.gained, forgetting.examples
     loss = share_difference([1.0] * lost + [-1.0] * gained + [0.0] * (examples - lost - gained))

@@ -121,7 +121,7 @@ class Registration:
 
     @cached_property
     def qualified(self) -> dict[Format, Qualified]:
-        """The formats that can be served, scored by the recipe's metrics."""
+        """The formats with a complete model, scored by the recipe's metrics."""
         measured = self.evaluation.qualified
         return {format: self.evaluation.judge_format(qualified) for format, qualified in measured.items()}
 

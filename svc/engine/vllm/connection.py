@@ -252,10 +252,10 @@ class EngineConnection(asyncio.Protocol):
         if not self._has_length:
             raise ValueError("the response has neither Content-Length nor chunked encoding")
         if self._parser.get_http_version() != "1.1":
-            raise ValueError("another version of HTTP")
+            raise ValueError(f"the response is HTTP/{self._parser.get_http_version()}, not HTTP/1.1")
         self.status = self._parser.get_status_code()
         if self.status < 200:
-            raise ValueError("an unrequested upgrade")
+            raise ValueError(f"an interim response, which was not requested: {self.status}")
         self._has_head = True
 
     def on_body(self, body: bytes) -> None:

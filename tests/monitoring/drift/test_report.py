@@ -78,7 +78,7 @@ def test_a_line_of_any_values_is_the_same_after_json(
         assert line is None or LINE.validate_json(LINE.dump_json(line)) == line
 
 
-def test_examples_are_the_numbers_farthest_from_the_reference_newest_first() -> None:
+def test_examples_are_farthest_from_the_reference_first_and_newest_first_among_equals() -> None:
     live = lengths(10.0, 99.0, NAN, 12.0, 99.0, -60.0, 11.0)
     assert most_moved("length", lengths(10.0, 11.0, 12.0, NAN), live) == [4, 1, 5, 3, 0]
 

@@ -113,7 +113,9 @@ async def test_answer_is_settled_by_the_engines_token_counts(
     assert left(service, Limit.CONCURRENT) == 1
 
 
-async def test_answers_count_n_times(service: Service, client: httpx.AsyncClient) -> None:
+async def test_max_tokens_count_n_times_when_a_request_asks_for_n_answers(
+    service: Service, client: httpx.AsyncClient
+) -> None:
     limit(service, tokens_out_per_minute=100)
     answer = await client.post(CHAT_PATH, json={**CHAT, "max_tokens": 30, "n": 4}, headers=LIMITED)
     assert error_of(answer)["code"] == "rate_limit_exceeded"

@@ -312,7 +312,7 @@ def test_ids_are_unique() -> None:
     assert len({place.trace_id for place in places}) == len({place.span_id for place in places}) == 1000
 
 
-def test_span_has_its_duration_when_the_clock_is_set_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_span_duration_is_correct_when_the_clock_is_changed_during_the_span(monkeypatch: pytest.MonkeyPatch) -> None:
     times: Mapping[str, int] = {"time.time_ns": 10**18}
     for name, value in times.items():
         monkeypatch.setattr(name, lambda value=value: value)

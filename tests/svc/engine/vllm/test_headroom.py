@@ -67,7 +67,9 @@ def test_shortage_is_reported(monkeypatch: pytest.MonkeyPatch, model: Path) -> N
     assert shortage(monkeypatch, model, host(4 * GIB)) == "it needs about 5.0 GiB, but only 4.0 GiB are free"
 
 
-def test_memory_of_the_gpu_counts_on_a_gpu(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+def test_gpu_memory_is_checked_instead_of_main_memory_when_there_is_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, model: Path
+) -> None:
     assert shortage(monkeypatch, model, host(0, 6 * GIB)) is None
     said = shortage(monkeypatch, model, host(64 * GIB, 4 * GIB))
     assert said == "it needs about 5.0 GiB, but only 4.0 GiB of the GPU are free"
