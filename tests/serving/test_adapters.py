@@ -426,7 +426,7 @@ async def test_swap_between_formats_uses_a_second_engine(make: Make) -> None:
 async def test_missing_base_is_reported(make: Make) -> None:
     control = make(format=Format.ADAPTER)
     shutil.rmtree(base_folder(control.registry))
-    with pytest.raises(Exception, match="the base model of tuned@1 is not in"):
+    with pytest.raises(Exception, match="the base model of tuned@1 is no longer in"):
         await control.start()
 
 

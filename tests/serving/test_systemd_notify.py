@@ -52,7 +52,7 @@ def test_exactly_one_socket_is_expected(count: str) -> None:
 
 
 def test_socket_is_rejected_when_it_does_not_listen(passed: socket.socket) -> None:
-    with pytest.raises(SettingsError, match="does not listen"):
+    with pytest.raises(SettingsError, match="not a listening TCP socket"):
         inherited_listener(variables())
 
 
@@ -63,7 +63,7 @@ def test_unix_socket_is_rejected_because_its_requests_need_no_key(
         listener.bind(str(tmp_path / "socket"))
         listener.listen()
         monkeypatch.setattr(systemd_notify, "_FIRST_DESCRIPTOR", listener.fileno())
-        with pytest.raises(SettingsError, match="not TCP"):
+        with pytest.raises(SettingsError, match="not a listening TCP socket"):
             inherited_listener(variables())
 
 

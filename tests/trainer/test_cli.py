@@ -29,4 +29,4 @@ def test_learnt_prompts_of_earlier_versions_are_known_when_data_are_read(
     (tmp_path / "recipe.yaml").write_text(f"name: {name}\nbase: ./no-such-base\ndata: {{train: train.jsonl}}\n")
     ended = svc("--home", tmp_path / "home", "train", tmp_path / "recipe.yaml")
     assert ended.code != 0
-    assert ("an earlier version of triage has learnt them" in " ".join(ended.err.split())) is warned
+    assert ("an earlier version of triage was trained on them" in " ".join(ended.err.split())) is warned

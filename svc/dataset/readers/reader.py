@@ -103,7 +103,7 @@ def read_examples(
     if len(examples) < minimum:
         raise DataError(
             f"{', '.join(map(str, given))} has {len(examples)} example{'' if len(examples) == 1 else 's'}",
-            expected=f"at least {minimum} examples",
+            expected=f"at least {minimum}",
             todo="add examples; fine-tuning usually needs a few hundred",
         )
     return examples

@@ -81,7 +81,7 @@ def test_the_last_result_is_shown_when_another_check_is_running(drift: Drift, tr
         ended = drift("triage@1")
     assert ended.code == 0
     assert "the result of the previous check" in ended.err
-    assert "(12 requests compared, the newest" in ended.out
+    assert "(12 requests compared, newest" in ended.out
 
 
 def test_the_command_fails_when_the_model_is_unknown(drift: Drift) -> None:
@@ -109,7 +109,7 @@ def test_an_alarm_is_shown_when_the_rows_of_its_examples_were_deleted(
     drift("triage@1")
     with store.begin() as connection:
         connection.exec_driver_sql("delete from requests")
-    assert "(not kept)" in drift("triage@1").out
+    assert "(not stored)" in drift("triage@1").out
 
 
 def test_svc_status_shows_drift_in_one_line(svc: Svc, home: Path, traffic: Traffic, check: Check) -> None:

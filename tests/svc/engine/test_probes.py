@@ -123,7 +123,7 @@ def test_tolerance_is_twice_the_measured_noise() -> None:
 def test_no_probe_is_created_from_nan(value: float, run: int) -> None:
     measured = [[(-1.0, -2.0)], [(-1.0, -2.0)]]
     measured[run] = [(-1.0, value)]
-    with pytest.raises(ProbeError, match="that is not finite"):
+    with pytest.raises(ProbeError, match="is not finite"):
         make_probes(SEQUENCES[:1], measured, FACTS)
 
 

@@ -122,7 +122,7 @@ async def test_few_pairs_without_a_verdict_are_left_out() -> None:
 async def test_judge_without_verdicts_is_an_error() -> None:
     with (
         judge_server(lambda first, second: "both are fine") as server,
-        pytest.raises(JudgeError, match="no verdict for 6 of 6 pairs"),
+        pytest.raises(JudgeError, match="no verdict on 6 of 6 pairs"),
     ):
         await judge(PAIRS, endpoint(server))
 

@@ -80,7 +80,7 @@ def test_changed_row_is_detected(five: Store, column: str) -> None:
     tamper(five, f"UPDATE audit SET {column} = '[]' WHERE id >= 3")
     fault = verify_chain(five).fault
     assert fault is not None
-    assert (fault.id, "changed" in fault.wrong) == (3, True)
+    assert (fault.id, "does not match its content" in fault.wrong) == (3, True)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_truncated_log_is_detected_by_an_earlier_hash(five: Store) -> None:
     assert verify_chain(five).fault is None
     fault = verify_chain(five, expected=kept).fault
     assert fault is not None
-    assert (fault.id, "cut off" in fault.wrong) == (5, True)
+    assert (fault.id, "rows were deleted" in fault.wrong) == (5, True)
 
 
 def test_event_is_rolled_back_when_its_transaction_fails(store: Store) -> None:

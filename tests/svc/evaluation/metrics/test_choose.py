@@ -89,7 +89,7 @@ def test_unknown_metric_is_reported_with_the_known_ones(options: MetricOptions) 
 
 @pytest.mark.parametrize("options", [MetricOptions(("length",)), MetricOptions(primary="length")])
 def test_metric_without_a_direction_cannot_be_primary(options: MetricOptions) -> None:
-    with pytest.raises(RecipeError, match="length cannot be the primary one"):
+    with pytest.raises(RecipeError, match="length cannot be the primary metric"):
         choose_metrics(TEXTS, options)
 
 
