@@ -218,14 +218,17 @@ class DriftCheck:
         bets = self._bets.get(target.version.name)
         same = bets is not None and (bets.target, bets.accepted) == (target, accepted)
         compared = len(earlier) == len(SIGNALS) and earlier[0].status is not Status.OFF
-        ids = item_ids(self._store, target)
-        return same and compared and bool(ids) and ids[-1] <= state.cursor and not self._are_stale(target)
+        newest = self._newest(target)
+        return same and compared and newest is not None and newest.id <= state.cursor and not self._are_stale(target)
 
     def _are_stale(self, target: Target) -> bool:
         """Return whether requests were answered long after the newest one with features."""
-        newest = read_items(self._store, target, after=0, newest=1)
-        since = newest[0].item.started_at + _STALE if newest else None
+        newest = self._newest(target)
+        since = newest.item.started_at + _STALE if newest else None
         return was_answered(self._store, target, after=since, before=self._clock() - _MAKING)
+
+    def _newest(self, target: Target) -> StoredItem | None:
+        return next(iter(read_items(self._store, target, after=0, newest=1)), None)
 
     def _items(self, target: Target, state: TrafficState) -> list[StoredItem]:
         """Return the items to process, in order: counted ones, the newest ones seen, and new ones."""
