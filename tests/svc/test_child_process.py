@@ -86,7 +86,9 @@ def test_any_error_shows_where_it_was_raised() -> None:
     assert "in fail" in caught.value.__notes__[0]
 
 
-@pytest.mark.parametrize(("by", "todo"), [(signal.SIGKILL, "free some memory"), (signal.SIGABRT, "read the process's output")])
+@pytest.mark.parametrize(
+    ("by", "todo"), [(signal.SIGKILL, "free some memory"), (signal.SIGABRT, "read the process's output")]
+)
 def test_crashed_process_is_distinguished_from_one_that_the_system_killed(by: signal.Signals, todo: str) -> None:
     with pytest.raises(TrainingError, match=f"died with exit code -{by.value}") as caught:
         in_child_process(die, by)
