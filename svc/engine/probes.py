@@ -24,7 +24,10 @@ from svc.settings import Device, EngineSettings, GptqKernel
 MAX_PROBES = 8
 MAX_TOKENS = 64
 MIN_TOLERANCE = 1e-3
-"""Nats. Repeated probes on the CPU differ by 0.0000; another model's weights by about 10."""
+"""Nats. Repeated probes on the CPU differ by 0.0000 if each is measured alone; another model's weights by about 10."""
+_REMEASUREMENTS = 5
+"""Maximum, of a probe that differs. With AMX, batches of some sizes round differently, by up to 0.28 nats. Measured
+alone, no probe differed; beside up to 15 streams of other requests, one measurement in forty did."""
 
 TokenId = Annotated[int, Field(ge=0)]
 Scored = tuple[Sequence[int], int]
@@ -122,25 +125,15 @@ def choose_sequences(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], count
 async def measure_probes(
     client: EngineClient, sequences: Sequence[Scored], *, repeats: int
 ) -> list[list[tuple[float, ...]]]:
-    """Measure all sequences repeatedly, in batches and alone; the differences are the engine's noise.
-
-    After each batch one sequence is measured alone, in turn, which shows the same noise in a fifth of the time.
+    """Measure all sequences repeatedly, one at a time; the differences are the engine's noise.
 
     Args:
-        repeats: batches, at least 1; 20 for a version's manifest.
+        repeats: measurements of each sequence, at least 1.
 
     Returns:
         Log-probabilities by measurement and sequence.
     """
-    measured = []
-    for repeat in range(repeats):
-        batch = await _measure(client, sequences)
-        measured.append(batch)
-        index = repeat % len(sequences)
-        alone = list(batch)
-        alone[index] = await client.logprobs(*sequences[index])
-        measured.append(alone)
-    return measured
+    return [[await client.logprobs(*sequence) for sequence in sequences] for _ in range(repeats)]
 
 
 def make_probes(
@@ -171,7 +164,10 @@ def make_probes(
 
 
 async def check_probes(client: EngineClient, probes: Sequence[Probe]) -> float:
-    """Measure all probes concurrently on the engine and compare.
+    """Measure all probes on the engine and compare.
+
+    They are measured concurrently, which takes half the time, and those that differ again, one at a time: rounding
+    depends on the requests that share a batch, but other weights differ in every batch.
 
     Returns:
         The largest difference, nats.
@@ -181,10 +177,13 @@ async def check_probes(client: EngineClient, probes: Sequence[Probe]) -> float:
     """
     if not probes:
         raise ProbeError("the version has no probes for this format", todo="qualify the version again")
-    measured = await _measure(client, [(probe.token_ids, probe.start) for probe in probes])
-    differences = [_difference(probe.logprobs, values) for probe, values in zip(probes, measured, strict=True)]
-    for number, (probe, difference) in enumerate(zip(probes, differences, strict=True), start=1):
-        if not difference <= probe.tolerance:  # also true for NaN
+    differences = await asyncio.gather(*(_difference_on(client, probe) for probe in probes))
+    for number, probe in enumerate(probes, start=1):
+        difference, remaining = differences[number - 1], _REMEASUREMENTS
+        while difference > probe.tolerance and remaining:
+            difference, remaining = await _difference_on(client, probe), remaining - 1
+        differences[number - 1] = difference
+        if difference > probe.tolerance:
             raise ProbeError(
                 f"probe {number} of {len(probes)} differs by {difference:.4f} nats: not the version's weights",
                 expected=f"at most {probe.tolerance:.4f}",
@@ -193,11 +192,11 @@ async def check_probes(client: EngineClient, probes: Sequence[Probe]) -> float:
     return max(differences)
 
 
-async def _measure(client: EngineClient, sequences: Sequence[Scored]) -> list[tuple[float, ...]]:
-    return await asyncio.gather(*(client.logprobs(token_ids, start) for token_ids, start in sequences))
+async def _difference_on(client: EngineClient, probe: Probe) -> float:
+    return _difference(probe.logprobs, await client.logprobs(probe.token_ids, probe.start))
 
 
 def _difference(expected: Sequence[float], measured: Sequence[float]) -> float:
-    if any(not math.isfinite(value) for value in measured):
+    if not all(math.isfinite(value) for value in (*expected, *measured)):
         return math.inf
     return max(abs(one - other) for one, other in zip(expected, measured, strict=True))

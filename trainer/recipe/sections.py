@@ -361,7 +361,7 @@ class Evaluate(_Section):
 class Qualify(_Section):
     """The probes that verify, at every later load, that the engine runs these weights."""
 
-    repeats: int = Field(20, ge=1)
+    repeats: int = Field(10, ge=1)
     """number of measurements of the engine's own noise, which sets the minimum tolerance"""
     restart: bool = True
     """measure on a second engine too: weights loaded in place and weights loaded at start must give the same results"""

@@ -135,7 +135,7 @@ async def test_weights_that_fail_their_probes_answer_no_request(make: Make) -> N
         assert control.double.calls.count(RELOAD) == 2
         assert control.double.calls[-1] != RELOAD
         probes = [body for body in control.double.requests if "prompt_logprobs" in body]
-        assert len(probes) == 3  # at the start, for the bad version, and for the previous one
+        assert len(probes) == 8  # one at the start, six for the bad version, one for the previous one
         assert control.desired().target == target(1)
     load.check()
     assert set(load.versions) == {ONE}

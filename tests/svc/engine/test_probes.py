@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,12 @@ async def probes_of(double: EngineDouble) -> tuple[Probe, ...]:
         return make_probes(SEQUENCES, await measure_probes(client, SEQUENCES, repeats=2), FACTS)
 
 
+def add_noise(double: EngineDouble, nats: Sequence[float]) -> None:
+    """Add noise to the log-probabilities of the next requests, and none after them."""
+    following = chain(nats, repeat(0.0))
+    double.on_call = lambda path: setattr(double, "probe_noise", next(following))
+
+
 async def check(double: EngineDouble, probes: Sequence[Probe]) -> float:
     async with client_of(double) as client:
         return await check_probes(client, probes)
@@ -86,6 +93,25 @@ async def test_probe_that_was_recorded_with_nan_fails() -> None:
         await check(EngineDouble(), damaged)
 
 
+async def test_same_weights_pass_when_a_batch_rounds_differently() -> None:
+    probes, double = await probes_of(EngineDouble()), EngineDouble()
+    add_noise(double, [0.1] * len(probes))
+    assert await check(double, probes) == 0.0
+
+
+async def test_same_weights_pass_when_other_requests_share_some_of_the_batches() -> None:
+    probes, double = await probes_of(EngineDouble()), EngineDouble()
+    add_noise(double, [0.1] * len(probes) + [0.2, 0.1])
+    assert await check(double, probes) == 0.0
+
+
+async def test_other_weights_fail_after_few_measurements() -> None:
+    probes, double = await probes_of(EngineDouble()), EngineDouble(probe_noise=0.1)
+    with pytest.raises(ProbeError, match=r"probe 1 of 2 differs by 0\.1000 nats"):
+        await check(double, probes)
+    assert len(double.requests) == len(probes) + 5
+
+
 async def test_empty_list_of_probes_fails() -> None:
     with pytest.raises(ProbeError, match="has no probes"):
         await check(EngineDouble(), [])
@@ -98,13 +124,14 @@ async def test_one_bad_probe_of_many_fails() -> None:
         await check(EngineDouble(), [good, bad])
 
 
-async def test_sequences_are_measured_alone_and_in_a_batch() -> None:
+async def test_sequences_are_measured_one_at_a_time() -> None:
     double = EngineDouble()
+    running: list[int] = []
+    double.on_call = lambda path: running.append(double.running)
     async with client_of(double) as client:
         measured = await measure_probes(client, SEQUENCES, repeats=3)
-    assert len(measured) == 6
-    assert [len(run) for run in measured[0]] == [2, 2]
-    assert all(run == measured[0] for run in measured)
+    assert running == [0] * 6
+    assert [[len(logprobs) for logprobs in run] for run in measured] == [[2, 2]] * 3
 
 
 def test_tolerance_has_its_minimum_when_measurements_are_equal() -> None:
