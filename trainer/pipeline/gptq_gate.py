@@ -40,12 +40,14 @@ def _judge_metric(
     value, loss = metric.estimate(before), _loss(metric, before, after)
     figures = f"{value} merged, {metric.estimate(after)} quantized"
     raised = (loss.value >= 0) is (metric.better is Better.LOWER)
-    change = f"GPTQ {'raised' if raised else 'lowered'} {metric.title} by {abs(loss.value):.3f}"
+    change = f"{'raised' if raised else 'lowered'} {metric.title} by {abs(loss.value):.3f}"
+    if not loss.value:
+        change = f"left {metric.title} unchanged"
     # For a share the limit is absolute; for a metric without a fixed scale it is relative to the merged model's value.
     relative = metric.unit is not Unit.SHARE
     return GateReport(
         gate=Gate.GPTQ_LOSS,
-        measured=f"{change}: {figures}",
+        measured=f"GPTQ {change}: {figures}",
         limit=f"evaluate.{Gate.GPTQ_LOSS}" + (" times the merged model's value" if relative else ""),
         verdict=judge(
             loss,

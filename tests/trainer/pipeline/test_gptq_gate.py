@@ -192,6 +192,11 @@ def test_report_says_gained_when_the_quantized_model_is_better() -> None:
     assert loss.measured.startswith("GPTQ raised exact match by 0.100: 0.500 [")
 
 
+def test_report_says_unchanged_when_both_models_have_the_same_score() -> None:
+    loss, _ = judged(won(100, 200), won(100, 200))
+    assert loss.measured.startswith("GPTQ left exact match unchanged: 0.500 [")
+
+
 def written(kept: float, metric: Metric, nll: float = 1.0, total: int = 40) -> Qualified:
     """Return a format whose answers have this share of the reference's words, and never all of them."""
     words = REFERENCE.split()
