@@ -57,6 +57,7 @@ def test_every_snapshot_is_complete_when_versions_are_added_served_and_removed_c
 ) -> None:
     used.promote(used.publish())
     used.publish()
+    choosing = threading.Lock()  # `used.promote` does not check, as a server does, that the version is still there
     turn, done = itertools.count(), dict.fromkeys(("published", "promoted", "removed"), 0)
 
     def publish() -> None:
@@ -64,15 +65,15 @@ def test_every_snapshot_is_complete_when_versions_are_added_served_and_removed_c
         done["published"] += 1
 
     def promote() -> None:
-        versions = used.registry.versions(NAME)
-        with suppress(BusyError):
+        with suppress(BusyError), choosing:
+            versions = used.registry.versions(NAME)
             used.promote(versions[next(turn) % len(versions)])
             done["promoted"] += 1
 
     def remove() -> None:
         spare = set(used.registry.versions(NAME)) - protected(used.registry, used.store, NAME).keys()
         for version in sorted(spare)[:-2]:
-            with suppress(BusyError):
+            with suppress(BusyError), choosing:
                 remove_version(used.registry, used.store, version)
                 done["removed"] += 1
 
