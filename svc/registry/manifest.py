@@ -2,6 +2,7 @@
 
 import json
 from datetime import datetime
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +42,14 @@ class BaseRecord(_Record):
     licence: str | None
 
 
+class SelectedBy(StrEnum):
+    """Examples that selected a version's weights (early stopping) or the recipe's values (a sweep)."""
+
+    NONE = "none"
+    HELDOUT = "heldout"
+    VALIDATION = "validation"
+
+
 class DataRecord(_Record):
     """The examples used for training and evaluation."""
 
@@ -48,6 +57,17 @@ class DataRecord(_Record):
     train_examples: int
     heldout_fingerprint: str
     heldout_examples: int
+    validation_examples: int = 0
+    selected_by: SelectedBy = SelectedBy.NONE
+
+    @property
+    def selection(self) -> str:
+        """What the figures on the held-out examples are worth, if examples selected the version; otherwise empty."""
+        if self.selected_by is SelectedBy.HELDOUT:
+            return "they also selected it, so its figures are slightly too good (data.validation avoids this)"
+        if self.selected_by is SelectedBy.VALIDATION:
+            return f"{self.validation_examples} others selected it (data.validation)"
+        return ""
 
 
 class FormatRecord(_Record):

@@ -23,7 +23,8 @@ def print_version(manifest: Manifest, folder: Path) -> None:
     )
     evaluated = f"evaluated on {manifest.judged_examples} of {data.heldout_examples} held-out examples"
     primary = f"; primary metric: {manifest.primary_title}" if manifest.judged_examples else ""
-    output.print(f"{evaluated}{primary}\n")
+    selection = f"; {data.selection}" if manifest.judged_examples and data.selection else ""
+    output.print(f"{evaluated}{primary}{selection}\n", soft_wrap=True)
     output.print(evaluation_table(manifest))
     if manifest.forgetting:
         _print_forgetting(manifest.forgetting)

@@ -1,6 +1,7 @@
 """The examples of a run: those for training and those for evaluation."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from svc.dataset.schema.example import ChatExample
 from svc.dataset.split import mix_general, near_leaks, put_sample_first, split_heldout
 from svc.errors import DataError
 from svc.evaluation.general.general_set import GeneralSet, read_general_set, shipped_general_set
+from svc.registry.manifest import SelectedBy
 from svc.terminal import console
-from trainer.recipe.sections import Data, Evaluate, Recipe
+from trainer.recipe.sections import Evaluate, Recipe
 
 _MANY_HELD = 2.0
 """Multiple of `data.heldout_share` above which a warning is printed."""
@@ -32,6 +34,8 @@ class Examples:
         train: the task's examples, then the general ones.
         heldout: held-out examples; those to evaluate are first.
         given: the task's examples as read from the files, before any were held out or excluded.
+        validation: examples of `data.validation`.
+        selected_by: examples that selected the version's weights or the recipe's values.
         general: number of general examples at the end of `train`.
         questions: general questions, of which `train` contains none; None if none are asked.
     """
@@ -43,6 +47,23 @@ class Examples:
     given: tuple[ChatExample, ...]
     general: int = 0
     questions: GeneralSet | None = None
+    validation: tuple[ChatExample, ...] = ()
+    selected_by: SelectedBy = SelectedBy.NONE
+
+    @property
+    def measured(self) -> tuple[ChatExample, ...]:
+        """Examples whose loss is measured during training and in sweeps."""
+        return self.validation or self.heldout
+
+    @property
+    def measured_fingerprint(self) -> str:
+        """Fingerprint of `measured`."""
+        return fingerprint(self.validation) if self.validation else self.heldout_fingerprint
+
+    @property
+    def selected(self) -> "Examples":
+        """The same examples, for a version that `measured` selects."""
+        return replace(self, selected_by=SelectedBy.VALIDATION if self.validation else SelectedBy.HELDOUT)
 
 
 def read_run_examples(
@@ -65,8 +86,10 @@ def read_run_examples(
     data = recipe.data
     read = partial(read_examples, cache=cache, bad_lines=bad_lines)
     heldout = read(data.heldout) if data.heldout else []
-    readable = read(data.train, minimum=2 if heldout else 3, kept_back=heldout if bad_lines else ())
-    given = (*readable, *heldout)
+    validation = read(data.validation) if data.validation else []
+    kept_back = (*heldout, *validation) if bad_lines else ()
+    readable = read(data.train, minimum=2 if heldout else 3, kept_back=kept_back)
+    given = (*readable, *heldout, *validation)
     if heldout:
         _warn_learnt(recipe.name, heldout, learnt)
     else:
@@ -80,14 +103,17 @@ def read_run_examples(
             expected="at least 2",
             todo="lower data.skip",
         )
-    _refuse_leaks(data, train, heldout)
+    _refuse_leaks("training", data.train, train, "held-out", data.heldout, heldout)
+    _refuse_leaks("training", data.train, train, "validation", data.validation, validation)
+    _refuse_leaks("validation", data.validation, validation, "held-out", data.heldout, heldout)
     questions = _questions(recipe.evaluate)
     train = _leave_out(train, questions)
-    kept_back = (*heldout, *(questions.examples if questions else ()))
-    general = mix_general(train, read(data.general), kept_back, data.general_share, data.seed) if data.general else []
+    untrained = (*heldout, *validation, *(questions.examples if questions else ()))
+    general = mix_general(train, read(data.general), untrained, data.general_share, data.seed) if data.general else []
     mixed = (*train, *general)
     prints = fingerprint(mixed), fingerprint(heldout)
-    return Examples(mixed, tuple(heldout), *prints, given, len(general), questions)
+    examples = Examples(mixed, tuple(heldout), *prints, given, len(general), questions, tuple(validation))
+    return examples.selected if recipe.stopping.selects else examples
 
 
 def _questions(evaluate: Evaluate) -> GeneralSet | None:
@@ -148,16 +174,28 @@ def _warn_learnt(name: str, heldout: list[ChatExample], learnt: PromptHashes) ->
         )
 
 
-def _refuse_leaks(data: Data, train: list[ChatExample], heldout: list[ChatExample]) -> None:
-    """Raise if a training example has the prompt of a held-out one; warn if the prompts are nearly the same."""
-    check = f"svc data check {' '.join(data.train)} --heldout {' '.join(data.heldout or ())}"
-    leaked = shared_prompts(train, heldout)
+def _refuse_leaks(
+    kind: str,
+    files: Sequence[str] | None,
+    examples: Sequence[ChatExample],
+    other_kind: str,
+    other_files: Sequence[str] | None,
+    others: Sequence[ChatExample],
+) -> None:
+    """Raise if an example has the prompt of one of the others; warn if the prompts are nearly the same.
+
+    Args:
+        kind: what the examples are for, such as `training`.
+        files: their files; None if the recipe names none.
+    """
+    check = f"svc data check {' '.join(files or ())} --heldout {' '.join(other_files or ())}"
+    leaked = shared_prompts(examples, others)
     if leaked:
         raise DataError(
-            f"{len(leaked)} training examples have the same prompt as a held-out example; the first is number "
+            f"{len(leaked)} {kind} examples have the same prompt as a {other_kind} example; the first is number "
             f"{leaked[0] + 1}",
-            expected="held-out examples whose prompts are not in the training data",
+            expected=f"{other_kind} examples whose prompts are not in the {kind} data",
             todo=f"drop the lines listed by `{check}`; or train with --skip-bad",
         )
-    if data.heldout and (near := near_leaks(train, heldout)):
-        console.print(f"[yellow]{len(near)} training prompts nearly equal held-out ones: see {check}[/yellow]")
+    if files and other_files and (near := near_leaks(examples, others)):
+        console.print(f"[yellow]{len(near)} {kind} prompts nearly equal {other_kind} ones: see {check}[/yellow]")

@@ -4,9 +4,12 @@ The trial tests the set-up, from the data to the engine, before the complete run
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 from svc.dataset.fingerprint import fingerprint
+from svc.dataset.schema.example import ChatExample
+from svc.dataset.split import put_sample_first
 from trainer.pipeline.examples import Examples
 from trainer.recipe.sections import Recipe, Train, Undecided
 from trainer.training.summary import TrainingSummary
@@ -19,9 +22,14 @@ _MIN_EXAMPLES = 2
 
 
 def quick_trial(recipe: Recipe, examples: Examples) -> tuple[Recipe, Examples]:
-    """Return the recipe and the examples of the trial: the first tenth of the training and of the held-out examples."""
-    train = examples.train[: max(_MIN_EXAMPLES, math.ceil(_SHARE * len(examples.train)))]
-    heldout = examples.heldout[: max(_MIN_EXAMPLES, math.ceil(_SHARE * len(examples.heldout)))]
+    """Return the recipe and the examples of the trial: a tenth of each kind, drawn at random by the recipe's seed.
+
+    Files are often sorted, by label or by length: the first tenth would not be like the rest.
+    """
+    seed, task = recipe.data.seed, len(examples.train) - examples.general
+    general = _tenth(examples.train[task:], seed)
+    train = (*_tenth(examples.train[:task], seed, _MIN_EXAMPLES), *general)
+    heldout = _tenth(examples.heldout, seed, _MIN_EXAMPLES)
     content = recipe.model_dump(exclude_unset=True)
     content["name"] = recipe.name[: _MAX_NAME_LENGTH - len(_SUFFIX)] + _SUFFIX
     content["train"] = content.get("train", {}) | {"epochs": 1.0, "steps": None}
@@ -35,10 +43,16 @@ def quick_trial(recipe: Recipe, examples: Examples) -> tuple[Recipe, Examples]:
         heldout=heldout,
         train_fingerprint=fingerprint(train),
         heldout_fingerprint=fingerprint(heldout),
-        general=max(0, len(train) + examples.general - len(examples.train)),
+        general=len(general),
+        validation=_tenth(examples.validation, seed),
         questions=questions and questions.first(max(_MIN_EXAMPLES, math.ceil(_SHARE * len(questions.examples)))),
     )
     return Recipe.model_validate(content), cut
+
+
+def _tenth(examples: Sequence[ChatExample], seed: int, fewest: int = 0) -> tuple[ChatExample, ...]:
+    size = max(fewest, math.ceil(_SHARE * len(examples)))
+    return tuple(put_sample_first(examples, size, seed)[:size])
 
 
 def whole_run_seconds(train: Train, trial: TrainingSummary) -> float | None:

@@ -268,6 +268,8 @@ class Registration:
                 train_examples=len(self.examples.train),
                 heldout_fingerprint=self.examples.heldout_fingerprint,
                 heldout_examples=len(self.examples.heldout),
+                validation_examples=len(self.examples.validation),
+                selected_by=self.examples.selected_by,
             ),
             heldout=record_file(folder, folder / HELDOUT_FILE),
             reference=record_files(folder, folder / REFERENCE_FOLDER),

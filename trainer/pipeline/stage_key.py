@@ -33,7 +33,7 @@ def stage_keys(recipe: Recipe, base: Base, examples: Examples) -> StageKeys:
     Data paths, the checkpoint interval and the held-out loss curve are excluded: they do not affect the result.
     """
     content = recipe.model_dump(mode="json")
-    measured = examples.heldout_fingerprint if recipe.stopping.measures else None
+    measured = examples.measured_fingerprint if recipe.stopping.measures else None
     adapter = content["adapter"] | {"type": recipe.adapter_type}  # `method` only names this type and the quantization
     content["stopping"].pop("curve")
     training = [content[key] for key in ("chat_template_kwargs", "train", "stopping")]

@@ -169,7 +169,7 @@ class Pipeline:
         with tracking.attach(run_id), self._report_to() as report:
             summary = train_model(
                 self.base.folder,
-                TrainingData(self.examples.train, self.examples.heldout, served_length),
+                TrainingData(self.examples.train, self.examples.measured, served_length),
                 self.recipe,
                 self.run.fresh(self._trained),
                 self.run.checkpoints,

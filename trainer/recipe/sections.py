@@ -98,6 +98,9 @@ class Data(_Section):
     """examples for evaluating the version, never used for training; default: a part of `data.train`"""
     heldout_share: float = Field(0.1, gt=0, lt=1)
     """share of `data.train` to hold out if `data.heldout` is not set"""
+    validation: Sources | None = None
+    """examples whose loss is measured during training and in sweeps, and so chooses weights and values; then nothing is
+    chosen by the held-out examples, and a version's figures are not too good; default: the held-out examples"""
     general: Sources | None = None
     """general examples to mix into the training examples, to reduce forgetting"""
     general_share: float = Field(0.1, gt=0, lt=1)
@@ -243,7 +246,8 @@ class Train(_Section):
 
 
 class Stopping(_Section):
-    """Held-out loss during training. If it selects the weights, its value is slightly too good."""
+    """Held-out loss during training, or validation loss with `data.validation`. A loss that selects the weights is
+    slightly too good."""
 
     every_steps: Annotated[int, Field(ge=1)] | None = None
     """steps between two measurements; default: a tenth of all steps, if another key needs measurements"""
@@ -258,7 +262,12 @@ class Stopping(_Section):
     @property
     def measures(self) -> bool:
         """Whether another key than `curve` requires held-out loss."""
-        return self.every_steps is not None or self.patience is not None or self.keep_best
+        return self.every_steps is not None or self.selects
+
+    @property
+    def selects(self) -> bool:
+        """Whether held-out loss selects the weights."""
+        return self.patience is not None or self.keep_best
 
 
 class Checkpoints(_Section):

@@ -109,7 +109,7 @@ def _register(settings: "Settings", place: "Workplace", winner: "Values", *, as_
 
     registry = Registry.of(settings)
     recipe = with_values(place.recipe, winner)
-    version = open_pipeline(settings, registry, recipe, place.examples, place.base).train_version()
+    version = open_pipeline(settings, registry, recipe, place.examples.selected, place.base).train_version()
     if not as_json:
         print_version(registry.manifest(version), registry.folder(version))
     return str(version)

@@ -73,7 +73,7 @@ class Workplace:
     def folder(self) -> Path:
         """The folder, which may not exist yet."""
         train_key = stage_keys(self.recipe, self.base, self.examples)[Stage.TRAIN]
-        content = [self.kind, train_key, self.examples.heldout_fingerprint, self.recipe.sweep.model_dump_json()]
+        content = [self.kind, train_key, self.examples.measured_fingerprint, self.recipe.sweep.model_dump_json()]
         key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
         return self.sweeps / f"{self.recipe.name}-{key}"
 
@@ -110,7 +110,8 @@ class Workplace:
         generator = random.Random(0)  # noqa: S311 - no secret
         kwargs = choose_template_kwargs(self.base.folder, self.recipe.chat_template_kwargs)
         train = tokenize_as_trained(self.base.folder, self.examples.train, kwargs)
-        heldout = generator.sample(self.examples.heldout, min(_MAX_JUDGED, len(self.examples.heldout)))
+        measured = self.examples.measured
+        heldout = generator.sample(measured, min(_MAX_JUDGED, len(measured)))
         judged = sorted(tokenize_as_trained(self.base.folder, heldout, kwargs), key=lambda row: len(row.input_ids))
         watched = generator.sample(range(len(judged)), min(_MAX_WATCHED, len(judged)))
         return TrialData(train, [judged[place] for place in sorted(watched)], judged)

@@ -11,9 +11,14 @@ from typing import Any
 
 from svc.dataset.readers.file_types import COMPRESSIONS, CONTAINERS, is_data_file
 from svc.errors import DataError
+from svc.terminal import console, waiting
 
 HUB_PREFIX = "hf:"
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w.-]+))?(?:/(?P<within>.+))?")
+_WORD = "(?<![a-z]){}(?![a-z])"
+_TRAINING = re.compile(_WORD.format("(train|training)"))
+_OTHER_SPLITS = re.compile(_WORD.format("(validation|valid|val|dev|test|testing|eval|evaluation)"))
+"""Words in paths by which the hub recognizes splits (https://huggingface.co/docs/hub/datasets-file-names-and-splits)."""
 _NO_EXAMPLES = {"dataset_info.json", "dataset_infos.json", "state.json"}
 DEFAULT_CACHE = Path("~/.cache/tuneserve/base")
 """Folder for the hub's files if the caller has no settings."""
@@ -24,12 +29,13 @@ def data_files(source: str | Path, cache: Path | None = None, *, fetch: Callable
 
     Args:
         source: a file; a folder, whose data files are taken, sorted by path; or
-            `hf:ORG/NAME[@REVISION][/FILE-OR-FOLDER]`.
+            `hf:ORG/NAME[@REVISION][/FILE-OR-FOLDER]`, of which files of a test or validation split are taken only if
+            FILE-OR-FOLDER names the split.
         cache: folder for files fetched from the hub.
         fetch: replaces `huggingface_hub.snapshot_download`.
 
     Raises:
-        DataError: a folder without data files, or a hub dataset that cannot be fetched.
+        DataError: a folder without data files, or a hub dataset that cannot be fetched or has no training split.
     """
     text = str(source)
     if text.startswith(HUB_PREFIX):
@@ -70,7 +76,32 @@ def _hub_files(source: str, cache: Path, fetch: Callable[..., Any] | None) -> li
             expected=f"one of {', '.join(names)}" if names else "a dataset with data files",
             todo="correct the part after the dataset's name",
         )
-    return data_files(path)
+    return (
+        data_files(path)
+        if _OTHER_SPLITS.search((named["within"] or "").lower())
+        else _training_files(named["id"], path)
+    )
+
+
+def _training_files(dataset: str, path: Path) -> list[Path]:
+    """Return the files without those of test and validation splits, which are published to be held out.
+
+    Raises:
+        DataError: there are no others.
+    """
+    files = data_files(path)
+    names = {file: file.relative_to(path).as_posix().lower() for file in files if file != path}
+    others = [name for name in names.values() if _OTHER_SPLITS.search(name) and not _TRAINING.search(name)]
+    training = [file for file in files if names.get(file) not in others]
+    if not training:
+        raise DataError(
+            f"{dataset} has only files of test and validation splits: {', '.join(others)}",
+            expected="a training split",
+            todo=f"to use one of them, name it: hf:{dataset}/FILE-OR-FOLDER",
+        )
+    if others:
+        console.print(f"  {dataset}: files of other splits are left out unless they are named: {', '.join(others)}")
+    return training
 
 
 def _snapshot(dataset: str, revision: str | None, cache: Path, fetch: Callable[..., Any] | None) -> Path:
@@ -83,8 +114,6 @@ def _snapshot(dataset: str, revision: str | None, cache: Path, fetch: Callable[.
             expected="the packages of the extra `train`",
             todo="pip install 'tuneserve[train]', or copy the dataset to this machine and give its folder",
         ) from error
-    from svc.terminal import waiting
-
     patterns = [f"*{container}{end}" for container in CONTAINERS for end in ("", *COMPRESSIONS)]
     try:
         with waiting(f"Fetching dataset {dataset} from the Hugging Face hub"):

@@ -11,7 +11,7 @@ from svc.evaluation.evaluator import EvaluationReport, judge
 from svc.evaluation.forgetting import measure_forgetting
 from svc.evaluation.general.general_set import GeneralSet
 from svc.registry.files import record_files
-from svc.registry.manifest import FormatRecord, Manifest
+from svc.registry.manifest import FormatRecord, Manifest, SelectedBy
 from svc.registry.render import evaluation_table, print_version
 from svc.version import Format, VersionId
 from tests.command_line import Svc
@@ -56,6 +56,22 @@ def test_primary_metric_comes_first_and_every_figure_has_its_interval(manifest: 
         *("ROUGE-1", "ROUGE-2", "chrF", "exact match", "perplexity", "length"),
         *("cut off at the limit", "NLL / token", "size", "load", "tokens/s"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("selected_by", "shown"),
+    [
+        (SelectedBy.NONE, "examples; primary metric: ROUGE-L\n"),
+        (SelectedBy.HELDOUT, "ROUGE-L; they also selected it, so its figures are slightly too good"),
+        (SelectedBy.VALIDATION, "ROUGE-L; 7 others selected it (data.validation)"),
+    ],
+)
+def test_examples_that_selected_the_version_are_named(
+    manifest: Manifest, capsys: pytest.CaptureFixture[str], selected_by: SelectedBy, shown: str
+) -> None:
+    data = manifest.data.model_copy(update={"selected_by": selected_by, "validation_examples": 7})
+    print_version(manifest.model_copy(update={"data": data}), Path("/v"))
+    assert shown in capsys.readouterr().out
 
 
 def test_forgetting_is_shown_when_it_was_measured(manifest: Manifest, capsys: pytest.CaptureFixture[str]) -> None:

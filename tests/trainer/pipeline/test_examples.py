@@ -13,6 +13,7 @@ from svc.dataset.readers.bad_lines import BadLines
 from svc.dataset.readers.reader import write_examples
 from svc.dataset.schema.example import ChatExample
 from svc.errors import DataError
+from svc.registry.manifest import SelectedBy
 from tests.svc.dataset.rows import text
 from tests.trainer.conftest import make_example, make_recipe
 from trainer.pipeline.examples import Examples, read_run_examples
@@ -74,6 +75,60 @@ def lines_of(count: int, prompt: str = "question") -> list[ChatExample]:
 def read_train(folder: Path, examples: list[ChatExample], **data: Any) -> Examples:
     write_examples(folder / "t.jsonl", examples)
     return read_run_examples(make_recipe(data={"train": folder / "t.jsonl", **data}))
+
+
+VALIDATION = [make_example("a third", "yes"), make_example("a fourth", "no")]
+
+
+def read_validation(folder: Path, validation: list[ChatExample], **sections: Any) -> Examples:
+    write_examples(folder / "t.jsonl", TRAIN)
+    write_examples(folder / "h.jsonl", HELDOUT)
+    write_examples(folder / "v.jsonl", validation)
+    paths = {"train": folder / "t.jsonl", "heldout": folder / "h.jsonl", "validation": folder / "v.jsonl"}
+    return read_run_examples(make_recipe(data=paths, **sections))
+
+
+def test_loss_is_measured_on_the_validation_examples_when_there_are_some(tmp_path: Path) -> None:
+    examples = read_validation(tmp_path, VALIDATION)
+    assert examples.measured == tuple(VALIDATION)
+    assert examples.heldout == tuple(HELDOUT)
+    assert examples.measured_fingerprint != examples.heldout_fingerprint
+    assert read(tmp_path, TRAIN, HELDOUT).measured == tuple(HELDOUT)
+
+
+@pytest.mark.parametrize(
+    ("stopping", "selected_by"),
+    [
+        ({}, SelectedBy.NONE),
+        ({"every_steps": 5}, SelectedBy.NONE),
+        ({"keep_best": True}, SelectedBy.VALIDATION),
+        ({"patience": 2}, SelectedBy.VALIDATION),
+    ],
+)
+def test_validation_examples_select_the_version_when_training_stops_by_them(
+    tmp_path: Path, stopping: dict[str, Any], selected_by: SelectedBy
+) -> None:
+    assert read_validation(tmp_path, VALIDATION, stopping=stopping).selected_by is selected_by
+
+
+def test_heldout_examples_select_the_version_when_there_is_no_validation_set(tmp_path: Path) -> None:
+    write_examples(tmp_path / "t.jsonl", TRAIN)
+    recipe = make_recipe(data={"train": tmp_path / "t.jsonl"}, stopping={"keep_best": True})
+    assert read_run_examples(recipe).selected_by is SelectedBy.HELDOUT
+
+
+@pytest.mark.parametrize(
+    ("leak", "message"),
+    [
+        (TRAIN[0], "1 training examples have the same prompt as a validation example"),
+        (HELDOUT[0], "1 validation examples have the same prompt as a held-out example"),
+    ],
+)
+def test_data_is_rejected_when_a_validation_prompt_is_in_another_set(
+    tmp_path: Path, leak: ChatExample, message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        read_validation(tmp_path, [*VALIDATION, leak])
 
 
 def test_a_tenth_is_held_out_when_no_heldout_file_is_named(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Quick trials: fewer examples, one epoch, no other change."""
 
+from dataclasses import replace
+
 import pytest
 
 from svc.dataset.fingerprint import fingerprint
@@ -20,6 +22,22 @@ def test_trial_uses_a_tenth_of_the_examples_for_one_epoch() -> None:
     assert (len(cut.train), len(cut.heldout)) == (11, 4)
     assert (recipe.train.epochs, recipe.train.steps) == (1.0, None)
     assert cut.train_fingerprint == fingerprint(cut.train)
+
+
+def test_trial_draws_from_all_examples_when_the_file_is_sorted() -> None:
+    _, cut = quick_trial(make_recipe(), examples(200, 200))
+    numbers = [int(example.prompt[-1].content.split()[-1]) for example in (*cut.train, *cut.heldout)]
+    assert len([number for number in numbers if number >= 100]) > 10
+    assert quick_trial(make_recipe(data={"train": "t", "seed": 1}), examples(200, 200))[1].train != cut.train
+
+
+def test_trial_mixes_in_a_tenth_of_the_general_examples() -> None:
+    general = tuple(make_example(f"g {number}", "yes") for number in range(20))
+    whole = examples(100, 20)
+    _, cut = quick_trial(make_recipe(), replace(whole, train=(*whole.train, *general), general=20))
+    assert cut.general == 2
+    assert set(cut.train[-2:]) <= set(general)
+    assert len(set(cut.train[:-2]) - set(general)) == 10
 
 
 def test_trial_version_has_its_own_name() -> None:

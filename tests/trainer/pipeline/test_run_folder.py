@@ -93,6 +93,14 @@ def test_run_folder_differs_when_the_heldout_data_differ_and_stop_the_training()
     assert folder(looks, examples=OTHER_HELDOUT) != folder(looks)
 
 
+def test_run_folder_depends_on_the_validation_data_and_not_on_the_heldout_data_when_both_are_given() -> None:
+    validated, looks = replace(EXAMPLES, validation=EXAMPLES.heldout), make_recipe(stopping={"patience": 2})
+    other_heldout = replace(validated, heldout_fingerprint="sha256:9")
+    other_validation = replace(validated, validation=(make_example("e", "f"),))
+    assert folder(looks, examples=other_heldout) == folder(looks, examples=validated)
+    assert folder(looks, examples=other_validation) != folder(looks, examples=validated)
+
+
 JUDGED = {Stage.EVALUATE, Stage.QUALIFY, Stage.PARITY, Stage.JUDGE, Stage.REGISTER}
 
 

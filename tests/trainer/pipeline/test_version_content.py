@@ -1,5 +1,6 @@
 """Content that a version stores of its training run."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from svc.evaluation.training_curve import TRAINING_CURVE_FILE, read_training_cur
 from svc.files.json_file import read_record
 from svc.model_folder.chat_template import read_template_kwargs
 from svc.registry.fingerprint import compatibility_fingerprint
+from svc.registry.manifest import SelectedBy
 from svc.registry.registry import Registry
 from svc.registry.run_record import RUN_RECORD_FILE, MachineRecord, RunRecord
 from svc.report.page import report_page
@@ -54,6 +56,14 @@ def test_manifest_records_base_data_recipe_and_libraries(pipeline: Pipeline) -> 
     assert manifest.recipe == pipeline.recipe.model_dump(mode="json")
     assert manifest.run == pipeline.run.folder.name
     assert "torch" in manifest.libraries
+
+
+def test_manifest_records_which_examples_selected_the_version(make: Make) -> None:
+    pipeline = make()
+    examples = replace(pipeline.examples, validation=pipeline.examples.heldout[:1]).selected
+    pipeline = replace(pipeline, examples=examples)
+    data = pipeline.registry.manifest(pipeline.train_version()).data
+    assert (data.selected_by, data.validation_examples) == (SelectedBy.VALIDATION, 1)
 
 
 def test_manifest_has_the_verification_of_each_served_format(pipeline: Pipeline) -> None:

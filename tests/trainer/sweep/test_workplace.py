@@ -1,17 +1,19 @@
 """Trainings of a sweep that are interrupted, pruned or asked for twice."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from optuna import TrialPruned
 
+from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.device import NumberType
 from svc.errors import InterruptedRunError
 from svc.registry.tracking import Tracking
-from tests.trainer.conftest import make_recipe
+from tests.trainer.conftest import make_example, make_recipe
 from trainer.base_model.resolve import Base
 from trainer.pipeline.examples import Examples
 from trainer.sweep.outcome import Status
@@ -31,6 +33,10 @@ def place(tmp_path: Path, tracking: Tracking) -> Workplace:
     return place
 
 
+def row_of(example: ChatExample) -> TokenizedExample:
+    return TokenizedExample((ord(example.prompt[-1].content), 2), ((1, 2),))
+
+
 @pytest.fixture
 def trainings(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[int, float]]]:
     """Return the measurements of each training before it is interrupted; the last training completes."""
@@ -47,6 +53,20 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[int, float]]]:
 
     monkeypatch.setattr("trainer.training.trial.train_trial", train)
     return remaining
+
+
+def test_trials_are_judged_by_the_validation_examples_when_there_are_some(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "trainer.data.chat_template.tokenize_as_trained", lambda folder, examples, kwargs: [*map(row_of, examples)]
+    )
+    heldout, validation = (make_example("h", "no"),), (make_example("v", "yes"), make_example("w", "yes"))
+    examples = replace(place.examples, train=heldout, heldout=heldout, validation=validation)
+    assert sorted(row.prompt for row in replace(place, examples=examples).data.judged) == [(ord("v"),), (ord("w"),)]
+    assert [row.prompt for row in replace(place, examples=replace(examples, validation=())).data.judged] == [
+        (ord("h"),)
+    ]
 
 
 def test_measurements_before_an_interruption_count_when_the_trial_resumes(

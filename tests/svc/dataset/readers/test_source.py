@@ -55,10 +55,10 @@ class Hub:
 
 
 def test_hub_dataset_is_fetched_into_the_cache_and_read_as_a_folder(tmp_path: Path) -> None:
-    touch(tmp_path / "snapshot", "data/train.parquet", "data/test.parquet")
+    touch(tmp_path / "snapshot", "data/train-0.parquet", "data/train-1.parquet")
     hub = Hub(tmp_path / "snapshot")
     found = data_files("hf:org/name", tmp_path / "cache", fetch=hub)
-    assert names(tmp_path / "snapshot", found) == ["data/test.parquet", "data/train.parquet"]
+    assert names(tmp_path / "snapshot", found) == ["data/train-0.parquet", "data/train-1.parquet"]
     assert (hub.asked["dataset"], hub.asked["repo_type"]) == ("org/name", "dataset")
     assert (hub.asked["revision"], hub.asked["cache_dir"]) == (None, tmp_path / "cache" / "hub")
 
@@ -69,6 +69,48 @@ def test_only_data_files_are_fetched(tmp_path: Path) -> None:
     data_files("hf:org/name", tmp_path, fetch=hub)
     assert "*.parquet" in hub.asked["allow_patterns"] and "*.jsonl.gz" in hub.asked["allow_patterns"]
     assert not any(pattern.endswith((".py", "*")) for pattern in hub.asked["allow_patterns"])
+
+
+ULTRACHAT = [
+    f"data/{split}-{part:05}-of-00003.parquet"
+    for split in ("test_gen", "test_sft", "train_gen", "train_sft")
+    for part in range(3)
+]
+GSM8K = [f"{config}/{split}-00000-of-00001.parquet" for config in ("main", "socratic") for split in ("test", "train")]
+
+
+@pytest.mark.parametrize(
+    ("published", "chosen"),
+    [
+        pytest.param(ULTRACHAT, ULTRACHAT[6:], id="HuggingFaceH4/ultrachat_200k"),
+        pytest.param(GSM8K, GSM8K[1::2], id="openai/gsm8k"),
+        pytest.param(
+            ["data/train-00000-of-00001.parquet", "data/validation-00000-of-00001.parquet"],
+            ["data/train-00000-of-00001.parquet"],
+            id="OpenAssistant/oasst1",
+        ),
+        pytest.param(["databricks-dolly-15k.jsonl"], ["databricks-dolly-15k.jsonl"], id="databricks-dolly-15k"),
+        pytest.param(["latest.jsonl", "train_test_mix.jsonl"], ["latest.jsonl", "train_test_mix.jsonl"], id="words"),
+    ],
+)
+def test_test_and_validation_splits_of_a_hub_dataset_are_left_out(
+    tmp_path: Path, published: list[str], chosen: list[str]
+) -> None:
+    touch(tmp_path, *published)
+    assert names(tmp_path, data_files("hf:org/test", tmp_path, fetch=Hub(tmp_path))) == chosen
+
+
+@pytest.mark.parametrize("named", ["main/test-00000-of-00001.parquet", "validation", "VALIDATION"])
+def test_split_of_a_hub_dataset_is_used_when_it_is_named(tmp_path: Path, named: str) -> None:
+    touch(tmp_path, *GSM8K, "validation/a.parquet", "VALIDATION/a.parquet")
+    assert len(data_files(f"hf:org/name/{named}", tmp_path, fetch=Hub(tmp_path))) == 1
+
+
+def test_hub_dataset_is_rejected_when_it_has_no_training_split(tmp_path: Path) -> None:
+    touch(tmp_path, "data/test.parquet", "data/validation.parquet")
+    error = refusal("hf:org/name", Hub(tmp_path))
+    assert error.wrong.endswith("only files of test and validation splits: data/test.parquet, data/validation.parquet")
+    assert "hf:org/name/FILE-OR-FOLDER" in (error.todo or "")
 
 
 def test_part_and_revision_of_a_hub_dataset_can_be_named(tmp_path: Path) -> None:
