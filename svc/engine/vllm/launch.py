@@ -34,6 +34,7 @@ HUGGING_FACE_FORMAT = ["--config-format", "hf", "--tokenizer-mode", "hf"]
 """Mistral's folders contain a model twice: by default vLLM reads `params.json` and `tekken.json`, while training reads
 `config.json` and `tokenizer.json`. `engine.args` come later, so they override this."""
 _ENTRY, _OLD_ENTRY = "vllm.entrypoints.launchers.api_server.entry", "vllm.entrypoints.openai.api_server"
+_STARTER = "svc.engine.vllm.start"
 _LISTS = ("VLLM_DISABLED_KERNELS", "VLLM_PLUGINS")
 """vLLM's variables that hold comma-separated names."""
 _OUTPUT_LAYER = "lm_head"
@@ -138,7 +139,8 @@ def _sleep_choice(args: Sequence[str]) -> Choice:
 
 def command(spec: EngineSpec) -> list[str]:
     """Return the server's argument list. Only safetensors are loaded, and no code that comes with a model is run."""
-    arguments = [sys.executable, "-m", entry_module()]
+    starter = [_STARTER] if spec.device is Device.CPU else []
+    arguments = [sys.executable, "-m", *starter, entry_module()]
     arguments += ["--model", str(spec.model), "--served-model-name", spec.served_name, "--uds", str(spec.socket)]
     arguments += HUGGING_FACE_FORMAT
     if given(spec.settings.args, "--load-format") is None:

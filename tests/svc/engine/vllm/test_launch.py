@@ -235,8 +235,9 @@ GPTQ = json.dumps({"dtype": "bfloat16", "quantization_config": {"quant_method": 
 
 
 def test_engine_is_started_by_the_entry_point_that_vllm_has(tmp_path: Path) -> None:
-    arguments = command(spec(tmp_path))
-    assert arguments[1:3] == ["-m", "vllm.entrypoints.launchers.api_server.entry"]
+    entry = "vllm.entrypoints.launchers.api_server.entry"
+    assert command(spec(tmp_path, device=Device.CUDA))[1:3] == ["-m", entry]
+    assert command(spec(tmp_path, device=Device.CPU))[1:4] == ["-m", "svc.engine.vllm.start", entry]
 
 
 def test_older_vllm_is_started_by_its_older_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,62 @@
+"""The start of vLLM: a new process has its imports already, and the environment of the process that requests it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ENTRY = """
+import multiprocessing, os, sys
+
+def look(connection):
+    connection.send({
+        "heavy": "heavy" in imported, "late": os.environ.get("LATE"), "early": os.environ.get("EARLY"),
+        "parent": os.getppid(), "arguments": sys.argv[1:],
+    })
+
+imported = set(sys.modules)
+
+if __name__ == "__main__":
+    os.environ["LATE"] = "yes"
+    del os.environ["EARLY"]
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=look, args=(theirs,), daemon=True)
+    process.start()
+    print(__import__("json").dumps(ours.recv() | {"main": os.getpid(), "heavy_here": "heavy" in sys.modules}))
+    process.join()
+    sys.exit(process.exitcode + 7)
+"""
+
+
+@pytest.fixture
+def seen(tmp_path: Path) -> dict[str, Any]:
+    """Return what a process sees that a started module requests."""
+    (tmp_path / "entry.py").write_text(ENTRY)
+    (tmp_path / "heavy.py").touch()
+    code = "from svc.engine.vllm.start import start; start('entry', ['heavy', 'of_another_release'])"
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.getcwd()}", "EARLY": "yes"}
+    ended = subprocess.run(
+        [sys.executable, "-c", code, "--model", "x"], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode == 7, ended.stderr
+    result: dict[str, Any] = json.loads(ended.stdout)
+    return result
+
+
+def test_process_has_imported_the_preloaded_modules_before_it_is_requested(seen: dict[str, Any]) -> None:
+    assert seen["heavy"]
+    assert not seen["heavy_here"]
+    assert seen["parent"] != seen["main"]
+
+
+def test_process_has_the_environment_at_its_request(seen: dict[str, Any]) -> None:
+    assert (seen["late"], seen["early"]) == ("yes", None)
+
+
+def test_module_and_process_have_the_command_lines_arguments(seen: dict[str, Any]) -> None:
+    assert seen["arguments"] == ["--model", "x"]
