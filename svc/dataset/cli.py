@@ -28,14 +28,14 @@ def data() -> None:
 @click.option(
     "--base",
     type=click.Path(path_type=Path),
-    help="Folder of the model to train: its tokenizer names the special tokens and counts tokens.",
+    help="Folder of the model to train: its tokenizer counts tokens and lists the special tokens to look for.",
 )
 @click.option(
     "--max-length",
     type=click.IntRange(min=16),
     default=4096,
     show_default=True,
-    help="Maximum tokens per example; without --base, tokens are estimated.",
+    help="Maximum number of tokens per example; without --base, the number is estimated.",
 )
 @json_option
 @click.pass_context

@@ -1,8 +1,8 @@
 """Prompts as hashes of eight bytes: a version's record of its training prompts, without the texts.
 
 Examples that a version was trained on are not held out for a later version of the same name. Prompts that differ only
-in spacing and case share a hash. A hash does not reveal the text, but anyone who has a prompt can test whether it is
-among them. Knows nothing of versions, and nothing of near duplicates.
+in spacing and case share a hash. A hash does not reveal the text, but anyone who has a prompt can test whether its hash
+is among them. Knows nothing of versions, and nothing of near duplicates.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ def hash_prompts(examples: Iterable[ChatExample]) -> PromptHashes:
 
 
 def write_prompt_hashes(path: Path, hashes: PromptHashes) -> None:
-    """Write the hashes sorted, each once, as a NumPy array without pickled objects: the order reveals nothing."""
+    """Write the hashes as a NumPy array without pickled objects: each once, and sorted to hide the examples' order."""
     np.save(path, np.unique(hashes).astype("<u8"), allow_pickle=False)
 
 

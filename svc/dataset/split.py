@@ -43,10 +43,10 @@ def split_heldout(
     an example without near duplicates with probability 0.1, a pair nearly twice and a group of ten 6.5 times as often.
     In data with many near copies more than `share` is expected to be held out; a large group is held out as a whole.
 
-    In return, more data move no held-out example to the training set, as long as its group is still near duplicates of
-    each other and more than one group is held out: if no hash is below `share`, the group with the smallest is held
-    out, and if all are, the group with the largest is trained on. A training example can become a held-out one if
-    a near duplicate with a smaller hash is added, which `learnt` prevents.
+    In return, more data move no held-out example to the training set, as long as its group stays together and more than
+    one group is held out: if no hash is below `share`, the group with the smallest is held out, and if all are, the
+    group with the largest is trained on. A training example can become a held-out one if a near duplicate with
+    a smaller hash is added, which `learnt` prevents.
 
     Args:
         share: share of the range of hashes; about the share of examples that are held out.
@@ -73,7 +73,7 @@ def split_heldout(
 
 
 def put_sample_first(examples: Sequence[ChatExample], size: int, seed: int) -> list[ChatExample]:
-    """Return the examples with a random sample first. Sample and rest each keep their order."""
+    """Return the examples with a random sample of `size` first. Sample and rest each keep their order."""
     drawn = set(_seeded(range(len(examples)), examples, seed)[:size])
     order = sorted(range(len(examples)), key=lambda place: (place not in drawn, place))
     return [examples[place] for place in order]
@@ -90,7 +90,7 @@ def mix_general(
 
     Args:
         general: candidates; those whose prompt is held out are never chosen.
-        share: of general examples among all training examples.
+        share: share of general examples among all training examples.
 
     Raises:
         DataError: there are too few candidates.
@@ -132,7 +132,7 @@ def _held_groups(
 
     Args:
         free: groups that may be held out.
-        smallest: smallest hash of each group, by its number.
+        smallest: smallest hash of each group, from 0 to 1, indexed by the group's number.
     """
     if len(groups) < 2:
         raise DataError(

@@ -30,7 +30,7 @@ class Lengths(_Record):
     """Distribution of the lengths of texts, characters.
 
     Attributes:
-        median, p95, longest: upper bound of the length of 50 %, 95 % and 100 % of the texts.
+        median, p95, longest: length that 50 %, 95 % and 100 % of the texts do not exceed.
         edges: edges of a histogram's bars, each a quarter above the previous; the last one is exclusive.
         counts: number of texts in each bar.
     """

@@ -1,6 +1,6 @@
 """A base model's tokenizer and chat template: its special tokens, and the number of tokens of an example.
 
-The whole conversation is counted, including the template's text after the last answer (mostly a line end), which
+The whole conversation is counted, including the template's text after the last answer (usually a line end), which
 training leaves out.
 """
 

@@ -88,7 +88,7 @@ def check_files(
     Args:
         paths: files to train on, together.
         heldout: files with held-out examples: training on one of these falsifies every later figure.
-        max_length: maximum tokens of an example.
+        max_length: maximum number of tokens per example.
         base: tokenizer that counts tokens and adds its special tokens to the known ones; None: tokens are estimated.
         on_read: called with the number of bytes read so far, over all files.
 
@@ -190,7 +190,7 @@ def _too_long(example: ChatExample, tokens: int, about: str, limit: int) -> str:
 
 
 def _compare(reports: list[DataReport], table: LineTable, held: int) -> None:
-    """Report problems that need all lines: copies, leaks, odd answers.
+    """Report the problems that can be found only once all lines are known: copies, leaks, odd answers.
 
     Args:
         held: number of held-out examples, which come first.

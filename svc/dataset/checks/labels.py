@@ -76,7 +76,7 @@ def look_at_answer(example: ChatExample) -> Answer:
 
 
 def find_label(answer: str) -> str | None:
-    """Return the label of an answer, which in JSON is the value in it; None if the answer is not a label."""
+    """Return the label of an answer: its text, or the only value in a JSON object; None if it is not a label."""
     answer = answer.strip()
     return _label(answer, _json(answer))
 

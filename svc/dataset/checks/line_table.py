@@ -1,4 +1,4 @@
-"""Data about each example that stay in memory while files are streamed: 65 bytes and a sketch of 130, never text."""
+"""Data about each example that stay in memory while files are streamed: 65 bytes and a sketch of 130 bytes, no text."""
 
 import struct
 from functools import lru_cache
@@ -37,8 +37,8 @@ class LineTable(NamedTuple):
             files: index of the file.
             lines: number in the file.
             prompts: hash of all turns before the answer; equal for equal prompts, ignoring spacing and case.
-            pairs: such a hash of prompt and answer together.
-            systems: such a hash of the system turn and the tools; 0 without them.
+            pairs: the same kind of hash of prompt and answer together.
+            systems: the same kind of hash of the system turn and the tools; 0 without them.
             beginnings, endings: equal for examples of one task: hash of the system turn or, without one, of the first
                 and of the last words of the prompt, where instructions are.
             answers: hash of the exact answer.

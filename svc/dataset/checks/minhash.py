@@ -85,7 +85,8 @@ def clusters(sketches: Sketches) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Group near duplicates transitively.
 
     Returns:
-        For each text the index of its group's first text, and of the first text near to it; -1 if no earlier one is.
+        For each text: the index of the first text in its group, and the index of the first earlier text that is near to
+        it, or -1.
     """
     count = len(sketches)
     group, earlier = np.arange(count), np.full(count, count)

@@ -111,7 +111,7 @@ def parse_row(value: Any, form: Format) -> tuple[ChatExample, tuple[str, ...]]:
     """
     own, keys = recognise(value), _quoted(KEYS[form])
     if own is not None and own is not form:
-        wrong = f"a row in the format {own.value} in a file of {form.value}"
+        wrong = f"a row in the format {own.value} in a file in the format {form.value}"
         raise RowError(Code.MIXED_FORMATS, wrong, expected=f"{keys} in every row")
     if not isinstance(value, dict):
         raise RowError(Code.WRONG_FORMAT, f"the line is {kind_of(value)}", expected=f"an object with {keys}")
@@ -140,7 +140,7 @@ def _has_keys(value: dict[str, Any], form: Format) -> bool:
 
 
 def _own_fields(example: ChatExample) -> tuple[ChatExample, tuple[str, ...]]:
-    """Return an example whose turns are named by their place in it, as in files of the chat format."""
+    """Return an example, and for each message its field in the chat format, such as `messages[1].content`."""
     return example, tuple(f"messages[{place}].content" for place in range(len(example.messages)))
 
 
@@ -219,7 +219,7 @@ def _read_sharegpt(value: dict[str, Any], chat: _Turns) -> None:
 
 
 def _called(content: Any, field: str) -> list[dict[str, Any]]:
-    """Return the calls in a turn whose text is one, or a list of them: `{"name": ..., "arguments": ...}`."""
+    """Return the calls in a turn whose text is a call, `{"name": ..., "arguments": ...}`, or a list of calls."""
     decoded = decode_inner(content) if isinstance(content, str) else content
     calls = decoded if isinstance(decoded, list) else [decoded]
     if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):

@@ -1,4 +1,4 @@
-"""From a data file to its records. Its name tells the container format and the compression."""
+"""Reads the records of a data file, whose name determines the container format and the compression."""
 
 import bz2
 import gzip
@@ -54,7 +54,7 @@ def read_rows(path: Path, on_read: Callable[[int], None] = lambda position: None
     """Yield the records of a file; a file of unknown type is read as JSONL.
 
     Args:
-        on_read: called at intervals with the bytes of the file on disk that were read so far.
+        on_read: called at intervals with the number of bytes of the file on disk that were read so far.
 
     Raises:
         DataError: the file does not exist or cannot be opened.
@@ -79,7 +79,7 @@ def read_rows(path: Path, on_read: Callable[[int], None] = lambda position: None
                     on_read(file.tell())
                 yield row
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-            wrong = f"cannot be read further: {str(error)[:200] or type(error).__name__}"
+            wrong = f"cannot read the rest of the file: {str(error)[:200] or type(error).__name__}"
             yield Row(number + 1, b"", error=RowError(Code.UNREADABLE, wrong, expected="a complete file"))
 
 

@@ -25,7 +25,7 @@ def starts_with_list(head: bytes) -> bool:
 
 
 def read_list(stream: BinaryIO) -> Iterator[Row]:
-    """Yield the elements of a list. A fault in its JSON is the last row: no later element can be found."""
+    """Yield the elements of a list. A syntax error ends the list as its last row: no later element can be found."""
     return _ListReader(stream).rows()
 
 
@@ -73,7 +73,7 @@ class _ListReader:
                 if self._ended or isinstance(error, RecursionError):
                     return self._give_up(line, explain(error))
             if len(self._text) - self._at > MAX_ROW_BYTES:
-                wrong = f"not JSON, or more than {MAX_ROW_BYTES // 2**20} MiB in one example; the rest is not read"
+                wrong = f"not JSON, or more than {MAX_ROW_BYTES // 2**20} MiB in one example; the rest was not read"
                 return self._give_up(line, RowError(Code.TOO_LARGE, wrong))
             self._fill(wanted)
             wanted *= 2
@@ -118,7 +118,7 @@ class _ListReader:
 
 
 def _decode(text: str, at: int) -> tuple[Any, int, RowError | None]:
-    """Return an element, the index after it, and an error that does not affect that index."""
+    """Return an element, the index after it, and the fault that only the strict decoder found, if any."""
     try:
         return *STRICT.raw_decode(text, at), None
     except RowError as fault:

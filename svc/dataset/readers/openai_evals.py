@@ -21,7 +21,7 @@ def turns_of_line(value: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the turns of a row with `input` and `ideal`, as in the open-source `evals`.
 
     Raises:
-        RowError: names the field.
+        RowError: the row is not of this kind; the error names the field at fault.
     """
     return [*_turns(value["input"], "input"), _answer(value["ideal"], "ideal")]
 
@@ -30,7 +30,7 @@ def turns_of_item(value: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the turns of `{"item": {...}}` of a data source.
 
     Raises:
-        RowError: names the field.
+        RowError: the row is not of this kind; the error names the field at fault.
     """
     item = expect(dict, value["item"], "item", "an object")
     question, answer = _key(item, QUESTIONS, "item"), _key(item, ANSWERS, "item")
@@ -38,10 +38,10 @@ def turns_of_item(value: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def turns_of_output(value: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the turns of one result of a run: the question, with its item's reference; the model's answer is ignored.
+    """Return the turns of an evaluation's result: the question and its reference; the model's answer is ignored.
 
     Raises:
-        RowError: names the field.
+        RowError: the row is not of this kind; the error names the field at fault.
     """
     item, sample = expect(dict, value["datasource_item"], "datasource_item", "an object"), value.get("sample")
     item = item["item"] if isinstance(item.get("item"), dict) else item

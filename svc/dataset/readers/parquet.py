@@ -38,7 +38,9 @@ def read_parquet(path: Path, on_read: Callable[[int], None]) -> Iterator[Row]:
                     yield Row(number, b"", error=fault) if fault else _row(number, batch, place, others)
                 on_read(size * number // total)
     except (pyarrow.ArrowException, OSError) as error:
-        wrong = RowError(Code.UNREADABLE, f"cannot be read: {str(error)[:200]}", expected="a complete Parquet file")
+        wrong = RowError(
+            Code.UNREADABLE, f"cannot read the file: {str(error)[:200]}", expected="a complete Parquet file"
+        )
         yield Row(number + 1, b"", error=wrong)
 
 

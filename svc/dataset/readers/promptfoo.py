@@ -1,7 +1,7 @@
 """Promptfoo's YAML as rows in the chat format: every test with every prompt, its variables and its reference answer.
 
-Templates are Nunjucks, a language: only names are replaced here; anything else in braces and code in other files are
-rejected. Text files in the YAML's folder or below are read. A test that yields no example is an error.
+Templates are in Nunjucks, a programming language: only names are replaced here; anything else in braces and code in
+other files are rejected. Text files in the YAML's folder or below are read. A test that yields no example is an error.
 """
 
 import json
@@ -30,7 +30,7 @@ def read_promptfoo(path: Path, stream: BinaryIO) -> Iterator[Row]:
     """Yield a row for each test and prompt, with the first line of the test.
 
     Args:
-        path: of the file; files that it names are in the same folder or below.
+        path: path of the file; files that it names are in the same folder or below.
     """
     raw = stream.read(MAX_ROW_BYTES + 1)
     try:
@@ -56,7 +56,7 @@ def read_promptfoo(path: Path, stream: BinaryIO) -> Iterator[Row]:
 
 @dataclass(frozen=True, slots=True)
 class _Suite:
-    """The tests, and what all of them share.
+    """The tests, and the prompts, variables and assertions that they share.
 
     Attributes:
         folder: folder that contains the file.

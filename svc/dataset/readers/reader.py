@@ -1,4 +1,4 @@
-"""From data files to chat examples, with one problem per bad line and no guessing.
+"""Reads chat examples from data files. Each bad line is reported as one problem; nothing is guessed.
 
 A file has one format, that of most of its first rows; a row in another format is an error.
 """
@@ -45,7 +45,7 @@ def read_lines(path: Path, on_read: Callable[[int], None] = lambda position: Non
     """Yield every line of a data file; memory is bounded by the longest line.
 
     Args:
-        on_read: called at intervals with the bytes of the file that were read so far.
+        on_read: called at intervals with the number of bytes of the file that were read so far.
 
     Raises:
         DataError: the file does not exist or cannot be opened.
@@ -86,7 +86,7 @@ def read_examples(
         kept_back: held-out examples; a line with the prompt of one is bad.
 
     Raises:
-        DataError: a bad line, with its number, or too few examples.
+        DataError: a line is bad (the error names it), or there are too few examples.
     """
     given = [sources] if isinstance(sources, str | Path) else list(sources)
     held = {normal_prompt(example) for example in kept_back}

@@ -6,7 +6,7 @@ from typing import Any
 from svc.dataset.problem.problem import Code, RowError
 
 MAX_ROW_BYTES = 16 * 2**20
-"""Size of one line, element, record or cell; a larger one is an error and is never in memory as a whole."""
+"""Maximum size of a line, element, record or cell; a larger one is an error and never in memory as a whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,6 @@ class Row:
 
 
 def too_large() -> RowError:
-    """Return the error of a record beyond the limit."""
+    """Return the error for a record above the limit."""
     wrong = f"more than {MAX_ROW_BYTES // 2**20} MiB in one example"
     return RowError(Code.TOO_LARGE, wrong, expected=f"at most {MAX_ROW_BYTES} bytes")

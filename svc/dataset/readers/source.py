@@ -28,8 +28,8 @@ def data_files(source: str | Path, cache: Path | None = None, *, fetch: Callable
     """Return the files of a source, in order.
 
     Args:
-        source: a file; a folder, whose data files are taken, sorted by path; or
-            `hf:ORG/NAME[@REVISION][/FILE-OR-FOLDER]`, of which files of a test or validation split are taken only if
+        source: a file; a folder, of which all data files are read, also in subfolders, sorted by path; or
+            `hf:ORG/NAME[@REVISION][/FILE-OR-FOLDER]`, of which files of a test or validation split are read only if
             FILE-OR-FOLDER names the split.
         cache: folder for files fetched from the hub.
         fetch: replaces `huggingface_hub.snapshot_download`.
@@ -55,8 +55,8 @@ def _folder_files(folder: Path) -> list[Path]:
     ]
     if not files:
         raise DataError(
-            f"no data file in folder {folder}",
-            expected=f"files that end in {', '.join(CONTAINERS)}, also with {', '.join(COMPRESSIONS)}",
+            f"the folder {folder} contains no data files",
+            expected=f"names that end in {', '.join(CONTAINERS)}, optionally followed by {', '.join(COMPRESSIONS)}",
             todo="check the path",
         )
     return files

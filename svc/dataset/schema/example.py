@@ -41,9 +41,9 @@ class Message:
 
     Attributes:
         content: blank only in an assistant turn with tool calls.
-        name: of the user or tool, if there are several.
+        name: name of the user or tool, if there are several.
         tool_call_id: in a tool's turn, the call that it answers.
-        weight: of an assistant turn: 1 is learnt, 0 is not; None if the example sets none.
+        weight: weight of an assistant turn: 1 is learnt, 0 is not; None if the example sets none.
     """
 
     role: Role
@@ -80,7 +80,7 @@ class ChatExample:
     Attributes:
         messages: system turn (optional, first), then user, assistant and tool turns; the last is the assistant's and
             has text.
-        tools: that the assistant may call: OpenAI's definitions, each as JSON text.
+        tools: tools that the assistant may call: OpenAI's definitions, each as JSON text.
     """
 
     messages: tuple[Message, ...]
@@ -93,12 +93,12 @@ class ChatExample:
 
     @property
     def question(self) -> str:
-        """The last user turn before the answer."""
+        """Text of the last user turn before the answer."""
         return next(message.content for message in reversed(self.prompt) if message.role is Role.USER)
 
     @property
     def answer(self) -> str:
-        """The final assistant turn: the reference."""
+        """Text of the final assistant turn: the reference answer."""
         return self.messages[-1].content
 
     @property
@@ -165,7 +165,7 @@ def parse_example(value: dict[str, Any]) -> ChatExample:
     Keys other than `messages` and `tools` are ignored, except the older `functions`, which is an error.
 
     Raises:
-        RowError: names the field and its value, and what was expected.
+        RowError: the value is not a valid example; the error names the field, its value and what was expected.
     """
     turns = expect_turns(value["messages"], "messages")
     messages = tuple(_parse_message(f"messages[{index}]", turn) for index, turn in enumerate(turns))
@@ -248,7 +248,7 @@ def _check_order(messages: tuple[Message, ...]) -> None:
 
 
 def _check_calls(example: ChatExample) -> None:
-    """Check that every call has tool turns after it, and every tool turn a call before it: templates pair them or fail.
+    """Check that every call has a result after it, and every result a call before it: chat templates may need both.
 
     Calls without an id are only counted, and one tool turn may hold the results of all of them, as in ShareGPT files.
     """
@@ -274,7 +274,7 @@ def _check_calls(example: ChatExample) -> None:
             del ids[next(iter(ids))]
         else:
             call = "" if identity is None else f" for the call {identity!r:.80}"
-            wrong = f"is a tool turn{call} with no such call before it"
+            wrong = f"is a tool turn{call} without a matching call before it"
             expected = "the assistant's call first, then the tool's result"
             raise RowError(Code.WRONG_TURNS, wrong, field=field, expected=expected)
         answered = True

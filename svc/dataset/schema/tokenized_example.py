@@ -45,7 +45,7 @@ class TokenizedExample:
         """Return the values of the tokens that are learnt.
 
         Args:
-            values: one for each token, starting with the first learnt one.
+            values: one for each token from the first learnt one on.
         """
         first = self.learnt[0][0]
         return [value for start, end in self.learnt for value in values[start - first : end - first]]

@@ -14,7 +14,7 @@ _MAX_DEPTH = 64
 """Nesting of a tool's schema and of a call's arguments: templates walk them recursively."""
 Value = TypeVar("Value")
 _FUNCTION = (None, "function")
-"""Types of a tool and of a call; the only existing type may be left out."""
+"""Valid types of a tool and of a call; None, because the only existing type may be left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class ToolCall:
 
     Attributes:
         arguments: a JSON object as text, as in OpenAI's API.
-        id: referred to by the tool's turn; may be missing.
+        id: id to which the tool's turn refers; None if the example has none.
     """
 
     name: str
@@ -91,7 +91,8 @@ def parse_tools(tools: Any) -> tuple[str, ...]:
     first: dict[str, int] = {}
     for index, name in enumerate(names_of(texts)):
         if first.setdefault(name, index) != index:
-            raise RowError(Code.WRONG_TOOLS, f"is {name!r} again", field=f"tools[{index}]", expected="each name once")
+            wrong = f"is a second tool named {name!r}"
+            raise RowError(Code.WRONG_TOOLS, wrong, field=f"tools[{index}]", expected="each name once")
     return texts
 
 

@@ -1,1 +1,1 @@
-"""Bytes as text and text as values, strictly."""
+"""Strict decoding of UTF-8 and JSON, and the comparison of texts."""

@@ -1,4 +1,4 @@
-"""Comparison of texts: whether a text shows anything, and whether two texts look the same to a reader.
+"""Comparison of texts: whether a text is blank, and whether two texts look the same to a reader.
 
 Knows nothing of examples.
 """

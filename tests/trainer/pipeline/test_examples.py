@@ -292,7 +292,7 @@ def test_run_stops_at_a_truncated_file_when_bad_lines_are_skipped(tmp_path: Path
     (tmp_path / "t.jsonl.gz").write_bytes(gzip.compress(b"\n".join(lines))[:-8])
     write_examples(tmp_path / "h.jsonl", HELDOUT)
     recipe = make_recipe(data={"train": tmp_path / "t.jsonl.gz", "heldout": tmp_path / "h.jsonl"})
-    with pytest.raises(DataError, match=r"t\.jsonl\.gz.* cannot be read further") as caught:
+    with pytest.raises(DataError, match=r"t\.jsonl\.gz.* cannot read the rest of the file") as caught:
         read_run_examples(recipe, bad_lines=BadLines(tmp_path / "bad"))
     assert "fetch or unpack the file again" in caught.value.todo
 

@@ -32,7 +32,7 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 
 def test_folder_without_data_files_is_named(tmp_path: Path) -> None:
     (tmp_path / "README.md").touch()
-    assert f"no data file in folder {tmp_path}" in failure(tmp_path).wrong
+    assert f"the folder {tmp_path} contains no data files" in failure(tmp_path).wrong
 
 
 @pytest.mark.parametrize("content", [b"", b"\n  \n"])
