@@ -1,4 +1,4 @@
-"""Features of an answer that a person can understand: its length, its end, whether it has the form of the task.
+"""Features of an answer that a person can understand: its length, its end, and whether it has the form of the task.
 
 The length, end and likelihood of an answer depend on its sampling, and held-out answers are greedy. These three are
 compared only for live answers with temperature 0, as if they had been truncated where held-out answers were; otherwise
@@ -27,14 +27,14 @@ _REFUSAL = re.compile(
     re.IGNORECASE,
 )
 _REFUSAL_CHARS = 200
-"""A refusal begins with it."""
+"""Number of characters at the beginning of an answer that are searched for a refusal."""
 
 
 class AnswerFeature(StrEnum):
-    """Lines of the drift table."""
+    """The compared features of an answer, each a line of the drift table."""
 
     TOKENS = "answer_tokens"
-    """Length; greedy answers only."""
+    """Length in tokens, at most the limit above; greedy answers only."""
     LOGPROB = "answer_logprob"
     """Mean log-probability of its tokens, rounded to tenths of a nat, because a second scoring differs by hundredths;
     greedy answers with a score only."""
@@ -44,9 +44,10 @@ class AnswerFeature(StrEnum):
     REFUSAL = "refusal"
     """The answer begins like a refusal in English."""
     VALID_JSON = "valid_json"
-    """Only if all held-out references are JSON; answers that ended within the limit of held-out ones."""
+    """Whether it is JSON; only if all held-out references are, and only answers that ended within the limit above."""
     LABEL = "label"
-    """Only if the references are a few labels: the answer if it is one, else `other`; of the same answers."""
+    """The answer if it is one of the labels, else `other`; only if the references are a few labels, and only answers
+    that ended within the limit above."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +55,8 @@ class Answer:
     """The compared properties of an answer; unknown ones are None.
 
     Attributes:
-        greedy: sampled as held-out answers are; otherwise its length, end and likelihood are not compared.
-        logprob: mean over its tokens, nats.
+        greedy: whether it was sampled as held-out answers are; if not, length, end and likelihood are not compared.
+        logprob: mean log-probability of its tokens, nats.
     """
 
     text: str | None
@@ -69,7 +70,7 @@ class AnswerSampler:
     """Creates samples of answers that can be compared with each other.
 
     Args:
-        references: the right answers of the held-out set; they determine whether the task is JSON, or labels.
+        references: the right answers of the held-out set; they determine whether the task asks for JSON or for labels.
         cut: length in tokens at which live answers count as truncated: the largest limit of the held-out ones.
     """
 
@@ -139,7 +140,7 @@ def is_greedy(temperature: float | None, max_tokens: int | None, cut: int) -> bo
 
 
 def compared_logprob(logprob: float | None, *, greedy: bool) -> float:
-    """Return the log-probability of an answer as compared; NaN if it is not compared."""
+    """Return an answer's log-probability, rounded for the comparison; NaN if it is not compared."""
     return _number(round(logprob, 1) if greedy and logprob is not None else None)
 
 

@@ -4,8 +4,8 @@ The held-out set is not such a sample: where it is split off, it has no near dup
 traffic has some. So traffic would count as drift for being nearer to the training text than the held-out set is.
 
 The text space, in which traffic is compared, is fitted on the other examples, which are as far from the sample as from
-traffic. A space that knew the sample's own words would tell it from all traffic. (Tried: an alarm in every stream.)
-Independent of the tests.
+traffic. A space fitted on the sample itself would distinguish it from all traffic (tried: every stream had an alarm).
+Knows nothing of the statistical tests.
 """
 
 import random
@@ -18,7 +18,7 @@ DRIFT_SAMPLE_FILE = "drift_sample.jsonl"
 MAX_SAMPLED = 500
 """Five times the largest compared window. More examples detect no shift sooner, and each test takes longer."""
 _SHARE = 0.5
-"""Of all examples. With few examples, both parts are needed: a small sample allows small windows only."""
+"""Share of the examples that is drawn. If they are few, both parts matter: a small sample allows small windows only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +26,8 @@ class DriftSample:
     """Examples in two parts that are independent of each other.
 
     Attributes:
-        sample: in random order, like traffic: repeated questions are not adjacent.
-        rest: the others.
+        sample: the drawn examples in random order, like traffic: repeated questions are not adjacent.
+        rest: the other examples, in their original order.
     """
 
     sample: list[ChatExample]

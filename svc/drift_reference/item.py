@@ -1,6 +1,6 @@
-"""Items of requests: computed from texts as the reference's samples are, and converted back into samples.
+"""Drift items: the features of one live request each, computed as the reference's are, and converted to samples.
 
-One place for both sides of a comparison. Independent of the items' storage.
+The same code computes both sides of a comparison. Knows nothing of how items are stored.
 """
 
 import math
@@ -34,7 +34,7 @@ class ItemMaker:
         """Return an item for each record.
 
         Args:
-            records: with prompt and answer, redacted.
+            records: requests with their redacted prompts and answers.
         """
         prompts = [read_prompt(record.prompt or "") for record in records]
         sample, answers = self._prompt_sampler.sample(prompts), self._answers(records)
@@ -76,10 +76,10 @@ class ItemMaker:
 
 
 def prompt_sample(items: Sequence[Item], like: Sample) -> Sample:
-    """Return the prompts of items as a sample.
+    """Return the features of the items' prompts as a sample.
 
     Args:
-        like: the reference; a feature that an item lacks counts as missing.
+        like: the reference's sample, whose features the result has; one that an item lacks counts as missing.
     """
     views = [np.array([item.topic for item in items]), np.array([item.wanted for item in items])]
     shaped = zip(views, like.views, strict=True)
@@ -91,11 +91,11 @@ def prompt_sample(items: Sequence[Item], like: Sample) -> Sample:
 
 
 def answer_sample(items: Sequence[Item], logprobs: Sequence[float | None], like: Sample) -> Sample:
-    """Return the answers of items as a sample.
+    """Return the features of the items' answers as a sample.
 
     Args:
-        logprobs: of each answer, None if it has no score.
-        like: the reference; a feature that an item lacks counts as missing.
+        logprobs: log-probability of each answer; None if it has no score.
+        like: the reference's sample, whose features the result has; one that an item lacks counts as missing.
     """
     rows: list[Mapping[str, float | str | None]] = []
     for item, logprob in zip(items, logprobs, strict=True):

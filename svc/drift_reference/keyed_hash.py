@@ -23,7 +23,7 @@ from svc.files.disk import sync_folder
 
 KEY_FILE = "drift.key"
 MAX_WORDS = 512
-"""Of a prompt; a page of text has about 250 distinct ones."""
+"""Maximum number of hashed words of a prompt; a page of text has about 250 distinct words."""
 _KEY_BYTES = 16
 _WORD = re.compile(rf"{WORD}|\d+")
 

@@ -16,16 +16,16 @@ _SYMBOL = re.compile(r"[^\w\s]")
 
 
 class PromptFeature(StrEnum):
-    """Lines of the drift table."""
+    """The compared features of a prompt, each a line of the drift table."""
 
     CHARACTERS = "characters"
     """Length of the last user turn."""
     DISTINCT_WORDS = "distinct_words"
-    """Number of distinct words per word."""
+    """Number of distinct words, divided by the number of words."""
     UNKNOWN_WORDS = "unknown_words"
     """Share of its distinct words that are in none of the text space's prompts."""
     WORD_LENGTH = "word_length"
-    """Mean, characters."""
+    """Mean length of a word, characters."""
     SYMBOLS = "symbols"
     """Share of characters that are neither letter, digit nor space."""
     TURNS = "turns"
@@ -57,7 +57,7 @@ class PromptSampler:
     """Creates samples of prompts that can be compared with each other.
 
     Args:
-        space: of the version; fitted on none of the compared prompts.
+        space: the version's text space, fitted on none of the compared prompts.
     """
 
     def __init__(self, space: TextSpace) -> None:

@@ -1,8 +1,8 @@
 """A version's reference: samples of the prompts that it was trained for and of its answers.
 
 Read from the registry. Prompts are a random sample of all of its examples; answers are those to the held-out examples,
-the only ones that it was asked and was not trained on. Both are redacted as live texts are before they are stored, so
-that mail addresses are blanked in both.
+the only ones that it has answered and was not trained on. Both are redacted as live texts are before they are stored,
+so that mail addresses are blanked in both.
 """
 
 import json
@@ -28,7 +28,7 @@ from svc.registry.registry import Registry
 from svc.version import Target
 
 _MAX_ANSWERS = 1_000
-"""To held-out prompts, evenly spaced; more make shares no more precise than needed, and take seconds to redact."""
+"""Maximum number of held-out answers, evenly spaced: more make shares no more precise than needed, and take seconds."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class Reference:
 
     Attributes:
         prompts: None if the version has no text space.
-        answers: to the held-out examples; None if the version has no stored answers.
+        answers: answers to the held-out examples; None if the version has no stored answers.
         missing: the reason why one of them is None.
         words: `KeyedHash.words` of each of the prompts.
-        hashes: of the home.
+        hashes: keyed hash of the home, for words and conversations of live prompts.
     """
 
     prompt_sampler: PromptSampler | None
@@ -90,7 +90,7 @@ def read_reference(registry: Registry, target: Target, redactor: Redactor) -> Re
 
 
 def _heldout_answer(example: ChatExample, result: ExampleResult, redactor: Redactor) -> Answer:
-    """Return the answer as a live one is stored: with a redacted text in prompt or answer, it has no score."""
+    """Return the answer as a live one would be stored: if prompt or answer contains redacted text, it has no score."""
     texts = [*(message.content for message in example.prompt), result.answer]
     unredacted = all(redactor.text(text) == text for text in texts)
     logprob = result.logprob if unredacted else None

@@ -1,13 +1,13 @@
 """A map from prompts to vectors, fitted on a version's examples; it separates topics.
 
-Two views of a prompt: its position among those prompts (latent semantic analysis of character n-grams,
-Deerwester et al. 1990), and the answer that it asks for (a ridge regression from there to their answers). With the
-second, a change of topics that matters to the task is detected with about two thirds of the prompts; Lipton et al. 2018
-and Rabanser et al. 2019 found such a gain with a classifier's outputs.
+Two views of a prompt: its position among the examples' prompts (latent semantic analysis of character n-grams,
+Deerwester et al. 1990), and the answer that it asks for (a ridge regression from the position to the answer). With the
+second view, a change of topics that matters to the task is detected with about two thirds of the prompts; Lipton et al.
+2018 and Rabanser et al. 2019 found such a gain with a classifier's outputs.
 
-It is fitted on other examples than those that live prompts are compared with (drift_sample.py), so that neither of the
-two is nearer to it than the other, as a permutation test between them requires. Texts cannot be recovered from
-it: n-grams and words are stored as hashes. Independent of tests, windows and the served model.
+The map is fitted on other examples than those that live prompts are compared with (drift_sample.py), so that neither of
+the two is nearer to it than the other, as a permutation test between them requires. Texts cannot be recovered from the
+map: n-grams and words are stored as hashes. Knows nothing of tests, windows and the served model.
 """
 
 from collections.abc import Sequence
@@ -77,7 +77,7 @@ class TextSpace:
     Attributes:
         idf: weight of each n-gram bucket.
         axes: axes by buckets, the strongest first.
-        answers: axes of the prompt by axes of the answer.
+        answers: coefficients of the regression, axes of the prompt by axes of the answer.
         words: sorted hashes of the words of the prompts.
     """
 
@@ -94,7 +94,7 @@ class TextSpace:
         return Embedding(placed[:, :_TOPIC_AXES], placed @ self.answers)
 
     def unknown_words(self, prompts: Sequence[str]) -> Floats:
-        """Return the share of each prompt's distinct words that no prompt of the map has; 0 for one without words."""
+        """Return the share of each prompt's distinct words that the fitted prompts lack; 0 if it has no words."""
         if not prompts:
             return np.zeros(0)
         counts = _words(prompts)
@@ -162,7 +162,7 @@ def load_text_space(path: Path) -> TextSpace:
 
 
 def _answer_map(placed: Floats, targets: Floats) -> Floats:
-    """Return prompt axes by answer axes. The intercept is left out: it moves all prompts equally."""
+    """Return the regression's coefficients, prompt axes by answer axes; an intercept would move all prompts equally."""
     from sklearn.linear_model import Ridge
 
     if not targets.shape[1]:
