@@ -136,7 +136,7 @@ class EngineClient:
         await self._http.aclose()
 
     async def health(self) -> Health:
-        """Check whether the engine answers and its core is alive."""
+        """Check whether the engine answers within 5 s and its core is alive."""
         try:
             answer = await self._http.get("/health", timeout=5.0)
         except httpx.HTTPError as error:
@@ -178,14 +178,14 @@ class EngineClient:
         return await self._post("/v1/chat/completions", body, _answer)
 
     async def generate(self, token_ids: Sequence[int], *, tokens: int) -> None:
-        """Generate exactly this number of tokens and discard them, to measure speed."""
+        """Generate exactly `tokens` tokens and discard them, to measure speed."""
         body = {"model": self.model, "prompt": list(token_ids), "max_tokens": tokens, "ignore_eos": True}
         await self._post("/v1/completions", body)
 
     async def prompt_tokens(
         self, messages: Sequence[Message | Mapping[str, Any]], tools: Sequence[str] = ()
     ) -> list[int]:
-        """Return the token ids of a prompt by the engine's chat template, ready for the answer.
+        """Return the token ids of a prompt as the engine's chat template renders it, up to the start of the answer.
 
         Args:
             messages: turns of an example, or OpenAI's form, which may contain more than text.
@@ -215,7 +215,7 @@ class EngineClient:
     async def _prompt_logprobs(
         self, token_ids: Sequence[int], start: int, *, likeliest: int
     ) -> tuple[tuple[float, int], ...]:
-        """Return each token's log-probability, and the id of the most likely of the requested tokens."""
+        """Return each token's log-probability, and the id of the likeliest token that vLLM reports at its position."""
         body = {"model": self.model, "prompt": list(token_ids), "max_tokens": 1, "temperature": 0}
 
         def read(answer: Any) -> tuple[tuple[float, int], ...]:
@@ -369,12 +369,12 @@ def _read(path: str, answer: httpx.Response, read: Callable[[Any], Result]) -> R
         raise EngineError(
             f"the engine's answer to {path} cannot be read: {error!r}",
             expected="an answer in vLLM's format",
-            todo="check the engine's log, and that its version is supported",
+            todo="check the engine's log, and that its version of vLLM is supported",
         ) from error
 
 
 def _errno(error: BaseException) -> int | None:
-    """Return the errno of the operating system's error that caused this one; None without one."""
+    """Return the errno of the operating system's error that caused this one; None if there is none."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno is not None:

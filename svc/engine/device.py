@@ -76,11 +76,11 @@ class DeviceCapabilities(BaseModel):
         instruction_set: the CPU's widest vector instructions that torch uses, for example `x86_64-avx2`.
         cpu_bfloat16: whether this CPU multiplies bfloat16 faster than float32. Without oneDNN kernels for it,
             PyTorch's own run on one thread, up to 85 times slower; if they emulate it, five times.
-        gpu: None if torch sees none.
+        gpu: the GPU that torch would use; None if it sees none.
         vllm: version of the installed vLLM.
         engine_device: device for which vLLM is built.
         vllm_gptq: whether vLLM itself multiplies by 4-bit weights here. Its library for CPUs without AVX-512 cannot:
-            there a model loads, and its first request kills the engine.
+            there a 4-bit model loads, and its first request kills the engine.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -134,12 +134,12 @@ class DeviceCapabilities(BaseModel):
         if chosen is GptqKernel.TORCH and not cpu:
             raise EngineError(
                 f"engine.gptq_kernel is {chosen}, and the engine runs on {self.device(settings)}",
-                expected="an engine on a CPU, where alone PyTorch's kernel is available",
+                expected="an engine on a CPU: PyTorch's kernel is not available elsewhere",
                 todo="remove engine.gptq_kernel from the settings",
             )
         if chosen is GptqKernel.VLLM and not self.vllm_gptq:
             raise EngineError(
-                f"vLLM {self.vllm} has no kernel for GPTQ on {self.hardware(settings)}: a request kills the engine",
+                f"vLLM {self.vllm} has no kernel for GPTQ on {self.hardware(settings)}: requests would kill the engine",
                 expected="a device on which vLLM serves 4-bit weights",
                 todo="remove engine.gptq_kernel from the settings"
                 if cpu
@@ -155,7 +155,7 @@ class DeviceCapabilities(BaseModel):
         """Return why an engine with `--enable-lora` cannot be probed; None if it can. Applies to vLLM 0.32.
 
         Args:
-            output_layer: whether adapters may change it, as without `--lora-target-modules`.
+            output_layer: whether adapters may change the output layer, as they may without `--lora-target-modules`.
         """
         if output_layer and self.device(settings) is Device.CPU:
             return "with --enable-lora, log-probabilities of a prompt can kill vLLM on a CPU"

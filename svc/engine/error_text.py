@@ -1,7 +1,7 @@
-"""Removes request content from an engine's errors before they are logged or stored: only the beginning remains.
+"""Removes request content from an engine's errors before they are logged or stored: cuts them at the first value.
 
 vLLM's messages contain values of the request: after `value=` and `got`, in quotes, as lists and objects of Python or
-JSON, and, for an invalid body, as pydantic's `'input'`. The request's sender gets them; readers of a log do
+JSON, and, for an invalid body, as pydantic's `'input'`. The request's sender gets these values; readers of a log do
 not.
 """
 

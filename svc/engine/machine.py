@@ -112,7 +112,7 @@ def _ask_gpus() -> str:
 
 
 def _quotas() -> Iterator[float]:
-    """Yield the quota of every cgroup around this process that has one."""
+    """Yield the quota of every cgroup around this process that has one, processor seconds per second."""
     for folder in _cgroup_folders("cpu"):
         quota, period = (_read(folder / "cpu.max") or "").split() or (None, None)
         quota, period = quota or _read(folder / "cpu.cfs_quota_us"), period or _read(folder / "cpu.cfs_period_us")
@@ -130,9 +130,10 @@ def _memory_limits() -> Iterator[tuple[int, int]]:
 
 
 def _cgroup_folders(controller: str) -> Iterator[Path]:
-    """Yield this process's folder for a controller and all above it, in both versions of cgroups.
+    """Yield the folder of this process's cgroup for a controller, then the folders above it; for cgroups v1 and v2.
 
-    Within a container the path may be the host's: missing folders have no files, and the topmost is the container's.
+    In a container, the path may be the one on the host. Then its folders are missing, and a reader finds no files in
+    them, except in the topmost folder, which is the container's own cgroup.
     """
     for line in (_read(_OWN_CGROUPS) or "").splitlines():
         number, names, path = line.split(":", 2)

@@ -28,8 +28,8 @@ class ModelFacts:
         weights: size of the safetensors files with its weights, bytes.
         context: maximum context length, tokens.
         dtype: number type in which the weights are stored, or were before quantization.
-        heads: attention heads.
-        kv_heads: heads with keys and values.
+        heads: number of attention heads.
+        kv_heads: number of heads with keys and values of their own.
         token_bytes: size of one token's keys and values in 16 bits over all layers, bytes.
         divided_widths: input widths of the layers that tensor parallelism divides; empty if unknown.
         quantization: quantization method, for example `gptq`; None if the weights are not quantized.
@@ -51,7 +51,7 @@ class ModelFacts:
     experts: bool = False
 
     def divides(self, ranks: int) -> bool:
-        """Return whether this number of GPUs can share its layers: whole heads, whole groups of a quantized weight."""
+        """Return whether this number of GPUs can share the layers, each with whole heads and quantization groups."""
         if self.heads is None or self.kv_heads is None:
             return ranks == 1
         groups = (width % (ranks * self.group_size) == 0 for width in self.divided_widths if self.group_size)
@@ -99,6 +99,6 @@ def read_model_facts(folder: Path) -> ModelFacts:
 
 
 def _number(config: dict[str, Any], key: str) -> int | None:
-    """Return a positive integer, else None. A group size of -1 means one group for all."""
+    """Return a key's value if it is a positive integer, else None; a group size of -1 means one group for all."""
     value = config.get(key)
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None

@@ -36,10 +36,10 @@ class EngineRecord:
     """Record of a running engine.
 
     Attributes:
-        pid: of the started process; its process group has the same number.
+        pid: id of the started process; its process group has the same number.
         boot, ticks: start of that process, see `start_of`: guards against a reused pid.
         launch: digest of its launch, see svc.engine.vllm.launch.launch_digest.
-        plan: the choices for its launch, for people, see svc.engine.vllm.plan.EnginePlan.rows.
+        plan: the choices for its launch, for display, see svc.engine.vllm.plan.EnginePlan.rows.
         holds: the last verified content; None if unknown.
     """
 
@@ -75,7 +75,7 @@ def write_record(folder: Path, record: EngineRecord) -> None:
 
 
 def read_record(folder: Path) -> EngineRecord | None:
-    """Return the record; None if it is missing, damaged, or copied with a home that owns the engine."""
+    """Return the record; None if it is missing, damaged, or was copied together with the home that owns the engine."""
     try:
         record = json.loads((folder / RECORD_FILE).read_text("utf-8"))
         if record.pop(_FOLDER) != str(folder.resolve()):
@@ -100,7 +100,7 @@ def find_engine(folder: Path) -> psutil.Process | None:
 def end_engine(folder: Path, known: psutil.Process | None = None) -> None:
     """Stop all processes of the engine that was last started in a folder: the first process, then its children.
 
-    Repeats until no process remains: a starting engine creates processes while it is being stopped.
+    Repeats until no process remains, at most 20 times: a starting engine creates processes while it is being stopped.
 
     Args:
         known: the engine's first process, if the caller knows it, in case the folder was changed.
@@ -141,7 +141,7 @@ def runs(process: psutil.Process) -> bool:
 
 
 def end_processes(processes: list[psutil.Process]) -> None:
-    """Send SIGTERM, and SIGKILL after the grace period."""
+    """Send SIGTERM and wait until the processes have exited; send SIGKILL to those that still run after 10 s."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -165,7 +165,7 @@ def _holders(folder: Path) -> list[psutil.Process]:
 
 
 def _group_of(number: int) -> list[psutil.Process]:
-    """Return the processes of a group: an engine's core outlives an engine that is killed."""
+    """Return the running processes of a group: if an engine's first process is killed, its core remains."""
     return _processes(lambda process: os.getpgid(process.pid) == number and runs(process))
 
 

@@ -26,8 +26,8 @@ MAX_TOKENS = 64
 MIN_TOLERANCE = 1e-3
 """Nats. Repeated probes on the CPU differ by 0.0000 if each is measured alone; another model's weights by about 10."""
 _REMEASUREMENTS = 5
-"""Maximum, of a probe that differs. With AMX, batches of some sizes round differently, by up to 0.28 nats. Measured
-alone, no probe differed; beside up to 15 streams of other requests, one measurement in forty did."""
+"""Maximum number for a probe that differs. With AMX, batches of some sizes round differently, by up to 0.28 nats.
+Measured alone, no probe differed; beside up to 15 streams of other requests, one measurement in forty did."""
 
 TokenId = Annotated[int, Field(ge=0)]
 Scored = tuple[Sequence[int], int]
@@ -39,7 +39,7 @@ class EngineFacts(BaseModel):
 
     Attributes:
         dtype: number type in which it computes.
-        kernel: kernel for 4-bit weights; vLLM's if the model has none.
+        kernel: kernel for 4-bit weights; `vllm` if the model has no such weights.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -61,7 +61,7 @@ class Probe(BaseModel):
     """One sequence and the version's log-probabilities for it.
 
     Attributes:
-        token_ids: at most 64.
+        token_ids: the sequence, at most 64 tokens.
         start: index of the first token of the answer.
         logprobs: natural-log probability of each token from `start` on.
         tolerance: maximum absolute difference of any log-probability, nats.
@@ -87,7 +87,7 @@ def engine_facts(settings: EngineSettings, capabilities: DeviceCapabilities, mod
     """Return the facts about an engine that is started with these settings on this device.
 
     Args:
-        model: its folder.
+        model: folder of the model that it serves.
 
     Raises:
         EngineError: the model's format cannot be served here.
@@ -104,7 +104,7 @@ def engine_facts(settings: EngineSettings, capabilities: DeviceCapabilities, mod
 
 
 def choose_sequences(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], count: int) -> list[Scored]:
-    """Return evenly picked prompts with their answers, cut to at most 64 tokens.
+    """Return evenly spaced prompts with their answers, cut to at most 64 tokens.
 
     Args:
         pairs: token ids of prompts and of their answers.
@@ -166,14 +166,14 @@ def make_probes(
 async def check_probes(client: EngineClient, probes: Sequence[Probe]) -> float:
     """Measure all probes on the engine and compare.
 
-    They are measured concurrently, which takes half the time, and those that differ again, one at a time: rounding
-    depends on the requests that share a batch, but other weights differ in every batch.
+    All are measured concurrently, which takes half the time. Those that differ are measured again one at a time, up to
+    five times: rounding depends on the requests that share a batch, but other weights differ in every batch.
 
     Returns:
         The largest difference, nats.
 
     Raises:
-        ProbeError: a difference exceeds its probe's tolerance, or there is no probe.
+        ProbeError: a probe differs by more than its tolerance each time, or there is no probe.
     """
     if not probes:
         raise ProbeError("the version has no probes for this format", todo="qualify the version again")

@@ -31,7 +31,7 @@ class Choice:
 
     Attributes:
         name: vLLM's name for the option, if it has one.
-        reason: in a few words; empty if the origin is enough.
+        reason: reason for the value, in a few words; empty if the origin says enough.
         arguments: arguments to add to vLLM's command line; empty if the user gave them, or if vLLM chooses.
         variables: variables to add to vLLM's environment.
     """
@@ -50,10 +50,10 @@ def as_argument(name: str, value: Value, origin: Origin, reason: str = "") -> Ch
 
 
 def as_given(name: str, args: Sequence[str], *others: str) -> Choice | None:
-    """Return the value of an option that `engine.args` contain; None if they lack it.
+    """Return an option and its value from `engine.args`; None if they do not contain the option.
 
     Args:
-        others: additional names of its option.
+        others: other names of the option, with their dashes.
     """
     value = given(args, _option(name), *others)
     return None if value is None else Choice(name, as_number(value), Origin.ARGS)

@@ -10,7 +10,7 @@ from time import perf_counter
 from typing import cast
 
 _MAX_BUFFERED_BYTES = 256 * 1024
-"""Maximum unread bytes of an answer. The last read may add as many again."""
+"""Maximum unread bytes of an answer. The last read from the socket may add as many again."""
 _MAX_JOINED_BYTES = 64 * 1024
 """Maximum size of parts that are returned together; a single part may be larger."""
 _MAX_STRAY_BYTES = 64 * 1024
@@ -109,7 +109,7 @@ class EngineConnection(asyncio.Protocol):
             raise
 
     async def read_some(self) -> bytes:
-        """Return the next bytes of the body that arrived together, at most about 64 KiB; empty at its end.
+        """Wait for the next bytes of the body, and return those that arrived together, about 64 KiB; empty at its end.
 
         Raises:
             BrokenConnectionError, SilenceError: the rest will not arrive.
@@ -136,7 +136,7 @@ class EngineConnection(asyncio.Protocol):
 
     def close(self) -> None:
         """Close the connection immediately: the engine cancels an unfinished request."""
-        self._fail(BrokenConnectionError("the connection was closed here"))
+        self._fail(BrokenConnectionError("the connection was closed by this process"))
 
     def _next(self) -> bytes:
         """Return the first parts that arrived together, up to about `_MAX_JOINED_BYTES`."""

@@ -35,7 +35,7 @@ class EngineConnections:
         socket: the engine's unix socket.
         silence_s: maximum wait for the next bytes of an answer, seconds.
         connect_timeout_s: maximum wait for a connection, seconds.
-        idle_s: time after which an idle connection is closed, seconds; less than the engine's.
+        idle_s: time after which an idle connection is closed, seconds; less than the engine's own limit.
 
     Attributes:
         is_closed: whether it accepts no more requests.
@@ -205,7 +205,7 @@ class EngineAnswer:
 
     @property
     def content_type(self) -> str:
-        """The engine's Content-Type; empty without one."""
+        """The answer's Content-Type; empty if the engine sends none."""
         return self._connection.content_type
 
     @property
@@ -219,7 +219,7 @@ class EngineAnswer:
         return self._connection.content_type.startswith(_EVENT_STREAM)
 
     def read_some(self) -> Coroutine[object, object, bytes]:
-        """Return the next bytes of the body that arrived together, at most about 64 KiB; empty at its end.
+        """Wait for the next bytes of the body, and return those that arrived together, about 64 KiB; empty at its end.
 
         Raises:
             BrokenConnectionError, SilenceError: the rest will not arrive.
@@ -227,7 +227,7 @@ class EngineAnswer:
         return self._connection.read_some()
 
     async def read(self) -> bytes:
-        """Return the rest of the body; raises as `read_some`."""
+        """Return the rest of the body. Raises as `read_some`, and MalformedAnswerError if it exceeds 64 MiB."""
         parts, size = list[bytes](), 0
         while part := await self._connection.read_some():
             parts.append(part)

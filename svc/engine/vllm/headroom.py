@@ -20,7 +20,7 @@ GPU it is not measured but covers the CUDA context and a long prompt."""
 
 
 def shortage(specs: Sequence[EngineSpec]) -> str | None:
-    """Return why there is not enough memory for these engines together; None if there is.
+    """Return why the free memory is not enough for these engines together; None if it is.
 
     Each needs its weights, its adapters' memory, keys and values of one sequence, and `ENGINE_OVERHEAD`. If the share
     of a GPU is set, vLLM requires all of that share to be free.

@@ -69,7 +69,7 @@ def operator_group_size(group_size: int, inputs: int) -> int:
 
     Args:
         group_size: inputs that share a scale, a multiple of 32; -1: all.
-        inputs: of the layer, a multiple of 32.
+        inputs: number of the layer's inputs, a multiple of 32.
     """
     whole = inputs if group_size == -1 else group_size
     return next(size for size in _GROUP_SIZES if whole % size == 0)

@@ -59,7 +59,7 @@ class EngineSpec:
         template_kwargs: arguments of the chat template; None: as in the model's folder.
         lora: capacity for adapters; None: no adapters.
         engines: number of engines that share the machine, including this one.
-        idles: whether the model has an idle time.
+        idles: whether the model has an idle time (`idle_s`), after which its engine may sleep.
     """
 
     model: Path
@@ -77,7 +77,7 @@ class EngineSpec:
 
     @property
     def socket(self) -> Path:
-        """The unix socket that it listens on."""
+        """The unix socket on which the engine listens."""
         return self.runtime / SOCKET_FILE
 
     @cached_property
@@ -93,7 +93,7 @@ class EngineSpec:
 
     @property
     def device(self) -> Device:
-        """Device that it will run on."""
+        """Device on which the engine will run."""
         return self.capabilities.device(self.settings)
 
     @cached_property

@@ -27,9 +27,9 @@ class ModelCheck:
     """A check that is running.
 
     Args:
-        folder: of the model.
+        folder: folder of the model.
         command: command line of the process.
-        process: prints vLLM's reason as JSON, or null.
+        process: the process, which prints vLLM's reason for a rejection as JSON, or null.
     """
 
     def __init__(self, folder: Path, command: Sequence[str], process: "subprocess.Popen[str]") -> None:
@@ -38,7 +38,7 @@ class ModelCheck:
         self._process = process
 
     def wait(self) -> None:
-        """Wait for the answer.
+        """Wait for the answer, at most 300 s.
 
         Raises:
             BaseModelError: vLLM cannot serve the model; contains vLLM's reason.

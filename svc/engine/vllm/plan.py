@@ -75,8 +75,8 @@ def plan_engine(
     """Return all choices for one engine.
 
     Args:
-        capabilities: of the device on which it will run.
-        machine: its current state.
+        capabilities: capabilities of the device on which it will run.
+        machine: the machine's current resources.
         cache: folder for compiled kernels.
         engines: number of engines that share the machine, including this one.
 
@@ -152,7 +152,7 @@ class _Planner:
         if given_flag(self._args, "enforce-eager") is not None:
             return Choice(name, eager, Origin.ARGS, variables=variables)
         arguments = ("--enforce-eager",) if eager else ()
-        reason = "on a CPU, compiling costs a minute and gains a quarter" if self._cpu else "faster on a GPU"
+        reason = "on a CPU, compiling takes a minute for a quarter more speed" if self._cpu else "faster on a GPU"
         return Choice(name, eager, Origin.MACHINE, reason, arguments, variables)
 
     def _block_size(self) -> Choice:
@@ -162,7 +162,7 @@ class _Planner:
         if not self._cpu:
             return Choice(name, AUTO, Origin.VLLM, "depends on the GPU's attention kernel")
         # The prefix cache stores whole blocks: with vLLM's 128 tokens most of a short prompt is computed again.
-        return as_argument(name, _BLOCK_SIZE, Origin.DEFAULT, "tokens; short prompts share whole blocks")
+        return as_argument(name, _BLOCK_SIZE, Origin.DEFAULT, "tokens; small, so that short prompts share blocks")
 
     def _executor(self, ranks: int) -> Choice:
         name, machine = "distributed_executor_backend", self._machine
@@ -181,7 +181,7 @@ class _Planner:
         if bound is not None:
             return Choice(name, bound, Origin.ENVIRONMENT, variable, variables=((variable, bound),))
         if ranks > 1:
-            return Choice(name, AUTO, Origin.VLLM, "one memory node per rank")
+            return Choice(name, AUTO, Origin.VLLM, "the cores of one memory node per rank")
         (most, reason), count, origin = self._most_cores(), self._settings.cores, Origin.SETTING
         if count is None:
             # Threads of two engines that compete for one core slow both to a quarter.
@@ -209,7 +209,7 @@ class _Planner:
         if choice := as_given(name, self._args):
             return choice
         if given(self._args, *_SHARE_OPTIONS) is not None:
-            return Choice(name, AUTO, Origin.ARGS, f"the rest of {_SHARE_OPTIONS[0]}")
+            return Choice(name, AUTO, Origin.ARGS, f"what {_SHARE_OPTIONS[0]} leaves")
         if setting is not None:
             return as_argument(name, int(setting * GIB), Origin.SETTING, _gib(setting * GIB))
         free = max(0, self._machine.free - weight_bytes(self._model, wide=wide))

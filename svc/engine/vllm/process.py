@@ -153,11 +153,11 @@ class EngineProcess:
         record = await asyncio.to_thread(read_record, self.spec.state)
         self.plan = record.plan if record else None
         if self._process is None or not await self.client.healthy():
-            raise EngineError(f"the engine in {self.spec.state} does not answer", todo="start a new one")
+            raise EngineError(f"the engine in {self.spec.state} does not answer", todo="start a new engine")
         try:
             self._watch(self._process.pid)
         except ProcessLookupError:
-            raise EngineError(f"the engine in {self.spec.state} has just exited", todo="start a new one") from None
+            raise EngineError(f"the engine in {self.spec.state} has just exited", todo="start a new engine") from None
 
     async def record(self, holds: str | None) -> None:
         """Record the loaded content for a later server; None if unknown.
@@ -173,7 +173,7 @@ class EngineProcess:
             write_record(self.spec.state, replace(record, holds=holds))
 
     def memory(self) -> int | None:
-        """Return the engine's main memory, bytes, with a share of the shared pages; None if no process runs."""
+        """Return the engine's main memory, bytes, with its share of shared pages; None if no process runs."""
         with contextlib.suppress(psutil.Error):  # it is exiting
             return sum(process.memory_full_info().pss for process in self._processes()) or None
         return None
@@ -201,7 +201,7 @@ class EngineProcess:
         return self._child.wait() if self._child else None
 
     async def stop(self) -> None:
-        """Stop the engine and all its processes: first SIGTERM, then SIGKILL."""
+        """Stop the engine and all its processes with SIGTERM, or with SIGKILL if they still run after 10 s."""
         await asyncio.shield(_in_own_thread(self._end))
         self._unwatch()
         await self.client.close()
