@@ -1,1 +1,1 @@
-"""Runs examples through an endpoint and says how good the answers are. What is measured is what is served."""
+"""Sends examples to an endpoint and measures how good the answers are: on the same endpoint that serves clients."""

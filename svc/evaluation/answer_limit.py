@@ -12,16 +12,16 @@ from svc.dataset.schema.tokenized_example import TokenizedExample
 REFERENCE_FACTOR = 1.5
 """Factor on the reference's tokens: a right answer in other words may be half again as long."""
 SPARE_TOKENS = 16
-"""For short references: half of a label's few tokens is too little for another wording, and with some templates
-the model ends an answer with more than one token."""
+"""Tokens added for short references: half of a label's few tokens is too little for another wording, and with some
+templates the model ends an answer with more than one token."""
 
 
 def answer_limits(examples: Sequence[TokenizedExample], *, context: int, fixed: int | None) -> tuple[int, ...]:
     """Return the limit on each example's answer, tokens.
 
     Args:
-        context: maximum tokens of a prompt with its answer. vLLM rejects a request whose prompt and
-            limit together exceed it.
+        context: maximum number of tokens in a prompt and its answer together. vLLM rejects a request whose prompt and
+            limit exceed it.
         fixed: the recipe's `evaluate.max_tokens`, for every example; None: each reference determines the limit.
     """
     return tuple(_limit_of(example, context) if fixed is None else fixed for example in examples)

@@ -33,7 +33,7 @@ class EvaluationCache:
     """Cached results of one model under one set of conditions.
 
     Args:
-        folder: of the caches of all models; created with the first result.
+        folder: folder of the caches of all models; created with the first result.
         conditions: everything that determines an answer except its limit, such as weights and kind of engine.
     """
 
@@ -44,7 +44,7 @@ class EvaluationCache:
         """Return the results of these examples, in order; None if one of them is missing.
 
         Args:
-            limits: maximum tokens of each answer; another limit may give another answer.
+            limits: maximum number of tokens of each answer; another limit may give another answer.
         """
         return find_results(self._read(), examples, limits)
 

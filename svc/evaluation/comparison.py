@@ -21,7 +21,7 @@ from svc.evaluation.metrics.tokens import CutOff, Nll
 from svc.evaluation.results import ExampleResult
 
 SHOWN = 20
-"""Examples that are shown side by side."""
+"""Maximum number of examples that are shown side by side."""
 _MIN_DIFFERENT = 6
 """With fewer differing examples, all of them favour one model by chance more than once in twenty comparisons."""
 _EQUAL = 1e-9
@@ -98,7 +98,7 @@ class VersionComparison(_Part):
     Attributes:
         metrics: by name, the primary one first; includes the share of answers that were cut off at their limit as
             `cut_off`, and the negative log-likelihood of the references as `nll`.
-        left_out: why each missing metric is left out, by the metric's name.
+        left_out: reason why a metric cannot compare these models, by the metric's name.
         different: examples whose answers differ most, by the tally's scores and then by edits.
     """
 

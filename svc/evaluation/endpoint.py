@@ -1,8 +1,8 @@
 """A model at any OpenAI endpoint, such as another provider's or this gateway. It answers examples or acts as judge.
 
-Differences between providers are detected by their errors: some reject a temperature, or have another name for the
-answer's limit. None returns log-probabilities of a prompt, so a reference's likelihood is unknown. The key is never
-written to a message, a log or a file.
+Differences between providers are detected from their errors: some reject a temperature, or have another name for the
+answer's limit. No provider returns log-probabilities of a prompt, so a reference's likelihood is unknown. The key is
+never written to a message, a log or a file.
 """
 
 import asyncio
@@ -98,7 +98,7 @@ class Completion:
     """An endpoint's answer.
 
     Attributes:
-        tokens: tokens of the answer, by the model's own tokenizer; 0 if not reported.
+        tokens: number of tokens in the answer, by the model's own tokenizer; 0 if not reported.
     """
 
     text: str
@@ -107,7 +107,9 @@ class Completion:
 
 
 class Chat:
-    """Client of one endpoint that adapts to its options, retries, and limits concurrent requests.
+    """Client of one endpoint. It adapts to the options that the endpoint accepts, and tries a request up to five times.
+
+    At most eight requests run at the same time; further ones wait.
 
     Args:
         http: client, which the caller closes.
@@ -125,7 +127,7 @@ class Chat:
 
         Args:
             messages: in OpenAI's form.
-            limit: maximum tokens of the answer; None: the provider's default.
+            limit: maximum number of tokens of the answer; None: the provider's default.
             more: options for this request only.
 
         Raises:
@@ -199,7 +201,7 @@ async def ask_endpoint(
     """Return the greedy answers to examples, in order. Their `nll` is 0 and meaningless.
 
     Args:
-        limits: maximum tokens of each answer.
+        limits: maximum number of tokens of each answer.
         on_done: called after each example.
         transport: replaces the network.
 

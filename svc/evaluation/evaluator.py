@@ -27,7 +27,7 @@ from svc.evaluation.metrics.tokens import CutOff, Nll
 from svc.evaluation.results import ExampleResult
 
 CONCURRENCY = 16
-"""Concurrent requests."""
+"""Maximum number of concurrent requests."""
 
 
 class MetricReport(BaseModel):
@@ -64,7 +64,7 @@ class EvaluationReport(BaseModel):
         nll: negative log-likelihood of the reference answers, nats per token, mean over all their tokens.
         hits: exact match of each example, for paired comparison.
         seconds: time for all answers and scores; 0 if they were cached.
-        metrics: by name.
+        metrics: report of each metric, by name.
         primary: name of the metric that gates use and that monitoring measures again.
     """
 
@@ -113,7 +113,7 @@ async def evaluate(
 
     Args:
         tokenized: the same examples in the same order, as tokenized for training.
-        limits: maximum tokens of each answer, see svc.evaluation.answer_limit.
+        limits: maximum number of tokens of each answer, see svc.evaluation.answer_limit.
         trained: whether the model was trained on such examples, so that many answers equal the reference; affects only
             the time.
         on_done: called after each example.
@@ -154,7 +154,7 @@ async def ask_example(
 
     Args:
         tokenized: the same example as tokenized for training.
-        limit: maximum tokens of the answer.
+        limit: maximum number of tokens of the answer.
         trained: as for `evaluate`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Findings of a diagnosis: the fault, its numbers, the rule, and the key to change."""
+"""Findings of a diagnosis: the fault, its numbers, the rule, and the recipe key to change."""
 
 from enum import StrEnum
 

@@ -20,7 +20,7 @@ class Forgetting(BaseModel):
         fingerprint: digest of the questions and their accepted answers.
         before, after: share of right answers, of the base and of the version.
         difference: after minus before, paired by question; negative if the version answers fewer correctly.
-        nll_before, nll_after: negative log-likelihood of the references, nats per token; finer than the share.
+        nll_before, nll_after: negative log-likelihood of the references, nats per token; more sensitive than the share.
         nll_difference: after minus before; positive if the references have become less likely.
         lost, gained: number of questions that only the base, or only the version, answers correctly.
     """

@@ -47,7 +47,7 @@ class JudgeReport(BaseModel):
         url, model: the judge's endpoint and model.
         pairs: number of pairs with a verdict in both orders.
         unread: number of pairs without a verdict; they are left out of all figures.
-        win_rate: of the second model over the first: 1 for a win, 0.5 for a tie, mean over pairs and both orders.
+        win_rate: win rate of the second model: 1 for a win, 0.5 for a tie, mean over pairs and both orders.
         agreement: share of pairs with the same verdict in both orders.
         verdicts: both verdicts on each pair; empty for a pair without a verdict.
     """
@@ -102,7 +102,7 @@ async def judge_answers(
                 verdicts = await all_or_none(map(compare, examples, first, second))
             except EngineError as error:
                 raise JudgeError(
-                    f"the judge {endpoint.model} does not answer: {error.wrong}",
+                    f"a request to the judge failed: {error.wrong}",
                     expected=error.expected,
                     todo="check judge.url, judge.model and judge.key_file",
                 ) from error

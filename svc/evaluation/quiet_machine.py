@@ -34,10 +34,10 @@ async def measure_quietly(
     *,
     used_s: Callable[[], float] = machine_s,
 ) -> tuple[Result, float]:
-    """Measure, and repeat after a pause if other processes kept the machine busy; at most three times.
+    """Measure at most three times: again after a pause of 10 s if other processes kept the machine busy.
 
     Args:
-        own_s: returns the processor time of the measured processes, seconds; this process is added.
+        own_s: returns the processor time of the measured processes, seconds; that of this process is added.
         used_s: returns the processor time of all processes, seconds.
 
     Returns:

@@ -18,7 +18,7 @@ class ExampleResult(BaseModel):
     Attributes:
         answer: the greedy answer.
         tokens: number of tokens in the answer, including the one that ended it.
-        limit: maximum tokens of the answer.
+        limit: maximum number of tokens of the answer.
         finish_reason: the engine's `finish_reason`.
         logprob: mean natural-log probability of the answer's tokens; None for an empty answer.
         nll: negative log-likelihood of the reference answer, nats per token.

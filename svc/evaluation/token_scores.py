@@ -11,7 +11,7 @@ from svc.engine.client import EngineClient
 
 _MAX_EXAMPLES = 32
 _MAX_TOKENS = 2048
-"""Maximum tokens of all examples: a quantized 135M model scores them in 20 s on two cores with AVX2."""
+"""Maximum number of tokens of all examples: a quantized 135M model scores them in 20 s on two cores with AVX2."""
 
 
 class TokenScore(NamedTuple):

@@ -101,7 +101,7 @@ def judge(loss: Interval, margin: float, examples: int, *, fewest: int = 1) -> V
     that the interval's width implies, by the normal approximation of svc.sample_size.
 
     Args:
-        loss: paired, above 0 if the second model is worse.
+        loss: paired difference; above 0 if the second model is worse.
         margin: maximum allowed loss.
         examples: number of examples that both models answered, at least 1.
         fewest: minimum number of examples for a decision: a bootstrap interval over very few is too narrow.

@@ -14,7 +14,7 @@ from svc.errors import DataError
 
 SHIPPED = "general.jsonl"
 MAX_TOKENS = 32
-"""Maximum tokens of an answer: the questions ask for a word or a sentence."""
+"""Maximum number of tokens of an answer: the questions ask for a word or a sentence."""
 _JSON_LINES = (".jsonl", ".ndjson")
 
 
@@ -77,4 +77,4 @@ def _rows(path: Path) -> Iterator[tuple[ChatExample, tuple[str, ...]]]:
 def _texts(path: Path, number: int, accepted: Any) -> tuple[str, ...]:
     if isinstance(accepted, list) and accepted and all(isinstance(text, str) and text.strip() for text in accepted):
         return tuple(accepted)
-    raise DataError(f"{path}:{number}: accepted is {accepted!r:.80}", expected="a list of texts, none of them blank")
+    raise DataError(f"{path}:{number}: `accepted` is {accepted!r:.80}", expected="a list of texts, none of them blank")

@@ -48,7 +48,7 @@ class MetricOptions:
         names: names of the metrics; None: the task's default metrics.
         primary: name of the primary metric; None: the task's default.
         schema: file with a JSON schema; None: the schema is inferred from the references.
-        seconds: time limit for a user's function.
+        seconds: time limit for a call of a user's function, seconds.
     """
 
     names: tuple[str, ...] | None = None
@@ -81,7 +81,8 @@ _ALWAYS = ("perplexity", "length")
 def find_task(references: Sequence[ChatExample]) -> Task:
     """Infer the kind of task from the references.
 
-    Answers are labels if they are few, as in the data check, or listed in the instruction; JSON if objects or lists.
+    Answers are labels if few of them differ, as in the data check, or if the instruction lists them; they are JSON if
+    all are objects or lists; otherwise they are text.
     """
     looks = [look_at_answer(example) for example in references]
     if all(look.kind & AnswerKind.LABEL for look in looks):
@@ -213,6 +214,6 @@ def _load(point: EntryPoint) -> Metric:
     if not isinstance(metric, Metric) or metric.name != point.name or not _NAME.fullmatch(point.name):
         raise RecipeError(
             f"the metric {point.name} of {point.value} is {metric!r:.80}",
-            expected=f"a {Metric.__module__}.Metric whose name is {point.name}, of a to z, digits and _",
+            expected=f"a {Metric.__module__}.Metric with the name {point.name}; names have only a to z, digits and _",
         )
     return metric

@@ -42,7 +42,7 @@ class FunctionSpec:
 
     @property
     def name(self) -> str:
-        """The metric's name, from those of file and function; given once if both are the same."""
+        """The metric's name: the names of file and function, or one of them if both are the same."""
         words = dict.fromkeys((self.path.stem.lower(), self.function.lower()))
         return re.sub(r"[^a-z0-9_]", "_", "_".join(words))
 

@@ -112,10 +112,10 @@ class SchemaValid(AnswerMetric):
 
 
 def infer_schema(references: Sequence[Any]) -> JsonSchema:
-    """Return the narrowest schema of this kind that accepts all references.
+    """Return a schema that accepts all references, and as little else as types and keys can exclude.
 
-    It fixes types; for an object also its keys, required if all references have them, and allows no others; for a
-    list one schema of all items. It sets no bounds and lists no values, because a right answer may have a new value.
+    It states types; for objects also the keys, which are required if all references have them, and allows no others;
+    for lists one schema for all items. It sets no bounds and lists no values: a right answer may have a new value.
     """
     schema: JsonSchema = {"type": sorted({_TYPES[type(value)] for value in references})}
     if {"integer", "number"} <= set(schema["type"]):

@@ -100,14 +100,14 @@ class Metric(ABC):
         return [result.scores[self.name] for result in answered.results]
 
     def estimate(self, answered: Answered) -> Interval:
-        """Return the estimate over all examples, whose results have scores."""
+        """Return the metric's value over all examples, whose results must have scores, with its interval."""
         return mean_or_proportion(self.stored_scores(answered))
 
     def difference(self, before: Answered, after: Answered) -> Interval:
         """Return `after` minus `before`, paired by example, with its interval.
 
         Args:
-            before, after: the same examples with two models' results, which have scores.
+            before, after: the same examples with two models' results, which must have scores.
         """
         return paired_difference(self.stored_scores(before), self.stored_scores(after))
 

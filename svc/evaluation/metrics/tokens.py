@@ -25,7 +25,7 @@ class Nll(SetMetric):
 
 
 class Perplexity(Nll):
-    """Exponential of the negative log-likelihood: number of equally likely tokens of equal uncertainty."""
+    """Exponential of the negative log-likelihood: the number of equally likely tokens that are as uncertain."""
 
     name = "perplexity"
     title = "perplexity"

@@ -77,7 +77,7 @@ def test_any_data_file_is_accepted(tmp_path: Path) -> None:
 @pytest.mark.parametrize("accepted", ["a", [], [1], [" "], {}])
 def test_accepted_answers_of_another_form_are_rejected_by_line(tmp_path: Path, accepted: object) -> None:
     rows = [line("one", "a"), line("two", "b", accepted=accepted)]
-    with pytest.raises(DataError, match=r"own\.jsonl:2: accepted is"):
+    with pytest.raises(DataError, match=r"own\.jsonl:2: `accepted` is"):
         read_general_set(write_lines(tmp_path / "own.jsonl", *rows))
 
 
