@@ -92,7 +92,7 @@ def read_adapter(registry: Registry, version: VersionId) -> AdapterFacts:
         raise NotFoundError(
             f"the base model of {version} is no longer in {base}",
             expected="the folder of the base model that the adapter was trained on",
-            todo=f"restore {base}, or serve the version without it: --format {Format.MERGED}",
+            todo=f"restore {base}, or serve the merged version, which does not need it: --format {Format.MERGED}",
         )
     template = read_chat_template(base) or ""
     if pin_date(template) != template:

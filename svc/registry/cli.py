@@ -66,7 +66,11 @@ def rm(ctx: click.Context, versions: tuple[str, ...], reason: str | None, as_jso
 
 @click.command()
 @click.option(
-    "--older-than", default=14.0, show_default=True, type=click.FloatRange(0), help="Minimum days since the last use."
+    "--older-than",
+    default=14.0,
+    show_default=True,
+    type=click.FloatRange(0),
+    help="Minimum number of days since the last change.",
 )
 @click.option("--dry-run", is_flag=True, help="Show what would be deleted without deleting it.")
 @reason_option
@@ -146,7 +150,7 @@ def _show_parity(registry: Registry, manifest: Manifest, *, as_json: bool) -> No
         raise NotFoundError(
             f"{manifest.id} has no parity report",
             expected="a version with a merged or GPTQ format",
-            todo="train it again",
+            todo="train it again with the format merged or gptq",
         )
     if as_json:
         from svc.terminal import print_json

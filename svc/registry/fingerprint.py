@@ -3,8 +3,8 @@
 A reload replaces only tensors, so everything that vLLM reads once at its start must be the same: architecture, shapes,
 quantization, tokenizer, chat template and its arguments, default sampling.
 
-So must one tensor: if input and output embeddings share a matrix, vLLM's CPU engine keeps a packed copy for the output,
-which a reload does not update. Adapters do not change that matrix; full fine-tuning does.
+One tensor must be the same too: if input and output embeddings share a matrix, vLLM's CPU engine keeps a packed copy
+for the output, which a reload does not update. Adapters do not change that matrix; full fine-tuning does.
 """
 
 import hashlib
@@ -110,7 +110,7 @@ def _shared_embedding(folder: Path, config: dict[str, Any], names: list[str]) ->
 
 
 def normal_quantization(config: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return the quantization fields that affect the kernel, with defaults; None without quantization."""
+    """Return the quantization fields that affect the kernel, with defaults; None if the model is not quantized."""
     if config is None:
         return None
     normal = {key: config.get(key, default) for key, default in _QUANTIZATION_DEFAULTS.items()}

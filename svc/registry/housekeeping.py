@@ -140,8 +140,8 @@ def _refuse(registry: Registry, store: Store, version: VersionId) -> None:
 def find_reclaimable(registry: Registry, home: Path, older_than_days: float) -> Iterator[Reclaimable]:
     """Yield leftovers of interrupted work, and old files.
 
-    Unfinished runs and sweeps can be resumed, and a rotated log may still be read: all are kept for some days. Files in
-    use by a process are skipped.
+    Unfinished runs and sweeps can be resumed, and a rotated log may still be read: all are kept for `older_than_days`
+    days since their last change. Files in use by a process are skipped.
     """
     now = time.time()
     before = now - older_than_days * _DAY_S
@@ -189,7 +189,7 @@ def reclaim(item: Reclaimable) -> None:
 
 
 def _folders(paths: Iterator[Path]) -> list[Path]:
-    """Return the folders, sorted, without links, which users have set up and which stay."""
+    """Return the folders, sorted. Links are left out, because users have created them."""
     return sorted(path for path in paths if path.is_dir() and not path.is_symlink())
 
 

@@ -101,7 +101,7 @@ class Manifest(_Record):
         base_evaluation: quality of the base, for comparison with the merged model; None if not evaluated.
         failed: failed checks. A version with failed checks was registered on request and cannot be promoted.
         parity: comparison of the trained with the served model; None if no format is served.
-        judge: a judge's comparison of the merged model with the base; None without a judge.
+        judge: a judge's comparison of the merged model with the base; None if there was no judge.
         findings: faults found in the training run.
         forgetting: loss of general knowledge; None if no general questions were evaluated.
         gates: verdicts on the losses caused by quantization and training; empty if the recipe sets no limits.

@@ -65,7 +65,7 @@ class Differences(_Record):
 
     @property
     def shift(self) -> float:
-        """Increase of the negative log-likelihood from the first to the second, nats per token."""
+        """Increase of the negative log-likelihood from the first model to the second, nats per token."""
         return -math.fsum(self.all) / len(self.all)
 
 
@@ -105,5 +105,5 @@ class ParityReport(_Record):
 
     @property
     def failed(self) -> tuple[str, ...]:
-        """Failed checks, as texts for display."""
+        """A text for each failed check: its name, the actual value and the expected one."""
         return tuple(str(check) for check in self.checks if not check.passed)

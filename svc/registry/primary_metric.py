@@ -36,7 +36,8 @@ def watched_metric(registry: Registry, target: Target, *, run_functions: bool) -
     """Return the metric that scores each held-out example: the primary metric, or its `watched_by`.
 
     Args:
-        run_functions: whether the version's own function may run, which is code from the user who registered it.
+        run_functions: whether the version's own function may run, which is code from the user who registered it. If
+            not, exact match replaces it.
 
     Raises:
         NotFoundError: the version, or its format, does not exist.

@@ -47,12 +47,13 @@ def print_version(manifest: Manifest, folder: Path) -> None:
 
 def _print_forgetting(result: Forgetting) -> None:
     output.print(
-        f"\n{result.examples} general questions: {result.before} right before training, {result.after} after, "
-        f"difference {result.difference}; {result.lost} lost, {result.gained} gained",
+        f"\n{result.examples} general questions: share of right answers {result.before} before training, "
+        f"{result.after} after, difference {result.difference}; {result.lost} lost, {result.gained} gained",
         soft_wrap=True,
     )
     output.print(
-        f"their NLL / token: {result.nll_before} before, {result.nll_after} after, difference {result.nll_difference}",
+        f"NLL / token of their reference answers: {result.nll_before} before, {result.nll_after} after, "
+        f"difference {result.nll_difference}",
         soft_wrap=True,
     )
 

@@ -54,7 +54,7 @@ class RunRecord(BaseModel):
         steps: number of optimizer steps.
         tokens: number of prompt and answer tokens trained on, without padding.
         tokens_per_second, seconds: speed and duration of the optimizer's run, in the process that finished it.
-        best_step: step from which the weights are, if the recipe requests the best ones.
+        best_step: step whose weights the version has, if the recipe requests the best ones instead of the last.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -183,7 +183,7 @@ class Tracking:
         return VersionId(name, int(version.version))
 
     def discard(self, version: VersionId) -> None:
-        """Delete an allocation with its page; the number is not reused. An unknown version is not an error.
+        """Delete a version's entry and page in MLflow; the number is not reused. An unknown version is not an error.
 
         Raises:
             RegistryError: MLflow does not answer.

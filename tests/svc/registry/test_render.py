@@ -80,7 +80,8 @@ def test_forgetting_is_shown_when_it_was_measured(manifest: Manifest, capsys: py
     found = measure_forgetting(questions, before, after)
     print_version(manifest.model_copy(update={"forgetting": found}), Path())
     with_it = " ".join(capsys.readouterr().out.split())
-    assert "10 general questions: 1.000 [0.722, 1.000] right before training, 0.000 [0.000, 0.278] after" in with_it
+    shares = "share of right answers 1.000 [0.722, 1.000] before training, 0.000 [0.000, 0.278] after"
+    assert f"10 general questions: {shares}" in with_it
     assert "difference -1.000 [-1.000, -1.000]; 10 lost, 0 gained" in with_it
     print_version(manifest, Path())
     assert "general questions" not in capsys.readouterr().out
