@@ -16,12 +16,12 @@ _NONE = "(no label)"
 
 @dataclass(frozen=True, slots=True)
 class ConfusionMatrix:
-    """Counts of examples.
+    """Number of examples for each label of the reference and each label of the answer.
 
     Attributes:
-        labels: of the references, by row; the rare ones of many are one.
-        given: what was answered, by column: the labels, then what is no label of the references, where there is any.
-        counts: by row and column.
+        labels: labels of the references, one per row; if there are more than 25, the rarest share the last row.
+        given: labels of the answers, one per column: the same labels, then one column for all other answers, if any.
+        counts: number of examples, by row and column.
     """
 
     labels: tuple[str, ...]

@@ -27,7 +27,7 @@ class MetricRow:
     """One metric of all evaluated models.
 
     Attributes:
-        estimates: by model.
+        estimates: the metric's value with its interval, by model.
         changes: paired differences from the base, by format; without formats for which they cannot be computed.
     """
 
@@ -60,8 +60,8 @@ class Judged:
     """Held-out examples with the models' answers. An example is identified by its line in the file, from 1.
 
     Attributes:
-        evaluations: by model, the base first; empty for a version that was not evaluated.
-        results: answers and scores, in the same order.
+        evaluations: evaluation report of each model, the base first; empty for a version that was not evaluated.
+        results: answers and scores of each model, in the order of `examples`.
     """
 
     examples: Sequence[ChatExample]
@@ -120,14 +120,17 @@ class Judged:
 
     @cached_property
     def worst(self) -> tuple[int, ...]:
-        """Return lines of the worst wrong answers by the primary metric; ties: the least likely reference first."""
+        """Return the lines of the ten worst wrong answers by the primary metric, the worst first.
+
+        Among equally bad answers, the one whose reference is least likely comes first.
+        """
         results = self.results.get(self.tuned or "", ())
         wrong = [line for line, result in enumerate(results, 1) if not result.hit]
         return tuple(sorted(wrong, key=lambda line: (self._goodness(results, line), -results[line - 1].nll))[:WORST])
 
     @cached_property
     def lost(self) -> tuple[int, ...]:
-        """Return lines that the base answered better by the primary metric, the largest losses first."""
+        """Return up to ten lines that the base answered better by the primary metric, the largest losses first."""
         base, tuned = self.results.get(BASE, ()), self.results.get(self.tuned or "", ())
         lines = range(1, min(len(base), len(tuned)) + 1)
         losses = {line: self._goodness(base, line) - self._goodness(tuned, line) for line in lines}
@@ -143,7 +146,7 @@ class Judged:
         return tuple(place * count // chosen + 1 for place in range(chosen))
 
     def _goodness(self, results: Sequence[ExampleResult], line: int) -> float:
-        """Return a score, higher is better: by the primary metric or, if it scores no single answers, by a hit."""
+        """Return a score (higher is better) by the primary metric or, if it scores no single answer, by exact match."""
         result, primary = results[line - 1], self.rows[0]
         sign = -1 if primary.better is Better.LOWER else 1
         return sign * result.scores[primary.name] if primary.name in result.scores else float(result.hit)

@@ -64,11 +64,11 @@ class Report:
 
 
 def gather_report(registry: Registry, version: VersionId) -> Report:
-    """Return the report's data of a version.
+    """Return the data of a version's report.
 
     Raises:
         NotFoundError: the version does not exist.
-        IntegrityError: a file of it is missing or was changed.
+        IntegrityError: one of its files is missing or was changed.
     """
     manifest = registry.manifest(version)
     judged = _judged(registry, manifest)

@@ -11,9 +11,9 @@ class CutText(NamedTuple):
     """A text as it is shown.
 
     Attributes:
-        start: its beginning, where the rest is folded; else all of it.
-        rest: empty where nothing is folded.
-        left_out: characters that are not shown at all.
+        start: the part that is always visible: the beginning of a long text, else the complete text.
+        rest: the part that a reader can unfold; empty if `start` is complete.
+        left_out: number of characters that are not on the page.
     """
 
     start: str
@@ -22,7 +22,7 @@ class CutText(NamedTuple):
 
 
 def cut_text(text: str) -> CutText:
-    """Return a short beginning of a text, and the rest up to a limit."""
+    """Split a text into a short beginning and a folded rest, which ends at the 4,000th character of the text."""
     shown = visible(text[:LONGEST])
     start = "".join(shown.splitlines(keepends=True)[:_PREVIEW_LINES])[:_PREVIEW]
     left_out = max(0, len(text) - LONGEST)
@@ -32,7 +32,7 @@ def cut_text(text: str) -> CutText:
 
 
 def visible(text: str) -> str:
-    """Return a text with Unicode's pictures of control characters, some of which HTML must not contain."""
+    """Return a text with control characters replaced by Unicode's pictures of them: HTML must not contain all."""
     return text.translate(_PICTURES)
 
 

@@ -1,1 +1,1 @@
-"""The report's figures, by subject."""
+"""The plots of a report, by subject."""

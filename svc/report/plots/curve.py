@@ -23,7 +23,10 @@ _STEEP = 20
 
 
 def plot_loss(curve: Sequence[TrainingPoint]) -> str | None:
-    """Plot the loss of each step, also smoothed if there are many, and the held-out loss; None without points."""
+    """Return a plot of the loss at each step, smoothed if there are many, and of the held-out loss.
+
+    None if the curve has neither.
+    """
     steps, losses = _series(curve, "loss")
     held_steps, held = _series(curve, "heldout_loss")
     examples = max((len(point.heldout_each) for point in curve), default=0)  # fewer than were evaluated
@@ -58,7 +61,7 @@ def plot_loss(curve: Sequence[TrainingPoint]) -> str | None:
 
 
 def plot_learning_rate(curve: Sequence[TrainingPoint]) -> str | None:
-    """Plot the learning rate of each step; None without points."""
+    """Return a plot of the learning rate at each step; None if the curve has no learning rates."""
     steps, rates = _series(curve, "learning_rate")
     if not len(steps):
         return None

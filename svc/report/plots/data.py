@@ -16,7 +16,7 @@ _MAX_LABELS = 25
 
 
 def plot_lengths(data: DataSummary) -> str:
-    """Plot two histograms over one logarithmic axis: prompts and answers."""
+    """Return a plot of the lengths of prompts and answers: two histograms over one logarithmic axis."""
     parts = {"prompts": (data.prompts, Colour.MERGED), "answers": (data.answers, Colour.GPTQ)}
 
     def draw(figure: "Figure") -> None:
@@ -46,10 +46,10 @@ def plot_lengths(data: DataSummary) -> str:
 
 
 def plot_labels(trained: Mapping[str, int], heldout: Mapping[str, int]) -> str | None:
-    """Plot the share of each label in training and held-out examples; None if there are no labels.
+    """Return a plot of each label's share in training and held-out examples; None if there are no labels.
 
     Args:
-        trained: counts, the most frequent first; at most 25 are drawn.
+        trained: count of each label, the most frequent first; at most 25 are drawn.
     """
     if not trained:
         return None

@@ -26,7 +26,7 @@ _MAX_TITLE_CHARS = 24
 
 
 def plot_shares(rows: Sequence[MetricRow]) -> str | None:
-    """Plot all metrics that are shares and better when higher, on one axis from 0 to 1; None without such metrics."""
+    """Return a plot of the metrics that are shares and better when higher, on one axis; None if there are none."""
     shares = [row for row in rows if row.unit is Unit.SHARE and row.better is Better.HIGHER]
     if not shares:
         return None
@@ -42,7 +42,7 @@ def plot_shares(rows: Sequence[MetricRow]) -> str | None:
 
 
 def plot_numbers(rows: Sequence[MetricRow]) -> str | None:
-    """Plot all metrics that are not shares and have a better direction, each on its own axis; None without such ones.
+    """Return a plot of the other metrics that rank models, each on its own axis; None if there are none.
 
     Perplexity is left out: it is a function of the log-likelihood.
     """

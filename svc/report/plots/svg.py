@@ -1,7 +1,7 @@
 """Draws a figure with matplotlib as SVG that inherits colours and typeface from its page.
 
 So one figure works for light, dark and print: matplotlib gets a placeholder colour for each role, and the page's
-stylesheet defines the role's colour. Independent of what is drawn.
+stylesheet defines the role's colour. Knows nothing of what is drawn.
 """
 
 import io
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 400
-"""Width of every figure, in units of which a letter has 12: two fit side by side on a desktop, one fills a phone."""
+"""Width of every figure; the font size is 12. Two figures fit side by side on a desktop, one fills a phone."""
 _FONT = 12
 
 
 class Colour(StrEnum):
-    """A role and its placeholder colour in matplotlib; the page's variable has the role's name."""
+    """A role and its placeholder colour in matplotlib; the page's CSS variable has the role's name."""
 
     INK = "#010101"
     MUTED = "#010102"
@@ -59,9 +59,9 @@ def draw_svg(name: str, description: str, height: float, draw: Callable[["Figure
     """Return a figure as an `<svg>` element, the same bytes for the same data.
 
     Args:
-        name: of the figure, unique on its page.
+        name: name of the figure, unique on its page.
         description: text alternative for screen readers.
-        height: in units of `WIDTH`.
+        height: height of the figure, in the unit of `WIDTH`.
         draw: adds axes to an empty figure.
     """
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # else it logs the creation of its font cache
