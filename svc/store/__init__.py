@@ -1,1 +1,1 @@
-"""The SQL store: desired states, and records of what happened."""
+"""The SQL store: desired states, keys, and records of requests, swaps, drift and changes."""

@@ -60,7 +60,7 @@ def read_ratings(store: Store, target: Target, *, newest: int) -> list[RatedAnsw
 
 
 def read_earlier_ratings(store: Store, target: Target, *, newest: int) -> list[RatedAnswer]:
-    """Return the newest ratings of answers by the name's other versions or formats before the target's first answer."""
+    """Return the newest ratings of the same model's answers from before the target's first answer, the oldest first."""
     first = select(RequestRow.id).where(answered_by(target)).order_by(RequestRow.id).limit(1)
     with Session(store) as session:
         began = session.scalar(first)

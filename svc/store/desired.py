@@ -23,7 +23,7 @@ class Desired:
     """Desired state of a name: the version to serve.
 
     Attributes:
-        previous: version to which a rollback returns; None without one.
+        previous: version to which a rollback returns; None if there is none.
         generation: number that increases with every change.
         forced: reason for serving a version that failed a check; None for any other version.
     """

@@ -28,8 +28,8 @@ class Item:
 
     Attributes:
         prompt: the prompt's numbers and categories, by the feature's name.
-        answer: the answer's, without its log-probability, which is scored later; None for a feature that the answer
-            lacks. Empty if the version has no registered answers to compare with.
+        answer: the answer's numbers and categories, without its log-probability, which is scored later; None for
+            a feature that the answer lacks. Empty if the version has no registered answers to compare with.
         topic: the prompt's vector in the text space, float32.
         wanted: the vector in the text space of the answer that the prompt asks for, float32.
         words: sorted keyed hashes of the prompt's distinct words, int32.

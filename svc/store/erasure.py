@@ -13,7 +13,7 @@ from svc.store.tables import FeedbackRow, RequestRow
 
 @dataclass(frozen=True, slots=True)
 class Forgotten:
-    """Numbers of deleted requests.
+    """Numbers of requests that were deleted, or that would be.
 
     Attributes:
         contents: number of requests with a stored prompt or answer.
@@ -51,7 +51,7 @@ def count_requests(store: Store, which: ColumnElement[bool]) -> Forgotten:
 
 
 def forget_requests(store: Store, which: ColumnElement[bool]) -> Forgotten:
-    """Delete the requests that meet a condition, and erase their content from SQLite's file; return their numbers."""
+    """Delete the requests that meet a condition, and erase their content from SQLite's file; return the numbers."""
     counts = count_requests(store, which)
     with store.connect() as connection:
         _pragma(connection, "secure_delete=ON")

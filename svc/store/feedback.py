@@ -13,7 +13,7 @@ from svc.version import VersionId
 
 
 class Rating(StrEnum):
-    """Thumb up, thumb down."""
+    """A thumb up or a thumb down."""
 
     GOOD = "good"
     BAD = "bad"
@@ -39,7 +39,7 @@ class KeptFeedback:
 
     Attributes:
         version: version that gave the answer; None for an unanswered request.
-        replaced: the answer's earlier rating, which is deleted; None without one.
+        replaced: the answer's earlier rating, which is deleted; None if there was none.
         grown_bytes: growth of the request's row; negative for a shorter correction.
     """
 
@@ -51,13 +51,13 @@ class KeptFeedback:
 def keep_feedback(
     store: Store, request_id: str, feedback: Feedback, *, key_id: str | None = None
 ) -> KeptFeedback | None:
-    """Store feedback on the newest request with this id.
+    """Store feedback on the newest request with this id, in place of earlier feedback.
 
     Args:
         key_id: restricts the search to requests of this key; None: requests of any key.
 
     Returns:
-        None if no such request is stored, also if the request belongs to another key.
+        The result; None if no such request is stored, also if the request belongs to another key.
     """
     newest = select(RequestRow).where(RequestRow.request_id == request_id).order_by(RequestRow.id.desc()).limit(1)
     if key_id is not None:

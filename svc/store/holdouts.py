@@ -82,7 +82,7 @@ def add_holdout_run(store: Store, run: HoldoutRun) -> None:
 
 
 def newest_holdout_run(store: Store, target: Target, *, completed: bool = True) -> HoldoutRun | None:
-    """Return the newest run of a version in a format.
+    """Return the newest run of a version in a format; None if there is none.
 
     Args:
         completed: whether failed runs are skipped.
@@ -92,7 +92,7 @@ def newest_holdout_run(store: Store, target: Target, *, completed: bool = True) 
 
 
 def first_holdout_run(store: Store, target: Target, engine: EngineFacts) -> HoldoutRun | None:
-    """Return the oldest stored completed run of a version in a format on one kind of engine."""
+    """Return the oldest stored completed run of a version in a format on one kind of engine; None if there is none."""
     completed = HoldoutRunRow.outcome == HoldoutOutcome.COMPLETED
     query = select(HoldoutRunRow).where(is_of(HoldoutRunRow, target), completed, HoldoutRunRow.engine == engine.key)
     return _first(store, query.order_by(HoldoutRunRow.id))

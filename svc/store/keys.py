@@ -104,7 +104,7 @@ def revoke_key(store: Store, key_id: str, *, at: datetime, entry: AuditEntry) ->
 
 
 def keys_revision(store: Store) -> int:
-    """Return a number that increases with every change to any key; 0 without keys. Cheap: reads one index entry."""
+    """Return a number that increases with every change to any key; 0 if there are none. Reads one index entry only."""
     with store.connect() as connection:  # read twice per second: without the ORM, a third of the time
         return connection.scalar(_REVISION) or 0
 

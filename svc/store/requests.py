@@ -59,11 +59,11 @@ class RequestRecord(NamedTuple):
         key_id: id of the caller's key; None for a server without keys.
         status: HTTP status that was sent; 499 if the client disconnected first.
         reason: error code; None for a successful answer.
-        finish_reason: the engine's, for the first choice.
+        finish_reason: the engine's finish reason for the first choice.
         seconds: time from the request's last byte to the answer's last byte.
         first_token_seconds: time from the request's last byte to the first streamed token.
-        prompt: only if content is stored: JSON of the messages, or the prompt; redacted.
-        answer: only if content is stored: text of the first choice; redacted.
+        prompt: JSON of the messages, or the prompt, redacted; None if content is not stored.
+        answer: text of the first choice, redacted; None if content is not stored.
         temperature: as sent by the client; None if it was missing or not a number.
         max_tokens: the client's limit on the answer, likewise.
         user_hash: `hash_user` of the user's name as sent by the client, if any.
@@ -149,7 +149,7 @@ class Pruned:
 
 
 def newest_request_at(store: Store) -> datetime | None:
-    """Return the start of the request that was stored last; None without requests.
+    """Return the start of the request that was stored last; None if there are no requests.
 
     Requests are ordered by id, because a clock may have been wrong.
     """
@@ -158,11 +158,11 @@ def newest_request_at(store: Store) -> datetime | None:
 
 
 def prune_requests(store: Store, *, before: datetime | None, max_bytes: int, known_bytes: int | None = None) -> Pruned:
-    """Delete rows by age, then the oldest ones by size, each with its feedback.
+    """Delete rows that are too old, then the oldest ones until the rest is small enough, each with its feedback.
 
     Args:
         before: requests that began earlier are deleted; None: no deletion by age.
-        max_bytes: maximum size of all rows together; above it, a tenth of it is freed.
+        max_bytes: maximum size of all rows together; if it is exceeded, rows are deleted down to nine tenths of it.
         known_bytes: upper bound on the size of all rows, counted by their writer: if within the limit, the sum over all
             rows is not computed. None if unknown.
     """

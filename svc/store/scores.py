@@ -15,8 +15,8 @@ from svc.version import Target
 _ENDS = ("stop", "length")  # not tool calls, whose text is not stored
 _BLANKS = " \t\r\n"
 MOST_TOKENS = 2_048
-"""Maximum size of prompt and answer together. vLLM does not budget memory for prompt log-probabilities; their JSON
-takes a hundred bytes per token."""
+"""Maximum number of tokens of a scored prompt and answer together. vLLM does not budget memory for prompt
+log-probabilities; their JSON takes a hundred bytes per token."""
 
 
 @dataclass(frozen=True, slots=True)

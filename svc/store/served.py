@@ -1,4 +1,4 @@
-"""Periods in which versions were served under a name. The server writes them, `svc history` shows them."""
+"""Periods in which versions were served under a name. The server writes them; `svc history` shows them."""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime

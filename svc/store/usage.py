@@ -70,7 +70,7 @@ def add_usage(store: Store, used: Mapping[UsageOf, Usage]) -> None:
 
 
 def usage_since(store: Store, since: datetime) -> list[UsageTotal]:
-    """Return the usage by key and model since the start of a time's hour, the largest first."""
+    """Return the usage by key and model from the start of the hour that contains `since`, the largest first."""
     tokens_in, tokens_out = func.sum(UsageRow.tokens_in), func.sum(UsageRow.tokens_out)
     query = (
         select(UsageRow.key_id, UsageRow.model, func.sum(UsageRow.requests), tokens_in, tokens_out)

@@ -1,4 +1,4 @@
-"""Adds features of requests and accepted traffic, and one feature per alarm; deletes earlier states and alarms."""
+"""Adds tables for drift features and accepted traffic, and an alarm's feature; deletes earlier states and alarms."""
 
 import sqlalchemy as sa
 from alembic import op
