@@ -18,8 +18,8 @@ def confirm(question: str, *, yes: bool, as_json: bool = False) -> None:
     """Ask for confirmation on the terminal before something is destroyed.
 
     Args:
-        yes: whether the command line already confirms.
-        as_json: whether the caller is a program, which cannot answer.
+        yes: whether `--yes` was given: nothing is asked.
+        as_json: whether `--json` was given: the caller is a program, which cannot answer.
 
     Raises:
         click.Abort: the answer was no.
@@ -27,7 +27,7 @@ def confirm(question: str, *, yes: bool, as_json: bool = False) -> None:
     if yes:
         return
     if as_json:
-        raise click.UsageError("--json needs --yes for this command, because it asks no question")
+        raise click.UsageError("with --json this command needs --yes too, because it cannot ask for confirmation")
     click.confirm(question, abort=True, err=True)
 
 
@@ -58,7 +58,7 @@ def settings_of(ctx: click.Context, **flags: Any) -> Settings:
     given = ctx.find_root().obj or {}
     if given.get("server"):
         raise click.UsageError(
-            "--server works only with status, promote, rollback and keys; this command needs a home folder here"
+            "--server works only with status, promote, rollback and keys; this command needs a home on this machine"
         )
     settings = load_settings(given.get("config"), home=given.get("home"), **flags)
     close_to_others(settings.home, _HOME_MARKS)  # if it was created or copied by other means

@@ -1,4 +1,4 @@
-"""Sample size: the number of paired examples that detects a difference, and the difference that a number detects.
+"""Sample size: how many paired examples detect a given difference, and which difference a given number detects.
 
 A gate compares a loss with a limit, so the difference here is the distance of the loss from its limit.
 

@@ -91,7 +91,7 @@ class EngineSettings(_Section):
     tensor_parallel: int | None = Field(
         None,
         ge=1,
-        description="GPUs that share each layer; default: all of the machine's that divide the model's heads evenly",
+        description="number of GPUs that share each layer; default: as many as divide the model's heads evenly",
     )
     gptq_kernel: GptqKernel = Field(
         GptqKernel.AUTO,
@@ -108,14 +108,19 @@ class EngineSettings(_Section):
     start_timeout_s: float = Field(600.0, gt=0, description="maximum startup time of an engine, seconds")
     args: tuple[str, ...] = Field((), description="additional arguments for vLLM's server, passed unchanged")
     environment: tuple[str, ...] = Field(
-        (), description="names of environment variables for vLLM besides those of its libraries; others are withheld"
+        (), description="environment variables to pass to vLLM besides those of its libraries; all others are withheld"
     )
 
 
 class AdapterSettings(_Section):
     """Engines that serve versions as adapters of one base: `svc serve NAME --format adapter`."""
 
-    max_loaded: int = Field(8, ge=1, le=10_000, description="maximum adapters per engine; least recently used go first")
+    max_loaded: int = Field(
+        8,
+        ge=1,
+        le=10_000,
+        description="maximum number of loaded adapters per engine; the least recently used one is unloaded first",
+    )
     max_rank: int | None = Field(
         None,
         ge=1,
@@ -144,25 +149,27 @@ class ServeSettings(_Section):
     max_connections_per_address: int | None = Field(
         None,
         ge=1,
-        description="connections per address (IPv6: per /64); further ones are closed immediately; addresses in "
-        "behind_proxy have no limit; default: half of all connections",
+        description="maximum connections per address (IPv6: per /64); further ones are closed immediately; addresses "
+        "in `serve.behind_proxy` have no limit; default: half of all connections",
     )
     max_body_bytes: int = Field(4 * 2**20, ge=1024, description="maximum size of a request body, bytes")
     max_running: int = Field(
         256,
         ge=1,
-        description="concurrent requests in the engine; their answers together may have this many times "
-        "engine.max_model_len tokens; further requests get 429, or wait if they have a key",
+        description="maximum concurrent requests per model, whose answers together may have at most this many times "
+        "`engine.max_model_len` tokens; further requests get 429, or wait if they have a key",
     )
     max_queued: int = Field(
         256,
         ge=0,
-        description="requests queued during a swap or for a free slot; further ones get 503 or 429; as many again "
-        "may wait for adapters, half of them from one key or address",
+        description="maximum requests queued during a swap or for a free slot; further ones get 503 or 429; as many "
+        "again may wait for adapters, half of them from one key or address",
     )
     queue_timeout_s: float = Field(60.0, gt=0, description="maximum time in the queue, seconds")
     drain_timeout_s: float = Field(
-        30.0, gt=0, description="maximum wait for running requests before a reload, seconds; then swap blue-green"
+        30.0,
+        gt=0,
+        description="maximum wait for running requests before a reload, seconds; after that the swap is blue-green",
     )
     swap: SwapChoice = Field(
         SwapChoice.AUTO, description="auto: in place if compatible; bluegreen: always through a second engine"
@@ -190,10 +197,10 @@ class RequestLimits(_Section):
         gt=0,
         description="maximum time for which parsing a body may block the gateway, estimated from its bytes, ms",
     )
-    messages: int = Field(4096, ge=1, description="messages")
+    messages: int = Field(4096, ge=1, description="maximum number of messages")
     input_items: int = Field(2048, ge=1, description="maximum elements of `input`, the messages of /v1/responses")
     content_parts: int = Field(8192, ge=1, description="maximum content parts and tool calls, in all messages together")
-    tools: int = Field(512, ge=1, description="tools")
+    tools: int = Field(512, ge=1, description="maximum number of tools")
     field_values: int = Field(
         4096, ge=1, description="maximum values in any other field, at all depths: logit_bias, metadata, documents, ..."
     )
@@ -208,7 +215,7 @@ def _pattern(text: str) -> str:
     try:
         compile_pattern(text)
     except regex.error as error:
-        raise ValueError(f"is not a regular expression: {error}") from error
+        raise ValueError(f"the text is not a regular expression: {error}") from error
     return text
 
 
@@ -218,13 +225,17 @@ Pattern = Annotated[str, AfterValidator(_pattern)]
 class RequestLogSettings(_Section):
     """The request log: figures of every request, drift features of many, prompts and answers only of a share."""
 
-    max_age_days: float = Field(30.0, gt=0, le=36_500, description="age of deletion, together with feedback, days")
-    max_mib: int = Field(1024, ge=1, description="size beyond which the oldest requests are deleted, MiB")
+    max_age_days: float = Field(
+        30.0, gt=0, le=36_500, description="age at which a request and its feedback are deleted, days"
+    )
+    max_mib: int = Field(1024, ge=1, description="size of the log above which the oldest requests are deleted, MiB")
     content_share: float = Field(0.0, ge=0, le=1, description="share of requests whose prompt and answer are stored")
     features: bool = Field(
         True, description="store drift features of at most 10,000 prompts per day and version, without their text"
     )
-    max_content_kib: int = Field(64, ge=1, description="maximum size of a stored prompt or answer, KiB; else dropped")
+    max_content_kib: int = Field(
+        64, ge=1, description="maximum size of a stored prompt or answer, KiB; if one is larger, neither is stored"
+    )
     redact: tuple[Pattern, ...] = Field(
         (),
         description="regular expressions to redact in content, besides mail addresses, phone and card numbers; content "
@@ -235,10 +246,11 @@ class RequestLogSettings(_Section):
 def _otlp_endpoint(text: str) -> str:
     url = urlsplit(text)
     if url.scheme not in ("http", "https") or not url.hostname or url.query or url.fragment:
-        raise ValueError("is not a URL; expected for example http://collector:4318")
+        raise ValueError("the value is not the URL of a collector, such as http://collector:4318")
     if "@" in url.netloc:
         raise ValueError(
-            "contains a password, which anyone who sees the settings could read; use headers, see docs/traces.md"
+            "the URL contains a password, which anyone who sees the settings could read; use headers, see "
+            "docs/traces.md"
         )
     return text
 
@@ -255,20 +267,24 @@ class TelemetrySettings(_Section):
         1.0,
         ge=0,
         le=1,
-        description="share of requests with a span; a client's `traceparent` takes precedence",
+        description="share of requests that are traced; the decision in a client's `traceparent` takes precedence",
     )
 
 
 class HoldoutSettings(_Section):
-    """Requests that the server itself sends to measure drift, with lower priority than clients' requests.
+    """Requests that the server itself sends for monitoring, with lower priority than clients' requests.
 
     The held-out set of the served version runs after each start and swap, and then periodically. Answers whose content
     is stored are scored by their likelihood under the version.
     """
 
     every_hours: float = Field(6.0, ge=0, description="interval between runs of the held-out set, hours; 0: no runs")
-    requests_per_minute: float = Field(60.0, gt=0, description="maximum rate of held-out examples and scores together")
-    scored_per_hour: int = Field(200, ge=0, description="maximum live answers to score, newest first; 0: none")
+    requests_per_minute: float = Field(
+        60.0, gt=0, description="maximum number of held-out examples and scores together, per minute"
+    )
+    scored_per_hour: int = Field(
+        200, ge=0, description="maximum number of live answers scored per hour, the newest first; 0: none"
+    )
     run_functions: bool = Field(
         False,
         description="run a version's metric function, code written by the user who registered it; otherwise such a "
@@ -314,7 +330,7 @@ class Settings(BaseSettings):
     base_cache: AbsolutePath = Field(
         Path("~/.cache/tuneserve/base"), validate_default=True, description="folder for downloaded base models"
     )
-    tracking_uri: str = Field("", description="MLflow tracking server; default: SQLite under home")
+    tracking_uri: str = Field("", description="URL of the MLflow tracking server; default: a database in `home`")
     engine: EngineSettings = EngineSettings()
     adapters: AdapterSettings = AdapterSettings()
     serve: ServeSettings = ServeSettings()
@@ -359,7 +375,7 @@ def load_settings(config: Path | None = None, **flags: Any) -> Settings:
         flags: values from the command line, as `section={key: value}` or `key=value`; `None` means not given.
 
     Raises:
-        SettingsError: an unknown key, a wrong value, a file that cannot be read.
+        SettingsError: a key is unknown, a value is invalid, or the file cannot be read.
     """
     _check_environment()
     try:
@@ -397,7 +413,7 @@ def _read_environment() -> dict[str, Any]:
         return EnvSettingsSource(Settings)()
     except SourceError as error:
         raise SettingsError(
-            f"environment: {error}: {error.__cause__}",
+            f"cannot read the environment variables: {error}: {error.__cause__}",
             expected='JSON for a list or a section, for example SVC_ENGINE__ARGS=\'["--seed", "1"]\'',
         ) from error
 
@@ -411,7 +427,7 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def setting_keys() -> list[str]:
-    """Return every key that can be set, with dots."""
+    """Return every key that can be set, as `section.key`."""
     return dotted_keys(Settings)
 
 

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 LOOK_S = 0.5
 """Interval between polls of the store: a revocation takes effect within a second."""
 _STALE_S = 60.0
-"""Maximum age of the keys in memory. Older ones are all rejected, because some may have been revoked since."""
+"""Maximum age of the keys in memory. Once they are older, every key is rejected, as it may have been revoked since."""
 
 
 class KeyFault(StrEnum):
@@ -105,7 +105,7 @@ class Authenticator:
         return not self._keys
 
     def look(self) -> None:
-        """Load changed keys from the store. This blocks: do not call it on an event loop.
+        """Reload the keys if any has changed in the store. This blocks: do not call it on an event loop.
 
         Raises:
             SQLAlchemyError: the store does not answer; the keys in memory remain usable for a minute.
@@ -120,7 +120,7 @@ class Authenticator:
     async def follow(self) -> None:
         """Reload the keys periodically until cancelled, and end grants whose secrets have become invalid.
 
-        Loads run in their own thread: if slow work occupied all shared threads, keys would be rejected after a minute.
+        Reads run in their own thread: if slow work occupied all shared threads, keys would be rejected after a minute.
         """
         loop, thread = asyncio.get_running_loop(), ThreadPoolExecutor(max_workers=1, thread_name_prefix="keys")
         try:
@@ -128,7 +128,9 @@ class Authenticator:
                 try:
                     await loop.run_in_executor(thread, self.look)
                 except SQLAlchemyError:
-                    log.exception("could not read the keys; those in memory remain valid for %.0f s", _STALE_S)
+                    log.exception(
+                        "could not read the keys; those in memory are used until %.0f s after the last read", _STALE_S
+                    )
                 self.end_wrong()
                 await asyncio.sleep(LOOK_S)
         finally:

@@ -34,16 +34,29 @@ def keys() -> None:
     help="Scope of the key; may be given more than once.  [default: infer and feedback]",
 )
 @click.option(
-    "--model", "models", multiple=True, metavar="NAME", help="Model that the key may use; may be given more than once."
+    "--model",
+    "models",
+    multiple=True,
+    metavar="NAME",
+    help="Model that the key may use; may be given more than once.  [default: all models]",
 )
 @click.option(
-    "--expires", "expires_at", type=time_to_come, metavar="TIME", help="Expiry, for example 90d or 2026-12-31, in UTC."
+    "--expires",
+    "expires_at",
+    type=time_to_come,
+    metavar="TIME",
+    help="Time of expiry, for example 90d or 2026-12-31, in UTC.  [default: never]",
 )
-@click.option("--requests-per-minute", type=_count, metavar="N", help="Requests per minute.")
-@click.option("--tokens-in-per-minute", type=_count, metavar="N", help="Prompt tokens per minute.")
-@click.option("--tokens-out-per-minute", type=_count, metavar="N", help="Answer tokens per minute.")
-@click.option("--concurrent", type=_count, metavar="N", help="Concurrent requests.")
-@click.option("--tokens-per-day", type=click.IntRange(1, 2**62), metavar="N", help="Tokens per day, in UTC.")
+@click.option("--requests-per-minute", type=_count, metavar="N", help="Limit on requests per minute.")
+@click.option("--tokens-in-per-minute", type=_count, metavar="N", help="Limit on prompt tokens per minute.")
+@click.option("--tokens-out-per-minute", type=_count, metavar="N", help="Limit on answer tokens per minute.")
+@click.option("--concurrent", type=_count, metavar="N", help="Limit on concurrent requests.")
+@click.option(
+    "--tokens-per-day",
+    type=click.IntRange(1, 2**62),
+    metavar="N",
+    help="Limit on prompt and answer tokens together per day, from midnight UTC.",
+)
 @click.option(
     "--weight",
     type=click.IntRange(1, 1000),
@@ -163,13 +176,13 @@ def revoke(ctx: click.Context, key: str, reason: str | None, yes: bool, as_json:
     metavar="TIME",
     default="30d",
     show_default=True,
-    help="Start of the period, for example 30d or 2026-01-31, in UTC.",
+    help="Start of the period, for example 30d or 2026-01-31, in UTC; rounded down to the hour.",
 )
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
 @json_option
 @click.pass_context
 def usage(ctx: click.Context, since: datetime, as_csv: bool, as_json: bool) -> None:
-    """Show requests and tokens by key and model, in whole hours."""
+    """Show requests and tokens by key and model."""
     if as_csv and as_json:
         raise click.UsageError("--csv and --json cannot be combined")
     from svc.store.database import open_database

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 @json_option
 @click.pass_context
 def audit(ctx: click.Context, /, verify: bool, expected: str | None, as_json: bool, **chosen: Any) -> None:
-    """Show promotions, rollbacks, changes of keys and deletions: who, when, from where and why."""
+    """Show promotions, rollbacks, changes to keys and deletions: who, when, from where and why."""
     if expected and not verify:
         raise click.UsageError("--expect needs --verify")
     from svc.store.audit import read_events
@@ -70,7 +70,7 @@ def _verify(store: "Store", expected: str | None, *, as_json: bool) -> None:
         print_json(asdict(report))
     elif report.fault is None:
         click.secho(f"{report.events} events are unaltered", fg="green")
-        click.echo(f"store the newest hash elsewhere, for --expect: {report.head}")
+        click.echo(f"store the newest hash outside this machine, to verify it later with --expect: {report.head}")
     if report.fault is not None:
         raise IntegrityError(
             f"the audit log was altered: the first altered row is {report.fault.id}: {report.fault.wrong}",
@@ -113,10 +113,13 @@ def history(ctx: click.Context, name: str, as_json: bool) -> None:
 
 
 @click.command()
-@click.option("--user", metavar="ID", help="Requests of this user, by the name that clients send.")
-@click.option("--key", metavar="KEY", help="Requests with this key (id or name).")
+@click.option("--user", metavar="ID", help="Delete requests of this user, by the name that clients send.")
+@click.option("--key", metavar="KEY", help="Delete requests with this key (id or name).")
 @click.option(
-    "--before", type=time_past, metavar="TIME", help="Requests before this time, for example 2026-01-31 or 90d, in UTC."
+    "--before",
+    type=time_past,
+    metavar="TIME",
+    help="Delete requests before this time, for example 2026-01-31 or 90d, in UTC.",
 )
 @reason_option
 @yes_option
@@ -162,7 +165,7 @@ def forget(
 def _which(
     store: "Store", user: str | None, key: str | None, before: datetime | None
 ) -> tuple["ColumnElement[bool]", str]:
-    """Return the condition for the requests, and their subject in the audit log: for a user only the stored hash."""
+    """Return the condition that selects the requests, and the event's subject: of a user, only the hash."""
     from svc.store import erasure as forgetting
     from svc.store.keys import find_key
     from svc.store.requests import hash_user

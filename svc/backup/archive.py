@@ -5,7 +5,7 @@
     DIR/lock
 
 A version never changes, so it is copied once. Everything else is small and copied into each snapshot, so that an older
-one can be restored too. No file is linked with the home: damage to a file there must not affect its copy.
+snapshot can be restored too. No file is a hard link to one in the home: damage there must not affect the copy.
 """
 
 import re
@@ -72,7 +72,10 @@ class Archive:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def begin(self) -> Path:
-        """Create the folder of the next snapshot, which is ignored until `finish` has written its record."""
+        """Remove the folders of unfinished snapshots, and create the folder of the next one.
+
+        The folder is ignored until `finish` has written its record.
+        """
         for unfinished in self._folders():
             if not (unfinished / _RECORD_FILE).is_file():  # of an interrupted backup
                 shutil.rmtree(unfinished)
@@ -95,7 +98,7 @@ class Archive:
         return self.models / version.name / str(version.number)
 
     def newest_at(self) -> datetime | None:
-        """Return the time of the newest finished snapshot, without reading its record; None without one.
+        """Return the time of the newest finished snapshot, without reading its record; None if there is none.
 
         Raises:
             OSError: the folder cannot be read.
@@ -119,7 +122,7 @@ class Archive:
             except (OSError, ValidationError) as error:
                 raise IntegrityError(
                     f"cannot read {path}: {error}",
-                    todo=f"create another snapshot, or remove this one: rm -r {path.parent}",
+                    todo=f"remove this snapshot: rm -r {path.parent}",
                 ) from error
         return found
 
@@ -142,7 +145,7 @@ class Archive:
         return chosen[-1]
 
     def prune(self, keep: int) -> tuple[str, ...]:
-        """Remove the oldest snapshots, and versions that no remaining snapshot has. Return the removed snapshots.
+        """Remove the oldest snapshots, and versions that no remaining snapshot includes; return the removed names.
 
         Args:
             keep: number of snapshots to keep.

@@ -122,7 +122,12 @@ class Backup:
         )
 
     def _copy(self, registry: Registry, wanted: Iterable[VersionId]) -> tuple[set[VersionId], dict[VersionId, str]]:
-        """Copy versions; return those now in the archive, and why others are not. Removed versions are in neither."""
+        """Copy versions that are not in the archive yet.
+
+        Returns:
+            The versions now in the archive, and for each damaged version the reason why it is not. A version that was
+            removed from the home meanwhile is in neither.
+        """
         kept, left_out, to_copy = set[VersionId](), dict[VersionId, str](), list[Manifest]()
         for version in wanted:
             try:

@@ -22,8 +22,16 @@ _folder = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path
 
 @click.command()
 @_folder
-@click.option("--keep", default=7, show_default=True, type=click.IntRange(1), help="Number of snapshots to keep.")
-@click.option("--verify", is_flag=True, help="Also compare the weights in earlier backups with their hashes.")
+@click.option(
+    "--keep",
+    default=7,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Number of snapshots to keep; older ones are deleted.",
+)
+@click.option(
+    "--verify", is_flag=True, help="Compare weights in earlier backups with their hashes, and copy damaged ones again."
+)
 @json_option
 @click.pass_context
 def backup(ctx: click.Context, folder: Path, keep: int, verify: bool, as_json: bool) -> None:
@@ -39,7 +47,7 @@ def backup(ctx: click.Context, folder: Path, keep: int, verify: bool, as_json: b
         raise NotFoundError(f"the home {settings.home} does not exist", todo="svc --home FOLDER backup DIR")
     folder = folder.absolute()
     if folder.is_relative_to(settings.home):
-        raise click.UsageError("DIR is inside the home: damage to one would destroy both")
+        raise click.UsageError("DIR is inside the home: damage to the home would destroy the backup too")
     store = open_database(settings.home)
     record_event(store, AuditEntry(Action.BACKUP, str(folder), Actor.local()))
     made = Backup(settings, Archive(folder), verify, _progress).run(keep)
@@ -58,7 +66,7 @@ def backup(ctx: click.Context, folder: Path, keep: int, verify: bool, as_json: b
         raise IntegrityError(
             "the snapshot can be restored but is incomplete: "
             + "; ".join(f"{version}: {why}" for version, why in snapshot.left_out.items()),
-            todo="restore them from an older snapshot, or remove them: svc models rm",
+            todo="restore these versions from an older snapshot, or remove them: svc models rm",
         )
 
 
@@ -75,8 +83,8 @@ def restore(
 ) -> None:
     """Create a home from a snapshot in DIR. The home must be empty; every file is compared with its hash.
 
-    The keys are those in the snapshot, but a key that a newer snapshot in DIR has revoked stays revoked. Keys that will
-    be valid are listed, and must be confirmed.
+    The keys are those in the snapshot, but a key that is revoked in a newer snapshot in DIR stays revoked. Keys that
+    will be valid are listed, and must be confirmed.
     """
     from svc.backup.archive import Archive
     from svc.backup.restore import Restore
@@ -110,7 +118,10 @@ def restore(
         return
     click.secho(f"restored {settings.home} from {snapshot.name}: {len(snapshot.versions)} versions", fg="green")
     if snapshot.tracking:
-        click.echo(f"before you serve, restore MLflow at {snapshot.tracking} to the same time", err=True)
+        click.echo(
+            f"before you serve, restore MLflow at {snapshot.tracking} to its state at the time of the snapshot",
+            err=True,
+        )
 
 
 @contextmanager

@@ -64,7 +64,7 @@ def copy_version(manifest: Manifest, source: Path, target: Path, on_bytes: OnByt
     """Copy a version's folder, and compare the copy with the manifest.
 
     Args:
-        on_bytes: called with the bytes of each step.
+        on_bytes: called with the number of bytes copied in each step.
 
     Raises:
         FileNotFoundError: the version was removed meanwhile.

@@ -1,7 +1,7 @@
-"""Creates a home from a snapshot. The databases come last: until then, the home is empty and no server may use it.
+"""Creates a home from a snapshot. The databases are put in place last; until then, the home has no state to serve.
 
 The store is first copied to a separate folder, where keys are revoked, so that the home never accepts a revoked
-key.
+key. The home's lock keeps servers out during the restore.
 """
 
 import os

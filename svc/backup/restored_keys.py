@@ -36,7 +36,7 @@ class RestoredKeys:
 
 
 def settle_keys(store: Store, archive: Archive, snapshot: Snapshot, *, revoke_all: bool) -> RestoredKeys:
-    """Revoke the keys that are revoked in an archive's newer snapshots, each with an event in the audit log.
+    """Revoke the keys that are revoked in an archive's newer snapshots; each is recorded in the audit log.
 
     Args:
         store: copy of the snapshot's store, not yet in use.
@@ -58,11 +58,11 @@ def settle_keys(store: Store, archive: Archive, snapshot: Snapshot, *, revoke_al
 
 
 def _later(archive: Archive, snapshot: Snapshot) -> tuple[dict[str, str], dict[str, str], tuple[str, ...]]:
-    """Read the keys of newer snapshots.
+    """Read the keys in the snapshots that are newer than this one.
 
     Returns:
-        By key id: the secret's hash in the newest snapshot, and the oldest snapshot in which the key is revoked;
-        and the snapshots whose store cannot be read.
+        By key id: the secret's hash in the newest of them, and the oldest of them in which the key is revoked; and the
+        names of those whose store cannot be read.
     """
     hashes, revoked_in, unread = dict[str, str](), dict[str, str](), list[str]()
     for newer in archive.snapshots():

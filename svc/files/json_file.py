@@ -10,7 +10,7 @@ from svc.errors import IntegrityError
 
 _Record = TypeVar("_Record", bound=BaseModel)
 _TODO = "restore it from a backup, or train again"
-"""For files stored with a version."""
+"""The next step if a file that is stored with a version is damaged."""
 
 
 def read_json_object(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:

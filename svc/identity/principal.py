@@ -19,11 +19,11 @@ class Scope(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """A key's limits. None: only the server's limits apply.
+    """A key's limits. Where one is None, only the server's limit applies.
 
     Attributes:
         concurrent: maximum number of concurrent requests.
-        tokens_per_day: maximum tokens of prompts and answers together, from midnight UTC.
+        tokens_per_day: maximum number of prompt and answer tokens together per day, from midnight UTC.
     """
 
     requests_per_minute: int | None = None
@@ -66,7 +66,7 @@ class Principal:
         """Check that the key has a scope.
 
         Raises:
-            PermissionDeniedError: names the scope.
+            PermissionDeniedError: the key lacks the scope.
         """
         if not self.may(scope):
             raise PermissionDeniedError(

@@ -1,1 +1,1 @@
-"""Model folders in the format of the hub."""
+"""Model folders in the format of the Hugging Face hub."""

@@ -28,7 +28,7 @@ _DEFAULTS: dict[str, TemplateValue] = {
     "enable_thinking": False,
     "date_string": f"{_DATE:%d %b %Y}",
 }
-"""Argument for a template that contains its name, so that prompts do not change from day to day."""
+"""Arguments, each for templates that contain its name: without thinking, and with a date that does not change daily."""
 
 
 def choose_template_kwargs(folder: Path, given: TemplateKwargs | None) -> dict[str, TemplateValue]:
@@ -36,7 +36,7 @@ def choose_template_kwargs(folder: Path, given: TemplateKwargs | None) -> dict[s
 
     Args:
         folder: folder of the model to train.
-        given: arguments in the recipe; None without them.
+        given: arguments in the recipe; None if it has none.
 
     Raises:
         IntegrityError: see `read_template_kwargs`.
@@ -50,7 +50,7 @@ def choose_template_kwargs(folder: Path, given: TemplateKwargs | None) -> dict[s
 
 
 def pin_date(template: str) -> str:
-    """Return a template with today's date fixed, if no argument can set the date, as in SmolLM3's.
+    """Return a template with a fixed date in place of today's, if no argument can set the date, as in SmolLM3's.
 
     Otherwise a version would be trained with one prompt and used with a different one each day.
     """

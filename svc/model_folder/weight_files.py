@@ -15,7 +15,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files with the weights, sorted by name: those in the index, or all without an index.
+    """Return the safetensors files with the weights, sorted by name: those in the index, or all if there is no index.
 
     Files in the index are returned even if they do not exist.
 

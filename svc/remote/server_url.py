@@ -32,7 +32,7 @@ class ServerAddress:
         url: root URL, also for display.
         socket: unix socket in the server's home; None: the URL is used.
         key: API key sent with each request; None if none is needed.
-        authority: file with the CA certificates that verify the server; None: the machine's.
+        authority: file with the CA certificates that verify the server; None: those of the machine.
     """
 
     url: str
