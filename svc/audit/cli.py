@@ -165,7 +165,7 @@ def forget(
 def _which(
     store: "Store", user: str | None, key: str | None, before: datetime | None
 ) -> tuple["ColumnElement[bool]", str]:
-    """Return the condition that selects the requests, and the event's subject: of a user, only the hash."""
+    """Return the condition that selects the requests, and the event's subject, in which a user is only a hash."""
     from svc.store import erasure as forgetting
     from svc.store.keys import find_key
     from svc.store.requests import hash_user

@@ -1,8 +1,9 @@
 """Selection of held-out examples and of general examples to mix in. It depends on content and seed only, so it is the
 same wherever the files are and in whatever order they are read.
 
-Near duplicates stay on one side: a held-out example that was nearly trained on measures memory. Each group is assigned
-by its own hash, so that more data change nothing for the existing examples. Knows nothing of files and versions.
+Near duplicates stay on one side: a held-out example that nearly repeats a training example measures memory. Each group
+is assigned by its own hash, so that added data leave the existing examples where they are. Knows nothing of files and
+versions.
 """
 
 import hashlib
@@ -43,9 +44,9 @@ def split_heldout(
     an example without near duplicates with probability 0.1, a pair nearly twice and a group of ten 6.5 times as often.
     In data with many near copies more than `share` is expected to be held out; a large group is held out as a whole.
 
-    In return, more data move no held-out example to the training set, as long as its group stays together and more than
-    one group is held out: if no hash is below `share`, the group with the smallest is held out, and if all are, the
-    group with the largest is trained on. A training example can become a held-out one if a near duplicate with
+    In return, added data move no held-out example to the training set, as long as its group stays together and more
+    than one group is held out: if no hash is below `share`, the group with the smallest is held out, and if all are,
+    the group with the largest is trained on. A training example can become a held-out one if a near duplicate with
     a smaller hash is added, which `learnt` prevents.
 
     Args:

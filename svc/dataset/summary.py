@@ -1,4 +1,4 @@
-"""Summary of a data set in a few numbers. It is stored with a version, whose training examples are not.
+"""Summary of a data set in a few numbers. It is stored with a version, whose training examples are not stored.
 
 It contains no text of examples except labels, which are few and short.
 """
@@ -17,7 +17,7 @@ from svc.dataset.text.plain_text import normal
 from svc.files.json_file import read_record
 
 DATA_SUMMARY_FILE = "data_summary.json"
-"""In a version's reference folder."""
+"""Name of the file in a version's reference folder."""
 _EDGES = sorted({round(1.25**power) for power in range(100)})
 """Whole numbers, so that every bar can contain a length."""
 
@@ -43,7 +43,7 @@ class Lengths(_Record):
 
     @classmethod
     def of(cls, lengths: Sequence[int]) -> "Lengths":
-        """Return the distribution of these lengths; at least one."""
+        """Return the distribution of these lengths, of which there must be at least one."""
         values = np.maximum(np.asarray(lengths), 1)
         first, last = np.searchsorted(_EDGES, [values.min(), values.max()], side="right")
         edges = _EDGES[first - 1 : last + 1]

@@ -34,7 +34,7 @@ class AnswerFeature(StrEnum):
     """The compared features of an answer, each a line of the drift table."""
 
     TOKENS = "answer_tokens"
-    """Length in tokens, at most the limit above; greedy answers only."""
+    """Length in tokens, at most the largest limit of held-out answers; greedy answers only."""
     LOGPROB = "answer_logprob"
     """Mean log-probability of its tokens, rounded to tenths of a nat, because a second scoring differs by hundredths;
     greedy answers with a score only."""
@@ -44,10 +44,10 @@ class AnswerFeature(StrEnum):
     REFUSAL = "refusal"
     """The answer begins like a refusal in English."""
     VALID_JSON = "valid_json"
-    """Whether it is JSON; only if all held-out references are, and only answers that ended within the limit above."""
+    """Whether it is JSON; only if all held-out references are, and only for answers that ended within that limit."""
     LABEL = "label"
-    """The answer if it is one of the labels, else `other`; only if the references are a few labels, and only answers
-    that ended within the limit above."""
+    """The answer if it is one of the labels, else `other`; only if the references are a few labels, and only for
+    answers that ended within the largest limit of held-out answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +132,8 @@ def is_greedy(temperature: float | None, max_tokens: int | None, cut: int) -> bo
     """Return whether a request was sampled as held-out ones are.
 
     Args:
-        temperature: as the client sent it; None is the model's own default, which is rarely 0.
-        max_tokens: as the client sent it; None is no limit.
+        temperature: temperature in the request; None: the model's own default, which is rarely 0.
+        max_tokens: limit in the request; None: no limit.
         cut: the largest limit of held-out answers, tokens.
     """
     return temperature == 0 and (max_tokens is None or max_tokens >= cut)

@@ -1,7 +1,7 @@
 """The prompts that live traffic is compared with: a plain random sample of a version's examples.
 
-The held-out set is not such a sample: where it is split off, it has no near duplicates of training examples, but
-traffic has some. So traffic would count as drift for being nearer to the training text than the held-out set is.
+The held-out set is not such a sample: if it was split off, it has no near duplicates of training examples, but traffic
+has some. So traffic would count as drift for being nearer to the training text than the held-out set is.
 
 The text space, in which traffic is compared, is fitted on the other examples, which are as far from the sample as from
 traffic. A space fitted on the sample itself would distinguish it from all traffic (tried: every stream had an alarm).

@@ -28,7 +28,7 @@ from svc.registry.registry import Registry
 from svc.version import Target
 
 _MAX_ANSWERS = 1_000
-"""Maximum number of held-out answers, evenly spaced: more make shares no more precise than needed, and take seconds."""
+"""Maximum number of held-out answers, evenly spaced: more would add needless precision, and take seconds to redact."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Reference:
     """Samples that live traffic of a version in a format is compared with.
 
     Attributes:
-        prompts: None if the version has no text space.
+        prompts: the drift sample's prompts; None if the version has no text space.
         answers: answers to the held-out examples; None if the version has no stored answers.
         missing: the reason why one of them is None.
         words: `KeyedHash.words` of each of the prompts.
@@ -98,7 +98,7 @@ def _heldout_answer(example: ChatExample, result: ExampleResult, redactor: Redac
 
 
 def read_prompt(stored: str) -> Prompt:
-    """Return a prompt from its row's column: JSON of the messages, or of the text of a plain completion."""
+    """Return a prompt from its stored form: JSON of the messages, or of the text of a plain completion."""
     content = json.loads(stored) if stored else ""
     if not isinstance(content, list):
         return Prompt(str(content), opening=str(content))

@@ -259,7 +259,7 @@ def _gpu_identity() -> list[str]:
 
 
 def _ask() -> DeviceCapabilities:
-    """Return the capabilities, in the process that imports torch and vLLM."""
+    """Read the capabilities; runs in the process that imports torch and vLLM."""
     import torch
 
     device, number = installed_vllm()
@@ -284,7 +284,7 @@ def _ask() -> DeviceCapabilities:
 
 
 def _vllm_has_cpu_gptq() -> bool:
-    """Return whether vLLM's library has the operator; vLLM's kernel class itself claims to support every CPU."""
+    """Return whether vLLM's library has the operator for 4-bit weights; its kernel class claims to support any CPU."""
     import torch
     from vllm.platforms import current_platform
 

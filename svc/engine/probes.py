@@ -24,10 +24,12 @@ from svc.settings import Device, EngineSettings, GptqKernel
 MAX_PROBES = 8
 MAX_TOKENS = 64
 MIN_TOLERANCE = 1e-3
-"""Nats. Repeated probes on the CPU differ by 0.0000 if each is measured alone; another model's weights by about 10."""
+"""Minimum tolerance, nats. Repeated probes on the CPU differ by 0.0000 if each is measured alone; another model's
+weights by about 10."""
 _REMEASUREMENTS = 5
-"""Maximum number for a probe that differs. With AMX, batches of some sizes round differently, by up to 0.28 nats.
-Measured alone, no probe differed; beside up to 15 streams of other requests, one measurement in forty did."""
+"""Maximum number of repeated measurements of a probe that differs. With AMX, batches of some sizes round differently,
+by up to 0.28 nats. Measured alone, no probe differed; beside up to 15 streams of other requests, one measurement in
+forty did."""
 
 TokenId = Annotated[int, Field(ge=0)]
 Scored = tuple[Sequence[int], int]
@@ -185,7 +187,8 @@ async def check_probes(client: EngineClient, probes: Sequence[Probe]) -> float:
         differences[number - 1] = difference
         if difference > probe.tolerance:
             raise ProbeError(
-                f"probe {number} of {len(probes)} differs by {difference:.4f} nats: not the version's weights",
+                f"probe {number} of {len(probes)} differs by {difference:.4f} nats: the loaded weights are not the "
+                "version's weights",
                 expected=f"at most {probe.tolerance:.4f}",
                 todo="do not serve these files; train again or restore the version's folder from a backup",
             )

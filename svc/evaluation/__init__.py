@@ -1,1 +1,1 @@
-"""Sends examples to an endpoint and measures how good the answers are: on the same endpoint that serves clients."""
+"""Evaluates a model's answers to examples, through the same endpoint that serves clients."""

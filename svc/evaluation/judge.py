@@ -1,8 +1,8 @@
 """A judge: a model at any OpenAI endpoint that decides which of two answers is better.
 
 Prompts, references and answers are sent to that endpoint, so judging is off by default, and the destination is printed
-before they are sent. Judges favour the first answer, so each pair is judged in both orders; the report includes the
-agreement of both orders.
+before they are sent. Judges favour the first answer, so each pair is judged in both orders; the report includes how
+often the two verdicts agree.
 """
 
 import asyncio

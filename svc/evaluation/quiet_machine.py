@@ -17,7 +17,8 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 MAX_OTHERS_SHARE = 0.1
-"""Share of all processors that an idle system and a progress bar use; too little to affect an engine."""
+"""Maximum share of all processors for other processes: an idle system and a progress bar, too little to affect an
+engine."""
 _TRIES = 3
 _PAUSE_S = 10.0
 

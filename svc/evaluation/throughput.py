@@ -29,7 +29,7 @@ async def first_token_seconds(client: EngineClient, prompt: Sequence[int]) -> In
 
 
 async def decoding_speed(client: EngineClient, prompts: Sequence[Sequence[int]], streams: int) -> Interval:
-    """Return the generated tokens per second, measured three times with 16 per stream, with cached prompts.
+    """Return the generated tokens per second, measured three times with 16 tokens per stream and cached prompts.
 
     Args:
         prompts: token ids; reused in turn if there are fewer than streams.

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from svc.files.json_file import read_records
 
 TRAINING_CURVE_FILE = "training.jsonl"
-"""In a version's reference folder."""
+"""Name of the file in a version's reference folder."""
 
 
 class TrainingPoint(BaseModel):

@@ -77,6 +77,6 @@ def told_error(url: str, status: int, answer: object) -> SvcError:
     """
     content = answer.get("error") if isinstance(answer, dict) else None
     if not isinstance(content, dict):
-        return ServerNotRunningError(f"{url} answered {status}, but not as a server of this service")
+        return ServerNotRunningError(f"{url} answered {status}, but not in the form of this service's servers")
     kind = _ERRORS.get(str(content.get("code")), ServerNotRunningError)
-    return kind(f"{url} says: {content.get('message')}")
+    return kind(f"the server on {url} answered: {content.get('message')}")

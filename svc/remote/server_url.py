@@ -98,7 +98,9 @@ def server_address(settings: Settings) -> ServerAddress:
     """
     holder = lock_holder(settings.home / LOCK_FILE)
     if holder is None or "url" not in holder:
-        raise ServerNotRunningError(f"no server runs on {settings.home}", todo="start it: svc serve NAME")
+        raise ServerNotRunningError(
+            f"no server is running for the home {settings.home}", todo="start it: svc serve NAME"
+        )
     socket = holder.get("socket")
     return ServerAddress(str(holder["url"]), Path(socket) if socket else None)
 

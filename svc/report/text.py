@@ -32,7 +32,7 @@ def cut_text(text: str) -> CutText:
 
 
 def visible(text: str) -> str:
-    """Return a text with control characters replaced by Unicode's pictures of them: HTML must not contain all."""
+    """Return a text with Unicode's pictures in place of control characters, some of which HTML must not contain."""
     return text.translate(_PICTURES)
 
 

@@ -1,7 +1,7 @@
 """Drift: the detectors' states for a version's traffic, and the alarms.
 
-Only monitoring interprets states and reports; here they are texts. An alarm names the feature that drifted,
-since when, and requests that show the drift.
+Only monitoring interprets states and reports; here they are texts. An alarm names the feature that drifted, the start
+of the drift, and requests that show it.
 """
 
 from collections.abc import Sequence

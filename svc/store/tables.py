@@ -20,7 +20,7 @@ Record = TypeVar("Record")
 
 
 class UtcDateTime(sa.TypeDecorator[datetime]):
-    """A point in time, always with its zone, which SQLite does not store."""
+    """A point in time, stored in UTC and read with that time zone, which SQLite does not store."""
 
     impl = sa.DateTime(timezone=True)
     cache_ok = True

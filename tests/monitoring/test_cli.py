@@ -255,7 +255,7 @@ def test_the_error_says_how_to_start_a_server_when_none_runs(svc: Svc) -> None:
 def test_the_command_fails_when_the_server_has_ended(svc: Svc, tmp_path: Path) -> None:
     with hold_lock(tmp_path / "home" / LOCK_FILE, "the home", url="http://127.0.0.1:9"):
         pass
-    assert "no server runs on" in svc("--home", "home", "status").err
+    assert "no server is running for the home" in svc("--home", "home", "status").err
 
 
 def test_the_command_fails_when_the_server_is_still_starting(svc: Svc, tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def test_home_of_an_older_release_is_closed_to_others(tmp_path: Path) -> None:
         (["show", "/etc"], 8, "there is no model '/etc'"),
         (["show", ""], 8, "there is no model ''"),
         (["show", "*"], 8, "there is no model '*'"),
-        (["status"], 13, "no server runs on"),
+        (["status"], 13, "no server is running for the home"),
         (["--config", "none.yaml", "status"], 2, "cannot read settings from none.yaml"),
         (["dance"], 2, "No such command 'dance'"),
         (["show"], 2, "Missing argument"),
@@ -175,7 +175,7 @@ def test_unknown_variable_stops_every_command(svc: Svc, monkeypatch: pytest.Monk
 
 def test_home_option_overrides_the_environment(svc: Svc, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SVC_HOME", "below")
-    assert f"no server runs on {tmp_path / 'above'}" in svc("--home", "above", "status").err
+    assert f"no server is running for the home {tmp_path / 'above'}" in svc("--home", "above", "status").err
 
 
 def test_no_traceback_is_printed_to_a_terminal(tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""What a data set is checked for: texts, labels, duplicates, leaks."""
+"""Checks of a data set: texts, labels, duplicates, leaks."""

@@ -148,7 +148,7 @@ def _odd_labels(kinds: NDArray[np.uint8], answers: NDArray[np.uint64], labels: N
 
 
 def _usual_numbers(kinds: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Return which labels are numbers, if most are: a scale may have rare values."""
+    """Return for each label whether it is a number; all False unless most are. A rare number on a scale is not odd."""
     numbers = kinds & AnswerKind.NUMBER > 0
     return numbers if numbers.mean() > 0.5 else np.zeros_like(numbers)
 

@@ -44,7 +44,7 @@ class LineTable(NamedTuple):
             answers: hash of the exact answer.
             labels: hash of the answer's label, ignoring spacing and case; 0 if it is not a label.
             kinds: `AnswerKind` of the answer.
-        sketches: of the prompts, for near duplicates.
+        sketches: sketches of the prompts, for near duplicates.
     """
 
     rows: Rows

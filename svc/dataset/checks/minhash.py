@@ -28,7 +28,7 @@ _MIN_RUNS = 24
 _SAMPLE = 2_000
 _COMMON_SHARE = 0.05
 _COMMON_TEXTS = 4
-"""Different texts of the sample that may always share a run: a small file may contain that many altered copies."""
+"""Number of different texts that may share a run that is not common: a small file may have as many altered copies."""
 _BATCH = 256
 _MAX_WORDS = 4_096
 _MAX_CHARS = 60_000

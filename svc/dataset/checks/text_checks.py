@@ -64,7 +64,10 @@ class TextChecks:
             yield Code.CONTROL_CHARACTER, f"contains the control character U+{ord(match[0]):04X} at {match.start()}"
         if not text.isascii():
             if match := _HIDDEN.search(text):
-                yield Code.CONTROL_CHARACTER, f"contains invisible character U+{ord(match[0]):04X} at {match.start()}"
+                yield (
+                    Code.CONTROL_CHARACTER,
+                    f"contains the invisible character U+{ord(match[0]):04X} at {match.start()}",
+                )
             if (place := text.find("\ufffd")) >= 0:
                 yield Code.MOJIBAKE, f"contains U+FFFD, which replaces an unreadable character, at {place}"
             yield from _first(

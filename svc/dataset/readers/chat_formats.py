@@ -107,7 +107,8 @@ def parse_row(value: Any, form: Format) -> tuple[ChatExample, tuple[str, ...]]:
         form: the format of the file.
 
     Raises:
-        RowError: the row has another format, or is wrong in its own; fields are named as the file names them.
+        RowError: the row has another format than the file, or is not valid in it; the error names fields as the file
+            does.
     """
     own, keys = recognise(value), _quoted(KEYS[form])
     if own is not None and own is not form:
@@ -157,7 +158,7 @@ def _read_chat(value: dict[str, Any]) -> tuple[ChatExample, tuple[str, ...]]:
 
 
 def _without_system(place: re.Match[str]) -> str:
-    """Return the name of `messages[1].role` without the system turn before it."""
+    """Return a field's name if the system turn does not count: `messages[0].role` for `messages[1].role`."""
     number = int(place[1])
     return place[0].replace(f"[{number}]", f"[{number - 1}]", 1) if number else "system"
 

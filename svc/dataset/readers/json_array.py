@@ -25,7 +25,7 @@ def starts_with_list(head: bytes) -> bool:
 
 
 def read_list(stream: BinaryIO) -> Iterator[Row]:
-    """Yield the elements of a list. A syntax error ends the list as its last row: no later element can be found."""
+    """Yield the elements of a list. A syntax error is the last row, because no later element can be found."""
     return _ListReader(stream).rows()
 
 

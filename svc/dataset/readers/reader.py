@@ -83,7 +83,7 @@ def read_examples(
         minimum: minimum number of examples.
         cache: folder for files fetched from the hub.
         bad_lines: collects bad lines; None: the first bad line is an error.
-        kept_back: held-out examples; a line with the prompt of one is bad.
+        kept_back: held-out examples; a line that repeats one of their prompts is bad.
 
     Raises:
         DataError: a line is bad (the error names it), or there are too few examples.

@@ -284,7 +284,9 @@ def _check_offered(calls: tuple[ToolCall, ...], offered: dict[str, None], field:
     for call in calls:
         if offered and call.name not in offered:
             expected = f"one of the tools: {', '.join(offered):.200}"
-            raise RowError(Code.WRONG_TOOLS, f"is a call of {call.name!r:.80}", field=field, expected=expected)
+            raise RowError(
+                Code.WRONG_TOOLS, f"calls the unknown tool {call.name!r:.80}", field=field, expected=expected
+            )
 
 
 def _call_ids(calls: tuple[ToolCall, ...], field: str) -> dict[str, None]:

@@ -11,7 +11,7 @@ from svc.dataset.problem.problem import Code, RowError
 from svc.dataset.text.decode import decode_text
 
 _MAX_DEPTH = 64
-"""Nesting of a tool's schema and of a call's arguments: templates walk them recursively."""
+"""Maximum nesting depth of a tool's schema and of a call's arguments: templates walk them recursively."""
 Value = TypeVar("Value")
 _FUNCTION = (None, "function")
 """Valid types of a tool and of a call; None, because the only existing type may be left out."""

@@ -8,7 +8,7 @@ import unicodedata
 
 _INVISIBLE = {"Zs", "Zl", "Zp", "Cc", "Cf"}
 _FILLERS = "\u115f\u1160\u2800\u3164\uffa0"
-"""Letters and symbols by category, but without a glyph: Hangul fillers and the blank Braille pattern."""
+"""Letters and symbols according to Unicode, but without a glyph: Hangul fillers and the blank Braille pattern."""
 _UNIFIED = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | dict.fromkeys((0xAD, 0x200B, 0x2060, 0xFEFF))
 """Full-width letters become ASCII; hyphens that only show at a line's end and spaces without a width are removed.
 

@@ -69,7 +69,7 @@ _PLAIN = (
     Perplexity(),
     Length(),
 )
-"""Metrics that need no options, by name."""
+"""Metrics that need no options."""
 _TASKS = {
     Task.LABELS: ("accuracy", "macro_f1", "exact_match"),
     Task.JSON: ("field_accuracy", "schema_valid", "valid_json", "exact_match"),
@@ -81,8 +81,8 @@ _ALWAYS = ("perplexity", "length")
 def find_task(references: Sequence[ChatExample]) -> Task:
     """Infer the kind of task from the references.
 
-    Answers are labels if few of them differ, as in the data check, or if the instruction lists them; they are JSON if
-    all are objects or lists; otherwise they are text.
+    Answers are labels if there are only a few different ones, as in the data check, or if the instruction lists them;
+    they are JSON if all are objects or lists; otherwise they are text.
     """
     looks = [look_at_answer(example) for example in references]
     if all(look.kind & AnswerKind.LABEL for look in looks):

@@ -112,7 +112,7 @@ class SchemaValid(AnswerMetric):
 
 
 def infer_schema(references: Sequence[Any]) -> JsonSchema:
-    """Return a schema that accepts all references, and as little else as types and keys can exclude.
+    """Return a schema that accepts all references, and is as narrow as types and keys can make it.
 
     It states types; for objects also the keys, which are required if all references have them, and allows no others;
     for lists one schema for all items. It sets no bounds and lists no values: a right answer may have a new value.

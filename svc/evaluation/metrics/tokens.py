@@ -25,7 +25,7 @@ class Nll(SetMetric):
 
 
 class Perplexity(Nll):
-    """Exponential of the negative log-likelihood: the number of equally likely tokens that are as uncertain."""
+    """Exponential of the negative log-likelihood: the number of equally likely tokens with the same uncertainty."""
 
     name = "perplexity"
     title = "perplexity"

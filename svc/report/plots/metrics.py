@@ -20,7 +20,7 @@ _LOOKS = {
     Format.MERGED.value: (Colour.MERGED, "s"),
     Format.GPTQ.value: (Colour.GPTQ, "D"),
 }
-"""Colour and mark of a model; each identifies it."""
+"""Colour and mark of each model; either one identifies the model."""
 _ROW = 46
 _MAX_TITLE_CHARS = 24
 
