@@ -1,6 +1,6 @@
 """Admission between HTTP and the engines: counts running requests, and queues requests while no engine accepts them.
 
-While an engine is changed and no other accepts requests, new requests wait, and none of them gets more than one
+While an engine is changed and no other accepts requests, new requests wait, and each is answered by a single
 version. When all slots are taken, requests with a key wait too, and share free slots by the weights of their keys. A
 request without a key is then rejected, unless others are already queued: in that case it is queued too, with a share.
 The queue and the wait are bounded, because clients could grow them. The server's own requests have a separate slot and
@@ -114,8 +114,8 @@ class Admission:
         Raises:
             TooManyTokensError: the request asks for more tokens than may run at the same time.
             EngineUnavailableError: there is no engine.
-            QueueOverflowError, QueueTimeoutError: an engine is being changed; the queue is full, or the request waited
-                for `queue_timeout_s`.
+            QueueOverflowError, QueueTimeoutError: admission is closed, and the queue is full or the request has waited
+                too long.
             OverloadedError: all slots are taken, and the request may not wait or has waited too long.
         """
         if tokens > self._max_tokens:
@@ -149,17 +149,19 @@ class Admission:
             self._settle()
 
     def sleep(self) -> None:
-        """Queue requests while no engine accepts them, for as long as a start may take: a request triggers a start."""
+        """Queue requests while no engine accepts them, for at most `wake_timeout_s`; the first triggers a start."""
         self._asleep = True
         self._settle()
 
     def wake(self) -> None:
-        """Reject requests while no engine accepts them, including those already queued."""
+        """Undo `sleep`: while no engine accepts requests, reject them, including those already queued."""
         self._asleep = False
         self._settle()
 
     def unavailable(self, reason: str | None) -> None:
-        """Record that no engine accepts requests: new requests are rejected immediately, or queued during a change.
+        """Record that no engine accepts requests, and cancel the server's own request.
+
+        Queued and new requests are rejected, or wait while admission is closed.
 
         Args:
             reason: shown to clients, so without paths, such as "the engine is starting"; None for an engine that is
@@ -220,7 +222,7 @@ class Admission:
         return True
 
     def leave(self, tokens: int) -> None:
-        """Release the slot."""
+        """Release the slot of a request with this many tokens, and give free slots to queued requests."""
         self.running -= 1
         self._tokens -= tokens
         self._last_ended_at = time.monotonic()

@@ -3,7 +3,7 @@
 from svc.errors import SvcError
 
 OVERLOADED_RETRY_S = 1
-"""Retry time for a full server, since running requests complete all the time."""
+"""Retry time for a full server; short, since running requests complete all the time."""
 QUEUED_RETRY_S = 2
 """Retry time during a change: a swap in place takes one to two seconds once the running requests are done."""
 ENGINE_RETRY_S = 20
@@ -14,7 +14,7 @@ class AdmissionError(SvcError):
     """Base of the errors for requests that never reached an engine and may be sent again.
 
     Attributes:
-        retry_after_s: value of retry-after, seconds; below 120, because OpenAI clients ignore more.
+        retry_after_s: value of retry-after, seconds; below 120, because OpenAI's client ignores larger values.
     """
 
     retry_after_s: int = QUEUED_RETRY_S
@@ -53,6 +53,6 @@ class QueueTimeoutError(AdmissionError):
 
 
 class EngineUnavailableError(AdmissionError):
-    """There is no engine to run the request: it is starting, or it failed."""
+    """No engine can run the request, for example because the engine is starting or has failed."""
 
     retry_after_s = ENGINE_RETRY_S

@@ -31,8 +31,8 @@ class Place:
         tokens: maximum number of tokens in its answers.
         number: position in arrival order.
         joined_at: time of arrival, by the event loop's clock, seconds.
-        given: done when the request gets its slot or is rejected. A cancelled slot stays in the queue until its own
-            task removes it, in the same turn of the loop.
+        given: future that is done when the request gets its slot or is rejected. If the request is cancelled, its entry
+            stays in the queue until its own task removes it, in the same turn of the loop.
     """
 
     party: Party
@@ -70,7 +70,7 @@ class RequestQueue:
             await self._wanted.wait()
 
     def charge(self, party: Party, tokens: int) -> None:
-        """Charge a tenant for the slot given to its request, with or without a wait."""
+        """Advance a tenant's virtual time by the cost of a slot that its request got, with or without a wait."""
         self._now = max(self._now, self._times.get(party.name, 0.0))
         self._times[party.name] = self._now + tokens / party.weight
 

@@ -47,8 +47,8 @@ class Demand(NamedTuple):
     Attributes:
         tokens_in: estimated number of tokens in the prompt; see `estimated_tokens`.
         tokens_out: maximum number of tokens in all answers together.
-        said: the client limited the length of an answer. If not, the model's longest answer is reserved, but at most
-            the whole limit, so that a request without a length is delayed instead of never admitted.
+        said: whether the client limited the length of an answer. If not, the model's longest answer is reserved, but at
+            most the whole limit, so that a request without a length limit is delayed instead of never admitted.
     """
 
     tokens_in: int
@@ -77,7 +77,7 @@ def estimated_tokens(size: int) -> int:
 
 
 class Reservation:
-    """The share of its key's limits that a request holds until it ends; to be settled once.
+    """The share of its key's limits that a request holds until it ends; to be settled or released once.
 
     Args:
         held: maps each limit to the reserved amount and the amount that was free before.
@@ -142,7 +142,7 @@ class RateLimiter:
             A reservation that includes `begun`.
 
         Raises:
-            RateLimitedError: not enough of a limit is left; of several limits, it names the one with the longest wait.
+            RateLimitedError: not enough of a limit is left; of several, the error names the one with the longest wait.
         """
         quotas = self._quotas(principal)
         if begun is None:
@@ -256,7 +256,7 @@ class _Quota(ABC):
 
 
 class _OfMinute(_Quota):
-    """A limit per minute: past use expires evenly, the whole limit within a minute."""
+    """A limit per minute: past use expires at a constant rate, the full limit in one minute."""
 
     def forget(self) -> None:
         now = self._clock()
