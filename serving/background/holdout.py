@@ -42,9 +42,9 @@ log = logging.getLogger(__name__)
 _POLL_S = 1.0
 _PAUSE_S = 60.0
 """Pause after an unexpected error, or if the store rejects the row."""
-_NEVER = "holdout.every_hours is 0"
+_NEVER = "`holdout.every_hours` is 0"
 MAX_EXAMPLES = 200
-"""Maximum examples per run. Each may wait scheduler.PATIENCE_S, 30 s: 200 take less than two hours."""
+"""Maximum number of examples per run. Each may wait for `scheduler.PATIENCE_S`, 30 s: 200 take less than two hours."""
 
 
 class HoldoutState(StrEnum):
@@ -116,7 +116,7 @@ class HoldoutRuns:
             await asyncio.sleep(_POLL_S)
 
     def status(self, target: Target) -> dict[str, Any]:
-        """Return the held-out set's part of /svc/status for the served version."""
+        """Return the held-out set's part of /svc/status for the served version; reads the store."""
         last = newest_holdout_run(self.store, target, completed=False)
         asked, total = self._progress or (0, 0)
         off = self._nothing_to_ask or self.scheduler.off if self.every_hours else _NEVER
@@ -178,7 +178,7 @@ class HoldoutRuns:
         await self._keep(await asyncio.to_thread(self._scored, run, results))
 
     def _scored(self, run: HoldoutRun, results: dict[int, ExampleResult]) -> HoldoutRun:
-        """Return the run with each answer's score by the primary metric, or exact match if that cannot run."""
+        """Return the run with each answer's score by the primary metric, or by exact match if the metric fails."""
         if not results:
             return run
         try:
@@ -202,7 +202,7 @@ class HoldoutRuns:
     async def _attempt(
         self, weights: LoadedWeights, target: Target, cause: HoldoutCause
     ) -> tuple[dict[int, ExampleResult], str | None]:
-        """Return the results by the examples' indexes, or the reason why there are none."""
+        """Ask all examples; return the results by the examples' indexes, or the reason why there are none."""
         self._nothing_to_ask = None
         try:
             questions = await asyncio.to_thread(self._find_set, target)

@@ -65,7 +65,7 @@ class BackgroundScheduler:
         return self._given_up or self.unfit
 
     async def ask(self, weights: LoadedWeights, send: Callable[[EngineClient], Awaitable[Result]]) -> Result:
-        """Send a request in its turn; send it again if it was cancelled and the engine still holds the same weights.
+        """Wait for the request's turn and send it; if it is cut off, send it again to the same weights.
 
         Args:
             weights: the weights that the engine must hold.
@@ -100,7 +100,10 @@ class BackgroundScheduler:
         return self._pool.state in _WITH_ENGINE and await client.healthy()
 
     async def _died(self, weights: LoadedWeights, client: EngineClient) -> bool:
-        """Return whether the replica, which waits longer, finds the engine dead too; it may only be slow."""
+        """Wait until the engine answers a health check or no longer runs with these weights; return whether it died.
+
+        A failed request is no proof of a death: the engine may only be slow, and its replica waits longer.
+        """
         while self._pool.weights == weights and self._pool.state in _WITH_ENGINE:
             if await client.healthy():
                 return False

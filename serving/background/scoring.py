@@ -1,9 +1,9 @@
 """Scores live answers by their log-probability under the version, comparable to the registered held-out answers.
 
-Only greedy answers with unredacted stored content are scored: the text is scored as part of a prompt, and a sampled
-or redacted text would get another value. Long answers are cut to a held-out answer's maximum length. One at a time,
-evenly over the hour, after the held-out set. Only the messages of a request are stored: answers with tools or a
-reasoning parser are scored without them.
+Only greedy answers with unredacted stored content are scored: the text is scored as part of a prompt, and the score of
+a sampled or redacted text would not be comparable. Long answers are cut to a held-out answer's maximum length. Answers
+are scored one at a time, evenly over the hour, after the held-out set. Only the messages of a request are stored:
+answers with tools or a reasoning parser are scored without them.
 """
 
 import asyncio
@@ -38,7 +38,7 @@ _PAUSE_S = 60.0
 """Pause after an unexpected error, or if there was nothing to score: such a search reads all requests of the hour."""
 _OLDEST = timedelta(hours=1)
 _MAX_SKIPPED = 500
-"""Number of remembered rows that were tried without a score. Older ones may be tried again, at one request each."""
+"""Number of rows remembered as tried without a score. Earlier ones may be tried again, at one request each."""
 
 
 @dataclass(eq=False)
@@ -77,7 +77,7 @@ class LiveScores:
             await asyncio.sleep(max(pause_s, self._next_at - time.monotonic()))
 
     async def _score_newest(self) -> bool:
-        """Try to score one answer; return False if there was no answer to score.
+        """Try to score the newest unscored answer; return False if there is none.
 
         Raises:
             SupersededError: the engine was loaded again in the meantime.

@@ -399,7 +399,7 @@ async def test_version_without_registered_answers_is_not_run_and_logged_once(
 
 @pytest.mark.parametrize(
     ("unprobed", "settings", "reason"),
-    [("the engine dies of it", {}, "the engine dies of it"), (None, {"every_hours": 0}, "holdout.every_hours is 0")],
+    [("the engine dies of it", {}, "the engine dies of it"), (None, {"every_hours": 0}, "`holdout.every_hours` is 0")],
 )
 async def test_nothing_is_asked_and_the_reason_is_shown_when_runs_are_off(
     make: Make, caplog: pytest.LogCaptureFixture, unprobed: str | None, settings: dict[str, Any], reason: str
