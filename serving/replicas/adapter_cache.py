@@ -102,7 +102,7 @@ class _Wait:
     """The requests that wait for a slot for the same adapter.
 
     Attributes:
-        given: result is the slot, whose users include these requests.
+        given: future whose result is the slot; these requests are already counted in the slot's `users`.
     """
 
     count: int = 0
@@ -196,7 +196,7 @@ class AdapterCache:
             use.leave()
 
     def drop(self, version: VersionId) -> None:
-        """Handle the removal of a version: check new requests for it again, and evict its adapter once unused."""
+        """Handle the removal of a version: check later requests for it again, and evict its adapter once unused."""
         slot = self._slots.get(version)
         if slot is not None:
             slot.dropped = True
@@ -221,7 +221,7 @@ class AdapterCache:
         return not slot.closing or (for_operator and self._max_loaded > 1)
 
     async def _occupy(self, version: VersionId, for_operator: bool) -> _Slot:
-        """Wait for the version's slot and return it; the caller must release it with `leave`."""
+        """Wait at most `patience_s` for the version's slot and return it; the caller must release it with `_leave`."""
         if self._closed:
             raise _ended()
         slot = self._slots.get(version)

@@ -134,7 +134,7 @@ class _Kept(NamedTuple):
     """An adapter held for a request that has not been admitted yet.
 
     Attributes:
-        adapters: the engine's adapters; the engine has another object after a restart.
+        adapters: the adapters of `engine` at that time; a restarted engine has a new object.
     """
 
     engine: Replica
@@ -149,7 +149,7 @@ class _Kept(NamedTuple):
 class Leasing:
     """Context manager that leases an engine. A class, since a generator costs several times as much CPU time.
 
-    Entering waits for the adapter. Callers that must not wait use `enter`, and `bring` for the wait.
+    Entering waits for the adapter. Callers that must not wait use `enter`, and `bring` to wait.
     """
 
     __slots__ = ("_balancer", "_engine", "_kept", "_model", "_use", "_without")
@@ -167,7 +167,7 @@ class Leasing:
         return self._balancer.lacks_adapter(self._model)
 
     async def bring(self) -> None:
-        """Load the version's adapter, if it is served as one, in an engine, and hold it for this lease until `drop`.
+        """If the version is served as an adapter, load it in an engine and hold it for this lease until `drop`.
 
         Raises:
             EngineUnavailableError: no engine accepts requests now, or the engine stopped meanwhile.

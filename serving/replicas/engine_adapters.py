@@ -36,7 +36,7 @@ class EngineAdapters:
 
     Args:
         model: the model that the engine was started with.
-        unless_dead: cancels requests to an engine that died.
+        unless_dead: runs a request to the engine, and fails if the engine dies.
         occupied: context manager that marks the engine as in use.
         patience_s, on_change: see AdapterCache.
     """

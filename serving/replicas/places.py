@@ -38,6 +38,6 @@ class EnginePlaces:
         return [number for number in await asyncio.to_thread(self._slots.numbers) if number not in self._taken]
 
     async def end_orphans(self) -> None:
-        """Stop the orphans that were not taken."""
+        """Stop the engines that an earlier server left running and this server has not taken."""
         for number in await self.orphans():
             await asyncio.to_thread(self._slots.end, number)

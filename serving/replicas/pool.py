@@ -156,7 +156,7 @@ class EnginePool:
         return engine
 
     async def drop(self, engine: Replica) -> None:
-        """Stop an engine that is not a member."""
+        """Stop an engine that is not a member, and release its number."""
         await engine.stop()
         self._others.remove(engine)
         self._places.give_back(engine.replica)
@@ -208,7 +208,7 @@ class EnginePool:
 
     @asynccontextmanager
     async def held(self, engine: Replica) -> AsyncIterator[None]:
-        """Hold the right to start, change or stop the engine during the body."""
+        """Wait for the right to start, change or stop the engine, and hold it during the body."""
         try:
             async with engine.lock:
                 yield
@@ -253,14 +253,14 @@ class EnginePool:
         try:
             why = await engine.watch.died()
         except Exception as error:  # an engine that cannot be watched counts as dead
-            log.exception("cannot watch replica %d", engine.replica)
+            log.exception("could not watch replica %d", engine.replica)
             why = repr(error)
         log.error("replica %d died: %s", engine.replica, why)
         engine.why = why
         engine.enter(EngineState.FAILED)
 
     def _show(self) -> None:
-        """Publish the engines' state to admission, names and metrics."""
+        """Publish the engines' state to admission, names and metrics; cancel a background request to a former primary."""
         self._metrics.engine_states([engine.state for engine in self.all])
         ready = self.ready
         self._show_loaded()

@@ -34,7 +34,7 @@ class RemovedAdapters:
             try:
                 await self._check()
             except Exception:  # the boundary: loaded adapters keep serving, and are checked again
-                log.exception("cannot read which versions were removed")
+                log.exception("could not evict the adapters of removed versions; retrying")
             await asyncio.sleep(_POLL_S)
 
     async def _check(self) -> None:

@@ -132,7 +132,7 @@ class Replica:
 
     @property
     def capabilities(self) -> EngineCapabilities | None:
-        """Capabilities of the engine; None if there is none."""
+        """Capabilities of the engine; None if there is no engine."""
         engine = self._engine
         return engine.capabilities if engine else None
 
@@ -143,7 +143,7 @@ class Replica:
 
     @property
     def plan(self) -> list[dict[str, Any]] | None:
-        """How the engine was started; None if there is none."""
+        """How the engine was started; None if there is no engine."""
         engine = self._engine  # read once: the status is built in another thread
         return engine.plan if engine else None
 
@@ -177,12 +177,12 @@ class Replica:
         return Target(wanted, Format.ADAPTER) if wanted and self.target.format is Format.ADAPTER else None
 
     def lacks_adapter(self, version: VersionId) -> bool:
-        """Return whether the engine applies adapters and a request would have to wait for the version's."""
+        """Return whether the engine applies adapters and a request would have to wait for this version's."""
         adapters = self.adapters
         return adapters is not None and not adapters.is_ready(version, for_operator=self._in_production(version))
 
     def take_adapter(self, version: VersionId) -> AdapterUse | None:
-        """Return a hold on a version's adapter; None if a request must wait for it, or without adapters."""
+        """Return a hold on a version's adapter; None if it is not ready, or if the engine applies no adapters."""
         return self.adapters.take(version, for_operator=self._in_production(version)) if self.adapters else None
 
     async def bring_adapter(self, version: VersionId) -> AdapterUse:
@@ -240,7 +240,7 @@ class Replica:
         self._on_change(self)
 
     async def start(self, target: Target) -> str:
-        """Replace the engine with a new one that holds a version, and verify that.
+        """Stop the engine, if there is one, start a new one with a version, and verify its weights.
 
         Returns:
             Result of the verification, for the journal.
@@ -267,7 +267,8 @@ class Replica:
         """Adopt the engine that an earlier server left here, if it holds the version and passes the verification.
 
         Returns:
-            Whether the engine was adopted. An engine with another version is left alone; one that fails is stopped.
+            Whether the engine was adopted. If not, it has another version and is left alone, or it failed and was
+            stopped.
         """
         engine = await self._launched(target)
         if await engine.orphan_holds() != str(target):
@@ -280,7 +281,7 @@ class Replica:
             await engine.adopt()
             await self._verify_again(target)
         except Exception:  # a new engine may work, or show the error
-            log.warning("cannot adopt the engine of an earlier server", exc_info=True)
+            log.warning("could not adopt the engine of an earlier server", exc_info=True)
             await self.stop()
             return False
         except BaseException:
@@ -324,7 +325,7 @@ class Replica:
             adapters.close()
 
     async def clear(self) -> None:
-        """Mark the version that the engine holds as unknown; a later server would not adopt the engine.
+        """Mark the version that the engine holds as unknown, so that no later server adopts the engine.
 
         Raises:
             OSError: the record cannot be written.
@@ -364,7 +365,7 @@ class Replica:
         try:
             await self._started.record(str(target))
         except OSError:  # the engine can serve nevertheless
-            log.exception("replica %d: cannot record its version; a later server will not adopt it", self.replica)
+            log.exception("replica %d: could not record its version; a later server will not adopt it", self.replica)
         log.info("replica %d holds %s: %s", self.replica, target, checked.found)
         return checked.found
 
@@ -431,7 +432,7 @@ class Replica:
             await asyncio.gather(starting, return_exceptions=True)
 
     async def stop(self, state: EngineState = EngineState.STOPPED) -> None:
-        """Stop the engine, if there is one, and enter a state without requests."""
+        """Stop the engine, if there is one, and enter a state in which it gets no requests."""
         self.target = self.checked = None
         self.asleep = False
         self.enter(state)

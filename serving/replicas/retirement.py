@@ -33,14 +33,14 @@ class Retirement:
         return bool(self._endings)
 
     def after_requests(self, engine: Replica) -> None:
-        """Stop an engine that was replaced, after its last request."""
+        """Stop a replaced engine in the background, after its last request or after `RETIRE_TIMEOUT_S`."""
         self._later(self._end_drained(engine))
 
     def after_start(self, engine: Replica, starting: asyncio.Task[Any]) -> None:
-        """Stop an engine while it starts, without waiting for the seconds that it takes.
+        """Cancel an engine's start, and stop the engine in the background, because that takes seconds.
 
         Args:
-            starting: the task that starts it.
+            starting: the task that starts the engine.
         """
         starting.cancel()
         self._cut_starts.add(starting)
@@ -48,7 +48,7 @@ class Retirement:
         self._later(self._end_started(starting, engine))
 
     async def cut_off(self) -> None:
-        """Cancel all tasks, because the caller stops all engines; wait until cancelled starts have stopped theirs."""
+        """Cancel the background tasks, because the caller stops all engines; wait until cancelled starts have ended."""
         for task in self._endings:
             task.cancel()
         if self._cut_starts:  # they stop their engines themselves

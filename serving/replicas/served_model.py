@@ -68,23 +68,23 @@ def require_fit(model: ServedModel, adapter: AdapterFacts) -> None:
     slots = model.lora
     if slots is None or adapter.base != model.base:
         raise RefusedError(
-            f"{adapter.version} has another base model or chat template than the served one",
+            f"{adapter.version} has a base model or chat template that differs from the served one",
             expected="an adapter with the same base model and chat template",
-            todo=f"ask the operator for it: svc promote {adapter.version}",
+            todo=f"ask the operator to promote it: svc promote {adapter.version}",
         )
     if adapter.rank > slots.max_rank:
         raise _too_large(adapter, slots.max_rank)
     if others := sorted(adapter.targets.difference(slots.targets)):
         raise RefusedError(
             f"{adapter.version} changes the layers {', '.join(others)}, for which the engine was not started",
-            expected=f"changes of {', '.join(slots.targets)}",
-            todo=f"ask the operator for it: svc promote {adapter.version}",
+            expected=f"changes only to {', '.join(slots.targets)}",
+            todo=f"ask the operator to promote it: svc promote {adapter.version}",
         )
 
 
 def _too_large(adapter: AdapterFacts, max_rank: int) -> RefusedError:
     return RefusedError(
         f"the adapter of {adapter.version} has rank {adapter.rank}",
-        expected=f"at most {max_rank}: adapters.max_rank, or by default the rank that fits the engine's first version",
-        todo="increase adapters.max_rank and restart the engine, or serve the version with --format merged",
+        expected=f"a rank of at most {max_rank}, from `adapters.max_rank` or else from the engine's first version",
+        todo="increase `adapters.max_rank` and restart the engine, or serve the version with --format merged",
     )

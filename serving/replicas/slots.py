@@ -1,4 +1,4 @@
-"""The engine processes and folders of one home, by number, and the engines that this machine has memory for.
+"""Starts and finds the engines of one home by number, and tells whether this machine has memory for more.
 
 The rest of the server reaches processes, the machine's memory and its device only through this module.
 """
@@ -54,19 +54,22 @@ class EngineSlots:
         return list(state_folders(self.settings.home))
 
     def end(self, number: int) -> None:
-        """Stop the engine with this number; takes some seconds."""
+        """Stop the engine with this number; blocks for some seconds."""
         end_engine(state_folder(self.settings.home, number))
 
     def shortage(self, engines: Mapping[Target, int]) -> str | None:
-        """Return a text about the memory missing for these additional engines of each version; None if memory suffices.
+        """Return a description of the memory that is missing for more engines; None if there is enough.
+
+        Args:
+            engines: number of additional engines with each version.
 
         Raises:
-            NotFoundError, RefusedError, IntegrityError: see serving.replicas.served_model; as for `capabilities`.
+            NotFoundError, RefusedError, IntegrityError: see serving.replicas.served_model.
         """
         return shortage([*chain.from_iterable([self._spec_for(target)] * count for target, count in engines.items())])
 
     def capabilities(self, target: Target) -> EngineCapabilities:
-        """Return the capabilities of an engine that starts with a version; reads the disk."""
+        """Return the capabilities of an engine that starts with a version; reads the disk and raises as `shortage`."""
         return self._spec_for(target).engine_capabilities
 
     def facts(self, name: str, folder: Path) -> EngineFacts:

@@ -13,7 +13,7 @@ _FIRST_PACE = 100.0
 
 
 class TokenPace:
-    """Tokens per second of an answer, including its prompt and its wait in the engine.
+    """Mean number of tokens per second of an answer; its time includes the prompt and the wait in the engine.
 
     Answers are weighted by their tokens, so that clients cannot lower the estimate with answers of one token each.
     """

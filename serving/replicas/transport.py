@@ -23,7 +23,7 @@ from svc.errors import EngineError
 
 _HEALTH_TIMEOUT_S = 2.0
 PASSED_STATUSES = frozenset({400, 413, 422, 429, 503})
-"""Statuses for requests that the engine rejects or is too busy for; other error statuses mean that it failed."""
+"""Statuses for requests that the engine rejects or is too busy for; with other error statuses, the engine failed."""
 _MESSAGE_CHARS = 1000
 _TOO_LONG = ("maximum context length", "maximum model length", "cannot be greater than max_model_len")
 _GONE = "the engine stopped; it is being restarted"
@@ -39,7 +39,7 @@ class EngineDiedError(EngineError):
 
 
 class EngineUnreachableError(EngineDiedError):
-    """The engine refused the connection: it never got the request, and another engine may answer it."""
+    """The engine refused the connection, so it never got the request; another engine may answer the request."""
 
 
 class EngineSilentError(EngineError):

@@ -25,9 +25,9 @@ log = logging.getLogger(__name__)
 _HASHING_THREADS = 4  # some may be busy with comparisons of superseded promotions
 _RETAKE_REPEATS = 5
 _ADAPTER_REPEATS = 2
-"""Number of probes for an adapter at its first use, while a request waits for the adapter."""
+"""Measurements of each probe for an adapter at its first use; few, because a request waits for the adapter."""
 _OTHER_WEIGHTS_NATS = 0.5
-"""Mean difference in nats that shows other weights: kernels differ in the second decimal, weights by whole nats."""
+"""Mean difference, nats, that proves other weights: kernels differ in the second decimal, weights by whole nats."""
 
 
 class UnknownProbesError(ProbeError):
@@ -132,8 +132,8 @@ class Verification:
     async def adapter_probes(self, engine: Engine, name: str, target: Target) -> Checked:
         """Check a loaded adapter as `probes` does, also while requests run.
 
-        No probes are recorded for adapters at registration: at its first load on a kind of engine, one is compared with
-        the probes of the version's merged weights, and must differ from the base.
+        No probes are recorded for adapters at registration. So at its first load on a kind of engine, an adapter is
+        compared with the probes of the version's merged weights, and must differ from the base.
 
         Args:
             name: the adapter's name in the engine.
@@ -171,7 +171,7 @@ class Verification:
         return (await asyncio.to_thread(self._registry.format, target.version, target.format)).probes
 
     async def _known(self, target: Target, recorded: tuple[Probe, ...], facts: EngineFacts) -> tuple[Probe, ...] | None:
-        """Return the probes for a kind of engine, from the registration or later; None if none have been recorded."""
+        """Return the probes for a kind of engine, from the registration or later; None if they were never recorded."""
         known = tuple(probe for probe in recorded if probe.engine == facts)
         if known or not recorded:
             return known
@@ -195,7 +195,7 @@ class Verification:
         *,
         without: EngineClient | None = None,
     ) -> str:
-        """Record probes again, store them, and return a text for the journal.
+        """Record the version's probes on this kind of engine, store them, and return a text for the journal.
 
         Args:
             without: client of the same engine without the adapter that `client` uses.
@@ -251,7 +251,7 @@ def _refuse_other_weights(recorded: Sequence[Probe], measured: Sequence[Sequence
     if not difference <= _OTHER_WEIGHTS_NATS:  # also true for NaN
         raise ProbeError(
             f"the probes differ by {difference:.2f} nats on average: these are not the version's weights",
-            expected=f"at most {_OTHER_WEIGHTS_NATS} between two kinds of engine",
+            expected=f"at most {_OTHER_WEIGHTS_NATS} nats between two kinds of engine",
             todo="qualify the version on this kind of engine",
         )
 
@@ -269,7 +269,7 @@ def _refuse_base(
         raise ProbeError(
             f"the adapter is not applied: the probes equal the base's, and differ from the version's by {own:.4f} nats "
             "on average",
-            expected=f"at most {MIN_TOLERANCE} nats from the version's, or more than that from the base's",
+            expected=f"probes within {MIN_TOLERANCE} nats of the version's, or farther than that from the base's",
             todo=f"serve the version with --format {Format.MERGED}",
         )
 

@@ -361,7 +361,7 @@ async def test_rank_over_the_setting_is_refused_with_a_remedy(make: Make) -> Non
     versions(control, 4, adapter={"r": 64})
     async with control.run():
         result = await control.promote(4)
-    assert result.outcome is SwapOutcome.REFUSED and result.reason and "increase adapters.max_rank" in result.reason
+    assert result.outcome is SwapOutcome.REFUSED and result.reason and "increase `adapters.max_rank`" in result.reason
 
 
 async def test_promotion_is_always_blue_green_when_configured(make: Make) -> None:

@@ -148,7 +148,7 @@ async def test_adapters_stay_loaded_when_the_registry_cannot_be_read(
         await ask(client, str(TWO))
         with monkeypatch.context() as patch:
             patch.setattr(Registry, "versions", unreadable)
-            await until(lambda: "cannot read which versions were removed" in caplog.text)
+            await until(lambda: "could not evict the adapters of removed versions" in caplog.text)
             assert await ask(client, str(TWO)) == (200, str(TWO), "2")
         remove(served)
         await gone(served)
