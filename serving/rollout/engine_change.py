@@ -100,11 +100,11 @@ class EngineChange:
         try:
             return await self._in_place(change, engine)
         except EngineError as error:
-            change.report(f"cannot be done in place: {error.wrong}")
+            change.report(f"the change cannot be done in place: {error.wrong}")
             change.why = error.wrong
             return await self._blue_green(change, engine)
         except OSError as error:
-            log.warning("cannot record %s for an engine", change.target, exc_info=True)
+            log.warning("could not clear an engine's record before loading %s", change.target, exc_info=True)
             return SwapOutcome.REFUSED, str(error)
 
     async def _by_adapter(self, change: SwapInProgress, engine: Replica) -> Result:
@@ -114,7 +114,7 @@ class EngineChange:
         except SupersededError:
             raise
         except Exception as error:  # any error: the served version was not touched
-            log.warning("the adapter of %s cannot be loaded", change.target, exc_info=error)
+            log.warning("could not load or verify the adapter of %s", change.target, exc_info=error)
             change.report(f"failed: {_line(error)}")
             return SwapOutcome.REFUSED, str(error) or repr(error)
         change.report(f"adapter loaded: {result}")
@@ -125,7 +125,7 @@ class EngineChange:
         try:
             shortage = await change.cancellation.interrupting(self._planner.shortage(change.target))
         except (SvcError, OSError) as error:
-            log.warning("cannot start a second engine with %s", change.target, exc_info=True)
+            log.warning("could not start a second engine with %s", change.target, exc_info=True)
             return SwapOutcome.REFUSED, str(error)
         if shortage:
             change.report(f"no memory for a second engine: {shortage}")
@@ -138,7 +138,7 @@ class EngineChange:
         except SupersededError:
             raise
         except Exception as error:  # any error: the serving engine was not touched
-            log.warning("cannot start a second engine with %s", change.target, exc_info=error)
+            log.warning("could not start a second engine with %s", change.target, exc_info=error)
             change.report(f"failed: {_line(error)}")
             self._pool.retirement.after_requests(new)
             return SwapOutcome.REFUSED, str(error) or repr(error)
@@ -149,7 +149,7 @@ class EngineChange:
         return SwapOutcome.SUCCEEDED, None
 
     async def _start_second(self, change: SwapInProgress, new: Replica) -> str:
-        """Start the second engine; return the verification result. If superseded, do not wait for the stop."""
+        """Start the second engine; return the verification result. If superseded, stop the engine in the background."""
         starting = asyncio.create_task(new.start(change.target))
         try:
             result = await change.cancellation.outcome_of(starting)
@@ -204,7 +204,7 @@ class EngineChange:
                 change.queued = max(change.queued or 0, self._admission.queue.most)
 
     async def _drain(self, engine: Replica) -> None:
-        """Wait until no request runs in the engine, including requests whose clients left.
+        """Wait until no request runs in the engine, including requests whose clients left; then reset its prefix cache.
 
         Raises:
             RequestsRunError: requests still ran after the timeout.
@@ -213,7 +213,7 @@ class EngineChange:
         try:
             await engine.drained(self._drain_timeout_s)
         except TimeoutError:
-            after = f"after {self._drain_timeout_s:g} s (serve.drain_timeout_s)"
+            after = f"after {self._drain_timeout_s:g} s (`serve.drain_timeout_s`)"
             raise RequestsRunError(f"{engine.running} requests still ran {after}") from None
         await engine.watch.unless_dead(engine.client.reset_prefix_cache())
 
@@ -320,7 +320,7 @@ class EngineChange:
 
 
 def _resume(engine: Replica) -> None:
-    """Make an engine accept requests again, unless its version is unknown, for example after sleeping."""
+    """Make an engine accept requests again; if its version is unknown, mark it as failed instead."""
     engine.enter(EngineState.READY if engine.target is not None else EngineState.FAILED)
 
 

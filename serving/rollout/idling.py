@@ -1,7 +1,8 @@
 """Stops a model's engines after a time without requests, and starts an engine again for the next request.
 
-That request is queued, not rejected. Idling frees memory and, with a GPU, the device; the start is as slow as any.
-An engine that can sleep does so instead of stopping: it keeps its process, and its weights in the machine's memory.
+That request is queued, not rejected. Idling frees memory and, with a GPU, the device; a stopped engine starts as
+slowly as any other. An engine that can sleep does so instead of stopping: it keeps its process, and its weights in the
+machine's memory.
 """
 
 import asyncio
@@ -75,7 +76,7 @@ class Idling:
         return self._admission.idle_s if self._admission.idle_s > 0 else None
 
     async def sleep(self) -> bool:
-        """Put the engines to sleep or stop them, unless requests run or an engine is held; return whether all did.
+        """Put the engines to sleep or stop them, unless requests run or an engine is held; return whether all do so.
 
         An engine that could not be stopped is stopped again before its next start.
         """
@@ -92,7 +93,7 @@ class Idling:
             for member in members:
                 member.enter(EngineState.IDLE)
             self._asleep.set()
-            log.info("%s: no requests; its engines were stopped or put to sleep", self._target())
+            log.info("%s: no requests; stopping its engines or putting them to sleep", self._target())
             rests = await asyncio.gather(*(self._rest(member) for member in members))
         return all(rests)
 

@@ -28,7 +28,8 @@ def choose_deployments(
         every: choose every model that has ever been served.
 
     Raises:
-        NotFoundError, RefusedError: see `choose_desired`; also if none of several models is named, or one twice.
+        NotFoundError, RefusedError: see `choose_desired`; also if no model is named and there is not exactly one, or if
+            a model is named twice.
     """
     chosen = list(models) or (desired_names(store) if every else deployed_names(store))
     states = [choose_desired(registry, store, model, format) for model in chosen or [_only_name(registry, store)]]
@@ -44,9 +45,9 @@ def choose_deployments(
 
 
 def choose_desired(registry: Registry, store: Store, model: str, format: Format | None) -> Desired:
-    """Return the desired state to start with, after writing a new one to the store and the audit log.
+    """Return the desired state to start with; a new one is first written to the store and the audit log.
 
-    Only a person on this machine can choose it.
+    The audit log attributes the choice to the local user: only commands on this machine call this function.
 
     Args:
         model: NAME, NAME@N or NAME@alias.
@@ -85,7 +86,7 @@ def require_promotable(manifest: Manifest) -> None:
     """Check that a version did not fail a check at its registration.
 
     Raises:
-        RefusedError: it did; lists the failed checks.
+        RefusedError: the version failed a check; the message lists the failed checks.
     """
     if manifest.failed:
         raise RefusedError(
@@ -107,8 +108,9 @@ def _resolve(registry: Registry, model: str) -> VersionId:
 def _only_name(registry: Registry, store: Store) -> str:
     names = desired_names(store) or registry.names()
     if len(names) != 1:
-        known = ", ".join(names) or "no models yet: create one with `svc train RECIPE`"
-        raise NotFoundError("no model was named", expected=f"svc serve NAME..., of: {known}; or --all")
+        known = f"`svc serve NAME...` with names from: {', '.join(names)}; or `svc serve --all`"
+        first = "a registered model; there is none yet: create one with `svc train RECIPE`"
+        raise NotFoundError("no model was named", expected=known if names else first)
     return names[0]
 
 
@@ -119,6 +121,6 @@ def _best_format(registry: Registry, version: VersionId) -> Format:
             return format
     raise NotFoundError(
         f"{version} has no format that can be served without a base",
-        expected=f"{' or '.join(_PREFERRED)}, it has {', '.join(formats)}",
+        expected=f"{' or '.join(_PREFERRED)}; it has {', '.join(formats)}",
         todo=f"serve it as an adapter of its base: --format {Format.ADAPTER}" if Format.ADAPTER in formats else "",
     )

@@ -39,7 +39,7 @@ class Journal:
         return self._unwritten.copy()
 
     async def begin(self, desired: Desired) -> int:
-        """Record the beginning of a swap; return its id. Results of other swaps that are still unwritten cause no wait.
+        """Record the beginning of a swap and return its id, without waiting for unwritten results of earlier swaps.
 
         Raises:
             SQLAlchemyError: the write failed; the swap must not begin, because clients could not follow it.
@@ -93,7 +93,7 @@ class Journal:
             try:
                 write()
             except Exception:  # the boundary of this thread, which must survive any error of the store
-                log.exception("cannot write to the journal of swaps")
+                log.exception("could not write to the journal of swaps")
             else:
                 return True
             failures += 1

@@ -24,7 +24,7 @@ class ProductionAlias:
         self._settled = asyncio.Event()
 
     async def read(self, name: str) -> VersionId | None:
-        """Return the version served last according to MLflow; None if there is none or MLflow does not answer."""
+        """Return the version that has the alias in MLflow; None if no version has it or MLflow does not answer."""
         try:
             return await asyncio.to_thread(self._tracking.alias, name, Alias.PRODUCTION)
         except Exception:  # MLflow raises the errors of its transport

@@ -1,9 +1,9 @@
 """Reconciles the served version with the desired one; only code called from here starts, changes or stops engines.
 
 Two loops, which never change the same engine concurrently. One starts missing engines, with longer pauses after
-failures. The other swaps when the desired version changes; if a swap fails, it restores the desired state, which so
-always names the served version. A swap stops when another version is desired. If the store does not answer, serving
-continues, and the desired version is read later.
+failures. The other swaps when the desired version changes; if a swap fails, it restores the desired state, which
+therefore always names the served version. A swap stops when another version is desired. If the store does not answer,
+serving continues, and the desired version is read later.
 """
 
 import asyncio
@@ -51,7 +51,7 @@ class Reconciler:
         journal: records swaps; closed by the code that stops the server.
         reviver: starts missing engines.
         last_error: reason why the last swap or start failed.
-        promoting: a swap is planned or in progress; the engines must not idle until it has ended.
+        promoting: whether a swap is planned or in progress; the engines must not idle until it has ended.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class Reconciler:
         await self._end_cut_off(SwapResult(SwapOutcome.SUCCEEDED))
 
     async def adopt(self) -> bool:
-        """Adopt the engines that an earlier server left; return whether there was one. Call `start` next.
+        """Adopt the engines that an earlier server left; return whether at least one was adopted. Call `start` next.
 
         If only engines with the previous version were left, for example by a server that died during a swap, that
         version is served immediately, and `follow` starts the swap to the desired version again.
@@ -147,7 +147,7 @@ class Reconciler:
         try:
             return await self._pool.adopt(desired.target, serve)
         except SvcError:
-            log.warning("no engine with %s can be adopted", desired.target, exc_info=True)
+            log.warning("could not adopt an engine with %s", desired.target, exc_info=True)
             return bool(self._pool.members)
 
     async def follow(self) -> None:
@@ -174,7 +174,7 @@ class Reconciler:
                 elif desired is not None and desired.generation != self._actual.generation:
                     return desired
             except SQLAlchemyError:
-                log.exception("cannot read the desired state; continuing to serve the current version")
+                log.exception("could not read the desired state; continuing to serve the current version")
                 await asyncio.sleep(_STORE_PAUSE_S)
             await asyncio.sleep(_POLL_S)
 
@@ -184,7 +184,7 @@ class Reconciler:
             try:
                 newer = await asyncio.to_thread(read_desired, self._store, desired.name)
             except SQLAlchemyError:
-                log.exception("cannot read the desired state; continuing the swap")
+                log.exception("could not read the desired state; continuing the swap")
                 await asyncio.sleep(_STORE_PAUSE_S)
             else:
                 if newer is not None and newer.target != desired.target:
@@ -216,7 +216,7 @@ class Reconciler:
             await asyncio.gather(listening, return_exceptions=True)
 
     def _give_up(self, before: Desired, error: Exception) -> SwapResult:
-        """Return the result of a swap with an unexpected error. Engines without the previous version count as dead."""
+        """Return the result of a swap with an unexpected error; mark engines without the previous version as dead."""
         for engine in self._pool.ready:
             if engine.target != before.target:
                 engine.why = f"unexpected error in a swap: {error!r}"
@@ -299,7 +299,7 @@ class Reconciler:
             await self._rewrite(self._actual, self._actual.target, previous)
 
     async def _end_cut_off(self, result: SwapResult) -> None:
-        """Record the result of a swap that the server's stop interrupted: the version of this start decides it."""
+        """Record the result of a swap that the server's stop interrupted; failed if this start uses another version."""
         last = await asyncio.to_thread(find_swap, self._store, self._actual.name)
         if last is None or last.result is not None:
             return

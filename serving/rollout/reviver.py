@@ -72,7 +72,7 @@ class Reviver:
                     await self._revive(engine)
 
     async def _due(self) -> Replica:
-        """Wait until a member without an engine is due, clean up its old engine, and return the member."""
+        """Clean up engines that died; wait until a member without an engine is due for a start, and return it."""
         now = asyncio.get_running_loop().time
         while True:
             self._note_deaths(now())
@@ -99,7 +99,7 @@ class Reviver:
                 self._turns[engine] = _Turn(now + self.backoff_s[0], 0, died)
 
     async def _has_room(self, engine: Replica) -> bool:
-        """Return whether memory suffices in addition to engines that are not members, as a swap's second engine."""
+        """Return whether there is memory beside engines that are not members; if not, postpone the start."""
         if not self._pool.has_others:
             return True
         try:

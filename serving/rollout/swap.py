@@ -70,7 +70,7 @@ class Swap:
         except SupersededError as error:
             return SwapResult(SwapOutcome.CANCELLED, str(error))
         except (SvcError, OSError, SQLAlchemyError) as error:
-            log.warning("%s refused", target, exc_info=error)
+            log.warning("the swap to %s was refused", target, exc_info=error)
             return SwapResult(SwapOutcome.REFUSED, str(error))
         running = self._admission.running
         change = SwapInProgress(
@@ -106,7 +106,7 @@ class Swap:
                 change.report(f"replica {engine.replica} died and is being started: waiting for it")
             async with change.cancellation.holding(self._pool, [engine]):
                 if self._is_changed(change, engine) or (
-                    changed and not await change.cancellation.interrupting(_lives(engine))
+                    changed and not await change.cancellation.interrupting(_recovers(engine))
                 ):
                     continue  # a dead engine is chosen again, or is started with the version that serves in the end
                 outcome, reason = await self._engine_change.run(change, engine)
@@ -125,7 +125,7 @@ class Swap:
         return next((member for member in self._pool.members if not self._is_changed(change, member)), None)
 
     def _is_changed(self, change: SwapInProgress, engine: Replica) -> bool:
-        """Return whether the engine needs no change, because it holds the version or is dead."""
+        """Return whether the engine needs no change, because it holds the new version or is dead."""
         return engine.target == change.target or engine in self._pool.down
 
     async def _back(self, change: SwapInProgress) -> SwapOutcome:
@@ -152,8 +152,11 @@ class Swap:
         return worst
 
 
-async def _lives(engine: Replica) -> bool:
-    """Return whether an engine accepts requests; a suspected death is reported to its watch, which decides."""
+async def _recovers(engine: Replica) -> bool:
+    """Wait until an engine answers its health check or is no longer ready; return whether it answers.
+
+    Each check without an answer is reported to the engine's watch, which decides whether the engine is dead.
+    """
     while engine.state is EngineState.READY:
         if await engine.client.health() not in DOWN:
             return True

@@ -23,8 +23,9 @@ _ONE_AFTER_THE_OTHER = "the version can be reloaded in place, one engine after t
 _DIFFERENT = "architecture, shapes, tokenizer, template or format differ"
 _NO_RELOAD = "engines of this kind do not reload the version correctly in place"
 _UNPROBED = "the engine's weights could not be verified after a reload"
+_AS_SET = "set by `serve.swap`"
 _FIRST_LOAD = (
-    "there are no probes from this kind of engine yet; only an engine that starts with the version can give them"
+    "there are no probes from this kind of engine yet; they are recorded only on an engine that starts with the version"
 )
 
 
@@ -34,8 +35,8 @@ class Plan:
 
     Attributes:
         why: reason for this kind of swap.
-        restart: in an in-place swap, the first engine is restarted with the version instead of reloaded.
-        reloads: after that restart, the other engines are reloaded.
+        restart: whether an in-place swap restarts the first engine with the version instead of reloading it.
+        reloads: whether the other engines are reloaded after that restart; otherwise they are restarted too.
     """
 
     kind: SwapKind
@@ -90,7 +91,7 @@ class SwapPlanner:
         elif not await asyncio.to_thread(self._fits, current, target):
             plan = Plan(SwapKind.BLUEGREEN, _DIFFERENT)
         elif self._choice is SwapChoice.BLUEGREEN:
-            plan = Plan(SwapKind.BLUEGREEN, "as set")
+            plan = Plan(SwapKind.BLUEGREEN, _AS_SET)
         else:
             plan = await self._in_place(target)
         report(f"{plan.kind} swap: {plan.why}")
@@ -102,7 +103,7 @@ class SwapPlanner:
         if current.format is not target.format:
             return Plan(SwapKind.BLUEGREEN, _DIFFERENT)
         if self._choice is SwapChoice.BLUEGREEN:
-            return Plan(SwapKind.BLUEGREEN, "as set")
+            return Plan(SwapKind.BLUEGREEN, _AS_SET)
         try:
             for model in [engine.model for engine in self._pool.alive if engine.model]:
                 await self._verification.adapter(target.version, model)
@@ -133,10 +134,10 @@ class SwapPlanner:
         return Plan(kind, f"{why}; no memory for a second engine: {shortage}", restart=True, reloads=reloads)
 
     def _fits(self, current: Target, target: Target) -> bool:
-        """Compare the versions' fingerprints, computed at their creation; the files have been verified since then.
+        """Return whether the versions' fingerprints are equal, so that the weights can be reloaded in place.
 
-        Computing them again parses both tokenizers, which blocks the interpreter, and with it every stream, for 100 ms
-        or more: only for versions without a fingerprint, or with one from another release.
+        Stored fingerprints are compared first. Computing them parses both tokenizers, which blocks the interpreter, and
+        with it every stream, for 100 ms or more: it is done only if they are missing or differ, as between releases.
         """
         stored = [self._registry.format(of.version, of.format).fingerprint for of in (current, target)]
         if stored[0] and stored[0] == stored[1]:
@@ -146,7 +147,7 @@ class SwapPlanner:
         return computed[0] == computed[1]
 
     async def shortage(self, target: Target) -> str | None:
-        """Return the missing memory for one more engine, after waiting for engines that stop or start; None if none."""
+        """Return the missing memory for one more engine, after waiting for engines that stop or start; else None."""
         deadline = time.monotonic() + self._patience_s
         while True:
             starting = self._pool.starting

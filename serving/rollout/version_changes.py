@@ -51,7 +51,7 @@ class VersionChanges:
         """Make a version the desired one.
 
         Args:
-            format: None for the format that is served now.
+            format: None for the format of the version that is desired now.
             force: promote the version even if it failed a check at registration; `reason` says why.
 
         Raises:
