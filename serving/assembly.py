@@ -42,8 +42,8 @@ from svc.store.requests import Dropped
 from svc.version import Target
 
 MAX_BUFFERED_BYTES = 256 * 2**20
-"""Limit on all answers that wait for their clients: sixteen of the largest size, a small part of the memory that a
-machine with an engine has."""
+"""Memory limit for all answers that wait for their clients: sixteen answers of the largest size, a small part of the
+memory of a machine with an engine."""
 
 if TYPE_CHECKING:
     from serving.telemetry.traces.traces import Traces
@@ -85,7 +85,7 @@ def assemble(
 
     Args:
         capabilities: capabilities of this device.
-        authenticator: has loaded the keys from the store.
+        authenticator: must have loaded the keys from the store.
         make_slots: returns the object that starts and finds engines.
         on_phase: called with each phase of an engine's start.
         on_ready: called with each version that starts to serve.

@@ -21,7 +21,7 @@ from svc.store.swaps import SwapOutcome, SwapResult
 from svc.version import Format, Target, VersionId
 
 _COLLECTED_AFTER = 10_000
-"""Container allocations between collections. A request makes about a hundred, and frees nearly all of them."""
+"""Container allocations between two garbage collections. A request makes about a hundred, and frees nearly all."""
 
 _format_option = click.option(
     "--format",
@@ -117,7 +117,7 @@ def serve(
 
 
 def _spare_collector() -> None:
-    """Make Python's garbage collector run less often, and exclude the existing objects, which live until the exit.
+    """Make Python's garbage collector run less often and skip the existing objects, which live until the exit.
 
     Collections took a twelfth of a request's CPU time, although nearly all of its objects are freed without them.
     """

@@ -32,7 +32,7 @@ _RESTART_PAUSE_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """All parts of one model name.
+    """All parts of one served model.
 
     Attributes:
         context: maximum length of prompt and answer together, tokens.
@@ -103,7 +103,7 @@ class Deployment:
             await asyncio.sleep(_RESTART_PAUSE_S)
 
     async def stop(self, *, leave: bool = False) -> None:
-        """Stop the engines, after `run` has ended, and write the pending journal.
+        """Stop the engines and close the journal; call it after `run` has ended.
 
         Args:
             leave: keep ready engines running, for a server that starts later.
@@ -114,7 +114,7 @@ class Deployment:
             await self.close()
 
     async def close(self) -> None:
-        """Write the pending journal, after the engines have stopped."""
+        """Record that the model is no longer served, and close the journal; call it after the engines have stopped."""
         self.reconciler.journal.stopped(self.name)
         await asyncio.to_thread(self.reconciler.journal.close)
 
@@ -154,7 +154,7 @@ class Deployment:
 
 
 def _adapters(adapters: EngineAdapters | None) -> list[dict[str, Any]] | None:
-    """Return the adapters that an engine has loaded; None if it holds a version itself."""
+    """Return the adapters that an engine has loaded; None if the engine applies no adapters."""
     if adapters is None:
         return None
     return [{"version": str(each.version), "verified": each.checked.verified} for each in adapters.loaded]

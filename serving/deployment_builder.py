@@ -51,7 +51,7 @@ class DeploymentBuilder:
 
         Args:
             desired: the state to serve first.
-            make_room: frees memory for its engines.
+            make_room: frees memory for the deployment's engines.
         """
         name, engine = desired.name, self.settings.engine_for(desired.name)
         metrics = DeploymentMetrics(self.instruments, name, on_loaded=self.gateway_metrics.show_errors)

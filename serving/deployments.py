@@ -49,7 +49,7 @@ class Deployments:
         on_failure: called with the reason why a model cannot be served.
 
     Attributes:
-        looked: set once an earlier server's engines, if any, have been adopted.
+        looked: event that is set once the engines of an earlier server, if any, have been adopted.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class Deployments:
                     self._router.set_registered(await asyncio.to_thread(self._registered))
                     next_read = time.monotonic() + _REGISTERED_S
             except (SQLAlchemyError, OSError):
-                log.exception("cannot read the set of models; continuing to serve the current ones")
+                log.exception("could not read the set of models; continuing to serve the current ones")
             else:
                 # A model without a task could not be stopped earlier; it may have been added again since.
                 for name in [name for name in self._all if name not in names or name not in self._tasks]:
@@ -189,7 +189,7 @@ class Deployments:
             await asyncio.sleep(_POLL_S)
 
     async def _try(self, name: str, change: Callable[[str], Awaitable[None]]) -> None:
-        """Add or remove a model; if that fails, the next turn retries. One model's failure affects no other."""
+        """Add or remove a model. A failure is logged, retried in the next turn, and affects no other model."""
         try:
             await change(name)
         except Exception:
@@ -238,7 +238,7 @@ class Deployments:
         return False
 
     async def _take_away(self, name: str) -> None:
-        """Stop a model that was removed, after its last request."""
+        """Stop a model that was removed, after its last request or after `_DRAIN_S`."""
         deployment = self._all[name]
         self._router.remove(name)
         with suppress(TimeoutError):

@@ -20,7 +20,7 @@ class ModelNotFoundError(NotFoundError):
 
 
 class ModelNames:
-    """The names that clients may use: `NAME`, `NAME@production`, `NAME@N` for loaded versions (with adapters, for any).
+    """The names that clients may use: `NAME`, `NAME@production`, `NAME@N` for loaded versions (for any, with adapters).
 
     Args:
         name: the served model name, without a version.
@@ -37,12 +37,12 @@ class ModelNames:
 
     @property
     def served(self) -> Target | None:
-        """The version in production; None before there is one."""
+        """The version in production; None until a version serves."""
         return self._served
 
     @property
     def since(self) -> int:
-        """When that version went into production, Unix seconds."""
+        """When the current version went into production, Unix seconds."""
         return self._since
 
     def serve(self, served: Target) -> None:
@@ -67,7 +67,7 @@ class ModelNames:
     def resolve(self, model: str) -> VersionId | None:
         """Return the version that a client's model name refers to; None for production, which any ready engine answers.
 
-        With adapters, the returned version may not be loaded, or may not exist: the caller checks.
+        If adapters are served, the returned version may not be loaded, or may not exist: the caller checks.
 
         Raises:
             ModelNotFoundError: the name is not served here.

@@ -92,7 +92,7 @@ class Router:
             ValueError: there are no shares, all weights are 0, or a weight is negative.
         """
         if not any(share.weight > 0 for share in shares) or any(share.weight < 0 for share in shares):
-            raise ValueError(f"the shares of {name} have the weights {[share.weight for share in shares]}")
+            raise ValueError(f"the shares of {name} have invalid weights: {[share.weight for share in shares]}")
         self._shares[name] = tuple(shares)
 
     def remove(self, name: str) -> None:
@@ -116,7 +116,7 @@ class Router:
 
     @property
     def only_version(self) -> VersionId | None:
-        """The version in production if only one model is served."""
+        """The version in production if only one model is served; None otherwise."""
         served = [backend.names.served for backend in self.backends]
         return served[0].version if len(served) == 1 and served[0] else None
 
@@ -169,15 +169,16 @@ class Router:
         return max(shares, key=lambda share: share.weight)  # a rounding error left a rest
 
     def _unknown(self, model: str, name: str) -> ModelNotFoundError:
-        served = f"one of {', '.join(self.names()) or 'none yet'}"
+        names = ", ".join(self.names())
+        served = f"one of {names}" if names else "a served model; there is none yet"
         shown = f"model {model[:SHOWN_CHARS]!r}"
         if name in self._registered:
-            todo = f"ask the operator for it: svc add {name}"
+            todo = f"ask the operator to add it: svc add {name}"
             return ModelNotFoundError(f"{shown} is registered, but not served", expected=served, todo=todo)
         return ModelNotFoundError(f"{shown} is not served here", expected=served)
 
 
 def _position(name: str, who: str) -> float:
-    """Return the position of a client, from 0 to 1: the same in every server and at every time."""
+    """Return a number from 0 to 1 that depends only on the model name and the client."""
     digest = blake2b(f"{name}\0{who}".encode("utf-8", "surrogatepass"), digest_size=_HASH_BYTES).digest()
     return int.from_bytes(digest) / float(1 << 8 * _HASH_BYTES)

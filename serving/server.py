@@ -58,7 +58,7 @@ def claim(settings: Settings, *, has_keys: bool = False, inherited: socket.socke
     """Claim the port and the home, before anything is read or started.
 
     Args:
-        settings: settings with the address of `inherited`, see `at_address`.
+        settings: with the address of `inherited`, if there is one; see `at_address`.
         has_keys: whether API keys exist.
         inherited: socket on which the service manager already listens.
 
@@ -94,14 +94,14 @@ def require_safe(serve: ServeSettings, *, has_keys: bool) -> None:
         return
     if not has_keys:
         raise SettingsError(
-            f"serve.host is {serve.host}, but no key exists: any machine that reaches it would have full access",
+            f"`serve.host` is {serve.host}, but no key exists: any machine that reaches it would have full access",
             expected="a loopback address such as 127.0.0.1 while no key exists",
             todo="create a key first: svc keys create --scope admin",
         )
     if serve.tls_certificate is None and not serve.behind_proxy:
         raise SettingsError(
-            f"serve.host is {serve.host}, but keys would cross the network in plain text",
-            expected="serve.tls_certificate and serve.tls_key, or serve.behind_proxy",
+            f"`serve.host` is {serve.host}, but keys would cross the network in plain text",
+            expected="`serve.tls_certificate` and `serve.tls_key`, or `serve.behind_proxy`",
             todo="set a certificate and its key, or the addresses of the TLS proxy in front of the server",
         )
 
@@ -283,7 +283,7 @@ class _Server:
             task.result()
 
     async def _let_in(self, http: HttpServer, listener: socket.socket) -> None:
-        """Accept clients once running engines are adopted; until then they wait in the listener, none is refused."""
+        """Accept clients once running engines are adopted; until then connections wait in the listener's queue."""
         await self._parts.deployments.looked.wait()
         if not self._stopping.is_set():
             await http.serve(sockets=[listener])

@@ -1,8 +1,8 @@
-"""Implements systemd's protocol between a service manager and a process.
+"""Implements systemd's protocol between a service manager and a process that it starts.
 
-The manager passes a socket on which it listens itself, so that no connection is refused while the process is replaced.
-The process reports that it is ready, alive, or stopping. Two variables and one datagram need no library. Without a
-manager nothing happens.
+The service manager listens on a socket and passes it to the process, so that no connection is refused while the process
+is replaced. The process reports that it is ready, alive, or stopping. No library is used, because the protocol consists
+of a few environment variables and one kind of datagram. Without a service manager, nothing is done.
 """
 
 import asyncio
@@ -16,20 +16,20 @@ from svc.errors import SettingsError
 log = logging.getLogger(__name__)
 
 _FIRST_DESCRIPTOR = 3
-"""First file descriptor that the manager passes, after the standard streams."""
+"""First file descriptor that the service manager passes; those before it are the standard streams."""
 _BEAT_S = 5.0
 _PATIENCE_S = 60.0
-"""Time that a start or stop may take after the last sign of life."""
+"""Time that a start or stop may still take after each report that the event loop runs."""
 
 
 def inherited_listener(environment: MutableMapping[str, str] = os.environ) -> socket.socket | None:
-    """Return the TCP socket on which the manager listens for this process; None if it passed none.
+    """Return the TCP socket on which the service manager listens for this process; None if it passed no socket.
 
     Args:
-        environment: the variables are removed, so that no child process takes the socket for its own.
+        environment: the environment variables; those about the socket are removed, so that no child process uses it.
 
     Raises:
-        SettingsError: the manager did not pass exactly one listening TCP socket.
+        SettingsError: the service manager passed something other than one listening TCP socket.
     """
     owner, count = environment.pop("LISTEN_PID", None), environment.pop("LISTEN_FDS", None)
     environment.pop("LISTEN_FDNAMES", None)
@@ -67,8 +67,8 @@ class ServiceManager:
     """The service manager that started this process and watches it.
 
     Args:
-        address: address of the manager's socket; None if there is no manager, so that nothing is reported.
-        watchdog_s: time without a sign of life after which the manager considers the process hung; None for never.
+        address: address of the service manager's socket; None if there is none: nothing is then reported.
+        watchdog_s: time without a report after which the service manager considers the process hung; None for never.
     """
 
     def __init__(self, address: str | None, watchdog_s: float | None = None) -> None:
@@ -77,10 +77,11 @@ class ServiceManager:
 
     @classmethod
     def of(cls, environment: MutableMapping[str, str] = os.environ) -> "ServiceManager":
-        """Return the manager that the environment names.
+        """Return the service manager that the environment names; without an address if it names none.
 
         Args:
-            environment: the variables are removed: a child process must not report for this one.
+            environment: the environment variables; those about the service manager are removed, because a child process
+                must not report for this one.
         """
         address = environment.pop("NOTIFY_SOCKET", None)
         interval, owner = environment.pop("WATCHDOG_USEC", ""), environment.pop("WATCHDOG_PID", None)
@@ -92,17 +93,17 @@ class ServiceManager:
         self._send(f"READY=1\nSTATUS={status}")
 
     def stopping(self) -> None:
-        """Report that the process stops on purpose."""
+        """Report that the process is stopping as intended, not because of a fault."""
         self._send("STOPPING=1")
 
     async def run(self) -> None:
-        """Report until cancelled that the event loop runs: a long start is not a hung one."""
+        """Report regularly until cancelled that the event loop runs, so that a long start does not look like a hang."""
         while True:
             self._send(f"WATCHDOG=1\nEXTEND_TIMEOUT_USEC={_PATIENCE_S * 1e6:.0f}")
             await asyncio.sleep(self._beat_s)
 
     def _send(self, text: str) -> None:
-        """Send a message; if that fails, serving continues."""
+        """Send a message to the service manager; a failure is only logged."""
         if not self._address:
             return
         path = f"\0{self._address[1:]}" if self._address.startswith("@") else self._address
@@ -111,4 +112,4 @@ class ServiceManager:
                 sender.setblocking(False)
                 sender.sendto(text.encode(), path)
         except OSError:
-            log.warning("cannot reach the service manager at %s", self._address, exc_info=True)
+            log.warning("could not reach the service manager at %s", self._address, exc_info=True)

@@ -31,7 +31,7 @@ class Membership:
 
     @classmethod
     def of(cls, settings: Settings) -> "Membership":
-        """Return the set of a home's server.
+        """Return the set of models of the server that uses a home.
 
         Raises:
             ServerNotRunningError: no server uses the home.

@@ -32,7 +32,7 @@ class JournalEntry:
     """A swap in the journal.
 
     Attributes:
-        result: None while it is in progress.
+        result: None while the swap is in progress.
     """
 
     target: Target
@@ -83,7 +83,7 @@ class LocalAdministration:
         """Return the administration of one home.
 
         Raises:
-            ServerNotRunningError: no server runs on it.
+            ServerNotRunningError: no server uses the home.
         """
         server = server_address(settings)
         return cls(settings, Registry.of(settings), open_database(settings.home), server)
@@ -111,11 +111,13 @@ class LocalAdministration:
 
 
 def follow(administration: Administration, change: VersionChange, on_step: Callable[[str], None]) -> SwapResult:
-    """Wait until the server has carried out a change, and return the result, even if it is not in the journal.
+    """Wait until the server has carried out a change, and return the result.
+
+    A result that the server could not write to its journal is taken from its status, after a longer wait.
 
     Args:
         change: a change with a generation.
-        on_step: called once with each step of the server.
+        on_step: called with the text of each step, once per step.
 
     Raises:
         BusyError: another change was made before the server began this one.
@@ -136,7 +138,7 @@ def follow(administration: Administration, change: VersionChange, on_step: Calla
         _refuse_without_server(administration, change)
         if time.monotonic() >= next_check:
             if unwritten:
-                on_step("the server could not write the result to its journal (see its log); this is from its status")
+                on_step("the server could not write the result to its journal (see its log); its status shows it")
                 return unwritten
             unwritten = _result_from_status(administration.server, change)
             next_check = time.monotonic() + _UNWRITTEN_S
