@@ -19,13 +19,13 @@ class Content:
     """The forwarded bytes of one request and its answer.
 
     Attributes:
-        route: determines their format.
+        route: determines the format of `payload` and `answer`.
         payload: the JSON for the engine, without `model`.
         answer: a JSON body, or the events of a stream.
         size: bytes in memory.
-        too_long: the answer exceeded the limit, and is no longer kept in memory.
-        stored: prompt and answer are stored with the row.
-        features: drift features of prompt and answer are stored.
+        too_long: whether the answer exceeded the limit, and is no longer kept in memory.
+        stored: whether prompt and answer are stored with the row.
+        features: whether drift features of prompt and answer are stored.
     """
 
     route: Route

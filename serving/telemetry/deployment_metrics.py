@@ -19,7 +19,7 @@ _QUEUED_BUCKETS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class DeploymentInstruments:
-    """The instruments, each with the label `model`.
+    """Prometheus instruments, each with the label `model`.
 
     Args:
         registry: registry for the instruments; each registry has only one DeploymentInstruments.
@@ -30,20 +30,23 @@ class DeploymentInstruments:
         gauge = partial(Gauge, registry=registry)
         histogram = partial(Histogram, registry=registry)
         model, outcome, version = ("model",), ("model", "outcome"), ("model", "version")
-        self.running = gauge("svc_requests_running", "Requests in the engine", model)
-        self.queued = gauge("svc_requests_queued", "Requests that wait for an engine", model)
-        self.engine_state = gauge("svc_engine_state", "Engines in a state", ("model", "state"))
+        self.running = gauge("svc_requests_running", "Requests that run in the engines", model)
+        self.queued = gauge("svc_requests_queued", "Requests that wait for a slot or an adapter", model)
+        self.engine_state = gauge("svc_engine_state", "Engines, by state", ("model", "state"))
         self.restarts = counter("svc_engine_restarts_total", "Engine starts after the engine died", model)
         self.swaps = counter("svc_swaps_total", "Swaps, by outcome", outcome)
         self.swap_duration = histogram(
-            "svc_swap_duration_seconds", "From closing admission to opening it", outcome, buckets=_SWAP_BUCKETS_S
+            "svc_swap_duration_seconds", "Time for which a swap closed admission", outcome, buckets=_SWAP_BUCKETS_S
         )
         self.swap_queued = histogram(
-            "svc_swap_queued_requests", "Requests queued when a swap ended", model, buckets=_QUEUED_BUCKETS
+            "svc_swap_queued_requests",
+            "Largest number of requests queued at the same time during a swap",
+            model,
+            buckets=_QUEUED_BUCKETS,
         )
         self.wake_duration = histogram(
             "svc_engine_wake_seconds",
-            "From the request for which an idle engine was started or woken to its readiness",
+            "From the request for which an idle engine was started or woken until the engine was ready",
             model,
             buckets=_WAKE_BUCKETS_S,
         )
@@ -53,7 +56,7 @@ class DeploymentInstruments:
         )
         self.holdout_interval = gauge(
             "svc_holdout_interval_seconds",
-            "From one run of the held-out set to the next, if runs are scheduled",
+            "Interval between runs of the held-out set, if runs are scheduled",
             version,
         )
         self.adapters_loaded = gauge("svc_adapters_loaded", "Adapters in the engines' memory", model)
@@ -71,7 +74,7 @@ class DeploymentMetrics:
 
     Args:
         instruments: shared by all models.
-        model: its name.
+        model: name of the model.
         on_loaded: called with each version that is loaded.
     """
 
@@ -133,7 +136,7 @@ class DeploymentMetrics:
         self._on_loaded(served)
 
     def holdout_due(self, served: Target | None, every_s: float) -> None:
-        """Set the version whose held-out set is run, and the interval; None if there is no set to run."""
+        """Set the interval between runs of a version's held-out set; `served` is None if there is no set to run."""
         self._forget(self._instruments.holdout_interval)
         if served:
             self._instruments.holdout_interval.labels(self._model, str(served.version.number)).set(every_s)

@@ -37,7 +37,8 @@ log = logging.getLogger(__name__)
 
 BURST = 2_000
 PER_DAY = 10_000
-"""Maximum number of requests per version whose features are stored; monitoring compares no more."""
+"""Maximum numbers of requests per version whose features are stored, in a burst and per day; monitoring compares no
+more."""
 MAX_QUEUED = 2_000
 MAX_QUEUED_BYTES = 64 * 2**20
 MAX_STORED = 50_000
@@ -57,7 +58,7 @@ _STOP_S = 0.1
 _PRUNED_AFTER = 1_000
 """Number of newly stored items per version after which old ones are deleted."""
 _REFERENCES = 8
-"""Maximum number of references in memory, 20 MB each."""
+"""Maximum number of drift references in memory, 20 MB each."""
 
 
 class FeatureProcess:
@@ -119,7 +120,7 @@ class FeatureProcess:
         self._arrived.set()
 
     def close(self, timeout_s: float | None = None) -> None:
-        """Store queued records for at most `timeout_s` (default: `_CLOSE_S`), and stop the process."""
+        """Store queued records for at most `timeout_s` (default: `_CLOSE_S`), and stop the process; others are lost."""
         self._closing.set()
         self._arrived.set()
         if self._thread:
@@ -154,7 +155,7 @@ class FeatureProcess:
         return batch
 
     def _store(self, batch: Sequence[RequestRecord]) -> None:
-        """Let the process store the features of a batch."""
+        """Let the process store the features of a batch, in at most two attempts."""
         batch = [record for record in batch if self._can_compare(target_of(record))]
         if not batch:
             return
@@ -251,7 +252,7 @@ class _FeatureMaker:
         """Compute and store the features of a batch.
 
         Returns:
-            Number of requests whose features were lost to an unexpected error, and the targets without a reference.
+            Number of requests whose features were lost to an unexpected error, and the targets that cannot be compared.
         """
         lost, off = 0, set[Target]()
         records: dict[Target, list[RequestRecord]] = {}

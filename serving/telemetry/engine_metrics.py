@@ -46,7 +46,7 @@ class EngineMetrics(Collector):
         self._families: list[Metric] = []
 
     async def refresh(self) -> None:
-        """Read the engines' metrics; omit an engine that does not answer."""
+        """Read the engines' metrics; omit an engine that does not answer within `_TIMEOUT_S`."""
         sources = self._sources()
         pages = await asyncio.gather(*(_page(source) for source in sources))
         # In a thread, because it takes some milliseconds, and streams must not wait.
@@ -73,7 +73,7 @@ def _merged(sources: Sequence[EngineSource], pages: Sequence[str]) -> list[Metri
         try:
             families = [family for family in text_string_to_metric_families(page) if _is_shown(family.name)]
         except ValueError:
-            log.warning("cannot parse the metrics of replica %d", source.replica, exc_info=True)
+            log.warning("could not parse the metrics of replica %d", source.replica, exc_info=True)
             continue
         for family in families:
             samples = [sample._replace(labels=added | sample.labels) for sample in family.samples]

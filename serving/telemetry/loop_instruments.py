@@ -34,7 +34,7 @@ class LoopCounter(Collector):
         registry.register(self)
 
     def remove(self, firsts: Container[tuple[str, ...]]) -> None:
-        """Remove the counts whose first two labels have one of these pairs of values."""
+        """Remove the counts whose first two label values are one of the pairs in `firsts`."""
         for labels in [labels for labels in self.counts if labels[:2] in firsts]:
             del self.counts[labels]
 
@@ -46,7 +46,7 @@ class LoopCounter(Collector):
 
 
 class LoopSeries:
-    """The samples of one set of label values.
+    """The histogram of one set of label values.
 
     Args:
         bounds: upper bounds of the buckets, in ascending order, without infinity.
@@ -106,7 +106,7 @@ class LoopHistogram(Collector):
         return series
 
     def remove(self, firsts: Container[tuple[str, ...]]) -> None:
-        """Remove the series whose first two labels have one of these pairs of values."""
+        """Remove the series whose first two label values are one of the pairs in `firsts`."""
         for labels in [labels for labels in self._series if labels[:2] in firsts]:
             del self._series[labels]
 

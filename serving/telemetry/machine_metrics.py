@@ -25,5 +25,5 @@ def add_machine_metrics(
     build.labels(version("tuneserve"), f"vllm {capabilities.vllm}", capabilities.device(settings).value).set(1)
     size = Gauge("svc_home_size_bytes", "Size of the disk that holds the home", registry=registry)
     size.set_function(lambda: shutil.disk_usage(home).total)
-    free = Gauge("svc_home_free_bytes", "Free on the disk that holds the home", registry=registry)
+    free = Gauge("svc_home_free_bytes", "Free space on the disk that holds the home", registry=registry)
     free.set_function(lambda: shutil.disk_usage(home).free)

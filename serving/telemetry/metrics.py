@@ -81,7 +81,7 @@ class GatewayMetrics:
             "svc_requests_total", "Requests answered", (*version, "route", "status", "outcome")
         )
         self._errors = loop_counter("svc_request_errors_total", "Requests that failed, by reason", (*version, "reason"))
-        self._tokens = loop_counter("svc_tokens_total", "Tokens", (*version, "direction"))
+        self._tokens = loop_counter("svc_tokens_total", "Tokens of prompts and answers", (*version, "direction"))
         self._key_requests = loop_counter("svc_key_requests_total", "Requests that an engine accepted, by key", key)
         self._key_tokens = loop_counter("svc_key_tokens_total", "Tokens used, by key", (*key, "direction"))
         self._key_refused = counter("svc_key_refused_total", "Requests over a limit of their key", (*key, "limit"))
@@ -91,7 +91,7 @@ class GatewayMetrics:
         self._feedback = loop_counter("svc_feedback_total", "Answers that were rated", (*version, "rating"))
         self.rows_stored = counter("svc_request_log_rows_total", "Rows stored, one for each request").inc
         self._rows_dropped = counter(
-            "svc_request_log_dropped_total", "Rows or contents not stored, by reason", ("reason",)
+            "svc_request_log_dropped_total", "Rows, or their content, not stored, by reason", ("reason",)
         )
         self.spans_sent = counter("svc_spans_total", "Spans that the receiver of traces accepted").inc
         self._spans_dropped = counter(
@@ -112,16 +112,16 @@ class GatewayMetrics:
         version = ("model", "version")
         self._duration = histogram(
             "svc_request_duration_seconds",
-            "From the request's last byte to the answer's last byte, complete answers",
+            "From the request's last byte to the answer's last byte, for complete answers",
             (*version, "route"),
             _DURATION_BUCKETS_S,
         )
         self._duration_quantiles = quantiles(
-            "svc_request_duration_quantile_seconds", "Duration of answered requests, last 5 minutes"
+            "svc_request_duration_quantile_seconds", "Duration of requests with complete answers, last 5 minutes"
         )
         self._first_token = histogram(
             "svc_time_to_first_token_seconds",
-            "From the request's last byte to the first token, streamed answers",
+            "From the request's last byte to the first token, for streamed answers",
             version,
             _FIRST_TOKEN_BUCKETS_S,
         )
@@ -130,7 +130,7 @@ class GatewayMetrics:
         )
         self._between_tokens = histogram(
             "svc_time_between_tokens_seconds",
-            "Between two tokens of one streamed answer",
+            "Time between two tokens of one streamed answer",
             version,
             _BETWEEN_TOKENS_BUCKETS_S,
         )
@@ -185,7 +185,7 @@ class GatewayMetrics:
 
         Args:
             key_id: empty without a key.
-            model: one of a bounded set.
+            model: model name, from a bounded set.
         """
         self._key_requests.counts[model, key_id] += 1
         self._key_tokens.counts[model, key_id, "in"] += usage.prompt

@@ -42,7 +42,7 @@ _YIELD_S = 0.0005
 """Pause after each content. Without it the event loop has to wait for Python's switch interval, 5 ms, at each of its
 turns: with 8 streams at full load the 99th percentile was 113 ms, and with the pause 41 ms."""
 _SPANS_PER_PAUSE = 50
-"""Number of spans created at a time, which takes a millisecond or two."""
+"""Number of spans created between two pauses, which takes a millisecond or two."""
 _GATHER_S = 0.2
 """Rows that end within this time are written in one transaction, so that a busy server syncs a few times per second."""
 _PRUNE_EVERY_S = 60.0
@@ -113,7 +113,7 @@ class RequestLog:
         self._thread.start()
 
     def wants_content(self) -> bool:
-        """Decide whether one request's prompt and answer are stored."""
+        """Decide at random, by `content_share`, whether one request's prompt and answer are stored."""
         share = self._settings.content_share
         return share > 0 and random.random() < share  # noqa: S311 - a sample, no secret
 
@@ -122,7 +122,7 @@ class RequestLog:
         return self._features is not None and self._features.wants(target)
 
     def add(self, record: RequestRecord, content: Content | None = None, trace: RequestTrace | None = None) -> None:
-        """Queue a record, or drop it; return immediately.
+        """Queue a record, or drop it if the queue is full; return immediately.
 
         Args:
             content: prompt and answer, if they or their features are stored.
@@ -172,7 +172,7 @@ class RequestLog:
         self._arrived.set()
 
     def redacted(self, text: str | None) -> str | None:
-        """Return the redacted form of a text from another source, such as feedback; None if it must not be stored."""
+        """Return the redacted form of another text, such as feedback; None if it is empty or cannot be redacted."""
         try:
             return self._redactor.text(text) if text else None
         except RedactionTimeoutError as error:
@@ -193,7 +193,7 @@ class RequestLog:
             self._on_dropped(Dropped.FEATURES, 1)
 
     def has_grown(self, size: int) -> None:
-        """Add to the known size of the stored rows; other writers' changes are added too."""
+        """Add to the known size of the stored rows; to be called for changes by other writers too, such as feedback."""
         with self._lock:
             self._grown_bytes += size
 
@@ -257,13 +257,13 @@ class RequestLog:
             try:
                 spans.add(trace, record)
             except Exception:  # a boundary too: a failed span must not cost the row
-                log.exception("cannot create the span for request %s", record.request_id)
+                log.exception("could not create the span for request %s", record.request_id)
                 spans.drop()
             if count % _SPANS_PER_PAUSE == 0:
                 time.sleep(_YIELD_S)
 
     def _add_features(self, entries: Sequence[_Entry], texts: Sequence[_Texts | None]) -> None:
-        """Pass records on to have their features stored, after their rows: features are deleted with their rows."""
+        """Queue records for drift features, after their rows are stored: features are deleted with their rows."""
         if self._features is None:
             return
         records = [
@@ -275,7 +275,7 @@ class RequestLog:
             self._features.add(records)
 
     def _read_texts(self, record: RequestRecord, content: Content) -> _Texts | None:
-        """Return the redacted prompt and answer of a request, if they can be read and are not too long."""
+        """Return the redacted prompt and answer of a request; count them as lost and return None if that fails."""
         with self._lock:
             self._content_bytes -= content.size
         limit = self._settings.max_content_kib * 1024
@@ -289,7 +289,11 @@ class RequestLog:
                 return None
             except (ValueError, RecursionError):  # one malformed request must not cost the others their rows
                 if content.stored:
-                    log.warning("cannot store the content of request %s", record.request_id, exc_info=True)
+                    log.warning(
+                        "could not read the content of request %s, so it is not stored",
+                        record.request_id,
+                        exc_info=True,
+                    )
                 self._drop(content, Dropped.CONTENT_UNREADABLE)
                 return None
             if max(len(prompt.encode("utf-8")), len(answer.encode("utf-8"))) <= limit:

@@ -67,7 +67,7 @@ class RetentionClock:
 
     def _warn(self, ahead_s: float) -> None:
         if self._trusted is None:
-            why = "all stored requests are older than request_log.max_age_days"
+            why = "all stored requests are older than `request_log.max_age_days`"
         else:
             why = f"the clock jumped by {timedelta(seconds=round(ahead_s - self._trusted))}"
         steady = timedelta(seconds=self._doubt_s)

@@ -1,7 +1,7 @@
 """Writes the usage per key to the store, every few seconds and at the end, in a thread.
 
 First it reads each key's usage today, so that limits survive a restart. Nothing is written before that, because the
-server's own counts would be read back.
+server would read its own counts back.
 """
 
 import asyncio
@@ -19,7 +19,8 @@ from svc.store.usage import usage_since
 log = logging.getLogger(__name__)
 
 _EVERY_S = 5.0
-"""Interval between writes, and so the usage lost if the server dies; each write adds a row per key and model in use."""
+"""Interval between writes. A server that dies loses the usage of this time; each write adds a row per key and model in
+use."""
 
 
 class UsageWriter:
@@ -43,7 +44,7 @@ class UsageWriter:
         self._every_s = every_s
 
     async def run(self) -> None:
-        """Write until cancelled."""
+        """Write the counts periodically until cancelled."""
         known = False
         while True:
             try:

@@ -17,7 +17,7 @@ class SpanDropped(StrEnum):
 
     QUEUE_FULL = "queue_full"
     SEND_FAILED = "send_failed"
-    """The receiver could not be reached, or rejected it."""
+    """The receiver could not be reached, or rejected the span."""
     CONTENT_LIMIT = "content_limit"
     """The span is sent without its prompt and answer: too much content is queued."""
 
@@ -29,11 +29,11 @@ class RequestTrace:
     Attributes:
         parent_id: id of the client's span; None if the trace begins here.
         state: the client's `tracestate`; empty if there is none or it is invalid.
-        sampled: the span is sent.
+        sampled: whether the span is sent.
         started_ns: arrival of the request, nanoseconds since 1970.
         ended_ns: end of the request, likewise; measured by the monotonic clock, so that no span is negative.
         model: the model name that the client sent, if that model is served; None otherwise.
-        stream: the client wants server-sent events; None if unknown.
+        stream: whether the client wants server-sent events; None if unknown.
         queue_s: wait for admission, seconds.
         overhead_s: the gateway's own time before the answer began, seconds; None if no answer began.
     """

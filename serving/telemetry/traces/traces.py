@@ -38,7 +38,7 @@ _PARENT, _STATE = b"traceparent", b"tracestate"
 
 
 class Tracer:
-    """Begins traces, and continues those of clients: a span is a child of the client's, or begins a new trace.
+    """Begins traces, and continues those of clients: a request's span is a child of the client's, or begins a trace.
 
     Args:
         sample_share: sampled share of the traces that begin here; for a client's trace, the client decides.
@@ -76,8 +76,8 @@ class Tracer:
 class Traces(SpanExporter):
     """Begins traces, and sends the spans of requests that ended.
 
-    Spans are built at a request's end and go straight to the SDK's queue, whose exporter this class is: so each batch
-    is counted on its way to the receiver.
+    Spans are built at a request's end and put into the SDK's queue. This class is that queue's exporter, so that it can
+    count each batch on its way to the receiver.
 
     Args:
         exporter: sends batches.
