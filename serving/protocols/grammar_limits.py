@@ -40,9 +40,9 @@ MAX_TOTAL_ATOMS = 10_000
 _ATOM = re.compile(r"\\.?|\[(?:\\.|[^\]\\])*\]?|\{(\d+)(?:,(\d*))?\}|\{,(\d+)\}|.", re.DOTALL)
 _JSON_TEXTS = ("json", "structural_tag")
 _MAX_STEPS = 8 * MAX_ATOMS
-"""Maximum length of a pattern, since `|` and `?` are not atoms and there could be 60,000 of them."""
+"""Maximum number of symbols in a pattern, since `|` and `?` are not atoms and there could be 60,000 of them."""
 _OPTIONAL = 20
-"""Number of atoms for which an optional part counts."""
+"""Number of atoms as which one optional atom counts."""
 _MAX_NUMBER_DIGITS = 6  # a longer number exceeds the limits anyway
 
 
@@ -52,7 +52,12 @@ def find_excessive_grammar(fields: Mapping[str, Any]) -> Refusal | None:
     if not grammars or not (limit := excess([*grammars.values()])):
         return None
     param = next((param for param, grammar in grammars.items() if excess([grammar])), next(iter(grammars)))
-    return Refusal(param, f"'{param}' would block the engine, which other clients share", limit, "simplify it")
+    return Refusal(
+        param,
+        f"'{param}' is so complex that it would block the engine, which other clients share",
+        limit,
+        "simplify it",
+    )
 
 
 def _grammars_of(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -87,7 +92,7 @@ def excess(grammar: Any) -> str | None:
         for pattern in _patterns(node):
             atoms += (size := written_out(pattern))
             if size > MAX_ATOMS:
-                return f"a pattern with at most {MAX_ATOMS} characters, its repetitions written out"
+                return f"a pattern with at most {MAX_ATOMS} characters when its repetitions are written out"
             if atoms > MAX_TOTAL_ATOMS:
                 return f"patterns with at most {MAX_TOTAL_ATOMS} characters in total"
     return f"at most {MAX_LENGTHS} strings with a length limit" if lengths > MAX_LENGTHS else None
@@ -103,7 +108,7 @@ def _excess_of_properties(node: dict[str, Any]) -> str | None:
     bounds = (node.get(name) for name in ("minProperties", "maxProperties"))
     bound = max((bound for bound in bounds if isinstance(bound, int | float)), default=0)
     if count * min(bound, count) > MAX_CHOICES_OF_PROPERTIES:
-        return f"at most {MAX_CHOICES_OF_PROPERTIES} as an object's number of properties times 'maxProperties'"
+        return f"at most {MAX_CHOICES_OF_PROPERTIES} for an object's number of properties times 'maxProperties'"
     return None
 
 
@@ -141,7 +146,7 @@ def _read(value: Any) -> Any:
 def written_out(pattern: str) -> int:
     """Return the number of characters and classes in a regular expression with its bounded repetitions written out.
 
-    An optional part counts `_OPTIONAL` times. Counting stops beyond MAX_ATOMS.
+    An optional character or class counts as `_OPTIONAL`. Counting stops beyond MAX_ATOMS.
     """
     sums, last = [0], 0  # atoms in each open group, and in the part that a repetition would repeat
     before = ""

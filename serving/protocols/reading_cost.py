@@ -11,18 +11,19 @@ _BYTE_NS = 3.0
 _ESCAPE_NS = 18.0
 _VALUE_NS = 100.0
 _CONTAINER_NS = 900.0
-"""Time for a byte, a backslash, a value, and an object or array: up to 50 % more than measured on a Xeon with AMX,
-since other machines are slower."""
+"""Times for a byte, a backslash, a value, and an object or array, nanoseconds: up to 50 % more than measured on a Xeon
+with AMX, since other machines are slower."""
 _FLOAT_NS = 250.0
 """Time added for a number with a decimal point or an exponent."""
 _MIN_CONTAINER_BYTES = 2
-"""The smallest object or array: `[]`."""
+"""Size of the smallest object or array: `[]`."""
 _MAX_DIGITS = 24
-"""Maximum digits of one number. Conversion time grows with their square: 1,000 numbers of 4,000 digits took 0.26 s."""
+"""Number of digits from which a number is rejected. Conversion time grows with their square: 1,000 numbers of 4,000
+digits took 0.26 s."""
 _FEW_NUMBERS = 128 * 1024
-"""Size of a slice, bytes. 128 KiB of the slowest numbers take 9 ms."""
+"""Size up to which a body's numbers are not examined: 128 KiB of the slowest numbers take 9 ms."""
 _STRING_NS = 40.0
-"""Time added for a string, which is removed before separators are counted."""
+"""Time added for each string; strings are removed before separators are counted."""
 _SLICE = 64 * 1024
 _BACKSLASHES = re.compile(rb"\\*")
 _SEPARATORS = b",:[{"
@@ -31,7 +32,7 @@ _NUMBERS = bytes.maketrans(b"0123456789E", b"1111111111e")
 
 
 def takes_longer(body: bytes, most_ms: float) -> bool:
-    """Return whether reading a body may take longer than `most_ms`, or a number in it has too many digits.
+    """Return whether reading a body may take longer than `most_ms`, or whether a number in it has too many digits.
 
     Separators and digits inside strings do not count. A body is scanned in slices, until the estimate exceeds the
     limit.

@@ -62,8 +62,8 @@ class CompletionRequest(NamedTuple):
     Attributes:
         model: the client's model name, as sent.
         members: the members of the JSON object for the engine, without `model`.
-        stream: the client wants server-sent events.
-        wants_usage: the client wants the event with the token counts of a stream.
+        stream: whether the client wants server-sent events.
+        wants_usage: whether the client wants the event with the token counts of a stream.
         temperature: as sent; None if absent or not a number. The engine checks the value and applies its default.
         max_tokens: maximum answer length, as sent; None if absent or not a number.
         answers: total number of answers to all prompts.
@@ -148,7 +148,11 @@ def parse_request(body: bytes, route: Route, limits: RequestLimits = _LIMITS) ->
 
 
 def _finite(number: str) -> float:
-    """Return a number with a decimal point or an exponent. msgspec takes 24 us for 1e300 and 0.05 us for most."""
+    """Return a number that has a decimal point or an exponent; msgspec itself takes 24 us for 1e300.
+
+    Raises:
+        ValueError: the number is out of range.
+    """
     value = float(number)
     if math.isinf(value):  # msgspec would write it as null
         raise ValueError("a number out of range")
@@ -216,7 +220,7 @@ def _encode(fields: dict[str, Any]) -> bytes:
 
 
 def _who(fields: Mapping[str, Any], route: Route) -> str:
-    """Return the `user`, else the beginning of the conversation: the first user turn is the same in later requests."""
+    """Return the `user`, else the beginning of the prompt or of the first user turn, which later requests repeat."""
     user = fields.get("user")
     if isinstance(user, str) and user:
         return user[:_WHO_CHARS]
@@ -234,7 +238,7 @@ def _who(fields: Mapping[str, Any], route: Route) -> str:
 
 
 def _user(fields: Mapping[str, Any]) -> str | None:
-    """Return OpenAI's `user` or its newer name `safety_identifier`, else Anthropic's `metadata.user_id`."""
+    """Return OpenAI's `user` or its newer name `safety_identifier`, else Anthropic's `metadata.user_id`, if any."""
     if _NAMES_USER.isdisjoint(fields):
         return None
     metadata = fields.get("metadata")

@@ -18,7 +18,7 @@ from svc.settings import RequestLimits
 Fields = Mapping[str, Any]
 
 _TURNS = {"messages": frozenset({"content", "tool_calls"}), "input": frozenset({"content", "output", "summary"})}
-"""Maps fields that contain a conversation to those fields of its turns that contain lists."""
+"""Maps each field that contains a conversation to those fields of its turns that may contain lists."""
 _TOKEN_IDS = frozenset({"allowed_token_ids", "stop_token_ids", "logprob_token_ids"})
 _MIN_VALUE_BYTES = 2
 """Bytes of the shortest value with its separator."""

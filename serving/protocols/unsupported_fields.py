@@ -59,7 +59,7 @@ _UNSUPPORTED: Mapping[Route, Mapping[str, Refusal]] = {
     Route.MESSAGES: _PROMPT_LOGPROBS | _TRANSFER | _MEDIA_OPTIONS,
 }
 _SWITCHES = frozenset({"echo", "priority", "background", "store"})
-"""Fields that have no effect when they are false, 0 or null; other fields only when they are null."""
+"""Fields that have no effect if they are false, 0 or null; all other fields have no effect only if they are null."""
 
 
 def find_refusal(fields: Fields, route: Route) -> Refusal | None:
@@ -138,7 +138,9 @@ def _many_answers(fields: Fields) -> Refusal | None:
     if type(each) is not int:
         return Refusal("n", "'n' is not an integer", "an integer", "")  # the engine would also take "2" and 2.0
     if each * _count_prompts(fields.get("prompt")) > MAX_ANSWERS:
-        return Refusal("n", "too many answers in one request", f"at most {MAX_ANSWERS} as 'n' times prompts", "")
+        return Refusal(
+            "n", "too many answers in one request", f"at most {MAX_ANSWERS} for 'n' times the number of prompts", ""
+        )
     return None
 
 

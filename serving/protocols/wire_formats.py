@@ -25,7 +25,7 @@ _PLAIN_TOKEN = re.compile(
     rb'data: \{"id":"[^"\\]*","object":"[a-z_.]+","created":\d+,"model":' + _TEXT + rb',"choices":\[\{"index":\d+,'
     rb'(?:"delta":\{"content":' + _TEXT + rb'\}|"text":' + _TEXT + rb")" + _NULLS + rb"\}\]" + _NULLS + rb"\}\n\n"
 )
-"""Matches a whole event, which therefore contains nothing else."""
+"""Matches a whole event, so that a match contains one piece of text and nothing else."""
 _USAGE = re.compile(rb'"usage"\s*:\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
 _FINISH_REASON = re.compile(rb'"finish_reason"\s*:\s*"([a-z_]{1,40})"')
 _DONE = b"[DONE]"
@@ -46,8 +46,8 @@ class Seen:
     """The content of a stream's event.
 
     Attributes:
-        token: it contains generated tokens, and is not the event with token counts.
-        end: it ends a complete answer.
+        token: whether the event contains generated tokens, and is not the event with token counts.
+        end: whether the event ends a complete answer.
         usage: see `WireFormat.usage`.
         finish_reason: see `WireFormat.finish_reason`.
         error: the event's top-level `error`; None if it is not an error.
@@ -128,7 +128,10 @@ class CompletionsFormat(WireFormat):
         return _PLAIN_TOKEN.fullmatch(event) is not None
 
     def usage(self, part: bytes) -> Usage | None:
-        """In a stream, read the one chunk without choices; searched, not parsed: log-probabilities take megabytes."""
+        """Return the token counts; in a stream, only the chunk without choices has them.
+
+        The part is searched, not parsed, because log-probabilities can take megabytes.
+        """
         counts = _last_usage(part)
         if not counts or (is_event(part) and json_of(part).get("choices") != []):
             return None
@@ -144,7 +147,7 @@ class CompletionsFormat(WireFormat):
         return reason[1].decode("ascii") if reason else None
 
     def is_token(self, event: bytes) -> bool:
-        """Return False for comments, the chunk that only opens a chat message, and the end."""
+        """Return whether an event has tokens: comments, the end and the chunk that opens a chat message have none."""
         return event.startswith(b"data:") and b'"role":' not in event and not self.is_end(event)
 
     def is_end(self, event: bytes) -> bool:
@@ -166,7 +169,7 @@ def _choice_text(choice: dict[str, Any]) -> str:
 class ResponsesFormat(WireFormat):
     """Responses, whose last event contains the whole response.
 
-    Parsed, not searched: it also contains the client's own tools.
+    That event is parsed, not searched, because it also contains the client's own tools.
     """
 
     _plain_head = b"event: response.output_text.delta\ndata: "
@@ -216,13 +219,13 @@ class ResponsesFormat(WireFormat):
 class MessagesFormat(WireFormat):
     """Anthropic's messages.
 
-    Parsed, not searched: they contain the input of a tool, which the model wrote, as an object.
+    They are parsed, not searched, because they contain the input of a tool as an object that the model wrote.
     """
 
     _plain_head = b"event: content_block_delta\ndata: "
 
     def usage(self, part: bytes) -> Usage | None:
-        """In a stream, read `message_delta`: the first event has the counts of an answer without tokens."""
+        """Return the token counts, in a stream those of `message_delta`: the first event counts no generated tokens."""
         usage = self._end_of(part).get("usage")
         counts = _usage(usage, "input_tokens", "output_tokens")
         if not counts or not isinstance(usage, dict):
