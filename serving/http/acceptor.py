@@ -61,7 +61,7 @@ class Acceptor:
         """Stop accepting connections, after passing accepted ones to their protocols.
 
         Args:
-            patience_s: longest wait for handshakes.
+            patience_s: longest wait for handshakes in progress, seconds.
         """
         asyncio.get_running_loop().remove_reader(self._listener)
         if self._pause is not None:
@@ -80,7 +80,7 @@ class Acceptor:
         except (ConnectionAbortedError, BlockingIOError):  # its client has closed it, or another process accepted it
             return
         except OSError:  # no descriptors, no memory
-            log.exception("cannot accept connections; retrying in %g s", _PAUSE_S)
+            log.exception("could not accept a connection; retrying in %g s", _PAUSE_S)
             loop = asyncio.get_running_loop()
             loop.remove_reader(self._listener)
             self._pause = loop.call_later(_PAUSE_S, self._resume)
@@ -100,7 +100,7 @@ class Acceptor:
             return False
         if address is not None and not self._address_limit.enter(address):
             log.warning(
-                "%s has %d open connections (serve.max_connections_per_address); closing further ones",
+                "%s has %d open connections (`serve.max_connections_per_address`); closing further ones",
                 address,
                 self._address_limit.most,
             )

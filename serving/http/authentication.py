@@ -37,9 +37,9 @@ class Authentication:
     """Admits requests, and cancels running ones if their key becomes invalid.
 
     Args:
-        authenticator: has loaded the keys from the store.
+        authenticator: must have loaded the keys from the store.
         keys_needed: require a key even while none exists, because other machines can reach the server.
-        on_failure: called for each invalid key.
+        on_failure: called with the fault of each missing or invalid key.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Authentication:
         return _needed_scope(path) is Scope.ADMIN
 
     def admit(self, state: RequestState, path: str) -> Grant:
-        """Return the grant of a request's key; None if no key is required.
+        """Return the grant of a request's key; count and report a missing or invalid key.
 
         Raises:
             InvalidKeyError: the key is missing or invalid.
@@ -77,7 +77,7 @@ class Authentication:
         except InvalidKeyError as error:
             self._on_failure(error.fault)
             if self._failed.add(state.address):
-                sender = state.address or "here"
+                sender = state.address or "a local client"
                 log.warning("many invalid keys from %s, the last one %s; rejecting more with 429", sender, error.fault)
             raise
         needed = _needed_scope(path)

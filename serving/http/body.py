@@ -39,7 +39,7 @@ async def read_body(
     """Return a request's body; its size is checked before and during reading.
 
     Args:
-        slot: context manager that is entered to read the rest of a body that arrives in several parts.
+        slot: returns a context manager that is entered to read the rest of a body that arrives in several parts.
 
     Raises:
         MediaTypeError: not `application/json`. A web page from another site can send some other types to a local port

@@ -37,7 +37,7 @@ class BodySlots:
         taken = self._reading.total()
         if taken >= self._most or self._reading[peer] >= max(1, self._most // 2):
             raise OverloadedError(
-                f"{taken} requests are {self._doing}, {self._reading[peer]} of them from {peer or 'here'}",
+                f"{taken} requests are {self._doing}, {self._reading[peer]} of them from {peer or 'this client'}",
                 todo="send the request again later",
             )
         self._reading[peer] += 1

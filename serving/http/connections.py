@@ -50,12 +50,12 @@ def _nothing() -> None:
 
 @dataclass(slots=True)
 class Connection:
-    """A client's connection as its requests see it. The default, for tests without a server, is never lost or slow.
+    """A client's connection as its requests see it. With default values, for tests, it is never lost or slow.
 
     Attributes:
-        through_socket: the client used the unix socket, which only the socket's owner can open.
-        is_writable: set while writes do not wait. A lost connection accepts and discards all data.
-        lost: done once the connection is lost.
+        through_socket: whether the client used the unix socket, which only the socket's owner can open.
+        is_writable: whether writes do not wait. A lost connection accepts and discards all data.
+        lost: event that is set once the connection is lost.
         abort: closes the connection immediately, discarding unsent data.
         on_request, on_answered: called when a request begins, and when its answer is complete.
     """
@@ -124,7 +124,7 @@ class ClientProtocol(HttpToolsProtocol):
         self._check()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Notify the running request."""
+        """Notify the running request that the connection is lost."""
         if self._timer is not None:
             self._timer.cancel()
         self.parser.close()
@@ -167,7 +167,7 @@ class ClientProtocol(HttpToolsProtocol):
         self._waiting_since = asyncio.get_running_loop().time()
 
     def _check(self) -> None:
-        """Close the connection if its client sends no request or reads nothing.
+        """Close the connection if its client sends no request or reads nothing; otherwise check again later.
 
         One timer serves all of a connection's requests.
         """

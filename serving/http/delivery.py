@@ -27,7 +27,7 @@ CLIENT_TIMEOUT_S = 30.0
 
 
 class ClientSlowError(Exception):
-    """The client read its answer too slowly; it is disconnected."""
+    """The client read its answer too slowly, and is disconnected."""
 
 
 class AnswerTooLargeError(SvcError):
@@ -98,7 +98,7 @@ class Delivery:
         caller: key or address whose share of the buffers the answer uses.
 
     Attributes:
-        begun: `start` was called.
+        begun: whether `start` was called.
     """
 
     def __init__(self, send: Send, buffers: AnswerBuffers, connection: Connection, caller: str) -> None:
@@ -125,7 +125,7 @@ class Delivery:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Wait for the client.
+        """Wait until the rest of the answer is sent, and release its memory.
 
         Raises:
             ClientSlowError: the client read too slowly.
@@ -149,7 +149,7 @@ class Delivery:
         self._headers, self.begun = headers, True
 
     def reserve(self, size: int) -> None:
-        """Reserve memory for a part of an answer that is read first, and `put` once it is complete.
+        """Reserve memory for a part of an answer that is not streamed; the complete answer is passed to `put` later.
 
         Raises:
             AnswerTooLargeError: the answer is over the limit.
@@ -161,7 +161,7 @@ class Delivery:
         if not self._buffers.take(size, self._held, self._caller):
             raise OverloadedError(
                 f"{self._buffers.used} bytes of answers are waiting for their clients, "
-                f"{self._buffers.held_by(self._caller)} of them for {self._caller or 'here'}",
+                f"{self._buffers.held_by(self._caller)} of them for {self._caller or 'this client'}",
                 todo="send the request again later",
             )
         self._held += size
@@ -172,12 +172,12 @@ class Delivery:
         self._buffers.free(size, self._caller)
 
     def put(self, data: bytes) -> None:
-        """Add a part whose memory was reserved."""
+        """Buffer a part whose memory was reserved, to be sent."""
         self._waiting += data
         self._filled.set()
 
     async def put_event(self, data: bytes) -> None:
-        """Add a part of a stream; wait until the buffers have memory for it.
+        """Send a part of a stream or, if the connection is not writable, buffer it once the buffers have memory for it.
 
         Raises:
             AnswerTooLargeError: this part alone is over the limit for an answer.
@@ -201,7 +201,7 @@ class Delivery:
         self.put(data)
 
     async def send_last(self, data: bytes) -> None:
-        """End an answer that failed, after the `async with`.
+        """Send the end of an answer that failed; call it after the `async with`.
 
         Raises:
             ClientSlowError: the client read too slowly.
@@ -223,7 +223,11 @@ class Delivery:
             self._buffers.free(0, self._caller)  # wakes a `put_event` that waits for memory
 
     async def _send_waiting(self, *, end: bool = False) -> None:
-        """Send the buffer in parts, with many small events in one write. The last part may be the end of the answer."""
+        """Send the buffer in parts of up to `PART_BYTES`; small events share a write.
+
+        Args:
+            end: whether the last part ends the answer.
+        """
         more = bool(self._waiting) or end
         while more:
             part = bytes(self._waiting[:PART_BYTES])
@@ -251,5 +255,5 @@ class Delivery:
 def _too_large(size: int, most: int) -> AnswerTooLargeError:
     return AnswerTooLargeError(
         f"the answer is larger than {most} bytes: {size} so far",
-        expected="fewer answers (n), tokens or log-probabilities in one request, or 'stream': true",
+        expected="fewer answers ('n'), tokens or log-probabilities in one request, or 'stream': true",
     )

@@ -58,7 +58,7 @@ class FeedbackIntake:
     """Receives feedback and stores it.
 
     Args:
-        request_log: consulted for requests that are not stored yet.
+        request_log: writes requests that are not stored yet, and redacts texts.
         on_given: called with each request's first rating.
     """
 
@@ -78,11 +78,13 @@ class FeedbackIntake:
         Raises:
             OverloadedError: too many feedback requests are being handled.
             RequestNotFoundError: no request with this id is stored.
-            RequestLogBusyError: the request is not stored yet.
+            RequestLogBusyError: the request is still not stored after a wait of a few seconds.
             InvalidJsonError, InvalidRequestError: the body is not valid.
         """
         if self._at_once >= _MAX_CONCURRENT:
-            raise OverloadedError(f"feedback on {self._at_once} answers is being stored", todo="send it again later")
+            raise OverloadedError(
+                f"feedback on {self._at_once} answers is being stored", todo="send the feedback again later"
+            )
         self._at_once += 1
         try:
             given = await read_json(request, FeedbackRequest, max_bytes=MAX_BODY_BYTES, expected=_EXAMPLE)

@@ -43,14 +43,14 @@ class AllowedHosts:
             return
         raise HostNotAllowedError(
             f"host {host[:SHOWN_CHARS]!r} is not allowed",
-            expected="an address, localhost or a name in serve.allowed_hosts",
-            todo="add the name to serve.allowed_hosts",
+            expected="an address, localhost or a name in `serve.allowed_hosts`",
+            todo="add the name to `serve.allowed_hosts`",
         )
 
 
 @lru_cache(maxsize=256)
 def _name(given: bytes) -> str:
-    """Return the host without the port and the brackets around an IPv6 address."""
+    """Return the host of a Host header, without the port and the brackets around an IPv6 address."""
     header = str(given, "latin-1")
     if header.startswith("["):
         return header[1:].partition("]")[0]

@@ -56,14 +56,15 @@ class Gateway:
         body_slots: limit on request bodies that are being received concurrently.
         metrics: counts requests.
         request_log: stores a row for each request.
-        settings: the limits.
+        settings: the settings with the limits on bodies and queues.
         request_limits: limits on the structure of one request.
         buffers: answers that wait for their clients.
         limiter: enforces the limits of keys.
         usage: counts the usage per key.
         begin_trace: returns a request's trace, begun or continued from its headers; None if traces are off.
         clock: monotonic time, seconds.
-        adapter_slots, production_slots: limits on requests waiting for adapters, and for adapters in production.
+        adapter_slots: limit on requests that wait for adapters, except for those in production.
+        production_slots: limit on requests that wait for an adapter in production.
     """
 
     router: Router
@@ -92,7 +93,7 @@ class Gateway:
 
 @dataclass(frozen=True, slots=True)
 class _Endpoint:
-    """A class, because Starlette would wrap a function in its request machinery."""
+    """ASGI application for one path. A class, because Starlette would wrap a function in its request machinery."""
 
     gateway: Gateway
     route: Route
@@ -183,7 +184,7 @@ class Exchange:
     async def _forward_to_another(
         self, to: Destination, engine: Lease, request: CompletionRequest, refused: EngineUnreachableError
     ) -> None:
-        """Retry once, on another engine: if that refuses the connection too, more than one engine is affected."""
+        """Retry once, on another engine; if that engine refuses the connection too, the fault is not one engine's."""
         try:
             async with to.backend.lease(to.model, without=engine) as other:
                 await self._forward(other, request)

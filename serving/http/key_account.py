@@ -17,10 +17,10 @@ _CLIENT_LEFT = (RequestOutcome.CLIENT_GONE, RequestOutcome.CLIENT_SLOW)
 
 
 class KeyAccount:
-    """One request's use of its key's limits, and its usage; a request without a key has no limits but is counted too.
+    """One request's use of its key's limits, and its recorded usage; without a key there are no limits, only usage.
 
     Attributes:
-        body_bytes: size of the request.
+        body_bytes: size of the request's body.
         token_events: number of forwarded events with tokens, for answers without token counts from the engine.
     """
 
@@ -66,7 +66,7 @@ class KeyAccount:
             model: the requested model, from a bounded set of names.
 
         Raises:
-            RateLimitedError: not enough is left.
+            RateLimitedError: not enough of a limit is left.
         """
         if self._principal is None or self._reservation is None:
             return None

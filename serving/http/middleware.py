@@ -122,7 +122,7 @@ class _Randomness:
 
 
 def _client_request_id(headers: Mapping[bytes, bytes]) -> str | None:
-    """Return the client's own id; an id that contains a secret is neither stored nor returned."""
+    """Return the request id that the client sent; None if it sent no valid one, or one that contains a secret."""
     for name in _CLIENT_HEADERS:
         value = headers.get(name)
         if value is not None and _CLIENT_ID.fullmatch(value):

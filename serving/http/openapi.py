@@ -121,7 +121,7 @@ _ENGINE = {
 }
 _KEYS = {
     401: "the API key is missing or invalid",
-    403: "the key lacks the scope for this",
+    403: "the key lacks the required scope",
     429: "too many invalid API keys came from this address; see retry-after",
     503: "keys cannot be checked now",
 }

@@ -39,8 +39,8 @@ class RequestAccount:
         model: the requested model, from a bounded set of names.
         work: maximum number of tokens in the request's answers.
         status: HTTP status of the answer; None until the answer begins.
-        begun: the headers of the answer were passed to the delivery, or sent.
-        complete: the engine has sent the complete answer.
+        begun: whether the headers of the answer were passed to the delivery, or sent.
+        complete: whether the engine has sent the complete answer.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class RequestAccount:
             self._content.features = wanted
 
     def heard(self) -> None:
-        """Record the arrival of a part from the engine; the last call before the answer begins counts."""
+        """Record the time at which a part arrived from the engine; only the last call before `begin` counts."""
         self._engine_s = self._clock() - self._asked
 
     def begin(self) -> float:
@@ -140,7 +140,7 @@ class RequestAccount:
         self._metrics.first_token(self._answering, seconds, self.request_id)
 
     def finished(self, reason: str) -> None:
-        """Record the finish reason: the first of several answers."""
+        """Record an answer's finish reason; of several answers, only the first reason is kept."""
         self._finish_reason = self._finish_reason or reason
 
     def used(self, usage: Usage) -> None:
@@ -166,7 +166,7 @@ class RequestAccount:
 
     @property
     def _computed(self) -> int:
-        """Estimated number of tokens that the engine has generated for an incomplete answer."""
+        """Estimated number of tokens that the engine has generated for an incomplete answer; 0 for a complete one."""
         if self.complete or self._pace is None:
             return 0
         return min(self.work, math.ceil(self._answers * self._pace.tokens_in(self._clock() - self._asked)))

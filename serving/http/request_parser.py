@@ -32,7 +32,7 @@ class RequestParser(httptools.HttpRequestParser):
     """Parser for one connection, between httptools and the receiver of its requests.
 
     Attributes:
-        unanswered: requests that have begun; decremented by the code that answers them.
+        unanswered: number of requests that have begun; decremented by the code that answers them.
     """
 
     def __init__(self, requests: Requests) -> None:
@@ -63,7 +63,7 @@ class RequestParser(httptools.HttpRequestParser):
             else:
                 break
         if self._head_bytes > MAX_HEAD_BYTES:
-            raise httptools.HttpParserError("the head is too large")
+            raise httptools.HttpParserError("the request's head is too large")
 
     def close(self) -> None:
         """Release the receiver of requests: only the garbage collector frees the parser, which refers to itself."""

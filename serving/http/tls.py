@@ -38,7 +38,7 @@ class Certificate:
             raise SettingsError(
                 f"the certificate {certificate} cannot be used with the key {key}: {error}",
                 expected="a certificate chain and its private key, in PEM, the key without a password",
-                todo="correct serve.tls_certificate and serve.tls_key",
+                todo="correct `serve.tls_certificate` and `serve.tls_key`",
             ) from error
 
     async def follow(self) -> None:
@@ -60,7 +60,7 @@ class Certificate:
             self._load()  # into a context of its own: a certificate with another's key would leave ours half replaced
             self.context.load_cert_chain(*self._files, password=_no_password)
         except OSError as error:
-            log.error("cannot load the new certificate; keeping the previous one: %s", error)
+            log.error("could not load the new certificate; keeping the previous one: %s", error)
         else:
             log.info("loaded a new certificate from %s", self._files[0])
 

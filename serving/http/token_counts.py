@@ -44,7 +44,7 @@ class TokenCounts:
 
 @dataclass(frozen=True, slots=True)
 class _Endpoint:
-    """A class, because Starlette would wrap a function in its request machinery."""
+    """ASGI application for one path. A class, because Starlette would wrap a function in its request machinery."""
 
     counts: TokenCounts
     route: TokenRoute

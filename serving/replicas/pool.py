@@ -260,7 +260,7 @@ class EnginePool:
         engine.enter(EngineState.FAILED)
 
     def _show(self) -> None:
-        """Publish the engines' state to admission, names and metrics; cancel a background request to a former primary."""
+        """Publish the engines' state to admission, names and metrics; end a background request to a former primary."""
         self._metrics.engine_states([engine.state for engine in self.all])
         ready = self.ready
         self._show_loaded()
