@@ -189,7 +189,7 @@ def make_traces(settings: TelemetrySettings, metrics: GatewayMetrics) -> "Traces
     """Return the sender of traces; None, without loading OpenTelemetry, if no receiver is set.
 
     Raises:
-        SettingsError: a variable with headers for the receiver is malformed.
+        SettingsError: an environment variable with headers for the receiver is malformed.
     """
     if settings.otlp_endpoint is None:
         return None

@@ -146,7 +146,10 @@ class Deployments:
             raise failed[0]
 
     async def _leave_out_of_collections(self) -> None:
-        """Exclude imported objects from garbage collection: scanning them repeatedly delays every stream by 100 ms."""
+        """Wait for the last import, at most `_IMPORTED_S`, and exclude imported objects from garbage collection.
+
+        Scanning them repeatedly would delay every stream by 100 ms.
+        """
         await asyncio.gather(*(each.alias.settled(_IMPORTED_S) for each in self.all))  # MLflow is imported last
         gc.freeze()
 

@@ -24,7 +24,7 @@ class ModelNames:
 
     Args:
         name: the served model name, without a version.
-        clock: Unix time, seconds.
+        clock: returns the Unix time, seconds.
     """
 
     def __init__(self, name: str, *, clock: Callable[[], float] = time.time) -> None:

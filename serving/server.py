@@ -165,7 +165,7 @@ async def serve(
         on_phase: called with the phases of an engine's start.
         on_ready: called with each version that starts to serve.
         on_failure: called with the reason why a model cannot be served.
-        manager: notified when the first model serves, and regularly that the server is alive; None if there is none.
+        manager: the service manager, notified when a model serves and regularly while the server runs; may be None.
         make_slots: returns the object that starts and finds engines.
 
     Raises:

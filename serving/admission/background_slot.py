@@ -40,7 +40,7 @@ class BackgroundSlot:
             patience_s: longest wait for that, seconds; afterwards the body runs concurrently with clients' requests.
 
         Raises:
-            BackgroundSlotEndedError: the body was cancelled.
+            BackgroundSlotEndedError: `end` cancelled the body.
             RuntimeError: the slot is taken.
         """
         await self._wait(patience_s)

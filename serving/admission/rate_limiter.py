@@ -80,7 +80,7 @@ class Reservation:
     """The share of its key's limits that a request holds until it ends; to be settled or released once.
 
     Args:
-        held: maps each limit to the reserved amount and the amount that was free before.
+        held: for each limit, its quota, the reserved amount and the amount that was free before.
     """
 
     __slots__ = ("_held",)
@@ -114,8 +114,8 @@ class RateLimiter:
     """The limits of all keys.
 
     Args:
-        clock: monotonic time, seconds.
-        wall: wall clock, seconds since 1970.
+        clock: returns monotonic time, seconds.
+        wall: returns the wall clock's time, seconds since 1970.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time) -> None:
@@ -211,7 +211,7 @@ class _Quota(ABC):
     sum of a key's reservations and past use never exceeds the limit.
 
     Args:
-        clock: seconds.
+        clock: returns the time, seconds.
 
     Attributes:
         most: the limit's maximum amount.

@@ -42,7 +42,7 @@ class JournalEntry:
 
 
 class Administration(Protocol):
-    """Access to the administration of a server."""
+    """Changes the desired versions of a server, on this machine or another one, and reads its journal of swaps."""
 
     @property
     def server(self) -> ServerAddress:
@@ -71,7 +71,7 @@ class Administration(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LocalAdministration:
-    """Access for a home's owner to the administration of the server that uses the home."""
+    """Administration by the home's owner, on the machine of the server that uses the home."""
 
     settings: Settings
     registry: Registry

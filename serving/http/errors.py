@@ -95,7 +95,7 @@ class ApiError:
         """Return the JSON for a response, or for an event's data in a stream; secrets that a client sent are masked.
 
         Args:
-            path: of the request.
+            path: the request's path.
         """
         param = self.param and hide_secrets(self.param)
         error = {"message": hide_secrets(self.message), "type": self.type, "param": param, "code": self.code.value}
@@ -110,7 +110,7 @@ class ApiError:
         have to wait for long.
 
         Args:
-            path: of the request.
+            path: the request's path.
         """
         headers = dict(self.headers)
         if self.code is ErrorCode.INTERNAL_ERROR or (

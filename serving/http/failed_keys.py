@@ -32,7 +32,7 @@ class FailedKeys:
     """Counts invalid keys by peer, in minutes that begin with a peer's first invalid key.
 
     Args:
-        clock: monotonic time, seconds.
+        clock: returns monotonic time, seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

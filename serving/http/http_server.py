@@ -28,7 +28,7 @@ class HttpServer(uvicorn.Server):
         most: maximum number of open connections.
         address_limit: limit on the connections from one address.
         certificate: None for plain HTTP.
-        deadline_s: see serving.http.connections.
+        deadline_s: see `REQUEST_DEADLINE_S` in serving.http.connections.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ def http_server(
         most_per_address: maximum number from one address that is not a proxy; None for no limit.
         certificate: None for plain HTTP.
         proxies: addresses whose forwarding headers are trusted; any other client can forge these headers.
-        deadline_s: see serving.http.connections.
+        deadline_s: see `REQUEST_DEADLINE_S` in serving.http.connections.
         idle_s: maximum idle time of a connection between two requests.
     """
     config = uvicorn.Config(

@@ -62,7 +62,7 @@ class Gateway:
         limiter: enforces the limits of keys.
         usage: counts the usage per key.
         begin_trace: returns a request's trace, begun or continued from its headers; None if traces are off.
-        clock: monotonic time, seconds.
+        clock: returns monotonic time, seconds.
         adapter_slots: limit on requests that wait for adapters, except for those in production.
         production_slots: limit on requests that wait for an adapter in production.
     """

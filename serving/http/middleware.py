@@ -34,7 +34,7 @@ class RequestMiddleware:
         router: if only one model is served, its production version is named in responses that no version generated.
         hosts: host names that are accepted.
         limiter: returns a key's remaining limits.
-        clock: monotonic time, seconds.
+        clock: returns monotonic time, seconds.
     """
 
     def __init__(

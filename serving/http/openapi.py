@@ -106,7 +106,7 @@ _TOKEN_REQUESTS: Mapping[TokenRoute, tuple[str, list[str], Json]] = {
     ),
 }
 _BAD_BODY = {
-    400: "the body is not a JSON object, a field is not supported, or the engine rejected it",
+    400: "the body is not a JSON object, a field is not supported, or the engine rejected the request",
     408: "the body did not arrive in time",
     413: "the body is too large",
     415: "the content type is not application/json",

@@ -33,7 +33,7 @@ class RequestAccount:
         request_log: stores its row.
         key: the request's use of its key's limits; settled at the end.
         trace: the request's span, completed at the end; None if traces are off.
-        clock: monotonic time, seconds.
+        clock: returns monotonic time, seconds.
 
     Attributes:
         model: the requested model, from a bounded set of names.

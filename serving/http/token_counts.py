@@ -1,7 +1,7 @@
 """`POST /v1/messages/count_tokens` and `POST /tokenize`: count a prompt's tokens before the prompt is sent.
 
-An engine counts tokens without its model, so these requests bypass admission, count towards no key limit (except that
-a rejected request counts towards the requests per minute) and are not stored in the request log.
+An engine counts tokens without running its model, so these requests bypass admission, count towards no key limit
+(except that a rejected request counts towards the requests per minute) and are not stored in the request log.
 Because they use CPU, at most MAX_CONCURRENT of them are answered concurrently, and half of those for one caller.
 """
 

@@ -12,7 +12,7 @@ class WarningLimit(logging.Filter):
     """Logging filter that passes each warning once per minute, whatever its arguments, and all records of other levels.
 
     Args:
-        clock: monotonic time, seconds.
+        clock: returns monotonic time, seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

@@ -38,7 +38,7 @@ class RemovedAdapters:
             await asyncio.sleep(_POLL_S)
 
     async def _check(self) -> None:
-        """Evict removed versions, except the one in production, which stays loaded as it would without adapters."""
+        """Evict the adapters of removed versions, except the version in production, which continues to serve."""
         engines = [(engine, engine.adapters) for engine in self._pool.all if engine.adapters]
         loaded = [
             (adapters, each.version)

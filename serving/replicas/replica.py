@@ -231,7 +231,7 @@ class Replica:
             await self._idle.wait()
 
     def enter(self, state: EngineState) -> None:
-        """Set the state and notify the pool, which routes requests by it."""
+        """Set the state and notify the pool, which routes requests by the engines' states."""
         if state is EngineState.READY and self.state is not EngineState.DRAINING:  # else a swap was cancelled early
             self.weights = LoadedWeights(fresh=self.state is EngineState.STARTING)
         if state is EngineState.READY:

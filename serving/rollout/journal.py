@@ -87,7 +87,7 @@ class Journal:
             self._unwritten.pop(swap_id, None)
 
     def _write(self, write: Callable[[], None], attempts: int | None = None) -> bool:
-        """Write a record; return whether that succeeded. Without `attempts`, retry until success or the close."""
+        """Write a record; return whether that succeeded. Without `attempts`, retry until `close` gives up."""
         failures, pause_s = 0, _PAUSE_S
         while True:
             try:

@@ -99,7 +99,7 @@ class Reviver:
                 self._turns[engine] = _Turn(now + self.backoff_s[0], 0, died)
 
     async def _has_room(self, engine: Replica) -> bool:
-        """Return whether there is memory beside engines that are not members; if not, postpone the start."""
+        """Return whether memory suffices next to a swap's second or replaced engines; if not, postpone the start."""
         if not self._pool.has_others:
             return True
         try:

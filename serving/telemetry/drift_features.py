@@ -66,7 +66,7 @@ class FeatureProcess:
 
     Args:
         on_dropped: called with the number of requests whose features were lost.
-        clock: monotonic time, seconds.
+        clock: returns monotonic time, seconds.
     """
 
     def __init__(

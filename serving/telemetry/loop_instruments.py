@@ -22,7 +22,7 @@ class LoopCounter(Collector):
     """Counts by label values: `counter.counts["tuned", "1"] += 1`.
 
     Args:
-        name: of the metric.
+        name: the metric's name.
         documentation: its help text.
         labels: label names, in the order of the values.
         registry: registry that exports the metric.
@@ -77,7 +77,7 @@ class LoopHistogram(Collector):
     """A histogram with one series for each set of label values.
 
     Args:
-        name: of the metric.
+        name: the metric's name.
         documentation: its help text.
         labels: label names, in the order of the values.
         buckets: upper bounds of the buckets, in ascending order, without infinity.

@@ -62,7 +62,7 @@ class GatewayMetrics:
 
     Args:
         registry: where the instruments are registered; one GatewayMetrics for each registry.
-        clock: monotonic time, seconds, for the window of the quantiles and for idle versions.
+        clock: returns monotonic time, seconds, for the window of the quantiles and for idle versions.
 
     Attributes:
         rows_stored: counts rows written to the store.
@@ -212,7 +212,7 @@ class GatewayMetrics:
             served: the version that answered; None if no version did.
             status: as sent, or `CLIENT_GONE_STATUS`.
             seconds: from the request's last byte to the answer's last.
-            request_id: for the exemplar.
+            request_id: shown in the exemplar.
             reason: why the request failed, possibly within a stream; None if it succeeded.
             model: the requested model, used if no version answered; from a bounded set.
         """

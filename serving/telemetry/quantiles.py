@@ -34,9 +34,9 @@ class VersionQuantiles(Collector):
     """A gauge with each version's quantiles. A version without samples in the window has no series.
 
     Args:
-        name: of the gauge.
+        name: the gauge's name.
         documentation: its help text.
-        clock: monotonic time, seconds.
+        clock: returns monotonic time, seconds.
         registry: registry that exports the gauge.
     """
 

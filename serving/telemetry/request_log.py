@@ -72,7 +72,7 @@ class RequestLog:
         on_dropped: called with the reason, and the number of rows or contents lost.
         spans: gets the rows of traced requests, including those that the store rejects.
         features: stores drift features for some requests; closed with the log.
-        now: the wall clock.
+        now: returns the wall clock's time.
     """
 
     def __init__(

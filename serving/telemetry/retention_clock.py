@@ -25,8 +25,8 @@ class RetentionClock:
 
     Args:
         max_age: maximum age of rows that are kept.
-        now: the wall clock.
-        elapsed_s: seconds since a fixed moment, independent of the wall clock.
+        now: returns the wall clock's time.
+        elapsed_s: returns the seconds since a fixed moment, independently of the wall clock.
     """
 
     def __init__(

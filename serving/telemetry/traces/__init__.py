@@ -1,1 +1,1 @@
-"""Request traces with OpenTelemetry. `request_trace` does not load the SDK; import other modules only if traces are on."""
+"""Request traces with OpenTelemetry. `request_trace` does not load the SDK; import the others only if traces are on."""

@@ -1,7 +1,7 @@
 """Sends spans to a receiver by OTLP over HTTP, with the SDK's own exporter.
 
-Headers with secrets come from the standard variables, which the SDK reads itself. They are checked here first, because
-the SDK would log the value of a malformed header.
+Headers with secrets come from the standard environment variables, which the SDK reads itself. They are checked here
+first, because the SDK would log the value of a malformed header.
 """
 
 import logging
@@ -29,7 +29,7 @@ class LogLimit(logging.Filter):
     """Logging filter that passes one record per minute, however many batches a receiver rejects.
 
     Args:
-        clock: monotonic time, seconds.
+        clock: returns monotonic time, seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -56,7 +56,7 @@ def otlp_exporter(endpoint: str) -> SpanExporter:
         endpoint: the receiver's base URL, or its URL for traces.
 
     Raises:
-        SettingsError: a variable with headers is malformed.
+        SettingsError: an environment variable with headers is malformed.
     """
     for name in (OTEL_EXPORTER_OTLP_TRACES_HEADERS, OTEL_EXPORTER_OTLP_HEADERS):
         _check_headers(name, os.environ.get(name, ""))
