@@ -70,7 +70,7 @@ class Authentication:
             InvalidKeyError: the key is missing or invalid.
             TooManyWrongKeysError: the key is invalid, and so were too many before it from the same address.
             KeysUnavailableError: the store with the keys cannot be read.
-            PermissionDeniedError: the key lacks the scope.
+            PermissionDeniedError: the key lacks the required scope.
         """
         try:
             grant = self._authenticator.grant(_secret(state.headers))

@@ -23,7 +23,7 @@ class EventStream:
         begin: called with the engine's content type to begin the answer to the client.
         between_tokens: called with the seconds between the arrivals of two tokens from the engine; with a slow client,
             tokens may be read from the buffer much later than they arrived.
-        wants_usage: the client requested the chunk with token counts.
+        wants_usage: whether the client requested the chunk with token counts.
         show: rewrites each event first; see serving.replicas.balancer.Lease.
     """
 
