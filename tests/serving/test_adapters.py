@@ -273,7 +273,7 @@ async def test_promoted_unverified_version_is_marked_in_the_journal_and_the_stat
     ("config", "told"),
     [
         ({"use_dora": True}, "it is DoRA"),
-        ({"base_model_name_or_path": "other"}, "another base model"),
+        ({"base_model_name_or_path": "other"}, "a base model or chat template that differs"),
         ({"r": 64}, "has rank 64"),
         ({"target_modules": ["c_attn"]}, "layers c_attn"),
     ],
