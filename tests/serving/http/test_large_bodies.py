@@ -71,4 +71,6 @@ async def test_no_step_of_a_large_request_blocks_the_loop_for_long(
         for _ in range(3):  # cores are shared with other tests: the best of three counts
             answer = await client.post(path, content=body, headers={"content-type": "application/json"})
             assert answer.status_code == 200, answer.text
+            if exchanged[-1] < MOST_CPU_S:
+                break
     assert min(exchanged) < MOST_CPU_S

@@ -14,7 +14,7 @@ from serving.protocols.request import InvalidJsonError, InvalidRequestError, par
 from serving.protocols.route import Route
 from svc.settings import RequestLimits, ServeSettings
 from tests.event_loop import MOST_CPU_S
-from tests.serving.protocols.worst_bodies import WorstBody, worst_bodies
+from tests.serving.protocols.worst_bodies import worst_bodies
 
 MAX_MS = RequestLimits().reading_ms
 MAX_BYTES = ServeSettings().max_body_bytes
@@ -35,6 +35,27 @@ HEADS = (
     (Route.RESPONSES, b'"tools":['),
     (Route.MESSAGES, b'"messages":[{"role":"user","content":['),
 )
+SLOWEST_HEAD, SLOWEST_ELEMENTS = b'"response_format":{"x":[', (b"1e300", b"[" * 60 + b"]" * 60)
+"""Under this head nearly every element takes longest, and under nearly every head these elements do."""
+VALID = (
+    (b'"messages":[', b'{"role":"user","content":"a"}'),
+    (b'"messages":[{"role":"user","content":[', b'{"type":"text","text":"a"}'),
+    (b'"tool_choice":"required","tools":[{"strict":true,"x":[', b'"a"'),
+    (b'"prompt":[', b"1"),
+    (b'"input":[', b'{"role":"user","content":"a"}'),
+)
+LISTS = [
+    (route, head, element)
+    for route, head in HEADS
+    for element in ELEMENTS
+    if head == SLOWEST_HEAD or element in SLOWEST_ELEMENTS or (head, element) in VALID
+]
+PAIRS_OF_TEXTS = [
+    *((text, "é".encode()) for text in TEXTS),
+    *((b"\\u00e9", other) for other in (b"a", b"\\n", b",")),
+    *((text, b"\\n") for text in (b"\\n", "é".encode(), b"1")),
+    *((text, text) for text in (b"a", b",", b"\\\\")),
+]
 
 
 def closed(head: bytes) -> bytes:
@@ -57,18 +78,17 @@ def largest(make: Callable[[int], bytes], most: int) -> bytes:
 
 
 def cpu_s(body: bytes, route: Route) -> float:
-    """Return the shortest CPU time of three readings, whether the body is accepted or not."""
-    took = []
+    """Return the CPU time of the first brief one of three readings, whether the body is accepted or not."""
     for _ in range(3):
         began = time.thread_time()
         with suppress(InvalidJsonError, InvalidRequestError):
             parse_request(body, route)
-        took.append(time.thread_time() - began)
-    return min(took)
+        if (took_s := time.thread_time() - began) < MOST_CPU_S:
+            break
+    return took_s
 
 
-@pytest.mark.parametrize("element", ELEMENTS, ids=lambda element: element[:20].decode())
-@pytest.mark.parametrize(("route", "head"), HEADS, ids=[head.decode() for _, head in HEADS])
+@pytest.mark.parametrize(("route", "head", "element"), LISTS, ids=lambda part: str(part)[:40])
 def test_lists_within_the_limits_block_the_loop_only_briefly(route: Route, head: bytes, element: bytes) -> None:
     begin = b'{"model":"tuned",' + head
 
@@ -81,8 +101,7 @@ def test_lists_within_the_limits_block_the_loop_only_briefly(route: Route, head:
         assert cpu_s(body, route) < MOST_CPU_S
 
 
-@pytest.mark.parametrize("some", TEXTS, ids=ascii)
-@pytest.mark.parametrize("other", [b"a", b"\\n", "é".encode(), b","], ids=ascii)
+@pytest.mark.parametrize(("some", "other"), PAIRS_OF_TEXTS, ids=ascii)
 def test_texts_within_the_limits_block_the_loop_only_briefly(some: bytes, other: bytes) -> None:
     def make(count: int) -> bytes:
         half = count // 2
@@ -92,11 +111,17 @@ def test_texts_within_the_limits_block_the_loop_only_briefly(some: bytes, other:
         assert cpu_s(body, Route.COMPLETIONS) < MOST_CPU_S
 
 
-@pytest.mark.parametrize("worst", worst_bodies(), ids=lambda worst: f"{worst.route.name} {worst.name}")
-def test_worst_bodies_for_the_engine_are_accepted_and_block_the_loop_only_briefly(worst: WorstBody) -> None:
-    body = worst.body("tuned")
-    assert parse_request(body, worst.route).model == "tuned"
-    assert cpu_s(body, worst.route) < MOST_CPU_S
+def test_worst_bodies_for_the_engine_are_accepted_and_block_the_loop_only_briefly() -> None:
+    faults = []
+    for worst in worst_bodies():
+        name, body = f"{worst.route.name} {worst.name}", worst.body("tuned")
+        try:
+            assert parse_request(body, worst.route).model == "tuned"
+        except (InvalidJsonError, InvalidRequestError) as rejected:
+            faults.append(f"{name}: {rejected}")
+        if (took_s := cpu_s(body, worst.route)) >= MOST_CPU_S:
+            faults.append(f"{name}: {took_s:.3f} s")
+    assert faults == []
 
 
 @pytest.mark.parametrize(
