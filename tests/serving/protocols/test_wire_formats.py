@@ -20,6 +20,19 @@ WORDS = st.lists(st.text(min_size=1, max_size=10), min_size=1, max_size=6)
 CHAT = wire_format(Route.CHAT_COMPLETIONS)
 RESPONSES = wire_format(Route.RESPONSES)
 MESSAGES = wire_format(Route.MESSAGES)
+EMPTY_PARTS = (
+    b"",
+    b"{}",
+    b"[]",
+    b"null",
+    b": note\n\n",
+    b"data: no\n\n",
+    b'{"usage": 3}',
+    b'{"usage": {}}',
+    b'{"usage": {"input_tokens": "x", "prompt_tokens": []}}',
+    b"event: content_block_delta\ndata: {}\n\n",
+    b"event: response.output_text.delta\ndata: {}\n\n",
+)
 routes = pytest.mark.parametrize("route", list(Route))
 
 
@@ -84,11 +97,11 @@ class TestEveryRoute:
         assert not format.is_token(b": keep-alive\n\n")
 
     @routes
-    @pytest.mark.parametrize("reason", ["stop", "length"])
-    def test_finish_reason_is_the_same_for_all_routes(self, route: Route, reason: str) -> None:
+    def test_finish_reason_is_the_same_for_all_routes(self, route: Route) -> None:
         wire = wire_of(route.value, "tuned", {})
-        body = json.dumps(wire.whole(["a"], Counts(1, 1), reason)).encode()
-        assert wire_format(route).finish_reason(body) == reason
+        for reason in ("stop", "length"):
+            body = json.dumps(wire.whole(["a"], Counts(1, 1), reason)).encode()
+            assert wire_format(route).finish_reason(body) == reason
 
     @routes
     def test_finish_reason_is_read_when_a_stream_is_truncated(self, route: Route) -> None:
@@ -97,26 +110,11 @@ class TestEveryRoute:
         assert reasons == ["length"]
 
     @routes
-    @pytest.mark.parametrize(
-        "part",
-        [
-            b"",
-            b"{}",
-            b"[]",
-            b"null",
-            b": note\n\n",
-            b"data: no\n\n",
-            b'{"usage": 3}',
-            b'{"usage": {}}',
-            b'{"usage": {"input_tokens": "x", "prompt_tokens": []}}',
-            b"event: content_block_delta\ndata: {}\n\n",
-            b"event: response.output_text.delta\ndata: {}\n\n",
-        ],
-    )
-    def test_nothing_is_found_in_empty_parts(self, route: Route, part: bytes) -> None:
+    def test_nothing_is_found_in_empty_parts(self, route: Route) -> None:
         format = wire_format(route)
-        assert (format.usage(part), format.finish_reason(part), format.text([part])) == (None, None, "")
-        assert not format.is_end(part)
+        for part in EMPTY_PARTS:
+            assert (format.usage(part), format.finish_reason(part), format.text([part])) == (None, None, ""), part
+            assert not format.is_end(part), part
 
 
 class TestClassify:
@@ -167,28 +165,24 @@ class TestCompletions:
         counted = CHAT.usage(json.dumps(answer, separators=separators).encode())
         assert counted == Usage(counts.prompt, counts.completion)
 
-    @pytest.mark.parametrize(
-        "data",
-        [
+    def test_only_the_chunk_without_choices_has_the_counts_of_the_answer(self) -> None:
+        cases: list[object] = [
             {"choices": [], "usage": None},
             {"choices": [{"delta": {}}], "usage": {"prompt_tokens": 1}},
             {"choices": [{"delta": {"content": "usage"}}]},
-        ],
-    )
-    def test_only_the_chunk_without_choices_has_the_counts_of_the_answer(self, data: object) -> None:
-        assert CHAT.usage(chunk(data)) is None
+        ]
+        for data in cases:
+            assert CHAT.usage(chunk(data)) is None, data
 
-    @pytest.mark.parametrize(
-        ("part", "end"),
-        [
+    def test_only_the_closing_event_is_the_end(self) -> None:
+        cases: list[tuple[bytes, bool]] = [
             (b"data: [DONE]\n\n", True),
             (b"data:[DONE]\r\n\r\n", True),
             (b'data: {"content":"[DONE]"}\n\n', False),
             (b": [DONE]\n\n", False),
-        ],
-    )
-    def test_only_the_closing_event_is_the_end(self, part: bytes, end: bool) -> None:
-        assert CHAT.is_end(part) is end
+        ]
+        for part, end in cases:
+            assert CHAT.is_end(part) is end, part
 
     def test_opening_of_a_message_is_not_a_token(self) -> None:
         assert not CHAT.is_token(chunk({"choices": [{"delta": {"role": "assistant", "content": ""}}]}))
@@ -217,19 +211,17 @@ class TestResponses:
         assert not RESPONSES.is_end(written)
         assert RESPONSES.text([written]).startswith("\n\nevent")
 
-    @pytest.mark.parametrize(
-        ("fields", "prompt"),
-        [
+    def test_prompt_is_the_messages(self) -> None:
+        cases: list[tuple[dict[str, Any], object]] = [
             ({"input": "hi"}, [{"role": "user", "content": "hi"}]),
             (
                 {"input": "hi", "instructions": "be kind"},
                 [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}],
             ),
             ({"input": [{"role": "user", "content": "hi"}]}, [{"role": "user", "content": "hi"}]),
-        ],
-    )
-    def test_prompt_is_the_messages(self, fields: dict[str, Any], prompt: object) -> None:
-        assert RESPONSES.prompt(fields) == prompt
+        ]
+        for fields, prompt in cases:
+            assert RESPONSES.prompt(fields) == prompt, fields
 
 
 class TestMessages:
@@ -259,16 +251,14 @@ class TestMessages:
         assert MESSAGES.prompt({"messages": turns, "system": "s"}) == [{"role": "system", "content": "s"}, *turns]
 
 
-@pytest.mark.parametrize(
-    ("route", "sent"),
-    [
+def test_error_within_a_stream_is_in_the_format_of_its_clients() -> None:
+    cases: list[tuple[Route, bytes]] = [
         (Route.CHAT_COMPLETIONS, b'data: {"error": {"message": "x"'),
         (Route.RESPONSES, b'event: error\ndata: {"type": "error", "error": {"message": "x"'),
         (Route.MESSAGES, b'event: error\ndata: {"type": "error", "error": {"message": "x"'),
-    ],
-)
-def test_error_within_a_stream_is_in_the_format_of_its_clients(route: Route, sent: bytes) -> None:
-    error = ApiError(502, ErrorCode.ENGINE_ERROR, "x").body(route)
-    event = wire_format(route).error_event(error)
-    assert event.startswith(sent)
-    assert event.endswith(b"}}\n\n")
+    ]
+    for route, sent in cases:
+        error = ApiError(502, ErrorCode.ENGINE_ERROR, "x").body(route)
+        event = wire_format(route).error_event(error)
+        assert event.startswith(sent), route
+        assert event.endswith(b"}}\n\n"), route
