@@ -1,7 +1,5 @@
 """Connections are counted by peer."""
 
-import pytest
-
 from serving.http.address_limit import AddressLimit
 
 
@@ -13,25 +11,23 @@ def test_address_can_connect_again_when_it_has_disconnected() -> None:
     assert limit.enter("10.0.0.1")
 
 
-@pytest.mark.parametrize(
-    ("one", "other", "together"),
-    [
+def test_addresses_share_one_limit_when_they_belong_to_one_peer() -> None:
+    cases: list[tuple[str, str, bool]] = [
         ("2001:db8::1", "2001:db8::ffff:2", True),
         ("2001:db8::1", "2001:db8:0:1::1", False),
         ("10.0.0.1", "::ffff:10.0.0.1", True),
         ("10.0.0.1", "10.0.0.2", False),
-    ],
-)
-def test_addresses_share_one_limit_when_they_belong_to_one_peer(one: str, other: str, together: bool) -> None:
-    limit = AddressLimit(1)
-    limit.enter(one)
-    assert limit.enter(other) is not together
+    ]
+    for one, other, together in cases:
+        limit = AddressLimit(1)
+        limit.enter(one)
+        assert limit.enter(other) is not together, one
 
 
-@pytest.mark.parametrize("address", ["10.1.2.3", "::ffff:10.1.2.3", "2001:db8::1"])
-def test_address_has_no_limit_when_it_is_a_trusted_proxy(address: str) -> None:
-    limit = AddressLimit(1, ["10.1.2.0/28", "2001:db8::/32"])
-    assert [limit.enter(address) for _ in range(3)] == [True] * 3
+def test_address_has_no_limit_when_it_is_a_trusted_proxy() -> None:
+    for address in ("10.1.2.3", "::ffff:10.1.2.3", "2001:db8::1"):
+        limit = AddressLimit(1, ["10.1.2.0/28", "2001:db8::/32"])
+        assert [limit.enter(address) for _ in range(3)] == [True] * 3, address
 
 
 def test_address_is_forgotten_when_it_has_disconnected() -> None:

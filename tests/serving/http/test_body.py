@@ -63,10 +63,10 @@ async def test_client_counts_as_gone_when_it_disconnects_within_its_body() -> No
         await read_body(headers(), receiving(b"a", gone=True), max_bytes=3, timeout_s=1)
 
 
-@pytest.mark.parametrize("media_type", ["text/plain", "application/x-www-form-urlencoded", ""])
-async def test_other_media_types_than_json_are_rejected(media_type: str) -> None:
-    with pytest.raises(MediaTypeError):
-        await read_body(headers(content_type=media_type), receiving(b"{}"), max_bytes=3, timeout_s=1)
+async def test_other_media_types_than_json_are_rejected() -> None:
+    for media_type in ("text/plain", "application/x-www-form-urlencoded", ""):
+        with pytest.raises(MediaTypeError):
+            await read_body(headers(content_type=media_type), receiving(b"{}"), max_bytes=3, timeout_s=1)
 
 
 async def test_charset_in_the_media_type_is_ignored() -> None:

@@ -15,27 +15,23 @@ async def service(socket_folder: Path) -> AsyncIterator[Service]:
         yield service
 
 
-@pytest.mark.parametrize(
-    "host",
-    [
+async def test_own_names_and_addresses_are_answered(client: httpx.AsyncClient) -> None:
+    cases: list[str] = [
         *("localhost", "localhost:8000", "LOCALHOST.", "127.0.0.1:8000", "[::1]:8000", "10.1.2.3", "mine.lan:80"),
         *("chat.example.org", "chat.example.org:443"),
-    ],
-)
-async def test_own_names_and_addresses_are_answered(client: httpx.AsyncClient, host: str) -> None:
-    assert (await client.get("/health", headers={"host": host})).status_code == 200
+    ]
+    for host in cases:
+        assert (await client.get("/health", headers={"host": host})).status_code == 200, host
 
 
-@pytest.mark.parametrize(
-    "host", ["evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example"]
-)
-@pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/svc/status", "/none"])
-async def test_other_names_are_rejected_on_every_path(client: httpx.AsyncClient, host: str, path: str) -> None:
-    answer = await client.get(path, headers={"host": host})
-    assert answer.status_code == 421
-    assert answer.json()["error"]["code"] == "host_not_allowed"
-    assert "serve.allowed_hosts" in answer.json()["error"]["message"]
-    assert answer.headers["x-request-id"]
+async def test_other_names_are_rejected_on_every_path(client: httpx.AsyncClient) -> None:
+    for path in ("/v1/models", "/metrics", "/svc/status", "/none"):
+        for host in ("evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example"):
+            answer = await client.get(path, headers={"host": host})
+            assert answer.status_code == 421, (path, host)
+            assert answer.json()["error"]["code"] == "host_not_allowed"
+            assert "serve.allowed_hosts" in answer.json()["error"]["message"]
+            assert answer.headers["x-request-id"]
 
 
 async def test_completion_does_not_reach_the_engine_when_its_host_is_not_allowed(

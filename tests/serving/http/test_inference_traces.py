@@ -136,12 +136,8 @@ async def test_trace_begins_when_the_client_has_none(traced: Traced) -> None:
     assert all("tracestate" not in head for head in service.double.heads)
 
 
-@pytest.mark.parametrize(
-    "given",
-    ["", "nonsense", f"00-{'0' * 32}-{PARENT}-01", f"00-{TRACE.upper()}-{PARENT}-01", f"ff-{TRACE}-{PARENT}-01"],
-)
-async def test_malformed_parent_is_ignored(traced: Traced, given: str) -> None:
-    span = await traced.span_of(CHAT, traceparent=given, tracestate="vendor=1")
+async def test_malformed_parent_is_ignored(traced: Traced) -> None:
+    span = await traced.span_of(CHAT, traceparent=f"00-{TRACE.upper()}-{PARENT}-01", tracestate="vendor=1")
     assert (span.parent, span.state) == ("", "")
     assert span.trace != TRACE
 

@@ -2,8 +2,6 @@
 
 from datetime import UTC, datetime
 
-import pytest
-
 from serving.admission.rate_limiter import Allowance, Limit
 from serving.http.rate_limit_headers import duration, rate_limit_headers
 
@@ -17,9 +15,8 @@ ALL = {
 }
 
 
-@pytest.mark.parametrize(
-    ("seconds", "written"),
-    [
+def test_duration_is_in_openais_format() -> None:
+    cases: list[tuple[float, str]] = [
         (0, "0s"),
         (0.12, "120ms"),
         (0.0001, "1ms"),
@@ -28,10 +25,8 @@ ALL = {
         (59.2, "1m0s"),
         (360, "6m0s"),
         (3661, "1h1m1s"),
-    ],
-)
-def test_duration_is_in_openais_format(seconds: float, written: str) -> None:
-    assert duration(seconds) == written
+    ]
+    assert [seconds for seconds, written in cases if duration(seconds) != written] == []
 
 
 def test_openai_headers_show_requests_and_the_tightest_token_limit() -> None:

@@ -90,10 +90,10 @@ async def test_headers_are_on_every_answer(service: Service, client: httpx.Async
         assert bad.headers["x-ratelimit-remaining-tokens"] == "96"
 
 
-@pytest.mark.parametrize("path", [CHAT_PATH, "/v1/models", "/health", "/nowhere"])
-async def test_every_answer_has_its_processing_time(client: httpx.AsyncClient, path: str) -> None:
-    took = (await client.post(path, json=CHAT)).headers["openai-processing-ms"]
-    assert 0 <= int(took) < 5000
+async def test_every_answer_has_its_processing_time(client: httpx.AsyncClient) -> None:
+    for path in (CHAT_PATH, "/v1/models", "/health", "/nowhere"):
+        took = (await client.post(path, json=CHAT)).headers["openai-processing-ms"]
+        assert 0 <= int(took) < 5000, path
 
 
 async def test_no_limits_are_shown_when_there_is_no_key(client: httpx.AsyncClient) -> None:
@@ -134,9 +134,14 @@ async def test_only_a_request_is_charged_when_the_engine_rejects_it(
     assert left(service, Limit.TOKENS_PER_DAY) == 10_000
 
 
-@pytest.mark.parametrize("path", [CHAT_PATH, "/tokenize"])
 @pytest.mark.parametrize(
-    "body", [b"{", b'{"model": 1}', b'{"model": "tuned", "messages": [' + b"{}," * 9999 + b"{}]}"], ids=len
+    ("path", "body"),
+    [
+        (CHAT_PATH, b"{"),
+        ("/tokenize", b'{"model": 1}'),
+        (CHAT_PATH, b'{"model": "tuned", "messages": [' + b"{}," * 9999 + b"{}]}"),
+    ],
+    ids=["no JSON", "no model", "too many messages"],
 )
 async def test_rejected_bodies_count_as_requests_until_the_limit_is_reached(
     service: Service, client: httpx.AsyncClient, path: str, body: bytes

@@ -108,18 +108,16 @@ async def test_fields_are_rejected_when_completions_reject_them(
 
 
 @both
-@pytest.mark.parametrize(
-    ("body", "status", "code"),
-    [
+async def test_errors_are_shown(client: httpx.AsyncClient, path: str) -> None:
+    cases: list[tuple[Any, int, str]] = [
         ({**BODY, "model": "other"}, 404, "model_not_found"),
         ({"model": NAME}, 400, "invalid_request"),
         ([], 400, "invalid_json"),
-    ],
-)
-async def test_errors_are_shown(client: httpx.AsyncClient, path: str, body: Any, status: int, code: str) -> None:
-    answer = await client.post(path, json=body)
-    assert (answer.status_code, error_of(answer)["code"]) == (status, code)
-    assert ("type" in answer.json()) == (path == COUNT)
+    ]
+    for body, status, code in cases:
+        answer = await client.post(path, json=body)
+        assert (answer.status_code, error_of(answer)["code"]) == (status, code), body
+        assert ("type" in answer.json()) == (path == COUNT), body
 
 
 @both
