@@ -38,6 +38,8 @@ class Home:
         self.ready = asyncio.Event()
         self.failures: list[SvcError] = []
         monkeypatch.setattr(Registry, "of", lambda settings: self.registry)
+        # A process that imports torch and vLLM would be asked.
+        monkeypatch.setattr("svc.engine.device.read_capabilities", lambda home: AVX512)
 
     async def serve(self, claim: server.Claim, *models: str) -> None:
         """Serve as `svc serve` does after its claim."""
