@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from serving.telemetry.traces.traces import Traces
 from svc.settings import RequestLogSettings, TelemetrySettings
 from tests.command_line import Svc
 from tests.serving.home import Home
@@ -49,7 +50,10 @@ async def test_server_sends_the_spans_of_its_requests_before_it_stops(home: Home
 
 
 @pytest.mark.slow
-async def test_server_starts_answers_and_stops_when_the_receiver_is_down(home: Home) -> None:
+async def test_server_starts_answers_and_stops_when_the_receiver_is_down(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Traces.close, "__defaults__", (0.2,))  # seconds that a stop waits for the receiver
     with_traces(home, "http://127.0.0.1:1")
     async with asyncio.timeout(30), home.serving(f"{NAME}@1") as client:
         assert (await client.post("/v1/chat/completions", json=CHAT)).status_code == 200

@@ -77,7 +77,7 @@ class Engine:
 
 
 @pytest.mark.slow
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(weights=st.lists(st.integers(1, 5), min_size=50, max_size=50), seed=st.integers(0, 2**32))
 def test_fifty_keys_share_by_their_weights_within_ten_percent_when_all_flood(weights: list[int], seed: int) -> None:
     async def run() -> None:

@@ -28,11 +28,6 @@ def slow(double: EngineDouble) -> None:
     double.token_delay_s, double.reload_delay_s = 0.02, 0.05
 
 
-def endless(double: EngineDouble) -> None:
-    """Make the answers of a double endless until it is killed, however busy the machine is."""
-    double.token_delay_s = 10.0
-
-
 def dies_at(path: str, nth: int = 1) -> Callable[[EngineDouble], None]:
     """Make an engine die at the nth request for a path that arrives while weights are replaced."""
 
@@ -202,9 +197,8 @@ async def test_no_queued_request_fails_when_the_engine_dies_in_a_swap(make: Make
 
 
 async def test_engine_is_replaced_when_it_dies_while_requests_drain(make: Make) -> None:
-    control = make()
-    control.park.prepare = first_only(endless)
-    async with control.run(), control.client() as client:
+    async with make().run() as control, control.client() as client:
+        control.double.proceed.clear()
         running = asyncio.create_task(ask(client, stream=True))
         await until(lambda: control.double.running)
         wish = control.wish(2)
