@@ -160,11 +160,12 @@ async def test_version_that_failed_a_check_is_promoted_by_force_and_the_swap_sho
     assert "the version failed a check, but the promotion is forced: the demo of Monday" in result.output
 
 
-@pytest.mark.parametrize("options", [["--force"], ["--force", "--reason", " "]])
-async def test_force_needs_a_reason(serving: Home, options: list[str]) -> None:
-    result = await type_in(serving, "promote", f"{NAME}@2", *options)
-    assert result.exit_code == 2
-    assert "--force requires --reason" in result.output
+async def test_force_needs_a_reason(serving: Home) -> None:
+    cases: list[list[str]] = [["--force"], ["--force", "--reason", " "]]
+    for options in cases:
+        result = await type_in(serving, "promote", f"{NAME}@2", *options)
+        assert result.exit_code == 2, options
+        assert "--force requires --reason" in result.output, options
 
 
 async def test_force_is_not_recorded_when_the_version_passed(serving: Home) -> None:
@@ -264,12 +265,13 @@ async def test_rollback_fails_when_there_is_no_previous_version(serving: Home) -
     assert "no version before" in error.wrong
 
 
-@pytest.mark.parametrize("json_flag", [(), ("--json",)])
-async def test_no_swap_runs_when_the_version_is_already_served(serving: Home, json_flag: tuple[str, ...]) -> None:
-    result = await type_in(serving, "promote", f"{NAME}@1", *json_flag)
-    assert result.exit_code == 0
-    assert "is already served" in result.output or json.loads(result.output)["outcome"] == "unchanged"
-    assert "/collective_rpc" not in serving.park.double.calls
+async def test_no_swap_runs_when_the_version_is_already_served(serving: Home) -> None:
+    cases: list[tuple[str, ...]] = [(), ("--json",)]
+    for json_flag in cases:
+        result = await type_in(serving, "promote", f"{NAME}@1", *json_flag)
+        assert result.exit_code == 0, json_flag
+        assert "is already served" in result.output or json.loads(result.output)["outcome"] == "unchanged", json_flag
+        assert "/collective_rpc" not in serving.park.double.calls, json_flag
 
 
 async def test_promotion_is_rejected_when_the_same_one_is_in_progress(serving: Home) -> None:
@@ -282,11 +284,11 @@ async def test_promotion_is_rejected_when_the_same_one_is_in_progress(serving: H
     assert (await first).exit_code == 0
 
 
-@pytest.mark.parametrize("version", [f"{NAME}@9", NAME, f"{NAME}@production", "other@1", f"{NAME}@0"])
-async def test_unknown_version_is_not_promoted(serving: Home, version: str) -> None:
-    before = read_desired(serving.store, NAME)
-    assert isinstance(error_of(await type_in(serving, "promote", version)), NotFoundError)
-    assert read_desired(serving.store, NAME) == before
+async def test_unknown_version_is_not_promoted(serving: Home) -> None:
+    for version in (f"{NAME}@9", NAME, f"{NAME}@production", "other@1", f"{NAME}@0"):
+        before = read_desired(serving.store, NAME)
+        assert isinstance(error_of(await type_in(serving, "promote", version)), NotFoundError), version
+        assert read_desired(serving.store, NAME) == before, version
 
 
 async def test_missing_format_is_not_promoted(serving: Home) -> None:
@@ -310,9 +312,10 @@ async def test_failure_does_not_claim_that_the_previous_version_serves(serving: 
     assert "`svc status` shows whether tuned@1 (merged) is served again" in error.wrong
 
 
-@pytest.mark.parametrize("command", [("promote", f"{NAME}@2"), ("rollback", NAME), ("chat", NAME)])
-def test_chat_fails_when_no_server_runs(home: Home, command: tuple[str, str]) -> None:
-    assert isinstance(error_of(type_now(home, *command)), ServerNotRunningError)
+def test_chat_fails_when_no_server_runs(home: Home) -> None:
+    cases: list[tuple[str, str]] = [("promote", f"{NAME}@2"), ("rollback", NAME), ("chat", NAME)]
+    for command in cases:
+        assert isinstance(error_of(type_now(home, *command)), ServerNotRunningError), command
 
 
 async def test_chat_answers_until_an_empty_line(serving: Home) -> None:

@@ -76,20 +76,16 @@ async def test_revocation_takes_effect_within_a_second(home: Home, client: httpx
             await asyncio.sleep(0.05)
 
 
-@pytest.mark.parametrize(
-    ("command", "said"),
-    [
+async def test_commands_on_the_machine_need_no_key(home: Home, client: httpx.AsyncClient) -> None:
+    cases: list[tuple[tuple[str, ...], str]] = [
         (("status",), f"{NAME}@1"),
-        (("promote", f"{NAME}@2"), "tuned@2 (merged) is served"),
         (("chat", NAME), "1.0 1.1"),
-    ],
-)
-async def test_commands_on_the_machine_need_no_key(
-    home: Home, client: httpx.AsyncClient, command: tuple[str, ...], said: str
-) -> None:
-    result = await type_in(home, *command, answers="hello\n\n")
-    assert result.exit_code == 0, result.output
-    assert said in result.output
+        (("promote", f"{NAME}@2"), "tuned@2 (merged) is served"),
+    ]
+    for command, said in cases:
+        result = await type_in(home, *command, answers="hello\n\n")
+        assert result.exit_code == 0, result.output
+        assert said in result.output, command
 
 
 async def test_only_its_owner_can_open_the_socket_and_it_is_removed_with_the_server(home: Home) -> None:
@@ -135,17 +131,17 @@ async def test_requests_through_the_socket_end_when_the_server_is_stopped(home: 
     assert "1.0" in (await result).output
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
-def test_only_loopback_addresses_are_allowed_when_no_key_exists(home: Home, host: str) -> None:
-    settings = home.settings.model_copy(update={"serve": ServeSettings(host=host, port=0)})
-    with pytest.raises(SettingsError, match="no key exists") as raised, server.claim(settings):
-        pass
-    assert "svc keys create --scope admin" in raised.value.todo
+def test_only_loopback_addresses_are_allowed_when_no_key_exists(home: Home) -> None:
+    for host in ("0.0.0.0", "::", "192.0.2.1", "example.org"):
+        settings = home.settings.model_copy(update={"serve": ServeSettings(host=host, port=0)})
+        with pytest.raises(SettingsError, match="no key exists") as raised, server.claim(settings):
+            pass
+        assert "svc keys create --scope admin" in raised.value.todo, host
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])
-def test_loopback_address_is_allowed(home: Home, host: str) -> None:
-    server.require_safe(ServeSettings(host=host), has_keys=False)
+def test_loopback_address_is_allowed(home: Home) -> None:
+    for host in ("127.0.0.1", "127.0.0.2", "::1", "localhost"):
+        server.require_safe(ServeSettings(host=host), has_keys=False)
 
 
 def test_home_with_a_long_path_has_a_socket(home: Home, tmp_path: Path) -> None:

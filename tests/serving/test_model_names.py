@@ -30,11 +30,11 @@ def test_both_versions_are_served_during_a_swap_of_several_engines() -> None:
     assert model_names.resolve("tuned@2") == TWO.version
 
 
-@pytest.mark.parametrize("model", ["", "other", "tuned@2", "tuned@candidate", "tuned@", "tuned@01", "TUNED", " tuned"])
-def test_other_names_are_rejected_with_a_list_of_served_names(model: str) -> None:
-    with pytest.raises(ModelNotFoundError) as caught:
-        names().resolve(model)
-    assert "tuned, tuned@1, tuned@production" in caught.value.expected
+def test_other_names_are_rejected_with_a_list_of_served_names() -> None:
+    for model in ("", "other", "tuned@2", "tuned@candidate", "tuned@", "tuned@01", "TUNED", " tuned"):
+        with pytest.raises(ModelNotFoundError) as caught:
+            names().resolve(model)
+        assert "tuned, tuned@1, tuned@production" in caught.value.expected, model
 
 
 def test_old_number_is_unknown_and_the_name_means_the_new_version_after_a_swap() -> None:

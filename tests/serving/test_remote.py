@@ -137,9 +137,8 @@ async def test_keys_are_created_listed_rotated_and_revoked(home: Home, remote: R
     assert isinstance(again, RefusedError)
 
 
-@pytest.mark.parametrize(
-    ("command", "kind"),
-    [
+async def test_errors_are_the_same_as_on_the_machine(home: Home, remote: Remote) -> None:
+    cases: list[tuple[tuple[str, ...], type[Exception]]] = [
         (("promote", f"{NAME}@9"), NotFoundError),
         (("promote", "other@1"), NotFoundError),
         (("promote", NAME), NotFoundError),
@@ -149,16 +148,13 @@ async def test_keys_are_created_listed_rotated_and_revoked(home: Home, remote: R
         (("keys", "revoke", "nobody", "--yes"), NotFoundError),
         (("keys", "create", "--name", "no name"), SettingsError),
         (("keys", "create", "--model", "tuned@1"), SettingsError),
-    ],
-)
-async def test_errors_are_the_same_as_on_the_machine(
-    home: Home, remote: Remote, command: tuple[str, ...], kind: type[Exception]
-) -> None:
+    ]
     make_version(home.registry, 4, failed=("GPTQ lost 0.3",))
-    local = error_of(await type_in(home, *command))
-    there = error_of(await remote(*command))
-    assert type(local) is type(there) is kind
-    assert local.wrong in there.wrong
+    for command, kind in cases:
+        local = error_of(await type_in(home, *command))
+        there = error_of(await remote(*command))
+        assert type(local) is type(there) is kind, command
+        assert local.wrong in there.wrong, command
 
 
 async def test_refusal_shows_the_reason_and_the_served_version(home: Home, remote: Remote) -> None:
@@ -190,9 +186,8 @@ async def test_invalid_key_is_reported(remote: Remote, home: Home, client: httpx
         assert issued.secret not in str(error)
 
 
-@pytest.mark.parametrize(
-    ("path", "body"),
-    [
+async def test_invalid_body_is_rejected(client: httpx.AsyncClient) -> None:
+    cases: list[tuple[str, Any]] = [
         ("/svc/promote", {"version": f"{NAME}@2", "unknown": 1}),
         ("/svc/promote", {}),
         ("/svc/promote", {"version": f"{NAME}@2", "force": True}),
@@ -202,11 +197,10 @@ async def test_invalid_key_is_reported(remote: Remote, home: Home, client: httpx
         ("/svc/keys", {"limits": {"per_second": 1}}),
         ("/svc/keys/rotate", {"key": "ci", "grace_s": -1}),
         ("/svc/keys/revoke", []),
-    ],
-)
-async def test_invalid_body_is_rejected(client: httpx.AsyncClient, path: str, body: Any) -> None:
-    answer = await client.post(path, json=body)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_request")
+    ]
+    for path, body in cases:
+        answer = await client.post(path, json=body)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_request"), path
 
 
 async def test_answer_with_a_secret_is_not_cached(client: httpx.AsyncClient) -> None:
@@ -243,10 +237,10 @@ async def test_server_with_a_private_authority_is_reached_over_tls(
         assert isinstance(error_of(result), ServerNotRunningError)
 
 
-@pytest.mark.parametrize("url", ["http://192.0.2.1:8000", "http://models.example.org", "ftp://x", "x", "https://u@h"])
-def test_key_is_not_sent_to_an_unsafe_url(admin: IssuedKey, tmp_path: Path, url: str) -> None:
-    with pytest.raises(SettingsError):
-        ServerAddress.with_key(url, write_key(tmp_path, admin), None)
+def test_key_is_not_sent_to_an_unsafe_url(admin: IssuedKey, tmp_path: Path) -> None:
+    for url in ("http://192.0.2.1:8000", "http://models.example.org", "ftp://x", "x", "https://u@h"):
+        with pytest.raises(SettingsError):
+            ServerAddress.with_key(url, write_key(tmp_path, admin), None)
 
 
 def test_shown_address_has_no_key(admin: IssuedKey, tmp_path: Path) -> None:

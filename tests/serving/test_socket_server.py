@@ -12,10 +12,9 @@ from starlette.responses import Response
 from tests.serving.socket_server import SocketServer
 
 
-@pytest.mark.parametrize("ticks", range(6))
 @pytest.mark.filterwarnings("default::ResourceWarning")
-def test_connection_is_closed_when_it_arrives_during_the_stop(socket_folder: Path, ticks: int) -> None:
-    async def end_while_a_client_connects() -> None:
+def test_connection_is_closed_when_it_arrives_during_the_stop(socket_folder: Path) -> None:
+    async def end_while_a_client_connects(ticks: int) -> None:
         server = SocketServer(Response(), socket_folder / "engine.sock")
         await server.start()
         with socket.socket(socket.AF_UNIX) as client:
@@ -26,6 +25,7 @@ def test_connection_is_closed_when_it_arrives_during_the_stop(socket_folder: Pat
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        asyncio.run(end_while_a_client_connects())
+        for ticks in range(6):
+            asyncio.run(end_while_a_client_connects(ticks))
         gc.collect()
     assert not [str(warning.message) for warning in caught if issubclass(warning.category, ResourceWarning)]

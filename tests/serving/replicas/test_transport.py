@@ -1,7 +1,5 @@
 """The engine's rejections and failures as typed errors, without internal details."""
 
-import pytest
-
 from serving.replicas.transport import (
     ContextLengthError,
     EngineBusyError,
@@ -20,14 +18,13 @@ TOO_LONG = [
 ]
 
 
-@pytest.mark.parametrize("message", TOO_LONG)
-def test_context_length_error_is_recognised_by_vllms_text(message: str) -> None:
-    assert isinstance(refusal(400, {"message": message}), ContextLengthError)
+def test_context_length_error_is_recognised_by_vllms_text() -> None:
+    for message in TOO_LONG:
+        assert isinstance(refusal(400, {"message": message}), ContextLengthError), message
 
 
-@pytest.mark.parametrize(
-    ("status", "kind"),
-    [
+def test_only_rejections_of_the_clients_request_are_passed_on() -> None:
+    cases: list[tuple[int, type[EngineError]]] = [
         (400, EngineRefusedError),
         (422, EngineRefusedError),
         (429, EngineBusyError),
@@ -37,16 +34,15 @@ def test_context_length_error_is_recognised_by_vllms_text(message: str) -> None:
         (405, EngineFailedError),
         (500, EngineFailedError),
         (501, EngineFailedError),
-    ],
-)
-def test_only_rejections_of_the_clients_request_are_passed_on(status: int, kind: type[EngineError]) -> None:
-    assert type(refusal(status, {"message": "m"})) is kind
+    ]
+    for status, kind in cases:
+        assert type(refusal(status, {"message": "m"})) is kind, status
 
 
-@pytest.mark.parametrize("status", [400, 422, 500])
-def test_no_text_of_an_error_marks_the_engine_as_dead(status: int) -> None:
-    message = "EngineCore encountered an issue. See stack trace (above) for the root cause."
-    assert not isinstance(refusal(status, {"message": message}), EngineDiedError)
+def test_no_text_of_an_error_marks_the_engine_as_dead() -> None:
+    for status in (400, 422, 500):
+        message = "EngineCore encountered an issue. See stack trace (above) for the root cause."
+        assert not isinstance(refusal(status, {"message": message}), EngineDiedError), status
 
 
 def test_failure_quotes_nothing_of_the_request() -> None:
@@ -56,40 +52,37 @@ def test_failure_quotes_nothing_of_the_request() -> None:
     assert "SECRET" in refusal(400, {"message": message}).wrong
 
 
-@pytest.mark.parametrize("error", [None, [], "text", {}, {"message": None}, {"message": 1, "param": 2}])
-def test_error_of_any_shape_becomes_a_rejection(error: object) -> None:
-    typed = refusal(400, error)
-    assert isinstance(typed, EngineRefusedError)
-    assert typed.wrong
+def test_error_of_any_shape_becomes_a_rejection() -> None:
+    cases: list[object] = [None, [], "text", {}, {"message": None}, {"message": 1, "param": 2}]
+    for error in cases:
+        typed = refusal(400, error)
+        assert isinstance(typed, EngineRefusedError), error
+        assert typed.wrong, error
 
 
-@pytest.mark.parametrize(
-    ("message", "told"),
-    [
+def test_message_for_clients_has_no_paths_and_tracebacks() -> None:
+    cases: list[tuple[str, str]] = [
         ("bad value (parameter=top_p, value=[1, (2)])", "bad value"),
         ("cannot open /root/.svc/models/tuned/1/config.json now", "cannot open <path> now"),
         ('failed\nTraceback (most recent call last):\n  File "/a/b.py", line 1', "failed"),
         ("use and/or, 1/2, https://docs.vllm.ai/en/latest", "use and/or, 1/2, https://docs.vllm.ai/en/latest"),
         ("top_p must be in (0, 1], got 2.0.", "top_p must be in (0, 1], got 2.0."),
-    ],
-)
-def test_message_for_clients_has_no_paths_and_tracebacks(message: str, told: str) -> None:
-    assert for_clients(message) == told
+    ]
+    for message, told in cases:
+        assert for_clients(message) == told, message
 
 
 def test_long_message_is_truncated() -> None:
     assert len(for_clients("x" * 100_000)) <= 1000
 
 
-@pytest.mark.parametrize(
-    ("message", "param"),
-    [
+def test_field_is_read_from_the_message_when_it_is_only_there() -> None:
+    cases: list[tuple[str, str | None]] = [
         ("temperature must be non-negative, got -5.0. (parameter=temperature, value=-5.0)", "temperature"),
         ("no (parameter=type)", "type"),
         ("no (parameter=temperature) at all", None),
-    ],
-)
-def test_field_is_read_from_the_message_when_it_is_only_there(message: str, param: str | None) -> None:
-    refused = refusal(400, {"message": message, "type": "BadRequestError"})
-    assert isinstance(refused, EngineRefusedError)
-    assert refused.param == param
+    ]
+    for message, param in cases:
+        refused = refusal(400, {"message": message, "type": "BadRequestError"})
+        assert isinstance(refused, EngineRefusedError), message
+        assert refused.param == param, message

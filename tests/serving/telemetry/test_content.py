@@ -37,10 +37,11 @@ def test_plain_prompt_is_json_too() -> None:
     assert prompt_text(Content(CHAT, payload(prompt="once")), PLAIN) == '"once"'
 
 
-@pytest.mark.parametrize("prompt", [[52, 1287, 9], [[52], [9]], 7, None])
-def test_prompt_is_not_stored_when_it_is_not_text(prompt: object) -> None:
-    with pytest.raises(ValueError, match="not text"):
-        prompt_text(Content(CHAT, payload(prompt=prompt)), PLAIN)
+def test_prompt_is_not_stored_when_it_is_not_text() -> None:
+    cases: list[object] = [[52, 1287, 9], [[52], [9]], 7, None]
+    for prompt in cases:
+        with pytest.raises(ValueError, match="not text"):
+            prompt_text(Content(CHAT, payload(prompt=prompt)), PLAIN)
 
 
 def test_several_prompts_are_text() -> None:

@@ -79,24 +79,19 @@ async def test_process_metrics_of_the_engine_are_left_out() -> None:
     assert b"python_info" not in generate_latest(registry)
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [
+async def test_engine_has_no_metrics_when_it_no_longer_answers() -> None:
+    cases: list[httpx.Response | Exception] = [
         httpx.ConnectError("gone"),
         httpx.ReadTimeout("hangs"),
         httpx.Response(404),
         httpx.Response(200, text='vllm:cut_off{engine="0'),
-    ],
-    ids=repr,
-)
-async def test_engine_has_no_metrics_when_it_no_longer_answers(
-    answer: httpx.Response | Exception,
-) -> None:
-    collector, registry = metrics(httpx.Response(200, text=PAGE), answer)
-    await collector.refresh()
-    assert b"vllm:" in generate_latest(registry)
-    await collector.refresh()
-    assert generate_latest(registry) == b""
+    ]
+    for answer in cases:
+        collector, registry = metrics(httpx.Response(200, text=PAGE), answer)
+        await collector.refresh()
+        assert b"vllm:" in generate_latest(registry), answer
+        await collector.refresh()
+        assert generate_latest(registry) == b"", answer
 
 
 async def test_page_is_empty_before_an_engine_holds_a_version() -> None:
