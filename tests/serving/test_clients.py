@@ -119,11 +119,11 @@ async def test_client_gets_the_answer(served: Served, client: str, stream: bool)
     assert await served.ask(CLIENTS[client], stream=stream) == TEXT
 
 
-@pytest.mark.parametrize("client", CLIENTS)
-async def test_client_raises_when_its_key_is_invalid(served: Served, client: str) -> None:
-    with pytest.raises(Exception, match=r"(?i)key") as raised:
-        await served.ask(CLIENTS[client], key="none-of-yours")
-    assert type(raised.value).__name__.endswith("AuthenticationError")
+async def test_client_raises_when_its_key_is_invalid(served: Served) -> None:
+    for client in CLIENTS:
+        with pytest.raises(Exception, match=r"(?i)key") as raised:
+            await served.ask(CLIENTS[client], key="none-of-yours")
+        assert type(raised.value).__name__.endswith("AuthenticationError"), client
 
 
 @pytest.mark.parametrize("client", CLIENTS)
