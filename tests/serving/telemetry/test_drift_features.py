@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -74,14 +75,21 @@ def children() -> list[psutil.Process]:
     return [psutil.Process(child.pid) for child in multiprocessing.active_children()]
 
 
-@pytest.fixture
-def features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Features]:
-    monkeypatch.setattr(drift_features, "_GATHER_S", 0.01)
-    monkeypatch.setattr(drift_features, "_PAUSE_S", 0.0)
-    features = Features(tmp_path)
-    yield features
-    features.process.close(0)
+@contextmanager
+def running(home: Path) -> Iterator[Features]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drift_features, "_GATHER_S", 0.01)
+        patch.setattr(drift_features, "_PAUSE_S", 0.0)
+        features = Features(home)
+        yield features
+        features.process.close(0)
     assert children() == []
+
+
+@pytest.fixture
+def features(tmp_path: Path) -> Iterator[Features]:
+    with running(tmp_path) as features:
+        yield features
 
 
 class Clock:
@@ -114,33 +122,62 @@ def test_each_version_has_its_own_share(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_features_are_stored_in_the_order_of_requests_by_one_process(features: Features) -> None:
-    features.add(250)
-    features.stored(250)
-    (process,) = children()
-    assert process.nice() == 10
-    items = [row.item for row in read_items(features.store, ONE, after=0, newest=999)]
-    assert [item.request_id for item in items] == [f"req-{number}" for number in range(250)]
-    assert items[0].prompt["characters"] == len("Where is Featherstonehaugh?")
-    assert items[0].answer["answer_tokens"] == 3  # the length limit of held-out answers
-    assert items[0].topic.shape == items[1].topic.shape
-    features.add(1, target(1, Format.GPTQ))
-    features.stored(1, target(1, Format.GPTQ))
-    assert children() == [process]
-    assert features.lost == 0
+class TestOneProcess:
+    """A process that all tests use, because a start takes seconds; each test has its own version."""
+
+    @pytest.fixture(scope="class")
+    def home(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return tmp_path_factory.mktemp("home")
+
+    @pytest.fixture(scope="class")
+    def features(self, home: Path) -> Iterator[Features]:
+        with running(home) as features:
+            yield features
+
+    def test_features_are_stored_in_the_order_of_requests_and_the_home_has_no_text(
+        self, features: Features, home: Path
+    ) -> None:
+        records = features.records(250)
+        features.process.add(records)
+        features.stored(250)
+        (process,) = children()
+        assert process.nice() == 10
+        items = [row.item for row in read_items(features.store, ONE, after=0, newest=999)]
+        assert [item.request_id for item in items] == [record.request_id for record in records]
+        assert items[0].prompt["characters"] == len("Where is Featherstonehaugh?")
+        assert items[0].answer["answer_tokens"] == 3  # the length limit of held-out answers
+        assert items[0].topic.shape == items[1].topic.shape
+        features.add(1, target(1, Format.GPTQ))
+        features.stored(1, target(1, Format.GPTQ))
+        assert children() == [process]
+        assert features.lost == 0
+        content = b"".join(path.read_bytes() for path in home.rglob("*") if path.is_file())
+        assert b"Featherstonehaugh" not in content
+        assert b"Cholmondeley" not in content
+
+    def test_version_is_not_used_again_when_its_text_space_is_damaged(self, features: Features) -> None:
+        for number in (2, 3):
+            make_version(features.registry, number, compared=True)
+        (space,) = (features.registry.folder(VersionId(NAME, 2)) / "reference").glob("text_space.npz")
+        space.chmod(0o600)
+        space.write_bytes(b"damaged")
+        features.add(of=target(2))
+        until(lambda: not features.process.wants(target(2)))
+        features.add(of=target(3))
+        features.stored(1, target(3))
+
+    def test_request_deleted_meanwhile_leaves_no_features(self, features: Features) -> None:
+        four = target(4)
+        make_version(features.registry, 4, compared=True)
+        records = features.records(1, four)
+        features.process.add([records[0]._replace(request_id="forgotten"), *records])
+        features.stored(1, four)
+        (item,) = read_items(features.store, four, after=0, newest=9)
+        assert item.item.request_id == records[0].request_id
 
 
 @pytest.mark.slow
-def test_no_text_is_in_the_home_when_features_are_stored(features: Features, tmp_path: Path) -> None:
-    features.add(5)
-    features.stored(5)
-    content = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
-    assert b"Featherstonehaugh" not in content
-    assert b"Cholmondeley" not in content
-
-
-@pytest.mark.slow
-def test_another_process_starts_when_the_first_is_killed(features: Features) -> None:
+def test_every_request_is_stored_once_when_the_process_is_killed_before_or_during_a_batch(features: Features) -> None:
     features.add()
     features.stored(1)
     (first,) = children()
@@ -149,19 +186,11 @@ def test_another_process_starts_when_the_first_is_killed(features: Features) -> 
     features.stored(4)
     (second,) = children()
     assert second != first
-    assert features.lost == 0
-
-
-@pytest.mark.slow
-def test_batch_is_stored_once_when_the_process_is_killed_during_it(features: Features) -> None:
-    features.add()
-    features.stored(1)
-    (first,) = children()
-    first.suspend()
+    second.suspend()
     features.add(3)
     time.sleep(0.5)
-    first.kill()
-    features.stored(4)
+    second.kill()
+    features.stored(7)
     assert features.lost == 0
 
 
@@ -171,33 +200,26 @@ def die(connection: Connection, settings: Settings) -> None:
     os._exit(3)
 
 
+def hang(connection: Connection, settings: Settings) -> None:
+    """Answer nothing."""
+    time.sleep(PATIENCE_S)
+
+
 @pytest.mark.slow
-def test_batch_is_lost_and_counted_when_it_kills_two_processes(
+def test_batch_is_lost_and_counted_when_two_processes_die_or_hang_over_it(
     features: Features, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(drift_features, "_work", die)
         features.add(3)
         until(lambda: features.lost == 3)
-    features.add(2)
-    features.stored(2)
-
-
-def hang(connection: Connection, settings: Settings) -> None:
-    """Take the place of a process that hangs in a batch."""
-    connection.recv()
-    time.sleep(PATIENCE_S)
-
-
-@pytest.mark.slow
-def test_hanging_process_is_replaced(features: Features, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
         patch.setattr(drift_features, "_work", hang)
         patch.setattr(drift_features, "_ANSWER_TIMEOUT_S", 0.2)
-        features.add(3)
-        until(lambda: features.lost == 3)
+        features.add(2)
+        until(lambda: features.lost == 5)
     features.add(2)
     features.stored(2)
+    assert len(children()) == 1
 
 
 @pytest.mark.slow
@@ -232,18 +254,6 @@ def test_version_without_a_text_space_is_checked_once_and_starts_no_process(feat
     assert (children(), features.lost) == ([], 0)
 
 
-@pytest.mark.slow
-def test_version_is_not_used_again_when_its_text_space_is_damaged(features: Features, tmp_path: Path) -> None:
-    make_version(features.registry, 2, compared=True)
-    (space,) = (features.registry.folder(VersionId(NAME, 2)) / "reference").glob("text_space.npz")
-    space.chmod(0o600)
-    space.write_bytes(b"damaged")
-    features.add(of=target(2))
-    until(lambda: not features.process.wants(target(2)))
-    features.add()
-    features.stored(1)
-
-
 def test_requests_beyond_the_queue_are_dropped_and_counted_without_waiting(
     features: Features, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,12 +268,3 @@ def test_requests_beyond_the_queue_are_dropped_and_counted_without_waiting(
     monkeypatch.setattr(drift_features, "MAX_QUEUED_BYTES", 3 * records[0].bytes)
     features.process.add(records)
     assert features.lost == 7
-
-
-@pytest.mark.slow
-def test_request_deleted_meanwhile_leaves_no_features(features: Features) -> None:
-    records = [RECORD._replace(request_id="forgotten"), *features.records(1)]
-    features.process.add(records)
-    features.stored(1)
-    (item,) = read_items(features.store, ONE, after=0, newest=9)
-    assert item.item.request_id == "req-0"
