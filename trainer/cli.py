@@ -23,7 +23,7 @@ _set_option = click.option(
 @_set_option
 @click.option("--quick", is_flag=True, help="Quick test of the recipe as NAME-quick: a tenth of the data, one epoch.")
 @click.option("--curve", is_flag=True, help="Train on 10 to 100 % of the data to predict the gain from more data.")
-@click.option("--register-failed", is_flag=True, help="Register the version even if it fails a check; not promotable.")
+@click.option("--register-failed", is_flag=True, help="Register a version that fails a check; it cannot be promoted.")
 @click.option("--skip-bad", is_flag=True, help="Skip lines that cannot be trained on, and save them in a folder.")
 @click.option("--anyway", is_flag=True, help="Start even if this machine has too little memory or disk space.")
 @json_option
@@ -92,7 +92,11 @@ def train(
 @click.argument("recipe", type=click.Path(path_type=Path))
 @_set_option
 @click.option(
-    "--device", "names", multiple=True, metavar="NAME", help="Device to estimate for: here, rtx-4090, ...  [all]"
+    "--device",
+    "names",
+    multiple=True,
+    metavar="NAME",
+    help="Device to estimate for: here, rtx-4090, ...  [default: all]",
 )
 @json_option
 @click.pass_context

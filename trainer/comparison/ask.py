@@ -39,7 +39,7 @@ class Answers:
     """One model's answers to the examples.
 
     Attributes:
-        kept: whether all answers were stored, so that the model was not run.
+        kept: whether all answers had been stored before, so that the model was not run.
     """
 
     results: tuple[ExampleResult, ...]
@@ -47,12 +47,12 @@ class Answers:
 
 
 _Asked = tuple[Sequence[TokenizedExample], Sequence[int]]
-"""The examples, tokenized for one model, and the maximum tokens of each answer."""
+"""The examples, tokenized for one model, and the maximum number of tokens of each answer."""
 
 
 @dataclass(frozen=True)
 class Interview:
-    """Sends the same examples to several models.
+    """Collects the answers of several models to the same examples.
 
     Args:
         max_tokens: token limit of every answer; None: the limit depends on each reference.
@@ -73,7 +73,7 @@ class Interview:
     transport: httpx.AsyncBaseTransport | None = None
 
     async def ask(self, models: Sequence[Model]) -> list[Answers]:
-        """Return the answers of each model, in the order of the models.
+        """Return the answers of each model, in the order of the models; new answers are stored.
 
         Raises:
             SvcError: an engine or an endpoint failed, or an example is too long; all engines are stopped.
@@ -109,7 +109,10 @@ class Interview:
     async def _on_engines(
         self, models: dict[str, LocalModel], prepared: dict[str, _Asked]
     ) -> dict[str, tuple[ExampleResult, ...]]:
-        """Return answers by revision. A compatible model replaces the previous one in the same engine."""
+        """Return and store answers, by the models' revisions; models run one after the other.
+
+        A model with the fingerprint of the previous one is loaded into the same engine; any other gets a new engine.
+        """
         engine, loaded, results = None, "", {}
         try:
             for revision, model in models.items():
@@ -146,13 +149,13 @@ class Interview:
         return tokenized, answer_limits(tokenized, context=served, fixed=self.max_tokens)
 
     def _known(self, model: LocalModel, limits: Sequence[int]) -> tuple[ExampleResult, ...] | None:
-        """Return stored answers to all examples with the same limits and kind of engine; None if any is missing."""
+        """Return the answers stored for these limits and this kind of engine; None if an example's is missing."""
         if self.fresh:
             return None
         return self._cache(model).find(self.examples, limits) or self._registered(model, limits)
 
     def _registered(self, model: LocalModel, limits: Sequence[int]) -> tuple[ExampleResult, ...] | None:
-        """Return a version's answers from its registration; None if they are not comparable."""
+        """Return a version's answers from its registration; None if some are missing or not comparable."""
         manifest, format = model.manifest, model.format
         if manifest is None or format is None:
             return None

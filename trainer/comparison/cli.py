@@ -19,17 +19,30 @@ _RENEW = "ask its issuer to replace it"
 @click.argument("first", metavar="A")
 @click.argument("second", metavar="B")
 @click.option("--data", multiple=True, metavar="FILE", help="Examples to send.  [default: the versions' held-out set]")
-@click.option("--limit", type=click.IntRange(min=1), help="Number of examples to send, from the first.")
 @click.option(
-    "--format", type=click.Choice(["merged", "gptq"]), help="Format of versions.  [default: gptq if there is one]"
+    "--limit",
+    type=click.IntRange(min=1),
+    help="Maximum number of examples to send.  [default: all, or those of the versions' evaluation]",
+)
+@click.option(
+    "--format",
+    type=click.Choice(["merged", "gptq"]),
+    help="Format in which versions answer.  [default: gptq if the version has it]",
 )
 @click.option(
     "--max-tokens",
     type=click.IntRange(min=1),
-    help="Maximum tokens of an answer.  [default: as the version was evaluated, else by reference length]",
+    help="Maximum number of tokens per answer.  [default: the limit in the evaluation of A, or of B if A is not a "
+    "version; without such a limit, by the length of each reference]",
 )
-@click.option("--metric", "metrics", multiple=True, metavar="NAME", help="Metric to use.  [default: those of the task]")
-@click.option("--primary", metavar="NAME", help="The metric that decides which model is better.")
+@click.option(
+    "--metric",
+    "metrics",
+    multiple=True,
+    metavar="NAME",
+    help="Metric to compute.  [default: those of the version's recipe; with --data, those of the task]",
+)
+@click.option("--primary", metavar="NAME", help="Metric that decides which model is better.")
 @click.option("--fresh", is_flag=True, help="Generate all answers again instead of using stored ones.")
 @click.option("--endpoint-key-file", type=click.Path(path_type=Path), help="File that holds the endpoint's API key.")
 @click.option("--endpoint-key-variable", metavar="NAME", help="Environment variable that holds the endpoint's API key.")
@@ -87,7 +100,7 @@ def _judge(url: str | None, model: str | None, key_file: Path | None) -> "Endpoi
 
 
 def _key(file: Path | None, variable: str | None) -> str | None:
-    """Return the endpoint's key; never from the command line, which every user of the machine can read."""
+    """Return the endpoint's key, or None; no option contains the key, as every user can read a command line."""
     from svc.identity.key_file import read_secret
 
     if file and variable:

@@ -102,7 +102,7 @@ def _warn(models: Sequence[Model], questions: Questions, registry: Registry) -> 
         if isinstance(model, Endpoint):
             message = f"the prompts of {count} examples are sent to {model.url}"
         elif model.manifest and (learnt := count_learnt(model.manifest, questions.examples, registry)):
-            message = f"{model} was trained on {learnt} of {count} prompts: its figures are too good on them"
+            message = f"{model} was trained on {learnt} of {count} prompts, so its figures on them are too good"
         if message:
             console.print(message, style="yellow", markup=False, soft_wrap=True)
 

@@ -69,7 +69,7 @@ def find_model(text: str, registry: Registry, settings: Settings, *, format: For
 
 
 def asked_alike(base: Model, other: Model) -> Model:
-    """Return a base with the template arguments of the version trained from it; any other model unchanged."""
+    """Return `base` with the chat template arguments of `other`, a version trained from it; unchanged for others."""
     version = other.manifest if isinstance(other, LocalModel) else None
     if isinstance(base, Endpoint) or base.manifest or version is None or version.base.revision != base.revision:
         return base
@@ -85,7 +85,7 @@ def _version(manifest: Manifest, registry: Registry, format: Format | None) -> L
         raise NotFoundError(
             f"{manifest.id} has no format {chosen or 'that contains a complete model'}",
             expected=expected,
-            todo="train the version with formats: [merged]",
+            todo="train the version with `formats: [merged]`",
         )
     registry.verify(manifest.id, chosen)
     folder = registry.artifact(manifest.id, chosen)

@@ -21,7 +21,7 @@ from trainer.recipe.sections import Evaluate
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """The command's arguments; its options have the same names.
+    """The arguments of `svc compare`, named like its options.
 
     Attributes:
         key: key for endpoints among the models.
@@ -68,7 +68,7 @@ def choose_questions(models: Sequence[Model], registry: Registry, wanted: Wanted
         cache: folder for hub datasets.
 
     Raises:
-        DataError: the versions have different held-out sets, there is none, or the data cannot be read.
+        DataError: the versions have different held-out sets, neither model has one, or the data cannot be read.
     """
     versions = [model.manifest for model in models if isinstance(model, LocalModel) and model.manifest]
     options = MetricOptions(tuple(wanted.metrics) or None, wanted.primary)

@@ -45,7 +45,7 @@ def print_compared(compared: Compared) -> None:
     if judge := compared.judge:
         output.print(
             f"The judge {judge.model} at {judge.url}: B wins {judge.win_rate} of {judge.pairs} pairs "
-            f"(ties count half), the same in both orders {judge.agreement}",
+            f"(ties count half); share of pairs judged the same in both orders: {judge.agreement}",
             markup=False,
             soft_wrap=True,
         )
@@ -59,7 +59,7 @@ def print_compared(compared: Compared) -> None:
 def _limit(max_tokens: int | None) -> str:
     if max_tokens is not None:
         return f"answers of at most {max_tokens} tokens"
-    return f"answers of at most {REFERENCE_FACTOR:g} times their reference's tokens and {SPARE_TOKENS} more"
+    return f"answers of at most {REFERENCE_FACTOR:g} times their reference's tokens plus {SPARE_TOKENS}"
 
 
 def _row(compared: MetricComparison) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key, for example train.epochs=2."
 )
-@click.option("--register", is_flag=True, help="Train the winner with all stages, and register it.")
+@click.option("--register", is_flag=True, help="Run svc train with the best values, and register the version.")
 @click.option("--anyway", is_flag=True, help="Start even if this machine has too little memory or disk space.")
 @json_option
 @click.pass_context
@@ -78,7 +78,7 @@ def _open_workplace(
 
     Args:
         kind: `sweep` or `curve`.
-        anyway: open it even if a training cannot fit into this machine.
+        anyway: do not raise if memory or disk space is too small.
         makes_version: whether the winner will be registered.
 
     Raises:
@@ -101,7 +101,7 @@ def _open_workplace(
 
 
 def _register(settings: "Settings", place: "Workplace", winner: "Values", *, as_json: bool) -> str:
-    """Train the winner in the same way as `svc train`, and return its version."""
+    """Run all stages of `svc train` with the winner's values, and return the id of the version."""
     from svc.registry.registry import Registry
     from svc.registry.render import print_version
     from trainer.pipeline.stages import open_pipeline

@@ -90,7 +90,7 @@ class LearningCurve(_Result):
 
 
 def run_curve(place: "Workplace") -> LearningCurve:
-    """Run the remaining trainings and write the curve; the caller holds the workplace.
+    """Run the remaining trainings, and write and return the curve; the caller holds the workplace's lock.
 
     Raises:
         DataError: there are too few examples.

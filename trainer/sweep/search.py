@@ -119,7 +119,7 @@ class Search:
         return choose() if trials else unchanged
 
     def _epochs(self, best: TrialOutcome) -> TrialOutcome:
-        """Try one epoch, and further ones while the last one has lowered held-out loss."""
+        """Try one epoch, then longer trainings as long as each lowers held-out loss."""
         own = None if self.recipe.train.steps else self.recipe.train.epochs
         lengths = sorted({*_EPOCHS, own or 1.0})
         trials: list[TrialOutcome] = []
@@ -131,12 +131,12 @@ class Search:
         return self.comparison.choose(trials or [best])
 
     def _targets(self, best: TrialOutcome, largest: int) -> TrialOutcome:
-        """Try an adapter on all linear layers if the largest rank was needed and the recipe has fewer targets."""
+        """Try an adapter on all linear layers if the largest rank was chosen and the recipe has fewer targets."""
         if self.recipe.adapter.targets is Targets.ALL_LINEAR:
             return best
         rank = with_values(self.recipe, best.values).rank
         if rank != largest:
-            self.notes.append(f"more targets were not tried: rank {largest} is no better than {rank}")
+            self.notes.append(f"adapters on more layers were not tried: rank {largest} is no better than {rank}")
             return best
         trials = self._trials(Phase.TARGETS, best.values, {TARGETS: [Targets.ALL_LINEAR.value]})
         return self.comparison.choose([best, *trials])
@@ -152,7 +152,7 @@ class Search:
         return self.comparison.choose([best, *trials])
 
     def _trials(self, phase: Phase, fixed: Values, space: Space, most: int | None = None) -> Iterator[TrialOutcome]:
-        """Run the trials of a phase, one after the other, until `sweep.seconds` have passed.
+        """Run the trials of a phase, one after the other; start none after the trainings have taken `sweep.seconds`.
 
         Args:
             fixed: values of all trials.
@@ -188,7 +188,7 @@ class Search:
         limit = self.recipe.sweep.seconds
         if limit is None or self.seconds < limit:
             return False
-        note = f"trials were skipped: sweep.seconds ({limit:g}) have passed"
+        note = f"trials were skipped because sweep.seconds ({limit:g}) had passed"
         self.notes += [] if note in self.notes else [note]
         return True
 

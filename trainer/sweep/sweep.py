@@ -61,7 +61,7 @@ class SweepResult(BaseModel):
 
 
 def run_sweep(place: Workplace) -> SweepResult:
-    """Run the remaining trials and write the result; the caller holds the workplace.
+    """Run the remaining trials, and write and return the result; the caller holds the workplace's lock.
 
     Raises:
         InterruptedRunError: a signal arrived; the same command resumes the sweep.

@@ -53,7 +53,7 @@ _MAX_JUDGED, _MAX_WATCHED = 200, 64
 
 @dataclass(frozen=True)
 class Workplace:
-    """Runs the trainings of one command; the same recipe, data and base share a folder.
+    """Runs the trainings of one command; commands with the same recipe, data and base share a folder.
 
     Args:
         sweeps: folder of all sweeps and curves.

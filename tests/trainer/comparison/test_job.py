@@ -335,7 +335,7 @@ def test_printed_comparison_explains_the_limit_when_it_depends_on_references(
     capsys.readouterr()
     print_compared(compared)
     out = " ".join(capsys.readouterr().out.split())
-    assert "answers of at most 1.5 times their reference's tokens and 16 more" in out
+    assert "answers of at most 1.5 times their reference's tokens plus 16" in out
 
 
 def test_judge_is_asked_when_one_is_named(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:

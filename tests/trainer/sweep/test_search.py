@@ -129,7 +129,7 @@ def test_no_more_targets_are_tried_when_the_rank_made_no_difference(make: Make) 
     sweep = make(bowl(5e-4), adapter={"targets": "attention"})
     sweep.run()
     assert sweep.of(Phase.TARGETS) == []
-    assert any("more targets were not tried" in note for note in sweep.search.notes)
+    assert any("adapters on more layers were not tried" in note for note in sweep.search.notes)
 
 
 def test_dropout_is_tried_when_a_training_overfits(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
