@@ -155,7 +155,7 @@ def test_the_held_out_loss_of_training_equals_the_likelihood_on_the_engine(serve
     (*_, last) = (point for point in result["points"] if point["heldout_loss"] is not None)
     loss = last["heldout_loss"]
     assert last["step"] == result["steps"]
-    floor = parity.differences["merged on the engine beside trained"]
+    floor = parity.differences["merged on the engine compared with trained"]
     report(f"held-out loss {loss:.4f}, NLL on the engine {evaluation.nll.value:.4f}, floor {floor.mean:.4f}")
     assert abs(loss - evaluation.nll.value) <= max(0.02, 3 * floor.mean)
 

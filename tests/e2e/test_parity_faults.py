@@ -57,9 +57,9 @@ def corrupt_scales(run: Path, base: Path) -> None:
 
 
 FAULTS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
-    "adapter applied twice": (apply_adapter_again, "merged: beside what was trained"),
-    "adapter not applied": (forget_adapter, "merged: beside what was trained"),
-    "one layer shuffled": (shuffle_layer, "merged: beside what was trained"),
+    "adapter applied twice": (apply_adapter_again, "merged: compared with the trained model"),
+    "adapter not applied": (forget_adapter, "merged: compared with the trained model"),
+    "one layer shuffled": (shuffle_layer, "merged: compared with the trained model"),
     "another template": (change_template, "merged: tokens of the engine"),
     "GPTQ scales corrupted": (corrupt_scales, "gptq: rounding of weights"),
 }

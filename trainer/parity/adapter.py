@@ -22,7 +22,8 @@ _ROUNDED_SUM, _ROUNDED_BASE = 1.0, 0.5
 """Allowed deviation of a weight in bf16 steps: one step of the sum, which is rounded up or down, and half a step of the
 base, which is rounded to nearest if it is published in another number type, as Llama 2 in float16."""
 _ONCE = 0.02
-"""Allowed deviation from one application of the adapter; rounding moves a trained one by less than a hundredth."""
+"""Allowed deviation from one application of the adapter; rounding moves the value of a trained adapter by less than a
+hundredth."""
 _SIGMAS = 5.0
 """Allowed deviation in standard deviations of random rounding of small changes; one module in two million exceeds it.
 """
@@ -33,9 +34,9 @@ class Applied:
     """Result of comparing merged weights with base plus adapter.
 
     Attributes:
-        lowest, highest: extremes over the modules: 1 if the change is the adapter's, 2 if it was added twice.
+        lowest, highest: how often the adapter was added, as extremes over the modules: 1 if it was added once.
         wrong: a module whose value differs from 1 by more than rounding; None if there is none.
-        off: largest share of a module's weights that differ from the sum.
+        off: largest share of a module's weights that differ from the sum by more than rounding.
         module: the module with this share.
     """
 

@@ -27,14 +27,16 @@ from trainer.parity.scores import load, score, sum_in_float32
 from trainer.qualification import EngineReading
 from trainer.recipe.sections import Recipe
 
-BESIDE_TRAINED = "merged: beside what was trained"
+BESIDE_TRAINED = "merged: compared with the trained model"
 """Name of the final check, which covers merging and serving together."""
 _NOT_THE_SUM = 1e-3
-"""Share of a module's weights that may be over a bf16 step off the sum: sums near 0, whose terms cancel."""
+"""Maximum share of a module's weights that differ from the sum by more than a bf16 step: sums near 0, whose terms
+cancel."""
 _MIN_LIMIT = 0.02
 """Nats per token. A smaller difference between two nearly identical models changes no answer."""
 _TIMES_FLOOR = 3.0
-"""Two sums of independent rounding differ by 1.4 times one; the rest is a margin for few tokens."""
+"""Multiple of the rounding difference. Two independent ones add up to 1.4 times one; the rest is a margin for few
+tokens."""
 _MAX_FLOOR = 0.1
 """Nats per token on average. A correct bf16 engine differs from transformers by 0.01 to 0.03, a wrong one by nats."""
 
@@ -97,7 +99,7 @@ def _check_tokens(format: Format, reading: EngineReading, judged: int) -> Parity
     found = f"{judged - len(wrong)} of {judged} prompts equal"
     if wrong:
         found += f"; the first different one is example {wrong[0] + 1}"
-    return _check(f"{format}: tokens of the engine", not wrong, found, "the ids that training saw")
+    return _check(f"{format}: tokens of the engine", not wrong, found, "the token ids of training")
 
 
 def _compare(
@@ -112,23 +114,23 @@ def _compare(
         release_memory()  # before the next model is loaded
     merged = score(load(made.merged, number_type), compared)
     if trained is not None:
-        merge = differences["merged beside trained, both in transformers"] = between(trained, merged)
+        merge = differences["merged compared with trained, both in transformers"] = between(trained, merged)
         if Format.MERGED not in made.formats:
             checks.append(_at_most(BESIDE_TRAINED, merge, _MAX_FLOOR))
     if Format.MERGED in made.formats:
         _, reading = made.formats[Format.MERGED]
         floor, served = between(merged, reading.scores), between(trained or merged, reading.scores)
-        differences["engine beside transformers, the same weights"] = floor
-        differences["merged on the engine beside trained"] = served
+        differences["engine compared with transformers, the same weights"] = floor
+        differences["merged on the engine compared with trained"] = served
         limit = min(_MAX_FLOOR, max(_MIN_LIMIT, _TIMES_FLOOR * floor.mean))
-        checks.append(_at_most("merged: the engine beside transformers, the same weights", floor, _MAX_FLOOR))
+        checks.append(_at_most("merged: engine compared with transformers, the same weights", floor, _MAX_FLOOR))
         checks.append(_at_most(BESIDE_TRAINED, served, limit))
     if Format.GPTQ in made.formats:
         folder, quantized = made.formats[Format.GPTQ]
         off, layer = gptq_parity.compare(folder, made.merged)
         found, most = f"{off:.3f} of a layer's norm at most, in {layer}", gptq_parity.MAX_OFF
         checks.append(_check("gptq: rounding of weights", off <= most, found, f"at most {most}"))
-        differences["gptq on the engine beside trained"] = between(trained or merged, quantized.scores)
+        differences["gptq on the engine compared with trained"] = between(trained or merged, quantized.scores)
     return checks, differences
 
 
@@ -143,17 +145,17 @@ def _read_trained(
 
 
 def _check_adapter(applied: adapter_parity.Applied, scale: tuple[float, float] | None) -> list[ParityCheck]:
-    found = f"{applied.lowest:.3f} to {applied.highest:.3f} times, by module"
+    found = f"applied {applied.lowest:.3f} to {applied.highest:.3f} times, depending on the module"
     if applied.wrong is not None:
         found += f", wrong in {applied.wrong}"
-    off = f"{1 - applied.off:.4%} of the weights are the sum, in {applied.module or 'all'}"
+    off = f"{1 - applied.off:.4%} of the weights equal the sum, in {applied.module or 'all modules'}"
     checks = [
-        _check("merge: the adapter is applied once", applied.wrong is None, found, "1, but for rounding"),
+        _check("merge: the adapter is applied once", applied.wrong is None, found, "once, except for rounding"),
         _check("merge: base plus adapter", applied.off <= _NOT_THE_SUM, off, f"at least {1 - _NOT_THE_SUM:.1%}"),
     ]
     if scale is not None:
         written, wanted = scale
-        checks.append(_check("merge: scale", written == wanted, f"{written:g}", f"{wanted:g}, of the recipe"))
+        checks.append(_check("merge: scale", written == wanted, f"{written:g}", f"{wanted:g}, from the recipe"))
     return checks
 
 

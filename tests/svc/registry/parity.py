@@ -16,7 +16,7 @@ SPEED = Speed(
 
 def make_parity(*failed: str) -> ParityReport:
     """Return a report in which one check passed and these failed."""
-    checks = [ParityCheck(name="tokens", passed=True, found="2 of 2 equal", expected="the ids that training saw")]
+    checks = [ParityCheck(name="tokens", passed=True, found="2 of 2 equal", expected="the token ids of training")]
     checks += [ParityCheck(name=name, passed=False, found="<other>", expected="the base's") for name in failed]
     differences = Differences(nats=((0.01, -0.02), (0.0,)), agreement=2 / 3, diverges_at=(0, 1))
     return ParityReport(

@@ -160,7 +160,7 @@ def test_parity_passes_when_the_learnt_change_is_small(
     """The change is smaller than the precision of bf16."""
     report = make_version(tmp_path, tiny_base, trained=trained, **KINDS[kind]).report()
     assert report.failed == ()
-    assert report.differences["merged beside trained, both in transformers"].mean < 1e-3
+    assert report.differences["merged compared with trained, both in transformers"].mean < 1e-3
 
 
 def test_a_template_that_writes_todays_date_is_served_with_a_fixed_one(tmp_path: Path, tiny_base: Path) -> None:
@@ -310,7 +310,7 @@ def test_check_fails_when_the_engine_computes_other_scores(version: Version) -> 
     made = replace(version.made, formats=formats)
     report = make_report(made, version.recipe, version.examples, 3, number_type=TYPE)
     assert [failure.split(": 0.")[0] for failure in report.failed] == [
-        "merged: the engine beside transformers, the same weights",
+        "merged: engine compared with transformers, the same weights",
         BESIDE_TRAINED,
     ]
 
