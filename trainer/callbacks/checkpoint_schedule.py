@@ -44,7 +44,7 @@ class CheckpointSchedule(TrainerCallback):
             control.should_save = True
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stop the run after a measurement, which takes as long as many steps, if a signal has arrived."""
+        """Stop with a checkpoint if a signal arrived during the measurement, which takes as long as many steps."""
         if self._preemption.by is not None:
             control.should_save = control.should_training_stop = True
 

@@ -15,11 +15,12 @@ from svc.errors import TrainingError
 from trainer.callbacks.loss_log import LOSS
 
 _FIRST, _LAST = 5, 20
-"""Steps whose mean losses are compared. The first are few, because a far too high rate explodes the loss within 20."""
+"""Numbers of first and of last steps whose mean losses are compared. The first are few, because with a far too high
+learning rate the loss explodes within 20 steps."""
 _SKIPPED = 20
-"""Maximum consecutive steps that the optimizer may skip: in float16 the loss scale is found by halving."""
+"""Maximum number of consecutive steps that the optimizer may skip: in float16 it finds the loss scale by halving."""
 _TIMES, _NATS = 2.0, 1.0
-"""An exploded mean loss is at least twice that of the first steps, and one nat more."""
+"""The loss has exploded only if its mean is more than twice that of the first steps, and more than one nat above it."""
 _SURE = 4.0
 """Minimum rise in standard errors; high, because every step is a comparison. A batch's loss depends on its examples,
 so the error is the scatter of the steps: if easy and hard batches alternate, many hard ones in a row are chance."""
@@ -61,7 +62,7 @@ class DivergenceWatch(TrainerCallback):
             return
         self._skipped += 1
         if self._skipped > _SKIPPED or not getattr(optimizer, "step_was_skipped", False):
-            raise diverged(f"the gradient is {norm} at step {step}", self._learning_rate)
+            raise diverged(f"the norm of the gradient is {norm} at step {step}", self._learning_rate)
 
 
 def _losses(entries: Iterable[dict[str, float]]) -> Iterator[float]:
@@ -89,9 +90,9 @@ def diverged(wrong: str, learning_rate: float, *, first_in_float16: bool = False
 
 
 def _exploded(first: Sequence[float], last: Sequence[float]) -> bool:
-    """Return whether the last losses are far above the first: on average and beyond chance, or even the lowest one.
+    """Return whether the last losses are far above the first: their mean, beyond chance, or even the lowest of them.
 
-    The second condition finds a loss that grows steadily, because its growth counts as scatter.
+    The second condition finds a loss that grows steadily: its growth counts as scatter, which hides it from the first.
     """
     start, highest = fmean(first), max(first)
     rise = fmean(last) - start

@@ -61,7 +61,7 @@ def best_step(state: TrainerState) -> int | None:
 
 
 def out_of_patience(state: TrainerState, patience: int | None) -> bool:
-    """Return whether none of the last `patience` measurements had a lower loss."""
+    """Return whether `patience` or more measurements followed the best one; false without patience."""
     best = best_step(state)
     if patience is None or best is None:
         return False

@@ -24,8 +24,8 @@ _MIN_EXAMPLES, _MAX_EXAMPLES = 8, 64
 _POINTS = 6
 """Maximum number of measurements, including the one before the first step."""
 _SHORT_SHARE, _SHORT_POINTS = 0.6, 3
-"""The same for a short run, which takes little time: a twentieth would be too few examples to tell whether their loss
-falls in the second half of the steps."""
+"""Tokens and measurements of a short run, which may spend more: in a twentieth of its time too few examples would be
+measured to tell whether their loss falls in the second half of the steps."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,10 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StepAbandoned(KeyboardInterrupt):
-    """Raised to abandon a step before it changes the state from which the run resumes. Like its base, not an error."""
+    """Raised to abandon a step before it changes the state from which the run resumes.
+
+    Like `KeyboardInterrupt`, this is not an `Exception`, so that handlers of errors do not catch it.
+    """
 
 
 class Preemption:

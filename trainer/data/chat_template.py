@@ -1,10 +1,10 @@
 """A chat example as token ids, with the positions of its answers.
 
 The base model's own chat template is used, so that training, calibration and serving see the same text. In serving, the
-engine writes the prompt and the model continues it: so an example is the prompt directly followed by the answer with
-its end, even if the template writes the complete conversation differently. A template that makes the model think before
-the answer, or begin with any other text, is rejected, because examples with answers alone do not teach that. Knows
-nothing of batches or losses.
+engine renders the prompt and the model continues it: so an example is the prompt directly followed by the answer with
+its end, even if the template renders the complete conversation differently. A template that makes the model think
+before the answer, or begin with any other text, is rejected, because examples with answers alone do not teach that.
+Knows nothing of batches or losses.
 """
 
 import re
@@ -152,8 +152,9 @@ class _Conversation:
         last = answers[-1]
         if any(answer.ids[: answer.end] != last.ids[: answer.end] for answer in answers):
             raise DataError(
-                f"in example {self.number} the chat template writes an earlier answer differently from the last one",
-                expected="a template that writes a turn the same at any position, to learn more than the last answer",
+                f"in example {self.number} the chat template renders an earlier answer differently from the last one",
+                expected="a template that renders an answer the same way at every position; this is needed to train "
+                "on more than the last answer",
                 todo="write a separate example for each answer, or remove `weight`",
             )
         learnt = [answer for turn, answer in zip(turns, answers, strict=True) if turn in self.example.learnt]
@@ -172,13 +173,13 @@ class _Conversation:
         return _Answer(ids, start, ends[-1] + 1 if ends else len(ids))
 
     def _after_prompt(self, turn: int, prompt: str) -> str:
-        """Return the answer with its end, as the template writes them.
+        """Return the answer with its end, as the template renders them.
 
         Raises:
             DataError: the model would learn a different text.
         """
         message, conversation = self.example.messages[turn], self._text(turn + 1)
-        todo = "set chat_template_kwargs in the recipe to what this template needs, or choose another base"
+        todo = "set chat_template_kwargs in the recipe to the arguments that the template needs, or choose another base"
         if conversation.startswith(prompt):
             learnt = conversation[len(prompt) :]
         else:
@@ -192,22 +193,22 @@ class _Conversation:
                     f"in example {self.number} the conversation does not begin with its prompt: the base model's chat "
                     f"template continues with {in_conversation!r} in the conversation and with {in_prompt!r} in the "
                     "prompt",
-                    expected="a template that writes a turn the same in a prompt and in a conversation",
+                    expected="a template that renders earlier turns the same way in a prompt and in a conversation",
                     todo=todo,
                 )
             learnt = conversation[len(before) :]
-        # Templates may change white space, and write tool calls in their own form.
+        # Templates may change white space, and render tool calls in their own form.
         if not message.tool_calls and not "".join(learnt.split()).startswith("".join(message.content.split())):
             raise DataError(
-                f"in example {self.number} the model would learn {learnt[:_MAX_SHOWN]!r}, but its answer is "
+                f"in example {self.number} the model would learn {learnt[:_MAX_SHOWN]!r}, but the answer is "
                 f"{message.content[:_MAX_SHOWN]!r}",
-                expected="a template that writes the answer right after the prompt",
+                expected="a template that renders the answer directly after the prompt",
                 todo=todo,
             )
         return learnt
 
     def _text(self, turns: int, *, add_generation_prompt: bool = False) -> str:
-        """Return the text of the first turns, as the engine writes it."""
+        """Return the text of the first turns, as the engine renders it."""
         arguments = self.example.templated(turns)
         text = self.tokenizer.apply_chat_template(
             **arguments, tokenize=False, add_generation_prompt=add_generation_prompt, **self.kwargs

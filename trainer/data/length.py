@@ -13,7 +13,7 @@ from trainer.recipe.sections import TooLong, Train
 
 
 def fit_length(rows: Sequence[TokenizedExample], train: Train) -> list[TokenizedExample]:
-    """Return the training examples with at most `train.max_length` tokens each; print the number of longer ones.
+    """Return the training examples, with longer ones dropped or truncated to `train.max_length`; print their number.
 
     Raises:
         DataError: examples are too long and `train.too_long` is error, or fewer than two are left.
@@ -36,7 +36,7 @@ def fit_length(rows: Sequence[TokenizedExample], train: Train) -> list[Tokenized
         fitting = [row for row in rows if len(row.input_ids) <= train.max_length]
     dropped = len(rows) - len(fitting)
     console.print(
-        f"  [yellow]{len(longer)} of {len(rows)} examples are longer than {train.max_length} tokens, the first is "
+        f"  [yellow]{len(longer)} of {len(rows)} examples are longer than {train.max_length} tokens; the first is "
         f"number {longer[0]}: {dropped} dropped, {len(longer) - dropped} truncated[/yellow]"
     )
     if len(fitting) < 2:
@@ -58,9 +58,9 @@ def check_served_length(rows: Sequence[TokenizedExample], longest: int, what: st
     """Raise if an example does not fit into the engine.
 
     Args:
-        longest: maximum tokens of a prompt with its answer in the engine.
-        what: kind of the examples, for example `held-out`.
-        room: tokens for an answer after the prompt, if more than the example's own answer.
+        longest: maximum number of tokens of a prompt with its answer in the engine.
+        what: kind of examples, for the error, such as `held-out`.
+        room: number of tokens to allow for an answer, if more than the example's own answer has.
 
     Raises:
         DataError: names the longest example.

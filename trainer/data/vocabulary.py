@@ -41,7 +41,7 @@ def check_tokenizer(
                 f"the {role} token {tokenizer.convert_ids_to_tokens(token)!r} of {folder} has the id {token}, but the "
                 f"model has {embedding_rows} embedding rows",
                 expected=f"an id below {embedding_rows}",
-                todo=f"name an existing token in {folder / 'tokenizer_config.json'} (for padding the end token), or "
+                todo=f"name an existing token in {folder / 'tokenizer_config.json'} (as pad token, the end token), or "
                 "use the tokenizer of these weights",
             )
     added = tokenizer.added_tokens_decoder
@@ -58,7 +58,7 @@ def check_ids(rows: Sequence[TokenizedExample], embedding_rows: int, what: str) 
     """Check the ids of examples, which may contain special tokens that other texts lack.
 
     Args:
-        what: kind of the examples, for example `training`.
+        what: kind of examples, for the error, such as `training`.
 
     Raises:
         DataError: names the first example with an id that has no row.
@@ -66,8 +66,8 @@ def check_ids(rows: Sequence[TokenizedExample], embedding_rows: int, what: str) 
     for number, row in enumerate(rows, start=1):
         if (largest := max(row.input_ids)) >= embedding_rows:
             raise DataError(
-                f"{what} example {number} contains the token {largest}, but the model has {embedding_rows} embedding "
-                "rows",
+                f"{what} example {number} contains the token id {largest}, but the model has {embedding_rows} "
+                "embedding rows",
                 expected=f"ids below {embedding_rows}",
                 todo="remove the special token from the example's text, or choose another base",
             )

@@ -64,7 +64,7 @@ def test_run_stops_when_its_loss_keeps_growing(growth: float) -> None:
 
 
 def test_run_stops_when_a_gradient_is_not_finite() -> None:
-    with pytest.raises(TrainingError, match="the gradient is nan at step 1"):
+    with pytest.raises(TrainingError, match="the norm of the gradient is nan at step 1"):
         watch([3.0], grad_norm=float("nan"))
 
 
@@ -87,7 +87,7 @@ def test_run_stops_only_when_float16_skips_too_many_steps_in_sequence() -> None:
     for _ in range(20):
         step(loss=3.0, grad_norm=float("inf"))
         step(heldout_loss=3.0)
-    with pytest.raises(TrainingError, match="the gradient is inf"):
+    with pytest.raises(TrainingError, match="the norm of the gradient is inf"):
         step(loss=3.0, grad_norm=float("inf"))
 
 

@@ -33,7 +33,7 @@ def test_error_names_the_longest_example_when_examples_are_too_long() -> None:
 
 def test_longer_examples_are_dropped_when_too_long_is_drop(capsys: pytest.CaptureFixture[str]) -> None:
     assert fit_length([SHORT, row(10, 7), SHORT], train(TooLong.DROP)) == [SHORT, SHORT]
-    assert "1 of 3 examples are longer than 16 tokens, the first is number 2: 1 dropped, 0 truncated" in " ".join(
+    assert "1 of 3 examples are longer than 16 tokens; the first is number 2: 1 dropped, 0 truncated" in " ".join(
         capsys.readouterr().err.split()
     )
 

@@ -179,7 +179,7 @@ def test_example_is_rejected_when_the_template_rewrites_earlier_answers() -> Non
         "{{ message['content'] }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>:{% endif %}"
     )
     turns = [turn | {"weight": 1} if turn["role"] == "assistant" else turn for turn in CONVERSATION]
-    with pytest.raises(DataError, match="writes an earlier answer differently"):
+    with pytest.raises(DataError, match="renders an earlier answer differently"):
         learnt_texts(turns, template)
 
 
