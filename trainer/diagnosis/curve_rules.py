@@ -14,13 +14,14 @@ difference must be large as well."""
 ABOVE_START = 0.1
 """Minimum rise as a share of the loss before the first step; a smaller one is not worth another run."""
 GIVEN_BACK = 0.25
-"""Minimum rise as a share of the fall so far: hard batches alone cause smaller ones."""
+"""Minimum rise as a share of the fall so far: hard batches alone cause smaller rises."""
 UNFINISHED_SHARE, HELDOUT_SHARE = 0.2, 0.12
-"""Share of the total fall of the training loss, and of held-out loss, in the last third of the learning. A loss that
-approaches its limit exponentially, and has a share of 0.2 there, is three quarters of the way to the limit."""
+"""Shares of the total fall of the training loss, and of held-out loss, above which the fall in the last third of the
+learning counts as unfinished. A loss that approaches its limit exponentially, with a share of 0.2 in that third, is
+three quarters of the way to the limit."""
 LATE_SURE = 2.0
-"""Standard errors by which the late fall exceeds chance: of held-out loss over the same examples, if measured, else of
-the training loss. Only one comparison is made, so fewer are enough than for pairs of windows."""
+"""Minimum late fall in standard errors: of held-out loss over the same examples, if measured, else of the training
+loss. Only one comparison is made, so fewer are enough than for pairs of windows."""
 USUAL_TIMES = 3.0
 """Multiple of the usual rate at which the rate counts as the cause: neighbouring rates of a sweep differ by this."""
 

@@ -23,7 +23,7 @@ WIDEST = 0.2
 """Maximum width of the interval of exact match: with a wider one, a version that is ten points worse looks the same."""
 
 CUT_OFF = 0.02
-"""Share of answers that were cut off at their limit: a smaller share barely changes a figure."""
+"""Share of answers that were cut off at their limit: a smaller share barely changes the metrics."""
 
 
 def find_overfitting(run: TrainingRun) -> Finding | None:
@@ -120,15 +120,15 @@ def find_cut_answers(run: TrainingRun) -> Finding | None:
         advice = Advice(
             key="evaluate.max_tokens",
             before=str(fixed),
-            value=f"{2 * fixed}, or null for a limit by each reference; if as many answers are cut then, the model "
-            "does not end its answers",
+            value=f"{2 * fixed}, or null for limits that depend on each reference; if as many answers are still "
+            "cut off, the model does not end its answers",
         )
     shares = ", ".join(f"{share} of {format}" for format, share in cut.items())
     return Finding(
         kind=FindingKind.ANSWERS_CUT_OFF,
-        what=f"held-out answers ended at their limit of tokens, as a share of all answers: {shares}",
+        what=f"share of held-out answers that were cut off at their token limit: {shares}",
         advice=advice,
-        rule=f"more than {CUT_OFF:.0%} of the held-out answers of a format ended at their limit",
+        rule=f"more than {CUT_OFF:.0%} of the held-out answers of a format were cut off at their token limit",
     )
 
 

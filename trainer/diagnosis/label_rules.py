@@ -66,7 +66,7 @@ def find_label_noise(run: TrainingRun) -> Finding | None:
 
 
 def _find_unlearnt(run: TrainingRun) -> Finding | None:
-    """Return a finding if labels were not learnt, with the cause: a rate too high, too few steps, or wrong labels."""
+    """Return a finding if labels were not learnt, with the cause: a high learning rate, too few steps, wrong labels."""
     counts, asked = Counter(run.answers), len(run.answers)
     surprise = [-math.log(counts[answer] / asked) for answer in run.answers]
     gain = [known - result.nll * result.scored for known, result in zip(surprise, run.results, strict=True)]
@@ -74,9 +74,8 @@ def _find_unlearnt(run: TrainingRun) -> Finding | None:
     nothing = mean + 2 * stdev(gain) / math.sqrt(asked) <= GAINED * entropy
     amount = "nothing" if nothing else "little" if mean <= HARDLY_GAINED * entropy else "only a part"
     what = (
-        f"the prompts tell the model {amount} of the labels: its loss on {asked} held-out "
-        f"answers is {entropy - mean:.3f} nats per answer, and {entropy:.3f} if each label is as probable as it is "
-        "frequent"
+        f"the prompts explain {amount} of the labels to the model: its loss on {asked} held-out answers is "
+        f"{entropy - mean:.3f} nats per answer, and would be {entropy:.3f} if it only knew how frequent each label is"
     )
     settings, steps = run.settings, len(taken(run.curve))
     too_fast = settings.learning_rate >= USUAL_TIMES * settings.usual_learning_rate
@@ -102,7 +101,7 @@ def _find_unlearnt(run: TrainingRun) -> Finding | None:
 
 
 def _still_falls(run: TrainingRun) -> bool:
-    """Return whether held-out loss fell in the second half of the steps; the training loss if it was not measured.
+    """Return whether held-out loss fell in the second half of the steps, or if not measured, the training loss.
 
     The training loss is only the second choice, because memorizing lowers it as well.
     """
@@ -144,9 +143,10 @@ def _finding(what: str) -> Finding:
         kind=FindingKind.LABEL_NOISE,
         what=what,
         advice=Advice(key="data.train", value="correct or drop wrong labels: see `svc data check`"),
-        rule=f"answers are labels, the run has none of the faults above; of {MIN_ASKED} or more held-out answers "
-        f"the surest third has a mean probability of {LEARNT:g} or more, and beyond doubt more than {WRONG:.0%} of it "
-        f"are wrong, the surest sixth has a mean probability below {SURE:g}, and the training loss fell by at most "
+        rule=f"the answers are labels, and the run has none of the faults above; of {MIN_ASKED} or more held-out "
+        f"answers the surest third has a mean probability of {LEARNT:g} or more, and beyond doubt more than "
+        f"{WRONG:.0%} of it is wrong, the surest sixth has a mean probability of at most {SURE:g}, and the training "
+        "loss fell by at most "
         f"{STILL_LEARNING:.0%} of its end in the last third of the learning; or the prompts explain beyond doubt at "
         f"most {GAINED:.0%} of the entropy of the labels; or more than {CONTRADICTED:.0%} of the training "
         "examples contradict another",

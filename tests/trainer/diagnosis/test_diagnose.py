@@ -250,7 +250,7 @@ def predicted(gain: float, shape: Shape = WELL, **more: Any) -> Any:
 
 def test_label_noise_is_diagnosed_when_prompts_do_not_determine_the_labels() -> None:
     assert only(predicted(0.0)).kind is FindingKind.LABEL_NOISE
-    assert "tell the model nothing" in only(predicted(-0.3)).what
+    assert "explain nothing of the labels" in only(predicted(-0.3)).what
 
 
 def test_high_rate_is_diagnosed_when_it_is_far_above_the_default_and_nothing_is_learnt() -> None:
@@ -282,7 +282,7 @@ def settled(share: float) -> float:
 def test_more_steps_are_advised_when_half_of_the_labels_is_unknown_and_heldout_loss_still_falls() -> None:
     finding = only(predicted(0.4, form_first, steps=30))
     assert finding.kind is FindingKind.UNDERFITTING
-    assert "tell the model only a part of the labels" in finding.what
+    assert "explain only a part of the labels to the model" in finding.what
     assert "held-out loss fell" in finding.rule
 
 

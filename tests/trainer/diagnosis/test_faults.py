@@ -20,7 +20,7 @@ pytestmark = pytest.mark.matrix
 
 HARD = 0.1
 USUAL = {"lora": 4e-3, "dora": 4e-3, "full": 1e-3}
-"""Rates tried for this model: at four times the rate the loss jumps, at a hundredth it does not fall."""
+"""Learning rates that suit this model: at four times the rate the loss jumps, at a hundredth it does not fall."""
 
 
 @pytest.fixture(scope="module")

@@ -110,5 +110,5 @@ def test_version_shows_cut_answers_when_they_end_at_the_limit(
     output = " ".join(capsys.readouterr().out.split())
     share = "1.000 [0.342, 1.000]"
     assert f"cut off at the limit {share} {share} {share}" in output
-    assert f"held-out answers ended at their limit of tokens, as a share of all answers: {share}" in output
+    assert f"share of held-out answers that were cut off at their token limit: {share}" in output
     assert f"try: {advice}" in output
