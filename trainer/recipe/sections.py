@@ -108,7 +108,7 @@ class Data(_Section):
     seed: int = Field(0, ge=0)
     """seed for choosing the held-out and the general examples"""
     skip: int = Field(0, ge=0)
-    """number of training examples to skip, from the first"""
+    """number of training examples to skip at the start"""
     limit: Annotated[int, Field(ge=2)] | None = None
     """maximum number of training examples; default: all"""
 
@@ -335,18 +335,18 @@ class Evaluate(_Section):
     metric_seconds: float = Field(60.0, gt=0)
     """timeout of a metric function in seconds, for all answers together"""
     max_gptq_loss: float = Field(0.05, ge=0, le=1)
-    """largest allowed loss in the primary metric by quantizing; relative to the merged model's value if the metric is
-    not a share (for example perplexity); a version is rejected if a larger loss is proven"""
+    """largest allowed loss in the primary metric through quantization; relative to the merged model's value if the
+    metric is not a share (for example perplexity); a version is rejected if a larger loss is proven"""
     # 4 bits cost SmolLM2-135M 0.042 [0.033, 0.053] on free text (synopsis task), and nothing of its ROUGE.
     max_gptq_nll: float = Field(0.05, ge=0)
-    """largest allowed increase of negative log-likelihood by quantizing, as a share of the merged model's; at least
-    0.005 nats; a version is rejected if a larger increase is proven"""
+    """largest allowed increase of negative log-likelihood through quantization, as a share of the merged model's, but
+    at least 0.005 nats per token; a version is rejected if a larger increase is proven"""
 
     general: Annotated[bool | Path, AfterValidator(_file_beside_recipe)] = True
     """send general questions, which are never trained on, to base and merged model: true for the built-in ones, a file
     with your own, or false for none; see [evaluation](evaluation.md#forgetting)"""
     general_limit: Annotated[int, Field(ge=1)] | None = 60
-    """number of general questions, from the first; null: all"""
+    """maximum number of general questions, of which the first ones are asked; null: all"""
     max_forgetting: Annotated[float, Field(ge=0, le=1)] | None = None
     """largest allowed loss of correct answers to general questions, as a share of all; a version is rejected if a
     larger loss is proven; default: no limit"""
@@ -483,14 +483,16 @@ class Recipe(_Section):
                 "not of an example"
             )
         if len(set(self.formats)) < len(self.formats):
-            raise ValueError("formats lists a format twice")
+            raise ValueError("`formats` lists a format twice")
         if self.method is Method.FULL and Format.ADAPTER in self.formats:
-            raise ValueError(f"formats lists adapter, but method {self.method} trains no adapter")
+            raise ValueError(f"`formats` lists adapter, but `method: {self.method}` trains no adapter")
         implied, named = _ADAPTER_TYPES[self.method], self.adapter.type
         if "method" in self.model_fields_set and implied and named and named is not implied:
-            raise ValueError(f"method {self.method} implies adapter.type {implied}, but adapter.type is {named}")
+            raise ValueError(f"`method: {self.method}` implies adapter.type {implied}, but adapter.type is {named}")
         if self.method is Method.FULL and self.quantization:
-            raise ValueError(f"quantization {self.quantization} freezes the weights, but method full trains them all")
+            raise ValueError(
+                f"`quantization: {self.quantization}` freezes the weights, but `method: full` trains them all"
+            )
         return self
 
     @model_validator(mode="after")
@@ -498,7 +500,7 @@ class Recipe(_Section):
         """Reject adapter keys that the method ignores: a user would expect them to have an effect."""
         given, kind = self.adapter.model_fields_set, self.adapter_type
         if unused := given & _UNUSED.get(kind, frozenset()) if kind else given:
-            raise ValueError(f"adapter.{min(unused)} is not used by {kind or f'method {self.method}'}")
+            raise ValueError(f"adapter.{min(unused)} is not used by {kind or f'`method: {self.method}`'}")
         return self
 
     def flat(self) -> dict[str, str]:

@@ -249,7 +249,7 @@ def test_scaling_divides_by_the_root_of_the_rank_when_rslora_is_set(tiny_base: P
 @pytest.mark.parametrize(
     ("method", "adapter", "message"),
     [
-        ("full", {"rank": 8}, "adapter.rank is not used by method full"),
+        ("full", {"rank": 8}, "adapter.rank is not used by `method: full`"),
         ("vera", {"alpha": 8}, "adapter.alpha is not used by vera"),
         ("adalora", {"rslora": True}, "adapter.rslora is not used by adalora"),
     ],
