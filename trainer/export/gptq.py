@@ -42,17 +42,18 @@ _FUSED = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj") | dict.fromke
 )
 """Layers that the engine fuses into one."""
 _BITS = 4
-"""The only width that the engine's CPU kernel supports."""
+"""Bits per weight: the only number that the engine's CPU kernel supports."""
 _BATCH = 4  # calibration examples in one forward pass
 _SCALE_ERROR = 2.0
-"""Exponent of the error that a group's scale minimizes, in place of the scale that reaches the largest weight."""
+"""A group's scale is the one with the smallest sum of rounding errors to this power, not the one that reaches the
+largest weight."""
 _SCALE_STEPS, _MIN_SCALE = 20, 0.5
 """The search tries 1, 0.95, 0.9 and so on times the scale that reaches the largest weight. gptqmodel's own 80 steps,
 down to 0.2, take eight times as long, and 400 held-out examples of the example task showed no difference."""
 _CPU_BLOCK = 32
-"""Number of columns that are rounded in sequence before the rest of the layer is corrected for all of them. The result
-is the same, but scales include more corrections; gptqmodel's own blocks of 128 correct four times as many columns one
-by one."""
+"""Number of columns that are rounded in sequence before the rest of the layer is corrected for all of them. Apart from
+the scales, which include more corrections, the result is the same as with gptqmodel's own blocks of 128, which correct
+four times as many columns one by one."""
 _QUANTIZED_MIXTURES = ("olmoe", "qwen3_moe")
 """Mixtures of which gptqmodel 7.6 quantizes every expert and writes it under the base's own name. It silently skips the
 experts of GraniteMoE and MiniMax M2, and renames those of Mixtral, Phi-3.5-MoE and gpt-oss."""
@@ -67,7 +68,7 @@ class QuantizeSummary:
         layers: number of quantized linear layers and matrices of experts.
         samples: number of calibration examples.
         tokens: number of tokens of those examples.
-        worst_layer: layer whose output rounding changed most.
+        worst_layer: layer whose output was changed most by rounding.
         worst_loss: gptqmodel's mean squared error of that layer on the calibration examples.
         seconds: total time.
     """
@@ -160,7 +161,7 @@ def check_quantizer(model: Path) -> None:
         raise TrainingError(
             f"gptqmodel {version('gptqmodel')} cannot quantize {family!r}, the model_type of {model}",
             expected="an architecture that gptqmodel supports",
-            todo="remove gptq from the formats, formats: [merged]; or choose another base",
+            todo="set `formats: [merged]`, which skips GPTQ; or choose another base",
         )
 
 
@@ -172,13 +173,13 @@ def _check_experts(model: Path, expert: str, *, on_cpu: bool) -> None:
         raise TrainingError(
             f"{expert!r} contains the experts of a mixture, and those of {family!r} cannot be quantized for the engine",
             expected=f"a mixture of experts of {' or '.join(_QUANTIZED_MIXTURES)}, or a model without experts",
-            todo="remove gptq from the formats, formats: [merged]; or choose another base",
+            todo="set `formats: [merged]`, which skips GPTQ; or choose another base",
         )
     if on_cpu and not torch.cpu._is_amx_tile_supported():
         raise TrainingError(
             f"{expert!r} contains the experts of a mixture, and on this CPU the engine does not support 4-bit experts",
             expected="a CPU with AMX, or a GPU",
-            todo="remove gptq from the formats, formats: [merged]; or train and serve on a GPU",
+            todo="set `formats: [merged]`, which skips GPTQ; or train and serve on a GPU",
         )
 
 
@@ -195,9 +196,10 @@ def _check_inputs(widths: dict[str, int], group_size: int) -> None:
     sizes = get_args(Quantize.model_fields["group_size"].annotation)
     fitting = [str(size) for size in sizes if not any(width % size for width in widths.values())]
     raise RecipeError(
-        f"quantize.group_size is {group_size}, but layer {misfit!r} is {widths[misfit]} wide",
-        expected=f"a size that divides every layer's width: {', '.join(fitting) or f'none of {sizes} does'}",
-        todo=f"set quantize.group_size to {fitting[-1]}" if fitting else "set formats: [merged], without gptq",
+        f"quantize.group_size is {group_size}, but layer {misfit!r} has {widths[misfit]} inputs",
+        expected="a size that divides the number of inputs of every layer: "
+        f"{', '.join(fitting) or f'none of {sizes} does'}",
+        todo=f"set quantize.group_size to {fitting[-1]}" if fitting else "set `formats: [merged]`, which skips GPTQ",
     )
 
 
@@ -216,14 +218,14 @@ def _check_outputs(outputs: dict[str, int], multiple: int) -> None:
 
 
 def calibration_rows(model: Path, examples: Sequence[ChatExample], recipe: Recipe) -> list[tuple[int, ...]]:
-    """Return the token ids of the picked examples, truncated to `train.max_length`, the longest row of the training."""
+    """Return the token ids of the examples for calibration, truncated to `train.max_length` as in training."""
     picked = pick_calibration(examples, recipe.quantize.samples, recipe.train.seed)
     rows = tokenize_as_trained(model, picked, choose_template_kwargs(model, recipe.chat_template_kwargs))
     return [row.input_ids[: recipe.train.max_length] for row in rows]
 
 
 def pick_calibration(examples: Sequence[ChatExample], samples: int, seed: int) -> list[ChatExample]:
-    """Return examples drawn at random by the seed; all of them if there are fewer."""
+    """Return `samples` examples drawn at random by the seed; all examples, in random order, if there are fewer."""
     return random.Random(seed).sample(list(examples), min(samples, len(examples)))  # noqa: S311
 
 
@@ -304,7 +306,7 @@ def _run_gptqmodel(
 
 @contextmanager
 def faster_rounding(*, cpu: bool) -> Iterator[None]:
-    """Make gptqmodel search scales in our steps and round in our blocks; gptqmodel has no options for them.
+    """Within the body, make gptqmodel search scales in our steps and round in our blocks; it has no options for them.
 
     Args:
         cpu: whether the layers are on a CPU; on a GPU gptqmodel has a kernel for its own blocks.

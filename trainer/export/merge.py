@@ -99,7 +99,7 @@ def _merge_layer(layer: Any, weight: "torch.Tensor") -> "torch.Tensor":
     """Return the sum of a layer's weight and its adapter, as PEFT computes it.
 
     Args:
-        layer: PEFT's layer around a layer with the weight's shape that needs no memory.
+        layer: PEFT's layer around a placeholder that has the weight's shape and needs no memory.
     """
     import torch
 
@@ -113,7 +113,7 @@ def _merge_layer(layer: Any, weight: "torch.Tensor") -> "torch.Tensor":
 
 
 def _without_weights(base: Path) -> "PreTrainedModel":
-    """Return the model with one zero, expanded to the shape, in place of each weight.
+    """Return the model with a single zero, expanded to the weight's shape, in place of each weight.
 
     PEFT moves an adapter to the device of its layer: on the meta device the adapter would lose its weights too.
     """

@@ -85,7 +85,7 @@ def _join(tensors: "dict[str, torch.Tensor]", layer: str, parts: list[str]) -> N
         raise TrainingError(
             f"{' and '.join(parts)} were quantized with different groups of inputs",
             expected=f"the same groups, because in the engine they are one layer, {layer!r}",
-            todo="set formats: [merged], without gptq",
+            todo="set `formats: [merged]`, which skips GPTQ",
         )
     tensors[f"{layer}.{_INPUT_GROUPS}"] = groups[0]
     for kind, dimension in _OUTPUT_DIMENSION.items():
@@ -102,7 +102,7 @@ def check_packed(folder: Path, layers: list[str]) -> None:
     written = {tensor.name for tensor in read_headers(folder)}
     if missing := [name for name in layers if f"{name}.qweight" not in written]:
         raise TrainingError(
-            f"{len(missing)} of {len(layers)} layers were not quantized, the first is {missing[0]!r}",
+            f"{len(missing)} of {len(layers)} layers were not quantized; the first is {missing[0]!r}",
             expected="every linear layer in 4 bits",
             todo="check the log for gptqmodel's reason; raising quantize.samples may help",
         )

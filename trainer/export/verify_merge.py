@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class MergeSummary:
-    """Changes of the weights by training.
+    """Changes of the weights in training.
 
     Attributes:
         modules: number of changed linear layers and parameters of experts.
@@ -93,7 +93,7 @@ def compare_weights(
     if unknown := sorted(expected - set(base)):
         raise merge_failed(f"the adapter targets {unknown[0]!r}, which the base model lacks")
     if set(base) != set(merged):
-        raise merge_failed(f"tensor {min(set(base) ^ set(merged))!r} is in only one of base and merged model")
+        raise merge_failed(f"tensor {min(set(base) ^ set(merged))!r} is in only one of the two, base and merged model")
     changes = []
     for name in sorted(expected if others_change else base):
         before, after = base[name], merged[name]

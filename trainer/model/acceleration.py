@@ -43,8 +43,8 @@ class Acceleration:
         padding_free: the rows of a batch are concatenated, so nothing is padded. Only FlashAttention separates rows
             by their lengths; SDPA would need a mask whose size is the square of the batch's.
         liger_kernels: fused RMSNorm, rotary embedding and SwiGLU in Triton, which does not run on a CPU.
-        gradient_checkpointing: layers are computed twice to save memory, the scarce resource on a GPU; on a CPU it is
-            time.
+        gradient_checkpointing: layers are computed twice to save memory, which is scarce on a GPU; on a CPU time is
+            scarcer.
     """
 
     attention: Attention

@@ -65,7 +65,7 @@ def load_model(base: Path, form: ModelForm) -> PreTrainedModel:
     )
     if missing := sorted(loaded["missing_keys"]):  # transformers has initialized them at random
         raise BaseModelError(
-            f"the weights in {base} lack {len(missing)} tensors of the model, the first is {missing[0]!r}",
+            f"the weights in {base} lack {len(missing)} tensors of the model; the first is {missing[0]!r}",
             expected="all weights of the architecture that config.json names",
             todo="download the model again, or choose another base",
         )
@@ -75,7 +75,7 @@ def load_model(base: Path, form: ModelForm) -> PreTrainedModel:
 
 
 def _keep_layout(model: PreTrainedModel) -> None:
-    """Prevent bitsandbytes from packing weights for a kernel of CPUs with bfloat16, and from using this kernel.
+    """Prevent bitsandbytes from packing weights for its kernel for CPUs with bfloat16, and from using that kernel.
 
     bitsandbytes packs at the first measurement of held-out loss, and never unpacks; the kernel supports neither
     gradients nor float32.

@@ -31,10 +31,10 @@ class StochasticRounding:
 
 
 def round_to_bfloat16(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Round in place. The same parameters give the same bits.
+    """Convert float32 parameters to bf16 in place. The same parameters give the same bits.
 
     Args:
-        parameters: finite; those not in float32 do not change.
+        parameters: finite weights; those that are not in float32 do not change.
     """
     rounding = StochasticRounding()
     for weight in parameters:

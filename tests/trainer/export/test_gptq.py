@@ -46,13 +46,13 @@ def test_output_head_is_not_quantized(tmp_path: Path) -> None:
 def test_error_names_layer_and_sizes_when_the_group_size_does_not_fit(tiny_base: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         check_layers(tiny_base, 128)
-    assert "'model.layers.0.self_attn.q_proj' is 64 wide" in caught.value.wrong
+    assert "'model.layers.0.self_attn.q_proj' has 64 inputs" in caught.value.wrong
     assert caught.value.expected.endswith(": 32, 64")
 
 
 def test_error_proposes_merged_only_when_no_group_size_fits(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base", hidden_size=48)
-    with pytest.raises(RecipeError, match=r"set formats: \[merged\], without gptq"):
+    with pytest.raises(RecipeError, match=r"set `formats: \[merged\]`, which skips GPTQ"):
         check_layers(base, 32)
 
 
@@ -98,7 +98,7 @@ def test_every_expert_is_checked_as_a_layer(tmp_path: Path) -> None:
 
 
 def test_error_names_the_expert_when_the_group_size_does_not_fit_it(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"'model\.layers\.0\.mlp\.experts\.0\.down_proj' is 32 wide"):
+    with pytest.raises(RecipeError, match=r"'model\.layers\.0\.mlp\.experts\.0\.down_proj' has 32 inputs"):
         check_layers(make_mixture(tmp_path / "base", "qwen3_moe"), 64)
 
 
