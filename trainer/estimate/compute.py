@@ -13,8 +13,8 @@ from trainer.recipe.sections import AdapterType
 _ADAM_BYTES = 28
 """Memory traffic of a trained weight per step: gradient read; weight and two moments read and written."""
 _UNPACKED_BYTES = {True: 12.0, False: 2.6}
-"""Memory traffic of a weight unpacked from NF4: its half byte and its 2 bytes in 16 bits. On a CPU (true) bitsandbytes
-passes over the weight several times."""
+"""Bytes read and written to unpack a weight from NF4: its half byte and its 2 bytes in 16 bits. On a CPU (true)
+bitsandbytes passes over the weight several times."""
 
 _LAUNCHES_S = 2e-3
 """Seconds to start a layer's kernels, forward and backward: about 200 of them at 10 microseconds each, the time of a

@@ -60,7 +60,7 @@ CPU_UTILIZATION: dict[NumberType, dict[Method, float]] = {
 }
 """Share of the machine's matrix speed that training reaches, measured by `make bench-estimate` on two idle AVX-512
 cores, between the values for batches of 4 and of 16. In float32 only LoRA was measured (docs/training-speed.md); the
-other values are assumed to be the same, which holds (docs/estimate.md)."""
+other values are those of bfloat16, which runs in float32 confirmed (docs/estimate.md)."""
 
 
 @dataclass(frozen=True, slots=True)

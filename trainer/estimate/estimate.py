@@ -1,8 +1,8 @@
 """Estimate of a recipe on each device: memory by part, whether it fits, the largest batch, time and cost.
 
 On machines of this kind, the estimated memory was within a fifth of the measured one, and the time within a third
-(docs/estimate.md). A run is therefore refused only by `least`, which no batch size and no setting reduces. Training
-uses one GPU, and so does the estimate: several GPUs help only the engine, and are not counted.
+(docs/estimate.md). A run is therefore refused only if `least`, which no batch size reduces, exceeds the memory.
+Training uses one GPU, and so does the estimate: several GPUs help only the engine, and are not counted.
 """
 
 from bisect import bisect_right
@@ -94,7 +94,7 @@ def estimate_recipe(
     """Return the estimate of a recipe on each device.
 
     Args:
-        served_length: maximum tokens of a sequence in the engine.
+        served_length: maximum number of tokens of a sequence in the engine.
     """
     estimates = tuple(estimate_device(recipe, shape, workload, device, served_length) for device in devices)
     trained = Training(recipe, shape, devices[0].cpu, devices[0].number_type).trained

@@ -76,7 +76,7 @@ class Training:
 
     @property
     def checkpointing(self) -> bool:
-        """Whether layers save only their inputs and are computed twice; decided like in trainer.training.arguments."""
+        """Whether layers save only their inputs and are computed twice; decided as in trainer.training.arguments."""
         asked = self.recipe.train.gradient_checkpointing
         return not self.cpu if asked is None else asked
 

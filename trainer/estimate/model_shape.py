@@ -142,7 +142,7 @@ def _read_config(folder: Path) -> tuple["PreTrainedConfig", tuple[str, ...]]:
 
 
 def _as_llama(path: Path, content: dict[str, Any]) -> tuple["PreTrainedConfig", tuple[str, ...]]:
-    """Return the config of a Llama with the same widths, which is no smaller unless the model has several parts."""
+    """Return the config of a Llama with the same widths, at least as large as the model's part with these widths."""
     from transformers import LlamaConfig
 
     text = content.get("text_config")

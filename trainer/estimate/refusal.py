@@ -35,7 +35,7 @@ def refuse_memory(estimate: Estimate, machine: Machine) -> None:
         raise InsufficientMemoryError(
             f"weights, gradients and the optimizer's state need at least {here.least / 1e9:.1f} GB, but "
             f"{here.device.label} has {whole / 1e9:.1f} GB: {(here.least - whole) / 1e9:.1f} GB too few",
-            expected="memory for them, which a smaller batch does not reduce",
+            expected="memory for all of them; a smaller batch does not reduce this need",
             todo=f"{todo}; {_ANYWAY}",
         )
 
@@ -80,7 +80,7 @@ def _other_formats(estimate: Estimate, machine: Machine) -> str:
         # The minimum of stages after training does not depend on the length of a sequence.
         alternative = estimate_device(changed, estimate.shape, estimate.workload, device, served_length=1)
         if (format,) != recipe.formats and all(_missing(stage, machine) <= 0 for stage in alternative.stages):
-            return f"set formats=[{format}]"
+            return f"set `formats: [{format}]`"
     return "use a smaller base or another machine: see `svc estimate`"
 
 

@@ -109,7 +109,7 @@ def _print_head(estimate: Estimate) -> None:
     quantized = f" on {recipe.base_quantization}" if recipe.base_quantization else ""
     output.print(
         f"{recipe.base}: {shape.parameters:,} parameters ({shape.architecture}); {kind}{quantized} trains "
-        f"{estimate.trained:,}"
+        f"{estimate.trained:,} weights"
     )
     counted = "counted by its tokenizer" if workload.counted else "at 4.2 characters each: the base has no tokenizer"
     output.print(f"{workload.examples:,} examples, {workload.tokens:,.0f} tokens per epoch, {counted}")

@@ -66,11 +66,11 @@ class StageMemory:
 def stage_memory(
     training: Training, workload: Workload, device: ComputeDevice, served_length: int
 ) -> tuple[StageMemory, ...]:
-    """Return the needs of the recipe's stages, in order, without judging and registering, which need almost nothing.
+    """Return the needs of the recipe's stages, in order; `judge` and `register` are omitted: they need almost nothing.
 
     Args:
         workload: the batches of the training.
-        served_length: maximum tokens of a sequence in the engine.
+        served_length: maximum number of tokens of a sequence in the engine.
     """
     recipe, shape = training.recipe, training.shape
     needs = []
@@ -115,7 +115,7 @@ def engine_memory(shape: ModelShape, number_type: NumberType, served_length: int
 
 
 def _train(training: Training, workload: Workload) -> tuple[Need, Need]:
-    """Return the needs of training (trainer.estimate.memory); for a GPU, the complete model is first in main memory.
+    """Return the needs of training (trainer.estimate.memory); before a GPU gets the model, it is in main memory.
 
     Each of the checkpoints on the disk contains weights in float32 and two moments.
     """

@@ -69,13 +69,13 @@ def test_a_stage_that_cannot_fit_is_named_with_what_is_missing_and_a_format_with
         InsufficientMemoryError, match=r"stage evaluate needs at least 13\.5 GB, .* has 12\.0 GB: 1\.5 GB"
     ) as caught:
         refuse_stages(estimated("qlora"), machine(12e9))
-    assert caught.value.todo == "set formats=[gptq]; to start the run anyway, use --anyway"
+    assert caught.value.todo == "set `formats: [gptq]`; to start the run anyway, use --anyway"
 
 
 def test_the_adapter_alone_is_proposed_when_no_engine_has_memory_for_either_format() -> None:
     with pytest.raises(InsufficientMemoryError, match="stage evaluate needs") as caught:
         refuse_stages(estimated("qlora"), machine(3e9))
-    assert "set formats=[adapter]" in caught.value.todo
+    assert "set `formats: [adapter]`" in caught.value.todo
 
 
 def test_no_stage_is_rejected_when_the_minimum_of_each_fits() -> None:
