@@ -118,7 +118,7 @@ class Qualifier:
 
     Attributes:
         judged: the examples that are evaluated.
-        limits: maximum tokens of each answer.
+        limits: maximum number of tokens of each answer.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class Qualifier:
         """Qualify a format on a separate engine.
 
         Args:
-            general: ask the general questions too.
+            general: whether to ask the general questions too.
         """
         engine = await self._start(folder)
         try:
@@ -197,7 +197,7 @@ class Qualifier:
         )
 
     async def _loads(self, engine: Engine, folder: Path) -> list[float]:
-        """Return the seconds of a few loads in place; empty if the engine cannot load in place."""
+        """Load the format in place a few times; return the seconds of each, or none if the engine cannot reload."""
         return [await self._load(engine.client, folder) for _ in range(_LOADS if engine.capabilities.reloads else 0)]
 
     async def _load(self, client: EngineClient, folder: Path) -> float:

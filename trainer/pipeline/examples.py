@@ -23,7 +23,7 @@ from trainer.recipe.sections import Evaluate, Recipe
 _MANY_HELD = 2.0
 """Multiple of `data.heldout_share` above which a warning is printed."""
 _FEW = 20
-"""Number of held-out examples above the share that chance may explain."""
+"""Number of additional held-out examples that chance may explain."""
 
 
 @dataclass(frozen=True, slots=True)

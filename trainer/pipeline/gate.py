@@ -10,7 +10,7 @@ from trainer.pipeline.examples import Examples
 from trainer.recipe.sections import Recipe, Undecided
 
 _QUANTIZE_BETTER = (
-    "raise quantize.samples, lower quantize.group_size to 32, or serve only the merged model with formats: [merged]; "
+    "raise quantize.samples, lower quantize.group_size to 32, or serve only the merged model with `formats: [merged]`; "
     "training is not repeated"
 )
 _TRAIN_LESS = "lower train.learning_rate, adapter.rank or train.epochs, or mix in data.general"
@@ -37,14 +37,14 @@ def check_gate(report: GateReport, undecided: Undecided) -> None:
         more = _ASK_MORE if report.gate is Gate.FORGETTING else _HOLD_OUT_MORE
         raise TrainingError(
             str(report),
-            expected=f"{allowed}, with a larger loss ruled out, because evaluate.undecided is {undecided}",
+            expected=f"{allowed}, and proof of it, because evaluate.undecided is {undecided}",
             todo=f"{more}; or set evaluate.undecided to {Undecided.WARN}",
         )
     console.print(f"[yellow]{report}[/yellow]", soft_wrap=True)
 
 
 def say_gates(recipe: Recipe, examples: Examples, primary: Metric) -> None:
-    """Print, for each limit on a share of answers, how far from the limit a loss must be for a verdict."""
+    """Print, for each limit on a share of answers, how far from it a loss must be for a verdict on these examples."""
     limits = recipe.evaluate
     if {Format.MERGED, Format.GPTQ} <= set(recipe.formats) and primary.unit is Unit.SHARE:
         asked = len(examples.heldout[: limits.limit])

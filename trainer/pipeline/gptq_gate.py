@@ -15,15 +15,16 @@ from trainer.qualification import Qualified
 from trainer.recipe.sections import Evaluate
 
 _MIN_NLL_MARGIN = 0.005
-"""Nats per token, because a share of a nearly certain merged model's NLL is less than the engine's rounding."""
+"""Minimum limit in nats per token: a share of the NLL of a nearly certain model is less than the engine's rounding."""
 _MIN_DIFFERENCES = 8
-"""Fewer examples may all differ in one direction by chance (1 case in 128), which a bootstrap does not show."""
+"""Minimum number of examples: fewer may all differ in one direction by chance (1 case in 128), which a bootstrap does
+not show."""
 
 
 def judge_gptq(
     metric: Metric, examples: Sequence[ChatExample], merged: Qualified, gptq: Qualified, limits: Evaluate
 ) -> tuple[GateReport, GateReport]:
-    """Return the verdicts on the loss by quantizing: in the primary metric and in log-likelihood.
+    """Return the verdicts on the loss through quantization: in the primary metric and in log-likelihood.
 
     Args:
         metric: the primary metric.

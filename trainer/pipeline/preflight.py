@@ -86,7 +86,7 @@ def _check_weights(base: Path, config: "PreTrainedConfig") -> None:
     if head and embedding and hash_tensor(base, head) != hash_tensor(base, embedding):
         raise BaseModelError(
             f"the config of {base} ties output layer and embedding, but its files contain two matrices that differ: "
-            "training would use both, the engine only one",
+            "training would use both, the engine would use only one",
             expected="tie_word_embeddings: false in config.json, or one matrix",
             todo=f"set tie_word_embeddings to false in {base / 'config.json'}",
         )

@@ -1,6 +1,7 @@
 """Quick trial of a recipe: a tenth of the examples, one epoch, all stages, under its own name.
 
-The trial tests the set-up, from the data to the engine, before the complete run. Its version's quality means nothing.
+The trial tests the set-up, from the data to the engine, before the complete run. The quality of its version
+is not representative.
 """
 
 import math
@@ -33,7 +34,7 @@ def quick_trial(recipe: Recipe, examples: Examples) -> tuple[Recipe, Examples]:
     content = recipe.model_dump(exclude_unset=True)
     content["name"] = recipe.name[: _MAX_NAME_LENGTH - len(_SUFFIX)] + _SUFFIX
     content["train"] = content.get("train", {}) | {"epochs": 1.0, "steps": None}
-    # The trial is trained too little to show the losses by quantizing and by forgetting.
+    # The trial is trained too little to show the losses through quantization and forgetting.
     limits = {"max_gptq_loss": 1.0, "max_gptq_nll": 1.0, "max_forgetting": None, "undecided": Undecided.WARN}
     content["evaluate"] = content.get("evaluate", {}) | limits
     questions = examples.questions

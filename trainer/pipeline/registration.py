@@ -133,7 +133,7 @@ class Registration:
 
     @cached_property
     def gates(self) -> tuple[GateReport, ...]:
-        """Verdicts on the losses by quantizing and training that the recipe limits."""
+        """Verdicts on the losses through quantization and training that the recipe limits."""
         limits = self.recipe.evaluate
         reports: list[GateReport] = []
         if len(self.qualified) == 2:
@@ -201,7 +201,7 @@ class Registration:
             return None
 
     def _check(self, *, failed_too: bool) -> tuple[str, ...]:
-        """Return the checks that the version fails."""
+        """Return and print the checks that the version fails; without `failed_too`, raise at the first one."""
         failed = []
         gates = (partial(check_gate, gate, self.recipe.evaluate.undecided) for gate in self.gates)
         checks: list[Callable[[], None]] = [self._check_parity, *gates]
@@ -219,11 +219,11 @@ class Registration:
         if self.report is not None and self.report.failed:
             raise TrainingError(
                 f"the model to serve differs from the trained model: {'; '.join(self.report.failed)}",
-                todo="check these numbers; to register the version anyway, not promotable, use --register-failed",
+                todo="check these numbers; to register a version that cannot be promoted, use --register-failed",
             )
 
     def _published(self, failed: tuple[str, ...]) -> Manifest | None:
-        """Return the manifest that a run published before it was interrupted; None if there is none."""
+        """Return the manifest that this run published, with the same results, before it was interrupted, if any."""
         for version_id in reversed(self.registry.versions(self.recipe.name)):
             try:
                 manifest = self.registry.manifest(version_id)
@@ -235,7 +235,7 @@ class Registration:
         return None
 
     def _matches(self, manifest: Manifest) -> bool:
-        """Return whether a version of this run has this recipe and these results."""
+        """Return whether a version of this run has the present recipe and the present results."""
         same = manifest.data.heldout_fingerprint == self.examples.heldout_fingerprint
         recorded = {format: record.evaluation for format, record in manifest.formats.items() if record.evaluation}
         # The evaluations differ if a metric function has been fixed since.
@@ -301,7 +301,7 @@ class Registration:
         return formats
 
     def _reference(self) -> Path:
-        """Write the reference for later traffic and answers, in a new folder for the same reason as in `_publish`."""
+        """Write the reference for later traffic and answers; the folder is new, as an earlier one may be read-only."""
         folder = self.run.fresh(self.run.reference)
         folder.mkdir()
         if self.report is not None:
@@ -332,7 +332,7 @@ class Registration:
 
 
 def _write_data_reference(folder: Path, examples: Examples, seed: int) -> None:
-    """Write drift sample, text space, data summary and hashes of the trained prompts.
+    """Write drift sample, text space, data summary and hashes of the training prompts.
 
     Args:
         folder: the reference folder of a run.

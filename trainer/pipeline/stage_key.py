@@ -64,7 +64,10 @@ def stage_keys(recipe: Recipe, base: Base, examples: Examples) -> StageKeys:
 
 
 def _content(path: Path) -> str | None:
-    """Return the hash of a file, which changes when a metric function is fixed; None if unreadable (reported later)."""
+    """Return the hash of a file that metrics use, as a fixed function must repeat the registration.
+
+    An unreadable file has None; the fault is reported later.
+    """
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError:

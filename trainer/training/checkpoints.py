@@ -5,7 +5,7 @@
                                  files.json: size and SHA-256 of each
 
 A checkpoint is written to a temporary folder, synced, and renamed, so that a kill at any time leaves the previous one.
-The content of the files does not matter here.
+This module does not depend on the files' content.
 """
 
 import logging

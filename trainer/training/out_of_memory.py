@@ -39,7 +39,7 @@ def out_of_memory(recipe: Recipe, error: Exception, *, checkpointing: bool) -> T
         return None
     return TrainingError(
         f"out of memory: {message.strip().splitlines()[0] if message else 'the machine has no free memory'}",
-        expected=f"memory for train.batch_size {recipe.train.batch_size} of up to {recipe.train.max_length} tokens",
+        expected=f"memory for batches of {recipe.train.batch_size} examples of up to {recipe.train.max_length} tokens",
         todo=f"{cheaper(recipe, checkpointing=checkpointing)}; this is a new run, which starts from the beginning",
     )
 
@@ -57,7 +57,7 @@ def cheaper(recipe: Recipe, *, checkpointing: bool) -> str:
     if not checkpointing:
         return "set train.gradient_checkpointing to true: a third slower, with the same result"
     if recipe.adapter_type is not None and recipe.base_quantization is None:
-        return "set quantization to nf4: the frozen weights need a quarter of the memory or less"
+        return "set `quantization: nf4`: the frozen weights need a quarter of the memory or less"
     if recipe.adapter_type is None:
-        return "set method to lora: the optimizer's state for all weights needs the most memory"
+        return "set `method: lora`: the optimizer's state for all weights needs the most memory"
     return f"set train.max_length to {train.max_length // 2} and drop the longer examples, or use a smaller base model"

@@ -103,7 +103,12 @@ def train_model(
 
 
 def run_trainer(trainer: ResumableTrainer, stopping: Stopping, asked: Preemption, number_type: NumberType) -> float:
-    """Train to the end; return the seconds spent in this process."""
+    """Train to the end, from the newest checkpoint if there is one; return the seconds spent in this process.
+
+    Raises:
+        InterruptedRunError: a signal arrived, and a checkpoint was written.
+        TrainingError: a trained weight is not finite, or the run diverges.
+    """
     newest = trainer.checkpoints.newest()
     if newest is not None:
         state = TrainerState.load_from_json(str(newest / "trainer_state.json"))
@@ -137,7 +142,7 @@ def run_trainer(trainer: ResumableTrainer, stopping: Stopping, asked: Preemption
         trainer.check_finite()
     if asked.by is not None:  # also if the signal arrived after the steps
         raise InterruptedRunError(
-            f"{asked.by.name} after step {trainer.state.global_step} of {trainer.state.max_steps}",
+            f"stopped by {asked.by.name} after step {trainer.state.global_step} of {trainer.state.max_steps}",
             todo="run the same command again: it resumes from there",
         )
     return seconds
@@ -184,7 +189,7 @@ def build_trainer(
 
     Args:
         heldout: examples measured during training, as the recipe says or as the run can afford.
-        curve: replaces these examples, and when they are measured.
+        curve: other examples to measure during training, with the steps; None for those in `heldout`.
         load: loads the base's weights.
     """
     acceleration = choose_acceleration(machine_facts(), flash=takes_flash_attention(base))

@@ -15,7 +15,7 @@ class TrainingSummary:
         steps: number of optimizer steps.
         tokens: prompt and answer tokens seen, without padding.
         tokens_per_second: speed in the process that finished the run.
-        seconds: time of the optimizer's run without loading, in the process that finished it.
+        seconds: time of the steps in the process that finished the run, without loading.
         best_step: the step whose weights were kept as the best; None if the last ones were kept.
         points: every step, with held-out loss if it was measured.
         peak_memory: peak bytes of GPU memory, or on a CPU of the process, until the end of training.
@@ -38,7 +38,7 @@ class TrainingData:
     """Examples to learn, and held-out examples whose loss is measured during training.
 
     Attributes:
-        served_length: maximum tokens of an example that can be served; None if no format will be served.
+        served_length: maximum number of tokens of an example that can be served; None if no format will be served.
     """
 
     train: Sequence[ChatExample]

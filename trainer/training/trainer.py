@@ -115,7 +115,7 @@ class ResumableTrainer(AnswerTrainer):
         super().log(logs, start_time)
 
     def training_step(self, *args: Any, **options: Any) -> torch.Tensor:
-        """Run a batch forward and backward; of a checkpoint's content, only the random numbers change.
+        """Run a batch forward and backward; of the state in a checkpoint, only the random numbers change.
 
         Raises:
             StepAbandoned: a signal arrived.
@@ -141,7 +141,8 @@ class ResumableTrainer(AnswerTrainer):
         saved = load_file(checkpoint / _WEIGHTS)
         if set(saved) != set(trained):
             raise IntegrityError(
-                f"{checkpoint} does not contain the trained weights, for example {min(set(saved) ^ set(trained))!r}",
+                f"{checkpoint} and the model differ in their trained weights: {min(set(saved) ^ set(trained))!r} is in "
+                "only one of them",
                 todo=f"remove {checkpoint.parent} and train again",
             )
         with torch.no_grad():
@@ -203,7 +204,7 @@ class NoStepLeftError(Exception):
 
 
 class _StepStart(TrainerCallback):
-    """Stores the state that a step changes before the weights (random numbers, token count), and measures its speed."""
+    """Stores the random numbers and the token count of a step's start, for a checkpoint, and measures its speed."""
 
     def __init__(self) -> None:
         self._random: tuple[Any, Any, torch.Tensor, list[torch.Tensor]] | None = None

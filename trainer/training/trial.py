@@ -68,7 +68,9 @@ def train_trial(
     *,
     number_type: NumberType,
 ) -> TrialRun:
-    """Train with the recipe except its section `stopping`, or resume from a checkpoint.
+    """Train by the recipe without its section `stopping`, then measure the loss of each judged example.
+
+    Resumes from the newest checkpoint, if there is one.
 
     Args:
         checkpoints: folder for this trial's checkpoints only.
@@ -85,7 +87,8 @@ def train_trial(
         except StepAbandoned as error:
             trainer.save_step_start()
             raise InterruptedRunError(
-                f"{error} after the last step of a trial", todo="run the same command again: it resumes from there"
+                f"stopped by {error} after the last step of a trial",
+                todo="run the same command again: it resumes from there",
             ) from error
         summary = summarize(trainer, seconds, kept_best=False)
     return TrialRun(summary.steps, each, summary.points)
@@ -94,7 +97,7 @@ def train_trial(
 def untrained_losses(
     base: LoadedBase, data: TrialData, recipe: Recipe, folder: Path, *, number_type: NumberType
 ) -> tuple[float, ...]:
-    """Return the base's loss on each judged example, before the first step.
+    """Return the loss of the untrained model on each judged example.
 
     Raises:
         InterruptedRunError: a signal arrived.
@@ -103,7 +106,9 @@ def untrained_losses(
         try:
             return _judge(trainer, data.judged, asked)
         except StepAbandoned as error:
-            raise InterruptedRunError(f"{error} while measuring the base", todo="run the same command again") from error
+            raise InterruptedRunError(
+                f"stopped by {error} while the base was measured", todo="run the same command again"
+            ) from error
 
 
 @contextmanager
@@ -132,7 +137,9 @@ def _open(
                 )
             yield trainer, asked
     except StepAbandoned as error:
-        raise InterruptedRunError(f"{error} before a trial's first step", todo="run the same command again") from error
+        raise InterruptedRunError(
+            f"stopped by {error} before a trial's first step", todo="run the same command again"
+        ) from error
 
 
 def _judge(trainer: ResumableTrainer, judged: Sequence[TokenizedExample], asked: Preemption) -> tuple[float, ...]:

@@ -19,8 +19,8 @@ from trainer.training.out_of_memory import cheaper, out_of_memory
         ),
         ({"train": {"batch_size": 9}}, "set train.batch_size to 3 and train.gradient_accumulation to 3"),
         ({"train": {"batch_size": 5}}, "set train.batch_size to 1 and train.gradient_accumulation to 5"),
-        ({"train": {"batch_size": 1}}, "set quantization to nf4"),
-        ({"method": "full", "train": {"batch_size": 1}}, "set method to lora"),
+        ({"train": {"batch_size": 1}}, "set `quantization: nf4`"),
+        ({"method": "full", "train": {"batch_size": 1}}, "set `method: lora`"),
         ({"method": "qlora", "train": {"batch_size": 1, "max_length": 2048}}, "set train.max_length to 1024"),
     ],
 )
