@@ -26,8 +26,8 @@ SHIPPED_FILES = (
     "vocab.json",
     "vocab.txt",
 )
-"""Files of a model other than weights and config. Models derived from it contain them byte for byte, except a chat
-template that writes today's date."""
+"""Files of a model other than weights and config. Models derived from the base contain them byte for byte,
+except a chat template that renders today's date."""
 _HASHED = (".json", ".jinja", ".model", ".txt")
 
 
@@ -49,7 +49,9 @@ def model_files(folder: Path) -> list[Path]:
 
 
 def copy_shipped_files(model: Path, out: Path, quantization: Mapping[str, Any] | None = None) -> None:
-    """Copy a model's config, tokenizer, chat template and generation config to other weights; delete any others there.
+    """Copy a model's config, tokenizer, chat template and generation config to a folder with weights derived from it.
+
+    Files of these names that the model lacks are deleted from the folder.
 
     Args:
         out: folder of weights in bf16, which may be quantized.
@@ -82,7 +84,7 @@ def _write_config(model: Path, out: Path, quantization: Mapping[str, Any] | None
 
 
 def pinned_template(model: Path) -> str | None:
-    """Return the template to serve in place of one that writes today's date; None for any other template."""
+    """Return the template to serve in place of one that renders today's date; None for any other template."""
     template = read_chat_template(model) or ""
     pinned = pin_date(template)
     return pinned if pinned != template else None

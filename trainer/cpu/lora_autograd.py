@@ -1,7 +1,7 @@
 """LoRA's linear layers as one step of autograd each, where PEFT's forward needs ten.
 
 Under bf16 autocast PEFT casts a layer's input to the adapter's float32 and back, scales, adds and casts once more, and
-stores tensors of each of these for the backward pass. On a CPU these passes over memory take as long as the matrix
+stores a tensor of each step for the backward pass. On a CPU these passes over memory take as long as the matrix
 products. Here the adapter's small weights are cast instead of the layer's large inputs, the update is added inside its
 matrix product, and layers with the same input store it once. Same formula; values are rounded to bf16 at other points.
 
@@ -31,7 +31,7 @@ def fuse_lora(model: torch.nn.Module) -> int:
 
 
 def _forward(layer: Linear, original: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Compute a layer's output; check each call, as an adapter may have been disabled, merged or exchanged."""
+    """Compute a layer's output; each call checks the layer, as its adapter may be disabled, merged or exchanged."""
     if args or kwargs or not _is_plain(layer, x):
         return original(x, *args, **kwargs)
     (name,) = layer.active_adapters
@@ -61,8 +61,8 @@ class _LoraLinear(torch.autograd.Function):
 
     The update s B A is added to the outputs, or, in float32 with many rows, to the weight, which is then the smaller
     tensor. In 16 bits the update is never added to the weight: it is smaller than the spacing of numbers there, and
-    would be rounded away. So it would be in float32 products that are computed in fewer bits
-    (`torch.set_float32_matmul_precision`), which are not detected.
+    would be rounded away. The same happens, undetected, in float32 products that PyTorch computes with fewer bits
+    (`torch.set_float32_matmul_precision`).
     """
 
     @staticmethod
