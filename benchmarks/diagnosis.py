@@ -29,7 +29,7 @@ from trainer.training.sft import train_model
 from trainer.training.summary import TrainingData
 
 USUAL = {"lora": 4e-3, "dora": 4e-3, "full": 1e-3}
-"""Rates tried for this model: at four times the rate the loss jumps, at a hundredth it does not fall."""
+"""Learning rates that suit this model: at four times the rate the loss jumps, at a hundredth it does not fall."""
 HELDOUT = 120
 LONG = 16
 ENDED = "ended"
@@ -60,7 +60,7 @@ class Plan:
     """Parameters of one run.
 
     Attributes:
-        long: maximum number of added letters; lengths are drawn up to it.
+        long: maximum number of letters that are added to a word; the number is random.
         confounded: words of the first half of the alphabet are long, and the base knows them; the others are short.
         hard: share of words without a colour.
         wrong: share of wrong labels.
@@ -85,7 +85,7 @@ class Outcome:
 
     Attributes:
         found: kinds of findings, or `ENDED`.
-        why: the numbers, in words.
+        why: what the findings state, or the error that stopped the run.
     """
 
     plan: Plan

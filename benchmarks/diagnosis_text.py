@@ -44,7 +44,7 @@ class Outcome:
 
     Attributes:
         found: kinds of findings, or `ENDED`.
-        why: the numbers, in words.
+        why: what the findings state, or the error that stopped the run.
         exact_match: None for a run that the trainer stopped.
     """
 
@@ -57,7 +57,7 @@ class Outcome:
 
 
 def shuffled(examples: Sequence[ChatExample], seed: int) -> list[ChatExample]:
-    """Return the same questions, each with the answer of another one."""
+    """Return the same questions, among which the answers are shuffled."""
     answers = random.Random(seed).sample([example.messages[-1] for example in examples], len(examples))  # noqa: S311
     return [ChatExample((*example.messages[:-1], answer)) for example, answer in zip(examples, answers, strict=True)]
 
@@ -112,8 +112,8 @@ def judge_run(
 @click.option("--examples", type=click.IntRange(1), default=320, show_default=True, help="Training examples.")
 @click.option("--heldout", "asked", type=click.IntRange(1), default=100, show_default=True, help="Held-out examples.")
 @click.option("--batch", type=click.IntRange(1), default=4, show_default=True, help="Examples per step.")
-@click.option("--few", type=click.IntRange(1), default=24, show_default=True, help="Steps of a run with too few.")
-@click.option("--max-tokens", type=click.IntRange(1), default=10, show_default=True, help="Tokens of an answer.")
+@click.option("--few", type=click.IntRange(1), default=24, show_default=True, help="Steps of the run with too few.")
+@click.option("--max-tokens", type=click.IntRange(1), default=10, show_default=True, help="Limit on answer tokens.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 def main(

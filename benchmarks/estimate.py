@@ -34,7 +34,7 @@ class Case:
 
     Attributes:
         base: folder of the base model.
-        steps: steps of `batch_size` examples.
+        steps: number of steps, each of `batch_size` examples.
     """
 
     method: Method

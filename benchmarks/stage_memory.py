@@ -30,11 +30,11 @@ TASK = Path(__file__).parents[1] / "examples" / "debian-triage"
 MEMORY = 0.2
 """Accepted relative error of an estimate."""
 MEASURED = (Stage.TRAIN, Stage.MERGE, Stage.QUANTIZE, Stage.PARITY)
-"""The other stages run an engine, whose memory `svc.engine.vllm.headroom` estimates."""
+"""Stages that are measured. The others run an engine, whose memory `svc.engine.vllm.headroom` estimates."""
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _STAGE = click.Choice(MEASURED, case_sensitive=False)
 _COMPARED = 8
-"""Examples that the parity report compares."""
+"""Number of examples that the parity report compares."""
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -45,9 +45,9 @@ class Case:
     """One model and the settings for measuring its stages.
 
     Attributes:
-        config: folder with the config.json of the shape.
-        layers: number of its layers to use; None: all.
-        tokenizer: model folder with a tokenizer whose ids fit.
+        config: folder with the config.json of the model's shape.
+        layers: number of the model's layers to use; None for all.
+        tokenizer: model folder with a tokenizer whose ids have embedding rows.
         work: folder for the base, the adapter and the output of stages.
     """
 

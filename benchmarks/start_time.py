@@ -44,9 +44,9 @@ class Start:
     """Times of one start of `svc serve`, seconds.
 
     Attributes:
-        before: from its own start to vLLM's.
-        engine: from vLLM's start to its answer.
-        after: from vLLM's answer to the gateway's.
+        before: time from the start of `svc serve` to that of vLLM.
+        engine: time from vLLM's start until its `/health` answers 200.
+        after: time from then until the gateway's `/health` answers 200.
     """
 
     before: float
@@ -64,8 +64,8 @@ class Pair:
     """Two starts, one after the other.
 
     Attributes:
-        bare: time of vLLM alone, seconds.
-        served: `svc serve`.
+        bare: start time of vLLM alone in seconds.
+        served: start times of `svc serve`.
     """
 
     bare: float
@@ -106,7 +106,7 @@ class Subject:
         return cls(settings, spec)
 
     def start_bare(self) -> float:
-        """Start vLLM alone and stop it; return the time until it answered, seconds."""
+        """Start vLLM alone and stop it; return the seconds until it answered."""
         self.spec.socket.unlink(missing_ok=True)
         arguments, variables = command(self.spec), environment(self.spec)
         with self._engine() as engine:
@@ -159,14 +159,14 @@ class _Running:
         self._process.wait(_STOP_S)
 
     def until(self, condition: Callable[[], bool]) -> None:
-        """Wait for a condition.
+        """Wait until a condition is true, without a time limit.
 
         Raises:
-            EngineError: the server has ended.
+            EngineError: the server has stopped.
         """
         while not condition():
             if self._process.poll() is not None:
-                raise EngineError(f"the server ended with code {self._process.returncode}", todo=f"read {self._log}")
+                raise EngineError(f"the server exited with code {self._process.returncode}", todo=f"read {self._log}")
             time.sleep(_POLL_S)
 
 
@@ -193,7 +193,7 @@ def measure(subject: Subject, pairs: int) -> list[Pair]:
 
 
 def summary(pairs: Sequence[Pair]) -> dict[str, Any]:
-    """Return medians, seconds, and the interval of the mean difference.
+    """Return medians in seconds, and the interval of the mean difference.
 
     The parts of the difference are separate medians, and need not add up to it exactly.
     """
@@ -226,7 +226,7 @@ def _first_time(times: int) -> float:
 @click.command()
 @click.argument("model")
 @click.option("--home", type=click.Path(path_type=Path), help="Folder for all state.")
-@click.option("--pairs", type=click.IntRange(1), default=5, show_default=True, help="Starts of each kind.")
+@click.option("--pairs", type=click.IntRange(1), default=5, show_default=True, help="Number of starts of each kind.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 def main(model: str, home: Path | None, pairs: int, as_json: bool) -> None:
     """Measure the start of `svc serve MODEL` compared with its vLLM alone. No server may run on the home."""

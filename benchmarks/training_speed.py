@@ -3,12 +3,12 @@
 All three train the same LoRA on the same tokens with the same batch, precision and schedule, in rounds of one run each,
 every run in a separate process. Only tokens of the examples count, not padding.
 
-They train in the number type of this device, like tuneserve; in float32 TRL runs without gradient checkpointing, which
-costs time and saves memory that a CPU has. The use of the machine is shown as the share of its matrix speed: the
+All train in the number type that tuneserve chooses for this device; in float32 TRL runs without gradient checkpointing,
+which costs time and saves memory that a CPU has. The use of the machine is shown as the share of its matrix speed: the
 necessary operations of a step per second, relative to a bare product of similar shape.
 
-Speed is meaningful only if the same is learnt. So plain TRL trains once more in our order of examples, and the loss of
-each step is compared with ours. (In their own orders, the losses of a step are of different examples.)
+Speed is meaningful only if the trainers learn the same. So plain TRL trains once more in our order of examples, and the
+loss of each step is compared with ours. (In other orders, a step has different examples, and so another loss.)
 """
 
 import resource
@@ -65,9 +65,8 @@ class Task:
 
     Attributes:
         base: folder of the base model.
-        recipe: of the training.
-        examples: for one pass.
-        number_type: of matrix products.
+        examples: training examples, of which one pass is made.
+        number_type: number type of matrix products.
     """
 
     base: Path
@@ -81,12 +80,12 @@ class Run:
     """Result of one training.
 
     Attributes:
-        tokens: of the examples.
-        seconds: from the first step's start to the last one's end.
-        peak_memory: of the process, bytes.
-        losses: of each step, nats per answer token.
-        flops: necessary floating-point operations; None if not counted.
-        matrix_speed: of bare matrix products in the same process, operations per second.
+        tokens: number of tokens of the examples.
+        seconds: time from the first step's start to the last one's end.
+        peak_memory: peak memory of the process in bytes.
+        losses: loss of each step in nats per answer token.
+        flops: number of necessary floating-point operations; None if not counted.
+        matrix_speed: operations per second of bare matrix products in the same process; None if not measured.
     """
 
     tokens: int
@@ -263,7 +262,7 @@ def _times_as_fast(rounds: Sequence[Round], rival: Contestant) -> dict[str, Any]
 
 
 @click.command()
-@click.option("--pairs", type=click.IntRange(1), default=5, show_default=True, help="Rounds with one run of each.")
+@click.option("--pairs", type=click.IntRange(1), default=5, show_default=True, help="Rounds, with one run of each.")
 @click.option("--steps", type=click.IntRange(1), default=4, show_default=True, help="Steps per run.")
 @click.option("--curve-steps", type=click.IntRange(1), default=8, show_default=True, help="Steps of a loss curve.")
 @click.option(

@@ -11,12 +11,12 @@ from benchmarks.drift.streams import WITH_CHANGE, WITHOUT_CHANGE
 from svc.terminal import output
 
 CHANGES_A_REPLAY = 8
-"""Number of streams with a change, which are short, per stream without."""
+"""Replays of each stream with a change, which are short, per replay of a stream without one."""
 PER_REQUESTS = 10_000
 
 
 def upper_limit(events: int) -> float:
-    """Return the upper end of the one-sided 95 % interval of the mean of a Poisson variable."""
+    """Return the upper end of the one-sided 95 % interval of a Poisson variable's mean, given one value of it."""
     from scipy.stats import chi2
 
     return float(chi2.ppf(0.95, 2 * (events + 1)) / 2)

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 TASK = ROOT / "examples" / "debian-triage"
 STREAMS = ROOT / "benchmarks" / "drift"
 REPHRASINGS = 19
-"""Per prompt; with the prompt itself, a session of 20."""
+"""Number of rephrasings per prompt; with the prompt itself, they are a session of 20."""
 _FIXED_CHARS = 2_100
 _TEMPLATED = 600
 _WORD = re.compile(r"[^\W\d_]+")
@@ -39,12 +39,12 @@ class Pool:
     """All prompts.
 
     Attributes:
-        sample: their features.
-        answers: of a version that names each package's section; a changed prompt gets a random section.
-        words: of each prompt.
-        sections: of each prompt's package; empty if it has none.
-        kinds: indexes by kind: `alike`, the grades of shift, `templated`, `fixed`.
-        rephrased: indexes, `alike` x `REPHRASINGS`.
+        sample: features of the prompts.
+        answers: answers of a version that names each package's section; a changed prompt gets a random section.
+        words: words of each prompt.
+        sections: section of each prompt's package; empty if it has none.
+        kinds: indexes of prompts by kind: `alike`, the grades of shift, `templated`, `fixed`.
+        rephrased: indexes of the rephrasings, [prompts of kind `alike`, `REPHRASINGS`].
     """
 
     sample: Sample
@@ -60,9 +60,9 @@ class Pool:
         """Return prompts as requests, 10,000 per day.
 
         Args:
-            first: number of the first one in its stream.
-            conversations: of each request; default: one each.
-            clients: of each request; default: unknown.
+            first: number of the first request in its stream.
+            conversations: conversation of each request; None if each request has its own.
+            clients: client of each request; None if unknown.
         """
         numbers = np.arange(first, first + len(places), dtype=np.int64)
         return Requests(
@@ -81,7 +81,7 @@ class Pool:
 
 
 def read_pool() -> Pool:
-    """Read and embed all prompts, in a text space of the example's training prompts: a minute."""
+    """Read and embed all prompts, in a text space of the example's training prompts; takes a minute."""
     train, heldout = read_examples(TASK / "train.jsonl"), read_examples(TASK / "heldout.jsonl")
     rows = [json.loads(line) for line in (STREAMS / "in_distribution.jsonl").read_text("utf-8").splitlines()]
     alike = [example.question for example in heldout] + [row["prompt"] for row in rows]

@@ -22,7 +22,7 @@ from svc.drift_reference.sample import Floats
 from svc.terminal import counting, waiting
 
 REQUESTS = 15_000
-"""Requests in one replay of a stream without a change."""
+"""Number of requests in one replay of a stream without a change."""
 CUSTOMARY_P, CUSTOMARY_PSI, CUSTOMARY_SIZE = 0.05, 0.2, 100
 _TOGETHER = 200
 _FEATURES = tuple(
@@ -43,7 +43,7 @@ class Replay:
 
     Attributes:
         kept: indexes of the counted requests.
-        events: positions are numbers of counted requests.
+        events: starts and ends of alarms, whose positions count only the counted requests.
     """
 
     kept: Sequence[int]
@@ -74,7 +74,7 @@ def replay(pool: Pool, detector: Detector, stream: Stream, until: Callable[[Repl
     """Replay a stream through the drift detector.
 
     Args:
-        until: stops the replay early.
+        until: returns whether the result so far is enough, so that the replay stops early; None for never.
     """
     watch, kept, events = Watch(), list[int](), list[Event]()
     nothing = pool.requests(np.zeros(0, dtype=np.intp), first=0)
@@ -143,7 +143,8 @@ class Found:
     """The first alarm after a change; None if there was none.
 
     Attributes:
-        requests, kept: after the change until the alarm.
+        requests, kept: number of all requests, and of counted ones, from the change to the alarm.
+        feature: feature that raised the alarm; empty if there was none.
     """
 
     requests: int | None
@@ -152,7 +153,7 @@ class Found:
 
 
 def watch_change(pool: Pool, name: str, seed: int) -> Found:
-    """Replay a stream with a change until the alarm."""
+    """Replay a stream with a change until the first alarm after the change."""
     reference, live, generator = draw_reference(pool, seed)
     stream = WITH_CHANGE[name].make(pool, live, generator)
 

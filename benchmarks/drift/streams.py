@@ -12,17 +12,17 @@ from svc.drift_reference.sample import Floats
 
 REFERENCE = 500
 DAY, WEEK = 10_000, 21_000
-"""Requests per day; requests per week for a model with little traffic."""
+"""Number of requests per day, and per week of a model with less traffic."""
 CHANGE_AFTER = 600
-"""Requests before the change."""
+"""Number of requests before the change."""
 
 
 class Stream(NamedTuple):
     """Prompts in order.
 
     Attributes:
-        conversations: of each prompt; None: one each.
-        clients: of each prompt; None: unknown.
+        conversations: conversation of each prompt; None if each prompt has its own.
+        clients: client of each prompt; None if unknown.
     """
 
     prompts: Places
@@ -35,7 +35,7 @@ Make = Callable[[Pool, Places, Generator, int], Stream]
 
 
 def draw_reference(pool: Pool, seed: int) -> tuple[Places, Places, Generator]:
-    """Return the indexes of a reference, those of other prompts drawn in the same way, and the generator."""
+    """Return the indexes of a reference, those of the remaining prompts of the same kind, and the generator."""
     generator = np.random.default_rng(seed)
     order = generator.permutation(pool.kinds["alike"])
     return order[:REFERENCE], order[REFERENCE:], generator
@@ -104,7 +104,7 @@ def batches(length: int, every: int) -> Make:
 
 
 def day_and_night(pool: Pool, live: Places, generator: Generator, count: int) -> Stream:
-    """Return a stream in which half of the sections have a share of 0.3 to 0.7, by the hour."""
+    """Return a stream in which half of the sections have a share of 0.3 to 0.7, depending on the time of day."""
     share = 0.5 + 0.2 * np.sin(2 * np.pi * np.arange(count) / DAY)
     return _of_two_halves(pool, live, generator, share)
 
@@ -136,10 +136,10 @@ class Change:
     """A stream with a change.
 
     Attributes:
-        kind: of the changed prompts.
-        count: requests after the change.
-        share: of changed requests.
-        ramp: requests over which the share grows from 0 to all.
+        kind: kind of the changed prompts.
+        count: number of requests after the change.
+        share: share of changed requests after the change.
+        ramp: number of requests over which this share grows from 0 to 1 instead; 0 for none.
         base: the stream of unchanged prompts.
     """
 
@@ -150,7 +150,7 @@ class Change:
     base: Make = independent
 
     def make(self, pool: Pool, live: Places, generator: Generator) -> Stream:
-        """Return `CHANGE_AFTER` requests without a change, then those with it."""
+        """Return `CHANGE_AFTER` requests before the change, then `count` requests after it."""
         base = self.base(pool, live, generator, CHANGE_AFTER + self.count).prompts
         progress = np.arange(self.count)
         shares = np.minimum(1.0, progress / self.ramp) if self.ramp else np.full(self.count, self.share)

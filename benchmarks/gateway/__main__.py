@@ -24,21 +24,21 @@ from svc.settings import load_settings
 from svc.terminal import console, output, print_json
 
 _BY_NAME = (TRACED, BARE)
-"""Measured only if named in `--only`."""
+"""Gateways that are measured only if `--only` names them."""
 
 
 @click.command()
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Measurements of each gateway.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Number of rounds.")
 @click.option("--only", metavar="NAMES", help="Gateways to measure, separated by commas.")
 @click.option(
     "--peers",
     type=click.Path(path_type=Path),
     default=Path(".venv/peers"),
     show_default=True,
-    help="Folder of install_peers.sh.",
+    help="Folder in which install_peers.sh installed the other gateways.",
 )
-@click.option("--engine", "model", metavar="MODEL", help="Measure this model on its real engine instead.")
-@click.option("--home", type=click.Path(path_type=Path), help="Folder for all state, with --engine.")
+@click.option("--engine", "model", metavar="MODEL", help="Measure this model's throughput on its real engine instead.")
+@click.option("--home", type=click.Path(path_type=Path), help="Home that contains the model of --engine.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 def main(rounds: int, only: str | None, peers: Path, model: str | None, home: Path | None, as_json: bool) -> None:
     """Measure the cost of a request in each gateway."""

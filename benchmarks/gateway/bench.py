@@ -46,11 +46,13 @@ class Cores:
         """Return two of the cores that this process may use.
 
         Raises:
-            SettingsError: there is only one.
+            SettingsError: this process may use only one core.
         """
         cores = sorted(os.sched_getaffinity(0))
         if len(cores) < 2:
-            raise SettingsError("this process has one core", expected="two: one for the gateway, one for the rest")
+            raise SettingsError(
+                "this process may use only one core", expected="two cores: one for the gateway, one for the rest"
+            )
         return cls(gateway=cores[1], others=cores[0])
 
 
@@ -66,7 +68,7 @@ class Bench:
         """Start a gateway, measure it, and stop it.
 
         Args:
-            name: of its folder.
+            name: name for the gateway's folder and log.
         """
         folder = self.folder / name
         folder.mkdir()
@@ -120,12 +122,12 @@ def until_answered(
     """Wait until a server answers a request.
 
     Raises:
-        EngineError: the server has ended, or did not answer in time; with the end of its log.
+        EngineError: the server stopped, or did not answer in time; the message has the end of its log.
     """
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise EngineError(f"the process ended with code {process.returncode}: {_end_of(log)}")
+            raise EngineError(f"the process exited with code {process.returncode}: {_end_of(log)}")
         if uvloop.run(answers(address, ask)):
             return
         time.sleep(_POLL_S)
@@ -137,7 +139,7 @@ def _end_of(log: Path) -> str:
 
 
 def make_ours(folder: Path) -> list[Peer]:
-    """Return our gateway with a key, without keys and with traces; otherwise their homes are the same."""
+    """Create homes, and return our gateway with a key, without keys, and with a key and traces."""
     console.print("creating the homes of tuneserve")
     keyless, keyed = folder / "keyless", folder / "keyed"
     subprocess.run([sys.executable, "-m", "benchmarks.gateway.home", str(keyless)], check=True)

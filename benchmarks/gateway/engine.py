@@ -30,8 +30,8 @@ class Pair:
     """Two measurements, one after the other, in tokens per second of all streams together.
 
     Attributes:
-        direct: from vLLM's socket.
-        served: through the gateway.
+        direct: speed at vLLM's own socket.
+        served: speed through the gateway.
     """
 
     direct: float

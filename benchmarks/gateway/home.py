@@ -33,7 +33,7 @@ _CONFIG = {
 
 
 def make_home(home: Path) -> None:
-    """Register the version, and query the device's capabilities, like the first `svc serve` on a home."""
+    """Register the version, and store the device's capabilities as the first `svc serve` on a home does."""
     import numpy as np
     from safetensors.numpy import save_file
 

@@ -23,7 +23,7 @@ class Address:
     """Address of a gateway: a port of this machine, or a unix socket.
 
     Attributes:
-        key: sent with each request, if not empty.
+        key: API key that is sent with each request; empty for none.
     """
 
     port: int = 0
@@ -36,8 +36,8 @@ class Ask:
     """The request of every client.
 
     Attributes:
-        chunks: tokens of the answer, one per chunk; a real engine may send several in one.
-        real: the upstream is a real engine, which must be told not to end its answer early.
+        chunks: number of tokens of the answer, one per chunk; a real engine may send several in one chunk.
+        real: whether the upstream is a real engine, which must be told not to end its answer early.
     """
 
     chunks: int
@@ -71,10 +71,10 @@ class Load:
     """Result of some requests.
 
     Attributes:
-        seconds: from the first request to the end of the last answer.
-        reads: number of reads.
+        seconds: time from the first request to the end of the last answer.
+        reads: number of reads from the clients' connections.
         first: seconds from each request to the first event of its answer, or to its body.
-        wrong: the first wrong answer.
+        wrong: reason of the first failure; empty if there was none.
     """
 
     done: int = 0
@@ -181,10 +181,10 @@ class Client(asyncio.Protocol):
 
 
 class Turns:
-    """The number of requests that all clients together may still send.
+    """The number of requests that all clients together may still send, and the time until which they may.
 
     Args:
-        limit: None for no limit except the time.
+        limit: maximum number of requests; None for no limit except the time.
     """
 
     def __init__(self, limit: int | None) -> None:
@@ -196,7 +196,7 @@ class Turns:
         self._deadline = time.perf_counter() + seconds
 
     def take(self) -> bool:
-        """Take one request; return whether it may be sent."""
+        """Return whether another request may be sent; if so, count it."""
         if time.perf_counter() >= self._deadline or self._left == 0:
             return False
         if self._left is not None:
@@ -225,11 +225,11 @@ async def send(
     """Run concurrent clients, each with one request after the other.
 
     Args:
-        requests: of all clients together; None: as many as there is time for.
-        seconds: after this time no request is started.
-        patience_s: timeout for the last answers.
+        requests: number of requests of all clients together; None: as many as there is time for.
+        seconds: time after which no request is started.
+        patience_s: additional time to wait for the last answers; missing answers count as failed.
         spread_s: time over which the starts of the clients are spread.
-        on_connected: called before the first request.
+        on_connected: called when all clients are connected, before the first request.
     """
     loop, load = asyncio.get_running_loop(), Load()
     request, turns = ask.request(address), Turns(requests)
@@ -262,7 +262,7 @@ async def _connect(address: Address, make: Callable[[], Client]) -> Client:
 
 
 async def answers(address: Address, ask: Ask) -> bool:
-    """Return whether one request gets a complete answer."""
+    """Send one request; return whether it gets a complete answer within a few seconds."""
     try:
         return (await send(address, ask, clients=1, requests=1, patience_s=5.0)).done == 1
     except OSError:

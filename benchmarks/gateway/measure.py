@@ -9,7 +9,7 @@ from benchmarks.gateway.load import Address, Ask, Load, send
 from benchmarks.gateway.processes import core_seconds, cpu_seconds, resident_bytes
 
 _SETTLE_S = 1.0
-"""Work after an answer, such as writing rows, counts too."""
+"""Pause after the last answer: work after an answer, such as writing rows, counts too."""
 _REST_S, _LOAD_S, _MAX_S = 2.0, 3.0, 60.0
 _WHOLE = Ask(chunks=16)
 _SHORT_STREAM = Ask(chunks=3, stream=True)
@@ -18,28 +18,28 @@ _SECOND = Ask(chunks=100, stream=True)
 _MANY = Ask(chunks=20, stream=True)
 _PACE_S, _SLOW_PACE_S = 0.01, 0.1
 FULL = 0.9
-"""Share of its core from which the gateway, not its clients, is the limit."""
+"""Use of a gateway's core, as a share, from which the gateway limits the rate, not the clients."""
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Figures of one gateway in one round; those of processes are 0 if it has none.
+    """Figures of one gateway in one round; processor time and memory are 0 if it has no process.
 
     Attributes:
         request_ms_1, request_ms_16, request_ms_64: processor time per non-streamed request, by number of clients.
         rate: requests per second of 64 clients.
-        busy: share of its core used for that.
+        busy: share of the gateway's core that was used at this rate.
         chunk_us_16, chunk_us_100: processor time per chunk of streams of 100 chunks, by number of streams.
         reads_16, reads_100: client reads per chunk: less than 1 if several chunks arrived together, as from a gateway
-            that is too slow for single ones.
+            that is too slow to forward each chunk separately.
         first_ms_p50, first_ms_p99: time to the first event, one stream at a time.
         first_64_ms_p50, first_64_ms_p99: the same with 64 concurrent streams.
         many_failed: incomplete answers of 1,024 concurrent streams.
-        many_chunk_us: processor time per chunk of these.
-        rest_ms: processor time per second without requests; figures for few requests include a part of it.
+        many_chunk_us: processor time per chunk of these streams.
+        rest_ms: processor time per second without requests; figures for low rates include a part of it.
         idle_mib, many_mib: memory after the start, and after the 1,024 streams.
         failed: failures of all other requests.
-        taken: share of its core used by others during the measurement; if large, rates and times mean little.
+        taken: share of the gateway's core that other processes used; if large, rates and times mean little.
     """
 
     request_ms_1: float
@@ -68,9 +68,9 @@ class Measurement:
     """The measurement of one gateway.
 
     Args:
-        pid: of its first process; None if it has none.
-        core: of the gateway.
-        set_pace: sets the upstream's pause between chunks, seconds.
+        pid: id of the gateway's first process; None if it has no process.
+        core: the gateway's core.
+        set_pace: sets the upstream's pause between chunks, in seconds.
         tell: callback for failures.
     """
 
@@ -178,6 +178,6 @@ def _each(total: float, number: int) -> float:
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """Return the smallest value that at least this share of the values does not exceed; NaN without values."""
+    """Return the smallest value that is not exceeded by at least this share of the values; NaN without values."""
     ranked = sorted(values)
     return ranked[max(0, -int(-share * len(ranked) // 1) - 1)] if ranked else float("nan")

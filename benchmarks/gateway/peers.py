@@ -15,7 +15,7 @@ from benchmarks.gateway.table import BARE, DIRECT
 from benchmarks.gateway.upstream import MODEL
 
 MAX_STREAMS = 2048
-"""More than are ever open concurrently, so that no gateway reaches its limit."""
+"""Limit on concurrent requests: more than are ever sent, so that no gateway reaches it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Peer(ABC):
     """One gateway.
 
     Attributes:
-        name: in the table, and for `--only`.
+        name: name in the table and for `--only`.
     """
 
     name: str
@@ -85,9 +85,9 @@ class Ours(Peer):
     """`svc serve` with request rows and metrics.
 
     Args:
-        home: copied for each start.
-        key: secret of the only key in the home; empty without keys.
-        traced: each request has a span, sent to the upstream's port.
+        home: home of the server, which is copied for each start.
+        key: secret of the only key in the home; empty if there is no key.
+        traced: whether a span of each request is sent, to the upstream's port.
     """
 
     name: str
@@ -230,7 +230,7 @@ litellm_settings:
 
 
 def _user() -> str:
-    """Return a directive for root: by default its workers run as a user who may not open the upstream's socket."""
+    """Return nginx's directive `user` for root, whose workers would otherwise be denied the upstream's socket."""
     return "user root;" if os.getuid() == 0 else ""
 
 

@@ -34,7 +34,7 @@ class Pace:
     """Pace of all streams.
 
     Attributes:
-        seconds: from one chunk to the next.
+        seconds: time from one chunk to the next.
     """
 
     seconds: float = 0.01
@@ -45,7 +45,7 @@ class Request:
     """The fields of a request that determine the answer.
 
     Attributes:
-        chunks: tokens of the answer, one per chunk.
+        chunks: number of tokens of the answer, one per chunk.
     """
 
     stream: bool

@@ -23,7 +23,7 @@ DRIFT = "SvcDrift"
 
 @click.command()
 @click.option("--seed", default=1, show_default=True, help="Seed of the traffic.")
-@click.option("--folder", type=click.Path(path_type=Path), help="Folder to keep the tests for promtool in.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Folder in which to keep the tests for promtool.")
 @click.option("--drift/--no-drift", default=True, help="Check the traffic for drift, which takes most of the time.")
 @click.option("--promtool", type=click.Path(path_type=Path), default=PROMTOOL, show_default=True)
 def main(seed: int, folder: Path | None, promtool: Path, *, drift: bool) -> None:
@@ -50,7 +50,7 @@ def main(seed: int, folder: Path | None, promtool: Path, *, drift: bool) -> None
 
 
 def run_week(seed: int, monitor: DriftMonitor) -> Series:
-    """Return the series of a week."""
+    """Simulate a week; return its series."""
     server, series = Server(), Series()
     targets = list(server.targets.values())
     drift = monitor.drift_pages(0, [], targets, [])

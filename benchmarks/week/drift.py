@@ -30,7 +30,7 @@ from tests.serving.versions import FACTS
 
 CHECK_MINUTES = 10
 _VERSIONS = {MAIN: 2, SIDE: 3}
-"""Number of versions of a model; one for all others."""
+"""Number of versions of a model; 1 for models that are not listed."""
 
 
 class DriftMonitor:
@@ -38,7 +38,7 @@ class DriftMonitor:
 
     Args:
         home: an empty folder.
-        checking: check traffic for drift; held-out results are always exported.
+        checking: whether to check traffic for drift; held-out results are always exported.
     """
 
     def __init__(self, home: Path, *, checking: bool = True) -> None:
@@ -59,12 +59,12 @@ class DriftMonitor:
     def drift_pages(
         self, minute: int, records: Sequence[RequestRecord], targets: Sequence[Target], holdouts: Sequence[Change]
     ) -> Page:
-        """Store the events since the last call, check if a check is due, and return the page of this minute.
+        """Store the events since the last call, check for drift if a check is due, and return the page of this minute.
 
         Args:
-            records: rows of the request log.
+            records: rows of the request log since the last call.
             targets: served target of each model.
-            holdouts: finished runs of the held-out set.
+            holdouts: runs of the held-out set that finished since the last call.
         """
         self._now = EPOCH + timedelta(minutes=minute)
         promoted = self._promote(targets)
@@ -92,7 +92,7 @@ class DriftMonitor:
         return sorted(alarms, key=lambda pair: pair[1].called_at)
 
     def _add_items(self, records: Sequence[RequestRecord]) -> None:
-        """Store the features of complete answers like a server."""
+        """Store the features of complete answers, as the server does."""
         by_target = dict[Target, list[RequestRecord]]()
         for record in records:
             if record.status == 200 and record.version and record.format and record.prompt is not None:

@@ -28,7 +28,7 @@ RETIRING, STARTING, SWAPPING = EngineState.RETIRING, EngineState.STARTING, Engin
 CRASH_S = 30.0
 """Time until an engine dies in the crash loop."""
 BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
-"""As in the server (serving.rollout.reviver)."""
+"""Pauses before an engine is started again, as in the server (serving.rollout.reviver)."""
 HOLDOUT_S = 300.0
 """Duration of a run of the held-out set."""
 
@@ -40,10 +40,10 @@ class Change:
     Attributes:
         states: new states of its engines; None if unchanged.
         version: new served version; None if unchanged.
-        restarted: an engine restarts after it died.
-        swap: result of a swap that ended.
-        woke_s: an idle model is awake, this many seconds after the request that woke it.
-        holdout: a run of the held-out set ended, for this cause.
+        restarted: whether an engine restarts after its death.
+        swap: result of a swap that ends; None if none ends.
+        woke_s: seconds since the request that woke an idle model, which is awake now; None if none wakes.
+        holdout: cause of a run of the held-out set that ends; None if none ends.
     """
 
     at: float
@@ -85,7 +85,7 @@ def _in_place() -> Iterator[Change]:
 
 
 def _crash_loop() -> Iterator[Change]:
-    """Return deaths and starts; the pause grows with each death during a start."""
+    """Yield the engine's deaths and starts; the pause grows with each death during a start."""
     now, failures = float(CRASHES_AT), 0
     yield Change(now, SIDE, (FAILED,))
     while True:
@@ -122,7 +122,7 @@ def _blue_green() -> Iterator[Change]:
 
 
 def _naps(model: str) -> Iterator[Change]:
-    """Return the starts and sleeps of an idle model; the first request of each period wakes it."""
+    """Yield the starts and sleeps of an idle model; the first request of each period wakes it."""
     starts_s, moments = WAKES[model]
     for begins in map(at, moments):
         yield Change(begins + 1.0, model, (STARTING,))

@@ -18,7 +18,7 @@ class Expected:
     """An alert of expected.yml.
 
     Attributes:
-        begins, ends: earliest and latest minute.
+        begins, ends: earliest and latest minute in which the alert must begin, and end.
     """
 
     alert: str
@@ -38,7 +38,7 @@ class Expected:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A line of the comparison; one of the two may be missing."""
+    """A line of the comparison: an expected alert, an alert that fired, or both."""
 
     expected: Expected | None
     found: Firing | None
@@ -55,8 +55,10 @@ def read_expected(file: Path = FILE) -> list[Expected]:
 
 
 def compare(expected: list[Expected], firings: list[Firing]) -> list[Row]:
-    """Return rows for all alerts: each expected one with the first firing of its name and labels, preferably one at the
-    expected time."""
+    """Return a row for each expected alert, then a row for each other alert that fired.
+
+    An expected alert gets the first firing with its name and labels, preferably one at the expected time.
+    """
     rows, remaining = list[Row](), one_of_features(firings)
     for alert in expected:
         same = [firing for firing in remaining if (firing.alert, firing.labels) == (alert.alert, alert.labels)]
@@ -70,7 +72,7 @@ def compare(expected: list[Expected], firings: list[Firing]) -> list[Row]:
 def one_of_features(firings: list[Firing]) -> list[Firing]:
     """Return the alerts without the label `feature`; concurrent alerts of several features become one.
 
-    The features that show a change are not predicted.
+    This is because expected.yml does not predict which features show a change.
     """
     merged = dict[tuple[str, Labels], list[Firing]]()
     for firing in sorted(firings, key=lambda firing: firing.begins):

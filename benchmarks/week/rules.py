@@ -27,7 +27,7 @@ PROMTOOL = Path(".venv") / "prometheus" / "bin" / "promtool"
 TARGET = (("instance", "127.0.0.1:9464"), ("job", "tuneserve"), ("namespace", "production"))
 _SLO_ALERTS = "tuneserve_slo"
 _LAG = "svc_event_loop_lag_seconds_bucket"
-"""The only histogram of which an alert reads all buckets."""
+"""The only histogram of which alerts read all buckets."""
 _COUNTERS = ("_total", "_count", "_bucket")
 _PROCESSES = 2
 _FIRING = 'ALERTS{alertstate="firing"}'
@@ -41,8 +41,8 @@ class Firing:
     """An uninterrupted period in which an alert fires.
 
     Attributes:
-        begins: the first minute.
-        ends: the first minute after it.
+        begins: the first minute in which the alert fires.
+        ends: the first minute in which the alert no longer fires.
     """
 
     alert: str
@@ -57,7 +57,7 @@ class Part:
 
     Attributes:
         step: minutes between two evaluations.
-        model: of these service level objectives; None for all other alerts.
+        model: model whose service level objectives are evaluated; None for all other alerts.
     """
 
     name: str

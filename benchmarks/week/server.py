@@ -1,7 +1,7 @@
 """The server of the week: the real instruments, fed with requests and changes of engines at simulated times.
 
-As far as metrics show, it admits requests like the real one: they wait for a swap or a waking engine, and get 503 while
-the only engine restarts after a death.
+As far as metrics show, it admits requests like the real server: they wait for a swap or a waking engine, and get 503
+while the only engine restarts after its death.
 """
 
 import json
@@ -30,7 +30,7 @@ from tests.monitoring.drift.traffic import system_prompt
 
 Labels = tuple[tuple[str, str], ...]
 Page = dict[tuple[str, Labels], float]
-"""Values by name and labels of a sample."""
+"""Values of a page's samples, by name and labels."""
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 """The beginning of the week, and of promtool's tests."""
 _WAITED_FOR = frozenset({EngineState.IDLE, EngineState.DRAINING, EngineState.SWAPPING})
@@ -41,11 +41,12 @@ _STATUS = {
     ErrorCode.RATE_LIMIT_EXCEEDED: 429,
     ErrorCode.CLIENT_GONE: CLIENT_GONE_STATUS,
 }
-"""Sent status codes; a slow client has got 200."""
+"""HTTP status of each failure; a slow client has already received 200."""
 _PROMPT_TOKENS, _CACHED_TOKENS = 260, 160
-"""Tokens of a prompt, and of the shared system prompt in it."""
+"""Number of tokens of a prompt, and of the shared system prompt in it."""
 _WAKE_UPS = 60
-"""Measured wake-ups of the event loop per simulated minute; a real loop has ten per second, but only shares matter."""
+"""Number of measured wake-ups of the event loop per simulated minute; a real server has ten per second, but alerts read
+only shares."""
 _DISK_BYTES, _FREE_SHARE, _BACKUP_SHARE, _DAILY_SHARE, _BACKUP_S = 2e12, 0.45, 0.02, 0.005, 1_200
 _WRONG_KEY_S = 10
 
@@ -86,7 +87,7 @@ class Server:
         self._advance(0.0)
 
     def minute(self, begins: float, arrivals: Sequence[Arrival]) -> Page:
-        """Serve the requests of a minute, and return the page at its end."""
+        """Serve the requests of a minute; return the page of metrics at its end."""
         for arrival in arrivals:
             self._advance(arrival.at)
             self._admit(arrival)
@@ -99,7 +100,7 @@ class Server:
         return self.page()
 
     def page(self) -> Page:
-        """Return the samples of a scrape now."""
+        """Return the samples that a scrape would get now."""
         self._gateway.remove_idle([target.version for target in self.targets.values()])
         page = page_of(self._registry.collect())
         page.update(self._machine())
@@ -109,7 +110,7 @@ class Server:
         return page
 
     def _advance(self, now: float) -> None:
-        """Apply all events until then in the order of time."""
+        """Apply all events up to this time, in the order of time."""
         while True:
             change = self._changes[0].at if self._changes else float("inf")
             end = self._under_way[0][0] if self._under_way else float("inf")
@@ -218,7 +219,7 @@ class Server:
         return sum((begins > self._now) is queued for begins in mine)
 
     def _engine(self, model: str) -> Page:
-        """Return the metrics of a model's engine; one replica gets all requests."""
+        """Return the metrics of a model's engine; all requests go to one replica."""
         version = self.targets[model].version.number
         labels = (("model", model), ("replica", "0"), ("version", str(version)))
         running = self._count(model, queued=False)

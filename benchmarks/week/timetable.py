@@ -6,12 +6,12 @@ MINUTE_S, HOUR_S, DAY_S = 60, 3600, 86_400
 DAYS = 7
 MAIN, SIDE = "triage", "notes"
 NIGHT_RATE = 0.2
-"""Relative to the rate by day."""
+"""Rate of requests at night, relative to the rate by day."""
 WAKES: dict[str, tuple[float, tuple[str, ...]]] = {
     "legal": (210.0, ("1 09:00", "3 15:00", "5 10:00", "7 16:00")),
     "quarterly": (45.0, ("2 14:00", "4 11:00", "6 09:00")),
 }
-"""Models that sleep except at these times, with the start times of their engines, seconds."""
+"""Models that sleep except at these times, with the seconds that their engines take to start."""
 MODELS = (MAIN, SIDE, *WAKES)
 AWAKE_S = 40 * MINUTE_S
 """Time for which an idle model gets requests after it was woken."""

@@ -31,14 +31,14 @@ from serving.protocols.error_code import ErrorCode
 FOLDER = Path(__file__).parent
 STREAMS = FOLDER.parent / "drift"
 TOKENS = 7
-"""Tokens of each answer, as in the registered ones."""
+"""Number of tokens of each answer, as in the registered answers."""
 INDEPENDENT_PER_DAY, SESSIONS_PER_DAY, SIDE_PER_DAY = 2_500, 440, 1_000
 HEAVY_REQUESTS, HEAVY_S = 120, 600
 HEAVY_LIMIT = 10
-"""Requests per minute of the heavy client's key."""
+"""Limit on requests per minute of the heavy client's key."""
 SHIFTED_SHARE = 0.2
 ENGINE_ERRORS, CLIENTS_GONE, CLIENTS_SLOW = 0.0005, 0.005, 0.001
-"""Shares of the requests with this outcome."""
+"""Shares of the requests that fail in this way."""
 _WEIGHT_PER_DAY = 14 * 60 + 10 * 60 * NIGHT_RATE
 """Minutes of a day, with those of the night weighted by their rate."""
 _FIRST_SHARE = {"day": 0.5, "night": 0.7, "weekend": 0.9}
@@ -53,12 +53,12 @@ class Arrival:
     """A request.
 
     Attributes:
-        at: arrival, seconds since the week's beginning.
-        answer: the model's answer, if it completes.
-        reason: of a failure; None if it completes.
-        seconds: duration.
+        at: time of arrival in seconds since the week's beginning.
+        answer: the model's answer, if the request completes.
+        reason: reason why the request fails; None if it completes.
+        seconds: time from the start in the engine to the end of the answer.
         first_token: seconds to the first token; None if the answer is not streamed.
-        gaps: seconds between its tokens.
+        gaps: seconds between the tokens; empty if the answer is not streamed.
     """
 
     at: float
@@ -79,7 +79,7 @@ class Prompts:
     Attributes:
         by_section: prompts like those that the versions were trained on.
         shifted: prompts of a new kind.
-        words: of all of them, to rephrase with.
+        words: words of the prompts in `by_section`, for rephrasing.
     """
 
     by_section: dict[str, tuple[str, ...]]
@@ -105,7 +105,7 @@ class Clients:
     """All clients of the week.
 
     Args:
-        seed: of all that is random.
+        seed: seed of all random decisions.
     """
 
     def __init__(self, seed: int) -> None:
@@ -125,7 +125,7 @@ class Clients:
             yield arrived
 
     def _send(self, now: float) -> None:
-        """Schedule the requests, sessions and bursts that begin in this minute."""
+        """Schedule the requests, sessions, bursts and wake-ups that begin in this minute."""
         weight = (1.0 if is_day(now) else NIGHT_RATE) / _WEIGHT_PER_DAY
         for _ in range(self._random.poisson(INDEPENDENT_PER_DAY * weight)):
             self._ask(self._within(now, MINUTE_S), MAIN, "portal", *self.draw(now))
