@@ -52,7 +52,7 @@ if not console.is_terminal:
 
 
 class DemoError(SvcError):
-    """A step of the demo had another result than expected."""
+    """Raised when a step of the demo has another result than expected."""
 
 
 @dataclass
@@ -105,7 +105,7 @@ def end_orphaned_server() -> None:
 
 
 def check_data() -> None:
-    """Show the data, and that no held-out example is trained on."""
+    """Show the data, and that no held-out example is among the training examples."""
     heading("1. the data")
     run("data", "check", str(TASK / "train.jsonl"), "--heldout", str(TASK / "heldout.jsonl"))
 
@@ -200,10 +200,14 @@ def report_load(load: Load, summary: Summary, versions: set[str]) -> None:
     seen = {answer.version for answer in load.answers if not answer.error}
     slowest = max(answer.seconds for answer in load.answers)
     summary.add(
-        "load", f"{len(load.answers)} requests, {len(load.failed)} failed, slowest {slowest:.1f} s, by {sorted(seen)}"
+        "load",
+        f"{len(load.answers)} requests, {len(load.failed)} failed, slowest {slowest:.1f} s, answered by {sorted(seen)}",
     )
     if load.failed or seen != versions:
-        raise DemoError(f"failures {load.failed[:3]}, versions {sorted(seen)}", expected=f"none, {sorted(versions)}")
+        raise DemoError(
+            f"failed requests: {load.failed[:3]}; versions that answered: {sorted(seen)}",
+            expected=f"no failed request, and answers by {sorted(versions)}",
+        )
 
 
 def show_summary(summary: Summary, seconds: float) -> None:
@@ -226,7 +230,9 @@ def show_summary(summary: Summary, seconds: float) -> None:
         soft_wrap=True,
     )
     console.print(
-        f"to look at it: SVC_HOME={HOME.name} .venv/bin/svc ui    to serve it: make serve", markup=False, soft_wrap=True
+        f"to view the versions: SVC_HOME={HOME.name} .venv/bin/svc ui    to serve them: make serve",
+        markup=False,
+        soft_wrap=True,
     )
 
 

@@ -2,8 +2,8 @@
 
 About half of the time is matrix products, and most of the rest is the start of processes, each of which loads torch and
 other libraries. Both are measured here and compared with a machine of two cores with AVX-512 on which a complete demo
-took 10.9 minutes, divided according to its log. The estimate ignores the progress of an interrupted demo and the
-download of packages and the base model.
+took 10.9 minutes; its log shows how much of this was computation. The estimate ignores the progress of an interrupted
+demo and the download of packages and the base model.
 """
 
 import time
@@ -15,11 +15,11 @@ from svc.engine.device import NumberType, read_capabilities
 from trainer.estimate.devices import measure_matrix_speed
 
 _TOKENS, _WIDTH, _HEIGHT = 1_000, 576, 1_536
-"""A batch of the example task, and the largest layer of its model."""
+"""Number of tokens in a batch of the example task, and the shape of its model's largest layer."""
 _PRODUCTS = 1.35e14
-"""Floating-point operations in products of that shape with the same duration as all computation."""
+"""Number of floating-point operations that, in products of that shape, take as long as all computation of the demo."""
 _IMPORTS = 250.0
-"""Imports of torch with the same duration as the rest."""
+"""Number of imports of torch that take as long as the rest of the demo."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +27,9 @@ class MachineSpeed:
     """Measurements of a machine.
 
     Attributes:
-        number_type: for training on this machine.
-        speed: of a layer's product and its gradients, floating-point operations per second.
-        import_s: time to import torch in a new process.
+        number_type: number type of training on this machine.
+        speed: floating-point operations per second in a layer's product and its gradients.
+        import_s: seconds to import torch in a new process.
     """
 
     number_type: NumberType
@@ -46,7 +46,7 @@ def measure_machine(home: Path) -> MachineSpeed:
     """Measure this machine.
 
     Args:
-        home: caches the capabilities of the device.
+        home: home in which the capabilities of the device are cached.
     """
     number_type = read_capabilities(home).training_type
     speed, import_s = in_child_process(_measure, number_type)

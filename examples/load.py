@@ -1,4 +1,4 @@
-"""Load from the unmodified official OpenAI client: streams with one request after the other until they are stopped.
+"""Load from the unmodified official OpenAI client: concurrent streams, each with one request after the other.
 
 Retries are off, so that every failure is recorded.
 """
@@ -19,9 +19,9 @@ class Answer:
 
     Attributes:
         prompt: index of the prompt.
-        version: from `x-model-version`.
-        began: monotonic time of the request, seconds.
-        seconds: until the last token.
+        version: version that answered, from the header `x-model-version`.
+        began: start of the request in seconds of the monotonic clock.
+        seconds: time from then to the last token.
     """
 
     prompt: int
@@ -33,7 +33,7 @@ class Answer:
 
 
 class Load:
-    """A context in which streams run.
+    """A context in which streams of requests run; its exit waits for the requests in flight.
 
     Args:
         url: the server's root, without /v1.
@@ -73,15 +73,15 @@ class Load:
         self._client.close()
 
     def wait_for(self, answers: int, timeout_s: float = 120) -> None:
-        """Wait for a number of further answers.
+        """Wait for a number of further answers; failures count too.
 
         Raises:
-            TimeoutError: they did not arrive in time.
+            TimeoutError: the answers did not arrive in time.
         """
         wanted, deadline = len(self.answers) + answers, time.monotonic() + timeout_s
         while len(self.answers) < wanted:
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{len(self.answers)} answers, {wanted} wanted")
+                raise TimeoutError(f"only {len(self.answers)} of {wanted} answers after {timeout_s:.0f} s")
             time.sleep(0.05)
 
     def _run(self, index: int) -> None:

@@ -22,7 +22,7 @@ class Terminated(KeyboardInterrupt):
 
     @classmethod
     def on_sigterm(cls) -> None:
-        """Install a handler that raises it on SIGTERM."""
+        """Install a handler for SIGTERM that raises this exception."""
 
         def terminated(*_: object) -> None:
             raise cls
@@ -31,7 +31,7 @@ class Terminated(KeyboardInterrupt):
 
 
 def svc(home: Path, *arguments: str, capture_output: bool = False) -> subprocess.CompletedProcess[str]:
-    """Run one command on a home. If this is interrupted, the command saves its work and ends first."""
+    """Run one command on a home. On an interrupt, wait up to a minute for the command to save its work and stop."""
     to = subprocess.PIPE if capture_output else None
     command = [str(_SVC), "--home", str(home), *arguments]
     with subprocess.Popen(command, text=True, stdout=to, stderr=to) as child:
@@ -52,7 +52,7 @@ def svc_json(home: Path, *arguments: str) -> Any:
     """Run one command that must succeed, and return its output with --json.
 
     Raises:
-        RuntimeError: the command failed; with its output.
+        RuntimeError: the command failed; the message contains its error output.
     """
     done = svc(home, *arguments, "--json", capture_output=True)
     if done.returncode:
@@ -67,10 +67,11 @@ def serving(
     """Run `svc serve` for the body; yield its URL when it is ready.
 
     Args:
-        environment: additional variables, such as settings.
+        timeout_s: maximum time until the server is ready.
+        environment: additional environment variables, such as settings.
 
     Raises:
-        RuntimeError: the server ended before it was ready; with the end of its log.
+        RuntimeError: the server stopped, or was not ready in time; the message has the end of its log.
     """
     log = home / "logs" / "serve.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -89,10 +90,14 @@ def serving(
 
 
 def wait_until_ready(url: str, server: "subprocess.Popen[bytes] | None", log: Path, timeout_s: float) -> None:
-    """Wait until /health says ready.
+    """Wait until the server's /health answers with success.
+
+    Args:
+        server: process of the server, if this process started it.
+        log: the server's log, for errors.
 
     Raises:
-        RuntimeError: the server ended, or was not ready in time.
+        RuntimeError: the server stopped, or was not ready in time.
     """
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
@@ -106,7 +111,7 @@ def wait_until_ready(url: str, server: "subprocess.Popen[bytes] | None", log: Pa
 
 
 def engine_pid(home: Path) -> int:
-    """Return the process id of vLLM of a home's first replica."""
+    """Return the process id of the first vLLM process that runs for a home."""
     from svc.engine.orphans import find_engine
     from svc.engine.vllm.folders import state_folders
 

@@ -1,6 +1,6 @@
-"""Create bad versions, like accidents and attackers, to show that they are refused.
+"""Create bad versions, as accidents and attackers would, to show that the server refuses them.
 
-This bypasses the registry, which cannot create them.
+This bypasses the registry, which cannot create such versions.
 """
 
 import json
