@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ class Container:
     probes: list[str] = field(default_factory=list)
 
 
+@cache
 def documents(path: Path) -> list[dict[str, Any]]:
     """Return the documents of a YAML file."""
     return [document for document in yaml.safe_load_all(path.read_text("utf-8")) if document]

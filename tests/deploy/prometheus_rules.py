@@ -1,6 +1,7 @@
-"""The files under deploy/prometheus as data. PromQL is parsed only to find names."""
+"""The files under deploy/prometheus as data, read once. PromQL is parsed only to find names."""
 
 import re
+from functools import cache
 from typing import Any
 
 import yaml
@@ -16,12 +17,14 @@ def rules(kind: str) -> list[dict[str, Any]]:
     return [rule for group in groups() for rule in group["rules"] if kind in rule]
 
 
+@cache
 def groups() -> list[dict[str, Any]]:
     """Return the groups of rules/*.yml."""
     files = [yaml.safe_load(path.read_text("utf-8")) for path in sorted(FOLDER.glob("rules/*.yml"))]
     return [group for file in files for group in file["groups"]]
 
 
+@cache
 def cases() -> list[dict[str, Any]]:
     """Return the tests of tests/*.yml."""
     files = [yaml.safe_load(path.read_text("utf-8")) for path in sorted(FOLDER.glob("tests/*.yml"))]

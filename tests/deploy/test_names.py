@@ -2,21 +2,17 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
-import click
 import pytest
 import yaml
 
 from serving.http.openapi import openapi_document
-from svc.cli import group
 from svc.remote.server_url import LOCK_FILE
 from svc.settings import ENV_PREFIX, Settings, load_settings, setting_keys
 from tests.deploy.deploy_files import (
     COMPOSE,
     DEPLOY,
     KUBERNETES,
-    Container,
     compose,
     compose_services,
     documents,
@@ -27,60 +23,65 @@ from tests.deploy.deploy_files import (
 )
 from tests.deploy.test_rule_names import EXPORTED, RECORDED
 from tests.docs.pages import ROOT
+from tests.docs.svc_usage import usage_error
 
-CONTAINERS = [pytest.param(one, id=one.where) for one in (*compose_services(), *pod_containers())]
+CONTAINERS = [*compose_services(), *pod_containers()]
 VARIABLES = {ENV_PREFIX + key.upper().replace(".", "__") for key in [*setting_keys(), *Settings.model_fields]}
-TEXTS = [path for path in sorted(DEPLOY.rglob("*")) if path.is_file() and "secrets" not in path.parts]
+TEXTS = {
+    str(path.relative_to(DEPLOY)): path.read_text("utf-8")
+    for path in sorted(DEPLOY.rglob("*"))
+    if path.is_file() and not {"secrets", "__pycache__"} & set(path.parts)
+}
 PORTS = {str(Settings().serve.port), str(Settings().monitor.port)}
 PATHS = set(openapi_document()["paths"])
 
 
-@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(DEPLOY)))
-def test_every_variable_is_a_setting(path: Path) -> None:
-    named = set(re.findall(rf"\b{ENV_PREFIX}[A-Z][A-Z0-9_]*", path.read_text("utf-8", errors="replace")))
-    assert named - VARIABLES - {"SVC_SERVER"} == set()
+def test_every_variable_is_a_setting() -> None:
+    known = VARIABLES | {"SVC_SERVER"}
+    named = {name: set(re.findall(rf"\b{ENV_PREFIX}[A-Z][A-Z0-9_]*", text)) for name, text in TEXTS.items()}
+    assert [f"{name}: {variable}" for name, variables in named.items() for variable in variables - known] == []
 
 
-@pytest.mark.parametrize("container", CONTAINERS)
-def test_every_container_runs_a_command_that_exists(container: Container) -> None:
-    words, context = list(container.words), None
-    command: click.Command = group
-    if not words:
-        return
-    while isinstance(command, click.Group):
-        context = click.Context(command, context, **command.context_settings)
-        _, words, _ = command.make_parser(context).parse_args(words)
-        subcommand = command.get_command(context, words.pop(0))
-        assert subcommand is not None
-        command = subcommand
-    command.make_context(command.name, words, **group.context_settings)
+def test_every_metric_is_exported_or_recorded() -> None:
+    known = {f"{name}{end}" for name in EXPORTED for end in ("", "_bucket", "_sum", "_count")}
+    known |= {part for name in RECORDED for part in re.findall(r"svc_\w+", name)}
+    named = {name: set(re.findall(r"\bsvc_[a-z_]+\b", text)) for name, text in TEXTS.items()}
+    assert [f"{name}: {metric}" for name, metrics in named.items() for metric in metrics - known] == []
 
 
-@pytest.mark.parametrize("container", CONTAINERS)
-def test_every_container_has_a_volume_for_each_folder_that_it_writes(container: Container) -> None:
+def test_every_container_runs_a_command_that_exists() -> None:
+    errors = {container.where: usage_error(container.words) for container in CONTAINERS if container.words}
+    assert {where: error for where, error in errors.items() if error} == {}
+
+
+def test_every_container_has_a_volume_for_each_folder_that_it_writes() -> None:
     """The rest of the file system is read-only."""
-    if not container.mounts:  # compose.tls.yaml adds to a service
-        return
-    home, temporary = Path(image()["SVC_HOME"]), image()["TMPDIR"]
-    assert any(home.is_relative_to(mount) for mount in container.mounts)
-    assert temporary in container.mounts
-    if {"serve", "train"} & set(container.words):
-        assert any(Path(image()["SVC_BASE_CACHE"]).is_relative_to(mount) for mount in container.mounts)
+    missing = []
+    for container in CONTAINERS:
+        if not container.mounts:  # compose.tls.yaml adds to a service
+            continue
+        written = [image()["SVC_HOME"]]
+        written += [image()["SVC_BASE_CACHE"]] if {"serve", "train"} & set(container.words) else []
+        missing += [
+            f"{container.where}: {folder}"
+            for folder in written
+            if not any(Path(folder).is_relative_to(mount) for mount in container.mounts)
+        ]
+        missing += [] if image()["TMPDIR"] in container.mounts else [f"{container.where}: TMPDIR"]
+    assert missing == []
 
 
-@pytest.mark.parametrize("container", CONTAINERS)
-def test_every_probed_path_is_answered_without_a_key(container: Container) -> None:
+def test_every_probed_path_is_answered_without_a_key() -> None:
     from serving.http.authentication import _OPEN
 
-    assert set(container.probes) <= PATHS & _OPEN
+    open_paths = PATHS & _OPEN
+    assert [f"{one.where}: {path}" for one in CONTAINERS for path in set(one.probes) - open_paths] == []
 
 
-@pytest.mark.parametrize(
-    "path", [DEPLOY / "systemd" / "svc.yaml", KUBERNETES / "base" / "svc.yaml"], ids=lambda path: path.parent.name
-)
-def test_the_settings_files_are_accepted(path: Path) -> None:
-    settings = load_settings(path)
-    assert {str(settings.serve.port), str(settings.monitor.port)} == PORTS
+def test_the_settings_files_are_accepted() -> None:
+    for path in (DEPLOY / "systemd" / "svc.yaml", KUBERNETES / "base" / "svc.yaml"):
+        settings = load_settings(path)
+        assert {str(settings.serve.port), str(settings.monitor.port)} == PORTS, path
 
 
 def test_the_settings_of_compose_are_accepted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -126,32 +127,22 @@ def test_the_job_has_the_name_that_the_rules_use() -> None:
     assert [chosen[label]] == [job["job_name"] for job in config["scrape_configs"]]
 
 
-@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(DEPLOY)))
-def test_every_metric_is_exported_or_recorded(path: Path) -> None:
-    names = set(re.findall(r"\bsvc_[a-z_]+\b", path.read_text("utf-8", errors="replace")))
-    known = {f"{name}{end}" for name in EXPORTED for end in ("", "_bucket", "_sum", "_count")}
-    known |= {part for name in RECORDED for part in re.findall(r"svc_\w+", name)}
-    assert names - known == set()
+def test_every_secret_of_compose_is_defined_and_mounted_where_it_is_read() -> None:
+    for path in COMPOSE:
+        (file,) = documents(path)
+        services = [service for service in file["services"].values() if service.get("secrets")]
+        assert {secret for service in services for secret in service["secrets"]} == set(file["secrets"]), path
+        for service in services:
+            read = {Path(value).name for value in service["environment"].values() if value.startswith("/run/secrets/")}
+            assert read == set(service["secrets"]), path
+        assert all("file" in secret for secret in file["secrets"].values()), path
 
 
-@pytest.mark.parametrize("path", COMPOSE, ids=lambda path: path.name)
-def test_every_secret_of_compose_is_defined_and_mounted_where_it_is_read(path: Path) -> None:
-    (file,) = documents(path)
-    services = [service for service in file["services"].values() if service.get("secrets")]
-    assert {secret for service in services for secret in service["secrets"]} == set(file["secrets"])
-    for service in services:
-        read = {Path(value).name for value in service["environment"].values() if value.startswith("/run/secrets/")}
-        assert read == set(service["secrets"])
-    assert all("file" in secret for secret in file["secrets"].values())
-
-
-@pytest.mark.parametrize(
-    ("where", "spec"), list(pod_specs()), ids=lambda value: value if isinstance(value, str) else ""
-)
-def test_every_volume_of_a_pod_exists_and_is_used(where: str, spec: dict[str, Any]) -> None:
-    containers = [*spec.get("initContainers", []), *spec["containers"]]
-    mounted = {mount["name"] for container in containers for mount in container["volumeMounts"]}
-    assert mounted == {volume["name"] for volume in spec["volumes"]}
+def test_every_volume_of_a_pod_exists_and_is_used() -> None:
+    for where, spec in pod_specs():
+        containers = [*spec.get("initContainers", []), *spec["containers"]]
+        mounted = {mount["name"] for container in containers for mount in container["volumeMounts"]}
+        assert mounted == {volume["name"] for volume in spec["volumes"]}, where
 
 
 def test_every_claim_is_defined_here_or_named_in_the_docs() -> None:
