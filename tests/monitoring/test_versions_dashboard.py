@@ -2,8 +2,10 @@
 
 import math
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -26,26 +28,31 @@ QUERIES = panel_queries(
         "heldout": CHOSEN,
     },
 )
+VERSIONS = {"A": "1", "B": "2"}
 HOUR = 60  # samples, one per minute
 
-Shows = Callable[[str, Mapping[str, str], Mapping[str, float]], None]
+Passes = Callable[[Iterable[dict[str, Any]]], None]
 
 
 @pytest.fixture
-def shows(tmp_path: Path) -> Shows:
-    """Assert the results of a query after an hour of series, rounded to four digits."""
+def passes(tmp_path: Path) -> Passes:
+    """Return a function that asserts cases, all in one run of promtool."""
 
-    def shows(expr: str, series: Mapping[str, str], expected: Mapping[str, float]) -> None:
-        samples = [{"labels": labels, "value": round(value, 4)} for labels, value in expected.items()]
-        check = {"expr": f"round({expr}, 0.0001)", "eval_time": "1h", "exp_samples": samples}
-        given = [{"series": name, "values": values} for name, values in series.items()]
-        case = {"interval": "1m", "input_series": given, "promql_expr_test": [check]}
+    def passes(cases: Iterable[dict[str, Any]]) -> None:
         page = tmp_path / "test.yml"
-        page.write_text(yaml.safe_dump({"evaluation_interval": "1m", "tests": [case]}), "utf-8")
+        page.write_text(yaml.safe_dump({"evaluation_interval": "1m", "tests": list(cases)}), "utf-8")
         done = subprocess.run([PROMTOOL, "test", "rules", page], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
 
-    return shows
+    return passes
+
+
+def case(expr: str, series: Mapping[str, str], expected: Mapping[str, float]) -> dict[str, Any]:
+    """Return a promtool test of a query's results after an hour of series, rounded to four digits."""
+    samples = [{"labels": labels, "value": round(value, 4)} for labels, value in expected.items()]
+    check = {"expr": f"round({expr}, 0.0001)", "eval_time": "1h", "exp_samples": samples}
+    given = [{"series": name, "values": values} for name, values in series.items()]
+    return {"name": str(series), "interval": "1m", "input_series": given, "promql_expr_test": [check]}
 
 
 def query(panel: str, index: int = 0) -> str:
@@ -66,52 +73,48 @@ REQUESTS = 'svc_requests_total{model="tiny",version="1",route="r",status="200"}'
 ERRORS = 'svc_request_errors_total{{model="tiny",version="1",reason="{}"}}'
 
 
-@pytest.mark.parametrize("reason", ["invalid_request", "context_length_exceeded", "body_too_large", "client_gone"])
-def test_a_client_error_does_not_count_as_an_error_of_the_version(shows: Shows, reason: str) -> None:
-    series = {REQUESTS: counted(600), ERRORS.format(reason): counted(300)}
-    shows(query("Error share of A"), series, {'{version="1"}': 0})
+def test_only_faults_of_the_server_count_as_errors_of_the_version(passes: Passes) -> None:
+    faults = ("engine_died", "engine_timeout", "engine_error", "internal_error", "overloaded")
+    of_clients = ("invalid_request", "context_length_exceeded", "body_too_large", "client_gone")
+    passes(
+        case(
+            query("Error share of A"),
+            {REQUESTS: counted(600), ERRORS.format(reason): counted(60)},
+            {'{version="1"}': 0.1 if reason in faults else 0},
+        )
+        for reason in (*faults, *of_clients)
+    )
 
 
-@pytest.mark.parametrize("reason", ["engine_died", "engine_timeout", "engine_error", "internal_error", "overloaded"])
-def test_a_fault_of_the_server_counts_as_an_error_of_the_version(shows: Shows, reason: str) -> None:
-    series = {REQUESTS: counted(600), ERRORS.format(reason): counted(60)}
-    shows(query("Error share of A"), series, {'{version="1"}': 0.1})
-
-
-def test_errors_of_another_version_do_not_count(shows: Shows) -> None:
+def test_errors_of_another_version_do_not_count(passes: Passes) -> None:
     series = {REQUESTS: counted(600), ERRORS.format("engine_died").replace('"1"', '"2"'): counted(60)}
-    shows(query("Error share of A"), series, {'{version="1"}': 0})
+    passes([case(query("Error share of A"), series, {'{version="1"}': 0})])
 
 
-@pytest.mark.parametrize("side", ["A", "B"])
-@pytest.mark.parametrize(("errors", "requests"), [(0, 40), (3, 40), (40, 40), (5, 4)])
-def test_error_share_has_the_interval_that_evaluations_have_when_errors_are_counted(
-    shows: Shows, side: str, errors: int, requests: int
-) -> None:
+def test_error_share_has_the_interval_that_evaluations_have_when_errors_are_counted(passes: Passes) -> None:
     """Increases are extrapolated, so there may be more errors than requests; the share is then 1."""
-    version = {"A": "1", "B": "2"}[side]
-    series = {REQUESTS: counted(requests), ERRORS.format("engine_died"): counted(errors)}
-    series = {name.replace('version="1"', f'version="{version}"'): values for name, values in series.items()}
-    expected = proportion(min(errors, requests), requests)
-    for index, end in enumerate(ends(expected)):
-        shows(query(f"Error share of {side}", index), series, {f'{{version="{version}"}}': end})
+    cases = []
+    for side, version in VERSIONS.items():
+        for errors, requests in ((0, 40), (3, 40), (40, 40), (5, 4)):
+            series = {REQUESTS: counted(requests), ERRORS.format("engine_died"): counted(errors)}
+            series = {name.replace('version="1"', f'version="{version}"'): values for name, values in series.items()}
+            for index, end in enumerate(ends(proportion(min(errors, requests), requests))):
+                cases.append(case(query(f"Error share of {side}", index), series, {f'{{version="{version}"}}': end}))
+    passes(cases)
 
 
-@pytest.mark.parametrize("panel", ["Duration", "First token"])
-@pytest.mark.parametrize("side", ["A", "B"])
-@pytest.mark.parametrize("count", [6, 600])
-def test_p95_has_the_interval_of_its_rank_when_all_values_are_in_one_bucket(
-    shows: Shows, panel: str, side: str, count: int
-) -> None:
+def test_p95_has_the_interval_of_its_rank_when_all_values_are_in_one_bucket(passes: Passes) -> None:
     """With one bucket from 0 to 1, a quantile is its own rank."""
-    histogram = {"Duration": "svc_request_duration_seconds", "First token": "svc_time_to_first_token_seconds"}[panel]
-    version = {"A": "1", "B": "2"}[side]
-    labels = f'model="tiny",version="{version}"'
-    series = {f'{histogram}_bucket{{{labels},le="{le}"}}': counted(count) for le in ("1", "+Inf")}
-    series[f"{histogram}_count{{{labels}}}"] = counted(count)
-    spread = 1.959964 * math.sqrt(0.95 * 0.05 / count)
-    for index, end in enumerate((0.95, max(0.0, 0.95 - spread), min(1.0, 0.95 + spread))):
-        shows(query(f"{panel} of {side}, p95", index), series, {f'{{version="{version}"}}': end})
+    histograms = {"Duration": "svc_request_duration_seconds", "First token": "svc_time_to_first_token_seconds"}
+    cases = []
+    for (panel, histogram), (side, version), count in product(histograms.items(), VERSIONS.items(), (6, 600)):
+        labels = f'model="tiny",version="{version}"'
+        series = {f'{histogram}_bucket{{{labels},le="{le}"}}': counted(count) for le in ("1", "+Inf")}
+        series[f"{histogram}_count{{{labels}}}"] = counted(count)
+        spread = 1.959964 * math.sqrt(0.95 * 0.05 / count)
+        for index, end in enumerate((0.95, max(0.0, 0.95 - spread), min(1.0, 0.95 + spread))):
+            cases.append(case(query(f"{panel} of {side}, p95", index), series, {f'{{version="{version}"}}': end}))
+    passes(cases)
 
 
 def judged(version: str, heldout: str, suffix: str = "") -> str:
@@ -119,22 +122,30 @@ def judged(version: str, heldout: str, suffix: str = "") -> str:
     return f"svc_registry_version_evaluation{suffix}{{{labels}}}"
 
 
-@pytest.mark.parametrize(("index", "suffix"), enumerate(["", "_low", "_high"]))
-def test_only_versions_evaluated_on_the_chosen_set_are_compared(shows: Shows, index: int, suffix: str) -> None:
-    series = {judged("1", CHOSEN, suffix): "0.5x60", judged("2", OTHER, suffix): "0.75x60"}
-    shows(query("Answers", index), series, {'{version="1",format="merged",metric="exact_match"}': 0.5})
+def test_only_versions_evaluated_on_the_chosen_set_are_compared(passes: Passes) -> None:
+    passes(
+        case(
+            query("Answers", index),
+            {judged("1", CHOSEN, suffix): "0.5x60", judged("2", OTHER, suffix): "0.75x60"},
+            {'{version="1",format="merged",metric="exact_match"}': 0.5},
+        )
+        for index, suffix in enumerate(("", "_low", "_high"))
+    )
 
 
-def test_the_sets_to_choose_from_are_those_of_the_two_versions(shows: Shows) -> None:
+def test_the_sets_to_choose_from_are_those_of_the_two_versions(passes: Passes) -> None:
     series = {judged("1", CHOSEN): "1x60", judged("2", OTHER): "1x60", judged("3", "aaaaaaaaaaaa:4"): "1x60"}
-    shows(query("variable heldout"), series, {f'{{heldout="{heldout}"}}': 1 for heldout in (CHOSEN, OTHER)})
+    passes([case(query("variable heldout"), series, {f'{{heldout="{heldout}"}}': 1 for heldout in (CHOSEN, OTHER)})])
 
 
-@pytest.mark.parametrize(("good", "bad"), [(0, 4), (3, 1), (4, 0)])
-def test_good_feedback_has_the_interval_that_evaluations_have_when_answers_are_rated(
-    shows: Shows, good: int, bad: int
-) -> None:
+def test_good_feedback_has_the_interval_that_evaluations_have_when_answers_are_rated(passes: Passes) -> None:
     feedback = 'svc_feedback_total{{model="tiny",version="1",rating="{}"}}'
-    series = {feedback.format("good"): f"{good}x60", feedback.format("bad"): f"{bad}x60"}
-    for index, end in enumerate(ends(proportion(good, good + bad)), start=1):
-        shows(query("Good feedback", index), series, {'{version="1"}': end})
+    passes(
+        case(
+            query("Good feedback", index),
+            {feedback.format("good"): f"{good}x60", feedback.format("bad"): f"{bad}x60"},
+            {'{version="1"}': end},
+        )
+        for good, bad in ((0, 4), (3, 1), (4, 0))
+        for index, end in enumerate(ends(proportion(good, good + bad)), start=1)
+    )
