@@ -14,7 +14,7 @@ from svc.settings import RequestLogSettings
 from tests.monitoring.drift.traffic import Traffic, open_registry, register, target
 from tests.new_store import new_store
 
-Check = Callable[[], dict[Signal, SignalReport]]
+Check = Callable[..., dict[Signal, SignalReport]]
 
 
 @pytest.fixture
@@ -45,6 +45,6 @@ def traffic(store: Store, registry: Registry) -> Traffic:
 
 @pytest.fixture
 def check(registry: Registry, store: Store, traffic: Traffic) -> Check:
-    """Return a function that checks version 1 at the time of its last request."""
+    """Return a function that checks a version, by default 1, at the time of the last request."""
     checks = DriftCheck(registry, store, RequestLogSettings(), clock=lambda: traffic.now)
-    return lambda: {report.signal: report for report in checks.run(target())}
+    return lambda number=1: {report.signal: report for report in checks.run(target(number))}

@@ -129,14 +129,13 @@ def test_a_later_change_starts_another_alarm_when_one_is_active(check: Check, tr
 
 
 def test_turns_of_one_conversation_count_less_than_independent_requests(
-    registry: Registry, traffic: Traffic, store: Store
+    registry: Registry, check: Check, traffic: Traffic, store: Store
 ) -> None:
     """In 800 turns of 16 long conversations, the topic of one of them is not a change of the traffic."""
     register(registry, 2, sample=ALIKE[:400])
     for start in range(0, 800, 50):
         traffic.ask(ALIKE[start % 400 : start % 400 + 50], conversation=f"Talk {start}", number=2)
-    checks = DriftCheck(registry, store, RequestLogSettings(), clock=lambda: traffic.now)
-    checks.run(target(2))
+    check(2)
     state = json.loads(read_drift_states(store, target(2))[Signal.INPUT].state)
     assert 30 < state["watch"]["dependence"] <= 50
 
@@ -175,15 +174,14 @@ def test_a_live_answer_counts_as_cut_when_it_exceeds_the_limit_of_heldout_answer
 
 
 def test_a_live_answer_counts_as_cut_at_the_largest_limit_when_limits_differ(
-    registry: Registry, store: Store, traffic: Traffic, monkeypatch: pytest.MonkeyPatch
+    registry: Registry, check: Check, traffic: Traffic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     register(registry, 2)
     first, *others = registry.results(target(2).version, target(2).format)
     results = (first.model_copy(update={"limit": 40}), *others)
     monkeypatch.setattr(Registry, "results", lambda self, version, format: results)
     traffic.ask(ALIKE[:30], number=2, tokens=900)
-    checks = DriftCheck(registry, store, RequestLogSettings(), clock=lambda: traffic.now)
-    lines = {line.name: line for report in checks.run(target(2)) for line in report.lines}
+    lines = {line.name: line for report in check(2).values() for line in report.lines}
     assert lines["answer_tokens"].live == "40"
     assert lines["finish_reason"].live == "length 100%"
 
@@ -228,7 +226,7 @@ def test_new_rows_are_compared_when_all_earlier_ones_were_deleted(check: Check, 
 
 
 def test_repeated_questions_are_not_drift_when_the_sample_repeats_them_too(
-    registry: Registry, store: Store, traffic: Traffic
+    registry: Registry, check: Check, traffic: Traffic
 ) -> None:
     """Repeated prompts count equally in the sample and in live traffic."""
     frequent, rare = ALIKE[:12], ALIKE[12:]
@@ -241,18 +239,16 @@ def test_repeated_questions_are_not_drift_when_the_sample_repeats_them_too(
 
     register(registry, 2, prompts=mixed(300, 0))
     traffic.ask(mixed(500, 300), number=2)
-    checks = DriftCheck(registry, store, RequestLogSettings(), clock=lambda: traffic.now)
-    assert {report.signal: report for report in checks.run(target(2))}[Signal.INPUT].status is Status.STEADY
+    assert check(2)[Signal.INPUT].status is Status.STEADY
 
 
 def test_complete_json_is_not_drift_when_heldout_json_was_cut(
-    registry: Registry, store: Store, traffic: Traffic
+    registry: Registry, check: Check, traffic: Traffic
 ) -> None:
     register(registry, 2, cut=True)
     whole = ['{"section": "net", "why": "it says so, at some length"}'] * 40
     traffic.ask(ALIKE[:40], whole, number=2, tokens=40)
-    checks = DriftCheck(registry, store, RequestLogSettings(), clock=lambda: traffic.now)
-    assert {report.signal: report for report in checks.run(target(2))}[Signal.OUTPUT].status is Status.STEADY
+    assert check(2)[Signal.OUTPUT].status is Status.STEADY
 
 
 def test_answers_of_tool_calls_are_not_empty(check: Check, traffic: Traffic) -> None:
@@ -326,18 +322,17 @@ def test_a_version_forgets_alarms_that_ended_long_ago(
 
 
 def test_signals_are_off_with_a_reason_when_a_version_has_no_text_space(
-    registry: Registry, store: Store, traffic: Traffic
+    registry: Registry, check: Check, traffic: Traffic
 ) -> None:
     register(registry, 2, space=False)
     traffic.ask(ALIKE[:20], number=2)
-    checks = DriftCheck(registry, store, RequestLogSettings(), clock=lambda: traffic.now)
-    reports = {report.signal: report for report in checks.run(target(2))}
+    reports = check(2)
     assert [reports[signal].status for signal in (Signal.INPUT, Signal.OUTPUT)] == [Status.OFF] * 2
     assert "triage@2 has no reference/" in reports[Signal.INPUT].why
 
 
 def test_prompts_are_compared_when_a_version_has_no_stored_answers(
-    registry: Registry, store: Store, traffic: Traffic, monkeypatch: pytest.MonkeyPatch
+    registry: Registry, check: Check, traffic: Traffic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For example of an adapter, whose registered answers are those of another format."""
     register(registry, 2)
@@ -347,41 +342,37 @@ def test_prompts_are_compared_when_a_version_has_no_stored_answers(
 
     monkeypatch.setattr(Registry, "results", results)
     traffic.ask([*ALIKE[:60], *STRONG[:20]], number=2)
-    checks = DriftCheck(registry, store, RequestLogSettings(), clock=lambda: traffic.now)
-    reports = {report.signal: report for report in checks.run(target(2))}
+    reports = check(2)
     assert [reports[signal].status for signal in (Signal.INPUT, Signal.OUTPUT)] == [Status.ALARM, Status.OFF]
     assert reports[Signal.OUTPUT].why == "there are no answers of an adapter"
 
 
 def test_an_alarm_starts_only_for_a_change_when_a_version_has_few_examples(
-    registry: Registry, store: Store, traffic: Traffic
+    registry: Registry, check: Check, traffic: Traffic
 ) -> None:
     register(registry, 2, examples=12)
-    checks = DriftCheck(registry, store, RequestLogSettings(), clock=lambda: traffic.now)
     traffic.ask(ALIKE[:300], number=2)
-    assert {report.signal: report for report in checks.run(target(2))}[Signal.INPUT].status is Status.STEADY
+    assert check(2)[Signal.INPUT].status is Status.STEADY
     traffic.ask(STRONG[:60], number=2)
-    assert {report.signal: report for report in checks.run(target(2))}[Signal.INPUT].status is Status.ALARM
+    assert check(2)[Signal.INPUT].status is Status.ALARM
 
 
 def test_prompts_are_compared_with_the_sample_and_answers_with_those_to_held_out_ones(
-    registry: Registry, store: Store, traffic: Traffic
+    registry: Registry, check: Check, traffic: Traffic
 ) -> None:
     """The held-out prompts of this version differ from its traffic; its answers to them do not."""
     register(registry, 2, prompts=STRONG[:200], sample=ALIKE[:200])
     traffic.ask(ALIKE[200:300], number=2)
-    checks = DriftCheck(registry, store, RequestLogSettings(), clock=lambda: traffic.now)
-    reports = {report.signal: report for report in checks.run(target(2))}
+    reports = check(2)
     assert [reports[signal].status for signal in (Signal.INPUT, Signal.OUTPUT)] == [Status.STEADY] * 2
 
 
 def test_an_alarm_starts_when_traffic_is_like_the_held_out_prompts_but_not_like_the_sample(
-    registry: Registry, store: Store, traffic: Traffic
+    registry: Registry, check: Check, traffic: Traffic
 ) -> None:
     register(registry, 2, prompts=STRONG[:200], sample=ALIKE[:200])
     traffic.ask([*ALIKE[200:300], *STRONG[200:240]], number=2)
-    checks = DriftCheck(registry, store, RequestLogSettings(), clock=lambda: traffic.now)
-    assert {report.signal: report for report in checks.run(target(2))}[Signal.INPUT].status is Status.ALARM
+    assert check(2)[Signal.INPUT].status is Status.ALARM
 
 
 def test_the_sample_is_redacted_like_live_prompts(registry: Registry, store: Store, traffic: Traffic) -> None:
@@ -447,18 +438,6 @@ def test_later_ratings_count_when_the_clock_once_ran_ahead(check: Check, traffic
     assert check()[Signal.PEOPLE].items == 20
     traffic.rate(traffic.ask(ALIKE[120:160]), bad=40)
     assert check()[Signal.PEOPLE].items >= 59
-
-
-def test_mail_addresses_are_redacted_in_live_and_held_out_texts(
-    registry: Registry, store: Store, traffic: Traffic
-) -> None:
-    """Live texts are redacted when they are stored, so held-out ones are redacted before the comparison."""
-    settings = RequestLogSettings(redact=("package",))
-    checks = DriftCheck(registry, store, settings, clock=lambda: traffic.now)
-    system = system_prompt().replace("package", "[redacted]")
-    traffic.ask([text.replace("package", "[redacted]") for text in ALIKE[:110]], system=system)
-    reports = {report.signal: report for report in checks.run(target())}
-    assert reports[Signal.INPUT].status is Status.STEADY
 
 
 def test_the_next_check_continues_from_the_stored_state(check: Check, traffic: Traffic, store: Store) -> None:

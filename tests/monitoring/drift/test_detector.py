@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from monitoring.drift.budget import FALSE_ALARMS_PER_REQUEST, SIGNAL_SHARES, Signal
+from monitoring.drift.budget import SIGNAL_SHARES, Signal
 from monitoring.drift.dependence import MAX_LAG
 from monitoring.drift.detector import MEMORY, SEEN, Advance, Baseline, Detector, Requests, Seen, Watch
 from monitoring.drift.domain_classifier import CLASSIFIER
@@ -208,17 +208,12 @@ def test_the_weights_of_all_bets_are_within_the_shares_of_their_signals() -> Non
     assert with_answers._weights.sum() == pytest.approx(SIGNAL_SHARES[Signal.INPUT] + SIGNAL_SHARES[Signal.OUTPUT])
     assert without._weights.sum() == pytest.approx(SIGNAL_SHARES[Signal.INPUT])
     assert (with_answers._weights > 0).all()
-    assert sum(SIGNAL_SHARES.values()) == pytest.approx(1)
 
 
-def test_the_budget_is_a_tenth_of_a_false_alarm_in_10000_requests() -> None:
-    assert pytest.approx(0.1) == 10_000 * FALSE_ALARMS_PER_REQUEST
-
-
-@pytest.mark.parametrize("size", [1, 2, 3])
-def test_there_is_no_alarm_when_the_reference_is_tiny(size: int) -> None:
-    detector = Detector(baseline_of(REFERENCE.at(np.arange(size))))
-    assert Stream(detector).add(draw_requests(2, 300)).events == []
+def test_there_is_no_alarm_when_the_reference_is_tiny() -> None:
+    for size in (1, 2, 3):
+        detector = Detector(baseline_of(REFERENCE.at(np.arange(size))))
+        assert Stream(detector).add(draw_requests(2, 300)).events == [], size
 
 
 def test_a_change_of_length_is_detected_when_views_have_no_axes() -> None:

@@ -120,8 +120,9 @@ def first_alarms(
     return list(first.values()), watched.events
 
 
-@pytest.mark.parametrize("run", [1, 5, 20])
-@pytest.mark.parametrize(("before", "bound", "after"), [(0.02, 0.06, 0.6), (0.25, 0.5, 0.95)])
+@pytest.mark.parametrize(
+    ("before", "bound", "after", "run"), [(0.02, 0.06, 0.6, 1), (0.02, 0.06, 0.6, 20), (0.25, 0.5, 0.95, 5)]
+)
 def test_an_alarm_dates_the_start_of_the_change_approximately(
     before: float, bound: float, after: float, run: int
 ) -> None:
@@ -138,14 +139,23 @@ def test_an_alarm_starts_when_a_share_stays_slightly_above_its_bound(before: flo
     assert np.median([alarm.called - CHANGE_AFTER for alarm in alarms]) < 1_000
 
 
-@pytest.mark.parametrize("run", [1, 5, 20])
+@pytest.mark.parametrize("run", [1, 20])
 def test_an_alarm_starts_once_and_stays_active_when_the_change_continues(run: int) -> None:
     _, events = first_alarms(0.02, 0.5, 0.06, run=run, items=2500)
     assert len(events) == 12
 
 
-@pytest.mark.parametrize("stakes", [(0.35, 0.7), (0.35,), (0.7,), (0.1, 0.95)])
-@pytest.mark.parametrize("bounds", [(0.1,), (0.5,), (0.02, 0.1, 0.5)])
+@pytest.mark.parametrize(
+    ("bounds", "stakes"),
+    [
+        ((0.1,), (0.35, 0.7)),
+        ((0.5,), (0.35, 0.7)),
+        ((0.02, 0.1, 0.5), (0.35, 0.7)),
+        ((0.02, 0.1, 0.5), (0.1, 0.95)),
+        ((0.1,), (0.35,)),
+        ((0.5,), (0.7,)),
+    ],
+)
 def test_false_alarms_are_as_rare_as_the_threshold_says_when_shares_are_exactly_normal(
     monkeypatch: pytest.MonkeyPatch, bounds: tuple[float, ...], stakes: tuple[float, ...]
 ) -> None:

@@ -72,10 +72,10 @@ def test_missing_categories_are_ignored() -> None:
     assert category_stability(*with_holes) == category_stability(reference, live)
 
 
-@pytest.mark.parametrize("by", [0.5, 1.0, 2.0])
-def test_the_index_is_larger_when_the_shift_is(by: float) -> None:
+def test_the_index_is_larger_when_the_shift_is() -> None:
     reference = normals(1, 500)
-    assert number_stability(reference, reference + by).index > number_stability(reference, reference + by / 2).index
+    small, medium, large, largest = (number_stability(reference, reference + by).index for by in (0.25, 0.5, 1.0, 2.0))
+    assert small < medium < large < largest
 
 
 @pytest.mark.parametrize("live", [0.5, 1.5])
