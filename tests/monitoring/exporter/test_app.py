@@ -98,42 +98,27 @@ def test_exemplars_are_passed_through(registry: Registry) -> None:
 
 
 @pytest.mark.parametrize(
-    "page",
-    [None, (500, ""), (502, "the proxy's own")],
-    ids=["none", "500", "502"],
+    ("page", "up", "readable"),
+    [
+        (None, 0, 0),
+        ((500, "the proxy's own"), 0, 0),
+        ((401, ""), 1, 0),
+        ((200, "<html>another server</html>"), 1, 0),
+        ((200, SERVER_PAGE), 1, 1),
+    ],
+    ids=["none", "500", "401", "html", "metrics"],
 )
-def test_the_other_metrics_are_exported_when_the_server_is_down(
-    registry: Registry, page: tuple[int, str] | None
+def test_the_other_metrics_are_exported_whether_the_server_is_up_and_its_page_readable_or_not(
+    registry: Registry, page: tuple[int, str] | None, up: float, readable: float
 ) -> None:
     make_version(registry, 1)
     with page_of(registry, page) as url:
         answer = httpx.get(url)
     assert answer.status_code == 200
-    assert "svc_server_up 0.0" in answer.text
+    assert value(answer.text, "svc_server_up") == up
+    assert value(answer.text, "svc_server_page_readable") == readable
     assert value(answer.text, "svc_registry_version_size_bytes", model="tuned", version="1")
     assert value(answer.text, "svc_training_loss", model="tiny") == 0.25
-
-
-@pytest.mark.parametrize(
-    "page",
-    [(200, "<html>another server</html>"), (401, ""), (403, ""), (404, "not here")],
-    ids=["html", "401", "403", "404"],
-)
-def test_a_server_is_up_and_its_page_unreadable_when_it_answers_without_metrics(
-    registry: Registry, page: tuple[int, str]
-) -> None:
-    with page_of(registry, page) as url:
-        answer = httpx.get(url).text
-    assert value(answer, "svc_server_up") == 1
-    assert value(answer, "svc_server_page_readable") == 0
-
-
-@pytest.mark.parametrize(("page", "readable"), [((200, SERVER_PAGE), 1), (None, 0)], ids=["metrics", "none"])
-def test_a_page_is_readable_only_when_its_metrics_are_there(
-    registry: Registry, page: tuple[int, str] | None, readable: float
-) -> None:
-    with page_of(registry, page) as url:
-        assert value(httpx.get(url).text, "svc_server_page_readable") == readable
 
 
 def test_the_exporter_fails_when_the_port_is_in_use(registry: Registry) -> None:

@@ -1,6 +1,6 @@
 """Metrics of registered versions: each figure of an evaluation with its interval and its examples."""
 
-from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,6 @@ from tests.monitoring.exporter.tracked_runs import TrackedRuns
 from tests.serving.versions import make_version
 from tests.svc.registry.manifests import exact_match_metrics
 
-Read = Callable[..., float | None]
 REPORT = EvaluationReport(
     examples=4,
     exact_match=proportion(3, 4),
@@ -71,22 +70,25 @@ def test_the_time_of_registration_is_exported(registry: Registry, metrics: Colle
     assert created == manifest.created_at.timestamp()
 
 
-@pytest.mark.parametrize("format", [Format.MERGED, Format.GPTQ])
-def test_the_size_of_every_format_is_exported(registry: Registry, metrics: CollectorRegistry, format: Format) -> None:
-    manifest = registry.manifest(make_version(registry, 1, formats=(Format.MERGED, Format.GPTQ)))
-    labels = {"model": "tuned", "version": "1", "format": format.value}
-    assert metrics.get_sample_value("svc_registry_version_size_bytes", labels) == manifest.formats[format].bytes
+def test_the_size_of_every_format_is_exported(registry: Registry, metrics: CollectorRegistry) -> None:
+    formats = (Format.MERGED, Format.GPTQ)
+    manifest = registry.manifest(make_version(registry, 1, formats=formats))
+    version = {"model": "tuned", "version": "1"}
+    shown = [
+        metrics.get_sample_value("svc_registry_version_size_bytes", version | {"format": format.value})
+        for format in formats
+    ]
+    assert shown == [manifest.formats[format].bytes for format in formats]
 
 
-@pytest.mark.parametrize("format", ["base", "merged"])
-@pytest.mark.parametrize("metric", ["exact_match", "valid_json", "nll"])
 def test_every_figure_of_an_evaluation_is_exported_with_its_interval(
-    registry: Registry, metrics: CollectorRegistry, metric: str, format: str
+    registry: Registry, metrics: CollectorRegistry
 ) -> None:
     judge(registry, make_version(registry, 1), REPORT)
-    estimate = getattr(REPORT, metric)
-    shown = tuple(evaluation(metrics, metric, suffix, format=format) for suffix in ("", "_low", "_high"))
-    assert shown == (estimate.value, estimate.low, estimate.high)
+    for format, metric in product(("base", "merged"), ("exact_match", "valid_json", "nll")):
+        estimate = getattr(REPORT, metric)
+        shown = tuple(evaluation(metrics, metric, suffix, format=format) for suffix in ("", "_low", "_high"))
+        assert shown == (estimate.value, estimate.low, estimate.high), (format, metric)
 
 
 def test_each_metric_is_exported_by_name_and_one_is_primary(registry: Registry, metrics: CollectorRegistry) -> None:

@@ -52,16 +52,16 @@ def test_a_fault_of_the_server_counts_as_an_error_of_the_version_even_within_a_s
     assert read().versions["tiny@1"].errors == 1
 
 
-@pytest.mark.parametrize(
-    "code",
-    [ErrorCode.INVALID_REQUEST, ErrorCode.CONTEXT_LENGTH_EXCEEDED, ErrorCode.CLIENT_GONE, ErrorCode.BODY_TIMEOUT],
-)
-def test_a_client_error_does_not_count_as_an_error_of_the_version(
-    traffic: GatewayMetrics, read: Read, code: ErrorCode
-) -> None:
+def test_a_client_error_does_not_count_as_an_error_of_the_version(traffic: GatewayMetrics, read: Read) -> None:
     traffic.request_ended(ONE, Route.CHAT_COMPLETIONS, 400, 0.1, reason=ErrorCode.INVALID_REQUEST)
-    traffic.request_failed(ONE, code)
-    assert read().versions["tiny@1"].errors == 0
+    for code in (
+        ErrorCode.INVALID_REQUEST,
+        ErrorCode.CONTEXT_LENGTH_EXCEEDED,
+        ErrorCode.CLIENT_GONE,
+        ErrorCode.BODY_TIMEOUT,
+    ):
+        traffic.request_failed(ONE, code)
+        assert read().versions["tiny@1"].errors == 0, code
 
 
 def test_versions_are_kept_apart(traffic: GatewayMetrics, read: Read) -> None:
