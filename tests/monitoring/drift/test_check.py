@@ -376,11 +376,11 @@ def test_an_alarm_starts_when_traffic_is_like_the_held_out_prompts_but_not_like_
 
 
 def test_the_sample_is_redacted_like_live_prompts(registry: Registry, store: Store, traffic: Traffic) -> None:
-    register(registry, 2, sample=ALIKE[:200])
-    system = system_prompt().replace("package", "[redacted]")
-    traffic.ask([text.replace("package", "[redacted]") for text in ALIKE[200:260]], number=2, system=system)
+    """Live texts are redacted when they are stored, so the sample is redacted before the comparison."""
     checks = DriftCheck(registry, store, RequestLogSettings(redact=("package",)), clock=lambda: traffic.now)
-    reports = {report.signal: report for report in checks.run(target(2))}
+    system = system_prompt().replace("package", "[redacted]")
+    traffic.ask([text.replace("package", "[redacted]") for text in ALIKE[:110]], system=system)
+    reports = {report.signal: report for report in checks.run(target())}
     assert reports[Signal.INPUT].status is Status.STEADY
 
 
