@@ -67,7 +67,7 @@ def _as_json(model: Mapping[str, Any], drift: Mapping[str, Any], *, verbose: boo
 
 
 def _watch(of: ServerAddress | Settings, models: Sequence[str], interval_s: float, *, verbose: bool) -> None:
-    """Show the status until Ctrl-C; if the server or a model disappears, wait for its return."""
+    """Show the status until Ctrl-C; while the server or a model is missing, show the error instead."""
     from rich.live import Live
     from rich.text import Text
 
@@ -103,7 +103,10 @@ def _watch(of: ServerAddress | Settings, models: Sequence[str], interval_s: floa
 @click.option("--port", type=int, help="Port to listen on.")
 @click.pass_context
 def monitor(ctx: click.Context, server: str | None, host: str | None, port: int | None) -> None:
-    """Export the metrics of the server, versions and training to Prometheus until SIGTERM or Ctrl-C."""
+    """Export metrics to Prometheus and check live traffic for drift, until SIGTERM or Ctrl-C.
+
+    The metrics are those of the server, versions, training runs, drift, keys and backups.
+    """
     given = {"server": server, "host": host, "port": port}
     settings = settings_of(ctx, monitor={key: value for key, value in given.items() if value is not None} or None)
     from monitoring.drift.worker import DriftWorker
@@ -140,15 +143,15 @@ def monitor(ctx: click.Context, server: str | None, host: str | None, port: int 
 
 
 def _look(of: ServerAddress | Settings, models: Sequence[str]) -> "Look":
-    """Return a server's status with its metrics.
+    """Return one reading of a server: its status, metrics and drift.
 
     Args:
-        of: a remote server, or a home's settings; drift is only included for a home.
+        of: a remote server, or a home's settings; only a home has drift.
         models: names of the models to show; if empty, all models.
 
     Raises:
         ServerNotRunningError: no server runs, or it does not answer.
-        NotFoundError: a model is neither served nor refused.
+        NotFoundError: a model is neither served nor among the models that the server refused to serve.
     """
     import httpx
 
@@ -179,7 +182,8 @@ def _only(state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     served = [model["model"] for model in state["models"]]
     for name in names:
         if name not in served and name not in state["refused"]:
-            raise NotFoundError(f"{name!r} is not served", expected=f"one of {', '.join(served) or 'none yet'}")
+            expected = f"one of {', '.join(served)}" if served else "a served model; none is served yet"
+            raise NotFoundError(f"{name!r} is not served", expected=expected)
     return {
         **state,
         "models": [model for model in state["models"] if model["model"] in names],
@@ -195,7 +199,10 @@ def _store(home: Path) -> "Store":
 
 
 def _drift(settings: Settings, state: Mapping[str, Any]) -> dict[str, str]:
-    """Return the served version's drift signals and held-out quality, as of the last check."""
+    """Return the statuses of the served version's drift signals and of its held-out quality, as of the last check.
+
+    The result is empty if nothing was checked yet, or if the results cannot be read.
+    """
     from monitoring.drift.production import read_drift
     from svc.registry.registry import Registry
     from svc.version import Format, Target, VersionId
@@ -203,7 +210,7 @@ def _drift(settings: Settings, state: Mapping[str, Any]) -> dict[str, str]:
     try:
         target = Target(VersionId.parse(state["version"]), Format(state["format"]))
         reports, quality = read_drift(Registry.of(settings), _store(settings.home), target)
-    except (NotFoundError, IntegrityError, ValidationError):  # the last: written by another release
+    except (NotFoundError, IntegrityError, ValidationError):  # ValidationError: a result that another release wrote
         return {}
     signals = {report.signal.value: report.status.value for report in reports}
     return {**signals, "quality": quality.quality.value} if signals or quality.asked_at else {}

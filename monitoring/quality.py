@@ -7,8 +7,8 @@ Another kind of engine than that of the registration rounds differently. There, 
 run there; only the probes (serving/replicas/verification.py) check whether that first run is good.
 
 The log-likelihood counts as changed if its mean change is larger than rounding explains and large enough to matter;
-the primary metric if an exact paired test of its scores is significant. Each test has one false alarm in 10,000 runs;
-at the default interval, both together have less than one in three years.
+the primary metric if an exact paired test of its scores is significant. Each test raises at most one false alarm in
+10,000 runs; at the default interval, both together raise less than one in three years.
 
 The test flips signs (Fisher 1935): without a change, a score is as often higher as it is lower by the same amount.
 Equal answers have equal scores and carry no information. For scores of 0 or 1 it is McNemar's exact test.
@@ -33,8 +33,9 @@ from svc.version import Target
 
 ALPHA = 1e-4
 MIN_NLL_CHANGE = 0.05
-"""Change that matters, nats per token; other weights cause changes of whole nats. Running examples one by one, as here,
-instead of in batches of 16, as at registration, changes results by 0.01 on average: a batch is rounded differently."""
+"""Smallest change that matters, nats per token; other weights cause changes of whole nats. Running examples one by one,
+as here, instead of in batches of 16, as at registration, changes results by 0.01 on average: a batch is rounded
+differently."""
 _ROUNDING_NATS = 0.05
 """Standard deviation of that rounding difference for one example; 0.03 was measured."""
 
@@ -48,6 +49,7 @@ class Figures(NamedTuple):
 
     Attributes:
         nll: negative log-likelihood of the reference answer, nats per token.
+        hit: whether the answer matches exactly.
         weight: tokens of the reference answer.
         score: score by the watched metric.
     """
@@ -79,7 +81,7 @@ class QualityReport:
         exact_match, registered_exact_match: shares of the answers that match exactly.
         exact_match_p: p-value of McNemar's exact test; only displayed, unless exact match is the watched metric.
         metric: name of the watched metric: the primary one, or its per-example part.
-        score, registered_score: values of the watched metric.
+        score, registered_score: means of the watched metric.
         score_p: p-value of the exact test of its scores.
         examples: number of compared examples.
         asked_at: end of the run.
@@ -153,8 +155,8 @@ def judge(before: Mapping[int, Figures], run: HoldoutRun) -> QualityReport:
     """Compare a completed run with earlier results, example by example, and return the comparison.
 
     Args:
-        before: results of registration, or of an earlier run, by index in the held-out file; examples without one are
-            skipped.
+        before: results of registration, or of an earlier run, by index in the held-out file; examples without an
+            earlier result are skipped.
         run: the completed run, with scores by the same metric.
     """
     from scipy.stats import norm
@@ -165,8 +167,8 @@ def judge(before: Mapping[int, Figures], run: HoldoutRun) -> QualityReport:
     nll_before, hits_before, weights, scores_before, nll_now, hits_now, scores_now = columns
     weights = weights / weights.sum()
     change = float(weights @ (nll_now - nll_before))
-    # The probability that rounding changes the mean by this much. Its standard deviation is that of one example times
-    # the norm of the weights.
+    # The probability that rounding changes the mean by at least this much. The mean's standard deviation is that of one
+    # example times the norm of the weights.
     nll_p = float(2 * norm.sf(abs(change) / np.linalg.norm(weights) / _ROUNDING_NATS))
     nll_changed = nll_p <= ALPHA and abs(change) >= MIN_NLL_CHANGE
     score_p = _sign_flips(scores_now - scores_before)
@@ -188,17 +190,17 @@ def judge(before: Mapping[int, Figures], run: HoldoutRun) -> QualityReport:
 
 
 def _sign_flips(changes: NDArray[np.float64]) -> float:
-    """Return the p-value of the changes' sum if their signs were random; exact at any level.
+    """Return the p-value of the changes' sum under the hypothesis that their signs are random.
 
-    Up to 16 changes, all combinations of signs are used; otherwise 100,000 random ones including the observed one, so
-    that the level is never exceeded (Phipson and Smyth 2010).
+    With up to 16 changes, all combinations of signs are used; otherwise 100,000 random ones including the observed one,
+    so that false alarms are never more frequent than the level (Phipson and Smyth 2010).
     """
     from scipy.stats import binomtest, permutation_test
 
     changes = changes[np.abs(changes) > _SAME]
     if not len(changes):
         return 1.0
-    if np.ptp(np.abs(changes)) <= _SAME:  # McNemar's
+    if np.ptp(np.abs(changes)) <= _SAME:  # McNemar's test
         return float(binomtest(int((changes < 0).sum()), len(changes)).pvalue)
     test = permutation_test(
         (changes,), np.sum, permutation_type="samples", vectorized=True, n_resamples=_FLIPS, batch=_FLIPS // 10, rng=0

@@ -47,9 +47,11 @@ class AlarmBook:
 
         Args:
             moved: the feature that changed, with its values.
+            since: time of the first item that shows the change.
+            called_at: time of the item that raised the alarm.
             examples: ids of requests that show the change.
         """
-        self.end(signal, moved.name, called_at)  # still active although the watch lost its state
+        self.end(signal, moved.name, called_at)  # an alarm may still be active if the state of the detection was lost
         log.warning("%s: %s drift: %s", self._target, signal, moved.name)
         text = MOVED.dump_json(moved).decode("utf-8")
         alarm = DriftAlarm(signal, moved.name, since, called_at, None, text, tuple(examples))

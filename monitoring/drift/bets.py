@@ -18,9 +18,9 @@ SLACK, SURE = 2.0, 1.64
 _MAX_BOUND = 0.7
 """Sets with a larger bound are not used: a bet on one could win almost nothing."""
 _TAILS = (0.0, 0.02, 0.1)
-"""Shares of the reference beyond a tail set's limits, both tails together."""
+"""Shares of the reference in a feature's lower and upper tail together; 0: values beyond the whole reference."""
 _MIN_SHARE = 0.02
-"""Share of the reference; rarer categories are in one set together with new categories."""
+"""Minimum share of the reference for a category with its own set; rarer and new categories share one set."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def upper_share(count: int, size: int, z: float) -> float:
 
 
 def feature_bets(reference: Sample) -> list[Bet]:
-    """Return bets on a sample's readable features: tails of numbers; frequent, rare and new categories."""
+    """Return bets on the readable features of a reference: tails of numbers; frequent, rare and new categories."""
     bets = [bet for name, values in reference.numbers.items() for bet in _tail_bets(name, values)]
     bets += [bet for name, values in reference.categories.items() for bet in _category_bets(name, values)]
     return [bet for bet in bets if bet.bound < _MAX_BOUND]

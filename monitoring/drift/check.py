@@ -52,7 +52,7 @@ State = TypeVar("State")
 
 @dataclass(frozen=True)
 class _Bets:
-    """The detection on one version's traffic.
+    """The detector for one version's traffic, with the reference that it was made for.
 
     Attributes:
         accepted: the accepted traffic to compare with; None to compare with the version's examples.
@@ -67,7 +67,7 @@ class _Bets:
 
 
 class DriftCheck:
-    """Drift checks of the versions of one home; caches the detector of one version per name.
+    """Drift checks of the versions of one home; caches the detector of one version per model.
 
     Args:
         settings: determine how the server redacts texts before it computes features.
@@ -111,7 +111,7 @@ class DriftCheck:
             The features whose alarms ended.
 
         Raises:
-            RefusedError: no alarm is active, or since the alarms began too few requests and ratings arrived.
+            RefusedError: no alarm is active, or too few requests or ratings arrived since the alarms began.
             NotFoundError, IntegrityError: see `run`.
         """
         (traffic, ratings), alarms = self._states(target), AlarmBook(self._store, target)
@@ -214,7 +214,7 @@ class DriftCheck:
     def _is_idle(
         self, target: Target, state: TrafficState, accepted: bytes | None, earlier: Sequence[SignalReport]
     ) -> bool:
-        """Return whether this process made these reports and no request has arrived since then."""
+        """Return whether the earlier reports are this process's, on the same reference, with no new request."""
         bets = self._bets.get(target.version.name)
         same = bets is not None and (bets.target, bets.accepted) == (target, accepted)
         compared = len(earlier) == len(SIGNALS) and earlier[0].status is not Status.OFF

@@ -75,7 +75,7 @@ def _accept(check: "DriftCheck", store: "Store", target: "Target") -> None:
 
 
 def _target(registry: "Registry", store: "Store", model: str) -> "Target":
-    """Return the version and the format in which it is, or was last, served."""
+    """Return the version in the format in which it is or was last served, or else in the preferred format."""
     from svc.store.desired import read_desired
     from svc.version import Format, Target
 

@@ -7,6 +7,7 @@ COMPARED = 100
 _MIN_COUNT = 5
 """Number of counted requests that every client may have, whatever its share."""
 _SLACK = 1.2
+"""Factor by which a client may exceed its share."""
 
 
 class ClientShares:
@@ -16,6 +17,7 @@ class ClientShares:
         seen: clients of the newest requests, counted or not, oldest first; the newest `COMPARED` are ignored, since
             they may be a batch.
         kept: clients of the newest counted requests.
+        most_seen: number of seen requests that determine the shares.
     """
 
     def __init__(self, seen: list[str], kept: list[str], most_seen: int) -> None:
@@ -27,10 +29,12 @@ class ClientShares:
         self._kept_counts = Counter(self._kept)
 
     def may_count(self, client: str) -> bool:
-        """Add the client of the next request; return whether the request is within its share.
+        """Add the client of the next request; return whether the request is within its client's share.
+
+        Every request is, until `COMPARED` requests are known before the newest `COMPARED`.
 
         Args:
-            client: empty if unknown; such a request is always within its share.
+            client: empty if unknown; then the request is always within the share.
         """
         self._newest.append(client)
         if len(self._newest) > COMPARED:

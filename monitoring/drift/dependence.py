@@ -11,7 +11,7 @@ from svc.drift_reference.sample import NOT_THERE, Floats, Names, Sample
 MAX_LAG = 64
 """Maximum dependence, items; a longer one is a change of the stream."""
 LAGS = MAX_LAG + 38
-"""Number of lags examined; beyond `MAX_LAG`, items are as similar as any two items."""
+"""Number of lags examined; beyond `MAX_LAG`, items are assumed to be no more similar than any two items."""
 ROWS = 600
 """Number of items used, without the newest `MAX_LAG`, which are similar when a change begins."""
 MIN_ROWS = 25
@@ -20,7 +20,8 @@ ENOUGH = 226
 _SURE = 2.5
 """Standard errors beyond which items count as more similar."""
 _BURST_SHARE = 0.25
-"""If the share of pairs with an equal feature exceeds the reference's by this much, the items are a burst or change."""
+"""If the share of pairs with an equal feature exceeds the reference's by this much, the items are a burst or a
+change."""
 
 
 class Resemblance:
@@ -46,11 +47,11 @@ class Resemblance:
         self._usually_shared = [float(np.equal.outer(codes, codes).mean()) for codes in self._codes(references)]
 
     def of(self, similar: NDArray[np.float32], samples: Sequence[Sample]) -> "Resemblances":
-        """Return the similarities of the items of a stream.
+        """Return the similarities between the items of a stream.
 
         Args:
-            similar: by the topic of prompts, items x items.
-            samples: prompts and answers.
+            similar: similarities by the topic of prompts, items x items.
+            samples: the items' prompts and answers.
         """
         codes = self._codes(samples)
         among = similar
@@ -75,14 +76,14 @@ class Resemblance:
 
 @dataclass(frozen=True)
 class Resemblances:
-    """Similarities of the items of a stream (items x items).
+    """Similarities between the items of a stream (items x items).
 
     Attributes:
-        among: over everything.
-        similar: by the topic of prompts.
-        codes: for each feature a code per item; equal if shared.
+        among: similarities by topic and features together.
+        similar: similarities by the topic of prompts.
+        codes: for each feature a code per item; equal codes mean an equal value.
         usual: mean of `similar` in the reference.
-        usually_shared: for each feature the share of pairs of the reference that share it.
+        usually_shared: for each feature the share of pairs of the reference that have an equal value.
     """
 
     among: NDArray[np.float32]
@@ -99,7 +100,7 @@ class Resemblances:
         but not while they are more similar than the reference's: that is a burst, or a change, or both.
 
         Args:
-            first, stop: indexes of the first counted item, and after the last one.
+            first, stop: index of the first item to use, and the index after the last one.
             conversations: the conversation of each item.
         """
         count = stop - first

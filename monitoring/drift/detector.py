@@ -43,9 +43,10 @@ class Requests:
     """A sequence of requests; each attribute has one entry per request.
 
     Attributes:
-        prompts: with views.
-        words: of each prompt.
-        conversations: the conversation of each request.
+        prompts: features of the prompts, with views of their texts.
+        answers: features of the answers.
+        words: hashes of each prompt's words.
+        conversations: hash of each request's conversation.
         times: each request's start, seconds since 1970.
         clients: the client of each request; empty if unknown.
     """
@@ -96,9 +97,9 @@ class Baseline:
     """The reference with which requests are compared.
 
     Attributes:
-        prompts: with views.
-        words: of each prompt.
-        answers: mostly of other requests than the prompts.
+        prompts: features of the prompts, with views of their texts.
+        words: hashes of each prompt's words.
+        answers: features of the answers, mostly to other prompts than `prompts`.
     """
 
     prompts: Sample
@@ -115,7 +116,7 @@ class Watch:
         dependence: distance, in counted requests, within which they depend on each other.
         steady_since: position of the last counted request during an alarm; 0 if there was no alarm.
         features: state of the bets on each feature.
-        newest_kept: one digit for each of the newest requests seen, newest last: 1 if it was counted.
+        newest_kept: one digit for each of the newest requests seen, newest last: 1 if it was counted, else 0.
     """
 
     kept: int = 0
@@ -130,8 +131,9 @@ class Advance:
     """Result of processing new requests.
 
     Attributes:
-        kept: indexes of the counted requests.
-        events: alarms that started or ended; positions are numbers of counted requests.
+        watch: the state after them.
+        kept: indexes of the new requests that were counted.
+        events: alarms that started or ended; an event's position is the number of its request among all counted ones.
         strengths: evidence for a change of each feature, see `Evidence.strengths`.
     """
 
@@ -142,7 +144,7 @@ class Advance:
 
 
 class Detector:
-    """The bets on a version's traffic.
+    """Detects changes of a version's traffic by bets; holds only the reference, not the state of a stream.
 
     Args:
         baseline: the reference; near copies in the reference count once, as in traffic.
@@ -182,9 +184,10 @@ class Detector:
         )
 
     def advance(self, watch: Watch, before: Requests, seen_before: Sequence[Seen], new: Requests) -> Advance:
-        """Process new requests.
+        """Process new requests; return the new state and the alarms that started or ended.
 
         Args:
+            watch: the state before the new requests.
             before: the newest counted requests, up to `MEMORY`.
             seen_before: the newest requests seen, counted or not.
         """

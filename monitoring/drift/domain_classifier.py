@@ -26,7 +26,7 @@ WIDTHS = (1.0, 0.55)
 LEARNED_FROM = (16, 40)
 """Numbers of newest items from which sets are learned."""
 HISTORY = 400
-"""Number of items before those; their share of a learned set counts as normal too."""
+"""Number of items before those; the share of them that is in a learned set counts as normal too."""
 _MIN_HISTORY = 50
 _FAR = (0.0, 0.02, 0.1)
 """Shares of the reference's own prompts that count as far from the reference."""
@@ -44,8 +44,8 @@ class Similarities:
     """Similarities of the items of a stream.
 
     Attributes:
-        among: items x items; only those with earlier items are filled in.
-        reference: items x items of the reference.
+        among: similarities to each other, items x items; only those to earlier items are used.
+        reference: similarities to the reference, items x items of the reference.
     """
 
     among: Singles

@@ -62,8 +62,8 @@ class FeatureState:
     """State of the bets on one feature; each bet is made with every stake.
 
     Attributes:
-        money: the statistics; during an alarm, since the last sign of the change.
-        began: for each statistic, the last position at which it was ordinary.
+        money: the statistics; during an alarm, they restart at each sign that the change continues.
+        began: for each statistic, the last position at which it was as low as without a change.
     """
 
     money: tuple[float, ...]
@@ -91,8 +91,9 @@ class Evidence:
     Args:
         features: the feature of each bet.
         weights: each bet's weight; the sum over all bets on the stream is at most 1.
-        threshold: for the weighted sum of a feature's statistics: one alarm in so many items while nothing has changed.
-        states: by feature, as returned by `states`; features whose bets have changed start anew.
+        threshold: weighted sum of a feature's statistics that starts an alarm; while nothing has changed, at most one
+            alarm is expected in this number of items.
+        states: earlier states by feature, as returned by `states()`; features whose bets have changed start anew.
     """
 
     def __init__(
@@ -173,7 +174,7 @@ class Evidence:
         return Event(position, self.names[number], alarm)
 
     def _judge_alarm(self, number: int, position: int, sums: Floats, dependence: float) -> Event | None:
-        """Continue or end an alarm."""
+        """Continue or end an alarm; return the event if it ended."""
         bets, alarm = self._feature == number, self._alarms[number]
         patience = alarm.patience(dependence)
         if sums[number] / self._weights[bets].sum() >= _LASTING * patience:

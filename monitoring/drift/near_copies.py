@@ -53,7 +53,7 @@ class NearCopies:
             self._kept.append((frozenset(words.tolist()), time_s))
 
     def is_near_copy(self, words: Words, time_s: float) -> bool:
-        """Add the next request, and return whether it nearly repeats a counted request."""
+        """Add the next request; return whether it nearly repeats a counted one. If not, it is counted itself."""
         distinct = self.see(words)
         if any(time_s - time < FORGOTTEN_S and self._overlap(distinct, other) for other, time in self._kept):
             return True

@@ -1,4 +1,4 @@
-"""The targets of drift checks: for each served model, the version in production and its format."""
+"""Drift checks of the versions in production: for each served model, the desired version and format."""
 
 import logging
 
@@ -38,7 +38,7 @@ def read_drift(registry: Registry, store: Store, target: Target) -> tuple[list[S
 
 
 class ProductionChecks:
-    """Runs checks of all production targets repeatedly; keeps their references in memory."""
+    """Checks all production targets at each call; keeps their references in memory between calls."""
 
     def __init__(self, settings: Settings) -> None:
         self._lock = settings.home / LOCK_FILE
@@ -46,13 +46,13 @@ class ProductionChecks:
         self._check = DriftCheck(Registry.of(settings), self._store, settings.request_log)
 
     def __call__(self) -> None:
-        """Check each target once; a failed check does not prevent the others."""
+        """Check each target once, or none if another process is checking; a failure does not prevent other checks."""
         try:
             with hold_lock(self._lock, "the drift check"):
                 for target in production_targets(self._store):
                     try:
                         self._check.run(target)
-                    except Exception:  # also a defect: it would prevent the check of all later models every time
+                    except Exception:  # a bug too: it would prevent the checks of all later models, every time
                         log.exception("the drift check of %s failed", target)
         except BusyError:
             log.info("another process is running the drift check; skipping this one")

@@ -32,7 +32,7 @@ class RatingState:
 
     Attributes:
         cursor: time of the newest rating seen, microseconds since 1970.
-        memory: ids of the newest ratings.
+        memory: ids of the newest compared ratings.
         base: the ratings to compare with, each a pair (bad, corrected); fixed once collected.
         position: number of compared ratings.
     """
@@ -114,7 +114,7 @@ class _Ratings:
         return state, SignalReport(
             Signal.PEOPLE,
             status,
-            "" if position else "no answer has been rated since",
+            "" if position else "no answer has been rated since the ratings to compare with were given",
             items=position,
             window=live.size,
             lines=tuple(line for line in lines if line),

@@ -1,4 +1,4 @@
-"""The result of a check, shown by `svc drift` as a table or JSON and exported as metrics."""
+"""The result of a drift check, shown by `svc drift` as a table or JSON and exported as metrics."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from monitoring.drift.stability import category_stability, number_stability
 from svc.drift_reference.sample import NOT_THERE, Floats, Names, Sample
 
 EXAMPLES = 5
+"""Maximum number of example requests per alarm."""
 
 
 class Status(StrEnum):
@@ -101,13 +102,16 @@ def feature_line(name: str, evidence: float, reference: Sample, live: Sample) ->
 
 
 def most_moved(name: str, reference: Sample, live: Sample) -> list[int]:
-    """Return the indexes of the items that changed most in a feature, newest first among equals."""
+    """Return the indexes of the live items, up to `EXAMPLES`, that are farthest from the reference in a feature.
+
+    Among equally distant items, the newest come first.
+    """
     newest_first = np.arange(live.size)[::-1]
     return [int(place) for place in sorted(newest_first, key=_distances(name, reference, live).__getitem__)[:EXAMPLES]]
 
 
 def _distances(name: str, reference: Sample, live: Sample) -> list[float]:
-    """Return the items' negative distances from a feature's usual values: smaller is farther."""
+    """Return the negative distances of the live items from the reference in a feature: smaller is farther."""
     if name in live.numbers:
         values = live.numbers[name]
         return list(-np.nan_to_num(np.abs(values - np.nanmedian(reference.numbers[name])), nan=-1.0))

@@ -1,4 +1,4 @@
-"""Converts ratings of answers to features, and returns the bets on them."""
+"""Features of ratings of answers, and the bets on them."""
 
 from collections.abc import Sequence
 from enum import StrEnum

@@ -13,7 +13,8 @@ _HALF = 0.5  # added to counts, so that an empty bin does not make the index inf
 
 @dataclass(frozen=True, slots=True)
 class Stability:
-    """The population stability index: the size of a shift, not its certainty. By convention, above 0.2 is a shift.
+    """The population stability index: the size of a shift, not its certainty. By convention, values above 0.2
+    are a shift.
 
     Attributes:
         index: the conventional index.

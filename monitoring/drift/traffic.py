@@ -124,7 +124,7 @@ class _Traffic:
     """The counted requests after a check.
 
     Attributes:
-        items, requests: the newest ones, in order.
+        items, requests: the newest ones in order, as stored items and as input of the detector.
     """
 
     detector: Detector
@@ -211,5 +211,6 @@ def _status(watch: Watch, shown: int, *, compared: bool) -> tuple[Status, str]:
     share = newest.count("1") / len(newest)
     if len(newest) < _MIN_SEEN or share >= _FEW_KEPT:
         return Status.STEADY, ""
-    why = f"only {share:.0%} of the newest {len(newest)} requests are compared: the others nearly repeat earlier ones"
+    why = f"only {share:.0%} of the newest {len(newest)} requests are compared"
+    why += ": the others nearly repeat earlier ones or exceed their client's usual share"
     return (Status.UNWATCHED if share < _NONE_KEPT else Status.STEADY), why

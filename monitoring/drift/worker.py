@@ -28,10 +28,10 @@ Prepare = Callable[[Settings], Callable[[], object]]
 
 
 class DriftWorker:
-    """Supervisor of the process.
+    """Runs the process of the drift checks, and restarts it if it dies.
 
     Args:
-        prepare: called once in the process; returns the check, which runs every `monitor.drift_every_s`.
+        prepare: called once in the process; returns the check, which runs with pauses of `monitor.drift_every_s`.
     """
 
     def __init__(self, settings: Settings, prepare: Prepare = ProductionChecks) -> None:
@@ -42,7 +42,10 @@ class DriftWorker:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Run checks during the body; stop even in the middle of a check: the next one covers its unsaved requests."""
+        """Run checks while the `with` body runs, then stop the process, even in the middle of a check.
+
+        An interrupted check stores nothing; the next check processes its requests again.
+        """
         self._thread.start()
         try:
             yield

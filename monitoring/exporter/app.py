@@ -1,6 +1,7 @@
-"""`svc monitor`: one page with the metrics of the server, versions, training runs and drift.
+"""`svc monitor`: one page with the metrics of the server, versions, training runs, drift, keys and backups.
 
-A separate process, so that it survives the server's exit. On another machine it exports only the server's page.
+The monitor is a separate process, so that it survives the server's exit. A monitor on another machine has only the
+server's own metrics.
 """
 
 import socket
@@ -39,7 +40,7 @@ def exporting(
     checking: bool = False,
     certificate: Path | None = None,
 ) -> Iterator[str]:
-    """Serve /metrics during the body; yield the URL of the page.
+    """Serve /metrics while the `with` body runs; yield the URL of the page.
 
     Args:
         home: folder with the training runs.
@@ -77,9 +78,10 @@ def exporting(
 
 
 def _page(metrics: CollectorRegistry) -> "WSGIApplication":
-    """Return prometheus_client's page with vLLM's metric names unchanged.
+    """Return prometheus_client's page, with vLLM's metric names unchanged in OpenMetrics too.
 
-    Its OpenMetrics encoder writes `vllm:` as `vllm_` unless the client accepts UTF-8 names.
+    Its OpenMetrics encoder writes `vllm:` as `vllm_` unless the request accepts UTF-8 names; so this is added to the
+    `Accept` header of every request.
     """
     page = make_wsgi_app(metrics)
 

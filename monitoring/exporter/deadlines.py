@@ -1,6 +1,6 @@
 """Expiry times of the server's certificate and keys, and the time of the last backup of the home.
 
-All are timestamps, not ages, so that a page stays correct however long it is stored.
+All are timestamps, not ages, so that a stored page stays correct.
 """
 
 import logging
@@ -25,7 +25,7 @@ class DeadlineMetrics(Collector):
     """Collector that reads the certificate's file and the store at each scrape.
 
     Args:
-        certificate: PEM file, the server's own certificate first; None if the server has none.
+        certificate: PEM file that starts with the server's own certificate; None if the server has none.
     """
 
     def __init__(self, store: Store, certificate: Path | None) -> None:
@@ -33,7 +33,7 @@ class DeadlineMetrics(Collector):
         self._certificate = certificate
 
     def collect(self) -> Iterable[Metric]:
-        """Return the metrics whose times are known."""
+        """Return the metrics; times that are unknown or cannot be read are left out."""
         certificate = GaugeMetricFamily(
             "svc_certificate_expiry_timestamp_seconds", "When the server's certificate expires", labels=[]
         )
@@ -52,11 +52,14 @@ class DeadlineMetrics(Collector):
             if newest := self._newest_backup():
                 backup.add_metric([], newest)
         except SQLAlchemyError:
-            log.warning("cannot read the times of keys and backups", exc_info=True)
+            log.warning("cannot read the keys' expiry times and the time of the newest backup", exc_info=True)
         return certificate, key, backup
 
     def _newest_backup(self) -> float | None:
-        """Return the time of the newest backup; the time of its start if its folder cannot be read from here."""
+        """Return the time of the newest backup; None before the first one.
+
+        If its folder cannot be read, this is the time at which `svc backup` started.
+        """
         event = next(iter(read_events(self._store, newest=1, action=Action.BACKUP)), None)
         if event is None:
             return None

@@ -1,4 +1,4 @@
-"""Metrics of the production versions' drift and held-out quality, from the newest checks and runs."""
+"""Metrics of the production versions' drift and held-out quality, from the newest drift checks and held-out runs."""
 
 import logging
 from collections.abc import Iterable, Iterator
@@ -28,10 +28,10 @@ _GAUGES = {
     "svc_drift_alarm": ("1 while a feature has an active alarm", ["signal", "feature"]),
     "svc_drift_watched": ("1 while new requests or ratings can be compared", ["signal"]),
     "svc_drift_items": ("Requests (ratings for people) compared since the version was first served", ["signal"]),
-    "svc_drift_score": ("Size of the difference of the newest 100", ["signal", "feature"]),
+    "svc_drift_score": ("Size of the difference between the newest 100 and the reference", ["signal", "feature"]),
     "svc_drift_evidence": ("Evidence for a change, on a logarithmic scale: 0 none, 1 an alarm", ["signal", "feature"]),
     "svc_drift_checked_timestamp_seconds": ("Time of the last drift check", []),
-    "svc_holdout_changed": ("1 if the version differs from its registration: a fault of serving", []),
+    "svc_holdout_changed": ("1 if the held-out results differ from those at registration: a fault of serving", []),
     "svc_holdout_nll": ("Held-out negative log-likelihood, nats per token", ["when"]),
     "svc_holdout_exact_match": ("Share of held-out answers that match exactly", ["when"]),
     "svc_holdout_score": ("Primary metric of the held-out answers", ["metric", "when"]),
@@ -39,16 +39,17 @@ _GAUGES = {
     "svc_holdout_examples": ("Held-out examples in the newest run", []),
     "svc_holdout_run_timestamp_seconds": ("End of the newest run of the held-out set, by outcome", ["outcome"]),
 }
-"""Help text, and labels after `model` and `version`."""
+"""Each gauge's help text, and its labels after `model` and `version`."""
 _Sample = tuple[str, list[str], float]
 """A gauge, the values of its labels in `_GAUGES`, and its value."""
 
 
 class DriftMetrics(Collector):
-    """Collector that reads the results of checks from the store.
+    """Collector that reads the results of drift checks and held-out runs from the store.
 
     Args:
-        checking: whether drift checks run; if so, a version that was never checked has the time 0 instead of no time.
+        checking: whether drift checks run; if so, a version that was never checked has 0 as the time of its last check,
+            otherwise no time.
     """
 
     def __init__(self, registry: Registry, store: Store, *, checking: bool = True) -> None:
@@ -62,7 +63,7 @@ class DriftMetrics(Collector):
         self._quality_after = quality_after
 
     def collect(self) -> Iterable[Metric]:
-        """Return the metrics of all readable versions."""
+        """Return the metrics of all versions in production whose results can be read."""
         families = {
             name: GaugeMetricFamily(name, text, labels=["model", "version", *labels])
             for name, (text, labels) in _GAUGES.items()
@@ -117,7 +118,7 @@ class DriftMetrics(Collector):
             yield "svc_holdout_nll", [when], nll
             yield "svc_holdout_exact_match", [when], exact_match
             yield "svc_holdout_score", [report.metric, when], score
-        # If two metrics have the same name, the later one wins.
+        # If the watched metric is exact match, `score_p` is the p-value shown.
         pvalues = {"nll": report.nll_p, "exact_match": report.exact_match_p, report.metric: report.score_p}
         for metric, p in pvalues.items():
             yield "svc_holdout_pvalue", [metric], p

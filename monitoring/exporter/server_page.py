@@ -1,6 +1,7 @@
 """The server's own metrics page, passed through with the same names, and whether the server answered.
 
-A server that answers with something other than metrics may still serve clients: it counts as up, with a bad page.
+A server that answers with something other than metrics may still serve clients: it counts as up, with an unreadable
+page.
 """
 
 import logging
@@ -34,7 +35,7 @@ class ServerPage(Collector):
         self._find = find
 
     def collect(self) -> Iterable[Metric]:
-        """Return the server's metrics and three of the exporter's own."""
+        """Yield three metrics of this scrape, then the server's metrics if they can be read."""
         started = time.monotonic()
         answer = self._ask()
         seconds = time.monotonic() - started
@@ -46,7 +47,7 @@ class ServerPage(Collector):
         yield from families or ()
 
     def _ask(self) -> httpx.Response | None:
-        """Return the answer; None if there is none or its status is 5xx, such as a proxy's 502."""
+        """Return the server's answer; None if it is late or missing, or its status is 5xx, such as a proxy's 502."""
         try:
             with self._find().client(_TIMEOUT_S) as client:
                 # OpenMetrics is the only text format with exemplars.

@@ -1,7 +1,8 @@
-"""Names that are being trained (by the locks of their runs), and figures of their newest runs (from MLflow).
+"""Metrics of training: which models are being trained, and the figures of each model's newest run.
 
-Locks, because MLflow receives data during training only, not during merging, evaluation and quantization, and because
-a killed run stays open there. For training in other homes only the figures are known.
+Active runs are found by their locks: MLflow receives data during training only, not during merging, evaluation and
+quantization, and a killed run stays open there. Figures come from MLflow; those of other homes that share it are
+included, but their runs never count as active.
 """
 
 import logging
@@ -28,8 +29,8 @@ _REPORTED = {
     "svc_training_learning_rate": "learning_rate",
 }
 _GAUGES = {
-    _RUNNING: "1 while a run of the name is active, in any stage",
-    _STARTED: "Start of the newest run",
+    _RUNNING: "1 while a training run of the model is active, in any stage",
+    _STARTED: "Start of the newest run; an active run takes precedence over newer ones",
     _WRITTEN: "When an active run last wrote a file",
     "svc_training_loss": "Latest loss of the newest run, nats per token",
     "svc_training_heldout_loss": "Latest held-out loss of the newest run, nats per answer token",
@@ -39,9 +40,10 @@ _GAUGES = {
 
 
 class TrainingMetrics(Collector):
-    """Collector with one sample for each name ever trained here.
+    """Collector of the training metrics, with one sample per model.
 
     Args:
+        registry: its MLflow has the figures of the runs.
         home: folder with the training runs.
     """
 
@@ -50,12 +52,16 @@ class TrainingMetrics(Collector):
         self._home = home
 
     def collect(self) -> Iterable[Metric]:
-        """Return the metrics of all names; none if MLflow does not answer, because the server's must not be lost."""
+        """Return the metrics of all models.
+
+        Metrics whose source, the home or MLflow, cannot be read are left out, because an error here would also lose the
+        server's metrics.
+        """
         families = {name: GaugeMetricFamily(name, text, labels=["model"]) for name, text in _GAUGES.items()}
         try:
             runs: list[TrainingRun] | None = list(find_training_runs(self._home))
         except (OSError, IntegrityError):
-            log.warning("the active training runs cannot be read", exc_info=True)
+            log.warning("cannot read the training runs of the home", exc_info=True)
             runs = None
         running = [run for run in runs or () if run.running]
         figures = self._figures(running)
@@ -74,7 +80,7 @@ class TrainingMetrics(Collector):
         return families.values()
 
     def _figures(self, running: Sequence[TrainingRun]) -> dict[str, RunFigures]:
-        """Return for each name the active run, or else the one started last."""
+        """Return the figures of each model's active run, or else of its newest run; none if MLflow does not answer."""
         figures = {}
         try:
             for name in self._tracking.experiments():
@@ -84,6 +90,6 @@ class TrainingMetrics(Collector):
                 if run:
                     figures[name] = run
         except (RegistryError, NotFoundError):
-            log.warning("training metrics cannot be read", exc_info=True)
+            log.warning("cannot read the figures of training runs from MLflow", exc_info=True)
             return {}
         return figures

@@ -17,18 +17,18 @@ from svc.version import VersionId
 log = logging.getLogger(__name__)
 
 SHOWN_VERSIONS = 20
-"""Newest versions of each name: a registry grows without limit, a page must not."""
+"""Maximum number of versions per model, the newest: a registry grows without limit, the metrics page must not."""
 BASE = "base"
-_SHOWN_DIGITS = 12  # of a fingerprint: enough to distinguish the sets of one registry
+_SHOWN_DIGITS = 12  # of a held-out set's fingerprint: enough to distinguish the sets of one registry
 
 _VERSION = ["model", "version"]
 _EVALUATION = [*_VERSION, "heldout", "format", "metric", "primary"]
 _GAUGES = (
     ("svc_registry_version_created_timestamp_seconds", "When the version was registered", _VERSION),
     ("svc_registry_version_size_bytes", "Size on disk", [*_VERSION, "format"]),
-    ("svc_registry_version_evaluation", "Held-out figures at registration, including the base model", _EVALUATION),
-    ("svc_registry_version_evaluation_low", "Lower end of their 95 % intervals", _EVALUATION),
-    ("svc_registry_version_evaluation_high", "Upper end of their 95 % intervals", _EVALUATION),
+    ("svc_registry_version_evaluation", "Held-out results at registration, including the base model's", _EVALUATION),
+    ("svc_registry_version_evaluation_low", "Lower end of a held-out result's 95 % interval", _EVALUATION),
+    ("svc_registry_version_evaluation_high", "Upper end of a held-out result's 95 % interval", _EVALUATION),
 )
 
 
@@ -40,7 +40,7 @@ class VersionMetrics(Collector):
         self._manifests: dict[VersionId, Manifest] = {}
 
     def collect(self) -> Iterable[Metric]:
-        """Return the metrics of the newest versions of every name."""
+        """Return the metrics of each model's newest versions, up to `SHOWN_VERSIONS`."""
         created, size, value, low, high = families = [
             GaugeMetricFamily(name, text, labels=labels) for name, text, labels in _GAUGES
         ]
@@ -68,26 +68,26 @@ class VersionMetrics(Collector):
         return self._manifests.values()
 
     def _manifest(self, version: VersionId) -> Manifest | None:
-        """Return the manifest; None if it cannot be read or was removed, so that the others are still shown."""
+        """Return a version's manifest; None if it cannot be read or was removed, so that the others are still shown."""
         try:
             return self._manifests.get(version) or self._registry.manifest(version)
         except (IntegrityError, NotFoundError):
-            log.warning("the metrics of %s cannot be read", version, exc_info=True)
+            log.warning("cannot read the metrics of %s", version, exc_info=True)
             return None
 
 
 def heldout_set(fingerprint: str, examples: int) -> str:
-    """Return a short name of the evaluated examples: only figures with the same name can be compared.
+    """Return a short name of the evaluated examples; only results with the same name can be compared.
 
     Args:
-        fingerprint: of the complete held-out set, `sha256:<hex>`.
-        examples: number of examples used, from its start.
+        fingerprint: hash of the complete held-out set, `sha256:<hex>`.
+        examples: number of evaluated examples, from the start of the set.
     """
     return f"{fingerprint.removeprefix('sha256:')[:_SHOWN_DIGITS]}:{examples}"
 
 
 def _estimates(report: EvaluationReport) -> dict[str, Interval]:
-    """Return the measured figures."""
+    """Return the results of an evaluation by metric, without metrics that were not measured."""
     figures = {"exact_match": report.exact_match, "valid_json": report.valid_json, "nll": report.nll}
     figures |= {name: figure.estimate for name, figure in report.figures.items()}
     return {name: estimate for name, estimate in figures.items() if estimate is not None}

@@ -13,7 +13,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 QUANTILES = ("0.5", "0.95", "0.99")
 SERVER_FAULTS: Final = "overloaded|queue_.*|engine_.*|internal_error"
-"""Pattern for the whole `reason` label of `svc_request_errors_total`, as in Prometheus: faults of the server.
+"""Pattern of the reasons that are faults of the server; as in Prometheus, it matches the whole `reason` label of
+`svc_request_errors_total`.
 
 Client errors (400, 404, 413, a closed connection) say nothing about a server or a version. The alert rules
 (deploy/prometheus/rules) and the dashboards repeat the pattern; docs/metrics.md explains each reason.
@@ -22,15 +23,13 @@ Client errors (400, 404, 413, a closed connection) say nothing about a server or
 
 @dataclass(slots=True)
 class VersionFigures:
-    """Figures of one version since the server started, or since the version reappeared after an idle day.
-
-    Quantiles are over the last 5 minutes.
+    """Figures of one version since the server started; after a day without requests they start again at 0.
 
     Attributes:
-        requests: answers with any status.
-        errors: faults of the server, including broken streams.
-        duration_s: quantile to seconds.
-        first_token_s: quantile to seconds.
+        requests: finished requests, with any status.
+        errors: requests that failed through a fault of the server, including broken streams.
+        duration_s: seconds until an answer was complete: a value for each of `QUANTILES`, over the last 5 minutes.
+        first_token_s: the same, until the first token of a streamed answer.
     """
 
     version: str
@@ -44,7 +43,12 @@ class VersionFigures:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Versions by name, and failed requests by reason, including client errors and requests without a version."""
+    """Figures of all versions on a metrics page.
+
+    Attributes:
+        versions: by name, such as `tickets@2`.
+        errors: failed requests by reason, including client errors and requests that no version took.
+    """
 
     versions: dict[str, VersionFigures]
     errors: dict[str, int]
@@ -56,8 +60,9 @@ class Look:
 
     Attributes:
         state: the answer of /svc/status.
-        figures: read from its metrics.
-        drift: for each model the status of each signal and the held-out quality; empty if nothing was checked.
+        figures: read from its metrics page.
+        drift: for each model, the statuses of its drift signals and of its held-out quality; empty for a model that was
+            not checked, and for a remote server.
     """
 
     url: str
@@ -67,7 +72,7 @@ class Look:
 
 
 class Rate(NamedTuple):
-    """Rates of a version per second."""
+    """A version's requests and answer tokens per second."""
 
     requests: float
     tokens_out: float
@@ -77,7 +82,7 @@ def read_figures(exposition: str, models: Collection[str] = ()) -> Figures:
     """Return the figures of a page in Prometheus' text format.
 
     Args:
-        models: names of the models to read; none: all, and requests for no model.
+        models: names of the models to read; if empty, all, including requests for unknown models.
     """
     versions: dict[str, VersionFigures] = {}
     errors = Counter[str]()
@@ -110,7 +115,11 @@ def _add(figures: VersionFigures, metric: str, labels: Mapping[str, str], value:
 
 
 def rates_between(before: Figures, now: Figures, seconds: float) -> dict[str, Rate]:
-    """Return each version's rates; none if the server was restarted in between, because its counters fell."""
+    """Return each version's rates between two readings; a version whose counters fell has none: the server restarted.
+
+    Args:
+        seconds: time between the readings.
+    """
     rates = {}
     for name, new in now.versions.items():
         old = before.versions.get(name, VersionFigures(name))

@@ -16,8 +16,8 @@ def status_screen(look: Look, rates: Mapping[str, Rate] | None = None, *, verbos
     """Return the screen of `svc status`.
 
     Args:
-        rates: rates of each version; None after a single reading.
-        verbose: also show how each engine was started.
+        rates: each version's requests and tokens per second; None after a single reading, which gives no rates.
+        verbose: also show the settings of each model's engine, with their origins and reasons.
     """
     state, figures = look.state, look.figures
     lines: list[RenderableType] = [Text(look.url)]
