@@ -50,7 +50,7 @@ def start(entry: str, preloaded: Sequence[str] = _CORE) -> None:
     """
     multiprocessing.set_forkserver_preload([entry, *preloaded])
     forkserver.ensure_running()
-    context._concrete_contexts["spawn"] = _Context()
+    vars(context)["_concrete_contexts"]["spawn"] = _Context()  # typeshed does not have it
     runpy.run_module(entry, run_name="__main__", alter_sys=True)
 
 
