@@ -48,48 +48,41 @@ def test_help_lists_every_command(svc: Svc) -> None:
     assert all(name in result.out and text in result.out for name, (_, text) in cli.COMMANDS.items())
 
 
-@pytest.mark.parametrize("command", list(cli.COMMANDS))
-def test_every_command_has_help(svc: Svc, command: str) -> None:
-    result = svc(command, "-h")
-    assert result.code == 0
-    assert f"svc {command}" in result.out
+def test_every_command_has_help(svc: Svc) -> None:
+    results = {command: svc(command, "-h") for command in cli.COMMANDS}
+    assert [name for name, help in results.items() if help.code or f"svc {name}" not in help.out] == []
 
 
-@pytest.mark.parametrize("kind", [SvcError, *kinds()])
-def test_error_is_printed_as_text_with_its_exit_code(
-    svc: Svc, monkeypatch: pytest.MonkeyPatch, kind: type[SvcError]
-) -> None:
+def add_failing_command(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """Add the command `fail`, which raises an error."""
+
     @click.command()
     def fail() -> None:
-        raise kind("the disk is on fire", expected="a cool disk", todo="call somebody")
+        raise error
 
     monkeypatch.setattr(sys.modules[__name__], "failing", fail, raising=False)
     monkeypatch.setitem(cli.COMMANDS, "fail", (f"{__name__}:failing", "Fails."))
-    result = svc("fail")
-    assert result.code == kind.exit_code
-    assert result.err == "error: the disk is on fire\n  expected: a cool disk\n  do: call somebody\n"
-    assert result.out == ""
 
 
-def test_defect_keeps_its_traceback(svc: Svc, monkeypatch: pytest.MonkeyPatch) -> None:
-    @click.command()
-    def fail() -> None:
-        raise ZeroDivisionError
+def test_error_is_printed_as_text_with_its_exit_code(svc: Svc, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "error: the disk is on fire\n  expected: a cool disk\n  do: call somebody\n"
+    results = {}
+    every: list[type[SvcError]] = [SvcError, *kinds()]
+    for kind in every:
+        add_failing_command(monkeypatch, kind("the disk is on fire", expected="a cool disk", todo="call somebody"))
+        results[kind] = svc("fail")
+    assert [kind for kind, end in results.items() if (end.code, end.err, end.out) != (kind.exit_code, text, "")] == []
 
-    monkeypatch.setattr(sys.modules[__name__], "failing", fail, raising=False)
-    monkeypatch.setitem(cli.COMMANDS, "fail", (f"{__name__}:failing", "Fails."))
+
+def test_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    add_failing_command(monkeypatch, ZeroDivisionError())
     monkeypatch.setattr(sys, "argv", ["svc", "fail"])
     with pytest.raises(ZeroDivisionError):
         cli.main()
 
 
 def test_interruption_exits_with_130(svc: Svc, monkeypatch: pytest.MonkeyPatch) -> None:
-    @click.command()
-    def fail() -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(sys.modules[__name__], "failing", fail, raising=False)
-    monkeypatch.setitem(cli.COMMANDS, "fail", (f"{__name__}:failing", "Fails."))
+    add_failing_command(monkeypatch, KeyboardInterrupt())
     result = svc("fail")
     assert result.code == 130
     assert "interrupted" in result.err

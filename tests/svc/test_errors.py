@@ -2,8 +2,6 @@
 
 from collections.abc import Iterator
 
-import pytest
-
 from svc import errors
 from svc.errors import DataError, ProbeError, SvcError
 
@@ -35,6 +33,6 @@ def test_failed_probe_is_an_engine_error() -> None:
     assert ProbeError.exit_code == errors.EngineError.exit_code
 
 
-@pytest.mark.parametrize("kind", [SvcError, *kinds()])
-def test_exit_codes_differ_from_those_of_shells(kind: type[SvcError]) -> None:
-    assert 0 < kind.exit_code < 126
+def test_exit_codes_differ_from_those_of_shells() -> None:
+    every: list[type[SvcError]] = [SvcError, *kinds()]
+    assert [kind for kind in every if not 0 < kind.exit_code < 126] == []

@@ -80,7 +80,6 @@ def test_numbers_that_are_not_private_are_unchanged(text: str) -> None:
     assert REDACTOR.text(text) == text
 
 
-@pytest.mark.parametrize("around", ["{}", "Bearer {}", "'{}'", "key={}&x=1", "{}.", "https://x:{}@host/"])
 @pytest.mark.parametrize(
     "secret",
     [
@@ -89,8 +88,10 @@ def test_numbers_that_are_not_private_are_unchanged(text: str) -> None:
         "ts_00000000_41111111111111111111111111111111111111",  # a card number in it
     ],
 )
-def test_keys_of_this_service_are_redacted(around: str, secret: str) -> None:
-    assert REDACTOR.text(around.replace("{}", secret)) == around.replace("{}", "[key]")
+def test_keys_of_this_service_are_redacted(secret: str) -> None:
+    arounds = ["{}", "Bearer {}", "'{}'", "key={}&x=1", "{}.", "https://x:{}@host/"]
+    redacted = [REDACTOR.text(around.replace("{}", secret)) for around in arounds]
+    assert redacted == [around.replace("{}", "[key]") for around in arounds]
 
 
 @pytest.mark.parametrize(

@@ -236,9 +236,8 @@ async def ask_logprobs(client: EngineClient) -> object:
 
 
 @pytest.mark.parametrize("ask", [ask_chat, ask_tokens, ask_logprobs])
-@pytest.mark.parametrize(
-    "answer",
-    [
+async def test_invalid_answer_is_an_engine_error(ask: Ask) -> None:
+    bodies = [
         b"<html>no JSON</html>",
         b"",
         b"[]",
@@ -249,12 +248,12 @@ async def ask_logprobs(client: EngineClient) -> object:
         b'{"choices": [{"prompt_logprobs": null, "message": null}], "tokens": null}',
         b'{"choices": [{"prompt_logprobs": [null, {"2": {}}]}], "tokens": ["x"]}',
         b'{"choices": [{"prompt_logprobs": [null, {"9": {"logprob": -1}}, {"3": {"logprob": -1}}]}], "tokens": 5}',
-    ],
-)
-async def test_invalid_answer_is_an_engine_error(ask: Ask, answer: bytes) -> None:
-    async with answering(lambda request: httpx.Response(200, content=answer)) as client:
-        with pytest.raises(EngineError, match="cannot be read"):
-            await ask(client)
+    ]
+    answers = iter(bodies)
+    async with answering(lambda request: httpx.Response(200, content=next(answers))) as client:
+        for body in bodies:
+            with pytest.raises(EngineError, match="cannot be read"):
+                pytest.fail(f"{body!r} was read as {await ask(client)}")
 
 
 async def test_engine_is_not_reported_dead_when_it_closes_a_reused_connection(tmp_path: Path) -> None:

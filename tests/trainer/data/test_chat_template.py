@@ -1,9 +1,11 @@
 """Training learns the answer as in serving, with the real templates of the families in TRL."""
 
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from svc.dataset.schema.example import parse_example
 from svc.errors import DataError
@@ -33,31 +35,37 @@ CONVERSATIONS = {
     "Unicode": [("user", "¿Qué? 日本"), ("assistant", "ß 🙂 e\u0301")],
 }
 NO_SYSTEM = {"gemma"}
+"""Families without a system turn."""
 
 
 def source(family: str) -> str:
     return files("trl.chat_templates").joinpath(f"{family}.jinja").read_text("utf-8")
 
 
-def learnt(family: str, turns: list[tuple[str, str]], kwargs: TemplateKwargs) -> list[str]:
-    """Return the learnt texts of a conversation."""
+@cache
+def tokenizer_of(family: str) -> PreTrainedTokenizerFast:
     tokenizer = make_tokenizer(source(family))
     tokenizer.bos_token = "<bos>"
+    return tokenizer
+
+
+def learnt(family: str, turns: list[tuple[str, str]], kwargs: TemplateKwargs) -> list[str]:
+    """Return the learnt texts of a conversation."""
+    tokenizer = tokenizer_of(family)
     example = parse_example({"messages": [{"role": role, "content": text} for role, text in turns]})
     assert isinstance(tokenizer.eos_token_id, int)
     [row] = tokenize_examples(tokenizer, [example], {tokenizer.eos_token_id}, kwargs)
     return [tokenizer.decode(row.input_ids[start:end]) for start, end in row.learnt]
 
 
-@pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("family", [*PLAIN, *THINKING])
-def test_answer_is_learnt_without_a_thinking_block(family: str, conversation: str) -> None:
-    if family in NO_SYSTEM and conversation == "system":
-        pytest.skip("the family has no system turn")
-    turns = CONVERSATIONS[conversation]
-    [text] = learnt(family, turns, NO_THINKING if family in THINKING else {})
-    assert text.strip().startswith(turns[-1][1])
-    assert "think" not in text
+def test_answer_is_learnt_without_a_thinking_block(family: str) -> None:
+    for turns in CONVERSATIONS.values():
+        if family in NO_SYSTEM and turns[0][0] == "system":
+            continue
+        [text] = learnt(family, turns, NO_THINKING if family in THINKING else {})
+        assert text.strip().startswith(turns[-1][1])
+        assert "think" not in text
 
 
 @pytest.mark.parametrize("family", ["nemotron_3_nano", "qwen3", "qwen3_5_think"])

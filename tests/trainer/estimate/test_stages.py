@@ -62,10 +62,13 @@ def test_the_disk_of_all_stages_is_enough_for_every_format(method: str) -> None:
     assert sum(stage.peak.disk for stage in stages) > least
 
 
-@pytest.mark.parametrize("device", [cpu_device(), read_devices()["rtx-4090"]], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("method", ["full", "lora", "qlora", "dora", "adalora", "vera"])
-@pytest.mark.parametrize("name", ["llama-3.1-8b", "mixtral-8x7b"])
-def test_minimum_of_a_stage_is_never_above_its_peak(device: ComputeDevice, method: str, name: str) -> None:
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [(cpu_device(), "mixtral-8x7b"), (read_devices()["rtx-4090"], "llama-3.1-8b")],
+    ids=["cpu", "gpu"],
+)
+def test_minimum_of_a_stage_is_never_above_its_peak(device: ComputeDevice, name: str, method: str) -> None:
     for stage in of_stages(name, make_recipe(method=method), device).values():
         assert stage.least.device <= stage.peak.device, stage
         assert stage.least.ram <= stage.peak.ram, stage

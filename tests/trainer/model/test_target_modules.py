@@ -42,32 +42,24 @@ def empty_model(family: str) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config_of(family))
 
 
-def changed_layers(model: PreTrainedModel, targets: list[str] | str) -> set[str]:
+def changed_layers(family: str, targets: list[str] | str) -> set[str]:
     """Return the names of the layers that get an adapter from PEFT."""
     config = LoraConfig(r=1, target_modules=targets, task_type="CAUSAL_LM")
-    return set(get_peft_model(model, config).base_model.targeted_module_names)
+    return set(get_peft_model(empty_model(family), config).base_model.targeted_module_names)
 
 
 @pytest.mark.parametrize("family", EXPECTED)
-def test_preset_selects_the_layer_names_of_each_architecture(family: str) -> None:
+def test_preset_adapts_the_layers_of_each_architecture_that_it_names(family: str) -> None:
     model = empty_model(family)
-    targets = (target_modules(model, Targets.ATTENTION_MIN), target_modules(model, Targets.ATTENTION))
-    assert targets == EXPECTED[family]
-
-
-@pytest.mark.parametrize("family", EXPECTED)
-def test_peft_adapts_only_attention_when_the_preset_is_attention(family: str) -> None:
-    changed = changed_layers(empty_model(family), target_modules(empty_model(family), Targets.ATTENTION))
-    assert changed
+    least, attention, every = (
+        target_modules(model, preset) for preset in (Targets.ATTENTION_MIN, Targets.ATTENTION, Targets.ALL_LINEAR)
+    )
+    assert (least, attention) == EXPECTED[family]
+    changed = changed_layers(family, attention)
     assert all(".mlp" not in name and ".ffn" not in name for name in changed)
-    assert len(changed) == 2 * len(EXPECTED[family][1])
-
-
-@pytest.mark.parametrize("family", EXPECTED)
-def test_all_linear_includes_more_than_attention_but_not_the_head(family: str) -> None:
-    attention = target_modules(empty_model(family), Targets.ATTENTION)
-    everything = changed_layers(empty_model(family), target_modules(empty_model(family), Targets.ALL_LINEAR))
-    assert everything > changed_layers(empty_model(family), attention)
+    assert len(changed) == 2 * len(attention)
+    everything = changed_layers(family, every)
+    assert everything > changed
     assert "lm_head" not in everything
 
 

@@ -13,29 +13,24 @@ def empty(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
+def test_variables_that_the_engines_libraries_read_are_inherited(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [
         *("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHASHSEED", "VIRTUAL_ENV"),
         *("CUDA_VISIBLE_DEVICES", "CUDA_HOME", "NCCL_DEBUG", "OMP_NUM_THREADS", "ATEN_CPU_CAPABILITY", "HF_HOME"),
         *("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "TORCHINDUCTOR_CACHE_DIR", "VLLM_CPU_OMP_THREADS_BIND"),
         *("VLLM_LOGGING_LEVEL", "TOKENIZERS_PARALLELISM", "XDG_CACHE_HOME"),
-    ],
-)
-def test_variables_that_the_engines_libraries_read_are_inherited(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setenv(name, "x")
-    assert inherited_environment() == {name: "x"}
+    ]
+    for name in names:
+        monkeypatch.setenv(name, "x")
+    assert inherited_environment() == dict.fromkeys(names, "x")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
+def test_secrets_and_unrelated_variables_are_not_inherited(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (
         *("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "GOOGLE_APPLICATION_CREDENTIALS", "HF_TOKEN", "HF_TOKEN_PATH"),
         *("VLLM_API_KEY", "OPENAI_API_KEY", "MLFLOW_TRACKING_PASSWORD", "SVC_HOME", "DATABASE_URL", "PATHOLOGY"),
-    ],
-)
-def test_secrets_and_unrelated_variables_are_not_inherited(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setenv(name, "x")
+    ):
+        monkeypatch.setenv(name, "x")
     assert inherited_environment() == {}
 
 

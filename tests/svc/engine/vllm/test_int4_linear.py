@@ -79,8 +79,7 @@ class Layer:
         assert ((found.float() - expected).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("group_size", WRITTEN)
-@pytest.mark.parametrize("rows", [1, 3, 8, 65])
+@pytest.mark.parametrize(("group_size", "rows"), zip(WRITTEN, (1, 3, 8, 65), strict=True))
 def test_outputs_equal_those_of_the_dequantized_weights(group_size: int, rows: int) -> None:
     Layer(256, 192, group_size).check(rows)
 
