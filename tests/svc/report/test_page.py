@@ -16,6 +16,8 @@ from svc.evaluation.finding import Advice, Finding, FindingKind
 from svc.evaluation.forgetting import Forgetting
 from svc.evaluation.intervals import Interval
 from svc.registry.manifest import Manifest
+from svc.registry.registry import Registry
+from svc.registry.tracking import Tracking
 from svc.report.judged import BASE, ModelComparison
 from svc.report.page import duration, report_page, say_verdict
 from svc.report.report import gather_report
@@ -107,9 +109,10 @@ def section(page: str, name: str) -> str:
     return str(found)
 
 
-@pytest.fixture
-def page(versions: JudgedVersions) -> str:
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory, tracking: Tracking, run: str) -> str:
     """Return the page of a version that has all files."""
+    versions = JudgedVersions(Registry(tmp_path_factory.mktemp("page") / "models", tracking), "report-page", run)
     return page_of(versions, versions.publish(LABELS, ANSWERS))
 
 
@@ -143,20 +146,20 @@ ATTACKS = [
 ]
 
 
-@pytest.mark.parametrize("attack", ATTACKS)
-def test_text_of_a_model_or_a_user_is_escaped(versions: JudgedVersions, attack: str) -> None:
-    label = attack[:40]
-    examples = [chat(f"{attack} {place}", (label, "net")[place % 2]) for place in range(20)]
-    answers = {BASE: [attack] * 20, "merged": [attack] * 10 + ["net"] * 10}
-    manifest = versions.publish(
-        examples, answers, failed=(attack,), recipe={"name": attack}, libraries={attack: attack}
-    )
+def test_text_of_a_model_or_a_user_is_escaped(versions: JudgedVersions) -> None:
     plain = versions.publish(LABELS[:20], {BASE: ["net"] * 20, "merged": ["x"] * 20}, failed=("x",))
-    found, other = Page(page_of(versions, manifest)), Page(page_of(versions, plain))
-    assert found.open == []
-    assert attack in found.text
-    assert found.tags.keys() <= other.tags.keys(), "an attack manifest elements"
-    assert not [name for _, name, _ in found.attributes if name.startswith("on")]
+    other = Page(page_of(versions, plain))
+    for attack in ATTACKS:
+        examples = [chat(f"{attack} {place}", (attack[:40], "net")[place % 2]) for place in range(20)]
+        answers = {BASE: [attack] * 20, "merged": [attack] * 10 + ["net"] * 10}
+        manifest = versions.publish(
+            examples, answers, failed=(attack,), recipe={"name": attack}, libraries={attack: attack}
+        )
+        found = Page(page_of(versions, manifest))
+        assert found.open == []
+        assert attack in found.text
+        assert found.tags.keys() <= other.tags.keys(), f"{attack} added elements"
+        assert not [name for _, name, _ in found.attributes if name.startswith("on")]
 
 
 @settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
