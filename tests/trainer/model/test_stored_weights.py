@@ -1,4 +1,7 @@
-"""Weights read one by one equal those of the model that transformers loads."""
+"""Weights read one by one equal those of the model that transformers loads.
+
+The families are compared in tests/trainer/export/test_merge_equality.py: a merge writes the weights that are read here.
+"""
 
 from pathlib import Path
 
@@ -8,11 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from svc.errors import IntegrityError
-from tests.hub_models.build import build_hub_model
-from tests.hub_models.family import FAMILIES
 from tests.trainer.conftest import make_model
-from tests.trainer.model.test_experts import FAMILIES as MIXTURES
-from tests.trainer.model.test_experts import make_mixture
 from trainer.model.stored_weights import StoredWeights
 
 
@@ -22,19 +21,6 @@ def check_equal(folder: Path) -> None:
     assert list(stored) == list(expected)
     for name, weight in expected.items():
         assert torch.equal(stored[name], weight.bfloat16()), name  # transformers keeps a few in float32
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_stored_weights_are_those_of_the_loaded_model_for_every_family(tmp_path: Path, family: str) -> None:
-    check_equal(build_hub_model(tmp_path / "base", family))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", MIXTURES)
-def test_stored_weights_are_those_of_the_loaded_model_for_every_mixture(tmp_path: Path, family: str) -> None:
-    make_mixture(family).bfloat16().save_pretrained(tmp_path / "base")
-    check_equal(tmp_path / "base")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
