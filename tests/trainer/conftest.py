@@ -9,6 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from svc.dataset.schema.example import ChatExample, Message, Role
+from tests.trainer.uninterrupted import UninterruptedRuns
 from trainer.recipe.sections import Recipe
 from trainer.training.summary import TrainingSummary
 
@@ -87,3 +88,11 @@ def examples() -> list[ChatExample]:
     """Return twelve questions of different lengths."""
     colours = ["red", "blue", "green"]
     return [make_example(f"number {'x' * number}", colours[number % 3]) for number in range(12)]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    tiny_base: Path, examples: list[ChatExample], tmp_path_factory: pytest.TempPathFactory
+) -> UninterruptedRuns:
+    """Return the runs of the tiny model on all examples, five of them held out."""
+    return UninterruptedRuns(tiny_base, examples, tmp_path_factory.mktemp("uninterrupted"))

@@ -13,6 +13,7 @@ from svc.dataset.schema.example import ChatExample
 from svc.engine.device import NumberType
 from svc.errors import InterruptedRunError
 from tests.trainer.conftest import make_recipe
+from tests.trainer.uninterrupted import Run, UninterruptedRuns
 from tests.trainer.without_clock import without_clock
 from trainer.callbacks.preemption import Preemption, StepAbandoned, preemption
 from trainer.recipe.sections import Method, Recipe
@@ -86,6 +87,7 @@ def signal_at_call(patch: pytest.MonkeyPatch, owner: Any, name: str, call: int) 
 def test_abandoned_step_is_taken_again_when_the_run_resumes(
     tiny_base: Path,
     data: TrainingData,
+    uninterrupted: UninterruptedRuns,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     method: Method,
@@ -93,13 +95,13 @@ def test_abandoned_step_is_taken_again_when_the_run_resumes(
     step: int,
 ) -> None:
     """The signal arrives in the first or second batch of a step; each epoch has two steps."""
-    whole = train(tiny_base, data, make(method), tmp_path / "a")
+    whole = uninterrupted.run(make(method))
     with monkeypatch.context() as patch:
         signal_at_call(patch, trainer_module.ResumableTrainer, "compute_loss", batch)
         with pytest.raises(InterruptedRunError, match=f"SIGTERM after step {step} of 12"):
             train(tiny_base, data, make(method), tmp_path / "b")
-    assert train(tiny_base, data, make(method), tmp_path / "b") == whole
-    assert weights(tmp_path / "b") == weights(tmp_path / "a")
+    assert train(tiny_base, data, make(method), tmp_path / "b") == without_clock(whole.summary)
+    assert weights(tmp_path / "b") == weights(whole.folder)
 
 
 def test_abandoned_step_is_taken_again_when_training_in_float32(
@@ -124,42 +126,47 @@ STOPPING = {"every_steps": 2, "keep_best": True}
 def test_abandoned_measurement_is_repeated_when_the_run_resumes(
     tiny_base: Path,
     data: TrainingData,
+    uninterrupted: UninterruptedRuns,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     method: Method,
     measurement: int,
 ) -> None:
     """The signal arrives in the measurement's second batch; the sixth measurement comes after the last step."""
-    check_measurement(tiny_base, data, make(method, stopping=STOPPING), tmp_path, monkeypatch, measurement)
+    recipe = make(method, stopping=STOPPING)
+    check_measurement(tiny_base, data, recipe, uninterrupted.run(recipe), tmp_path, monkeypatch, measurement)
 
 
 def test_repeated_measurement_can_end_the_run(
-    tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_base: Path,
+    data: TrainingData,
+    uninterrupted: UninterruptedRuns,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     train = {"batch_size": 3, "epochs": 6, "learning_rate": 3.0}  # so high that the loss rises on every processor
     recipe = make(stopping=STOPPING | {"patience": 1}, train=train)
-    summary = check_measurement(tiny_base, data, recipe, tmp_path, monkeypatch, None)
-    assert summary.steps < 24
+    whole = uninterrupted.run(recipe)
+    assert whole.summary.steps < 24
+    check_measurement(tiny_base, data, recipe, whole, tmp_path, monkeypatch, whole.summary.steps // 2)
 
 
 def check_measurement(
     base: Path,
     data: TrainingData,
     recipe: Recipe,
+    whole: Run,
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
-    measurement: int | None,
-) -> TrainingSummary:
-    """Abandon a measurement (default: the last), and compare with an uninterrupted run."""
-    whole = train(base, data, recipe, folder / "a")
-    measurement = whole.steps // 2 if measurement is None else measurement
+    measurement: int,
+) -> None:
+    """Abandon a measurement, and compare with an uninterrupted run."""
     with monkeypatch.context() as patch:
         signal_at_call(patch, trainer_module, "answer_token_losses", 2 * (1 + measurement))
         with pytest.raises(InterruptedRunError, match=f"SIGTERM after step {2 * measurement} of"):
-            train(base, data, recipe, folder / "b")
-    assert train(base, data, recipe, folder / "b") == whole
-    assert weights(folder / "b") == weights(folder / "a")
-    return whole
+            train(base, data, recipe, folder)
+    assert train(base, data, recipe, folder) == without_clock(whole.summary)
+    assert weights(folder) == weights(whole.folder)
 
 
 def test_loading_is_abandoned_when_a_signal_arrives(

@@ -1,0 +1,38 @@
+"""Uninterrupted runs, each trained once, with which interrupted runs are compared."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from svc.dataset.schema.example import ChatExample
+from svc.engine.device import NumberType
+from trainer.recipe.sections import Recipe
+from trainer.training.summary import TrainingData, TrainingSummary
+
+
+@dataclass(frozen=True)
+class Run:
+    """Summary of a run, and the folder of its weights and checkpoints, which tests must not change."""
+
+    summary: TrainingSummary
+    folder: Path
+
+
+class UninterruptedRuns:
+    """Trains a recipe at its first use."""
+
+    def __init__(self, base: Path, examples: Sequence[ChatExample], folder: Path) -> None:
+        self._base, self._data, self._folder = base, TrainingData(examples, examples[:5]), folder
+        self._runs: dict[tuple[str, NumberType], Run] = {}
+
+    def run(self, recipe: Recipe, number_type: NumberType = NumberType.BFLOAT16) -> Run:
+        """Return the run of a recipe in a number type."""
+        from trainer.training.sft import train_model
+
+        key = recipe.model_dump_json(), number_type
+        if key not in self._runs:
+            folder = self._folder / str(len(self._runs))
+            out, checkpoints = folder / "trained", folder / "checkpoints"
+            summary = train_model(self._base, self._data, recipe, out, checkpoints, number_type=number_type)
+            self._runs[key] = Run(summary, folder)
+        return self._runs[key]
