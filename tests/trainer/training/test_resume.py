@@ -20,6 +20,7 @@ from svc.dataset.schema.example import ChatExample
 from svc.engine.device import NumberType
 from svc.errors import InterruptedRunError
 from tests.trainer.conftest import losses_of, make_recipe
+from tests.trainer.uninterrupted import UninterruptedRuns
 from tests.trainer.without_clock import without_clock
 from trainer.callbacks.early_stopping import best_step
 from trainer.recipe.sections import Method, Recipe
@@ -91,40 +92,36 @@ def data(examples: list[ChatExample]) -> TrainingData:
 
 @pytest.mark.parametrize("method", Method)
 def test_resumed_run_ends_as_uninterrupted_when_it_was_cut_off(
-    method: Method, tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: Method,
+    tiny_base: Path,
+    data: TrainingData,
+    uninterrupted: UninterruptedRuns,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Interrupt in the middle of an epoch, at its end and after its first step, and resume from the step before."""
-    whole = train_model(
-        tiny_base,
-        data,
-        recipe(method),
-        tmp_path / "a" / "trained",
-        tmp_path / "a" / "checkpoints",
-        number_type=NumberType.BFLOAT16,
-    )
+    whole = uninterrupted.run(recipe(method))
     for step in (3, 5, 9):
         train_until(tiny_base, data, recipe(method), tmp_path / "b", step, monkeypatch)
-    resumed = train_model(
-        tiny_base,
-        data,
-        recipe(method),
-        tmp_path / "b" / "trained",
-        tmp_path / "b" / "checkpoints",
-        number_type=NumberType.BFLOAT16,
-    )
-    assert without_clock(resumed) == without_clock(whole)
-    assert weights(tmp_path / "b") == weights(tmp_path / "a")
+    resumed = train_in(BFLOAT16, tiny_base, data, recipe(method), tmp_path / "b")
+    assert without_clock(resumed) == without_clock(whole.summary)
+    assert weights(tmp_path / "b") == weights(whole.folder)
 
 
-@pytest.mark.parametrize("method", Method)
+@pytest.mark.parametrize("method", [Method.FULL, Method.QLORA, Method.ADALORA])
 def test_resumed_run_ends_as_uninterrupted_when_training_in_float32(
-    method: Method, tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: Method,
+    tiny_base: Path,
+    data: TrainingData,
+    uninterrupted: UninterruptedRuns,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole = train_in(FLOAT32, tiny_base, data, recipe(method), tmp_path / "a")
+    whole = uninterrupted.run(recipe(method), FLOAT32)
     train_until(tiny_base, data, recipe(method), tmp_path / "b", 6, monkeypatch, FLOAT32)
     resumed = train_in(FLOAT32, tiny_base, data, recipe(method), tmp_path / "b")
-    assert without_clock(resumed) == without_clock(whole)
-    assert weights(tmp_path / "b") == weights(tmp_path / "a")
+    assert without_clock(resumed) == without_clock(whole.summary)
+    assert weights(tmp_path / "b") == weights(whole.folder)
 
 
 @pytest.fixture
@@ -154,15 +151,20 @@ def left_out(folder: Path, step: int) -> list[int]:
 @pytest.mark.parametrize("method", [Method.FULL, Method.LORA, Method.ADALORA])
 @pytest.mark.usefixtures("scaled_on_cpu")
 def test_resumed_run_ends_as_uninterrupted_when_training_in_float16(
-    method: Method, tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: Method,
+    tiny_base: Path,
+    data: TrainingData,
+    uninterrupted: UninterruptedRuns,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole = train_in(FLOAT16, tiny_base, data, recipe(method), tmp_path / "a")
+    whole = uninterrupted.run(recipe(method), FLOAT16)
     for step in (3, 9):
         train_until(tiny_base, data, recipe(method), tmp_path / "b", step, monkeypatch, FLOAT16)
     resumed = train_in(FLOAT16, tiny_base, data, recipe(method), tmp_path / "b")
-    assert left_out(tmp_path / "a", STEPS), "no step was skipped, so nothing was tested"
-    assert without_clock(resumed) == without_clock(whole)
-    assert weights(tmp_path / "b") == weights(tmp_path / "a")
+    assert left_out(whole.folder, STEPS), "no step was skipped, so nothing was tested"
+    assert without_clock(resumed) == without_clock(whole.summary)
+    assert weights(tmp_path / "b") == weights(whole.folder)
 
 
 @pytest.mark.usefixtures("scaled_on_cpu")
@@ -185,11 +187,13 @@ def test_run_is_converted_with_a_message_when_the_machine_has_another_number_typ
     goes_on: NumberType,
     tiny_base: Path,
     data: TrainingData,
+    uninterrupted: UninterruptedRuns,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    whole = train_in(begun, tiny_base, data, recipe(), tmp_path / "a")
+    whole = uninterrupted.run(recipe(), begun).summary
+    capsys.readouterr()
     train_until(tiny_base, data, recipe(), tmp_path / "b", 7, monkeypatch, begun)
     assert "converted" not in capsys.readouterr().err
     resumed = train_in(goes_on, tiny_base, data, recipe(), tmp_path / "b")
@@ -232,45 +236,27 @@ def test_checkpoint_counts_as_bfloat16_when_it_names_no_number_type(tmp_path: Pa
     ids=["accumulation", "steps", "stopping", "curve", "packing"],
 )
 def test_resumed_run_ends_as_uninterrupted_with_other_settings(
-    sections: dict[str, Any], tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sections: dict[str, Any],
+    tiny_base: Path,
+    data: TrainingData,
+    uninterrupted: UninterruptedRuns,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     changed = recipe(**sections)
-    whole = train_model(
-        tiny_base,
-        data,
-        changed,
-        tmp_path / "a" / "trained",
-        tmp_path / "a" / "checkpoints",
-        number_type=NumberType.BFLOAT16,
-    )
+    whole = uninterrupted.run(changed)
     for step in (2, 6):
         train_until(tiny_base, data, changed, tmp_path / "b", step, monkeypatch)
-    resumed = train_model(
-        tiny_base,
-        data,
-        changed,
-        tmp_path / "b" / "trained",
-        tmp_path / "b" / "checkpoints",
-        number_type=NumberType.BFLOAT16,
-    )
-    assert without_clock(resumed) == without_clock(whole)
-    assert weights(tmp_path / "b") == weights(tmp_path / "a")
+    resumed = train_in(BFLOAT16, tiny_base, data, changed, tmp_path / "b")
+    assert without_clock(resumed) == without_clock(whole.summary)
+    assert weights(tmp_path / "b") == weights(whole.folder)
 
 
 def test_result_is_the_same_when_the_checkpoint_interval_differs(
-    tiny_base: Path, data: TrainingData, tmp_path: Path
+    tiny_base: Path, data: TrainingData, uninterrupted: UninterruptedRuns, tmp_path: Path
 ) -> None:
-    for name, every in (("a", 1), ("b", 5)):
-        changed = recipe(checkpoints={"every_steps": every})
-        train_model(
-            tiny_base,
-            data,
-            changed,
-            tmp_path / name / "trained",
-            tmp_path / name / "checkpoints",
-            number_type=NumberType.BFLOAT16,
-        )
-    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    train_in(BFLOAT16, tiny_base, data, recipe(checkpoints={"every_steps": 5}), tmp_path)
+    assert weights(tmp_path) == weights(uninterrupted.run(recipe()).folder)
 
 
 def test_no_step_is_taken_when_the_run_was_interrupted_after_its_last_one(
@@ -288,29 +274,18 @@ def test_no_step_is_taken_when_the_run_was_interrupted_after_its_last_one(
 
 
 def test_run_resumes_from_an_earlier_checkpoint_when_the_newest_is_damaged(
-    tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_base: Path,
+    data: TrainingData,
+    uninterrupted: UninterruptedRuns,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    train_model(
-        tiny_base,
-        data,
-        recipe(),
-        tmp_path / "a" / "trained",
-        tmp_path / "a" / "checkpoints",
-        number_type=NumberType.BFLOAT16,
-    )
-    train_until(tiny_base, data, recipe(), tmp_path / "b", 7, monkeypatch)
-    newest = CheckpointFolder(tmp_path / "b" / "checkpoints", 2).at(6)
+    train_until(tiny_base, data, recipe(), tmp_path, 7, monkeypatch)
+    newest = CheckpointFolder(tmp_path / "checkpoints", 2).at(6)
     with (newest / "weights.safetensors").open("r+b") as file:
         file.truncate(1000)
-    train_model(
-        tiny_base,
-        data,
-        recipe(),
-        tmp_path / "b" / "trained",
-        tmp_path / "b" / "checkpoints",
-        number_type=NumberType.BFLOAT16,
-    )
-    assert weights(tmp_path / "b") == weights(tmp_path / "a")
+    train_in(BFLOAT16, tiny_base, data, recipe(), tmp_path)
+    assert weights(tmp_path) == weights(uninterrupted.run(recipe()).folder)
 
 
 KILLS = 8
