@@ -260,15 +260,22 @@ def quantize(base: Path, out: Path, number_type: NumberType = NumberType.BFLOAT1
     assert quantize_gptq(base, examples, recipe, out, number_type=number_type).layers == 14
 
 
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a base and its quantization in bfloat16, which tests must not change."""
+    folder = tmp_path_factory.mktemp("quantized")
+    shape = {"hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 2, "attention_bias": True}
+    quantize(make_model(folder / "base", **shape), folder / "bfloat16")
+    return folder
+
+
 @pytest.mark.slow
 def test_two_quantizations_write_the_same_folder_and_print_only_our_progress(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    quantized: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    base = make_model(tmp_path / "base", hidden_size=128, intermediate_size=256, num_key_value_heads=2)
     capfd.readouterr()
-    folders = [tmp_path / "one", tmp_path / "other"]
-    for folder in folders:
-        quantize(base, folder)
+    folders = [quantized / "bfloat16", tmp_path / "again"]
+    quantize(quantized / "base", folders[1])
     output = capfd.readouterr()
     assert not output.out
     ours = ("  Tokenizing: 8/8", "  Loading the", "  Quantizing layers: 2/2")
@@ -281,21 +288,19 @@ def test_two_quantizations_write_the_same_folder_and_print_only_our_progress(
 
 
 @pytest.mark.slow
-def test_only_packed_weights_and_scales_differ_when_layers_are_computed_in_float32(tmp_path: Path) -> None:
+def test_only_packed_weights_and_scales_differ_when_layers_are_computed_in_float32(
+    quantized: Path, tmp_path: Path
+) -> None:
     """Only packed weights and their scales differ: every other file and tensor is the same."""
-    base = make_model(
-        tmp_path / "base", hidden_size=128, intermediate_size=256, num_key_value_heads=2, attention_bias=True
-    )
-    folders = {number_type: tmp_path / number_type for number_type in (NumberType.BFLOAT16, NumberType.FLOAT32)}
-    for number_type, folder in folders.items():
-        quantize(base, folder, number_type)
+    folders = [quantized / "bfloat16", tmp_path / "float32"]
+    quantize(quantized / "base", folders[1], NumberType.FLOAT32)
     files = [
         {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".safetensors"}
-        for folder in folders.values()
+        for folder in folders
     ]
     assert files[0] == files[1]
     assert json.loads(files[0]["config.json"])["dtype"] == "bfloat16"
-    in_bfloat16, in_float32 = (load_file(folder / "model.safetensors") for folder in folders.values())
+    in_bfloat16, in_float32 = (load_file(folder / "model.safetensors") for folder in folders)
     assert in_bfloat16.keys() == in_float32.keys()
     for name, tensor in in_bfloat16.items():
         assert (in_float32[name].dtype, in_float32[name].shape) == (tensor.dtype, tensor.shape), name
