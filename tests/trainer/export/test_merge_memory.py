@@ -19,27 +19,25 @@ import sys
 from pathlib import Path
 from trainer.export.merge import merge_adapter
 
-base, adapter, out = map(Path, sys.argv[1:])
-merge_adapter(base, adapter, out)
-status = Path("/proc/self/status").read_text()  # the peak in getrusage includes the parent's
-print(1024 * int(status.partition("VmHWM:")[2].split()[0]))
+for folder in map(Path, sys.argv[1:]):
+    merge_adapter(folder / "base", folder / "adapter", folder / "merged")
+    status = Path("/proc/self/status").read_text()  # the peak in getrusage includes the parent's
+    print("peak", 1024 * int(status.partition("VmHWM:")[2].split()[0]))
 """
 
 
 def make_llama(folder: Path, layers: int) -> Path:
+    """Write a model with this number of layers, and its adapter."""
     shape = {"hidden_size": HIDDEN, "intermediate_size": INNER, "num_attention_heads": 8, "num_key_value_heads": 8}
-    return make_model(folder, num_hidden_layers=layers, **shape)
-
-
-def peak_of_merge(folder: Path, layers: int) -> int:
-    """Return the peak memory in bytes of a process that merges a model with this number of layers."""
-    base = make_llama(folder / "base", layers)
-    adapter = make_adapter(base, folder / "adapter", adapter={"rank": 2})
-    command = [sys.executable, "-c", MEASURE, str(base), str(adapter), str(folder / "merged")]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    return int(result.stdout.split()[-1])
+    base = make_model(folder / "base", num_hidden_layers=layers, **shape)
+    make_adapter(base, folder / "adapter", adapter={"rank": 2})
+    return folder
 
 
 def test_merge_needs_no_more_memory_when_the_model_has_more_layers(tmp_path: Path) -> None:
-    peak_of_one, peak_of_many = (peak_of_merge(tmp_path / str(layers), layers) for layers in (1, LAYERS))
+    """One process merges the small model, then the large one: its peak must hardly grow."""
+    folders = [str(make_llama(tmp_path / str(layers), layers)) for layers in (1, LAYERS)]
+    result = subprocess.run([sys.executable, "-c", MEASURE, *folders], capture_output=True, text=True, check=True)
+    lines = [line for line in result.stdout.splitlines() if line.startswith("peak")]
+    peak_of_one, peak_of_many = (int(line.split()[1]) for line in lines)
     assert peak_of_many - peak_of_one < 5 * LARGEST
