@@ -26,7 +26,7 @@ def defined(node: ast.AST) -> str | None:
     return None
 
 
-def test_every_private_part_that_is_used_is_listed() -> None:
+def test_every_private_part_of_a_library_that_we_use_is_listed_in_the_docs() -> None:
     nodes = [(path, node) for path in SOURCES for node in ast.walk(ast.parse(path.read_text("utf-8")))]
     listed = {part.rpartition(".")[2] for part in PARTS} | PUBLIC | {defined(node) for _, node in nodes}
     used = {
@@ -61,7 +61,7 @@ print("missing:", *(part for part in sys.argv[1:] if not found(part)))
 
 
 @pytest.mark.slow
-def test_they_are_there_in_the_installed_releases() -> None:
+def test_every_listed_private_part_exists_in_the_installed_releases() -> None:
     """In a process of its own, because gptqmodel changes the one that it is loaded in."""
     done = subprocess.run([sys.executable, "-c", FIND, *PARTS], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

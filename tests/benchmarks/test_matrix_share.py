@@ -44,7 +44,7 @@ def test_attention_is_counted_up_to_each_token() -> None:
 
 
 @pytest.mark.slow
-def test_the_shape_equals_the_models(tiny_base: Path) -> None:
+def test_the_counted_operations_equal_those_that_pytorch_counts_for_the_model(tiny_base: Path) -> None:
     recipe = make_recipe()
     model = add_adapter(load_model(tiny_base, ModelForm(NumberType.FLOAT32)), recipe, 1)
     shape, tokens = read_shape(model), 24

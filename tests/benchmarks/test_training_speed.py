@@ -65,7 +65,7 @@ def runs(task: Task) -> dict[Contestant, Run]:
     return {contestant: train(contestant, task) for contestant in Contestant}
 
 
-def test_all_train_on_the_same_tokens(runs: dict[Contestant, Run]) -> None:
+def test_all_compared_trainers_train_on_the_same_tokens(runs: dict[Contestant, Run]) -> None:
     assert len({run.tokens for run in runs.values()}) == 1
     assert {len(run.losses) for run in runs.values()} == {6}
 

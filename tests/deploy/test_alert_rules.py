@@ -61,7 +61,7 @@ def _is_quiet_case(case: dict[str, Any], alert: str) -> bool:
     return bool(late and series & read_by(rule["expr"])) and not any(check.get("exp_alerts") for check in checks)
 
 
-def test_an_alert_fires_in_one_case_and_is_silent_in_another_case_of_its_own_series() -> None:
+def test_every_alert_has_a_test_case_in_which_it_fires_and_one_in_which_it_stays_silent() -> None:
     firing = {
         check["alertname"] for case in cases() for check in case.get("alert_rule_test", []) if check.get("exp_alerts")
     }

@@ -90,7 +90,7 @@ def _alert(name: str, namespace: str = "production", **labels: str) -> Labels:
         ("dev", "page", "tickets"),
     ],
 )
-def test_a_page_is_sent_only_when_it_is_not_of_staging(
+def test_an_alert_reaches_the_pager_only_with_severity_page_and_not_from_staging(
     programs: Path, namespace: str, severity: str, expected: str
 ) -> None:
     labels = [f"{name}={value}" for name, value in _alert("SvcEngineDown", namespace, severity=severity).items()]

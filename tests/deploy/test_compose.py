@@ -54,7 +54,7 @@ def test_a_service_has_minimal_rights() -> None:
         assert "privileged" not in service and "ports" not in service, name
 
 
-def test_foreign_images_are_pinned_and_listen_on_loopback() -> None:
+def test_third_party_images_are_pinned_and_listen_on_loopback() -> None:
     for name in ("prometheus", "grafana"):
         service = SERVICES[name]
         assert service["image"].rpartition(":")[2] not in ("", "latest"), name

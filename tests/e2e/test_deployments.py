@@ -131,7 +131,7 @@ def test_the_next_server_adopts_the_engines_of_both_models_when_the_server_was_k
 
 
 @pytest.mark.matrix
-def test_one_more_model_at_rest_costs_little_processor_time(instance: Instance, report: Report) -> None:
+def test_an_additional_model_without_requests_costs_little_processor_time(instance: Instance, report: Report) -> None:
     """Reports the figure, and asserts that it is a small part of the server's own."""
 
     def at_rest() -> tuple[float, int]:

@@ -78,7 +78,7 @@ def test_no_request_waits_in_a_blue_green_swap_under_load(instance: Instance, re
     assert not set(old) & set(instance.engines())
 
 
-def test_a_stop_stops_all_engines(instance: Instance) -> None:
+def test_all_engines_stop_when_the_server_is_stopped(instance: Instance) -> None:
     engines = instance.engines()
     assert instance.end(signal.SIGTERM) == 0
     assert not any(runs(engine) for engine in engines)

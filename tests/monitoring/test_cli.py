@@ -132,14 +132,14 @@ def test_json_has_the_same_content_as_the_screen(status: Status) -> None:
     assert output["url"].startswith("http://127.0.0.1:")
 
 
-def test_the_start_of_the_engine_is_shown_when_verbose(status: Status) -> None:
+def test_the_settings_of_the_engine_are_shown_when_verbose(status: Status) -> None:
     rows = [line.split() for line in status("--verbose").out.splitlines()]
     assert ["threads", "2", "machine", "2", "cores", "of", "this", "process"] in rows
     assert ["block_size", "[auto]", "vLLM's", "default"] in rows
     assert "threads" not in status().out
 
 
-def test_json_has_the_start_of_the_engine_when_verbose(status: Status) -> None:
+def test_json_has_the_settings_of_the_engine_when_verbose(status: Status) -> None:
     assert json.loads(status("--verbose", "--json").out)["models"][0]["engine"] == STATE["engine"]
 
 

@@ -113,7 +113,7 @@ def _layout_faults(name: str) -> Iterator[str]:
         ids.add(panel["id"])
 
 
-def test_dashboards_are_complete_for_grafana_and_its_readers() -> None:
+def test_dashboards_and_panels_have_no_faults_in_file_layout_or_text() -> None:
     faults = [f"{name}: {fault}" for name in DASHBOARDS for fault in (*_file_faults(name), *_layout_faults(name))]
     faults += [f"{title}: {fault}" for title, panel in PANELS for fault in _panel_faults(panel)]
     assert len(DASHBOARDS) == 5
@@ -155,7 +155,7 @@ def _model_faults(panel: dict[str, Any]) -> Iterator[str]:
                 yield f"a line without its model: {target['legendFormat']}"
 
 
-def test_each_line_is_of_one_chosen_model_when_a_metric_has_models() -> None:
+def test_each_query_is_filtered_and_grouped_by_model_when_its_metric_has_the_label_model() -> None:
     faults = [f"{title}: {fault}" for title, panel in PANELS for fault in _model_faults(panel)]
     assert not faults, "\n".join(faults)
 

@@ -196,7 +196,7 @@ async def test_adapter_is_not_unloaded_while_it_answers(served: Control) -> None
     assert (served.double.dropped_in_use, served.double.most_adapters) == ([], 2)
 
 
-async def test_request_is_told_to_retry_when_it_finds_no_place_in_time(make: Make) -> None:
+async def test_answer_has_retry_after_when_no_adapter_place_becomes_free_in_time(make: Make) -> None:
     control = make(format=Format.ADAPTER, adapters=AdapterSettings(max_loaded=1), queue_timeout_s=0.05)
     async with control.run(), control.client() as client:
         control.double.token_delay_s = 0.1
@@ -208,7 +208,7 @@ async def test_request_is_told_to_retry_when_it_finds_no_place_in_time(make: Mak
         assert await first == (200, f"{NAME}@1", "1")
 
 
-async def test_adapter_is_unloaded_without_answering_when_it_is_not_the_versions(served: Control) -> None:
+async def test_adapter_is_unloaded_without_answering_when_it_fails_its_probes(served: Control) -> None:
     versions(served, 4, probes_of="/elsewhere")
     async with served.client() as client:
         assert (await ask(client, f"{NAME}@4"))[::2] == (503, "engine_adapter_failed")
@@ -424,7 +424,7 @@ async def test_missing_base_is_reported(make: Make) -> None:
         await control.start()
 
 
-async def test_another_kind_of_engine_takes_its_own_probes(make: Make) -> None:
+async def test_probes_are_recorded_again_on_another_kind_of_engine(make: Make) -> None:
     other: EngineFacts = FACTS.model_copy(update={"vllm": "0.33.0"})
     control = make(format=Format.ADAPTER, facts=other)
     control.park.prepare = lambda double: setattr(double, "probe_noise", 0.01)

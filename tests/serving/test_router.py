@@ -144,7 +144,7 @@ def test_requests_of_unknown_clients_are_split_at_random() -> None:
     assert [split.find("a").backend is second for _ in range(4)] == [False, False, True, True]
 
 
-def test_share_may_be_a_version_of_one_backend() -> None:
+def test_shares_can_be_two_versions_of_one_backend() -> None:
     both = backend("a", 1, 2)
     split = Router()
     split.serve("a", [Share(both, 1, VersionId("a", 1)), Share(both, 1, VersionId("a", 2))])

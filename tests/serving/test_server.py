@@ -232,7 +232,7 @@ async def test_signal_stops_a_server_whose_engine_does_not_come_back(home: Home)
     assert home.park.alive == 0
 
 
-async def test_nothing_runs_after_the_stop(home: Home) -> None:
+async def test_no_task_is_left_when_the_server_has_stopped(home: Home) -> None:
     before = asyncio.all_tasks()
     async with started(home) as (task, _):
         await home.ready.wait()
@@ -282,7 +282,7 @@ async def test_server_stops_while_the_engine_starts_when_it_cannot_listen(
     assert home.park.alive == 0
 
 
-async def test_server_stops_and_leaves_the_engine_to_the_next_when_one_of_its_own_parts_has_a_defect(
+async def test_server_stops_and_leaves_its_engine_running_when_a_part_shared_by_all_models_has_a_defect(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def fail(_: object) -> None:
@@ -316,7 +316,7 @@ async def test_second_server_on_a_port_fails_immediately(home: Home, tmp_path: P
             pass
 
 
-def test_port_is_free_again_after_its_claim(home: Home) -> None:
+def test_port_is_free_when_its_claim_has_ended(home: Home) -> None:
     with server.claim(home.settings) as first:
         port = int(first.url.rpartition(":")[2])
     again = Settings.model_validate({"home": home.settings.home, "serve": {"port": port}})

@@ -138,7 +138,7 @@ def test_no_connection_is_refused_and_no_request_fails_while_servers_replace_eac
     assert service.engine == engine
 
 
-def test_manager_is_told_that_the_server_lives_and_stops(service: Service) -> None:
+def test_systemd_is_notified_that_the_server_is_alive_and_that_it_stops(service: Service) -> None:
     service.manager.wait_for("WATCHDOG=1", timeout_s=5)
     service.end(signal.SIGTERM)
     service.manager.wait_for("STOPPING=1", timeout_s=5)

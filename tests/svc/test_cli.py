@@ -152,7 +152,9 @@ def test_home_of_an_older_release_is_closed_to_others(tmp_path: Path) -> None:
         (["train", "--fast"], 2, "No such option"),
     ],
 )
-def test_mistake_is_named_and_has_its_exit_code(svc: Svc, arguments: list[str], code: int, text: str) -> None:
+def test_error_is_printed_without_a_traceback_and_has_its_exit_code(
+    svc: Svc, arguments: list[str], code: int, text: str
+) -> None:
     result = svc(*arguments)
     assert result.code == code
     assert text in result.err

@@ -30,7 +30,7 @@ def test_a_quantile_is_one_of_the_values(share: float, value: float) -> None:
     assert quantile([float(number) for number in range(100, 0, -1)], share) == value
 
 
-def test_the_time_to_the_first_token_excludes_the_upstreams_in_the_same_round() -> None:
+def test_the_time_to_the_first_token_excludes_that_of_the_upstream_in_the_same_round() -> None:
     rounds = [
         {"direct": figures(first_ms_p50=own), "nginx": figures(first_ms_p50=through)}
         for own, through in [(1.0, 1.5), (5.0, 5.25), (2.0, 4.0)]

@@ -76,5 +76,5 @@ def test_every_expected_alert_exists_and_begins_before_it_ends() -> None:
         assert one.begins[0] <= one.begins[1] < one.ends[0] <= one.ends[1]
 
 
-def test_a_moment_is_the_same_after_writing_and_reading() -> None:
+def test_a_moment_of_the_week_is_parsed_as_it_is_printed() -> None:
     assert moment(at("3 11:25")) == "3 11:25"

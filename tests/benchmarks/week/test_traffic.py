@@ -54,7 +54,7 @@ def test_only_the_heavy_client_is_limited(monday: list[Arrival]) -> None:
     assert {arrival.key_id for arrival in limited} == {"batch"}
 
 
-def test_requests_are_in_the_order_of_time(monday: list[Arrival]) -> None:
+def test_requests_are_ordered_by_time(monday: list[Arrival]) -> None:
     assert [arrival.at for arrival in monday] == sorted(arrival.at for arrival in monday)
 
 
@@ -70,7 +70,7 @@ def test_a_fifth_of_the_prompts_are_of_a_new_kind_only_after_the_shift() -> None
     assert sum(text in known for text in after) / len(after) == pytest.approx(0.1, abs=0.02)
 
 
-def test_an_engine_dies_in_the_loop_about_twenty_times_and_is_ready_in_the_end() -> None:
+def test_the_crashing_engine_restarts_about_twenty_times_in_25_minutes() -> None:
     restarts = [change for change in changes() if change.restarted]
     assert {change.model for change in restarts} == {SIDE}
     assert [moment(restarts[0].at), moment(restarts[-1].at)] == ["3 11:00", "3 11:26"]

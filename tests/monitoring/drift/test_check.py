@@ -156,7 +156,7 @@ def test_an_output_alarm_starts_when_answers_are_refusals(check: Check, traffic:
 
 
 @pytest.mark.parametrize(("temperature", "status"), [(0.0, Status.ALARM), (0.7, Status.STEADY), (None, Status.STEADY)])
-def test_lengths_are_compared_of_greedy_answers_only(
+def test_only_lengths_of_greedy_answers_are_compared(
     check: Check, traffic: Traffic, temperature: float | None, status: Status
 ) -> None:
     traffic.ask(ALIKE[:100])
@@ -194,7 +194,9 @@ def test_traffic_is_compared_when_its_texts_are_not_stored(check: Check, traffic
     assert "finish_reason" in alarmed(store, Signal.OUTPUT)
 
 
-def test_traffic_is_off_and_names_the_setting_when_features_are_not_stored(check: Check, traffic: Traffic) -> None:
+def test_signals_of_traffic_are_off_and_name_the_setting_when_features_are_not_stored(
+    check: Check, traffic: Traffic
+) -> None:
     traffic.ask(ALIKE[:60], features=False)
     reports = check()
     for signal in (Signal.INPUT, Signal.OUTPUT):
@@ -251,12 +253,12 @@ def test_complete_json_is_not_drift_when_heldout_json_was_cut(
     assert check(2)[Signal.OUTPUT].status is Status.STEADY
 
 
-def test_answers_of_tool_calls_are_not_empty(check: Check, traffic: Traffic) -> None:
+def test_answers_with_only_tool_calls_do_not_count_as_empty(check: Check, traffic: Traffic) -> None:
     traffic.ask(ALIKE[:40], [""] * 40, finish_reason="tool_calls", temperature=0.7)
     assert check()[Signal.OUTPUT].status is Status.STEADY
 
 
-def test_the_watch_starts_anew_when_its_state_is_from_another_release(
+def test_detection_starts_anew_when_its_stored_state_is_from_another_release(
     check: Check, traffic: Traffic, store: Store
 ) -> None:
     traffic.ask(ALIKE[:20])
@@ -266,7 +268,7 @@ def test_the_watch_starts_anew_when_its_state_is_from_another_release(
     assert check()[Signal.INPUT].items == 20
 
 
-def test_a_feature_has_one_active_alarm_when_the_state_of_the_watch_was_lost(
+def test_a_feature_has_one_active_alarm_when_the_stored_state_was_lost(
     check: Check, traffic: Traffic, store: Store
 ) -> None:
     traffic.ask([*ALIKE[:100], *STRONG[:40]])
@@ -279,7 +281,7 @@ def test_a_feature_has_one_active_alarm_when_the_state_of_the_watch_was_lost(
     assert len(lasting) == len(set(lasting))
 
 
-def test_an_alarm_ends_when_the_watch_lacks_its_feature(check: Check, traffic: Traffic, store: Store) -> None:
+def test_an_alarm_ends_when_the_stored_state_lacks_its_feature(check: Check, traffic: Traffic, store: Store) -> None:
     traffic.ask(ALIKE[:40])
     check()
     past = DriftAlarm(Signal.INPUT, "of_another_release", NOON, NOON, None, "{}", ())
@@ -357,7 +359,7 @@ def test_an_alarm_starts_only_for_a_change_when_a_version_has_few_examples(
     assert check(2)[Signal.INPUT].status is Status.ALARM
 
 
-def test_prompts_are_compared_with_the_sample_and_answers_with_those_to_held_out_ones(
+def test_prompts_are_compared_with_the_sample_and_answers_with_held_out_answers(
     registry: Registry, check: Check, traffic: Traffic
 ) -> None:
     """The held-out prompts of this version differ from its traffic; its answers to them do not."""

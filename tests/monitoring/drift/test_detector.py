@@ -168,7 +168,7 @@ def test_there_is_no_alarm_when_requests_are_like_the_reference(run: int, repeat
     assert stream.watch.kept > 0.6 * size
 
 
-def test_estimated_dependence_is_about_the_length_of_the_streams_runs() -> None:
+def test_the_estimated_dependence_is_about_the_length_of_a_streams_runs() -> None:
     alone, runs = Stream(), Stream()
     alone.add(draw_requests(2, 300))
     runs.add(draw_requests(2, 300, run=6))

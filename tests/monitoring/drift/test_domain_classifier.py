@@ -168,7 +168,7 @@ def test_changed_prompts_are_distinguished_from_the_reference_and_are_the_most_t
     assert all(place >= 40 for place in CLASSIFIER.most_typical(live, 5))
 
 
-def test_an_equal_prompt_is_in_no_set_when_the_reference_is_tiny() -> None:
+def test_prompts_of_the_reference_are_in_no_far_set_when_the_reference_is_tiny() -> None:
     for size in (1, 2, 3, 4):
         reference = REFERENCE.part(0, size)
         classifier = DomainClassifier(reference)

@@ -21,7 +21,7 @@ def test_bounds_are_the_upper_shares_of_the_reference() -> None:
     ]
 
 
-def test_nothing_can_be_won_when_all_ratings_of_the_reference_are_bad() -> None:
+def test_the_bound_is_1_when_all_ratings_of_the_reference_are_bad() -> None:
     assert rating_bets(rating_sample([(True, True)] * 100))[0].bound == pytest.approx(1)
 
 

@@ -75,7 +75,7 @@ def test_the_process_is_restarted_when_it_dies(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_process_ends_when_its_parent_ends(tmp_path: Path) -> None:
+def test_the_process_has_a_low_priority_and_is_stopped_with_its_worker(tmp_path: Path) -> None:
     with DriftWorker(settings(tmp_path), note).running():
         (process, *_) = noted(tmp_path, 1)
         assert psutil.Process(process).nice() == 10

@@ -138,7 +138,7 @@ def test_the_exporter_fails_when_the_host_name_is_invalid(registry: Registry) ->
         pass
 
 
-def test_the_exporter_fails_when_the_address_is_of_another_machine(registry: Registry) -> None:
+def test_the_exporter_fails_when_the_address_belongs_to_another_machine(registry: Registry) -> None:
     with (
         pytest.raises(SettingsError, match=r"cannot listen on 192\.0\.2\.1"),
         exporting(registry, _store(registry), _home(registry), _nowhere, "192.0.2.1", 0),

@@ -111,7 +111,7 @@ def test_a_part_of_a_held_out_set_is_another_set(registry: Registry, metrics: Co
     assert shown == [None, REPORT.nll.value]
 
 
-def test_every_figure_is_of_the_newest_versions_alone_when_more_are_registered(
+def test_only_the_newest_versions_are_exported_when_many_are_registered(
     registry: Registry, metrics: CollectorRegistry
 ) -> None:
     for number in range(1, SHOWN_VERSIONS + 3):

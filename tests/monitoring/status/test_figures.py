@@ -64,7 +64,7 @@ def test_a_client_error_does_not_count_as_an_error_of_the_version(traffic: Gatew
         assert read().versions["tiny@1"].errors == 0, code
 
 
-def test_versions_are_kept_apart(traffic: GatewayMetrics, read: Read) -> None:
+def test_each_version_has_its_own_figures(traffic: GatewayMetrics, read: Read) -> None:
     traffic.request_ended(ONE, Route.CHAT_COMPLETIONS, 200, 0.1)
     traffic.request_ended(TWO, Route.CHAT_COMPLETIONS, 500, 0.1, reason=ErrorCode.ENGINE_ERROR)
     traffic.request_failed(TWO, ErrorCode.INTERNAL_ERROR)
@@ -75,7 +75,7 @@ def test_versions_are_kept_apart(traffic: GatewayMetrics, read: Read) -> None:
     }
 
 
-def test_requests_without_a_version_count_for_none(traffic: GatewayMetrics, read: Read) -> None:
+def test_requests_without_a_version_count_for_no_version(traffic: GatewayMetrics, read: Read) -> None:
     traffic.request_ended(None, Route.CHAT_COMPLETIONS, 404, 0.1, reason=ErrorCode.MODEL_NOT_FOUND)
     assert read().versions == {}
 

@@ -131,7 +131,7 @@ async def test_late_cancellation_has_no_effect_when_the_request_just_ended() -> 
         assert await question in ("answered", "cut off")
 
 
-async def test_own_timeout_is_not_taken_for_a_cancellation() -> None:
+async def test_a_timeout_of_the_background_request_itself_is_not_taken_for_a_cancellation() -> None:
     admission = open_admission()
     with pytest.raises(TimeoutError):
         async with admission.background_slot.take(1), asyncio.timeout(0.001):

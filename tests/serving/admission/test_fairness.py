@@ -226,7 +226,7 @@ class TestFull:
             assert order == ["b"]
         await large
 
-    async def test_error_says_that_too_much_runs_when_a_request_waited_too_long(self) -> None:
+    async def test_error_has_the_wait_and_the_running_requests_when_a_request_waited_too_long(self) -> None:
         admission = open_admission(max_running=1, queue_timeout_s=0.01)
         async with admitted(admission, 1, A):
             with pytest.raises(OverloadedError, match=r"waited 0\.01 s.*1 requests are running"):
@@ -241,7 +241,7 @@ class TestFull:
                 async with admitted(admission, 1, B):
                     pass
 
-    async def test_error_is_that_of_the_swap_when_a_swap_runs(self) -> None:
+    async def test_error_is_a_full_queue_or_a_queue_timeout_when_a_swap_runs(self) -> None:
         admission = open_admission(max_queued=0)
         async with closed(admission):
             with pytest.raises(QueueOverflowError):
@@ -285,7 +285,7 @@ class TestFullQueue:
         for place in places[1:]:
             place.given.exception()
 
-    async def test_own_request_is_rejected_when_no_tenant_has_more(self) -> None:
+    async def test_new_request_is_rejected_when_no_tenant_has_more_queued_requests(self) -> None:
         queue = RequestQueue(max_queued=1)
         first = queue.join(A, 1)
         for party in (A, B):

@@ -58,7 +58,7 @@ class TestRequests:
         clock.limiter.reserve(key, asks(5)).release()
         clock.limiter.reserve(key, asks(5))
 
-    def test_request_takes_nothing_of_other_limits_when_one_rejects_it(self) -> None:
+    def test_request_does_not_count_towards_other_limits_when_one_limit_rejects_it(self) -> None:
         clock, key = Clock(), principal(requests_per_minute=10, tokens_out_per_minute=10)
         clock.limiter.reserve(key, asks(10))
         refused(clock.limiter, key, asks(10))
@@ -208,7 +208,9 @@ def test_usage_never_exceeds_the_limit_plus_its_refill(steps: list[tuple[float, 
 
 @settings(max_examples=4 * settings().max_examples, deadline=None)
 @given(amounts=st.lists(st.integers(1, 50), min_size=1, max_size=20), limit=st.integers(50, 200))
-def test_request_is_accepted_when_it_waited_as_long_as_told(amounts: list[int], limit: int) -> None:
+def test_request_is_accepted_when_it_is_repeated_after_the_wait_given_in_the_error(
+    amounts: list[int], limit: int
+) -> None:
     clock, key = Clock(), principal(tokens_out_per_minute=limit, requests_per_minute=7)
     for amount in amounts:
         try:

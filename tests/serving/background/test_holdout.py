@@ -183,7 +183,7 @@ async def test_only_examples_with_registered_answers_are_asked(make: Make) -> No
         assert (await run_of(control, target(1))).hits == (True, False)
 
 
-async def test_sample_is_asked_when_there_are_many_examples(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_only_a_sample_is_asked_when_there_are_many_examples(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(holdout, "MAX_EXAMPLES", 2)
     async with asked(make) as (control, _):
         run = await run_of(control, target(1))
@@ -228,7 +228,7 @@ async def test_run_is_not_in_the_metrics_of_requests(make: Make) -> None:
         ] == []
 
 
-async def test_new_version_is_run_after_a_swap(make: Make) -> None:
+async def test_held_out_set_is_run_on_the_new_version_after_a_swap(make: Make) -> None:
     async with asked(make) as (control, _):
         await run_of(control, target(1))
         await control.promote(2)
@@ -236,7 +236,7 @@ async def test_new_version_is_run_after_a_swap(make: Make) -> None:
         assert (run.cause, run.hits) == (HoldoutCause.SWAP, (False, True, False))
 
 
-async def test_old_version_is_run_again_after_a_swap_that_was_undone(make: Make) -> None:
+async def test_held_out_set_is_run_again_on_the_old_version_when_a_swap_was_undone(make: Make) -> None:
     async with asked(make) as (control, _):
         make_version(control.registry, 4, probes_of="/elsewhere", answered=3)
         await run_of(control, target(1))
@@ -245,7 +245,7 @@ async def test_old_version_is_run_again_after_a_swap_that_was_undone(make: Make)
         assert {row.number for row in rows(control)} == {1}
 
 
-async def test_next_engine_is_run_after_a_death(make: Make) -> None:
+async def test_held_out_set_is_run_on_the_next_engine_when_one_died(make: Make) -> None:
     async with asked(make) as (control, _):
         await run_of(control, target(1))
         control.park.engines[0].kill()
@@ -308,7 +308,7 @@ async def test_run_under_load_is_complete_and_fails_no_request(make: Make, monke
     load.check()
 
 
-async def test_run_fails_until_the_next_interval_when_the_engine_rejects_an_example(
+async def test_run_fails_and_the_next_one_is_on_schedule_when_the_engine_rejects_an_example(
     make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     control = make(answered=3)
@@ -333,7 +333,7 @@ async def test_run_fails_when_registered_answers_are_altered(make: Make, caplog:
     assert run.reason is not None and "was changed after registration" in run.reason
 
 
-async def test_defect_in_a_run_is_its_reason(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_failed_run_has_the_defect_as_its_reason(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     async def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("no")
 
@@ -363,7 +363,7 @@ async def test_run_is_stored_when_the_store_failed_for_a_while(
     assert "database is locked" in caplog.text
 
 
-async def test_loop_continues_after_a_defect(
+async def test_held_out_set_is_run_again_when_a_run_had_a_defect(
     make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     failures = 1
@@ -419,7 +419,7 @@ async def test_nothing_is_asked_and_the_reason_is_shown_when_runs_are_off(
     assert [record for record in caplog.records if record.levelno == logging.WARNING and reason in record.message]
 
 
-async def test_due_version_is_in_the_metrics_before_the_first_run_ends(make: Make) -> None:
+async def test_interval_of_runs_is_in_the_metrics_before_the_first_run_ends(make: Make) -> None:
     control = make(answered=3)
     control.park.prepare = lambda double: setattr(double, "token_delay_s", 0.05)
     async with control.run(), running(runs_of(control, every_hours=2)) as runs:
@@ -455,7 +455,7 @@ async def test_status_shows_the_progress(make: Make) -> None:
     }
 
 
-async def test_run_is_given_up_when_it_kills_the_engine(make: Make) -> None:
+async def test_no_more_runs_start_when_runs_killed_three_engines(make: Make) -> None:
     """Otherwise each new engine would be killed by the run that its start begins."""
     control = make(answered=3)
 
@@ -478,7 +478,9 @@ async def test_run_is_given_up_when_it_kills_the_engine(make: Make) -> None:
         assert control.state is EngineState.READY
 
 
-async def test_server_runs_the_set_and_shows_it(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_server_runs_the_held_out_set_and_shows_the_run_in_its_status(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make_version(home.registry, 4, answered=3)
     home.settings = home.settings.model_copy(update={"holdout": HoldoutSettings.model_validate(FAST)})
     async with home.serving(f"{NAME}@4") as client:

@@ -37,7 +37,7 @@ async def test_answer_comes_from_the_engine_and_is_in_no_metric(control: Control
     assert [family.samples for family in families] == [[], []]
 
 
-async def test_request_ids_mark_them_in_the_engines_log(control: Control) -> None:
+async def test_ids_of_background_requests_have_their_own_prefix(control: Control) -> None:
     before = len(control.double.request_ids)
     await questions(control).ask(control.replica.weights, put)
     (own,) = control.double.request_ids[before:]
@@ -45,7 +45,7 @@ async def test_request_ids_mark_them_in_the_engines_log(control: Control) -> Non
     assert len(own) > len(ID_PREFIX)
 
 
-async def test_requests_keep_their_pace(control: Control) -> None:
+async def test_requests_are_sent_at_most_at_the_configured_rate(control: Control) -> None:
     asking = questions(control, requests_per_minute=60 / 0.1)
     began = time.monotonic()
     for _ in range(3):
@@ -67,7 +67,7 @@ async def test_requests_run_one_at_a_time(control: Control) -> None:
     assert most == 0  # no arriving request found another one running
 
 
-async def test_rejection_is_raised(control: Control) -> None:
+async def test_error_is_raised_when_the_engine_rejects_a_request(control: Control) -> None:
     control.double.max_model_len = 2
     with pytest.raises(EngineError, match="maximum context length"):
         await questions(control).ask(control.replica.weights, put)

@@ -157,7 +157,7 @@ async def test_answer_is_skipped_for_good_when_the_engine_rejects_it(control: Co
     assert logprobs(control)[0] is None
 
 
-async def test_held_out_set_has_priority(control: Control) -> None:
+async def test_nothing_is_scored_while_the_held_out_set_is_run(control: Control) -> None:
     busy = True
     add_requests(control.store, [kept()])
     async with scoring_of(control, busy=lambda: busy):
@@ -263,7 +263,7 @@ async def test_server_scores_its_answers(home: Home) -> None:
     assert -10 < (score() or 0) < 0
 
 
-async def test_server_without_stored_content_does_not_look_for_answers(
+async def test_server_looks_for_no_answers_to_score_when_no_content_is_stored(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks: list[object] = []

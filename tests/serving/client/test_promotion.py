@@ -85,7 +85,7 @@ async def test_second_of_two_concurrent_promotions_is_rejected(serving: Home, mo
     assert sorted(type(result).__name__ for result in results) == ["BusyError", "SwapResult"]
 
 
-async def test_promotion_fails_when_a_newer_one_overtook_it(home: Home) -> None:
+async def test_promotion_fails_when_a_newer_one_superseded_it_before_the_server_saw_it(home: Home) -> None:
     """The server saw only the newer one."""
     seen = change_desired(home.store, None, target(1), None)
     begin_swap(home.store, Desired(target(3), target(2), seen.generation + 2))
@@ -144,7 +144,7 @@ async def test_refusal_is_reported_when_the_server_cannot_write_it(unwritten: Ho
     assert swap.reason is not None and "no memory for a second engine: full" in swap.reason
 
 
-async def test_long_swap_is_waited_for(serving: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_promotion_waits_for_a_long_swap(serving: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.client.promotion._UNWRITTEN_S", 0.01)
     serving.park.double.reload_delay_s = 0.3
     steps = list[str]()
@@ -160,7 +160,7 @@ async def test_reason_of_a_refusal_is_reported(serving: Home) -> None:
     assert swap.reason is not None and "no memory for a second engine: full" in swap.reason
 
 
-async def test_result_is_returned_when_it_is_already_there(home: Home) -> None:
+async def test_result_is_returned_when_the_swap_ended_before_the_first_check(home: Home) -> None:
     """A swap that ends before the first check."""
     change_desired(home.store, None, target(1), None)
     wanted = Desired(target(2), target(1), 2)

@@ -125,7 +125,7 @@ async def test_connections_are_unlimited_when_they_come_through_a_unix_socket(so
             assert await answered(await clients.connect())
 
 
-async def test_handshake_counts_as_connection_when_the_client_never_begins_it(
+async def test_connection_counts_towards_the_limit_when_its_client_begins_no_tls_handshake(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.http.http_server.REQUEST_DEADLINE_S", 0.5)

@@ -66,7 +66,7 @@ async def test_metrics_are_text_or_openmetrics_as_requested(client: httpx.AsyncC
     assert openmetrics.text.endswith("# EOF\n")
 
 
-async def test_version_leaves_the_metrics_when_it_is_not_served_and_idle(
+async def test_version_is_removed_from_the_metrics_when_it_is_neither_served_nor_requested(
     service: Service, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.telemetry.metrics.IDLE_VERSION_TIMEOUT_S", 0.01)

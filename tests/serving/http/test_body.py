@@ -58,7 +58,7 @@ async def test_reading_times_out_when_the_body_does_not_arrive() -> None:
         await read_body(headers(), never, max_bytes=3, timeout_s=0.01)
 
 
-async def test_client_counts_as_gone_when_it_disconnects_within_its_body() -> None:
+async def test_client_counts_as_gone_when_it_disconnects_while_it_sends_its_body() -> None:
     with pytest.raises(ClientGoneError):
         await read_body(headers(), receiving(b"a", gone=True), max_bytes=3, timeout_s=1)
 

@@ -137,7 +137,7 @@ async def test_client_is_disconnected_when_it_reads_nothing(app: Any) -> None:
         assert await other.readexactly(15) == b"HTTP/1.1 200 OK"
 
 
-def test_maximum_is_half_the_number_of_descriptors() -> None:
+def test_maximum_of_connections_is_half_the_number_of_file_descriptors() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         room = raise_descriptor_limit()

@@ -108,7 +108,7 @@ async def test_later_code_is_not_cancelled_when_the_client_disconnects_after_the
     assert task.cancelling() == 0
 
 
-async def test_aborted_connection_is_waited_for(state: RequestState) -> None:
+async def test_cutting_off_a_client_waits_until_its_connection_is_lost(state: RequestState) -> None:
     def abort() -> None:
         asyncio.get_running_loop().call_soon(state.connection.lost.end)
 

@@ -16,7 +16,7 @@ def between_tokens(service: Service, suffix: str, **labels: str) -> float:
     return service.count(f"svc_time_between_tokens_seconds_{suffix}", model=NAME, version="1", **labels)
 
 
-async def test_pause_of_the_client_is_not_measured_when_the_engine_waits_for_it(
+async def test_time_between_tokens_excludes_pauses_in_which_the_client_does_not_read(
     socket_folder: Path,
 ) -> None:
     buffers = AnswerBuffers(max_bytes=2**28, max_answer_bytes=64 * 1024)
@@ -30,7 +30,7 @@ async def test_pause_of_the_client_is_not_measured_when_the_engine_waits_for_it(
         assert between_tokens(service, "bucket", le="1.0") == MANY - 1
 
 
-async def test_pauses_of_the_engine_are_measured_when_it_generates_slowly(socket_folder: Path) -> None:
+async def test_time_between_tokens_includes_pauses_of_a_slow_engine(socket_folder: Path) -> None:
     async with Service(socket_folder).run() as service, service.socket_client() as client:
         service.double.tokens, service.double.token_delay_s = 4, 0.1
         await client.post(CHAT_PATH, json=STREAM)

@@ -117,7 +117,7 @@ async def test_only_complete_answers_have_features(service: Service, handed: lis
     assert handed == []
 
 
-async def test_text_is_counted_and_not_logged_when_it_cannot_be_read(
+async def test_lost_features_are_counted_and_nothing_is_logged_when_a_prompt_has_no_text(
     service: Service, handed: list[RequestRecord], caplog: pytest.LogCaptureFixture
 ) -> None:
     async with service.client() as client:
@@ -128,7 +128,7 @@ async def test_text_is_counted_and_not_logged_when_it_cannot_be_read(
     assert service.count("svc_request_log_dropped_total", reason="content_unreadable") == 0
 
 
-async def test_no_texts_are_collected_beyond_the_share_of_a_version(
+async def test_no_texts_are_collected_beyond_the_limit_per_version(
     service: Service, handed: list[RequestRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(drift_features, "BURST", 2)

@@ -125,7 +125,7 @@ async def test_span_is_under_the_clients_span_and_above_the_engines(traced: Trac
     assert head["tracestate"] == "vendor=1,other=x"
 
 
-async def test_trace_begins_when_the_client_has_none(traced: Traced) -> None:
+async def test_each_request_begins_a_trace_when_the_client_has_none(traced: Traced) -> None:
     async with traced.run() as (service, client):
         await client.post(CHAT_PATH, json=CHAT)
         await client.post(CHAT_PATH, json=CHAT)
@@ -142,7 +142,7 @@ async def test_malformed_parent_is_ignored(traced: Traced) -> None:
     assert span.trace != TRACE
 
 
-async def test_no_span_is_sent_when_the_client_does_not_sample_and_the_engine_knows(traced: Traced) -> None:
+async def test_neither_we_nor_the_engine_sample_when_the_client_does_not_sample(traced: Traced) -> None:
     async with traced.run() as (service, client):
         await client.post(CHAT_PATH, json=CHAT, headers={"traceparent": f"00-{TRACE}-{PARENT}-00"})
     assert traced.receiver.spans == []

@@ -102,7 +102,7 @@ async def test_no_limits_are_shown_when_there_is_no_key(client: httpx.AsyncClien
 
 
 @pytest.mark.parametrize("body", [SHORT, {**SHORT, "stream": True}], ids=["whole", "streamed"])
-async def test_answer_is_settled_by_the_engines_token_counts(
+async def test_answer_is_charged_by_the_engines_token_counts(
     service: Service, client: httpx.AsyncClient, body: Any
 ) -> None:
     limit(service, tokens_in_per_minute=100, tokens_out_per_minute=100, tokens_per_day=1000, concurrent=1)
@@ -124,7 +124,7 @@ async def test_max_tokens_count_n_times_when_a_request_asks_for_n_answers(
 
 
 @pytest.mark.parametrize(("status", "requests"), [(400, 4), (503, 5)])
-async def test_only_a_request_is_charged_when_the_engine_rejects_it(
+async def test_no_tokens_are_charged_when_the_engine_rejects_a_request(
     service: Service, client: httpx.AsyncClient, status: int, requests: int
 ) -> None:
     limit(service, requests_per_minute=5, tokens_per_day=10_000)
@@ -179,7 +179,7 @@ async def test_engine_tokens_are_charged_when_the_client_left_its_answer(
     assert 25 <= 100 - left(service, Limit.TOKENS_OUT_PER_MINUTE) <= 60
 
 
-async def test_forwarded_tokens_are_charged_at_least_when_the_client_left_its_stream(
+async def test_at_least_the_forwarded_tokens_are_charged_when_the_client_left_its_stream(
     service: Service, live: httpx.AsyncClient
 ) -> None:
     limit(service, tokens_out_per_minute=100, concurrent=1)
@@ -193,7 +193,7 @@ async def test_forwarded_tokens_are_charged_at_least_when_the_client_left_its_st
     assert 5 <= 100 - left(service, Limit.TOKENS_OUT_PER_MINUTE) < 50
 
 
-async def test_reserved_tokens_are_charged_at_most_when_the_client_left_its_answer(
+async def test_at_most_the_reserved_tokens_are_charged_when_the_client_left_its_answer(
     service: Service, live: httpx.AsyncClient
 ) -> None:
     limit(service, tokens_out_per_minute=100, concurrent=1)

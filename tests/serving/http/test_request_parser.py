@@ -119,7 +119,7 @@ async def test_body_is_not_parsed_as_a_request_when_it_looks_like_one() -> None:
                 await reader.read()
 
 
-async def test_all_requests_are_answered_when_a_packet_has_hundreds_with_offers() -> None:
+async def test_all_of_hundreds_of_requests_in_one_packet_are_answered_when_each_offers_another_protocol() -> None:
     async with connected(echo) as (reader, writer):
         writer.write(300 * head(H2C, method=b"GET"))
         for _ in range(300):

@@ -84,7 +84,7 @@ async def test_connection_without_a_request_is_closed_soon_when_the_server_stops
             assert await reader.read() == b""
 
 
-async def test_server_stops_immediately_when_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_server_stops_without_waiting_for_the_next_update_of_the_date(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_server_module, "_DATE_S", 60.0)
     async with asyncio.timeout(10), ending():
         pass

@@ -39,7 +39,7 @@ async def test_anthropic_client_counts_tokens(service: Service) -> None:
 
 
 @pytest.mark.parametrize("body", [BODY, {"model": f"{NAME}@1", "prompt": "one two three"}], ids=["chat", "plain"])
-async def test_tokens_are_the_engines(client: httpx.AsyncClient, body: Any) -> None:
+async def test_tokens_are_those_of_the_engine(client: httpx.AsyncClient, body: Any) -> None:
     answer = await client.post(TOKENIZE, json=body)
     assert (answer.json()["count"], len(answer.json()["tokens"])) == (3, 3)
     assert answer.headers["x-model-version"] == f"{NAME}@1"
@@ -108,7 +108,7 @@ async def test_fields_are_rejected_when_completions_reject_them(
 
 
 @both
-async def test_errors_are_shown(client: httpx.AsyncClient, path: str) -> None:
+async def test_invalid_requests_are_answered_with_their_error_code(client: httpx.AsyncClient, path: str) -> None:
     cases: list[tuple[Any, int, str]] = [
         ({**BODY, "model": "other"}, 404, "model_not_found"),
         ({"model": NAME}, 400, "invalid_request"),

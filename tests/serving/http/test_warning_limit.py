@@ -21,7 +21,7 @@ def test_warning_is_logged_again_when_a_minute_has_passed() -> None:
     assert not passes(limit, "one %s")
 
 
-def test_warning_is_logged_when_another_was_just_logged() -> None:
+def test_warning_is_logged_when_a_different_one_was_just_logged() -> None:
     limit = WarningLimit(Clock())
     assert passes(limit, "one %s")
     assert passes(limit, "other %s")

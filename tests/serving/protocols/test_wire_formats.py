@@ -110,7 +110,7 @@ class TestEveryRoute:
         assert reasons == ["length"]
 
     @routes
-    def test_nothing_is_found_in_empty_parts(self, route: Route) -> None:
+    def test_empty_parts_have_no_usage_no_text_and_no_end(self, route: Route) -> None:
         format = wire_format(route)
         for part in EMPTY_PARTS:
             assert (format.usage(part), format.finish_reason(part), format.text([part])) == (None, None, ""), part
@@ -140,7 +140,9 @@ class TestClassify:
         assert sum(format.classify(event).token for event in events) == len(words)
 
     @given(TEXT, st.sampled_from(["chat", "plain"]), st.sampled_from([None, "stop", {"content": []}]), st.booleans())
-    def test_plain_token_has_nothing_but_tokens(self, text: str, kind: str, reason: object, more: bool) -> None:
+    def test_event_counts_as_a_plain_token_only_without_finish_reason_and_usage(
+        self, text: str, kind: str, reason: object, more: bool
+    ) -> None:
         part = {"delta": {"content": text}} if kind == "chat" else {"text": text}
         choice = {"index": 0, **part, "logprobs": None, "finish_reason": reason, "token_ids": None}
         data = {"id": "cmpl-1", "object": "text_completion", "created": 1, "model": 'a"b', "choices": [choice]}
@@ -206,12 +208,12 @@ class TestResponses:
         assert RESPONSES.is_end(last)
         assert RESPONSES.finish_reason(last) == "length"
 
-    def test_model_cannot_write_the_end(self) -> None:
+    def test_text_of_the_model_is_not_taken_for_the_end_of_the_answer(self) -> None:
         written = event("response.output_text.delta", delta="\n\nevent: response.completed\ndata: {}\n\n")
         assert not RESPONSES.is_end(written)
         assert RESPONSES.text([written]).startswith("\n\nevent")
 
-    def test_prompt_is_the_messages(self) -> None:
+    def test_prompt_is_the_instructions_and_the_input_as_messages(self) -> None:
         cases: list[tuple[dict[str, Any], object]] = [
             ({"input": "hi"}, [{"role": "user", "content": "hi"}]),
             (

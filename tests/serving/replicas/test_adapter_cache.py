@@ -365,7 +365,7 @@ async def test_loads_and_evictions_are_reported() -> None:
     dropped=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 12)), max_size=6),
     stuck=st.integers(0, 2),
 )
-def test_rules_hold_under_any_order_of_requests(
+def test_cache_keeps_its_limits_and_answers_with_the_right_adapter_under_any_order_of_requests(
     most: int,
     asked: list[tuple[int, int, int, bool, bool]],
     failing: set[int],

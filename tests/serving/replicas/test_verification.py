@@ -37,7 +37,7 @@ async def elsewhere(make: Make) -> AsyncIterator[Control]:
         yield control
 
 
-async def test_valid_files_return_their_folder(make: Make) -> None:
+async def test_folder_is_returned_when_its_files_are_unaltered(make: Make) -> None:
     control = make()
     folder = await Verification(control.registry, control.store, kind_of(FACTS)).files(target(1))
     assert folder == control.registry.folder(target(1).version) / "merged"

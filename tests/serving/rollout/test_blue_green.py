@@ -143,7 +143,7 @@ async def test_nothing_changes_when_the_second_engine_does_not_start(control: Co
     assert swap.reason is not None and "no memory" in swap.reason
 
 
-async def test_swap_succeeds_when_the_serving_engine_dies_meanwhile(control: Control) -> None:
+async def test_swap_succeeds_when_the_serving_engine_dies_while_the_second_one_starts(control: Control) -> None:
     async with control.run(), control.client() as client:
         control.park.start_delay_s = 0.2
         wish = control.wish(4)
@@ -204,7 +204,7 @@ async def test_numbers_of_stopped_engines_are_used_again(make: Make) -> None:
         assert replicas == [1, 0, 1]
 
 
-async def test_no_engine_is_left_when_the_server_stops_meanwhile(control: Control) -> None:
+async def test_no_engine_is_left_when_the_server_stops_during_a_swap(control: Control) -> None:
     async with control.run():
         control.park.start_delay_s = 10
         control.wish(4)

@@ -139,7 +139,7 @@ async def test_swap_continues_when_an_engine_does_not_start(make: Make) -> None:
         await until(lambda: held(control) == [target(2)] * 2)
 
 
-async def test_engines_start_one_at_a_time_when_a_member_dies_while_a_second_engine_starts(make: Make) -> None:
+async def test_engines_start_one_at_a_time_when_an_engine_dies_while_another_starts(make: Make) -> None:
     async with serving(make, 2) as control:
         control.park.start_delay_s = 0.5
         wish = control.wish(4)
@@ -209,7 +209,7 @@ async def test_engine_is_changed_when_its_health_is_unknown_for_a_moment(
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("choice", [SwapChoice.AUTO, SwapChoice.BLUEGREEN])
-async def test_all_engines_hold_the_desired_version_in_the_end_whatever_dies_when(
+async def test_all_engines_have_the_desired_version_in_the_end_whichever_engines_die_when(
     make: Make, seed: int, choice: SwapChoice
 ) -> None:
     chance = random.Random(seed)

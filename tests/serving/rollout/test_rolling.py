@@ -331,7 +331,7 @@ async def test_other_engines_start_when_one_cannot(control: Control) -> None:
         await until(lambda: control.pool.ready == [control.pool.members[1]])
 
 
-async def test_death_is_noticed_when_nothing_waited_for_it(control: Control) -> None:
+async def test_next_wait_returns_immediately_when_an_engine_died_before_it(control: Control) -> None:
     """As while the rest of another engine is being stopped, which takes seconds."""
     control.pool.fill()
     control.pool.members[1].enter(EngineState.FAILED)
@@ -342,7 +342,7 @@ async def test_death_is_noticed_when_nothing_waited_for_it(control: Control) -> 
             await control.pool.changed(None)
 
 
-async def test_state_of_all_engines_is_the_best_of_them(control: Control) -> None:
+async def test_state_of_several_engines_is_ready_when_one_of_them_is(control: Control) -> None:
     async with control.run():
         await both_ready(control)
         control.reconciler.reviver.backoff_s = (10.0,)

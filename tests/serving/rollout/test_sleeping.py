@@ -88,7 +88,7 @@ async def ended(client: httpx.AsyncClient, home: Home) -> None:
     assert await engines(client) == [("idle", False)]
 
 
-async def test_engine_sleeps_and_lives_when_there_are_no_requests(sleeping: Home) -> None:
+async def test_engine_sleeps_and_stays_alive_when_there_are_no_requests(sleeping: Home) -> None:
     async with sleeping.serving(f"{NAME}@1") as client:
         await asleep(client)
         assert (sleeping.park.alive, sleeping.park.asleep) == (1, 1)
@@ -302,7 +302,7 @@ def serve(home: Home, name: str, number: int) -> None:
     add_deployment(home.store, name)
 
 
-async def test_models_sleep_in_turns_when_only_one_fits(crowded: Home) -> None:
+async def test_models_take_turns_when_memory_suffices_for_only_one_awake(crowded: Home) -> None:
     async with crowded.serving(f"{NAME}@1") as client:
         await answer(client)
         serve(crowded, OTHER, 7)

@@ -315,7 +315,7 @@ async def test_other_engines_serve_when_the_restart_of_one_is_superseded(make: M
     assert took_s < WITHIN_S
 
 
-async def test_third_version_starts_from_the_one_that_serves(control: Control) -> None:
+async def test_swap_to_a_third_version_replaces_the_serving_one_when_it_supersedes_another(control: Control) -> None:
     async with loaded(control) as (_, load):
         control.park.start_delay_s = LONG_S
         promotion = control.wish(4)
@@ -415,7 +415,7 @@ async def test_previous_version_is_restored_when_an_engine_dies_during_a_superse
     assert swap.outcome in (SwapOutcome.CANCELLED, SwapOutcome.FAILED)
 
 
-async def test_no_engine_is_left_when_the_server_stops_meanwhile(
+async def test_no_engine_is_left_when_the_server_stops_after_a_superseded_swap(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop = DoubleEngine.stop
@@ -455,7 +455,9 @@ async def test_restarted_server_serves_the_desired_version_when_it_stopped_befor
         assert weights(control) == ["1"]
 
 
-async def test_swap_continues_when_the_store_is_down(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_swap_can_still_be_cancelled_after_the_store_was_down(
+    control: Control, monkeypatch: pytest.MonkeyPatch
+) -> None:
     away = False
 
     def read_or_fail(*arguments: object) -> object:

@@ -268,7 +268,7 @@ async def test_running_requests_continue_when_the_engine_is_slow_to_answer_healt
         assert len(control.park.engines) == 1
 
 
-async def test_version_is_not_taken_for_served_when_no_engine_has_loaded_it(
+async def test_swap_fails_when_the_only_engine_dies_while_the_files_are_compared(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The only engine dies while the files are compared."""

@@ -33,7 +33,7 @@ def test_prompt_of_a_chat_is_its_messages() -> None:
     assert prompt_text(Content(CHAT, payload(messages=messages)), PLAIN) == json.dumps(messages, ensure_ascii=False)
 
 
-def test_plain_prompt_is_json_too() -> None:
+def test_prompt_text_is_a_json_string_when_the_prompt_is_plain_text() -> None:
     assert prompt_text(Content(CHAT, payload(prompt="once")), PLAIN) == '"once"'
 
 
@@ -44,11 +44,11 @@ def test_prompt_is_not_stored_when_it_is_not_text() -> None:
             prompt_text(Content(CHAT, payload(prompt=prompt)), PLAIN)
 
 
-def test_several_prompts_are_text() -> None:
+def test_prompt_text_is_the_json_list_when_there_are_several_prompts() -> None:
     assert prompt_text(Content(CHAT, payload(prompt=["a", "b"])), PLAIN) == '["a", "b"]'
 
 
-def test_text_of_a_body_is_its_first_choice() -> None:
+def test_answer_text_is_that_of_the_choice_with_index_0() -> None:
     choices = [{"index": 1, "message": {"content": "second"}}, {"index": 0, "message": {"content": "first"}}]
     assert answer_text(answered(json.dumps({"choices": choices}).encode()), PLAIN) == "first"
 

@@ -48,7 +48,7 @@ def test_quantiles_over_all_slots_are_within_one_per_cent_of_the_exact_ones(samp
         assert math.isclose(values["1", str(quantile)], exact, rel_tol=0.0101)
 
 
-def test_zero_seconds_are_shown_as_nearly_nothing() -> None:
+def test_quantile_is_nearly_zero_when_a_request_took_zero_seconds() -> None:
     versions = example(Clock())
     versions.observe(("tuned", "1"), 0.0)
     assert 0 < shown(versions)["1", "0.5"] < 1e-5

@@ -94,7 +94,9 @@ def test_new_key_is_valid_at_the_next_check(authenticator: Authenticator, keyrin
     assert authenticator.grant(made.secret).principal == made.key.principal
 
 
-def test_key_expires_without_a_check(authenticator: Authenticator, issued: IssuedKey, clock: Clock) -> None:
+def test_key_expires_without_another_read_of_the_store(
+    authenticator: Authenticator, issued: IssuedKey, clock: Clock
+) -> None:
     clock.forward(days=1)
     authenticator._looked_at = clock.monotonic()
     assert fault_of(authenticator, issued.secret) is KeyFault.EXPIRED
@@ -144,7 +146,7 @@ def test_authentication_never_reads_the_store(authenticator: Authenticator, issu
     assert sent == []
 
 
-def test_check_reads_one_number_when_nothing_changed(authenticator: Authenticator, store: Store) -> None:
+def test_check_reads_only_the_revision_when_no_key_changed(authenticator: Authenticator, store: Store) -> None:
     sent = queries(store)
     authenticator.look()
     assert [statement.split("\n")[0] for statement in sent] == ["SELECT max(keys.revision) AS max_1 "]
@@ -210,7 +212,7 @@ async def test_revocation_takes_effect_within_a_second(store: Store) -> None:
         await asyncio.gather(following, return_exceptions=True)
 
 
-async def test_changes_of_keys_are_noticed_when_the_default_executor_is_blocked(
+async def test_changes_to_keys_are_noticed_when_the_default_executor_is_blocked(
     authenticator: Authenticator, keyring: Keyring, issued: IssuedKey, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(authenticator_module, "LOOK_S", 0.01)

@@ -43,7 +43,7 @@ def test_first_admin_key_is_created_locally_in_a_home_that_only_its_owner_can_re
     assert (tmp_path / ".svc" / "svc.db").stat().st_mode & 0o077 == 0
 
 
-def test_pipe_gets_only_the_secret(svc: Svc) -> None:
+def test_create_prints_only_the_secret_to_a_pipe(svc: Svc) -> None:
     result = svc("keys", "create")
     assert key_id_of(result.out.removesuffix("\n")) is not None
     assert "shown only once" in result.err
@@ -85,7 +85,7 @@ def test_wrong_option_is_a_usage_error(svc: Svc, options: list[str]) -> None:
     assert options[0] in result.err
 
 
-def test_key_that_would_expire_before_it_begins_is_rejected(svc: Svc) -> None:
+def test_key_is_rejected_when_its_expiry_is_in_the_past(svc: Svc) -> None:
     assert svc("keys", "create", "--expires", "2020-01-01").code == SettingsError.exit_code
 
 
@@ -142,7 +142,7 @@ def test_confirmation_is_required_when_a_secret_ends_immediately(
 
 
 @pytest.mark.parametrize("command", ["revoke", "rotate"])
-def test_machine_is_asked_nothing(svc: Svc, command: str) -> None:
+def test_command_with_json_fails_without_yes_and_changes_nothing(svc: Svc, command: str) -> None:
     made = create(svc, "--name", "ci")
     result = svc("keys", command, "ci", "--json")
     assert result.code == 2

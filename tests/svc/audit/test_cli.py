@@ -158,7 +158,7 @@ def test_nothing_is_deleted_before_confirmation(
     assert read_events(store, newest=1)[0].action == "key.create"
 
 
-def test_machines_get_the_counts_without_a_confirmation(svc: Svc, requested: str) -> None:
+def test_forget_with_json_needs_yes_and_prints_the_counts(svc: Svc, requested: str) -> None:
     assert svc("forget", "--key", requested, "--json").code == 2
     output = json.loads(svc("forget", "--key", requested, "--yes", "--json").out)
     assert output == {"requests": 1, "contents": 1, "feedback": 0}

@@ -10,7 +10,7 @@ from tests.command_line import Svc
 from tests.svc.backup.conftest import UsedHome
 
 
-def test_backup_and_restore_report_their_results(svc: Svc, used: UsedHome, tmp_path: Path) -> None:
+def test_backup_and_restore_report_their_results_as_json(svc: Svc, used: UsedHome, tmp_path: Path) -> None:
     version = used.publish()
     made = svc("--home", used.settings.home, "backup", "backups", "--json")
     assert made.code == 0, made.err
@@ -24,7 +24,7 @@ def test_backup_and_restore_report_their_results(svc: Svc, used: UsedHome, tmp_p
     assert sorted(event.action for event in events) == ["backup", "restore"]
 
 
-def test_backup_and_restore_report_their_results_to_people(svc: Svc, used: UsedHome) -> None:
+def test_backup_and_restore_report_their_results_as_text(svc: Svc, used: UsedHome) -> None:
     version = used.publish()
     assert "1 versions, 1 of them copied now" in svc("--home", used.settings.home, "backup", "backups").out
     assert str(version) in svc("restore", "backups", "--list").out

@@ -80,7 +80,7 @@ def test_any_text_has_a_hash(text: str) -> None:
     assert len(ONE.words(text)) <= 1
 
 
-def test_numbers_count_as_words_so_that_sums_differ() -> None:
+def test_prompts_differ_when_only_their_numbers_do() -> None:
     hashes = KeyedHash(bytes(16))
     assert len(hashes.words("12 + 7 = ?")) == 2
     assert not np.array_equal(hashes.words("12 + 7 = ?"), hashes.words("12 + 8 = ?"))

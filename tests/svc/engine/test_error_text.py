@@ -78,7 +78,7 @@ def test_error_text_is_one_short_line() -> None:
         (b"[" * 100_000, ""),
     ],
 )
-def test_message_of_an_answer_is_found(body: bytes, told: str) -> None:
+def test_message_is_read_from_an_error_body(body: bytes, told: str) -> None:
     assert told_error(body) == told
 
 

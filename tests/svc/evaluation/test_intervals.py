@@ -45,7 +45,7 @@ def test_intervals_equal_those_of_the_literature(hits: int, total: int, low: flo
 
 
 @pytest.mark.parametrize(("hits", "total"), [(0, 0), (-1, 5), (6, 5), (1, -1)])
-def test_share_of_nothing_is_rejected(hits: int, total: int) -> None:
+def test_share_is_rejected_when_its_counts_are_impossible(hits: int, total: int) -> None:
     with pytest.raises(ValueError, match="hits of"):
         proportion(hits, total)
 
@@ -98,7 +98,7 @@ def test_difficulty_shared_by_both_models_cancels_out() -> None:
     assert difference == Interval(value=0.5, low=0.5, high=0.5)
 
 
-def test_difference_needs_pairs() -> None:
+def test_difference_is_rejected_when_values_are_not_paired() -> None:
     with pytest.raises(ValueError, match="argument"):
         paired_difference([1.0], [1.0, 2.0])
 

@@ -113,7 +113,7 @@ def test_fingerprint_changes_with_everything_that_a_reload_cannot_change(same: S
     ],
     ids=str,
 )
-def test_metadata_written_by_tools_do_not_count(same: Same, one: Change, other: Change) -> None:
+def test_fingerprint_ignores_metadata_written_by_tools(same: Same, one: Change, other: Change) -> None:
     assert same(one, other)
 
 
@@ -124,7 +124,7 @@ def test_template_in_a_separate_file_is_the_same_template(tmp_path: Path) -> Non
     assert compatibility_fingerprint(one) == compatibility_fingerprint(other)
 
 
-def test_template_arguments_count(tmp_path: Path) -> None:
+def test_fingerprint_changes_with_template_arguments(tmp_path: Path) -> None:
     one, other = write_model(tmp_path / "one"), write_model(tmp_path / "other")
     plain = compatibility_fingerprint(one)
     write_template_kwargs(other, {"enable_thinking": False})
@@ -190,5 +190,5 @@ def test_normal_form_of_a_quantization_is_stable(config: dict[str, Any]) -> None
 
 
 @given(configs, json_values)
-def test_meta_never_counts(config: dict[str, Any], meta: Any) -> None:
+def test_fingerprint_ignores_the_meta_key_of_a_quantization(config: dict[str, Any], meta: Any) -> None:
     assert json.dumps(normal_quantization(config | {"meta": meta})) == json.dumps(normal_quantization(config))

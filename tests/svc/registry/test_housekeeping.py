@@ -345,7 +345,7 @@ def test_rm_names_the_version_that_does_not_exist(svc: Svc) -> None:
     assert "nobody@1" in result.err
 
 
-def test_file_of_a_finished_run_is_the_trainers() -> None:
+def test_housekeeping_and_trainer_agree_on_the_files_of_a_run() -> None:
     """The name is repeated there, because svc does not import the trainer."""
     from trainer.pipeline.run_folder import Run
     from trainer.recipe.stage import Stage

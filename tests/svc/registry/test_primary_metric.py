@@ -53,7 +53,7 @@ def keep(tmp_path: Path, registry: Registry, run: str, name: str, content: dict[
         ("field_accuracy", "field_accuracy"),
     ],
 )
-def test_primary_metric_is_watched_by_itself_or_by_its_per_example_metric(
+def test_watched_metric_is_the_primary_one_or_its_per_example_part(
     registry: Registry, keep: Keep, primary: str, watched: str
 ) -> None:
     assert watched_metric(registry, keep(None, primary), run_functions=False).name == watched

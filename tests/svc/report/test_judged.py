@@ -76,7 +76,7 @@ def test_intervals_must_not_overlap_when_paired_changes_are_unknown(base: int, o
     assert (verdict.outcome, verdict.change) == (outcome, None)
 
 
-def test_gptq_represents_a_version_without_merged() -> None:
+def test_gptq_is_the_compared_format_when_a_version_has_no_merged() -> None:
     assert judged(LABELS, {"gptq": right(LABELS, 10)}).tuned == "gptq"
 
 

@@ -76,7 +76,7 @@ def test_change_that_expects_an_unknown_state_is_rejected(store: Store) -> None:
     assert read_desired(store, "tiny") is None
 
 
-def test_return_to_an_old_state_does_not_make_old_decisions_valid(store: Store) -> None:
+def test_change_based_on_an_older_state_is_rejected_when_its_values_are_current_again(store: Store) -> None:
     first = change_desired(store, None, target(1), None)
     second = change_desired(store, first, target(2), first.target)
     back = change_desired(store, second, target(1), None)

@@ -44,7 +44,7 @@ def test_swap_to_the_served_version_changes_nothing(store: Store) -> None:
 
 
 @pytest.mark.parametrize("began_by", [Began.START, Began.ADOPTED])
-def test_end_of_a_dead_server_is_recorded_by_the_next_one(store: Store, began_by: Began) -> None:
+def test_interval_of_a_dead_server_is_ended_by_the_next_start(store: Store, began_by: Began) -> None:
     begin_serving(store, ONE, Began.START, at=minute(0))
     begin_serving(store, ONE, began_by, at=minute(9))
     assert served_spans(store, "tickets") == [

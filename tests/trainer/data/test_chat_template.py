@@ -106,7 +106,7 @@ SYSTEM_IN_LAST_QUESTION = """{% if messages[0].role == 'system' %}{% set system 
     ],
     ids=["a closed block of thoughts", "the system turn in the question", "the same, several turns"],
 )
-def test_answer_is_learnt_after_the_prompt_when_the_conversation_is_written_differently(
+def test_answer_is_learnt_after_the_prompt_when_the_template_renders_the_conversation_differently(
     template: str, turns: list[tuple[str, str]], prompt: str
 ) -> None:
     """Gemma 4's and Mistral Nemo's templates do this. The answer is a word that its end token contains, too."""

@@ -9,14 +9,14 @@ from tests.trainer.conftest import make_example, make_recipe
 from trainer.estimate.batches import CHARACTERS_A_TOKEN, cut_into_pieces, read_workload
 
 
-def test_the_bases_own_tokenizer_counts(tiny_base: Path, examples: list[ChatExample]) -> None:
+def test_tokens_are_counted_with_the_bases_tokenizer(tiny_base: Path, examples: list[ChatExample]) -> None:
     workload = read_workload(examples, make_recipe(train={"batch_size": 4}), tiny_base)
     assert workload.counted
     assert sum(batch.rows for batch in workload.batches) == len(examples)
     assert workload.largest.length == max(batch.length for batch in workload.batches)
 
 
-def test_without_a_tokenizer_characters_count(tmp_path: Path) -> None:
+def test_tokens_are_estimated_from_characters_when_the_base_has_no_tokenizer(tmp_path: Path) -> None:
     examples = [make_example("x" * 420, "y" * 42, system="") for _ in range(4)]
     workload = read_workload(examples, make_recipe(train={"batch_size": 4}), tmp_path)
     assert not workload.counted
@@ -43,7 +43,7 @@ def test_as_many_batches_are_counted_as_the_run_has(
     assert len(workload.batches) * workload.repeats == steps
 
 
-def test_accumulated_batches_are_counted_each(tiny_base: Path, examples: list[ChatExample]) -> None:
+def test_each_accumulated_batch_is_counted(tiny_base: Path, examples: list[ChatExample]) -> None:
     recipe = make_recipe(train={"batch_size": 2, "gradient_accumulation": 2, "steps": 3})
     workload = read_workload(examples, recipe, tiny_base)
     assert len(workload.batches) * workload.repeats == 6

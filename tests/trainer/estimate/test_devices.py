@@ -15,7 +15,7 @@ ABLE = DeviceCapabilities(
 )
 
 
-def test_the_guides_gpus_are_listed() -> None:
+def test_common_gpus_are_listed() -> None:
     assert set(read_devices()) >= {"rtx-3090", "rtx-4090", "a100-40", "a100-80", "h100", "h200"}
 
 

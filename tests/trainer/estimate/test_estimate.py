@@ -38,7 +38,7 @@ def tokens_per_second(method: str, device: str, name: str, rows: int, length: in
         ("llama-2-70b", "a100-80", 1000, 8, 1.6),
     ],
 )
-def test_estimated_hours_are_within_a_factor_of_the_guides(
+def test_estimated_hours_are_within_a_factor_of_published_ones(
     name: str, device: str, examples: int, hours: float, factor: float
 ) -> None:
     recipe = make_recipe(method="qlora", train={"batch_size": 1, "epochs": 3})

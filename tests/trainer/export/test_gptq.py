@@ -352,7 +352,7 @@ print("values", *values())
 
 
 @pytest.mark.slow
-def test_gptqmodel_uses_our_steps_and_blocks_only_within_faster_rounding() -> None:
+def test_gptqmodel_uses_our_rounding_settings_only_in_our_context_manager() -> None:
     """A release of gptqmodel that renames them would use its own values, which take eight times as long."""
     result = subprocess.run([sys.executable, "-c", SEARCH], capture_output=True, text=True, check=True)
     values = [line for line in result.stdout.splitlines() if line.startswith("values")]

@@ -163,7 +163,7 @@ def test_parity_passes_when_the_learnt_change_is_small(
     assert report.differences["merged compared with trained, both in transformers"].mean < 1e-3
 
 
-def test_a_template_that_writes_todays_date_is_served_with_a_fixed_one(tmp_path: Path, tiny_base: Path) -> None:
+def test_a_template_that_renders_todays_date_is_served_with_a_fixed_date(tmp_path: Path, tiny_base: Path) -> None:
     base = shutil.copytree(tiny_base, tmp_path / "base")
     template = base / "chat_template.jinja"
     template.write_text("{{ strftime_now('%Y') }} " + template.read_text())

@@ -66,14 +66,14 @@ def test_each_phase_starts_from_the_winner_of_the_previous_one(make: Make) -> No
 
 
 @pytest.mark.parametrize(("method", "highest"), [("lora", 5e-4), ("adalora", 1e-2), ("vera", 6e-2), ("full", 5e-5)])
-def test_rates_are_the_methods_own_with_its_default(make: Make, method: str, highest: float) -> None:
+def test_the_tried_rates_are_around_the_default_of_the_method(make: Make, method: str, highest: float) -> None:
     sweep = make(bowl(highest / 5), method=method)
     sweep.run()
     rates = [trial.values[RATE] for trial in sweep.of(Phase.LEARNING_RATE)]
     assert sorted(rates) == pytest.approx([highest / 50, highest / 10, highest / 5, highest / 2.5, highest])
 
 
-def test_full_fine_tuning_has_no_rank(make: Make) -> None:
+def test_no_rank_is_tried_when_the_method_is_full_fine_tuning(make: Make) -> None:
     sweep = make(bowl(1e-5), method="full")
     sweep.run()
     assert sweep.of(Phase.RANK) == []

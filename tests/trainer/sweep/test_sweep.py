@@ -82,7 +82,7 @@ def test_a_picture_is_the_same_file_each_time(tmp_path: Path) -> None:
     assert b"learning_rate" in files[0]
 
 
-def test_a_picture_shows_an_own_space_of_numbers_and_null(tmp_path: Path) -> None:
+def test_a_picture_is_drawn_when_the_recipes_space_has_numbers_and_null(tmp_path: Path) -> None:
     recipe = make_recipe()
     trials = [outcome(loss, str(loss), {RANK: rank}) for loss, rank in ((0, None), (1, 8), (2, 4))]
     search = Search(recipe, TrialComparison(TOKENS), FakeTrials(recipe, lambda _: 0).run, "")
@@ -90,7 +90,7 @@ def test_a_picture_shows_an_own_space_of_numbers_and_null(tmp_path: Path) -> Non
     assert b"adapter.rank" in draw_sweep(summarize(search, trials[0], BASE), tmp_path / "one.svg").read_bytes()
 
 
-def test_a_sweep_without_two_trials_of_a_phase_has_a_picture_too(tmp_path: Path) -> None:
+def test_a_picture_is_drawn_when_no_phase_has_two_trials(tmp_path: Path) -> None:
     assert draw_sweep(result_of(outcome(0, "a", {})), tmp_path / "one.svg").stat().st_size > 0
 
 

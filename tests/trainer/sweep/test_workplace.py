@@ -88,7 +88,7 @@ def test_training_runs_once_when_two_trials_need_it(place: Workplace, trainings:
     assert second == first.model_copy(update={"values": values})
 
 
-def test_a_pruned_trial_stays_pruned_when_it_is_asked_for_again(
+def test_a_pruned_trial_stays_pruned_when_it_is_requested_again(
     place: Workplace, trainings: list[list[tuple[int, float]]]
 ) -> None:
     def prune(step: int, loss: float) -> None:

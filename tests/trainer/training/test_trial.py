@@ -112,7 +112,7 @@ def test_untrained_losses_are_those_at_step_zero(
     assert losses == alone.points[0].heldout_each
 
 
-def test_the_base_is_read_once(attempt: Try, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_base_is_loaded_once_for_all_trials(attempt: Try, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Path] = []
 
     def load(base: Path, *args: Any, **options: Any) -> Any:
@@ -153,7 +153,7 @@ def test_trial_resumes_from_a_checkpoint_after_a_signal(attempt: Try, tmp_path: 
     assert (resumed.heldout_each, curve(resumed)) == (whole.heldout_each, curve(whole))
 
 
-def test_training_is_kept_when_a_signal_arrives_in_the_last_measurement(
+def test_no_step_is_repeated_when_a_signal_arrived_in_the_last_measurement(
     attempt: Try, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = attempt(recipe(), "whole")

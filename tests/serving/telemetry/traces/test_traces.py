@@ -209,7 +209,7 @@ def taken_over(*parents: str) -> bool:
     return TRACER.begin(headers(*parents)).parent_id is not None
 
 
-def test_parent_is_adopted() -> None:
+def test_span_gets_trace_parent_and_sampling_flag_from_a_valid_traceparent() -> None:
     cases: list[str] = [
         f"00-{TRACE}-{PARENT}-01",
         f"00-{TRACE}-{PARENT}-00",
@@ -257,7 +257,7 @@ def test_header_lines_for_the_engine_are_valid_whatever_a_client_sends(parent: s
             assert {*line} <= {*string.printable} - {*"\r\n\x0b\x0c"}
 
 
-def test_state_is_forwarded_with_its_parent_when_it_is_valid() -> None:
+def test_tracestate_is_forwarded_with_its_traceparent_when_it_is_valid() -> None:
     states: list[tuple[str | None, str]] = [
         ("a=1", "a=1"),
         ("a=1, b@c=2", "a=1,b@c=2"),
@@ -270,11 +270,11 @@ def test_state_is_forwarded_with_its_parent_when_it_is_valid() -> None:
         assert TRACER.begin(headers(f"00-{TRACE}-{PARENT}-01", state=sent)).state == forwarded, sent
 
 
-def test_state_is_ignored_when_there_is_no_parent() -> None:
+def test_tracestate_is_ignored_when_there_is_no_traceparent() -> None:
     assert TRACER.begin(headers(state="a=1")).state == ""
 
 
-def test_state_with_a_secret_is_dropped() -> None:
+def test_tracestate_is_dropped_when_it_contains_a_secret() -> None:
     assert (
         TRACER.begin(headers(f"00-{TRACE}-{PARENT}-01", state=f"a={new_secret('abcdefgh')}")).header_lines.count("\r\n")
         == 1
@@ -296,7 +296,7 @@ def test_share_of_the_traces_that_begin_here_is_sampled() -> None:
         assert least <= sum(tracer.begin(headers()).sampled for _ in range(2000)) <= most, share
 
 
-def test_client_decides_for_its_own_traces() -> None:
+def test_sampling_flag_of_a_client_overrides_our_share() -> None:
     assert not Tracer(1.0).begin(headers(f"00-{TRACE}-{PARENT}-00")).sampled
     assert Tracer(0.0).begin(headers(f"00-{TRACE}-{PARENT}-01")).sampled
 

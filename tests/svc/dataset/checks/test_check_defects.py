@@ -256,7 +256,7 @@ def test_faulty_held_out_line_is_reported(tmp_path: Path) -> None:
     assert [(problem.line, problem.severity) for problem in held.problems] == [(2, Severity.ERROR)]
 
 
-def test_fields_have_the_names_of_the_file(tmp_path: Path) -> None:
+def test_problems_name_fields_as_they_are_in_the_file(tmp_path: Path) -> None:
     rows = good_rows(Format.SHAREGPT, random.Random(1), 2)
     rows[0] = put(rows[0], "conversations.1.value", "a </s> b")
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(map(encode, [rows[0], put(rows[1], "conversations.2.value", 7)])))

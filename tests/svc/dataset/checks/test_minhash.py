@@ -87,7 +87,7 @@ LONG = text(random.Random(5), 50, 60)
         ("これは何ですか", "それは何ですか", False),
     ],
 )
-def test_near_duplicates_are_those_of_the_table(one: str, other: str, near: bool) -> None:
+def test_known_pairs_are_near_duplicates_or_not(one: str, other: str, near: bool) -> None:
     groups, earlier = clusters(sketches(one, "something quite different", other))
     assert bool(groups[2] == 0) == near
     assert int(earlier[2]) == (0 if near else -1)

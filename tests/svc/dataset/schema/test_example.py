@@ -64,7 +64,7 @@ def test_bad_turn_is_named_with_its_place_and_value(turns: tuple[Any, ...], text
         ({"messages": {"role": "user"}}, "messages is an object"),
     ],
 )
-def test_line_of_another_form_is_named(value: Any, text: str) -> None:
+def test_error_describes_a_line_that_is_not_an_example(value: Any, text: str) -> None:
     with pytest.raises(DataError) as caught:
         parse_row(value, Format.CHAT)
     assert text in caught.value.wrong

@@ -82,7 +82,7 @@ def test_experts_are_not_loaded_in_place_on_a_cpu(tmp_path: Path, config: str, d
         (Device.CUDA, ("--enable-lora",), True),
     ],
 )
-def test_engine_that_would_die_of_probes_is_recognized(
+def test_engine_is_not_probed_when_a_probe_would_kill_it(
     tmp_path: Path, device: Device, arguments: tuple[str, ...], probed: bool
 ) -> None:
     able = spec(tmp_path, device=device, args=arguments).engine_capabilities
@@ -93,7 +93,7 @@ def test_engine_that_would_die_of_probes_is_recognized(
     ("arguments", "probed"),
     [((), True), (("--enable-lora",), True), (("--lora-target-modules", "q_proj", "lm_head"), False)],
 )
-def test_own_adapter_slots_do_not_include_the_output_layer(
+def test_engine_with_adapter_slots_is_probed_unless_arguments_adapt_the_output_layer(
     tmp_path: Path, arguments: tuple[str, ...], probed: bool
 ) -> None:
     able = replace(spec(tmp_path, args=arguments), lora=SLOTS).engine_capabilities
@@ -252,7 +252,9 @@ def test_older_vllm_is_started_by_its_older_entry_point(tmp_path: Path, monkeypa
         entry_module.cache_clear()
 
 
-def test_served_names_in_the_arguments_are_kept_with_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disabled_kernels_and_plugins_of_the_user_are_kept_with_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_config(tmp_path, GPTQ)
     monkeypatch.setenv("VLLM_DISABLED_KERNELS", "TheirKernel")
     monkeypatch.setenv("VLLM_PLUGINS", "theirs")
@@ -261,7 +263,7 @@ def test_served_names_in_the_arguments_are_kept_with_ours(tmp_path: Path, monkey
     assert variables["VLLM_PLUGINS"] == "theirs,tuneserve"
 
 
-def test_own_plugin_is_loaded_when_the_user_names_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_plugin_is_loaded_when_the_user_names_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", "theirs")
     assert environment(spec(tmp_path))["VLLM_PLUGINS"] == "theirs,tuneserve"
 
@@ -310,7 +312,9 @@ def test_vllm_logs_the_lines_from_which_phases_are_read(
     assert environment(spec(tmp_path))["VLLM_LOGGING_LEVEL"] == used
 
 
-def test_own_variable_for_vllm_is_not_inherited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_does_not_inherit_the_variable_that_enables_our_int4_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(INT4_LINEAR_VARIABLE, "1")
     assert INT4_LINEAR_VARIABLE not in environment(spec(tmp_path))
 

@@ -61,7 +61,9 @@ def test_arguments_override_adapter_settings(tmp_path: Path) -> None:
     assert command(made).count("--max-loras") == 1
 
 
-def test_engine_without_adapter_slots_is_started_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_without_adapter_slots_gets_no_adapter_arguments_or_variables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(RUNTIME_VARIABLE, "True")
     assert "--enable-lora" not in command(spec(tmp_path))
     assert RUNTIME_VARIABLE not in environment(spec(tmp_path))

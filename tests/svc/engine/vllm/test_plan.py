@@ -412,7 +412,7 @@ def test_gptq_is_served_by_pytorchs_kernel_in_bfloat16_when_vllm_has_none() -> N
 
 
 @pytest.mark.parametrize(("device", "capabilities"), [(CPU, AVX512), (GPU, HOPPER)])
-def test_nothing_is_added_when_vllm_has_a_kernel(device: Device, capabilities: DeviceCapabilities) -> None:
+def test_our_gptq_kernel_is_not_used_when_vllm_has_one(device: Device, capabilities: DeviceCapabilities) -> None:
     chosen = plan(device, model=GPTQ, capabilities=capabilities)
     assert origin_and_value(chosen, "gptq_kernel") == (Origin.MACHINE, "vllm")
     assert origin_and_value(chosen, "dtype") == (Origin.MODEL, "bfloat16")

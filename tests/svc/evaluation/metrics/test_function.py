@@ -37,7 +37,7 @@ def test_function_may_read_the_prompts(write: Write) -> None:
     assert metric.score(GIVEN) == [1.0, 1.0]
 
 
-def test_output_of_the_function_is_harmless(write: Write, capfd: pytest.CaptureFixture[str]) -> None:
+def test_output_of_the_function_is_not_taken_for_its_scores(write: Write, capfd: pytest.CaptureFixture[str]) -> None:
     assert write("print('{\"scores\": [9]}')\nreturn [0.5, 1]").score(GIVEN) == [0.5, 1.0]
     assert "scores" in capfd.readouterr().err
 
@@ -117,7 +117,7 @@ def test_name_of_the_metric_is_that_of_the_file_and_the_function(text: str, name
 
 
 @pytest.mark.parametrize("text", ["rouge", "my_metric:score", "x.py", "x.py:"])
-def test_other_names_are_not_functions(text: str) -> None:
+def test_text_of_another_form_names_no_function(text: str) -> None:
     assert FunctionSpec.parse(text) is None
 
 
