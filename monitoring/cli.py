@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from svc.errors import IntegrityError, NotFoundError, ServerNotRunningError
 from svc.invocation import json_option, remote_of, settings_of
-from svc.remote.server_url import ServerAddress, server_address
+from svc.remote.server_url import ServerAddress, read_json, server_address
 from svc.settings import Settings
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def _look(of: ServerAddress | Settings, models: Sequence[str]) -> "Look":
         models: names of the models to show; if empty, all models.
 
     Raises:
-        ServerNotRunningError: no server runs, or it does not answer.
+        ServerNotRunningError: no server runs, it does not answer, or it answers unexpectedly.
         NotFoundError: a model is neither served nor among the models that the server refused to serve.
     """
     import httpx
@@ -164,12 +164,19 @@ def _look(of: ServerAddress | Settings, models: Sequence[str]) -> "Look":
             state, metrics = client.get("/svc/status"), client.get("/metrics")
             for answer in (state, metrics):
                 if answer.status_code in (401, 403):
-                    raise told_error(server.url, answer.status_code, answer.json())
+                    raise told_error(server.url, answer.status_code, read_json(server.url, answer))
                 answer.raise_for_status()
-            status, figures = state.json(), read_figures(metrics.text, models)
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ServerNotRunningError(
             f"the server at {server.url} does not answer: {error}", todo="check the server's log"
+        ) from error
+    status = read_json(server.url, state)
+    try:
+        figures = read_figures(metrics.text, models)
+    except ValueError as error:
+        raise ServerNotRunningError(
+            f"{server.url}/metrics answered {metrics.status_code}, but not with metrics: {error}",
+            todo="check that the address is the server's and that no proxy answers instead of it",
         ) from error
     if models:
         status = _only(status, models)

@@ -14,7 +14,7 @@ from svc.errors import (
     SettingsError,
     SvcError,
 )
-from svc.remote.server_url import ServerAddress
+from svc.remote.server_url import ServerAddress, read_json
 
 _ERRORS: Mapping[str, type[SvcError]] = {
     "invalid_api_key": AuthenticationError,
@@ -58,12 +58,12 @@ class RemoteServer:
         try:
             with self.address.client() as client:
                 answer = client.request(method, path, **given)
-                content = answer.json()
-        except (httpx.HTTPError, ValueError) as error:
+        except httpx.HTTPError as error:
             raise ServerNotRunningError(
-                f"the server on {url} does not answer: {error!r}",
+                f"the server at {url} does not answer: {error!r}",
                 todo="check that the server is running and that the address is right",
             ) from error
+        content = read_json(url, answer)
         if answer.is_success and isinstance(content, dict):
             return content
         raise told_error(url, answer.status_code, content)
@@ -79,4 +79,4 @@ def told_error(url: str, status: int, answer: object) -> SvcError:
     if not isinstance(content, dict):
         return ServerNotRunningError(f"{url} answered {status}, but not in the form of this service's servers")
     kind = _ERRORS.get(str(content.get("code")), ServerNotRunningError)
-    return kind(f"the server on {url} answered: {content.get('message')}")
+    return kind(f"the server at {url} answered: {content.get('message')}")

@@ -109,14 +109,30 @@ def read_status(address: ServerAddress) -> Mapping[str, Any]:
     """Return a server's /svc/status.
 
     Raises:
-        ServerNotRunningError: the server does not answer.
+        ServerNotRunningError: the server does not answer, or not with JSON.
     """
     import httpx
 
     try:
         with address.client() as client:
-            return dict(client.get("/svc/status").raise_for_status().json())
-    except (httpx.HTTPError, ValueError) as error:
+            answer = client.get("/svc/status").raise_for_status()
+    except httpx.HTTPError as error:
         raise ServerNotRunningError(
-            f"the server on {address.url} does not answer: {error!r}", todo="check the server's log, then retry"
+            f"the server at {address.url} does not answer: {error!r}", todo="check the server's log, then retry"
+        ) from error
+    return dict(read_json(address.url, answer))
+
+
+def read_json(url: str, answer: "httpx.Response") -> Any:
+    """Return the JSON of an answer.
+
+    Raises:
+        ServerNotRunningError: the answer is not JSON, such as a proxy's page.
+    """
+    try:
+        return answer.json()
+    except ValueError as error:
+        raise ServerNotRunningError(
+            f"{url} answered {answer.status_code}, but not with JSON",
+            todo="check that the address is the server's and that no proxy answers instead of it",
         ) from error

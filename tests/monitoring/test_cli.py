@@ -266,20 +266,22 @@ def test_the_command_fails_when_the_server_is_still_starting(svc: Svc, tmp_path:
 
 
 @pytest.mark.parametrize(
-    "pages",
+    ("pages", "wrong"),
     [
-        {"/svc/status": (500, "")},
-        {"/metrics": (404, "")},
-        {"/svc/status": (200, "<html>another server</html>")},
+        ({"/svc/status": (500, "")}, "does not answer"),
+        ({"/metrics": (404, "")}, "does not answer"),
+        ({"/svc/status": (200, "<html>another server</html>")}, "answered 200, but not with JSON"),
+        ({"/svc/status": (401, "<html>sign in</html>")}, "answered 401, but not with JSON"),
+        ({"/metrics": (200, "<html>another server</html>")}, "answered 200, but not with metrics"),
     ],
     ids=str,
 )
 def test_there_is_no_traceback_when_the_server_answers_unexpectedly(
-    status: Status, pages: dict[str, tuple[int, str]]
+    status: Status, pages: dict[str, tuple[int, str]], wrong: str
 ) -> None:
     ended = status(pages=pages)
     assert ended.code == 13
-    assert "does not answer" in ended.err
+    assert wrong in ended.err
 
 
 def test_a_proxy_in_the_environment_is_ignored(status: Status, monkeypatch: pytest.MonkeyPatch) -> None:
