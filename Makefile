@@ -65,7 +65,7 @@ test: $(READY) $(PROMETHEUS) $(ALERTMANAGER)
 	$(BIN)/pytest -m "not matrix and not soak" tests/e2e
 
 # Every process killed at every step, and every method, family and template, on the real engine. Then property tests with
-# other examples than the fast tests.
+# examples that the fast tests do not use.
 test-matrix: $(READY) $(PROMETHEUS) $(TOKENIZERS)
 	$(BIN)/pytest -m matrix
 	$(BIN)/pytest -m "not slow and not matrix and not soak" --hypothesis-profile=random -n auto --dist worksteal

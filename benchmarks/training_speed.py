@@ -268,7 +268,7 @@ def _times_as_fast(rounds: Sequence[Round], rival: Contestant) -> dict[str, Any]
 @click.option(
     "--number-type",
     type=click.Choice(list(NumberType)),
-    help="Use another number type than the default of this device.",
+    help="Number type to use.  [default: this device's]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 def main(pairs: int, steps: int, curve_steps: int, number_type: NumberType | None, as_json: bool) -> None:

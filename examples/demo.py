@@ -52,7 +52,7 @@ if not console.is_terminal:
 
 
 class DemoError(SvcError):
-    """Raised when a step of the demo has another result than expected."""
+    """Raised when a step of the demo does not have the expected result."""
 
 
 @dataclass

@@ -3,7 +3,7 @@
 The same weights on the same kind of engine give the same figures except for rounding. So a change here is not traffic
 drift but a serving fault: other weights, a broken kernel, a cache that answers for another version.
 
-Another kind of engine than that of the registration rounds differently. There, later runs are compared with the first
+An engine of a different kind from the registration's rounds differently. There, later runs are compared with the first
 run there; only the probes (serving/replicas/verification.py) check whether that first run is good.
 
 The log-likelihood counts as changed if its mean change is larger than rounding explains and large enough to matter;
@@ -75,8 +75,8 @@ class QualityReport:
 
     Attributes:
         why: reason if quality is unknown.
-        nll, registered_nll: of the reference answers, nats per token, mean over their tokens; on another kind of engine
-            than the registration's, registered figures are replaced by those of the first run there.
+        nll, registered_nll: of the reference answers, nats per token, mean over their tokens; on an engine of a
+            different kind from the registration's, the figures of the first run there replace the registered ones.
         nll_p: p-value of the mean change under the hypothesis that only rounding differs.
         exact_match, registered_exact_match: shares of the answers that match exactly.
         exact_match_p: p-value of McNemar's exact test; only displayed, unless exact match is the watched metric.

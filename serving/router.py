@@ -36,7 +36,12 @@ class Backend(Protocol):
         """Maximum length of prompt and answer together, tokens; limits an answer without a limit of its own."""
 
     async def check(self, model: str) -> None:
-        """Check that a model name can be served; reads the registry only if necessary."""
+        """Check that a model name can be served; reads the registry only if necessary.
+
+        Raises:
+            ModelNotFoundError: no version has this name.
+            EngineUnavailableError: nothing is loaded yet.
+        """
 
     def lease(self, model: str, *, without: Lease | None = None) -> AbstractAsyncContextManager[Lease]:
         """Lease an engine for the body; see serving.replicas.balancer.Balancer.lease."""

@@ -37,8 +37,8 @@ class Bet:
     hits: Callable[[Sample], Hits]
 
 
-def upper_share(count: int, size: int, z: float) -> float:
-    """Return the upper end of the Wilson interval for a share.
+def upper_limit(count: int, size: int, z: float) -> float:
+    """Return the upper confidence limit of a share: the upper end of its Wilson interval.
 
     Args:
         z: half width of the interval in standard errors.
@@ -82,7 +82,7 @@ def _category_bets(name: str, values: Names) -> list[Bet]:
 
 
 def _bound(count: int, size: int) -> float:
-    return SLACK * upper_share(count, size, SURE)
+    return SLACK * upper_limit(count, size, SURE)
 
 
 def _below(items: Sample, name: str, limit: float) -> Hits:

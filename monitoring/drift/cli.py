@@ -89,6 +89,8 @@ def _target(registry: "Registry", store: "Store", model: str) -> "Target":
     served = [format for format in (Format.GPTQ, Format.MERGED) if format in formats]
     if not served:
         raise NotFoundError(
-            f"{version} has no format that can be served", todo="run `svc models` to see versions with their formats"
+            f"{version} was never served and has neither gptq nor merged weights",
+            expected="a version that was served, or one with a merged or gptq format",
+            todo="run `svc models` to see versions with their formats",
         )
     return Target(version, served[0])

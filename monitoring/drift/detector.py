@@ -99,7 +99,7 @@ class Baseline:
     Attributes:
         prompts: features of the prompts, with views of their texts.
         words: hashes of each prompt's words.
-        answers: features of the answers, mostly to other prompts than `prompts`.
+        answers: features of the answers, mostly to prompts that are not in `prompts`.
     """
 
     prompts: Sample

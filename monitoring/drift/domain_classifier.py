@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from monitoring.drift.bets import SLACK, SURE, upper_share
+from monitoring.drift.bets import SLACK, SURE, upper_limit
 from monitoring.drift.evidence import HIT, MISS, NOT_THERE, Hits
 from monitoring.drift.similarity import Similarity, separation, typical
 from svc.drift_reference.sample import Floats, Sample
@@ -77,7 +77,7 @@ class DomainClassifier:
             mean, near = float(np.quantile(self._means, share)), float(np.quantile(nearest, share))
             self._limits.append((mean, near))
             counts = ((self._means < mean).sum(), (nearest < near).sum())
-            bounds += [SLACK * upper_share(int(count), len(among), SURE) for count in counts]
+            bounds += [SLACK * upper_limit(int(count), len(among), SURE) for count in counts]
         self.far_bounds = np.array(bounds)
         self.usual = float(self._means.mean())
         self.learned = len(LEARNED_FROM) * len(_LEARNED) * 2
@@ -128,8 +128,8 @@ class DomainClassifier:
             score = float(similar.among[place, newest].mean()) - mean
             for which, share in enumerate(_LEARNED):
                 limit = float(np.quantile(expected, 1 - share))
-                usual = upper_share(int((expected > limit).sum()), len(expected), 1.0)
-                lately = upper_share(int((before > limit).sum()), count, 1.0)
+                usual = upper_limit(int((expected > limit).sum()), len(expected), 1.0)
+                lately = upper_limit(int((before > limit).sum()), count, 1.0)
                 at = 2 * (number * len(_LEARNED) + which)
                 hits[at : at + 2] = HIT if score > limit else MISS
                 bounds[at : at + 2] = _LEARNED_SLACK * usual, _STEP_SLACK * max(usual, lately)

@@ -5,7 +5,7 @@ from enum import StrEnum
 
 import numpy as np
 
-from monitoring.drift.bets import Bet, upper_share
+from monitoring.drift.bets import Bet, upper_limit
 from monitoring.drift.evidence import HIT, MISS, Hits
 from svc.drift_reference.sample import NO, YES, Sample
 
@@ -38,7 +38,7 @@ def rating_sample(pairs: Sequence[tuple[bool, bool]]) -> Sample:
 def rating_bets(reference: Sample) -> list[Bet]:
     """Return a bet on more bad ratings, and one on more corrections. Improvements raise no alarm."""
     return [
-        Bet(name.value, upper_share(int((reference.categories[name.value] == YES).sum()), reference.size, _SURE), hits)
+        Bet(name.value, upper_limit(int((reference.categories[name.value] == YES).sum()), reference.size, _SURE), hits)
         for name, hits in ((RatingFeature.BAD, _bad), (RatingFeature.CORRECTED, _corrected))
     ]
 

@@ -38,7 +38,7 @@ class RequestNotFoundError(NotFoundError):
 
 
 class RequestLogBusyError(SvcError):
-    """Raised when the request may still be waiting to be stored."""
+    """Raised when the rated request may still be waiting to be stored."""
 
     retry_after_s = 2
 
@@ -73,12 +73,12 @@ class FeedbackIntake:
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="feedback")
 
     async def answer(self, request: Request) -> Response:
-        """Answer a request with feedback.
+        """Handle a request that carries feedback: store the feedback and confirm it.
 
         Raises:
             OverloadedError: too many feedback requests are being handled.
             RequestNotFoundError: no request with this id is stored.
-            RequestLogBusyError: the request is still not stored after a wait of a few seconds.
+            RequestLogBusyError: the rated request is still not stored after a wait of a few seconds.
             InvalidJsonError, InvalidRequestError: the body is not valid.
         """
         if self._at_once >= _MAX_CONCURRENT:
@@ -113,7 +113,7 @@ class FeedbackIntake:
         redacted = self._request_log.redacted
         feedback = Feedback(given.rating, redacted(given.label), redacted(given.correction))
         if self._request_log.is_queued(given.request_id) and not self._request_log.flush(_FLUSH_S):
-            raise RequestLogBusyError("the request is not stored yet", todo="send the feedback again")
+            raise RequestLogBusyError("the rated request is not stored yet", todo="send the feedback again")
         stored = keep_feedback(self._store, given.request_id, feedback, key_id=key_id)
         if stored is None:
             raise RequestNotFoundError(

@@ -193,9 +193,11 @@ def _decode(body: bytes) -> Any:
             f"the request body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
         ) from error
     except ValueError as error:
-        raise InvalidJsonError("the request body is not usable JSON: a number with too many digits") from error
+        raise InvalidJsonError(
+            "the request body is not usable JSON: it contains a number with too many digits"
+        ) from error
     except RecursionError as error:
-        raise InvalidJsonError("the request body is not usable JSON: nested too deeply") from error
+        raise InvalidJsonError("the request body is not usable JSON: it is nested too deeply") from error
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -216,7 +218,7 @@ def _encode(fields: dict[str, Any]) -> bytes:
     except ValueError as error:
         raise InvalidJsonError("the request body is not usable JSON: a number out of range") from error
     except RecursionError as error:
-        raise InvalidJsonError("the request body is not usable JSON: nested too deeply") from error
+        raise InvalidJsonError("the request body is not usable JSON: it is nested too deeply") from error
 
 
 def _who(fields: Mapping[str, Any], route: Route) -> str:

@@ -20,4 +20,4 @@ class TokenRoute(StrEnum):
 
 
 ANTHROPIC_PATHS = frozenset({Route.MESSAGES.value, TokenRoute.COUNT_TOKENS.value})
-"""Paths for Anthropic's clients, which expect other headers and errors than OpenAI's clients."""
+"""Paths for Anthropic's clients, which expect different headers and errors from OpenAI's clients."""

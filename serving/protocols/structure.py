@@ -27,7 +27,7 @@ _GRAMMARS = frozenset({"response_format", "structured_outputs", "text", "output_
 
 
 class _Unusual(NamedTuple):
-    """Limits on elements for which vLLM has to try all members of a union.
+    """Limits on elements for which vLLM has to try all members of a pydantic union.
 
     Attributes:
         is_usual: returns whether an element has a form that vLLM accepts without trying all members.

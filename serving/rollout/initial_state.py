@@ -29,16 +29,16 @@ def choose_deployments(
 
     Raises:
         NotFoundError, RefusedError: see `choose_desired`; also if no model is named and there is not exactly one, or if
-            a model is named twice.
+            a model is given more than once.
     """
     chosen = list(models) or (desired_names(store) if every else deployed_names(store))
     states = [choose_desired(registry, store, model, format) for model in chosen or [_only_name(registry, store)]]
     names = [desired.name for desired in states]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise RefusedError(
-            f"{', '.join(twice)} is named twice",
+            f"these models were given more than once: {', '.join(twice)}",
             expected="one version of each model",
-            todo="serve one of them; switch to another with `svc promote`",
+            todo="give each model once; switch to another version with `svc promote`",
         )
     set_deployments(store, names)
     return states

@@ -79,7 +79,8 @@ def prompt_sample(items: Sequence[Item], like: Sample) -> Sample:
     """Return the features of the items' prompts as a sample.
 
     Args:
-        like: the reference's sample, whose features the result has; one that an item lacks counts as missing.
+        like: the reference's sample; the result has the same features, and a feature that an item lacks counts as
+            missing.
     """
     views = [np.array([item.topic for item in items]), np.array([item.wanted for item in items])]
     shaped = zip(views, like.views, strict=True)
@@ -95,7 +96,8 @@ def answer_sample(items: Sequence[Item], logprobs: Sequence[float | None], like:
 
     Args:
         logprobs: log-probability of each answer; None if it has no score.
-        like: the reference's sample, whose features the result has; one that an item lacks counts as missing.
+        like: the reference's sample; the result has the same features, and a feature that an item lacks counts as
+            missing.
     """
     rows: list[Mapping[str, float | str | None]] = []
     for item, logprob in zip(items, logprobs, strict=True):

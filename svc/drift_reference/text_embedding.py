@@ -5,7 +5,7 @@ Deerwester et al. 1990), and the answer that it asks for (a ridge regression fro
 second view, a change of topics that matters to the task is detected with about two thirds of the prompts; Lipton et al.
 2018 and Rabanser et al. 2019 found such a gain with a classifier's outputs.
 
-The map is fitted on other examples than those that live prompts are compared with (drift_sample.py), so that neither of
+The map is fitted on examples other than those that live prompts are compared with (drift_sample.py), so that neither of
 the two is nearer to it than the other, as a permutation test between them requires. Texts cannot be recovered from the
 map: n-grams and words are stored as hashes. Knows nothing of tests, windows and the served model.
 """

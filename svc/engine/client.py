@@ -241,7 +241,7 @@ class EngineClient:
         await self._request("POST", "/collective_rpc", body, timeout_s=timeout_s)
 
     async def reset_prefix_cache(self, *, within_s: float = 10.0) -> None:
-        """Drop keys and values that older weights computed.
+        """Discard the cached prefixes, which older weights computed.
 
         The engine refuses while a request uses the cache; a cancelled request may still use it for a moment.
 
@@ -249,7 +249,7 @@ class EngineClient:
             within_s: time for retries, seconds.
 
         Raises:
-            EngineError: requests still use keys and values, or the engine did not answer.
+            EngineError: requests still use the cache, or the engine did not answer.
         """
         deadline = time.monotonic() + within_s
         while await self._post("/reset_prefix_cache", None) == {"success": False}:
@@ -261,7 +261,7 @@ class EngineClient:
             await asyncio.sleep(_RESET_PAUSE_S)
 
     async def sleep(self) -> None:
-        """Put the engine to sleep: copy the weights to main memory, drop keys and values, free the GPU (level 1).
+        """Put the engine to sleep: copy the weights to main memory, discard the KV cache, free the GPU (level 1).
 
         Running requests are cut off. Asleep, vLLM 0.32 answers `/health` normally, and queues requests until it wakes.
 

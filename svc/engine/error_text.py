@@ -32,7 +32,10 @@ def without_values(message: str) -> str:
 
 
 def error_of(body: bytes) -> Any:
-    """Return the value of `error` in vLLM's answer; None if there is none."""
+    """Return `error` from vLLM's answer, or the whole object if it has no such field.
+
+    The result is None if the body is not a JSON object.
+    """
     try:
         answer = json.loads(body)
     except (ValueError, RecursionError):

@@ -1,7 +1,7 @@
 """Facts in a model folder that determine an engine's memory and parallelism, read without loading the model.
 
-For models that do not cache keys and values of every layer (sliding windows, latent attention, state spaces), the size
-of a token in the cache is an upper bound.
+For models whose KV cache does not contain every layer's keys and values (sliding windows, latent attention, state
+spaces), the size of a token in the cache is an upper bound.
 """
 
 import json
@@ -14,7 +14,7 @@ from svc.model_folder.chat_template import TemplateValue, read_template_kwargs
 from svc.model_folder.weight_files import weight_files
 
 _BYTES_PER_VALUE = 2
-"""vLLM stores keys and values in the type in which it computes: 16 bits, unless float32 is requested."""
+"""vLLM stores the KV cache in the type in which it computes: 16 bits, unless float32 is requested."""
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Config keys for the number of experts of a layer, in different model families."""
@@ -30,7 +30,7 @@ class ModelFacts:
         dtype: number type in which the weights are stored, or were before quantization.
         heads: number of attention heads.
         kv_heads: number of heads with keys and values of their own.
-        token_bytes: size of one token's keys and values in 16 bits over all layers, bytes.
+        token_bytes: size of one token in the KV cache, in 16 bits over all layers, bytes.
         divided_widths: input widths of the layers that tensor parallelism divides; empty if unknown.
         quantization: quantization method, for example `gptq`; None if the weights are not quantized.
         group_size: number of weights that share one scale, in a quantized model.

@@ -90,7 +90,7 @@ def share_difference(differences: Sequence[float]) -> Interval:
         ValueError: no differences.
     """
     if not differences:
-        raise ValueError("no values")
+        raise ValueError("no differences")
     values = np.array(differences, dtype=float)
     total = len(values) + 2
     centre = float(values.sum()) / total
@@ -108,7 +108,7 @@ def bootstrap(examples: int, statistic: Statistic) -> Interval:
         ValueError: no examples.
     """
     if not examples:
-        raise ValueError("no values")
+        raise ValueError("no examples")
     generator = np.random.default_rng(0)
     rows = max(1, _BATCH // examples)
     drawn = []

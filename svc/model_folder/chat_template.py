@@ -1,7 +1,7 @@
 """A chat template's arguments besides the conversation, which must be the same in training, evaluation and serving.
 
 Templates of thinking models insert a thinking block into a prompt, or into the last answer, unless it is disabled;
-others insert today's date. A model that is used with another setting than in training answers wrongly, without
+others insert today's date. A model that is used with a different setting from training's answers wrongly, without
 any other symptom.
 """
 

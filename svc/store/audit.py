@@ -31,7 +31,7 @@ class Action(StrEnum):
     """Kind of change that an event records."""
 
     SERVE = "serve"
-    """A server was started with another version than the last one served, or a model was added."""
+    """A server was started with a version other than the last one served, or a model was added."""
     PROMOTE = "promote"
     ROLLBACK = "rollback"
     CREATE_KEY = "key.create"

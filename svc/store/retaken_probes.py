@@ -1,4 +1,4 @@
-"""Probes measured again on an engine of another kind than the one that qualified the version."""
+"""Probes measured again on an engine of a different kind from the one that qualified the version."""
 
 from pydantic import TypeAdapter
 from sqlalchemy import Engine as Store

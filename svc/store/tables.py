@@ -129,7 +129,7 @@ class SwapStepRow(Table):
 
 
 class RetakenProbesRow(Table):
-    """Probes of a version, measured on another kind of engine than the one that qualified it."""
+    """Probes of a version, measured on a different kind of engine from the one that qualified it."""
 
     __tablename__ = "retaken_probes"
 

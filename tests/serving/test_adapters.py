@@ -161,7 +161,7 @@ async def test_error_within_a_stream_names_the_version_when_an_adapter_serves(
     assert f"{NAME}@2#" not in answer.text
 
 
-async def test_large_answer_has_the_length_of_the_sent_body_when_an_adapter_serves(served: Control) -> None:
+async def test_content_length_of_a_large_answer_is_right_when_an_adapter_serves(served: Control) -> None:
     served.double.tokens = 20_000
     async with served.client() as client:
         answer = await client.post("/v1/chat/completions", json=BODY | {"model": f"{NAME}@2", "max_tokens": 20_000})

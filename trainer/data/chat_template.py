@@ -190,9 +190,9 @@ class _Conversation:
                 common = _common_prefix(prompt, conversation)
                 in_conversation, in_prompt = (text[common : common + _MAX_SHOWN] for text in (conversation, prompt))
                 raise DataError(
-                    f"in example {self.number} the conversation does not begin with its prompt: the base model's chat "
-                    f"template continues with {in_conversation!r} in the conversation and with {in_prompt!r} in the "
-                    "prompt",
+                    f"example {self.number}: the base model's chat template renders the prompt differently inside the "
+                    f"whole conversation: after a common beginning, the conversation has {in_conversation!r} where the "
+                    f"prompt has {in_prompt!r}",
                     expected="a template that renders earlier turns the same way in a prompt and in a conversation",
                     todo=todo,
                 )

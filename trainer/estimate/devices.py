@@ -165,7 +165,7 @@ def choose_devices(names: Sequence[str], home: Path) -> list[ComputeDevice]:
 
 
 def this_machine(capabilities: DeviceCapabilities, machine: Machine, home: Path) -> ComputeDevice:
-    """Return this machine as the device of `svc train`.
+    """Describe this machine as the device that `svc train` would use.
 
     Args:
         machine: the machine's present state; training uses at most its first GPU.

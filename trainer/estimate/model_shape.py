@@ -129,7 +129,7 @@ def read_model_shape(folder: Path, preset: Targets = Targets.ALL_LINEAR) -> Mode
 
 
 def _read_config(folder: Path) -> tuple["PreTrainedConfig", tuple[str, ...]]:
-    """Return the config, and notes on assumptions."""
+    """Return the config, and notes on what was assumed if transformers does not know the architecture."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 

@@ -104,7 +104,7 @@ def gptq_bytes(group_size: int, shape: ModelShape) -> float:
 def engine_memory(shape: ModelShape, number_type: NumberType, served_length: int) -> dict[EnginePart, float]:
     """Return the memory of an engine with the merged weights, counted as in svc.engine.vllm.headroom before a start.
 
-    Keys and values are those of one sequence of maximum length.
+    The KV cache is that of one sequence of maximum length.
     """
     size, length = number_size(number_type), min(served_length, shape.context or served_length)
     return {
@@ -147,7 +147,7 @@ def _merge(training: Training) -> tuple[Need, Need]:
 
 
 def _engine(training: Training, weights: float, served_length: int) -> tuple[Need, Need]:
-    """Return the needs of an engine, in its own process, with the keys and values of one sequence."""
+    """Return the needs of an engine, in its own process, with the KV cache of one sequence."""
     parts = engine_memory(training.shape, training.number_type, served_length) | {EnginePart.WEIGHTS: weights}
     size = sum(parts.values())
     peak = Need(ram=PROCESS + size) if training.cpu else Need(device=size, ram=PROCESS + weights + ENGINE_OVERHEAD)

@@ -22,7 +22,11 @@ class StochasticRounding:
 
     @torch.no_grad()
     def to_bfloat16(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the weights, which are finite and in float32, each rounded to one of its two neighbours."""
+        """Round each weight at random to one of its two bf16 neighbours, the nearer one more likely.
+
+        Args:
+            weight: finite, in float32.
+        """
         # The bits of a float32 grow with its size, so their sum carries into the upper half, which is the bf16 number.
         bits = weight.detach().cpu().contiguous().view(torch.int32)
         drawn = torch.randint(0, _STEP, bits.shape, generator=self._generator, dtype=torch.int32)

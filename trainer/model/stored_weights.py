@@ -1,8 +1,8 @@
 """Weights of a model folder by the names of the model's parameters, each read from its file on request.
 
-No model is loaded, so memory contains only the tensors that a caller keeps. Files may have other names and tensors than
-the model: transformers renames some, and joins the experts of a mixture into one parameter. The functions of its loader
-are called here for one parameter at a time. Imports torch and transformers.
+No model is loaded, so memory contains only the tensors that a caller keeps. Names and tensors of the files may differ
+from the model's: transformers renames some, and joins the experts of a mixture into one parameter. The functions of its
+loader are called here for one parameter at a time. Imports torch and transformers.
 """
 
 from collections.abc import Callable, Iterator, Mapping

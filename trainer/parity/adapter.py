@@ -34,9 +34,10 @@ class Applied:
     """Result of comparing merged weights with base plus adapter.
 
     Attributes:
-        lowest, highest: how often the adapter was added, as extremes over the modules: 1 if it was added once.
-        wrong: a module whose value differs from 1 by more than rounding; None if there is none.
-        off: largest share of a module's weights that differ from the sum by more than rounding.
+        lowest, highest: smallest and largest factor, over the modules, with which the update is in the merged weights;
+            1 if it was added exactly once.
+        wrong: a module whose factor differs from 1 by more than rounding explains; None if there is none.
+        off: largest share of a module's weights that differ from the sum by more than rounding explains.
         module: the module with this share.
     """
 

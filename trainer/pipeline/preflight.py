@@ -67,7 +67,7 @@ def _check_architecture(base: Path, config: "PreTrainedConfig") -> None:
 
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise BaseModelError(
-            f"transformers has no language model for model_type {config.model_type!r}, which {base} has",
+            f"{base} has model_type {config.model_type!r}, for which transformers has no causal language model",
             expected="a causal language model",
             todo="choose another base",
         )

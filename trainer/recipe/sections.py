@@ -134,7 +134,7 @@ class Quantization(StrEnum):
 
 
 class Method(StrEnum):
-    """Common name for an adapter type with the base's quantization, or for training all weights."""
+    """The usual name for an adapter type and the quantization of its base; `full` trains all weights."""
 
     FULL = "full"
     """All weights are trained."""
@@ -261,12 +261,12 @@ class Stopping(_Section):
 
     @property
     def measures(self) -> bool:
-        """Whether another key than `curve` requires held-out loss."""
+        """Whether a key other than `curve` requires held-out loss."""
         return self.every_steps is not None or self.selects
 
     @property
     def selects(self) -> bool:
-        """Whether held-out loss selects the weights."""
+        """Whether held-out loss decides which weights are kept (early stopping or `keep_best`)."""
         return self.patience is not None or self.keep_best
 
 

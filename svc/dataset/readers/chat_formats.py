@@ -107,8 +107,8 @@ def parse_row(value: Any, form: Format) -> tuple[ChatExample, tuple[str, ...]]:
         form: the format of the file.
 
     Raises:
-        RowError: the row has another format than the file, or is not valid in it; the error names fields as the file
-            does.
+        RowError: the row's format differs from the file's, or the row is not valid in it; the error names fields as
+            the file does.
     """
     own, keys = recognise(value), _quoted(KEYS[form])
     if own is not None and own is not form:

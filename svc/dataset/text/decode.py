@@ -42,9 +42,9 @@ def explain(error: ValueError | RecursionError) -> RowError:
     if isinstance(error, json.JSONDecodeError):
         wrong = f"not JSON: {error.msg} at column {error.colno}"
     elif isinstance(error, RecursionError):
-        wrong = "not usable JSON: nested too deeply"
+        wrong = "not usable JSON: it is nested too deeply"
     else:  # Python rejects integers of more than 4300 digits
-        wrong = "not usable JSON: a number with too many digits"
+        wrong = "not usable JSON: it contains a number with too many digits"
     return RowError(Code.NOT_JSON, wrong, expected="one JSON object per line")
 
 

@@ -14,7 +14,7 @@ from svc.engine.vllm.plan import GIB, plan_engine
 from svc.settings import Device
 
 ENGINE_OVERHEAD = 2 * GIB
-"""Memory of one engine in addition to weights, keys and values. On a CPU 1.8 GiB were measured with vLLM 0.32 and a
+"""Memory of one engine in addition to weights and KV cache. On a CPU 1.8 GiB were measured with vLLM 0.32 and a
 model of a few megabytes: Python and torch in three processes, as when vLLM binds threads; with two it is 0.7 less. On a
 GPU it is not measured but covers the CUDA context and a long prompt."""
 
@@ -22,7 +22,7 @@ GPU it is not measured but covers the CUDA context and a long prompt."""
 def shortage(specs: Sequence[EngineSpec]) -> str | None:
     """Return why the free memory is not enough for these engines together; None if it is.
 
-    Each needs its weights, its adapters' memory, keys and values of one sequence, and `ENGINE_OVERHEAD`. If the share
+    Each needs its weights, its adapters' memory, the KV cache of one sequence, and `ENGINE_OVERHEAD`. If the share
     of a GPU is set, vLLM requires all of that share to be free.
 
     Args:

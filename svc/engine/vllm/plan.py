@@ -22,7 +22,7 @@ from svc.settings import Device, EngineSettings
 GIB = 2**30
 _BLOCK_SIZE = 32
 _MEMORY_SHARE = 2
-"""Keys and values get half of the memory that the weights leave free; the rest is for long prompts."""
+"""The KV cache gets half of the memory that the weights leave free; the rest is for long prompts."""
 _UNKNOWN_KV_CACHE = 4 * GIB
 _GPU_SHARE = 0.9
 """vLLM's default is 0.92. A reload in place needs some memory in addition to what vLLM measured at its start."""
@@ -229,7 +229,7 @@ class _Planner:
         return as_argument(name, size, origin, f"{_gib(size)}: {reason}")
 
     def _sequence_bytes(self, length: Choice, block: Choice, *, wide: bool) -> int | None:
-        """Return the size of the longest sequence's keys and values, bytes in whole blocks; None if unknown."""
+        """Return the size of the KV cache of the longest sequence, bytes in whole blocks; None if unknown."""
         tokens, block_size = _integer(length.value) or self._model.context, _integer(block.value) or _BLOCK_SIZE
         if tokens is None or self._model.token_bytes is None:
             return None
@@ -265,7 +265,7 @@ class _Planner:
         seen = f"{_counted(gpus, 'GPU')} visible"
         if ranks == 1:
             return Choice(name, 1, Origin.MACHINE if gpus < 2 else Origin.MODEL, seen)
-        reason = f"{seen}; {model.heads} attention heads and {model.kv_heads} of keys and values"
+        reason = f"{seen}; {model.heads} attention heads and {model.kv_heads} key-value heads"
         return as_argument(name, ranks, Origin.MACHINE, reason)
 
     def _left_to_vllm(self, flag: str) -> Choice:

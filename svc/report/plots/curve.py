@@ -84,7 +84,7 @@ def _finish(axes: "Axes") -> None:
 
 
 def _series(curve: Sequence[TrainingPoint], name: str) -> tuple["Floats", "Floats"]:
-    """Return the steps that have a value of this figure, and the values."""
+    """Return the steps at which the quantity `name` was recorded, and its values."""
     points = [(point.step, value) for point in curve if (value := getattr(point, name)) is not None]
     return np.array([step for step, _ in points], dtype=float), np.array([value for _, value in points], dtype=float)
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest, norm
 
-from monitoring.drift.bets import SLACK, SURE, Bet, feature_bets, hit_table, upper_share
+from monitoring.drift.bets import SLACK, SURE, Bet, feature_bets, hit_table, upper_limit
 from monitoring.drift.evidence import HIT, MISS
 from monitoring.drift.evidence import NOT_THERE as NO_HIT
 from svc.drift_reference.sample import NOT_THERE, Floats, Names, Sample
@@ -38,20 +38,20 @@ def largest_win(reference: Sample, item: Sample) -> float:
 
 
 @given(counts, st.sampled_from([1.0, 2.0]))
-def test_an_upper_share_is_the_end_of_wilsons_interval(count: tuple[int, int], z: float) -> None:
+def test_upper_limit_is_the_upper_end_of_wilsons_interval(count: tuple[int, int], z: float) -> None:
     level = 1 - 2 * norm.sf(z)
     expected = binomtest(*count).proportion_ci(level, method="wilson").high
-    assert upper_share(*count, z) == pytest.approx(expected, rel=1e-9)
+    assert upper_limit(*count, z) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("size", [1, 10, 200])
-def test_the_upper_share_is_above_zero_when_no_item_has_the_value(size: int) -> None:
-    assert upper_share(0, size, 1.0) == pytest.approx(1 / (size + 1))
+def test_upper_limit_is_above_zero_when_no_item_has_the_value(size: int) -> None:
+    assert upper_limit(0, size, 1.0) == pytest.approx(1 / (size + 1))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.1])
 def test_bounds_grow_when_the_reference_is_small(share: float) -> None:
-    bounds = [upper_share(round(share * size), size, 1.64) for size in (2_000, 500, 100, 50)]
+    bounds = [upper_limit(round(share * size), size, 1.64) for size in (2_000, 500, 100, 50)]
     assert bounds == sorted(bounds)
     assert bounds[0] < bounds[-1]
 
@@ -73,15 +73,15 @@ def test_numbers_beyond_the_reference_are_in_all_sets_of_their_side(moved: float
 
 def test_another_number_on_either_side_is_in_a_set_when_all_numbers_of_the_reference_are_equal() -> None:
     bets = feature_bets(of_numbers([3.0] * 200))
-    assert all(bet.bound == pytest.approx(SLACK * upper_share(0, 200, SURE)) for bet in bets)
+    assert all(bet.bound == pytest.approx(SLACK * upper_limit(0, 200, SURE)) for bet in bets)
     below, same, above = (hit_table(bets, of_numbers([value]))[0] for value in (2.0, 3.0, 4.0))
     assert HIT in below and HIT in above and HIT not in same
 
 
 def test_each_frequent_category_and_all_new_ones_are_sets() -> None:
     reference = of_names(["stop"] * 90 + ["length"] * 10)
-    assert largest_win(reference, of_names(["error"])) == pytest.approx(1 / (SLACK * upper_share(0, 100, SURE)))
-    assert largest_win(reference, of_names(["length"])) == pytest.approx(1 / (SLACK * upper_share(10, 100, SURE)))
+    assert largest_win(reference, of_names(["error"])) == pytest.approx(1 / (SLACK * upper_limit(0, 100, SURE)))
+    assert largest_win(reference, of_names(["length"])) == pytest.approx(1 / (SLACK * upper_limit(10, 100, SURE)))
     assert largest_win(reference, of_names(["stop"])) == 0  # twice 90 % is more than all
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from monitoring.drift.bets import SLACK, SURE, upper_share
+from monitoring.drift.bets import SLACK, SURE, upper_limit
 from monitoring.drift.domain_classifier import HISTORY, LEARNED_FROM, DomainClassifier, Similarities
 from monitoring.drift.evidence import HIT, MISS, NOT_THERE, Hits
 from svc.drift_reference.sample import Floats, Sample
@@ -157,8 +157,8 @@ def test_prompts_like_the_reference_are_in_far_sets_less_often_than_the_bounds()
     assert (np.mean(hits, axis=(0, 1)) < np.mean([one.far_bounds for one in classifiers], axis=0)).all()
 
 
-def test_bounds_of_far_sets_are_twice_the_upper_share_of_the_reference() -> None:
-    expected = [SLACK * upper_share(count, 200, SURE) for count in (0, 0, 4, 4, 20, 20)]
+def test_bounds_of_far_sets_are_twice_the_upper_limit_of_the_reference_shares() -> None:
+    expected = [SLACK * upper_limit(count, 200, SURE) for count in (0, 0, 4, 4, 20, 20)]
     assert CLASSIFIER.far_bounds == pytest.approx(expected)
 
 

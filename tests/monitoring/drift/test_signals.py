@@ -2,7 +2,7 @@
 
 import pytest
 
-from monitoring.drift.bets import hit_table, upper_share
+from monitoring.drift.bets import hit_table, upper_limit
 from monitoring.drift.evidence import HIT
 from monitoring.drift.signals import rating_bets, rating_sample
 
@@ -13,11 +13,11 @@ def test_the_features_of_ratings_are_bad_and_corrected() -> None:
     assert (table == HIT).tolist() == [[True, True], [True, False], [False, False]]
 
 
-def test_bounds_are_the_upper_shares_of_the_reference() -> None:
+def test_rating_bounds_are_upper_confidence_limits_of_the_reference_shares() -> None:
     bets = rating_bets(rating_sample([(place < 6, place < 2) for place in range(100)]))
     assert [(bet.feature, bet.bound) for bet in bets] == [
-        ("bad_ratings", upper_share(6, 100, 2.0)),
-        ("corrections", upper_share(2, 100, 2.0)),
+        ("bad_ratings", upper_limit(6, 100, 2.0)),
+        ("corrections", upper_limit(2, 100, 2.0)),
     ]
 
 

@@ -17,7 +17,7 @@ def test_fast_stream_is_assumed_when_nothing_was_measured() -> None:
     assert TokenPace().tokens_in(0.5) == 50
 
 
-def test_pace_is_that_of_the_measured_answers() -> None:
+def test_pace_is_tokens_per_second_over_all_measured_answers() -> None:
     assert paced((200, 2.0)) == pytest.approx(100)
     assert paced((200, 2.0), (200, 4.0)) == pytest.approx(67, abs=3)
 

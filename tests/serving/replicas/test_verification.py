@@ -26,7 +26,7 @@ def kind_of(facts: EngineFacts) -> Callable[[Path], EngineFacts]:
 
 @pytest.fixture
 async def elsewhere(make: Make) -> AsyncIterator[Control]:
-    """Version 1 on another kind of engine than the one that qualified it, with slightly different rounding."""
+    """Version 1 on a different kind of engine from the one that qualified it, with slightly different rounding."""
     control = make(facts=OTHER_FACTS)
 
     def prepare(double: EngineDouble) -> None:

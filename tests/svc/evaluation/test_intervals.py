@@ -88,7 +88,7 @@ def test_interval_is_a_point_when_all_values_are_equal() -> None:
 
 
 def test_mean_of_nothing_is_rejected() -> None:
-    with pytest.raises(ValueError, match="no values"):
+    with pytest.raises(ValueError, match="no examples"):
         mean([])
 
 

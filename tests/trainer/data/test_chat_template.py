@@ -23,8 +23,8 @@ THINKING = [
     *("gemma4", "qwen3_5_nothink"),
 ]
 REFUSED = {
-    "deepseek_r1_distill": "does not begin with its prompt",  # its prompt always opens a thinking block
-    "deepseekv3": "does not begin with its prompt",
+    "deepseek_r1_distill": "renders the prompt differently",  # its prompt always opens a thinking block
+    "deepseekv3": "renders the prompt differently",
     "gptoss": "would learn",  # the name of a channel comes first, which only a parser removes
     "smolvlm": "would learn",  # texts must be lists of parts: plain ones are silently dropped
 }
@@ -124,7 +124,7 @@ def test_example_is_rejected_when_the_prompt_makes_the_model_think(opened: str) 
     template = CLOSED_THOUGHTS.replace("<think></think>", opened)
     tokenizer = make_tokenizer(template)
     example = parse_example({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
-    with pytest.raises(DataError, match="does not begin with its prompt"):
+    with pytest.raises(DataError, match="renders the prompt differently"):
         tokenize_examples(tokenizer, [example], {0}, {})
 
 

@@ -74,7 +74,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], type[SvcError], str]] = {
     "no language model": (
         lambda base: change_json(base / "config.json", model_type="vit"),
         BaseModelError,
-        "transformers has no language model for model_type 'vit'",
+        "has model_type 'vit', for which transformers has no causal language model",
     ),
     "damaged shard": (cut_shard, IntegrityError, "is not a complete safetensors file"),
     "two output matrices": (untie, BaseModelError, "its files contain two matrices that differ"),

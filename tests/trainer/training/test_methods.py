@@ -64,7 +64,7 @@ def test_heldout_loss_falls_with_every_method(trained: Trained, method: Method) 
 
 
 @pytest.mark.parametrize("method", Method)
-def test_adapter_is_written_as_safetensors(trained: Trained, method: Method) -> None:
+def test_trained_weights_are_written_only_as_safetensors(trained: Trained, method: Method) -> None:
     names = {path.suffix for path in trained[method][0].rglob("*") if path.is_file()}
     assert ".safetensors" in names
     assert not names & {".bin", ".pt", ".pth", ".pkl"}

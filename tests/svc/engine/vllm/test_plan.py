@@ -242,7 +242,7 @@ def test_setting_for_gpu_memory_overrides_the_computed_share() -> None:
     assert origin_and_value(plan(GPU, gpus(1), gpu_memory_share=0.3), "gpu_memory_utilization") == (Origin.SETTING, 0.3)
 
 
-def test_gpus_that_cannot_be_seen_are_left_to_vllm() -> None:
+def test_memory_share_is_left_to_vllm_when_no_gpu_can_be_seen() -> None:
     chosen = plan(GPU)
     assert chosen["gpu_memory_utilization"].origin is Origin.VLLM
     assert "--gpu-memory-utilization" not in chosen.arguments
