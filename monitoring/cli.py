@@ -137,7 +137,7 @@ def monitor(ctx: click.Context, server: str | None, host: str | None, port: int 
         )
         if settings.monitor.drift_every_s:
             running.enter_context(DriftWorker(settings).running())
-        console.print(f"[green]metrics on {url}[/green]")
+        console.print(f"[green]metrics at {url}[/green]")
         stop.wait()
     console.print("stopped")
 

@@ -105,7 +105,7 @@ def serve(
                 claim,
                 capabilities=capabilities,
                 on_phase=on_phase,
-                on_ready=lambda target: show(target, f"[green]serving {target} on {claim.url}/v1[/green]"),
+                on_ready=lambda target: show(target, f"[green]serving {target} at {claim.url}/v1[/green]"),
                 on_failure=lambda target, error: show(target, f"[red]{target} is not served:[/red] {error}"),
                 manager=ServiceManager.of(),
             )

@@ -159,7 +159,7 @@ class Deployments:
         return deployment
 
     async def _start(self, deployment: Deployment) -> SvcError | None:
-        """Start a deployment and keep it running; return the error if the start fails, which is then retried."""
+        """Start a deployment and keep it running; if the start fails, return the error and retry in the background."""
         target, failed = deployment.reconciler.actual.target, None
         try:
             await deployment.reconciler.start()

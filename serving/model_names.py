@@ -65,9 +65,10 @@ class ModelNames:
         return self.name, *map(str, sorted(self.versions)), f"{self.name}@{Alias.PRODUCTION}"
 
     def resolve(self, model: str) -> VersionId | None:
-        """Return the version that a client's model name refers to; None for production, which any ready engine answers.
+        """Return the version that a client's model name refers to; None for production.
 
-        If adapters are served, the returned version may not be loaded, or may not exist: the caller checks.
+        Any ready engine answers requests to production. If adapters are served, the returned version may not be
+        loaded, or may not exist: the caller checks.
 
         Raises:
             ModelNotFoundError: the name is not served here.

@@ -156,7 +156,7 @@ class ServeSettings(_Section):
     max_running: int = Field(
         256,
         ge=1,
-        description="maximum concurrent requests per model, whose answers together may have at most this many times "
+        description="maximum concurrent requests per model; their answers together may have at most this many times "
         "`engine.max_model_len` tokens; further requests get 429, or wait if they have a key",
     )
     max_queued: int = Field(

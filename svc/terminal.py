@@ -128,7 +128,7 @@ def counting(text: str, total: int) -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def reading(text: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar over bytes, which disappears when done; yield a callback that takes the bytes read so far."""
+    """Show a progress bar for bytes within the body; yield a callback that takes the number of bytes read so far."""
     if console.is_terminal:
         columns = (
             SpinnerColumn(),

@@ -11,12 +11,12 @@ from benchmarks.drift.streams import WITH_CHANGE, WITHOUT_CHANGE
 from svc.terminal import output
 
 CHANGES_A_REPLAY = 8
-"""Replays of each stream with a change, which are short, per replay of a stream without one."""
+"""Number of replays of each stream with a change for one replay of a stream without a change; the former are short."""
 PER_REQUESTS = 10_000
 
 
 def upper_limit(events: int) -> float:
-    """Return the upper end of the one-sided 95 % interval of a Poisson variable's mean, given one value of it."""
+    """Return the one-sided upper 95 % confidence limit of a Poisson variable's mean, given one value of it."""
     from scipy.stats import chi2
 
     return float(chi2.ppf(0.95, 2 * (events + 1)) / 2)

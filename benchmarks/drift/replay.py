@@ -43,7 +43,7 @@ class Replay:
 
     Attributes:
         kept: indexes of the counted requests.
-        events: starts and ends of alarms, whose positions count only the counted requests.
+        events: starts and ends of alarms; a position is a number of counted requests.
     """
 
     kept: Sequence[int]

@@ -133,7 +133,7 @@ class Measurement:
         )
 
     async def _warm(self) -> None:
-        """Send the first requests, whose one-time work must not count."""
+        """Send requests before the measurement, so that one-time work is not measured."""
         await self._load(_WHOLE, clients=4, seconds=1.0)
         await self._load(_SHORT_STREAM, clients=4, requests=40)
         self._failed = 0

@@ -230,7 +230,7 @@ litellm_settings:
 
 
 def _user() -> str:
-    """Return nginx's directive `user` for root, whose workers would otherwise be denied the upstream's socket."""
+    """Return nginx's directive `user` for root: workers of another user could not open the upstream's socket."""
     return "user root;" if os.getuid() == 0 else ""
 
 

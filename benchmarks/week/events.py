@@ -85,7 +85,7 @@ def _in_place() -> Iterator[Change]:
 
 
 def _crash_loop() -> Iterator[Change]:
-    """Yield the engine's deaths and starts; the pause grows with each death during a start."""
+    """Yield the engine's deaths and starts, with the server's backoff after each death during a start."""
     now, failures = float(CRASHES_AT), 0
     yield Change(now, SIDE, (FAILED,))
     while True:

@@ -1,7 +1,7 @@
 """The bets on a stream: sets of values, chosen before an item arrives, and each set's largest normal share.
 
-A share is normal up to `SLACK` times the upper end of the 90 % Wilson interval of the reference's share: day and night,
-weekends and a growing client change the shares of topics and lengths by less than that, and are not drift.
+A share is normal up to `SLACK` times the upper limit of the 90 % Wilson interval of the reference's share: day and
+night, weekends and a growing client change the shares of topics and lengths by less than that, and are not drift.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,7 +38,7 @@ class Bet:
 
 
 def upper_limit(count: int, size: int, z: float) -> float:
-    """Return the upper confidence limit of a share: the upper end of its Wilson interval.
+    """Return the upper confidence limit of a share: the upper limit of its Wilson interval.
 
     Args:
         z: half width of the interval in standard errors.

@@ -13,7 +13,7 @@ MAX_LAG = 64
 LAGS = MAX_LAG + 38
 """Number of lags examined; beyond `MAX_LAG`, items are assumed to be no more similar than any two items."""
 ROWS = 600
-"""Number of items used, without the newest `MAX_LAG`, which are similar when a change begins."""
+"""Number of items used. The newest `MAX_LAG` are not used, because they are similar when a change begins."""
 MIN_ROWS = 25
 ENOUGH = 226
 """Number of items from which on all lags are examined; with fewer items, lags up to a fifth of their number."""

@@ -10,8 +10,8 @@ from monitoring.drift.evidence import HIT, MISS, Hits
 from svc.drift_reference.sample import NO, YES, Sample
 
 _SURE = 2.0
-"""Standard errors: the upper end of a share's 95 % Wilson interval is normal. Unlike topics, ratings do not change with
-the hour."""
+"""Standard errors: shares up to the upper limit of the 95 % Wilson interval are normal. Unlike topics, ratings do not
+change with the hour."""
 
 
 class RatingFeature(StrEnum):

@@ -167,9 +167,9 @@ def _choice_text(choice: dict[str, Any]) -> str:
 
 
 class ResponsesFormat(WireFormat):
-    """Responses, whose last event contains the whole response.
+    """Format of the Responses API.
 
-    That event is parsed, not searched, because it also contains the client's own tools.
+    The last event contains the whole response. It is parsed, not searched, because it also contains the client's tools.
     """
 
     _plain_head = b"event: response.output_text.delta\ndata: "

@@ -50,7 +50,7 @@ class LoadedAdapter:
 
 @dataclass(frozen=True, slots=True)
 class AdapterUse:
-    """One request's hold on a loaded adapter, which is not evicted meanwhile.
+    """One request's hold on a loaded adapter; prevents the adapter's eviction.
 
     Attributes:
         leave: to be called once, at the end of the request.

@@ -46,7 +46,7 @@ class EngineWatch:
         self._suspected.set()
 
     def clear(self) -> None:
-        """Withdraw the suspicion, which concerned an earlier engine or the time before a change."""
+        """Withdraw the suspicion, because it concerned an earlier engine or the time before a change."""
         self._suspected.clear()
 
     async def died(self) -> str:

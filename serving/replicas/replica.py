@@ -370,7 +370,7 @@ class Replica:
         return checked.found
 
     async def _verify_again(self, target: Target) -> None:
-        """Verify an engine that an earlier server left, after unloading its adapters, whose weights are unknown."""
+        """Verify an engine that an earlier server left. Its adapters are unloaded first: their weights are unknown."""
         self._make_adapters()
         if self.adapters is not None:
             await self.watch.unless_dead(self.adapters.unload_all())

@@ -1,4 +1,4 @@
-"""One call to the engine, whose failures and rejections become typed errors.
+"""One call to the engine. Failures and rejections are raised as typed errors.
 
 The only module that knows vLLM's error texts. A text never decides whether an engine is alive.
 """

@@ -18,7 +18,7 @@ from svc.store.swaps import SwapResult, add_step, begin_swap, end_swap
 log = logging.getLogger(__name__)
 
 _ATTEMPTS = 5
-"""Number of attempts to write a step, which may be lost; all other records are retried until they are written."""
+"""Number of attempts to write a step. Steps may be lost; all other records are retried until they are written."""
 _PAUSE_S = 1.0
 _MAX_PAUSE_S = 30.0
 _CLOSE_S = 20.0  # longer than the store waits for another writer

@@ -1,6 +1,6 @@
 """Reconciles the served version with the desired one; only code called from here starts, changes or stops engines.
 
-Two loops, which never change the same engine concurrently. One starts missing engines, with longer pauses after
+Two loops, which never change the same engine concurrently. One starts missing engines, with backoff after
 failures. The other swaps when the desired version changes; if a swap fails, it restores the desired state, which
 therefore always names the served version. A swap stops when another version is desired. If the store does not answer,
 serving continues, and the desired version is read later.

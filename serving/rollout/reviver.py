@@ -113,7 +113,7 @@ class Reviver:
         return not shortage
 
     async def _revive(self, engine: Replica) -> None:
-        """Start an engine; if that fails, schedule the next attempt after a longer pause."""
+        """Start an engine; if that fails, schedule the next attempt with backoff."""
         turn = self._turns[engine]
         if turn.died:
             self._pool.count_restart()

@@ -98,7 +98,7 @@ class SwapPlanner:
         return plan
 
     async def _with_adapter(self, current: Target, target: Target) -> Plan:
-        """Plan a swap to or from an adapter, which is loaded in the running engines if it fits all of them."""
+        """Plan a swap to or from an adapter; an adapter that fits all running engines is loaded in them."""
         await self._verification.model(target)
         if current.format is not target.format:
             return Plan(SwapKind.BLUEGREEN, _DIFFERENT)

@@ -24,7 +24,7 @@ def data() -> None:
 
 @data.command()
 @click.argument("files", nargs=-1, required=True)
-@click.option("--heldout", metavar="FILE", help="Held-out examples, which FILES must not contain.")
+@click.option("--heldout", metavar="FILE", help="Held-out examples; FILES must not contain them.")
 @click.option(
     "--base",
     type=click.Path(path_type=Path),

@@ -1,4 +1,4 @@
-"""Summary of a data set in a few numbers. It is stored with a version, whose training examples are not stored.
+"""Summary of a data set in a few numbers. It is stored with a version, because the version's training examples are not.
 
 It contains no text of examples except labels, which are few and short.
 """

@@ -36,7 +36,7 @@ class KeyedHash:
 
     @classmethod
     def of_home(cls, home: Path) -> "KeyedHash":
-        """Return the keyed hash of a home, whose key is created at first use.
+        """Return the keyed hash of a home; create the home's key at first use.
 
         Raises:
             IntegrityError: the file with the key is damaged.

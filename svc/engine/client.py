@@ -271,7 +271,7 @@ class EngineClient:
         await self._post("/sleep?level=1", None)
 
     async def wake(self) -> None:
-        """Wake the engine: restore everything, because no `tags` are sent, which would select a part.
+        """Wake the engine completely; a request with `tags` would restore only a part.
 
         Raises:
             EngineError: the engine may be partly awake now.

@@ -231,7 +231,7 @@ async def ask_endpoint(
 
 
 async def all_or_none(work: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
-    """Return all results; if one fails, cancel the others, which would cost money."""
+    """Return all results; if one fails, cancel the others, because they would cost money."""
     tasks = [asyncio.create_task(coroutine) for coroutine in work]
     try:
         return await asyncio.gather(*tasks)

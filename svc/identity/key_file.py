@@ -1,4 +1,4 @@
-"""Files with keys: commands never take a key as an argument, which every user of the machine can read."""
+"""Files with keys. Commands never take a key as an argument, because every user of the machine can read arguments."""
 
 import os
 import stat

@@ -1,4 +1,4 @@
-"""A chat template's arguments besides the conversation, which must be the same in training, evaluation and serving.
+"""A chat template's arguments besides the conversation; they must be the same in training, evaluation and serving.
 
 Templates of thinking models insert a thinking block into a prompt, or into the last answer, unless it is disabled;
 others insert today's date. A model that is used with a different setting from training's answers wrongly, without

@@ -83,8 +83,8 @@ def _digest(parts: dict[str, Any]) -> str:
 def _tokenizer(folder: Path) -> dict[str, Any]:
     """Return the content that determines the token ids of a text.
 
-    That is tokenizer.json without truncation and padding, which its last user may have set. A folder without it, as
-    for many SentencePiece models, has its vocabulary in other files, whose hashes are returned.
+    That is tokenizer.json without truncation and padding, which its last user may have set. If a folder lacks
+    it, as for many SentencePiece models, the hashes of its vocabulary files are returned.
     """
     if (folder / "tokenizer.json").is_file():
         tokenizer = read_json_object(folder / "tokenizer.json")

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 _DAY_S = 86_400
 _REGISTERED = "register.json"
-"""File in a finished run's folder (trainer.pipeline.run_folder), whose weights are in one folder per format."""
+"""File in the folder of a finished run (trainer.pipeline.run_folder); the weights are in one folder per format."""
 _REMOVING = ".removing"
 """Lock in the folder of a name's versions, held during a removal."""
 

@@ -20,7 +20,7 @@ Record = TypeVar("Record")
 
 
 class UtcDateTime(sa.TypeDecorator[datetime]):
-    """A point in time, stored in UTC and read with that time zone, which SQLite does not store."""
+    """A point in time, stored in UTC. SQLite stores no time zone: values are read as UTC."""
 
     impl = sa.DateTime(timezone=True)
     cache_ok = True

@@ -93,11 +93,11 @@ class Interview:
         return answers
 
     async def _at_endpoint(self, endpoint: Endpoint, local: Sequence[_Asked]) -> tuple[ExampleResult, ...]:
-        """Return the answers of an endpoint, whose tokenizer is unknown.
+        """Return the answers of an endpoint.
 
         Its answers have the limits of the local model that it is compared with, so that both have the same maximum
-        length. Two endpoints get an upper bound from the bytes of each reference: a limit that is too high costs some
-        tokens; one that is too low would cut off correct answers.
+        length. For two endpoints, whose tokenizers are unknown, the limits are upper bounds from the bytes of each
+        reference: a limit that is too high costs some tokens; a limit that is too low would cut off correct answers.
         """
         if local:
             (_, limits), *_ = local

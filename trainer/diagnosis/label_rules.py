@@ -1,4 +1,4 @@
-"""Rules on labels, which the answers show: some labels are wrong, or were not learnt."""
+"""Rules that detect wrong labels, and labels that were not learnt."""
 
 import math
 from collections import Counter

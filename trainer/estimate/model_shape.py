@@ -72,7 +72,7 @@ class ModelShape:
 
     @cached_property
     def linear_weights(self) -> int:
-        """Weights of all linear layers except the head, which NF4 quantizes."""
+        """Number of weights that NF4 quantizes: those of all linear layers except the head."""
         return sum(inputs * outputs for inputs, outputs in self.linear.values())
 
     @cached_property

@@ -129,7 +129,7 @@ def recipe_text(recipe: Recipe) -> str:
 
 
 def settings_of_winner(result: SweepResult) -> list[str]:
-    """Return the winner's values for `--set`, as YAML, which would read 5e-05 as a string."""
+    """Return the winner's values for `--set`, as YAML: it would read Python's 5e-05 as a string, but reads 5.0e-05."""
     return [f"{key}={yaml.safe_dump(value).splitlines()[0]}" for key, value in result.winner.items()]
 
 

@@ -1,4 +1,4 @@
-"""Reads the records of a data file, whose name determines the container format and the compression."""
+"""Reads the records of a data file. The file name determines the container format and the compression."""
 
 import bz2
 import gzip

@@ -15,7 +15,7 @@ class Row:
 
     Attributes:
         number: first line of the record, from 1; the row of a Parquet file.
-        raw: the record's bytes in the file (a Parquet row: as JSON); only the beginning of one that is too large.
+        raw: the record's bytes in the file (a Parquet row: as JSON); if the record is too large, only their beginning.
     """
 
     number: int

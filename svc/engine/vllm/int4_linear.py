@@ -89,7 +89,7 @@ def pack_weights(packed: torch.Tensor) -> torch.Tensor:
 
 
 def spread_scales(scales: torch.Tensor, groups: int) -> torch.Tensor:
-    """Return scales in the operator's layout, each with an offset, which is 0.
+    """Return scales in the operator's layout, each with the offset 0.
 
     Args:
         scales: [groups of the model, out].

@@ -82,7 +82,7 @@ class EngineSpec:
 
     @cached_property
     def plan(self) -> plan.EnginePlan:
-        """Choices for the launch, from the machine's state at the first access, which may take seconds on a GPU."""
+        """Choices for the launch, from the machine's state at the first access; on a GPU, this may take seconds."""
         machine = read_machine(gpus=self.device is Device.CUDA)
         planned = plan.plan_engine(
             self.settings, self.capabilities, machine, self.facts, self.cache, engines=self.engines

@@ -52,7 +52,7 @@ class ModelCheck:
             raise EngineError(
                 f"vLLM could not check the model in {self._folder}: {lines[-1] if lines else error}",
                 expected="an answer from vLLM's own validation",
-                todo=f"run `{shlex.join(self._command)}`, which shows the whole error",
+                todo=f"run `{shlex.join(self._command)}` to see the whole error",
             ) from error
         if reason is not None:
             raise BaseModelError(

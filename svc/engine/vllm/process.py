@@ -116,7 +116,7 @@ class EngineProcess:
         return self._child.pid
 
     def _watch(self, pid: int) -> None:
-        """Make the event loop notice the process's exit without polling, which would fail if no descriptor is free.
+        """Make the event loop notice the process's exit by a pidfd; polling would fail if no descriptor is free.
 
         Raises:
             ProcessLookupError: there is no such process.

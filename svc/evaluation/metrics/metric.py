@@ -100,7 +100,7 @@ class Metric(ABC):
         return [result.scores[self.name] for result in answered.results]
 
     def estimate(self, answered: Answered) -> Interval:
-        """Return the metric's value over all examples, whose results must have scores, with its interval."""
+        """Return the metric's value over all examples, with its interval; every result must have scores."""
         return mean_or_proportion(self.stored_scores(answered))
 
     def difference(self, before: Answered, after: Answered) -> Interval:
