@@ -133,7 +133,7 @@ def test_only_versions_evaluated_on_the_chosen_set_are_compared(passes: Passes) 
     )
 
 
-def test_the_sets_to_choose_from_are_those_of_the_two_versions(passes: Passes) -> None:
+def test_the_held_out_sets_to_choose_from_are_the_sets_of_the_two_versions(passes: Passes) -> None:
     series = {judged("1", CHOSEN): "1x60", judged("2", OTHER): "1x60", judged("3", "aaaaaaaaaaaa:4"): "1x60"}
     passes([case(query("variable heldout"), series, {f'{{heldout="{heldout}"}}': 1 for heldout in (CHOSEN, OTHER)})])
 

@@ -165,6 +165,6 @@ def test_shares_without_a_weight_are_an_error() -> None:
             Router().serve("a", [Share(backend("a", 1), weight) for weight in weights])
 
 
-def test_versions_are_those_of_all_models() -> None:
+def test_router_lists_the_versions_of_all_models() -> None:
     served = router(backend("a", 3, 4), backend("b", 7), backend("c"))
     assert served.versions == {VersionId("a", 3), VersionId("a", 4), VersionId("b", 7)}

@@ -87,7 +87,7 @@ def test_tokens_are_counted_by_direction(traffic: GatewayMetrics, read: Read) ->
     assert (figures.tokens_in, figures.tokens_out) == (31, 6)
 
 
-def test_quantiles_are_those_of_the_answers(traffic: GatewayMetrics, read: Read) -> None:
+def test_quantiles_are_close_to_the_quantiles_of_the_observed_times(traffic: GatewayMetrics, read: Read) -> None:
     for hundredth in range(1, 101):
         traffic.request_ended(ONE, Route.CHAT_COMPLETIONS, 200, hundredth / 100)
         traffic.first_token(ONE, hundredth / 1000)

@@ -39,7 +39,7 @@ async def test_anthropic_client_counts_tokens(service: Service) -> None:
 
 
 @pytest.mark.parametrize("body", [BODY, {"model": f"{NAME}@1", "prompt": "one two three"}], ids=["chat", "plain"])
-async def test_tokens_are_those_of_the_engine(client: httpx.AsyncClient, body: Any) -> None:
+async def test_token_count_and_version_come_from_the_engine(client: httpx.AsyncClient, body: Any) -> None:
     answer = await client.post(TOKENIZE, json=body)
     assert (answer.json()["count"], len(answer.json()["tokens"])) == (3, 3)
     assert answer.headers["x-model-version"] == f"{NAME}@1"

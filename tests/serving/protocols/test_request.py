@@ -132,7 +132,7 @@ def test_client_gets_the_token_counts_when_its_route_always_sends_them(route: Ro
     assert "stream_options" not in json.loads(request.payload("tuned"))
 
 
-def test_maximum_length_is_the_one_that_the_engine_uses() -> None:
+def test_maximum_length_is_read_from_the_field_that_the_engine_reads() -> None:
     cases: list[tuple[Route, dict[str, Any], int | None]] = [
         (Route.RESPONSES, {"max_output_tokens": 5, "max_tokens": 9}, 5),
         (Route.MESSAGES, {"max_tokens": 5, "max_completion_tokens": 9}, 5),

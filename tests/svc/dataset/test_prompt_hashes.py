@@ -19,7 +19,7 @@ def test_prompts_that_differ_in_spacing_and_case_have_one_hash() -> None:
     assert hashes[0] == hashes[1] != hashes[2]
 
 
-def test_hash_is_the_one_that_finds_duplicates() -> None:
+def test_hash_of_a_prompt_equals_the_one_in_the_table_of_duplicates() -> None:
     """Stored hashes of versions are compared with the table of the next version's examples."""
     builder, examples = LineTableBuilder(), [chat("a"), chat("b")]
     for number, example in enumerate(examples):

@@ -65,7 +65,7 @@ def test_numeric_features_equal_manual_counts(feature: PromptFeature, text: str,
     assert number(text, feature) == pytest.approx(value)
 
 
-def test_turns_are_those_of_the_conversation() -> None:
+def test_turns_are_counted_from_the_conversation() -> None:
     assert sampler.sample([Prompt("a", turns=3)]).numbers[PromptFeature.TURNS].tolist() == [3]
 
 

@@ -61,7 +61,7 @@ async def test_empty_answer_is_empty_text_without_a_logprob(logprobs: object) ->
     assert (answer.text, answer.tokens, answer.logprob) == ("", 1, None)
 
 
-async def test_logprobs_are_those_of_the_tokens_from_the_start_position() -> None:
+async def test_logprobs_begin_with_the_token_at_the_start_position() -> None:
     double = EngineDouble()
     async with client_of(double) as client:
         found = await client.logprobs([5, 6, 7, 8], 2)

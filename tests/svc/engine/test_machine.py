@@ -38,7 +38,7 @@ def limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Limits:
     return write
 
 
-def test_cores_are_those_of_the_affinity(limits: Limits, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cores_are_read_from_the_cpu_affinity(limits: Limits, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {5, 3})
     assert read_machine(gpus=False).cores == (3, 5)
 
@@ -108,7 +108,7 @@ def test_free_memory_is_that_of_the_first_cores_node(limits: Limits, monkeypatch
 
 
 @pytest.mark.parametrize(("cores", "nodes"), [({0, 1}, 1), ({0, 1, 2}, 2), ({2, 3}, 2), ({7}, 1)])
-def test_memory_nodes_are_those_of_its_cores(
+def test_memory_nodes_are_counted_from_the_usable_cores(
     limits: Limits, monkeypatch: pytest.MonkeyPatch, cores: set[int], nodes: int
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: cores)

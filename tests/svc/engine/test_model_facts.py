@@ -27,7 +27,7 @@ def read(folder: Path, config: Any) -> ModelFacts:
     return read_model_facts(folder)
 
 
-def test_facts_are_those_of_the_config(tmp_path: Path) -> None:
+def test_facts_are_read_from_the_config(tmp_path: Path) -> None:
     facts = read(tmp_path, SMOLLM2)
     assert (facts.context, facts.dtype, facts.heads, facts.kv_heads) == (8192, "bfloat16", 9, 3)
 
@@ -51,7 +51,7 @@ def test_head_size_may_be_explicit(tmp_path: Path) -> None:
     assert read(tmp_path, {**SMOLLM2, "head_dim": 128}).token_bytes == 2 * 30 * 3 * 128 * 2
 
 
-def test_all_heads_have_keys_and_values_without_grouped_heads(tmp_path: Path) -> None:
+def test_every_head_counts_as_a_kv_head_when_the_config_has_no_grouped_heads(tmp_path: Path) -> None:
     config = {key: value for key, value in SMOLLM2.items() if key != "num_key_value_heads"}
     assert read(tmp_path, config).kv_heads == 9
 

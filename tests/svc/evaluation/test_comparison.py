@@ -95,7 +95,7 @@ def test_model_compared_with_itself_has_no_differences(given: list[tuple[str, st
         (["net", "mail"] * 10, ["mail", "net"] * 10, Direction.UNDECIDED),
     ],
 )
-def test_direction_is_that_of_the_second_model_by_the_primary_metric(
+def test_direction_says_whether_the_second_model_is_better_by_the_primary_metric(
     first: list[str], second: list[str], direction: Direction
 ) -> None:
     assert against(first, second).direction is direction

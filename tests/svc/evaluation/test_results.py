@@ -37,7 +37,7 @@ def test_written_results_are_read_back_to_the_last_digit(
     assert read_results(path) == tuple(results)
 
 
-def test_largest_limit_is_that_of_any_answer() -> None:
+def test_largest_limit_is_the_maximum_over_all_answers() -> None:
     assert largest_limit([RESULT, RESULT.model_copy(update={"limit": 40}), RESULT]) == 40
 
 

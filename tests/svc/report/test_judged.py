@@ -95,7 +95,7 @@ def test_lower_value_is_better_when_the_metric_says_so() -> None:
     assert verdict.outcome is Direction.BETTER
 
 
-def test_change_of_macro_f1_is_that_of_its_metric() -> None:
+def test_change_of_macro_f1_equals_the_metrics_own_difference() -> None:
     from svc.evaluation.metrics.labels import MacroF1
 
     comparison = judged(LABELS, {BASE: right(LABELS, 10), "merged": right(LABELS, 40)})

@@ -56,7 +56,7 @@ def test_all_weights_of_7b_with_adam_in_float32_do_not_fit_80_gb() -> None:
         ("vera", Targets.ATTENTION_MIN),
     ],
 )
-def test_number_of_trained_weights_is_that_of_peft(method: str, preset: Targets) -> None:
+def test_number_of_trained_weights_equals_pefts_count(method: str, preset: Targets) -> None:
     adapter = {} if method == "full" else {"targets": preset, "rank": 8}
     recipe = make_recipe(method=method, **({"adapter": adapter} if adapter else {}))
     config = LlamaConfig(

@@ -63,7 +63,7 @@ def test_run_is_not_rejected_when_its_own_files_fill_the_disk(tmp_path: Path, mo
     refuse_disk(estimated("qlora"), tmp_path)
 
 
-def test_a_stage_that_cannot_fit_is_named_with_what_is_missing_and_a_format_with_which_all_fit() -> None:
+def test_error_names_the_stage_the_missing_memory_and_a_format_that_fits_when_a_stage_cannot_fit() -> None:
     """Llama 2 7B in bf16 takes 13.5 GB in the engine that evaluates it, and a third of it in 4 bits."""
     with pytest.raises(
         InsufficientMemoryError, match=r"stage evaluate needs at least 13\.5 GB, .* has 12\.0 GB: 1\.5 GB"

@@ -92,7 +92,7 @@ def test_parity_is_scored_on_the_cpu_when_the_gpu_is_too_small_for_one_copy() ->
     assert on_large.peak.device > 2 * published("llama-2-13b").parameters
 
 
-def test_parity_needs_the_weights_in_memory_only_when_they_are_not_those_of_the_files() -> None:
+def test_parity_needs_memory_for_the_weights_only_when_their_number_type_differs_from_the_files() -> None:
     in_bfloat16, in_float32 = (
         of_stages("llama-3.1-8b", make_recipe(), cpu_device(number_type=number_type))[Stage.PARITY].least.ram
         for number_type in (NumberType.BFLOAT16, NumberType.FLOAT32)

@@ -167,7 +167,7 @@ def test_loss_is_the_same_when_layers_are_checkpointed() -> None:
     assert_same(model)
 
 
-def test_adalora_penalty_equals_the_one_that_peft_adds_to_the_models_loss() -> None:
+def test_adalora_penalty_equals_the_penalty_in_pefts_loss() -> None:
     set_seed(0)
     adapter = AdaLoraConfig(target_modules="all-linear", total_step=10, task_type="CAUSAL_LM", orth_reg_weight=0.3)
     model = get_peft_model(LlamaForCausalLM(LlamaConfig(**SHAPE)), adapter)

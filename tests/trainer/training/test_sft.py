@@ -494,7 +494,7 @@ def test_packed_examples_do_not_attend_to_each_other_in_a_mixture_of_experts(
         (NumberType.FLOAT16, (False, True), "adamw_torch"),
     ],
 )
-def test_the_number_type_decides_what_is_cast_and_scaled(
+def test_mixed_precision_and_optimizer_follow_from_the_number_type(
     number_type: NumberType, mixed: tuple[bool, bool], optimizer: str, tmp_path: Path
 ) -> None:
     acceleration = choose_acceleration(Facts(cuda=False))

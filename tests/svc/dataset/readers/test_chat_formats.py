@@ -234,7 +234,7 @@ def test_endlessly_nested_tools_are_rejected() -> None:
     assert refusal({**WITH_TOOLS, "tools": [{"type": "function", "function": function}]}).code is Code.WRONG_TOOLS
 
 
-def test_format_of_a_file_is_that_of_most_rows(tmp_path: Path) -> None:
+def test_format_of_a_file_is_the_format_of_most_rows(tmp_path: Path) -> None:
     rows = [row(Format.ALPACA, "", f"question {number}", "a") for number in range(5)]
     path = write_lines(tmp_path / "x.jsonl", row(Format.CHAT, "s", "u", "a"), *rows)
     errors = [line.error for line in read_lines(path)]

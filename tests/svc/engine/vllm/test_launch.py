@@ -155,7 +155,7 @@ def test_context_is_never_longer_than_the_models(tmp_path: Path, own: int, used:
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "no json", '{"max_position_embeddings": null}'])
-def test_context_is_that_of_the_setting_when_the_model_has_none(tmp_path: Path, content: str) -> None:
+def test_context_is_taken_from_the_setting_when_the_model_has_none(tmp_path: Path, content: str) -> None:
     write_config(tmp_path, content)
     assert option(command(spec(tmp_path, max_model_len=99)), "--max-model-len") == "99"
 

@@ -30,7 +30,7 @@ def test_largest_rank_can_be_set() -> None:
     assert chosen(max_rank=100, rank=16).max_rank == 128
 
 
-def test_number_of_batched_adapters_is_at_most_that_of_loaded_ones() -> None:
+def test_number_of_batched_adapters_is_at_most_the_number_of_loaded_ones() -> None:
     assert chosen(max_loaded=4).max_batched == 4
     assert chosen(max_loaded=500).max_batched == 8
 
@@ -40,7 +40,7 @@ def test_adapted_layers_are_the_usual_ones_and_the_adapters_own_except_the_outpu
     assert "lm_head" not in chosen().targets
 
 
-def test_adapter_memory_is_that_of_adapters_of_the_largest_rank() -> None:
+def test_adapter_memory_is_computed_for_the_largest_rank() -> None:
     assert chosen(rank=8, size=100, max_loaded=3).memory == 200 * (3 + 3)
 
 

@@ -355,7 +355,9 @@ def test_ranks_divide_the_model_and_do_not_exceed_the_gpus(machine: Machine, mod
 
 
 @given(machines(), facts)
-def test_share_of_gpu_memory_is_one_that_vllm_accepts(machine: Machine, model: ModelFacts) -> None:
+def test_share_of_gpu_memory_is_between_0_and_the_maximum_that_vllm_accepts(
+    machine: Machine, model: ModelFacts
+) -> None:
     share = plan(GPU, machine, model)["gpu_memory_utilization"].value
     assert share == "auto" if not machine.gpus else isinstance(share, float) and 0 < share <= 0.9
 

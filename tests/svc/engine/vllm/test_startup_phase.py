@@ -31,7 +31,7 @@ def test_phases_begin_with_vllms_own_log_lines(tmp_path: Path, phase: EnginePhas
     assert PhaseReader(log_of(tmp_path, "INFO something", LINES[phase], "WARNING else")).look() is phase
 
 
-def test_phase_is_that_of_pythons_start_when_there_is_no_log(tmp_path: Path) -> None:
+def test_phase_is_pythons_start_when_there_is_no_log(tmp_path: Path) -> None:
     assert PhaseReader(tmp_path / "none.log").look() is EnginePhase.PYTHON
 
 

@@ -61,7 +61,7 @@ def test_first_half_has_the_same_kinds_of_questions_as_the_whole() -> None:
     assert all(abs(half[kind] - whole[kind] / 2) <= 1 for kind in whole)
 
 
-def test_accepted_answers_are_those_of_the_file_or_the_reference(tmp_path: Path) -> None:
+def test_accepted_answers_are_the_listed_ones_or_else_the_reference(tmp_path: Path) -> None:
     rows = [line("one", "It is a.", accepted=["a", "b"]), line("two", "c")]
     questions = read_general_set(write_lines(tmp_path / "own.jsonl", *rows))
     assert questions.accepted == (("a", "b"), ("c",))

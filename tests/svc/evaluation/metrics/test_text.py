@@ -54,6 +54,6 @@ def test_perplexities_are_compared_example_by_example() -> None:
     assert Perplexity().difference(before, after).low > 0
 
 
-def test_length_is_that_of_the_answers_in_tokens() -> None:
+def test_length_is_the_mean_number_of_tokens_per_answer() -> None:
     judged = with_scores(Length(), answered([("one", "x"), ("one two three", "y")]))
     assert Length().estimate(judged).value == 3.0
