@@ -274,7 +274,7 @@ async def test_version_is_rejected_with_the_reason_when_the_base_cannot_apply_it
     shutil.copytree(base_folder(served.registry), other)
     cases: list[tuple[dict[str, Any], str]] = [
         ({"use_dora": True}, "it is DoRA"),
-        ({"base_model_name_or_path": str(other)}, "another base model"),
+        ({"base_model_name_or_path": str(other)}, "a base model or chat template that differs"),
         ({"r": 64}, "has rank 64"),
         ({"target_modules": ["c_attn"]}, "layers c_attn"),
     ]
