@@ -151,3 +151,11 @@ def test_the_rate_of_a_new_version_counts_from_zero() -> None:
 
 def test_there_is_no_rate_when_the_server_was_restarted() -> None:
     assert rates_between(counted(a=500), counted(a=5), 2.0) == {}
+
+
+def test_there_is_no_rate_when_a_restarted_server_has_more_requests_but_fewer_tokens() -> None:
+    before, now = (
+        Figures({"a": VersionFigures("a", requests=requests, tokens_out=tokens)}, {})
+        for requests, tokens in ((5, 500), (6, 60))
+    )
+    assert rates_between(before, now, 2.0) == {}

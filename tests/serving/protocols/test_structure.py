@@ -62,6 +62,12 @@ def test_unusual_item_is_rejected_over_the_limit_of_its_values() -> None:
     assert refused({"input": [{"type": "z", "content": [[1]] * 600}]}, RESPONSES) == "input.0"
 
 
+def test_unusual_items_are_rejected_when_only_their_values_together_are_over_the_limit() -> None:
+    item = {"type": "z", "content": [1] * 600}
+    assert refused({"input": [item]}, RESPONSES) is None
+    assert refused({"input": [item] * 2}, RESPONSES) == "input.0"
+
+
 def test_prompts_of_every_valid_type_are_accepted() -> None:
     prompts: list[Any] = ["a", ["a", "b"], [1, 2], [[1, 2], [3]], list(range(100_000))]
     assert [prompt for prompt in prompts if refused({"prompt": prompt}, PLAIN)] == []

@@ -13,7 +13,7 @@ from sqlalchemy import Engine as Store
 from svc.errors import BusyError, NotFoundError, RegistryError
 from svc.files.lock import hold_lock
 from svc.registry import housekeeping
-from svc.registry.housekeeping import find_reclaimable, reclaim, remove_version
+from svc.registry.housekeeping import find_reclaimable, reclaim, remove_version, size_on_disk
 from svc.registry.manifest import BaseRecord, Manifest
 from svc.registry.registry import Registry
 from svc.registry.tracking import Tracking
@@ -206,6 +206,15 @@ def test_version_is_not_removed_when_mlflow_fails(
         with pytest.raises(RegistryError):
             remove_version(registry, store, version)
     registry.verify(version, Format.MERGED)
+
+
+def test_freed_space_does_not_include_a_file_that_another_link_keeps(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "own").write_bytes(bytes(10))
+    (folder / "shared").write_bytes(bytes(100))
+    os.link(folder / "shared", tmp_path / "link")
+    assert size_on_disk(folder) == 10
 
 
 def test_missing_version_is_named(registry: Registry, store: Store) -> None:

@@ -68,8 +68,9 @@ def test_characters_that_hide_text_are_reported(text: str) -> None:
     assert codes(text) == {Code.CONTROL_CHARACTER}
 
 
-def test_replacement_characters_of_lost_bytes_are_reported() -> None:
-    assert codes("caf\ufffd") == {Code.MOJIBAKE}
+@pytest.mark.parametrize("text", ["caf\ufffd", "\ufffdtat"], ids=ascii)
+def test_replacement_characters_of_lost_bytes_are_reported(text: str) -> None:
+    assert codes(text) == {Code.MOJIBAKE}
 
 
 @given(st.text(alphabet="äöüéèñçßøåžšł€–“”’ž", min_size=1, max_size=9), st.text("abc", min_size=1, max_size=5))  # noqa: RUF001
