@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Required, get_origin, get_type_hints
 
 import httpx
 import pytest
@@ -68,6 +68,21 @@ async def test_every_error_of_a_completion_is_documented_with_its_status(client:
     statuses = {str(status) for status, code in _SHAPES.values() if code not in elsewhere} | {"500"}
     for route in Route:
         assert statuses <= set(document["paths"][route.value]["post"]["responses"])
+
+
+def test_document_requires_the_fields_that_the_official_clients_require() -> None:
+    from anthropic.types import message_create_params
+    from openai.types import chat, completion_create_params
+
+    clients: dict[Route, Any] = {
+        Route.CHAT_COMPLETIONS: chat.completion_create_params.CompletionCreateParamsNonStreaming,
+        Route.COMPLETIONS: completion_create_params.CompletionCreateParamsNonStreaming,
+        Route.MESSAGES: message_create_params.MessageCreateParamsNonStreaming,
+    }
+    for route, params in clients.items():
+        body = openapi_document()["paths"][route.value]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        hints = get_type_hints(params, include_extras=True)
+        assert set(body["required"]) == {name for name, hint in hints.items() if get_origin(hint) is Required}, route
 
 
 @pytest.fixture

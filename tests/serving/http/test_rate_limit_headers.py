@@ -8,7 +8,7 @@ from serving.http.rate_limit_headers import duration, rate_limit_headers
 NOW = datetime(2026, 1, 1, 12, 0, 0, 500_000, tzinfo=UTC)
 ALL = {
     Limit.REQUESTS_PER_MINUTE: Allowance(60, 59, 1.0),
-    Limit.TOKENS_IN_PER_MINUTE: Allowance(1000, 900, 6.0),
+    Limit.TOKENS_IN_PER_MINUTE: Allowance(40, 36, 6.0),
     Limit.TOKENS_OUT_PER_MINUTE: Allowance(500, 50, 54.0),
     Limit.CONCURRENT: Allowance(4, 3, 0.0),
     Limit.TOKENS_PER_DAY: Allowance(100_000, 99_000, 43_200.0),
@@ -29,7 +29,7 @@ def test_duration_is_in_openais_format() -> None:
     assert [seconds for seconds, written in cases if duration(seconds) != written] == []
 
 
-def test_openai_headers_show_requests_and_the_tightest_token_limit() -> None:
+def test_openai_headers_show_requests_and_the_token_limit_with_the_smallest_share_left() -> None:
     assert rate_limit_headers(ALL, "/v1/chat/completions") == [
         (b"x-ratelimit-limit-requests", b"60"),
         (b"x-ratelimit-remaining-requests", b"59"),
@@ -44,7 +44,7 @@ def test_anthropic_paths_have_anthropic_headers_too() -> None:
     headers = dict(rate_limit_headers(ALL, "/v1/messages", NOW))
     assert headers[b"anthropic-ratelimit-requests-limit"] == b"60"
     assert headers[b"anthropic-ratelimit-requests-reset"] == b"2026-01-01T12:00:01Z"
-    assert headers[b"anthropic-ratelimit-input-tokens-remaining"] == b"900"
+    assert headers[b"anthropic-ratelimit-input-tokens-remaining"] == b"36"
     assert headers[b"anthropic-ratelimit-output-tokens-remaining"] == b"50"
     assert headers[b"anthropic-ratelimit-tokens-limit"] == b"500"
     assert headers[b"x-ratelimit-limit-requests"] == b"60"

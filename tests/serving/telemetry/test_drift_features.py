@@ -268,3 +268,16 @@ def test_requests_beyond_the_queue_are_dropped_and_counted_without_waiting(
     monkeypatch.setattr(drift_features, "MAX_QUEUED_BYTES", 3 * records[0].bytes)
     features.process.add(records)
     assert features.lost == 7
+
+
+def test_full_queue_has_space_again_when_its_requests_were_taken(
+    features: Features, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without = target(2)
+    make_version(features.registry, 2)  # without a text space, so that no process starts
+    records = features.records(3, without)
+    monkeypatch.setattr(drift_features, "MAX_QUEUED_BYTES", 3 * records[0].bytes)
+    features.process.add(records)
+    until(lambda: not features.process.wants(without))
+    features.process.add(records)
+    assert features.lost == 0

@@ -49,6 +49,10 @@ def test_training_is_not_rejected_when_only_free_memory_is_short(tmp_path: Path)
     refuse_memory(estimated("qlora"), machine(16e9))
 
 
+def test_training_on_the_cpu_is_not_rejected_when_the_gpu_is_too_small() -> None:
+    refuse_memory(estimated("qlora"), replace(machine(16e9), gpus=(Gpu("small", int(2e9), 0),)))
+
+
 def test_training_is_rejected_when_the_disk_is_too_small_for_the_merged_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
