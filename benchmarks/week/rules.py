@@ -11,7 +11,6 @@ import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -72,7 +71,7 @@ class Part:
             group for group in groups() if "alert" in group["rules"][0] and (group["name"] == _SLO_ALERTS) is is_slo
         ]
         names = read(alerts)
-        return [group for group in all_groups() if any(rule.get("record") in names for rule in group["rules"])] + alerts
+        return [group for group in groups() if any(rule.get("record") in names for rule in group["rules"])] + alerts
 
     def has(self, labels: Labels) -> bool:
         """Return whether the part reads a series with these labels; requests without a model belong to the main one."""
@@ -87,8 +86,8 @@ class Series:
     """The samples of the week that alert rules read, one per series and minute."""
 
     def __init__(self) -> None:
-        self._read = read(all_groups())
-        self._buckets = set(re.findall(r'le="([^"]+)"', str(all_groups())))
+        self._read = read(groups())
+        self._buckets = set(re.findall(r'le="([^"]+)"', str(groups())))
         self._values: dict[tuple[str, Labels], list[str]] = {}
         self.minutes = 0
 
@@ -126,15 +125,9 @@ class Series:
         )
 
 
-@cache
-def all_groups() -> list[dict[str, Any]]:
-    """Return the groups of deploy/prometheus/rules; cached, since parsing takes half a second."""
-    return groups()
-
-
 def read(rule_groups: Iterable[dict[str, Any]]) -> set[str]:
     """Return all words in the alerts of some groups and in the rules they read, including all names of series."""
-    recorded = {rule["record"]: rule["expr"] for group in all_groups() for rule in group["rules"] if "record" in rule}
+    recorded = {rule["record"]: rule["expr"] for group in groups() for rule in group["rules"] if "record" in rule}
     expressions = [rule["expr"] for group in rule_groups for rule in group["rules"] if "alert" in rule]
     names = set[str]()
     while expressions:

@@ -34,10 +34,10 @@ class Examples:
         train: the task's examples, then the general ones.
         heldout: held-out examples; those to evaluate are first.
         given: the task's examples as read from the files, before any were held out or excluded.
-        validation: examples of `data.validation`.
-        selected_by: examples that selected the version's weights or the recipe's values.
         general: number of general examples at the end of `train`.
         questions: general questions, of which `train` contains none; None if none are asked.
+        validation: examples of `data.validation`.
+        selected_by: examples that selected the version's weights or the recipe's values.
     """
 
     train: tuple[ChatExample, ...]
@@ -86,7 +86,7 @@ def read_run_examples(
     data = recipe.data
     read = partial(read_examples, cache=cache, bad_lines=bad_lines)
     heldout = read(data.heldout) if data.heldout else []
-    validation = read(data.validation) if data.validation else []
+    validation = read(data.validation, kept_back=heldout if bad_lines else ()) if data.validation else []
     kept_back = (*heldout, *validation) if bad_lines else ()
     readable = read(data.train, minimum=2 if heldout else 3, kept_back=kept_back)
     given = (*readable, *heldout, *validation)
@@ -103,9 +103,14 @@ def read_run_examples(
             expected="at least 2",
             todo="lower data.skip",
         )
-    _refuse_leaks("training", data.train, train, "held-out", data.heldout, heldout)
-    _refuse_leaks("training", data.train, train, "validation", data.validation, validation)
-    _refuse_leaks("validation", data.validation, validation, "held-out", data.heldout, heldout)
+    if data.heldout:
+        _refuse_leaks(_Part("training", data.train, train), _Part("held-out", data.heldout, heldout))
+    if data.validation:
+        chosen_by = _Part("validation", data.validation, validation)
+        from_training_files = train if data.heldout else [*train, *heldout]
+        _refuse_leaks(_Part("training", data.train, from_training_files), chosen_by)
+        if data.heldout:
+            _refuse_leaks(chosen_by, _Part("held-out", data.heldout, heldout))
     questions = _questions(recipe.evaluate)
     train = _leave_out(train, questions)
     untrained = (*heldout, *validation, *(questions.examples if questions else ()))
@@ -174,28 +179,27 @@ def _warn_learnt(name: str, heldout: list[ChatExample], learnt: PromptHashes) ->
         )
 
 
-def _refuse_leaks(
-    kind: str,
-    files: Sequence[str] | None,
-    examples: Sequence[ChatExample],
-    other_kind: str,
-    other_files: Sequence[str] | None,
-    others: Sequence[ChatExample],
-) -> None:
-    """Raise if an example has the prompt of one of the others; warn if the prompts are nearly the same.
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Examples for one purpose, and the files from which the recipe reads them."""
 
-    Args:
-        kind: what the examples are for, such as `training`.
-        files: their files; None if the recipe names none.
-    """
-    check = f"svc data check {' '.join(files or ())} --heldout {' '.join(other_files or ())}"
-    leaked = shared_prompts(examples, others)
+    purpose: str
+    files: Sequence[str]
+    examples: Sequence[ChatExample]
+
+
+def _refuse_leaks(part: _Part, other: _Part) -> None:
+    """Raise if an example of the part has the prompt of one of the other; warn if the prompts are nearly the same."""
+    check = f"svc data check {' '.join(part.files)} --heldout {' '.join(other.files)}"
+    leaked = shared_prompts(part.examples, other.examples)
     if leaked:
         raise DataError(
-            f"{len(leaked)} {kind} examples have the same prompt as a {other_kind} example; the first is number "
-            f"{leaked[0] + 1}",
-            expected=f"{other_kind} examples whose prompts are not in the {kind} data",
+            f"{len(leaked)} {part.purpose} examples have the same prompt as a {other.purpose} example; the first is "
+            f"number {leaked[0] + 1}",
+            expected=f"{other.purpose} examples whose prompts are not in the {part.purpose} data",
             todo=f"drop the lines listed by `{check}`; or train with --skip-bad",
         )
-    if files and other_files and (near := near_leaks(examples, others)):
-        console.print(f"[yellow]{len(near)} {kind} prompts nearly equal {other_kind} ones: see {check}[/yellow]")
+    if near := near_leaks(part.examples, other.examples):
+        console.print(
+            f"[yellow]{len(near)} {part.purpose} prompts nearly equal {other.purpose} ones: see {check}[/yellow]"
+        )

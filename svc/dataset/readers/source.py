@@ -76,11 +76,9 @@ def _hub_files(source: str, cache: Path, fetch: Callable[..., Any] | None) -> li
             expected=f"one of {', '.join(names)}" if names else "a dataset with data files",
             todo="correct the part after the dataset's name",
         )
-    return (
-        data_files(path)
-        if _OTHER_SPLITS.search((named["within"] or "").lower())
-        else _training_files(named["id"], path)
-    )
+    if _OTHER_SPLITS.search((named["within"] or "").lower()):
+        return data_files(path)
+    return _training_files(named["id"], path)
 
 
 def _training_files(dataset: str, path: Path) -> list[Path]:

@@ -131,6 +131,28 @@ def test_data_is_rejected_when_a_validation_prompt_is_in_another_set(
         read_validation(tmp_path, [*VALIDATION, leak])
 
 
+def test_data_is_rejected_when_a_prompt_of_the_training_file_that_would_be_held_out_is_a_validation_prompt(
+    tmp_path: Path,
+) -> None:
+    write_examples(tmp_path / "t.jsonl", TRAIN)
+    paths = {"train": tmp_path / "t.jsonl"}
+    held = read_run_examples(make_recipe(data=paths)).heldout
+    write_examples(tmp_path / "v.jsonl", [*VALIDATION, *held])
+    with pytest.raises(DataError, match=r"have the same prompt as a validation example") as caught:
+        read_run_examples(make_recipe(data={**paths, "validation": tmp_path / "v.jsonl"}))
+    assert f"svc data check {tmp_path}/t.jsonl --heldout {tmp_path}/v.jsonl" in (caught.value.todo or "")
+
+
+def test_validation_examples_with_a_held_out_prompt_are_skipped_when_skipping_is_on(tmp_path: Path) -> None:
+    write_examples(tmp_path / "t.jsonl", [*TRAIN, VALIDATION[0]])
+    write_examples(tmp_path / "h.jsonl", HELDOUT)
+    write_examples(tmp_path / "v.jsonl", [*VALIDATION, HELDOUT[0]])
+    paths = {"train": tmp_path / "t.jsonl", "heldout": tmp_path / "h.jsonl", "validation": tmp_path / "v.jsonl"}
+    bad_lines = BadLines(tmp_path / "bad")
+    examples = read_run_examples(make_recipe(data=paths), bad_lines=bad_lines)
+    assert (examples.train, examples.validation) == (tuple(TRAIN), tuple(VALIDATION))
+
+
 def test_a_tenth_is_held_out_when_no_heldout_file_is_named(tmp_path: Path) -> None:
     examples = read_train(tmp_path, lines_of(400))
     assert abs(len(examples.heldout) - 40) < 24  # four standard deviations

@@ -20,7 +20,7 @@ from svc.dataset.schema.example import ChatExample
 from svc.engine.device import NumberType
 from svc.errors import InterruptedRunError
 from tests.trainer.conftest import losses_of, make_recipe
-from tests.trainer.uninterrupted import UninterruptedRuns
+from tests.trainer.uninterrupted import Run, UninterruptedRuns
 from tests.trainer.without_clock import without_clock
 from trainer.callbacks.early_stopping import best_step
 from trainer.recipe.sections import Method, Recipe
@@ -85,6 +85,12 @@ def weights(folder: Path) -> bytes:
     return next((folder / "trained").glob("*.safetensors")).read_bytes()
 
 
+def assert_same(resumed: TrainingSummary, folder: Path, whole: Run) -> None:
+    """Assert that a resumed run ended with the summary and the weights of an uninterrupted one."""
+    assert without_clock(resumed) == without_clock(whole.summary)
+    assert weights(folder) == weights(whole.folder)
+
+
 @pytest.fixture
 def data(examples: list[ChatExample]) -> TrainingData:
     return TrainingData(examples, examples[:5])
@@ -104,8 +110,7 @@ def test_resumed_run_ends_as_uninterrupted_when_it_was_cut_off(
     for step in (3, 5, 9):
         train_until(tiny_base, data, recipe(method), tmp_path / "b", step, monkeypatch)
     resumed = train_in(BFLOAT16, tiny_base, data, recipe(method), tmp_path / "b")
-    assert without_clock(resumed) == without_clock(whole.summary)
-    assert weights(tmp_path / "b") == weights(whole.folder)
+    assert_same(resumed, tmp_path / "b", whole)
 
 
 @pytest.mark.parametrize("method", [Method.FULL, Method.QLORA, Method.ADALORA])
@@ -120,8 +125,7 @@ def test_resumed_run_ends_as_uninterrupted_when_training_in_float32(
     whole = uninterrupted.run(recipe(method), FLOAT32)
     train_until(tiny_base, data, recipe(method), tmp_path / "b", 6, monkeypatch, FLOAT32)
     resumed = train_in(FLOAT32, tiny_base, data, recipe(method), tmp_path / "b")
-    assert without_clock(resumed) == without_clock(whole.summary)
-    assert weights(tmp_path / "b") == weights(whole.folder)
+    assert_same(resumed, tmp_path / "b", whole)
 
 
 @pytest.fixture
@@ -163,8 +167,7 @@ def test_resumed_run_ends_as_uninterrupted_when_training_in_float16(
         train_until(tiny_base, data, recipe(method), tmp_path / "b", step, monkeypatch, FLOAT16)
     resumed = train_in(FLOAT16, tiny_base, data, recipe(method), tmp_path / "b")
     assert left_out(whole.folder, STEPS), "no step was skipped, so nothing was tested"
-    assert without_clock(resumed) == without_clock(whole.summary)
-    assert weights(tmp_path / "b") == weights(whole.folder)
+    assert_same(resumed, tmp_path / "b", whole)
 
 
 @pytest.mark.usefixtures("scaled_on_cpu")
@@ -248,8 +251,7 @@ def test_resumed_run_ends_as_uninterrupted_with_other_settings(
     for step in (2, 6):
         train_until(tiny_base, data, changed, tmp_path / "b", step, monkeypatch)
     resumed = train_in(BFLOAT16, tiny_base, data, changed, tmp_path / "b")
-    assert without_clock(resumed) == without_clock(whole.summary)
-    assert weights(tmp_path / "b") == weights(whole.folder)
+    assert_same(resumed, tmp_path / "b", whole)
 
 
 def test_result_is_the_same_when_the_checkpoint_interval_differs(
