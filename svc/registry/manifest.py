@@ -62,11 +62,11 @@ class DataRecord(_Record):
 
     @property
     def selection(self) -> str:
-        """What the figures on the held-out examples are worth, if examples selected the version; otherwise empty."""
+        """Text that says which examples selected the version, and what it means for its figures; empty if none did."""
         if self.selected_by is SelectedBy.HELDOUT:
-            return "they also selected it, so its figures are slightly too good (data.validation avoids this)"
+            return "the same examples selected the version, so its figures are slightly too good (set data.validation)"
         if self.selected_by is SelectedBy.VALIDATION:
-            return f"{self.validation_examples} others selected it (data.validation)"
+            return f"{self.validation_examples} other examples selected the version (data.validation)"
         return ""
 
 

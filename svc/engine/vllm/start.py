@@ -5,8 +5,8 @@
 vLLM's HTTP process starts the engine core as a new Python process, which imports vLLM again: 9 of the 24 seconds of a
 start on two cores. Here a fork server imports vLLM while the HTTP process does, and the core is forked from the fork
 server: 15 seconds. Unlike the HTTP process, a fork server has no threads and has computed nothing, so forking it is
-safe. Only on a CPU: a process forked after CUDA was used cannot use CUDA. Imports nothing, so that the fork server
-starts at once.
+safe. Only on a CPU: a process forked after CUDA was used cannot use CUDA. Imports only the standard library, so that
+the fork server starts at once.
 """
 
 import multiprocessing

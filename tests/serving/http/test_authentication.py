@@ -79,7 +79,7 @@ async def test_revoked_key_is_rejected_when_other_keys_exist(service: KeyedServi
         (Route.MESSAGES, lambda secret: {"x-api-key": secret}),
         (Route.RESPONSES, lambda secret: {"x-api-key": secret, "authorization": "Basic eDp5"}),
     ],
-    ids=["OpenAI", "in small letters", "Anthropic", "beside a proxy's own"],
+    ids=["OpenAI", "lower case", "Anthropic", "with another key for a proxy"],
 )
 async def test_key_is_read_from_the_headers_of_all_clients(
     service: KeyedService, client: httpx.AsyncClient, route: Route, headers: Callable[[str], dict[str, str]]

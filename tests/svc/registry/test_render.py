@@ -62,8 +62,8 @@ def test_primary_metric_comes_first_and_every_figure_has_its_interval(manifest: 
     ("selected_by", "shown"),
     [
         (SelectedBy.NONE, "examples; primary metric: ROUGE-L\n"),
-        (SelectedBy.HELDOUT, "ROUGE-L; they also selected it, so its figures are slightly too good"),
-        (SelectedBy.VALIDATION, "ROUGE-L; 7 others selected it (data.validation)"),
+        (SelectedBy.HELDOUT, "ROUGE-L; the same examples selected the version, so its figures are slightly too good"),
+        (SelectedBy.VALIDATION, "ROUGE-L; 7 other examples selected the version (data.validation)"),
     ],
 )
 def test_examples_that_selected_the_version_are_named(

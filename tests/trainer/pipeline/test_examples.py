@@ -131,7 +131,7 @@ def test_data_is_rejected_when_a_validation_prompt_is_in_another_set(
         read_validation(tmp_path, [*VALIDATION, leak])
 
 
-def test_data_is_rejected_when_a_prompt_of_the_training_file_that_would_be_held_out_is_a_validation_prompt(
+def test_validation_prompt_in_the_training_file_is_rejected_even_if_it_would_be_held_out(
     tmp_path: Path,
 ) -> None:
     write_examples(tmp_path / "t.jsonl", TRAIN)
