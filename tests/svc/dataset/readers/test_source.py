@@ -89,6 +89,11 @@ GSM8K = [f"{config}/{split}-00000-of-00001.parquet" for config in ("main", "socr
             ["data/train-00000-of-00001.parquet"],
             id="OpenAssistant/oasst1",
         ),
+        pytest.param(
+            ["my_train_file.csv", "test-file.csv", "validation1.csv"],
+            ["my_train_file.csv"],
+            id="datasets-examples/doc-splits-3",
+        ),
         pytest.param(["databricks-dolly-15k.jsonl"], ["databricks-dolly-15k.jsonl"], id="databricks-dolly-15k"),
         pytest.param(["latest.jsonl", "train_test_mix.jsonl"], ["latest.jsonl", "train_test_mix.jsonl"], id="words"),
     ],
