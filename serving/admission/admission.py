@@ -64,7 +64,7 @@ class Admission:
         self._queue_timeout_s = queue_timeout_s
         self._wake_timeout_s = wake_timeout_s or queue_timeout_s
         self._asleep = False
-        self._last_ended_at = time.monotonic()
+        self._idle_since = time.monotonic()
         self.running = self._tokens = self._preparing = 0
         self._changing = False
         self._ready = False
@@ -85,8 +85,8 @@ class Admission:
 
     @property
     def idle_s(self) -> float:
-        """Seconds since a request last ran or waited; 0 while one does."""
-        return 0.0 if self.running or self.queue or self._preparing else time.monotonic() - self._last_ended_at
+        """Seconds since a request last ran or waited, or since an engine became ready; 0 while a request does."""
+        return 0.0 if self.running or self.queue or self._preparing else time.monotonic() - self._idle_since
 
     @property
     def unavailable_reason(self) -> str | None:
@@ -101,7 +101,7 @@ class Admission:
             yield
         finally:
             self._preparing -= 1
-            self._last_ended_at = time.monotonic()
+            self._idle_since = time.monotonic()
 
     async def enter(self, tokens: int, party: Party, *, may_wait: bool = False) -> None:
         """Take a slot until `leave`; if none is free, wait for one.
@@ -172,7 +172,9 @@ class Admission:
         self._settle()
 
     def available(self) -> None:
-        """Record that an engine accepts requests."""
+        """Record that an engine accepts requests. If none did before, the model has been idle only since now."""
+        if not self._ready:
+            self._idle_since = time.monotonic()
         self._ready, self._unavailable = True, None
         self._settle()
 
@@ -225,7 +227,7 @@ class Admission:
         """Release the slot of a request with this many tokens, and give free slots to queued requests."""
         self.running -= 1
         self._tokens -= tokens
-        self._last_ended_at = time.monotonic()
+        self._idle_since = time.monotonic()
         if self.queue:
             self._admit_waiting()
         self._show()

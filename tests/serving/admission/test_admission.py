@@ -169,6 +169,15 @@ async def test_idle_time_counts_from_the_end_of_the_last_request() -> None:
     assert admission.idle_s >= 0.05
 
 
+async def test_idle_time_counts_from_the_moment_at_which_an_engine_becomes_ready() -> None:
+    """Otherwise a model that took longer than `idle_s` to load, or was promoted while idle, would stop at once."""
+    admission = open_admission()
+    admission.unavailable("the engine is starting")
+    await asyncio.sleep(0.05)
+    admission.available()
+    assert admission.idle_s < 0.04
+
+
 async def test_request_is_queued_again_when_a_swap_begins_in_the_turn_in_which_it_gets_its_place() -> None:
     """Its own task, which would send it to an engine, runs a turn after the swap begins."""
     admission, end, order = open_admission(max_running=3), asyncio.Event(), list[int]()

@@ -1,7 +1,9 @@
 """The store is created at first use, migrated to the newest schema, and survives interruptions."""
 
+import sqlite3
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -84,6 +86,18 @@ def test_only_the_owner_can_read_the_store(tmp_path: Path) -> None:
 def test_step_without_its_swap_is_rejected(store: Store) -> None:
     with pytest.raises(IntegrityError, match="FOREIGN KEY"), store.begin() as connection:
         connection.execute(sa.text("INSERT INTO swap_steps (swap_id, at, text) VALUES (99, '2026-01-01', 'x')"))
+
+
+def test_new_store_is_opened_while_another_process_writes_it(tmp_path: Path) -> None:
+    """SQLite itself does not wait for the lock when it switches a file to WAL mode."""
+    other = sqlite3.connect(tmp_path / "svc.db", isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    release = threading.Timer(0.2, other.close)
+    release.start()
+    try:
+        assert read_desired(open_database(tmp_path), "tiny") is None
+    finally:
+        release.join()
 
 
 OPENER = """
