@@ -92,4 +92,4 @@ def _died(name: str, exit_code: int | None) -> TrainingError:
         todo = "free some memory: the system kills the largest process when memory runs out"
     else:
         todo = "read the process's output above"
-    return TrainingError(f"the separate process of {name.lstrip('_')} died with exit code {exit_code}", todo=todo)
+    return TrainingError(f"the process of {name.lstrip('_')} ended with exit code {exit_code}", todo=todo)

@@ -195,7 +195,7 @@ class RequestLimits(_Section):
     reading_ms: float = Field(
         20.0,
         gt=0,
-        description="maximum time for which parsing a body may block the gateway, estimated from its bytes, ms",
+        description="maximum time for which parsing a body may block the gateway, estimated from the body's size, ms",
     )
     messages: int = Field(4096, ge=1, description="maximum number of messages")
     input_items: int = Field(2048, ge=1, description="maximum elements of `input`, the messages of /v1/responses")
@@ -340,7 +340,7 @@ class Settings(BaseSettings):
     holdout: HoldoutSettings = HoldoutSettings()
     monitor: MonitorSettings = MonitorSettings()
     models: dict[str, ModelSettings] = Field(
-        {}, description="by model name: `{engine: {...}, idle_s: ...}` with the settings that differ for this model"
+        {}, description="settings that differ for one model, by model name: `{engine: {...}, idle_s: ...}`"
     )
 
     def idle_s_of(self, name: str) -> float | None:

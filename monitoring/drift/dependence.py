@@ -1,4 +1,4 @@
-"""Estimates how far a stream's items depend on earlier ones: runs of one topic, bursts of one client, conversations."""
+"""Estimates over how many requests a stream's items depend on each other, for example in a conversation or a burst."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

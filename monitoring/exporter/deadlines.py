@@ -1,6 +1,6 @@
 """Expiry times of the server's certificate and keys, and the time of the last backup of the home.
 
-All are timestamps, not ages, so that a stored page stays correct.
+All are timestamps, not ages, so that they stay correct while the exporter's page is cached.
 """
 
 import logging

@@ -109,7 +109,7 @@ class HoldoutRuns:
                 if cause:
                     await self._ask_all(cause)
             except SupersededError:
-                log.info("dropped the run of the held-out set: the engine now holds other weights")
+                log.info("dropped the run of the held-out set: the engine's weights changed during it")
             except Exception:  # the boundary: serving and later runs continue
                 log.exception("could not run the held-out set")
                 await asyncio.sleep(_PAUSE_S)

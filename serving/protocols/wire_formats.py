@@ -72,7 +72,7 @@ class WireFormat(ABC):
     _error_head = b"event: error\ndata: "
 
     def classify(self, event: bytes) -> Seen:
-        """Return the content of an event."""
+        """Return what an event carries: a token, the usage, the finish reason, an error or the end."""
         if self.is_plain_token(event):
             return TOKEN
         usage, end = self.usage(event), self.is_end(event)

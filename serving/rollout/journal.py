@@ -25,7 +25,7 @@ _CLOSE_S = 20.0  # longer than the store waits for another writer
 
 
 class Journal:
-    """Writes swaps, their steps and results, and the served versions."""
+    """Records swaps, their steps and results, and the served versions in the store."""
 
     def __init__(self, store: Store) -> None:
         self._store = store

@@ -198,7 +198,7 @@ class Reconciler:
         report = partial(self.journal.step, swap_id)
         report(f"{before.target} is serving, {desired.target} is desired")
         if desired.forced:
-            report(f"the version failed a check, but the promotion is forced: {desired.forced}")
+            report(f"the version failed a check; it is promoted anyway, for this reason: {desired.forced}")
         cancellation = Cancellation()
         listening = asyncio.create_task(self._cancel_superseded(desired, cancellation))
         try:

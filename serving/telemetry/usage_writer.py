@@ -1,4 +1,4 @@
-"""Writes the usage per key to the store, every few seconds and at the end, in a thread.
+"""Writes the usage per key to the store, every few seconds and when the server stops, in a thread.
 
 First it reads each key's usage today, so that limits survive a restart. Nothing is written before that, because the
 server would read its own counts back.

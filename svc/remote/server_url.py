@@ -134,5 +134,5 @@ def read_json(url: str, answer: "httpx.Response") -> Any:
     except ValueError as error:
         raise ServerNotRunningError(
             f"{url} answered {answer.status_code}, but not with JSON",
-            todo="check that the address is the server's and that no proxy answers instead of it",
+            todo="check that the URL is the server's, and not a proxy's",
         ) from error

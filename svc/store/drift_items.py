@@ -48,10 +48,10 @@ class Item:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredItem:
-    """A stored item, with columns of its request's row.
+    """An item of the drift check as stored, with columns of its request's row.
 
     Attributes:
-        id: row id, which increases in the order of storing and is never reused.
+        id: row id, which increases with each insertion and is never reused.
         logprob: mean log-probability of the answer's tokens, nats; None if the answer has no score, or none yet.
         client: hash of the request's user or, without a user, the id of the key; empty if neither is known.
     """

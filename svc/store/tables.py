@@ -141,7 +141,7 @@ class RetakenProbesRow(Table):
 
 
 class RequestRow(Table):
-    """One ended request. `bytes` is the approximate size of the row, for retention by size."""
+    """One finished request. `bytes` is the approximate size of the row, for retention by size."""
 
     __tablename__ = "requests"
 

@@ -14,7 +14,7 @@ _PARTS = re.split(r"^## (.+)$", PAGE, flags=re.MULTILINE)
 SECTIONS = {kind: " ".join(text.split()) for kind, text in zip(_PARTS[1::2], _PARTS[2::2], strict=True)}
 
 
-def test_every_fault_has_a_section_with_a_change() -> None:
+def test_every_finding_is_documented_with_a_change_to_the_recipe() -> None:
     assert [kind for kind in FindingKind if "**Change** `" not in SECTIONS.get(kind, "")] == []
 
 

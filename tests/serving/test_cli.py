@@ -157,7 +157,7 @@ async def test_version_that_failed_a_check_is_promoted_by_force_and_the_swap_sho
     make_version(serving.registry, 4, failed=("GPTQ lost 0.3",))
     result = await type_in(serving, "promote", f"{NAME}@4", "--force", "--reason", "the demo of Monday")
     assert "tuned@4 (merged) is served" in result.output
-    assert "the version failed a check, but the promotion is forced: the demo of Monday" in result.output
+    assert "the version failed a check; it is promoted anyway, for this reason: the demo of Monday" in result.output
 
 
 async def test_force_needs_a_reason(serving: Home) -> None:

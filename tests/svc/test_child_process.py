@@ -90,7 +90,7 @@ def test_any_error_shows_where_it_was_raised() -> None:
     ("by", "todo"), [(signal.SIGKILL, "free some memory"), (signal.SIGABRT, "read the process's output")]
 )
 def test_crashed_process_is_distinguished_from_one_that_the_system_killed(by: signal.Signals, todo: str) -> None:
-    with pytest.raises(TrainingError, match=f"died with exit code -{by.value}") as caught:
+    with pytest.raises(TrainingError, match=f"ended with exit code -{by.value}") as caught:
         in_child_process(die, by)
     assert todo in caught.value.todo
 

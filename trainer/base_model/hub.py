@@ -42,7 +42,7 @@ def _fetch(base: str, folder: Path, patterns: list[str]) -> Path:
     from huggingface_hub.utils.tqdm import tqdm
 
     class Bar(tqdm):
-        """Progress bar, shown on terminals only, because a download may take an hour."""
+        """Progress bar of a download, which may take an hour; shown on terminals only."""
 
         def __init__(self, *arguments: Any, **named: Any) -> None:
             super().__init__(*arguments, **named | {"disable": not console.is_terminal})  # type: ignore[no-untyped-call]

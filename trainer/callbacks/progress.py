@@ -62,7 +62,7 @@ class TrainingProgress(TrainerCallback):
 
 @contextmanager
 def training_progress() -> Iterator[TrainingProgress]:
-    """Yield the callback, and show its bar within the body."""
+    """Yield the callback; its progress bar is shown during the body."""
     columns = (TextColumn("Training"), BarColumn(), MofNCompleteColumn())
     fields = TextColumn("loss {task.fields[loss]}  {task.fields[speed]:.0f} tokens/s  left")
     with Progress(*columns, fields, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:

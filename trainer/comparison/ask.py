@@ -155,7 +155,7 @@ class Interview:
         return self._cache(model).find(self.examples, limits) or self._registered(model, limits)
 
     def _registered(self, model: LocalModel, limits: Sequence[int]) -> tuple[ExampleResult, ...] | None:
-        """Return a version's answers from its registration; None if some are missing or not comparable."""
+        """Return the answers stored when the version was registered; None if some are missing or not comparable."""
         manifest, format = model.manifest, model.format
         if manifest is None or format is None:
             return None

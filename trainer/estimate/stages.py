@@ -213,5 +213,5 @@ def _largest_layer(training: Training) -> int:
 
 
 def _largest_tensor(shape: ModelShape) -> int:
-    """Return the number of weights of the largest parameter: an embedding, a layer, or all experts of a layer."""
+    """Return the weights of the largest parameter: an embedding, a linear layer, or all experts of a block."""
     return max([shape.head, shape.largest_layer, *map(prod, shape.experts)])

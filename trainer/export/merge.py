@@ -42,7 +42,7 @@ def merge_adapter(base: Path, adapter: Path, out: Path) -> MergeSummary:
 
 
 def unused_modules(adapter: Path) -> set[str]:
-    """Return the modules without a final rank of AdaLoRA, which correctly keep the base's weights."""
+    """Return the modules whose rank AdaLoRA has reduced to 0: a merge rightly leaves their weights unchanged."""
     config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
     unused = {
         name for name, mask in (config.get("rank_pattern") or {}).items() if isinstance(mask, list) and not any(mask)

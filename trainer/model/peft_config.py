@@ -103,9 +103,9 @@ def _refuse_experts(recipe: Recipe, experts: list[str]) -> None:
 def _targets_as_named() -> Iterator[None]:
     """Make PEFT use exactly the targets of its config within the `with` block.
 
-    PEFT mistakes the targets of some mixtures for those of adapters from before transformers joined experts in one
-    parameter, and changes them: shared experts and layers without experts are dropped, the router is added, and one
-    rank doubles.
+    Newer releases of transformers store all experts of a layer in one parameter. For some mixtures of experts PEFT
+    takes our targets for those of an older release and converts them: it drops shared experts and layers without
+    experts, adds the router, and doubles one rank.
     """
     before = transformers_weight_conversion._MOE_TARGET_MODULE_MAPPING
     transformers_weight_conversion._MOE_TARGET_MODULE_MAPPING = {}

@@ -318,7 +318,7 @@ class Undecided(StrEnum):
 
 
 class Evaluate(_Section):
-    """Evaluation of base, merged and GPTQ model on the engine."""
+    """Evaluation of the base, merged and GPTQ models on the engine."""
 
     limit: Annotated[int, Field(ge=1)] | None = None
     """number of held-out examples, drawn at random with `data.seed`; default: all"""

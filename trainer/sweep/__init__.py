@@ -1,1 +1,1 @@
-"""Searches for a recipe's best values, and predicts the gain from more data: many trials from one base."""
+"""Searches for a recipe's best values, or predicts the gain from more data, with many trials on one loaded base."""

@@ -236,7 +236,7 @@ def _cross_entropy(model: PreTrainedModel | PeftModel, hidden: Tensor, targets: 
 
 
 def _logits(model: PreTrainedModel | PeftModel, hidden: Tensor) -> Tensor:
-    """Return the logits by the model's own forward, because some models scale or cap them, or scale hidden states.
+    """Compute the logits with the model's own forward pass: some models scale or cap them, or scale hidden states.
 
     Args:
         hidden: [positions, width], from `_hidden_states`.

@@ -82,10 +82,10 @@ def _hub_files(source: str, cache: Path, fetch: Callable[..., Any] | None) -> li
 
 
 def _training_files(dataset: str, path: Path) -> list[Path]:
-    """Return the files without those of test and validation splits, which are published to be held out.
+    """Return the files except those of test and validation splits, which are published to be held out.
 
     Raises:
-        DataError: there are no others.
+        DataError: no files are left.
     """
     files = data_files(path)
     names = {file: file.relative_to(path).as_posix().lower() for file in files if file != path}

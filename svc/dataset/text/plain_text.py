@@ -26,7 +26,7 @@ def is_blank(text: str) -> bool:
 
 
 def unified(text: str) -> str:
-    """Return a text in a canonical form that ignores case, composition of letters and invisible characters."""
+    """Return a text in a canonical form that ignores case, Unicode composition and invisible characters."""
     if text.isascii():
         return text.lower()
     if _TO_UNIFY.search(text):

@@ -25,7 +25,7 @@ OUTPUT = """Unit Testing:  week.yml
 """
 
 
-def test_consecutive_minutes_are_one_alert() -> None:
+def test_alerts_in_consecutive_minutes_count_as_one() -> None:
     assert sorted(firings(OUTPUT, 2), key=lambda firing: (firing.labels, firing.begins)) == [
         Firing("SvcDrift", (("model", "m"),), 1618, 1622),
         Firing("SvcDrift", (("model", "m"),), 1624, 1626),

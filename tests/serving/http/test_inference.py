@@ -436,7 +436,7 @@ class TestClientsThatLeave:
         await until(lambda: service.double.cancelled == 1 and service.admission.running == 0)
         await until(lambda: reason(service, "client_gone") == 1)
 
-    async def test_request_succeeds_when_the_client_leaves_after_the_last_event(
+    async def test_request_counts_as_succeeded_when_the_client_leaves_after_the_last_event(
         self, service: Service, live: httpx.AsyncClient
     ) -> None:
         service.double.linger_s = 0.2

@@ -48,9 +48,7 @@ def test_no_curve_is_measured_when_the_run_is_short_or_has_no_heldout_examples(t
 
 
 @pytest.mark.parametrize(("batch", "measured_examples"), [(4, 19), (8, 38), (16, 64)])
-def test_half_way_and_the_end_are_measured_on_more_examples_when_a_run_has_few_steps(
-    batch: int, measured_examples: int
-) -> None:
+def test_short_run_measures_loss_less_often_but_on_more_examples(batch: int, measured_examples: int) -> None:
     """A short run spends a quarter of its time on this: a loss over fewer examples has too large an error."""
     curve = HeldoutCurve.affordable(rows(120), 24 * batch * 10, 24)
     assert measured(curve.schedule, 24) == [0, 12, 24]

@@ -180,7 +180,7 @@ def in_the_middle(sweeps: Path, finished: int) -> bool:
     return ended >= finished and begun > ended
 
 
-def test_sweep_ends_the_same_when_it_was_killed_and_interrupted(
+def test_sweep_that_was_killed_and_then_interrupted_is_resumed_with_the_same_result(
     recipe: Path, tracking: Tracking, tmp_path: Path
 ) -> None:
     tracking.experiments()  # creates the database
