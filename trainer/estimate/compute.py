@@ -19,6 +19,9 @@ bitsandbytes passes over the weight several times."""
 _LAUNCHES_S = 2e-3
 """Seconds to start a layer's kernels, forward and backward: about 200 of them at 10 microseconds each, the time of a
 small model on any fast GPU. Assumed, not measured."""
+_CALLS_S = 1e-2
+"""Seconds by which a CPU starts and ends all its threads for a layer's operations, forward and backward: about 500 of
+them at 20 microseconds each, in a profile of SmolLM2-135M on two cores. A GPU starts them while it computes."""
 
 
 def training_seconds(training: Training, workload: Workload, device: ComputeDevice) -> float:
@@ -30,8 +33,9 @@ def training_seconds(training: Training, workload: Workload, device: ComputeDevi
     updates = batches / recipe.train.gradient_accumulation
     update = _ADAM_BYTES * training.trained / device.bandwidth
     multiplied = operations / device.effective_speed(training_kind(recipe)) + passes
-    launched = 0.0 if training.cpu else batches * shape.layers * _LAUNCHES_S
-    return max(multiplied, launched) + updates * update
+    layers = batches * shape.layers
+    computed = multiplied + layers * _CALLS_S if training.cpu else max(multiplied, layers * _LAUNCHES_S)
+    return computed + updates * update
 
 
 def batch_operations(training: Training, batch: Batch) -> float:

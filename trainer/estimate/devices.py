@@ -1,7 +1,8 @@
 """The devices of an estimate: the GPUs of devices.yaml, and this machine.
 
 This machine's matrix speed is measured once, in training's number type, and stored under `$SVC_HOME/cache` by the kind
-of processor; the fastest of several runs counts, because other processes may use the machine meanwhile.
+of processor. The median of two seconds counts: with AMX on a shared machine, single products ran at 1,250 GFLOP/s, but
+seconds of them at 500, and a training lasts longer.
 """
 
 import hashlib
@@ -10,7 +11,7 @@ import logging
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -207,7 +208,7 @@ def measured_speed(capabilities: DeviceCapabilities, number_type: NumberType, ho
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not measured yet, or the file is damaged
     with waiting("measuring the matrix speed of this machine (once)"):
-        speed = measure_matrix_speed(2048, 1024, 2816, number_type, repeats=10, summarize=min)
+        speed = measure_matrix_speed(2048, 1024, 2816, number_type, repeats=5, least_s=2.0)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps({"operations_per_second": speed, "number_type": number_type}).encode("utf-8"))
@@ -222,29 +223,33 @@ def measure_matrix_speed(
     height: int,
     number_type: NumberType,
     repeats: int = 15,
-    summarize: Callable[[list[float]], float] = statistics.median,
+    least_s: float = 0.0,
 ) -> float:
-    """Return the operations per second of a layer's product and of the products for its two gradients, in sequence.
+    """Return the median operations per second of a layer's product and of the products for its two gradients.
 
     Args:
         tokens: rows of the layer's input.
         width: width of the input.
         height: width of the output.
-        summarize: reduces the seconds of all repeats to one number.
+        repeats: minimum number of measurements.
+        least_s: minimum time of all measurements together, seconds.
     """
     import torch
 
+    from trainer.model.product_caches import bound_product_caches
+
+    bound_product_caches()
     dtype = getattr(torch, number_type)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     x, weight, gradient = (
         torch.randn(*shape, dtype=dtype, device=device)
         for shape in ((tokens, width), (height, width), (tokens, height))
     )
-    seconds = []
-    for _ in range(repeats):
+    seconds: list[float] = []
+    while len(seconds) < repeats or sum(seconds) < least_s:
         started = time.perf_counter()
         torch.mm(x, weight.T), torch.mm(gradient, weight), torch.mm(gradient.T, x)
         if device.type != "cpu":
             torch.accelerator.synchronize()
         seconds.append(time.perf_counter() - started)
-    return 3 * 2 * tokens * width * height / summarize(seconds)
+    return 3 * 2 * tokens * width * height / statistics.median(seconds)

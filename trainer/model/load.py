@@ -11,6 +11,7 @@ from svc.errors import BaseModelError
 from trainer.model.acceleration import Attention
 from trainer.model.attention import attention_implementation
 from trainer.model.config import load_config
+from trainer.model.product_caches import bound_product_caches
 from trainer.recipe.sections import Quantization
 
 
@@ -44,6 +45,7 @@ def load_model(base: Path, form: ModelForm) -> PreTrainedModel:
     Raises:
         BaseModelError: a tensor of the model is not among the weights.
     """
+    bound_product_caches()
     quantization, number_type = None, getattr(torch, form.number_type)
     if form.quantization is Quantization.NF4:
         quantization = BitsAndBytesConfig(

@@ -19,6 +19,7 @@ from svc.evaluation.token_scores import Scores, TokenScore
 from svc.registry.files import read_headers
 from trainer.model.attention import attention_implementation
 from trainer.model.config import load_config
+from trainer.model.product_caches import bound_product_caches
 
 _WITH_LAYERS = 1.2
 """Factor on the weights for the adapter and for float32 copies of one layer while its weights are compared. For an 8B
@@ -29,6 +30,7 @@ _WITH_LOGITS = 2 * 2**30
 
 def load(folder: Path, number_type: NumberType) -> PreTrainedModel:
     """Load a model folder, on the GPU if the machine has one with enough free memory."""
+    bound_product_caches()
     dtype: torch.dtype = getattr(torch, number_type)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder,
