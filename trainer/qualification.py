@@ -229,7 +229,7 @@ class Qualifier:
             others_share=max(others_share, loading_share),
         )
         return EngineReading(
-            prompts_differ=tuple(index for index, (prompt, row) in pairs if not _begins_with(row, prompt)),
+            prompts_differ=tuple(index for index, (prompt, row) in pairs if row.prompt != tuple(prompt)),
             scores=await score_on_engine(client, self._compared),
             speed=speed,
         )
@@ -265,9 +265,3 @@ class Qualifier:
 
     def _stride(self) -> int:
         return max(1, len(self.judged) // MAX_PROBES)
-
-
-def _begins_with(example: TokenizedExample, prompt: Sequence[int]) -> bool:
-    """Return whether a training example begins with the engine's prompt, then the last answer if that is learnt."""
-    answered = example.learnt[-1][1] == len(example.input_ids)
-    return example.input_ids[: len(prompt)] == tuple(prompt) and (not answered or example.prompt == tuple(prompt))

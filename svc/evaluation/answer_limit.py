@@ -36,13 +36,7 @@ def limit_of_text(reference: str) -> int:
 
 
 def _limit_of(example: TokenizedExample, context: int) -> int:
-    start, end = example.learnt[-1]
-    length = len(example.input_ids)
-    if end == length:
-        tokens, available = length - start, context - start
-    else:  # The last turn has weight 0: the start of its answer is not recorded, so both numbers are bounds.
-        tokens, available = length - end, context - length + 1
-    return max(1, min(_limit_of_tokens(tokens), available))
+    return max(1, min(_limit_of_tokens(len(example.answer)), context - len(example.prompt)))
 
 
 def _limit_of_tokens(tokens: int) -> int:

@@ -1,7 +1,7 @@
 """Evaluation for trainer, gates and monitoring, through the same endpoint that serves clients.
 
 Greedy answers are compared with references. The reference's log-likelihood shows differences that exact match is too
-coarse for. It covers the tokens that training learns, including the one that ends the answer: it is training's loss.
+coarse for. It covers the final answer with the token that ends it, and is training's loss on that answer.
 """
 
 import asyncio

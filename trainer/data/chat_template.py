@@ -1,17 +1,18 @@
 """A chat example as token ids, with the positions of its answers.
 
 The base model's own chat template is used, so that training, calibration and serving see the same text. In serving, the
-engine renders the prompt and the model continues it: so an example is the prompt directly followed by the answer with
-its end, even if the template renders the complete conversation differently. A template that makes the model think
-before the answer, or begin with any other text, is rejected, because examples with answers alone do not teach that.
-Knows nothing of batches or losses.
+engine renders the prompt and the model continues it: so an answer is trained after the prompt that the engine renders
+for it, even if the template renders the complete conversation differently. If the prompt of a later answer repeats an
+earlier one differently, as Qwen3's does without the earlier thinking, the example becomes several rows. A template that
+makes the model think before the answer, or begin with any other text, is rejected, because examples with answers alone
+do not teach that. Knows nothing of batches or losses.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.tokenized_example import TokenizedExample
@@ -79,13 +80,15 @@ def stop_tokens(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> set[int]:
     return {token for token in ids if token is not None}
 
 
-def tokenize_examples(
+def tokenize_turns(
     tokenizer: "PreTrainedTokenizerBase",
     examples: Sequence[ChatExample],
     stops: set[int],
     template_kwargs: TemplateKwargs,
-) -> list[TokenizedExample]:
-    """Apply the chat template to every example.
+) -> list[list[TokenizedExample]]:
+    """Return the rows that teach each example's learnt answers.
+
+    An example has one row if the template renders the turns before an answer the same way in every later prompt.
 
     Args:
         stops: ids of the tokens that end an answer.
@@ -95,28 +98,38 @@ def tokenize_examples(
         DataError: the template rejects an example, as some do with a system turn, or the learnt text would differ from
             the answer in serving.
     """
-    rows = []
-    with counting("Tokenizing", len(examples)) as advance:
-        for number, example in enumerate(examples, start=1):
-            rows.append(_Conversation(tokenizer, template_kwargs, stops, example, number).tokenized())
-            advance()
-    return rows
+    conversations = _conversations(tokenizer, examples, stops, template_kwargs)
+    return [conversation.rows(conversation.example.learnt) for conversation in conversations]
+
+
+def tokenize_examples(
+    tokenizer: "PreTrainedTokenizerBase",
+    examples: Sequence[ChatExample],
+    stops: set[int],
+    template_kwargs: TemplateKwargs,
+) -> list[TokenizedExample]:
+    """Return each example's final answer after its prompt, for evaluation; see `tokenize_turns`.
+
+    It is tokenized as in training, and measured whatever the example's weights are.
+    """
+    conversations = _conversations(tokenizer, examples, stops, template_kwargs)
+    return [conversation.rows([len(conversation.example.messages) - 1])[0] for conversation in conversations]
+
+
+def tokenize_turns_of(
+    folder: Path, examples: Sequence[ChatExample], template_kwargs: TemplateKwargs
+) -> list[list[TokenizedExample]]:
+    """Return examples tokenized for training from a model folder; see `load_tokenizer` and `tokenize_turns`."""
+    tokenizer = load_tokenizer(folder)
+    return tokenize_turns(tokenizer, examples, stop_tokens(folder, tokenizer), template_kwargs)
 
 
 def tokenize_as_trained(
     folder: Path, examples: Sequence[ChatExample], template_kwargs: TemplateKwargs
 ) -> list[TokenizedExample]:
-    """Return examples tokenized as for training from a model folder; see `load_tokenizer` and `tokenize_examples`."""
+    """Return final answers tokenized as in training; see `load_tokenizer` and `tokenize_examples`."""
     tokenizer = load_tokenizer(folder)
     return tokenize_examples(tokenizer, examples, stop_tokens(folder, tokenizer), template_kwargs)
-
-
-class _Answer(NamedTuple):
-    """Token ids of the conversation up to an answer, and the answer's position."""
-
-    ids: list[int]
-    start: int
-    end: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,44 +146,39 @@ class _Conversation:
     example: ChatExample
     number: int
 
-    def tokenized(self) -> TokenizedExample:
-        """Return the token ids.
+    def rows(self, turns: Iterable[int]) -> list[TokenizedExample]:
+        """Return the token ids of these answers, each after the prompt that the engine renders for it.
 
-        Every answer ends with an end token, even if the template omits the token or puts text after it.
+        An answer joins the row before it if its prompt repeats that row. Every answer ends with an end token, even if
+        the template omits the token or puts text after it.
         """
         from jinja2 import TemplateError
 
-        turns = sorted({*self.example.learnt, len(self.example.messages) - 1})
-        try:
-            answers = [self._answer(turn) for turn in turns]
-        except (TemplateError, TypeError) as error:  # templates that need tools raise TypeError
-            raise DataError(
-                f"the base model's chat template rejects example {self.number}: {error}",
-                expected="turns that the base model supports",
-                todo="change the example's turns, or choose another base",
-            ) from error
-        last = answers[-1]
-        if any(answer.ids[: answer.end] != last.ids[: answer.end] for answer in answers):
-            raise DataError(
-                f"in example {self.number} the chat template renders an earlier answer differently from the last one",
-                expected="a template that renders an answer the same way at every position; this is needed to train "
-                "on more than the last answer",
-                todo="write a separate example for each answer, or remove `weight`",
-            )
-        learnt = [answer for turn, answer in zip(turns, answers, strict=True) if turn in self.example.learnt]
-        return TokenizedExample(tuple(last.ids[: last.end]), tuple((answer.start, answer.end) for answer in learnt))
+        rows: list[TokenizedExample] = []
+        for turn in turns:
+            try:
+                row = self._row(turn)
+            except (TemplateError, TypeError) as error:  # templates that need tools raise TypeError
+                raise DataError(
+                    f"the base model's chat template rejects example {self.number}: {error}",
+                    expected="turns that the base model supports",
+                    todo="change the example's turns, or choose another base",
+                ) from error
+            if rows and row.input_ids[: len(rows[-1].input_ids)] == rows[-1].input_ids:
+                row = replace(row, learnt=(*rows.pop().learnt, *row.learnt))
+            rows.append(row)
+        return rows
 
-    def _answer(self, turn: int) -> _Answer:
+    def _row(self, turn: int) -> TokenizedExample:
         prompt = self._text(turn, add_generation_prompt=True)
         learnt = self._after_prompt(turn, prompt)
         before, ids = self._ids(prompt), self._ids(prompt + learnt)
         start = len(before)
         if ids[:start] != before:  # a token crosses the boundary of prompt and answer, which never happens in serving
             ids = [*before, *self._ids(learnt)]
-        ends = [index for index in range(start, len(ids)) if ids[index] in self.stops]
-        if not ends:
-            ids = [*ids, min(self.stops)]
-        return _Answer(ids, start, ends[-1] + 1 if ends else len(ids))
+        ends = [index + 1 for index in range(start, len(ids)) if ids[index] in self.stops]
+        ids = ids[: ends[-1]] if ends else [*ids, min(self.stops)]
+        return TokenizedExample(tuple(ids), ((start, len(ids)),))
 
     def _after_prompt(self, turn: int, prompt: str) -> str:
         """Return the answer with its end, as the template renders them.
@@ -180,13 +188,16 @@ class _Conversation:
         """
         message, conversation = self.example.messages[turn], self._text(turn + 1)
         todo = "set chat_template_kwargs in the recipe to the arguments that the template needs, or choose another base"
+        if turn < len(self.example.messages) - 1:
+            todo += ", or learn only the final answers with data.learn: last"
         if conversation.startswith(prompt):
             learnt = conversation[len(prompt) :]
         else:
             # The prompt may end with a closed block of thoughts, or have the system turn at another position.
-            marked = replace(self.example, messages=(*self.example.messages[:turn], replace(message, content=_MARK)))
+            plain = replace(message, content=_MARK, tool_calls=())
+            marked = replace(self.example, messages=(*self.example.messages[:turn], plain))
             before, *others = replace(self, example=marked)._text(turn + 1).split(_MARK)
-            if message.tool_calls or len(others) != 1 or not conversation.startswith(before) or _THINKS.search(prompt):
+            if len(others) != 1 or not conversation.startswith(before) or _THINKS.search(prompt):
                 common = _common_prefix(prompt, conversation)
                 in_conversation, in_prompt = (text[common : common + _MAX_SHOWN] for text in (conversation, prompt))
                 raise DataError(
@@ -219,6 +230,16 @@ class _Conversation:
         """Return the token ids of a template's text, which contains its special tokens already."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
+
+
+def _conversations(
+    tokenizer: "PreTrainedTokenizerBase", examples: Sequence[ChatExample], stops: set[int], kwargs: TemplateKwargs
+) -> Iterator[_Conversation]:
+    """Yield the conversation of each example, and show the progress."""
+    with counting("Tokenizing", len(examples)) as advance:
+        for number, example in enumerate(examples, start=1):
+            yield _Conversation(tokenizer, kwargs, stops, example, number)
+            advance()
 
 
 def _common_prefix(first: str, second: str) -> int:

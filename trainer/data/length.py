@@ -12,46 +12,51 @@ from svc.terminal import console
 from trainer.recipe.sections import TooLong, Train
 
 
-def fit_length(rows: Sequence[TokenizedExample], train: Train) -> list[TokenizedExample]:
+def fit_length(examples: Sequence[Sequence[TokenizedExample]], train: Train) -> list[list[TokenizedExample]]:
     """Return the training examples, with longer ones dropped or truncated to `train.max_length`; print their number.
+
+    Args:
+        examples: the rows of each example; an example is as long as its longest row.
 
     Raises:
         DataError: examples are too long and `train.too_long` is error, or fewer than two are left.
     """
-    longer = [number for number, row in enumerate(rows, start=1) if len(row.input_ids) > train.max_length]
+    lengths = [max(len(row.input_ids) for row in rows) for rows in examples]
+    longer = [number for number, length in enumerate(lengths, start=1) if length > train.max_length]
     if not longer:
-        return list(rows)
-    longest = max(rows, key=lambda row: len(row.input_ids))
+        return list(map(list, examples))
+    longest = max(lengths)
     if train.too_long is TooLong.ERROR:
         raise DataError(
-            f"{len(longer)} of {len(rows)} examples are longer than {train.max_length} tokens; "
-            f"the longest, number {rows.index(longest) + 1}, has {len(longest.input_ids)}",
+            f"{len(longer)} of {len(examples)} examples are longer than {train.max_length} tokens; "
+            f"the longest, number {lengths.index(longest) + 1}, has {longest}",
             expected="examples that fit completely",
-            todo=f"set train.max_length to {len(longest.input_ids)} or more, shorten those examples, or set "
+            todo=f"set train.max_length to {longest} or more, shorten those examples, or set "
             "train.too_long to drop or truncate",
         )
     if train.too_long is TooLong.TRUNCATE:
-        fitting = [truncated for row in rows if (truncated := _truncate(row, train.max_length))]
+        truncated = ([truncate(row, train.max_length) for row in rows] for rows in examples)
+        fitting = [answered for rows in truncated if (answered := [row for row in rows if row.learnt])]
     else:
-        fitting = [row for row in rows if len(row.input_ids) <= train.max_length]
-    dropped = len(rows) - len(fitting)
+        fitting = [list(rows) for rows, length in zip(examples, lengths, strict=True) if length <= train.max_length]
+    dropped = len(examples) - len(fitting)
     console.print(
-        f"  [yellow]{len(longer)} of {len(rows)} examples are longer than {train.max_length} tokens; the first is "
+        f"  [yellow]{len(longer)} of {len(examples)} examples are longer than {train.max_length} tokens; the first is "
         f"number {longer[0]}: {dropped} dropped, {len(longer) - dropped} truncated[/yellow]"
     )
     if len(fitting) < 2:
         raise DataError(
-            f"{len(fitting)} of {len(rows)} examples fit into {train.max_length} tokens",
+            f"{len(fitting)} of {len(examples)} examples fit into {train.max_length} tokens",
             expected="at least 2",
             todo="raise train.max_length",
         )
     return fitting
 
 
-def _truncate(row: TokenizedExample, length: int) -> TokenizedExample | None:
-    """Return the example truncated to a length; None if no answer is left."""
+def truncate(row: TokenizedExample, length: int) -> TokenizedExample:
+    """Return a row truncated to a length, with the answers that begin before it."""
     learnt = tuple((start, min(end, length)) for start, end in row.learnt if start < length)
-    return replace(row, input_ids=row.input_ids[:length], learnt=learnt) if learnt else None
+    return replace(row, input_ids=row.input_ids[:length], learnt=learnt)
 
 
 def check_served_length(rows: Sequence[TokenizedExample], longest: int, what: str, *, room: int = 0) -> None:

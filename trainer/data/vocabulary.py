@@ -54,17 +54,18 @@ def check_tokenizer(
         )
 
 
-def check_ids(rows: Sequence[TokenizedExample], embedding_rows: int, what: str) -> None:
+def check_ids(examples: Sequence[Sequence[TokenizedExample]], embedding_rows: int, what: str) -> None:
     """Check the ids of examples, which may contain special tokens that other texts lack.
 
     Args:
+        examples: the rows of each example.
         what: kind of examples, for the error, such as `training`.
 
     Raises:
         DataError: names the first example with an id that has no row.
     """
-    for number, row in enumerate(rows, start=1):
-        if (largest := max(row.input_ids)) >= embedding_rows:
+    for number, rows in enumerate(examples, start=1):
+        if (largest := max(max(row.input_ids) for row in rows)) >= embedding_rows:
             raise DataError(
                 f"{what} example {number} contains the token id {largest}, but the model has {embedding_rows} "
                 "embedding rows",

@@ -164,10 +164,11 @@ def _least_gap(run: TrainingRun) -> float:
 def _gap(run: TrainingRun) -> tuple[float, float] | None:
     """Return the training loss at the end and a lower bound of held-out loss, in nats per token; None in epoch 1.
 
-    The training loss of an example's first pass is a held-out loss.
+    The training loss of an example's first pass is a held-out loss. If other answers than the final ones are learnt,
+    the two are not comparable.
     """
     parts = windows(run.curve)
-    if not parts or run.curve[-1].epoch <= 1.0:
+    if not parts or run.curve[-1].epoch <= 1.0 or not run.learns_final_answers:
         return None
     if run.evaluation is not None:
         return parts[-1].mean, run.evaluation.nll.low

@@ -51,7 +51,7 @@ def find_label_noise(run: TrainingRun) -> Finding | None:
         )
     if len(run.results) < MIN_ASKED:
         return None
-    if run.learns_one_turn and (finding := _find_unlearnt(run)):
+    if finding := _find_unlearnt(run):
         return finding
     ordered = sorted(run.results, key=probability, reverse=True)
     third, sixth = ordered[: len(ordered) // 3], ordered[: len(ordered) // 6]

@@ -46,7 +46,7 @@ class TrainingRun:
         train_examples: number of training examples.
         contradictions: number of training examples whose prompt also occurs with a different answer.
         answers: the reference answers of `results`; of all held-out examples if none were evaluated.
-        learns_one_turn: whether each example's loss covers only that answer, not earlier turns.
+        learns_final_answers: whether the training loss is that of final answers only, as held-out loss is.
         evaluation: evaluation of the trained model; None if it was not served.
         cut_off: by format, the share of held-out answers that were cut off at their limit.
         results: the trained model's result on each held-out example.
@@ -57,9 +57,9 @@ class TrainingRun:
     curve: Sequence[TrainingPoint]
     train_examples: int
     contradictions: int = 0
+    learns_final_answers: bool = True
     evaluation: EvaluationReport | None = None
     cut_off: Mapping[str, Interval] = field(default_factory=dict)
     results: Sequence[ExampleResult] = field(default=())
     answers: Sequence[str] = field(default=())
-    learns_one_turn: bool = True
     general_change: Interval | None = None

@@ -9,7 +9,9 @@ import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 
@@ -17,7 +19,8 @@ from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.model_folder.chat_template import choose_template_kwargs
 from svc.model_folder.weight_files import TOKENIZER_FILES
-from trainer.data.chat_template import IGNORED, tokenize_as_trained, training_row
+from trainer.data.chat_template import IGNORED, tokenize_turns_of, training_row
+from trainer.data.length import truncate
 from trainer.recipe.sections import Recipe, TooLong, Train
 
 CHARACTERS_A_TOKEN = 4.2
@@ -55,6 +58,7 @@ class Workload:
 
     Attributes:
         examples: number of training examples.
+        mean_length: tokens of an example, or of its longest row if the chat template makes several of it.
         tokens: tokens of one epoch, without padding.
         batches: batches of one epoch, or of a sample of its examples.
         repeats: how often `batches` are computed in the complete run.
@@ -63,6 +67,7 @@ class Workload:
     """
 
     examples: int
+    mean_length: float
     tokens: float
     batches: tuple[Batch, ...]
     repeats: float
@@ -81,23 +86,25 @@ def read_workload(examples: Sequence[ChatExample], recipe: Recipe, folder: Path)
     """
     train, counted = recipe.train, any((folder / name).is_file() for name in TOKENIZER_FILES)
     chosen = np.random.default_rng(recipe.data.seed).permutation(len(examples))[:_MAX_EXAMPLES]
-    rows = _tokenize([examples[index] for index in sorted(chosen)], folder, recipe, counted=counted)
+    measured = _tokenize([examples[index] for index in sorted(chosen)], folder, recipe, counted=counted)
+    rows, times = list(chain.from_iterable(measured)), len(examples) / len(measured)
     in_rows = sum(len(row.input_ids) for row in rows)
-    tokens = in_rows * len(examples) / len(rows)
+    tokens, mean_length = in_rows * times, fmean(max(map(_length, rows)) for rows in measured)
     batches: tuple[Batch, ...]
     if train.packing:
         learnt = train.batch_size * train.max_length * (sum(row.scored for row in rows) / in_rows)
         largest = Batch(train.batch_size, train.max_length, 0, math.ceil(learnt))
         batches, in_epoch = (largest,), max(1, math.ceil(tokens / train.max_length)) / train.batch_size
     else:
-        batches, in_epoch = tuple(plan_batches(rows, train)), math.ceil(len(examples) / train.batch_size)
-        if len(rows) == len(examples):
+        batches, in_epoch = tuple(plan_batches(rows, train)), math.ceil(len(rows) * times / train.batch_size)
+        if len(measured) == len(examples):
             largest = max(batches, key=lambda batch: batch.computed)
         else:  # a sample does not contain the largest batch, which is that of the longest examples
             longest = sorted(examples, key=_characters)[-train.batch_size :]
-            largest = measure_batch(_tokenize(longest, folder, recipe, counted=counted))
+            measured = _tokenize(longest, folder, recipe, counted=counted)
+            largest = measure_batch(sorted(chain.from_iterable(measured), key=_length)[-train.batch_size :])
     in_run = train.steps * train.gradient_accumulation if train.steps else train.epochs * in_epoch
-    return Workload(len(examples), tokens, batches, in_run / len(batches), largest, counted)
+    return Workload(len(examples), mean_length, tokens, batches, in_run / len(batches), largest, counted)
 
 
 def with_batch_size(workload: Workload, size: int) -> Workload:
@@ -150,20 +157,16 @@ def measure_batch(rows: Sequence[TokenizedExample]) -> Batch:
 
 def _tokenize(
     examples: Sequence[ChatExample], folder: Path, recipe: Recipe, *, counted: bool
-) -> list[TokenizedExample]:
+) -> list[list[TokenizedExample]]:
+    """Return the rows of each example that fits, cut to the maximum length."""
     if counted:
         kwargs = choose_template_kwargs(folder, recipe.chat_template_kwargs)
-        rows = tokenize_as_trained(folder, examples, kwargs)
+        tokenized = tokenize_turns_of(folder, examples, kwargs)
     else:
-        rows = [cut_into_pieces(example) for example in examples]
-    longest = recipe.train.max_length
-    fitting = [row for row in rows if len(row.input_ids) <= longest or recipe.train.too_long is not TooLong.DROP]
-    return [_shorten(row, longest) for row in fitting or rows]
-
-
-def _shorten(row: TokenizedExample, longest: int) -> TokenizedExample:
-    learnt = tuple((start, min(end, longest)) for start, end in row.learnt if start < longest)
-    return replace(row, input_ids=row.input_ids[:longest], learnt=learnt)
+        tokenized = [[cut_into_pieces(example)] for example in examples]
+    longest, drops = recipe.train.max_length, recipe.train.too_long is TooLong.DROP
+    fitting = [rows for rows in tokenized if not drops or max(map(_length, rows)) <= longest]
+    return [[truncate(row, longest) for row in rows] for rows in fitting or tokenized]
 
 
 def cut_into_pieces(example: ChatExample) -> TokenizedExample:
@@ -180,6 +183,10 @@ def cut_into_pieces(example: ChatExample) -> TokenizedExample:
         if turn in example.learnt:
             learnt.append((start, len(ids)))
     return TokenizedExample(tuple(ids), tuple(learnt))
+
+
+def _length(row: TokenizedExample) -> int:
+    return len(row.input_ids)
 
 
 def _characters(example: ChatExample) -> int:

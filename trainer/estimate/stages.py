@@ -83,7 +83,7 @@ def stage_memory(
             case Stage.EVALUATE:
                 need = _engine(training, number_size(device.number_type) * shape.parameters, served_length)
             case Stage.QUANTIZE:
-                need = _quantize(training, workload.tokens / workload.examples)
+                need = _quantize(training, workload.mean_length)
             case Stage.QUALIFY:
                 need = _engine(training, gptq_bytes(recipe.quantize.group_size, shape), served_length)
             case Stage.PARITY:

@@ -48,11 +48,11 @@ def diagnose_training(
             curve=curve,
             train_examples=len(examples.train),
             contradictions=count_contradictions(examples.train),
+            learns_final_answers=all(example.learnt == (len(example.messages) - 1,) for example in examples.train),
             evaluation=merged.evaluation if merged else None,
             cut_off={format.value: served.evaluation.cut_off for format, served in qualified.items()},
             results=merged.results if merged else (),
             answers=[example.answer for example in evaluated],
-            learns_one_turn=all(len(example.learnt) == 1 for example in evaluated),
             general_change=general_change,
         )
     )

@@ -18,7 +18,7 @@ from svc.errors import DataError
 from svc.evaluation.general.general_set import GeneralSet, read_general_set, shipped_general_set
 from svc.registry.manifest import SelectedBy
 from svc.terminal import console
-from trainer.recipe.sections import Evaluate, Recipe
+from trainer.recipe.sections import Evaluate, Learn, Recipe
 
 _MANY_HELD = 2.0
 """Multiple of `data.heldout_share` above which a warning is printed."""
@@ -116,6 +116,8 @@ def read_run_examples(
     untrained = (*heldout, *validation, *(questions.examples if questions else ()))
     general = mix_general(train, read(data.general), untrained, data.general_share, data.seed) if data.general else []
     mixed = (*train, *general)
+    if data.learn is Learn.ALL:
+        mixed = tuple(example.learning_all for example in mixed)
     prints = fingerprint(mixed), fingerprint(heldout)
     examples = Examples(mixed, tuple(heldout), *prints, given, len(general), questions, tuple(validation))
     return examples.selected if recipe.stopping.selects else examples

@@ -89,6 +89,13 @@ Metrics = Annotated[
 """Metric names or functions (`./FILE.py:FUNCTION`): a list, or a single one."""
 
 
+class Learn(StrEnum):
+    """Answers of a training example that are learnt, if none of its turns has a weight."""
+
+    LAST = "last"
+    ALL = "all"
+
+
 class Data(_Section):
     """Sources of examples: files, folders, or hub datasets (`hf:ORG/NAME`); see [data](data.md)."""
 
@@ -105,6 +112,9 @@ class Data(_Section):
     """general examples to mix into the training examples, to reduce forgetting"""
     general_share: float = Field(0.1, gt=0, lt=1)
     """share of general examples among the training examples"""
+    learn: Learn = Learn.ALL
+    """all or last: the answers of a training example that are learnt; a `weight` in its turns overrides this, see
+    [data](data.md#conversations)"""
     seed: int = Field(0, ge=0)
     """seed for choosing the held-out and the general examples"""
     skip: int = Field(0, ge=0)

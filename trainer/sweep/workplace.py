@@ -104,12 +104,12 @@ class Workplace:
     @cached_property
     def data(self) -> "TrialData":
         """The examples as token ids; if there are many held-out examples, a random sample."""
-        from trainer.data.chat_template import tokenize_as_trained
+        from trainer.data.chat_template import tokenize_as_trained, tokenize_turns_of
         from trainer.training.trial import TrialData
 
         generator = random.Random(0)  # noqa: S311 - no secret
         kwargs = choose_template_kwargs(self.base.folder, self.recipe.chat_template_kwargs)
-        train = tokenize_as_trained(self.base.folder, self.examples.train, kwargs)
+        train = tokenize_turns_of(self.base.folder, self.examples.train, kwargs)
         measured = self.examples.measured
         heldout = generator.sample(measured, min(_MAX_JUDGED, len(measured)))
         judged = sorted(tokenize_as_trained(self.base.folder, heldout, kwargs), key=lambda row: len(row.input_ids))
@@ -119,7 +119,7 @@ class Workplace:
     @cached_property
     def answer_lengths(self) -> tuple[int, ...]:
         """Number of answer tokens of each judged example."""
-        return tuple(sum(end - start for start, end in row.learnt) for row in self.data.judged)
+        return tuple(row.scored for row in self.data.judged)
 
     def base_loss(self) -> Interval:
         """Return the held-out loss of the base, which is measured once."""
@@ -134,13 +134,15 @@ class Workplace:
             write_whole(path, json.dumps({"heldout_each": each}).encode("utf-8"))
         return mean(read_json_object(path)["heldout_each"], self.answer_lengths)
 
-    def run_trial(self, values: Values, watch: Watch, train: Sequence[TokenizedExample] | None = None) -> TrialOutcome:
+    def run_trial(
+        self, values: Values, watch: Watch, train: Sequence[Sequence[TokenizedExample]] | None = None
+    ) -> TrialOutcome:
         """Train, or return the outcome of an earlier training.
 
         Args:
             values: the recipe's changed values.
             watch: called with each step and its held-out loss; prunes the trial by raising `optuna.TrialPruned`.
-            train: examples to train on; None for all.
+            train: the rows of each example to train on; None for all.
 
         Raises:
             InterruptedRunError: a signal arrived; the next call resumes the training.
@@ -178,7 +180,7 @@ class Workplace:
         self.tracking.end_run(self._parent)
 
     def _train(
-        self, train: Sequence[TokenizedExample], recipe: Recipe, folder: Path, run_id: str, watch: Watch
+        self, train: Sequence[Sequence[TokenizedExample]], recipe: Recipe, folder: Path, run_id: str, watch: Watch
     ) -> dict[str, Any]:
         """Train, and return the fields of the outcome that depend on the training."""
         from optuna import TrialPruned

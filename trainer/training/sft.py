@@ -8,9 +8,10 @@ import logging
 import resource
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from trainer.callbacks.heldout_schedule import HeldoutCurve, HeldoutSchedule
 from trainer.callbacks.loss_log import LossReport, Report, training_points
 from trainer.callbacks.preemption import Preemption, StepAbandoned, preemption
 from trainer.callbacks.progress import training_progress
-from trainer.data.chat_template import load_tokenizer, stop_tokens, tokenize_examples, training_row
+from trainer.data.chat_template import load_tokenizer, stop_tokens, tokenize_examples, tokenize_turns, training_row
 from trainer.data.length import check_served_length, fit_length
 from trainer.data.packing import collate_packed, pack, refuse_recurrent
 from trainer.data.vocabulary import check_ids
@@ -84,17 +85,18 @@ def train_model(
     tokenizer = load_tokenizer(base)
     stops = stop_tokens(base, tokenizer)
     kwargs = choose_template_kwargs(base, recipe.chat_template_kwargs)
-    rows = fit_length(tokenize_examples(tokenizer, data.train, stops, kwargs), recipe.train)
-    check_ids(rows, load_config(base).get_text_config().vocab_size, "training")
+    examples = fit_length(tokenize_turns(tokenizer, data.train, stops, kwargs), recipe.train)
+    check_ids(examples, load_config(base).get_text_config().vocab_size, "training")
     if data.served_length is not None:
-        check_served_length(rows, data.served_length, "training")
+        longest = [max(rows, key=lambda row: len(row.input_ids)) for rows in examples]
+        check_served_length(longest, data.served_length, "training")
     measured = recipe.stopping.measures or recipe.stopping.curve
     heldout = tokenize_examples(tokenizer, data.heldout, stops, kwargs) if measured else []
     with advising_on_memory(recipe):
         with preemption() as asked:
             with asked.interruptible(), waiting("Loading the base model"), library_output_to_log():
                 trainer = build_trainer(
-                    base, tokenizer, rows, heldout, recipe, out, checkpoints, report, asked, number_type
+                    base, tokenizer, examples, heldout, recipe, out, checkpoints, report, asked, number_type
                 )
             seconds = run_trainer(trainer, recipe.stopping, asked, number_type)
         # A signal ends the process from here on: the next run writes the weights from the last checkpoint.
@@ -173,8 +175,8 @@ def _peak_memory() -> int:
 def build_trainer(
     base: Path,
     tokenizer: PreTrainedTokenizerBase,
-    rows: list[TokenizedExample],
-    heldout: list[TokenizedExample],
+    examples: Sequence[Sequence[TokenizedExample]],
+    heldout: Sequence[TokenizedExample],
     recipe: Recipe,
     out: Path,
     checkpoints: Path,
@@ -188,6 +190,7 @@ def build_trainer(
     """Return the trainer of a run. Trained weights are in float32: Adam's small steps vanish in 16 bits.
 
     Args:
+        examples: the rows of each training example.
         heldout: examples measured during training, as the recipe says or as the run can afford.
         curve: other examples to measure during training, with the steps; None for those in `heldout`.
         load: loads the base's weights.
@@ -195,6 +198,7 @@ def build_trainer(
     acceleration = choose_acceleration(machine_facts(), flash=takes_flash_attention(base))
     if recipe.train.neftune_alpha is not None:  # its noise is scaled by the length of a row
         acceleration = replace(acceleration, padding_free=False)
+    rows = list(chain.from_iterable(examples))
     dataset, collator = Dataset.from_list([training_row(row) for row in rows]), None
     if recipe.train.packing:
         refuse_recurrent(load_config(base))

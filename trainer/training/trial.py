@@ -35,11 +35,12 @@ class TrialData:
     """Training and held-out examples of a trial, as token ids.
 
     Attributes:
+        train: the rows of each training example.
         watched: held-out examples that are measured during training.
         judged: held-out examples that are measured after training; sorted by length.
     """
 
-    train: Sequence[TokenizedExample]
+    train: Sequence[Sequence[TokenizedExample]]
     watched: Sequence[TokenizedExample]
     judged: Sequence[TokenizedExample]
 
@@ -124,7 +125,7 @@ def _open(
                 trainer = build_trainer(
                     base.folder,
                     base.tokenizer,
-                    fit_length(list(data.train), recipe.train),
+                    fit_length(data.train, recipe.train),
                     [],
                     recipe,
                     checkpoints.parent,

@@ -7,7 +7,7 @@ to this form.
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -127,12 +127,30 @@ class ChatExample:
     def learnt(self) -> tuple[int, ...]:
         """Indices of the assistant turns to learn: the last one, or if any has a weight, all whose weight is not 0.
 
-        As in OpenAI's fine-tuning, where a turn without a weight counts as weight 1.
+        As in OpenAI's fine-tuning, where a turn without a weight counts as weight 1. A greeting before the first user
+        turn is never learnt: it answers no prompt.
         """
         if all(message.weight is None for message in self.messages):
             return (len(self.messages) - 1,)
+        return tuple(place for place in self._replies if self.messages[place].weight != 0)
+
+    @property
+    def learning_all(self) -> "ChatExample":
+        """The same example with every answer learnt, unless it has weights."""
+        if len(self._replies) == 1 or any(message.weight is not None for message in self.messages):
+            return self
         turns = enumerate(self.messages)
-        return tuple(place for place, turn in turns if turn.role is Role.ASSISTANT and turn.weight != 0)
+        return replace(
+            self,
+            messages=tuple(replace(turn, weight=1) if place in self._replies else turn for place, turn in turns),
+        )
+
+    @property
+    def _replies(self) -> tuple[int, ...]:
+        """Indices of the assistant turns after the first user turn."""
+        roles = [message.role for message in self.messages]
+        first = roles.index(Role.USER)
+        return tuple(place for place in range(first, len(roles)) if roles[place] is Role.ASSISTANT)
 
     def templated(self, turns: int | None = None) -> dict[str, Any]:
         """Return the arguments `conversation` and `tools` of transformers' `apply_chat_template`.
@@ -242,8 +260,8 @@ def _check_order(messages: tuple[Message, ...]) -> None:
         wrong, field = "is blank in the final turn, which has tool calls only", f"messages[{len(messages) - 1}].content"
         expected = "text: a version is evaluated by the final answer"
         raise RowError(Code.WRONG_CONTENT, wrong, field=field, expected=expected)
-    if all(message.weight == 0 for message in messages if message.role is Role.ASSISTANT):
-        wrong = "every assistant turn has the weight 0"
+    if not ChatExample(messages).learnt:
+        wrong = "every assistant turn after the first user turn has the weight 0"
         raise RowError(Code.WRONG_WEIGHT, wrong, expected="at least one assistant turn that is learnt")
 
 

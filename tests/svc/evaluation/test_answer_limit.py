@@ -32,23 +32,6 @@ def test_limit_has_room_for_the_reference_and_stays_in_the_context_when_the_exam
     assert found == context - prompt or 1.5 * answer + 16 <= found < 1.5 * answer + 17
 
 
-@given(SIZES, SIZES, SIZES, st.integers(0, 6000))
-def test_limit_stays_in_the_context_when_the_last_turn_is_not_learnt(
-    prompt: int, learnt: int, rest: int, spare: int
-) -> None:
-    length = prompt + learnt + rest
-    one = TokenizedExample(tuple(range(length)), ((prompt, prompt + learnt),))
-    found = limit(one, length + spare)
-    assert found >= 1
-    assert length - 1 + found <= length + spare  # the longest that the prompt of the last turn can be
-
-
-@given(SIZES, SIZES)
-def test_limit_has_room_for_the_last_answer_when_it_is_not_learnt(learnt: int, rest: int) -> None:
-    one = TokenizedExample(tuple(range(learnt + rest)), ((0, learnt),))
-    assert limit(one, 100_000) >= 1.5 * rest + 16
-
-
 def test_only_the_last_answer_counts_when_several_are_learnt() -> None:
     of_two = TokenizedExample(tuple(range(120)), ((10, 100), (110, 120)))
     assert limit(of_two) == 31

@@ -3,6 +3,7 @@
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -11,7 +12,7 @@ from svc.dataset.schema.example import parse_example
 from svc.errors import DataError
 from svc.model_folder.chat_template import TemplateKwargs, choose_template_kwargs
 from tests.trainer.conftest import make_tokenizer
-from trainer.data.chat_template import tokenize_examples
+from trainer.data.chat_template import tokenize_examples, tokenize_turns
 
 NO_THINKING = {"enable_thinking": False}
 PLAIN = [
@@ -36,6 +37,12 @@ CONVERSATIONS = {
 }
 NO_SYSTEM = {"gemma"}
 """Families without a system turn."""
+
+
+ANSWERS = [
+    *(("user", "Which?"), ("assistant", "red"), ("user", "Not it."), ("assistant", "blue")),
+    *(("user", "Why not?"), ("assistant", "It\nis 日本.")),
+]
 
 
 def source(family: str) -> str:
@@ -81,6 +88,34 @@ def test_template_is_rejected_with_the_reason_when_no_argument_fixes_it(family: 
         learnt(family, CONVERSATIONS["one turn"], {})
 
 
+@pytest.mark.parametrize("family", [*PLAIN, *THINKING])
+def test_every_answer_is_learnt_after_the_prompt_that_the_engine_renders_for_it(family: str) -> None:
+    tokenizer, kwargs = tokenizer_of(family), NO_THINKING if family in THINKING else {}
+    turns = [{"role": role, "content": text} for role, text in ANSWERS]
+    example = parse_example({"messages": turns}).learning_all
+    assert isinstance(tokenizer.eos_token_id, int)
+    [rows] = tokenize_turns(tokenizer, [example], {tokenizer.eos_token_id}, kwargs)
+    assert len(rows) == {"qwen2_5": 1, "nemotron_3_nano": 1, "qwen3": 3, "gemma4": 3}.get(family, len(rows))
+    answers = [(row.input_ids, *span) for row in rows for span in row.learnt]
+    for (ids, start, end), turn in zip(answers, (1, 3, 5), strict=True):
+        prompt = tokenizer.apply_chat_template(turns[:turn], add_generation_prompt=True, return_dict=False, **kwargs)
+        assert list(ids[:start]) == prompt
+        assert tokenizer.decode(ids[start:end]).strip().startswith(turns[turn]["content"])
+        assert ids[end - 1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("family", ["qwen2_5", "qwen3"])
+def test_final_answer_is_evaluated_when_only_an_earlier_one_is_learnt(family: str) -> None:
+    turns: list[dict[str, Any]] = [{"role": role, "content": text} for role, text in ANSWERS]
+    turns[-1]["weight"] = 0
+    tokenizer, example = tokenizer_of(family), parse_example({"messages": turns})
+    assert isinstance(tokenizer.eos_token_id, int)
+    [evaluated] = tokenize_examples(tokenizer, [example], {tokenizer.eos_token_id}, NO_THINKING)
+    assert tokenizer.decode(evaluated.answer).startswith(turns[-1]["content"])
+    ([*_, learnt],) = tokenize_turns(tokenizer, [example], {tokenizer.eos_token_id}, NO_THINKING)
+    assert tokenizer.decode(learnt.answer).startswith("blue")
+
+
 CLOSED_THOUGHTS = """{% for m in messages %}<{{ m.role }}>{{ m.content }}<|im_end|>{% endfor %}
 {%- if add_generation_prompt %}<assistant><think></think>{% endif %}"""
 SYSTEM_IN_LAST_QUESTION = """{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% endif %}
@@ -117,6 +152,19 @@ def test_answer_is_learnt_after_the_prompt_when_the_template_renders_the_convers
     [(start, end)] = row.learnt
     assert tokenizer.decode(row.input_ids[:start]) == prompt
     assert tokenizer.decode(row.input_ids[start:end]) == "end<|im_end|>"
+
+
+def test_tool_call_is_learnt_after_the_prompt_when_the_template_renders_the_conversation_differently() -> None:
+    call = "{% for call in m.tool_calls or [] %}{{ call.function.name }}{% endfor %}"
+    tokenizer = make_tokenizer(CLOSED_THOUGHTS.replace("{{ m.content }}", "{{ m.content }}" + call))
+    calls = [{"type": "function", "function": {"name": "rain", "arguments": "{}"}}]
+    turns = [("user", "Rome?", []), ("assistant", "", calls), ("tool", "no", []), ("assistant", "No.", [])]
+    messages = [{"role": role, "content": text, "tool_calls": calls} for role, text, calls in turns]
+    example = parse_example({"messages": messages}).learning_all
+    assert isinstance(tokenizer.eos_token_id, int)
+    [rows] = tokenize_turns(tokenizer, [example], {tokenizer.eos_token_id}, {})
+    assert [tokenizer.decode(row.answer) for row in rows] == ["rain<|im_end|>", "No.<|im_end|>"]
+    assert tokenizer.decode(rows[0].prompt) == "<user>Rome?<|im_end|><assistant><think></think>"
 
 
 @pytest.mark.parametrize("opened", ["<think>\n", "<|START_THINKING|>", "<thinking>"])

@@ -23,36 +23,36 @@ def train(too_long: TooLong) -> Train:
 
 @pytest.mark.parametrize("policy", TooLong)
 def test_examples_are_unchanged_when_they_fit(policy: TooLong) -> None:
-    assert fit_length([SHORT, row(8, 8)], train(policy)) == [SHORT, row(8, 8)]
+    assert fit_length([[SHORT], [row(8, 8), SHORT]], train(policy)) == [[SHORT], [row(8, 8), SHORT]]
 
 
 def test_error_names_the_longest_example_when_examples_are_too_long() -> None:
     with pytest.raises(DataError, match="2 of 3 examples are longer than 16 tokens; the longest, number 3, has 30"):
-        fit_length([SHORT, row(10, 7), row(20, 10)], train(TooLong.ERROR))
+        fit_length([[SHORT], [row(10, 7)], [SHORT, row(20, 10), SHORT]], train(TooLong.ERROR))
 
 
 def test_longer_examples_are_dropped_when_too_long_is_drop(capsys: pytest.CaptureFixture[str]) -> None:
-    assert fit_length([SHORT, row(10, 7), SHORT], train(TooLong.DROP)) == [SHORT, SHORT]
+    assert fit_length([[SHORT], [SHORT, row(10, 7)], [SHORT]], train(TooLong.DROP)) == [[SHORT], [SHORT]]
     assert "1 of 3 examples are longer than 16 tokens; the first is number 2: 1 dropped, 0 truncated" in " ".join(
         capsys.readouterr().err.split()
     )
 
 
 def test_longer_examples_are_truncated_and_dropped_when_no_answer_is_left() -> None:
-    remaining = fit_length([SHORT, row(10, 7), row(16, 1)], train(TooLong.TRUNCATE))
-    assert remaining == [SHORT, TokenizedExample(tuple(range(16)), ((10, 16),))]
+    remaining = fit_length([[SHORT, row(16, 1)], [row(10, 7)], [row(16, 1)]], train(TooLong.TRUNCATE))
+    assert remaining == [[SHORT], [TokenizedExample(tuple(range(16)), ((10, 16),))]]
 
 
 @pytest.mark.parametrize("policy", [TooLong.DROP, TooLong.TRUNCATE])
 def test_data_is_rejected_when_one_example_fits(policy: TooLong) -> None:
     with pytest.raises(DataError, match="1 of 2 examples fit into 16 tokens"):
-        fit_length([SHORT, row(30, 2)], train(policy))
+        fit_length([[SHORT], [row(30, 2)]], train(policy))
 
 
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=4), st.sampled_from(list(TooLong)[1:]))
 def test_remaining_examples_fit_and_have_an_answer_to_learn(sizes: list[tuple[int, int]], policy: TooLong) -> None:
     rows = [SHORT, SHORT, *(row(*size) for size in sizes)]
-    for remaining in fit_length(rows, train(policy)):
+    for [remaining] in fit_length([[row] for row in rows], train(policy)):
         assert len(remaining.input_ids) <= 16
         assert remaining.scored > 0
         assert all(0 < start < end <= len(remaining.input_ids) for start, end in remaining.learnt)

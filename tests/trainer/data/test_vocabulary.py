@@ -51,7 +51,7 @@ def test_base_is_rejected_when_no_token_ends_an_answer(tokenizer: PreTrainedToke
 
 
 def test_error_names_the_example_when_a_token_has_no_row() -> None:
-    rows = [TokenizedExample((1, 2), ((1, 2),)), TokenizedExample((1, 258), ((1, 2),))]
+    rows = [[TokenizedExample((1, 2), ((1, 2),))], [TokenizedExample((1, token), ((1, 2),)) for token in (2, 258)]]
     check_ids(rows, 259, "training")
     with pytest.raises(DataError, match="training example 2 contains the token id 258"):
         check_ids(rows, 258, "training")

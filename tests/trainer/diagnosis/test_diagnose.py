@@ -343,6 +343,13 @@ def test_confident_wrong_answers_are_label_noise_only_when_the_training_loss_no_
     assert kinds(simulate(shape, 0, results=results, answers=LABELS)) == findings
 
 
+def test_memorization_is_not_diagnosed_when_other_answers_than_the_final_ones_are_learnt() -> None:
+    """Their loss may be lower because they are easier."""
+    run = simulate(falling(3, 0.02, 10), 0, heldout=falling(3, 0.5, 10), train_examples=120)
+    assert kinds(run) == [FindingKind.TOO_LITTLE_DATA]
+    assert kinds(replace(run, learns_final_answers=False)) == []
+
+
 @pytest.mark.parametrize(("epochs", "findings"), [(9.0, []), (10.0, [FindingKind.TOO_LITTLE_DATA])])
 def test_a_smaller_gap_between_training_and_heldout_loss_is_enough_from_ten_epochs_on(
     epochs: float, findings: list[FindingKind]

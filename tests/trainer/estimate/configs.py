@@ -37,4 +37,4 @@ def even_workload(
     size = min(train.batch_size, examples)
     batch = Batch(size, length, shared, size * (answers or length))
     repeats = train.steps * train.gradient_accumulation if train.steps else train.epochs * examples / size
-    return Workload(examples, examples * length, (batch,), repeats, batch, counted=True)
+    return Workload(examples, length, examples * length, (batch,), repeats, batch, counted=True)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from svc.dataset.schema.example import ChatExample
-from tests.trainer.conftest import make_example, make_recipe
+from svc.dataset.schema.example import ChatExample, parse_example
+from tests.trainer.conftest import make_example, make_recipe, make_tokenizer
 from trainer.estimate.batches import CHARACTERS_A_TOKEN, cut_into_pieces, read_workload
 
 
@@ -33,6 +33,18 @@ def test_common_prefix_is_preserved_when_there_is_no_tokenizer(tmp_path: Path) -
 def test_only_the_answer_is_learnt_when_tokens_are_estimated() -> None:
     row = cut_into_pieces(make_example("question", "a" * 21))
     assert row.scored == 5
+
+
+def test_every_row_is_counted_when_the_template_makes_several_of_an_example(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m.content }}{{ loop.length }}<|im_end|>{% endfor %}"
+    make_tokenizer(template).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{}", "utf-8")
+    turns = [{"role": role, "content": role * 50} for role in ("user", "assistant") * 3]
+    examples = [parse_example({"messages": turns}).learning_all] * 4
+    workload = read_workload(examples, make_recipe(train={"batch_size": 4}), tmp_path)
+    assert workload.examples == 4
+    assert sum(batch.rows for batch in workload.batches) == 12
+    assert workload.tokens / 12 < workload.mean_length == workload.largest.length
 
 
 @pytest.mark.parametrize(("train", "steps"), [({"epochs": 3}, 9), ({"steps": 5}, 5), ({"epochs": 0.5}, 1.5)])

@@ -11,7 +11,7 @@ import pytest
 from svc.dataset.prompt_hashes import NO_PROMPTS, PromptHashes, hash_prompts
 from svc.dataset.readers.bad_lines import BadLines
 from svc.dataset.readers.reader import write_examples
-from svc.dataset.schema.example import ChatExample
+from svc.dataset.schema.example import ChatExample, parse_example
 from svc.errors import DataError
 from svc.registry.manifest import SelectedBy
 from tests.svc.dataset.rows import text
@@ -39,6 +39,17 @@ def test_training_and_heldout_sets_have_different_fingerprints(tmp_path: Path) -
 
 def test_skip_and_limit_select_a_part_of_the_training_examples(tmp_path: Path) -> None:
     assert read(tmp_path, TRAIN, HELDOUT, skip=1, limit=3).train == tuple(TRAIN[1:4])
+
+
+def test_all_answers_of_training_examples_are_learnt_unless_the_recipe_says_last(tmp_path: Path) -> None:
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    long = parse_example({"messages": [{"role": role, "content": text} for role, text in turns]})
+    train = [*TRAIN, long]
+    examples = read(tmp_path, train, HELDOUT)
+    assert [example.learnt for example in examples.train] == [(2,)] * 6 + [(1, 3)]
+    last = read(tmp_path, train, HELDOUT, learn="last")
+    assert last.train == tuple(train)
+    assert last.train_fingerprint != examples.train_fingerprint
 
 
 def test_fingerprint_differs_when_only_a_part_is_trained_on(tmp_path: Path) -> None:

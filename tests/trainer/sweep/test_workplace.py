@@ -29,7 +29,7 @@ def place(tmp_path: Path, tracking: Tracking) -> Workplace:
     base, examples = Base(tmp_path, "./base", None, "sha256:0"), Examples((), (), "", "", ())
     place = Workplace(tmp_path, "sweep", make_recipe(), base, examples, tracking, NumberType.FLOAT32)
     row = TokenizedExample((1, 2), ((1, 2),))
-    vars(place)["data"] = TrialData([row], [row], [row])
+    vars(place)["data"] = TrialData([[row]], [row], [row])
     return place
 
 
@@ -58,6 +58,7 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[int, float]]]:
 def test_trials_are_judged_by_the_validation_examples_when_there_are_some(
     place: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("trainer.data.chat_template.tokenize_turns_of", lambda folder, examples, kwargs: [])
     monkeypatch.setattr(
         "trainer.data.chat_template.tokenize_as_trained", lambda folder, examples, kwargs: [*map(row_of, examples)]
     )

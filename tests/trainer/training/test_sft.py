@@ -24,8 +24,15 @@ from transformers import (
 from svc.dataset.schema.example import ChatExample, parse_example
 from svc.engine.device import NumberType
 from svc.errors import BaseModelError, DataError, TrainingError
-from tests.trainer.conftest import CHAT_TEMPLATE, losses_of, make_example, make_recipe, make_tokenizer
-from trainer.data.chat_template import IGNORED, load_tokenizer, stop_tokens, tokenize_examples, training_row
+from tests.trainer.conftest import CHAT_TEMPLATE, losses_of, make_example, make_model, make_recipe, make_tokenizer
+from trainer.data.chat_template import (
+    IGNORED,
+    load_tokenizer,
+    stop_tokens,
+    tokenize_examples,
+    tokenize_turns,
+    training_row,
+)
 from trainer.model.acceleration import Facts, choose_acceleration
 from trainer.training.arguments import training_arguments
 from trainer.training.loss import answer_loss
@@ -139,13 +146,15 @@ def test_answer_is_learnt_including_its_end_token() -> None:
     assert tokenizer.decode(learnt) == "red<|im_end|>"
 
 
-def learnt_texts(messages: list[dict[str, Any]], template: str = CHAT_TEMPLATE) -> list[str]:
+def learnt_rows(messages: list[dict[str, Any]], template: str = CHAT_TEMPLATE) -> list[list[str]]:
+    """Return the learnt texts of each row."""
     tokenizer = make_tokenizer(template)
     example = parse_example({"messages": messages})
-    (row,) = tokenize_examples(tokenizer, [example], {tokenizer.eos_token_id}, {})
-    labels = training_row(row)["labels"]
-    assert all(label in (IGNORED, token) for label, token in zip(labels, row.input_ids, strict=True))
-    return [tokenizer.decode(row.input_ids[start:end]) for start, end in row.learnt]
+    [rows] = tokenize_turns(tokenizer, [example], {tokenizer.eos_token_id}, {})
+    for row in rows:
+        labels = training_row(row)["labels"]
+        assert all(label in (IGNORED, token) for label, token in zip(labels, row.input_ids, strict=True))
+    return [[tokenizer.decode(row.input_ids[start:end]) for start, end in row.learnt] for row in rows]
 
 
 CONVERSATION: list[dict[str, Any]] = [
@@ -169,18 +178,26 @@ CONVERSATION: list[dict[str, Any]] = [
 )
 def test_learnt_answers_follow_the_weights_of_messages(weights: dict[int, int], learnt: list[str]) -> None:
     turns = [turn | ({"weight": weights[place]} if place in weights else {}) for place, turn in enumerate(CONVERSATION)]
-    assert learnt_texts(turns) == [f"{answer}<|im_end|>" for answer in learnt]
+    assert learnt_rows(turns) == [[f"{answer}<|im_end|>" for answer in learnt]]
 
 
-def test_example_is_rejected_when_the_template_rewrites_earlier_answers() -> None:
+def test_each_answer_has_its_own_row_when_the_template_rewrites_earlier_answers() -> None:
     template = (
         "{% for message in messages %}<|im_start|>"
         "{% if message['role'] == 'assistant' %}:{% if not loop.last %}before: {% endif %}{% endif %}"
         "{{ message['content'] }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>:{% endif %}"
     )
     turns = [turn | {"weight": 1} if turn["role"] == "assistant" else turn for turn in CONVERSATION]
-    with pytest.raises(DataError, match="renders an earlier answer differently"):
-        learnt_texts(turns, template)
+    assert learnt_rows(turns, template) == [[f"{answer}<|im_end|>"] for answer in "123"]
+
+
+def test_every_answer_is_a_trained_row_when_the_template_rewrites_earlier_answers(tmp_path: Path) -> None:
+    template = CHAT_TEMPLATE.replace("{{ message['content'] }}", "{{ message['content'] }}{{ loop.length }}")
+    base = make_model(tmp_path / "base")
+    make_tokenizer(template).save_pretrained(base)
+    turns = [turn | {"weight": 1} if turn["role"] == "assistant" else turn for turn in CONVERSATION]
+    examples = [parse_example({"messages": turns})] * 2
+    assert train(base, examples, tmp_path / "adapter", batch_size=2, epochs=1).steps == 3
 
 
 def test_template_receives_tools_and_their_arguments_as_objects() -> None:

@@ -14,7 +14,7 @@ from svc.engine.device import NumberType
 from svc.errors import InterruptedRunError
 from tests.trainer.conftest import make_recipe
 from trainer.callbacks.loss_log import HELDOUT_LOSS
-from trainer.data.chat_template import load_tokenizer, stop_tokens, tokenize_examples
+from trainer.data.chat_template import load_tokenizer, stop_tokens, tokenize_examples, tokenize_turns
 from trainer.model.load import load_model
 from trainer.recipe.sections import Method, Recipe
 from trainer.training import loaded_base
@@ -44,7 +44,7 @@ def tokenized(base: Path, examples: Sequence[ChatExample]) -> list[TokenizedExam
 @pytest.fixture
 def data(tiny_base: Path, examples: list[ChatExample]) -> TrialData:
     tokenizer = load_tokenizer(tiny_base)
-    train = tokenize_examples(tokenizer, examples, stop_tokens(tiny_base, tokenizer), {})
+    train = tokenize_turns(tokenizer, examples, stop_tokens(tiny_base, tokenizer), {})
     held = tokenized(tiny_base, examples[:5])
     return TrialData(train, held[:3], held)
 

@@ -156,6 +156,23 @@ def test_weights_decide_which_turns_are_trained_on(weights: tuple[int | None, ..
     assert parse_example(example.as_dict()) == example
 
 
+@pytest.mark.parametrize(
+    ("weights", "learnt"), [((None, None), (1, 3)), ((0, None), (3,)), ((1, 0), (1,)), ((None,), (1,))]
+)
+def test_weights_override_the_choice_to_learn_all_answers(
+    weights: tuple[int | None, ...], learnt: tuple[int, ...]
+) -> None:
+    assert with_weights(*weights).learning_all.learnt == learnt
+
+
+def test_greeting_before_the_first_question_is_not_learnt() -> None:
+    turns = [turn("assistant", "hello"), *(message.as_dict() for message in with_weights(None, None).messages)]
+    example = parse_example({"messages": turns})
+    assert example.learning_all.learnt == (2, 4)
+    with pytest.raises(RowError, match="weight 0"):
+        parse_example({"messages": [turns[0] | {"weight": 1}, turns[1], turns[2] | {"weight": 0}]})
+
+
 def test_fingerprints_of_plain_chats_have_not_changed() -> None:
     assert fingerprint([chat("a", "b")]) == ("sha256:01060f258c742b9d436aa1de5b903edb809032b7416b567d156163f40aefc0d5")
 
