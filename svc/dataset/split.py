@@ -1,9 +1,9 @@
 """Selection of held-out examples and of general examples to mix in. It depends on content and seed only, so it is the
 same wherever the files are and in whatever order they are read.
 
-Near duplicates stay on one side: a held-out example that nearly repeats a training example measures memory. Each group
-is assigned by its own hash, so that added data leave the existing examples where they are. Knows nothing of files and
-versions.
+Near duplicates stay on one side: a held-out example that nearly repeats a training example measures memory. So do the
+examples of one conversation, whose turns are answers in one example and context in another. Each group is assigned by
+its own hash, so that added data leave the existing examples where they are. Knows nothing of files and versions.
 """
 
 import hashlib
@@ -15,9 +15,12 @@ from numpy.typing import NDArray
 
 from svc.dataset.checks.line_table import LineTable, LineTableBuilder, first_with_same
 from svc.dataset.checks.minhash import clusters, nearest, unite
-from svc.dataset.prompt_hashes import NO_PROMPTS, PromptHashes
-from svc.dataset.schema.example import ChatExample, normal_prompt
+from svc.dataset.prompt_hashes import NO_PROMPTS, PromptHashes, hash_text
+from svc.dataset.schema.example import ChatExample, normal_opening, normal_prompt
 from svc.errors import DataError
+
+_FEW_TOGETHER = 4
+"""Number of examples that may be one conversation, however small the data are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +42,9 @@ def split_heldout(
 ) -> HeldoutSplit:
     """Split examples into those to train on and those to hold out.
 
-    A group of near duplicates is held out if the smallest hash of its prompts, as a share of all hashes, is below
-    `share`. So a group with k different prompts is held out with probability 1 - (1 - share) ** k: with a share of 0.1,
+    Examples are one conversation if they begin with the same turns up to the first user turn. A group of conversations
+    with near duplicates is held out if the smallest hash of its openings, as a share of all hashes, is below `share`.
+    So a group with k different openings is held out with probability 1 - (1 - share) ** k: with a share of 0.1,
     an example without near duplicates with probability 0.1, a pair nearly twice and a group of ten 6.5 times as often.
     In data with many near copies more than `share` is expected to be held out; a large group is held out as a whole.
 
@@ -58,11 +62,12 @@ def split_heldout(
         DataError: nothing can be held out.
     """
     table = _table(examples)
-    groups = _groups(table)
+    groups, openings = _groups(table), _openings(examples, share)
+    unite(groups, np.arange(len(groups)), first_with_same(openings))
     firsts = np.unique(groups)
     learnt_groups = np.unique(groups[np.isin(table.rows["prompts"], learnt)])
     smallest = np.ones(len(examples))
-    np.minimum.at(smallest, groups, _fractions(table.rows["prompts"], seed))
+    np.minimum.at(smallest, groups, _fractions(openings, seed))
     held = _held_groups(firsts, np.setdiff1d(firsts, learnt_groups), smallest, share)
     is_held = np.isin(groups, held)
     kept = np.isin(groups, learnt_groups[smallest[learnt_groups] < share])
@@ -126,6 +131,28 @@ def _groups(table: LineTable) -> NDArray[np.int64]:
     return groups
 
 
+def _openings(examples: Sequence[ChatExample], share: float) -> PromptHashes:
+    """Return a hash for each example that is the same for examples of one conversation.
+
+    It is that of the turns up to the first user turn. An opening of more examples than are to be held out is that of
+    many conversations, such as a greeting: there the turns up to the next user turn count, as often as necessary.
+    """
+    most, questions = max(_FEW_TOGETHER, share * len(examples)), 1
+    openings = _opening_hashes(examples, questions)
+    while True:
+        _, inverse, counts = np.unique(openings, return_inverse=True, return_counts=True)
+        common = np.flatnonzero(counts[inverse] > most)
+        questions += 1
+        longer = _opening_hashes([examples[place] for place in common], questions)
+        if np.array_equal(longer, openings[common]):
+            return openings
+        openings[common] = longer
+
+
+def _opening_hashes(examples: Sequence[ChatExample], questions: int) -> PromptHashes:
+    return np.fromiter((hash_text(normal_opening(example, questions)) for example in examples), np.uint64)
+
+
 def _held_groups(
     groups: NDArray[np.int64], free: NDArray[np.int64], smallest: NDArray[np.float64], share: float
 ) -> NDArray[np.int64]:
@@ -137,8 +164,8 @@ def _held_groups(
     """
     if len(groups) < 2:
         raise DataError(
-            "no held-out set can be split off: all examples are near duplicates of each other",
-            expected="at least two different examples",
+            "no held-out set can be split off: all examples are near duplicates of each other or one conversation",
+            expected="at least two different conversations",
             todo="add examples, or set data.heldout to a held-out file",
         )
     if not len(free):
@@ -155,10 +182,10 @@ def _held_groups(
     return held if len(held) < len(groups) else free[np.arange(len(free)) != hashes.argmax()]
 
 
-def _fractions(prompts: PromptHashes, seed: int) -> NDArray[np.float64]:
-    """Return a number from 0 to 1 for each prompt, determined by the seed."""
+def _fractions(hashes: PromptHashes, seed: int) -> NDArray[np.float64]:
+    """Return a number from 0 to 1 for each hash, determined by the seed."""
     salt = f"{seed}\x1f".encode()
-    digests = (hashlib.blake2b(salt + int(prompt).to_bytes(8, "little"), digest_size=8).digest() for prompt in prompts)
+    digests = (hashlib.blake2b(salt + int(number).to_bytes(8, "little"), digest_size=8).digest() for number in hashes)
     return np.fromiter((int.from_bytes(digest, "little") / 2**64 for digest in digests), np.float64)
 
 

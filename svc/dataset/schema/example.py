@@ -172,6 +172,16 @@ def normal_prompt(example: ChatExample) -> str:
     return "\x1f".join(map(_normal_turn, example.prompt))
 
 
+def normal_opening(example: ChatExample, questions: int) -> str:
+    """Return the part of `normal_prompt` up to a user turn; the complete prompt if it has no more turns.
+
+    Args:
+        questions: number of user turns in the part, at least one.
+    """
+    users = [place for place, turn in enumerate(example.prompt) if turn.role is Role.USER]
+    return "\x1f".join(map(_normal_turn, example.prompt[: users[min(questions, len(users)) - 1] + 1]))
+
+
 def _normal_turn(message: Message) -> str:
     calls = "".join(f"\x1d{call.name}\x1d{call.arguments}" for call in message.tool_calls)
     return f"{message.role}:{normal(message.content)}{calls}"

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from svc.dataset.prompt_hashes import hash_prompts
 from svc.dataset.readers.reader import read_examples
-from svc.dataset.schema.example import ChatExample
+from svc.dataset.schema.example import ChatExample, parse_example
 from svc.dataset.split import group_near_duplicates, mix_general, near_leaks, put_sample_first, split_heldout
 from svc.errors import DataError
 from tests.docs.pages import ROOT
@@ -136,6 +136,36 @@ def test_copies_of_one_example_cannot_be_split() -> None:
     with pytest.raises(DataError, match="all examples are near duplicates of each other") as caught:
         split_heldout([chat("a"), chat("A"), chat("a ")], 0.1, 0)
     assert "data.heldout" in caught.value.todo
+
+
+def conversation(*texts: str) -> ChatExample:
+    """Return a conversation of these turns; the last is the answer."""
+    turns = zip(("user", "assistant") * len(texts), texts, strict=False)
+    return parse_example({"messages": [{"role": role, "content": content} for role, content in turns]})
+
+
+@pytest.mark.parametrize("greeting", [(), ("Hi", "Hello.")], ids=["different first questions", "the same greeting"])
+def test_examples_of_one_conversation_stay_on_one_side(greeting: tuple[str, ...]) -> None:
+    """In the second case half the examples begin with the same user turn, in the first none of two conversations."""
+    chance, examples = random.Random(5), []
+    for number in range(100):
+        turns = [text(chance, 20, 30) for _ in range(7)]
+        begins = greeting if number % 2 else ()
+        examples += [conversation(*begins, *turns[:length], f"answer {number}") for length in (1, 3, 5)]
+    split = split_heldout(examples, 0.2, 0)
+    held = {example.answer for example in split.heldout}
+    assert not held & {example.answer for example in split.train}
+    assert {int(answer.split()[1]) % 2 for answer in held} == {0, 1}
+    assert 10 <= len(held) <= 30  # two and a half standard deviations of 100 draws at 0.2
+
+
+def test_split_of_questions_does_not_depend_on_turns_that_follow() -> None:
+    first = [conversation(f"question {number}", "a") for number in range(60)]
+    longer = [conversation(f"question {number}", "a", "more?", "b") for number in range(60)]
+    held = split_heldout(first, 0.2, 0).heldout
+    assert [example.messages[0] for example in split_heldout(longer, 0.2, 0).heldout] == [
+        example.messages[0] for example in held
+    ]
 
 
 @given(st.integers(0, 50), st.integers(0, 9), st.integers(1, 60))
