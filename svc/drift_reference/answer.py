@@ -8,11 +8,12 @@ has no reference to derive one from: the largest of the limits applies.
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import numpy as np
 
+from svc.dataset.text.thinking import without_thinking
 from svc.drift_reference.sample import NO, NOT_THERE, YES, Sample
 from svc.evaluation.metrics.json_answers import is_json
 
@@ -76,13 +77,17 @@ class AnswerSampler:
 
     def __init__(self, references: Sequence[str], cut: int) -> None:
         self.cut = cut
-        self._wants_json = bool(references) and all(is_json(reference) for reference in references)
+        references = list(map(without_thinking, references))
         labels = {reference.strip() for reference in references}
         are_labels = len(labels) <= min(_MAX_LABELS, len(references) / _MIN_PER_LABEL)
         self._labels = labels if are_labels else set()
+        self._wants_json = bool(references) and all(is_json(reference) for reference in references)
 
     def sample(self, answers: Sequence[Answer]) -> Sample:
-        """Return the features of answers."""
+        """Return the features of answers; those of their texts are without thinking, which varies more."""
+        answers = [
+            answer if answer.text is None else replace(answer, text=without_thinking(answer.text)) for answer in answers
+        ]
         numbers = {
             AnswerFeature.TOKENS: [self._tokens(answer) for answer in answers],
             AnswerFeature.LOGPROB: [self._logprob(answer) for answer in answers],

@@ -8,13 +8,13 @@ never written to a message, a log or a file.
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from svc.dataset.schema.example import ChatExample
 from svc.errors import EngineError, SettingsError
-from svc.evaluation.metrics.text import matches
+from svc.evaluation.metrics.text import comparable_text, matches
 from svc.evaluation.results import ExampleResult
 from svc.remote.listening import is_loopback
 
@@ -212,20 +212,21 @@ async def ask_endpoint(
     async with endpoint.chat(transport) as chat:
 
         async def ask(example: ChatExample, limit: int) -> ExampleResult:
-            turns = [message.spoken() for message in example.prompt]
+            turns = [replace(message, reasoning=None).spoken() for message in example.prompt]
             # Tools are in the prompt, and the answer is text, as in requests to our own engine.
             tools = {"tools": example.as_dict()["tools"], "tool_choice": "none"} if example.tools else {}
             answer = await chat.complete(turns, limit=limit, **tools)
             on_done()
+            text = comparable_text(answer.text, example)
             return ExampleResult(
-                answer=answer.text,
+                answer=text,
                 tokens=answer.tokens,
                 limit=limit,
                 finish_reason=answer.finish_reason,
                 logprob=None,
                 nll=0.0,
                 scored=1,
-                hit=matches(answer.text, example.answer),
+                hit=matches(text, example.answer),
             )
 
         return tuple(await all_or_none(map(ask, examples, limits)))

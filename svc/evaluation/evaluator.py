@@ -22,7 +22,7 @@ from svc.evaluation.intervals import Interval, proportion
 from svc.evaluation.metrics.choose import choose_metrics
 from svc.evaluation.metrics.json_answers import is_json
 from svc.evaluation.metrics.metric import Answered, Better, Metric, Unit
-from svc.evaluation.metrics.text import matches
+from svc.evaluation.metrics.text import comparable_text, matches
 from svc.evaluation.metrics.tokens import CutOff, Nll
 from svc.evaluation.results import ExampleResult
 
@@ -167,15 +167,16 @@ async def ask_example(
         reference = _finite(statistics.fmean(answer.logprobs))
     if reference is None:
         reference = await score(client, tokenized)
+    text = comparable_text(answer.text, example)
     return ExampleResult(
-        answer=answer.text,
+        answer=text,
         tokens=answer.tokens,
         limit=limit,
         finish_reason=answer.finish_reason,
         logprob=None if answer.logprob is None else _finite(answer.logprob),
         nll=-reference,
         scored=tokenized.scored,
-        hit=matches(answer.text, example.answer),
+        hit=matches(text, example.answer),
     )
 
 

@@ -48,12 +48,13 @@ TOOLS: list[dict[str, Any]] = [
     {
         "messages": [
             {"role": "user", "content": "Rome?"},
-            {"role": "assistant", "content": None, "tool_calls": [CALL]},
+            {"role": "assistant", "content": None, "tool_calls": [CALL], **thinking},
             {"role": "tool", "content": "sun", "tool_call_id": "call00001"},
             {"role": "assistant", "content": "It shines."},
         ],
         "tools": [TOOL],
     }
+    for thinking in ({}, {"reasoning_content": "I look it up."})
 ]
 
 

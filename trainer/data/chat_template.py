@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.tokenized_example import TokenizedExample
+from svc.dataset.text.thinking import CLOSING
 from svc.errors import BaseModelError, DataError
 from svc.files.json_file import read_json_object
 from svc.model_folder.chat_template import TemplateKwargs, pin_date
@@ -208,8 +209,18 @@ class _Conversation:
                     todo=todo,
                 )
             learnt = conversation[len(before) :]
+        if message.reasoning is not None:
+            thinks = _squeezed(message.reasoning + CLOSING + message.content)
+            if not _squeezed(learnt).removeprefix("<think>").startswith(thinks):
+                raise DataError(
+                    f"in example {self.number} the model would learn {learnt[:_MAX_SHOWN]!r} instead of the turn's "
+                    f"reasoning_content {message.reasoning[:_MAX_SHOWN]!r}, then {CLOSING} and the text",
+                    expected=f"a template that renders reasoning_content and {CLOSING} before the answer",
+                    todo="set chat_template_kwargs in the recipe, for example enable_thinking: true, choose another "
+                    "base, or remove reasoning_content",
+                )
         # Templates may change white space, and render tool calls in their own form.
-        if not message.tool_calls and not "".join(learnt.split()).startswith("".join(message.content.split())):
+        elif not message.tool_calls and not _squeezed(learnt).startswith(_squeezed(message.content)):
             raise DataError(
                 f"in example {self.number} the model would learn {learnt[:_MAX_SHOWN]!r}, but the answer is "
                 f"{message.content[:_MAX_SHOWN]!r}",
@@ -240,6 +251,11 @@ def _conversations(
         for number, example in enumerate(examples, start=1):
             yield _Conversation(tokenizer, kwargs, stops, example, number)
             advance()
+
+
+def _squeezed(text: str) -> str:
+    """Return a text without white space."""
+    return "".join(text.split())
 
 
 def _common_prefix(first: str, second: str) -> int:

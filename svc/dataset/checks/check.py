@@ -152,7 +152,7 @@ class _LineChecks:
             for code, text in check(message.content):
                 report.add(line.number, code, f"{where} {text}", where)
             turn = where.removesuffix(".content")
-            shown = [("name", message.name or "")]
+            shown = [("name", message.name or ""), ("thinking", message.reasoning or "")]
             shown += [("call", f"{call.name} {call.arguments}") for call in message.tool_calls]
             for kind, content in shown:
                 for code, text in self._text(content):

@@ -37,7 +37,7 @@ class LineTable(NamedTuple):
             files: index of the file.
             lines: number in the file.
             prompts: hash of all turns before the answer; equal for equal prompts, ignoring spacing and case.
-            pairs: the same kind of hash of prompt and answer together.
+            pairs: the same kind of hash of prompt and answer together, with the answer's thinking.
             systems: the same kind of hash of the system turn and the tools; 0 without them.
             beginnings, endings: equal for examples of one task: hash of the system turn or, without one, of the first
                 and of the last words of the prompt, where instructions are.
@@ -71,11 +71,13 @@ class LineTableBuilder:
         prompt = normal_prompt(example)
         first = example.messages[0]
         system = first.content if first.role is Role.SYSTEM else ""
+        reasoning = example.messages[-1].reasoning
+        thinking = f"\x1d{normal(reasoning)}" if reasoning else ""
         self._rows += _PACK(
             file,
             line,
             hash_text(prompt),
-            hash_text(f"{prompt}\x1e{normal(example.answer)}"),
+            hash_text(f"{prompt}\x1e{normal(example.answer)}{thinking}"),
             _normal_hash(system, *example.tools) if system or example.tools else 0,
             _normal_hash(system) if system else hash_text(_first_words(first.content)),
             _normal_hash(system) if system else hash_text(_last_words(example.prompt[-1].content)),

@@ -213,7 +213,7 @@ def _read_sharegpt(value: dict[str, Any], chat: _Turns) -> None:
         if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
             shown, expected = f"{speaker!r:.80}" if key in turn else "missing", f"one of {', '.join(_SHAREGPT_ROLES)}"
             raise RowError(Code.WRONG_ROLE, f"is {shown}", field=f"{place}.{key}", expected=expected)
-        more: dict[str, Any] = {"weight": turn.get("weight"), "name": turn.get("name")}
+        more: dict[str, Any] = {key: turn.get(key) for key in ("weight", "name", "reasoning_content")}
         if speaker in _CALLS:
             more["tool_calls"], content = _called(content, f"{place}.{text}"), None
         chat.add(_SHAREGPT_ROLES[speaker], content, f"{place}.{text}", f"{place}.{key}", **more)

@@ -44,6 +44,7 @@ class Message:
         name: name of the user or tool, if there are several.
         tool_call_id: in a tool's turn, the call that it answers.
         weight: weight of an assistant turn: 1 is learnt, 0 is not; None if the example sets none.
+        reasoning: thinking before an assistant turn's text.
     """
 
     role: Role
@@ -52,24 +53,36 @@ class Message:
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
     weight: int | None = None
+    reasoning: str | None = None
 
     def spoken(self) -> dict[str, Any]:
-        """Return the OpenAI form of the turn as a model sees it, without its weight."""
-        return {key: value for key, value in self.as_dict().items() if key != "weight"}
+        """Return the OpenAI form of the turn as a model sees it, without its weight; `reasoning` is vLLM's key."""
+        turn = {key: value for key, value in self.as_dict().items() if key not in ("weight", "reasoning_content")}
+        return turn if self.reasoning is None else turn | {"reasoning": self.reasoning}
 
     def templated(self) -> dict[str, Any]:
-        """Return the form for chat templates, in which the arguments of calls are objects and not JSON text."""
+        """Return the form for chat templates, in which the arguments of calls are objects and not JSON text.
+
+        Templates have one of two keys for the thinking; vLLM gives them both.
+        """
         turn = self.spoken()
+        if self.reasoning is not None:
+            turn["reasoning_content"] = self.reasoning
         for call in turn.get("tool_calls", ()):
             call["function"]["arguments"] = json.loads(call["function"]["arguments"])
         return turn
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the OpenAI form of the turn."""
+        """Return the form of the turn in files: OpenAI's, with its thinking as `reasoning_content`."""
         turn: dict[str, Any] = {"role": self.role.value, "content": self.content}
         if self.tool_calls:
             turn["tool_calls"] = [call.as_dict() for call in self.tool_calls]
-        optional = {"name": self.name, "tool_call_id": self.tool_call_id, "weight": self.weight}
+        optional = {
+            "name": self.name,
+            "tool_call_id": self.tool_call_id,
+            "weight": self.weight,
+            "reasoning_content": self.reasoning,
+        }
         return turn | {key: value for key, value in optional.items() if value is not None}
 
 
@@ -103,9 +116,11 @@ class ChatExample:
 
     @property
     def texts(self) -> Iterator[str]:
-        """All texts that a model sees: contents, names, calls and tools."""
+        """All texts that a model sees: contents, thinking, names, calls and tools."""
         for message in self.messages:
             yield message.content
+            if message.reasoning:
+                yield message.reasoning
             if message.name:
                 yield message.name
             for call in message.tool_calls:
@@ -226,6 +241,7 @@ def _parse_message(where: str, value: Any) -> Message:
         tool_calls=calls,
         tool_call_id=optional_text(where, "tool_call_id", turn.get("tool_call_id")),
         weight=_parse_weight(f"{where}.weight", role, turn.get("weight")),
+        reasoning=_parse_reasoning(where, role, turn.get("reasoning_content")),
     )
 
 
@@ -243,6 +259,14 @@ def _parse_content(field: str, turn: dict[str, Any], *, may_be_blank: bool) -> s
         raise RowError(Code.WRONG_CONTENT, "is blank", field=field, expected="some text")
     check_encodable(field, content)
     return content
+
+
+def _parse_reasoning(where: str, role: str, reasoning: Any) -> str | None:
+    text = optional_text(where, "reasoning_content", reasoning)
+    if text is not None and role != Role.ASSISTANT:
+        wrong, field = f"is in a {role} turn", f"{where}.reasoning_content"
+        raise RowError(Code.WRONG_CONTENT, wrong, field=field, expected="thinking in assistant turns")
+    return None if text is None or is_blank(text) else text
 
 
 def _parse_weight(field: str, role: str, weight: Any) -> int | None:

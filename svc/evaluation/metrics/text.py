@@ -3,7 +3,14 @@
 from functools import cached_property
 from typing import Any
 
+from svc.dataset.schema.example import ChatExample
+from svc.dataset.text.thinking import without_thinking
 from svc.evaluation.metrics.metric import AnswerMetric
+
+
+def comparable_text(answer: str, example: ChatExample) -> str:
+    """Return a model's answer in the form of the reference: without thinking, if the reference's is a separate text."""
+    return answer if example.messages[-1].reasoning is None else without_thinking(answer)
 
 
 def matches(answer: str, reference: str) -> bool:

@@ -186,3 +186,8 @@ def test_database_contains_no_text_of_a_request(tmp_path: Path, encoding: str) -
     content = b"".join(path.read_bytes() for path in tmp_path.glob("svc.db*")).lower()
     words = ("featherstonehaugh", "cholmondeley", "marjoribanks", "beauchamp", "parcels")
     assert [word for word in words if word.encode(encoding) in content] == []
+
+
+def test_label_after_thinking_is_the_label() -> None:
+    thought, plain = (Answer(text, 3, "stop", -0.1, greedy=True) for text in ("<think>a</think>\n\nplace", "place"))
+    assert answer_sampler.sample([thought]).categories == answer_sampler.sample([plain]).categories

@@ -8,10 +8,11 @@ from typing import Any
 import httpx
 import pytest
 
+from svc.dataset.schema.example import parse_example
 from svc.errors import EngineError, SettingsError
 from svc.evaluation.endpoint import Endpoint, ask_endpoint
 from svc.evaluation.results import ExampleResult
-from tests.svc.chats import chat
+from tests.svc.chats import chat, turn
 
 KEY = "sk-very-secret"
 ENDPOINT = Endpoint("https://elsewhere.example/v1", "big-model", KEY)
@@ -173,3 +174,20 @@ def test_key_is_not_sent_over_a_network_in_plain_text() -> None:
     with pytest.raises(SettingsError, match="in plain text"):
         Endpoint.parse("http://host/v1#m", KEY)
     assert Endpoint.parse("http://127.0.0.1:8000/v1#m", KEY).key == KEY
+
+
+async def test_thinking_is_neither_sent_nor_compared_when_the_reference_has_its_own() -> None:
+    def thinks(body: dict[str, Any]) -> httpx.Response:
+        answer = yes(body).json()
+        answer["choices"][0]["message"]["content"] = "<think>\nIs it?\n</think>\n\nyes"
+        return httpx.Response(200, json=answer)
+
+    provider, thought = Provider(thinks, thinks), {"role": "assistant", "reasoning_content": "It is.", "content": "yes"}
+    asked = parse_example({"messages": [turn("user", "one"), thought, turn("user", "two"), thought]})
+    transport = httpx.MockTransport(provider)
+    with_thinking, without = await ask_endpoint(
+        ENDPOINT, [asked, chat("one", "yes")], limits=(8, 8), transport=transport
+    )
+    assert (with_thinking.answer, with_thinking.hit) == ("yes", True)
+    assert not without.hit
+    assert [message.keys() for message in provider.bodies[0]["messages"]] == [{"role", "content"}] * 3

@@ -116,6 +116,36 @@ def test_final_answer_is_evaluated_when_only_an_earlier_one_is_learnt(family: st
     assert tokenizer.decode(learnt.answer).startswith("blue")
 
 
+THOUGHT = [
+    {"role": "user", "content": "Which?"},
+    {"role": "assistant", "reasoning_content": "I look.", "content": "net"},
+    {"role": "user", "content": "Sure?"},
+    {"role": "assistant", "reasoning_content": "I look\nagain.", "content": "yes"},
+]
+
+
+@pytest.mark.parametrize("family", ["glm4moe", "nemotron_3_nano", "qwen3", "qwen3_5_think", "qwen3_6", "qwen3_8"])
+def test_thinking_is_learnt_in_every_turn_when_the_template_renders_it(family: str) -> None:
+    tokenizer, kwargs = tokenizer_of(family), {"enable_thinking": True}
+    example = parse_example({"messages": THOUGHT}).learning_all
+    assert isinstance(tokenizer.eos_token_id, int)
+    [rows] = tokenize_turns(tokenizer, [example], {tokenizer.eos_token_id}, kwargs)
+    answers = [tokenizer.decode(row.input_ids[start:end]) for row in rows for start, end in row.learnt]
+    expected = ["Ilook.</think>net", "Ilookagain.</think>yes"]
+    for answer, thought in zip(answers, expected, strict=True):
+        assert "".join(answer.split()).removeprefix("<think>").startswith(thought)
+
+
+@pytest.mark.parametrize(
+    ("family", "kwargs"), [("llama3_2", {}), ("qwen2_5", {}), ("qwen3", NO_THINKING), ("qwen3_5_think", NO_THINKING)]
+)
+def test_example_is_rejected_when_its_thinking_would_not_be_learnt(family: str, kwargs: TemplateKwargs) -> None:
+    tokenizer = tokenizer_of(family)
+    with pytest.raises(DataError, match="instead of the turn's reasoning_content") as caught:
+        tokenize_turns(tokenizer, [parse_example({"messages": THOUGHT[:2]})], {1}, kwargs)
+    assert "enable_thinking: true" in caught.value.todo
+
+
 CLOSED_THOUGHTS = """{% for m in messages %}<{{ m.role }}>{{ m.content }}<|im_end|>{% endfor %}
 {%- if add_generation_prompt %}<assistant><think></think>{% endif %}"""
 SYSTEM_IN_LAST_QUESTION = """{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% endif %}

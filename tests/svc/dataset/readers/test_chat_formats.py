@@ -165,6 +165,24 @@ def test_weights_override_the_choice_to_learn_all_answers(
     assert with_weights(*weights).learning_all.learnt == learnt
 
 
+def test_thinking_is_kept_when_a_file_has_it_in_an_assistant_turn() -> None:
+    thought = turn("assistant", "4") | {"reasoning_content": "2 and 2"}
+    example = parse_example({"messages": [turn("user", "2 + 2?"), thought]})
+    assert example.messages[-1].reasoning == "2 and 2"
+    assert parse_example(example.as_dict()) == example
+    assert example.templated()["conversation"][-1]["reasoning_content"] == "2 and 2"
+    assert parse_example({"messages": [turn("user", "q"), thought | {"reasoning_content": ""}]}).messages[1] == Message(
+        Role.ASSISTANT, "4"
+    )
+
+
+def test_thinking_of_a_user_is_an_error() -> None:
+    turns = [turn("user", "q") | {"reasoning_content": "hm"}, turn("assistant", "a")]
+    with pytest.raises(RowError, match="is in a user turn") as caught:
+        parse_example({"messages": turns})
+    assert caught.value.field == "messages[0].reasoning_content"
+
+
 def test_greeting_before_the_first_question_is_not_learnt() -> None:
     turns = [turn("assistant", "hello"), *(message.as_dict() for message in with_weights(None, None).messages)]
     example = parse_example({"messages": turns})

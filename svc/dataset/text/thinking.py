@@ -1,0 +1,9 @@
+"""Thinking in the text of an answer: everything up to the tag that closes it."""
+
+CLOSING = "</think>"
+
+
+def without_thinking(text: str) -> str:
+    """Return an answer without the thinking before it; the complete text if it has none, or no end of it."""
+    before, closed, after = text.partition(CLOSING)
+    return after.lstrip() if closed else before
