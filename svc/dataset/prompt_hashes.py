@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from svc.dataset.schema.example import ChatExample, normal_prompt
+from svc.dataset.schema.example import ChatExample, answered_prompts, normal_prompt
 from svc.errors import IntegrityError
 
 PromptHashes = NDArray[np.uint64]
@@ -30,6 +30,12 @@ def hash_text(text: str) -> int:
 def hash_prompts(examples: Iterable[ChatExample]) -> PromptHashes:
     """Return the hash of each example's prompt, in order."""
     return np.fromiter((hash_text(normal_prompt(example)) for example in examples), np.uint64)
+
+
+def hash_answered_prompts(examples: Iterable[ChatExample]) -> PromptHashes:
+    """Return the hash of the prompt of every answer of the examples, the earlier ones of conversations included."""
+    prompts = (prompt for example in examples for prompt in answered_prompts(example))
+    return np.fromiter(map(hash_text, prompts), np.uint64)
 
 
 def write_prompt_hashes(path: Path, hashes: PromptHashes) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from svc.dataset.prompt_hashes import TRAINED_PROMPTS_FILE, hash_prompts, write_prompt_hashes
+from svc.dataset.prompt_hashes import TRAINED_PROMPTS_FILE, hash_answered_prompts, write_prompt_hashes
 from svc.dataset.readers.reader import write_examples
 from svc.dataset.schema.tokenized_example import write_tokenized
 from svc.dataset.summary import DATA_SUMMARY_FILE, summarize_data
@@ -344,7 +344,7 @@ def _write_data_reference(folder: Path, examples: Examples, seed: int) -> None:
     save_text_space(folder / TEXT_SPACE_FILE, space)
     summary = summarize_data(examples.train, examples.heldout, examples.general)
     (folder / DATA_SUMMARY_FILE).write_text(summary.model_dump_json(), "utf-8")
-    write_prompt_hashes(folder / TRAINED_PROMPTS_FILE, hash_prompts(examples.train))
+    write_prompt_hashes(folder / TRAINED_PROMPTS_FILE, hash_answered_prompts(examples.train))
 
 
 def _library_versions() -> dict[str, str]:

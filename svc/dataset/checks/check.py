@@ -23,7 +23,7 @@ from svc.dataset.checks.text_checks import TextChecks
 from svc.dataset.problem.problem import Code, RowError
 from svc.dataset.problem.problem_log import ProblemLog
 from svc.dataset.readers.reader import Line, read_lines
-from svc.dataset.schema.example import ChatExample, Role, normal_prompt
+from svc.dataset.schema.example import ChatExample, Role, answered_prompts, normal_prompt
 
 MAX_LENGTH = 4096
 """Default maximum length of an example, tokens."""
@@ -117,9 +117,12 @@ def check_files(
 
 
 def shared_prompts(examples: Sequence[ChatExample], others: Sequence[ChatExample]) -> list[int]:
-    """Return the indices of the examples whose prompt also occurs in `others`, ignoring spacing and case."""
+    """Return the indices of the examples that have a prompt of `others`, ignoring spacing and case.
+
+    The earlier answers of an example have prompts, too: they may be learnt.
+    """
     prompts = {normal_prompt(other) for other in others}
-    return [index for index, example in enumerate(examples) if normal_prompt(example) in prompts]
+    return [index for index, example in enumerate(examples) if not prompts.isdisjoint(answered_prompts(example))]
 
 
 class _LineChecks:
@@ -228,6 +231,9 @@ def _copies(table: LineTable, held: int) -> list[tuple[Code, str, Rows, NDArray[
     heldout, train = table.rows[:held], table.rows[held:]
     sketches = table.sketches[held:]
     leak = places_in(train["prompts"], heldout["prompts"])
+    earlier = table.earlier[table.earlier["rows"] >= held]
+    places = places_in(earlier["prompts"], heldout["prompts"])
+    leak[earlier["rows"][places >= 0] - held] = places[places >= 0]
     near_leak = np.where(leak < 0, nearest(sketches, table.sketches[:held]), -1)
     same_pair = _earlier(train["pairs"] ^ train["systems"])  # with other tools it is another example
     same_prompt = np.where(same_pair < 0, _earlier(train["prompts"] ^ train["systems"]), -1)

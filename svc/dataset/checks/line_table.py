@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from svc.dataset.checks.labels import Answer, AnswerKind
 from svc.dataset.checks.minhash import Sketcher, Sketches
 from svc.dataset.prompt_hashes import hash_text
-from svc.dataset.schema.example import ChatExample, Role, normal_prompt
+from svc.dataset.schema.example import ChatExample, Role, answered_prompts
 from svc.dataset.text.plain_text import normal
 
 _EDGE = 100
@@ -26,6 +26,8 @@ _ROW = np.dtype(
     ]
 )
 _PACK = struct.Struct("=2I7QB").pack
+_EARLIER = np.dtype([("prompts", np.uint64), ("rows", np.uint32)])
+_PACK_EARLIER = struct.Struct("=QI").pack
 Rows = NDArray[np.void]
 
 
@@ -45,10 +47,12 @@ class LineTable(NamedTuple):
             labels: hash of the answer's label, ignoring spacing and case; 0 if it is not a label.
             kinds: `AnswerKind` of the answer.
         sketches: sketches of the prompts, for near duplicates.
+        earlier: the same hash as in `prompts` for each answer before the final one, and the index of its row in `rows`.
     """
 
     rows: Rows
     sketches: Sketches
+    earlier: Rows
 
 
 class LineTableBuilder:
@@ -56,6 +60,7 @@ class LineTableBuilder:
 
     def __init__(self) -> None:
         self._rows = bytearray()
+        self._earlier = bytearray()
         self._sketcher = Sketcher()
 
     def __len__(self) -> int:
@@ -68,7 +73,9 @@ class LineTableBuilder:
             file: index of its file.
             answer: kind and label of its answer.
         """
-        prompt = normal_prompt(example)
+        *earlier, prompt = answered_prompts(example)
+        for before in earlier:
+            self._earlier += _PACK_EARLIER(hash_text(before), len(self))
         first = example.messages[0]
         system = first.content if first.role is Role.SYSTEM else ""
         reasoning = example.messages[-1].reasoning
@@ -89,7 +96,8 @@ class LineTableBuilder:
 
     def finish(self) -> LineTable:
         """Return the table. Nothing can be added after that."""
-        return LineTable(np.frombuffer(self._rows, _ROW), self._sketcher.finish())
+        earlier = np.frombuffer(self._earlier, _EARLIER)
+        return LineTable(np.frombuffer(self._rows, _ROW), self._sketcher.finish(), earlier)
 
 
 def first_with_same(keys: NDArray[np.uint64]) -> NDArray[np.int64]:

@@ -16,7 +16,7 @@ from svc.dataset.readers.chat_formats import Format, parse_row, recognise
 from svc.dataset.readers.file_types import read_rows
 from svc.dataset.readers.row import Row
 from svc.dataset.readers.source import data_files
-from svc.dataset.schema.example import ChatExample, normal_prompt
+from svc.dataset.schema.example import ChatExample, answered_prompts, normal_prompt
 from svc.errors import DataError
 
 _HEAD_ROWS = 100
@@ -94,7 +94,7 @@ def read_examples(
     for path in chain.from_iterable(data_files(source, cache) for source in given):
         for line in read_lines(path):
             error = line.error
-            if line.example and held and normal_prompt(line.example) in held:
+            if line.example and held and not held.isdisjoint(answered_prompts(line.example)):
                 error = RowError(Code.LEAK, "a held-out example has the same prompt")
             if error:
                 _refuse(path, line, error, bad_lines)

@@ -147,21 +147,21 @@ class ChatExample:
         """
         if all(message.weight is None for message in self.messages):
             return (len(self.messages) - 1,)
-        return tuple(place for place in self._replies if self.messages[place].weight != 0)
+        return tuple(place for place in self.replies if self.messages[place].weight != 0)
 
     @property
     def learning_all(self) -> "ChatExample":
         """The same example with every answer learnt, unless it has weights."""
-        if len(self._replies) == 1 or any(message.weight is not None for message in self.messages):
+        if len(self.replies) == 1 or any(message.weight is not None for message in self.messages):
             return self
         turns = enumerate(self.messages)
         return replace(
             self,
-            messages=tuple(replace(turn, weight=1) if place in self._replies else turn for place, turn in turns),
+            messages=tuple(replace(turn, weight=1) if place in self.replies else turn for place, turn in turns),
         )
 
     @property
-    def _replies(self) -> tuple[int, ...]:
+    def replies(self) -> tuple[int, ...]:
         """Indices of the assistant turns after the first user turn."""
         roles = [message.role for message in self.messages]
         first = roles.index(Role.USER)
@@ -185,6 +185,12 @@ class ChatExample:
 def normal_prompt(example: ChatExample) -> str:
     """Return a text that is equal for equal prompts, ignoring spacing and case."""
     return "\x1f".join(map(_normal_turn, example.prompt))
+
+
+def answered_prompts(example: ChatExample) -> list[str]:
+    """Return the form of `normal_prompt` of every answer in a conversation, that of the final one last."""
+    turns = list(map(_normal_turn, example.prompt))
+    return ["\x1f".join(turns[:reply]) for reply in example.replies]
 
 
 def normal_opening(example: ChatExample, questions: int) -> str:

@@ -52,6 +52,16 @@ def test_all_answers_of_training_examples_are_learnt_unless_the_recipe_says_last
     assert last.train_fingerprint != examples.train_fingerprint
 
 
+def test_conversation_is_a_leak_when_an_earlier_answer_has_a_heldout_prompt(tmp_path: Path) -> None:
+    turns = [*HELDOUT[0].as_dict()["messages"], {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]
+    train = [*TRAIN, parse_example({"messages": turns})]
+    with pytest.raises(DataError, match="1 training examples have the same prompt"):
+        read(tmp_path, train, HELDOUT)
+    bad_lines = BadLines(tmp_path / "bad")
+    recipe = make_recipe(data={"train": tmp_path / "t.jsonl", "heldout": tmp_path / "h.jsonl"})
+    assert read_run_examples(recipe, bad_lines=bad_lines).train == tuple(TRAIN)
+
+
 def test_fingerprint_differs_when_only_a_part_is_trained_on(tmp_path: Path) -> None:
     whole, part = read(tmp_path, TRAIN, HELDOUT), read(tmp_path, TRAIN, HELDOUT, limit=3)
     assert whole.train_fingerprint != part.train_fingerprint

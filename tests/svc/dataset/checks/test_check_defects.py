@@ -172,6 +172,14 @@ def test_good_example_with_tools_has_no_problem(tmp_path: Path) -> None:
     assert found(tmp_path / "x.jsonl", [encode(tool_row())]) == {}
 
 
+def test_conversation_is_a_leak_when_an_earlier_answer_has_the_prompt_of_a_heldout_example(tmp_path: Path) -> None:
+    turns = [{"role": role, "content": f"{role} {place}"} for place, role in enumerate(["user", "assistant"] * 3)]
+    other, long, short = ([turns[0] | {"content": "other"}, *turns[1:]], turns, turns[:4])
+    rows = [json.dumps({"messages": messages}).encode() for messages in (other, long, short)]
+    assert found(tmp_path / "x.jsonl", rows[:2], rows[2:]) == {2: {Code.LEAK}}
+    assert found(tmp_path / "x.jsonl", [rows[0], rows[2]], [rows[1]]) == {}
+
+
 def test_same_prompt_with_other_tools_is_another_example_but_still_a_leak(tmp_path: Path) -> None:
     one, other = tool_row(), tool_row(description="Makes it.")
     answered = put(one, "messages.3.content", "Yes.")
