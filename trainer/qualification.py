@@ -78,7 +78,7 @@ class Qualified(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class GeneralQuestions:
-    """Questions outside the task, which both base and merged model answer.
+    """Questions outside the task, which the base and every format with a complete model answer.
 
     Attributes:
         tokenized: the same questions, tokenized as in training.
@@ -114,7 +114,7 @@ class Qualifier:
         tokenized: the same examples, tokenized as in training.
         compared: the examples that the parity report compares token by token.
         context: maximum number of tokens in the engine, prompt and answer together.
-        general: questions to base and merged model; None for none.
+        general: questions outside the task; None for none.
 
     Attributes:
         judged: the examples that are evaluated.
@@ -155,28 +155,32 @@ class Qualifier:
             if not same_fingerprint or not engine.capabilities.reloads:
                 await engine.stop()
                 engine = await self._start(merged)
-            return base_answers, await self._qualify(engine, merged, "merged", general=True)
+            return base_answers, await self._qualify(engine, merged, "merged")
         finally:
             await engine.stop()
 
-    async def alone(self, folder: Path, text: str, *, general: bool = False) -> Qualified:
-        """Qualify a format on a separate engine.
-
-        Args:
-            general: whether to ask the general questions too.
-        """
+    async def alone(self, folder: Path, text: str) -> Qualified:
+        """Qualify a format on a separate engine."""
         engine = await self._start(folder)
         try:
-            return await self._qualify(engine, folder, text, general=general)
+            return await self._qualify(engine, folder, text)
         finally:
             await engine.stop()
 
-    async def _qualify(self, engine: Engine, folder: Path, text: str, *, general: bool) -> Qualified:
+    async def ask_base(self, base: Path) -> tuple[ExampleResult, ...]:
+        """Return the base's answers to the general questions, from a separate engine."""
+        engine = await self._start(base)
+        try:
+            return await self._ask_general(engine.client, "base")
+        finally:
+            await engine.stop()
+
+    async def _qualify(self, engine: Engine, folder: Path, text: str) -> Qualified:
         """Load a format in place if possible, measure it, and repeat on a new engine; the given engine is stopped."""
         client, options = engine.client, self._options
         loads, others_share = await measure_quietly(partial(self._loads, engine, folder), engine.processor_s)
         judged = await self._judge(client, text)
-        answered = await self._ask_general(client, text) if general else ()
+        answered = await self._ask_general(client, text)
         picked = self._tokenized[:: self._stride()]
         with waiting(f"probes of {text}"):
             sequences = choose_sequences([(example.prompt, example.answer) for example in picked], MAX_PROBES)

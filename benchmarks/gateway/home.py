@@ -70,7 +70,7 @@ def _manifest(run: str, version: VersionId, folder: Path) -> Manifest:
         parity=None,
         judge=None,
         findings=(),
-        forgetting=None,
+        forgetting={},
     )
 
 

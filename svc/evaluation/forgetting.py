@@ -10,10 +10,11 @@ from svc.evaluation.general.general_set import GeneralSet
 from svc.evaluation.intervals import Interval
 from svc.evaluation.metrics.tokens import Nll
 from svc.evaluation.results import ExampleResult
+from svc.version import Format
 
 
 class Forgetting(BaseModel):
-    """Comparison of a base's and its version's answers to general questions.
+    """Comparison of the answers of a base, and of its version in one format, to general questions.
 
     Attributes:
         questions: name of the questions' file.
@@ -65,12 +66,12 @@ def measure_forgetting(
     )
 
 
-def tracked(forgetting: Forgetting) -> dict[str, float]:
-    """Return the figures of a comparison by their names in MLflow."""
+def tracked(forgetting: Forgetting, format: Format) -> dict[str, float]:
+    """Return the figures of a format's comparison by their names in MLflow."""
     return {
-        "general_before": forgetting.before.value,
-        "general_after": forgetting.after.value,
-        "general_difference": forgetting.difference.value,
-        "general_nll_before": forgetting.nll_before.value,
-        "general_nll_after": forgetting.nll_after.value,
+        "general_base": forgetting.before.value,
+        f"general_{format}": forgetting.after.value,
+        f"general_difference_{format}": forgetting.difference.value,
+        "general_nll_base": forgetting.nll_before.value,
+        f"general_nll_{format}": forgetting.nll_after.value,
     }

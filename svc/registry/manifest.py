@@ -6,7 +6,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from svc.engine.probes import MAX_PROBES, Probe
 from svc.errors import IntegrityError
@@ -103,7 +103,8 @@ class Manifest(_Record):
         parity: comparison of the trained with the served model; None if no format is served.
         judge: a judge's comparison of the merged model with the base; None if there was no judge.
         findings: faults found in the training run.
-        forgetting: loss of general knowledge; None if no general questions were evaluated.
+        forgetting: loss of general knowledge in each format, compared with the base; empty if no general questions
+            were asked.
         gates: verdicts on the losses caused by quantization and training; empty if the recipe sets no limits.
     """
 
@@ -125,8 +126,16 @@ class Manifest(_Record):
     parity: ParityReport | None
     judge: JudgeReport | None
     findings: tuple[Finding, ...]
-    forgetting: Forgetting | None
+    forgetting: dict[Format, Forgetting]
     gates: tuple[GateReport, ...] = ()
+
+    @field_validator("forgetting", mode="before")
+    @classmethod
+    def _by_format(cls, value: Any) -> Any:
+        """Accept the form of manifests in which only the merged model was asked: its comparison, or null."""
+        if value is None:
+            return {}
+        return {Format.MERGED: value} if isinstance(value, dict) and "fingerprint" in value else value
 
     @property
     def id(self) -> VersionId:

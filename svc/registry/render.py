@@ -1,6 +1,6 @@
 """Prints a version on one screen: base, data, and each format's quality, size and speed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from rich.markup import escape
@@ -12,6 +12,7 @@ from svc.evaluation.verdict import GateOutcome
 from svc.registry.manifest import FormatRecord, Manifest
 from svc.registry.parity import ParityReport
 from svc.terminal import output
+from svc.version import Format
 
 
 def print_version(manifest: Manifest, folder: Path) -> None:
@@ -27,7 +28,8 @@ def print_version(manifest: Manifest, folder: Path) -> None:
     output.print(f"{evaluated}{primary}{selection}\n", soft_wrap=True)
     output.print(evaluation_table(manifest))
     if manifest.forgetting:
-        _print_forgetting(manifest.forgetting)
+        output.print()
+        output.print(_forgetting_table(manifest.forgetting))
     if manifest.judge:
         output.print(f"\n{_judge(manifest.judge)}", markup=False)
     for failure in manifest.failed:
@@ -45,17 +47,16 @@ def print_version(manifest: Manifest, folder: Path) -> None:
     output.print(f"\nfull report with plots and answers: svc report {manifest.id}")
 
 
-def _print_forgetting(result: Forgetting) -> None:
-    output.print(
-        f"\n{result.examples} general questions: share of right answers {result.before} before training, "
-        f"{result.after} after, difference {result.difference}; {result.lost} lost, {result.gained} gained",
-        soft_wrap=True,
-    )
-    output.print(
-        f"NLL / token of their reference answers: {result.nll_before} before, {result.nll_after} after, "
-        f"difference {result.nll_difference}",
-        soft_wrap=True,
-    )
+def _forgetting_table(results: Mapping[Format, Forgetting]) -> Table:
+    """Return a table of the answers to general questions: base and formats, with each format's change."""
+    base, formats = next(iter(results.values())), results.values()
+    table = Table(f"{base.examples} general questions", "base", *results, box=None)
+    table.add_row("right answers", str(base.before), *(str(result.after) for result in formats))
+    table.add_row("change", "", *(str(result.difference) for result in formats))
+    table.add_row("lost, gained", "", *(f"{result.lost}, {result.gained}" for result in formats))
+    table.add_row("NLL / token", str(base.nll_before), *(str(result.nll_after) for result in formats))
+    table.add_row("change", "", *(str(result.nll_difference) for result in formats))
+    return table
 
 
 def _judge(report: JudgeReport) -> str:

@@ -42,7 +42,10 @@ def test_a_remote_endpoint_gives_the_same_answers_as_the_version(server: Server)
 
 
 def test_a_version_reports_forgetting(home: Path) -> None:
-    forgetting = svc_json(home, "show", "tiny@1")["forgetting"]
+    formats = svc_json(home, "show", "tiny@1")["forgetting"]
+    assert list(formats) == ["merged", "gptq"]
+    assert formats["merged"]["before"] == formats["gptq"]["before"]
+    forgetting = formats["gptq"]
     assert forgetting["examples"] == 60
     assert 0 < forgetting["nll_before"]["low"] <= forgetting["nll_before"]["value"]
     assert (

@@ -217,6 +217,6 @@ def _manifest(
         parity=None,
         judge=None,
         findings=(),
-        forgetting=None,
+        forgetting={},
         gates=gates,
     )

@@ -175,8 +175,9 @@ async def test_base_is_not_asked_general_questions_when_its_answers_are_known() 
     assert len(asked) == 1
 
 
-async def test_quantized_model_is_not_asked_general_questions() -> None:
-    assert (await asking_general(Engines()).alone(GPTQ, "gptq")).general == ()
+async def test_quantized_model_is_asked_general_questions() -> None:
+    results = (await asking_general(Engines()).alone(GPTQ, "gptq")).general
+    assert [result.limit for result in results] == [MAX_TOKENS] * 2
 
 
 async def test_format_is_qualified_when_there_is_one_example() -> None:

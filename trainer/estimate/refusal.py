@@ -12,7 +12,7 @@ from pathlib import Path
 from svc.engine.machine import Machine
 from svc.errors import DiskSpaceError, InsufficientMemoryError
 from svc.version import Format
-from trainer.estimate.advice import advise, as_text, changed_recipe
+from trainer.estimate.advice import Changes, advise, as_text, changed_recipe
 from trainer.estimate.estimate import Estimate, estimate_device
 from trainer.estimate.stages import StageMemory
 from trainer.recipe.stage import Stage
@@ -73,14 +73,17 @@ def _all_memory(machine: Machine) -> float:
 
 
 def _other_formats(estimate: Estimate, machine: Machine) -> str:
-    """Return a recipe change to one format with which every stage fits, or other advice if there is none."""
+    """Return recipe changes with which every stage fits, to one format; or other advice if there are none."""
     recipe, device = estimate.recipe, estimate.here.device
     for format in _FEWER_FORMATS if recipe.adapter_type else _FEWER_FORMATS[:-1]:
-        changed = changed_recipe(recipe, {"formats": [format]})
+        changes: Changes = {"formats": [format]}
+        if format is Format.GPTQ and recipe.evaluate.general is not False:
+            changes["evaluate.general"] = False  # with general questions, an engine must hold the base too
+        changed = changed_recipe(recipe, changes)
         # The minimum of stages after training does not depend on the length of a sequence.
         alternative = estimate_device(changed, estimate.shape, estimate.workload, device, served_length=1)
-        if (format,) != recipe.formats and all(_missing(stage, machine) <= 0 for stage in alternative.stages):
-            return f"set `formats: [{format}]`"
+        if changed != recipe and all(_missing(stage, machine) <= 0 for stage in alternative.stages):
+            return f"set {as_text(changes)}"
     return "use a smaller base or another machine: see `svc estimate`"
 
 

@@ -12,6 +12,7 @@ from math import prod
 
 from svc.engine.device import NumberType
 from svc.engine.vllm.headroom import ENGINE_OVERHEAD
+from svc.version import Format
 from trainer.estimate.batches import Workload
 from trainer.estimate.devices import ComputeDevice
 from trainer.estimate.memory import BFLOAT16, FLOAT32, PROCESS, Training, moment_bytes, number_size
@@ -73,6 +74,7 @@ def stage_memory(
         served_length: maximum number of tokens of a sequence in the engine.
     """
     recipe, shape = training.recipe, training.shape
+    whole = number_size(device.number_type) * shape.parameters
     needs = []
     for stage in choose_stages(recipe):
         match stage:
@@ -81,11 +83,14 @@ def stage_memory(
             case Stage.MERGE:
                 need = _merge(training)
             case Stage.EVALUATE:
-                need = _engine(training, number_size(device.number_type) * shape.parameters, served_length)
+                need = _engine(training, whole, served_length)
             case Stage.QUANTIZE:
                 need = _quantize(training, workload.mean_length)
             case Stage.QUALIFY:
-                need = _engine(training, gptq_bytes(recipe.quantize.group_size, shape), served_length)
+                # Without the stage `evaluate`, the base is asked the general questions here.
+                asks_base = Format.MERGED not in recipe.formats and recipe.evaluate.general is not False
+                weights = whole if asks_base else gptq_bytes(recipe.quantize.group_size, shape)
+                need = _engine(training, weights, served_length)
             case Stage.PARITY:
                 need = _parity(training, device.memory)
             case _:

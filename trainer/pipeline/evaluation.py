@@ -16,8 +16,10 @@ from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.device import DeviceCapabilities
 from svc.engine.model_facts import read_model_facts
 from svc.engine.probes import engine_facts
+from svc.errors import EngineError
 from svc.evaluation.cache import EvaluationCache
 from svc.evaluation.evaluator import Evaluation, EvaluationReport, judge
+from svc.evaluation.forgetting import Forgetting
 from svc.evaluation.general.general_set import MAX_TOKENS, GeneralSet
 from svc.evaluation.metrics.choose import choose_metrics, try_on_references
 from svc.evaluation.metrics.metric import Metric
@@ -54,6 +56,16 @@ class Evaluated(BaseModel):
     base_results: tuple[ExampleResult, ...]
     base_general: tuple[ExampleResult, ...]
     merged: Qualified
+
+
+class QualifiedGptq(Qualified):
+    """Result of the stage `qualify`.
+
+    Attributes:
+        base_general: the base's answers to the general questions; empty if none were asked.
+    """
+
+    base_general: tuple[ExampleResult, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -109,8 +121,8 @@ class RunEvaluation:
 
     @cached_property
     def forgetting(self) -> ForgettingTest | None:
-        """The test for forgetting; None without general questions, or if the base is not evaluated."""
-        if self.questions is None or Format.MERGED not in self.formats:
+        """The test for forgetting; None without general questions, or if only an adapter is registered."""
+        if self.questions is None or not {Format.MERGED, Format.GPTQ} & set(self.formats):
             return None
         tokenized = tokenize_as_trained(self.base.folder, self.questions.examples, self.template_kwargs)
         return ForgettingTest(self.questions, tokenized, self._cache)
@@ -121,12 +133,24 @@ class RunEvaluation:
         return self.run.load(Stage.EVALUATE, Evaluated) if Format.MERGED in self.formats else None
 
     @property
+    def gptq(self) -> QualifiedGptq | None:
+        """Result of the stage `qualify`; None if the recipe does not list GPTQ."""
+        return self.run.load(Stage.QUALIFY, QualifiedGptq) if Format.GPTQ in self.formats else None
+
+    @property
     def qualified(self) -> dict[Format, Qualified]:
         """The results of the formats with a complete model: merged and GPTQ."""
         qualified = {Format.MERGED: self.evaluated.merged} if self.evaluated else {}
-        if Format.GPTQ in self.formats:
-            qualified[Format.GPTQ] = self.run.load(Stage.QUALIFY, Qualified)
-        return qualified
+        return qualified | ({Format.GPTQ: self.gptq} if self.gptq else {})
+
+    @property
+    def forgotten(self) -> dict[Format, Forgetting]:
+        """Measured forgetting of each format that was asked general questions, compared with the base."""
+        if self.forgetting is None:
+            return {}
+        pairs = {Format.MERGED: (self.evaluated.base_general, self.evaluated.merged.general)} if self.evaluated else {}
+        pairs |= {Format.GPTQ: (self.gptq.base_general, self.gptq.general)} if self.gptq else {}
+        return {format: self.forgetting.compare(*pair) for format, pair in pairs.items()}
 
     def check(self) -> None:
         """Check before training that every example fits into the engine and can be scored.
@@ -148,7 +172,7 @@ class RunEvaluation:
         if known and known_general is not None:
             console.print("  base: already evaluated on these examples")
             answers = BaseAnswers(judge(qualifier.judged, known, seconds=0.0), known_general)
-            qualified = asyncio.run(qualifier.alone(merged, "merged", general=True))
+            qualified = asyncio.run(qualifier.alone(merged, "merged"))
         else:
             prints = {compatibility_fingerprint(folder, self.template_kwargs) for folder in (base.folder, merged)}
             work = qualifier.base_and_merged(base.folder, merged, same_fingerprint=len(prints) == 1)
@@ -157,9 +181,25 @@ class RunEvaluation:
         report, results = answers.evaluation.report, answers.evaluation.results
         return Evaluated(base=report, base_results=results, base_general=answers.general, merged=qualified)
 
-    def qualify_gptq(self) -> Qualified:
-        """Evaluate the quantized model."""
-        return asyncio.run(self._qualifier().alone(self.run.gptq, "gptq"))
+    def qualify_gptq(self) -> QualifiedGptq:
+        """Evaluate the quantized model; the base is asked the general questions first, unless its answers are stored.
+
+        Raises:
+            EngineError: the base cannot be served, for example because only the quantized model fits into memory.
+        """
+        base, test = self.base, self.forgetting
+        general = test.prepare(base.revision, base.folder) if test else None
+        qualifier, of_base = self._qualifier(general), general.of_base if general else ()
+        if test and of_base is None:
+            try:
+                of_base = asyncio.run(qualifier.ask_base(base.folder))
+            except EngineError as error:
+                wrong = f"the base cannot be asked the general questions: {error.wrong}"
+                todo = "; or ".join(filter(None, (error.todo, "set evaluate.general to false")))
+                raise EngineError(wrong, expected=error.expected, todo=todo) from error
+            test.keep(base.revision, base.folder, of_base)
+        qualified = asyncio.run(qualifier.alone(self.run.gptq, "gptq"))
+        return QualifiedGptq.model_validate({**dict(qualified), "base_general": of_base})
 
     def keep_merged(self, revision: str, folder: Path, merged: Qualified) -> None:
         """Store the answers of a registered merged model, for versions that use it as their base."""
@@ -188,7 +228,7 @@ class RunEvaluation:
         kwargs = self.template_kwargs
         return evaluation_cache(self.settings, self.capabilities, revision, model, template_kwargs=kwargs)
 
-    def _qualifier(self, general: GeneralQuestions | None = None) -> Qualifier:
+    def _qualifier(self, general: GeneralQuestions | None) -> Qualifier:
         launch = self.launch or partial(
             evaluation_engine,
             settings=self.settings,

@@ -1,4 +1,4 @@
-"""Forgetting in one run: base and merged model answer general questions; the loss is compared with a limit."""
+"""Forgetting in one run: base and served formats answer general questions; each loss is compared with a limit."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from svc.evaluation.general.general_set import MAX_TOKENS, GeneralSet
 from svc.evaluation.intervals import share_difference
 from svc.evaluation.results import ExampleResult
 from svc.evaluation.verdict import Gate, GateReport, judge
+from svc.version import Format
 from trainer.qualification import GeneralQuestions
 
 
@@ -38,24 +39,26 @@ class ForgettingTest:
         if answers:
             self.cache(revision, model).add(self.questions.examples, answers)
 
-    def compare(self, before: Sequence[ExampleResult], after: Sequence[ExampleResult]) -> Forgetting | None:
-        """Return the measured forgetting; None if one of the models has no answers."""
-        return measure_forgetting(self.questions, before, after) if before and after else None
+    def compare(self, before: Sequence[ExampleResult], after: Sequence[ExampleResult]) -> Forgetting:
+        """Return the measured forgetting."""
+        return measure_forgetting(self.questions, before, after)
 
 
-def judge_forgetting(forgetting: Forgetting, margin: float) -> GateReport:
+def judge_forgetting(forgetting: Forgetting, margin: float, format: Format) -> GateReport:
     """Return the verdict on the fall of the share of correct answers to general questions: lost minus gained.
 
     Args:
         margin: the largest allowed fall of this share.
+        format: the format that gave the later answers.
     """
     lost, gained, examples = forgetting.lost, forgetting.gained, forgetting.examples
     loss = share_difference([1.0] * lost + [-1.0] * gained + [0.0] * (examples - lost - gained))
-    change = f"{'fell' if loss.value >= 0 else 'rose'} by {abs(loss.value):.3f} in training"
+    causes = "training" if format is Format.MERGED else "training and quantization"
+    change = f"{'fell' if loss.value >= 0 else 'rose'} by {abs(loss.value):.3f} in {causes}"
     return GateReport(
         gate=Gate.FORGETTING,
         measured=f"the share of correct answers to {examples} general questions {change}: "
-        f"{forgetting.before} before, {forgetting.after} after",
+        f"{forgetting.before} base, {forgetting.after} {format}",
         limit=f"evaluate.{Gate.FORGETTING}",
         verdict=judge(loss, margin, examples),
     )

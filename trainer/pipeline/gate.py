@@ -13,7 +13,10 @@ _QUANTIZE_BETTER = (
     "raise quantize.samples, lower quantize.group_size to 32, or serve only the merged model with `formats: [merged]`; "
     "training is not repeated"
 )
-_TRAIN_LESS = "lower train.learning_rate, adapter.rank or train.epochs, or mix in data.general"
+_TRAIN_LESS = (
+    "lower train.learning_rate, adapter.rank or train.epochs, or mix in data.general; if only GPTQ fails, raise "
+    "quantize.samples, or lower quantize.group_size to 32"
+)
 _HOLD_OUT_MORE = "hold out more examples: data.heldout, data.heldout_share or evaluate.limit"
 _ASK_MORE = "ask more questions: evaluate.general_limit, or a larger file in evaluate.general"
 
@@ -49,7 +52,7 @@ def say_gates(recipe: Recipe, examples: Examples, primary: Metric) -> None:
     if {Format.MERGED, Format.GPTQ} <= set(recipe.formats) and primary.unit is Unit.SHARE:
         asked = len(examples.heldout[: limits.limit])
         _say(Gate.GPTQ_LOSS, asked, "held-out examples", limits.max_gptq_loss)
-    if examples.questions and limits.max_forgetting is not None and Format.MERGED in recipe.formats:
+    if examples.questions and limits.max_forgetting is not None and {Format.MERGED, Format.GPTQ} & set(recipe.formats):
         _say(Gate.FORGETTING, len(examples.questions.examples), "general questions", limits.max_forgetting)
 
 

@@ -126,10 +126,9 @@ class Registration:
         return {format: self.evaluation.judge_format(qualified) for format, qualified in measured.items()}
 
     @cached_property
-    def forgetting(self) -> Forgetting | None:
-        """Measured forgetting; None if no general questions were asked."""
-        test, evaluated = self.evaluation.forgetting, self.evaluated
-        return test.compare(evaluated.base_general, evaluated.merged.general) if test and evaluated else None
+    def forgetting(self) -> dict[Format, Forgetting]:
+        """Measured forgetting of each format; empty if no general questions were asked."""
+        return self.evaluation.forgotten
 
     @cached_property
     def gates(self) -> tuple[GateReport, ...]:
@@ -140,8 +139,9 @@ class Registration:
             merged, gptq = self.qualified[Format.MERGED], self.qualified[Format.GPTQ]
             judged = self.examples.heldout[: merged.evaluation.examples]
             reports += judge_gptq(self.primary, judged, merged, gptq, limits)
-        if self.forgetting is not None and limits.max_forgetting is not None:
-            reports.append(judge_forgetting(self.forgetting, limits.max_forgetting))
+        if limits.max_forgetting is not None:
+            judged_formats = self.forgetting.items()
+            reports += [judge_forgetting(lost, limits.max_forgetting, format) for format, lost in judged_formats]
         return tuple(reports)
 
     @cached_property
@@ -180,9 +180,9 @@ class Registration:
             for format, report in reports.items()
         }
         link = self._log_report(manifest)
-        if self.forgetting:
-            figures["forgetting"] = str(self.forgetting.difference)
-            self.registry.tracking.log_metrics(self.tracking_run, tracked(self.forgetting))
+        for format, forgetting in self.forgetting.items():
+            figures[f"forgetting_{format}"] = str(forgetting.difference)
+            self.registry.tracking.log_metrics(self.tracking_run, tracked(forgetting, format))
         self.registry.tracking.annotate(
             manifest.id,
             f"{manifest.base.origin} on {manifest.data.train_examples} examples"
@@ -254,7 +254,8 @@ class Registration:
 
     def _manifest(self, failed: tuple[str, ...], version_id: VersionId, folder: Path) -> Manifest:
         """Return the manifest of a version whose files are complete in its folder."""
-        forgotten = self.forgetting.difference if self.forgetting else None
+        trained = self.forgetting.get(Format.MERGED)
+        general_change = trained.difference if trained else None
         return Manifest(
             name=version_id.name,
             number=version_id.number,
@@ -279,7 +280,9 @@ class Registration:
             failed=failed,
             parity=self.report,
             judge=self.run.load(Stage.JUDGE, JudgeReport) if Stage.JUDGE in choose_stages(self.recipe) else None,
-            findings=diagnose_training(self.recipe, self.examples, self.training.points, self.qualified, forgotten),
+            findings=diagnose_training(
+                self.recipe, self.examples, self.training.points, self.qualified, general_change
+            ),
             forgetting=self.forgetting,
             gates=self.gates,
         )

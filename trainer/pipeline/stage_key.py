@@ -45,7 +45,7 @@ def stage_keys(recipe: Recipe, base: Base, examples: Examples) -> StageKeys:
     questions = [examples.questions.fingerprint] if examples.questions else []
     evaluate = _key(merge, evaluated, *questions)
     quantize = _key(merge, content["quantize"])
-    qualify = _key(quantize, evaluated)
+    qualify = _key(quantize, evaluated, *questions)
     parity = _key(evaluate, qualify, content["formats"])
     judge = _key(evaluate, content["judge"]["url"], content["judge"]["model"])
     compared = [judge] if recipe.judge.url else []

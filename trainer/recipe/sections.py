@@ -353,13 +353,13 @@ class Evaluate(_Section):
     at least 0.005 nats per token; a version is rejected if a larger increase is proven"""
 
     general: Annotated[bool | Path, AfterValidator(_file_beside_recipe)] = True
-    """send general questions, which are never trained on, to base and merged model: true for the built-in ones, a file
-    with your own, or false for none; see [evaluation](evaluation.md#forgetting)"""
+    """send general questions, which are never trained on, to base, merged and GPTQ model: true for the built-in ones, a
+    file with your own, or false for none; see [evaluation](evaluation.md#forgetting)"""
     general_limit: Annotated[int, Field(ge=1)] | None = 60
     """maximum number of general questions, of which the first ones are asked; null: all"""
     max_forgetting: Annotated[float, Field(ge=0, le=1)] | None = None
-    """largest allowed loss of correct answers to general questions, as a share of all; a version is rejected if a
-    larger loss is proven; default: no limit"""
+    """largest allowed loss of correct answers to general questions, from the base to the merged model and to GPTQ, as a
+    share of all; a version is rejected if a larger loss is proven; default: no limit"""
     undecided: Undecided = Undecided.WARN
     """warn or fail: what to do with a version if too few examples were evaluated to prove or exclude a loss above one
     of these limits; see [evaluation](evaluation.md#verdicts)"""
@@ -464,7 +464,7 @@ class Recipe(_Section):
     `date_string: 26 Jul 2024`, if the template uses them"""
     formats: Annotated[tuple[Format, ...], Field(min_length=1)] = (Format.MERGED, Format.GPTQ)
     """adapter, merged, gptq: formats to create, evaluate and register; an adapter is always stored. Without merged, the
-    base is not evaluated either"""
+    base is not evaluated either, and only answers the general questions"""
     report_to: tuple[ReportTo, ...] = (ReportTo.MLFLOW,)
     """mlflow, wandb, tensorboard: trackers of parameters, losses and figures; MLflow always receives them"""
     data: Data

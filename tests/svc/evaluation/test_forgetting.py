@@ -2,6 +2,7 @@
 
 from svc.evaluation.forgetting import measure_forgetting, tracked
 from svc.evaluation.general.general_set import GeneralSet
+from svc.version import Format
 from tests.svc.evaluation.answered import answered
 
 QUESTIONS = 20
@@ -16,4 +17,10 @@ def test_lost_and_gained_answers_are_counted_with_the_figures_of_both_models() -
     assert (found.before.value, found.after.value, found.lost, found.gained) == (0.5, 0.25, 6, 1)
     assert found.difference.low <= found.difference.value == -0.25 <= found.difference.high
     assert (found.nll_before.value, found.nll_after.value, found.nll_difference.low) == (1.0, 1.5, 0.5)
-    assert tracked(found)["general_difference"] == -0.25
+    assert tracked(found, Format.GPTQ) == {
+        "general_base": 0.5,
+        "general_gptq": 0.25,
+        "general_difference_gptq": -0.25,
+        "general_nll_base": 1.0,
+        "general_nll_gptq": 1.5,
+    }

@@ -80,6 +80,6 @@ def make_manifest(version: VersionId, folder: Path, **changes: Any) -> Manifest:
         "parity": None,
         "judge": None,
         "findings": (),
-        "forgetting": None,
+        "forgetting": {},
     }
     return Manifest(**(values | changes))

@@ -77,12 +77,15 @@ def test_examples_that_selected_the_version_are_named(
 def test_forgetting_is_shown_when_it_was_measured(manifest: Manifest, capsys: pytest.CaptureFixture[str]) -> None:
     before, after = (answered([(text, "right")] * 10).results for text in ("so: right", "wrong"))
     questions = GeneralSet("own.jsonl", (chat("q", "right"),) * 10, (("right",),) * 10)
-    found = measure_forgetting(questions, before, after)
+    found = {
+        Format.MERGED: measure_forgetting(questions, before, before),
+        Format.GPTQ: measure_forgetting(questions, before, after),
+    }
     print_version(manifest.model_copy(update={"forgetting": found}), Path())
     with_it = " ".join(capsys.readouterr().out.split())
-    shares = "share of right answers 1.000 [0.722, 1.000] before training, 0.000 [0.000, 0.278] after"
-    assert f"10 general questions: {shares}" in with_it
-    assert "difference -1.000 [-1.000, -1.000]; 10 lost, 0 gained" in with_it
+    known = "1.000 [0.722, 1.000]"
+    assert f"10 general questions base merged gptq right answers {known} {known} 0.000 [0.000, 0.278]" in with_it
+    assert "lost, gained 0, 0 10, 0" in with_it
     print_version(manifest, Path())
     assert "general questions" not in capsys.readouterr().out
 

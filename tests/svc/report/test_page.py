@@ -21,6 +21,7 @@ from svc.registry.tracking import Tracking
 from svc.report.judged import BASE, ModelComparison
 from svc.report.page import duration, report_page, say_verdict
 from svc.report.report import gather_report
+from svc.version import Format
 from tests.svc.chats import chat
 from tests.svc.registry.parity import make_parity
 from tests.svc.report.judged_versions import JudgedVersions
@@ -188,12 +189,13 @@ def test_page_has_the_same_bytes_when_it_is_written_again(versions: JudgedVersio
 
 def test_sections_are_in_the_order_of_interest(versions: JudgedVersions) -> None:
     answers = {BASE: right(LABELS, 10), "merged": ["x", *right(LABELS, 50)[1:]]}
-    manifest = versions.publish(LABELS, answers, findings=(NOISE,), forgetting=FORGETTING)
+    manifest = versions.publish(LABELS, answers, findings=(NOISE,), forgetting={Format.GPTQ: FORGETTING})
     page = page_of(versions, manifest)
     wanted = "diagnosis metrics labels training worst lost side-by-side forgetting parity data made"
     assert re.findall(r'<section id="([^"]*)"', page) == wanted.split()
     assert "data.train: drop line 7" in section(page, "diagnosis")
-    assert "3 that only the base answers correctly" in section(page, "forgetting")
+    assert "3 lost, 1 gained" in section(page, "forgetting")
+    assert '<th scope="col">gptq</th>' in section(page, "forgetting")
 
 
 def test_page_says_so_when_no_fault_was_found(versions: JudgedVersions) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,8 +15,8 @@ from trainer.estimate.estimate import Estimate, estimate_recipe
 from trainer.estimate.refusal import refuse_disk, refuse_memory, refuse_stages
 
 
-def estimated(method: str) -> Estimate:
-    recipe = make_recipe(method=method, train={"batch_size": 64})
+def estimated(method: str, **sections: Any) -> Estimate:
+    recipe = make_recipe(method=method, train={"batch_size": 64}, **sections)
     return estimate_recipe(recipe, published("llama-2-7b"), even_workload(100, 1024, recipe), [cpu_device()], 4096)
 
 
@@ -73,13 +74,20 @@ def test_error_names_the_stage_the_missing_memory_and_a_format_that_fits_when_a_
         InsufficientMemoryError, match=r"stage evaluate needs at least 13\.5 GB, .* has 12\.0 GB: 1\.5 GB"
     ) as caught:
         refuse_stages(estimated("qlora"), machine(12e9))
-    assert caught.value.todo == "set `formats: [gptq]`; to start the run anyway, use --anyway"
+    assert caught.value.todo == 'set formats=["gptq"], evaluate.general=false; to start the run anyway, use --anyway'
 
 
 def test_the_adapter_alone_is_proposed_when_no_engine_has_memory_for_either_format() -> None:
     with pytest.raises(InsufficientMemoryError, match="stage evaluate needs") as caught:
         refuse_stages(estimated("qlora"), machine(3e9))
-    assert "set `formats: [adapter]`" in caught.value.todo
+    assert 'set formats=["adapter"]' in caught.value.todo
+
+
+def test_gptq_alone_is_rejected_when_the_base_that_is_asked_general_questions_does_not_fit() -> None:
+    with pytest.raises(InsufficientMemoryError, match=r"stage qualify needs at least 13\.5 GB") as caught:
+        refuse_stages(estimated("qlora", formats=["gptq"]), machine(12e9))
+    assert caught.value.todo.startswith('set formats=["gptq"], evaluate.general=false;')
+    refuse_stages(estimated("qlora", formats=["gptq"], evaluate={"general": False}), machine(12e9))
 
 
 def test_no_stage_is_rejected_when_the_minimum_of_each_fits() -> None:

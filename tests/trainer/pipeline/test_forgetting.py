@@ -1,11 +1,11 @@
-"""A version records what training made it forget, and is rejected if that exceeds the recipe's limit."""
+"""A version records what each of its formats forgot, and is rejected if that exceeds the recipe's limit."""
 
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from svc.errors import TrainingError
+from svc.errors import EngineError, TrainingError
 from svc.evaluation.forgetting import Forgetting
 from svc.evaluation.general.general_set import GeneralSet
 from svc.evaluation.intervals import Interval, paired_difference, proportion
@@ -38,25 +38,62 @@ def asking(pipeline: Pipeline, general: GeneralSet) -> Pipeline:
 def test_version_and_mlflow_record_the_forgetting(make: Make) -> None:
     pipeline = asking(make(), questions("base.0"))
     manifest = pipeline.registry.manifest(pipeline.train_version())
-    forgetting = manifest.forgetting
-    assert forgetting is not None
-    assert (forgetting.before.value, forgetting.after.value) == (1, 0)
-    assert (forgetting.lost, forgetting.gained, forgetting.difference.value) == (10, 0, -1)
+    assert list(manifest.forgetting) == [Format.MERGED, Format.GPTQ]
+    for forgetting in manifest.forgetting.values():
+        assert (forgetting.before.value, forgetting.after.value) == (1, 0)
+        assert (forgetting.lost, forgetting.gained, forgetting.difference.value) == (10, 0, -1)
     run = pipeline.registry.tracking.run(manifest.tracking_run)
     assert run is not None
-    assert run.metrics["general_difference"] == -1
+    assert (run.metrics["general_difference_merged"], run.metrics["general_difference_gptq"]) == (-1, -1)
 
 
 @pytest.mark.slow
 def test_version_has_no_forgetting_when_no_questions_are_asked(make: Make) -> None:
     pipeline = make()
-    assert pipeline.registry.manifest(pipeline.train_version()).forgetting is None
+    assert pipeline.registry.manifest(pipeline.train_version()).forgetting == {}
 
 
 @pytest.mark.slow
-def test_no_general_questions_are_asked_when_the_base_is_not_evaluated(make: Make) -> None:
-    pipeline = asking(make(formats=["gptq"]), questions("base.0"))
-    assert pipeline.registry.manifest(pipeline.train_version()).forgetting is None
+def test_version_is_rejected_when_only_the_quantized_model_forgot_too_much(make: Make) -> None:
+    with pytest.raises(TrainingError, match=r"fell by 1\.000 in training and quantization: .* gptq"):
+        asking(make(evaluate={"max_forgetting": 0.5}), questions("base.0", "merged.0")).train_version()
+
+
+@pytest.mark.slow
+def test_base_is_asked_general_questions_once_when_only_gptq_is_registered(make: Make, engines: Engines) -> None:
+    general = questions("base.0")
+    pipeline = asking(make(formats=["gptq"]), general)
+    manifest = pipeline.registry.manifest(pipeline.train_version())
+    assert list(manifest.forgetting) == [Format.GPTQ]
+    assert manifest.forgetting[Format.GPTQ].lost == 10
+    assert engines.started_with[0] == "base"
+    launched = len(engines.launched)
+    again = asking(make(formats=["gptq"], train={"seed": 1}), general)
+    assert again.registry.manifest(again.train_version()).forgetting[Format.GPTQ].lost == 10
+    assert "base" not in engines.started_with[launched:]
+
+
+@pytest.mark.slow
+def test_gptq_alone_is_rejected_when_it_forgot_too_much(make: Make) -> None:
+    with pytest.raises(TrainingError, match=r"fell by 1\.000 in training and quantization"):
+        asking(make(formats=["gptq"], evaluate={"max_forgetting": 0.5}), questions("base.0")).train_version()
+
+
+@pytest.mark.slow
+def test_error_says_how_to_skip_general_questions_when_no_engine_starts_for_the_base(
+    make: Make, engines: Engines
+) -> None:
+    engines.refusals = 1
+    with pytest.raises(EngineError, match="the base cannot be asked the general questions") as raised:
+        asking(make(formats=["gptq"]), questions("base.0")).train_version()
+    assert "evaluate.general" in raised.value.todo
+
+
+@pytest.mark.slow
+def test_no_general_questions_are_asked_when_only_an_adapter_is_registered(make: Make, engines: Engines) -> None:
+    pipeline = asking(make(formats=["adapter"]), questions("base.0"))
+    assert pipeline.registry.manifest(pipeline.train_version()).forgetting == {}
+    assert engines.launched == []
 
 
 @pytest.mark.slow
@@ -76,9 +113,7 @@ def test_base_is_not_asked_general_questions_again_when_trained_again(make: Make
     asking(make(), general).train_version()
     launched = len(engines.launched)
     again = asking(make(train={"seed": 1}), general)
-    forgetting = again.registry.manifest(again.train_version()).forgetting
-    assert forgetting is not None
-    assert forgetting.before.value == 1
+    assert again.registry.manifest(again.train_version()).forgetting[Format.MERGED].before.value == 1
     assert "base" not in engines.started_with[launched:]
 
 
@@ -90,9 +125,7 @@ def test_base_is_not_asked_general_questions_when_it_is_a_registered_version(mak
     folder = first.registry.artifact(manifest.id, Format.MERGED)
     base = Base(folder, str(manifest.id), None, merged_revision(manifest))
     second = asking(replace(make(train={"seed": 1}), base=base), general)
-    forgetting = second.registry.manifest(second.train_version()).forgetting
-    assert forgetting is not None
-    assert forgetting.before.value == 1
+    assert second.registry.manifest(second.train_version()).forgetting[Format.MERGED].before.value == 1
     assert str(folder) not in [engine.double.weights for engine in engines.launched[launched:]]
 
 
@@ -123,13 +156,13 @@ def lost(before: int, after: int, total: int = 100) -> Forgetting:
     ],
 )
 def test_version_is_accepted_when_no_loss_beyond_the_limit_is_proven(before: int, after: int, most: float) -> None:
-    check_gate(judge_forgetting(lost(before, after), most), Undecided.WARN)
+    check_gate(judge_forgetting(lost(before, after), most, Format.MERGED), Undecided.WARN)
 
 
 def test_version_gets_a_warning_when_12_of_27_known_answers_are_lost_and_a_tenth_of_60_is_allowed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    report = judge_forgetting(lost(27, 15, total=60), 0.1)
+    report = judge_forgetting(lost(27, 15, total=60), 0.1, Format.MERGED)
     check_gate(report, Undecided.WARN)
     assert report.verdict.outcome is GateOutcome.UNDECIDED
     assert "undecided: a loss of up to 0.302 cannot be excluded with 60 questions; about 150 would decide" in " ".join(
@@ -139,7 +172,7 @@ def test_version_gets_a_warning_when_12_of_27_known_answers_are_lost_and_a_tenth
 
 def test_undecided_version_is_rejected_when_undecided_is_fail() -> None:
     with pytest.raises(TrainingError, match="undecided: a loss of up to") as raised:
-        check_gate(judge_forgetting(lost(27, 15, total=60), 0.1), Undecided.FAIL)
+        check_gate(judge_forgetting(lost(27, 15, total=60), 0.1, Format.MERGED), Undecided.FAIL)
     assert "evaluate.undecided is fail" in raised.value.expected
     assert "evaluate.general_limit" in raised.value.todo
 
@@ -148,7 +181,7 @@ def test_undecided_version_is_rejected_when_undecided_is_fail() -> None:
 def test_version_passes_when_a_loss_beyond_the_limit_is_excluded(
     before: int, after: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report = judge_forgetting(lost(before, after), 0.1)
+    report = judge_forgetting(lost(before, after), 0.1, Format.MERGED)
     check_gate(report, Undecided.FAIL)
     assert report.verdict.outcome is GateOutcome.PASSED
     assert capsys.readouterr().err == ""
@@ -157,7 +190,7 @@ def test_version_passes_when_a_loss_beyond_the_limit_is_excluded(
 @pytest.mark.parametrize(("before", "after", "most"), [(50, 20, 0.1), (50, 44, 0.0), (10, 0, 0.02)])
 def test_version_is_rejected_when_a_loss_beyond_the_limit_is_proven(before: int, after: int, most: float) -> None:
     with pytest.raises(TrainingError, match="correct answers to 100 general questions") as raised:
-        check_gate(judge_forgetting(lost(before, after), most), Undecided.WARN)
+        check_gate(judge_forgetting(lost(before, after), most, Format.MERGED), Undecided.WARN)
     assert raised.value.expected == f"at most {most:.3f} (evaluate.max_forgetting)"
     assert "data.general" in raised.value.todo
 

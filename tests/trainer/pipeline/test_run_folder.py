@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from svc.errors import DiskSpaceError
+from svc.evaluation.general.general_set import GeneralSet
 from tests.trainer.conftest import make_example, make_recipe
 from trainer.base_model.resolve import Base
 from trainer.pipeline.examples import Examples
@@ -128,6 +129,12 @@ def test_only_stages_that_depend_on_a_key_are_repeated_when_it_changes(
 ) -> None:
     before, after = (stage_keys(recipe, BASE, EXAMPLES) for recipe in (make_recipe(), make_recipe(**change)))
     assert {stage for stage in Stage if before[stage] != after[stage]} == again
+
+
+def test_evaluations_are_repeated_when_the_general_questions_differ() -> None:
+    asked = GeneralSet("own.jsonl", (make_example("g", "h"),), (("h",),))
+    before, after = (stage_keys(make_recipe(), BASE, replace(EXAMPLES, questions=each)) for each in (None, asked))
+    assert {stage for stage in Stage if before[stage] != after[stage]} == JUDGED
 
 
 def test_evaluations_are_repeated_when_the_heldout_examples_differ() -> None:
