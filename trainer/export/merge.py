@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from svc.terminal import waiting
 from trainer.base_model.content import copy_shipped_files
-from trainer.export.verify_merge import MergeSummary, adapted_tensors, compare_folders, merge_failed
+from trainer.export.verify_merge import MergeSummary, adapted_tensors, compare_weights, merge_failed
 from trainer.library_output import library_output_to_log
 from trainer.model.layer_shapes import empty_model
 
@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from trainer.model.stored_weights import StoredWeights
+
 _PEFT_PREFIX = "base_model.model."  # before every name in an adapter's file
 _ADAPTER_TENSOR = re.compile(r"\.(lora|vera)_")
 
 
-def merge_adapter(base: Path, adapter: Path, out: Path) -> MergeSummary:
+def merge_adapter(base: Path, adapter: Path, out: Path, *, dequantized: bool = False) -> MergeSummary:
     """Write base plus adapter as bf16 safetensors, with the base's unchanged tokenizer and templates, to `out`.
 
     The sum is computed in float32 and rounded so that small changes are not lost (`trainer.model.rounding`).
@@ -29,16 +31,21 @@ def merge_adapter(base: Path, adapter: Path, out: Path) -> MergeSummary:
     Args:
         base: folder of the model that the adapter was trained on.
         adapter: folder with adapter_config.json and adapter_model.safetensors.
+        dequantized: add the adapter to the base's weights rounded to NF4, with which it was trained; linear layers
+            without an adapter are rounded too.
 
     Raises:
         TrainingError: a module that the adapter targets still has the base's weights, another tensor differs, or the
             adapter has tensors that are not part of an adapted layer.
     """
     with waiting("Merging the adapter into the base model"), library_output_to_log():
-        changed = _merge(base, adapter, out)
+        weights = _base_weights(base, dequantized=dequantized)
+        changed = _merge(base, weights, adapter, out)
     copy_shipped_files(base, out)
     with waiting("Comparing the merged weights with the base's"), library_output_to_log():
-        return compare_folders(base, out, changed)
+        from trainer.model.stored_weights import StoredWeights
+
+        return compare_weights(weights, StoredWeights(out), changed)
 
 
 def unused_modules(adapter: Path) -> set[str]:
@@ -50,7 +57,15 @@ def unused_modules(adapter: Path) -> set[str]:
     return {name.partition(".lora_")[0].removeprefix(_PEFT_PREFIX) for name in unused}
 
 
-def _merge(base: Path, adapter: Path, out: Path) -> set[str]:
+def _base_weights(base: Path, *, dequantized: bool) -> "StoredWeights":
+    """Return the weights to which an adapter is added."""
+    from trainer.model.nf4 import DequantizedWeights
+    from trainer.model.stored_weights import StoredWeights
+
+    return DequantizedWeights(base) if dequantized else StoredWeights(base)
+
+
+def _merge(base: Path, weights: "StoredWeights", adapter: Path, out: Path) -> set[str]:
     """Merge, write, and return the modules and parameters that must have changed."""
     import torch
     from safetensors import safe_open
@@ -58,13 +73,12 @@ def _merge(base: Path, adapter: Path, out: Path) -> set[str]:
     from trainer.export.tensor_files import open_tensor_files
     from trainer.model.peft_config import load_adapter
     from trainer.model.rounding import StochasticRounding
-    from trainer.model.stored_weights import StoredWeights
 
     with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
         tensors = list(file.keys())
     if unexpected := [name for name in tensors if not _ADAPTER_TENSOR.search(name)]:
         raise merge_failed(f"{adapter} has the tensor {unexpected[0]!r}, which is not part of an adapted layer")
-    weights, model = StoredWeights(base), load_adapter(_without_weights(base), adapter)
+    model = load_adapter(_without_weights(base), adapter)
     layers = adapted_tensors(model)
     named = {name.partition(".lora_")[0] for name in tensors if ".lora_" in name}
     targets = {name.removeprefix(_PEFT_PREFIX) for name in named} | set(layers)

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from peft import PeftModel
+
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.device import NumberType
 from svc.evaluation.token_scores import Scores
@@ -17,6 +19,7 @@ from svc.registry.parity import Differences, ParityCheck, ParityReport
 from svc.terminal import waiting
 from svc.version import Format
 from trainer.library_output import library_output_to_log
+from trainer.model.nf4 import round_layers_to_nf4
 from trainer.model.peft_config import load_adapter
 from trainer.model.release_memory import release_memory
 from trainer.model.stored_weights import StoredWeights
@@ -29,6 +32,8 @@ from trainer.recipe.sections import Recipe
 
 BESIDE_TRAINED = "merged: compared with the trained model"
 """Name of the final check, which covers merging and serving together."""
+BESIDE_NF4 = "adapter on the base's own weights compared with NF4, on which it was trained"
+"""Name of a comparison after QLoRA; it has no limit, because training itself uses the rounded weights."""
 _NOT_THE_SUM = 1e-3
 """Maximum share of a module's weights that differ from the sum by more than a bf16 step: sums near 0, whose terms
 cancel."""
@@ -109,9 +114,14 @@ def _compare(
     differences: dict[str, Differences] = {}
     trained = None
     if made.adapter is not None:
-        applied, trained = _read_trained(made.base, made.adapter, made.merged, compared, number_type)
+        on_nf4 = recipe.merge_dequantized
+        applied, trained = _read_trained(made, made.adapter, compared, number_type, on_nf4=on_nf4)
         checks += _check_adapter(applied, adapter_parity.scale_of(made.adapter, recipe))
         release_memory()  # before the next model is loaded
+        if recipe.base_quantization and not on_nf4:
+            in_training = _score_on_nf4(made.base, made.adapter, compared, number_type)
+            differences[BESIDE_NF4] = between(in_training, trained)
+            release_memory()
     merged = score(load(made.merged, number_type), compared)
     if trained is not None:
         merge = differences["merged compared with trained, both in transformers"] = between(trained, merged)
@@ -135,13 +145,28 @@ def _compare(
 
 
 def _read_trained(
-    base: Path, adapter: Path, merged: Path, compared: Sequence[TokenizedExample], number_type: NumberType
+    made: Made, adapter: Path, compared: Sequence[TokenizedExample], number_type: NumberType, *, on_nf4: bool
 ) -> tuple[adapter_parity.Applied, Scores]:
-    """Return the comparison of adapter and merged weights, and the scores of base plus adapter."""
-    model = load_adapter(load(base, number_type), adapter)
-    applied = adapter_parity.compare(model, StoredWeights(merged))
+    """Return the comparison of adapter and merged weights, and the scores of base plus adapter.
+
+    Args:
+        on_nf4: whether the adapter was merged into the base's weights rounded to NF4.
+    """
+    model = _load_trained(made.base, adapter, number_type, on_nf4=on_nf4)
+    applied = adapter_parity.compare(model, StoredWeights(made.merged))
     sum_in_float32(model)
     return applied, score(model, compared)
+
+
+def _score_on_nf4(base: Path, adapter: Path, compared: Sequence[TokenizedExample], number_type: NumberType) -> Scores:
+    model = _load_trained(base, adapter, number_type, on_nf4=True)
+    sum_in_float32(model)
+    return score(model, compared)
+
+
+def _load_trained(base: Path, adapter: Path, number_type: NumberType, *, on_nf4: bool) -> PeftModel:
+    model = load(base, number_type)
+    return load_adapter(round_layers_to_nf4(model) if on_nf4 else model, adapter)
 
 
 def _check_adapter(applied: adapter_parity.Applied, scale: tuple[float, float] | None) -> list[ParityCheck]:

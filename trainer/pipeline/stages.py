@@ -199,7 +199,8 @@ class Pipeline:
             summary = verify_full(self.base.folder, self.run.merged)
             copy_shipped_files(self.base.folder, self.run.merged)
         else:
-            summary = merge_adapter(self.base.folder, self.run.adapter, self.run.fresh(self.run.merged))
+            merged, dequantized = self.run.fresh(self.run.merged), self.recipe.merge_dequantized
+            summary = merge_adapter(self.base.folder, self.run.adapter, merged, dequantized=dequantized)
         write_template_kwargs(self.run.merged, self._evaluation.template_kwargs)
         shutil.rmtree(self.run.checkpoints, ignore_errors=True)  # the trained model is verified
         return summary
@@ -216,7 +217,7 @@ class Pipeline:
         return summary
 
     def _compare(self) -> ParityReport:
-        from trainer.parity.report import Made, make_report  # torch
+        from trainer.parity.report import BESIDE_NF4, Made, make_report  # torch
 
         evaluation = self._evaluation
         folders = {
@@ -229,6 +230,9 @@ class Pipeline:
         passed = sum(check.passed for check in report.checks)
         summary = f"  {passed} of {len(report.checks)} checks passed"
         console.print(summary if report.failed else f"{summary}: the model to serve matches the trained model")
+        if gap := report.differences.get(BESIDE_NF4):
+            likelihood = f"negative log-likelihood {gap.shift:+.4f} nats per token"
+            console.print(f"  {BESIDE_NF4}: {likelihood}, same top-1 token in {gap.agreement:.1%}", soft_wrap=True)
         return report
 
     def _judge_pairs(self) -> JudgeReport:

@@ -459,6 +459,9 @@ class Recipe(_Section):
     `quantization` instead"""
     quantization: Quantization | None = None
     """nf4: keep the frozen weights in 4 bits during training; default: the quantization implied by `method`"""
+    merge_dequantized: bool = False
+    """with nf4: merge the adapter into the dequantized weights with which it was trained, not into the base's own; see
+    [training](training.md#merging-after-qlora)"""
     chat_template_kwargs: dict[str, TemplateValue] | None = None
     """arguments of the base's chat template in training, evaluation and serving; default: `enable_thinking: false` and
     `date_string: 26 Jul 2024`, if the template uses them"""
@@ -503,6 +506,8 @@ class Recipe(_Section):
             raise ValueError(
                 f"`quantization: {self.quantization}` freezes the weights, but `method: full` trains them all"
             )
+        if self.merge_dequantized and self.base_quantization is None:
+            raise ValueError("`merge_dequantized` requires `method: qlora` or `quantization: nf4`")
         return self
 
     @model_validator(mode="after")

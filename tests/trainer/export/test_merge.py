@@ -5,21 +5,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn.modules import Linear4bit
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from svc.engine.device import NumberType
 from svc.errors import TrainingError
 from trainer.export.merge import merge_adapter
 from trainer.export.verify_merge import compare_weights
+from trainer.model.load import ModelForm, load_model
 from trainer.model.rounding import neighbours
+from trainer.recipe.sections import Quantization
 
 
-def make_adapter(base: Path, folder: Path) -> Path:
-    """Return an adapter on all linear layers that changes each of them."""
+def make_adapter(base: Path, folder: Path, targets: str | list[str] = "all-linear") -> Path:
+    """Return an adapter on these linear layers that changes each of them."""
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
-        LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False),
+        LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False),
     )
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
@@ -56,6 +61,27 @@ def test_sum_is_computed_in_float32_and_rounded_without_loss_on_average(
     assert ((merged == lower) | (merged == upper)).all()
     change = total - base
     assert float((change * (merged - base)).sum() / change.square().sum()) == pytest.approx(1, abs=0.05)
+
+
+def test_adapter_is_added_to_the_weights_that_qlora_trains_on_when_they_are_dequantized(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    adapter = make_adapter(tiny_base, tmp_path / "adapter", targets=["up_proj"])
+    assert merge_adapter(tiny_base, adapter, tmp_path / "merged", dequantized=True).modules == 2
+    base = load_model(tiny_base, ModelForm(NumberType.FLOAT32, Quantization.NF4))
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    lora = load_file(adapter / "adapter_model.safetensors")
+    for name, layer in base.named_modules():
+        if isinstance(layer, Linear4bit):
+            total = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            if "up_proj" in name:
+                low, high = (lora[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
+                total += 2 * high @ low
+            lower, upper = neighbours(total)
+            written = merged[f"{name}.weight"].float()
+            assert ((written == lower) | (written == upper)).all(), name
+    stored = load_file(tiny_base / "model.safetensors")
+    assert torch.equal(merged["model.embed_tokens.weight"], stored["model.embed_tokens.weight"])
 
 
 def test_merge_gives_the_same_bits_when_repeated(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:

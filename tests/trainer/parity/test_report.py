@@ -27,7 +27,7 @@ from trainer.export.merge import merge_adapter
 from trainer.model.peft_config import add_adapter
 from trainer.parity.files import unreadable_weights
 from trainer.parity.gptq import expand
-from trainer.parity.report import BESIDE_TRAINED, Made, make_report
+from trainer.parity.report import BESIDE_NF4, BESIDE_TRAINED, Made, make_report
 from trainer.parity.scores import load, score
 from trainer.qualification import EngineReading
 from trainer.recipe.sections import Recipe
@@ -43,6 +43,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "adalora": {"method": "adalora"},
     "vera": {"method": "vera"},
     "qlora": {"method": "qlora"},
+    "qlora, merged into NF4": {"method": "qlora", "merge_dequantized": True},
 }
 
 
@@ -125,7 +126,7 @@ def make_version(folder: Path, base: Path, *, trained: float = 0.3, **sections: 
                 weight.add_(scale * torch.randn_like(weight) * (weight.abs().mean() + 0.1))
     model.save_pretrained(folder / "adapter")
     copy_shipped_files(base, folder / "adapter")
-    merge_adapter(base, folder / "adapter", folder / "merged")
+    merge_adapter(base, folder / "adapter", folder / "merged", dequantized=recipe.merge_dequantized)
     quantize(folder / "merged", folder / "gptq")
     heldout = [make_example(f"which {number}", answer) for number, answer in enumerate(("red", "blue", "green"))]
     examples = choose_examples(tokenize_as_trained(base, heldout, {}))
@@ -139,6 +140,27 @@ def test_correct_version_passes_every_check(tmp_path: Path, tiny_base: Path, sec
     report = make_version(tmp_path, tiny_base, **sections).report()
     assert report.failed == ()
     assert {check.name.partition(":")[0] for check in report.checks} == {"merged", "gptq", "merge"}
+
+
+@pytest.mark.parametrize(
+    ("sections", "compared"),
+    [({}, False), ({"method": "qlora"}, True), ({"method": "qlora", "merge_dequantized": True}, False)],
+    ids=str,
+)
+def test_model_is_compared_with_the_one_on_nf4_when_it_was_trained_there_and_merged_elsewhere(
+    tmp_path: Path, tiny_base: Path, sections: dict[str, Any], compared: bool
+) -> None:
+    differences = make_version(tmp_path, tiny_base, **sections).report().differences
+    assert (BESIDE_NF4 in differences) is compared
+    assert not compared or differences[BESIDE_NF4].mean > 0
+
+
+def test_version_fails_when_it_was_merged_into_other_weights_than_the_recipe_says(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    version = make_version(tmp_path, tiny_base, method="qlora")
+    report = replace(version, recipe=make_recipe(method="qlora", merge_dequantized=True)).report()
+    assert any("base plus adapter" in failure for failure in report.failed)
 
 
 def test_correct_version_passes_when_its_base_is_published_in_float16(tmp_path: Path, tiny_base: Path) -> None:
@@ -174,7 +196,7 @@ def test_a_template_that_renders_todays_date_is_served_with_a_fixed_date(tmp_pat
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_model_with_the_adapter_is_freed_before_the_merged_model_is_loaded(
+def test_model_with_the_adapter_is_freed_before_another_model_is_loaded(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     version = make_version(tmp_path, tiny_base, **KINDS[kind])
@@ -193,10 +215,10 @@ def test_model_with_the_adapter_is_freed_before_the_merged_model_is_loaded(
         version.report(NumberType.BFLOAT16)
     finally:
         gc.enable()
-    before_base, before_merged = alive
+    before_base, *before_others = alive
     assert not before_base
-    assert before_merged
-    assert not any(before_merged)
+    assert before_others and all(before_others)
+    assert not any(map(any, before_others))
 
 
 @pytest.fixture

@@ -65,7 +65,7 @@ class Stages:
         report(1, {"loss": 0.5})
         return TrainingSummary(3, 30, 10.0, 3.0, points=CURVE)
 
-    def merge_adapter(self, base: Path, adapter: Path, out: Path) -> MergeSummary:
+    def merge_adapter(self, base: Path, adapter: Path, out: Path, *, dequantized: bool = False) -> MergeSummary:
         """Write other weights of the same shape."""
         self._run(Stage.MERGE, out)
         write_model(out, seed=1)

@@ -35,8 +35,8 @@ def test_run_stops_before_the_next_stage_and_keeps_finished_ones_when_the_disk_f
 ) -> None:
     merge = stages.merge_adapter
 
-    def merge_and_fill(base: Path, adapter: Path, out: Path) -> MergeSummary:
-        summary = merge(base, adapter, out)
+    def merge_and_fill(base: Path, adapter: Path, out: Path, **options: bool) -> MergeSummary:
+        summary = merge(base, adapter, out, **options)
         free_bytes(monkeypatch, 1000)
         return summary
 
@@ -54,7 +54,7 @@ def test_run_stops_before_the_next_stage_and_keeps_finished_ones_when_the_disk_f
 def test_run_reports_a_full_disk_and_can_be_resumed_when_a_stage_fills_it(
     make: Make, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fill(*_: Any) -> None:
+    def fill(*_: Any, **__: Any) -> None:
         raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as patch:

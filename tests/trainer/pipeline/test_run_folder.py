@@ -131,6 +131,12 @@ def test_only_stages_that_depend_on_a_key_are_repeated_when_it_changes(
     assert {stage for stage in Stage if before[stage] != after[stage]} == again
 
 
+def test_only_the_training_is_not_repeated_when_the_adapter_is_merged_into_other_weights() -> None:
+    recipes = make_recipe(method="qlora"), make_recipe(method="qlora", merge_dequantized=True)
+    before, after = (stage_keys(recipe, BASE, EXAMPLES) for recipe in recipes)
+    assert {stage for stage in Stage if before[stage] == after[stage]} == {Stage.TRAIN}
+
+
 def test_evaluations_are_repeated_when_the_general_questions_differ() -> None:
     asked = GeneralSet("own.jsonl", (make_example("g", "h"),), (("h",),))
     before, after = (stage_keys(make_recipe(), BASE, replace(EXAMPLES, questions=each)) for each in (None, asked))

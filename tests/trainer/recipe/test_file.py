@@ -257,6 +257,7 @@ def test_method_implies_adapter_type_and_quantization(
         ),
         ({"method": "full", "adapter": {"type": "lora"}}, "adapter.type is not used by `method: full`"),
         ({"method": "full", "quantization": "nf4"}, "freezes the weights, but `method: full` trains them all"),
+        ({"merge_dequantized": True}, "`merge_dequantized` requires `method: qlora` or `quantization: nf4`"),
         ({"adapter": {"type": "vera", "alpha": 3}}, "adapter.alpha is not used by vera"),
         ({"formats": []}, "'formats' is []"),
         ({"formats": ["gptq", "gptq"]}, "`formats` lists a format twice"),
