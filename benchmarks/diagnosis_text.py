@@ -76,10 +76,11 @@ def judge_run(
     """Train and diagnose one run in this process."""
     from tests.trainer.conftest import make_recipe
     from tests.trainer.diagnosis.judged_run import train_and_judge
+    from trainer.model.config import read_width
 
     match kind:
         case Kind.RATE:
-            settings |= {"learning_rate": 30 * make_recipe(train=settings).learning_rate}
+            settings |= {"learning_rate": 30 * make_recipe(train=settings).learning_rate(read_width(base))}
         case Kind.STEPS:
             settings |= {"steps": few}
         case Kind.ANSWERS:

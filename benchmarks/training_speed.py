@@ -161,7 +161,7 @@ def _train_trl(contestant: Contestant, task: Task, folder: Path) -> tuple[int, f
         model=model,
         args=SFTConfig(
             output_dir=str(folder),
-            learning_rate=recipe.learning_rate,
+            learning_rate=recipe.learning_rate(model.config.hidden_size),
             lr_scheduler_type=recipe.train.schedule.value,
             warmup_steps=round(recipe.train.warmup_ratio * steps),
             num_train_epochs=recipe.train.epochs,

@@ -29,6 +29,7 @@ def test_estimate_needs_only_the_bases_config(svc: Svc, tmp_path: Path, recipe: 
     assert ended.code == 0
     content = json.loads(ended.out)
     assert content["base"]["parameters"] == 68_976_648_192
+    assert content["learning_rate"] == 1.3e-4
     assert {device["name"]: device["fits"] for device in content["devices"]} == {
         "here": False,
         "rtx-3090": False,
@@ -44,6 +45,7 @@ def test_estimate_says_what_to_change_when_a_chosen_device_is_too_small(svc: Svc
     ended = svc("--home", tmp_path / "home", "estimate", recipe, "--device", "a100-80", "--device", "h200")
     assert ended.code == 0
     assert "A100 80 GB: fits with quantization=nf4" in ended.out
+    assert "learning rate 0.00013, the default for a hidden width of 8,192" in ended.out
     assert "RTX 4090" not in ended.out
 
 

@@ -38,6 +38,7 @@ def print_short(estimate: Estimate) -> None:
         f"{_duration(here.seconds)}; {_size(estimate.disk)} on disk",
         soft_wrap=True,
     )
+    console.print(f"  {_learning_rate(estimate)}")
     advice = [] if here.fits else [f"training may not fit: {advice_text(estimate, here.device)}"]
     for text in (*advice, *lacking(here)):
         console.print(f"  [yellow]{text}[/yellow]", soft_wrap=True)
@@ -73,6 +74,7 @@ def as_json(estimate: Estimate) -> dict[str, Any]:
             "trained": estimate.trained,
             "notes": list(shape.notes),
         },
+        "learning_rate": estimate.recipe.learning_rate(shape.hidden),
         "data": {"examples": workload.examples, "tokens": round(workload.tokens), "tokenizer": workload.counted},
         "disk": round(estimate.disk),
         "devices": [_device_json(estimate, on_device) for on_device in estimate.devices],
@@ -103,6 +105,12 @@ def _rounded(figures: Mapping[Any, float]) -> dict[str, int]:
     return {str(name): round(size) for name, size in figures.items()}
 
 
+def _learning_rate(estimate: Estimate) -> str:
+    recipe, width = estimate.recipe, estimate.shape.hidden
+    default = "" if recipe.train.learning_rate else f", the default for a hidden width of {width:,}"
+    return f"learning rate {recipe.learning_rate(width):g}{default}"
+
+
 def _print_head(estimate: Estimate) -> None:
     shape, workload, recipe = estimate.shape, estimate.workload, estimate.recipe
     kind = recipe.adapter_type.value if recipe.adapter_type else recipe.method.value
@@ -111,6 +119,7 @@ def _print_head(estimate: Estimate) -> None:
         f"{recipe.base}: {shape.parameters:,} parameters ({shape.architecture}); {kind}{quantized} trains "
         f"{estimate.trained:,} weights"
     )
+    output.print(_learning_rate(estimate))
     counted = "counted by its tokenizer" if workload.counted else "at 4.2 characters each: the base has no tokenizer"
     output.print(f"{workload.examples:,} examples, {workload.tokens:,.0f} tokens per epoch, {counted}")
     for note in shape.notes:

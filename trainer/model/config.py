@@ -27,3 +27,12 @@ def load_config(folder: Path) -> "PreTrainedConfig":
             todo="download the model's config.json again, or choose another base",
         ) from error
     return config
+
+
+def read_width(folder: Path) -> int:
+    """Return the width of the hidden states of the model in a folder.
+
+    Raises:
+        BaseModelError: transformers cannot read its config.
+    """
+    return int(load_config(folder).get_text_config().hidden_size)

@@ -21,6 +21,8 @@ def diagnose_training(
     curve: Sequence[TrainingPoint],
     qualified: Mapping[Format, Qualified],
     general_change: Interval | None = None,
+    *,
+    width: int,
 ) -> tuple[Finding, ...]:
     """Return the findings on a training run.
 
@@ -28,14 +30,15 @@ def diagnose_training(
         curve: loss curve of the training.
         qualified: the formats with a complete model; the merged format is the trained model.
         general_change: score on general tasks after training minus that before; None if not measured.
+        width: width of the base's hidden states.
     """
     data, merged = recipe.data, qualified.get(Format.MERGED)
     evaluated = examples.heldout[: len(merged.results)] if merged else examples.heldout
     return diagnose(
         TrainingRun(
             settings=TrainingSettings(
-                learning_rate=recipe.learning_rate,
-                usual_learning_rate=recipe.usual_learning_rate,
+                learning_rate=recipe.learning_rate(width),
+                usual_learning_rate=recipe.usual_learning_rate(width),
                 epochs=recipe.train.epochs,
                 steps=recipe.train.steps,
                 keeps_best=recipe.stopping.keep_best,

@@ -49,6 +49,7 @@ from svc.report.report import gather_report
 from svc.terminal import console
 from svc.version import Format, VersionId
 from trainer.base_model.resolve import Base
+from trainer.model.config import read_width
 from trainer.pipeline.diagnosis import diagnose_training
 from trainer.pipeline.evaluation import Evaluated, RunEvaluation
 from trainer.pipeline.examples import Examples
@@ -281,7 +282,12 @@ class Registration:
             parity=self.report,
             judge=self.run.load(Stage.JUDGE, JudgeReport) if Stage.JUDGE in choose_stages(self.recipe) else None,
             findings=diagnose_training(
-                self.recipe, self.examples, self.training.points, self.qualified, general_change
+                self.recipe,
+                self.examples,
+                self.training.points,
+                self.qualified,
+                general_change,
+                width=read_width(self.base.folder),
             ),
             forgetting=self.forgetting,
             gates=self.gates,

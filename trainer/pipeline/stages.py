@@ -32,6 +32,7 @@ from trainer.estimate.memory import moment_bytes
 from trainer.export.gptq import QuantizeSummary, calibration_type, quantize_gptq
 from trainer.export.merge import merge_adapter
 from trainer.export.verify_merge import MergeSummary, verify_full
+from trainer.model.config import read_width
 from trainer.pipeline.estimate import compare_with_real, estimate_metrics
 from trainer.pipeline.evaluation import Evaluated, RunEvaluation
 from trainer.pipeline.examples import Examples
@@ -268,7 +269,12 @@ def open_pipeline(
     register_failed: bool = False,
     expected: DeviceEstimate | None = None,
 ) -> Pipeline:
-    """Return the pipeline of a recipe, in the folder of its earlier runs if there are any."""
+    """Return the pipeline of a recipe, in the folder of its earlier runs if there are any.
+
+    Raises:
+        BaseModelError: transformers cannot read the base's config.
+    """
+    recipe = recipe.with_learning_rate(read_width(base.folder))
     run, capabilities = Run.of(settings.home / "runs", recipe, base, examples), read_capabilities(settings.home)
     parts = (settings, capabilities, registry, recipe, base, examples, run)
     return Pipeline(*parts, register_failed=register_failed, expected=expected)

@@ -223,7 +223,8 @@ class Train(_Section):
     """adamw, adamw-8bit, paged-adamw or paged-adamw-8bit: 8-bit moments take a quarter of the memory, paged moments are
     moved to main memory when the GPU is full; see [training](training.md#optimizers)"""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """peak learning rate; default: 5e-4, or 1e-2 for adalora, 6e-2 for vera and 5e-5 for full"""
+    """peak learning rate; default: 5e-4, or 1e-2 for adalora, 6e-2 for vera and 5e-5 for full, for bases of hidden
+    width 576 or less; lower for wider ones, see [training](training.md#learning-rate)"""
     schedule: Schedule = Schedule.LINEAR
     """decay of the learning rate: linear or cosine to 0, or constant"""
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
@@ -440,6 +441,8 @@ def suggest(key: str, known: Sequence[str]) -> str:
 # Held-out loss after 240 examples of the section task (SmolLM2-135M, 15 steps): lora 0.45; full 0.43; adalora 0.37, at
 # 2e-3 2.52; vera 0.36, at 2e-2 0.73. Their vectors start at or near 0, and Adam moves each by no more than the rate.
 _LEARNING_RATES = {None: 5e-5, AdapterType.ADALORA: 1e-2, AdapterType.VERA: 6e-2}
+_MEASURED_WIDTH = 576
+"""Hidden width of SmolLM2-135M, with which these rates were measured. Rates for wider models: docs/training.md."""
 _UNUSED = {AdapterType.VERA: frozenset({"alpha", "rslora"}), AdapterType.ADALORA: frozenset({"rslora"})}
 """Keys of `adapter` that a type does not use."""
 _ADAPTER_TYPES = {Method.FULL: None, Method.QLORA: AdapterType.LORA} | {
@@ -519,9 +522,12 @@ class Recipe(_Section):
         return self
 
     def flat(self) -> dict[str, str]:
-        """Return the values that affect the result, as text by dotted key; an unset key has the method's default."""
+        """Return the values that affect the result, as text by dotted key; an unset key has the method's default.
+
+        An unset learning rate is None: it depends on the base (`with_learning_rate`).
+        """
         sections = self.model_dump(mode="json", exclude={"checkpoints", "data", "judge", "report_to", "sweep"})
-        chosen: dict[str, Any] = {"train.learning_rate": self.learning_rate}
+        chosen: dict[str, Any] = {}
         if self.adapter_type is None:
             sections.pop("adapter")
         else:
@@ -546,15 +552,27 @@ class Recipe(_Section):
         """Quantization of the frozen weights during training."""
         return self.quantization or (Quantization.NF4 if self.method is Method.QLORA else None)
 
-    @property
-    def learning_rate(self) -> float:
-        """The recipe's learning rate, else `usual_learning_rate`."""
-        return self.train.learning_rate or self.usual_learning_rate
+    def learning_rate(self, width: int) -> float:
+        """Return the recipe's learning rate, else `usual_learning_rate`.
 
-    @property
-    def usual_learning_rate(self) -> float:
-        """Default learning rate of the adapter type, or of training all weights."""
-        return _LEARNING_RATES.get(self.adapter_type, 5e-4)
+        Args:
+            width: width of the base's hidden states.
+        """
+        return self.train.learning_rate or self.usual_learning_rate(width)
+
+    def usual_learning_rate(self, width: int) -> float:
+        """Return the default learning rate of the adapter type, or of training all weights, for a base of this width.
+
+        It falls with the root of the width: between the exponents of "LoRA Without Regret" for Llama (0.78) and Qwen
+        (0.08), and within the customary rates of models from 1B to 70B.
+        """
+        rate = _LEARNING_RATES.get(self.adapter_type, 5e-4) * min(1.0, math.sqrt(_MEASURED_WIDTH / width))
+        return float(f"{rate:.2g}")
+
+    def with_learning_rate(self, width: int) -> "Recipe":
+        """Return the recipe with its learning rate for a base of this width written out, so that runs record it."""
+        train = self.train.model_copy(update={"learning_rate": self.learning_rate(width)})
+        return self.model_copy(update={"train": train})
 
     @property
     def rank(self) -> int:

@@ -27,8 +27,8 @@ from trainer.sweep.workplace import Watch
 
 RATE, RANK, EPOCHS, STEPS = "train.learning_rate", "adapter.rank", "train.epochs", "train.steps"
 TARGETS, DROPOUT = "adapter.targets", "adapter.dropout"
-_RATES, _LORA_RATE = (1e-5, 5e-5, 1e-4, 2e-4, 5e-4), 5e-4
-"""LoRA's customary learning rates, and its default in this project."""
+_RATES = (0.02, 0.1, 0.2, 0.4, 1.0)
+"""Learning rates to try, as multiples of the default: 1e-5 to 5e-4 for LoRA on a base of width 576."""
 _RANKS = (8, 16, 32)
 _EPOCHS = (1.0, 2.0, 3.0)
 _DROPOUTS = (0.05, 0.1)
@@ -57,6 +57,8 @@ class Search:
     """Runs the search of one sweep.
 
     Args:
+        recipe: the recipe, with its learning rate written out.
+        usual_rate: default learning rate of its method and base.
         run_trial: trains with the given values, or returns the outcome of an earlier training.
         storage: Optuna's storage, or its URL.
 
@@ -66,6 +68,7 @@ class Search:
     """
 
     recipe: Recipe
+    usual_rate: float
     comparison: TrialComparison
     run_trial: Callable[[Values, Watch], TrialOutcome]
     storage: str | BaseStorage
@@ -100,7 +103,8 @@ class Search:
 
     def _learning_rate(self, unchanged: TrialOutcome) -> TrialOutcome:
         """Try learning rates outwards from the recipe's own, and higher ones while the highest is chosen."""
-        rates, own = learning_rates(self.recipe), self.recipe.learning_rate
+        own = self.recipe.train.learning_rate or self.usual_rate
+        rates = sorted({float(f"{rate * self.usual_rate:.3g}") for rate in _RATES} | {own})
         top = rates[-1]
         order = [*sorted(rates, key=lambda rate: abs(math.log(rate / own))), 2 * top, 4 * top]
         trials: list[TrialOutcome] = []
@@ -196,12 +200,6 @@ class Search:
     def seconds(self) -> float:
         """Duration of all trainings."""
         return sum({trial.key: trial.seconds for _, trial in self.tried}.values())
-
-
-def learning_rates(recipe: Recipe) -> list[float]:
-    """Return the customary rates, scaled to the method's default, and the recipe's own, in ascending order."""
-    scale = recipe.usual_learning_rate / _LORA_RATE
-    return sorted({float(f"{rate * scale:.3g}") for rate in _RATES} | {recipe.learning_rate})
 
 
 def possible_ranks(recipe: Recipe) -> list[int]:

@@ -11,6 +11,7 @@ from rich.table import Table
 from svc.evaluation.intervals import Interval
 from svc.files.disk import write_whole
 from svc.terminal import console, output
+from trainer.model.config import read_width
 from trainer.recipe.sections import Between, Recipe
 from trainer.sweep.outcome import Summary, TrialComparison, TrialOutcome
 from trainer.sweep.search import Phase, Search
@@ -73,7 +74,9 @@ def run_sweep(place: Workplace) -> SweepResult:
     console.print(f"  held-out loss of the base: {base}, {len(place.data.judged)} examples")
     studies = place.folder.absolute() / "study.db"
     studies.unlink(missing_ok=True)  # created again from the outcomes of trials, so that a kill leaves no partial study
-    search = Search(place.recipe, TrialComparison(place.answer_lengths), place.run_trial, f"sqlite:///{studies}")
+    usual_rate = place.recipe.usual_learning_rate(read_width(place.base.folder))
+    compare = TrialComparison(place.answer_lengths)
+    search = Search(place.recipe, usual_rate, compare, place.run_trial, f"sqlite:///{studies}")
     result = summarize(search, search.run(), base)
     write_whole(place.folder / RESULT_FILE, result.model_dump_json(indent=1).encode("utf-8"))
     write_whole(place.folder / WINNER_FILE, recipe_text(with_values(place.recipe, result.winner)).encode("utf-8"))

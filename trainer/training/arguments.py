@@ -31,11 +31,12 @@ def checkpoints_layers(train: Train) -> bool:
 
 
 def training_arguments(
-    recipe: Recipe, out: Path, acceleration: Acceleration, steps: int, number_type: NumberType
+    recipe: Recipe, learning_rate: float, out: Path, acceleration: Acceleration, steps: int, number_type: NumberType
 ) -> SFTConfig:
     """Return the arguments of TRL's trainer.
 
     Args:
+        learning_rate: peak learning rate.
         steps: number of steps of the complete run.
 
     Raises:
@@ -46,7 +47,7 @@ def training_arguments(
     scaled = number_type is NumberType.FLOAT16
     arguments = SFTConfig(
         output_dir=str(out),
-        learning_rate=recipe.learning_rate,
+        learning_rate=learning_rate,
         lr_scheduler_type="constant_with_warmup" if train.schedule == "constant" else train.schedule.value,
         warmup_steps=round(train.warmup_ratio * steps),  # rounded up, a run of one step would be all warmup
         num_train_epochs=train.epochs,

@@ -38,7 +38,7 @@ from trainer.library_output import library_output_to_log
 from trainer.model.acceleration import choose_acceleration, machine_facts
 from trainer.model.adalora import RankAllocation
 from trainer.model.attention import takes_flash_attention
-from trainer.model.config import load_config
+from trainer.model.config import load_config, read_width
 from trainer.model.load import ModelForm, load_model
 from trainer.model.peft_config import add_adapter
 from trainer.model.rounding import round_to_bfloat16
@@ -211,6 +211,7 @@ def build_trainer(
     set_seed(recipe.train.seed)  # for the adapter: loading may have drawn random weights that the base lacks
     steps = count_steps(len(dataset), recipe.train)
     model = add_adapter(model, recipe, steps)
+    learning_rate = recipe.learning_rate(read_width(base))
     measured = [training_row(row) for row in heldout]
     if curve is None and recipe.stopping.measures:
         curve = HeldoutCurve(measured, HeldoutSchedule.of(recipe.stopping))
@@ -225,7 +226,7 @@ def build_trainer(
         allocation=RankAllocation(model) if recipe.adapter_type is AdapterType.ADALORA else None,
         preemption=asked,
         model=model,
-        args=training_arguments(recipe, out, acceleration, steps, number_type),
+        args=training_arguments(recipe, learning_rate, out, acceleration, steps, number_type),
         data_collator=collator,
         train_dataset=dataset,
         processing_class=tokenizer,
@@ -234,7 +235,7 @@ def build_trainer(
         if weight.requires_grad:  # TRL puts the adapter of a 4-bit model in bf16
             weight.data = weight.data.to(torch.float32)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(DivergenceWatch(recipe.learning_rate))
+    trainer.add_callback(DivergenceWatch(learning_rate))
     trainer.add_callback(CheckpointSchedule(recipe.checkpoints, asked))
     if measured:
         trainer.add_callback(EarlyStopping(recipe.stopping, schedule, trainer.evaluate))

@@ -18,7 +18,13 @@ GPTQ: dict[str, Any] = {
     "pack_dtype": "int32",
     "meta": {"quantizer": ["gptqmodel:7.6.0"], "offload_to_disk_path": "/tmp/a1b2"},
 }
-CONFIG: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "hidden_size": 4, "torch_dtype": "bfloat16"}
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4,
+    "num_attention_heads": 2,
+    "torch_dtype": "bfloat16",
+}
 TOKENIZER: dict[str, Any] = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}}, "truncation": None}
 TOKENIZER_CONFIG: dict[str, Any] = {"eos_token": "b", "chat_template": TEMPLATE}
 

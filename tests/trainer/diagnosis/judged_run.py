@@ -14,6 +14,7 @@ from svc.evaluation.results import ExampleResult
 from tests.trainer.conftest import make_recipe
 from trainer.data.chat_template import load_tokenizer, stop_tokens, tokenize_examples
 from trainer.diagnosis.training_run import TrainingRun, TrainingSettings
+from trainer.model.config import read_width
 from trainer.training.sft import train_model
 from trainer.training.summary import TrainingData
 
@@ -35,11 +36,11 @@ def train_and_judge(
     """Train, answer the held-out questions greedily, and return the numbers.
 
     Args:
-        usual_learning_rate: None: the default of the method.
+        usual_learning_rate: None: the default of the method and base.
         max_tokens: of an answer.
         sections: of the recipe.
     """
-    recipe = make_recipe(**sections)
+    recipe, width = make_recipe(**sections), read_width(base)
     summary = train_model(
         base,
         TrainingData(examples, heldout),
@@ -51,8 +52,8 @@ def train_and_judge(
     results = answer(base, folder / "trained", heldout, number_type=number_type, max_tokens=max_tokens)
     return TrainingRun(
         settings=TrainingSettings(
-            recipe.learning_rate,
-            usual_learning_rate or recipe.usual_learning_rate,
+            recipe.learning_rate(width),
+            usual_learning_rate or recipe.usual_learning_rate(width),
             recipe.train.epochs,
             recipe.train.steps,
             heldout_share=0.1,

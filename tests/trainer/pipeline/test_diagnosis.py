@@ -32,10 +32,11 @@ def examples(train: tuple[ChatExample, ...] = MANY) -> Examples:
     return Examples(train, heldout, fingerprint(train), fingerprint(heldout), (*train, *heldout))
 
 
-def found(shape: Shape, **sections: Any) -> dict[FindingKind, str]:
+def found(shape: Shape, *, width: int = 576, **sections: Any) -> dict[FindingKind, str]:
     recipe = make_recipe(**sections)
     curve = simulate(shape, 0).curve
-    return {finding.kind: str(finding.advice) for finding in diagnose_training(recipe, examples(), curve, {})}
+    findings = diagnose_training(recipe, examples(), curve, {}, width=width)
+    return {finding.kind: str(finding.advice) for finding in findings}
 
 
 WELL = falling(3, 0.2, 12)
@@ -51,6 +52,12 @@ def test_advice_names_the_methods_default_when_the_learning_rate_is_low(method: 
     assert advice == {FindingKind.LEARNING_RATE_LOW: f"train.learning_rate from 1e-06 to {rate}"}
 
 
+def test_learning_rate_is_low_only_compared_with_the_default_of_the_base() -> None:
+    rate = {"learning_rate": 1e-4}  # a fifth of the default at width 576, three quarters of it at width 8192
+    assert FindingKind.LEARNING_RATE_LOW in found(lambda share: 3.0, train=rate)
+    assert FindingKind.LEARNING_RATE_LOW not in found(lambda share: 3.0, width=8192, train=rate)
+
+
 def test_diagnosis_compares_only_asked_answers_when_evaluation_is_limited() -> None:
     heldout = tuple(make_example(f"h {number}", ("yes", "no")[number % 2]) for number in range(80))
     of = replace(examples(), heldout=heldout)
@@ -58,7 +65,7 @@ def test_diagnosis_compares_only_asked_answers_when_evaluation_is_limited() -> N
     report = judge(heldout[:60], results, 1.0, [ExactMatch()]).report
     reading = EngineReading(prompts_differ=(), scores=(), speed=SPEED)
     merged = Qualified(evaluation=report, results=results, probes=(), reading=reading)
-    assert diagnose_training(make_recipe(), of, simulate(WELL, 0).curve, {Format.MERGED: merged}) == ()
+    assert diagnose_training(make_recipe(), of, simulate(WELL, 0).curve, {Format.MERGED: merged}, width=576) == ()
 
 
 def test_advice_always_names_a_key_of_the_recipe() -> None:
@@ -66,7 +73,7 @@ def test_advice_always_names_a_key_of_the_recipe() -> None:
     lost = Interval(value=-0.1, low=-0.2, high=-0.05)
     for shape in (lambda share: 2 + share, falling(3, 0.1, 0.5), WELL):
         curve = simulate(shape, 0, heldout=lambda share: 1 + share).curve
-        for finding in diagnose_training(make_recipe(), examples(MANY[:40]), curve, {}, lost):
+        for finding in diagnose_training(make_recipe(), examples(MANY[:40]), curve, {}, lost, width=576):
             assert finding.advice.key in keys
 
 

@@ -79,7 +79,7 @@ def test_a_sweep_ends_with_a_table_a_picture_and_a_recipe(
     assert result["loss"]["value"] < result["recipe"]["value"] < result["base"]["value"]
     assert Path(result["picture"]).read_text("utf-8").lstrip().startswith("<?xml")
     won = load_recipe(Path(result["folder"]) / "winner.yaml")
-    assert (won.learning_rate, won.rank) == (1e-2, result["winner"]["adapter.rank"])
+    assert (won.train.learning_rate, won.rank) == (1e-2, result["winner"]["adapter.rank"])
     assert won.data == load_recipe(recipe).data
     runs = children(tracking, f"{won.name}-sweep")
     assert len(runs) == 4  # one of them is the unchanged recipe
@@ -91,7 +91,7 @@ def test_a_sweep_ends_with_a_table_a_picture_and_a_recipe(
     assert "--set train.learning_rate=0.01" in table.out
 
     def pipeline(settings: Any, registry: Any, winner: Recipe, *others: Any) -> Any:
-        assert (winner.learning_rate, winner.rank) == (won.learning_rate, won.rank)
+        assert (winner.train.learning_rate, winner.rank) == (won.train.learning_rate, won.rank)
         raise TrainingError("the winner is trained")
 
     monkeypatch.setattr(stages, "open_pipeline", pipeline)

@@ -15,20 +15,27 @@ from trainer.sweep.outcome import Status, TrialComparison, TrialOutcome
 from trainer.sweep.search import DROPOUT, EPOCHS, RANK, RATE, STEPS, TARGETS, Phase, Search
 
 
+def rate_of(recipe: Recipe) -> float:
+    assert recipe.train.learning_rate is not None
+    return recipe.train.learning_rate
+
+
 def bowl(best: float) -> Landscape:
     """Return a held-out loss that depends only on the learning rate."""
-    return lambda recipe: 0.3 * abs(math.log2(recipe.learning_rate / best))
+    return lambda recipe: 0.3 * abs(math.log2(rate_of(recipe) / best))
 
 
 class Sweep:
     """A search with fake trainings and real studies in memory."""
 
-    def __init__(self, recipe: Recipe, landscape: Landscape, **fake: Any) -> None:
-        self.trials = FakeTrials(recipe, landscape, **fake)
+    def __init__(self, recipe: Recipe, landscape: Landscape, *, width: int = 576, **fake: Any) -> None:
+        self.usual_rate = recipe.usual_learning_rate(width)
+        self.trials = FakeTrials(recipe.with_learning_rate(width), landscape, **fake)
         self.search = self._fresh()
 
     def _fresh(self) -> Search:
-        return Search(self.trials.recipe, TrialComparison(TOKENS), self.trials.run, InMemoryStorage())
+        trials = self.trials
+        return Search(trials.recipe, self.usual_rate, TrialComparison(TOKENS), trials.run, InMemoryStorage())
 
     def run(self) -> TrialOutcome:
         return self.search.run()
@@ -92,6 +99,13 @@ def test_higher_rates_are_tried_when_the_highest_is_the_best(make: Make) -> None
     assert [trial.values[RATE] for trial in sweep.of(Phase.LEARNING_RATE)][5:] == [1e-3, 2e-3]
 
 
+def test_rates_are_multiples_of_the_default_of_a_wider_base() -> None:
+    sweep = Sweep(make_recipe(), bowl(4e-5), width=4096)
+    assert sweep.run().values[RATE] == 3.8e-5
+    rates = [trial.values[RATE] for trial in sweep.of(Phase.LEARNING_RATE)]
+    assert rates == pytest.approx([1.9e-4, 7.6e-5, 3.8e-5, 1.9e-5, 3.8e-6])
+
+
 def test_recipe_wins_when_a_difference_may_be_chance(make: Make) -> None:
     """No value matters here, so the recipe wins unchanged."""
     assert make(lambda recipe: 1.0).run().values == {}
@@ -101,7 +115,7 @@ def test_the_winner_is_never_worse_than_the_recipe(make: Make) -> None:
     """The recipe has two epochs, and its rate is right only for two."""
 
     def landscape(recipe: Recipe) -> float:
-        return 0.0 if recipe.train.epochs == 2 and recipe.learning_rate == 5e-4 else 2.0 + recipe.learning_rate
+        return 0.0 if recipe.train.epochs == 2 and rate_of(recipe) == 5e-4 else 2.0 + rate_of(recipe)
 
     assert make(landscape, train={"epochs": 2}).run().values == {}
 
@@ -153,7 +167,7 @@ def test_worse_trials_are_pruned_except_the_first_two(make: Make) -> None:
 
 
 def test_only_one_trial_fails_when_its_loss_explodes(make: Make) -> None:
-    sweep = make(bowl(1e-4), {"diverges": lambda recipe: recipe.learning_rate > 1e-4})
+    sweep = make(bowl(1e-4), {"diverges": lambda recipe: rate_of(recipe) > 1e-4})
     assert sweep.run().values[RATE] == 1e-4
 
 

@@ -27,7 +27,8 @@ def place(tmp_path: Path, tracking: Tracking) -> Workplace:
     from trainer.training.trial import TrialData
 
     base, examples = Base(tmp_path, "./base", None, "sha256:0"), Examples((), (), "", "", ())
-    place = Workplace(tmp_path, "sweep", make_recipe(), base, examples, tracking, NumberType.FLOAT32)
+    recipe = make_recipe().with_learning_rate(576)
+    place = Workplace(tmp_path, "sweep", recipe, base, examples, tracking, NumberType.FLOAT32)
     row = TokenizedExample((1, 2), ((1, 2),))
     vars(place)["data"] = TrialData([[row]], [row], [row])
     return place
@@ -84,7 +85,7 @@ def test_measurements_before_an_interruption_count_when_the_trial_resumes(
 
 def test_training_runs_once_when_two_trials_need_it(place: Workplace, trainings: list[list[tuple[int, float]]]) -> None:
     trainings.append([(1, 0.9)])
-    values = {"train.learning_rate": place.recipe.learning_rate}
+    values = {"train.learning_rate": place.recipe.train.learning_rate}
     first, second = (place.run_trial(changed, lambda step, loss: None) for changed in ({}, values))
     assert second == first.model_copy(update={"values": values})
 

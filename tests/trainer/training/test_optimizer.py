@@ -56,7 +56,7 @@ def test_8_bit_optimizer_is_rejected_when_bitsandbytes_is_not_installed(monkeypa
 def test_training_is_rejected_when_the_optimizer_does_not_work_on_this_machine(tmp_path: Path) -> None:
     recipe = make_recipe(train={"optimizer": "paged-adamw"})
     with pytest.raises(RecipeError, match="runs on the CPU"):
-        training_arguments(recipe, tmp_path, choose_acceleration(machine_facts()), 10, NumberType.FLOAT32)
+        training_arguments(recipe, 1e-3, tmp_path, choose_acceleration(machine_facts()), 10, NumberType.FLOAT32)
 
 
 @pytest.mark.slow

@@ -1,0 +1,46 @@
+"""The default learning rate, by method and by the width of the base."""
+
+import pytest
+
+from tests.trainer.conftest import make_recipe
+from tests.trainer.estimate.configs import FOLDER
+from trainer.model.config import read_width
+
+_CUSTOMARY = {
+    "llama-3.2-1b": {"lora": (1e-4, 1e-3), "full": (1e-5, 1e-4)},
+    "llama-3.1-8b": {"lora": (1e-4, 3e-4), "qlora": (1e-4, 3e-4), "full": (1e-5, 3e-5)},
+    "phi-4": {"qlora": (1e-4, 2e-4), "full": (1e-5, 3e-5)},
+    "r1-qwen-32b": {"qlora": (1e-4, 3e-4)},
+    "llama-2-70b": {"qlora": (1e-4, 3e-4), "full": (1e-5, 2e-5)},
+}
+"""Lowest and highest rate in papers and in the recipes of other libraries (docs/training.md)."""
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "low", "high"),
+    [(name, method, *bounds) for name, of in _CUSTOMARY.items() for method, bounds in of.items()],
+)
+def test_default_is_within_the_customary_rates_of_published_models(
+    name: str, method: str, low: float, high: float
+) -> None:
+    assert low <= make_recipe(method=method).learning_rate(read_width(FOLDER / name)) <= high
+
+
+@pytest.mark.parametrize(("method", "rate"), [("lora", 5e-4), ("full", 5e-5), ("adalora", 1e-2), ("vera", 6e-2)])
+@pytest.mark.parametrize("width", [64, 576])
+def test_default_is_the_measured_rate_when_the_base_is_not_wider_than_the_measured_one(
+    method: str, rate: float, width: int
+) -> None:
+    assert make_recipe(method=method).learning_rate(width) == rate
+
+
+def test_the_recipes_own_rate_is_used_whatever_the_base() -> None:
+    recipe = make_recipe(train={"learning_rate": 7e-4})
+    assert recipe.with_learning_rate(8192) == recipe
+
+
+def test_a_recipe_with_its_rate_written_out_records_it() -> None:
+    recipe = make_recipe(method="full").with_learning_rate(4096)
+    assert recipe.train.learning_rate == 1.9e-5
+    assert recipe.flat()["train.learning_rate"] == "1.9e-05"
+    assert recipe.model_dump(exclude_unset=True)["train"] == {"learning_rate": 1.9e-5}
