@@ -160,12 +160,15 @@ class Method(StrEnum):
     """Two vectors per layer, with random matrices that all layers share (Kopiczko et al. 2023)."""
 
 
+MAX_RANK = 1024
+
+
 class Adapter(_Section):
     """The adapter; not used by `method: full`."""
 
     type: AdapterType | None = None
     """lora, dora, adalora or vera; default: the type implied by `method`"""
-    rank: Annotated[int, Field(ge=1, le=1024)] | None = None
+    rank: Annotated[int, Field(ge=1, le=MAX_RANK)] | None = None
     """rank of the update: a higher rank can learn more but needs more memory; default: 16, or 256 for vera"""
     alpha: Annotated[int, Field(ge=1)] | None = None
     """scale: the update is multiplied by alpha / rank; default: twice the rank; not used by vera"""

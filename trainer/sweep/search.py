@@ -7,7 +7,7 @@ so all decisions are the same. Knows nothing of training.
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
@@ -19,10 +19,10 @@ from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 
 from svc.terminal import console
-from trainer.recipe.sections import AdapterType, Between, Recipe
+from trainer.recipe.sections import MAX_RANK, AdapterType, Between, Recipe
 from trainer.recipe.targets import Targets
 from trainer.sweep.outcome import TrialComparison, TrialOutcome
-from trainer.sweep.values import Values, describe, with_values
+from trainer.sweep.values import Values, describe, show, with_values
 from trainer.sweep.workplace import Watch
 
 RATE, RANK, EPOCHS, STEPS = "train.learning_rate", "adapter.rank", "train.epochs", "train.steps"
@@ -31,6 +31,8 @@ _RATES = (0.02, 0.1, 0.2, 0.4, 1.0)
 """Learning rates to try, as multiples of the default: 1e-5 to 5e-4 for LoRA on a base of width 576."""
 _RANKS = (8, 16, 32)
 _EPOCHS = (1.0, 2.0, 3.0)
+_MAX_BEYOND_RATES, _MAX_BEYOND_RANKS = 4, 2
+"""Maximum number of values beyond the lowest or the highest, each twice or half as large as the previous one."""
 _DROPOUTS = (0.05, 0.1)
 _UNPRUNED = 2
 """Number of a phase's trials that finish before any is pruned."""
@@ -87,49 +89,93 @@ class Search:
         if sweep.space is None:
             best = [self._phases(unchanged)]
         else:
-            best = sorted(self._trials(Phase.SPACE, {}, sweep.space, sweep.trials), key=lambda trial: trial.mean)[:1]
+            trials = self._trials(Phase.SPACE, {}, sweep.space, _combinations(sweep.space, sweep.trials))
+            best = sorted(trials, key=lambda trial: trial.mean)[:1]
         return self.comparison.choose([unchanged, *best])
 
     def _phases(self, unchanged: TrialOutcome) -> TrialOutcome:
         ranks = possible_ranks(self.recipe)
         best = self._learning_rate(unchanged)
         if ranks:
-            order = sorted(ranks, key=lambda rank: rank != self.recipe.rank)
-            best = self.comparison.choose([*self._trials(Phase.RANK, best.values, {RANK: order})] or [best])
+            best = self._rank(best, ranks)
         best = self._epochs(best)
         if ranks:
             best = self._dropout(self._targets(best, ranks[-1]))
         return best
 
     def _learning_rate(self, unchanged: TrialOutcome) -> TrialOutcome:
-        """Try learning rates outwards from the recipe's own, and higher ones while the highest is chosen."""
+        """Try learning rates outwards from the recipe's own. All cost the same: after this one, prefer the best."""
         own = self.recipe.train.learning_rate or self.usual_rate
         rates = sorted({float(f"{rate * self.usual_rate:.3g}") for rate in _RATES} | {own})
-        top = rates[-1]
-        order = [*sorted(rates, key=lambda rate: abs(math.log(rate / own))), 2 * top, 4 * top]
+        order = sorted(rates, key=lambda rate: abs(math.log(rate / own)))
+        lower = [float(f"{rates[0] / 2**step:.3g}") for step in range(1, _MAX_BEYOND_RATES + 1)]
+        higher = [float(f"{rates[-1] * 2**step:.3g}") for step in range(1, _MAX_BEYOND_RATES + 1)]
+        fixed = {EPOCHS: 1.0, STEPS: None}
+        chosen = self._outwards(Phase.LEARNING_RATE, fixed, RATE, order, lower, higher, lambda trial: trial.mean)
+        return chosen or unchanged
+
+    def _rank(self, best: TrialOutcome, ranks: Sequence[int]) -> TrialOutcome:
+        """Try ranks; after the recipe's own, prefer the lowest."""
+        order = sorted(ranks, key=lambda rank: rank != self.recipe.rank)
+        lower = [rank for step in range(1, _MAX_BEYOND_RANKS + 1) if (rank := ranks[0] // 2**step)]
+        higher = [rank for step in range(1, _MAX_BEYOND_RANKS + 1) if (rank := ranks[-1] * 2**step) <= MAX_RANK]
+        phase = Phase.RANK
+        chosen = self._outwards(phase, best.values, RANK, order, lower, higher, lambda trial: trial.values[RANK])
+        return chosen or best
+
+    def _outwards(
+        self,
+        phase: Phase,
+        fixed: Values,
+        key: str,
+        order: Sequence[float],
+        lower: Sequence[float],
+        higher: Sequence[float],
+        preference: Callable[[TrialOutcome], float],
+    ) -> TrialOutcome | None:
+        """Try values in order, then lower ones while the lowest is the best, and higher ones while the highest is.
+
+        Args:
+            order: the recipe's own value first, which is preferred.
+            lower, higher: further values, nearest first.
+            preference: order of the other trials, of which the first ones are preferred.
+
+        Returns:
+            the chosen trial; None if there was no time for any.
+        """
         trials: list[TrialOutcome] = []
 
         def choose() -> TrialOutcome:
-            # All rates cost the same: after the recipe's own, the best is preferred.
-            return self.comparison.choose([*trials[:1], *sorted(trials[1:], key=lambda trial: trial.mean)])
+            return self.comparison.choose([*trials[:1], *sorted(trials[1:], key=preference)])
 
-        for trial in self._trials(Phase.LEARNING_RATE, {EPOCHS: 1.0, STEPS: None}, {RATE: order}):
+        def proposals() -> Iterator[dict[str, Any]]:
+            yield from ({key: value} for value in order)
+            for beyond, edge, name in ((higher, max, "highest"), (lower, min, "lowest")):
+                for value in beyond:
+                    best = choose().values[key]
+                    if best != edge(trial.values[key] for trial in trials):
+                        break
+                    self.notes.append(f"{key} {show(value)} was tried because the {name}, {show(best)}, was the best")
+                    yield {key: value}
+                if beyond and choose().values[key] == beyond[-1]:
+                    self.notes.append(f"the best {key} is the {name} that was tried: set it and sweep again")
+
+        for trial in self._trials(phase, fixed, {key: [*order, *lower, *higher]}, proposals()):
             trials.append(trial)
-            rate = trial.values[RATE]
-            if rate > top:
-                self.notes.append(f"learning rate {rate:g} was tried because the highest, {rate / 2:g}, was the best")
-            if len(trials) >= len(rates) and choose().values[RATE] < max(rate, top):
-                break
-        return choose() if trials else unchanged
+        return choose() if trials else None
 
     def _epochs(self, best: TrialOutcome) -> TrialOutcome:
-        """Try one epoch, then longer trainings as long as each lowers held-out loss."""
+        """Try one epoch, then longer trainings as long as each lowers held-out loss, at the end beyond chance."""
         own = None if self.recipe.train.steps else self.recipe.train.epochs
         lengths = sorted({*_EPOCHS, own or 1.0})
+        most = lengths[-1]
         trials: list[TrialOutcome] = []
-        for trial in self._trials(Phase.EPOCHS, best.values, {EPOCHS: lengths}):
+        for trial in self._trials(Phase.EPOCHS, best.values, {EPOCHS: [*lengths, most + 1, most + 2]}):
             trials.append(trial)
-            if len(trials) > 1 and trial.mean >= trials[-2].mean:
+            before = trials[-2] if len(trials) > 1 else None
+            if before and trial.mean >= before.mean:
+                break
+            if before and before.loss and trial.values[EPOCHS] >= most and not self.comparison.distinct(before, trial):
                 break
         trials.sort(key=lambda trial: trial.values[EPOCHS] != own)  # of the others, the shortest stays first
         return self.comparison.choose(trials or [best])
@@ -139,7 +185,7 @@ class Search:
         if self.recipe.adapter.targets is Targets.ALL_LINEAR:
             return best
         rank = with_values(self.recipe, best.values).rank
-        if rank != largest:
+        if rank < largest:
             self.notes.append(f"adapters on more layers were not tried: rank {largest} is no better than {rank}")
             return best
         trials = self._trials(Phase.TARGETS, best.values, {TARGETS: [Targets.ALL_LINEAR.value]})
@@ -155,12 +201,19 @@ class Search:
         trials = self._trials(Phase.DROPOUT, {**longest.values, **targets}, {DROPOUT: _DROPOUTS})
         return self.comparison.choose([best, *trials])
 
-    def _trials(self, phase: Phase, fixed: Values, space: Space, most: int | None = None) -> Iterator[TrialOutcome]:
+    def _trials(
+        self,
+        phase: Phase,
+        fixed: Values,
+        space: Space,
+        combinations: Iterable[dict[str, Any] | None] | None = None,
+    ) -> Iterator[TrialOutcome]:
         """Run the trials of a phase, one after the other; start none after the trainings have taken `sweep.seconds`.
 
         Args:
             fixed: values of all trials.
-            most: number of trials; None for every combination of the space, which has lists only.
+            combinations: values of each trial, or None for a trial of the sampler; default: every combination of the
+                space, which then has lists only.
         """
         study = optuna.create_study(
             storage=self.storage,
@@ -169,7 +222,7 @@ class Search:
             pruner=optuna.pruners.MedianPruner(n_startup_trials=_UNPRUNED),
         )
         distributions = {key: _distribution(values) for key, values in space.items()}
-        for chosen in _combinations(space, most):
+        for chosen in _combinations(space, None) if combinations is None else combinations:
             if self._is_late():
                 return
             if chosen is not None:

@@ -66,10 +66,10 @@ def test_each_phase_starts_from_the_winner_of_the_previous_one(make: Make) -> No
 
     sweep = make(landscape)
     winner = sweep.run()
-    assert winner.values == {EPOCHS: 3.0, STEPS: None, RATE: 1e-4, RANK: 32}
+    assert winner.values == {EPOCHS: 5.0, STEPS: None, RATE: 1e-4, RANK: 128}
     assert [trial.values[RATE] for trial in sweep.of(Phase.LEARNING_RATE)] == [5e-4, 2e-4, 1e-4, 5e-5, 1e-5]
-    assert [trial.values[RANK] for trial in sweep.of(Phase.RANK)] == [16, 8, 32]
-    assert [trial.values[EPOCHS] for trial in sweep.of(Phase.EPOCHS)] == [1, 2, 3]
+    assert [trial.values[RANK] for trial in sweep.of(Phase.RANK)] == [16, 8, 32, 64, 128]
+    assert [trial.values[EPOCHS] for trial in sweep.of(Phase.EPOCHS)] == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize(("method", "highest"), [("lora", 5e-4), ("adalora", 1e-2), ("vera", 6e-2), ("full", 5e-5)])
@@ -99,11 +99,45 @@ def test_higher_rates_are_tried_when_the_highest_is_the_best(make: Make) -> None
     assert [trial.values[RATE] for trial in sweep.of(Phase.LEARNING_RATE)][5:] == [1e-3, 2e-3]
 
 
+def test_lower_rates_are_tried_when_the_lowest_is_the_best(make: Make) -> None:
+    sweep = make(bowl(4e-6))
+    assert sweep.run().values[RATE] == 5e-6
+    assert [trial.values[RATE] for trial in sweep.of(Phase.LEARNING_RATE)][5:] == [5e-6, 2.5e-6]
+
+
+def test_note_says_that_the_best_rate_is_the_highest_tried_when_no_bound_is_found(make: Make) -> None:
+    sweep = make(bowl(1.0))
+    assert sweep.run().values[RATE] == 8e-3
+    assert any("the best train.learning_rate is the highest that was tried" in note for note in sweep.search.notes)
+
+
 def test_rates_are_multiples_of_the_default_of_a_wider_base() -> None:
     sweep = Sweep(make_recipe(), bowl(4e-5), width=4096)
     assert sweep.run().values[RATE] == 3.8e-5
     rates = [trial.values[RATE] for trial in sweep.of(Phase.LEARNING_RATE)]
     assert rates == pytest.approx([1.9e-4, 7.6e-5, 3.8e-5, 1.9e-5, 3.8e-6])
+
+
+def test_a_lower_rank_is_tried_when_the_lowest_is_better_beyond_chance(make: Make) -> None:
+    sweep = make(lambda recipe: 0.1 * abs(recipe.rank - 4))
+    assert sweep.run().values[RANK] == 4
+    assert [trial.values[RANK] for trial in sweep.of(Phase.RANK)] == [16, 8, 32, 4, 2]
+
+
+def test_no_rank_beyond_those_is_tried_when_ranks_make_no_difference(make: Make) -> None:
+    sweep = make(bowl(5e-4))
+    sweep.run()
+    assert [trial.values[RANK] for trial in sweep.of(Phase.RANK)] == [16, 8, 32]
+
+
+def test_no_more_than_three_epochs_are_tried_when_the_third_is_not_better_beyond_chance(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TrialComparison, "distinct", lambda self, first, second: abs(first.mean - second.mean) > 0.1)
+    losses = {1.0: 1.0, 2.0: 0.5, 3.0: 0.45}
+    sweep = make(lambda recipe: losses[recipe.train.epochs])
+    assert sweep.run().values[EPOCHS] == 2
+    assert [trial.values[EPOCHS] for trial in sweep.of(Phase.EPOCHS)] == [1, 2, 3]
 
 
 def test_recipe_wins_when_a_difference_may_be_chance(make: Make) -> None:
