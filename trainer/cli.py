@@ -73,7 +73,7 @@ def train(
 
     task = quick_trial(loaded, examples) if quick else (loaded, examples)
     expected = estimate_here(*task, settings, anyway=anyway)
-    base = find_base(loaded.base, settings)
+    base = find_base(loaded.base, settings, loaded.chat_template)
     pipeline = open_pipeline(settings, registry, *task, base, register_failed=register_failed, expected=expected)
     manifest = registry.manifest(pipeline.train_version())
     if quick:

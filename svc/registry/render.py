@@ -22,6 +22,8 @@ def print_version(manifest: Manifest, folder: Path) -> None:
     output.print(
         f"base {base.origin} (licence: {base.licence or 'unknown'}), trained on {data.train_examples} examples"
     )
+    if template := manifest.recipe.get("chat_template"):
+        output.print(f"chat template: {template} (chat_template in the recipe)", markup=False, soft_wrap=True)
     evaluated = f"evaluated on {manifest.judged_examples} of {data.heldout_examples} held-out examples"
     primary = f"; primary metric: {manifest.primary_title}" if manifest.judged_examples else ""
     selection = f"; {data.selection}" if manifest.judged_examples and data.selection else ""

@@ -6,6 +6,7 @@ positions. Families use their real tokenizer if it was downloaded.
 """
 
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from examples.service import serving, svc_json
 from svc.dataset.readers.reader import read_examples, write_examples
 from svc.dataset.schema.example import ChatExample, Role
 from tests.e2e.conftest import DATA, RECIPE, Report
+from tests.hub_models.base_models import build_base_model
 from tests.hub_models.build import build_hub_model
 from tests.hub_models.family import FAMILIES, Family
-from tests.hub_models.tokenizer import fetched_tokenizer
+from tests.hub_models.tokenizer import fetched_tokenizer, smollm2_folder
 
 pytestmark = [pytest.mark.matrix]
 
@@ -37,18 +39,29 @@ def read_without_system_turns(name: str, count: int) -> list[ChatExample]:
 
 
 @pytest.fixture(scope="module")
-def families_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the home of all versions. The examples are next to it."""
+def families_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Return the home of all versions. The examples are next to it, and a cache of base models."""
+    smollm2_folder()  # from the user's cache
     folder = tmp_path_factory.mktemp("families")
     write_examples(folder / "train.jsonl", read_without_system_turns("train.jsonl", TRAIN_EXAMPLES))
     write_examples(folder / "heldout.jsonl", read_without_system_turns("heldout.jsonl", HELDOUT_EXAMPLES))
-    return folder / "home"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SVC_BASE_CACHE", str(folder / "cache"))
+        yield folder / "home"
 
 
-def write_recipe(folder: Path, family: Family, name: str) -> Path:
-    """Build a base model of the family, and return the recipe that trains it."""
-    build_hub_model(folder / name, family.name, tokenizer=fetched_tokenizer(family))
+def write_recipe(folder: Path, family: Family, name: str, template: str | None) -> Path:
+    """Build a base model of the family, and return the recipe that trains it.
+
+    Args:
+        template: chat template in the recipe, for a base without one; None: the family's own.
+    """
+    if template is None:
+        build_hub_model(folder / name, family.name, tokenizer=fetched_tokenizer(family))
+    else:
+        build_base_model(folder / name, family.name)
     recipe = RECIPE.replace("name: tiny", f"name: {name}").replace("base: ./base", f"base: ./{name}")
+    recipe += f"chat_template: {template}\n" if template else ""
     path = folder / f"{name}.yaml"
     path.write_text(recipe.replace("{repeats: 3}", "{repeats: 2, restart: false}"), "utf-8")
     return path
@@ -66,11 +79,22 @@ def quantizes(family: Family) -> bool:
 def test_a_family_is_registered_and_answers_when_its_base_is_as_published(
     families_home: Path, report: Report, family: Family
 ) -> None:
-    name = family.name.replace("_", "-")
+    train_and_ask(families_home, report, family, None)
+
+
+@pytest.mark.parametrize(("family", "template"), [("llama_2", "chatml"), ("phi_2", "alpaca")])
+def test_a_base_without_a_chat_template_is_registered_and_answers_when_the_recipe_has_one(
+    families_home: Path, report: Report, family: str, template: str
+) -> None:
+    train_and_ask(families_home, report, FAMILIES[family], template)
+
+
+def train_and_ask(families_home: Path, report: Report, family: Family, template: str | None) -> None:
+    name = "-".join([*family.name.split("_"), *([template] if template else [])])
     started = time.monotonic()
     options = ["--set", f"train.epochs={family.epochs}"]
     options += [] if quantizes(family) else ["--set", "formats=[merged]"]
-    recipe = write_recipe(families_home.parent, family, name)
+    recipe = write_recipe(families_home.parent, family, name, template)
     version = svc_json(families_home, "train", str(recipe), *options)["version"]
     seconds = time.monotonic() - started
     assert version == f"{name}@1"
@@ -96,4 +120,7 @@ def test_a_family_is_registered_and_answers_when_its_base_is_as_published(
             model=name, messages=[{"role": "user", "content": "Which section has package curl?"}], max_tokens=5
         )
     assert raw.headers["x-model-version"] == version
-    assert raw.parse().usage
+    answer = raw.parse()
+    assert answer.usage
+    if template:
+        assert "<|im_" not in str(answer.choices[0].message.content)

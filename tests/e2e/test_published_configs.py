@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 
 from svc.errors import BaseModelError
+from svc.settings import Settings
 from tests.e2e.conftest import FIGURES, Report
-from tests.hub_models.published import build_published, refusal
+from tests.hub_models.published import NO_TEMPLATE, build_published, refusal
 from tests.hub_models.training import check_merged, train_and_merge
+from trainer.pipeline.find_base import find_base
+from trainer.recipe.named_template import NamedTemplate
 
 pytestmark = [pytest.mark.matrix]
 
@@ -49,6 +52,11 @@ def test_a_model_with_its_publishers_files_is_merged_or_refused(
             train_and_merge(base, tmp_path)
         assert raised.value.expected
         assert raised.value.todo
+        if reason == NO_TEMPLATE:
+            settings = Settings(base_cache=tmp_path / "cache")
+            templated = find_base(str(base), settings, NamedTemplate.CHATML).folder
+            check_merged(templated, train_and_merge(templated, tmp_path))
+            reason += "; run with chat_template: chatml"
     else:
         check_merged(base, train_and_merge(base, tmp_path))
     outcome = "refused" if reason else "run"

@@ -32,6 +32,7 @@ _LISTS = {
     "long_factor": _HEAD_WIDTH // 2,
     "short_factor": _HEAD_WIDTH // 2,
 }
+NO_TEMPLATE = "has no chat template"
 _OTHER_CONTENT = ("vision_config", "audio_config")
 _SENTENCEPIECE_CLASSES = ("LlamaTokenizer", "GemmaTokenizer")
 _FIRST_FREE_ID = {Vocabulary.SMOLLM2: 49152, Vocabulary.MISTRAL_1: 32000, Vocabulary.MISTRAL_3: 32768}
@@ -48,13 +49,15 @@ def refusal(published: Path) -> str | None:
         return "is not a text-only model"
     if "quantization_config" in config:
         return "is already quantized"
+    if config["model_type"] not in CONFIG_MAPPING:
+        return "transformers does not know"
     if (
         tokenizer.is_file()
         and not json.loads(tokenizer.read_text("utf-8")).get("chat_template")
         and not (published / "chat_template.jinja").is_file()
     ):
-        return "chat template"
-    return None if config["model_type"] in CONFIG_MAPPING else "transformers does not know"
+        return NO_TEMPLATE
+    return None
 
 
 def build_published(published: Path, folder: Path) -> Path:
@@ -64,7 +67,7 @@ def build_published(published: Path, folder: Path) -> Path:
         shutil.copyfile(path, folder / path.name)
     config = shrink((published / "config.json").read_bytes().decode("utf-8"))
     (folder / "config.json").write_bytes(config.encode("utf-8"))
-    if refusal(published) is None:
+    if refusal(published) in (None, NO_TEMPLATE):
         write_weights(folder, config)
         for path in published.glob("generation_config.json"):
             shutil.copyfile(path, folder / path.name)

@@ -5,9 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from svc.model_folder.chat_template import read_chat_template
+from svc.settings import Settings
+from tests.hub_models.base_models import build_base_model
 from tests.hub_models.build import build_hub_model
 from tests.hub_models.family import FAMILIES
 from tests.hub_models.training import check_merged, train_and_merge
+from trainer.data.template_choice import template_text
+from trainer.pipeline.find_base import find_base
+from trainer.recipe.named_template import NamedTemplate
 
 pytestmark = [pytest.mark.slow]
 
@@ -24,3 +30,15 @@ def test_merged_model_has_the_files_and_config_of_its_base_when_they_are_as_publ
         assert config == published
     else:
         assert json.loads(config) == json.loads(published) | {"torch_dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("template", NamedTemplate)
+@pytest.mark.parametrize("family", ["llama_2", "phi_2"])
+def test_merged_model_has_the_recipes_chat_template_when_its_base_has_none(
+    tmp_path: Path, family: str, template: NamedTemplate
+) -> None:
+    untemplated = build_base_model(tmp_path / "base", family)
+    base = find_base(str(untemplated), Settings(base_cache=tmp_path / "cache"), template)
+    merged = train_and_merge(base.folder, tmp_path)
+    check_merged(base.folder, merged)
+    assert read_chat_template(merged) == template_text(template, untemplated)

@@ -1,4 +1,4 @@
-"""Checks that a folder is a base model: a complete chat model for text, in floating-point safetensors."""
+"""Checks that a folder is a base model: a complete language model for text, in floating-point safetensors."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 from svc.errors import BaseModelError, IntegrityError
 from svc.model_folder.weight_files import TOKENIZER_FILES, WEIGHTS_INDEX, weight_files
+from trainer.recipe.named_template import SET_TEMPLATE
 
 _WEIGHTS = "model.safetensors"
 _FLOATS = {"bfloat16", "float16", "float32"}
@@ -26,13 +27,11 @@ def check_folder(folder: Path) -> None:
     missing += _missing_weights(folder)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         missing.append("tokenizer.json")
-    elif not _has_chat_template(folder):
-        missing.append("a chat template (chat_template.jinja, or chat_template in tokenizer_config.json)")
     if missing:
         raise BaseModelError(
             f"{folder} lacks {', '.join(missing)}",
-            expected="a chat model as transformers saves it: config, safetensors, tokenizer and chat template",
-            todo="complete the folder, or choose an instruction-tuned base",
+            expected="a language model as transformers saves it: config, safetensors and tokenizer",
+            todo="complete the folder",
         )
     _check_config(folder, read_json(folder / "config.json"))
 
@@ -90,7 +89,22 @@ def _missing_weights(folder: Path) -> list[str]:
     return [_WEIGHTS]
 
 
-def _has_chat_template(folder: Path) -> bool:
+def check_chat_template(folder: Path) -> None:
+    """Check that a base model has a chat template.
+
+    Raises:
+        BaseModelError: it has none.
+    """
+    if not has_chat_template(folder):
+        raise BaseModelError(
+            f"{folder} has no chat template",
+            expected="chat_template.jinja, or chat_template in tokenizer_config.json",
+            todo=SET_TEMPLATE,
+        )
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Return whether a model has a chat template of its own."""
     if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
         return True
     config = folder / "tokenizer_config.json"

@@ -1,20 +1,18 @@
 """Resolves a base model: a known id, a GGUF file, a local folder or a model of the Hugging Face hub.
 
-Training gets one folder from every source: config.json, safetensors weights, tokenizer, chat template. Weights in
-pickle and models with their own Python code are rejected, because loading them runs untrusted code. Knows nothing of
-registered versions: the caller turns NAME@N into a folder.
+Training gets one folder from every source: config.json, safetensors weights, tokenizer, and its chat template if
+it has one. Weights in pickle and models with their own Python code are rejected, because loading them runs untrusted
+code. Knows nothing of registered versions: the caller turns NAME@N into a folder.
 """
 
-import os
 import re
-import shutil
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from svc.errors import BaseModelError
 from svc.terminal import waiting
+from trainer.base_model.cached_folder import build_once
 from trainer.base_model.checks import check_folder
 from trainer.base_model.content import hash_files, model_files, read_licence
 from trainer.base_model.hub import fetch_config, fetch_snapshot
@@ -28,7 +26,7 @@ class Base:
     """A base model that is ready for training.
 
     Attributes:
-        folder: config.json, *.safetensors, tokenizer files, chat template.
+        folder: config.json, *.safetensors, tokenizer files, and the chat template if there is one.
         origin: name in the recipe.
         licence: as the source states it; None if it states none.
         revision: identifier of the content: `sha256:<hex>` of the wheel, GGUF file or folder, or the hub's commit.
@@ -48,7 +46,7 @@ def resolve_base(base: str, cache: Path) -> Base:
         cache: folder for fetched and converted models; any number of processes may share it.
 
     Raises:
-        BaseModelError: the base is unknown, unreachable, incomplete, not in safetensors, or has no chat template.
+        BaseModelError: the base is unknown, unreachable, incomplete, or not in safetensors.
     """
     if base in KNOWN:
         return _from_wheel(base, KNOWN[base], cache)
@@ -96,7 +94,7 @@ def _from_wheel(base: str, wheel: Wheel, cache: Path) -> Base:
             gguf = download_wheel(wheel, Path(temporary))
             _convert_gguf(gguf, folder, wheel.licence)
 
-    folder = _publish(cache / base / wheel.sha256[:12], build)
+    folder = build_once(cache / base / wheel.sha256[:12], build)
     return Base(folder, base, wheel.licence, f"sha256:{wheel.sha256}")
 
 
@@ -107,7 +105,7 @@ def _from_gguf(base: str, path: Path, cache: Path) -> Base:
         )
     revision = hash_files([path])
     target = cache / "gguf" / revision.removeprefix("sha256:")[:32]
-    folder = _publish(target, lambda folder: _convert_gguf(path, folder, _gguf_licence(path)))
+    folder = build_once(target, lambda folder: _convert_gguf(path, folder, _gguf_licence(path)))
     return Base(folder, base, read_licence(folder), revision)
 
 
@@ -115,7 +113,7 @@ def _convert_gguf(path: Path, folder: Path, licence: str | None) -> None:
     """Write a GGUF model as bf16 safetensors, with the licence in a model card, as on the hub.
 
     Raises:
-        BaseModelError: transformers cannot read it, or it has no chat template.
+        BaseModelError: transformers cannot read it.
     """
     with waiting(f"Converting {path.name} to safetensors (about 30 s)"):
         import torch
@@ -152,25 +150,3 @@ def _from_hub(base: str, cache: Path) -> Base:
     folder = fetch_snapshot(base, cache)
     check_folder(folder)
     return Base(folder, base, read_licence(folder), folder.name)
-
-
-def _publish(target: Path, build: Callable[[Path], None]) -> Path:
-    """Build a folder under a temporary name and rename it, so that it is never visible incomplete.
-
-    Two processes may build the same folder; the second one to finish deletes its own.
-    """
-    if target.is_dir():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        build(temporary)
-        temporary.chmod(0o755)
-        try:
-            os.rename(temporary, target)
-        except OSError:
-            if not target.is_dir():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return target

@@ -64,7 +64,8 @@ def compare_models(
     format = Format(wanted.format) if wanted.format else None
     find = partial(find_model, registry=registry, settings=settings, format=format, key=wanted.key)
     first_model, second_model = find(wanted.first), find(wanted.second)
-    models = [asked_alike(first_model, second_model), asked_alike(second_model, first_model)]
+    pairs = (first_model, second_model), (second_model, first_model)
+    models = [asked_alike(model, other, settings.base_cache) for model, other in pairs]
     questions = choose_questions(models, registry, wanted, settings.base_cache)
     metrics = choose_metrics(questions.whole, questions.options)
     try_on_references(metrics, questions.examples)

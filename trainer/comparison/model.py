@@ -3,13 +3,20 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from svc.errors import NotFoundError
+from svc.errors import BaseModelError, NotFoundError
 from svc.evaluation.endpoint import Endpoint
-from svc.model_folder.chat_template import TemplateKwargs, choose_template_kwargs, read_template_kwargs
+from svc.model_folder.chat_template import (
+    TemplateKwargs,
+    choose_template_kwargs,
+    read_chat_template,
+    read_template_kwargs,
+)
 from svc.registry.manifest import Manifest
 from svc.registry.registry import Registry
 from svc.settings import Settings
 from svc.version import Format
+from trainer.base_model.checks import has_chat_template
+from trainer.base_model.other_template import folder_with_template, revision_with_template
 from trainer.base_model.pypi_wheel import KNOWN
 from trainer.base_model.resolve import resolve_base
 from trainer.pipeline.find_base import format_revision
@@ -68,13 +75,34 @@ def find_model(text: str, registry: Registry, settings: Settings, *, format: For
     return LocalModel(text, base.folder, base.revision, choose_template_kwargs(base.folder, None))
 
 
-def asked_alike(base: Model, other: Model) -> Model:
-    """Return `base` with the chat template arguments of `other`, a version trained from it; unchanged for others."""
-    version = other.manifest if isinstance(other, LocalModel) else None
-    if isinstance(base, Endpoint) or base.manifest or version is None or version.base.revision != base.revision:
+def asked_alike(base: Model, other: Model, cache: Path) -> Model:
+    """Return `base` with the chat template and its arguments of `other`, a version trained from it.
+
+    Other models are returned unchanged.
+
+    Args:
+        cache: folder for converted base models.
+
+    Raises:
+        BaseModelError: `base` has no chat template.
+    """
+    if isinstance(base, Endpoint) or base.manifest:
         return base
-    kwargs = choose_template_kwargs(base.folder, version.recipe.get("chat_template_kwargs"))
-    return replace(base, template_kwargs=kwargs)
+    if isinstance(other, LocalModel) and (version := other.manifest):
+        asked = base
+        if version.recipe.get("chat_template") and (template := read_chat_template(other.folder)):
+            folder = folder_with_template(base.folder, template, cache)
+            asked = replace(base, folder=folder, revision=revision_with_template(base.revision, template))
+        if version.base.revision == asked.revision:
+            kwargs = choose_template_kwargs(asked.folder, version.recipe.get("chat_template_kwargs"))
+            return replace(asked, template_kwargs=kwargs)
+    if not has_chat_template(base.folder):
+        raise BaseModelError(
+            f"{base} has no chat template",
+            expected="an instruction-tuned model, or a version trained from this base to compare it with",
+            todo="train a version with chat_template in the recipe, and compare the base with it",
+        )
+    return base
 
 
 def _version(manifest: Manifest, registry: Registry, format: Format | None) -> LocalModel:

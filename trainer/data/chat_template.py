@@ -11,16 +11,18 @@ do not teach that. Knows nothing of batches or losses.
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from svc.dataset.schema.example import ChatExample
+from svc.dataset.schema.example import ChatExample, Message, Role
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.dataset.text.thinking import CLOSING
 from svc.errors import BaseModelError, DataError
 from svc.files.json_file import read_json_object
 from svc.model_folder.chat_template import TemplateKwargs, pin_date
 from svc.terminal import counting
+from trainer.recipe.named_template import SET_TEMPLATE, NamedTemplate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,6 +49,20 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     Raises:
         BaseModelError: transformers cannot read the tokenizer, or it has no chat template.
     """
+    tokenizer = read_tokenizer(folder)
+    if not tokenizer.chat_template:
+        raise BaseModelError(f"{folder} has no chat template", expected="an instruction-tuned model", todo=SET_TEMPLATE)
+    if isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = pin_date(tokenizer.chat_template)
+    return tokenizer
+
+
+def read_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer of a model folder, which may have no chat template. No code from the folder is run.
+
+    Raises:
+        BaseModelError: transformers cannot read the tokenizer.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -61,12 +77,6 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
             expected="a tokenizer that transformers knows, without custom code",
             todo="download the model's tokenizer files again, or choose another base",
         ) from error
-    if not tokenizer.chat_template:
-        raise BaseModelError(
-            f"{folder} has no chat template", expected="an instruction-tuned model", todo="choose another base"
-        )
-    if isinstance(tokenizer.chat_template, str):
-        tokenizer.chat_template = pin_date(tokenizer.chat_template)
     return tokenizer
 
 
@@ -79,6 +89,42 @@ def stop_tokens(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> set[int]:
     configured = read_json_object(folder / name).get("eos_token_id")
     ids = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
     return {token for token in ids if token is not None}
+
+
+def check_ending(
+    folder: Path, tokenizer: "PreTrainedTokenizerBase", stops: set[int], template_kwargs: TemplateKwargs
+) -> None:
+    """Check that a client sees no text of the chat template after an answer.
+
+    The end of a turn may be ordinary text to the tokenizer, for example `<|im_end|>` to Llama 2's: the engine would not
+    stop there.
+
+    Args:
+        folder: folder of the model, for the error.
+        stops: ids of the tokens at which the engine stops.
+
+    Raises:
+        BaseModelError: the template puts text between an answer and the first of these tokens.
+    """
+    from jinja2 import TemplateError
+
+    example = ChatExample((Message(Role.USER, "?"), Message(Role.ASSISTANT, _MARK)))
+    conversation = _Conversation(tokenizer, template_kwargs, stops, example, 1)
+    try:
+        _, answer, end = conversation.text(2).rpartition(_MARK)
+    except (TemplateError, TypeError):  # tokenizing the examples shows whether the template rejects these, too
+        return
+    learnt = list(takewhile(lambda token: token not in stops, conversation.ids(end)))
+    shown = str(tokenizer.decode(learnt, skip_special_tokens=True)).strip()
+    if answer and shown:
+        tokens = ", ".join(str(token) for token in tokenizer.convert_ids_to_tokens(sorted(stops)))
+        raise BaseModelError(
+            f"the chat template of {folder} puts {shown!r} after an answer, which is ordinary text to the tokenizer: "
+            "the engine does not stop there, so clients would see it",
+            expected=f"a template that ends an answer with a token at which the engine stops: {tokens}",
+            todo=f"write {{{{ eos_token }}}} in its place, or set chat_template in the recipe to one of "
+            f"{', '.join(NamedTemplate)}",
+        )
 
 
 def tokenize_turns(
@@ -171,12 +217,12 @@ class _Conversation:
         return rows
 
     def _row(self, turn: int) -> TokenizedExample:
-        prompt = self._text(turn, add_generation_prompt=True)
+        prompt = self.text(turn, add_generation_prompt=True)
         learnt = self._after_prompt(turn, prompt)
-        before, ids = self._ids(prompt), self._ids(prompt + learnt)
+        before, ids = self.ids(prompt), self.ids(prompt + learnt)
         start = len(before)
         if ids[:start] != before:  # a token crosses the boundary of prompt and answer, which never happens in serving
-            ids = [*before, *self._ids(learnt)]
+            ids = [*before, *self.ids(learnt)]
         ends = [index + 1 for index in range(start, len(ids)) if ids[index] in self.stops]
         ids = ids[: ends[-1]] if ends else [*ids, min(self.stops)]
         return TokenizedExample(tuple(ids), ((start, len(ids)),))
@@ -187,7 +233,7 @@ class _Conversation:
         Raises:
             DataError: the model would learn a different text.
         """
-        message, conversation = self.example.messages[turn], self._text(turn + 1)
+        message, conversation = self.example.messages[turn], self.text(turn + 1)
         todo = "set chat_template_kwargs in the recipe to the arguments that the template needs, or choose another base"
         if turn < len(self.example.messages) - 1:
             todo += ", or learn only the final answers with data.learn: last"
@@ -197,7 +243,7 @@ class _Conversation:
             # The prompt may end with a closed block of thoughts, or have the system turn at another position.
             plain = replace(message, content=_MARK, tool_calls=())
             marked = replace(self.example, messages=(*self.example.messages[:turn], plain))
-            before, *others = replace(self, example=marked)._text(turn + 1).split(_MARK)
+            before, *others = replace(self, example=marked).text(turn + 1).split(_MARK)
             if len(others) != 1 or not conversation.startswith(before) or _THINKS.search(prompt):
                 common = _common_prefix(prompt, conversation)
                 in_conversation, in_prompt = (text[common : common + _MAX_SHOWN] for text in (conversation, prompt))
@@ -229,7 +275,7 @@ class _Conversation:
             )
         return learnt
 
-    def _text(self, turns: int, *, add_generation_prompt: bool = False) -> str:
+    def text(self, turns: int, *, add_generation_prompt: bool = False) -> str:
         """Return the text of the first turns, as the engine renders it."""
         arguments = self.example.templated(turns)
         text = self.tokenizer.apply_chat_template(
@@ -237,7 +283,7 @@ class _Conversation:
         )
         return str(text)
 
-    def _ids(self, text: str) -> list[int]:
+    def ids(self, text: str) -> list[int]:
         """Return the token ids of a template's text, which contains its special tokens already."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids

@@ -25,7 +25,7 @@ def estimate_devices(recipe: Recipe, examples: Examples, settings: Settings, nam
         SvcError: a name is unknown, or the base's config or an example is invalid.
     """
     devices = choose_devices(names, settings.home)  # first, so that a wrong name fails before anything is read
-    folder = find_config(recipe.base, settings)
+    folder = find_config(recipe.base, settings, recipe.chat_template)
     shape = read_model_shape(folder, recipe.adapter.targets)
     workload = read_workload(examples.train, recipe, folder)
     return estimate_recipe(recipe, shape, workload, devices, settings.engine.max_model_len)

@@ -1,22 +1,44 @@
 """Resolves the base model that a recipe names, which may be a version of the registry."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
+from svc.model_folder.weight_files import TOKENIZER_FILES
 from svc.registry.manifest import Manifest
 from svc.registry.registry import Registry
 from svc.settings import Settings
+from svc.terminal import console
 from svc.version import Format, VersionId
+from trainer.base_model.checks import check_chat_template, has_chat_template
+from trainer.base_model.other_template import folder_with_template, revision_with_template
 from trainer.base_model.resolve import Base, resolve_base, resolve_config
+from trainer.data.template_choice import template_text
+from trainer.recipe.named_template import NamedTemplate
 
 
-def find_base(name: str, settings: Settings) -> Base:
+def find_base(name: str, settings: Settings, template: NamedTemplate | Path | None = None) -> Base:
     """Return the base model that a recipe names: a version's merged weights, or a base that `resolve_base` finds.
 
+    Args:
+        template: chat template in place of the base's own; None: the base's own.
+
     Raises:
-        BaseModelError: there is no such base.
+        BaseModelError: there is no such base, or it has no chat template, or the given template cannot be used.
         NotFoundError: there is no such version.
     """
+    base = _find(name, settings)
+    if template is not None:
+        if has_chat_template(base.folder):
+            console.print(f"  the chat template {template} replaces the base's own", markup=False, soft_wrap=True)
+        text = template_text(template, base.folder)
+        folder = folder_with_template(base.folder, text, settings.base_cache)
+        base = replace(base, folder=folder, revision=revision_with_template(base.revision, text))
+    check_chat_template(base.folder)
+    return base
+
+
+def _find(name: str, settings: Settings) -> Base:
     if "@" not in name or Path(name).exists():
         return resolve_base(name, settings.base_cache)
     version = VersionId.parse(name)
@@ -27,16 +49,23 @@ def find_base(name: str, settings: Settings) -> Base:
     return Base(folder, name, manifest.base.licence, merged_revision(manifest))
 
 
-def find_config(name: str, settings: Settings) -> Path:
+def find_config(name: str, settings: Settings, template: NamedTemplate | Path | None = None) -> Path:
     """Return a folder with the config.json of a base model; weights are neither fetched nor read.
 
+    Args:
+        template: chat template in place of the base's own, if the folder has a tokenizer; None: the base's own.
+
     Raises:
-        BaseModelError: there is no such base.
+        BaseModelError: there is no such base, or the given template cannot be used.
         NotFoundError: there is no such version.
     """
     if "@" in name and not Path(name).exists():
-        return Registry.of(settings).artifact(VersionId.parse(name), Format.MERGED)
-    return resolve_config(name, settings.base_cache)
+        folder = Registry.of(settings).artifact(VersionId.parse(name), Format.MERGED)
+    else:
+        folder = resolve_config(name, settings.base_cache)
+    if template is None or not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        return folder
+    return folder_with_template(folder, template_text(template, folder), settings.base_cache)
 
 
 def merged_revision(manifest: Manifest) -> str:

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 from svc.engine.device import DeviceCapabilities
 from svc.engine.vllm.model_check import model_check
 from svc.errors import BaseModelError
+from svc.model_folder.chat_template import choose_template_kwargs
 from svc.registry.files import hash_tensor, read_headers
 from svc.settings import Device, EngineSettings
 from svc.terminal import waiting
 from svc.version import Format
 from trainer.base_model.content import copy_shipped_files
-from trainer.data.chat_template import load_tokenizer, stop_tokens
+from trainer.data.chat_template import check_ending, load_tokenizer, stop_tokens
 from trainer.data.vocabulary import check_tokenizer
 from trainer.export.gptq import check_layers, check_quantizer
 from trainer.model.config import load_config
@@ -54,7 +55,9 @@ def check_base(base: Path, recipe: Recipe, capabilities: DeviceCapabilities, eng
             _check_long_rope(base, config, engine.max_model_len)
         _check_copy(base)
         tokenizer = load_tokenizer(base)
-        check_tokenizer(base, tokenizer, stop_tokens(base, tokenizer), config.get_text_config().vocab_size)
+        stops = stop_tokens(base, tokenizer)
+        check_tokenizer(base, tokenizer, stops, config.get_text_config().vocab_size)
+        check_ending(base, tokenizer, stops, choose_template_kwargs(base, recipe.chat_template_kwargs))
         if Format.GPTQ in recipe.formats:
             check_layers(base, recipe.quantize.group_size, capabilities.gptq_multiple(engine))
             check_quantizer(base)

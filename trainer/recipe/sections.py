@@ -27,6 +27,7 @@ from svc.evaluation.metrics.choose import MetricOptions
 from svc.evaluation.metrics.function import FunctionSpec
 from svc.model_folder.chat_template import TemplateValue
 from svc.version import NAME_PATTERN, Format
+from trainer.recipe.named_template import TEMPLATE_CHOICES, NamedTemplate
 from trainer.recipe.targets import Targets
 
 
@@ -58,6 +59,23 @@ def _file_beside_recipe(value: bool | Path, info: ValidationInfo) -> bool | Path
     return value if isinstance(value, bool) else _beside_recipe(value, info) or value
 
 
+def _as_template(value: Any) -> Any:
+    """Return a template's name, or the path of a file that ends in .jinja.
+
+    Raises:
+        ValueError: the value is neither.
+    """
+    if value in tuple(NamedTemplate):
+        return NamedTemplate(value)
+    if value is None or (isinstance(value, str | Path) and Path(value).suffix == ".jinja"):
+        return value and Path(value)
+    raise ValueError(f"expected {TEMPLATE_CHOICES}")
+
+
+def _template_beside_recipe(template: NamedTemplate | Path | None, info: ValidationInfo) -> NamedTemplate | Path | None:
+    return _beside_recipe(template, info) if isinstance(template, Path) else template
+
+
 _NAME = Annotated[str, Field(min_length=1)]
 Sources = Annotated[
     tuple[_NAME, ...],
@@ -79,6 +97,13 @@ def _metrics_beside_recipe(names: tuple[str, ...] | None, info: ValidationInfo) 
     return names and tuple(_metric_beside_recipe(name, info) or name for name in names)
 
 
+ChatTemplate = Annotated[
+    NamedTemplate | Path | None,
+    BeforeValidator(_as_template),
+    AfterValidator(_template_beside_recipe),
+    WithJsonSchema({"anyOf": [{"enum": list(NamedTemplate)}, {"type": "string", "format": "path"}, {"type": "null"}]}),
+]
+"""A template's name, or a file that ends in .jinja."""
 Metrics = Annotated[
     tuple[_NAME, ...],
     BeforeValidator(_as_sources),
@@ -468,8 +493,11 @@ class Recipe(_Section):
     merge_dequantized: bool = False
     """with nf4: merge the adapter into the dequantized weights with which it was trained, not into the base's own; see
     [training](training.md#merging-after-qlora)"""
+    chat_template: ChatTemplate = None
+    """chat template for a base without one, by name or from a file (`./FILE.jinja`); if the base has one, it is
+    replaced; see [base models](base_models.md#a-base-without-a-chat-template); default: the base's own"""
     chat_template_kwargs: dict[str, TemplateValue] | None = None
-    """arguments of the base's chat template in training, evaluation and serving; default: `enable_thinking: false` and
+    """arguments of the chat template in training, evaluation and serving; default: `enable_thinking: false` and
     `date_string: 26 Jul 2024`, if the template uses them"""
     formats: Annotated[tuple[Format, ...], Field(min_length=1)] = (Format.MERGED, Format.GPTQ)
     """adapter, merged, gptq: formats to create, evaluate and register; an adapter is always stored. Without merged, the

@@ -36,8 +36,11 @@ class BaseTokenizer:
                 todo="check the path; without --base lengths are estimated",
             ) from error
         if not self._tokenizer.chat_template:
-            expected = "an instruction-tuned model"
-            raise DataError(f"{folder} has no chat template", expected=expected, todo="choose another base")
+            raise DataError(
+                f"{folder} has no chat template",
+                expected="an instruction-tuned model",
+                todo="omit --base: lengths are estimated then; for svc train set chat_template in the recipe",
+            )
         self._kwargs = choose_template_kwargs(folder, None)
         added = self._tokenizer.added_tokens_decoder.values()
         self.special_tokens = [token.content for token in added if token.special]

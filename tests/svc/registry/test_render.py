@@ -105,3 +105,12 @@ def test_exact_match_is_shown_when_it_is_the_primary_metric(svc: Svc, register: 
     made = register(None)
     assert "primary metric: exact match" in svc("show", str(made.id)).out
     assert "exact match 0.500" in " ".join(svc("models").out.split())
+
+
+def test_chat_template_is_shown_when_the_recipe_chose_it(
+    manifest: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_version(manifest, tmp_path)
+    assert "chat template" not in capsys.readouterr().out
+    print_version(manifest.model_copy(update={"recipe": {"chat_template": "alpaca"}}), tmp_path)
+    assert "chat template: alpaca (chat_template in the recipe)" in capsys.readouterr().out

@@ -4,7 +4,6 @@ import hashlib
 import json
 import shutil
 import subprocess
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 from svc.engine.model_facts import read_model_facts
 from svc.errors import BaseModelError
-from trainer.base_model import resolve
 from trainer.base_model.hub import fetch_snapshot
 from trainer.base_model.pypi_wheel import KNOWN
 from trainer.base_model.resolve import resolve_base
@@ -52,7 +50,7 @@ def test_revision_differs_when_weights_of_the_same_size_differ(tiny_base: Path, 
     assert resolve_base(str(folder), tmp_path).revision != resolve_base(str(tiny_base), tmp_path).revision
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
 def test_error_names_the_file_when_the_folder_lacks_it(tiny_base: Path, tmp_path: Path, name: str) -> None:
     folder = copy(tiny_base, tmp_path / "base")
     (folder / name).unlink()
@@ -201,32 +199,6 @@ def test_error_contains_pips_reason_when_the_download_fails(tmp_path: Path, monk
     monkeypatch.setattr(subprocess, "run", fail)
     with pytest.raises(BaseModelError, match="no matching distribution"):
         resolve_base("smollm2-135m-instruct", tmp_path)
-
-
-def test_no_files_are_left_when_a_build_is_interrupted(tmp_path: Path) -> None:
-    def build(folder: Path) -> None:
-        (folder / "half").touch()
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        resolve._publish(tmp_path / "cache" / "model", build)
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
-def test_two_concurrent_builds_give_one_complete_folder(tmp_path: Path) -> None:
-    both = threading.Barrier(2)
-
-    def build(folder: Path) -> None:
-        (folder / "weights").write_text("whole", "utf-8")
-        both.wait(timeout=5)
-
-    target = tmp_path / "model"
-    threads = [threading.Thread(target=resolve._publish, args=(target, build)) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [path.name for path in tmp_path.rglob("*")] == ["model", "weights"]
 
 
 def change_config(folder: Path, **changes: object) -> None:

@@ -1,6 +1,7 @@
 """Two models are asked the same examples on the engine, except for stored answers."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ from svc.dataset.readers.reader import write_examples
 from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.probes import EngineFacts, engine_facts
-from svc.errors import BusyError, DataError, EngineError, NotFoundError
+from svc.errors import BaseModelError, BusyError, DataError, EngineError, NotFoundError
 from svc.evaluation.endpoint import Endpoint
 from svc.files.lock import hold_lock
-from svc.model_folder.chat_template import TemplateKwargs
+from svc.model_folder.chat_template import TemplateKwargs, read_chat_template
 from svc.registry.files import record_files
 from svc.registry.manifest import write_manifest
 from svc.registry.registry import REFERENCE_FOLDER, Registry
@@ -28,7 +29,10 @@ from tests.svc.chats import chat
 from tests.svc.engine.devices import AVX512
 from tests.svc.evaluation.judge_server import judge_server
 from tests.trainer.engines import Engines
+from trainer.base_model.content import hash_files, model_files
+from trainer.base_model.other_template import revision_with_template
 from trainer.comparison.job import FOLDER, Compared, compare_models
+from trainer.comparison.model import LocalModel, asked_alike, find_model
 from trainer.comparison.questions import Wanted
 from trainer.comparison.render import everything, print_compared
 from trainer.qualification import Qualifier
@@ -351,3 +355,24 @@ def test_judge_is_asked_when_one_is_named(bench: Bench, capsys: pytest.CaptureFi
     capsys.readouterr()
     print_compared(compared)
     assert "The judge judge-model at http://127.0.0.1" in capsys.readouterr().out
+
+
+def test_base_without_a_chat_template_is_asked_with_that_of_the_version_trained_from_it(bench: Bench) -> None:
+    template = "{{ messages[0].content }}{{ eos_token }}"
+    base = bench.registry.models.parent / "untemplated"
+    shutil.copytree(bench.registry.artifact(VersionId(NAME, 1), Format.MERGED), base)
+    (base / "config.json").write_text('{"model_type": "llama"}', "utf-8")
+    revision = revision_with_template(hash_files(model_files(base)), template)
+    (bench.registry.artifact(VersionId(NAME, 2), Format.MERGED) / "chat_template.jinja").write_text(template, "utf-8")
+    trained = bench.registry.manifest(VersionId(NAME, 2)).base.model_copy(update={"revision": revision})
+    bench.change(2, base=trained, recipe={"chat_template": "own.jinja"})
+    settings = bench.settings
+    found = [
+        find_model(name, bench.registry, settings, format=None, key=None)
+        for name in (str(base), f"{NAME}@2", f"{NAME}@1")
+    ]
+    asked = asked_alike(found[0], found[1], settings.base_cache)
+    assert isinstance(asked, LocalModel)
+    assert (read_chat_template(asked.folder), asked.revision) == (template, revision)
+    with pytest.raises(BaseModelError, match="untemplated has no chat template"):
+        asked_alike(found[0], found[2], settings.base_cache)

@@ -1,5 +1,6 @@
 """Resolution of the base that a recipe names."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,11 @@ import pytest
 from svc.errors import BaseModelError, IntegrityError, NotFoundError
 from svc.settings import Settings
 from svc.version import Format
-from trainer.pipeline.find_base import find_base
+from tests.hub_models.base_models import without_template
+from trainer.data.chat_template import load_tokenizer
+from trainer.pipeline.find_base import find_base, find_config
 from trainer.pipeline.stages import Pipeline
+from trainer.recipe.named_template import NamedTemplate
 
 
 def test_base_is_the_merged_model_when_a_version_is_named(pipeline: Pipeline) -> None:
@@ -37,3 +41,44 @@ def test_base_is_not_found_when_the_version_does_not_exist(tmp_path: Path, base:
 def test_base_is_rejected_when_its_name_is_unknown(tmp_path: Path) -> None:
     with pytest.raises(BaseModelError, match="unknown base model 'no-such-model'"):
         find_base("no-such-model", Settings(home=tmp_path, base_cache=tmp_path))
+
+
+@pytest.fixture
+def untemplated(tiny_base: Path, tmp_path: Path) -> Path:
+    return without_template(Path(shutil.copytree(tiny_base, tmp_path / "base")))
+
+
+def test_error_names_the_recipe_key_when_the_base_has_no_chat_template(untemplated: Path, tmp_path: Path) -> None:
+    with pytest.raises(BaseModelError, match="has no chat template") as raised:
+        find_base(str(untemplated), Settings(home=tmp_path, base_cache=tmp_path / "cache"))
+    assert "set chat_template in the recipe (one of chatml, alpaca, llama-2, zephyr" in raised.value.todo
+    with pytest.raises(BaseModelError, match="has no chat template") as raised:
+        load_tokenizer(untemplated)
+    assert "set chat_template in the recipe" in raised.value.todo
+
+
+def test_base_has_the_recipes_chat_template_when_it_has_none_of_its_own(
+    untemplated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = Settings(home=tmp_path, base_cache=tmp_path / "cache")
+    base = find_base(str(untemplated), settings, NamedTemplate.ALPACA)
+    assert "### Response:" in str(load_tokenizer(base.folder).chat_template)
+    assert base.origin == str(untemplated)
+    assert find_config(str(untemplated), settings, NamedTemplate.ALPACA) == base.folder
+    assert find_base(str(untemplated), settings, NamedTemplate.CHATML).revision != base.revision
+    assert "replaces" not in capsys.readouterr().err
+
+
+def test_note_says_so_when_the_recipes_chat_template_replaces_the_bases_own(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = Settings(home=tmp_path, base_cache=tmp_path / "cache")
+    base = find_base(str(tiny_base), settings, NamedTemplate.ALPACA)
+    assert "### Response:" in str(load_tokenizer(base.folder).chat_template)
+    assert "the chat template alpaca replaces the base's own" in capsys.readouterr().err
+
+
+def test_config_is_found_without_a_template_when_the_folder_has_no_tokenizer(tmp_path: Path) -> None:
+    """`svc estimate` needs config.json alone."""
+    (tmp_path / "config.json").write_text("{}", "utf-8")
+    assert find_config(str(tmp_path), Settings(home=tmp_path), NamedTemplate.CHATML) == tmp_path

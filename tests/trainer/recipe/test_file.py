@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from svc.errors import RecipeError
 from tests.svc.json_values import json_values, mappings_of
 from trainer.recipe.file import load_recipe, recipe_keys
+from trainer.recipe.named_template import NamedTemplate
 from trainer.recipe.sections import Recipe
 
 GOOD: dict[str, Any] = {"name": "tiny", "base": "org/model", "data": {"train": "t.jsonl", "heldout": "h.jsonl"}}
@@ -58,6 +59,13 @@ def test_paths_are_relative_to_the_recipe_when_the_working_folder_is_another(
     assert recipe.base == str(tmp_path / "base")
 
 
+def test_chat_template_is_a_name_or_a_file_beside_the_recipe(write: Write, tmp_path: Path) -> None:
+    assert load_recipe(write(chat_template="llama-2")).chat_template is NamedTemplate.LLAMA_2
+    own = load_recipe(write(chat_template="./own.jinja"))
+    assert own.chat_template == tmp_path / "own.jinja"
+    assert Recipe.model_validate(own.model_dump(mode="json")) == own
+
+
 def test_hub_datasets_are_not_resolved_as_paths_when_sources_are_a_list(write: Write, tmp_path: Path) -> None:
     data = load_recipe(write(data={"train": ["a.csv", "hf:org/name", "folder"]})).data
     assert data.train == (str(tmp_path / "a.csv"), "hf:org/name", str(tmp_path / "folder"))
@@ -100,6 +108,8 @@ def test_base_is_unchanged_when_it_is_not_a_path(write: Write, base: str) -> Non
         ({"data": {"train": []}}, "'data.train' is []"),
         ({"data": {"train": ["t.jsonl", 3]}}, "'data.train.1' is 3"),
         ({"data": {"train": "t.jsonl", "heldout_share": 1}}, "'data.heldout_share' is 1"),
+        ({"chat_template": "chatlm"}, "expected one of chatml, alpaca, llama-2, zephyr; or a file that ends in .jinja"),
+        ({"chat_template": 3}, "'chat_template' is 3"),
     ],
     ids=str,
 )

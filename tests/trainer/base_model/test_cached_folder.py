@@ -1,0 +1,34 @@
+"""Folders that several processes build are complete or missing."""
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from trainer.base_model.cached_folder import build_once
+
+
+def test_no_files_are_left_when_a_build_is_interrupted(tmp_path: Path) -> None:
+    def build(folder: Path) -> None:
+        (folder / "half").touch()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_once(tmp_path / "cache" / "model", build)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_two_concurrent_builds_give_one_complete_folder(tmp_path: Path) -> None:
+    both = threading.Barrier(2)
+
+    def build(folder: Path) -> None:
+        (folder / "weights").write_text("whole", "utf-8")
+        both.wait(timeout=5)
+
+    target = tmp_path / "model"
+    threads = [threading.Thread(target=build_once, args=(target, build)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [path.name for path in tmp_path.rglob("*")] == ["model", "weights"]

@@ -1,0 +1,21 @@
+"""Names of the chat templates that this project has. trainer.data.template_choice has their texts."""
+
+from enum import StrEnum
+
+
+class NamedTemplate(StrEnum):
+    """Chat template for a base that has none."""
+
+    CHATML = "chatml"
+    """Turns between `<|im_start|>ROLE` and the end token, as in Qwen's models."""
+    ALPACA = "alpaca"
+    """Headings `### Instruction:` and `### Response:` (Taori et al. 2023)."""
+    LLAMA_2 = "llama-2"
+    """Questions between `[INST]` and `[/INST]`, as in Llama 2 Chat."""
+    ZEPHYR = "zephyr"
+    """Turns after `<|ROLE|>`, as in Zephyr and TinyLlama Chat."""
+
+
+TEMPLATE_CHOICES = f"one of {', '.join(NamedTemplate)}; or a file that ends in .jinja"
+SET_TEMPLATE = f"set chat_template in the recipe ({TEMPLATE_CHOICES}), or choose an instruction-tuned base"
+"""Advice in errors about a base without a chat template."""
