@@ -16,6 +16,7 @@ from svc.settings import Settings
 from tests.e2e.conftest import FIGURES, Report
 from tests.hub_models.published import NO_TEMPLATE, build_published, refusal
 from tests.hub_models.training import check_merged, train_and_merge
+from trainer.base_model.resolve import resolve_base
 from trainer.pipeline.find_base import find_base
 from trainer.recipe.named_template import NamedTemplate
 
@@ -58,6 +59,7 @@ def test_a_model_with_its_publishers_files_is_merged_or_refused(
             check_merged(templated, train_and_merge(templated, tmp_path))
             reason += "; run with chat_template: chatml"
     else:
+        base = resolve_base(str(base), tmp_path / "cache").folder
         check_merged(base, train_and_merge(base, tmp_path))
     outcome = "refused" if reason else "run"
     outcomes[outcome] += 1

@@ -68,13 +68,17 @@ def write_weights(folder: Path, config: str, seed: int = 0) -> None:
     """Write random weights for a config, under the hub's names and in the config's type, to several shards."""
     import torch
     from safetensors.torch import save_file
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
     values = json.loads(config)
     # Larger than the published 0.02, so that answers differ from uniform noise.
     loaded = CONFIG_MAPPING[values["model_type"]].from_dict(values | {"initializer_range": 0.1})
+    text = loaded.get_text_config()
+    text.initializer_range = 0.1
+    loaded.tie_word_embeddings = text.tie_word_embeddings  # Mistral 3's are not tied
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(loaded).to(getattr(torch, values.get("torch_dtype") or "bfloat16"))
+    loader = AutoModelForImageTextToText if "vision_config" in values else AutoModelForCausalLM
+    model = loader.from_config(loaded).to(getattr(torch, values.get("torch_dtype") or "bfloat16"))
     # A published model never gives an id without a token. vLLM 0.32 stops at one: with a SentencePiece vocabulary it
     # cannot decode it.
     if (tokens := _count_tokens(folder)) is not None:

@@ -75,9 +75,11 @@ FAMILIES = {
         Family("qwen3", _SMOLLM2, "apache-2.0", "qwen3", _QWEN3),
         Family("qwen3_moe", _SMOLLM2, "apache-2.0", "qwen3", _QWEN3, is_mixture=True),
         Family("mistral", _MISTRAL_3, "apache-2.0"),
+        Family("mistral_3_1", _MISTRAL_3, "apache-2.0"),
         Family("mixtral", _MISTRAL_1, "apache-2.0", sentencepiece_only=True, is_mixture=True),
         Family("gemma_2", _MISTRAL_3, "gemma", "gemma"),
         Family("gemma_3", _MISTRAL_3, "gemma", "gemma3", "tokenizer-gemma3"),
+        Family("gemma_3_4b", _MISTRAL_3, "gemma", "gemma3", "tokenizer-gemma3"),
         Family("phi_2", _SMOLLM2, "mit"),  # the publisher has no chat template; a fine-tuner must add one
         Family("phi_3", _MISTRAL_1, "mit", "phi3"),
         Family("phi_3_5", _MISTRAL_1, "mit", "phi3_5"),

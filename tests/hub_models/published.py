@@ -34,6 +34,7 @@ _LISTS = {
 }
 NO_TEMPLATE = "has no chat template"
 _OTHER_CONTENT = ("vision_config", "audio_config")
+_WITH_LANGUAGE_MODEL = ("gemma3", "mistral3")
 _SENTENCEPIECE_CLASSES = ("LlamaTokenizer", "GemmaTokenizer")
 _FIRST_FREE_ID = {Vocabulary.SMOLLM2: 49152, Vocabulary.MISTRAL_1: 32000, Vocabulary.MISTRAL_3: 32768}
 _RESERVED = {Vocabulary.SMOLLM2: 17, Vocabulary.MISTRAL_1: 3, Vocabulary.MISTRAL_3: 771}
@@ -45,7 +46,7 @@ def refusal(published: Path) -> str | None:
 
     config = json.loads((published / "config.json").read_text("utf-8"))
     tokenizer = published / "tokenizer_config.json"
-    if any(key in config for key in _OTHER_CONTENT):
+    if any(key in config for key in _OTHER_CONTENT) and config["model_type"] not in _WITH_LANGUAGE_MODEL:
         return "is not a text-only model"
     if "quantization_config" in config:
         return "is already quantized"

@@ -11,6 +11,7 @@ from tests.hub_models.base_models import build_base_model
 from tests.hub_models.build import build_hub_model
 from tests.hub_models.family import FAMILIES
 from tests.hub_models.training import check_merged, train_and_merge
+from trainer.base_model.resolve import resolve_base
 from trainer.data.template_choice import template_text
 from trainer.pipeline.find_base import find_base
 from trainer.recipe.named_template import NamedTemplate
@@ -22,7 +23,7 @@ pytestmark = [pytest.mark.slow]
 def test_merged_model_has_the_files_and_config_of_its_base_when_they_are_as_published(
     tmp_path: Path, family: str
 ) -> None:
-    base = build_hub_model(tmp_path / "base", family)
+    base = resolve_base(str(build_hub_model(tmp_path / "base", family)), tmp_path / "cache").folder
     merged = train_and_merge(base, tmp_path)
     check_merged(base, merged)
     published, config = ((folder / "config.json").read_bytes() for folder in (base, merged))

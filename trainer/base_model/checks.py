@@ -1,6 +1,7 @@
 """Checks that a folder is a base model: a complete language model for text, in floating-point safetensors."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,20 @@ from trainer.recipe.named_template import SET_TEMPLATE
 _WEIGHTS = "model.safetensors"
 _FLOATS = {"bfloat16", "float16", "float32"}
 _OTHER_MODALITIES = ("vision_config", "audio_config")
+_LANGUAGE_MODELS = {
+    ("gemma3", "gemma3_text"): "Gemma3ForCausalLM",
+    ("mistral3", "mistral"): "MistralForCausalLM",
+}
+"""Architectures of language models that can be used without the rest of their checkpoint, by both `model_type`s."""
+_REFUSED = {
+    "llama4": "no test trains, merges and serves its mixture of experts",
+    "qwen3_5": "no test trains, merges and serves its layers of linear attention",
+    "qwen3_5_moe": "no test trains, merges and serves its layers of linear attention and its experts",
+}
+"""Reasons why a family is refused, by `model_type`."""
+_TEXT_MODELS = (
+    "a language model for text only, or a checkpoint whose language model can be used alone: Gemma 3, Mistral 3"
+)
 
 
 def check_folder(folder: Path) -> None:
@@ -43,12 +58,8 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
             expected=f"weights in {', '.join(sorted(_FLOATS))}",
             todo="use the model from which it was quantized",
         )
-    if parts := [key for key in _OTHER_MODALITIES if config.get(key)]:
-        raise BaseModelError(
-            f"{folder} is not a text-only model: its config has {', '.join(parts)}",
-            expected="a language model for text only",
-            todo="use the family's text model, for example gemma-3-1b-it or gemma-2-2b-it of Gemma",
-        )
+    if not is_text_only(config):
+        text_architecture(folder, config)
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     architecture = config.get("model_type")
@@ -58,6 +69,34 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
             expected="an architecture that needs no code from the model's folder, which is never run",
             todo="choose another base, or update transformers",
         )
+
+
+def is_text_only(config: Mapping[str, Any]) -> bool:
+    """Return whether a model takes neither images nor audio."""
+    return not any(config.get(key) for key in _OTHER_MODALITIES)
+
+
+def text_architecture(folder: Path, config: Mapping[str, Any]) -> str:
+    """Return the architecture of the language model in a checkpoint that also takes images.
+
+    Args:
+        folder: folder of the checkpoint, for the error.
+
+    Raises:
+        BaseModelError: the family's language model cannot be used alone.
+    """
+    kind, text = config.get("model_type"), config.get("text_config")
+    inner = text.get("model_type") if isinstance(text, dict) else None
+    if architecture := _LANGUAGE_MODELS.get((str(kind), str(inner))):
+        return architecture
+    parts = ", ".join(key for key in _OTHER_MODALITIES if config.get(key))
+    reason = _REFUSED.get(str(kind), f"no test extracts the language model of model_type {kind!r} with {inner!r}")
+    raise BaseModelError(
+        f"{folder} is not a text-only model (its config has {parts}), and its language model is not used alone: "
+        f"{reason}",
+        expected=_TEXT_MODELS,
+        todo="choose another base",
+    )
 
 
 def _missing_weights(folder: Path) -> list[str]:

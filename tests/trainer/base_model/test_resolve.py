@@ -148,8 +148,8 @@ def test_base_is_rejected_when_it_is_quantized(tiny_base: Path, tmp_path: Path) 
 
 def test_base_is_rejected_when_it_has_a_vision_part(tiny_base: Path, tmp_path: Path) -> None:
     folder = copy(tiny_base, tmp_path / "base")
-    change_config(folder, model_type="gemma3", vision_config={"model_type": "siglip_vision_model"})
-    with pytest.raises(BaseModelError, match="is not a text-only model: its config has vision_config"):
+    change_config(folder, model_type="llava", vision_config={"model_type": "clip_vision_model"})
+    with pytest.raises(BaseModelError, match=r"is not a text-only model \(its config has vision_config\)"):
         resolve_base(str(folder), tmp_path)
 
 

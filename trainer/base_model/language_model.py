@@ -1,0 +1,136 @@
+"""The language model of a checkpoint that also takes images: a folder of the cache with its config and its weights.
+
+All later stages see an ordinary text-only base. Tensors are copied byte for byte and renamed; those of the other parts
+are left out.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from svc.errors import BaseModelError, DiskSpaceError
+from svc.model_folder.weight_files import WEIGHTS_INDEX, weight_files
+from svc.registry.files import read_headers
+from svc.terminal import waiting
+from trainer.base_model.cached_folder import build_once
+from trainer.base_model.checks import is_text_only, read_json, text_architecture
+from trainer.base_model.content import CONFIG_FILE, SHIPPED_FILES
+
+_RENAMED = {
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+    "model.language_model.": "model.",
+    "lm_head.": "lm_head.",
+}
+"""Beginnings of the language model's tensor names, as published and as transformers writes them since 4.52."""
+_LEFT_OUT = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+_OF_WHOLE = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "torch_dtype", "dtype")
+"""Keys that belong to the language model, but that a config may have at its top level only."""
+_SHIPPED = (*SHIPPED_FILES, "README.md")
+_BLOCK = 2**24  # bytes
+
+
+def language_model(folder: Path, cache: Path, revision: str | None) -> Path:
+    """Return a folder with the language model of a checkpoint; the folder itself if it contains nothing else.
+
+    Args:
+        cache: folder for converted models; any number of processes may share it.
+        revision: identifier of the checkpoint's content; None: only the config and the tokenizer are needed.
+
+    Raises:
+        BaseModelError: the family's language model cannot be used alone.
+        DiskSpaceError: the cache has too little space.
+        IntegrityError: a weight file is damaged.
+    """
+    config = read_json(folder / CONFIG_FILE)
+    if is_text_only(config):
+        return folder
+    text = _text_config(folder, config)
+    links = [path for name in _SHIPPED if (path := folder.absolute() / name).is_file()]
+    digest = hashlib.sha256(json.dumps([text, revision, list(map(str, links))]).encode()).hexdigest()
+    return build_once(cache / "language_models" / digest[:32], partial(_write, folder, text, links, revision))
+
+
+def _text_config(folder: Path, config: Mapping[str, Any]) -> str:
+    """Return the language model's config.json."""
+    text = config["text_config"] | {"architectures": [text_architecture(folder, config)]}
+    text |= {key: config[key] for key in _OF_WHOLE if key in config and key not in text}
+    return json.dumps(text, indent=2, ensure_ascii=False) + "\n"
+
+
+def _write(folder: Path, config: str, links: list[Path], revision: str | None, out: Path) -> None:
+    (out / CONFIG_FILE).write_text(config, "utf-8")
+    for link in links:
+        (out / link.name).symlink_to(link)
+    if revision is not None:
+        with waiting(f"Copying the language model of {folder.name}"):
+            _write_weights(folder, out)
+
+
+def _write_weights(folder: Path, out: Path) -> None:
+    names = {tensor.name: _renamed(folder, tensor.name) for tensor in read_headers(folder)}
+    files = weight_files(folder)
+    need, free = sum(path.stat().st_size for path in files), shutil.disk_usage(out).free
+    if free < need:
+        raise DiskSpaceError(
+            f"the language model of {folder} needs up to {need / 1e6:.0f} MB in {out.parent}, but only "
+            f"{free / 1e6:.0f} MB are free",
+            todo=f"free {(need - free) / 1e6:.0f} MB or set base_cache to a folder on another disk",
+        )
+    weight_map: dict[str, str] = {}
+    for path in files:
+        weight_map |= dict.fromkeys(_copy_tensors(path, out / path.name, names), path.name)
+    if (folder / WEIGHTS_INDEX).is_file():
+        index = {"metadata": {}, "weight_map": weight_map}
+        (out / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def _renamed(folder: Path, name: str) -> str | None:
+    """Return the name of a tensor in the language model; None if the tensor is not part of it."""
+    if name.startswith(_LEFT_OUT):
+        return None
+    for old, new in _RENAMED.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    raise BaseModelError(
+        f"{folder} has the tensor {name!r}, of which it is unknown whether it belongs to the language model",
+        expected=f"tensors that begin with {', '.join((*_RENAMED, *_LEFT_OUT))}",
+        todo="use the checkpoint as its publisher wrote it, or choose another base",
+    )
+
+
+def _copy_tensors(source: Path, target: Path, names: Mapping[str, str | None]) -> list[str]:
+    """Copy the language model's tensors to a new safetensors file, if there are any; return their new names.
+
+    The format: the header's length in 8 bytes, the header as JSON, then all tensors.
+    """
+    with source.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        places = {name: entry for name, entry in json.loads(file.read(start - 8)).items() if names.get(name)}
+        if not places:
+            return []
+        header: dict[str, Any] = {}
+        end = 0
+        for name, entry in places.items():
+            first, last = entry["data_offsets"]
+            header[str(names[name])] = entry | {"data_offsets": [end, end + last - first]}
+            end += last - first
+        content = json.dumps({"__metadata__": {"format": "pt"}} | header, separators=(",", ":")).encode("utf-8")
+        content += b" " * (-len(content) % 8)
+        with target.open("wb") as out:
+            out.write(len(content).to_bytes(8, "little") + content)
+            for entry in places.values():
+                first, last = entry["data_offsets"]
+                file.seek(start + first)
+                _copy_bytes(file, out, last - first)
+    return list(header)
+
+
+def _copy_bytes(file: BinaryIO, out: BinaryIO, count: int) -> None:
+    while count > 0 and (part := file.read(min(_BLOCK, count))):
+        out.write(part)
+        count -= len(part)
