@@ -8,11 +8,10 @@ import httpx
 
 from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.tokenized_example import TokenizedExample
+from svc.engine.client import EngineClient
 from svc.engine.device import DeviceCapabilities
-from svc.engine.engine import Engine
 from svc.engine.model_facts import read_model_facts
 from svc.engine.probes import engine_facts
-from svc.engine.state import EnginePhase
 from svc.errors import NotFoundError
 from svc.evaluation.answer_limit import answer_limits, limit_of_text
 from svc.evaluation.cache import EvaluationCache, find_results, results_by_example
@@ -20,17 +19,15 @@ from svc.evaluation.endpoint import Endpoint, ask_endpoint
 from svc.evaluation.evaluator import ask_examples
 from svc.evaluation.results import ExampleResult
 from svc.model_folder.chat_template import TemplateKwargs
-from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.registry import Registry
 from svc.settings import Settings
-from svc.terminal import advancing, counting
+from svc.terminal import counting
 from trainer.comparison.model import LocalModel, Model
 from trainer.data.chat_template import tokenize_as_trained
 from trainer.data.length import check_served_length
 from trainer.pipeline.evaluation_cache import evaluation_cache
+from trainer.pipeline.evaluation_engine import LaunchModel, ReusedEngine
 
-LaunchModel = Callable[..., Engine]
-"""Creates a new, unstarted engine for a model folder with its `template_kwargs`."""
 Tokenize = Callable[[Path, Sequence[ChatExample], TemplateKwargs], list[TokenizedExample]]
 
 
@@ -113,32 +110,18 @@ class Interview:
 
         A model with the fingerprint of the previous one is loaded into the same engine; any other gets a new engine.
         """
-        engine, loaded, results = None, "", {}
-        try:
+        results = {}
+        async with ReusedEngine(self.launch) as engine:
             for revision, model in models.items():
-                wanted = compatibility_fingerprint(model.folder, model.template_kwargs)
-                if engine is not None and engine.capabilities.reloads and loaded == wanted:
-                    await engine.client.reload_weights(model.folder)
-                    await engine.client.reset_prefix_cache()
-                else:
-                    if engine is not None:
-                        await engine.stop()
-                    engine, loaded = self.launch(model.folder, template_kwargs=model.template_kwargs), wanted
-                    with advancing("engine", tuple(EnginePhase)) as on_phase:
-                        await engine.start(on_phase)
-                results[revision] = await self._on_engine(engine, model, prepared[revision])
+                client = await engine.serve(model.folder, model.template_kwargs)
+                results[revision] = await self._on_engine(client, model, prepared[revision])
                 self._cache(model).add(self.examples, results[revision])
-        finally:
-            if engine is not None:
-                await engine.stop()
         return results
 
-    async def _on_engine(self, engine: Engine, model: LocalModel, asked: _Asked) -> tuple[ExampleResult, ...]:
+    async def _on_engine(self, client: EngineClient, model: LocalModel, asked: _Asked) -> tuple[ExampleResult, ...]:
         (tokenized, limits), trained = asked, model.manifest is not None
         with counting(f"asking {model}", len(self.examples)) as advance:
-            return await ask_examples(
-                engine.client, self.examples, tokenized, limits=limits, trained=trained, on_done=advance
-            )
+            return await ask_examples(client, self.examples, tokenized, limits=limits, trained=trained, on_done=advance)
 
     def _prepare(self, model: LocalModel) -> _Asked:
         """Tokenize and check the examples before any engine starts, so that faults show immediately."""

@@ -18,11 +18,11 @@ from svc.registry.registry import Registry
 from svc.settings import Settings
 from svc.terminal import console
 from svc.version import Format
-from trainer.comparison.ask import Answers, Interview, LaunchModel, Tokenize
+from trainer.comparison.ask import Answers, Interview, Tokenize
 from trainer.comparison.model import LocalModel, Model, asked_alike, find_model
 from trainer.comparison.questions import Questions, Wanted, choose_questions, count_learnt
 from trainer.data.chat_template import tokenize_as_trained
-from trainer.pipeline.evaluation_engine import evaluation_engine
+from trainer.pipeline.evaluation_engine import LaunchModel, evaluation_engine
 
 FOLDER = "compare"
 """Folder in $SVC_HOME for the engine's log and a lock."""

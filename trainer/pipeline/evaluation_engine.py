@@ -1,17 +1,27 @@
 """The engine for a run's evaluations: like the server's, but with no more memory than an evaluation needs."""
 
+from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
+from svc.engine.client import EngineClient
 from svc.engine.device import DeviceCapabilities
+from svc.engine.engine import Engine
+from svc.engine.state import EnginePhase
 from svc.engine.vllm.engine_args import given
 from svc.engine.vllm.folders import runtime_folder
 from svc.engine.vllm.launch import EngineSpec
 from svc.engine.vllm.process import EngineProcess
 from svc.evaluation.evaluator import CONCURRENCY
 from svc.model_folder.chat_template import TemplateKwargs
+from svc.registry.fingerprint import compatibility_fingerprint
 from svc.settings import Settings
 from svc.store.scores import MOST_TOKENS
+from svc.terminal import advancing
 
+LaunchModel = Callable[..., Engine]
+"""Creates a new, unstarted engine for a model folder with its `template_kwargs`."""
 _SCORED_AT_ONCE = f"--max-num-batched-tokens={MOST_TOKENS}"
 
 
@@ -49,3 +59,45 @@ def evaluation_engine(
         template_kwargs=template_kwargs,
     )
     return EngineProcess(spec)
+
+
+class ReusedEngine:
+    """One engine for several models, one after the other: those of one fingerprint are loaded in place.
+
+    As a context manager, it stops the engine at the end.
+
+    Args:
+        launch: creates the engines.
+    """
+
+    def __init__(self, launch: LaunchModel) -> None:
+        self._launch = launch
+        self._engine: Engine | None = None
+        self._fingerprint = ""
+
+    async def serve(self, folder: Path, template_kwargs: TemplateKwargs) -> EngineClient:
+        """Load a model, in place if possible, else in a new engine, and return the client of its engine.
+
+        Raises:
+            EngineError: the model could not be loaded.
+        """
+        fingerprint = compatibility_fingerprint(folder, template_kwargs)
+        if self._engine and self._engine.capabilities.reloads and self._fingerprint == fingerprint:
+            await self._engine.client.reload_weights(folder)
+            await self._engine.client.reset_prefix_cache()
+            return self._engine.client
+        if self._engine:
+            await self._engine.stop()
+        self._engine, self._fingerprint = self._launch(folder, template_kwargs=template_kwargs), fingerprint
+        with advancing("engine", tuple(EnginePhase)) as on_phase:
+            await self._engine.start(on_phase)
+        return self._engine.client
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._engine:
+            await self._engine.stop()

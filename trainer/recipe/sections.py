@@ -438,7 +438,7 @@ class Between(_Section):
 
 
 class Sweep(_Section):
-    """Custom search space for `svc sweep`, in place of its phases; see [sweep](sweep.md#own-spaces)."""
+    """Search space and finals of `svc sweep`; see [sweep](sweep.md)."""
 
     space: (
         Annotated[dict[str, Annotated[tuple[Any, ...], Field(min_length=1)] | Between], Field(min_length=1)] | None
@@ -449,6 +449,9 @@ class Sweep(_Section):
     """maximum number of trials in `sweep.space`; if it has lists only and fewer combinations, all of them are tried"""
     seconds: Annotated[float, Field(gt=0)] | None = None
     """time in seconds after which no further trial is started; default: no limit"""
+    finalists: int = Field(3, ge=0)
+    """number of trials with the lowest held-out loss that answer on the engine, besides the unchanged recipe; the
+    primary metric decides among those within `evaluate.max_forgetting`; 0: held-out loss alone decides"""
 
     @field_validator("space")
     @classmethod

@@ -10,6 +10,7 @@ from svc.invocation import json_option, settings_of
 if TYPE_CHECKING:
     from svc.settings import Settings
     from trainer.recipe.sections import Recipe
+    from trainer.sweep.finals import Finals
     from trainer.sweep.values import Values
     from trainer.sweep.workplace import Workplace
 
@@ -32,12 +33,14 @@ def sweep(
 
     quiet_libraries()
     settings = settings_of(ctx)
-    place = _open_workplace(settings, load_recipe(recipe, overrides), "sweep", anyway=anyway, makes_version=register)
+    loaded = load_recipe(recipe, overrides)
+    place = _open_workplace(settings, loaded, "sweep", anyway=anyway, makes_version=register)
+    finals = _open_finals(settings, place)
     from trainer.sweep.picture import draw_sweep
     from trainer.sweep.sweep import RESULT_FILE, WINNER_FILE, print_sweep, run_sweep
 
     with place.held():
-        result = run_sweep(place)
+        result = run_sweep(place, finals)
         picture = draw_sweep(result, place.folder / "trials.svg")
         files = [place.folder / name for name in (RESULT_FILE, WINNER_FILE)]
         place.publish({"heldout_loss": result.loss.value, "base_heldout_loss": result.base.value}, picture, *files)
@@ -101,6 +104,21 @@ def _open_workplace(
     number_type = read_capabilities(settings.home).training_type
     recipe = recipe.with_learning_rate(read_width(base.folder))
     return Workplace(settings.home / SWEEPS_FOLDER, kind, recipe, base, examples, registry.tracking, number_type)
+
+
+def _open_finals(settings: "Settings", place: "Workplace") -> "Finals | None":
+    """Return the finals of a sweep, checked as far as possible without a trial; None if the recipe has none."""
+    from svc.engine.device import read_capabilities
+    from trainer.pipeline.preflight import check_base
+    from trainer.sweep.finals import Finals
+
+    if not place.has_finals:
+        return None
+    capabilities = read_capabilities(settings.home)
+    check_base(place.base.folder, place.recipe, capabilities, settings.engine)
+    finals = Finals(place, settings, capabilities)
+    finals.check()
+    return finals
 
 
 def _register(settings: "Settings", place: "Workplace", winner: "Values", *, as_json: bool) -> str:

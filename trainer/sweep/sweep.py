@@ -13,6 +13,7 @@ from svc.files.disk import write_whole
 from svc.terminal import console, output
 from trainer.model.config import read_width
 from trainer.recipe.sections import Between, Recipe
+from trainer.sweep.finals import Finals, FinalsResult
 from trainer.sweep.outcome import Summary, TrialComparison, TrialOutcome
 from trainer.sweep.search import Phase, Search
 from trainer.sweep.values import Values, describe, with_values
@@ -38,12 +39,13 @@ class SweepResult(BaseModel):
     Attributes:
         winner: values that the winner changes in the recipe; empty if no trial is better beyond chance.
         recipe: loss of the unchanged recipe; None if that trial was not completed.
-        runner_up: values of the second-best trial; None if no other trial was completed.
+        runner_up: values of the other trial with the lowest loss; None if no other trial was completed.
         difference: held-out loss of the runner-up minus the winner's.
         warning: set if the two cannot be told apart.
         seconds: duration of all trainings.
         heldout: number of held-out examples that evaluate trials.
         notes: why a phase was skipped or extended.
+        finals: answers of the best trials on the engine; None if held-out loss alone chose the winner.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -59,10 +61,14 @@ class SweepResult(BaseModel):
     heldout: int
     notes: tuple[str, ...]
     trials: tuple[Line, ...]
+    finals: FinalsResult | None = None
 
 
-def run_sweep(place: Workplace) -> SweepResult:
+def run_sweep(place: Workplace, finals: Finals | None = None) -> SweepResult:
     """Run the remaining trials, and write and return the result; the caller holds the workplace's lock.
+
+    Args:
+        finals: measures the best trials on the engine; None to choose by held-out loss alone.
 
     Raises:
         InterruptedRunError: a signal arrived; the same command resumes the sweep.
@@ -77,10 +83,31 @@ def run_sweep(place: Workplace) -> SweepResult:
     usual_rate = place.recipe.usual_learning_rate(read_width(place.base.folder))
     compare = TrialComparison(place.answer_lengths)
     search = Search(place.recipe, usual_rate, compare, place.run_trial, f"sqlite:///{studies}")
-    result = summarize(search, search.run(), base)
+    winner, measured = search.run(), None
+    if finals:
+        winner, measured = _run_finals(finals, search, winner)
+    result = summarize(search, winner, base, measured)
     write_whole(place.folder / RESULT_FILE, result.model_dump_json(indent=1).encode("utf-8"))
     write_whole(place.folder / WINNER_FILE, recipe_text(with_values(place.recipe, result.winner)).encode("utf-8"))
     return result
+
+
+def _run_finals(finals: Finals, search: Search, preferred: TrialOutcome) -> tuple[TrialOutcome, FinalsResult | None]:
+    """Return the winner of the finals, and their table; the winner by held-out loss if no trial has an adapter.
+
+    Args:
+        preferred: the winner by held-out loss.
+    """
+    unchanged = next((trial for phase, trial in search.tried if phase is Phase.RECIPE), preferred)
+    trials = finals.rank([unchanged, preferred, *(trial for _, trial in search.tried)])
+    if preferred.key not in {trial.key for trial in trials}:
+        search.notes.append("chosen by held-out loss alone: the trials' adapters are missing")
+        return preferred, None
+    console.print("[bold]finals[/bold]")
+    finalists = finals.measure(trials)
+    winner = finals.choose(finalists, preferred, search.comparison)
+    search.notes += finals.reasons(winner, finalists, preferred)
+    return winner.trial, finals.result(winner, finalists)
 
 
 def _check_space(recipe: Recipe) -> None:
@@ -90,7 +117,7 @@ def _check_space(recipe: Recipe) -> None:
             with_values(recipe, {key: value})
 
 
-def summarize(search: Search, winner: TrialOutcome, base: Interval) -> SweepResult:
+def summarize(search: Search, winner: TrialOutcome, base: Interval, finals: FinalsResult | None = None) -> SweepResult:
     """Return the result of a search."""
     compare, trials = search.comparison, [trial for _, trial in search.tried]
     others = [trial for trial in trials if trial.loss and trial.key != winner.key]
@@ -123,6 +150,7 @@ def summarize(search: Search, winner: TrialOutcome, base: Interval) -> SweepResu
         heldout=len(winner.heldout_each),
         notes=tuple(search.notes),
         trials=tuple(lines),
+        finals=finals,
     )
 
 
@@ -152,6 +180,8 @@ def print_sweep(result: SweepResult, folder: Path, picture: Path) -> None:
         )
     output.print(table)
     output.print(f"\nheld-out loss in nats per answer token on {result.heldout} examples, with 95 % intervals")
+    if result.finals:
+        _print_finals(result.finals, result.winner)
     output.print(f"base {result.base}, unchanged recipe {result.recipe or '-'}, winner {result.loss}")
     output.print(f"[bold]winner: {escape(describe(result.winner))}[/bold]")
     if result.warning:
@@ -161,3 +191,20 @@ def print_sweep(result: SweepResult, folder: Path, picture: Path) -> None:
     if flags := "".join(f" --set {shlex.quote(flag)}" for flag in settings_of_winner(result)):
         output.print(f"as flags of svc train:{flags}", markup=False, soft_wrap=True)
     output.print(f"as a recipe: {folder / WINNER_FILE}\npicture: {picture}", markup=False, soft_wrap=True)
+
+
+def _print_finals(finals: FinalsResult, winner: Values) -> None:
+    table = Table("finals", finals.metric, "minus the winner's", "general questions", "minus the base's", box=None)
+    for line in finals.lines:
+        name = escape(describe(line.values))
+        forgetting = f"{line.forgetting or ''}{'' if line.allowed else ': too much'}"
+        table.add_row(
+            f"[bold]{name}[/bold]" if line.values == winner else name,
+            str(line.primary),
+            str(line.difference),
+            str(line.general or ""),
+            forgetting,
+        )
+    output.print(table)
+    general = f"; {finals.questions} general questions, base {finals.general}" if finals.general else ""
+    output.print(f"on the engine: {finals.examples} held-out examples{general}")

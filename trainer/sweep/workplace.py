@@ -1,7 +1,7 @@
 """The folder of one sweep or learning curve: its lock, its trainings and their runs in MLflow.
 
     $SVC_HOME/sweeps/NAME-KEY/   lock  mlflow.json  base.json  study.db  result.json  winner.yaml  trials.svg
-        trials/KEY/              mlflow.json  watched.json  checkpoints/  outcome.json
+        trials/KEY/              mlflow.json  watched.json  checkpoints/  adapter/  outcome.json
 
 Base and examples are read once for all trainings. `outcome.json` is written last: an interrupted training resumes from
 its checkpoint. Imports torch when it trains.
@@ -20,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.device import NumberType
 from svc.errors import InterruptedRunError, TrainingError
@@ -27,15 +28,16 @@ from svc.evaluation.intervals import Interval, mean
 from svc.files.disk import write_whole
 from svc.files.json_file import read_json_object
 from svc.files.lock import hold_lock
-from svc.model_folder.chat_template import choose_template_kwargs
+from svc.model_folder.chat_template import TemplateKwargs, choose_template_kwargs
 from svc.registry.tracking import HELDOUT_LOSS, PARENT, RUN_NAME, Tracking
 from svc.registry.training_runs import RUN_LOCK
 from svc.terminal import console
+from svc.version import Format
 from trainer.base_model.resolve import Base
 from trainer.model.release_memory import release_memory
 from trainer.pipeline.examples import Examples
 from trainer.pipeline.stage_key import stage_keys
-from trainer.pipeline.tracked_run import tracked_run
+from trainer.pipeline.tracked_run import TrackedRun, tracked_run
 from trainer.recipe.sections import Recipe
 from trainer.recipe.stage import Stage
 from trainer.sweep.outcome import Status, TrialOutcome
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 
 Watch = Callable[[int, float], None]
 """Callback with a step and its held-out loss; raises `optuna.TrialPruned`."""
+ADAPTER = "adapter"
 _MAX_JUDGED, _MAX_WATCHED = 200, 64
 """Maximum number of held-out examples measured after a trial, and during the trial."""
 
@@ -73,7 +76,12 @@ class Workplace:
     def folder(self) -> Path:
         """The folder, which may not exist yet."""
         train_key = stage_keys(self.recipe, self.base, self.examples)[Stage.TRAIN]
-        content = [self.kind, train_key, self.examples.measured_fingerprint, self.recipe.sweep.model_dump_json()]
+        content = [
+            self.kind,
+            train_key,
+            self.examples.measured_fingerprint,
+            self.recipe.sweep.model_dump_json(exclude={"finalists"}),
+        ]
         key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
         return self.sweeps / f"{self.recipe.name}-{key}"
 
@@ -101,18 +109,28 @@ class Workplace:
 
         return LoadedBase(self.base.folder)
 
+    @property
+    def template_kwargs(self) -> TemplateKwargs:
+        """Arguments of the chat template."""
+        return choose_template_kwargs(self.base.folder, self.recipe.chat_template_kwargs)
+
+    @cached_property
+    def judged(self) -> tuple[ChatExample, ...]:
+        """The held-out examples that evaluate trials: if there are many, a random sample."""
+        measured = self.examples.measured
+        generator = random.Random(0)  # noqa: S311 - no secret
+        return tuple(generator.sample(measured, min(_MAX_JUDGED, len(measured))))
+
     @cached_property
     def data(self) -> "TrialData":
-        """The examples as token ids; if there are many held-out examples, a random sample."""
+        """The examples as token ids."""
         from trainer.data.chat_template import tokenize_as_trained, tokenize_turns_of
         from trainer.training.trial import TrialData
 
+        train = tokenize_turns_of(self.base.folder, self.examples.train, self.template_kwargs)
+        judged = tokenize_as_trained(self.base.folder, self.judged, self.template_kwargs)
+        judged.sort(key=lambda row: len(row.input_ids))
         generator = random.Random(0)  # noqa: S311 - no secret
-        kwargs = choose_template_kwargs(self.base.folder, self.recipe.chat_template_kwargs)
-        train = tokenize_turns_of(self.base.folder, self.examples.train, kwargs)
-        measured = self.examples.measured
-        heldout = generator.sample(measured, min(_MAX_JUDGED, len(measured)))
-        judged = sorted(tokenize_as_trained(self.base.folder, heldout, kwargs), key=lambda row: len(row.input_ids))
         watched = generator.sample(range(len(judged)), min(_MAX_WATCHED, len(judged)))
         return TrialData(train, [judged[place] for place in sorted(watched)], judged)
 
@@ -172,6 +190,26 @@ class Workplace:
         release_memory()
         return outcome
 
+    @property
+    def has_finals(self) -> bool:
+        """Whether the best trials answer on the engine: they have adapters, and the recipe lists the merged format."""
+        recipe = self.recipe
+        return bool(recipe.sweep.finalists and recipe.adapter_type) and Format.MERGED in recipe.formats
+
+    def adapter(self, trial: TrialOutcome) -> Path:
+        """Return the folder of a trial's adapter, which may not exist."""
+        return self.folder / "trials" / trial.key / ADAPTER
+
+    def log_final(self, trial: TrialOutcome, figures: dict[str, float]) -> None:
+        """Add the figures of a trial's answers to its run in MLflow."""
+        path = self.folder / "trials" / trial.key / "mlflow.json"
+        self.tracking.log_metrics(TrackedRun.model_validate_json(path.read_bytes()).run_id, figures, trial.steps)
+
+    def unload(self) -> None:
+        """Release the memory of the base, which the engine needs."""
+        vars(self).pop("loaded", None)
+        release_memory()
+
     def publish(self, figures: Mapping[str, float], *files: Path) -> None:
         """Add a result to the parent run in MLflow, and close that run."""
         self.tracking.log_metrics(self._parent, dict(figures))
@@ -201,7 +239,10 @@ class Workplace:
             for step, loss in watched.items():
                 watch(step, loss)
             data, checkpoints = replace(self.data, train=train), folder / "checkpoints"
-            run = train_trial(self.loaded, data, recipe, checkpoints, report, number_type=self.number_type)
+            adapter = folder / ADAPTER if self.kind == "sweep" and recipe.adapter_type else None
+            run = train_trial(
+                self.loaded, data, recipe, checkpoints, report, number_type=self.number_type, adapter=adapter
+            )
         except TrialPruned as pruned:
             return {"status": Status.PRUNED, "why": str(pruned), "watched": watched}
         except TrainingError as error:

@@ -100,7 +100,7 @@ def train_model(
                 )
             seconds = run_trainer(trainer, recipe.stopping, asked, number_type)
         # A signal ends the process from here on: the next run writes the weights from the last checkpoint.
-        _save(trainer, tokenizer, out, full=recipe.adapter_type is None)
+        save_model(trainer, tokenizer, out, full=recipe.adapter_type is None)
     return summarize(trainer, seconds, kept_best=recipe.stopping.keep_best)
 
 
@@ -250,7 +250,8 @@ def _trained_tokens(rows: list[TokenizedExample], dataset_rows: int, steps: int,
     return steps * in_a_step / dataset_rows * sum(len(row.input_ids) for row in rows)
 
 
-def _save(trainer: ResumableTrainer, tokenizer: PreTrainedTokenizerBase, out: Path, *, full: bool) -> None:
+def save_model(trainer: ResumableTrainer, tokenizer: PreTrainedTokenizerBase, out: Path, *, full: bool) -> None:
+    """Write the trained adapter, or with `full` the complete model in bf16, with the tokenizer's files."""
     model = trainer.model
     if full:
         round_to_bfloat16(model.parameters())

@@ -1,4 +1,4 @@
-"""Trains only to measure held-out loss: no weights are written, merged or served. Imports torch and TRL.
+"""Trains to measure held-out loss; nothing is merged or served. Imports torch and TRL.
 
 A trial computes bit for bit the same as `train_model` with the same recipe, after any earlier training in the process.
 """
@@ -21,7 +21,7 @@ from trainer.library_output import library_output_to_log
 from trainer.recipe.sections import Recipe, Stopping
 from trainer.training.loaded_base import LoadedBase
 from trainer.training.out_of_memory import advising_on_memory
-from trainer.training.sft import build_trainer, run_trainer, summarize
+from trainer.training.sft import build_trainer, run_trainer, save_model, summarize
 from trainer.training.trainer import ResumableTrainer, answer_tokens
 
 _MEASUREMENTS = 3
@@ -68,6 +68,7 @@ def train_trial(
     report: Report | None = None,
     *,
     number_type: NumberType,
+    adapter: Path | None = None,
 ) -> TrialRun:
     """Train by the recipe without its section `stopping`, then measure the loss of each judged example.
 
@@ -76,6 +77,7 @@ def train_trial(
     Args:
         checkpoints: folder for this trial's checkpoints only.
         report: callback for losses; any exception that it raises stops the trial.
+        adapter: folder for the trained adapter; None to write none.
 
     Raises:
         InterruptedRunError: a signal arrived, and a checkpoint was written.
@@ -91,6 +93,8 @@ def train_trial(
                 f"stopped by {error} after the last step of a trial",
                 todo="run the same command again: it resumes from there",
             ) from error
+        if adapter:
+            save_model(trainer, base.tokenizer, adapter, full=False)
         summary = summarize(trainer, seconds, kept_best=False)
     return TrialRun(summary.steps, each, summary.points)
 

@@ -3,18 +3,17 @@
 import json
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import pytest
 from jinja2 import TemplateError
 
-from svc.dataset.schema.example import ChatExample, parse_example
+from svc.dataset.schema.example import parse_example
 from svc.errors import BaseModelError, DataError
 from tests.hub_models.base_models import write_base_tokenizer
 from tests.hub_models.family import FAMILIES
 from tests.trainer.conftest import make_tokenizer
 from trainer.base_model.other_template import folder_with_template
-from trainer.data.chat_template import check_ending, load_tokenizer, read_tokenizer, stop_tokens, tokenize_examples
+from trainer.data.chat_template import check_ending, load_tokenizer, read_tokenizer, stop_tokens, tokenize_turns
 from trainer.data.template_choice import template_text
 from trainer.recipe.named_template import NamedTemplate
 
@@ -29,15 +28,6 @@ CONVERSATIONS: dict[str, Turns] = {
 
 def messages(turns: Turns) -> list[dict[str, str]]:
     return [{"role": role, "content": text} for role, text in turns]
-
-
-def example(turns: Turns) -> ChatExample:
-    """Return an example of which every answer is learnt."""
-    rows: list[dict[str, Any]] = [dict(message) for message in messages(turns)]
-    for row in rows:
-        if row["role"] == "assistant":
-            row["weight"] = 1
-    return parse_example({"messages": rows})
 
 
 @pytest.fixture(scope="module", params=["llama_2", "phi_2"])
@@ -55,7 +45,8 @@ def test_every_answer_is_learnt_with_one_end_token_when_a_template_is_chosen_by_
     tokenizer = load_tokenizer(folder)
     stops = stop_tokens(folder, tokenizer)
     check_ending(folder, tokenizer, stops, {})
-    [row] = tokenize_examples(tokenizer, [example(turns)], stops, {})
+    example = parse_example({"messages": messages(turns)}).learning_all
+    [[row]] = tokenize_turns(tokenizer, [example], stops, {})
     answers = [text for role, text in turns if role == "assistant"]
     for (start, end), answer in zip(row.learnt, answers, strict=True):
         *text, last = row.input_ids[start:end]
@@ -108,7 +99,7 @@ def test_tools_are_rejected_because_no_named_template_shows_them_to_the_model(
     tools = [{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}]
     with_tools = parse_example({"messages": messages(CONVERSATIONS["one turn"]), "tools": tools})
     with pytest.raises(DataError, match="no form for tools"):
-        tokenize_examples(tokenizer, [with_tools], {tokenizer.eos_token_id}, {})
+        tokenize_turns(tokenizer, [with_tools], {tokenizer.eos_token_id}, {})
     with pytest.raises(TemplateError, match="role tool"):
         tokenizer.apply_chat_template([{"role": "tool", "content": "net"}])
 

@@ -33,6 +33,7 @@ data: {{train: train.jsonl, heldout: heldout.jsonl}}
 train: {{batch_size: 8, learning_rate: 1.0e-3}}
 adapter: {{rank: 4}}
 sweep:
+  finalists: 0
   space: {{train.learning_rate: [1.0e-2, 1.0e-3], adapter.rank: [2, 4]}}
 """
 

@@ -57,7 +57,9 @@ def attempt(tiny_base: Path, data: TrialData, tmp_path: Path) -> Try:
     base = LoadedBase(tiny_base)
 
     def attempt(recipe: Recipe, folder: str, report: Any = None) -> TrialRun:
-        return train_trial(base, data, recipe, tmp_path / folder / "checkpoints", report, number_type=TYPE)
+        adapter = tmp_path / folder / "adapter" if recipe.adapter_type else None
+        checkpoints = tmp_path / folder / "checkpoints"
+        return train_trial(base, data, recipe, checkpoints, report, number_type=TYPE, adapter=adapter)
 
     return attempt
 
@@ -83,6 +85,9 @@ def test_trial_equals_a_separate_training_when_others_ran_before(
     )
     assert [point.loss for point in trial.points] == [point.loss for point in alone.points if point.step]
     assert trial.heldout_each == alone.points[-1].heldout_each
+    if method is not Method.FULL:
+        weights = [tmp_path / folder / "adapter_model.safetensors" for folder in ("trial/adapter", "alone")]
+        assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 def test_the_watched_examples_are_measured_three_times(attempt: Try) -> None:

@@ -1,0 +1,318 @@
+"""The finals of a sweep: the trials with the lowest held-out loss answer on the engine, which decides among them.
+
+Held-out loss says little about general ability, and not everything about the primary metric. Both need answers, so they
+are measured for a few trials only, in one engine: each adapter is merged, and the merged weights are loaded in place,
+as `svc train` evaluates a version. So every adapter type can be measured, also those that vLLM does not serve.
+"""
+
+import asyncio
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from svc.dataset.schema.example import ChatExample
+from svc.dataset.schema.tokenized_example import TokenizedExample
+from svc.engine.device import DeviceCapabilities
+from svc.engine.model_facts import read_model_facts
+from svc.evaluation.answer_limit import answer_limits
+from svc.evaluation.comparison import Direction, compare
+from svc.evaluation.evaluator import ask_examples, judge
+from svc.evaluation.forgetting import Forgetting, measure_forgetting, tracked
+from svc.evaluation.general.general_set import MAX_TOKENS
+from svc.evaluation.intervals import Interval
+from svc.evaluation.metrics.choose import choose_metrics, try_on_references
+from svc.evaluation.metrics.metric import Better, Metric
+from svc.evaluation.results import ExampleResult
+from svc.evaluation.verdict import GateOutcome
+from svc.model_folder.chat_template import write_template_kwargs
+from svc.settings import Settings
+from svc.terminal import console, counting
+from svc.version import Format
+from trainer.data.chat_template import tokenize_as_trained
+from trainer.data.length import check_served_length
+from trainer.export.merge import merge_adapter
+from trainer.pipeline.evaluation_cache import evaluation_cache
+from trainer.pipeline.evaluation_engine import LaunchModel, ReusedEngine, evaluation_engine
+from trainer.pipeline.forgetting import judge_forgetting
+from trainer.recipe.sections import Undecided
+from trainer.sweep.outcome import TrialComparison, TrialOutcome
+from trainer.sweep.values import describe
+from trainer.sweep.workplace import Workplace
+
+
+@dataclass(frozen=True, slots=True)
+class Finalist:
+    """A trial with its answers on the engine.
+
+    Attributes:
+        results: answers to the held-out examples.
+        primary: the primary metric.
+        forgetting: None if no general questions were asked.
+        allowed: whether the loss of general ability is within `evaluate.max_forgetting`.
+    """
+
+    trial: TrialOutcome
+    results: tuple[ExampleResult, ...]
+    primary: Interval
+    forgetting: Forgetting | None
+    allowed: bool
+
+
+class FinalLine(BaseModel):
+    """One row of the finals' table.
+
+    Attributes:
+        values: recipe keys that the trial changes, with their values.
+        primary: the primary metric.
+        difference: primary metric minus the winner's, on the same examples.
+        general: share of correct answers to the general questions; None if none were asked.
+        forgetting: that share minus the base's.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    values: dict[str, Any]
+    primary: Interval
+    difference: Interval
+    general: Interval | None
+    forgetting: Interval | None
+    allowed: bool
+
+
+class FinalsResult(BaseModel):
+    """Result of the finals.
+
+    Attributes:
+        metric: name of the primary metric.
+        examples: number of held-out examples that were answered.
+        general: share of correct answers of the base to the general questions; None if none were asked.
+        questions: number of general questions.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    metric: str
+    examples: int
+    general: Interval | None
+    questions: int
+    lines: tuple[FinalLine, ...]
+
+
+@dataclass(frozen=True)
+class Finals:
+    """Measures trials on the engine, and chooses the winner.
+
+    Args:
+        launch: creates engines; default: vLLM processes on this machine.
+    """
+
+    place: Workplace
+    settings: Settings
+    capabilities: DeviceCapabilities
+    launch: LaunchModel | None = None
+
+    @property
+    def examples(self) -> tuple[ChatExample, ...]:
+        """The held-out examples to answer."""
+        return self.place.judged[: self.place.recipe.evaluate.limit]
+
+    @cached_property
+    def metric(self) -> Metric:
+        """The primary metric.
+
+        Raises:
+            RecipeError: the recipe names a metric that does not exist or cannot score these examples.
+        """
+        return choose_metrics(self.place.judged, self.place.recipe.evaluate.metric_options)[0]
+
+    @cached_property
+    def _context(self) -> int:
+        longest = self.settings.engine.max_model_len
+        return min(longest, read_model_facts(self.place.base.folder).context or longest)
+
+    def check(self) -> None:
+        """Check before the first trial that the engine can answer the examples and the metric can score them.
+
+        Raises:
+            SvcError: an example does not fit into the engine, or the metric cannot score the references.
+        """
+        room = self.place.recipe.evaluate.max_tokens or 0
+        check_served_length(self._tokenize(self.examples), self._context, "held-out", room=room)
+        if questions := self.place.examples.questions:
+            check_served_length(self._tokenize(questions.examples), self._context, "general", room=MAX_TOKENS)
+        try_on_references([self.metric], self.examples)
+
+    def rank(self, trials: Sequence[TrialOutcome]) -> list[TrialOutcome]:
+        """Return each completed trial that has an adapter once: the first two, then the others by held-out loss."""
+        order = [*trials[:2], *sorted(trials[2:], key=lambda trial: trial.mean)]
+        unique: dict[str, TrialOutcome] = {}
+        for trial in order:
+            if trial.loss and self.place.adapter(trial).is_dir():
+                unique.setdefault(trial.key, trial)
+        return list(unique.values())
+
+    def measure(self, trials: Sequence[TrialOutcome]) -> list[Finalist]:
+        """Measure the first trial and the recipe's number of others, or more while all of them forget too much.
+
+        Args:
+            trials: trials with adapters, in the order of preference.
+
+        Raises:
+            SvcError: an engine failed.
+        """
+        self.place.unload()
+        return asyncio.run(self._measure(trials))
+
+    def choose(self, finalists: Sequence[Finalist], preferred: TrialOutcome, losses: TrialComparison) -> Finalist:
+        """Return the winner.
+
+        Finalists that forget too much are left out; if all do, the one that forgets least wins. Of the others, those
+        whose primary metric is worse than the best beyond chance are left out. Held-out loss decides among the rest.
+
+        Args:
+            preferred: the winner by held-out loss.
+        """
+        allowed = [finalist for finalist in finalists if finalist.allowed]
+        if not allowed:
+            return max(finalists, key=lambda finalist: finalist.forgetting.after.value if finalist.forgetting else 0.0)
+        sign = -1 if self.metric.better is Better.LOWER else 1
+        best = max(allowed, key=lambda finalist: sign * finalist.primary.value)
+        good = {finalist.trial.key: finalist for finalist in allowed if not self._is_worse(finalist, best)}
+        if preferred.key in good:
+            return good[preferred.key]
+        return good[losses.choose([finalist.trial for finalist in good.values()]).key]
+
+    def reasons(self, winner: Finalist, finalists: Sequence[Finalist], preferred: TrialOutcome) -> list[str]:
+        """Return sentences that say why the winner is not the one by held-out loss; empty if it is."""
+        if not winner.allowed:
+            return [
+                "all measured trials forget more than evaluate.max_forgetting allows; the one that forgets least wins"
+            ]
+        loser = next(finalist for finalist in finalists if finalist.trial.key == preferred.key)
+        if loser is winner:
+            return []
+        why = f"its {self.metric.title} is worse" if loser.allowed else "it forgets more than evaluate.max_forgetting"
+        return [f"{describe(preferred.values)} would win by held-out loss, but {why}"]
+
+    def result(self, winner: Finalist, finalists: Sequence[Finalist]) -> FinalsResult:
+        """Return the table of the finals."""
+        lines = [
+            FinalLine(
+                values=finalist.trial.values,
+                primary=finalist.primary,
+                difference=self._compare(winner, finalist)[0],
+                general=finalist.forgetting.after if finalist.forgetting else None,
+                forgetting=finalist.forgetting.difference if finalist.forgetting else None,
+                allowed=finalist.allowed,
+            )
+            for finalist in finalists
+        ]
+        return FinalsResult(
+            metric=self.metric.name,
+            examples=len(self.examples),
+            general=winner.forgetting.before if winner.forgetting else None,
+            questions=winner.forgetting.examples if winner.forgetting else 0,
+            lines=tuple(lines),
+        )
+
+    def _is_worse(self, finalist: Finalist, best: Finalist) -> bool:
+        return finalist is not best and self._compare(best, finalist)[1] is Direction.WORSE
+
+    def _compare(self, first: Finalist, second: Finalist) -> tuple[Interval, Direction]:
+        compared = compare(self.examples, first.results, second.results, [self.metric]).metrics[self.metric.name]
+        return compared.difference, compared.direction
+
+    async def _measure(self, trials: Sequence[TrialOutcome]) -> list[Finalist]:
+        base, questions = self.place.base, self.place.examples.questions
+        launch = self.launch or partial(
+            evaluation_engine,
+            settings=self.settings,
+            capabilities=self.capabilities,
+            run=self.place.folder,
+            name=self.place.recipe.name,
+        )
+        finalists: list[Finalist] = []
+        async with ReusedEngine(launch) as engine:
+            asked = questions.examples if questions else ()
+            before = await self._ask(engine, "base", base.revision, lambda: base.folder, (), asked)
+            for trial in trials:
+                if len(finalists) > self.place.recipe.sweep.finalists and any(one.allowed for one in finalists):
+                    break
+                name, revision = describe(trial.values), f"{self.place.folder.name}/{trial.key}"
+                merge = partial(self._merge, trial)
+                results, after = await self._ask(engine, name, revision, merge, self.examples, asked)
+                shutil.rmtree(self._merged(trial), ignore_errors=True)
+                forgetting = measure_forgetting(questions, before[1], after) if questions else None
+                finalists.append(self._finalist(trial, results, forgetting))
+        return finalists
+
+    def _finalist(
+        self, trial: TrialOutcome, results: tuple[ExampleResult, ...], forgetting: Forgetting | None
+    ) -> Finalist:
+        """Score a trial's answers, print the figures, and add them to its run in MLflow."""
+        evaluation = judge(self.examples, results, 0.0, [self.metric])
+        primary, options = evaluation.report.figures[self.metric.name].estimate, self.place.recipe.evaluate
+        allowed = True
+        if forgetting and options.max_forgetting is not None:
+            outcome = judge_forgetting(forgetting, options.max_forgetting, Format.MERGED).verdict.outcome
+            undecided = outcome is GateOutcome.UNDECIDED and options.undecided is Undecided.WARN
+            allowed = outcome is GateOutcome.PASSED or undecided
+        general = f", general questions {forgetting.after}" if forgetting else ""
+        console.print(f"  {describe(trial.values)}: {self.metric.title} {primary}{general}", soft_wrap=True)
+        figures = {f"final_{self.metric.name}": primary.value} | (
+            tracked(forgetting, Format.MERGED) if forgetting else {}
+        )
+        self.place.log_final(trial, figures)
+        return Finalist(trial, evaluation.results, primary, forgetting, allowed)
+
+    async def _ask(
+        self,
+        engine: ReusedEngine,
+        name: str,
+        revision: str,
+        make: Callable[[], Path],
+        examples: Sequence[ChatExample],
+        general: Sequence[ChatExample],
+    ) -> tuple[tuple[ExampleResult, ...], tuple[ExampleResult, ...]]:
+        """Return a model's answers to the examples and to the general questions; stored answers are reused.
+
+        Args:
+            make: returns the model's folder, if it has to answer.
+        """
+        base, kwargs = self.place.base.folder, self.place.template_kwargs
+        cache = evaluation_cache(self.settings, self.capabilities, revision, base, template_kwargs=kwargs)
+        answers, folder = [], None
+        for asked, trained in ((examples, True), (general, False)):
+            tokenized = self._tokenize(asked)
+            fixed = self.place.recipe.evaluate.max_tokens if trained else MAX_TOKENS
+            limits = answer_limits(tokenized, context=self._context, fixed=fixed)
+            known = cache.find(asked, limits)
+            if known is None:
+                folder = folder or make()
+                client = await engine.serve(folder, kwargs)
+                with counting(f"{'examples' if trained else 'general questions'} to {name}", len(asked)) as advance:
+                    known = await ask_examples(
+                        client, asked, tokenized, limits=limits, trained=trained, on_done=advance
+                    )
+                cache.add(asked, known)
+            answers.append(known)
+        return answers[0], answers[1]
+
+    def _tokenize(self, examples: Sequence[ChatExample]) -> list[TokenizedExample]:
+        return tokenize_as_trained(self.place.base.folder, examples, self.place.template_kwargs)
+
+    def _merged(self, trial: TrialOutcome) -> Path:
+        return self.place.folder / "finals" / trial.key
+
+    def _merge(self, trial: TrialOutcome) -> Path:
+        """Write a trial's merged model and return its folder."""
+        merged = self._merged(trial)
+        shutil.rmtree(merged, ignore_errors=True)
+        merge_adapter(self.place.base.folder, self.place.adapter(trial), merged)
+        write_template_kwargs(merged, self.place.template_kwargs)
+        return merged
