@@ -11,6 +11,7 @@ from svc.dataset.schema.example import parse_example
 from svc.errors import BaseModelError, DataError
 from tests.hub_models.base_models import write_base_tokenizer
 from tests.hub_models.family import FAMILIES
+from tests.hub_models.tokenizer import fetched_tokenizer
 from tests.trainer.conftest import make_tokenizer
 from trainer.base_model.other_template import folder_with_template
 from trainer.data.chat_template import check_ending, load_tokenizer, read_tokenizer, stop_tokens, tokenize_turns
@@ -28,6 +29,12 @@ CONVERSATIONS: dict[str, Turns] = {
 
 def messages(turns: Turns) -> list[dict[str, str]]:
     return [{"role": role, "content": text} for role, text in turns]
+
+
+def _require_own_tokenizer(family: str) -> None:
+    """Skip the test of a tokenizer that puts a begin token before texts, as the stand-in for it does not."""
+    if family == "llama_2" and not fetched_tokenizer(FAMILIES[family]):
+        pytest.skip("Llama 2's tokenizer is not here: make .venv/tokenizers/.ready")
 
 
 @pytest.fixture(scope="module", params=["llama_2", "phi_2"])
@@ -59,6 +66,7 @@ def test_every_answer_is_learnt_with_one_end_token_when_a_template_is_chosen_by_
 def test_prompt_begins_with_the_begin_token_when_the_tokenizer_puts_it_before_texts(
     base: Path, tmp_path: Path, name: NamedTemplate
 ) -> None:
+    _require_own_tokenizer(base.name)
     folder = folder_with_template(base, template_text(name, base), tmp_path)
     tokenizer = load_tokenizer(folder)
     ids = tokenizer.apply_chat_template(messages(QUESTIONS), add_generation_prompt=True, return_dict=False)
@@ -74,6 +82,7 @@ def test_prompt_begins_with_the_begin_token_when_the_tokenizer_puts_it_before_te
 )
 def test_text_is_that_of_the_publishers_template(tmp_path: Path, name: NamedTemplate, turns: Turns) -> None:
     if name is NamedTemplate.LLAMA_2:
+        _require_own_tokenizer("llama_2")
         published = FAMILIES["llama_2"].template
         tokenizer = read_tokenizer(write_base_tokenizer(tmp_path / "base", "llama_2"))
     else:

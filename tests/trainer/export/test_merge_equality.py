@@ -14,6 +14,7 @@ from tests.trainer.conftest import make_model, make_recipe
 from tests.trainer.export.whole_model_merge import merge_whole_model, weight_bytes
 from tests.trainer.model.test_experts import FAMILIES as MIXTURES
 from tests.trainer.model.test_experts import make_mixture
+from trainer.base_model.resolve import resolve_base
 from trainer.export import tensor_files
 from trainer.export.merge import merge_adapter
 from trainer.model.experts import name_experts
@@ -76,7 +77,7 @@ def test_merge_writes_the_bytes_of_the_whole_model_merge_when_the_base_is_not_in
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merge_writes_the_bytes_of_the_whole_model_merge_for_every_family(tmp_path: Path, family: str) -> None:
-    base = build_hub_model(tmp_path / "base", family)
+    base = resolve_base(str(build_hub_model(tmp_path / "base", family)), tmp_path / "cache").folder
     check_equal(base, make_adapter(base, tmp_path / "adapter"), tmp_path)
 
 

@@ -112,7 +112,7 @@ def test_forgetting_is_only_reported_when_the_recipe_has_no_limit(contest: Conte
     assert key == "fast"
     lost = {one.trial.key: one.forgetting.lost for one in finalists if one.forgetting}
     assert lost == {"unchanged": 10, "fast": 10, "middle": 10, "slow": 0}
-    assert contest.logged["fast"]["general_difference"] == -1
+    assert contest.logged["fast"]["general_difference_merged"] == -1
 
 
 def test_a_trial_that_forgets_too_much_does_not_win(contest: Contest) -> None:
