@@ -1,7 +1,7 @@
-"""The usual forms of messages, input items and tools, which vLLM accepts without a single validation error.
+"""The usual forms of messages, input items and tools: whatever matches one is valid for vLLM too.
 
-An element with another form may still be valid: vLLM decides. Each form is narrower than vLLM's own, by its fields and
-their types; tests/e2e/test_worst_requests.py compares them with vLLM. Checked by msgspec, in C.
+An element that matches none may still be valid: vLLM decides. Each form has a subset of the fields and types that vLLM
+allows; tests/e2e/test_worst_requests.py compares them with vLLM. Checked by msgspec, in C.
 """
 
 from typing import Annotated, Any, Literal

@@ -56,7 +56,7 @@ class KeyedHash:
     def words(self, text: str) -> NDArray[np.int32]:
         """Return sorted hashes of the distinct words of a text: at most `MAX_WORDS`, the smallest ones.
 
-        The smallest hashes are a random choice of the words that is the same for all texts.
+        They are a random sample of the words that is consistent: a word has the same hash in every text.
         """
         hashes = {self._number(word, 4) for word in _distinct_words(text)}
         return np.array(sorted(hashes)[:MAX_WORDS], dtype=np.int32)

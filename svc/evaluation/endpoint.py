@@ -177,7 +177,7 @@ class Chat:
         return self._options | ({} if limit is None else {self._limit_name: limit})
 
     def _adapt(self, answer: "httpx.Response") -> bool:
-        """Change the options for later requests if this rejection allows it; return whether they changed."""
+        """Rename or drop an option that the endpoint rejected, for this and later requests; return whether one was."""
         if answer.status_code not in (400, 422):
             return False
         if "max_completion_tokens" in answer.text and self._limit_name == "max_tokens":

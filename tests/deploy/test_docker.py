@@ -49,7 +49,7 @@ def test_the_cpu_image_has_no_compiler() -> None:
     assert not COMPILERS.search(stages()["base"] + stages()["cpu"].partition("\n#")[0])
 
 
-def test_the_gpu_image_has_only_the_compiler_for_triton() -> None:
+def test_the_only_compiler_in_the_gpu_image_is_the_one_that_triton_needs() -> None:
     assert set(COMPILERS.findall(stages()["gpu"])) == {"gcc"}
 
 

@@ -22,7 +22,7 @@ _RENEW = "ask its issuer to replace it"
 @click.option(
     "--limit",
     type=click.IntRange(min=1),
-    help="Maximum number of examples to send.  [default: all, or those of the versions' evaluation]",
+    help="Maximum number of examples to send.  [default: as many as the versions were evaluated on; with --data, all]",
 )
 @click.option(
     "--format",

@@ -41,8 +41,8 @@ def check_tokenizer(
                 f"the {role} token {tokenizer.convert_ids_to_tokens(token)!r} of {folder} has the id {token}, but the "
                 f"model has {embedding_rows} embedding rows",
                 expected=f"an id below {embedding_rows}",
-                todo=f"name an existing token in {folder / 'tokenizer_config.json'} (as pad token, the end token), or "
-                "use the tokenizer of these weights",
+                todo=f"set it to an existing token in {folder / 'tokenizer_config.json'} (the end token can also "
+                "be the pad token), or use the tokenizer that came with these weights",
             )
     added = tokenizer.added_tokens_decoder
     ordinary = max((token for token in tokenizer.get_vocab().values() if token not in added), default=0)

@@ -112,7 +112,7 @@ class StoredWeights(Mapping[str, torch.Tensor]):
         return [names]
 
     def saved_shapes(self) -> Tensors:
-        """Return the tensors that `save_pretrained` writes for the model in bf16, without weights, by name."""
+        """Return the tensors that `save_pretrained` writes for the model in bf16, by name, without their data."""
         shapes = {name: self._shapes[name] for group in self.saved_together() for name in group}
         complete = {
             name: shape.to(torch.bfloat16) if shape.is_floating_point() else shape for name, shape in shapes.items()

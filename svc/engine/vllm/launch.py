@@ -192,9 +192,9 @@ def environment(spec: EngineSpec) -> dict[str, str]:
 
 
 def launch_digest(spec: EngineSpec) -> str:
-    """Return a hex SHA-256 that is equal for two launches from one folder with the same options, whatever the weights.
+    """Return a hex SHA-256 of everything that determines a launch except the weights and the free memory.
 
-    The weights are known from the engine's record and its probes; the free memory at its start is ignored.
+    The weights are identified by the engine's record and its probes.
     """
     # The number of engines that share a GPU is part of the launch, unless the share is given.
     shares = spec.device is Device.CUDA and spec.settings.gpu_memory_share is None

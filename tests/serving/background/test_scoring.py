@@ -263,7 +263,7 @@ async def test_server_scores_its_answers(home: Home) -> None:
     assert -10 < (score() or 0) < 0
 
 
-async def test_server_looks_for_no_answers_to_score_when_no_content_is_stored(
+async def test_server_does_not_look_for_answers_to_score_when_content_is_not_stored(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks: list[object] = []

@@ -230,7 +230,7 @@ def test_missing_file_is_reported(tmp_path: Path) -> None:
         pytest.param(b"\x93NUMPY\x01\x00\x10\x00{}            \n", id="a bad header"),
     ],
 )
-def test_file_that_is_not_a_text_space_is_reported(tmp_path: Path, content: bytes) -> None:
+def test_error_names_the_file_when_it_is_not_a_text_embedding(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "space.npz").write_bytes(content)
     with pytest.raises(IntegrityError, match=r"space\.npz"):
         load_text_space(tmp_path / "space.npz")

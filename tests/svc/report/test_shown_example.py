@@ -39,7 +39,7 @@ def test_lost_answers_are_those_that_only_the_base_has_right() -> None:
     assert judged(LABELS, {BASE: base, "merged": tuned}).lost == (4, 7)
 
 
-def test_no_answer_is_lost_when_the_base_has_no_answers() -> None:
+def test_no_example_counts_as_lost_when_the_base_has_no_answers() -> None:
     comparison = judged(LABELS, {BASE: right(LABELS, 60), "merged": right(LABELS, 0)}, kept=["merged"])
     assert comparison.lost == ()
 

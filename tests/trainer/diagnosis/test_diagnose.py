@@ -204,7 +204,7 @@ def test_forgetting_is_found_when_the_interval_excludes_zero(
     assert (kinds(run) == [FindingKind.FORGETTING]) is forgotten
 
 
-def test_advice_is_more_general_examples_when_some_are_mixed_in() -> None:
+def test_advice_is_a_larger_share_of_general_examples_when_some_are_mixed_in() -> None:
     lost = Interval(value=-0.1, low=-0.15, high=-0.05)
     assert only(simulate(WELL, 0, general_change=lost)).advice.key == "data.general"
     mixed = simulate(WELL, 0, general_change=lost, settings=replace(SETTINGS, general_share=0.1))
