@@ -1,6 +1,6 @@
 """Estimate of a recipe on each device: memory by part, whether it fits, the largest batch, time and cost.
 
-On machines of this kind, the estimated memory was within a fifth of the measured one, and the time within a third
+The estimated memory was within a fifth of the measured one, and the time mostly within a third, with AMX less often
 (docs/estimate.md). A run is therefore refused only if `least`, which no batch size reduces, exceeds the memory.
 Training uses one GPU, and so does the estimate: several GPUs help only the engine, and are not counted.
 """
