@@ -6,7 +6,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from svc.engine.probes import MAX_PROBES, Probe
 from svc.errors import IntegrityError
@@ -128,14 +128,6 @@ class Manifest(_Record):
     findings: tuple[Finding, ...]
     forgetting: dict[Format, Forgetting]
     gates: tuple[GateReport, ...] = ()
-
-    @field_validator("forgetting", mode="before")
-    @classmethod
-    def _by_format(cls, value: Any) -> Any:
-        """Accept the form of manifests in which only the merged model was asked: its comparison, or null."""
-        if value is None:
-            return {}
-        return {Format.MERGED: value} if isinstance(value, dict) and "fingerprint" in value else value
 
     @property
     def id(self) -> VersionId:

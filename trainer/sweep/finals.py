@@ -313,6 +313,7 @@ class Finals:
         """Write a trial's merged model and return its folder."""
         merged = self._merged(trial)
         shutil.rmtree(merged, ignore_errors=True)
-        merge_adapter(self.place.base.folder, self.place.adapter(trial), merged)
+        dequantized = self.place.recipe.merge_dequantized
+        merge_adapter(self.place.base.folder, self.place.adapter(trial), merged, dequantized=dequantized)
         write_template_kwargs(merged, self.place.template_kwargs)
         return merged

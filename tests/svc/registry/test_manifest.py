@@ -56,16 +56,6 @@ def test_adapter_alone_was_evaluated_on_no_examples(folder: Path) -> None:
     assert make_manifest(VersionId("tiny", 3), folder, formats={Format.ADAPTER: adapter}).judged_examples == 0
 
 
-def test_manifest_whose_forgetting_is_of_the_merged_model_alone_is_read(folder: Path, manifest: Manifest) -> None:
-    share = {"value": 0.5, "low": 0.4, "high": 0.6}
-    figures = ("before", "after", "difference", "nll_before", "nll_after", "nll_difference")
-    alone = {"questions": "own.jsonl", "fingerprint": "sha256:0", "examples": 2, "lost": 1, "gained": 0}
-    for written, formats in ((alone | dict.fromkeys(figures, share), [Format.MERGED]), (None, [])):
-        content = manifest.model_dump(mode="json") | {"forgetting": written}
-        (folder / MANIFEST_FILE).write_text(json.dumps(content), "utf-8")
-        assert list(read_manifest(folder).forgetting) == formats
-
-
 def test_no_temporary_file_remains(folder: Path, manifest: Manifest) -> None:
     write_manifest(folder, manifest)
     assert {path.name for path in folder.iterdir()} == {MANIFEST_FILE, "heldout.jsonl"}

@@ -39,14 +39,16 @@ class Contest:
 
     Attributes:
         logged: figures in MLflow by trial.
+        dequantized: for each merge, whether it was into the weights rounded to NF4.
     """
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.engines = Engines()
         self.logged: dict[str, dict[str, float]] = {}
+        self.dequantized: list[bool] = []
         self._folder, self._base = folder, write_model(folder / "base")
         monkeypatch.setattr(module, "tokenize_as_trained", _tokenize)
-        monkeypatch.setattr(module, "merge_adapter", lambda base, adapter, out: write_model(out, seed=1))
+        monkeypatch.setattr(module, "merge_adapter", self._merge)
         monkeypatch.setattr(
             Workplace, "log_final", lambda place, trial, figures: self.logged.update({trial.key: figures})
         )
@@ -69,6 +71,10 @@ class Contest:
             place.adapter(trial).mkdir(parents=True, exist_ok=True)
         settings = Settings(home=self._folder / "home", engine=EngineSettings(device=Device.CPU))
         return Finals(place, settings, AVX512, self._launch)
+
+    def _merge(self, base: Path, adapter: Path, out: Path, *, dequantized: bool) -> None:
+        write_model(out, seed=1)
+        self.dequantized.append(dequantized)
 
     def _launch(self, folder: Path, *, template_kwargs: TemplateKwargs) -> Any:
         return self.engines(folder)
@@ -105,6 +111,12 @@ def test_the_primary_metric_decides_when_it_differs_beyond_chance(contest: Conte
     key, reasons, _ = won(contest.open(right=answer("slow")))
     assert key == "slow"
     assert reasons == ["learning_rate 0.002 would win by held-out loss, but its exact match is worse"]
+
+
+@pytest.mark.parametrize("dequantized", [False, True])
+def test_finalists_are_merged_into_the_same_weights_as_by_svc_train(contest: Contest, dequantized: bool) -> None:
+    won(contest.open(method="qlora", merge_dequantized=dequantized))
+    assert set(contest.dequantized) == {dequantized}
 
 
 def test_forgetting_is_only_reported_when_the_recipe_has_no_limit(contest: Contest) -> None:
