@@ -3,7 +3,8 @@ same wherever the files are and in whatever order they are read.
 
 Near duplicates stay on one side: a held-out example that nearly repeats a training example measures memory. So do the
 examples of one conversation, whose turns are answers in one example and context in another. Each group is assigned by
-its own hash, so that added data leave the existing examples where they are. Knows nothing of files and versions.
+its own hash, so that added data leave the existing examples where they are, unless an opening becomes too common to
+mark a conversation. Knows nothing of files and versions.
 """
 
 import hashlib
@@ -13,8 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from svc.dataset.checks.check import shared_prompts
 from svc.dataset.checks.line_table import LineTable, LineTableBuilder, first_with_same
-from svc.dataset.checks.minhash import clusters, nearest, unite
+from svc.dataset.checks.minhash import clusters, nearest, places_in, unite
 from svc.dataset.prompt_hashes import NO_PROMPTS, PromptHashes, hash_text
 from svc.dataset.schema.example import ChatExample, normal_opening, normal_prompt
 from svc.errors import DataError
@@ -68,7 +70,8 @@ def split_heldout(
     learnt_groups = np.unique(groups[np.isin(table.rows["prompts"], learnt)])
     smallest = np.ones(len(examples))
     np.minimum.at(smallest, groups, _fractions(openings, seed))
-    held = _held_groups(firsts, np.setdiff1d(firsts, learnt_groups), smallest, share)
+    bound = np.union1d(learnt_groups, _answered_elsewhere(table, groups))
+    held = _held_groups(firsts, np.setdiff1d(firsts, bound), smallest, share)
     is_held = np.isin(groups, held)
     kept = np.isin(groups, learnt_groups[smallest[learnt_groups] < share])
     return HeldoutSplit(
@@ -95,15 +98,15 @@ def mix_general(
     """Return the general examples to train on in addition to the task's, so that the model forgets less.
 
     Args:
-        general: candidates; those whose prompt is held out are never chosen.
+        general: candidates; those with an answer to a held-out prompt are never chosen.
         share: share of general examples among all training examples.
 
     Raises:
         DataError: there are too few candidates.
     """
     wanted = round(share / (1 - share) * len(train))
-    kept_back = {normal_prompt(example) for example in heldout}
-    usable = [place for place, example in enumerate(general) if normal_prompt(example) not in kept_back]
+    leaks = set(shared_prompts(general, heldout))
+    usable = [place for place in range(len(general)) if place not in leaks]
     if wanted > len(usable):
         raise DataError(
             f"data.general has {len(usable)} examples that are not held out",
@@ -129,6 +132,17 @@ def _groups(table: LineTable) -> NDArray[np.int64]:
     groups, _ = clusters(table.sketches)
     unite(groups, np.arange(len(groups)), first_with_same(table.rows["prompts"]))
     return groups
+
+
+def _answered_elsewhere(table: LineTable, groups: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the groups with a prompt that a conversation of another group answers: they cannot be held out.
+
+    Conversations that begin with a common opening are in several groups, and one may consist of the opening alone.
+    """
+    places = places_in(table.earlier["prompts"], table.rows["prompts"])
+    elsewhere = (places >= 0) & (groups[places] != groups[table.earlier["rows"]])
+    bound: NDArray[np.int64] = np.unique(groups[places[elsewhere]])
+    return bound
 
 
 def _openings(examples: Sequence[ChatExample], share: float) -> PromptHashes:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from sqlite3 import OperationalError
+from sqlite3 import SQLITE_BUSY, OperationalError
 from typing import TYPE_CHECKING
 
 from sqlalchemy import Engine as Store
@@ -64,15 +64,15 @@ def _use_wal(cursor: DBAPICursor) -> None:
     once with "database is locked" in 14 of 300 attempts.
 
     Raises:
-        OperationalError: another process kept the file locked.
+        OperationalError: another process kept the file locked, or the file cannot be written.
     """
     deadline = time.monotonic() + _BUSY_MS / 1000
     while True:
         try:
             cursor.execute("PRAGMA journal_mode=WAL")
             return
-        except OperationalError:
-            if time.monotonic() >= deadline:
+        except OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != SQLITE_BUSY or time.monotonic() >= deadline:
                 raise
         time.sleep(_PAUSE_S)
 

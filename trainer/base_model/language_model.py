@@ -57,7 +57,8 @@ def language_model(folder: Path, cache: Path, revision: str | None) -> Path:
 
 def _text_config(folder: Path, config: Mapping[str, Any]) -> str:
     """Return the language model's config.json."""
-    text = config["text_config"] | {"architectures": [text_architecture(folder, config)]}
+    architecture = text_architecture(folder, config)
+    text = config["text_config"] | {"architectures": [architecture]}
     text |= {key: config[key] for key in _OF_WHOLE if key in config and key not in text}
     return json.dumps(text, indent=2, ensure_ascii=False) + "\n"
 
@@ -97,7 +98,7 @@ def _renamed(folder: Path, name: str) -> str | None:
         if name.startswith(old):
             return new + name.removeprefix(old)
     raise BaseModelError(
-        f"{folder} has the tensor {name!r}, of which it is unknown whether it belongs to the language model",
+        f"{folder} has the tensor {name!r}, which may or may not belong to the language model",
         expected=f"tensors that begin with {', '.join((*_RENAMED, *_LEFT_OUT))}",
         todo="use the checkpoint as its publisher wrote it, or choose another base",
     )

@@ -89,13 +89,12 @@ def asked_alike(base: Model, other: Model, cache: Path) -> Model:
     if isinstance(base, Endpoint) or base.manifest:
         return base
     if isinstance(other, LocalModel) and (version := other.manifest):
-        asked = base
-        if version.recipe.get("chat_template") and (template := read_chat_template(other.folder)):
-            folder = folder_with_template(base.folder, template, cache)
-            asked = replace(base, folder=folder, revision=revision_with_template(base.revision, template))
-        if version.base.revision == asked.revision:
-            kwargs = choose_template_kwargs(asked.folder, version.recipe.get("chat_template_kwargs"))
-            return replace(asked, template_kwargs=kwargs)
+        template = read_chat_template(other.folder) if version.recipe.get("chat_template") else None
+        revision = revision_with_template(base.revision, template) if template else base.revision
+        if version.base.revision == revision:
+            folder = folder_with_template(base.folder, template, cache) if template else base.folder
+            kwargs = choose_template_kwargs(folder, version.recipe.get("chat_template_kwargs"))
+            return replace(base, folder=folder, revision=revision, template_kwargs=kwargs)
     if not has_chat_template(base.folder):
         raise BaseModelError(
             f"{base} has no chat template",

@@ -100,7 +100,7 @@ def read_workload(examples: Sequence[ChatExample], recipe: Recipe, folder: Path)
         if len(measured) == len(examples):
             largest = max(batches, key=lambda batch: batch.computed)
         else:  # a sample does not contain the largest batch, which is that of the longest examples
-            longest = sorted(examples, key=_characters)[-train.batch_size :]
+            longest = sorted(examples, key=lambda example: example.characters)[-train.batch_size :]
             measured = _tokenize(longest, folder, recipe, counted=counted)
             largest = measure_batch(sorted(chain.from_iterable(measured), key=_length)[-train.batch_size :])
     in_run = train.steps * train.gradient_accumulation if train.steps else train.epochs * in_epoch
@@ -176,7 +176,7 @@ def cut_into_pieces(example: ChatExample) -> TokenizedExample:
     for turn, message in enumerate(example.messages):
         ids += [-1] * _TURN
         start = len(ids)
-        text = message.content + "".join(str(call) for call in message.tool_calls or ())
+        text = (message.reasoning or "") + message.content + "".join(str(call) for call in message.tool_calls or ())
         pieces = math.ceil(len(text) / CHARACTERS_A_TOKEN)
         cuts = [math.ceil(number * CHARACTERS_A_TOKEN) for number in range(pieces + 1)]
         ids += [zlib.crc32(text[cuts[number] : cuts[number + 1]].encode("utf-8")) for number in range(pieces)]
@@ -187,7 +187,3 @@ def cut_into_pieces(example: ChatExample) -> TokenizedExample:
 
 def _length(row: TokenizedExample) -> int:
     return len(row.input_ids)
-
-
-def _characters(example: ChatExample) -> int:
-    return sum(len(message.content) for message in example.messages)

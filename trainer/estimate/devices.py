@@ -225,7 +225,7 @@ def measure_matrix_speed(
     repeats: int = 15,
     least_s: float = 0.0,
 ) -> float:
-    """Return the median operations per second of a layer's product and of the products for its two gradients.
+    """Return the median operations per second of a layer's product and the two for its gradients, taken together.
 
     Args:
         tokens: rows of the layer's input.

@@ -140,17 +140,24 @@ class RunEvaluation:
     @property
     def qualified(self) -> dict[Format, Qualified]:
         """The results of the formats with a complete model: merged and GPTQ."""
-        qualified = {Format.MERGED: self.evaluated.merged} if self.evaluated else {}
-        return qualified | ({Format.GPTQ: self.gptq} if self.gptq else {})
+        qualified: dict[Format, Qualified] = {}
+        if evaluated := self.evaluated:
+            qualified[Format.MERGED] = evaluated.merged
+        if gptq := self.gptq:
+            qualified[Format.GPTQ] = gptq
+        return qualified
 
     @property
     def forgotten(self) -> dict[Format, Forgetting]:
         """Measured forgetting of each format that was asked general questions, compared with the base."""
         if self.forgetting is None:
             return {}
-        pairs = {Format.MERGED: (self.evaluated.base_general, self.evaluated.merged.general)} if self.evaluated else {}
-        pairs |= {Format.GPTQ: (self.gptq.base_general, self.gptq.general)} if self.gptq else {}
-        return {format: self.forgetting.compare(*pair) for format, pair in pairs.items()}
+        forgotten: dict[Format, Forgetting] = {}
+        if evaluated := self.evaluated:
+            forgotten[Format.MERGED] = self.forgetting.compare(evaluated.base_general, evaluated.merged.general)
+        if gptq := self.gptq:
+            forgotten[Format.GPTQ] = self.forgetting.compare(gptq.base_general, gptq.general)
+        return forgotten
 
     def check(self) -> None:
         """Check before training that every example fits into the engine and can be scored.

@@ -450,8 +450,9 @@ class Sweep(_Section):
     seconds: Annotated[float, Field(gt=0)] | None = None
     """time in seconds after which no further trial is started; default: no limit"""
     finalists: int = Field(3, ge=0)
-    """number of trials with the lowest held-out loss that answer on the engine, besides the unchanged recipe; the
-    primary metric decides among those within `evaluate.max_forgetting`; 0: held-out loss alone decides"""
+    """number of trials with the lowest held-out loss to evaluate on the engine, in addition to the unchanged recipe, or
+    more while all exceed `evaluate.max_forgetting`; the primary metric decides among the others; 0: held-out loss alone
+    decides"""
 
     @field_validator("space")
     @classmethod

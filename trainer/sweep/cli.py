@@ -91,7 +91,6 @@ def _open_workplace(
     from svc.engine.device import read_capabilities
     from svc.registry.registry import Registry
     from svc.registry.training_runs import SWEEPS_FOLDER
-    from trainer.model.config import read_width
     from trainer.pipeline.estimate import estimate_here
     from trainer.pipeline.examples import read_run_examples
     from trainer.pipeline.find_base import find_base
@@ -102,7 +101,6 @@ def _open_workplace(
     estimate_here(recipe, examples, settings, anyway=anyway, makes_version=makes_version)
     base = find_base(recipe.base, settings, recipe.chat_template)
     number_type = read_capabilities(settings.home).training_type
-    recipe = recipe.with_learning_rate(read_width(base.folder))
     return Workplace(settings.home / SWEEPS_FOLDER, kind, recipe, base, examples, registry.tracking, number_type)
 
 

@@ -1,4 +1,4 @@
-"""The finals of a sweep: the trials with the lowest held-out loss answer on the engine, which decides among them.
+"""The finals of a sweep: the trials with the lowest held-out loss are asked on the engine, and their answers decide.
 
 Held-out loss says little about general ability, and not everything about the primary metric. Both need answers, so they
 are measured for a few trials only, in one engine: each adapter is merged, and the merged weights are loaded in place,
@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.tokenized_example import TokenizedExample
+from svc.engine.client import EngineClient
 from svc.engine.device import DeviceCapabilities
 from svc.engine.model_facts import read_model_facts
 from svc.evaluation.answer_limit import answer_limits
@@ -116,19 +117,19 @@ class Finals:
     capabilities: DeviceCapabilities
     launch: LaunchModel | None = None
 
-    @property
+    @cached_property
     def examples(self) -> tuple[ChatExample, ...]:
         """The held-out examples to answer."""
         return self.place.judged[: self.place.recipe.evaluate.limit]
 
     @cached_property
     def metric(self) -> Metric:
-        """The primary metric.
+        """The primary metric, as `svc train` chooses it.
 
         Raises:
             RecipeError: the recipe names a metric that does not exist or cannot score these examples.
         """
-        return choose_metrics(self.place.judged, self.place.recipe.evaluate.metric_options)[0]
+        return choose_metrics(self.place.examples.heldout, self.place.recipe.evaluate.metric_options)[0]
 
     @cached_property
     def _context(self) -> int:
@@ -142,9 +143,8 @@ class Finals:
             SvcError: an example does not fit into the engine, or the metric cannot score the references.
         """
         room = self.place.recipe.evaluate.max_tokens or 0
-        check_served_length(self._tokenize(self.examples), self._context, "held-out", room=room)
-        if questions := self.place.examples.questions:
-            check_served_length(self._tokenize(questions.examples), self._context, "general", room=MAX_TOKENS)
+        check_served_length(self._tokenized, self._context, "held-out", room=room)
+        check_served_length(self._tokenized_questions, self._context, "general", room=MAX_TOKENS)
         try_on_references([self.metric], self.examples)
 
     def rank(self, trials: Sequence[TrialOutcome]) -> list[TrialOutcome]:
@@ -238,16 +238,18 @@ class Finals:
         )
         finalists: list[Finalist] = []
         async with ReusedEngine(launch) as engine:
-            asked = questions.examples if questions else ()
-            before = await self._ask(engine, "base", base.revision, lambda: base.folder, (), asked)
+            [before] = await self._ask(engine, "base", base.revision, lambda: base.folder, task=False)
             for trial in trials:
                 if len(finalists) > self.place.recipe.sweep.finalists and any(one.allowed for one in finalists):
                     break
                 name, revision = describe(trial.values), f"{self.place.folder.name}/{trial.key}"
-                merge = partial(self._merge, trial)
-                results, after = await self._ask(engine, name, revision, merge, self.examples, asked)
-                shutil.rmtree(self._merged(trial), ignore_errors=True)
-                forgetting = measure_forgetting(questions, before[1], after) if questions else None
+                if self.place.recipe.merge_dequantized:
+                    revision += "/dequantized"
+                try:
+                    results, after = await self._ask(engine, name, revision, partial(self._merge, trial), task=True)
+                finally:
+                    shutil.rmtree(self._merged(trial), ignore_errors=True)
+                forgetting = measure_forgetting(questions, before, after) if questions else None
                 finalists.append(self._finalist(trial, results, forgetting))
         return finalists
 
@@ -271,40 +273,49 @@ class Finals:
         return Finalist(trial, evaluation.results, primary, forgetting, allowed)
 
     async def _ask(
-        self,
-        engine: ReusedEngine,
-        name: str,
-        revision: str,
-        make: Callable[[], Path],
-        examples: Sequence[ChatExample],
-        general: Sequence[ChatExample],
-    ) -> tuple[tuple[ExampleResult, ...], tuple[ExampleResult, ...]]:
-        """Return a model's answers to the examples and to the general questions; stored answers are reused.
+        self, engine: ReusedEngine, name: str, revision: str, make: Callable[[], Path], *, task: bool
+    ) -> list[tuple[ExampleResult, ...]]:
+        """Return a model's answers to the general questions, after those to the held-out examples if `task` is set.
+
+        Stored answers are reused.
 
         Args:
             make: returns the model's folder, if it has to answer.
         """
-        base, kwargs = self.place.base.folder, self.place.template_kwargs
-        cache = evaluation_cache(self.settings, self.capabilities, revision, base, template_kwargs=kwargs)
-        answers, folder = [], None
-        for asked, trained in ((examples, True), (general, False)):
-            tokenized = self._tokenize(asked)
-            fixed = self.place.recipe.evaluate.max_tokens if trained else MAX_TOKENS
+        place, kwargs = self.place, self.place.template_kwargs
+        cache = evaluation_cache(self.settings, self.capabilities, revision, place.base.folder, template_kwargs=kwargs)
+        general = ("general questions", self._questions, self._tokenized_questions, MAX_TOKENS)
+        examples = ("examples", self.examples, self._tokenized, place.recipe.evaluate.max_tokens)
+        client: EngineClient | None = None
+        answers = []
+        for what, asked, tokenized, fixed in (examples, general) if task else (general,):
             limits = answer_limits(tokenized, context=self._context, fixed=fixed)
             known = cache.find(asked, limits)
             if known is None:
-                folder = folder or make()
-                client = await engine.serve(folder, kwargs)
-                with counting(f"{'examples' if trained else 'general questions'} to {name}", len(asked)) as advance:
+                client = client or await engine.serve(make(), kwargs)
+                with counting(f"{what} to {name}", len(asked)) as advance:
                     known = await ask_examples(
-                        client, asked, tokenized, limits=limits, trained=trained, on_done=advance
+                        client, asked, tokenized, limits=limits, trained=what == examples[0], on_done=advance
                     )
                 cache.add(asked, known)
             answers.append(known)
-        return answers[0], answers[1]
+        return answers
+
+    @property
+    def _questions(self) -> tuple[ChatExample, ...]:
+        questions = self.place.examples.questions
+        return questions.examples if questions else ()
+
+    @cached_property
+    def _tokenized(self) -> list[TokenizedExample]:
+        return self._tokenize(self.examples)
+
+    @cached_property
+    def _tokenized_questions(self) -> list[TokenizedExample]:
+        return self._tokenize(self._questions)
 
     def _tokenize(self, examples: Sequence[ChatExample]) -> list[TokenizedExample]:
-        return tokenize_as_trained(self.place.base.folder, examples, self.place.template_kwargs)
+        return tokenize_as_trained(self.place.base.folder, examples, self.place.template_kwargs) if examples else []
 
     def _merged(self, trial: TrialOutcome) -> Path:
         return self.place.folder / "finals" / trial.key

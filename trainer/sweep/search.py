@@ -59,7 +59,7 @@ class Search:
     """Runs the search of one sweep.
 
     Args:
-        recipe: the recipe, with its learning rate written out.
+        recipe: the recipe as loaded.
         usual_rate: default learning rate of its method and base.
         run_trial: trains with the given values, or returns the outcome of an earlier training.
         storage: Optuna's storage, or its URL.
@@ -155,8 +155,8 @@ class Search:
                     best = choose().values[key]
                     if best != edge(trial.values[key] for trial in trials):
                         break
-                    self.notes.append(f"{key} {show(value)} was tried because the {name}, {show(best)}, was the best")
                     yield {key: value}
+                    self.notes.append(f"{key} {show(value)} was tried because the {name}, {show(best)}, was the best")
                 if beyond and choose().values[key] == beyond[-1]:
                     self.notes.append(f"the best {key} is the {name} that was tried: set it and sweep again")
 

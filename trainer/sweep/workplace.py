@@ -34,6 +34,7 @@ from svc.registry.training_runs import RUN_LOCK
 from svc.terminal import console
 from svc.version import Format
 from trainer.base_model.resolve import Base
+from trainer.model.config import read_width
 from trainer.model.release_memory import release_memory
 from trainer.pipeline.examples import Examples
 from trainer.pipeline.stage_key import stage_keys
@@ -165,7 +166,7 @@ class Workplace:
         Raises:
             InterruptedRunError: a signal arrived; the next call resumes the training.
         """
-        recipe = with_values(self.recipe, values)
+        recipe = with_values(self.recipe, values).with_learning_rate(read_width(self.base.folder))
         key = training_key(recipe) + ("" if train is None else f"-{len(train)}")
         path = self.folder / "trials" / key / "outcome.json"
         if path.is_file():

@@ -237,6 +237,8 @@ def _copies(table: LineTable, held: int) -> list[tuple[Code, str, Rows, NDArray[
     near_leak = np.where(leak < 0, nearest(sketches, table.sketches[:held]), -1)
     same_pair = _earlier(train["pairs"] ^ train["systems"])  # with other tools it is another example
     same_prompt = np.where(same_pair < 0, _earlier(train["prompts"] ^ train["systems"]), -1)
+    # With other thinking, the same answer is neither a copy nor a contradiction.
+    same_prompt[train["answers"][same_prompt] == train["answers"]] = -1
     _, near = clusters(sketches)
     other_task = train["systems"][near] != train["systems"]  # one text under two instructions is two examples
     near = np.where((same_pair >= 0) | (same_prompt >= 0) | other_task, -1, near)

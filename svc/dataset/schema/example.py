@@ -152,12 +152,12 @@ class ChatExample:
     @property
     def learning_all(self) -> "ChatExample":
         """The same example with every answer learnt, unless it has weights."""
-        if len(self.replies) == 1 or any(message.weight is not None for message in self.messages):
+        replies = self.replies
+        if len(replies) == 1 or any(message.weight is not None for message in self.messages):
             return self
         turns = enumerate(self.messages)
         return replace(
-            self,
-            messages=tuple(replace(turn, weight=1) if place in self.replies else turn for place, turn in turns),
+            self, messages=tuple(replace(turn, weight=1) if place in replies else turn for place, turn in turns)
         )
 
     @property

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from svc.dataset.prompt_hashes import hash_prompts
+from svc.dataset.checks.check import shared_prompts
+from svc.dataset.prompt_hashes import hash_answered_prompts, hash_prompts
 from svc.dataset.readers.reader import read_examples
 from svc.dataset.schema.example import ChatExample, parse_example
 from svc.dataset.split import group_near_duplicates, mix_general, near_leaks, put_sample_first, split_heldout
@@ -157,6 +158,18 @@ def test_examples_of_one_conversation_stay_on_one_side(greeting: tuple[str, ...]
     assert not held & {example.answer for example in split.train}
     assert {int(answer.split()[1]) % 2 for answer in held} == {0, 1}
     assert 10 <= len(held) <= 30  # two and a half standard deviations of 100 draws at 0.2
+
+
+def test_prompt_that_a_conversation_answers_is_not_held_out_when_its_opening_is_common() -> None:
+    """The greeting alone is another group than each conversation that begins with it, and may be trained on."""
+    chance = random.Random(5)
+    greeted = [conversation("Hi", "Hello.", text(chance, 20, 30), f"answer {number}") for number in range(30)]
+    others = [conversation(text(chance, 20, 30), f"other {number}") for number in range(60)]
+    examples = [conversation("Hi", "Hello."), *greeted, *others]
+    for seed in range(40):
+        split = split_heldout(examples, 0.1, seed)
+        assert not shared_prompts(split.train, split.heldout)
+        assert split_heldout(examples, 0.1, seed, hash_answered_prompts(split.train)).heldout == split.heldout
 
 
 def test_split_of_questions_does_not_depend_on_turns_that_follow() -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import sqlalchemy as sa
@@ -14,7 +15,7 @@ from sqlalchemy import Engine as Store
 from sqlalchemy.exc import IntegrityError
 
 from svc.errors import RegistryError
-from svc.store.database import open_database
+from svc.store.database import _use_wal, open_database
 from svc.store.desired import change_desired, read_desired
 from svc.store.drift_items import add_items
 from svc.store.requests import add_requests
@@ -98,6 +99,16 @@ def test_new_store_is_opened_while_another_process_writes_it(tmp_path: Path) -> 
         assert read_desired(open_database(tmp_path), "tiny") is None
     finally:
         release.join()
+
+
+def test_store_that_cannot_be_written_is_reported_at_once() -> None:
+    """Only a lock of another process is waited for."""
+    error = sqlite3.OperationalError("disk I/O error")
+    error.sqlite_errorcode = sqlite3.SQLITE_IOERR_WRITE
+    cursor = Mock(execute=Mock(side_effect=error))
+    with pytest.raises(sqlite3.OperationalError, match="disk I/O error"):
+        _use_wal(cursor)
+    assert cursor.execute.call_count == 1
 
 
 OPENER = """

@@ -15,7 +15,7 @@ from svc.engine.model_facts import read_model_facts
 from svc.errors import BaseModelError
 from trainer.base_model.hub import fetch_snapshot
 from trainer.base_model.pypi_wheel import KNOWN
-from trainer.base_model.resolve import resolve_base
+from trainer.base_model.resolve import resolve_base, resolve_config
 
 
 def copy(tiny_base: Path, target: Path) -> Path:
@@ -149,8 +149,9 @@ def test_base_is_rejected_when_it_is_quantized(tiny_base: Path, tmp_path: Path) 
 def test_base_is_rejected_when_it_has_a_vision_part(tiny_base: Path, tmp_path: Path) -> None:
     folder = copy(tiny_base, tmp_path / "base")
     change_config(folder, model_type="llava", vision_config={"model_type": "clip_vision_model"})
-    with pytest.raises(BaseModelError, match=r"is not a text-only model \(its config has vision_config\)"):
-        resolve_base(str(folder), tmp_path)
+    for resolve in (resolve_base, resolve_config):
+        with pytest.raises(BaseModelError, match=r"is not a text-only model \(its config has vision_config\)"):
+            resolve(str(folder), tmp_path)
 
 
 def test_base_is_rejected_when_its_architecture_needs_code_from_the_folder(tiny_base: Path, tmp_path: Path) -> None:

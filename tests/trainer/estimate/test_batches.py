@@ -35,6 +35,14 @@ def test_only_the_answer_is_learnt_when_tokens_are_estimated() -> None:
     assert row.scored == 5
 
 
+def test_thinking_is_counted_when_tokens_are_estimated() -> None:
+    turns = [
+        {"role": "user", "content": "2 + 2?"},
+        {"role": "assistant", "content": "4", "reasoning_content": "a" * 42},
+    ]
+    assert cut_into_pieces(parse_example({"messages": turns})).scored == 11
+
+
 def test_every_row_is_counted_when_the_template_makes_several_of_an_example(tmp_path: Path) -> None:
     template = "{% for m in messages %}{{ m.content }}{{ loop.length }}<|im_end|>{% endfor %}"
     make_tokenizer(template).save_pretrained(tmp_path)

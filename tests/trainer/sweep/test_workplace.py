@@ -26,9 +26,9 @@ pytestmark = pytest.mark.slow  # imports torch
 def place(tmp_path: Path, tracking: Tracking) -> Workplace:
     from trainer.training.trial import TrialData
 
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 2304}', "utf-8")
     base, examples = Base(tmp_path, "./base", None, "sha256:0"), Examples((), (), "", "", ())
-    recipe = make_recipe().with_learning_rate(576)
-    place = Workplace(tmp_path, "sweep", recipe, base, examples, tracking, NumberType.FLOAT32)
+    place = Workplace(tmp_path, "sweep", make_recipe(), base, examples, tracking, NumberType.FLOAT32)
     row = TokenizedExample((1, 2), ((1, 2),))
     vars(place)["data"] = TrialData([[row]], [row], [row])
     return place
@@ -69,6 +69,23 @@ def test_trials_are_judged_by_the_validation_examples_when_there_are_some(
     assert [row.prompt for row in replace(place, examples=replace(examples, validation=())).data.judged] == [
         (ord("h"),)
     ]
+
+
+@pytest.mark.parametrize(("kind", "rate"), [("lora", 2.5e-4), ("vera", 3e-2)])
+def test_trial_has_the_default_learning_rate_of_its_own_adapter_type(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch, kind: str, rate: float
+) -> None:
+    from trainer.training.trial import TrialRun
+
+    rates: list[float | None] = []
+
+    def train(base: Any, data: Any, recipe: Any, checkpoints: Path, report: Any, **others: Any) -> TrialRun:
+        rates.append(recipe.train.learning_rate)
+        return TrialRun(3, (0.5,), ())
+
+    monkeypatch.setattr("trainer.training.trial.train_trial", train)
+    place.run_trial({"adapter.type": kind}, lambda step, loss: None)
+    assert rates == [rate]
 
 
 def test_measurements_before_an_interruption_count_when_the_trial_resumes(

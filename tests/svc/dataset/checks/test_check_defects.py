@@ -180,6 +180,15 @@ def test_conversation_is_a_leak_when_an_earlier_answer_has_the_prompt_of_a_heldo
     assert found(tmp_path / "x.jsonl", [rows[0], rows[2]], [rows[1]]) == {}
 
 
+def test_same_answer_after_other_thinking_is_no_contradiction(tmp_path: Path) -> None:
+    rows = [
+        [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": answer, "reasoning_content": thinking}]
+        for answer, thinking in (("4", "Two and two."), ("4", "Count up."), ("5", "Guess."))
+    ]
+    lines = [json.dumps({"messages": messages}).encode() for messages in rows]
+    assert found(tmp_path / "x.jsonl", lines) == {2: {Code.NEAR_DUPLICATE}, 3: {Code.CONTRADICTION}}
+
+
 def test_same_prompt_with_other_tools_is_another_example_but_still_a_leak(tmp_path: Path) -> None:
     one, other = tool_row(), tool_row(description="Makes it.")
     answered = put(one, "messages.3.content", "Yes.")
