@@ -172,7 +172,7 @@ class Admission:
         self._settle()
 
     def available(self) -> None:
-        """Record that an engine accepts requests. If none did before, the model has been idle only since now."""
+        """Record that an engine accepts requests. If none did before, the model's idle time begins now."""
         if not self._ready:
             self._idle_since = time.monotonic()
         self._ready, self._unavailable = True, None

@@ -33,7 +33,7 @@ def hash_prompts(examples: Iterable[ChatExample]) -> PromptHashes:
 
 
 def hash_answered_prompts(examples: Iterable[ChatExample]) -> PromptHashes:
-    """Return the hash of the prompt of every answer of the examples, the earlier ones of conversations included."""
+    """Return the hashes of the prompts of all answers, including the earlier ones of conversations."""
     prompts = (prompt for example in examples for prompt in answered_prompts(example))
     return np.fromiter(map(hash_text, prompts), np.uint64)
 

@@ -76,6 +76,6 @@ def results_by_example(pairs: Iterable[tuple[ChatExample, ExampleResult]]) -> Kn
 def find_results(
     known: KnownResults, examples: Sequence[ChatExample], limits: Sequence[int]
 ) -> tuple[ExampleResult, ...] | None:
-    """Return the results of these examples, in order; None unless each has a result with its limit on tokens."""
+    """Return the results of these examples, in order; None if any has no result for its token limit."""
     results = [known.get((fingerprint([example]), limit)) for example, limit in zip(examples, limits, strict=True)]
     return tuple(result for result in results if result is not None) if all(results) else None

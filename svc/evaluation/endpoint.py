@@ -69,7 +69,7 @@ class Endpoint:
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
             raise SettingsError(
                 f"the URL of the model {self.model} is not valid",
-                expected="https://HOST/v1, without a user or a key in it",
+                expected="https://HOST/v1, without a user name or key in it",
             )
         if self.key and parts.scheme == "http" and not is_loopback(parts.hostname):
             raise SettingsError(

@@ -1,6 +1,6 @@
-"""A base model with another chat template: a folder of links to the base's files, with the template beside them.
+"""Replaces a base's chat template: a new folder has the template, and links to the base's other files.
 
-All later stages see an ordinary base that has this template.
+All later stages see an ordinary base with this template.
 """
 
 import hashlib

@@ -193,7 +193,7 @@ class Workplace:
 
     @property
     def has_finals(self) -> bool:
-        """Whether the best trials answer on the engine: they have adapters, and the recipe lists the merged format."""
+        """Whether the best trials are evaluated on the engine: adapters are trained, and `formats` lists merged."""
         recipe = self.recipe
         return bool(recipe.sweep.finalists and recipe.adapter_type) and Format.MERGED in recipe.formats
 

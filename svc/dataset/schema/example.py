@@ -151,7 +151,7 @@ class ChatExample:
 
     @property
     def learning_all(self) -> "ChatExample":
-        """The same example with every answer learnt, unless it has weights."""
+        """The example with every answer marked to be learnt; unchanged if it has weights."""
         replies = self.replies
         if len(replies) == 1 or any(message.weight is not None for message in self.messages):
             return self
@@ -188,7 +188,7 @@ def normal_prompt(example: ChatExample) -> str:
 
 
 def answered_prompts(example: ChatExample) -> list[str]:
-    """Return the form of `normal_prompt` of every answer in a conversation, that of the final one last."""
+    """Return the prompt of every answer in a conversation, the final one last, in the form of `normal_prompt`."""
     turns = list(map(_normal_turn, example.prompt))
     return ["\x1f".join(turns[:reply]) for reply in example.replies]
 

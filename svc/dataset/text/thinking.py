@@ -4,6 +4,6 @@ CLOSING = "</think>"
 
 
 def without_thinking(text: str) -> str:
-    """Return an answer without the thinking before it; the complete text if it has none, or no end of it."""
+    """Return an answer without the thinking before it; unchanged if it has none, or if the thinking does not end."""
     before, closed, after = text.partition(CLOSING)
     return after.lstrip() if closed else before
