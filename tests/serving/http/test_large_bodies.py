@@ -10,7 +10,7 @@ from starlette.types import Receive
 
 from serving.http.inference import Exchange
 from svc.settings import ServeSettings
-from tests.event_loop import MOST_CPU_S
+from tests.event_loop import max_cpu_s
 from tests.serving.http.test_inference import CHAT_PATH
 from tests.serving.service import NAME, Service
 
@@ -68,9 +68,9 @@ async def test_no_step_of_a_large_request_blocks_the_loop_for_long(
 
     monkeypatch.setattr(Exchange, "run", timed)
     async with service.socket_client() as client:
-        for _ in range(3):  # cores are shared with other tests: the best of three counts
+        for _ in range(20):  # as in the tests of reading cost
             answer = await client.post(path, content=body, headers={"content-type": "application/json"})
             assert answer.status_code == 200, answer.text
-            if exchanged[-1] < MOST_CPU_S:
+            if exchanged[-1] < (limit_s := max_cpu_s()):
                 break
-    assert min(exchanged) < MOST_CPU_S
+    assert exchanged[-1] < limit_s
