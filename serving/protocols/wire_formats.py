@@ -8,16 +8,18 @@ Nearly all events of a stream contain one piece of text and nothing else. Each f
 and parses only the others.
 """
 
+import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import msgspec
 
 from serving.protocols.route import Route
 from serving.protocols.server_sent_events import data_of, find_error, is_event, json_of, name_of
+from svc.dataset.schema.tool_calls import ToolCall, answer_text
 
 _TEXT = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
 _NULLS = rb'(?:,"[a-z_]+":null)*'
@@ -58,6 +60,24 @@ class Seen:
     usage: Usage | None = None
     finish_reason: str | None = None
     error: Any | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What the parts of an answer contained so far.
+
+    Attributes:
+        text: pieces of its text.
+        calls: name and arguments of each tool call, by the call's place.
+    """
+
+    text: list[str] = field(default_factory=list)
+    calls: dict[int, tuple[str, str]] = field(default_factory=dict)
+
+    def add_call(self, place: int, name: str | None, arguments: str | None) -> None:
+        """Add a call, or a further piece of one."""
+        known, before = self.calls.get(place, ("", ""))
+        self.calls[place] = known or name or "", before + (arguments or "")
 
 
 TOKEN = Seen(token=True)
@@ -104,11 +124,14 @@ class WireFormat(ABC):
         """Return the messages of a request, or its plain prompt."""
 
     def text(self, parts: Iterable[bytes]) -> str:
-        """Return the text of an answer's first choice; empty if there is none, as in tool calls."""
-        return "".join(map(self._part_text, parts))
+        """Return the text of an answer's first choice, with its tool calls as in the reference answers of examples."""
+        answer = _Answer()
+        for part in parts:
+            self._add_part(part, answer)
+        return answer_text("".join(answer.text), [ToolCall(name, text) for name, text in answer.calls.values()])
 
     @abstractmethod
-    def _part_text(self, part: bytes) -> str: ...
+    def _add_part(self, part: bytes, answer: "_Answer") -> None: ...
 
     def error_event(self, error: bytes) -> bytes:
         """Return the event that ends an incomplete answer.
@@ -156,14 +179,14 @@ class CompletionsFormat(WireFormat):
     def prompt(self, fields: Mapping[str, Any]) -> Any:
         return fields.get("messages", fields.get("prompt"))
 
-    def _part_text(self, part: bytes) -> str:
-        choices = json_of(part).get("choices") or []
-        return "".join(_choice_text(choice) for choice in choices if choice.get("index", 0) == 0)
-
-
-def _choice_text(choice: dict[str, Any]) -> str:
-    inner = choice.get("delta") or choice.get("message") or {}
-    return inner.get("content") or choice.get("text") or ""
+    def _add_part(self, part: bytes, answer: _Answer) -> None:
+        for choice in json_of(part).get("choices") or []:
+            if choice.get("index", 0) == 0:
+                message = choice.get("delta") or choice.get("message") or {}
+                answer.text.append(message.get("content") or choice.get("text") or "")
+                for place, call in enumerate(message.get("tool_calls") or []):
+                    function = call.get("function") or {}
+                    answer.add_call(call.get("index", place), function.get("name"), function.get("arguments"))
 
 
 class ResponsesFormat(WireFormat):
@@ -204,11 +227,16 @@ class ResponsesFormat(WireFormat):
     def error_event(self, error: bytes) -> bytes:
         return super().error_event(b'{"type": "error", ' + error[1:])
 
-    def _part_text(self, part: bytes) -> str:
-        if is_event(part):
-            return json_of(part).get("delta") or "" if name_of(part) == "response.output_text.delta" else ""
-        contents = [content for item in json_of(part).get("output") or [] for content in item.get("content") or []]
-        return "".join(content.get("text") or "" for content in contents if content.get("type") == "output_text")
+    def _add_part(self, part: bytes, answer: _Answer) -> None:
+        if is_event(part) and name_of(part) == "response.output_text.delta":
+            answer.text.append(json_of(part).get("delta") or "")
+        for place, item in enumerate(self._whole(part).get("output") or []):
+            if item.get("type") == "function_call":
+                answer.add_call(place, item.get("name"), item.get("arguments"))
+            contents = [] if is_event(part) else item.get("content") or []  # of a stream, the text is there already
+            answer.text.extend(
+                content.get("text") or "" for content in contents if content.get("type") == "output_text"
+            )
 
     def _whole(self, part: bytes) -> dict[str, Any]:
         if not is_event(part):
@@ -248,10 +276,19 @@ class MessagesFormat(WireFormat):
         turns, system = fields.get("messages"), fields.get("system")
         return [{"role": "system", "content": system}, *turns] if system and isinstance(turns, list) else turns
 
-    def _part_text(self, part: bytes) -> str:
-        if is_event(part):
-            return (json_of(part).get("delta") or {}).get("text") or "" if self.is_token(part) else ""
-        return "".join(block.get("text") or "" for block in json_of(part).get("content") or [])
+    def _add_part(self, part: bytes, answer: _Answer) -> None:
+        whole = json_of(part)
+        if not is_event(part):
+            for place, block in enumerate(whole.get("content") or []):
+                answer.text.append(block.get("text") or "")
+                if block.get("type") == "tool_use":
+                    answer.add_call(place, block.get("name"), json.dumps(block.get("input")))
+            return
+        delta, block = whole.get("delta") or {}, whole.get("content_block") or {}
+        if self.is_token(part):
+            answer.text.append(delta.get("text") or "")
+        if block.get("type") == "tool_use" or delta.get("partial_json"):
+            answer.add_call(whole.get("index", 0), block.get("name"), delta.get("partial_json"))
 
     def _end_of(self, part: bytes) -> dict[str, Any]:
         return json_of(part) if not is_event(part) or name_of(part) == "message_delta" else {}

@@ -63,7 +63,7 @@ def prompt_text(content: Content, redactor: Redactor) -> str:
 
 
 def answer_text(content: Content, redactor: Redactor) -> str:
-    """Return the redacted text of the first choice; empty if it has no text, as in an answer with only tool calls.
+    """Return the redacted text of the first choice, with its tool calls.
 
     The text is redacted after its events are joined: a number may be spread over many events.
     """

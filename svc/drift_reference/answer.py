@@ -17,7 +17,8 @@ from svc.dataset.text.thinking import without_thinking
 from svc.drift_reference.sample import NO, NOT_THERE, YES, Sample
 from svc.evaluation.metrics.json_answers import is_json
 
-_ENDS = ("stop", "length")
+_ENDED = ("stop", "tool_calls")
+"""Finish reasons of an answer that the model ended."""
 _MAX_LABELS = 30
 _MIN_PER_LABEL = 3
 """References per label, on average; with fewer, the references are texts, not labels."""
@@ -40,7 +41,7 @@ class AnswerFeature(StrEnum):
     """Mean log-probability of its tokens, rounded to tenths of a nat, because a second scoring differs by hundredths;
     greedy answers with a score only."""
     FINISH_REASON = "finish_reason"
-    """`stop` or `length`; greedy answers only."""
+    """`stop`, `length` or `tool_calls`; greedy answers only."""
     EMPTY = "empty"
     REFUSAL = "refusal"
     """The answer begins like a refusal in English."""
@@ -119,12 +120,12 @@ class AnswerSampler:
         return "length" if (answer.tokens or 0) > self.cut else answer.finish_reason
 
     def _empty(self, answer: Answer) -> str:
-        """Return whether the answer is empty. An answer of tool calls has no text either, but does not count."""
-        return _yes(answer.text if answer.finish_reason in _ENDS else None, lambda text: not text.strip())
+        known = answer.finish_reason in (*_ENDED, "length")
+        return _yes(answer.text if known else None, lambda text: not text.strip())
 
     def _whole(self, answer: Answer) -> str | None:
         """Return the text if it ended by itself within the limit of held-out answers: truncated JSON is not JSON."""
-        ended = answer.finish_reason == "stop" and answer.tokens is not None and answer.tokens <= self.cut
+        ended = answer.finish_reason in _ENDED and answer.tokens is not None and answer.tokens <= self.cut
         return answer.text if ended else None
 
     def _label(self, text: str | None) -> str:

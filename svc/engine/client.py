@@ -21,6 +21,7 @@ from uuid import uuid4
 import httpx
 
 from svc.dataset.schema.example import Message
+from svc.dataset.schema.tool_calls import message_text
 from svc.engine.error_text import told_error
 from svc.errors import EngineError
 from svc.model_folder.weight_files import weight_files
@@ -33,8 +34,8 @@ _TIMEOUT_S = 300.0  # also of a wake, which copies the weights from the machine'
 _CONNECT_TIMEOUT_S = 5.0
 _SLOW_STORAGE_BYTES_PER_S = 50_000_000
 """A network volume or a single hard disk under load. At this rate, a 70B model (140 GB) takes 47 minutes."""
-ENDED = "stop"
-"""Finish reason of an answer that the model ended with a token: no stop strings are sent."""
+CUT_OFF = "length"
+"""Finish reason of an answer that the model did not end with a token: no stop strings are sent."""
 
 
 class Health(Enum):
@@ -62,7 +63,7 @@ class Answer:
 
     Attributes:
         tokens: number of generated tokens, including the one that ended the answer.
-        finish_reason: `stop`, or `length` if the answer was cut off.
+        finish_reason: `stop`, `tool_calls`, or `length` if the answer was cut off.
         token_ids: ids of those tokens; empty if the engine does not return them.
         logprobs: natural-log probability of each of those tokens.
     """
@@ -80,7 +81,7 @@ class Answer:
         The token that ended the answer is left out, so that the figure equals that of scoring the text. The two differ
         if a cut-off answer is tokenized differently from how it was generated.
         """
-        of_text = self.logprobs[:-1] if self.finish_reason == ENDED else self.logprobs
+        of_text = self.logprobs if self.finish_reason == CUT_OFF else self.logprobs[:-1]
         return statistics.fmean(of_text) if of_text else None
 
 
@@ -101,28 +102,29 @@ class EngineClient:
         http: client whose base URL or transport leads to the engine; closed with this object.
         model: the engine's model name.
         id_prefix: prefix of request ids in the engine's log; empty: the engine generates the ids.
+        parses_calls: whether the engine has a parser that finds tool calls in answers.
     """
 
-    def __init__(self, http: httpx.AsyncClient, model: str, id_prefix: str = "") -> None:
+    def __init__(self, http: httpx.AsyncClient, model: str, id_prefix: str = "", *, parses_calls: bool = False) -> None:
         self.model = model
+        self._parses_calls = parses_calls
         self._http = http
         self._id_prefix = id_prefix
 
     @classmethod
-    def over_socket(cls, socket: Path, model: str) -> "EngineClient":
+    def over_socket(cls, socket: Path, model: str, *, parses_calls: bool = False) -> "EngineClient":
         """Return a client of the engine behind a unix socket."""
         transport = socket_transport(socket, max_connections=_CONNECTIONS)
-        return cls(
-            httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=_timeout(_TIMEOUT_S)), model
-        )
+        http = httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=_timeout(_TIMEOUT_S))
+        return cls(http, model, parses_calls=parses_calls)
 
     def with_ids(self, prefix: str) -> "EngineClient":
         """Return a client that shares and closes the same connections, with another prefix of request ids."""
-        return EngineClient(self._http, self.model, prefix)
+        return EngineClient(self._http, self.model, prefix, parses_calls=self._parses_calls)
 
     def named(self, model: str) -> "EngineClient":
         """Return a client that shares and closes the same connections, for another model of the engine: an adapter."""
-        return EngineClient(self._http, model, self._id_prefix)
+        return EngineClient(self._http, model, self._id_prefix, parses_calls=self._parses_calls)
 
     async def __aenter__(self) -> Self:
         return self
@@ -160,7 +162,8 @@ class EngineClient:
         """Return the greedy answer to a prompt, as text.
 
         Args:
-            tools: definitions of tools for the prompt, each as JSON text.
+            tools: definitions of tools for the prompt, each as JSON text. Without a parser in the engine, calls are
+                the text that the model wrote.
 
         Raises:
             EngineError: the engine did not answer, or rejected the request.
@@ -173,7 +176,9 @@ class EngineClient:
             "logprobs": True,
             "return_token_ids": True,
             **_named(tools),
-            **({"tool_choice": "none"} if tools else {}),  # tools are in the prompt; the answer is text
+            **(
+                {"tool_choice": "auto" if self._parses_calls else "none"} if tools else {}
+            ),  # tools are in the prompt anyway
         }
         return await self._post("/v1/chat/completions", body, _answer)
 
@@ -349,7 +354,7 @@ def _answer(completion: Any) -> Answer:
     choice = completion["choices"][0]
     tokens = (choice.get("logprobs") or {}).get("content") or []
     return Answer(
-        text=str(choice["message"]["content"] or ""),
+        text=message_text(choice["message"]),
         tokens=int(completion["usage"]["completion_tokens"]),
         finish_reason=str(choice["finish_reason"]),
         token_ids=tuple(int(token) for token in choice.get("token_ids") or ()),
@@ -365,7 +370,7 @@ def _read(path: str, answer: httpx.Response, read: Callable[[Any], Result]) -> R
     """Return the requested value; raise EngineError if the answer lacks it."""
     try:
         return read(answer.json() if answer.content else None)
-    except (LookupError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise EngineError(
             f"the engine's answer to {path} cannot be read: {error!r}",
             expected="an answer in vLLM's format",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from svc.dataset.schema.example import ChatExample
+from svc.dataset.schema.tool_calls import message_text
 from svc.errors import EngineError, SettingsError
 from svc.evaluation.metrics.text import comparable_text, matches
 from svc.evaluation.results import ExampleResult
@@ -140,7 +141,7 @@ class Chat:
             completion = answer.json()
             choice, usage = completion["choices"][0], completion.get("usage") or {}
             return Completion(
-                text=str(choice["message"]["content"] or ""),
+                text=message_text(choice["message"]),
                 tokens=int(usage.get("completion_tokens", 0)),
                 finish_reason=str(choice.get("finish_reason")),
             )
@@ -209,12 +210,13 @@ async def ask_endpoint(
     Raises:
         EngineError: see `Chat.complete`.
     """
+    # As in requests to our own engine, tools are in the prompt even if all answers are text.
+    choice = "auto" if any(example.calls_tools for example in examples) else "none"
     async with endpoint.chat(transport) as chat:
 
         async def ask(example: ChatExample, limit: int) -> ExampleResult:
             turns = [replace(message, reasoning=None).spoken() for message in example.prompt]
-            # Tools are in the prompt, and the answer is text, as in requests to our own engine.
-            tools = {"tools": example.as_dict()["tools"], "tool_choice": "none"} if example.tools else {}
+            tools = {"tools": example.as_dict()["tools"], "tool_choice": choice} if example.tools else {}
             answer = await chat.complete(turns, limit=limit, **tools)
             on_done()
             text = comparable_text(answer.text, example)

@@ -12,7 +12,7 @@ from svc.store.answered import answered_by
 from svc.store.tables import RequestRow
 from svc.version import Target
 
-_ENDS = ("stop", "length")  # not tool calls, whose text is not stored
+_ENDS = ("stop", "length")  # not tool calls, which are stored in another form than the model wrote
 _BLANKS = " \t\r\n"
 MOST_TOKENS = 2_048
 """Maximum number of tokens of a scored prompt and answer together. vLLM does not budget memory for prompt

@@ -265,8 +265,19 @@ class _Conversation:
                     todo="set chat_template_kwargs in the recipe, for example enable_thinking: true, choose another "
                     "base, or remove reasoning_content",
                 )
+        if missing := [call.name for call in message.tool_calls if call.name not in learnt]:
+            raise DataError(
+                f"in example {self.number} the model would learn {learnt[:_MAX_SHOWN]!r} instead of a call of the tool "
+                f"{missing[0]!r}",
+                expected="a template with a form for tool calls",
+                todo="choose another base, set chat_template in the recipe to a file, or remove the example",
+            )
         # Templates may change white space, and render tool calls in their own form.
-        elif not message.tool_calls and not _squeezed(learnt).startswith(_squeezed(message.content)):
+        if (
+            message.reasoning is None
+            and not message.tool_calls
+            and not _squeezed(learnt).startswith(_squeezed(message.content))
+        ):
             raise DataError(
                 f"in example {self.number} the model would learn {learnt[:_MAX_SHOWN]!r}, but the answer is "
                 f"{message.content[:_MAX_SHOWN]!r}",

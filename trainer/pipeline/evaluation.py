@@ -18,6 +18,7 @@ from svc.engine.model_facts import read_model_facts
 from svc.engine.probes import engine_facts
 from svc.errors import EngineError
 from svc.evaluation.cache import EvaluationCache
+from svc.evaluation.call_parser import check_call_parser
 from svc.evaluation.evaluator import Evaluation, EvaluationReport, judge
 from svc.evaluation.forgetting import Forgetting
 from svc.evaluation.general.general_set import MAX_TOKENS, GeneralSet
@@ -163,8 +164,10 @@ class RunEvaluation:
         """Check before training that every example fits into the engine and can be scored.
 
         Raises:
-            SvcError: an example does not fit into the engine, or a metric cannot score the references.
+            SvcError: an example does not fit into the engine, the engine does not find tool calls in answers, or a
+                metric cannot score the references.
         """
+        check_call_parser(self.heldout, self.settings.engine.args)
         check_served_length(self.tokenized, self.context, "held-out", room=self.options.max_tokens or 0)
         if self.forgetting:
             check_served_length(self.forgetting.tokenized, self.context, "general", room=MAX_TOKENS)

@@ -21,6 +21,7 @@ from svc.engine.client import EngineClient
 from svc.engine.device import DeviceCapabilities
 from svc.engine.model_facts import read_model_facts
 from svc.evaluation.answer_limit import answer_limits
+from svc.evaluation.call_parser import check_call_parser
 from svc.evaluation.comparison import Direction, compare
 from svc.evaluation.evaluator import ask_examples, judge
 from svc.evaluation.forgetting import Forgetting, measure_forgetting, tracked
@@ -143,6 +144,7 @@ class Finals:
             SvcError: an example does not fit into the engine, or the metric cannot score the references.
         """
         room = self.place.recipe.evaluate.max_tokens or 0
+        check_call_parser(self.examples, self.settings.engine.args)
         check_served_length(self._tokenized, self._context, "held-out", room=room)
         check_served_length(self._tokenized_questions, self._context, "general", room=MAX_TOKENS)
         try_on_references([self.metric], self.examples)

@@ -34,6 +34,7 @@ class Format(StrEnum):
     SHAREGPT = "sharegpt"
     ALPACA = "alpaca"
     PROMPT_COMPLETION = "prompt_completion"
+    XLAM = "xlam"
     OPENAI_EVALS = "openai_evals"
     OPENAI_EVALS_ITEM = "openai_evals_item"
     OPENAI_EVALS_OUTPUT = "openai_evals_output"
@@ -44,6 +45,7 @@ KEYS: dict[Format, tuple[str, ...]] = {
     Format.SHAREGPT: ("conversations",),
     Format.ALPACA: ("instruction", "output"),
     Format.PROMPT_COMPLETION: ("prompt", "completion"),
+    Format.XLAM: ("query", "answers"),
     Format.OPENAI_EVALS: ("input", "ideal"),
     Format.OPENAI_EVALS_OUTPUT: ("datasource_item",),
     Format.OPENAI_EVALS_ITEM: ("item",),
@@ -219,6 +221,12 @@ def _read_sharegpt(value: dict[str, Any], chat: _Turns) -> None:
         chat.add(_SHAREGPT_ROLES[speaker], content, f"{place}.{text}", f"{place}.{key}", **more)
 
 
+def _read_xlam(value: dict[str, Any], chat: _Turns) -> None:
+    """Read a question and the calls that answer it, as JSON text."""
+    chat.add("user", value["query"], "query")
+    chat.add("assistant", None, "answers", tool_calls=_called(value["answers"], "answers"))
+
+
 def _called(content: Any, field: str) -> list[dict[str, Any]]:
     """Return the calls in a turn whose text is a call, `{"name": ..., "arguments": ...}`, or a list of calls."""
     decoded = decode_inner(content) if isinstance(content, str) else content
@@ -242,4 +250,5 @@ _READERS: dict[Format, Callable[[dict[str, Any], _Turns], None]] = {
     Format.ALPACA: _read_alpaca,
     Format.PROMPT_COMPLETION: _read_prompt_completion,
     Format.SHAREGPT: _read_sharegpt,
+    Format.XLAM: _read_xlam,
 }

@@ -14,6 +14,7 @@ from typing import Any
 from svc.dataset.problem.problem import Code, RowError
 from svc.dataset.schema.tool_calls import (
     ToolCall,
+    answer_text,
     check_encodable,
     expect,
     expect_turns,
@@ -91,8 +92,7 @@ class ChatExample:
     """A conversation that ends in the assistant's answer.
 
     Attributes:
-        messages: system turn (optional, first), then user, assistant and tool turns; the last is the assistant's and
-            has text.
+        messages: system turn (optional, first), then user, assistant and tool turns; the last is the assistant's.
         tools: tools that the assistant may call: OpenAI's definitions, each as JSON text.
     """
 
@@ -111,8 +111,13 @@ class ChatExample:
 
     @property
     def answer(self) -> str:
-        """Text of the final assistant turn: the reference answer."""
-        return self.messages[-1].content
+        """Text of the final assistant turn, with its tool calls: the reference answer."""
+        return answer_text(self.messages[-1].content, self.messages[-1].tool_calls)
+
+    @property
+    def calls_tools(self) -> bool:
+        """Whether the reference answer calls tools."""
+        return bool(self.messages[-1].tool_calls)
 
     @property
     def texts(self) -> Iterator[str]:
@@ -238,7 +243,7 @@ def _parse_message(where: str, value: Any) -> Message:
         wrong, field = "is the deprecated form of tool calls", f"{where}.function_call"
         raise RowError(Code.WRONG_TOOLS, wrong, field=field, expected="'tool_calls'")
     content = _parse_content(f"{where}.content", turn, may_be_blank=bool(calls))
-    if len(turn) == 2:  # role and content: most turns of most files
+    if len(turn) == 2 and "content" in turn:  # most turns of most files
         return Message(_ROLES[role], content)
     return Message(
         _ROLES[role],
@@ -296,10 +301,6 @@ def _check_order(messages: tuple[Message, ...]) -> None:
         raise RowError(Code.WRONG_TURNS, wrong, expected="a final assistant turn: the answer to learn")
     if Role.USER not in roles:
         raise RowError(Code.WRONG_TURNS, "no user turn", expected="at least one user turn before the answer")
-    if is_blank(messages[-1].content):
-        wrong, field = "is blank in the final turn, which has tool calls only", f"messages[{len(messages) - 1}].content"
-        expected = "text: a version is evaluated by the final answer"
-        raise RowError(Code.WRONG_CONTENT, wrong, field=field, expected=expected)
     if not ChatExample(messages).learnt:
         wrong = "every assistant turn after the first user turn has the weight 0"
         raise RowError(Code.WRONG_WEIGHT, wrong, expected="at least one assistant turn that is learnt")
@@ -336,6 +337,9 @@ def _check_calls(example: ChatExample) -> None:
             expected = "the assistant's call first, then the tool's result"
             raise RowError(Code.WRONG_TURNS, wrong, field=field, expected=expected)
         answered = True
+    if example.calls_tools and not offered:
+        wrong = "calls a tool in the final turn, but the example has no tools"
+        raise RowError(Code.WRONG_TOOLS, wrong, field=caller, expected="the definitions of the tools, in 'tools'")
 
 
 def _check_offered(calls: tuple[ToolCall, ...], offered: dict[str, None], field: str) -> None:

@@ -4,6 +4,7 @@ Arguments and definitions are stored as JSON text: hashable, and the same after 
 """
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -34,6 +35,38 @@ class ToolCall:
         """Return the OpenAI form."""
         identity = {} if self.id is None else {"id": self.id}
         return {**identity, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
+
+
+def answer_text(content: str, calls: Iterable[ToolCall]) -> str:
+    """Return an answer with tool calls as one text: its content, then a line of JSON for each call.
+
+    The form is the same for all models and servers, and for arguments in another order. Arguments that are not JSON,
+    as in a call that was cut off, become a string.
+    """
+    lines = [content] if content.strip() else []
+    for call in calls:
+        arguments = decode_inner(call.arguments or "{}")
+        text = json.dumps(call.arguments if arguments is None else arguments, ensure_ascii=False, sort_keys=True)
+        lines.append(f'{{"name": {json.dumps(call.name, ensure_ascii=False)}, "arguments": {text}}}')
+    return "\n".join(lines)
+
+
+def message_text(message: Mapping[str, Any]) -> str:
+    """Return the text of an answer in OpenAI's form, with its tool calls; see `answer_text`."""
+    functions = [call["function"] for call in message.get("tool_calls") or ()]
+    calls = [ToolCall(str(function["name"]), str(function.get("arguments") or "")) for function in functions]
+    return answer_text(str(message.get("content") or ""), calls)
+
+
+def calls_in(answer: str) -> list[tuple[str, Any]]:
+    """Return name and arguments of each call in a text that `answer_text` returned, in order."""
+    calls: list[tuple[str, Any]] = []
+    for line in reversed(answer.split("\n")):
+        call = decode_inner(line) if line.startswith('{"name": ') else None
+        if not isinstance(call, dict) or call.keys() != {"name", "arguments"}:
+            break
+        calls.insert(0, (call["name"], call["arguments"]))
+    return calls
 
 
 def parse_calls(where: str, role: str, calls: Any) -> tuple[ToolCall, ...]:

@@ -42,3 +42,8 @@ def given_flag(arguments: Sequence[str], flag: str) -> bool | None:
         elif given([argument], f"--no-{flag}") is not None:
             enabled = False
     return enabled
+
+
+def parses_calls(arguments: Sequence[str]) -> bool:
+    """Return whether vLLM finds tool calls in answers, because the arguments name a parser for them."""
+    return bool(given_flag(arguments, "enable-auto-tool-choice") and given(arguments, "--tool-call-parser"))

@@ -10,6 +10,7 @@ from pathlib import Path
 from svc.dataset.checks.labels import FEW_ANSWERS, AnswerKind, look_at_answer
 from svc.dataset.schema.example import ChatExample
 from svc.errors import RecipeError
+from svc.evaluation.metrics.calls import CallAccuracy, ToolAccuracy
 from svc.evaluation.metrics.function import FunctionMetric, FunctionSpec
 from svc.evaluation.metrics.json_answers import (
     FieldAccuracy,
@@ -35,6 +36,7 @@ _SEE = "correct evaluate.metrics or evaluate.primary; see docs/evaluation.md"
 class Task(StrEnum):
     """Kind of answers that a task requires."""
 
+    CALLS = "calls"
     LABELS = "labels"
     JSON = "json"
     TEXT = "text"
@@ -64,6 +66,8 @@ _PLAIN = (
     MacroF1(),
     FieldAccuracy(),
     ValidJson(),
+    CallAccuracy(),
+    ToolAccuracy(),
     *map(Rouge, "12L"),
     Chrf(),
     Perplexity(),
@@ -71,6 +75,7 @@ _PLAIN = (
 )
 """Metrics that need no options."""
 _TASKS = {
+    Task.CALLS: ("call_accuracy", "tool_accuracy", "exact_match"),
     Task.LABELS: ("accuracy", "macro_f1", "exact_match"),
     Task.JSON: ("field_accuracy", "schema_valid", "valid_json", "exact_match"),
     Task.TEXT: ("rouge_l", "rouge_1", "rouge_2", "chrf", "exact_match"),
@@ -81,9 +86,11 @@ _ALWAYS = ("perplexity", "length")
 def find_task(references: Sequence[ChatExample]) -> Task:
     """Infer the kind of task from the references.
 
-    Answers are labels if there are only a few different ones, as in the data check, or if the instruction lists them;
-    they are JSON if all are objects or lists; otherwise they are text.
+    Answers are calls if any calls a tool. They are labels if there are only a few different ones, as in the data check,
+    or if the instruction lists them; they are JSON if all are objects or lists; otherwise they are text.
     """
+    if any(example.calls_tools for example in references):
+        return Task.CALLS
     looks = [look_at_answer(example) for example in references]
     if all(look.kind & AnswerKind.LABEL for look in looks):
         different = len({label_of(example.answer) for example in references})

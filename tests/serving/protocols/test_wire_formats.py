@@ -199,8 +199,11 @@ class TestResponses:
 
     def test_function_call_is_not_an_empty_answer(self) -> None:
         call = {"type": "function_call", "name": "f", "arguments": "{}"}
-        body = json.dumps({"status": "completed", "output": [call]}).encode()
-        assert (RESPONSES.finish_reason(body), RESPONSES.text([body])) == ("tool_calls", "")
+        whole = {"status": "completed", "output": [call]}
+        body, stream = json.dumps(whole).encode(), event("response.completed", response=whole)
+        for part in (body, stream):
+            assert RESPONSES.finish_reason(part) == "tool_calls"
+            assert RESPONSES.text([part]) == '{"name": "f", "arguments": {}}'
 
     def test_openais_end_of_a_truncated_answer_is_an_end(self) -> None:
         response = {"status": "incomplete", "incomplete_details": {"reason": "max_output_tokens"}}
@@ -234,6 +237,19 @@ class TestMessages:
         assert MESSAGES.usage(body) == Usage(3, 4)
         assert MESSAGES.finish_reason(body) == "tool_calls"
 
+    def test_tool_use_is_the_same_text_in_a_body_and_in_a_stream(self) -> None:
+        used = {"type": "tool_use", "id": "1", "name": "f", "input": {"a": 1, "b": 2}}
+        body = json.dumps({"content": [{"type": "text", "text": "I look."}, used]}).encode()
+        stream = [
+            event("content_block_start", index=0, content_block={"type": "text", "text": ""}),
+            event("content_block_delta", index=0, delta={"type": "text_delta", "text": "I look."}),
+            event("content_block_start", index=1, content_block=used | {"input": {}}),
+            event("content_block_delta", index=1, delta={"type": "input_json_delta", "partial_json": '{"b": 2, '}),
+            event("content_block_delta", index=1, delta={"type": "input_json_delta", "partial_json": '"a": 1}'}),
+        ]
+        text = 'I look.\n{"name": "f", "arguments": {"a": 1, "b": 2}}'
+        assert MESSAGES.text([body]) == MESSAGES.text(stream) == text
+
     def test_cached_tokens_count_as_prompt_tokens(self) -> None:
         usage = {"input_tokens": 3, "output_tokens": 4, "cache_read_input_tokens": 32, "cache_creation_input_tokens": 5}
         assert MESSAGES.usage(json.dumps({"usage": usage}).encode()) == Usage(40, 4)
@@ -242,7 +258,6 @@ class TestMessages:
         parts = [
             event("content_block_delta", delta={"type": "thinking_delta", "thinking": "hm"}),
             event("content_block_delta", delta={"type": "text_delta", "text": "yes"}),
-            event("content_block_delta", delta={"type": "input_json_delta", "partial_json": "{}"}),
         ]
         assert MESSAGES.text(parts) == "yes"
         assert all(MESSAGES.is_token(part) for part in parts)

@@ -73,9 +73,15 @@ def test_address_is_redacted_when_it_arrived_in_pieces() -> None:
     assert answer_text(answered(*parts), PLAIN) == "to [mail] now"
 
 
-def test_answer_with_only_tool_calls_has_no_text() -> None:
-    body = b'{"choices": [{"index": 0, "message": {"content": null, "tool_calls": [{}]}}]}'
-    assert answer_text(answered(body), PLAIN) == ""
+def test_tool_calls_are_text_as_in_the_references_of_examples() -> None:
+    function = {"name": "rain", "arguments": '{"to": "jane@example.org", "days": 2}'}
+    message = {"content": None, "tool_calls": [{"id": "1", "type": "function", "function": function}]}
+    body = json.dumps({"choices": [{"index": 0, "message": message}]}).encode()
+    text = '{"name": "rain", "arguments": {"days": 2, "to": "[mail]"}}'
+    assert answer_text(answered(body), PLAIN) == text
+    pieces = [{"name": "rain"}, *({"arguments": piece} for piece in ('{"days": 2, "to": "jane@', 'example.org"}'))]
+    parts = [event({"tool_calls": [{"index": 0, "function": piece}]}) for piece in pieces]
+    assert answer_text(answered(event({"role": "assistant"}), *parts), PLAIN) == text
 
 
 def test_lone_surrogate_can_be_stored() -> None:

@@ -46,6 +46,8 @@ TEXT = {  # paths of question and answer
     Format.OPENAI_EVALS_ITEM: ("item.input.1.content", "item.ideal"),
     Format.OPENAI_EVALS_OUTPUT: ("sample.input.1.content", "datasource_item.ideal"),
 }
+TEXT_FORMATS = list(TEXT)
+"""All formats but xLAM's, whose answers are calls."""
 ROLE = {Format.CHAT: "messages.1.role", Format.SHAREGPT: "conversations.1.from"}
 
 
@@ -71,6 +73,8 @@ def row(form: Format, system: str, user: str, answer: str) -> Row:
             return {"instruction": user, "input": "", "output": answer, "system": system}
         case Format.PROMPT_COMPLETION:
             return {"prompt": user, "completion": answer, "system": system}
+        case Format.XLAM:
+            raise ValueError("a row of xLAM has calls instead of text")
         case Format.OPENAI_EVALS:
             return {"input": _asked(system, user), "ideal": answer}
         case Format.OPENAI_EVALS_ITEM:
@@ -143,7 +147,7 @@ def encode(value: Any) -> bytes:
 
 
 def _other_format(form: Format, value: Row, chance: random.Random) -> bytes:
-    other = chance.choice([other for other in Format if other is not form])
+    other = chance.choice([other for other in TEXT_FORMATS if other is not form])
     return encode(row(other, SYSTEM, text(chance), "red"))
 
 

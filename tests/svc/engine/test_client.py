@@ -1,6 +1,7 @@
 """The client sends the requests that vLLM expects, and every invalid answer is an EngineError."""
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from statistics import fmean
@@ -45,6 +46,28 @@ async def test_logprob_of_an_answer_is_that_of_its_text_scored_again(finish_reas
         answer = await client.chat(PROMPT, max_tokens=3)
         prompt, tokens = await client.prompt_tokens(PROMPT), await client.tokens(answer.text)
         assert answer.logprob == pytest.approx(fmean(await client.logprobs(prompt + tokens, len(prompt))))
+
+
+@pytest.mark.parametrize("parses_calls", [True, False])
+async def test_calls_are_asked_for_only_when_the_engine_has_a_parser(parses_calls: bool) -> None:
+    bodies = []
+
+    def respond(request: httpx.Request) -> httpx.Response:
+        bodies.append(json.loads(request.content))
+        function = {"name": "rain", "arguments": '{"days": 2, "city": "Rome"}'}
+        choice = {
+            "message": {"role": "assistant", "content": None, "tool_calls": [{"function": function}]},
+            "logprobs": {"content": [{"token": "a", "logprob": -1.0}, END]},
+            "finish_reason": "tool_calls",
+        }
+        return httpx.Response(200, json={"choices": [choice], "usage": {"completion_tokens": 2}})
+
+    http = httpx.AsyncClient(transport=httpx.MockTransport(respond), base_url="http://engine")
+    async with EngineClient(http, "tuned", parses_calls=parses_calls).named("other") as client:
+        answer = await client.chat(PROMPT, max_tokens=9, tools=['{"type": "function", "function": {"name": "rain"}}'])
+    assert bodies[0]["tool_choice"] == ("auto" if parses_calls else "none")
+    assert answer.text == '{"name": "rain", "arguments": {"city": "Rome", "days": 2}}'
+    assert answer.logprob == -1.0
 
 
 END = {"token": "<|im_end|>", "logprob": -0.5}

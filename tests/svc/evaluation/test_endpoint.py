@@ -176,6 +176,24 @@ def test_key_is_not_sent_over_a_network_in_plain_text() -> None:
     assert Endpoint.parse("http://127.0.0.1:8000/v1#m", KEY).key == KEY
 
 
+async def test_endpoint_may_call_tools_when_references_do() -> None:
+    def calls(body: dict[str, Any]) -> httpx.Response:
+        answer = yes(body).json()
+        answer["choices"][0]["message"] = {"tool_calls": [{"function": {"name": "rain", "arguments": "{ }"}}]}
+        return httpx.Response(200, json=answer)
+
+    provider, tools = Provider(yes, calls, yes), [{"name": "rain"}]
+    calling = {"role": "assistant", "tool_calls": [{"function": {"name": "rain"}}]}
+    rain = parse_example({"messages": [turn("user", "one"), calling], "tools": tools})
+    text = parse_example({"messages": [turn("user", "two"), turn("assistant", "yes")], "tools": tools})
+    transport = httpx.MockTransport(provider)
+    await ask_endpoint(ENDPOINT, [text], limits=[8], transport=transport)
+    [result] = await ask_endpoint(ENDPOINT, [rain], limits=[8], transport=transport)
+    await ask_endpoint(ENDPOINT, [rain, text], limits=[8, 8], transport=transport)
+    assert [body["tool_choice"] for body in provider.bodies] == ["none", "auto", "auto", "auto"]
+    assert (result.answer, result.hit) == ('{"name": "rain", "arguments": {}}', True)
+
+
 async def test_thinking_is_neither_sent_nor_compared_when_the_reference_has_its_own() -> None:
     def thinks(body: dict[str, Any]) -> httpx.Response:
         answer = yes(body).json()

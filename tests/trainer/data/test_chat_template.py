@@ -197,6 +197,24 @@ def test_tool_call_is_learnt_after_the_prompt_when_the_template_renders_the_conv
     assert tokenizer.decode(rows[0].prompt) == "<user>Rome?<|im_end|><assistant><think></think>"
 
 
+def test_example_is_rejected_when_the_template_omits_its_tool_call() -> None:
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "rain"}}]}
+    example = parse_example({"messages": [{"role": "user", "content": "Rome?"}, call], "tools": [{"name": "rain"}]})
+    with pytest.raises(DataError, match=r"instead of a call of the tool 'rain'"):
+        tokenize_examples(make_tokenizer(), [example], {0}, {})
+
+
+@pytest.mark.parametrize("family", ["qwen2_5", "glm4moe"])
+def test_final_tool_call_is_learnt_in_the_templates_form(family: str) -> None:
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "rain", "arguments": {"city": "Rome"}}}]}
+    example = parse_example({"messages": [{"role": "user", "content": "Rome?"}, call], "tools": [{"name": "rain"}]})
+    tokenizer = tokenizer_of(family)
+    assert isinstance(tokenizer.eos_token_id, int)
+    [row] = tokenize_examples(tokenizer, [example], {tokenizer.eos_token_id}, {})
+    assert "rain" in tokenizer.decode(row.answer)
+    assert "Rome" in tokenizer.decode(row.answer)
+
+
 @pytest.mark.parametrize("opened", ["<think>\n", "<|START_THINKING|>", "<thinking>"])
 def test_example_is_rejected_when_the_prompt_makes_the_model_think(opened: str) -> None:
     template = CLOSED_THOUGHTS.replace("<think></think>", opened)

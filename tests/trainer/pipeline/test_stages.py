@@ -1,9 +1,12 @@
 """From a recipe to a version, with fast stand-ins for the stages: order, resumption, and state after a failure."""
 
+from dataclasses import replace
+
 import pytest
 
+from svc.dataset.schema.example import parse_example
 from svc.engine.device import DeviceCapabilities, NumberType
-from svc.errors import BusyError, DataError, EngineError, InterruptedRunError, RecipeError
+from svc.errors import BusyError, DataError, EngineError, InterruptedRunError, RecipeError, SettingsError
 from svc.files.lock import hold_lock
 from svc.registry.training_runs import find_training_runs
 from svc.settings import Device, EngineSettings, GptqKernel
@@ -119,6 +122,17 @@ def test_short_context_is_accepted_when_prompts_and_references_fit(make: Make, s
     assert limits == [16 - prompt for prompt in prompts]
     with pytest.raises(DataError, match="2 of 2 held-out examples need more than 16 tokens"):
         make(engine=short, formats=["merged"], evaluate={"max_tokens": 16}, train={"seed": 1}).train_version()
+
+
+def test_run_stops_before_training_when_the_engine_would_not_find_held_out_calls(make: Make, stages: Stages) -> None:
+    pipeline = make(formats=["merged"])
+    heldout = pipeline.examples.heldout
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "rain"}}]}
+    calling = parse_example({"messages": [{"role": "user", "content": "Rain?"}, call], "tools": [{"name": "rain"}]})
+    pipeline = replace(pipeline, examples=replace(pipeline.examples, heldout=(*heldout, calling)))
+    with pytest.raises(SettingsError, match="1 of 3 held-out answers call tools"):
+        pipeline.train_version()
+    assert stages.ran == []
 
 
 def test_finished_run_returns_its_version_without_work_when_repeated(

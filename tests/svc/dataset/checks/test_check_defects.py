@@ -18,6 +18,7 @@ from tests.svc.dataset.rows import (
     ROLE,
     SYSTEM,
     TEXT,
+    TEXT_FORMATS,
     Damage,
     Row,
     check_file,
@@ -37,7 +38,7 @@ few = settings(
 """Of each defect in each format; one in `make test-fast`."""
 seeds = st.integers(0, 2**32).map(random.Random)
 formats = pytest.mark.parametrize(
-    "form", [pytest.param(form, marks=[] if form is Format.CHAT else pytest.mark.slow) for form in Format]
+    "form", [pytest.param(form, marks=[] if form is Format.CHAT else pytest.mark.slow) for form in TEXT_FORMATS]
 )
 READ_BY_FORMAT = {Code.WRONG_CONTENT, Code.MIXED_FORMATS}
 """Defects that each format's reader reports; the others are found in the line or in the text that was read."""
@@ -45,9 +46,9 @@ READ_BY_FORMAT = {Code.WRONG_CONTENT, Code.MIXED_FORMATS}
 
 def defects() -> Iterator[object]:
     """Yield what a reader reports with every format, and each other defect with the next format."""
-    turn = cycle(Format)
+    turn = cycle(TEXT_FORMATS)
     for name, code, damage in DEFECTS:
-        for form in Format if code in READ_BY_FORMAT else [next(turn)]:
+        for form in TEXT_FORMATS if code in READ_BY_FORMAT else [next(turn)]:
             slow = code in READ_BY_FORMAT and form is not Format.CHAT
             yield pytest.param(form, code, damage, id=f"{name}-{form}", marks=[pytest.mark.slow] if slow else [])
 

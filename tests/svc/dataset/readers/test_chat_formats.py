@@ -16,7 +16,7 @@ from svc.dataset.schema.example import ChatExample, Message, Role, parse_example
 from svc.dataset.schema.tool_calls import ToolCall
 from svc.errors import DataError
 from tests.svc.chats import chat, turn, write_lines
-from tests.svc.dataset.rows import row
+from tests.svc.dataset.rows import TEXT_FORMATS, row
 from tests.svc.json_values import json_values
 
 EXPECTED = ChatExample((Message(Role.SYSTEM, "be short"), Message(Role.USER, "which"), Message(Role.ASSISTANT, "that")))
@@ -46,7 +46,7 @@ def refusal(value: Any, form: Format | None = None) -> RowError:
     return caught.value
 
 
-@pytest.mark.parametrize("form", list(Format))
+@pytest.mark.parametrize("form", TEXT_FORMATS)
 def test_every_format_gives_the_same_example(form: Format) -> None:
     value = row(form, "be short", "which", "that")
     assert recognise(value) is form
@@ -87,6 +87,19 @@ def test_tools_survive_a_round_trip() -> None:
     assert example.as_dict()["tools"] == [TOOL]
     assert example.as_dict()["messages"][1]["tool_calls"] == [CALL]
     assert parse_example(json.loads(json.dumps(example.as_dict()))) == example
+
+
+def test_xlam_answers_are_the_calls_of_the_final_turn() -> None:
+    """The example of the data set's description, whose tools and answers are lists or, as in its file, JSON text."""
+    value = json.loads(Path(__file__).with_name("xlam_example.json").read_text())
+    example = parse(value)
+    assert example == parse({key: part if key == "query" else json.dumps(part) for key, part in value.items()})
+    assert example.question.startswith("Find the sum of all the multiples of 3 and 5")
+    assert example.answer.splitlines() == [
+        '{"name": "math_toolkit.sum_of_multiples", '
+        '"arguments": {"lower_limit": 1, "multiples": [3, 5], "upper_limit": 1000}}',
+        '{"name": "math_toolkit.product_of_primes", "arguments": {"count": 5}}',
+    ]
 
 
 def test_sharegpt_calls_are_tool_calls() -> None:
@@ -235,7 +248,8 @@ def test_fingerprints_of_plain_chats_have_not_changed() -> None:
         ({"messages": [turn("user", "a"), turn("tool", "b"), turn("assistant", "c")]}, Code.WRONG_TURNS, "a tool turn"),
         ({**WITH_TOOLS, "tools": [{"type": "x"}]}, Code.WRONG_TOOLS, "tools[0] is"),
         ({**WITH_TOOLS, "tools": "rain"}, Code.WRONG_TOOLS, 'tools is "rain"'),
-        ({"messages": WITH_TOOLS["messages"][:2]}, Code.WRONG_CONTENT, "final turn, which has tool calls only"),
+        ({"messages": WITH_TOOLS["messages"][:2]}, Code.WRONG_TOOLS, "final turn, but the example has no tools"),
+        ({"query": "Rain?", "answers": "[]", "tools": [TOOL]}, Code.WRONG_TOOLS, 'answers is "[]"'),
         (
             {"messages": [turn("user", "a"), {"role": "assistant", "content": "", "tool_calls": ["x"]}]},
             Code.WRONG_TOOLS,
@@ -278,8 +292,8 @@ def test_format_of_a_file_is_the_format_of_most_rows(tmp_path: Path) -> None:
 
 
 def test_files_may_differ_in_format(tmp_path: Path) -> None:
-    paths = [write_lines(tmp_path / f"{form}.jsonl", row(form, "be short", "which", "that")) for form in Format]
-    assert read_examples(paths) == [EXPECTED] * len(Format)
+    paths = [write_lines(tmp_path / f"{form}.jsonl", row(form, "be short", "which", "that")) for form in TEXT_FORMATS]
+    assert read_examples(paths) == [EXPECTED] * len(paths)
 
 
 keys = st.sampled_from(

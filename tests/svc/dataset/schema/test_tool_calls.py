@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from svc.dataset.problem.problem import Code, RowError
 from svc.dataset.readers.chat_formats import Format, parse_row
 from svc.dataset.schema.example import ChatExample, parse_example
+from svc.dataset.schema.tool_calls import ToolCall, answer_text, calls_in
 from tests.svc.chats import turn
 
 USER, ANSWER = turn("user", "Rain?"), turn("assistant", "No.")
+NAMES = st.text(min_size=1, max_size=5)
 FUNCTION = {"name": "rain", "description": "Tells it.", "parameters": {"type": "object", "properties": {}}}
 
 
@@ -58,8 +60,38 @@ def test_calls_with_their_answers_are_accepted(turns: tuple[Any, ...]) -> None:
     assert parse(*turns, ANSWER).answer == "No."
 
 
-def test_last_turn_with_text_may_have_calls() -> None:
-    assert parse(calling("1") | {"content": "I look."}).messages[-1].tool_calls
+def test_final_calls_are_the_answer_whatever_the_order_of_their_arguments() -> None:
+    first = parse(calling("1", arguments='{"city": "Rome", "days": 2}'), tools=[FUNCTION])
+    second = parse(calling("2", arguments={"days": 2, "city": "Rome"}), tools=[FUNCTION])
+    assert first.answer == second.answer == '{"name": "rain", "arguments": {"city": "Rome", "days": 2}}'
+
+
+def test_answer_with_text_and_calls_has_the_text_first() -> None:
+    example = parse(calling("1", "2") | {"content": "I look."}, tools=[FUNCTION])
+    assert example.answer.splitlines() == ["I look.", *['{"name": "rain", "arguments": {}}'] * 2]
+
+
+def test_turn_may_have_calls_and_no_content() -> None:
+    called = calling("1")
+    del called["content"]
+    assert parse(called, tools=[FUNCTION]).calls_tools
+
+
+def test_final_call_without_tools_is_rejected() -> None:
+    assert refusal(calling("1")).code is Code.WRONG_TOOLS
+
+
+@given(
+    text=st.text(max_size=20),
+    calls=st.lists(st.tuples(NAMES, st.dictionaries(st.text(max_size=5), st.text() | st.integers()))),
+)
+def test_calls_in_an_answer_are_those_that_it_was_made_of(text: str, calls: list[tuple[str, dict[str, Any]]]) -> None:
+    made = answer_text(text, [ToolCall(name, json.dumps(arguments)) for name, arguments in calls])
+    assert calls_in(made) == calls
+
+
+def test_arguments_that_were_cut_off_become_a_string() -> None:
+    assert calls_in(answer_text("", [ToolCall("rain", '{"city": "Ro')])) == [("rain", '{"city": "Ro')]
 
 
 @pytest.mark.parametrize(

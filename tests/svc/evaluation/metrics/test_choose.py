@@ -6,19 +6,26 @@ from pathlib import Path
 
 import pytest
 
-from svc.dataset.schema.example import ChatExample
+from svc.dataset.schema.example import ChatExample, parse_example
 from svc.errors import RecipeError
 from svc.evaluation.metrics import choose
 from svc.evaluation.metrics.choose import MetricOptions, Task, choose_metrics, find_task, try_on_references
 from svc.evaluation.metrics.metric import Answered  # noqa: F401 - what a wrong entry point names
 from svc.evaluation.metrics.text import ExactMatch
-from tests.svc.chats import chat
+from tests.svc.chats import chat, turn
 
 LABELS = [chat(f"q {place}", ("net", "doc")[place % 2]) for place in range(10)]
 JSON_LABELS = [chat(f"q {place}", json.dumps({"section": ("net", "doc")[place % 2]})) for place in range(10)]
 OBJECTS = [chat(f"q {place}", json.dumps({"name": f"n {place}", "size": place})) for place in range(10)]
 TEXTS = [chat(f"q {place}", f"a sentence of its own, number {place}") for place in range(10)]
 JAPANESE = [chat(f"q {place}", f"これは文 {place} です") for place in range(10)]
+
+CALLING = parse_example(
+    {
+        "messages": [turn("user", "Rain?"), {"role": "assistant", "tool_calls": [{"function": {"name": "rain"}}]}],
+        "tools": [{"name": "rain"}],
+    }
+)
 
 
 class Own(ExactMatch):
@@ -41,6 +48,7 @@ def names(examples: list[ChatExample], options: MetricOptions | None = None) -> 
         (TEXTS, Task.TEXT),
         ([chat(f"one of: a{place}, b", f"a{place}") for place in range(4)], Task.LABELS),
         ([*LABELS, *OBJECTS], Task.TEXT),
+        ([*LABELS, CALLING], Task.CALLS),
     ],
 )
 def test_task_is_detected_from_the_references(examples: list[ChatExample], task: Task) -> None:

@@ -1,0 +1,26 @@
+"""Refuses examples whose reference answers call tools if the engine would not find the calls in the model's answers."""
+
+from collections.abc import Sequence
+
+from svc.dataset.schema.example import ChatExample
+from svc.engine.vllm.engine_args import parses_calls
+from svc.errors import SettingsError
+
+
+def check_call_parser(examples: Sequence[ChatExample], arguments: Sequence[str]) -> None:
+    """Raise if references call tools and the engine has no parser for calls, so that every answer would count as wrong.
+
+    Args:
+        arguments: `engine.args`.
+
+    Raises:
+        SettingsError: names the options to set.
+    """
+    count = sum(example.calls_tools for example in examples)
+    if count and not parses_calls(arguments):
+        raise SettingsError(
+            f"{count} of {len(examples)} held-out answers call tools, but engine.args names no parser that finds calls "
+            "in the model's text",
+            expected='args: ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"] under engine',
+            todo="find the parser for the base in vLLM's documentation of tool calling; svc serve needs it too",
+        )
