@@ -104,6 +104,7 @@ def _train_until(home: Path, recipe: str, file: str, *options: str) -> "subproce
 def server(home: Path) -> Iterator[Server]:
     """Return the running server, with version 1 in production, all content stored, and exemplars with request ids."""
     settings = {
+        "SVC_ENGINE__ARGS": '["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]',
         "SVC_REQUEST_LOG__CONTENT_SHARE": "1",
         "SVC_HOLDOUT__REQUESTS_PER_MINUTE": "600",
         "SVC_HOLDOUT__SCORED_PER_HOUR": "36000",

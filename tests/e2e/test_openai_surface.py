@@ -21,6 +21,7 @@ from tests.serving.http.test_closed_routes import CLOSED, OURS
 pytestmark = [pytest.mark.slow]
 
 TOO_LONG = "long " * 5000
+CITY = {"enum": ["Rome"]}
 CHOICE = {"enum": ["yes", "no"]}
 
 
@@ -90,6 +91,32 @@ def test_a_message_has_the_same_text_as_a_chat_completion(server: Server) -> Non
     assert row.finish_reason == {"max_tokens": "length", "end_turn": "stop"}[whole["stop_reason"]]
     assert json.loads(row.prompt or "") == server.prompts[0]
     assert row.answer == expected
+
+
+def calls(path: str) -> dict[str, Any]:
+    """Return the body of a request in which the model must call a tool with these arguments."""
+    schema = {"type": "object", "properties": {"city": CITY}, "required": ["city"], "additionalProperties": False}
+    function = {"name": "rain", "parameters": schema}
+    turns = [{"role": "user", "content": "Rain?"}]
+    match path:
+        case "/v1/chat/completions":
+            choice = {"type": "function", "function": {"name": "rain"}}
+            return {"messages": turns, "tools": [{"type": "function", "function": function}], "tool_choice": choice}
+        case "/v1/responses":
+            choice = {"type": "function", "name": "rain"}
+            return {"input": turns, "tools": [{"type": "function", **function}], "tool_choice": choice}
+        case _:
+            choice, tools = {"type": "tool", "name": "rain"}, [{"name": "rain", "input_schema": schema}]
+            return {"messages": turns, "tools": tools, "tool_choice": choice, "max_tokens": 64}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/messages"])
+def test_a_tool_call_is_stored_in_the_form_of_reference_answers(server: Server, path: str, stream: bool) -> None:
+    name, body = f"call{path}-{stream}", {"model": "tiny", "temperature": 0, "stream": stream, **calls(path)}
+    answer = httpx.post(f"{server.url}{path}", json=body, headers={"x-request-id": name}, timeout=60)
+    assert answer.status_code == 200, answer.text
+    assert row_of(server, name).answer == '{"name": "rain", "arguments": {"city": "Rome"}}'
 
 
 @pytest.mark.parametrize("stream", [False, True])
