@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -18,20 +18,21 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
+    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Column, Table
 
-Progressed = TypeVar("Progressed")
-
 console = Console(stderr=True, highlight=False)
 output = Console(highlight=False)
 if not output.is_terminal:
     output.width = 120  # in a pipe or a log, a table is not broken at 80 columns
 _PLAIN_LINE_S = 15.0  # without a terminal, a long step prints one line per interval
+_TEXT = TextColumn("{task.description}")
 
 
 def quiet_libraries() -> None:
@@ -88,61 +89,23 @@ def heartbeat(line: Callable[[], str]) -> Iterator[None]:
 
 
 @contextmanager
-def _heartbeat_of(first: Progressed, line: Callable[[Progressed], str]) -> Iterator[Callable[[Progressed], None]]:
-    """Print the progress every 15 s; yield a callback that updates it.
-
-    Args:
-        first: initial progress.
-        line: returns the text for a progress value; the elapsed seconds are appended.
-    """
-    started, newest = time.monotonic(), first
-
-    def show(state: Progressed) -> None:
-        nonlocal newest
-        newest = state
-
-    with heartbeat(lambda: f"{line(newest)} after {time.monotonic() - started:.0f} s"):
-        yield show
-
-
-@contextmanager
 def counting(text: str, total: int) -> Iterator[Callable[[], None]]:
     """Show a progress bar over a known number of steps; yield a callback that advances it by one."""
-    if console.is_terminal:
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-            task = progress.add_task(text, total=total)
-            yield lambda: progress.advance(task)
-        return
-    started, done = time.monotonic(), 0
-    with _heartbeat_of(0, lambda number: f"{text}: {number}/{total}") as show:
-
-        def advance() -> None:
-            nonlocal done
-            done += 1
-            show(done)
-
-        yield advance
-    console.print(f"  {text}: {done}/{total} in {time.monotonic() - started:.0f} s")
+    started = time.monotonic()
+    bar, task = _bar(text, total, SpinnerColumn(), _TEXT, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with bar, heartbeat(lambda: f"{text}: {task.completed:.0f}/{total} after {_since(started)}"):
+        yield lambda: bar.advance(task.id)
+    _print_plain(f"{text}: {task.completed:.0f}/{total} in {_since(started)}")
 
 
 @contextmanager
 def reading(text: str, total: int) -> Iterator[Callable[[int], None]]:
     """Show a progress bar for bytes within the body; yield a callback that takes the number of bytes read so far."""
-    if console.is_terminal:
-        columns = (
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(),
-            TimeElapsedColumn(),
-        )
-        with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
-            task = progress.add_task(text, total=total)
-            yield lambda position: progress.update(task, completed=position)
-        return
-    with _heartbeat_of(0, lambda read: f"{text}: {read / 1e6:.0f} of {total / 1e6:.0f} MB") as show:
-        yield show
+    started = time.monotonic()
+    columns = (SpinnerColumn(), _TEXT, BarColumn(), DownloadColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    bar, task = _bar(text, total, *columns, transient=True)
+    with bar, heartbeat(lambda: f"{text}: {task.completed / 1e6:.0f} of {total / 1e6:.0f} MB after {_since(started)}"):
+        yield lambda position: bar.update(task.id, completed=position)
 
 
 @contextmanager
@@ -152,35 +115,46 @@ def advancing(text: str, phases: Sequence[str]) -> Iterator[Callable[[str], None
     Args:
         phases: names of the phases, in order; the bar shows how many are complete.
     """
-    started = time.monotonic()
-    if console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=console) as progress:
-            task = progress.add_task(text, total=len(phases))
+    started, count = time.monotonic(), len(phases)
+    bar, task = _bar(text, count, _TEXT, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 
-            def show(phase: str) -> None:
-                progress.update(task, completed=phases.index(phase), description=f"{text}: {phase}", refresh=True)
+    def show(phase: str) -> None:
+        bar.update(task.id, completed=phases.index(phase), description=f"{text}: {phase}", refresh=True)
 
+    def line() -> str:
+        return f"{text}: {phases[int(task.completed)]}, {task.completed:.0f}/{count} after {_since(started)}"
+
+    _print_plain(f"{text} …")
+    with bar:
+        with heartbeat(line):
             yield show
-            progress.update(task, completed=len(phases), description=text)
-        return
-    console.print(f"  {text} …")
-    with _heartbeat_of(phases[0], lambda now: f"{text}: {now}, {phases.index(now)}/{len(phases)}") as begin:
-        yield begin
-    console.print(f"  {text}: {time.monotonic() - started:.0f} s")
+        bar.update(task.id, completed=count, description=text)
+    _print_plain(f"{text}: {_since(started)}")
 
 
 @contextmanager
 def waiting(text: str) -> Iterator[None]:
     """Show a spinner with the time, for a step of unknown length."""
     started = time.monotonic()
-    if console.is_terminal:
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        with Progress(*columns, console=console) as progress:
-            progress.add_task(text)
-            yield
-        return
-    console.print(f"  {text} …")
-    with heartbeat(lambda: f"{text}: {time.monotonic() - started:.0f} s so far"):
+    bar, _ = _bar(text, None, SpinnerColumn(), _TEXT, TimeElapsedColumn())
+    _print_plain(f"{text} …")
+    with bar, heartbeat(lambda: f"{text}: {_since(started)} so far"):
         yield
-    console.print(f"  {text}: {time.monotonic() - started:.0f} s")
+    _print_plain(f"{text}: {_since(started)}")
+
+
+def _bar(text: str, total: int | None, *columns: ProgressColumn, transient: bool = False) -> tuple[Progress, Task]:
+    """Return a progress bar and its task. Without a terminal the bar is not shown, but the task is counted."""
+    bar = Progress(*columns, console=console, transient=transient, disable=not console.is_terminal)
+    bar.add_task(text, total=total)
+    return bar, bar.tasks[0]
+
+
+def _print_plain(line: str) -> None:
+    """Print the beginning or the end of a step for readers of a log; nothing on a terminal."""
+    if not console.is_terminal:
+        console.print(f"  {line}")
+
+
+def _since(started: float) -> str:
+    return f"{time.monotonic() - started:.0f} s"
