@@ -109,7 +109,7 @@ def monitor(ctx: click.Context, server: str | None, host: str | None, port: int 
     """
     given = {"server": server, "host": host, "port": port}
     settings = settings_of(ctx, monitor={key: value for key, value in given.items() if value is not None} or None)
-    from monitoring.drift.worker import DriftWorker
+    from monitoring.drift.worker import checking_drift
     from monitoring.exporter.app import exporting
     from svc.registry.registry import Registry
     from svc.store.database import open_database
@@ -136,7 +136,7 @@ def monitor(ctx: click.Context, server: str | None, host: str | None, port: int 
             )
         )
         if settings.monitor.drift_every_s:
-            running.enter_context(DriftWorker(settings).running())
+            running.enter_context(checking_drift(settings))
         console.print(f"[green]metrics at {url}[/green]")
         stop.wait()
     console.print("stopped")

@@ -27,46 +27,40 @@ _PAUSE_S = 10.0
 Prepare = Callable[[Settings], Callable[[], object]]
 
 
-class DriftWorker:
-    """Runs the process of the drift checks, and restarts it if it dies.
+@contextmanager
+def checking_drift(settings: Settings, prepare: Prepare = ProductionChecks) -> Iterator[None]:
+    """Run checks in a process while the `with` body runs, then stop the process, even in the middle of a check.
+
+    The process is restarted if it dies. An interrupted check stores nothing; the next check processes its requests
+    again.
 
     Args:
         prepare: called once in the process; returns the check, which runs with pauses of `monitor.drift_every_s`.
     """
+    stop = threading.Event()
+    thread = threading.Thread(target=_supervise, args=(prepare, settings, stop), name="drift")
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
-    def __init__(self, settings: Settings, prepare: Prepare = ProductionChecks) -> None:
-        self._settings = settings
-        self._prepare = prepare
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="drift")
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Run checks while the `with` body runs, then stop the process, even in the middle of a check.
-
-        An interrupted check stores nothing; the next check processes its requests again.
-        """
-        self._thread.start()
-        try:
-            yield
-        finally:
-            self._stop.set()
-            self._thread.join()
-
-    def _run(self) -> None:
-        # Spawned, not forked: the exporter has threads.
-        context = get_context("spawn")
-        while not self._stop.is_set():
-            process = context.Process(target=_work, args=(self._prepare, self._settings), daemon=True)
-            process.start()
-            while process.is_alive() and not self._stop.wait(_LOOK_EVERY_S):
-                pass
-            if self._stop.is_set():
-                process.terminate()
-                process.join()
-                return
-            log.error("the drift process exited with code %s; restarting it", process.exitcode)
-            self._stop.wait(_PAUSE_S)
+def _supervise(prepare: Prepare, settings: Settings, stop: threading.Event) -> None:
+    # Spawned, not forked: the exporter has threads.
+    context = get_context("spawn")
+    while not stop.is_set():
+        process = context.Process(target=_work, args=(prepare, settings), daemon=True)
+        process.start()
+        while process.is_alive() and not stop.wait(_LOOK_EVERY_S):
+            pass
+        if stop.is_set():
+            process.terminate()
+            process.join()
+            return
+        log.error("the drift process exited with code %s; restarting it", process.exitcode)
+        stop.wait(_PAUSE_S)
 
 
 def _work(prepare: Prepare, settings: Settings) -> None:

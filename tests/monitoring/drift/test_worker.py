@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from monitoring.drift.worker import DriftWorker
+from monitoring.drift.worker import checking_drift
 from svc.settings import MonitorSettings, Settings
 
 PATIENCE_S = 30.0
@@ -62,7 +62,7 @@ def settings(home: Path) -> Settings:
 
 @pytest.mark.slow
 def test_checks_continue_in_the_same_process_when_one_failed(tmp_path: Path) -> None:
-    with DriftWorker(settings(tmp_path), note).running():
+    with checking_drift(settings(tmp_path), note):
         processes = noted(tmp_path, 2)
     assert os.getpid() not in processes
     assert len(set(processes)) == 1
@@ -70,13 +70,13 @@ def test_checks_continue_in_the_same_process_when_one_failed(tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_the_process_is_restarted_when_it_dies(tmp_path: Path) -> None:
-    with DriftWorker(settings(tmp_path), die).running():
+    with checking_drift(settings(tmp_path), die):
         assert len(set(noted(tmp_path, 2))) == 2
 
 
 @pytest.mark.slow
 def test_the_process_has_a_low_priority_and_is_stopped_with_its_worker(tmp_path: Path) -> None:
-    with DriftWorker(settings(tmp_path), note).running():
+    with checking_drift(settings(tmp_path), note):
         (process, *_) = noted(tmp_path, 1)
         assert psutil.Process(process).nice() == 10
     assert not psutil.pid_exists(process)
