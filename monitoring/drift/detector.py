@@ -224,9 +224,9 @@ class Detector:
         copies = NearCopies(self._words)
         clients = ClientShares([seen.client for seen in seen_before], list(before.clients), RARITY_REQUESTS)
         for seen in seen_before[-RARITY_REQUESTS:]:
-            copies.remember(seen.words, 0.0, kept=False, seen=True)
+            copies.see(seen.words)
         for words, time in zip(before.words, before.times, strict=True):
-            copies.remember(words, float(time), kept=True, seen=False)
+            copies.keep(words, float(time))
         kept = []
         for place, (words, time, client) in enumerate(zip(new.words, new.times, new.clients, strict=True)):
             if not clients.may_count(client):

@@ -39,18 +39,13 @@ class NearCopies:
         for words in reference:
             self._count(frozenset(words.tolist()), 1)
 
-    def remember(self, words: Words, time_s: float, *, kept: bool, seen: bool) -> None:
-        """Add a request from an earlier check.
+    def keep(self, words: Words, time_s: float) -> None:
+        """Add a request that an earlier check counted.
 
         Args:
             time_s: start of the request.
-            kept: the request was counted.
-            seen: the request is among the newest `RARITY_REQUESTS`.
         """
-        if seen:
-            self.see(words)
-        if kept:
-            self._kept.append((frozenset(words.tolist()), time_s))
+        self._kept.append((frozenset(words.tolist()), time_s))
 
     def is_near_copy(self, words: Words, time_s: float) -> bool:
         """Add the next request; return whether it nearly repeats a counted one. If not, it is counted itself."""

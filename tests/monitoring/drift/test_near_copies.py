@@ -121,10 +121,10 @@ def test_near_copies_are_the_same_after_a_restart(reference: list[Words], stream
         expected = decide(NearCopies(reference), stream, times)
         restarted = NearCopies(reference)
         for prompt in stream[:cut][-7:]:
-            restarted.remember(prompt, 0.0, kept=False, seen=True)
+            restarted.see(prompt)
         for place, prompt in enumerate(stream[:cut]):
             if not expected[place]:
-                restarted.remember(prompt, times[place], kept=True, seen=False)
+                restarted.keep(prompt, times[place])
         assert decide(restarted, stream[cut:], times[cut:]) == expected[cut:]
 
 
@@ -133,6 +133,8 @@ def test_a_remembered_request_has_the_same_effect_as_a_checked_one(stream: list[
     expected = decide(NearCopies([]), stream)
     restarted = NearCopies([])
     for place, prompt in enumerate(stream[:cut]):
-        restarted.remember(prompt, 60.0 * place, kept=not expected[place], seen=True)
+        restarted.see(prompt)
+        if not expected[place]:
+            restarted.keep(prompt, 60.0 * place)
     times = [60.0 * place for place in range(len(stream))]
     assert decide(restarted, stream[cut:], times[cut:]) == expected[cut:]
