@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+from numpy.typing import NDArray
 
 from monitoring.drift.evidence import HIT, MISS, NOT_THERE, Hits
 from svc.drift_reference import sample
@@ -29,12 +30,22 @@ class Bet:
 
     Attributes:
         bound: largest normal probability of the set.
-        hits: returns for each of a sample's items whether the item is in the set.
+        contains: returns for each of the feature's values whether it is in the set.
     """
 
     feature: str
     bound: float
-    hits: Callable[[Sample], Hits]
+    contains: Callable[[Floats | Names], NDArray[np.bool_]]
+
+    def hits(self, items: Sample) -> Hits:
+        """Return which items are in the set."""
+        if self.feature in items.numbers:
+            values: Floats | Names = items.numbers[self.feature]
+            missing = np.isnan(values)
+        else:
+            values = items.categories[self.feature]
+            missing = values == sample.NOT_THERE
+        return np.where(missing, NOT_THERE, np.where(self.contains(values), HIT, MISS)).astype(np.int8)
 
 
 def upper_limit(count: int, size: int, z: float) -> float:
@@ -60,8 +71,8 @@ def _tail_bets(name: str, values: Floats) -> list[Bet]:
     bets = list[Bet]()
     for share in _TAILS if len(there) else ():
         low, high = (float(limit) for limit in np.quantile(there, (share / 2, 1 - share / 2)))
-        bets.append(Bet(name, _bound((there < low).sum(), len(there)), partial(_below, name=name, limit=low)))
-        bets.append(Bet(name, _bound((there > high).sum(), len(there)), partial(_above, name=name, limit=high)))
+        bets.append(Bet(name, _bound((there < low).sum(), len(there)), partial(np.greater, low)))  # low > value
+        bets.append(Bet(name, _bound((there > high).sum(), len(there)), partial(np.less, high)))  # high < value
     return bets
 
 
@@ -72,41 +83,17 @@ def _category_bets(name: str, values: Names) -> list[Bet]:
     names, counts = np.unique(there, return_counts=True)
     frequent = counts >= _MIN_SHARE * len(there)
     # The share of new categories is estimated by those seen once (Good 1953): all, if system prompts contain a date.
-    bets = [Bet(name, _bound((counts == 1).sum(), len(there)), partial(_outside, name=name, known=names))]
+    bets = [Bet(name, _bound((counts == 1).sum(), len(there)), partial(np.isin, test_elements=names, invert=True))]
     if not frequent.all():
         rare = _bound(counts[~frequent].sum(), len(there))
-        bets.append(Bet(name, rare, partial(_outside, name=name, known=names[frequent])))
+        bets.append(Bet(name, rare, partial(np.isin, test_elements=names[frequent], invert=True)))
     for category, count in zip(names[frequent], counts[frequent], strict=True):
-        bets.append(Bet(name, _bound(count, len(there)), partial(_equal, name=name, category=category)))
+        bets.append(Bet(name, _bound(count, len(there)), partial(np.equal, category)))
     return bets
 
 
 def _bound(count: int, size: int) -> float:
     return SLACK * upper_limit(count, size, SURE)
-
-
-def _below(items: Sample, name: str, limit: float) -> Hits:
-    return _number_hits(items.numbers[name], items.numbers[name] < limit)
-
-
-def _above(items: Sample, name: str, limit: float) -> Hits:
-    return _number_hits(items.numbers[name], items.numbers[name] > limit)
-
-
-def _number_hits(values: Floats, inside: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]) -> Hits:
-    return np.where(np.isnan(values), NOT_THERE, np.where(inside, HIT, MISS)).astype(np.int8)
-
-
-def _outside(items: Sample, name: str, known: Names) -> Hits:
-    return _name_hits(items.categories[name], ~np.isin(items.categories[name], known))
-
-
-def _equal(items: Sample, name: str, category: str) -> Hits:
-    return _name_hits(items.categories[name], items.categories[name] == category)
-
-
-def _name_hits(values: Names, inside: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]) -> Hits:
-    return np.where(values == sample.NOT_THERE, NOT_THERE, np.where(inside, HIT, MISS)).astype(np.int8)
 
 
 def hit_table(bets: Sequence[Bet], items: Sample) -> Hits:

@@ -6,16 +6,18 @@ Only each person's first rating per day counts.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from enum import StrEnum
+from functools import partial
 
 import numpy as np
 from sqlalchemy import Engine as Store
 
 from monitoring.drift.alarms import AlarmBook
-from monitoring.drift.bets import hit_table
+from monitoring.drift.bets import Bet, hit_table, upper_limit
 from monitoring.drift.budget import FALSE_ALARMS_PER_REQUEST, SIGNAL_SHARES, Signal
 from monitoring.drift.evidence import Event, Evidence, FeatureState
 from monitoring.drift.report import Line, SignalReport, Status, feature_line, most_moved
-from monitoring.drift.signals import rating_bets, rating_sample
+from svc.drift_reference.sample import NO, YES, Sample
 from svc.errors import RefusedError
 from svc.store.answered import RatedAnswer, read_earlier_ratings, read_ratings
 from svc.version import Target
@@ -24,6 +26,16 @@ _MIN_REFERENCE = 100
 _MAX_RATINGS = 1_000
 _SHOWN = 100
 _MIN_ACCEPTED = 50
+_SURE = 2.0
+"""Standard errors: shares up to the upper limit of the 95 % Wilson interval are normal. Unlike topics, ratings do not
+change with the hour."""
+
+
+class RatingFeature(StrEnum):
+    """The features of ratings; each is a line in the drift table."""
+
+    BAD = "bad_ratings"
+    CORRECTED = "corrections"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +79,25 @@ def check_ratings(
     before = [rating for rating in ratings if rating.id in known]
     new = [r for r in ratings if r.id not in known and _micros(r.given_at) > state.cursor]
     return _Ratings(base, state, before, new).take(max(min(state.cursor, _micros(now)), newest), alarms, now)
+
+
+def rating_sample(pairs: Sequence[tuple[bool, bool]]) -> Sample:
+    """Return ratings as a sample.
+
+    Args:
+        pairs: whether a rating is bad, and whether it has a correction.
+    """
+    columns = {RatingFeature.BAD: [bad for bad, _ in pairs], RatingFeature.CORRECTED: [fixed for _, fixed in pairs]}
+    categories = {name: [YES if value else NO for value in values] for name, values in columns.items()}
+    return Sample.of(len(pairs), {}, categories)
+
+
+def rating_bets(reference: Sample) -> list[Bet]:
+    """Return a bet on more bad ratings, and one on more corrections. Improvements raise no alarm."""
+    return [
+        Bet(name, upper_limit(int((values == YES).sum()), reference.size, _SURE), partial(np.equal, YES))
+        for name, values in reference.categories.items()
+    ]
 
 
 def one_a_day(ratings: Iterable[RatedAnswer]) -> list[RatedAnswer]:

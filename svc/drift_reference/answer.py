@@ -102,11 +102,7 @@ class AnswerSampler:
             categories[AnswerFeature.VALID_JSON] = [_yes(self._whole(answer), is_json) for answer in answers]
         if self._labels:
             categories[AnswerFeature.LABEL] = [self._label(self._whole(answer)) for answer in answers]
-        return Sample(
-            len(answers),
-            {name.value: np.asarray(values, dtype=np.float64) for name, values in numbers.items()},
-            {name.value: np.asarray(values, dtype=np.str_) for name, values in categories.items()},
-        )
+        return Sample.of(len(answers), numbers, categories)
 
     def _tokens(self, answer: Answer) -> float:
         return _number(min(answer.tokens, self.cut) if answer.greedy and answer.tokens is not None else None)

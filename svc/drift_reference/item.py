@@ -5,6 +5,7 @@ The same code computes both sides of a comparison. Knows nothing of how items ar
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,12 +84,11 @@ def prompt_sample(items: Sequence[Item], like: Sample) -> Sample:
             missing.
     """
     views = [np.array([item.topic for item in items]), np.array([item.wanted for item in items])]
-    shaped = zip(views, like.views, strict=True)
-    return Sample(
-        len(items),
-        *_columns([item.prompt for item in items], like),
-        tuple(view.astype(np.float64).reshape(len(items), wanted.shape[1]) for view, wanted in shaped),
+    shaped = (
+        view.astype(np.float64).reshape(len(items), wanted.shape[1])
+        for view, wanted in zip(views, like.views, strict=True)
     )
+    return _sample([item.prompt for item in items], like, tuple(shaped))
 
 
 def answer_sample(items: Sequence[Item], logprobs: Sequence[float | None], like: Sample) -> Sample:
@@ -103,7 +103,7 @@ def answer_sample(items: Sequence[Item], logprobs: Sequence[float | None], like:
     for item, logprob in zip(items, logprobs, strict=True):
         greedy = item.answer.get(AnswerFeature.TOKENS) is not None
         rows.append({**item.answer, AnswerFeature.LOGPROB: _known(compared_logprob(logprob, greedy=greedy))})
-    return Sample(len(items), *_columns(rows, like))
+    return _sample(rows, like)
 
 
 def _features(sample: Sample, place: int) -> dict[str, float | str]:
@@ -116,13 +116,9 @@ def _known(value: float | str) -> float | str | None:
     return None if missing else value
 
 
-def _columns(
-    rows: Sequence[Mapping[str, float | str | None]], like: Sample
-) -> tuple[dict[str, NDArray[np.float64]], dict[str, NDArray[np.str_]]]:
-    """Return the numbers and the categories of rows, by feature."""
-    numbers = {name: [row.get(name) for row in rows] for name in like.numbers}
-    categories = {name: [row.get(name) or NOT_THERE for row in rows] for name in like.categories}
-    return (
-        {name: np.array(values, dtype=np.float64) for name, values in numbers.items()},  # None becomes NaN
-        {name: np.array(values, dtype=np.str_) for name, values in categories.items()},
-    )
+def _sample(
+    rows: Sequence[Mapping[str, float | str | None]], like: Sample, views: tuple[NDArray[np.float64], ...] = ()
+) -> Sample:
+    numbers: dict[str, list[Any]] = {name: [row.get(name) for row in rows] for name in like.numbers}
+    categories: dict[str, list[Any]] = {name: [row.get(name) or NOT_THERE for row in rows] for name in like.categories}
+    return Sample.of(len(rows), numbers, categories, views)

@@ -7,6 +7,7 @@ from enum import StrEnum
 from zlib import crc32
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from svc.drift_reference.sample import Floats, Sample
 from svc.drift_reference.text_embedding import WORD, TextSpace, head_and_tail
@@ -67,7 +68,7 @@ class PromptSampler:
         """Return features and views of prompts. For a long text, all features except its length use `head_and_tail`."""
         texts = [head_and_tail(prompt.text) for prompt in prompts]
         word_lists = [_WORD.findall(text.lower()) for text in texts]
-        numbers = {
+        numbers: dict[PromptFeature, ArrayLike] = {
             PromptFeature.CHARACTERS: [len(prompt.text) for prompt in prompts],
             PromptFeature.DISTINCT_WORDS: [len(set(words)) / max(1, len(words)) for words in word_lists],
             PromptFeature.UNKNOWN_WORDS: self._space.unknown_words(texts),
@@ -80,12 +81,8 @@ class PromptSampler:
             PromptFeature.SYSTEM_PROMPT: [_short_name(prompt.system) for prompt in prompts],
         }
         embedding = self._space.embed(texts)
-        return Sample(
-            len(prompts),
-            {name.value: np.asarray(values, dtype=np.float64) for name, values in numbers.items()},
-            {name.value: np.asarray(values, dtype=np.str_) for name, values in categories.items()},
-            (_in_single(embedding.topic), _in_single(embedding.answer)),
-        )
+        views = _in_single(embedding.topic), _in_single(embedding.answer)
+        return Sample.of(len(prompts), numbers, categories, views)
 
 
 def language(text: str) -> str:

@@ -1,13 +1,15 @@
 """Compared items, one per row: their features, and their positions in text space."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
 Names = NDArray[np.str_]
+Feature = TypeVar("Feature", bound=str)
 
 NOT_THERE = ""
 """A missing category; a missing number is NaN. Neither is compared."""
@@ -31,6 +33,22 @@ class Sample:
     numbers: Mapping[str, Floats] = field(default_factory=dict)
     categories: Mapping[str, Names] = field(default_factory=dict)
     views: tuple[Floats, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        size: int,
+        numbers: Mapping[Feature, ArrayLike],
+        categories: Mapping[Feature, Sequence[str]],
+        views: tuple[Floats, ...] = (),
+    ) -> "Sample":
+        """Return lists of values as a sample; a number that is None is missing."""
+        return cls(
+            size,
+            {str(name): np.asarray(values, dtype=np.float64) for name, values in numbers.items()},
+            {str(name): np.asarray(values, dtype=np.str_) for name, values in categories.items()},
+            views,
+        )
 
     def part(self, start: int, stop: int) -> "Sample":
         """Return the items from `start` up to, but without, `stop`."""

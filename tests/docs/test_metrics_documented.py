@@ -10,7 +10,7 @@ from prometheus_client.metrics_core import Metric
 
 from monitoring.drift.budget import Signal
 from monitoring.drift.domain_classifier import CLASSIFIER
-from monitoring.drift.signals import RatingFeature
+from monitoring.drift.ratings import RatingFeature
 from monitoring.exporter.deadlines import DeadlineMetrics
 from monitoring.exporter.drift import DriftMetrics
 from monitoring.exporter.server_page import ServerPage

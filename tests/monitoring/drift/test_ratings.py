@@ -1,4 +1,4 @@
-"""An alarm starts when ratings get worse, whoever gives them and in whatever order."""
+"""An alarm starts when ratings get worse, whoever gives them and in whatever order; only worse ones win bets."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,8 +12,17 @@ from sqlalchemy import Engine as Store
 
 from monitoring.drift import ratings
 from monitoring.drift.alarms import AlarmBook
+from monitoring.drift.bets import hit_table, upper_limit
 from monitoring.drift.budget import Signal
-from monitoring.drift.ratings import RatingState, accept_ratings, check_ratings, one_a_day
+from monitoring.drift.evidence import HIT
+from monitoring.drift.ratings import (
+    RatingState,
+    accept_ratings,
+    check_ratings,
+    one_a_day,
+    rating_bets,
+    rating_sample,
+)
 from monitoring.drift.report import SignalReport, Status
 from svc.errors import RefusedError
 from svc.store.answered import RatedAnswer
@@ -264,3 +273,28 @@ def test_a_change_cannot_be_accepted_when_there_are_fewer_than_50_ratings(people
     people.give(*[True] * 49)
     with pytest.raises(RefusedError, match="only 49 ratings"):
         accept_ratings(people.store, TARGET, people.state, NOON)
+
+
+def test_the_features_of_ratings_are_bad_and_corrected() -> None:
+    sample = rating_sample([(True, True), (True, False), (False, False)])
+    table = hit_table(rating_bets(sample), sample)
+    assert (table == HIT).tolist() == [[True, True], [True, False], [False, False]]
+
+
+def test_rating_bounds_are_upper_confidence_limits_of_the_reference_shares() -> None:
+    bets = rating_bets(rating_sample([(place < 6, place < 2) for place in range(100)]))
+    assert [(bet.feature, bet.bound) for bet in bets] == [
+        ("bad_ratings", upper_limit(6, 100, 2.0)),
+        ("corrections", upper_limit(2, 100, 2.0)),
+    ]
+
+
+def test_the_bound_is_1_when_all_ratings_of_the_reference_are_bad() -> None:
+    assert rating_bets(rating_sample([(True, True)] * 100))[0].bound == pytest.approx(1)
+
+
+def test_a_sample_without_ratings_has_categories_of_text() -> None:
+    sample = rating_sample([])
+    assert sample.size == 0
+    assert all(values.dtype.kind == "U" for values in sample.categories.values())
+    assert hit_table(rating_bets(rating_sample([(False, False)])), sample).shape == (0, 2)
