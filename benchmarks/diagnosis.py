@@ -23,7 +23,8 @@ from svc.dataset.schema.example import ChatExample, Message, Role
 from svc.engine.device import NumberType
 from svc.errors import TrainingError
 from svc.evaluation.finding import FindingKind
-from svc.terminal import counting, output, print_json
+from svc.invocation import print_json
+from svc.terminal import counting, output
 from trainer.diagnosis.diagnose import diagnose
 from trainer.training.sft import train_model
 from trainer.training.summary import TrainingData

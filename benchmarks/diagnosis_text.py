@@ -20,8 +20,9 @@ from svc.dataset.readers.reader import read_examples
 from svc.dataset.schema.example import ChatExample
 from svc.engine.device import NumberType, read_capabilities
 from svc.errors import TrainingError
+from svc.invocation import print_json
 from svc.settings import load_settings
-from svc.terminal import output, print_json
+from svc.terminal import output
 from trainer.diagnosis.diagnose import diagnose
 
 TASK = Path(__file__).parents[1] / "examples" / "debian-triage"

@@ -16,8 +16,9 @@ import click
 from svc.dataset.readers.reader import read_examples
 from svc.engine.device import DeviceCapabilities, NumberType, read_capabilities
 from svc.engine.machine import read_machine
+from svc.invocation import print_json
 from svc.settings import load_settings
-from svc.terminal import counting, output, print_json, quiet_libraries
+from svc.terminal import counting, output, quiet_libraries
 from trainer.estimate.devices import ComputeDevice, this_machine
 from trainer.recipe.file import load_recipe
 from trainer.recipe.sections import Method

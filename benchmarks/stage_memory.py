@@ -20,8 +20,9 @@ import click
 from svc.dataset.readers.reader import read_examples
 from svc.dataset.schema.example import ChatExample
 from svc.engine.device import NumberType, read_capabilities
+from svc.invocation import print_json
 from svc.settings import load_settings
-from svc.terminal import console, output, print_json, quiet_libraries
+from svc.terminal import console, output, quiet_libraries
 from trainer.recipe.file import load_recipe
 from trainer.recipe.sections import Recipe
 from trainer.recipe.stage import Stage

@@ -28,6 +28,7 @@ from svc.engine.device import ask_capabilities, read_capabilities
 from svc.engine.vllm.folders import socket_folder, state_folder
 from svc.engine.vllm.launch import EngineSpec, command, environment
 from svc.errors import EngineError
+from svc.invocation import print_json
 from svc.registry.registry import Registry
 from svc.settings import Settings, load_settings
 from svc.store.database import open_database
@@ -231,8 +232,6 @@ def _first_time(times: int) -> float:
 def main(model: str, home: Path | None, pairs: int, as_json: bool) -> None:
     """Measure the start of `svc serve MODEL` compared with its vLLM alone. No server may run on the home."""
     from rich.table import Table
-
-    from svc.terminal import print_json
 
     measured = measure(Subject.of(load_settings(home=home), model), pairs)
     result = summary(measured) | {"first": _first_time(pairs)}

@@ -30,8 +30,9 @@ from benchmarks.matrix_share import needed_flops, read_shape
 from svc.dataset.readers.reader import read_examples
 from svc.dataset.schema.example import ChatExample
 from svc.engine.device import NumberType, read_capabilities
+from svc.invocation import print_json
 from svc.settings import load_settings
-from svc.terminal import counting, output, print_json
+from svc.terminal import counting, output
 from trainer.estimate.batches import plan_batches
 from trainer.estimate.devices import measure_matrix_speed
 from trainer.recipe.file import load_recipe

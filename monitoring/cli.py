@@ -15,7 +15,7 @@ import click
 from pydantic import ValidationError
 
 from svc.errors import IntegrityError, NotFoundError, ServerNotRunningError
-from svc.invocation import json_option, remote_of, settings_of
+from svc.invocation import json_option, print_json, remote_of, settings_of
 from svc.remote.server_url import ServerAddress, read_json, server_address
 from svc.settings import Settings
 
@@ -50,8 +50,6 @@ def status(
         return
     look = _look(of, models)
     if as_json:
-        from svc.terminal import print_json
-
         shown = [_as_json(model, look.drift, verbose=verbose) for model in look.state["models"]]
         print_json({"url": look.url, **look.state, "models": shown, **dataclasses.asdict(look.figures)})
         return

@@ -13,7 +13,7 @@ from serving.client.promotion import Administration, LocalAdministration, follow
 from serving.rollout.version_changes import VersionChange
 from svc.errors import RefusedError, ServerNotRunningError
 from svc.files.lock import lock_holder
-from svc.invocation import json_option, reason_option, remote_of, settings_of
+from svc.invocation import json_option, print_json, reason_option, remote_of, settings_of
 from svc.registry.registry import Registry
 from svc.remote.server_url import LOCK_FILE
 from svc.settings import Settings
@@ -200,8 +200,6 @@ def _follow(administration: Administration, change: VersionChange, *, as_json: b
     target = change.target
     if change.generation is None:
         if as_json:
-            from svc.terminal import print_json
-
             print_json({"target": str(target), "outcome": "unchanged"})
         else:
             click.echo(f"{target} is already served")
@@ -214,8 +212,6 @@ def _follow(administration: Administration, change: VersionChange, *, as_json: b
 
     result = follow(administration, change, show)
     if as_json:
-        from svc.terminal import print_json
-
         print_json({"target": str(target), **asdict(result), "steps": steps})
     if result.outcome is not SwapOutcome.SUCCEEDED:
         raise RefusedError(

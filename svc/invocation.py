@@ -1,5 +1,7 @@
 """Shared by the commands: common options, confirmation, and the settings from flags, file and environment."""
 
+import json
+import sys
 from typing import Any
 
 import click
@@ -29,6 +31,11 @@ def confirm(question: str, *, yes: bool, as_json: bool = False) -> None:
     if as_json:
         raise click.UsageError("with --json this command needs --yes too, because it cannot ask for confirmation")
     click.confirm(question, abort=True, err=True)
+
+
+def print_json(value: Any) -> None:
+    """Write one JSON value to stdout."""
+    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
 
 
 def remote_of(ctx: click.Context) -> ServerAddress | None:

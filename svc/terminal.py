@@ -1,15 +1,12 @@
 """Output for people and machines: text and progress on a terminal, JSON with `--json`. Results go to stdout, all else
 to stderr, so that a pipe gets results only."""
 
-import json
 import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -46,11 +43,6 @@ def quiet_libraries() -> None:
     # These warn at import about optional kernels that are not installed and not used here.
     for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):
         logging.getLogger(library).setLevel(logging.ERROR)
-
-
-def print_json(value: Any) -> None:
-    """Write one JSON value to stdout."""
-    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
 
 
 def print_table(headers: Sequence[str | Column], rows: Iterable[Sequence[object]], *, to: Console = output) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from svc.invocation import json_option, settings_of
+from svc.invocation import json_option, print_json, settings_of
 
 if TYPE_CHECKING:
     from trainer.pipeline.run_folder import Run
@@ -79,8 +79,6 @@ def train(
     if quick:
         _print_training_time(loaded, pipeline.run)
     if as_json:
-        from svc.terminal import print_json
-
         print_json({"version": str(manifest.id), "folder": str(registry.folder(manifest.id))})
         sys.exit(0)
     from svc.registry.render import print_version
@@ -104,7 +102,7 @@ def estimate(
     ctx: click.Context, recipe: Path, overrides: tuple[str, ...], names: tuple[str, ...], as_json: bool
 ) -> None:
     """Estimate memory, time and cost of RECIPE, here and on GPUs, without reading the base's weights."""
-    from svc.terminal import print_json, quiet_libraries
+    from svc.terminal import quiet_libraries
     from trainer.estimate.render import as_json as to_json
     from trainer.estimate.render import print_estimate
     from trainer.pipeline.estimate import estimate_devices

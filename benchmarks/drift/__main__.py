@@ -8,6 +8,7 @@ import numpy as np
 
 from benchmarks.drift.replay import REQUESTS, Found, Job, Quiet, run_all
 from benchmarks.drift.streams import WITH_CHANGE, WITHOUT_CHANGE
+from svc.invocation import print_json
 from svc.terminal import output
 
 CHANGES_A_REPLAY = 8
@@ -40,8 +41,6 @@ def delays(values: Iterable[int | None]) -> str:
 def main(replays: int, as_json: bool) -> None:
     """Measure false alarms and delays on streams of prompts."""
     from rich.table import Table
-
-    from svc.terminal import print_json
 
     jobs = [Job(name, True, seed) for name in WITH_CHANGE for seed in range(replays * CHANGES_A_REPLAY)]
     jobs += [Job(name, False, seed) for name in WITHOUT_CHANGE for seed in range(replays)]

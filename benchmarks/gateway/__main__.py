@@ -20,8 +20,9 @@ from benchmarks.gateway.measure import Figures
 from benchmarks.gateway.peers import Bare, Direct, LiteLLM, Nginx, Peer, VllmRouter
 from benchmarks.gateway.table import BARE, DIRECT, KEYLESS, OURS, TRACED, Round, complete, summary, tables
 from svc.errors import EngineError
+from svc.invocation import print_json
 from svc.settings import load_settings
-from svc.terminal import console, output, print_json
+from svc.terminal import console, output
 
 _BY_NAME = (TRACED, BARE)
 """Gateways that are measured only if `--only` names them."""

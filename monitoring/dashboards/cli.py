@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from svc.invocation import json_option
+from svc.invocation import json_option, print_json
 
 
 @click.command()
@@ -19,8 +19,6 @@ from svc.invocation import json_option
 @json_option
 def dashboards(out: Path, as_json: bool) -> None:
     """Write the Grafana dashboards as JSON files, ready to import or to provision."""
-    from svc.terminal import print_json
-
     os.umask(0o022)  # Grafana runs as another user
     out.mkdir(parents=True, exist_ok=True)
     paths = []

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import click
 
 from svc.errors import BusyError, NotFoundError
-from svc.invocation import json_option, settings_of
+from svc.invocation import json_option, print_json, settings_of
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine as Store
@@ -38,7 +38,7 @@ def drift(ctx: click.Context, model: str, accept: bool, as_json: bool) -> None:
     from svc.store.answered import texts_of
     from svc.store.database import open_database
     from svc.store.drift import read_drift_alarms
-    from svc.terminal import console, output, print_json, waiting
+    from svc.terminal import console, output, waiting
 
     registry, store = Registry.of(settings), open_database(settings.home)
     target = _target(registry, store, model)

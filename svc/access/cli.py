@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from svc.identity.principal import Limits, Scope
-from svc.invocation import confirm, json_option, reason_option, remote_of, settings_of, yes_option
+from svc.invocation import confirm, json_option, print_json, reason_option, remote_of, settings_of, yes_option
 from svc.time_options import duration, time_past, time_to_come
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def create(
 @click.pass_context
 def list_keys(ctx: click.Context, every: bool, as_json: bool) -> None:
     """List keys with their scopes and limits; secrets are not stored and cannot be shown."""
-    from svc.terminal import print_json, print_table
+    from svc.terminal import print_table
 
     rows = [row for row in _rows(ctx) if every or row["revoked_at"] is None]
     if as_json:
@@ -162,8 +162,6 @@ def revoke(ctx: click.Context, key: str, reason: str | None, yes: bool, as_json:
     asked = {"key": key_id, "reason": reason}
     revoked = _change(ctx, "/svc/keys/revoke", asked, lambda keyring: key_row(keyring.revoke(key_id, reason=reason)))
     if as_json:
-        from svc.terminal import print_json
-
         print_json(revoked)
     else:
         click.echo(f"{title} is revoked")
@@ -202,7 +200,7 @@ def usage(ctx: click.Context, since: datetime, as_csv: bool, as_json: bool) -> N
         return
     from rich.table import Column
 
-    from svc.terminal import print_json, print_table
+    from svc.terminal import print_table
 
     if as_json:
         print_json(rows)
@@ -277,8 +275,6 @@ def _keyring(ctx: click.Context) -> "Keyring":
 
 def _print_issued(issued: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
-        from svc.terminal import print_json
-
         print_json(issued)
         return
     if issued["old_secret_until"]:

@@ -8,7 +8,7 @@ import click
 
 from svc.errors import IntegrityError, NotFoundError
 from svc.identity.actor import Actor
-from svc.invocation import confirm, json_option, reason_option, settings_of, yes_option
+from svc.invocation import confirm, json_option, print_json, reason_option, settings_of, yes_option
 from svc.time_options import time_past
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def audit(ctx: click.Context, /, verify: bool, expected: str | None, as_json: bo
         raise click.UsageError("--expect needs --verify")
     from svc.store.audit import read_events
     from svc.store.database import open_database
-    from svc.terminal import print_json, print_table
+    from svc.terminal import print_table
 
     store = open_database(settings_of(ctx).home)
     if verify:
@@ -65,8 +65,6 @@ def _verify(store: "Store", expected: str | None, *, as_json: bool) -> None:
 
     report = verify_chain(store, expected=expected)
     if as_json:
-        from svc.terminal import print_json
-
         print_json(asdict(report))
     elif report.fault is None:
         click.secho(f"{report.events} events are unaltered", fg="green")
@@ -97,7 +95,7 @@ def history(ctx: click.Context, name: str, as_json: bool) -> None:
     """Show which version of NAME was served when, and who requested it."""
     from svc.audit.history import read_history
     from svc.store.database import open_database
-    from svc.terminal import print_json, print_table
+    from svc.terminal import print_table
 
     rows = read_history(open_database(settings_of(ctx).home), name)
     if as_json:
@@ -154,8 +152,6 @@ def forget(
     record_event(store, AuditEntry(Action.FORGET, subject, Actor.local(), reason, asdict(counts)))
     deleted = forget_requests(store, which)
     if as_json:
-        from svc.terminal import print_json
-
         print_json(asdict(deleted))
     else:
         summary = f"{deleted.requests} requests, {deleted.contents} with content, {deleted.feedback} with feedback"

@@ -10,7 +10,7 @@ import click
 
 from svc.errors import IntegrityError, NotFoundError, RefusedError
 from svc.identity.actor import Actor
-from svc.invocation import json_option, settings_of, yes_option
+from svc.invocation import json_option, print_json, settings_of, yes_option
 
 if TYPE_CHECKING:
     from svc.backup.restored_keys import RestoredKeys
@@ -40,7 +40,6 @@ def backup(ctx: click.Context, folder: Path, keep: int, verify: bool, as_json: b
     from svc.backup.backup import Backup
     from svc.store.audit import Action, AuditEntry, record_event
     from svc.store.database import open_database
-    from svc.terminal import print_json
 
     settings = settings_of(ctx)
     if not settings.home.is_dir():
@@ -90,7 +89,6 @@ def restore(
     from svc.backup.restore import Restore
     from svc.store.audit import Action, AuditEntry, record_event
     from svc.store.database import open_database
-    from svc.terminal import print_json
 
     archive = Archive(folder.absolute())
     if listing:

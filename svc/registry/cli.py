@@ -6,7 +6,7 @@ import click
 
 from svc.errors import BusyError, NotFoundError
 from svc.identity.actor import Actor
-from svc.invocation import json_option, reason_option, settings_of
+from svc.invocation import json_option, print_json, reason_option, settings_of
 from svc.registry.manifest import Manifest
 from svc.registry.registry import Registry
 from svc.version import VersionId
@@ -19,7 +19,7 @@ def models(ctx: click.Context, as_json: bool) -> None:
     """List all versions with their aliases and figures."""
     if ctx.invoked_subcommand is not None:
         return
-    from svc.terminal import print_json, print_table
+    from svc.terminal import print_table
 
     registry = Registry.of(settings_of(ctx))
     manifests = [registry.manifest(version) for version in registry.versions()]
@@ -59,8 +59,6 @@ def rm(ctx: click.Context, versions: tuple[str, ...], reason: str | None, as_jso
         if not as_json:
             click.echo(f"removed {version}: {size / 1e6:.0f} MB")
     if as_json:
-        from svc.terminal import print_json
-
         print_json(removed)
 
 
@@ -99,8 +97,6 @@ def gc(ctx: click.Context, older_than: float, dry_run: bool, reason: str | None,
         if not as_json:
             click.echo(f"{item.path}: {item.size / 1e6:.0f} MB, {item.why}")
     if as_json:
-        from svc.terminal import print_json
-
         print_json([{"path": str(item.path), "bytes": item.size, "why": item.why} for item in reclaimed])
     else:
         total = f"{sum(item.size for item in reclaimed) / 1e6:.0f} MB"
@@ -136,8 +132,6 @@ def show(ctx: click.Context, version: str, parity: bool, as_json: bool) -> None:
         _show_parity(registry, manifest, as_json=as_json)
         return
     if as_json:
-        from svc.terminal import print_json
-
         print_json(manifest.model_dump(mode="json"))
         return
     from svc.registry.render import print_version
@@ -153,8 +147,6 @@ def _show_parity(registry: Registry, manifest: Manifest, *, as_json: bool) -> No
             todo="train it again with the format merged or gptq",
         )
     if as_json:
-        from svc.terminal import print_json
-
         print_json(manifest.parity.model_dump(mode="json"))
         return
     from svc.registry.parity_page import PARITY_PAGE

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from svc.invocation import json_option, settings_of
+from svc.invocation import json_option, print_json, settings_of
 from svc.registry.registry import Registry
 
 
@@ -32,8 +32,6 @@ def report(ctx: click.Context, version: str, output: Path | None, show: bool, as
     except OSError as error:
         raise click.UsageError(f"cannot write {path}: {error.strerror}") from error
     if as_json:
-        from svc.terminal import print_json
-
         print_json({"path": str(path), **gathered.figures()})
     else:
         click.echo(path)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from svc.errors import SettingsError
-from svc.invocation import json_option, settings_of
+from svc.invocation import json_option, print_json, settings_of
 
 if TYPE_CHECKING:
     from svc.evaluation.endpoint import Endpoint
@@ -70,7 +70,7 @@ def compare(
     (https://HOST/v1#MODEL), to which the prompts are sent.
     """
     from svc.evaluation.comparison import Direction
-    from svc.terminal import print_json, quiet_libraries
+    from svc.terminal import quiet_libraries
     from trainer.comparison.job import compare_models
     from trainer.comparison.questions import Wanted
     from trainer.comparison.render import everything, print_compared

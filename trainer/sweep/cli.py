@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from svc.invocation import json_option, settings_of
+from svc.invocation import json_option, print_json, settings_of
 
 if TYPE_CHECKING:
     from svc.settings import Settings
@@ -28,7 +28,7 @@ def sweep(
     ctx: click.Context, recipe: Path, overrides: tuple[str, ...], register: bool, anyway: bool, as_json: bool
 ) -> None:
     """Search for the best values of RECIPE; an interrupted sweep is resumed."""
-    from svc.terminal import print_json, quiet_libraries
+    from svc.terminal import quiet_libraries
     from trainer.recipe.file import load_recipe
 
     quiet_libraries()
@@ -54,7 +54,7 @@ def sweep(
 
 def learning_curve(settings: "Settings", recipe: "Recipe", *, anyway: bool, as_json: bool) -> None:
     """Measure a learning curve and print it."""
-    from svc.terminal import output, print_json
+    from svc.terminal import output
 
     place = _open_workplace(settings, recipe, "curve", anyway=anyway, makes_version=False)
     from trainer.sweep.learning_curve import CURVE_FILE, print_curve, run_curve
