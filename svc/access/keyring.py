@@ -45,18 +45,10 @@ class Keyring:
         self._actor = actor
         self._now = now
 
-    def all(self) -> list[Key]:
-        """Return all keys, including revoked ones."""
-        return read_keys(self._store)
-
-    def last_used(self) -> dict[str, datetime]:
-        """Return the hour in which each key was last used, by id."""
-        return last_used(self._store)
-
     def rows(self) -> list[dict[str, Any]]:
         """Return all keys as JSON, each with the hour of its last use."""
-        used = self.last_used()
-        return [{**key_row(key), "last_used": iso_seconds(used.get(key.id))} for key in self.all()]
+        used = last_used(self._store)
+        return [{**key_row(key), "last_used": iso_seconds(used.get(key.id))} for key in read_keys(self._store)]
 
     def create(
         self,

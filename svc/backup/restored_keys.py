@@ -12,7 +12,8 @@ from sqlalchemy import Engine as Store
 from svc.access.keyring import Keyring
 from svc.backup.archive import STORE_FILE, Archive, Snapshot
 from svc.identity.actor import Actor
-from svc.store.keys import Key
+from svc.store.keys import Key, read_keys
+from svc.store.usage import last_used
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ def settle_keys(store: Store, archive: Archive, snapshot: Snapshot, *, revoke_al
     """
     keyring, revoked, rotated = Keyring(store, Actor.local()), list[tuple[Key, str]](), set[str]()
     hashes, revoked_in, unread = _later(archive, snapshot)
-    for key in keyring.all():
+    for key in read_keys(store):
         source = revoked_in.get(key.id, "")
         if key.revoked_at is not None:
             continue
@@ -53,8 +54,8 @@ def settle_keys(store: Store, archive: Archive, snapshot: Snapshot, *, revoke_al
             revoked.append((keyring.revoke(key.id, reason=reason), source))
         elif hashes.get(key.id, key.hash) != key.hash:
             rotated.add(key.id)
-    valid = tuple(key for key in keyring.all() if key.usable(datetime.now(UTC)))
-    return RestoredKeys(valid, keyring.last_used(), tuple(revoked), frozenset(rotated), unread)
+    valid = tuple(key for key in read_keys(store) if key.usable(datetime.now(UTC)))
+    return RestoredKeys(valid, last_used(store), tuple(revoked), frozenset(rotated), unread)
 
 
 def _later(archive: Archive, snapshot: Snapshot) -> tuple[dict[str, str], dict[str, str], tuple[str, ...]]:

@@ -11,12 +11,13 @@ from svc.errors import NotFoundError, RefusedError, SettingsError
 from svc.identity.key_secret import hash_secret, key_id_of
 from svc.identity.principal import Limits, Principal, Scope
 from svc.store.audit import read_events
+from svc.store.keys import read_keys
 from tests.svc.access.conftest import Clock
 
 INFER = frozenset({Scope.INFER})
 
 
-def test_key_has_the_requested_properties(keyring: Keyring, clock: Clock) -> None:
+def test_key_has_the_requested_properties(keyring: Keyring, store: Store, clock: Clock) -> None:
     until = clock.at + timedelta(days=1)
     limits = Limits(requests_per_minute=60, tokens_per_day=10_000)
     issued = keyring.create(
@@ -24,7 +25,7 @@ def test_key_has_the_requested_properties(keyring: Keyring, clock: Clock) -> Non
     )
     assert issued.key.principal == Principal(issued.key.id, "ci", INFER, frozenset({"tickets"}), limits, 3)
     assert (issued.key.created_at, issued.key.expires_at) == (clock.at, until)
-    assert keyring.all() == [issued.key]
+    assert read_keys(store) == [issued.key]
 
 
 def test_key_without_a_name_is_named_by_its_id(keyring: Keyring) -> None:

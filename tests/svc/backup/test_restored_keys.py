@@ -22,10 +22,6 @@ from tests.command_line import Svc
 from tests.svc.backup.conftest import BackUp, UsedHome
 
 
-def ring(home: Path) -> Keyring:
-    return Keyring(open_database(home), Actor.local())
-
-
 def create(used: UsedHome, *names: str) -> list[IssuedKey]:
     keyring = Keyring(used.store, Actor.local())
     return [keyring.create(frozenset({Scope.INFER}), name=name) for name in names]
@@ -33,7 +29,7 @@ def create(used: UsedHome, *names: str) -> list[IssuedKey]:
 
 def states(home: Path) -> dict[str, bool]:
     """Return whether each key is valid, by name."""
-    return {key.principal.name: key.usable(datetime.now(UTC)) for key in ring(home).all()}
+    return {key.principal.name: key.usable(datetime.now(UTC)) for key in read_keys(open_database(home))}
 
 
 def test_key_stays_revoked_when_any_newer_snapshot_has_it_revoked(
@@ -140,7 +136,7 @@ def test_only_new_keys_are_valid_when_all_are_revoked(svc: Svc, used: UsedHome, 
     assert states(tmp_path / "again") == {"laptop": False, "phone": False}
     events = read_events(open_database(tmp_path / "again"), newest=9)
     assert [event.reason for event in events if event.action == "key.revoke"] == ["svc restore --revoke-keys"] * 2
-    ring(tmp_path / "again").create(frozenset({Scope.INFER}), name="laptop")
+    Keyring(open_database(tmp_path / "again"), Actor.local()).create(frozenset({Scope.INFER}), name="laptop")
     assert len(read_keys(open_database(tmp_path / "again"))) == 3
 
 
