@@ -16,14 +16,12 @@ from typing import Any
 import regex  # has a timeout, and releases the GIL so that other threads run
 
 from svc.errors import SvcError
-from svc.identity.key_secret import KEY_ID_PATTERN, PREFIX
+from svc.identity.key_secret import KEY_BLANK, hide_secrets
 
 LIMIT_S = 0.25
 """Maximum CPU time of custom patterns on one text or JSON value, seconds. Linear patterns read a MiB in 1 to 100 ms."""
 
 _GAP = " \u00a0\u202f\u2010\u2011-"  # spaces and hyphens, including those that do not break a line
-# Matches truncated and mistyped keys too: most of a secret is still a secret.
-_KEY = re.compile(rf"(?<![0-9A-Za-z]){PREFIX}{KEY_ID_PATTERN}_[0-9A-Za-z]{{8,}}")
 _MAIL = re.compile(r"(?<![\w.%+-])[\w.%+-]{1,64}@(?:[\w-]{1,63}\.)+\w{2,63}")
 _CARD = re.compile(rf"(?<!\d)(?:\d{{4}}(?:\.\d{{4}}){{3}}|\d(?:[{_GAP}]?\d){{12,18}})(?!\d)")
 # Seven to fifteen digits (E.164). To exclude dates, versions, sizes and IP addresses, a number must begin with + or 0,
@@ -33,8 +31,8 @@ _PHONE = re.compile(
     rf"|\(?\d{{3}}(?:\)[{_GAP}]?|[.{_GAP}])\d{{3}}[.{_GAP}]\d{{4}})(?!\w)"
 )
 _MIN_CARD_DIGITS = 13
-_OWN_BLANK, _KEY_BLANK, _MAIL_BLANK, _CARD_BLANK, _PHONE_BLANK = "[redacted]", "[key]", "[mail]", "[card]", "[phone]"
-PLACEHOLDERS = (_OWN_BLANK, _KEY_BLANK, _MAIL_BLANK, _CARD_BLANK, _PHONE_BLANK)
+_OWN_BLANK, _MAIL_BLANK, _CARD_BLANK, _PHONE_BLANK = "[redacted]", "[mail]", "[card]", "[phone]"
+PLACEHOLDERS = (_OWN_BLANK, KEY_BLANK, _MAIL_BLANK, _CARD_BLANK, _PHONE_BLANK)
 """Replacements for redacted parts. A text that contains one differs from the text that the model read or wrote."""
 
 
@@ -82,7 +80,7 @@ class Redactor:
         return self._strings(value, _Budget())
 
     def _text(self, text: str, budget: "_Budget") -> str:
-        text = _KEY.sub(_KEY_BLANK, text)
+        text = hide_secrets(text)
         for pattern in self._own:
             text = budget.blank(pattern, text)
         text = _MAIL.sub(_MAIL_BLANK, text)

@@ -18,9 +18,11 @@ import secrets
 import string
 
 PREFIX = "ts_"
-KEY_ID_PATTERN = r"[0-9a-z]{8}"
-_SECRET = re.compile(rf"{PREFIX}({KEY_ID_PATTERN})_[0-9A-Za-z]{{38}}")
-_PART = re.compile(rf"(?<![0-9A-Za-z]){PREFIX}{KEY_ID_PATTERN}_[0-9A-Za-z]{{8,}}")
+_ID_PATTERN = r"[0-9a-z]{8}"
+KEY_BLANK = "[key]"
+_SECRET = re.compile(rf"{PREFIX}({_ID_PATTERN})_[0-9A-Za-z]{{38}}")
+# Matches truncated and mistyped secrets too: most of a secret is still a secret.
+_PART = re.compile(rf"(?<![0-9A-Za-z]){PREFIX}{_ID_PATTERN}_[0-9A-Za-z]{{8,}}")
 _ID_LETTERS = string.digits + string.ascii_lowercase
 _LETTERS = string.digits + string.ascii_uppercase + string.ascii_lowercase
 _ID_LENGTH, _RANDOM_LENGTH, _CHECKSUM_LENGTH = 8, 32, 6
@@ -47,7 +49,7 @@ def key_id_of(secret: str) -> str | None:
 
 def hide_secrets(text: str) -> str:
     """Return a text with each complete or nearly complete secret replaced by `[key]`."""
-    return _PART.sub("[key]", text) if PREFIX in text else text
+    return _PART.sub(KEY_BLANK, text) if PREFIX in text else text
 
 
 def hash_secret(secret: str) -> str:
