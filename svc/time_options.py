@@ -11,27 +11,17 @@ _SPAN = re.compile(r"([0-9]{1,9})([smhdw])")
 _MAX_S = 36_500 * 86_400
 
 
-def parse_duration(text: str) -> timedelta:
-    """Return the duration in a text: a number with the unit s, m, h, d or w; 0 needs no unit.
-
-    Raises:
-        ValueError: the text is not a duration, or longer than a century.
-    """
+def duration(text: str) -> timedelta:
+    """click parameter type for durations up to a century: a number with the unit s, m, h, d or w; 0 needs no unit."""
     match = _SPAN.fullmatch(text)
     if match is None and text != "0":
-        raise ValueError(f"{text!r} is not a duration; expected a number and one of s, m, h, d, w, for example 90d")
+        raise click.BadParameter(
+            f"{text!r} is not a duration; expected a number and one of s, m, h, d, w, for example 90d"
+        )
     seconds = int(match[1]) * _UNITS_S[match[2]] if match else 0
     if seconds > _MAX_S:
-        raise ValueError(f"{text!r} is longer than a century")
+        raise click.BadParameter(f"{text!r} is longer than a century")
     return timedelta(seconds=seconds)
-
-
-def duration(text: str) -> timedelta:
-    """click parameter type for durations."""
-    try:
-        return parse_duration(text)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from error
 
 
 def time_to_come(text: str) -> datetime:
@@ -49,7 +39,7 @@ def _moment(text: str, direction: int) -> datetime:
         moment = datetime.fromisoformat(text)
         return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
     try:
-        return datetime.now(UTC) + direction * parse_duration(text)
-    except ValueError as error:
+        return datetime.now(UTC) + direction * duration(text)
+    except click.BadParameter as error:
         message = f"{text!r} is neither a date, such as 2026-12-31, nor a duration, such as 90d"
         raise click.BadParameter(message) from error
