@@ -91,7 +91,7 @@ class AnswerSampler:
         ]
         numbers = {
             AnswerFeature.TOKENS: [self._tokens(answer) for answer in answers],
-            AnswerFeature.LOGPROB: [self._logprob(answer) for answer in answers],
+            AnswerFeature.LOGPROB: [compared_logprob(answer.logprob, greedy=answer.greedy) for answer in answers],
         }
         categories = {
             AnswerFeature.FINISH_REASON: [self._finish_reason(answer) for answer in answers],
@@ -106,9 +106,6 @@ class AnswerSampler:
 
     def _tokens(self, answer: Answer) -> float:
         return _number(min(answer.tokens, self.cut) if answer.greedy and answer.tokens is not None else None)
-
-    def _logprob(self, answer: Answer) -> float:
-        return compared_logprob(answer.logprob, greedy=answer.greedy)
 
     def _finish_reason(self, answer: Answer) -> str:
         if not answer.greedy or answer.finish_reason is None:
