@@ -20,10 +20,12 @@ from svc.engine.vllm.connection import (
 )
 
 _CONNECT_TIMEOUT_S = 5.0
-"""A local socket connects immediately, unless the engine must first accept hundreds of connections."""
+"""Maximum wait for a connection. A local socket connects immediately, unless the engine must first accept hundreds of
+connections."""
 _CONNECT_PAUSE_S = 0.005
 _IDLE_S = 3.0
-"""vLLM closes a connection that was idle for 5 s (VLLM_HTTP_TIMEOUT_KEEP_ALIVE)."""
+"""Time after which an idle connection is closed. vLLM closes one that was idle for 5 s
+(VLLM_HTTP_TIMEOUT_KEEP_ALIVE)."""
 _MAX_BODY_BYTES = 64 * 2**20
 _EVENT_STREAM = "text/event-stream"
 
@@ -34,25 +36,14 @@ class EngineConnections:
     Args:
         socket: the engine's unix socket.
         silence_s: maximum wait for the next bytes of an answer, seconds.
-        connect_timeout_s: maximum wait for a connection, seconds.
-        idle_s: time after which an idle connection is closed, seconds; less than the engine's own limit.
 
     Attributes:
         is_closed: whether it accepts no more requests.
     """
 
-    def __init__(
-        self,
-        socket: Path,
-        *,
-        silence_s: float,
-        connect_timeout_s: float = _CONNECT_TIMEOUT_S,
-        idle_s: float = _IDLE_S,
-    ) -> None:
+    def __init__(self, socket: Path, *, silence_s: float) -> None:
         self._socket = str(socket)
         self._silence_s = silence_s
-        self._connect_timeout_s = connect_timeout_s
-        self._idle_s = idle_s
         self._open: set[EngineConnection] = set()
         self._idle: list[EngineConnection] = []  # the most recently used is the last
         self._sweeping: asyncio.TimerHandle | None = None
@@ -101,7 +92,7 @@ class EngineConnections:
             UnreachableError: the engine accepts no connection.
         """
         try:
-            async with asyncio.timeout(self._connect_timeout_s):
+            async with asyncio.timeout(_CONNECT_TIMEOUT_S):
                 connected = await _connected(self._socket)
                 try:
                     loop = asyncio.get_running_loop()
@@ -121,7 +112,7 @@ class EngineConnections:
         if connection.release():
             self._idle.append(connection)
             if self._sweeping is None:
-                self._sweeping = asyncio.get_running_loop().call_later(self._idle_s, self._sweep)
+                self._sweeping = asyncio.get_running_loop().call_later(_IDLE_S, self._sweep)
 
     def _made(self) -> EngineConnection:
         return EngineConnection(self._silence_s, self._open)
@@ -129,7 +120,7 @@ class EngineConnections:
     @property
     def _oldest(self) -> float:
         """Idle connections that were last used before this time are closed."""
-        return asyncio.get_running_loop().time() - self._idle_s
+        return asyncio.get_running_loop().time() - _IDLE_S
 
     def _sweep(self) -> None:
         """Close connections that were idle for too long; one timer serves all connections."""
@@ -139,7 +130,7 @@ class EngineConnections:
             connection.close()
         self._idle = [connection for connection in recent if not connection.is_closed]
         if self._idle:
-            at = self._idle[0].idle_since + self._idle_s
+            at = self._idle[0].idle_since + _IDLE_S
             self._sweeping = asyncio.get_running_loop().call_at(at, self._sweep)
 
 

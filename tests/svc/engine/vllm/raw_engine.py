@@ -5,6 +5,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
 
+import pytest
+
+from svc.engine.vllm import connection_pool
 from svc.engine.vllm.connection_pool import EngineConnections
 from tests.svc.engine.raw_server import RawServer, Reply, raw_server
 
@@ -15,7 +18,8 @@ async def engine(
 ) -> AsyncIterator[tuple[EngineConnections, RawServer]]:
     """Run a server with these replies, and yield connections to it."""
     async with raw_server(socket, *replies) as server:
-        with closing(EngineConnections(socket, silence_s=silence_s, idle_s=idle_s)) as pool:
+        with pytest.MonkeyPatch.context() as patch, closing(EngineConnections(socket, silence_s=silence_s)) as pool:
+            patch.setattr(connection_pool, "_IDLE_S", idle_s)
             yield pool, server
 
 

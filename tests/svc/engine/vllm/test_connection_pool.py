@@ -189,12 +189,15 @@ class TestUnreachable:
             with closing(EngineConnections(socket, silence_s=1)) as pool, pytest.raises(UnreachableError):
                 await ask(pool)
 
-    async def test_engine_is_unreachable_when_its_backlog_is_full(self, socket: Path) -> None:
+    async def test_engine_is_unreachable_when_its_backlog_is_full(
+        self, socket: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("svc.engine.vllm.connection_pool._CONNECT_TIMEOUT_S", 0.1)
         with sockets.socket(sockets.AF_UNIX) as listener, sockets.socket(sockets.AF_UNIX) as first:
             listener.bind(str(socket))
             listener.listen(0)
             first.connect(str(socket))
-            pool = EngineConnections(socket, silence_s=1, connect_timeout_s=0.1)
+            pool = EngineConnections(socket, silence_s=1)
             with closing(pool), pytest.raises(UnreachableError):
                 await ask(pool)
 
