@@ -1,4 +1,4 @@
-"""Shared by the commands: common options, confirmation, and the settings from flags, file and environment."""
+"""Shared by the commands: common options, JSON output, confirmation, and settings from flags, file and environment."""
 
 import json
 import sys

@@ -1,5 +1,5 @@
-"""Output for people and machines: text and progress on a terminal, JSON with `--json`. Results go to stdout, all else
-to stderr, so that a pipe gets results only."""
+"""Output for people: text, tables and progress. Results go to stdout, all else to stderr, so that a pipe gets results
+only."""
 
 import logging
 import os
