@@ -10,7 +10,7 @@ from svc.engine.machine import Machine, read_machine
 from svc.engine.vllm.choice import Origin
 from svc.engine.vllm.launch import EngineSpec
 from svc.engine.vllm.number_type import choose_dtype, is_wide, weight_bytes
-from svc.engine.vllm.plan import GIB, plan_engine
+from svc.engine.vllm.plan import GIB, EnginePlanner
 from svc.settings import Device
 
 ENGINE_OVERHEAD = 2 * GIB
@@ -64,7 +64,7 @@ def _needed(spec: EngineSpec, machine: Machine) -> tuple[int, int]:
     needed += spec.lora.memory if spec.lora else 0
     if not machine.gpus:
         return needed, machine.free
-    plan = plan_engine(spec.settings, spec.capabilities, machine, model, spec.cache, engines=spec.engines)
+    plan = EnginePlanner(spec.settings, spec.capabilities, machine, model, spec.cache, spec.engines).plan()
     ranks, share = plan["tensor_parallel_size"].value, plan["gpu_memory_utilization"]
     gpus = machine.gpus[: ranks if isinstance(ranks, int) else None]
     fullest = min(gpus, key=lambda gpu: gpu.free)

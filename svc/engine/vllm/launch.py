@@ -84,12 +84,10 @@ class EngineSpec:
     def plan(self) -> plan.EnginePlan:
         """Choices for the launch, from the machine's state at the first access; on a GPU, this may take seconds."""
         machine = read_machine(gpus=self.device is Device.CUDA)
-        planned = plan.plan_engine(
-            self.settings, self.capabilities, machine, self.facts, self.cache, engines=self.engines
-        )
+        planner = plan.EnginePlanner(self.settings, self.capabilities, machine, self.facts, self.cache, self.engines)
         lora = lora_choices(self.lora, self.settings.args) if self.lora else ()
         sleep = (_sleep_choice(self.settings.args),) if self.engine_capabilities.sleeps else ()
-        return plan.EnginePlan((*planned.choices, *lora, *sleep))
+        return plan.EnginePlan((*planner.plan().choices, *lora, *sleep))
 
     @property
     def device(self) -> Device:

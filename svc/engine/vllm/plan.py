@@ -63,31 +63,17 @@ class EnginePlan:
         ]
 
 
-def plan_engine(
-    settings: EngineSettings,
-    capabilities: DeviceCapabilities,
-    machine: Machine,
-    model: ModelFacts,
-    cache: Path,
-    *,
-    engines: int = 1,
-) -> EnginePlan:
-    """Return all choices for one engine.
+@dataclass(frozen=True)
+class EnginePlanner:
+    """Makes all choices for one engine.
 
     Args:
         capabilities: capabilities of the device on which it will run.
         machine: the machine's current resources.
         cache: folder for compiled kernels.
         engines: number of engines that share the machine, including this one.
-
-    Raises:
-        EngineError: the model's format cannot be served on this device, or `engine.cores` exceeds the available cores.
     """
-    return _Planner(settings, capabilities, machine, model, cache, engines).plan()
 
-
-@dataclass(frozen=True)
-class _Planner:
     _settings: EngineSettings
     _capabilities: DeviceCapabilities
     _machine: Machine
@@ -108,6 +94,12 @@ class _Planner:
         return self._device is Device.CPU
 
     def plan(self) -> EnginePlan:
+        """Return all choices.
+
+        Raises:
+            EngineError: the model's format cannot be served on this device, or `engine.cores` exceeds the available
+                cores.
+        """
         length, concurrency, parallel = self._max_model_len(), self._max_num_seqs(), self._tensor_parallel()
         block, ranks = self._block_size(), _integer(parallel.value) or 1
         dtype = choose_dtype(self._settings, self._capabilities, self._model)

@@ -14,7 +14,7 @@ from svc.engine.machine import Gpu, Machine
 from svc.engine.model_facts import ModelFacts
 from svc.engine.vllm.choice import Origin
 from svc.engine.vllm.number_type import weight_bytes
-from svc.engine.vllm.plan import GIB, EnginePlan, plan_engine
+from svc.engine.vllm.plan import GIB, EnginePlan, EnginePlanner
 from svc.engine.vllm.plugin import INT4_LINEAR_VARIABLE
 from svc.errors import EngineError
 from svc.settings import Device, EngineSettings
@@ -46,7 +46,7 @@ def plan(
 ) -> EnginePlan:
     chosen = EngineSettings(args=args, **({"device": device} | settings))
     able = capabilities or (AVX512 if device is CPU else HOPPER)
-    return plan_engine(chosen, able, machine, model, CACHE, engines=engines)
+    return EnginePlanner(chosen, able, machine, model, CACHE, engines).plan()
 
 
 def origin_and_value(plan: EnginePlan, name: str) -> tuple[Origin, object]:
