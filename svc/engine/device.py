@@ -151,16 +151,6 @@ class DeviceCapabilities(BaseModel):
         """Return the number that must divide a 4-bit layer's inputs and outputs; 1 if vLLM pads them."""
         return _CPU_MULTIPLE if self.device(settings) is Device.CPU else 1
 
-    def adapters_refusal(self, settings: EngineSettings, *, output_layer: bool = True) -> str | None:
-        """Return why an engine with `--enable-lora` cannot be probed; None if it can. Applies to vLLM 0.32.
-
-        Args:
-            output_layer: whether adapters may change the output layer, as they may without `--lora-target-modules`.
-        """
-        if output_layer and self.device(settings) is Device.CPU:
-            return "with --enable-lora, log-probabilities of a prompt can kill vLLM on a CPU"
-        return None
-
 
 @cache
 def installed_vllm() -> tuple[Device, str]:

@@ -112,12 +112,17 @@ class EngineSpec:
         )
 
     def _unprobed(self) -> str | None:
-        """Return why the engine cannot be probed; None if it can."""
+        """Return why the engine cannot be probed; None if it can. Applies to vLLM 0.32.
+
+        On a CPU it cannot if adapters may change the output layer, as they may without `--lora-target-modules`.
+        """
         args = self.settings.args
-        if self.lora is None and not given_flag(args, "enable-lora"):
+        if self.device is not Device.CPU or (self.lora is None and not given_flag(args, "enable-lora")):
             return None
         every_layer = self.lora is None and given(args, "--lora-target-modules") is None
-        return self.capabilities.adapters_refusal(self.settings, output_layer=every_layer or _OUTPUT_LAYER in args)
+        if every_layer or _OUTPUT_LAYER in args:
+            return "with --enable-lora, log-probabilities of a prompt can kill vLLM on a CPU"
+        return None
 
     @cached_property
     def facts(self) -> ModelFacts:

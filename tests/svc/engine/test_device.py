@@ -103,12 +103,6 @@ def test_missing_kernel_is_rejected_before_an_engine_starts(
     assert todo in caught.value.todo
 
 
-@pytest.mark.parametrize(("device", "fit"), [(AVX512, False), (AVX2, False), (HOPPER, True)])
-def test_adapters_of_the_output_layer_with_probes_need_a_gpu(device: DeviceCapabilities, fit: bool) -> None:
-    assert (device.adapters_refusal(AUTO) is None) is fit
-    assert device.adapters_refusal(AUTO, output_layer=False) is None
-
-
 def test_cpu_kernels_accept_only_complete_blocks() -> None:
     assert [device.gptq_multiple(AUTO) for device in (AVX512, AVX2, HOPPER)] == [32, 32, 1]
 
