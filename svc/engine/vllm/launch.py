@@ -10,8 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
-from importlib.util import find_spec
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ SOCKET_FILE = "engine.sock"
 HUGGING_FACE_FORMAT = ["--config-format", "hf", "--tokenizer-mode", "hf"]
 """Mistral's folders contain a model twice: by default vLLM reads `params.json` and `tekken.json`, while training reads
 `config.json` and `tokenizer.json`. `engine.args` come later, so they override this."""
-_ENTRY, _OLD_ENTRY = "vllm.entrypoints.launchers.api_server.entry", "vllm.entrypoints.openai.api_server"
+_ENTRY = "vllm.entrypoints.launchers.api_server.entry"
 _STARTER = "svc.engine.vllm.start"
 _LISTS = ("VLLM_DISABLED_KERNELS", "VLLM_PLUGINS")
 """vLLM's variables that hold comma-separated names."""
@@ -143,7 +142,7 @@ def _sleep_choice(args: Sequence[str]) -> Choice:
 def command(spec: EngineSpec) -> list[str]:
     """Return the server's argument list. Only safetensors are loaded, and no code that comes with a model is run."""
     starter = [_STARTER] if spec.device is Device.CPU else []
-    arguments = [sys.executable, "-m", *starter, entry_module()]
+    arguments = [sys.executable, "-m", *starter, _ENTRY]
     arguments += ["--model", str(spec.model), "--served-model-name", spec.served_name, "--uds", str(spec.socket)]
     arguments += HUGGING_FACE_FORMAT
     if given(spec.settings.args, "--load-format") is None:
@@ -152,15 +151,6 @@ def command(spec: EngineSpec) -> list[str]:
         # The development mode enables it, and the stack of a rejected request ends with the text of the request.
         arguments.append("--no-log-error-stack")
     return [*arguments, *spec.plan.arguments, *spec.settings.args]
-
-
-@cache
-def entry_module() -> str:
-    """Return the module that starts vLLM's server, which moved between versions. Nothing of vLLM is imported."""
-    package = find_spec("vllm")
-    folders = [Path(folder) for folder in (package.submodule_search_locations or [])] if package else []
-    file = Path(*_ENTRY.split(".")[1:]).with_suffix(".py")
-    return _ENTRY if any((folder / file).is_file() for folder in folders) else _OLD_ENTRY
 
 
 def environment(spec: EngineSpec) -> dict[str, str]:
