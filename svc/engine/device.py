@@ -217,7 +217,7 @@ def ask_capabilities() -> DeviceCapabilities:
 
 def _identity() -> str:
     """Return a digest of the CPU, the GPUs, the packages, and the environment variables that restrict the CPU."""
-    parts = [str(_QUESTION), platform.machine(), *_cpu_identity(), *_gpu_identity()]
+    parts = [str(_QUESTION), platform.machine(), *cpu_identity(), *_gpu_identity()]
     parts += [_version(name) for name in _PACKAGES]
     parts += [f"{name}={os.environ.get(name)}" for name in (*CPU_LIMITS, *_GPU_CHOICE)]
     return hashlib.sha256(json.dumps(parts).encode("utf-8")).hexdigest()[:12]
@@ -230,7 +230,7 @@ def _version(distribution: str) -> str:
         return ""
 
 
-def _cpu_identity() -> Iterator[str]:
+def cpu_identity() -> Iterator[str]:
     """Yield the first core's model and flags, which Arm calls features."""
     wanted = {"model name", "flags", "Features", "CPU part"}
     try:
@@ -287,7 +287,7 @@ def _emulates_bfloat16() -> bool:
     if platform.machine() not in _X86:
         return False
     limits = {os.environ.get(name, "").upper() for name in _ONEDNN_LIMITS}
-    flags = " ".join(_cpu_identity()).split()
+    flags = " ".join(cpu_identity()).split()
     return _BFLOAT16_FLAGS.isdisjoint(flags) or not _WITHOUT_BFLOAT16.isdisjoint(limits)
 
 
@@ -297,7 +297,7 @@ def _instruction_set(used: str) -> str:
     Args:
         used: torch's name of the capability that its kernels use.
     """
-    flags = " ".join(_cpu_identity()).split()
+    flags = " ".join(cpu_identity()).split()
     baseline = len(_VECTORS) if platform.machine() in _X86 else 0
     widest = _VECTORS.index(_WIDEST[used]) if used in _WIDEST else baseline
     return f"{platform.machine()}-{next((flag for flag in _VECTORS[widest:] if flag in flags), 'baseline')}"

@@ -1,15 +1,14 @@
 """Record of a version's training run: machine and time, stored with the version for information only."""
 
 import platform
-from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from svc.engine.device import cpu_identity
 from svc.engine.machine import read_machine
 
 RUN_RECORD_FILE = "run.json"
 """Name of the file in a version's reference folder."""
-_CPUS = Path("/proc/cpuinfo")
 
 
 class MachineRecord(BaseModel):
@@ -35,8 +34,9 @@ class MachineRecord(BaseModel):
     def of_this_one(cls) -> "MachineRecord":
         """Return the record of this machine."""
         machine = read_machine(gpus=True)
+        models = (line.partition(":")[2].strip() for line in cpu_identity() if line.startswith("model name"))
         return cls(
-            processor=_processor(),
+            processor=next(models, platform.machine()),
             cores=len(machine.cores),
             memory=machine.memory,
             gpus=tuple(gpu.name for gpu in machine.gpus),
@@ -66,12 +66,3 @@ class RunRecord(BaseModel):
     tokens_per_second: float
     seconds: float
     best_step: int | None = None
-
-
-def _processor() -> str:
-    try:
-        lines = _CPUS.read_text("utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.machine())

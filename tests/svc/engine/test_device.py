@@ -178,7 +178,7 @@ def test_facts_are_detected_again_when_the_cpu_changed(
     tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read_capabilities(tmp_path)
-    monkeypatch.setattr(module, "_cpu_identity", lambda: iter(["flags: sse2"]))
+    monkeypatch.setattr(module, "cpu_identity", lambda: iter(["flags: sse2"]))
     read_capabilities(tmp_path)
     assert len(asked) == 2
 
@@ -206,7 +206,7 @@ def test_facts_are_detected_again_when_a_limit_is_set(
 def test_instruction_set_is_the_widest_that_torch_uses(
     monkeypatch: pytest.MonkeyPatch, used: str, flags: str, expected: str
 ) -> None:
-    monkeypatch.setattr(module, "_cpu_identity", lambda: iter([f"flags : {flags}"]))
+    monkeypatch.setattr(module, "cpu_identity", lambda: iter([f"flags : {flags}"]))
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     assert module._instruction_set(used) == expected
 
@@ -230,7 +230,7 @@ def test_bfloat16_is_emulated_when_the_cpu_or_a_limit_has_no_instructions_for_it
         monkeypatch.delenv(name, raising=False)
     if limit:
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
-    monkeypatch.setattr(module, "_cpu_identity", lambda: iter([f"flags : {flags}"]))
+    monkeypatch.setattr(module, "cpu_identity", lambda: iter([f"flags : {flags}"]))
     monkeypatch.setattr("platform.machine", lambda: machine)
     assert module._emulates_bfloat16() is emulates
 
