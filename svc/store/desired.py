@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any
 
 from sqlalchemy import Engine as Store
-from sqlalchemy import Row, bindparam, select
+from sqlalchemy import bindparam, select
 from sqlalchemy.orm import Session
 
 from svc.errors import BusyError
@@ -43,7 +42,12 @@ def read_desired(store: Store, name: str) -> Desired | None:
     """Return the desired state of a name; None if no version of the name was ever promoted."""
     with store.connect() as connection:
         row = connection.execute(_READ, {"name": name}).one_or_none()
-        return _desired(row) if row else None
+    if row is None:
+        return None
+    previous = None
+    if row.previous_number is not None:
+        previous = Target(VersionId(name, row.previous_number), Format(row.previous_format))
+    return Desired(Target(VersionId(name, row.number), Format(row.format)), previous, row.generation, row.forced)
 
 
 def desired_names(store: Store) -> list[str]:
@@ -94,11 +98,3 @@ def change_desired(
             details = {"generation": generation, "format": target.format, "before": before, "forced": bool(forced)}
             append_event(session, replace(entry, details=details))
     return Desired(target, previous, generation, forced)
-
-
-def _desired(row: Row[Any]) -> Desired:
-    previous = None
-    if row.previous_number is not None:
-        previous = Target(VersionId(row.name, row.previous_number), Format(row.previous_format))
-    target = Target(VersionId(row.name, row.number), Format(row.format))
-    return Desired(target, previous, row.generation, row.forced)

@@ -32,11 +32,10 @@ def shortage(specs: Sequence[EngineSpec]) -> str | None:
         return None
     machine = read_machine(gpus=specs[0].device is Device.CUDA)
     needs = [_needed(spec, machine) for spec in specs]
-    needed, free, where = sum(need for need, _ in needs), max(free for _, free in needs), ""
-    if machine.gpus:
-        where = "of the GPU "
+    needed, free = sum(need for need, _ in needs), max(free for _, free in needs)
     if needed <= free:
         return None
+    where = "of the GPU " if machine.gpus else ""
     subject = "it needs" if len(specs) == 1 else f"{len(specs)} engines need"
     return f"{subject} about {needed / GIB:.1f} GiB, but only {free / GIB:.1f} GiB {where}are free"
 
