@@ -7,7 +7,6 @@ test whether a given word was in a prompt. They are equal for equal texts, which
 import os
 import re
 import secrets
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -58,7 +57,8 @@ class KeyedHash:
 
         They are a random sample of the words that is consistent: a word has the same hash in every text.
         """
-        hashes = {self._number(word, 4) for word in _distinct_words(text)}
+        distinct = set(_WORD.findall(head_and_tail(text).lower()))
+        hashes = {self._number(word, 4) for word in distinct}
         return np.array(sorted(hashes)[:MAX_WORDS], dtype=np.int32)
 
     def conversation(self, opening: str) -> int:
@@ -68,10 +68,6 @@ class KeyedHash:
     def _number(self, text: str, size: int) -> int:
         digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=size, key=self.key).digest()
         return int.from_bytes(digest, "little", signed=True)
-
-
-def _distinct_words(text: str) -> Iterable[str]:
-    return set(_WORD.findall(head_and_tail(text).lower()))
 
 
 def _make_key(path: Path) -> None:

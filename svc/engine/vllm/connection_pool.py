@@ -95,8 +95,9 @@ class EngineConnections:
             async with asyncio.timeout(_CONNECT_TIMEOUT_S):
                 connected = await _connected(self._socket)
                 try:
-                    loop = asyncio.get_running_loop()
-                    _, connection = await loop.create_unix_connection(self._made, sock=connected)
+                    _, connection = await asyncio.get_running_loop().create_unix_connection(
+                        lambda: EngineConnection(self._silence_s, self._open), sock=connected
+                    )
                 except BaseException:
                     connected.close()
                     raise
@@ -113,9 +114,6 @@ class EngineConnections:
             self._idle.append(connection)
             if self._sweeping is None:
                 self._sweeping = asyncio.get_running_loop().call_later(_IDLE_S, self._sweep)
-
-    def _made(self) -> EngineConnection:
-        return EngineConnection(self._silence_s, self._open)
 
     @property
     def _oldest(self) -> float:
