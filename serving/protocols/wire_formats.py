@@ -233,6 +233,8 @@ class ResponsesFormat(WireFormat):
         for place, item in enumerate(self._whole(part).get("output") or []):
             if item.get("type") == "function_call":
                 answer.add_call(place, item.get("name"), item.get("arguments"))
+            elif item.get("type") == "custom_tool_call":
+                answer.add_call(place, item.get("name"), json.dumps(item.get("input")))
             contents = [] if is_event(part) else item.get("content") or []  # of a stream, the text is there already
             answer.text.extend(
                 content.get("text") or "" for content in contents if content.get("type") == "output_text"
@@ -282,7 +284,7 @@ class MessagesFormat(WireFormat):
             for place, block in enumerate(whole.get("content") or []):
                 answer.text.append(block.get("text") or "")
                 if block.get("type") == "tool_use":
-                    answer.add_call(place, block.get("name"), json.dumps(block.get("input")))
+                    answer.add_call(place, block.get("name"), json.dumps(block.get("input") or {}))
             return
         delta, block = whole.get("delta") or {}, whole.get("content_block") or {}
         if self.is_token(part):

@@ -13,6 +13,7 @@ from enum import StrEnum
 
 import numpy as np
 
+from svc.dataset.schema.tool_calls import calls_in
 from svc.dataset.text.thinking import without_thinking
 from svc.drift_reference.sample import NO, NOT_THERE, YES, Sample
 from svc.evaluation.metrics.json_answers import is_json
@@ -82,7 +83,8 @@ class AnswerSampler:
         labels = {reference.strip() for reference in references}
         are_labels = len(labels) <= min(_MAX_LABELS, len(references) / _MIN_PER_LABEL)
         self._labels = labels if are_labels else set()
-        self._wants_json = bool(references) and all(is_json(reference) for reference in references)
+        calls = any(map(calls_in, references))
+        self._wants_json = bool(references) and not calls and all(map(is_json, references))
 
     def sample(self, answers: Sequence[Answer]) -> Sample:
         """Return the features of answers; those of their texts are without thinking, which varies more."""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from svc.dataset.readers.reader import read_examples
 from svc.dataset.schema.example import ChatExample
+from svc.dataset.schema.tool_calls import calls_in
 from svc.drift_reference.answer import Answer, AnswerSampler
 from svc.drift_reference.drift_sample import DRIFT_SAMPLE_FILE
 from svc.drift_reference.keyed_hash import KeyedHash
@@ -90,10 +91,11 @@ def read_reference(registry: Registry, target: Target, redactor: Redactor) -> Re
 
 
 def _heldout_answer(example: ChatExample, result: ExampleResult, redactor: Redactor) -> Answer:
-    """Return the answer as a live one would be stored: if prompt or answer contains redacted text, it has no score."""
+    """Return the answer as a live one would be stored: if it calls tools, or prompt or answer contains redacted
+    text, it has no score."""
     texts = [*(message.content for message in example.prompt), result.answer]
     unredacted = all(redactor.text(text) == text for text in texts)
-    logprob = result.logprob if unredacted else None
+    logprob = result.logprob if unredacted and not calls_in(result.answer) else None
     return Answer(redactor.text(result.answer), result.tokens, result.finish_reason, logprob, greedy=True)
 
 

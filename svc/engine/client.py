@@ -35,7 +35,7 @@ _CONNECT_TIMEOUT_S = 5.0
 _SLOW_STORAGE_BYTES_PER_S = 50_000_000
 """A network volume or a single hard disk under load. At this rate, a 70B model (140 GB) takes 47 minutes."""
 CUT_OFF = "length"
-"""Finish reason of an answer that the model did not end with a token: no stop strings are sent."""
+"""Finish reason of an answer at its limit; all others end with a token, because no stop strings are sent."""
 
 
 class Health(Enum):
@@ -102,29 +102,27 @@ class EngineClient:
         http: client whose base URL or transport leads to the engine; closed with this object.
         model: the engine's model name.
         id_prefix: prefix of request ids in the engine's log; empty: the engine generates the ids.
-        parses_calls: whether the engine has a parser that finds tool calls in answers.
     """
 
-    def __init__(self, http: httpx.AsyncClient, model: str, id_prefix: str = "", *, parses_calls: bool = False) -> None:
+    def __init__(self, http: httpx.AsyncClient, model: str, id_prefix: str = "") -> None:
         self.model = model
-        self._parses_calls = parses_calls
         self._http = http
         self._id_prefix = id_prefix
 
     @classmethod
-    def over_socket(cls, socket: Path, model: str, *, parses_calls: bool = False) -> "EngineClient":
+    def over_socket(cls, socket: Path, model: str) -> "EngineClient":
         """Return a client of the engine behind a unix socket."""
         transport = socket_transport(socket, max_connections=_CONNECTIONS)
         http = httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=_timeout(_TIMEOUT_S))
-        return cls(http, model, parses_calls=parses_calls)
+        return cls(http, model)
 
     def with_ids(self, prefix: str) -> "EngineClient":
         """Return a client that shares and closes the same connections, with another prefix of request ids."""
-        return EngineClient(self._http, self.model, prefix, parses_calls=self._parses_calls)
+        return EngineClient(self._http, self.model, prefix)
 
     def named(self, model: str) -> "EngineClient":
         """Return a client that shares and closes the same connections, for another model of the engine: an adapter."""
-        return EngineClient(self._http, model, self._id_prefix, parses_calls=self._parses_calls)
+        return EngineClient(self._http, model, self._id_prefix)
 
     async def __aenter__(self) -> Self:
         return self
@@ -158,12 +156,14 @@ class EngineClient:
         """
         return (await self._request("GET", "/metrics", timeout_s=timeout_s)).text
 
-    async def chat(self, messages: Sequence[Message], *, max_tokens: int, tools: Sequence[str] = ()) -> Answer:
+    async def chat(
+        self, messages: Sequence[Message], *, max_tokens: int, tools: Sequence[str] = (), parse_calls: bool = False
+    ) -> Answer:
         """Return the greedy answer to a prompt, as text.
 
         Args:
-            tools: definitions of tools for the prompt, each as JSON text. Without a parser in the engine, calls are
-                the text that the model wrote.
+            tools: definitions of tools for the prompt, each as JSON text.
+            parse_calls: let the engine find tool calls in the answer; otherwise they stay as the model wrote them.
 
         Raises:
             EngineError: the engine did not answer, or rejected the request.
@@ -176,10 +176,9 @@ class EngineClient:
             "logprobs": True,
             "return_token_ids": True,
             **_named(tools),
-            **(
-                {"tool_choice": "auto" if self._parses_calls else "none"} if tools else {}
-            ),  # tools are in the prompt anyway
         }
+        if tools:  # they are in the prompt in either case
+            body["tool_choice"] = "auto" if parse_calls else "none"
         return await self._post("/v1/chat/completions", body, _answer)
 
     async def generate(self, token_ids: Sequence[int], *, tokens: int) -> None:

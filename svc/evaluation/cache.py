@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from svc.dataset.fingerprint import fingerprint
-from svc.dataset.schema.example import ChatExample
+from svc.dataset.schema.example import ChatExample, call_tools
 from svc.evaluation.results import ExampleResult
 from svc.files.disk import write_whole
 
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 KnownResults = dict[tuple[str, int], ExampleResult]
-"""Results by the example's fingerprint and the answer's limit."""
+"""Results by the example's name and the answer's limit."""
 
 
 class _Line(BaseModel):
@@ -70,12 +70,20 @@ class EvaluationCache:
 
 def results_by_example(pairs: Iterable[tuple[ChatExample, ExampleResult]]) -> KnownResults:
     """Return results by example and limit, for `find_results`."""
-    return {(fingerprint([example]), result.limit): result for example, result in pairs}
+    listed = list(pairs)
+    names = _names([example for example, _ in listed])
+    return {(name, result.limit): result for name, (_, result) in zip(names, listed, strict=True)}
 
 
 def find_results(
     known: KnownResults, examples: Sequence[ChatExample], limits: Sequence[int]
 ) -> tuple[ExampleResult, ...] | None:
     """Return the results of these examples, in order; None if any has no result for its token limit."""
-    results = [known.get((fingerprint([example]), limit)) for example, limit in zip(examples, limits, strict=True)]
+    results = [known.get(key) for key in zip(_names(examples), limits, strict=True)]
     return tuple(result for result in results if result is not None) if all(results) else None
+
+
+def _names(examples: Sequence[ChatExample]) -> list[str]:
+    """Return a fingerprint of each example; if it has tools, it depends on whether calls are found in its answer."""
+    calls = call_tools(examples)
+    return [f"{fingerprint([example])}{'+calls' if calls and example.tools else ''}" for example in examples]

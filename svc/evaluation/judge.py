@@ -14,6 +14,7 @@ from statistics import fmean
 from pydantic import BaseModel, ConfigDict
 
 from svc.dataset.schema.example import ChatExample
+from svc.dataset.schema.tool_calls import answer_text
 from svc.errors import EngineError, JudgeError
 from svc.evaluation.endpoint import CONCURRENCY, Chat, Endpoint, all_or_none
 from svc.evaluation.intervals import Interval, mean, proportion
@@ -118,11 +119,12 @@ async def _compare(chat: Chat, example: ChatExample, first: str, second: str) ->
 
 
 async def _ask(chat: Chat, example: ChatExample, first: str, second: str) -> Preference | None:
-    conversation = "\n\n".join(f"[{message.role}]\n{message.content}" for message in example.prompt)
+    turns = [(message.role, answer_text(message.content, message.tool_calls)) for message in example.prompt]
+    conversation = "\n\n".join(f"[{role}]\n{text}" for role, text in turns)
     parts = {"Conversation": conversation, "A right answer": example.answer, "Answer A": first, "Answer B": second}
     question = "\n\n".join(f"# {title}\n\n{text}" for title, text in parts.items())
-    turns = [{"role": "system", "content": _INSTRUCTION}, {"role": "user", "content": question}]
-    return _read_verdict((await chat.complete(turns)).text)
+    messages = [{"role": "system", "content": _INSTRUCTION}, {"role": "user", "content": question}]
+    return _read_verdict((await chat.complete(messages)).text)
 
 
 def _read_verdict(text: str) -> Preference | None:

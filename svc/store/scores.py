@@ -12,7 +12,9 @@ from svc.store.answered import answered_by
 from svc.store.tables import RequestRow
 from svc.version import Target
 
-_ENDS = ("stop", "length")  # not tool calls, which are stored in another form than the model wrote
+_ENDS = ("stop", "length")
+_CALL = '{"name": "'
+"""Beginning of a tool call's line in a stored answer (`answer_text`): the model wrote it in another form."""
 _BLANKS = " \t\r\n"
 MOST_TOKENS = 2_048
 """Maximum number of tokens of a scored prompt and answer together. vLLM does not budget memory for prompt
@@ -71,5 +73,7 @@ def _can_be_scored(without: Sequence[str]) -> ColumnElement[bool]:
         RequestRow.tokens_in + RequestRow.tokens_out <= MOST_TOKENS,
         RequestRow.prompt.is_not(None),
         func.trim(RequestRow.answer, _BLANKS) != "",
+        ~RequestRow.answer.startswith(_CALL, autoescape=True),
+        ~RequestRow.answer.contains(f"\n{_CALL}", autoescape=True),
         *(~content.contains(text, autoescape=True) for content in contents for text in without),
     )

@@ -265,7 +265,8 @@ class _Conversation:
                     todo="set chat_template_kwargs in the recipe, for example enable_thinking: true, choose another "
                     "base, or remove reasoning_content",
                 )
-        if missing := [call.name for call in message.tool_calls if call.name not in learnt]:
+        after = learnt.replace(message.content, "", 1)  # a tool's name may be a word of the text
+        if missing := [call.name for call in message.tool_calls if call.name not in after]:
             raise DataError(
                 f"in example {self.number} the model would learn {learnt[:_MAX_SHOWN]!r} instead of a call of the tool "
                 f"{missing[0]!r}",

@@ -6,6 +6,8 @@ Reads the redacted content of the request log: the prompt as JSON in its route's
 import json
 from typing import Any
 
+from svc.dataset.schema.tool_calls import split_calls
+
 
 def input_messages(prompt: str) -> str:
     """Return the JSON of a prompt's messages.
@@ -19,8 +21,9 @@ def input_messages(prompt: str) -> str:
 
 
 def output_messages(answer: str, finish_reason: str | None) -> str:
-    """Return the JSON of a list with the answer's one message, which has no parts if the answer has no text."""
-    parts = [_text(answer)] if answer else []
+    """Return the JSON of a list with the answer's one message, which has no parts if the answer is empty."""
+    text, calls = split_calls(answer)
+    parts = [*([_text(text)] if text else []), *(_call(None, name, arguments) for name, arguments in calls)]
     return _json([{"role": "assistant", "parts": parts, "finish_reason": finish_reason or "error"}])
 
 

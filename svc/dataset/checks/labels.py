@@ -57,6 +57,8 @@ class Answer(NamedTuple):
 
 def look_at_answer(example: ChatExample) -> Answer:
     """Return kind and label of an example's answer; its instruction is the system turn or, without one, the prompt."""
+    if example.calls_tools:
+        return Answer(AnswerKind(0))
     answer = example.answer.strip()
     value = _json(answer)
     kind = AnswerKind(0) if value is None else AnswerKind.JSON

@@ -51,8 +51,8 @@ KEYS: dict[Format, tuple[str, ...]] = {
     Format.OPENAI_EVALS_ITEM: ("item",),
 }
 """Keys of each format; a row with the keys of several has the first format."""
-_OWN_KEYS = {Format.OPENAI_EVALS_ITEM, Format.OPENAI_EVALS_OUTPUT}
-"""Formats whose key may also be an unrelated key in a row of another format."""
+_OWN_KEYS = {Format.XLAM, Format.OPENAI_EVALS_ITEM, Format.OPENAI_EVALS_OUTPUT}
+"""Formats whose keys may also be unrelated keys in a row of another format."""
 _OPTIONAL_KEYS = {"input", "system", "history", "tools", "functions", "sample"}
 READ_KEYS = _OPTIONAL_KEYS.union(*KEYS.values())
 """All keys of a row that are read."""
@@ -223,6 +223,7 @@ def _read_sharegpt(value: dict[str, Any], chat: _Turns) -> None:
 
 def _read_xlam(value: dict[str, Any], chat: _Turns) -> None:
     """Read a question and the calls that answer it, as JSON text."""
+    chat.add_system(value)
     chat.add("user", value["query"], "query")
     chat.add("assistant", None, "answers", tool_calls=_called(value["answers"], "answers"))
 

@@ -6,7 +6,7 @@ to this form.
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -185,6 +185,11 @@ class ChatExample:
         """Return the JSONL form."""
         tools = {"tools": [json.loads(tool) for tool in self.tools]} if self.tools else {}
         return {"messages": [message.as_dict() for message in self.messages], **tools}
+
+
+def call_tools(examples: Iterable[ChatExample]) -> bool:
+    """Return whether any reference calls tools: then models are asked so that calls are found in all their answers."""
+    return any(example.calls_tools for example in examples)
 
 
 def normal_prompt(example: ChatExample) -> str:

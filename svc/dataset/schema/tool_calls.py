@@ -43,12 +43,19 @@ def answer_text(content: str, calls: Iterable[ToolCall]) -> str:
     The form is the same for all models and servers, and for arguments in another order. Arguments that are not JSON,
     as in a call that was cut off, become a string.
     """
-    lines = [content] if content.strip() else []
-    for call in calls:
-        arguments = decode_inner(call.arguments or "{}")
-        text = json.dumps(call.arguments if arguments is None else arguments, ensure_ascii=False, sort_keys=True)
-        lines.append(f'{{"name": {json.dumps(call.name, ensure_ascii=False)}, "arguments": {text}}}')
-    return "\n".join(lines)
+    lines = [f'{{"name": {json.dumps(call.name, ensure_ascii=False)}, "arguments": {_sorted(call)}}}' for call in calls]
+    text = content.strip() if lines else content  # models write white space between their text and a call
+    return "\n".join([text, *lines] if text else lines)
+
+
+def _sorted(call: ToolCall) -> str:
+    arguments = decode_inner(call.arguments or "{}")
+    try:
+        text = json.dumps(arguments, ensure_ascii=False, sort_keys=True, allow_nan=False)
+        text.encode("utf-8")
+    except ValueError:  # an escape in the text stands for half a character, or a number is too large
+        arguments = None
+    return json.dumps(call.arguments, ensure_ascii=False) if arguments is None else text
 
 
 def message_text(message: Mapping[str, Any]) -> str:
@@ -58,15 +65,21 @@ def message_text(message: Mapping[str, Any]) -> str:
     return answer_text(str(message.get("content") or ""), calls)
 
 
-def calls_in(answer: str) -> list[tuple[str, Any]]:
-    """Return name and arguments of each call in a text that `answer_text` returned, in order."""
-    calls: list[tuple[str, Any]] = []
-    for line in reversed(answer.split("\n")):
-        call = decode_inner(line) if line.startswith('{"name": ') else None
+def split_calls(answer: str) -> tuple[str, list[tuple[str, Any]]]:
+    """Return content, and name and arguments of each call, of a text that `answer_text` returned."""
+    lines, calls = answer.split("\n"), list[tuple[str, Any]]()
+    while lines:
+        call = decode_inner(lines[-1]) if lines[-1].startswith('{"name": "') else None
         if not isinstance(call, dict) or call.keys() != {"name", "arguments"}:
             break
         calls.insert(0, (call["name"], call["arguments"]))
-    return calls
+        lines.pop()
+    return "\n".join(lines), calls
+
+
+def calls_in(answer: str) -> list[tuple[str, Any]]:
+    """Return the calls of `split_calls`."""
+    return split_calls(answer)[1]
 
 
 def parse_calls(where: str, role: str, calls: Any) -> tuple[ToolCall, ...]:

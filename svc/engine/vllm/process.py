@@ -23,7 +23,6 @@ from svc.engine.client import EngineClient
 from svc.engine.engine_capabilities import EngineCapabilities
 from svc.engine.orphans import EngineRecord, end_engine, find_engine, locked, read_record, start_of, write_record
 from svc.engine.state import EnginePhase
-from svc.engine.vllm.engine_args import parses_calls
 from svc.engine.vllm.headroom import backup_shortage
 from svc.engine.vllm.launch import EngineSpec, command, environment, launch_digest
 from svc.engine.vllm.startup_phase import PhaseReader
@@ -51,9 +50,7 @@ class EngineProcess:
 
     def __init__(self, spec: EngineSpec) -> None:
         self.spec = spec
-        self.client = EngineClient.over_socket(
-            spec.socket, spec.served_name, parses_calls=parses_calls(spec.settings.args)
-        )
+        self.client = EngineClient.over_socket(spec.socket, spec.served_name)
         self.plan: list[dict[str, Any]] | None = None
         self._child: subprocess.Popen[bytes] | None = None
         self._process: psutil.Process | None = None

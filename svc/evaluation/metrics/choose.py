@@ -8,7 +8,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 from svc.dataset.checks.labels import FEW_ANSWERS, AnswerKind, look_at_answer
-from svc.dataset.schema.example import ChatExample
+from svc.dataset.schema.example import ChatExample, call_tools
 from svc.errors import RecipeError
 from svc.evaluation.metrics.calls import CallAccuracy, ToolAccuracy
 from svc.evaluation.metrics.function import FunctionMetric, FunctionSpec
@@ -86,10 +86,10 @@ _ALWAYS = ("perplexity", "length")
 def find_task(references: Sequence[ChatExample]) -> Task:
     """Infer the kind of task from the references.
 
-    Answers are calls if any calls a tool. They are labels if there are only a few different ones, as in the data check,
-    or if the instruction lists them; they are JSON if all are objects or lists; otherwise they are text.
+    Answers are calls if at least half of them call tools. They are labels if there are only a few different ones, as in
+    the data check, or if the instruction lists them; they are JSON if all are objects or lists, and else text.
     """
-    if any(example.calls_tools for example in references):
+    if sum(example.calls_tools for example in references) * 2 >= len(references):
         return Task.CALLS
     looks = [look_at_answer(example) for example in references]
     if all(look.kind & AnswerKind.LABEL for look in looks):
@@ -157,6 +157,8 @@ def try_on_references(metrics: Sequence[Metric], examples: Sequence[ChatExample]
 def _of_task(examples: Sequence[ChatExample]) -> tuple[str, ...]:
     task = find_task(examples)
     names = _TASKS[task]
+    if call_tools(examples):
+        names = tuple(dict.fromkeys((*names, *_TASKS[Task.CALLS], *_TASKS[Task.TEXT])))
     if task is Task.LABELS and all(read_json(example.answer) is not None for example in examples):
         names += (ValidJson.name,)
     if task is Task.TEXT and not _mostly_latin(examples):  # ROUGE sees no words in them

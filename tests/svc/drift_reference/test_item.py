@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from svc.dataset.schema.tool_calls import ToolCall, answer_text
 from svc.drift_reference.answer import Answer, AnswerFeature, AnswerSampler
 from svc.drift_reference.item import ItemMaker, answer_sample, prompt_sample
 from svc.drift_reference.keyed_hash import KeyedHash
 from svc.drift_reference.prompt import Prompt, PromptSampler
 from svc.drift_reference.reference import Reference, read_prompt, read_reference
-from svc.drift_reference.sample import Sample
+from svc.drift_reference.sample import NO, Sample
 from svc.drift_reference.text_embedding import fit_text_space
 from svc.errors import NotFoundError
 from svc.redaction import Redactor
@@ -103,6 +104,14 @@ def test_items_convert_to_the_same_samples_as_their_texts(records: list[RequestR
     same(prompt_sample(items, REFERENCE.prompts), REFERENCE.prompt_sampler.sample([*map(_prompt, records)]))  # type: ignore[union-attr]
     told = [Answer(r.answer, r.tokens_out, r.finish_reason, logprob, _greedy(r)) for r in records]
     same(answer_sample(items, [logprob] * len(items), REFERENCE.answers), answer_sampler.sample(told))
+
+
+def test_tool_call_is_neither_json_nor_empty() -> None:
+    call = answer_text("", [ToolCall("rain", "{}")])
+    sample = AnswerSampler([call] * 12, cut=16).sample([Answer(call, 9, "tool_calls", None, greedy=True)])
+    assert AnswerFeature.VALID_JSON not in sample.categories
+    assert sample.categories[AnswerFeature.EMPTY].tolist() == [NO]
+    assert sample.categories[AnswerFeature.LABEL].tolist() == [call]
 
 
 def _prompt(record: RequestRecord) -> Prompt:

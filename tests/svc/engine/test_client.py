@@ -49,7 +49,7 @@ async def test_logprob_of_an_answer_is_that_of_its_text_scored_again(finish_reas
 
 
 @pytest.mark.parametrize("parses_calls", [True, False])
-async def test_calls_are_asked_for_only_when_the_engine_has_a_parser(parses_calls: bool) -> None:
+async def test_calls_are_found_in_an_answer_only_on_request(parses_calls: bool) -> None:
     bodies = []
 
     def respond(request: httpx.Request) -> httpx.Response:
@@ -63,8 +63,9 @@ async def test_calls_are_asked_for_only_when_the_engine_has_a_parser(parses_call
         return httpx.Response(200, json={"choices": [choice], "usage": {"completion_tokens": 2}})
 
     http = httpx.AsyncClient(transport=httpx.MockTransport(respond), base_url="http://engine")
-    async with EngineClient(http, "tuned", parses_calls=parses_calls).named("other") as client:
-        answer = await client.chat(PROMPT, max_tokens=9, tools=['{"type": "function", "function": {"name": "rain"}}'])
+    tools = ['{"type": "function", "function": {"name": "rain"}}']
+    async with EngineClient(http, "tuned") as client:
+        answer = await client.chat(PROMPT, max_tokens=9, tools=tools, parse_calls=parses_calls)
     assert bodies[0]["tool_choice"] == ("auto" if parses_calls else "none")
     assert answer.text == '{"name": "rain", "arguments": {"city": "Rome", "days": 2}}'
     assert answer.logprob == -1.0

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from svc.dataset.schema.example import ChatExample
+from svc.dataset.schema.example import ChatExample, parse_example
 from svc.evaluation.cache import EvaluationCache
 from svc.evaluation.results import ExampleResult
-from tests.svc.chats import chat
+from tests.svc.chats import chat, turn
 
 EXAMPLES = [chat("a", "1"), chat("b", "2"), chat("c", "3")]
 RESULTS = [
@@ -48,6 +48,16 @@ def test_cache_has_no_results_when_one_example_was_never_asked(cache: Evaluation
 
 def test_example_with_another_reference_is_another_example(cache: EvaluationCache) -> None:
     assert find(cache, [chat("a", "2")]) is None
+
+
+def test_answer_of_an_example_with_tools_is_another_one_when_calls_are_found(cache: EvaluationCache) -> None:
+    question, call = turn("user", "Rain?"), {"role": "assistant", "tool_calls": [{"function": {"name": "rain"}}]}
+    text = parse_example({"messages": [question, turn("assistant", "yes")], "tools": [{"name": "rain"}]})
+    calling = parse_example({"messages": [question, call], "tools": [{"name": "rain"}]})
+    cache.add([text], RESULTS[:1])
+    cache.add([calling], RESULTS[1:2])
+    assert find(cache, [text]) == (RESULTS[0],)
+    assert find(cache, [text, calling]) is None
 
 
 def test_answers_are_generated_again_when_their_limit_changes(cache: EvaluationCache) -> None:

@@ -9,6 +9,7 @@ from sqlalchemy import Engine as Store
 from sqlalchemy import event, select
 from sqlalchemy.orm import Session
 
+from svc.dataset.schema.tool_calls import ToolCall, answer_text
 from svc.redaction import PLACEHOLDERS
 from svc.store.requests import RequestRecord, add_requests, prune_requests
 from svc.store.scores import MOST_TOKENS, KeptAnswer, keep_logprob, newest_unscored
@@ -18,6 +19,7 @@ from tests.svc.store.test_requests import NOON, RECORD
 
 CHAT = "/v1/chat/completions"
 TARGET = Target(VersionId("tiny", 2), Format.GPTQ)
+CALL = ToolCall("rain", "{}")
 KEPT = RECORD._replace(temperature=0.0, prompt='[{"role": "user", "content": "hi"}]', answer="hello")
 
 
@@ -62,6 +64,8 @@ def test_attempted_answers_are_skipped(store: Store) -> None:
         {"prompt": None, "answer": None},
         {"answer": ""},
         {"answer": " \n\t "},
+        {"answer": answer_text("", [CALL]), "finish_reason": "stop"},
+        {"answer": answer_text("I look.", [CALL, CALL]), "finish_reason": "length"},
         {"route": "/v1/completions"},
         {"version": VersionId("tiny", 3)},
         {"model": "other", "version": VersionId("other", 2)},

@@ -6,6 +6,7 @@ from typing import Any
 from hypothesis import given
 
 from serving.telemetry.traces.messages import input_messages, output_messages
+from svc.dataset.schema.tool_calls import ToolCall, answer_text
 from tests.svc.json_values import json_values
 
 
@@ -74,9 +75,17 @@ def test_answer_is_one_message() -> None:
     assert message == {"role": "assistant", "parts": [text("é")], "finish_reason": "stop"}
 
 
-def test_answer_with_only_tool_calls_has_no_text() -> None:
+def test_empty_answer_has_no_parts() -> None:
     [message] = json.loads(output_messages("", "tool_calls"))
     assert message == {"role": "assistant", "parts": [], "finish_reason": "tool_calls"}
+
+
+def test_stored_tool_calls_are_parts_of_their_own() -> None:
+    [message] = json.loads(output_messages(answer_text("I look.", [ToolCall("rain", '{"a": 1}')]), "tool_calls"))
+    assert message["parts"] == [
+        {"type": "text", "content": "I look."},
+        {"type": "tool_call", "id": None, "name": "rain", "arguments": {"a": 1}},
+    ]
 
 
 def test_answer_that_broke_off_has_the_finish_reason_error() -> None:

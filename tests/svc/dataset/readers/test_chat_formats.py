@@ -102,6 +102,15 @@ def test_xlam_answers_are_the_calls_of_the_final_turn() -> None:
     ]
 
 
+def test_row_of_another_format_may_have_the_keys_of_xlam() -> None:
+    assert parse({"prompt": "i", "completion": "o", "query": "x", "answers": "[]"}) == chat("i", "o")
+
+
+def test_xlam_row_may_have_a_system_prompt() -> None:
+    example = parse({"system": "Be short.", "query": "Rain?", "answers": [CALL["function"]], "tools": [TOOL]})
+    assert [message.role for message in example.messages] == [Role.SYSTEM, Role.USER, Role.ASSISTANT]
+
+
 def test_sharegpt_calls_are_tool_calls() -> None:
     turns = [("human", "Rain?"), ("function_call", '{"name": "rain", "arguments": {"city": "Rome"}}')]
     turns += [("observation", "no"), ("gpt", "No.")]

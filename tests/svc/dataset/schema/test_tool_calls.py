@@ -90,6 +90,16 @@ def test_calls_in_an_answer_are_those_that_it_was_made_of(text: str, calls: list
     assert calls_in(made) == calls
 
 
+def test_white_space_between_text_and_call_is_not_part_of_the_answer() -> None:
+    assert answer_text("I look.\n\n", [ToolCall("rain", "{}")]) == 'I look.\n{"name": "rain", "arguments": {}}'
+
+
+@pytest.mark.parametrize("arguments", ['{"a": "\\ud83d"}', '{"a": 1e999}'], ids=["half a character", "infinity"])
+def test_arguments_that_json_or_utf8_cannot_hold_become_a_string(arguments: str) -> None:
+    text = answer_text("", [ToolCall("rain", arguments)])
+    assert calls_in(text.encode("utf-8").decode("utf-8")) == [("rain", arguments)]
+
+
 def test_arguments_that_were_cut_off_become_a_string() -> None:
     assert calls_in(answer_text("", [ToolCall("rain", '{"city": "Ro')])) == [("rain", '{"city": "Ro')]
 

@@ -28,6 +28,13 @@ CALLING = parse_example(
 )
 
 
+def test_calls_are_measured_beside_the_text_when_few_references_call_tools() -> None:
+    chosen = names([*TEXTS, CALLING])
+    assert chosen[0] == "rouge_l"
+    assert {"call_accuracy", "tool_accuracy"} <= set(chosen)
+    assert names([CALLING, TEXTS[0]])[0] == "call_accuracy"
+
+
 class Own(ExactMatch):
     """Metric that a package provides."""
 
@@ -48,7 +55,8 @@ def names(examples: list[ChatExample], options: MetricOptions | None = None) -> 
         (TEXTS, Task.TEXT),
         ([chat(f"one of: a{place}, b", f"a{place}") for place in range(4)], Task.LABELS),
         ([*LABELS, *OBJECTS], Task.TEXT),
-        ([*LABELS, CALLING], Task.CALLS),
+        ([CALLING, LABELS[0]], Task.CALLS),
+        ([*LABELS, CALLING], Task.TEXT),
     ],
 )
 def test_task_is_detected_from_the_references(examples: list[ChatExample], task: Task) -> None:
