@@ -14,9 +14,9 @@ from serving.admission.party import Party
 from serving.background.holdout import HoldoutRuns
 from serving.background.scoring import LiveScores
 from serving.model_names import ModelNames
+from serving.replicas.adapter_cache import AdapterCache
 from serving.replicas.admitted_lease import AdmittedLease
 from serving.replicas.balancer import Balancer, Lease
-from serving.replicas.engine_adapters import EngineAdapters
 from serving.replicas.pool import EnginePool
 from serving.replicas.removed_adapters import RemovedAdapters
 from serving.rollout.idling import Idling
@@ -153,7 +153,7 @@ class Deployment:
         }
 
 
-def _adapters(adapters: EngineAdapters | None) -> list[dict[str, Any]] | None:
+def _adapters(adapters: AdapterCache | None) -> list[dict[str, Any]] | None:
     """Return the adapters that an engine has loaded; None if the engine applies no adapters."""
     if adapters is None:
         return None

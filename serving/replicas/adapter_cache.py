@@ -164,6 +164,11 @@ class AdapterCache:
         self._used(slot)
         return AdapterUse(slot.loaded.result(), partial(self._leave, slot))
 
+    async def check(self, version: VersionId) -> None:
+        """Check that a client's request may load a version's adapter; raise the loader's error if it may not."""
+        if not self.has(version):
+            await self._loader.check(version)
+
     async def bring(self, version: VersionId, *, for_operator: bool = False) -> AdapterUse:
         """Return a hold on an adapter, after loading the adapter if necessary.
 
@@ -177,8 +182,8 @@ class AdapterCache:
             EngineUnavailableError: the engine stopped meanwhile.
             Exception: from the loader.
         """
-        if not for_operator and not self.has(version):
-            await self._loader.check(version)
+        if not for_operator:
+            await self.check(version)
         slot = await self._occupy(version, for_operator)
         try:
             return AdapterUse(await asyncio.shield(slot.loaded), partial(self._leave, slot))

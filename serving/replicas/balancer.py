@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 from serving.admission.errors import ENGINE_RETRY_S, AdmissionError, EngineUnavailableError
 from serving.model_names import ModelNames, ModelNotFoundError
-from serving.replicas.adapter_cache import AdapterUse
-from serving.replicas.engine_adapters import EngineAdapters
+from serving.replicas.adapter_cache import AdapterCache, AdapterUse
 from serving.replicas.pool import EnginePool
 from serving.replicas.replica import Replica
 from serving.replicas.token_pace import TokenPace
@@ -138,7 +137,7 @@ class _Kept(NamedTuple):
     """
 
     engine: Replica
-    adapters: EngineAdapters
+    adapters: AdapterCache
     use: AdapterUse
 
     def fits(self, engine: Replica, served: Target) -> bool:
@@ -243,7 +242,7 @@ def _lacks_adapter(engine: Replica, served: Target) -> bool:
     return engine.adapters is not None and not engine.adapters.has(served.version)
 
 
-async def _brought(engine: Replica, adapters: EngineAdapters, served: Target) -> AdapterUse:
+async def _brought(engine: Replica, adapters: AdapterCache, served: Target) -> AdapterUse:
     """Return a hold on a version's adapter, after loading the adapter if necessary.
 
     Raises:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from serving.replicas.adapter_cache import AdapterUse, Checked
-from serving.replicas.engine_adapters import EngineAdapters
+from serving.replicas.adapter_cache import AdapterCache, AdapterUse, Checked
+from serving.replicas.engine_adapters import EngineAdapterLoader, unload_all
 from serving.replicas.engine_watch import EngineWatch
 from serving.replicas.served_model import ServedModel
 from serving.replicas.verification import Verification
@@ -101,7 +101,7 @@ class Replica:
         self.asleep = False
         self._adapter_patience_s = adapter_patience_s
         self._model: ServedModel | None = None
-        self.adapters: EngineAdapters | None = None
+        self.adapters: AdapterCache | None = None
         self.on_adapter: Callable[[float | None], None] = lambda seconds: None
 
     @property
@@ -308,13 +308,11 @@ class Replica:
     def _make_adapters(self) -> None:
         """Create a new engine's adapter cache if it applies adapters, and drop the previous engine's cache."""
         self._end_adapters()
-        if self._model and self._started.capabilities.adapters:
-            self.adapters = EngineAdapters(
-                self._started,
-                self._model,
-                self._verification,
-                self.watch.unless_dead,
-                self.occupied,
+        engine = self._started
+        if self._model and engine.capabilities.adapters:
+            self.adapters = AdapterCache(
+                EngineAdapterLoader(engine, self._model, self._verification, self.watch, self.occupied),
+                max_loaded=engine.capabilities.adapters,
                 patience_s=self._adapter_patience_s,
                 on_change=lambda seconds: self.on_adapter(seconds),
             )
@@ -373,7 +371,7 @@ class Replica:
         """Verify an engine that an earlier server left. Its adapters are unloaded first: their weights are unknown."""
         self._make_adapters()
         if self.adapters is not None:
-            await self.watch.unless_dead(self.adapters.unload_all())
+            await self.watch.unless_dead(unload_all(self.client))
         await self.verify(target)
 
     async def sleep(self) -> None:
