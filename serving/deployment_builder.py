@@ -77,7 +77,7 @@ class DeploymentBuilder:
             admission,
             metrics,
             target=lambda: reconciler.actual.target,
-            idle_s=self.settings.idle_s_of(name),
+            timeout_s=self.settings.idle_s_of(name),
             promoting=lambda: reconciler.promoting,
             make_room=lambda: make_room(reconciler.actual.target),
             on_error=reconciler.note_error,
@@ -130,7 +130,7 @@ class DeploymentBuilder:
             )
 
         return EnginePool(
-            make,
+            make=make,
             places=self.places,
             size=engine.replicas,
             admission=admission,

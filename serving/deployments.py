@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
@@ -38,40 +39,29 @@ OnReady = Callable[[Target], None]
 OnFailure = Callable[[Target, SvcError], None]
 
 
+@dataclass(eq=False, kw_only=True)
 class Deployments:
     """A server's deployments, kept equal to the set of models in the store.
 
-    Args:
+    Attributes:
         build: returns a deployment, from its first desired state and a function that frees memory for its engines.
         check_memory: raises if engines with these versions do not fit next to the running ones.
         registered: returns the names of all models, for errors about models that are not served; reads the disk.
         on_ready: called with each version that starts to serve.
         on_failure: called with the reason why a model cannot be served.
-
-    Attributes:
         looked: event that is set once the engines of an earlier server, if any, have been adopted.
     """
 
-    def __init__(
-        self,
-        build: Callable[[Desired, MakeRoom], Deployment],
-        *,
-        router: Router,
-        places: EnginePlaces,
-        store: Store,
-        check_memory: Callable[[Sequence[Target]], None],
-        registered: Callable[[], Sequence[str]],
-        on_ready: OnReady,
-        on_failure: OnFailure,
-    ) -> None:
-        self._build = build
-        self._router = router
-        self._places = places
-        self._store = store
-        self._check_memory = check_memory
-        self._registered = registered
-        self._on_ready = on_ready
-        self._on_failure = on_failure
+    build: Callable[[Desired, MakeRoom], Deployment]
+    router: Router
+    places: EnginePlaces
+    store: Store
+    check_memory: Callable[[Sequence[Target]], None]
+    registered: Callable[[], Sequence[str]]
+    on_ready: OnReady
+    on_failure: OnFailure
+
+    def __post_init__(self) -> None:
         self._all: dict[str, Deployment] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._refused: dict[str, str] = {}
@@ -127,7 +117,7 @@ class Deployments:
             await asyncio.gather(*(deployment.stop(leave=leave) for deployment in self.all))
         finally:
             if not leave:
-                await self._places.end_orphans()
+                await self.places.end_orphans()
 
     async def _start_first(self, wanted: Sequence[Desired]) -> None:
         try:
@@ -136,8 +126,8 @@ class Deployments:
             missing = [deployment for deployment in self.all if not await deployment.reconciler.adopt()]
         finally:
             self.looked.set()
-        await self._places.end_orphans()
-        await asyncio.to_thread(self._check_memory, [deployment.reconciler.actual.target for deployment in missing])
+        await self.places.end_orphans()
+        await asyncio.to_thread(self.check_memory, [deployment.reconciler.actual.target for deployment in missing])
         failed: list[SvcError] = []
         for deployment in sorted(self.all, key=missing.__contains__):  # models that already answer come first
             error = await self._start(deployment)
@@ -154,8 +144,8 @@ class Deployments:
         gc.freeze()
 
     def _add(self, desired: Desired) -> Deployment:
-        self._all[desired.name] = deployment = self._build(desired, self._make_room)
-        self._router.serve(desired.name, [Share(deployment)])
+        self._all[desired.name] = deployment = self.build(desired, self._make_room)
+        self.router.serve(desired.name, [Share(deployment)])
         return deployment
 
     async def _start(self, deployment: Deployment) -> SvcError | None:
@@ -168,18 +158,18 @@ class Deployments:
             failed = error if isinstance(error, SvcError) else EngineError(f"could not start {target}: {error!r}")
         self._tasks[deployment.name] = asyncio.create_task(deployment.run())
         if failed:
-            self._on_failure(target, failed)
+            self.on_failure(target, failed)
         else:
-            self._on_ready(deployment.reconciler.actual.target)
+            self.on_ready(deployment.reconciler.actual.target)
         return failed
 
     async def _follow(self) -> None:
         next_read = 0.0
         while True:
             try:
-                names = await asyncio.to_thread(deployed_names, self._store)
+                names = await asyncio.to_thread(deployed_names, self.store)
                 if time.monotonic() >= next_read:  # less often: it reads a folder for each model
-                    self._router.set_registered(await asyncio.to_thread(self._registered))
+                    self.router.set_registered(await asyncio.to_thread(self.registered))
                     next_read = time.monotonic() + _REGISTERED_S
             except (SQLAlchemyError, OSError):
                 log.exception("could not read the set of models; continuing to serve the current ones")
@@ -202,7 +192,7 @@ class Deployments:
         """Start a model that was added; if it fails, remove it from the set and show the reason in the status."""
         self._refused.pop(name, None)
         try:
-            desired = await asyncio.to_thread(read_desired, self._store, name)
+            desired = await asyncio.to_thread(read_desired, self.store, name)
             if desired is None:
                 raise NotFoundError(f"no desired version is recorded for {name}", todo=f"svc add {name}@N")
             await self._make_room(desired.target)
@@ -211,7 +201,7 @@ class Deployments:
             failed = error
         if failed:
             self._refused[name] = str(failed)
-            await asyncio.to_thread(remove_deployment, self._store, name)
+            await asyncio.to_thread(remove_deployment, self.store, name)
 
     async def _make_room(self, target: Target) -> None:
         """Let idle models sleep or stop, the longest idle first, until there is memory for a version's engines.
@@ -223,7 +213,7 @@ class Deployments:
         """
         while True:
             try:
-                return await asyncio.to_thread(self._check_memory, [target])
+                return await asyncio.to_thread(self.check_memory, [target])
             except EngineError as error:
                 idle = [(idle_s, each) for each in self.all if (idle_s := each.idling.idle_s) is not None]
                 longest = max(idle, key=itemgetter(0), default=None)
@@ -243,7 +233,7 @@ class Deployments:
     async def _take_away(self, name: str) -> None:
         """Stop a model that was removed, after its last request or after `_DRAIN_S`."""
         deployment = self._all[name]
-        self._router.remove(name)
+        self.router.remove(name)
         with suppress(TimeoutError):
             async with asyncio.timeout(_DRAIN_S):
                 await deployment.admission.ended()

@@ -9,6 +9,7 @@ import logging
 import socket
 import ssl
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from serving.http.address_limit import AddressLimit
 from serving.http.connections import ClientProtocol
@@ -21,10 +22,11 @@ _BACKLOG = 2048
 _PAUSE_S = 1.0
 
 
+@dataclass(eq=False)
 class Acceptor:
     """Passes a listener's connections to protocols; connections over the limits are closed.
 
-    Args:
+    Attributes:
         make_protocol: returns a new protocol.
         most: maximum number of connections, including those in their handshake.
         address_limit: limit for one address, including connections in their handshake.
@@ -32,29 +34,21 @@ class Acceptor:
         handshake_s: longest time for a handshake, seconds.
     """
 
-    def __init__(
-        self,
-        listener: socket.socket,
-        make_protocol: Callable[[], ClientProtocol],
-        *,
-        most: int,
-        address_limit: AddressLimit,
-        context: ssl.SSLContext | None,
-        handshake_s: float,
-    ) -> None:
-        self._listener = listener
-        self._make_protocol = make_protocol
-        self._most = most
-        self._address_limit = address_limit
-        self._context = context
-        self._handshake_s = handshake_s if context else None
+    listener: socket.socket
+    make_protocol: Callable[[], ClientProtocol]
+    most: int
+    address_limit: AddressLimit
+    context: ssl.SSLContext | None
+    handshake_s: float
+
+    def __post_init__(self) -> None:
         self._open = 0
         self._handshakes: set[asyncio.Task[None]] = set()
         self._pause: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
-        self._listener.setblocking(False)
-        self._listener.listen(_BACKLOG)
+        self.listener.setblocking(False)
+        self.listener.listen(_BACKLOG)
         self._resume()
 
     async def stop(self, patience_s: float) -> None:
@@ -63,7 +57,7 @@ class Acceptor:
         Args:
             patience_s: longest wait for handshakes in progress, seconds.
         """
-        asyncio.get_running_loop().remove_reader(self._listener)
+        asyncio.get_running_loop().remove_reader(self.listener)
         if self._pause is not None:
             self._pause.cancel()
         if self._handshakes:
@@ -72,17 +66,17 @@ class Acceptor:
                 task.cancel()
 
     def _resume(self) -> None:
-        asyncio.get_running_loop().add_reader(self._listener, self._accept)
+        asyncio.get_running_loop().add_reader(self.listener, self._accept)
 
     def _accept(self) -> None:
         try:
-            accepted, peer = self._listener.accept()
+            accepted, peer = self.listener.accept()
         except (ConnectionAbortedError, BlockingIOError):  # its client has closed it, or another process accepted it
             return
         except OSError:  # no descriptors, no memory
             log.exception("could not accept a connection; retrying in %g s", _PAUSE_S)
             loop = asyncio.get_running_loop()
-            loop.remove_reader(self._listener)
+            loop.remove_reader(self.listener)
             self._pause = loop.call_later(_PAUSE_S, self._resume)
             return
         address = peer[0] if isinstance(peer, tuple) else None  # None through a unix socket
@@ -96,13 +90,13 @@ class Acceptor:
 
     def _enter(self, address: str | None) -> bool:
         """Count a connection until `_leave`; return False without counting it if it is over a limit."""
-        if self._open >= self._most:
+        if self._open >= self.most:
             return False
-        if address is not None and not self._address_limit.enter(address):
+        if address is not None and not self.address_limit.enter(address):
             log.warning(
                 "%s has %d open connections (`serve.max_connections_per_address`); closing further ones",
                 address,
-                self._address_limit.most,
+                self.address_limit.most,
             )
             return False
         self._open += 1
@@ -111,12 +105,13 @@ class Acceptor:
     def _leave(self, address: str | None) -> None:
         self._open -= 1
         if address is not None:
-            self._address_limit.leave(address)
+            self.address_limit.leave(address)
 
     async def _begin(self, accepted: socket.socket, address: str | None) -> None:
+        handshake_s = self.handshake_s if self.context else None
         try:
             _, protocol = await asyncio.get_running_loop().connect_accepted_socket(
-                self._make_protocol, accepted, ssl=self._context, ssl_handshake_timeout=self._handshake_s
+                self.make_protocol, accepted, ssl=self.context, ssl_handshake_timeout=handshake_s
             )
         except OSError as error:  # the handshake failed or timed out; ssl.SSLError is a subclass
             log.debug("connection failed before its first request: %s", error)

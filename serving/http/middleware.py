@@ -10,6 +10,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -26,10 +27,11 @@ _CLIENT_HEADERS = (b"x-client-request-id", b"x-request-id")
 _CLIENT_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")  # safe in a log line
 
 
+@dataclass(eq=False)
 class RequestMiddleware:
     """The outermost ASGI layer.
 
-    Args:
+    Attributes:
         app: the wrapped application.
         router: if only one model is served, its production version is named in responses that no version generated.
         hosts: host names that are accepted.
@@ -37,26 +39,20 @@ class RequestMiddleware:
         clock: returns monotonic time, seconds.
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        router: Router,
-        hosts: AllowedHosts,
-        limiter: RateLimiter,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        self._app = app
-        self._router = router
-        self._hosts = hosts
-        self._limiter = limiter
-        self._clock = clock
+    app: ASGIApp
+    router: Router
+    hosts: AllowedHosts
+    limiter: RateLimiter
+    clock: Callable[[], float] = time.perf_counter
+
+    def __post_init__(self) -> None:
         self._random = _Randomness()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
             return
-        started, client = self._clock(), scope.get("client")
+        started, client = self.clock(), scope.get("client")
         headers = dict(reversed(scope["headers"]))
         state = RequestState(
             request_id=f"req-{self._random.take()}",
@@ -72,14 +68,14 @@ class RequestMiddleware:
             nonlocal begun
             if message["type"] == "http.response.start":
                 begun = True
-                own = self._headers(state, scope["path"], self._clock() - started)
+                own = self._headers(state, scope["path"], self.clock() - started)
                 message = {**message, "headers": [*message.get("headers", ()), *own]}
             await send(message)
 
         try:
             if not state.connection.through_socket:  # a web page cannot open a unix socket
-                self._hosts.check(headers.get(b"host", b""))
-            await self._app(scope, receive, send_with_headers)
+                self.hosts.check(headers.get(b"host", b""))
+            await self.app(scope, receive, send_with_headers)
         except Exception as error:
             if begun:
                 raise  # uvicorn logs it and closes the connection, so the client sees that the answer is incomplete
@@ -95,12 +91,12 @@ class RequestMiddleware:
             headers.append((b"x-client-request-id", state.client_request_id.encode("ascii")))
         if not state.admitted:  # the client is unknown, or need not identify itself
             return headers
-        principal, version = state.principal, state.version or self._router.only_version
+        principal, version = state.principal, state.version or self.router.only_version
         if version and (principal is None or principal.may_ask(version.name)):
             headers.append((b"x-model-version", str(version).encode("ascii")))
         if principal:
             reservation = state.reservation
-            allowances = reservation.allowances() if reservation else self._limiter.allowances(principal)
+            allowances = reservation.allowances() if reservation else self.limiter.allowances(principal)
             headers += rate_limit_headers(allowances, path)
         return headers
 

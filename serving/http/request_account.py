@@ -6,6 +6,7 @@ Knows nothing of connections, neither the client's nor the engine's.
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from serving.http.key_account import KeyAccount
@@ -24,18 +25,17 @@ from svc.store.requests import RequestRecord, hash_user
 from svc.version import Target
 
 
+@dataclass(eq=False)
 class RequestAccount:
     """Record of one request, filled in from its arrival to its end.
 
-    Args:
+    Attributes:
         state: identifies the request; its version is set here.
         metrics: counts the request.
         request_log: stores its row.
         key: the request's use of its key's limits; settled at the end.
         trace: the request's span, completed at the end; None if traces are off.
         clock: returns monotonic time, seconds.
-
-    Attributes:
         model: the requested model, from a bounded set of names.
         work: maximum number of tokens in the request's answers.
         status: HTTP status of the answer; None until the answer begins.
@@ -43,26 +43,17 @@ class RequestAccount:
         complete: whether the engine has sent the complete answer.
     """
 
-    def __init__(
-        self,
-        route: Route,
-        state: RequestState,
-        *,
-        metrics: GatewayMetrics,
-        request_log: RequestLog,
-        key: KeyAccount,
-        trace: RequestTrace | None,
-        clock: Callable[[], float],
-    ) -> None:
-        self._route = route
-        self._state = state
-        self._metrics = metrics
-        self._request_log = request_log
-        self.key = key
-        self.trace = trace
-        self._clock = clock
+    route: Route
+    state: RequestState
+    metrics: GatewayMetrics
+    request_log: RequestLog
+    key: KeyAccount
+    trace: RequestTrace | None
+    clock: Callable[[], float]
+
+    def __post_init__(self) -> None:
         self._arrived = datetime.now(UTC)
-        self._started = clock()
+        self._started = self.clock()
         self._asked = 0.0  # when the request was sent to the engine
         self._place_s = self._engine_s = 0.0  # waited for a slot, and for the beginning of the engine's answer
         self._own_s: float | None = None  # the gateway's time before the answer began
@@ -83,21 +74,21 @@ class RequestAccount:
     @property
     def request_id(self) -> str:
         """The id that the server generated, not the client's."""
-        return self._state.request_id
+        return self.state.request_id
 
     def elapsed(self) -> float:
         """Return the seconds since the request was read."""
-        return self._clock() - self._started
+        return self.clock() - self._started
 
     def body_read(self, size: int) -> None:
         """Start measuring the request's time, because its body is complete."""
-        self._started = self._clock()
+        self._started = self.clock()
         self.key.body_bytes = size
 
     def parsed(self, request: CompletionRequest) -> None:
         self._request = request
-        if self._request_log.wants_content():
-            self._content = Content(self._route, request.members)
+        if self.request_log.wants_content():
+            self._content = Content(self.route, request.members)
 
     def admitted(self, waited_s: float) -> None:
         """Set how long the request waited for admission."""
@@ -108,20 +99,20 @@ class RequestAccount:
         if self._request and target != self._served:
             self._gather_features(self._request, target)
         self._served, self._pace = target, pace
-        self._state.version = target.version
-        self._asked = self._clock()
+        self.state.version = target.version
+        self._asked = self.clock()
 
     def _gather_features(self, request: CompletionRequest, target: Target) -> None:
         """Decide whether features of the request are stored for this version."""
-        wanted = self._request_log.wants_features(target)
+        wanted = self.request_log.wants_features(target)
         if wanted and self._content is None:
-            self._content = Content(self._route, request.members, stored=False)
+            self._content = Content(self.route, request.members, stored=False)
         if self._content:
             self._content.features = wanted
 
     def heard(self) -> None:
         """Record the time at which a part arrived from the engine; only the last call before `begin` counts."""
-        self._engine_s = self._clock() - self._asked
+        self._engine_s = self.clock() - self._asked
 
     def begin(self) -> float:
         """Begin a successful answer; return the gateway's own time until now, seconds."""
@@ -137,7 +128,7 @@ class RequestAccount:
     def first_token(self, seconds: float) -> None:
         """Record the time to the first token of a streamed answer."""
         self._first_token_s = seconds
-        self._metrics.first_token(self._answering, seconds, self.request_id)
+        self.metrics.first_token(self._answering, seconds, self.request_id)
 
     def finished(self, reason: str) -> None:
         """Record an answer's finish reason; of several answers, only the first reason is kept."""
@@ -146,18 +137,18 @@ class RequestAccount:
     def used(self, usage: Usage) -> None:
         """Count the tokens of the answer."""
         self._usage = usage
-        self._metrics.tokens(self._answering, usage)
+        self.metrics.tokens(self._answering, usage)
 
     def completed(self) -> None:
         """Mark the answer as complete; to be called after `used`."""
         self.complete = True
         if self._usage and self._pace:
-            self._pace.observe(self._usage.completion / self._answers, self._clock() - self._asked)
+            self._pace.observe(self._usage.completion / self._answers, self.clock() - self._asked)
 
     def failed(self, code: ErrorCode) -> None:
         """Mark the request as failed, even if a part of the answer was sent."""
         self._reason = code
-        self._metrics.request_failed(self._served, code, self.model)
+        self.metrics.request_failed(self._served, code, self.model)
 
     @property
     def _answers(self) -> int:
@@ -169,7 +160,7 @@ class RequestAccount:
         """Estimated number of tokens that the engine has generated for an incomplete answer; 0 for a complete one."""
         if self.complete or self._pace is None:
             return 0
-        return min(self.work, math.ceil(self._answers * self._pace.tokens_in(self._clock() - self._asked)))
+        return min(self.work, math.ceil(self._answers * self._pace.tokens_in(self.clock() - self._asked)))
 
     @property
     def _answering(self) -> Target:
@@ -186,18 +177,18 @@ class RequestAccount:
         """Count the request, settle its key's limits and store its row, once its outcome is known."""
         status = CLIENT_GONE_STATUS if self.status is None else self.status
         seconds, served, usage, request = self.elapsed(), self._served, self._usage, self._request
-        self._metrics.request_ended(
-            served, self._route, status, seconds, self.request_id, reason=self._reason, model=self.model
+        self.metrics.request_ended(
+            served, self.route, status, seconds, self.request_id, reason=self._reason, model=self.model
         )
         self.key.settle(served, self._reason, usage, computed=self._computed)
         record = RequestRecord(
             request_id=self.request_id,
-            client_request_id=self._state.client_request_id,
+            client_request_id=self.state.client_request_id,
             started_at=self._arrived,
             model=served.version.name if served else self.model,
             version=served.version if served else None,
             format=served.format if served else None,
-            route=self._route.value,
+            route=self.route.value,
             status=status,
             seconds=seconds,
             reason=self._reason.value if self._reason else None,
@@ -221,4 +212,4 @@ class RequestAccount:
                 overhead_s=self._own_s,
             )
         traced = trace if trace and trace.sampled else None
-        self._request_log.add(record, self._content if served else None, traced)
+        self.request_log.add(record, self._content if served else None, traced)

@@ -109,27 +109,22 @@ class _Wait:
     given: "asyncio.Future[_Slot]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
+@dataclass(eq=False)
 class AdapterCache:
     """The adapters that one engine has loaded, from the engine's start to its stop.
 
-    Args:
+    Attributes:
         max_loaded: maximum number of loaded adapters.
         patience_s: a request's longest wait for a slot, seconds.
         on_change: called after a load with its duration in seconds, and after an eviction with None.
     """
 
-    def __init__(
-        self,
-        loader: AdapterLoader,
-        *,
-        max_loaded: int,
-        patience_s: float,
-        on_change: Callable[[float | None], None] = lambda seconds: None,
-    ) -> None:
-        self._loader = loader
-        self._max_loaded = max_loaded
-        self._patience_s = patience_s
-        self._on_change = on_change
+    loader: AdapterLoader
+    max_loaded: int
+    patience_s: float
+    on_change: Callable[[float | None], None] = lambda seconds: None
+
+    def __post_init__(self) -> None:
         self._slots: dict[VersionId, _Slot] = {}  # the least recently used one first
         self._waiting: OrderedDict[VersionId, _Wait] = OrderedDict()
         self._to_unload: list[str] = []
@@ -167,7 +162,7 @@ class AdapterCache:
     async def check(self, version: VersionId) -> None:
         """Check that a client's request may load a version's adapter; raise the loader's error if it may not."""
         if not self.has(version):
-            await self._loader.check(version)
+            await self.loader.check(version)
 
     async def bring(self, version: VersionId, *, for_operator: bool = False) -> AdapterUse:
         """Return a hold on an adapter, after loading the adapter if necessary.
@@ -206,7 +201,7 @@ class AdapterCache:
         if slot is not None:
             slot.dropped = True
             self._give_places()
-            self._on_change(None)
+            self.on_change(None)
 
     def close(self) -> None:
         """Close the cache when the engine stops: fail waiting requests, and load no more adapters."""
@@ -220,10 +215,10 @@ class AdapterCache:
                 future.set_exception(_ended())
         self._slots.clear()
         self._waiting.clear()
-        self._on_change(None)
+        self.on_change(None)
 
     def _takes(self, slot: _Slot, for_operator: bool) -> bool:
-        return not slot.closing or (for_operator and self._max_loaded > 1)
+        return not slot.closing or (for_operator and self.max_loaded > 1)
 
     async def _occupy(self, version: VersionId, for_operator: bool) -> _Slot:
         """Wait at most `patience_s` for the version's slot and return it; the caller must release it with `_leave`."""
@@ -237,17 +232,17 @@ class AdapterCache:
             return slot
         wait = self._waiting.setdefault(version, _Wait())
         wait.count += 1
-        if for_operator and self._max_loaded > 1:
+        if for_operator and self.max_loaded > 1:
             self._waiting.move_to_end(version, last=False)
         self._give_places()
         try:
-            async with asyncio.timeout(self._patience_s):
+            async with asyncio.timeout(self.patience_s):
                 return await asyncio.shield(wait.given)
         except BaseException as error:
             self._give_up(version, wait)
             if isinstance(error, TimeoutError):
                 raise QueueTimeoutError(
-                    f"waited {self._patience_s:g} s for a slot for the adapter of {version}: all slots are in use",
+                    f"waited {self.patience_s:g} s for a slot for the adapter of {version}: all slots are in use",
                     todo="send the request again",
                 ) from None
             raise
@@ -289,7 +284,7 @@ class AdapterCache:
 
     def _new_slot(self, version: VersionId) -> _Slot | None:
         """Return a slot for a version and start its load; None if all slots are in use."""
-        if len(self._slots) >= self._max_loaded:
+        if len(self._slots) >= self.max_loaded:
             idle = next((slot for slot in self._slots.values() if not slot.users), None)
             if idle is None:
                 return None
@@ -301,7 +296,7 @@ class AdapterCache:
     def _evict(self, slot: _Slot) -> None:
         del self._slots[slot.version]
         self._to_unload.append(slot.name)
-        self._on_change(None)
+        self.on_change(None)
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -327,14 +322,14 @@ class AdapterCache:
         await self._unload()  # first, so that there are never more than the maximum
         began = time.monotonic()
         try:
-            checked = await self._loader.load(slot.version, slot.name)
+            checked = await self.loader.load(slot.version, slot.name)
         except Exception:
             self._to_unload.append(slot.name)  # it may be loaded or not
             with suppress(Exception):  # the next load tries again
                 await self._unload()
             raise
         # Called one iteration of the event loop later, when the adapter can be used.
-        asyncio.get_running_loop().call_soon(self._on_change, time.monotonic() - began)
+        asyncio.get_running_loop().call_soon(self.on_change, time.monotonic() - began)
         return checked
 
     async def _unload_now(self) -> None:
@@ -345,7 +340,7 @@ class AdapterCache:
     async def _unload(self) -> None:
         """Unload evicted adapters; a failed unload is retried at the next load."""
         while self._to_unload:
-            await self._loader.unload(self._to_unload[0])
+            await self.loader.unload(self._to_unload[0])
             del self._to_unload[0]
 
 

@@ -5,6 +5,7 @@ A request that held a slot while waiting for its adapter would keep others from 
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
 from types import TracebackType
 
 from serving.admission.admission import Admission
@@ -13,6 +14,7 @@ from serving.admission.party import Party
 from serving.replicas.balancer import Lease, Leasing
 
 
+@dataclass(frozen=True, slots=True)
 class AdmittedLease:
     """A lease of an admission slot and an engine, for the body of an `async with`.
 
@@ -20,59 +22,49 @@ class AdmittedLease:
     gets the new version. If the adapter is not loaded then, because the engine was asleep, stopped or started by the
     swap, the request releases its slot, loads the adapter and is admitted again.
 
-    Args:
+    Attributes:
         tokens, party: see Admission.enter.
         waiting: limits the number of requests that wait for adapters; entered only during such a wait.
 
     Entering raises the errors of `Admission.enter`, `Balancer.lease` and `waiting`.
     """
 
-    __slots__ = ("_admission", "_leasing", "_party", "_tokens", "_waiting")
-
-    def __init__(
-        self,
-        admission: Admission,
-        leasing: Leasing,
-        tokens: int,
-        party: Party,
-        waiting: Callable[[], AbstractContextManager[None]],
-    ) -> None:
-        self._admission = admission
-        self._leasing = leasing
-        self._tokens = tokens
-        self._party = party
-        self._waiting = waiting
+    admission: Admission
+    leasing: Leasing
+    tokens: int
+    party: Party
+    waiting: Callable[[], AbstractContextManager[None]]
 
     async def __aenter__(self) -> Lease:
         try:
-            waited = self._leasing.lacks_adapter()
+            waited = self.leasing.lacks_adapter()
             if waited:
                 await self._bring()
             while True:
-                await self._admission.enter(self._tokens, self._party, may_wait=waited)
+                await self.admission.enter(self.tokens, self.party, may_wait=waited)
                 try:
-                    lease = self._leasing.enter()
+                    lease = self.leasing.enter()
                 except BaseException:
-                    self._admission.leave(self._tokens)
+                    self.admission.leave(self.tokens)
                     raise
                 if lease is not None:
                     return lease
-                self._admission.leave(self._tokens)
+                self.admission.leave(self.tokens)
                 waited = True
                 await self._bring()
         except BaseException:
-            self._leasing.drop()
+            self.leasing.drop()
             raise
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            await self._leasing.__aexit__(kind, error, trace)
+            await self.leasing.__aexit__(kind, error, trace)
         finally:
-            self._admission.leave(self._tokens)
+            self.admission.leave(self.tokens)
 
     async def _bring(self) -> None:
         # Without an engine, admission decides whether to wait for another one.
-        with self._waiting(), self._admission.preparing(), suppress(EngineUnavailableError):
-            await self._leasing.bring()
+        with self.waiting(), self.admission.preparing(), suppress(EngineUnavailableError):
+            await self.leasing.bring()

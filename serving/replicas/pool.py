@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 from serving.admission.admission import Admission
@@ -28,36 +29,27 @@ _READY = EngineState.READY  # looked up for each request, which is slow before P
 _DOWN = {EngineState.FAILED, EngineState.STOPPED}
 
 
+@dataclass(eq=False, kw_only=True)
 class EnginePool:
     """The engines of one model: a fixed number of members and, temporarily, their replacements or replaced engines.
 
-    Args:
+    Attributes:
         make: returns a replica, given its number and a callback for its changes.
         places: assigns engine numbers.
         size: number of members after `fill`.
-
-    Attributes:
         members: engines that accept requests when they are ready.
         retirement: stops engines that are no longer needed.
         restarts: number of engine starts after a death.
     """
 
-    def __init__(
-        self,
-        make: Callable[[int, Callable[[Replica], None]], Replica],
-        *,
-        places: EnginePlaces,
-        size: int,
-        admission: Admission,
-        names: ModelNames,
-        metrics: DeploymentMetrics,
-    ) -> None:
-        self._make = make
-        self._places = places
-        self._size = size
-        self._admission = admission
-        self._names = names
-        self._metrics = metrics
+    make: Callable[[int, Callable[[Replica], None]], Replica]
+    places: EnginePlaces
+    size: int
+    admission: Admission
+    names: ModelNames
+    metrics: DeploymentMetrics
+
+    def __post_init__(self) -> None:
         self._others: list[Replica] = []
         self._watches: dict[Replica, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
@@ -117,20 +109,20 @@ class EnginePool:
 
     def _on_adapter(self, seconds: float | None) -> None:
         loaded = [engine.adapters.loaded for engine in self.all if engine.adapters]
-        self._metrics.adapters_loaded(sum(map(len, loaded)))
+        self.metrics.adapters_loaded(sum(map(len, loaded)))
         if seconds is not None:
-            self._metrics.adapter_loaded(seconds)
+            self.metrics.adapter_loaded(seconds)
         self._show_loaded()
 
     def _show_loaded(self) -> None:
         """Publish which versions resolve (held by an engine, or loaded as adapters) and how many are unverified."""
-        self._metrics.unverified({version for engine in self.all for version in engine.unverified})
+        self.metrics.unverified({version for engine in self.all for version in engine.unverified})
         ready = self.ready
         drained = [member for member in self.members if member.state is EngineState.DRAINING]
         if ready:
             held = {engine.target for engine in [*ready, *drained] if engine.target}
             loaded = [adapter for engine in ready if engine.adapters for adapter in engine.adapters.loaded]
-            self._names.set_loaded(held | {Target(adapter.version, Format.ADAPTER) for adapter in loaded})
+            self.names.set_loaded(held | {Target(adapter.version, Format.ADAPTER) for adapter in loaded})
 
     def sources(self) -> list[EngineSource]:
         """Return the engines whose metrics can be read, including those that were replaced."""
@@ -138,20 +130,20 @@ class EnginePool:
         return [EngineSource(engine.client, served, engine.replica) for engine, served in engines if served]
 
     def _made(self, number: int) -> Replica:
-        engine = self._make(number, self._on_change)
+        engine = self.make(number, self._on_change)
         engine.on_adapter = self._on_adapter
         return engine
 
     def fill(self) -> None:
         """Create the missing members, unstarted."""
-        while len(self.members) < self._size:
-            self.members.append(self._made(self._places.take()))
+        while len(self.members) < self.size:
+            self.members.append(self._made(self.places.take()))
         if self.ready:
             self._show()
 
     def add(self) -> Replica:
         """Return a new, unstarted engine, for use with `replace` or `drop`."""
-        engine = self._made(self._places.take())
+        engine = self._made(self.places.take())
         self._others.append(engine)
         return engine
 
@@ -159,7 +151,7 @@ class EnginePool:
         """Stop an engine that is not a member, and release its number."""
         await engine.stop()
         self._others.remove(engine)
-        self._places.give_back(engine.replica)
+        self.places.give_back(engine.replica)
         self._show()
 
     def replace(self, old: Replica, new: Replica) -> None:
@@ -180,16 +172,16 @@ class EnginePool:
         Returns:
             Whether at least one engine was adopted. Engines that failed the verification were stopped.
         """
-        for number in await self._places.orphans():
-            if len(self.members) == self._size:
+        for number in await self.places.orphans():
+            if len(self.members) == self.size:
                 break
-            engine = self._made(self._places.take(number))
+            engine = self._made(self.places.take(number))
             self._others.append(engine)  # so that `stop` finds it if this task is cancelled
             try:
                 adopted = await engine.adopt(target)
             except Exception:
                 self._others.remove(engine)
-                self._places.give_back(number)
+                self.places.give_back(number)
                 raise
             self._others.remove(engine)
             if adopted:
@@ -198,7 +190,7 @@ class EnginePool:
                 self.members.append(engine)
                 self._show()
             else:
-                self._places.give_back(number)
+                self.places.give_back(number)
         return bool(self.members)
 
     @property
@@ -224,7 +216,7 @@ class EnginePool:
 
     def count_restart(self) -> None:
         self.restarts += 1
-        self._metrics.engine_restarted()
+        self.metrics.engine_restarted()
 
     async def stop(self, *, leave: bool = False) -> None:
         """Stop all engines.
@@ -238,7 +230,7 @@ class EnginePool:
         ready = {engine for engine in self.all if leave and engine.state is EngineState.READY}
         await asyncio.gather(*(engine.leave() if engine in ready else engine.stop() for engine in self.all))
         for engine in self.all:
-            self._places.give_back(engine.replica)
+            self.places.give_back(engine.replica)
 
     def _on_change(self, engine: Replica) -> None:
         watch = self._watches.pop(engine, None)
@@ -261,16 +253,16 @@ class EnginePool:
 
     def _show(self) -> None:
         """Publish the engines' state to admission, names and metrics; end a background request to a former primary."""
-        self._metrics.engine_states([engine.state for engine in self.all])
+        self.metrics.engine_states([engine.state for engine in self.all])
         ready = self.ready
         self._show_loaded()
         if ready:
-            self._admission.available()
+            self.admission.available()
         else:
-            self._admission.unavailable(_why_none({member.state for member in self.members}))
+            self.admission.unavailable(_why_none({member.state for member in self.members}))
         if self.primary is not self._primary:
             self._primary = self.primary
-            self._admission.background_slot.end()
+            self.admission.background_slot.end()
 
 
 def _why_none(states: set[EngineState]) -> str | None:

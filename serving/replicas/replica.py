@@ -7,7 +7,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,10 +43,11 @@ NO_WEIGHTS = LoadedWeights(fresh=True)
 """The weights before the first load."""
 
 
+@dataclass(eq=False)
 class Replica:
     """One engine slot of a model: its current engine, if any, the version that it holds, and its running requests.
 
-    Args:
+    Attributes:
         replica: the engine's number, which names its folder and log.
         launch: returns an unstarted engine for a model.
         on_change: called at each change of state.
@@ -54,8 +55,6 @@ class Replica:
         turn: lock held while an engine starts, shared with other engines on the device.
         adapter_patience_s: a request's longest wait for an adapter slot, seconds.
         silence_s: longest time without data from the engine during a client's request, seconds.
-
-    Attributes:
         target: version that the engine was last verified to hold (with adapters: in production); None if unknown.
         checked: result of that verification.
         why: reason for the engine's last death.
@@ -64,32 +63,25 @@ class Replica:
         asleep: the engine has freed its GPU.
         adapters: adapters that the engine applies to its base; None if it holds a merged version.
         on_adapter: called after an adapter's load with its duration in seconds, and after an eviction with None.
+        model: model that the engine was started with; None before the first start.
+        running: number of running requests, including the server's own.
         reserved: number of requests that do not run yet but for which the engine has loaded or is loading an adapter.
     """
 
-    def __init__(
-        self,
-        replica: int,
-        launch: Callable[[ServedModel], LastingEngine],
-        verification: Verification,
-        on_change: Callable[["Replica"], None],
-        on_phase: Callable[[EnginePhase], None] = lambda phase: None,
-        *,
-        turn: asyncio.Lock | None = None,
-        adapter_patience_s: float = 60.0,
-        silence_s: float = 600.0,
-    ) -> None:
-        self.replica = replica
-        self._turn = turn or asyncio.Lock()
+    replica: int
+    launch: Callable[[ServedModel], LastingEngine]
+    verification: Verification
+    on_change: Callable[["Replica"], None]
+    on_phase: Callable[[EnginePhase], None] = lambda phase: None
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    adapter_patience_s: float = 60.0
+    silence_s: float = 600.0
+
+    def __post_init__(self) -> None:
         self.lock = asyncio.Lock()
-        self._launch = launch
-        self._verification = verification
-        self._on_change = on_change
-        self._on_phase = on_phase
         self._engine: LastingEngine | None = None
         self._http: EngineConnections | None = None
-        self._silence_s = silence_s
-        self._running = self.reserved = 0
+        self.running = self.reserved = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self.state = EngineState.STOPPED
@@ -99,8 +91,7 @@ class Replica:
         self.checked: Checked | None = None
         self.why = "the engine did not start"
         self.asleep = False
-        self._adapter_patience_s = adapter_patience_s
-        self._model: ServedModel | None = None
+        self.model: ServedModel | None = None
         self.adapters: AdapterCache | None = None
         self.on_adapter: Callable[[float | None], None] = lambda seconds: None
 
@@ -137,11 +128,6 @@ class Replica:
         return engine.capabilities if engine else None
 
     @property
-    def model(self) -> ServedModel | None:
-        """Model that the engine was started with; None before the first start."""
-        return self._model
-
-    @property
     def plan(self) -> list[dict[str, Any]] | None:
         """How the engine was started; None if there is no engine."""
         engine = self._engine  # read once: the status is built in another thread
@@ -151,11 +137,6 @@ class Replica:
     def has_engine(self) -> bool:
         """Whether the replica has an engine, which may have died a moment ago."""
         return self._engine is not None
-
-    @property
-    def running(self) -> int:
-        """Number of running requests, including the server's own."""
-        return self._running
 
     @property
     def unverified(self) -> set[VersionId]:
@@ -212,13 +193,13 @@ class Replica:
 
     def occupy(self) -> None:
         """Count a running request until `vacate`."""
-        self._running += 1
+        self.running += 1
         self._idle.clear()
 
     def vacate(self) -> None:
         """Stop counting a running request."""
-        self._running -= 1
-        if not self._running:
+        self.running -= 1
+        if not self.running:
             self._idle.set()
 
     async def drained(self, timeout_s: float) -> None:
@@ -237,7 +218,7 @@ class Replica:
         if state is EngineState.READY:
             self.watch.clear()
         self.state = state
-        self._on_change(self)
+        self.on_change(self)
 
     async def start(self, target: Target) -> str:
         """Stop the engine, if there is one, start a new one with a version, and verify its weights.
@@ -254,7 +235,7 @@ class Replica:
             engine = await self._launched(target)
             self._take(engine)
             self._make_adapters()
-            async with self._turn:
+            async with self.turn:
                 await self._start_checked(engine, target)
             result = await self.verify(target, fresh=True)
         except BaseException:
@@ -277,7 +258,7 @@ class Replica:
         self._take(engine)
         self.enter(EngineState.STARTING)
         try:
-            await self._verification.files(target)
+            await self.verification.files(target)
             await engine.adopt()
             await self._verify_again(target)
         except Exception:  # a new engine may work, or show the error
@@ -293,12 +274,12 @@ class Replica:
 
     async def _launched(self, target: Target) -> LastingEngine:
         """Create the engine's folders, and return an unstarted engine."""
-        self._model = await self._verification.model(target)
-        return await asyncio.to_thread(self._launch, self._model)
+        self.model = await self.verification.model(target)
+        return await asyncio.to_thread(self.launch, self.model)
 
     def _take(self, engine: LastingEngine) -> None:
         self._engine = engine
-        self._http = EngineConnections(engine.socket, silence_s=self._silence_s)
+        self._http = EngineConnections(engine.socket, silence_s=self.silence_s)
 
     def _drop(self) -> None:
         if self._http is not None:
@@ -309,11 +290,11 @@ class Replica:
         """Create a new engine's adapter cache if it applies adapters, and drop the previous engine's cache."""
         self._end_adapters()
         engine = self._started
-        if self._model and engine.capabilities.adapters:
+        if self.model and engine.capabilities.adapters:
             self.adapters = AdapterCache(
-                EngineAdapterLoader(engine, self._model, self._verification, self.watch, self.occupied),
+                EngineAdapterLoader(engine, self.model, self.verification, self.watch, self.occupied),
                 max_loaded=engine.capabilities.adapters,
-                patience_s=self._adapter_patience_s,
+                patience_s=self.adapter_patience_s,
                 on_change=lambda seconds: self.on_adapter(seconds),
             )
 
@@ -358,7 +339,7 @@ class Replica:
             async with self.adapters.use(target.version, for_operator=True) as loaded:
                 checked = loaded.checked
         else:
-            checked = await self.watch.unless_dead(self._verification.probes(self._started, target, fresh=fresh))
+            checked = await self.watch.unless_dead(self.verification.probes(self._started, target, fresh=fresh))
         self.target, self.checked = target, checked
         try:
             await self._started.record(str(target))
@@ -384,7 +365,7 @@ class Replica:
         self.enter(EngineState.IDLE)
         self._end_adapters()
         # vLLM measures free memory when it starts and when it sleeps, and fails if another engine changes it meanwhile.
-        async with self._turn:
+        async with self.turn:
             await self.watch.unless_dead(self._started.sleep())
         self.asleep = True
 
@@ -396,7 +377,7 @@ class Replica:
         """
         self.enter(EngineState.STARTING)
         try:
-            async with self._turn:
+            async with self.turn:
                 await self.watch.unless_dead(self._started.wake())
             self.asleep = False
             await self._verify_again(target)
@@ -421,9 +402,9 @@ class Replica:
 
     async def _start_checked(self, engine: LastingEngine, target: Target) -> None:
         """Compare the files' hashes while the engine starts; no request is served before both are done."""
-        starting = asyncio.create_task(engine.start(self._on_phase))
+        starting = asyncio.create_task(engine.start(self.on_phase))
         try:
-            await self._verification.files(target)
+            await self.verification.files(target)
             await starting
         finally:
             starting.cancel()

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sqlalchemy import Engine as Store
@@ -34,25 +35,21 @@ class UnknownProbesError(ProbeError):
     """Raised when a version has no probes from this kind of engine, and this engine cannot be used to record any."""
 
 
+@dataclass(eq=False)
 class Verification:
     """Checks that an engine runs a version, before clients may use it.
 
-    Args:
-        facts: returns the kind of engine that serves a model folder here.
+    Attributes:
+        facts_of: returns the kind of engine that serves a model folder here.
         adapters: settings for versions that are served as adapters.
     """
 
-    def __init__(
-        self,
-        registry: Registry,
-        store: Store,
-        facts: Callable[[Path], EngineFacts],
-        adapters: AdapterSettings | None = None,
-    ) -> None:
-        self._registry = registry
-        self._store = store
-        self._facts = facts
-        self._adapters = adapters or AdapterSettings()
+    registry: Registry
+    store: Store
+    facts_of: Callable[[Path], EngineFacts]
+    adapters: AdapterSettings = field(default_factory=AdapterSettings)
+
+    def __post_init__(self) -> None:
         # Hashing takes minutes for large models, and would block the shared threads.
         self._hashing = ThreadPoolExecutor(max_workers=_HASHING_THREADS, thread_name_prefix="hashing")
 
@@ -62,7 +59,7 @@ class Verification:
         Raises:
             NotFoundError, RefusedError, IntegrityError: see serving.replicas.served_model.
         """
-        return await asyncio.to_thread(served_model, self._registry, target, self._adapters)
+        return await asyncio.to_thread(served_model, self.registry, target, self.adapters)
 
     async def adapter(self, version: VersionId, model: ServedModel) -> AdapterFacts:
         """Return a version's adapter, its files unverified.
@@ -73,13 +70,13 @@ class Verification:
         Raises:
             NotFoundError, RefusedError, IntegrityError: the adapter is missing, or the engine cannot apply it.
         """
-        adapter = await asyncio.to_thread(read_adapter, self._registry, version)
+        adapter = await asyncio.to_thread(read_adapter, self.registry, version)
         require_fit(model, adapter)
         return adapter
 
     async def registered(self, name: str) -> set[VersionId]:
         """Return the registered versions of a name."""
-        return set(await asyncio.to_thread(self._registry.versions, name))
+        return set(await asyncio.to_thread(self.registry.versions, name))
 
     async def folder(self, target: Target) -> Path:
         """Return a version's model folder, unverified.
@@ -87,7 +84,7 @@ class Verification:
         Raises:
             NotFoundError: no such version or format.
         """
-        return await asyncio.to_thread(self._registry.artifact, target.version, target.format)
+        return await asyncio.to_thread(self.registry.artifact, target.version, target.format)
 
     async def files(self, target: Target) -> Path:
         """Check the hashes of a version's files and return its model folder.
@@ -97,7 +94,7 @@ class Verification:
             IntegrityError: a file was changed.
         """
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._hashing, self._registry.verify, target.version, target.format)
+        await loop.run_in_executor(self._hashing, self.registry.verify, target.version, target.format)
         return await self.folder(target)
 
     async def probes(self, engine: Engine, target: Target, *, fresh: bool) -> Checked:
@@ -147,14 +144,14 @@ class Verification:
         if not reference:
             return _unverified(target, "the version has no probes in any format")
         adapter = engine.client.named(name)
-        known = await asyncio.to_thread(find_retaken_probes, self._store, target, facts)
+        known = await asyncio.to_thread(find_retaken_probes, self.store, target, facts)
         if known is None:
             return Checked(await self._retake(adapter, target, reference, facts, without=engine.client))
         return await _compared(adapter, known)
 
     async def _reference(self, target: Target) -> tuple[Probe, ...]:
         """Return the recorded probes that are closest to a version's adapter."""
-        formats = (await asyncio.to_thread(self._registry.manifest, target.version)).formats
+        formats = (await asyncio.to_thread(self.registry.manifest, target.version)).formats
         recorded = (formats[format].probes for format in (Format.MERGED, Format.GPTQ) if format in formats)
         return next((probes for probes in recorded if probes), ())
 
@@ -168,14 +165,14 @@ class Verification:
         return await self._known(target, await self._recorded(target), await self.facts(target)) is not None
 
     async def _recorded(self, target: Target) -> tuple[Probe, ...]:
-        return (await asyncio.to_thread(self._registry.format, target.version, target.format)).probes
+        return (await asyncio.to_thread(self.registry.format, target.version, target.format)).probes
 
     async def _known(self, target: Target, recorded: tuple[Probe, ...], facts: EngineFacts) -> tuple[Probe, ...] | None:
         """Return the probes for a kind of engine, from the registration or later; None if they were never recorded."""
         known = tuple(probe for probe in recorded if probe.engine == facts)
         if known or not recorded:
             return known
-        return await asyncio.to_thread(find_retaken_probes, self._store, target, facts)
+        return await asyncio.to_thread(find_retaken_probes, self.store, target, facts)
 
     async def facts(self, target: Target) -> EngineFacts:
         """Return the kind of engine that serves a version in a format here.
@@ -184,7 +181,7 @@ class Verification:
             EngineError: the format cannot be served here.
             NotFoundError: no such version or format.
         """
-        return await asyncio.to_thread(self._facts, (await self.model(target)).folder)
+        return await asyncio.to_thread(self.facts_of, (await self.model(target)).folder)
 
     async def _retake(
         self,
@@ -208,7 +205,7 @@ class Verification:
             base = await asyncio.gather(*(without.logprobs(token_ids, start) for token_ids, start in sequences))
             _refuse_base(recorded, measured[0], base)
         probes = make_probes(sequences, measured, facts)
-        await asyncio.to_thread(keep_retaken_probes, self._store, target, facts, probes)
+        await asyncio.to_thread(keep_retaken_probes, self.store, target, facts, probes)
         if without is None:
             log.warning(
                 "%s was qualified on another kind of engine (%s): recorded its probes again", target, recorded[0].engine

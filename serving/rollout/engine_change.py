@@ -67,29 +67,20 @@ class SwapInProgress:
     queued: int | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineChange:
     """Changes the version in a pool's engines, one engine at a time.
 
-    Args:
+    Attributes:
         drain_timeout_s: longest wait for an engine's running requests before a change in place.
     """
 
-    def __init__(
-        self,
-        *,
-        planner: SwapPlanner,
-        verification: Verification,
-        pool: EnginePool,
-        admission: Admission,
-        names: ModelNames,
-        drain_timeout_s: float,
-    ) -> None:
-        self._planner = planner
-        self._verification = verification
-        self._pool = pool
-        self._admission = admission
-        self._names = names
-        self._drain_timeout_s = drain_timeout_s
+    planner: SwapPlanner
+    verification: Verification
+    pool: EnginePool
+    admission: Admission
+    names: ModelNames
+    drain_timeout_s: float
 
     async def run(self, change: SwapInProgress, engine: Replica) -> Result:
         """Change one engine, in place or by replacing it."""
@@ -123,7 +114,7 @@ class EngineChange:
 
     async def _blue_green(self, change: SwapInProgress, old: Replica) -> Result:
         try:
-            shortage = await change.cancellation.interrupting(self._planner.shortage(change.target))
+            shortage = await change.cancellation.interrupting(self.planner.shortage(change.target))
         except (SvcError, OSError) as error:
             log.warning("could not start a second engine with %s", change.target, exc_info=True)
             return SwapOutcome.REFUSED, str(error)
@@ -132,7 +123,7 @@ class EngineChange:
             return SwapOutcome.REFUSED, f"no memory for a second engine: {shortage} ({change.why})"
         change.kind = SwapKind.BLUEGREEN
         change.report(f"starting a second engine with {change.target}")
-        new = self._pool.add()
+        new = self.pool.add()
         try:
             result = await self._start_second(change, new)
         except SupersededError:
@@ -140,11 +131,11 @@ class EngineChange:
         except Exception as error:  # any error: the serving engine was not touched
             log.warning("could not start a second engine with %s", change.target, exc_info=error)
             change.report(f"failed: {_line(error)}")
-            self._pool.retirement.after_requests(new)
+            self.pool.retirement.after_requests(new)
             return SwapOutcome.REFUSED, str(error) or repr(error)
         change.report(result)
         self._serve_if_only(change)
-        self._pool.replace(old, new)
+        self.pool.replace(old, new)
         change.report(f"new requests are sent to the second engine; {old.running} still run in the first")
         return SwapOutcome.SUCCEEDED, None
 
@@ -155,14 +146,14 @@ class EngineChange:
             result = await change.cancellation.outcome_of(starting)
             change.cancellation.check()
         except (SupersededError, asyncio.CancelledError):
-            self._pool.retirement.after_start(new, starting)
+            self.pool.retirement.after_start(new, starting)
             raise
         return result
 
     def _serve_if_only(self, change: SwapInProgress) -> None:
         """Switch production to the target unless other engines still hold the previous version."""
-        if len(self._pool.alive) <= 1:
-            self._names.serve(change.target)
+        if len(self.pool.alive) <= 1:
+            self.names.serve(change.target)
 
     async def _in_place(self, change: SwapInProgress, engine: Replica) -> Result:
         async with self._without(change, engine):
@@ -187,11 +178,11 @@ class EngineChange:
     async def _without(self, change: SwapInProgress, engine: Replica) -> AsyncIterator[None]:
         """Stop sending requests to the engine: they go to the other engines or, without others, wait in the queue."""
         try:
-            async with self._admission.changing():
+            async with self.admission.changing():
                 engine.enter(EngineState.DRAINING)
                 try:
-                    if not self._pool.ready:
-                        change.report(f"queueing new requests; {self._admission.running} running")
+                    if not self.pool.ready:
+                        change.report(f"queueing new requests; {self.admission.running} running")
                     yield
                 except BaseException:
                     # Cancelled, or a defect. The engine's weights are unknown, so it must not receive requests.
@@ -199,9 +190,9 @@ class EngineChange:
                         engine.enter(EngineState.FAILED)
                     raise
         finally:
-            if self._admission.closed_s is not None:
-                change.queued_s = (change.queued_s or 0.0) + self._admission.closed_s
-                change.queued = max(change.queued or 0, self._admission.queue.most)
+            if self.admission.closed_s is not None:
+                change.queued_s = (change.queued_s or 0.0) + self.admission.closed_s
+                change.queued = max(change.queued or 0, self.admission.queue.most)
 
     async def _drain(self, engine: Replica) -> None:
         """Wait until no request runs in the engine, including requests whose clients left; then reset its prefix cache.
@@ -211,9 +202,9 @@ class EngineChange:
             EngineError: the engine died, or is still busy.
         """
         try:
-            await engine.drained(self._drain_timeout_s)
+            await engine.drained(self.drain_timeout_s)
         except TimeoutError:
-            after = f"after {self._drain_timeout_s:g} s (`serve.drain_timeout_s`)"
+            after = f"after {self.drain_timeout_s:g} s (`serve.drain_timeout_s`)"
             raise RequestsRunError(f"{engine.running} requests still ran {after}") from None
         await engine.watch.unless_dead(engine.client.reset_prefix_cache())
 
@@ -238,7 +229,7 @@ class EngineChange:
             result = await change.cancellation.interrupting(engine.start(change.target))
         except SupersededError as error:
             change.report(str(error))
-            if self._pool.ready:  # others serve the previous version; the reviver starts this one
+            if self.pool.ready:  # others serve the previous version; the reviver starts this one
                 engine.enter(EngineState.STOPPED)
                 return SwapOutcome.CANCELLED, str(error)
             started = await self._start_before(change, engine)
@@ -261,7 +252,7 @@ class EngineChange:
             check: raises if the change must stop.
         """
         started = time.monotonic()
-        await engine.reload(await self._verification.folder(target))
+        await engine.reload(await self.verification.folder(target))
         report(f"weights of {target} loaded in {time.monotonic() - started:.2f} s, prefix cache reset")
         check()
         report(await engine.verify(target))
@@ -275,7 +266,7 @@ class EngineChange:
         if not isinstance(error, ProbeError | SupersededError):
             return await self._replace_engine(change, engine)
         try:
-            await self._verification.files(change.current)
+            await self.verification.files(change.current)
             await self._load(engine, change.current, change.report)
         except Exception as second:  # as above
             log.warning("could not restore %s in the engine", change.current, exc_info=second)
@@ -295,15 +286,15 @@ class EngineChange:
         """Wait until no request runs, for at most RETIRE_TIMEOUT_S, or `drain_timeout_s` while requests are queued."""
         deadline, queueing = time.monotonic() + RETIRE_TIMEOUT_S, False
         while engine.running and time.monotonic() < deadline:
-            if not queueing and not self._pool.ready:
-                queueing, deadline = True, min(deadline, time.monotonic() + self._drain_timeout_s)
+            if not queueing and not self.pool.ready:
+                queueing, deadline = True, min(deadline, time.monotonic() + self.drain_timeout_s)
             with suppress(TimeoutError):
                 await engine.drained(_DRAIN_POLL_S)
 
     async def _replace_engine(self, change: SwapInProgress, engine: Replica) -> SwapOutcome:
         """Replace an engine that is dead or untrusted with a new one that runs the previous version."""
         change.report("the engine cannot continue; replacing it")
-        self._pool.count_restart()
+        self.pool.count_restart()
         await self._start_before(change, engine)
         return SwapOutcome.FAILED
 

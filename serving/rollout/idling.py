@@ -9,7 +9,8 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass, field
 
 from serving.admission.admission import Admission
 from serving.replicas.pool import EnginePool
@@ -25,38 +26,27 @@ log = logging.getLogger(__name__)
 _MAX_CHECK_INTERVAL_S = 1.0
 
 
+@dataclass(eq=False)
 class Idling:
     """Stops and wakes the engines of one model.
 
-    Args:
+    Attributes:
         target: returns the version to start an engine with.
-        idle_s: idle time after which engines stop or sleep, seconds; None for never.
+        timeout_s: idle time after which engines stop or sleep, seconds; None for never.
         promoting: returns whether a swap is planned or in progress; the engines do not idle then.
         make_room: stops other idle models' engines if this model's would not fit into memory.
         on_error: called with the reason why an engine could not be started again.
     """
 
-    def __init__(
-        self,
-        pool: EnginePool,
-        admission: Admission,
-        metrics: DeploymentMetrics,
-        *,
-        target: Callable[[], Target],
-        idle_s: float | None,
-        promoting: Callable[[], bool],
-        make_room: Callable[[], Awaitable[None]],
-        on_error: Callable[[str], None],
-    ) -> None:
-        self._pool = pool
-        self._admission = admission
-        self._metrics = metrics
-        self._target = target
-        self._idle_s = idle_s
-        self._promoting = promoting
-        self._make_room = make_room
-        self._on_error = on_error
-        self._asleep = asyncio.Event()
+    pool: EnginePool
+    admission: Admission
+    metrics: DeploymentMetrics
+    target: Callable[[], Target]
+    timeout_s: float | None
+    promoting: Callable[[], bool]
+    make_room: Callable[[], Awaitable[None]]
+    on_error: Callable[[str], None]
+    _asleep: asyncio.Event = field(default_factory=asyncio.Event, init=False)
 
     async def run(self) -> None:
         """Run until cancelled."""
@@ -71,40 +61,40 @@ class Idling:
     @property
     def idle_s(self) -> float | None:
         """Seconds since the last request; None if the engines must not be stopped now."""
-        if self._idle_s is None or self._promoting() or not self._pool.ready or self._pool.has_others:
+        if self.timeout_s is None or self.promoting() or not self.pool.ready or self.pool.has_others:
             return None
-        return self._admission.idle_s if self._admission.idle_s > 0 else None
+        return self.admission.idle_s if self.admission.idle_s > 0 else None
 
     async def sleep(self) -> bool:
         """Put the engines to sleep or stop them, unless requests run or an engine is held; return whether all do so.
 
         An engine that could not be stopped is stopped again before its next start.
         """
-        members = self._pool.members
+        members = self.pool.members
         if any(member.lock.locked() for member in members):
             return False
         async with AsyncExitStack() as stack:
             for member in members:
-                await stack.enter_async_context(self._pool.held(member))
+                await stack.enter_async_context(self.pool.held(member))
             if self.idle_s is None:
                 return False
             # Without awaiting since the check above: a request that arrives now is queued, and wakes the model.
-            self._admission.sleep()
+            self.admission.sleep()
             for member in members:
                 member.enter(EngineState.IDLE)
             self._asleep.set()
-            log.info("%s: no requests; stopping its engines or putting them to sleep", self._target())
+            log.info("%s: no requests; stopping its engines or putting them to sleep", self.target())
             rests = await asyncio.gather(*(self._rest(member) for member in members))
         return all(rests)
 
     async def end_asleep(self) -> bool:
         """Stop sleeping engines, which hold some GPU memory, unless they are waking; return whether all stopped."""
-        members = [member for member in self._pool.members if member.asleep]
-        if not members or self._promoting() or any(member.lock.locked() for member in self._pool.members):
+        members = [member for member in self.pool.members if member.asleep]
+        if not members or self.promoting() or any(member.lock.locked() for member in self.pool.members):
             return False
         async with AsyncExitStack() as stack:
             for member in members:
-                await stack.enter_async_context(self._pool.held(member))
+                await stack.enter_async_context(self.pool.held(member))
             ends = await asyncio.gather(*(self._end(member) for member in members))
         return all(ends)
 
@@ -127,13 +117,13 @@ class Idling:
         return True
 
     async def _watch(self) -> None:
-        if self._idle_s is None:
+        if self.timeout_s is None:
             return
         while True:
             idle_s = self.idle_s or 0.0
-            if idle_s >= self._idle_s:
+            if idle_s >= self.timeout_s:
                 await self.sleep()
-            await asyncio.sleep(min(_MAX_CHECK_INTERVAL_S, max(self._idle_s - idle_s, self._idle_s / 10)))
+            await asyncio.sleep(min(_MAX_CHECK_INTERVAL_S, max(self.timeout_s - idle_s, self.timeout_s / 10)))
 
     async def _wake_repeatedly(self) -> None:
         while True:
@@ -146,34 +136,34 @@ class Idling:
         began = time.monotonic()
         try:
             async with AsyncExitStack() as stack:
-                for member in self._pool.members:
-                    await stack.enter_async_context(self._pool.held(member))
-                if not self._pool.ready:
+                for member in self.pool.members:
+                    await stack.enter_async_context(self.pool.held(member))
+                if not self.pool.ready:
                     await self._try_to_make_room()
                     await self._bring_back(began)
         finally:
             self._asleep.clear()
-            self._admission.wake()
-            for member in self._pool.members:
+            self.admission.wake()
+            for member in self.pool.members:
                 if member.state is EngineState.IDLE:
                     member.enter(EngineState.STOPPED)  # the reviver starts it
 
     async def _bring_back(self, began: float) -> None:
         """Wake all sleeping engines; if none of them accepts requests afterwards, start the first member."""
-        for member in self._pool.members:
-            none_ready = not self._pool.ready
+        for member in self.pool.members:
+            none_ready = not self.pool.ready
             if member.asleep and await self._woke(member) and none_ready:
-                self._metrics.woke(time.monotonic() - began)
-        if self._pool.ready:
+                self.metrics.woke(time.monotonic() - began)
+        if self.pool.ready:
             return
-        if error := await start_engine(self._pool.members[0], self._target()):
-            self._on_error(error)
+        if error := await start_engine(self.pool.members[0], self.target()):
+            self.on_error(error)
         else:
-            self._metrics.woke(time.monotonic() - began)
+            self.metrics.woke(time.monotonic() - began)
 
     async def _woke(self, member: Replica) -> bool:
         try:
-            await member.wake(self._target())
+            await member.wake(self.target())
         except Exception:  # any error: a new engine may work
             log.warning("could not wake replica %d; restarting it", member.replica, exc_info=True)
             return False
@@ -181,17 +171,14 @@ class Idling:
 
     async def _try_to_make_room(self) -> None:
         try:
-            await self._make_room()
+            await self.make_room()
         except SvcError as error:  # only an estimate: the start shows whether memory suffices
-            log.warning("could not free memory for %s; starting it nevertheless: %s", self._target(), error.wrong)
+            log.warning("could not free memory for %s; starting it nevertheless: %s", self.target(), error.wrong)
 
     async def _wanted(self) -> None:
         """Wait until a request is queued, or an engine was started for another reason."""
-        while not self._pool.ready:
-            wanted = asyncio.create_task(self._admission.queue.wanted())
-            try:
-                done, _ = await asyncio.wait({wanted}, timeout=_MAX_CHECK_INTERVAL_S)
-            finally:
-                wanted.cancel()
-            if done:
-                return
+        while not self.pool.ready:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_MAX_CHECK_INTERVAL_S):
+                    await self.admission.queue.wanted()
+                    return

@@ -9,6 +9,7 @@ serving continues, and the desired version is read later.
 import asyncio
 import logging
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 
 from sqlalchemy import Engine as Store
@@ -39,14 +40,13 @@ _ALIAS_WAIT_S = 5.0
 """A promotion is reported as done once MLflow has stored the alias, or after this time."""
 
 
+@dataclass(eq=False)
 class Reconciler:
     """Makes a model's engines run the desired version, and keeps them running it.
 
-    Args:
-        desired: desired state when the server starts.
-        slots: tells whether there is memory for another engine.
-
     Attributes:
+        actual: the state that is being served or started; initially the desired state when the server starts.
+        slots: tells whether there is memory for another engine.
         swap: changes the version of the engines.
         journal: records swaps; closed by the code that stops the server.
         reviver: starts missing engines.
@@ -54,42 +54,28 @@ class Reconciler:
         promoting: whether a swap is planned or in progress; the engines must not idle until it has ended.
     """
 
-    def __init__(
-        self,
-        desired: Desired,
-        *,
-        store: Store,
-        pool: EnginePool,
-        swap: Swap,
-        names: ModelNames,
-        metrics: DeploymentMetrics,
-        alias: ProductionAlias,
-        slots: EngineSlots,
-    ) -> None:
-        self._actual = desired
+    actual: Desired
+    store: Store
+    pool: EnginePool
+    swap: Swap
+    names: ModelNames
+    metrics: DeploymentMetrics
+    alias: ProductionAlias
+    slots: EngineSlots
+
+    def __post_init__(self) -> None:
         self._failed: Desired | None = None
-        self._store = store
-        self.journal = Journal(store)
-        self._pool = pool
-        self.swap = swap
-        self._names = names
-        self._metrics = metrics
-        self._alias = alias
+        self.journal = Journal(self.store)
         self.last_error: str | None = None
         self.promoting = False
         # Until a swap has completed, only the previous version is known to work.
         self.reviver = Reviver(
-            pool,
-            target=lambda: self._actual.target,
-            slots=slots,
+            self.pool,
+            target=lambda: self.actual.target,
+            slots=self.slots,
             on_start=self._revived,
             on_error=self.note_error,
         )
-
-    @property
-    def actual(self) -> Desired:
-        """The state that is being served or started."""
-        return self._actual
 
     async def start(self) -> None:
         """Start an engine with the desired version if none was adopted; the reviver starts the others.
@@ -98,25 +84,25 @@ class Reconciler:
             SvcError: the version cannot be served. SwapError if another version was served before: that version becomes
                 the desired one again, and the next start uses it.
         """
-        adopted = bool(self._pool.members)
-        self._pool.fill()
+        adopted = bool(self.pool.members)
+        self.pool.fill()
         if adopted:
             return
         # During the start: MLflow takes a second to import, and may be down.
-        reading = asyncio.create_task(self._alias.read(self._actual.name))
+        reading = asyncio.create_task(self.alias.read(self.actual.name))
         try:
-            await self._pool.members[0].start(self._actual.target)
+            await self.pool.members[0].start(self.actual.target)
         except SvcError as error:
             await self._end_cut_off(SwapResult(SwapOutcome.FAILED, str(error)))
-            previous, production = self._actual.previous, None
+            previous, production = self.actual.previous, None
             with suppress(TimeoutError):
                 async with asyncio.timeout(_ALIAS_WAIT_S):
                     production = await reading
-            if previous is None or production != previous.version or previous.version == self._actual.target.version:
+            if previous is None or production != previous.version or previous.version == self.actual.target.version:
                 raise
-            await asyncio.to_thread(change_desired, self._store, self._actual, previous, None)
+            await asyncio.to_thread(change_desired, self.store, self.actual, previous, None)
             raise SwapError(
-                f"{self._actual.target} cannot be served: {error.wrong}",
+                f"{self.actual.target} cannot be served: {error.wrong}",
                 expected=error.expected,
                 todo=f"start the server again: it will serve {previous}, the previous version",
             ) from error
@@ -131,7 +117,7 @@ class Reconciler:
         If only engines with the previous version were left, for example by a server that died during a swap, that
         version is served immediately, and `follow` starts the swap to the desired version again.
         """
-        desired = self._actual
+        desired = self.actual
         if await self._adopt(desired):
             await self._end_cut_off(SwapResult(SwapOutcome.SUCCEEDED))
             return True
@@ -141,14 +127,14 @@ class Reconciler:
 
     async def _adopt(self, desired: Desired) -> bool:
         def serve() -> None:
-            self._actual = desired
+            self.actual = desired
             self._serves(Began.ADOPTED)
 
         try:
-            return await self._pool.adopt(desired.target, serve)
+            return await self.pool.adopt(desired.target, serve)
         except SvcError:
             log.warning("could not adopt an engine with %s", desired.target, exc_info=True)
-            return bool(self._pool.members)
+            return bool(self.pool.members)
 
     async def follow(self) -> None:
         """Swap to each desired version until cancelled. Call `start` first; `reviver.run` runs concurrently."""
@@ -168,10 +154,10 @@ class Reconciler:
         """Wait for a desired state that is not in effect yet, and return it."""
         while True:
             try:
-                desired = await asyncio.to_thread(read_desired, self._store, self._actual.name)
+                desired = await asyncio.to_thread(read_desired, self.store, self.actual.name)
                 if desired is not None and desired == self._failed:
-                    await self._rewrite(desired, self._actual.target, self._actual.previous)
-                elif desired is not None and desired.generation != self._actual.generation:
+                    await self._rewrite(desired, self.actual.target, self.actual.previous)
+                elif desired is not None and desired.generation != self.actual.generation:
                     return desired
             except SQLAlchemyError:
                 log.exception("could not read the desired state; continuing to serve the current version")
@@ -182,7 +168,7 @@ class Reconciler:
         """Cancel the swap when another version is desired; promoting the same version again has no effect."""
         while True:
             try:
-                newer = await asyncio.to_thread(read_desired, self._store, desired.name)
+                newer = await asyncio.to_thread(read_desired, self.store, desired.name)
             except SQLAlchemyError:
                 log.exception("could not read the desired state; continuing the swap")
                 await asyncio.sleep(_STORE_PAUSE_S)
@@ -193,7 +179,7 @@ class Reconciler:
             await asyncio.sleep(_POLL_S)
 
     async def _promote(self, desired: Desired) -> None:
-        before = self._actual
+        before = self.actual
         swap_id = await self.journal.begin(desired)
         report = partial(self.journal.step, swap_id)
         report(f"{before.target} is serving, {desired.target} is desired")
@@ -217,20 +203,20 @@ class Reconciler:
 
     def _give_up(self, before: Desired, error: Exception) -> SwapResult:
         """Return the result of a swap with an unexpected error; mark engines without the previous version as dead."""
-        for engine in self._pool.ready:
+        for engine in self.pool.ready:
             if engine.target != before.target:
                 engine.why = f"unexpected error in a swap: {error!r}"
                 engine.enter(EngineState.FAILED)
         result = SwapResult(SwapOutcome.FAILED, repr(error))
-        self._metrics.swap_ended(result)
+        self.metrics.swap_ended(result)
         return result
 
     async def _bring(self, desired: Desired, before: Desired, report: Report, cancellation: Cancellation) -> SwapResult:
         """Put the desired version into production by a swap or, if no engine serves, by starting one."""
         try:
-            if not self._pool.ready:
-                async with cancellation.holding(self._pool, self._pool.members):
-                    if not self._pool.ready:
+            if not self.pool.ready:
+                async with cancellation.holding(self.pool, self.pool.members):
+                    if not self.pool.ready:
                         error = await cancellation.interrupting(self._start(desired.target))
                         return SwapResult(SwapOutcome.FAILED if error else SwapOutcome.SUCCEEDED, error)
         except SupersededError as error:
@@ -238,24 +224,24 @@ class Reconciler:
         if desired.target == before.target:
             return SwapResult(SwapOutcome.SUCCEEDED)
         result = await self.swap.run(before.target, desired.target, report, cancellation)
-        self._metrics.swap_ended(result)
+        self.metrics.swap_ended(result)
         return result
 
     async def _start(self, target: Target) -> str | None:
         """Start the first engine with a version; return the reason if that failed. The reviver starts the others."""
-        for member in self._pool.members:
+        for member in self.pool.members:
             if member.state is EngineState.IDLE:  # a sleeping engine holds the previous version
                 await member.stop()
-        return await start_engine(self._pool.members[0], target)
+        return await start_engine(self.pool.members[0], target)
 
     async def _settle(self, desired: Desired, before: Desired, result: SwapResult, cancellation: Cancellation) -> None:
         if result.outcome is SwapOutcome.SUCCEEDED:
-            self._actual = desired
+            self.actual = desired
             self._serves(Began.SWAP)
             await self._correct_previous(before)
             if desired.target != before.target:
                 with suppress(SupersededError):
-                    await cancellation.interrupting(self._alias.settled(_ALIAS_WAIT_S))
+                    await cancellation.interrupting(self.alias.settled(_ALIAS_WAIT_S))
             return
         self._failed = desired
         self._serves()
@@ -269,16 +255,16 @@ class Reconciler:
         Args:
             began_by: reason for the change; None if the same version was served before.
         """
-        target = self._actual.target
-        self._names.serve(target)
-        self._metrics.version_loaded(target)
-        self._alias.move(target.version)
+        target = self.actual.target
+        self.names.serve(target)
+        self.metrics.version_loaded(target)
+        self.alias.move(target.version)
         if began_by is not None:
-            self.journal.serves(self._actual, began_by)
+            self.journal.serves(self.actual, began_by)
 
     def _revived(self) -> None:
         """Publish the served version after the reviver started an engine, if the first start had failed."""
-        if self._names.served is None:
+        if self.names.served is None:
             self._serves(Began.START)
 
     def note_error(self, error: str) -> None:
@@ -288,22 +274,22 @@ class Reconciler:
     async def _rewrite(self, seen: Desired, target: Target, previous: Target | None) -> None:
         """Replace a desired state in the store, unless it has changed since it was read."""
         try:
-            self._actual = await asyncio.to_thread(change_desired, self._store, seen, target, previous)
+            self.actual = await asyncio.to_thread(change_desired, self.store, seen, target, previous)
         except BusyError:
             log.info("another promotion was requested meanwhile and will be carried out next")
 
     async def _correct_previous(self, before: Desired) -> None:
         """Correct the recorded previous version: a promotion that is requested during another one can only guess it."""
-        previous = before.previous if self._actual.target == before.target else before.target
-        if self._actual.previous != previous:
-            await self._rewrite(self._actual, self._actual.target, previous)
+        previous = before.previous if self.actual.target == before.target else before.target
+        if self.actual.previous != previous:
+            await self._rewrite(self.actual, self.actual.target, previous)
 
     async def _end_cut_off(self, result: SwapResult) -> None:
         """Record the result of a swap that the server's stop interrupted; failed if this start uses another version."""
-        last = await asyncio.to_thread(find_swap, self._store, self._actual.name)
+        last = await asyncio.to_thread(find_swap, self.store, self.actual.name)
         if last is None or last.result is not None:
             return
-        if last.generation != self._actual.generation:
+        if last.generation != self.actual.generation:
             result = SwapResult(SwapOutcome.FAILED, "the server stopped during the swap")
-        self.journal.step(last.id, f"the server started again with {self._actual.target}")
+        self.journal.step(last.id, f"the server started again with {self.actual.target}")
         self.journal.end(last.id, result)

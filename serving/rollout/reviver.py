@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from serving.replicas.pool import EnginePool
 from serving.replicas.replica import Replica
@@ -33,42 +33,32 @@ class _Turn:
     died: bool
 
 
+@dataclass(eq=False)
 class Reviver:
     """Starts engines one after the other; the pause before a member's next start grows with each failure.
 
-    Args:
+    Attributes:
         target: returns the version to start engines with, which during a swap is the previous one.
         slots: tells whether there is memory for another engine.
         on_start: called when a member has an engine again.
         on_error: called with the reason why a member has no engine.
-
-    Attributes:
         backoff_s: pauses before the first, second, ... start after a death; the last pause is repeated.
     """
 
-    def __init__(
-        self,
-        pool: EnginePool,
-        *,
-        target: Callable[[], Target],
-        slots: EngineSlots,
-        on_start: Callable[[], None],
-        on_error: Callable[[str], None],
-    ) -> None:
-        self._pool = pool
-        self._target = target
-        self._slots = slots
-        self._on_start = on_start
-        self._on_error = on_error
-        self.backoff_s = _BACKOFF_S
-        self._turns: dict[Replica, _Turn] = {}
+    pool: EnginePool
+    target: Callable[[], Target]
+    slots: EngineSlots
+    on_start: Callable[[], None]
+    on_error: Callable[[str], None]
+    backoff_s: tuple[float, ...] = field(default_factory=lambda: _BACKOFF_S, init=False)
+    _turns: dict[Replica, _Turn] = field(default_factory=dict, init=False)
 
     async def run(self) -> None:
         """Run until cancelled."""
         while True:
             engine = await self._due()
-            async with self._pool.held(engine):
-                if engine in self._pool.down and await self._has_room(engine):
+            async with self.pool.held(engine):
+                if engine in self.pool.down and await self._has_room(engine):
                     await self._revive(engine)
 
     async def _due(self) -> Replica:
@@ -79,32 +69,32 @@ class Reviver:
             down = [engine for engine in self._turns if not engine.lock.locked()]
             for engine in down:
                 if engine.has_engine and not engine.lock.locked():
-                    async with self._pool.held(engine):
+                    async with self.pool.held(engine):
                         await engine.stop(engine.state)
             first = min(down, key=lambda engine: self._turns[engine].at, default=None)
             wait_s = self._turns[first].at - now() if first else None
             if first and wait_s is not None and wait_s <= 0:
                 return first
-            await self._pool.changed(wait_s)
+            await self.pool.changed(wait_s)
 
     def _note_deaths(self, now: float) -> None:
-        down = self._pool.down
+        down = self.pool.down
         self._turns = {engine: turn for engine, turn in self._turns.items() if engine in down}
         for engine in down:
             # An engine that a swap holds may be dead for a moment; the swap replaces the engine.
             if engine not in self._turns and not engine.lock.locked():
                 died = engine.state is EngineState.FAILED
                 if died:
-                    self._on_error(f"replica {engine.replica} died: {engine.why}")
+                    self.on_error(f"replica {engine.replica} died: {engine.why}")
                 self._turns[engine] = _Turn(now + self.backoff_s[0], 0, died)
 
     async def _has_room(self, engine: Replica) -> bool:
         """Return whether memory suffices next to a swap's second or replaced engines; if not, postpone the start."""
-        if not self._pool.has_others:
+        if not self.pool.has_others:
             return True
         try:
-            engines = {self._target(): 1 + self._pool.starting}
-            shortage = await asyncio.to_thread(self._slots.shortage, engines)
+            engines = {self.target(): 1 + self.pool.starting}
+            shortage = await asyncio.to_thread(self.slots.shortage, engines)
         except (SvcError, OSError):
             return True  # the start fails with the same error
         if shortage:
@@ -116,12 +106,12 @@ class Reviver:
         """Start an engine; if that fails, schedule the next attempt with backoff."""
         turn = self._turns[engine]
         if turn.died:
-            self._pool.count_restart()
-        error = await start_engine(engine, self._target())
+            self.pool.count_restart()
+        error = await start_engine(engine, self.target())
         if error is None:
-            self._on_start()
+            self.on_start()
             return
-        self._on_error(error)
+        self.on_error(error)
         turn.attempts += 1
         pause_s = self.backoff_s[min(turn.attempts, len(self.backoff_s) - 1)]
         turn.at = asyncio.get_running_loop().time() + pause_s

@@ -9,7 +9,7 @@ the previous version, independently of the swap, and then changed.
 import asyncio
 import logging
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -31,28 +31,20 @@ log = logging.getLogger(__name__)
 _HEALTH_POLL_S = 0.1
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Swap:
     """Changes the version in all engines of a pool.
 
-    Args:
+    Attributes:
         planner: chooses the kind of swap.
         engine_change: changes one engine.
     """
 
-    def __init__(
-        self,
-        *,
-        planner: SwapPlanner,
-        engine_change: EngineChange,
-        pool: EnginePool,
-        admission: Admission,
-        names: ModelNames,
-    ) -> None:
-        self._planner = planner
-        self._engine_change = engine_change
-        self._pool = pool
-        self._admission = admission
-        self._names = names
+    planner: SwapPlanner
+    engine_change: EngineChange
+    pool: EnginePool
+    admission: Admission
+    names: ModelNames
 
     async def run(
         self, current: Target, target: Target, report: Report, cancellation: Cancellation | None = None
@@ -66,13 +58,13 @@ class Swap:
         """
         began, cancellation = time.monotonic(), cancellation or Cancellation()
         try:
-            plan = await cancellation.interrupting(self._planner.plan(current, target, report))
+            plan = await cancellation.interrupting(self.planner.plan(current, target, report))
         except SupersededError as error:
             return SwapResult(SwapOutcome.CANCELLED, str(error))
         except (SvcError, OSError, SQLAlchemyError) as error:
             log.warning("the swap to %s was refused", target, exc_info=error)
             return SwapResult(SwapOutcome.REFUSED, str(error))
-        running = self._admission.running
+        running = self.admission.running
         change = SwapInProgress(
             current, target, plan.kind, plan.why, plan.restart, plan.reloads, report, cancellation, running
         )
@@ -95,7 +87,7 @@ class Swap:
             outcome, reason = SwapOutcome.FAILED, repr(error)
         if outcome is not SwapOutcome.SUCCEEDED:
             return max(outcome, await self._back(change), key=_severity), reason
-        self._names.serve(change.target)
+        self.names.serve(change.target)
         return outcome, None
 
     async def _change_all(self, change: SwapInProgress) -> Result:
@@ -104,29 +96,29 @@ class Swap:
             change.cancellation.check()
             if engine.lock.locked():
                 change.report(f"replica {engine.replica} died and is being started: waiting for it")
-            async with change.cancellation.holding(self._pool, [engine]):
+            async with change.cancellation.holding(self.pool, [engine]):
                 if self._is_changed(change, engine) or (
                     changed and not await change.cancellation.interrupting(_recovers(engine))
                 ):
                     continue  # a dead engine is chosen again, or is started with the version that serves in the end
-                outcome, reason = await self._engine_change.run(change, engine)
+                outcome, reason = await self.engine_change.run(change, engine)
             if outcome is not SwapOutcome.SUCCEEDED:
                 return outcome, reason
             changed += 1
-            if len(self._pool.members) > 1:
-                holding = sum(member.target == change.target for member in self._pool.ready)
-                change.report(f"{holding} of {len(self._pool.members)} engines now hold {change.target}")
+            if len(self.pool.members) > 1:
+                holding = sum(member.target == change.target for member in self.pool.ready)
+                change.report(f"{holding} of {len(self.pool.members)} engines now hold {change.target}")
         if not changed:
             return SwapOutcome.FAILED, "the engine died before it was changed"
         return SwapOutcome.SUCCEEDED, None
 
     def _next(self, change: SwapInProgress) -> Replica | None:
         """Return the next member to change, which may be starting with the previous version; None if all are done."""
-        return next((member for member in self._pool.members if not self._is_changed(change, member)), None)
+        return next((member for member in self.pool.members if not self._is_changed(change, member)), None)
 
     def _is_changed(self, change: SwapInProgress, engine: Replica) -> bool:
         """Return whether the engine needs no change, because it holds the new version or is dead."""
-        return engine.target == change.target or engine in self._pool.down
+        return engine.target == change.target or engine in self.pool.down
 
     async def _back(self, change: SwapInProgress) -> SwapOutcome:
         """Restore the previous version on engines that were changed already, by the same kind of swap.
@@ -137,16 +129,16 @@ class Swap:
         worst = SwapOutcome.SUCCEEDED
         # Restoring the previous version cannot be cancelled.
         back = replace(change, target=change.current, restart=not change.reloads, cancellation=Cancellation())
-        for engine in [member for member in self._pool.ready if member.target == change.target]:
+        for engine in [member for member in self.pool.ready if member.target == change.target]:
             if worst is SwapOutcome.SUCCEEDED:
                 change.report(f"restoring {change.current} on the engines that were changed")
                 worst = SwapOutcome.RESTORED
-            async with back.cancellation.holding(self._pool, [engine]):
+            async with back.cancellation.holding(self.pool, [engine]):
                 if engine.state is not EngineState.READY or engine.target != change.target:
                     continue  # it died meanwhile, and is restarted with the previous version
-                outcome, _ = await self._engine_change.run(back, engine)
+                outcome, _ = await self.engine_change.run(back, engine)
                 if outcome is SwapOutcome.REFUSED:
-                    outcome = await self._engine_change.replace_serving(back, engine)
+                    outcome = await self.engine_change.replace_serving(back, engine)
             worst = max(worst, outcome, key=_severity) if outcome is SwapOutcome.FAILED else worst
         change.queued_s, change.queued = back.queued_s, back.queued
         return worst

@@ -45,31 +45,22 @@ class Plan:
     reloads: bool = True
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SwapPlanner:
     """Chooses the kind of swap.
 
-    Args:
+    Attributes:
         choice: setting that decides whether to start a second engine even if a reload in place is possible.
         slots: tells whether there is memory for another engine, and its capabilities.
         patience_s: longest wait for stopping engines to free memory and for starting ones to take theirs, seconds.
     """
 
-    def __init__(
-        self,
-        *,
-        registry: Registry,
-        verification: Verification,
-        pool: EnginePool,
-        choice: SwapChoice,
-        slots: EngineSlots,
-        patience_s: float,
-    ) -> None:
-        self._registry = registry
-        self._verification = verification
-        self._pool = pool
-        self._choice = choice
-        self._slots = slots
-        self._patience_s = patience_s
+    registry: Registry
+    verification: Verification
+    pool: EnginePool
+    choice: SwapChoice
+    slots: EngineSlots
+    patience_s: float
 
     async def plan(self, current: Target, target: Target, report: Report) -> Plan:
         """Compare files and versions, and return the plan. All checks come first: a failed reload kills the engine.
@@ -84,13 +75,13 @@ class SwapPlanner:
             EngineError: the format cannot be served here.
             OSError, SQLAlchemyError: files or store cannot be read.
         """
-        await self._verification.files(target)
+        await self.verification.files(target)
         report("the files match the manifest")
         if Format.ADAPTER in (current.format, target.format):
             plan = await self._with_adapter(current, target)
         elif not await asyncio.to_thread(self._fits, current, target):
             plan = Plan(SwapKind.BLUEGREEN, _DIFFERENT)
-        elif self._choice is SwapChoice.BLUEGREEN:
+        elif self.choice is SwapChoice.BLUEGREEN:
             plan = Plan(SwapKind.BLUEGREEN, _AS_SET)
         else:
             plan = await self._in_place(target)
@@ -99,14 +90,14 @@ class SwapPlanner:
 
     async def _with_adapter(self, current: Target, target: Target) -> Plan:
         """Plan a swap to or from an adapter; an adapter that fits all running engines is loaded in them."""
-        await self._verification.model(target)
+        await self.verification.model(target)
         if current.format is not target.format:
             return Plan(SwapKind.BLUEGREEN, _DIFFERENT)
-        if self._choice is SwapChoice.BLUEGREEN:
+        if self.choice is SwapChoice.BLUEGREEN:
             return Plan(SwapKind.BLUEGREEN, _AS_SET)
         try:
-            for model in [engine.model for engine in self._pool.alive if engine.model]:
-                await self._verification.adapter(target.version, model)
+            for model in [engine.model for engine in self.pool.alive if engine.model]:
+                await self.verification.adapter(target.version, model)
         except RefusedError as error:
             return Plan(SwapKind.BLUEGREEN, error.wrong)
         return Plan(SwapKind.ADAPTER, "an adapter of the same base")
@@ -117,14 +108,14 @@ class SwapPlanner:
         Otherwise plan the start of an engine with the version: a second engine or, if memory is short, the same engine
         after a restart.
         """
-        several = len(self._pool.alive) > 1
+        several = len(self.pool.alive) > 1
         kind = SwapKind.ROLLING if several else SwapKind.INPLACE
-        able = await asyncio.to_thread(self._slots.capabilities, target)
+        able = await asyncio.to_thread(self.slots.capabilities, target)
         if not able.reloads:
             why, reloads = _NO_RELOAD, False
         elif able.unprobed:
             why, reloads = f"{_UNPROBED}: {able.unprobed}", False
-        elif not await self._verification.has_probes(target):
+        elif not await self.verification.has_probes(target):
             why, reloads = _FIRST_LOAD, True
         else:
             return Plan(kind, _ONE_AFTER_THE_OTHER if several else _SAME)
@@ -139,19 +130,19 @@ class SwapPlanner:
         Stored fingerprints are compared first. Computing them parses both tokenizers, which blocks the interpreter, and
         with it every stream, for 100 ms or more: it is done only if they are missing or differ, as between releases.
         """
-        stored = [self._registry.format(of.version, of.format).fingerprint for of in (current, target)]
+        stored = [self.registry.format(of.version, of.format).fingerprint for of in (current, target)]
         if stored[0] and stored[0] == stored[1]:
             return True
-        folders = (self._registry.artifact(of.version, of.format) for of in (current, target))
+        folders = (self.registry.artifact(of.version, of.format) for of in (current, target))
         computed = [compatibility_fingerprint(folder) for folder in folders]
         return computed[0] == computed[1]
 
     async def shortage(self, target: Target) -> str | None:
         """Return the missing memory for one more engine, after waiting for engines that stop or start; else None."""
-        deadline = time.monotonic() + self._patience_s
+        deadline = time.monotonic() + self.patience_s
         while True:
-            starting = self._pool.starting
-            shortage = await asyncio.to_thread(self._slots.shortage, {target: 1 + starting})
-            if not shortage or not (self._pool.retirement.under_way or starting) or time.monotonic() >= deadline:
+            starting = self.pool.starting
+            shortage = await asyncio.to_thread(self.slots.shortage, {target: 1 + starting})
+            if not shortage or not (self.pool.retirement.under_way or starting) or time.monotonic() >= deadline:
                 return shortage
             await asyncio.sleep(_ROOM_POLL_S)

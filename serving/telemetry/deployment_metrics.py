@@ -1,6 +1,7 @@
 """Prometheus instruments for the served models: their engines, rollouts and queues."""
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -69,83 +70,80 @@ class DeploymentInstruments:
         )
 
 
+@dataclass(eq=False)
 class DeploymentMetrics:
     """Metrics of one model.
 
-    Args:
+    Attributes:
         instruments: shared by all models.
         model: name of the model.
         on_loaded: called with each version that is loaded.
     """
 
-    def __init__(
-        self,
-        instruments: DeploymentInstruments,
-        model: str,
-        on_loaded: Callable[[Target], None] = lambda served: None,
-    ) -> None:
-        self._instruments = instruments
-        self._on_loaded = on_loaded
-        self._model = model
-        instruments.restarts.labels(model)
+    instruments: DeploymentInstruments
+    model: str
+    on_loaded: Callable[[Target], None] = lambda served: None
+
+    def __post_init__(self) -> None:
+        self.instruments.restarts.labels(self.model)
         for outcome in SwapOutcome:  # from the start, so that the first one shows as an increase
-            instruments.swaps.labels(model, outcome.value)
+            self.instruments.swaps.labels(self.model, outcome.value)
 
     def watch_admission(self, running: Callable[[], int], queued: Callable[[], int]) -> None:
         """Make two gauges read admission at each scrape."""
-        self._instruments.running.labels(self._model).set_function(running)
-        self._instruments.queued.labels(self._model).set_function(queued)
+        self.instruments.running.labels(self.model).set_function(running)
+        self.instruments.queued.labels(self.model).set_function(queued)
 
     def engine_states(self, states: Sequence[EngineState]) -> None:
         """Set the number of engines in each state."""
         for state in EngineState:
-            self._instruments.engine_state.labels(self._model, state.value).set(states.count(state))
+            self.instruments.engine_state.labels(self.model, state.value).set(states.count(state))
 
     def engine_restarted(self) -> None:
-        self._instruments.restarts.labels(self._model).inc()
+        self.instruments.restarts.labels(self.model).inc()
 
     def adapters_loaded(self, count: int) -> None:
         """Set the number of adapters that the engines have loaded."""
-        self._instruments.adapters_loaded.labels(self._model).set(count)
+        self.instruments.adapters_loaded.labels(self.model).set(count)
 
     def adapter_loaded(self, seconds: float) -> None:
         """Count and time the load of an adapter."""
-        self._instruments.adapter_loads.labels(self._model).inc()
-        self._instruments.adapter_load.labels(self._model).observe(seconds)
+        self.instruments.adapter_loads.labels(self.model).inc()
+        self.instruments.adapter_load.labels(self.model).observe(seconds)
 
     def unverified(self, versions: Collection[VersionId]) -> None:
         """Set the number of served versions that were not verified."""
-        self._instruments.unverified.labels(self._model).set(len(versions))
+        self.instruments.unverified.labels(self.model).set(len(versions))
 
     def swap_ended(self, result: SwapResult) -> None:
         """Count a swap, and time it if admission was closed for it."""
-        self._instruments.swaps.labels(self._model, result.outcome.value).inc()
+        self.instruments.swaps.labels(self.model, result.outcome.value).inc()
         if result.queued_s is not None:
-            self._instruments.swap_duration.labels(self._model, result.outcome.value).observe(result.queued_s)
+            self.instruments.swap_duration.labels(self.model, result.outcome.value).observe(result.queued_s)
         if result.queued is not None:
-            self._instruments.swap_queued.labels(self._model).observe(result.queued)
+            self.instruments.swap_queued.labels(self.model).observe(result.queued)
 
     def woke(self, seconds: float) -> None:
         """Record the time to start or wake an idle engine."""
-        self._instruments.wake_duration.labels(self._model).observe(seconds)
+        self.instruments.wake_duration.labels(self.model).observe(seconds)
 
     def version_loaded(self, served: Target) -> None:
         """Set the info metric to the version that is loaded, and remove the previous one."""
-        self._forget(self._instruments.version_info)
-        self._instruments.version_info.labels(self._model, str(served.version.number), served.format.value).set(1)
-        self._on_loaded(served)
+        self._forget(self.instruments.version_info)
+        self.instruments.version_info.labels(self.model, str(served.version.number), served.format.value).set(1)
+        self.on_loaded(served)
 
     def holdout_due(self, served: Target | None, every_s: float) -> None:
         """Set the interval between runs of a version's held-out set; `served` is None if there is no set to run."""
-        self._forget(self._instruments.holdout_interval)
+        self._forget(self.instruments.holdout_interval)
         if served:
-            self._instruments.holdout_interval.labels(self._model, str(served.version.number)).set(every_s)
+            self.instruments.holdout_interval.labels(self.model, str(served.version.number)).set(every_s)
 
     def remove(self) -> None:
         """Remove the series of all gauges; counters stay, as Prometheus expects."""
-        for instrument in vars(self._instruments).values():
+        for instrument in vars(self.instruments).values():
             if isinstance(instrument, Gauge):
                 self._forget(instrument)
 
     def _forget(self, gauge: Gauge) -> None:
-        gauge.remove_by_labels({"model": self._model})
+        gauge.remove_by_labels({"model": self.model})

@@ -15,6 +15,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -61,24 +62,20 @@ _REFERENCES = 8
 """Maximum number of drift references in memory, 20 MB each."""
 
 
+@dataclass(eq=False)
 class FeatureProcess:
     """Stores drift features for a bounded sample of requests.
 
-    Args:
+    Attributes:
         on_dropped: called with the number of requests whose features were lost.
         clock: returns monotonic time, seconds.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        *,
-        on_dropped: Callable[[int], None],
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._settings = settings
-        self._on_dropped = on_dropped
-        self._clock = clock
+    settings: Settings
+    on_dropped: Callable[[int], None]
+    clock: Callable[[], float] = time.monotonic
+
+    def __post_init__(self) -> None:
         self._buckets: dict[Target, tuple[float, float]] = {}  # tokens, and when they were counted
         self._compared: dict[Target, bool] = {}  # whether the version has a reference to compare requests with
         self._queue = deque[RequestRecord]()
@@ -95,7 +92,7 @@ class FeatureProcess:
         """Decide whether a request's features are stored, and count the request. Called only by the event loop."""
         if not self._compared.get(target, True):
             return False
-        now = self._clock()
+        now = self.clock()
         tokens, counted_at = self._buckets.get(target, (float(BURST), now))
         tokens = min(BURST, tokens + (now - counted_at) / _DAY_S * PER_DAY)
         wanted = tokens >= 1
@@ -113,7 +110,7 @@ class FeatureProcess:
                 self._queued_bytes += record.bytes
                 taken += 1
         if taken < len(records):
-            self._on_dropped(len(records) - taken)
+            self.on_dropped(len(records) - taken)
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="drift-features", daemon=True)
             self._thread.start()
@@ -131,7 +128,7 @@ class FeatureProcess:
                     self._process.kill()  # wakes the thread if it waits for the process
                 self._thread.join(_STOP_S)
         if self._queue:
-            self._on_dropped(len(self._queue))
+            self.on_dropped(len(self._queue))
 
     def _run(self) -> None:
         ended = False
@@ -145,7 +142,7 @@ class FeatureProcess:
                     self._store(batch)
                 except Exception:  # the boundary of this thread; no message here contains texts
                     log.exception("could not store the features of %d requests", len(batch))
-                    self._on_dropped(len(batch))
+                    self.on_dropped(len(batch))
         self._stop_process()
 
     def _take(self) -> list[RequestRecord]:
@@ -163,7 +160,7 @@ class FeatureProcess:
         lost, off = self._ask(batch) or self._ask(batch) or (len(batch), set[Target]())
         self._compared.update(dict.fromkeys(off, False))
         if lost:
-            self._on_dropped(lost)
+            self.on_dropped(lost)
 
     def _ask(self, batch: Sequence[RequestRecord]) -> tuple[int, set[Target]] | None:
         """Return the process's answer to a batch, see `_FeatureMaker.store`; None if it dies or hangs."""
@@ -187,7 +184,7 @@ class FeatureProcess:
         """Return whether a version has a text space, without loading it."""
         if target not in self._compared:
             try:
-                files = Registry.of(self._settings).manifest(target.version).reference
+                files = Registry.of(self.settings).manifest(target.version).reference
                 self._compared[target] = any(file.path == f"{REFERENCE_FOLDER}/{TEXT_SPACE_FILE}" for file in files)
             except (NotFoundError, IntegrityError):
                 self._compared[target] = False
@@ -201,7 +198,7 @@ class FeatureProcess:
         if self._connection is None:
             context = get_context("spawn")  # not forked: the server has threads
             self._connection, other_end = context.Pipe()
-            self._process = context.Process(target=_work, args=(other_end, self._settings), daemon=True)
+            self._process = context.Process(target=_work, args=(other_end, self.settings), daemon=True)
             self._process.start()
             other_end.close()  # otherwise the process's exit would not close the connection
         return self._connection

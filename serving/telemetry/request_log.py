@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import NamedTuple
@@ -64,10 +65,11 @@ class _Texts(NamedTuple):
     answer: str
 
 
+@dataclass(eq=False)
 class RequestLog:
     """The log of requests: queues records, and writes them to the store.
 
-    Args:
+    Attributes:
         on_stored: called with the number of rows written.
         on_dropped: called with the reason, and the number of rows or contents lost.
         spans: gets the rows of traced requests, including those that the store rejects.
@@ -75,28 +77,19 @@ class RequestLog:
         now: returns the wall clock's time.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        settings: RequestLogSettings,
-        *,
-        on_stored: Callable[[int], None],
-        on_dropped: Callable[[Dropped, int], None],
-        spans: SpanSink | None = None,
-        features: FeatureProcess | None = None,
-        max_queued: int = MAX_QUEUED,
-        now: Callable[[], datetime] = lambda: datetime.now(UTC),
-    ) -> None:
-        self._store = store
-        self._settings = settings
-        self._retention = RetentionClock(timedelta(days=settings.max_age_days), now=now)
-        self._redactor = Redactor(settings.redact)
+    store: Store
+    settings: RequestLogSettings
+    on_stored: Callable[[int], None]
+    on_dropped: Callable[[Dropped, int], None]
+    spans: SpanSink | None = None
+    features: FeatureProcess | None = None
+    max_queued: int = MAX_QUEUED
+    now: Callable[[], datetime] = lambda: datetime.now(UTC)
+
+    def __post_init__(self) -> None:
+        self._retention = RetentionClock(timedelta(days=self.settings.max_age_days), now=self.now)
+        self._redactor = Redactor(self.settings.redact)
         self._slow_patterns: set[str] = set()
-        self._on_stored = on_stored
-        self._on_dropped = on_dropped
-        self._spans = spans
-        self._features = features
-        self._max_queued = max_queued
         # Entries stay in the queue until they are written; an event is set when all entries before it are.
         self._queue = deque[_Entry | threading.Event]()
         self._queued_ids = set[str]()
@@ -114,12 +107,12 @@ class RequestLog:
 
     def wants_content(self) -> bool:
         """Decide at random, by `content_share`, whether one request's prompt and answer are stored."""
-        share = self._settings.content_share
+        share = self.settings.content_share
         return share > 0 and random.random() < share  # noqa: S311 - a sample, no secret
 
     def wants_features(self, target: Target) -> bool:
         """Decide whether drift features of one request's prompt and answer are stored."""
-        return self._features is not None and self._features.wants(target)
+        return self.features is not None and self.features.wants(target)
 
     def add(self, record: RequestRecord, content: Content | None = None, trace: RequestTrace | None = None) -> None:
         """Queue a record, or drop it if the queue is full; return immediately.
@@ -128,10 +121,10 @@ class RequestLog:
             content: prompt and answer, if they or their features are stored.
             trace: the request's trace, if it gets a span.
         """
-        if len(self._queue) >= self._max_queued:
-            self._on_dropped(Dropped.QUEUE_FULL, 1)
-            if trace and self._spans:
-                self._spans.drop()
+        if len(self._queue) >= self.max_queued:
+            self.on_dropped(Dropped.QUEUE_FULL, 1)
+            if trace and self.spans:
+                self.spans.drop()
             return
         if content is not None and not content.stored and not (content.features and _is_good(record)):
             content = None
@@ -163,9 +156,9 @@ class RequestLog:
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             log.error("could not write about %d rows of the request log in time", len(self._queue))
-            self._on_dropped(Dropped.STORE_FAILED, len(self._queue))
-        if self._features:
-            self._features.close()
+            self.on_dropped(Dropped.STORE_FAILED, len(self._queue))
+        if self.features:
+            self.features.close()
 
     def _wake(self) -> None:
         self._hurry.set()
@@ -177,7 +170,7 @@ class RequestLog:
             return self._redactor.text(text) if text else None
         except RedactionTimeoutError as error:
             self._log_slow_pattern(error)
-            self._on_dropped(Dropped.CONTENT_UNREDACTED, 1)
+            self.on_dropped(Dropped.CONTENT_UNREDACTED, 1)
             return None
 
     def _log_slow_pattern(self, error: RedactionTimeoutError) -> None:
@@ -188,9 +181,9 @@ class RequestLog:
     def _drop(self, content: Content, reason: Dropped) -> None:
         """Count lost content once for each use (storage, features) that it had."""
         if content.stored:
-            self._on_dropped(reason, 1)
+            self.on_dropped(reason, 1)
         if content.features:
-            self._on_dropped(Dropped.FEATURES, 1)
+            self.on_dropped(Dropped.FEATURES, 1)
 
     def has_grown(self, size: int) -> None:
         """Add to the known size of the stored rows; to be called for changes by other writers too, such as feedback."""
@@ -231,13 +224,13 @@ class RequestLog:
             records = [_stored(entry, text) for entry, text in zip(entries, texts, strict=True)]
             self._add_spans(entries, records)
             if records:
-                add_requests(self._store, records)
+                add_requests(self.store, records)
         except Exception:  # the boundary of this thread, which must survive a full disk and malformed requests
             log.exception("could not write %d rows of the request log", len(entries))
-            self._on_dropped(Dropped.STORE_FAILED, len(entries))
+            self.on_dropped(Dropped.STORE_FAILED, len(entries))
         else:
             self.has_grown(sum(record.bytes for record in records))
-            self._on_stored(len(records))
+            self.on_stored(len(records))
             try:
                 self._add_features(entries, texts)
             except Exception:  # a boundary too: lost features must not stop this thread
@@ -249,7 +242,7 @@ class RequestLog:
                 item.set()
 
     def _add_spans(self, entries: Sequence[_Entry], records: Sequence[RequestRecord]) -> None:
-        spans = self._spans
+        spans = self.spans
         if spans is None:
             return
         traced = [(entry.trace, record) for entry, record in zip(entries, records, strict=True) if entry.trace]
@@ -264,7 +257,7 @@ class RequestLog:
 
     def _add_features(self, entries: Sequence[_Entry], texts: Sequence[_Texts | None]) -> None:
         """Queue records for drift features, after their rows are stored: features are deleted with their rows."""
-        if self._features is None:
+        if self.features is None:
             return
         records = [
             entry.record._replace(prompt=text.prompt, answer=text.answer)
@@ -272,13 +265,13 @@ class RequestLog:
             if text and entry.content and entry.content.features and _is_good(entry.record)
         ]
         if records:
-            self._features.add(records)
+            self.features.add(records)
 
     def _read_texts(self, record: RequestRecord, content: Content) -> _Texts | None:
         """Return the redacted prompt and answer of a request; count them as lost and return None if that fails."""
         with self._lock:
             self._content_bytes -= content.size
-        limit = self._settings.max_content_kib * 1024
+        limit = self.settings.max_content_kib * 1024
         if len(content.payload) <= _ESCAPED * limit:
             time.sleep(_YIELD_S)
             try:
@@ -305,11 +298,11 @@ class RequestLog:
         with self._lock:
             grown, self._grown_bytes = self._grown_bytes, 0
         known = None if self._stored_bytes is None else self._stored_bytes + grown
-        max_bytes = self._settings.max_mib * 2**20
+        max_bytes = self.settings.max_mib * 2**20
         self._stored_bytes = None
         try:
-            before = self._retention.oldest_kept(partial(newest_request_at, self._store))
-            pruned = prune_requests(self._store, before=before, max_bytes=max_bytes, known_bytes=known)
+            before = self._retention.oldest_kept(partial(newest_request_at, self.store))
+            pruned = prune_requests(self.store, before=before, max_bytes=max_bytes, known_bytes=known)
         except Exception:  # the boundary of this thread, as above
             log.exception("could not delete old rows of the request log")
         else:

@@ -7,6 +7,7 @@ would be deleted. So the wall clock is trusted only while it advances at the sam
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 log = logging.getLogger(__name__)
@@ -20,26 +21,22 @@ def _since_boot() -> float:
     return time.clock_gettime(_BOOT_CLOCK)
 
 
+@dataclass(eq=False)
 class RetentionClock:
     """Decides when rows are too old. A distrusted clock is trusted again after a day, or after `max_age` if shorter.
 
-    Args:
+    Attributes:
         max_age: maximum age of rows that are kept.
         now: returns the wall clock's time.
         elapsed_s: returns the seconds since a fixed moment, independently of the wall clock.
     """
 
-    def __init__(
-        self,
-        max_age: timedelta,
-        *,
-        now: Callable[[], datetime] = lambda: datetime.now(UTC),
-        elapsed_s: Callable[[], float] = _since_boot,
-    ) -> None:
-        self._max_age = max_age
-        self._doubt_s = min(_MAX_DOUBT_S, max_age.total_seconds())
-        self._now = now
-        self._elapsed_s = elapsed_s
+    max_age: timedelta
+    now: Callable[[], datetime] = lambda: datetime.now(UTC)
+    elapsed_s: Callable[[], float] = _since_boot
+
+    def __post_init__(self) -> None:
+        self._doubt_s = min(_MAX_DOUBT_S, self.max_age.total_seconds())
         self._trusted: float | None = None  # trusted difference between the two clocks, seconds
         self._doubted: tuple[float, float] | None = None  # a new difference, and since when
 
@@ -50,11 +47,11 @@ class RetentionClock:
             newest: returns the newest row's time; None without rows. Used at the first call: if even that row is too
                 old, the clock may be wrong.
         """
-        now, elapsed_s = self._now(), self._elapsed_s()
+        now, elapsed_s = self.now(), self.elapsed_s()
         ahead_s = now.timestamp() - elapsed_s
         if self._trusted is None and self._doubted is None:
             last = newest()
-            if last is None or now - last <= self._max_age:
+            if last is None or now - last <= self.max_age:
                 self._trusted = ahead_s
         if not _agree(ahead_s, self._trusted):
             if self._doubted is None or not _agree(ahead_s, self._doubted[0]):
@@ -63,7 +60,7 @@ class RetentionClock:
             if elapsed_s - self._doubted[1] < self._doubt_s:
                 return None
         self._trusted, self._doubted = ahead_s, None
-        return now - self._max_age
+        return now - self.max_age
 
     def _warn(self, ahead_s: float) -> None:
         if self._trusted is None:

@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from sqlalchemy import Engine as Store
@@ -23,25 +24,18 @@ _EVERY_S = 5.0
 use."""
 
 
+@dataclass(frozen=True, slots=True)
 class UsageWriter:
     """Writes the counts of a meter to the store.
 
-    Args:
+    Attributes:
         on_known: called once with a mapping from each key's id to the tokens that the key has used today.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        meter: UsageMeter,
-        *,
-        on_known: Callable[[Mapping[str, int]], None],
-        every_s: float = _EVERY_S,
-    ) -> None:
-        self._store = store
-        self._meter = meter
-        self._on_known = on_known
-        self._every_s = every_s
+    store: Store
+    meter: UsageMeter
+    on_known: Callable[[Mapping[str, int]], None]
+    every_s: float = _EVERY_S
 
     async def run(self) -> None:
         """Write the counts periodically until cancelled."""
@@ -49,17 +43,17 @@ class UsageWriter:
         while True:
             try:
                 if not known:
-                    self._on_known(await asyncio.to_thread(_used_today, self._store))
+                    self.on_known(await asyncio.to_thread(_used_today, self.store))
                     known = True
-                await asyncio.to_thread(self._meter.flush)
+                await asyncio.to_thread(self.meter.flush)
             except SQLAlchemyError:
                 log.exception("could not write the usage per key; retrying")
-            await asyncio.sleep(self._every_s)
+            await asyncio.sleep(self.every_s)
 
     def close(self) -> None:
         """Write the last counts; they are lost if the store fails."""
         try:
-            self._meter.flush()
+            self.meter.flush()
         except SQLAlchemyError:
             log.exception("could not write the last usage per key")
 
