@@ -61,12 +61,15 @@ class GatewayParts:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The parts of a server that must be run or closed."""
+    """The parts of a server that must be run or closed.
+
+    Attributes:
+        works: coroutine functions to be run while the server runs.
+    """
 
     gateway: GatewayParts
     deployments: Deployments
-    watch_loop_lag: Callable[[], Coroutine[Any, Any, None]]
-    authentication: Authentication
+    works: Sequence[Callable[[], Coroutine[Any, Any, None]]]
 
 
 def assemble(
@@ -126,7 +129,8 @@ def assemble(
         sources=lambda: [source for each in deployments.all for source in each.pool.sources()],
         status=deployments.status,
     )
-    return Parts(gateway, deployments, partial(watch_loop_lag, metrics.loop_lagged), authentication)
+    works = (partial(watch_loop_lag, metrics.loop_lagged), gateway.usage_writer.run, authenticator.follow)
+    return Parts(gateway, deployments, works)
 
 
 def assemble_gateway(

@@ -245,13 +245,7 @@ class _Server:
             asyncio.create_task(self._let_in(public, claim.listener)),
             asyncio.create_task(local.serve(sockets=[claim.local])),
         }
-        works = [
-            parts.deployments.run(wanted),
-            parts.watch_loop_lag(),
-            parts.gateway.usage_writer.run(),
-            parts.authentication.run(),
-            self._manager.run(),
-        ]
+        works = [parts.deployments.run(wanted), self._manager.run(), *(work() for work in parts.works)]
         if self._certificate:
             works.append(self._certificate.follow())
         control = [asyncio.create_task(work) for work in works]

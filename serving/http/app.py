@@ -2,12 +2,13 @@
 
 No documentation pages, no CORS, no redirects. Small routes use FastAPI. Completions and token counts are pure ASGI (see
 serving.http.inference): they are looked up by path and bypass the framework, whose overhead is several times their own
-cost. Both pass through the same authentication and middleware.
+cost. Both pass through the same middleware.
 """
 
 import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -18,7 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.admission.errors import EngineUnavailableError
 from serving.http.administration import Administration
-from serving.http.authentication import Authentication, AuthenticationMiddleware
+from serving.http.authentication import Authentication
 from serving.http.errors import install_handlers
 from serving.http.feedback import FeedbackIntake
 from serving.http.host import AllowedHosts
@@ -67,15 +68,11 @@ def build_app(
     administration.add_to(app)
     install_handlers(app)
     hosts = AllowedHosts((gateway.settings.host, *gateway.settings.allowed_hosts))
-    app.add_middleware(AuthenticationMiddleware, authentication=authentication)
-    app.add_middleware(RequestMiddleware, router=gateway.router, hosts=hosts, limiter=gateway.limiter)
-    direct = {
-        path: RequestMiddleware(
-            AuthenticationMiddleware(endpoint, authentication), gateway.router, hosts, gateway.limiter
-        )
-        for path, endpoint in endpoints.items()
-    }
-    return Application(app, direct)
+    layer = partial(
+        RequestMiddleware, router=gateway.router, hosts=hosts, limiter=gateway.limiter, authentication=authentication
+    )
+    app.add_middleware(layer)
+    return Application(app, {path: layer(endpoint) for path, endpoint in endpoints.items()})
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,14 +5,11 @@ key: only the home's owner can open the socket.
 """
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Final
 
-from starlette.types import ASGIApp, Receive, Send
-from starlette.types import Scope as Connection
-
 from serving.http.failed_keys import FailedKeys
-from serving.http.request_state import RequestState, request_state
+from serving.http.request_state import RequestState
 from serving.protocols.route import Route, TokenRoute
 from svc.access.authenticator import Authenticator, Grant, InvalidKeyError, KeyFault
 from svc.identity.principal import Scope
@@ -34,7 +31,7 @@ _BEARER = b"bearer "
 
 
 class Authentication:
-    """Admits requests, and cancels running ones if their key becomes invalid.
+    """Admits requests.
 
     Args:
         authenticator: must have loaded the keys from the store.
@@ -50,9 +47,13 @@ class Authentication:
         self._on_failure = on_failure
         self._failed = FailedKeys()
 
-    async def run(self) -> None:
-        """Reload the keys from the store, and cancel running requests whose key became invalid, until cancelled."""
-        await self._authenticator.follow()
+    def check(self, state: RequestState, path: str) -> None:
+        """Admit a request, or let it pass without admission if its path is open to all; raise as `admit` does."""
+        if self.needs_key(state, path):
+            if path in _OPEN:
+                return
+            state.grant = self.admit(state, path)
+        state.admitted = True
 
     def needs_key(self, state: RequestState, path: str) -> bool:
         """Return whether a request must have a key."""
@@ -84,24 +85,6 @@ class Authentication:
         if needed is not None:
             grant.principal.require(needed)
         return grant
-
-
-class AuthenticationMiddleware:
-    """ASGI layer that admits a request before passing it on; the layer around it turns errors into responses."""
-
-    def __init__(self, app: ASGIApp, authentication: Authentication) -> None:
-        self._app = app
-        self._authentication = authentication
-
-    def __call__(self, scope: Connection, receive: Receive, send: Send) -> Awaitable[None]:
-        if scope["type"] == "http":
-            state, path = request_state(scope), scope["path"]
-            if not self._authentication.needs_key(state, path):
-                state.admitted = True
-            elif path not in _OPEN:
-                state.grant = self._authentication.admit(state, path)
-                state.admitted = True
-        return self._app(scope, receive, send)
 
 
 def _needed_scope(path: str) -> Scope | None:

@@ -1,5 +1,5 @@
-"""The outermost layer: adds the request id, version, processing time and the key's remaining limits to each response,
-and turns every exception into a response.
+"""The outermost layer: admits each request, adds the request id, version, processing time and the key's remaining
+limits to its response, and turns every exception into a response.
 
 The server generates request ids, because feedback refers to answers by id and a client may use an id twice. The
 client's id is stored and returned too. A version's name is sent only to clients that may use the version. Pure ASGI,
@@ -9,12 +9,13 @@ because the framework's middleware would delay streams.
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.admission.rate_limiter import RateLimiter
+from serving.http.authentication import Authentication
 from serving.http.connections import connection_of
 from serving.http.errors import api_error
 from serving.http.host import AllowedHosts
@@ -24,7 +25,19 @@ from serving.router import Router
 from svc.identity.key_secret import hide_secrets
 
 _CLIENT_HEADERS = (b"x-client-request-id", b"x-request-id")
+_ID_BYTES, _BATCH = 16, 256
 _CLIENT_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")  # safe in a log line
+
+
+def _random_numbers() -> Iterator[str]:
+    """Yield 128 random bits at a time, in hexadecimal.
+
+    They are drawn in batches: the system call takes longer than the rest of creating an id.
+    """
+    while True:
+        batch = os.urandom(_ID_BYTES * _BATCH)
+        for start in range(0, len(batch), _ID_BYTES):
+            yield batch[start : start + _ID_BYTES].hex()
 
 
 @dataclass(eq=False)
@@ -33,6 +46,7 @@ class RequestMiddleware:
 
     Attributes:
         app: the wrapped application.
+        authentication: admits requests before they are passed on.
         router: if only one model is served, its production version is named in responses that no version generated.
         hosts: host names that are accepted.
         limiter: returns a key's remaining limits.
@@ -43,10 +57,9 @@ class RequestMiddleware:
     router: Router
     hosts: AllowedHosts
     limiter: RateLimiter
+    authentication: Authentication
     clock: Callable[[], float] = time.perf_counter
-
-    def __post_init__(self) -> None:
-        self._random = _Randomness()
+    _random: Iterator[str] = field(default_factory=_random_numbers, init=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -55,7 +68,7 @@ class RequestMiddleware:
         started, client = self.clock(), scope.get("client")
         headers = dict(reversed(scope["headers"]))
         state = RequestState(
-            request_id=f"req-{self._random.take()}",
+            request_id=f"req-{next(self._random)}",
             headers=headers,
             address=client[0] if client else "",
             connection=connection_of(scope),
@@ -75,6 +88,7 @@ class RequestMiddleware:
         try:
             if not state.connection.through_socket:  # a web page cannot open a unix socket
                 self.hosts.check(headers.get(b"host", b""))
+            self.authentication.check(state, scope["path"])
             await self.app(scope, receive, send_with_headers)
         except Exception as error:
             if begun:
@@ -99,22 +113,6 @@ class RequestMiddleware:
             allowances = reservation.allowances() if reservation else self.limiter.allowances(principal)
             headers += rate_limit_headers(allowances, path)
         return headers
-
-
-class _Randomness:
-    """Source of unguessable numbers, drawn in batches: the system call takes longer than the rest of creating an id."""
-
-    _BYTES, _BATCH = 16, 256
-
-    def __init__(self) -> None:
-        self._pool = ""
-
-    def take(self) -> str:
-        """Return 128 random bits in hexadecimal."""
-        if not self._pool:
-            self._pool = os.urandom(self._BYTES * self._BATCH).hex()
-        taken, self._pool = self._pool[: 2 * self._BYTES], self._pool[2 * self._BYTES :]
-        return taken
 
 
 def _client_request_id(headers: Mapping[bytes, bytes]) -> str | None:

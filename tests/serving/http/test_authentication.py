@@ -274,7 +274,7 @@ async def test_stream_ends_within_a_second_when_its_key_is_revoked(service: Keye
     issued = service.key()
     service.double.token_delay_s = 0.05
     service.double.tokens = 1000
-    following = asyncio.create_task(service.authentication.run())
+    following = asyncio.create_task(service.authenticator.follow())
     async with service.socket_client() as client:
         body = {**BODIES[route], "stream": True}
         async with client.stream("POST", route.value, json=body, headers=bearer(issued.secret)) as answer:
@@ -297,7 +297,7 @@ async def test_stream_ends_within_a_second_when_its_key_is_revoked(service: Keye
 
 async def test_queued_request_ends_when_its_key_is_revoked_and_others_continue(service: KeyedService) -> None:
     issued, other = service.key(), service.key()
-    following = asyncio.create_task(service.authentication.run())
+    following = asyncio.create_task(service.authenticator.follow())
     async with service.client() as client:
         async with closed(service.admission):
             asked = [
@@ -318,7 +318,7 @@ async def test_running_requests_end_when_their_key_is_rotated_without_grace(
     service: KeyedService, store: Store
 ) -> None:
     issued = service.key()
-    following = asyncio.create_task(service.authentication.run())
+    following = asyncio.create_task(service.authenticator.follow())
     async with service.client_of(issued) as client, closed(service.admission):
         asked = asyncio.create_task(client.post(CHAT_PATH, json=CHAT))
         await until(lambda: service.admission.queued)
