@@ -18,7 +18,7 @@ from sqlalchemy import Engine as Store
 from serving.assembly import Parts, assemble
 from serving.deployments import OnFailure, OnReady
 from serving.http.connections import raise_descriptor_limit
-from serving.http.http_server import HttpServer, http_server
+from serving.http.http_server import HttpServer
 from serving.http.tls import Certificate
 from serving.replicas.slots import EngineSlots, MakeSlots
 from serving.systemd_notify import ServiceManager
@@ -232,14 +232,14 @@ class _Server:
         parts = self._parts
         parts.gateway.request_log.start()
         max_connections = raise_descriptor_limit()
-        public = http_server(
+        public = HttpServer(
             parts.gateway.app,
             max_connections,
             most_per_address=self._most_per_address or max(1, max_connections // 2),
             certificate=self._certificate,
             proxies=self._proxies,
         )
-        local = http_server(parts.gateway.app, _LOCAL_CONNECTIONS)
+        local = HttpServer(parts.gateway.app, _LOCAL_CONNECTIONS)
         self._http = [public, local]
         serving = {
             asyncio.create_task(self._let_in(public, claim.listener)),

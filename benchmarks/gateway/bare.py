@@ -12,7 +12,7 @@ import uvloop
 from starlette.types import Receive, Scope, Send
 
 from benchmarks.gateway.peers import MAX_STREAMS
-from serving.http.http_server import http_server
+from serving.http.http_server import HttpServer
 from svc.engine.vllm.connection_pool import EngineConnections
 
 _BACKLOG = 2048
@@ -49,7 +49,7 @@ async def serve(upstream: Path, port: int) -> None:
     with socket.create_server(("127.0.0.1", port), backlog=_BACKLOG) as listener:
         listener.setblocking(False)
         app = PassThrough(EngineConnections(upstream, silence_s=300.0))
-        await http_server(app, 2 * MAX_STREAMS).serve(sockets=[listener])
+        await HttpServer(app, 2 * MAX_STREAMS).serve(sockets=[listener])
 
 
 if __name__ == "__main__":

@@ -26,22 +26,42 @@ class HttpServer(uvicorn.Server):
 
     Args:
         most: maximum number of open connections.
-        address_limit: limit on the connections from one address.
+        most_per_address: maximum number from one address that is not a proxy; None for no limit.
         certificate: None for plain HTTP.
+        proxies: addresses whose forwarding headers are trusted; any other client can forge these headers.
         deadline_s: see `REQUEST_DEADLINE_S` in serving.http.connections.
+        idle_s: maximum idle time of a connection between two requests.
     """
 
     def __init__(
         self,
-        config: uvicorn.Config,
+        app: ASGIApp,
         most: int,
-        address_limit: AddressLimit,
-        certificate: Certificate | None,
-        deadline_s: float,
+        *,
+        most_per_address: int | None = None,
+        certificate: Certificate | None = None,
+        proxies: Sequence[str] = (),
+        deadline_s: float = REQUEST_DEADLINE_S,
+        idle_s: int = 5,
     ) -> None:
+        config = uvicorn.Config(
+            watched(app),
+            http=ClientProtocol,
+            ws="none",  # a WebSocket handshake would bypass all our layers, and its path with the query would be logged
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=bool(proxies),
+            forwarded_allow_ips=list(proxies),
+            timeout_keep_alive=idle_s,
+            timeout_graceful_shutdown=_GRACE_S,
+        )
+        logging.getLogger("uvicorn.error").addFilter(_WARNING_LIMIT)
+        config.load()
         super().__init__(config)
         self._most = most
-        self._address_limit = address_limit
+        self._address_limit = AddressLimit(most_per_address or most, proxies)
         self._certificate = certificate
         self._deadline_s = deadline_s
         self._acceptors: list[Acceptor] = []
@@ -82,41 +102,3 @@ class HttpServer(uvicorn.Server):
         """Shut down as uvicorn does, without losing an accepted connection."""
         await asyncio.gather(*(acceptor.stop(_HANDSHAKE_GRACE_S) for acceptor in self._acceptors))
         await super().shutdown(sockets=sockets)
-
-
-def http_server(
-    app: ASGIApp,
-    most: int,
-    *,
-    most_per_address: int | None = None,
-    certificate: Certificate | None = None,
-    proxies: Sequence[str] = (),
-    deadline_s: float = REQUEST_DEADLINE_S,
-    idle_s: int = 5,
-) -> HttpServer:
-    """Return a server for one listener.
-
-    Args:
-        most: maximum number of open connections.
-        most_per_address: maximum number from one address that is not a proxy; None for no limit.
-        certificate: None for plain HTTP.
-        proxies: addresses whose forwarding headers are trusted; any other client can forge these headers.
-        deadline_s: see `REQUEST_DEADLINE_S` in serving.http.connections.
-        idle_s: maximum idle time of a connection between two requests.
-    """
-    config = uvicorn.Config(
-        watched(app),
-        http=ClientProtocol,
-        ws="none",  # a WebSocket handshake would bypass all our layers, and its path with the query would be logged
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=bool(proxies),
-        forwarded_allow_ips=list(proxies),
-        timeout_keep_alive=idle_s,
-        timeout_graceful_shutdown=_GRACE_S,
-    )
-    logging.getLogger("uvicorn.error").addFilter(_WARNING_LIMIT)
-    config.load()
-    return HttpServer(config, most, AddressLimit(most_per_address or most, proxies), certificate, deadline_s)

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from serving.http.http_server import http_server
+from serving.http.http_server import HttpServer
 
 
 @asynccontextmanager
@@ -14,7 +14,7 @@ async def connected(app: Any) -> AsyncIterator[tuple[asyncio.StreamReader, async
     """Open one connection to a server of an application."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        server = http_server(app, 4, idle_s=1)
+        server = HttpServer(app, 4, idle_s=1)
         task = asyncio.create_task(server.serve(sockets=[listener]))
         while not server.started:
             await asyncio.sleep(0.01)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from serving.http import acceptor
-from serving.http.http_server import http_server
+from serving.http.http_server import HttpServer
 from serving.http.tls import Certificate
 from serving.http.warning_limit import WarningLimit
 from tests.serving.certificates import make_certificate
@@ -60,7 +60,7 @@ async def serving(address: Any = (ONE, 0), **options: Any) -> AsyncIterator[Clie
     """Run a server for eight connections, two of them for one address."""
     with socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET) as listener:
         listener.bind(address)
-        server = http_server(app, 8, **{"most_per_address": SHARE} | options)
+        server = HttpServer(app, 8, **{"most_per_address": SHARE} | options)
         task = asyncio.create_task(server.serve(sockets=[listener]))
         while not server.started:
             await asyncio.sleep(0.01)

@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 
 from serving.http.connections import ClientProtocol, connection_of, raise_descriptor_limit
-from serving.http.http_server import http_server
+from serving.http.http_server import HttpServer
 from serving.http.request_parser import MAX_HEAD_BYTES, MAX_WAITING
 
 pytestmark = pytest.mark.slow
@@ -48,7 +48,7 @@ async def cutting_app(scope: Any, receive: Any, send: Any) -> None:
 async def serving(most: int, app: Any = slow_app, deadline_s: float = DEADLINE_S) -> AsyncIterator[Connect]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        server = http_server(app, most, deadline_s=deadline_s, idle_s=1)
+        server = HttpServer(app, most, deadline_s=deadline_s, idle_s=1)
         task = asyncio.create_task(server.serve(sockets=[listener]))
         while not server.started:
             await asyncio.sleep(0.01)

@@ -15,7 +15,7 @@ from serving.http import http_server as http_server_module
 from serving.http.acceptor import Acceptor
 from serving.http.address_limit import AddressLimit
 from serving.http.connections import Connection as ServedConnection
-from serving.http.http_server import HttpServer, http_server
+from serving.http.http_server import HttpServer
 
 LAST_REQUEST_S = 0.4
 ASK = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
@@ -32,7 +32,7 @@ async def ending() -> AsyncIterator[tuple[HttpServer, Connection]]:
     """Run a server with one connection; at the end of the body it has stopped."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        server = http_server(app, most=8)
+        server = HttpServer(app, most=8)
         task = asyncio.create_task(server.serve(sockets=[listener]))
         while not server.started:
             await asyncio.sleep(0.01)
