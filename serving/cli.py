@@ -136,9 +136,9 @@ def add(ctx: click.Context, model: str, format_name: str | None) -> None:
 
 
 def _add(settings: Settings, model: str, format_name: str | None) -> None:
-    from serving.client.membership import Membership
+    from serving.client.membership import add_model
 
-    target = Membership.of(settings).add(model, Format(format_name) if format_name else None)
+    target = add_model(settings, model, Format(format_name) if format_name else None)
     click.secho(f"{target} is served", fg="green")
 
 
@@ -147,9 +147,9 @@ def _add(settings: Settings, model: str, format_name: str | None) -> None:
 @click.pass_context
 def remove(ctx: click.Context, name: str) -> None:
     """Remove NAME from the running server after its running requests complete."""
-    from serving.client.membership import Membership
+    from serving.client.membership import remove_model
 
-    Membership.of(settings_of(ctx)).remove(name)
+    remove_model(settings_of(ctx), name)
     click.echo(f"{name} is no longer served; add it again with `svc add {name}`")
 
 
