@@ -19,8 +19,7 @@ from serving.http.body_slots import BodySlots
 from serving.http.delivery import AnswerBuffers
 from serving.http.feedback import FeedbackIntake
 from serving.http.inference import Gateway
-from serving.replicas.places import EnginePlaces
-from serving.replicas.slots import EngineSlots, MakeSlots
+from serving.replicas.slots import MakeSlots
 from serving.rollout.version_changes import VersionChanges
 from serving.router import Router
 from serving.telemetry.deployment_metrics import DeploymentInstruments
@@ -34,12 +33,10 @@ from serving.telemetry.usage_writer import UsageWriter
 from svc.access.authenticator import Authenticator
 from svc.access.usage_meter import UsageMeter
 from svc.engine.device import DeviceCapabilities
-from svc.errors import EngineError
 from svc.registry.registry import Registry
 from svc.remote.listening import is_loopback
 from svc.settings import Settings, TelemetrySettings
 from svc.store.requests import Dropped
-from svc.version import Target
 
 MAX_BUFFERED_BYTES = 256 * 2**20
 """Memory limit for all answers that wait for their clients: sixteen answers of the largest size, a small part of the
@@ -100,16 +97,12 @@ def assemble(
     add_machine_metrics(collector, settings.home, capabilities, settings.engine)
     router = Router()
     slots = make_slots(settings, registry, capabilities, lambda: router.served)
-    places = EnginePlaces(slots)
-    builder = DeploymentBuilder(
-        settings, registry, store, slots, places, metrics, DeploymentInstruments(collector), on_phase
-    )
+    builder = DeploymentBuilder(settings, registry, store, slots, metrics, DeploymentInstruments(collector), on_phase)
     deployments = Deployments(
-        builder.build,
+        build=builder.build,
         router=router,
-        places=places,
+        slots=slots,
         store=store,
-        check_memory=partial(_check_memory, slots),
         registered=registry.names,
         on_ready=on_ready,
         on_failure=on_failure,
@@ -207,18 +200,3 @@ def make_traces(settings: TelemetrySettings, metrics: GatewayMetrics) -> "Traces
         on_sent=metrics.spans_sent,
         on_dropped=metrics.spans_dropped,
     )
-
-
-def _check_memory(slots: EngineSlots, targets: Sequence[Target]) -> None:
-    """Check that there is memory for the engines of these versions.
-
-    Raises:
-        EngineError: memory is short; the message has the needed and the free memory.
-        NotFoundError: no such version or format.
-    """
-    missing = slots.shortage({target: slots.settings.engine_for(target.version.name).replicas for target in targets})
-    if missing:
-        raise EngineError(
-            f"no memory for {', '.join(str(target) for target in targets)}: {missing}",
-            todo="serve fewer models, or reduce each one's `max_model_len` or `replicas` under `models` in svc.yaml",
-        )

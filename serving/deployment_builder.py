@@ -14,7 +14,6 @@ from serving.deployment import Deployment
 from serving.deployments import MakeRoom
 from serving.model_names import ModelNames
 from serving.replicas.balancer import Balancer
-from serving.replicas.places import EnginePlaces
 from serving.replicas.pool import EnginePool
 from serving.replicas.removed_adapters import RemovedAdapters
 from serving.replicas.replica import Replica
@@ -41,7 +40,6 @@ class DeploymentBuilder:
     registry: Registry
     store: Store
     slots: EngineSlots
-    places: EnginePlaces
     gateway_metrics: GatewayMetrics
     instruments: DeploymentInstruments
     on_phase: Callable[[str], None]
@@ -131,7 +129,7 @@ class DeploymentBuilder:
 
         return EnginePool(
             make=make,
-            places=self.places,
+            slots=self.slots,
             size=engine.replicas,
             admission=admission,
             names=names,

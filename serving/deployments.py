@@ -20,7 +20,7 @@ from sqlalchemy import Engine as Store
 from sqlalchemy.exc import SQLAlchemyError
 
 from serving.deployment import Deployment
-from serving.replicas.places import EnginePlaces
+from serving.replicas.slots import EngineSlots
 from serving.router import Router, Share
 from svc.errors import EngineError, NotFoundError, SvcError
 from svc.store.deployments import deployed_names, remove_deployment
@@ -45,7 +45,6 @@ class Deployments:
 
     Attributes:
         build: returns a deployment, from its first desired state and a function that frees memory for its engines.
-        check_memory: raises if engines with these versions do not fit next to the running ones.
         registered: returns the names of all models, for errors about models that are not served; reads the disk.
         on_ready: called with each version that starts to serve.
         on_failure: called with the reason why a model cannot be served.
@@ -54,9 +53,8 @@ class Deployments:
 
     build: Callable[[Desired, MakeRoom], Deployment]
     router: Router
-    places: EnginePlaces
+    slots: EngineSlots
     store: Store
-    check_memory: Callable[[Sequence[Target]], None]
     registered: Callable[[], Sequence[str]]
     on_ready: OnReady
     on_failure: OnFailure
@@ -117,7 +115,7 @@ class Deployments:
             await asyncio.gather(*(deployment.stop(leave=leave) for deployment in self.all))
         finally:
             if not leave:
-                await self.places.end_orphans()
+                await self.slots.end_orphans()
 
     async def _start_first(self, wanted: Sequence[Desired]) -> None:
         try:
@@ -126,8 +124,8 @@ class Deployments:
             missing = [deployment for deployment in self.all if not await deployment.reconciler.adopt()]
         finally:
             self.looked.set()
-        await self.places.end_orphans()
-        await asyncio.to_thread(self.check_memory, [deployment.reconciler.actual.target for deployment in missing])
+        await self.slots.end_orphans()
+        await asyncio.to_thread(self.slots.require_memory, [each.reconciler.actual.target for each in missing])
         failed: list[SvcError] = []
         for deployment in sorted(self.all, key=missing.__contains__):  # models that already answer come first
             error = await self._start(deployment)
@@ -213,7 +211,7 @@ class Deployments:
         """
         while True:
             try:
-                return await asyncio.to_thread(self.check_memory, [target])
+                return await asyncio.to_thread(self.slots.require_memory, [target])
             except EngineError as error:
                 idle = [(idle_s, each) for each in self.all if (idle_s := each.idling.idle_s) is not None]
                 longest = max(idle, key=itemgetter(0), default=None)

@@ -13,9 +13,9 @@ from typing import Any
 
 from serving.admission.admission import Admission
 from serving.model_names import ModelNames
-from serving.replicas.places import EnginePlaces
 from serving.replicas.replica import NO_WEIGHTS, LoadedWeights, Replica
 from serving.replicas.retirement import Retirement
+from serving.replicas.slots import EngineSlots
 from serving.telemetry.deployment_metrics import DeploymentMetrics
 from serving.telemetry.engine_metrics import EngineSource
 from svc.engine.state import EngineState
@@ -35,7 +35,7 @@ class EnginePool:
 
     Attributes:
         make: returns a replica, given its number and a callback for its changes.
-        places: assigns engine numbers.
+        slots: assigns engine numbers.
         size: number of members after `fill`.
         members: engines that accept requests when they are ready.
         retirement: stops engines that are no longer needed.
@@ -43,7 +43,7 @@ class EnginePool:
     """
 
     make: Callable[[int, Callable[[Replica], None]], Replica]
-    places: EnginePlaces
+    slots: EngineSlots
     size: int
     admission: Admission
     names: ModelNames
@@ -137,13 +137,13 @@ class EnginePool:
     def fill(self) -> None:
         """Create the missing members, unstarted."""
         while len(self.members) < self.size:
-            self.members.append(self._made(self.places.take()))
+            self.members.append(self._made(self.slots.take()))
         if self.ready:
             self._show()
 
     def add(self) -> Replica:
         """Return a new, unstarted engine, for use with `replace` or `drop`."""
-        engine = self._made(self.places.take())
+        engine = self._made(self.slots.take())
         self._others.append(engine)
         return engine
 
@@ -151,7 +151,7 @@ class EnginePool:
         """Stop an engine that is not a member, and release its number."""
         await engine.stop()
         self._others.remove(engine)
-        self.places.give_back(engine.replica)
+        self.slots.give_back(engine.replica)
         self._show()
 
     def replace(self, old: Replica, new: Replica) -> None:
@@ -172,16 +172,16 @@ class EnginePool:
         Returns:
             Whether at least one engine was adopted. Engines that failed the verification were stopped.
         """
-        for number in await self.places.orphans():
+        for number in await self.slots.orphans():
             if len(self.members) == self.size:
                 break
-            engine = self._made(self.places.take(number))
+            engine = self._made(self.slots.take(number))
             self._others.append(engine)  # so that `stop` finds it if this task is cancelled
             try:
                 adopted = await engine.adopt(target)
             except Exception:
                 self._others.remove(engine)
-                self.places.give_back(number)
+                self.slots.give_back(number)
                 raise
             self._others.remove(engine)
             if adopted:
@@ -190,7 +190,7 @@ class EnginePool:
                 self.members.append(engine)
                 self._show()
             else:
-                self.places.give_back(number)
+                self.slots.give_back(number)
         return bool(self.members)
 
     @property
@@ -230,7 +230,7 @@ class EnginePool:
         ready = {engine for engine in self.all if leave and engine.state is EngineState.READY}
         await asyncio.gather(*(engine.leave() if engine in ready else engine.stop() for engine in self.all))
         for engine in self.all:
-            self.places.give_back(engine.replica)
+            self.slots.give_back(engine.replica)
 
     def _on_change(self, engine: Replica) -> None:
         watch = self._watches.pop(engine, None)

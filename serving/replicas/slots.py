@@ -1,11 +1,12 @@
 """Starts and finds the engines of one home by number, and tells whether this machine has memory for more.
 
-The rest of the server reaches processes, the machine's memory and its device only through this module.
+The numbers are unique across models; an engine's folder and log are named by its number. The rest of the server reaches
+processes, the machine's memory and its device only through this module.
 """
 
 import asyncio
-from collections.abc import Callable, Collection, Mapping
-from itertools import chain
+from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path
 
 from serving.replicas.served_model import ServedModel, served_model
@@ -18,6 +19,7 @@ from svc.engine.vllm.folders import socket_folder, state_folder, state_folders
 from svc.engine.vllm.headroom import shortage
 from svc.engine.vllm.launch import EngineSpec
 from svc.engine.vllm.process import EngineProcess
+from svc.errors import EngineError
 from svc.registry.registry import Registry
 from svc.settings import Settings
 from svc.version import Target
@@ -43,11 +45,41 @@ class EngineSlots:
         self._registry = registry
         self._capabilities = capabilities
         self._served = served
+        self._taken: set[int] = set()
         self.turn = asyncio.Lock()
 
     def engine(self, number: int, name: str, model: ServedModel) -> LastingEngine:
         """Return an unstarted engine for a model."""
         return EngineProcess(self.spec(number, name, model))
+
+    def take(self, number: int | None = None) -> int:
+        """Take a number for an engine and return it.
+
+        Args:
+            number: an orphaned engine's number; None for the lowest free number.
+
+        Raises:
+            ValueError: another engine has this number.
+        """
+        if number is None:
+            number = next(number for number in count() if number not in self._taken)
+        elif number in self._taken:
+            raise ValueError(f"engine number {number} is taken")
+        self._taken.add(number)
+        return number
+
+    def give_back(self, number: int) -> None:
+        """Release the number of an engine that has stopped."""
+        self._taken.discard(number)
+
+    async def orphans(self) -> list[int]:
+        """Return the numbers of engines that an earlier server left running and this server has not taken."""
+        return [number for number in await asyncio.to_thread(self.numbers) if number not in self._taken]
+
+    async def end_orphans(self) -> None:
+        """Stop the engines that an earlier server left running and this server has not taken."""
+        for number in await self.orphans():
+            await asyncio.to_thread(self.end, number)
 
     def numbers(self) -> list[int]:
         """Return the numbers of engines that an earlier server may have left running; reads the disk."""
@@ -66,7 +98,22 @@ class EngineSlots:
         Raises:
             NotFoundError, RefusedError, IntegrityError: see serving.replicas.served_model.
         """
-        return shortage([*chain.from_iterable([self._spec_for(target)] * count for target, count in engines.items())])
+        return shortage([*chain.from_iterable([self._spec_for(target)] * number for target, number in engines.items())])
+
+    def require_memory(self, targets: Sequence[Target]) -> None:
+        """Check that there is memory for all engines of these versions.
+
+        Raises:
+            EngineError: memory is short; the message has the needed and the free memory.
+            NotFoundError: no such version or format.
+        """
+        missing = self.shortage({target: self.settings.engine_for(target.version.name).replicas for target in targets})
+        if missing:
+            raise EngineError(
+                f"no memory for {', '.join(str(target) for target in targets)}: {missing}",
+                todo="serve fewer models, or reduce each one's `max_model_len` or `replicas` under `models` in "
+                "svc.yaml",
+            )
 
     def capabilities(self, target: Target) -> EngineCapabilities:
         """Return the capabilities of an engine that starts with a version; reads the disk and raises as `shortage`."""

@@ -14,7 +14,6 @@ from prometheus_client import CollectorRegistry
 
 from serving.deployment_builder import DeploymentBuilder
 from serving.http.connections import watched
-from serving.replicas.places import EnginePlaces
 from serving.replicas.replica import Replica
 from serving.telemetry.deployment_metrics import DeploymentInstruments
 from serving.telemetry.metrics import GatewayMetrics
@@ -92,14 +91,12 @@ class Control:
         settings = self.settings.model_copy(update={"engine": EngineSettings(replicas=self.replicas)})
         self.collector = CollectorRegistry()
         self.metrics = GatewayMetrics(self.collector)
-        slots = ParkSlots(self.park, settings, self.registry, AVX512, list)
-        self.places = EnginePlaces(slots)
+        self.slots = ParkSlots(self.park, settings, self.registry, AVX512, list)
         builder = DeploymentBuilder(
             settings,
             self.registry,
             self.store,
-            slots,
-            self.places,
+            self.slots,
             self.metrics,
             DeploymentInstruments(self.collector),
             on_phase=lambda phase: None,
@@ -129,14 +126,14 @@ class Control:
     async def start(self) -> None:
         """Start a model as a server does before requests arrive."""
         await self.reconciler.adopt()
-        await self.places.end_orphans()
+        await self.slots.end_orphans()
         await self.reconciler.start()
 
     async def stop(self, *, leave: bool = False) -> None:
         """Stop the model as a server does."""
         await self.pool.stop(leave=leave)
         if not leave:
-            await self.places.end_orphans()
+            await self.slots.end_orphans()
 
     @asynccontextmanager
     async def client(self) -> AsyncIterator[httpx.AsyncClient]:
