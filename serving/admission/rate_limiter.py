@@ -12,7 +12,6 @@ is too low is corrected at the end of the request, and delays later requests.
 
 import math
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from typing import NamedTuple
@@ -178,7 +177,7 @@ class RateLimiter:
                 _Requests(Limit.REQUESTS_PER_MINUTE, self._clock),
                 _TokensIn(Limit.TOKENS_IN_PER_MINUTE, self._clock),
                 _TokensOut(Limit.TOKENS_OUT_PER_MINUTE, self._clock),
-                _Running(Limit.CONCURRENT, self._clock),
+                _Quota(Limit.CONCURRENT, self._clock),
                 _TokensOfDay(Limit.TOKENS_PER_DAY, self._wall),
             )
             self._keys[key_id] = {quota.limit: quota for quota in quotas}
@@ -204,8 +203,8 @@ def _reserve(quotas: Sequence["_Quota"], demand: Demand) -> Reservation:
     return Reservation(held)
 
 
-class _Quota(ABC):
-    """A key's use of one limit.
+class _Quota:
+    """A key's use of one limit; here of concurrent requests, of which a request uses nothing once it has ended.
 
     A request's maximum use stays reserved while it runs: unlike past use, reservations do not expire with time. So the
     sum of a key's reservations and past use never exceeds the limit.
@@ -225,21 +224,20 @@ class _Quota(ABC):
         self.used = self._at = 0.0
         self._clock = clock
 
-    @abstractmethod
     def demanded(self, demand: Demand) -> int:
         """Return the amount that a request must reserve."""
+        return 1
 
-    @abstractmethod
     def spent(self, tokens_in: int, tokens_out: int) -> int:
         """Return the amount that a request has used; it may exceed an estimated reservation."""
+        return 0
 
-    @abstractmethod
     def forget(self) -> None:
         """Release past use that has expired."""
 
-    @abstractmethod
     def reset_s(self) -> float:
         """Return the seconds until all past use has expired; reservations are ignored, because their end is unknown."""
+        return 0.0
 
     def free(self) -> float:
         """Return the amount that may be reserved, plus a tolerance for rounding; negative if the limit is exceeded."""
@@ -271,9 +269,6 @@ class _OfMinute(_Quota):
 
 
 class _Requests(_OfMinute):
-    def demanded(self, demand: Demand) -> int:
-        return 1
-
     def spent(self, tokens_in: int, tokens_out: int) -> int:
         return 1
 
@@ -305,22 +300,6 @@ class _TokensOut(_OfMinute):
 
     def spent(self, tokens_in: int, tokens_out: int) -> int:
         return tokens_out
-
-
-class _Running(_Quota):
-    """A limit on concurrent requests: a request that has ended no longer counts."""
-
-    def demanded(self, demand: Demand) -> int:
-        return 1
-
-    def spent(self, tokens_in: int, tokens_out: int) -> int:
-        return 0
-
-    def forget(self) -> None:
-        pass
-
-    def reset_s(self) -> float:
-        return 0.0
 
 
 class _TokensOfDay(_Quota):
