@@ -25,29 +25,23 @@ class ModelNames:
     Args:
         name: the served model name, without a version.
         clock: returns the Unix time, seconds.
+
+    Attributes:
+        served: the version in production; None until a version serves.
+        since: when that version went into production, Unix seconds.
     """
 
     def __init__(self, name: str, *, clock: Callable[[], float] = time.time) -> None:
         self.name = name
         self._in_production = frozenset({name, f"{name}@{Alias.PRODUCTION}"})
         self._clock = clock
-        self._served: Target | None = None
+        self.served: Target | None = None
         self._loaded: set[Target] = set()
-        self._since = 0
-
-    @property
-    def served(self) -> Target | None:
-        """The version in production; None until a version serves."""
-        return self._served
-
-    @property
-    def since(self) -> int:
-        """When the current version went into production, Unix seconds."""
-        return self._since
+        self.since = 0
 
     def serve(self, served: Target) -> None:
-        if served != self._served:
-            self._served, self._since = served, int(self._clock())
+        if served != self.served:
+            self.served, self.since = served, int(self._clock())
 
     def set_loaded(self, loaded: set[Target]) -> None:
         """Set the versions that engines hold: two during a swap of several engines."""
@@ -56,11 +50,11 @@ class ModelNames:
     @property
     def versions(self) -> set[VersionId]:
         """The version in production and the loaded versions."""
-        return {target.version for target in (self._served, *self._loaded) if target}
+        return {target.version for target in (self.served, *self._loaded) if target}
 
     def all(self) -> tuple[str, ...]:
         """Return the names that resolve now."""
-        if self._served is None:
+        if self.served is None:
             return ()
         return self.name, *map(str, sorted(self.versions)), f"{self.name}@{Alias.PRODUCTION}"
 
@@ -74,14 +68,14 @@ class ModelNames:
             ModelNotFoundError: the name is not served here.
             EngineUnavailableError: nothing is loaded yet.
         """
-        if self._served is None:
+        if self.served is None:
             raise EngineUnavailableError("no version is loaded yet", todo="send the request again later")
         if model in self._in_production:
             return None
         for loaded in self._loaded:
             if model == str(loaded.version):
                 return loaded.version
-        if self._served.format is Format.ADAPTER and (version := self._parsed(model)):
+        if self.served.format is Format.ADAPTER and (version := self._parsed(model)):
             return version
         raise ModelNotFoundError(
             f"model {model[:SHOWN_CHARS]!r} is not served here", expected=f"one of {', '.join(self.all())}"

@@ -38,6 +38,7 @@ class EnginePool:
         slots: assigns engine numbers.
         size: number of members after `fill`.
         members: engines that accept requests when they are ready.
+        others: engines that may become members, and engines that were members.
         retirement: stops engines that are no longer needed.
         restarts: number of engine starts after a death.
     """
@@ -50,7 +51,7 @@ class EnginePool:
     metrics: DeploymentMetrics
 
     def __post_init__(self) -> None:
-        self._others: list[Replica] = []
+        self.others: list[Replica] = []
         self._watches: dict[Replica, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
         self._primary: Replica | None = None
@@ -60,8 +61,8 @@ class EnginePool:
 
     @property
     def all(self) -> list[Replica]:
-        """Members, engines that may become members, and engines that were members."""
-        return [*self.members, *self._others]
+        """Members and other engines."""
+        return [*self.members, *self.others]
 
     @property
     def ready(self) -> list[Replica]:
@@ -77,11 +78,6 @@ class EnginePool:
     def starting(self) -> int:
         """Number of engines that are starting and have not allocated all their memory yet."""
         return sum(engine.state is EngineState.STARTING for engine in self.all)
-
-    @property
-    def has_others(self) -> bool:
-        """Whether there are engines that are not members."""
-        return bool(self._others)
 
     @property
     def primary(self) -> Replica | None:
@@ -144,21 +140,21 @@ class EnginePool:
     def add(self) -> Replica:
         """Return a new, unstarted engine, for use with `replace` or `drop`."""
         engine = self._made(self.slots.take())
-        self._others.append(engine)
+        self.others.append(engine)
         return engine
 
     async def drop(self, engine: Replica) -> None:
         """Stop an engine that is not a member, and release its number."""
         await engine.stop()
-        self._others.remove(engine)
+        self.others.remove(engine)
         self.slots.give_back(engine.replica)
         self._show()
 
     def replace(self, old: Replica, new: Replica) -> None:
         """Replace a member with a ready engine, between two requests; the old engine stops after its last request."""
-        self._others.remove(new)
+        self.others.remove(new)
         self.members[self.members.index(old)] = new
-        self._others.append(old)
+        self.others.append(old)
         old.enter(EngineState.RETIRING)
         self._on_change(new)
         self.retirement.after_requests(old)
@@ -176,14 +172,14 @@ class EnginePool:
             if len(self.members) == self.size:
                 break
             engine = self._made(self.slots.take(number))
-            self._others.append(engine)  # so that `stop` finds it if this task is cancelled
+            self.others.append(engine)  # so that `stop` finds it if this task is cancelled
             try:
                 adopted = await engine.adopt(target)
             except Exception:
-                self._others.remove(engine)
+                self.others.remove(engine)
                 self.slots.give_back(number)
                 raise
-            self._others.remove(engine)
+            self.others.remove(engine)
             if adopted:
                 if not self.members:
                     on_first()

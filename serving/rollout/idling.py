@@ -61,7 +61,7 @@ class Idling:
     @property
     def idle_s(self) -> float | None:
         """Seconds since the last request; None if the engines must not be stopped now."""
-        if self.timeout_s is None or self.promoting() or not self.pool.ready or self.pool.has_others:
+        if self.timeout_s is None or self.promoting() or not self.pool.ready or self.pool.others:
             return None
         return self.admission.idle_s if self.admission.idle_s > 0 else None
 

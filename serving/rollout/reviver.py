@@ -90,7 +90,7 @@ class Reviver:
 
     async def _has_room(self, engine: Replica) -> bool:
         """Return whether memory suffices next to a swap's second or replaced engines; if not, postpone the start."""
-        if not self.pool.has_others:
+        if not self.pool.others:
             return True
         try:
             engines = {self.target(): 1 + self.pool.starting}

@@ -221,7 +221,7 @@ class TestRefusals:
 
     async def test_error_counts_for_the_model_when_no_version_is_loaded_yet(self, socket_folder: Path) -> None:
         async with Service(socket_folder).run() as service, service.client() as client:
-            service.names._served = None
+            service.names.served = None
             assert (await client.post(CHAT_PATH, json=CHAT)).status_code == 503
         assert failed(service, "engine_unavailable", NAME, "") == 1
 

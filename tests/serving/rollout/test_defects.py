@@ -38,7 +38,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, owner: type, method: str, *calls: i
 
 async def back_to_one(control: Control) -> None:
     """Wait until every member really serves version 1, and nothing else is desired."""
-    await until(lambda: len(control.pool.ready) == control.replicas and not control.pool.has_others)
+    await until(lambda: len(control.pool.ready) == control.replicas and not control.pool.others)
     assert {engine.target for engine in control.pool.members} == {target(1)}
     assert {engine.double.weights.split("/")[-2] for engine in control.park.engines if engine.alive} == {"1"}
     assert control.desired().target == target(1)
