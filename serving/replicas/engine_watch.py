@@ -7,7 +7,6 @@ silence alone does not mean death: the API server's CPU time shows whether it is
 import asyncio
 import time
 from collections.abc import Callable, Coroutine
-from contextlib import suppress
 from typing import Any, TypeVar
 
 from svc.engine.client import Health
@@ -56,11 +55,11 @@ class EngineWatch:
         answered, front = time.monotonic(), _Front(engine)
         try:
             while True:
-                check = asyncio.create_task(self._next_check())
+                suspicion = asyncio.create_task(self._suspected.wait())
                 try:
-                    await asyncio.wait({ended, check}, return_when=asyncio.FIRST_COMPLETED)
+                    await asyncio.wait({ended, suspicion}, timeout=_HEALTH_S, return_when=asyncio.FIRST_COMPLETED)
                 finally:
-                    check.cancel()
+                    suspicion.cancel()
                 if ended.done():
                     return f"it exited with code {ended.result()}"
                 health = await engine.client.health()
@@ -92,11 +91,6 @@ class EngineWatch:
             for task in (working, dying):
                 task.cancel()
             await asyncio.gather(working, dying, return_exceptions=True)
-
-    async def _next_check(self) -> None:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_HEALTH_S):
-                await self._suspected.wait()
 
 
 class _Front:
