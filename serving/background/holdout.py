@@ -8,10 +8,11 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 from sqlalchemy import Engine as Store
@@ -21,8 +22,6 @@ from serving.background.scheduler import BackgroundScheduler, SupersededError
 from serving.replicas.pool import EnginePool
 from serving.replicas.replica import LoadedWeights
 from serving.telemetry.deployment_metrics import DeploymentMetrics
-from svc.dataset.schema.example import ChatExample
-from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.client import EngineClient
 from svc.engine.probes import EngineFacts
 from svc.engine.state import EngineState
@@ -39,6 +38,7 @@ from svc.version import Target
 
 log = logging.getLogger(__name__)
 
+_Ask = Callable[[EngineClient], Awaitable[ExampleResult]]
 _POLL_S = 1.0
 _PAUSE_S = 60.0
 """Pause after an unexpected error, or if the store rejects the row."""
@@ -53,22 +53,6 @@ class HoldoutState(StrEnum):
     OFF = "off"
     WAITING = "waiting"
     RUNNING = "running"
-
-
-@dataclass(frozen=True, slots=True)
-class _Question:
-    """A held-out example with a registered answer.
-
-    Attributes:
-        limit: maximum number of tokens of the registered answer, and of the new one.
-    """
-
-    example: ChatExample
-    tokenized: TokenizedExample
-    limit: int
-
-    async def ask(self, client: EngineClient) -> ExampleResult:
-        return await ask_example(client, self.example, self.tokenized, limit=self.limit)
 
 
 @dataclass(eq=False)
@@ -220,13 +204,18 @@ class HoldoutRuns:
             log.exception("the run of the held-out set of %s failed", target)
             return {}, error.wrong if isinstance(error, SvcError) else repr(error)
 
-    def _find_set(self, target: Target) -> dict[int, _Question]:
-        """Return the examples to run, by their indexes in the file."""
+    def _find_set(self, target: Target) -> Mapping[int, _Ask]:
+        """Return functions that ask the examples to run, by the examples' indexes in the file.
+
+        The maximum length of a new answer is that of the registered one.
+        """
         registered = self.registry.results(target.version, target.format)
         examples = self.registry.heldout(target.version)
         tokenized = self.registry.heldout_tokens(target.version)
         questions = {
-            place: _Question(examples[place], tokenized[place], registered[place].limit)
+            place: partial(
+                ask_example, example=examples[place], tokenized=tokenized[place], limit=registered[place].limit
+            )
             for place in _evenly(len(registered), MAX_EXAMPLES)
             if len(tokenized[place].input_ids)
             <= MOST_TOKENS  # vLLM does not budget memory for the logits of more tokens
@@ -235,12 +224,12 @@ class HoldoutRuns:
             raise NotFoundError(f"all held-out examples of {target.version} have more than {MOST_TOKENS} tokens")
         return questions
 
-    async def _ask_each(self, weights: LoadedWeights, questions: dict[int, _Question]) -> dict[int, ExampleResult]:
+    async def _ask_each(self, weights: LoadedWeights, questions: Mapping[int, _Ask]) -> dict[int, ExampleResult]:
         results: dict[int, ExampleResult] = {}
         try:
-            for place, question in questions.items():
+            for place, ask in questions.items():
                 self._progress = len(results), len(questions)
-                results[place] = await self.scheduler.ask(weights, question.ask)
+                results[place] = await self.scheduler.ask(weights, ask)
         finally:
             self._progress = None
         return results
