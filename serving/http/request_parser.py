@@ -6,26 +6,15 @@ request.
 """
 
 from array import array
-from typing import Protocol
 
 import httptools
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEAD_BYTES = 64 * 1024
 """Maximum size of one request's head or trailer, and of the data that arrives in the same read."""
 MAX_WAITING = 512
 """Maximum number of unanswered requests per connection; a client that pipelines more is disconnected. Without the
 limit, one client queued 457,000 requests, 1.2 GB, in 20 s."""
-
-
-class Requests(Protocol):
-    """The callbacks that httptools calls."""
-
-    def on_message_begin(self) -> None: ...
-    def on_url(self, url: bytes) -> None: ...
-    def on_header(self, name: bytes, value: bytes) -> None: ...
-    def on_headers_complete(self) -> None: ...
-    def on_body(self, body: bytes) -> None: ...
-    def on_message_complete(self) -> None: ...
 
 
 class RequestParser(httptools.HttpRequestParser):
@@ -35,8 +24,8 @@ class RequestParser(httptools.HttpRequestParser):
         unanswered: number of requests that have begun; decremented by the code that answers them.
     """
 
-    def __init__(self, requests: Requests) -> None:
-        self._requests: Requests | None = requests
+    def __init__(self, requests: HttpToolsProtocol) -> None:
+        self._requests: HttpToolsProtocol | None = requests
         self.unanswered = 0
         self._head_bytes = 0
         self._url = b""
@@ -85,7 +74,7 @@ class RequestParser(httptools.HttpRequestParser):
         self.set_dangerous_leniencies(lenient_data_after_close=True)  # as in uvicorn's own
 
     @property
-    def _receiver(self) -> Requests:
+    def _receiver(self) -> HttpToolsProtocol:
         if self._requests is None:
             raise httptools.HttpParserError("the connection is closed")
         return self._requests
