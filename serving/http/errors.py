@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -37,7 +36,7 @@ from serving.http.failed_keys import TooManyWrongKeysError
 from serving.http.feedback import RequestLogBusyError, RequestNotFoundError
 from serving.http.host import HostNotAllowedError
 from serving.http.models import ModelNotDeletableError
-from serving.model_names import SHOWN_CHARS, ModelNotFoundError
+from serving.model_names import ModelNotFoundError
 from serving.protocols import request
 from serving.protocols.error_code import ErrorCode
 from serving.protocols.route import ANTHROPIC_PATHS
@@ -166,10 +165,6 @@ def api_error(error: Exception) -> ApiError:
                 return _shaped(error, *_SHAPES[kind])
     if isinstance(error, HTTPException):
         return _framework_error(error)
-    if isinstance(error, RequestValidationError):
-        first = error.errors()[0]
-        param = ".".join(str(part) for part in first["loc"][1:])[:SHOWN_CHARS]
-        return ApiError(422, ErrorCode.INVALID_REQUEST, str(first["msg"]), param or None)
     log.error("unexpected error in a request", exc_info=error)
     return ApiError(500, ErrorCode.INTERNAL_ERROR, "internal error in the gateway; see the server's log")
 
@@ -211,5 +206,5 @@ def install_handlers(app: FastAPI) -> None:
     async def answer(request: Request, error: Exception) -> Response:
         return api_error(error).response(request.url.path)
 
-    for kind in (HTTPException, RequestValidationError, SvcError):
+    for kind in (HTTPException, SvcError):
         app.add_exception_handler(kind, answer)
