@@ -57,7 +57,7 @@ _STREAM_OPTIONS: Json = {
 }
 _ANSWERS: Json = {"type": ["integer", "null"], "minimum": 1, "maximum": MAX_ANSWERS}
 _PROMPT: Json = {"anyOf": [{"type": "string"}, {"type": "array"}]}
-_REQUESTS: Mapping[Route, tuple[str, list[str], Json]] = {
+_REQUESTS: Mapping[Route | TokenRoute, tuple[str, list[str], Json]] = {
     Route.CHAT_COMPLETIONS: (
         "A chat completion",
         ["model", "messages"],
@@ -92,8 +92,6 @@ _REQUESTS: Mapping[Route, tuple[str, list[str], Json]] = {
         ["model", "messages", "max_tokens"],
         {"messages": _TURNS, "max_tokens": {**_COUNT, "type": "integer"}},
     ),
-}
-_TOKEN_REQUESTS: Mapping[TokenRoute, tuple[str, list[str], Json]] = {
     TokenRoute.COUNT_TOKENS: (
         "Number of tokens in a message's prompt, in the format of Anthropic's API",
         ["model", "messages"],
@@ -155,8 +153,7 @@ def openapi_document() -> Json:
     """Return the document as JSON values; it is built once, and callers must not change it."""
     schemas = {"Error": _ERROR, "MessagesError": _MESSAGES_ERROR, "Model": _MODEL}
     schemas["FeedbackRequest"] = _schema(FeedbackRequest, schemas)
-    requests = {route.value: _completion(route) for route in Route}
-    requests |= {route.value: _token_count(route) for route in TokenRoute}
+    requests = {route.value: _engine_request(route) for route in _REQUESTS}
     return {
         "openapi": "3.1.0",
         "info": {"title": "tuneserve", "version": version("tuneserve")},
@@ -173,21 +170,13 @@ def _schema(kind: type[BaseModel], schemas: Json) -> Json:
     return schema
 
 
-def _completion(route: Route) -> Json:
+def _engine_request(route: Route | TokenRoute) -> Json:
     summary, required, properties = _REQUESTS[route]
-    answers = {JSON: {"schema": _OBJECT}, "text/event-stream": {}}
-    summary = f"{summary}; with `stream` as server-sent events"
-    return _engine_request(route, summary, required, {**_COMMON, **properties}, answers)
-
-
-def _token_count(route: TokenRoute) -> Json:
-    summary, required, properties = _TOKEN_REQUESTS[route]
-    return _engine_request(route, summary, required, {"model": _COMMON["model"], **properties}, _json(_OBJECT))
-
-
-def _engine_request(
-    route: Route | TokenRoute, summary: str, required: list[str], properties: Json, answers: Json
-) -> Json:
+    if isinstance(route, Route):
+        summary = f"{summary}; with `stream` as server-sent events"
+        properties, answers = {**_COMMON, **properties}, {**_json(_OBJECT), "text/event-stream": {}}
+    else:
+        properties, answers = {"model": _COMMON["model"], **properties}, _json(_OBJECT)
     body = {**_OBJECT, "required": required, "properties": properties}
     operation = {
         "operationId": route.name.lower(),
