@@ -23,13 +23,12 @@ from serving.http.authentication import Authentication
 from serving.http.errors import install_handlers
 from serving.http.feedback import FeedbackIntake
 from serving.http.host import AllowedHosts
-from serving.http.inference import Gateway
+from serving.http.inference import Gateway, completion_endpoints
 from serving.http.middleware import RequestMiddleware
 from serving.http.models import add_models
 from serving.http.openapi import openapi_document
 from serving.http.request_state import request_state
-from serving.http.token_counts import TokenCounts
-from serving.protocols.route import Route, TokenRoute
+from serving.http.token_counts import token_count_endpoints
 from serving.telemetry.engine_metrics import EngineMetrics
 from svc.identity.principal import Scope as KeyScope
 
@@ -57,9 +56,7 @@ def build_app(
         administration: answers administration requests.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    counts = TokenCounts(gateway)
-    endpoints = {route.value: gateway.endpoint(route) for route in Route}
-    endpoints |= {route.value: counts.endpoint(route) for route in TokenRoute}
+    endpoints = completion_endpoints(gateway) | token_count_endpoints(gateway)
     for path, endpoint in endpoints.items():  # for other methods, which are rejected
         app.router.routes.append(Path(path, endpoint, methods=["POST"]))
     app.router.routes.append(Path("/v1/feedback", feedback.answer, methods=["POST"]))

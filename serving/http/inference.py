@@ -86,9 +86,10 @@ class Gateway:
         self.adapter_slots = BodySlots(max_waiting, "waiting for adapters")
         self.production_slots = BodySlots(max_waiting, "waiting for the production version's adapter")
 
-    def endpoint(self, route: Route) -> ASGIApp:
-        """Return the ASGI application for one path."""
-        return _Endpoint(self, route)
+
+def completion_endpoints(gateway: Gateway) -> dict[str, ASGIApp]:
+    """Return the ASGI applications for completions, by path."""
+    return {route.value: _Endpoint(gateway, route) for route in Route}
 
 
 @dataclass(frozen=True, slots=True)

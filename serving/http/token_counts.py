@@ -30,27 +30,22 @@ _CHECKED_AS = {TokenRoute.COUNT_TOKENS: Route.MESSAGES, TokenRoute.TOKENIZE: Rou
 """The completion route whose fields each path accepts: fields that are rejected there are rejected here too."""
 
 
-class TokenCounts:
-    """Counts tokens for the models of a gateway."""
-
-    def __init__(self, gateway: Gateway) -> None:
-        self.gateway = gateway
-        self.slots = BodySlots(MAX_CONCURRENT, "having their tokens counted")
-
-    def endpoint(self, route: TokenRoute) -> ASGIApp:
-        """Return the ASGI application for one path."""
-        return _Endpoint(self, route)
+def token_count_endpoints(gateway: Gateway) -> dict[str, ASGIApp]:
+    """Return the ASGI applications that count tokens for the models of a gateway, by path."""
+    slots = BodySlots(MAX_CONCURRENT, "having their tokens counted")
+    return {route.value: _Endpoint(gateway, slots, route) for route in TokenRoute}
 
 
 @dataclass(frozen=True, slots=True)
 class _Endpoint:
     """ASGI application for one path. A class, because Starlette would wrap a function in its request machinery."""
 
-    counts: TokenCounts
+    gateway: Gateway
+    slots: BodySlots
     route: TokenRoute
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        gateway, state = self.counts.gateway, request_state(scope)
+        gateway, state = self.gateway, request_state(scope)
         max_bytes, slot = gateway.settings.max_body_bytes, partial(gateway.body_slots.reading, state.address)
         principal = state.principal
         reservation: Reservation | None = None
@@ -80,12 +75,12 @@ class _Endpoint:
                 reservation.release()
 
     async def _answer(self, request: CompletionRequest, state: RequestState, delivery: Delivery) -> None:
-        router = self.counts.gateway.router
+        router = self.gateway.router
         require_model(router, state.principal, request.model)
         to = router.find(request.model, request.who)
         await to.backend.check(to.model)
         async with delivery:  # a client that reads slowly holds no place
-            with self.counts.slots.reading(state.caller):
+            with self.slots.reading(state.caller):
                 async with to.backend.lease(to.model) as engine:
                     state.version = engine.served.version
                     payload = request.payload(engine.engine_model)
