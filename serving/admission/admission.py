@@ -13,6 +13,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 
 from serving.admission.background_slot import BackgroundSlot
 from serving.admission.errors import (
@@ -28,6 +29,7 @@ from serving.admission.queue import RequestQueue
 _ENDED_POLL_S = 0.05
 
 
+@dataclass(eq=False, kw_only=True)
 class Admission:
     """Decides which requests run in the engine, are queued or are rejected.
 
@@ -36,33 +38,26 @@ class Admission:
     of answers. If no engine accepts requests, requests are queued while one is being changed (admission is closed),
     even during a swap that restarts the engine; otherwise requests are rejected. Initially there is no engine.
 
-    Args:
+    Attributes:
         max_running: maximum number of requests in the engine.
         max_tokens: maximum number of tokens that the running requests' answers may have in total.
         max_queued: maximum number of queued requests.
         queue_timeout_s: a request's longest wait in the queue, seconds.
         wake_timeout_s: longest wait for an engine that was stopped because it was idle, seconds.
-
-    Attributes:
         running: number of requests in the engine.
         closed_s: how long admission was closed in the last change, seconds; None if it never was.
         queue: the queued requests.
         background_slot: the slot for the server's own requests.
     """
 
-    def __init__(
-        self,
-        *,
-        max_running: int,
-        max_tokens: int,
-        max_queued: int,
-        queue_timeout_s: float,
-        wake_timeout_s: float | None = None,
-    ) -> None:
-        self._max_running = max_running
-        self._max_tokens = max_tokens
-        self._queue_timeout_s = queue_timeout_s
-        self._wake_timeout_s = wake_timeout_s or queue_timeout_s
+    max_running: int
+    max_tokens: int
+    max_queued: int
+    queue_timeout_s: float
+    wake_timeout_s: float | None = None
+
+    def __post_init__(self) -> None:
+        self._wake_timeout_s = self.wake_timeout_s or self.queue_timeout_s
         self._asleep = False
         self._idle_since = time.monotonic()
         self.running = self._tokens = self._preparing = 0
@@ -71,7 +66,7 @@ class Admission:
         self._unavailable: str | None = "the engine is starting"
         self._closed_at: float | None = None
         self.closed_s: float | None = None
-        self.queue = RequestQueue(max_queued=max_queued)
+        self.queue = RequestQueue(max_queued=self.max_queued)
         self.background_slot = BackgroundSlot()
 
     @property
@@ -118,10 +113,10 @@ class Admission:
                 too long.
             OverloadedError: all slots are taken, and the request may not wait or has waited too long.
         """
-        if tokens > self._max_tokens:
+        if tokens > self.max_tokens:
             raise TooManyTokensError(
                 f"the answers may have up to {tokens} tokens",
-                expected=f"at most {self._max_tokens} in one request; reduce 'n' or 'max_tokens'",
+                expected=f"at most {self.max_tokens} in one request; reduce 'n' or 'max_tokens'",
             )
         if self._closed or not self._enter(tokens, party, may_wait or party.has_key):
             await self._wait(tokens, party)
@@ -211,12 +206,12 @@ class Admission:
     def _full(self) -> str:
         return (
             f"{self.running} requests are running, with up to {self._tokens} tokens to generate; the limits are "
-            f"{self._max_running} requests and {self._max_tokens} tokens"
+            f"{self.max_running} requests and {self.max_tokens} tokens"
         )
 
     def _take_place(self, tokens: int) -> bool:
         """Take a slot; return False if none is free."""
-        if self.running >= self._max_running or self._tokens + tokens > self._max_tokens:
+        if self.running >= self.max_running or self._tokens + tokens > self.max_tokens:
             return False
         self.running += 1
         self._tokens += tokens
@@ -234,7 +229,7 @@ class Admission:
 
     async def _wait(self, tokens: int, party: Party) -> None:
         """Queue the request until it has a slot."""
-        timeout_s, closed = self._wake_timeout_s if self._asleep else self._queue_timeout_s, self._closed
+        timeout_s, closed = self._wake_timeout_s if self._asleep else self.queue_timeout_s, self._closed
         try:
             place = self.queue.join(party, tokens)
             self._admit_waiting()  # its turn may be now: it may fit where the previous head of the queue does not

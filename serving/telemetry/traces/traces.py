@@ -8,6 +8,7 @@ import logging
 import random
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from opentelemetry.attributes import BoundedAttributes
 from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, OTELResourceDetector, Resource
@@ -73,13 +74,14 @@ class Tracer:
         return parent if parent.is_valid else None
 
 
+@dataclass(eq=False)
 class Traces(SpanExporter):
     """Begins traces, and sends the spans of requests that ended.
 
     Spans are built at a request's end and put into the SDK's queue. This class is that queue's exporter, so that it can
     count each batch on its way to the receiver.
 
-    Args:
+    Attributes:
         exporter: sends batches.
         sample_share: sampled share of the traces that begin here.
         release: this server's release.
@@ -87,35 +89,28 @@ class Traces(SpanExporter):
         on_dropped: called with the reason and the number of spans lost.
     """
 
-    def __init__(
-        self,
-        exporter: SpanExporter,
-        *,
-        sample_share: float,
-        release: str,
-        on_sent: Callable[[int], None],
-        on_dropped: Callable[[SpanDropped, int], None],
-        max_queued: int = MAX_QUEUED,
-        max_content: int = MAX_QUEUED_CONTENT,
-    ) -> None:
-        self.begin = Tracer(sample_share).begin
-        self._exporter = exporter
+    exporter: SpanExporter
+    sample_share: float
+    release: str
+    on_sent: Callable[[int], None]
+    on_dropped: Callable[[SpanDropped, int], None]
+    max_queued: int = MAX_QUEUED
+    max_content: int = MAX_QUEUED_CONTENT
+
+    def __post_init__(self) -> None:
+        self.begin = Tracer(self.sample_share).begin
         self._ended = False
-        self._on_sent = on_sent
-        self._on_dropped = on_dropped
-        self._max_queued = max_queued
-        self._max_content = max_content
         self._lock = threading.Lock()  # for the two attributes below
         self._queued = self._content_size = 0
         self._limits = SpanLimits()  # from the operator's variables, as are attributes of the resource before ours
-        ours = Resource.create({SERVICE_NAME: "tuneserve", SERVICE_VERSION: release})
+        ours = Resource.create({SERVICE_NAME: "tuneserve", SERVICE_VERSION: self.release})
         self._resource = ours.merge(OTELResourceDetector().detect())
-        self._scope = InstrumentationScope("tuneserve", release)
+        self._scope = InstrumentationScope("tuneserve", self.release)
         self._processor = BatchSpanProcessor(
             self,
-            max_queue_size=max_queued,
+            max_queue_size=self.max_queued,
             schedule_delay_millis=_EVERY_MS,
-            max_export_batch_size=min(_BATCH, max_queued),
+            max_export_batch_size=min(_BATCH, self.max_queued),
         )
 
     def add(self, trace: RequestTrace, record: RequestRecord) -> None:
@@ -129,8 +124,8 @@ class Traces(SpanExporter):
         )
         size = _content_size(attributes)
         with self._lock:
-            has_place = self._queued < self._max_queued
-            fits = self._content_size + size <= self._max_content
+            has_place = self._queued < self.max_queued
+            fits = self._content_size + size <= self.max_content
             if has_place:
                 self._queued += 1
                 self._content_size += size if fits else 0
@@ -140,7 +135,7 @@ class Traces(SpanExporter):
         if not fits:
             for name in CONTENT:
                 attributes.pop(name, None)
-            self._on_dropped(SpanDropped.CONTENT_LIMIT, 1)
+            self.on_dropped(SpanDropped.CONTENT_LIMIT, 1)
         sampled = TraceFlags(TraceFlags.SAMPLED)
         state = TraceState.from_header([trace.state]) if trace.state else None
         span = ReadableSpan(
@@ -159,28 +154,28 @@ class Traces(SpanExporter):
 
     def drop(self) -> None:
         """Count a span that is lost."""
-        self._on_dropped(SpanDropped.QUEUE_FULL, 1)
+        self.on_dropped(SpanDropped.QUEUE_FULL, 1)
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         """Send a batch, or drop it after the SDK's attempts; called in the thread of the SDK's queue."""
         result = SpanExportResult.FAILURE
         try:
-            result = self._exporter.export(spans)
+            result = self.exporter.export(spans)
         finally:
             with self._lock:
                 self._queued -= len(spans)
                 self._content_size -= sum(_content_size(span.attributes or {}) for span in spans)
             if result is SpanExportResult.SUCCESS:
-                self._on_sent(len(spans))
+                self.on_sent(len(spans))
             else:
-                self._on_dropped(SpanDropped.SEND_FAILED, len(spans))
+                self.on_dropped(SpanDropped.SEND_FAILED, len(spans))
         return result
 
     def shutdown(self) -> None:
         """Stop waiting between attempts; later batches are dropped immediately."""
         if not self._ended:
             self._ended = True
-            self._exporter.shutdown()
+            self.exporter.shutdown()
 
     def close(self, timeout_s: float = _CLOSE_S) -> None:
         """Send the queued spans and stop; spans that are not accepted within `timeout_s` are lost and counted."""

@@ -113,11 +113,11 @@ class World:
         alive = {number for number, (task, _) in self.clients.items() if not task.done()}
         assert admission.running == len(self.inside)
         assert admission.queued == len(alive - self.inside)
-        assert 0 <= admission.running <= admission._max_running
+        assert 0 <= admission.running <= admission.max_running
         # Places that were given back unused are queued again beside those.
-        assert 0 <= admission.queued <= self.max_queued + admission._max_running
+        assert 0 <= admission.queued <= self.max_queued + admission.max_running
         assert all(admitted == sorted(admitted) for admitted in self.admitted_after_wait.values())
-        assert admission._closed or not admission.queued or admission.running == admission._max_running
+        assert admission._closed or not admission.queued or admission.running == admission.max_running
         assert not self.mixed
         assert not self.entered_closed
         assert admission.background_slot.taken == self.asking

@@ -204,7 +204,7 @@ async def test_client_raises_server_error_when_there_is_no_engine(service: Servi
 
 
 async def test_client_raises_rate_limit_when_too_many_requests_run(official: AsyncOpenAI, service: Service) -> None:
-    service.admission._max_running = 0
+    service.admission.max_running = 0
     with pytest.raises(openai.RateLimitError) as caught:
         await official.chat.completions.create(model=NAME, messages=MESSAGES)
     assert caught.value.code == "overloaded"
