@@ -81,13 +81,9 @@ class Deployment:
             "held-out runs": self.holdout.run,
             "live scores": self.scores.run,
         }
-        tasks = [asyncio.create_task(self._keep_running(part, run)) for part, run in parts.items()]
-        try:
-            await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        async with asyncio.TaskGroup() as tasks:
+            for part, run in parts.items():
+                tasks.create_task(self._keep_running(part, run))
 
     async def _keep_running(self, part: str, run: Callable[[], Awaitable[None]]) -> None:
         """Run a part until cancelled; restart it after an unexpected error, without stopping other parts or models."""
