@@ -5,6 +5,7 @@ Runs in its own task, because MLflow may be slow or down, and must delay neither
 
 import asyncio
 import logging
+from contextlib import suppress
 
 from svc.registry.tracking import Tracking
 from svc.version import Alias, VersionId
@@ -39,12 +40,10 @@ class ProductionAlias:
 
     async def settled(self, timeout_s: float) -> bool:
         """Wait until MLflow has stored the alias; return False after `timeout_s`."""
-        try:
+        with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._settled.wait()
-        except TimeoutError:
-            return False
-        return True
+        return self._settled.is_set()
 
     async def run(self) -> None:
         """Write the alias until cancelled, one write at a time: an older version must not overwrite a newer one."""
