@@ -16,12 +16,13 @@ from sqlalchemy import Engine as Store
 from starlette.responses import JSONResponse, Response
 
 from serving.http.body import ClientGoneError
+from serving.http.errors import change_error
 from serving.http.json_body import Body, read_json
 from serving.http.request_state import request_state
 from serving.rollout.version_changes import VersionChange, VersionChanges
 from serving.telemetry.metrics import CLIENT_GONE_STATUS
 from svc.access.keyring import IssuedKey, Keyring, key_row
-from svc.errors import BusyError, NotFoundError, RefusedError, SettingsError, SvcError
+from svc.errors import SettingsError, SvcError
 from svc.identity.actor import Actor
 from svc.identity.principal import Limits, Scope
 from svc.store.swaps import SwapResult, find_swap
@@ -31,22 +32,6 @@ MAX_BODY_BYTES = 16 * 1024
 _MAX_COUNT = 2**31 - 1
 _MAX_TOKENS = 2**62
 _NEW_SECRET = {"cache-control": "no-store"}
-
-
-class NothingToChangeError(NotFoundError):
-    """Raised when a change refers to something that does not exist."""
-
-
-class ChangeConflictError(BusyError):
-    """Raised when a change conflicts with another change."""
-
-
-class ChangeRefusedError(RefusedError):
-    """Raised when a change is refused."""
-
-
-class ChangeInvalidError(SettingsError):
-    """Raised when a change has an invalid value."""
 
 
 class _Request(BaseModel):
@@ -203,22 +188,10 @@ def _with_full_errors(endpoint: Callable[[Request], Awaitable[Response]]) -> Cal
             return await endpoint(request)
         except ClientGoneError:
             return Response(status_code=CLIENT_GONE_STATUS)
-        except NotFoundError as error:
-            raise _as(NothingToChangeError, error) from error
-        except BusyError as error:
-            raise _as(ChangeConflictError, error) from error
-        except SettingsError as error:
-            raise _as(ChangeInvalidError, error) from error
-        except (RefusedError, OSError) as error:
-            raise _as(ChangeRefusedError, error) from error
+        except (SvcError, OSError) as error:
+            return change_error(error).response(request.url.path)
 
     return answer
-
-
-def _as(kind: type[SvcError], error: Exception) -> SvcError:
-    if not isinstance(error, SvcError):
-        return kind(str(error))
-    return kind(error.wrong, expected=error.expected, todo=error.todo)
 
 
 async def _read(request: Request, kind: type[Body], expected: str) -> Body:

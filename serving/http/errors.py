@@ -3,7 +3,8 @@
 Clients get `{"error": {"message", "type", "param", "code"}}` for every status, as OpenAI's client expects. On
 Anthropic's paths `type` has Anthropic's values, and the object also contains `"type": "error"`.
 The code is also the label under which the error is counted. A message never contains a path or a traceback: only the
-errors listed here show their own message; all others are logged and answered as `internal_error`.
+errors listed here show their own message; all others are logged and answered as `internal_error`. Administration
+endpoints show some errors that others do not (`change_error`).
 """
 
 import json
@@ -25,12 +26,6 @@ from serving.admission.errors import (
     TooManyTokensError,
 )
 from serving.http import body
-from serving.http.administration import (
-    ChangeConflictError,
-    ChangeInvalidError,
-    ChangeRefusedError,
-    NothingToChangeError,
-)
 from serving.http.delivery import AnswerTooLargeError
 from serving.http.failed_keys import TooManyWrongKeysError
 from serving.http.feedback import RequestLogBusyError, RequestNotFoundError
@@ -50,7 +45,15 @@ from serving.replicas.transport import (
     EngineSilentError,
 )
 from svc.access.authenticator import KeysUnavailableError
-from svc.errors import AuthenticationError, PermissionDeniedError, SvcError
+from svc.errors import (
+    AuthenticationError,
+    BusyError,
+    NotFoundError,
+    PermissionDeniedError,
+    RefusedError,
+    SettingsError,
+    SvcError,
+)
 from svc.identity.key_secret import hide_secrets
 
 log = logging.getLogger(__name__)
@@ -130,10 +133,6 @@ _SHAPES: dict[type[SvcError], tuple[int, ErrorCode]] = {
     TooManyWrongKeysError: (429, ErrorCode.TOO_MANY_WRONG_KEYS),
     KeysUnavailableError: (503, ErrorCode.KEYS_UNAVAILABLE),
     HostNotAllowedError: (421, ErrorCode.HOST_NOT_ALLOWED),
-    NothingToChangeError: (404, ErrorCode.NOT_FOUND),
-    ChangeConflictError: (409, ErrorCode.CHANGE_CONFLICT),
-    ChangeRefusedError: (409, ErrorCode.CHANGE_REFUSED),
-    ChangeInvalidError: (400, ErrorCode.INVALID_REQUEST),
     RequestNotFoundError: (404, ErrorCode.REQUEST_NOT_FOUND),
     RequestLogBusyError: (503, ErrorCode.REQUEST_LOG_BUSY),
     ModelNotFoundError: (404, ErrorCode.MODEL_NOT_FOUND),
@@ -153,6 +152,14 @@ _SHAPES: dict[type[SvcError], tuple[int, ErrorCode]] = {
     EngineSilentError: (504, ErrorCode.ENGINE_TIMEOUT),
     EngineFailedError: (502, ErrorCode.ENGINE_ERROR),
 }
+_CHANGE_SHAPES: dict[type[Exception], tuple[int, ErrorCode]] = {
+    NotFoundError: (404, ErrorCode.NOT_FOUND),
+    BusyError: (409, ErrorCode.CHANGE_CONFLICT),
+    RefusedError: (409, ErrorCode.CHANGE_REFUSED),
+    SettingsError: (400, ErrorCode.INVALID_REQUEST),
+    OSError: (409, ErrorCode.CHANGE_REFUSED),
+}
+"""Errors of administration endpoints."""
 _FRAMEWORK_CODES = {404: ErrorCode.NOT_FOUND, 405: ErrorCode.METHOD_NOT_ALLOWED}
 _UNREAD_BODY = frozenset({ErrorCode.BODY_TOO_LARGE, ErrorCode.BODY_TIMEOUT, ErrorCode.UNSUPPORTED_MEDIA_TYPE})
 
@@ -167,6 +174,14 @@ def api_error(error: Exception) -> ApiError:
         return _framework_error(error)
     log.error("unexpected error in a request", exc_info=error)
     return ApiError(500, ErrorCode.INTERNAL_ERROR, "internal error in the gateway; see the server's log")
+
+
+def change_error(error: Exception) -> ApiError:
+    """Return an administration endpoint's error, shown in full: admins may see the machine's paths and details."""
+    for kind, shape in _CHANGE_SHAPES.items():
+        if isinstance(error, kind):
+            return _shaped(error if isinstance(error, SvcError) else SvcError(str(error)), *shape)
+    return api_error(error)
 
 
 def _shaped(error: SvcError, status: int, code: ErrorCode) -> ApiError:
