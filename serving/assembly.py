@@ -19,7 +19,7 @@ from serving.http.body_slots import BodySlots
 from serving.http.delivery import AnswerBuffers
 from serving.http.feedback import FeedbackIntake
 from serving.http.inference import Gateway
-from serving.replicas.slots import MakeSlots
+from serving.replicas.slots import EngineSlots, MakeSlots
 from serving.rollout.version_changes import VersionChanges
 from serving.router import Router
 from serving.telemetry.deployment_metrics import DeploymentInstruments
@@ -61,11 +61,13 @@ class Parts:
     """The parts of a server that must be run or closed.
 
     Attributes:
+        authenticator: loads the keys from the store, which must be done before the first request.
         works: coroutine functions to be run while the server runs.
     """
 
     gateway: GatewayParts
     deployments: Deployments
+    authenticator: Authenticator
     works: Sequence[Callable[[], Coroutine[Any, Any, None]]]
 
 
@@ -74,22 +76,20 @@ def assemble(
     registry: Registry,
     store: Store,
     capabilities: DeviceCapabilities,
-    authenticator: Authenticator,
     *,
-    make_slots: MakeSlots,
     on_phase: Callable[[str], None],
     on_ready: OnReady,
     on_failure: OnFailure,
+    make_slots: MakeSlots = EngineSlots,
 ) -> Parts:
     """Return all parts of a server; its models are passed when its deployments run.
 
     Args:
         capabilities: capabilities of this device.
-        authenticator: must have loaded the keys from the store.
-        make_slots: returns the object that starts and finds engines.
         on_phase: called with each phase of an engine's start.
         on_ready: called with each version that starts to serve.
         on_failure: called with the reason why a model cannot be served.
+        make_slots: returns the object that starts and finds engines.
     """
     disable_created_metrics()  # type: ignore[no-untyped-call]
     collector = CollectorRegistry()
@@ -107,6 +107,7 @@ def assemble(
         on_ready=on_ready,
         on_failure=on_failure,
     )
+    authenticator = Authenticator(store)
     authentication = Authentication(
         authenticator, keys_needed=not is_loopback(settings.serve.host), on_failure=metrics.authentication_failed
     )
@@ -123,7 +124,7 @@ def assemble(
         status=deployments.status,
     )
     works = (partial(watch_loop_lag, metrics.loop_lagged), gateway.usage_writer.run, authenticator.follow)
-    return Parts(gateway, deployments, works)
+    return Parts(gateway, deployments, authenticator, works)
 
 
 def assemble_gateway(

@@ -63,6 +63,7 @@ def serve(
     import uvloop
 
     from serving import server
+    from serving.assembly import assemble
     from serving.rollout.initial_state import choose_deployments
     from serving.systemd_notify import ServiceManager, inherited_listener
     from svc.engine.device import read_capabilities
@@ -88,6 +89,7 @@ def serve(
             console.print(
                 f"{targets}: starting vLLM (about 40 s each, if not running yet); logs: {settings.home / 'logs'}"
             )
+            manager = ServiceManager.of()
             on_phase = bar.enter_context(advancing("engine", tuple(EnginePhase)))
             pending = {desired.name for desired in wanted}
 
@@ -97,18 +99,20 @@ def serve(
                     bar.close()
                 console.print(message)
 
-            await server.serve(
+            def show_served(target: Target) -> None:
+                manager.ready(f"serving {target}")
+                show(target, f"[green]serving {target} at {claim.url}/v1[/green]")
+
+            parts = assemble(
                 settings,
                 registry,
                 store,
-                wanted,
-                claim,
-                capabilities=capabilities,
+                capabilities,
                 on_phase=on_phase,
-                on_ready=lambda target: show(target, f"[green]serving {target} at {claim.url}/v1[/green]"),
+                on_ready=show_served,
                 on_failure=lambda target, error: show(target, f"[red]{target} is not served:[/red] {error}"),
-                manager=ServiceManager.of(),
             )
+            await server.serve(parts, settings.serve, wanted, claim, manager)
 
     _spare_collector()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

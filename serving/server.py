@@ -7,35 +7,28 @@ forty seconds.
 import asyncio
 import signal
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from sqlalchemy import Engine as Store
-
-from serving.assembly import Parts, assemble
-from serving.deployments import OnFailure, OnReady
+from serving.assembly import Parts
 from serving.http.connections import raise_descriptor_limit
 from serving.http.http_server import HttpServer
 from serving.http.tls import Certificate
-from serving.replicas.slots import EngineSlots, MakeSlots
 from serving.systemd_notify import ServiceManager
-from svc.access.authenticator import Authenticator
-from svc.engine.device import DeviceCapabilities
 from svc.engine.vllm.folders import runtime_folder
 from svc.errors import SettingsError, SvcError
 from svc.files.lock import hold_lock
-from svc.registry.registry import Registry
 from svc.remote.listening import address_family, http_url, is_loopback, listen_error
 from svc.remote.server_url import LOCK_FILE
 from svc.settings import ServeSettings, Settings
 from svc.store.desired import Desired
-from svc.version import Target
 
 _SEND_BUFFER_BYTES = 128 * 1024
 _SOCKET = "http.sock"
+_NO_MANAGER = ServiceManager(None)
 _LOCAL_CONNECTIONS = 64
 """Number of connections in addition to the clients', so that users on the machine can always connect."""
 
@@ -142,18 +135,11 @@ def _bind_local(path: Path) -> Iterator[socket.socket]:
 
 
 async def serve(
-    settings: Settings,
-    registry: Registry,
-    store: Store,
+    parts: Parts,
+    settings: ServeSettings,
     wanted: Sequence[Desired],
     claim: Claim,
-    *,
-    capabilities: DeviceCapabilities,
-    on_phase: Callable[[str], None],
-    on_ready: OnReady,
-    on_failure: OnFailure,
-    manager: ServiceManager | None = None,
-    make_slots: MakeSlots = EngineSlots,
+    manager: ServiceManager = _NO_MANAGER,
 ) -> None:
     """Serve until SIGTERM, SIGINT or SIGHUP; a second signal stops without waiting for running requests.
 
@@ -161,36 +147,13 @@ async def serve(
 
     Args:
         wanted: the first desired state of each model.
-        capabilities: capabilities of this device.
-        on_phase: called with the phases of an engine's start.
-        on_ready: called with each version that starts to serve.
-        on_failure: called with the reason why a model cannot be served.
-        manager: the service manager, notified when a model serves and regularly while the server runs; may be None.
-        make_slots: returns the object that starts and finds engines.
+        manager: the service manager, notified regularly while the server runs.
 
     Raises:
         SvcError: no model can be served.
     """
-    manager = manager or ServiceManager(None)
-
-    def served(target: Target) -> None:
-        manager.ready(f"serving {target}")
-        on_ready(target)
-
-    authenticator = Authenticator(store)
-    await asyncio.to_thread(authenticator.look)  # before the first request
-    parts = assemble(
-        settings,
-        registry,
-        store,
-        capabilities,
-        authenticator,
-        make_slots=make_slots,
-        on_phase=on_phase,
-        on_ready=served,
-        on_failure=on_failure,
-    )
-    server = _Server(parts, settings.serve, manager)
+    await asyncio.to_thread(parts.authenticator.look)  # before the first request
+    server = _Server(parts, settings, manager)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
             asyncio.get_running_loop().add_signal_handler(number, server.stop)

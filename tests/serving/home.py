@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from serving import server
+from serving.assembly import assemble
 from serving.rollout.initial_state import choose_deployments
 from svc.errors import SvcError
 from svc.registry.registry import Registry
@@ -45,18 +46,17 @@ class Home:
         """Serve as `svc serve` does after its claim."""
         self.ready.clear()
         wanted = choose_deployments(self.registry, self.store, models, None)
-        await server.serve(
+        parts = assemble(
             self.settings,
             self.registry,
             self.store,
-            wanted,
-            claim,
-            capabilities=AVX512,
+            AVX512,
             on_phase=lambda phase: None,
             on_ready=lambda target: self.ready.set(),
             on_failure=lambda target, error: self.failures.append(error),
             make_slots=partial(ParkSlots, self.park),
         )
+        await server.serve(parts, self.settings.serve, wanted, claim)
 
     @asynccontextmanager
     async def serving(self, *models: str) -> AsyncIterator[httpx.AsyncClient]:

@@ -14,7 +14,7 @@ import httpx
 import pytest
 from click.testing import CliRunner, Result
 
-from serving import server
+from serving import assembly
 from svc.cli import group
 from svc.errors import BusyError, NotFoundError, RefusedError, ServerNotRunningError, SvcError
 from svc.identity.actor import Actor
@@ -329,7 +329,7 @@ async def test_chat_ends_at_the_end_of_its_input(serving: Home) -> None:
 
 
 def test_serve_runs_until_it_is_stopped(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "serve", partial(server.serve, make_slots=partial(ParkSlots, home.park)))
+    monkeypatch.setattr(assembly, "assemble", partial(assembly.assemble, make_slots=partial(ParkSlots, home.park)))
     answers = list[int]()
 
     def visit() -> None:
