@@ -16,8 +16,7 @@ from prometheus_client import CollectorRegistry, Metric
 from benchmarks.week.events import Change, changes
 from benchmarks.week.timetable import BACKUP_TIME, DAY_S, HOLDOUT_EVERY_S, MINUTE_S, MODELS, at
 from benchmarks.week.traffic import TOKENS, Arrival
-from serving.protocols.error_code import ErrorCode
-from serving.protocols.outcome import outcome_of
+from serving.protocols.error_code import ErrorCode, outcome_of
 from serving.protocols.route import Route
 from serving.protocols.wire_formats import Usage
 from serving.telemetry.deployment_metrics import DeploymentInstruments, DeploymentMetrics

@@ -3,8 +3,7 @@
 from serving.admission.errors import RateLimitedError
 from serving.admission.party import NO_KEY, Party
 from serving.admission.rate_limiter import Demand, RateLimiter, Reservation, estimated_tokens
-from serving.protocols.error_code import CLIENT_FAULTS, ErrorCode
-from serving.protocols.outcome import outcome_of
+from serving.protocols.error_code import CLIENT_FAULTS, ErrorCode, outcome_of
 from serving.protocols.request import CompletionRequest
 from serving.protocols.wire_formats import Usage
 from serving.telemetry.metrics import UNKNOWN_MODEL, GatewayMetrics

@@ -11,8 +11,7 @@ from datetime import UTC, datetime
 
 from serving.http.key_account import KeyAccount
 from serving.http.request_state import RequestState
-from serving.protocols.error_code import ErrorCode
-from serving.protocols.outcome import outcome_of
+from serving.protocols.error_code import ErrorCode, outcome_of
 from serving.protocols.request import CompletionRequest
 from serving.protocols.route import Route
 from serving.protocols.wire_formats import Usage

@@ -1,6 +1,8 @@
-"""The reasons why a request fails, for clients and for the metric that counts failures."""
+"""The reasons why a request fails, for clients and for the metric that counts failures, and the outcome of each."""
 
 from enum import StrEnum
+
+from svc.store.requests import RequestOutcome
 
 
 class ErrorCode(StrEnum):
@@ -59,3 +61,17 @@ CLIENT_FAULTS = frozenset(
     }
 )
 """Failures that the client caused: such a request counts towards its key's requests per minute."""
+_OUTCOMES = {
+    ErrorCode.CLIENT_GONE: RequestOutcome.CLIENT_GONE,
+    ErrorCode.CLIENT_SLOW: RequestOutcome.CLIENT_SLOW,
+    ErrorCode.ENGINE_DIED: RequestOutcome.ENGINE_ERROR,
+    ErrorCode.ENGINE_ADAPTER_FAILED: RequestOutcome.ENGINE_ERROR,
+    ErrorCode.ENGINE_TIMEOUT: RequestOutcome.ENGINE_ERROR,
+    ErrorCode.ENGINE_ERROR: RequestOutcome.ENGINE_ERROR,
+    ErrorCode.INTERNAL_ERROR: RequestOutcome.SERVER_ERROR,
+}
+
+
+def outcome_of(reason: ErrorCode | None) -> RequestOutcome:
+    """Return a request's outcome; `reason` is None if the request succeeded."""
+    return RequestOutcome.COMPLETE if reason is None else _OUTCOMES.get(reason, RequestOutcome.REFUSED)

@@ -12,8 +12,7 @@ from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-from serving.protocols.error_code import ErrorCode
-from serving.protocols.outcome import outcome_of
+from serving.protocols.error_code import ErrorCode, outcome_of
 from serving.protocols.route import Route
 from serving.protocols.wire_formats import Usage
 from serving.telemetry.loop_instruments import LoopCounter, LoopHistogram
