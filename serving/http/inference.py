@@ -198,7 +198,7 @@ class Exchange:
         account = self.account
         account.served_by(engine.served, engine.pace)
         lines = account.trace.header_lines if account.trace else ""
-        call = EngineCall(engine.http, self._route.value, payload, account.request_id, lines, engine.show)
+        call = EngineCall(engine.http, self._route.value, payload, self._state.request_id, lines, engine.show)
         async with call as answer:
             if answer.is_event_stream:
                 stream = EventStream(

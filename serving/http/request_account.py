@@ -70,11 +70,6 @@ class RequestAccount:
         self.begun = False
         self.complete = False
 
-    @property
-    def request_id(self) -> str:
-        """The id that the server generated, not the client's."""
-        return self.state.request_id
-
     def elapsed(self) -> float:
         """Return the seconds since the request was read."""
         return self.clock() - self._started
@@ -127,7 +122,7 @@ class RequestAccount:
     def first_token(self, seconds: float) -> None:
         """Record the time to the first token of a streamed answer."""
         self._first_token_s = seconds
-        self.metrics.first_token(self._answering, seconds, self.request_id)
+        self.metrics.first_token(self._answering, seconds, self.state.request_id)
 
     def finished(self, reason: str) -> None:
         """Record an answer's finish reason; of several answers, only the first reason is kept."""
@@ -177,11 +172,11 @@ class RequestAccount:
         status = CLIENT_GONE_STATUS if self.status is None else self.status
         seconds, served, usage, request = self.elapsed(), self._served, self._usage, self._request
         self.metrics.request_ended(
-            served, self.route, status, seconds, self.request_id, reason=self._reason, model=self.model
+            served, self.route, status, seconds, self.state.request_id, reason=self._reason, model=self.model
         )
         self.key.settle(served, self._reason, usage, computed=self._computed)
         record = RequestRecord(
-            request_id=self.request_id,
+            request_id=self.state.request_id,
             client_request_id=self.state.client_request_id,
             started_at=self._arrived,
             model=served.version.name if served else self.model,
