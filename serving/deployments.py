@@ -167,7 +167,7 @@ class Deployments:
             try:
                 names = await asyncio.to_thread(deployed_names, self.store)
                 if time.monotonic() >= next_read:  # less often: it reads a folder for each model
-                    self.router.set_registered(await asyncio.to_thread(self.registered))
+                    self.router.registered = await asyncio.to_thread(self.registered)
                     next_read = time.monotonic() + _REGISTERED_S
             except (SQLAlchemyError, OSError):
                 log.exception("could not read the set of models; continuing to serve the current ones")

@@ -28,6 +28,7 @@ class ModelNames:
 
     Attributes:
         served: the version in production; None until a version serves.
+        loaded: the versions that engines hold: two during a swap of several engines.
         since: when that version went into production, Unix seconds.
     """
 
@@ -36,21 +37,17 @@ class ModelNames:
         self._in_production = frozenset({name, f"{name}@{Alias.PRODUCTION}"})
         self._clock = clock
         self.served: Target | None = None
-        self._loaded: set[Target] = set()
+        self.loaded: set[Target] = set()
         self.since = 0
 
     def serve(self, served: Target) -> None:
         if served != self.served:
             self.served, self.since = served, int(self._clock())
 
-    def set_loaded(self, loaded: set[Target]) -> None:
-        """Set the versions that engines hold: two during a swap of several engines."""
-        self._loaded = loaded
-
     @property
     def versions(self) -> set[VersionId]:
         """The version in production and the loaded versions."""
-        return {target.version for target in (self.served, *self._loaded) if target}
+        return {target.version for target in (self.served, *self.loaded) if target}
 
     def all(self) -> tuple[str, ...]:
         """Return the names that resolve now."""
@@ -72,7 +69,7 @@ class ModelNames:
             raise EngineUnavailableError("no version is loaded yet", todo="send the request again later")
         if model in self._in_production:
             return None
-        for loaded in self._loaded:
+        for loaded in self.loaded:
             if model == str(loaded.version):
                 return loaded.version
         if self.served.format is Format.ADAPTER and (version := self._parsed(model)):

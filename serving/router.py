@@ -83,12 +83,15 @@ class Router:
 
     Args:
         draw: returns a random number below 1, for requests whose client is unknown.
+
+    Attributes:
+        registered: names of registered models, for errors about those that are not served.
     """
 
     def __init__(self, *, draw: Callable[[], float] = random.random) -> None:
         self._draw = draw
         self._shares: dict[str, tuple[Share, ...]] = {}
-        self._registered: Collection[str] = ()
+        self.registered: Collection[str] = ()
 
     def serve(self, name: str, shares: Sequence[Share]) -> None:
         """Set the shares of a model's requests.
@@ -103,10 +106,6 @@ class Router:
     def remove(self, name: str) -> None:
         """Stop routing a name."""
         self._shares.pop(name, None)
-
-    def set_registered(self, names: Collection[str]) -> None:
-        """Set the names of registered models, for errors about those that are not served."""
-        self._registered = names
 
     @property
     def served(self) -> list[str]:
@@ -177,7 +176,7 @@ class Router:
         names = ", ".join(self.names())
         served = f"one of {names}" if names else "a served model; there is none yet"
         shown = f"model {model[:SHOWN_CHARS]!r}"
-        if name in self._registered:
+        if name in self.registered:
             todo = f"ask the operator to add it: svc add {name}"
             return ModelNotFoundError(f"{shown} is registered, but not served", expected=served, todo=todo)
         return ModelNotFoundError(f"{shown} is not served here", expected=served)

@@ -14,16 +14,15 @@ class BackgroundSlotEndedError(Exception):
 
 
 class BackgroundSlot:
-    """The only slot for the server's own requests."""
+    """The only slot for the server's own requests.
+
+    Attributes:
+        taken: time limit of the request that holds the slot; None if none does.
+    """
 
     def __init__(self) -> None:
         self._open, self._quiet = asyncio.Event(), asyncio.Event()
-        self._taken: asyncio.Timeout | None = None
-
-    @property
-    def taken(self) -> bool:
-        """Whether one of the server's own requests holds the slot."""
-        return self._taken is not None
+        self.taken: asyncio.Timeout | None = None
 
     def show(self, *, open: bool, running: int) -> None:
         """Set whether admission is open, and how many requests run."""
@@ -44,22 +43,22 @@ class BackgroundSlot:
             RuntimeError: the slot is taken.
         """
         await self._wait(patience_s)
-        if self._taken is not None:
+        if self.taken is not None:
             raise RuntimeError("a background request is already running")
         try:
-            async with asyncio.timeout(None) as self._taken:
+            async with asyncio.timeout(None) as self.taken:
                 yield
         except TimeoutError as error:
-            if self._taken is None or not self._taken.expired():
+            if self.taken is None or not self.taken.expired():
                 raise
             raise BackgroundSlotEndedError from error
         finally:
-            self._taken = None
+            self.taken = None
 
     def end(self) -> None:
         """Cancel the server's own request, if one runs: its engine is about to be changed."""
-        if self._taken is not None and not self._taken.expired():
-            self._taken.reschedule(asyncio.get_running_loop().time())
+        if self.taken is not None and not self.taken.expired():
+            self.taken.reschedule(asyncio.get_running_loop().time())
 
     async def _wait(self, patience_s: float) -> None:
         """Wait until admission is open and no request runs; after `patience_s`, only until admission is open."""

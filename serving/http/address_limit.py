@@ -20,9 +20,6 @@ class AddressLimit:
         self._unlimited = [ipaddress.ip_network(network) for network in unlimited]
         self._held: Counter[str] = Counter()
 
-    def __len__(self) -> int:
-        return len(self._held)
-
     def enter(self, address: str) -> bool:
         """Count a connection until `leave`; return False without counting it if its peer has too many."""
         peer = peer_of(address)

@@ -39,9 +39,6 @@ class FailedKeys:
         self._clock = clock
         self._peers: dict[str, tuple[float, int]] = {}  # the oldest minute first
 
-    def __len__(self) -> int:
-        return len(self._peers)
-
     def add(self, address: str) -> bool:
         """Count an invalid key; return whether it is the last one allowed in this minute.
 

@@ -118,7 +118,7 @@ class EnginePool:
         if ready:
             held = {engine.target for engine in [*ready, *drained] if engine.target}
             loaded = [adapter for engine in ready if engine.adapters for adapter in engine.adapters.loaded]
-            self.names.set_loaded(held | {Target(adapter.version, Format.ADAPTER) for adapter in loaded})
+            self.names.loaded = held | {Target(adapter.version, Format.ADAPTER) for adapter in loaded}
 
     def sources(self) -> list[EngineSource]:
         """Return the engines whose metrics can be read, including those that were replaced."""

@@ -231,7 +231,7 @@ class Service:
         """Set the version that the engine holds."""
         self.loaded = served
         self.names.serve(served)
-        self.names.set_loaded({served})
+        self.names.loaded = {served}
 
     @asynccontextmanager
     async def lease(self, model: str, *, without: Lease | None = None) -> AsyncIterator[Lease]:

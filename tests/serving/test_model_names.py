@@ -10,7 +10,7 @@ from tests.serving.service import ONE, TWO
 def names() -> ModelNames:
     model_names = ModelNames("tuned", clock=lambda: 7.9)
     model_names.serve(ONE)
-    model_names.set_loaded({ONE})
+    model_names.loaded = {ONE}
     return model_names
 
 
@@ -25,7 +25,7 @@ def test_number_means_that_version() -> None:
 
 def test_both_versions_are_served_during_a_swap_of_several_engines() -> None:
     model_names = names()
-    model_names.set_loaded({ONE, TWO})
+    model_names.loaded = {ONE, TWO}
     assert model_names.all() == ("tuned", "tuned@1", "tuned@2", "tuned@production")
     assert model_names.resolve("tuned@2") == TWO.version
 
@@ -40,7 +40,7 @@ def test_other_names_are_rejected_with_a_list_of_served_names() -> None:
 def test_old_number_is_unknown_and_the_name_means_the_new_version_after_a_swap() -> None:
     model_names = names()
     model_names.serve(TWO)
-    model_names.set_loaded({TWO})
+    model_names.loaded = {TWO}
     assert model_names.all() == ("tuned", "tuned@2", "tuned@production")
     with pytest.raises(ModelNotFoundError):
         model_names.resolve("tuned@1")

@@ -31,7 +31,7 @@ def backend(name: str, *numbers: int) -> OneBackend:
     targets = [Target(VersionId(name, number), Format.MERGED) for number in numbers]
     if targets:
         names.serve(targets[0])
-        names.set_loaded(set(targets))
+        names.loaded = set(targets)
     return OneBackend(names, Admission(max_running=1, max_tokens=1, max_queued=0, queue_timeout_s=1), _no_lease)
 
 
@@ -68,7 +68,7 @@ def test_other_names_are_rejected() -> None:
 
 def test_error_says_that_a_model_is_registered_but_not_served() -> None:
     one_model = router(backend("a", 1))
-    one_model.set_registered(["a", "b"])
+    one_model.registered = ["a", "b"]
     with pytest.raises(ModelNotFoundError, match="registered, but not served") as caught:
         one_model.find("b@3")
     assert "svc add b" in caught.value.todo

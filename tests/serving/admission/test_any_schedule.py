@@ -120,7 +120,7 @@ class World:
         assert admission._closed or not admission.queued or admission.running == admission.max_running
         assert not self.mixed
         assert not self.entered_closed
-        assert admission.background_slot.taken == self.asking
+        assert bool(admission.background_slot.taken) == self.asking
         assert not (self.asking and admission._closed)
 
     async def wind_up(self) -> None:

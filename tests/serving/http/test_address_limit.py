@@ -35,4 +35,4 @@ def test_address_is_forgotten_when_it_has_disconnected() -> None:
     for number in range(10):
         limit.enter(f"10.0.0.{number}")
         limit.leave(f"10.0.0.{number}")
-    assert len(limit) == 0
+    assert not limit._held

@@ -58,7 +58,7 @@ def test_addresses_of_one_peer_share_a_limit(failed: FailedKeys) -> None:
 def test_table_stays_bounded_when_many_peers_fail(failed: FailedKeys) -> None:
     for number in range(_MAX_PEERS + 1000):
         failed.add(str(ipaddress.ip_address(number + 2**24)))
-    assert len(failed) == _MAX_PEERS
+    assert len(failed._peers) == _MAX_PEERS
 
 
 def test_entry_is_small_when_the_address_is_not_valid(failed: FailedKeys) -> None:

@@ -96,7 +96,7 @@ def engine_socket(socket_folder: Path) -> Iterator[Path]:
 def api(memory_folder: Path, store: Store, engine_socket: Path) -> Iterator[Any]:
     """Return the document of an application over the double; a model name is a served one, or another."""
     names, admission = ModelNames(NAME), Admission(max_running=8, max_tokens=8, max_queued=8, queue_timeout_s=1)
-    names.set_loaded({ONE})
+    names.loaded = {ONE}
     authenticator = Authenticator(store)
 
     @asynccontextmanager
