@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sqlalchemy import Engine as Store
@@ -20,10 +20,11 @@ from serving.replicas.balancer import Balancer, Lease
 from serving.replicas.pool import EnginePool
 from serving.replicas.removed_adapters import RemovedAdapters
 from serving.rollout.idling import Idling
+from serving.rollout.journal import swap_row
 from serving.rollout.production_alias import ProductionAlias
 from serving.rollout.reconciler import Reconciler
 from serving.telemetry.deployment_metrics import DeploymentMetrics
-from svc.store.swaps import SwapRecord, SwapResult, find_swap
+from svc.store.swaps import find_swap
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +120,8 @@ class Deployment:
         actual, previous = self.reconciler.actual.target, self.reconciler.actual.previous
         unwritten = self.reconciler.journal.unwritten  # before the store, which has results that are written meanwhile
         swap = find_swap(self.store, self.name)
+        if swap:
+            swap = replace(swap, result=swap.result or unwritten.get(swap.id))
         return {
             "model": self.name,
             "version": str(actual.version),
@@ -145,7 +148,7 @@ class Deployment:
             ],
             "requests": {"running": self.admission.running, "queued": self.admission.queued},
             "holdout": self.holdout.status(actual),
-            "last_swap": swap and _swap_row(swap, swap.result or unwritten.get(swap.id)),
+            "last_swap": swap and {"to": str(swap.target), **swap_row(swap)},
         }
 
 
@@ -154,9 +157,3 @@ def _adapters(adapters: AdapterCache | None) -> list[dict[str, Any]] | None:
     if adapters is None:
         return None
     return [{"version": str(each.version), "verified": each.checked.verified} for each in adapters.loaded]
-
-
-def _swap_row(swap: SwapRecord, result: SwapResult | None) -> dict[str, Any]:
-    ended = asdict(result) if result else dict.fromkeys(field.name for field in fields(SwapResult))
-    started = swap.started_at.isoformat(timespec="seconds")
-    return {"to": str(swap.target), "generation": swap.generation, "started_at": started, **ended}

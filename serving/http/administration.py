@@ -6,7 +6,6 @@ first key is created on the server's machine.
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict, fields
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -19,13 +18,14 @@ from serving.http.body import ClientGoneError
 from serving.http.errors import change_error
 from serving.http.json_body import Body, read_json
 from serving.http.request_state import request_state
+from serving.rollout.journal import swap_row
 from serving.rollout.version_changes import VersionChange, VersionChanges
 from serving.telemetry.metrics import CLIENT_GONE_STATUS
 from svc.access.keyring import IssuedKey, Keyring, key_row
 from svc.errors import SettingsError, SvcError
 from svc.identity.actor import Actor
 from svc.identity.principal import Limits, Scope
-from svc.store.swaps import SwapResult, find_swap
+from svc.store.swaps import find_swap
 from svc.version import Format, VersionId
 
 MAX_BODY_BYTES = 16 * 1024
@@ -133,16 +133,8 @@ class Administration:
         swap = await asyncio.to_thread(find_swap, self._store, name, int(generation) if generation else None)
         if swap is None:
             return JSONResponse({"swap": None})
-        result = asdict(swap.result) if swap.result else dict.fromkeys(field.name for field in fields(SwapResult))
-        row = {
-            "version": str(swap.target.version),
-            "format": swap.target.format.value,
-            "generation": swap.generation,
-            "started_at": swap.started_at.isoformat(timespec="seconds"),
-            "steps": list(swap.steps),
-            **result,
-        }
-        return JSONResponse({"swap": row})
+        target = {"version": str(swap.target.version), "format": swap.target.format.value}
+        return JSONResponse({"swap": {**target, **swap_row(swap), "steps": list(swap.steps)}})
 
     async def _list_keys(self, request: Request) -> Response:
         return JSONResponse({"keys": await asyncio.to_thread(self._keyring(request).rows)})

@@ -7,13 +7,15 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, fields
 from datetime import UTC, datetime
+from typing import Any
 
 from sqlalchemy import Engine as Store
 
 from svc.store.desired import Desired
 from svc.store.served import Began, begin_serving, end_serving
-from svc.store.swaps import SwapResult, add_step, begin_swap, end_swap
+from svc.store.swaps import SwapRecord, SwapResult, add_step, begin_swap, end_swap
 
 log = logging.getLogger(__name__)
 
@@ -101,3 +103,9 @@ class Journal:
                 return False
             if attempts is None:
                 pause_s = min(2 * pause_s, _MAX_PAUSE_S)
+
+
+def swap_row(swap: SwapRecord) -> dict[str, Any]:
+    """Return the JSON values of a swap and of its result, which are null while the swap is in progress."""
+    result = asdict(swap.result) if swap.result else dict.fromkeys(field.name for field in fields(SwapResult))
+    return {"generation": swap.generation, "started_at": swap.started_at.isoformat(timespec="seconds"), **result}
