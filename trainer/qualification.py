@@ -5,7 +5,8 @@ log-probabilities. This verifies that a hot swap serves the evaluated weights.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -147,33 +148,23 @@ class Qualifier:
         self, base: Path, merged: Path, *, same_fingerprint: bool
     ) -> tuple[BaseAnswers, Qualified]:
         """Evaluate the base, then the merged model; in one engine if the merged model can be loaded in place."""
-        engine = await self._start(base)
-        try:
+        async with self._engine(base) as engine:
             evaluation = await self._judge(engine.client, "base", trained=False)
             known = self._general.of_base if self._general else None
             base_answers = BaseAnswers(evaluation, known or await self._ask_general(engine.client, "base"))
-            if not same_fingerprint or not engine.capabilities.reloads:
-                await engine.stop()
-                engine = await self._start(merged)
-            return base_answers, await self._qualify(engine, merged, "merged")
-        finally:
-            await engine.stop()
+            if same_fingerprint and engine.capabilities.reloads:
+                return base_answers, await self._qualify(engine, merged, "merged")
+        return base_answers, await self.alone(merged, "merged")
 
     async def alone(self, folder: Path, text: str) -> Qualified:
         """Qualify a format on a separate engine."""
-        engine = await self._start(folder)
-        try:
+        async with self._engine(folder) as engine:
             return await self._qualify(engine, folder, text)
-        finally:
-            await engine.stop()
 
     async def ask_base(self, base: Path) -> tuple[ExampleResult, ...]:
         """Return the base's answers to the general questions, from a separate engine."""
-        engine = await self._start(base)
-        try:
+        async with self._engine(base) as engine:
             return await self._ask_general(engine.client, "base")
-        finally:
-            await engine.stop()
 
     async def _qualify(self, engine: Engine, folder: Path, text: str) -> Qualified:
         """Load a format in place if possible, measure it, and repeat on a new engine; the given engine is stopped."""
@@ -181,7 +172,7 @@ class Qualifier:
         loads, others_share = await measure_quietly(partial(self._loads, engine, folder), engine.processor_s)
         judged = await self._judge(client, text)
         answered = await self._ask_general(client, text)
-        picked = self._tokenized[:: self._stride()]
+        picked = self._tokenized[:: max(1, len(self.judged) // MAX_PROBES)]
         with waiting(f"probes of {text}"):
             sequences = choose_sequences([(example.prompt, example.answer) for example in picked], MAX_PROBES)
             measured = await measure_probes(client, sequences, repeats=options.repeats)
@@ -239,11 +230,8 @@ class Qualifier:
         )
 
     async def _check_on_fresh_engine(self, folder: Path, probes: Sequence[Probe], text: str) -> None:
-        engine = await self._start(folder)
-        try:
+        async with self._engine(folder) as engine:
             difference = await check_probes(engine.client, probes)
-        finally:
-            await engine.stop()
         console.print(f"  {text}: logprobs of a reload in place and of a new engine differ by {difference:.4f}")
 
     async def _judge(self, client: EngineClient, text: str, *, trained: bool = True) -> Evaluation:
@@ -261,11 +249,13 @@ class Qualifier:
             limits = [MAX_TOKENS] * len(examples)
             return await ask_examples(client, examples, tokenized, limits=limits, trained=False, on_done=advance)
 
-    async def _start(self, folder: Path) -> Engine:
+    @asynccontextmanager
+    async def _engine(self, folder: Path) -> AsyncIterator[Engine]:
+        """Yield a new engine with a model, and stop it after the body."""
         engine = self._launch(folder)
         with advancing("engine", tuple(EnginePhase)) as on_phase:
             await engine.start(on_phase)
-        return engine
-
-    def _stride(self) -> int:
-        return max(1, len(self.judged) // MAX_PROBES)
+        try:
+            yield engine
+        finally:
+            await engine.stop()
