@@ -1,19 +1,11 @@
 """The MLflow run of a folder: created once, so that a resumed run continues it."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
 from svc.files.disk import write_whole
-
-
-class TrackedRun(BaseModel):
-    """Content of `mlflow.json`."""
-
-    model_config = ConfigDict(frozen=True)
-
-    run_id: str
+from svc.files.json_file import read_json_object
 
 
 def tracked_run(path: Path, start: Callable[[], str]) -> str:
@@ -24,9 +16,9 @@ def tracked_run(path: Path, start: Callable[[], str]) -> str:
         start: starts a run if the folder has none, and returns its id.
 
     Raises:
-        ValidationError: the file is damaged.
+        IntegrityError: the file is damaged.
     """
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, TrackedRun(run_id=start()).model_dump_json().encode("utf-8"))
-    return TrackedRun.model_validate_json(path.read_bytes()).run_id
+        write_whole(path, json.dumps({"run_id": start()}).encode("utf-8"))
+    return str(read_json_object(path)["run_id"])

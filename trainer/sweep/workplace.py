@@ -38,7 +38,7 @@ from trainer.model.config import read_width
 from trainer.model.release_memory import release_memory
 from trainer.pipeline.examples import Examples
 from trainer.pipeline.stage_key import stage_keys
-from trainer.pipeline.tracked_run import TrackedRun, tracked_run
+from trainer.pipeline.tracked_run import tracked_run
 from trainer.recipe.sections import Recipe
 from trainer.recipe.stage import Stage
 from trainer.sweep.outcome import Status, TrialOutcome
@@ -204,7 +204,7 @@ class Workplace:
     def log_final(self, trial: TrialOutcome, figures: dict[str, float]) -> None:
         """Add the figures of a trial's answers to its run in MLflow."""
         path = self.folder / "trials" / trial.key / "mlflow.json"
-        self.tracking.log_metrics(TrackedRun.model_validate_json(path.read_bytes()).run_id, figures, trial.steps)
+        self.tracking.log_metrics(read_json_object(path)["run_id"], figures, trial.steps)
 
     def unload(self) -> None:
         """Release the memory of the base, which the engine needs."""

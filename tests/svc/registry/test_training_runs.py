@@ -46,7 +46,7 @@ def test_listed_runs_are_those_that_the_trainer_creates(tmp_path: Path) -> None:
     from trainer.base_model.resolve import Base
     from trainer.pipeline.examples import Examples
     from trainer.pipeline.run_folder import Run
-    from trainer.pipeline.tracked_run import TrackedRun
+    from trainer.pipeline.tracked_run import tracked_run
     from trainer.recipe.sections import Recipe
 
     recipe = Recipe.model_validate({"name": "tiny", "base": "./base", "data": {"train": "train.jsonl"}})
@@ -58,5 +58,5 @@ def test_listed_runs_are_those_that_the_trainer_creates(tmp_path: Path) -> None:
         Examples(examples, examples, "sha256:1", "sha256:2", examples),
     )
     with hold_lock(run.lock, "a run"):
-        run.tracking.write_text(TrackedRun(run_id="abc").model_dump_json())
+        tracked_run(run.tracking, lambda: "abc")
         assert list(find_training_runs(tmp_path)) == [TrainingRun("tiny", running=True, tracking_run="abc")]
