@@ -34,7 +34,8 @@ from trainer.export.quantized_files import check_packed, finish_folder, join_fus
 from trainer.library_output import library_output_to_log
 from trainer.model.attention import attention_implementation
 from trainer.model.config import load_config
-from trainer.model.layer_shapes import expert_names, layer_shapes
+from trainer.model.experts import fused_experts
+from trainer.model.layer_shapes import empty_model, linear_layers
 from trainer.recipe.sections import Quantize, Recipe
 
 _FUSED = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj") | dict.fromkeys(
@@ -139,8 +140,9 @@ def check_layers(model: Path, group_size: int, multiple: int = 1) -> list[str]:
         TrainingError: the engine's kernel for 4-bit weights does not support a layer, or an expert cannot be quantized
             or served.
     """
-    shapes = layer_shapes(model)
-    if experts := expert_names(model):
+    empty = empty_model(model)
+    shapes = linear_layers(empty)
+    if experts := fused_experts(empty):
         _check_experts(model, experts[0], on_cpu=multiple > 1)
         shapes |= _expert_shapes(model)
     _check_inputs({name: inputs for name, (inputs, _) in shapes.items()}, group_size)

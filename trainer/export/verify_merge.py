@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from svc.errors import TrainingError
 from svc.terminal import waiting
 from trainer.library_output import library_output_to_log
-from trainer.model.layer_shapes import expert_names, layer_widths
+from trainer.model.experts import fused_experts
+from trainer.model.layer_shapes import linear_layers
 
 if TYPE_CHECKING:
     import torch
@@ -46,9 +47,12 @@ def verify_full(base: Path, trained: Path) -> MergeSummary:
     Raises:
         TrainingError: a linear layer or an expert's parameter still has the base's weights.
     """
+    from trainer.model.stored_weights import StoredWeights
+
     with waiting("Comparing the trained weights with the base's"), library_output_to_log():
-        learnt = {*layer_widths(base), *expert_names(base)}
-        return compare_folders(base, trained, learnt, others_change=True)
+        before = StoredWeights(base)
+        learnt = {*linear_layers(before.model), *fused_experts(before.model)}
+        return compare_weights(before, StoredWeights(trained), learnt, others_change=True)
 
 
 def adapted_tensors(model: "PeftModel") -> dict[str, str]:
@@ -63,13 +67,6 @@ def adapted_tensors(model: "PeftModel") -> dict[str, str]:
         elif isinstance(module, BaseTunerLayer):
             adapted[name] = name
     return adapted
-
-
-def compare_folders(base: Path, merged: Path, targets: set[str], *, others_change: bool = False) -> MergeSummary:
-    """Compare the weights of two model folders, one tensor at a time; see `compare_weights`."""
-    from trainer.model.stored_weights import StoredWeights
-
-    return compare_weights(StoredWeights(base), StoredWeights(merged), targets, others_change=others_change)
 
 
 def compare_weights(

@@ -1,32 +1,16 @@
-"""The shapes of a model's linear layers and the names of its experts, from its config alone."""
+"""A model without weights, from its config alone, and the shapes of its linear layers."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.model.config import load_config
-from trainer.model.experts import fused_experts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-def layer_widths(model: Path) -> dict[str, int]:
-    """Return the input width of every linear layer except the output head, by name."""
-    return {name: inputs for name, (inputs, _) in layer_shapes(model).items()}
-
-
-def expert_names(model: Path) -> list[str]:
-    """Return the names of the parameters that contain the experts of a mixture; empty if the model is not a mixture."""
-    return fused_experts(empty_model(model))
-
-
-def layer_shapes(model: Path) -> dict[str, tuple[int, int]]:
-    """Return the numbers of inputs and outputs of every linear layer except the output head, by name."""
-    return linear_layers(empty_model(model))
-
-
 def linear_layers(model: "PreTrainedModel") -> dict[str, tuple[int, int]]:
-    """Return inputs and outputs of a model's linear layers, except the output head and the experts of a mixture."""
+    """Return inputs and outputs of a model's linear layers, by name, except the output head and fused experts."""
     import torch
 
     head = model.get_output_embeddings()
