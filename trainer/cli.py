@@ -58,8 +58,7 @@ def train(
         learning_curve(settings, loaded, anyway=anyway, as_json=as_json)
         return
     if skip_bad and loaded.train.too_long is TooLong.ERROR:
-        train_section = loaded.train.model_copy(update={"too_long": TooLong.DROP})
-        loaded = loaded.model_copy(update={"train": train_section})
+        loaded = loaded.changed({"train.too_long": TooLong.DROP})
     bad_lines = BadLines(settings.home / "bad_lines" / loaded.name) if skip_bad else None
     registry = Registry.of(settings)
     learnt = registry.learnt_prompts(loaded.name)

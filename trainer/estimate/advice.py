@@ -24,7 +24,7 @@ def advise(recipe: Recipe, shape: ModelShape, workload: Workload, device: Comput
     """Return keys and values with which the recipe fits; empty if it fits unchanged, None if no change helps."""
 
     def fits(changes: Changes) -> bool:
-        changed = changed_recipe(recipe, changes)
+        changed = recipe.changed(changes)
         size, longest = changed.train.batch_size, changed.train.max_length
         return memory_on(changed, shape, with_batch_size(shortened(workload, longest), size), device) <= device.memory
 
@@ -40,15 +40,6 @@ def advise(recipe: Recipe, shape: ModelShape, workload: Workload, device: Comput
             candidates = (changes | _batch(recipe.train, size) for size in _sizes(recipe.train))
             return next(candidate for candidate in candidates if fits(candidate))
     return None
-
-
-def changed_recipe(recipe: Recipe, changes: Changes) -> Recipe:
-    """Return the recipe with the changed values, by dotted key."""
-    content = recipe.model_dump(exclude_unset=True)
-    for key, value in changes.items():
-        section, _, name = key.rpartition(".")
-        (content.setdefault(section, {}) if section else content)[name] = value
-    return Recipe.model_validate(content)
 
 
 def _steps(recipe: Recipe, device: ComputeDevice) -> Iterator[Changes]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from svc.engine.machine import Machine
 from svc.errors import DiskSpaceError, InsufficientMemoryError
 from svc.version import Format
-from trainer.estimate.advice import Changes, advise, as_text, changed_recipe
+from trainer.estimate.advice import Changes, advise, as_text
 from trainer.estimate.estimate import Estimate, estimate_device
 from trainer.estimate.stages import StageMemory
 from trainer.recipe.stage import Stage
@@ -79,7 +79,7 @@ def _other_formats(estimate: Estimate, machine: Machine) -> str:
         changes: Changes = {"formats": [format]}
         if format is Format.GPTQ and recipe.evaluate.general is not False:
             changes["evaluate.general"] = False  # with general questions, an engine must hold the base too
-        changed = changed_recipe(recipe, changes)
+        changed = recipe.changed(changes)
         # The minimum of stages after training does not depend on the length of a sequence.
         alternative = estimate_device(changed, estimate.shape, estimate.workload, device, served_length=1)
         if changed != recipe and all(_missing(stage, machine) <= 0 for stage in alternative.stages):

@@ -5,7 +5,7 @@ Unknown keys and wrong types are errors: ignoring a misspelt hyperparameter woul
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -603,6 +603,21 @@ class Recipe(_Section):
         """
         rate = _LEARNING_RATES.get(self.adapter_type, 5e-4) * min(1.0, math.sqrt(_MEASURED_WIDTH / width))
         return float(f"{rate:.2g}")
+
+    def changed(self, values: Mapping[str, Any], *, without: str | None = None) -> "Recipe":
+        """Return the recipe with other values, by dotted key.
+
+        Args:
+            without: a section to leave out.
+
+        Raises:
+            ValidationError: a value is not valid for its key, or does not fit the others.
+        """
+        content = self.model_dump(exclude_unset=True, exclude={without} if without else None)
+        for key, value in values.items():
+            section, _, name = key.rpartition(".")
+            (content.setdefault(section, {}) if section else content)[name] = value
+        return Recipe.model_validate(content)
 
     def with_learning_rate(self, width: int) -> "Recipe":
         """Return the recipe with its learning rate for a base of this width written out, so that runs record it."""

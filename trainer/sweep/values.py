@@ -20,12 +20,8 @@ def with_values(recipe: Recipe, values: Values) -> Recipe:
     Raises:
         RecipeError: a value is not valid for its key, or does not fit the others.
     """
-    content = recipe.model_dump(exclude_unset=True, exclude={"sweep"})
-    for key, value in values.items():
-        section, _, name = key.partition(".")
-        content[section] = content.get(section, {}) | {name: value}
     try:
-        return Recipe.model_validate(content)
+        return recipe.changed(values, without="sweep")
     except ValidationError as error:
         problems = "; ".join(problem["msg"] for problem in error.errors())
         raise RecipeError(

@@ -9,7 +9,7 @@ import pytest
 from svc.engine.device import NumberType
 from tests.trainer.conftest import make_recipe
 from tests.trainer.estimate.configs import even_workload, published
-from trainer.estimate.advice import advise, as_text, changed_recipe
+from trainer.estimate.advice import advise, as_text
 from trainer.estimate.batches import shortened, with_batch_size
 from trainer.estimate.devices import read_devices
 from trainer.estimate.estimate import DeviceEstimate, estimate_device, memory_on
@@ -107,7 +107,7 @@ def test_recipe_fits_when_the_advice_is_followed(device: str, name: str, method:
         least = make_recipe(method=kind, quantization="nf4", adapter={"rank": 8}, train={"batch_size": 1})
         assert memory_on(least, shape, even_workload(1, 256, least), DEVICES[device]) > DEVICES[device].memory
         return
-    changed = changed_recipe(recipe, changes)
+    changed = recipe.changed(changes)
     size = changed.train.batch_size
     smaller = with_batch_size(shortened(workload, changed.train.max_length), size)
     assert memory_on(changed, shape, smaller, DEVICES[device]) <= DEVICES[device].memory
