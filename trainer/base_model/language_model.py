@@ -1,7 +1,7 @@
 """The language model of a checkpoint that also takes images: a folder of the cache with its config and its weights.
 
-All later stages see an ordinary text-only base. Tensors are copied byte for byte and renamed; those of the other parts
-are left out.
+All later stages see an ordinary text-only base. Tensors are copied without a change and renamed; those of the other
+parts are left out.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from svc.errors import BaseModelError, DiskSpaceError
 from svc.model_folder.weight_files import WEIGHTS_INDEX, weight_files
@@ -31,7 +31,6 @@ _LEFT_OUT = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "
 _OF_WHOLE = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "torch_dtype", "dtype")
 """Keys that belong to the language model, but that a config may have at its top level only."""
 _SHIPPED = (*SHIPPED_FILES, "README.md")
-_BLOCK = 2**24  # bytes
 
 
 def language_model(folder: Path, cache: Path, revision: str | None) -> Path:
@@ -73,6 +72,9 @@ def _write(folder: Path, config: str, links: list[Path], revision: str | None, o
 
 
 def _write_weights(folder: Path, out: Path) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
     names = {tensor.name: _renamed(folder, tensor.name) for tensor in read_headers(folder)}
     files = weight_files(folder)
     need, free = sum(path.stat().st_size for path in files), shutil.disk_usage(out).free
@@ -84,7 +86,11 @@ def _write_weights(folder: Path, out: Path) -> None:
         )
     weight_map: dict[str, str] = {}
     for path in files:
-        weight_map |= dict.fromkeys(_copy_tensors(path, out / path.name, names), path.name)
+        with safe_open(path, framework="pt") as file:  # maps the file, so that copying takes no memory
+            tensors = {name: file.get_tensor(old) for old in file.keys() if (name := names[old])}  # noqa: SIM118
+            if tensors:
+                save_file(tensors, out / path.name, {"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, path.name)
     if (folder / WEIGHTS_INDEX).is_file():
         index = {"metadata": {}, "weight_map": weight_map}
         (out / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
@@ -102,36 +108,3 @@ def _renamed(folder: Path, name: str) -> str | None:
         expected=f"tensors that begin with {', '.join((*_RENAMED, *_LEFT_OUT))}",
         todo="use the checkpoint as its publisher wrote it, or choose another base",
     )
-
-
-def _copy_tensors(source: Path, target: Path, names: Mapping[str, str | None]) -> list[str]:
-    """Copy the language model's tensors to a new safetensors file, if there are any; return their new names.
-
-    The format: the header's length in 8 bytes, the header as JSON, then all tensors.
-    """
-    with source.open("rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-        places = {name: entry for name, entry in json.loads(file.read(start - 8)).items() if names.get(name)}
-        if not places:
-            return []
-        header: dict[str, Any] = {}
-        end = 0
-        for name, entry in places.items():
-            first, last = entry["data_offsets"]
-            header[str(names[name])] = entry | {"data_offsets": [end, end + last - first]}
-            end += last - first
-        content = json.dumps({"__metadata__": {"format": "pt"}} | header, separators=(",", ":")).encode("utf-8")
-        content += b" " * (-len(content) % 8)
-        with target.open("wb") as out:
-            out.write(len(content).to_bytes(8, "little") + content)
-            for entry in places.values():
-                first, last = entry["data_offsets"]
-                file.seek(start + first)
-                _copy_bytes(file, out, last - first)
-    return list(header)
-
-
-def _copy_bytes(file: BinaryIO, out: BinaryIO, count: int) -> None:
-    while count > 0 and (part := file.read(min(_BLOCK, count))):
-        out.write(part)
-        count -= len(part)
