@@ -119,7 +119,7 @@ def _compare(
         checks += _check_adapter(applied, adapter_parity.scale_of(made.adapter, recipe))
         release_memory()  # before the next model is loaded
         if recipe.base_quantization and not on_nf4:
-            in_training = _score_on_nf4(made.base, made.adapter, compared, number_type)
+            in_training = score(_load_trained(made.base, made.adapter, number_type, on_nf4=True), compared)
             differences[BESIDE_NF4] = between(in_training, trained)
             release_memory()
     merged = score(load(made.merged, number_type), compared)
@@ -153,20 +153,14 @@ def _read_trained(
         on_nf4: whether the adapter was merged into the base's weights rounded to NF4.
     """
     model = _load_trained(made.base, adapter, number_type, on_nf4=on_nf4)
-    applied = adapter_parity.compare(model, StoredWeights(made.merged))
-    sum_in_float32(model)
-    return applied, score(model, compared)
-
-
-def _score_on_nf4(base: Path, adapter: Path, compared: Sequence[TokenizedExample], number_type: NumberType) -> Scores:
-    model = _load_trained(base, adapter, number_type, on_nf4=True)
-    sum_in_float32(model)
-    return score(model, compared)
+    return adapter_parity.compare(model, StoredWeights(made.merged)), score(model, compared)
 
 
 def _load_trained(base: Path, adapter: Path, number_type: NumberType, *, on_nf4: bool) -> PeftModel:
     model = load(base, number_type)
-    return load_adapter(round_layers_to_nf4(model) if on_nf4 else model, adapter)
+    trained = load_adapter(round_layers_to_nf4(model) if on_nf4 else model, adapter)
+    sum_in_float32(trained)
+    return trained
 
 
 def _check_adapter(applied: adapter_parity.Applied, scale: tuple[float, float] | None) -> list[ParityCheck]:
