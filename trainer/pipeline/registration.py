@@ -51,7 +51,7 @@ from svc.version import Format, VersionId
 from trainer.base_model.resolve import Base
 from trainer.model.config import read_width
 from trainer.pipeline.diagnosis import diagnose_training
-from trainer.pipeline.evaluation import Evaluated, RunEvaluation
+from trainer.pipeline.evaluation import RunEvaluation
 from trainer.pipeline.examples import Examples
 from trainer.pipeline.forgetting import judge_forgetting
 from trainer.pipeline.gate import check_gate
@@ -111,14 +111,10 @@ class Registration:
         return self.run.load(Stage.TRAIN, TrainingSummary)
 
     @cached_property
-    def evaluated(self) -> Evaluated | None:
-        """Result of the stage `evaluate`; None if the recipe does not list the merged format."""
-        return self.evaluation.evaluated
-
-    @cached_property
     def base_evaluation(self) -> Evaluation | None:
         """Evaluation of the base's answers; None if the base was not evaluated."""
-        return self.evaluation.judge_base(self.evaluated) if self.evaluated else None
+        evaluated = self.evaluation.evaluated
+        return self.evaluation.judge_base(evaluated) if evaluated else None
 
     @cached_property
     def qualified(self) -> dict[Format, Qualified]:
@@ -158,8 +154,8 @@ class Registration:
     def figures(self) -> dict[str, float]:
         """Return the figures of base and formats, for the reports that the recipe names."""
         reports = {format.value: qualified.evaluation for format, qualified in self.qualified.items()}
-        if self.evaluated:
-            reports["base"] = self.evaluated.base
+        if self.base_evaluation:
+            reports["base"] = self.base_evaluation.report
         figures = {f"exact_match_{name}": report.exact_match.value for name, report in reports.items()}
         return figures | {f"nll_{name}": report.nll.value for name, report in reports.items()}
 
