@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from trainer.estimate.batches import Workload, shortened, with_batch_size
+from trainer.estimate.batches import Workload
 from trainer.estimate.devices import ComputeDevice
 from trainer.estimate.estimate import memory_on
 from trainer.estimate.model_shape import ModelShape
@@ -25,8 +25,8 @@ def advise(recipe: Recipe, shape: ModelShape, workload: Workload, device: Comput
 
     def fits(changes: Changes) -> bool:
         changed = recipe.changed(changes)
-        size, longest = changed.train.batch_size, changed.train.max_length
-        return memory_on(changed, shape, with_batch_size(shortened(workload, longest), size), device) <= device.memory
+        batch = workload.largest.shortened(changed.train.max_length).resized(changed.train.batch_size)
+        return memory_on(changed, shape, batch, device) <= device.memory
 
     changes: Changes = {}
     if fits(changes):

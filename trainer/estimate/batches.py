@@ -51,6 +51,16 @@ class Batch:
         """Number of tokens that the model computes."""
         return self.shared + self.rows * (self.length - self.shared)
 
+    def resized(self, rows: int) -> "Batch":
+        """Return the batch with another number of examples, for its memory."""
+        answers = math.ceil(self.answers * rows / self.rows)
+        return Batch(rows, self.length, self.shared if rows > 1 else 0, answers)
+
+    def shortened(self, longest: int) -> "Batch":
+        """Return the batch cut to a length, for its memory."""
+        length = min(self.length, longest)
+        return Batch(self.rows, length, min(self.shared, length), min(self.answers, self.rows * length))
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -105,22 +115,6 @@ def read_workload(examples: Sequence[ChatExample], recipe: Recipe, folder: Path)
             largest = measure_batch(sorted(chain.from_iterable(measured), key=_length)[-train.batch_size :])
     in_run = train.steps * train.gradient_accumulation if train.steps else train.epochs * in_epoch
     return Workload(len(examples), mean_length, tokens, batches, in_run / len(batches), largest, counted)
-
-
-def with_batch_size(workload: Workload, size: int) -> Workload:
-    """Return the workload with another batch size; exact for memory, and close enough for time."""
-    largest = workload.largest
-    answers = math.ceil(largest.answers * size / largest.rows)
-    shared = largest.shared if size > 1 else 0
-    return replace(workload, largest=Batch(size, largest.length, shared, answers))
-
-
-def shortened(workload: Workload, longest: int) -> Workload:
-    """Return the workload with its largest batch cut to a length; for memory only."""
-    largest = workload.largest
-    length = min(largest.length, longest)
-    cut = Batch(largest.rows, length, min(largest.shared, length), min(largest.answers, largest.rows * length))
-    return replace(workload, largest=cut)
 
 
 def unshared(workload: Workload) -> Workload:

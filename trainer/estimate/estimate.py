@@ -7,9 +7,9 @@ Training uses one GPU, and so does the estimate: several GPUs help only the engi
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from trainer.estimate.batches import Workload, unshared, with_batch_size
+from trainer.estimate.batches import Batch, Workload, unshared
 from trainer.estimate.compute import training_seconds
 from trainer.estimate.devices import ComputeDevice
 from trainer.estimate.memory import Part, Training
@@ -106,7 +106,8 @@ def estimate_device(
     recipe: Recipe, shape: ModelShape, workload: Workload, device: ComputeDevice, served_length: int
 ) -> DeviceEstimate:
     """Return the estimate of a recipe on one device."""
-    training, workload = _on_device(recipe, shape, workload, device)
+    training = Training(recipe, shape, device.cpu, device.number_type)
+    workload = workload if training.shares_prompts else unshared(workload)
     seconds = training_seconds(training, workload, device)
     return DeviceEstimate(
         device=device,
@@ -120,21 +121,13 @@ def estimate_device(
     )
 
 
-def memory_on(recipe: Recipe, shape: ModelShape, workload: Workload, device: ComputeDevice) -> float:
-    """Return the peak bytes of training, without the other stages."""
-    training, workload = _on_device(recipe, shape, workload, device)
-    return training.peak(workload.largest)
-
-
-def _on_device(
-    recipe: Recipe, shape: ModelShape, workload: Workload, device: ComputeDevice
-) -> tuple[Training, Workload]:
-    """Return the training and its batches, as this device computes them."""
+def memory_on(recipe: Recipe, shape: ModelShape, batch: Batch, device: ComputeDevice) -> float:
+    """Return the peak bytes of training with this batch, without the other stages."""
     training = Training(recipe, shape, device.cpu, device.number_type)
-    return training, workload if training.shares_prompts else unshared(workload)
+    return training.peak(batch if training.shares_prompts else replace(batch, shared=0))
 
 
 def _largest_batch(training: Training, workload: Workload, memory: float) -> int:
     """Return the largest batch size that fits if all examples are as long as the longest; 0 if not even one fits."""
     sizes = range(1, _MAX_BATCH + 1)
-    return bisect_right(sizes, memory, key=lambda size: training.peak(with_batch_size(workload, size).largest))
+    return bisect_right(sizes, memory, key=lambda size: training.peak(workload.largest.resized(size)))

@@ -10,7 +10,6 @@ from svc.engine.device import NumberType
 from tests.trainer.conftest import make_recipe
 from tests.trainer.estimate.configs import even_workload, published
 from trainer.estimate.advice import advise, as_text
-from trainer.estimate.batches import shortened, with_batch_size
 from trainer.estimate.devices import read_devices
 from trainer.estimate.estimate import DeviceEstimate, estimate_device, memory_on
 from trainer.estimate.stages import EnginePart, engine_memory
@@ -85,8 +84,8 @@ def test_the_largest_batch_fits_and_one_more_does_not() -> None:
     recipe, shape, device = make_recipe(method="qlora"), published("llama-3.1-8b"), DEVICES["rtx-4090"]
     workload = even_workload(1000, 2048, recipe)
     size = estimate_device(recipe, shape, workload, device, 4096).largest_batch
-    assert memory_on(recipe, shape, with_batch_size(workload, size), device) <= device.memory
-    assert memory_on(recipe, shape, with_batch_size(workload, size + 1), device) > device.memory
+    assert memory_on(recipe, shape, workload.largest.resized(size), device) <= device.memory
+    assert memory_on(recipe, shape, workload.largest.resized(size + 1), device) > device.memory
 
 
 def pairs_of_device_and_model() -> Iterator[tuple[str, str, str]]:
@@ -105,11 +104,11 @@ def test_recipe_fits_when_the_advice_is_followed(device: str, name: str, method:
     if changes is None:
         kind = "dora" if method == "dora" else "lora"
         least = make_recipe(method=kind, quantization="nf4", adapter={"rank": 8}, train={"batch_size": 1})
-        assert memory_on(least, shape, even_workload(1, 256, least), DEVICES[device]) > DEVICES[device].memory
+        assert memory_on(least, shape, even_workload(1, 256, least).largest, DEVICES[device]) > DEVICES[device].memory
         return
     changed = recipe.changed(changes)
     size = changed.train.batch_size
-    smaller = with_batch_size(shortened(workload, changed.train.max_length), size)
+    smaller = workload.largest.shortened(changed.train.max_length).resized(size)
     assert memory_on(changed, shape, smaller, DEVICES[device]) <= DEVICES[device].memory
     assert size * changed.train.gradient_accumulation == 16
 
