@@ -35,13 +35,16 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
-def _beside_recipe(path: Path | None, info: ValidationInfo) -> Path | None:
-    """Resolve a path relative to the recipe's folder, so that the recipe runs from any working folder."""
+def _beside_recipe(value: Any, info: ValidationInfo) -> Any:
+    """Resolve a path relative to the recipe's folder, so that the recipe runs from any working folder.
+
+    Any other value is returned unchanged.
+    """
     folder = (info.context or {}).get("folder", Path())
     try:
-        return None if path is None else (folder / path.expanduser()).absolute()
+        return (folder / value.expanduser()).absolute() if isinstance(value, Path) else value
     except RuntimeError as error:
-        raise ValueError(f"cannot expand {path}: this machine has no such user") from error
+        raise ValueError(f"cannot expand {value}: this machine has no such user") from error
 
 
 def _as_sources(value: Any) -> Any:
@@ -55,10 +58,6 @@ def _sources_beside_recipe(sources: tuple[str, ...], info: ValidationInfo) -> tu
     )
 
 
-def _file_beside_recipe(value: bool | Path, info: ValidationInfo) -> bool | Path:
-    return value if isinstance(value, bool) else _beside_recipe(value, info) or value
-
-
 def _as_template(value: Any) -> Any:
     """Return a template's name, or the path of a file that ends in .jinja.
 
@@ -70,10 +69,6 @@ def _as_template(value: Any) -> Any:
     if value is None or (isinstance(value, str | Path) and Path(value).suffix == ".jinja"):
         return value and Path(value)
     raise ValueError(f"expected {TEMPLATE_CHOICES}")
-
-
-def _template_beside_recipe(template: NamedTemplate | Path | None, info: ValidationInfo) -> NamedTemplate | Path | None:
-    return _beside_recipe(template, info) if isinstance(template, Path) else template
 
 
 _NAME = Annotated[str, Field(min_length=1)]
@@ -100,7 +95,7 @@ def _metrics_beside_recipe(names: tuple[str, ...] | None, info: ValidationInfo) 
 ChatTemplate = Annotated[
     NamedTemplate | Path | None,
     BeforeValidator(_as_template),
-    AfterValidator(_template_beside_recipe),
+    AfterValidator(_beside_recipe),
     WithJsonSchema({"anyOf": [{"enum": list(NamedTemplate)}, {"type": "string", "format": "path"}, {"type": "null"}]}),
 ]
 """A template's name, or a file that ends in .jinja."""
@@ -381,7 +376,7 @@ class Evaluate(_Section):
     """largest allowed increase of negative log-likelihood through quantization, as a share of the merged model's, but
     at least 0.005 nats per token; a version is rejected if a larger increase is proven"""
 
-    general: Annotated[bool | Path, AfterValidator(_file_beside_recipe)] = True
+    general: Annotated[bool | Path, AfterValidator(_beside_recipe)] = True
     """send general questions, which are never trained on, to base, merged and GPTQ model: true for the built-in ones, a
     file with your own, or false for none; see [evaluation](evaluation.md#forgetting)"""
     general_limit: Annotated[int, Field(ge=1)] | None = 60
