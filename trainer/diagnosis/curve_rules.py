@@ -80,11 +80,7 @@ def find_low_rate(run: TrainingRun) -> Finding | None:
     return Finding(
         kind=FindingKind.LEARNING_RATE_LOW,
         what=f"the training loss hardly fell: {change}" if flat else f"the training loss was still falling, {change}",
-        advice=Advice(
-            key="train.learning_rate",
-            before=f"{settings.learning_rate:g}",
-            value=f"{settings.usual_learning_rate:g}",
-        ),
+        advice=_other_rate(settings, f"{settings.usual_learning_rate:g}"),
         rule=f"the rate is at most a third of the method's default, and the last third of the learning brought more "
         f"than {UNFINISHED_SHARE:.0%} of the fall, or the loss did not fall",
     )
@@ -111,11 +107,7 @@ def not_learnt(settings: TrainingSettings, what: str, rule: str) -> Finding:
         return Finding(
             kind=FindingKind.LEARNING_RATE_HIGH,
             what=what,
-            advice=Advice(
-                key="train.learning_rate",
-                before=f"{settings.learning_rate:g}",
-                value=f"{settings.usual_learning_rate:g}",
-            ),
+            advice=_other_rate(settings, f"{settings.usual_learning_rate:g}"),
             rule=f"the rate is at least {USUAL_TIMES:g} times the method's default, and {rule}",
         )
     if settings.steps is not None:
@@ -182,5 +174,8 @@ def _is_above(window: Window, other: Window, least: float) -> bool:
 
 def _slower(settings: TrainingSettings) -> Advice:
     """Return the same advice as for a run that was stopped for divergence: trainer.callbacks.divergence."""
-    rate = settings.learning_rate
-    return Advice(key="train.learning_rate", before=f"{rate:g}", value=f"{rate / 3:.1g}")
+    return _other_rate(settings, f"{settings.learning_rate / 3:.1g}")
+
+
+def _other_rate(settings: TrainingSettings, value: str) -> Advice:
+    return Advice(key="train.learning_rate", before=f"{settings.learning_rate:g}", value=value)
