@@ -1,11 +1,11 @@
 """Checks that a folder is a base model: a complete language model for text, in floating-point safetensors."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from svc.errors import BaseModelError, IntegrityError
+from svc.files.json_file import read_json_object
 from svc.model_folder.weight_files import TOKENIZER_FILES, WEIGHTS_INDEX, weight_files
 from trainer.recipe.named_template import SET_TEMPLATE
 
@@ -157,9 +157,6 @@ def read_json(path: Path) -> dict[str, Any]:
         BaseModelError: the file cannot be read, or does not contain an object.
     """
     try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise BaseModelError(f"cannot read {path}: {error}", expected="a JSON object in UTF-8") from error
-    if not isinstance(content, dict):
-        raise BaseModelError(f"{path} contains a {type(content).__name__}", expected="a JSON object")
-    return content
+        return read_json_object(path)
+    except IntegrityError as error:
+        raise BaseModelError(error.wrong, expected="a JSON object in UTF-8") from error

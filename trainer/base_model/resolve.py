@@ -61,7 +61,9 @@ def resolve_base(base: str, cache: Path) -> Base:
         revision = hash_files(model_files(path))
         return Base(language_model(path.absolute(), cache, revision), base, read_licence(path), revision)
     if _HUB_ID.fullmatch(base):
-        return _from_hub(base, cache)
+        folder = fetch_snapshot(base, cache)
+        check_folder(folder)
+        return Base(language_model(folder, cache, folder.name), base, read_licence(folder), folder.name)
     raise BaseModelError(
         f"unknown base model {base!r}",
         expected=f"one of {', '.join(KNOWN)}; a folder (./name); a .gguf file; a Hugging Face id (org/name)",
@@ -148,9 +150,3 @@ def _gguf_licence(path: Path) -> str | None:
 
     field = GGUFReader(path).get_field("general.license")
     return str(field.contents()) if field else None
-
-
-def _from_hub(base: str, cache: Path) -> Base:
-    folder = fetch_snapshot(base, cache)
-    check_folder(folder)
-    return Base(language_model(folder, cache, folder.name), base, read_licence(folder), folder.name)
