@@ -56,7 +56,8 @@ def misses_measurement(state: TrainerState, schedule: HeldoutSchedule) -> bool:
 
 def best_step(state: TrainerState) -> int | None:
     """Return the first step with the lowest held-out loss; None if nothing was measured after a step."""
-    losses = _after_a_step(state)
+    # The base's loss, measured before step 1, is not a result of the run.
+    losses = {step: loss for step, loss in heldout_losses(state).items() if step > 0}
     return min(losses, key=lambda step: losses[step]) if losses else None
 
 
@@ -66,8 +67,3 @@ def out_of_patience(state: TrainerState, patience: int | None) -> bool:
     if patience is None or best is None:
         return False
     return sum(step > best for step in heldout_losses(state)) >= patience
-
-
-def _after_a_step(state: TrainerState) -> dict[int, float]:
-    """Return the measurements after step 0, because the base's loss is not a result of the run."""
-    return {step: loss for step, loss in heldout_losses(state).items() if step > 0}

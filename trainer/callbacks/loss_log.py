@@ -23,11 +23,6 @@ Report = Callable[[int, dict[str, float]], None]
 """Callback that receives a step and its figures."""
 
 
-def step_losses(state: TrainerState) -> dict[int, float]:
-    """Return the loss of each step in nats per token."""
-    return {entry["step"]: entry[LOSS] for entry in state.log_history if LOSS in entry}
-
-
 def heldout_losses(state: TrainerState) -> dict[int, float]:
     """Return the held-out loss of each measured step in nats per token."""
     return {entry["step"]: entry[HELDOUT_LOSS] for entry in state.log_history if HELDOUT_LOSS in entry}
@@ -76,6 +71,7 @@ class LossReport(TrainerCallback):
             self._report(step, {HELDOUT_LOSS: logs[HELDOUT_LOSS]})
         if LOSS in logs and (step % every == 0 or step == state.max_steps):
             reported = (step - 1) // every * every
-            mean = fmean(loss for taken, loss in step_losses(state).items() if taken > reported)
+            losses = {entry["step"]: entry[LOSS] for entry in state.log_history if LOSS in entry}
+            mean = fmean(loss for taken, loss in losses.items() if taken > reported)
             others = {key: logs[key] for key in ("learning_rate", "grad_norm", "epoch") if key in logs}
             self._report(step, {LOSS: mean} | others)
