@@ -5,7 +5,7 @@ from itertools import accumulate
 from statistics import fmean, stdev
 
 from svc.evaluation.finding import Advice, Finding, FindingKind
-from trainer.diagnosis.training_run import TrainingRun, TrainingSettings
+from trainer.diagnosis.training_run import TrainingRun
 from trainer.diagnosis.window import Window, start_of, taken, width, window_of, windows
 
 SURE = 3.0
@@ -38,7 +38,7 @@ def find_divergence(run: TrainingRun) -> Finding | None:
     return Finding(
         kind=FindingKind.DIVERGENCE,
         what=f"the training loss rose from {start.mean:.3f} at the start to {parts[-1].mean:.3f} at the end",
-        advice=_slower(run.settings),
+        advice=_slower(run),
         rule=f"the mean loss of the last tenth of the steps is above that of the first, or before the first step, by "
         f"more than {SURE:g} standard errors and {ABOVE_START:.0%}",
     )
@@ -57,7 +57,7 @@ def find_high_rate(run: TrainingRun) -> Finding | None:
         kind=FindingKind.LEARNING_RATE_HIGH,
         what=f"the training loss rose from {lowest.mean:.3f} at step {lowest.step} to {worst.mean:.3f} at step "
         f"{worst.step} before it fell to {parts[-1].mean:.3f}",
-        advice=_slower(run.settings),
+        advice=_slower(run),
         rule=f"the mean loss of a tenth of the steps is above that of an earlier tenth or the loss before the first "
         f"step, by more than {SURE:g} standard errors, {ABOVE_START:.0%} of the latter and {GIVEN_BACK:.0%} of the "
         "fall so far",
@@ -66,8 +66,7 @@ def find_high_rate(run: TrainingRun) -> Finding | None:
 
 def find_low_rate(run: TrainingRun) -> Finding | None:
     """Return a finding if the loss was still falling at the end, or hardly fell, at a rate far below the usual one."""
-    settings = run.settings
-    if settings.learning_rate * USUAL_TIMES > settings.usual_learning_rate:
+    if run.learning_rate * USUAL_TIMES > run.usual_learning_rate:
         return None
     parts = windows(run.curve)
     if not parts:
@@ -80,7 +79,7 @@ def find_low_rate(run: TrainingRun) -> Finding | None:
     return Finding(
         kind=FindingKind.LEARNING_RATE_LOW,
         what=f"the training loss hardly fell: {change}" if flat else f"the training loss was still falling, {change}",
-        advice=_other_rate(settings, f"{settings.usual_learning_rate:g}"),
+        advice=_other_rate(run, f"{run.usual_learning_rate:g}"),
         rule=f"the rate is at most a third of the method's default, and the last third of the learning brought more "
         f"than {UNFINISHED_SHARE:.0%} of the fall, or the loss did not fall",
     )
@@ -88,11 +87,11 @@ def find_low_rate(run: TrainingRun) -> Finding | None:
 
 def find_underfitting(run: TrainingRun) -> Finding | None:
     """Return a finding if the loss was still falling at the end, at a usual rate."""
-    if run.settings.learning_rate * USUAL_TIMES <= run.settings.usual_learning_rate or not (ends := _unfinished(run)):
+    if run.learning_rate * USUAL_TIMES <= run.usual_learning_rate or not (ends := _unfinished(run)):
         return None
     first, two_thirds, last = ends
     return not_learnt(
-        run.settings,
+        run,
         f"the training loss was still falling when the run ended: {first.mean:.3f} at the start, "
         f"{two_thirds.mean:.3f} after two thirds of the learning, {last.mean:.3f} at the end",
         f"the last third of the learning, by the sum of the learning rates, brought more than "
@@ -101,19 +100,20 @@ def find_underfitting(run: TrainingRun) -> Finding | None:
     )
 
 
-def not_learnt(settings: TrainingSettings, what: str, rule: str) -> Finding:
+def not_learnt(run: TrainingRun, what: str, rule: str) -> Finding:
     """Return a finding of too few steps, or of a high learning rate if the rate is far above the default."""
-    if settings.learning_rate >= USUAL_TIMES * settings.usual_learning_rate:
+    train = run.recipe.train
+    if run.learning_rate >= USUAL_TIMES * run.usual_learning_rate:
         return Finding(
             kind=FindingKind.LEARNING_RATE_HIGH,
             what=what,
-            advice=_other_rate(settings, f"{settings.usual_learning_rate:g}"),
+            advice=_other_rate(run, f"{run.usual_learning_rate:g}"),
             rule=f"the rate is at least {USUAL_TIMES:g} times the method's default, and {rule}",
         )
-    if settings.steps is not None:
-        advice = Advice(key="train.steps", before=str(settings.steps), value=str(2 * settings.steps))
+    if train.steps is not None:
+        advice = Advice(key="train.steps", before=str(train.steps), value=str(2 * train.steps))
     else:
-        advice = Advice(key="train.epochs", before=f"{settings.epochs:g}", value=f"{2 * settings.epochs:g}")
+        advice = Advice(key="train.epochs", before=f"{train.epochs:g}", value=f"{2 * train.epochs:g}")
     return Finding(kind=FindingKind.UNDERFITTING, what=what, advice=advice, rule=rule)
 
 
@@ -172,10 +172,10 @@ def _is_above(window: Window, other: Window, least: float) -> bool:
     return difference > max(SURE * error, least)
 
 
-def _slower(settings: TrainingSettings) -> Advice:
+def _slower(run: TrainingRun) -> Advice:
     """Return the same advice as for a run that was stopped for divergence: trainer.callbacks.divergence."""
-    return _other_rate(settings, f"{settings.learning_rate / 3:.1g}")
+    return _other_rate(run, f"{run.learning_rate / 3:.1g}")
 
 
-def _other_rate(settings: TrainingSettings, value: str) -> Advice:
-    return Advice(key="train.learning_rate", before=f"{settings.learning_rate:g}", value=value)
+def _other_rate(run: TrainingRun, value: str) -> Advice:
+    return Advice(key="train.learning_rate", before=f"{run.learning_rate:g}", value=value)

@@ -36,12 +36,12 @@ def diagnose(run: TrainingRun) -> tuple[Finding, ...]:
 
 def find_forgetting(run: TrainingRun) -> Finding | None:
     """Return a finding if training lowered the score on general tasks."""
-    change, share = run.general_change, run.settings.general_share
+    change, share = run.general_change, run.recipe.data.general_share
     if change is None or change.high >= 0 or change.value > -FORGOTTEN:
         return None
     advice = (
         Advice(key="data.general", value="examples of other tasks, a tenth of all by data.general_share")
-        if share is None
+        if run.recipe.data.general is None
         else Advice(key="data.general_share", before=f"{share:g}", value=f"{min(0.5, 2 * share):g}")
     )
     return Finding(

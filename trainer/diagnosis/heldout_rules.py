@@ -5,8 +5,9 @@ from statistics import fmean, stdev
 
 from svc.evaluation.finding import Advice, Finding, FindingKind
 from svc.evaluation.training_curve import TrainingPoint
-from trainer.diagnosis.training_run import TrainingRun, TrainingSettings
+from trainer.diagnosis.training_run import TrainingRun
 from trainer.diagnosis.window import measured_points, start_of, taken, width, window_of, windows
+from trainer.recipe.sections import Train
 
 FALSE_ALARMS = 0.05
 """Share of healthy runs in which the paired test alone may find a rise; divided among the measurements."""
@@ -29,7 +30,7 @@ CUT_OFF = 0.02
 def find_overfitting(run: TrainingRun) -> Finding | None:
     """Return a finding if held-out loss rose after its lowest point while the training loss continued to fall."""
     measured = measured_points(run.curve)
-    if run.settings.keeps_best or len(measured) < 2:
+    if run.recipe.stopping.keep_best or len(measured) < 2:
         return None
     lowest, last = min(measured, key=lambda point: point.heldout_loss or 0.0), measured[-1]
     rise = [after - before for before, after in zip(lowest.heldout_each, last.heldout_each, strict=True)]
@@ -44,7 +45,7 @@ def find_overfitting(run: TrainingRun) -> Finding | None:
         what=f"held-out loss rose from {lowest.heldout_loss:.3f} at epoch {lowest.epoch:.1f} to "
         f"{last.heldout_loss:.3f} at the end, by {mean_rise:.3f} [±{2 * error:.3f}] on the same {len(rise)} examples, "
         "while the training loss fell",
-        advice=_stop_earlier(run.settings, lowest),
+        advice=_stop_earlier(run.recipe.train, lowest),
         rule=f"held-out loss rose by more than {RISE:.0%} since its lowest point, which happens by chance in less than "
         f"one of {1 / FALSE_ALARMS:.0f} runs (paired t-test over the examples, Bonferroni over the measurements), and "
         "the training loss fell",
@@ -53,7 +54,7 @@ def find_overfitting(run: TrainingRun) -> Finding | None:
 
 def find_too_little_data(run: TrainingRun) -> Finding | None:
     """Return a finding if there are very few examples, or few examples that the model has memorized."""
-    settings, count = run.settings, run.train_examples
+    limit, count = run.recipe.data.limit, run.train_examples
     if count < FEW_EXAMPLES:
         what = f"{count} training examples"
     elif count < MANY_EXAMPLES and (gap := _gap(run)) and gap[1] > _least_gap(run) * gap[0]:
@@ -64,7 +65,7 @@ def find_too_little_data(run: TrainingRun) -> Finding | None:
     else:
         return None
     wanted = max(2 * FEW_EXAMPLES, 4 * count)
-    limited = settings.limit is not None and count >= settings.limit
+    limited = limit is not None and count >= limit
     return Finding(
         kind=FindingKind.TOO_LITTLE_DATA,
         what=what,
@@ -83,16 +84,17 @@ def find_small_heldout(run: TrainingRun) -> Finding | None:
     """Return a finding if the figures are too uncertain to compare versions."""
     if run.evaluation is None:
         return None
-    match, asked, settings = run.evaluation.exact_match, run.evaluation.examples, run.settings
+    match, asked, data = run.evaluation.exact_match, run.evaluation.examples, run.recipe.data
     if match.high - match.low <= WIDEST:
         return None
     # With few asked examples, the estimated width is uncertain too: a share of one half is the worst case.
     wanted = math.ceil((2 * 1.96 * 0.5 / WIDEST) ** 2)
-    if settings.evaluate_limit is not None and settings.evaluate_limit <= asked:
-        advice = Advice(key="evaluate.limit", before=str(settings.evaluate_limit), value=str(wanted))
-    elif settings.heldout_share is not None:
-        share = min(0.3, settings.heldout_share * wanted / asked)
-        advice = Advice(key="data.heldout_share", before=f"{settings.heldout_share:g}", value=f"{share:.2g}")
+    limit = run.recipe.evaluate.limit
+    if limit is not None and limit <= asked:
+        advice = Advice(key="evaluate.limit", before=str(limit), value=str(wanted))
+    elif data.heldout is None:
+        share = min(0.3, data.heldout_share * wanted / asked)
+        advice = Advice(key="data.heldout_share", before=f"{data.heldout_share:g}", value=f"{share:.2g}")
     else:
         advice = Advice(key="data.heldout", before=f"{asked} examples", value=f"{wanted} examples")
     return Finding(
@@ -108,7 +110,7 @@ def find_cut_answers(run: TrainingRun) -> Finding | None:
     cut = {format: share for format, share in run.cut_off.items() if share.value > CUT_OFF}
     if not cut:
         return None
-    fixed = run.settings.max_answer_tokens
+    fixed = run.recipe.evaluate.max_tokens
     if fixed is None:
         advice = Advice(
             key="data.train",
@@ -149,12 +151,12 @@ def _fell_between(run: TrainingRun, lowest: TrainingPoint, last: TrainingPoint) 
     return window_of(after).mean < min(window_of(until).mean, start_of(run.curve).mean)
 
 
-def _stop_earlier(settings: TrainingSettings, lowest: TrainingPoint) -> Advice:
+def _stop_earlier(train: Train, lowest: TrainingPoint) -> Advice:
     if lowest.step == 0:
         return Advice(key="stopping.keep_best", before="false", value="true")
-    if settings.steps is not None:
-        return Advice(key="train.steps", before=str(settings.steps), value=str(lowest.step))
-    return Advice(key="train.epochs", before=f"{settings.epochs:g}", value=f"{lowest.epoch:.2g}")
+    if train.steps is not None:
+        return Advice(key="train.steps", before=str(train.steps), value=str(lowest.step))
+    return Advice(key="train.epochs", before=f"{train.epochs:g}", value=f"{lowest.epoch:.2g}")
 
 
 def _least_gap(run: TrainingRun) -> float:

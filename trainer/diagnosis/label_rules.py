@@ -77,13 +77,12 @@ def _find_unlearnt(run: TrainingRun) -> Finding | None:
         f"the prompts explain {amount} of the labels to the model: its loss on {asked} held-out answers is "
         f"{entropy - mean:.3f} nats per answer, and would be {entropy:.3f} if it only knew how frequent each label is"
     )
-    settings, steps = run.settings, len(taken(run.curve))
-    too_fast = settings.learning_rate >= USUAL_TIMES * settings.usual_learning_rate
-    short = 0 < steps < FEW_STEPS
+    too_fast = run.learning_rate >= USUAL_TIMES * run.usual_learning_rate
+    short = 0 < len(taken(run.curve)) < FEW_STEPS
     unfinished = short or _falls_late(run, STILL_FALLING, LATE_SURE)
     if mean <= HARDLY_GAINED * entropy and (unfinished or (nothing and too_fast)):
         return not_learnt(
-            settings,
+            run,
             what,
             f"the prompts explain at most {HARDLY_GAINED:.0%} of the entropy of the labels, in fewer than {FEW_STEPS} "
             f"steps, or with a training loss that in the last third of the learning fell by more than "
@@ -91,7 +90,7 @@ def _find_unlearnt(run: TrainingRun) -> Finding | None:
         )
     if short and mean <= PARTLY_GAINED * entropy and _still_falls(run):
         return not_learnt(
-            settings,
+            run,
             what,
             f"the prompts explain at most {PARTLY_GAINED:.0%} of the entropy of the labels, in fewer than {FEW_STEPS} "
             f"steps, in the second half of which held-out loss fell by more than {HELDOUT_FALLING:.0%} of what it was "

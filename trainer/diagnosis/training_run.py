@@ -1,4 +1,4 @@
-"""The measurements of a training run that a diagnosis reads, whatever their source."""
+"""The recipe and the measurements of a training run that a diagnosis reads."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,41 +7,16 @@ from svc.evaluation.evaluator import EvaluationReport
 from svc.evaluation.intervals import Interval
 from svc.evaluation.results import ExampleResult
 from svc.evaluation.training_curve import TrainingPoint
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingSettings:
-    """The recipe's values that findings may propose to change.
-
-    Attributes:
-        learning_rate: peak learning rate.
-        usual_learning_rate: default learning rate of the method.
-        steps: number of steps; None if the recipe names epochs.
-        keeps_best: whether the run keeps the weights with the lowest held-out loss.
-        limit: maximum number of training examples; None for all.
-        heldout_share: None if the held-out set is a separate file.
-        evaluate_limit: maximum number of evaluated held-out examples; None for all.
-        max_answer_tokens: token limit of every held-out answer; None: the limit depends on each reference.
-        general_share: None if no general examples were mixed in.
-    """
-
-    learning_rate: float
-    usual_learning_rate: float
-    epochs: float
-    steps: int | None = None
-    keeps_best: bool = False
-    limit: int | None = None
-    heldout_share: float | None = None
-    evaluate_limit: int | None = None
-    max_answer_tokens: int | None = None
-    general_share: float | None = None
+from trainer.recipe.sections import Recipe
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingRun:
-    """Settings and measurements of one run.
+    """Recipe and measurements of one run.
 
     Attributes:
+        recipe: its values are those that findings may propose to change.
+        usual_learning_rate: default learning rate of the method and base.
         curve: every step.
         train_examples: number of training examples.
         contradictions: number of training examples whose prompt also occurs with a different answer.
@@ -53,7 +28,8 @@ class TrainingRun:
         general_change: the score on general tasks after training minus the one before; None if not measured.
     """
 
-    settings: TrainingSettings
+    recipe: Recipe
+    usual_learning_rate: float
     curve: Sequence[TrainingPoint]
     train_examples: int
     contradictions: int = 0
@@ -63,3 +39,8 @@ class TrainingRun:
     results: Sequence[ExampleResult] = field(default=())
     answers: Sequence[str] = field(default=())
     general_change: Interval | None = None
+
+    @property
+    def learning_rate(self) -> float:
+        """Peak learning rate."""
+        return self.recipe.train.learning_rate or self.usual_learning_rate

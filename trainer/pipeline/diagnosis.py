@@ -9,7 +9,7 @@ from svc.evaluation.intervals import Interval
 from svc.evaluation.training_curve import TrainingPoint
 from svc.version import Format
 from trainer.diagnosis.diagnose import diagnose
-from trainer.diagnosis.training_run import TrainingRun, TrainingSettings
+from trainer.diagnosis.training_run import TrainingRun
 from trainer.pipeline.examples import Examples
 from trainer.qualification import Qualified
 from trainer.recipe.sections import Recipe
@@ -32,22 +32,12 @@ def diagnose_training(
         general_change: score on general tasks after training minus that before; None if not measured.
         width: width of the base's hidden states.
     """
-    data, merged = recipe.data, qualified.get(Format.MERGED)
+    merged = qualified.get(Format.MERGED)
     evaluated = examples.heldout[: len(merged.results)] if merged else examples.heldout
     return diagnose(
         TrainingRun(
-            settings=TrainingSettings(
-                learning_rate=recipe.learning_rate(width),
-                usual_learning_rate=recipe.usual_learning_rate(width),
-                epochs=recipe.train.epochs,
-                steps=recipe.train.steps,
-                keeps_best=recipe.stopping.keep_best,
-                limit=data.limit,
-                heldout_share=None if data.heldout else data.heldout_share,
-                evaluate_limit=recipe.evaluate.limit,
-                max_answer_tokens=recipe.evaluate.max_tokens,
-                general_share=data.general_share if data.general else None,
-            ),
+            recipe=recipe,
+            usual_learning_rate=recipe.usual_learning_rate(width),
             curve=curve,
             train_examples=len(examples.train),
             contradictions=count_contradictions(examples.train),

@@ -13,7 +13,7 @@ from svc.evaluation.evaluator import judge
 from svc.evaluation.results import ExampleResult
 from tests.trainer.conftest import make_recipe
 from trainer.data.chat_template import load_tokenizer, stop_tokens, tokenize_examples
-from trainer.diagnosis.training_run import TrainingRun, TrainingSettings
+from trainer.diagnosis.training_run import TrainingRun
 from trainer.model.config import read_width
 from trainer.training.sft import train_model
 from trainer.training.summary import TrainingData
@@ -51,13 +51,8 @@ def train_and_judge(
     )
     results = answer(base, folder / "trained", heldout, number_type=number_type, max_tokens=max_tokens)
     return TrainingRun(
-        settings=TrainingSettings(
-            recipe.learning_rate(width),
-            usual_learning_rate or recipe.usual_learning_rate(width),
-            recipe.train.epochs,
-            recipe.train.steps,
-            heldout_share=0.1,
-        ),
+        recipe=recipe.changed({"data.heldout": None, "train.learning_rate": recipe.learning_rate(width)}),
+        usual_learning_rate=usual_learning_rate or recipe.usual_learning_rate(width),
         curve=summary.points,
         train_examples=len(examples),
         evaluation=judge(heldout, results, 0.0).report,

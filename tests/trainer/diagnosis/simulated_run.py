@@ -9,9 +9,10 @@ import numpy as np
 
 from svc.evaluation.results import ExampleResult
 from svc.evaluation.training_curve import TrainingPoint
-from trainer.diagnosis.training_run import TrainingRun, TrainingSettings
+from tests.trainer.conftest import make_recipe
+from trainer.diagnosis.training_run import TrainingRun
 
-SETTINGS = TrainingSettings(learning_rate=5e-4, usual_learning_rate=5e-4, epochs=2.0)
+RECIPE = make_recipe(train={"learning_rate": 5e-4, "epochs": 2.0})
 Shape = Callable[[float], float]
 """The loss at a share of the learning, which is the sum of the rates, of the whole run."""
 
@@ -44,7 +45,7 @@ def simulate(
     shares = np.cumsum(rates) / sum(rates)
     own = random.lognormal(-(spread**2) / 2, spread, measured)
     at = {round(place * steps / 5) for place in range(6)}
-    epochs = more.get("settings", SETTINGS).epochs
+    epochs = more.get("recipe", RECIPE).train.epochs
     points = []
     for step in range(steps + 1):
         share = float(shares[step - 1]) if step else 0.0
@@ -63,7 +64,7 @@ def simulate(
                 learning_rate=5e-4 * rates[step - 1] if step else None,
             )
         )
-    run = TrainingRun(SETTINGS, points, train_examples=1200)
+    run = TrainingRun(RECIPE, 5e-4, points, train_examples=1200)
     return replace(run, **more)
 
 

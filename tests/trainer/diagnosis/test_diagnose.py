@@ -11,7 +11,7 @@ from svc.evaluation.evaluator import EvaluationReport
 from svc.evaluation.finding import Finding, FindingKind
 from svc.evaluation.intervals import Interval, proportion
 from tests.svc.registry.manifests import exact_match_metrics
-from tests.trainer.diagnosis.simulated_run import SETTINGS, Shape, answered, falling, simulate
+from tests.trainer.diagnosis.simulated_run import RECIPE, Shape, answered, falling, simulate
 from trainer.diagnosis.diagnose import diagnose
 
 LABELS = ["a", "b", "c", "d"] * 50
@@ -72,11 +72,11 @@ FAULTS = [
     (FindingKind.UNDERFITTING, lambda seed: simulate(falling(3, 0.1, 0.5), seed)),
     (
         FindingKind.LEARNING_RATE_LOW,
-        lambda seed: simulate(falling(3, 0.1, 0.5), seed, settings=replace(SETTINGS, learning_rate=1e-5)),
+        lambda seed: simulate(falling(3, 0.1, 0.5), seed, recipe=RECIPE.changed({"train.learning_rate": 1e-5})),
     ),
     (
         FindingKind.LEARNING_RATE_LOW,
-        lambda seed: simulate(lambda share: 3.0, seed, settings=replace(SETTINGS, learning_rate=1e-6)),
+        lambda seed: simulate(lambda share: 3.0, seed, recipe=RECIPE.changed({"train.learning_rate": 1e-6})),
     ),
     (
         FindingKind.OVERFITTING,
@@ -122,9 +122,9 @@ def test_advice_names_the_key_with_its_current_and_proposed_value() -> None:
 
 
 def test_finding_names_the_epoch_of_the_lowest_loss_when_a_run_overfits() -> None:
-    settings = replace(SETTINGS, epochs=10.0)
+    recipe = RECIPE.changed({"train.epochs": 10.0})
     run = simulate(
-        falling(3, 0.1, 5), 0, heldout=lambda share: 1 + abs(share - 0.36), settings=settings, train_examples=5000
+        falling(3, 0.1, 5), 0, heldout=lambda share: 1 + abs(share - 0.36), recipe=recipe, train_examples=5000
     )
     assert str(only(run).advice) == "train.epochs from 10 to 2"
 
@@ -150,14 +150,14 @@ def test_few_short_healthy_runs_are_diagnosed_as_underfitted_when_losses_are_noi
 
 
 def test_advice_is_a_number_of_steps_when_the_recipe_names_steps() -> None:
-    settings = replace(SETTINGS, steps=100)
-    run = simulate(falling(3, 0.1, 5), 0, heldout=lambda share: 1 + abs(share - 0.36), settings=settings)
+    recipe = RECIPE.changed({"train.steps": 100})
+    run = simulate(falling(3, 0.1, 5), 0, heldout=lambda share: 1 + abs(share - 0.36), recipe=recipe)
     assert str(only(run).advice) == "train.steps from 100 to 20"
 
 
 def test_overfitting_is_not_diagnosed_when_the_best_weights_are_kept() -> None:
-    settings = replace(SETTINGS, keeps_best=True)
-    run = simulate(falling(3, 0.1, 5), 0, heldout=lambda share: 1 + abs(share - 0.36), settings=settings)
+    recipe = RECIPE.changed({"stopping.keep_best": True})
+    run = simulate(falling(3, 0.1, 5), 0, heldout=lambda share: 1 + abs(share - 0.36), recipe=recipe)
     assert kinds(run) == []
 
 
@@ -165,22 +165,20 @@ def test_too_little_data_is_diagnosed_below_fifty_examples_with_any_curve() -> N
     finding = only(simulate(WELL, 0, train_examples=49))
     assert finding.kind is FindingKind.TOO_LITTLE_DATA
     assert str(finding.advice) == "data.train from 49 examples to 196 examples"
-    limited = replace(SETTINGS, limit=49)
-    assert str(only(simulate(WELL, 0, train_examples=49, settings=limited)).advice) == "data.limit from 49 to 196"
+    limited = RECIPE.changed({"data.limit": 49})
+    assert str(only(simulate(WELL, 0, train_examples=49, recipe=limited)).advice) == "data.limit from 49 to 196"
 
 
 @pytest.mark.parametrize(
-    ("settings", "advice"),
+    ("values", "advice"),
     [
-        ({"evaluate_limit": 30}, "evaluate.limit from 30 to 97"),
-        ({"heldout_share": 0.05}, "data.heldout_share from 0.05 to 0.16"),
+        ({"evaluate.limit": 30}, "evaluate.limit from 30 to 97"),
+        ({"data.heldout": None, "data.heldout_share": 0.05}, "data.heldout_share from 0.05 to 0.16"),
         ({}, "data.heldout from 30 examples to 97 examples"),
     ],
 )
-def test_finding_names_the_required_size_when_the_heldout_set_is_too_small(
-    settings: dict[str, Any], advice: str
-) -> None:
-    run = simulate(WELL, 0, evaluation=evaluation(15, 30), settings=replace(SETTINGS, **settings))
+def test_finding_names_the_required_size_when_the_heldout_set_is_too_small(values: dict[str, Any], advice: str) -> None:
+    run = simulate(WELL, 0, evaluation=evaluation(15, 30), recipe=RECIPE.changed(values))
     assert only(run).kind is FindingKind.HELDOUT_TOO_SMALL
     assert str(only(run).advice) == advice
 
@@ -207,7 +205,7 @@ def test_forgetting_is_found_when_the_interval_excludes_zero(
 def test_advice_is_a_larger_share_of_general_examples_when_some_are_mixed_in() -> None:
     lost = Interval(value=-0.1, low=-0.15, high=-0.05)
     assert only(simulate(WELL, 0, general_change=lost)).advice.key == "data.general"
-    mixed = simulate(WELL, 0, general_change=lost, settings=replace(SETTINGS, general_share=0.1))
+    mixed = simulate(WELL, 0, general_change=lost, recipe=RECIPE.changed({"data.general": "general.jsonl"}))
     assert str(only(mixed).advice) == "data.general_share from 0.1 to 0.2"
 
 
@@ -225,7 +223,7 @@ def test_only_formats_above_the_threshold_are_named_when_answers_are_truncated()
 
 def test_advice_is_to_raise_the_limit_when_the_recipe_sets_it() -> None:
     cut = {"merged": proportion(5, 100)}
-    fixed = only(simulate(WELL, 0, cut_off=cut, settings=replace(SETTINGS, max_answer_tokens=64)))
+    fixed = only(simulate(WELL, 0, cut_off=cut, recipe=RECIPE.changed({"evaluate.max_tokens": 64})))
     assert str(fixed.advice).startswith("evaluate.max_tokens from 64 to 128, or null")
     by_reference = only(simulate(WELL, 0, cut_off=cut))
     assert by_reference.advice.key == "data.train"
@@ -254,8 +252,8 @@ def test_label_noise_is_diagnosed_when_prompts_do_not_determine_the_labels() -> 
 
 
 def test_high_rate_is_diagnosed_when_it_is_far_above_the_default_and_nothing_is_learnt() -> None:
-    fast = replace(SETTINGS, learning_rate=1.5e-2)
-    assert str(only(replace(predicted(0.0), settings=fast)).advice) == "train.learning_rate from 0.015 to 0.0005"
+    fast = RECIPE.changed({"train.learning_rate": 1.5e-2})
+    assert str(only(replace(predicted(0.0), recipe=fast)).advice) == "train.learning_rate from 0.015 to 0.0005"
 
 
 @pytest.mark.parametrize("gain", [0.0, 0.15])
@@ -318,7 +316,7 @@ def test_few_short_runs_on_hard_tasks_have_a_finding_when_heldout_loss_has_settl
 
 
 def test_high_rate_is_diagnosed_when_it_is_far_above_the_default_and_the_run_had_not_settled() -> None:
-    run = simulate(falling(3, 0.1, 0.5), 1, settings=replace(SETTINGS, learning_rate=1.5e-2))
+    run = simulate(falling(3, 0.1, 0.5), 1, recipe=RECIPE.changed({"train.learning_rate": 1.5e-2}))
     assert str(only(run).advice) == "train.learning_rate from 0.015 to 0.0005"
 
 
@@ -354,9 +352,9 @@ def test_memorization_is_not_diagnosed_when_other_answers_than_the_final_ones_ar
 def test_a_smaller_gap_between_training_and_heldout_loss_is_enough_from_ten_epochs_on(
     epochs: float, findings: list[FindingKind]
 ) -> None:
-    settings = replace(SETTINGS, epochs=epochs)
+    recipe = RECIPE.changed({"train.epochs": epochs})
     shape, heldout = falling(3, 0.2, 12), falling(3, 0.38, 12)
-    assert kinds(simulate(shape, 0, heldout=heldout, train_examples=120, settings=settings, measured=400)) == findings
+    assert kinds(simulate(shape, 0, heldout=heldout, train_examples=120, recipe=recipe, measured=400)) == findings
 
 
 def test_only_other_rules_apply_when_a_run_has_no_curve() -> None:
