@@ -39,12 +39,13 @@ def merge_adapter(base: Path, adapter: Path, out: Path, *, dequantized: bool = F
             adapter has tensors that are not part of an adapted layer.
     """
     with waiting("Merging the adapter into the base model"), library_output_to_log():
-        weights = _base_weights(base, dequantized=dequantized)
+        from trainer.model.nf4 import DequantizedWeights
+        from trainer.model.stored_weights import StoredWeights
+
+        weights = DequantizedWeights(base) if dequantized else StoredWeights(base)
         changed = _merge(base, weights, adapter, out)
     copy_shipped_files(base, out)
     with waiting("Comparing the merged weights with the base's"), library_output_to_log():
-        from trainer.model.stored_weights import StoredWeights
-
         return compare_weights(weights, StoredWeights(out), changed)
 
 
@@ -55,14 +56,6 @@ def unused_modules(adapter: Path) -> set[str]:
         name for name, mask in (config.get("rank_pattern") or {}).items() if isinstance(mask, list) and not any(mask)
     }
     return {name.partition(".lora_")[0].removeprefix(_PEFT_PREFIX) for name in unused}
-
-
-def _base_weights(base: Path, *, dequantized: bool) -> "StoredWeights":
-    """Return the weights to which an adapter is added."""
-    from trainer.model.nf4 import DequantizedWeights
-    from trainer.model.stored_weights import StoredWeights
-
-    return DequantizedWeights(base) if dequantized else StoredWeights(base)
 
 
 def _merge(base: Path, weights: "StoredWeights", adapter: Path, out: Path) -> set[str]:
