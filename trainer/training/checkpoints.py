@@ -57,7 +57,9 @@ class CheckpointFolder:
         try:
             temporary.mkdir(parents=True)
             yield temporary
-            self._seal(temporary)
+            records = record_files(temporary, temporary)
+            sync_files(temporary)  # before the list of hashes, which is the last file
+            write_whole(temporary / _FILES, _RECORDS.dump_json(records))
             shutil.rmtree(self.at(step), ignore_errors=True)
             temporary.rename(self.at(step))
             sync_folder(self.folder)
@@ -100,12 +102,6 @@ class CheckpointFolder:
 
     def _all(self) -> list[Path]:
         return sorted(self.folder.glob(f"{_PREFIX}*"))
-
-    def _seal(self, folder: Path) -> None:
-        """Sync every file, and write the list of their hashes last."""
-        records = record_files(folder, folder)
-        sync_files(folder)
-        write_whole(folder / _FILES, _RECORDS.dump_json(records))
 
     def _whole(self, folder: Path) -> bool:
         try:
