@@ -1,6 +1,5 @@
 """`svc train` and `svc estimate`."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,6 +41,7 @@ def train(
     """Train a model by RECIPE and register it as a version; an interrupted run is resumed."""
     from svc.dataset.readers.bad_lines import BadLines
     from svc.registry.registry import Registry
+    from svc.registry.render import print_version
     from svc.terminal import console, quiet_libraries
     from trainer.pipeline.examples import read_run_examples
     from trainer.recipe.file import load_recipe
@@ -77,12 +77,11 @@ def train(
     manifest = registry.manifest(pipeline.train_version())
     if quick:
         _print_training_time(loaded, pipeline.run)
+    folder = registry.folder(manifest.id)
     if as_json:
-        print_json({"version": str(manifest.id), "folder": str(registry.folder(manifest.id))})
-        sys.exit(0)
-    from svc.registry.render import print_version
-
-    print_version(manifest, registry.folder(manifest.id))
+        print_json({"version": str(manifest.id), "folder": str(folder)})
+    else:
+        print_version(manifest, folder)
 
 
 @click.command()
