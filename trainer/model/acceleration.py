@@ -21,13 +21,11 @@ class Facts:
     """The machine and its installed packages.
 
     Attributes:
-        cuda: whether training runs on an NVIDIA GPU.
-        capability: compute capability of the GPU, for example (9, 0) for Hopper; None without a GPU.
+        capability: compute capability of the NVIDIA GPU, for example (9, 0) for Hopper; None without one.
         flash_attention_2, flash_attention_3, liger_kernels: whether they are installed in a release that transformers
             supports. A check of the import names alone would mistake FlashAttention 4 for 2.
     """
 
-    cuda: bool
     capability: tuple[int, int] | None = None
     flash_attention_2: bool = False
     flash_attention_3: bool = False
@@ -57,10 +55,8 @@ def machine_facts() -> Facts:
     import torch
     from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_liger_kernel_available
 
-    cuda = torch.cuda.is_available()
     return Facts(
-        cuda,
-        torch.cuda.get_device_capability() if cuda else None,
+        torch.cuda.get_device_capability() if torch.cuda.is_available() else None,
         flash_attention_2=is_flash_attn_2_available(),
         flash_attention_3=is_flash_attn_3_available(),
         liger_kernels=is_liger_kernel_available(),
@@ -73,17 +69,17 @@ def choose_acceleration(facts: Facts, *, flash: bool = True) -> Acceleration:
     Args:
         flash: whether the model supports FlashAttention.
     """
-    attention = _attention(facts) if flash else Attention.SDPA
+    attention, cuda = _attention(facts) if flash else Attention.SDPA, facts.capability is not None
     return Acceleration(
         attention=attention,
         padding_free=attention is not Attention.SDPA,
-        liger_kernels=facts.cuda and facts.liger_kernels,
-        gradient_checkpointing=facts.cuda,
+        liger_kernels=cuda and facts.liger_kernels,
+        gradient_checkpointing=cuda,
     )
 
 
 def _attention(facts: Facts) -> Attention:
-    if not facts.cuda or facts.capability is None:
+    if facts.capability is None:
         return Attention.SDPA
     # FlashAttention 3 does not support the architectures after Hopper.
     if facts.flash_attention_3 and facts.capability[0] == 9:

@@ -14,7 +14,6 @@ ALL = dict.fromkeys(PACKAGES, True)
 AMPERE, HOPPER, TURING, BLACKWELL = (8, 0), (9, 0), (7, 5), (10, 0)
 FACTS = st.builds(
     Facts,
-    cuda=st.booleans(),
     capability=st.none() | st.tuples(st.integers(6, 12), st.integers(0, 9)),
     **{package: st.booleans() for package in PACKAGES},
 )
@@ -34,7 +33,7 @@ FACTS = st.builds(
 def test_attention_is_the_newest_that_is_installed_and_supported(
     capability: tuple[int, int], packages: dict[str, bool], attention: Attention
 ) -> None:
-    assert choose_acceleration(Facts(True, capability, **packages)).attention is attention
+    assert choose_acceleration(Facts(capability, **packages)).attention is attention
 
 
 @given(FACTS)
@@ -45,15 +44,15 @@ def test_batch_is_padding_free_only_when_flash_attention_is_used(facts: Facts) -
 
 @given(st.fixed_dictionaries({package: st.booleans() for package in PACKAGES}))
 def test_installed_packages_are_ignored_when_training_runs_on_a_cpu(packages: dict[str, bool]) -> None:
-    assert choose_acceleration(Facts(False, None, **packages)) == choose_acceleration(Facts(cuda=False))
+    assert choose_acceleration(Facts(None, **packages)) == choose_acceleration(Facts())
 
 
 def test_activations_are_stored_when_training_runs_on_a_cpu() -> None:
-    assert not choose_acceleration(Facts(cuda=False)).gradient_checkpointing
+    assert not choose_acceleration(Facts()).gradient_checkpointing
 
 
 def test_activations_are_recomputed_when_training_runs_on_a_gpu() -> None:
-    assert choose_acceleration(Facts(True, AMPERE)).gradient_checkpointing
+    assert choose_acceleration(Facts(AMPERE)).gradient_checkpointing
 
 
 @given(FACTS)
@@ -63,8 +62,8 @@ def test_flash_attention_is_not_used_when_the_model_does_not_support_it(facts: F
 
 
 def test_liger_kernels_are_used_when_they_are_installed() -> None:
-    assert choose_acceleration(Facts(True, AMPERE, **ALL)).liger_kernels
-    assert not choose_acceleration(Facts(True, AMPERE)).liger_kernels
+    assert choose_acceleration(Facts(AMPERE, **ALL)).liger_kernels
+    assert not choose_acceleration(Facts(AMPERE)).liger_kernels
 
 
 def test_flash_attention_is_not_detected_when_only_the_import_name_matches(

@@ -514,7 +514,7 @@ def test_packed_examples_do_not_attend_to_each_other_in_a_mixture_of_experts(
 def test_mixed_precision_and_optimizer_follow_from_the_number_type(
     number_type: NumberType, mixed: tuple[bool, bool], optimizer: str, tmp_path: Path
 ) -> None:
-    acceleration = choose_acceleration(Facts(cuda=False))
+    acceleration = choose_acceleration(Facts())
     arguments = training_arguments(make_recipe(), 1e-3, tmp_path, acceleration, 10, number_type)
     assert (arguments.bf16, arguments.fp16) == mixed
     assert arguments.optim == optimizer
