@@ -120,7 +120,7 @@ def estimate(case: Case) -> dict[Stage, float]:
     shape = read_model_shape(case.base, case.recipe.adapter.targets)
     workload = read_workload(_examples(case), case.recipe, case.base)
     utilization = CPU_UTILIZATION[NumberType.BFLOAT16]
-    device = ComputeDevice(HERE, HERE, True, case.number_type, 1e12, 1e11, 1e10, utilization, here=True)
+    device = ComputeDevice(HERE, HERE, True, case.number_type, 1e12, 1e11, 1e10, utilization)
     stages = estimate_device(case.recipe, shape, workload, device, 2048).stages
     return {stage.stage: stage.peak.ram for stage in stages}
 

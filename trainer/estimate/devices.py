@@ -69,12 +69,12 @@ class ComputeDevice:
     """A device on which training may run.
 
     Attributes:
+        name: `HERE` for this machine.
         memory: bytes that training may use.
         speed: operations per second of bare matrix products.
         bandwidth: bytes per second that memory transfers.
         utilization: the share of `speed` that training reaches; methods that are missing have LoRA's share.
         dollars: price per hour; None for this machine.
-        here: whether the device is this machine.
         ram: bytes of main memory that a process may use in addition to a GPU; None if unknown, as for listed GPUs.
     """
 
@@ -87,7 +87,6 @@ class ComputeDevice:
     bandwidth: float
     utilization: Mapping[Method, float]
     dollars: float | None = None
-    here: bool = False
     ram: float | None = None
 
     def effective_speed(self, kind: Method) -> float:
@@ -193,7 +192,6 @@ def this_machine(capabilities: DeviceCapabilities, machine: Machine, home: Path)
         speed,
         bandwidth,
         utilization,
-        here=True,
         ram=ram,
     )
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from trainer.estimate.batches import Batch, Workload, unshared
 from trainer.estimate.compute import training_seconds
-from trainer.estimate.devices import ComputeDevice
+from trainer.estimate.devices import HERE, ComputeDevice
 from trainer.estimate.memory import Part, Training
 from trainer.estimate.model_shape import ModelShape
 from trainer.estimate.stages import EnginePart, StageMemory, engine_memory, stage_memory
@@ -85,7 +85,7 @@ class Estimate:
     @property
     def here(self) -> DeviceEstimate:
         """Estimate for this machine, which must be one of the devices."""
-        return next(estimate for estimate in self.devices if estimate.device.here)
+        return next(estimate for estimate in self.devices if estimate.device.name == HERE)
 
 
 def estimate_recipe(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from svc.engine.device import NumberType
 from trainer.estimate.batches import Batch, Workload
-from trainer.estimate.devices import CPU_UTILIZATION, ComputeDevice
+from trainer.estimate.devices import CPU_UTILIZATION, HERE, ComputeDevice
 from trainer.estimate.model_shape import ModelShape, read_model_shape
 from trainer.recipe.sections import Recipe
 from trainer.recipe.targets import Targets
@@ -22,7 +22,7 @@ def published(name: str, preset: Targets = Targets.ALL_LINEAR) -> ModelShape:
 def cpu_device(memory: float = 16e9, number_type: NumberType = NumberType.BFLOAT16) -> ComputeDevice:
     """Return a machine without a GPU."""
     utilization = CPU_UTILIZATION[number_type]
-    return ComputeDevice("here", "this machine", True, number_type, memory, 3e11, 1e10, utilization, here=True)
+    return ComputeDevice(HERE, "this machine", True, number_type, memory, 3e11, 1e10, utilization)
 
 
 def even_workload(

@@ -10,7 +10,7 @@ from svc.engine.machine import Gpu, Machine
 from svc.errors import DiskSpaceError, InsufficientMemoryError
 from tests.trainer.conftest import make_recipe
 from tests.trainer.estimate.configs import cpu_device, even_workload, published
-from trainer.estimate.devices import read_devices
+from trainer.estimate.devices import HERE, read_devices
 from trainer.estimate.estimate import Estimate, estimate_recipe
 from trainer.estimate.refusal import refuse_disk, refuse_memory, refuse_stages
 
@@ -96,7 +96,7 @@ def test_no_stage_is_rejected_when_the_minimum_of_each_fits() -> None:
 
 def test_gpu_stage_is_not_rejected_when_several_gpus_and_main_memory_fit_it_together() -> None:
     recipe = make_recipe(method="qlora")
-    gpu = replace(read_devices()["rtx-4090"], here=True, memory=10e9)
+    gpu = replace(read_devices()["rtx-4090"], name=HERE, memory=10e9)
     workload = even_workload(100, 1024, recipe)
     estimate = estimate_recipe(recipe, published("llama-2-7b"), workload, [gpu], 4096)
     two = Machine((0,), None, int(6e9), 0, gpus=(Gpu("small", int(5e9), 0),) * 2)
