@@ -7,12 +7,11 @@ is measured again if the limits change.
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from svc.engine.device import DeviceCapabilities, read_capabilities
 from svc.evaluation.judge import JudgeReport
@@ -42,7 +41,7 @@ from trainer.pipeline.judging import compare_answers, judge_endpoint
 from trainer.pipeline.number_types import say_number_types
 from trainer.pipeline.preflight import check_base
 from trainer.pipeline.registration import Registered, Registration
-from trainer.pipeline.reports import check_reports, open_reports
+from trainer.pipeline.reports import Report, check_reports, open_reports
 from trainer.pipeline.run_folder import Run
 from trainer.pipeline.run_stages import Step, run_stages
 from trainer.pipeline.tracked_run import tracked_run
@@ -50,9 +49,6 @@ from trainer.qualification import Launch
 from trainer.recipe.sections import Recipe
 from trainer.recipe.stage import Stage, choose_stages
 from trainer.training.summary import TrainingData, TrainingSummary
-
-if TYPE_CHECKING:
-    from trainer.callbacks.loss_log import Report  # torch with it
 
 
 @dataclass(frozen=True)
@@ -183,13 +179,13 @@ class Pipeline:
         return summary
 
     @contextmanager
-    def _report_to(self) -> Iterator["Report"]:
+    def _report_to(self) -> Iterator[Report]:
         """Open a callback that sends figures to all the recipe's trackers; after a resume, each continues its run."""
         recipe, run, run_id = self.recipe, self.run, self._tracking_run()
         with open_reports(recipe.report_to, run.reports, recipe.name, run.folder.name, recipe.flat()) as reports:
 
-            def report(step: int, figures: dict[str, float]) -> None:
-                self.registry.tracking.log_metrics(run_id, figures, step)
+            def report(step: int, figures: Mapping[str, float]) -> None:
+                self.registry.tracking.log_metrics(run_id, dict(figures), step)
                 for send in reports:
                     send(step, figures)
 
