@@ -5,7 +5,7 @@ that does not belong to the weights, layers that cannot be quantized, an archite
 """
 
 import tempfile
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,9 +45,7 @@ def check_base(base: Path, recipe: Recipe, capabilities: DeviceCapabilities, eng
     """
     check_optimizer(recipe.train.optimizer, cuda=capabilities.training_device is Device.CUDA)
     served = {Format.MERGED, Format.GPTQ} & set(recipe.formats)
-    with ExitStack() as stack:
-        checked = stack.enter_context(model_check(base, engine)) if served else None
-        stack.enter_context(waiting("Checking the base model"))
+    with model_check(base, engine) if served else nullcontext() as checked, waiting("Checking the base model"):
         config = load_config(base)
         _check_architecture(base, config)
         _check_weights(base, config)
