@@ -5,6 +5,7 @@ The checks run last, so that nothing is measured again if the limits change.
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property, partial
@@ -355,8 +356,6 @@ def _write_data_reference(folder: Path, examples: Examples, seed: int) -> None:
 def _library_versions() -> dict[str, str]:
     versions = {}
     for library in _LIBRARIES:
-        try:
+        with suppress(PackageNotFoundError):
             versions[library] = version(library)
-        except PackageNotFoundError:
-            continue
     return versions
