@@ -114,7 +114,7 @@ def _compare(
     differences: dict[str, Differences] = {}
     trained = None
     if made.adapter is not None:
-        on_nf4 = recipe.merges_dequantized
+        on_nf4 = recipe.merge_dequantized
         applied, trained = _read_trained(made, made.adapter, compared, number_type, on_nf4=on_nf4)
         checks += _check_adapter(applied, adapter_parity.scale_of(made.adapter, recipe))
         release_memory()  # before the next model is loaded

@@ -39,7 +39,7 @@ def stage_keys(recipe: Recipe, base: Base, examples: Examples) -> StageKeys:
     training = [content[key] for key in ("chat_template_kwargs", "train", "stopping")]
     learnt = [adapter, recipe.base_quantization, *training]
     train = _key(base.revision, examples.train_fingerprint, measured, learnt)
-    merge = _key(train, "dequantized") if recipe.merges_dequantized else _key(train)
+    merge = _key(train, "dequantized") if recipe.merge_dequantized else _key(train)
     asked = {key: value for key, value in content["evaluate"].items() if key not in _LIMITS + _METRICS + _GENERAL}
     evaluated = [examples.heldout_fingerprint, asked, content["qualify"]]
     questions = [examples.questions.fingerprint] if examples.questions else []

@@ -196,7 +196,7 @@ class Pipeline:
             summary = verify_full(self.base.folder, self.run.merged)
             copy_shipped_files(self.base.folder, self.run.merged)
         else:
-            merged, dequantized = self.run.fresh(self.run.merged), self.recipe.merges_dequantized
+            merged, dequantized = self.run.fresh(self.run.merged), self.recipe.merge_dequantized
             summary = merge_adapter(self.base.folder, self.run.adapter, merged, dequantized=dequantized)
         write_template_kwargs(self.run.merged, self._evaluation.template_kwargs)
         shutil.rmtree(self.run.checkpoints, ignore_errors=True)  # the trained model is verified

@@ -489,9 +489,9 @@ class Recipe(_Section):
     `quantization` instead"""
     quantization: Quantization | None = None
     """nf4: keep the frozen weights in 4 bits during training; default: the quantization implied by `method`"""
-    merge_dequantized: bool | None = None
-    """with nf4: merge the adapter into the dequantized weights with which it was trained; false: into the base's own
-    weights; default: true, see [training](training.md#merging-after-qlora)"""
+    merge_dequantized: bool = False
+    """with nf4: merge the adapter into the dequantized weights with which it was trained, not into the base's own; see
+    [training](training.md#merging-after-qlora)"""
     chat_template: ChatTemplate = None
     """chat template for a base without one, by name or from a file (`./FILE.jinja`); if the base has one, it is
     replaced; see [base models](base_models.md#a-base-without-a-chat-template); default: the base's own"""
@@ -581,11 +581,6 @@ class Recipe(_Section):
     def base_quantization(self) -> Quantization | None:
         """Quantization of the frozen weights during training."""
         return self.quantization or (Quantization.NF4 if self.method is Method.QLORA else None)
-
-    @property
-    def merges_dequantized(self) -> bool:
-        """Whether the adapter is merged into weights rounded to NF4."""
-        return self.base_quantization is not None if self.merge_dequantized is None else self.merge_dequantized
 
     def learning_rate(self, width: int) -> float:
         """Return the recipe's learning rate, else `usual_learning_rate`.

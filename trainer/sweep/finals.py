@@ -245,7 +245,7 @@ class Finals:
                 if len(finalists) > self.place.recipe.sweep.finalists and any(one.allowed for one in finalists):
                     break
                 name, revision = describe(trial.values), f"{self.place.folder.name}/{trial.key}"
-                if self.place.recipe.merges_dequantized:
+                if self.place.recipe.merge_dequantized:
                     revision += "/dequantized"
                 try:
                     results, after = await self._ask(engine, name, revision, partial(self._merge, trial), task=True)
@@ -326,7 +326,7 @@ class Finals:
         """Write a trial's merged model and return its folder."""
         merged = self._merged(trial)
         shutil.rmtree(merged, ignore_errors=True)
-        dequantized = self.place.recipe.merges_dequantized
+        dequantized = self.place.recipe.merge_dequantized
         merge_adapter(self.place.base.folder, self.place.adapter(trial), merged, dequantized=dequantized)
         write_template_kwargs(merged, self.place.template_kwargs)
         return merged

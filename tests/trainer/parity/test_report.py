@@ -43,7 +43,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "adalora": {"method": "adalora"},
     "vera": {"method": "vera"},
     "qlora": {"method": "qlora"},
-    "qlora, merged into the base's own weights": {"method": "qlora", "merge_dequantized": False},
+    "qlora, merged into NF4": {"method": "qlora", "merge_dequantized": True},
 }
 
 
@@ -126,7 +126,7 @@ def make_version(folder: Path, base: Path, *, trained: float = 0.3, **sections: 
                 weight.add_(scale * torch.randn_like(weight) * (weight.abs().mean() + 0.1))
     model.save_pretrained(folder / "adapter")
     copy_shipped_files(base, folder / "adapter")
-    merge_adapter(base, folder / "adapter", folder / "merged", dequantized=recipe.merges_dequantized)
+    merge_adapter(base, folder / "adapter", folder / "merged", dequantized=recipe.merge_dequantized)
     quantize(folder / "merged", folder / "gptq")
     heldout = [make_example(f"which {number}", answer) for number, answer in enumerate(("red", "blue", "green"))]
     examples = choose_examples(tokenize_as_trained(base, heldout, {}))
@@ -144,7 +144,7 @@ def test_correct_version_passes_every_check(tmp_path: Path, tiny_base: Path, sec
 
 @pytest.mark.parametrize(
     ("sections", "compared"),
-    [({}, False), ({"method": "qlora"}, False), ({"method": "qlora", "merge_dequantized": False}, True)],
+    [({}, False), ({"method": "qlora"}, True), ({"method": "qlora", "merge_dequantized": True}, False)],
     ids=str,
 )
 def test_model_is_compared_with_the_one_on_nf4_when_it_was_trained_there_and_merged_elsewhere(
@@ -159,7 +159,7 @@ def test_version_fails_when_it_was_merged_into_other_weights_than_the_recipe_say
     tmp_path: Path, tiny_base: Path
 ) -> None:
     version = make_version(tmp_path, tiny_base, method="qlora")
-    report = replace(version, recipe=make_recipe(method="qlora", merge_dequantized=False)).report()
+    report = replace(version, recipe=make_recipe(method="qlora", merge_dequantized=True)).report()
     assert any("base plus adapter" in failure for failure in report.failed)
 
 

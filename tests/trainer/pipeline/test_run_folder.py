@@ -132,7 +132,7 @@ def test_only_stages_that_depend_on_a_key_are_repeated_when_it_changes(
 
 
 def test_only_the_training_is_not_repeated_when_the_adapter_is_merged_into_other_weights() -> None:
-    recipes = make_recipe(method="qlora"), make_recipe(method="qlora", merge_dequantized=False)
+    recipes = make_recipe(method="qlora"), make_recipe(method="qlora", merge_dequantized=True)
     before, after = (stage_keys(recipe, BASE, EXAMPLES) for recipe in recipes)
     assert {stage for stage in Stage if before[stage] == after[stage]} == {Stage.TRAIN}
 
