@@ -95,7 +95,7 @@ class EngineSettings(_Section):
     )
     gptq_kernel: GptqKernel = Field(
         GptqKernel.AUTO,
-        description="vllm, torch (on any CPU), or auto: vLLM's, or PyTorch's on a CPU for which vLLM has no kernel",
+        description="vllm, torch (on any CPU), or auto: the faster one on this device",
     )
     max_concurrency: int = Field(64, ge=1, description="maximum number of sequences decoded concurrently")
     cores: int | None = Field(

@@ -42,6 +42,8 @@ _VECTORS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "sve", "asimd")
 _WIDEST = {"AVX512": "amx_bf16", "AVX2": "avx2"}
 """The widest CPU flag that torch uses, by torch's name for its capability."""
 _ASK_S = 300.0
+_FASTER_WITH_TORCH = {"x86_64-avx512f", "x86_64-avx512_bf16"}
+"""Instruction sets with which PyTorch's 4-bit kernel was faster than vLLM's in every measurement (docs/devices.md)."""
 _CPU_MULTIPLE = 32
 """Block size of both kernels for 4-bit weights on a CPU, vLLM's and PyTorch's."""
 
@@ -130,7 +132,8 @@ class DeviceCapabilities(BaseModel):
         cpu = self.device(settings) is Device.CPU
         chosen = settings.gptq_kernel
         if chosen is GptqKernel.AUTO:
-            chosen = GptqKernel.TORCH if cpu and not self.vllm_gptq else GptqKernel.VLLM
+            slower = not self.vllm_gptq or self.instruction_set in _FASTER_WITH_TORCH
+            chosen = GptqKernel.TORCH if cpu and slower else GptqKernel.VLLM
         if chosen is GptqKernel.TORCH and not cpu:
             raise EngineError(
                 f"engine.gptq_kernel is {chosen}, and the engine runs on {self.device(settings)}",

@@ -11,6 +11,7 @@ AVX512 = DeviceCapabilities(
     engine_device=Device.CPU,
     vllm_gptq=True,
 )
+AMX = AVX512.model_copy(update={"instruction_set": "x86_64-amx_bf16"})
 AVX512_ALONE = AVX512.model_copy(update={"instruction_set": "x86_64-avx512f", "cpu_bfloat16": False})
 AVX2 = AVX512.model_copy(update={"instruction_set": "x86_64-avx2", "cpu_bfloat16": False, "vllm_gptq": False})
 HOPPER = AVX512.model_copy(

@@ -14,7 +14,7 @@ from svc.engine import device as module
 from svc.engine.device import DeviceCapabilities, NumberType, ask_capabilities, installed_vllm, read_capabilities
 from svc.errors import EngineError
 from svc.settings import Device, EngineSettings, GptqKernel
-from tests.svc.engine.devices import AVX2, AVX512, AVX512_ALONE, HOPPER, TURING
+from tests.svc.engine.devices import AMX, AVX2, AVX512, AVX512_ALONE, HOPPER, TURING
 
 AUTO = EngineSettings()
 
@@ -72,19 +72,20 @@ def test_gpu_is_used_for_training_whatever_the_cpu_supports() -> None:
 @pytest.mark.parametrize(
     ("device", "kernel"),
     [
-        (AVX512, GptqKernel.VLLM),
-        (AVX512_ALONE, GptqKernel.VLLM),
+        (AMX, GptqKernel.VLLM),
+        (AVX512, GptqKernel.TORCH),
+        (AVX512_ALONE, GptqKernel.TORCH),
         (AVX2, GptqKernel.TORCH),
         (HOPPER, GptqKernel.VLLM),
         (TURING, GptqKernel.VLLM),
     ],
 )
-def test_vllms_own_kernel_is_used_when_it_exists(device: DeviceCapabilities, kernel: GptqKernel) -> None:
+def test_faster_kernel_is_used(device: DeviceCapabilities, kernel: GptqKernel) -> None:
     assert device.gptq_kernel(AUTO) is kernel
 
 
 def test_pytorchs_kernel_can_be_selected_on_any_cpu() -> None:
-    assert AVX512.gptq_kernel(EngineSettings(gptq_kernel=GptqKernel.TORCH)) is GptqKernel.TORCH
+    assert AMX.gptq_kernel(EngineSettings(gptq_kernel=GptqKernel.TORCH)) is GptqKernel.TORCH
 
 
 @pytest.mark.parametrize(

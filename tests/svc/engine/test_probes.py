@@ -28,7 +28,7 @@ from svc.engine.probes import (
 from svc.errors import ProbeError
 from svc.settings import Device, EngineSettings, GptqKernel
 from tests.serving.engine_double import EngineDouble
-from tests.svc.engine.devices import AVX2, AVX512
+from tests.svc.engine.devices import AMX, AVX2, AVX512
 from tests.svc.engine.in_process import client_of
 
 FACTS = EngineFacts(
@@ -227,7 +227,7 @@ def test_facts_have_number_type_and_kernel(tmp_path: Path) -> None:
     merged, gptq = facts_of(tmp_path, AVX2), facts_of(tmp_path, AVX2, GPTQ)
     assert (merged.dtype, merged.kernel) == ("float32", GptqKernel.VLLM)
     assert (gptq.dtype, gptq.kernel) == ("bfloat16", GptqKernel.TORCH)
-    assert facts_of(tmp_path, AVX512, GPTQ) != facts_of(tmp_path, AVX512, GPTQ, gptq_kernel=GptqKernel.TORCH)
+    assert facts_of(tmp_path, AMX, GPTQ) != facts_of(tmp_path, AMX, GPTQ, gptq_kernel=GptqKernel.TORCH)
     assert facts_of(tmp_path) != facts_of(tmp_path, args=("--dtype", "float32"))
 
 

@@ -275,7 +275,7 @@ def test_vllm_loads_all_plugins_when_no_list_is_set(tmp_path: Path, monkeypatch:
 
 def test_launch_digest_depends_on_how_the_engine_computes(tmp_path: Path) -> None:
     write_config(tmp_path, GPTQ)
-    gptq, other = spec(tmp_path), spec(tmp_path, gptq_kernel=GptqKernel.TORCH)
+    gptq, other = (spec(tmp_path, gptq_kernel=kernel) for kernel in (GptqKernel.VLLM, GptqKernel.TORCH))
     assert launch_digest(gptq) != launch_digest(other)
     (tmp_path / "model" / "config.json").write_text(json.dumps({"dtype": "bfloat16"}))
     assert launch_digest(spec(tmp_path)) == launch_digest(spec(tmp_path, gptq_kernel=GptqKernel.TORCH))

@@ -18,7 +18,7 @@ from svc.engine.vllm.plan import GIB, EnginePlan, EnginePlanner
 from svc.engine.vllm.plugin import INT4_LINEAR_VARIABLE
 from svc.errors import EngineError
 from svc.settings import Device, EngineSettings
-from tests.svc.engine.devices import AVX2, AVX512, AVX512_ALONE, HOPPER
+from tests.svc.engine.devices import AMX, AVX2, AVX512, AVX512_ALONE, HOPPER
 
 CACHE = Path("/home/cache")
 MODEL = ModelFacts(
@@ -413,8 +413,8 @@ def test_gptq_is_served_by_pytorchs_kernel_in_bfloat16_when_vllm_has_none() -> N
     assert chosen.variables["VLLM_DISABLED_KERNELS"] == "CPUWNA16LinearKernel,ZentorchWNA16LinearKernel"
 
 
-@pytest.mark.parametrize(("device", "capabilities"), [(CPU, AVX512), (GPU, HOPPER)])
-def test_our_gptq_kernel_is_not_used_when_vllm_has_one(device: Device, capabilities: DeviceCapabilities) -> None:
+@pytest.mark.parametrize(("device", "capabilities"), [(CPU, AMX), (GPU, HOPPER)])
+def test_vllms_gptq_kernel_is_used_where_it_is_faster(device: Device, capabilities: DeviceCapabilities) -> None:
     chosen = plan(device, model=GPTQ, capabilities=capabilities)
     assert origin_and_value(chosen, "gptq_kernel") == (Origin.MACHINE, "vllm")
     assert origin_and_value(chosen, "dtype") == (Origin.MODEL, "bfloat16")
@@ -446,9 +446,9 @@ def test_setting_decides_on_the_number_type() -> None:
         (AVX2, "auto", "float16", False),
         (AVX2, "auto", "bfloat16", True),
         (AVX2, "bfloat16", "float16", True),
-        (AVX512, "float32", "bfloat16", False),
-        (AVX512, "half", "bfloat16", True),
-        (AVX512, "auto", None, True),
+        (AMX, "float32", "bfloat16", False),
+        (AMX, "half", "bfloat16", True),
+        (AMX, "auto", None, True),
     ],
 )
 def test_number_type_with_which_vllm_would_not_start_is_rejected_for_gptq(
