@@ -87,7 +87,8 @@ def _write_weights(folder: Path, out: Path) -> None:
     weight_map: dict[str, str] = {}
     for path in files:
         with safe_open(path, framework="pt") as file:  # maps the file, so that copying takes no memory
-            tensors = {name: file.get_tensor(old) for old in file.keys() if (name := names[old])}  # noqa: SIM118
+            kept = {name: old for old in file.keys() if (name := names[old])}  # noqa: SIM118 - no mapping
+            tensors = {name: file.get_tensor(old) for name, old in kept.items()}
             if tensors:
                 save_file(tensors, out / path.name, {"format": "pt"})
         weight_map |= dict.fromkeys(tensors, path.name)

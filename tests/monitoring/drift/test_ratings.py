@@ -1,4 +1,4 @@
-"""An alarm starts when ratings get worse, whoever gives them and in whatever order; only worse ones win bets."""
+"""An alarm starts when ratings get worse, whichever user gives them and in any order; better ratings start none."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
