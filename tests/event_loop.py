@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 _MAX_CPU_S = 0.02
-"""CPU time of the loop's thread in one callback, on a machine that parses `_REFERENCE` in `_REFERENCE_S`."""
+"""Maximum CPU time of one callback on a machine that parses `_REFERENCE` in `_REFERENCE_S`."""
 _REFERENCE = json.dumps([[1e300] * 30_000, [{"a": 1}] * 10_000, "é" * 200_000])
 _REFERENCE_S = 0.009
-"""A Xeon with AMX that no neighbour slows down. Neighbours make it up to three times as slow, for seconds at a time."""
+"""Time to parse `_REFERENCE` on an otherwise idle Xeon with AMX. Other VMs on the host can triple it for seconds."""
 _WAITING = {"open", "subprocess.Popen", "os.listdir", "os.scandir", "os.mkdir", "os.rename", "os.remove", "fcntl.flock"}
 """Audit events of calls that wait for a disk, a lock or a process."""
 _OF_PYTHON = (".py", ".pyc")
@@ -27,7 +27,7 @@ _OF_PYTHON = (".py", ".pyc")
 
 
 def max_cpu_s() -> float:
-    """Return how long one callback may compute on this machine at the moment: longer by as much as it is slower."""
+    """Return the CPU time limit of one callback, scaled up if this machine is currently slower than the reference."""
     took_s = []
     for _ in range(3):
         began = time.thread_time()
@@ -80,7 +80,7 @@ def watched_loop() -> Iterator[LoopWatch]:
         began = time.thread_time()
         run(handle)
         took_s = time.thread_time() - began
-        if took_s > _MAX_CPU_S and took_s > max_cpu_s():  # what its representation takes does not count
+        if took_s > _MAX_CPU_S and took_s > max_cpu_s():  # measured before repr(handle), which is slow itself
             watch.slow.append(f"{took_s:.3f} s: {handle!r}")
 
     def slept(seconds: float) -> None:

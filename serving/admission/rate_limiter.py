@@ -204,7 +204,7 @@ def _reserve(quotas: Sequence["_Quota"], demand: Demand) -> Reservation:
 
 
 class _Quota:
-    """A key's use of one limit; here of concurrent requests, of which a request uses nothing once it has ended.
+    """A key's use of one limit. This base class counts concurrent requests; a finished request uses none.
 
     A request's maximum use stays reserved while it runs: unlike past use, reservations do not expire with time. So the
     sum of a key's reservations and past use never exceeds the limit.

@@ -206,9 +206,9 @@ class HoldoutRuns:
             return {}, error.wrong if isinstance(error, SvcError) else repr(error)
 
     def _find_set(self, target: Target) -> Mapping[int, _Ask]:
-        """Return functions that ask the examples to run, by the examples' indexes in the file.
+        """Return a function for each selected example that sends it to an engine, by the example's index in the file.
 
-        The maximum length of a new answer is that of the registered one.
+        New answers have the same token limit as the registered ones.
         """
         registered = self.registry.results(target.version, target.format)
         examples = self.registry.heldout(target.version)[: len(registered)]

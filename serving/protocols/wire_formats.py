@@ -64,7 +64,7 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """What the parts of an answer contained so far.
+    """Text and tool calls collected so far from an answer's parts.
 
     Attributes:
         text: pieces of its text.
@@ -75,7 +75,7 @@ class _Answer:
     calls: dict[int, tuple[str, str]] = field(default_factory=dict)
 
     def add_call(self, place: int, name: str | None, arguments: str | None) -> None:
-        """Add a call, or a further piece of one."""
+        """Add a tool call, or append a fragment to its arguments."""
         known, before = self.calls.get(place, ("", ""))
         self.calls[place] = known or name or "", before + (arguments or "")
 
@@ -235,7 +235,8 @@ class ResponsesFormat(WireFormat):
                 answer.add_call(place, item.get("name"), item.get("arguments"))
             elif item.get("type") == "custom_tool_call":
                 answer.add_call(place, item.get("name"), json.dumps(item.get("input")))
-            contents = [] if is_event(part) else item.get("content") or []  # of a stream, the text is there already
+            # In a stream, the deltas already contained the text.
+            contents = [] if is_event(part) else item.get("content") or []
             answer.text.extend(
                 content.get("text") or "" for content in contents if content.get("type") == "output_text"
             )

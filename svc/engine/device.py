@@ -43,7 +43,7 @@ _WIDEST = {"AVX512": "amx_bf16", "AVX2": "avx2"}
 """The widest CPU flag that torch uses, by torch's name for its capability."""
 _ASK_S = 300.0
 _FASTER_WITH_TORCH = {"x86_64-avx512f", "x86_64-avx512_bf16"}
-"""Instruction sets with which PyTorch's 4-bit kernel was faster than vLLM's in every measurement (docs/devices.md)."""
+"""Instruction sets on which PyTorch's 4-bit kernel decodes faster than vLLM's (docs/devices.md)."""
 _CPU_MULTIPLE = 32
 """Block size of both kernels for 4-bit weights on a CPU, vLLM's and PyTorch's."""
 

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 KnownResults = dict[tuple[str, int], ExampleResult]
-"""Results by the example's name and the answer's limit."""
+"""Results by cache key and token limit of the answer."""
 
 
 class _Line(BaseModel):
@@ -84,6 +84,6 @@ def find_results(
 
 
 def _names(examples: Sequence[ChatExample]) -> list[str]:
-    """Return a fingerprint of each example; if it has tools, it depends on whether calls are found in its answer."""
+    """Return the cache key of each example. With tools, the key also depends on whether tool calls are parsed."""
     calls = call_tools(examples)
     return [f"{fingerprint([example])}{'+calls' if calls and example.tools else ''}" for example in examples]

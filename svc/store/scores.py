@@ -14,7 +14,7 @@ from svc.version import Target
 
 _ENDS = ("stop", "length")
 _CALL = '{"name": "'
-"""Beginning of a tool call's line in a stored answer (`answer_text`): the model wrote it in another form."""
+"""Prefix of a tool call in a stored answer. Such answers are not scored: `answer_text` rewrote the model's text."""
 _BLANKS = " \t\r\n"
 MOST_TOKENS = 2_048
 """Maximum number of tokens of a scored prompt and answer together. vLLM does not budget memory for prompt

@@ -49,7 +49,7 @@ RATIOS_OF_FULL_MINUTES = (
     "svc_slow_token_gaps_per_token_gaps:ratio_increase30m",
     "svc_slow_answers_per_answers:ratio_increase6h",
 )
-"""Series that read others at full minutes only: on a fast machine the load ends before the first one."""
+"""Rules with 1-minute subqueries: no value before the next full minute, and a fast machine's load ends earlier."""
 _COMPARISON = re.compile(r" (==|!=|>=|<=|>|<) (?=[\d.])")
 
 

@@ -270,7 +270,7 @@ class _Conversation:
             raise DataError(
                 f"in example {self.number} the model would learn {learnt[:_MAX_SHOWN]!r} instead of a call of the tool "
                 f"{missing[0]!r}",
-                expected="a template with a form for tool calls",
+                expected="a chat template that renders tool calls",
                 todo="choose another base, set chat_template in the recipe to a file, or remove the example",
             )
         # Templates may change white space, and render tool calls in their own form.

@@ -15,7 +15,7 @@ class TrainingRun:
     """Recipe and measurements of one run.
 
     Attributes:
-        recipe: its values are those that findings may propose to change.
+        recipe: the run's recipe; findings may recommend changes to its values.
         usual_learning_rate: default learning rate of the method and base.
         curve: every step.
         train_examples: number of training examples.

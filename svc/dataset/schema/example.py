@@ -188,7 +188,7 @@ class ChatExample:
 
 
 def call_tools(examples: Iterable[ChatExample]) -> bool:
-    """Return whether any reference calls tools: then models are asked so that calls are found in all their answers."""
+    """Return whether any reference calls tools. If so, the server must parse the calls in all answers."""
     return any(example.calls_tools for example in examples)
 
 

@@ -53,7 +53,7 @@ def _sorted(call: ToolCall) -> str:
     try:
         text = json.dumps(arguments, ensure_ascii=False, sort_keys=True, allow_nan=False)
         text.encode("utf-8")
-    except ValueError:  # an escape in the text stands for half a character, or a number is too large
+    except ValueError:  # a lone surrogate escape, which UTF-8 cannot hold, or a number that overflows to infinity
         arguments = None
     return json.dumps(call.arguments, ensure_ascii=False) if arguments is None else text
 
@@ -66,7 +66,7 @@ def message_text(message: Mapping[str, Any]) -> str:
 
 
 def split_calls(answer: str) -> tuple[str, list[tuple[str, Any]]]:
-    """Return content, and name and arguments of each call, of a text that `answer_text` returned."""
+    """Split the output of `answer_text` into its content and its calls, each as (name, arguments)."""
     lines, calls = answer.split("\n"), list[tuple[str, Any]]()
     while lines:
         call = decode_inner(lines[-1]) if lines[-1].startswith('{"name": "') else None
@@ -78,7 +78,7 @@ def split_calls(answer: str) -> tuple[str, list[tuple[str, Any]]]:
 
 
 def calls_in(answer: str) -> list[tuple[str, Any]]:
-    """Return the calls of `split_calls`."""
+    """Return the tool calls in an answer, each as (name, arguments)."""
     return split_calls(answer)[1]
 
 

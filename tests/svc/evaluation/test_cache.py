@@ -50,7 +50,7 @@ def test_example_with_another_reference_is_another_example(cache: EvaluationCach
     assert find(cache, [chat("a", "2")]) is None
 
 
-def test_answer_of_an_example_with_tools_is_another_one_when_calls_are_found(cache: EvaluationCache) -> None:
+def test_result_is_not_reused_when_tool_call_parsing_differs(cache: EvaluationCache) -> None:
     question, call = turn("user", "Rain?"), {"role": "assistant", "tool_calls": [{"function": {"name": "rain"}}]}
     text = parse_example({"messages": [question, turn("assistant", "yes")], "tools": [{"name": "rain"}]})
     calling = parse_example({"messages": [question, call], "tools": [{"name": "rain"}]})

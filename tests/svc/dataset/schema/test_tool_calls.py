@@ -94,7 +94,7 @@ def test_white_space_between_text_and_call_is_not_part_of_the_answer() -> None:
     assert answer_text("I look.\n\n", [ToolCall("rain", "{}")]) == 'I look.\n{"name": "rain", "arguments": {}}'
 
 
-@pytest.mark.parametrize("arguments", ['{"a": "\\ud83d"}', '{"a": 1e999}'], ids=["half a character", "infinity"])
+@pytest.mark.parametrize("arguments", ['{"a": "\\ud83d"}', '{"a": 1e999}'], ids=["lone surrogate", "infinity"])
 def test_arguments_that_json_or_utf8_cannot_hold_become_a_string(arguments: str) -> None:
     text = answer_text("", [ToolCall("rain", arguments)])
     assert calls_in(text.encode("utf-8").decode("utf-8")) == [("rain", arguments)]
