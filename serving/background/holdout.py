@@ -22,7 +22,7 @@ from serving.background.scheduler import BackgroundScheduler, SupersededError
 from serving.replicas.pool import EnginePool
 from serving.replicas.replica import LoadedWeights
 from serving.telemetry.deployment_metrics import DeploymentMetrics
-from svc.dataset.schema.example import call_tools
+from svc.dataset.schema.example import any_call_tools
 from svc.engine.client import EngineClient
 from svc.engine.probes import EngineFacts
 from svc.engine.state import EngineState
@@ -213,7 +213,7 @@ class HoldoutRuns:
         registered = self.registry.results(target.version, target.format)
         examples = self.registry.heldout(target.version)[: len(registered)]
         tokenized = self.registry.heldout_tokens(target.version)
-        ask = partial(ask_example, parse_calls=call_tools(examples))
+        ask = partial(ask_example, find_calls=any_call_tools(examples))
         questions = {
             place: partial(ask, example=examples[place], tokenized=tokenized[place], limit=registered[place].limit)
             for place in _evenly(len(registered), MAX_EXAMPLES)

@@ -14,7 +14,7 @@ from serving.admission.party import Party
 from serving.replicas.balancer import Lease, Leasing
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class AdmittedLease:
     """A lease of an admission slot and an engine, for the body of an `async with`.
 

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 _MAX_READS = 4
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class EngineAdapterLoader:
     """Loads adapters into one engine.
 

@@ -67,7 +67,7 @@ class SwapInProgress:
     queued: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class EngineChange:
     """Changes the version in a pool's engines, one engine at a time.
 

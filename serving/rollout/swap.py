@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 _HEALTH_POLL_S = 0.1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Swap:
     """Changes the version in all engines of a pool.
 

@@ -45,7 +45,7 @@ class Plan:
     reloads: bool = True
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SwapPlanner:
     """Chooses the kind of swap.
 

@@ -24,7 +24,7 @@ _EVERY_S = 5.0
 use."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class UsageWriter:
     """Writes the counts of a meter to the store.
 

@@ -157,13 +157,13 @@ class EngineClient:
         return (await self._request("GET", "/metrics", timeout_s=timeout_s)).text
 
     async def chat(
-        self, messages: Sequence[Message], *, max_tokens: int, tools: Sequence[str] = (), parse_calls: bool = False
+        self, messages: Sequence[Message], *, max_tokens: int, tools: Sequence[str] = (), find_calls: bool = False
     ) -> Answer:
         """Return the greedy answer to a prompt, as text.
 
         Args:
             tools: definitions of tools for the prompt, each as JSON text.
-            parse_calls: let the engine find tool calls in the answer; otherwise they stay as the model wrote them.
+            find_calls: let the engine find tool calls in the answer; otherwise they stay as the model wrote them.
 
         Raises:
             EngineError: the engine did not answer, or rejected the request.
@@ -178,7 +178,7 @@ class EngineClient:
             **_named(tools),
         }
         if tools:  # they are in the prompt in either case
-            body["tool_choice"] = "auto" if parse_calls else "none"
+            body["tool_choice"] = "auto" if find_calls else "none"
         return await self._post("/v1/chat/completions", body, _answer)
 
     async def generate(self, token_ids: Sequence[int], *, tokens: int) -> None:

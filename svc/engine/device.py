@@ -234,7 +234,7 @@ def _version(distribution: str) -> str:
 
 
 def cpu_identity() -> Iterator[str]:
-    """Yield the first core's model and flags, which Arm calls features."""
+    """Yield the first core's model and flags (on Arm: features), as lines `KEY : VALUE` of /proc/cpuinfo."""
     wanted = {"model name", "flags", "Features", "CPU part"}
     try:
         first = Path("/proc/cpuinfo").read_text("utf-8").split("\n\n", 1)[0]

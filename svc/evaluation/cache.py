@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from svc.dataset.fingerprint import fingerprint
-from svc.dataset.schema.example import ChatExample, call_tools
+from svc.dataset.schema.example import ChatExample, any_call_tools
 from svc.evaluation.results import ExampleResult
 from svc.files.disk import write_whole
 
@@ -85,5 +85,5 @@ def find_results(
 
 def _names(examples: Sequence[ChatExample]) -> list[str]:
     """Return the cache key of each example. With tools, the key also depends on whether tool calls are parsed."""
-    calls = call_tools(examples)
+    calls = any_call_tools(examples)
     return [f"{fingerprint([example])}{'+calls' if calls and example.tools else ''}" for example in examples]

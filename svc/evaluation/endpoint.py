@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-from svc.dataset.schema.example import ChatExample, call_tools
+from svc.dataset.schema.example import ChatExample, any_call_tools
 from svc.dataset.schema.tool_calls import message_text
 from svc.errors import EngineError, SettingsError
 from svc.evaluation.metrics.text import comparable_text, matches
@@ -211,7 +211,7 @@ async def ask_endpoint(
         EngineError: see `Chat.complete`.
     """
     # As in requests to our own engine, tools are in the prompt even if all answers are text.
-    choice = "auto" if call_tools(examples) else "none"
+    choice = "auto" if any_call_tools(examples) else "none"
     async with endpoint.chat(transport) as chat:
 
         async def ask(example: ChatExample, limit: int) -> ExampleResult:

@@ -14,7 +14,7 @@ from itertools import starmap
 
 from pydantic import BaseModel, ConfigDict
 
-from svc.dataset.schema.example import ChatExample, call_tools
+from svc.dataset.schema.example import ChatExample, any_call_tools
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.client import Answer, EngineClient
 from svc.errors import EngineError
@@ -136,11 +136,11 @@ async def ask_examples(
     on_done: Callable[[], None] = lambda: None,
 ) -> tuple[ExampleResult, ...]:
     """Return the results of all examples without a report; arguments and errors as for `evaluate`."""
-    places, calls = asyncio.Semaphore(CONCURRENCY), call_tools(examples)
+    places, calls = asyncio.Semaphore(CONCURRENCY), any_call_tools(examples)
 
     async def ask(example: ChatExample, tokens: TokenizedExample, limit: int) -> ExampleResult:
         async with places:
-            result = await ask_example(client, example, tokens, limit=limit, trained=trained, parse_calls=calls)
+            result = await ask_example(client, example, tokens, limit=limit, trained=trained, find_calls=calls)
             on_done()
             return result
 
@@ -154,7 +154,7 @@ async def ask_example(
     *,
     limit: int,
     trained: bool = True,
-    parse_calls: bool = False,
+    find_calls: bool = False,
 ) -> ExampleResult:
     """Send one example to the model and score its answer.
 
@@ -162,14 +162,14 @@ async def ask_example(
         tokenized: the same example as tokenized for training.
         limit: maximum number of tokens of the answer.
         trained: as for `evaluate`.
-        parse_calls: whether the references of the set call tools.
+        find_calls: whether the references of the set call tools.
 
     Raises:
         EngineError: the engine failed a request.
     """
     # Scoring computes the whole prompt without the prefix cache, in twice the time of an answer. It fills the cache.
     reference = None if trained else await score(client, tokenized)
-    answer = await client.chat(example.prompt, max_tokens=limit, tools=example.tools, parse_calls=parse_calls)
+    answer = await client.chat(example.prompt, max_tokens=limit, tools=example.tools, find_calls=find_calls)
     if reference is None and _is_reference(answer, tokenized):
         reference = _finite(statistics.fmean(answer.logprobs))
     if reference is None:
@@ -248,7 +248,7 @@ def judge(
     )
     answered = Answered(examples, scored)
     hits = tuple(result.hit for result in results)
-    wants_json = not call_tools(examples) and all(is_json(example.answer) for example in examples)
+    wants_json = not any_call_tools(examples) and all(is_json(example.answer) for example in examples)
     report = EvaluationReport(
         examples=len(results),
         exact_match=proportion(sum(hits), len(hits)),

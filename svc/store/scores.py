@@ -13,8 +13,8 @@ from svc.store.tables import RequestRow
 from svc.version import Target
 
 _ENDS = ("stop", "length")
-_CALL = '{"name": "'
-"""Prefix of a tool call in a stored answer. Such answers are not scored: `answer_text` rewrote the model's text."""
+_CALL = '{"name": "%", "arguments": %}'
+"""A tool call in a stored answer, as a pattern. Such answers are not scored: `answer_text` rewrote the model's text."""
 _BLANKS = " \t\r\n"
 MOST_TOKENS = 2_048
 """Maximum number of tokens of a scored prompt and answer together. vLLM does not budget memory for prompt
@@ -73,7 +73,7 @@ def _can_be_scored(without: Sequence[str]) -> ColumnElement[bool]:
         RequestRow.tokens_in + RequestRow.tokens_out <= MOST_TOKENS,
         RequestRow.prompt.is_not(None),
         func.trim(RequestRow.answer, _BLANKS) != "",
-        ~RequestRow.answer.startswith(_CALL, autoescape=True),
-        ~RequestRow.answer.contains(f"\n{_CALL}", autoescape=True),
+        RequestRow.answer.not_like(_CALL),
+        RequestRow.answer.not_like(f"%\n{_CALL}"),
         *(~content.contains(text, autoescape=True) for content in contents for text in without),
     )

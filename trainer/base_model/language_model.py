@@ -86,7 +86,7 @@ def _write_weights(folder: Path, out: Path) -> None:
         )
     weight_map: dict[str, str] = {}
     for path in files:
-        with safe_open(path, framework="pt") as file:  # maps the file, so that copying takes no memory
+        with safe_open(path, framework="pt") as file:  # maps the file: copying takes no memory with 0.8
             kept = {name: old for old in file.keys() if (name := names[old])}  # noqa: SIM118 - no mapping
             tensors = {name: file.get_tensor(old) for name, old in kept.items()}
             if tensors:

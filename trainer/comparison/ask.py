@@ -15,6 +15,7 @@ from svc.engine.probes import engine_facts
 from svc.errors import NotFoundError
 from svc.evaluation.answer_limit import answer_limits, limit_of_text
 from svc.evaluation.cache import EvaluationCache, find_results, results_by_example
+from svc.evaluation.call_parser import check_call_parser
 from svc.evaluation.endpoint import Endpoint, ask_endpoint
 from svc.evaluation.evaluator import ask_examples
 from svc.evaluation.results import ExampleResult
@@ -111,6 +112,8 @@ class Interview:
         A model with the fingerprint of the previous one is loaded into the same engine; any other gets a new engine.
         """
         results = {}
+        if models:
+            check_call_parser(self.examples, self.settings.engine.args)
         async with ReusedEngine(self.launch) as engine:
             for revision, model in models.items():
                 client = await engine.serve(model.folder, model.template_kwargs)

@@ -8,7 +8,6 @@ from functools import partial
 import httpx
 
 from svc.engine.device import DeviceCapabilities, read_capabilities
-from svc.evaluation.call_parser import check_call_parser
 from svc.evaluation.comparison import VersionComparison, compare
 from svc.evaluation.endpoint import Endpoint
 from svc.evaluation.judge import JudgeReport, judge_answers
@@ -70,8 +69,6 @@ def compare_models(
     questions = choose_questions(models, registry, wanted, settings.base_cache)
     metrics = choose_metrics(questions.whole, questions.options)
     try_on_references(metrics, questions.examples)
-    if any(isinstance(model, LocalModel) for model in models):
-        check_call_parser(questions.examples, settings.engine.args)
     _warn(models, questions, registry)
     folder = settings.home / FOLDER
     with hold_lock(folder / "lock", "svc compare in this home"):

@@ -265,20 +265,16 @@ class _Conversation:
                     todo="set chat_template_kwargs in the recipe, for example enable_thinking: true, choose another "
                     "base, or remove reasoning_content",
                 )
-        after = learnt.replace(message.content, "", 1)  # a tool's name may be a word of the text
-        if missing := [call.name for call in message.tool_calls if call.name not in after]:
-            raise DataError(
-                f"in example {self.number} the model would learn {learnt[:_MAX_SHOWN]!r} instead of a call of the tool "
-                f"{missing[0]!r}",
-                expected="a chat template that renders tool calls",
-                todo="choose another base, set chat_template in the recipe to a file, or remove the example",
-            )
-        # Templates may change white space, and render tool calls in their own form.
-        if (
-            message.reasoning is None
-            and not message.tool_calls
-            and not _squeezed(learnt).startswith(_squeezed(message.content))
-        ):
+        if message.tool_calls:  # templates render them in their own form
+            after = learnt.replace(message.content, "", 1)  # a tool's name may be a word of the text
+            if missing := [call.name for call in message.tool_calls if call.name not in after]:
+                raise DataError(
+                    f"in example {self.number} the model would learn {learnt[:_MAX_SHOWN]!r} instead of a call of the "
+                    f"tool {missing[0]!r}",
+                    expected="a chat template that renders tool calls",
+                    todo="choose another base, set chat_template in the recipe to a file, or remove the example",
+                )
+        elif message.reasoning is None and not _squeezed(learnt).startswith(_squeezed(message.content)):
             raise DataError(
                 f"in example {self.number} the model would learn {learnt[:_MAX_SHOWN]!r}, but the answer is "
                 f"{message.content[:_MAX_SHOWN]!r}",

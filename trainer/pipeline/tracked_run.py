@@ -1,11 +1,20 @@
 """The MLflow run of a folder: created once, so that a resumed run continues it."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
+from pydantic import BaseModel, ConfigDict
+
 from svc.files.disk import write_whole
-from svc.files.json_file import read_json_object
+from svc.files.json_file import read_record
+
+
+class TrackedRun(BaseModel):
+    """Content of `mlflow.json`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    run_id: str
 
 
 def tracked_run(path: Path, start: Callable[[], str]) -> str:
@@ -20,5 +29,5 @@ def tracked_run(path: Path, start: Callable[[], str]) -> str:
     """
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps({"run_id": start()}).encode("utf-8"))
-    return str(read_json_object(path)["run_id"])
+        write_whole(path, TrackedRun(run_id=start()).model_dump_json().encode("utf-8"))
+    return read_record(path, TrackedRun).run_id

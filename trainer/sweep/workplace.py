@@ -26,7 +26,7 @@ from svc.engine.device import NumberType
 from svc.errors import InterruptedRunError, TrainingError
 from svc.evaluation.intervals import Interval, mean
 from svc.files.disk import write_whole
-from svc.files.json_file import read_json_object
+from svc.files.json_file import read_json_object, read_record
 from svc.files.lock import hold_lock
 from svc.model_folder.chat_template import TemplateKwargs, choose_template_kwargs
 from svc.registry.tracking import HELDOUT_LOSS, PARENT, RUN_NAME, Tracking
@@ -38,7 +38,7 @@ from trainer.model.config import read_width
 from trainer.model.release_memory import release_memory
 from trainer.pipeline.examples import Examples
 from trainer.pipeline.stage_key import stage_keys
-from trainer.pipeline.tracked_run import tracked_run
+from trainer.pipeline.tracked_run import TrackedRun, tracked_run
 from trainer.recipe.sections import Recipe
 from trainer.recipe.stage import Stage
 from trainer.sweep.outcome import Status, TrialOutcome
@@ -204,7 +204,7 @@ class Workplace:
     def log_final(self, trial: TrialOutcome, figures: dict[str, float]) -> None:
         """Add the figures of a trial's answers to its run in MLflow."""
         path = self.folder / "trials" / trial.key / "mlflow.json"
-        self.tracking.log_metrics(read_json_object(path)["run_id"], figures, trial.steps)
+        self.tracking.log_metrics(read_record(path, TrackedRun).run_id, figures, trial.steps)
 
     def unload(self) -> None:
         """Release the memory of the base, which the engine needs."""

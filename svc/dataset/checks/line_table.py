@@ -78,17 +78,17 @@ class LineTableBuilder:
             self._earlier += _PACK_EARLIER(hash_text(before), len(self))
         first = example.messages[0]
         system = first.content if first.role is Role.SYSTEM else ""
-        reasoning = example.messages[-1].reasoning
+        text, reasoning = example.answer, example.messages[-1].reasoning
         thinking = f"\x1d{normal(reasoning)}" if reasoning else ""
         self._rows += _PACK(
             file,
             line,
             hash_text(prompt),
-            hash_text(f"{prompt}\x1e{normal(example.answer)}{thinking}"),
+            hash_text(f"{prompt}\x1e{normal(text)}{thinking}"),
             _normal_hash(system, *example.tools) if system or example.tools else 0,
             _normal_hash(system) if system else hash_text(_first_words(first.content)),
             _normal_hash(system) if system else hash_text(_last_words(example.prompt[-1].content)),
-            hash_text(example.answer),
+            hash_text(text),
             _normal_hash(answer.label) if answer.label else 0,
             answer.kind,
         )

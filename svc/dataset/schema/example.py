@@ -187,7 +187,7 @@ class ChatExample:
         return {"messages": [message.as_dict() for message in self.messages], **tools}
 
 
-def call_tools(examples: Iterable[ChatExample]) -> bool:
+def any_call_tools(examples: Iterable[ChatExample]) -> bool:
     """Return whether any reference calls tools. If so, the server must parse the calls in all answers."""
     return any(example.calls_tools for example in examples)
 

@@ -81,9 +81,8 @@ def explain_gptq_kernel(settings: EngineSettings, capabilities: DeviceCapabiliti
     origin = Origin.SETTING if asked else Origin.MACHINE
     if kernel is GptqKernel.VLLM:
         return Choice(name, kernel.value, origin, "" if asked else "vLLM's own")
-    faster = f"faster than vLLM's on {capabilities.hardware(settings)}"
-    none = f"vLLM has none for {capabilities.hardware(settings)}"
-    reason = "" if asked else faster if capabilities.vllm_gptq else none
+    why = "faster than vLLM's on" if capabilities.vllm_gptq else "vLLM has none for"
+    reason = "" if asked else f"{why} {capabilities.hardware(settings)}"
     variables = ((INT4_LINEAR_VARIABLE, "1"), ("VLLM_DISABLED_KERNELS", _VLLM_KERNELS))
     return Choice(name, kernel.value, origin, reason, variables=variables)
 

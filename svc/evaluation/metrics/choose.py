@@ -8,7 +8,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 from svc.dataset.checks.labels import FEW_ANSWERS, AnswerKind, look_at_answer
-from svc.dataset.schema.example import ChatExample, call_tools
+from svc.dataset.schema.example import ChatExample, any_call_tools
 from svc.errors import RecipeError
 from svc.evaluation.metrics.calls import CallAccuracy, ToolAccuracy
 from svc.evaluation.metrics.function import FunctionMetric, FunctionSpec
@@ -89,7 +89,8 @@ def find_task(references: Sequence[ChatExample]) -> Task:
     Answers are calls if at least half of them call tools. They are labels if there are only a few different ones, as in
     the data check, or if the instruction lists them; they are JSON if all are objects or lists, and else text.
     """
-    if sum(example.calls_tools for example in references) * 2 >= len(references):
+    calls = sum(example.calls_tools for example in references)
+    if calls and calls * 2 >= len(references):
         return Task.CALLS
     looks = [look_at_answer(example) for example in references]
     if all(look.kind & AnswerKind.LABEL for look in looks):
@@ -156,18 +157,17 @@ def try_on_references(metrics: Sequence[Metric], examples: Sequence[ChatExample]
 
 def _of_task(examples: Sequence[ChatExample]) -> tuple[str, ...]:
     task = find_task(examples)
-    names = _TASKS[task]
-    if call_tools(examples):
-        names = tuple(dict.fromkeys((*names, *_TASKS[Task.CALLS], *_TASKS[Task.TEXT])))
+    text = _TASKS[Task.TEXT] if _mostly_latin(examples) else ("chrf", "exact_match")  # ROUGE knows only Latin letters
+    names = text if task is Task.TEXT else _TASKS[task]
     if task is Task.LABELS and all(read_json(example.answer) is not None for example in examples):
         names += (ValidJson.name,)
-    if task is Task.TEXT and not _mostly_latin(examples):  # ROUGE sees no words in them
-        names = ("chrf", "exact_match")
+    if any_call_tools(examples):
+        names = tuple(dict.fromkeys((*names, *_TASKS[Task.CALLS], *text)))
     return names + _ALWAYS
 
 
 def _mostly_latin(examples: Sequence[ChatExample]) -> bool:
-    letters = [letter for example in examples for letter in example.answer if letter.isalpha()]
+    letters = [letter for example in examples for letter in example.messages[-1].content if letter.isalpha()]
     return sum(letter.isascii() for letter in letters) * 2 >= len(letters)
 
 

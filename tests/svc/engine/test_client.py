@@ -65,7 +65,7 @@ async def test_calls_are_found_in_an_answer_only_on_request(parses_calls: bool) 
     http = httpx.AsyncClient(transport=httpx.MockTransport(respond), base_url="http://engine")
     tools = ['{"type": "function", "function": {"name": "rain"}}']
     async with EngineClient(http, "tuned") as client:
-        answer = await client.chat(PROMPT, max_tokens=9, tools=tools, parse_calls=parses_calls)
+        answer = await client.chat(PROMPT, max_tokens=9, tools=tools, find_calls=parses_calls)
     assert bodies[0]["tool_choice"] == ("auto" if parses_calls else "none")
     assert answer.text == '{"name": "rain", "arguments": {"city": "Rome", "days": 2}}'
     assert answer.logprob == -1.0

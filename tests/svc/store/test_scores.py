@@ -90,6 +90,7 @@ def test_answers_that_cannot_be_compared_are_not_scored(store: Store, fields: di
         {"finish_reason": "length"},
         {"answer": "[other] %_ mail"},
         {"answer": "\n{}\n"},
+        {"answer": '{"name": "Alice", "age": 3}'},
         {"tokens_in": MOST_TOKENS - 1, "tokens_out": 1},
     ],
 )

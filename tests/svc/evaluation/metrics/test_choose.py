@@ -33,6 +33,7 @@ def test_calls_are_measured_beside_the_text_when_few_references_call_tools() -> 
     assert chosen[0] == "rouge_l"
     assert {"call_accuracy", "tool_accuracy"} <= set(chosen)
     assert names([CALLING, TEXTS[0]])[0] == "call_accuracy"
+    assert names([*JAPANESE, CALLING])[:4] == ["chrf", "exact_match", "call_accuracy", "tool_accuracy"]
 
 
 class Own(ExactMatch):
