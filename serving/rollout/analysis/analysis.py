@@ -1,0 +1,182 @@
+"""Verdicts on a candidate from the traffic of its rollout."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from types import MappingProxyType
+
+from serving.rollout.analysis.betting import Budget
+from serving.rollout.analysis.comparisons import Figure, LatencyComparison, Loss, ShareComparison
+from serving.rollout.analysis.power import detectable_difference, detectable_ratio
+from serving.rollout.analysis.units import Arm, OncePerStep, Rating, Request, Unit, Units
+from svc.evaluation.verdict import GateOutcome
+
+
+class Signal(StrEnum):
+    """What is compared; lower is better in each."""
+
+    ERRORS = "errors"
+    """Share of requests that the server failed."""
+    INVALID = "invalid"
+    """Share of invalid outputs."""
+    FIRST_TOKEN = "first_token"  # noqa: S105
+    """95th percentile of the time to the first token."""
+    FEEDBACK = "feedback"
+    """Share of bad ratings."""
+
+
+TYPICAL_SHARES: Mapping[Signal, float] = MappingProxyType(
+    {Signal.ERRORS: 0.01, Signal.INVALID: 0.02, Signal.FEEDBACK: 0.2}
+)
+"""Assumed shares in production, before any traffic is measured."""
+
+
+@dataclass(frozen=True)
+class Margins:
+    """Largest allowed losses: a ratio for `first_token`, differences of shares for the others."""
+
+    errors: float = 0.01
+    invalid: float = 0.01
+    first_token: float = 1.2
+    feedback: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not (
+            all(0 <= margin < 1 for margin in (self.errors, self.invalid, self.feedback)) and self.first_token >= 1
+        ):
+            raise ValueError(f"margins of shares must be at least 0 and below 1, and a ratio at least 1, got {self}")
+
+
+@dataclass(frozen=True, slots=True)
+class SignalVerdict:
+    """Comparison of the arms in one signal.
+
+    Attributes:
+        outcome: `failed` if a loss beyond the margin is proven, `passed` if one is excluded, else `undecided`.
+        loss: None until both arms have data in one period.
+        margin: largest allowed loss.
+    """
+
+    signal: Signal
+    outcome: GateOutcome
+    loss: Loss | None
+    margin: float
+    production: Figure
+    candidate: Figure
+
+    @property
+    def has_data(self) -> bool:
+        """Whether both arms have data. A signal without data is undecided, and holds no rollout."""
+        return bool(self.production.units and self.candidate.units)
+
+
+class Analysis:
+    """The evidence of one rollout, over all its steps.
+
+    Units stay in the candidate's arm once they are assigned to it, and the evidence is never reset, so the error budget
+    holds for the rollout as a whole.
+    """
+
+    def __init__(self, margins: Margins | None = None, budget: Budget | None = None) -> None:
+        budget = budget or Budget()
+        self._margins = margins = margins or Margins()
+        self._budget = each = replace(budget, wrong_rollback=budget.wrong_rollback / len(Signal))
+        self._errors = ShareComparison(margins.errors, each)
+        self._invalid = ShareComparison(margins.invalid, each)
+        self._first_token = LatencyComparison(margins.first_token, each)
+        self._feedback = ShareComparison(margins.feedback, each)
+        self._comparisons: dict[Signal, ShareComparison | LatencyComparison] = {
+            Signal.ERRORS: self._errors,
+            Signal.INVALID: self._invalid,
+            Signal.FIRST_TOKEN: self._first_token,
+            Signal.FEEDBACK: self._feedback,
+        }
+        self._units = Units()
+        self._raters = OncePerStep()
+
+    def add(self, request: Request) -> None:
+        """Add a finished request; requests are added in the order of their ends."""
+        for unit in self._units.add(request):
+            self._add_unit(unit)
+
+    def rate(self, rating: Rating) -> None:
+        """Add a rating. The first rating of each unit in a step counts."""
+        if self._raters.admit(rating.unit, rating.arm):
+            self._feedback.add(rating.arm, float(rating.negative))
+
+    def start_step(self) -> None:
+        """Start the next step of the rollout: the candidate's share grows."""
+        for unit in self._units.start_step():
+            self._add_unit(unit)
+        self._raters.start_step()
+
+    @property
+    def units(self) -> int:
+        """Number of the candidate's closed units."""
+        return self._errors.units(Arm.CANDIDATE)
+
+    @property
+    def outcomes(self) -> dict[Signal, GateOutcome]:
+        """Outcome of each signal; cheap enough for every request, unlike `verdicts`."""
+        return {signal: comparison.outcome() for signal, comparison in self._comparisons.items()}
+
+    @property
+    def outcome(self) -> GateOutcome:
+        """Outcome of the rollout so far.
+
+        `failed` if a loss is proven in any signal, `passed` if losses are excluded in every signal with data.
+        """
+        with_data = [
+            comparison.outcome()
+            for comparison in self._comparisons.values()
+            if all(comparison.units(arm) for arm in Arm)
+        ]
+        if GateOutcome.FAILED in with_data:
+            return GateOutcome.FAILED
+        if with_data and set(with_data) == {GateOutcome.PASSED}:
+            return GateOutcome.PASSED
+        return GateOutcome.UNDECIDED
+
+    def detectable(
+        self, units: int, share: float, production: Mapping[Signal, float] = TYPICAL_SHARES
+    ) -> dict[Signal, float]:
+        """Return the smallest loss of each signal that this rollout proves with 80 % power.
+
+        Args:
+            units: planned number of candidate units with data in the signal, at least 1.
+            share: the candidate's share of the units, above 0 and below 1.
+            production: shares in production, of the signals that are shares.
+        """
+        error = self._budget.wrong_rollback
+        margins = {
+            Signal.ERRORS: self._margins.errors,
+            Signal.INVALID: self._margins.invalid,
+            Signal.FEEDBACK: self._margins.feedback,
+        }
+        return {
+            signal: detectable_ratio(units, share, self._margins.first_token, error)
+            if signal is Signal.FIRST_TOKEN
+            else detectable_difference(units, share, production[signal], margins[signal], error)
+            for signal in Signal
+        }
+
+    def verdicts(self) -> tuple[SignalVerdict, ...]:
+        """Return the verdict on each signal, with figures and limits. Takes milliseconds."""
+        return tuple(
+            SignalVerdict(
+                signal,
+                comparison.outcome(),
+                comparison.loss(),
+                comparison.margin,
+                comparison.figure(Arm.PRODUCTION),
+                comparison.figure(Arm.CANDIDATE),
+            )
+            for signal, comparison in self._comparisons.items()
+        )
+
+    def _add_unit(self, unit: Unit) -> None:
+        self._errors.add(unit.arm, unit.errors)
+        if unit.invalid is not None:
+            self._invalid.add(unit.arm, unit.invalid)
+        if unit.first_token_s is not None:
+            self._first_token.add(unit.arm, unit.first_token_s)

@@ -1,0 +1,41 @@
+"""Blocks: the two arms are compared within short periods, so that day and night, load and outages cancel out."""
+
+from dataclasses import dataclass, field
+
+from serving.rollout.analysis.units import Arm
+
+
+@dataclass(slots=True)
+class Block:
+    """Observations of one period, with at least one unit of each arm.
+
+    At a candidate share of 5 %, a block has one candidate unit and about 19 production units.
+    """
+
+    production: list[float] = field(default_factory=list)
+    candidate: list[float] = field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        return bool(self.production and self.candidate)
+
+    @property
+    def difference(self) -> float:
+        """Mean of the candidate minus mean of production."""
+        return sum(self.candidate) / len(self.candidate) - sum(self.production) / len(self.production)
+
+
+class Blocks:
+    """Divides a sequence of observations into blocks; a block ends as soon as it has a unit of each arm."""
+
+    def __init__(self) -> None:
+        self._block = Block()
+
+    def add(self, arm: Arm, value: float) -> Block | None:
+        """Add a unit's observation; return the block that it completes, or None."""
+        block = self._block
+        (block.candidate if arm is Arm.CANDIDATE else block.production).append(value)
+        if not block.complete:
+            return None
+        self._block = Block()
+        return block

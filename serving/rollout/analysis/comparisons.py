@@ -1,0 +1,182 @@
+"""Comparisons of the candidate with production in one signal: a share of units, or the 95th percentile of a time."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from serving.rollout.analysis.betting import (
+    Budget,
+    Evidence,
+    Floats,
+    difference_limits,
+    exclusion,
+    last_refuted,
+    limits,
+    proof,
+    wealth,
+)
+from serving.rollout.analysis.blocks import Blocks
+from serving.rollout.analysis.quantiles import Times
+from serving.rollout.analysis.units import Arm
+from svc.evaluation.verdict import GateOutcome
+
+PERCENTILE = 0.95
+_MIN_PRODUCTION = 50
+"""Units of production before times are compared, for a first estimate of their 95th percentile."""
+_RATIOS = (0.01, 100.0)
+_FIGURE_ERROR = 0.05
+"""Probability that a percentile is ever outside its displayed limits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """What was measured in one arm.
+
+    Attributes:
+        units: number of units with data.
+        value: mean share of the units, or 95th percentile in seconds. None without units.
+        low, high: limits of the 95th percentile that hold at any time; None for shares, or if unknown.
+    """
+
+    units: int
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """How much worse the candidate is, with limits that hold at any time.
+
+    Attributes:
+        value: difference of shares, or ratio of times, averaged over blocks.
+        low: a loss of at most this is refuted, with the error probability of a rollback.
+        high: a loss of at least this is refuted, with the error probability of an advance.
+    """
+
+    value: float
+    low: float
+    high: float
+
+
+class ShareComparison:
+    """Compares a share, such as that of failed requests.
+
+    Args:
+        margin: largest allowed difference; at least 0 and below 1.
+    """
+
+    def __init__(self, margin: float, budget: Budget) -> None:
+        self.margin = margin
+        self._budget = budget
+        self._blocks = Blocks()
+        self._evidence = Evidence(margin)
+        self._differences = Counter[float]()
+        self._units = dict.fromkeys(Arm, 0)
+        self._sums = dict.fromkeys(Arm, 0.0)
+
+    def add(self, arm: Arm, share: float) -> None:
+        """Add a unit."""
+        self._units[arm] += 1
+        self._sums[arm] += share
+        if block := self._blocks.add(arm, share):
+            self._evidence.add(block.difference)
+            self._differences[block.difference] += 1
+
+    def outcome(self) -> GateOutcome:
+        return self._evidence.outcome(self._budget)
+
+    def units(self, arm: Arm) -> int:
+        """Return the number of units with data."""
+        return self._units[arm]
+
+    def figure(self, arm: Arm) -> Figure:
+        units = self._units[arm]
+        return Figure(units, self._sums[arm] / units if units else None)
+
+    def loss(self) -> Loss | None:
+        """Return the difference of the shares; None before the first block is complete."""
+        if not self._differences:
+            return None
+        mean = sum(value * count for value, count in self._differences.items()) / self._differences.total()
+        return Loss(mean, *difference_limits(self._differences, self._budget))
+
+
+class LatencyComparison:
+    """Compares the 95th percentile of a time.
+
+    The compared shares are those of candidate units above `margin` times a threshold, and of production units above the
+    threshold. The threshold is production's 95th percentile before the block. If every quantile of the candidate is at
+    most `margin` times production's, the first share is at most the second at any threshold. So an inaccurate threshold
+    costs power, but adds no wrong proofs. Other ratios in place of `margin` give the limits of the ratio.
+
+    Confidence sequences of both percentiles (Howard and Ramdas 2022) need about five times as many units for the
+    same decision.
+
+    Args:
+        margin: largest allowed ratio, at least 1.
+    """
+
+    def __init__(self, margin: float, budget: Budget) -> None:
+        self.margin = margin
+        self._budget = budget
+        self._blocks = Blocks()
+        self._evidence = Evidence(0.0)
+        self._times = {arm: Times() for arm in Arm}
+        self._threshold: float | None = None
+        self._ratios = list[float]()  # of each candidate unit in a block, to the threshold
+        self._starts = list[int]()  # place of each block's first ratio
+        self._slow = list[float]()  # share of each block's production units above the threshold
+
+    def add(self, arm: Arm, seconds: float) -> None:
+        """Add a unit."""
+        production = self._times[Arm.PRODUCTION]
+        self._times[arm].add(seconds)
+        if self._threshold is None:
+            if production.count >= _MIN_PRODUCTION:
+                self._threshold = production.quantile(PERCENTILE)
+            return
+        block = self._blocks.add(arm, seconds)
+        if block is None:
+            return
+        ratios = [time / self._threshold for time in block.candidate]
+        slow = sum(time > self._threshold for time in block.production) / len(block.production)
+        self._evidence.add(sum(ratio > self.margin for ratio in ratios) / len(ratios) - slow)
+        self._starts.append(len(self._ratios))
+        self._ratios += ratios
+        self._slow.append(slow)
+        self._threshold = production.quantile(PERCENTILE)
+
+    def outcome(self) -> GateOutcome:
+        return self._evidence.outcome(self._budget)
+
+    def units(self, arm: Arm) -> int:
+        """Return the number of units with data."""
+        return self._times[arm].count
+
+    def figure(self, arm: Arm) -> Figure:
+        times = self._times[arm]
+        if not times.count:
+            return Figure(0)
+        return Figure(times.count, times.quantile(PERCENTILE), *times.limits(PERCENTILE, _FIGURE_ERROR))
+
+    def loss(self) -> Loss | None:
+        """Return the ratio of the times, from 0.01 to 100; None before the first block is complete."""
+        if not self._slow:
+            return None
+        ratios, slow = np.array(self._ratios, dtype=np.float64), np.array(self._slow, dtype=np.float64)
+        starts = np.array(self._starts, dtype=np.intp)
+        sizes = np.diff(np.append(starts, len(ratios)))
+
+        def differences(ratio: float) -> Floats:
+            above: Floats = np.add.reduceat((ratios > ratio).astype(float), starts) / sizes
+            return above - slow
+
+        low, high = limits(
+            lambda ratio: wealth(proof(differences(ratio), 0.0)),
+            lambda ratio: wealth(exclusion(differences(ratio), 0.0)),
+            self._budget,
+            _RATIOS,
+        )
+        return Loss(last_refuted(lambda ratio: float(differences(ratio).mean()) > 0, *_RATIOS), low, high)

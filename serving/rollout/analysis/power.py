@@ -1,0 +1,90 @@
+"""The smallest loss that a number of candidate units proves, before any of them has arrived.
+
+Approximations: units are single requests, so sessions prove smaller losses; a block has one candidate unit and the
+usual number of production units; and the logarithm of a bet's money is normally distributed, with the exact mean and
+variance of one block. A loss counts as proven if one of the stakes, with its part of the money, proves it with 80 %
+power. Times are assumed to be lognormal.
+"""
+
+import math
+from collections.abc import Callable
+from statistics import NormalDist
+
+from serving.rollout.analysis.betting import STAKES
+from serving.rollout.analysis.comparisons import PERCENTILE
+
+_Z_POWER = 0.841621
+"""Standard normal quantile at 0.8."""
+_SIGMA = 0.5
+"""Assumed standard deviation of the logarithm of a time: the 95th percentile is 2.3 times the median."""
+_MAX_RATIO = 100.0
+_BISECTIONS = 30
+
+
+def detectable_difference(units: int, share: float, production: float, margin: float, error: float) -> float:
+    """Return the smallest difference of shares that is proven to be beyond the margin with 80 % power.
+
+    Args:
+        units: number of candidate units, at least 1.
+        share: the candidate's share of the units, above 0 and below 1.
+        production: share in production, for example of failed requests.
+        error: allowed probability of a wrong proof.
+
+    Returns:
+        The difference; 1 if not even the largest difference is proven.
+    """
+    return _smallest(
+        lambda loss: _is_proven(units, share, min(1.0, production + loss), production, margin, error), margin, 1.0
+    )
+
+
+def detectable_ratio(units: int, share: float, margin: float, error: float) -> float:
+    """Return the smallest ratio of 95th percentiles that is proven to be beyond the margin with 80 % power.
+
+    Args:
+        units, share, error: as in `detectable_difference`.
+
+    Returns:
+        The ratio, at most 100.
+    """
+    normal = NormalDist()
+    quantile = normal.inv_cdf(PERCENTILE)
+
+    def proven(ratio: float) -> bool:
+        above = 1 - normal.cdf(quantile - math.log(ratio / margin) / _SIGMA)
+        return _is_proven(units, share, above, 1 - PERCENTILE, 0.0, error)
+
+    return _smallest(proven, margin, _MAX_RATIO)
+
+
+def _smallest(proven: Callable[[float], bool], low: float, high: float) -> float:
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if proven(middle) else (middle, high)
+    return high
+
+
+def _is_proven(units: int, share: float, candidate: float, production: float, margin: float, error: float) -> bool:
+    """Return whether one of the stakes proves a loss beyond the margin.
+
+    Args:
+        candidate, production: shares of units with the event in each arm.
+    """
+    # A block may contain several candidate units before the first one of production.
+    blocks = units / (1 + share / (1 - share) - share)
+    # Production's part of a block: one of `others` units has the event, or none.
+    others = (1 - share) / share
+    events = min(1.0, production * max(1.0, others))
+    outcomes = [
+        (chance * other_chance, (value - other_value - margin) / (1 + margin))
+        for value, chance in ((1.0, candidate), (0.0, 1 - candidate))
+        for other_value, other_chance in ((production / events if events else 0.0, events), (0.0, 1 - events))
+    ]
+    needed = math.log(len(STAKES) / error)
+    for stake in STAKES:
+        logs = [(chance, math.log1p(stake * payoff)) for chance, payoff in outcomes]
+        mean = sum(chance * log for chance, log in logs)
+        variance = sum(chance * (log - mean) ** 2 for chance, log in logs)
+        if blocks * mean - _Z_POWER * math.sqrt(blocks * variance) >= needed:
+            return True
+    return False

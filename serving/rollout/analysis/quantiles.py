@@ -1,0 +1,68 @@
+"""Quantiles of times, with limits that hold at any time."""
+
+import math
+
+import numpy as np
+
+from serving.rollout.analysis.betting import Floats
+
+_RESOLUTION = math.log(1.01)
+"""Width of the bins, on a logarithmic scale: 1 %."""
+_SHORTEST_S, _LONGEST_S = 1e-4, 1e5
+_BINS = math.ceil(math.log(_LONGEST_S / _SHORTEST_S) / _RESOLUTION) + 1
+
+
+class Times:
+    """A histogram of times in seconds; its size does not grow with their number."""
+
+    def __init__(self) -> None:
+        self._counts = np.zeros(_BINS)
+        self.count = 0
+
+    def add(self, seconds: float) -> None:
+        clipped = min(max(seconds, _SHORTEST_S), _LONGEST_S)
+        self._counts[int(math.log(clipped / _SHORTEST_S) / _RESOLUTION)] += 1
+        self.count += 1
+
+    def quantile(self, share: float) -> float:
+        """Return the time that this share of the times does not exceed, rounded up by at most 1 %.
+
+        Raises:
+            ValueError: there are no times.
+        """
+        if not self.count:
+            raise ValueError("no times")
+        return self._upper_edge(self._bin(math.ceil(share * self.count)))
+
+    def limits(self, share: float, error: float) -> tuple[float, float | None]:
+        """Return limits of the quantile that hold at any time.
+
+        Howard and Ramdas 2022, "Sequential estimation of quantiles with applications to A/B testing and best-arm
+        identification", Bernoulli 28, equation 3 (an iterated-logarithm bound).
+
+        Args:
+            error: probability that the quantile is ever outside the limits.
+
+        Returns:
+            The lower limit, 0 if unknown, and the upper limit, None if unknown.
+        """
+        if not self.count:
+            return 0.0, None
+        rate = (1.4 * math.log(math.log(2.1 * max(self.count, 1))) + math.log(10 / error)) / self.count
+        width = 1.5 * math.sqrt(share * (1 - share) * rate) + 0.8 * rate
+        below, above = math.floor((share - width) * self.count), math.ceil((share + width) * self.count) + 1
+        low = self._lower_edge(self._bin(below)) if below >= 1 else 0.0
+        return low, self._upper_edge(self._bin(above)) if above <= self.count else None
+
+    def _bin(self, rank: int) -> int:
+        """Return the bin of the time with this rank, counted from 1."""
+        totals: Floats = np.cumsum(self._counts)
+        return int(np.searchsorted(totals, rank))
+
+    @staticmethod
+    def _lower_edge(place: int) -> float:
+        return _SHORTEST_S * math.exp(place * _RESOLUTION)
+
+    @staticmethod
+    def _upper_edge(place: int) -> float:
+        return _SHORTEST_S * math.exp((place + 1) * _RESOLUTION)

@@ -1,0 +1,67 @@
+"""Each unit is observed once per step, for a fixed time."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serving.rollout.analysis.units import WINDOW_S, Arm, Request, Unit, Units
+
+PRODUCTION, CANDIDATE = Arm.PRODUCTION, Arm.CANDIDATE
+AFTER = 2 * WINDOW_S
+
+
+def closed(units: Units, *requests: Request) -> list[Unit]:
+    """Return the units that close while these requests are added."""
+    return [unit for request in requests for unit in units.add(request)]
+
+
+def test_request_without_user_or_conversation_is_a_unit_by_itself() -> None:
+    units = Units()
+    failed = Request(None, CANDIDATE, 1.0, failed=True, valid=False)
+    good = Request(None, PRODUCTION, 1.0, valid=True, first_token_s=0.2)
+    assert closed(units, failed, good) == [Unit(CANDIDATE, 1.0, 1.0, None), Unit(PRODUCTION, 0.0, 0.0, 0.2)]
+
+
+def test_unit_observation_averages_its_requests() -> None:
+    units = Units()
+    requests = [
+        Request("ada", CANDIDATE, 0.0, failed=True),
+        Request("ada", CANDIDATE, 1.0, valid=True, first_token_s=1.0),
+        Request("ada", CANDIDATE, 2.0, valid=False, first_token_s=5.0),
+        Request("ada", CANDIDATE, 3.0, first_token_s=2.0),
+    ]
+    assert closed(units, *requests) == []
+    assert closed(units, Request(None, PRODUCTION, WINDOW_S))[0] == Unit(CANDIDATE, 0.25, 0.5, 2.0)
+
+
+def test_requests_after_the_window_are_not_used() -> None:
+    units = Units()
+    closed(units, Request("ada", CANDIDATE, 0.0))
+    late = [Request("ada", CANDIDATE, WINDOW_S + second, failed=True) for second in range(100)]
+    assert closed(units, *late, Request("ada", CANDIDATE, 1e6)) == [Unit(CANDIDATE, 0.0, None, None)]
+
+
+def test_next_step_observes_units_of_production_again_but_not_of_the_candidate() -> None:
+    units = Units()
+    closed(units, Request("moved", PRODUCTION, 0.0), Request("stays", CANDIDATE, 0.0))
+    assert [unit.arm for unit in units.start_step()] == [PRODUCTION, CANDIDATE]
+    closed(units, Request("moved", CANDIDATE, 1.0, failed=True), Request("stays", CANDIDATE, 1.0, failed=True))
+    assert list(units.start_step()) == [Unit(CANDIDATE, 1.0, None, None)]
+    assert closed(units, Request("moved", CANDIDATE, 2.0)) == []
+    assert list(units.start_step()) == []
+
+
+def test_request_answered_by_the_other_arm_is_not_used() -> None:
+    units = Units()
+    closed(units, Request("ada", PRODUCTION, 0.0), Request("ada", CANDIDATE, 1.0, failed=True))
+    assert list(units.start_step()) == [Unit(PRODUCTION, 0.0, None, None)]
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcdef"), st.floats(0, 50), st.booleans())))
+def test_each_unit_closes_exactly_once_in_order_of_its_first_request(traffic: list[tuple[str, float, bool]]) -> None:
+    units, now, requests = Units(), 0.0, []
+    for name, wait, failed in traffic:
+        now += wait
+        requests.append(Request(name, PRODUCTION, now, failed, first_token_s=float(ord(name))))
+    found = [*closed(units, *requests), *units.start_step()]
+    names = dict.fromkeys(request.unit for request in requests)
+    assert [unit.first_token_s for unit in found] == [float(ord(name)) for name in names if name]
