@@ -119,7 +119,7 @@ def assemble(
         authentication,
         limiter=RateLimiter(),
         buffers=AnswerBuffers(max_bytes=MAX_BUFFERED_BYTES),
-        changes=VersionChanges(registry, store, deployments.served),
+        changes=VersionChanges(registry, store, deployments.served, settings.rollout_of),
         sources=lambda: [source for each in deployments.all for source in each.pool.sources()],
         status=deployments.status,
     )

@@ -6,17 +6,27 @@ import logging
 import sys
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
+from typing import Any
 
 import click
 
-from serving.client.promotion import Administration, LocalAdministration, follow, read_served
-from serving.rollout.version_changes import VersionChange
-from svc.errors import RefusedError, ServerNotRunningError
+from serving.client.promotion import Administration, LocalAdministration, follow, follow_rollout, read_served
+from serving.rollout.version_changes import RolloutOptions, VersionChange
+from svc.errors import (
+    NotFoundError,
+    RefusedError,
+    RolledBackError,
+    ServerNotRunningError,
+    SvcError,
+    SwapError,
+    UndecidedError,
+)
 from svc.files.lock import lock_holder
 from svc.invocation import json_option, print_json, reason_option, remote_of, settings_of
 from svc.registry.registry import Registry
 from svc.remote.server_url import LOCK_FILE
 from svc.settings import Settings
+from svc.store.rollouts import RolloutOutcome
 from svc.store.swaps import SwapOutcome, SwapResult
 from svc.version import Format, Target, VersionId
 
@@ -157,9 +167,25 @@ def remove(ctx: click.Context, name: str) -> None:
     click.echo(f"{name} is no longer served; add it again with `svc add {name}`")
 
 
+class _Percents(click.ParamType[tuple[float, ...]]):
+    """click parameter type for increasing percentages, such as 5,25,100."""
+
+    name = "percents"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        """Return the percentages."""
+        try:
+            return tuple(float(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} must be percentages such as 5,25,100", param, ctx)
+
+
 @click.command()
 @click.argument("version")
 @_format_option
+@click.option("--shadow", type=int, metavar="N", help="First let VERSION answer copies of N requests.")
+@click.option("--canary", type=_Percents(), help="Then let it answer these shares of clients, such as 5,25,100.")
+@click.option("--direct", is_flag=True, help="Promote in a single swap, without the configured steps.")
 @click.option(
     "--force", is_flag=True, help="Promote even if the version failed a check at registration; requires --reason."
 )
@@ -167,15 +193,28 @@ def remove(ctx: click.Context, name: str) -> None:
 @json_option
 @click.pass_context
 def promote(
-    ctx: click.Context, version: str, format_name: str | None, force: bool, reason: str | None, as_json: bool
+    ctx: click.Context,
+    version: str,
+    format_name: str | None,
+    shadow: int | None,
+    canary: tuple[float, ...] | None,
+    direct: bool,
+    force: bool,
+    reason: str | None,
+    as_json: bool,
 ) -> None:
-    """Promote VERSION (NAME@N) to production without dropping a request."""
+    """Promote VERSION (NAME@N) to production without dropping a request.
+
+    With --shadow or --canary, or with such steps configured for the model, the version is compared with production
+    first, and rolled back if it proves worse. The server carries this out; Ctrl-C only stops watching.
+    """
     reason = reason and reason.strip()
     if force and not reason:
         raise click.UsageError("--force requires --reason")
     administration = _administration(ctx)
     format = Format(format_name) if format_name else None
-    change = administration.promote(VersionId.parse(version), format, force=force, reason=reason)
+    options = RolloutOptions(shadow, canary, direct)
+    change = administration.promote(VersionId.parse(version), format, force=force, reason=reason, options=options)
     for gate in change.undecided:
         click.secho(f"warning: {gate}", fg="yellow", err=True)
     _follow(administration, change, as_json=as_json)
@@ -202,6 +241,9 @@ def _administration(ctx: click.Context) -> Administration:
 
 def _follow(administration: Administration, change: VersionChange, *, as_json: bool) -> None:
     target = change.target
+    if change.rollout is not None:
+        _follow_rollout(administration, change, change.rollout, as_json=as_json)
+        return
     if change.generation is None:
         if as_json:
             print_json({"target": str(target), "outcome": "unchanged"})
@@ -226,6 +268,76 @@ def _follow(administration: Administration, change: VersionChange, *, as_json: b
         click.secho(f"{target} is served", fg="green")
         if result.kind is not None and result.took_s is not None:
             click.echo(f"  {result.kind} swap in {result.took_s:.1f} s; {_waits(result)}")
+
+
+def _follow_rollout(administration: Administration, change: VersionChange, rollout: int, *, as_json: bool) -> None:
+    name = change.target.version.name
+    ended = follow_rollout(administration, name, rollout, lambda step: click.echo(f"  {step}", err=True))
+    if as_json:
+        click.echo(ended.model_dump_json(indent=1))
+    stopped_here = ended.version != str(change.target.version)  # by this command, `svc rollback`
+    if stopped_here or ended.outcome is RolloutOutcome.PROMOTED:
+        if not as_json:
+            served = change.target.version if stopped_here else ended.version
+            click.secho(f"{served} is {'still ' if stopped_here else ''}served", fg="green")
+        return
+    text = f"{ended.version} was not promoted ({ended.outcome}): {ended.previous} is still served\n  why: {ended.why}"
+    kinds: dict[RolloutOutcome, type[SvcError]] = {
+        RolloutOutcome.FAILED: SwapError,
+        RolloutOutcome.UNDECIDED: UndecidedError,
+    }
+    raise kinds.get(ended.outcome or RolloutOutcome.FAILED, RolledBackError)(text)
+
+
+@click.command()
+@click.argument("name")
+@click.option("--id", "rollout_id", type=int, help="Show this rollout instead of the latest one.")
+@click.option("--watch", is_flag=True, help="Show the steps of a running rollout as they happen.")
+@json_option
+@click.pass_context
+def rollout(ctx: click.Context, name: str, rollout_id: int | None, watch: bool, as_json: bool) -> None:
+    """Show the latest rollout of the model NAME: its steps, figures and outcome."""
+    from svc.terminal import print_table
+
+    administration = _administration(ctx)
+    every = administration.rollouts(name)
+    shown = next((view for view in reversed(every) if rollout_id in (None, view.id)), None)
+    if shown is None:
+        raise NotFoundError(f"there is no {'' if rollout_id is None else f'rollout {rollout_id} of '}{name}")
+    if watch:
+        shown = follow_rollout(administration, name, shown.id, click.echo)
+    if as_json:
+        click.echo(shown.model_dump_json(indent=1))
+        return
+    place = f"canary {shown.canary:g} %" if shown.canary is not None else shown.state.value
+    click.echo(f"rollout {shown.id}: {shown.previous} -> {shown.version}, {shown.outcome or place}")
+    click.echo(
+        f"requested {shown.requested_at:%Y-%m-%d %H:%M:%S} UTC by {shown.actor}: {shown.reason or 'no reason given'}"
+    )
+    if shown.why:
+        click.echo(f"why: {shown.why}")
+    if not watch:
+        for step in shown.steps:
+            click.echo(f"  {step}")
+    if shown.signals:
+        rows = [
+            (
+                row.signal,
+                _figure(row.production),
+                _figure(row.candidate),
+                _figure(row.low),
+                _figure(row.high),
+                f"{row.margin:g}",
+                str(row.units),
+                row.outcome,
+            )
+            for row in shown.signals
+        ]
+        print_table(("signal", "production", "candidate", "loss from", "to", "margin", "units", "verdict"), rows)
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 def _served_now(administration: Administration, outcome: SwapOutcome, change: VersionChange) -> str:

@@ -23,7 +23,9 @@ from serving.rollout.idling import Idling
 from serving.rollout.journal import swap_row
 from serving.rollout.production_alias import ProductionAlias
 from serving.rollout.reconciler import Reconciler
+from serving.rollout.rollout import Rollouts
 from serving.telemetry.deployment_metrics import DeploymentMetrics
+from svc.store.rollouts import RolloutView, active_rollout
 from svc.store.swaps import find_swap
 
 log = logging.getLogger(__name__)
@@ -44,6 +46,7 @@ class Deployment:
     pool: EnginePool
     balancer: Balancer
     reconciler: Reconciler
+    rollouts: Rollouts
     idling: Idling
     removed: RemovedAdapters
     alias: ProductionAlias
@@ -75,6 +78,7 @@ class Deployment:
         """Keep the model in its desired state until cancelled. Call `reconciler.start` first."""
         parts = {
             "promotions": self.reconciler.follow,
+            "rollouts": self.rollouts.run,
             "restarts of engines": self.reconciler.reviver.run,
             "idling": self.idling.run,
             "removed adapters": self.removed.run,
@@ -119,7 +123,7 @@ class Deployment:
         """Return the model's part of /svc/status as JSON values; reads the store."""
         actual, previous = self.reconciler.actual.target, self.reconciler.actual.previous
         unwritten = self.reconciler.journal.unwritten  # before the store, which has results that are written meanwhile
-        swap = find_swap(self.store, self.name)
+        swap, rollout = find_swap(self.store, self.name), active_rollout(self.store, self.name)
         if swap:
             swap = replace(swap, result=swap.result or unwritten.get(swap.id))
         return {
@@ -148,6 +152,7 @@ class Deployment:
             ],
             "requests": {"running": self.admission.running, "queued": self.admission.queued},
             "holdout": self.holdout.status(actual),
+            "rollout": rollout and RolloutView.of(rollout).model_dump(mode="json"),
             "last_swap": swap and {"to": str(swap.target), **swap_row(swap)},
         }
 

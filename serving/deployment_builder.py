@@ -19,10 +19,12 @@ from serving.replicas.removed_adapters import RemovedAdapters
 from serving.replicas.replica import Replica
 from serving.replicas.slots import EngineSlots
 from serving.replicas.verification import Verification
+from serving.rollout.candidate import CandidateLoader
 from serving.rollout.engine_change import EngineChange
 from serving.rollout.idling import Idling
 from serving.rollout.production_alias import ProductionAlias
 from serving.rollout.reconciler import Reconciler
+from serving.rollout.rollout import Rollouts
 from serving.rollout.swap import Swap
 from serving.rollout.swap_plan import SwapPlanner
 from serving.telemetry.deployment_metrics import DeploymentInstruments, DeploymentMetrics
@@ -59,16 +61,28 @@ class DeploymentBuilder:
         facts = partial(self.slots.facts, name)
         verification = Verification(self.registry, self.store, facts, self.settings.adapters)
         pool = self._pool(engine, names, admission, verification, metrics)
+        planner, balancer = self._planner(pool, verification), Balancer(pool, names)
         alias = ProductionAlias(self.registry.tracking)
         reconciler = Reconciler(
             desired,
             store=self.store,
             pool=pool,
-            swap=self._swap(pool, verification, admission, names),
+            swap=self._swap(planner, pool, verification, admission, names),
             names=names,
             metrics=metrics,
             alias=alias,
             slots=self.slots,
+        )
+        rollouts = Rollouts(
+            names=names,
+            store=self.store,
+            registry=self.registry,
+            pool=pool,
+            admission=admission,
+            balancer=balancer,
+            loader=CandidateLoader(planner=planner, pool=pool, names=names),
+            metrics=metrics,
+            report=reconciler.journal.rollout_step,
         )
         idling = Idling(
             pool,
@@ -76,7 +90,7 @@ class DeploymentBuilder:
             metrics,
             target=lambda: reconciler.actual.target,
             timeout_s=self.settings.idle_s_of(name),
-            promoting=lambda: reconciler.promoting,
+            promoting=lambda: reconciler.promoting or rollouts.active,
             make_room=lambda: make_room(reconciler.actual.target),
             on_error=reconciler.note_error,
         )
@@ -85,8 +99,9 @@ class DeploymentBuilder:
             names=names,
             admission=admission,
             pool=pool,
-            balancer=Balancer(pool, names),
+            balancer=balancer,
             reconciler=reconciler,
+            rollouts=rollouts,
             idling=idling,
             removed=RemovedAdapters(pool, partial(verification.registered, name)),
             alias=alias,
@@ -136,9 +151,9 @@ class DeploymentBuilder:
             metrics=metrics,
         )
 
-    def _swap(self, pool: EnginePool, verification: Verification, admission: Admission, names: ModelNames) -> Swap:
+    def _planner(self, pool: EnginePool, verification: Verification) -> SwapPlanner:
         limits = self.settings.serve
-        planner = SwapPlanner(
+        return SwapPlanner(
             registry=self.registry,
             verification=verification,
             pool=pool,
@@ -146,13 +161,22 @@ class DeploymentBuilder:
             slots=self.slots,
             patience_s=limits.drain_timeout_s,
         )
+
+    def _swap(
+        self,
+        planner: SwapPlanner,
+        pool: EnginePool,
+        verification: Verification,
+        admission: Admission,
+        names: ModelNames,
+    ) -> Swap:
         engine_change = EngineChange(
             planner=planner,
             verification=verification,
             pool=pool,
             admission=admission,
             names=names,
-            drain_timeout_s=limits.drain_timeout_s,
+            drain_timeout_s=self.settings.serve.drain_timeout_s,
         )
         return Swap(planner=planner, engine_change=engine_change, pool=pool, admission=admission, names=names)
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -21,7 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from serving.deployment import Deployment
 from serving.replicas.slots import EngineSlots
-from serving.router import Router, Share
+from serving.router import Router
 from svc.errors import EngineError, NotFoundError, SvcError
 from svc.store.deployments import deployed_names, remove_deployment
 from svc.store.desired import Desired, read_desired
@@ -143,7 +144,8 @@ class Deployments:
 
     def _add(self, desired: Desired) -> Deployment:
         self._all[desired.name] = deployment = self.build(desired, self._make_room)
-        self.router.serve(desired.name, [Share(deployment)])
+        deployment.rollouts.split = partial(self.router.split, desired.name)
+        self.router.serve(desired.name, deployment)
         return deployment
 
     async def _start(self, deployment: Deployment) -> SvcError | None:

@@ -30,6 +30,8 @@ class ModelNames:
         served: the version in production; None until a version serves.
         loaded: the versions that engines hold: two during a swap of several engines.
         since: when that version went into production, Unix seconds.
+        candidate: the version that a rollout tries; None outside rollouts.
+        of_candidate: the name of that version, `NAME@candidate`.
     """
 
     def __init__(self, name: str, *, clock: Callable[[], float] = time.time) -> None:
@@ -39,6 +41,8 @@ class ModelNames:
         self.served: Target | None = None
         self.loaded: set[Target] = set()
         self.since = 0
+        self.candidate: VersionId | None = None
+        self.of_candidate = f"{name}@{Alias.CANDIDATE}"
 
     def serve(self, served: Target) -> None:
         if served != self.served:
@@ -53,7 +57,8 @@ class ModelNames:
         """Return the names that resolve now."""
         if self.served is None:
             return ()
-        return self.name, *map(str, sorted(self.versions)), f"{self.name}@{Alias.PRODUCTION}"
+        aliases = [f"{self.name}@{Alias.PRODUCTION}", *([self.of_candidate] if self.candidate else [])]
+        return self.name, *map(str, sorted(self.versions)), *aliases
 
     def resolve(self, model: str) -> VersionId | None:
         """Return the version that a client's model name refers to; None for production.
@@ -69,6 +74,8 @@ class ModelNames:
             raise EngineUnavailableError("no version is loaded yet", todo="send the request again later")
         if model in self._in_production:
             return None
+        if model == self.of_candidate and self.candidate:
+            return self._candidate_or_production(self.served)
         for loaded in self.loaded:
             if model == str(loaded.version):
                 return loaded.version
@@ -77,6 +84,11 @@ class ModelNames:
         raise ModelNotFoundError(
             f"model {model[:SHOWN_CHARS]!r} is not served here", expected=f"one of {', '.join(self.all())}"
         )
+
+    def _candidate_or_production(self, served: Target) -> VersionId | None:
+        """Return the candidate, or None for production if the candidate's engine does not run (it may have died)."""
+        on_demand = served.format is Format.ADAPTER
+        return self.candidate if on_demand or self.candidate in self.versions else None
 
     def _parsed(self, model: str) -> VersionId | None:
         """Return any version of this model, loaded or not; None for other names."""

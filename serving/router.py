@@ -1,23 +1,20 @@
 """Chooses the model and the backend of a request.
 
-A name has one backend, or several with weights for a traffic split. Requests of the same `user` or conversation go to
-the same backend. The backend's version is chosen after admission.
+During a rollout, the requests for a name are split between the production version and the candidate. The version that
+answers is chosen after admission.
 """
 
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
-from dataclasses import dataclass
-from hashlib import blake2b
 from typing import NamedTuple, Protocol
 
 from serving.admission.admission import Admission
 from serving.admission.party import Party
 from serving.model_names import SHOWN_CHARS, ModelNames, ModelNotFoundError
 from serving.replicas.balancer import Lease
+from serving.rollout.split import Assignment, Split
 from svc.version import VersionId
-
-_HASH_BYTES = 8
 
 
 class Backend(Protocol):
@@ -52,30 +49,17 @@ class Backend(Protocol):
         """Lease an engine for the body, after admission; see AdmittedLease."""
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
-    """A share of a name's requests.
-
-    Attributes:
-        backend: the backend that answers them.
-        weight: its share of the sum of all weights.
-        version: the version that answers; None for the one in production.
-    """
-
-    backend: Backend
-    weight: float = 1.0
-    version: VersionId | None = None
-
-
 class Destination(NamedTuple):
     """The backend of a request.
 
     Attributes:
         model: the model name for the lease.
+        assignment: decision of the model's rollout; None if there is none, or if the client asked for a version.
     """
 
     backend: Backend
     model: str
+    assignment: Assignment | None = None
 
 
 class Router:
@@ -90,33 +74,35 @@ class Router:
 
     def __init__(self, *, draw: Callable[[], float] = random.random) -> None:
         self._draw = draw
-        self._shares: dict[str, tuple[Share, ...]] = {}
+        self._backends: dict[str, Backend] = {}
+        self._splits: dict[str, Split] = {}
         self.registered: Collection[str] = ()
 
-    def serve(self, name: str, shares: Sequence[Share]) -> None:
-        """Set the shares of a model's requests.
+    def serve(self, name: str, backend: Backend) -> None:
+        """Route a model's requests to a backend."""
+        self._backends[name] = backend
 
-        Raises:
-            ValueError: there are no shares, all weights are 0, or a weight is negative.
-        """
-        if not any(share.weight > 0 for share in shares) or any(share.weight < 0 for share in shares):
-            raise ValueError(f"the shares of {name} have invalid weights: {[share.weight for share in shares]}")
-        self._shares[name] = tuple(shares)
+    def split(self, name: str, split: Split | None) -> None:
+        """Set how a rollout divides a model's requests; None at its end."""
+        if split is None:
+            self._splits.pop(name, None)
+        else:
+            self._splits[name] = split
 
     def remove(self, name: str) -> None:
         """Stop routing a name."""
-        self._shares.pop(name, None)
+        self._backends.pop(name, None)
+        self._splits.pop(name, None)
 
     @property
     def served(self) -> list[str]:
         """The models that are served, or will be after their engines have started."""
-        return list(self._shares)
+        return list(self._backends)
 
     @property
     def backends(self) -> list[Backend]:
-        """All backends, each once."""
-        backends = [share.backend for shares in self._shares.values() for share in shares]
-        return list({id(backend): backend for backend in backends}.values())
+        """The backends of all models."""
+        return list(self._backends.values())
 
     @property
     def only_version(self) -> VersionId | None:
@@ -136,7 +122,7 @@ class Router:
     def served_name(self, model: str) -> str | None:
         """Return the name of a request's model, even if it is unavailable now; None if it is not served."""
         name = model.partition("@")[0]
-        return name if name in self._shares else None
+        return name if name in self._backends else None
 
     def find(self, model: str, who: str = "") -> Destination:
         """Return the backend for a request.
@@ -150,27 +136,15 @@ class Router:
             EngineUnavailableError: no version is loaded yet.
         """
         name = model.partition("@")[0]
-        shares = self._shares.get(name)
-        if shares is None:
+        backend = self._backends.get(name)
+        if backend is None:
             raise self._unknown(model, name)
-        if len(shares) > 1 and model == name:
-            share = self._drawn(name, shares, who)
-            return Destination(share.backend, str(share.version) if share.version else model)
-        last = shares[-1].backend
-        for backend in (share.backend for share in shares if share.backend is not last):
-            if model in backend.names.all():
-                return Destination(backend, model)
-        last.names.resolve(model)
-        return Destination(last, model)
-
-    def _drawn(self, name: str, shares: Sequence[Share], who: str) -> Share:
-        at = _position(name, who) if who else self._draw()
-        at *= sum(share.weight for share in shares)
-        for share in shares:
-            at -= share.weight
-            if at < 0:
-                return share
-        return max(shares, key=lambda share: share.weight)  # a rounding error left a rest
+        backend.names.resolve(model)
+        split = self._splits.get(name) if model == name else None
+        if split is None:
+            return Destination(backend, model)
+        assignment = split.assign(who, self._draw)
+        return Destination(backend, backend.names.of_candidate if assignment.candidate else model, assignment)
 
     def _unknown(self, model: str, name: str) -> ModelNotFoundError:
         names = ", ".join(self.names())
@@ -180,9 +154,3 @@ class Router:
             todo = f"ask the operator to add it: svc add {name}"
             return ModelNotFoundError(f"{shown} is registered, but not served", expected=served, todo=todo)
         return ModelNotFoundError(f"{shown} is not served here", expected=served)
-
-
-def _position(name: str, who: str) -> float:
-    """Return a number from 0 to 1 that depends only on the model name and the client."""
-    digest = blake2b(f"{name}\0{who}".encode("utf-8", "surrogatepass"), digest_size=_HASH_BYTES).digest()
-    return int.from_bytes(digest) / float(1 << 8 * _HASH_BYTES)

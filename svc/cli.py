@@ -30,6 +30,7 @@ COMMANDS = {
     "add": ("serving.cli:add", "Add a model to the running server."),
     "remove": ("serving.cli:remove", "Remove a model from the running server."),
     "promote": ("serving.cli:promote", "Put another version into production."),
+    "rollout": ("serving.cli:rollout", "Show how a model's rollouts went, or watch one."),
     "rollback": ("serving.cli:rollback", "Go back to the previous version."),
     "status": ("monitoring.cli:status", "Show the served versions and how well they run."),
     "drift": ("monitoring.drift.cli:drift", "Compare live traffic with a version's examples."),

@@ -103,6 +103,18 @@ class SwapError(SvcError):
     exit_code = 11
 
 
+class RolledBackError(SvcError):
+    """Raised when a rollout ended with the previous version: the candidate proved worse, or a user stopped it."""
+
+    exit_code = 21
+
+
+class UndecidedError(SvcError):
+    """Raised when a rollout reached its deadline without proof for or against the candidate."""
+
+    exit_code = 22
+
+
 class TrainingError(SvcError):
     """A training stage that failed, or whose result is unusable."""
 

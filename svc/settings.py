@@ -312,11 +312,69 @@ class MonitorSettings(_Section):
     )
 
 
+class AtDeadline(StrEnum):
+    """What a rollout does when a step reaches its deadline without a decision."""
+
+    HOLD = "hold"
+    ROLLBACK = "rollback"
+
+
+class UnitKind(StrEnum):
+    """What a canary assigns to a version as a whole, and counts as one observation."""
+
+    AUTO = "auto"
+    """The request's `user`, else its conversation, else the request."""
+    REQUEST = "request"
+
+
+class RolloutSettings(_Section):
+    """Steps and limits of a promotion: `svc promote NAME@N --shadow 200 --canary 5,25,100`.
+
+    A margin is the largest acceptable loss of the candidate compared with production over the same period.
+    """
+
+    shadow: int = Field(
+        0, ge=0, le=100_000, description="number of requests that the candidate answers as copies first; 0: none"
+    )
+    canary: tuple[float, ...] = Field(
+        (), max_length=20, description="shares of clients that the candidate answers, in percent, ending with 100"
+    )
+    min_units: int = Field(50, ge=1, description="minimum number of users or conversations per version and canary step")
+    max_step_s: float = Field(3600.0, gt=0, description="deadline of each step, seconds")
+    at_deadline: AtDeadline = Field(
+        AtDeadline.ROLLBACK, description="rollback, or hold: stay at the step until it is decided or someone decides"
+    )
+    unit: UnitKind = Field(
+        UnitKind.AUTO, description="auto: `user`, else conversation, else request; request: every request by itself"
+    )
+    max_errors: float = Field(0.01, gt=0, lt=1, description="margin for the share of failed requests")
+    max_invalid: float = Field(0.01, gt=0, lt=1, description="margin for the share of answers that are not valid JSON")
+    max_slowdown: float = Field(
+        1.2, gt=1, description="margin for the time to the first token: 1.2 is 20 % slower than production"
+    )
+    max_negative: float = Field(0.05, gt=0, lt=1, description="margin for the share of negative feedback")
+
+    @model_validator(mode="after")
+    def _check_steps(self) -> Self:
+        steps = self.canary
+        if steps and (list(steps) != sorted(set(steps)) or steps[0] <= 0 or steps[-1] != 100):
+            raise ValueError("canary steps must increase from above 0 to 100, for example 5,25,100")
+        return self
+
+    @property
+    def is_gradual(self) -> bool:
+        """Whether there is any step between the request and the switch."""
+        return bool(self.shadow or self.canary)
+
+
 class ModelSettings(_Section):
     """Settings of one served model that differ from the general ones."""
 
     engine: EngineSettings = Field(EngineSettings(), description="`engine` settings that differ for this model")
     idle_s: float | None = Field(None, gt=0, description="replaces `serve.idle_s`, seconds")
+    rollout: RolloutSettings = Field(
+        RolloutSettings(), description="steps of every promotion of this model, see docs/rollouts.md"
+    )
 
 
 class Settings(BaseSettings):
@@ -347,6 +405,10 @@ class Settings(BaseSettings):
         """Return the idle time after which a model's engines sleep or are stopped, seconds; None: never."""
         own = self.models[name].idle_s if name in self.models else None
         return own or self.serve.idle_s
+
+    def rollout_of(self, name: str) -> RolloutSettings:
+        """Return the rollout steps configured for a model; without any, a promotion is a single swap."""
+        return self.models[name].rollout if name in self.models else RolloutSettings()
 
     def engine_for(self, name: str) -> EngineSettings:
         """Return a model's engine settings: the section `engine`, overridden by the model's section in `models`."""

@@ -12,17 +12,19 @@ from typing import Any, Protocol
 
 from sqlalchemy import Engine as Store
 
-from serving.rollout.version_changes import VersionChange, VersionChanges
-from svc.errors import BusyError, ServerNotRunningError
+from serving.rollout.version_changes import CONFIGURED, RolloutOptions, VersionChange, VersionChanges
+from svc.errors import BusyError, NotFoundError, ServerNotRunningError
 from svc.identity.actor import Actor
 from svc.registry.registry import Registry
 from svc.remote.server_url import ServerAddress, read_status, server_address
 from svc.settings import Settings
 from svc.store.database import open_database
+from svc.store.rollouts import RolloutView, read_rollouts
 from svc.store.swaps import SwapKind, SwapOutcome, SwapResult, find_swap
 from svc.version import Format, Target, VersionId
 
 _POLL_S = 0.1
+_ROLLOUT_POLL_S = 0.5
 _UNWRITTEN_S = 30.0
 """Time that the server may take to write a result into the journal."""
 
@@ -48,7 +50,15 @@ class Administration(Protocol):
     def server(self) -> ServerAddress:
         """Address of the server, for its status."""
 
-    def promote(self, version: VersionId, format: Format | None, *, force: bool, reason: str | None) -> VersionChange:
+    def promote(
+        self,
+        version: VersionId,
+        format: Format | None,
+        *,
+        force: bool,
+        reason: str | None,
+        options: RolloutOptions = CONFIGURED,
+    ) -> VersionChange:
         """See `VersionChanges.promote`."""
 
     def rollback(self, name: str, *, reason: str | None) -> VersionChange:
@@ -59,6 +69,13 @@ class Administration(Protocol):
 
         Raises:
             ServerNotRunningError: the server does not answer.
+        """
+
+    def rollouts(self, name: str) -> list[RolloutView]:
+        """Return all rollouts of a model, oldest first.
+
+        Raises:
+            ServerNotRunningError: the server does not respond.
         """
 
     def require_server(self) -> None:
@@ -90,11 +107,19 @@ class LocalAdministration:
 
     @property
     def _changes(self) -> VersionChanges:
-        return VersionChanges(self.registry, self.store, lambda: read_served(self.server))
+        return VersionChanges(self.registry, self.store, lambda: read_served(self.server), self.settings.rollout_of)
 
-    def promote(self, version: VersionId, format: Format | None, *, force: bool, reason: str | None) -> VersionChange:
+    def promote(
+        self,
+        version: VersionId,
+        format: Format | None,
+        *,
+        force: bool,
+        reason: str | None,
+        options: RolloutOptions = CONFIGURED,
+    ) -> VersionChange:
         """See `VersionChanges.promote`."""
-        return self._changes.promote(version, format, force=force, reason=reason, actor=Actor.local())
+        return self._changes.promote(version, format, force=force, reason=reason, actor=Actor.local(), options=options)
 
     def rollback(self, name: str, *, reason: str | None) -> VersionChange:
         """See `VersionChanges.rollback`."""
@@ -104,6 +129,10 @@ class LocalAdministration:
         """Return a name's last swap, or the swap for a generation."""
         swap = find_swap(self.store, name, generation)
         return JournalEntry(swap.target, swap.generation, swap.steps, swap.result) if swap else None
+
+    def rollouts(self, name: str) -> list[RolloutView]:
+        """Return all rollouts of a model, oldest first."""
+        return [RolloutView.of(record) for record in read_rollouts(self.store, name)]
 
     def require_server(self) -> None:
         """Check that the server runs."""
@@ -143,6 +172,37 @@ def follow(administration: Administration, change: VersionChange, on_step: Calla
             unwritten = _result_from_status(administration.server, change)
             next_check = time.monotonic() + _UNWRITTEN_S
         time.sleep(_POLL_S)
+
+
+def follow_rollout(
+    administration: Administration, name: str, rollout: int, on_step: Callable[[str], None]
+) -> RolloutView:
+    """Wait until a rollout has ended, and return it.
+
+    Args:
+        on_step: called with the text of each step, once per step.
+
+    Raises:
+        ServerNotRunningError: the server stopped meanwhile; it continues the rollout after its next start.
+    """
+    shown = 0
+    while True:
+        seen = next((view for view in administration.rollouts(name) if view.id == rollout), None)
+        if seen is None:
+            raise NotFoundError(f"there is no rollout {rollout} of {name}")
+        for step in seen.steps[shown:]:
+            on_step(step)
+        shown = len(seen.steps)
+        if seen.outcome is not None:
+            return seen
+        try:
+            administration.require_server()
+        except ServerNotRunningError as error:
+            raise ServerNotRunningError(
+                f"the server stopped during the rollout of {seen.version}",
+                todo=f"start the server again; it continues the rollout: svc serve {name}",
+            ) from error
+        time.sleep(_ROLLOUT_POLL_S)
 
 
 def read_served(server: ServerAddress) -> dict[str, Target]:

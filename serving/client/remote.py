@@ -2,14 +2,15 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from serving.client.promotion import JournalEntry, swap_result
-from serving.rollout.version_changes import VersionChange
+from serving.rollout.version_changes import CONFIGURED, RolloutOptions, VersionChange
 from svc.errors import ServerNotRunningError
 from svc.remote.remote_server import RemoteServer
 from svc.remote.server_url import ServerAddress
+from svc.store.rollouts import RolloutView
 from svc.version import Format, Target, VersionId
 
 _PAUSE_S = 0.5
@@ -23,9 +24,18 @@ class RemoteAdministration:
 
     server: ServerAddress
 
-    def promote(self, version: VersionId, format: Format | None, *, force: bool, reason: str | None) -> VersionChange:
+    def promote(
+        self,
+        version: VersionId,
+        format: Format | None,
+        *,
+        force: bool,
+        reason: str | None,
+        options: RolloutOptions = CONFIGURED,
+    ) -> VersionChange:
         """See `VersionChanges.promote`."""
         body = {"version": str(version), "format": format and format.value, "force": force, "reason": reason}
+        body |= asdict(options)
         return _change(RemoteServer(self.server).post("/svc/promote", body))
 
     def rollback(self, name: str, *, reason: str | None) -> VersionChange:
@@ -35,23 +45,32 @@ class RemoteAdministration:
     def journal(self, name: str, generation: int | None = None) -> JournalEntry | None:
         """Return a name's last swap, or the swap for a generation."""
         query = {} if generation is None else {"generation": str(generation)}
+        swap = self._get(f"/svc/swaps/{name}", **query)["swap"]
+        return swap and JournalEntry(_target(swap), swap["generation"], tuple(swap["steps"]), swap_result(swap))
+
+    def rollouts(self, name: str) -> list[RolloutView]:
+        """Return all rollouts of a model, oldest first."""
+        return [RolloutView.model_validate(row) for row in self._get(f"/svc/rollouts/{name}")["rollouts"]]
+
+    def _get(self, path: str, **query: str) -> Mapping[str, Any]:
+        """Return the JSON of a path, trying again while the network is down for a short time."""
         deadline = time.monotonic() + _PATIENCE_S
         while True:
             try:
-                swap = RemoteServer(self.server).get(f"/svc/swaps/{name}", **query)["swap"]
+                return RemoteServer(self.server).get(path, **query)
             except ServerNotRunningError:
                 if time.monotonic() >= deadline:
                     raise
                 time.sleep(_PAUSE_S)
-                continue
-            return swap and JournalEntry(_target(swap), swap["generation"], tuple(swap["steps"]), swap_result(swap))
 
     def require_server(self) -> None:
         """Do nothing: the server has just answered `journal`."""
 
 
 def _change(row: Mapping[str, Any]) -> VersionChange:
-    return VersionChange(_target(row), _target(row["before"]), row["generation"], tuple(row["undecided"]))
+    return VersionChange(
+        _target(row), _target(row["before"]), row["generation"], tuple(row["undecided"]), row["rollout"]
+    )
 
 
 def _target(row: Mapping[str, Any]) -> Target:

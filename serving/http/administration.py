@@ -19,12 +19,13 @@ from serving.http.errors import change_error
 from serving.http.json_body import Body, read_json
 from serving.http.request_state import request_state
 from serving.rollout.journal import swap_row
-from serving.rollout.version_changes import VersionChange, VersionChanges
+from serving.rollout.version_changes import RolloutOptions, VersionChange, VersionChanges
 from serving.telemetry.metrics import CLIENT_GONE_STATUS
 from svc.access.keyring import IssuedKey, Keyring, key_row
 from svc.errors import SettingsError, SvcError
 from svc.identity.actor import Actor
 from svc.identity.principal import Limits, Scope
+from svc.store.rollouts import RolloutView, read_rollouts
 from svc.store.swaps import find_swap
 from svc.version import Format, VersionId
 
@@ -46,6 +47,9 @@ class PromoteRequest(_Request):
     version: str = Field(max_length=100)
     format: Format | None = None
     force: bool = False
+    shadow: int | None = None
+    canary: tuple[float, ...] | None = Field(None, max_length=20)
+    direct: bool = False
 
 
 class RollbackRequest(_Request):
@@ -101,6 +105,7 @@ class Administration:
         app.add_api_route("/svc/promote", _with_full_errors(self._promote), methods=["POST"])
         app.add_api_route("/svc/rollback", _with_full_errors(self._rollback), methods=["POST"])
         app.add_api_route("/svc/swaps/{name}", _with_full_errors(self._show_swap), methods=["GET"])
+        app.add_api_route("/svc/rollouts/{name}", _with_full_errors(self._show_rollouts), methods=["GET"])
         app.add_api_route("/svc/keys", _with_full_errors(self._list_keys), methods=["GET"])
         app.add_api_route("/svc/keys", _with_full_errors(self._create_key), methods=["POST"])
         app.add_api_route("/svc/keys/rotate", _with_full_errors(self._rotate_key), methods=["POST"])
@@ -116,7 +121,12 @@ class Administration:
         actor = _actor(request)
         change = await asyncio.to_thread(
             lambda: self._changes.promote(
-                VersionId.parse(given.version), given.format, force=given.force, reason=reason, actor=actor
+                VersionId.parse(given.version),
+                given.format,
+                force=given.force,
+                reason=reason,
+                actor=actor,
+                options=RolloutOptions(given.shadow, given.canary, given.direct),
             )
         )
         return JSONResponse(_change_row(change))
@@ -135,6 +145,10 @@ class Administration:
             return JSONResponse({"swap": None})
         target = {"version": str(swap.target.version), "format": swap.target.format.value}
         return JSONResponse({"swap": {**target, **swap_row(swap), "steps": list(swap.steps)}})
+
+    async def _show_rollouts(self, request: Request) -> Response:
+        records = await asyncio.to_thread(read_rollouts, self._store, request.path_params["name"])
+        return JSONResponse({"rollouts": [RolloutView.of(record).model_dump(mode="json") for record in records]})
 
     async def _list_keys(self, request: Request) -> Response:
         return JSONResponse({"keys": await asyncio.to_thread(self._keyring(request).rows)})
@@ -206,6 +220,7 @@ def _change_row(change: VersionChange) -> dict[str, Any]:
         "before": {"version": str(before.version), "format": before.format.value},
         "generation": change.generation,
         "undecided": list(change.undecided),
+        "rollout": change.rollout,
     }
 
 

@@ -156,6 +156,8 @@ class Exchange:
         self.account.model = self._gateway.router.served_name(request.model) or UNKNOWN_MODEL
         require_model(self._gateway.router, self._principal, request.model)
         to = self._gateway.router.find(request.model, request.who)
+        if to.assignment:
+            self.account.assigned(to.assignment)
         await to.backend.check(to.model)
         served = to.backend.names.served
         self._state.version = served.version if served else None
@@ -185,9 +187,12 @@ class Exchange:
     async def _forward_to_another(
         self, to: Destination, engine: Lease, request: CompletionRequest, refused: EngineUnreachableError
     ) -> None:
-        """Retry once, on another engine; if that engine refuses the connection too, the fault is not one engine's."""
+        """Retry once, on another engine; if that engine refuses the connection too, the fault is not one engine's.
+
+        If the engine of a rollout's candidate is unreachable, the production version answers.
+        """
         try:
-            async with to.backend.lease(to.model, without=engine) as other:
+            async with to.backend.lease(request.model, without=engine) as other:
                 await self._forward(other, request)
         except EngineUnavailableError:
             raise refused from None

@@ -246,6 +246,8 @@ def _administration(schemas: Json) -> Json:
     generation = {"type": "integer", "minimum": 1, "maximum": 999_999_999}
     swap["parameters"] = [_MODEL_NAME, {"name": "generation", "in": "query", "schema": generation}]
     paths["/svc/swaps/{name}"] = {"get": swap}
+    rollouts = _operation("All rollouts of a model, oldest first", _json(_OBJECT), _DEFECT)
+    paths["/svc/rollouts/{name}"] = {"get": rollouts | {"parameters": [_MODEL_NAME]}}
     return paths
 
 

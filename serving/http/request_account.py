@@ -16,6 +16,7 @@ from serving.protocols.request import CompletionRequest
 from serving.protocols.route import Route
 from serving.protocols.wire_formats import Usage
 from serving.replicas.token_pace import TokenPace
+from serving.rollout.split import Assignment
 from serving.telemetry.content import Content
 from serving.telemetry.metrics import CLIENT_GONE_STATUS, UNKNOWN_MODEL, GatewayMetrics
 from serving.telemetry.request_log import RequestLog
@@ -58,7 +59,8 @@ class RequestAccount:
         self._own_s: float | None = None  # the gateway's time before the answer began
         self._first_token_s: float | None = None
         self._request: CompletionRequest | None = None
-        self._content: Content | None = None  # only if content or features are stored
+        self._content: Content | None = None  # only if content or features are stored, or a rollout needs the answer
+        self._assignment: Assignment | None = None
         self._served: Target | None = None
         self._reason: ErrorCode | None = None
         self._finish_reason: str | None = None
@@ -83,6 +85,14 @@ class RequestAccount:
         self._request = request
         if self.request_log.wants_content():
             self._content = Content(self.route, request.members)
+
+    def assigned(self, assignment: Assignment) -> None:
+        """Set the version to which a rollout assigned the request, and keep the answer if the rollout needs it."""
+        self._assignment = assignment
+        if (assignment.expects_json or assignment.mirror) and self._content is None and self._request:
+            self._content = Content(self.route, self._request.members, stored=False)
+        if self._content:
+            self._content.expects_json = assignment.expects_json
 
     def admitted(self, waited_s: float) -> None:
         """Set how long the request waited for admission."""
@@ -195,7 +205,9 @@ class RequestAccount:
             temperature=request.temperature if request else None,
             max_tokens=request.max_tokens if request else None,
             user_hash=hash_user(request.user) if request and request.user else None,
+            unit=self._assignment.unit if self._assignment else None,
         )
+        self._offer_to_mirror(record)
         if trace := self.trace:
             # A model name that is not served is text from the client.
             model = request.model if request and served else self.model
@@ -207,3 +219,9 @@ class RequestAccount:
             )
         traced = trace if trace and trace.sampled else None
         self.request_log.add(record, self._content if served else None, traced)
+
+    def _offer_to_mirror(self, record: RequestRecord) -> None:
+        """Offer a finished request to the shadow step of a rollout, unless its answer was too long to keep."""
+        mirror, content = self._assignment.mirror if self._assignment else None, self._content
+        if mirror and content and not content.too_long:
+            mirror.offer(self.route, content.payload, content.answer, record)

@@ -64,7 +64,7 @@ class Balancer:
         wanted = self._names.resolve(model)
         if wanted is None:
             return
-        ready = self._pool.ready
+        ready = self._pool.ready_for(wanted)
         if any(engine.target and engine.target.version == wanted for engine in ready):
             return
         adapters = [engine.adapters for engine in ready if engine.adapters]
@@ -115,7 +115,7 @@ class Balancer:
             ModelNotFoundError, EngineUnavailableError: see `lease`.
         """
         wanted, candidates = self._names.resolve(model), list[tuple[Replica, Target]]()
-        for engine in self._pool.ready:
+        for engine in self._pool.ready_for(wanted):
             if not engine.watch.suspected and (without is None or engine.http is not without.http):
                 served = engine.serves(wanted)
                 if served is not None:

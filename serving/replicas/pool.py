@@ -19,7 +19,7 @@ from serving.replicas.slots import EngineSlots
 from serving.telemetry.deployment_metrics import DeploymentMetrics
 from serving.telemetry.engine_metrics import EngineSource
 from svc.engine.state import EngineState
-from svc.version import Format, Target
+from svc.version import Format, Target, VersionId
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ class EnginePool:
         size: number of members after `fill`.
         members: engines that accept requests when they are ready.
         others: engines that may become members, and engines that were members.
+        candidate: engine that runs the candidate of a rollout; one of the others. None if there is none.
         retirement: stops engines that are no longer needed.
         restarts: number of engine starts after a death.
     """
@@ -52,6 +53,7 @@ class EnginePool:
 
     def __post_init__(self) -> None:
         self.others: list[Replica] = []
+        self.candidate: Replica | None = None
         self._watches: dict[Replica, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
         self._primary: Replica | None = None
@@ -68,6 +70,18 @@ class EnginePool:
     def ready(self) -> list[Replica]:
         """Members that accept requests."""
         return [member for member in self.members if member.state is _READY]
+
+    def ready_for(self, wanted: VersionId | None) -> list[Replica]:
+        """Return the engines that accept requests for a version, which may include the candidate's engine.
+
+        Args:
+            wanted: None for the version in production.
+        """
+        candidate = self.candidate
+        if wanted is None or candidate is None or candidate.state is not _READY:
+            return self.ready
+        held = candidate.target
+        return [*self.ready, candidate] if held and held.version == wanted else self.ready
 
     @property
     def alive(self) -> list[Replica]:
@@ -116,7 +130,8 @@ class EnginePool:
         ready = self.ready
         drained = [member for member in self.members if member.state is EngineState.DRAINING]
         if ready:
-            held = {engine.target for engine in [*ready, *drained] if engine.target}
+            candidates = [engine for engine in self.others if engine is self.candidate and engine.state is _READY]
+            held = {engine.target for engine in [*ready, *drained, *candidates] if engine.target}
             loaded = [adapter for engine in ready if engine.adapters for adapter in engine.adapters.loaded]
             self.names.loaded = held | {Target(adapter.version, Format.ADAPTER) for adapter in loaded}
 
@@ -142,6 +157,11 @@ class EnginePool:
         engine = self._made(self.slots.take())
         self.others.append(engine)
         return engine
+
+    def set_candidate(self, engine: Replica | None) -> None:
+        """Set the engine that answers requests for the candidate of a rollout."""
+        self.candidate = engine
+        self._show_loaded()
 
     async def drop(self, engine: Replica) -> None:
         """Stop an engine that is not a member, and release its number."""

@@ -84,6 +84,9 @@ class EngineChange:
 
     async def run(self, change: SwapInProgress, engine: Replica) -> Result:
         """Change one engine, in place or by replacing it."""
+        candidate = self.pool.candidate
+        if candidate is not None and candidate.state is EngineState.READY and candidate.target == change.target:
+            return self._promote_candidate(change, engine, candidate)
         if change.kind is SwapKind.BLUEGREEN:
             return await self._blue_green(change, engine)
         if change.kind is SwapKind.ADAPTER:
@@ -112,6 +115,19 @@ class EngineChange:
         self._serve_if_only(change)
         return SwapOutcome.SUCCEEDED, None
 
+    def _promote_candidate(self, change: SwapInProgress, old: Replica, new: Replica) -> Result:
+        """Replace an engine with the one that already runs the version as the candidate of a rollout."""
+        if len(self.pool.members) == 1:
+            change.kind = SwapKind.BLUEGREEN
+        self._serve_if_only(change)
+        self.pool.set_candidate(None)
+        self._replace(change, old, new)
+        return SwapOutcome.SUCCEEDED, None
+
+    def _replace(self, change: SwapInProgress, old: Replica, new: Replica) -> None:
+        self.pool.replace(old, new)
+        change.report(f"new requests are sent to the second engine; {old.running} still run in the first")
+
     async def _blue_green(self, change: SwapInProgress, old: Replica) -> Result:
         try:
             shortage = await change.cancellation.interrupting(self.planner.shortage(change.target))
@@ -135,8 +151,7 @@ class EngineChange:
             return SwapOutcome.REFUSED, str(error) or repr(error)
         change.report(result)
         self._serve_if_only(change)
-        self.pool.replace(old, new)
-        change.report(f"new requests are sent to the second engine; {old.running} still run in the first")
+        self._replace(change, old, new)
         return SwapOutcome.SUCCEEDED, None
 
     async def _start_second(self, change: SwapInProgress, new: Replica) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from sqlalchemy import Engine as Store
 
 from svc.store.desired import Desired
+from svc.store.rollouts import add_rollout_step
 from svc.store.served import Began, begin_serving, end_serving
 from svc.store.swaps import SwapRecord, SwapResult, add_step, begin_swap, end_swap
 
@@ -52,6 +53,11 @@ class Journal:
         """Record a step in the background; it is lost if a few attempts fail."""
         log.info("swap %d: %s", swap_id, text)
         self._writer.submit(self._write, lambda: add_step(self._store, swap_id, text), _ATTEMPTS)
+
+    def rollout_step(self, rollout_id: int, text: str) -> None:
+        """Record a step of a rollout in the background; it is lost if a few attempts fail."""
+        log.info("rollout %d: %s", rollout_id, text)
+        self._writer.submit(self._write, lambda: add_rollout_step(self._store, rollout_id, text), _ATTEMPTS)
 
     def end(self, swap_id: int, result: SwapResult) -> None:
         """Record a swap's result in the background, after its steps; retried until it is written."""

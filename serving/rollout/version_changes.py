@@ -6,14 +6,17 @@ The journal of swaps shows whether the change was carried out.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+from pydantic import ValidationError
 from sqlalchemy import Engine as Store
 
 from serving.rollout.initial_state import require_promotable, require_servable
-from svc.errors import BusyError, NotFoundError
+from svc.errors import BusyError, NotFoundError, SettingsError
 from svc.identity.actor import Actor
 from svc.registry.registry import Registry
+from svc.settings import RolloutSettings
 from svc.store.audit import Action, AuditEntry
 from svc.store.desired import Desired, change_desired, read_desired
+from svc.store.rollouts import active_rollout, begin_rollout, stop_rollout
 from svc.version import Format, Target, VersionId
 
 
@@ -23,7 +26,9 @@ class VersionChange:
 
     Attributes:
         before: the desired version before the change.
-        generation: generation of the new desired state; None if the target is already served, so that nothing changes.
+        generation: generation of the new desired state; None if it does not change: the target is already served, or
+            a rollout was requested or stopped.
+        rollout: id of the rollout that was requested or stopped; None if there is none.
         undecided: quality gates that the version had too few examples to decide, each as a sentence.
     """
 
@@ -31,24 +36,76 @@ class VersionChange:
     before: Target
     generation: int | None
     undecided: tuple[str, ...] = ()
+    rollout: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutOptions:
+    """Steps of one promotion that replace the configured ones.
+
+    Attributes:
+        shadow, canary: see `svc.settings.RolloutSettings`; None for the configured value.
+        direct: promote in a single swap, without any of the configured steps.
+    """
+
+    shadow: int | None = None
+    canary: tuple[float, ...] | None = None
+    direct: bool = False
+
+    def plan(self, configured: RolloutSettings) -> RolloutSettings:
+        """Return the configured steps with these replaced.
+
+        Raises:
+            SettingsError: a value is invalid, or the options contradict each other.
+        """
+        if self.direct and (self.shadow or self.canary):
+            raise SettingsError("a direct promotion has no shadow or canary steps", todo="drop one of the options")
+        steps = {"shadow": self.shadow, "canary": self.canary}
+        given = (
+            {"shadow": 0, "canary": ()} if self.direct else {key: steps[key] for key in steps if steps[key] is not None}
+        )
+        try:
+            return RolloutSettings.model_validate(configured.model_dump() | given)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise SettingsError(f"{first['loc'][0] if first['loc'] else 'rollout'}: {first['msg']}") from error
+
+
+CONFIGURED = RolloutOptions()
+"""The steps that are configured for the model."""
 
 
 class VersionChanges:
-    """Writes desired versions.
+    """Writes desired versions, and requests and stops rollouts.
 
     Args:
         served: returns the version that the server serves under each name, which may not be the desired one yet.
+        configured: returns the rollout steps that are configured for a model.
     """
 
-    def __init__(self, registry: Registry, store: Store, served: Callable[[], Mapping[str, Target]]) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        store: Store,
+        served: Callable[[], Mapping[str, Target]],
+        configured: Callable[[str], RolloutSettings],
+    ) -> None:
         self._registry = registry
         self._store = store
         self._served = served
+        self._configured = configured
 
     def promote(
-        self, version: VersionId, format: Format | None, *, force: bool, reason: str | None, actor: Actor
+        self,
+        version: VersionId,
+        format: Format | None,
+        *,
+        force: bool,
+        reason: str | None,
+        actor: Actor,
+        options: RolloutOptions = CONFIGURED,
     ) -> VersionChange:
-        """Make a version the desired one.
+        """Make a version the desired one, or request a rollout that does so after its shadow and canary steps.
 
         Args:
             format: None for the format of the version that is desired now.
@@ -57,26 +114,40 @@ class VersionChanges:
         Raises:
             NotFoundError: no such version or format, or the name is not served.
             RefusedError: the version cannot be served, or failed a check.
-            BusyError: the version's promotion is in progress, or the desired version was changed concurrently.
+            SettingsError: the rollout's options are invalid.
+            BusyError: a promotion or rollout is in progress, or the desired version was changed concurrently.
         """
+        plan = options.plan(self._configured(version.name))
         current, served = self._current(version.name)
         target = Target(version, format or current.target.format)
         require_servable(self._registry, target)
         manifest = self._registry.manifest(version)
         if not force:
             require_promotable(manifest)
-        entry = AuditEntry(Action.PROMOTE, str(version), actor, reason)
-        change = self._change(current, served, target, entry, forced=reason if manifest.failed else None)
+        self._refuse_during_rollout(version.name)
+        forced = reason if manifest.failed else None
+        if plan.is_gradual and target != current.target:
+            entry = AuditEntry(Action.ROLLOUT, str(version), actor, reason)
+            rollout = begin_rollout(self._store, current, target, plan, entry, forced=forced)
+            change = VersionChange(target, current.target, None, rollout=rollout.id)
+        else:
+            change = self._change(
+                current, served, target, AuditEntry(Action.PROMOTE, str(version), actor, reason), forced
+            )
         return replace(change, undecided=manifest.undecided)
 
     def rollback(self, name: str, *, reason: str | None, actor: Actor) -> VersionChange:
-        """Make the previous version the desired one; during a promotion, the version that is being served.
+        """Make the previous version the desired one; during a promotion or rollout, keep the version that is served.
 
         Raises:
             NotFoundError: the name is not served, or has no previous version.
             BusyError: the desired version was changed concurrently.
         """
         current, served = self._current(name)
+        stop = AuditEntry(Action.ROLLBACK, str(current.target.version), actor, reason)
+        why = f"rolled back by {actor.name}" + (f": {reason}" if reason else "")
+        if stopped := stop_rollout(self._store, name, why, stop):
+            return VersionChange(current.target, stopped.target, None, rollout=stopped.id)
         # During a promotion the served version stays: the previously desired one may never have been served.
         target = served if served != current.target else current.previous
         if target is None:
@@ -85,6 +156,13 @@ class VersionChanges:
             )
         entry = AuditEntry(Action.ROLLBACK, str(target.version), actor, reason)
         return self._change(current, served, target, entry)
+
+    def _refuse_during_rollout(self, name: str) -> None:
+        if rollout := active_rollout(self._store, name):
+            raise BusyError(
+                f"a rollout of {rollout.target} is in progress",
+                todo=f"wait for it (svc rollout {name}), or stop it: svc rollback {name}",
+            )
 
     def _current(self, name: str) -> tuple[Desired, Target]:
         """Return a name's desired state, and the version that is served under the name."""
@@ -99,7 +177,7 @@ class VersionChanges:
         return desired, served[name]
 
     def _change(
-        self, current: Desired, served: Target, target: Target, entry: AuditEntry, *, forced: str | None = None
+        self, current: Desired, served: Target, target: Target, entry: AuditEntry, forced: str | None = None
     ) -> VersionChange:
         if target == current.target:
             if served != target:

@@ -26,6 +26,7 @@ class Content:
         too_long: whether the answer exceeded the limit, and is no longer kept in memory.
         stored: whether prompt and answer are stored with the row.
         features: whether drift features of prompt and answer are stored.
+        expects_json: whether a rollout needs to know if the answer is JSON.
     """
 
     route: Route
@@ -35,6 +36,12 @@ class Content:
     too_long: bool = False
     stored: bool = True
     features: bool = False
+    expects_json: bool = False
+
+    @property
+    def is_read(self) -> bool:
+        """Whether prompt or answer are read although they are not stored."""
+        return self.features or self.expects_json
 
     def __post_init__(self) -> None:
         self.size = len(self.payload)
@@ -68,6 +75,14 @@ def answer_text(content: Content, redactor: Redactor) -> str:
     The text is redacted after its events are joined: a number may be spread over many events.
     """
     return _encodable(redactor.text(wire_format(content.route).text(content.answer)))
+
+
+def is_json_answer(content: Content) -> bool:
+    """Return whether the text of the first choice, without thinking, is JSON."""
+    from svc.dataset.text.thinking import without_thinking
+    from svc.evaluation.metrics.json_answers import is_json  # imports numpy
+
+    return is_json(without_thinking(wire_format(content.route).text(content.answer)))
 
 
 def _encodable(text: str) -> str:

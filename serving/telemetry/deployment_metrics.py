@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from svc.engine.state import EngineState
+from svc.store.rollouts import RolloutOutcome
 from svc.store.swaps import SwapOutcome, SwapResult
 from svc.version import Target, VersionId
 
@@ -17,6 +19,16 @@ _SWAP_BUCKETS_S = (0.5, 1, 1.5, 2, 3, 5, 10, 20, 30, 60, 120, 300, 600)
 _WAKE_BUCKETS_S = (1, 2, 5, 10, 20, 30, 45, 60, 90, 120, 300, 600)
 _ADAPTER_LOAD_BUCKETS_S = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
 _QUEUED_BUCKETS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+class ShadowOutcome(StrEnum):
+    """What became of a request during the shadow step of a rollout."""
+
+    COMPARED = "compared"
+    FAILED = "failed"
+    """The candidate failed to answer the copy."""
+    DROPPED = "dropped"
+    """No copy was sent, because the server was busy."""
 
 
 class DeploymentInstruments:
@@ -36,6 +48,15 @@ class DeploymentInstruments:
         self.engine_state = gauge("svc_engine_state", "Engines, by state", ("model", "state"))
         self.restarts = counter("svc_engine_restarts_total", "Engine starts after the engine died", model)
         self.swaps = counter("svc_swaps_total", "Swaps, by outcome", outcome)
+        self.rollouts = counter("svc_rollouts_total", "Rollouts that have ended, by outcome", outcome)
+        self.rollout_share = gauge(
+            "svc_rollout_candidate_ratio", "Share of clients that the candidate of a rollout answers, 0 to 1", model
+        )
+        self.shadow_requests = counter(
+            "svc_shadow_requests_total",
+            "Requests during the shadow step of a rollout, by what became of the copy",
+            outcome,
+        )
         self.swap_duration = histogram(
             "svc_swap_duration_seconds", "Time for which a swap closed admission", outcome, buckets=_SWAP_BUCKETS_S
         )
@@ -88,6 +109,8 @@ class DeploymentMetrics:
         self.instruments.restarts.labels(self.model)
         for outcome in SwapOutcome:  # from the start, so that the first one shows as an increase
             self.instruments.swaps.labels(self.model, outcome.value)
+        for ended in RolloutOutcome:
+            self.instruments.rollouts.labels(self.model, ended.value)
 
     def watch_admission(self, running: Callable[[], int], queued: Callable[[], int]) -> None:
         """Make two gauges read admission at each scrape."""
@@ -122,6 +145,18 @@ class DeploymentMetrics:
             self.instruments.swap_duration.labels(self.model, result.outcome.value).observe(result.queued_s)
         if result.queued is not None:
             self.instruments.swap_queued.labels(self.model).observe(result.queued)
+
+    def rollout_share(self, share: float) -> None:
+        """Set the share of clients that a rollout's candidate answers."""
+        self.instruments.rollout_share.labels(self.model).set(share)
+
+    def rollout_ended(self, outcome: RolloutOutcome) -> None:
+        """Count a rollout."""
+        self.instruments.rollouts.labels(self.model, outcome.value).inc()
+
+    def shadow_request(self, outcome: ShadowOutcome) -> None:
+        """Count a request during the shadow step."""
+        self.instruments.shadow_requests.labels(self.model, outcome.value).inc()
 
     def woke(self, seconds: float) -> None:
         """Record the time to start or wake an idle engine."""

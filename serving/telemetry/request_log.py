@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from sqlalchemy import Engine as Store
 
-from serving.telemetry.content import Content, answer_text, prompt_text
+from serving.telemetry.content import Content, answer_text, is_json_answer, prompt_text
 from serving.telemetry.drift_features import FeatureProcess
 from serving.telemetry.retention_clock import RetentionClock
 from serving.telemetry.traces.request_trace import RequestTrace, SpanSink
@@ -126,7 +126,8 @@ class RequestLog:
             if trace and self.spans:
                 self.spans.drop()
             return
-        if content is not None and not content.stored and not (content.features and _is_good(record)):
+        wanted = content is not None and (content.stored or (content.is_read and _is_good(record)))
+        if not wanted:
             content = None
         if content is not None and not self._reserve(content):
             self._drop(content, Dropped.CONTENT_LIMIT)
@@ -221,7 +222,7 @@ class RequestLog:
         entries = [item for item in batch if isinstance(item, _Entry)]
         try:
             texts = [self._read_texts(entry.record, entry.content) if entry.content else None for entry in entries]
-            records = [_stored(entry, text) for entry, text in zip(entries, texts, strict=True)]
+            records = [_checked(_stored(entry, text), entry) for entry, text in zip(entries, texts, strict=True)]
             self._add_spans(entries, records)
             if records:
                 add_requests(self.store, records)
@@ -271,6 +272,8 @@ class RequestLog:
         """Return the redacted prompt and answer of a request; count them as lost and return None if that fails."""
         with self._lock:
             self._content_bytes -= content.size
+        if not (content.stored or content.features):
+            return None
         limit = self.settings.max_content_kib * 1024
         if len(content.payload) <= _ESCAPED * limit:
             time.sleep(_YIELD_S)
@@ -316,6 +319,17 @@ def _stored(entry: _Entry, texts: _Texts | None) -> RequestRecord:
     if texts is None or entry.content is None or not entry.content.stored:
         return entry.record
     return entry.record._replace(prompt=texts.prompt, answer=texts.answer)
+
+
+def _checked(record: RequestRecord, entry: _Entry) -> RequestRecord:
+    """Return a row with the validity of its answer, if a rollout needs it and the answer is complete."""
+    content = entry.content
+    if content is None or not content.expects_json or content.too_long or not _is_good(record):
+        return record
+    try:
+        return record._replace(valid=is_json_answer(content))
+    except (ValueError, RecursionError):  # the engine's answer cannot be read
+        return record._replace(valid=False)
 
 
 def _is_good(record: RequestRecord) -> bool:

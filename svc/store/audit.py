@@ -33,6 +33,8 @@ class Action(StrEnum):
     SERVE = "serve"
     """A server was started with a version other than the last one served, or a model was added."""
     PROMOTE = "promote"
+    ROLLOUT = "rollout"
+    """A promotion through shadow and canary steps was requested; its success is recorded as `promote`."""
     ROLLBACK = "rollback"
     CREATE_KEY = "key.create"
     ROTATE_KEY = "key.rotate"

@@ -67,6 +67,8 @@ class RequestRecord(NamedTuple):
         temperature: as sent by the client; None if it was missing or not a number.
         max_tokens: the client's limit on the answer, likewise.
         user_hash: `hash_user` of the user's name as sent by the client, if any.
+        unit: user, conversation or request, hashed, that a rollout assigned to the version; None outside rollouts.
+        valid: whether the answer is JSON; None if the model is not expected to answer in JSON, or outside rollouts.
     """
 
     request_id: str
@@ -90,11 +92,13 @@ class RequestRecord(NamedTuple):
     max_tokens: int | None = None
     client_request_id: str | None = None
     user_hash: str | None = None
+    unit: str | None = None
+    valid: bool | None = None
 
     @property
     def bytes(self) -> int:
         """Approximate size in the store; the request id is also in an index."""
-        texts = (self.prompt, self.answer, self.client_request_id, self.user_hash)
+        texts = (self.prompt, self.answer, self.client_request_id, self.user_hash, self.unit)
         content = sum(len(text.encode("utf-8")) for text in texts if text)
         return _ROW_BYTES + 2 * len(self.request_id) + content
 

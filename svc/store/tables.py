@@ -128,6 +128,66 @@ class SwapStepRow(Table):
     text: Mapped[str]
 
 
+class RolloutRow(Table):
+    """One promotion through shadow and canary steps. `plan` and `signals` are JSON."""
+
+    __tablename__ = "rollouts"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(index=True)
+    number: Mapped[int]
+    format: Mapped[str]
+    previous_number: Mapped[int]
+    previous_format: Mapped[str]
+    generation: Mapped[int]
+    plan: Mapped[str]
+    state: Mapped[str]
+    step: Mapped[int]
+    requested_at: Mapped[datetime]
+    step_began_at: Mapped[datetime]
+    actor: Mapped[str]
+    origin: Mapped[str]
+    reason: Mapped[str | None]
+    forced: Mapped[str | None]
+    stop: Mapped[str | None]
+    ended_at: Mapped[datetime | None]
+    outcome: Mapped[str | None]
+    why: Mapped[str | None]
+    signals: Mapped[str]
+
+
+class RolloutStepRow(Table):
+    """One step of a rollout, read by commands that follow it."""
+
+    __tablename__ = "rollout_steps"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    rollout_id: Mapped[int] = mapped_column(sa.ForeignKey("rollouts.id"), index=True)
+    at: Mapped[datetime]
+    text: Mapped[str]
+
+
+class ShadowPairRow(Table):
+    """One request that both versions answered during the shadow step; the text is not stored."""
+
+    __tablename__ = "shadow_pairs"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    rollout_id: Mapped[int] = mapped_column(sa.ForeignKey("rollouts.id"), index=True)
+    at: Mapped[datetime]
+    production_failed: Mapped[bool]
+    candidate_failed: Mapped[bool]
+    production_valid: Mapped[bool | None]
+    candidate_valid: Mapped[bool | None]
+    agrees: Mapped[bool | None]
+    production_finish: Mapped[str | None]
+    candidate_finish: Mapped[str | None]
+    production_tokens: Mapped[int | None]
+    candidate_tokens: Mapped[int | None]
+    production_seconds: Mapped[float]
+    candidate_seconds: Mapped[float]
+
+
 class RetakenProbesRow(Table):
     """Probes of a version, measured on a different kind of engine from the one that qualified it."""
 
@@ -169,6 +229,8 @@ class RequestRow(Table):
     client_request_id: Mapped[str | None]
     outcome: Mapped[str]
     user_hash: Mapped[str | None]
+    unit: Mapped[str | None]
+    valid: Mapped[bool | None]
 
 
 class FeedbackRow(Table):
@@ -347,6 +409,7 @@ class ServedRow(Table):
 
 TargetRow = (
     SwapRow
+    | RolloutRow
     | RetakenProbesRow
     | HoldoutRunRow
     | DriftStateRow

@@ -58,6 +58,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorten all poll intervals."""
     monkeypatch.setattr("serving.rollout.reconciler._POLL_S", 0.02)
     monkeypatch.setattr("serving.rollout.reconciler._STORE_PAUSE_S", 0.01)
+    monkeypatch.setattr("serving.rollout.rollout._POLL_S", 0.02)
+    monkeypatch.setattr("serving.rollout.rollout._LOOK_S", 0.05)
+    monkeypatch.setattr("serving.client.promotion._ROLLOUT_POLL_S", 0.02)
     monkeypatch.setattr("serving.rollout.production_alias._RETRY_S", 0.01)
     monkeypatch.setattr("serving.replicas.engine_watch._HEALTH_S", 0.05)
     monkeypatch.setattr("serving.client.promotion._POLL_S", 0.01)

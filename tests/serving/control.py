@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from prometheus_client import CollectorRegistry
 from serving.deployment_builder import DeploymentBuilder
 from serving.http.connections import watched
 from serving.replicas.replica import Replica
+from serving.router import Router
 from serving.telemetry.deployment_metrics import DeploymentInstruments
 from serving.telemetry.metrics import GatewayMetrics
 from svc.access.authenticator import Authenticator
@@ -105,12 +107,20 @@ class Control:
         self.deployment = deployment = builder.build(desired, _make_no_room)
         self.admission, self.names, self.pool = deployment.admission, deployment.names, deployment.pool
         self.reconciler, self.balancer, self.alias = deployment.reconciler, deployment.balancer, deployment.alias
+        self.router = Router()
+        deployment.rollouts.split = partial(self.router.split, NAME)
 
     @asynccontextmanager
     async def run(self) -> AsyncIterator["Control"]:
         """Serve during the body of the `with`; a defect that ends the loop fails the test."""
         await self.start()
-        parts = (self.reconciler.follow, self.reconciler.reviver.run, self.alias.run, self.deployment.removed.run)
+        parts = (
+            self.reconciler.follow,
+            self.reconciler.reviver.run,
+            self.alias.run,
+            self.deployment.removed.run,
+            self.deployment.rollouts.run,
+        )
         tasks = [asyncio.create_task(part()) for part in parts]
         try:
             yield self
@@ -145,14 +155,19 @@ class Control:
             self.metrics,
             KnownCallers(Authenticator(self.store), self.principals, on_failure=self.metrics.authentication_failed),
             sources=self.pool.sources,
+            router=self.router,
         )
+        parts.request_log.start()
         socket = self.sockets / "gateway.sock"
         transport = socket_transport(socket, max_connections=None)
         async with (
             running(watched(parts.app), socket, ClientsProtocol),
             httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=20) as client,
         ):
-            yield client
+            try:
+                yield client
+            finally:
+                await asyncio.to_thread(parts.request_log.close)
 
     @property
     def double(self) -> EngineDouble:

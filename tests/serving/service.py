@@ -24,7 +24,7 @@ from serving.model_names import ModelNames
 from serving.replicas.balancer import Lease
 from serving.replicas.token_pace import TokenPace
 from serving.rollout.version_changes import VersionChanges
-from serving.router import Backend, Router, Share
+from serving.router import Backend, Router
 from serving.telemetry.deployment_metrics import DeploymentInstruments, DeploymentMetrics
 from serving.telemetry.engine_metrics import EngineSource
 from serving.telemetry.metrics import GatewayMetrics
@@ -91,10 +91,11 @@ def gateway(
     buffers: AnswerBuffers | None = None,
     sources: Callable[[], Sequence[EngineSource]] = list,
     status: Callable[[], Mapping[str, Any]] = dict,
+    router: Router | None = None,
 ) -> GatewayParts:
     """Return the parts that answer clients, as in `svc serve`, in front of one backend."""
-    router = Router()
-    router.serve(backend.names.name, [Share(backend)])
+    router = router or Router()
+    router.serve(backend.names.name, backend)
     return assemble_gateway(
         settings,
         store,
@@ -103,7 +104,7 @@ def gateway(
         authentication,
         limiter=limiter or RateLimiter(),
         buffers=buffers or AnswerBuffers(max_bytes=MAX_BUFFERED_BYTES),
-        changes=VersionChanges(Registry(settings.home / "models", AliasBook()), store, dict),
+        changes=VersionChanges(Registry(settings.home / "models", AliasBook()), store, dict, settings.rollout_of),
         sources=sources,
         status=status,
     )

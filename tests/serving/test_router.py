@@ -1,6 +1,6 @@
 """The model of a request, and how the requests of a name are split."""
 
-from collections import Counter
+import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -12,7 +12,8 @@ from serving.admission.admission import Admission
 from serving.admission.errors import EngineUnavailableError
 from serving.model_names import ModelNames, ModelNotFoundError
 from serving.replicas.balancer import Lease
-from serving.router import Router, Share
+from serving.rollout.split import Split
+from serving.router import Router
 from svc.version import Format, Target, VersionId
 from tests.serving.service import OneBackend
 
@@ -38,7 +39,7 @@ def backend(name: str, *numbers: int) -> OneBackend:
 def router(*backends: OneBackend) -> Router:
     built = Router()
     for each in backends:
-        built.serve(each.names.name, [Share(each)])
+        built.serve(each.names.name, each)
     return built
 
 
@@ -99,70 +100,58 @@ def test_version_of_the_only_model_is_known() -> None:
     assert router(backend("a", 3), backend("b", 1)).only_version is None
 
 
-@given(st.text(min_size=1), st.floats(0.01, 100), st.floats(0.01, 100))
-def test_same_client_goes_to_the_same_backend(who: str, one: float, other: float) -> None:
-    first, second = backend("a", 1), backend("a", 2)
-    results = []
-    for _ in range(2):
-        split = Router()
-        split.serve("a", [Share(first, one), Share(second, other)])
-        results.append(split.find("a", who).backend)
-    assert results[0] is results[1]
+def candidates(percent: float, rollout: int = 1) -> set[str]:
+    """Return the clients whose requests go to version 2, the candidate."""
+    backend_ = backend("a", 1, 2)
+    backend_.names.candidate = VersionId("a", 2)
+    split = router(backend_)
+    split.split("a", Split(rollout, percent / 100))
+    destinations = {who: split.find("a", who) for who in CLIENTS}
+    assert {to.model for to in destinations.values()} <= {"a", "a@candidate"}
+    return {who for who, to in destinations.items() if to.model == "a@candidate"}
 
 
-def test_clients_are_split_by_weight() -> None:
-    cases: list[tuple[float, float]] = [(1, 1), (95, 5), (3, 1)]
-    for weights in cases:
-        backends = backend("a", 1), backend("a", 2)
-        split = Router()
-        split.serve("a", [Share(*pair) for pair in zip(backends, weights, strict=True)])
-        counts = Counter(split.find("a", who).backend is backends[1] for who in CLIENTS)
-        expected = len(CLIENTS) * weights[1] / sum(weights)
-        assert counts[True] == pytest.approx(expected, abs=4 * (expected * (1 - expected / len(CLIENTS))) ** 0.5), (
-            weights
-        )
+@given(st.text(min_size=1), st.floats(0, 1))
+def test_same_client_is_always_assigned_to_the_same_version(who: str, share: float) -> None:
+    split = Split(1, share)
+    assert split.assign(who, random.random) == split.assign(who, random.random)
 
 
-def test_larger_share_keeps_its_clients() -> None:
-    """A growing canary takes clients from the others, and loses none."""
-    stable, canary = backend("a", 1), backend("a", 2)
-    split = Router()
-    had: set[str] = set()
-    for percent in (5, 25, 100):
-        split.serve("a", [Share(canary, percent), Share(stable, 100 - percent)])
-        has = {who for who in CLIENTS if split.find("a", who).backend is canary}
-        assert had <= has
-        had = has
-    assert had == set(CLIENTS)
+def test_clients_are_divided_by_the_candidates_share() -> None:
+    for percent in (0, 5, 25, 50, 100):
+        expected = len(CLIENTS) * percent / 100
+        deviation = 4 * (expected * (1 - percent / 100)) ** 0.5
+        assert len(candidates(percent)) == pytest.approx(expected, abs=deviation), percent
 
 
-def test_requests_of_unknown_clients_are_split_at_random() -> None:
+def test_growing_share_keeps_the_candidates_clients() -> None:
+    assert candidates(5) < candidates(25) < candidates(100) == set(CLIENTS)
+
+
+def test_different_rollouts_begin_with_different_clients() -> None:
+    assert len(candidates(25, rollout=1) & candidates(25, rollout=2)) < 0.4 * len(candidates(25))
+
+
+def test_requests_of_unknown_clients_are_divided_at_random() -> None:
     drawn = iter([0.0, 0.49, 0.51, 0.99])
-    first, second = backend("a", 1), backend("a", 2)
     split = Router(draw=lambda: next(drawn))
-    split.serve("a", [Share(first), Share(second)])
-    assert [split.find("a").backend is second for _ in range(4)] == [False, False, True, True]
+    split.serve("a", backend("a", 1))
+    split.split("a", Split(1, 0.5))
+    assigned = [split.find("a").assignment for _ in range(4)]
+    assert [each and each.candidate for each in assigned] == [True, True, False, False]
 
 
-def test_shares_can_be_two_versions_of_one_backend() -> None:
-    both = backend("a", 1, 2)
-    split = Router()
-    split.serve("a", [Share(both, 1, VersionId("a", 1)), Share(both, 1, VersionId("a", 2))])
-    assert {split.find("a", who).model for who in CLIENTS} == {"a@1", "a@2"}
+def test_request_for_a_named_version_is_not_part_of_a_rollout() -> None:
+    split = router(backend("a", 1, 2))
+    split.split("a", Split(1, 1.0))
+    assert (split.find("a@1", "ann").model, split.find("a@1", "ann").assignment) == ("a@1", None)
 
 
-def test_named_version_goes_to_a_backend_that_has_loaded_it_whatever_the_weights() -> None:
-    first, second = backend("a", 1), backend("a", 2)
-    split = Router()
-    split.serve("a", [Share(first, 0), Share(second, 1)])
-    assert {split.find("a@1", who).backend is first for who in CLIENTS} == {True}
-
-
-def test_shares_without_a_weight_are_an_error() -> None:
-    cases: list[tuple[float, ...]] = [(), (0,), (0, 0), (1, -1)]
-    for weights in cases:
-        with pytest.raises(ValueError, match="weights"):
-            Router().serve("a", [Share(backend("a", 1), weight) for weight in weights])
+def test_all_requests_go_to_production_after_a_rollout() -> None:
+    split = router(backend("a", 1, 2))
+    split.split("a", Split(1, 1.0))
+    split.split("a", None)
+    assert split.find("a", "ann").model == "a"
 
 
 def test_router_lists_the_versions_of_all_models() -> None:

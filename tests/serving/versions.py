@@ -1,7 +1,7 @@
 """A registry with versions that are created in a millisecond, with the probes of the engine double."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 from svc.dataset.prompt_hashes import NO_PROMPTS, TRAINED_PROMPTS_FILE, write_prompt_hashes
 from svc.dataset.readers.reader import write_examples
+from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.tokenized_example import write_tokenized
 from svc.drift_reference.drift_sample import DRIFT_SAMPLE_FILE
 from svc.drift_reference.text_embedding import TEXT_SPACE_FILE, fit_text_space, save_text_space
@@ -106,6 +107,7 @@ def make_version(
     name: str = NAME,
     adapter: Mapping[str, Any] | None = None,
     compared: bool = False,
+    heldout: Sequence[ChatExample] = HELDOUT,
 ) -> VersionId:
     """Register a version.
 
@@ -121,11 +123,12 @@ def make_version(
         gates: their verdicts.
         adapter: fields of its adapter's config that differ from plain LoRA of rank 16; its base is created too.
         compared: whether it has a reference to compare prompts with.
+        heldout: its held-out examples.
     """
     version = VersionId(name, number)
     folder = registry.folder(version)
     folder.mkdir(parents=True)
-    write_examples(folder / HELDOUT_FILE, HELDOUT)
+    write_examples(folder / HELDOUT_FILE, heldout)
     (folder / REFERENCE_FOLDER).mkdir()
     write_tokenized(folder / REFERENCE_FOLDER / HELDOUT_TOKENS_FILE, map(tokenized, HELDOUT))
     write_prompt_hashes(folder / REFERENCE_FOLDER / TRAINED_PROMPTS_FILE, NO_PROMPTS)

@@ -52,6 +52,10 @@ def test_store_of_the_first_schema_gets_the_new_tables_and_keeps_its_rows(tmp_pa
     store = open_database(tmp_path)
     add_requests(store, [RECORD])
     with store.begin() as connection:
+        for table in ("shadow_pairs", "rollout_steps", "rollouts"):
+            connection.exec_driver_sql(f"DROP TABLE {table}")
+        for column in ("unit", "valid"):
+            connection.exec_driver_sql(f"ALTER TABLE requests DROP COLUMN {column}")
         connection.exec_driver_sql("DROP TABLE drift_items")
         connection.exec_driver_sql("DROP TABLE drift_baselines")
         connection.exec_driver_sql("ALTER TABLE drift_alarms DROP COLUMN feature")
@@ -66,7 +70,8 @@ def test_store_of_the_first_schema_gets_the_new_tables_and_keeps_its_rows(tmp_pa
 
 def _schema(store: Store) -> set[str]:
     """Return SQLite's description of the new tables without spaces and the order of constraints."""
-    query = "SELECT sql FROM sqlite_master WHERE tbl_name IN ('drift_items', 'drift_baselines') AND sql IS NOT NULL"
+    tables = ("drift_items", "drift_baselines", "rollouts", "rollout_steps", "shadow_pairs")
+    query = f"SELECT sql FROM sqlite_master WHERE tbl_name IN {tables} AND sql IS NOT NULL"
     with store.connect() as connection:
         return {"".join(sorted(sql.split())) for sql in connection.scalars(sa.text(query))}
 

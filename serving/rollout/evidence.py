@@ -1,0 +1,228 @@
+"""The evidence of a rollout: reads what the server stored about both versions' answers, and judges it.
+
+Everything is read from the store, so that a server that restarts has the same evidence.
+"""
+
+import math
+from dataclasses import dataclass
+from datetime import timedelta
+
+from sqlalchemy import Engine as Store
+
+from serving.rollout.analysis.analysis import Analysis, Margins, Signal, SignalVerdict
+from serving.rollout.analysis.betting import STAKES, Budget
+from serving.rollout.analysis.units import Arm, Rating, Request
+from svc.evaluation.verdict import GateOutcome
+from svc.settings import RolloutSettings
+from svc.store.requests import RequestOutcome
+from svc.store.rollouts import (
+    AssignedRequest,
+    RolloutRecord,
+    ShadowPair,
+    SignalRow,
+    read_assigned,
+    read_ratings,
+    read_shadow_pairs,
+    requests_per_day,
+)
+
+_FAILED = {RequestOutcome.ENGINE_ERROR, RequestOutcome.SERVER_ERROR}
+_COUNTED = {RequestOutcome.COMPLETE, *_FAILED}
+"""Other outcomes are the client's: an invalid request, a closed connection. They are never held against a version."""
+_LABELS = {
+    Signal.ERRORS: "failed requests",
+    Signal.INVALID: "invalid JSON",
+    Signal.FIRST_TOKEN: "time to first token (p95)",
+    Signal.FEEDBACK: "bad ratings",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """The state of the evidence at one time.
+
+    Attributes:
+        units: number of the candidate's users, conversations or requests that have been observed; in the shadow step,
+            the number of compared requests.
+        is_passed: whether a loss beyond the margin is excluded for every signal with data. Bad ratings can end a
+            rollout, but are too rare to hold one.
+        losses: text that names the proven losses; empty if none is proven.
+        text: one line about all signals with data.
+    """
+
+    units: int
+    signals: tuple[SignalRow, ...]
+    is_passed: bool
+    losses: str
+    text: str
+
+
+class CanaryEvidence:
+    """Compares the clients of both versions."""
+
+    def __init__(self, store: Store, record: RolloutRecord) -> None:
+        self._store = store
+        self._record = record
+        self._analysis = Analysis(_margins(record.plan))
+        self._last = 0
+        self._rated = set[int]()
+
+    def start_step(self) -> None:
+        """Note that the candidate's share grows."""
+        self._analysis.start_step()
+
+    def look(self) -> Look:
+        """Read new requests and ratings, and return the state of the evidence."""
+        for assigned in read_assigned(self._store, self._record, self._last):
+            self._last = assigned.id
+            if assigned.outcome in _COUNTED:
+                self._analysis.add(_request(assigned))
+        for assigned, bad in read_ratings(self._store, self._record):
+            if assigned.id not in self._rated:
+                self._rated.add(assigned.id)
+                self._analysis.rate(Rating(assigned.unit or None, _arm(assigned), negative=bad))
+        verdicts = self._analysis.verdicts()
+        return _look(self._analysis.units, verdicts, f"{self._analysis.units} units of the candidate")
+
+
+class ShadowEvidence:
+    """Compares both versions' answers to the same requests. Times are shown, but decide nothing: copies run one or two
+    at a time, and production's requests at any load."""
+
+    def __init__(self, store: Store, record: RolloutRecord) -> None:
+        self._store = store
+        self._record = record
+        self._analysis = Analysis(_margins(record.plan))
+        self._pairs: list[ShadowPair] = []
+
+    def look(self) -> Look:
+        """Read new pairs, and return the state of the evidence."""
+        pairs = read_shadow_pairs(self._store, self._record.id)
+        for at, pair in enumerate(pairs[len(self._pairs) :], start=len(self._pairs)):
+            production = Request(None, Arm.PRODUCTION, at, pair.production_failed, pair.production_valid)
+            self._analysis.add(production)
+            self._analysis.add(Request(None, Arm.CANDIDATE, at, pair.candidate_failed, pair.candidate_valid))
+        self._pairs = pairs
+        return _look(len(pairs), self._analysis.verdicts(), _pairs_text(pairs))
+
+
+def expectations(store: Store, record: RolloutRecord) -> list[str]:
+    """Return texts that say, before a rollout starts, how long it will take and which losses it can prove."""
+    plan, per_day = record.plan, requests_per_day(store, record.name)
+    texts = [f"requests in the last day: {per_day:,}; each step is decided within {plan.max_step_s:g} s or not at all"]
+    if plan.shadow:
+        texts.append(f"shadow: {plan.shadow} requests, {_takes(plan.shadow, per_day)} at that rate")
+    if len(plan.canary) > 1:
+        units, share = _units_to_pass(plan), plan.canary[0] / 100
+        texts.append(
+            f"canary at {plan.canary[0]:g} %: a loss is excluded by about {units} users or conversations of the candidate "
+            f"if no request fails, {_takes(units / share, per_day)} at that rate if each sends one request"
+        )
+        losses = Analysis(_margins(plan)).detectable(units, share)
+        texts.append(
+            f"that number proves {100 * losses[Signal.ERRORS]:.1f} points more failed requests, "
+            f"{100 * losses[Signal.INVALID]:.1f} points more invalid JSON, or a time to first token of "
+            f"{losses[Signal.FIRST_TOKEN]:.1f} times production's, with 80 % power"
+        )
+    return texts
+
+
+def _takes(requests: float, per_day: int) -> str:
+    """Return how long this number of requests takes at the rate of the last day."""
+    if not per_day:
+        return "an unknown time"
+    return f"about {timedelta(seconds=round(86_400 * requests / per_day))}"
+
+
+def _units_to_pass(plan: RolloutSettings) -> int:
+    """Return about how many candidate units a step needs to exclude a loss, if neither version ever fails.
+
+    A block without failures multiplies the money of the bet with the largest stake by
+    1 + stake * margin / (1 - margin); see serving.rollout.analysis.betting.
+    """
+    margin = min(plan.max_errors, plan.max_invalid)
+    growth = math.log1p(max(STAKES) * margin / (1 - margin))
+    return max(plan.min_units, math.ceil(math.log(len(STAKES) / Budget().wrong_advance) / growth))
+
+
+def _margins(plan: RolloutSettings) -> Margins:
+    return Margins(plan.max_errors, plan.max_invalid, plan.max_slowdown, plan.max_negative)
+
+
+def _arm(assigned: AssignedRequest) -> Arm:
+    return Arm.CANDIDATE if assigned.candidate else Arm.PRODUCTION
+
+
+def _request(assigned: AssignedRequest) -> Request:
+    failed = assigned.outcome in _FAILED
+    seconds = assigned.seconds if assigned.first_token_seconds is None else assigned.first_token_seconds
+    return Request(
+        unit=assigned.unit or None,
+        arm=_arm(assigned),
+        ended_at=(assigned.started_at + timedelta(seconds=assigned.seconds)).timestamp(),
+        failed=failed,
+        valid=assigned.valid,
+        first_token_s=None if failed else seconds,
+    )
+
+
+def _look(units: int, verdicts: tuple[SignalVerdict, ...], summary: str) -> Look:
+    with_data = [verdict for verdict in verdicts if verdict.has_data]
+    holding = [verdict for verdict in with_data if verdict.signal is not Signal.FEEDBACK]
+    losses = [_text(verdict) for verdict in with_data if verdict.outcome is GateOutcome.FAILED]
+    return Look(
+        units=units,
+        signals=tuple(map(_row, with_data)),
+        is_passed=bool(holding) and all(verdict.outcome is GateOutcome.PASSED for verdict in holding),
+        losses="; ".join(losses),
+        text="; ".join([summary, *map(_text, with_data)]),
+    )
+
+
+def _text(verdict: SignalVerdict) -> str:
+    production, candidate = verdict.production.value or 0.0, verdict.candidate.value or 0.0
+    label, outcome = _LABELS[verdict.signal], verdict.outcome.value
+    if verdict.signal is Signal.FIRST_TOKEN:
+        allowed = f"at most {verdict.margin:g} times allowed"
+        return f"{label} {candidate:.3f} s instead of {production:.3f} s, {allowed}: {outcome}"
+    allowed = f"at most {100 * verdict.margin:g} points more allowed"
+    return f"{label} {100 * candidate:.1f} % instead of {100 * production:.1f} %, {allowed}: {outcome}"
+
+
+def _row(verdict: SignalVerdict) -> SignalRow:
+    loss = verdict.loss
+    return SignalRow(
+        signal=verdict.signal.value,
+        outcome=verdict.outcome.value,
+        production=verdict.production.value,
+        candidate=verdict.candidate.value,
+        low=loss.low if loss else None,
+        high=loss.high if loss else None,
+        margin=verdict.margin,
+        units=verdict.candidate.units,
+    )
+
+
+def _pairs_text(pairs: list[ShadowPair]) -> str:
+    """Return the figures that are shown but decide nothing."""
+    compared = [pair for pair in pairs if pair.agrees is not None]
+    if not compared:
+        return f"{len(pairs)} requests compared"
+    equal = sum(pair.agrees is True for pair in compared) / len(compared)
+    ends = sum(pair.production_finish == pair.candidate_finish for pair in compared) / len(compared)
+    seconds = [
+        _median([getattr(pair, name) for pair in compared]) for name in ("candidate_seconds", "production_seconds")
+    ]
+    tokens = [
+        _median([getattr(pair, name) or 0 for pair in compared]) for name in ("candidate_tokens", "production_tokens")
+    ]
+    return (
+        f"{len(pairs)} requests compared; {100 * equal:.0f} % equal answers, {100 * ends:.0f} % equal finish reasons, "
+        f"median length {tokens[0]:g} instead of {tokens[1]:g} tokens, "
+        f"median time {seconds[0]:.2f} s instead of {seconds[1]:.2f} s"
+    )
+
+
+def _median(values: list[float]) -> float:
+    ordered = sorted(values)
+    return ordered[len(ordered) // 2]

@@ -1,0 +1,328 @@
+"""A rollout: the candidate is loaded, tried on copies of requests, then on a growing share of clients, then promoted.
+
+    requested ─▶ loading ─▶ shadow ─▶ canary 5 % ─▶ canary 25 % ─▶ switching ─▶ promoted
+                    └──────────┴────────────┴─────────────┴──▶ rolled back, undecided, cancelled or failed
+
+Each state is stored before it takes effect, so that a server that was killed continues where it stopped. The production
+version stays loaded until the end: a rollback only changes where requests are sent.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+
+from sqlalchemy import Engine as Store
+from sqlalchemy.exc import SQLAlchemyError
+
+from serving.admission.admission import Admission
+from serving.model_names import ModelNames
+from serving.replicas.balancer import Balancer
+from serving.replicas.pool import EnginePool
+from serving.rollout.cancellation import Cancellation, SupersededError
+from serving.rollout.candidate import CandidateLoader, LoadedCandidate
+from serving.rollout.evidence import CanaryEvidence, Look, ShadowEvidence, expectations
+from serving.rollout.shadow import Shadow
+from serving.rollout.split import Split
+from serving.telemetry.deployment_metrics import DeploymentMetrics
+from svc.dataset.text.thinking import without_thinking
+from svc.errors import EngineError, SvcError
+from svc.evaluation.metrics.json_answers import is_json
+from svc.identity.actor import Actor
+from svc.registry.registry import Registry
+from svc.settings import AtDeadline, UnitKind
+from svc.store.audit import Action, AuditEntry
+from svc.store.desired import change_desired, read_desired
+from svc.store.rollouts import (
+    RolloutOutcome,
+    RolloutRecord,
+    RolloutState,
+    SignalRow,
+    active_rollout,
+    add_shadow_pair,
+    end_rollout,
+    enter_state,
+    find_rollout,
+    store_signals,
+)
+from svc.store.swaps import SwapOutcome, find_swap
+from svc.version import VersionId
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 0.25
+_LOOK_S = 1.0
+"""Interval between two looks at the evidence; the decisions stay valid however often it is looked at."""
+_STORE_PAUSE_S = 2.0
+_MAX_REFERENCES = 200
+
+
+class StoppedError(Exception):
+    """Raised when a rollout must end without promoting its candidate."""
+
+    def __init__(self, outcome: RolloutOutcome, why: str) -> None:
+        super().__init__(why)
+        self.outcome = outcome
+        self.why = why
+
+
+@dataclass(eq=False, kw_only=True)
+class Rollouts:
+    """Carries out the rollouts of one model, one after the other.
+
+    Attributes:
+        report: called with the id of a rollout and the text of each step.
+        split: sets how the model's requests are divided between two versions; None sends all to production.
+        active: whether a rollout is in progress; the engines must not idle until it has ended.
+    """
+
+    names: ModelNames
+    store: Store
+    registry: Registry
+    pool: EnginePool
+    admission: Admission
+    balancer: Balancer
+    loader: CandidateLoader
+    metrics: DeploymentMetrics
+    report: Callable[[int, str], None]
+    split: Callable[[Split | None], None] = lambda split: None
+    active: bool = False
+
+    async def run(self) -> None:
+        """Carry out each requested rollout until cancelled."""
+        while True:
+            try:
+                record = await asyncio.to_thread(active_rollout, self.store, self.names.name)
+                if record is not None and (self.pool.ready or record.state is RolloutState.SWITCHING):
+                    self.active = True
+                    await self._carry_out(record)
+            except SQLAlchemyError:
+                log.exception("could not read or write the rollout of %s; retrying", self.names.name)
+                await asyncio.sleep(_STORE_PAUSE_S)
+            finally:
+                self.active = False
+            await asyncio.sleep(_POLL_S)
+
+    async def _carry_out(self, record: RolloutRecord) -> None:
+        """Continue a rollout from its stored state to its end, and store the outcome.
+
+        Raises:
+            SQLAlchemyError: the store does not respond; the rollout continues once it does.
+        """
+        cancellation = Cancellation()
+        listening = asyncio.create_task(self._listen(record, cancellation))
+        try:
+            await _Run(self, record, cancellation).run()
+            outcome, why = RolloutOutcome.PROMOTED, None
+        except StoppedError as stopped:
+            outcome, why = stopped.outcome, stopped.why
+        except SupersededError as superseded:
+            outcome, why = RolloutOutcome.CANCELLED, str(superseded)
+        except (SvcError, OSError) as error:
+            log.warning("the rollout of %s failed", record.target, exc_info=error)
+            outcome, why = RolloutOutcome.FAILED, str(error)
+        except SQLAlchemyError:
+            raise
+        except Exception as error:  # a defect: the rollout ends, and the production version is still served
+            log.exception("unexpected error in the rollout of %s", record.target)
+            outcome, why = RolloutOutcome.FAILED, repr(error)
+        finally:
+            listening.cancel()
+        log.info("the rollout of %s ended: %s %s", record.target, outcome, why or "")
+        await asyncio.to_thread(end_rollout, self.store, record.id, outcome, why)
+        self.metrics.rollout_ended(outcome)
+
+    async def _listen(self, record: RolloutRecord, cancellation: Cancellation) -> None:
+        """Cancel the rollout when a user stops it, or when another version becomes the desired one."""
+        while True:
+            try:
+                current = await asyncio.to_thread(find_rollout, self.store, record.name, record.id)
+                desired = await asyncio.to_thread(read_desired, self.store, record.name)
+            except SQLAlchemyError:
+                log.exception("could not read the rollout of %s; continuing it", record.target)
+            else:
+                if current is not None and current.stop is not None:
+                    cancellation.ask(current.stop)
+                if desired is not None and desired.target not in (record.previous, record.target):
+                    cancellation.ask(f"{desired.target} was promoted meanwhile")
+            await asyncio.sleep(_POLL_S)
+
+
+class _Run:
+    """One rollout in progress."""
+
+    def __init__(self, rollouts: Rollouts, record: RolloutRecord, cancellation: Cancellation) -> None:
+        self._parts = rollouts
+        self._store = rollouts.store
+        self._record = record
+        self._plan = record.plan
+        self._cancellation = cancellation
+        self._report = partial(rollouts.report, record.id)
+        self._signals: tuple[SignalRow, ...] = ()
+        self._split = Split(record.id, 0.0, by_request=record.plan.unit is UnitKind.REQUEST)
+
+    async def run(self) -> None:
+        """Pass through the remaining states; return once the candidate is in production.
+
+        Raises:
+            StoppedError, SupersededError, SvcError, OSError: the candidate was not promoted.
+        """
+        record, parts = self._record, self._parts
+        if record.state is RolloutState.SWITCHING:
+            return await self._wait_for_swap()
+        if record.state is RolloutState.REQUESTED:
+            for text in await asyncio.to_thread(expectations, self._store, record):
+                self._report(text)
+            await self._enter(RolloutState.LOADING)
+        else:
+            self._report(f"the server started again; the rollout continues at {_place(record)}")
+        async with parts.loader.loaded(record.previous, record.target, self._report, self._cancellation) as candidate:
+            expects_json = await asyncio.to_thread(_expects_json, parts.registry, record.previous.version)
+            self._split = replace(self._split, expects_json=expects_json)
+            try:
+                if self._plan.shadow and record.state is not RolloutState.CANARY:
+                    await self._shadow(candidate)
+                await self._canary(candidate)
+                await self._switch()
+            finally:
+                self._divide(None)
+
+    async def _shadow(self, candidate: LoadedCandidate) -> None:
+        """Compare both versions' answers to `plan.shadow` requests; clients get those of production."""
+        await self._enter(RolloutState.SHADOW)
+        parts, record, wanted = self._parts, self._record, self._plan.shadow
+        shadow = Shadow(
+            balancer=parts.balancer,
+            admission=parts.admission,
+            metrics=parts.metrics,
+            model=parts.names.of_candidate,
+            expects_json=self._split.expects_json,
+            on_pair=partial(add_shadow_pair, self._store, record.id),
+        )
+        self._report(f"shadow: comparing the answers to {wanted} requests")
+        sending = asyncio.create_task(shadow.run())
+        self._divide(replace(self._split, mirror=shadow))
+        try:
+            evidence = ShadowEvidence(self._store, record)
+            look = await self._until(candidate, evidence.look, lambda look: look.units >= wanted)
+        finally:
+            self._divide(None)
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
+        self._report(f"shadow: {look.text}")
+
+    async def _canary(self, candidate: LoadedCandidate) -> None:
+        """Send a growing share of clients to the candidate; a step ends when losses beyond the margins are excluded."""
+        evidence = CanaryEvidence(self._store, self._record)
+        first = self._record.step if self._record.state is RolloutState.CANARY else 0
+        for step, percent in list(enumerate(self._plan.canary[:-1]))[first:]:
+            if self._record.state is not RolloutState.CANARY or step != first:
+                await self._enter(RolloutState.CANARY, step)
+            before = (await asyncio.to_thread(evidence.look)).units
+            evidence.start_step()
+            self._divide(replace(self._split, share=percent / 100))
+            self._report(f"canary: {percent:g} % of clients are answered by {self._record.target}")
+            look = await self._until(candidate, evidence.look, partial(_is_passed, before + self._plan.min_units))
+            self._report(f"canary at {percent:g} %: {look.text}")
+
+    async def _until(
+        self, candidate: LoadedCandidate, look: Callable[[], Look], is_done: Callable[[Look], bool]
+    ) -> Look:
+        """Look at the evidence until the step is done.
+
+        Raises:
+            StoppedError: a loss was proven, the candidate's engine died, or the deadline passed without a decision.
+            SupersededError: a user stopped the rollout.
+        """
+        held = False
+        while True:
+            seen = await asyncio.to_thread(look)
+            if seen.signals != self._signals:
+                self._signals = seen.signals
+                await asyncio.to_thread(store_signals, self._store, self._record.id, seen.signals)
+            if seen.losses:
+                raise StoppedError(RolloutOutcome.ROLLED_BACK, seen.losses)
+            if is_done(seen):
+                return seen
+            try:
+                candidate.check()
+            except EngineError as error:
+                raise StoppedError(RolloutOutcome.FAILED, str(error)) from error
+            if self._step_s() >= self._plan.max_step_s and not held:
+                why = f"no decision after {self._plan.max_step_s:g} s: {seen.text}"
+                if self._plan.at_deadline is AtDeadline.ROLLBACK:
+                    raise StoppedError(RolloutOutcome.UNDECIDED, why)
+                held = True
+                self._report(f"{why}; holding this step until it is decided, or stopped by svc rollback")
+            await self._cancellation.interrupting(asyncio.sleep(_LOOK_S))
+
+    async def _switch(self) -> None:
+        """Make the candidate the desired version, which the reconciler swaps to, and wait for that swap."""
+        self._cancellation.check()
+        await self._enter(RolloutState.SWITCHING)
+        await asyncio.to_thread(self._desire)
+        await self._wait_for_swap()
+
+    def _desire(self) -> None:
+        record = self._record
+        desired = read_desired(self._store, record.name)
+        if desired is None or desired.generation != record.generation:
+            raise StoppedError(RolloutOutcome.CANCELLED, "another version was promoted meanwhile")
+        entry = AuditEntry(
+            Action.PROMOTE, str(record.target.version), Actor(record.actor, record.origin), record.reason
+        )
+        change_desired(self._store, desired, record.target, record.previous, forced=record.forced, entry=entry)
+
+    async def _wait_for_swap(self) -> None:
+        """Wait until the reconciler has swapped to the candidate.
+
+        Raises:
+            StoppedError: it did not, because the swap failed or was rolled back.
+        """
+        record, generation = self._record, self._record.generation + 1
+        while True:
+            desired = await asyncio.to_thread(read_desired, self._store, record.name)
+            swap = await asyncio.to_thread(find_swap, self._store, record.name, generation)
+            if desired is not None and desired.generation < generation:  # killed before the desired state was changed
+                return await self._switch()
+            if swap is not None and swap.result is not None:
+                if swap.result.outcome is SwapOutcome.SUCCEEDED:
+                    return None
+                cancelled = swap.result.outcome is SwapOutcome.CANCELLED
+                raise StoppedError(
+                    RolloutOutcome.CANCELLED if cancelled else RolloutOutcome.FAILED, swap.result.reason or ""
+                )
+            if desired is None or desired.target != record.target:
+                raise StoppedError(RolloutOutcome.CANCELLED, f"{desired and desired.target} became the desired version")
+            if swap is None and self._parts.names.served == record.target:  # a start with the version has no swap
+                return None
+            await asyncio.sleep(_POLL_S)
+
+    async def _enter(self, state: RolloutState, step: int = 0) -> None:
+        self._record = await asyncio.to_thread(enter_state, self._store, self._record.id, state, step)
+
+    def _divide(self, split: Split | None) -> None:
+        self._parts.split(split)
+        self._parts.metrics.rollout_share(split.share if split else 0.0)
+
+    def _step_s(self) -> float:
+        return (datetime.now(UTC) - self._record.step_began_at).total_seconds()
+
+
+def _is_passed(units: int, look: Look) -> bool:
+    """Return whether the candidate has enough units, and a loss beyond the margin is excluded for every signal."""
+    return look.units >= units and look.is_passed
+
+
+def _expects_json(registry: Registry, version: VersionId) -> bool:
+    """Return whether the version's answers should be JSON, because all its held-out references are."""
+    references = [without_thinking(example.answer) for example in registry.heldout(version)[:_MAX_REFERENCES]]
+    return bool(references) and all(map(is_json, references))
+
+
+def _place(record: RolloutRecord) -> str:
+    if record.state is not RolloutState.CANARY:
+        return record.state.value
+    return f"canary {record.plan.canary[record.step]:g} %"

@@ -1,0 +1,172 @@
+"""The shadow step of a rollout: the candidate answers copies of finished production requests.
+
+Copies never delay a client: they are sent after production has answered, a few at a time, and dropped while the server
+is busy. Dropped copies are counted, so that a shadow step that compares nothing is visible.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from serving.admission.admission import Admission
+from serving.protocols.request import CompletionRequest
+from serving.protocols.route import Route
+from serving.protocols.server_sent_events import EventSplitter
+from serving.protocols.wire_formats import Usage, WireFormat, wire_format
+from serving.replicas.balancer import Balancer, Lease
+from serving.replicas.transport import EngineCall
+from serving.telemetry.deployment_metrics import DeploymentMetrics, ShadowOutcome
+from svc.dataset.text.thinking import without_thinking
+from svc.errors import SvcError
+from svc.evaluation.metrics.json_answers import is_json
+from svc.store.requests import RequestOutcome, RequestRecord
+from svc.store.rollouts import ShadowPair
+
+log = logging.getLogger(__name__)
+
+MAX_QUEUED = 16
+MAX_QUEUED_BYTES = 32 * 2**20
+MAX_ANSWER_BYTES = 16 * 2**20
+WORKERS = 2
+"""Number of copies that run at the same time."""
+
+
+class _Copy(NamedTuple):
+    route: Route
+    payload: bytes
+    answer: list[bytes]
+    record: RequestRecord
+
+    @property
+    def size(self) -> int:
+        return len(self.payload) + sum(map(len, self.answer))
+
+
+@dataclass(eq=False, kw_only=True)
+class Shadow:
+    """Sends copies of production requests to a candidate and compares the answers.
+
+    Attributes:
+        model: model name under which the candidate answers.
+        expects_json: whether answers should be JSON.
+        on_pair: called with each compared request, in another thread.
+    """
+
+    balancer: Balancer
+    admission: Admission
+    metrics: DeploymentMetrics
+    model: str
+    expects_json: bool
+    on_pair: Callable[[ShadowPair], None]
+    _queue: asyncio.Queue[_Copy] = field(default_factory=lambda: asyncio.Queue(MAX_QUEUED), init=False)
+    _bytes: int = field(default=0, init=False)
+
+    def wants(self) -> bool:
+        """Return whether the next request may be copied; count it as dropped if the server or the queue is busy."""
+        if self._queue.full() or self.admission.queued:
+            self.metrics.shadow_request(ShadowOutcome.DROPPED)
+            return False
+        return True
+
+    def offer(self, route: Route, payload: bytes, answer: list[bytes], record: RequestRecord) -> None:
+        """Queue a copy of a finished request if it was answered or the engine failed; drop it if the queue is full."""
+        if record.outcome not in (RequestOutcome.COMPLETE, RequestOutcome.ENGINE_ERROR, RequestOutcome.SERVER_ERROR):
+            return
+        copy = _Copy(route, payload, list(answer), record)
+        if self._queue.full() or self._bytes + copy.size > MAX_QUEUED_BYTES:
+            self.metrics.shadow_request(ShadowOutcome.DROPPED)
+            return
+        self._bytes += copy.size
+        self._queue.put_nowait(copy)
+
+    async def run(self) -> None:
+        """Send copies until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(WORKERS):
+                tasks.create_task(self._work())
+
+    async def _work(self) -> None:
+        while True:
+            copy = await self._queue.get()
+            try:
+                pair = await self._compared(copy)
+                await asyncio.to_thread(self.on_pair, pair)
+            except Exception:  # the boundary of this task: a malformed request must not stop the shadow step
+                log.exception("could not compare a request's answers with the candidate's")
+                self.metrics.shadow_request(ShadowOutcome.DROPPED)
+            else:
+                self.metrics.shadow_request(ShadowOutcome.FAILED if pair.candidate_failed else ShadowOutcome.COMPARED)
+            finally:
+                self._bytes -= copy.size
+
+    async def _compared(self, copy: _Copy) -> ShadowPair:
+        """Send a copy to the candidate, and return both versions' results."""
+        record, form = copy.record, wire_format(copy.route)
+        began = time.monotonic()
+        answer = _Answer()
+        try:
+            async with self.balancer.lease(self.model) as engine:
+                await answer.read(engine, copy, form)
+        except SvcError as error:
+            log.info("the candidate failed on a copy of a request: %s", error)
+        seconds = time.monotonic() - began
+        production_failed = record.outcome is not RequestOutcome.COMPLETE
+        texts: list[str | None] = [None, None]
+        if answer.complete and not production_failed:
+            texts = await asyncio.to_thread(
+                lambda: [without_thinking(form.text(each)) for each in (copy.answer, answer.parts)]
+            )
+        valid = [is_json(text) if text is not None and self.expects_json else None for text in texts]
+        return ShadowPair(
+            production_failed=production_failed,
+            candidate_failed=not answer.complete,
+            production_valid=valid[0],
+            candidate_valid=valid[1],
+            agrees=texts[0] == texts[1] if texts[0] is not None else None,
+            production_finish=record.finish_reason,
+            candidate_finish=answer.finish_reason,
+            production_tokens=record.tokens_out,
+            candidate_tokens=answer.usage.completion if answer.usage else None,
+            production_seconds=record.seconds,
+            candidate_seconds=seconds,
+        )
+
+
+@dataclass(slots=True)
+class _Answer:
+    """A candidate's answer to a copy.
+
+    Attributes:
+        parts: the body, or the events of a stream.
+        complete: whether the answer arrived in full.
+    """
+
+    parts: list[bytes] = field(default_factory=list)
+    complete: bool = False
+    finish_reason: str | None = None
+    usage: Usage | None = None
+
+    async def read(self, engine: Lease, copy: _Copy, form: WireFormat) -> None:
+        """Send the copy, and read the answer.
+
+        Raises:
+            EngineError: the candidate failed.
+        """
+        request = CompletionRequest("", copy.payload, stream=False, wants_usage=False)
+        payload, size, splitter = request.payload(engine.engine_model), 0, EventSplitter()
+        async with EngineCall(engine.http, copy.route.value, payload, f"shadow-{copy.record.request_id}") as answer:
+            while size <= MAX_ANSWER_BYTES and (part := await answer.read_some()):
+                size += len(part)
+                self.parts += splitter.feed(part) if answer.is_event_stream else [part]
+            if answer.is_event_stream:
+                for event in map(form.classify, self.parts):
+                    self.complete = self.complete or event.end
+                    self.finish_reason = self.finish_reason or event.finish_reason
+                    self.usage = event.usage or self.usage
+            else:
+                self.parts = [b"".join(self.parts)]
+                self.complete = True
+                self.finish_reason, self.usage = form.finish_reason(self.parts[0]), form.usage(self.parts[0])

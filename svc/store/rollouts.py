@@ -1,0 +1,416 @@
+"""Rollouts: the stored state of each promotion that goes through shadow and canary steps.
+
+The server writes the state after every step, so that it can continue the rollout after a restart. `svc promote` and
+`svc rollout` read it.
+"""
+
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter
+from sqlalchemy import Engine as Store
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from svc.errors import BusyError, NotFoundError
+from svc.settings import RolloutSettings
+from svc.store.audit import AuditEntry, append_event
+from svc.store.database import exclusive
+from svc.store.desired import Desired
+from svc.store.feedback import Rating
+from svc.store.requests import RequestOutcome
+from svc.store.tables import (
+    DesiredRow,
+    FeedbackRow,
+    RequestRow,
+    RolloutRow,
+    RolloutStepRow,
+    ShadowPairRow,
+    target_columns,
+    target_of,
+)
+from svc.version import Format, Target, VersionId
+
+
+class RolloutState(StrEnum):
+    """The state of a rollout, in the order in which a rollout passes through them."""
+
+    REQUESTED = "requested"
+    """The server has not started the rollout yet."""
+    LOADING = "loading"
+    """The candidate is being loaded next to the production version."""
+    SHADOW = "shadow"
+    """The candidate answers copies of production requests; clients never see these answers."""
+    CANARY = "canary"
+    """The candidate answers a share of the clients."""
+    SWITCHING = "switching"
+    """The candidate is becoming the production version."""
+    ENDED = "ended"
+
+
+class RolloutOutcome(StrEnum):
+    """How a rollout ended. In all cases except `promoted`, the previous version stays in production."""
+
+    PROMOTED = "promoted"
+    ROLLED_BACK = "rolled_back"
+    """The candidate was proven to be worse than a margin allows."""
+    UNDECIDED = "undecided"
+    """A step reached its deadline without a decision."""
+    CANCELLED = "cancelled"
+    """A user rolled back, or another version was promoted."""
+    FAILED = "failed"
+    """The candidate could not be loaded, or its engine died."""
+
+
+@dataclass(frozen=True, slots=True)
+class SignalRow:
+    """Latest verdict on one signal, as it is stored and shown.
+
+    Attributes:
+        outcome: `passed`, `failed` or `undecided`.
+        production, candidate: figures of both versions; None without data.
+        low, high: bounds of the loss, valid at any time; infinite bounds are None.
+        margin: largest acceptable loss.
+        units: number of candidate units that contributed.
+    """
+
+    signal: str
+    outcome: str
+    production: float | None
+    candidate: float | None
+    low: float | None
+    high: float | None
+    margin: float
+    units: int
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutRecord:
+    """A rollout.
+
+    Attributes:
+        previous: version that was in production when the rollout was requested.
+        generation: generation of the desired state at that time.
+        plan: shadow and canary steps, and limits.
+        step: index of the current canary step.
+        step_began_at: time at which the current state or canary step began.
+        stop: reason why a user wants the rollout to stop; None if nobody does.
+        actor, origin: see `svc.identity.actor.Actor`.
+        forced: reason for promoting a version that failed a gate; None for any other version.
+        why: reason for the outcome.
+        steps: texts of the completed steps.
+    """
+
+    id: int
+    target: Target
+    previous: Target
+    generation: int
+    plan: RolloutSettings
+    state: RolloutState
+    step: int
+    requested_at: datetime
+    step_began_at: datetime
+    actor: str
+    origin: str
+    reason: str | None
+    forced: str | None
+    stop: str | None
+    ended_at: datetime | None
+    outcome: RolloutOutcome | None
+    why: str | None
+    signals: tuple[SignalRow, ...]
+    steps: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Name of the model."""
+        return self.target.version.name
+
+
+@dataclass(frozen=True, slots=True)
+class ShadowPair:
+    """One request that both versions answered during the shadow step; texts are not stored.
+
+    Attributes:
+        production_valid, candidate_valid: whether the answer is JSON; None if it need not be, or if a version failed.
+        agrees: whether both answers are equal; None if one version failed.
+        production_tokens, candidate_tokens: lengths of the answers; None if unknown.
+        production_seconds, candidate_seconds: time until the answer was complete.
+    """
+
+    production_failed: bool
+    candidate_failed: bool
+    production_valid: bool | None
+    candidate_valid: bool | None
+    agrees: bool | None
+    production_finish: str | None
+    candidate_finish: str | None
+    production_tokens: int | None
+    candidate_tokens: int | None
+    production_seconds: float
+    candidate_seconds: float
+
+
+class RolloutView(BaseModel):
+    """A rollout as JSON, for the API and `--json`.
+
+    Attributes:
+        canary: share of clients that the current canary step sends to the candidate, in percent; None in other states.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    id: int
+    version: str
+    format: Format
+    previous: str
+    state: RolloutState
+    canary: float | None
+    requested_at: datetime
+    actor: str
+    reason: str | None
+    forced: str | None
+    ended_at: datetime | None
+    outcome: RolloutOutcome | None
+    why: str | None
+    signals: tuple[SignalRow, ...]
+    steps: tuple[str, ...]
+
+    @classmethod
+    def of(cls, record: RolloutRecord) -> Self:
+        """Return the view of a rollout."""
+        same = {name: getattr(record, name) for name in cls.model_fields if hasattr(record, name)}
+        canary = record.plan.canary[record.step] if record.state is RolloutState.CANARY else None
+        version, previous = str(record.target.version), str(record.previous.version)
+        return cls(**same, version=version, format=record.target.format, previous=previous, canary=canary)
+
+
+_SIGNALS = TypeAdapter(tuple[SignalRow, ...])
+
+
+def begin_rollout(
+    store: Store, seen: Desired, target: Target, plan: RolloutSettings, entry: AuditEntry, *, forced: str | None = None
+) -> RolloutRecord:
+    """Request a rollout from the server and record it in the audit log.
+
+    Args:
+        seen: desired state on which the decision was based; its version stays in production until the rollout ends.
+
+    Raises:
+        BusyError: the desired state has changed, or another rollout of the model is in progress.
+    """
+    now = datetime.now(UTC)
+    with exclusive(store) as session:
+        row = session.get(DesiredRow, seen.name)
+        if row is None or row.generation != seen.generation:
+            raise BusyError(
+                f"the desired version of {seen.name} was just changed by another user",
+                todo="check svc status, then retry",
+            )
+        if running := _active(session, seen.name):
+            raise BusyError(
+                f"a rollout of {target_of(running)} is in progress",
+                todo=f"wait for it, or stop it: svc rollback {seen.name}",
+            )
+        new = RolloutRow(
+            **target_columns(target),
+            previous_number=seen.target.version.number,
+            previous_format=seen.target.format,
+            generation=seen.generation,
+            plan=plan.model_dump_json(),
+            state=RolloutState.REQUESTED,
+            step=0,
+            requested_at=now,
+            step_began_at=now,
+            actor=entry.actor.name,
+            origin=entry.actor.origin,
+            reason=entry.reason,
+            forced=forced,
+            signals="[]",
+        )
+        session.add(new)
+        session.flush()
+        details = {"rollout": new.id, "format": target.format, "before": str(seen.target), "forced": bool(forced)}
+        append_event(session, replace(entry, details=details))
+        return _record(session, new)
+
+
+def active_rollout(store: Store, name: str) -> RolloutRecord | None:
+    """Return the model's rollout that has not ended, if there is one."""
+    with Session(store) as session:
+        row = _active(session, name)
+        return _record(session, row) if row else None
+
+
+def find_rollout(store: Store, name: str, rollout: int | None = None) -> RolloutRecord | None:
+    """Return a rollout of a model by its id, or the latest one; None if there is no such rollout."""
+    query = select(RolloutRow).where(RolloutRow.name == name).order_by(RolloutRow.id.desc()).limit(1)
+    if rollout is not None:
+        query = query.where(RolloutRow.id == rollout)
+    with Session(store) as session:
+        row = session.scalar(query)
+        return _record(session, row) if row else None
+
+
+def read_rollouts(store: Store, name: str) -> list[RolloutRecord]:
+    """Return all rollouts of a model, oldest first."""
+    with Session(store) as session:
+        rows = session.scalars(select(RolloutRow).where(RolloutRow.name == name).order_by(RolloutRow.id)).all()
+        return [_record(session, row) for row in rows]
+
+
+def stop_rollout(store: Store, name: str, why: str, entry: AuditEntry) -> RolloutRecord | None:
+    """Ask the server to stop the model's rollout, and record it in the audit log.
+
+    Returns:
+        The rollout, or None if none is in progress or the candidate is already becoming the production version.
+    """
+    with exclusive(store) as session:
+        row = _active(session, name)
+        if row is None or row.state == RolloutState.SWITCHING:
+            return None
+        row.stop = row.stop or why
+        append_event(session, replace(entry, details={"rollout": row.id}))
+        session.flush()
+        return _record(session, row)
+
+
+def enter_state(store: Store, rollout: int, state: RolloutState, step: int = 0) -> RolloutRecord:
+    """Store the state or canary step that a rollout has reached; return the rollout."""
+    with exclusive(store) as session:
+        row = _row(session, rollout)
+        row.state, row.step, row.step_began_at = state, step, datetime.now(UTC)
+        return _record(session, row)
+
+
+def store_signals(store: Store, rollout: int, signals: tuple[SignalRow, ...]) -> None:
+    """Store the latest verdicts of a rollout."""
+    with exclusive(store) as session:
+        _row(session, rollout).signals = _SIGNALS.dump_json(signals).decode()
+
+
+def add_rollout_step(store: Store, rollout: int, text: str) -> None:
+    """Store the text of a completed step."""
+    with Session(store) as session, session.begin():
+        session.add(RolloutStepRow(rollout_id=rollout, at=datetime.now(UTC), text=text))
+
+
+def add_shadow_pair(store: Store, rollout: int, pair: ShadowPair) -> None:
+    """Store a compared request."""
+    with Session(store) as session, session.begin():
+        session.add(ShadowPairRow.of(pair, rollout_id=rollout, at=datetime.now(UTC)))
+
+
+def read_shadow_pairs(store: Store, rollout: int) -> list[ShadowPair]:
+    """Return the compared requests of a rollout, oldest first."""
+    query = select(ShadowPairRow).where(ShadowPairRow.rollout_id == rollout).order_by(ShadowPairRow.id)
+    with Session(store) as session:
+        return [row.read(ShadowPair) for row in session.scalars(query)]
+
+
+def unit_text(rollout: int, unit: str, *, candidate: bool) -> str:
+    """Return the text by which the request log records that a rollout assigned a request to a version.
+
+    Args:
+        unit: hash of the user or conversation; empty if the request was assigned by itself.
+    """
+    return f"{rollout}:{'candidate' if candidate else 'production'}:{unit}"
+
+
+@dataclass(frozen=True, slots=True)
+class AssignedRequest:
+    """A request that a rollout assigned to a version.
+
+    Attributes:
+        id: id of the request's row.
+        candidate: whether it was assigned to the candidate, even if production answered because no engine ran it.
+        unit: hash of the user or conversation; empty if the request was assigned by itself.
+        valid: whether the answer is JSON; None if unknown.
+    """
+
+    id: int
+    candidate: bool
+    unit: str
+    started_at: datetime
+    seconds: float
+    first_token_seconds: float | None
+    outcome: RequestOutcome
+    valid: bool | None
+
+
+def read_assigned(store: Store, record: RolloutRecord, after: int) -> list[AssignedRequest]:
+    """Return the requests of a rollout whose rows have a higher id than `after`, in the order in which they ended."""
+    row = RequestRow
+    query = (
+        select(row)
+        .where(row.id > after, row.model == record.name, row.unit.startswith(f"{record.id}:"))
+        .order_by(row.id)
+    )
+    if not after:
+        query = query.where(row.started_at >= record.requested_at)
+    with Session(store) as session:
+        return [
+            each.read(AssignedRequest, candidate=arm == "candidate", unit=unit)
+            for each in session.scalars(query)
+            for _, arm, unit in [str(each.unit).split(":", 2)]
+        ]
+
+
+def read_ratings(store: Store, record: RolloutRecord) -> list[tuple[AssignedRequest, bool]]:
+    """Return the rated requests of a rollout, each with whether the rating is bad, in the order of the ratings."""
+    query = (
+        select(RequestRow, FeedbackRow.rating)
+        .join(FeedbackRow, FeedbackRow.request == RequestRow.id)
+        .where(RequestRow.unit.startswith(f"{record.id}:"), RequestRow.started_at >= record.requested_at)
+        .order_by(FeedbackRow.given_at)
+    )
+    with Session(store) as session:
+        return [
+            (row.read(AssignedRequest, candidate=arm == "candidate", unit=unit), rating == Rating.BAD)
+            for row, rating in session.execute(query)
+            for _, arm, unit in [str(row.unit).split(":", 2)]
+        ]
+
+
+def requests_per_day(store: Store, name: str) -> int:
+    """Return the number of requests for a model in the last 24 hours."""
+    since = datetime.now(UTC) - timedelta(days=1)
+    query = select(func.count()).where(RequestRow.model == name, RequestRow.started_at >= since)
+    with Session(store) as session:
+        return session.scalar(query) or 0
+
+
+def end_rollout(store: Store, rollout: int, outcome: RolloutOutcome, why: str | None) -> None:
+    """Store the outcome of a rollout."""
+    with exclusive(store) as session:
+        row = _row(session, rollout)
+        row.state, row.outcome, row.why, row.ended_at = RolloutState.ENDED, outcome, why, datetime.now(UTC)
+
+
+def _active(session: Session, name: str) -> RolloutRow | None:
+    query = select(RolloutRow).where(RolloutRow.name == name, RolloutRow.state != RolloutState.ENDED)
+    return session.scalar(query.order_by(RolloutRow.id.desc()).limit(1))
+
+
+def _row(session: Session, rollout: int) -> RolloutRow:
+    row = session.get(RolloutRow, rollout)
+    if row is None:
+        raise NotFoundError(f"there is no rollout {rollout}")
+    return row
+
+
+def _record(session: Session, row: RolloutRow) -> RolloutRecord:
+    session.flush()
+    steps = session.scalars(
+        select(RolloutStepRow.text).where(RolloutStepRow.rollout_id == row.id).order_by(RolloutStepRow.id)
+    )
+    return row.read(
+        RolloutRecord,
+        target=target_of(row),
+        previous=Target(VersionId(row.name, row.previous_number), Format(row.previous_format)),
+        plan=RolloutSettings.model_validate_json(row.plan),
+        signals=_SIGNALS.validate_json(row.signals),
+        steps=tuple(steps),
+    )

@@ -1,0 +1,295 @@
+"""Rollouts: a candidate is tried on copies and on a share of clients, and promoted or rolled back by its evidence."""
+
+import asyncio
+import itertools
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import httpx
+import pytest
+
+from serving.rollout.version_changes import RolloutOptions, VersionChange, VersionChanges
+from svc.errors import BusyError, SettingsError
+from svc.identity.actor import Actor
+from svc.settings import AtDeadline, RolloutSettings
+from svc.store.rollouts import RolloutOutcome, RolloutRecord, RolloutState, find_rollout, read_shadow_pairs
+from svc.version import Format
+from tests.serving.control import BODY, Control, Make, until
+from tests.serving.engine_double import EngineDouble
+from tests.serving.versions import NAME, make_version, target
+from tests.svc.chats import chat
+
+pytestmark = pytest.mark.slow
+
+ONE, JSON_ONE = f"{NAME}@1", f"{NAME}@11"
+ACTOR = Actor("user:ann", "laptop")
+ALL = RolloutSettings(
+    shadow=20, canary=(25, 50, 100), min_units=20, max_step_s=30, max_errors=0.2, max_invalid=0.2, max_slowdown=50
+)
+JSON = tuple(chat(f"question {number}", '{"team": "billing"}') for number in range(3))
+
+
+@pytest.fixture(autouse=True)
+def _close_units_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.rollout.analysis.units.WINDOW_S", 0.01)
+
+
+@pytest.fixture
+def control(make: Make) -> Control:
+    """A server of versions 1 to 3, and of 11 and 12, whose held-out answers are JSON."""
+    control = make()
+    for number in (11, 12):
+        make_version(control.registry, number, heldout=JSON)
+    return control
+
+
+@dataclass
+class Users:
+    """Many users, each with its own conversation and one or two requests.
+
+    Attributes:
+        statuses: HTTP status of each answer.
+        versions: version that answered each user.
+    """
+
+    client: httpx.AsyncClient
+    statuses: list[int] = field(default_factory=list)
+    versions: dict[str, set[str]] = field(default_factory=dict)
+
+    @asynccontextmanager
+    async def asking(self, concurrent: int = 4) -> AsyncIterator["Users"]:
+        """Send requests during the body of the `with`."""
+        numbers, stop = itertools.count(), asyncio.Event()
+
+        async def ask_on() -> None:
+            while not stop.is_set():
+                user = f"user {next(numbers)}"
+                for _ in range(random.choice((1, 2))):
+                    response = await self.client.post("/v1/chat/completions", json=BODY | {"user": user})
+                    self.statuses.append(response.status_code)
+                    self.versions.setdefault(user, set()).add(response.headers.get("x-model-version", ""))
+
+        tasks = [asyncio.create_task(ask_on()) for _ in range(concurrent)]
+        try:
+            yield self
+        finally:
+            stop.set()
+            await asyncio.gather(*tasks)
+
+
+def changes(control: Control, plan: RolloutSettings) -> VersionChanges:
+    served = control.reconciler.actual.target
+    return VersionChanges(control.registry, control.store, lambda: {NAME: served}, lambda name: plan)
+
+
+def start(control: Control, number: int, plan: RolloutSettings = ALL, format: Format | None = None) -> VersionChange:
+    version = target(number).version
+    return changes(control, plan).promote(version, format, force=False, reason="better", actor=ACTOR)
+
+
+def record(control: Control) -> RolloutRecord:
+    found = find_rollout(control.store, NAME)
+    assert found is not None
+    return found
+
+
+async def ended(control: Control, timeout_s: float = 30.0) -> RolloutRecord:
+    await until(lambda: record(control).outcome is not None, timeout_s)
+    return record(control)
+
+
+async def test_good_candidate_passes_shadow_and_canary_and_becomes_production(control: Control) -> None:
+    async with control.run(), control.client() as client, Users(client).asking() as users:
+        start(control, 2)
+        seen = await ended(control)
+        assert (seen.outcome, seen.why) == (RolloutOutcome.PROMOTED, None), seen.steps
+        await control.serves(target(2))
+        await until(lambda: control.park.alive == 1)
+        before = len(users.statuses)
+        await until(lambda: len(users.statuses) > before + 8)
+        assert control.router.find(NAME, "anyone").assignment is None
+    assert set(users.statuses) == {200}
+    assert {signal.signal for signal in seen.signals} == {"errors", "first_token"}
+    assert len(read_shadow_pairs(control.store, seen.id)) >= 20
+    assert control.desired().previous == target(1)
+    assert control.sample("svc_rollouts_total", model=NAME, outcome="promoted") == 1
+
+
+async def test_user_is_never_moved_back_to_production_during_the_canary(control: Control) -> None:
+    async with control.run(), control.client() as client, Users(client).asking() as users:
+        start(control, 2, ALL.model_copy(update={"shadow": 0}))
+        assert (await ended(control)).outcome is RolloutOutcome.PROMOTED
+    both = [versions for versions in users.versions.values() if len(versions) > 1]
+    assert len(both) < 12  # only users whose two requests were sent around the start of a step
+
+
+async def test_clients_never_see_the_candidate_during_the_shadow_step(control: Control) -> None:
+    plan = ALL.model_copy(update={"shadow": 30, "canary": (), "max_errors": 0.5})
+    async with control.run(), control.client() as client, Users(client).asking() as users:
+        start(control, 2, plan)
+        await until(lambda: len(read_shadow_pairs(control.store, record(control).id)) >= 10)
+        seen_in_shadow = set().union(*users.versions.values())
+        assert (await ended(control)).outcome is RolloutOutcome.PROMOTED
+    assert seen_in_shadow == {ONE}
+    assert control.sample("svc_shadow_requests_total", model=NAME, outcome="compared") >= 30
+
+
+async def test_candidate_that_answers_invalid_json_is_rolled_back(control: Control) -> None:
+    def prepare(double: EngineDouble) -> None:
+        double.message = {"content": '{"team": "billing"}'}
+
+    control.park.prepare = prepare
+    async with control.run():
+        await control.promote(11)
+        control.park.prepare = lambda double: setattr(double, "message", {"content": '{"team": "bil'})
+        async with control.client() as client, Users(client).asking() as users:
+            start(control, 12, ALL.model_copy(update={"shadow": 0}))
+            seen = await ended(control)
+            await until(lambda: control.park.alive == 1)
+    assert seen.outcome is RolloutOutcome.ROLLED_BACK
+    assert seen.why is not None and "invalid JSON 100.0 % instead of 0.0 %" in seen.why
+    assert control.reconciler.actual.target == target(11)
+    assert set(users.statuses) == {200}
+
+
+async def test_candidate_that_fails_on_copies_is_rolled_back_before_any_client_gets_it(control: Control) -> None:
+    async with control.run(), control.client() as client, Users(client).asking() as users:
+        start(control, 2, ALL.model_copy(update={"shadow": 1000}))
+        await until(lambda: record(control).state is RolloutState.SHADOW)
+        control.double.refuse_with = (500, {"message": "CUDA error"})
+        seen = await ended(control)
+    assert seen.outcome is RolloutOutcome.ROLLED_BACK, seen
+    assert set().union(*users.versions.values()) == {ONE}
+    assert set(users.statuses) == {200}
+
+
+async def test_rollback_during_the_canary_sends_all_clients_to_production_within_two_seconds(control: Control) -> None:
+    endless = ALL.model_copy(update={"shadow": 0, "max_errors": 0.001})
+    async with control.run(), control.client() as client, Users(client).asking() as users:
+        start(control, 2, endless)
+        await until(lambda: f"{NAME}@2" in set().union(*users.versions.values(), set()))
+        async with asyncio.timeout(2):
+            changes(control, endless).rollback(NAME, reason="a bad feeling", actor=ACTOR)
+            await until(lambda: record(control).outcome is not None)
+        assert control.router.find(NAME, "anyone").assignment is None
+        await until(lambda: control.park.alive == 1)
+    assert (record(control).outcome, record(control).why) == (
+        RolloutOutcome.CANCELLED,
+        "rolled back by user:ann: a bad feeling",
+    )
+    assert set(users.statuses) == {200}
+    assert control.desired().target == target(1)
+
+
+async def test_production_answers_and_the_rollout_fails_when_the_candidates_engine_dies(control: Control) -> None:
+    async with control.run(), control.client() as client, Users(client).asking() as users:
+        start(control, 2, ALL.model_copy(update={"shadow": 0, "max_errors": 0.001}))
+        await until(lambda: f"{NAME}@2" in set().union(*users.versions.values(), set()))
+        control.park.engines[-1].kill()
+        seen = await ended(control)
+        answered = len(users.statuses)
+        await until(lambda: len(users.statuses) > answered + 12)
+    assert seen.outcome is RolloutOutcome.FAILED
+    assert seen.why is not None and seen.why.startswith("the candidate's engine died")
+    assert set(users.statuses[answered:]) == {200}
+
+
+@pytest.mark.parametrize("state", [RolloutState.LOADING, RolloutState.SHADOW, RolloutState.CANARY])
+async def test_rollout_continues_at_the_same_state_when_the_server_was_killed(
+    control: Control, state: RolloutState
+) -> None:
+    slow = ALL.model_copy(update={"shadow": 60})
+    control.park.start_delay_s = 0.2
+    async with control.run(), control.client() as client, Users(client).asking():
+        start(control, 2, slow)
+        await until(lambda: record(control).state is state, 20)
+    control.assemble()
+    async with control.run(), control.client() as client, Users(client).asking() as users:
+        seen = await ended(control)
+    assert seen.outcome is RolloutOutcome.PROMOTED, seen.steps
+    assert any(step.startswith(f"the server started again; the rollout continues at {state}") for step in seen.steps)
+    assert set(users.statuses) == {200}
+
+
+async def test_rollout_without_a_decision_ends_undecided_at_its_deadline(control: Control) -> None:
+    async with control.run():
+        start(control, 2, ALL.model_copy(update={"shadow": 0, "max_step_s": 0.2}))
+        seen = await ended(control)
+    assert seen.outcome is RolloutOutcome.UNDECIDED
+    assert seen.why is not None and seen.why.startswith("no decision after 0.2 s")
+
+
+async def test_rollout_is_held_at_its_deadline_until_someone_decides(control: Control) -> None:
+    plan = ALL.model_copy(update={"shadow": 0, "max_step_s": 0.1, "at_deadline": AtDeadline.HOLD})
+    async with control.run():
+        start(control, 2, plan)
+        await until(lambda: any("holding this step" in step for step in record(control).steps))
+        assert record(control).outcome is None
+        changes(control, plan).rollback(NAME, reason=None, actor=ACTOR)
+        assert (await ended(control)).outcome is RolloutOutcome.CANCELLED
+
+
+async def test_rollout_fails_before_any_step_when_memory_holds_one_engine_only(control: Control) -> None:
+    control.park.room = "2 GB are missing"
+    async with control.run():
+        start(control, 2)
+        seen = await ended(control)
+    assert seen.outcome is RolloutOutcome.FAILED
+    assert seen.why is not None and "not enough memory to run tuned@2" in seen.why
+    assert control.reconciler.actual.target == target(1)
+
+
+async def test_second_promotion_is_refused_while_a_rollout_is_in_progress(control: Control) -> None:
+    async with control.run():
+        start(control, 2)
+        with pytest.raises(BusyError, match=r"a rollout of tuned@2 \(merged\) is in progress"):
+            start(control, 3)
+        changes(control, ALL).rollback(NAME, reason=None, actor=ACTOR)
+        await ended(control)
+
+
+async def test_adapter_is_tried_in_the_engine_of_production_without_a_second_engine(make: Make) -> None:
+    control = make(format=Format.ADAPTER)
+    async with control.run(), control.client() as client, Users(client).asking() as users:
+        start(control, 2, ALL)
+        seen = await ended(control)
+        await control.serves(target(2, Format.ADAPTER))
+    assert seen.outcome is RolloutOutcome.PROMOTED, seen.steps
+    assert len(control.park.engines) == 1
+    assert set(users.statuses) == {200}
+
+
+async def test_several_engines_are_all_switched_at_the_end(make: Make) -> None:
+    control = make(replicas=2)
+    async with control.run(), control.client() as client, Users(client).asking() as users:
+        await until(lambda: len(control.pool.ready) == 2)
+        start(control, 2)
+        seen = await ended(control)
+        assert {engine.target for engine in control.pool.ready} == {target(2)}
+        await until(lambda: control.park.alive == 2)
+    assert seen.outcome is RolloutOutcome.PROMOTED, seen.steps
+    assert set(users.statuses) == {200}
+
+
+@pytest.mark.parametrize(
+    ("options", "wrong"),
+    [
+        (RolloutOptions(canary=(50, 25, 100)), "canary steps must increase"),
+        (RolloutOptions(canary=(5, 25)), "canary steps must increase"),
+        (RolloutOptions(shadow=-1), "shadow: "),
+        (RolloutOptions(shadow=5, direct=True), "a direct promotion has no shadow"),
+    ],
+)
+def test_invalid_steps_are_rejected(options: RolloutOptions, wrong: str) -> None:
+    with pytest.raises(SettingsError, match=wrong):
+        options.plan(RolloutSettings())
+
+
+def test_options_replace_configured_steps() -> None:
+    configured = RolloutSettings(shadow=9, canary=(5, 100), min_units=7)
+    assert RolloutOptions().plan(configured) == configured
+    assert RolloutOptions(direct=True).plan(configured).is_gradual is False
+    changed = RolloutOptions(canary=(10, 100)).plan(configured)
+    assert (changed.shadow, changed.canary, changed.min_units) == (9, (10, 100), 7)
